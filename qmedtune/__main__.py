@@ -1,0 +1,5 @@
+"""`python -m qmedtune`."""
+
+from qmedtune.cli import main
+
+main()
