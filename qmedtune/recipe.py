@@ -1,0 +1,249 @@
+"""The recipe: what a run is, as frozen models. One class per section, in the order in which people write them.
+
+Reading YAML (line numbers, suggestions, `--set`) is in loader.py; turning `auto` into numbers is in plan.py.
+Deliberately absent: dotted import paths, plug-ins, remote code. Every key here has a reader (tests/test_recipe.py).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Auto = Literal["auto"]
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Rate = Annotated[float, Field(gt=0, le=1)]
+Weight = Annotated[float, Field(ge=0)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=80)]
+SourceKind = Literal["literature", "clinical", "general", "instructions"]
+SourceFormat = Literal[
+    "auto", "jsonl", "json", "csv", "tsv", "parquet", "text", "jats", "pubmed", "s2orc", "bioc",
+    "mimic_cxr", "emrqa", "pubmedqa", "medqa", "medmcqa", "huggingface",
+]  # fmt: skip
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ModelSection(Section):
+    """The base: `builtin:tiny`, a local folder, or a Hub id."""
+
+    base: str
+    revision: str | None = None
+    quantization: Literal["nf4", "none"] = "nf4"
+    double_quantization: bool = True
+    compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    kernels: Literal["auto", "triton", "reference"] = "auto"
+    attention: Literal["auto", "sdpa", "flex_attention", "flash_attention_2", "eager"] = "auto"
+
+
+class AdapterSection(Section):
+    r: Positive = 16
+    alpha: Annotated[float, Field(gt=0)] = 32
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    targets: Literal["all-linear"] | list[str] = "all-linear"
+    rslora: bool = False
+    train_embeddings: bool | Auto = "auto"
+
+
+class SourceSection(Section):
+    """One named corpus. `path` takes files, folders, globs, `builtin:...` and `${VARIABLE}`s."""
+
+    path: str | list[str]
+    kind: SourceKind
+    format: SourceFormat = "auto"
+    columns: dict[str, str] = {}
+    template: str | None = None
+    split_by: Literal["record", "patient"] = "record"
+    holdout: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    max_records: Positive | None = None
+    chunking: Literal["pack", "truncate", "window"] = "pack"
+    license: str | None = None
+    terms: str | None = None
+
+
+class DedupSection(Section):
+    exact: bool = True
+    near: Annotated[float, Field(ge=0.5, le=1)] | Literal[False] = 0.8
+
+
+class HygieneSection(Section):
+    clean: bool = True
+    dedup: DedupSection = DedupSection()
+    decontaminate: Literal["off", "evaluation"] | list[str] = "evaluation"
+    contaminated: Literal["drop", "report"] = "drop"
+    phi: Literal["off", "report", "redact", "refuse"] = "report"
+    max_bad_fraction: Fraction = 0.01
+
+
+class WarmupSection(Section):
+    """Exactly one of the two, so that 0.03 steps or a ratio of 100 cannot happen."""
+
+    ratio: Fraction | None = None
+    steps: Annotated[int, Field(ge=0)] | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> WarmupSection:
+        if (self.ratio is None) == (self.steps is None):
+            raise ValueError("give exactly one of `ratio` (0 to 1) and `steps` (a count)")
+        return self
+
+
+class TrainSection(Section):
+    """What all training stages share. `auto` is resolved per base by plan.py, which prints value and reason."""
+
+    seq_len: Annotated[int, Field(ge=16)] | Auto = "auto"
+    batch: Positive | Auto = "auto"
+    micro_batch: Positive | Auto = "auto"
+    lr: Rate | Auto = "auto"
+    embedding_lr: Rate | Auto = "auto"
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: WarmupSection | Auto = "auto"
+    min_lr_ratio: Fraction = 0.05
+    horizon_steps: Positive | None = None
+    weight_decay: Weight = 0.0
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    optimizer: Literal["auto", "adamw", "adamw_8bit", "paged_adamw_8bit"] = "auto"
+    gradient_checkpointing: bool | Auto = "auto"
+    adapter: Literal["continue", "merge_then_new", "new"] = "continue"
+
+    @field_validator("betas", mode="before")
+    @classmethod
+    def _pair(cls, value: object) -> object:
+        return tuple(value) if isinstance(value, list) else value
+
+
+class CptSection(TrainSection):
+    """Continual pretraining on a weighted mixture. One of `tokens` and `epochs` sets the budget."""
+
+    mix: dict[str, Weight]
+    unit: Literal["tokens", "documents"] = "tokens"
+    tokens: Positive | Auto = "auto"
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    max_repeats: Annotated[float, Field(gt=0)] | None = None
+
+    @model_validator(mode="after")
+    def _positive_total(self) -> CptSection:
+        if not sum(self.mix.values()) > 0:
+            raise ValueError("at least one weight of `mix` must be above 0")
+        return self
+
+
+class SftSection(TrainSection):
+    """Supervised fine-tuning on instruction sources; every epoch sees all their records."""
+
+    data: str | list[str]
+    epochs: Annotated[float, Field(gt=0)] | Auto = "auto"
+    loss_on: Literal["response", "all"] | Fraction = "response"
+    max_truncated_fraction: Fraction = 0.05
+
+    @property
+    def sources(self) -> list[str]:
+        return [self.data] if isinstance(self.data, str) else self.data
+
+
+class PretrainSection(TrainSection):
+    """From scratch, all parameters, small models only; the tiny base is made by it."""
+
+    mix: dict[str, Weight]
+    unit: Literal["tokens", "documents"] = "tokens"
+    tokens: Positive | Auto = "auto"
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    max_repeats: Annotated[float, Field(gt=0)] | None = None
+
+
+class StageSection(Section):
+    """A single-key mapping: `- cpt: {...}`."""
+
+    pretrain: PretrainSection | None = None
+    cpt: CptSection | None = None
+    sft: SftSection | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> StageSection:
+        if len(self.model_fields_set) != 1:
+            raise ValueError("a stage is one of `cpt`, `sft`, `pretrain`")
+        return self
+
+    @property
+    def kind(self) -> str:
+        return next(iter(self.model_fields_set))
+
+    @property
+    def section(self) -> CptSection | SftSection | PretrainSection:
+        return getattr(self, self.kind)
+
+    @property
+    def sources(self) -> list[str]:
+        section = self.section
+        if isinstance(section, SftSection):
+            return section.sources
+        return [name for name, weight in section.mix.items() if weight > 0]
+
+
+class ValidateSection(Section):
+    every: Positive | Auto = "auto"
+    on: list[str] = []
+    keep_best: bool = False
+    max_tokens: Positive = 20_000
+
+
+class SaveSection(Section):
+    every: Positive | Auto = "auto"
+    keep: Annotated[int, Field(ge=1)] = 2
+
+
+class VerifySection(Section):
+    max_kl: Annotated[float, Field(gt=0)] = 1e-4
+
+
+class MergeSection(Section):
+    base: Literal["full16", "nf4"] = "full16"
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    verify: VerifySection = VerifySection()
+
+
+class TaskSection(Section):
+    """A benchmark over a local file: `{task: pubmedqa, path: ori_pqal.json}`; `facts` is built in."""
+
+    task: str
+    path: str | None = None
+    limit: Positive | None = None
+
+
+class EvaluateSection(Section):
+    tasks: list[str | TaskSection] = []
+    perplexity: list[str] = []
+    precision: Literal["nf4", "full16"] = "nf4"
+    generate: bool = True
+    batch: Positive | Auto = "auto"
+
+
+class Recipe(Section):
+    """A whole run. References between sections are checked here, all at once."""
+
+    name: Name
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 17
+    deterministic: bool = False
+    model: ModelSection
+    adapter: AdapterSection = AdapterSection()
+    data: dict[Name, SourceSection]
+    hygiene: HygieneSection = HygieneSection()
+    stages: Annotated[list[StageSection], Field(min_length=1)]
+    validation: Annotated[ValidateSection, Field(alias="validate")] = ValidateSection()
+    save: SaveSection = SaveSection()
+    merge: MergeSection = MergeSection()
+    evaluate: EvaluateSection = EvaluateSection()
+
+    def stage_names(self) -> list[str]:
+        """`01-cpt`, `02-sft` ...: the names of stage folders and of `run.json` entries."""
+        return [f"{i:02d}-{stage.kind}" for i, stage in enumerate(self.stages, start=1)]
+
+    def used_sources(self) -> list[str]:
+        """Sources that any stage, validation or perplexity reads, in the order of `data:`."""
+        named = {s for stage in self.stages for s in stage.sources}
+        named |= set(self.validation.on) | set(self.evaluate.perplexity)
+        return [name for name in self.data if name in named]
