@@ -1,0 +1,264 @@
+"""Folders that are either complete under their final name or not there at all.
+
+A step builds into `.building/<name>`, every file is fsynced, `seal.json` (a sha256 manifest with the step's key and
+facts) is written last, then one rename publishes the folder. What a newer result replaces goes to `.history/` and
+comes back when its key is asked for again: nothing that was paid for is deleted. Durability is as strong as the file
+system's fsync; SIGKILL at any instant is tested, power loss is not.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qmedtune.errors import RunError
+
+SEAL = "seal.json"
+STAMP = ".key"
+CHUNK_BYTES = 1 << 20
+# Carries times and speeds: listed and verified, but not part of what later steps depend on.
+VOLATILE = frozenset({"metrics.jsonl"})
+
+
+@dataclass(frozen=True)
+class Seal:
+    """What seal.json holds. `digest` names the content: equal digests mean equal bytes in all non-volatile files."""
+
+    key: str
+    digest: str
+    facts: dict[str, Any]
+    files: dict[str, dict[str, Any]]
+
+
+def sha256_file(path: Path) -> str:
+    """Hex sha256 of a file, read in 1 MiB pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """Hex sha256 of the canonical JSON form (sorted keys, no spaces)."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def fsync_path(path: Path) -> None:
+    """Flush a file or a folder entry to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Replace `path` in one rename; readers see the old text or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    fsync_path(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def _content_files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in (SEAL, STAMP))
+
+
+def seal(folder: Path, key: str, facts: dict[str, Any]) -> Seal:
+    """Hash and fsync everything below `folder`, then write seal.json last."""
+    files = {}
+    for path in _content_files(folder):
+        stat = path.stat()
+        entry = {"sha256": sha256_file(path), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+        files[path.relative_to(folder).as_posix()] = entry
+        fsync_path(path)
+    stable = {name: f["sha256"] for name, f in files.items() if Path(name).name not in VOLATILE}
+    result = Seal(key, sha256_json(stable), facts, files)
+    write_json(folder / SEAL, {"key": key, "digest": result.digest, "facts": facts, "files": files})
+    for sub in sorted((p for p in folder.rglob("*") if p.is_dir()), reverse=True):
+        fsync_path(sub)
+    fsync_path(folder)
+    return result
+
+
+def read_seal(folder: Path) -> Seal | None:
+    """The seal of a finished folder; None where there is none or it is unreadable."""
+    try:
+        data = json.loads((folder / SEAL).read_text(encoding="utf-8"))
+        return Seal(data["key"], data["digest"], data["facts"], data["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def damage(folder: Path, sealed: Seal, *, full: bool) -> list[str]:
+    """Names what differs from the seal. Not `full`: sizes and times only, hashing just the files whose time differs."""
+    problems = []
+    for name, entry in sealed.files.items():
+        path = folder / name
+        try:
+            stat = path.stat()
+        except OSError:
+            problems.append(f"{name}: missing")
+            continue
+        if stat.st_size != entry["size"]:
+            problems.append(f"{name}: {stat.st_size} bytes, sealed with {entry['size']}")
+        elif (full or stat.st_mtime_ns != entry["mtime_ns"]) and sha256_file(path) != entry["sha256"]:
+            problems.append(f"{name}: sha256 differs")
+    return problems
+
+
+def intact(folder: Path, key: str | None = None, *, full: bool = False) -> Seal | None:
+    """The folder's seal if it is there, carries `key` and its files are unchanged."""
+    sealed = read_seal(folder)
+    if sealed is None or (key is not None and sealed.key != key):
+        return None
+    return None if damage(folder, sealed, full=full) else sealed
+
+
+def retire(folder: Path, root: Path) -> Path | None:
+    """Move a folder that is no longer current to `.history/`, keeping it under its key."""
+    if not folder.exists():
+        return None
+    sealed = read_seal(folder)
+    label = sealed.key[:12] if sealed else "unsealed"
+    if sealed and damage(folder, sealed, full=False):
+        label = f"damaged-{label}"
+    name = folder.relative_to(root).as_posix().replace("/", "__")
+    target = root / ".history" / f"{name}-{label}"
+    number = 1
+    while target.exists():
+        number += 1
+        target = root / ".history" / f"{name}-{label}-{number}"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(folder, target)
+    return target
+
+
+def recall(folder: Path, root: Path, key: str) -> Seal | None:
+    """Bring an intact earlier result with this key back from `.history/`."""
+    name = folder.relative_to(root).as_posix().replace("/", "__")
+    for candidate in sorted((root / ".history").glob(f"{name}-{key[:12]}*")):
+        sealed = intact(candidate, key, full=True)
+        if sealed:
+            retire(folder, root)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(candidate, folder)
+            return sealed
+    return None
+
+
+def begin(folder: Path, root: Path, key: str, *, keep_partial: bool) -> Path:
+    """The folder to build `folder` in. With `keep_partial` an earlier attempt with the same key is continued."""
+    building = building_of(folder, root)
+    stamp = building / STAMP
+    same = keep_partial and stamp.is_file() and stamp.read_text() == key
+    if building.exists() and not same:
+        if keep_partial and stamp.is_file():
+            retire(building, root)
+        else:
+            shutil.rmtree(building)
+    if not same:
+        building.mkdir(parents=True, exist_ok=True)
+        write_atomic(stamp, key)
+    return building
+
+
+def publish(building: Path, folder: Path, root: Path, key: str, facts: dict[str, Any]) -> Seal:
+    """Seal `building` and rename it to `folder`; what stood there goes to `.history/`."""
+    sealed = seal(building, key, facts)
+    _move_into_place(building, folder, root)
+    return sealed
+
+
+def _move_into_place(building: Path, folder: Path, root: Path) -> None:
+    retire(folder, root)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(building, folder)
+    fsync_path(folder.parent)
+    (folder / STAMP).unlink(missing_ok=True)
+
+
+def complete(folder: Path, root: Path, key: str) -> Seal | None:
+    """Finish a publication that was killed between its seal and its rename."""
+    building = building_of(folder, root)
+    sealed = intact(building, key, full=True)
+    if sealed:
+        _move_into_place(building, folder, root)
+    return sealed
+
+
+def building_of(folder: Path, root: Path) -> Path:
+    return root / ".building" / folder.relative_to(root).as_posix().replace("/", "__")
+
+
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """One process per folder. The kernel drops the lock with the process: no stale lock can stay behind."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            pid = file.read().strip() or "unknown"
+            raise RunError(
+                f"{folder}: already running (pid {pid})\nwait for it, or give this run another folder with --out"
+            ) from error
+        file.seek(0)
+        if file.read().strip() != str(os.getpid()):
+            file.seek(0)
+            file.truncate()
+            file.write(str(os.getpid()))
+            file.flush()
+        yield
+
+
+class HashCache:
+    """sha256 of input files, remembered by (size, mtime, inode) so that an unchanged corpus is read once."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.changed = False
+        try:
+            self.known: dict[str, list] = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            self.known = {}
+
+    def sha256(self, path: Path) -> str:
+        stat = path.stat()
+        mark = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+        entry = self.known.get(str(path.resolve()))
+        if entry and entry[:3] == mark:
+            return entry[3]
+        value = sha256_file(path)
+        self.known[str(path.resolve())] = [*mark, value]
+        self.changed = True
+        return value
+
+    def save(self) -> None:
+        if self.changed:
+            write_atomic(self.path, json.dumps(self.known))
+            self.changed = False
+
+
+def cache_root() -> Path:
+    """`$QMEDTUNE_CACHE`, else `$XDG_CACHE_HOME/qmedtune`, else `~/.cache/qmedtune`."""
+    if own := os.environ.get("QMEDTUNE_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qmedtune"
