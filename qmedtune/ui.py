@@ -1,0 +1,323 @@
+"""What a person sees while qmedtune works: progress and notes on stderr, result tables on stdout.
+
+A terminal shows at most two moving lines, one for the run and one for its innermost stage, and one line stays
+for each finished step. Log files get plain lines: at the start, at the end, and every `PLAIN_EVERY_S`.
+
+Deliberately does not: draw (see terminal.py), read files, or hold results. Callers never pass text of records
+here: names, counts and figures only.
+"""
+
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from qmedtune import terminal
+from qmedtune.terminal import Line
+from qmedtune.units import clock, count, duration
+
+PLAIN_EVERY_S = 10.0
+RATE_SMOOTHING = 0.2  # weight of the newest interval in the moving average behind "left"
+SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
+MARKS = {"done": ("✓", "green"), "stopped": ("✗", "bold red"), "cached": ("·", "dim")}
+
+
+@dataclass
+class Stage:
+    """One bar: `completed` of `total` in `unit`, losses in nats. Made by `stage()`, fed by `update()`."""
+
+    title: str
+    total: float | None
+    unit: str
+    completed: float
+    first_loss: float | None = None
+    loss: float | None = None
+    tokens_per_s: float | None = None
+    lr: float | None = None
+    note: str | None = None
+    units_per_s: float | None = None  # smoothed
+    started_s: float = field(default_factory=time.monotonic)
+    updated_s: float = field(default_factory=time.monotonic)
+    printed_s: float = field(default_factory=time.monotonic)
+
+    def update(
+        self,
+        completed: float,
+        *,
+        loss: float | None = None,
+        tokens_per_s: float | None = None,
+        lr: float | None = None,
+        note: str | None = None,
+    ) -> None:
+        """Say how far the stage is. A field left out keeps its last value. Cheap: draws nothing."""
+        now = time.monotonic()
+        if completed > self.completed:
+            latest = (completed - self.completed) / max(now - self.updated_s, 1e-6)
+            before = latest if self.units_per_s is None else self.units_per_s
+            self.units_per_s = before + RATE_SMOOTHING * (latest - before)
+            self.updated_s = now
+        self.completed = completed
+        self.first_loss = loss if self.first_loss is None else self.first_loss
+        self.loss = self.loss if loss is None else loss
+        self.tokens_per_s = self.tokens_per_s if tokens_per_s is None else tokens_per_s
+        self.lr = self.lr if lr is None else lr
+        self.note = self.note if note is None else note
+        if now - self.printed_s >= PLAIN_EVERY_S and not terminal.is_live():
+            self.printed_s = now
+            terminal.write(f"    {self.title}: " + ", ".join(self.figures()))
+
+    def elapsed_s(self) -> float:
+        return time.monotonic() - self.started_s
+
+    def left_s(self) -> float | None:
+        """Seconds to go at the smoothed rate, counting down between updates; None while unknown."""
+        if self.total is None or not self.units_per_s:
+            return None
+        since_update_s = time.monotonic() - self.updated_s
+        return max((self.total - self.completed) / self.units_per_s - since_update_s, 0.0)
+
+    def figures(self) -> list[str]:
+        """What the moving line says, most important first: a narrow terminal drops the last ones."""
+        left = self.left_s()
+        amount = count(self.completed) + (f" of {count(self.total)}" if self.total else "")
+        parts = [
+            f"{min(self.completed / self.total, 1.0):.0%}" if self.total else None,
+            None if self.loss is None else f"loss {self.loss:.3f}",
+            clock(self.elapsed_s()) if left is None else f"{clock(left)} left",
+            None if self.tokens_per_s is None else f"{self.tokens_per_s:,.0f} tokens/s",
+            f"{amount} {self.unit}" if self.total or self.completed else None,
+            self.note,
+            None if self.lr is None else f"lr {self.lr:.1e}",
+        ]
+        return [part for part in parts if part]
+
+    def summary(self) -> str:
+        """What stays when it has ended: `500k tokens, loss 3.214 → 1.234, 8,700 tokens/s`."""
+        parts = [
+            f"{count(self.completed)} {self.unit}" if self.completed else None,
+            None if self.loss is None else f"loss {self.first_loss:.3f} → {self.loss:.3f}",
+            None if self.tokens_per_s is None else f"{self.tokens_per_s:,.0f} tokens/s",
+            self.note,
+        ]
+        return ", ".join(part for part in parts if part)
+
+
+@dataclass
+class Step:
+    """The step of a run that is active. Set `summary` to say in a few words what came out of it."""
+
+    name: str
+    summary: str = ""
+    started_s: float = field(default_factory=time.monotonic)
+    longest: tuple[float, str] = (0.0, "")  # seconds and summary of its longest stage
+
+
+@dataclass
+class Run:
+    """An ordered list of steps, of which at most one is active. Made by `run_progress()`."""
+
+    steps: tuple[str, ...]
+    expected_s: Mapping[str, float]
+    finished: frozenset[str] = frozenset()
+    active: Step | None = None
+    started_s: float = field(default_factory=time.monotonic)
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[Step]:
+        """`name` is active for the length of the block; its summary stays, else its longest stage's."""
+        active = self.active = Step(name)
+        if not terminal.is_live():
+            terminal.write(f"{self.label(name)}: started")
+        ended = "stopped"
+        try:
+            yield active
+            ended = "done"
+            self.finished |= {name}
+        finally:
+            self.active = None
+            seconds = time.monotonic() - active.started_s
+            self._leave(name, ended, seconds, active.summary or active.longest[1])
+
+    def cached(self, name: str, why: str = "unchanged") -> None:
+        """`name` needs no work; leaves one line."""
+        self.finished |= {name}
+        self._leave(name, "cached", None, why)
+
+    def _leave(self, name: str, ended: str, seconds: float | None, summary: str) -> None:
+        _leave_line(name, ended, seconds, summary, max(map(len, self.steps)), self.label(name))
+
+    def label(self, name: str) -> str:
+        """`3/7 01-cpt`"""
+        return f"{self.steps.index(name) + 1}/{len(self.steps)} {name}"
+
+    def left_s(self) -> float | None:
+        """Seconds to the end, by the active stage's rate and `expected_s` of the rest; None while unknown."""
+        waiting = [name for name in self.steps if name not in self.finished]
+        if self.active is None or any(name not in self.expected_s for name in waiting):
+            return None
+        active_left = self.expected_s[self.active.name] - (time.monotonic() - self.active.started_s)
+        stages = _shown.stages
+        measured = stages[0].left_s() if stages else None
+        later = sum(self.expected_s[name] for name in waiting if name != self.active.name)
+        return max(active_left, measured or 0.0, 0.0) + later
+
+
+class _Shown:
+    """What is on now. `stages` is replaced, never mutated: the drawing thread reads it."""
+
+    run: Run | None = None
+    stages: tuple[Stage, ...] = ()
+
+
+_shown = _Shown()
+_warned: set[str] = set()
+
+
+@contextmanager
+def run_progress(steps: Sequence[str], expected_s: Mapping[str, float] | None = None) -> Iterator[Run]:
+    """Show which step of a run is active.
+
+    expected_s: seconds per step, from a plan; without it no overall time left is shown.
+
+    with ui.run_progress(["data", "01-cpt"], {"data": 4, "01-cpt": 60}) as run:
+        run.cached("data")
+        with run.step("01-cpt") as step:
+            step.summary = "500k tokens"
+    """
+    outer, _shown.run = _shown.run, Run(tuple(steps), expected_s or {})
+    with terminal.live_region(_moving_lines):
+        try:
+            yield _shown.run
+        finally:
+            _shown.run = outer
+
+
+@contextmanager
+def stage(title: str, total: float | None = None, unit: str = "tokens", completed: float = 0.0) -> Iterator[Stage]:
+    """Show one piece of work for the length of the block; call `.update()` on what it yields. Stages nest.
+
+    total: amount of work in `unit`, None when unknown (then only a clock is shown).
+    completed: where a resumed stage begins, so that the rate counts only new work.
+    Within a run a stage leaves no line on a terminal: the step's line tells the longest stage's figures.
+    """
+    handle = Stage(title, total, unit, completed)
+    outermost, lone = not _shown.stages, not _shown.stages and _shown.run is None
+    indent = "" if lone else "    "
+    if not terminal.is_live():
+        terminal.write(f"{indent}{title}: started")
+    with terminal.live_region(_moving_lines):
+        _shown.stages = (*_shown.stages, handle)
+        ended = "stopped"
+        try:
+            yield handle
+            ended = "done"
+        finally:
+            _shown.stages = tuple(other for other in _shown.stages if other is not handle)
+            step = _shown.run.active if _shown.run else None
+            if outermost and step is not None:
+                step.longest = max(step.longest, (handle.elapsed_s(), handle.summary()))
+            if lone or not terminal.is_live():
+                _leave_line(title, ended, handle.elapsed_s(), handle.summary(), len(title), indent + title)
+
+
+def note(text: str) -> None:
+    """One line of information."""
+    _say(text, "", "", "")
+
+
+def warn(text: str) -> None:
+    """One yellow line; the same text is shown once per process."""
+    if text not in _warned:
+        _warned.add(text)
+        _say(text, "yellow", "! ", "warning: ")
+
+
+def error_panel(lines: Sequence[str]) -> None:
+    """One to six lines for the user: first what went wrong and where, then what is allowed and what to do."""
+    _say(lines[0], "bold red", "✗ ", "error: ")
+    for line in lines[1:]:
+        _say(line, "", "  ", "  ")
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """A result on stdout: drawn on a terminal, plain aligned text elsewhere. Figures are right-aligned."""
+    cells = [["" if cell is None else str(cell) for cell in row] for row in rows]
+    right = [i > 0 and all(_is_figure(row[i]) for row in cells) for i in range(len(columns))]
+    if terminal.is_terminal(sys.stdout):
+        terminal.draw_table(title, columns, cells, right)
+    else:
+        print("\n".join(_plain_table(title, columns, cells, right)))
+
+
+def _is_figure(cell: str) -> bool:
+    return cell == "" or cell[0].isdigit() or cell[0] in "+-−±~.–—<≤"
+
+
+def _plain_table(title: str, columns: Sequence[str], cells: list[list[str]], right: list[bool]) -> list[str]:
+    widths = [max(len(row[i]) for row in [list(columns), *cells]) for i in range(len(columns))]
+
+    def line(row: Sequence[str]) -> str:
+        parts = zip(row, widths, right, strict=True)
+        return "  ".join(cell.rjust(wide) if is_right else cell.ljust(wide) for cell, wide, is_right in parts).rstrip()
+
+    ruler = "  ".join("-" * wide for wide in widths)
+    return [*([title] if title else []), line(columns), ruler, *map(line, cells)]
+
+
+def _say(text: str, style: str, mark: str, plain_mark: str) -> None:
+    if terminal.is_live():
+        terminal.draw([(mark + text, style)])
+    else:
+        terminal.write(plain_mark + text)
+
+
+def _leave_line(name: str, ended: str, seconds: float | None, summary: str, name_width: int, label: str) -> None:
+    """The line that stays when a step or a lone stage has ended. `label` stands for `name` in plain text."""
+    took = "" if seconds is None else duration(seconds)
+    if not terminal.is_live():
+        when = f" {'in' if ended == 'done' else 'after'} {took}" if took else ""
+        terminal.write(f"{label}: {ended}{when}" + (f", {summary}" if summary else ""))
+        return
+    mark, style = MARKS[ended]
+    quiet = "dim" if ended == "cached" else ""
+    named = (f"{name:<{name_width}}", quiet or "bold")
+    terminal.draw([(f"{mark} ", style), named, (f"  {took:>11}  ", "dim"), (summary, quiet)])
+
+
+def _moving_lines() -> list[Line]:
+    """The live region: the run and its innermost stage. Called by the drawing thread: changes nothing."""
+    run, stages = _shown.run, _shown.stages
+    step = run.active if run else None
+    lines = [_run_line(run, step)] if run and step else []
+    return lines + ([_stage_line(stages[-1], "  " if lines else _spinner())] if stages else [])
+
+
+def _spinner() -> str:
+    return SPINNER[int(time.monotonic() * terminal.REDRAWS_PER_S) % len(SPINNER)] + " "
+
+
+def _run_line(run: Run, step: Step) -> Line:
+    line: Line = [(_spinner(), "cyan"), (f"{run.label(step.name)}  ", "bold")]
+    for name in run.steps:
+        done, active = name in run.finished, name == step.name
+        line.append(("● ", "green") if done else ("◉ ", "cyan") if active else ("○ ", "dim"))
+    line.append((f" {clock(time.monotonic() - run.started_s)} elapsed", "dim"))
+    left = run.left_s()
+    return line if left is None else [*line, (f", about {clock(left)} left", "dim")]
+
+
+def _stage_line(stage: Stage, lead: str) -> Line:
+    line: Line = [(f"{lead}{stage.title}  ", "")]
+    figures, room = stage.figures(), terminal.width() - len(line[0][0]) - 1
+    if stage.total:
+        cells = min(30, max(room - len("  ".join(figures)) - 2, 10))
+        done = round(cells * min(stage.completed / stage.total, 1.0))
+        line += [("━" * done, "cyan"), ("─" * (cells - done) + "  ", "dim")]
+        room -= cells + 2
+    for position, figure in enumerate(figures):
+        room -= len(figure) + 2
+        if room < -2:
+            break
+        line.append((figure + "  ", "" if position < 2 else "dim"))
+    return line
