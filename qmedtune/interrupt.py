@@ -1,0 +1,86 @@
+"""How a run stops before its end: Ctrl-C, SIGTERM (Slurm, Colab), `--time-limit`.
+
+Inside `graceful()` (the training loop) the first signal only raises a flag, so that the step in hand is finished and
+a checkpoint sealed; everywhere else it ends the step at once, which is safe because steps publish atomically. A second
+signal leaves immediately.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from qmedtune.errors import QmedtuneError
+
+
+class Interrupted(QmedtuneError):
+    """Stopped by a signal. Exit code 128 + signal number: 130 for Ctrl-C, 143 for SIGTERM."""
+
+    def __init__(self, number: int):
+        self.exit_code = 128 + number
+        super().__init__(f"stopped by {signal.Signals(number).name}; the same command continues from here")
+
+
+class TimeLimit(QmedtuneError):
+    """`--time-limit` was reached; everything so far is sealed."""
+
+    exit_code = 0
+
+    def __init__(self) -> None:
+        super().__init__("time limit reached; the same command continues from here")
+
+
+class Stop:
+    """Whether this process was asked to stop, and by what."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self.deadline: float | None = None
+        self._graceful = False
+
+    @contextmanager
+    def watching(self, time_limit_s: float | None) -> Iterator[None]:
+        """Handle SIGINT and SIGTERM, and keep the deadline, for the length of a run."""
+        self.signal, self.deadline = None, None
+        if time_limit_s is not None:
+            self.deadline = time.monotonic() + time_limit_s
+        before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @contextmanager
+    def graceful(self) -> Iterator[None]:
+        """The code inside asks `requested` after every unit of work and then calls `raise_if_requested`."""
+        self._graceful = True
+        try:
+            yield
+        finally:
+            self._graceful = False
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None:
+            os._exit(128 + number)
+        self.signal = number
+        if not self._graceful:
+            raise Interrupted(number)
+
+    @property
+    def requested(self) -> bool:
+        late = self.deadline is not None and time.monotonic() >= self.deadline
+        return self.signal is not None or late
+
+    def raise_if_requested(self) -> None:
+        if self.signal is not None:
+            raise Interrupted(self.signal)
+        if self.requested:
+            raise TimeLimit
+
+
+stop = Stop()

@@ -1,0 +1,54 @@
+"""The next-token loss over packed rows, without the full logits, for training, validation and perplexity alike.
+
+On CUDA it is TRL's fused LM head (chunks of tokens and vocabulary in Triton, fp32 accumulation). On the CPU the
+vocabulary is small in practice: chunks of positions through torch's own cross entropy, recomputed in backward.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+# Logits held at once on the CPU: 2**24 fp32 values are 64 MiB.
+MAX_LOGITS = 2**24
+
+
+def token_nll(model: nn.Module, input_ids: Tensor, labels: Tensor, position_ids: Tensor) -> Tensor:
+    """Summed negative log-likelihood, a 0-dim fp32 tensor, differentiable.
+
+    All three inputs are int64 [rows, length]. `position_ids` restart at every document, which isolates documents from
+    each other in attention; `labels` are -100 where nothing is to be predicted and are shifted by one here.
+    """
+    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    hidden = causal_lm.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+    targets = labels[:, 1:]
+    wanted = targets != -100
+    picked, targets = hidden[:, :-1][wanted], targets[wanted]
+    weight = causal_lm.get_output_embeddings().weight.to(picked.dtype)
+    if picked.is_cuda:
+        return _fused_nll(picked, weight, targets)
+    return _chunked_nll(picked, weight, targets)
+
+
+def _fused_nll(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+    chunk = 8192  # vocabulary columns per tile
+    outputs = ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, chunk, None, 1.0, ("log_probs",))
+    return -outputs[0].sum()
+
+
+def _piece_nll(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="sum")
+
+
+def _chunked_nll(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    rows = max(1, MAX_LOGITS // weight.shape[0])
+    if len(targets) <= rows:
+        return _piece_nll(hidden, weight, targets)
+    total = hidden.new_zeros((), dtype=torch.float32)
+    for h, t in zip(hidden.split(rows), targets.split(rows), strict=True):
+        total = total + checkpoint(_piece_nll, h, weight, t, use_reentrant=False)
+    return total

@@ -1,0 +1,304 @@
+"""Bases, tokenizers and adapters: the only file that knows how bitsandbytes and peft are used.
+
+On a GPU the linears stay bitsandbytes' NF4. On the CPU each becomes a plain linear holding the exact dequantised NF4
+values: bitsandbytes 0.50 repacks its CPU linears at the first eval-mode forward and then trains on wrong gradients
+(cosine .33 to the right ones), and is about 3x slower. Pickled weights and remote code are refused, always.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from qmedtune.errors import RecipeError
+from qmedtune.recipe import AdapterSection, ModelSection
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+EMBEDDINGS = ("embed_tokens", "lm_head")
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def device() -> torch.device:
+    """The one device of this run."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a model folder that would unpickle or execute something, or that points out of itself."""
+    weights = sorted(folder.glob("*.safetensors"))
+    pickled = sorted(p.name for pattern in PICKLED for p in folder.glob(pattern) if p.name != "training_args.bin")
+    if pickled and not weights:
+        raise RecipeError(
+            f"{folder}: weights are pickled ({pickled[0]}); loading them could run code\n"
+            "allowed: *.safetensors; convert the model, or take a revision that has them"
+        )
+    if not weights:
+        raise RecipeError(f"{folder}: no *.safetensors in this folder\ngive a folder with config.json and weights")
+    for name in ("config.json", "tokenizer_config.json"):
+        path = folder / name
+        if path.is_file() and "auto_map" in json.loads(path.read_text(encoding="utf-8")):
+            raise RecipeError(f"{path}: `auto_map` asks for remote code, which is never run\nuse a LLaMA-family model")
+    for path in folder.iterdir():
+        inside = (folder.resolve(), folder.resolve().parent.parent)  # Hub snapshots link to ../../blobs
+        if path.is_symlink() and not any(path.resolve().is_relative_to(root) for root in inside):
+            raise RecipeError(f"{path}: a link out of the model folder\ncopy the file into the folder")
+
+
+def resolve_base(section: ModelSection, *, offline: bool) -> Path:
+    """The local folder of a base that is not built in; downloads a Hub id unless `offline`."""
+    local = Path(section.base).expanduser()
+    if local.is_dir():
+        check_folder(local)
+        return local
+    if local.is_absolute() or section.base.startswith((".", "~")) or section.base.count("/") != 1:
+        raise RecipeError(
+            f"model.base: no folder {section.base!r} here, and it is not a Hub id\n"
+            "allowed: builtin:tiny, a folder with config.json and *.safetensors, or owner/name of the Hub"
+        )
+    folder = _download(section, offline=offline)
+    check_folder(folder)
+    return folder
+
+
+def _download(section: ModelSection, *, offline: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    patterns = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "*.model", "*.jinja"]
+    try:
+        path = snapshot_download(
+            section.base, revision=section.revision, allow_patterns=patterns, local_files_only=offline
+        )
+    except GatedRepoError as error:
+        raise RecipeError(
+            f"model.base: {section.base} is gated\naccept its licence on its Hub page, then log in: hf auth login"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise RecipeError(
+            f"model.base: the Hub has no model {section.base!r} (or this login may not see it)\n"
+            "check the name, or give a local folder"
+        ) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        why = "offline" if offline else "the Hub was not reached"
+        raise RecipeError(
+            f"model.base: {section.base} is not in the local cache, and {why}\n"
+            f"fetch it once where there is a network: hf download {section.base}\n"
+            "or set model.base to a local folder; without any: builtin:tiny"
+        ) from error
+    return Path(path)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer with a pad token. Padding never enters a loss (labels say what is trained), so the choice of pad
+    token cannot mask an end token even where a tokenizer has only its eos to offer."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if tokenizer.eos_token_id is None or tokenizer.bos_token_id is None:
+        raise RecipeError(f"{folder}: the tokenizer names no bos or eos token\nset both in tokenizer_config.json")
+    if tokenizer.pad_token_id is None:
+        vocabulary = tokenizer.get_vocab()
+        spare = ("<|finetune_right_pad_id|>", "<pad>", "[PAD]", "<|reserved_special_token_0|>", "<unk>")
+        tokenizer.pad_token = next((t for t in spare if t in vocabulary), tokenizer.eos_token)
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, folder: Path) -> None:
+    """A tokenizer that yields ids beyond the embedding belongs to another model."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise RecipeError(
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model only {rows} embeddings\n"
+            "use the tokenizer that came with the base"
+        )
+
+
+def _quantization(section: ModelSection, dtype: torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=section.double_quantization,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=torch.uint8,
+    )
+
+
+def load_base(folder: Path, section: ModelSection, *, quantize: bool | None = None) -> PreTrainedModel:
+    """Load a base for training or scoring, on this machine's device.
+
+    `section.compute_dtype` must be resolved (not `auto`). `quantize` overrides `section.quantization`: False gives the
+    16-bit (or fp32) weights themselves. Raises RecipeError for folders that check_folder refuses.
+    """
+    from transformers import AutoModelForCausalLM
+
+    check_folder(folder)
+    dtype = DTYPES[section.compute_dtype]
+    four_bit = section.quantization == "nf4" if quantize is None else quantize
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    stored = config.get("quantization_config")
+    attention = "sdpa" if section.attention == "auto" else section.attention
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=dtype,
+        quantization_config=_quantization(section, dtype) if four_bit and not stored else None,
+        device_map={"": device()},
+        attn_implementation=attention,
+        trust_remote_code=False,
+        use_safetensors=True,
+    )
+    model.config.use_cache = False
+    if device().type == "cpu" and (four_bit or stored):
+        dequantize_linears(model, dtype)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    return model
+
+
+def from_scratch(folder: Path, section: ModelSection) -> PreTrainedModel:
+    """A randomly initialised model of the folder's config.json, fp32 master weights, everything trainable."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config.use_cache = False
+    attention = "sdpa" if section.attention == "auto" else section.attention
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
+    return model.to(device())
+
+
+def install_kernels(model: PeftModel, mode: str) -> dict[str, Any]:
+    """Let qmedtune's own operations run the linears, LoRA and norms; says which path each takes and why."""
+    from qmedtune import fused
+
+    return fused.install(model, mode)
+
+
+def dequantize_linears(model: PreTrainedModel, dtype: torch.dtype) -> int:
+    """Replace every bitsandbytes NF4 linear by a plain one with the same values in `dtype`; returns how many."""
+    import bitsandbytes as bnb
+
+    found = [(name, m) for name, m in model.named_modules() if isinstance(m, bnb.nn.Linear4bit)]
+    for name, module in found:
+        with torch.no_grad():
+            values = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state).to(dtype)
+        plain = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
+        plain.weight = nn.Parameter(values.contiguous(), requires_grad=False)
+        if module.bias is not None:
+            plain.bias = nn.Parameter(module.bias.data.to(dtype), requires_grad=False)
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, plain)
+    if found:
+        # The trainers must not take this for a quantised model: its linears are ordinary ones now.
+        for flag in ("is_loaded_in_4bit", "is_quantized"):
+            setattr(model, flag, False)
+        model.hf_quantizer = None
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+    return len(found)
+
+
+def lora_config(section: AdapterSection, *, embeddings: bool) -> Any:
+    """PEFT's configuration of one adapter."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=section.r,
+        lora_alpha=section.alpha,
+        lora_dropout=section.dropout,
+        use_rslora=section.rslora,
+        target_modules=section.targets if isinstance(section.targets, str) else list(section.targets),
+        modules_to_save=list(EMBEDDINGS) if embeddings else None,
+        task_type="CAUSAL_LM",
+    )
+
+
+def attach_adapter(
+    model: PreTrainedModel, section: AdapterSection, earlier: Sequence[Path], *, continued: bool
+) -> PeftModel:
+    """The base with its adapters, the last of them trainable.
+
+    `earlier` are the folders of the stages before, in order. `continued`: train the last of them on; otherwise a new
+    adapter is put on top and the earlier ones are frozen. Trainable weights are fp32 whatever the compute dtype.
+    """
+    from peft import get_peft_model
+
+    if continued and earlier:
+        peft_model = load_adapters(model, earlier)
+    elif earlier:
+        peft_model = load_adapters(model, earlier)
+        peft_model.add_adapter(adapter_name(len(earlier) + 1), lora_config(section, embeddings=False))
+    else:
+        config = lora_config(section, embeddings=section.train_embeddings is True)
+        peft_model = get_peft_model(model, config, adapter_name=adapter_name(1))
+    activate(peft_model)
+    return peft_model
+
+
+def adapter_name(number: int) -> str:
+    return f"stage{number}"
+
+
+def load_adapters(model: PreTrainedModel, folders: Sequence[Path]) -> PeftModel:
+    """The base with the adapters of `folders` applied in order, all frozen."""
+    from peft import PeftModel
+
+    first, *rest = folders
+    peft_model = PeftModel.from_pretrained(model, str(first), adapter_name=adapter_name(1))
+    for number, folder in enumerate(rest, start=2):
+        peft_model.load_adapter(str(folder), adapter_name=adapter_name(number))
+    peft_model.base_model.set_adapter(list(peft_model.peft_config))
+    for parameter in peft_model.parameters():
+        parameter.requires_grad_(False)
+    _match_dtype(peft_model)
+    return peft_model
+
+
+def activate(model: PeftModel) -> None:
+    """All adapters take part, only the last is trained, and what is trained is fp32."""
+    names = list(model.peft_config)
+    model.base_model.set_adapter(names)
+    for name, parameter in model.named_parameters():
+        trained = f".{names[-1]}." in name or name.endswith(f".{names[-1]}")
+        parameter.requires_grad_(trained)
+        if trained:
+            parameter.data = parameter.data.float()
+    _match_dtype(model)
+
+
+def _match_dtype(model: PeftModel) -> None:
+    """Trained embeddings are fp32 copies; the layers behind them work in the compute dtype."""
+    embedding = model.get_input_embeddings()
+    if not hasattr(embedding, "modules_to_save"):
+        return
+    dtype = model.get_base_model().model.layers[0].input_layernorm.weight.dtype
+    embedding.register_forward_hook(lambda module, args, output: output.to(dtype))
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name to parameter, for everything that is trained."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def save_adapter(model: PeftModel, folder: Path, base_name: str) -> None:
+    """Write the last adapter as PEFT files (fp32 safetensors). `base_name` replaces local paths in its config."""
+    name = list(model.peft_config)[-1]
+    config = model.peft_config[name]
+    config.base_model_name_or_path = base_name
+    config.inference_mode = True
+    model.save_pretrained(str(folder), selected_adapters=[name], save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)
+    nested = folder / name  # PEFT puts an adapter that is not called "default" into a folder of its name
+    for path in sorted(nested.iterdir()):
+        path.rename(folder / path.name)
+    nested.rmdir()
