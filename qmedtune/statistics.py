@@ -1,0 +1,84 @@
+"""Uncertainty of scores: intervals, paired tests and calibration, on plain Python lists.
+
+Every accuracy in a report carries an interval and every difference a paired test on the same items, because medical
+test sets are small (PubMedQA has 500 items: +-4 points at 95 %). Plain numpy, no scipy.
+Deliberately absent: corrections for multiple comparisons, parametric tests on scores that are not proportions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import comb, sqrt
+from statistics import NormalDist
+
+import numpy as np
+
+RESAMPLES = 1000
+
+Interval = tuple[float, float]
+Statistic = Callable[[np.ndarray], float]
+"""Maps item indices (int64, with repeats) to the score of that resample."""
+
+
+def wilson(correct: int, n: int, confidence: float = 0.95) -> Interval:
+    """Wilson score interval of a proportion. Stays inside [0, 1] and is right at 0 and n correct (Wilson 1927)."""
+    assert 0 <= correct <= n and n > 0
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    p = correct / n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def bootstrap(
+    statistic: Statistic, n: int, resamples: int = RESAMPLES, seed: int = 0, confidence: float = 0.95
+) -> Interval:
+    """Percentile bootstrap over items: `statistic` is called with `resamples` index arrays of length n."""
+    assert n > 0
+    generator = np.random.default_rng(seed)
+    scores = [statistic(generator.integers(0, n, n)) for _ in range(resamples)]
+    low, high = np.quantile(scores, [0.5 - confidence / 2, 0.5 + confidence / 2])
+    return float(low), float(high)
+
+
+def bootstrap_mean(values: Sequence[float], resamples: int = RESAMPLES, seed: int = 0) -> Interval:
+    """95 % percentile bootstrap interval of a mean over items (accuracy, ROUGE, token F1 ...)."""
+    array = np.asarray(values, dtype=np.float64)
+    return bootstrap(lambda indices: float(array[indices].mean()), len(array), resamples, seed)
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Two models on the same items. gained: wrong before, right after; lost: the other way round."""
+
+    gained: int
+    lost: int
+    p: float
+
+
+def mcnemar(before: Sequence[bool], after: Sequence[bool]) -> Paired:
+    """Exact two-sided McNemar test (McNemar 1947): a sign test on the items that changed; p = 1 when none did."""
+    assert len(before) == len(after)
+    gained = sum(not b and a for b, a in zip(before, after, strict=True))
+    lost = sum(b and not a for b, a in zip(before, after, strict=True))
+    changed = gained + lost
+    tail = sum(comb(changed, k) for k in range(min(gained, lost) + 1))
+    return Paired(gained, lost, min(1.0, 2 * tail / 2**changed))
+
+
+def paired_bootstrap(
+    before: Statistic, after: Statistic, n: int, resamples: int = RESAMPLES, seed: int = 0
+) -> tuple[float, Interval]:
+    """Difference after - before of any score on the same items, with its 95 % interval: (difference, interval)."""
+    items = np.arange(n)
+    return after(items) - before(items), bootstrap(lambda i: after(i) - before(i), n, resamples, seed)
+
+
+def expected_calibration_error(confidences: Sequence[float], correct: Sequence[bool], bins: int = 10) -> float:
+    """ECE with equal-width bins (Guo et al. 2017): mean |accuracy - confidence|, weighted by the bins' sizes."""
+    confidence, hit = np.asarray(confidences, dtype=np.float64), np.asarray(correct, dtype=np.float64)
+    assert len(confidence) == len(hit) > 0
+    index = np.minimum((confidence * bins).astype(int), bins - 1)
+    gaps = [abs(hit[index == b].sum() - confidence[index == b].sum()) for b in range(bins)]
+    return float(sum(gaps) / len(confidence))
