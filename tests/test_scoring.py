@@ -1,0 +1,206 @@
+"""Options, perplexity and answers against the naive one-by-one computation on a small random LLaMA."""
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from qmedtune import generation, scoring
+from qmedtune.errors import DataError
+
+TEXT = [
+    "What does bacedax treat? It treats asthma. It causes nausea and dry mouth.",
+    "### Instruction: Answer the question about the patient. ### Response: yes no maybe gout migraine psoriasis",
+]
+PROMPTS = ["What does bacedax treat?", "Question: does it? Answer:", "Q", "What does the patient have? " * 5]
+OPTIONS = [
+    [" It treats asthma.", " It treats gout.", " It causes nausea and dry mouth.", " yes"],
+    [" yes", " no", " maybe"],
+    ["a", "bb", "treats it"],
+    [" gout", " migraine and gout and psoriasis"],
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<unk>", "<s>", "</s>"]
+    core.train_from_iterator(
+        TEXT,
+        trainers.BpeTrainer(vocab_size=340, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer) -> LlamaForCausalLM:
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, bos_token_id=1, eos_token_id=2, initializer_range=0.3,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def naive_logprob(model, tokenizer, prompt: str, option: str) -> float:
+    context = prompt.rstrip()
+    start = [1, *tokenizer(context, add_special_tokens=False)["input_ids"]]
+    whole = [1, *tokenizer(prompt + option, add_special_tokens=False)["input_ids"]]
+    row = start + whole[len(start) :]
+    with torch.no_grad():
+        logprobs = model(torch.tensor([row])).logits.log_softmax(-1)[0]
+    return sum(float(logprobs[i - 1, row[i]]) for i in range(len(start), len(row)))
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 60, 8192])
+def test_options_equal_one_by_one(model, tokenizer, batch_tokens):
+    scores = scoring.choice_logprobs(model, tokenizer, PROMPTS, OPTIONS, batch_tokens)
+    for prompt, options, score in zip(PROMPTS, OPTIONS, scores, strict=True):
+        expected = [naive_logprob(model, tokenizer, prompt, option) for option in options]
+        assert score.sums == pytest.approx(expected, abs=1e-5)
+        assert score.per_character == pytest.approx([e / len(o) for e, o in zip(expected, options, strict=True)])
+        assert not score.truncated
+
+
+def test_space_before_the_answer_belongs_to_the_option(model, tokenizer):
+    """A prompt that ends in a space scores the same tokens as one whose options begin with it."""
+    [spaced] = scoring.choice_logprobs(model, tokenizer, ["Answer: "], [["yes", "no"]])
+    [plain] = scoring.choice_logprobs(model, tokenizer, ["Answer:"], [[" yes", " no"]])
+    assert spaced.sums == pytest.approx(plain.sums, abs=1e-6)
+
+
+def test_shared_beginnings_are_read_once():
+    tree = scoring.option_tree([[5, 6, 7, 9], [5, 6, 8, 9], [4]])
+    assert tree.tokens == [5, 6, 7, 8]
+    assert tree.depths == [0, 1, 2, 2]
+    assert tree.ancestors == [[0], [0, 1], [0, 1, 2], [0, 1, 3]]
+    assert tree.edges == [(0, 6, 0), (1, 7, 0), (2, 9, 0), (0, 6, 1), (1, 8, 1), (3, 9, 1)]
+
+
+def test_one_prompt_pass_for_all_options(model, tokenizer):
+    """20 options of 4 or more tokens cost at most two passes and less than twice the tokens of the prompt pass."""
+    read = []
+    handle = model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
+    options = [f" It treats {word}." for word in "asthma gout migraine psoriasis".split()]
+    scoring.choice_logprobs(model, tokenizer, [PROMPTS[3]], [options])
+    handle.remove()
+    assert len(read) == 2
+    assert read[1][1] < read[0][1]
+
+
+def test_long_prompts_lose_their_beginning_and_say_so(model, tokenizer):
+    prompt = "zz " * 300 + "Answer:"
+    [score] = scoring.choice_logprobs(model, tokenizer, [prompt], [[" yes", " no"]])
+    assert score.truncated
+    choice = scoring.encode_choice(tokenizer, prompt, [" yes"], 256)
+    assert choice.prompt[0] == 1 and len(choice.prompt) + len(choice.options[0]) == 256
+
+
+def test_empty_option_is_an_error(model, tokenizer):
+    with pytest.raises(DataError, match="adds no token"):
+        scoring.choice_logprobs(model, tokenizer, ["Answer:"], [[" yes", ""]])
+
+
+def test_bos_is_added_once(tokenizer):
+    assert scoring.encode(tokenizer, ["yes", "<s>yes"])[0] == scoring.encode(tokenizer, ["<s>yes"])[0]
+
+
+def packed(documents: list[list[int]]) -> dict[str, np.ndarray]:
+    labels = [[-100, *document[1:]] for document in documents]
+    positions = [range(len(document)) for document in documents]
+    return {
+        "input_ids": np.array(sum(documents, []), dtype=np.int64),
+        "labels": np.array(sum(labels, []), dtype=np.int64),
+        "position_ids": np.array([p for row in positions for p in row], dtype=np.int64),
+    }
+
+
+def test_perplexity_isolates_documents_and_weighs_tokens(model):
+    generator = np.random.default_rng(0)
+    documents = [[1, *generator.integers(3, 300, size).tolist(), 2] for size in (30, 7, 18, 3)]
+    nll, tokens = 0.0, 0
+    for document in documents:
+        with torch.no_grad():
+            logprobs = model(torch.tensor([document])).logits.log_softmax(-1)[0]
+        nll -= sum(float(logprobs[i - 1, document[i]]) for i in range(1, len(document)))
+        tokens += len(document) - 1
+    rows = [packed(documents[:2]), packed(documents[2:])]
+    for batch_tokens in (1, 1000):
+        found = scoring.perplexity(model, rows, batch_tokens)
+        assert found.tokens == tokens
+        assert found.nll == pytest.approx(nll, abs=1e-3)
+        assert found.perplexity == pytest.approx(np.exp(nll / tokens), rel=1e-5)
+
+
+def test_perplexity_of_nothing_is_an_error(model):
+    with pytest.raises(DataError, match="no token to predict"):
+        scoring.perplexity(model, [])
+
+
+def naive_greedy(model, tokenizer, prompt: str, count: int) -> list[int]:
+    row = [1, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
+    new = []
+    for _ in range(count):
+        with torch.no_grad():
+            new.append(int(model(torch.tensor([row + new])).logits[0, -1].argmax()))
+        if new[-1] == 2:
+            break
+    return new
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 8192])
+def test_batched_answers_equal_one_by_one(model, tokenizer, batch_tokens):
+    answers = generation.generate(model, tokenizer, PROMPTS, 12, batch_tokens=batch_tokens)
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        expected = naive_greedy(model, tokenizer, prompt, 12)
+        assert answer.tokens == len(expected)
+        assert answer.text == tokenizer.decode([t for t in expected if t != 2]).strip()
+        assert answer.ended == ("eos" if expected[-1] == 2 else "length")
+
+
+def test_stop_strings_and_end_tokens_end_an_answer(model, tokenizer):
+    [free] = generation.generate(model, tokenizer, PROMPTS[:1], 12)
+    middle = free.text[len(free.text) // 2 :][:3]
+    first = free.text.index(middle)
+    [stopped] = generation.generate(model, tokenizer, PROMPTS[:1], 12, stop=[middle])
+    assert stopped.ended == "stop" and stopped.text == free.text[:first].strip() and stopped.tokens < free.tokens
+
+    second = naive_greedy(model, tokenizer, PROMPTS[0], 2)[1]
+    model.generation_config.eos_token_id = [2, second]
+    try:
+        [ended] = generation.generate(model, tokenizer, PROMPTS[:1], 12)
+    finally:
+        model.generation_config.eos_token_id = 2
+    assert (ended.ended, ended.tokens) == ("eos", 2)
+
+
+def test_ended_rows_leave_the_others_unchanged(model, tokenizer):
+    """One answer of the batch ends early; the rest must be what they are alone."""
+    second = naive_greedy(model, tokenizer, PROMPTS[1], 2)[1]
+    model.generation_config.eos_token_id = [second]
+    try:
+        together = generation.generate(model, tokenizer, PROMPTS, 12)
+        alone = [generation.generate(model, tokenizer, [prompt], 12)[0] for prompt in PROMPTS]
+    finally:
+        model.generation_config.eos_token_id = 2
+    assert together == alone
+    assert {answer.tokens for answer in together} != {12}
+
+
+@pytest.mark.parametrize("stop", [(), ("e",), ("qz",)])
+def test_streamed_pieces_add_up_to_the_answer(model, tokenizer, stop):
+    for prompt in PROMPTS:
+        [answer] = generation.generate(model, tokenizer, [prompt], 12, stop)
+        assert "".join(generation.stream(model, tokenizer, prompt, 12, stop)) == answer.text
+
+
+def test_what_may_become_a_stop_string_is_held_back():
+    assert generation.settled("Yes.\n\n##", ("###",)) == "Yes."
+    assert generation.settled("Yes.\n\n##", ()) == "Yes.\n\n##"
+    assert generation.settled("caf\ufffd", ()) == "caf"
