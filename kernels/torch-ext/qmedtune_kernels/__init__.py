@@ -1,0 +1,10 @@
+"""Triton kernels for QLoRA: NF4 dequantise and matmul, LoRA linears, RMSNorm; a plain PyTorch reference beside each.
+
+Knows neither bitsandbytes nor PEFT: it takes raw packed tensors. Only relative imports (Hugging Face kernel-builder).
+"""
+
+from . import layers, lora, nf4, rms_norm
+from .lora import Adapter
+from .nf4 import NF4Weight
+
+__all__ = ["Adapter", "NF4Weight", "layers", "lora", "nf4", "rms_norm"]

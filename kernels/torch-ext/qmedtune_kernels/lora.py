@@ -1,0 +1,143 @@
+"""Linear layers with LoRA on a frozen weight: Y = X W^T + b + sum_i s_i (X A_i^T) B_i^T, forward and backward.
+
+All projections that read one X (q, k, v; gate, up) are one call: their weights are stacked along the output, their
+adapters along the rank, so X is read once and dX written once. The LoRA side traffic of the usual sequence costs more
+than the 4-bit decode at training sizes (kernels.md section 0, fact 4).
+A and B are fp32 masters; the products run in X's dtype; dA and dB come back in the masters' dtype. Only X, X A^T and
+the 16-bit copies of A and B are kept for the backward pass; W is dequantised again.
+Deliberately not here: gradients of W, DoRA and other LoRA variants, dropout (the caller drops X: see `linear`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import nf4
+from .nf4 import NF4Weight
+
+Weight = Tensor | tuple[NF4Weight, ...] | None
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One LoRA pair. a [r, K], b [n, r], any float dtype; it adds to output columns start .. start + n."""
+
+    a: Tensor
+    b: Tensor
+    scaling: float
+    start: int = 0
+
+
+def out_features(weight: Weight, adapters: Sequence[Adapter]) -> int:
+    """Width of the stacked output; without a weight, as far as the adapters reach."""
+    if isinstance(weight, Tensor):
+        return weight.shape[0]
+    if weight is not None:
+        return sum(w.shape[0] for w in weight)
+    return max(adapter.start + adapter.b.shape[0] for adapter in adapters)
+
+
+def dense(weight: Tensor | tuple[NF4Weight, ...], dtype: torch.dtype) -> Tensor:
+    """W [N, K] in `dtype`. NF4 is decoded into a scratch buffer that the next call overwrites."""
+    if isinstance(weight, Tensor):
+        return weight
+    return nf4.dequantize_stack(weight, dtype)
+
+
+def stack_a(adapters: Sequence[Adapter], dtype: torch.dtype) -> Tensor:
+    """[R, K]: s_i A_i on top of each other. The scaling is folded in before rounding, so it costs no pass over Y."""
+    scaled = [adapter.a.detach().float() * adapter.scaling for adapter in adapters]
+    return (torch.cat(scaled) if len(scaled) > 1 else scaled[0]).to(dtype)
+
+
+def stack_b(adapters: Sequence[Adapter], rows: int, dtype: torch.dtype) -> Tensor:
+    """[N, R]: B_i at its output rows and its rank columns, zero elsewhere."""
+    first = adapters[0].b.detach()
+    if len(adapters) == 1 and first.shape[0] == rows:
+        return first.to(dtype)
+    stacked = first.new_zeros(rows, sum(adapter.b.shape[1] for adapter in adapters), dtype=dtype)
+    column = 0
+    for adapter in adapters:
+        n, r = adapter.b.shape
+        stacked[adapter.start : adapter.start + n, column : column + r] = adapter.b.detach()
+        column += r
+    return stacked
+
+
+def _mm32(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in fp32. On the CPU a 16-bit product is rounded once more: its GEMM has no fp32 output."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a @ b
+
+
+class _Linear(torch.autograd.Function):
+    """Positional: x [M, K], weight, bias, layout = ((scaling, start), ...), then A_1, B_1, A_2, B_2, ..."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Weight, bias: Tensor | None, layout, *ab: Tensor) -> Tensor:
+        adapters = [Adapter(ab[2 * i], ab[2 * i + 1], *where) for i, where in enumerate(layout)]
+        y = None if weight is None else F.linear(x, dense(weight, x.dtype), bias)
+        kept_x = a = b = xa = None
+        if adapters:
+            a, b = stack_a(adapters, x.dtype), stack_b(adapters, out_features(weight, adapters), x.dtype)
+            xa = x @ a.t()
+            y = xa @ b.t() if y is None else y.addmm_(xa, b.t())
+            kept_x = x if any(ctx.needs_input_grad[4::2]) else None
+        assert y is not None
+        kept_weight = weight if isinstance(weight, Tensor) else None
+        ctx.save_for_backward(kept_x, xa if any(ctx.needs_input_grad[5::2]) else None, a, b, kept_weight)
+        ctx.nf4 = None if isinstance(weight, Tensor) else weight
+        ctx.adapters = [(*where, *b.shape) for where, b in zip(layout, ab[1::2], strict=True)]
+        return y
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        x, xa, a, b, weight = ctx.saved_tensors
+        weight = ctx.nf4 if weight is None else weight
+        dy = dy.contiguous()
+        needs = ctx.needs_input_grad
+        dxa = dy @ b if b is not None else None
+        dx = None
+        if needs[0]:
+            dx = None if weight is None else dy @ dense(weight, dy.dtype)
+            if dxa is not None:
+                dx = dxa @ a if dx is None else dx.addmm_(dxa, a)
+        da = _mm32(dxa.t(), x) if x is not None else None
+        db = _mm32(dy.t(), xa) if xa is not None else None
+        dbias = dy.float().sum(0) if needs[2] else None
+        return dx, None, dbias, None, *_split(ctx.adapters, da, db, needs[4:])
+
+
+def _split(adapters, da: Tensor | None, db: Tensor | None, needs: Sequence[bool]):
+    """Cut the stacked gradients apart: dA_i = s_i (dY B)_i^T X, dB_i = dY_i^T (s_i X A_i^T), in fp32."""
+    column = 0
+    for index, (scaling, start, n, r) in enumerate(adapters):
+        yield da[column : column + r].float() * scaling if da is not None and needs[2 * index] else None
+        yield db[start : start + n, column : column + r].float() if db is not None and needs[2 * index + 1] else None
+        column += r
+
+
+def linear(x: Tensor, weight: Weight, adapters: Sequence[Adapter] = (), bias: Tensor | None = None) -> Tensor:
+    """Y = X W^T + bias + sum_i s_i (X A_i^T) B_i^T, differentiable in x, bias, A and B.
+
+    x [..., K] bf16, fp16 or fp32; weight: a dense [N, K] in x's dtype, NF4 weights to be stacked along N, or None for
+    the LoRA part alone (dropout: add `linear(dropout(x), None, [adapter])` to the rest); returns [..., N] in x's dtype.
+    Under autocast x is first cast to the autocast dtype.
+    """
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        x = x.to(torch.get_autocast_dtype(device))
+        with torch.autocast(device, enabled=False):
+            return linear(x, weight, adapters, bias)
+    if isinstance(weight, Tensor) and weight.dtype != x.dtype:
+        raise ValueError(f"linear: x is {x.dtype}, weight is {weight.dtype}; both must have the same dtype")
+    layout = tuple((adapter.scaling, adapter.start) for adapter in adapters)
+    tensors = [tensor for adapter in adapters for tensor in (adapter.a, adapter.b)]
+    y = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias, layout, *tensors)
+    return y.view(*x.shape[:-1], y.shape[-1])

@@ -1,0 +1,203 @@
+"""fused.install against transformers + PEFT: same losses, same gradients, same saved adapters."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from qmedtune import fused
+
+CONFIG = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 101, "max_position_embeddings": 64,
+}  # fmt: skip
+
+
+def tiny(dropout: float = 0.0, dtype: torch.dtype = torch.float32, embeddings: bool = False, **config):
+    """A random LLaMA with a random r=4 adapter on all linears, fp32 masters, frozen weights in `dtype`."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**{**CONFIG, **config})).to(dtype)
+    saved = ["embed_tokens", "lm_head"] if embeddings else None
+    lora_config = LoraConfig(
+        r=4, lora_alpha=12, target_modules="all-linear", lora_dropout=dropout, modules_to_save=saved
+    )
+    model = get_peft_model(model, lora_config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return model
+
+
+def step(model, ids: torch.Tensor, **inputs):
+    model.zero_grad()
+    loss = model(input_ids=ids, labels=ids, **inputs).loss
+    loss.backward()
+    grads = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return loss.detach(), grads
+
+
+def assert_close(actual, expected, tolerance: float):
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        error = (actual[name].double() - value.double()).norm() / value.double().norm()
+        assert error <= tolerance, f"{name}: {error:.2e}"
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(0, 101, (2, 24), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("config", [{}, {"attention_bias": True, "mlp_bias": True}, {"num_key_value_heads": 4}])
+def test_loss_and_gradients_equal_peft(ids, config):
+    stock = tiny(**config)
+    ours = copy.deepcopy(stock)
+    fused.install(ours)
+    loss, grads = step(stock, ids)
+    our_loss, our_grads = step(ours, ids)
+    assert abs(loss - our_loss) < 1e-5
+    assert_close(our_grads, grads, 2e-5)
+
+
+def test_bf16_gradients_are_as_close_to_fp32_as_stock(ids):
+    exact = step(tiny(embeddings=True), ids)[1]
+    ours = tiny(dtype=torch.bfloat16, embeddings=True)
+    fused.install(ours)
+    grads = step(ours, ids)[1]
+    assert all(grad.dtype == torch.float32 for grad in grads.values())
+    assert_close(grads, exact, 5e-2)
+
+
+def test_dropout_draws_what_peft_draws(ids):
+    stock = tiny(dropout=0.3)
+    ours = copy.deepcopy(stock)
+    fused.install(ours)
+    torch.manual_seed(5)
+    loss, grads = step(stock, ids)
+    torch.manual_seed(5)
+    our_loss, our_grads = step(ours, ids)
+    assert abs(loss - our_loss) < 1e-5
+    assert_close(our_grads, grads, 2e-5)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_changes_nothing(ids, reentrant):
+    model = tiny(dropout=0.2)
+    fused.install(model)
+    torch.manual_seed(5)
+    loss, grads = step(model, ids)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    calls = 0
+
+    def count(*_):
+        nonlocal calls
+        calls += 1
+
+    model.base_model.model.model.layers[0].mlp.register_forward_pre_hook(count)
+    torch.manual_seed(5)
+    again, again_grads = step(model, ids)
+    assert calls == 2, "the layer was not recomputed"
+    assert loss == again
+    assert_close(again_grads, grads, 1e-6)
+
+
+def test_accumulation_equals_one_batch(ids):
+    model = tiny()
+    fused.install(model)
+    _, whole = step(model, ids)
+    model.zero_grad()
+    for row in ids:
+        (model(input_ids=row[None], labels=row[None]).loss / 2).backward()
+    parts = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert_close(parts, whole, 1e-5)
+
+
+def test_stacked_frozen_and_active_adapters(ids):
+    stock = tiny()
+    stock.add_adapter("sft", LoraConfig(r=2, lora_alpha=2, target_modules="all-linear", exclude_modules=["lm_head"]))
+    torch.manual_seed(3)
+    for name, parameter in stock.named_parameters():
+        if "sft" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    stock.base_model.set_adapter(["default", "sft"])
+    for name, parameter in stock.named_parameters():
+        parameter.requires_grad_("sft" in name)
+    ours = copy.deepcopy(stock)
+    fused.install(ours)
+    loss, grads = step(stock, ids)
+    our_loss, our_grads = step(ours, ids)
+    assert all("sft" in name for name in our_grads)
+    assert abs(loss - our_loss) < 1e-5
+    assert_close(our_grads, grads, 2e-5)
+
+
+def test_disable_merge_unmerge_and_unload(ids):
+    model = tiny().eval()
+    fused.install(model)
+    with torch.no_grad():
+        adapted = model(input_ids=ids).logits
+        with model.disable_adapter():
+            base = model(input_ids=ids).logits
+        assert (adapted - base).abs().max() > 1e-2
+        model.merge_adapter()
+        torch.testing.assert_close(model(input_ids=ids).logits, adapted, atol=1e-5, rtol=1e-4)
+        with model.disable_adapter():
+            torch.testing.assert_close(model(input_ids=ids).logits, base, atol=1e-5, rtol=1e-4)
+        merged = model.merge_and_unload()
+        torch.testing.assert_close(merged(input_ids=ids).logits, adapted, atol=1e-5, rtol=1e-4)
+
+
+def test_adapters_move_between_the_paths(ids, tmp_path):
+    from peft import PeftModel
+
+    ours = tiny(embeddings=True)
+    keys = set(ours.state_dict())
+    fused.install(ours)
+    assert set(ours.state_dict()) == keys
+    with torch.no_grad():
+        expected = ours.eval()(input_ids=ids).logits
+    ours.save_pretrained(tmp_path)
+    base = tiny().unload()
+    stock = PeftModel.from_pretrained(base, str(tmp_path)).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(stock(input_ids=ids).logits, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_generation_with_a_cache_equals_stock(ids):
+    stock = tiny().eval()
+    ours = copy.deepcopy(stock)
+    fused.install(ours)
+    expected = stock.generate(input_ids=ids[:1], max_new_tokens=6, do_sample=False)
+    assert torch.equal(ours.generate(input_ids=ids[:1], max_new_tokens=6, do_sample=False), expected)
+
+
+def test_layers_with_hooks_or_lora_variants_keep_their_own_forward(ids):
+    torch.manual_seed(0)
+    stock = get_peft_model(
+        LlamaForCausalLM(LlamaConfig(**CONFIG)), LoraConfig(r=4, target_modules="all-linear", use_dora=True)
+    )
+    ours = copy.deepcopy(stock)
+    fused.install(ours)
+    seen = []
+    projection = next(module for module in ours.modules() if isinstance(module, LoraLayer))
+    projection.register_forward_hook(lambda *_: seen.append(1))
+    loss, grads = step(stock, ids)
+    our_loss, our_grads = step(ours, ids)
+    assert seen and abs(loss - our_loss) < 1e-5
+    for name, value in grads.items():
+        torch.testing.assert_close(our_grads[name], value, atol=1e-5, rtol=1e-4)
+
+
+def test_projections_of_one_input_share_memory_and_are_not_copied():
+    model = tiny()
+    fused.install(model)
+    attention = model.base_model.model.model.layers[0].self_attn
+    q, k = attention.q_proj.base_layer.weight, attention.k_proj.base_layer.weight
+    assert k.data_ptr() == q.data_ptr() + q.numel() * 4
+    assert q.untyped_storage().data_ptr() == k.untyped_storage().data_ptr()
