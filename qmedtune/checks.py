@@ -1,0 +1,135 @@
+"""What the schema alone cannot say: references between sections, and values that are legal but surely not meant.
+
+`references` works on the plain tree, so that an absent source is named together with every schema error;
+`contradictions` and `doubts` need a valid recipe. Deliberately not here: what needs data, base or machine (plan.py).
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from qmedtune.grammar import did_you_mean
+from qmedtune.recipe import Recipe, SftSection, TaskSection
+from qmedtune.strict_yaml import KeyPath
+
+Finding = tuple[KeyPath, str]
+FULL_TUNING_LR = 5e-5  # below it LoRA starves: MedAlpaca's 2e-5 did, Clinical LLaMA's 3e-4 worked
+WINDOWS_PATH = re.compile(r"[A-Za-z]:[\\/]|\\\\")
+
+
+def references(tree: dict[str, Any]) -> Iterator[Finding]:
+    """Every use of a source name that `data:` does not have, whatever else is wrong with the recipe."""
+    known = list(_mapping(tree.get("data")))
+    for path, name in _named_sources(tree):
+        if isinstance(name, str) and name not in known:
+            sources = ", ".join(known[:6]) or "none"
+            yield path, f'no source "{name}" in `data`{did_you_mean(name, known)} (sources: {sources})'
+
+
+def _named_sources(tree: dict[str, Any]) -> Iterator[tuple[KeyPath, Any]]:
+    stages = tree.get("stages")
+    for index, stage in enumerate(stages if isinstance(stages, list) else []):
+        for kind, section in _mapping(stage).items():
+            here: KeyPath = ("stages", index, kind)
+            yield from (((*here, "mix", name), name) for name in _mapping(_mapping(section).get("mix")))
+            yield from _items((*here, "data"), _mapping(section).get("data"))
+    yield from _items(("validate", "on"), _mapping(tree.get("validate")).get("on"))
+    yield from _items(("evaluate", "perplexity"), _mapping(tree.get("evaluate")).get("perplexity"))
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _items(path: KeyPath, value: Any) -> Iterator[tuple[KeyPath, Any]]:
+    if isinstance(value, list):
+        yield from (((*path, index), item) for index, item in enumerate(value))
+    elif value is not None:
+        yield path, value
+
+
+def contradictions(recipe: Recipe) -> Iterator[Finding]:
+    """What cannot run: each finding is an error at its key."""
+    for index, stage in enumerate(recipe.stages):
+        yield from _stage_contradictions(recipe, ("stages", index, stage.kind), index)
+    yield from _held_out(recipe)
+    yield from _windows_paths(recipe)
+
+
+def _stage_contradictions(recipe: Recipe, here: KeyPath, index: int) -> Iterator[Finding]:
+    section = recipe.stages[index].section
+    if isinstance(section, SftSection):
+        for name in section.sources:
+            if (kind := recipe.data[name].kind) != "instructions":
+                yield (*here, "data"), f'"{name}" is of kind {kind}; an sft stage learns from kind: instructions'
+    elif section.epochs is not None and section.tokens != "auto":
+        yield (*here, "epochs"), "`tokens` is given too; keep one of the two"
+    if isinstance(section.batch, int) and isinstance(section.micro_batch, int) and section.batch % section.micro_batch:
+        yield (*here, "micro_batch"), f"got {section.micro_batch}; allowed: a divisor of batch ({section.batch})"
+    if section.adapter != "continue" and index == 0:
+        yield (*here, "adapter"), f"got {section.adapter}; the first stage has no adapter before it: leave the key out"
+    if section.adapter == "new" and recipe.adapter.train_embeddings is not False:
+        yield (*here, "adapter"), "a stack of adapters cannot train embeddings; set adapter.train_embeddings: false"
+    if recipe.stages[index].kind == "pretrain" and index > 0:
+        yield here, "pretrain starts from scratch: it can only be the first stage"
+
+
+def _held_out(recipe: Recipe) -> Iterator[Finding]:
+    uses: dict[KeyPath, list[str]] = {
+        ("validate", "on"): recipe.validation.on,
+        ("evaluate", "perplexity"): recipe.evaluate.perplexity,
+    }
+    for path, names in uses.items():
+        for index, name in enumerate(names):
+            if recipe.data[name].holdout == 0:
+                yield (*path, index), f"nothing of {name} is held out; set data.{name}.holdout above 0"
+    if recipe.validation.keep_best and not recipe.validation.on:
+        yield ("validate", "keep_best"), "no loss to choose by; name sources in validate.on"
+
+
+def _unknown_names(recipe: Recipe) -> Iterator[Finding]:
+    from qmedtune.data.templates import names as template_names
+    from qmedtune.tasks import BUILTIN_TASKS, FILE_TASKS
+
+    templates = [*template_names(), "chat"]
+    for name, source in recipe.data.items():
+        if source.template is not None and source.template not in templates:
+            text = f'no template "{source.template}"{did_you_mean(source.template, templates)}'
+            yield ("data", name, "template"), f"{text} (templates: {', '.join(templates)})"
+    for index, entry in enumerate(recipe.evaluate.tasks):
+        task = TaskSection(task=entry) if isinstance(entry, str) else entry
+        yield from _task(("evaluate", "tasks", index), task, list(BUILTIN_TASKS), list(FILE_TASKS))
+
+
+def _task(here: KeyPath, task: TaskSection, builtin: list[str], from_file: list[str]) -> Iterator[Finding]:
+    known = builtin + from_file
+    if task.task not in known:
+        yield here, f'no task "{task.task}"{did_you_mean(task.task, known)} (tasks: {", ".join(known)})'
+    elif task.task in from_file and task.path is None:
+        yield here, f"{task.task} is read from a file; write {{task: {task.task}, path: FILE}}"
+
+
+def _windows_paths(recipe: Recipe) -> Iterator[Finding]:
+    if sys.platform == "win32":
+        return
+    hint = "a Windows path; under WSL drive C: is /mnt/c, with forward slashes"
+    if WINDOWS_PATH.match(recipe.model.base):
+        yield ("model", "base"), f"{hint}, on other machines give the folder there"
+    for name, source in recipe.data.items():
+        paths = [source.path] if isinstance(source.path, str) else source.path
+        if any(WINDOWS_PATH.match(path) for path in paths):
+            yield ("data", name, "path"), f"{hint}, on other machines give the folder there"
+
+
+def doubts(recipe: Recipe) -> Iterator[Finding]:
+    """What runs but is probably a slip: each finding is a warning at its key."""
+    for index, stage in enumerate(recipe.stages):
+        lr = stage.section.lr
+        if stage.kind != "pretrain" and isinstance(lr, float) and lr < FULL_TUNING_LR:
+            text = f"{lr:g} is a rate for full tuning; adapters starve below {FULL_TUNING_LR:g} (usual: 1e-4 to 3e-4)"
+            yield ("stages", index, stage.kind, "lr"), text
+    for name in recipe.data.keys() - set(recipe.used_sources()):
+        yield ("data", name), "no stage, validation or perplexity uses this source; it will not be read"
