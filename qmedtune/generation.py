@@ -16,6 +16,7 @@ import torch
 from qmedtune.scoring import (
     BATCH_TOKENS,
     Progress,
+    bos_id,
     encode,
     fit,
     hidden_states,
@@ -67,9 +68,9 @@ class Ending:
 
 def ending(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> Ending:
     """End tokens of the tokenizer and of the model (LLaMA-3 lists several) plus the template's stop strings."""
-    configured = getattr(model.generation_config, "eos_token_id", None)
-    eos = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
-    return Ending(tokenizer, frozenset(token for token in eos if token is not None), tuple(stop))
+    named = [tokenizer.eos_token_id, getattr(model.generation_config, "eos_token_id", None)]
+    eos = [token for name in named for token in (name if isinstance(name, list) else [name])]
+    return Ending(tokenizer, frozenset(token for token in eos if isinstance(token, int)), tuple(stop))
 
 
 def generate(
@@ -84,7 +85,7 @@ def generate(
     """Greedy answers in the order given."""
     end = ending(model, tokenizer, stop)
     room = max_positions(model) - max_new_tokens
-    rows = [fit(row, room, tokenizer.bos_token_id) for row in encode(tokenizer, list(prompts))]
+    rows = [fit(row, room, bos_id(tokenizer)) for row in encode(tokenizer, list(prompts))]
     answers: dict[int, Answer] = {}
     for batch in padded_batches([len(row) + max_new_tokens for row, _ in rows], batch_tokens):
         for position, tokens, ended in _decode(model, [rows[i][0] for i in batch], max_new_tokens, end):
@@ -108,7 +109,7 @@ def stream(
     Held back: white space and what may still become a stop string or a character of several tokens.
     """
     end = ending(model, tokenizer, stop)
-    row, _ = fit(encode(tokenizer, [prompt])[0], max_positions(model) - max_new_tokens, tokenizer.bos_token_id)
+    row, _ = fit(encode(tokenizer, [prompt])[0], max_positions(model) - max_new_tokens, bos_id(tokenizer))
     shown = ""
     for _, tokens, ended in _decode(model, [row], max_new_tokens, end):
         text = end.text(tokens)
@@ -134,7 +135,7 @@ def _decode(
     with torch.no_grad():
         prefix = prefill(model, prompts)
     logits, mask, positions, cache = prefix.logits, prefix.mask, prefix.lengths, prefix.cache
-    live, rows = list(range(len(prompts))), [[] for _ in prompts]
+    live, rows = list(range(len(prompts))), [list[int]() for _ in prompts]
     for step in range(1, max_new_tokens + 1):
         new, keep = logits.argmax(-1), []
         for place, token in enumerate(new.tolist()):

@@ -11,17 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from transformers import DynamicCache
 
 from qmedtune.errors import DataError
+from qmedtune.loss import token_nll
 
 if TYPE_CHECKING:
-    from collections.abc import Sized
-
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 BATCH_TOKENS = 8192  # padded tokens per forward pass: with an 8B LLaMA in bf16 about 1 GiB of key/value cache
@@ -50,9 +50,9 @@ class Choice:
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     """Token ids, each beginning with exactly one bos where the tokenizer has one (as documents do in training)."""
-    bos = tokenizer.bos_token_id
-    rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    return [row if bos is None or row[:1] == [bos] else [bos, *row] for row in rows]  # type: ignore[union-attr]
+    bos = bos_id(tokenizer)
+    rows: Any = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return [row if bos is None or row[:1] == [bos] else [bos, *row] for row in rows]
 
 
 def encode_choice(tokenizer: PreTrainedTokenizerBase, prompt: str, options: Sequence[str], max_tokens: int) -> Choice:
@@ -68,7 +68,7 @@ def encode_choice(tokenizer: PreTrainedTokenizerBase, prompt: str, options: Sequ
     if not all(tails):
         option = options[[bool(tail) for tail in tails].index(False)]
         raise DataError(f"option {option!r} adds no token behind its prompt: it is empty or only white space")
-    kept, truncated = fit(start, max_tokens - max(map(len, tails)), tokenizer.bos_token_id)
+    kept, truncated = fit(start, max_tokens - max(map(len, tails)), bos_id(tokenizer))
     return Choice(kept, tails, truncated)
 
 
@@ -124,31 +124,33 @@ def hidden_states(
 ) -> torch.Tensor:
     """Last hidden states [B, T, H]; the vocabulary matrix is applied only where it is needed."""
     decoder = causal_model(model).get_decoder()
-    with mixed_precision(model):
-        return decoder(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=cache is not None,
-        ).last_hidden_state
+    return decoder(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=cache is not None,
+    ).last_hidden_state
 
 
-def causal_model(model: PreTrainedModel) -> PreTrainedModel:
+def causal_model(model: PreTrainedModel) -> Any:
     """The causal language model inside a PEFT wrapper (its adapters live in the layers), or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
 
 
 def next_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
-    """Logits in float32 of the token after each hidden state: [..., H] -> [..., V]."""
-    with mixed_precision(model):
-        return causal_model(model).get_output_embeddings()(hidden).float()
+    """Logits in float32 of the token after each hidden state: [..., H] -> [..., V].
+
+    A trained head is an fp32 copy beside a 16-bit model; it multiplies in 16 bit, as in training.
+    """
+    head = causal_model(model).get_output_embeddings()
+    return F.linear(hidden, head.weight.to(hidden.dtype), getattr(head, "bias", None)).float()
 
 
-def mixed_precision(model: PreTrainedModel) -> torch.autocast:
-    """The autocast of training: adapters are fp32 beside a 16-bit base. A no-op for an fp32 model."""
-    dtype = causal_model(model).get_decoder().norm.weight.dtype
-    return torch.autocast(model.device.type, dtype=dtype, enabled=dtype != torch.float32)
+def bos_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    found = tokenizer.bos_token_id
+    assert found is None or isinstance(found, int)
+    return found
 
 
 def _token_logprobs(model: PreTrainedModel, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -268,18 +270,29 @@ class Perplexity:
     tokens: int
 
 
+class Rows(Protocol):
+    """Packed rows: PackedRows, or a list of the same dictionaries."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> dict[str, np.ndarray]: ...
+
+
+@torch.no_grad()
 def perplexity(
-    model: PreTrainedModel, rows: Sized, batch_tokens: int = BATCH_TOKENS, progress: Progress | None = None
+    model: PreTrainedModel, rows: Rows, batch_tokens: int = BATCH_TOKENS, progress: Progress | None = None
 ) -> Perplexity:
     """Token-weighted perplexity of packed rows ({"input_ids", "labels", "position_ids"} per row, labels unshifted).
 
     Documents in a row are isolated by their restarting positions; a label of -100 is not counted.
     """
+    assert not model.training
     nll, tokens = 0.0, 0
-    lengths = [len(rows[i]["input_ids"]) for i in range(len(rows))]  # type: ignore[index]
+    lengths = [len(rows[i]["input_ids"]) for i in range(len(rows))]
     for batch in padded_batches(lengths, batch_tokens):
-        losses = _row_losses(model, [rows[i] for i in batch])  # type: ignore[index]
-        nll, tokens = nll + float(losses.double().sum()), tokens + len(losses)
+        padded = padded_rows([rows[i] for i in batch], model.device)
+        nll += float(token_nll(model, **padded))
+        tokens += int((padded["labels"][:, 1:] != -100).sum())
         if progress:
             progress(sum(lengths[i] for i in batch))
     if not tokens:
@@ -287,17 +300,16 @@ def perplexity(
     return Perplexity(float(np.exp(nll / tokens)), nll, tokens)
 
 
-@torch.no_grad()
-def _row_losses(model: PreTrainedModel, rows: list[dict[str, np.ndarray]]) -> torch.Tensor:
-    """Negative log-likelihood of every predicted token of the rows, float32 [N]. Padding predicts nothing."""
-    assert not model.training
+def padded_rows(rows: list[dict[str, np.ndarray]], device: torch.device) -> dict[str, torch.Tensor]:
+    """Rows as right-padded int64 tensors [B, T]; padding (documents of one token) predicts nothing."""
     width = max(len(row["input_ids"]) for row in rows)
 
     def table(key: str, fill: int) -> torch.Tensor:
         padded = [np.pad(row[key], (0, width - len(row[key])), constant_values=fill) for row in rows]
-        return torch.from_numpy(np.stack(padded)).to(model.device)
+        return torch.from_numpy(np.stack(padded)).to(device)
 
-    hidden = hidden_states(model, table("input_ids", 0), None, table("position_ids", 0), None)[:, :-1]
-    labels = table("labels", -100)[:, 1:]
-    predicted = labels != -100
-    return -_token_logprobs(model, hidden[predicted], labels[predicted])
+    return {
+        "input_ids": table("input_ids", 0),
+        "labels": table("labels", -100),
+        "position_ids": table("position_ids", 0),
+    }

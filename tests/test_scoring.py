@@ -87,7 +87,7 @@ def test_one_prompt_pass_for_all_options(model, tokenizer):
     handle = model.model.register_forward_pre_hook(
         lambda module, args, kwargs: read.append(kwargs["input_ids"].shape), with_kwargs=True
     )
-    options = [f" It treats {word}." for word in "asthma gout migraine psoriasis".split()]
+    options = [f" It treats {word}." for word in ["asthma", "gout", "migraine", "psoriasis"]]
     scoring.choice_logprobs(model, tokenizer, [PROMPTS[3]], [options])
     handle.remove()
     assert len(read) == 2
