@@ -41,17 +41,22 @@ class Stop:
         self.signal: int | None = None
         self.deadline: float | None = None
         self._graceful = False
+        self._watching = False
 
     @contextmanager
     def watching(self, time_limit_s: float | None) -> Iterator[None]:
-        """Handle SIGINT and SIGTERM, and keep the deadline, for the length of a run."""
-        self.signal, self.deadline = None, None
+        """Handle SIGINT and SIGTERM, and keep the deadline, for the length of the outermost run."""
+        if self._watching:
+            yield
+            return
+        self.signal, self.deadline, self._watching = None, None, True
         if time_limit_s is not None:
             self.deadline = time.monotonic() + time_limit_s
         before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
         finally:
+            self._watching = False
             for number, handler in before.items():
                 signal.signal(number, handler)
 

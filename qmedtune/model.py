@@ -2,7 +2,7 @@
 
 On a GPU the linears stay bitsandbytes' NF4. On the CPU each becomes a plain linear holding the exact dequantised NF4
 values: bitsandbytes 0.50 repacks its CPU linears at the first eval-mode forward and then trains on wrong gradients
-(cosine .33 to the right ones), and is about 3x slower. Pickled weights and remote code are refused, always.
+(cosine .33 to the right ones), and is about 3x slower.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from qmedtune.errors import RecipeError
+from qmedtune.hub import check_folder
 from qmedtune.recipe import AdapterSection, ModelSection
 
 if TYPE_CHECKING:
@@ -23,78 +24,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 EMBEDDINGS = ("embed_tokens", "lm_head")
-PICKLED = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 def device() -> torch.device:
     """The one device of this run."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def check_folder(folder: Path) -> None:
-    """Refuse a model folder that would unpickle or execute something, or that points out of itself."""
-    weights = sorted(folder.glob("*.safetensors"))
-    pickled = sorted(p.name for pattern in PICKLED for p in folder.glob(pattern) if p.name != "training_args.bin")
-    if pickled and not weights:
-        raise RecipeError(
-            f"{folder}: weights are pickled ({pickled[0]}); loading them could run code\n"
-            "allowed: *.safetensors; convert the model, or take a revision that has them"
-        )
-    if not weights:
-        raise RecipeError(f"{folder}: no *.safetensors in this folder\ngive a folder with config.json and weights")
-    for name in ("config.json", "tokenizer_config.json"):
-        path = folder / name
-        if path.is_file() and "auto_map" in json.loads(path.read_text(encoding="utf-8")):
-            raise RecipeError(f"{path}: `auto_map` asks for remote code, which is never run\nuse a LLaMA-family model")
-    for path in folder.iterdir():
-        inside = (folder.resolve(), folder.resolve().parent.parent)  # Hub snapshots link to ../../blobs
-        if path.is_symlink() and not any(path.resolve().is_relative_to(root) for root in inside):
-            raise RecipeError(f"{path}: a link out of the model folder\ncopy the file into the folder")
-
-
-def resolve_base(section: ModelSection, *, offline: bool) -> Path:
-    """The local folder of a base that is not built in; downloads a Hub id unless `offline`."""
-    local = Path(section.base).expanduser()
-    if local.is_dir():
-        check_folder(local)
-        return local
-    if local.is_absolute() or section.base.startswith((".", "~")) or section.base.count("/") != 1:
-        raise RecipeError(
-            f"model.base: no folder {section.base!r} here, and it is not a Hub id\n"
-            "allowed: builtin:tiny, a folder with config.json and *.safetensors, or owner/name of the Hub"
-        )
-    folder = _download(section, offline=offline)
-    check_folder(folder)
-    return folder
-
-
-def _download(section: ModelSection, *, offline: bool) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    patterns = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "*.model", "*.jinja"]
-    try:
-        path = snapshot_download(
-            section.base, revision=section.revision, allow_patterns=patterns, local_files_only=offline
-        )
-    except GatedRepoError as error:
-        raise RecipeError(
-            f"model.base: {section.base} is gated\naccept its licence on its Hub page, then log in: hf auth login"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise RecipeError(
-            f"model.base: the Hub has no model {section.base!r} (or this login may not see it)\n"
-            "check the name, or give a local folder"
-        ) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        why = "offline" if offline else "the Hub was not reached"
-        raise RecipeError(
-            f"model.base: {section.base} is not in the local cache, and {why}\n"
-            f"fetch it once where there is a network: hf download {section.base}\n"
-            "or set model.base to a local folder; without any: builtin:tiny"
-        ) from error
-    return Path(path)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -31,6 +31,7 @@ from qmedtune.trainer import (
     collate,
     last_intact_checkpoint,
     load_trained,
+    number,
     save_trained,
     trainer_arguments,
 )
@@ -111,15 +112,18 @@ def _run(
     out: Path,
 ) -> QTrainer:
     section = recipe.stages[index].section
-    steps = -(-len(rows) // int(section.batch))
+    steps = -(-len(rows) // number(section.batch))
     save_every = recipe.save.every if recipe.save.every != "auto" else max(20, steps // 10)
+    autocast = recipe.model.compute_dtype
+    if autocast == "float32" or (autocast == "bfloat16" and recipe.stages[index].kind != "pretrain"):
+        autocast = None
     arguments = trainer_arguments(
         out,
         section,
         seed=recipe.seed,
         save_every=save_every,
-        fp16=recipe.model.compute_dtype == "float16",
-        full=recipe.deterministic,
+        autocast=autocast,
+        deterministic=recipe.deterministic,
     )
     trainer = QTrainer(model, arguments, rows, section, tokenizer, recipe.save.keep, [loop])
     trainer.remove_callback(PrinterCallback)
@@ -275,4 +279,3 @@ def peak_memory_bytes() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-

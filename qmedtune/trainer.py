@@ -42,7 +42,7 @@ class Rows(Protocol):
 
 def collate(rows: list[dict[str, np.ndarray]], pad_id: int) -> dict[str, Tensor]:
     """Pad rows to the longest: int64 [rows, length] each. Padding is a document of its own (positions restart at 0)
-    without labels, so no token attends to it and nothing is learnt from it. `lengths` int64 [rows] are the true ones."""
+    without labels: no token attends to it, nothing is learnt from it. `lengths` int64 [rows] are the true ones."""
     lengths = [len(row["input_ids"]) for row in rows]
     shape = (len(rows), max(lengths))
     batch = {"input_ids": np.full(shape, pad_id), "labels": np.full(shape, -100), "position_ids": np.zeros(shape, int)}
@@ -52,6 +52,12 @@ def collate(rows: list[dict[str, np.ndarray]], pad_id: int) -> dict[str, Tensor]
         batch["position_ids"][i, length:] = np.arange(shape[1] - length)
     tensors = {name: torch.from_numpy(values) for name, values in batch.items()}
     return {**tensors, "lengths": torch.tensor(lengths)}
+
+
+def number(value: Any) -> Any:
+    """A value that plan.resolve must have filled in."""
+    assert value != "auto", "the recipe was not resolved"
+    return value
 
 
 def learning_rate_factor(section: TrainSection, total_steps: int):
@@ -105,8 +111,8 @@ class QTrainer(SFTTrainer):
         keep: int,
         callbacks: list[TrainerCallback],
     ):
-        self.section, self.keep = section, keep
-        self.micro_batch = int(section.micro_batch)
+        self.section, self.keep, self.folder = section, keep, Path(str(args.output_dir))
+        self.micro_batch = number(section.micro_batch)
         self.halvings: list[str] = []
         self.tokens_seen = 0
         pad_id = tokenizer.pad_token_id
@@ -138,7 +144,9 @@ class QTrainer(SFTTrainer):
 
     # -- one optimiser step
 
-    def training_step(self, model: torch.nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None
+    ) -> Tensor:
         """The whole batch, in micro-batches, its loss a mean over all its supervised tokens."""
         model.train()
         inputs = self._prepare_inputs(inputs)
@@ -202,7 +210,7 @@ class QTrainer(SFTTrainer):
     # -- checkpoints: trained weights by name, optimiser, schedule, RNG; sealed last
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir or self.folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_trained(self.model, folder / WEIGHTS)
 
@@ -210,12 +218,12 @@ class QTrainer(SFTTrainer):
         load_trained(model or self.model, Path(resume_from_checkpoint) / WEIGHTS)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        folder = self.folder / f"checkpoint-{self.state.global_step}"
         if folder.exists():  # left by a killed save, or made again after a resume
             shutil.rmtree(folder)
         Trainer._save_checkpoint(self, model, trial)  # SFTTrainer's own adds a model card, nothing else
         store.seal(folder, CHECKPOINT_KEY, {"step": self.state.global_step, "tokens": self.tokens_seen})
-        for old in sealed_checkpoints(Path(self.args.output_dir))[: -self.keep]:
+        for old in sealed_checkpoints(self.folder)[: -self.keep]:
             shutil.rmtree(old)
 
 
@@ -249,19 +257,25 @@ def last_intact_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def trainer_arguments(out: Path, section: TrainSection, *, seed: int, save_every: int, fp16: bool, full: bool) -> SFTConfig:
-    """SFTConfig with everything that it would otherwise change behind our back switched off."""
+def trainer_arguments(
+    out: Path, section: TrainSection, *, seed: int, save_every: int, autocast: str | None, deterministic: bool
+) -> SFTConfig:
+    """SFTConfig with everything that it would otherwise change behind our back switched off.
+
+    `autocast` is None when the weights are in the compute dtype already and only fp32 adapters are trained,
+    "bfloat16" for training fp32 weights from scratch, "float16" (with loss scaling) for cards without bf16.
+    """
     return SFTConfig(
         output_dir=str(out),
-        per_device_train_batch_size=int(section.batch),
+        per_device_train_batch_size=number(section.batch),
         gradient_accumulation_steps=1,  # QTrainer loops over micro-batches itself
         num_train_epochs=1,  # packing laid out all epochs
-        learning_rate=float(section.lr),
+        learning_rate=float(number(section.lr)),
         max_grad_norm=section.max_grad_norm,
         gradient_checkpointing=section.gradient_checkpointing is True,
         gradient_checkpointing_kwargs={"use_reentrant": False},
-        bf16=False,  # weights are in the compute dtype already, trained ones in fp32: no autocast
-        fp16=fp16,
+        bf16=autocast == "bfloat16",
+        fp16=autocast == "float16",
         use_cpu=not torch.cuda.is_available(),
         logging_steps=1,
         logging_nan_inf_filter=False,
@@ -276,5 +290,5 @@ def trainer_arguments(out: Path, section: TrainSection, *, seed: int, save_every
         dataset_kwargs={"skip_prepare_dataset": True},
         max_length=None,
         packing=False,
-        full_determinism=full,
+        full_determinism=deterministic,
     )

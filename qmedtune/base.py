@@ -1,0 +1,124 @@
+"""Where a run starts: a local or Hub base, or a built-in one that is pretrained on first use and cached.
+
+A built-in base is itself a run of this project: one `pretrain` stage over the built-in general corpus, in the user's
+cache folder. Its identity is the hash of what makes it (generator, shape, constants), so a finished run stays
+finished when the cache is emptied.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qmedtune import store, ui
+from qmedtune.errors import RecipeError
+from qmedtune.recipe import ModelSection, Recipe
+
+BUILTIN = "builtin:"
+BLANK = "blank"
+
+
+@dataclass(frozen=True)
+class Base:
+    """`digest` goes into keys; `make()` gives the local folder, building a built-in base if need be."""
+
+    name: str
+    digest: str
+    make: Callable[[], Path]
+    revision: str | None = None
+
+
+def identify(section: ModelSection, hashes: store.HashCache, *, offline: bool) -> Base:
+    """Find the base and name its content. Downloads a Hub id that is not cached, unless `offline`."""
+    if section.base.startswith(BUILTIN):
+        return _builtin(section.base)
+    folder = _folder(section, offline=offline)
+    files = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".json", ".model"))
+    digest = store.sha256_json({p.name: hashes.sha256(p) for p in files})
+    revision = section.revision or (folder.name if folder.parent.name == "snapshots" else None)
+    return Base(section.base, digest, lambda: folder, revision)
+
+
+def _folder(section: ModelSection, *, offline: bool) -> Path:
+    local = Path(section.base).expanduser()
+    if local.is_dir() and not any(local.glob("*.safetensors")) and (local / "config.json").is_file():
+        return local  # a shape to pretrain from scratch
+    from qmedtune.hub import resolve_base
+
+    return resolve_base(section, offline=offline)
+
+
+def _builtin(name: str) -> Base:
+    from qmedtune.tiny import DEFAULTS
+
+    if name not in DEFAULTS:
+        raise RecipeError(f"model.base: no built-in base {name!r}\nallowed: {', '.join(DEFAULTS)}")
+    package = Path(__file__).parent
+    sources = {p: store.sha256_file(package / p) for p in ("tiny.py", "data/world.py")}
+    digest = store.sha256_json({"base": name, **sources})
+    folder = store.cache_root() / "bases" / f"{name.removeprefix(BUILTIN)}-{digest[:16]}"
+    return Base(name, digest, lambda: _made(name, folder))
+
+
+def _made(name: str, folder: Path) -> Path:
+    """The built-in base's model folder, pretrained now if it is not in the cache."""
+    stage = folder / "01-pretrain"
+    if store.intact(stage):
+        return stage / "model"
+    from qmedtune.run import run
+
+    ui.note(f"{name} is made once and kept in {folder}")
+    _write_blank(name, folder / BLANK)
+    recipe = pretraining_recipe(name, folder / BLANK)
+    text = json.dumps(recipe.model_dump(mode="json", by_alias=True), indent=1)
+    run(recipe, text, folder, offline=True)
+    return stage / "model"
+
+
+def _write_blank(name: str, folder: Path) -> None:
+    """config.json and tokenizer of a model that does not exist yet."""
+    if (folder / "config.json").is_file():
+        return
+    from qmedtune import tiny
+
+    tokenizer = tiny.build_tokenizer(tiny.world_of(name))
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(str(folder))
+    store.write_json(folder / "config.json", tiny.config_dict(tiny.vocab_size(tokenizer)))
+
+
+def pretraining_recipe(name: str, blank: Path) -> Recipe:
+    """The recipe of a built-in base, with nothing left to `auto`."""
+    from qmedtune.tiny import DEFAULTS
+
+    constants = DEFAULTS[name].pretraining
+    corpus = "builtin:general" if name == "builtin:tiny" else f"{name}/general"
+    stage: dict[str, Any] = {
+        "mix": {"general": 1.0},
+        "tokens": constants.tokens,
+        "seq_len": constants.seq_len,
+        "batch": constants.batch_rows,
+        "micro_batch": constants.batch_rows,
+        "lr": constants.lr,
+        "embedding_lr": constants.lr,
+        "warmup": {"ratio": constants.warmup_ratio},
+        "min_lr_ratio": constants.min_lr_ratio,
+        "max_grad_norm": constants.max_grad_norm,
+        "betas": list(constants.betas),
+        "weight_decay": constants.weight_decay,
+        "gradient_checkpointing": False,
+        "optimizer": "adamw",
+    }
+    return Recipe.model_validate(
+        {
+            "name": name.replace(":", "-"),
+            "seed": constants.seed,
+            "model": {"base": str(blank), "quantization": "none"},
+            "data": {"general": {"path": corpus, "kind": "general", "holdout": 0.0}},
+            "hygiene": {"dedup": {"exact": False, "near": False}, "decontaminate": "off", "phi": "off"},
+            "stages": [{"pretrain": stage}],
+        }
+    )

@@ -1,0 +1,140 @@
+"""What each step depends on, as plain data: these sections are hashed into its key and kept in its seal.
+
+A step lists only what changes its result. What the machine decides (micro-batch, checkpointing, kernels, dtypes left
+on `auto`) enters as the user wrote it, so that a sealed stage stays valid on another card.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from qmedtune import __version__, store
+from qmedtune.recipe import Recipe, SourceSection, TaskSection
+
+# Raise when a step would write something else from the same inputs; the release alone does not invalidate a run.
+FORMAT = 1
+CODE = f"qmedtune-{__version__.rpartition('.')[0]}-format-{FORMAT}"
+
+PACKING = ("mix", "unit", "tokens", "epochs", "max_repeats", "data", "loss_on", "seq_len")
+BY_MACHINE = ("micro_batch", "gradient_checkpointing", "optimizer")
+MODEL_BY_MACHINE = ("compute_dtype", "kernels", "attention")
+
+
+def source_section(recipe: Recipe, name: str, hashes: store.HashCache) -> dict[str, Any]:
+    source = recipe.data[name]
+    section = source.model_dump(mode="json", exclude={"license", "terms", "template", "chunking"})
+    result = {"source": section, "hygiene": recipe.hygiene.model_dump(mode="json"), "seed": recipe.seed}
+    result["files"] = fingerprint(source, hashes)
+    if recipe.hygiene.decontaminate != "off":
+        result["benchmarks"] = benchmarks(recipe, hashes)
+    return result
+
+
+def fingerprint(source: SourceSection, hashes: store.HashCache) -> list[list[str]]:
+    """[name, sha256] of every file of a source; of the generator for built-in ones."""
+    from qmedtune.data.sources import source_files
+
+    paths = [source.path] if isinstance(source.path, str) else source.path
+    if any(p.startswith("builtin:") for p in paths):
+        return [["builtin", hashes.sha256(Path(__file__).parent / "data" / "world.py")]]
+    return [[path.name, hashes.sha256(path)] for path in source_files(source)]
+
+
+def benchmarks(recipe: Recipe, hashes: store.HashCache) -> list[list[str]]:
+    """[task, sha256 of its file] of what the corpora are checked against."""
+    rows = []
+    for task in recipe.evaluate.tasks:
+        if isinstance(task, TaskSection) and task.path:
+            path = Path(task.path).expanduser()
+            rows.append([task.task, hashes.sha256(path) if path.is_file() else "absent"])
+        else:
+            rows.append([task if isinstance(task, str) else task.task, "builtin"])
+    return rows
+
+
+def sources_compared_with(recipe: Recipe, name: str) -> list[str]:
+    """Earlier sources that duplicates are looked for in: texts among texts, instructions among instructions."""
+    if not recipe.hygiene.dedup.exact and not recipe.hygiene.dedup.near:
+        return []
+    used = recipe.used_sources()
+    instructions = recipe.data[name].kind == "instructions"
+    return [o for o in used[: used.index(name)] if (recipe.data[o].kind == "instructions") == instructions]
+
+
+def validation_section(recipe: Recipe) -> dict[str, Any]:
+    names = sorted({*recipe.validation.on, *recipe.evaluate.perplexity})
+    return {"max_tokens": recipe.validation.max_tokens, "on": names, "seq_len": recipe.stages[-1].section.seq_len}
+
+
+def tokens_section(recipe: Recipe, index: int) -> dict[str, Any]:
+    stage = recipe.stages[index]
+    packing = {k: v for k, v in stage.section.model_dump(mode="json").items() if k in PACKING}
+    sources = {n: recipe.data[n].model_dump(mode="json", include={"template", "chunking"}) for n in stage.sources}
+    return {"packing": packing, "sources": sources, "seed": recipe.seed}
+
+
+def training_section(recipe: Recipe, asked: Recipe, index: int) -> dict[str, Any]:
+    stage, wish = recipe.stages[index].section, asked.stages[index].section
+    training = stage.model_dump(mode="json") | {k: getattr(wish, k) for k in BY_MACHINE}
+    model = recipe.model.model_dump(mode="json") | {k: getattr(asked.model, k) for k in MODEL_BY_MACHINE}
+    training = {k: v for k, v in training.items() if k not in PACKING}
+    return {
+        "training": training,
+        "model": {k: v for k, v in model.items() if k not in ("base", "revision")},
+        "adapter": recipe.adapter.model_dump(mode="json"),
+        "validate": recipe.validation.model_dump(mode="json"),
+        "seed": recipe.seed,
+        "deterministic": recipe.deterministic,
+    }
+
+
+def merge_section(recipe: Recipe) -> dict[str, Any]:
+    model = recipe.model.model_dump(mode="json", include={"quantization", "double_quantization"})
+    return {"merge": recipe.merge.model_dump(mode="json"), "model": model, "seed": recipe.seed}
+
+
+def evaluation_section(recipe: Recipe) -> dict[str, Any]:
+    return {"evaluate": recipe.evaluate.model_dump(mode="json", exclude={"batch"}), "seed": recipe.seed}
+
+
+def difference(old: Any, new: Any, where: str = "") -> str:
+    """The first thing that differs between two sections, in words."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in sorted(old.keys() | new.keys()):
+            if old.get(name) != new.get(name):
+                return difference(old.get(name), new.get(name), f"{where}.{name}" if where else name)
+        return "what it is made from changed"
+    if "sha256" in where or "files" in where or "benchmarks" in where:
+        return f"{where} changed"
+    return f"{where} was {old}, is {new}"
+
+
+def smoke(recipe: Recipe) -> Recipe:
+    """The recipe on the built-in base and data of the same kinds, with the built-in budgets."""
+    builtin = {"literature": "literature", "clinical": "notes", "general": "general", "instructions": "instructions"}
+    data = {
+        name: SourceSection(
+            path=f"builtin:{builtin[source.kind]}",
+            kind=source.kind,
+            template=source.template,
+            split_by="patient" if source.kind == "clinical" else "record",
+        )
+        for name, source in recipe.data.items()
+    }
+    stages = []
+    for stage in recipe.stages:
+        auto = {"seq_len": "auto", "batch": "auto", "micro_batch": "auto", "lr": "auto", "embedding_lr": "auto"}
+        auto |= {"warmup": "auto", "optimizer": "auto", "horizon_steps": None, "epochs": None}
+        auto |= {"tokens": "auto"} if stage.kind != "sft" else {"epochs": "auto"}
+        section = stage.section.model_copy(update=auto)
+        stages.append(stage.model_copy(update={stage.kind: section}))
+    tasks = ["facts"] if recipe.evaluate.tasks else []
+    return recipe.model_copy(
+        update={
+            "model": recipe.model.model_copy(update={"base": "builtin:tiny", "revision": None}),
+            "data": data,
+            "stages": stages,
+            "evaluate": recipe.evaluate.model_copy(update={"tasks": tasks}),
+        }
+    )

@@ -1,0 +1,181 @@
+"""run.json, metrics.jsonl and the reports: composed from the seals of the steps, never written by a step itself."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import shutil
+import sys
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qmedtune import __version__, store
+from qmedtune.recipe import Recipe
+
+if TYPE_CHECKING:
+    from qmedtune.base import Base
+    from qmedtune.run import Step
+
+RUN, METRICS, REPORTS = "run.json", "metrics.jsonl", ("report.html", "report.md")
+PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "trl", "datasets", "accelerate", "numpy")
+INTERNAL = ("section",)
+
+
+@dataclass(frozen=True)
+class Notes:
+    """What is known before the first step: the resolved recipe, its text, the choices made for `auto`."""
+
+    recipe: Recipe
+    text: str
+    choices: list[dict[str, Any]]
+    offline: bool
+
+
+def text_sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read(out: Path) -> dict[str, Any] | None:
+    """run.json, or None where there is none or it was damaged (it is composed again from the seals)."""
+    try:
+        return json.loads((out / RUN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def write(
+    out: Path,
+    notes: Notes,
+    steps: list[Step],
+    done: dict[str, store.Seal],
+    source: Base,
+    status: str,
+    error: BaseException | None = None,
+) -> dict[str, Any]:
+    """Compose run.json from what is sealed so far."""
+    result = compose(out, notes, steps, done, source, status)
+    if error is not None and status == "failed":
+        result["error"] = type(error).__name__
+    _write_metrics(out, steps, done)
+    store.write_json(out / RUN, result)
+    return result
+
+
+def finish(
+    out: Path, notes: Notes, steps: list[Step], done: dict[str, store.Seal], source: Base, status: str
+) -> dict[str, Any]:
+    """The last write: run.json, evaluation.json, report.html, report.md and the model card of merged/."""
+    from qmedtune.report import write_report
+
+    result = write(out, notes, steps, done, source, status)
+    if "evaluation" in done:
+        shutil.copyfile(out / "evaluation" / "evaluation.json", out / "evaluation.json")
+    write_report(out)
+    return result
+
+
+def compose(
+    out: Path, notes: Notes, steps: list[Step], done: dict[str, store.Seal], source: Base, status: str
+) -> dict[str, Any]:
+    facts = {name: {k: v for k, v in s.facts.items() if k not in INTERNAL} for name, s in done.items()}
+    recipe = notes.recipe
+    stages = recipe.stage_names()
+    return {
+        "name": recipe.name,
+        "status": status,
+        "recipe_sha256": text_sha256(notes.text),
+        "seed": recipe.seed,
+        "offline": notes.offline,
+        "stages": [_stage(name, steps, done, facts, out) for name in stages],
+        "data": {n: facts[f"data/{n}"] for n in recipe.data if f"data/{n}" in done},
+        "merge": {"path": "merged", "status": "sealed", **facts["merged"]} if "merged" in done else None,
+        "evaluation": facts.get("evaluation"),
+        "steps": [_step(step, done) for step in steps],
+        "warnings": [f"{name}: {w}" for name, f in facts.items() for w in f.get("warnings", [])],
+        "resolved": notes.choices,
+        "recipe": recipe.model_dump(mode="json", by_alias=True),
+        "recipe_text": notes.text,
+        "provenance": _provenance(source, facts),
+    }
+
+
+def _stage(
+    name: str, steps: list[Step], done: dict[str, store.Seal], facts: dict[str, dict], out: Path
+) -> dict[str, Any]:
+    kind = next(step.kind for step in steps if step.name == name)
+    if name not in done:
+        return {"name": name, "kind": kind, "status": "to do"}
+    sealed = done[name]
+    entry = {"name": name, "kind": kind, "status": "sealed", "key": sealed.key, **facts[name]}
+    weights = "adapter/adapter_model.safetensors"
+    if weights in sealed.files:
+        entry["adapter"] = {"path": f"{name}/adapter", "sha256": sealed.files[weights]["sha256"]}
+    return entry
+
+
+def _step(step: Step, done: dict[str, store.Seal]) -> dict[str, Any]:
+    sealed = done.get(step.name)
+    if sealed is None:
+        return {"name": step.name, "kind": step.kind, "status": "to do"}
+    seconds = sealed.facts.get("seconds")
+    return {"name": step.name, "kind": step.kind, "status": "sealed", "seconds": seconds, "key": sealed.key}
+
+
+def _provenance(source: Base, facts: dict[str, dict]) -> dict[str, Any]:
+    return {
+        "qmedtune": __version__,
+        "versions": versions(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": device_name(),
+        "base": source.name,
+        "base_revision": source.revision,
+        "base_sha256": source.digest,
+        "git": _git(),
+    }
+
+
+def versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def device_name() -> str:
+    """The GPU's name, or the processor's; torch is asked only if a step has loaded it."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "cpu")
+
+
+def _git() -> str | None:
+    """The commit of this source tree; None for an installed package. Read from .git, no child process."""
+    head = Path(__file__).parent.parent / ".git" / "HEAD"
+    if not head.is_file():
+        return None
+    text = head.read_text().strip()
+    if not text.startswith("ref: "):
+        return text
+    ref = head.parent / text.removeprefix("ref: ")
+    return ref.read_text().strip() if ref.is_file() else None
+
+
+def _write_metrics(out: Path, steps: list[Step], done: dict[str, store.Seal]) -> None:
+    """metrics.jsonl of the run: the stages' own, in order, with a stage in progress as far as it is."""
+    parts = []
+    for step in steps:
+        folder = out / step.name if step.name in done else store.building_of(out / step.name, out)
+        if (folder / METRICS).is_file():
+            parts.append((folder / METRICS).read_text(encoding="utf-8"))
+    if parts:
+        store.write_atomic(out / METRICS, "".join(parts))

@@ -1,0 +1,329 @@
+"""The spine: a run is an ordered list of steps, each a plain function that writes one folder.
+
+    base -> data/<source> ... -> data/NN-kind -> NN-kind ... -> merged -> evaluation -> report
+
+A step is skipped when its folder is sealed with the key that it would be built with now; the key is taken before the
+step runs, from the recipe sections it reads, the digests of its inputs and the code version. Running again resumes;
+a finished run does nothing. No torch is imported here: a step brings what it needs.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qmedtune import base, keys, plan, record, store, ui
+from qmedtune.errors import QmedtuneError, RecipeError, RunError
+from qmedtune.interrupt import stop
+from qmedtune.recipe import Recipe
+
+Work = Callable[[Recipe, dict[str, Path], Path], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Step:
+    """`needs` maps what the work calls an input to `step` or `step/subfolder`; `base` is the model folder.
+    With `resumes` an interrupted attempt is continued instead of thrown away."""
+
+    name: str
+    kind: str
+    section: dict[str, Any]
+    needs: dict[str, str]
+    work: Work
+    resumes: bool = False
+
+
+def steps_of(recipe: Recipe, asked: Recipe, hashes: store.HashCache) -> list[Step]:
+    """The list. `recipe` is resolved, `asked` is what the user wrote (keys must not depend on the machine)."""
+    sources = recipe.used_sources()
+    steps = [_source_step(recipe, name, hashes) for name in sources]
+    steps += _validation_step(recipe)
+    start, adapters, template = "base", [], None
+    for index, name in enumerate(recipe.stage_names()):
+        stage = recipe.stages[index]
+        if stage.section.adapter == "merge_then_new" and adapters:
+            steps.append(_fold_step(recipe, f"{name}-base", start, adapters))
+            start, adapters = f"{name}-base", []
+        steps.append(_tokens_step(recipe, index, start))
+        steps.append(_training_step(recipe, asked, index, start, adapters))
+        if stage.kind == "pretrain":
+            start = f"{name}/model"
+        elif stage.section.adapter == "continue" and adapters:
+            adapters = [*adapters[:-1], f"{name}/adapter"]
+        else:
+            adapters = [*adapters, f"{name}/adapter"]
+        template = name if stage.kind == "sft" else template
+    if adapters:
+        steps.append(_merge_step(recipe, start, adapters, template))
+    if adapters and (recipe.evaluate.tasks or recipe.evaluate.perplexity):
+        steps.append(_evaluation_step(recipe, start, adapters, template))
+    return steps
+
+
+def _source_step(recipe: Recipe, name: str, hashes: store.HashCache) -> Step:
+    def work(recipe: Recipe, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
+        from qmedtune.data.prepare import prepare_source
+
+        return prepare_source(recipe, name, inputs, out)
+
+    earlier = keys.sources_compared_with(recipe, name)
+    section = keys.source_section(recipe, name, hashes)
+    return Step(f"data/{name}", "data", section, {other: f"data/{other}" for other in earlier}, work)
+
+
+def _validation_step(recipe: Recipe) -> list[Step]:
+    names = [n for n in recipe.data if n in {*recipe.validation.on, *recipe.evaluate.perplexity}]
+
+    def work(recipe: Recipe, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
+        from qmedtune.data.pack import pack_validation
+
+        return pack_validation(recipe, inputs["base"], inputs, out)
+
+    section = keys.validation_section(recipe)
+    needs = {"base": "base", **{name: f"data/{name}" for name in names}}
+    return [Step("data/validation", "data", section, needs, work)] if names else []
+
+
+def _tokens_step(recipe: Recipe, index: int, start: str) -> Step:
+    def work(recipe: Recipe, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
+        from qmedtune.data.pack import pack_stage
+
+        return pack_stage(recipe, index, inputs["base"], inputs, out)
+
+    needs = {"base": start, **{name: f"data/{name}" for name in recipe.stages[index].sources}}
+    return Step(f"data/{recipe.stage_names()[index]}", "data", keys.tokens_section(recipe, index), needs, work)
+
+
+def _training_step(recipe: Recipe, asked: Recipe, index: int, start: str, adapters: list[str]) -> Step:
+    def work(recipe: Recipe, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
+        from qmedtune.train import train_stage
+
+        return train_stage(recipe, index, inputs, out)
+
+    name = recipe.stage_names()[index]
+    needs = {"base": start, "tokens": f"data/{name}", **_numbered(adapters)}
+    if recipe.validation.on:
+        needs["validation"] = "data/validation"
+    section = keys.training_section(recipe, asked, index)
+    return Step(name, recipe.stages[index].kind, section, needs, work, resumes=True)
+
+
+def _fold_step(recipe: Recipe, name: str, start: str, adapters: list[str]) -> Step:
+    def work(recipe: Recipe, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
+        from qmedtune.merge import merge_stage
+
+        return merge_stage(recipe, inputs, out)
+
+    return Step(name, "fold", keys.merge_section(recipe), {"base": start, **_numbered(adapters)}, work)
+
+
+def _merge_step(recipe: Recipe, start: str, adapters: list[str], template: str | None) -> Step:
+    step = _fold_step(recipe, "merged", start, adapters)
+    needs = {**step.needs, **({"template": template} if template else {})}
+    if recipe.evaluate.perplexity or recipe.validation.on:
+        needs["validation"] = "data/validation"
+    return Step("merged", "merge", step.section, needs, step.work)
+
+
+def _evaluation_step(recipe: Recipe, start: str, adapters: list[str], template: str | None) -> Step:
+    def work(recipe: Recipe, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
+        from qmedtune.evaluate import evaluate_stage
+
+        return evaluate_stage(recipe, inputs, out)
+
+    needs = {"base": start, "merged": "merged", **_numbered(adapters)}
+    needs |= {"template": template} if template else {}
+    needs |= {"validation": "data/validation"} if recipe.evaluate.perplexity else {}
+    return Step("evaluation", "evaluation", keys.evaluation_section(recipe), needs, work, resumes=True)
+
+
+def _numbered(adapters: list[str]) -> dict[str, str]:
+    return {f"adapter-{number}": path for number, path in enumerate(adapters, start=1)}
+
+
+# ---------------------------------------------------------------------------------------------------------- the loop
+
+
+def run(
+    recipe: Recipe,
+    recipe_text: str,
+    out: Path,
+    *,
+    until: str | None = None,
+    offline: bool = False,
+    smoke: bool = False,
+    time_limit_s: float | None = None,
+) -> dict[str, Any]:
+    """Run (or resume) a recipe in the folder `out`; returns the content of run.json.
+
+    `until` names the last step or stage to run. Raises QmedtuneError; what is sealed by then stays and is reused.
+    """
+    asked = keys.smoke(recipe) if smoke else recipe
+    resolved, choices = plan.resolve(asked)
+    hashes = store.HashCache(out / ".hashes.json")
+    steps = steps_of(resolved, asked, hashes)
+    last = _last_step(steps, until)
+    source = base.identify(resolved.model, hashes, offline=offline)
+    if finished := _finished(steps, source, recipe_text, out):
+        return finished
+    _check_writable(out)
+    with store.lock(out), stop.watching(time_limit_s):
+        hashes.save()
+        notes = record.Notes(resolved, recipe_text, choices, offline=offline)
+        folder = source.make()
+        done: dict[str, store.Seal] = {}
+        with ui.run_progress([step.name for step in steps[: last + 1]] + ["report"]) as shown:
+            try:
+                for step in steps[: last + 1]:
+                    done[step.name] = _do(step, resolved, folder, source.digest, done, out, shown)
+                    record.write(out, notes, steps, done, source, "running")
+            except BaseException as error:
+                status = "running" if _will_continue(error) else "failed"
+                record.write(out, notes, steps, done, source, status, error)
+                raise
+            complete = last + 1 == len(steps)
+            with shown.step("report"):
+                result = record.finish(out, notes, steps, done, source, "finished" if complete else "running")
+        return result
+
+
+def _do(
+    step: Step,
+    recipe: Recipe,
+    model: Path,
+    model_digest: str,
+    done: dict[str, store.Seal],
+    out: Path,
+    shown: ui.Run,
+) -> store.Seal:
+    """One step: skipped when its sealed folder carries the key, brought back from history, or run."""
+    folder, key = out / step.name, key_of(step, model_digest, done)
+    if sealed := store.intact(folder, key):
+        shown.cached(step.name)
+        return sealed
+    if sealed := store.complete(folder, out, key) or store.recall(folder, out, key):
+        shown.cached(step.name, "kept from an earlier run")
+        return sealed
+    _explain(step, folder)
+    inputs = _inputs(step, model, out)
+    _check_inputs(step, done, out)
+    stop.raise_if_requested()
+    building = store.begin(folder, out, key, keep_partial=step.resumes)
+    with shown.step(step.name):
+        started = time.monotonic()
+        try:
+            facts = step.work(recipe, inputs, building)
+        except OSError as error:
+            raise RunError(f"{step.name}: {error.strerror or error} ({error.filename or out})\n"
+                           "free space or fix the permission, then give the same command again") from error  # fmt: skip
+        facts |= {"seconds": round(time.monotonic() - started, 2), "section": step.section}
+        return store.publish(building, folder, out, key, facts)
+
+
+def key_of(step: Step, model_digest: str, done: dict[str, store.Seal]) -> str:
+    """What the step's folder depends on, as one hash."""
+    digests = {}
+    for name, path in step.needs.items():
+        upstream = _owner(path)
+        digests[name] = model_digest if upstream == "base" else done[upstream].digest
+    return store.sha256_json({"step": step.name, "section": step.section, "inputs": digests, "code": keys.CODE})
+
+
+def _owner(path: str) -> str:
+    """`01-cpt/adapter` is made by the step `01-cpt`, `data/notes` by `data/notes`."""
+    parts = path.split("/")
+    return "/".join(parts[:2]) if parts[0] == "data" else parts[0]
+
+
+def _inputs(step: Step, model: Path, out: Path) -> dict[str, Path]:
+    return {name: model if path == "base" else out / path for name, path in step.needs.items()}
+
+
+def _check_inputs(step: Step, done: dict[str, store.Seal], out: Path) -> None:
+    """Hash what is about to be consumed: a flipped bit upstream must not train on silently."""
+    for upstream in {_owner(path) for path in step.needs.values()} - {"base"}:
+        if problems := store.damage(out / upstream, done[upstream], full=True):
+            raise RunError(
+                f"{out / upstream}: damaged since it was sealed ({problems[0]})\n"
+                f"move that folder away; the same command then makes it again"
+            )
+
+
+def _explain(step: Step, folder: Path) -> None:
+    """Say why a sealed folder is not good enough any more; it moves to .history/ when the new one is ready."""
+    sealed = store.read_seal(folder)
+    if sealed is None:
+        return
+    if problems := store.damage(folder, sealed, full=False):
+        ui.warn(f"{step.name}: {problems[0]}; made again, the damaged folder is kept in .history/")
+        store.retire(folder, folder.parent.parent if step.name.startswith("data/") else folder.parent)
+        return
+    ui.note(f"{step.name} is made again: {keys.difference(sealed.facts.get('section', {}), step.section)}")
+
+
+def status(recipe: Recipe, out: Path, *, offline: bool = True) -> list[dict[str, str]]:
+    """For `plan`: each step as {name, status: cached | stale | to do, why}. Loads nothing, writes nothing."""
+    resolved, _ = plan.resolve(recipe)
+    hashes = store.HashCache(out / ".hashes.json")
+    steps = steps_of(resolved, recipe, hashes)
+    digest = base.identify(resolved.model, hashes, offline=offline).digest
+    done: dict[str, store.Seal] = {}
+    rows = []
+    for step in steps:
+        rows.append({"name": step.name, **_state(step, digest, done, out)})
+    return rows
+
+
+def _state(step: Step, model_digest: str, done: dict[str, store.Seal], out: Path) -> dict[str, str]:
+    waiting = [u for u in {_owner(p) for p in step.needs.values()} - {"base"} if u not in done]
+    old = store.read_seal(out / step.name)
+    if waiting:
+        return {"status": "stale" if old else "to do", "why": f"after {sorted(waiting)[0]}"}
+    if sealed := store.intact(out / step.name, key_of(step, model_digest, done)):
+        done[step.name] = sealed
+        return {"status": "cached", "why": "unchanged"}
+    if old is None:
+        return {"status": "to do", "why": "not made yet"}
+    return {"status": "stale", "why": keys.difference(old.facts.get("section", {}), step.section)}
+
+
+def _finished(steps: list[Step], source: base.Base, recipe_text: str, out: Path) -> dict[str, Any] | None:
+    """run.json of a run in which nothing is left to do."""
+    result = record.read(out)
+    if not result or result["status"] != "finished" or result["recipe_sha256"] != record.text_sha256(recipe_text):
+        return None
+    done: dict[str, store.Seal] = {}
+    for step in steps:
+        sealed = store.intact(out / step.name, key_of(step, source.digest, done))
+        if sealed is None:
+            return None
+        done[step.name] = sealed
+    return result if all((out / name).is_file() for name in record.REPORTS) else None
+
+
+def _last_step(steps: list[Step], until: str | None) -> int:
+    if until is None:
+        return len(steps) - 1
+    wanted = {"merge": "merged", "eval": "evaluation", "evaluate": "evaluation"}.get(until, until)
+    matches = [i for i, s in enumerate(steps) if wanted in (s.name, s.kind, s.name.partition("-")[2])]
+    if not matches:
+        names = ", ".join(dict.fromkeys(["data", *(s.name for s in steps if s.kind != "data")]))
+        raise RecipeError(f"--until: no step {until!r} in this recipe\nallowed: {names}")
+    return matches[-1]
+
+
+def _check_writable(out: Path) -> None:
+    existing = next(p for p in (out, *out.absolute().parents) if p.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise RecipeError(
+            f"--out: cannot write to {out} ({existing} is {'read-only' if existing.is_dir() else 'a file'})\n"
+            "give a folder that you may write to with --out"
+        )
+
+
+def _will_continue(error: BaseException) -> bool:
+    return isinstance(error, QmedtuneError) and getattr(error, "exit_code", 1) in (0, 130, 143)
