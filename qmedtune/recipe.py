@@ -228,6 +228,7 @@ class Recipe(Section):
     name: Name
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 17
     deterministic: bool = False
+    memory: Annotated[float, Field(gt=0)] | Auto = "auto"  # GiB that training may take; auto = the card's
     model: ModelSection
     adapter: AdapterSection = AdapterSection()
     data: dict[Name, SourceSection]

@@ -1,0 +1,226 @@
+"""What a base looks like, from its config.json or from a table, without torch and without reading a weight.
+
+Sources in this order: built-in, a local folder, the Hub cache of this machine, shapes.json (public config values of
+LLaMA-family models by Hub id, so that `plan` answers offline). Deliberately not here: downloads, tokenizers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+from qmedtune.errors import RecipeError
+from qmedtune.recipe import ModelSection
+
+BYTES_OF = {"float32": 4, "float16": 2, "bfloat16": 2, "F32": 4, "F16": 2, "BF16": 2}
+# Rows of the built-in bases' embeddings; their tokenizers are trained with them (tiny.vocab_size; a test compares).
+BUILTIN_VOCAB = {"builtin:tiny": 1536, "builtin:micro": 1088}
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class BaseFacts:
+    """A LLaMA shape. Widths in elements, `file_bytes` as stored (in `stored_dtype`), `source` says where it is from."""
+
+    name: str
+    source: str
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocab: int
+    tied: bool
+    max_positions: int
+    rope_theta: float
+    rope_type: str
+    stored_dtype: str
+    folder: str | None = None
+    measured_bytes: int | None = None
+    largest_shard_bytes: int | None = None
+
+    @property
+    def builtin(self) -> bool:
+        return self.name.startswith("builtin:")
+
+    @cached_property
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """(inputs, outputs) of the seven linears of one layer."""
+        query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return {
+            "q_proj": (self.hidden, query),
+            "k_proj": (self.hidden, key),
+            "v_proj": (self.hidden, key),
+            "o_proj": (query, self.hidden),
+            "gate_proj": (self.hidden, self.intermediate),
+            "up_proj": (self.hidden, self.intermediate),
+            "down_proj": (self.intermediate, self.hidden),
+        }
+
+    @property
+    def linear_parameters(self) -> int:
+        """Elements that NF4 quantises: all linears of all layers, never lm_head."""
+        return self.layers * sum(i * o for i, o in self.linear_shapes.values())
+
+    @property
+    def embedding_parameters(self) -> int:
+        """embed_tokens, and lm_head where it is a matrix of its own."""
+        return self.vocab * self.hidden * (1 if self.tied else 2)
+
+    @property
+    def norm_parameters(self) -> int:
+        return (2 * self.layers + 1) * self.hidden
+
+    @property
+    def parameters(self) -> int:
+        return self.linear_parameters + self.embedding_parameters + self.norm_parameters
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of the stored weights: measured where they are local, otherwise parameters x element size."""
+        return self.measured_bytes or self.parameters * BYTES_OF.get(self.stored_dtype, 2)
+
+
+def base_facts(model: ModelSection) -> BaseFacts:
+    """The shape of `model.base`. RecipeError where it is unknown here or no LLaMA."""
+    if model.base.startswith("builtin:"):
+        return _builtin(model.base)
+    folder = Path(model.base).expanduser()
+    if folder.is_dir():
+        return _from_folder(model.base, folder, "config.json of the local folder")
+    snapshot = cached_snapshot(model.base, model.revision)
+    if snapshot is not None:
+        return _from_folder(model.base, snapshot, "config.json in the Hub cache")
+    table = _table()
+    if model.base in table["ids"]:
+        return BaseFacts(name=model.base, source="table of known shapes", **table["shapes"][table["ids"][model.base]])
+    raise RecipeError(_unknown(model.base))
+
+
+def _unknown(base: str) -> str:
+    is_hub_id = base.count("/") == 1 and not base.startswith((".", "~", "/"))
+    fetch = f"fetch its shape (a few kB): hf download {base} config.json" if is_hub_id else "check the path"
+    return (
+        f"model.base: the shape of {base!r} is not known here\n"
+        "allowed: builtin:tiny, a folder with config.json, a model in the Hub cache, or a known Hub id "
+        f"({len(_table()['ids'])} are shipped, for example meta-llama/Llama-3.1-8B)\n{fetch}"
+    )
+
+
+@cache
+def _table() -> dict[str, Any]:
+    return json.loads(Path(__file__).with_name("shapes.json").read_text(encoding="utf-8"))
+
+
+def _builtin(name: str) -> BaseFacts:
+    from qmedtune import tiny
+
+    if name not in BUILTIN_VOCAB:
+        raise RecipeError(f"model.base: no built-in base {name!r}\nallowed: {', '.join(BUILTIN_VOCAB)}")
+    return facts_from_config(name, tiny.config_dict(BUILTIN_VOCAB[name]), "built-in")
+
+
+def cached_snapshot(hub_id: str, revision: str | None) -> Path | None:
+    """The snapshot folder of a Hub id in this machine's cache, if its config.json is there."""
+    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    hub = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
+    repository = hub / f"models--{hub_id.replace('/', '--')}"
+    reference = repository / "refs" / (revision or "main")
+    commit = reference.read_text(encoding="utf-8").strip() if reference.is_file() else (revision or "")
+    snapshot = repository / "snapshots" / commit
+    return snapshot if commit and (snapshot / "config.json").is_file() else None
+
+
+def _from_folder(name: str, folder: Path, source: str) -> BaseFacts:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise RecipeError(
+            f"model.base: {folder} has no config.json\ngive the folder that holds config.json and weights"
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RecipeError(f"{path}: not JSON ({error})\nfetch the model again") from error
+    shards = sorted(folder.glob("*.safetensors"))
+    missing = _missing_shards(folder)
+    if missing and shards:
+        raise RecipeError(
+            f"{folder}: {len(missing)} weight files are missing, first {missing[0]}\nfetch the model again"
+        )
+    sizes = [shard.stat().st_size for shard in shards]
+    return facts_from_config(
+        name,
+        config,
+        source,
+        folder=str(folder),
+        measured_bytes=sum(sizes) or None,
+        largest_shard_bytes=max(sizes, default=None),
+        stored_dtype=_stored_dtype(shards[0]) if shards else None,
+    )
+
+
+def _missing_shards(folder: Path) -> list[str]:
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return []
+    named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    return sorted(name for name in named if not (folder / name).is_file())
+
+
+def _stored_dtype(shard: Path) -> str | None:
+    """dtype of the largest tensor of a safetensors file, from its header (8-byte length, then JSON)."""
+    with shard.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        try:
+            header = json.loads(file.read(min(length, 100_000_000)))
+        except ValueError as error:
+            raise RecipeError(f"{shard}: not a safetensors file\nfetch the model again") from error
+    tensors = [entry for name, entry in header.items() if name != "__metadata__"]
+    return max(tensors, key=lambda t: t["data_offsets"][1] - t["data_offsets"][0])["dtype"] if tensors else None
+
+
+def facts_from_config(
+    name: str,
+    config: dict[str, Any],
+    source: str,
+    *,
+    folder: str | None = None,
+    measured_bytes: int | None = None,
+    largest_shard_bytes: int | None = None,
+    stored_dtype: str | None = None,
+) -> BaseFacts:
+    """Read a transformers config.json (4.x or 5.x spelling). RecipeError where it is no LLaMA or lacks a width."""
+    if config.get("model_type") != "llama":
+        raise RecipeError(
+            f"model.base: {name} is a {config.get('model_type')!r} model\n"
+            "allowed: LLaMA-family models (model_type llama): Llama 1 to 3.3, TinyLlama, Meditron, PMC-LLaMA ..."
+        )
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    try:
+        heads = config["num_attention_heads"]
+        return BaseFacts(
+            name=name,
+            source=source,
+            hidden=config["hidden_size"],
+            layers=config["num_hidden_layers"],
+            heads=heads,
+            kv_heads=config.get("num_key_value_heads") or heads,
+            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+            intermediate=config["intermediate_size"],
+            vocab=config["vocab_size"],
+            tied=config.get("tie_word_embeddings", False),
+            max_positions=config.get("max_position_embeddings", 2048),
+            rope_theta=rope.get("rope_theta") or config.get("rope_theta") or 10000.0,
+            rope_type=rope.get("rope_type") or rope.get("type") or "default",
+            stored_dtype=stored_dtype or config.get("dtype") or config.get("torch_dtype") or "float16",
+            folder=folder,
+            measured_bytes=measured_bytes,
+            largest_shard_bytes=largest_shard_bytes,
+        )
+    except KeyError as error:
+        raise RecipeError(f"model.base: config.json of {name} lacks {error}\nfetch the model again") from error
