@@ -1,0 +1,206 @@
+"""Charts of the report as inline SVG and plain boxes: line charts, dumbbells with intervals, bars.
+
+Drawn by hand because a report must render in a second, without matplotlib, and must follow light, dark and width. The
+SVG is stretched to its box (`preserveAspectRatio="none"`) with strokes that do not scale; text is HTML beside it, so
+that letters and dots keep their size on a phone and on paper.
+
+Deliberately does not: run scripts, fetch fonts, or know what a run is.
+"""
+
+import html
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+MAX_POINTS = 400  # per line: more is invisible at 1000 pixels and only makes the page heavy
+SMOOTHING_WINDOW = 1 / 25  # of the drawn points: a centred mean, which unlike a running one does not lag
+
+Points = Sequence[tuple[float, float]]
+
+
+class Html(str):
+    """Markup that is already safe. Everything else goes through `esc`."""
+
+
+def esc(value: object) -> Html:
+    """The value as text of a page; `Html` passes through."""
+    return value if isinstance(value, Html) else Html(html.escape(str(value)))
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line. `color`: 0 is the quiet grey of training loss, 1 to 8 the palette. `dots`: mark every point."""
+
+    label: str
+    points: Points
+    color: int
+    dots: bool = False
+
+
+@dataclass(frozen=True)
+class Mark:
+    """One dot of a dumbbell row, with the ends of its interval where known."""
+
+    label: str
+    value: float
+    low: float | None
+    high: float | None
+    color: int
+
+
+@dataclass(frozen=True)
+class Axis:
+    """The figures written under a row of marks; the first and the last are its ends."""
+
+    ticks: Sequence[float]
+    log: bool = False
+
+    def percent(self, value: float) -> float:
+        """Where `value` lies between the ends, 0 to 100."""
+        scale = math.log10 if self.log else float
+        low, high = scale(self.ticks[0]), scale(self.ticks[-1])
+        return 100 * (scale(value) - low) / (high - low)
+
+
+SHARES = Axis((0, 0.25, 0.5, 0.75, 1))
+
+
+def nice_ticks(low: float, high: float, wanted: int = 5) -> list[float]:
+    """Round figures (1, 2 or 5 times a power of ten apart) that cover [low, high]."""
+    span = (high - low) or abs(high) or 1.0
+    raw = span / wanted
+    power = 10 ** math.floor(math.log10(raw))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * 0.999)
+    first = math.floor(low / step + 1e-9)
+    last = math.ceil(high / step - 1e-9)
+    return [round(index * step, 12) for index in range(first, max(last, first + 1) + 1)]
+
+
+def line_chart(series: Sequence[Series], x_label: str, y_label: str) -> Html:
+    """Lines over a common grid, with a legend. Series without points are left out."""
+    series = [line for line in series if line.points]
+    xs = [x for line in series for x, _ in line.points]
+    ys = [y for line in series for _, y in line.points]
+    y_ticks = nice_ticks(min(ys), max(ys))
+    x_low, x_high = min(xs), max(max(xs), min(xs) + 1)
+    y_low, y_high = y_ticks[0], y_ticks[-1]
+    x_ticks = [tick for tick in nice_ticks(x_low, x_high) if x_low <= tick <= x_high]
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        return 1000 * (x - x_low) / (x_high - x_low), 1000 * (y_high - y) / (y_high - y_low)
+
+    grid = "".join(f'<path class="grid" d="M0 {at(x_low, tick)[1]:.1f}H1000"/>' for tick in y_ticks)
+    lines = "".join(_line(line, [at(*point) for point in _thinned(line.points)]) for line in series)
+    y_text = "".join(f'<span style="top:{at(x_low, t)[1] / 10:.2f}%">{_tick(t)}</span>' for t in y_ticks)
+    x_text = "".join(f'<span style="left:{at(t, y_low)[0] / 10:.2f}%">{_tick(t)}</span>' for t in x_ticks)
+    summary = ", ".join(f"{line.label} {line.points[0][1]:.3f} to {line.points[-1][1]:.3f}" for line in series)
+    return Html(
+        f'<figure class="chart">{legend([(line.label, line.color) for line in series])}'
+        f'<div class="plot"><div class="ys">{y_text}</div>'
+        f'<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" role="img" aria-label="{esc(y_label)}: '
+        f'{esc(summary)}">{grid}{lines}</svg><div class="xs">{x_text}</div></div>'
+        f'<div class="axes"><span>{esc(y_label)} ↑</span><span>{esc(x_label)} →</span></div></figure>'
+    )
+
+
+def _line(line: Series, places: list[tuple[float, float]]) -> str:
+    if line.dots or len(places) == 1:
+        dots = "".join(
+            f'<path class="dot s{line.color}" d="M{x:.1f} {y:.1f}h0"><title>{esc(line.label)}, step {step:g}: '
+            f"{value:.3f}</title></path>"
+            for (x, y), (step, value) in zip(places, _thinned(line.points), strict=True)
+        )
+        return f'<path class="line s{line.color}" d="{_path(places)}"/>{dots}'
+    if len(places) < 50:
+        return f'<path class="line s{line.color}" d="{_path(places)}"/>'
+    raw, smooth = _path(places), _path(_smoothed(places))
+    return f'<path class="raw s{line.color}" d="{raw}"/><path class="line s{line.color}" d="{smooth}"/>'
+
+
+def _smoothed(places: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Centred means, over fewer points near the ends so that the line begins and ends where the values do."""
+    reach = round(len(places) * SMOOTHING_WINDOW / 2)
+    smooth = []
+    for i, (x, _) in enumerate(places):
+        near = min(reach, i, len(places) - 1 - i)
+        window = places[i - near : i + near + 1]
+        smooth.append((x, sum(y for _, y in window) / len(window)))
+    return smooth
+
+
+def _path(places: list[tuple[float, float]]) -> str:
+    return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
+
+
+def _thinned(points: Points) -> Points:
+    """At most `MAX_POINTS` means of equal stretches, with the last point kept as it is."""
+    stretch = math.ceil(len(points) / MAX_POINTS)
+    if stretch == 1:
+        return points
+    parts = [points[i : i + stretch] for i in range(0, len(points) - 1, stretch)]
+    means = [(sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in parts]
+    return [*means, points[-1]]
+
+
+def _tick(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:g}"
+
+
+def legend(labels: Sequence[tuple[str, int]]) -> Html:
+    """Coloured keys above a chart."""
+    keys = "".join(f'<span><i class="key c{color}"></i>{esc(label)}</span>' for label, color in labels)
+    return Html(f'<div class="legend">{keys}</div>')
+
+
+def log_axis(values: Sequence[float]) -> Axis:
+    """A logarithmic axis with 1, 2, 5, 10 ... around the values."""
+    powers = range(math.floor(math.log10(min(values))), math.ceil(math.log10(max(values))) + 1)
+    ticks = [factor * 10.0**power for power in powers for factor in (1, 2, 5)]
+    first = max(i for i, tick in enumerate(ticks) if tick <= min(values))
+    last = min(i for i, tick in enumerate(ticks) if tick >= max(values))
+    return Axis(ticks[first : max(last, first + 1) + 1], log=True)
+
+
+def dumbbells(rows: Sequence[tuple[str, Sequence[Mark], str]], axis: Axis = SHARES) -> Html:
+    """One row per score, (label, marks, text at the end), on a common axis: dots, with bars for their intervals."""
+    body = "".join(
+        f'<div class="db-row"><span class="db-label">{esc(label)}</span>'
+        f'<span class="db-track">{"".join(_mark(mark, axis) for mark in marks)}</span>'
+        f'<span class="db-value">{esc(text)}</span></div>'
+        for label, marks, text in rows
+    )
+    ticks = "".join(f'<span style="left:{axis.percent(tick):.2f}%">{_tick(tick)}</span>' for tick in axis.ticks)
+    ruler = f'<div class="db-row db-axis"><span></span><span class="db-ticks">{ticks}</span><span></span></div>'
+    return Html(f'<figure class="dumbbells">{body}{ruler}</figure>')
+
+
+def _mark(mark: Mark, axis: Axis) -> str:
+    title = f"{mark.label}: {mark.value:.3f}"
+    whisker = ""
+    if mark.low is not None and mark.high is not None:
+        title += f" (95 % interval {mark.low:.3f} to {mark.high:.3f})"
+        left, right = axis.percent(mark.low), axis.percent(mark.high)
+        whisker = f'<i class="whisker c{mark.color}" style="left:{left:.2f}%;width:{right - left:.2f}%"></i>'
+    place = f"left:{axis.percent(mark.value):.2f}%"
+    return f'{whisker}<i class="mark c{mark.color}" style="{place}" title="{esc(title)}"></i>'
+
+
+def stacked_bar(parts: Sequence[tuple[str, float, int]]) -> Html:
+    """Shares of a whole: (label, share, color); shares add up to 1."""
+    cells = "".join(
+        f'<i class="c{color}" style="width:{100 * share:.2f}%" title="{esc(label)}: {share:.1%}"></i>'
+        for label, share, color in parts
+    )
+    return Html(f'<div class="stack">{cells}</div>')
+
+
+def bars(rows: Sequence[tuple[str, float, str, int]]) -> Html:
+    """Horizontal bars from zero: (label, value, text at the end, color)."""
+    longest = max((value for _, value, _, _ in rows), default=0) or 1
+    body = "".join(
+        f'<div class="bar-row"><span class="bar-label">{esc(label)}</span><span class="bar-track">'
+        f'<i class="c{color}" style="width:{100 * value / longest:.2f}%"></i></span>'
+        f'<span class="bar-value">{esc(text)}</span></div>'
+        for label, value, text, color in rows
+    )
+    return Html(f'<figure class="bars">{body}</figure>')

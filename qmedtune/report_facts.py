@@ -1,0 +1,205 @@
+"""What a run says about itself, read for the report: scores with their intervals, verdicts, loss curves, one outcome.
+
+`run.json` is the source, `metrics.jsonl` gives the curves. A run that stopped early lacks parts; every function here
+returns None or something empty for those, and the report says so in words.
+
+Deliberately does not: format pages, recompute results, or read anything but those two files.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+SIGNIFICANCE = 0.05
+
+Points = list[tuple[int, float]]  # (optimiser step, loss in nats per token)
+
+
+@dataclass(frozen=True)
+class Score:
+    """A share between 0 and 1, with its 95 % interval and number of items where known."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+    n: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f}" + (f" ({self.interval()})" if self.low is not None else "")
+
+    def interval(self) -> str:
+        return "" if self.low is None else f"{self.low:.2f}–{self.high:.2f}"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Base against final on the same items. `verdict`: better, worse, noise, or "" when it cannot be told."""
+
+    task: str
+    part: str  # "all" or the name of a facet
+    base: Score | None
+    final: Score | None
+    verdict: str = ""
+    reading: str = ""
+
+
+@dataclass
+class Curve:
+    """Loss of one stage; the validation curves are keyed by source."""
+
+    train: Points = field(default_factory=list)
+    validation: dict[str, Points] = field(default_factory=dict)
+
+
+@dataclass
+class Metrics:
+    curves: dict[str, Curve] = field(default_factory=dict)
+    left_out: int = 0  # lines that are no JSON object (a kill in mid-line) or hold a loss that is not finite
+
+
+def read_score(entry: Any) -> Score | None:
+    """A score from `{"accuracy" | "mean", "ci95": [low, high], "n"}` or a bare number; None stays None."""
+    if entry is None:
+        return None
+    if not isinstance(entry, Mapping):
+        return Score(float(entry))
+    low, high = entry.get("ci95") or (None, None)
+    value = entry["accuracy"] if "accuracy" in entry else entry["mean"]
+    return Score(float(value), low, high, entry.get("n"))
+
+
+def comparisons(run: dict) -> list[Comparison]:
+    """Every task as a whole, each followed by its facets."""
+    found = []
+    for name, task in (run.get("evaluation") or {}).get("tasks", {}).items():
+        for part, entry in [("all", task), *task.get("facets", {}).items()]:
+            found.append(_compare(name, part, entry))
+    return found
+
+
+def _compare(task: str, part: str, entry: dict) -> Comparison:
+    base, final, paired = read_score(entry.get("base")), read_score(entry.get("final")), entry.get("paired")
+    if base is None or final is None:
+        return Comparison(task, part, base, final)
+    direction = "better" if final.value > base.value else "worse"
+    if paired is not None:
+        clear = paired["p_value"] < SIGNIFICANCE
+        reading = f"{_p_value(paired['p_value'])}; {paired['gained']} gained, {paired['lost']} lost"
+        reading = reading if clear else f"within noise ({reading})"
+    elif base.low is None or base.high is None or final.low is None or final.high is None:
+        return Comparison(task, part, base, final, "", "no interval")
+    else:
+        clear = final.low > base.high or final.high < base.low
+        reading = "intervals apart" if clear else "within noise (intervals overlap)"
+    return Comparison(task, part, base, final, direction if clear else "noise", reading)
+
+
+def _p_value(p: float) -> str:
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+
+
+def perplexities(run: dict) -> dict[str, tuple[float | None, float | None]]:
+    """Base and final perplexity per kind of text."""
+    found = (run.get("evaluation") or {}).get("perplexity", {})
+    return {source: (entry.get("base"), entry.get("final")) for source, entry in found.items()}
+
+
+def read_metrics(path: Path) -> Metrics:
+    """Curves from metrics.jsonl. Steps that a resumed run did again count once, by their last line."""
+    metrics = Metrics()
+    train: dict[str, dict[int, float]] = {}
+    validation: dict[str, dict[str, dict[int, float]]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            entry = json.loads(line)
+            stage, step = entry["stage"], int(entry["step"])
+        except (json.JSONDecodeError, KeyError, TypeError):
+            metrics.left_out += 1
+            continue
+        losses = [(train.setdefault(stage, {}), entry["loss"])] if entry.get("loss") is not None else []
+        for source, loss in (entry.get("validation") or {}).items():
+            losses.append((validation.setdefault(stage, {}).setdefault(source, {}), loss))
+        for points, loss in losses:
+            if loss is not None and math.isfinite(loss):
+                points[step] = loss
+            else:
+                metrics.left_out += 1
+    for stage in [*train, *(name for name in validation if name not in train)]:
+        by_source = {source: sorted(points.items()) for source, points in validation.get(stage, {}).items()}
+        metrics.curves[stage] = Curve(sorted(train.get(stage, {}).items()), by_source)
+    return metrics
+
+
+def curves(run: dict, metrics: Metrics) -> dict[str, Curve]:
+    """One curve per stage of the run; validation from run.json where metrics.jsonl has none."""
+    found = {}
+    for stage in run.get("stages", []):
+        curve = metrics.curves.get(stage["name"], Curve())
+        if not curve.validation:
+            curve = Curve(curve.train, _sealed_validation(stage))
+        if curve.train or curve.validation:
+            found[stage["name"]] = curve
+    return found
+
+
+def _sealed_validation(stage: dict) -> dict[str, Points]:
+    by_source: dict[str, Points] = {}
+    for entry in stage.get("validation") or []:
+        for source, loss in entry.items():
+            if source != "step" and isinstance(loss, int | float) and math.isfinite(loss):
+                by_source.setdefault(source, []).append((entry["step"], loss))
+    return by_source
+
+
+def outcome(run: dict) -> str:
+    """One or two plain sentences: what came out of the run, or why there is nothing to tell."""
+    failed = [step["name"] for step in run.get("steps", []) if step["status"] == "failed"]
+    if run["status"] == "failed":
+        where = f" in {failed[0]}" if failed else ""
+        return f"The run failed{where}; what was sealed before stands and is shown here."
+    if run["status"] == "running":
+        return "The run has not finished: this page shows what is sealed so far."
+    told = [sentence for sentence in (_tasks_sentence(run), _perplexity_sentence(run)) if sentence]
+    return " ".join(told) or "The run finished without an evaluation: there are no scores to tell."
+
+
+def _tasks_sentence(run: dict) -> str:
+    parts = []
+    for whole in (c for c in comparisons(run) if c.part == "all" and c.final is not None):
+        assert whole.final is not None
+        name, final = whole.task.replace("_", " "), f"{whole.final.value:.2f}"
+        items = f" ({whole.final.n:,} items)" if whole.final.n else ""
+        if whole.base is None:
+            parts.append(f"accuracy on {name} is {final}{items}")
+        elif whole.verdict == "noise":
+            parts.append(f"accuracy on {name} did not change beyond noise: {whole.base.value:.2f} → {final}{items}")
+        else:
+            verb = "rose" if whole.final.value > whole.base.value else "fell"
+            parts.append(f"accuracy on {name} {verb} from {whole.base.value:.2f} to {final}{items}")
+    return _sentence("; ".join(parts))
+
+
+def _perplexity_sentence(run: dict) -> str:
+    both = {s: (b, f) for s, (b, f) in perplexities(run).items() if b is not None and f is not None}
+    fell = [f"{s} ({b:.1f} → {f:.1f})" for s, (b, f) in both.items() if f < b]
+    rose = [f"{s} ({b:.1f} → {f:.1f})" for s, (b, f) in both.items() if f >= b]
+    parts = [f"fell on {_join(fell)}" if fell else "", f"rose on {_join(rose)}" if rose else ""]
+    return _sentence("perplexity " + " and ".join(part for part in parts if part)) if both else ""
+
+
+def _join(words: list[str]) -> str:
+    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:] + "." if text else ""
+
+
+def base_name(run: dict) -> str:
+    """The base as it may be shown to others: a Hub id or `builtin:` name as it is, of a local path the last part."""
+    base = str(run.get("recipe", {}).get("model", {}).get("base", "unknown base"))
+    is_path = base.startswith(("/", "~", ".")) or "\\" in base
+    return base.rstrip("/\\").replace("\\", "/").rsplit("/", 1)[-1] if is_path else base

@@ -1,0 +1,193 @@
+"""The tables of the report as plain data, so that report.html, report.md and the model card tell the same figures.
+
+Deliberately does not: know HTML or Markdown; every cell is text that the renderer escapes.
+"""
+
+from dataclasses import dataclass
+
+from qmedtune.report_facts import comparisons, perplexities, read_score
+from qmedtune.units import count, duration, size
+
+Row = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    """`note` explains the columns or, when there are no rows, says what is missing and why."""
+
+    title: str
+    columns: Row
+    rows: list[Row]
+    note: str = ""
+
+
+def evaluation(run: dict) -> Table:
+    rows = []
+    for c in comparisons(run):
+        items = next((f"{s.n:,}" for s in (c.final, c.base) if s is not None and s.n), "–")
+        change = f"{c.final.value - c.base.value:+.2f}" if c.base and c.final else "–"
+        part = c.task if c.part == "all" else f"{c.task}: {c.part}"
+        rows.append((part, str(c.base or "–"), str(c.final or "–"), change, items, c.reading or "–"))
+    note = (
+        "Share of items answered correctly, 95 % interval in brackets; base and final answered the same items."
+        if rows
+        else "No task was scored in this run."
+    )
+    return Table("Accuracy", ("Task", "Base", "Final", "Change", "Items", "Reading"), rows, note)
+
+
+def perplexity(run: dict) -> Table:
+    rows = []
+    for source, (base, final) in perplexities(run).items():
+        change = f"{final / base - 1:+.1%}" if base and final else "–"
+        rows.append((source, _number(base), _number(final), change))
+    note = (
+        "Per token of held-out text, lower is better. Point estimates: no interval is computed."
+        if rows
+        else "No perplexity was measured in this run."
+    )
+    return Table("Perplexity", ("Text", "Base", "Final", "Change"), rows, note)
+
+
+def ablation(run: dict) -> Table | None:
+    """None when the run has no ablation: most have none, and that is not worth a section."""
+    arms = (run.get("ablation") or {}).get("arms")
+    if not arms:
+        return None
+    facets = list(dict.fromkeys(facet for arm in arms for facet in arm["facets"]))
+    rows = [(arm["arm"], *(str(read_score(arm["facets"].get(facet)) or "–") for facet in facets)) for arm in arms]
+    return Table("Ablation", ("Arm", *facets), rows, "Mean accuracy over seeds, 95 % interval in brackets.")
+
+
+def stages(run: dict) -> Table:
+    rows = [
+        (
+            stage["name"],
+            stage["kind"],
+            _count(stage.get("tokens", {}).get("trained")),
+            _first_last(stage.get("loss")),
+            _count(stage.get("tokens_per_s")),
+            size(stage["peak_memory_bytes"]) if stage.get("peak_memory_bytes") else "–",
+            duration(stage["seconds"]) if stage.get("seconds") is not None else "–",
+            (stage.get("adapter") or {}).get("sha256", "–")[:12],
+        )
+        for stage in run.get("stages", [])
+    ]
+    columns = ("Stage", "Kind", "Tokens trained", "Loss", "Tokens/s", "Peak memory", "Time", "Adapter")
+    return Table("Stages", columns, rows, "" if rows else "No stage was trained.")
+
+
+def tokens(run: dict) -> Table:
+    names = ("read", "kept", "split", "dropped", "supervised", "trained")
+    rows = [
+        (stage["name"], *(_exact(stage["tokens"].get(name)) for name in names))
+        for stage in run.get("stages", [])
+        if stage.get("tokens")
+    ]
+    columns = ("Stage", *(name.capitalize() for name in names))
+    return Table("Token ledger", columns, rows, "" if rows else "No stage has a token ledger.")
+
+
+def mixture(run: dict) -> Table:
+    rows = [
+        (stage["name"], source, f"{part['share']:.1%}", _exact(part["tokens"]), _repeats(part.get("repeats")))
+        for stage in run.get("stages", [])
+        for source, part in (stage.get("mixture") or {}).items()
+    ]
+    columns = ("Stage", "Source", "Share of tokens", "Tokens", "Repeats")
+    return Table("Mixture", columns, rows, "As realised, not as asked." if rows else "No stage has a mixture.")
+
+
+def records(run: dict) -> Table:
+    names = ("read", "kept", "rejected", "duplicates", "contaminated", "refused")
+    rows = [
+        (name, source.get("kind", "–"), *(_exact(source.get("records", {}).get(column)) for column in names))
+        for name, source in run.get("data", {}).items()
+    ]
+    columns = ("Source", "Kind", *(name.capitalize() for name in names))
+    return Table("Record ledger", columns, rows, "" if rows else "No data was read.")
+
+
+def sources(run: dict) -> Table:
+    rows = [
+        (name, source.get("kind", "–"), source.get("license") or "not stated", source.get("terms") or "–")
+        for name, source in run.get("data", {}).items()
+    ]
+    return Table("Licences and terms", ("Source", "Kind", "Licence", "Terms"), rows)
+
+
+def merge(run: dict) -> Table:
+    facts = run.get("merge")
+    if not facts:
+        return Table("Merge", ("Check", "Value"), [], "Nothing was merged in this run.")
+    onto = {"full16": "the 16-bit base", "nf4": "the dequantised NF4 base"}.get(facts["base"], facts["base"])
+    shift = facts.get("shift_from_nf4") or {}
+    rows = [
+        ("Merged onto", str(onto)),
+        ("Modules changed", _exact(facts.get("modules"))),
+        ("KL divergence, merged against the same base + adapters", _tiny(facts.get("kl"))),
+        ("Same top token", _share(facts.get("top1"))),
+        ("Largest logit difference", _tiny(facts.get("max_abs_logit_diff"))),
+        ("KL divergence from the NF4 model that was trained", _tiny(shift.get("kl"))),
+        ("Same top token as the NF4 model", _share(shift.get("top1"))),
+        ("sha256", str(facts.get("sha256", "–"))),
+    ]
+    return Table("Merge", ("Check", "Value"), [row for row in rows if row[1] != "–"])
+
+
+def steps(run: dict) -> Table:
+    rows = [
+        (step["name"], step["status"], duration(step["seconds"]) if step.get("seconds") is not None else "–")
+        for step in run.get("steps", [])
+    ]
+    return Table("Steps", ("Step", "Status", "Time"), rows, "" if rows else "No step was recorded.")
+
+
+def choices(run: dict) -> Table:
+    rows = [(each["key"], str(each["value"]), each["why"]) for each in run.get("resolved", [])]
+    return Table("Chosen automatically", ("Key", "Value", "Why"), rows)
+
+
+def provenance(run: dict) -> Table:
+    facts = {"recipe_sha256": run.get("recipe_sha256"), "seed": run.get("seed"), "offline": run.get("offline")}
+    facts |= {f"data.{name}.sha256": source.get("sha256") for name, source in run.get("data", {}).items()}
+    rows = [row for row in _flat(facts | run.get("provenance", {})) if row[1] != "None"]
+    return Table("Provenance", ("What", "Value"), rows)
+
+
+def _flat(facts: dict, prefix: str = "") -> list[Row]:
+    rows: list[Row] = []
+    for key, value in facts.items():
+        if isinstance(value, dict):
+            rows += _flat(value, f"{prefix}{key}.")
+        else:
+            rows.append((f"{prefix}{key}", ", ".join(map(str, value)) if isinstance(value, list) else str(value)))
+    return rows
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}" if value < 100 else f"{value:,.0f}"
+
+
+def _count(value: float | None) -> str:
+    return "–" if value is None else count(value)
+
+
+def _exact(value: int | None) -> str:
+    return "–" if value is None else f"{value:,.0f}"
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2%}"
+
+
+def _tiny(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2g}"
+
+
+def _repeats(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}×"
+
+
+def _first_last(loss: dict | None) -> str:
+    return f"{loss['first']:.3f} → {loss['last']:.3f}" if loss else "–"
