@@ -1,0 +1,147 @@
+"""The order of training: which documents are drawn how often, and how they share rows of `seq_len` tokens.
+
+Everything is laid out here, ahead of training and from the seed alone: a mixture by token weights with every source
+spread evenly over the stage, documents drawn whole, one full pass of a source before its next. Rows are filled best-fit
+from a small window; text is split where nothing fits, never dropped. Works on lengths only: no tokens are read.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right, insort
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from qmedtune.errors import DataError
+from qmedtune.recipe import CptSection, PretrainSection
+
+# Up to four passes over the same text are worth nearly as much as new text (Muennighoff et al. 2023, 2305.16264).
+AUTO_MAX_REPEATS = 4.0
+LOOKAHEAD_DOCUMENTS = 512
+
+
+@dataclass(frozen=True)
+class Target:
+    """What one source shall contribute: `tokens` to draw, its normalised `share` of the mixture, whether capped."""
+
+    share: float
+    tokens: float
+    capped: bool
+
+
+def targets(section: CptSection | PretrainSection, lengths: Mapping[str, np.ndarray]) -> dict[str, Target]:
+    """Tokens to draw from each source (`lengths`: kept tokens per document). Raises DataError for an empty source."""
+    kept = {name: int(array.sum()) for name, array in lengths.items()}
+    empty = [name for name, total in kept.items() if total == 0]
+    if empty:
+        raise DataError(f"mix: {', '.join(empty)} has no training text left\nlook at rejects.jsonl and `holdout`")
+    by_document = section.unit == "documents"
+    weights = {name: section.mix[name] * (kept[name] / len(lengths[name]) if by_document else 1) for name in kept}
+    share = {name: weight / sum(weights.values()) for name, weight in weights.items()}
+    cap = section.max_repeats
+    if section.epochs is not None:
+        total = section.epochs * sum(kept.values())
+    elif section.tokens == "auto":
+        main = max(share, key=lambda name: share[name])
+        total, cap = kept[main] / share[main], cap or AUTO_MAX_REPEATS
+    else:
+        total = section.tokens
+    wanted = {name: share[name] * total for name in share}
+    most = {name: kept[name] * cap if cap else float("inf") for name in kept}
+    return {n: Target(share[n], min(wanted[n], most[n]), wanted[n] > most[n]) for n in share}
+
+
+def draw(lengths: np.ndarray, tokens: float, rng: np.random.Generator) -> np.ndarray:
+    """Document numbers of one source, in order: whole shuffled passes, then a part of one, nearest to `tokens`."""
+    total = int(lengths.sum())
+    passes = int(tokens // total)
+    picks = [rng.permutation(len(lengths)) for _ in range(passes)]
+    last = rng.permutation(len(lengths))
+    reached = np.cumsum(lengths[last]) - (tokens - passes * total)
+    part = int(np.argmin(np.abs(np.concatenate([[passes * total - tokens], reached]))))
+    picks.append(last[:part] if passes or part else last[:1])
+    return np.concatenate(picks)
+
+
+def interleave(counts: Sequence[int], rng: np.random.Generator) -> np.ndarray:
+    """A merged order of several sequences, each spread evenly: an index into their concatenation."""
+    places = [(np.arange(n) + rng.random(n)) / n for n in counts if n]
+    return np.argsort(np.concatenate(places), kind="stable")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """pieces: (P, 3) int64 of (index into the draws, start, length); row r holds pieces[ends[r-1]:ends[r]]."""
+
+    pieces: np.ndarray
+    bounds: np.ndarray
+
+
+def fill_rows(lengths: np.ndarray, seq_len: int, split: bool) -> Rows:
+    """Lay documents of these lengths into rows of at most `seq_len` tokens.
+
+    Each row starts with the oldest waiting document and takes, from the next few hundred, the longest that fits. A
+    document longer than a row fills rows of its own. With `split`, a gap of an eighth of a row or more that nothing
+    fits takes the head of the oldest document; without it, rows keep such gaps.
+    """
+    packer = _Packer(lengths, seq_len, max(seq_len // 8, 16) if split else seq_len + 1)
+    while packer.refill():
+        packer.row()
+    pieces = np.array(packer.pieces, dtype=np.int64).reshape(-1, 3)
+    return Rows(pieces, np.array(packer.bounds, dtype=np.int64))
+
+
+class _Packer:
+    """The window of waiting documents: `by_length` sorted for best fit, `queue` in order of arrival."""
+
+    def __init__(self, lengths: np.ndarray, seq_len: int, least_cut: int):
+        self.lengths, self.seq_len, self.least_cut = lengths.tolist(), seq_len, least_cut
+        self.arrived = 0
+        self.start: dict[int, int] = {}
+        self.by_length: list[tuple[int, int]] = []
+        self.queue: deque[int] = deque()
+        self.pieces: list[tuple[int, int, int]] = []
+        self.bounds = [0]
+
+    def refill(self) -> bool:
+        while len(self.by_length) < LOOKAHEAD_DOCUMENTS and self.arrived < len(self.lengths):
+            self._wait(self.arrived, 0)
+            self.queue.append(self.arrived)
+            self.arrived += 1
+        return bool(self.by_length)
+
+    def _wait(self, document: int, start: int) -> None:
+        self.start[document] = start
+        insort(self.by_length, (self.lengths[document] - start, document))
+
+    def _oldest(self) -> int:
+        while self.queue[0] not in self.start:
+            self.queue.popleft()
+        return self.queue[0]
+
+    def _take(self, document: int, most: int) -> int:
+        """Put up to `most` tokens of a waiting document into the row; the rest waits on. Returns what was taken."""
+        start = self.start.pop(document)
+        left = self.lengths[document] - start
+        del self.by_length[bisect_right(self.by_length, (left, document)) - 1]
+        length = min(left, most)
+        self.pieces.append((document, start, length))
+        if left > length:
+            self._wait(document, start + length)
+        return length
+
+    def row(self) -> None:
+        gap = self.seq_len - self._take(self._oldest(), self.seq_len)
+        while gap and self.by_length:
+            fits = bisect_right(self.by_length, (gap, len(self.lengths))) - 1
+            if fits >= 0:
+                gap -= self._take(self.by_length[fits][1], gap)
+                continue
+            oldest = self._oldest()
+            cut = min(gap, self.lengths[oldest] - self.start[oldest] - self.least_cut)
+            if cut < self.least_cut:
+                break
+            gap -= self._take(oldest, cut)
+        self.bounds.append(len(self.pieces))

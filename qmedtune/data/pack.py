@@ -1,0 +1,298 @@
+"""Packing: token shards and the whole training order of a stage, with a ledger that adds up exactly.
+
+A row is a list of pieces of documents; attention never crosses a piece because its position ids restart at 0 (what
+transformers isolates by, given no attention mask), and a piece's first token is never a label because the shifted
+loss would predict it from its neighbour. Padding and batching are the trainer's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qmedtune import ui
+from qmedtune.data import mix, templates
+from qmedtune.data.tokens import (
+    FULL_WEIGHT,
+    KEPT,
+    LENGTH,
+    SUPERVISED,
+    Codec,
+    encode_conversations,
+    encode_texts,
+    load_codec,
+    shard_array,
+    write_shards,
+)  # fmt: skip
+from qmedtune.errors import DataError
+from qmedtune.recipe import CptSection, PretrainSection, Recipe, SftSection
+
+IGNORED = -100
+META = "packed.json"
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """One source as shards. `documents`: (D, 3) int64 of length, kept, supervised (see tokens.py)."""
+
+    name: str
+    shards: list[Path]
+    documents: np.ndarray
+
+    @property
+    def kept(self) -> np.ndarray:
+        return self.documents[:, KEPT]
+
+
+def pack_stage(
+    recipe: Recipe, index: int, tokenizer_dir: Path, inputs: Mapping[str, Path], out: Path
+) -> dict[str, Any]:
+    """Tokenise the sources of stage `index` (from 0) and lay out its rows below `out`. Returns the ledger.
+
+    inputs: source name -> its folder with train.jsonl. Identities, in tokens, per source and in sum:
+    read = kept + dropped, kept = seen + never_sampled, trained = sum over documents of kept x times drawn.
+    """
+    section = recipe.stages[index].section
+    assert isinstance(section.seq_len, int)
+    codec = load_codec(tokenizer_dir)
+    corpora = [
+        _tokenise(recipe, name, inputs[name] / "train.jsonl", section, codec, tokenizer_dir, out)
+        for name in recipe.stages[index].sources
+    ]
+    if isinstance(section, SftSection):
+        _check_truncation(section, corpora)
+    rng = np.random.default_rng([recipe.seed, index])
+    plan = _epochs(section, corpora, rng) if isinstance(section, SftSection) else _mixture(section, corpora, rng)
+    return _write(recipe, corpora, section.seq_len, plan, rng, out, split=not isinstance(section, SftSection))
+
+
+def _tokenise(
+    recipe: Recipe, name: str, path: Path, section: CptSection | PretrainSection | SftSection, codec: Codec,
+    tokenizer_dir: Path, out: Path, max_tokens: int | None = None,
+) -> Corpus:  # fmt: skip
+    source = recipe.data[name]
+    assert isinstance(section.seq_len, int)
+    if source.kind == "instructions":
+        template = templates.default(source.template, tokenizer_dir)
+        weight = prompt_weight(section.loss_on) if isinstance(section, SftSection) else 0.0
+        encode = partial(encode_conversations, codec, template=template, prompt_weight=weight, limit=section.seq_len)
+    else:
+        encode = partial(encode_texts, codec, limit=section.seq_len if source.chunking == "truncate" else None)
+    with ui.stage(f"tokenise {name}", None, "documents") as progress:
+        shards = write_shards(path, out / "tokens", name, encode, progress.update, max_tokens)
+    arrays = [shard_array(shard, "documents") for shard in shards]
+    documents = np.concatenate([a for a in arrays if a is not None]) if arrays else np.zeros((0, 3), np.int64)
+    return Corpus(name, shards, documents)
+
+
+def prompt_weight(loss_on: str | float) -> float:
+    """`response` -> 0, `all` -> 1, a number -> itself: the loss weight of prompt tokens."""
+    return {"response": 0.0, "all": 1.0}[loss_on] if isinstance(loss_on, str) else float(loss_on)
+
+
+def _check_truncation(section: SftSection, corpora: list[Corpus]) -> None:
+    for corpus in corpora:
+        cut = int((corpus.kept < corpus.documents[:, LENGTH]).sum())
+        if len(corpus.documents) and cut / len(corpus.documents) > section.max_truncated_fraction:
+            longest = int(corpus.documents[:, LENGTH].max())
+            raise DataError(
+                f"{corpus.name}: {cut:,} of {len(corpus.documents):,} records exceed seq_len {section.seq_len} "
+                f"(allowed: {section.max_truncated_fraction:.0%}, `max_truncated_fraction`)\n"
+                f"raise `seq_len` (longest record: {longest:,} tokens) or shorten the records"
+            )
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The training order before packing: source number and document number within it, one entry per draw."""
+
+    source: np.ndarray
+    document: np.ndarray
+    share: dict[str, float]
+    capped: list[str]
+
+
+def _mixture(section: CptSection | PretrainSection, corpora: list[Corpus], rng: np.random.Generator) -> Draws:
+    wanted = mix.targets(section, {corpus.name: corpus.kept for corpus in corpora})
+    picks = [mix.draw(corpus.kept, wanted[corpus.name].tokens, rng) for corpus in corpora]
+    order = mix.interleave([len(pick) for pick in picks], rng)
+    source = np.repeat(np.arange(len(picks)), [len(pick) for pick in picks])[order]
+    capped = [name for name, target in wanted.items() if target.capped]
+    for name in capped:
+        ui.warn(f"mix: {name} is capped by max_repeats, its share of the mixture falls short")
+    return Draws(source, np.concatenate(picks)[order], {n: t.share for n, t in wanted.items()}, capped)
+
+
+def _epochs(section: SftSection, corpora: list[Corpus], rng: np.random.Generator) -> Draws:
+    """Every usable record once per epoch, all sources shuffled together; a last part of an epoch where asked."""
+    assert not isinstance(section.epochs, str)
+    usable = [np.flatnonzero(corpus.kept) for corpus in corpora]
+    source = np.repeat(np.arange(len(usable)), [len(u) for u in usable])
+    document = np.concatenate(usable)
+    if not len(document):
+        raise DataError("sft: no record with a response is left\nlook at rejects.jsonl and raise `seq_len`")
+    whole, part = divmod(section.epochs, 1)
+    orders = [rng.permutation(len(document)) for _ in range(int(whole))]
+    orders.append(rng.permutation(len(document))[: round(part * len(document))])
+    order = np.concatenate(orders)
+    total = sum(int(c.kept.sum()) for c in corpora)
+    return Draws(source[order], document[order], {c.name: float(c.kept.sum()) / total for c in corpora}, [])
+
+
+def _write(
+    recipe: Recipe, corpora: list[Corpus], seq_len: int, plan: Draws, rng: np.random.Generator, out: Path, split: bool
+) -> dict[str, Any]:
+    """Packs the draws, writes pieces, rows, the document table and packed.json; returns the facts."""
+    base = np.cumsum([0] + [len(corpus.documents) for corpus in corpora])
+    kept = np.concatenate([corpus.kept for corpus in corpora])
+    document = base[plan.source] + plan.document
+    windowed = np.array([recipe.data[corpus.name].chunking == "window" for corpus in corpora])[plan.source]
+    length = np.where(windowed, np.minimum(kept[document], seq_len), kept[document])
+    offset = np.where(windowed, rng.integers(0, kept[document] - length + 1), 0)
+    rows = mix.fill_rows(length, seq_len, split)
+    pieces = rows.pieces.copy()
+    pieces[:, 0] = document[rows.pieces[:, 0]]
+    pieces[:, 1] += offset[rows.pieces[:, 0]]
+    np.save(out / "pieces.npy", pieces)
+    np.save(out / "rows.npy", rows.bounds)
+    np.save(out / "documents.npy", _table(corpora))
+    shards = [shard.relative_to(out).as_posix() for corpus in corpora for shard in corpus.shards]
+    meta = {"seq_len": seq_len, "shards": shards, "sources": [c.name for c in corpora], "first_document": base.tolist()}
+    (out / META).write_text(json.dumps(meta) + "\n", encoding="utf-8")
+    return _facts(corpora, plan, rows, pieces, length, base, seq_len)
+
+
+def _table(corpora: list[Corpus]) -> np.ndarray:
+    """(D, 3) int64: shard number, first token within it, length; over all sources in order."""
+    parts = []
+    for number, shard in enumerate(shard for corpus in corpora for shard in corpus.shards):
+        documents = shard_array(shard, "documents")
+        assert documents is not None
+        ends = np.cumsum(documents[:, LENGTH])
+        parts.append(np.stack([np.full(len(ends), number), ends - documents[:, LENGTH], documents[:, LENGTH]], axis=1))
+    return np.concatenate(parts) if parts else np.zeros((0, 3), np.int64)
+
+
+def _facts(
+    corpora: list[Corpus], plan: Draws, rows: mix.Rows, pieces: np.ndarray, drawn: np.ndarray, base: np.ndarray,
+    seq_len: int,
+) -> dict[str, Any]:  # fmt: skip
+    per_source = np.searchsorted(base, pieces[:, 0], side="right") - 1
+    continued = rows.pieces[:, 1] > 0
+    mixture, tokens = {}, dict.fromkeys(("read", "kept", "split", "dropped", "supervised", "trained"), 0)
+    trained_total = int(pieces[:, 2].sum())
+    for number, corpus in enumerate(corpora):
+        mine = plan.source == number
+        times = np.bincount(plan.document[mine], minlength=len(corpus.documents))
+        read, kept = int(corpus.documents[:, LENGTH].sum()), int(corpus.kept.sum())
+        seen = int(corpus.kept[times > 0].sum())
+        here = per_source == number
+        trained = int(pieces[here, 2].sum())
+        masked = bool(corpus.documents[:, SUPERVISED].any())
+        supervised = int((corpus.documents[:, SUPERVISED] * times).sum()) if masked else trained - int(here.sum())
+        assert trained == int(drawn[mine].sum())
+        mixture[corpus.name] = {
+            "share": trained / trained_total, "asked_share": plan.share[corpus.name], "tokens": trained,
+            "repeats": round(trained / kept, 4), "read": read, "kept": kept, "dropped": read - kept, "seen": seen,
+            "never_sampled": kept - seen, "supervised": supervised, "documents": len(corpus.documents),
+            "truncated_documents": int((corpus.kept < corpus.documents[:, LENGTH]).sum()),
+            "dropped_documents": int((corpus.kept == 0).sum()), "draws": int(mine.sum()),
+        }  # fmt: skip
+        split = int(pieces[here & continued, 2].sum())
+        for key, value in zip(tokens, (read, kept, split, read - kept, supervised, trained), strict=True):
+            tokens[key] += value
+    num_rows = len(rows.bounds) - 1
+    return {
+        "tokens": tokens, "mixture": mixture, "rows": num_rows, "seq_len": seq_len, "documents_drawn": len(plan.source),
+        "row_fill": round(trained_total / (num_rows * seq_len), 4), "pieces": len(pieces),
+        "leftover": {name: entry["never_sampled"] for name, entry in mixture.items()}, "capped": plan.capped,
+    }  # fmt: skip
+
+
+def pack_validation(recipe: Recipe, tokenizer_dir: Path, inputs: Mapping[str, Path], out: Path) -> dict[str, Any]:
+    """Held-out text of every source that is validated on, each packed once into `out/<source>/`.
+
+    At most `validate.max_tokens` each, in file order; rows as long as those of the stage that trains on the source
+    (else of the first stage). Returns facts per source.
+    """
+    codec = load_codec(tokenizer_dir)
+    facts = {}
+    for name in dict.fromkeys([*recipe.validation.on, *recipe.evaluate.perplexity]):
+        path, folder = inputs[name] / "heldout.jsonl", out / name
+        limit = recipe.validation.max_tokens
+        section = _reader_of(recipe, name)
+        corpus = _tokenise(recipe, name, path, section, codec, tokenizer_dir, folder, limit)
+        usable = np.flatnonzero(corpus.kept)
+        if not len(usable):
+            raise DataError(
+                f"{name}: nothing is held out, so it cannot be validated on\nset data.{name}.holdout above 0"
+            )
+        plan = Draws(np.zeros(len(usable), np.int64), usable, {name: 1.0}, [])
+        facts[name] = _write(
+            recipe, [corpus], int(section.seq_len), plan, np.random.default_rng(0), folder, split=False
+        )
+    return facts
+
+
+def _reader_of(recipe: Recipe, name: str) -> CptSection | PretrainSection | SftSection:
+    stages = [stage.section for stage in recipe.stages if name in stage.sources]
+    return stages[0] if stages else recipe.stages[0].section
+
+
+class PackedRows:
+    """The rows of a packed folder, read through memory maps: RAM does not grow with the corpus.
+
+    rows[i] -> {"input_ids", "labels", "position_ids"}, int64 arrays of the row's own length, and "weights" (float32)
+    where prompts carry a part of the loss.
+    """
+
+    def __init__(self, folder: Path):
+        meta = json.loads((folder / META).read_text(encoding="utf-8"))
+        self.seq_len: int = meta["seq_len"]
+        self.sources: list[str] = meta["sources"]
+        self._first_document = np.array(meta["first_document"])
+        self._pieces = np.load(folder / "pieces.npy", mmap_mode="r")
+        self._bounds = np.load(folder / "rows.npy", mmap_mode="r")
+        self._documents = np.load(folder / "documents.npy", mmap_mode="r")
+        shards = [folder / name for name in meta["shards"]]
+        self._tokens = [shard_array(shard, "tokens") for shard in shards]
+        self._masks = [shard_array(shard, "mask") for shard in shards]
+
+    def __len__(self) -> int:
+        return len(self._bounds) - 1
+
+    def pieces(self, row: int) -> np.ndarray:
+        """(P, 3) int64 of (document, start, length), in the row's order."""
+        return self._pieces[self._bounds[row] : self._bounds[row + 1]]
+
+    def source_of(self, document: int) -> str:
+        return self.sources[int(np.searchsorted(self._first_document, document, side="right")) - 1]
+
+    def lengths(self) -> np.ndarray:
+        """Tokens of every row, int64."""
+        return np.add.reduceat(self._pieces[:, 2], self._bounds[:-1])
+
+    def __getitem__(self, row: int) -> dict[str, np.ndarray]:
+        if not 0 <= row < len(self):
+            raise IndexError(row)
+        parts = [self._piece(*map(int, piece)) for piece in self.pieces(row)]
+        ids, weights, positions = (np.concatenate(column) for column in zip(*parts, strict=True))
+        item = {"input_ids": ids, "labels": np.where(weights > 0, ids, IGNORED), "position_ids": positions}
+        if ((weights > 0) & (weights < FULL_WEIGHT)).any():
+            item["weights"] = (weights / FULL_WEIGHT).astype(np.float32)
+        return item
+
+    def _piece(self, document: int, start: int, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        shard, first, _ = self._documents[document]
+        where = slice(first + start, first + start + length)
+        tokens, mask = self._tokens[shard], self._masks[shard]
+        assert tokens is not None
+        weights = np.full(length, FULL_WEIGHT, np.uint8) if mask is None else mask[where].copy()
+        weights[0] = 0
+        return tokens[where].astype(np.int64), weights, np.arange(length)

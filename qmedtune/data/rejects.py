@@ -1,0 +1,58 @@
+"""What does not become training text, and why: the left-hand side of the ledger.
+
+Every source ends up with read = kept + rejected + duplicates + contaminated + refused. Rejected is damage (it counts
+against `hygiene.max_bad_fraction`), refused is a decision (retracted, entered in error, identifiers under
+`phi: refuse`). Each such record leaves one line in rejects.jsonl, which never holds any of its text.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+
+@dataclass(frozen=True)
+class Damaged:
+    """Stands in a reader's stream for a record that could not be read. `reason` is a fixed phrase, never data."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Stands in a reader's stream for a sound record that must not be used."""
+
+    reason: str
+
+
+class Unusable(Exception):
+    """Raised while a record is given its shape; the reader's loop turns it into a `Damaged`."""
+
+
+class Rejects:
+    """Writes rejects.jsonl rows {"source", "file", "line", "reason"} and counts them; `path` None only counts."""
+
+    def __init__(self, source: str, path: Path | None = None):
+        self.source = source
+        self.counts = Counter({"rejected": 0, "refused": 0, "duplicates": 0})
+        self.reasons: Counter[str] = Counter()
+        self._file: IO[str] | None = path.open("w", encoding="utf-8") if path else None
+
+    def add(self, file: str, line: int, why: Damaged | Refused) -> None:
+        """Count one record and write its row. `line` starts at 1; in containers without lines it is the record."""
+        self.counts["rejected" if isinstance(why, Damaged) else "refused"] += 1
+        self.reasons[why.reason] += 1
+        if self._file:
+            row = {"source": self.source, "file": file, "line": line, "reason": why.reason}
+            self._file.write(json.dumps(row, ensure_ascii=True) + "\n")
+
+    def superseded(self) -> None:
+        """A record that a later one of the same PMID replaces: counted among the duplicates."""
+        self.counts["duplicates"] += 1
+
+    def close(self) -> None:
+        if self._file:
+            self._file.close()

@@ -1,0 +1,212 @@
+"""From `path:` and `format:` of a recipe to a stream of records: finds files, picks the reader, keeps the ledger.
+
+Readers live in rows.py (JSON, CSV, text), xml.py (JATS, PubMed), notes.py (report trees, emrQA, BioC) and
+tables.py (Parquet, Hugging Face folders). Damaged records are counted and named, never raised. Nothing is
+downloaded: a Hub id is read by the `datasets` library only when `format: huggingface` asks for it.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from qmedtune.data import rows, xml
+from qmedtune.data.files import ARCHIVE_ERRORS, plain_suffix
+from qmedtune.data.instructions import instruction_record
+from qmedtune.data.records import text_record
+from qmedtune.data.rejects import Damaged, Refused, Rejects, Unusable
+from qmedtune.errors import DataError
+from qmedtune.recipe import SourceSection
+
+BUILTIN = "builtin:"
+SUFFIXES = {
+    ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet",
+    ".txt": "text", ".text": "text", ".md": "text", ".nxml": "jats", ".tar": "jats", ".tgz": "jats", ".xml": "xml",
+}  # fmt: skip
+Reader = Callable[[Path], Iterator[tuple[int, Any]]]
+READERS: dict[str, Reader] = {
+    "jsonl": rows.read_jsonl, "json": rows.read_json, "csv": rows.read_csv, "tsv": rows.read_tsv,
+    "text": rows.read_text, "jats": xml.read_jats, "pubmed": xml.read_pubmed,
+}  # fmt: skip
+LFS_MARK = b"version https://git-lfs.github.com/spec"
+VARIABLE = re.compile(r"\$\{(\w+)\}")
+
+
+def source_files(source: SourceSection) -> list[Path]:
+    """The files of a source, sorted; [] for `builtin:`. Raises DataError where one is missing or cannot be data."""
+    paths = [source.path] if isinstance(source.path, str) else list(source.path)
+    if all(path.startswith(BUILTIN) for path in paths):
+        return []
+    found = [file for path in paths for file in _expand(_with_variables(path), source.format)]
+    for file in found:
+        _check_file(file)
+    return found
+
+
+def _with_variables(path: str) -> str:
+    def value(match: re.Match[str]) -> str:
+        name = match.group(1)
+        if name not in os.environ:
+            raise DataError(f"{path}: the environment variable {name} is not set\nexport {name}=... or write the path")
+        return os.environ[name]
+
+    return str(Path(VARIABLE.sub(value, path)).expanduser())
+
+
+def _expand(path: str, format: str) -> list[Path]:
+    here = Path(path)
+    if here.is_file():
+        return [here]
+    if here.is_dir():
+        return [here] if format == "huggingface" else _folder(here, format)
+    matches = sorted(Path(match) for match in glob.glob(path, recursive=True))
+    files = [file for file in matches if file.is_file()]
+    if not files:
+        what = "nothing matches this pattern" if glob.has_magic(path) else "no such file or folder"
+        raise DataError(f"{path}: {what}\ngive a file, a folder or a pattern such as /data/pmc/**/*.nxml")
+    return files
+
+
+def _folder(folder: Path, format: str) -> list[Path]:
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and not file.name.startswith("."))
+    known = [file for file in files if format != "auto" or _suffix(file) in SUFFIXES]
+    if not known:
+        seen = ", ".join(sorted({file.suffix or "no extension" for file in files})[:8]) or "it is empty"
+        raise DataError(
+            f"{folder}: no readable file in this folder ({seen})\nallowed: {', '.join(SUFFIXES)}, also .gz and .zst"
+        )
+    return known
+
+
+def _check_file(file: Path) -> None:
+    try:
+        with file.open("rb") as stream:
+            head = stream.read(len(LFS_MARK))
+    except OSError as error:
+        raise DataError(f"{file}: cannot be opened ({error.strerror})") from error
+    if not head:
+        raise DataError(f"{file}: the file is empty\nremove it from the source or fetch it again")
+    if head == LFS_MARK:
+        raise DataError(f"{file}: a Git LFS pointer, not the data\nrun `git lfs pull` where it came from")
+
+
+def _suffix(file: Path) -> str:
+    return ".tgz" if file.suffix == ".tgz" else plain_suffix(file)
+
+
+def format_of(file: Path, format: str) -> str:
+    """The reader's name for a file: `format:` unless that is `auto`, then its extension and, for .xml, its root."""
+    if format != "auto":
+        return format
+    known = SUFFIXES.get(_suffix(file))
+    if known is None:
+        raise DataError(
+            f"{file}: unknown extension {file.suffix or '(none)'}\n"
+            f"allowed: {', '.join(SUFFIXES)}, also .gz and .zst; or name the `format:`"
+        )
+    return xml.root_format(file) if known == "xml" else known
+
+
+def read_records(name: str, source: SourceSection, rejects: Rejects) -> Iterator[dict[str, Any]]:
+    """Records of a source in a fixed order: text records, or for `kind: instructions` records with messages.
+
+    `name` is the source's name in the recipe. What cannot be used goes to `rejects`; with `max_records` reading
+    stops early. PubMed updates replace earlier versions: see `_latest_first`.
+    """
+    stream = _builtin_rows(source) if not source_files(source) else _file_rows(source)
+    shape = instruction_record if source.kind == "instructions" else text_record
+    num = 0
+    for file, line, fields in stream:
+        record = _shaped(shape, fields, source.columns)
+        if isinstance(record, (Damaged, Refused)):
+            rejects.add(file, line, record)
+            continue
+        if record.pop("_superseded", False):
+            rejects.superseded()
+            continue
+        yield record
+        num += 1
+        if num == source.max_records:
+            return
+
+
+def _shaped(shape: Callable, fields: Any, columns: dict[str, str]) -> dict[str, Any] | Damaged | Refused:
+    if isinstance(fields, (Damaged, Refused)):
+        return fields
+    try:
+        record = shape(fields, columns)
+    except Unusable as error:
+        return Damaged(str(error))
+    if isinstance(record, dict):
+        record |= {key: fields[key] for key in ("held_out", "language", "_superseded") if key in fields}
+    return record
+
+
+def _builtin_rows(source: SourceSection) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    from qmedtune.data import world
+
+    for path in [source.path] if isinstance(source.path, str) else source.path:
+        where, corpus = world.locate(path)
+        for number, fields in enumerate(world.records(corpus, where), start=1):
+            yield path, number, fields
+
+
+def _file_rows(source: SourceSection) -> Iterator[tuple[str, int, Any]]:
+    files = source_files(source)
+    formats = [format_of(file, source.format) for file in files]
+    if "pubmed" in formats:
+        yield from _latest_first([file for file, f in zip(files, formats, strict=True) if f == "pubmed"])
+    for file, format in zip(files, formats, strict=True):
+        if format == "pubmed":
+            continue
+        number = 0
+        try:
+            for number, fields in READERS[format](file):
+                yield str(file), number, fields
+        except ARCHIVE_ERRORS:
+            yield str(file), number + 1, Damaged("archive is truncated or corrupt from here on")
+
+
+def _latest_first(files: list[Path]) -> Iterator[tuple[str, int, Any]]:
+    """PubMed files from the newest to the oldest, so that the first version met of a PMID is the one to keep.
+
+    One bit per PMID remembers it (8 MB for the 40 million there are); one file at a time is held in memory.
+    """
+    seen = PmidSet()
+    for file in reversed(files):
+        items = list(xml.read_pubmed(file))
+        for _, item in items:
+            if isinstance(item, dict) and "deleted" in item:
+                for pmid in item["deleted"]:
+                    seen.add(pmid)
+        for number, item in reversed(items):
+            if isinstance(item, dict) and "deleted" not in item:
+                old = seen.add(item["pmid"])
+                yield str(file), number, {**item, "_superseded": True} if old else item
+            elif not isinstance(item, dict):
+                yield str(file), number, item
+
+
+class PmidSet:
+    """A bitmap over PubMed ids that grows as needed."""
+
+    def __init__(self) -> None:
+        self._bits = bytearray(1 << 20)
+
+    def __contains__(self, pmid: str) -> bool:
+        at = int(pmid) if pmid.isdecimal() else -1
+        return 0 <= at < 8 * len(self._bits) and bool(self._bits[at >> 3] >> (at & 7) & 1)
+
+    def add(self, pmid: str) -> bool:
+        """True if it was there already."""
+        if pmid in self or not pmid.isdecimal() or len(pmid) > 9:
+            return pmid in self
+        at = int(pmid)
+        if at >= 8 * len(self._bits):
+            self._bits.extend(bytes((at >> 3) + 1 + (1 << 20) - len(self._bits)))
+        self._bits[at >> 3] |= 1 << (at & 7)
+        return False

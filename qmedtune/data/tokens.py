@@ -1,0 +1,223 @@
+"""Token shards: the training text of each source as token ids on disk, written in batches and resumed by shard.
+
+A shard is three .npy files: `tokens` (uint32), `documents` (int64, one row per document: length, kept, supervised)
+and for instructions `mask` (uint8, 0 to 255 = loss weight). `documents` is renamed into place last, so a shard that
+has it is whole, and a killed run loses one shard at most. Tokenises with the Rust tokenizer alone (no torch).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from qmedtune.data.templates import Template, special
+from qmedtune.errors import DataError
+
+SHARD_BYTES = 32 << 20  # of jsonl; about 8 M tokens
+BATCH_BYTES = 2 << 20  # of jsonl per call of the tokenizer: enough to keep all cores busy, little to hold
+LENGTH, KEPT, SUPERVISED = 0, 1, 2
+FULL_WEIGHT = 255
+
+
+@dataclass(frozen=True)
+class Codec:
+    """A tokenizer with the ids that frame a document. `bos_id` is None where the tokenizer has no such token."""
+
+    backend: Tokenizer
+    bos_id: int | None
+    eos_id: int
+    eos_token: str
+
+    def encode(self, texts: Sequence[str], markers: bool) -> list[list[int]]:
+        """Token ids without bos and eos. Special tokens spelled in the text count only with `markers`."""
+        self.backend.encode_special_tokens = not markers
+        return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    @cached_property
+    def marker_pattern(self) -> re.Pattern[str]:
+        """Matches every special token, for `defuse`."""
+        names = [token.content for token in self.backend.get_added_tokens_decoder().values() if token.special]
+        return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or r"(?!)")
+
+    def defuse(self, content: str) -> str:
+        """Message text in which a spelled special token, say `</s>`, cannot become that token."""
+        return self.marker_pattern.sub(lambda match: f"{match[0][0]} {match[0][1:]}", content)
+
+
+def load_codec(tokenizer_dir: Path) -> Codec:
+    """The tokenizer of a model folder. Raises DataError where it has no tokenizer.json or no eos token."""
+    file = tokenizer_dir / "tokenizer.json"
+    if not file.is_file():
+        raise DataError(
+            f"{tokenizer_dir}: no tokenizer.json in this folder\n"
+            "save the tokenizer in the fast format: AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+        )
+    backend = Tokenizer.from_file(str(file))
+    backend.no_truncation()
+    backend.no_padding()
+    config_file = tokenizer_dir / "tokenizer_config.json"
+    config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
+    eos = special(config, "eos_token") or next((t for t in ("</s>", "<|end_of_text|>") if backend.token_to_id(t)), "")
+    eos_id = backend.token_to_id(eos) if eos else None
+    if eos_id is None:
+        raise DataError(f"{tokenizer_dir}: the tokenizer names no eos_token\nset it in tokenizer_config.json")
+    bos = special(config, "bos_token")
+    return Codec(backend, backend.token_to_id(bos) if bos else None, eos_id, eos)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One document: ids with bos and eos, loss weights (None: every token), kept length, supervised tokens in it."""
+
+    ids: list[int]
+    mask: list[int] | None
+    kept: int
+
+
+def encode_texts(codec: Codec, records: list[dict[str, Any]], limit: int | None) -> list[Encoded]:
+    """Documents of a text source; `limit` truncates (chunking: truncate), None keeps everything."""
+    start = [] if codec.bos_id is None else [codec.bos_id]
+    documents = []
+    for ids in codec.encode([record["text"] for record in records], markers=False):
+        whole = [*start, *ids, codec.eos_id]
+        documents.append(Encoded(whole, None, len(whole) if limit is None else min(len(whole), limit)))
+    return documents
+
+
+def encode_conversations(
+    codec: Codec, records: list[dict[str, Any]], template: Template, prompt_weight: float, limit: int
+) -> list[Encoded]:
+    """Conversations, right-truncated to `limit` tokens; `kept` is 0 where no response token would be left."""
+    segments = [_segments(codec, template, record["messages"]) for record in records]
+    ids = iter(codec.encode([text for some in segments for text, _ in some], markers=True))
+    return [_join(codec, template, [(next(ids), s) for _, s in some], prompt_weight, limit) for some in segments]
+
+
+def _segments(codec: Codec, template: Template, messages: list[dict[str, str]]) -> list[tuple[str, bool]]:
+    return template.render([{k: v if k == "role" else codec.defuse(v) for k, v in m.items()} for m in messages])
+
+
+def _join(
+    codec: Codec, template: Template, parts: list[tuple[list[int], bool]], prompt_weight: float, limit: int
+) -> Encoded:
+    quiet = round(FULL_WEIGHT * prompt_weight)
+    ids = [] if codec.bos_id is None else [codec.bos_id]
+    mask = [0] * len(ids)
+    for piece, supervised in parts:
+        if supervised and template.eos == "turn" and not template.source:
+            piece = [*piece, codec.eos_id]
+        ids += piece
+        mask += [FULL_WEIGHT if supervised else quiet] * len(piece)
+    if ids[-1] != codec.eos_id:
+        ids.append(codec.eos_id)
+        mask.append(FULL_WEIGHT)
+    kept = min(len(ids), limit)
+    return Encoded(ids, mask, kept if FULL_WEIGHT in mask[1:kept] else 0)
+
+
+def write_shards(
+    path: Path,
+    folder: Path,
+    name: str,
+    encode: Callable[[list[dict]], list[Encoded]],
+    progress: Callable[[int], None],
+    max_tokens: int | None = None,
+) -> list[Path]:
+    """Tokenise the records of a jsonl file into `folder/<name>-00000.*`; shards that are there already are kept.
+
+    Returns the shards' paths without extension. `progress` gets the number of documents done. `max_tokens` ends
+    after the document that reaches it.
+    """  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    shards, done = [], 0
+    for number, lines in enumerate(_groups(path, SHARD_BYTES)):
+        shard = folder / f"{name}-{number:05d}"
+        if not _file(shard, "documents").is_file():
+            _write_shard(shard, lines, encode, lambda n, done=done: progress(done + n), max_tokens)
+        shards.append(shard)
+        done += len(lines)
+        if max_tokens is not None:
+            break
+    return shards
+
+
+def _file(shard: Path, what: str) -> Path:
+    return shard.with_name(f"{shard.name}.{what}.npy")
+
+
+def _groups(path: Path, limit_bytes: int) -> Iterator[list[bytes]]:
+    """Consecutive lines of a file in groups of at least `limit_bytes`."""
+    group, size = [], 0
+    with path.open("rb") as file:
+        for line in file:
+            group.append(line)
+            size += len(line)
+            if size >= limit_bytes:
+                yield group
+                group, size = [], 0
+    if group:
+        yield group
+
+
+def _batches(lines: list[bytes]) -> Iterator[list[bytes]]:
+    batch, size = [], 0
+    for line in lines:
+        batch.append(line)
+        size += len(line)
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _write_shard(
+    shard: Path, lines: list[bytes], encode: Callable[[list[dict]], list[Encoded]],
+    progress: Callable[[int], None], max_tokens: int | None,
+) -> None:  # fmt: skip
+    tokens, masks, rows, total, done = [], [], [], 0, 0
+    for batch in _batches(lines):
+        documents = encode([json.loads(line) for line in batch])
+        if max_tokens is not None:
+            documents = _upto(documents, max_tokens - total)
+        tokens.append(_flat([d.ids for d in documents], np.uint32))
+        masks.append(_flat([d.mask for d in documents if d.mask is not None], np.uint8))
+        rows += [(len(d.ids), d.kept, sum(w > 0 for w in d.mask[1 : d.kept]) if d.mask else 0) for d in documents]
+        total += len(tokens[-1])
+        done += len(batch)
+        progress(done)
+        if max_tokens is not None and total >= max_tokens:
+            break
+    arrays = {"tokens": np.concatenate(tokens), "documents": np.array(rows, dtype=np.int64).reshape(-1, 3)}
+    if any(len(mask) for mask in masks):
+        arrays = {"mask": np.concatenate(masks), **arrays}
+    for what, array in arrays.items():
+        temporary = _file(shard, f"{what}.part")
+        np.save(temporary, array)
+        os.replace(temporary, _file(shard, what))
+
+
+def _upto(documents: list[Encoded], room: int) -> list[Encoded]:
+    """The first documents, up to and with the one that fills `room` tokens."""
+    ends = np.cumsum([len(d.ids) for d in documents])
+    return documents[: int(np.searchsorted(ends, room)) + 1]
+
+
+def _flat(lists: list[list[int]], dtype: Any) -> np.ndarray:
+    return np.fromiter(chain.from_iterable(lists), dtype=dtype, count=sum(map(len, lists)))
+
+
+def shard_array(shard: Path, what: str) -> np.ndarray | None:
+    """`tokens`, `documents` or `mask` of a shard as a memory map; None where the shard has none."""
+    file = _file(shard, what)
+    return np.load(file, mmap_mode="r") if file.is_file() else None

@@ -1,0 +1,258 @@
+"""PMC JATS articles and PubMed record sets, by lxml, with nothing fetched and no entity expanded.
+
+Policy: title, abstract and body paragraphs in document order, each once; headings as `#` lines; figure and table
+captions kept, table cells, references, acknowledgements and LaTeX sources left out; citation numbers set in
+superscript left out (they would stick to words), bracketed ones are left to clean.py. A document that declares
+entities of its own is damaged: no public corpus needs them, entity bombs do.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import re
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from lxml import etree  # type: ignore[attr-defined]
+
+from qmedtune.data.files import ARCHIVE_ERRORS, open_bytes
+from qmedtune.data.rejects import Damaged, Refused, Unusable
+
+# Nothing fetched, nothing expanded, lxml's own limits on depth and size kept.
+SAFE = {
+    "resolve_entities": False, "no_network": True, "load_dtd": False, "huge_tree": False, "remove_comments": True,
+    "remove_pis": True,
+}  # fmt: skip
+PUBMED_RECORDS = ("PubmedArticle", "PubmedBookArticle", "DeleteCitation")
+Item = tuple[int, dict[str, Any] | Damaged | Refused]
+
+SPACE = re.compile(r"[ \t\r\n\f\v]+")
+# Inline matter without reading value.
+SKIPPED = frozenset(
+    [
+        "tex-math",
+        "object-id",
+        "label",
+        "graphic",
+        "media",
+        "alt-text",
+        "long-desc",
+        "fn-group",
+        "table",
+        "ref-list",
+        "back",
+    ]
+)
+# Containers whose own paragraphs follow the paragraph they are nested in.
+NESTED = frozenset(
+    [
+        "fig",
+        "fig-group",
+        "table-wrap",
+        "table-wrap-group",
+        "list",
+        "def-list",
+        "disp-quote",
+        "boxed-text",
+        "supplementary-material",
+        "verse-group",
+        "statement",
+        "speech",
+    ]
+)
+
+
+def _parser() -> etree.XMLParser:
+    return etree.XMLParser(**SAFE)
+
+
+def _name(element: Any) -> str:
+    """Local name; entities are not elements and have none."""
+    tag = element.tag
+    if not isinstance(tag, str):
+        return ""
+    return tag.rpartition("}")[2] if tag[0] == "{" else tag
+
+
+def _declares_entities(tree: Any) -> bool:
+    dtd = tree.docinfo.internalDTD
+    return dtd is not None and next(iter(dtd.iterentities()), None) is not None
+
+
+def _inline(element: Any, parts: list[str], nested: list[Any]) -> None:
+    """Text of a paragraph in reading order; block containers met on the way are collected for later."""
+    parts.append(element.text or "")
+    for child in element:
+        name = _name(child)
+        if not name:
+            if child.tag is etree.Entity:
+                parts.append(html.unescape(child.text))
+        elif name in NESTED:
+            nested.append(child)
+        elif name == "p":
+            parts.append(" ")
+            _inline(child, parts, nested)
+            parts.append(" ")
+        elif name not in SKIPPED and not _is_citation_mark(child, name):
+            _inline(child, parts, nested)
+        parts.append(child.tail or "")
+
+
+def _is_citation_mark(element: Any, name: str) -> bool:
+    if name != "sup":
+        return False
+    references = [child for child in element if _name(child) == "xref"]
+    return bool(references) and all(child.get("ref-type") == "bibr" for child in references)
+
+
+def _text(element: Any, nested: list[Any] | None = None) -> str:
+    parts: list[str] = []
+    _inline(element, parts, [] if nested is None else nested)
+    return SPACE.sub(" ", "".join(parts)).strip()
+
+
+def _blocks(element: Any, depth: int) -> Iterator[str]:
+    """Headings and paragraphs below `element`, in order, each once."""
+    for child in element:
+        name = _name(child)
+        if name == "p":
+            nested: list[Any] = []
+            yield _text(child, nested)
+            for container in nested:
+                yield from _blocks(container, depth)
+        elif name == "title":
+            heading = _text(child)
+            yield f"{'#' * min(depth, 6)} {heading}" if heading and depth else heading
+        elif name == "sec":
+            yield from _blocks(child, depth + 1)
+        elif name in ("disp-formula", "preformat", "code"):
+            yield _text(child)
+        elif name and name not in SKIPPED:
+            yield from _blocks(child, 0 if name in NESTED or name == "caption" else depth)
+
+
+def jats_record(root: Any) -> dict[str, Any] | Refused:
+    """{"id", "pmid", "text"} of an `article` element. Raises `Unusable`."""
+    if (
+        root.get("article-type") == "retraction"
+        or root.find('.//related-article[@related-article-type="retraction-forward"]') is not None
+    ):
+        return Refused("retracted")
+    meta = root.find("front/article-meta")
+    if meta is None:
+        raise Unusable("JATS without article-meta")
+    ids = {e.get("pub-id-type"): (e.text or "").strip() for e in meta.findall("article-id")}
+    title = meta.find("title-group/article-title")
+    blocks = [f"# {_text(title)}"] if title is not None else []
+    for abstract in meta.findall("abstract"):
+        blocks += ["## Abstract", *_blocks(abstract, 2)] if abstract.find("title") is None else _blocks(abstract, 2)
+    for part in (root.find("body"), root.find("floats-group"), root.find("floats-wrap")):
+        if part is not None:
+            blocks += _blocks(part, 1)
+    text = "\n\n".join(block for block in blocks if block)
+    if not text:
+        raise Unusable("article without text")
+    pmcid = ids.get("pmc") or ids.get("pmcid") or ids.get("pmcaid")
+    name = f"PMC{pmcid.removeprefix('PMC')}" if pmcid else ids.get("pmid") or ids.get("doi") or ""
+    record = {"id": name, "text": text}
+    return {**record, "pmid": ids["pmid"]} if ids.get("pmid") else record
+
+
+def _jats(data: IO[bytes]) -> dict[str, Any] | Damaged | Refused:
+    try:
+        tree = etree.parse(data, _parser())
+        if _declares_entities(tree):
+            return Damaged("XML declares entities")
+        if _name(tree.getroot()) != "article":
+            return Damaged("XML is not a JATS article")
+        return jats_record(tree.getroot())
+    except etree.XMLSyntaxError as error:
+        return Damaged(f"broken XML (line {error.lineno})")
+    except Unusable as error:
+        return Damaged(str(error))
+
+
+def read_jats(path: Path) -> Iterator[Item]:
+    """One article per file, or all articles of a bulk `.tar`/`.tar.gz` without unpacking it to disk."""
+    if not tarfile_name(path):
+        with open_bytes(path) as file:
+            yield 1, _jats(file)
+        return
+    number = 0
+    with tarfile.open(path, "r|*") as archive:
+        for number, member in enumerate((m for m in archive if m.isfile()), start=1):
+            if not member.name.endswith((".nxml", ".xml")):
+                continue
+            data = archive.extractfile(member)
+            assert data is not None
+            yield number, _jats(io.BytesIO(data.read()))
+
+
+def tarfile_name(path: Path) -> bool:
+    """True for `.tar`, `.tar.gz` and `.tgz`."""
+    return path.name.lower().endswith((".tar", ".tar.gz", ".tgz"))
+
+
+def read_pubmed(path: Path) -> Iterator[Item]:
+    """Records of a baseline or update file, then `{"deleted": [pmid, ...]}` where it carries DeleteCitation.
+
+    Streams: each article is freed as soon as it is read.
+    """
+    number = 0
+    with open_bytes(path) as file:
+        try:
+            events = etree.iterparse(file, ("end",), tag=PUBMED_RECORDS, **SAFE)
+            for number, (_, element) in enumerate(events, start=1):
+                if number == 1 and _declares_entities(element.getroottree()):
+                    yield 1, Damaged("XML declares entities")
+                    return
+                yield number, pubmed_record(element)
+                element.clear()
+                while element.getprevious() is not None:
+                    del element.getparent()[0]
+        except etree.XMLSyntaxError as error:
+            yield number + 1, Damaged(f"broken XML (line {error.lineno})")
+        except ARCHIVE_ERRORS:
+            yield number + 1, Damaged("archive is truncated or corrupt from here on")
+
+
+def pubmed_record(element: Any) -> dict[str, Any] | Damaged | Refused:
+    """{"id", "pmid", "text"}: title and abstract; labelled parts each start a paragraph with their label."""
+    if element.tag == "DeleteCitation":
+        return {"deleted": [e.text for e in element.findall("PMID")]}
+    pmid = element.findtext("MedlineCitation/PMID") or element.findtext("BookDocument/PMID")
+    article = element.find("MedlineCitation/Article")
+    if article is None:
+        article = element.find("BookDocument")
+    if not pmid or article is None:
+        return Damaged("PubMed record without PMID or article")
+    kinds = {e.text for e in article.iterfind("PublicationTypeList/PublicationType")}
+    if "Retracted Publication" in kinds or "Retraction of Publication" in kinds:
+        return Refused("retracted")
+    title = article.find("ArticleTitle")
+    parts = [_text(title)] if title is not None else []
+    for section in article.iterfind("Abstract/AbstractText"):
+        text, label = _text(section), section.get("Label")
+        parts.append(f"{label}: {text}" if label and text and label != "UNLABELLED" else text)
+    languages = [e.text for e in article.iterfind("Language")]
+    if len(parts) < 2:
+        return Refused("no abstract")
+    record = {"id": pmid, "pmid": pmid, "text": "\n".join(part for part in parts if part)}
+    return {**record, "language": languages[0]} if languages and languages[0] else record
+
+
+ROOTS = {"PubmedArticleSet": "pubmed", "PubmedArticle": "pubmed", "article": "jats"}
+
+
+def root_format(path: Path) -> str:
+    """`pubmed` or `jats` by the root element of an .xml file; other roots are read (and rejected) as JATS."""
+    with open_bytes(path) as file:
+        try:
+            head = file.read(1 << 16).decode("utf-8", errors="replace")
+        except ARCHIVE_ERRORS:
+            return "jats"
+    root = re.search(r"<([A-Za-z_][\w:.-]*)[\s>/]", re.sub(r"<!DOCTYPE[^>\[]*(\[.*?\])?\s*>", "", head, flags=re.S))
+    return ROOTS.get(root.group(1), "jats") if root else "jats"
