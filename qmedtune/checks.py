@@ -17,7 +17,7 @@ from qmedtune.strict_yaml import KeyPath
 
 Finding = tuple[KeyPath, str]
 FULL_TUNING_LR = 5e-5  # below it LoRA starves: MedAlpaca's 2e-5 did, Clinical LLaMA's 3e-4 worked
-WINDOWS_PATH = re.compile(r"[A-Za-z]:[\\/]|\\\\")
+WINDOWS_PATH = re.compile(r"[A-Za-z]:[\\/\x00-\x1f]|\\\\")  # "C:\notes" in double quotes holds a newline
 
 
 def references(tree: dict[str, Any]) -> Iterator[Finding]:
@@ -56,6 +56,7 @@ def contradictions(recipe: Recipe) -> Iterator[Finding]:
     for index, stage in enumerate(recipe.stages):
         yield from _stage_contradictions(recipe, ("stages", index, stage.kind), index)
     yield from _held_out(recipe)
+    yield from _unknown_names(recipe)
     yield from _windows_paths(recipe)
 
 
@@ -91,14 +92,16 @@ def _held_out(recipe: Recipe) -> Iterator[Finding]:
 
 
 def _unknown_names(recipe: Recipe) -> Iterator[Finding]:
-    from qmedtune.data.templates import names as template_names
+    from qmedtune.data.templates import TEMPLATES
     from qmedtune.tasks import BUILTIN_TASKS, FILE_TASKS
 
-    templates = [*template_names(), "chat"]
+    templates = [*TEMPLATES, "chat"]
     for name, source in recipe.data.items():
-        if source.template is not None and source.template not in templates:
-            text = f'no template "{source.template}"{did_you_mean(source.template, templates)}'
-            yield ("data", name, "template"), f"{text} (templates: {', '.join(templates)})"
+        template = source.template
+        if template is not None and template not in templates and not template.endswith(".json"):
+            hint = did_you_mean(template, templates)
+            listed = f"(templates: {', '.join(templates)}, or a template.json)"
+            yield ("data", name, "template"), f'no template "{template}"{hint} {listed}'
     for index, entry in enumerate(recipe.evaluate.tasks):
         task = TaskSection(task=entry) if isinstance(entry, str) else entry
         yield from _task(("evaluate", "tasks", index), task, list(BUILTIN_TASKS), list(FILE_TASKS))
