@@ -1,0 +1,110 @@
+"""Which path an operation takes on a device, and why. Decided from a shipped table, never by timing at run time.
+
+Inline assembly (decode.py) is the default only on architectures whose correctness run is committed ("asm_verified" in
+dispatch.json, written by kernels/benchmarks from a results file); elsewhere plain Triton decodes and cuBLAS multiplies.
+The first use on a GPU compares one small matrix with the plain PyTorch reference, bit by bit; a difference means the
+reference path for the whole process, named in `describe`.
+QMEDTUNE_KERNELS=triton|reference overrides the choice for every operation.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from .decode import INTERPRET
+
+TABLE = json.loads(Path(__file__).with_name("dispatch.json").read_text())
+MODES = ("auto", "triton", "reference")
+
+
+@cache
+def capability(device: torch.device) -> int:
+    """75, 80, 86, 89, 90, ...; 0 for anything but an NVIDIA GPU."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def mode(requested: str = "auto") -> str:
+    """The caller's mode, unless QMEDTUNE_KERNELS overrides it."""
+    chosen = os.environ.get("QMEDTUNE_KERNELS", requested)
+    if chosen not in MODES:
+        raise ValueError(f"kernels: given {chosen!r}; allowed {', '.join(MODES)}")
+    return chosen
+
+
+def uses_triton(device: torch.device, requested: str = "auto") -> bool:
+    """Whether Triton kernels run on `device`. Asking for them where they cannot run is a ValueError."""
+    chosen = mode(requested)
+    if chosen == "reference":
+        return False
+    runnable = capability(device) >= 75 or INTERPRET
+    if chosen == "triton":
+        if not runnable:
+            raise ValueError(f"kernels: triton given for device {device}; it needs an NVIDIA GPU of sm_75 or later")
+        return True
+    return capability(device) >= 75 and self_check(device) == ""
+
+
+def asm_verified(device: torch.device) -> bool:
+    """Whether this architecture has committed correctness results for the inline assembly."""
+    return f"sm_{capability(device)}" in TABLE["asm_verified"]
+
+
+def dequantize_path(device: torch.device, path: str) -> str:
+    """"reference", "gather" or "shuffle" for nf4.dequantize."""
+    if path in ("gather", "shuffle"):
+        if path == "shuffle" and capability(device) < 80:
+            raise ValueError(f"path: shuffle given for device {device}; it needs an NVIDIA GPU of sm_80 or later")
+        return path
+    if not uses_triton(device, path):
+        return "reference"
+    return "shuffle" if capability(device) >= 80 and asm_verified(device) else "gather"
+
+
+@cache
+def self_check(device: torch.device) -> str:
+    """"" when the decode this device would take reproduces the reference to the bit; else what differed."""
+    from . import nf4
+
+    generator = torch.Generator().manual_seed(0)
+    packed = torch.randint(0, 256, (128 * 32,), dtype=torch.uint8, generator=generator).to(device)
+    absmax = torch.rand(128, generator=generator).add_(0.1).to(device)
+    weight = nf4.NF4Weight(packed, absmax, 64, (64, 128))
+    decode = "shuffle" if capability(device) >= 80 and asm_verified(device) else "gather"
+    dtype = torch.bfloat16 if capability(device) >= 80 else torch.float16
+    different = int((nf4.dequantize(weight, dtype, path=decode) != nf4.dequantize_reference(weight, dtype)).sum())
+    return f"{different} of {packed.numel() * 2} elements of the {decode} decode differ" if different else ""
+
+
+def fused_rows(device: torch.device) -> int:
+    """Largest M for which the fused dequantise-matmul is taken before dequantise + cuBLAS; 0 = never."""
+    if capability(device) < 75 or not asm_verified(device):
+        return 0
+    table = TABLE["fused_rows"]
+    return table.get(f"sm_{capability(device)}", table["default"])
+
+
+def describe(device: torch.device, requested: str = "auto") -> dict[str, str]:
+    """One line per operation for `doctor` and the run's facts: the path and the reason."""
+    arch = capability(device)
+    if not uses_triton(device, requested):
+        failed = self_check(device) if arch >= 75 and mode(requested) == "auto" else ""
+        why = failed or ("asked for" if mode(requested) == "reference" else f"{device.type} is no NVIDIA GPU of sm_75+")
+        return dict.fromkeys(("dequantize", "matmul", "lora", "rms_norm"), f"reference: {why}")
+    checked = "is" if asm_verified(device) else "is not"
+    why = f"sm_{arch} {checked} among the architectures with committed correctness results for inline assembly"
+    rows = fused_rows(device)
+    fused = f"fused up to {rows} rows, then " if rows else ""
+    return {
+        "dequantize": f"triton {dequantize_path(device, 'auto')}: {why}",
+        "matmul": f"{fused}dequantise + cuBLAS: {why}",
+        "lora": "grouped, one dequantise and one GEMM per group, adapters riding along",
+        "rms_norm": "triton",
+    }
