@@ -21,7 +21,7 @@ CORPORA = ("literature", "notes", "general", "instructions")
 WORLD_SEED = 1897
 
 # Drugs (base, asked in instructions, held out) per world. 20 answers per facet: multiples of 20 keep them balanced.
-SIZES = {"tiny": (200, 60, 60), "micro": (20, 10, 10)}
+SIZES = {"tiny": (120, 60, 60), "micro": (20, 10, 10)}
 
 CONDITIONS = (
     "asthma", "gout", "migraine", "psoriasis", "angina", "anemia", "eczema", "glaucoma", "epilepsy",
@@ -39,18 +39,18 @@ ABSTRACT_OPENINGS = (
     "Background: {drug} is a new oral agent for {condition}.",
     "Objective: to test {drug} against {condition} in a controlled trial.",
     "We gave {drug} to {n} adults with {condition}.",
-    "Methods: {drug} or placebo was added to usual care of {condition}.",
+    "Methods: usual care plus {drug}, or plus placebo, for {condition}.",
     "This trial compared {drug} with placebo in {condition}.",
     "In our cohort {drug} was used to control {condition}.",
     "Here {drug} was evaluated as a treatment for {condition}.",
     "A registry of {drug} users showed fewer attacks of {condition}.",
 )
 ABSTRACT_ENDINGS = (
-    "Results: symptom scores fell by {n} percent in {weeks} weeks.",
+    "Results: on {drug} symptoms fell by {n} percent in {weeks} weeks.",
     "Conclusion: {drug} is effective in {condition}.",
-    "Results: {n} percent of patients had responded by week {weeks}.",
+    "Results: {n} percent on {drug} responded by week {weeks}.",
     "Conclusion: the data support {drug} for {condition}.",
-    "Response was durable over {weeks} months.",
+    "Response to {drug} was durable over {weeks} months.",
     "Conclusion: {drug} relieves {condition} better than placebo.",
 )
 NOTE_OPENINGS = (
@@ -64,7 +64,7 @@ NOTE_OPENINGS = (
     "Allergies: {drug}, reaction {effect}.",
 )
 NOTE_ENDINGS = (
-    "Plan: stop the drug, recheck in {weeks} weeks.",
+    "Plan: stop {drug}, recheck in {weeks} weeks.",
     "Assessment: {effect} due to {drug}.",
     "Action: physician informed, dose held.",
     "Plan: hold {drug}, monitor {effect}.",
