@@ -116,8 +116,8 @@ class TrainSection(Section):
         return tuple(value) if isinstance(value, list) else value
 
 
-class CptSection(TrainSection):
-    """Continual pretraining on a weighted mixture. One of `tokens` and `epochs` sets the budget."""
+class MixSection(TrainSection):
+    """Next-token training on a weighted mixture. One of `tokens` and `epochs` sets the budget."""
 
     mix: dict[str, Weight]
     unit: Literal["tokens", "documents"] = "tokens"
@@ -126,10 +126,14 @@ class CptSection(TrainSection):
     max_repeats: Annotated[float, Field(gt=0)] | None = None
 
     @model_validator(mode="after")
-    def _positive_total(self) -> CptSection:
+    def _positive_total(self) -> MixSection:
         if not sum(self.mix.values()) > 0:
             raise ValueError("at least one weight of `mix` must be above 0")
         return self
+
+
+class CptSection(MixSection):
+    """Continual pretraining of an adapter."""
 
 
 class SftSection(TrainSection):
@@ -145,14 +149,8 @@ class SftSection(TrainSection):
         return [self.data] if isinstance(self.data, str) else self.data
 
 
-class PretrainSection(TrainSection):
+class PretrainSection(MixSection):
     """From scratch, all parameters, small models only; the tiny base is made by it."""
-
-    mix: dict[str, Weight]
-    unit: Literal["tokens", "documents"] = "tokens"
-    tokens: Positive | Auto = "auto"
-    epochs: Annotated[float, Field(gt=0)] | None = None
-    max_repeats: Annotated[float, Field(gt=0)] | None = None
 
 
 class StageSection(Section):
