@@ -1,0 +1,103 @@
+"""What the house must look like: no shadowed packages, short functions and files, light modules that stay light."""
+
+import ast
+import importlib.util
+import re
+import statistics
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SOURCES = sorted((ROOT / "qmedtune").rglob("*.py")) + sorted((ROOT / "kernels" / "torch-ext").rglob("*.py"))
+MAX_FUNCTION_LINES = 90
+MAX_MEDIAN_LINES = 12
+MAX_FILE_LINES = 350
+HEAVY = ("torch", "transformers", "datasets", "peft", "trl", "bitsandbytes", "accelerate", "triton", "pandas")
+LIGHT = [
+    "cli",
+    "checks",
+    "errors",
+    "grammar",
+    "interrupt",
+    "loader",
+    "plan",
+    "recipe",
+    "record",
+    "report",
+    "run",
+    "store",
+    "ui",
+]
+
+
+def relative(path):
+    return str(path.relative_to(ROOT))
+
+
+def functions(path):
+    """(name, lines of code from `def` to the end without the docstring) of every function in a file."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            first = node.body[1] if ast.get_docstring(node) and len(node.body) > 1 else node.body[0]
+            yield node.name, (node.end_lineno or 0) - first.lineno + 2
+
+
+def test_kernels_never_shadows_the_package_of_that_name():
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    for path in [*SOURCES, *(ROOT / "tests").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]:
+        assert not re.search(r"^\s*(import kernels|from kernels)\b", path.read_text(encoding="utf-8"), re.M), path
+    found = importlib.util.find_spec("kernels")
+    assert found is None or found.origin is None or not Path(found.origin).is_relative_to(ROOT)
+
+
+def test_functions_are_short():
+    sizes = [(lines, relative(path), name) for path in SOURCES for name, lines in functions(path)]
+    assert [entry for entry in sizes if entry[0] > MAX_FUNCTION_LINES] == []
+    assert statistics.median(lines for lines, _, _ in sizes) <= MAX_MEDIAN_LINES
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_files_are_short_and_open_with_what_they_are(path):
+    text = path.read_text(encoding="utf-8")
+    assert text.count("\n") <= MAX_FILE_LINES
+    docstring = ast.get_docstring(ast.parse(text))
+    assert docstring or not text.strip(), "each file says what it is"
+
+
+def test_light_modules_import_nothing_heavy():
+    code = "import sys\n" + "".join(f"import qmedtune.{name}\n" for name in LIGHT)
+    code += f"print([name for name in {HEAVY!r} if name in sys.modules])"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert answer.stdout.strip() == "[]"
+
+
+def test_every_package_is_packed():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    packages = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "qmedtune").rglob("__init__.py")}
+    assert packages | {"qmedtune_kernels"} == set(settings["packages"])
+
+
+def dangers(tree):
+    """Unpickling, evaluated text and remote code, as (line, what)."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
+            yield from ((node.lineno, name) for name in names if name in ("pickle", "cloudpickle", "dill", "joblib"))
+        if isinstance(node, ast.Call):
+            if isinstance(node.func, ast.Name) and node.func.id in ("eval", "exec"):
+                yield node.lineno, node.func.id
+            for keyword in node.keywords:
+                value = getattr(keyword.value, "value", None)
+                if (keyword.arg, value) in (("trust_remote_code", True), ("weights_only", False)):
+                    yield node.lineno, keyword.arg
+
+
+def test_no_code_loads_pickles_or_remote_code():
+    found = [(relative(p), danger) for p in SOURCES for danger in dangers(ast.parse(p.read_text(encoding="utf-8")))]
+    assert found == []
+    bad = "import pickle\nload(x, trust_remote_code=True)\neval('1')"
+    assert [what for _, what in dangers(ast.parse(bad))] == ["pickle", "trust_remote_code", "eval"]
