@@ -54,7 +54,7 @@ class Paired:
 
     gained: int
     lost: int
-    p: float
+    p_value: float
 
 
 def mcnemar(before: Sequence[bool], after: Sequence[bool]) -> Paired:

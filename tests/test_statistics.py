@@ -35,12 +35,12 @@ def test_mcnemar_hand_worked():
     after = [True] * 8 + [False] * 2 + [True] * 5 + [False] * 5
     assert statistics.mcnemar(before, after) == statistics.Paired(8, 2, 112 / 1024)
     assert statistics.mcnemar([True, False], [True, False]) == statistics.Paired(0, 0, 1.0)
-    assert statistics.mcnemar([True, False], [False, True]).p == 1.0
+    assert statistics.mcnemar([True, False], [False, True]).p_value == 1.0
 
 
 def test_mcnemar_of_thousands_stays_finite():
     paired = statistics.mcnemar([False] * 4000, [True] * 4000)
-    assert 0 <= paired.p < 1e-300
+    assert 0 <= paired.p_value < 1e-300
 
 
 def test_paired_bootstrap_is_narrower_than_the_scores():

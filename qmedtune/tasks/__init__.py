@@ -1,0 +1,49 @@
+"""Benchmarks over local files, by name. Importing this brings no torch and no metric library.
+
+A task is one reader (a file as published -> items) and one metric; evaluate.py does the rest. To add one, write both
+in a small file here and name it below. Nothing is downloaded, and no text of a test set leaves its file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from difflib import get_close_matches
+from pathlib import Path
+
+from qmedtune.errors import RecipeError
+from qmedtune.recipe import TaskSection
+from qmedtune.tasks import choice
+from qmedtune.tasks.items import Item, Task, checked_items
+
+__all__ = ["BUILTIN_TASKS", "FILE_TASKS", "Item", "Task", "load_task"]
+
+Reader = Callable[[Path], list[Item]]
+Maker = Callable[[str, tuple[Item, ...]], Task]
+
+BUILTIN_TASKS = ("facts",)
+FILE_TASKS: dict[str, tuple[Reader, Maker]] = {
+    "pubmedqa": (choice.pubmedqa, choice.choice_task),
+    "medqa": (choice.medqa, choice.choice_task),
+    "medmcqa": (choice.medmcqa, choice.choice_task),
+    "mmlu": (choice.mmlu, choice.choice_task),
+    "choice": (choice.choice, choice.choice_task),
+}
+
+
+def load_task(section: TaskSection, seed: int, world: str = "tiny") -> Task:
+    """Read and check a benchmark. `limit` items are drawn with `seed`. RecipeError, DataError."""
+    if section.task in BUILTIN_TASKS:
+        items = checked_items(section.task, Path(f"builtin:{world}"), choice.facts(world), section.limit, seed)
+        return choice.choice_task(section.task, items)
+    if section.task not in FILE_TASKS:
+        known = [*BUILTIN_TASKS, *FILE_TASKS]
+        close = get_close_matches(section.task, known, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise RecipeError(f"evaluate.tasks: {section.task!r} is unknown\n{hint}allowed: {', '.join(known)}")
+    if section.path is None:
+        raise RecipeError(
+            f"evaluate.tasks: {section.task} is read from a file\nwrite {{task: {section.task}, path: FILE}}"
+        )
+    read, make = FILE_TASKS[section.task]
+    path = Path(section.path).expanduser()
+    return make(section.task, checked_items(section.task, path, read(path), section.limit, seed))

@@ -1,0 +1,127 @@
+"""What a benchmark is: items with prompts and gold answers, and how an answer is read, judged and summed up.
+
+Files are read whole and strictly: a benchmark with a missing field, an unknown answer or an empty split is refused
+with file and line, because a score over "most of" a test set is not that test set's score.
+Deliberately absent: models and tokens (evaluate.py), downloads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from qmedtune.data.files import plain_suffix
+from qmedtune.data.instructions import instruction_record
+from qmedtune.data.records import as_name
+from qmedtune.data.rejects import Damaged, Unusable
+from qmedtune.data.rows import Row, read_csv, read_json, read_jsonl, read_tsv
+from qmedtune.errors import DataError
+
+Message = dict[str, str]
+Judgement = dict[str, Any]
+"""What is kept of one answer: numbers and labels, JSON-safe, never text of a source."""
+
+READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+    ".json": read_json,
+    ".jsonl": read_jsonl,
+    ".csv": read_csv,
+    ".tsv": read_tsv,
+}
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question. `gold` indexes `options` where there are any, else it is what the task's `judge` compares with.
+
+    options: the answers whose log-likelihood is compared, as the model would write them ("A", "yes", a sentence)
+    texts: what the options say where they are letters; a generated answer may give either
+    """
+
+    id: str
+    messages: tuple[Message, ...]
+    gold: Any
+    options: tuple[str, ...] = ()
+    texts: tuple[str, ...] = ()
+    facet: str | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """Items and their metric. `metric` names the main one in what `aggregate` returns (higher is better).
+
+    parse: a generated answer -> prediction, None when it cannot be read (counted, and judged as wrong)
+    judge: item and prediction -> what is kept of it
+    aggregate: all judgements -> scores
+    mean_of: the judgement's number whose mean is the metric, where it is a mean (resampled without `aggregate`)
+    """
+
+    name: str
+    items: tuple[Item, ...]
+    metric: str
+    parse: Callable[[str, Item], Any]
+    judge: Callable[[Item, Any], Judgement]
+    aggregate: Callable[[list[Judgement]], dict[str, float]]
+    mean_of: str | None = None
+    max_new_tokens: int = 16
+
+
+def records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """("file:line", fields) of every record of a JSON, JSON-lines, CSV or TSV file. DataError at the first bad one."""
+    if not path.is_file():
+        raise DataError(f"{path}: no such file\ngive the benchmark's file as it was published")
+    reader = READERS.get(plain_suffix(path))
+    if reader is None:
+        raise DataError(f"{path}: unknown kind of file\nallowed: {', '.join(READERS)} (also with .gz)")
+    for line, fields in reader(path):
+        if isinstance(fields, Damaged):
+            raise DataError(f"{path}:{line}: {fields.reason}\na benchmark is read whole or not at all: mend the file")
+        yield f"{path}:{line}", fields
+
+
+def text_field(where: str, fields: dict[str, Any], name: str) -> str:
+    """A field that must be text. The error names the field and never quotes the record."""
+    value = fields.get(name)
+    if not isinstance(value, str) or not value.strip():
+        state = "missing" if name not in fields else "empty" if value in ("", None) else "not text"
+        raise DataError(f"{where}: field `{name}` is {state}\nfields here: {', '.join(map(str, fields))[:200]}")
+    return value.strip()
+
+
+def label_field(where: str, fields: dict[str, Any], name: str, allowed: tuple[str, ...]) -> int:
+    """Index of a field's value among `allowed`, compared without case."""
+    value = text_field(where, fields, name).casefold()
+    if value not in [label.casefold() for label in allowed]:
+        raise DataError(f"{where}: `{name}` is none of the labels\nallowed: {', '.join(allowed)}")
+    return [label.casefold() for label in allowed].index(value)
+
+
+def conversation(where: str, fields: dict[str, Any]) -> tuple[tuple[Message, ...], str]:
+    """The question as the training data words it, and its answer: both sides of a record in a known schema."""
+    try:
+        *question, answer = instruction_record(fields, {})["messages"]
+    except Unusable as error:
+        raise DataError(f"{where}: {error}") from error
+    return tuple(question), answer["content"]
+
+
+def item_id(where: str, fields: dict[str, Any]) -> str:
+    """The record's own name, else its line."""
+    names = (as_name(fields.get(key)) for key in ("id", "_key", "pmid", "pairID", "realid"))
+    return next((name for name in names if name), f"line-{where.rpartition(':')[2]}")
+
+
+def checked_items(name: str, path: Path, items: list[Item], limit: int | None, seed: int) -> tuple[Item, ...]:
+    """Refuse an empty benchmark or one that names two items alike; draw `limit` items (files are often sorted)."""
+    if not items:
+        raise DataError(f"{path}: no item for task {name}\ngive the split that holds the questions and answers")
+    seen: set[str] = set()
+    for item in items:
+        if item.id in seen:
+            raise DataError(f"{path}: two items of task {name} are called {item.id!r}\neach needs an id of its own")
+        seen.add(item.id)
+    if limit is None or limit >= len(items):
+        return tuple(items)
+    return tuple(items[i] for i in sorted(Random(seed).sample(range(len(items)), limit)))
