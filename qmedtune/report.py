@@ -14,7 +14,7 @@ import yaml
 
 from qmedtune import report_html
 from qmedtune import report_tables as tables
-from qmedtune.report_facts import Metrics, base_name, comparisons, outcome, read_metrics
+from qmedtune.report_facts import ALL, Metrics, base_name, comparisons, outcome, read_metrics
 from qmedtune.report_html import DISCLAIMER
 from qmedtune.report_tables import Table
 
@@ -35,10 +35,9 @@ def write_report(run_dir: Path) -> dict:
     """Write report.html and report.md into `run_dir`; returns their names and sizes in bytes."""
     run = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
     metrics = read_metrics(run_dir / "metrics.jsonl")
-    recipe_text = yaml.safe_dump(run["recipe"], sort_keys=False, allow_unicode=True) if run.get("recipe") else ""
     written = {
-        "report.html": report_html.page(run, metrics, recipe_text),
-        "report.md": markdown(run, metrics, recipe_text),
+        "report.html": report_html.page(run, metrics),
+        "report.md": markdown(run, metrics),
     }
     for name, text in written.items():
         _replace(run_dir / name, text)
@@ -52,7 +51,7 @@ def _replace(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
-def markdown(run: dict, metrics: Metrics, recipe_text: str) -> str:
+def markdown(run: dict, metrics: Metrics) -> str:
     """The report as text: the same tables as the page, without charts."""
     ablation = tables.ablation(run)
     warnings = [f"- {_plain(text)}" for text in run.get("warnings", [])] or ["None."]
@@ -74,7 +73,7 @@ def markdown(run: dict, metrics: Metrics, recipe_text: str) -> str:
         "## Warnings\n\n" + "\n".join(warnings),
         _section(tables.choices(run)) if run.get("resolved") else "",
         _section(tables.provenance(run)),
-        f"## Recipe\n\n```yaml\n{recipe_text}```" if recipe_text else "",
+        f"## Recipe\n\n```yaml\n{run['recipe_text']}\n```" if run.get("recipe_text") else "",
         DISCLAIMER,
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -105,7 +104,7 @@ def model_card(run: dict) -> str:
 
 
 def _front_matter(run: dict) -> dict:
-    base, scored = base_name(run), [c for c in comparisons(run) if c.part == "all" and c.final is not None]
+    base, scored = base_name(run), [c for c in comparisons(run) if c.part == ALL and c.final is not None]
     facts: dict = {"library_name": "transformers", "pipeline_tag": "text-generation", "language": ["en"]}
     if "/" in base:  # a Hub id; anything else is no link for the Hub
         facts |= {"base_model": base, "base_model_relation": "finetune"}

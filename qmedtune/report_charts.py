@@ -39,13 +39,14 @@ class Series:
 
 @dataclass(frozen=True)
 class Mark:
-    """One dot of a dumbbell row, with the ends of its interval where known."""
+    """One dot of a dumbbell row, with the ends of its interval where known; `tick`: a thin line instead of a dot."""
 
     label: str
     value: float
     low: float | None
     high: float | None
     color: int
+    tick: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def line_chart(series: Sequence[Series], x_label: str, y_label: str) -> Html:
     xs = [x for line in series for x, _ in line.points]
     ys = [y for line in series for _, y in line.points]
     y_ticks = nice_ticks(min(ys), max(ys))
-    x_low, x_high = min(xs), max(max(xs), min(xs) + 1)
+    x_low, x_high = 0, max(*xs, 1)
     y_low, y_high = y_ticks[0], y_ticks[-1]
     x_ticks = [tick for tick in nice_ticks(x_low, x_high) if x_low <= tick <= x_high]
 
@@ -118,14 +119,10 @@ def _line(line: Series, places: list[tuple[float, float]]) -> str:
 
 
 def _smoothed(places: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Centred means, over fewer points near the ends so that the line begins and ends where the values do."""
+    """Means over the points around each, fewer of them at the ends."""
     reach = round(len(places) * SMOOTHING_WINDOW / 2)
-    smooth = []
-    for i, (x, _) in enumerate(places):
-        near = min(reach, i, len(places) - 1 - i)
-        window = places[i - near : i + near + 1]
-        smooth.append((x, sum(y for _, y in window) / len(window)))
-    return smooth
+    windows = (places[max(0, i - reach) : i + reach + 1] for i in range(len(places)))
+    return [(x, sum(y for _, y in window) / len(window)) for (x, _), window in zip(places, windows, strict=True)]
 
 
 def _path(places: list[tuple[float, float]]) -> str:
@@ -178,11 +175,12 @@ def _mark(mark: Mark, axis: Axis) -> str:
     title = f"{mark.label}: {mark.value:.3f}"
     whisker = ""
     if mark.low is not None and mark.high is not None:
-        title += f" (95 % interval {mark.low:.3f} to {mark.high:.3f})"
+        title += f" (95% interval {mark.low:.3f} to {mark.high:.3f})"
         left, right = axis.percent(mark.low), axis.percent(mark.high)
         whisker = f'<i class="whisker c{mark.color}" style="left:{left:.2f}%;width:{right - left:.2f}%"></i>'
     place = f"left:{axis.percent(mark.value):.2f}%"
-    return f'{whisker}<i class="mark c{mark.color}" style="{place}" title="{esc(title)}"></i>'
+    shape = "tick" if mark.tick else "mark"
+    return f'{whisker}<i class="{shape} c{mark.color}" style="{place}" title="{esc(title)}"></i>'
 
 
 def stacked_bar(parts: Sequence[tuple[str, float, int]]) -> Html:

@@ -13,19 +13,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qmedtune.units import digits3
+
 SIGNIFICANCE = 0.05
+ALL, GENERATED = "all", "generated answers"
 
 Points = list[tuple[int, float]]  # (optimiser step, loss in nats per token)
 
 
 @dataclass(frozen=True)
 class Score:
-    """A share between 0 and 1, with its 95 % interval and number of items where known."""
+    """The main metric of a task, 0 to 1, with its 95% interval; what is not known is None."""
 
     value: float
     low: float | None = None
     high: float | None = None
     n: int | None = None
+    chance: float | None = None
+    unparsed: int | None = None  # generated answers that could not be read, counted as wrong
 
     def __str__(self) -> str:
         return f"{self.value:.2f}" + (f" ({self.interval()})" if self.low is not None else "")
@@ -39,11 +44,16 @@ class Comparison:
     """Base against final on the same items. `verdict`: better, worse, noise, or "" when it cannot be told."""
 
     task: str
-    part: str  # "all" or the name of a facet
+    part: str  # ALL, GENERATED or the name of a facet
     base: Score | None
     final: Score | None
+    change: str = ""
     verdict: str = ""
     reading: str = ""
+
+    @property
+    def label(self) -> str:
+        return self.task if self.part == ALL else f"{self.task}: {self.part}"
 
 
 @dataclass
@@ -61,40 +71,66 @@ class Metrics:
 
 
 def read_score(entry: Any) -> Score | None:
-    """A score from `{"accuracy" | "mean", "ci95": [low, high], "n"}` or a bare number; None stays None."""
+    """A score from `{"metric", <metric>, "ci95": [low, high], "n", ...}`, `{"mean", "ci95"}` or a bare number."""
     if entry is None:
         return None
     if not isinstance(entry, Mapping):
         return Score(float(entry))
     low, high = entry.get("ci95") or (None, None)
-    value = entry["accuracy"] if "accuracy" in entry else entry["mean"]
-    return Score(float(value), low, high, entry.get("n"))
+    metric = entry.get("metric", "accuracy")
+    value = entry[metric] if metric in entry else entry["mean"]
+    return Score(float(value), low, high, entry.get("n"), entry.get("chance"), entry.get("unparsed"))
 
 
 def comparisons(run: dict) -> list[Comparison]:
-    """Every task as a whole, each followed by its facets."""
+    """Every task as a whole, by generated answers where they were judged beside the options, and by facet."""
     found = []
     for name, task in (run.get("evaluation") or {}).get("tasks", {}).items():
-        for part, entry in [("all", task), *task.get("facets", {}).items()]:
-            found.append(_compare(name, part, entry))
+        metric = next((task[model].get("metric") for model in ("final", "base") if model in task), None)
+        title = name if metric in (None, "accuracy") else f"{name} ({metric})"
+        found.append(_compare(title, ALL, task))
+        if generated := _generated(task):
+            found.append(_compare(title, GENERATED, generated))
+        found += [_compare(title, facet, entry) for facet, entry in task.get("facets", {}).items()]
     return found
 
 
+def _generated(task: dict) -> dict:
+    models = {model: task[model]["generation"] for model in ("base", "final") if "generation" in task.get(model, {})}
+    return models | task.get("generation", {})
+
+
 def _compare(task: str, part: str, entry: dict) -> Comparison:
-    base, final, paired = read_score(entry.get("base")), read_score(entry.get("final")), entry.get("paired")
+    base, final = read_score(entry.get("base")), read_score(entry.get("final"))
     if base is None or final is None:
         return Comparison(task, part, base, final)
-    direction = "better" if final.value > base.value else "worse"
-    if paired is not None:
-        clear = paired["p_value"] < SIGNIFICANCE
-        reading = f"{_p_value(paired['p_value'])}; {paired['gained']} gained, {paired['lost']} lost"
-        reading = reading if clear else f"within noise ({reading})"
-    elif base.low is None or base.high is None or final.low is None or final.high is None:
-        return Comparison(task, part, base, final, "", "no interval")
-    else:
+    difference = entry.get("difference") or {"value": final.value - base.value, "ci95": None}
+    change = f"{difference['value']:+.2f}"
+    if difference["ci95"]:
+        change += " ({:+.2f} to {:+.2f})".format(*difference["ci95"])
+    clear, reading = _evidence(entry.get("paired"), difference["ci95"], base, final)
+    verdict = "" if clear is None else "noise" if not clear else "better" if difference["value"] > 0 else "worse"
+    if base.unparsed is not None:
+        reading += f"; unreadable answers {base.unparsed:,} → {final.unparsed:,}"
+    return Comparison(task, part, base, final, change.replace("-", "−"), verdict, reading)
+
+
+def _evidence(
+    paired: dict | None, ci95: tuple[float, float] | None, base: Score, final: Score
+) -> tuple[bool | None, str]:
+    """Whether base and final differ beyond noise (None: cannot be told), by the best test there is, and in words."""
+    if paired:
+        p = paired["p"] if "p" in paired else paired["p_value"]
+        clear, words = p < SIGNIFICANCE, f"{_p_value(p)}; {paired['gained']:,} gained, {paired['lost']:,} lost"
+    elif ci95:
+        clear, words = not ci95[0] <= 0 <= ci95[1], "interval of the change"
+        words += " excludes 0" if clear else " holds 0"
+    elif base.low is not None and base.high is not None and final.low is not None and final.high is not None:
         clear = final.low > base.high or final.high < base.low
-        reading = "intervals apart" if clear else "within noise (intervals overlap)"
-    return Comparison(task, part, base, final, direction if clear else "noise", reading)
+        words = "intervals apart" if clear else "intervals overlap"
+    else:
+        return None, "no interval"
+    return clear, words if clear else f"within noise ({words})"
 
 
 def _p_value(p: float) -> str:
@@ -156,10 +192,11 @@ def _sealed_validation(stage: dict) -> dict[str, Points]:
 
 def outcome(run: dict) -> str:
     """One or two plain sentences: what came out of the run, or why there is nothing to tell."""
-    failed = [step["name"] for step in run.get("steps", []) if step["status"] == "failed"]
     if run["status"] == "failed":
-        where = f" in {failed[0]}" if failed else ""
-        return f"The run failed{where}; what was sealed before stands and is shown here."
+        left = [step["name"] for step in run.get("steps", []) if step["status"] != "sealed"]
+        where = f" in {left[0]}" if left else ""
+        why = f" ({run['error']})" if run.get("error") else ""
+        return f"The run failed{where}{why}; what was sealed before stands and is shown here."
     if run["status"] == "running":
         return "The run has not finished: this page shows what is sealed so far."
     told = [sentence for sentence in (_tasks_sentence(run), _perplexity_sentence(run)) if sentence]
@@ -168,24 +205,25 @@ def outcome(run: dict) -> str:
 
 def _tasks_sentence(run: dict) -> str:
     parts = []
-    for whole in (c for c in comparisons(run) if c.part == "all" and c.final is not None):
+    for whole in (c for c in comparisons(run) if c.part == ALL and c.final is not None):
         assert whole.final is not None
-        name, final = whole.task.replace("_", " "), f"{whole.final.value:.2f}"
+        name, final = whole.task, f"{whole.final.value:.2f}"
+        metric = "score" if name.endswith(")") else "accuracy"
         items = f" ({whole.final.n:,} items)" if whole.final.n else ""
         if whole.base is None:
-            parts.append(f"accuracy on {name} is {final}{items}")
+            parts.append(f"{metric} on {name} is {final}{items}")
         elif whole.verdict == "noise":
-            parts.append(f"accuracy on {name} did not change beyond noise: {whole.base.value:.2f} → {final}{items}")
+            parts.append(f"{metric} on {name} did not change beyond noise: {whole.base.value:.2f} → {final}{items}")
         else:
             verb = "rose" if whole.final.value > whole.base.value else "fell"
-            parts.append(f"accuracy on {name} {verb} from {whole.base.value:.2f} to {final}{items}")
+            parts.append(f"{metric} on {name} {verb} from {whole.base.value:.2f} to {final}{items}")
     return _sentence("; ".join(parts))
 
 
 def _perplexity_sentence(run: dict) -> str:
     both = {s: (b, f) for s, (b, f) in perplexities(run).items() if b is not None and f is not None}
-    fell = [f"{s} ({b:.1f} → {f:.1f})" for s, (b, f) in both.items() if f < b]
-    rose = [f"{s} ({b:.1f} → {f:.1f})" for s, (b, f) in both.items() if f >= b]
+    fell = [f"{s} ({digits3(b)} → {digits3(f)})" for s, (b, f) in both.items() if f < b]
+    rose = [f"{s} ({digits3(b)} → {digits3(f)})" for s, (b, f) in both.items() if f >= b]
     parts = [f"fell on {_join(fell)}" if fell else "", f"rose on {_join(rose)}" if rose else ""]
     return _sentence("perplexity " + " and ".join(part for part in parts if part)) if both else ""
 

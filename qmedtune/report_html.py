@@ -6,11 +6,13 @@ to be careful about, and how to do it again. Every value is escaped; a content s
 Deliberately does not: read files, compute results, or run scripts.
 """
 
+import re
 from collections.abc import Sequence
 
 from qmedtune import report_tables as tables
 from qmedtune.report_charts import Html, Mark, Series, bars, dumbbells, esc, legend, line_chart, log_axis, stacked_bar
 from qmedtune.report_facts import (
+    ALL,
     Comparison,
     Curve,
     Metrics,
@@ -23,9 +25,10 @@ from qmedtune.report_facts import (
 )
 from qmedtune.report_style import CSS
 from qmedtune.report_tables import Table
-from qmedtune.units import count, duration, size
+from qmedtune.units import count, digits3, duration, size
 
 PALETTE = 8
+DIGEST = re.compile("[0-9a-f]{12,64}")
 BASE_AND_FINAL = legend([("base", 0), ("final", 3)])
 DISCLAIMER = (
     "Not a medical device. The model makes mistakes that sound sure; it must not be used for diagnosis or treatment "
@@ -33,8 +36,8 @@ DISCLAIMER = (
 )
 
 
-def page(run: dict, metrics: Metrics, recipe_text: str) -> str:
-    """The whole page. recipe_text: the resolved recipe as YAML."""
+def page(run: dict, metrics: Metrics) -> str:
+    """The whole page."""
     sections = (
         _header(run),
         _section("What it learned", _evaluation(run)),
@@ -44,7 +47,7 @@ def page(run: dict, metrics: Metrics, recipe_text: str) -> str:
         _section("Merge", _card("", _table(tables.merge(run)))),
         _section("Time and memory", _cost(run)),
         _section("Warnings and choices", _choices(run)),
-        _section("How to do it again", _provenance(run, recipe_text)),
+        _section("How to do it again", _provenance(run)),
     )
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -58,17 +61,16 @@ def page(run: dict, metrics: Metrics, recipe_text: str) -> str:
 
 
 def _header(run: dict) -> Html:
-    status = esc(run["status"])
+    status, shown = esc(run["status"]), "not finished" if run["status"] == "running" else run["status"]
     facts = [f"base {base_name(run)}", *(stage["name"] for stage in run.get("stages", []))]
     facts += [run["provenance"]["device"]] if "device" in run.get("provenance", {}) else []
     seconds = sum(step.get("seconds") or 0 for step in run.get("steps", []))
     facts += [duration(seconds)] if seconds else []
     facts += [f"seed {run['seed']}"] if "seed" in run else []
     meta = "".join(f"<span>{esc(fact)}</span>" for fact in facts)
-    error = f'<div class="callout">{esc(run["error"])}</div>' if run.get("error") else ""
     return Html(
-        f'<header><div class="eyebrow">qmedtune run <span class="status {status}">{status}</span></div>'
-        f'<h1>{esc(run["name"])}</h1><p class="outcome">{esc(outcome(run))}</p><div class="meta">{meta}</div>{error}'
+        f'<header><div class="eyebrow">qmedtune run <span class="status {status}">{esc(shown)}</span></div>'
+        f'<h1>{esc(run["name"])}</h1><p class="outcome">{esc(outcome(run))}</p><div class="meta">{meta}</div>'
         f"{_warning_callout(run)}{_tiles(run)}</header>"
     )
 
@@ -84,7 +86,7 @@ def _warning_callout(run: dict) -> str:
 
 
 def _tiles(run: dict) -> str:
-    cells = [_score_tile(c) for c in comparisons(run) if c.part == "all" and c.final is not None]
+    cells = [_score_tile(c) for c in comparisons(run) if c.part == ALL and c.final is not None]
     for source, (base, final) in perplexities(run).items():
         if final is not None:
             cells.append(_perplexity_tile(source, base, final))
@@ -105,21 +107,18 @@ def _score_tile(c: Comparison) -> Html:
     before = f'<span class="from">{c.base.value:.2f} → </span>' if c.base else ""
     tone = {"better": "good", "worse": "poor", "noise": "quiet"}.get(c.verdict, "")
     items = f", {c.final.n:,} items" if c.final.n else ""
-    small = f"95 % interval {c.final.interval()}{items}" if c.final.low is not None else f"no interval{items}"
-    name = f"Accuracy, {c.task.replace('_', ' ')}"
+    chance = "" if (at := _chance(c)) is None else f", chance {at:.2f}"
+    small = (f"95% interval {c.final.interval()}" if c.final.low is not None else "no interval") + items + chance
+    name = c.task if c.task.endswith(")") else f"{c.task} (accuracy)"
     return _tile(name, Html(f'{before}<span class="{tone}">{c.final.value:.2f}</span>'), small)
 
 
 def _perplexity_tile(source: str, base: float | None, final: float) -> Html:
     if base is None:
-        return _tile(f"Perplexity, {source}", esc(f"{final:.2f}"), "base not measured")
+        return _tile(f"{source} (perplexity)", esc(f"{final:.2f}"), "base not measured")
     tone = "good" if final < base else "quiet"
-    big = Html(f'<span class="from">{_short(base)} → </span><span class="{tone}">{_short(final)}</span>')
-    return _tile(f"Perplexity, {source}", big, f"{final / base - 1:+.1%}, lower is better")
-
-
-def _short(value: float) -> str:
-    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
+    big = Html(f'<span class="from">{digits3(base)} → </span><span class="{tone}">{digits3(final)}</span>')
+    return _tile(f"{source} (perplexity)", big, f"{final / base - 1:+.1%}, lower is better".replace("-", "−"))
 
 
 def _tile(name: str, big: Html, small: str) -> Html:
@@ -134,11 +133,16 @@ def _evaluation(run: dict) -> Html:
     for c in comparisons(run):
         scores = (("base", c.base, 0), ("final", c.final, 3))
         marks = [Mark(name, score.value, score.low, score.high, color) for name, score, color in scores if score]
-        label = c.task if c.part == "all" else f"{c.task}: {c.part}"
-        rows.append((label, marks, " → ".join(f"{mark.value:.2f}" for mark in marks)))
+        text = " → ".join(f"{mark.value:.2f}" for mark in marks)
+        chance = [] if (at := _chance(c)) is None else [Mark("chance", at, None, None, 0, tick=True)]
+        rows.append((c.label, [*chance, *marks], text))
     figure = f"{BASE_AND_FINAL}{dumbbells(rows)}<br>" if rows else ""
-    accuracy = _card("Accuracy", Html(figure + _table(tables.evaluation(run))))
-    return Html(accuracy + _card("Perplexity", Html(_perplexity_figure(run) + _table(tables.perplexity(run)))))
+    scores = _card("Scores", Html(figure + _table(tables.evaluation(run))))
+    return Html(scores + _card("Perplexity", Html(_perplexity_figure(run) + _table(tables.perplexity(run)))))
+
+
+def _chance(c: Comparison) -> float | None:
+    return next((score.chance for score in (c.final, c.base) if score is not None), None)
 
 
 def _perplexity_figure(run: dict) -> str:
@@ -146,7 +150,7 @@ def _perplexity_figure(run: dict) -> str:
     for source, (base, final) in perplexities(run).items():
         found = [(name, value, color) for name, value, color in (("base", base, 0), ("final", final, 3)) if value]
         marks = [Mark(name, value, None, None, color) for name, value, color in found]
-        rows.append((source, marks, " → ".join(_short(mark.value) for mark in marks)))
+        rows.append((source, marks, " → ".join(digits3(mark.value) for mark in marks)))
     values = [mark.value for _, marks, _ in rows for mark in marks]
     return f"{BASE_AND_FINAL}{dumbbells(rows, log_axis(values))}<br>" if values else ""
 
@@ -234,10 +238,11 @@ def _choices(run: dict) -> Html:
     return Html(told + (_card(chosen.title, _table(chosen)) if chosen.rows else ""))
 
 
-def _provenance(run: dict, recipe_text: str) -> Html:
-    recipe = f"<details><summary>The recipe, as resolved</summary><pre>{esc(recipe_text)}</pre></details>"
+def _provenance(run: dict) -> Html:
+    text = run.get("recipe_text", "")
+    recipe = f"<details><summary>The recipe</summary><pre>{esc(text)}</pre></details>"
     facts = _card("Provenance", _table(tables.provenance(run)))
-    return Html(facts + (_card("", Html(recipe)) if recipe_text else ""))
+    return Html(facts + (_card("", Html(recipe)) if text else ""))
 
 
 def _section(title: str, body: Html) -> Html:
@@ -260,7 +265,8 @@ def _table(table: Table) -> Html:
 
     def cells(row: Sequence[str], tag: str) -> str:
         kinds = (' class="n"' if is_right else "" for is_right in right)
-        return "".join(f"<{tag}{kind}>{esc(cell)}</{tag}>" for cell, kind in zip(row, kinds, strict=True))
+        shown = (Html(f"<code>{esc(cell)}</code>") if DIGEST.fullmatch(cell) else cell for cell in row)
+        return "".join(f"<{tag}{kind}>{esc(cell)}</{tag}>" for cell, kind in zip(shown, kinds, strict=True))
 
     body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in table.rows)
     note = f'<p class="table-note">{esc(table.note)}</p>' if table.note else ""
@@ -269,4 +275,4 @@ def _table(table: Table) -> Html:
 
 
 def _are_figures(cells: list[str]) -> bool:
-    return all(len(cell) < 24 and (cell[:1].isdigit() or cell[:1] in "+-−–") for cell in cells)
+    return all(len(cell) < 40 and (cell[:1].isdigit() or cell[:1] in "+-−–") for cell in cells)

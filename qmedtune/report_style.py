@@ -85,7 +85,8 @@ figure { margin: 0; }
   no-repeat; }
 .whisker { position: absolute; top: 14px; height: 6px; border-radius: 3px; opacity: .32; min-width: 2px; }
 .mark { position: absolute; top: 11px; width: 12px; height: 12px; border-radius: 50%; transform: translateX(-50%);
-  box-shadow: 0 0 0 2px var(--card); }
+  box-shadow: 0 0 0 2px var(--card); z-index: 1; }
+.tick { position: absolute; top: 8px; width: 2px; height: 18px; transform: translateX(-50%); }
 .bars { display: grid; grid-template-columns: minmax(0, max-content) 1fr max-content; gap: 0 16px; }
 .bars .bar-row { display: contents; }
 .bars .bar-row > * { align-self: center; line-height: 30px; }
@@ -103,7 +104,8 @@ td { border-top: 1px solid var(--rule); padding: 8px 18px 8px 0; vertical-align:
 th:last-child, td:last-child { padding-right: 0; }
 td { overflow-wrap: anywhere; min-width: 64px; }
 td.n, th.n { text-align: right; white-space: nowrap; }
-td.w { min-width: 150px; }
+td.n + td:not(.n), th.n + th:not(.n) { padding-left: 14px; }
+td code { font-size: 12.5px; }
 .table-note { color: var(--soft); font-size: 13.5px; margin: 12px 0 0; }
 code, pre { font: 13px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 pre { overflow-x: auto; margin: 12px 0 0; padding: 14px 16px; background: var(--faint); border-radius: 10px; }

@@ -6,7 +6,7 @@ Deliberately does not: know HTML or Markdown; every cell is text that the render
 from dataclasses import dataclass
 
 from qmedtune.report_facts import comparisons, perplexities, read_score
-from qmedtune.units import count, duration, size
+from qmedtune.units import count, digits3, duration, size
 
 Row = tuple[str, ...]
 
@@ -25,22 +25,21 @@ def evaluation(run: dict) -> Table:
     rows = []
     for c in comparisons(run):
         items = next((f"{s.n:,}" for s in (c.final, c.base) if s is not None and s.n), "–")
-        change = f"{c.final.value - c.base.value:+.2f}" if c.base and c.final else "–"
-        part = c.task if c.part == "all" else f"{c.task}: {c.part}"
-        rows.append((part, str(c.base or "–"), str(c.final or "–"), change, items, c.reading or "–"))
+        rows.append((c.label, str(c.base or "–"), str(c.final or "–"), c.change or "–", items, c.reading or "–"))
     note = (
-        "Share of items answered correctly, 95 % interval in brackets; base and final answered the same items."
+        "Share of items answered correctly unless another metric is named, with 95% intervals. Base and final answered "
+        "the same items; a change is called noise when its paired test gives p ≥ 0.05."
         if rows
         else "No task was scored in this run."
     )
-    return Table("Accuracy", ("Task", "Base", "Final", "Change", "Items", "Reading"), rows, note)
+    return Table("Scores", ("Task", "Base", "Final", "Change", "Items", "Reading"), rows, note)
 
 
 def perplexity(run: dict) -> Table:
     rows = []
     for source, (base, final) in perplexities(run).items():
-        change = f"{final / base - 1:+.1%}" if base and final else "–"
-        rows.append((source, _number(base), _number(final), change))
+        change = f"{final / base - 1:+.1%}".replace("-", "−") if base and final else "–"
+        rows.append((source, *("–" if value is None else digits3(value) for value in (base, final)), change))
     note = (
         "Per token of held-out text, lower is better. Point estimates: no interval is computed."
         if rows
@@ -56,7 +55,7 @@ def ablation(run: dict) -> Table | None:
         return None
     facets = list(dict.fromkeys(facet for arm in arms for facet in arm["facets"]))
     rows = [(arm["arm"], *(str(read_score(arm["facets"].get(facet)) or "–") for facet in facets)) for arm in arms]
-    return Table("Ablation", ("Arm", *facets), rows, "Mean accuracy over seeds, 95 % interval in brackets.")
+    return Table("Ablation", ("Arm", *facets), rows, "Mean accuracy over seeds, 95% interval in brackets.")
 
 
 def stages(run: dict) -> Table:
@@ -65,6 +64,7 @@ def stages(run: dict) -> Table:
             stage["name"],
             stage["kind"],
             _count(stage.get("tokens", {}).get("trained")),
+            _steps(stage),
             _first_last(stage.get("loss")),
             _count(stage.get("tokens_per_s")),
             size(stage["peak_memory_bytes"]) if stage.get("peak_memory_bytes") else "–",
@@ -73,7 +73,7 @@ def stages(run: dict) -> Table:
         )
         for stage in run.get("stages", [])
     ]
-    columns = ("Stage", "Kind", "Tokens trained", "Loss", "Tokens/s", "Peak memory", "Time", "Adapter")
+    columns = ("Stage", "Kind", "Tokens trained", "Steps", "Loss", "Tokens/s", "Peak memory", "Time", "Adapter")
     return Table("Stages", columns, rows, "" if rows else "No stage was trained.")
 
 
@@ -85,27 +85,47 @@ def tokens(run: dict) -> Table:
         if stage.get("tokens")
     ]
     columns = ("Stage", *(name.capitalize() for name in names))
-    return Table("Token ledger", columns, rows, "" if rows else "No stage has a token ledger.")
+    note = (
+        "Read: tokens of the records. Kept: what is left after cuts. Dropped: read less kept. Trained: tokens that "
+        "went through the model, repeats included; supervised: those with a loss; split: those that continue, in "
+        "another row, a document begun before."
+        if rows
+        else "No stage has a token ledger."
+    )
+    return Table("Token ledger", columns, rows, note)
 
 
 def mixture(run: dict) -> Table:
     rows = [
-        (stage["name"], source, f"{part['share']:.1%}", _exact(part["tokens"]), _repeats(part.get("repeats")))
+        (
+            stage["name"],
+            source,
+            _part(part.get("asked_share")),
+            _part(part["share"]),
+            _exact(part["tokens"]),
+            _repeats(part.get("repeats")),
+        )
         for stage in run.get("stages", [])
         for source, part in (stage.get("mixture") or {}).items()
     ]
-    columns = ("Stage", "Source", "Share of tokens", "Tokens", "Repeats")
-    return Table("Mixture", columns, rows, "As realised, not as asked." if rows else "No stage has a mixture.")
+    columns = ("Stage", "Source", "Asked", "Realised", "Tokens", "Repeats")
+    return Table("Mixture", columns, rows, "Shares of tokens." if rows else "No stage has a mixture.")
 
 
 def records(run: dict) -> Table:
     names = ("read", "kept", "rejected", "duplicates", "contaminated", "refused")
     rows = [
-        (name, source.get("kind", "–"), *(_exact(source.get("records", {}).get(column)) for column in names))
+        (
+            name,
+            source.get("kind", "–"),
+            *(_exact(source.get("records", {}).get(column)) for column in names),
+            _exact(source.get("held_out")),
+        )
         for name, source in run.get("data", {}).items()
     ]
-    columns = ("Source", "Kind", *(name.capitalize() for name in names))
-    return Table("Record ledger", columns, rows, "" if rows else "No data was read.")
+    columns = ("Source", "Kind", *(name.capitalize() for name in names), "Held out")
+    note = "Held out: the part of kept that is never trained on." if rows else "No data was read."
+    return Table("Record ledger", columns, rows, note)
 
 
 def sources(run: dict) -> Table:
@@ -124,6 +144,8 @@ def merge(run: dict) -> Table:
     shift = facts.get("shift_from_nf4") or {}
     rows = [
         ("Merged onto", str(onto)),
+        ("Written as", str(facts.get("dtype", "–"))),
+        ("Adapters folded in", _exact(facts.get("adapters"))),
         ("Modules changed", _exact(facts.get("modules"))),
         ("KL divergence, merged against the same base + adapters", _tiny(facts.get("kl"))),
         ("Same top token", _share(facts.get("top1"))),
@@ -165,16 +187,16 @@ def _flat(facts: dict, prefix: str = "") -> list[Row]:
     return rows
 
 
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}" if value < 100 else f"{value:,.0f}"
-
-
 def _count(value: float | None) -> str:
     return "–" if value is None else count(value)
 
 
 def _exact(value: int | None) -> str:
     return "–" if value is None else f"{value:,.0f}"
+
+
+def _part(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1%}"
 
 
 def _share(value: float | None) -> str:
@@ -187,6 +209,11 @@ def _tiny(value: float | None) -> str:
 
 def _repeats(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}×"
+
+
+def _steps(stage: dict) -> str:
+    steps, kept = stage.get("steps"), stage.get("kept_step")
+    return "–" if steps is None else f"{steps:,}" if kept in (None, steps) else f"{kept:,} kept of {steps:,}"
 
 
 def _first_last(loss: dict | None) -> str:

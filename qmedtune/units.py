@@ -11,13 +11,18 @@ def count(number: float) -> str:
     return f"{scaled:.{2 if abs(scaled) < 9.995 else 1 if abs(scaled) < 99.95 else 0}f}{suffix}"
 
 
+def digits3(number: float) -> str:
+    """`6.05`, `61.4`, `118`, `1,204`: what is told of a perplexity."""
+    return f"{number:.2f}" if abs(number) < 9.995 else f"{number:.1f}" if abs(number) < 99.95 else f"{number:,.0f}"
+
+
 def size(num_bytes: float) -> str:
-    """`512 B`, `640 MiB`, `2.4 GiB`: powers of 1024, as GPU tools print memory."""
+    """`512 B`, `640 MiB`, `2.41 GiB`: powers of 1024, as GPU tools print memory."""
     scaled, units = float(num_bytes), ["B", "KiB", "MiB", "GiB", "TiB"]
     while scaled >= 1023.5 and len(units) > 1:
         scaled /= 1024
         units.pop(0)
-    return f"{scaled:.{1 if scaled < 9.95 and units[0] != 'B' else 0}f} {units[0]}"
+    return f"{scaled:,.0f} B" if units[0] == "B" else f"{digits3(scaled)} {units[0]}"
 
 
 def duration(seconds: float) -> str:

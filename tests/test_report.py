@@ -18,19 +18,30 @@ import yaml
 from qmedtune.report import markdown, model_card, write_report
 from qmedtune.report_charts import MAX_POINTS, Series, line_chart, nice_ticks
 from qmedtune.report_facts import Metrics, comparisons, outcome, read_metrics, read_score
+from qmedtune.statistics import wilson
 
 SOURCES = {"literature": "literature", "notes": "clinical", "general": "general", "instructions": "instructions"}
 
 
-def scored(accuracy: float, n: int) -> dict:
-    half = 1.96 * math.sqrt(accuracy * (1 - accuracy) / n + 0.002)
-    return {"accuracy": accuracy, "ci95": [max(0.0, accuracy - half), min(1.0, accuracy + half)], "n": n}
+def scored(accuracy: float, n: int, chance: float = 0.05, unparsed: int | None = None) -> dict:
+    low, high = wilson(round(accuracy * n), n)
+    score = {"metric": "accuracy", "accuracy": accuracy, "ci95": [low, high], "n": n, "chance": chance, "truncated": 0}
+    if unparsed is not None:
+        score["generation"] = {"metric": "accuracy", "accuracy": accuracy - unparsed / n, "ci95": [low, high], "n": n,
+                               "unparsed": unparsed, "cut": 0}  # fmt: skip
+    return score
+
+
+def compared(base: dict, final: dict, p: float, gained: int, lost: int) -> dict:
+    change = final["accuracy"] - base["accuracy"]
+    return {"base": base, "final": final, "difference": {"value": change, "ci95": [change - 0.06, change + 0.06]},
+            "paired": {"test": "McNemar exact", "gained": gained, "lost": lost, "p": p}}  # fmt: skip
 
 
 def synthetic_run() -> dict:
     """A made-up run.json with every part that the report knows. No figure in it was measured."""
     mixture = {
-        "literature": {"share": 0.401, "tokens": 240_600, "repeats": 3.02},
+        "literature": {"share": 0.401, "asked_share": 0.4, "tokens": 240_600, "repeats": 3.02},
         "notes": {"share": 0.399, "tokens": 239_400, "repeats": 2.97},
         "general": {"share": 0.2, "tokens": 120_000, "repeats": 1.0},
     }
@@ -39,7 +50,8 @@ def synthetic_run() -> dict:
         "tokens": {"read": 212_044, "kept": 211_380, "split": 10_020, "dropped": 664, "supervised": 598_212,
                    "trained": 600_000},
         "mixture": mixture, "adapter": {"path": "01-cpt/adapter", "sha256": "9f" * 32},
-        "loss": {"first": 4.812, "last": 1.377}, "tokens_per_s": 8630.0, "peak_memory_bytes": 1_240_000_000,
+        "loss": {"first": 4.812, "last": 1.377}, "steps": 600, "kept_step": 550,
+        "tokens_per_s": 8630.0, "peak_memory_bytes": 1_240_000_000,
     }  # fmt: skip
     sft = {
         "name": "02-sft", "kind": "sft", "status": "sealed", "seconds": 24.9, "key": "5f" * 32,
@@ -49,25 +61,22 @@ def synthetic_run() -> dict:
         "adapter": {"path": "02-sft/adapter", "sha256": "ab" * 32},
         "loss": {"first": 2.204, "last": 0.613}, "tokens_per_s": 7120.0, "peak_memory_bytes": 1_310_000_000,
     }  # fmt: skip
-    facts = {
-        "base": scored(0.055, 240), "final": scored(0.8125, 240),
-        "paired": {"p_value": 3e-41, "gained": 185, "lost": 3},
-        "facets": {
-            "treats": {"base": scored(0.05, 120), "final": scored(0.825, 120)},
-            "adverse effect": {"base": scored(0.06, 120), "final": scored(0.80, 120)},
-        },
-    }  # fmt: skip
-    pubmedqa = {"base": scored(0.53, 200), "final": scored(0.555, 200),
-                "paired": {"p_value": 0.43, "gained": 21, "lost": 16}}  # fmt: skip
+    facts = compared(scored(0.055, 240, unparsed=9), scored(0.8125, 240, unparsed=2), 3e-41, 185, 3)
+    facts["generation"] = {"paired": {"test": "McNemar exact", "gained": 170, "lost": 4, "p": 1e-39}}
+    facts["facets"] = {
+        "treats": compared(scored(0.05, 120), scored(0.825, 120), 1e-20, 94, 1),
+        "adverse effect": compared(scored(0.06, 120), scored(0.80, 120), 1e-20, 91, 2),
+    }
+    pubmedqa = compared(scored(0.53, 200, 1 / 3), scored(0.555, 200, 1 / 3), 0.43, 21, 16)
     records = {"read": 1200, "kept": 1184, "rejected": 3, "duplicates": 9, "contaminated": 4, "refused": 0}
     arms = {"base": (0.05, 0.05), "sft": (0.06, 0.07), "cpt": (0.64, 0.67), "cpt+sft": (0.82, 0.80)}
     return {
         "name": "cpt_then_sft", "status": "finished", "recipe_sha256": "1d" * 32, "seed": 17, "offline": True,
         "stages": [cpt, sft],
-        "data": {name: {"records": records, "sha256": "77" * 32, "kind": kind, "license": "Apache-2.0",
+        "data": {name: {"records": records, "sha256": "77" * 32, "kind": kind, "held_out": 58, "license": "Apache-2.0",
                         "terms": "patient data, site agreement" if kind == "clinical" else None}
                  for name, kind in SOURCES.items()},
-        "merge": {"path": "merged", "base": "full16", "modules": 21, "kl": 1.43e-5, "top1": 0.9993,
+        "merge": {"path": "merged", "base": "full16", "modules": 21, "kl": 1.43e-5, "top1": 0.9993, "dtype": "bfloat16",
                   "max_abs_logit_diff": 0.078, "sha256": "e0" * 32, "shift_from_nf4": {"kl": 8.7e-4, "top1": 0.987}},
         "evaluation": {
             "tasks": {"facts": facts, "pubmedqa": pubmedqa},
@@ -83,13 +92,12 @@ def synthetic_run() -> dict:
                    ("evaluate", 18.8), ("report", 0.2)]],
         "warnings": ["triton is not used on a CPU: the reference kernels ran",
                      "stages[1].sft.lr 2e-5 is a full-parameter value; LoRA usually needs 1e-4 to 4e-4"],
-        "resolved": [{"key": "stages[0].cpt.seq_len", "value": 256, "why": "95 % of the records fit"},
+        "resolved": [{"key": "stages[0].cpt.seq_len", "value": 256, "why": "95% of the records fit"},
                      {"key": "stages[0].cpt.lr", "value": 0.002, "why": "builtin:tiny, LoRA r=32"},
                      {"key": "model.compute_dtype", "value": "float32", "why": "no GPU"}],
-        "recipe": {"name": "cpt_then_sft", "model": {"base": "builtin:tiny", "quantization": "nf4"},
-                   "hygiene": {"phi": "report"},
-                   "stages": [{"cpt": {"mix": {"literature": 8, "notes": 8, "general": 4}}},
-                              {"sft": {"data": "instructions", "epochs": 3}}]},
+        "recipe": {"model": {"base": "builtin:tiny", "quantization": "nf4"}, "hygiene": {"phi": "report"}},
+        "recipe_text": "name: cpt_then_sft\nseed: 17\nstages:\n  - cpt: {mix: {literature: 8, notes: 8, general: 4}}\n"
+                       "  - sft: {data: instructions, epochs: 3}\n",
         "provenance": {"versions": {"qmedtune": "0.1.0", "python": "3.11.9", "torch": "2.13.0+cpu",
                                     "transformers": "5.23.0", "peft": "0.21.2", "bitsandbytes": "0.50.2"},
                        "device": "cpu, 2 cores", "base_revision": None, "base_sha256": "b4" * 32,
@@ -156,9 +164,11 @@ def rendered(tmp_path: Path, run: dict, lines: list[dict] | None = None) -> Page
 
 def test_page_tells_the_figures(tmp_path):
     page = rendered(tmp_path, synthetic_run())
-    for figure in ("0.06 (", "0.81 (0.71–0.91)", "p < 0.001; 185 gained, 3 lost", "61.4", "-87.1%", "600,000",
-                   "211,380", "3.02×", "16-bit base", "1.4e-05", "0.00087", "1,184", "patient data, site agreement", "2.13.0+cpu",
-                   "9f9f9f9f9f9f", "2 warnings", "95 % of the records fit", "mix:"):  # fmt: skip
+    for figure in ("0.06 (0.03–0.09)", "0.81 (0.76–0.86)", "+0.76 (+0.70 to +0.82)", "p < 0.001; 185 gained, 3 lost",
+                   "facts: generated answers", "unreadable answers 9 → 2", "chance 0.33", "61.4", "−87.1%", "600,000",
+                   "211,380", "3.02×", "550 kept of 600", "16-bit base", "1.4e-05", "0.00087", "1,184",
+                   "site agreement",
+                   "2.13.0+cpu", "9f9f9f9f9f9f", "2 warnings", "95% of the records fit", "mix:"):  # fmt: skip
         assert figure in page.text, figure
 
 
@@ -181,7 +191,7 @@ def test_every_value_is_escaped(tmp_path):
             return {name: poison(inner, name) for name, inner in value.items()}
         if isinstance(value, list):
             return [poison(inner, key) for inner in value]
-        return value + evil if isinstance(value, str) and key not in ("phi", "status") else value
+        return value + evil if isinstance(value, str) and key not in ("phi", "status", "metric") else value
 
     run = poison(synthetic_run())
     run["recipe_sha256"] = "1d" * 32  # stands in code, where nothing but hexadecimal digits occurs
@@ -196,21 +206,23 @@ def test_every_value_is_escaped(tmp_path):
 
 def test_gain_within_noise_is_called_so(tmp_path):
     run = synthetic_run()
-    facts, _, _, pubmedqa = comparisons(run)
+    facts, *_, pubmedqa = comparisons(run)
     assert (facts.verdict, pubmedqa.verdict) == ("better", "noise")
     assert "rose from 0.06 to 0.81 (240 items)" in outcome(run)
     assert "pubmedqa did not change beyond noise: 0.53 → 0.56" in outcome(run)
     assert "within noise (p = 0.430; 21 gained, 16 lost)" in rendered(tmp_path, run).text
 
 
-def test_verdict_without_paired_test_needs_separate_intervals():
-    def verdict(base, final):
-        task = {"base": {"accuracy": 0.5, "ci95": base, "n": 9}, "final": {"accuracy": 0.6, "ci95": final, "n": 9}}
+def test_verdict_without_paired_test_goes_by_intervals():
+    def verdict(base, final, **more):
+        task = {"base": {"accuracy": 0.5, "ci95": base}, "final": {"accuracy": 0.6, "ci95": final}, **more}
         return comparisons({"evaluation": {"tasks": {"t": task}}})[0].verdict
 
     assert verdict([0.4, 0.55], [0.56, 0.7]) == "better"
     assert verdict([0.4, 0.57], [0.56, 0.7]) == "noise"
     assert verdict([0.4, 0.55], None) == ""
+    assert verdict([0.4, 0.55], [0.56, 0.7], difference={"value": 0.1, "ci95": [-0.01, 0.2]}) == "noise"
+    assert verdict([0.4, 0.57], [0.56, 0.7], difference={"value": 0.1, "ci95": [0.01, 0.2]}) == "better"
 
 
 def test_outcome_of_worse_run_is_not_sold():
@@ -218,26 +230,35 @@ def test_outcome_of_worse_run_is_not_sold():
     facts = run["evaluation"]["tasks"]["facts"]
     facts["base"], facts["final"] = facts["final"], facts["base"]
     assert "fell from 0.81 to 0.06" in outcome(run)
-    assert "rose on general (5.3 → 5.4)" in outcome(run)
+    assert "rose on general (5.31 → 5.44)" in outcome(run)
 
 
 def test_stopped_run_says_what_is_missing(tmp_path):
     run = synthetic_run()
-    for part in ("merge", "evaluation", "ablation", "warnings", "resolved"):
+    for part in ("ablation", "warnings", "resolved"):
         del run[part]
-    run["stages"] = run["stages"][:1]
-    page = rendered(tmp_path, run)
-    for said in ("without an evaluation", "Nothing was merged", "No task was scored", "No perplexity", "No warnings."):
+    run["merge"] = run["evaluation"] = None
+    run["stages"][1] = {"name": "02-sft", "kind": "sft", "status": "to do"}
+    lines = [line for line in synthetic_metrics() if line["stage"] == "01-cpt"]
+    page = rendered(tmp_path, run, lines)
+    for said in (
+        "No loss was logged for 02-sft",
+        "without an evaluation",
+        "Nothing was merged",
+        "No task was scored",
+        "No perplexity",
+        "No warnings.",
+    ):
         assert said in page.text
-    assert "Ablation" not in page.text and "02-sft" not in page.text.split("Time per step")[0]
+    assert "Ablation" not in page.text
 
 
 def test_failed_run_before_any_stage(tmp_path):
-    run = {"name": "r", "status": "failed", "stages": [], "error": "loss is not finite at step 12",
+    run = {"name": "r", "status": "failed", "stages": [], "error": "RunError",
            "steps": [{"name": "data", "status": "sealed", "seconds": 1.0, "key": "a"},
-                     {"name": "01-cpt", "status": "failed", "seconds": 2.0, "key": "b"}]}  # fmt: skip
+                     {"name": "01-cpt", "status": "to do"}]}  # fmt: skip
     page = rendered(tmp_path, run, [])
-    assert "failed in 01-cpt" in page.text and "loss is not finite at step 12" in page.text
+    assert "failed in 01-cpt (RunError)" in page.text
     assert "No stage was trained" in page.text and "No data was read" in page.text
     assert model_card(run).count("No task was scored") == 1
 
@@ -278,7 +299,7 @@ def test_model_card_is_valid_and_keeps_paths_to_itself():
 
 
 def test_markdown_tables_are_rectangular():
-    text = markdown(synthetic_run(), Metrics(), "")
+    text = markdown(synthetic_run(), Metrics())
     for block in re.findall(r"(?:^\|.*\n)+", text, flags=re.M):
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}) == 1
 
