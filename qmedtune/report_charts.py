@@ -143,10 +143,11 @@ def _tick(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:g}"
 
 
-def legend(labels: Sequence[tuple[str, int]]) -> Html:
-    """Coloured keys above a chart."""
+def legend(labels: Sequence[tuple[str, int]], tick: str = "") -> Html:
+    """Coloured keys above a chart; `tick` names the thin line, where there is one."""
     keys = "".join(f'<span><i class="key c{color}"></i>{esc(label)}</span>' for label, color in labels)
-    return Html(f'<div class="legend">{keys}</div>')
+    line = f'<span><i class="key tick-key c0"></i>{esc(tick)}</span>' if tick else ""
+    return Html(f'<div class="legend">{keys}{line}</div>')
 
 
 def log_axis(values: Sequence[float]) -> Axis:

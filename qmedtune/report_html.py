@@ -29,7 +29,6 @@ from qmedtune.units import count, digits3, duration, size
 
 PALETTE = 8
 DIGEST = re.compile("[0-9a-f]{12,64}")
-BASE_AND_FINAL = legend([("base", 0), ("final", 3)])
 DISCLAIMER = (
     "Not a medical device. The model makes mistakes that sound sure; it must not be used for diagnosis or treatment "
     "without a qualified person's check."
@@ -67,7 +66,7 @@ def _header(run: dict) -> Html:
     seconds = sum(step.get("seconds") or 0 for step in run.get("steps", []))
     facts += [duration(seconds)] if seconds else []
     facts += [f"seed {run['seed']}"] if "seed" in run else []
-    meta = "".join(f"<span>{esc(fact)}</span>" for fact in facts)
+    meta = " ".join(f"<span>{esc(fact)}</span>" for fact in facts)
     return Html(
         f'<header><div class="eyebrow">qmedtune run <span class="status {status}">{esc(shown)}</span></div>'
         f'<h1>{esc(run["name"])}</h1><p class="outcome">{esc(outcome(run))}</p><div class="meta">{meta}</div>'
@@ -136,7 +135,9 @@ def _evaluation(run: dict) -> Html:
         text = " → ".join(f"{mark.value:.2f}" for mark in marks)
         chance = [] if (at := _chance(c)) is None else [Mark("chance", at, None, None, 0, tick=True)]
         rows.append((c.label, [*chance, *marks], text))
-    figure = f"{BASE_AND_FINAL}{dumbbells(rows)}<br>" if rows else ""
+    known = any(_chance(c) is not None for c in comparisons(run))
+    keys = legend([("base", 0), ("final", 3)], "chance" if known else "")
+    figure = f"{keys}{dumbbells(rows)}<br>" if rows else ""
     scores = _card("Scores", Html(figure + _table(tables.evaluation(run))))
     return Html(scores + _card("Perplexity", Html(_perplexity_figure(run) + _table(tables.perplexity(run)))))
 
@@ -152,7 +153,8 @@ def _perplexity_figure(run: dict) -> str:
         marks = [Mark(name, value, None, None, color) for name, value, color in found]
         rows.append((source, marks, " → ".join(digits3(mark.value) for mark in marks)))
     values = [mark.value for _, marks, _ in rows for mark in marks]
-    return f"{BASE_AND_FINAL}{dumbbells(rows, log_axis(values))}<br>" if values else ""
+    keys = legend([("base", 0), ("final", 3)])
+    return f"{keys}{dumbbells(rows, log_axis(values))}<br>" if values else ""
 
 
 def _ablation(run: dict) -> Html:
@@ -261,12 +263,11 @@ def _missing(text: str) -> Html:
 def _table(table: Table) -> Html:
     if not table.rows:
         return _missing(table.note)
-    right = [i > 0 and _are_figures([row[i] for row in table.rows]) for i in range(len(table.columns))]
+    kinds = [_kind(i, [row[i] for row in table.rows]) for i in range(len(table.columns))]
 
     def cells(row: Sequence[str], tag: str) -> str:
-        kinds = (' class="n"' if is_right else "" for is_right in right)
         shown = (Html(f"<code>{esc(cell)}</code>") if DIGEST.fullmatch(cell) else cell for cell in row)
-        return "".join(f"<{tag}{kind}>{esc(cell)}</{tag}>" for cell, kind in zip(shown, kinds, strict=True))
+        return "".join(f'<{tag} class="{kind}">{esc(cell)}</{tag}>' for cell, kind in zip(shown, kinds, strict=True))
 
     body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in table.rows)
     note = f'<p class="table-note">{esc(table.note)}</p>' if table.note else ""
@@ -274,5 +275,9 @@ def _table(table: Table) -> Html:
     return Html(f'<div class="scroll"><table>{head}<tbody>{body}</tbody></table></div>{note}')
 
 
-def _are_figures(cells: list[str]) -> bool:
-    return all(len(cell) < 40 and (cell[:1].isdigit() or cell[:1] in "+-−–") for cell in cells)
+def _kind(position: int, cells: list[str]) -> str:
+    """How a column is set: n figures to the right, s short words in one line, w wide text, t other text."""
+    longest = max(map(len, cells))
+    if position > 0 and longest < 40 and all(cell[:1].isdigit() or cell[:1] in "+-−–" for cell in cells):
+        return "n"
+    return "s" if longest <= 16 else "w" if longest > 30 else "t"

@@ -39,7 +39,7 @@ a { color: inherit; text-decoration-color: var(--c0); text-underline-offset: 3px
 .outcome { font-size: 20px; line-height: 1.45; margin-bottom: 18px; }
 .meta, .note { color: var(--soft); font-size: 14px; }
 .meta span { white-space: nowrap; }
-.meta span + span::before { content: "·"; margin: 0 8px; }
+.meta span:not(:last-child)::after { content: "·"; margin: 0 4px 0 8px; }
 .callout { background: var(--warn-soft); color: var(--warn); border-radius: 10px; padding: 12px 16px; margin: 20px 0 0;
   font-size: 15px; }
 .callout ul { margin: 4px 0 0; padding-left: 20px; }
@@ -58,6 +58,7 @@ a { color: inherit; text-decoration-color: var(--c0); text-underline-offset: 3px
 figure { margin: 0; }
 .legend { display: flex; flex-wrap: wrap; gap: 2px 18px; color: var(--soft); font-size: 13.5px; margin-bottom: 14px; }
 .key { display: inline-block; width: 10px; height: 10px; border-radius: 3px; margin-right: 7px; }
+.key.tick-key { width: 2px; height: 13px; border-radius: 0; vertical-align: -2px; margin-right: 8px; }
 .plot { position: relative; height: 230px; margin: 4px 8px 24px 42px; }
 .plot svg { display: block; width: 100%; height: 100%; overflow: visible; }
 .plot path { fill: none; vector-effect: non-scaling-stroke; }
@@ -102,11 +103,12 @@ th { text-align: left; color: var(--soft); font-weight: 500; font-size: 13px; pa
   vertical-align: bottom; }
 td { border-top: 1px solid var(--rule); padding: 8px 18px 8px 0; vertical-align: top; }
 th:last-child, td:last-child { padding-right: 0; }
-td { overflow-wrap: anywhere; min-width: 64px; }
+td code { font-size: 12.5px; word-break: break-all; }
+td.s { white-space: nowrap; }
+td.w { min-width: 230px; overflow-wrap: anywhere; }
 td.n, th.n { text-align: right; white-space: nowrap; }
 td.n + td:not(.n), th.n + th:not(.n) { padding-left: 14px; }
-td code { font-size: 12.5px; }
-.table-note { color: var(--soft); font-size: 13.5px; margin: 12px 0 0; }
+.table-note { color: var(--soft); font-size: 13.5px; margin: 12px 0 0; max-width: 92ch; }
 code, pre { font: 13px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 pre { overflow-x: auto; margin: 12px 0 0; padding: 14px 16px; background: var(--faint); border-radius: 10px; }
 details summary { cursor: pointer; font-weight: 600; font-size: 15px; }

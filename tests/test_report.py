@@ -27,7 +27,8 @@ def scored(accuracy: float, n: int, chance: float = 0.05, unparsed: int | None =
     low, high = wilson(round(accuracy * n), n)
     score = {"metric": "accuracy", "accuracy": accuracy, "ci95": [low, high], "n": n, "chance": chance, "truncated": 0}
     if unparsed is not None:
-        score["generation"] = {"metric": "accuracy", "accuracy": accuracy - unparsed / n, "ci95": [low, high], "n": n,
+        said = round(accuracy * n) - unparsed
+        score["generation"] = {"metric": "accuracy", "accuracy": said / n, "ci95": list(wilson(said, n)), "n": n,
                                "unparsed": unparsed, "cut": 0}  # fmt: skip
     return score
 
