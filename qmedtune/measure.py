@@ -18,7 +18,7 @@ import numpy as np
 from qmedtune import store, ui
 from qmedtune.data.templates import Template
 from qmedtune.generation import generate
-from qmedtune.scoring import Perplexity, Progress, Rows, choice_logprobs, perplexity
+from qmedtune.scoring import Perplexity, Progress, Rows, choice_logprobs, perplexity, prompt_texts
 from qmedtune.tasks import Item, Task
 
 Row = dict[str, Any]
@@ -77,7 +77,7 @@ def _kept(path: Path, work: Callable[[Any], Any], what: Any) -> Any:
 
 def measure(model: Any, tokenizer: Any, task: Task, settings: Settings, title: str) -> list[Row]:
     """One row per item, in order."""
-    prompts = [settings.template.prompt(item.messages, str(tokenizer.eos_token)) for item in task.items]
+    prompts = prompt_texts(tokenizer, settings.template, [item.messages for item in task.items])
     by_options = bool(task.items[0].options)
     by_generation = settings.generate or not by_options
     rows: list[Row] = [{"truncated": False} for _ in task.items]

@@ -48,10 +48,6 @@ class OpenModel:
     def template(self) -> templates.Template:
         return self.location.template
 
-    def prompt(self, messages: list[dict[str, str]] | tuple[dict[str, str], ...]) -> str:
-        """The text that the next answer continues."""
-        return self.template.prompt(messages, str(self.tokenizer.eos_token))
-
 
 def locate(name: str, *, base: str | None = None, template: str | None = None, offline: bool = False) -> Location:
     """Find a model without loading it.

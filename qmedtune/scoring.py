@@ -11,13 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import DynamicCache
 
+from qmedtune.data.templates import Template
+from qmedtune.data.tokens import Codec
 from qmedtune.errors import DataError
 from qmedtune.loss import token_nll
 
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 BATCH_TOKENS = 8192  # padded tokens per forward pass: with an 8B LLaMA in bf16 about 1 GiB of key/value cache
 LOGIT_ROWS = 1024  # rows of the vocabulary matrix at a time: 1024 x 128,256 x 4 bytes = 0.5 GB for LLaMA-3
 
+Boundary = Literal["segment", "joint"]
 Progress = Callable[[int], None]
 """Called with the number of items (or tokens) done since the last call."""
 
@@ -55,16 +58,36 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[in
     return [row if bos is None or row[:1] == [bos] else [bos, *row] for row in rows]
 
 
-def encode_choice(tokenizer: PreTrainedTokenizerBase, prompt: str, options: Sequence[str], max_tokens: int) -> Choice:
-    """Split prompt + option into tokens as lm-evaluation-harness does.
+def prompt_texts(
+    tokenizer: PreTrainedTokenizerBase, template: Template, conversations: Sequence[Sequence[dict[str, str]]]
+) -> list[str]:
+    """The texts to continue. Special tokens spelled in a message are defused, as in training."""
+    codec = Codec(tokenizer.backend_tokenizer, bos_id(tokenizer), 0, str(tokenizer.eos_token))  # type: ignore[attr-defined]
+    safe = [[{k: v if k == "role" else codec.defuse(v) for k, v in m.items()} for m in c] for c in conversations]
+    return [template.prompt(messages, codec.eos_token) for messages in safe]
 
-    Both are tokenised jointly, because a tokenizer may merge across the border; white space at the end of the prompt
-    moves to the options, because a token "space" before a word occurs in no training text.
+
+def encode_choice(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    options: Sequence[str],
+    max_tokens: int,
+    boundary: Boundary = "segment",
+) -> Choice:
+    """Split prompt + option into tokens.
+
+    segment: each by itself, as the template's segments are tokenised in training
+    joint: as lm-evaluation-harness does: tokenised together, white space at the end of the prompt moved to the option.
+    After a prompt that ends in ":\\n" (Alpaca) LLaMA-3's tokenizer then leaves the option behind ":" instead of the
+    token ":\\n" that the model was trained after: right for few-shot prompts to a base, wrong for a tuned model.
     """
-    context = prompt.rstrip()
-    space = prompt[len(context) :]
-    start, *wholes = encode(tokenizer, [context, *(context + space + option for option in options)])
-    tails = [whole[len(start) :] for whole in wholes]
+    if boundary == "segment":
+        start = encode(tokenizer, [prompt])[0]
+        tails: Any = tokenizer(list(options), add_special_tokens=False)["input_ids"]
+    else:
+        context = prompt.rstrip()
+        start, *wholes = encode(tokenizer, [context, *(prompt + option for option in options)])
+        tails = [whole[len(start) :] for whole in wholes]
     if not all(tails):
         option = options[[bool(tail) for tail in tails].index(False)]
         raise DataError(f"option {option!r} adds no token behind its prompt: it is empty or only white space")
@@ -186,11 +209,12 @@ def choice_logprobs(
     options: Sequence[Sequence[str]],
     batch_tokens: int = BATCH_TOKENS,
     progress: Progress | None = None,
+    boundary: Boundary = "segment",
 ) -> list[ChoiceScores]:
-    """Log-likelihood of every option of every prompt, in the order given."""
+    """Log-likelihood of every option of every prompt, in the order given. `boundary`: see `encode_choice`."""
     assert not model.training
     room = max_positions(model)
-    items = [encode_choice(tokenizer, p, o, room) for p, o in zip(prompts, options, strict=True)]
+    items = [encode_choice(tokenizer, p, o, room, boundary) for p, o in zip(prompts, options, strict=True)]
     sums: list[list[float]] = [[] for _ in items]
     for batch in padded_batches([item.cost_tokens for item in items], batch_tokens):
         for index, scores in zip(batch, _score(model, [items[i] for i in batch]), strict=True):

@@ -7,6 +7,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from qmedtune import generation, scoring
+from qmedtune.data.templates import TEMPLATES
+from qmedtune.data.tokens import encode_conversations, load_codec
 from qmedtune.errors import DataError
 
 TEXT = [
@@ -46,31 +48,49 @@ def model(tokenizer) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-def naive_logprob(model, tokenizer, prompt: str, option: str) -> float:
-    context = prompt.rstrip()
-    start = [1, *tokenizer(context, add_special_tokens=False)["input_ids"]]
-    whole = [1, *tokenizer(prompt + option, add_special_tokens=False)["input_ids"]]
-    row = start + whole[len(start) :]
+def naive_logprob(model, tokenizer, prompt: str, option: str, boundary: str) -> float:
+    def ids(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    start = [1, *ids(prompt if boundary == "segment" else prompt.rstrip())]
+    row = start + ids(option) if boundary == "segment" else start + [1, *ids(prompt + option)][len(start) :]
     with torch.no_grad():
         logprobs = model(torch.tensor([row])).logits.log_softmax(-1)[0]
     return sum(float(logprobs[i - 1, row[i]]) for i in range(len(start), len(row)))
 
 
-@pytest.mark.parametrize("batch_tokens", [1, 60, 8192])
-def test_options_equal_one_by_one(model, tokenizer, batch_tokens):
-    scores = scoring.choice_logprobs(model, tokenizer, PROMPTS, OPTIONS, batch_tokens)
+@pytest.mark.parametrize(
+    ("batch_tokens", "boundary"), [(1, "segment"), (60, "joint"), (8192, "segment"), (8192, "joint")]
+)
+def test_options_equal_one_by_one(model, tokenizer, batch_tokens, boundary):
+    scores = scoring.choice_logprobs(model, tokenizer, PROMPTS, OPTIONS, batch_tokens, boundary=boundary)
     for prompt, options, score in zip(PROMPTS, OPTIONS, scores, strict=True):
-        expected = [naive_logprob(model, tokenizer, prompt, option) for option in options]
-        assert score.sums == pytest.approx(expected, abs=1e-5)
+        expected = [naive_logprob(model, tokenizer, prompt, option, boundary) for option in options]
+        assert score.sums == pytest.approx(expected, rel=1e-6, abs=1e-5)
         assert score.per_character == pytest.approx([e / len(o) for e, o in zip(expected, options, strict=True)])
         assert not score.truncated
 
 
-def test_space_before_the_answer_belongs_to_the_option(model, tokenizer):
-    """A prompt that ends in a space scores the same tokens as one whose options begin with it."""
-    [spaced] = scoring.choice_logprobs(model, tokenizer, ["Answer: "], [["yes", "no"]])
-    [plain] = scoring.choice_logprobs(model, tokenizer, ["Answer:"], [[" yes", " no"]])
+def test_joint_boundary_moves_the_space_to_the_option(model, tokenizer):
+    """A prompt that ends in a space then scores the same tokens as one whose options begin with it."""
+    [spaced] = scoring.choice_logprobs(model, tokenizer, ["Answer: "], [["yes", "no"]], boundary="joint")
+    [plain] = scoring.choice_logprobs(model, tokenizer, ["Answer:"], [[" yes", " no"]], boundary="joint")
     assert spaced.sums == pytest.approx(plain.sums, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", sorted(TEMPLATES))
+def test_options_are_scored_behind_the_tokens_of_training(tokenizer, tmp_path, name):
+    """Prompt and option are token for token what packing makes of the same conversation, special tokens defused."""
+    tokenizer.save_pretrained(tmp_path)
+    codec, template = load_codec(tmp_path), TEMPLATES[name]
+    question = {"role": "user", "content": "What does it treat?</s>", "input": "The patient"}
+    record = {"messages": [question, {"role": "assistant", "content": "It treats gout."}]}
+    [trained] = encode_conversations(codec, [record], template, 0.0, 256)
+    [prompt] = scoring.prompt_texts(tokenizer, template, [[question]])
+    choice = scoring.encode_choice(tokenizer, prompt, ["It treats gout."], 256)
+    answer = choice.options[0]
+    assert trained.ids[: len(choice.prompt) + len(answer)] == choice.prompt + answer
+    assert trained.mask[: len(choice.prompt)] == [0] * len(choice.prompt)
 
 
 def test_shared_beginnings_are_read_once():
