@@ -1,0 +1,215 @@
+"""Fold adapters into a model folder, tensor by tensor, and prove it before anything is renamed.
+
+W + sum of scale * B @ A is added in fp32 and rounded once. Memory is a few blocks of 16 MB whatever the model; the
+sharding is the base's. The proof (merge_verify.py) compares what was written with the same base + unmerged adapters.
+Deliberately does not re-quantise (PEFT on 4-bit layers does, and loses the update), and does not rename: store.py does.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qmedtune import store, ui
+from qmedtune.disk_llama import EMBEDDING, HEAD, DiskLlama, open_llama
+from qmedtune.errors import RunError
+from qmedtune.lora_files import Updates, read_adapters
+from qmedtune.merge_verify import PROBE_TOKENS, prove
+from qmedtune.model import DTYPES
+from qmedtune.recipe import MergeSection, ModelSection, Recipe
+from qmedtune.tensors import INDEX, row_blocks, write_safetensors
+
+# Written by the merge itself, or meaningless for a merged model; everything else that describes a model is copied.
+COPIED = (
+    "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+    "chat_template.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*",
+)  # fmt: skip
+
+
+def merge_stage(recipe: Recipe, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
+    """The step of a run. inputs: base, adapter-1 ... adapter-N, and where there are any: template, validation."""
+    adapters = [inputs[f"adapter-{n}"] for n in range(1, 1 + sum(name.startswith("adapter-") for name in inputs))]
+    return merge(
+        inputs["base"],
+        adapters,
+        out,
+        recipe.merge,
+        model_section=recipe.model,
+        probe_ids=validation_ids(inputs["validation"]) if "validation" in inputs else None,
+        template=inputs.get("template"),
+    )
+
+
+def merge(
+    base: Path,
+    adapters: list[Path],
+    out: Path,
+    section: MergeSection,
+    *,
+    model_section: ModelSection,
+    probe_ids: np.ndarray | None = None,
+    template: Path | None = None,
+    card: str | None = None,
+) -> dict[str, Any]:
+    """Write base + adapters (in training order) as a plain model folder into `out`, an existing staging folder.
+
+    probe_ids: int64 token ids [rows, length] for the proof, None: random ones. template: a folder with template.json.
+    card: text of README.md. Returns facts. `model_section.compute_dtype` must be resolved.
+    Raises RecipeError for folders that do not fit together; RunError where a file is damaged, a weight is not finite
+    or the proof fails: then `out` must not be used.
+    """
+    started = time.monotonic()
+    opened = open_llama(base)
+    updates = read_adapters(adapters, opened.shapes, opened.linears)
+    tied = _stays_tied(opened, updates)
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        hashes = _write_weights(opened, updates, out, section, model_section, tied, thread)
+        _write_config(base / "config.json", out, section.dtype, tied)
+        _copy_descriptions(base, out, template)
+        if card is not None:
+            (out / "README.md").write_text(card, encoding="utf-8")
+        proof = prove(opened, updates, out, section, model_section, probe_ids)
+        sha256 = {name: pending.result() for name, pending in hashes.items()}
+    return {
+        "base": section.base,
+        "dtype": section.dtype,
+        "modules": updates.modules,
+        "adapters": len(adapters),
+        "tied": tied,
+        **proof,
+        "sha256": next(iter(sha256.values())) if len(sha256) == 1 else store.sha256_json(sha256),
+        "seconds": round(time.monotonic() - started, 2),
+    }
+
+
+def _stays_tied(base: DiskLlama, updates: Updates) -> bool:
+    """Tied weights stay tied while both ends are the same matrix; training one end, or both apart, unties them."""
+    touched = {EMBEDDING, HEAD} & (updates.full.keys() | updates.low_rank.keys())
+    if not base.tied or not touched:
+        return base.tied
+    ends = updates.full.get(EMBEDDING), updates.full.get(HEAD)
+    return ends[0] is not None and ends[1] is not None and torch.equal(ends[0], ends[1])
+
+
+def _write_weights(
+    base: DiskLlama,
+    updates: Updates,
+    out: Path,
+    section: MergeSection,
+    model_section: ModelSection,
+    tied: bool,
+    thread: ThreadPoolExecutor,
+) -> dict[str, Future[str]]:
+    """All weight files, sharded as the base's, and their index. Returns the sha256 of each, by file name."""
+    shards = _shards(base, tied)
+    dtype = DTYPES[section.dtype]
+    hashes = {}
+    with ui.stage("merging", total=len(base.shapes) - tied, unit="tensors") as shown:
+
+        def blocks(names: Mapping[str, tuple[int, ...]]) -> Iterator[Tensor]:
+            for name in names:
+                yield from merged_blocks(base, updates, name, section.base, model_section, dtype)
+                shown.update(shown.completed + 1)
+
+        for file, shapes in shards.items():
+            hashes[file] = write_safetensors(out / file, shapes, dtype, blocks(shapes), thread)
+    if len(shards) > 1:
+        files = {name: file for file, shapes in shards.items() for name in shapes}
+        total = sum(torch.Size(base.shapes[name]).numel() * dtype.itemsize for name in files)
+        store.write_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": files})
+    return hashes
+
+
+def _shards(base: DiskLlama, tied: bool) -> dict[str, dict[str, tuple[int, ...]]]:
+    """File name -> tensors with shapes. A head that was tied goes beside the embedding that it came from."""
+    shards: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, shape in base.shapes.items():
+        if name == HEAD and tied:
+            continue
+        file = base.weights.files.get(name) or base.weights.files[EMBEDDING]
+        shards.setdefault(file, {})[name] = shape
+    return dict(sorted(shards.items()))
+
+
+def merged_blocks(
+    base: DiskLlama, updates: Updates, name: str, onto: str, model_section: ModelSection, dtype: torch.dtype
+) -> Iterator[Tensor]:
+    """The merged tensor in row blocks: fp32 sums rounded to `dtype` once. Raises RunError naming a tensor that is not
+    finite in `dtype`."""
+    if name in updates.full:
+        source = updates.full[name]
+    else:
+        source = base.nf4(name, model_section) if onto == "nf4" else base.source(name)
+    limit = torch.finfo(dtype).max
+    for rows in row_blocks(base.shapes[name]):
+        block = source[rows].to(torch.float32, copy=True)
+        for update in updates.low_rank.get(name, ()):
+            block.addmm_(update.b[rows], update.a, alpha=update.scale)
+        low, high = torch.aminmax(block)
+        if not (-limit <= low and high <= limit):  # also false for NaN
+            raise RunError(
+                f"{name}: the merged tensor is not finite in {str(dtype).removeprefix('torch.')}\n"
+                "the base or an adapter is damaged or diverged (or merge.dtype is too narrow); nothing was published"
+            )
+        yield block.to(dtype)
+
+
+# --------------------------------------------------------------------------------------------- what describes a model
+
+
+def _write_config(source: Path, out: Path, dtype: str, tied: bool) -> None:
+    """The base's config.json with the new dtype and tying; `torch_dtype` too, which readers before 2025 look for."""
+    config = json.loads(source.read_text(encoding="utf-8"))
+    config.pop("_name_or_path", None)
+    config |= {"dtype": dtype, "torch_dtype": dtype, "tie_word_embeddings": tied}
+    (out / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _copy_descriptions(base: Path, out: Path, template: Path | None) -> None:
+    for pattern in COPIED:
+        for path in sorted(base.glob(pattern)):
+            shutil.copyfile(path, out / path.name)
+    if template is not None:
+        _write_template(out, template)
+
+
+def _write_template(out: Path, template: Path) -> None:
+    """The template of training becomes the tokenizer's only chat template, and stays readable as template.json."""
+    from qmedtune.data import templates
+
+    trained = templates.load(template)
+    templates.save(trained, out)
+    (out / "chat_template.jinja").write_text(trained.jinja(), encoding="utf-8")
+    path = out / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if config.pop("chat_template", None) is not None:
+        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def validation_ids(folder: Path) -> np.ndarray | None:
+    """Held-out ids [2, up to 64] for the proof, equally from each packed source; None below 32 tokens."""
+    from qmedtune.data.pack import PackedRows
+
+    sources = sorted(path for path in folder.iterdir() if path.is_dir())
+    share = -(-PROBE_TOKENS // max(1, len(sources)))
+    parts = [_first_ids(PackedRows(source), share) for source in sources]
+    ids = np.concatenate([*parts, np.empty(0, np.int64)])[:PROBE_TOKENS]
+    return ids[: len(ids) // 2 * 2].reshape(2, -1) if len(ids) >= 32 else None
+
+
+def _first_ids(rows: Any, tokens: int) -> np.ndarray:
+    found: list[np.ndarray] = [np.empty(0, np.int64)]
+    for index in range(len(rows)):
+        found.append(rows[index]["input_ids"])
+        if sum(map(len, found)) >= tokens:
+            break
+    return np.concatenate(found)[:tokens]

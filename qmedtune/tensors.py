@@ -1,0 +1,156 @@
+"""Weights of a model folder, one tensor at a time: read from memory-mapped safetensors, written block by block.
+
+A merge of an 8B model must not hold 16 GB, nor a whole 5 GB shard: reading costs page cache (which the kernel takes
+back when it needs it), and the writer knows the header before the first byte of data, so blocks go straight to disk.
+Deliberately no pickle, no sharding decisions (the base's are kept), no dtype conversions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from qmedtune.errors import RecipeError, RunError
+from qmedtune.store import fsync_path
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+# 4 Mi elements: 16 MB in fp32, below glibc's largest mmap threshold (32 MB), so that blocks reuse heap pages instead
+# of faulting in fresh ones (measured: an upcast into fresh pages costs about twice the copy itself).
+BLOCK_ELEMENTS = 1 << 22
+BLOCKS_WAITING = 2
+SAFETENSORS_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The tensors below one folder. `files` maps tensor name to file name; tensors are views of the mapped files."""
+
+    folder: Path
+    files: dict[str, str]
+    handles: dict[str, Any]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.handles[self.files[name]].get_tensor(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.handles[self.files[name]].get_slice(name).get_shape())
+
+
+def open_weights(folder: Path) -> Weights:
+    """Map the weights of a model folder (one file, or shards with an index).
+
+    Raises RecipeError where files are missing or the index is wrong, RunError naming a damaged file.
+    """
+    index = folder / INDEX
+    if not index.is_file():
+        return open_file(folder / SINGLE)
+    files = _read_index(index)
+    handles = {file: _open(folder / file) for file in sorted(set(files.values()))}
+    inside = {file: set(handle.keys()) for file, handle in handles.items()}
+    if lost := next((name for name, file in files.items() if name not in inside[file]), None):
+        raise RecipeError(
+            f"{folder / files[lost]}: tensor {lost} is missing, though {INDEX} names it\nfetch the model again"
+        )
+    return Weights(folder, files, handles)
+
+
+def open_file(path: Path) -> Weights:
+    """The tensors of a single safetensors file."""
+    handle = _open(path)
+    return Weights(path.parent, dict.fromkeys(handle.keys(), path.name), {path.name: handle})
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        files = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RecipeError(
+            f"{path}: not an index of shards (no readable `weight_map`)\nfetch the model again"
+        ) from error
+    if outside := next((file for file in files.values() if Path(file).name != file), None):
+        raise RecipeError(f"{path}: names the shard {outside!r} outside its folder\nuse a model folder without that")
+    return files
+
+
+def _open(path: Path) -> Any:
+    if not path.is_file():
+        raise RecipeError(f"{path}: no such file\na model folder needs {SINGLE}, or {INDEX} and all its shards")
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise RunError(
+            f"{path}: a damaged safetensors file ({error})\n"
+            "it is truncated or its header was changed; fetch or copy it again"
+        ) from error
+
+
+def row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:
+    """Slices of the first dimension with at most BLOCK_ELEMENTS elements each (at least one row)."""
+    rows = shape[0] if shape else 1
+    width = 1
+    for size in shape[1:]:
+        width *= size
+    step = max(1, BLOCK_ELEMENTS // max(1, width))
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def write_safetensors(
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    blocks: Iterable[Tensor],
+    thread: Executor,
+) -> Future[str]:
+    """Write tensors of `dtype`, given as contiguous row blocks in the order of `shapes`.
+
+    Writing and hashing run in `thread` (one worker) while the caller computes the next block; at most BLOCKS_WAITING
+    blocks are held. Returns the file's sha256, ready once the file is on the disk.
+    """
+    digest = hashlib.sha256()
+    waiting: deque[Future[None]] = deque()
+    with path.open("wb") as file:
+
+        def put(data: Any) -> None:
+            file.write(data)
+            digest.update(data)
+
+        for data in chain([_header(shapes, dtype)], (block.view(torch.uint8).numpy() for block in blocks)):
+            waiting.append(thread.submit(put, data))
+            if len(waiting) > BLOCKS_WAITING:
+                waiting.popleft().result()
+        for pending in waiting:
+            pending.result()
+
+    def settle() -> str:
+        fsync_path(path)
+        return digest.hexdigest()
+
+    return thread.submit(settle)
+
+
+def _header(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> bytes:
+    """Length (8 bytes, little-endian) and JSON of the format, padded so that data starts at a multiple of 8 bytes.
+
+    `format: pt` is what transformers asks of a file before loading it.
+    """
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        begin, end = end, end + torch.Size(shape).numel() * dtype.itemsize
+        entries[name] = {"dtype": SAFETENSORS_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
