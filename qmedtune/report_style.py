@@ -129,7 +129,9 @@ footer { margin-top: 64px; padding-top: 18px; border-top: 1px solid var(--rule);
   :root { --page: #fff; --card: #fff; --ink: #000; --soft: #444; --rule: #ccc; --faint: #f2f2f2; }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
   body { font-size: 11pt; } main { max-width: none; padding: 0; }
-  .tile, .card { break-inside: avoid; } h2, h3 { break-after: avoid; } .scroll { overflow: visible; }
+  .tile, figure, tr { break-inside: avoid; } h2, h3, .legend { break-after: avoid; } h2 { margin-top: 32px; }
+  .scroll { overflow: visible; } table { font-size: 8.5pt; } td, th { padding-right: 9px; } td.w { min-width: 0; }
+  @page { margin: 14mm; }
   details > *:not(summary) { display: block; }
 }
 """

@@ -23,6 +23,10 @@ SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 MARKS = {"done": ("✓", "green"), "stopped": ("✗", "bold red"), "cached": ("·", "dim")}
 
 
+def _now() -> float:
+    return time.monotonic()
+
+
 @dataclass
 class Stage:
     """One bar: `completed` of `total` in `unit`, losses in nats. Made by `stage()`, fed by `update()`."""
@@ -37,9 +41,9 @@ class Stage:
     lr: float | None = None
     note: str | None = None
     units_per_s: float | None = None  # smoothed
-    started_s: float = field(default_factory=time.monotonic)
-    updated_s: float = field(default_factory=time.monotonic)
-    printed_s: float = field(default_factory=time.monotonic)
+    started_s: float = field(default_factory=_now)
+    updated_s: float = field(default_factory=_now)
+    printed_s: float = field(default_factory=_now)
 
     def update(
         self,
@@ -51,7 +55,7 @@ class Stage:
         note: str | None = None,
     ) -> None:
         """Say how far the stage is. A field left out keeps its last value. Cheap: draws nothing."""
-        now = time.monotonic()
+        now = _now()
         if completed > self.completed:
             latest = (completed - self.completed) / max(now - self.updated_s, 1e-6)
             before = latest if self.units_per_s is None else self.units_per_s
@@ -68,13 +72,13 @@ class Stage:
             terminal.write(f"    {self.title}: " + ", ".join(self.figures()))
 
     def elapsed_s(self) -> float:
-        return time.monotonic() - self.started_s
+        return _now() - self.started_s
 
     def left_s(self) -> float | None:
         """Seconds to go at the smoothed rate, counting down between updates; None while unknown."""
         if self.total is None or not self.units_per_s:
             return None
-        since_update_s = time.monotonic() - self.updated_s
+        since_update_s = _now() - self.updated_s
         return max((self.total - self.completed) / self.units_per_s - since_update_s, 0.0)
 
     def figures(self) -> list[str]:
@@ -109,7 +113,7 @@ class Step:
 
     name: str
     summary: str = ""
-    started_s: float = field(default_factory=time.monotonic)
+    started_s: float = field(default_factory=_now)
     longest: tuple[float, str] = (0.0, "")  # seconds and summary of its longest stage
 
 
@@ -121,7 +125,7 @@ class Run:
     expected_s: Mapping[str, float]
     finished: frozenset[str] = frozenset()
     active: Step | None = None
-    started_s: float = field(default_factory=time.monotonic)
+    started_s: float = field(default_factory=_now)
 
     @contextmanager
     def step(self, name: str) -> Iterator[Step]:
@@ -136,7 +140,7 @@ class Run:
             self.finished |= {name}
         finally:
             self.active = None
-            seconds = time.monotonic() - active.started_s
+            seconds = _now() - active.started_s
             self._leave(name, ended, seconds, active.summary or active.longest[1])
 
     def cached(self, name: str, why: str = "unchanged") -> None:
@@ -156,7 +160,7 @@ class Run:
         waiting = [name for name in self.steps if name not in self.finished]
         if self.active is None or any(name not in self.expected_s for name in waiting):
             return None
-        active_left = self.expected_s[self.active.name] - (time.monotonic() - self.active.started_s)
+        active_left = self.expected_s[self.active.name] - (_now() - self.active.started_s)
         stages = _shown.stages
         measured = stages[0].left_s() if stages else None
         later = sum(self.expected_s[name] for name in waiting if name != self.active.name)
@@ -294,7 +298,7 @@ def _moving_lines() -> list[Line]:
 
 
 def _spinner() -> str:
-    return SPINNER[int(time.monotonic() * terminal.REDRAWS_PER_S) % len(SPINNER)] + " "
+    return SPINNER[int(_now() * terminal.REDRAWS_PER_S) % len(SPINNER)] + " "
 
 
 def _run_line(run: Run, step: Step) -> Line:
@@ -302,7 +306,7 @@ def _run_line(run: Run, step: Step) -> Line:
     for name in run.steps:
         done, active = name in run.finished, name == step.name
         line.append(("● ", "green") if done else ("◉ ", "cyan") if active else ("○ ", "dim"))
-    line.append((f" {clock(time.monotonic() - run.started_s)} elapsed", "dim"))
+    line.append((f" {clock(_now() - run.started_s)} elapsed", "dim"))
     left = run.left_s()
     return line if left is None else [*line, (f", about {clock(left)} left", "dim")]
 
