@@ -6,20 +6,25 @@ vocabulary is small in practice: chunks of positions through torch's own cross e
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 # Logits held at once on the CPU: 2**24 fp32 values are 64 MiB.
 MAX_LOGITS = 2**24
 
 
-def token_nll(model: nn.Module, input_ids: Tensor, labels: Tensor, position_ids: Tensor) -> Tensor:
+def token_nll(
+    model: Any, input_ids: Tensor, labels: Tensor, position_ids: Tensor, weights: Tensor | None = None
+) -> Tensor:
     """Summed negative log-likelihood, a 0-dim fp32 tensor, differentiable.
 
-    All three inputs are int64 [rows, length]. `position_ids` restart at every document, which isolates documents from
-    each other in attention; `labels` are -100 where nothing is to be predicted and are shifted by one here.
+    The first three inputs are int64 [rows, length]. `position_ids` restart at every document, which isolates documents from
+    each other in attention; `labels` are -100 where nothing is to be predicted and are shifted by one here. `weights`
+    fp32 [rows, length] scale the loss of each label; None is 1 for all.
     """
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
     hidden = causal_lm.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
@@ -28,8 +33,10 @@ def token_nll(model: nn.Module, input_ids: Tensor, labels: Tensor, position_ids:
     picked, targets = hidden[:, :-1][wanted], targets[wanted]
     weight = causal_lm.get_output_embeddings().weight.to(picked.dtype)
     if picked.is_cuda:
-        return _fused_nll(picked, weight, targets)
-    return _chunked_nll(picked, weight, targets)
+        nll = _fused_nll(picked, weight, targets)
+    else:
+        nll = _chunked_nll(picked, weight, targets)
+    return nll.sum() if weights is None else (nll * weights[:, 1:][wanted]).sum()
 
 
 def _fused_nll(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -37,18 +44,16 @@ def _fused_nll(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
     chunk = 8192  # vocabulary columns per tile
     outputs = ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, chunk, None, 1.0, ("log_probs",))
-    return -outputs[0].sum()
+    return -outputs[0]
 
 
 def _piece_nll(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="sum")
+    return F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="none")
 
 
 def _chunked_nll(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     rows = max(1, MAX_LOGITS // weight.shape[0])
     if len(targets) <= rows:
         return _piece_nll(hidden, weight, targets)
-    total = hidden.new_zeros((), dtype=torch.float32)
-    for h, t in zip(hidden.split(rows), targets.split(rows), strict=True):
-        total = total + checkpoint(_piece_nll, h, weight, t, use_reentrant=False)
-    return total
+    pieces = zip(hidden.split(rows), targets.split(rows), strict=True)
+    return torch.cat([checkpoint(_piece_nll, h, weight, t, use_reentrant=False) for h, t in pieces])

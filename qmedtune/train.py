@@ -11,6 +11,7 @@ import json
 import resource
 import shutil
 import time
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,11 @@ from transformers.utils import logging as transformers_logging
 
 from qmedtune import model as models
 from qmedtune import store, ui
+from qmedtune.data import templates
 from qmedtune.data.pack import PackedRows
-from qmedtune.errors import DataError
 from qmedtune.interrupt import stop
 from qmedtune.loss import token_nll
-from qmedtune.recipe import Recipe, SftSection, TrainSection
+from qmedtune.recipe import Recipe, SftSection
 from qmedtune.trainer import (
     QTrainer,
     collate,
@@ -33,6 +34,7 @@ from qmedtune.trainer import (
     load_trained,
     number,
     save_trained,
+    supervised_weight,
     trainer_arguments,
 )
 
@@ -56,13 +58,14 @@ def train_stage(recipe: Recipe, index: int, inputs: dict[str, Path], out: Path) 
     models.check_tokenizer(tokenizer, model, inputs["base"])
     rows = PackedRows(inputs["tokens"])
     packed = json.loads((inputs["tokens"] / store.SEAL).read_text())["facts"]
-    _check_truncation(stage.section, packed, name)
     loop = Loop(name, out, validation_rows(recipe, inputs.get("validation")), tokenizer.pad_token_id, recipe)
     started = time.monotonic()
     trainer = _run(recipe, index, model, tokenizer, rows, packed, loop, out)
     facts |= loop.facts(trainer, packed["tokens"], time.monotonic() - started)
     facts |= {"kind": stage.kind, "tokens": packed["tokens"], "mixture": packed["mixture"]}
     _finish(model, tokenizer, stage.kind, recipe.model.base, out)
+    if isinstance(stage.section, SftSection):
+        templates.save(templates.default(recipe.data[stage.section.sources[0]].template, inputs["base"]), out)
     del trainer, model
     gc.collect()
     return facts
@@ -72,6 +75,8 @@ def quiet_libraries() -> None:
     """Our progress display replaces theirs; their warnings about what we set on purpose would only confuse."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    # transformers 5.23 renames `gradient_checkpointing`; 5.17, which we also support, has only the old name.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft)\..*")
 
 
 def _make_model(recipe: Recipe, index: int, inputs: dict[str, Path]) -> tuple[Any, dict[str, Any]]:
@@ -83,18 +88,6 @@ def _make_model(recipe: Recipe, index: int, inputs: dict[str, Path]) -> tuple[An
     continued = stage.section.adapter == "continue"
     model = models.attach_adapter(base, recipe.adapter, earlier, continued=continued)
     return model, {"kernels": models.install_kernels(model, recipe.model.kernels)}
-
-
-def _check_truncation(section: TrainSection, packed: dict[str, Any], name: str) -> None:
-    if not isinstance(section, SftSection):
-        return
-    records = packed.get("records", {})
-    fraction = records.get("truncated", 0) / max(1, records.get("read", 0))
-    if fraction > section.max_truncated_fraction:
-        raise DataError(
-            f"{name}: {fraction:.1%} of the records do not fit into seq_len {section.seq_len}; "
-            f"allowed: {section.max_truncated_fraction:.1%}\nraise seq_len, or max_truncated_fraction if that is meant"
-        )
 
 
 def validation_rows(recipe: Recipe, folder: Path | None) -> dict[str, PackedRows]:
@@ -157,14 +150,14 @@ def mean_loss(model: Any, rows: PackedRows, pad_id: int, batch: int) -> float:
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
-    total, count = 0.0, 0
+    total, count = 0.0, 0.0
     for start in range(0, len(rows), batch):
         picked = collate([rows[i] for i in range(start, min(start + batch, len(rows)))], pad_id)
         picked.pop("lengths")
-        count += int((picked["labels"][:, 1:] != -100).sum())
+        count += supervised_weight(picked)
         total += float(token_nll(model, **{name: x.to(device) for name, x in picked.items()}))
     model.train(was_training)
-    return total / max(1, count)
+    return total / max(1.0, count)
 
 
 @dataclass

@@ -42,7 +42,8 @@ class Rows(Protocol):
 
 def collate(rows: list[dict[str, np.ndarray]], pad_id: int) -> dict[str, Tensor]:
     """Pad rows to the longest: int64 [rows, length] each. Padding is a document of its own (positions restart at 0)
-    without labels: no token attends to it, nothing is learnt from it. `lengths` int64 [rows] are the true ones."""
+    without labels: no token attends to it, nothing is learnt from it. `lengths` int64 [rows] are the true ones;
+    `weights` fp32 [rows, length] are there where prompt tokens carry a part of the loss (`loss_on: 0.3`)."""
     lengths = [len(row["input_ids"]) for row in rows]
     shape = (len(rows), max(lengths))
     batch = {"input_ids": np.full(shape, pad_id), "labels": np.full(shape, -100), "position_ids": np.zeros(shape, int)}
@@ -50,8 +51,19 @@ def collate(rows: list[dict[str, np.ndarray]], pad_id: int) -> dict[str, Tensor]
         for name, values in batch.items():
             values[i, :length] = row[name]
         batch["position_ids"][i, length:] = np.arange(shape[1] - length)
+    if any("weights" in row for row in rows):
+        batch["weights"] = np.zeros(shape, np.float32)
+        for i, row in enumerate(rows):
+            batch["weights"][i, : lengths[i]] = row.get("weights", row["labels"] != -100)
     tensors = {name: torch.from_numpy(values) for name, values in batch.items()}
     return {**tensors, "lengths": torch.tensor(lengths)}
+
+
+def supervised_weight(batch: dict[str, Tensor]) -> float:
+    """What a batch's summed loss is divided by: its supervised tokens, or the sum of their weights."""
+    if "weights" in batch:
+        return float(batch["weights"][:, 1:].sum())
+    return float((batch["labels"][:, 1:] != -100).sum())
 
 
 def number(value: Any) -> Any:
@@ -150,7 +162,7 @@ class QTrainer(SFTTrainer):
         """The whole batch, in micro-batches, its loss a mean over all its supervised tokens."""
         model.train()
         inputs = self._prepare_inputs(inputs)
-        supervised = int((inputs["labels"] != -100).sum())
+        supervised = supervised_weight(inputs)
         if supervised == 0:
             raise DataError(f"step {self.state.global_step + 1}: no token of this batch is supervised\ncheck `loss_on`")
         loss = self._accumulate(model, inputs, supervised)
@@ -163,7 +175,7 @@ class QTrainer(SFTTrainer):
         self.tokens_seen += int(inputs["lengths"].sum())
         return loss
 
-    def _accumulate(self, model: torch.nn.Module, inputs: dict[str, Tensor], supervised: int) -> Tensor | None:
+    def _accumulate(self, model: torch.nn.Module, inputs: dict[str, Tensor], supervised: float) -> Tensor | None:
         """Forward and backward over all micro-batches; None when memory ran out."""
         total = torch.zeros((), device=inputs["labels"].device)
         try:
