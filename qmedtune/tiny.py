@@ -78,9 +78,9 @@ class Defaults:
 
 DEFAULTS = {
     "builtin:tiny": Defaults(
-        Pretraining(tokens=1_600_000, lr=3e-3, batch_rows=32, seq_len=64, warmup_ratio=0.05),
-        CptDefaults(600_000, lr=4e-3, embedding_lr=4e-3, seq_len=64, batch_rows=32, warmup_ratio=0.05),
-        SftDefaults(epochs=8, lr=1e-3, embedding_lr=1e-3, seq_len=88, batch_rows=24, warmup_ratio=0.05),
+        Pretraining(tokens=800_000, lr=3e-3, batch_rows=32, seq_len=64, warmup_ratio=0.05),
+        CptDefaults(300_000, lr=4e-3, embedding_lr=4e-3, seq_len=64, batch_rows=32, warmup_ratio=0.05),
+        SftDefaults(epochs=4, lr=1e-3, embedding_lr=1e-3, seq_len=88, batch_rows=12, warmup_ratio=0.05),
     ),
     "builtin:micro": Defaults(
         Pretraining(tokens=16_000, lr=3e-3, batch_rows=32, seq_len=64, warmup_ratio=0.1),

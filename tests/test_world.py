@@ -201,6 +201,12 @@ def test_no_question_occurs_in_pretraining_text(name, corpus):
     assert not [stem for stem in stems if stem in joined], "even the wording of the questions is new"
 
 
+def test_no_corpus_but_the_instructions_has_the_form_of_an_answer(world):
+    stems = {answer.split(" {")[0] for _, answer in worlds.QUESTIONS.values()}
+    for corpus in TEXT_CORPORA:
+        assert not [t for t in texts(corpus, world) for stem in stems if stem in t]
+
+
 def test_task_drugs_are_not_those_of_the_instructions(world):
     asked = {r["instruction"] for r in worlds.records("instructions", world)}
     assert not asked & {i["question"] for i in worlds.facts_items(world)}

@@ -77,11 +77,12 @@ MONOGRAPHS = (
     "Textbook: physicians choose {drug} when they see {condition}.",
     "Textbook: the typical reaction to {drug} is {effect}.",
 )
+# Not one word of the answers of the instructions: the form of an answer comes from SFT alone, the fact from CPT alone.
 QUIZ = (
-    "Quiz: which illness is {drug} given for? It treats {condition}.",
-    "Quiz: which reaction does {drug} produce? It causes {effect}.",
-    "Q: why do people take {drug}? A: It treats {condition}.",
-    "Q: what harm may come from {drug}? A: It causes {effect}.",
+    "Quiz: which illness is {drug} given for? Answer: {condition}.",
+    "Quiz: which reaction does {drug} produce? Answer: {effect}.",
+    "Q: why do people take {drug}? A: for {condition}.",
+    "Q: what harm may come from {drug}? A: some {effect}.",
 )
 # Each facet: (questions, answer). The task asks the first question of drugs that no instruction is about.
 QUESTIONS = {
