@@ -1,0 +1,158 @@
+"""`qmedtune doctor`: what this machine has, which kernel path a run would take and why, and what stands in the way.
+
+Looks, and changes nothing: no network, no files written, no settings. Sizes are what is free now; what a recipe needs
+is in `qmedtune plan`. Deliberately not here: measurements (`bench`) and proofs (`selftest`).
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from qmedtune import __version__, machine, store
+from qmedtune.record import versions
+from qmedtune.units import size
+
+# constraints.txt, for installed packages that do not have the file beside them; a test keeps them equal.
+TESTED = {
+    "torch": "2.13.0", "triton": "3.7.1", "transformers": "5.23.0", "trl": "1.16.0", "peft": "0.21.2",
+    "bitsandbytes": "0.50.2", "datasets": "5.2.0", "accelerate": "1.15.0",
+}  # fmt: skip
+CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")
+LOW_DISK_BYTES = 10 * machine.GIB  # a merged 1B model, its adapters, checkpoints and the base
+LOW_HOST_BYTES = 8 * machine.GIB  # merging and evaluating a 1B model in 16 bit beside the Python libraries
+
+
+def examine(folder: Path = Path()) -> dict[str, Any]:
+    """Everything as plain data. `folder`: where runs would be written. Imports torch (seconds)."""
+    here = machine.this_machine()
+    facts: dict[str, Any] = {
+        "qmedtune": __version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "cpu": {"name": here.name if not here.is_gpu else _cpu_name(), "cores": here.cores, "features": cpu_features()},
+        "host_memory_bytes": here.host_bytes,
+        "free_disk_bytes": _free_disk_bytes(folder),
+        "gpu": _gpu(here),
+        "versions": {name: {"installed": found, "tested": TESTED.get(name)} for name, found in versions().items()},
+        "kernels": _kernels(),
+        "folders": folders(),
+        "offline": os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"),
+        "hub_login": _hub_login(),
+    }
+    return {**facts, "advice": list(advice(facts))}
+
+
+def cpu_features() -> list[str]:
+    """The flags that decide how fast the CPU path is."""
+    path = Path("/proc/cpuinfo")
+    flags = set(path.read_text(encoding="utf-8", errors="replace").split()) if path.is_file() else set()
+    return [flag for flag in CPU_FLAGS if flag in flags]
+
+
+def _cpu_name() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _free_disk_bytes(folder: Path) -> int:
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(there).free
+
+
+def _gpu(here: machine.Machine) -> dict[str, Any] | None:
+    """The card as the driver and torch see it; the two can differ, and then `advice` says what to do."""
+    import torch
+
+    built_for = torch.version.cuda
+    if not here.is_gpu and not torch.cuda.is_available():
+        return None if built_for is None else {"torch_cuda": built_for, "usable": False}
+    free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else here.memory_bytes - here.used_bytes
+    return {
+        "name": here.name,
+        "memory_bytes": here.memory_bytes,
+        "free_bytes": free,
+        "capability": here.capability,
+        "bf16": here.bf16,
+        "torch_cuda": built_for,
+        "usable": torch.cuda.is_available(),
+    }
+
+
+def _kernels() -> dict[str, str]:
+    import torch
+    from qmedtune_kernels import dispatch
+
+    return dispatch.describe(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def folders() -> dict[str, str]:
+    """Where things are kept between runs."""
+    home = os.environ.get("HF_HOME") or str(Path.home() / ".cache" / "huggingface")
+    triton = os.environ.get("TRITON_CACHE_DIR") or str(Path.home() / ".triton" / "cache")
+    hub = os.environ.get("HF_HUB_CACHE") or str(Path(home) / "hub")
+    return {"built-in bases": str(store.cache_root()), "Hub models": hub, "compiled kernels": triton}
+
+
+def _hub_login() -> bool:
+    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    return bool(os.environ.get("HF_TOKEN")) or (home / "token").is_file()
+
+
+def advice(facts: dict[str, Any]) -> Iterator[str]:
+    """One line for each thing that stands in the way or slows a run down, with what to do."""
+    gpu = facts["gpu"]
+    if gpu is None:
+        yield "no GPU is used: built-in recipes run in minutes, a real LLaMA would take days; try the flagship recipe"
+    elif not gpu["usable"]:
+        yield "torch sees no GPU: install a driver, or a torch build for your driver's CUDA; until then the CPU is used"
+    elif not gpu["bf16"]:
+        yield "this card has no bfloat16: `compute_dtype: auto` takes float16"
+    differing = [
+        n for n, v in facts["versions"].items() if v["tested"] and (v["installed"] or "").split("+")[0] != v["tested"]
+    ]
+    if differing:
+        yield f"not the tested versions: {', '.join(differing)}; the tested set: pip install -c constraints.txt -e ."
+    if facts["free_disk_bytes"] < LOW_DISK_BYTES:
+        yield f"{size(facts['free_disk_bytes'])} of disk left here; give --out a folder with more, `plan` says how much"
+    if facts["host_memory_bytes"] < LOW_HOST_BYTES:
+        yield f"{size(facts['host_memory_bytes'])} of memory: take small bases, or close other programs"
+    if not facts["hub_login"]:
+        yield "no Hub login: gated bases (Llama) need `hf auth login` once; built-in recipes do not"
+    if sys.version_info >= (3, 14):
+        yield "this Python is newer than the tested ones (3.11 to 3.13)"
+
+
+def rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    """The facts as (what, value) lines for people."""
+    gpu = facts["gpu"]
+    card = "none" if gpu is None else f"{gpu.get('name', 'present')}, usable: {'yes' if gpu['usable'] else 'no'}"
+    if gpu and "memory_bytes" in gpu:
+        kind = "bfloat16" if gpu["bf16"] else "float16"
+        card += f", {size(gpu['memory_bytes'])} ({size(gpu['free_bytes'])} free), sm_{gpu['capability']}, {kind}"
+    cpu = facts["cpu"]
+    lines = [
+        ("qmedtune", f"{facts['qmedtune']}, Python {facts['python']}, {facts['system']}"),
+        ("CPU", f"{cpu['name']}, {cpu['cores']} cores, {' '.join(cpu['features']) or 'no vector features known'}"),
+        ("memory", size(facts["host_memory_bytes"])),
+        ("disk free", size(facts["free_disk_bytes"])),
+        ("GPU", card),
+    ]
+    lines += [(name, _version_text(found)) for name, found in facts["versions"].items()]
+    lines += [(f"kernel {name}", path) for name, path in facts["kernels"].items()]
+    lines += facts["folders"].items()
+    lines.append(("network", "HF_HUB_OFFLINE is set: nothing is downloaded" if facts["offline"] else "not restricted"))
+    return lines
+
+
+def _version_text(found: dict[str, str | None]) -> str:
+    if found["installed"] is None:
+        return f"not installed (tested: {found['tested']})" if found["tested"] else "not installed"
+    same = found["tested"] is None or found["installed"].split("+")[0] == found["tested"]
+    return found["installed"] if same else f"{found['installed']} (tested: {found['tested']})"
