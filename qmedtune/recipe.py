@@ -75,6 +75,7 @@ class HygieneSection(Section):
     decontaminate: Literal["off", "evaluation"] | list[str] = "evaluation"
     contaminated: Literal["drop", "report"] = "drop"
     phi: Literal["off", "report", "redact", "refuse"] = "report"
+    shift_dates: bool = False
     max_bad_fraction: Fraction = 0.01
 
 

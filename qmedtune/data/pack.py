@@ -55,6 +55,7 @@ def pack_stage(
 ) -> dict[str, Any]:
     """Tokenise the sources of stage `index` (from 0) and lay out its rows below `out`. Returns the ledger.
 
+    An SFT stage's template goes to `out/template.json`, for generation to use the very one of training.
     inputs: source name -> its folder with train.jsonl. Identities, in tokens, per source and in sum:
     read = kept + dropped, kept = seen + never_sampled, trained = sum over documents of kept x times drawn.
     """
@@ -65,11 +66,25 @@ def pack_stage(
         _tokenise(recipe, name, inputs[name] / "train.jsonl", section, codec, tokenizer_dir, out)
         for name in recipe.stages[index].sources
     ]
+    facts = {}
     if isinstance(section, SftSection):
         _check_truncation(section, corpora)
+        template = stage_template(recipe, index, tokenizer_dir)
+        templates.save(template, out)
+        facts = {"template": template.name}
     rng = np.random.default_rng([recipe.seed, index])
     plan = _epochs(section, corpora, rng) if isinstance(section, SftSection) else _mixture(section, corpora, rng)
-    return _write(recipe, corpora, section.seq_len, plan, rng, out, split=not isinstance(section, SftSection))
+    return _write(recipe, corpora, section.seq_len, plan, rng, out, split=not isinstance(section, SftSection)) | facts
+
+
+def stage_template(recipe: Recipe, index: int, tokenizer_dir: Path) -> templates.Template:
+    """The template of an SFT stage: that of its first source. Says so where the others have another."""
+    names = recipe.stages[index].sources
+    found = {name: templates.default(recipe.data[name].template, tokenizer_dir) for name in names}
+    first = found[names[0]]
+    if any(template != first for template in found.values()):
+        ui.warn(f"{recipe.stage_names()[index]}: several templates; {first.name} of {names[0]} is used after training")
+    return first
 
 
 def _tokenise(
@@ -208,7 +223,9 @@ def _facts(
         for key, value in zip(tokens, (read, kept, split, read - kept, supervised, trained), strict=True):
             tokens[key] += value
     num_rows = len(rows.bounds) - 1
+    counts = {"read": "documents", "truncated": "truncated_documents", "dropped": "dropped_documents"}
     return {
+        "records": {k: sum(entry[name] for entry in mixture.values()) for k, name in counts.items()},
         "tokens": tokens, "mixture": mixture, "rows": num_rows, "seq_len": seq_len, "documents_drawn": len(plan.source),
         "row_fill": round(trained_total / (num_rows * seq_len), 4), "pieces": len(pieces),
         "leftover": {name: entry["never_sampled"] for name, entry in mixture.items()}, "capped": plan.capped,

@@ -36,17 +36,18 @@ class Rejects:
     """Writes rejects.jsonl rows {"source", "file", "line", "reason"} and counts them; `path` None only counts."""
 
     def __init__(self, source: str, path: Path | None = None):
-        self.source = source
+        self.source, self.path = source, path
         self.counts = Counter({"rejected": 0, "refused": 0, "duplicates": 0})
         self.reasons: Counter[str] = Counter()
+        self.at: tuple[str, int] = ("", 0)  # file, and line from 1 (or number) of the record in hand
         self._file: IO[str] | None = path.open("w", encoding="utf-8") if path else None
 
-    def add(self, file: str, line: int, why: Damaged | Refused) -> None:
-        """Count one record and write its row. `line` starts at 1; in containers without lines it is the record."""
+    def add(self, why: Damaged | Refused) -> None:
+        """Count the record at `self.at` and write its row."""
         self.counts["rejected" if isinstance(why, Damaged) else "refused"] += 1
         self.reasons[why.reason] += 1
         if self._file:
-            row = {"source": self.source, "file": file, "line": line, "reason": why.reason}
+            row = {"source": self.source, "file": self.at[0], "line": self.at[1], "reason": why.reason}
             self._file.write(json.dumps(row, ensure_ascii=True) + "\n")
 
     def superseded(self) -> None:

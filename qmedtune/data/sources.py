@@ -114,16 +114,18 @@ def format_of(file: Path, format: str) -> str:
 def read_records(name: str, source: SourceSection, rejects: Rejects) -> Iterator[dict[str, Any]]:
     """Records of a source in a fixed order: text records, or for `kind: instructions` records with messages.
 
-    `name` is the source's name in the recipe. What cannot be used goes to `rejects`; with `max_records` reading
+    `name` is the source's name in the recipe. What cannot be used goes to `rejects`, whose `at` tells file and line
+    of the record just given; with `max_records` reading
     stops early. PubMed updates replace earlier versions: see `_latest_first`.
     """
     stream = _builtin_rows(source) if not source_files(source) else _file_rows(source)
     shape = instruction_record if source.kind == "instructions" else text_record
     num = 0
     for file, line, fields in stream:
+        rejects.at = (file, line)
         record = _shaped(shape, fields, source.columns)
         if isinstance(record, (Damaged, Refused)):
-            rejects.add(file, line, record)
+            rejects.add(record)
             continue
         if record.pop("_superseded", False):
             rejects.superseded()

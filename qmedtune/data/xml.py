@@ -32,36 +32,13 @@ Item = tuple[int, dict[str, Any] | Damaged | Refused]
 SPACE = re.compile(r"[ \t\r\n\f\v]+")
 # Inline matter without reading value.
 SKIPPED = frozenset(
-    [
-        "tex-math",
-        "object-id",
-        "label",
-        "graphic",
-        "media",
-        "alt-text",
-        "long-desc",
-        "fn-group",
-        "table",
-        "ref-list",
-        "back",
-    ]
+    ("tex-math", "object-id", "label", "graphic", "media", "alt-text", "long-desc", "fn-group", "table")
+    + ("ref-list", "back")
 )
 # Containers whose own paragraphs follow the paragraph they are nested in.
 NESTED = frozenset(
-    [
-        "fig",
-        "fig-group",
-        "table-wrap",
-        "table-wrap-group",
-        "list",
-        "def-list",
-        "disp-quote",
-        "boxed-text",
-        "supplementary-material",
-        "verse-group",
-        "statement",
-        "speech",
-    ]
+    ("fig", "fig-group", "table-wrap", "table-wrap-group", "list", "def-list", "disp-quote", "boxed-text")
+    + ("supplementary-material", "verse-group", "statement", "speech")
 )
 
 

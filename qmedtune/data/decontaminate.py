@@ -1,0 +1,202 @@
+"""Benchmark questions that occur in training text: 13-word grams, whole short questions, and PubMed ids.
+
+A record is contaminated when it holds any 13 consecutive words of a benchmark text, a whole question of fewer words,
+or the PMID of a benchmark abstract; case, punctuation and spacing do not matter. Short questions that match more
+than one record in a thousand are phrases of the language and are given back (and named in the facts). Paraphrases
+are not found: no claim is made about them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qmedtune.data import grams, rows
+from qmedtune.data.files import plain_suffix
+from qmedtune.data.rejects import Damaged
+from qmedtune.errors import DataError
+from qmedtune.recipe import Recipe, TaskSection
+
+NUM_WORDS = 13
+PROBE = 16  # bytes looked up at every position of the corpus; what follows is compared only where they occur
+MIN_LETTERS = 16  # a shorter question says too little to be told from chance
+GENERIC_WORDS = 8
+GENERIC_SHARE = 1e-3
+WORD = re.compile(rb"[a-z0-9\x80-\xff]+")
+QUESTIONS = ("QUESTION", "question", "query", "instruction", "prompt", "sentence2", "stem")
+PASSAGES = ("CONTEXTS", "context", "contexts", "abstract", "passage", "sentence1", "input", "text")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One benchmark item as it must not appear: its texts, and the PMID it was made from where there is one."""
+
+    task: str
+    id: str
+    texts: tuple[str, ...]
+    pmid: str | None = None
+
+
+@dataclass(frozen=True)
+class Index:
+    """What is looked for. `phrases`: probe hash -> [(letters, item number, number of words)]."""
+
+    items: list[Item]
+    phrases: dict[int, list[tuple[bytes, int, int]]]
+    pmids: dict[str, int]
+    bitmap: np.ndarray
+    too_short: int
+
+
+def build(items: list[Item]) -> Index:
+    """An index over benchmark items; a few hundred bytes per word of benchmark text."""
+    found: dict[bytes, tuple[int, int]] = {}
+    too_short = 0
+    for number, item in enumerate(items):
+        for text in item.texts:
+            phrases = _phrases(text)
+            too_short += not phrases
+            for phrase, words in phrases:
+                found.setdefault(phrase, (number, words))
+    probes = np.frombuffer(b"".join(phrase[:PROBE] for phrase in found), np.uint8)
+    keys = grams.windows(probes, PROBE)[::PROBE]
+    bitmap = np.zeros(1 << 24, bool)
+    bitmap[keys >> np.uint64(40)] = True
+    by_key: dict[int, list[tuple[bytes, int, int]]] = {}
+    for key, (phrase, (number, words)) in zip(keys.tolist(), found.items(), strict=True):
+        by_key.setdefault(key, []).append((phrase, number, words))
+    pmids = {item.pmid: number for number, item in reversed(list(enumerate(items))) if item.pmid}
+    return Index(items, by_key, pmids, bitmap, too_short)
+
+
+def _phrases(text: str) -> list[tuple[bytes, int]]:
+    """The letters of every 13 consecutive words and how many words they are; of all words where there are fewer."""
+    words = WORD.findall(grams.lower_bytes(text))
+    grouped = (words[start : start + NUM_WORDS] for start in range(max(1, len(words) - NUM_WORDS + 1)))
+    joined = ((b"".join(group), len(group)) for group in grouped)
+    return [(phrase, count) for phrase, count in joined if len(phrase) >= MIN_LETTERS]
+
+
+@dataclass(frozen=True)
+class Hit:
+    """Record `record` of a batch holds `words` consecutive words of item `item` (0 words: its PMID)."""
+
+    record: int
+    item: int
+    words: int
+
+
+def search(index: Index, texts: Sequence[str], pmids: Sequence[str | None]) -> list[Hit]:
+    """At most one hit per text of a batch, the longest."""
+    best: dict[int, Hit] = {}
+    batch = grams.letters(texts)
+    hashes = grams.windows(batch.buffer, PROBE)
+    places = np.flatnonzero(index.bitmap[hashes >> np.uint64(40)])
+    owners = np.searchsorted(batch.bounds, places, side="right") - 1
+    for place, owner, key in zip(places.tolist(), owners.tolist(), hashes[places].tolist(), strict=True):
+        known = best.get(owner)
+        if known is not None and known.words == NUM_WORDS:
+            continue
+        for phrase, item, words in index.phrases.get(key, ()):
+            end = place + len(phrase)
+            fits = end <= batch.bounds[owner + 1] and (known is None or words > known.words)
+            if fits and batch.buffer[place:end].tobytes() == phrase:
+                best[owner] = known = Hit(owner, item, words)
+    for record, pmid in enumerate(pmids):
+        if pmid in index.pmids and record not in best:
+            best[record] = Hit(record, index.pmids[pmid], 0)
+    return list(best.values())
+
+
+def given_back(hits: list[tuple[int, int]], num_records: int) -> set[int]:
+    """Items whose short question (hits of fewer than 8 words: (item, words)) is a phrase of the language."""
+    counts = Counter(item for item, words in hits if 0 < words < GENERIC_WORDS)
+    return {item for item, count in counts.items() if count > max(20, GENERIC_SHARE * num_records)}
+
+
+# ---- what is looked for ----------------------------------------------------------------------------------------------
+
+
+def benchmark_items(recipe: Recipe) -> list[Item]:
+    """Items of the recipe's own evaluation, or of the files and tasks that `hygiene.decontaminate` lists."""
+    wanted = recipe.hygiene.decontaminate
+    if wanted == "off":
+        return []
+    tasks = [TaskSection(task=task) if isinstance(task, str) else task for task in recipe.evaluate.tasks]
+    if wanted == "evaluation":
+        chosen = tasks
+    else:
+        named = {task.task: task for task in tasks}
+        chosen = [named.get(name, TaskSection(task=Path(name).stem, path=name)) for name in wanted]
+    return [item for task in chosen for item in _items(recipe, task)]
+
+
+def _items(recipe: Recipe, task: TaskSection) -> Iterator[Item]:
+    if task.path is None:
+        yield from _facts(recipe)
+        return
+    path = Path(task.path).expanduser()
+    if not path.is_file():
+        raise DataError(f"{path}: benchmark {task.task} is not there, so training text cannot be checked against it\n"
+                        "give its file, or `hygiene: {decontaminate: off}`")  # fmt: skip
+    for line, fields in _rows(path):
+        if isinstance(fields, Damaged):
+            raise DataError(f"{path}:{line}: {fields.reason}\na benchmark must be whole to be checked against")
+        yield _item(task.task, f"{path.name}:{line}", fields)
+
+
+def _facts(recipe: Recipe) -> Iterator[Item]:
+    from qmedtune.data import world
+
+    paths = [p for s in recipe.data.values() for p in ([s.path] if isinstance(s.path, str) else s.path)]
+    worlds = {world.locate(path)[0].name: world.locate(path)[0] for path in paths if path.startswith("builtin:")}
+    for where in worlds.values():
+        for fact in world.facts_items(where):
+            yield Item("facts", fact["id"], (fact["question"],))
+
+
+def _rows(path: Path) -> Iterator[rows.Row]:
+    readers = {".json": rows.read_json, ".jsonl": rows.read_jsonl, ".csv": rows.read_csv, ".tsv": rows.read_tsv}
+    reader = readers.get(plain_suffix(path))
+    if reader is None:
+        raise DataError(f"{path}: unknown kind of benchmark file\nallowed: {', '.join(readers)}, also .gz")
+    return reader(path)
+
+
+def _item(task: str, where: str, fields: dict[str, Any]) -> Item:
+    """Questions and passages by the names that benchmarks use; a file without any of them counts as text."""
+    texts = [text for name in (*QUESTIONS, *PASSAGES) for text in _strings(fields.get(name))]
+    if not texts:
+        texts = [text for value in fields.values() for text in _strings(value)][:1]
+    pmid = fields.get("pmid") or (fields.get("_key") if "QUESTION" in fields else None)
+    return Item(task, str(fields.get("_key") or fields.get("id") or where), tuple(texts), str(pmid) if pmid else None)
+
+
+def _strings(value: Any) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    return [text for text in value if isinstance(text, str)] if isinstance(value, list) else []
+
+
+def overlap(index: Index, hits: list[tuple[int, int, int]], generic: set[int]) -> dict[str, Any]:
+    """Per task: items checked, items found in this source (by id, so that an evaluation can be split), hits by kind.
+
+    hits: (record, item, words); 0 words mean the PMID. No text, only ids of the public benchmark.
+    """
+    report: dict[str, Any] = {}
+    for number, item in enumerate(index.items):
+        entry = report.setdefault(item.task, {"items": 0, "found": [], "records": 0, "by_pmid": 0, "given_back": 0})
+        entry["items"] += 1
+        entry["given_back"] += number in generic
+    for item in sorted({item for _, item, _ in hits}):
+        report[index.items[item].task]["found"].append(index.items[item].id)
+    for _, item, words in hits:
+        report[index.items[item].task]["records"] += 1
+        report[index.items[item].task]["by_pmid"] += words == 0
+    return report

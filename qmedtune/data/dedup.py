@@ -1,0 +1,141 @@
+"""Near duplicates: MinHash bands over shingles, on disk, verified by the true Jaccard similarity.
+
+Boilerplate (windows that recur across the corpus: headings, templates, disclaimers) neither makes candidates nor
+counts as similarity, so two notes from one template are not taken for one note: both the whole texts and what is
+their own must be similar. Band keys are sorted on disk in partitions: memory holds a fixed table and one partition.
+The sketches are rensa's (R-MinHash, Rust).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from rensa import RMinHash  # type: ignore[attr-defined]
+
+from qmedtune.data import grams
+
+ROWS_PER_BAND = 4
+RECALL = 0.999  # of pairs exactly at the threshold; the bands are as many as that takes (20 of 4 rows at 0.8)
+COUNTER_BITS = 24
+BOILERPLATE_SHARE, BOILERPLATE_LEAST = 0.01, 50
+MIN_SHINGLES = 8  # shorter texts are compared whole, by the exact stage
+PARTITION_BYTES = 64 << 20
+SEED = 20_240_917
+
+
+class Boilerplate:
+    """How often each window occurs, in 2^24 counters (64 MB), whatever the size of the corpus."""
+
+    def __init__(self) -> None:
+        self.counts = np.zeros(1 << COUNTER_BITS, np.uint32)
+        self.num_texts = 0
+
+    def add(self, hashes: np.ndarray, num_texts: int) -> None:
+        slots, times = np.unique(hashes >> np.uint64(64 - COUNTER_BITS), return_counts=True)
+        self.counts[slots] += times.astype(np.uint32)
+        self.num_texts += num_texts
+
+    def own(self, hashes: np.ndarray) -> np.ndarray:
+        """False for windows in more than 1 % of the texts (and more than 50 of them)."""
+        most = max(BOILERPLATE_LEAST, BOILERPLATE_SHARE * self.num_texts)
+        return self.counts[hashes >> np.uint64(64 - COUNTER_BITS)] <= most
+
+
+def num_bands(threshold: float) -> int:
+    """Bands of 4 rows so that a pair at `threshold` shares one with probability `RECALL`."""
+    if threshold >= 1:
+        return 1
+    return math.ceil(math.log(1 - RECALL) / math.log(1 - threshold**ROWS_PER_BAND))
+
+
+class Bands:
+    """Band keys of all texts in partition files of (key, text number), 16 bytes each."""
+
+    def __init__(self, folder: Path, threshold: float, num_texts: int):
+        self.folder, self.num = folder, num_bands(threshold)
+        self.num_partitions = max(1, math.ceil(16 * self.num * num_texts / PARTITION_BYTES))
+        folder.mkdir()
+        self.files = [(folder / f"{number:05d}").open("wb") for number in range(self.num_partitions)]
+
+    def add(self, hashes: np.ndarray, bounds: np.ndarray, first: int) -> None:
+        """Sketch a batch of texts numbered from `first`; texts with too few windows of their own stay out."""
+        enough = np.flatnonzero(np.diff(bounds) >= MIN_SHINGLES)
+        if not len(enough):
+            return
+        matrix = RMinHash.digest_matrix_from_flat_token_hashes(hashes, bounds, self.num * ROWS_PER_BAND, SEED)
+        sketch = np.array(matrix.to_rows(), dtype=np.uint64)[enough].reshape(len(enough), self.num, ROWS_PER_BAND)
+        key = np.broadcast_to(np.arange(self.num, dtype=np.uint64) * grams.MIX_1, sketch.shape[:2]).copy()
+        for row in range(ROWS_PER_BAND):
+            key = (key ^ sketch[:, :, row]) * grams.MIX_2
+            key ^= key >> np.uint64(31)
+        number = np.repeat(np.uint64(first) + enough.astype(np.uint64), self.num)
+        table = np.stack([key.ravel(), number], axis=1)
+        partition = (table[:, 0] >> np.uint64(32)) % np.uint64(self.num_partitions)
+        for wanted in np.unique(partition):
+            self.files[int(wanted)].write(table[partition == wanted].tobytes())
+
+    def pairs(self) -> Iterator[np.ndarray]:
+        """Candidate pairs (earlier, later), (P, 2) int64, one partition at a time; each text with the first and the
+        previous one of its band."""
+        for file in self.files:
+            file.close()
+        for path in sorted(self.folder.iterdir()):
+            table = np.fromfile(path, np.uint64).reshape(-1, 2)
+            table = table[np.lexsort((table[:, 1], table[:, 0]))]
+            same = np.flatnonzero(table[1:, 0] == table[:-1, 0])
+            starts = np.flatnonzero(np.concatenate([[True], table[1:, 0] != table[:-1, 0]]))
+            first = starts[np.searchsorted(starts, same, side="right") - 1] if len(same) else same
+            number = table[:, 1].astype(np.int64)
+            earlier, later = np.concatenate([number[same], number[first]]), np.tile(number[same + 1], 2)
+            path.unlink()
+            yield np.unique(np.stack([earlier, later], axis=1), axis=0)
+        self.folder.rmdir()
+
+
+def near_duplicates(
+    batches: Callable[[], Iterator[list[str]]], text_of: Callable[[int], str], threshold: float, folder: Path
+) -> np.ndarray:
+    """True for every text that is a near duplicate of an earlier one.
+
+    batches: gives the texts in order, anew at each call (they are read twice); text_of: one text by number;
+    folder: a working folder that does not exist yet. Similarity is Jaccard's over five-word windows.
+    """
+    boilerplate = Boilerplate()
+    for texts in batches():
+        boilerplate.add(grams.shingles(grams.letters(texts))[0], len(texts))
+    bands = Bands(folder, threshold, boilerplate.num_texts)
+    first = 0
+    for texts in batches():
+        bands.add(*own_shingles(texts, boilerplate), first)
+        first += len(texts)
+    duplicate = np.zeros(first, bool)
+    for pairs in bands.pairs():
+        for earlier, later in pairs.tolist():
+            if not duplicate[later] and similar(text_of(earlier), text_of(later), threshold, boilerplate):
+                duplicate[later] = True
+    return duplicate
+
+
+def own_shingles(texts: Sequence[str], boilerplate: Boilerplate) -> tuple[np.ndarray, np.ndarray]:
+    """As grams.shingles, without the boilerplate."""
+    hashes, bounds = grams.shingles(grams.letters(texts))
+    own = boilerplate.own(hashes)
+    return hashes[own], np.concatenate([[0], np.cumsum(own)])[bounds]
+
+
+def similar(a: str, b: str, threshold: float, boilerplate: Boilerplate) -> bool:
+    """Jaccard similarity of at least `threshold`, over all windows and over those that are no boilerplate."""
+    hashes, bounds = grams.shingles(grams.letters([a, b]))
+    left, right = np.unique(hashes[: bounds[1]]), np.unique(hashes[bounds[1] :])
+    return jaccard(left, right) >= threshold and (
+        jaccard(left[boilerplate.own(left)], right[boilerplate.own(right)]) >= threshold
+    )
+
+
+def jaccard(a: np.ndarray, b: np.ndarray) -> float:
+    """Of two arrays without repeats."""
+    both = len(np.intersect1d(a, b, assume_unique=True))
+    return both / max(1, len(a) + len(b) - both)
