@@ -177,6 +177,11 @@ def emulate(asm: str, registers: dict[str, np.ndarray]) -> dict[str, np.ndarray]
             out |= np.where(nibble & 8, sign, byte).astype(np.uint32) << np.uint32(8 * i)
         return out
 
+    def half16(x: np.ndarray, kind: str) -> np.ndarray:
+        """The low 16 bits as fp32; the product of two of them is exact in fp32."""
+        bits = (x & np.uint32(0xFFFF)).astype(np.uint16)
+        return (bits.astype(np.uint32) << 16).view(np.float32) if kind == "bf16x2" else bits.view(np.float16).astype(np.float32)
+
     def rn16(x: np.ndarray, kind: str) -> np.ndarray:
         return bits16(x.view(np.float32), torch.bfloat16 if kind == "bf16" else torch.float16).astype(np.uint32)
 
@@ -197,7 +202,14 @@ def emulate(asm: str, registers: dict[str, np.ndarray]) -> dict[str, np.ndarray]
             case ["prmt", _]:
                 r[d] = prmt(*(value(arg) for arg in args))
             case ["mov", _]:
-                r[d] = registers[args[0]]
+                r[d] = value(args[0])
+            case [("fma" | "mul"), "rn", ("bf16x2" | "f16x2") as kind]:
+                a, b = (value(arg) for arg in args[:2])
+                halves = [half16(a, kind) * half16(b, kind), half16(a >> 16, kind) * half16(b >> 16, kind)]
+                if op.startswith("fma"):
+                    assert (value(args[2]) == 0x80008000).all()  # + -0.0 keeps the product's sign
+                low, high = (rn16(half.view(np.uint32), kind.removesuffix("x2")) for half in halves)
+                r[d] = (high << np.uint32(16)) | low
             case ["mul", "wide", _]:
                 r[d] = value(args[0]) * np.uint32(int(args[1]))
             case ["add", "s64"]:
@@ -241,6 +253,18 @@ def test_prmt_assembly_decodes_every_nibble(kind, dtype):
     w = words(20_000)
     expected = bits16(np.array(nf4.CODE, np.float32), dtype)[nibbles(w)]
     assert (outputs(emulate(decode.prmt_asm(kind), {"$4": w})) == expected).all()
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_scaled_prmt_assembly_multiplies_each_byte_by_its_own_scale(kind, dtype):
+    w = words(20_000)
+    scale = np.random.default_rng().random((len(w), 4), dtype=np.float32) * 3
+    bits = bits16(scale, dtype).astype(np.uint32)
+    pairs = {f"${5 + i}": bits[:, i] | (bits[:, i] << np.uint32(16)) for i in range(4)}
+    code = torch.tensor(nf4.CODE).to(dtype)[torch.from_numpy(nibbles(w).astype(np.int64))]
+    expected = code * torch.from_numpy(scale).to(dtype).repeat_interleave(2, dim=1)
+    result = outputs(emulate(decode.prmt_asm(kind, scaled=True), {"$4": w, **pairs}))
+    assert (result == expected.view(torch.int16).numpy().view(np.uint16)).all()
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("bf16", torch.bfloat16), ("f16", torch.float16)])

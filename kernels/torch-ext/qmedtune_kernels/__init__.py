@@ -3,8 +3,8 @@
 Knows neither bitsandbytes nor PEFT: it takes raw packed tensors. Only relative imports (Hugging Face kernel-builder).
 """
 
-from . import dispatch, layers, lora, nf4, rms_norm
+from . import dispatch, layers, lora, matmul, nf4, rms_norm
 from .lora import Adapter
 from .nf4 import NF4Weight
 
-__all__ = ["Adapter", "NF4Weight", "dispatch", "layers", "lora", "nf4", "rms_norm"]
+__all__ = ["Adapter", "NF4Weight", "dispatch", "layers", "lora", "matmul", "nf4", "rms_norm"]

@@ -26,8 +26,11 @@ PLANES = {
 PAIR_SELECTORS = (0x4051, 0x6273)
 
 
-def prmt_asm(kind: str) -> str:
+def prmt_asm(kind: str, scaled: bool = False) -> str:
     """PTX: $4 = four packed bytes (eight nibbles) -> $0..$3 = four pairs of 16-bit codes, in element order.
+
+    scaled: $5..$8 hold the scale of each byte as a 16-bit pair; the pairs are multiplied by it. bf16 multiplies as
+    fma with -0.0, because mul.bf16x2 needs sm_90.
 
     prmt reads three bits of each selector nibble, so a 16-entry lookup is two 8-entry ones (s: low three bits) and a
     choice between them by the fourth bit (h).
@@ -44,6 +47,10 @@ def prmt_asm(kind: str) -> str:
             lines.append(f"prmt.b32 {target}, a, b, {h};")
         for pair, selector in enumerate(PAIR_SELECTORS):
             lines.append(f"prmt.b32 ${2 * half + pair}, L, H, 0x{selector:04x};")
+    if scaled:
+        lines.append("mov.b32 s, 0x80008000;")
+        multiply = "fma.rn.bf16x2 ${0}, ${0}, ${1}, s;" if kind == "bf16" else "mul.rn.f16x2 ${0}, ${0}, ${1};"
+        lines += [multiply.format(i, 5 + i) for i in range(4)]
     return " ".join(lines) + " }"
 
 
@@ -66,6 +73,8 @@ def shuffle_asm(kind: str) -> str:
 
 PRMT_BF16 = tl.constexpr(prmt_asm("bf16"))
 PRMT_FP16 = tl.constexpr(prmt_asm("fp16"))
+SCALED_BF16 = tl.constexpr(prmt_asm("bf16", scaled=True))
+SCALED_FP16 = tl.constexpr(prmt_asm("fp16", scaled=True))
 SHUFFLE_BF16 = tl.constexpr(shuffle_asm("bf16"))
 SHUFFLE_FP16 = tl.constexpr(shuffle_asm("f16"))
 
@@ -98,16 +107,41 @@ def join_pairs(even, odd):
 
 
 @triton.jit
+def unpack(pairs, TY: tl.constexpr):
+    """int32 pairs [R, C] -> [R, 2 C] in a 16-bit type, low half first; costs no instruction."""
+    low, high = pairs.to(tl.int16).to(TY, bitcast=True), (pairs >> 16).to(tl.int16).to(TY, bitcast=True)
+    return join_pairs(low, high)
+
+
+@triton.jit
 def codes(q, code_ptr, TY: tl.constexpr, DECODE: tl.constexpr, EMULATE: tl.constexpr):
     """Packed bytes q [R, C] -> NF4 codes [R, 2 C] in TY, not yet scaled."""
     if DECODE == "prmt":
-        ASM: tl.constexpr = PRMT_BF16 if tl.bfloat16 == TY else PRMT_FP16
-        p = tl.inline_asm_elementwise(ASM, "=r,=r,=r,=r,r", [q], dtype=tl.int32, is_pure=True, pack=4)
-        even, odd = p.to(tl.int16).to(TY, bitcast=True), (p >> 16).to(tl.int16).to(TY, bitcast=True)
+        ASM: tl.constexpr = PRMT_BF16 if TY == tl.bfloat16 else PRMT_FP16  # noqa: SIM300
+        w = unpack(tl.inline_asm_elementwise(ASM, "=r,=r,=r,=r,r", [q], dtype=tl.int32, is_pure=True, pack=4), TY)
     else:
-        even = cast(tl.load(code_ptr + (q >> 4).to(tl.int32)), TY, EMULATE)
-        odd = cast(tl.load(code_ptr + (q & 15).to(tl.int32)), TY, EMULATE)
-    return join_pairs(even, odd)
+        even, odd = tl.load(code_ptr + (q >> 4).to(tl.int32)), tl.load(code_ptr + (q & 15).to(tl.int32))
+        w = join_pairs(cast(even, TY, EMULATE), cast(odd, TY, EMULATE))
+    return w
+
+
+@triton.jit
+def scaled_codes(q, s, code_ptr, TY: tl.constexpr, DECODE: tl.constexpr, EMULATE: tl.constexpr):
+    """Packed bytes q [R, C] and fp32 scales s [R, C] -> rn(rn(code) * rn(scale)) [R, 2 C] in TY."""
+    s = cast(s, TY, EMULATE)
+    if DECODE == "prmt":
+        ASM: tl.constexpr = SCALED_BF16 if TY == tl.bfloat16 else SCALED_FP16  # noqa: SIM300
+        bits = s.to(tl.uint16, bitcast=True).to(tl.uint32)
+        pair = (bits | (bits << 16)).to(tl.int32, bitcast=True)
+        w = unpack(
+            tl.inline_asm_elementwise(
+                ASM, "=r,=r,=r,=r,r,r,r,r,r", [q, pair], dtype=tl.int32, is_pure=True, pack=4
+            ), TY,
+        )  # fmt: skip
+    else:
+        w = codes(q, code_ptr, TY, DECODE, EMULATE).to(tl.float32) * join_pairs(s, s).to(tl.float32)
+        w = cast(w, TY, EMULATE)
+    return w
 
 
 @triton.jit

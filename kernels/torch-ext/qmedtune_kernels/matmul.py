@@ -1,0 +1,248 @@
+"""Fused NF4 dequantise-matmul: Y = X W^T + b and its backward dX = dY W, on bitsandbytes' own storage.
+
+W is never written out: 0.5 bytes an element are read instead of 4.5 (dequantise, write, read back), and no 16-bit
+scratch is needed. It wins while the product is bound by memory (small M); above `dispatch.fused_rows` one-launch
+dequantise + cuBLAS is faster, so that is what "auto" takes there.
+Split-K is deterministic: partial sums go to fp32 workspace and are added in a fixed order by a second kernel.
+Deliberately not here: repacked weights (5 % at best, kernels.md section 5.2), LoRA (lora.py adds it).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import dispatch, nf4
+from .decode import INTERPRET, block_scale, cast, codes, dot, scaled_codes
+from .nf4 import NF4Weight
+
+
+def reference(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
+    """Plain PyTorch: x [M, K] -> [M, N] in x's dtype."""
+    return F.linear(x, nf4.dequantize_reference(weight, x.dtype), bias)
+
+
+def reference_backward(dy: Tensor, weight: NF4Weight) -> Tensor:
+    """Plain PyTorch: dY [M, N] -> dX [M, K] in dY's dtype."""
+    return dy @ nf4.dequantize_reference(weight, dy.dtype)
+
+
+def matmul(x: Tensor, weight: NF4Weight, bias: Tensor | None = None, path: str = "auto") -> Tensor:
+    """Y [M, N] = X [M, K] W^T + bias, in x's dtype (bf16, fp16, fp32), accumulated in fp32.
+
+    path: "auto" (dispatch.py: fused for few rows, else dequantise + cuBLAS; the reference on a CPU), "fused",
+    "dequantize" or "reference". Raises ValueError on shapes, dtypes and devices that do not fit.
+    """
+    _check(x, weight, "x", weight.shape[1])
+    if bias is not None and (bias.shape != (weight.shape[0],) or bias.device != x.device):
+        raise ValueError(
+            f"bias: given {tuple(bias.shape)} on {bias.device}; allowed ({weight.shape[0]},) on {x.device}"
+        )
+    match _path(x, weight, path):
+        case "reference":
+            return reference(x, weight, bias)
+        case "dequantize":
+            return F.linear(x, nf4.dequantize_stack((weight,), x.dtype), bias)
+    return _launch(x, weight, bias, forward=True)
+
+
+def matmul_backward(dy: Tensor, weight: NF4Weight, path: str = "auto") -> Tensor:
+    """dX [M, K] = dY [M, N] W, in dY's dtype; paths and errors as `matmul`."""
+    _check(dy, weight, "dy", weight.shape[0])
+    match _path(dy, weight, path):
+        case "reference":
+            return reference_backward(dy, weight)
+        case "dequantize":
+            return dy @ nf4.dequantize_stack((weight,), dy.dtype)
+    return _launch(dy, weight, None, forward=False)
+
+
+def fits(weight: NF4Weight) -> bool:
+    """Whether the fused kernels read this layout: every row starts a scale block."""
+    return weight.shape[1] % weight.blocksize == 0
+
+
+def _check(x: Tensor, weight: NF4Weight, name: str, columns: int) -> None:
+    nf4.check(weight)
+    device = weight.packed.device
+    if x.dim() != 2 or x.shape[1] != columns or x.dtype not in nf4.DTYPES or x.device != device:
+        raise ValueError(
+            f"{name}: given {tuple(x.shape)} {x.dtype} on {x.device}; "
+            f"allowed [M, {columns}] in bf16, fp16 or fp32 on {device} for W {list(weight.shape)}"
+        )
+
+
+def _path(x: Tensor, weight: NF4Weight, path: str) -> str:
+    if path == "fused":
+        if not fits(weight):
+            raise ValueError(
+                f"weight: given K = {weight.shape[1]} with blocks of {weight.blocksize}; "
+                f"the fused path allows multiples of the block: use path='dequantize'"
+            )
+        if not INTERPRET and dispatch.capability(x.device) < 80:
+            raise ValueError(f"x: given {x.device}; the fused path needs an NVIDIA GPU of sm_80 or later")
+        return path
+    if path == "dequantize":
+        return path
+    if not dispatch.uses_triton(x.device, path):
+        return "reference"
+    fused = fits(weight) and x.dtype != torch.float32 and x.shape[0] <= dispatch.fused_rows(x.device)
+    return "fused" if fused else "dequantize"
+
+
+# --------------------------------------------------------------------- kernels
+
+
+@triton.jit
+def _forward(
+    x_ptr, packed, absmax, code2, absmax2, offset, code, bias, out, m, n, k, steps, x_stride,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr,
+    SPLIT: tl.constexpr, BIAS: tl.constexpr, SWAP: tl.constexpr, POST: tl.constexpr,
+    DECODE: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    """One [BM, BN] tile over `steps` K-steps of one split; bytes become pairs of 16-bit codes in registers.
+
+    POST (few rows): codes are multiplied as they are and each step's product is scaled in fp32. Otherwise codes are
+    scaled in 16 bit first, which halves the accumulators. SWAP puts W on the left: on sm_90 wgmma then takes the
+    decoded weights from registers, without a trip through shared memory.
+    """
+    TY: tl.constexpr = x_ptr.dtype.element_ty
+    rm = tl.program_id(1) * BM + tl.arange(0, BM)
+    rn = tl.program_id(0) * BN + tl.arange(0, BN)
+    row = tl.minimum(rn, n - 1)
+    split = tl.program_id(2)
+    first = split * steps * BK
+    x_ptrs = x_ptr + rm[:, None].to(tl.int64) * x_stride + (first + tl.arange(0, BK))[None, :]
+    w_ptrs = packed + row[:, None].to(tl.int64) * (k // 2) + (first // 2 + tl.arange(0, BK // 2))[None, :]
+    block = row * (k // BLOCKSIZE)
+    inside = rm[:, None] < m
+    acc = tl.zeros([BN, BM] if SWAP else [BM, BN], tl.float32)
+    for step in range(0, tl.minimum(steps, (k - first) // BK)):
+        x = tl.load(x_ptrs, mask=inside, other=0.0)
+        q = tl.load(w_ptrs)
+        s = block_scale(absmax, code2, absmax2, offset, block + (first + step * BK) // BLOCKSIZE, rn >= 0, NESTED)
+        if POST:
+            w = codes(q, code, TY, DECODE, EMULATE)
+            zero = tl.zeros([BN, BM] if SWAP else [BM, BN], tl.float32)
+            if SWAP:
+                acc += dot(w, tl.trans(x), zero, EMULATE) * s[:, None]
+            else:
+                acc += dot(x, tl.trans(w), zero, EMULATE) * s[None, :]
+        else:
+            w = scaled_codes(q, tl.broadcast_to(s[:, None], [BN, BK // 2]), code, TY, DECODE, EMULATE)
+            acc = dot(w, tl.trans(x), acc, EMULATE) if SWAP else dot(x, tl.trans(w), acc, EMULATE)
+        x_ptrs += BK
+        w_ptrs += BK // 2
+    y = tl.trans(acc) if SWAP else acc
+    if BIAS:
+        y += tl.load(bias + row).to(tl.float32)[None, :]
+    at = out + split.to(tl.int64) * m * n + rm[:, None].to(tl.int64) * n + rn[None, :]
+    tl.store(at, y if SPLIT else cast(y, TY, EMULATE), mask=inside & (rn[None, :] < n))
+
+
+@triton.jit
+def _backward(
+    dy_ptr, packed, absmax, code2, absmax2, offset, code, out, m, n, k, steps, dy_stride,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr,
+    SPLIT: tl.constexpr, DECODE: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    """One [BM, BK] tile of dX, contracted over N in steps of BN rows of W: the same storage, nothing repacked.
+
+    The scale varies along the contraction, so codes are scaled in 16 bit before the product.
+    """
+    TY: tl.constexpr = dy_ptr.dtype.element_ty
+    SCALES: tl.constexpr = BK // BLOCKSIZE if BK > BLOCKSIZE else 1
+    rm = tl.program_id(1) * BM + tl.arange(0, BM)
+    rk = tl.program_id(0) * BK + tl.arange(0, BK)
+    rb = tl.program_id(0) * (BK // 2) + tl.arange(0, BK // 2)
+    split = tl.program_id(2)
+    first = split * steps * BN
+    inside = rm[:, None] < m
+    scale_column = tl.minimum((tl.program_id(0) * BK) // BLOCKSIZE + tl.arange(0, SCALES), k // BLOCKSIZE - 1)
+    acc = tl.zeros([BM, BK], tl.float32)
+    for step in range(0, tl.minimum(steps, (n - first + BN - 1) // BN)):
+        rn = first + step * BN + tl.arange(0, BN)
+        row = tl.minimum(rn, n - 1)
+        dy = tl.load(
+            dy_ptr + rm[:, None].to(tl.int64) * dy_stride + rn[None, :], mask=inside & (rn[None, :] < n), other=0.0
+        )
+        q = tl.load(packed + row[:, None].to(tl.int64) * (k // 2) + rb[None, :], mask=rb[None, :] < k // 2, other=0)
+        block = row[:, None] * (k // BLOCKSIZE) + scale_column[None, :]
+        s = block_scale(absmax, code2, absmax2, offset, block, block >= 0, NESTED)
+        s = tl.reshape(tl.broadcast_to(s[:, :, None], [BN, SCALES, BK // 2 // SCALES]), [BN, BK // 2])
+        acc = dot(dy, scaled_codes(q, s, code, TY, DECODE, EMULATE), acc, EMULATE)
+    at = out + split.to(tl.int64) * m * k + rm[:, None].to(tl.int64) * k + rk[None, :]
+    tl.store(at, acc if SPLIT else cast(acc, TY, EMULATE), mask=inside & (rk[None, :] < k))
+
+
+@triton.jit
+def _reduce(
+    partial, bias, out, count, columns,
+    SPLITS: tl.constexpr, BLOCK: tl.constexpr, BIAS: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    """Sum of the splits in order 0, 1, 2, ...: the same bits every time."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < count
+    total = tl.zeros([BLOCK], tl.float32)
+    for split in tl.static_range(SPLITS):
+        total += tl.load(partial + split * count + i, mask=inside, other=0.0)
+    if BIAS:
+        total += tl.load(bias + i % columns, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + i, cast(total, out.dtype.element_ty, EMULATE), mask=inside)
+
+
+def tile(rows: int, arch: int, blocksize: int, forward: bool) -> dict[str, int | bool]:
+    """Tile sizes and pipeline depth for M rows; chosen by the static gate's counts (NOTES.md), not yet on hardware."""
+    bm = min(64, max(16, triton.next_power_of_2(rows)))
+    pipeline = {"num_warps": 4, "num_stages": 4 if bm <= 32 else 3}
+    if not forward:
+        bn, bk = (128, 64) if bm <= 32 else (64, 128)  # 64 x 128 spills at M <= 16 on sm_90
+        return {"BM": bm, "BN": bn, "BK": bk, **pipeline, "num_stages": 3}
+    few = bm <= 32
+    return {"BM": bm, "BN": 128, "BK": min(64, blocksize), "SWAP": not few and arch in (90, 100), "POST": few, **pipeline}
+
+
+def splits(tiles: int, steps: int, processors: int) -> int:
+    """Ways to split the contraction so that two waves of programs fill the GPU; each keeps at least four steps."""
+    return max(1, min(2 * processors // max(tiles, 1), steps // 4, 16))
+
+
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def _launch(x: Tensor, weight: NF4Weight, bias: Tensor | None, forward: bool) -> Tensor:
+    x = x if x.stride(1) == 1 else x.contiguous()
+    (n, k), m = weight.shape, x.shape[0]
+    columns, contraction = (n, k) if forward else (k, n)
+    out = x.new_empty(m, columns)
+    if m == 0:
+        return out
+    config = tile(m, dispatch.capability(x.device), weight.blocksize, forward)
+    step, width = (config["BK"], config["BN"]) if forward else (config["BN"], config["BK"])
+    steps, tiles = triton.cdiv(contraction, step), triton.cdiv(columns, width) * triton.cdiv(m, config["BM"])
+    ways = splits(tiles, steps, _processors(x.device))
+    per_split = triton.cdiv(steps, ways)
+    ways = triton.cdiv(steps, per_split)
+    target = out if ways == 1 else x.new_empty(ways, m, columns, dtype=torch.float32)
+    has_bias = bias is not None
+    shared = (x, weight.packed, *nf4.scale_arguments(weight), nf4.code_table(x.device))
+    where = (m, n, k, per_split, x.stride(0))
+    options = {
+        "BLOCKSIZE": weight.blocksize, "NESTED": weight.nested, "SPLIT": ways > 1,
+        "DECODE": "gather" if INTERPRET else "prmt", "EMULATE": INTERPRET, "enable_fp_fusion": True, **config,
+    }  # fmt: skip
+    grid = (triton.cdiv(columns, width), triton.cdiv(m, config["BM"]), ways)
+    if forward:
+        _forward[grid](*shared, bias if has_bias else x, target, *where, BIAS=has_bias and ways == 1, **options)
+    else:
+        _backward[grid](*shared, target, *where, **options)
+    if ways > 1:
+        _reduce[(triton.cdiv(out.numel(), 1024),)](
+            target, bias if has_bias else x, out, out.numel(), columns,
+            SPLITS=ways, BLOCK=1024, BIAS=has_bias, EMULATE=INTERPRET, num_warps=4,
+        )  # fmt: skip
+    return out

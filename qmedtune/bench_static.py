@@ -1,0 +1,202 @@
+"""The gate that needs no GPU: every kernel compiled for every supported architecture, read as machine code.
+
+`triton.compile` takes a target, and Triton's wheel carries cuobjdump and nvdisasm: registers, spills, shared memory and
+SASS instructions per weight element are facts of the binary. Limits come from issue bandwidth (kernels.md section 7):
+an H200 issues 128 lanes a clock and SM and must decode 7.4 elements, so ten instructions an element leave head-room.
+Deliberately not here: anything about time. A kernel that passes can still be slow; bench_kernels.py measures.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
+LOOP_LIMIT = 6.5  # fused matmul, instructions per weight element of the K loop at the smallest tile
+DEQUANTIZE_LIMIT = 10.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel at one tile. elements: weight elements per thread (of the loop body when `loop`)."""
+
+    name: str
+    kernel: str
+    constants: dict[str, object]
+    num_warps: int = 4
+    num_stages: int = 3
+    elements: float | None = None
+    loop: bool = False
+    limit: float | None = None
+    architectures: tuple[int, ...] = ARCHITECTURES
+    tensor_cores: bool = False
+    fp_fusion: bool = True
+    rows: int = 0
+    types: dict[str, str] = field(default_factory=dict)
+
+
+def cases() -> Iterator[Case]:
+    """What is compiled: the tiles that the launchers choose, bf16 (fp16 below sm_80), nested and flat scales."""
+    ampere = ARCHITECTURES[1:]
+    for nested in (True, False):
+        label = "nested" if nested else "flat"
+        words = {"WORDS": 8, "ROWS": 16, "STEPS": 4, "NESTED": nested}
+        yield Case(
+            f"dequantize shuffle {label}", "nf4._dequantize_words", words, elements=32,
+            limit=DEQUANTIZE_LIMIT, architectures=ampere, fp_fusion=False,
+        )  # fmt: skip
+        pairs = {"HALF": 32, "ROWS": 16, "STEPS": 4, "NESTED": nested, "EMULATE": False}
+        yield Case(f"dequantize gather {label}", "nf4._dequantize_pairs", pairs, elements=32, fp_fusion=False)
+        for rows in (16, 32, 64):
+            yield _matmul("forward", rows, nested, ampere)
+            yield _matmul("backward", rows, nested, ampere)
+    plain = {"BLOCKSIZE": 64, "BYTES": 1024, "NESTED": True, "EMULATE": False}
+    yield Case("dequantize any shape", "nf4._dequantize_bytes", plain, elements=16, fp_fusion=False)
+    yield Case("matmul reduce", "matmul._reduce", {"SPLITS": 8, "BLOCK": 1024, "BIAS": True, "EMULATE": False})
+    for columns in (4096, 8192):
+        yield from _norms(columns)
+
+
+def _matmul(direction: str, rows: int, nested: bool, architectures: tuple[int, ...]) -> Case:
+    from qmedtune_kernels import matmul
+
+    tile = matmul.tile(rows, 0, 64, direction == "forward")
+    warps, stages = int(tile.pop("num_warps")), int(tile.pop("num_stages"))
+    constants = {**tile, "BLOCKSIZE": 64, "NESTED": nested, "SPLIT": True, "DECODE": "prmt", "EMULATE": False}
+    if direction == "forward":
+        constants["BIAS"] = False
+    elements = tile["BN"] * tile["BK"] / (32 * warps)
+    limit = LOOP_LIMIT if direction == "forward" and rows == 16 else None
+    label = "nested" if nested else "flat"
+    return Case(
+        f"matmul {direction} M<={rows} {label}", f"matmul._{direction}", constants, warps, stages, elements,
+        loop=True, limit=limit, architectures=architectures, tensor_cores=True, rows=rows,
+        types={"out": "*fp32"},
+    )  # fmt: skip
+
+
+def _norms(columns: int) -> Iterator[Case]:
+    from qmedtune_kernels import rms_norm
+
+    for add in (False, True):
+        constants = {"BLOCK": columns, "ADD": add, "EMULATE": False}
+        label, warps = ("add_" if add else "") + "rms_norm", rms_norm.num_warps(columns)
+        yield Case(f"{label} forward {columns}", "rms_norm._forward", constants, warps)
+        yield Case(f"{label} backward {columns}", "rms_norm._backward_rows", constants, warps)
+    yield Case(f"rms_norm dweight {columns}", "rms_norm._dweight_partial", {"BLOCK": 1024, "EMULATE": False})
+
+
+TYPES = {
+    "packed": "*u8", "code": "*fp32", "code2": "*fp32", "absmax2": "*fp32", "offset": "*fp32", "rstd_ptr": "*fp32",
+    "partial": "*fp32", "partial_ptr": "*fp32", "eps": "fp32",
+}  # fmt: skip
+
+
+def compile_case(case: Case, arch: int):
+    """The compiled kernel for one architecture, without a GPU or a driver."""
+    import qmedtune_kernels
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    module, name = case.kernel.split(".")
+    kernel = getattr(getattr(qmedtune_kernels, module), name)
+    constants = dict(case.constants)
+    if "SWAP" in constants:
+        constants["SWAP"] = qmedtune_kernels.matmul.tile(case.rows, arch, 64, True)["SWAP"]
+    half = "*fp16" if arch < 80 else "*bf16"
+    scales = {"absmax": "*u8" if constants.get("NESTED") else "*fp32"}
+    types = {**TYPES, **scales, **case.types}
+    signature = {
+        argument: "constexpr" if argument in constants
+        else types.get(argument, half if argument.endswith("_ptr") or argument in ("out", "bias") else "i32")
+        for argument in kernel.arg_names
+    }  # fmt: skip
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, type_ in enumerate(signature.values())
+        if type_.startswith("*") or type_ == "i32"
+    }
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "enable_fp_fusion": case.fp_fusion}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def disassemble(compiled) -> tuple[int, int, str]:
+    """(registers, spilled bytes, SASS text) of a compiled kernel."""
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage, sass = (
+            subprocess.run([*command, file.name], capture_output=True, text=True, check=True).stdout
+            for command in ([tools / "cuobjdump", "--dump-resource-usage"], [tools / "nvdisasm", "-c"])
+        )
+    match = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+    assert match, usage
+    return int(match[1]), int(match[2]) + int(match[3]), sass
+
+
+def instructions(sass: str, loop: bool) -> Counter[str]:
+    """Full opcodes, NOP left out: of the whole kernel, or of its longest backward branch (the K loop)."""
+    found: list[tuple[str, str]] = []
+    labels: dict[str, int] = {}
+    for line in sass.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = len(found)
+        elif match := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)\s*(.*?);", line):
+            found.append((match[1], match[2]))
+    spans = [
+        (labels[target[0]], i + 1)
+        for i, (opcode, operands) in enumerate(found)
+        if opcode.startswith("BRA") and (target := re.search(r"\.L_x_\d+", operands)) and labels.get(target[0], i) < i
+    ]
+    if loop:
+        assert spans, "no loop found"
+        first, last = max(spans, key=lambda span: span[1] - span[0])
+        found = found[first:last]
+    return Counter(opcode for opcode, _ in found if opcode != "NOP")
+
+
+def measure(case: Case, arch: int) -> dict:
+    """One row of the static table; `failures` names the limits that do not hold."""
+    compiled = compile_case(case, arch)
+    registers, spills, sass = disassemble(compiled)
+    counts = instructions(sass, case.loop)
+    per_element = round(sum(counts.values()) / case.elements, 2) if case.elements else None
+    row = {
+        "kernel": case.name, "target": f"sm_{arch}", "regs": registers, "spills": spills,
+        "shared": compiled.metadata.shared, "ins_per_element": per_element,
+    }  # fmt: skip
+    return {**row, "failures": list(_failures(case, row, counts, arch))}
+
+
+def _failures(case: Case, row: dict, counts: Counter[str], arch: int) -> Iterator[str]:
+    per_element, names = row["ins_per_element"], " ".join(counts)
+    if row["spills"]:
+        yield f"{row['spills']} bytes spilled"
+    if case.limit and per_element > case.limit:
+        yield f"{per_element} instructions per element, limit {case.limit}"
+    if case.tensor_cores and not re.search(r"\b(HMMA|HGMMA|UTCHMMA|UTCMMA|OMMA)", names):
+        yield "no tensor-core instruction"
+    if case.loop and counts["LDGSTS.E"] > 0.25 * (case.elements or 0):
+        yield f"{counts['LDGSTS.E']} LDGSTS of 4 bytes: a table lookup went through cp.async"
+    if case.kernel.startswith("rms_norm._") and "dweight" not in case.name and not re.search(r"STG\.E\S*\.128", names):
+        yield "no 16-byte stores"
+
+
+def static_rows(architectures: tuple[int, ...] = ARCHITECTURES, kernels: str = "") -> list[dict]:
+    """Compile and read every case whose name contains `kernels`. Raises ValueError under TRITON_INTERPRET."""
+    from qmedtune_kernels.decode import INTERPRET
+
+    if INTERPRET:
+        raise ValueError("bench kernels --static: TRITON_INTERPRET=1 given; unset it, the gate needs Triton's compiler")
+    chosen = [case for case in cases() if kernels in case.name]
+    return [measure(case, arch) for case in chosen for arch in case.architectures if arch in architectures]
