@@ -16,20 +16,25 @@ from typing import Annotated, Any
 
 import typer
 
-from qmedtune import __version__, cli_run
+from qmedtune import __version__, cli_bench, cli_run
 from qmedtune.errors import QmedtuneError
 
 UsageError: Any = typer.BadParameter.__bases__[0]  # click's, which newer typers carry inside
-PLAIN = {"add_completion": False, "rich_markup_mode": None, "pretty_exceptions_enable": False}
 
 app = typer.Typer(
     help="Turn an open LLaMA into a medical one on a single GPU: one recipe, from a 4-bit base to a merged model.",
     epilog="First run, without network or GPU: qmedtune run recipes/cpt_then_sft.yaml",
     context_settings={"help_option_names": ["-h", "--help"]},
-    **PLAIN,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
 )
+bench = typer.Typer(help="Measure against the limit and against installed peers.", rich_markup_mode=None)
 for command in (cli_run.run, cli_run.plan, cli_run.data, cli_run.report, cli_run.doctor, cli_run.schema):
     app.command()(command)
+for measurement in (cli_bench.train, cli_bench.merge):
+    bench.command()(measurement)
+app.add_typer(bench, name="bench")
 
 
 def _version(wanted: bool) -> None:

@@ -87,7 +87,7 @@ def data(
     offline: OfflineOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """The data steps alone: read, clean, pack; shows what was kept and why not."""
+    """The data steps alone, with their ledger."""
     loaded = load(recipe, overrides)
     from qmedtune import report_tables
     from qmedtune import run as spine
@@ -103,7 +103,7 @@ def report(
     verify: Annotated[bool, typer.Option("--verify", help="Hash every sealed file; name what differs.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Render the report of a run again, or check that nothing in it has changed."""
+    """Render the report again, or verify every hash of a run."""
     from qmedtune import verify as checking
     from qmedtune.report import write_report
 

@@ -1,0 +1,57 @@
+"""`qmedtune bench`: measured against the limit and against installed peers, in one run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, Any
+
+import typer
+
+from qmedtune.cli_common import JsonOption, emit
+
+ContendersOption = Annotated[
+    str | None, typer.Option("--contenders", metavar="A,B", help="Names, the reference first; default: all.")
+]
+RoundsOption = Annotated[int, typer.Option(min=1, help="Rounds, contenders in turn; medians are told.")]
+
+
+def train(
+    shape: Annotated[str, typer.Option(metavar="NAME", help="tiny, 1b, 8b, 13b or 70b.")] = "tiny",
+    contenders: ContendersOption = None,
+    rounds: RoundsOption = 3,
+    results: Annotated[Path | None, typer.Option(metavar="FILE", help="Keep finished rows here; resume.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Training speed beside TRL + PEFT and a bare PyTorch loop."""
+    from qmedtune import bench_train
+
+    job = bench_train.Job(shape=shape)
+    _show(bench_train, bench_train.bench_train(job, _names(contenders, bench_train), rounds, results), as_json)
+
+
+def merge(
+    shape: Annotated[str, typer.Option(metavar="NAME", help="A model shape, e.g. 1.1b.")] = "1.1b",
+    contenders: ContendersOption = None,
+    rounds: RoundsOption = 3,
+    scratch: Annotated[Path | None, typer.Option(metavar="DIR", help="Room for twice the model.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Time and memory of a merge beside PEFT's."""
+    from qmedtune import bench_merge
+
+    names = tuple(_names(contenders, bench_merge))
+    _show(bench_merge, bench_merge.bench_merge(shape, names, rounds, scratch), as_json)
+
+
+def _names(asked: str | None, module: ModuleType) -> list[str]:
+    return asked.split(",") if asked else list(module.CONTENDERS)
+
+
+def _show(module: ModuleType, result: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        return emit(result)
+    from qmedtune import ui
+
+    columns, rows = module.render(result)
+    ui.table(f"bench {result['bench']} on {result['device']}", columns, rows)
