@@ -22,9 +22,9 @@ def token_nll(
 ) -> Tensor:
     """Summed negative log-likelihood, a 0-dim fp32 tensor, differentiable.
 
-    The first three inputs are int64 [rows, length]. `position_ids` restart at every document, which isolates documents from
-    each other in attention; `labels` are -100 where nothing is to be predicted and are shifted by one here. `weights`
-    fp32 [rows, length] scale the loss of each label; None is 1 for all.
+    The first three inputs are int64 [rows, length]. `position_ids` restart at every document, which isolates documents
+    from each other in attention; `labels` are -100 where nothing is to be predicted and are shifted by one here.
+    `weights` fp32 [rows, length] scale the loss of each label; None is 1 for all.
     """
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
     hidden = causal_lm.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
@@ -32,10 +32,7 @@ def token_nll(
     wanted = targets != -100
     picked, targets = hidden[:, :-1][wanted], targets[wanted]
     weight = causal_lm.get_output_embeddings().weight.to(picked.dtype)
-    if picked.is_cuda:
-        nll = _fused_nll(picked, weight, targets)
-    else:
-        nll = _chunked_nll(picked, weight, targets)
+    nll = (_fused_nll if picked.is_cuda else _chunked_nll)(picked, weight, targets)
     return nll.sum() if weights is None else (nll * weights[:, 1:][wanted]).sum()
 
 

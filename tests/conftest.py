@@ -1,0 +1,49 @@
+"""Shared by all tests: no network, a cache of their own, and the micro recipe's data and base, made once."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+ROOT = Path(__file__).parent.parent
+MICRO = ROOT / "recipes" / "micro.yaml"
+
+
+@dataclass(frozen=True)
+class MicroRun:
+    """A run of the micro recipe in which data is packed and nothing is trained yet."""
+
+    folder: Path
+    base: Path
+
+    def inputs(self, stage: str = "01-cpt", **more: Path) -> dict[str, Path]:
+        fixed = {"base": self.base, "tokens": self.folder / "data" / stage}
+        return {**fixed, "validation": self.folder / "data" / "validation", **more}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory):
+    """Built-in bases of the tests are made in, and stay in, a folder of this test session."""
+    folder = os.environ.get("QMEDTUNE_TEST_CACHE") or str(tmp_path_factory.mktemp("cache"))
+    before = os.environ.get("QMEDTUNE_CACHE")
+    os.environ["QMEDTUNE_CACHE"] = folder
+    yield Path(folder)
+    os.environ.pop("QMEDTUNE_CACHE")
+    if before is not None:
+        os.environ["QMEDTUNE_CACHE"] = before
+
+
+@pytest.fixture(scope="session")
+def micro_run(own_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> MicroRun:
+    from qmedtune.loader import load_recipe
+    from qmedtune.run import run
+
+    folder = tmp_path_factory.mktemp("micro") / "run"
+    loaded = load_recipe(MICRO)
+    run(loaded.recipe, loaded.text, folder, offline=True, until="data/01-cpt")
+    base = next((own_cache / "bases").glob("micro-*")) / "01-pretrain" / "model"
+    return MicroRun(folder, base)

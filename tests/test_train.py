@@ -1,0 +1,254 @@
+"""Training is exact: equal settings give equal trajectories, a resumed run is the uninterrupted one, bad steps stop."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import MICRO, MicroRun
+from safetensors.torch import load_file
+
+from qmedtune import interrupt, loss, plan, store, train, trainer
+from qmedtune import model as models
+from qmedtune.errors import RunError
+from qmedtune.loader import load_recipe
+from qmedtune.recipe import Recipe
+
+# TRL's own tolerances for trajectories that must be equal but for rounding: the largest difference of the loss, and the
+# mean of the signed differences, which catches a one-sided bias.
+MAX_DEVIATION, MEAN_DEVIATION = 1e-3, 1e-5
+FP32 = ("model.compute_dtype=float32",)
+
+
+def micro(*settings: str) -> Recipe:
+    recipe, _ = plan.resolve(load_recipe(MICRO, settings).recipe)
+    return recipe
+
+
+def losses(out: Path) -> list[float]:
+    lines = [json.loads(line) for line in (out / train.METRICS).read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def trained(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "adapter" / "adapter_model.safetensors")
+
+
+def run_stage(micro_run: MicroRun, out: Path, *settings: str) -> list[float]:
+    out.mkdir(exist_ok=True)
+    train.train_stage(micro(*FP32, *settings), 0, micro_run.inputs(), out)
+    return losses(out)
+
+
+def assert_equal_trajectories(a: list[float], b: list[float]) -> None:
+    differences = [x - y for x, y in zip(a, b, strict=True)]
+    assert max(map(abs, differences)) <= MAX_DEVIATION
+    assert abs(sum(differences)) / len(differences) <= MEAN_DEVIATION
+
+
+@pytest.fixture(scope="module")
+def whole(micro_run: MicroRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The uninterrupted stage, in fp32, the batch in one piece."""
+    out = tmp_path_factory.mktemp("whole")
+    run_stage(micro_run, out)
+    return out
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["stages[0].cpt.micro_batch=2", "stages[0].cpt.micro_batch=1", "stages[0].cpt.gradient_checkpointing=true"],
+)
+def test_equal_settings_give_equal_trajectories(micro_run: MicroRun, whole: Path, tmp_path: Path, setting: str):
+    assert_equal_trajectories(run_stage(micro_run, tmp_path / "out", setting), losses(whole))
+
+
+def test_kernels_on_and_off_give_equal_trajectories(
+    micro_run: MicroRun, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(models, "install_kernels", lambda model, mode: {})
+    assert_equal_trajectories(run_stage(micro_run, tmp_path / "out"), losses(whole))
+
+
+def stop_after(step: int) -> Callable:
+    """Raise the flag that SIGTERM raises, once this optimiser step is done."""
+    original = train.Loop.on_step_end
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == step:
+            interrupt.stop.signal = 15
+        original(self, args, state, control, **kwargs)
+
+    return on_step_end
+
+
+@pytest.mark.parametrize("step", [1, 3, 5, 6])
+def test_a_resumed_stage_is_bit_identical(
+    micro_run: MicroRun, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Loop, "on_step_end", stop_after(step))
+        with pytest.raises(interrupt.Interrupted):
+            run_stage(micro_run, out)
+    interrupt.stop.signal = None
+    assert trainer.last_intact_checkpoint(out)
+    assert run_stage(micro_run, out) == losses(whole)
+    for name, weights in trained(whole).items():
+        assert torch.equal(weights, trained(out)[name]), name
+
+
+def test_trained_weights_stay_fp32_across_a_resume(
+    micro_run: MicroRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    seen = []
+    original = trainer.QTrainer.training_step
+
+    def spy(self, model, inputs, num_items_in_batch=None):
+        seen.append({p.dtype for p in trainer.trainable(model).values()})
+        return original(self, model, inputs, num_items_in_batch)
+
+    monkeypatch.setattr(trainer.QTrainer, "training_step", spy)
+    monkeypatch.setattr(train.Loop, "on_step_end", stop_after(2))
+    with pytest.raises(interrupt.Interrupted):
+        train.train_stage(micro("model.compute_dtype=bfloat16"), 0, micro_run.inputs(), tmp_path)
+    interrupt.stop.signal = None
+    monkeypatch.setattr(train.Loop, "on_step_end", stop_after(4))
+    with pytest.raises(interrupt.Interrupted):
+        train.train_stage(micro("model.compute_dtype=bfloat16"), 0, micro_run.inputs(), tmp_path)
+    interrupt.stop.signal = None
+    assert len(seen) == 4 and all(dtypes == {torch.float32} for dtypes in seen)
+
+
+def gradients(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    model.train()
+    loss.token_nll(model, **batch).backward()
+    return {name: p.grad.clone() for name, p in trainer.trainable(model).items() if p.grad is not None}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_an_evaluation_in_the_middle_leaves_gradients_alone(micro_run: MicroRun, dtype: str):
+    """bitsandbytes 0.50 on AVX512-BF16 CPUs repacks its linears in eval mode and then trains on wrong gradients."""
+    recipe = micro(f"model.compute_dtype={dtype}")
+    base = models.load_base(micro_run.base, recipe.model)
+    model = models.attach_adapter(base, recipe.adapter, [], continued=True)
+    models.install_kernels(model, "auto")
+    rows = train.PackedRows(micro_run.inputs()["tokens"])
+    batch = trainer.collate([rows[i] for i in range(4)], pad_id=0)
+    del batch["lengths"]
+    with torch.no_grad():  # B starts at zero, which would hide wrong gradients of A
+        for name, weights in trainer.trainable(model).items():
+            if "lora_B" in name:
+                weights.normal_(std=0.02)
+    before = gradients(model, batch)
+    train.mean_loss(model, rows, 0, 4)
+    after = gradients(model, batch)
+    assert before.keys() == after.keys() and len(before) > 10
+    for name, gradient in before.items():
+        assert torch.equal(gradient, after[name]), name
+        assert gradient.abs().max() > 0, name
+
+
+def test_out_of_memory_halves_the_micro_batch_and_keeps_the_step(
+    micro_run: MicroRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    small = run_stage(micro_run, tmp_path / "small", "stages[0].cpt.micro_batch=1")
+    original = trainer.token_nll
+
+    def greedy(model, input_ids, **rest):
+        if len(input_ids) > 1:
+            raise torch.OutOfMemoryError("injected")
+        return original(model, input_ids, **rest)
+
+    monkeypatch.setattr(trainer, "token_nll", greedy)
+    (tmp_path / "large").mkdir()
+    facts = train.train_stage(micro(*FP32), 0, micro_run.inputs(), tmp_path / "large")
+    assert losses(tmp_path / "large") == small
+    assert facts["micro_batch"] == 1 and "out of memory" in facts["warnings"][0]
+
+
+def test_out_of_memory_with_one_row_names_remedies(
+    micro_run: MicroRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def never(*args, **kwargs):
+        raise torch.OutOfMemoryError("injected")
+
+    monkeypatch.setattr(trainer, "token_nll", never)
+    with pytest.raises(RunError, match="gradient_checkpointing"):
+        run_stage(micro_run, tmp_path)
+
+
+@pytest.mark.parametrize("step", [1, 4])
+def test_a_nan_stops_before_the_update(
+    micro_run: MicroRun, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+):
+    out, calls, original = tmp_path / "out", [], trainer.token_nll
+
+    def poisoned(model, input_ids, **rest):
+        value = original(model, input_ids, **rest)
+        calls.append(model.training)
+        return value * float("nan") if model.training and sum(calls) == step else value
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "token_nll", poisoned)
+        with pytest.raises(RunError, match=rf"step {step}: loss is nan.*learning rate"):
+            run_stage(micro_run, out, "save.every=1")
+    checkpoint = trainer.last_intact_checkpoint(out)
+    assert (checkpoint is None) if step == 1 else checkpoint.name == f"checkpoint-{step - 1}"
+    assert run_stage(micro_run, out) == losses(whole)
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "no trainer state": lambda c: (c / "trainer_state.json").unlink(),
+    "truncated trainer state": lambda c: (c / "trainer_state.json").write_text("{"),
+    "no optimizer": lambda c: (c / "optimizer.pt").unlink(),
+    "truncated optimizer": lambda c: (c / "optimizer.pt").write_bytes((c / "optimizer.pt").read_bytes()[:100]),
+    "no scheduler": lambda c: (c / "scheduler.pt").unlink(),
+    "no rng state": lambda c: (c / "rng_state.pth").unlink(),
+    "no weights": lambda c: (c / trainer.WEIGHTS).unlink(),
+    "flipped bit in weights": lambda c: flip(c / trainer.WEIGHTS),
+    "flipped bit in optimizer": lambda c: flip(c / "optimizer.pt"),
+    "no seal": lambda c: (c / store.SEAL).unlink(),
+    "empty folder": lambda c: [p.unlink() for p in c.iterdir()],
+}
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.fixture(scope="module")
+def halfway(micro_run: MicroRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A stage stopped after step 6 with sealed checkpoints 5 and 6."""
+    out = tmp_path_factory.mktemp("halfway") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.Loop, "on_step_end", stop_after(6))
+        with pytest.raises(interrupt.Interrupted):
+            run_stage(micro_run, out)
+    interrupt.stop.signal = None
+    assert {c.name for c in trainer.sealed_checkpoints(out)} == {"checkpoint-5", "checkpoint-6"}
+    return out
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over(halfway: Path, tmp_path: Path, damage: str):
+    shutil.copytree(halfway, tmp_path / "out")
+    DAMAGES[damage](tmp_path / "out" / "checkpoint-6")
+    found = trainer.last_intact_checkpoint(tmp_path / "out")
+    assert found is not None and found.name == "checkpoint-5"
+
+
+def test_resuming_from_the_checkpoint_before_the_damaged_one_gives_the_same_run(
+    micro_run: MicroRun, whole: Path, halfway: Path, tmp_path: Path
+):
+    shutil.copytree(halfway, tmp_path / "out")
+    flip(tmp_path / "out" / "checkpoint-6" / trainer.WEIGHTS)
+    assert run_stage(micro_run, tmp_path / "out") == losses(whole)
+    for name, weights in trained(whole).items():
+        assert torch.equal(weights, trained(tmp_path / "out")[name]), name
