@@ -1,13 +1,13 @@
 """From the fields of a row to {"id", "messages": [{"role", "content"}]}: the instruction schemas of the field.
 
 Alpaca keys, ShareGPT `conversations`, `messages`, prompt/completion pairs, query-answer-choices-gold (Me-LLaMA),
-PubMedQA, MedQA, MedMCQA and emrQA. An Alpaca `input` stays apart as the user message's `input`, because the
-two-form templates print it under its own heading. Only the schema is decided here: no template, no tokens.
+PubMedQA, MedQA and MedMCQA (emrQA comes as Alpaca keys from notes.py). An Alpaca `input` stays apart as the user
+message's `input`, because the two-form templates print it under its own heading. Only the schema is decided here: no
+template, no tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from qmedtune.data.records import as_name, checked, content_id, find_columns
@@ -139,18 +139,3 @@ def _medmcqa(fields: dict[str, Any]) -> list[dict[str, str]]:
     if not isinstance(cop, int) or not 0 <= cop - base < 4:
         raise Unusable("MedMCQA record without an answer")
     return _choice(fields["question"], options, LETTERS[cop - base])  # type: ignore[arg-type]
-
-
-def emrqa_records(note: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """One record per first paraphrase of each answered question of a note (the ~100 others are templates)."""
-    for paragraph in note.get("paragraphs") or []:
-        context = paragraph.get("context", paragraph.get("text"))
-        text = "\n".join(line.rstrip("\r\n") for line in context) if isinstance(context, list) else context
-        for qa in paragraph.get("qas") or []:
-            questions = qa.get("question")
-            question = questions[0] if isinstance(questions, list) and questions else questions
-            answers = [a.get("text") for a in qa.get("answers") or [] if a.get("text")]
-            answer = answers[0] if answers else None
-            answer = ", ".join(answer) if isinstance(answer, list) else answer
-            patient = str(paragraph.get("note_id", note.get("title", "")))
-            yield {"instruction": question, "input": text, "output": answer, "group": patient}

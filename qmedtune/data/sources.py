@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from qmedtune.data import rows, xml
+from qmedtune.data import notes, rows, tables, xml
 from qmedtune.data.files import ARCHIVE_ERRORS, plain_suffix
 from qmedtune.data.instructions import instruction_record
 from qmedtune.data.records import text_record
@@ -30,16 +30,20 @@ SUFFIXES = {
 Reader = Callable[[Path], Iterator[tuple[int, Any]]]
 READERS: dict[str, Reader] = {
     "jsonl": rows.read_jsonl, "json": rows.read_json, "csv": rows.read_csv, "tsv": rows.read_tsv,
-    "text": rows.read_text, "jats": xml.read_jats, "pubmed": xml.read_pubmed,
+    "text": rows.read_text, "jats": xml.read_jats, "pubmed": xml.read_pubmed, "parquet": tables.read_parquet,
+    "mimic_cxr": notes.read_mimic_cxr,
 }  # fmt: skip
+# Schemas in JSON or JSON lines, told apart by their keys; naming them only skips the guess from the extension.
+JSON_SCHEMAS = ("s2orc", "bioc", "emrqa", "pubmedqa", "medqa", "medmcqa")
 LFS_MARK = b"version https://git-lfs.github.com/spec"
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?$")
 VARIABLE = re.compile(r"\$\{(\w+)\}")
 
 
 def source_files(source: SourceSection) -> list[Path]:
-    """The files of a source, sorted; [] for `builtin:`. Raises DataError where one is missing or cannot be data."""
+    """The files of a source, sorted; [] for `builtin:` and Hub ids. Raises DataError for what cannot be data."""
     paths = [source.path] if isinstance(source.path, str) else list(source.path)
-    if all(path.startswith(BUILTIN) for path in paths):
+    if all(path.startswith(BUILTIN) for path in paths) or _is_hub(source):
         return []
     found = [file for path in paths for file in _expand(_with_variables(path), source.format)]
     for file in found:
@@ -62,7 +66,7 @@ def _expand(path: str, format: str) -> list[Path]:
     if here.is_file():
         return [here]
     if here.is_dir():
-        return [here] if format == "huggingface" else _folder(here, format)
+        return _folder(here, format)
     matches = sorted(Path(match) for match in glob.glob(path, recursive=True))
     files = [file for file in matches if file.is_file()]
     if not files:
@@ -100,6 +104,8 @@ def _suffix(file: Path) -> str:
 
 def format_of(file: Path, format: str) -> str:
     """The reader's name for a file: `format:` unless that is `auto`, then its extension and, for .xml, its root."""
+    if format in JSON_SCHEMAS:
+        return "jsonl" if _suffix(file) in (".jsonl", ".ndjson") else "json"
     if format != "auto":
         return format
     known = SUFFIXES.get(_suffix(file))
@@ -118,7 +124,9 @@ def read_records(name: str, source: SourceSection, rejects: Rejects) -> Iterator
     of the record just given; with `max_records` reading
     stops early. PubMed updates replace earlier versions: see `_latest_first`.
     """
-    stream = _builtin_rows(source) if not source_files(source) else _file_rows(source)
+    stream = (
+        _hub_rows(source) if _is_hub(source) else _file_rows(source) if source_files(source) else _builtin_rows(source)
+    )
     shape = instruction_record if source.kind == "instructions" else text_record
     num = 0
     for file, line, fields in stream:
@@ -157,6 +165,21 @@ def _builtin_rows(source: SourceSection) -> Iterator[tuple[str, int, dict[str, A
             yield path, number, fields
 
 
+def _is_hub(source: SourceSection) -> bool:
+    """A Hub id: `format: huggingface`, one `owner/name`, and no such folder here."""
+    if source.format != "huggingface" or not isinstance(source.path, str):
+        return False
+    return bool(HUB_ID.match(source.path)) and not Path(source.path).exists()
+
+
+def _dataset_rows(source: SourceSection) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    paths = [source.path] if isinstance(source.path, str) else source.path
+    for path in paths:
+        stream = tables.read_hub(path) if _is_hub(source) else tables.read_saved(Path(_with_variables(path)))
+        for number, fields in stream:
+            yield path, number, fields
+
+
 def _file_rows(source: SourceSection) -> Iterator[tuple[str, int, Any]]:
     files = source_files(source)
     formats = [format_of(file, source.format) for file in files]
@@ -167,10 +190,27 @@ def _file_rows(source: SourceSection) -> Iterator[tuple[str, int, Any]]:
             continue
         number = 0
         try:
-            for number, fields in READERS[format](file):
-                yield str(file), number, fields
+            for number, fields in _with_answer_base(READERS[format], file):
+                for record in notes.expand(fields, source.kind == "instructions"):
+                    yield str(file), number, record
         except ARCHIVE_ERRORS:
             yield str(file), number + 1, Damaged("archive is truncated or corrupt from here on")
+
+
+def _with_answer_base(reader: Reader, file: Path) -> Iterator[tuple[int, Any]]:
+    """MedMCQA's `cop` counts from 0 or from 1: a file that holds a 4 counts from 1, and is read twice to know it."""
+    stream = reader(file)
+    first = next(stream, None)
+    if first is None:
+        return
+    if not isinstance(first[1], dict) or "cop" not in first[1]:
+        yield first
+        yield from stream
+        return
+    answers = {fields.get("cop") for _, fields in reader(file) if isinstance(fields, dict)}
+    base = 1 if 4 in answers and 0 not in answers else 0
+    for number, fields in reader(file):
+        yield number, {**fields, "_cop_base": base} if isinstance(fields, dict) else fields
 
 
 def _latest_first(files: list[Path]) -> Iterator[tuple[str, int, Any]]:
