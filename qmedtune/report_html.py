@@ -210,9 +210,9 @@ def _data(run: dict) -> Html:
             bar = stacked_bar([(source, part["share"], _color(run, source)) for source, part in parts.items()])
             cards.append(_card(f"Mixture of {stage['name']}", Html(bar + legend(labels) + _mixture(run, stage))))
     mixtures = f'<div class="pair">{"".join(cards)}</div>' if cards else ""
-    records, licences = tables.records(run), tables.sources(run)
-    ledgers = _card(records.title, _table(records)) + _card("Token ledger", _table(tables.tokens(run)))
-    return Html(mixtures + ledgers + (_card(licences.title, _table(licences)) if licences.rows else ""))
+    ledgers = [tables.records(run), tables.tokens(run)]
+    ledgers += [table for table in (tables.findings(run), tables.sources(run)) if table.rows]
+    return Html(mixtures + "".join(_card(table.title, _table(table)) for table in ledgers))
 
 
 def _mixture(run: dict, stage: dict) -> Html:
@@ -278,6 +278,11 @@ def _table(table: Table) -> Html:
 def _kind(position: int, cells: list[str]) -> str:
     """How a column is set: n figures to the right, s short words in one line, w wide text, t other text."""
     longest = max(map(len, cells))
-    if position > 0 and longest < 40 and all(cell[:1].isdigit() or cell[:1] in "+-−–" for cell in cells):
+    if (
+        position > 0
+        and longest < 40
+        and set(cells) != {"–"}
+        and all(cell[:1].isdigit() or cell[:1] in "+-−–" for cell in cells)
+    ):
         return "n"
     return "s" if longest <= 16 else "w" if longest > 30 else "t"

@@ -128,6 +128,20 @@ def records(run: dict) -> Table:
     return Table("Record ledger", columns, rows, note)
 
 
+def findings(run: dict) -> Table:
+    """Counts of what hygiene met in each source: why records went, identifiers by class, benchmark items."""
+    rows: list[Row] = []
+    for name, source in run.get("data", {}).items():
+        rows += [(name, f"record left out: {reason}", _exact(n)) for reason, n in source.get("reasons", {}).items()]
+        if source.get("near_duplicates"):
+            rows.append((name, "near duplicates, among the duplicates", _exact(source["near_duplicates"])))
+        phi = source.get("phi") or {}
+        rows += [(name, f"identifier: {kind} ({phi['mode']})", _exact(n)) for kind, n in phi.get("classes", {}).items()]
+        for task, overlap in source.get("contamination", {}).items():
+            rows.append((name, f"items of {task} found, of {overlap['items']:,}", _exact(len(overlap["found"]))))
+    return Table("Findings", ("Source", "What", "Count"), rows, "" if rows else "Nothing to report.")
+
+
 def sources(run: dict) -> Table:
     rows = [
         (name, source.get("kind", "–"), source.get("license") or "not stated", source.get("terms") or "–")

@@ -74,7 +74,10 @@ def synthetic_run() -> dict:
     return {
         "name": "cpt_then_sft", "status": "finished", "recipe_sha256": "1d" * 32, "seed": 17, "offline": True,
         "stages": [cpt, sft],
-        "data": {name: {"records": records, "sha256": "77" * 32, "kind": kind, "held_out": 58, "license": "Apache-2.0",
+        "data": {name: {"records": records, "sha256": "77" * 32, "kind": kind, "held_out": 58, "reasons": {"no text": 3},
+                        "near_duplicates": 5, "contamination": {"facts": {"items": 240, "found": ["a", "b"]}},
+                        "phi": {"mode": "report", "classes": {"date": 41}} if kind == "clinical" else {},
+                         "license": "Apache-2.0",
                         "terms": "patient data, site agreement" if kind == "clinical" else None}
                  for name, kind in SOURCES.items()},
         "merge": {"path": "merged", "base": "full16", "modules": 21, "kl": 1.43e-5, "top1": 0.9993, "dtype": "bfloat16",
@@ -169,7 +172,9 @@ def test_page_tells_the_figures(tmp_path):
                    "facts: generated answers", "unreadable answers 9 → 2", "chance 0.33", "61.4", "−87.1%", "600,000",
                    "211,380", "3.02×", "550 kept of 600", "16-bit base", "1.4e-05", "0.00087", "1,184",
                    "site agreement",
-                   "2.13.0+cpu", "9f9f9f9f9f9f", "2 warnings", "95% of the records fit", "mix:"):  # fmt: skip
+                   "2.13.0+cpu", "9f9f9f9f9f9f", "2 warnings",
+                   "record left out: no text", "identifier: date (report)41", "items of facts found, of 2402",
+                    "95% of the records fit", "mix:"):  # fmt: skip
         assert figure in page.text, figure
 
 
