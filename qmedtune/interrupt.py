@@ -45,19 +45,20 @@ class Stop:
 
     @contextmanager
     def watching(self, time_limit_s: float | None) -> Iterator[None]:
-        """Handle SIGINT and SIGTERM, and keep the deadline, for the length of the outermost run."""
-        if self._watching:
-            yield
-            return
-        self.signal, self.deadline, self._watching = None, None, True
+        """Handle SIGINT and SIGTERM from the outermost `watching` on; keep the deadline of the one that gives it."""
+        outer_deadline = self.deadline
         if time_limit_s is not None:
             self.deadline = time.monotonic() + time_limit_s
-        before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {}
+        if not self._watching:
+            self.signal, self._watching = None, True
+            before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
         finally:
-            self._watching = False
+            self.deadline = outer_deadline
             for number, handler in before.items():
+                self._watching = False
                 signal.signal(number, handler)
 
     @contextmanager

@@ -1,0 +1,36 @@
+"""SIGKILL at random moments of a whole run; the same command then gives the same weights. 200 by tests/kill.py."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+KILL = Path(__file__).with_name("kill.py")
+
+
+def kills(count: int, seed: int) -> dict:
+    # A process of its own: it forks, which a process with torch's threads running must not.
+    command = [sys.executable, str(KILL), "--kills", str(count), "--seed", str(seed)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+def check(tally: dict, count: int) -> None:
+    assert tally["different"] == []
+    assert tally["half_artefacts"] == []
+    assert tally["same"] == tally["kills"] == count
+    assert tally["polls"] > count
+
+
+def test_ten_kills():
+    check(kills(10, seed=1), 10)
+
+
+@pytest.mark.slow
+def test_two_hundred_kills():
+    check(kills(200, seed=2), 200)
