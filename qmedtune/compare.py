@@ -17,25 +17,28 @@ from qmedtune import statistics, store
 from qmedtune.measure import Row
 from qmedtune.tasks import Item, Task
 
+ModelRows = dict[str, list[Row]]
+"""Rows per model: `base` and `final` in a run, `model` where one is evaluated."""
+
 
 def summarise(task: Task, items: Sequence[Item], rows: Sequence[Row], seed: int) -> dict[str, Any]:
-    """The scores of one model: the main way of answering on top, `generation` beside it."""
+    """The scores of one model. Items with options: by log-likelihood, and under `generation` what the model writes."""
     generated = [row["generation"] for row in rows if "generation" in row]
-    by_options = bool(items[0].options)
-    result = _scores(task, rows if by_options else generated, seed)
-    result["truncated"] = sum(row["truncated"] for row in rows)
-    if by_options:
-        correct = [row["correct"] for row in rows]
-        result["chance"] = float(np.mean([1 / len(item.options) for item in items]))
-        result["per_character"] = _scores(task, [row["normalised"] for row in rows], seed)[task.metric]
-        result["ece"] = statistics.expected_calibration_error([row["confidence"] for row in rows], correct)
-    if generated:
-        answers = _scores(task, generated, seed) if by_options else result
-        answers["unparsed"] = sum(not answer["parsed"] for answer in generated)
-        answers["cut"] = sum(answer["ended"] == "length" for answer in generated)
-        if by_options:
-            result["generation"] = answers
-    return result
+    cut = {"truncated": sum(row["truncated"] for row in rows)}
+    if not items[0].options:
+        return _generated_scores(task, generated, seed) | cut
+    result = _scores(task, rows, seed) | cut
+    result["chance"] = float(np.mean([1 / len(item.options) for item in items]))
+    result["per_character"] = task.aggregate([row["normalised"] for row in rows])[task.metric]
+    confidences, correct = [row["confidence"] for row in rows], [row["correct"] for row in rows]
+    result["ece"] = statistics.expected_calibration_error(confidences, correct)
+    return result | ({"generation": _generated_scores(task, generated, seed)} if generated else {})
+
+
+def _generated_scores(task: Task, answers: Sequence[Row], seed: int) -> dict[str, Any]:
+    """unparsed: answers that could not be read (judged as wrong); cut: answers that had not ended by themselves."""
+    unparsed = sum(not answer["parsed"] for answer in answers)
+    return _scores(task, answers, seed) | {"unparsed": unparsed, "cut": sum(a["ended"] == "length" for a in answers)}
 
 
 def _scores(task: Task, judgements: Sequence[Row], seed: int) -> dict[str, Any]:
@@ -70,11 +73,7 @@ def compare(task: Task, base: Sequence[Row], final: Sequence[Row], seed: int) ->
     return result
 
 
-Rows = dict[str, list[Row]]
-"""Rows per model: `base` and `final` in a run, `model` where one is evaluated."""
-
-
-def task_result(task: Task, measured: Rows, seed: int) -> dict[str, Any]:
+def task_result(task: Task, measured: ModelRows, seed: int) -> dict[str, Any]:
     """`base` and `final` (or the one model that was measured) for the task and each of its facets."""
     result = _entry(task, list(range(len(task.items))), measured, seed)
     facets = dict.fromkeys(item.facet for item in task.items if item.facet)
@@ -84,20 +83,20 @@ def task_result(task: Task, measured: Rows, seed: int) -> dict[str, Any]:
     return result
 
 
-def _entry(task: Task, indices: list[int], measured: Rows, seed: int) -> dict[str, Any]:
+def _entry(task: Task, indices: list[int], measured: ModelRows, seed: int) -> dict[str, Any]:
     items = [task.items[i] for i in indices]
     rows = {label: [rows[i] for i in indices] for label, rows in measured.items()}
     result: dict[str, Any] = {label: summarise(task, items, part, seed) for label, part in rows.items()}
     if rows.keys() >= {"base", "final"}:
-        main = {label: part if items[0].options else [r["generation"] for r in part] for label, part in rows.items()}
+        said = {label: [row["generation"] for row in part if "generation" in row] for label, part in rows.items()}
+        main = rows if items[0].options else said
         result |= compare(task, main["base"], main["final"], seed)
-        if items[0].options and "generation" in rows["base"][0]:
-            said = {label: [row["generation"] for row in part] for label, part in rows.items()}
+        if items[0].options and said["base"]:
             result["generation"] = compare(task, said["base"], said["final"], seed)
     return result
 
 
-def write_items(path: Path, task: Task, measured: Rows) -> None:
+def write_items(path: Path, task: Task, measured: ModelRows) -> None:
     """One line per item: id, gold label, and per model prediction and scores. Options are labels, never source text."""
     lines = []
     for index, item in enumerate(task.items):

@@ -1,4 +1,4 @@
-"""The evaluation step of a run: base against final on the same items, and perplexity of held-out text by domain.
+"""Evaluation of a run (base against final on the same items, perplexity by domain) and of any one model.
 
 A killed evaluation goes on where it was; a task is summed up only when all of its items are there.
 Deliberately absent: scoring (measure.py, scoring.py), intervals (compare.py), benchmarks (tasks/).
@@ -8,22 +8,30 @@ from __future__ import annotations
 
 import gc
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from qmedtune import model as models
 from qmedtune import store
 from qmedtune.compare import task_result, write_items
 from qmedtune.data import templates
 from qmedtune.data.pack import PackedRows
-from qmedtune.data.world import locate
-from qmedtune.measure import Measured, Settings, measure_model
-from qmedtune.recipe import Recipe, TaskSection
-from qmedtune.tasks import Task, load_task
+from qmedtune.data.sources import source_files
+from qmedtune.errors import RecipeError
+from qmedtune.measure import Measured, Settings, measure_model, text_rows
+from qmedtune.open_model import Quantization, locate, open_model, world_of
+from qmedtune.recipe import Recipe, SourceSection, TaskSection
+from qmedtune.scoring import BATCH_TOKENS, max_positions
+from qmedtune.tasks import BUILTIN_TASKS, Task, load_task
 
+TEXTS = "perplexity"
+WINDOW_TOKENS = 2048  # of texts without a packing: 131,072 positions of LLaMA-3.2 would not fit a card
 PARTIAL = "partial"
 
 
@@ -35,7 +43,7 @@ def evaluate_stage(recipe: Recipe, inputs: dict[str, Path], out: Path) -> dict[s
     trained plus its adapters, with `full16` the merged folder. Writes <task>.items.jsonl and evaluation.json below
     `out`, where an interrupted evaluation is continued; returns the content of evaluation.json.
     """
-    tasks = [load_task(section, recipe.seed, _world(recipe)) for section in task_sections(recipe)]
+    tasks = [load_task(section, recipe.seed, world_of(recipe)) for section in task_sections(recipe)]
     held_out = {source: PackedRows(inputs["validation"] / source) for source in recipe.evaluate.perplexity}
     settings = _settings(recipe, inputs)
     measured = {
@@ -68,12 +76,6 @@ def task_sections(recipe: Recipe) -> list[TaskSection]:
     return [TaskSection(task=task) if isinstance(task, str) else task for task in recipe.evaluate.tasks]
 
 
-def _world(recipe: Recipe) -> str:
-    """The built-in world that the recipe's data come from; `tiny` for recipes on other data."""
-    paths = [p for s in recipe.data.values() for p in ([s.path] if isinstance(s.path, str) else s.path)]
-    return next((locate(path)[0].name for path in paths if path.startswith("builtin:")), "tiny")
-
-
 def _settings(recipe: Recipe, inputs: dict[str, Path]) -> Settings:
     template = templates.load(inputs["template"]) if "template" in inputs else templates.default(None, inputs["base"])
     rows, seq_len = recipe.evaluate.batch, recipe.stages[-1].section.seq_len
@@ -83,6 +85,7 @@ def _settings(recipe: Recipe, inputs: dict[str, Path]) -> Settings:
 
 def _base_and_final(recipe: Recipe, inputs: dict[str, Path]) -> Iterator[tuple[str, Any, Any]]:
     """("base" | "final", model in eval mode, tokenizer), one at a time in memory."""
+    disable_progress_bar()
     section = recipe.model.model_copy(update={"attention": "sdpa"})
     full16 = recipe.evaluate.precision == "full16"
     tokenizer = models.load_tokenizer(inputs["base"])
@@ -100,3 +103,91 @@ def _base_and_final(recipe: Recipe, inputs: dict[str, Path]) -> Iterator[tuple[s
         model = models.load_adapters(model, [inputs[name] for name in adapters])
     models.install_kernels(model, section.kernels)
     yield "final", model.eval(), tokenizer
+
+
+# ---- any one model ---------------------------------------------------------------------------------------------------
+
+
+def evaluate_model(
+    name: str,
+    tasks: Sequence[str],
+    *,
+    data: Path | None = None,
+    base: str | None = None,
+    template: str | None = None,
+    out: Path | None = None,
+    limit: int | None = None,
+    generate: bool = True,
+    batch_tokens: int = BATCH_TOKENS,
+    quantization: Quantization | None = None,
+    seed: int = 17,
+    offline: bool = False,
+) -> dict[str, Any]:
+    """Score a base, a finished run, an adapter folder (with `base`) or a merged model.
+
+    tasks: each `task` (read from `data` unless built in) or `task=FILE`; `perplexity` takes a file of texts.
+    out: folder for <out>/evaluation/; with it a killed evaluation is continued and a finished one is not repeated.
+    Returns {"model", "template", "quantization", "tasks": {name: {"model": scores}}, "perplexity": {file: ...}}.
+    """
+    sections, texts = parse_tasks(tasks, data, limit)
+    location = locate(name, base=base, template=template, offline=offline)
+    loaded = [load_task(section, seed, location.world) for section in sections]
+    settings = Settings(location.template, generate, batch_tokens)
+
+    def work(folder: Path) -> dict[str, Any]:
+        opened = open_model(location, quantization)
+        rows = {
+            str(path): text_rows(opened.tokenizer, path, min(max_positions(opened.model), WINDOW_TOKENS))
+            for path in texts
+        }
+        found = measure_model(opened.model, opened.tokenizer, "model", loaded, rows, settings, folder / PARTIAL)
+        result = {"model": name, "template": location.template.name, "quantization": opened.quantization}
+        result |= write_results(loaded, {"model": found}, seed, folder)
+        store.write_json(folder / "evaluation.json", result)
+        shutil.rmtree(folder / PARTIAL, ignore_errors=True)
+        return result
+
+    if out is None:
+        with TemporaryDirectory() as folder:
+            return work(Path(folder))
+    asked = [section.model_dump() for section in sections]
+    files = [_fingerprint(path) for path in (location.base, *location.adapters, *texts)]
+    prompts = [[item.id, item.messages, item.options] for task in loaded for item in task.items]
+    key = store.sha256_json([asked, files, prompts, asdict(location.template), quantization, generate, seed])
+    return _sealed(out, key, work)
+
+
+def _sealed(out: Path, key: str, work: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    """The facts of <out>/evaluation: as they are when sealed with this key, else made or continued now."""
+    folder = out / "evaluation"
+    with store.lock(out):
+        sealed = store.intact(folder, key) or store.complete(folder, out, key)
+        if sealed is None:
+            building = store.begin(folder, out, key, keep_partial=True)
+            sealed = store.publish(building, folder, out, key, work(building))
+        return sealed.facts
+
+
+def _fingerprint(path: Path) -> list[Any]:
+    """Names, sizes and times of a file or of a model folder's files: a changed model is another evaluation."""
+    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file())
+    return [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in files]
+
+
+def parse_tasks(tasks: Sequence[str], data: Path | None, limit: int | None) -> tuple[list[TaskSection], list[Path]]:
+    """`facts`, `pubmedqa` (read from `data`) or `pubmedqa=FILE`; files of `perplexity` come apart, as second result."""
+    sections, texts = [], []
+    for entry in tasks:
+        name, _, given = entry.partition("=")
+        path = given or (str(data) if data and name not in BUILTIN_TASKS else None)
+        if name == TEXTS:
+            texts += source_files(SourceSection(path=_required(path, name), kind="general"))
+        else:
+            sections.append(TaskSection(task=name, path=path, limit=limit))
+    return sections, texts
+
+
+def _required(path: str | None, name: str) -> str:
+    if path is None:
+        raise RecipeError(f"--tasks {name}: no file of texts was given\nwrite {name}=FILE, or add --data FILE")
+    return path

@@ -16,9 +16,13 @@ from typing import Any
 import numpy as np
 
 from qmedtune import store, ui
+from qmedtune.data.rejects import Rejects
+from qmedtune.data.sources import read_records
 from qmedtune.data.templates import Template
+from qmedtune.errors import DataError
 from qmedtune.generation import generate
-from qmedtune.scoring import Perplexity, Progress, Rows, choice_logprobs, perplexity, prompt_texts
+from qmedtune.recipe import SourceSection
+from qmedtune.scoring import Perplexity, Progress, Rows, choice_logprobs, encode, perplexity, prompt_texts
 from qmedtune.tasks import Item, Task
 
 Row = dict[str, Any]
@@ -54,10 +58,10 @@ def measure_model(
     """All tasks and texts. Each result is written to the folder `partial` at once and read from there when it is."""
 
     def rows(task: Task) -> list[Row]:
-        return measure(model, tokenizer, task, settings, f"{task.name}, {label} model")
+        return measure(model, tokenizer, task, settings, f"{task.name}, {label}")
 
     def text(source: str) -> dict[str, Any]:
-        with ui.stage(f"perplexity of {source}, {label} model") as bar:
+        with ui.stage(f"perplexity of {Path(source).name}, {label}") as bar:
             return asdict(perplexity(model, held_out[source], settings.batch_tokens, adding(bar)))
 
     done = {task.name: _kept(partial / f"{label}-{task.name}.json", rows, task) for task in tasks}
@@ -110,3 +114,26 @@ def _choice_row(task: Task, item: Item, sums: list[float], per_character: list[f
         "logprobs": [round(s, 5) for s in sums],
         "confidence": round(float(weights.max() / weights.sum()), 5),
     }
+
+
+def text_rows(tokenizer: Any, path: Path, max_tokens: int) -> list[dict[str, np.ndarray]]:
+    """The texts of a file as rows for `perplexity`: bos + text + eos, long ones in windows of `max_tokens`.
+
+    A window's first token has nothing before it and is not predicted. Damaged records raise DataError.
+    """
+    rejects = Rejects(path.name)
+    texts = [r["text"] for r in read_records(path.name, SourceSection(path=str(path), kind="general"), rejects)]
+    if rejects.counts["rejected"]:
+        reason = rejects.reasons.most_common(1)[0][0]
+        raise DataError(
+            f"{path}: {rejects.counts['rejected']} damaged records ({reason})\nmend the file: all are counted"
+        )
+    documents = [[*ids, tokenizer.eos_token_id] for ids in encode(tokenizer, texts)]
+    windows = [ids[i : i + max_tokens] for ids in documents for i in range(0, len(ids), max_tokens)]
+    return [_row(np.array(window, dtype=np.int64)) for window in windows if len(window) > 1]
+
+
+def _row(ids: np.ndarray) -> dict[str, np.ndarray]:
+    labels = ids.copy()
+    labels[0] = -100
+    return {"input_ids": ids, "labels": labels, "position_ids": np.arange(len(ids))}

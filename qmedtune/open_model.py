@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from qmedtune import base as bases
 from qmedtune import store
 from qmedtune.data import templates
+from qmedtune.data import world as worlds
 from qmedtune.errors import RecipeError
 from qmedtune.machine import this_machine
-from qmedtune.recipe import ModelSection
+from qmedtune.recipe import ModelSection, Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,13 +28,17 @@ Quantization = Literal["nf4", "none"]
 
 @dataclass(frozen=True)
 class Location:
-    """Where a model lies. `adapters` are applied to `base` in order; `kind` is what the user named."""
+    """Where a model lies. `adapters` are applied to `base` in order; `kind` is what the user named.
+
+    world: the built-in world whose facts the model may know (only runs on built-in data know one).
+    """
 
     name: str
     kind: Literal["run", "adapter", "model"]
     base: Path
     adapters: tuple[Path, ...]
     template: templates.Template
+    world: str = "tiny"
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,7 @@ class OpenModel:
     location: Location
     model: Any
     tokenizer: PreTrainedTokenizerBase
+    quantization: Quantization
 
     @property
     def template(self) -> templates.Template:
@@ -75,7 +81,14 @@ def _of_run(name: str, folder: Path) -> Location:
         )
     stages = sorted(path for path in folder.glob("[0-9][0-9]-*") if (path / templates.FILE).is_file())
     template = templates.load(stages[-1]) if stages else _template_beside(merged)
-    return Location(name, "run", merged, (), template)
+    recipe = Recipe.model_validate(json.loads((folder / "run.json").read_text(encoding="utf-8"))["recipe"])
+    return Location(name, "run", merged, (), template, world_of(recipe))
+
+
+def world_of(recipe: Recipe) -> str:
+    """The built-in world that a recipe's data come from; `tiny` for recipes on other data."""
+    paths = [p for s in recipe.data.values() for p in ([s.path] if isinstance(s.path, str) else s.path)]
+    return next((worlds.locate(path)[0].name for path in paths if path.startswith("builtin:")), "tiny")
 
 
 def _of_adapter(name: str, folder: Path, base: str | None, offline: bool) -> Location:
@@ -98,20 +111,20 @@ def _template_beside(folder: Path) -> templates.Template:
 
 def open_model(location: Location, quantization: Quantization | None = None) -> OpenModel:
     """Load it for scoring. Default precision: NF4 under an adapter (as trained), 16 bit for whole models."""
+    from transformers.utils.logging import disable_progress_bar
+
     from qmedtune import model as models
+
+    disable_progress_bar()
 
     machine = this_machine()
     dtype = "bfloat16" if machine.bf16 else "float16" if machine.is_gpu else "float32"
-    section = ModelSection(
-        base=str(location.base),
-        quantization=quantization or ("nf4" if location.adapters else "none"),
-        compute_dtype=dtype,
-        attention="sdpa",
-    )
+    precision = quantization or ("nf4" if location.adapters else "none")
+    section = ModelSection(base=str(location.base), quantization=precision, compute_dtype=dtype, attention="sdpa")
     tokenizer = models.load_tokenizer(location.base)
     model = models.load_base(location.base, section)
     models.check_tokenizer(tokenizer, model, location.base)
     if location.adapters:
         model = models.load_adapters(model, location.adapters)
     models.install_kernels(model, section.kernels)  # type: ignore[arg-type]
-    return OpenModel(location, model.eval(), tokenizer)
+    return OpenModel(location, model.eval(), tokenizer, precision)

@@ -7,11 +7,13 @@ in a small file here and name it below. Nothing is downloaded, and no text of a 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 
+from qmedtune.data.sources import source_files
 from qmedtune.errors import RecipeError
-from qmedtune.recipe import TaskSection
+from qmedtune.recipe import SourceSection, TaskSection
 from qmedtune.tasks import choice
 from qmedtune.tasks.items import Item, Task, checked_items
 
@@ -45,5 +47,11 @@ def load_task(section: TaskSection, seed: int, world: str = "tiny") -> Task:
             f"evaluate.tasks: {section.task} is read from a file\nwrite {{task: {section.task}, path: FILE}}"
         )
     read, make = FILE_TASKS[section.task]
-    path = Path(section.path).expanduser()
-    return make(section.task, checked_items(section.task, path, read(path), section.limit, seed))
+    files = source_files(SourceSection(path=section.path, kind="instructions"))
+    items = [_named(item, file, files) for file in files for item in read(file)]
+    return make(section.task, checked_items(section.task, files[0], items, section.limit, seed))
+
+
+def _named(item: Item, file: Path, files: list[Path]) -> Item:
+    """An item of a benchmark that is one file, or one of several (the subjects of MMLU): then with the file's name."""
+    return item if len(files) == 1 else replace(item, id=f"{file.stem}/{item.id}", facet=item.facet or file.stem)

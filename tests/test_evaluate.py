@@ -1,0 +1,229 @@
+"""The evaluation step and `evaluate_model` on a random Llama-3.2-shaped folder with an adapter."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from llama_folders import llama3_folder, write_adapter
+from transformers import AutoModelForCausalLM
+
+from qmedtune import evaluate, measure, scoring, statistics
+from qmedtune.data import templates
+from qmedtune.data.pack import PackedRows, pack_validation
+from qmedtune.data.prepare import prepare_source
+from qmedtune.data.rejects import Rejects
+from qmedtune.data.sources import read_records
+from qmedtune.errors import DataError, RecipeError
+from qmedtune.recipe import Recipe, SourceSection
+
+REAL = Path(os.environ.get("QMEDTUNE_REAL_DATA", Path(__file__).parents[2] / "shared" / "data"))
+MEDQA = {"question": "Which drug?", "options": {"A": "aspirin", "B": "insulin"}, "answer_idx": "B"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """base/, adapter/ with its template beside it, merged/ (another model), validation/."""
+    torch.set_num_threads(1)
+    root = tmp_path_factory.mktemp("evaluate")
+    base = llama3_folder(root / "base", max_position_embeddings=512)
+    llama3_folder(root / "merged", seed=5, max_position_embeddings=512)
+    write_adapter(base, root / "stage" / "adapter", seed=1, size=0.5)
+    templates.save(templates.load("alpaca"), root / "stage")
+    for name in ("notes", "validation"):
+        (root / name).mkdir()
+    prepare_source(recipe(root), "notes", {}, root / "notes")
+    pack_validation(recipe(root), base, {"notes": root / "notes"}, root / "validation")
+    return root
+
+
+def recipe(root: Path, tasks: list | None = None, **section) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "name": "x",
+            "model": {"base": str(root / "base"), "compute_dtype": "float32"},
+            "data": {
+                "notes": {"path": "builtin:micro/notes", "kind": "clinical", "split_by": "patient", "holdout": 0.3}
+            },
+            "stages": [{"cpt": {"mix": {"notes": 1.0}, "seq_len": 64}}],
+            "evaluate": {"tasks": tasks or ["facts"], "perplexity": ["notes"], "batch": 16, **section},
+        }
+    )
+
+
+def inputs(root: Path) -> dict[str, Path]:
+    return {
+        "base": root / "base",
+        "adapter-1": root / "stage" / "adapter",
+        "merged": root / "merged",
+        "template": root / "stage",
+        "validation": root / "validation",
+    }
+
+
+def items(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def evaluated(folder, tmp_path_factory) -> tuple[dict, Path]:
+    out = tmp_path_factory.mktemp("evaluated")
+    return evaluate.evaluate_stage(recipe(folder), inputs(folder), out), out
+
+
+def test_scores_follow_from_the_items(evaluated):
+    result, out = evaluated
+    facts, lines = result["tasks"]["facts"], items(out / "facts.items.jsonl")
+    assert len(lines) == facts["base"]["n"] == facts["final"]["n"] == 20
+    for label in ("base", "final"):
+        correct = [line[label]["prediction"] == line["gold"] for line in lines]
+        assert facts[label]["accuracy"] == pytest.approx(sum(correct) / 20)
+        assert facts[label]["ci95"] == list(statistics.wilson(sum(correct), 20))
+        assert facts[label]["chance"] == pytest.approx(1 / 20)
+        said = facts[label]["generation"]
+        assert said["n"] == 20 and 0 <= said["unparsed"] <= 20
+    right = {label: [line[label]["correct"] for line in lines] for label in ("base", "final")}
+    paired = statistics.mcnemar(right["base"], right["final"])
+    assert facts["paired"] == {
+        "test": "McNemar exact",
+        "gained": paired.gained,
+        "lost": paired.lost,
+        "p_value": paired.p_value,
+    }
+    assert json.loads((out / "evaluation.json").read_text()) == result
+    assert sorted(path.name for path in out.iterdir()) == ["evaluation.json", "facts.items.jsonl"]
+
+
+def test_facets_divide_the_items(evaluated):
+    facts = evaluated[0]["tasks"]["facts"]
+    assert set(facts["facets"]) == {"treats", "adverse"}
+    for label in ("base", "final"):
+        parts = [part[label] for part in facts["facets"].values()]
+        assert sum(part["n"] for part in parts) == 20
+        assert sum(part["accuracy"] * part["n"] for part in parts) / 20 == pytest.approx(facts[label]["accuracy"])
+
+
+def test_base_and_final_are_different_models_on_the_same_text(evaluated):
+    result, out = evaluated
+    text = result["perplexity"]["notes"]
+    assert text["base"] != text["final"] and text["tokens"] > 100
+    lines = items(out / "facts.items.jsonl")
+    assert all(line["base"]["logprobs"] != line["final"]["logprobs"] for line in lines)
+
+
+def test_full16_evaluates_the_merged_folder(folder, evaluated, tmp_path):
+    result = evaluate.evaluate_stage(recipe(folder, precision="full16"), inputs(folder), tmp_path)
+    nf4, full = evaluated[0]["perplexity"]["notes"], result["perplexity"]["notes"]
+    assert full["base"] != nf4["base"]  # 16-bit weights are not their NF4 values
+    merged = AutoModelForCausalLM.from_pretrained(folder / "merged", dtype=torch.float32).eval()
+    alone = scoring.perplexity(merged, PackedRows(folder / "validation" / "notes"))
+    assert full["final"] == pytest.approx(alone.perplexity, rel=1e-5)
+
+
+def test_killed_evaluation_continues_and_gives_the_same(folder, evaluated, tmp_path, monkeypatch):
+    """Killed in the middle of the final model: the base is not measured again, nothing partial is reported."""
+    calls = []
+
+    def dies(model, tokenizer, task, settings, title, real=measure.measure):
+        calls.append(title)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(model, tokenizer, task, settings, title)
+
+    monkeypatch.setattr(measure, "measure", dies)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.evaluate_stage(recipe(folder), inputs(folder), tmp_path)
+    assert not (tmp_path / "evaluation.json").exists() and not list(tmp_path.glob("*.items.jsonl"))
+    again = evaluate.evaluate_stage(recipe(folder), inputs(folder), tmp_path)
+    assert calls == ["facts, base", "facts, final", "facts, final"]
+    assert again == evaluated[0]
+    assert (tmp_path / "facts.items.jsonl").read_text() == (evaluated[1] / "facts.items.jsonl").read_text()
+
+
+def test_no_text_of_a_source_is_written(folder, tmp_path):
+    path = tmp_path / "q.jsonl"
+    path.write_text(json.dumps({**MEDQA, "question": "Zebrafish complains of quinsy?"}) + "\n")
+    task = {"task": "medqa", "path": str(path)}
+    out = tmp_path / "out"
+    out.mkdir()
+    evaluate.evaluate_stage(recipe(folder, [task]), inputs(folder), out)
+    written = "".join(file.read_text() for file in out.rglob("*") if file.is_file())
+    assert "Zebrafish" not in written and "aspirin" not in written
+    assert items(out / "medqa.items.jsonl")[0]["gold"] == "B"
+
+
+def test_bad_benchmark_stops_before_anything_is_scored(folder, tmp_path):
+    path = tmp_path / "q.jsonl"
+    path.write_text(json.dumps({**MEDQA, "answer_idx": "C"}) + "\n")
+    with pytest.raises(DataError, match=r"q.jsonl:1"):
+        evaluate.evaluate_stage(
+            recipe(folder, ["facts", {"task": "medqa", "path": str(path)}]), inputs(folder), tmp_path
+        )
+    assert [p.name for p in tmp_path.iterdir()] == ["q.jsonl"]
+
+
+# ---- any one model ---------------------------------------------------------------------------------------------------
+
+
+def test_adapter_folder_brings_its_template_and_equals_the_run(folder, evaluated, tmp_path):
+    notes = tmp_path / "notes.jsonl"
+    records = read_records("n", SourceSection(path="builtin:micro/notes", kind="clinical"), Rejects("n"))
+    notes.write_text("".join(json.dumps({"text": record["text"]}) + "\n" for record in list(records)[:5]))
+    result = evaluate.evaluate_model(
+        str(folder / "stage" / "adapter"),
+        ["facts", f"perplexity={notes}"],
+        base=str(folder / "base"),
+        generate=False,
+        limit=8,
+        offline=True,
+    )
+    assert result["template"] == "alpaca" and result["quantization"] == "nf4"
+    assert result["tasks"]["facts"]["model"]["n"] == 8
+    assert "generation" not in result["tasks"]["facts"]["model"]
+    [text] = result["perplexity"].values()
+    assert text["model"] > 1 and text["tokens"] > 50
+
+
+def test_finished_evaluation_is_not_repeated(folder, tmp_path, monkeypatch):
+    def ask() -> dict:
+        return evaluate.evaluate_model(
+            str(folder / "base"), ["facts"], template="alpaca", limit=3, generate=False, out=tmp_path, offline=True
+        )
+
+    first = ask()
+    monkeypatch.setattr(measure, "measure", None)
+    assert ask() == first
+    monkeypatch.undo()
+    assert json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())["tasks"] == first["tasks"]
+
+
+@pytest.mark.parametrize(
+    ("name", "tasks", "message"),
+    [
+        ("base", ["fact"], "did you mean 'facts'"),
+        ("base", ["medqa"], "is read from a file"),
+        ("base", ["perplexity"], "no file of texts"),
+        ("absent", ["facts"], "absent"),
+    ],
+)
+def test_bad_requests_are_refused(folder, name, tasks, message):
+    with pytest.raises(RecipeError, match=message):
+        evaluate.evaluate_model(str(folder / name), tasks, offline=True)
+
+
+def test_unfinished_run_says_what_to_do(tmp_path):
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(RecipeError, match="no merged model yet"):
+        evaluate.evaluate_model(str(tmp_path), ["facts"], offline=True)
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="real data absent")
+def test_real_pubmedqa_on_a_random_model(folder, tmp_path):
+    path = REAL / "eval" / "pubmedqa_train.json"
+    result = evaluate.evaluate_model(
+        str(folder / "base"), [f"pubmedqa={path}"], template="alpaca", limit=5, out=tmp_path, offline=True
+    )
+    scores = result["tasks"]["pubmedqa"]["model"]
+    assert scores["n"] == 5 and scores["chance"] == pytest.approx(1 / 3)
+    assert scores["truncated"] == 5  # 512 positions do not hold an abstract in these 512 tokens: said, not hidden
