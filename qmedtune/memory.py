@@ -24,11 +24,12 @@ CPU_LOGITS = 2**24
 # CUDA context, cuBLAS workspaces (32 MiB on Hopper) and loaded kernels: 0.4 to 0.7 GiB on cards of sm_75 to sm_90,
 # as people report it; not measured by us.
 CUDA_CONTEXT_BYTES = int(0.6 * GIB)
-# What the caching allocator reserves beyond what is allocated: 5 % of all that comes and goes. Assumed.
-FRAGMENTATION = 0.05
-# Resident memory of Python with torch, transformers, peft, trl and datasets imported, before any model. Measured
-# 0.75 GiB with the CPU build of torch 2.13; CUDA libraries and pinned buffers double it (assumed).
-HOST_BASE_BYTES = {"cpu": int(0.8 * GIB), "cuda": int(1.8 * GIB)}
+# What allocators hold beyond what is asked of them, as a share of all that comes and goes: torch's caching allocator
+# 5 % (assumed), glibc 28 % (measured on the CPU: 447 MiB resident for 348 MiB of saved activations).
+FRAGMENTATION = {"cuda": 0.05, "cpu": 0.3}
+# Resident memory of Python with torch, transformers, peft, trl, bitsandbytes and datasets imported, before any model:
+# 593 MiB measured with the CPU build of torch 2.13; with the CUDA libraries and pinned buffers 1.8 GiB (assumed).
+HOST_BASE_BYTES = {"cpu": 600 * MIB, "cuda": int(1.8 * GIB)}
 
 
 @dataclass(frozen=True)
@@ -87,13 +88,33 @@ def weight_bytes(facts: BaseFacts, setup: Setup, *, gpu: bool) -> dict[str, int]
 
 
 def attention_elements(facts: BaseFacts, attention: str) -> int:
-    """Elements per token that attention keeps for its backward pass: q, k, v, output, and the copy o_proj reads.
+    """Elements per token that attention keeps for its backward pass: q, k, v and the output, which o_proj reads.
 
     transformers' sdpa with a mask (isolated documents need one) first repeats k and v to all heads.
     """
     query, key = facts.heads * facts.head_dim, facts.kv_heads * facts.head_dim
     repeated = attention in ("sdpa", "eager")
-    return 3 * query + 2 * (query if repeated else key)
+    return 2 * query + 2 * (query if repeated else key)
+
+
+def score_elements(facts: BaseFacts, setup: Setup) -> int:
+    """Elements per token that attention keeps for scores: eager all of them, sdpa its mask as a bias, both per layer
+    (torch converts the boolean mask at every call); kernels for variable lengths nothing."""
+    return {"eager": facts.heads * setup.seq_len, "sdpa": setup.seq_len}.get(setup.attention, 0)
+
+
+def adapter_copy_bytes(facts: BaseFacts, setup: Setup) -> int:
+    """One layer's adapters as qmedtune_kernels keeps them for the backward pass: stacked, in the compute dtype, the
+    B matrices of q/k/v and gate/up block-diagonal."""
+    if setup.full:
+        return 0
+    copies = 0
+    for group in (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)):
+        inputs = facts.linear_shapes[group[0]][0]
+        outputs = sum(facts.linear_shapes[name][1] for name in group)
+        adapted = sum(name in setup.targets for name in group)
+        copies += adapted * setup.rank * (inputs + outputs)
+    return copies * setup.element_bytes
 
 
 def kept_bytes_per_token(facts: BaseFacts, setup: Setup) -> int:
@@ -104,8 +125,7 @@ def kept_bytes_per_token(facts: BaseFacts, setup: Setup) -> int:
     """
     wide = 4 * facts.hidden + attention_elements(facts, setup.attention) + 4 * facts.intermediate
     lora = 0 if setup.full else len(setup.targets) * setup.rank
-    scores = facts.heads * setup.seq_len if setup.attention == "eager" else 0
-    return (wide + lora + scores) * setup.element_bytes + 4 * (2 + facts.heads)
+    return (wide + lora + score_elements(facts, setup)) * setup.element_bytes + 4 * (2 + facts.heads)
 
 
 def backward_bytes_per_token(facts: BaseFacts, setup: Setup) -> int:
@@ -118,11 +138,13 @@ def activation_bytes(facts: BaseFacts, setup: Setup) -> dict[str, int]:
     kept, stream = kept_bytes_per_token(facts, setup), facts.hidden * setup.element_bytes
     per_layer = stream if setup.checkpointing else kept
     working = backward_bytes_per_token(facts, setup) + (kept if setup.checkpointing else 0)
-    mask = setup.micro_batch * setup.seq_len**2 * (1 + setup.element_bytes) if setup.attention == "sdpa" else 0
+    mask = setup.seq_len if setup.attention == "sdpa" else 0  # one boolean mask for all layers
     ends = 3 * stream  # embedding output, last residual, last norm
+    copies = adapter_copy_bytes(facts, setup)
     return {
-        "activations": setup.tokens * (facts.layers * per_layer + ends) + mask,
-        "layer workspace": setup.tokens * working,
+        "activations": setup.tokens * (facts.layers * per_layer + ends + mask)
+        + (0 if setup.checkpointing else facts.layers * copies),
+        "layer workspace": setup.tokens * working + (copies if setup.checkpointing else 0),
     }
 
 
@@ -133,7 +155,8 @@ def loss_bytes(facts: BaseFacts, setup: Setup, *, gpu: bool) -> int:
     if gpu:
         tile = min(setup.tokens, LOSS_TILE[0]) * min(facts.vocab, LOSS_TILE[1]) * setup.element_bytes
     else:
-        tile = 3 * 4 * min(setup.tokens * facts.vocab, CPU_LOGITS)
+        # Logits in 16 and 32 bits, their log-softmax and the gradients of all three: six fp32 tiles, measured.
+        tile = 6 * 4 * min(setup.tokens * facts.vocab, CPU_LOGITS)
     head = facts.vocab * facts.hidden * (setup.element_bytes + 4) if setup.train_embeddings or setup.full else 0
     return hidden + tile + head
 
@@ -171,7 +194,7 @@ def step_memory(facts: BaseFacts, setup: Setup, *, gpu: bool) -> dict[str, int]:
     parts = {
         **standing,
         **passing,
-        "allocator": int(FRAGMENTATION * sum(passing.values())),
+        "allocator": int(FRAGMENTATION["cuda" if gpu else "cpu"] * sum(passing.values())),
         "CUDA context" if gpu else "Python and libraries": base,
     }
     return {name: size for name, size in parts.items() if size}

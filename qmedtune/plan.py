@@ -1,11 +1,266 @@
-"""The plan of a run, made without loading weights or torch.
+"""The plan of a run, before anything is paid for: stages, tokens, steps, memory, disk and time.
 
-`resolve` and `base_facts` are what the rest of the package takes from here.
+Loads no weights and no torch, reads a few records per source, answers in under 3 s. Everything that is predicted or
+sampled is marked; what is sealed is told exactly. A card or data that are not on this machine are planned for all the
+same, and said to be absent. Deliberately not here: drawing (plan_view.py).
 """
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qmedtune import fit, memory, speed, store, units
+from qmedtune.errors import DataError, DoesNotFit, QmedtuneError
+from qmedtune.estimate import Estimate, count_with, estimate_source
+from qmedtune.machine import CARDS_GIB, GIB, Machine, card_of, this_machine
+from qmedtune.memory import Setup
+from qmedtune.recipe import Recipe, SftSection
 from qmedtune.resolve import resolve
 from qmedtune.shapes import BaseFacts, base_facts
 
-__all__ = ["BaseFacts", "base_facts", "resolve"]
+__all__ = ["BaseFacts", "base_facts", "make_plan", "resolve"]
+
+# Share of a row that packing fills: text is split to fit, whole instruction records leave gaps. Seen on shared text.
+ROW_FILL = {"cpt": 0.99, "pretrain": 0.99, "sft": 0.93}
+# Real bases from this size on are planned for a GPU when none is here.
+GPU_PARAMETERS = 0.5e9
+# Files larger than this in sum are not hashed for the sake of a plan; then the data stages' status is unknown.
+HASHED_BYTES = 256 * 1024**2
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Tokens trained in a stage, +- `spread` (a share; 0 when sealed), in `steps` optimiser steps."""
+
+    trained: int
+    steps: int
+    spread: float
+    note: str = ""
+
+
+def make_plan(recipe: Recipe, run_dir: Path | None = None) -> dict[str, Any]:
+    """Plan `recipe` (as loaded, with its `auto`s) for the machine it is meant for; `run_dir` adds what is cached.
+
+    Returns plain data: {"recipe", "base", "machine", "decisions", "data", "steps", "stages", "host", "disk",
+    "seconds", "notes"}. Raises DoesNotFit (exit 4) for GPU memory, host memory or disk, RecipeError for an unknown
+    base. Sources that are absent here are told in "data" and "notes", not raised.
+    """
+    facts = base_facts(recipe.model)
+    resolved, decisions, machine = _for_its_machine(recipe, facts)
+    estimates = {name: _estimate(resolved, facts, name) for name in resolved.used_sources()}
+    steps, notes = _status(recipe, run_dir, machine, estimates)
+    stages = [
+        _stage(resolved, facts, machine, index, estimates, run_dir, steps) for index in range(len(resolved.stages))
+    ]
+    setups = [fit.setup_of(resolved, index) for index in range(len(resolved.stages))]
+    gpu = machine.is_gpu
+    host = memory.host_memory(facts, setups[-1], gpu=gpu, merge=bool(resolved.merge))
+    disk = _disk(resolved, facts, setups, estimates, stages)
+    plan = {
+        "recipe": recipe.name,
+        "base": {**asdict(facts), "parameters": facts.parameters, "bytes": facts.file_bytes},
+        "machine": asdict(machine),
+        "decisions": decisions,
+        "data": [{"source": name, **asdict(estimate)} for name, estimate in estimates.items()],
+        "steps": steps,
+        "stages": stages,
+        "host": {"parts": host, "needed_bytes": max(host.values()), "there_bytes": machine.host_bytes},
+        "disk": {"parts": disk, "needed_bytes": sum(disk.values()), "free_bytes": _free(run_dir)},
+        "seconds": sum(stage["seconds"] for stage in stages) + speed.merge_seconds(facts),
+        "notes": [*_notes(machine, facts, estimates), *notes],
+    }
+    _check_room(plan, present=machine.present)
+    return plan
+
+
+# ---- the machine -----------------------------------------------------------------------------------------------------
+
+
+def _for_its_machine(recipe: Recipe, facts: BaseFacts) -> tuple[Recipe, list[dict[str, Any]], Machine]:
+    """The resolved recipe and the machine it is planned for: this one; without a GPU here, for a base that wants one,
+    the card that `memory:` states, else the smallest standard card that fits."""
+    here = this_machine()
+    wants_gpu = not facts.builtin and (facts.parameters >= GPU_PARAMETERS or recipe.memory != "auto")
+    if here.is_gpu or not wants_gpu:
+        return *resolve(recipe, here), here
+    bf16 = recipe.model.compute_dtype != "float16"
+    if recipe.memory != "auto":
+        card = card_of(recipe.memory, bf16=bf16)
+        return *resolve(recipe, card), card
+    for gib in CARDS_GIB[:-1]:
+        card = card_of(gib, bf16=bf16)
+        try:
+            resolved, decisions = resolve(recipe, card)
+        except DoesNotFit:
+            continue
+        if not any(fit.choose(facts, resolved, i, card).tight for i in range(len(resolved.stages))):
+            return resolved, decisions, card
+    largest = card_of(CARDS_GIB[-1], bf16=bf16)
+    return *resolve(recipe, largest), largest
+
+
+def _notes(machine: Machine, facts: BaseFacts, estimates: Mapping[str, Estimate]) -> list[str]:
+    notes = []
+    if not machine.present:
+        notes.append(f"no GPU on this machine: planned for {machine.name}; a run here would use the CPU")
+    if machine.is_gpu:
+        notes.append("GPU memory and times are predicted; no GPU has confirmed the prediction yet")
+    if machine.used_bytes > GIB:
+        notes.append(f"other processes hold {units.size(machine.used_bytes)} of the card now; end them before the run")
+    if not facts.builtin and facts.folder is None:
+        fetch = units.size(facts.file_bytes)
+        notes.append(f"{facts.name} is not on this machine: shape from the {facts.source}, {fetch} to fetch")
+    notes += [f"{name}: not found here ({e.missing})" for name, e in estimates.items() if e.missing]
+    return notes
+
+
+# ---- data ------------------------------------------------------------------------------------------------------------
+
+
+def _estimate(recipe: Recipe, facts: BaseFacts, name: str) -> Estimate:
+    source = recipe.data[name]
+    paths = [source.path] if isinstance(source.path, str) else source.path
+    builtin_text = all(path.startswith("builtin:") for path in paths)
+    tokenizer = Path(facts.folder) if facts.folder else None
+    counter, spread = count_with(tokenizer, facts.vocab, builtin_base=facts.builtin, builtin_text=builtin_text)
+    try:
+        return estimate_source(source, counter, spread)
+    except DataError as error:
+        return Estimate(0, 0, 0.0, missing=str(error).splitlines()[0])
+
+
+def _tokens(recipe: Recipe, index: int, estimates: Mapping[str, Estimate]) -> Tokens:
+    """Tokens that stage `index` trains on, by the rules of packing over the estimated sources."""
+    stage = recipe.stages[index]
+    section = stage.section
+    held = {name: estimates[name] for name in stage.sources}
+    absent = [name for name, estimate in held.items() if not estimate.tokens]
+    spread = max((estimate.spread for estimate in held.values()), default=0.0)
+    if isinstance(section, SftSection):
+        trained = float(section.epochs) * sum(estimate.tokens for estimate in held.values())
+    elif absent:
+        trained, spread = (0 if section.tokens == "auto" else section.tokens), 0.0
+    else:
+        from qmedtune.data import mix
+
+        lengths = {n: np.full(max(e.records, 1), e.tokens / max(e.records, 1)) for n, e in held.items()}
+        trained = sum(target.tokens for target in mix.targets(section, lengths).values())
+        spread = 0.02 if section.tokens != "auto" and trained > 0.99 * section.tokens else spread
+    rows = trained / (int(section.seq_len) * ROW_FILL[stage.kind])
+    steps = -(-rows // int(section.batch))
+    return Tokens(round(trained), int(steps), spread, f"without {', '.join(absent)}" if absent else "")
+
+
+def _sealed_tokens(recipe: Recipe, index: int, run_dir: Path | None, steps: list[dict[str, str]]) -> Tokens | None:
+    """The exact ledger of a stage whose packing is sealed and current."""
+    name = f"data/{recipe.stage_names()[index]}"
+    if run_dir is None or not _is_cached(steps, name):
+        return None
+    sealed = store.read_seal(run_dir / name)
+    if sealed is None:
+        return None
+    steps_made = -(-sealed.facts["rows"] // int(recipe.stages[index].section.batch))
+    return Tokens(sealed.facts["tokens"]["trained"], steps_made, 0.0)
+
+
+def _is_cached(steps: list[dict[str, str]], name: str) -> bool:
+    return any(step["name"] == name and step["status"] == "cached" for step in steps)
+
+
+# ---- stages ----------------------------------------------------------------------------------------------------------
+
+
+def _stage(
+    recipe: Recipe, facts: BaseFacts, machine: Machine, index: int, estimates: Mapping[str, Estimate],
+    run_dir: Path | None, steps: list[dict[str, str]],
+) -> dict[str, Any]:  # fmt: skip
+    name, section = recipe.stage_names()[index], recipe.stages[index].section
+    setup = fit.setup_of(recipe, index)
+    tokens = _sealed_tokens(recipe, index, run_dir, steps) or _tokens(recipe, index, estimates)
+    measured = speed.last_tokens_per_s(run_dir, name)
+    tokens_per_s = measured or speed.tokens_per_s(facts, setup, machine)
+    parts = memory.step_memory(facts, setup, gpu=machine.is_gpu)
+    return {
+        "name": name,
+        "kind": recipe.stages[index].kind,
+        **asdict(tokens),
+        "seq_len": setup.seq_len,
+        "batch": section.batch,
+        "micro_batch": setup.micro_batch,
+        "lr": section.lr,
+        "trained_parameters": memory.trained_parameters(facts, setup),
+        "memory": parts,
+        "peak_bytes": sum(parts.values()),
+        "budget_bytes": fit.budget_bytes(machine, recipe),
+        "frees": fit.remedies(facts, setup, gpu=machine.is_gpu)[:4],
+        "tokens_per_s": round(tokens_per_s, 1),
+        "measured": measured is not None,
+        "seconds": 0.0 if _is_cached(steps, name) else round(tokens.trained / tokens_per_s, 1),
+    }
+
+
+def _status(
+    recipe: Recipe, run_dir: Path | None, machine: Machine, estimates: Mapping[str, Estimate]
+) -> tuple[list[dict[str, str]], list[str]]:
+    """Each step as {name, status, why}, and what could not be told."""
+    todo = [{"name": name, "status": "to do", "why": ""} for name in recipe.stage_names()]
+    size = sum(estimate.read_bytes for estimate in estimates.values())
+    if not machine.present or any(estimate.missing for estimate in estimates.values()):
+        return todo, []
+    if size > HASHED_BYTES and not (run_dir and (run_dir / ".hashes.json").is_file()):
+        return todo, [f"{units.size(size)} of data were never hashed here: every step is taken as to do"]
+    from qmedtune import run
+
+    try:
+        return run.status(recipe, run_dir or Path("runs") / recipe.name), []
+    except QmedtuneError as error:
+        return todo, [str(error).splitlines()[0]]
+
+
+# ---- room ------------------------------------------------------------------------------------------------------------
+
+
+def _disk(
+    recipe: Recipe, facts: BaseFacts, setups: list[Setup], estimates: Mapping[str, Estimate], stages: list[dict]
+) -> dict[str, int]:
+    return memory.disk_bytes(
+        facts,
+        setups,
+        keep=recipe.save.keep,
+        merge_dtype=recipe.merge.dtype,
+        text_bytes=sum(estimate.read_bytes for estimate in estimates.values()),
+        tokens=sum(estimate.tokens for estimate in estimates.values()),
+    )
+
+
+def _free(run_dir: Path | None) -> int:
+    place = (run_dir or Path.cwd()).absolute()
+    existing = next(folder for folder in (place, *place.parents) if folder.exists())
+    return shutil.disk_usage(existing).free
+
+
+def _check_room(plan: dict[str, Any], *, present: bool) -> None:
+    """Host memory and disk; GPU memory was checked when the recipe was resolved. A machine that is only planned for
+    is not judged by this one's RAM and disk."""
+    host, disk = plan["host"], plan["disk"]
+    if not present:
+        return
+    if host["needed_bytes"] > host["there_bytes"]:
+        phase = max(host["parts"], key=host["parts"].get)
+        raise DoesNotFit(
+            f"{phase} needs {units.size(host['needed_bytes'])} of host memory, this machine has "
+            f"{units.size(host['there_bytes'])}\nremedy: a smaller base, or a machine with more RAM"
+        )
+    if disk["needed_bytes"] > disk["free_bytes"]:
+        largest = sorted(disk["parts"].items(), key=lambda part: -part[1])[:3]
+        raise DoesNotFit(
+            f"the run needs {units.size(disk['needed_bytes'])} of disk, {units.size(disk['free_bytes'])} are free\n"
+            f"largest: {', '.join(f'{name} {units.size(size)}' for name, size in largest)}\n"
+            "remedy: another --out, save.keep: 1, or a smaller base"
+        )

@@ -2,8 +2,8 @@
 
 What changes results (lengths, batch, learning rates, epochs, intervals) follows from the recipe and the base alone, so
 that a run is the same run on another machine; micro-batch, checkpointing, optimiser precision and compute dtype follow
-from the machine (fit.py). `cpt.tokens` over real text stays `auto`: packing knows how much text there is.
-`model.kernels` and `model.attention` stay `auto` too: they are decided on the device, when the model is loaded.
+from the machine (fit.py). `auto` stays where more must be known: `cpt.tokens` over real text (packing counts it),
+`validate.every` and `save.every` (a share of each stage's steps: train.py), `model.kernels` and `model.attention`.
 """
 
 from __future__ import annotations
@@ -40,12 +40,8 @@ def resolve(recipe: Recipe, machine: Machine | None = None) -> tuple[Recipe, lis
     recipe = recipe.model_copy(update={"model": model, "adapter": adapter})
     for index in range(len(recipe.stages)):
         recipe = _stage(recipe, index, facts, machine, decisions)
-    sections = {
-        "validation": _fill(recipe.validation, "validate", _every(facts, "validate"), decisions),
-        "save": _fill(recipe.save, "save", _every(facts, "save"), decisions),
-        "evaluate": _fill(recipe.evaluate, "evaluate", _evaluation_batch(facts), decisions),
-    }
-    return recipe.model_copy(update=sections), decisions
+    evaluate = _fill(recipe.evaluate, "evaluate", _evaluation_batch(facts), decisions)
+    return recipe.model_copy(update={"evaluate": evaluate}), decisions
 
 
 def _fill(section: S, where: str, proposals: Proposals, decisions: list[dict[str, Any]]) -> S:
@@ -156,15 +152,6 @@ def _embeddings(recipe: Recipe, facts: BaseFacts) -> Proposals:
     rows = 2 * facts.vocab * facts.hidden
     cost = f"trained copies of both embeddings would take {units.size(16 * rows)} with gradients and AdamW states"
     return {"train_embeddings": (False, f"no tokens are added; {cost}")}
-
-
-def _every(facts: BaseFacts, what: str) -> Proposals:
-    steps = {"builtin:micro": 4, "builtin:tiny": 50}.get(facts.name)
-    if steps:
-        return {"every": (steps, f"{facts.name} makes some {'10' if steps == 4 else '300'} steps per stage")}
-    if what == "validate":
-        return {"every": (100, "a validation of 20k tokens per source costs about a step: 1 to 3 % of the time")}
-    return {"every": (50, "at most 50 steps are lost to a power cut; a save writes trained weights only")}
 
 
 def _evaluation_batch(facts: BaseFacts) -> Proposals:

@@ -122,7 +122,7 @@ def _builtin(name: str) -> BaseFacts:
 
     if name not in BUILTIN_VOCAB:
         raise RecipeError(f"model.base: no built-in base {name!r}\nallowed: {', '.join(BUILTIN_VOCAB)}")
-    return facts_from_config(name, tiny.config_dict(BUILTIN_VOCAB[name]), "built-in")
+    return facts_from_config(name, tiny.config_dict(BUILTIN_VOCAB[name]), "package")
 
 
 def cached_snapshot(hub_id: str, revision: str | None) -> Path | None:
