@@ -9,13 +9,13 @@ Deliberately not here: loading, quantising, attention itself (transformers' atte
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import ModulesToSaveWrapper
-from qmedtune_kernels import Adapter, NF4Weight, lora
+from qmedtune_kernels import Adapter, NF4Weight, dispatch, lora
 from qmedtune_kernels.rms_norm import add_rms_norm, rms_norm
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -25,29 +25,44 @@ from transformers.models.llama import modeling_llama as llama
 def install(model: nn.Module, mode: str = "auto") -> dict:
     """Put the kernels under every LLaMA module of `model` (bare or PEFT-wrapped), in place.
 
-    Call it after attaching adapters. Returns the facts for the report: the path of each operation and the number
-    of modules of each kind.
+    Call it after attaching adapters. mode: "auto" (dispatch.py decides), "triton" (ValueError where Triton cannot run)
+    or "reference". Returns facts for the report: the path of each operation and why, the number of modules of each
+    kind, and the linears that keep their own forward, with the reason.
     """
-    dtype = _compute_dtype(model)
+    dtype, device = next((p.dtype, p.device) for p in _norm_weights(model))
+    dispatch.uses_triton(device, mode)
     counts: Counter[str] = Counter()
     for module in list(model.modules()):
-        for original, ours in REPLACED.items():
-            if type(module) is original:
-                module.__class__ = ours
-                counts[original.__name__] += 1
+        if ours := REPLACED.get(type(module)):
+            counts[type(module).__name__] += 1
+            module.__class__ = ours
         if isinstance(module, ModulesToSaveWrapper):
             _compute_in(dtype, module)
+    groups = [group for module in model.modules() for group in _groups(module)]
+    for group in groups:
+        stack_rows(group)
     for module in model.modules():
-        if isinstance(module, LlamaAttention):
-            stack_rows([module.q_proj, module.k_proj, module.v_proj])
-        elif isinstance(module, LlamaMLP):
-            stack_rows([module.gate_proj, module.up_proj])
-    return {"mode": mode, "modules": dict(counts)}
+        if isinstance(module, tuple(REPLACED.values())):
+            module.kernels = dispatch.mode(mode)
+    own = Counter(reason for group in groups if (reason := _obstacle(group)))
+    paths = dispatch.describe(device, mode)
+    return {"mode": dispatch.mode(mode), "paths": paths, "modules": dict(counts), "own_forward": dict(own)}
 
 
-def _compute_dtype(model: nn.Module) -> torch.dtype:
-    """dtype of the hidden states: that of the norms, which nothing quantises or trains apart from the rest."""
-    return next(module.weight.dtype for module in model.modules() if isinstance(module, llama.LlamaRMSNorm))
+def _groups(module: nn.Module) -> list[list[nn.Module]]:
+    """The linears of a module that read one input."""
+    if isinstance(module, LlamaAttention):
+        return [[module.q_proj, module.k_proj, module.v_proj], [module.o_proj]]
+    if isinstance(module, LlamaMLP):
+        return [[module.gate_proj, module.up_proj], [module.down_proj]]
+    return []
+
+
+def _norm_weights(model: nn.Module) -> Iterator[Tensor]:
+    """Nothing quantises norms or trains them apart from the rest: their dtype is that of the hidden states."""
+    for module in model.modules():
+        if isinstance(module, llama.LlamaRMSNorm):
+            yield module.weight
 
 
 # --------------------------------------------------------------------- linears
@@ -86,30 +101,63 @@ def _adjacent(weights: Sequence[Tensor]) -> Tensor | None:
 
 
 def _nf4(linear: nn.Module) -> NF4Weight:
-    """The tensors of a bitsandbytes `Linear4bit` on the GPU."""
+    """The tensors of a bitsandbytes `Linear4bit`; FSDP may store the bytes under another dtype."""
     state = linear.weight.quant_state
     nested = state.state2
     return NF4Weight(
-        packed=linear.weight.data, absmax=state.absmax, blocksize=state.blocksize, shape=tuple(state.shape),
-        code2=nested.code if nested else None, absmax2=nested.absmax if nested else None,
+        packed=linear.weight.data.view(torch.uint8), absmax=state.absmax, blocksize=state.blocksize,
+        shape=tuple(state.shape), code2=nested.code if nested else None, absmax2=nested.absmax if nested else None,
         offset=state.offset if nested else None,
     )  # fmt: skip
 
 
 def _is_nf4(linear: nn.Module) -> bool:
+    """A Linear4bit in bitsandbytes' standard layout: its CPU back end repacks weights for inference."""
     state = getattr(linear.weight, "quant_state", None)
-    return state is not None and state.quant_type == "nf4"
+    repacked = getattr(state, "packing_format_for_cpu", False)
+    return state is not None and state.quant_type == "nf4" and not repacked
 
 
-def _weight(linears: Sequence[nn.Module]) -> Tensor | tuple[NF4Weight, ...] | None:
-    """The stacked frozen weight of `linears`; None when they cannot be used as one."""
-    if len(linears) > 1 and any(linear.bias is not None for linear in linears):
-        return None
-    if all(_is_nf4(linear) for linear in linears):
+def _weight(linears: Sequence[nn.Module]) -> Tensor | tuple[NF4Weight, ...]:
+    """The frozen weights of `linears` as one operand; the caller has seen that `_obstacle` is ""."""
+    if _is_nf4(linears[0]):
         return tuple(_nf4(linear) for linear in linears)
-    if any(type(linear) is not nn.Linear or linear.weight.requires_grad for linear in linears):
+    weight = linears[0].weight if len(linears) == 1 else _adjacent([linear.weight for linear in linears])
+    assert weight is not None
+    return weight
+
+
+def _bias(linears: Sequence[nn.Module]) -> Tensor | None:
+    biases = [linear.bias for linear in linears]
+    if biases[0] is None:
         return None
-    return linears[0].weight if len(linears) == 1 else _adjacent([linear.weight for linear in linears])
+    return biases[0] if len(biases) == 1 else torch.cat(biases)
+
+
+def _obstacle(projections: Sequence[nn.Module]) -> str:
+    """Why these layers are not computed together by our function, or "": asked at every call, reported at install."""
+    bases = [_base(projection) for projection in projections]
+    for layer in (*projections, *bases):
+        if layer._forward_hooks or layer._forward_pre_hooks or "_hf_hook" in vars(layer):
+            return "forward hooks"
+    for layer in projections:
+        if isinstance(layer, LoraLayer):
+            if layer.merged and layer.disable_adapters:
+                return "merged and disabled: PEFT unmerges in its own forward"
+            if any(name in layer.lora_variant or layer.lora_B[name].bias is not None for name in _active(layer)):
+                return "a LoRA variant"
+    if len({base.bias is None for base in bases}) > 1:
+        return "some have a bias, some not"
+    if all(_is_nf4(base) for base in bases):
+        return ""
+    for base in bases:
+        if type(base) is not nn.Linear:
+            return f"a {type(base).__name__} in another format than NF4"
+        if base.weight.requires_grad:
+            return "trained weights"
+    if len(bases) > 1 and _adjacent([base.weight for base in bases]) is None:
+        return "weights were moved apart after installation"
+    return ""
 
 
 def _active(module: nn.Module) -> list[str]:
@@ -117,17 +165,6 @@ def _active(module: nn.Module) -> list[str]:
     if not isinstance(module, LoraLayer) or module.disable_adapters or module.merged:
         return []
     return [name for name in module.active_adapters if name in module.lora_A]
-
-
-def _ours(module: nn.Module) -> bool:
-    """Whether our function may compute this layer: no hooks to run, and plain LoRA, not a variant of it."""
-    if module._forward_hooks or module._forward_pre_hooks or "_hf_hook" in module.__dict__:
-        return False
-    if not isinstance(module, LoraLayer):
-        return True
-    if module.merged and module.disable_adapters:
-        return False  # PEFT unmerges inside its own forward
-    return not any(name in module.lora_variant or module.lora_B[name].bias is not None for name in _active(module))
 
 
 def _drops(module: nn.Module) -> bool:
@@ -139,14 +176,14 @@ def _dropout(module: nn.Module, name: str) -> float:
     return dropout.p if module.training and isinstance(dropout, nn.Dropout) else 0.0
 
 
-def linear(x: Tensor, projections: Sequence[nn.Module]) -> Tensor:
+def linear(x: Tensor, projections: Sequence[nn.Module], path: str) -> Tensor:
     """The projections of one x [..., K], side by side along the last dimension of the result."""
-    bases = [_base(projection) for projection in projections]
-    weight = _weight(bases) if all(_ours(projection) for projection in projections) else None
-    if len(projections) > 1 and (weight is None or any(_drops(projection) for projection in projections)):
-        return torch.cat([linear(x, [projection]) for projection in projections], dim=-1)
-    if weight is None:
+    obstacle = _obstacle(projections)
+    if len(projections) > 1 and (obstacle or any(_drops(projection) for projection in projections)):
+        return torch.cat([linear(x, [projection], path) for projection in projections], dim=-1)
+    if obstacle:
         return projections[0](x)
+    bases = [_base(projection) for projection in projections]
     adapters, dropped, start = [], [], 0
     for projection, base in zip(projections, bases, strict=True):
         for name in _active(projection):
@@ -157,9 +194,9 @@ def linear(x: Tensor, projections: Sequence[nn.Module]) -> Tensor:
             else:
                 adapters.append(adapter)
         start += base.out_features
-    y = lora.linear(x, weight, adapters, bases[0].bias)
+    y = lora.linear(x, _weight(bases), adapters, _bias(bases), path)
     for adapter, p in dropped:
-        y = y + lora.linear(F.dropout(x, p), None, [adapter])
+        y = y + lora.linear(F.dropout(x, p), None, [adapter], path=path)
     return y
 
 
@@ -167,22 +204,29 @@ def linear(x: Tensor, projections: Sequence[nn.Module]) -> Tensor:
 
 
 class LlamaRMSNorm(llama.LlamaRMSNorm):
+    kernels: str
+
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return rms_norm(hidden_states, self.weight, self.variance_epsilon)
+        return rms_norm(hidden_states, self.weight, self.variance_epsilon, self.kernels)
 
 
 class LlamaMLP(llama.LlamaMLP):
+    kernels: str
+
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = linear(x, [self.gate_proj, self.up_proj]).chunk(2, dim=-1)
-        return linear(self.act_fn(gate) * up, [self.down_proj])
+        gate, up = linear(x, [self.gate_proj, self.up_proj], self.kernels).chunk(2, dim=-1)
+        return linear(self.act_fn(gate) * up, [self.down_proj], self.kernels)
 
 
 class LlamaAttention(llama.LlamaAttention):
+    kernels: str
+
     def forward(
         self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs
     ) -> tuple[Tensor, Tensor]:
         shape = hidden_states.shape[:-1]
-        qkv = linear(hidden_states, [self.q_proj, self.k_proj, self.v_proj]).view(*shape, -1, self.head_dim)
+        qkv = linear(hidden_states, [self.q_proj, self.k_proj, self.v_proj], self.kernels)
+        qkv = qkv.view(*shape, -1, self.head_dim)
         heads, kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
         query, key, value = (part.transpose(1, 2) for part in qkv.split((heads, kv_heads, kv_heads), dim=2))
         query, key = llama.apply_rotary_pos_emb(query, key, *position_embeddings)
@@ -195,16 +239,18 @@ class LlamaAttention(llama.LlamaAttention):
             self, query, key, value, attention_mask,
             dropout=self.attention_dropout if self.training else 0.0, scaling=self.scaling, **kwargs,
         )  # fmt: skip
-        return linear(output.reshape(*shape, -1), [self.o_proj]), weights
+        return linear(output.reshape(*shape, -1), [self.o_proj], self.kernels), weights
 
 
 class LlamaDecoderLayer(llama.LlamaDecoderLayer):
     """Keeps the original's name: FSDP wraps by it. Subclassing makes transformers add checkpointing to `forward`."""
 
+    kernels: str
+
     def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
         norm = self.post_attention_layernorm
-        normed, residual = add_rms_norm(attended, hidden_states, norm.weight, norm.variance_epsilon)
+        normed, residual = add_rms_norm(attended, hidden_states, norm.weight, norm.variance_epsilon, self.kernels)
         return residual + self.mlp(normed)
 
 

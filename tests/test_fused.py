@@ -201,3 +201,45 @@ def test_projections_of_one_input_share_memory_and_are_not_copied():
     q, k = attention.q_proj.base_layer.weight, attention.k_proj.base_layer.weight
     assert k.data_ptr() == q.data_ptr() + q.numel() * 4
     assert q.untyped_storage().data_ptr() == k.untyped_storage().data_ptr()
+
+
+def test_facts_name_the_path_and_the_modules():
+    facts = fused.install(tiny())
+    assert facts["mode"] == "auto" and facts["paths"]["lora"] == "reference: cpu is no NVIDIA GPU of sm_75+"
+    assert facts["modules"] == {"LlamaDecoderLayer": 2, "LlamaAttention": 2, "LlamaMLP": 2, "LlamaRMSNorm": 5}
+    assert facts["own_forward"] == {}
+
+
+def test_facts_name_what_keeps_its_own_forward_and_why():
+    model = tiny()
+    layer = model.base_model.model.model.layers[0]
+    layer.mlp.down_proj.register_forward_hook(lambda *_: None)
+    layer.self_attn.o_proj.base_layer.weight.requires_grad_()
+    assert fused.install(model)["own_forward"] == {"forward hooks": 1, "trained weights": 1}
+
+
+def test_full_parameter_training_still_gets_every_gradient(ids):
+    torch.manual_seed(0)
+    stock = LlamaForCausalLM(LlamaConfig(**CONFIG))
+    ours = copy.deepcopy(stock)
+    fused.install(ours)
+    _, grads = step(stock, ids)
+    _, our_grads = step(ours, ids)
+    assert_close(our_grads, grads, 2e-5)
+
+
+def test_unknown_mode_is_refused():
+    with pytest.raises(ValueError, match="kernels: given 'cuda'; allowed auto, triton, reference"):
+        fused.install(tiny(), "cuda")
+
+
+def test_train_evaluate_train_gives_the_same_gradients(ids):
+    """bitsandbytes' CPU linears repack at the first eval forward and then train with wrong gradients; ours must not."""
+    model = tiny(dtype=torch.bfloat16)
+    fused.install(model)
+    _, before = step(model.train(), ids)
+    with torch.no_grad():
+        model.eval()(input_ids=ids)
+    _, after = step(model.train(), ids)
+    for name, grad in before.items():
+        assert torch.equal(grad, after[name])

@@ -180,7 +180,9 @@ def emulate(asm: str, registers: dict[str, np.ndarray]) -> dict[str, np.ndarray]
     def half16(x: np.ndarray, kind: str) -> np.ndarray:
         """The low 16 bits as fp32; the product of two of them is exact in fp32."""
         bits = (x & np.uint32(0xFFFF)).astype(np.uint16)
-        return (bits.astype(np.uint32) << 16).view(np.float32) if kind == "bf16x2" else bits.view(np.float16).astype(np.float32)
+        if kind == "bf16x2":
+            return (bits.astype(np.uint32) << 16).view(np.float32)
+        return bits.view(np.float16).astype(np.float32)
 
     def rn16(x: np.ndarray, kind: str) -> np.ndarray:
         return bits16(x.view(np.float32), torch.bfloat16 if kind == "bf16" else torch.float16).astype(np.uint32)

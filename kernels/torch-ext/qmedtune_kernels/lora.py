@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import nf4
+from . import matmul, nf4
 from .nf4 import NF4Weight
 
 Weight = Tensor | tuple[NF4Weight, ...] | None
@@ -42,11 +42,23 @@ def out_features(weight: Weight, adapters: Sequence[Adapter]) -> int:
     return max(adapter.start + adapter.b.shape[0] for adapter in adapters)
 
 
-def dense(weight: Tensor | tuple[NF4Weight, ...], dtype: torch.dtype) -> Tensor:
-    """W [N, K] in `dtype`. NF4 is decoded into a scratch buffer that the next call overwrites."""
+def _times(x: Tensor, weight: Tensor | tuple[NF4Weight, ...], bias: Tensor | None, path: str) -> Tensor:
+    """X W^T + bias [M, N]; few rows through the fused matmul, else NF4 goes to a scratch buffer and one GEMM."""
     if isinstance(weight, Tensor):
-        return weight
-    return nf4.dequantize_stack(weight, dtype)
+        return F.linear(x, weight, bias)
+    if matmul.choose(x, weight[0], path) != "fused":
+        return F.linear(x, nf4.dequantize_stack(weight, x.dtype, path), bias)
+    parts = [matmul.matmul(x, part, bias if len(weight) == 1 else None, "fused") for part in weight]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+def _times_transposed(dy: Tensor, weight: Tensor | tuple[NF4Weight, ...], path: str) -> Tensor:
+    """dY W [M, K]. A group contracts over all its rows at once, so dX is written once."""
+    if isinstance(weight, Tensor):
+        return dy @ weight
+    if len(weight) == 1 and matmul.choose(dy, weight[0], path) == "fused":
+        return matmul.matmul_backward(dy, weight[0], "fused")
+    return dy @ nf4.dequantize_stack(weight, dy.dtype, "triton" if path == "fused" else path)
 
 
 def stack_a(adapters: Sequence[Adapter], dtype: torch.dtype) -> Tensor:
@@ -77,22 +89,22 @@ def _mm32(a: Tensor, b: Tensor) -> Tensor:
 
 
 class _Linear(torch.autograd.Function):
-    """Positional: x [M, K], weight, bias, layout = ((scaling, start), ...), then A_1, B_1, A_2, B_2, ..."""
+    """Positional: x [M, K], weight, bias, layout = ((scaling, start), ...), path, then A_1, B_1, A_2, B_2, ..."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Weight, bias: Tensor | None, layout, *ab: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Weight, bias: Tensor | None, layout, path: str, *ab: Tensor) -> Tensor:
         adapters = [Adapter(ab[2 * i], ab[2 * i + 1], *where) for i, where in enumerate(layout)]
-        y = None if weight is None else F.linear(x, dense(weight, x.dtype), bias)
+        y = None if weight is None else _times(x, weight, bias, path)
         kept_x = a = b = xa = None
         if adapters:
             a, b = stack_a(adapters, x.dtype), stack_b(adapters, out_features(weight, adapters), x.dtype)
             xa = x @ a.t()
             y = xa @ b.t() if y is None else y.addmm_(xa, b.t())
-            kept_x = x if any(ctx.needs_input_grad[4::2]) else None
+            kept_x = x if any(ctx.needs_input_grad[5::2]) else None
         assert y is not None
         kept_weight = weight if isinstance(weight, Tensor) else None
-        ctx.save_for_backward(kept_x, xa if any(ctx.needs_input_grad[5::2]) else None, a, b, kept_weight)
-        ctx.nf4 = None if isinstance(weight, Tensor) else weight
+        ctx.save_for_backward(kept_x, xa if any(ctx.needs_input_grad[6::2]) else None, a, b, kept_weight)
+        ctx.path, ctx.nf4 = path, None if isinstance(weight, Tensor) else weight
         ctx.adapters = [(*where, *b.shape) for where, b in zip(layout, ab[1::2], strict=True)]
         return y
 
@@ -105,13 +117,13 @@ class _Linear(torch.autograd.Function):
         dxa = dy @ b if b is not None else None
         dx = None
         if needs[0]:
-            dx = None if weight is None else dy @ dense(weight, dy.dtype)
+            dx = None if weight is None else _times_transposed(dy, weight, ctx.path)
             if dxa is not None:
                 dx = dxa @ a if dx is None else dx.addmm_(dxa, a)
         da = _mm32(dxa.t(), x) if x is not None else None
         db = _mm32(dy.t(), xa) if xa is not None else None
         dbias = dy.float().sum(0) if needs[2] else None
-        return dx, None, dbias, None, *_split(ctx.adapters, da, db, needs[4:])
+        return dx, None, dbias, None, None, *_split(ctx.adapters, da, db, needs[5:])
 
 
 def _split(adapters, da: Tensor | None, db: Tensor | None, needs: Sequence[bool]):
@@ -123,21 +135,44 @@ def _split(adapters, da: Tensor | None, db: Tensor | None, needs: Sequence[bool]
         column += r
 
 
-def linear(x: Tensor, weight: Weight, adapters: Sequence[Adapter] = (), bias: Tensor | None = None) -> Tensor:
+def _check(x: Tensor, weight: Weight, adapters: Sequence[Adapter], bias: Tensor | None) -> None:
+    rows, columns = out_features(weight, adapters), x.shape[-1]
+    if isinstance(weight, Tensor) and (weight.dtype != x.dtype or weight.shape[1] != columns):
+        raise ValueError(
+            f"weight: given {tuple(weight.shape)} {weight.dtype}; allowed [N, {columns}] {x.dtype}, as x is"
+        )
+    if isinstance(weight, tuple) and any(part.shape[1] != columns for part in weight):
+        raise ValueError(f"weight: given {[part.shape for part in weight]}; allowed [N, {columns}], as x is")
+    for adapter in adapters:
+        (r, k), (n, r2) = adapter.a.shape, adapter.b.shape
+        if k != columns or r != r2 or adapter.start + n > rows:
+            raise ValueError(
+                f"adapters: given A [{r}, {k}], B [{n}, {r2}] at {adapter.start}; "
+                f"allowed A [r, {columns}], B [n, r] with start + n <= {rows}"
+            )
+    if bias is not None and bias.shape != (rows,):
+        raise ValueError(f"bias: given {tuple(bias.shape)}; allowed ({rows},)")
+
+
+def linear(
+    x: Tensor, weight: Weight, adapters: Sequence[Adapter] = (), bias: Tensor | None = None, path: str = "auto"
+) -> Tensor:
     """Y = X W^T + bias + sum_i s_i (X A_i^T) B_i^T, differentiable in x, bias, A and B.
 
     x [..., K] bf16, fp16 or fp32; weight: a dense [N, K] in x's dtype, NF4 weights to be stacked along N, or None for
     the LoRA part alone (dropout: add `linear(dropout(x), None, [adapter])` to the rest); returns [..., N] in x's dtype.
-    Under autocast x is first cast to the autocast dtype.
+    Under autocast x is first cast to the autocast dtype. path: "auto", "triton" or "reference" (dispatch.py),
+    or "fused": the fused matmul whatever the number of rows (a group's backward still dequantises).
+    Raises ValueError where shapes, dtypes or devices do not fit.
     """
     device = x.device.type
     if torch.is_autocast_enabled(device):
         x = x.to(torch.get_autocast_dtype(device))
         with torch.autocast(device, enabled=False):
-            return linear(x, weight, adapters, bias)
-    if isinstance(weight, Tensor) and weight.dtype != x.dtype:
-        raise ValueError(f"linear: x is {x.dtype}, weight is {weight.dtype}; both must have the same dtype")
+            return linear(x, weight, adapters, bias, path)
+    _check(x, weight, adapters, bias)
+    bias = bias if bias is None else bias.to(x.dtype)
     layout = tuple((adapter.scaling, adapter.start) for adapter in adapters)
     tensors = [tensor for adapter in adapters for tensor in (adapter.a, adapter.b)]
-    y = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias, layout, *tensors)
+    y = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias, layout, path, *tensors)
     return y.view(*x.shape[:-1], y.shape[-1])

@@ -41,7 +41,7 @@ def matmul(x: Tensor, weight: NF4Weight, bias: Tensor | None = None, path: str =
         raise ValueError(
             f"bias: given {tuple(bias.shape)} on {bias.device}; allowed ({weight.shape[0]},) on {x.device}"
         )
-    match _path(x, weight, path):
+    match choose(x, weight, path):
         case "reference":
             return reference(x, weight, bias)
         case "dequantize":
@@ -52,7 +52,7 @@ def matmul(x: Tensor, weight: NF4Weight, bias: Tensor | None = None, path: str =
 def matmul_backward(dy: Tensor, weight: NF4Weight, path: str = "auto") -> Tensor:
     """dX [M, K] = dY [M, N] W, in dY's dtype; paths and errors as `matmul`."""
     _check(dy, weight, "dy", weight.shape[0])
-    match _path(dy, weight, path):
+    match choose(dy, weight, path):
         case "reference":
             return reference_backward(dy, weight)
         case "dequantize":
@@ -75,7 +75,8 @@ def _check(x: Tensor, weight: NF4Weight, name: str, columns: int) -> None:
         )
 
 
-def _path(x: Tensor, weight: NF4Weight, path: str) -> str:
+def choose(x: Tensor, weight: NF4Weight, path: str) -> str:
+    """"reference", "fused" or "dequantize" for this x (or dy); see `matmul`."""
     if path == "fused":
         if not fits(weight):
             raise ValueError(
@@ -202,7 +203,8 @@ def tile(rows: int, arch: int, blocksize: int, forward: bool) -> dict[str, int |
         bn, bk = (128, 64) if bm <= 32 else (64, 128)  # 64 x 128 spills at M <= 16 on sm_90
         return {"BM": bm, "BN": bn, "BK": bk, **pipeline, "num_stages": 3}
     few = bm <= 32
-    return {"BM": bm, "BN": 128, "BK": min(64, blocksize), "SWAP": not few and arch in (90, 100), "POST": few, **pipeline}
+    swap = not few and arch in (90, 100)
+    return {"BM": bm, "BN": 128, "BK": min(64, blocksize), "SWAP": swap, "POST": few, **pipeline}
 
 
 def splits(tiles: int, steps: int, processors: int) -> int:

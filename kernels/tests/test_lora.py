@@ -1,0 +1,228 @@
+"""lora.linear against float64: every gradient, groups, stacks, dtypes, paths, autocast, checkpointing."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from qmedtune_kernels import Adapter, lora, nf4
+from torch.utils.checkpoint import checkpoint
+
+TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 6e-4, torch.float32: 2e-5}
+WIDTHS = (64, 32, 32)  # q, k, v of grouped-query attention
+
+
+def quantize(n, k, device="cpu"):
+    import bitsandbytes.functional as bnb
+
+    w = torch.randn(n, k, device=device) / k**0.5
+    packed, state = bnb.quantize_4bit(w, quant_type="nf4", compress_statistics=True)
+    two = state.state2
+    return nf4.NF4Weight(packed, state.absmax, 64, (n, k), two.code, two.absmax, state.offset)
+
+
+def adapters(widths, k, r=8, device="cpu", grad=True):
+    starts = [sum(widths[:i]) for i in range(len(widths))]
+    return [
+        Adapter(
+            (torch.randn(r, k, device=device) / k**0.5).requires_grad_(grad),
+            torch.randn(n, r, device=device).requires_grad_(grad), 1.7, start,
+        )
+        for n, start in zip(widths, starts, strict=True)
+    ]  # fmt: skip
+
+
+def exact(x, w, pairs, bias, dy):
+    """float64: y and the gradients of x and of every A, B."""
+    leaves = [x.detach().double().requires_grad_()]
+    for adapter in pairs:
+        leaves += [adapter.a.detach().double().requires_grad_(), adapter.b.detach().double().requires_grad_()]
+    y = leaves[0] @ w.double().t() + (0 if bias is None else bias.double())
+    columns = []
+    for adapter, a, b in zip(pairs, leaves[1::2], leaves[2::2], strict=True):
+        delta = adapter.scaling * (leaves[0] @ a.t()) @ b.t()
+        rest = y.shape[-1] - adapter.start - delta.shape[-1]
+        columns.append(torch.nn.functional.pad(delta, (adapter.start, rest)))
+    y = y + sum(columns) if columns else y
+    return y.detach(), torch.autograd.grad(y, leaves, dy.double())
+
+
+def relative_error(actual, expected) -> float:
+    return float((actual.detach().double() - expected).norm() / expected.norm())
+
+
+def check(x, weight, w, pairs, bias, dtype, path):
+    x = x.detach().requires_grad_()
+    dy = torch.randn(*x.shape[:-1], w.shape[0], device=x.device).to(dtype)
+    y = lora.linear(x, weight, pairs, bias, path)
+    y.backward(dy)
+    wanted_y, grads = exact(x, w, pairs, bias, dy)
+    assert y.dtype == x.grad.dtype == dtype
+    # three roundings on the way (A, B and X A^T), where a plain product has one
+    assert relative_error(y, wanted_y) <= 1.5 * TOLERANCE[dtype]
+    leaves = [x] + [tensor for adapter in pairs for tensor in (adapter.a, adapter.b)]
+    for leaf, wanted in zip(leaves, grads, strict=True):
+        assert leaf.grad.dtype == leaf.dtype
+        assert relative_error(leaf.grad, wanted) <= 1.5 * TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("widths", [WIDTHS, (96,)])
+def test_dense_weight_all_gradients(widths, dtype):
+    w = (torch.randn(sum(widths), 64) / 8).to(dtype)
+    x, bias = torch.randn(2, 9, 64).to(dtype), torch.randn(sum(widths)).to(dtype)
+    check(x, w, w, adapters(widths, 64), bias, dtype, "auto")
+
+
+@pytest.mark.parametrize("path", ["reference", "triton", "fused"])
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("widths", [WIDTHS, (96,)])
+def test_nf4_weights_all_gradients(widths, dtype, path, device):
+    weights = tuple(quantize(n, 128, device) for n in widths)
+    w = torch.cat([nf4.dequantize_reference(weight, torch.float32) for weight in weights])
+    x = torch.randn(2, 5, 128, device=device).to(dtype)
+    check(x, weights, w, adapters(widths, 128, device=device), None, dtype, path)
+
+
+@pytest.mark.slow
+@settings(deadline=None, max_examples=40)
+@given(
+    m=st.integers(1, 30), widths=st.lists(st.integers(1, 70), min_size=1, max_size=3), blocks=st.integers(1, 3),
+    r=st.integers(1, 9), dtype=st.sampled_from(list(TOLERANCE)), path=st.sampled_from(["reference", "triton", "fused"]),
+)  # fmt: skip
+def test_any_shape(m, widths, blocks, r, dtype, path):
+    weights = tuple(quantize(n, 64 * blocks) for n in widths)
+    w = torch.cat([nf4.dequantize_reference(weight, torch.float32) for weight in weights])
+    check(torch.randn(m, 64 * blocks).to(dtype), weights, w, adapters(widths, 64 * blocks, r), None, dtype, path)
+
+
+def test_frozen_and_active_adapters_on_the_same_rows():
+    w = torch.randn(48, 32)
+    frozen, active = adapters((48,), 32, grad=False)[0], adapters((48,), 32, r=3)[0]
+    x = torch.randn(5, 32, requires_grad=True)
+    dy = torch.randn(5, 48)
+    lora.linear(x, w, [frozen, active]).backward(dy)
+    _, (dx, _, _, da, db) = exact(x, w, [frozen, active], None, dy)
+    assert frozen.a.grad is None and frozen.b.grad is None
+    for actual, wanted in ((x.grad, dx), (active.a.grad, da), (active.b.grad, db)):
+        assert relative_error(actual, wanted) <= 2e-5
+
+
+def test_without_a_weight_it_is_the_adapter_alone():
+    x, pair = torch.randn(4, 32), adapters((48,), 32)
+    wanted, _ = exact(x, torch.zeros(48, 32), pair, None, torch.zeros(4, 48))
+    assert relative_error(lora.linear(x, None, pair), wanted) <= 2e-5
+
+
+def test_only_what_is_needed_is_saved():
+    w, pair = torch.randn(48, 32), adapters((48,), 32)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
+        lora.linear(torch.randn(1000, 32, requires_grad=True), w, pair)
+        assert sorted(saved) == [(8, 32), (48, 8), (48, 32), (1000, 8), (1000, 32)]
+        saved.clear()
+        lora.linear(torch.randn(1000, 32, requires_grad=True), w, adapters((48,), 32, grad=False))
+        assert (1000, 32) not in saved and (1000, 8) not in saved
+
+
+def test_autocast_computes_in_the_autocast_dtype():
+    w, pair = torch.randn(48, 32).bfloat16(), adapters((48,), 32)
+    x = torch.randn(4, 32, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = lora.linear(x, w, pair)
+    y.float().sum().backward()
+    assert y.dtype == torch.bfloat16 and x.grad.dtype == pair[0].a.grad.dtype == torch.float32
+    assert torch.equal(y, lora.linear(x.bfloat16(), w, pair))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed_gradients_are_the_same_bits(reentrant):
+    w, pair = torch.randn(48, 32), adapters((48,), 32)
+    x = torch.randn(4, 32, requires_grad=True)
+    lora.linear(x, w, pair).square().sum().backward()
+    plain = [t.grad.clone() for t in (x, pair[0].a, pair[0].b)]
+    for t in (x, pair[0].a, pair[0].b):
+        t.grad = None
+    checkpoint(lambda x: lora.linear(x, w, pair), x, use_reentrant=reentrant).square().sum().backward()
+    for t, wanted in zip((x, pair[0].a, pair[0].b), plain, strict=True):
+        assert torch.equal(t.grad, wanted)
+
+
+def test_gradients_accumulate_in_fp32():
+    w, pair = torch.randn(48, 32).bfloat16(), adapters((48,), 32)[0]
+    for _ in range(2):
+        lora.linear(torch.ones(4, 32).bfloat16(), w, [pair]).sum().backward()
+    twice = pair.b.grad.clone()
+    pair.b.grad = None
+    lora.linear(torch.ones(4, 32).bfloat16(), w, [pair]).sum().backward()
+    assert torch.equal(twice, 2 * pair.b.grad)
+
+
+def test_no_rows():
+    pair = adapters((48,), 32)
+    y = lora.linear(torch.empty(0, 32, requires_grad=True), torch.randn(48, 32), pair)
+    y.sum().backward()
+    assert y.shape == (0, 48) and not pair[0].a.grad.any()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weight": torch.randn(48, 31)}, "^weight: given"),
+        ({"weight": torch.randn(48, 32).half()}, "^weight: given"),
+        ({"weight": (quantize(48, 64),)}, "^weight: given"),
+        ({"bias": torch.zeros(47)}, "^bias: given"),
+        ({"adapters": [replace(adapters((48,), 32)[0], start=1)]}, "^adapters: given"),
+        ({"adapters": adapters((48,), 31)}, "^adapters: given"),
+    ],
+)
+def test_misfits_are_named(changes, message):
+    arguments = {"weight": torch.randn(48, 32), "adapters": [], "bias": None, **changes}
+    with pytest.raises(ValueError, match=message):
+        lora.linear(torch.randn(4, 32), **arguments)
+
+
+@pytest.mark.parametrize("steps", [8, pytest.param(50, marks=pytest.mark.slow)])
+def test_training_with_kernels_and_references_gives_the_same_losses(steps, device):
+    """A tiny LLaMA with NF4 linears and r=4 adapters, fp32: maximum and mean loss deviation within TRL's tolerances."""
+    losses = {path: torch.tensor(_train(path, steps, device)) for path in ("reference", "triton")}
+    deviation = (losses["reference"] - losses["triton"]).abs()
+    assert losses["triton"][-1] < 0.8 * losses["triton"][0]
+    assert deviation.max() <= 1e-3 and deviation.mean() <= 1e-5
+
+
+def _train(mode: str, steps: int, device: torch.device) -> list[float]:
+    import bitsandbytes as bnb
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from qmedtune import fused
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=40,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    for parent in [model.model.layers[0].self_attn, model.model.layers[0].mlp]:
+        for name, linear in list(parent.named_children()):
+            if isinstance(linear, torch.nn.Linear):
+                four = bnb.nn.Linear4bit(
+                    linear.in_features, linear.out_features, False, torch.float32, True, "nf4"
+                )
+                four.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4", module=four)
+                setattr(parent, name, four.to(device))
+    model = get_peft_model(model.to(device), LoraConfig(r=4, lora_alpha=16, target_modules="all-linear"))
+    facts = fused.install(model, mode)
+    assert not facts["own_forward"]
+    ids = torch.randint(0, 40, (1, 12), device=device)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(steps):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
