@@ -74,7 +74,8 @@ def synthetic_run() -> dict:
     return {
         "name": "cpt_then_sft", "status": "finished", "recipe_sha256": "1d" * 32, "seed": 17, "offline": True,
         "stages": [cpt, sft],
-        "data": {name: {"records": records, "sha256": "77" * 32, "kind": kind, "held_out": 58, "reasons": {"no text": 3},
+        "data": {name: {"records": records, "sha256": "77" * 32, "kind": kind, "held_out": 58,
+                        "reasons": {"no text": 3},
                         "near_duplicates": 5, "contamination": {"facts": {"items": 240, "found": ["a", "b"]}},
                         "phi": {"mode": "report", "classes": {"date": 41}} if kind == "clinical" else {},
                          "license": "Apache-2.0",
