@@ -7,17 +7,19 @@ where that is possible. Nothing here decodes text or knows a format, and nothing
 from __future__ import annotations
 
 import gzip
+import io
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, cast
 
+import zstandard
+
 from qmedtune.data.rejects import Damaged
-from qmedtune.errors import DataError
 
 # The longest full-text article of the PMC open-access subset is about 5 MB of XML; a longer line is a broken file.
 MAX_RECORD_BYTES = 8 << 20
-ARCHIVE_ERRORS = (EOFError, zlib.error, gzip.BadGzipFile)
+ARCHIVE_ERRORS = (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError)
 
 
 def open_bytes(path: Path) -> IO[bytes]:
@@ -25,16 +27,9 @@ def open_bytes(path: Path) -> IO[bytes]:
     if path.suffix == ".gz":
         return cast(IO[bytes], gzip.open(path, "rb"))
     if path.suffix == ".zst":
-        return _open_zst(path)
+        frames = zstandard.ZstdDecompressor().stream_reader(path.open("rb"), read_across_frames=True, closefd=True)
+        return io.BufferedReader(cast(io.RawIOBase, frames))
     return path.open("rb")
-
-
-def _open_zst(path: Path) -> IO[bytes]:
-    try:
-        import zstandard  # type: ignore[import-not-found]
-    except ImportError as error:
-        raise DataError(f"{path}: reading .zst needs the zstandard package\npip install zstandard") from error
-    return zstandard.open(path, "rb")
 
 
 def plain_suffix(path: Path) -> str:

@@ -124,9 +124,10 @@ def read_records(name: str, source: SourceSection, rejects: Rejects) -> Iterator
     of the record just given; with `max_records` reading
     stops early. PubMed updates replace earlier versions: see `_latest_first`.
     """
-    stream = (
-        _hub_rows(source) if _is_hub(source) else _file_rows(source) if source_files(source) else _builtin_rows(source)
-    )
+    if source.format == "huggingface":
+        stream = _dataset_rows(source)
+    else:
+        stream = _file_rows(source) if source_files(source) else _builtin_rows(source)
     shape = instruction_record if source.kind == "instructions" else text_record
     num = 0
     for file, line, fields in stream:
