@@ -56,11 +56,18 @@ def _builtin(name: str) -> Base:
 
     if name not in DEFAULTS:
         raise RecipeError(f"model.base: no built-in base {name!r}\nallowed: {', '.join(DEFAULTS)}")
+    return Base(name, _builtin_digest(name), lambda: _made(name, builtin_folder(name)))
+
+
+def _builtin_digest(name: str) -> str:
     package = Path(__file__).parent
     sources = {p: store.sha256_file(package / p) for p in ("tiny.py", "data/world.py")}
-    digest = store.sha256_json({"base": name, **sources})
-    folder = store.cache_root() / "bases" / f"{name.removeprefix(BUILTIN)}-{digest[:16]}"
-    return Base(name, digest, lambda: _made(name, folder))
+    return store.sha256_json({"base": name, **sources})
+
+
+def builtin_folder(name: str) -> Path:
+    """Where a built-in base is kept once it is made."""
+    return store.cache_root() / "bases" / f"{name.removeprefix(BUILTIN)}-{_builtin_digest(name)[:16]}"
 
 
 def _made(name: str, folder: Path) -> Path:

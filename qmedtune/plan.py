@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from qmedtune import fit, memory, speed, store, units
+from qmedtune import base, fit, memory, speed, store, units
 from qmedtune.errors import DataError, DoesNotFit, QmedtuneError
 from qmedtune.estimate import Estimate, count_with, estimate_source
 from qmedtune.machine import CARDS_GIB, GIB, Machine, card_of, this_machine
@@ -72,8 +72,8 @@ def make_plan(recipe: Recipe, run_dir: Path | None = None) -> dict[str, Any]:
         "stages": stages,
         "host": {"parts": host, "needed_bytes": max(host.values()), "there_bytes": machine.host_bytes},
         "disk": {"parts": disk, "needed_bytes": sum(disk.values()), "free_bytes": _free(run_dir)},
-        "seconds": sum(stage["seconds"] for stage in stages) + speed.merge_seconds(facts),
-        "notes": [*_notes(machine, facts, estimates), *notes],
+        "seconds": sum(stage["seconds"] or 0.0 for stage in stages) + speed.merge_seconds(facts),
+        "notes": [*_notes(machine, facts, estimates), *_length_notes(resolved, facts), *notes],
     }
     _check_room(plan, present=machine.present)
     return plan
@@ -116,8 +116,21 @@ def _notes(machine: Machine, facts: BaseFacts, estimates: Mapping[str, Estimate]
     if not facts.builtin and facts.folder is None:
         fetch = units.size(facts.file_bytes)
         notes.append(f"{facts.name} is not on this machine: shape from the {facts.source}, {fetch} to fetch")
+    if facts.builtin and not (base.builtin_folder(facts.name) / "01-pretrain" / store.SEAL).is_file():
+        seconds = speed.pretraining_seconds(facts, machine)
+        notes.append(
+            f"{facts.name} is pretrained first, once on this machine: about {units.duration(seconds)} (assumed)"
+        )
     notes += [f"{name}: not found here ({e.missing})" for name, e in estimates.items() if e.missing]
     return notes
+
+
+def _length_notes(recipe: Recipe, facts: BaseFacts) -> list[str]:
+    lengths = {
+        name: int(stage.section.seq_len) for name, stage in zip(recipe.stage_names(), recipe.stages, strict=True)
+    }
+    beyond = f"is beyond the {facts.max_positions} positions that {facts.name} was made for"
+    return [f"{name}: seq_len {length} {beyond}" for name, length in lengths.items() if length > facts.max_positions]
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
@@ -127,12 +140,19 @@ def _estimate(recipe: Recipe, facts: BaseFacts, name: str) -> Estimate:
     source = recipe.data[name]
     paths = [source.path] if isinstance(source.path, str) else source.path
     builtin_text = all(path.startswith("builtin:") for path in paths)
-    tokenizer = Path(facts.folder) if facts.folder else None
+    tokenizer = _tokenizer_folder(facts)
     counter, spread = count_with(tokenizer, facts.vocab, builtin_base=facts.builtin, builtin_text=builtin_text)
     try:
         return estimate_source(source, counter, spread)
     except DataError as error:
         return Estimate(0, 0, 0.0, missing=str(error).splitlines()[0])
+
+
+def _tokenizer_folder(facts: BaseFacts) -> Path | None:
+    if not facts.builtin:
+        return Path(facts.folder) if facts.folder else None
+    folder = base.builtin_folder(facts.name) / base.BLANK
+    return folder if folder.is_dir() else None
 
 
 def _tokens(recipe: Recipe, index: int, estimates: Mapping[str, Estimate]) -> Tokens:
@@ -201,8 +221,15 @@ def _stage(
         "frees": fit.remedies(facts, setup, gpu=machine.is_gpu)[:4],
         "tokens_per_s": round(tokens_per_s, 1),
         "measured": measured is not None,
-        "seconds": 0.0 if _is_cached(steps, name) else round(tokens.trained / tokens_per_s, 1),
+        "seconds": _seconds(tokens, tokens_per_s, cached=_is_cached(steps, name)),
     }
+
+
+def _seconds(tokens: Tokens, tokens_per_s: float, *, cached: bool) -> float | None:
+    """None while nobody knows how many tokens there are."""
+    if cached:
+        return 0.0
+    return round(tokens.trained / tokens_per_s, 1) if tokens.trained else None
 
 
 def _status(

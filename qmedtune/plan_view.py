@@ -56,7 +56,7 @@ def _stages(plan: dict[str, Any]) -> Table:
                 count(s["trained_parameters"]),
                 f"{size(s['peak_bytes'])} of {size(s['budget_bytes'])}",
                 f"{count(s['tokens_per_s'])}{'' if s['measured'] else ' (assumed)'}",
-                duration(s["seconds"]),
+                "?" if s["seconds"] is None else duration(s["seconds"]),
             ]
         )
     columns = ["stage", "tokens", "steps", "batch", "micro-batch", "lr", "trained", "peak memory", "tokens/s", "time"]
@@ -75,16 +75,17 @@ def _distinct(stages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _memory(stage: dict[str, Any]) -> Table:
     rows = [[name, size(part), ""] for name, part in stage["memory"].items()]
     rows.append(["sum (predicted)", size(stage["peak_bytes"]), f"of {size(stage['budget_bytes'])}"])
-    rows += [[f"  {text}", "", f"frees {size(freed)}"] for text, freed in stage["frees"]]
+    if stage["peak_bytes"] > 0.5 * stage["budget_bytes"]:
+        rows += [[f"  {text}", "", f"frees {size(freed)}"] for text, freed in stage["frees"]]
     return Table(f"Memory of {stage['name']}", ["part", "bytes", ""], rows)
 
 
 def _room(plan: dict[str, Any]) -> Table:
     host, disk = plan["host"], plan["disk"]
     rows = [[f"host memory, {phase}", size(part)] for phase, part in host["parts"].items()]
-    rows.append(["host memory there", size(host["there_bytes"])])
+    rows.append(["host memory here", size(host["there_bytes"])])
     rows += [[f"disk, {name}", size(part)] for name, part in disk["parts"].items()]
-    rows.append(["disk in all / free", f"{size(disk['needed_bytes'])} / {size(disk['free_bytes'])}"])
+    rows.append(["disk in all / free here", f"{size(disk['needed_bytes'])} / {size(disk['free_bytes'])}"])
     return Table("Host memory and disk (predicted)", ["what", "bytes"], rows)
 
 
@@ -101,9 +102,11 @@ def _value(value: Any) -> str:
 
 def _closing(plan: dict[str, Any]) -> list[str]:
     base, machine = plan["base"], plan["machine"]
+    unknown = any(stage["seconds"] is None for stage in plan["stages"])
     assumed = "" if all(stage["measured"] for stage in plan["stages"]) else ", mostly assumed"
     return [
         f"{base['name']}: {count(base['parameters'])} parameters, shape from the {base['source']}",
-        f"for {machine['name']}: about {duration(plan['seconds'])} of training and merging{assumed}",
+        f"for {machine['name']}: {'at least' if unknown else 'about'} {duration(plan['seconds'])} of training and "
+        f"merging{assumed}",
         *plan["notes"],
     ]

@@ -60,6 +60,16 @@ def tokens_per_s(facts: BaseFacts, setup: Setup, machine: Machine) -> float:
     return machine_flops(machine, setup) / (flops_per_token(facts, setup) * decoding)
 
 
+def pretraining_seconds(facts: BaseFacts, machine: Machine) -> float:
+    """Making a built-in base."""
+    from qmedtune.tiny import DEFAULTS
+
+    constants = DEFAULTS[facts.name].pretraining
+    dtype = "bfloat16" if machine.bf16 else "float32"
+    setup = Setup(constants.seq_len, constants.batch_rows, False, "adamw", dtype, full=True)
+    return constants.tokens / tokens_per_s(facts, setup, machine)
+
+
 def merge_seconds(facts: BaseFacts) -> float:
     """Reading the base and writing as much again."""
     return round(2 * facts.file_bytes / DISK_BYTES_PER_S, 1)
