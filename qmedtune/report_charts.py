@@ -85,7 +85,7 @@ def line_chart(series: Sequence[Series], x_label: str, y_label: str) -> Html:
     y_ticks = nice_ticks(min(ys), max(ys))
     x_low, x_high = 0, max(*xs, 1)
     y_low, y_high = y_ticks[0], y_ticks[-1]
-    x_ticks = [tick for tick in nice_ticks(x_low, x_high) if x_low <= tick <= x_high]
+    x_ticks = [tick for tick in nice_ticks(x_low, x_high) if x_low <= tick <= x_high and tick == int(tick)]
 
     def at(x: float, y: float) -> tuple[float, float]:
         return 1000 * (x - x_low) / (x_high - x_low), 1000 * (y_high - y) / (y_high - y_low)

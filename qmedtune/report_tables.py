@@ -180,7 +180,7 @@ def steps(run: dict) -> Table:
 
 
 def choices(run: dict) -> Table:
-    rows = [(each["key"], str(each["value"]), each["why"]) for each in run.get("resolved", [])]
+    rows = [(each["key"], _setting(each["value"]), each["why"]) for each in run.get("resolved", [])]
     return Table("Chosen automatically", ("Key", "Value", "Why"), rows)
 
 
@@ -199,6 +199,10 @@ def _flat(facts: dict, prefix: str = "") -> list[Row]:
         else:
             rows.append((f"{prefix}{key}", ", ".join(map(str, value)) if isinstance(value, list) else str(value)))
     return rows
+
+
+def _setting(value: object) -> str:
+    return ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
 
 
 def _count(value: float | None) -> str:
