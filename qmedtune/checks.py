@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from qmedtune.grammar import did_you_mean
@@ -18,6 +19,8 @@ from qmedtune.strict_yaml import KeyPath
 Finding = tuple[KeyPath, str]
 FULL_TUNING_LR = 5e-5  # below it LoRA starves: MedAlpaca's 2e-5 did, Clinical LLaMA's 3e-4 worked
 WINDOWS_PATH = re.compile(r"[A-Za-z]:[\\/\x00-\x1f]|\\\\")  # "C:\notes" in double quotes holds a newline
+
+WINDOWS_HINT = "a Windows path; under WSL drive C: is /mnt/c, with forward slashes; elsewhere give the folder there"
 
 
 def references(tree: dict[str, Any]) -> Iterator[Finding]:
@@ -57,7 +60,7 @@ def contradictions(recipe: Recipe) -> Iterator[Finding]:
         yield from _stage_contradictions(recipe, ("stages", index, stage.kind), index)
     yield from _held_out(recipe)
     yield from _unknown_names(recipe)
-    yield from _windows_paths(recipe)
+    yield from _paths(recipe)
 
 
 def _stage_contradictions(recipe: Recipe, here: KeyPath, index: int) -> Iterator[Finding]:
@@ -115,16 +118,43 @@ def _task(here: KeyPath, task: TaskSection, builtin: list[str], from_file: list[
         yield here, f"{task.task} is read from a file; write {{task: {task.task}, path: FILE}}"
 
 
-def _windows_paths(recipe: Recipe) -> Iterator[Finding]:
-    if sys.platform == "win32":
-        return
-    hint = "a Windows path; under WSL drive C: is /mnt/c, with forward slashes"
-    if WINDOWS_PATH.match(recipe.model.base):
-        yield ("model", "base"), f"{hint}, on other machines give the folder there"
+def _paths(recipe: Recipe) -> Iterator[Finding]:
+    """Paths that cannot be right wherever the recipe runs; whether files are there is for the data steps to say."""
+    if _is_windows(recipe.model.base):
+        yield ("model", "base"), WINDOWS_HINT
     for name, source in recipe.data.items():
-        paths = [source.path] if isinstance(source.path, str) else source.path
-        if any(WINDOWS_PATH.match(path) for path in paths):
-            yield ("data", name, "path"), f"{hint}, on other machines give the folder there"
+        for path in [source.path] if isinstance(source.path, str) else source.path:
+            problem = WINDOWS_HINT if _is_windows(path) else _builtin(path) or _extension(path, source.format)
+            if problem:
+                yield ("data", name, "path"), problem
+
+
+def _is_windows(path: str) -> bool:
+    return sys.platform != "win32" and WINDOWS_PATH.match(path) is not None
+
+
+def _builtin(path: str) -> str:
+    from qmedtune.data.world import CORPORA, SIZES
+
+    known = [*(f"builtin:{corpus}" for corpus in CORPORA)]
+    known += [f"builtin:{world}/{corpus}" for world in SIZES for corpus in CORPORA]
+    if not path.startswith("builtin:") or path in known:
+        return ""
+    listed = ", ".join(known[: len(CORPORA)])
+    return f'no built-in source "{path}"{did_you_mean(path, known)} (built in: {listed}, and builtin:micro/... of each)'
+
+
+def _extension(path: str, format: str) -> str:
+    """A last part such as `notes.docx` that no reader claims. Patterns and names without a dot may be anything."""
+    from qmedtune.data.files import plain_suffix
+    from qmedtune.data.sources import SUFFIXES
+
+    suffix = plain_suffix(Path(path))
+    if format != "auto" or path.startswith("builtin:") or not re.fullmatch(r"\.\w+", suffix) or suffix in SUFFIXES:
+        return ""
+    if Path(path).expanduser().is_dir():
+        return ""
+    return f"no reader for {suffix} files (allowed: {', '.join(SUFFIXES)}, also .gz and .zst); convert, or name the `format`"
 
 
 def doubts(recipe: Recipe) -> Iterator[Finding]:

@@ -247,10 +247,11 @@ def _unknown(path: KeyPath) -> str:
     if key in ("trust_remote_code", "auto_map"):
         return REMOTE_CODE
     known = grammar.keys_at(path[:-1])
-    if hint := grammar.did_you_mean(key, known):
-        return f"unknown key{hint}"
+    hint = grammar.did_you_mean(key, known)
     if homes := grammar.homes_of(key):
-        return f"unknown key here; `{key}` belongs in {' or '.join(homes[:3])}"
+        return f"unknown key here{hint}; `{key}` belongs in {' or '.join(homes[:3])}"
+    if hint:
+        return f"unknown key{hint}"
     return f"unknown key; allowed: {', '.join(known)}"
 
 

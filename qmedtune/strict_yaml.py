@@ -184,4 +184,7 @@ def _syntax(error: yaml.YAMLError) -> Problem:
     hint = "check the indentation, quotes, brackets and the space after `:`"
     if "escape" in found:
         hint = "in double quotes a backslash starts an escape: use 'single quotes' or forward slashes"
+    begin = getattr(error, "context_mark", None)
+    if mark and begin and begin.line < mark.line:
+        found += f" (in what begins on line {begin.line + 1})"
     return Problem((), mark.line + 1 if mark else 0, f"not YAML: {found}; {hint}")

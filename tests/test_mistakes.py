@@ -1,0 +1,218 @@
+"""What beginners get wrong: each mistake gets at most six lines, the right exit code and a next step, and nothing is
+written or lost. All through the real command line, in process."""
+
+import json
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import save_file
+
+from qmedtune import cli, ui
+
+RECIPE = """\
+name: mine
+model: {base: builtin:micro}
+adapter: {r: 4, alpha: 8}
+data:
+  notes: {path: notes.csv, kind: clinical}
+  questions: {path: builtin:micro/instructions, kind: instructions, template: alpaca}
+stages:
+  - cpt: {mix: {notes: 1}, tokens: 2000}
+  - sft: {data: questions, epochs: 1}
+"""
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """`edit` replaces text of the recipe, `files` are put beside it, `code` and the words in `says` are expected."""
+
+    name: str
+    code: int
+    says: tuple[str, ...]
+    edit: tuple[str, str] = ("", "")
+    files: tuple[tuple[str, str], ...] = (("notes.csv", "text\na note\n"),)
+    command: str = "run mine.yaml"
+
+
+NO_NOTES: tuple[tuple[str, str], ...] = ()
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n"
+MISTAKES = [
+    Mistake("recipe not found", 2, ("no such file", "did you mean mine.yaml"), command="run mien.yaml"),
+    Mistake("a folder instead of a recipe", 2, ("a folder", "mine.yaml"), command="run ."),
+    Mistake("not YAML", 2, ("mine.yaml:3", "not YAML", "begins on line 2"), ("{base: builtin:micro}", "{base: builtin:micro")),
+    Mistake("tabs", 2, ("mine.yaml:5", "a tab", "spaces"), ("  notes:", "\tnotes:")),
+    Mistake("wrong key", 2, ("mine.yaml:3 adapter.aplha", "did you mean `alpha`"), ("alpha: 8", "aplha: 8")),
+    Mistake("wrong type", 2, ('got "many"', "a whole number"), ("tokens: 2000", "tokens: many")),
+    Mistake("key in the wrong section", 2, ("belongs in", "stages[].cpt"), ("r: 4", "lr: 1e-4")),
+    Mistake("two of the same key", 2, ("duplicate key", "line 2"), ("adapter:", "model: {base: x}\nadapter:")),
+    Mistake("unknown template", 2, ('no template "alpacca"', "`alpaca`"), ("alpaca", "alpacca")),
+    Mistake("unknown task", 2, ("pubmedqa",), ("stages:", "evaluate: {tasks: [pubmedq]}\nstages:")),
+    Mistake("task without its file", 2, ("path: FILE",), ("stages:", "evaluate: {tasks: [medqa]}\nstages:")),
+    Mistake("negative ratio", 2, ("got -1", "from 0 up"), ("{notes: 1}", "{notes: -1}")),
+    Mistake("mixture names an absent source", 2, ("no source", "`notes`"), ("{notes: 1}", "{nots: 1}")),
+    Mistake("notes given to sft", 2, ("kind clinical", "instructions"), ("data: questions", "data: notes")),
+    Mistake("Windows path", 2, ("Windows path", "/mnt/c"), ("path: notes.csv", "path: 'D:\\data\\notes.csv'")),
+    Mistake("remote code", 2, ("never run",), ("builtin:micro}", "builtin:micro, trust_remote_code: true}")),
+    Mistake("unknown built-in base", 2, ("builtin:tiny",), ("builtin:micro}", "builtin:large}")),
+    Mistake("base folder that is not there", 2, ("model.base", "./llama"), ("builtin:micro}", "./llama}")),
+    Mistake(
+        "gated model, offline, not in the cache", 2, ("meta-llama/Llama-3.2-1B", "hf download"),
+        ("builtin:micro}", "meta-llama/Llama-3.2-1B}"), command="run mine.yaml --offline",
+    ),
+    Mistake("data file that is not there", 3, ("notes.csv", "no such file"), files=NO_NOTES),
+    Mistake("pattern without matches", 3, ("nothing matches",), ("notes.csv", '"notes/*.txt"')),
+    Mistake("empty data file", 3, ("notes.csv", "empty"), files=(("notes.csv", ""),)),
+    Mistake("Git LFS pointer", 3, ("Git LFS", "git lfs pull"), files=(("notes.csv", LFS),)),
+    Mistake("variable that is not set", 3, ("NOTES", "not set", "export NOTES="), ("notes.csv", '"${NOTES}/n.csv"')),
+    Mistake("unknown extension", 2, ("no reader for .docx", "format"), ("notes.csv", "notes.docx"), (("notes.docx", "x"),)),
+    Mistake("unknown built-in source", 2, ("did you mean `builtin:notes`",), ("path: notes.csv", "path: builtin:note")),
+    Mistake("out folder not writable", 2, ("--out", "cannot write"), command="run mine.yaml --out notes.csv/run"),
+    Mistake("until a step that does not exist", 2, ("no step 'x'", "01-cpt"), command="run mine.yaml --until x"),
+    Mistake("--set without a value", 2, ("key.path=value",), command="run mine.yaml --set seed"),
+    Mistake("--set of an unknown key", 2, ("did you mean `seed`",), command="run mine.yaml --set sed=3"),
+    Mistake("unknown command", 2, ("Did you mean 'run'",), command="rum mine.yaml"),
+    Mistake("unknown option", 2, ("--ofline",), command="run mine.yaml --ofline"),
+    Mistake("no recipe given", 2, ("RECIPE", "qmedtune run --help"), command="run"),
+    Mistake("time limit in words", 2, ("90s, 55m, 2h",), command="run mine.yaml --time-limit soon"),
+    Mistake("report of no run", 2, ("no run in this folder", "qmedtune run"), command="report runs/mine"),
+    Mistake("does not fit", 4, ("01-cpt", "remedies"), ("name:", "memory: 0.1\nname:"), command="plan mine.yaml"),
+]  # fmt: skip
+
+
+def tree(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def no_network(*arguments, **named):
+    raise AssertionError("a refused run must not open a connection")
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """An empty working folder with its own caches, no network, no variables of the user."""
+    for name in ("HF_HOME", "QMEDTUNE_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(name, str(tmp_path / "cache"))
+    for name in ("NOTES", "DATA", "TEXT", "HF_HUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(socket.socket, "connect", no_network)
+    folder = tmp_path / "work"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(ui, "_warned", set())
+    return folder
+
+
+def refused(arguments, folder, capsys):
+    """(exit code, error text) of a command that must leave `folder` as it is."""
+    before = tree(folder.parent)
+    code = cli.invoke(arguments)
+    out, err = capsys.readouterr()
+    assert tree(folder.parent) == before, "a refused command wrote something"
+    assert out == "" and "Traceback" not in err
+    assert 1 <= len(err.splitlines()) <= 6, err
+    assert all(len(line) <= 400 for line in err.splitlines())
+    return code, err
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.name)
+def test_a_mistake_is_answered_with_what_to_do(mistake, place, capsys):
+    old, new = mistake.edit
+    assert old in RECIPE
+    (place / "mine.yaml").write_text(RECIPE.replace(old, new, 1) if old else RECIPE)
+    for name, text in mistake.files:
+        (place / name).write_text(text)
+    code, err = refused(mistake.command.split(), place, capsys)
+    assert code == mistake.code, err
+    for words in mistake.says:
+        assert words in err, err
+
+
+def test_there_are_enough_of_them():
+    assert len({mistake.name for mistake in MISTAKES}) >= 30
+
+
+# ---------------------------------------------------------------------------------------------- folders that are traps
+
+
+def model_folder(path, **config):
+    """The smallest folder that looks like a LLaMA to everything that does not load it."""
+    import numpy as np
+
+    path.mkdir()
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
+    base = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 64, "num_key_value_heads": 2}
+    (path / "config.json").write_text(json.dumps({**base, **shape, "max_position_embeddings": 128, **config}))
+    save_file({"model.norm.weight": np.ones(64, np.float32)}, path / "model.safetensors")
+    return path
+
+
+def run_on(folder, place, capsys):
+    (place / "notes.csv").write_text("text\na note\n")
+    (place / "mine.yaml").write_text(RECIPE.replace("builtin:micro}", f"{folder}}}", 1))
+    return refused(["run", "mine.yaml", "--offline"], place, capsys)
+
+
+def test_pickled_weights_are_refused(place, capsys):
+    folder = model_folder(place / "base")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    code, err = run_on(folder, place, capsys)
+    assert code == 2 and "pickled" in err and "safetensors" in err
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+def test_remote_code_is_refused(name, place, capsys):
+    folder = model_folder(place / "base")
+    described = json.loads((folder / "config.json").read_text()) if name == "config.json" else {}
+    (folder / name).write_text(json.dumps({**described, "auto_map": {"AutoModelForCausalLM": "evil.Model"}}))
+    code, err = run_on(folder, place, capsys)
+    assert code == 2 and "auto_map" in err and "never run" in err
+
+
+def test_links_out_of_a_model_folder_are_refused(place, capsys):
+    folder = model_folder(place / "base")
+    (place.parent / "secret.json").write_text("{}")
+    (folder / "generation_config.json").symlink_to("/etc/hostname")
+    code, err = run_on(folder, place, capsys)
+    assert code == 2 and "link" in err
+
+
+def test_another_architecture_is_refused(place, capsys):
+    folder = model_folder(place / "base", model_type="gpt2", architectures=["GPT2LMHeadModel"])
+    code, err = run_on(folder, place, capsys)
+    assert code == 2 and "gpt2" in err and "llama" in err.lower()
+
+
+# --------------------------------------------------------------------------------------- mistakes around a run folder
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_folder_is_named(place, capsys):
+    (place / "mine.yaml").write_text(RECIPE)
+    (place / "notes.csv").write_text("text\na note\n")
+    locked = place / "locked"
+    locked.mkdir(mode=0o500)
+    code, err = refused(["run", "mine.yaml", "--out", "locked/run"], place, capsys)
+    assert code == 2 and "cannot write" in err and "--out" in err
+
+
+def test_a_second_run_in_the_same_folder_leaves(place, capsys):
+    from qmedtune import store
+
+    (place / "mine.yaml").write_text(RECIPE)
+    (place / "notes.csv").write_text("text\na note\n")
+    with store.lock(place / "runs" / "mine"):
+        code, err = refused(["run", "mine.yaml"], place, capsys)
+    assert code == 1 and f"already running (pid {os.getpid()})" in err
+
+
+def test_a_bad_recipe_leaves_a_run_as_it_is(place, capsys):
+    run = place / "runs" / "mine"
+    run.mkdir(parents=True)
+    (run / "run.json").write_text('{"status": "finished"}')
+    (place / "mine.yaml").write_text(RECIPE.replace("r: 4", "r: -4"))
+    code, err = refused(["run", "mine.yaml"], place, capsys)
+    assert code == 2 and "adapter.r" in err
+    assert Path(run / "run.json").read_text() == '{"status": "finished"}'
