@@ -25,7 +25,7 @@ from qmedtune.data.pack import PackedRows
 from qmedtune.data.sources import source_files
 from qmedtune.errors import RecipeError
 from qmedtune.measure import Measured, Settings, measure_model, text_rows
-from qmedtune.open_model import Quantization, locate, open_model, world_of
+from qmedtune.open_model import Quantization, fingerprint, locate, open_model, world_of
 from qmedtune.recipe import Recipe, SourceSection, TaskSection
 from qmedtune.scoring import BATCH_TOKENS, max_positions
 from qmedtune.tasks import BUILTIN_TASKS, Task, load_task
@@ -151,7 +151,7 @@ def evaluate_model(
         with TemporaryDirectory() as folder:
             return work(Path(folder))
     asked = [section.model_dump() for section in sections]
-    files = [_fingerprint(path) for path in (location.base, *location.adapters, *texts)]
+    files = [fingerprint(path) for path in (location.base, *location.adapters, *texts)]
     prompts = [[item.id, item.messages, item.options] for task in loaded for item in task.items]
     key = store.sha256_json([asked, files, prompts, asdict(location.template), quantization, generate, seed])
     return _sealed(out, key, work)
@@ -166,12 +166,6 @@ def _sealed(out: Path, key: str, work: Callable[[Path], dict[str, Any]]) -> dict
             building = store.begin(folder, out, key, keep_partial=True)
             sealed = store.publish(building, folder, out, key, work(building))
         return sealed.facts
-
-
-def _fingerprint(path: Path) -> list[Any]:
-    """Names, sizes and times of a file or of a model folder's files: a changed model is another evaluation."""
-    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file())
-    return [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in files]
 
 
 def parse_tasks(tasks: Sequence[str], data: Path | None, limit: int | None) -> tuple[list[TaskSection], list[Path]]:

@@ -109,6 +109,12 @@ def _template_beside(folder: Path) -> templates.Template:
     return templates.load(folder) if (folder / templates.FILE).is_file() else templates.default(None, folder)
 
 
+def fingerprint(path: Path) -> list[Any]:
+    """Names, sizes and times of a file or of a model folder's files: a changed model is another evaluation."""
+    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file())
+    return [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in files]
+
+
 def open_model(location: Location, quantization: Quantization | None = None) -> OpenModel:
     """Load it for scoring. Default precision: NF4 under an adapter (as trained), 16 bit for whole models."""
     from transformers.utils.logging import disable_progress_bar

@@ -84,8 +84,13 @@ def text_field(where: str, fields: dict[str, Any], name: str) -> str:
     value = fields.get(name)
     if not isinstance(value, str) or not value.strip():
         state = "missing" if name not in fields else "empty" if value in ("", None) else "not text"
-        raise DataError(f"{where}: field `{name}` is {state}\nfields here: {', '.join(map(str, fields))[:200]}")
+        raise DataError(f"{where}: field `{name}` is {state}\nfields here: {field_names(fields)}")
     return value.strip()
+
+
+def field_names(fields: dict[str, Any]) -> str:
+    """Column names for a message. The first line of a file without header is data: only what is a name is shown."""
+    return ", ".join([name for name in fields if len(name) <= 40 and name.isidentifier()][:12]) or "none with a name"
 
 
 def label_field(where: str, fields: dict[str, Any], name: str, allowed: tuple[str, ...]) -> int:

@@ -1,0 +1,224 @@
+"""Answers for a file of records, with the template that the model was trained with.
+
+Records stream in windows: one is read, answered in batches of similar length, written and flushed to `<out>.part`. A
+killed prediction goes on behind the last whole line; `out` itself appears in one rename when every record has its row,
+in the order of the input. Neither questions nor answers go anywhere else: no log, no progress line, no error message.
+Deliberately absent: sampling, extraction of labels (tasks/ does that for benchmarks).
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from qmedtune import store, ui
+from qmedtune.data.records import checked
+from qmedtune.data.rejects import Damaged, Unusable
+from qmedtune.data.sources import READERS, format_of, source_files
+from qmedtune.errors import RecipeError
+from qmedtune.generation import generate
+from qmedtune.interrupt import stop
+from qmedtune.open_model import OpenModel, Quantization, fingerprint, locate, open_model
+from qmedtune.recipe import SourceSection
+from qmedtune.scoring import BATCH_TOKENS, max_positions, prompt_texts
+from qmedtune.tasks.items import field_names, item_id
+
+WINDOW = 128  # records between two writes: what a kill can cost
+FORMATS = ("jsonl", "json", "csv", "tsv", "parquet")
+QUESTION_COLUMNS = ("instruction", "question", "prompt", "query", "text", "transcription")
+COLUMNS = ("id", "answer", "ended", "tokens", "error")
+
+Record = tuple[str, list[dict[str, str]] | Damaged]
+Row = dict[str, Any]
+
+
+def predict(
+    name: str,
+    data: Path,
+    out: Path,
+    *,
+    column: str | None = None,
+    instruction: str | None = None,
+    base: str | None = None,
+    template: str | None = None,
+    max_new_tokens: int = 256,
+    batch_tokens: int = BATCH_TOKENS,
+    quantization: Quantization | None = None,
+    offline: bool = False,
+) -> dict[str, Any]:
+    """Answer every record of a CSV, TSV, JSON, JSON-lines or Parquet file; `out` is CSV by its name, else JSON lines.
+
+    column: the field that holds the question (default: the first of QUESTION_COLUMNS, or `messages`)
+    instruction: asked about every record; the column's text is then its input ("Summarise this note.")
+    Rows: {"id", "answer", "ended": "eos|stop|length", "tokens", "error"}; a damaged record has an error and no answer.
+    Returns counts and speed. Raises RecipeError where `out` exists or belongs to another prediction.
+    """
+    [file] = _one_file(data)
+    if out.exists():
+        raise RecipeError(f"--out: {out} is there already\nmove it away, or give another name")
+    location = locate(name, base=base, template=template, offline=offline)
+    part = out.with_name(out.name + ".part")
+    paths = [fingerprint(path) for path in (location.base, *location.adapters, file)]
+    key = store.sha256_json([paths, repr(location.template), column, instruction, max_new_tokens, quantization])
+    done = _continue(part, key)
+    questions = _records(file, column, instruction)
+    opened = open_model(location, quantization)
+    length = min(max_new_tokens, max_positions(opened.model) // 2)
+
+    def answer(records: list[Record]) -> list[Row]:
+        return _answers(opened, records, length, batch_tokens)
+
+    _write_rows(part, islice(questions, done, None), answer, done)
+    facts = _publish(part, out)
+    return facts | {"template": location.template.name, "max_new_tokens": length}
+
+
+def _one_file(data: Path) -> list[Path]:
+    files = source_files(SourceSection(path=str(data), kind="instructions"))
+    if len(files) != 1 or format_of(files[0], "auto") not in FORMATS:
+        raise RecipeError(f"--data: {data} is not one file of records\nallowed: {', '.join(FORMATS)}")
+    return files
+
+
+# ---- questions -------------------------------------------------------------------------------------------------------
+
+
+def _records(file: Path, column: str | None, instruction: str | None) -> Iterator[Record]:
+    """(id, messages) of every record in order, `Damaged` in place of the messages where there is no question."""
+    seen_question = False
+    for line, fields in READERS[format_of(file, "auto")](file):
+        where = f"{file}:{line}"
+        if isinstance(fields, Damaged):
+            yield f"line-{line}", fields
+            continue
+        if not seen_question:
+            _check_columns(fields, column, where)
+            seen_question = True
+        try:
+            yield item_id(where, fields), _messages(fields, column, instruction)
+        except Unusable as error:
+            yield item_id(where, fields), Damaged(str(error))
+
+
+def _check_columns(fields: dict[str, Any], column: str | None, where: str) -> None:
+    if column is not None and column not in fields:
+        raise RecipeError(f"--column: {where} has no column {column!r}\ncolumns there: {field_names(fields)}")
+    if column is None and "messages" not in fields and not _question_column(fields):
+        raise RecipeError(
+            f"{where}: which column holds the question?\ncolumns there: {field_names(fields)}\n"
+            f"name it with --column (without: {', '.join(QUESTION_COLUMNS)} or messages)"
+        )
+
+
+def _question_column(fields: dict[str, Any]) -> str | None:
+    return next((name for name in QUESTION_COLUMNS if name in fields), None)
+
+
+def _messages(fields: dict[str, Any], column: str | None, instruction: str | None) -> list[dict[str, str]]:
+    """The conversation to continue. Raises `Unusable` with a reason that quotes nothing."""
+    if column is None and isinstance(fields.get("messages"), list):
+        return [_message(message) for message in _until_question(fields["messages"])]
+    name = column or _question_column(fields)
+    text = checked(fields.get(str(name)), "question").strip()
+    if instruction:
+        return [{"role": "user", "content": instruction, "input": text}]
+    given = fields.get("input")
+    extra = {"input": given.strip()} if name == "instruction" and isinstance(given, str) and given.strip() else {}
+    return [{"role": "user", "content": text, **extra}]
+
+
+def _until_question(messages: list[Any]) -> list[Any]:
+    last = max((i for i, m in enumerate(messages) if isinstance(m, dict) and m.get("role") == "user"), default=-1)
+    if last < 0:
+        raise Unusable("no user message")
+    return messages[: last + 1]
+
+
+def _message(message: Any) -> dict[str, str]:
+    if not isinstance(message, dict) or message.get("role") not in ("system", "user", "assistant"):
+        raise Unusable("a message without a role")
+    return {"role": message["role"], "content": checked(message.get("content"), "message")}
+
+
+# ---- answers ---------------------------------------------------------------------------------------------------------
+
+
+def _answers(opened: OpenModel, records: list[Record], max_new_tokens: int, batch_tokens: int) -> list[Row]:
+    rows: list[Row] = [{"id": name, "answer": None} for name, _ in records]
+    good = [(row, messages) for row, (_, messages) in zip(rows, records, strict=True) if isinstance(messages, list)]
+    prompts = prompt_texts(opened.tokenizer, opened.template, [messages for _, messages in good])
+    stop_strings = opened.template.stop
+    answers = generate(opened.model, opened.tokenizer, prompts, max_new_tokens, stop_strings, batch_tokens)
+    for (row, _), answer in zip(good, answers, strict=True):
+        row |= {"answer": answer.text, "ended": answer.ended, "tokens": answer.tokens, "truncated": answer.truncated}
+    for row, (_, damaged) in zip(rows, records, strict=True):
+        row |= {"error": damaged.reason} if isinstance(damaged, Damaged) else {}
+    return rows
+
+
+def _write_rows(
+    part: Path, questions: Iterable[Record], answer: Callable[[list[Record]], list[Row]], done: int
+) -> None:
+    questions = iter(questions)
+    with (
+        part.open("a", encoding="utf-8") as file,
+        ui.stage("predict", unit="records", completed=done) as bar,
+        stop.graceful(),
+    ):
+        while window := list(islice(questions, WINDOW)):
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in answer(window))
+            file.flush()
+            os.fsync(file.fileno())
+            bar.update(bar.completed + len(window))
+            stop.raise_if_requested()
+
+
+def _continue(part: Path, key: str) -> int:
+    """Rows that an interrupted attempt left in `part`, whose first line is the key; a line cut by a kill is removed."""
+    if not part.is_file():
+        part.parent.mkdir(parents=True, exist_ok=True)
+        store.write_atomic(part, json.dumps({"key": key}) + "\n")
+        return 0
+    with part.open("r+b") as file:
+        if json.loads(file.readline()).get("key") != key:
+            raise RecipeError(
+                f"{part}: begun with another model, file or option\n"
+                "give the same command again, remove that file, or give another --out"
+            )
+        done, end = 0, file.tell()
+        for line in file:
+            if line.endswith(b"\n"):
+                done, end = done + 1, end + len(line)
+        file.truncate(end)
+    if done:
+        ui.note(f"{done} records were answered before; going on from there")
+    return done
+
+
+def _publish(part: Path, out: Path) -> dict[str, Any]:
+    """Give the rows their final form and name; counts of what they hold."""
+    counts: Counter[str] = Counter(records=0, answered=0, damaged=0, truncated=0, cut=0, tokens=0)
+    temporary = out.with_name(out.name + ".tmp")
+    with part.open(encoding="utf-8") as rows, temporary.open("w", encoding="utf-8", newline="") as file:
+        next(rows)
+        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore") if out.suffix.lower() == ".csv" else None
+        if writer:
+            writer.writeheader()
+        for line in rows:
+            row = json.loads(line)
+            counts.update(records=1, answered=row["answer"] is not None, damaged="error" in row)
+            counts.update(
+                truncated=row.get("truncated", False), cut=row.get("ended") == "length", tokens=row.get("tokens", 0)
+            )
+            writer.writerow(row) if writer else file.write(line)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, out)
+    part.unlink()
+    return {**counts, "out": str(out)}

@@ -1,0 +1,184 @@
+"""Answers for files of records: order, damage, resuming after a kill, and the conversation of `chat`."""
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from llama_folders import llama3_folder, write_adapter
+
+from qmedtune import chat, generation, predict, scoring
+from qmedtune.data import templates
+from qmedtune.errors import RecipeError
+from qmedtune.open_model import OpenModel, locate, open_model
+
+QUESTIONS = ["What does lisinopril treat?", "Which adverse effects has metformin?", "Is aspirin safe?\nSecond line."]
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory) -> Path:
+    torch.set_num_threads(1)
+    root = tmp_path_factory.mktemp("predict")
+    base = llama3_folder(root / "base", max_position_embeddings=512)
+    write_adapter(base, root / "stage" / "adapter", seed=1, size=0.5)
+    templates.save(templates.load("alpaca"), root / "stage")
+    return root
+
+
+@pytest.fixture(scope="module")
+def opened(stage) -> OpenModel:
+    return open_model(locate(str(stage / "stage" / "adapter"), base=str(stage / "base"), offline=True))
+
+
+def ask(stage: Path, data: Path, out: Path, **options) -> dict:
+    options = {"base": str(stage / "base"), "max_new_tokens": 8, "offline": True, **options}
+    return predict.predict(str(stage / "stage" / "adapter"), data, out, **options)
+
+
+def jsonl(path: Path, records: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def expected(opened: OpenModel, messages: list[dict]) -> str:
+    prompts = scoring.prompt_texts(opened.tokenizer, opened.template, [messages])
+    return generation.generate(opened.model, opened.tokenizer, prompts, 8, opened.template.stop)[0].text
+
+
+def test_answers_come_in_the_order_of_the_file(stage, opened, tmp_path):
+    data = jsonl(tmp_path / "q.jsonl", [{"id": f"q{i}", "question": q} for i, q in enumerate(QUESTIONS)])
+    facts = ask(stage, data, tmp_path / "a.jsonl")
+    answers = rows(tmp_path / "a.jsonl")
+    assert [row["id"] for row in answers] == ["q0", "q1", "q2"]
+    assert [row["answer"] for row in answers] == [expected(opened, [{"role": "user", "content": q}]) for q in QUESTIONS]
+    assert (facts["records"], facts["answered"], facts["damaged"]) == (3, 3, 0)
+    assert facts["template"] == "alpaca" and not list(tmp_path.glob("*.part"))
+
+
+def test_csv_in_and_out_with_an_instruction(stage, opened, tmp_path):
+    data = tmp_path / "notes.csv"
+    with data.open("w", newline="") as file:
+        csv.writer(file).writerows([["id", "note"], *((i, q) for i, q in enumerate(QUESTIONS))])
+    ask(stage, data, tmp_path / "a.csv", column="note", instruction="Summarise this note.")
+    with (tmp_path / "a.csv").open(newline="") as file:
+        answers = list(csv.DictReader(file))
+    first = [{"role": "user", "content": "Summarise this note.", "input": QUESTIONS[0]}]
+    assert [row["id"] for row in answers] == ["0", "1", "2"]
+    assert answers[0]["answer"] == expected(opened, first)
+
+
+def test_conversations_are_continued_behind_their_last_user_message(stage, opened, tmp_path):
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": QUESTIONS[0]},
+        {"role": "assistant", "content": "the reference answer"},
+    ]
+    ask(stage, jsonl(tmp_path / "q.jsonl", [{"messages": messages}]), tmp_path / "a.jsonl")
+    assert rows(tmp_path / "a.jsonl")[0]["answer"] == expected(opened, messages[:2])
+
+
+def test_damaged_records_keep_their_row(stage, tmp_path):
+    data = tmp_path / "q.jsonl"
+    data.write_text('{"question": "Is it?"}\n{"question": \n{"question": null}\n{"question": "Why?"}\n')
+    facts = ask(stage, data, tmp_path / "a.jsonl")
+    answers = rows(tmp_path / "a.jsonl")
+    assert [row["answer"] is None for row in answers] == [False, True, True, False]
+    assert [row.get("error") for row in answers[1:3]] == ["broken JSON", "question is null"]
+    assert (facts["records"], facts["damaged"]) == (4, 2)
+
+
+def test_killed_prediction_continues_behind_the_last_whole_line(stage, tmp_path, monkeypatch):
+    records = [{"question": f"{q} {i}"} for i in range(4) for q in QUESTIONS]
+    data = jsonl(tmp_path / "q.jsonl", records)
+    ask(stage, data, tmp_path / "whole.jsonl")
+    monkeypatch.setattr(predict, "WINDOW", 3)
+    real, asked = predict._answers, []
+
+    def dies(opened, window, *rest):
+        asked.append(len(window))
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return real(opened, window, *rest)
+
+    monkeypatch.setattr(predict, "_answers", dies)
+    with pytest.raises(KeyboardInterrupt):
+        ask(stage, data, tmp_path / "a.jsonl")
+    assert not (tmp_path / "a.jsonl").exists()
+    part = tmp_path / "a.jsonl.part"
+    part.write_bytes(part.read_bytes() + b'{"id": "line-7", "ans')  # a line that the kill cut
+    with pytest.raises(RecipeError, match="another model, file or option"):
+        ask(stage, data, tmp_path / "a.jsonl", max_new_tokens=9)
+    ask(stage, data, tmp_path / "a.jsonl")
+    assert asked == [3, 3, 3, 3, 3]  # two windows before the kill, the one that died, the two that were left
+    assert (tmp_path / "a.jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    ("record", "options", "message"),
+    [
+        ({"note": "secret words"}, {}, "which column holds the question"),
+        ({"secret words of a patient": 1}, {}, "none with a name"),
+        ({"note": "secret words"}, {"column": "nota"}, "no column 'nota'"),
+    ],
+)
+def test_questions_that_cannot_be_found_are_an_error_without_text(stage, tmp_path, record, options, message):
+    with pytest.raises(RecipeError, match=message) as error:
+        ask(stage, jsonl(tmp_path / "q.jsonl", [record]), tmp_path / "a.jsonl", **options)
+    assert "secret" not in str(error.value)
+
+
+def test_nothing_of_the_text_reaches_the_terminal(stage, tmp_path, capfd):
+    data = jsonl(tmp_path / "q.jsonl", [{"question": "Zebrafish Smith, born 1950"}])
+    ask(stage, data, tmp_path / "a.jsonl")
+    captured = capfd.readouterr()
+    assert "Zebrafish" not in captured.out + captured.err
+    answer = rows(tmp_path / "a.jsonl")[0]["answer"]
+    assert answer and answer not in captured.out + captured.err
+
+
+def test_an_existing_answer_file_is_not_overwritten(stage, tmp_path):
+    data = jsonl(tmp_path / "q.jsonl", [{"question": "Is it?"}])
+    (tmp_path / "a.jsonl").write_text("mine")
+    with pytest.raises(RecipeError, match="is there already"):
+        ask(stage, data, tmp_path / "a.jsonl")
+    assert (tmp_path / "a.jsonl").read_text() == "mine"
+
+
+# ---- chat ------------------------------------------------------------------------------------------------------------
+
+
+def test_chat_answers_as_the_evaluation_does_and_remembers(opened):
+    out = io.StringIO()
+    first, second = [{"role": "user", "content": QUESTIONS[0]}], {"role": "user", "content": QUESTIONS[1]}
+    chat.converse(opened, iter([QUESTIONS[0], QUESTIONS[1], "/reset", "", QUESTIONS[1], "/quit", "not read"]), out, 8)
+    said = expected(opened, first)
+    remembered = expected(opened, [*first, {"role": "assistant", "content": said}, second])
+    assert out.getvalue() == f"{said}\n{remembered}\n{expected(opened, [second])}\n"
+    assert remembered != expected(opened, [second])
+
+
+def test_system_message_opens_every_conversation(opened):
+    out = io.StringIO()
+    system = {"role": "system", "content": "Be brief."}
+    chat.converse(opened, iter([QUESTIONS[0], "/reset", QUESTIONS[0]]), out, 8, system["content"])
+    said = expected(opened, [system, {"role": "user", "content": QUESTIONS[0]}])
+    assert out.getvalue() == f"{said}\n{said}\n"
+
+
+def test_long_conversations_forget_their_beginning(opened, capfd):
+    out = io.StringIO()
+    chat.converse(opened, iter([f"{number} " + "why? " * 30 for number in range(8)]), out, 8)
+    assert len(out.getvalue()) > 8
+    assert "no longer fits" in capfd.readouterr().err
+
+
+def test_piped_input_is_read_line_by_line(stage, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{QUESTIONS[0]}\n/quit\n"))
+    chat.chat(str(stage / "stage" / "adapter"), base=str(stage / "base"), max_new_tokens=8, offline=True)
+    assert capsys.readouterr().out.strip()
