@@ -154,7 +154,8 @@ def test_bad_records_are_refused_with_file_and_line(tmp_path, task, suffix, reco
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [("", "no item"), ('{"question": \n', "broken JSON"), ("[1, 2]", "not a JSON object")]
+    ("content", "message"),
+    [("\n", "no item"), ("", "file is empty"), ('{"question": \n', "broken JSON"), ("[1, 2]", "not a JSON object")],
 )
 def test_empty_and_broken_files(tmp_path, content, message):
     with pytest.raises(DataError, match=message):
