@@ -55,6 +55,8 @@ def cases() -> Iterator[Case]:
         for rows in (16, 32, 64):
             yield _matmul("forward", rows, nested, ampere)
             yield _matmul("backward", rows, nested, ampere)
+    few = {"M": 1, "BN": 16, "BK": 64, "BLOCKSIZE": 64, "NESTED": True}
+    yield Case("matmul few rows", "matmul._few_rows", few, elements=8, loop=True, types={"out": "*fp32"})
     plain = {"BLOCKSIZE": 64, "BYTES": 1024, "NESTED": True, "EMULATE": False}
     yield Case("dequantize any shape", "nf4._dequantize_bytes", plain, elements=16, fp_fusion=False)
     yield Case("matmul reduce", "matmul._reduce", {"SPLITS": 8, "BLOCK": 1024, "BIAS": True, "EMULATE": False})

@@ -56,6 +56,17 @@ def test_the_other_paths(path, device):
     check(7, 40, 96, torch.float16, True, device, path)
 
 
+@pytest.mark.parametrize("m", [1, 2, 3, 4])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_few_rows_without_tensor_cores(m, dtype, device):
+    check(m, 50, 512, dtype, m % 2 == 0, device, "few_rows")
+
+
+def test_few_rows_refuses_more_rows():
+    with pytest.raises(ValueError, match="given 5 rows"):
+        matmul(torch.randn(5, 64), quantize(8, 64, True, "cpu"), path="few_rows")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("m", [1, 3, 16, 17, 64, 128, 300, 1024])

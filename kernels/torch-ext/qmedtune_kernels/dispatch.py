@@ -85,8 +85,8 @@ def self_check(device: torch.device) -> str:
 
 def fused_rows(device: torch.device) -> int:
     """Largest M for which the fused dequantise-matmul is taken before dequantise + cuBLAS; 0 = never."""
-    if capability(device) < 75 or not asm_verified(device):
-        return 0
+    if capability(device) < 75 or (capability(device) >= 80 and not asm_verified(device)):
+        return 0  # below sm_80 the small-M kernel is plain Triton
     table = TABLE["fused_rows"]
     return table.get(f"sm_{capability(device)}", table["default"])
 

@@ -46,10 +46,12 @@ def _times(x: Tensor, weight: Tensor | tuple[NF4Weight, ...], bias: Tensor | Non
     """X W^T + bias [M, N]; few rows through the fused matmul, else NF4 goes to a scratch buffer and one GEMM."""
     if isinstance(weight, Tensor):
         return F.linear(x, weight, bias)
-    if matmul.choose(x, weight[0], path) != "fused":
+    way = matmul.choose(x, weight[0], path)
+    if way in ("reference", "dequantize"):
         return F.linear(x, nf4.dequantize_stack(weight, x.dtype, path), bias)
-    parts = [matmul.matmul(x, part, bias if len(weight) == 1 else None, "fused") for part in weight]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+    parts = [matmul.matmul(x, part, None, way) for part in weight]
+    y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+    return y if bias is None else y.add_(bias)
 
 
 def _times_transposed(dy: Tensor, weight: Tensor | tuple[NF4Weight, ...], path: str) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import dispatch, nf4
 from .decode import INTERPRET, block_scale, cast, codes, dot, scaled_codes
-from .nf4 import NF4Weight
+from .nf4 import NF4Weight, lookup
 
 
 def reference(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
@@ -34,7 +34,8 @@ def matmul(x: Tensor, weight: NF4Weight, bias: Tensor | None = None, path: str =
     """Y [M, N] = X [M, K] W^T + bias, in x's dtype (bf16, fp16, fp32), accumulated in fp32.
 
     path: "auto" (dispatch.py: fused for few rows, else dequantise + cuBLAS; the reference on a CPU), "fused",
-    "dequantize" or "reference". Raises ValueError on shapes, dtypes and devices that do not fit.
+    "few_rows" (M <= 4, no tensor cores), "dequantize" or "reference". Raises ValueError on shapes, dtypes and devices
+    that do not fit.
     """
     _check(x, weight, "x", weight.shape[1])
     if bias is not None and (bias.shape != (weight.shape[0],) or bias.device != x.device):
@@ -46,6 +47,8 @@ def matmul(x: Tensor, weight: NF4Weight, bias: Tensor | None = None, path: str =
             return reference(x, weight, bias)
         case "dequantize":
             return F.linear(x, nf4.dequantize_stack((weight,), x.dtype), bias)
+        case "few_rows":
+            return _launch_few_rows(x, weight, bias)
     return _launch(x, weight, bias, forward=True)
 
 
@@ -55,7 +58,7 @@ def matmul_backward(dy: Tensor, weight: NF4Weight, path: str = "auto") -> Tensor
     match choose(dy, weight, path):
         case "reference":
             return reference_backward(dy, weight)
-        case "dequantize":
+        case "dequantize" | "few_rows":
             return dy @ nf4.dequantize_stack((weight,), dy.dtype)
     return _launch(dy, weight, None, forward=False)
 
@@ -86,12 +89,13 @@ def choose(x: Tensor, weight: NF4Weight, path: str) -> str:
         if not INTERPRET and dispatch.capability(x.device) < 80:
             raise ValueError(f"x: given {x.device}; the fused path needs an NVIDIA GPU of sm_80 or later")
         return path
-    if path == "dequantize":
+    if path in ("dequantize", "few_rows"):
         return path
     if not dispatch.uses_triton(x.device, path):
         return "reference"
-    fused = fits(weight) and x.dtype != torch.float32 and x.shape[0] <= dispatch.fused_rows(x.device)
-    return "fused" if fused else "dequantize"
+    if not fits(weight) or x.dtype == torch.float32 or x.shape[0] > dispatch.fused_rows(x.device):
+        return "dequantize"
+    return "fused" if dispatch.capability(x.device) >= 80 else "few_rows"
 
 
 # --------------------------------------------------------------------- kernels
@@ -180,6 +184,52 @@ def _backward(
 
 
 @triton.jit
+def _few_rows(
+    x_ptr, packed, absmax, code2, absmax2, offset, code, out, n, k, steps, x_stride,
+    M: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr,
+):  # fmt: skip
+    """M <= 4 rows without tensor cores (all a T4 has for this): fp32 products of exact codes, into fp32 partials.
+
+    Plain Triton, every architecture. A row of W is summed over one block before it is scaled.
+    """
+    rn = tl.program_id(0) * BN + tl.arange(0, BN)
+    row = tl.minimum(rn, n - 1)
+    split = tl.program_id(1)
+    first = split * steps * BK
+    half = tl.arange(0, BK // 2)
+    table = tl.load(code + tl.arange(0, 16))
+    acc0 = tl.zeros([BN], tl.float32)
+    acc1, acc2, acc3 = acc0, acc0, acc0
+    for step in range(0, tl.minimum(steps, (k - first) // BK)):
+        at = first + step * BK
+        q = tl.load(packed + row[:, None].to(tl.int64) * (k // 2) + (at // 2 + half)[None, :]).to(tl.int32)
+        s = block_scale(absmax, code2, absmax2, offset, row * (k // BLOCKSIZE) + at // BLOCKSIZE, rn >= 0, NESTED)
+        even, odd = lookup(table, q >> 4), lookup(table, q & 15)
+        acc0 += _row_product(x_ptr + at + 2 * half, even, odd) * s
+        if M > 1:
+            acc1 += _row_product(x_ptr + x_stride + at + 2 * half, even, odd) * s
+        if M > 2:
+            acc2 += _row_product(x_ptr + 2 * x_stride + at + 2 * half, even, odd) * s
+        if M > 3:
+            acc3 += _row_product(x_ptr + 3 * x_stride + at + 2 * half, even, odd) * s
+    at = out + split * M * n + rn
+    tl.store(at, acc0, mask=rn < n)
+    if M > 1:
+        tl.store(at + n, acc1, mask=rn < n)
+    if M > 2:
+        tl.store(at + 2 * n, acc2, mask=rn < n)
+    if M > 3:
+        tl.store(at + 3 * n, acc3, mask=rn < n)
+
+
+@triton.jit
+def _row_product(x_ptrs, even, odd):
+    """Sum over a block of one row of X times decoded weights [BN, BK / 2] of even and odd columns."""
+    x_even, x_odd = tl.load(x_ptrs).to(tl.float32), tl.load(x_ptrs + 1).to(tl.float32)
+    return tl.sum(even * x_even[None, :] + odd * x_odd[None, :], axis=1)
+
+
+@triton.jit
 def _reduce(
     partial, bias, out, count, columns,
     SPLITS: tl.constexpr, BLOCK: tl.constexpr, BIAS: tl.constexpr, EMULATE: tl.constexpr,
@@ -247,4 +297,27 @@ def _launch(x: Tensor, weight: NF4Weight, bias: Tensor | None, forward: bool) ->
             target, bias if has_bias else x, out, out.numel(), columns,
             SPLITS=ways, BLOCK=1024, BIAS=has_bias, EMULATE=INTERPRET, num_warps=4,
         )  # fmt: skip
+    return out
+
+
+def _launch_few_rows(x: Tensor, weight: NF4Weight, bias: Tensor | None) -> Tensor:
+    x = x.contiguous()
+    (n, k), m = weight.shape, x.shape[0]
+    if not 1 <= m <= 4 or not fits(weight):
+        raise ValueError(f"x: given {m} rows, K = {k}; the few_rows path allows 1 to 4 rows and whole blocks per row")
+    bn, bk = 16, min(64, weight.blocksize)
+    steps = k // bk
+    ways = splits(triton.cdiv(n, bn), steps, _processors(x.device))
+    per_split = triton.cdiv(steps, ways)
+    ways = triton.cdiv(steps, per_split)
+    partial = x.new_empty(ways, m, n, dtype=torch.float32)
+    out = x.new_empty(m, n)
+    _few_rows[(triton.cdiv(n, bn), ways)](
+        x, weight.packed, *nf4.scale_arguments(weight), nf4.code_table(x.device), partial, n, k, per_split, k,
+        M=m, BN=bn, BK=bk, BLOCKSIZE=weight.blocksize, NESTED=weight.nested, num_warps=4,
+    )  # fmt: skip
+    _reduce[(triton.cdiv(out.numel(), 1024),)](
+        partial, bias if bias is not None else x, out, out.numel(), n,
+        SPLITS=ways, BLOCK=1024, BIAS=bias is not None, EMULATE=INTERPRET, num_warps=4,
+    )  # fmt: skip
     return out

@@ -1,0 +1,5 @@
+"""lora alone on this CUDA device; options as benchmark_all.py."""
+
+from benchmark_all import main
+
+main("lora")
