@@ -20,7 +20,7 @@ from qmedtune.recipe import SourceSection
 SECONDS = 0.3
 FILES = 8
 RECORDS_PER_FILE = 2000
-HEAD_BYTES = 1 << 20
+WINDOWS, WINDOW_BYTES = 8, 1 << 17
 # Characters per token of English biomedical text, where no tokenizer is at hand: large vocabularies (Llama 3) about
 # 4.4, 32k vocabularies about 3.6; a tiny base spells real words in bytes. Assumed, +-15 %.
 CHARS_PER_TOKEN = {"large": 4.4, "small": 3.6, "tiny": 1.7}
@@ -130,7 +130,8 @@ def _look(file: Path, source: SourceSection, until_s: float) -> Look:
                 return Look(texts, len(texts), True, 0.0)
     lines = _lines(file) if format in LINE_FORMATS and line > 20 else 0.0
     if lines:
-        return Look(texts, len(texts) * max(lines / line, 1.0), False, 0.1)
+        spread = 0.2 if file.suffix == ".gz" else 0.1
+        return Look(texts, len(texts) * max(lines / line, 1.0), False, spread)
     mean = sum(map(len, texts)) / len(texts) if texts else 4000.0
     return Look(
         texts or ["x" * 4000], file.stat().st_size * TEXT_PER_BYTE.get(format, 1.0) / mean, False, GUESSED_SPREAD
@@ -160,13 +161,18 @@ def _text(record: dict[str, Any], source: SourceSection) -> str:
 
 
 def _lines(file: Path) -> float:
-    """Lines of a file, from the density of newlines in its first MiB; compressed files by the ratio of their head."""
+    """Lines of a file, from the density of newlines in windows spread over it; of a compressed one, in its head."""
     size = file.stat().st_size
-    with file.open("rb") as stream:
-        head = stream.read(HEAD_BYTES)
-    if file.suffix == ".gz":
-        plain = zlib.decompressobj(31).decompress(head)
-        size, head = round(size * len(plain) / len(head)), plain
-    elif file.suffix == ".zst":
+    if file.suffix == ".zst":
         return 0.0
-    return head.count(b"\n") / len(head) * size
+    with file.open("rb") as stream:
+        if file.suffix == ".gz":
+            packed = stream.read(WINDOW_BYTES)
+            sample = zlib.decompressobj(31).decompress(packed)
+            size = round(size * len(sample) / len(packed))
+        else:
+            sample = b""
+            for i in range(WINDOWS):
+                stream.seek(max(size - WINDOW_BYTES, 0) * i // (WINDOWS - 1))
+                sample += stream.read(WINDOW_BYTES)
+    return sample.count(b"\n") / len(sample) * size
