@@ -163,13 +163,13 @@ class StageSection(Section):
 
     @model_validator(mode="after")
     def _one(self) -> StageSection:
-        if len(self.model_fields_set) != 1:
+        if sum(section is not None for section in (self.pretrain, self.cpt, self.sft)) != 1:
             raise ValueError("a stage is one of `cpt`, `sft`, `pretrain`")
         return self
 
     @property
     def kind(self) -> str:
-        return next(iter(self.model_fields_set))
+        return "cpt" if self.cpt else "sft" if self.sft else "pretrain"
 
     @property
     def section(self) -> CptSection | SftSection | PretrainSection:

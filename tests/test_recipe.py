@@ -1,6 +1,7 @@
 """The schema: every shipped recipe is valid, and every key has code that reads it."""
 
 import ast
+import json
 import typing
 from pathlib import Path
 
@@ -26,6 +27,14 @@ def test_shipped_recipes_are_valid_and_say_how_to_run_them(path):
     assert loaded.recipe.name == path.stem
     assert loaded.warnings == ()
     assert loaded.text.startswith("#") and f"qmedtune run recipes/{path.relative_to(ROOT / 'recipes')}" in loaded.text
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_survive_run_json(path):
+    recipe = load_recipe(path).recipe
+    text = json.dumps(recipe.model_dump(mode="json", by_alias=True))
+    again = Recipe.model_validate(json.loads(text))
+    assert again == recipe and again.stage_names() == recipe.stage_names()
 
 
 def test_the_flagship_becomes_real_by_base_and_paths():
