@@ -154,7 +154,8 @@ def _extension(path: str, format: str) -> str:
         return ""
     if Path(path).expanduser().is_dir():
         return ""
-    return f"no reader for {suffix} files (allowed: {', '.join(SUFFIXES)}, also .gz and .zst); convert, or name the `format`"
+    allowed = ", ".join(SUFFIXES)
+    return f"no reader for {suffix} files (allowed: {allowed}, also .gz and .zst); convert, or name the `format`"
 
 
 def doubts(recipe: Recipe) -> Iterator[Finding]:

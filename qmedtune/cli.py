@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qmedtune import __version__, cli_bench, cli_run
+from qmedtune import __version__, cli_bench, cli_model, cli_run
 from qmedtune.errors import QmedtuneError
 
 UsageError: Any = typer.BadParameter.__bases__[0]  # click's, which newer typers carry inside
@@ -30,8 +30,19 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 bench = typer.Typer(help="Measure against the limit and against installed peers.", rich_markup_mode=None)
-for command in (cli_run.run, cli_run.plan, cli_run.data, cli_run.report, cli_run.doctor, cli_run.schema):
-    app.command()(command)
+COMMANDS = {
+    "run": cli_run.run,
+    "plan": cli_run.plan,
+    "data": cli_run.data,
+    "report": cli_run.report,
+    "eval": cli_model.evaluate,
+    "predict": cli_model.predict,
+    "chat": cli_model.chat,
+    "doctor": cli_run.doctor,
+    "schema": cli_run.schema,
+}
+for name, command in COMMANDS.items():
+    app.command(name)(command)
 for measurement in (cli_bench.train, cli_bench.merge):
     bench.command()(measurement)
 app.add_typer(bench, name="bench")
