@@ -21,6 +21,8 @@ ROWS_PER_BAND = 4
 RECALL = 0.999  # of pairs exactly at the threshold; the bands are as many as that takes (20 of 4 rows at 0.8)
 COUNTER_BITS = 24
 BOILERPLATE_SHARE, BOILERPLATE_LEAST = 0.01, 50
+ONE_IN = 4  # windows sampled for candidates; a found pair is compared by all its windows
+OWN_TOLERANCE = 0.1  # what is a text's own is sampled: two standard errors at 60 windows
 MIN_SHINGLES = 8  # shorter texts are compared whole, by the exact stage
 PARTITION_BYTES = 64 << 20
 SEED = 20_240_917
@@ -105,7 +107,7 @@ def near_duplicates(
     """
     boilerplate = Boilerplate()
     for texts in batches():
-        boilerplate.add(grams.shingles(grams.letters(texts))[0], len(texts))
+        boilerplate.add(grams.shingles(grams.letters(texts), ONE_IN)[0], len(texts))
     bands = Bands(folder, threshold, boilerplate.num_texts)
     first = 0
     for texts in batches():
@@ -120,8 +122,8 @@ def near_duplicates(
 
 
 def own_shingles(texts: Sequence[str], boilerplate: Boilerplate) -> tuple[np.ndarray, np.ndarray]:
-    """As grams.shingles, without the boilerplate."""
-    hashes, bounds = grams.shingles(grams.letters(texts))
+    """The sampled windows without the boilerplate."""
+    hashes, bounds = grams.shingles(grams.letters(texts), ONE_IN)
     own = boilerplate.own(hashes)
     return hashes[own], np.concatenate([[0], np.cumsum(own)])[bounds]
 
@@ -130,9 +132,10 @@ def similar(a: str, b: str, threshold: float, boilerplate: Boilerplate) -> bool:
     """Jaccard similarity of at least `threshold`, over all windows and over those that are no boilerplate."""
     hashes, bounds = grams.shingles(grams.letters([a, b]))
     left, right = np.unique(hashes[: bounds[1]]), np.unique(hashes[bounds[1] :])
-    return jaccard(left, right) >= threshold and (
-        jaccard(left[boilerplate.own(left)], right[boilerplate.own(right)]) >= threshold
-    )
+    if jaccard(left, right) < threshold:
+        return False
+    left, right = (side[side % np.uint64(ONE_IN) == 0] for side in (left, right))  # what boilerplate was counted of
+    return jaccard(left[boilerplate.own(left)], right[boilerplate.own(right)]) >= threshold - OWN_TOLERANCE
 
 
 def jaccard(a: np.ndarray, b: np.ndarray) -> float:

@@ -15,8 +15,6 @@ import numpy as np
 # Odd 64-bit constants (the golden ratio, and the multiplier of Steele & Vigna 2021 for the second half).
 MIX_1, MIX_2 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD1342543DE82EF95)
 NOT_WORD = re.compile(r"[^\w\x00-\x7f]")
-SEPARATOR = 0
-
 _KEEP = np.zeros(256, bool)
 _KEEP[[*b"abcdefghijklmnopqrstuvwxyz0123456789"]] = True
 _KEEP[128:] = True  # letters beyond ASCII, as UTF-8; punctuation beyond ASCII is blanked before
@@ -26,12 +24,11 @@ _KEEP[128:] = True  # letters beyond ASCII, as UTF-8; punctuation beyond ASCII i
 class Letters:
     """The letters and digits of several texts, lower case, in one buffer.
 
-    buffer: uint8; text i is buffer[bounds[i]:bounds[i + 1]]; words: bool, True where a word starts.
+    buffer: uint8; text i is buffer[bounds[i]:bounds[i + 1]].
     """
 
     buffer: np.ndarray
     bounds: np.ndarray
-    words: np.ndarray
 
     def of(self, text: int) -> bytes:
         return self.buffer[self.bounds[text] : self.bounds[text + 1]].tobytes()
@@ -42,12 +39,10 @@ def letters(texts: Sequence[str]) -> Letters:
     encoded = [lower_bytes(text) for text in texts]
     raw = np.frombuffer(b"\x00".join(encoded) + b"\x00", np.uint8)
     keep = _KEEP[raw]
-    starts = keep.copy()
-    starts[1:] &= ~keep[:-1]
     ends = np.cumsum([len(e) + 1 for e in encoded])
     kept_before = np.concatenate([[0], np.cumsum(keep)])
     bounds = np.concatenate([[0], kept_before[ends]]).astype(np.int64)
-    return Letters(raw[keep], bounds, starts[keep])
+    return Letters(raw[keep], bounds)
 
 
 def lower_bytes(text: str) -> bytes:
@@ -79,9 +74,13 @@ def whole(bounds: np.ndarray, width: int, count: int) -> np.ndarray:
     return inside
 
 
-def shingles(batch: Letters, width: int = 24) -> tuple[np.ndarray, np.ndarray]:
-    """(hashes, bounds): the windows that start at words, about five words each; text i owns bounds[i]:bounds[i + 1]."""
+def shingles(batch: Letters, one_in: int = 1, width: int = 24) -> tuple[np.ndarray, np.ndarray]:
+    """(hashes, bounds): windows of about five words each; text i owns bounds[i]:bounds[i + 1].
+
+    With `one_in` 4, those whose hash is divisible by 4: a sample that is the same wherever the same text stands, so
+    that similarity is estimated without bias, and that does not hang on where words are taken to begin.
+    """
     hashes = windows(batch.buffer, width)
-    chosen = batch.words[: len(hashes)] & whole(batch.bounds, width, len(hashes))
+    chosen = whole(batch.bounds, width, len(hashes)) & (hashes % np.uint64(one_in) == 0)
     before = np.concatenate([[0], np.cumsum(chosen)])
     return hashes[chosen], before[np.minimum(batch.bounds, len(hashes))].astype(np.int64)

@@ -288,6 +288,14 @@ class PackedRows:
         """(P, 3) int64 of (document, start, length), in the row's order."""
         return self._pieces[self._bounds[row] : self._bounds[row + 1]]
 
+    @property
+    def num_documents(self) -> int:
+        return len(self._documents)
+
+    def document_lengths(self) -> np.ndarray:
+        """Tokens of every document, int64, with bos and eos."""
+        return self._documents[:, 2]
+
     def source_of(self, document: int) -> str:
         return self.sources[int(np.searchsorted(self._first_document, document, side="right")) - 1]
 

@@ -33,7 +33,7 @@ HEX = r"[0-9a-f]{1,4}"
 MONTHS = "jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec"
 # A pronoun or article after an initial starts the next sentence: "seen by Dr. Y. He was ...".
 NEXT_SENTENCE = r"(?!(?:He|She|It|The|This|That|They|We|On|In|At|A|An|Patient|Pt|No|I)\b)"
-NAME = rf"(?:{NEXT_SENTENCE}[A-Z][a-z]+(?:[-'’][A-Z][a-z]+)*|[A-Z]\.)"
+NAME = rf"(?:{NEXT_SENTENCE}(?:O['’]|D['’]|Mc|Mac)?[A-Z][a-z]+(?:[-'’][A-Z][a-z]+)*|[A-Z]\.)"
 PERSON = rf"(?P<value>(?:{NAME}|[A-Z][A-Z'-]+)(?:,?[ ](?:(?:van|von|de|la|del|di|bin|al)[ ])?{NAME}){{0,3}})"
 PLATE = r"(?P<value>(?=[A-Z0-9 -]*\d)[A-Z0-9]{1,4}[ -]?[A-Z0-9]{2,17})\b"
 ROLES = (

@@ -1,0 +1,144 @@
+"""Planted benchmark text is found whatever its case, punctuation and spacing; clean text is left alone."""
+
+import json
+import os
+import random
+import re
+from pathlib import Path
+
+import pytest
+
+from qmedtune.data import decontaminate
+from qmedtune.data.decontaminate import Item, benchmark_items, build, search
+from qmedtune.errors import DataError
+from qmedtune.recipe import Recipe
+
+REAL = Path(os.environ.get("QMEDTUNE_REAL_DATA", Path(__file__).parents[2] / "shared" / "data"))
+VOCABULARY = [f"{a}{b}{c}" for a in "bdgklmnprst" for b in "aeiou" for c in ("ne", "ra", "tol", "mic", "x")]
+
+
+def sentence(rng, low, high):
+    return " ".join(rng.choices(VOCABULARY, k=rng.randint(low, high)))
+
+
+def corpus(rng, count):
+    return [". ".join(sentence(rng, 8, 25) for _ in range(10)) for _ in range(count)]
+
+
+def disguised(rng, text):
+    """Other case, punctuation and spacing."""
+    text = rng.choice([str.upper, str.title, str.swapcase])(text)
+    text = re.sub(r"\s", lambda _: rng.choice(["  ", "\n", " - ", ", ", "\u00a0"]), text)
+    return rng.choice(["\u201c{}\u201d", "({})", "{}?!"]).format(text)
+
+
+def plant(rng, host, text):
+    cut = rng.randrange(len(host))
+    return f"{host[:cut]} {text} {host[cut:]}"
+
+
+def test_four_hundred_planted_items_and_a_clean_corpus():
+    rng = random.Random(0)
+    items = [Item("t", str(i), (sentence(rng, 6, 60),)) for i in range(400)]
+    index = build(items)
+    clean = corpus(rng, 2000)
+    hosts = corpus(rng, 400)
+    dirty = [plant(rng, host, items[i].texts[0]) for i, host in enumerate(hosts[:200])]
+    dirty += [plant(rng, host, disguised(rng, items[200 + i].texts[0])) for i, host in enumerate(hosts[200:])]
+    assert len(search(index, dirty, [None] * 400)) == 400
+    assert len(search(index, clean, [None] * 2000)) <= 2  # 0.1 %
+
+
+def test_thirteen_words_are_enough_and_twelve_are_not():
+    rng = random.Random(1)
+    words = sentence(rng, 30, 30).split()
+    index = build([Item("t", "1", (" ".join(words),))])
+    assert search(index, [f"aaa {' '.join(words[5:18])} bbb"], [None])[0].words == 13
+    assert search(index, [f"aaa {' '.join(words[5:17])} bbb"], [None]) == []
+
+
+def test_pmids_count_without_any_shared_text():
+    index = build([Item("pubmedqa", "7", ("a question of more than three words",), "7")])
+    (hit,) = search(index, ["nothing in common", "nothing either"], ["7", "8"])
+    assert (hit.record, hit.words) == (0, 0)
+
+
+def test_matches_never_span_two_records():
+    rng = random.Random(2)
+    words = sentence(rng, 13, 13).split()
+    index = build([Item("t", "1", (" ".join(words),))])
+    assert search(index, [" ".join(words[:6]), " ".join(words[6:])], [None, None]) == []
+
+
+def test_a_phrase_of_the_language_is_given_back():
+    hits = [(0, 5)] * 50 + [(1, 5)] * 3 + [(2, 13)] * 50
+    assert decontaminate.given_back(hits, 10_000) == {0}
+
+
+def test_overlap_names_items_for_a_split_evaluation():
+    index = build([Item("a", "q1", ("one two three four five",)), Item("a", "q2", ("six seven eight nine ten",))])
+    report = decontaminate.overlap(index, [(4, 1, 5), (9, 1, 0)], set())
+    assert report == {"a": {"items": 2, "found": ["q2"], "records": 2, "by_pmid": 1, "given_back": 0}}
+
+
+def recipe(**sections):
+    return Recipe.model_validate({
+        "name": "t", "model": {"base": "builtin:tiny"},
+        "data": {"a": {"path": "builtin:literature", "kind": "literature"}},
+        "stages": [{"cpt": {"mix": {"a": 1}}}], **sections,
+    })  # fmt: skip
+
+
+SCHEMAS = {
+    "pubmedqa.json": (
+        {"31": {"QUESTION": "Is it so?", "CONTEXTS": ["Because one."]}},
+        ["Is it so?", "Because one."],
+        "31",
+    ),
+    "medqa.jsonl": ({"question": "Which one?", "options": {"A": "x"}, "answer_idx": "A"}, ["Which one?"], None),
+    "medmcqa.jsonl": ({"question": "Which two?", "opa": "x", "cop": 1, "id": "m1"}, ["Which two?"], None),
+    "plain.csv": ("stem,A\nWhich three?,x\n", ["Which three?"], None),
+}
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_benchmark_schemas(tmp_path, name):
+    content, texts, pmid = SCHEMAS[name]
+    path = tmp_path / name
+    path.write_text(content if isinstance(content, str) else json.dumps(content) + "\n")
+    for made in (
+        recipe(evaluate={"tasks": [{"task": "x", "path": str(path)}]}),
+        recipe(hygiene={"decontaminate": [str(path)]}),
+    ):
+        (item,) = benchmark_items(made)
+        assert list(item.texts) == texts
+        assert item.pmid == pmid
+
+
+def test_the_built_in_questions_are_looked_for():
+    items = benchmark_items(recipe(evaluate={"tasks": ["facts"]}))
+    assert len(items) == 120
+    index = build(items)
+    assert index.too_short == 0
+    assert len(search(index, [f"Quiz. {items[3].texts[0]} Yes."], [None])) == 1
+
+
+def test_a_missing_benchmark_is_named(tmp_path):
+    made = recipe(evaluate={"tasks": [{"task": "medqa", "path": str(tmp_path / "none.jsonl")}]})
+    with pytest.raises(DataError, match="benchmark medqa is not there"):
+        benchmark_items(made)
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="real text is not part of the repository")
+def test_real_pubmedqa_questions_are_all_found_and_real_abstracts_are_clean():
+    rng = random.Random(3)
+    abstracts = [
+        json.loads(line)["text"] for line in (REAL / "literature/hoc_abstracts.jsonl").read_text().splitlines()
+    ]
+    made = recipe(evaluate={"tasks": [{"task": "pubmedqa", "path": str(REAL / "eval/pubmedqa_train.json")}]})
+    items = benchmark_items(made)
+    index = build([Item(i.task, i.id, i.texts[:1]) for i in items])  # the questions alone
+    planted = [plant(rng, rng.choice(abstracts), item.texts[0]) for item in items]
+    assert {hit.record for hit in search(index, planted, [None] * 500)} == set(range(500))
+    whole = build(items)
+    assert len(search(whole, abstracts, [None] * len(abstracts))) <= len(abstracts) // 1000

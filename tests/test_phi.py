@@ -1,0 +1,217 @@
+"""Recall on generated identifiers, false alarms on distractors, surrogates, and silence about what was found."""
+
+import json
+import random
+import re
+import string
+from datetime import date
+
+import pytest
+
+from qmedtune.data import phi, surrogates
+from qmedtune.data.prepare import prepare_source
+from qmedtune.recipe import Recipe
+
+CONTEXT = ("Patient seen in clinic. ", "Assessment: stable, BP 120/80, HR 72. ", "Given 2 x 500 mg daily for 10 days. ")
+
+
+def digits(rng, count):
+    return "".join(rng.choices(string.digits, k=count))
+
+
+def number(rng):
+    area, middle, last = (str(rng.randint(200, 999)), str(rng.randint(200, 999)), digits(rng, 4))
+    return rng.choice(
+        [
+            f"({area}) {middle}-{last}",
+            f"{area}-{middle}-{last}",
+            f"{area}.{middle}.{last}",
+            f"+1 {area} {middle} {last}",
+        ]
+    )
+
+
+def day(rng):
+    months = ["January", "Feb", "March", "Apr", "May", "June", "Jul", "August", "Sept", "October", "Nov", "December"]
+    y, m, d = rng.randint(1930, 2025), rng.randint(1, 12), rng.randint(1, 28)
+    name = months[m - 1]
+    return rng.choice(
+        [f"{m:02d}/{d:02d}/{y}", f"{m}/{d}/{y % 100:02d}", f"{y}-{m:02d}-{d:02d}", f"{name} {d}, {y}",
+         f"{d} {name} {y}", f"{d:02d}-{name[:3]}-{y}", f"{name} {d}th", f"{d:02d}.{m:02d}.{y}"]
+    )  # fmt: skip
+
+
+def code(rng, low=6, high=10):
+    letters = "".join(rng.choices(string.ascii_uppercase, k=rng.randint(0, 2)))
+    return letters + digits(rng, rng.randint(low, high))
+
+
+def vin(rng):
+    allowed = "ABCDEFGHJKLMNPRSTUVWXYZ0123456789"
+    return "1H" + "".join(rng.choices(allowed, k=13)) + digits(rng, 2)
+
+
+# class -> (sentence with {}, maker)
+MADE = {
+    "phone": (["Phone: {}", "call him at {} today", "tel {}", "contact {}."], number),
+    "fax": (["Fax: {}", "fax number {}", "Fax {}"], number),
+    "email": (["write to {}", "e-mail: {}"], lambda r: f"{code(r).lower()}.x@mail{r.randint(1, 9)}.example.org"),
+    "ssn": (
+        ["SSN {}", "social security number {}", "({})"],
+        lambda r: f"{r.randint(100, 899)}-{r.randint(10, 99)}-{digits(r, 4)}",
+    ),
+    "mrn": (["MRN: {}", "MRN {}", "medical record number {}", "Med rec no. {}", "Unit No: {}", "MRN# {}"], code),
+    "url": (["see {}", "portal ({})"], lambda r: f"https://{code(r).lower()}.example.com/p/{digits(r, 4)}"),
+    "ip": (["from {}", "host {}"], lambda r: ".".join(str(r.randint(1, 254)) for _ in range(4))),
+    "date": (["on {}", "Admitted {}.", "DOB: {}", "seen {}"], day),
+    "age_over_89": (
+        ["a {}-year-old woman", "{} y/o male", "{} year old", "aged {}"],
+        lambda r: str(r.randint(90, 109)),
+    ),
+    "zip": (
+        ["Boston, MA {}", "ZIP {}", "zip code: {}"],
+        lambda r: r.choice([digits(r, 5), f"{digits(r, 5)}-{digits(r, 4)}"]),
+    ),
+    "account": (["Account number: {}", "acct# {}", "Account {}"], code),
+    "license": (["License no. {}", "driver's license {}", "DEA number {}", "NPI: {}"], code),
+    "vehicle": (["VIN {}", "his car ({})"], vin),
+    "device": (["serial number {}", "device ID: {}", "S/N {}", "pacemaker serial no. {}"], code),
+    "health_plan": (["Member ID: {}", "policy number {}", "Medicare no. {}", "subscriber # {}"], code),
+}
+DISTRACTORS = [
+    "Parkinson disease", "Graves disease", "Crohn's disease", "Hodgkin lymphoma", "Bell palsy", "Cushing syndrome",
+    "Warfarin 5 mg", "Foley catheter", "Babinski sign", "Apgar 8/9", "BP 120/80", "T 98.6", "Hgb 12.4", "WBC 10,500",
+    "strength 5/5", "EF 55-60%", "pH 7.35", "O2 sat 95% on 2 L", "Metformin 1000 mg", "C5-C6 disc", "grade 3/6 murmur",
+    "40-year-old", "L4-5 stenosis", "INR 2.0-3.0", "150 mL/h", "90 mg", "Glasgow 15", "ratio 1:2", "visit 3 of 4",
+    "May help with pain", "Wilson disease", "Alzheimer dementia", "Marfan habitus", "Tourette tics", "100 mcg", "97 %",
+    "Patient: alert and oriented", "Dr. notified", "12 hours", "2.5 x 3.0 cm", "25 gauge needle", "group A strep",
+    "case discussed", "unit of blood", "serial troponins", "lot of pain", "plan 24 h observation", "age 45",
+]  # fmt: skip
+
+
+def planted(count, seed):
+    """(text, start, end, class): one identifier in a sentence between sentences without any."""
+    rng = random.Random(seed)
+    for _ in range(count):
+        kind = rng.choice(list(MADE))
+        forms, make = MADE[kind]
+        value = make(rng)
+        before, after = rng.choice(forms).split("{}")
+        text = rng.choice(CONTEXT) + before + value + after
+        start = len(text) - len(after) - len(value)
+        yield text + " " + rng.choice(CONTEXT), start, start + len(value), kind
+
+
+def test_recall_on_ten_thousand_structured_identifiers():
+    missed, kinds, extra = [], 0, 0
+    for text, start, end, kind in planted(10_000, 0):
+        spans = phi.find(text)
+        covered = {i for span in spans for i in range(span.start, span.end)}
+        if not set(range(start, end)) <= covered:
+            missed.append((kind, text[start:end]))
+        kinds += any(span.kind == kind for span in spans)
+        extra += sum(span.end <= start or span.start >= end for span in spans)
+    assert len(missed) <= 100, missed[:20]  # recall >= .99
+    assert kinds >= 9_700  # and almost always under its own class
+    assert extra <= 100  # precision >= .99 in this text
+
+
+def test_distractors_are_left_alone():
+    rng = random.Random(0)
+    flagged = 0
+    for _ in range(2000):
+        text = f"{rng.choice(CONTEXT)}Noted {rng.choice(DISTRACTORS)}. {rng.choice(CONTEXT)}"
+        flagged += bool(phi.find(text))
+    assert flagged <= 20  # 1 %
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("seen by Dr. Smith today", "Smith"),
+        ("Mrs. Anna van Dijk was", "Anna van Dijk"),
+        ("Patient name: John Q. Public\nAge", "John Q. Public"),
+        ("Electronically signed by: Mary O'Hara, MD", "Mary O'Hara"),
+        ("Dr. Y. He was seen", "Y."),
+    ],
+)
+def test_announced_names(text, name):
+    spans = [s for s in phi.find(text) if s.kind == "name"]
+    assert [text[s.start : s.end] for s in spans] == [name]
+
+
+def test_marks_of_earlier_deidentification_are_no_identifiers():
+    assert phi.find("Dr. [**Last Name (un) 123**] on [**2151-7-16**]; MRN ___ seen") == []
+
+
+def test_surrogates_are_consistent_within_a_patient_and_differ_between():
+    text = "Dr. Smith, MRN 1234567, call 617-555-0123. Again MRN 1234567."
+
+    def redact(patient):
+        return surrogates.redact(text, phi.find(text), patient, seed=1, shift_dates=False)
+
+    one = redact("p1")
+    assert one == redact("p1") != redact("p2")
+    assert "1234567" not in one
+    assert "Smith" not in one
+    first, second = (part.split(",")[0].split(".")[0] for part in one.split("MRN ")[1:])
+    assert first == second
+    assert len(first) == 7
+
+
+def test_dates_move_together_and_keep_their_distance():
+    text = "Admitted 03/14/2019, seen 2019-03-20."
+    out = surrogates.redact(text, phi.find(text), "p", seed=1, shift_dates=True)
+    (m, d, y), (y2, m2, d2) = (
+        re.search(r"(\d+)/(\d+)/(\d{4})", out).groups(),
+        re.search(r"(\d{4})-(\d+)-(\d+)", out).groups(),
+    )
+    assert (date(int(y2), int(m2), int(d2)) - date(int(y), int(m), int(d))).days == 6
+    assert date(2018, 3, 13) <= date(int(y), int(m), int(d)) < date(2019, 3, 14)
+    plain = surrogates.redact(text, phi.find(text), "p", seed=1, shift_dates=False)
+    assert plain == "Admitted [date], seen [date]."
+
+
+def test_ages_over_89_become_a_group():
+    text = "This 93-year-old woman"
+    assert surrogates.redact(text, phi.find(text), "p", 1, False) == "This over 89-year-old woman"
+
+
+def run(tmp_path, mode, rows):
+    path = tmp_path / "notes.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = Recipe.model_validate({
+        "name": "t", "model": {"base": "builtin:tiny"}, "data": {"notes": {"path": str(path), "kind": "clinical"}},
+        "hygiene": {"phi": mode, "dedup": {"near": False}}, "stages": [{"cpt": {"mix": {"notes": 1}}}],
+    })  # fmt: skip
+    out = tmp_path / mode
+    out.mkdir()
+    return prepare_source(recipe, "notes", {}, out), out
+
+
+def test_five_hundred_planted_identifiers_stay_in_the_data(tmp_path, capsys):
+    found = [
+        (text, text[start:end]) for text, start, end, kind in planted(700, 7) if kind not in ("age_over_89", "zip")
+    ][:500]
+    rows = [{"id": str(i), "text": text} for i, (text, _) in enumerate(found)]
+    for mode in ("report", "redact"):
+        facts, out = run(tmp_path, mode, rows)
+        assert facts["phi"]["records"] >= 495
+        shown = capsys.readouterr()
+        public = json.dumps(facts) + shown.out + shown.err
+        public += "".join(
+            p.read_text() for p in out.iterdir() if p.suffix in (".json", ".jsonl") and "rejects" in p.name
+        )
+        if mode == "redact":
+            public += (out / "train.jsonl").read_text() + (out / "heldout.jsonl").read_text()
+        leaked = [value for _, value in found if len(value) > 4 and value in public]
+        assert len(leaked) <= (5 if mode == "redact" else 0)  # redaction is as good as recall
+
+
+def test_refuse_keeps_only_records_without_identifiers(tmp_path):
+    rows = [{"text": f"Stable, note {i} of the ward."} for i in range(20)] + [{"text": "Call 617-555-0123 please."}]
+    facts, out = run(tmp_path, "refuse", rows)
+    assert facts["records"]["refused"] == 1
+    row = json.loads((out / "rejects.jsonl").read_text())
+    assert row["line"] == 21
+    assert row["reason"] == "holds identifiers (hygiene.phi: refuse)"

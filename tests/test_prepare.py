@@ -1,0 +1,179 @@
+"""The ledger of a source, the split, and what never reaches a log or an error."""
+
+import json
+import random
+
+import pytest
+
+from qmedtune.data.clean import clean
+from qmedtune.data.prepare import prepare_source
+from qmedtune.errors import DataError
+from qmedtune.recipe import Recipe
+
+SECRET = "Zebedee Quill"
+
+
+def recipe(path, kind="literature", hygiene=None, evaluate=None, **source):
+    return Recipe.model_validate({
+        "name": "t", "model": {"base": "builtin:tiny"},
+        "data": {name: {"path": str(path), "kind": kind, **source} for name in ("one", "two")},
+        "hygiene": hygiene or {}, "evaluate": evaluate or {},
+        "stages": [{"cpt": {"mix": {"one": 1}}}],
+    })  # fmt: skip
+
+
+def prepare(tmp_path, recipe, name="one", **inputs):
+    out = tmp_path / f"out-{name}-{len(list(tmp_path.iterdir()))}"
+    out.mkdir()
+    return prepare_source(recipe, name, inputs, out), out
+
+
+def jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def texts(folder, part="train"):
+    return [json.loads(line).get("text") for line in (folder / f"{part}.jsonl").read_text().splitlines()]
+
+
+def sentences(count, seed=0):
+    rng = random.Random(seed)
+    return [" ".join(f"w{rng.randrange(5000)}" for _ in range(60)) for _ in range(count)]
+
+
+def test_identity_over_every_fate(tmp_path):
+    own = sentences(300)
+    question = "Does vitamin C given before anaesthesia shorten the stay of adults after hip surgery?"
+    (tmp_path / "bench.json").write_text(
+        json.dumps([{"question": question, "options": {"A": "yes"}, "answer_idx": "A"}])
+    )
+    rows = [{"text": t} for t in own]
+    rows += [{"text": own[3]}, {"text": own[4].upper() + " "}]  # exact, but for case and space
+    rows += [{"text": own[5] + " changed"}]  # near
+    rows += [{"text": f"{own[6]} zz {question.upper()} {own[7]} yy"}]  # contaminated
+    rows += [{"text": ""}, {"text": None}]  # rejected
+    rows += [{"text": sentences(1, 9)[0], "retracted": "yes"}]  # refused
+    path = jsonl(tmp_path / "a.jsonl", rows)
+    tasks = {"tasks": [{"task": "medqa", "path": str(tmp_path / "bench.json")}]}
+    facts, out = prepare(tmp_path, recipe(path, evaluate=tasks))
+    assert facts["records"] == {
+        "read": 307, "kept": 300, "rejected": 2, "duplicates": 3, "contaminated": 1, "refused": 1,
+    }  # fmt: skip
+    assert facts["near_duplicates"] == 1
+    assert len(texts(out)) + len(texts(out, "heldout")) == 300
+    assert len(texts(out, "heldout")) == facts["held_out"]
+    assert facts["contamination"]["medqa"]["records"] == 1
+    assert not (out / "work.jsonl").exists()
+    assert not (out / "bands").exists()
+
+
+def test_every_stage_can_be_off(tmp_path):
+    own = sentences(50)
+    path = jsonl(tmp_path / "a.jsonl", [{"text": t} for t in [*own, own[0], own[1] + " x"]])
+    off = {"clean": False, "dedup": {"exact": False, "near": False}, "decontaminate": "off", "phi": "off"}
+    facts, _ = prepare(tmp_path, recipe(path, hygiene=off))
+    assert facts["records"]["kept"] == 52
+
+
+def test_later_sources_lose_what_earlier_ones_have(tmp_path):
+    own = sentences(40)
+    path = jsonl(tmp_path / "a.jsonl", [{"text": t} for t in own])
+    made = recipe(path, hygiene={"dedup": {"near": False}})
+    _, first = prepare(tmp_path, made)
+    jsonl(path, [{"text": t} for t in own[:15] + sentences(5, 1)])
+    facts, _ = prepare(tmp_path, made, "two", one=first)
+    assert facts["records"]["duplicates"] == 15
+
+
+def test_split_is_stable_when_records_are_added(tmp_path):
+    own = sentences(400)
+    path = jsonl(tmp_path / "a.jsonl", [{"text": t} for t in own[:200]])
+    _, small = prepare(tmp_path, recipe(path, holdout=0.2))
+    jsonl(path, [{"text": t} for t in own])
+    _, large = prepare(tmp_path, recipe(path, holdout=0.2))
+    assert set(texts(small, "heldout")) < set(texts(large, "heldout"))
+    assert set(texts(small)) < set(texts(large))
+    assert len(texts(large, "heldout")) == pytest.approx(80, abs=25)
+
+
+def test_patients_are_never_on_both_sides(tmp_path):
+    rows = [{"text": t, "subject_id": i % 40} for i, t in enumerate(sentences(400))]
+    _, out = prepare(tmp_path, recipe(jsonl(tmp_path / "a.jsonl", rows), "clinical", split_by="patient", holdout=0.3))
+    sides = [
+        {json.loads(r)["patient"] for r in (out / f"{p}.jsonl").read_text().splitlines()} for p in ("train", "heldout")
+    ]
+    assert sides[0]
+    assert sides[1]
+    assert not sides[0] & sides[1]
+
+
+def test_a_small_source_still_holds_something_out(tmp_path):
+    path = jsonl(tmp_path / "a.jsonl", [{"text": t} for t in sentences(6)])
+    facts, _ = prepare(tmp_path, recipe(path))
+    assert facts["held_out"] == 1
+    assert prepare(tmp_path, recipe(path, holdout=0.0))[0]["held_out"] == 0
+
+
+def test_notes_without_patient_cannot_be_split_by_patient(tmp_path):
+    path = jsonl(tmp_path / "a.jsonl", [{"text": t} for t in sentences(6)])
+    with pytest.raises(DataError, match="no patient id"):
+        prepare(tmp_path, recipe(path, "clinical", split_by="patient"))
+
+
+def test_too_much_damage_stops_without_quoting(tmp_path, capsys):
+    rows = [{"text": t} for t in sentences(50)] + [{"text": None, "note": SECRET}, {"text": [SECRET, 1]}]
+    with pytest.raises(DataError) as caught:
+        prepare(tmp_path, recipe(jsonl(tmp_path / "a.jsonl", rows), "clinical"))
+    message = str(caught.value)
+    assert "2 of 52 records are unusable" in message
+    assert len(message.splitlines()) <= 6
+    assert caught.value.exit_code == 3
+    shown = capsys.readouterr()
+    assert not any(word in message + shown.out + shown.err for word in SECRET.split())
+
+
+def test_half_a_percent_of_damage_is_fine_at_one_percent(tmp_path):
+    rows = [{"text": t} for t in sentences(199)] + [{"text": 1}]
+    facts, out = prepare(tmp_path, recipe(jsonl(tmp_path / "a.jsonl", rows)))
+    assert facts["records"]["rejected"] == 1
+    row = json.loads((out / "rejects.jsonl").read_text())
+    assert row == {"source": "one", "file": str(tmp_path / "a.jsonl"), "line": 200, "reason": "text is not a string"}
+
+
+def test_nothing_left_is_an_error(tmp_path):
+    path = jsonl(tmp_path / "a.jsonl", [{"text": "x", "retracted": True}])
+    with pytest.raises(DataError, match="no record is left of 1 read"):
+        prepare(tmp_path, recipe(path))
+
+
+def test_result_is_the_same_each_time(tmp_path):
+    path = jsonl(tmp_path / "a.jsonl", [{"text": t} for t in sentences(500)])
+    one, two = (prepare(tmp_path, recipe(path))[0] for _ in range(2))
+    assert one == two
+
+
+@pytest.mark.parametrize("corpus", ["literature", "notes", "general", "instructions"])
+def test_the_built_in_world_passes_whole(tmp_path, corpus):
+    kind = {"notes": "clinical"}.get(corpus, corpus)
+    made = recipe(f"builtin:{corpus}", kind, evaluate={"tasks": ["facts"]})
+    facts, _ = prepare(tmp_path, made)
+    assert facts["records"]["kept"] == facts["records"]["read"]
+    assert facts["contamination"]["facts"]["found"] == []
+
+
+# ---- clean -----------------------------------------------------------------------------------------------------------
+
+
+def test_notes_keep_lines_blanks_and_marks():
+    note = "HISTORY:\r\n  [**Name**] has  Hgb [12] \r\n\r\n\r\n\r\nPLAN: ___\x07\n"
+    assert clean(note, "clinical") == "HISTORY:\n  [**Name**] has  Hgb [12]\n\nPLAN: ___"
+
+
+def test_literature_loses_citation_marks_and_nothing_else():
+    text = "Cells grow [12, 14] fast [3\u20135]. The interval [0.5, 0.9] and the item\n[1] stay.\u200b"
+    assert clean(text, "literature") == "Cells grow fast. The interval [0.5, 0.9] and the item\n[1] stay."
+
+
+def test_unicode_is_composed():
+    assert clean("cafe\u0301", "general") == "caf\u00e9"
