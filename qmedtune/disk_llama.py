@@ -23,6 +23,7 @@ from qmedtune.errors import RecipeError
 from qmedtune.lora_files import LowRank, Updates
 from qmedtune.model import DTYPES, check_folder
 from qmedtune.nf4_roundtrip import nf4_roundtrip
+from qmedtune.parallel import Apply
 from qmedtune.recipe import ModelSection
 from qmedtune.tensors import Weights, open_weights, row_blocks
 
@@ -52,12 +53,12 @@ class DiskLlama:
         """The stored tensor; a tied output layer's is the embedding's."""
         return self.weights[EMBEDDING if name == HEAD and self.tied else name]
 
-    def nf4(self, name: str, section: ModelSection) -> Tensor:
+    def nf4(self, name: str, section: ModelSection, apply: Apply = map) -> Tensor:
         """As `source`, but with the values that training in NF4 works with, in its compute dtype."""
         dtype = DTYPES[section.compute_dtype]
         if name == HEAD or name.removesuffix(".weight") not in self.linears:  # bitsandbytes leaves the head alone
             return self.source(name).to(dtype)
-        return nf4_roundtrip(self.source(name), dtype, double_quantization=section.double_quantization)
+        return nf4_roundtrip(self.source(name), dtype, double_quantization=section.double_quantization, apply=apply)
 
 
 def open_llama(folder: Path) -> DiskLlama:
@@ -95,14 +96,14 @@ def _check_tensor(base: DiskLlama, name: str) -> None:
 class StreamedLinear(nn.Module):
     """x @ W.T + bias + sum of scale * (x @ A.T) @ B.T in fp32, W being read when it is needed, in blocks of rows."""
 
-    def __init__(self, load: Callable[[], Tensor], bias: Tensor | None, updates: Sequence[LowRank]):
+    def __init__(self, load: Callable[[], Tensor], bias: Tensor | None, updates: Sequence[LowRank], apply: Apply):
         super().__init__()
-        self.load, self.bias, self.updates = load, bias, updates
+        self.load, self.bias, self.updates, self.apply_to = load, bias, updates, apply
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.load()
-        parts = [F.linear(x, weight[rows].float()) for rows in row_blocks(tuple(weight.shape))]
-        y = torch.cat(parts, dim=-1)
+        blocks = row_blocks(tuple(weight.shape))
+        y = torch.cat(list(self.apply_to(lambda rows: F.linear(x, weight[rows].float()), blocks)), dim=-1)
         if self.bias is not None:
             y += self.bias
         for update in self.updates:
@@ -121,7 +122,7 @@ class StreamedEmbedding(nn.Module):
         return self.load()[ids].float()
 
 
-def streamed_model(base: DiskLlama, load: Load, updates: Updates) -> LlamaForCausalLM:
+def streamed_model(base: DiskLlama, load: Load, updates: Updates, apply: Apply = map) -> LlamaForCausalLM:
     """An fp32 LlamaForCausalLM whose linears and embedding read their weights with `load(name)` as they run.
 
     `updates.full` takes the place of what `load` gives; low-rank updates are applied beside the weight, unmerged.
@@ -136,7 +137,7 @@ def streamed_model(base: DiskLlama, load: Load, updates: Updates) -> LlamaForCau
         if isinstance(module, nn.Linear):
             bias = load(f"{name}.bias").float() if module.bias is not None else None
             weight = f"{name}.weight"
-            _put(model, name, StreamedLinear(source(weight), bias, updates.low_rank.get(weight, [])))
+            _put(model, name, StreamedLinear(source(weight), bias, updates.low_rank.get(weight, []), apply))
         elif isinstance(module, nn.Embedding):
             _put(model, name, StreamedEmbedding(source(f"{name}.weight")))
     for name, _ in list(model.named_parameters()):  # what is left is small: the norms

@@ -1,6 +1,6 @@
 """Fold adapters into a model folder, tensor by tensor, and prove it before anything is renamed.
 
-W + sum of scale * B @ A is added in fp32 and rounded once. Memory is a few blocks of 16 MB whatever the model; the
+W + sum of scale * B @ A is added in fp32 and rounded once. Memory is a few blocks of 4 MB whatever the model; the
 sharding is the base's. The proof (merge_verify.py) compares what was written with the same base + unmerged adapters.
 Deliberately does not re-quantise (PEFT on 4-bit layers does, and loses the update), and does not rename: store.py does.
 """
@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ from torch import Tensor
 from qmedtune import store, ui
 from qmedtune.disk_llama import EMBEDDING, HEAD, DiskLlama, open_llama
 from qmedtune.errors import RunError
-from qmedtune.lora_files import Updates, read_adapters
+from qmedtune.lora_files import LowRank, Updates, read_adapters
 from qmedtune.merge_verify import PROBE_TOKENS, prove
 from qmedtune.model import DTYPES
+from qmedtune.parallel import in_order, workers
 from qmedtune.recipe import MergeSection, ModelSection, Recipe
 from qmedtune.tensors import INDEX, row_blocks, write_safetensors
 
@@ -62,8 +64,9 @@ def merge(
 ) -> dict[str, Any]:
     """Write base + adapters (in training order) as a plain model folder into `out`, an existing staging folder.
 
-    probe_ids: int64 token ids [rows, length] for the proof, None: random ones. template: a folder with template.json.
-    card: text of README.md. Returns facts. `model_section.compute_dtype` must be resolved.
+    probe_ids: int64 token ids [rows, length] for the proof (large models use their first columns), None: random ones.
+    template: a folder with template.json. card: text of README.md. `model_section.compute_dtype` must be resolved.
+    Returns facts.
     Raises RecipeError for folders that do not fit together; RunError where a file is damaged, a weight is not finite
     or the proof fails: then `out` must not be used.
     """
@@ -71,13 +74,13 @@ def merge(
     opened = open_llama(base)
     updates = read_adapters(adapters, opened.shapes, opened.linears)
     tied = _stays_tied(opened, updates)
-    with ThreadPoolExecutor(max_workers=1) as thread:
-        hashes = _write_weights(opened, updates, out, section, model_section, tied, thread)
+    with workers() as pool, ThreadPoolExecutor(max_workers=1) as disk:
+        hashes = _write_weights(opened, updates, out, section, model_section, tied, pool, disk)
         _write_config(base / "config.json", out, section.dtype, tied)
         _copy_descriptions(base, out, template)
         if card is not None:
             (out / "README.md").write_text(card, encoding="utf-8")
-        proof = prove(opened, updates, out, section, model_section, probe_ids)
+        proof = prove(opened, updates, out, section, model_section, probe_ids, pool)
         sha256 = {name: pending.result() for name, pending in hashes.items()}
     return {
         "base": section.base,
@@ -107,26 +110,43 @@ def _write_weights(
     section: MergeSection,
     model_section: ModelSection,
     tied: bool,
-    thread: ThreadPoolExecutor,
+    pool: ThreadPoolExecutor,
+    disk: ThreadPoolExecutor,
 ) -> dict[str, Future[str]]:
     """All weight files, sharded as the base's, and their index. Returns the sha256 of each, by file name."""
     shards = _shards(base, tied)
     dtype = DTYPES[section.dtype]
     hashes = {}
-    with ui.stage("merging", total=len(base.shapes) - tied, unit="tensors") as shown:
+    with ui.stage("merging", total=sum(map(len, shards.values())), unit="tensors") as shown:
 
-        def blocks(names: Mapping[str, tuple[int, ...]]) -> Iterator[Tensor]:
+        def jobs(names: Iterable[str]) -> Iterator[Callable[[], Tensor]]:
             for name in names:
-                yield from merged_blocks(base, updates, name, section.base, model_section, dtype)
+                source = _source(base, updates, name, section, model_section, pool)
+                for rows in row_blocks(base.shapes[name]):
+                    yield partial(merged_block, source, updates.low_rank.get(name, ()), rows, dtype, name)
                 shown.update(shown.completed + 1)
 
         for file, shapes in shards.items():
-            hashes[file] = write_safetensors(out / file, shapes, dtype, blocks(shapes), thread)
+            hashes[file] = write_safetensors(out / file, shapes, dtype, in_order(pool, jobs(shapes)), disk)
     if len(shards) > 1:
         files = {name: file for file, shapes in shards.items() for name in shapes}
         total = sum(torch.Size(base.shapes[name]).numel() * dtype.itemsize for name in files)
         store.write_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": files})
     return hashes
+
+
+def _source(
+    base: DiskLlama,
+    updates: Updates,
+    name: str,
+    section: MergeSection,
+    model_section: ModelSection,
+    pool: ThreadPoolExecutor,
+) -> Tensor:
+    """What the low-rank updates of a weight are added to."""
+    if name in updates.full:
+        return updates.full[name]
+    return base.nf4(name, model_section, pool.map) if section.base == "nf4" else base.source(name)
 
 
 def _shards(base: DiskLlama, tied: bool) -> dict[str, dict[str, tuple[int, ...]]]:
@@ -140,27 +160,19 @@ def _shards(base: DiskLlama, tied: bool) -> dict[str, dict[str, tuple[int, ...]]
     return dict(sorted(shards.items()))
 
 
-def merged_blocks(
-    base: DiskLlama, updates: Updates, name: str, onto: str, model_section: ModelSection, dtype: torch.dtype
-) -> Iterator[Tensor]:
-    """The merged tensor in row blocks: fp32 sums rounded to `dtype` once. Raises RunError naming a tensor that is not
-    finite in `dtype`."""
-    if name in updates.full:
-        source = updates.full[name]
-    else:
-        source = base.nf4(name, model_section) if onto == "nf4" else base.source(name)
+def merged_block(source: Tensor, low_rank: Sequence[LowRank], rows: slice, dtype: torch.dtype, name: str) -> Tensor:
+    """Some rows of a merged tensor: fp32 sums, rounded to `dtype` once. RunError where they are not finite in it."""
+    block = source[rows].to(torch.float32, copy=True)
+    for update in low_rank:
+        block.addmm_(update.b[rows], update.a, alpha=update.scale)
+    low, high = torch.aminmax(block)
     limit = torch.finfo(dtype).max
-    for rows in row_blocks(base.shapes[name]):
-        block = source[rows].to(torch.float32, copy=True)
-        for update in updates.low_rank.get(name, ()):
-            block.addmm_(update.b[rows], update.a, alpha=update.scale)
-        low, high = torch.aminmax(block)
-        if not (-limit <= low and high <= limit):  # also false for NaN
-            raise RunError(
-                f"{name}: the merged tensor is not finite in {str(dtype).removeprefix('torch.')}\n"
-                "the base or an adapter is damaged or diverged (or merge.dtype is too narrow); nothing was published"
-            )
-        yield block.to(dtype)
+    if not (-limit <= low and high <= limit):  # also false for NaN
+        raise RunError(
+            f"{name}: the merged tensor is not finite in {str(dtype).removeprefix('torch.')}\n"
+            "the base or an adapter is damaged or diverged (or merge.dtype is too narrow); nothing was published"
+        )
+    return block.to(dtype)
 
 
 # --------------------------------------------------------------------------------------------- what describes a model
@@ -196,14 +208,13 @@ def _write_template(out: Path, template: Path) -> None:
 
 
 def validation_ids(folder: Path) -> np.ndarray | None:
-    """Held-out ids [2, up to 64] for the proof, equally from each packed source; None below 32 tokens."""
+    """Held-out ids for the proof, a row for each packed source, all as long as the shortest; None below 16 columns."""
     from qmedtune.data.pack import PackedRows
 
     sources = sorted(path for path in folder.iterdir() if path.is_dir())
-    share = -(-PROBE_TOKENS // max(1, len(sources)))
-    parts = [_first_ids(PackedRows(source), share) for source in sources]
-    ids = np.concatenate([*parts, np.empty(0, np.int64)])[:PROBE_TOKENS]
-    return ids[: len(ids) // 2 * 2].reshape(2, -1) if len(ids) >= 32 else None
+    rows = [_first_ids(PackedRows(source), PROBE_TOKENS // len(sources)) for source in sources]
+    length = min(map(len, rows), default=0)
+    return np.stack([row[:length] for row in rows]) if length >= 16 else None
 
 
 def _first_ids(rows: Any, tokens: int) -> np.ndarray:

@@ -8,6 +8,7 @@ Deliberately not done in 16 bit: the rounding of activations alone is larger tha
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,16 +25,17 @@ from qmedtune.recipe import MergeSection, ModelSection
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
-PROBE_TOKENS = 128  # enough to see any wrong tensor, and few enough that the proof costs less than the merge
 PROBE_SEED = 17
+# Any wrong tensor shows within a few tokens. A large model gets 64, so that a proof costs about as much as the merge.
+PROBE_TOKENS, PROBE_TOKENS_LARGE, LARGE = 512, 64, 500_000_000
 
 
-def probe(ids: np.ndarray | None, vocab: int) -> Tensor:
-    """Token ids [rows, length]: the given ones, else random ones (seed 17) [2, 64]."""
-    if ids is not None:
-        return torch.from_numpy(np.asarray(ids, dtype=np.int64))
-    generator = torch.Generator().manual_seed(PROBE_SEED)
-    return torch.randint(0, vocab, (2, PROBE_TOKENS // 2), generator=generator)
+def probe(ids: np.ndarray | None, parameters: int, vocab: int) -> Tensor:
+    """Token ids [rows, length]: the given ones, else random ones (seed 17), as many as a model of this size affords."""
+    tokens = PROBE_TOKENS if parameters < LARGE else PROBE_TOKENS_LARGE
+    if ids is None:
+        return torch.randint(0, vocab, (2, tokens // 2), generator=torch.Generator().manual_seed(PROBE_SEED))
+    return torch.from_numpy(np.asarray(ids, dtype=np.int64))[:, : max(1, tokens // len(ids))]
 
 
 def divergence(reference: Tensor, other: Tensor) -> dict[str, float]:
@@ -65,6 +67,7 @@ def prove(
     section: MergeSection,
     model_section: ModelSection,
     probe_ids: np.ndarray | None,
+    pool: ThreadPoolExecutor,
 ) -> dict[str, Any]:
     """Figures of `divergence` for the written model, and `shift_from_nf4` (None where training was not in NF4).
 
@@ -72,14 +75,14 @@ def prove(
     """
 
     def nf4(name: str) -> Tensor:
-        return base.nf4(name, model_section)
+        return base.nf4(name, model_section, pool.map)
 
     written = open_llama(merged)
-    ids = probe(probe_ids, base.model.config.vocab_size)
-    models = [streamed_model(written, written.source, Updates())]
-    models += [streamed_model(base, nf4 if section.base == "nf4" else base.source, updates)]
+    ids = probe(probe_ids, base.model.num_parameters(), base.model.config.vocab_size)
+    models = [streamed_model(written, written.source, Updates(), pool.map)]
+    models += [streamed_model(base, nf4 if section.base == "nf4" else base.source, updates, pool.map)]
     if model_section.quantization == "nf4" and section.base != "nf4":
-        models += [streamed_model(base, nf4, updates)]
+        models += [streamed_model(base, nf4, updates, pool.map)]
     ours, reference, *trained = _logits(models, ids)
     figures = divergence(reference, ours)
     if not figures["kl"] <= section.verify.max_kl:
@@ -104,7 +107,7 @@ def _remedy(base: DiskLlama, section: MergeSection) -> str:
     return f"{section.dtype} may be too coarse for these weights: try merge.dtype: float32"
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _logits(models: Sequence[LlamaForCausalLM], ids: Tensor) -> list[Tensor]:
     layers = sum(len(model.model.layers) for model in models)
     with ui.stage("proving the merge", total=layers, unit="layers") as shown:

@@ -14,6 +14,8 @@ import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor
 
+from qmedtune.parallel import Apply
+
 BLOCKSIZE = 64
 # 64 cells per unit: cells are narrower than the closest two borders (.077), and no border is nearer than 2e-4 to the
 # edge of a cell, so that fp32 rounding cannot put a value on the wrong side of one.
@@ -22,22 +24,37 @@ CELLS = 64
 STEP = (1 << 18) // BLOCKSIZE
 
 
-def nf4_roundtrip(weight: Tensor, dtype: torch.dtype, *, double_quantization: bool) -> Tensor:
+def nf4_roundtrip(weight: Tensor, dtype: torch.dtype, *, double_quantization: bool, apply: Apply = map) -> Tensor:
     """dequantize(quantize(weight.to(dtype))) in `dtype`; weight: [out, in] with a multiple of 64 values in all.
 
-    `dtype` is the compute dtype, in which training loads the weights before it quantises them.
+    `dtype` is the compute dtype, in which training loads the weights before it quantises them. `apply`: `map`, or the
+    `map` of a pool of threads.
     """
     assert weight.numel() % BLOCKSIZE == 0, weight.shape
     flat = weight.reshape(-1, BLOCKSIZE)
     blocks = [slice(i, i + STEP) for i in range(0, len(flat), STEP)]
-    absmax = torch.cat([flat[rows].to(dtype).float().abs().amax(1) for rows in blocks])
+    absmax = torch.cat(list(apply(lambda rows: _absmax(flat[rows].to(dtype)), blocks)))
     scales = _nested(absmax) if double_quantization else absmax
     out = torch.empty(flat.shape, dtype=dtype)
-    for rows in blocks:
+
+    def fill(rows: slice) -> None:
         inverse = absmax[rows].clamp(min=1e-38).reciprocal()  # as bitsandbytes guards a block of zeros
         scaled = flat[rows].to(dtype).float() * inverse[:, None]
         out[rows] = nearest_level(scaled.view(-1)).view_as(scaled).mul_(scales[rows, None])
+
+    list(apply(fill, blocks))
     return out.view(weight.shape)
+
+
+def _absmax(values: Tensor) -> Tensor:
+    """Largest magnitude of each row, fp32. Floats without their sign are ordered as integers, of which 16-bit ones fill
+    vectors best; halving rows by `maximum` is 5 times as fast as reducing rows of 64."""
+    integer = torch.int16 if values.itemsize == 2 else torch.int32
+    bits = values.view(integer) & torch.iinfo(integer).max
+    while bits.shape[1] > 4:
+        half = bits.shape[1] // 2
+        bits = torch.maximum(bits[:, :half], bits[:, half:])
+    return bits.amax(1).view(values.dtype).float()
 
 
 def nearest_level(scaled: Tensor) -> Tensor:

@@ -26,9 +26,9 @@ from qmedtune.store import fsync_path
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-# 4 Mi elements: 16 MB in fp32, below glibc's largest mmap threshold (32 MB), so that blocks reuse heap pages instead
-# of faulting in fresh ones (measured: an upcast into fresh pages costs about twice the copy itself).
-BLOCK_ELEMENTS = 1 << 22
+# 4 MB in fp32: below glibc's largest mmap threshold (32 MB), so that blocks reuse heap pages instead of faulting in
+# fresh ones (which costs as much as the copy), and small enough to leave work for all cores.
+BLOCK_ELEMENTS = 1 << 20
 BLOCKS_WAITING = 2
 SAFETENSORS_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 

@@ -1,0 +1,46 @@
+"""All cores for work over blocks of rows, without barriers.
+
+torch splits every operation over its threads and waits for the slowest; on a machine that is also doing something else
+that wait is most of the time (a merge took 20 times as long beside two busy neighbours on 2 cores). Here an operation
+runs on one thread and blocks run side by side. Block borders, and so results, do not depend on the number of cores.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+
+T = TypeVar("T")
+Apply = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
+"""What `map` does; `pool.map` does it on all cores."""
+
+# Blocks in work or waiting to be taken: enough for 6 cores, and 6 x 6 MB of results.
+AHEAD = 6
+
+
+@contextmanager
+def workers() -> Iterator[ThreadPoolExecutor]:
+    """As many threads as torch has, while torch operations use one each."""
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(count) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(count)
+
+
+def in_order(pool: ThreadPoolExecutor, jobs: Iterable[Callable[[], T]]) -> Iterator[T]:
+    """The results of `jobs` in their order, computed in `pool`, never more than AHEAD of what was taken."""
+    waiting: deque[Future[T]] = deque()
+    for job in jobs:
+        waiting.append(pool.submit(job))
+        if len(waiting) >= AHEAD:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
