@@ -1,0 +1,49 @@
+"""What `data show` prints, and the fertility report."""
+
+import re
+
+import pytest
+from test_pack import folders, packed, recipe
+from toy_tokenizers import byte_level, save
+
+from qmedtune.data import tokens
+from qmedtune.data.fertility import fertility
+from qmedtune.data.show import show
+
+CHAT = {"messages": [{"role": "user", "content": "why?\x1b[31m"}, {"role": "assistant", "content": "rest."}]}
+
+
+@pytest.fixture
+def tokenizer_dir(tmp_path):
+    return save(byte_level(), tmp_path / "tokenizer")
+
+
+def test_responses_are_marked_and_borders_named(tmp_path, tokenizer_dir):
+    stage = {"sft": {"data": "chats", "epochs": 1, "seq_len": 256}}
+    made = recipe([stage], chats={"template": "question_answer"})
+    _, rows = packed(tmp_path, made, tokenizer_dir, folders(tmp_path, chats=[CHAT, CHAT]))
+    tokenizer = tokens.load_codec(tokenizer_dir).backend
+    plain = show(rows, tokenizer, 5, color=False)
+    assert plain.count("«rest.</s>»") == 2
+    assert re.findall(r"── chats #(\d)", plain) in (["0", "1"], ["1", "0"])
+    assert "\x1b" not in plain  # escape sequences of the data are not obeyed
+    colored = show(rows, tokenizer, 1)
+    assert "\033[32mrest.</s>\033[0m" in colored
+
+
+def test_cuts_are_told(tmp_path, tokenizer_dir):
+    stage = {"cpt": {"mix": {"notes": 1}, "epochs": 1, "seq_len": 16}}
+    _, rows = packed(tmp_path, recipe([stage], notes={}), tokenizer_dir, folders(tmp_path, notes=["aspirin " * 20]))
+    text = show(rows, tokens.load_codec(tokenizer_dir).backend, 9, color=False)
+    assert "goes on" in text.splitlines()[1]
+    assert "from token 16" in text
+
+
+def test_fertility_gives_figures_and_no_clinical_words(tmp_path, tokenizer_dir):
+    inputs = folders(tmp_path, notes=["headache pyelonephritis"] * 9, literature=["headache pyelonephritis"] * 9)
+    report = fertility(tokens.load_codec(tokenizer_dir), inputs, {"notes": "clinical", "literature": "literature"})
+    assert report["notes"]["most_split"] == []
+    assert report["literature"]["most_split"][0][0] == "pyelonephritis"
+    assert report["notes"]["words"] == 18
+    assert report["notes"]["tokens_per_word"] > 1.5
+    assert 0 < report["notes"]["characters_per_token"] < 12
