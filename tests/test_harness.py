@@ -1,0 +1,86 @@
+"""Our choice scores against lm-evaluation-harness's own, item by item (needs the extra `lm-eval`)."""
+
+import json
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+from llama_folders import llama2_folder, llama3_folder
+
+from qmedtune.open_model import locate, open_model
+from qmedtune.recipe import TaskSection
+from qmedtune.scoring import choice_logprobs, prompt_texts
+from qmedtune.tasks import load_task
+
+pytest.importorskip("lm_eval")
+pytestmark = pytest.mark.slow
+REAL = Path(os.environ.get("QMEDTUNE_REAL_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+from qmedtune import harness  # noqa: E402
+
+
+def pubmedqa_file(folder: Path) -> Path:
+    """The real file where it is there, else records of the same shape."""
+    real = REAL / "eval" / "pubmedqa_train.json"
+    if real.is_file():
+        return real
+    texts = [f"Arm {i} had {i * 7 % 11} events among {40 + i} patients." for i in range(40)]
+    records = {
+        str(1000 + i): {
+            "QUESTION": f"Does treatment {i} lower the rate of events?",
+            "CONTEXTS": [text, texts[-i - 1]],
+            "final_decision": ("yes", "no", "maybe")[i % 3],
+        }
+        for i, text in enumerate(texts)
+    }
+    path = folder / "pubmedqa.json"
+    path.write_text(json.dumps(records))
+    return path
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("a socket was opened")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+@pytest.mark.parametrize(("make", "template"), [(llama3_folder, "question_answer"), (llama2_folder, "alpaca")])
+def test_pubmedqa_equals_the_harness_item_by_item(make, template, tmp_path, no_network):
+    torch.set_num_threads(2)
+    folder = make(tmp_path / "model", max_position_embeddings=2048)
+    opened = open_model(locate(str(folder), template=template, offline=True))
+    opened.model.float()
+    task = load_task(TaskSection(task="pubmedqa", path=str(pubmedqa_file(tmp_path)), limit=15), seed=1)
+    (tmp_path / "tasks").mkdir()
+    name = harness.write_harness_task(tmp_path / "tasks", task, opened)
+    found = harness.run_harness(opened, [name], tmp_path / "tasks", chat=False, limit=None, batch=8, seed=1)
+    prompts = prompt_texts(opened.tokenizer, opened.template, [item.messages for item in task.items])
+    scores = choice_logprobs(
+        opened.model, opened.tokenizer, prompts, [item.options for item in task.items], boundary="joint"
+    )
+    samples = sorted(found["samples"][name], key=lambda sample: sample["doc_id"])
+    assert len(samples) == len(task.items) == 15
+    correct = 0
+    for sample, item, score in zip(samples, task.items, scores, strict=True):
+        theirs = [float(response[0]) for response in sample["filtered_resps"]]
+        assert score.sums == pytest.approx(theirs, abs=1e-3)
+        ours = float(score.sums.index(max(score.sums)) == item.gold)
+        normalised = float(score.per_character.index(max(score.per_character)) == item.gold)
+        assert (sample["acc"], sample["acc_norm"]) == (ours, normalised)
+        correct += int(ours)
+    assert found["results"][name]["acc,none"] == pytest.approx(correct / 15)
+
+
+def test_a_model_and_a_file_through_the_bridge(tmp_path, no_network):
+    folder = llama3_folder(tmp_path / "model", max_position_embeddings=2048)
+    path = pubmedqa_file(tmp_path)
+    result = harness.evaluate_with_harness(
+        str(folder), [f"pubmedqa={path}", "facts"], limit=5, template="alpaca", offline=True
+    )
+    assert set(result["tasks"]) == {"pubmedqa", "facts"}
+    for scores in result["tasks"].values():
+        assert 0 <= scores["acc"] <= 1 and scores["acc_stderr"] >= 0
