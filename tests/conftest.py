@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as qmedtune sets it; tests may load torch first
 ROOT = Path(__file__).parent.parent
 MICRO = ROOT / "recipes" / "micro.yaml"
 
