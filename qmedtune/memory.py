@@ -30,6 +30,9 @@ FRAGMENTATION = {"cuda": 0.05, "cpu": 0.3}
 # Resident memory of Python with torch, transformers, peft, trl, bitsandbytes and datasets imported, before any model:
 # 593 MiB measured with the CPU build of torch 2.13; with the CUDA libraries and pinned buffers 1.8 GiB (assumed).
 HOST_BASE_BYTES = {"cpu": 600 * MIB, "cuda": int(1.8 * GIB)}
+# What a run holds besides: readers, tokenizers, the trainer, what earlier steps left. A whole run of recipes/micro.yaml
+# peaked at 972 MiB, of which its model, adapters and activations are under 70 MiB.
+RUN_BYTES = 300 * MIB
 
 
 @dataclass(frozen=True)
@@ -190,7 +193,7 @@ def step_memory(facts: BaseFacts, setup: Setup, *, gpu: bool) -> dict[str, int]:
         "gradients (fp32)": 4 * trained,
         "optimiser": int(OPTIMIZER_BYTES[setup.optimizer] * trained),
     }
-    base = CUDA_CONTEXT_BYTES if gpu else HOST_BASE_BYTES["cpu"]
+    base = CUDA_CONTEXT_BYTES if gpu else HOST_BASE_BYTES["cpu"] + RUN_BYTES
     parts = {
         **standing,
         **passing,
@@ -207,7 +210,7 @@ def peak_bytes(facts: BaseFacts, setup: Setup, *, gpu: bool) -> int:
 def host_memory(facts: BaseFacts, setup: Setup, *, gpu: bool, merge: bool) -> dict[str, int]:
     """Host RAM by phase, in bytes: loading (one shard at a time on a GPU), training, merging (one tensor at a time,
     in fp32 with its delta and its 16-bit result)."""
-    base = HOST_BASE_BYTES["cuda" if gpu else "cpu"]
+    base = HOST_BASE_BYTES["cuda" if gpu else "cpu"] + RUN_BYTES
     shard = facts.largest_shard_bytes or min(facts.file_bytes, 5 * 10**9)  # shards of the Hub are at most 5 GB
     linear = facts.hidden * facts.intermediate
     largest = max(linear, facts.vocab * facts.hidden if setup.train_embeddings else 0)

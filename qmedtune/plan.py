@@ -62,6 +62,7 @@ def make_plan(recipe: Recipe, run_dir: Path | None = None) -> dict[str, Any]:
     gpu = machine.is_gpu
     host = memory.host_memory(facts, setups[-1], gpu=gpu, merge=bool(resolved.merge))
     disk = _disk(resolved, facts, setups, estimates, stages)
+    merging = 0.0 if _is_cached(steps, "merged") else speed.merge_seconds(facts)
     plan = {
         "recipe": recipe.name,
         "base": {**asdict(facts), "parameters": facts.parameters, "bytes": facts.file_bytes},
@@ -72,7 +73,7 @@ def make_plan(recipe: Recipe, run_dir: Path | None = None) -> dict[str, Any]:
         "stages": stages,
         "host": {"parts": host, "needed_bytes": max(host.values()), "there_bytes": machine.host_bytes},
         "disk": {"parts": disk, "needed_bytes": sum(disk.values()), "free_bytes": _free(run_dir)},
-        "seconds": sum(stage["seconds"] or 0.0 for stage in stages) + speed.merge_seconds(facts),
+        "seconds": sum(stage["seconds"] or 0.0 for stage in stages) + merging,
         "notes": [*_notes(machine, facts, estimates), *_length_notes(resolved, facts), *notes],
     }
     _check_room(plan, present=machine.present)
