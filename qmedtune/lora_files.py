@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from qmedtune.errors import RecipeError
+from qmedtune.model import check_folder
 from qmedtune.tensors import Weights, open_file
 
 if TYPE_CHECKING:
@@ -89,7 +90,9 @@ def read_adapters(folders: Sequence[Path], shapes: Shapes, linears: Sequence[str
     """
     updates = Updates()
     for folder in folders:
-        adapter = _Adapter(folder, _read_config(folder / CONFIG), open_file(folder / TENSORS))
+        config = _read_config(folder / CONFIG)
+        check_folder(folder)
+        adapter = _Adapter(folder, config, open_file(folder / TENSORS))
         modules = _targeted(adapter, linears)
         for module in modules:
             updates.low_rank.setdefault(f"{module}.weight", []).append(_low_rank(adapter, module, shapes))

@@ -20,17 +20,19 @@ BLOCKSIZE = 64
 # 64 cells per unit: cells are narrower than the closest two borders (.077), and no border is nearer than 2e-4 to the
 # edge of a cell, so that fp32 rounding cannot put a value on the wrong side of one.
 CELLS = 64
-# Blocks of quantisation handled at once: 256 Ki values, whose fp32 temporaries stay in a 2 MB second-level cache.
-STEP = (1 << 18) // BLOCKSIZE
+# Blocks of quantisation handled at once: 128 Ki values, whose fp32 temporaries stay in a 2 MB second-level cache.
+STEP = (1 << 17) // BLOCKSIZE
 
 
 def nf4_roundtrip(weight: Tensor, dtype: torch.dtype, *, double_quantization: bool, apply: Apply = map) -> Tensor:
-    """dequantize(quantize(weight.to(dtype))) in `dtype`; weight: [out, in] with a multiple of 64 values in all.
+    """dequantize(quantize(weight.to(dtype))) in `dtype`; weight: [out, in].
 
     `dtype` is the compute dtype, in which training loads the weights before it quantises them. `apply`: `map`, or the
     `map` of a pool of threads.
     """
-    assert weight.numel() % BLOCKSIZE == 0, weight.shape
+    if weight.numel() % BLOCKSIZE:  # no LLaMA's
+        nested = {"compress_statistics": double_quantization, "quant_type": "nf4", "blocksize": BLOCKSIZE}
+        return bnb.dequantize_4bit(*bnb.quantize_4bit(weight.to(dtype).contiguous(), **nested))
     flat = weight.reshape(-1, BLOCKSIZE)
     blocks = [slice(i, i + STEP) for i in range(0, len(flat), STEP)]
     absmax = torch.cat(list(apply(lambda rows: _absmax(flat[rows].to(dtype)), blocks)))

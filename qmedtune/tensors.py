@@ -86,7 +86,7 @@ def _read_index(path: Path) -> dict[str, str]:
 
 def _open(path: Path) -> Any:
     if not path.is_file():
-        raise RecipeError(f"{path}: no such file\na model folder needs {SINGLE}, or {INDEX} and all its shards")
+        raise RecipeError(f"{path}: no such file\nthe folder is incomplete; fetch or copy it again")
     try:
         return safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:

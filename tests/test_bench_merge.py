@@ -11,7 +11,7 @@ from qmedtune.errors import RecipeError, RunError
 
 
 def test_result_has_the_form_of_all_benchmarks(tmp_path):
-    result = bench.bench_merge("tiny", rounds=2, contenders=("cp", "qmedtune"), scratch=tmp_path)
+    result = bench.bench_merge("tiny", rounds=1, contenders=("cp", "qmedtune"), scratch=tmp_path)
     assert result.keys() == {"bench", "device", "versions", "job", "rows"} and result["bench"] == "merge"
     assert json.loads(json.dumps(result)) == result
     cp, ours = result["rows"]
@@ -65,3 +65,11 @@ def test_refusals(tmp_path):
         bench.bench_merge("tiny", contenders=("unsloth",), scratch=tmp_path)
     with pytest.raises(RunError, match="cp failed"):
         bench._measure("cp", tmp_path / "absent", tmp_path, tmp_path / "out")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape, limit_bytes", [("1.1b", 0.8e9), ("8b", 3e9)])
+def test_anonymous_memory_of_real_shapes(shape, limit_bytes, tmp_path):
+    """Needs 5 and 36 GB of disk for a while; half a minute and ten minutes on 2 cores."""
+    row = bench.bench_merge(shape, ("qmedtune",), rounds=1, scratch=tmp_path)["rows"][0]
+    assert row["peak_anonymous_bytes"] < limit_bytes and row["kl"] <= 1e-4

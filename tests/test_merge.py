@@ -189,11 +189,13 @@ def test_onto_nf4_equals_what_bitsandbytes_holds(llama3, adapter3, tmp_path):
     assert facts["kl"] < 1e-9
 
 
-def test_nf4_values_are_those_of_training(llama3):
+@pytest.mark.parametrize("shape", ["llama3", "llama2"])
+def test_nf4_values_are_those_of_training(shape, request):
     from qmedtune.model import load_base
 
-    base = open_llama(llama3)
-    trained = dict(load_base(llama3, MODEL).named_parameters(remove_duplicate=False))
+    folder = request.getfixturevalue(shape)
+    base = open_llama(folder)
+    trained = dict(load_base(folder, MODEL).named_parameters(remove_duplicate=False))
     if torch.cuda.is_available():
         pytest.skip("on a GPU training holds packed weights")
     assert trained.keys() == base.shapes.keys()
@@ -381,6 +383,18 @@ def test_folders_that_are_no_plain_llama_are_refused(llama3, adapter3, tmp_path)
 def test_no_adapter_folder(llama3, tmp_path):
     with pytest.raises(RecipeError, match="adapter_config.json"):
         run(llama3, [tmp_path], tmp_path / "merged")
+
+
+def test_pickled_adapter_and_links_out_of_the_folder_are_refused(llama3, adapter3, tmp_path):
+    pickled, linked = Path(shutil.copytree(adapter3, tmp_path / "a")), tmp_path / "b" / "x" / "y"
+    (pickled / "adapter_model.safetensors").rename(pickled / "adapter_model.bin")
+    with pytest.raises(RecipeError, match="pickled"):
+        run(llama3, [pickled], tmp_path / "m1")
+    shutil.copytree(adapter3, linked)
+    (linked / "adapter_model.safetensors").unlink()
+    (linked / "adapter_model.safetensors").symlink_to(adapter3 / "adapter_model.safetensors")
+    with pytest.raises(RecipeError, match="link out of"):
+        run(llama3, [linked], tmp_path / "m2")
 
 
 def test_random_probe_where_there_is_no_text(llama3, adapter3, tmp_path):

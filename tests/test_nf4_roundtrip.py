@@ -9,7 +9,7 @@ from qmedtune.nf4_roundtrip import nearest_level, nf4_roundtrip
 
 @pytest.mark.parametrize("double", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("shape, size", [((160, 1088), 0.02), ((4096, 128), 3.0), ((3, 64), 1e-6)])
+@pytest.mark.parametrize("shape, size", [((160, 1088), 0.02), ((4096, 128), 3.0), ((3, 64), 1e-6), ((5, 34), 1.0)])
 def test_equals_bitsandbytes(shape, size, dtype, double):
     weight = (torch.randn(shape, generator=torch.Generator().manual_seed(1)) * size).to(dtype)
     weight[0] = 0
