@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from importlib import import_module
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -55,23 +58,15 @@ def evaluate_with_harness(
         if shipped:
             results |= run_harness(opened, shipped, None, chat=chat, limit=limit, batch=batch, seed=seed)["results"]
     return {
-        "harness": _version(),
+        "harness": version("lm_eval"),
         "template": opened.template.name,
         "tasks": {t: _scores(r) for t, r in results.items()},
     }
 
 
 def _require_harness() -> None:
-    try:
-        import lm_eval  # noqa: F401
-    except ImportError as error:
-        raise RecipeError("--harness needs lm-evaluation-harness\npip install 'qmedtune[lm-eval]'") from error
-
-
-def _version() -> str:
-    from importlib.metadata import version
-
-    return version("lm_eval")
+    if find_spec("lm_eval") is None:
+        raise RecipeError("--harness needs lm-evaluation-harness\npip install 'qmedtune[lm-eval]'")
 
 
 def _section(task: str) -> TaskSection:
@@ -112,11 +107,8 @@ def run_harness(
     opened: OpenModel, tasks: list[str], folder: Path | None, *, chat: bool, limit: int | None, batch: int, seed: int
 ) -> dict[str, Any]:
     """`simple_evaluate` on the loaded model; `folder` holds local tasks, None means the harness's own."""
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
-
-    manager = TaskManager(include_path=str(folder) if folder else None, include_defaults=folder is None)
+    lm_eval, tasks_module = import_module("lm_eval"), import_module("lm_eval.tasks")
+    manager = tasks_module.TaskManager(include_path=str(folder) if folder else None, include_defaults=folder is None)
     unknown = [task for task in tasks if task not in manager.all_tasks]
     if unknown:
         raise RecipeError(
@@ -127,7 +119,7 @@ def run_harness(
     model = HFLM(
         pretrained=causal_model(opened.model), tokenizer=opened.tokenizer, batch_size=batch, add_bos_token=True
     )
-    found = simple_evaluate(
+    found: Any = lm_eval.simple_evaluate(
         model=model,
         tasks=tasks,
         task_manager=manager,
@@ -138,7 +130,6 @@ def run_harness(
         torch_random_seed=seed,
         fewshot_random_seed=seed,
     )
-    assert found is not None
     return found
 
 
