@@ -116,7 +116,7 @@ def run_harness(
         )
     if chat:
         opened.tokenizer.chat_template = opened.template.jinja()
-    model = HFLM(
+    model = import_module("lm_eval.models.huggingface").HFLM(
         pretrained=causal_model(opened.model), tokenizer=opened.tokenizer, batch_size=batch, add_bos_token=True
     )
     found: Any = lm_eval.simple_evaluate(
