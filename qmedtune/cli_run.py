@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,6 +19,9 @@ from qmedtune.cli_common import (
     run_folder,
     seconds,
 )
+
+if TYPE_CHECKING:
+    from qmedtune.loader import LoadedRecipe
 
 
 def run(
@@ -81,21 +84,40 @@ def plan(
 
 
 def data(
-    recipe: RecipeArgument,
+    words: Annotated[list[str], typer.Argument(metavar="[show] RECIPE", help="`show` prints packed rows.")],
     out: OutOption = None,
     overrides: SetOption = [],  # noqa: B006
+    stage: Annotated[
+        str | None, typer.Option(metavar="STAGE", help="show: rows of this stage; default: first.")
+    ] = None,
+    row: Annotated[int, typer.Option(min=0, help="show: the first row.")] = 0,
+    count: Annotated[int, typer.Option(min=1, help="show: so many rows.")] = 3,
     offline: OfflineOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """The data steps alone, with their ledger."""
-    loaded = load(recipe, overrides)
+    """The data steps alone, with their ledger; `data show` prints what is trained on."""
+    *show, recipe = words
+    if show not in ([], ["show"]):
+        raise typer.BadParameter(f"got {' '.join(words)!r}; allowed: data RECIPE, data show RECIPE")
+    loaded = load(Path(recipe), overrides)
+    folder = run_folder(loaded, out)
+    if show:
+        return _show_packed(loaded, folder, stage, row, count, offline)
     from qmedtune import report_tables
     from qmedtune import run as spine
 
-    facts = spine.run(loaded.recipe, loaded.text, run_folder(loaded, out), until="data", offline=offline)
-    if as_json:
-        return emit(facts["data"])
-    _show(report_tables.records(facts))
+    facts = spine.run(loaded.recipe, loaded.text, folder, until="data", offline=offline)
+    emit(facts["data"]) if as_json else _show(report_tables.records(facts))
+
+
+def _show_packed(loaded: LoadedRecipe, folder: Path, stage: str | None, row: int, count: int, offline: bool) -> None:
+    from qmedtune import base, store
+    from qmedtune.data.show import show_rows
+
+    packed = folder / "data" / (stage or loaded.recipe.stage_names()[0])
+    hashes = store.HashCache(store.cache_root() / "hashes.json")
+    tokenizer = base.identify(loaded.recipe.model, hashes, offline=offline)
+    print(show_rows(packed, tokenizer.make(), row, count))
 
 
 def report(

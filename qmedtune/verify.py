@@ -99,8 +99,8 @@ def _run_problems(run: dict[str, Any], seals: Seals) -> Iterator[str]:
 
 def _composed(folder: Path, run: dict[str, Any]) -> dict[str, bytes]:
     """What the files at the root must hold; the reports only if this version rendered them."""
-    parts = [folder / step["name"] / METRICS for step in run["steps"]]
-    expected = {METRICS: b"".join(path.read_bytes() for path in parts if path.is_file())}
+    parts = [path for step in run["steps"] if (path := folder / step["name"] / METRICS).is_file()]
+    expected = {METRICS: b"".join(path.read_bytes() for path in parts)} if parts else {}
     if (folder / "evaluation" / "evaluation.json").is_file():
         expected["evaluation.json"] = (folder / "evaluation" / "evaluation.json").read_bytes()
     if run["status"] == "finished" and run["provenance"]["qmedtune"] == __version__:

@@ -1,0 +1,142 @@
+"""`report --verify` names what differs, and `data show` prints what is trained on."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import MICRO, MicroRun
+
+from qmedtune import cli
+from qmedtune.data.show import DIM, GREEN, show_rows
+from qmedtune.errors import RecipeError, RunError
+from qmedtune.verify import check_is_run, verify
+
+
+@pytest.fixture
+def copy(micro_run: MicroRun, tmp_path: Path) -> Path:
+    """A run of which the data steps are sealed; may be damaged."""
+    return Path(shutil.copytree(micro_run.folder, tmp_path / "run"))
+
+
+def files_of(folder):
+    kept = (path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
+    return [path for path in kept if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+
+
+def flip(path, rng):
+    raw = bytearray(path.read_bytes())
+    raw[rng.randrange(len(raw))] ^= 1 << rng.randrange(8)
+    path.write_bytes(raw)
+
+
+def test_an_untouched_run_passes(copy):
+    assert verify(copy)["folders"] == 6 and verify(copy)["files"] > 12
+
+
+def test_one_flipped_bit_in_any_data_file_is_named(copy):
+    rng = random.Random(3)
+    contents = [path for path in files_of(copy / "data") if path.name != "seal.json"]
+    assert len(contents) > 12
+    for path in contents:
+        whole = path.read_bytes()
+        flip(path, rng)
+        with pytest.raises(RunError) as caught:
+            verify(copy)
+        assert f"{path.relative_to(copy)}: sha256 differs" in str(caught.value)
+        path.write_bytes(whole)
+
+
+@pytest.mark.parametrize(
+    ("path", "old", "new", "named"),
+    [
+        ("data/notes/seal.json", '"digest": "', '"digest": "f', "data/notes/seal.json: damaged"),
+        ("data/notes/seal.json", '"key": "', '"key": "f', "run.json: the key of data/notes is not the sealed one"),
+        ("data/notes/seal.json", '"read": ', '"read": 1', "run.json: records of data/notes is not what was sealed"),
+        ("data/notes/seal.json", "{", "", "data/notes/seal.json: damaged"),
+        ("run.json", '"recipe_text": "', '"recipe_text": "x', "recipe_text does not hash to recipe_sha256"),
+        ("run.json", '"read": ', '"read": 1', "is not what was sealed"),
+        ("run.json", "{", "", "run.json: unreadable"),
+    ],
+)
+def test_changed_manifests_and_facts_are_named(copy, path, old, new, named):
+    text = (copy / path).read_text()
+    assert old in text
+    (copy / path).write_text(text.replace(old, new, 1))
+    with pytest.raises(RunError) as caught:
+        verify(copy)
+    assert named in str(caught.value) and len(str(caught.value).splitlines()) <= 6
+
+
+def test_missing_files_and_folders_without_a_run(copy, tmp_path):
+    (copy / "data" / "01-cpt" / "rows.npy").unlink()
+    with pytest.raises(RunError, match="data/01-cpt/rows.npy: missing"):
+        verify(copy)
+    with pytest.raises(RecipeError, match="no run in this folder"):
+        check_is_run(tmp_path)
+
+
+def test_the_command_tells_and_exits(copy, capsys):
+    assert cli.invoke(["report", str(copy), "--verify"]) == 0
+    assert "sealed folders are as they were sealed" in capsys.readouterr().out
+    flip(copy / "data" / "01-cpt" / "pieces.npy", random.Random(1))
+    assert cli.invoke(["report", str(copy), "--verify", "--json"]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and "data/01-cpt/pieces.npy: sha256 differs" in err
+
+
+@pytest.mark.slow
+def test_one_flipped_bit_anywhere_in_a_finished_run_is_named(tmp_path):
+    """Contents of all sealed folders and of the files at the root; manifests and facts: see above."""
+    assert cli.invoke(["run", str(MICRO), "--out", str(tmp_path / "run"), "--offline"]) == 0
+    verify(tmp_path / "run")
+    rng = random.Random(5)
+    for path in files_of(tmp_path / "run"):
+        if path.name in ("seal.json", "run.json"):
+            continue
+        whole = path.read_bytes()
+        flip(path, rng)
+        with pytest.raises(RunError) as caught:
+            verify(tmp_path / "run")
+        assert path.name in str(caught.value) or "run.json: unreadable" in str(caught.value)
+        path.write_bytes(whole)
+
+
+# ------------------------------------------------------------------------------------------------------------ data show
+
+
+def test_shown_rows_hold_every_token_once(micro_run):
+    from qmedtune.data.pack import PackedRows
+
+    packed = micro_run.folder / "data" / "01-cpt"
+    rows = PackedRows(packed)
+    text = show_rows(packed, micro_run.base, first=2, count=2, colour=False)
+    trained = sum(int((rows[i]["labels"] >= 0).sum()) for i in (2, 3))
+    assert text.count("-- ") == sum(len(rows.pieces(i)) for i in (2, 3))
+    assert sum(int(line.split(", ")[1].split()[0]) for line in text.splitlines() if line.startswith("row ")) == trained
+    assert text.count("«") == text.count("»") > 0 and "</s>" in text
+
+
+def test_colours_stand_for_the_mask(micro_run):
+    packed = micro_run.folder / "data" / "01-cpt"
+    text = show_rows(packed, micro_run.base, count=1, colour=True)
+    assert GREEN in text and DIM in text and "«" not in text
+
+
+def test_rows_that_are_not_there(micro_run):
+    with pytest.raises(RecipeError, match="--row: got 99999; allowed: 0 to"):
+        show_rows(micro_run.folder / "data" / "01-cpt", micro_run.base, first=99999)
+    with pytest.raises(RecipeError, match="nothing is packed here"):
+        show_rows(micro_run.folder / "data" / "09-cpt", micro_run.base)
+
+
+def test_data_and_data_show_through_the_command_line(micro_run, capsys):
+    arguments = [str(MICRO), "--out", str(micro_run.folder)]
+    assert cli.invoke(["data", "show", *arguments, "--count", "1"]) == 0
+    out, _ = capsys.readouterr()
+    assert out.startswith("row 0 of ") and "literature" in out
+    assert cli.invoke(["data", "shw", *arguments]) == 2
+    assert "data show RECIPE" in capsys.readouterr().err
+    run = json.loads((micro_run.folder / "run.json").read_text())
+    assert run["status"] == "running"
