@@ -8,7 +8,6 @@ values: bitsandbytes 0.50 repacks its CPU linears at the first eval-mode forward
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 EMBEDDINGS = ("embed_tokens", "lm_head")
-# It says at import that it did not fetch CPU kernels from the Hub. It never should: nothing here runs fetched code.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 

@@ -2,8 +2,8 @@
 
     python tests/flagship.py --seeds 17 18 19
 
-One JSON object: per seed seconds, peak memory, accuracy of base and final per facet; and the medians over the seeds. The
-first run makes the built-in base, the others find it in the cache.
+One JSON object: seconds and accuracy of base and final per facet for every seed, the medians over the seeds, and the
+peak memory. The first run makes the built-in base, the others find it in the cache.
 """
 
 from __future__ import annotations
