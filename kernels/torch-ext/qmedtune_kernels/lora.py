@@ -65,8 +65,19 @@ def _times_transposed(dy: Tensor, weight: Tensor | tuple[NF4Weight, ...], path: 
 
 def stack_a(adapters: Sequence[Adapter], dtype: torch.dtype) -> Tensor:
     """[R, K]: s_i A_i on top of each other. The scaling is folded in before rounding, so it costs no pass over Y."""
-    scaled = [adapter.a.detach().float() * adapter.scaling for adapter in adapters]
-    return (torch.cat(scaled) if len(scaled) > 1 else scaled[0]).to(dtype)
+    stacked = torch.cat([adapter.a.detach() for adapter in adapters]).float()
+    return _scale_rows(stacked, [(adapter.scaling, adapter.a.shape[0]) for adapter in adapters]).to(dtype)
+
+
+def _scale_rows(stacked: Tensor, parts: Sequence[tuple[float, int]]) -> Tensor:
+    """Multiply in place each part of (scaling, rows) by its scaling; one operation where all are equal."""
+    if len({scaling for scaling, _ in parts}) == 1:
+        return stacked.mul_(parts[0][0])
+    row = 0
+    for scaling, rows in parts:
+        stacked[row : row + rows].mul_(scaling)
+        row += rows
+    return stacked
 
 
 def stack_b(adapters: Sequence[Adapter], rows: int, dtype: torch.dtype) -> Tensor:
@@ -130,10 +141,13 @@ class _Linear(torch.autograd.Function):
 
 def _split(adapters, da: Tensor | None, db: Tensor | None, needs: Sequence[bool]):
     """Cut the stacked gradients apart: dA_i = s_i (dY B)_i^T X, dB_i = dY_i^T (s_i X A_i^T), in fp32."""
+    if da is not None:
+        da = _scale_rows(da.float(), [(scaling, r) for scaling, _, _, r in adapters])
     column = 0
-    for index, (scaling, start, n, r) in enumerate(adapters):
-        yield da[column : column + r].float() * scaling if da is not None and needs[2 * index] else None
-        yield db[start : start + n, column : column + r].float() if db is not None and needs[2 * index + 1] else None
+    for index, (_, start, n, r) in enumerate(adapters):
+        rank = slice(column, column + r)
+        yield da[rank] if da is not None and needs[2 * index] else None
+        yield db[start : start + n, rank].float() if db is not None and needs[2 * index + 1] else None
         column += r
 
 
