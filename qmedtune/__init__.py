@@ -10,5 +10,5 @@ __version__ = "0.1.0"
 # Read when torch is loaded, so it has to stand here; a value set by the user stays.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-# bitsandbytes says at import that it did not fetch CPU kernels from the Hub. It never should: nothing fetched is run here.
+# bitsandbytes says at import that it did not fetch CPU kernels from the Hub. It never should: no fetched code is run.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
