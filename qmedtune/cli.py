@@ -38,12 +38,13 @@ COMMANDS = {
     "eval": cli_model.evaluate,
     "predict": cli_model.predict,
     "chat": cli_model.chat,
+    "merge": cli_model.merge,
     "doctor": cli_run.doctor,
     "schema": cli_run.schema,
 }
 for name, command in COMMANDS.items():
     app.command(name)(command)
-for measurement in (cli_bench.train, cli_bench.merge):
+for measurement in (cli_bench.kernels, cli_bench.train, cli_bench.merge):
     bench.command()(measurement)
 app.add_typer(bench, name="bench")
 

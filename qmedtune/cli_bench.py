@@ -13,7 +13,29 @@ from qmedtune.cli_common import JsonOption, emit
 ContendersOption = Annotated[
     str | None, typer.Option("--contenders", metavar="A,B", help="Names, the reference first; default: all.")
 ]
+STATIC_COLUMNS = ("kernel", "target", "regs", "spills", "shared", "ins_per_element")
+MEASURED_COLUMNS = ("kernel", "shape", "contender", "value", "unit", "ratio", "of_limit", "skipped")
 RoundsOption = Annotated[int, typer.Option(min=1, help="Rounds, contenders in turn; medians are told.")]
+
+
+def kernels(
+    static: Annotated[bool, typer.Option("--static", help="Read the machine code; needs no GPU.")] = False,
+    only: Annotated[str, typer.Option(metavar="NAME", help="Kernels whose name contains this.")] = "",
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer shapes.")] = False,
+    results: Annotated[Path | None, typer.Option(metavar="FILE", help="Keep finished rows here; resume.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Each kernel against its limit and against installed peers."""
+    from qmedtune import bench_kernels
+    from qmedtune.errors import RunError
+
+    facts = bench_kernels.bench_kernels(static=static, out=results, quick=quick, only=only)
+    if as_json:
+        emit(facts)
+    else:
+        _show_rows(facts, STATIC_COLUMNS if static else MEASURED_COLUMNS)
+    if broken := bench_kernels.failures(facts):
+        raise RunError("\n".join(["bench kernels --static: limits are broken", *broken[:5]]))
 
 
 def train(
@@ -42,6 +64,13 @@ def merge(
 
     names = tuple(_names(contenders, bench_merge))
     _show(bench_merge, bench_merge.bench_merge(shape, names, rounds, scratch), as_json)
+
+
+def _show_rows(facts: dict[str, Any], columns: tuple[str, ...]) -> None:
+    from qmedtune import ui
+
+    rows = [["" if row.get(column) is None else str(row[column]) for column in columns] for row in facts["rows"]]
+    ui.table(f"bench {facts['bench']} on {facts['device']}", columns, rows)
 
 
 def _names(asked: str | None, module: ModuleType) -> list[str]:

@@ -1,4 +1,4 @@
-"""Commands about models: eval, predict, chat. A model is a run, an adapter folder, a model folder or a Hub id."""
+"""Commands about models: eval, predict, chat, merge. A model is a run, an adapter or model folder, or a Hub id."""
 
 from __future__ import annotations
 
@@ -17,6 +17,17 @@ class Precision(StrEnum):
     none = "none"
 
 
+class Onto(StrEnum):
+    full16 = "full16"
+    nf4 = "nf4"
+
+
+class Dtype(StrEnum):
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+
+
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A run, an adapter or model folder, or a Hub id.")]
 BaseOption = Annotated[str | None, typer.Option(metavar="MODEL", help="Base of an adapter folder.")]
 TemplateOption = Annotated[str | None, typer.Option(metavar="NAME", help="Instead of the one it was trained with.")]
@@ -25,7 +36,7 @@ PrecisionOption = Annotated[Precision | None, typer.Option(help="Default: nf4 un
 
 def evaluate(
     model: ModelArgument,
-    tasks: Annotated[str, typer.Option(metavar="A,B=FILE", help="facts, pubmedqa=FILE, perplexity=FILE ...")],
+    tasks: Annotated[str | None, typer.Option(metavar="A,B=FILE", help="facts, pubmedqa=FILE, perplexity=FILE")] = None,
     data: Annotated[Path | None, typer.Option(metavar="FILE", help="File of the tasks that name none.")] = None,
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Keep items here; resume.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="At most this many items of each task.")] = None,
@@ -33,22 +44,49 @@ def evaluate(
     base: BaseOption = None,
     template: TemplateOption = None,
     quantization: PrecisionOption = None,
+    harness: Annotated[str | None, typer.Option(metavar="A,B", help="Tasks of lm-evaluation-harness.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Draws the items of --limit, and the bootstrap.")] = 17,
     offline: OfflineOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Score a model on tasks and held-out texts."""
-    from qmedtune import ui
+    if (tasks is None) == (harness is None):
+        raise typer.BadParameter("give one of --tasks (facts, pubmedqa=FILE ...) and --harness")
+    chosen = quantization.value if quantization else None
+    if harness:
+        from qmedtune.harness import evaluate_with_harness
+
+        found = evaluate_with_harness(
+            model, harness.split(","), limit=limit, base=base, template=template, quantization=chosen, seed=seed,
+            offline=offline,
+        )  # fmt: skip
+        return emit(found) if as_json else _show_harness(found)
     from qmedtune.evaluate import evaluate_model
 
     facts = evaluate_model(
-        model, tasks.split(","), data=data, base=base, template=template, out=out, limit=limit, generate=generate,
-        quantization=quantization.value if quantization else None, seed=seed, offline=offline,
+        model, str(tasks).split(","), data=data, base=base, template=template, out=out, limit=limit, generate=generate,
+        quantization=chosen, seed=seed, offline=offline,
     )  # fmt: skip
-    if as_json:
-        return emit(facts)
+    emit(facts) if as_json else _show_scores(model, facts)
+
+
+def _show_scores(model: str, facts: dict[str, Any]) -> None:
+    from qmedtune import ui
+
     title = f"{model}, template {facts['template']}, {facts['quantization']}"
     ui.table(title, ("task", "metric", "value", "95 % interval", "items"), list(_score_rows(facts)))
+
+
+def _show_harness(facts: dict[str, Any]) -> None:
+    from qmedtune import ui
+
+    rows = [
+        (task, metric, f"{value:.4f}", f"{scores.get(metric + '_stderr', float('nan')):.4f}")
+        for task, scores in facts["tasks"].items()
+        for metric, value in scores.items()
+        if not metric.endswith("_stderr")
+    ]
+    ui.table(f"lm-evaluation-harness {facts['harness']}", ("task", "metric", "value", "standard error"), rows)
 
 
 def _score_rows(facts: dict[str, Any]) -> Iterator[tuple[str, ...]]:
@@ -106,3 +144,28 @@ def chat(
         model, base=base, template=template, system=system, max_new_tokens=max_new_tokens,
         quantization=quantization.value if quantization else None, offline=offline,
     )  # fmt: skip
+
+
+def merge(
+    model: Annotated[str, typer.Argument(metavar="RUN_OR_ADAPTER", help="A run or an adapter folder.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The merged model; must not exist.")],
+    base: BaseOption = None,
+    onto: Annotated[Onto, typer.Option(help="The 16-bit base, or its dequantised NF4 values.")] = Onto.full16,
+    dtype: Annotated[Dtype, typer.Option(help="Of the merged weights.")] = Dtype.bfloat16,
+    max_kl: Annotated[float, typer.Option(help="The proof fails above this divergence (nats).")] = 1e-4,
+    offline: OfflineOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Fold adapters into the base, proven before anything is renamed."""
+    from qmedtune.merge_command import merge_into
+    from qmedtune.recipe import MergeSection, VerifySection
+
+    if not max_kl > 0:
+        raise typer.BadParameter(f"--max-kl: got {max_kl}; allowed: a number above 0")
+    section = MergeSection(base=onto.value, dtype=dtype.value, verify=VerifySection(max_kl=max_kl))
+    facts = merge_into(model, out, section, base=base, offline=offline)
+    if as_json:
+        return emit(facts)
+    print(
+        f"{out}: {facts['modules']} modules merged, KL to base + adapters {facts['kl']:.2g}, top-1 {facts['top1']:.4f}"
+    )
