@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -48,3 +50,8 @@ def seconds(text: str) -> float:
     if not match or not float(match[1]):
         raise typer.BadParameter(f"got {text!r}; allowed: 90s, 55m, 2h")
     return float(match[1]) * {"s": 1, "": 1, "m": 60, "h": 3600}[match[2]]
+
+
+def wants_colour() -> bool:
+    """Whether stdout is a terminal that shows colours, and nobody asked for none."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"

@@ -18,6 +18,7 @@ from qmedtune.cli_common import (
     load,
     run_folder,
     seconds,
+    wants_colour,
 )
 
 if TYPE_CHECKING:
@@ -90,7 +91,6 @@ def data(
     stage: Annotated[
         str | None, typer.Option(metavar="STAGE", help="show: rows of this stage; default: first.")
     ] = None,
-    row: Annotated[int, typer.Option(min=0, help="show: the first row.")] = 0,
     count: Annotated[int, typer.Option(min=1, help="show: so many rows.")] = 3,
     offline: OfflineOption = False,
     as_json: JsonOption = False,
@@ -102,7 +102,7 @@ def data(
     loaded = load(Path(recipe), overrides)
     folder = run_folder(loaded, out)
     if show:
-        return _show_packed(loaded, folder, stage, row, count, offline)
+        return _show_packed(loaded, folder, stage, count, offline)
     from qmedtune import report_tables
     from qmedtune import run as spine
 
@@ -110,14 +110,19 @@ def data(
     emit(facts["data"]) if as_json else _show(report_tables.records(facts))
 
 
-def _show_packed(loaded: LoadedRecipe, folder: Path, stage: str | None, row: int, count: int, offline: bool) -> None:
+def _show_packed(loaded: LoadedRecipe, folder: Path, stage: str | None, count: int, offline: bool) -> None:
     from qmedtune import base, store
-    from qmedtune.data.show import show_rows
+    from qmedtune.data.pack import PackedRows
+    from qmedtune.data.show import show
+    from qmedtune.data.tokens import load_codec
+    from qmedtune.errors import RecipeError
 
     packed = folder / "data" / (stage or loaded.recipe.stage_names()[0])
-    hashes = store.HashCache(store.cache_root() / "hashes.json")
-    tokenizer = base.identify(loaded.recipe.model, hashes, offline=offline)
-    print(show_rows(packed, tokenizer.make(), row, count))
+    if not (packed / store.SEAL).is_file():
+        raise RecipeError(f"{packed}: nothing is packed here\nmake it with: qmedtune data RECIPE")
+    source = base.identify(loaded.recipe.model, store.HashCache(packed / ".hashes.json"), offline=offline)
+    tokenizer = load_codec(source.make()).backend
+    print(show(PackedRows(packed), tokenizer, count, color=wants_colour()))
 
 
 def report(

@@ -1,4 +1,4 @@
-"""`report --verify` names what differs, and `data show` prints what is trained on."""
+"""`report --verify` names what differs; `data show` reaches the packed rows of a run."""
 
 import json
 import random
@@ -9,7 +9,6 @@ import pytest
 from conftest import MICRO, MicroRun
 
 from qmedtune import cli
-from qmedtune.data.show import DIM, GREEN, show_rows
 from qmedtune.errors import RecipeError, RunError
 from qmedtune.verify import check_is_run, verify
 
@@ -103,39 +102,13 @@ def test_one_flipped_bit_anywhere_in_a_finished_run_is_named(tmp_path):
         path.write_bytes(whole)
 
 
-# ------------------------------------------------------------------------------------------------------------ data show
-
-
-def test_shown_rows_hold_every_token_once(micro_run):
-    from qmedtune.data.pack import PackedRows
-
-    packed = micro_run.folder / "data" / "01-cpt"
-    rows = PackedRows(packed)
-    text = show_rows(packed, micro_run.base, first=2, count=2, colour=False)
-    trained = sum(int((rows[i]["labels"] >= 0).sum()) for i in (2, 3))
-    assert text.count("-- ") == sum(len(rows.pieces(i)) for i in (2, 3))
-    assert sum(int(line.split(", ")[1].split()[0]) for line in text.splitlines() if line.startswith("row ")) == trained
-    assert text.count("«") == text.count("»") > 0 and "</s>" in text
-
-
-def test_colours_stand_for_the_mask(micro_run):
-    packed = micro_run.folder / "data" / "01-cpt"
-    text = show_rows(packed, micro_run.base, count=1, colour=True)
-    assert GREEN in text and DIM in text and "«" not in text
-
-
-def test_rows_that_are_not_there(micro_run):
-    with pytest.raises(RecipeError, match="--row: got 99999; allowed: 0 to"):
-        show_rows(micro_run.folder / "data" / "01-cpt", micro_run.base, first=99999)
-    with pytest.raises(RecipeError, match="nothing is packed here"):
-        show_rows(micro_run.folder / "data" / "09-cpt", micro_run.base)
-
-
 def test_data_and_data_show_through_the_command_line(micro_run, capsys):
     arguments = [str(MICRO), "--out", str(micro_run.folder)]
     assert cli.invoke(["data", "show", *arguments, "--count", "1"]) == 0
     out, _ = capsys.readouterr()
-    assert out.startswith("row 0 of ") and "literature" in out
+    assert out.startswith("row 0: ") and "«" in out and "\x1b" not in out
+    assert cli.invoke(["data", "show", *arguments, "--stage", "09-cpt"]) == 2
+    assert "nothing is packed here" in capsys.readouterr().err
     assert cli.invoke(["data", "shw", *arguments]) == 2
     assert "data show RECIPE" in capsys.readouterr().err
     run = json.loads((micro_run.folder / "run.json").read_text())

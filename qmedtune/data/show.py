@@ -1,66 +1,61 @@
-"""`qmedtune data show`: packed rows as the trainer will see them, with document borders and the label mask.
+"""Packed rows as a person can check them: what is trained on, where documents begin, what was cut.
 
-Text that is trained on is green, text that is only read is dim; without colours it stands between « and ». This is the
-one place that prints training text, and only on stdout and on demand: never into a log or a report.
+This prints training text on purpose, at the request of its owner, and is the only place that does. Nothing here is
+called by a run.
 """
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Iterator
-from pathlib import Path
+import re
+from itertools import groupby
+from typing import Any, Protocol
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from qmedtune.data.pack import IGNORED, PackedRows
-from qmedtune.data.tokens import load_codec
-from qmedtune.errors import RecipeError
 
-GREEN, DIM, BOLD, OFF = "\x1b[32m", "\x1b[2m", "\x1b[1m", "\x1b[0m"
-
-
-def show_rows(packed: Path, tokenizer_dir: Path, first: int = 0, count: int = 3, colour: bool | None = None) -> str:
-    """Rows `first` to `first + count - 1` of a packed folder as text. RecipeError where there is no such row."""
-    if not (packed / "packed.json").is_file():
-        raise RecipeError(f"{packed}: nothing is packed here\nmake it with: qmedtune data RECIPE")
-    rows = PackedRows(packed)
-    if not 0 <= first < len(rows):
-        raise RecipeError(f"--row: got {first}; allowed: 0 to {len(rows) - 1} in {packed}")
-    backend = load_codec(tokenizer_dir).backend
-    coloured = _wants_colour() if colour is None else colour
-    shown = range(first, min(first + count, len(rows)))
-    return "\n".join(line for row in shown for line in _row(rows, row, backend, coloured))
+SUPERVISED, QUIET, BORDER, PLAIN = "\033[32m", "\033[2m", "\033[1;36m", "\033[0m"
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
-def _wants_colour() -> bool:
-    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+class Decoder(Protocol):
+    """A tokenizers.Tokenizer or a transformers tokenizer."""
+
+    def decode(self, ids: list[int], /, *, skip_special_tokens: bool = ...) -> str: ...
 
 
-def _row(rows: PackedRows, row: int, backend: Tokenizer, coloured: bool) -> Iterator[str]:
-    item = rows[row]
-    ids, trained = item["input_ids"], item["labels"] != IGNORED
-    total = f"{len(ids)} of {rows.seq_len} tokens, {int(trained.sum())} trained on"
-    yield _paint(f"row {row} of {len(rows)}: {total}", BOLD, coloured)
-    end = 0
-    for document, start, length in rows.pieces(row):
-        begin, end = end, end + int(length)
-        border = f"-- {rows.source_of(int(document))}, document {document}, from its token {start}"
-        yield _paint(border, DIM, coloured)
-        yield "".join(_spans(ids[begin:end], trained[begin:end], backend, coloured))
+def show(packed: PackedRows, tokenizer: Any, n: int, color: bool = True) -> str:
+    """The first `n` rows: supervised text green (or in guillemets without `color`), the rest dim.
+
+    Each piece opens with a line of its source, document, tokens and whether it starts or ends inside the document. A
+    piece's first token shows as unsupervised: it is never a label. Control characters are shown as a middle dot.
+    """
+    return "\n".join(_row(packed, tokenizer, row, color) for row in range(min(n, len(packed))))
 
 
-def _spans(ids: np.ndarray, trained: np.ndarray, backend: Tokenizer, coloured: bool) -> Iterator[str]:
-    """Runs of tokens with the same mask, decoded."""
-    borders = [0, *(np.flatnonzero(np.diff(trained)) + 1).tolist(), len(ids)]
-    for begin, end in zip(borders, borders[1:], strict=False):
-        text = backend.decode(ids[begin:end].tolist(), skip_special_tokens=False)
-        if coloured:
-            yield _paint(text, GREEN if trained[begin] else DIM, True)
-        else:
-            yield f"«{text}»" if trained[begin] else text
+def _row(packed: PackedRows, tokenizer: Decoder, row: int, color: bool) -> str:
+    item = packed[row]
+    trained = int((item["labels"] != IGNORED).sum())
+    size = len(item["input_ids"])
+    lines = [f"row {row}: {size:,} of {packed.seq_len:,} tokens, {trained:,} supervised"]
+    at, lengths = 0, packed.document_lengths()
+    for document, start, length in packed.pieces(row).tolist():
+        cut = [f"from token {start:,}"] * bool(start) + ["goes on"] * (start + length < int(lengths[document]))
+        title = f"── {packed.source_of(document)} #{document}, {length:,} tokens{''.join(f', {c}' for c in cut)} "
+        lines.append(_paint(title.ljust(78, "─"), BORDER, color))
+        piece = slice(at, at + length)
+        lines.append(_text(item["input_ids"][piece], item["labels"][piece] != IGNORED, tokenizer, color))
+        at += length
+    return "\n".join(lines) + "\n"
 
 
-def _paint(text: str, style: str, coloured: bool) -> str:
-    return f"{style}{text}{OFF}" if coloured else text
+def _text(ids: np.ndarray, supervised: np.ndarray, tokenizer: Decoder, color: bool) -> str:
+    parts = []
+    for loud, group in groupby(zip(supervised.tolist(), ids.tolist(), strict=True), key=lambda pair: pair[0]):
+        text = CONTROLS.sub("·", tokenizer.decode([token for _, token in group], skip_special_tokens=False))
+        parts.append(_paint(text, SUPERVISED if loud else QUIET, True) if color else f"«{text}»" if loud else text)
+    return "".join(parts)
+
+
+def _paint(text: str, style: str, color: bool) -> str:
+    return f"{style}{text}{PLAIN}" if color else text
