@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qmedtune import __version__, store
+from qmedtune.errors import QmedtuneError
 from qmedtune.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -58,7 +59,8 @@ def write(
     """Compose run.json from what is sealed so far."""
     result = compose(out, notes, steps, done, source, status)
     if error is not None and status == "failed":
-        result["error"] = type(error).__name__
+        # Only our own messages are known to hold no text of a record.
+        result["error"] = str(error) if isinstance(error, QmedtuneError) else type(error).__name__
     _write_metrics(out, steps, done)
     store.write_json(out / RUN, result)
     return result
@@ -68,13 +70,21 @@ def finish(
     out: Path, notes: Notes, steps: list[Step], done: dict[str, store.Seal], source: Base, status: str
 ) -> dict[str, Any]:
     """The last write: run.json, evaluation.json, report.html, report.md and the model card of merged/."""
-    from qmedtune.report import write_report
+    from qmedtune.report import model_card
 
     result = write(out, notes, steps, done, source, status)
     if "evaluation" in done:
         shutil.copyfile(out / "evaluation" / "evaluation.json", out / "evaluation.json")
-    write_report(out)
+    if "merged" in done:
+        store.write_atomic(out / "merged" / store.RENDERED, model_card(result))
+    render(out)
     return result
+
+
+def render(out: Path) -> None:
+    from qmedtune.report import write_report
+
+    write_report(out)
 
 
 def compose(

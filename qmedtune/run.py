@@ -182,8 +182,8 @@ def run(
                     done[step.name] = _do(step, resolved, folder, source.digest, done, out, shown)
                     record.write(out, notes, steps, done, source, "running")
             except BaseException as error:
-                status = "running" if _will_continue(error) else "failed"
-                record.write(out, notes, steps, done, source, status, error)
+                record.write(out, notes, steps, done, source, "running" if _goes_on(error) else "failed", error)
+                record.render(out)
                 raise
             complete = last + 1 == len(steps)
             with shown.step("report"):
@@ -325,5 +325,5 @@ def _check_writable(out: Path) -> None:
         )
 
 
-def _will_continue(error: BaseException) -> bool:
+def _goes_on(error: BaseException) -> bool:
     return isinstance(error, QmedtuneError) and getattr(error, "exit_code", 1) in (0, 130, 143)

@@ -26,6 +26,8 @@ STAMP = ".key"
 CHUNK_BYTES = 1 << 20
 # Carries times and speeds: listed and verified, but not part of what later steps depend on.
 VOLATILE = frozenset({"metrics.jsonl"})
+# The model card is rendered after the evaluation, from run.json, into the folder that was sealed before it.
+RENDERED = "README.md"
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def _content_files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in (SEAL, STAMP))
+    return sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in (SEAL, STAMP, RENDERED))
 
 
 def seal(folder: Path, key: str, facts: dict[str, Any]) -> Seal:

@@ -14,7 +14,7 @@ from typing import Any
 from qmedtune import __version__, report_html, store, ui
 from qmedtune.errors import RecipeError, RunError
 from qmedtune.record import INTERNAL, METRICS, RUN, text_sha256
-from qmedtune.report import markdown
+from qmedtune.report import markdown, model_card
 from qmedtune.report_facts import read_metrics
 
 MAX_NAMED = 4
@@ -107,4 +107,6 @@ def _composed(folder: Path, run: dict[str, Any]) -> dict[str, bytes]:
         metrics = read_metrics(folder / METRICS)
         expected["report.html"] = report_html.page(run, metrics).encode()
         expected["report.md"] = markdown(run, metrics).encode()
+        if run["merge"]:
+            expected[f"merged/{store.RENDERED}"] = model_card(run).encode()
     return expected
