@@ -44,7 +44,7 @@ COMMANDS = {
 }
 for name, command in COMMANDS.items():
     app.command(name)(command)
-for measurement in (cli_bench.kernels, cli_bench.train, cli_bench.merge):
+for measurement in (cli_bench.kernels, cli_bench.train, cli_bench.data, cli_bench.merge):
     bench.command()(measurement)
 app.add_typer(bench, name="bench")
 

@@ -52,6 +52,18 @@ def train(
     _show(bench_train, bench_train.bench_train(job, _names(contenders, bench_train), rounds, results), as_json)
 
 
+def data(
+    cases: Annotated[str | None, typer.Option(metavar="A,B", help="tokenise, jats, near, decontaminate.")] = None,
+    corpus: Annotated[Path | None, typer.Option(metavar="FILE", help="JSON lines; default: made text.")] = None,
+    rounds: RoundsOption = 3,
+    as_json: JsonOption = False,
+) -> None:
+    """Reading, tokenising, deduplicating beside installed peers."""
+    from qmedtune import bench_data
+
+    _show(bench_data, bench_data.bench_data(cases.split(",") if cases else None, rounds, corpus), as_json)
+
+
 def merge(
     shape: Annotated[str, typer.Option(metavar="NAME", help="A model shape, e.g. 1.1b.")] = "1.1b",
     contenders: ContendersOption = None,

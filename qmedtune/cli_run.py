@@ -120,7 +120,7 @@ def _show_packed(loaded: LoadedRecipe, folder: Path, stage: str | None, count: i
     packed = folder / "data" / (stage or loaded.recipe.stage_names()[0])
     if not (packed / store.SEAL).is_file():
         raise RecipeError(f"{packed}: nothing is packed here\nmake it with: qmedtune data RECIPE")
-    source = base.identify(loaded.recipe.model, store.HashCache(packed / ".hashes.json"), offline=offline)
+    source = base.identify(loaded.recipe.model, store.HashCache(folder / ".hashes.json"), offline=offline)
     tokenizer = load_codec(source.make()).backend
     print(show(PackedRows(packed), tokenizer, count, color=wants_colour()))
 
