@@ -19,8 +19,9 @@ import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from qmedtune import store, ui
 from qmedtune.errors import RecipeError, RunError
@@ -34,6 +35,7 @@ SHAPES: dict[str, dict[str, int]] = {
 CONTENDERS = {
     "cp": "cp of the base's folder, then sync: the bytes alone",
     "qmedtune": "qmedtune merge with its proof, then sync",
+    "qmedtune-nf4": "the same of a model trained in NF4: also the shift from its quantised base, which nobody else gives",
     "peft": "PEFT merge_and_unload and save_pretrained in bfloat16, then sync: no proof",
 }
 SHARD_BYTES = 5_000_000_000
@@ -218,12 +220,14 @@ def _write_adapter(shapes: Mapping[str, tuple[int, ...]], folder: Path) -> None:
 # ------------------------------------------------------------------------------------------------- in its own process
 
 
-def merge_with_qmedtune(base: Path, adapter: Path, out: Path) -> dict[str, Any]:
+def merge_with_qmedtune(
+    base: Path, adapter: Path, out: Path, quantization: Literal["none", "nf4"] = "none"
+) -> dict[str, Any]:
     from qmedtune.merge import merge
     from qmedtune.recipe import MergeSection, ModelSection
 
     out.mkdir()
-    model = ModelSection(base=str(base), compute_dtype="bfloat16")
+    model = ModelSection(base=str(base), quantization=quantization, compute_dtype="bfloat16")
     return {"kl": merge(base, [adapter], out, MergeSection(), model_section=model)["kl"]}
 
 
@@ -272,7 +276,8 @@ def main() -> None:
         import transformers.models.llama.modeling_llama  # noqa: F401
 
         import qmedtune.merge  # noqa: F401
-    work = {"cp": copy, "qmedtune": merge_with_qmedtune, "peft": merge_with_peft}[contender]
+    nf4 = partial(merge_with_qmedtune, quantization="nf4")
+    work = {"cp": copy, "qmedtune": merge_with_qmedtune, "qmedtune-nf4": nf4, "peft": merge_with_peft}[contender]
     with anonymous_peak() as peak:
         started, cpu_s = time.monotonic(), sum(os.times()[:4])
         figures = work(base, adapter, out)

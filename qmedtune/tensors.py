@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future
@@ -116,29 +117,25 @@ def write_safetensors(
 ) -> Future[str]:
     """Write tensors of `dtype`, given as contiguous row blocks in the order of `shapes`.
 
-    Writing and hashing run in `thread` (one worker) while the caller computes the next block; at most BLOCKS_WAITING
-    blocks are held. Returns the file's sha256, ready once the file is on the disk.
+    Writing runs in `thread` (one worker) while the caller computes the next block; at most BLOCKS_WAITING blocks are
+    held. Returns the file's sha256, ready once the file is on the disk.
     """
-    digest = hashlib.sha256()
-    waiting: deque[Future[None]] = deque()
+    waiting: deque[Future[Any]] = deque()
     with path.open("wb") as file:
-
-        def put(data: Any) -> None:
-            file.write(data)
-            digest.update(data)
-
         for data in chain([_header(shapes, dtype)], (block.view(torch.uint8).numpy() for block in blocks)):
-            waiting.append(thread.submit(put, data))
+            waiting.append(thread.submit(file.write, data))
             if len(waiting) > BLOCKS_WAITING:
                 waiting.popleft().result()
         for pending in waiting:
             pending.result()
+    return thread.submit(_settle, path)
 
-    def settle() -> str:
-        fsync_path(path)
-        return digest.hexdigest()
 
-    return thread.submit(settle)
+def _settle(path: Path) -> str:
+    """Bring a file to the disk and hash it (mapped: without copying it)."""
+    fsync_path(path)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return hashlib.sha256(data).hexdigest()
 
 
 def _header(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> bytes:
