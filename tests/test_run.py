@@ -1,0 +1,168 @@
+"""The spine: what is cached, what is made again and why, who may run, what a refused or damaged run leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import MICRO
+
+from qmedtune import interrupt, store
+from qmedtune.errors import RecipeError, RunError
+from qmedtune.loader import load_recipe
+from qmedtune.run import run, status
+
+TRAINED = ("01-cpt", "02-sft")
+
+
+def run_micro(out: Path, *settings: str, **options) -> dict:
+    loaded = load_recipe(MICRO, settings)
+    return run(loaded.recipe, loaded.text, out, offline=True, **options)
+
+
+def contents(folder: Path) -> dict[str, tuple[int, int, str]]:
+    """Every file with its inode, time and hash."""
+    files = [p for p in folder.rglob("*") if p.is_file()]
+    return {str(p): (p.stat().st_ino, p.stat().st_mtime_ns, store.sha256_file(p)) for p in files}
+
+
+def digests(out: Path) -> dict[str, str]:
+    steps = json.loads((out / "run.json").read_text())["steps"]
+    seals = {step["name"]: store.read_seal(out / step["name"]) for step in steps}
+    return {name: sealed.digest for name, sealed in seals.items() if sealed}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("finished") / "run"
+    assert run_micro(out)["status"] == "finished"
+    return out
+
+
+@pytest.fixture
+def copy(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def test_run_json_has_the_promised_names(finished: Path):
+    result = json.loads((finished / "run.json").read_text())
+    assert [stage["name"] for stage in result["stages"]] == ["01-cpt", "02-sft"]
+    for stage in result["stages"]:
+        assert {"name", "kind", "status", "seconds", "key", "tokens", "mixture", "adapter", "loss", "tokens_per_s",
+                "peak_memory_bytes"} <= stage.keys()  # fmt: skip
+        assert stage["tokens"].keys() == {"read", "kept", "split", "dropped", "supervised", "trained"}
+        adapter = finished / stage["adapter"]["path"] / "adapter_model.safetensors"
+        assert store.sha256_file(adapter) == stage["adapter"]["sha256"]
+    assert {"path", "base", "modules", "kl", "top1", "max_abs_logit_diff", "sha256"} <= result["merge"].keys()
+    facts = result["evaluation"]["tasks"]["facts"]
+    assert {"accuracy", "ci95", "n"} <= facts["base"].keys() & facts["final"].keys()
+    assert facts["facets"].keys() == {"treats", "adverse"}
+    assert result["evaluation"]["perplexity"]["literature"].keys() >= {"base", "final"}
+    assert {"versions", "device", "base_revision", "base_sha256", "git"} <= result["provenance"].keys()
+    at_the_root = ("metrics.jsonl", "report.html", "report.md", "evaluation.json")
+    for name in (*at_the_root, "evaluation/facts.items.jsonl", "merged/README.md"):
+        assert (finished / name).is_file(), name
+
+
+def test_the_token_ledger_adds_up(finished: Path):
+    for stage in json.loads((finished / "run.json").read_text())["stages"]:
+        tokens = stage["tokens"]
+        assert tokens["read"] == tokens["kept"] + tokens["dropped"]
+        assert tokens["trained"] == sum(source["tokens"] for source in stage["mixture"].values())
+        metrics = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+        assert max(m["tokens"] for m in metrics if m["stage"] == stage["name"] and "loss" in m) == tokens["trained"]
+
+
+def test_a_finished_run_changes_nothing(copy: Path):
+    run_micro(copy)
+    before = contents(copy)
+    assert run_micro(copy)["status"] == "finished"
+    assert contents(copy) == before
+
+
+def test_one_sft_key_makes_sft_and_what_follows_again(copy: Path):
+    before = digests(copy)
+    result = run_micro(copy, "stages[1].sft.lr=7e-4")
+    assert result["status"] == "finished"
+    after = digests(copy)
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {"02-sft", "merged", "evaluation"}
+    # What was paid for is kept, and comes back without training when the old value does.
+    assert (copy / ".history").is_dir()
+    run_micro(copy)
+    assert digests(copy) == before
+
+
+def test_status_names_what_is_stale_and_why(finished: Path):
+    recipe = load_recipe(MICRO, ["stages[1].sft.lr=7e-4"]).recipe
+    rows = {row["name"]: row for row in status(recipe, finished)}
+    assert rows["01-cpt"]["status"] == "cached"
+    assert rows["02-sft"]["status"] == "stale" and "lr was" in rows["02-sft"]["why"]
+    assert rows["merged"] == {"name": "merged", "status": "stale", "why": "after 02-sft"}
+
+
+def test_until_stops_after_a_step_and_the_rest_follows(tmp_path: Path, finished: Path):
+    result = run_micro(tmp_path / "run", until="cpt")
+    assert result["status"] == "running" and not (tmp_path / "run" / "02-sft").exists()
+    run_micro(tmp_path / "run")
+    assert digests(tmp_path / "run") == digests(finished)
+
+
+def test_an_unknown_until_is_refused_before_anything_is_written(tmp_path: Path):
+    with pytest.raises(RecipeError, match="allowed: data, 01-cpt, 02-sft, merged, evaluation"):
+        run_micro(tmp_path / "run", until="sfft")
+    assert not (tmp_path / "run").exists()
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+SEALED = ["data/notes/train.jsonl", "01-cpt/adapter/adapter_model.safetensors", "merged/model.safetensors"]
+
+
+@pytest.mark.parametrize("name", SEALED)
+def test_a_flipped_bit_in_a_sealed_file_is_found_and_made_again(copy: Path, finished: Path, name: str, capfd):
+    flip(copy / name)
+    run_micro(copy)
+    assert "sha256 differs" in capfd.readouterr().err
+    assert digests(copy) == digests(finished)
+    assert any((copy / ".history").glob("*damaged*"))
+
+
+def test_two_runs_on_one_folder(copy: Path):
+    (copy / "run.json").unlink()
+    with store.lock(copy), pytest.raises(RunError, match=rf"already running \(pid {os.getpid()}\)"):
+        run_micro(copy)
+    assert run_micro(copy)["status"] == "finished"
+
+
+def test_the_time_limit_seals_and_the_next_run_goes_on(tmp_path: Path, finished: Path):
+    with pytest.raises(interrupt.TimeLimit):
+        run_micro(tmp_path / "run", time_limit_s=1e-3)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "running"
+    run_micro(tmp_path / "run")
+    assert digests(tmp_path / "run") == digests(finished)
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RecipeError, match="--out"):
+        run_micro(tmp_path / "file" / "run")
+
+
+def test_smoke_takes_the_built_in_base_and_data(tmp_path: Path):
+    from qmedtune import keys
+
+    recipe = load_recipe(MICRO.parent / "llama3_8b_24gb.yaml").recipe
+    smoke = keys.smoke(recipe)
+    assert smoke.model.base == "builtin:tiny"
+    assert {source.path for source in smoke.data.values()} <= {
+        "builtin:literature", "builtin:notes", "builtin:general", "builtin:instructions"
+    }  # fmt: skip
+    assert [stage.kind for stage in smoke.stages] == [stage.kind for stage in recipe.stages]
