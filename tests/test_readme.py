@@ -1,0 +1,84 @@
+"""The README tells the truth: its commands exist, its recipe is the flagship, its two-line change gives a sane plan."""
+
+import re
+from pathlib import Path
+
+import pytest
+import typer
+import yaml
+
+from qmedtune import cli
+from qmedtune.loader import load_recipe
+from qmedtune.plan import make_plan
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+FLAGSHIP = ROOT / "recipes" / "cpt_then_sft.yaml"
+
+
+def block(language):
+    found = re.search(rf"```{language}\n(.*?)```", README, re.S)
+    assert found is not None
+    return found[1]
+
+
+def test_the_two_commands():
+    assert "pip install -c constraints.txt -e . && qmedtune run recipes/cpt_then_sft.yaml" in README
+    assert "pip install -c constraints.txt -e '.[test]' && pytest" in README
+    assert "pip install -c constraints.txt -e '.[test]' && pytest" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_recipe_shown_is_the_flagship(tmp_path):
+    path = tmp_path / "shown.yaml"
+    path.write_text(block("yaml"))
+    assert load_recipe(path).recipe == load_recipe(FLAGSHIP).recipe
+
+
+def test_the_table_lists_exactly_the_commands():
+    table = README[README.index("| command |") : README.index("stdout is the result")]
+    shown = set(re.findall(r"^\| `qmedtune (\w+)", table, re.M))
+    assert shown == set(typer.main.get_command(cli.app).commands)  # type: ignore[attr-defined]
+    for option in re.findall(r"--[a-z][a-z-]+", table):
+        assert any(f'"{option}"' in path.read_text() or f" {option[2:]}:" in path.read_text()
+                   for path in (ROOT / "qmedtune").glob("cli_*.py")), option  # fmt: skip
+
+
+def test_every_recipe_is_in_the_table():
+    shipped = {path.relative_to(ROOT).as_posix() for path in (ROOT / "recipes").glob("*.yaml")}
+    assert shipped - {"recipes/cpt_then_sft.yaml"} == set(re.findall(r"^\| `(recipes/[^`]+)`", README, re.M))
+
+
+def test_the_two_line_change_plans_sanely_for_8b(tmp_path):
+    text = block("yaml")
+    lines = block("diff").splitlines()
+    removed = [line[1:] for line in lines if line.startswith("-")]
+    added = [line[1:] for line in lines if line.startswith("+")]
+    assert len(removed) == len(added) == 2
+    for old, new in zip(removed, added, strict=True):
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    plan = make_plan(load_recipe(path, ["memory=24"]).recipe, tmp_path / "run")
+    assert 7e9 < plan["base"]["parameters"] < 9e9
+    for stage in plan["stages"]:
+        assert 5e-5 <= stage["lr"] <= 5e-4
+        assert stage["seq_len"] in (1024, 2048, 4096)
+        assert 8_192 <= stage["seq_len"] * stage["batch"] <= 131_072
+        assert 8 * 2**30 < stage["peak_bytes"] <= 24 * 2**30
+
+
+def test_links_and_named_files_exist():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (ROOT / target).is_file(), target
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md"])
+def test_documents_promise_only_tests_that_exist(name):
+    for path in re.findall(r"tests/\w+\.py", (ROOT / name).read_text(encoding="utf-8")):
+        assert (ROOT / path).is_file(), path
+
+
+def test_the_pre_commit_file_is_yaml_with_local_hooks():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
+    assert [repo["repo"] for repo in hooks["repos"]] == ["local"]
