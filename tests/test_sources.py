@@ -216,7 +216,7 @@ def test_jats_order_headings_and_policy(tmp_path):
     assert (article["id"], article["pmid"]) == ("PMC22", "11")
     assert article["text"].split("\n\n") == [
         "# Effect of E. coli", "## Abstract", "### Aim", "To test.", "## Methods",
-        "We used 5\u00a0mg \u03b1 daily Fig. 1. After the list.", "item one", "### Deep", "H2O",
+        "We used 5 mg \u03b1 daily Fig. 1. After the list.", "item one", "### Deep", "H2O",
         "Curve.", "It rises.", "Doses.",
     ]  # fmt: skip
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# Odd 64-bit constants (the golden ratio, and the multiplier of Steele & Vigna 2021 for the second half).
-MIX_1, MIX_2 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD1342543DE82EF95)
+# Odd constants for multiply-add hashing of 8-byte parts: fractional digits of the golden ratio, e and pi.
+MULTIPLIERS = tuple(map(np.uint64, (0x9E3779B97F4A7C15, 0xB7E151628AED2A6B, 0x243F6A8885A308D3)))
 NOT_WORD = re.compile(r"[^\w\x00-\x7f]")
 _KEEP = np.zeros(256, bool)
 _KEEP[[*b"abcdefghijklmnopqrstuvwxyz0123456789"]] = True
@@ -38,11 +38,9 @@ def letters(texts: Sequence[str]) -> Letters:
     """Normalise a batch of texts."""
     encoded = [lower_bytes(text) for text in texts]
     raw = np.frombuffer(b"\x00".join(encoded) + b"\x00", np.uint8)
-    keep = _KEEP[raw]
+    places = np.flatnonzero(_KEEP[raw])
     ends = np.cumsum([len(e) + 1 for e in encoded])
-    kept_before = np.concatenate([[0], np.cumsum(keep)])
-    bounds = np.concatenate([[0], kept_before[ends]]).astype(np.int64)
-    return Letters(raw[keep], bounds)
+    return Letters(raw[places], np.concatenate([[0], np.searchsorted(places, ends)]))
 
 
 def lower_bytes(text: str) -> bytes:
@@ -54,16 +52,16 @@ def lower_bytes(text: str) -> bytes:
 def windows(buffer: np.ndarray, width: int) -> np.ndarray:
     """uint64 hash of the `width` bytes (16 or 24) from every position at which that many are left."""
     assert width in (16, 24)
-    if len(buffer) < width:
-        return np.zeros(0, np.uint64)
-    eight = buffer.astype(np.uint64)
-    for step in (1, 2, 4):  # doubles the bytes packed into each element: 1 -> 2 -> 4 -> 8
-        eight = eight[:-step] | (eight[step:] << np.uint64(8 * step))
     count = len(buffer) - width + 1
-    mixed = eight[:count] * MIX_1
-    for offset in range(8, width, 8):
-        mixed = (mixed ^ (mixed >> np.uint64(29)) ^ eight[offset : offset + count]) * MIX_2
-    return mixed ^ (mixed >> np.uint64(32))
+    if count <= 0:
+        return np.zeros(0, np.uint64)
+    # Eight bytes from every position as one number: an overlapping view, copied once because it is not aligned.
+    eight = np.ndarray((len(buffer) - 7,), "<u8", np.ascontiguousarray(buffer).data, strides=(1,)).copy()
+    mixed = eight[:count] * MULTIPLIERS[0]
+    for part in range(1, width // 8):
+        mixed += eight[8 * part : 8 * part + count] * MULTIPLIERS[part]
+    mixed ^= mixed >> np.uint64(32)
+    return mixed
 
 
 def whole(bounds: np.ndarray, width: int, count: int) -> np.ndarray:
@@ -77,10 +75,12 @@ def whole(bounds: np.ndarray, width: int, count: int) -> np.ndarray:
 def shingles(batch: Letters, one_in: int = 1, width: int = 24) -> tuple[np.ndarray, np.ndarray]:
     """(hashes, bounds): windows of about five words each; text i owns bounds[i]:bounds[i + 1].
 
-    With `one_in` 4, those whose hash is divisible by 4: a sample that is the same wherever the same text stands, so
-    that similarity is estimated without bias, and that does not hang on where words are taken to begin.
+    With `one_in` 4 (a power of two), those whose hash is divisible by it: a sample that is the same wherever the same
+    text stands, so that similarity is estimated without bias and does not hang on where words are taken to begin.
     """
     hashes = windows(batch.buffer, width)
-    chosen = whole(batch.bounds, width, len(hashes)) & (hashes % np.uint64(one_in) == 0)
-    before = np.concatenate([[0], np.cumsum(chosen)])
-    return hashes[chosen], before[np.minimum(batch.bounds, len(hashes))].astype(np.int64)
+    chosen = whole(batch.bounds, width, len(hashes))
+    if one_in > 1:
+        chosen &= (hashes & np.uint64(one_in - 1)) == 0
+    places = np.flatnonzero(chosen)
+    return hashes[places], np.searchsorted(places, batch.bounds)

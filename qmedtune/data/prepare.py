@@ -188,7 +188,7 @@ def _mark_near_duplicates(threshold: float, staged: Staged, fate: np.ndarray, wo
             return _text(json.loads(file.readline()))
 
         def batches() -> Iterator[list[str]]:
-            for some in in_batches(range(len(places))):
+            for some in in_batches(range(len(places)), dedup.BATCH_TEXTS):
                 yield [text_of(number) for number in some]
 
         duplicate = dedup.near_duplicates(batches, text_of, threshold, work.with_name("bands"))
