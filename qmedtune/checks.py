@@ -122,11 +122,24 @@ def _paths(recipe: Recipe) -> Iterator[Finding]:
     """Paths that cannot be right wherever the recipe runs; whether files are there is for the data steps to say."""
     if _is_windows(recipe.model.base):
         yield ("model", "base"), WINDOWS_HINT
+    yield from _pickled(Path(recipe.model.base).expanduser())
     for name, source in recipe.data.items():
         for path in [source.path] if isinstance(source.path, str) else source.path:
             problem = WINDOWS_HINT if _is_windows(path) else _builtin(path) or _extension(path, source.format)
             if problem:
                 yield ("data", name, "path"), problem
+
+
+def _pickled(base: Path) -> Iterator[Finding]:
+    """A folder of pickled weights alone would pass for a bare shape to pretrain from."""
+    from qmedtune.hub import PICKLED
+
+    found = sorted(path.name for pattern in PICKLED for path in base.glob(pattern)) if base.is_dir() else []
+    if found and not any(base.glob("*.safetensors")):
+        text = (
+            f"weights are pickled ({found[0]}); loading them could run code (allowed: *.safetensors; convert the model)"
+        )
+        yield ("model", "base"), text
 
 
 def _is_windows(path: str) -> bool:
