@@ -176,7 +176,7 @@ def _jats(texts: list[str], folder: Path) -> tuple[int, list[Run]]:
     paths = [_write_article(texts[i : i + 20], folder / f"{i}.nxml") for i in range(0, min(len(texts), 2000), 20)]
 
     def alone() -> None:
-        from lxml import etree
+        from lxml import etree  # type: ignore[attr-defined]
 
         for path in paths:
             etree.parse(str(path), etree.XMLParser(**xml.SAFE))
@@ -231,7 +231,7 @@ def _near(texts: list[str], folder: Path) -> tuple[int, list[Run]]:
 
     def ours() -> list[bool]:
         place = Path(tempfile.mkdtemp(dir=folder)) / "bands"
-        return dedup.near_duplicates(batches, both.__getitem__, 0.8, place).tolist()
+        return dedup.near_duplicates(batches(), both.__getitem__, 0.8, place).tolist()
 
     def recall(found: list[bool]) -> float:
         return sum(found[len(texts) :]) / len(copies)

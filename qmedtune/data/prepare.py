@@ -191,7 +191,7 @@ def _mark_near_duplicates(threshold: float, staged: Staged, fate: np.ndarray, wo
             for some in in_batches(range(len(places)), dedup.BATCH_TEXTS):
                 yield [text_of(number) for number in some]
 
-        duplicate = dedup.near_duplicates(batches, text_of, threshold, work.with_name("bands"))
+        duplicate = dedup.near_duplicates(batches(), text_of, threshold, work.with_name("bands"))
     fate[np.flatnonzero(fate == KEPT)[duplicate]] = NEAR_DUPLICATE
 
 
