@@ -28,7 +28,8 @@ def summarise(task: Task, items: Sequence[Item], rows: Sequence[Row], seed: int)
     if not items[0].options:
         return _generated_scores(task, generated, seed) | cut
     result = _scores(task, rows, seed) | cut
-    result["chance"] = float(np.mean([1 / len(item.options) for item in items]))
+    if task.metric == "accuracy":
+        result["chance"] = float(np.mean([1 / len(item.options) for item in items]))
     result["per_character"] = task.aggregate([row["normalised"] for row in rows])[task.metric]
     confidences, correct = [row["confidence"] for row in rows], [row["correct"] for row in rows]
     result["ece"] = statistics.expected_calibration_error(confidences, correct)
@@ -77,7 +78,7 @@ def task_result(task: Task, measured: ModelRows, seed: int) -> dict[str, Any]:
     """`base` and `final` (or the one model that was measured) for the task and each of its facets."""
     result = _entry(task, list(range(len(task.items))), measured, seed)
     facets = dict.fromkeys(item.facet for item in task.items if item.facet)
-    if facets:
+    if len(facets) > 1:
         places = {facet: [i for i, item in enumerate(task.items) if item.facet == facet] for facet in facets}
         result["facets"] = {str(facet): _entry(task, indices, measured, seed) for facet, indices in places.items()}
     return result

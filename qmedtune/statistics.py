@@ -34,11 +34,14 @@ def wilson(correct: int, n: int, confidence: float = 0.95) -> Interval:
 def bootstrap(
     statistic: Statistic, n: int, resamples: int = RESAMPLES, seed: int = 0, confidence: float = 0.95
 ) -> Interval:
-    """Percentile bootstrap over items: `statistic` is called with `resamples` index arrays of length n."""
+    """Percentile bootstrap over items: `statistic` is called with `resamples` index arrays of length n.
+
+    A resample whose score is undefined (nan: AUROC of one class) is left out.
+    """
     assert n > 0
     generator = np.random.default_rng(seed)
     scores = [statistic(generator.integers(0, n, n)) for _ in range(resamples)]
-    low, high = np.quantile(scores, [0.5 - confidence / 2, 0.5 + confidence / 2])
+    low, high = np.nanquantile(scores, [0.5 - confidence / 2, 0.5 + confidence / 2])
     return float(low), float(high)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from llama_folders import llama3_folder, write_adapter
+from sklearn.metrics import roc_auc_score
 from transformers import AutoModelForCausalLM
 
 from qmedtune import evaluate, measure, scoring, statistics
@@ -151,6 +152,40 @@ def test_no_text_of_a_source_is_written(folder, tmp_path):
     written = "".join(file.read_text() for file in out.rglob("*") if file.is_file())
     assert "Zebrafish" not in written and "aspirin" not in written
     assert items(out / "medqa.items.jsonl")[0]["gold"] == "B"
+
+
+def test_every_kind_of_metric_is_summed_up_and_compared(folder, tmp_path):
+    """Generated only (ROUGE, hallmarks), ranked (AUROC) and labels (macro F1) in one evaluation."""
+    records = {
+        "summarization": [{"text": f"Note {n} on aspirin.", "summary": f"aspirin {n}"} for n in range(4)],
+        "hoc": [{"text": f"Cells {n}", "labels": ["inducing angiogenesis"] if n % 2 else []} for n in range(4)],
+        "outcome": [{"text": f"Note {n}", "label": n % 2} for n in range(6)],
+        "bionli": [
+            {"premise": f"P{n}", "hypothesis": "H", "label": ("entailment", "contradiction")[n % 2]} for n in range(4)
+        ],
+    }
+    tasks = []
+    for name, lines in records.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        tasks.append({"task": name, "path": str(tmp_path / f"{name}.jsonl")})
+    out = tmp_path / "out"
+    out.mkdir()
+    found = evaluate.evaluate_stage(recipe(folder, tasks, perplexity=[]), inputs(folder), out)["tasks"]
+    metrics = {"summarization": "rougeL", "hoc": "macro_f1", "outcome": "auroc", "bionli": "macro_f1"}
+    for name, metric in metrics.items():
+        for label in ("base", "final"):
+            scores = found[name][label]
+            assert scores["metric"] == metric and scores["n"] == len(records[name])
+            assert scores["mean"] == scores[metric] and 0 <= scores[metric] <= 1
+            assert scores["ci95"][0] <= scores[metric] <= scores["ci95"][1] + 1e-9
+        assert len(items(out / f"{name}.items.jsonl")) == len(records[name])
+        low, high = found[name]["difference"]["ci95"]
+        assert low <= found[name]["final"][metric] - found[name]["base"][metric] + 1e-9 and low <= high
+    assert "paired" in found["bionli"] and "paired" not in found["summarization"]
+    assert "chance" not in found["bionli"]["base"]
+    assert "aspirin" not in (out / "summarization.items.jsonl").read_text()
+    odds = [line["base"]["logprobs"][1] - line["base"]["logprobs"][0] for line in items(out / "outcome.items.jsonl")]
+    assert found["outcome"]["base"]["auroc"] == pytest.approx(roc_auc_score([0, 1] * 3, odds))
 
 
 def test_bad_benchmark_stops_before_anything_is_scored(folder, tmp_path):

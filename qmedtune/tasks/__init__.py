@@ -14,7 +14,7 @@ from pathlib import Path
 from qmedtune.data.sources import source_files
 from qmedtune.errors import RecipeError
 from qmedtune.recipe import SourceSection, TaskSection
-from qmedtune.tasks import choice
+from qmedtune.tasks import choice, findings, free_text, labels
 from qmedtune.tasks.items import Item, Task, checked_items
 
 __all__ = ["BUILTIN_TASKS", "FILE_TASKS", "Item", "Task", "load_task"]
@@ -29,6 +29,15 @@ FILE_TASKS: dict[str, tuple[Reader, Maker]] = {
     "medmcqa": (choice.medmcqa, choice.choice_task),
     "mmlu": (choice.mmlu, choice.choice_task),
     "choice": (choice.choice, choice.choice_task),
+    "mednli": (labels.nli, labels.accuracy_task),
+    "bionli": (labels.nli, labels.macro_f1_task),
+    "ddi2013": (labels.ddi2013, labels.macro_f1_task),
+    "mtsamples": (labels.mtsamples, labels.macro_f1_task),
+    "outcome": (labels.outcome, labels.auroc_task),
+    "hoc": (findings.hoc, findings.hoc_task),
+    "i2b2_2012": (findings.i2b2_2012, findings.entity_task),
+    "emrqa": (free_text.emrqa, free_text.question_task),
+    "summarization": (free_text.summaries, free_text.summary_task),
 }
 
 
@@ -54,4 +63,4 @@ def load_task(section: TaskSection, seed: int, world: str = "tiny") -> Task:
 
 def _named(item: Item, file: Path, files: list[Path]) -> Item:
     """An item of a benchmark that is one file, or one of several (the subjects of MMLU): then with the file's name."""
-    return item if len(files) == 1 else replace(item, id=f"{file.stem}/{item.id}", facet=item.facet or file.stem)
+    return item if len(files) == 1 else replace(item, id=f"{file.stem}/{item.id}")

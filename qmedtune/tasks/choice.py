@@ -7,6 +7,7 @@ are the answers where options are listed in the prompt; the words themselves whe
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def medmcqa(path: Path) -> list[Item]:
 
 
 def mmlu(path: Path) -> list[Item]:
-    """One subject's CSV as published: no header; question, four options, the letter."""
+    """A subject's CSV as published: no header; question, four options, letter. Subjects are facets."""
     items = []
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, strict=True)
@@ -107,7 +108,7 @@ def mmlu(path: Path) -> list[Item]:
                 raise DataError(f"{where}: {len(row)} columns\nallowed: question, options, letter")
             question, *texts, letter = row
             fields = {"question": question, "options": dict(zip(LETTERS, texts, strict=False)), "answer_idx": letter}
-            items.append(_lettered(where, fields, fields["options"]))
+            items.append(replace(_lettered(where, fields, fields["options"]), facet=path.stem.removesuffix("_test")))
     return items
 
 
@@ -122,7 +123,7 @@ def choice(path: Path) -> list[Item]:
         letter = LETTERS[answer] if isinstance(answer, int) and 0 <= answer < len(options) else answer
         item = _lettered(where, {"question": fields.get("question"), "options": listed, "answer_idx": letter}, listed)
         facet = text_field(where, fields, "facet") if "facet" in fields else None
-        items.append(Item(item_id(where, fields), item.messages, item.gold, item.options, item.texts, facet))
+        items.append(replace(item, id=item_id(where, fields), facet=facet))
     return items
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -18,7 +20,7 @@ from qmedtune.data.instructions import instruction_record
 from qmedtune.data.records import as_name
 from qmedtune.data.rejects import Damaged, Unusable
 from qmedtune.data.rows import Row, read_csv, read_json, read_jsonl, read_tsv
-from qmedtune.errors import DataError
+from qmedtune.errors import DataError, RecipeError
 
 Message = dict[str, str]
 Judgement = dict[str, Any]
@@ -99,6 +101,17 @@ def label_field(where: str, fields: dict[str, Any], name: str, allowed: tuple[st
     if value not in [label.casefold() for label in allowed]:
         raise DataError(f"{where}: `{name}` is none of the labels\nallowed: {', '.join(allowed)}")
     return [label.casefold() for label in allowed].index(value)
+
+
+def require(module: str) -> None:
+    """A metric library that is an extra must be there before anything is scored."""
+    if find_spec(module) is None:
+        raise RecipeError(f"evaluate.tasks: this metric needs {module}\npip install 'qmedtune[metrics]'")
+
+
+def sklearn_metrics() -> Any:
+    """scikit-learn's metrics, imported when scores are summed up and not before."""
+    return import_module("sklearn.metrics")
 
 
 def conversation(where: str, fields: dict[str, Any]) -> tuple[tuple[Message, ...], str]:

@@ -1,0 +1,187 @@
+"""Metrics of the tasks on hand-worked cases, and the formats that their readers take."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from qmedtune.errors import DataError, RecipeError
+from qmedtune.recipe import TaskSection
+from qmedtune.tasks import items as task_items
+from qmedtune.tasks import load_task
+from qmedtune.tasks.free_text import normalised
+
+REAL = Path(os.environ.get("QMEDTUNE_REAL_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+def load(name: str, path: Path, content: str | list | None = None):
+    if content is not None:
+        text = content if isinstance(content, str) else "".join(json.dumps(line) + "\n" for line in content)
+        path.write_text(text, encoding="utf-8")
+    return load_task(TaskSection(task=name, path=str(path)), seed=0)
+
+
+def judged(task, answers: list[str]) -> dict[str, float]:
+    pairs = zip(task.items, answers, strict=True)
+    return task.aggregate([task.judge(item, task.parse(answer, item)) for item, answer in pairs])
+
+
+def nli(label: str, number: int = 0) -> dict:
+    return {"pairID": str(number), "sentence1": "He is ill.", "sentence2": "He is well.", "gold_label": label}
+
+
+# ---- labels ----------------------------------------------------------------------------------------------------------
+
+
+def test_macro_f1_hand_worked(tmp_path):
+    """Gold e e c n, said e c c (nothing).
+
+    entailment: 1 hit of 1 said, of 2 gold: F1 2/3; contradiction: 1 of 2 said, of 1 gold: 2/3; neutral 0. Mean 4/9.
+    """
+    gold = ["entailment", "entailment", "contradiction", "neutral"]
+    task = load("mednli", tmp_path / "q.jsonl", [nli(label, n) for n, label in enumerate(gold)])
+    scores = judged(task, ["Entailment.", "contradiction", "contradiction", "I cannot say"])
+    assert scores == pytest.approx({"accuracy": 0.5, "macro_f1": 4 / 9})
+    assert task.items[0].options == ("entailment", "contradiction", "neutral")
+
+
+def test_bionli_has_two_labels(tmp_path):
+    records = [{"premise": "P", "hypothesis": "H", "label": label} for label in ("entailment", "contradiction")]
+    task = load("bionli", tmp_path / "q.jsonl", records)
+    assert task.metric == "macro_f1" and task.items[1].options == ("entailment", "contradiction")
+    assert task.items[1].gold == 1
+
+
+DDI_XML = """<document id="d"><sentence id="d.s0" text="Aspirin may increase the effect of warfarin.">
+<entity id="d.s0.e0" charOffset="0-6" type="drug" text="Aspirin"/>
+<entity id="d.s0.e1" charOffset="35-42" type="drug" text="warfarin"/>
+<pair id="d.s0.p0" e1="d.s0.e0" e2="d.s0.e1" ddi="true" type="effect"/></sentence>
+<sentence id="d.s1" text="Oral nitrates, tablets">
+<entity id="d.s1.e0" charOffset="0-12" type="group" text="Oral nitrates"/>
+<entity id="d.s1.e1" charOffset="5-12" type="group" text="nitrates"/>
+<pair id="d.s1.p0" e1="d.s1.e0" e2="d.s1.e1" ddi="false"/></sentence></document>"""
+
+
+def test_ddi_xml_masks_the_pair(tmp_path):
+    first, second = load("ddi2013", tmp_path / "d.xml", DDI_XML).items
+    assert first.messages[0]["input"] == "@DRUG$ may increase the effect of @DRUG$."
+    assert (first.id, first.options[first.gold]) == ("d.s0.p0", "DDI-effect")
+    assert second.messages[0]["input"] == "@DRUG$, tablets"
+    assert second.options[second.gold] == "DDI-false"
+    with pytest.raises(DataError, match="unknown drug or type"):
+        load("ddi2013", tmp_path / "d.xml", DDI_XML.replace('type="effect"/>', 'type="affect"/>'))
+
+
+def test_ddi_table(tmp_path):
+    table = "id\tsentence\tlabel\n7\t@DRUG$ with @DRUG$\tDDI-int\n"
+    [item] = load("ddi2013", tmp_path / "d.tsv", table).items
+    assert (item.id, item.options[item.gold]) == ("7", "DDI-int")
+
+
+def test_mtsamples_labels_come_from_the_file_and_empty_notes_are_said(tmp_path, capfd):
+    table = ",description,medical_specialty,sample_name,transcription,keywords\n"
+    table += '0,d, Surgery,s,"A note,\nof two lines",k\n1,d, Neurology,s,note,k\n2,d, Surgery,s,,k\n'
+    task = load("mtsamples", tmp_path / "m.csv", table)
+    assert [item.options[item.gold] for item in task.items] == ["Surgery", "Neurology"]
+    assert "1 notes without text" in capfd.readouterr().err
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="real data absent")
+def test_real_mtsamples():
+    task = load("mtsamples", REAL / "clinical" / "mtsamples.csv")
+    assert len(task.items) > 380 and task.items[0].options == ("1", "2", "3", "4")
+
+
+def test_auroc_ranks_by_log_odds_and_by_answers(tmp_path):
+    """Log odds .9 .4 (yes) and .6 .1 (no): 3 of 4 pairs in order. Answers no, ? and no, no: 2 + 2 ties = 3 of 4."""
+    records = [{"text": "t", "label": label} for label in ("yes", 1, "0", "no")]
+    task = load("outcome", tmp_path / "q.jsonl", records)
+    rows = [
+        {**task.judge(item, 0), "logprobs": [0.0, odds]}
+        for item, odds in zip(task.items, (0.9, 0.4, 0.6, 0.1), strict=True)
+    ]
+    assert task.aggregate(rows)["auroc"] == pytest.approx(0.75)
+    assert judged(task, ["Yes", "perhaps", "no", "no"])["auroc"] == pytest.approx(1.0)
+    assert judged(task, ["no", "perhaps", "no", "no"])["auroc"] == pytest.approx(0.75)
+    assert task.aggregate(rows[:2])["auroc"] != task.aggregate(rows[:2])["auroc"]  # nan: one outcome only
+    with pytest.raises(DataError, match="same outcome"):
+        load("outcome", tmp_path / "q.jsonl", records[:2])
+
+
+# ---- lists -----------------------------------------------------------------------------------------------------------
+
+
+def test_hallmarks(tmp_path):
+    records = [
+        {"text": "a", "labels": "inducing angiogenesis; resisting cell death"},
+        {"text": "b", "labels": []},
+        {"text": "c", "labels": ["inducing angiogenesis"]},
+    ]
+    task = load("hoc", tmp_path / "q.jsonl", records)
+    answers = ["Inducing angiogenesis and tumour promoting inflammation", "None.", "it is about cells"]
+    assert task.parse(answers[1], task.items[1]) == frozenset() and task.parse(answers[2], task.items[2]) is None
+    scores = judged(task, answers)
+    # angiogenesis: 1 hit, 1 missed: F1 2/3; inflammation: said only: 0; cell death: missed: 0; mean over ten
+    assert scores["f1 inducing angiogenesis"] == pytest.approx(2 / 3)
+    assert scores["macro_f1"] == pytest.approx(2 / 3 / 10)
+    with pytest.raises(DataError, match="no hallmark"):
+        load("hoc", tmp_path / "q.jsonl", [{"text": "a", "labels": "inducing sleep"}])
+
+
+I2B2 = """<?xml version="1.0" encoding="UTF-8" ?>
+<ClinicalNarrativeTemporalAnnotation>
+<TEXT><![CDATA[
+Admission Date :
+The patient had fever & was given aspirin .
+]]></TEXT>
+<TAGS>
+<EVENT id="E0" start="1" end="10" text="Admission" modality="FACTUAL" polarity="POS" type="OCCURRENCE" />
+<EVENT id="E1" start="34" end="39" text="fever" modality="FACTUAL" polarity="POS" type="PROBLEM" />
+<EVENT id="E2" start="52" end="59" text="aspirin" modality="FACTUAL" polarity="POS" type="TREATMENT" />
+<SECTIME id="S0" start="1" end="2" text="R&D" type="ADMISSION" dvalue="2000-01-01" />
+</TAGS>
+</ClinicalNarrativeTemporalAnnotation>
+"""
+
+
+def test_i2b2_entities_by_line(tmp_path):
+    task = load("i2b2_2012", tmp_path / "1.xml", I2B2)
+    assert [item.gold for item in task.items] == [(), (("problem", "fever"), ("treatment", "aspirin"))]
+    assert task.items[1].messages[0]["input"].startswith("The patient had fever &")
+    # 1 hit, 1 made up, 1 missed
+    scores = judged(task, ["none", "problem: Fever\n- treatment: ibuprofen."])
+    assert scores == pytest.approx({"entity_f1": 0.5, "precision": 0.5, "recall": 0.5})
+    assert task.parse("The patient is ill", task.items[1]) is None
+    with pytest.raises(DataError, match=r"1.xml:\d+: .*do not lead to its text"):
+        load("i2b2_2012", tmp_path / "1.xml", I2B2.replace('start="34"', 'start="3"'))
+
+
+# ---- free text -------------------------------------------------------------------------------------------------------
+
+
+def test_squad_normalisation_and_token_f1(tmp_path):
+    assert normalised("The  patient's (Aspirin), a dose") == ["patients", "aspirin", "dose"]
+    note = {"note_id": "n1", "context": ["Given aspirin 81 mg\n", "daily.\n"]}
+    note["qas"] = [{"question": ["What dose?"], "answers": [{"text": "aspirin 81 mg"}]}]
+    task = load("emrqa", tmp_path / "data.json", json.dumps({"data": [{"title": "t", "paragraphs": [note]}]}))
+    assert judged(task, ["The aspirin 81 mg"]) == {"exact_match": 1.0, "token_f1": 1.0}
+    assert judged(task, ["81 mg daily"]) == pytest.approx({"exact_match": 0.0, "token_f1": 2 * 2 / 6})
+    assert judged(task, [""]) == {"exact_match": 0.0, "token_f1": 0.0}
+
+
+def test_rouge_hand_worked(tmp_path):
+    """4 words against 3, 2 in common and in order: ROUGE-1 and -L 4/7; one bigram in common of 3 and 2: 2/5."""
+    records = [{"findings": "Long text of findings.", "impression": "no acute pulmonary embolism"}]
+    task = load("summarization", tmp_path / "q.jsonl", records)
+    scores = judged(task, ["acute pulmonary oedema"])
+    assert scores == pytest.approx({"rouge1": 4 / 7, "rouge2": 2 / 5, "rougeL": 4 / 7}, abs=1e-5)
+    assert "impression" in task.items[0].messages[0]["content"]
+    with pytest.raises(DataError, match="no known pair"):
+        load("summarization", tmp_path / "q.jsonl", [{"article": "a"}])
+
+
+def test_missing_metric_library_is_said_before_scoring(tmp_path, monkeypatch):
+    monkeypatch.setattr(task_items, "find_spec", lambda module: None)
+    with pytest.raises(RecipeError, match=r"pip install 'qmedtune\[metrics\]'"):
+        load("mednli", tmp_path / "q.jsonl", [nli("neutral")])
