@@ -1,7 +1,7 @@
 """What the schema alone cannot say: references between sections, and values that are legal but surely not meant.
 
 `references` works on the plain tree, so that an absent source is named together with every schema error;
-`contradictions` and `doubts` need a valid recipe. Deliberately not here: what needs data, base or machine (plan.py).
+`contradictions` and `doubts` need a valid recipe. At most file names are looked at; contents are for the steps.
 """
 
 from __future__ import annotations

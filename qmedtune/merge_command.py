@@ -40,7 +40,11 @@ def merge_into(
     staging = out.with_name(f".{out.name}.part")
     shutil.rmtree(staging, ignore_errors=True)  # of a killed attempt; never anything that was finished
     staging.mkdir(parents=True)
-    facts = merge(start, adapters, staging, section, model_section=model, template=template)
+    try:
+        facts = merge(start, adapters, staging, section, model_section=model, template=template)
+    except BaseException:
+        shutil.rmtree(staging)  # unproven: as large as the model, and of no use
+        raise
     store.seal(staging, store.sha256_json([str(start), *map(str, adapters), section.model_dump()]), facts)
     os.replace(staging, out)
     store.fsync_path(out.absolute().parent)
