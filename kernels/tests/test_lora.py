@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from qmedtune_kernels import Adapter, lora, nf4
 from torch.utils.checkpoint import checkpoint
 
+HERE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 6e-4, torch.float32: 2e-5}
 WIDTHS = (64, 32, 32)  # q, k, v of grouped-query attention
 
@@ -92,9 +93,10 @@ def test_nf4_weights_all_gradients(widths, dtype, path, device):
     r=st.integers(1, 9), dtype=st.sampled_from(list(TOLERANCE)), path=st.sampled_from(["reference", "triton", "fused"]),
 )  # fmt: skip
 def test_any_shape(m, widths, blocks, r, dtype, path):
-    weights = tuple(quantize(n, 64 * blocks) for n in widths)
+    weights = tuple(quantize(n, 64 * blocks, HERE) for n in widths)
     w = torch.cat([nf4.dequantize_reference(weight, torch.float32) for weight in weights])
-    check(torch.randn(m, 64 * blocks).to(dtype), weights, w, adapters(widths, 64 * blocks, r), None, dtype, path)
+    x = torch.randn(m, 64 * blocks, device=HERE).to(dtype)
+    check(x, weights, w, adapters(widths, 64 * blocks, r, HERE), None, dtype, path)
 
 
 def test_frozen_and_active_adapters_on_the_same_rows():

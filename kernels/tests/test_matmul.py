@@ -10,6 +10,7 @@ from qmedtune_kernels import matmul as module
 from qmedtune_kernels import nf4
 from qmedtune_kernels.matmul import matmul, matmul_backward
 
+HERE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 6e-4, torch.float32: 2e-5}
 
 
@@ -82,7 +83,7 @@ def test_real_shapes(m, n, k, dtype):
     dtype=st.sampled_from(list(TOLERANCE)), bias=st.booleans(),
 )  # fmt: skip
 def test_any_shape(m, n, k, nested, dtype, bias):
-    check(m, n, k, dtype, nested, torch.device("cpu"), bias=bias)
+    check(m, n, k, dtype, nested, HERE, bias=bias)
 
 
 def _poison(tensor):

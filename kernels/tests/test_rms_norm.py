@@ -8,6 +8,7 @@ from qmedtune_kernels import layers
 from qmedtune_kernels.rms_norm import add_rms_norm, rms_norm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+HERE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 6e-4, torch.float32: 2e-5}
 PATHS = ["reference", "triton"]
 
@@ -88,7 +89,7 @@ def test_no_rows(path, device):
 @settings(deadline=None, max_examples=60)
 @given(rows=st.integers(1, 9), columns=st.integers(1, 600), dtype=st.sampled_from(list(TOLERANCE)))
 def test_any_shape(rows, columns, dtype):
-    test_forward_and_backward((rows, columns), dtype, "triton", torch.device("cpu"))
+    test_forward_and_backward((rows, columns), dtype, "triton", HERE)
 
 
 def test_hub_layer_is_a_pure_forward():

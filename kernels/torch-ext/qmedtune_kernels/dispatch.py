@@ -52,6 +52,12 @@ def uses_triton(device: torch.device, requested: str = "auto") -> bool:
     return capability(device) >= 75 and self_check(device) == ""
 
 
+def require(device: torch.device, path: str, lowest: int) -> None:
+    """ValueError unless `device` can run a path that needs sm_`lowest`; the interpreter runs what has no assembly."""
+    if capability(device) < lowest and not (INTERPRET and path != "shuffle"):
+        raise ValueError(f"path: {path} given for device {device}; it needs an NVIDIA GPU of sm_{lowest} or later")
+
+
 def asm_verified(device: torch.device) -> bool:
     """Whether this architecture has committed correctness results for the inline assembly."""
     return f"sm_{capability(device)}" in TABLE["asm_verified"]
@@ -60,8 +66,7 @@ def asm_verified(device: torch.device) -> bool:
 def dequantize_path(device: torch.device, path: str) -> str:
     """"reference", "gather" or "shuffle" for nf4.dequantize."""
     if path in ("gather", "shuffle"):
-        if path == "shuffle" and capability(device) < 80:
-            raise ValueError(f"path: shuffle given for device {device}; it needs an NVIDIA GPU of sm_80 or later")
+        require(device, path, 75 if path == "gather" else 80)
         return path
     if not uses_triton(device, path):
         return "reference"

@@ -86,10 +86,12 @@ def choose(x: Tensor, weight: NF4Weight, path: str) -> str:
                 f"weight: given K = {weight.shape[1]} with blocks of {weight.blocksize}; "
                 f"the fused path allows multiples of the block: use path='dequantize'"
             )
-        if not INTERPRET and dispatch.capability(x.device) < 80:
-            raise ValueError(f"x: given {x.device}; the fused path needs an NVIDIA GPU of sm_80 or later")
+        dispatch.require(x.device, path, 80)
         return path
-    if path in ("dequantize", "few_rows"):
+    if path == "few_rows":
+        dispatch.require(x.device, path, 75)
+        return path
+    if path == "dequantize":
         return path
     if not dispatch.uses_triton(x.device, path):
         return "reference"
