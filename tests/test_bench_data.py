@@ -1,0 +1,26 @@
+"""The benchmark of the data steps runs, compares in one run, and finds what it planted."""
+
+import pytest
+
+from qmedtune import bench_data
+from qmedtune.bench_data_peers import installed
+from qmedtune.errors import RecipeError
+
+
+def test_every_case_has_ours_and_its_reference():
+    result = bench_data.bench_data(["near", "decontaminate", "jats"], rounds=1, num_texts=200)
+    assert result["bench"] == "data"
+    found = {(row["case"], row["contender"]): row for row in result["rows"]}
+    assert {("near", "qmedtune"), ("decontaminate", "qmedtune"), ("jats", "lxml"), ("jats", "qmedtune")} <= set(found)
+    assert found["near", "qmedtune"]["recall"] >= 0.99
+    assert found["decontaminate", "qmedtune"]["recall"] == 1
+    assert found["jats", "lxml"]["ratio"] == 1
+    assert all(row["value"] > 0 for row in result["rows"])
+    assert ("near", "datasketch") in found or not installed("datasketch")
+    columns, rows = bench_data.render(result)
+    assert all(len(row) == len(columns) for row in rows)
+
+
+def test_unknown_cases_are_named():
+    with pytest.raises(RecipeError, match="no case 'speed'"):
+        bench_data.bench_data(["speed"])
