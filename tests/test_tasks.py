@@ -36,7 +36,8 @@ MEDMCQA = {"id": "x", "question": "Which?", "opa": "a1", "opb": "b1", "opc": "c1
         ("Insulin", 0), ("insulin glargine.", 1), ("Give metformin 500 mg twice a day", 2),
         ("The best choice is insulin glargine at night", 1),
         ("Answer", None), ("Although the patient improved", None), ("A patient with fever", None),
-        ("A 45-year-old man", None), ("Neither metformin nor aspirin", None), ("", None), ("E", None), ("I do not know", None),
+        ("A 45-year-old man", None), ("Neither metformin nor aspirin", None), ("", None), ("E", None),
+        ("I do not know", None),
         ("The answer is not A", None), ("Because", None), ("Dear colleague", None), ("Cannot say", None),
     ],
 )  # fmt: skip
@@ -138,7 +139,7 @@ def test_own_choice_files(tmp_path):
         ("medqa", "jsonl", {**MEDQA, "answer_idx": "E"}, "none of the options"),
         ("medqa", "jsonl", {**MEDQA, "question": ""}, "`question` is empty"),
         ("medqa", "jsonl", {**MEDQA, "options": "A B C"}, "`options`"),
-        ("medqa", "jsonl", {k: v for k, v in MEDQA.items() if k != "answer_idx"} | {"answer": "none"}, "none of the options"),
+        ("medqa", "jsonl", {**MEDQA, "answer_idx": "none"}, "none of the options"),
         ("medmcqa", "jsonl", {**MEDMCQA, "opb": None}, "`opb`"),
         ("choice", "jsonl", {"question": "Q", "options": ["a"], "answer": 0}, "2 to 10"),
         ("choice", "jsonl", {"question": "Q", "options": ["a", "b"], "answer": 2}, "none of the options"),
