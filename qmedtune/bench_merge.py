@@ -35,7 +35,7 @@ SHAPES: dict[str, dict[str, int]] = {
 CONTENDERS = {
     "cp": "cp of the base's folder, then sync: the bytes alone",
     "qmedtune": "qmedtune merge with its proof, then sync",
-    "qmedtune-nf4": "the same of a model trained in NF4: also the shift from its quantised base, which nobody else gives",
+    "qmedtune-nf4": "the same of a model trained in NF4: with the shift from its quantised base",
     "peft": "PEFT merge_and_unload and save_pretrained in bfloat16, then sync: no proof",
 }
 SHARD_BYTES = 5_000_000_000

@@ -135,7 +135,7 @@ def _settle(path: Path) -> str:
     """Bring a file to the disk and hash it (mapped: without copying it)."""
     fsync_path(path)
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        return hashlib.sha256(data).hexdigest()
+        return hashlib.sha256(data).hexdigest()  # pyright: ignore[reportArgumentType] (a buffer)
 
 
 def _header(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> bytes:
