@@ -515,6 +515,63 @@ def test_unclosed_json_never_escapes(tmp_path, text):
     assert rejects.counts["rejected"] >= 1
 
 
+def sound_files() -> dict[str, bytes]:
+    """One small file per format."""
+    rows = [{"id": str(i), "text": f'note "{i}", line\nnext é {i}'} for i in range(40)]
+    table = io.StringIO()
+    writer = csv.DictWriter(table, ["id", "text"])
+    writer.writeheader()
+    writer.writerows(rows)
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w:gz") as tar:
+        info = tarfile.TarInfo("a.nxml")
+        info.size = len(JATS.encode())
+        tar.addfile(info, io.BytesIO(JATS.encode()))
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    records = pubmed(*(citation(n, "<AbstractText>x &lt; y</AbstractText>") for n in range(5))).encode()
+    files = {
+        "a.jsonl": lines, "a.jsonl.gz": gzip.compress(lines), "a.jsonl.zst": zstandard.compress(lines),
+        "a.json": json.dumps(rows, indent=1).encode(), "b.json": json.dumps({r["id"]: r for r in rows}).encode(),
+        "a.csv": table.getvalue().encode(), "a.nxml": JATS.encode(), "a.xml": records,
+        "a.xml.gz": gzip.compress(records), "a.tar.gz": archive.getvalue(),
+    }  # fmt: skip
+    return files
+
+
+def damaged(data: bytes, rng: random.Random) -> bytes:
+    result = bytearray(data)
+    for _ in range(rng.choice([1, 1, 3, 20])):
+        at = rng.randrange(len(result))
+        match rng.randrange(4):
+            case 0:
+                result[at] = rng.randrange(256)
+            case 1:
+                del result[at : at + rng.randrange(1, 30)]
+            case 2:
+                result[at:at] = rng.choice([b'"', b"{", b"[", b"\0", b"\xff", b"]", b"<", b"&x;", b"\\ud800", b"\r"])
+            case 3:
+                result = result[: max(1, at)]
+        result = result or bytearray(b"x")
+    return bytes(result)
+
+
+@pytest.mark.parametrize("name", sound_files())
+def test_damaged_bytes_of_any_format_never_escape(tmp_path, name):
+    rng = random.Random(name)
+    data = sound_files()[name]
+    sound = len(list(read(_bytes(tmp_path / name, data), "clinical")))
+    for _ in range(100):
+        rejects = Rejects("s")
+        found = read(_bytes(tmp_path / name, damaged(data, rng)), "clinical", rejects)
+        assert len(found) <= sound + 5
+        assert all(isinstance(r["text"], str) and r["text"] for r in found)
+
+
+def _bytes(path: Path, data: bytes) -> Path:
+    path.write_bytes(data)
+    return path
+
+
 # ---- real text -------------------------------------------------------------------------------------------------------
 
 

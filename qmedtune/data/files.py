@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import tarfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from qmedtune.data.rejects import Damaged
 
 # The longest full-text article of the PMC open-access subset is about 5 MB of XML; a longer line is a broken file.
 MAX_RECORD_BYTES = 8 << 20
-ARCHIVE_ERRORS = (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError)
+ARCHIVE_ERRORS = (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError, tarfile.TarError)
 
 
 def open_bytes(path: Path) -> IO[bytes]:

@@ -28,7 +28,7 @@ def read_parquet(path: Path) -> Iterator[Row]:
             for batch in file.iter_batches(batch_size=BATCH_ROWS):
                 yield from enumerate(batch.to_pylist(), start=number + 1)
                 number += len(batch)
-    except (pyarrow.ArrowException, OSError):
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError):
         yield number + 1, Damaged("Parquet file is truncated or corrupt")
 
 

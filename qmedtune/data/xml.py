@@ -164,6 +164,8 @@ def _jats(data: IO[bytes] | str) -> dict[str, Any] | Damaged | Refused:
         return jats_record(tree.getroot())
     except etree.XMLSyntaxError as error:
         return Damaged(f"broken XML (line {error.lineno})")
+    except OSError:  # what libxml2 says of bytes that its encoding does not have
+        return Damaged("XML is not in the encoding that it declares")
     except Unusable as error:
         return Damaged(str(error))
 
