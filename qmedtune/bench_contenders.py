@@ -45,6 +45,7 @@ def quantize(n: int, k: int):
     w = torch.randn(n, k, device="cuda", dtype=half()) / k**0.5
     packed, state = bnb.quantize_4bit(w, quant_type="nf4", compress_statistics=True)
     two = state.state2
+    assert two is not None
     return packed, state, NF4Weight(packed, state.absmax, 64, (n, k), two.code, two.absmax, state.offset)
 
 
@@ -95,7 +96,7 @@ def dequantize(contender: str, name: str, n: int, k: int) -> Iterator[Timed]:
     elif contender == "bitsandbytes":
         yield timed("dequantize", lambda p, s, w, out: bnb.dequantize_4bit(p, s))
     elif contender == "unsloth":
-        from unsloth.kernels.utils import fast_dequantize
+        from unsloth.kernels.utils import fast_dequantize  # pyright: ignore[reportMissingImports]
 
         yield timed("dequantize", lambda p, s, w, out: fast_dequantize(p, s))
     elif contender == "limit":
@@ -147,7 +148,7 @@ def multiply(contender: str, name: str, n: int, k: int, m: int) -> Iterator[Time
 
         yield timed("matmul", forward)
     elif contender == "unsloth" and m == 1:
-        from unsloth.kernels.utils import fast_gemv
+        from unsloth.kernels.utils import fast_gemv  # pyright: ignore[reportMissingImports]
 
         yield timed("matmul", lambda x, p, s, w: fast_gemv(x[None], p, s)[0])
 
@@ -241,7 +242,7 @@ def _bare(widths: tuple[int, ...], k: int, rank: int) -> Callable[[Tensor], tupl
 
 
 def _unsloth(widths: tuple[int, ...], k: int, rank: int) -> Callable[[Tensor], tuple[Tensor, ...]]:
-    from unsloth.kernels.fast_lora import LoRA_W
+    from unsloth.kernels.fast_lora import LoRA_W  # pyright: ignore[reportMissingImports]
 
     parts = [(*quantize(n, k)[:2], *pair) for n, pair in zip(widths, _adapters(widths, k, rank), strict=True)]
     return lambda x: tuple(LoRA_W.apply(x[None], p, s, a, b, 2.0)[0] for p, s, a, b in parts)
@@ -300,11 +301,11 @@ def _norm(contender: str) -> Callable[[Tensor, Tensor], Tensor] | None:
     if contender == "torch":
         return lambda x, weight: F.rms_norm(x, weight.shape, weight, 1e-5)
     if contender == "liger":
-        from liger_kernel.transformers.functional import liger_rms_norm
+        from liger_kernel.transformers.functional import liger_rms_norm  # pyright: ignore[reportMissingImports]
 
         return lambda x, weight: liger_rms_norm(x, weight, 1e-5, 0.0, "llama", False)
     if contender == "unsloth":
-        from unsloth.kernels.rms_layernorm import Fast_RMS_Layernorm
+        from unsloth.kernels.rms_layernorm import Fast_RMS_Layernorm  # pyright: ignore[reportMissingImports]
 
         return lambda x, weight: Fast_RMS_Layernorm.apply(x, weight, 1e-5, False)
     return None

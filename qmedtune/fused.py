@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,8 @@ from qmedtune_kernels.rms_norm import add_rms_norm, rms_norm
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama as llama
+
+Layer = Any  # an nn.Module whose attributes (PEFT's, bitsandbytes') a type checker cannot see
 
 
 def install(model: nn.Module, mode: str = "auto") -> dict:
@@ -42,14 +45,14 @@ def install(model: nn.Module, mode: str = "auto") -> dict:
     for group in groups:
         stack_rows(group)
     for module in model.modules():
-        if isinstance(module, tuple(REPLACED.values())):
-            module.kernels = dispatch.mode(mode)
+        if type(module) in REPLACED.values():
+            setattr(module, "kernels", dispatch.mode(mode))  # noqa: B010
     own = Counter(reason for group in groups if (reason := _obstacle(group)))
     paths = dispatch.describe(device, mode)
     return {"mode": dispatch.mode(mode), "paths": paths, "modules": dict(counts), "own_forward": dict(own)}
 
 
-def _groups(module: nn.Module) -> list[list[nn.Module]]:
+def _groups(module: Layer) -> list[list[Layer]]:
     """The linears of a module that read one input."""
     if isinstance(module, LlamaAttention):
         return [[module.q_proj, module.k_proj, module.v_proj], [module.o_proj]]
@@ -58,7 +61,7 @@ def _groups(module: nn.Module) -> list[list[nn.Module]]:
     return []
 
 
-def _norm_weights(model: nn.Module) -> Iterator[Tensor]:
+def _norm_weights(model: Layer) -> Iterator[Tensor]:
     """Nothing quantises norms or trains them apart from the rest: their dtype is that of the hidden states."""
     for module in model.modules():
         if isinstance(module, llama.LlamaRMSNorm):
@@ -68,11 +71,11 @@ def _norm_weights(model: nn.Module) -> Iterator[Tensor]:
 # --------------------------------------------------------------------- linears
 
 
-def _base(module: nn.Module) -> nn.Module:
+def _base(module: Layer) -> Layer:
     return module.get_base_layer() if isinstance(module, LoraLayer) else module
 
 
-def stack_rows(projections: Sequence[nn.Module]) -> None:
+def stack_rows(projections: Sequence[Layer]) -> None:
     """Lay the plain frozen weights of projections that read one input behind each other in memory."""
     weights = [_base(projection).weight for projection in projections]
     if any(type(_base(projection)) is not nn.Linear or weight.requires_grad
@@ -100,7 +103,7 @@ def _adjacent(weights: Sequence[Tensor]) -> Tensor | None:
     return first.detach().as_strided((rows, first.shape[1]), (first.shape[1], 1))
 
 
-def _nf4(linear: nn.Module) -> NF4Weight:
+def _nf4(linear: Layer) -> NF4Weight:
     """The tensors of a bitsandbytes `Linear4bit`; FSDP may store the bytes under another dtype."""
     state = linear.weight.quant_state
     nested = state.state2
@@ -111,14 +114,14 @@ def _nf4(linear: nn.Module) -> NF4Weight:
     )  # fmt: skip
 
 
-def _is_nf4(linear: nn.Module) -> bool:
+def _is_nf4(linear: Layer) -> bool:
     """A Linear4bit in bitsandbytes' standard layout: its CPU back end repacks weights for inference."""
     state = getattr(linear.weight, "quant_state", None)
     repacked = getattr(state, "packing_format_for_cpu", False)
     return state is not None and state.quant_type == "nf4" and not repacked
 
 
-def _weight(linears: Sequence[nn.Module]) -> Tensor | tuple[NF4Weight, ...]:
+def _weight(linears: Sequence[Layer]) -> Tensor | tuple[NF4Weight, ...]:
     """The frozen weights of `linears` as one operand; the caller has seen that `_obstacle` is ""."""
     if _is_nf4(linears[0]):
         return tuple(_nf4(linear) for linear in linears)
@@ -127,14 +130,14 @@ def _weight(linears: Sequence[nn.Module]) -> Tensor | tuple[NF4Weight, ...]:
     return weight
 
 
-def _bias(linears: Sequence[nn.Module]) -> Tensor | None:
+def _bias(linears: Sequence[Layer]) -> Tensor | None:
     biases = [linear.bias for linear in linears]
     if biases[0] is None:
         return None
     return biases[0] if len(biases) == 1 else torch.cat(biases)
 
 
-def _obstacle(projections: Sequence[nn.Module]) -> str:
+def _obstacle(projections: Sequence[Layer]) -> str:
     """Why these layers are not computed together by our function, or "": asked at every call, reported at install."""
     bases = [_base(projection) for projection in projections]
     for layer in (*projections, *bases):
@@ -160,23 +163,23 @@ def _obstacle(projections: Sequence[nn.Module]) -> str:
     return ""
 
 
-def _active(module: nn.Module) -> list[str]:
+def _active(module: Layer) -> list[str]:
     """Names of the adapters that this layer applies now."""
     if not isinstance(module, LoraLayer) or module.disable_adapters or module.merged:
         return []
     return [name for name in module.active_adapters if name in module.lora_A]
 
 
-def _drops(module: nn.Module) -> bool:
+def _drops(module: Layer) -> bool:
     return module.training and any(_dropout(module, name) for name in _active(module))
 
 
-def _dropout(module: nn.Module, name: str) -> float:
+def _dropout(module: Layer, name: str) -> float:
     dropout = module.lora_dropout[name]
     return dropout.p if module.training and isinstance(dropout, nn.Dropout) else 0.0
 
 
-def linear(x: Tensor, projections: Sequence[nn.Module], path: str) -> Tensor:
+def linear(x: Tensor, projections: Sequence[Layer], path: str) -> Tensor:
     """The projections of one x [..., K], side by side along the last dimension of the result."""
     obstacle = _obstacle(projections)
     if len(projections) > 1 and (obstacle or any(_drops(projection) for projection in projections)):
@@ -222,18 +225,19 @@ class LlamaAttention(llama.LlamaAttention):
     kernels: str
 
     def forward(
-        self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs
+        self, hidden_states, position_embeddings: Any = None, attention_mask=None, past_key_values=None, **kwargs
     ) -> tuple[Tensor, Tensor]:
         shape = hidden_states.shape[:-1]
         qkv = linear(hidden_states, [self.q_proj, self.k_proj, self.v_proj], self.kernels)
         qkv = qkv.view(*shape, -1, self.head_dim)
         heads, kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
         query, key, value = (part.transpose(1, 2) for part in qkv.split((heads, kv_heads, kv_heads), dim=2))
-        query, key = llama.apply_rotary_pos_emb(query, key, *position_embeddings)
+        cos, sin = position_embeddings
+        query, key = llama.apply_rotary_pos_emb(query, key, cos, sin)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, llama.eager_attention_forward
+            str(self.config._attn_implementation), llama.eager_attention_forward
         )
         output, weights = attention(
             self, query, key, value, attention_mask,
@@ -281,9 +285,10 @@ class MasterHead(nn.Linear):
         return F.linear(input, self.weight.to(input.dtype), self.bias)
 
 
-def _compute_in(dtype: torch.dtype, wrapper: ModulesToSaveWrapper) -> None:
+def _compute_in(dtype: torch.dtype, wrapper: Layer) -> None:
     for copy in wrapper.modules_to_save.values():
         if type(copy) is nn.Embedding:
-            copy.__class__, copy.compute_dtype = MasterEmbedding, dtype
+            copy.__class__ = MasterEmbedding
+            setattr(copy, "compute_dtype", dtype)  # noqa: B010
         elif type(copy) is nn.Linear:
             copy.__class__ = MasterHead

@@ -8,6 +8,10 @@ Every asm block is elementwise in its operands: Triton may move broadcasts and l
 EMULATE works around two faults of Triton's interpreter: casts to bf16 truncate, and `tl.dot` misreads bf16.
 """
 
+# Triton's annotations type kernels as plain functions of tl.constexpr:
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAssignmentType=false, reportReturnType=false
+# pyright: reportGeneralTypeIssues=false
+
 from __future__ import annotations
 
 import os

@@ -133,7 +133,7 @@ class _Linear(torch.autograd.Function):
             dx = None if weight is None else _times_transposed(dy, weight, ctx.path)
             if dxa is not None:
                 dx = dxa @ a if dx is None else dx.addmm_(dxa, a)
-        da = _mm32(dxa.t(), x) if x is not None else None
+        da = _mm32(dxa.t(), x) if x is not None and dxa is not None else None
         db = _mm32(dy.t(), xa) if xa is not None else None
         dbias = dy.float().sum(0) if needs[2] else None
         return dx, None, dbias, None, None, *_split(ctx.adapters, da, db, needs[5:])

@@ -7,6 +7,10 @@ Split-K is deterministic: partial sums go to fp32 workspace and are added in a f
 Deliberately not here: repacked weights (5 % at best, kernels.md section 5.2), LoRA (lora.py adds it).
 """
 
+# Triton's annotations type kernels as plain functions of tl.constexpr:
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAssignmentType=false, reportReturnType=false
+# pyright: reportGeneralTypeIssues=false
+
 from __future__ import annotations
 
 import torch

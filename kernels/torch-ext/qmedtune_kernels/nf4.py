@@ -6,6 +6,10 @@ an 8-bit index into code2 with one fp32 scale per 256 blocks and one offset.
 Deliberately not here: quantisation (bitsandbytes does it), FP4, other nested block sizes than 256.
 """
 
+# Triton's annotations type kernels as plain functions of tl.constexpr:
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAssignmentType=false, reportReturnType=false
+# pyright: reportGeneralTypeIssues=false
+
 from __future__ import annotations
 
 from dataclasses import dataclass

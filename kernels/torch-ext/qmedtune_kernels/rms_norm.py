@@ -6,6 +6,10 @@ gradients in the same pass (8 D bytes a row instead of 12 D, kernels.md section 
 Deliberately not here: LayerNorm, Gemma's (1 + w) rounding, quantised outputs.
 """
 
+# Triton's annotations type kernels as plain functions of tl.constexpr:
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAssignmentType=false, reportReturnType=false
+# pyright: reportGeneralTypeIssues=false
+
 from __future__ import annotations
 
 import torch
