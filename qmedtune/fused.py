@@ -78,8 +78,10 @@ def _base(module: Layer) -> Layer:
 def stack_rows(projections: Sequence[Layer]) -> None:
     """Lay the plain frozen weights of projections that read one input behind each other in memory."""
     weights = [_base(projection).weight for projection in projections]
-    if any(type(_base(projection)) is not nn.Linear or weight.requires_grad
-           for projection, weight in zip(projections, weights, strict=True)):
+    if any(
+        type(_base(projection)) is not nn.Linear or weight.requires_grad
+        for projection, weight in zip(projections, weights, strict=True)
+    ):
         return
     joined = torch.cat([weight.data for weight in weights])
     start = 0
