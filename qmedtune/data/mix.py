@@ -7,6 +7,7 @@ from a small window; text is split where nothing fits, never dropped. Works on l
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_right, insort
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -89,59 +90,61 @@ def fill_rows(lengths: np.ndarray, seq_len: int, split: bool) -> Rows:
     packer = _Packer(lengths, seq_len, max(seq_len // 8, 16) if split else seq_len + 1)
     while packer.refill():
         packer.row()
-    pieces = np.array(packer.pieces, dtype=np.int64).reshape(-1, 3)
-    return Rows(pieces, np.array(packer.bounds, dtype=np.int64))
+    return Rows(np.array(packer.pieces, np.int64).reshape(-1, 3), np.array(packer.bounds, np.int64))
 
 
 class _Packer:
-    """The window of waiting documents: `by_length` sorted for best fit, `queue` in order of arrival."""
+    """The window of waiting documents: `by_length` sorted for best fit, `queue` in order of arrival.
+
+    Only the window is held as Python objects; what is laid out takes 24 bytes per piece.
+    """
 
     def __init__(self, lengths: np.ndarray, seq_len: int, least_cut: int):
-        self.lengths, self.seq_len, self.least_cut = lengths.tolist(), seq_len, least_cut
+        self.lengths, self.seq_len, self.least_cut = lengths, seq_len, least_cut
         self.arrived = 0
-        self.start: dict[int, int] = {}
+        self.waiting: dict[int, tuple[int, int]] = {}  # document -> next token, tokens left
         self.by_length: list[tuple[int, int]] = []
         self.queue: deque[int] = deque()
-        self.pieces: list[tuple[int, int, int]] = []
-        self.bounds = [0]
+        self.pieces, self.bounds = array("q"), array("q", [0])
 
     def refill(self) -> bool:
-        while len(self.by_length) < LOOKAHEAD_DOCUMENTS and self.arrived < len(self.lengths):
-            self._wait(self.arrived, 0)
-            self.queue.append(self.arrived)
-            self.arrived += 1
+        room = LOOKAHEAD_DOCUMENTS - len(self.by_length)
+        if room > 0:
+            for length in self.lengths[self.arrived : self.arrived + room].tolist():
+                self._wait(self.arrived, 0, length)
+                self.queue.append(self.arrived)
+                self.arrived += 1
         return bool(self.by_length)
 
-    def _wait(self, document: int, start: int) -> None:
-        self.start[document] = start
-        insort(self.by_length, (self.lengths[document] - start, document))
+    def _wait(self, document: int, start: int, left: int) -> None:
+        self.waiting[document] = start, left
+        insort(self.by_length, (left, document))
 
     def _oldest(self) -> int:
-        while self.queue[0] not in self.start:
+        while self.queue[0] not in self.waiting:
             self.queue.popleft()
         return self.queue[0]
 
     def _take(self, document: int, most: int) -> int:
         """Put up to `most` tokens of a waiting document into the row; the rest waits on. Returns what was taken."""
-        start = self.start.pop(document)
-        left = self.lengths[document] - start
+        start, left = self.waiting.pop(document)
         del self.by_length[bisect_right(self.by_length, (left, document)) - 1]
         length = min(left, most)
-        self.pieces.append((document, start, length))
+        self.pieces.extend((document, start, length))
         if left > length:
-            self._wait(document, start + length)
+            self._wait(document, start + length, left - length)
         return length
 
     def row(self) -> None:
         gap = self.seq_len - self._take(self._oldest(), self.seq_len)
         while gap and self.by_length:
-            fits = bisect_right(self.by_length, (gap, len(self.lengths))) - 1
+            fits = bisect_right(self.by_length, (gap, self.arrived)) - 1
             if fits >= 0:
                 gap -= self._take(self.by_length[fits][1], gap)
                 continue
             oldest = self._oldest()
-            cut = min(gap, self.lengths[oldest] - self.start[oldest] - self.least_cut)
+            cut = min(gap, self.waiting[oldest][1] - self.least_cut)
             if cut < self.least_cut:
                 break
             gap -= self._take(oldest, cut)
-        self.bounds.append(len(self.pieces))
+        self.bounds.append(len(self.pieces) // 3)
