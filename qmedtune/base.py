@@ -31,21 +31,22 @@ class Base:
     revision: str | None = None
 
 
-def identify(section: ModelSection, hashes: store.HashCache, *, offline: bool) -> Base:
-    """Find the base and name its content. Downloads a Hub id that is not cached, unless `offline`."""
+def identify(section: ModelSection, hashes: store.HashCache, *, offline: bool, shape_only: bool = False) -> Base:
+    """Find the base and name its content. Downloads a Hub id that is not cached, unless `offline`. With `shape_only` (a
+    recipe that begins with `pretrain`) a folder with config.json and a tokenizer is enough."""
     if section.base.startswith(BUILTIN):
         return _builtin(section.base)
-    folder = _folder(section, offline=offline)
+    folder = _folder(section, offline=offline, shape_only=shape_only)
     files = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".json", ".model"))
     digest = store.sha256_json({p.name: hashes.sha256(p) for p in files})
     revision = section.revision or (folder.name if folder.parent.name == "snapshots" else None)
     return Base(section.base, digest, lambda: folder, revision)
 
 
-def _folder(section: ModelSection, *, offline: bool) -> Path:
+def _folder(section: ModelSection, *, offline: bool, shape_only: bool) -> Path:
     local = Path(section.base).expanduser()
-    if local.is_dir() and not any(local.glob("*.safetensors")) and (local / "config.json").is_file():
-        return local  # a shape to pretrain from scratch
+    if shape_only and (local / "config.json").is_file():
+        return local
     from qmedtune.hub import resolve_base
 
     return resolve_base(section, offline=offline)

@@ -49,7 +49,8 @@ def benchmarks(recipe: Recipe, hashes: store.HashCache) -> list[list[str]]:
             path = Path(task.path).expanduser()
             rows.append([task.task, hashes.sha256(path) if path.is_file() else "absent"])
         else:
-            rows.append([task if isinstance(task, str) else task.task, "builtin"])
+            generator = hashes.sha256(Path(__file__).parent / "data" / "world.py")
+            rows.append([task if isinstance(task, str) else task.task, generator])
     return rows
 
 
@@ -94,8 +95,9 @@ def merge_section(recipe: Recipe) -> dict[str, Any]:
     return {"merge": recipe.merge.model_dump(mode="json"), "model": model, "seed": recipe.seed}
 
 
-def evaluation_section(recipe: Recipe) -> dict[str, Any]:
-    return {"evaluate": recipe.evaluate.model_dump(mode="json", exclude={"batch"}), "seed": recipe.seed}
+def evaluation_section(recipe: Recipe, hashes: store.HashCache) -> dict[str, Any]:
+    section = recipe.evaluate.model_dump(mode="json", exclude={"batch"})
+    return {"evaluate": section, "seed": recipe.seed, "benchmarks": benchmarks(recipe, hashes)}
 
 
 def difference(old: Any, new: Any, where: str = "") -> str:

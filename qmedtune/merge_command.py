@@ -19,6 +19,7 @@ from qmedtune.errors import RecipeError
 from qmedtune.machine import this_machine
 from qmedtune.open_model import locate
 from qmedtune.recipe import MergeSection, ModelSection, Recipe
+from qmedtune.run import after, folds
 
 
 def merge_into(
@@ -54,21 +55,20 @@ def merge_into(
 def _of_run(folder: Path, offline: bool) -> tuple[ModelSection, Path, list[Path], Path | None]:
     """What the run's own merge folds: the adapters since the last full model, and the template of the last sft."""
     recipe = Recipe.model_validate(json.loads((folder / "run.json").read_text(encoding="utf-8"))["recipe"])
-    start, adapters = None, []
+    place, names = "base", []
     for name, stage in zip(recipe.stage_names(), recipe.stages, strict=True):
-        if stage.kind == "pretrain":
-            start = folder / name / "model"
-            continue
-        if stage.section.adapter == "merge_then_new" and adapters:
-            start, adapters = folder / f"{name}-base", []
-        kept = adapters[:-1] if stage.section.adapter == "continue" else adapters
-        adapters = [*kept, folder / name / "adapter"]
+        if folds(stage, names):
+            place, names = f"{name}-base", []
+        place, names = after(stage, name, place, names)
+    adapters = [folder / name for name in names]
     for adapter in adapters:
         if not adapter.is_dir():
             raise RecipeError(f"{folder}: stage {adapter.parent.name} is not finished\ncontinue it with `qmedtune run`")
     hashes = store.HashCache(store.cache_root() / "hashes.json")
     templates = [path.parent for path in sorted(folder.glob(f"[0-9][0-9]-sft/{FILE}"))]
-    found = start or bases.identify(recipe.model, hashes, offline=offline).make()
+    found = folder / place
+    if place == "base":
+        found = bases.identify(recipe.model, hashes, offline=offline).make()
     return recipe.model, found, adapters, templates[-1] if templates else None
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from qmedtune import base, keys, plan, record, store, ui
 from qmedtune.errors import QmedtuneError, RecipeError, RunError
 from qmedtune.interrupt import stop
-from qmedtune.recipe import Recipe
+from qmedtune.recipe import Recipe, StageSection
 
 Work = Callable[[Recipe, dict[str, Path], Path], dict[str, Any]]
 
@@ -45,23 +45,31 @@ def steps_of(recipe: Recipe, asked: Recipe, hashes: store.HashCache) -> list[Ste
     start, adapters, template = "base", [], None
     for index, name in enumerate(recipe.stage_names()):
         stage = recipe.stages[index]
-        if stage.section.adapter == "merge_then_new" and adapters:
+        if folds(stage, adapters):
             steps.append(_fold_step(recipe, f"{name}-base", start, adapters))
             start, adapters = f"{name}-base", []
         steps.append(_tokens_step(recipe, index, start))
         steps.append(_training_step(recipe, asked, index, start, adapters))
-        if stage.kind == "pretrain":
-            start = f"{name}/model"
-        elif stage.section.adapter == "continue" and adapters:
-            adapters = [*adapters[:-1], f"{name}/adapter"]
-        else:
-            adapters = [*adapters, f"{name}/adapter"]
+        start, adapters = after(stage, name, start, adapters)
         template = name if stage.kind == "sft" else template
     if adapters:
         steps.append(_merge_step(recipe, start, adapters, template))
     if adapters and (recipe.evaluate.tasks or recipe.evaluate.perplexity):
-        steps.append(_evaluation_step(recipe, start, adapters, template))
+        steps.append(_evaluation_step(recipe, start, adapters, template, hashes))
     return steps
+
+
+def folds(stage: StageSection, adapters: list[str]) -> bool:
+    """Whether the earlier adapters are folded into a 16-bit base, named `<stage>-base`, before this stage."""
+    return stage.section.adapter == "merge_then_new" and bool(adapters)
+
+
+def after(stage: StageSection, name: str, start: str, adapters: list[str]) -> tuple[str, list[str]]:
+    """The base and the adapters, in order, that make up the model after this stage, as `step/subfolder`."""
+    if stage.kind == "pretrain":
+        return f"{name}/model", []
+    kept = adapters[:-1] if stage.section.adapter == "continue" else adapters
+    return start, [*kept, f"{name}/adapter"]
 
 
 def _source_step(recipe: Recipe, name: str, hashes: store.HashCache) -> Step:
@@ -129,7 +137,9 @@ def _merge_step(recipe: Recipe, start: str, adapters: list[str], template: str |
     return Step("merged", "merge", step.section, needs, step.work)
 
 
-def _evaluation_step(recipe: Recipe, start: str, adapters: list[str], template: str | None) -> Step:
+def _evaluation_step(
+    recipe: Recipe, start: str, adapters: list[str], template: str | None, hashes: store.HashCache
+) -> Step:
     def work(recipe: Recipe, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
         from qmedtune.evaluate import evaluate_stage
 
@@ -138,7 +148,7 @@ def _evaluation_step(recipe: Recipe, start: str, adapters: list[str], template: 
     needs = {"base": start, "merged": "merged", **_numbered(adapters)}
     needs |= {"template": template} if template else {}
     needs |= {"validation": "data/validation"} if recipe.evaluate.perplexity else {}
-    return Step("evaluation", "evaluation", keys.evaluation_section(recipe), needs, work, resumes=True)
+    return Step("evaluation", "evaluation", keys.evaluation_section(recipe, hashes), needs, work, resumes=True)
 
 
 def _numbered(adapters: list[str]) -> dict[str, str]:
@@ -166,8 +176,8 @@ def run(
     resolved, choices = plan.resolve(asked)
     hashes = store.HashCache(out / ".hashes.json")
     steps = steps_of(resolved, asked, hashes)
-    last = _last_step(steps, until)
-    source = base.identify(resolved.model, hashes, offline=offline)
+    chosen = _chosen(steps, until)
+    source = _source(resolved, hashes, offline)
     if finished := _finished(steps, source, recipe_text, out):
         return finished
     _check_writable(out)
@@ -176,19 +186,24 @@ def run(
         notes = record.Notes(resolved, recipe_text, choices, offline=offline)
         folder = source.make()
         done: dict[str, store.Seal] = {}
-        with ui.run_progress([step.name for step in steps[: last + 1]] + ["report"]) as shown:
+        with ui.run_progress([*(step.name for step in chosen), "report"]) as shown:
             try:
-                for step in steps[: last + 1]:
+                for step in chosen:
                     done[step.name] = _do(step, resolved, folder, source.digest, done, out, shown)
                     record.write(out, notes, steps, done, source, "running")
             except BaseException as error:
                 record.write(out, notes, steps, done, source, "running" if _goes_on(error) else "failed", error)
                 record.render(out)
                 raise
-            complete = last + 1 == len(steps)
             with shown.step("report"):
-                result = record.finish(out, notes, steps, done, source, "finished" if complete else "running")
+                complete = "finished" if len(chosen) == len(steps) else "running"
+                result = record.finish(out, notes, steps, done, source, complete)
         return result
+
+
+def _source(recipe: Recipe, hashes: store.HashCache, offline: bool) -> base.Base:
+    shape_only = recipe.stages[0].kind == "pretrain"
+    return base.identify(recipe.model, hashes, offline=offline, shape_only=shape_only)
 
 
 def _do(
@@ -270,7 +285,7 @@ def status(recipe: Recipe, out: Path, *, offline: bool = True) -> list[dict[str,
     resolved, _ = plan.resolve(recipe)
     hashes = store.HashCache(out / ".hashes.json")
     steps = steps_of(resolved, recipe, hashes)
-    digest = base.identify(resolved.model, hashes, offline=offline).digest
+    digest = _source(resolved, hashes, offline).digest
     done: dict[str, store.Seal] = {}
     rows = []
     for step in steps:
@@ -305,15 +320,19 @@ def _finished(steps: list[Step], source: base.Base, recipe_text: str, out: Path)
     return result if all((out / name).is_file() for name in record.REPORTS) else None
 
 
-def _last_step(steps: list[Step], until: str | None) -> int:
+def _chosen(steps: list[Step], until: str | None) -> list[Step]:
+    """All steps up to `until`; for `data` the data steps alone (but those that need a model trained before them)."""
     if until is None:
-        return len(steps) - 1
+        return steps
+    if until == "data":
+        data = {step.name for step in steps if step.kind == "data"} | {"base"}
+        return [step for step in steps if step.name in data and {_owner(p) for p in step.needs.values()} <= data]
     wanted = {"merge": "merged", "eval": "evaluation", "evaluate": "evaluation"}.get(until, until)
     matches = [i for i, s in enumerate(steps) if wanted in (s.name, s.kind, s.name.partition("-")[2])]
     if not matches:
         names = ", ".join(dict.fromkeys(["data", *(s.name for s in steps if s.kind != "data")]))
         raise RecipeError(f"--until: no step {until!r} in this recipe\nallowed: {names}")
-    return matches[-1]
+    return steps[: matches[-1] + 1]
 
 
 def _check_writable(out: Path) -> None:

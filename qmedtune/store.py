@@ -92,7 +92,8 @@ def seal(folder: Path, key: str, facts: dict[str, Any]) -> Seal:
         fsync_path(path)
     stable = {name: f["sha256"] for name, f in files.items() if Path(name).name not in VOLATILE}
     result = Seal(key, sha256_json(stable), facts, files)
-    write_json(folder / SEAL, {"key": key, "digest": result.digest, "facts": facts, "files": files})
+    content = {"key": key, "digest": result.digest, "facts": facts, "files": files}
+    write_json(folder / SEAL, {**content, "sha256": sha256_json(content)})
     for sub in sorted((p for p in folder.rglob("*") if p.is_dir()), reverse=True):
         fsync_path(sub)
     fsync_path(folder)
@@ -103,6 +104,8 @@ def read_seal(folder: Path) -> Seal | None:
     """The seal of a finished folder; None where there is none or it is unreadable."""
     try:
         data = json.loads((folder / SEAL).read_text(encoding="utf-8"))
+        if data.pop("sha256") != sha256_json(data):
+            return None
         return Seal(data["key"], data["digest"], data["facts"], data["files"])
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -1,0 +1,153 @@
+"""Answers that list something: hallmarks of cancer (several labels per abstract) and entities of clinical notes.
+
+Both are generated only. A list that is empty must be said ("none"); an answer that names nothing is unparsed, and
+everything it should have named is missed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from lxml import etree  # pyright: ignore[reportAttributeAccessIssue]
+
+from qmedtune.errors import DataError
+from qmedtune.tasks.items import Item, Judgement, Task, item_id, records, require, sklearn_metrics, text_field
+
+HALLMARKS = (
+    "sustaining proliferative signaling",
+    "evading growth suppressors",
+    "resisting cell death",
+    "enabling replicative immortality",
+    "inducing angiogenesis",
+    "activating invasion and metastasis",
+    "genomic instability and mutation",
+    "tumor promoting inflammation",
+    "cellular energetics",
+    "avoiding immune destruction",
+)
+ENTITY_TYPES = ("problem", "treatment", "test")
+NONE = re.compile(r"\b(none|no (hallmarks?|entit(y|ies)|problems?))\b", re.IGNORECASE)
+
+BARE_AMPERSAND = re.compile(rb"(<!\[CDATA\[.*?\]\]>)|&(?!#?\w+;)", re.DOTALL)
+
+
+# ---- hallmarks of cancer ---------------------------------------------------------------------------------------------
+
+
+def hoc(path: Path) -> list[Item]:
+    """Abstracts with `text` and `labels` (a list, or joined by `;`; empty for none of the ten hallmarks)."""
+    question = f"Which hallmarks of cancer does the abstract describe? Name them, or none: {', '.join(HALLMARKS)}."
+    items = []
+    for where, fields in records(path):
+        labels = fields.get("labels")
+        if not isinstance(labels, (list, str)):
+            raise DataError(f"{where}: field `labels` is no list and no text\nallowed: {'; '.join(HALLMARKS)}")
+        names = [str(label).strip().lower() for label in (labels.split(";") if isinstance(labels, str) else labels)]
+        gold = {name for name in names if name not in ("", "none")}
+        if not gold <= set(HALLMARKS):
+            raise DataError(f"{where}: a label of `labels` is no hallmark\nallowed: {'; '.join(HALLMARKS)}")
+        message = {"role": "user", "content": question, "input": text_field(where, fields, "text")}
+        items.append(Item(item_id(where, fields), (message,), frozenset(gold)))
+    return items
+
+
+def hoc_task(name: str, items: tuple[Item, ...]) -> Task:
+    """F1 per hallmark and their mean."""
+    require("sklearn")
+    return Task(name, items, "macro_f1", _parse_hallmarks, _judge_hallmarks, _hallmark_scores, max_new_tokens=96)
+
+
+def _parse_hallmarks(answer: str, item: Item) -> frozenset[str] | None:
+    said = " ".join(answer.lower().replace("signalling", "signaling").replace("tumour", "tumor").split())
+    found = frozenset(hallmark for hallmark in HALLMARKS if hallmark in said)
+    return found if found or NONE.search(said) else None
+
+
+def _judge_hallmarks(item: Item, prediction: frozenset[str] | None) -> Judgement:
+    return {"prediction": sorted(prediction or ()), "gold": sorted(item.gold), "correct": prediction == item.gold}
+
+
+def _hallmark_scores(judgements: list[Judgement]) -> dict[str, float]:
+    gold = [[label in j["gold"] for label in HALLMARKS] for j in judgements]
+    predicted = [[label in j["prediction"] for label in HALLMARKS] for j in judgements]
+    each = sklearn_metrics().f1_score(gold, predicted, average=None, zero_division=0)
+    return {
+        "macro_f1": float(each.mean()),
+        **{f"f1 {label}": float(f) for label, f in zip(HALLMARKS, each, strict=True)},
+    }
+
+
+# ---- entities --------------------------------------------------------------------------------------------------------
+
+
+def i2b2_2012(path: Path) -> list[Item]:
+    """One discharge summary as XML (TEXT, TAGS/EVENT with start, end, text, type); one item per line of text.
+
+    Offsets count from 1 in the text without the newline that follows CDATA; both that and its absence are accepted.
+    Unescaped `&`, which several of the published files have, is mended.
+    """
+    raw = BARE_AMPERSAND.sub(lambda match: match[1] or b"&amp;", path.read_bytes())
+    try:
+        root = etree.fromstring(raw, etree.XMLParser(resolve_entities=False, no_network=True))
+    except etree.XMLSyntaxError as error:
+        raise DataError(f"{path}:{error.lineno}: broken XML\nfetch the file again") from error
+    text = root.findtext("TEXT") or ""
+    gold: dict[int, list[tuple[str, str]]] = {}
+    for event in root.iter("EVENT"):
+        kind = str(event.get("type")).lower()
+        if kind in ENTITY_TYPES:
+            start = _start(text, event, f"{path}:{event.sourceline}")
+            gold.setdefault(text.count("\n", 0, start), []).append((kind, _plain(str(event.get("text")))))
+    lines = [(number, line.strip()) for number, line in enumerate(text.split("\n")) if line.strip()]
+    return [_entity_item(f"{path.stem}-{number}", line, gold.get(number, [])) for number, line in lines]
+
+
+def _start(text: str, event: Any, where: str) -> int:
+    """0-based start of an event, checked against its text."""
+    try:
+        start, said = int(event.get("start")), _plain(event.get("text"))
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{where}: an EVENT without start or text\nthe file is not in the i2b2-2012 format") from error
+    for begin in (start - 1, start):
+        if begin >= 0 and _plain(text[begin : begin + len(event.get("text"))]) == said:
+            return begin
+    raise DataError(f"{where}: an EVENT's offsets do not lead to its text\ntake the merged XML files as published")
+
+
+def _entity_item(name: str, line: str, gold: list[tuple[str, str]]) -> Item:
+    content = (
+        "List the medical problems, treatments and tests in the sentence, one per line as `problem: words of the "
+        "sentence`, `treatment: ...` or `test: ...`. Answer none if there are none."
+    )
+    return Item(name, ({"role": "user", "content": content, "input": line},), tuple(gold))
+
+
+def entity_task(name: str, items: tuple[Item, ...]) -> Task:
+    """Micro precision, recall and F1 of (type, words), each entity matched once; words as in the sentence."""
+    return Task(name, items, "entity_f1", _parse_entities, _judge_entities, _entity_scores, max_new_tokens=192)
+
+
+def _parse_entities(answer: str, item: Item) -> tuple[tuple[str, str], ...] | None:
+    pairs = re.findall(rf"^[\s*\-]*({'|'.join(ENTITY_TYPES)})\s*:\s*(.+?)\s*$", answer, re.IGNORECASE | re.MULTILINE)
+    found = tuple((kind.lower(), _plain(words)) for kind, words in pairs)
+    return found if found or NONE.search(answer) else None
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.lower().split()).strip(" .,;:`\"'")
+
+
+def _judge_entities(item: Item, prediction: tuple[tuple[str, str], ...] | None) -> Judgement:
+    gold, predicted = Counter(item.gold), Counter(prediction or ())
+    hits = (gold & predicted).total()
+    return {"true_positives": hits, "false_positives": predicted.total() - hits, "misses": gold.total() - hits}
+
+
+def _entity_scores(judgements: list[Judgement]) -> dict[str, float]:
+    hits, extra, missed = (sum(j[key] for j in judgements) for key in ("true_positives", "false_positives", "misses"))
+    precision, recall = hits / max(1, hits + extra), hits / max(1, hits + missed)
+    f1 = 2 * hits / max(1, 2 * hits + extra + missed)
+    return {"entity_f1": f1, "precision": precision, "recall": recall}

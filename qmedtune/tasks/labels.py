@@ -1,0 +1,219 @@
+"""Classification as choice: MedNLI, BioNLI, DDI-2013, MTSamples and yes/no outcomes, with macro F1 or AUROC.
+
+The labels are the options, so they are scored by log-likelihood and read out of generated answers like any choice.
+An answer without a label counts as an error of every kind of score: it lowers recall and is no label of its own.
+Metrics are scikit-learn's (extra `metrics`).
+"""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+from pathlib import Path
+
+from lxml import etree  # pyright: ignore[reportAttributeAccessIssue]
+
+from qmedtune import ui
+from qmedtune.data.files import plain_suffix
+from qmedtune.errors import DataError
+from qmedtune.tasks.extract import extract_choice
+from qmedtune.tasks.items import (
+    Item,
+    Judgement,
+    Message,
+    Task,
+    item_id,
+    label_field,
+    records,
+    require,
+    sklearn_metrics,
+    text_field,
+)
+
+NLI = ("entailment", "contradiction", "neutral")
+DDI = ("DDI-false", "DDI-advise", "DDI-effect", "DDI-int", "DDI-mechanism")
+NO_YES = ("no", "yes")
+NLI_COLUMNS = (("sentence1", "sentence2", "gold_label"), ("premise", "hypothesis", "label"))
+
+
+# ---- metrics ---------------------------------------------------------------------------------------------------------
+
+
+def accuracy_task(name: str, items: tuple[Item, ...]) -> Task:
+    """Accuracy first, macro F1 beside it."""
+    return _task(name, items, "accuracy")
+
+
+def macro_f1_task(name: str, items: tuple[Item, ...]) -> Task:
+    """F1 averaged over all labels, whatever their share; accuracy beside it."""
+    return _task(name, items, "macro_f1")
+
+
+def auroc_task(name: str, items: tuple[Item, ...]) -> Task:
+    """Area under the ROC curve of log p(yes) - log p(no); of the answers themselves where they are generated."""
+    require("sklearn")
+    if len({item.gold for item in items}) < 2:
+        raise DataError(f"task {name}: all items have the same outcome, so there is no ROC curve\ngive the whole split")
+    return Task(name, items, "auroc", _parse, _judge, _auroc)
+
+
+def _task(name: str, items: tuple[Item, ...], metric: str) -> Task:
+    require("sklearn")
+    longest = max(len(label) for label in items[0].options)
+    length, mean_of = 8 + longest // 2, "correct" if metric == "accuracy" else None
+    return Task(name, items, metric, _parse, _judge, partial(_scores, items[0].options), mean_of, length)
+
+
+def _parse(answer: str, item: Item) -> int | None:
+    return extract_choice(answer, item.options)
+
+
+def _judge(item: Item, prediction: int | None) -> Judgement:
+    chosen = None if prediction is None else item.options[prediction]
+    return {"prediction": chosen, "gold": item.options[item.gold], "correct": prediction == item.gold}
+
+
+def _scores(labels: tuple[str, ...], judgements: list[Judgement]) -> dict[str, float]:
+    number = {label: index for index, label in enumerate(labels)}
+    gold = [number[j["gold"]] for j in judgements]
+    predicted = [number.get(j["prediction"], -1) for j in judgements]
+    numbers = range(len(labels))  # not -1, the missing answer
+    f1 = sklearn_metrics().f1_score(gold, predicted, labels=numbers, average="macro", zero_division=0)
+    return {"accuracy": sum(j["correct"] for j in judgements) / len(judgements), "macro_f1": float(f1)}
+
+
+def _auroc(judgements: list[Judgement]) -> dict[str, float]:
+    """nan for a resample in which only one outcome occurs."""
+    gold = [j["gold"] == "yes" for j in judgements]
+    accuracy = sum(j["correct"] for j in judgements) / len(judgements)
+    if not 0 < sum(gold) < len(gold):
+        return {"auroc": float("nan"), "accuracy": accuracy}
+    area = sklearn_metrics().roc_auc_score(gold, [_score(j) for j in judgements])
+    return {"auroc": float(area), "accuracy": accuracy}
+
+
+def _score(judgement: Judgement) -> float:
+    if "logprobs" in judgement:
+        no, yes = judgement["logprobs"]
+        return yes - no
+    return {"yes": 1.0, "no": 0.0}.get(judgement["prediction"], 0.5)
+
+
+# ---- readers ---------------------------------------------------------------------------------------------------------
+
+
+def nli(path: Path) -> list[Item]:
+    """MedNLI's JSON lines (sentence1, sentence2, gold_label) or premise, hypothesis, label (BioNLI: two labels)."""
+    rows = list(records(path))
+    used = {str(fields.get("gold_label", fields.get("label"))).casefold() for _, fields in rows}
+    labels = tuple(label for label in NLI if label != "neutral" or "neutral" in used)
+    items = []
+    for where, fields in rows:
+        first, second, label = next((c for c in NLI_COLUMNS if c[2] in fields), NLI_COLUMNS[0])
+        premise, hypothesis = text_field(where, fields, first), text_field(where, fields, second)
+        content = f"Does the premise entail the hypothesis? Answer {_listed(labels)}."
+        question = _question(content, f"Premise: {premise}\nHypothesis: {hypothesis}")
+        items.append(Item(item_id(where, fields), question, label_field(where, fields, label, labels), labels))
+    return items
+
+
+def ddi2013(path: Path) -> list[Item]:
+    """DDI-2013's XML (every pair of drugs of every sentence), or a table of masked sentences: sentence, label."""
+    if plain_suffix(path) == ".xml":
+        return _ddi_xml(path)
+    items = []
+    for where, fields in records(path):
+        sentence = text_field(where, fields, "sentence")
+        items.append(
+            Item(item_id(where, fields), _ddi_question(sentence), label_field(where, fields, "label", DDI), DDI)
+        )
+    return items
+
+
+def _ddi_question(sentence: str) -> tuple[Message, ...]:
+    return _question(f"How do the two drugs marked @DRUG$ interact? Answer {_listed(DDI)}.", sentence)
+
+
+def _ddi_xml(path: Path) -> list[Item]:
+    try:
+        root = etree.parse(path, etree.XMLParser(resolve_entities=False, no_network=True)).getroot()
+    except etree.XMLSyntaxError as error:
+        raise DataError(f"{path}:{error.lineno}: broken XML\nfetch the file again") from error
+    items = []
+    for sentence in root.iter("sentence"):
+        text = sentence.get("text") or ""
+        spans = {entity.get("id"): _span(entity.get("charOffset")) for entity in sentence.iter("entity")}
+        for pair in sentence.iter("pair"):
+            where = f"{path}:{pair.sourceline}"
+            first, second, kind = (
+                pair.get("e1"),
+                pair.get("e2"),
+                pair.get("type") if pair.get("ddi") == "true" else "false",
+            )
+            label = f"DDI-{kind}"
+            if first not in spans or second not in spans or label not in DDI:
+                raise DataError(f"{where}: a pair names an unknown drug or type\nallowed types: {', '.join(DDI)}")
+            question = _ddi_question(_masked(text, [spans[first], spans[second]]))
+            items.append(Item(str(pair.get("id")), question, DDI.index(label), DDI))
+    return items
+
+
+def _span(offsets: str | None) -> tuple[int, int]:
+    """`3-9` or `3-9;14-20` (a drug in two parts): first and last character, both included."""
+    numbers = [int(number) for number in re.findall(r"\d+", offsets or "")]
+    return (numbers[0], numbers[-1]) if numbers else (-1, -1)
+
+
+def _masked(text: str, spans: list[tuple[int, int]]) -> str:
+    """The sentence with both drugs as @DRUG$; spans that overlap (a drug within a drug) become one mark."""
+    (start, end), (later, last) = sorted(spans)
+    if later <= end:
+        return f"{text[:start]}@DRUG${text[max(end, last) + 1 :]}"
+    return f"{text[:start]}@DRUG${text[end + 1 : later]}@DRUG${text[last + 1 :]}"
+
+
+def mtsamples(path: Path) -> list[Item]:
+    """A CSV of notes with medical_specialty (or label) and transcription (or text). The labels are those in the file.
+
+    The published file has 33 notes without text: such rows are left out and counted on screen.
+    """
+    rows = list(records(path))
+    label, text = (
+        ("medical_specialty", "transcription") if rows and "medical_specialty" in rows[0][1] else ("label", "text")
+    )
+    full = [(where, fields) for where, fields in rows if str(fields.get(text) or "").strip()]
+    if rows and not full:
+        text_field(*rows[0], text)
+    if len(full) < len(rows):
+        ui.note(f"{path.name}: {len(rows) - len(full)} notes without text are left out")
+    labels = tuple(sorted({text_field(where, fields, label) for where, fields in full}))
+    if len(labels) < 2:
+        raise DataError(f"{path}: fewer than two labels in `{label}`\ngive the whole table of notes")
+    content = f"Which medical specialty is this note from? Answer {_listed(labels)}."
+    items = []
+    for where, fields in full:
+        question = _question(content, text_field(where, fields, text))
+        items.append(
+            Item(f"line-{where.rpartition(':')[2]}", question, label_field(where, fields, label, labels), labels)
+        )
+    return items
+
+
+def outcome(path: Path) -> list[Item]:
+    """A yes/no outcome per text: {"text", "label": yes | no | 1 | 0, "question"?} (mortality, long stay ...)."""
+    items = []
+    for where, fields in records(path):
+        asked = text_field(where, fields, "question") if "question" in fields else "Does the outcome occur?"
+        value = {"1": "yes", "0": "no", "true": "yes", "false": "no"}.get(str(fields.get("label")).strip().lower())
+        gold = label_field(where, {**fields, "label": value or fields.get("label")}, "label", NO_YES)
+        question = _question(f"{asked} Answer yes or no.", text_field(where, fields, "text"))
+        items.append(Item(item_id(where, fields), question, gold, NO_YES))
+    return items
+
+
+def _question(content: str, given: str) -> tuple[Message, ...]:
+    return ({"role": "user", "content": content, "input": given},)
+
+
+def _listed(labels: tuple[str, ...]) -> str:
+    return f"{', '.join(labels[:-1])} or {labels[-1]}"
