@@ -122,7 +122,7 @@ def write_safetensors(
     """
     waiting: deque[Future[Any]] = deque()
     with path.open("wb") as file:
-        for data in chain([_header(shapes, dtype)], (block.view(torch.uint8).numpy() for block in blocks)):
+        for data in chain([_header(shapes, dtype)], (b.view(torch.uint8).numpy().data for b in blocks)):
             waiting.append(thread.submit(file.write, data))
             if len(waiting) > BLOCKS_WAITING:
                 waiting.popleft().result()
@@ -135,7 +135,7 @@ def _settle(path: Path) -> str:
     """Bring a file to the disk and hash it (mapped: without copying it)."""
     fsync_path(path)
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        return hashlib.sha256(data).hexdigest()  # pyright: ignore[reportArgumentType] (a buffer)
+        return hashlib.sha256(data).hexdigest()
 
 
 def _header(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> bytes:

@@ -230,6 +230,30 @@ def test_divergence_is_kl_of_the_two_distributions():
     assert figures["top1"] == pytest.approx((p.argmax(-1) == 0).float().mean().item())
 
 
+@pytest.mark.parametrize("embeddings, continued", [(True, True), (False, False)])
+def test_adapters_as_training_leaves_them(embeddings, continued, llama3, tmp_path):
+    """Two stages: the second continues the first's adapter, or stacks a new one on it."""
+    from qmedtune.model import attach_adapter, load_adapters, load_base, save_adapter, trainable
+    from qmedtune.recipe import AdapterSection
+
+    section = AdapterSection(r=4, alpha=8, train_embeddings=embeddings)
+    exact = MODEL.model_copy(update={"compute_dtype": "float32", "quantization": "none"})
+    folders: list[Path] = []
+    for stage in ("01-cpt", "02-sft"):
+        torch.manual_seed(len(folders))
+        model = attach_adapter(load_base(llama3, exact), section, folders, continued=continued)
+        with torch.no_grad():
+            for parameter in trainable(model).values():
+                parameter += 0.02 * torch.randn_like(parameter)
+        folder = tmp_path / stage / "adapter"
+        save_adapter(model, folder, "builtin:tiny")
+        folders = [folder] if continued else [*folders, folder]
+    facts = run(llama3, folders, tmp_path / "merged", exact, dtype="float32")
+    expected = logits(load_adapters(load_base(llama3, exact), folders).eval())
+    assert (logits(plain(tmp_path / "merged")) - expected).abs().max() < 2e-4
+    assert facts["adapters"] == len(folders) and facts["tied"] is not embeddings
+
+
 # ------------------------------------------------------------------------------------------------------ what is refused
 
 
