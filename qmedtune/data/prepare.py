@@ -1,7 +1,7 @@
 """One source from raw files to clean, de-duplicated, split records with a ledger: the `data/<source>` step.
 
 Order: read, clean, identifiers (phi), exact duplicates, benchmark overlap, near duplicates, split. Two passes over a
-work file, so that memory holds a few bytes per record, never the text. The split hangs on a record's content or
+work file, so that memory holds 26 bytes per record, never the text. The split hangs on a record's content or
 patient alone: adding records moves no other record between training and held-out.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -181,6 +182,8 @@ def _fates(
 
 def _mark_near_duplicates(threshold: float, staged: Staged, fate: np.ndarray, work: Path) -> None:
     places = np.array(staged.line_start, dtype=np.uint64)[fate == KEPT]
+    bands = work.with_name("bands")
+    shutil.rmtree(bands, ignore_errors=True)  # of an attempt that was killed here
     with work.open("rb") as file:
 
         def text_of(number: int) -> str:
@@ -191,7 +194,7 @@ def _mark_near_duplicates(threshold: float, staged: Staged, fate: np.ndarray, wo
             for some in in_batches(range(len(places)), dedup.BATCH_TEXTS):
                 yield [text_of(number) for number in some]
 
-        duplicate = dedup.near_duplicates(batches(), text_of, threshold, work.with_name("bands"))
+        duplicate = dedup.near_duplicates(batches(), text_of, threshold, bands)
     fate[np.flatnonzero(fate == KEPT)[duplicate]] = NEAR_DUPLICATE
 
 
