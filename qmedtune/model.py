@@ -48,7 +48,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, folder: Path) -> None:
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: Any, folder: Path) -> None:
     """A tokenizer that yields ids beyond the embedding belongs to another model."""
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
@@ -119,14 +119,15 @@ def install_kernels(model: PeftModel, mode: str) -> dict[str, Any]:
     return fused.install(model, mode)
 
 
-def dequantize_linears(model: PreTrainedModel, dtype: torch.dtype) -> int:
+def dequantize_linears(model: Any, dtype: torch.dtype) -> int:
     """Replace every bitsandbytes NF4 linear by a plain one with the same values in `dtype`; returns how many."""
-    import bitsandbytes as bnb
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit
 
-    found = [(name, m) for name, m in model.named_modules() if isinstance(m, bnb.nn.Linear4bit)]
+    found: list[tuple[str, Any]] = [(name, m) for name, m in model.named_modules() if isinstance(m, Linear4bit)]
     for name, module in found:
         with torch.no_grad():
-            values = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state).to(dtype)
+            values = dequantize_4bit(module.weight.data, module.weight.quant_state).to(dtype)
         plain = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
         plain.weight = nn.Parameter(values.contiguous(), requires_grad=False)
         if module.bias is not None:
@@ -149,7 +150,7 @@ def lora_config(section: AdapterSection, *, embeddings: bool) -> Any:
 
     return LoraConfig(
         r=section.r,
-        lora_alpha=section.alpha,
+        lora_alpha=section.alpha,  # pyright: ignore[reportArgumentType]  (PEFT divides by it; floats are fine)
         lora_dropout=section.dropout,
         use_rslora=section.rslora,
         target_modules=section.targets if isinstance(section.targets, str) else list(section.targets),
@@ -189,7 +190,7 @@ def load_adapters(model: PreTrainedModel, folders: Sequence[Path]) -> PeftModel:
     from peft import PeftModel
 
     first, *rest = folders
-    peft_model = PeftModel.from_pretrained(model, str(first), adapter_name=adapter_name(1))
+    peft_model: Any = PeftModel.from_pretrained(model, str(first), adapter_name=adapter_name(1))
     for number, folder in enumerate(rest, start=2):
         peft_model.load_adapter(str(folder), adapter_name=adapter_name(number))
     peft_model.base_model.set_adapter(list(peft_model.peft_config))
@@ -199,7 +200,7 @@ def load_adapters(model: PreTrainedModel, folders: Sequence[Path]) -> PeftModel:
     return peft_model
 
 
-def activate(model: PeftModel) -> None:
+def activate(model: Any) -> None:
     """All adapters take part, only the last is trained, and what is trained is fp32."""
     names = list(model.peft_config)
     model.base_model.set_adapter(names)
@@ -211,7 +212,7 @@ def activate(model: PeftModel) -> None:
     _match_dtype(model)
 
 
-def _match_dtype(model: PeftModel) -> None:
+def _match_dtype(model: Any) -> None:
     """Trained embeddings are fp32 copies; the layers behind them work in the compute dtype."""
     embedding = model.get_input_embeddings()
     if not hasattr(embedding, "modules_to_save"):

@@ -53,7 +53,7 @@ def train_stage(recipe: Recipe, index: int, inputs: dict[str, Path], out: Path) 
     stage, name = recipe.stages[index], recipe.stage_names()[index]
     set_seed(recipe.seed + index)
     quiet_libraries()
-    tokenizer = models.load_tokenizer(inputs["base"])
+    tokenizer: Any = models.load_tokenizer(inputs["base"])
     model, facts = _make_model(recipe, index, inputs)
     models.check_tokenizer(tokenizer, model, inputs["base"])
     rows = PackedRows(inputs["tokens"])
@@ -220,7 +220,7 @@ class Loop(TrainerCallback):
     def _validate(self, step: int) -> None:
         self.bar.update(self.tokens, note="validating")
         batch = max(1, int(self.trainer.micro_batch))
-        model = self.trainer.model
+        model = self.trainer.trained_model
         losses = {name: mean_loss(model, rows, self.pad_id, batch) for name, rows in self.held_out.items()}
         self.write({"step": step, "validation": losses})
         self.validation.append({"step": step, **losses})

@@ -115,7 +115,7 @@ class QTrainer(SFTTrainer):
 
     def __init__(
         self,
-        model: torch.nn.Module,
+        model: Any,
         args: SFTConfig,
         rows: Rows,
         section: TrainSection,
@@ -124,6 +124,7 @@ class QTrainer(SFTTrainer):
         callbacks: list[TrainerCallback],
     ):
         self.section, self.keep, self.folder = section, keep, Path(str(args.output_dir))
+        self.trained_model: Any = model
         self.micro_batch = number(section.micro_batch)
         self.halvings: list[str] = []
         self.tokens_seen = 0
@@ -136,17 +137,18 @@ class QTrainer(SFTTrainer):
             processing_class=tokenizer,
             callbacks=callbacks,
         )
-        for parameter in trainable(self.model).values():
+        for parameter in trainable(model).values():
             parameter.data = parameter.data.float()
 
     # -- order, optimiser, schedule
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> SequentialSampler:
-        return SequentialSampler(train_dataset or self.train_dataset)
+        dataset: Any = train_dataset or self.train_dataset
+        return SequentialSampler(dataset)
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            self.optimizer = make_optimizer(model or self.model, self.section)
+            self.optimizer = make_optimizer(self.trained_model, self.section)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
@@ -205,7 +207,7 @@ class QTrainer(SFTTrainer):
         ui.warn(said)
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
-        norm = super()._get_grad_norm(model, grad_norm)
+        norm: Any = super()._get_grad_norm(model, grad_norm)
         # With fp16 loss scaling a non-finite norm is routine: the scaler skips the update and lowers the scale.
         if self.accelerator.scaler is None and not np.isfinite(float(norm)):
             self._diverged("gradient norm", float(norm))
@@ -224,10 +226,10 @@ class QTrainer(SFTTrainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.folder)
         folder.mkdir(parents=True, exist_ok=True)
-        save_trained(self.model, folder / WEIGHTS)
+        save_trained(self.trained_model, folder / WEIGHTS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        load_trained(model or self.model, Path(resume_from_checkpoint) / WEIGHTS)
+        load_trained(self.trained_model, Path(resume_from_checkpoint) / WEIGHTS)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         folder = self.folder / f"checkpoint-{self.state.global_step}"

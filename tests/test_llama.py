@@ -23,12 +23,17 @@ def write_data(folder: Path) -> dict[str, dict]:
     literature, notes, instructions, items = [], [], [], []
     for number in range(60):
         drug, use = DRUGS[number % 8], USES[number % 8]
-        literature.append({"id": f"l{number}", "text": f"Trial {number}: {drug} improved {use} in {number + 9} patients."})
+        literature.append(
+            {"id": f"l{number}", "text": f"Trial {number}: {drug} improved {use} in {number + 9} patients."}
+        )
         notes.append(f'{number},p{number % 7},"HPI: on {drug}.\nPlan {number}: continue, review {use}."')
-        instructions.append({"instruction": f"What does {drug} treat? (case {number})", "input": "", "output": f"It treats {use}."})
+        instructions.append(
+            {"instruction": f"What does {drug} treat? (case {number})", "input": "", "output": f"It treats {use}."}
+        )
     for number in range(8):
-        items.append({"question": f"Which condition is {DRUGS[number]} given for?", "answer_idx": "ABCD"[number % 4],
-                      "options": {letter: USES[(number + i - number % 4) % 8] for i, letter in enumerate("ABCD")}})  # fmt: skip
+        options = {letter: USES[(number + i - number % 4) % 8] for i, letter in enumerate("ABCD")}
+        question = f"Which condition is {DRUGS[number]} given for?"
+        items.append({"question": question, "answer_idx": "ABCD"[number % 4], "options": options})
     (folder / "literature.jsonl").write_text("".join(json.dumps(row) + "\n" for row in literature))
     (folder / "notes.csv").write_text("row_id,subject,text\n" + "\n".join(notes) + "\n")
     (folder / "instructions.json").write_text(json.dumps(instructions))
