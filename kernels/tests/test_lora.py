@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from qmedtune_kernels import Adapter, lora, nf4
 from torch.utils.checkpoint import checkpoint
@@ -87,9 +87,9 @@ def test_nf4_weights_all_gradients(widths, dtype, path, device):
 
 
 @pytest.mark.slow
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 @given(
-    m=st.integers(1, 30), widths=st.lists(st.integers(1, 70), min_size=1, max_size=3), blocks=st.integers(1, 3),
+    m=st.integers(1, 30), widths=st.lists(st.integers(8, 70), min_size=1, max_size=3), blocks=st.integers(1, 3),
     r=st.integers(1, 9), dtype=st.sampled_from(list(TOLERANCE)), path=st.sampled_from(["reference", "triton", "fused"]),
 )  # fmt: skip
 def test_any_shape(m, widths, blocks, r, dtype, path):

@@ -4,7 +4,7 @@ import bitsandbytes.functional as bnb
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from qmedtune_kernels import NF4Weight, decode, nf4
 
@@ -83,7 +83,7 @@ def test_shuffle_decode_is_bit_equal_on_the_gpu(shape, dtype, nested):
 
 
 @pytest.mark.slow
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(
     n=st.integers(1, 40), k=st.integers(1, 300), nested=st.booleans(), extra=st.integers(0, 9),
     blocksize=st.sampled_from([32, 64, 128]), dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),

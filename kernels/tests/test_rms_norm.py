@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from qmedtune_kernels import layers
 from qmedtune_kernels.rms_norm import add_rms_norm, rms_norm
@@ -86,7 +86,7 @@ def test_no_rows(path, device):
 
 
 @pytest.mark.slow
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(rows=st.integers(1, 9), columns=st.integers(1, 600), dtype=st.sampled_from(list(TOLERANCE)))
 def test_any_shape(rows, columns, dtype):
     test_forward_and_backward((rows, columns), dtype, "triton", HERE)
