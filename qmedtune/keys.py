@@ -16,7 +16,7 @@ from qmedtune.recipe import Recipe, SourceSection, TaskSection
 FORMAT = 1
 CODE = f"qmedtune-{__version__.rpartition('.')[0]}-format-{FORMAT}"
 
-PACKING = ("mix", "unit", "tokens", "epochs", "max_repeats", "data", "loss_on", "seq_len")
+PACKING = ("mix", "unit", "tokens", "epochs", "max_repeats", "data", "loss_on", "seq_len", "max_truncated_fraction")
 BY_MACHINE = ("micro_batch", "gradient_checkpointing", "optimizer")
 MODEL_BY_MACHINE = ("compute_dtype", "kernels", "attention")
 
@@ -65,7 +65,9 @@ def sources_compared_with(recipe: Recipe, name: str) -> list[str]:
 
 def validation_section(recipe: Recipe) -> dict[str, Any]:
     names = sorted({*recipe.validation.on, *recipe.evaluate.perplexity})
-    return {"max_tokens": recipe.validation.max_tokens, "on": names, "seq_len": recipe.stages[-1].section.seq_len}
+    readers = [[stage.section.seq_len, sorted(stage.sources)] for stage in recipe.stages]
+    sources = {n: recipe.data[n].model_dump(mode="json", include={"template", "chunking"}) for n in names}
+    return {"max_tokens": recipe.validation.max_tokens, "sources": sources, "stages": readers}
 
 
 def tokens_section(recipe: Recipe, index: int) -> dict[str, Any]:

@@ -80,7 +80,8 @@ def _source_step(recipe: Recipe, name: str, hashes: store.HashCache) -> Step:
 
     earlier = keys.sources_compared_with(recipe, name)
     section = keys.source_section(recipe, name, hashes)
-    return Step(f"data/{name}", "data", section, {other: f"data/{other}" for other in earlier}, work)
+    needs = {other: f"data/{other}" for other in earlier}
+    return Step(f"data/{name}", "data", section, needs, work, resumes=True)
 
 
 def _validation_step(recipe: Recipe) -> list[Step]:
@@ -93,7 +94,7 @@ def _validation_step(recipe: Recipe) -> list[Step]:
 
     section = keys.validation_section(recipe)
     needs = {"base": "base", **{name: f"data/{name}" for name in names}}
-    return [Step("data/validation", "data", section, needs, work)] if names else []
+    return [Step("data/validation", "data", section, needs, work, resumes=True)] if names else []
 
 
 def _tokens_step(recipe: Recipe, index: int, start: str) -> Step:
@@ -103,7 +104,8 @@ def _tokens_step(recipe: Recipe, index: int, start: str) -> Step:
         return pack_stage(recipe, index, inputs["base"], inputs, out)
 
     needs = {"base": start, **{name: f"data/{name}" for name in recipe.stages[index].sources}}
-    return Step(f"data/{recipe.stage_names()[index]}", "data", keys.tokens_section(recipe, index), needs, work)
+    section = keys.tokens_section(recipe, index)
+    return Step(f"data/{recipe.stage_names()[index]}", "data", section, needs, work, resumes=True)
 
 
 def _training_step(recipe: Recipe, asked: Recipe, index: int, start: str, adapters: list[str]) -> Step:

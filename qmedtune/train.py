@@ -26,7 +26,7 @@ from qmedtune.data import templates
 from qmedtune.data.pack import PackedRows
 from qmedtune.interrupt import stop
 from qmedtune.loss import token_nll
-from qmedtune.recipe import Recipe, SftSection
+from qmedtune.recipe import Recipe
 from qmedtune.trainer import (
     QTrainer,
     collate,
@@ -64,8 +64,8 @@ def train_stage(recipe: Recipe, index: int, inputs: dict[str, Path], out: Path) 
     facts |= loop.facts(trainer, packed["tokens"], time.monotonic() - started)
     facts |= {"kind": stage.kind, "tokens": packed["tokens"], "mixture": packed["mixture"]}
     _finish(model, tokenizer, stage.kind, recipe.model.base, out)
-    if isinstance(stage.section, SftSection):
-        templates.save(templates.default(recipe.data[stage.section.sources[0]].template, inputs["base"]), out)
+    if (template := inputs["tokens"] / templates.FILE).is_file():
+        shutil.copyfile(template, out / templates.FILE)
     del trainer, model
     gc.collect()
     return facts
