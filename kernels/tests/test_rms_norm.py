@@ -87,7 +87,7 @@ def test_no_rows(path, device):
 
 @pytest.mark.slow
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
-@given(rows=st.integers(1, 9), columns=st.integers(1, 600), dtype=st.sampled_from(list(TOLERANCE)))
+@given(rows=st.integers(1, 9), columns=st.integers(16, 600), dtype=st.sampled_from(list(TOLERANCE)))
 def test_any_shape(rows, columns, dtype):
     test_forward_and_backward((rows, columns), dtype, "triton", HERE)
 
