@@ -34,7 +34,7 @@ def examine(folder: Path = Path()) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "qmedtune": __version__,
         "python": platform.python_version(),
-        "system": platform.platform(),
+        "system": "-".join((os.uname().sysname, os.uname().release, os.uname().machine)),
         "cpu": {"name": here.name if not here.is_gpu else _cpu_name(), "cores": here.cores, "features": cpu_features()},
         "host_memory_bytes": here.host_bytes,
         "free_disk_bytes": _free_disk_bytes(folder),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import shutil
 import sys
@@ -139,7 +140,8 @@ def _provenance(source: Base, facts: dict[str, dict]) -> dict[str, Any]:
         "qmedtune": __version__,
         "versions": versions(),
         "python": platform.python_version(),
-        "platform": platform.platform(),
+        # platform.platform() would start `uname -p`: a run starts no child process.
+        "platform": "-".join((os.uname().sysname, os.uname().release, os.uname().machine)),
         "device": device_name(),
         "base": source.name,
         "base_revision": source.revision,
