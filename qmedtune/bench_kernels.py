@@ -30,7 +30,7 @@ def bench_kernels(
     only: str = "",
     time_limit_s: float = TIME_LIMIT_S,
 ) -> dict:
-    """{"bench", "device", "versions", "rows"} of DESIGN's bench JSON.
+    """{"bench", "device", "versions", "rows"} of the bench JSON.
 
     static: compile for every architecture and read the machine code; needs no GPU; `failures` lists broken limits.
     Otherwise measure on the CUDA device, keeping the rows already in `out`. only: kernels whose name contains it.

@@ -1,7 +1,7 @@
 """The gate that needs no GPU: every kernel compiled for every supported architecture, read as machine code.
 
 `triton.compile` takes a target, and Triton's wheel carries cuobjdump and nvdisasm: registers, spills, shared memory and
-SASS instructions per weight element are facts of the binary. Limits come from issue bandwidth (kernels.md section 7):
+SASS instructions per weight element are facts of the binary. Limits come from issue bandwidth:
 an H200 issues 128 lanes a clock and SM and must decode 7.4 elements, so ten instructions an element leave head-room.
 Deliberately not here: anything about time. A kernel that passes can still be slow; bench_kernels.py measures.
 """

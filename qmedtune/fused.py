@@ -105,7 +105,7 @@ def _adjacent(weights: Sequence[Tensor]) -> Tensor | None:
     return first.detach().as_strided((rows, first.shape[1]), (first.shape[1], 1))
 
 
-def _nf4(linear: Layer) -> NF4Weight:
+def nf4_weight(linear: Any) -> NF4Weight:
     """The tensors of a bitsandbytes `Linear4bit`; FSDP may store the bytes under another dtype."""
     state = linear.weight.quant_state
     nested = state.state2
@@ -126,7 +126,7 @@ def _is_nf4(linear: Layer) -> bool:
 def _weight(linears: Sequence[Layer]) -> Tensor | tuple[NF4Weight, ...]:
     """The frozen weights of `linears` as one operand; the caller has seen that `_obstacle` is ""."""
     if _is_nf4(linears[0]):
-        return tuple(_nf4(linear) for linear in linears)
+        return tuple(nf4_weight(linear) for linear in linears)
     weight = linears[0].weight if len(linears) == 1 else _adjacent([linear.weight for linear in linears])
     assert weight is not None
     return weight

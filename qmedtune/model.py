@@ -121,13 +121,15 @@ def install_kernels(model: PeftModel, mode: str) -> dict[str, Any]:
 
 def dequantize_linears(model: Any, dtype: torch.dtype) -> int:
     """Replace every bitsandbytes NF4 linear by a plain one with the same values in `dtype`; returns how many."""
-    from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn import Linear4bit
+    from qmedtune_kernels import nf4
+
+    from qmedtune.fused import nf4_weight
 
     found: list[tuple[str, Any]] = [(name, m) for name, m in model.named_modules() if isinstance(m, Linear4bit)]
     for name, module in found:
-        with torch.no_grad():
-            values = dequantize_4bit(module.weight.data, module.weight.quant_state).to(dtype)
+        # Not bitsandbytes' own: its CPU dequantise takes wrong scales where a width is no multiple of the block size.
+        values = nf4.dequantize(nf4_weight(module), dtype, path="reference")
         plain = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
         plain.weight = nn.Parameter(values.contiguous(), requires_grad=False)
         if module.bias is not None:

@@ -1,6 +1,6 @@
 """From the fields of a row to a text record: {"id", "text", and where known "patient", "pmid", "group"}.
 
-Column names are those of the public corpora (seed_systems of the field: MIMIC, MTSamples, S2ORC, HoC, guidelines);
+Column names are those of the public corpora (MIMIC, MTSamples, S2ORC, HoC, guidelines);
 `columns:` in the recipe names others. Instruction records are in instructions.py.
 """
 

@@ -1,6 +1,6 @@
 """Decoding NF4 nibbles inside Triton kernels.
 
-Three ways, chosen by the constexpr DECODE (why these three: kernels.md section 5, instruction counts in NOTES.md):
+Three ways, chosen by the constexpr DECODE (why these three: instruction counts in NOTES.md):
   "shuffle"  exact fp32 codes: lane i of a warp holds code i, `shfl` looks it up; one asm block per 32-bit word.
   "prmt"     codes rounded to 16 bit: a table of byte planes in registers, looked up with `prmt`; four bytes per block.
   "gather"   plain Triton, exact, on every architecture and in the interpreter.

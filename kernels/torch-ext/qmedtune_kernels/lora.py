@@ -2,7 +2,7 @@
 
 All projections that read one X (q, k, v; gate, up) are one call: their weights are stacked along the output, their
 adapters along the rank, so X is read once and dX written once. The LoRA side traffic of the usual sequence costs more
-than the 4-bit decode at training sizes (kernels.md section 0, fact 4).
+than the 4-bit decode at training sizes.
 A and B are fp32 masters; the products run in X's dtype; dA and dB come back in the masters' dtype. Only X, X A^T and
 the 16-bit copies of A and B are kept for the backward pass; W is dequantised again.
 Deliberately not here: gradients of W, DoRA and other LoRA variants, dropout (the caller drops X: see `linear`).

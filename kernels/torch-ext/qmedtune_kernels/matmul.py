@@ -4,7 +4,7 @@ W is never written out: 0.5 bytes an element are read instead of 4.5 (dequantise
 scratch is needed. It wins while the product is bound by memory (small M); above `dispatch.fused_rows` one-launch
 dequantise + cuBLAS is faster, so that is what "auto" takes there.
 Split-K is deterministic: partial sums go to fp32 workspace and are added in a fixed order by a second kernel.
-Deliberately not here: repacked weights (5 % at best, kernels.md section 5.2), LoRA (lora.py adds it).
+Deliberately not here: repacked weights (5 % at best), LoRA (lora.py adds it).
 """
 
 # Triton's annotations type kernels as plain functions of tl.constexpr:

@@ -1,6 +1,6 @@
 """NF4 weights as bitsandbytes stores them, and their dequantisation.
 
-Storage (kernels.md section 1.1): W [N, K] is flattened row by row; byte j holds code[2j] in its high and code[2j + 1]
+Storage: W [N, K] is flattened row by row; byte j holds code[2j] in its high and code[2j + 1]
 in its low nibble; one scale (absmax) per `blocksize` elements of the flat tensor, itself either fp32 or, "nested",
 an 8-bit index into code2 with one fp32 scale per 256 blocks and one offset.
 Deliberately not here: quantisation (bitsandbytes does it), FP4, other nested block sizes than 256.

@@ -2,7 +2,7 @@
 
 Rounding follows transformers' LlamaRMSNorm: the normalised row is rounded to the input dtype, then multiplied by the
 weight. The add variant returns the sum too, because the residual stream goes on with it; its backward adds the two
-gradients in the same pass (8 D bytes a row instead of 12 D, kernels.md section 3).
+gradients in the same pass (8 D bytes a row instead of 12 D).
 Deliberately not here: LayerNorm, Gemma's (1 + w) rounding, quantised outputs.
 """
 
@@ -185,7 +185,7 @@ def _dweight_partial(
 
 
 def num_warps(block: int) -> int:
-    """8 warps for rows of 4096 (48 of 64 warps resident by registers), 16 from 8192 on; kernels.md section 3."""
+    """8 warps for rows of 4096 (48 of 64 warps resident by registers), 16 from 8192 on."""
     return min(16, max(1, block // 512))
 
 
