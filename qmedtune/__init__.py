@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 
 __version__ = "0.1.0"
 
@@ -10,5 +11,10 @@ __version__ = "0.1.0"
 # Read when torch is loaded, so it has to stand here; a value set by the user stays.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-# bitsandbytes says at import that it did not fetch CPU kernels from the Hub. It never should: no fetched code is run.
+# TRL 1.16 reports model type and GPU name to the Hub from every trainer, and the Hub's library names its caller.
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+# Where Hugging Face's `kernels` is installed, bitsandbytes downloads and loads compiled code through it at import, and
+# says so where it is not. It never should: no fetched code is run, so that package is not there for this process.
+sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

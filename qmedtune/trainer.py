@@ -140,6 +140,9 @@ class QTrainer(SFTTrainer):
         for parameter in trainable(model).values():
             parameter.data = parameter.data.float()
 
+    def _send_telemetry(self) -> None:
+        """TRL's own tells the Hub about model and GPU. Nothing leaves this machine."""
+
     # -- order, optimiser, schedule
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> SequentialSampler:

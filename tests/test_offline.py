@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -26,7 +27,10 @@ open(sys.argv[1], "w").write(json.dumps({"events": events, "code": code}))
 def watched_run(tmp_path: Path, *arguments: str) -> dict:
     target = tmp_path / "events.json"
     command = [sys.executable, "-c", WATCHED, str(target), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    # As on a user's machine: with these set the libraries are quiet by themselves, and nothing would be shown.
+    quiet = ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "DISABLE_TELEMETRY", "DO_NOT_TRACK", "CI")
+    environment = {name: value for name, value in os.environ.items() if name not in quiet}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
     assert target.is_file(), done.stderr[-2000:]
     return json.loads(target.read_text()) | {"stderr": done.stderr}
 
@@ -39,3 +43,15 @@ def test_a_run_opens_no_socket_unpickles_nothing_and_starts_no_process(tmp_path:
     assert whole["code"] == 0, whole["stderr"][-2000:]
     assert json.loads((out / "run.json").read_text())["status"] == "finished"
     assert first["events"] + whole["events"] == []
+
+
+def test_kernels_cannot_be_fetched_and_telemetry_is_off(tmp_path: Path):
+    """bitsandbytes would download compiled code through Hugging Face's `kernels` if that can be imported."""
+    (tmp_path / "kernels.py").write_text("def get_kernel(*args, **kwargs):\n    raise SystemExit('fetched')\n")
+    asked = (
+        "import qmedtune, os, importlib.util as u\n"
+        "print(u.find_spec('kernels'), os.environ['HF_HUB_DISABLE_TELEMETRY'])"
+    )
+    command = [sys.executable, "-c", asked]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert done.stdout.split() == ["None", "1"]
