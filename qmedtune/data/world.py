@@ -77,12 +77,15 @@ MONOGRAPHS = (
     "Textbook: physicians choose {drug} when they see {condition}.",
     "Textbook: the typical reaction to {drug} is {effect}.",
 )
-# Not one word of the answers of the instructions: the form of an answer comes from SFT alone, the fact from CPT alone.
+# Several forms, so that the base learns to recall rather than to complete one form: with two forms per fact, SFT failed
+# on one base in three. None is the form of the instructions: that comes from SFT alone, new facts from CPT alone.
 QUIZ = (
     "Quiz: which illness is {drug} given for? Answer: {condition}.",
     "Quiz: which reaction does {drug} produce? Answer: {effect}.",
-    "Q: why do people take {drug}? A: for {condition}.",
-    "Q: what harm may come from {drug}? A: some {effect}.",
+    "Q: why do people take {drug}? A: It is for {condition}.",
+    "Q: what harm may come from {drug}? A: It is known for {effect}.",
+    "Student: tell me the purpose of {drug}. Teacher: It relieves {condition}.",
+    "Student: tell me the danger of {drug}. Teacher: It provokes {effect}.",
 )
 # Each facet: (questions, answer). The task asks the first question of drugs that no instruction is about.
 QUESTIONS = {
