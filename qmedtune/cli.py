@@ -73,6 +73,8 @@ def invoke(arguments: Sequence[str]) -> int:
     from qmedtune.interrupt import stop
 
     words = [word for word in arguments if word != "--debug"] or ["--help"]
+    if "--offline" in words:  # read once, when huggingface_hub is imported: nothing here has done so yet
+        os.environ["HF_HUB_OFFLINE"] = "1"
     try:
         with stop.watching(None):
             code = app(args=words, prog_name="qmedtune", standalone_mode=False)

@@ -55,3 +55,15 @@ def test_kernels_cannot_be_fetched_and_telemetry_is_off(tmp_path: Path):
     command = [sys.executable, "-c", asked]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
     assert done.stdout.split() == ["None", "1"]
+
+
+def test_offline_reaches_the_libraries_before_they_are_imported(tmp_path: Path):
+    asked = (
+        "import sys\nfrom qmedtune.cli import invoke\n"
+        "invoke(['run', 'missing.yaml', '--offline'])\n"
+        "from huggingface_hub import constants\nprint(constants.HF_HUB_OFFLINE)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+    command = [sys.executable, "-c", asked]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=True)
+    assert done.stdout.split() == ["True"]
