@@ -37,7 +37,7 @@ def identify(section: ModelSection, hashes: store.HashCache, *, offline: bool, s
     if section.base.startswith(BUILTIN):
         return _builtin(section.base)
     folder = _folder(section, offline=offline, shape_only=shape_only)
-    files = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".json", ".model"))
+    files = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".json", ".model", ".jinja"))
     digest = store.sha256_json({p.name: hashes.sha256(p) for p in files})
     revision = section.revision or (folder.name if folder.parent.name == "snapshots" else None)
     return Base(section.base, digest, lambda: folder, revision)

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from qmedtune import __version__, store
-from qmedtune.recipe import Recipe, SourceSection, TaskSection
+from qmedtune.errors import DataError
+from qmedtune.recipe import Recipe, SourceSection, StageSection, TaskSection
 
 # Raise when a step would write something else from the same inputs; the release alone does not invalidate a run.
 FORMAT = 1
@@ -27,7 +28,9 @@ def source_section(recipe: Recipe, name: str, hashes: store.HashCache) -> dict[s
     result = {"source": section, "hygiene": recipe.hygiene.model_dump(mode="json"), "seed": recipe.seed}
     result["files"] = fingerprint(source, hashes)
     if recipe.hygiene.decontaminate != "off":
-        result["benchmarks"] = benchmarks(recipe, hashes)
+        from qmedtune.data.decontaminate import chosen_tasks
+
+        result["benchmarks"] = benchmarks(chosen_tasks(recipe), hashes)
     return result
 
 
@@ -41,17 +44,31 @@ def fingerprint(source: SourceSection, hashes: store.HashCache) -> list[list[str
     return [[path.name, hashes.sha256(path)] for path in source_files(source)]
 
 
-def benchmarks(recipe: Recipe, hashes: store.HashCache) -> list[list[str]]:
-    """[task, sha256 of its file] of what the corpora are checked against."""
+def benchmarks(tasks: list[TaskSection], hashes: store.HashCache) -> list[list[str]]:
+    """[task, sha256 of each of its files] of what corpora are checked against, or models are scored on."""
     rows = []
-    for task in recipe.evaluate.tasks:
-        if isinstance(task, TaskSection) and task.path:
-            path = Path(task.path).expanduser()
-            rows.append([task.task, hashes.sha256(path) if path.is_file() else "absent"])
+    for task in tasks:
+        if task.path is None:
+            rows.append([task.task, hashes.sha256(Path(__file__).parent / "data" / "world.py")])
         else:
-            generator = hashes.sha256(Path(__file__).parent / "data" / "world.py")
-            rows.append([task if isinstance(task, str) else task.task, generator])
+            rows.append([task.task, *(hashes.sha256(file) for file in _benchmark_files(task.path))])
     return rows
+
+
+def _benchmark_files(path: str) -> list[Path]:
+    """Files of a task's `path`; none where they are not there yet: the step that reads them says so."""
+    from qmedtune.data.sources import source_files
+
+    try:
+        return source_files(SourceSection(path=path, kind="instructions"))
+    except DataError:
+        return []
+
+
+def _template_files(recipe: Recipe, names: list[str]) -> dict[str, str]:
+    """sha256 of the templates that are files, by source."""
+    paths = {name: Path(recipe.data[name].template or "") for name in names}
+    return {name: store.sha256_file(path) for name, path in paths.items() if path.is_file()}
 
 
 def sources_compared_with(recipe: Recipe, name: str) -> list[str]:
@@ -65,16 +82,22 @@ def sources_compared_with(recipe: Recipe, name: str) -> list[str]:
 
 def validation_section(recipe: Recipe) -> dict[str, Any]:
     names = sorted({*recipe.validation.on, *recipe.evaluate.perplexity})
-    readers = [[stage.section.seq_len, sorted(stage.sources)] for stage in recipe.stages]
+    readers = [[stage.section.seq_len, sorted(stage.sources), _loss_on(stage)] for stage in recipe.stages]
     sources = {n: recipe.data[n].model_dump(mode="json", include={"template", "chunking"}) for n in names}
-    return {"max_tokens": recipe.validation.max_tokens, "sources": sources, "stages": readers}
+    section = {"max_tokens": recipe.validation.max_tokens, "sources": sources, "stages": readers}
+    return section | {"templates": _template_files(recipe, names)}
+
+
+def _loss_on(stage: StageSection) -> str | float | None:
+    return stage.sft.loss_on if stage.sft else None
 
 
 def tokens_section(recipe: Recipe, index: int) -> dict[str, Any]:
     stage = recipe.stages[index]
     packing = {k: v for k, v in stage.section.model_dump(mode="json").items() if k in PACKING}
     sources = {n: recipe.data[n].model_dump(mode="json", include={"template", "chunking"}) for n in stage.sources}
-    return {"packing": packing, "sources": sources, "seed": recipe.seed}
+    templates = _template_files(recipe, stage.sources)
+    return {"packing": packing, "sources": sources, "templates": templates, "seed": recipe.seed}
 
 
 def training_section(recipe: Recipe, asked: Recipe, index: int) -> dict[str, Any]:
@@ -99,7 +122,8 @@ def merge_section(recipe: Recipe) -> dict[str, Any]:
 
 def evaluation_section(recipe: Recipe, hashes: store.HashCache) -> dict[str, Any]:
     section = recipe.evaluate.model_dump(mode="json", exclude={"batch"})
-    return {"evaluate": section, "seed": recipe.seed, "benchmarks": benchmarks(recipe, hashes)}
+    tasks = [TaskSection(task=task) if isinstance(task, str) else task for task in recipe.evaluate.tasks]
+    return {"evaluate": section, "seed": recipe.seed, "benchmarks": benchmarks(tasks, hashes)}
 
 
 def difference(old: Any, new: Any, where: str = "") -> str:

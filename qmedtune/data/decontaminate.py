@@ -125,16 +125,19 @@ def given_back(hits: list[tuple[int, int]], num_records: int) -> set[int]:
 
 def benchmark_items(recipe: Recipe) -> list[Item]:
     """Items of the recipe's own evaluation, or of the files and tasks that `hygiene.decontaminate` lists."""
+    return [item for task in chosen_tasks(recipe) for item in _items(recipe, task)]
+
+
+def chosen_tasks(recipe: Recipe) -> list[TaskSection]:
+    """The benchmarks that training text is checked against."""
     wanted = recipe.hygiene.decontaminate
     if wanted == "off":
         return []
     tasks = [TaskSection(task=task) if isinstance(task, str) else task for task in recipe.evaluate.tasks]
     if wanted == "evaluation":
-        chosen = tasks
-    else:
-        named = {task.task: task for task in tasks}
-        chosen = [named.get(name, TaskSection(task=Path(name).stem, path=name)) for name in wanted]
-    return [item for task in chosen for item in _items(recipe, task)]
+        return tasks
+    named = {task.task: task for task in tasks}
+    return [named.get(name, TaskSection(task=Path(name).stem, path=name)) for name in wanted]
 
 
 def _items(recipe: Recipe, task: TaskSection) -> Iterator[Item]:

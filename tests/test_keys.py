@@ -1,0 +1,78 @@
+"""What a step's key must notice, and what it must not: files named in a recipe, and settings that packing reads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from conftest import MICRO
+
+from qmedtune import base, keys, store
+from qmedtune.loader import load_recipe
+from qmedtune.recipe import ModelSection, Recipe
+
+
+def micro(*settings: str) -> Recipe:
+    return load_recipe(MICRO, settings).recipe
+
+
+def source_section(folder: Path, recipe: Recipe) -> dict:
+    return keys.source_section(recipe, "literature", store.HashCache(folder / "hashes.json"))
+
+
+def test_a_listed_benchmark_that_changes_is_checked_against_again(tmp_path: Path):
+    listed = tmp_path / "exam.jsonl"
+    recipe = micro(f"hygiene.decontaminate=[{listed}]")
+    absent = source_section(tmp_path, recipe)
+    listed.write_text('{"question": "one"}\n')
+    first = source_section(tmp_path, recipe)
+    listed.write_text('{"question": "another"}\n')
+    assert absent != first != source_section(tmp_path, recipe)
+
+
+def test_a_listed_benchmark_makes_data_independent_of_the_evaluation(tmp_path: Path):
+    listed = f"hygiene.decontaminate=[{tmp_path / 'exam.jsonl'}]"
+    other = "evaluate.tasks=[]"
+    assert source_section(tmp_path, micro(listed)) == source_section(tmp_path, micro(listed, other))
+    assert source_section(tmp_path, micro()) != source_section(tmp_path, micro(other))
+
+
+def test_every_file_of_a_benchmark_folder_counts(tmp_path: Path):
+    folder = tmp_path / "mmlu"
+    folder.mkdir()
+    (folder / "anatomy.csv").write_text("a\n")
+    recipe = micro(f"evaluate.tasks=[{{task: mmlu, path: {folder}}}]")
+    hashes = store.HashCache(tmp_path / "hashes.json")
+    before = keys.evaluation_section(recipe, hashes)
+    (folder / "genetics.csv").write_text("b\n")
+    assert keys.evaluation_section(recipe, hashes) != before
+
+
+def test_an_edited_template_file_packs_again(tmp_path: Path):
+    template = tmp_path / "template.json"
+    template.write_text(json.dumps({"name": "mine"}))
+    recipe = micro(f"data.instructions.template={template}")
+    before = keys.tokens_section(recipe, 1)
+    template.write_text(json.dumps({"name": "ours"}))
+    assert keys.tokens_section(recipe, 1) != before
+    assert keys.tokens_section(recipe, 0) == keys.tokens_section(micro(), 0)
+
+
+def test_what_carries_the_loss_changes_the_validation_rows():
+    on = "validate.on=[instructions]"
+    assert keys.validation_section(micro(on)) != keys.validation_section(
+        micro(on, "stages[1].sft.loss_on=all")
+    )
+
+
+def test_a_chat_template_is_part_of_a_base(tmp_path: Path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+
+    def digest() -> str:
+        hashes = store.HashCache(tmp_path / "hashes")
+        return base.identify(ModelSection(base=str(tmp_path)), hashes, offline=True).digest
+
+    before = digest()
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    assert digest() != before
