@@ -73,6 +73,8 @@ def finish(
     """The last write: run.json, evaluation.json, report.html, report.md and the model card of merged/."""
     from qmedtune.report import model_card
 
+    for name in REPORTS:  # of an earlier recipe: killed below, a run must not pass for finished with them
+        (out / name).unlink(missing_ok=True)
     result = write(out, notes, steps, done, source, status)
     if "evaluation" in done:
         shutil.copyfile(out / "evaluation" / "evaluation.json", out / "evaluation.json")
