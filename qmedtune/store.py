@@ -23,6 +23,7 @@ from qmedtune.errors import RunError
 
 SEAL = "seal.json"
 STAMP = ".key"
+PART = ".part~"  # ends the names of temporaries of `write_atomic`; a kill leaves one behind
 CHUNK_BYTES = 1 << 20
 # Carries times and speeds: listed and verified, but not part of what later steps depend on.
 VOLATILE = frozenset({"metrics.jsonl"})
@@ -65,7 +66,7 @@ def fsync_path(path: Path) -> None:
 
 def write_atomic(path: Path, text: str) -> None:
     """Replace `path` in one rename; readers see the old text or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{PART}")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -84,6 +85,8 @@ def _content_files(folder: Path) -> list[Path]:
 
 def seal(folder: Path, key: str, facts: dict[str, Any]) -> Seal:
     """Hash and fsync everything below `folder`, then write seal.json last."""
+    for leftover in folder.rglob(f".*{PART}"):
+        leftover.unlink()
     files = {}
     for path in _content_files(folder):
         stat = path.stat()
@@ -141,7 +144,8 @@ def retire(folder: Path, root: Path) -> Path | None:
     if not folder.exists():
         return None
     sealed = read_seal(folder)
-    label = sealed.key[:12] if sealed else "unsealed"
+    stamp = folder / STAMP
+    label = sealed.key[:12] if sealed else f"partial-{stamp.read_text()[:12]}" if stamp.is_file() else "unsealed"
     if sealed and damage(folder, sealed, full=False):
         label = f"damaged-{label}"
     name = folder.relative_to(root).as_posix().replace("/", "__")
@@ -169,19 +173,34 @@ def recall(folder: Path, root: Path, key: str) -> Seal | None:
 
 
 def begin(folder: Path, root: Path, key: str, *, keep_partial: bool) -> Path:
-    """The folder to build `folder` in. With `keep_partial` an earlier attempt with the same key is continued."""
+    """The folder to build `folder` in. With `keep_partial` an earlier attempt with the same key is continued; one with
+    another key goes to `.history/`, from where it comes back when its key is asked for again."""
     building = building_of(folder, root)
-    stamp = building / STAMP
-    same = keep_partial and stamp.is_file() and stamp.read_text() == key
-    if building.exists() and not same:
-        if keep_partial and stamp.is_file():
+    if keep_partial and _is_attempt(building, key):
+        return building
+    if building.exists():
+        if keep_partial and (building / STAMP).is_file():
             retire(building, root)
         else:
             shutil.rmtree(building)
-    if not same:
-        building.mkdir(parents=True, exist_ok=True)
-        write_atomic(stamp, key)
+    if keep_partial and (earlier := _retired_attempt(building, root, key)):
+        os.replace(earlier, building)
+        return building
+    building.mkdir(parents=True, exist_ok=True)
+    write_atomic(building / STAMP, key)
     return building
+
+
+def _is_attempt(folder: Path, key: str) -> bool:
+    stamp = folder / STAMP
+    return stamp.is_file() and stamp.read_text() == key
+
+
+def _retired_attempt(building: Path, root: Path, key: str) -> Path | None:
+    """The newest attempt with this key in `.history/`."""
+    name = building.relative_to(root).as_posix().replace("/", "__")
+    found = [path for path in (root / ".history").glob(f"{name}-partial-{key[:12]}*") if _is_attempt(path, key)]
+    return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
 
 
 def publish(building: Path, folder: Path, root: Path, key: str, facts: dict[str, Any]) -> Seal:
