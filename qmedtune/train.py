@@ -34,6 +34,8 @@ from qmedtune.trainer import (
     load_trained,
     number,
     save_trained,
+    sealed_checkpoints,
+    step_of,
     supervised_weight,
     trainer_arguments,
 )
@@ -81,9 +83,10 @@ def quiet_libraries() -> None:
 
 def _make_model(recipe: Recipe, index: int, inputs: dict[str, Path]) -> tuple[Any, dict[str, Any]]:
     stage = recipe.stages[index]
+    seq_len = number(stage.section.seq_len)
     if stage.kind == "pretrain":
-        return models.from_scratch(inputs["base"], recipe.model), {}
-    base = models.load_base(inputs["base"], recipe.model)
+        return models.from_scratch(inputs["base"], recipe.model, seq_len=seq_len), {}
+    base = models.load_base(inputs["base"], recipe.model, seq_len=seq_len)
     earlier = [path for key, path in sorted(inputs.items()) if key.startswith("adapter-")]
     continued = stage.section.adapter == "continue"
     model = models.attach_adapter(base, recipe.adapter, earlier, continued=continued)
@@ -184,7 +187,7 @@ class Loop(TrainerCallback):
     def rewind(self, checkpoint: Path | None) -> None:
         """Forget the metrics after the checkpoint (all of them without one): those steps are run again."""
         path = self.out / METRICS
-        last = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+        last = step_of(checkpoint) if checkpoint else 0
         lines = _complete_lines(path)
         kept = [line for line in lines if line["step"] <= last]
         store.write_atomic(path, "".join(json.dumps(line) + "\n" for line in kept))
@@ -229,15 +232,22 @@ class Loop(TrainerCallback):
             folder.mkdir(exist_ok=True)
             save_trained(model, folder / f"{step}.tmp")
             (folder / f"{step}.tmp").replace(folder / f"{step}.safetensors")
-            for old in folder.glob("*.safetensors"):
-                if old.stem != str(step):
-                    old.unlink()
         self.bar.update(self.tokens, note="")
         self._marked = (time.monotonic(), self.tokens)
 
-    def _best(self) -> dict[str, Any]:
-        """The validation with the lowest mean over the sources; the earliest of equals."""
-        return min(self.validation, key=lambda v: sum(v[s] for s in self.held_out) / len(self.held_out))
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Keep what was best up to each checkpoint: a run that goes on from one may not get better than that."""
+        reached = [step_of(checkpoint) for checkpoint in sealed_checkpoints(self.out)]
+        validated = [step for step in reached if self.validation and self.validation[0]["step"] <= step]
+        needed = {str(self._best(up_to)["step"]) for up_to in validated}
+        for path in (self.out / BEST).glob("*.safetensors"):
+            if path.stem not in needed:
+                path.unlink()
+
+    def _best(self, up_to: int | None = None) -> dict[str, Any]:
+        """The validation with the lowest mean over the sources, until step `up_to`; the earliest of equals."""
+        seen = [v for v in self.validation if up_to is None or v["step"] <= up_to]
+        return min(seen, key=lambda v: sum(v[s] for s in self.held_out) / len(self.held_out))
 
     def restore_best(self, model: Any) -> None:
         if self.recipe.validation.keep_best and self.validation:

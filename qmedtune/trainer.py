@@ -240,7 +240,7 @@ class QTrainer(SFTTrainer):
             shutil.rmtree(folder)
         Trainer._save_checkpoint(self, model, trial)  # SFTTrainer's own adds a model card, nothing else
         store.seal(folder, CHECKPOINT_KEY, {"step": self.state.global_step, "tokens": self.tokens_seen})
-        for old in sealed_checkpoints(self.folder)[: -self.keep]:
+        for old in superseded(sealed_checkpoints(self.folder), folder, self.keep):
             shutil.rmtree(old)
 
 
@@ -261,8 +261,17 @@ def load_trained(model: torch.nn.Module, path: Path) -> None:
 
 def sealed_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints that carry a seal, oldest first."""
-    found = [p for p in folder.glob("checkpoint-*") if store.read_seal(p)]
-    return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))
+    return sorted((p for p in folder.glob("checkpoint-*") if store.read_seal(p)), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def superseded(checkpoints: list[Path], newest: Path, keep: int) -> list[Path]:
+    """What may go once `newest` is sealed. Those of later steps go first: they were damaged, and passed over."""
+    later = [p for p in checkpoints if step_of(p) > step_of(newest)]
+    return later + [p for p in checkpoints if p not in later][:-keep]
 
 
 def last_intact_checkpoint(folder: Path) -> Path | None:
@@ -282,7 +291,7 @@ def trainer_arguments(
     `autocast` is None when the weights are in the compute dtype already and only fp32 adapters are trained,
     "bfloat16" for training fp32 weights from scratch, "float16" (with loss scaling) for cards without bf16.
     """
-    return SFTConfig(
+    arguments = SFTConfig(
         output_dir=str(out),
         per_device_train_batch_size=number(section.batch),
         gradient_accumulation_steps=1,  # QTrainer loops over micro-batches itself
@@ -309,3 +318,6 @@ def trainer_arguments(
         packing=False,
         full_determinism=deterministic,
     )
+    # A run takes one GPU: on a machine with several, Trainer would multiply the batch and wrap the model by itself.
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments

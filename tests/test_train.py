@@ -252,3 +252,27 @@ def test_resuming_from_the_checkpoint_before_the_damaged_one_gives_the_same_run(
     assert run_stage(micro_run, tmp_path / "out") == losses(whole)
     for name, weights in trained(whole).items():
         assert torch.equal(weights, trained(tmp_path / "out")[name]), name
+
+
+def test_retention_keeps_the_checkpoint_just_sealed_and_drops_damaged_later_ones():
+    steps = [Path(f"checkpoint-{step}") for step in (10, 20, 100)]
+    assert trainer.superseded(steps, steps[2], keep=2) == steps[:1]
+    assert trainer.superseded(steps, steps[1], keep=1) == [steps[2], steps[0]]
+    assert trainer.superseded(steps, steps[0], keep=2) == steps[1:]
+
+
+def test_the_best_weights_of_every_checkpoint_are_kept(tmp_path: Path):
+    """A run that goes on from checkpoint 20 may not reach the loss of step 25 again, and then needs step 10's."""
+    loop = train.Loop("01-cpt", tmp_path, {"notes": []}, 0, micro("validate.on=[notes]", "validate.keep_best=true"))  # type: ignore[dict-item]
+    loop.validation = [{"step": step, "notes": loss} for step, loss in ((5, 3.0), (10, 1.0), (15, 2.0), (25, 0.5))]
+    (tmp_path / train.BEST).mkdir()
+    for step in (5, 10, 25):
+        (tmp_path / train.BEST / f"{step}.safetensors").touch()
+    for step in (20, 30):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        store.seal(tmp_path / f"checkpoint-{step}", trainer.CHECKPOINT_KEY, {})
+    loop.on_save(None, None, None)
+    assert {path.stem for path in (tmp_path / train.BEST).iterdir()} == {"10", "25"}
+    shutil.rmtree(tmp_path / "checkpoint-20")
+    loop.on_save(None, None, None)
+    assert {path.stem for path in (tmp_path / train.BEST).iterdir()} == {"25"}
