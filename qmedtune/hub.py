@@ -30,7 +30,9 @@ def check_folder(folder: Path) -> None:
         if path.is_file() and "auto_map" in json.loads(path.read_text(encoding="utf-8")):
             raise RecipeError(f"{path}: `auto_map` asks for remote code, which is never run\nuse a LLaMA-family model")
     for path in folder.iterdir():
-        inside = (folder.resolve(), folder.resolve().parent.parent)  # Hub snapshots link to ../../blobs
+        inside = [folder.resolve()]
+        if folder.resolve().parent.name == "snapshots":  # the Hub's cache: files are links to ../../blobs
+            inside.append(folder.resolve().parent.parent / "blobs")
         if path.is_symlink() and not any(path.resolve().is_relative_to(root) for root in inside):
             raise RecipeError(f"{path}: a link out of the model folder\ncopy the file into the folder")
 

@@ -171,10 +171,11 @@ def test_remote_code_is_refused(name, place, capsys):
     assert code == 2 and "auto_map" in err and "never run" in err
 
 
-def test_links_out_of_a_model_folder_are_refused(place, capsys):
+@pytest.mark.parametrize("target", ["/etc/hostname", "../../secret.json"])
+def test_links_out_of_a_model_folder_are_refused(target, place, capsys):
     folder = model_folder(place / "base")
     (place.parent / "secret.json").write_text("{}")
-    (folder / "generation_config.json").symlink_to("/etc/hostname")
+    (folder / "generation_config.json").symlink_to(target)
     code, err = run_on(folder, place, capsys)
     assert code == 2 and "link" in err
 
