@@ -59,6 +59,7 @@ def contradictions(recipe: Recipe) -> Iterator[Finding]:
     for index, stage in enumerate(recipe.stages):
         yield from _stage_contradictions(recipe, ("stages", index, stage.kind), index)
     yield from _held_out(recipe)
+    yield from _taken_names(recipe)
     yield from _unknown_names(recipe)
     yield from _paths(recipe)
 
@@ -92,6 +93,16 @@ def _held_out(recipe: Recipe) -> Iterator[Finding]:
                 yield (*path, index), f"nothing of {name} is held out; set data.{name}.holdout above 0"
     if recipe.validation.keep_best and not recipe.validation.on:
         yield ("validate", "keep_best"), "no loss to choose by; name sources in validate.on"
+
+
+def _taken_names(recipe: Recipe) -> Iterator[Finding]:
+    """Names that would share a folder or a file: sources with the run's own data/ steps, tasks with each other."""
+    for name in recipe.data.keys() & {"validation", *recipe.stage_names()}:
+        yield ("data", name), f'"{name}" is the name of a folder that the run makes in data/; call the source otherwise'
+    names = [task if isinstance(task, str) else task.task for task in recipe.evaluate.tasks]
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            yield ("evaluate", "tasks", index), f"{name} is there twice; give all its files as one path or pattern"
 
 
 def _unknown_names(recipe: Recipe) -> Iterator[Finding]:

@@ -131,6 +131,8 @@ def test_at_most_six_lines(tmp_path):
         ("on: [notes]", "on: [notse]", "R:9 validate.on[0]: no source \"notse\" in `data`; did you mean `notes`?"),
         ("name: small", "name: small\nevaluate: {perplexity: [general]}", 'no source "general"'),
         ("name: small", "name: small\nevaluate: {tasks: [fact]}", "did you mean `facts`?"),
+        ("name: small", "name: small\nevaluate: {tasks: [facts, facts]}", "facts is there twice"),
+        ("data:\n", "data:\n  validation: {path: builtin:notes, kind: clinical}\n", "a folder that the run makes"),
         ("name: small", "name: small\nevaluate: {tasks: [pubmedqa]}", "{task: pubmedqa, path: FILE}"),
         ("name: small", "name: small\nevaluate: {tasks: [{tsk: facts}]}", "did you mean `task`?"),
         ("kind: clinical", "kind: clinical, holdout: 0", "set data.notes.holdout above 0"),
