@@ -65,7 +65,9 @@ def measure_model(
             return asdict(perplexity(model, held_out[source], settings.batch_tokens, adding(bar)))
 
     done = {task.name: _kept(partial / f"{label}-{task.name}.json", rows, task) for task in tasks}
-    texts = {source: _kept(partial / f"{label}-perplexity-{source}.json", text, source) for source in held_out}
+    # A source may be a path, which must not lead out of the folder.
+    files = {source: partial / f"{label}-perplexity-{store.sha256_json(source)[:16]}.json" for source in held_out}
+    texts = {source: _kept(file, text, source) for source, file in files.items()}
     return Measured(done, {source: Perplexity(**found) for source, found in texts.items()})
 
 
