@@ -158,10 +158,15 @@ def smoke(recipe: Recipe) -> Recipe:
         section = stage.section.model_copy(update=auto)
         stages.append(stage.model_copy(update={stage.kind: section}))
     tasks = ["facts"] if recipe.evaluate.tasks else []
+    # What was chosen for the recipe's card (float16 on a T4, flash attention) need not run on this machine.
+    base = {"base": "builtin:tiny", "revision": None, **dict.fromkeys(MODEL_BY_MACHINE, "auto")}
+    decontaminate = "off" if recipe.hygiene.decontaminate == "off" else "evaluation"
     return recipe.model_copy(
         update={
-            "model": recipe.model.model_copy(update={"base": "builtin:tiny", "revision": None}),
+            "memory": "auto",
+            "model": recipe.model.model_copy(update=base),
             "data": data,
+            "hygiene": recipe.hygiene.model_copy(update={"decontaminate": decontaminate}),
             "stages": stages,
             "evaluate": recipe.evaluate.model_copy(update={"tasks": tasks}),
         }

@@ -76,3 +76,9 @@ def test_a_chat_template_is_part_of_a_base(tmp_path: Path):
     before = digest()
     (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
     assert digest() != before
+
+
+def test_smoke_takes_nothing_that_was_chosen_for_another_card():
+    recipe = keys.smoke(load_recipe(MICRO.parent / "llama3_1b_colab_t4.yaml").recipe)
+    assert recipe.model.compute_dtype == recipe.model.attention == recipe.model.kernels == recipe.memory == "auto"
+    assert keys.smoke(micro("hygiene.decontaminate=[exam.jsonl]")).hygiene.decontaminate == "evaluation"
