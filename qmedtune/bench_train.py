@@ -24,8 +24,8 @@ from qmedtune.record import device_name, versions
 
 CONTENDERS = {
     "torch-loop": "a bare PyTorch loop: dequantised bf16 linears, naive LoRA, AdamW; no trainer around it",
-    "trl": "TRL + PEFT + bitsandbytes as their documentation sets QLoRA up (gradient checkpointing on, its default)",
-    "trl-tuned": "the same with gradient checkpointing off",
+    "trl": "TRL + PEFT + bitsandbytes on their defaults: gradient checkpointing, 8 rows at a time, accumulated",
+    "trl-tuned": "the same without gradient checkpointing, and with qmedtune's micro-batch",
     "sft-trainer": "stock SFTTrainer over the dequantised model with PEFT LoRA",
     "qmedtune-reference": "qmedtune with PyTorch operations",
     "qmedtune": "qmedtune as a recipe runs it",

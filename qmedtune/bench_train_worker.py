@@ -10,6 +10,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from qmedtune.train import peak_memory_bytes, quiet_libraries
 from qmedtune.trainer import QTrainer, collate, trainer_arguments
 
 DTYPE = torch.bfloat16
+DOCUMENTED_BATCH = 8  # rows per device: the default of transformers' and TRL's trainers
 
 
 class RandomRows:
@@ -109,7 +111,7 @@ def section_of(job: Job) -> CptSection:
 def qmedtune(job: Job, folder: Path, clock: Clock, kernels: str) -> None:
     from qmedtune import model as models
 
-    base = models.load_base(folder, ModelSection(base=str(folder), compute_dtype="bfloat16"))
+    base = models.load_base(folder, ModelSection(base=str(folder), compute_dtype="bfloat16"), seq_len=job.seq_len)
     adapter = AdapterSection(r=job.r, alpha=job.alpha, train_embeddings=job.train_embeddings)
     model = models.attach_adapter(base, adapter, [], continued=True)
     models.install_kernels(model, kernels)
@@ -233,7 +235,9 @@ def _device() -> str:
 
 CONTENDERS: dict[str, Callable[[Job, Path, Clock], None]] = {
     "torch-loop": torch_loop,
-    "trl": lambda job, folder, clock: trl(job, folder, clock, checkpointing=True),
+    "trl": lambda job, folder, clock: trl(
+        replace(job, micro_batch=DOCUMENTED_BATCH), folder, clock, checkpointing=True
+    ),
     "trl-tuned": lambda job, folder, clock: trl(job, folder, clock, checkpointing=False),
     "sft-trainer": lambda job, folder, clock: trl(job, folder, clock, checkpointing=False, quantized=False),
     "qmedtune-reference": lambda job, folder, clock: qmedtune(job, folder, clock, "reference"),
