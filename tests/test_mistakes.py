@@ -42,7 +42,7 @@ LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n"
 MISTAKES = [
     Mistake("recipe not found", 2, ("no such file", "did you mean mine.yaml"), command="run mien.yaml"),
     Mistake("a folder instead of a recipe", 2, ("a folder", "mine.yaml"), command="run ."),
-    Mistake("not YAML", 2, ("mine.yaml:3", "not YAML", "begins on line 2"), ("{base: builtin:micro}", "{base: builtin:micro")),
+    Mistake("not YAML", 2, ("mine.yaml:3", "not YAML", "begins on line 2"), ("builtin:micro}", "builtin:micro")),
     Mistake("tabs", 2, ("mine.yaml:5", "a tab", "spaces"), ("  notes:", "\tnotes:")),
     Mistake("wrong key", 2, ("mine.yaml:3 adapter.aplha", "did you mean `alpha`"), ("alpha: 8", "aplha: 8")),
     Mistake("wrong type", 2, ('got "many"', "a whole number"), ("tokens: 2000", "tokens: many")),
@@ -67,7 +67,7 @@ MISTAKES = [
     Mistake("empty data file", 3, ("notes.csv", "empty"), files=(("notes.csv", ""),)),
     Mistake("Git LFS pointer", 3, ("Git LFS", "git lfs pull"), files=(("notes.csv", LFS),)),
     Mistake("variable that is not set", 3, ("NOTES", "not set", "export NOTES="), ("notes.csv", '"${NOTES}/n.csv"')),
-    Mistake("unknown extension", 2, ("no reader for .docx", "format"), ("notes.csv", "notes.docx"), (("notes.docx", "x"),)),
+    Mistake("unknown extension", 2, ("no reader for .docx", "format"), ("s.csv", "s.docx"), (("notes.docx", "x"),)),
     Mistake("unknown built-in source", 2, ("did you mean `builtin:notes`",), ("path: notes.csv", "path: builtin:note")),
     Mistake("out folder not writable", 2, ("--out", "cannot write"), command="run mine.yaml --out notes.csv/run"),
     Mistake("until a step that does not exist", 2, ("no step 'x'", "01-cpt"), command="run mine.yaml --until x"),
