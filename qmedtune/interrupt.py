@@ -1,8 +1,8 @@
 """How a run stops before its end: Ctrl-C, SIGTERM (Slurm, Colab), `--time-limit`.
 
 Inside `graceful()` (the training loop) the first signal only raises a flag, so that the step in hand is finished and
-a checkpoint sealed; everywhere else it ends the step at once, which is safe because steps publish atomically. A second
-signal leaves immediately.
+a checkpoint sealed; everywhere else it ends the step at once, which is safe because steps publish atomically. The time
+limit does the same (SIGALRM, inside `limited()`). A second signal leaves immediately.
 """
 
 from __future__ import annotations
@@ -69,6 +69,24 @@ class Stop:
             yield
         finally:
             self._graceful = False
+
+    @contextmanager
+    def limited(self) -> Iterator[None]:
+        """The code inside is ended at the deadline, unless it is `graceful` then."""
+        if self.deadline is None:
+            yield
+            return
+        before = signal.signal(signal.SIGALRM, self._on_deadline)
+        signal.setitimer(signal.ITIMER_REAL, max(1e-6, self.deadline - time.monotonic()))
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+
+    def _on_deadline(self, number: int, frame: FrameType | None) -> None:
+        if not self._graceful:
+            raise TimeLimit
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None:

@@ -233,7 +233,8 @@ def _do(
     with shown.step(step.name):
         started = time.monotonic()
         try:
-            facts = step.work(recipe, inputs, building)
+            with stop.limited():
+                facts = step.work(recipe, inputs, building)
         except OSError as error:
             raise RunError(f"{step.name}: {error.strerror or error} ({error.filename or out})\n"
                            "free space or fix the permission, then give the same command again") from error  # fmt: skip

@@ -1,0 +1,41 @@
+"""The time limit ends any step at once, but training only after the optimiser step in hand."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from qmedtune.interrupt import Stop, TimeLimit
+
+
+def wait(seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        time.sleep(0.01)
+
+
+def test_a_step_that_never_asks_is_ended_at_the_limit():
+    stop, began = Stop(), time.monotonic()
+    with stop.watching(0.05), pytest.raises(TimeLimit), stop.limited():
+        wait(30)
+    assert time.monotonic() - began < 10
+
+
+def test_a_graceful_step_is_not_ended_but_told():
+    stop = Stop()
+    with stop.watching(0.02), stop.limited(), stop.graceful():
+        wait(0.2)
+        assert stop.requested
+        with pytest.raises(TimeLimit):
+            stop.raise_if_requested()
+
+
+def test_without_a_limit_and_after_the_step_nothing_is_ended():
+    stop = Stop()
+    with stop.watching(None), stop.limited():
+        wait(0.02)
+    with stop.watching(0.2):
+        with stop.limited():
+            pass
+        wait(0.3)
