@@ -147,7 +147,9 @@ def _evaluation_step(
 
         return evaluate_stage(recipe, inputs, out)
 
+    origin = f"{recipe.stage_names()[0]}/model" if recipe.stages[0].kind == "pretrain" else "base"
     needs = {"base": start, "merged": "merged", **_numbered(adapters)}
+    needs |= {"origin": origin} if start != origin else {}  # a folded base has learnt already: compared is the first
     needs |= {"template": template} if template else {}
     needs |= {"validation": "data/validation"} if recipe.evaluate.perplexity else {}
     return Step("evaluation", "evaluation", keys.evaluation_section(recipe, hashes), needs, work, resumes=True)
@@ -230,11 +232,10 @@ def _do(
     _check_inputs(step, done, out)
     stop.raise_if_requested()
     building = store.begin(folder, out, key, keep_partial=step.resumes)
-    with shown.step(step.name):
+    with shown.step(step.name), stop.limited():
         started = time.monotonic()
         try:
-            with stop.limited():
-                facts = step.work(recipe, inputs, building)
+            facts = step.work(recipe, inputs, building)
         except OSError as error:
             raise RunError(f"{step.name}: {error.strerror or error} ({error.filename or out})\n"
                            "free space or fix the permission, then give the same command again") from error  # fmt: skip
@@ -290,10 +291,7 @@ def status(recipe: Recipe, out: Path, *, offline: bool = True) -> list[dict[str,
     steps = steps_of(resolved, recipe, hashes)
     digest = _source(resolved, hashes, offline).digest
     done: dict[str, store.Seal] = {}
-    rows = []
-    for step in steps:
-        rows.append({"name": step.name, **_state(step, digest, done, out)})
-    return rows
+    return [{"name": step.name, **_state(step, digest, done, out)} for step in steps]
 
 
 def _state(step: Step, model_digest: str, done: dict[str, store.Seal], out: Path) -> dict[str, str]:

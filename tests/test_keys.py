@@ -10,6 +10,8 @@ from conftest import MICRO
 from qmedtune import base, keys, store
 from qmedtune.loader import load_recipe
 from qmedtune.recipe import ModelSection, Recipe
+from qmedtune.resolve import resolve
+from qmedtune.run import steps_of
 
 
 def micro(*settings: str) -> Recipe:
@@ -60,9 +62,7 @@ def test_an_edited_template_file_packs_again(tmp_path: Path):
 
 def test_what_carries_the_loss_changes_the_validation_rows():
     on = "validate.on=[instructions]"
-    assert keys.validation_section(micro(on)) != keys.validation_section(
-        micro(on, "stages[1].sft.loss_on=all")
-    )
+    assert keys.validation_section(micro(on)) != keys.validation_section(micro(on, "stages[1].sft.loss_on=all"))
 
 
 def test_a_chat_template_is_part_of_a_base(tmp_path: Path):
@@ -82,3 +82,15 @@ def test_smoke_takes_nothing_that_was_chosen_for_another_card():
     recipe = keys.smoke(load_recipe(MICRO.parent / "llama3_1b_colab_t4.yaml").recipe)
     assert recipe.model.compute_dtype == recipe.model.attention == recipe.model.kernels == recipe.memory == "auto"
     assert keys.smoke(micro("hygiene.decontaminate=[exam.jsonl]")).hygiene.decontaminate == "evaluation"
+
+
+def test_an_evaluation_compares_with_the_base_before_anything_was_folded_into_it(tmp_path: Path):
+    hashes = store.HashCache(tmp_path / "hashes.json")
+
+    def needs(*settings: str) -> dict[str, str]:
+        recipe, _ = resolve(micro(*settings))
+        return {step.name: step.needs for step in steps_of(recipe, recipe, hashes)}["evaluation"]
+
+    folded = needs("stages[1].sft.adapter=merge_then_new")
+    assert (folded["origin"], folded["base"], folded["adapter-1"]) == ("base", "02-sft-base", "02-sft/adapter")
+    assert "origin" not in needs() and needs()["base"] == "base"
