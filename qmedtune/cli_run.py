@@ -31,7 +31,7 @@ def run(
     overrides: SetOption = [],  # noqa: B006 - typer reads the default, nothing changes it
     until: Annotated[str | None, typer.Option(metavar="STAGE", help="Stop after this step, e.g. 01-cpt.")] = None,
     offline: OfflineOption = False,
-    smoke: Annotated[bool, typer.Option("--smoke", help="Built-in base and data in place of the recipe's.")] = False,
+    smoke: Annotated[bool, typer.Option("--smoke", help="Built-in base and data, in runs/<name>-smoke.")] = False,
     time_limit: Annotated[
         float | None, typer.Option(parser=seconds, metavar="55m", help="Seal and stop cleanly after this time.")
     ] = None,
@@ -41,7 +41,7 @@ def run(
     loaded = load(recipe, overrides)
     from qmedtune import run as spine
 
-    folder = run_folder(loaded, out)
+    folder = out or (Path("runs") / f"{loaded.recipe.name}-smoke" if smoke else run_folder(loaded, out))
     facts = spine.run(
         loaded.recipe, loaded.text, folder, until=until, offline=offline, smoke=smoke, time_limit_s=time_limit
     )

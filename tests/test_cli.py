@@ -212,3 +212,15 @@ def test_module_call_is_the_same_program():
         [sys.executable, "-m", "qmedtune", "run", "absent.yaml"], capture_output=True, text=True, env=environment
     )
     assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("error: absent.yaml: no such file")
+
+
+def test_a_smoke_run_has_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """It must not push what the recipe itself has trained into .history."""
+    from qmedtune import run as spine
+
+    folders = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(spine, "run", lambda recipe, text, out, **_: folders.append(str(out)) or {"name": "micro"})
+    for more in ([], ["--smoke"], ["--smoke", "--out", "mine"]):
+        cli.invoke(["run", str(MICRO), "--json", *more])
+    assert folders == ["runs/micro", "runs/micro-smoke", "mine"]
