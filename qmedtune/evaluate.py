@@ -40,8 +40,9 @@ def evaluate_stage(recipe: Recipe, inputs: dict[str, Path], out: Path) -> dict[s
 
     `inputs`: `base`, `adapter-1` ..., `merged`, and where there are any `template` (folder with template.json),
     `validation` (folder of packed held-out rows per source) and `origin` (what is compared, if `base` is folded).
-    With precision `nf4` the final model is the base as it was trained plus its adapters, with `full16` the merged folder. Writes <task>.items.jsonl and evaluation.json below
-    `out`, where an interrupted evaluation is continued; returns the content of evaluation.json.
+    With precision `nf4` the final model is the base as it was trained plus its adapters, with `full16` the merged
+    folder. Writes <task>.items.jsonl and evaluation.json below `out`, where an interrupted evaluation is continued;
+    returns the content of evaluation.json.
     """
     tasks = [load_task(section, recipe.seed, world_of(recipe)) for section in task_sections(recipe)]
     held_out = {source: PackedRows(inputs["validation"] / source) for source in recipe.evaluate.perplexity}
