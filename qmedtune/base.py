@@ -76,6 +76,13 @@ def _made(name: str, folder: Path) -> Path:
     stage = folder / "01-pretrain"
     if store.intact(stage):
         return stage / "model"
+    with store.lock(folder.with_name(f".{folder.name}.making"), wait=True):  # another run may be making it right now
+        if not store.intact(stage):
+            _make(name, folder)
+    return stage / "model"
+
+
+def _make(name: str, folder: Path) -> None:
     from qmedtune.run import run
 
     ui.note(f"{name} is made once and kept in {folder}")
@@ -83,7 +90,6 @@ def _made(name: str, folder: Path) -> Path:
     recipe = pretraining_recipe(name, folder / BLANK)
     text = json.dumps(recipe.model_dump(mode="json", by_alias=True), indent=1)
     run(recipe, text, folder, offline=True)
-    return stage / "model"
 
 
 def _write_blank(name: str, folder: Path) -> None:

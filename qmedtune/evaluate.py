@@ -102,7 +102,8 @@ def _base_and_final(recipe: Recipe, inputs: dict[str, Path]) -> Iterator[tuple[s
         tokenizer = models.load_tokenizer(last)
         model = models.load_base(last, section, quantize=quantize)
     if not full16:
-        adapters = sorted(name for name in inputs if name.startswith("adapter-"))
+        count = sum(name.startswith("adapter-") for name in inputs)
+        adapters = [f"adapter-{number}" for number in range(1, count + 1)]
         model = models.load_adapters(model, [inputs[name] for name in adapters])
     models.install_kernels(model, section.kernels)
     yield "final", model.eval(), tokenizer

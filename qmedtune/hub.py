@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from qmedtune.errors import RecipeError
 from qmedtune.recipe import ModelSection
@@ -27,7 +28,7 @@ def check_folder(folder: Path) -> None:
         raise RecipeError(f"{folder}: no *.safetensors in this folder\ngive a folder with config.json and weights")
     for name in ("config.json", "tokenizer_config.json"):
         path = folder / name
-        if path.is_file() and "auto_map" in json.loads(path.read_text(encoding="utf-8")):
+        if path.is_file() and "auto_map" in _json(path):
             raise RecipeError(f"{path}: `auto_map` asks for remote code, which is never run\nuse a LLaMA-family model")
     for path in folder.iterdir():
         inside = [folder.resolve()]
@@ -35,6 +36,13 @@ def check_folder(folder: Path) -> None:
             inside.append(folder.resolve().parent.parent / "blobs")
         if path.is_symlink() and not any(path.resolve().is_relative_to(root) for root in inside):
             raise RecipeError(f"{path}: a link out of the model folder\ncopy the file into the folder")
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RecipeError(f"{path}: not JSON ({type(error).__name__})\nfetch the model again") from error
 
 
 def resolve_base(section: ModelSection, *, offline: bool) -> Path:

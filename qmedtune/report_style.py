@@ -47,7 +47,7 @@ a { color: inherit; text-decoration-color: var(--c0); text-underline-offset: 3px
 .tile, .card { background: var(--card); border: 1px solid var(--rule); border-radius: 14px; }
 .tile { padding: 16px 18px 14px; }
 .tile .name { color: var(--soft); font-size: 14px; }
-.tile .big { font-size: 30px; line-height: 1.2; letter-spacing: -.02em; font-weight: 650; margin: 4px 0 2px;
+.tile .big { font-size: 24px; line-height: 1.2; letter-spacing: -.02em; font-weight: 650; margin: 4px 0 2px;
   font-variant-numeric: tabular-nums; white-space: nowrap; }
 .tile .from { color: var(--soft); font-weight: 400; }
 .tile .small { color: var(--soft); font-size: 13.5px; }

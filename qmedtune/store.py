@@ -232,12 +232,13 @@ def building_of(folder: Path, root: Path) -> Path:
 
 
 @contextmanager
-def lock(folder: Path) -> Iterator[None]:
-    """One process per folder. The kernel drops the lock with the process: no stale lock can stay behind."""
+def lock(folder: Path, *, wait: bool = False) -> Iterator[None]:
+    """One process per folder; others are refused, or `wait`. The kernel drops the lock with the process: no stale lock
+    can stay behind."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("a+") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:
             file.seek(0)
             pid = file.read().strip() or "unknown"

@@ -87,7 +87,8 @@ def _make_model(recipe: Recipe, index: int, inputs: dict[str, Path]) -> tuple[An
     if stage.kind == "pretrain":
         return models.from_scratch(inputs["base"], recipe.model, seq_len=seq_len), {}
     base = models.load_base(inputs["base"], recipe.model, seq_len=seq_len)
-    earlier = [path for key, path in sorted(inputs.items()) if key.startswith("adapter-")]
+    count = sum(key.startswith("adapter-") for key in inputs)
+    earlier = [inputs[f"adapter-{number}"] for number in range(1, count + 1)]
     continued = stage.section.adapter == "continue"
     model = models.attach_adapter(base, recipe.adapter, earlier, continued=continued)
     return model, {"kernels": models.install_kernels(model, recipe.model.kernels)}

@@ -168,8 +168,9 @@ class QTrainer(SFTTrainer):
         model.train()
         inputs = self._prepare_inputs(inputs)
         supervised = supervised_weight(inputs)
+        self.tokens_seen += int(inputs["lengths"].sum())
         if supervised == 0:
-            raise DataError(f"step {self.state.global_step + 1}: no token of this batch is supervised\ncheck `loss_on`")
+            return self._nothing_to_learn(inputs["labels"])
         loss = self._accumulate(model, inputs, supervised)
         while loss is None:
             self._halve()
@@ -177,8 +178,13 @@ class QTrainer(SFTTrainer):
             loss = self._accumulate(model, inputs, supervised)
         if not torch.isfinite(loss):
             self._diverged("loss", float(loss))
-        self.tokens_seen += int(inputs["lengths"].sum())
         return loss
+
+    def _nothing_to_learn(self, labels: Tensor) -> Tensor:
+        """A last batch of one-token pieces has no label, and no gradient; anywhere else it is a broken mask."""
+        if self.state.global_step + 1 < self.state.max_steps:
+            raise DataError(f"step {self.state.global_step + 1}: no token of this batch is supervised\ncheck `loss_on`")
+        return torch.zeros((), device=labels.device)
 
     def _accumulate(self, model: torch.nn.Module, inputs: dict[str, Tensor], supervised: float) -> Tensor | None:
         """Forward and backward over all micro-batches; None when memory ran out."""

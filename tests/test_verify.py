@@ -51,8 +51,8 @@ def test_one_flipped_bit_in_any_data_file_is_named(copy):
     ("path", "old", "new", "named"),
     [
         ("data/notes/seal.json", '"digest": "', '"digest": "f', "data/notes/seal.json: damaged"),
-        ("data/notes/seal.json", '"key": "', '"key": "f', "run.json: the key of data/notes is not the sealed one"),
-        ("data/notes/seal.json", '"read": ', '"read": 1', "run.json: records of data/notes is not what was sealed"),
+        ("data/notes/seal.json", '"key": "', '"key": "f', "data/notes/seal.json: damaged"),
+        ("data/notes/seal.json", '"read": ', '"read": 1', "data/notes/seal.json: damaged"),
         ("data/notes/seal.json", "{", "", "data/notes/seal.json: damaged"),
         ("run.json", '"recipe_text": "', '"recipe_text": "x', "recipe_text does not hash to recipe_sha256"),
         ("run.json", '"read": ', '"read": 1', "is not what was sealed"),
