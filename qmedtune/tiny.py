@@ -76,7 +76,7 @@ class Defaults:
     sft: SftDefaults
 
 
-# How they were found. Pretraining: 800,000 tokens were enough at 3e-3 (the rest is margin); 5e-3 missed one facet.
+# How they were found. Pretraining: 800,000 tokens were enough at 3e-3, the rest is margin; 5e-3 never learnt one facet.
 # SFT: 3 epochs at 5e-4 missed a facet on one base in three; a higher rate or more epochs forget more of the notes.
 # micro is not tuned for quality: it is there to run every stage within seconds.
 DEFAULTS = {
