@@ -1,5 +1,8 @@
 """The peers of `bench data`, each as its documentation uses it. Imported only where it is installed."""
 
+# The peers are no dependencies of this package:
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import importlib.util
