@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from typing import TextIO
 
 from qmedtune import ui
-from qmedtune.generation import stream
-from qmedtune.open_model import OpenModel, Quantization, locate, open_model
-from qmedtune.scoring import encode, max_positions, prompt_texts
+from qmedtune.evaluation.generation import stream
+from qmedtune.evaluation.open_model import OpenModel, Quantization, locate, open_model
+from qmedtune.evaluation.scoring import encode, max_positions, prompt_texts
 
 HELP = "/reset forgets the conversation, /quit (or Ctrl-D) leaves"
 Message = dict[str, str]

@@ -16,7 +16,10 @@ from typing import Annotated, Any
 
 import typer
 
-from qmedtune import __version__, cli_bench, cli_model, cli_run
+from qmedtune import __version__
+from qmedtune.commands import bench as cli_bench
+from qmedtune.commands import model as cli_model
+from qmedtune.commands import run as cli_run
 from qmedtune.errors import QmedtuneError
 
 UsageError: Any = typer.BadParameter.__bases__[0]  # click's, which newer typers carry inside

@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from qmedtune import __version__, machine, store
+from qmedtune import __version__, store
+from qmedtune.planning import machine
 from qmedtune.record import versions
 from qmedtune.units import size
 

@@ -19,15 +19,15 @@ from transformers.utils.logging import disable_progress_bar
 
 from qmedtune import model as models
 from qmedtune import store
-from qmedtune.compare import task_result, write_items
 from qmedtune.data import templates
 from qmedtune.data.pack import PackedRows
 from qmedtune.data.sources import source_files
 from qmedtune.errors import RecipeError
-from qmedtune.measure import Measured, Settings, measure_model, text_rows
-from qmedtune.open_model import Quantization, fingerprint, locate, open_model, world_of
+from qmedtune.evaluation.compare import task_result, write_items
+from qmedtune.evaluation.measure import Measured, Settings, measure_model, text_rows
+from qmedtune.evaluation.open_model import Quantization, fingerprint, locate, open_model, world_of
+from qmedtune.evaluation.scoring import BATCH_TOKENS, max_positions
 from qmedtune.recipe import Recipe, SourceSection, TaskSection
-from qmedtune.scoring import BATCH_TOKENS, max_positions
 from qmedtune.tasks import BUILTIN_TASKS, Task, load_task
 
 TEXTS = "perplexity"

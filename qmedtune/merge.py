@@ -21,14 +21,14 @@ import torch
 from torch import Tensor
 
 from qmedtune import store, ui
-from qmedtune.disk_llama import EMBEDDING, HEAD, DiskLlama, open_llama
 from qmedtune.errors import RunError
-from qmedtune.lora_files import LowRank, Updates, read_adapters
-from qmedtune.merge_verify import PROBE_TOKENS, prove
+from qmedtune.merging.disk_llama import EMBEDDING, HEAD, DiskLlama, open_llama
+from qmedtune.merging.lora_files import LowRank, Updates, read_adapters
+from qmedtune.merging.parallel import in_order, workers
+from qmedtune.merging.tensors import INDEX, row_blocks, write_safetensors
+from qmedtune.merging.verify import PROBE_TOKENS, prove
 from qmedtune.model import DTYPES
-from qmedtune.parallel import in_order, workers
 from qmedtune.recipe import MergeSection, ModelSection, Recipe
-from qmedtune.tensors import INDEX, row_blocks, write_safetensors
 
 # Written by the merge itself, or meaningless for a merged model; everything else that describes a model is copied.
 COPIED = (

@@ -129,7 +129,7 @@ def from_scratch(folder: Path, section: ModelSection, *, seq_len: int | None = N
 
 def install_kernels(model: PeftModel, mode: str) -> dict[str, Any]:
     """Let qmedtune's own operations run the linears, LoRA and norms; says which path each takes and why."""
-    from qmedtune import fused
+    from qmedtune.training import fused
 
     return fused.install(model, mode)
 
@@ -139,7 +139,7 @@ def dequantize_linears(model: Any, dtype: torch.dtype) -> int:
     from bitsandbytes.nn import Linear4bit
     from qmedtune_kernels import nf4
 
-    from qmedtune.fused import nf4_weight
+    from qmedtune.training.fused import nf4_weight
 
     found: list[tuple[str, Any]] = [(name, m) for name, m in model.named_modules() if isinstance(m, Linear4bit)]
     for name, module in found:

@@ -15,14 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from qmedtune import base, fit, memory, speed, store, units
+from qmedtune import base, store, units
 from qmedtune.errors import DataError, DoesNotFit, QmedtuneError
-from qmedtune.estimate import Estimate, count_with, estimate_source
-from qmedtune.machine import CARDS_GIB, GIB, Machine, card_of, this_machine
-from qmedtune.memory import Setup
+from qmedtune.planning import fit, memory, speed
+from qmedtune.planning.estimate import Estimate, count_with, estimate_source
+from qmedtune.planning.machine import CARDS_GIB, GIB, Machine, card_of, this_machine
+from qmedtune.planning.memory import Setup
+from qmedtune.planning.resolve import resolve
+from qmedtune.planning.shapes import BaseFacts, base_facts
 from qmedtune.recipe import Recipe, SftSection
-from qmedtune.resolve import resolve
-from qmedtune.shapes import BaseFacts, base_facts
 
 __all__ = ["BaseFacts", "base_facts", "make_plan", "resolve"]
 

@@ -22,11 +22,11 @@ from qmedtune.data.records import checked
 from qmedtune.data.rejects import Damaged, Unusable
 from qmedtune.data.sources import READERS, format_of, source_files
 from qmedtune.errors import RecipeError
-from qmedtune.generation import generate
+from qmedtune.evaluation.generation import generate
+from qmedtune.evaluation.open_model import OpenModel, Quantization, fingerprint, locate, open_model
+from qmedtune.evaluation.scoring import BATCH_TOKENS, max_positions, prompt_texts
 from qmedtune.interrupt import stop
-from qmedtune.open_model import OpenModel, Quantization, fingerprint, locate, open_model
 from qmedtune.recipe import SourceSection
-from qmedtune.scoring import BATCH_TOKENS, max_positions, prompt_texts
 from qmedtune.tasks.items import field_names, item_id
 
 WINDOW = 128  # records between two writes: what a kill can cost

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import yaml
 
-from qmedtune import report_html
-from qmedtune import report_tables as tables
-from qmedtune.report_facts import ALL, Metrics, base_name, comparisons, outcome, read_metrics
-from qmedtune.report_html import DISCLAIMER
-from qmedtune.report_tables import Table
+from qmedtune.reporting import page as report_html
+from qmedtune.reporting import tables
+from qmedtune.reporting.facts import ALL, Metrics, base_name, comparisons, outcome, read_metrics
+from qmedtune.reporting.page import DISCLAIMER
+from qmedtune.reporting.tables import Table
 
 STAGE_WORDS = {
     "cpt": "continual pretraining",

@@ -25,9 +25,9 @@ from qmedtune import store, ui
 from qmedtune.data import templates
 from qmedtune.data.pack import PackedRows
 from qmedtune.interrupt import stop
-from qmedtune.loss import token_nll
 from qmedtune.recipe import Recipe
-from qmedtune.trainer import (
+from qmedtune.training.loss import token_nll
+from qmedtune.training.trainer import (
     QTrainer,
     collate,
     last_intact_checkpoint,

@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from qmedtune import __version__, report_html, store, ui
+from qmedtune import __version__, store, ui
 from qmedtune.errors import RecipeError, RunError
 from qmedtune.record import INTERNAL, METRICS, RUN, text_sha256
 from qmedtune.report import markdown, model_card
-from qmedtune.report_facts import read_metrics
+from qmedtune.reporting import page as report_html
+from qmedtune.reporting.facts import read_metrics
 
 MAX_NAMED = 4
 Seals = dict[str, store.Seal]

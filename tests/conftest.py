@@ -40,7 +40,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture(scope="session")
 def micro_run(own_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> MicroRun:
-    from qmedtune.loader import load_recipe
+    from qmedtune.parsing.loader import load_recipe
     from qmedtune.run import run
 
     folder = tmp_path_factory.mktemp("micro") / "run"

@@ -61,7 +61,7 @@ def start(recipe: Path, out: Path, cache: Path) -> int:
         os.dup2(null, 1)
         log = os.open(str(out) + ".log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 2)
-        from qmedtune.loader import load_recipe
+        from qmedtune.parsing.loader import load_recipe
         from qmedtune.run import run
 
         loaded = load_recipe(recipe)

@@ -2,8 +2,8 @@
 
 import pytest
 
-from qmedtune import bench_data
-from qmedtune.bench_data_peers import installed
+from qmedtune.bench import data as bench_data
+from qmedtune.bench.data_peers import installed
 from qmedtune.errors import RecipeError
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qmedtune import bench_merge as bench
+from qmedtune.bench import merge as bench
 from qmedtune.errors import RecipeError, RunError
 
 

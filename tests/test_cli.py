@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import typer
 
-from qmedtune import cli, cli_run
+from qmedtune import cli
+from qmedtune.commands import run as cli_run
 from qmedtune.errors import DataError, DoesNotFit, RunError
 from qmedtune.interrupt import TimeLimit
 
@@ -133,7 +134,7 @@ def test_wrong_usage_is_exit_2_with_a_next_step(arguments, expected, capsys):
 
 
 def test_time_limits():
-    from qmedtune.cli_common import seconds
+    from qmedtune.commands.common import seconds
 
     assert [seconds(text) for text in ("90", "90s", "1.5m", "2h")] == [90, 90, 90, 7200]
 

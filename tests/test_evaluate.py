@@ -10,13 +10,14 @@ from llama_folders import llama3_folder, write_adapter
 from sklearn.metrics import roc_auc_score
 from transformers import AutoModelForCausalLM
 
-from qmedtune import evaluate, measure, scoring, statistics
+from qmedtune import evaluate
 from qmedtune.data import templates
 from qmedtune.data.pack import PackedRows, pack_validation
 from qmedtune.data.prepare import prepare_source
 from qmedtune.data.rejects import Rejects
 from qmedtune.data.sources import read_records
 from qmedtune.errors import DataError, RecipeError
+from qmedtune.evaluation import measure, scoring, statistics
 from qmedtune.recipe import Recipe, SourceSection
 
 REAL = Path(os.environ.get("QMEDTUNE_REAL_DATA", Path(__file__).parents[2] / "shared" / "data"))

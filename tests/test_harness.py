@@ -9,16 +9,16 @@ import pytest
 import torch
 from llama_folders import llama2_folder, llama3_folder
 
-from qmedtune.open_model import locate, open_model
+from qmedtune.evaluation.open_model import locate, open_model
+from qmedtune.evaluation.scoring import choice_logprobs, prompt_texts
 from qmedtune.recipe import TaskSection
-from qmedtune.scoring import choice_logprobs, prompt_texts
 from qmedtune.tasks import load_task
 
 pytest.importorskip("lm_eval")
 pytestmark = pytest.mark.slow
 REAL = Path(os.environ.get("QMEDTUNE_REAL_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
-from qmedtune import harness  # noqa: E402
+from qmedtune.evaluation import harness  # noqa: E402
 
 
 def pubmedqa_file(folder: Path) -> Path:

@@ -8,9 +8,9 @@ from pathlib import Path
 from conftest import MICRO
 
 from qmedtune import base, keys, store
-from qmedtune.loader import load_recipe
+from qmedtune.parsing.loader import load_recipe
+from qmedtune.planning.resolve import resolve
 from qmedtune.recipe import ModelSection, Recipe
-from qmedtune.resolve import resolve
 from qmedtune.run import steps_of
 
 

@@ -11,7 +11,7 @@ import torch
 import yaml
 from llama_folders import llama2_folder, llama3_folder
 
-from qmedtune.loader import load_recipe
+from qmedtune.parsing.loader import load_recipe
 from qmedtune.run import run
 
 DRUGS = ("metformin", "lisinopril", "aspirin", "warfarin", "ibuprofen", "insulin", "heparin", "digoxin")

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qmedtune import grammar, strict_yaml
 from qmedtune.errors import RecipeError
-from qmedtune.loader import load_recipe
+from qmedtune.parsing import grammar, strict_yaml
+from qmedtune.parsing.loader import load_recipe
 from qmedtune.recipe import CptSection, SftSection
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").rglob("*.yaml"))

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 
-from qmedtune.activations import choose_activation_plan, ways
 from qmedtune.errors import DoesNotFit
-from qmedtune.machine import GIB
-from qmedtune.memory import (
+from qmedtune.planning.activations import choose_activation_plan, ways
+from qmedtune.planning.machine import GIB
+from qmedtune.planning.memory import (
     RUN_BYTES,
     Setup,
     activation_bytes,
@@ -23,8 +23,8 @@ from qmedtune.memory import (
     step_memory,
     weight_bytes,
 )
+from qmedtune.planning.shapes import base_facts, facts_from_config
 from qmedtune.recipe import ModelSection
-from qmedtune.shapes import base_facts, facts_from_config
 
 LLAMA_8B = base_facts(ModelSection(base="meta-llama/Llama-3.1-8B"))
 LLAMA_70B = base_facts(ModelSection(base="meta-llama/Llama-3.1-70B"))
@@ -153,8 +153,9 @@ RESIDENT = """
     import torch
     torch.set_num_threads(1)
     from transformers import LlamaConfig, LlamaForCausalLM
-    from qmedtune import model as models, trainer
-    from qmedtune.loss import token_nll
+    from qmedtune import model as models
+    from qmedtune.training import trainer
+    from qmedtune.training.loss import token_nll
     from qmedtune.recipe import AdapterSection
 
     def resident():
@@ -239,7 +240,7 @@ def test_no_two_way_mix_beats_the_choice():
 def _exhaustive(facts, setup, budget):
     from itertools import product
 
-    from qmedtune.activations import WAYS, _plan
+    from qmedtune.planning.activations import WAYS, _plan
 
     costs = ways(facts, setup)
     for counts in product(range(facts.layers + 1), repeat=len(WAYS)):

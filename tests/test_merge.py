@@ -13,14 +13,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qmedtune import merge_verify
-from qmedtune.disk_llama import open_llama, streamed_model
 from qmedtune.errors import RecipeError, RunError
-from qmedtune.lora_files import Updates
 from qmedtune.merge import merge, validation_ids
+from qmedtune.merging import verify as merge_verify
+from qmedtune.merging.disk_llama import open_llama, streamed_model
+from qmedtune.merging.lora_files import Updates
+from qmedtune.merging.tensors import open_weights
 from qmedtune.recipe import MergeSection, ModelSection, VerifySection
 from qmedtune.store import sha256_file, sha256_json
-from qmedtune.tensors import open_weights
 
 MODEL = ModelSection(base="here", compute_dtype="bfloat16")
 IDS = np.random.default_rng(3).integers(0, 400, (3, 40))

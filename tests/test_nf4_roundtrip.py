@@ -4,7 +4,7 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 
-from qmedtune.nf4_roundtrip import nearest_level, nf4_roundtrip
+from qmedtune.merging.nf4_roundtrip import nearest_level, nf4_roundtrip
 
 
 @pytest.mark.parametrize("double", [True, False])

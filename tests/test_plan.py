@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from qmedtune import fit, machine, plan, shapes, speed, store, tiny
+from qmedtune import plan, store, tiny
 from qmedtune.base import builtin_folder
 from qmedtune.errors import DoesNotFit, RecipeError
-from qmedtune.estimate import count_with, estimate_source
-from qmedtune.loader import load_recipe
-from qmedtune.machine import GIB, Machine, card_of
+from qmedtune.parsing.loader import load_recipe
 from qmedtune.plan import base_facts, make_plan, resolve
-from qmedtune.plan_view import render_plan
+from qmedtune.planning import fit, machine, shapes, speed
+from qmedtune.planning.estimate import count_with, estimate_source
+from qmedtune.planning.machine import GIB, Machine, card_of
+from qmedtune.planning.view import render_plan
 from qmedtune.recipe import ModelSection, Recipe, SourceSection, WarmupSection
 
 ROOT = Path(__file__).parent.parent
@@ -51,7 +52,7 @@ def recipe(base="meta-llama/Llama-3.1-8B", cpt=None, sft=None, **keys):
 @pytest.fixture
 def without_gpu(monkeypatch):
     monkeypatch.setattr(machine, "this_machine", lambda: CPU)
-    for module in (plan, sys.modules["qmedtune.resolve"]):
+    for module in (plan, sys.modules["qmedtune.planning.resolve"]):
         monkeypatch.setattr(module, "this_machine", lambda: CPU)
 
 
@@ -451,7 +452,7 @@ def test_the_view_shows_every_step_stage_and_decision(cache, without_gpu):
 def test_planning_needs_no_torch_and_less_than_three_seconds(cache):
     code = (
         "import sys, time; start = time.monotonic()\n"
-        "from qmedtune.loader import load_recipe\nfrom qmedtune.plan import make_plan\n"
+        "from qmedtune.parsing.loader import load_recipe\nfrom qmedtune.plan import make_plan\n"
         f"make_plan(load_recipe({str(ROOT / 'recipes' / 'cpt_then_sft.yaml')!r}).recipe)\n"
         "print(time.monotonic() - start, [m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
     )

@@ -9,10 +9,11 @@ import pytest
 import torch
 from llama_folders import llama3_folder, write_adapter
 
-from qmedtune import chat, generation, predict, scoring
+from qmedtune import chat, predict
 from qmedtune.data import templates
 from qmedtune.errors import RecipeError
-from qmedtune.open_model import OpenModel, locate, open_model
+from qmedtune.evaluation import generation, scoring
+from qmedtune.evaluation.open_model import OpenModel, locate, open_model
 
 QUESTIONS = ["What does lisinopril treat?", "Which adverse effects has metformin?", "Is aspirin safe?\nSecond line."]
 

@@ -8,7 +8,7 @@ import typer
 import yaml
 
 from qmedtune import cli
-from qmedtune.loader import load_recipe
+from qmedtune.parsing.loader import load_recipe
 from qmedtune.plan import make_plan
 
 ROOT = Path(__file__).parent.parent

@@ -17,7 +17,7 @@ pytestmark = [
 
 
 def test_cpt_then_sft_on_real_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from qmedtune.loader import load_recipe
+    from qmedtune.parsing.loader import load_recipe
     from qmedtune.run import run
 
     monkeypatch.setenv("TEXT", str(TEXT))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qmedtune import recipe as schema
-from qmedtune.loader import load_recipe
+from qmedtune.parsing.loader import load_recipe
 from qmedtune.recipe import Recipe, Section
 
 ROOT = Path(__file__).parent.parent

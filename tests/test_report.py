@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from qmedtune.evaluation.statistics import wilson
 from qmedtune.report import markdown, model_card, write_report
-from qmedtune.report_charts import MAX_POINTS, Series, line_chart, nice_ticks
-from qmedtune.report_facts import Metrics, comparisons, outcome, read_metrics, read_score
-from qmedtune.statistics import wilson
+from qmedtune.reporting.charts import MAX_POINTS, Series, line_chart, nice_ticks
+from qmedtune.reporting.facts import Metrics, comparisons, outcome, read_metrics, read_score
 
 SOURCES = {"literature": "literature", "notes": "clinical", "general": "general", "instructions": "instructions"}
 

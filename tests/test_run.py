@@ -12,7 +12,7 @@ from conftest import MICRO
 
 from qmedtune import interrupt, store
 from qmedtune.errors import RecipeError, RunError
-from qmedtune.loader import load_recipe
+from qmedtune.parsing.loader import load_recipe
 from qmedtune.run import run, status
 
 TRAINED = ("01-cpt", "02-sft")

@@ -6,10 +6,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from qmedtune import generation, scoring
 from qmedtune.data.templates import TEMPLATES
 from qmedtune.data.tokens import encode_conversations, load_codec
 from qmedtune.errors import DataError
+from qmedtune.evaluation import generation, scoring
 
 TEXT = [
     "What does bacedax treat? It treats asthma. It causes nausea and dry mouth.",

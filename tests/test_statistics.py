@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from qmedtune import statistics
+from qmedtune.evaluation import statistics
 
 
 def test_wilson_against_published_values():

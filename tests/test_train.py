@@ -12,11 +12,12 @@ import torch
 from conftest import MICRO, MicroRun
 from safetensors.torch import load_file
 
-from qmedtune import interrupt, loss, plan, store, train, trainer
+from qmedtune import interrupt, plan, store, train
 from qmedtune import model as models
 from qmedtune.errors import RunError
-from qmedtune.loader import load_recipe
+from qmedtune.parsing.loader import load_recipe
 from qmedtune.recipe import Recipe
+from qmedtune.training import loss, trainer
 
 # TRL's own tolerances for trajectories that must be equal but for rounding: the largest difference of the loss, and the
 # mean of the signed differences, which catches a one-sided bias.

@@ -232,7 +232,8 @@ def test_nobody_listening_does_not_end_the_work(redirect, tmp_path):
 
 def test_import_is_light():
     code = (
-        "import sys, qmedtune.ui, qmedtune.report_tables; print({'rich', 'yaml', 'torch', 'numpy'} & set(sys.modules))"
+        "import sys, qmedtune.ui, qmedtune.reporting.tables;"
+        "print({'rich', 'yaml', 'torch', 'numpy'} & set(sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
 

@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from qmedtune.bench_kernels import bench_kernels
+from qmedtune.bench.kernels import bench_kernels
 
 
 def main(only: str = "") -> None:

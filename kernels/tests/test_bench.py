@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from qmedtune.bench_kernels import bench_kernels, failures
+from qmedtune.bench.kernels import bench_kernels, failures
 from qmedtune.errors import RunError
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 PROGRAM = """
 import json, sys
-from qmedtune.bench_static import static_rows
+from qmedtune.bench.static import static_rows
 print(json.dumps(static_rows(tuple(json.loads(sys.argv[1])), sys.argv[2])))
 """
 

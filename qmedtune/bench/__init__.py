@@ -1,0 +1,1 @@
+"""`qmedtune bench`: each contender in its own process, resumable rows, ratios from one run."""

@@ -1,0 +1,271 @@
+"""`qmedtune bench data`: each data stage beside its limit and beside what is installed of its peers, in one run.
+
+Contenders of a case take turns, so that a busy machine slows all alike; what is told is the median over rounds of the
+ratio within a round. Peers that are not installed are left out and named. The corpus is made from the built-in world
+(or read from a jsonl file): texts of about 1,500 characters.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qmedtune import ui
+from qmedtune.bench import data_peers as peers
+from qmedtune.data import decontaminate, dedup, mix, world, xml
+from qmedtune.data.tokens import BATCH_BYTES, Codec, encode_texts, load_codec, shard_array, write_shards
+from qmedtune.errors import RecipeError
+from qmedtune.record import device_name, versions
+
+CONTENDERS = {
+    "tokenise": "text to packed rows: tokenizers alone (the limit), ours, datasets + TRL",
+    "jats": "articles to text: lxml parsing alone (the limit), ours, pubmed_parser",
+    "near": "near duplicates at Jaccard 0.8 with recall: ours, datasketch",
+    "decontaminate": "13-gram search with recall: ours, lm-eval's Janitor",
+}
+SEQ_LEN = 1024
+VOCABULARY = 8000
+TEXT_CHARACTERS = 1500
+SEED = 5
+
+
+@dataclass(frozen=True)
+class Run:
+    """One timed call: `work` returns what `quality` (a recall) is computed from."""
+
+    name: str
+    work: Callable[[], Any]
+    quality: Callable[[Any], float] | None = None
+
+
+def bench_data(
+    cases: list[str] | None = None, rounds: int = 3, corpus: Path | None = None, num_texts: int = 4000
+) -> dict[str, Any]:
+    """{"bench", "device", "versions", "rows"}; rows: case, contender, value (s), unit, ratio (seconds of the case's
+    first contender over this one's: above 1 is faster than it), mb_per_s, recall where there is one.
+
+    Raises RecipeError for an unknown case.
+    """
+    chosen = cases or list(CONTENDERS)
+    if unknown := [case for case in chosen if case not in CONTENDERS]:
+        raise RecipeError(f"bench data: no case {unknown[0]!r}\nallowed: {', '.join(CONTENDERS)}")
+    texts = _corpus(corpus, num_texts)
+    makers = {"tokenise": _tokenise, "jats": _jats, "near": _near, "decontaminate": _decontaminate}
+    rows = []
+    with tempfile.TemporaryDirectory() as folder, ui.stage("bench data", None, "cases") as bar:
+        for number, case in enumerate(chosen, start=1):
+            size, runs = makers[case](texts, Path(folder) / case)
+            rows += _measure(case, size, runs, rounds)
+            bar.update(number)
+    missing = [name for name in peers.NEEDED if not peers.installed(name)]
+    return {"bench": "data", "device": device_name(), "versions": versions(), "not_installed": missing, "rows": rows}
+
+
+def render(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows for a table."""
+    rows = [
+        [r["case"], r["contender"], f"{r['value']:.2f}", f"{r['mb_per_s']:.1f}", f"{r['ratio']:.2f}",
+         "" if r["recall"] is None else f"{r['recall']:.3f}"]
+        for r in result["rows"]
+    ]  # fmt: skip
+    return ["case", "contender", "s", "MB/s", "ratio to first", "recall"], rows
+
+
+def _measure(case: str, size_bytes: int, runs: list[Run], rounds: int) -> list[dict[str, Any]]:
+    seconds: dict[str, list[float]] = {run.name: [] for run in runs}
+    recall: dict[str, float | None] = {}
+    for _ in range(rounds):
+        for run in runs:
+            gc.collect()
+            started = time.perf_counter()
+            result = run.work()
+            seconds[run.name].append(time.perf_counter() - started)
+            recall[run.name] = run.quality(result) if run.quality else None
+    first = seconds[runs[0].name]
+    return [
+        {
+            "case": case, "contender": run.name, "value": statistics.median(seconds[run.name]), "unit": "s",
+            "ratio": statistics.median(a / b for a, b in zip(first, seconds[run.name], strict=True)),
+            "mb_per_s": size_bytes / 1e6 / statistics.median(seconds[run.name]), "recall": recall[run.name],
+        }
+        for run in runs
+    ]  # fmt: skip
+
+
+def _corpus(path: Path | None, num_texts: int) -> list[str]:
+    if path is not None:
+        with path.open(encoding="utf-8") as file:
+            return [json.loads(line)["text"] for _, line in zip(range(num_texts), file, strict=False)]
+    rng = random.Random(SEED)
+    invented = [
+        f"{a}{b}{c}" for a in "bdfgklmnprstvz" for b in ("a", "ero", "ino", "uli") for c in ("n", "st", "mab", "ic")
+    ]
+    sentences = [
+        record["text"] for name in ("literature", "general") for record in world.records(name, world.make_world())
+    ]
+    return [_text(rng, sentences, invented) for _ in range(num_texts)]
+
+
+def _text(rng: random.Random, sentences: list[str], invented: list[str]) -> str:
+    parts, size = [], 0
+    while size < TEXT_CHARACTERS:
+        parts.append(rng.choice(sentences) if rng.random() < 0.2 else " ".join(rng.choices(invented, k=12)) + ".")
+        size += len(parts[-1])
+    return " ".join(parts)
+
+
+def _bytes(texts: list[str]) -> int:
+    return sum(len(text.encode()) for text in texts)
+
+
+# ---- cases: (bytes of input, contenders; the first is what the others are compared with) --------------------------
+
+
+def _tokenise(texts: list[str], folder: Path) -> tuple[int, list[Run]]:
+    folder.mkdir()
+    codec = _train_tokenizer(texts, folder / "tokenizer")
+    source = folder / "train.jsonl"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+
+    def alone() -> None:
+        for batch in _batches(texts):
+            codec.backend.encode_batch_fast(batch, add_special_tokens=False)
+
+    def ours() -> None:
+        out = Path(tempfile.mkdtemp(dir=folder))
+        shards = write_shards(source, out, "a", lambda records: encode_texts(codec, records, None), lambda _: None)
+        for shard in shards:
+            documents = shard_array(shard, "documents")
+            assert documents is not None
+            mix.fill_rows(documents[:, 0], SEQ_LEN, split=True)
+
+    runs = [Run("tokenizers", alone), Run("qmedtune", ours)]
+    if peers.installed("trl"):
+        runs.append(Run("datasets + trl", peers.tokenise_with_trl(texts, codec.backend, SEQ_LEN)))
+    return _bytes(texts), runs
+
+
+def _train_tokenizer(texts: list[str], folder: Path) -> Codec:
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=["<s>", "</s>"], show_progress=False)
+    tokenizer.train_from_iterator(texts[:1000], trainer)
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
+    return load_codec(folder)
+
+
+def _batches(texts: list[str]) -> Iterator[list[str]]:
+    size = max(1, BATCH_BYTES // TEXT_CHARACTERS)
+    return (texts[i : i + size] for i in range(0, len(texts), size))
+
+
+def _jats(texts: list[str], folder: Path) -> tuple[int, list[Run]]:
+    folder.mkdir()
+    paths = [_write_article(texts[i : i + 20], folder / f"{i}.nxml") for i in range(0, min(len(texts), 2000), 20)]
+
+    def alone() -> None:
+        from lxml import etree  # type: ignore[attr-defined]
+
+        for path in paths:
+            etree.parse(str(path), etree.XMLParser(**xml.SAFE))
+
+    def ours() -> None:
+        for path in paths:
+            list(xml.read_jats(path))
+
+    runs = [Run("lxml", alone), Run("qmedtune", ours)]
+    if peers.installed("pubmed_parser"):
+        runs.append(Run("pubmed_parser", peers.parse_with_pubmed_parser(paths)))
+    return sum(path.stat().st_size for path in paths), runs
+
+
+# Markup as dense as in six real articles: 47 characters per element, a third in references (here 48, 30 %).
+REFERENCE = (
+    '<ref id="B1"><label>1</label><citation citation-type="journal"><person-group person-group-type="author"><name>'
+    "<surname>Doe</surname><given-names>J</given-names></name><name><surname>Roe</surname><given-names>R</given-names>"
+    "</name></person-group><article-title>On an invented drug</article-title><source>J Inv</source><year>1999</year>"
+    "<volume>1</volume><fpage>2</fpage><lpage>9</lpage></citation></ref>"
+)
+MARKS = (
+    "<italic>in vivo</italic> H<sub>2</sub>O "
+    '[<xref ref-type="bibr" rid="B1">1</xref>,<xref ref-type="bibr" rid="B2">2</xref>]'
+)
+META = (
+    '<article-id pub-id-type="pmid">1</article-id><title-group><article-title>T</article-title></title-group>'
+    '<pub-date pub-type="ppub"><year>1999</year></pub-date><abstract><p>Aim.</p></abstract>'
+)
+
+
+def _write_article(paragraphs: list[str], path: Path) -> Path:
+    pieces = [f"{p[i : i + 300]} {MARKS}" for p in paragraphs for i in range(0, len(p), 300)]
+    grouped = ["".join(pieces[i : i + 3]) for i in range(0, len(pieces), 3)]
+    body = "".join(f"<sec><title>Part</title><p>{text}</p></sec>" for text in grouped)
+    path.write_text(
+        f'<article xmlns:xlink="x"><front><article-meta>{META}</article-meta></front><body>{body}</body>'
+        f"<back><ref-list>{REFERENCE * 50}</ref-list></back></article>"
+    )
+    return path
+
+
+def _near(texts: list[str], folder: Path) -> tuple[int, list[Run]]:
+    folder.mkdir()
+    rng = random.Random(SEED)
+    copies = [_edited(text, rng) for text in texts[: len(texts) // 10]]
+    both = [*texts, *copies]
+
+    def batches() -> Iterator[list[str]]:
+        size = dedup.BATCH_TEXTS
+        return (both[i : i + size] for i in range(0, len(both), size))
+
+    def ours() -> list[bool]:
+        place = Path(tempfile.mkdtemp(dir=folder)) / "bands"
+        return dedup.near_duplicates(batches(), both.__getitem__, 0.8, place).tolist()
+
+    def recall(found: list[bool]) -> float:
+        return sum(found[len(texts) :]) / len(copies)
+
+    runs = [Run("qmedtune", ours, recall)]
+    if peers.installed("datasketch"):
+        runs.append(Run("datasketch", peers.near_with_datasketch(both, 0.8), recall))
+    return _bytes(both), runs
+
+
+def _edited(text: str, rng: random.Random) -> str:
+    """Two words changed in about 200: Jaccard similarity about 0.93 over windows of five words."""
+    words = text.split()
+    for _ in range(2):
+        words[rng.randrange(len(words))] = f"edit{rng.randrange(10**6)}"
+    return " ".join(words)
+
+
+def _decontaminate(texts: list[str], folder: Path) -> tuple[int, list[Run]]:
+    rng = random.Random(SEED)
+    items = [" ".join(f"q{rng.randrange(10**5)}" for _ in range(rng.randint(15, 60))) for _ in range(400)]
+    planted = [f"{text[:500]} {item} {text[500:]}" for text, item in zip(texts, items, strict=False)]
+    both = [*planted, *texts[len(planted) :]]
+    index = decontaminate.build([decontaminate.Item("t", str(i), (item,)) for i, item in enumerate(items)])
+
+    def ours() -> set[int]:
+        starts = range(0, len(both), 256)
+        found = ((s, decontaminate.search(index, both[s : s + 256], [None] * len(both[s : s + 256]))) for s in starts)
+        return {start + hit.record for start, hits in found for hit in hits}
+
+    def recall(found: set[int]) -> float:
+        return len(found & set(range(len(planted)))) / len(planted)
+
+    runs = [Run("qmedtune", ours, recall)]
+    if peers.installed("lm_eval"):
+        runs.append(Run("lm-eval Janitor", peers.search_with_janitor(both, items), recall))
+    return _bytes(both), runs

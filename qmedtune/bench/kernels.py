@@ -1,0 +1,189 @@
+"""`qmedtune bench kernels`: the kernels against the physical limit and against what a user would install instead.
+
+One process per contender (Unsloth patches globally), rows appended to a file as they are measured, so an interrupted
+run goes on where it stopped. Each row: CUDA graph over rotating buffers (cold L2), median of 25 replays.
+Deliberately not here: what is timed (bench_contenders.py), the gate without a GPU (bench_static.py).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from qmedtune.bench.static import static_rows
+from qmedtune.errors import RunError
+
+REPLAYS = 25
+COLD_BYTES = 256 * 2**20  # rotated over at least this much: five times an H200's L2
+TIME_LIMIT_S = 480
+
+
+def bench_kernels(
+    static: bool = False,
+    out: Path | None = None,
+    quick: bool = False,
+    only: str = "",
+    time_limit_s: float = TIME_LIMIT_S,
+) -> dict:
+    """{"bench", "device", "versions", "rows"} of the bench JSON.
+
+    static: compile for every architecture and read the machine code; needs no GPU; `failures` lists broken limits.
+    Otherwise measure on the CUDA device, keeping the rows already in `out`. only: kernels whose name contains it.
+    Raises RunError without a CUDA device.
+    """
+    if static:
+        rows = static_rows(kernels=only)
+        return {"bench": "kernels static", "device": "none", "versions": versions(), "rows": rows}
+    import torch
+
+    if not torch.cuda.is_available():
+        raise RunError("bench kernels: no CUDA device here. What works without one: qmedtune bench kernels --static")
+    from qmedtune.bench.contenders import CONTENDERS
+
+    rows, deadline = _resume(out), time.monotonic() + time_limit_s
+    for contender in CONTENDERS:
+        task = {"contender": contender, "quick": quick, "only": only, "seconds": deadline - time.monotonic()}
+        rows = _measure_in_a_process(task, rows, out)
+    return _result(rows)
+
+
+def failures(result: dict) -> list[str]:
+    """One line per broken limit of a static result."""
+    rows = [row for row in result["rows"] if row.get("failures")]
+    return [f"{row['kernel']} on {row['target']}: {failure}" for row in rows for failure in row["failures"]]
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of everything that is measured, and the driver where there is one."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for package in ("torch", "triton", "bitsandbytes", "liger-kernel", "unsloth"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _result(rows: list[dict]) -> dict:
+    import torch
+
+    _add_ratios(rows)
+    driver = subprocess.run(
+        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
+    ).stdout.strip()
+    return {
+        "bench": "kernels", "device": torch.cuda.get_device_name(), "versions": {**versions(), "driver": driver},
+        "rows": rows,
+    }  # fmt: skip
+
+
+def _resume(out: Path | None) -> list[dict]:
+    """Rows of an earlier run with the same device and versions."""
+    import torch
+
+    if out is None or not out.exists():
+        return []
+    earlier = json.loads(out.read_text())
+    installed = {**earlier["versions"]}
+    installed.pop("driver", None)
+    same = earlier["device"] == torch.cuda.get_device_name() and installed == versions()
+    return earlier["rows"] if same else []
+
+
+def _measure_in_a_process(task: dict, rows: list[dict], out: Path | None) -> list[dict]:
+    from qmedtune.bench.contenders import PACKAGES
+
+    contender = task["contender"]
+    package = PACKAGES.get(contender)
+    if package and importlib.util.find_spec(package) is None:
+        return [*rows, {"kernel": "all", "contender": contender, "skipped": f"{package} is not installed"}]
+    rows = [row for row in rows if row["contender"] != contender or "value" in row]
+    done = [[row["kernel"], row["shape"]] for row in rows if row["contender"] == contender]
+    command = [sys.executable, "-m", "qmedtune.bench.kernels", json.dumps({**task, "done": done})]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert child.stdout
+    for line in child.stdout:
+        if line.startswith("{"):
+            rows.append(json.loads(line))
+            if out is not None:
+                out.parent.mkdir(parents=True, exist_ok=True)
+                out.write_text(json.dumps(_result(rows), indent=1) + "\n")
+    if child.wait() != 0:
+        rows.append({"kernel": "all", "contender": contender, "skipped": f"process ended with {child.returncode}"})
+    return rows
+
+
+def _add_ratios(rows: list[dict]) -> None:
+    """ratio: the best other contender's time over the row's; of_limit: the limit's time over the row's."""
+    groups: dict[tuple[str, str], list[dict]] = {}
+    for row in rows:
+        if "value" in row:
+            groups.setdefault((row["kernel"].split(":")[0], row["shape"]), []).append(row)
+    for group in groups.values():
+        limit = next((row["value"] for row in group if row["contender"] == "limit"), None)
+        for row in group:
+            others = [o["value"] for o in group if o["contender"] not in ("limit", row["contender"])]
+            row["ratio"] = round(min(others) / row["value"], 3) if others else None
+            row["of_limit"] = round(limit / row["value"], 3) if limit else None
+
+
+def _child(task: dict) -> None:
+    """Measure one contender, a JSON line per row on stdout."""
+    import torch
+
+    from qmedtune.bench.contenders import cases
+
+    deadline = time.monotonic() + task["seconds"]
+    for case in cases(task["contender"], task["quick"]):
+        if [case.kernel, case.shape] in task["done"] or task["only"] not in case.kernel:
+            continue
+        row = {"kernel": case.kernel, "shape": case.shape, "contender": task["contender"]}
+        if time.monotonic() > deadline:
+            print(json.dumps({**row, "skipped": "time limit"}), flush=True)
+            continue
+        seconds, spread = measure(case)
+        row |= {"value": round(seconds * 1e6, 3), "unit": "us", "spread": round(spread, 4)}
+        row |= {"gb_per_s": round(case.bytes / seconds / 1e9, 1), "tflops": round(case.flops / seconds / 1e12, 2)}
+        if case.error is not None:
+            row["error"] = case.error()
+        print(json.dumps(row), flush=True)
+        torch.cuda.empty_cache()
+
+
+def measure(case) -> tuple[float, float]:
+    """(median seconds of one call, (p90 - p10) / median) over replays of a CUDA graph of calls on rotating buffers."""
+    import torch
+
+    copies = max(1, min(16, int(COLD_BYTES / case.bytes) + 1)) if case.bytes < COLD_BYTES else 1
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):  # autograd runs a backward on its forward's stream: it must be the captured one
+        calls = [case.setup() for _ in range(copies)]
+        for call in calls:
+            call()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for call in calls:
+            call()
+    times = []
+    for _ in range(REPLAYS + 5):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3 / copies)
+    times = sorted(times[5:])
+    median = statistics.median(times)
+    return median, (times[int(0.9 * len(times))] - times[int(0.1 * len(times))]) / median
+
+
+if __name__ == "__main__":
+    _child(json.loads(sys.argv[1]))

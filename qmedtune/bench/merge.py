@@ -1,0 +1,291 @@
+"""`qmedtune bench merge`: time and memory of a merge, against PEFT's and against copying the same bytes.
+
+A random-weight LLaMA and a LoRA on all its linear layers are written once; each contender then turns them into a merged
+folder that is on the disk (sync included), in a process of its own, in turns. What is quoted are ratios within this one
+run. Imports are not counted for anyone; the proof counts for qmedtune, the only one to give one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from qmedtune import store, ui
+from qmedtune.errors import RecipeError, RunError
+from qmedtune.record import device_name, versions
+
+SHAPES: dict[str, dict[str, int]] = {
+    "tiny": {"hidden": 256, "intermediate": 704, "layers": 3, "heads": 4, "kv_heads": 2, "vocab": 1536},
+    "1.1b": {"hidden": 2048, "intermediate": 5632, "layers": 22, "heads": 32, "kv_heads": 4, "vocab": 32000},
+    "8b": {"hidden": 4096, "intermediate": 14336, "layers": 32, "heads": 32, "kv_heads": 8, "vocab": 128256},
+}
+CONTENDERS = {
+    "cp": "cp of the base's folder, then sync: the bytes alone",
+    "qmedtune": "qmedtune merge with its proof, then sync",
+    "qmedtune-nf4": "the same of a model trained in NF4: with the shift from its quantised base",
+    "peft": "PEFT merge_and_unload and save_pretrained in bfloat16, then sync: no proof",
+}
+SHARD_BYTES = 5_000_000_000
+RANK = 16
+SAMPLE_S = 0.005
+
+
+def bench_merge(
+    shape: str = "1.1b", contenders: tuple[str, ...] = tuple(CONTENDERS), rounds: int = 3, scratch: Path | None = None
+) -> dict[str, Any]:
+    """Measure; returns `{"bench", "device", "versions", "job", "rows"}`, one row per contender: `value` is the median
+    of seconds over the rounds, `ratio` the median over rounds of its seconds over the first contender's of that round,
+    `peak_anonymous_bytes` the largest (anonymous memory: what the kernel cannot take back; imports included).
+
+    scratch: a folder with room for twice the model. Raises RecipeError for an unknown shape or contender.
+    """
+    if shape not in SHAPES:
+        raise RecipeError(f"bench merge: no shape {shape!r}\nallowed: {', '.join(SHAPES)}")
+    if unknown := [c for c in contenders if c not in CONTENDERS]:
+        raise RecipeError(f"bench merge: no contender {unknown[0]!r}\nallowed: {', '.join(CONTENDERS)}")
+    measured: dict[str, list[dict[str, Any]]] = {c: [] for c in contenders}
+    with tempfile.TemporaryDirectory(dir=scratch) as folder, ui.stage("bench merge", None, "runs") as bar:
+        base, adapter = Path(folder) / "base", Path(folder) / "adapter"
+        weight_bytes = write_model(SHAPES[shape], base, adapter)
+        for number in range(rounds):
+            for contender in contenders:
+                measured[contender].append(_measure(contender, base, adapter, Path(folder) / "out"))
+                bar.update(number * len(contenders) + contenders.index(contender) + 1, note=contender)
+    rows = [_row(contender, shape, found, measured[contenders[0]]) for contender, found in measured.items()]
+    job = {"shape": shape, "weight_bytes": weight_bytes, "r": RANK, "rounds": rounds}
+    return {"bench": "merge", "device": device_name(), "versions": versions(), "job": job, "rows": rows}
+
+
+def _row(contender: str, shape: str, found: list[dict[str, Any]], first: list[dict[str, Any]]) -> dict[str, Any]:
+    seconds = [f["seconds"] for f in found]
+    return {
+        "case": "merge",
+        "shape": shape,
+        "contender": contender,
+        "what": CONTENDERS[contender],
+        "value": statistics.median(seconds),
+        "unit": "s",
+        "ratio": statistics.median(s / f["seconds"] for s, f in zip(seconds, first, strict=True)),
+        "spread": [min(seconds), max(seconds)],
+        "cpu_s": statistics.median(f["cpu_s"] for f in found),
+        "peak_anonymous_bytes": max(f["peak_anonymous_bytes"] for f in found),
+        **({"kl": found[-1]["kl"]} if "kl" in found[-1] else {}),
+    }
+
+
+def render(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of the table for people."""
+    columns = [
+        "contender",
+        "seconds",
+        "spread",
+        "CPU seconds",
+        f"x {result['rows'][0]['contender']}",
+        "anonymous memory",
+    ]
+    rows = [
+        [
+            row["contender"],
+            f"{row['value']:.2f}",
+            f"{row['spread'][0]:.2f} to {row['spread'][1]:.2f}",
+            f"{row['cpu_s']:.1f}",
+            f"{row['ratio']:.2f}",
+            f"{row['peak_anonymous_bytes'] / 1e6:.0f} MB",
+        ]
+        for row in result["rows"]
+    ]
+    return columns, rows
+
+
+def _measure(contender: str, base: Path, adapter: Path, out: Path) -> dict[str, Any]:
+    """One contender in a process of its own; it leaves its figures in a file beside the output."""
+    os.sync()
+    command = [sys.executable, "-m", "qmedtune.bench.merge", contender, str(base), str(adapter), str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise RunError(f"bench merge: {contender} failed: {reason[:300]}\nis there room for twice the model here?")
+    shutil.rmtree(out)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# -------------------------------------------------------------------------------------------- what is merged, streamed
+
+
+def write_model(shape: Mapping[str, int], base: Path, adapter: Path) -> int:
+    """A bf16 model folder (std .02, as LLaMA's initialisation) and a LoRA on all its linear layers, never held in
+    memory as a whole. Returns the bytes of the weights."""
+    import torch
+
+    from qmedtune.merging.tensors import INDEX, SINGLE, row_blocks, write_safetensors
+
+    base.mkdir()
+    config = _config(shape)
+    store.write_json(base / "config.json", config)
+    shapes = _shapes(shape)
+    noise = torch.randn(2**23 + 2**16, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
+
+    def blocks(names: Mapping[str, tuple[int, ...]]) -> Iterator[torch.Tensor]:
+        for number, size in enumerate(names.values()):
+            for rows in row_blocks(size):
+                part = (rows.stop - rows.start, *size[1:])
+                start = (number * 7919 + rows.start) % 2**16  # the same pool of numbers, never the same tensor
+                values = noise[start : start + torch.Size(part).numel()].view(part)
+                yield values if len(size) > 1 else torch.ones_like(values)
+
+    shards = _sharded(shapes)
+    files = {n: f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i, s in enumerate(shards) for n in s}
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        for names in shards:
+            file = SINGLE if len(shards) == 1 else files[next(iter(names))]
+            write_safetensors(base / file, names, torch.bfloat16, blocks(names), thread)
+    if len(shards) > 1:
+        store.write_json(base / INDEX, {"metadata": {}, "weight_map": files})
+    _write_adapter(shapes, adapter)
+    return sum(path.stat().st_size for path in base.glob("*.safetensors"))
+
+
+def _config(shape: Mapping[str, int]) -> dict[str, Any]:
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(
+        vocab_size=shape["vocab"],
+        hidden_size=shape["hidden"],
+        intermediate_size=shape["intermediate"],
+        num_hidden_layers=shape["layers"],
+        num_attention_heads=shape["heads"],
+        num_key_value_heads=shape["kv_heads"],
+        tie_word_embeddings=False,
+    )
+    return config.to_dict() | {"architectures": ["LlamaForCausalLM"], "dtype": "bfloat16"}
+
+
+def _shapes(shape: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+    hidden, inner = shape["hidden"], shape["intermediate"]
+    key = hidden // shape["heads"] * shape["kv_heads"]
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (shape["vocab"], hidden)}
+    linears = {"self_attn.q": (hidden, hidden), "self_attn.k": (key, hidden), "self_attn.v": (key, hidden)}
+    linears |= {"self_attn.o": (hidden, hidden), "mlp.gate": (inner, hidden), "mlp.up": (inner, hidden)}
+    linears |= {"mlp.down": (hidden, inner)}
+    for layer in range(shape["layers"]):
+        shapes |= {f"model.layers.{layer}.{name}_proj.weight": size for name, size in linears.items()}
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            shapes[f"model.layers.{layer}.{norm}.weight"] = (hidden,)
+    return shapes | {"model.norm.weight": (hidden,), "lm_head.weight": (shape["vocab"], hidden)}
+
+
+def _sharded(shapes: Mapping[str, tuple[int, ...]]) -> list[dict[str, tuple[int, ...]]]:
+    shards: list[dict[str, tuple[int, ...]]] = [{}]
+    held_bytes = 0
+    for name, size in shapes.items():
+        bytes_ = 2 * size[0] * (size[1] if len(size) > 1 else 1)
+        if held_bytes + bytes_ > SHARD_BYTES:
+            shards.append({})
+            held_bytes = 0
+        shards[-1][name] = size
+        held_bytes += bytes_
+    return shards
+
+
+def _write_adapter(shapes: Mapping[str, tuple[int, ...]], folder: Path) -> None:
+    import torch
+    from peft import LoraConfig
+    from safetensors.torch import save_file
+
+    generator = torch.Generator().manual_seed(1)
+    tensors = {}
+    for name, size in shapes.items():
+        if "_proj" in name:
+            module = f"base_model.model.{name.removesuffix('.weight')}"
+            tensors[f"{module}.lora_A.weight"] = torch.randn(RANK, size[1], generator=generator) * size[1] ** -0.5
+            tensors[f"{module}.lora_B.weight"] = torch.randn(size[0], RANK, generator=generator) * 0.01
+    targets = sorted({name.split(".")[-2] for name in shapes if "_proj" in name})
+    LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=targets, task_type="CAUSAL_LM").save_pretrained(str(folder))
+    save_file(tensors, folder / "adapter_model.safetensors")
+
+
+# ------------------------------------------------------------------------------------------------- in its own process
+
+
+def merge_with_qmedtune(
+    base: Path, adapter: Path, out: Path, quantization: Literal["none", "nf4"] = "none"
+) -> dict[str, Any]:
+    from qmedtune.merge import merge
+    from qmedtune.recipe import MergeSection, ModelSection
+
+    out.mkdir()
+    model = ModelSection(base=str(base), quantization=quantization, compute_dtype="bfloat16")
+    return {"kl": merge(base, [adapter], out, MergeSection(), model_section=model)["kl"]}
+
+
+def merge_with_peft(base: Path, adapter: Path, out: Path) -> dict[str, Any]:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    PeftModel.from_pretrained(model, str(adapter)).merge_and_unload().save_pretrained(out)  # pyright: ignore
+    return {}
+
+
+def copy(base: Path, adapter: Path, out: Path) -> dict[str, Any]:
+    subprocess.run(["cp", "-r", str(base), str(out)], check=True)
+    return {}
+
+
+@contextmanager
+def anonymous_peak() -> Iterator[list[int]]:
+    """The peak of this process' anonymous memory in bytes while inside, sampled every 5 ms."""
+    peak = [_anonymous_bytes()]
+    done = threading.Event()
+
+    def sample() -> None:
+        while not done.wait(SAMPLE_S):
+            peak[0] = max(peak[0], _anonymous_bytes())
+
+    thread = threading.Thread(target=sample, daemon=True)
+    thread.start()
+    yield peak
+    done.set()
+    thread.join()
+
+
+def _anonymous_bytes() -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("RssAnon:")[2].split()[0]) * 1024
+
+
+def main() -> None:
+    contender, *paths = sys.argv[1:]
+    base, adapter, out = map(Path, paths)
+    if contender != "cp":  # what it imports, before the clock starts
+        import peft  # noqa: F401
+        import transformers.models.llama.modeling_llama  # noqa: F401
+
+        import qmedtune.merge  # noqa: F401
+    nf4 = partial(merge_with_qmedtune, quantization="nf4")
+    work = {"cp": copy, "qmedtune": merge_with_qmedtune, "qmedtune-nf4": nf4, "peft": merge_with_peft}[contender]
+    with anonymous_peak() as peak:
+        started, cpu_s = time.monotonic(), sum(os.times()[:4])
+        figures = work(base, adapter, out)
+        os.sync()
+        seconds = time.monotonic() - started
+    cpu_s = sum(os.times()[:4]) - cpu_s
+    print(json.dumps({"seconds": seconds, "cpu_s": cpu_s, "peak_anonymous_bytes": peak[0], **figures}))
+
+
+if __name__ == "__main__":
+    main()

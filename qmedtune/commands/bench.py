@@ -1,0 +1,98 @@
+"""`qmedtune bench`: measured against the limit and against installed peers, in one run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, Any
+
+import typer
+
+from qmedtune.commands.common import JsonOption, emit
+
+ContendersOption = Annotated[
+    str | None, typer.Option("--contenders", metavar="A,B", help="Names, the reference first; default: all.")
+]
+STATIC_COLUMNS = ("kernel", "target", "regs", "spills", "shared", "ins_per_element")
+MEASURED_COLUMNS = ("kernel", "shape", "contender", "value", "unit", "ratio", "of_limit", "skipped")
+RoundsOption = Annotated[int, typer.Option(min=1, help="Rounds, contenders in turn; medians are told.")]
+
+
+def kernels(
+    static: Annotated[bool, typer.Option("--static", help="Read the machine code; needs no GPU.")] = False,
+    only: Annotated[str, typer.Option(metavar="NAME", help="Kernels whose name contains this.")] = "",
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer shapes.")] = False,
+    results: Annotated[Path | None, typer.Option(metavar="FILE", help="Keep finished rows here; resume.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Each kernel against its limit and against installed peers."""
+    from qmedtune.bench import kernels as bench_kernels
+    from qmedtune.errors import RunError
+
+    facts = bench_kernels.bench_kernels(static=static, out=results, quick=quick, only=only)
+    if as_json:
+        emit(facts)
+    else:
+        _show_rows(facts, STATIC_COLUMNS if static else MEASURED_COLUMNS)
+    if broken := bench_kernels.failures(facts):
+        raise RunError("\n".join(["bench kernels --static: limits are broken", *broken[:5]]))
+
+
+def train(
+    shape: Annotated[str, typer.Option(metavar="NAME", help="tiny, 1b, 8b, 13b or 70b.")] = "tiny",
+    contenders: ContendersOption = None,
+    rounds: RoundsOption = 3,
+    results: Annotated[Path | None, typer.Option(metavar="FILE", help="Keep finished rows here; resume.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Training speed beside TRL + PEFT and a bare PyTorch loop."""
+    from qmedtune.bench import train as bench_train
+
+    job = bench_train.Job(shape=shape)
+    _show(bench_train, bench_train.bench_train(job, _names(contenders, bench_train), rounds, results), as_json)
+
+
+def data(
+    cases: Annotated[str | None, typer.Option(metavar="A,B", help="tokenise, jats, near, decontaminate.")] = None,
+    corpus: Annotated[Path | None, typer.Option(metavar="FILE", help="JSON lines; default: made text.")] = None,
+    rounds: RoundsOption = 3,
+    as_json: JsonOption = False,
+) -> None:
+    """Reading, tokenising, deduplicating beside installed peers."""
+    from qmedtune.bench import data as bench_data
+
+    _show(bench_data, bench_data.bench_data(cases.split(",") if cases else None, rounds, corpus), as_json)
+
+
+def merge(
+    shape: Annotated[str, typer.Option(metavar="NAME", help="A model shape, e.g. 1.1b.")] = "1.1b",
+    contenders: ContendersOption = None,
+    rounds: RoundsOption = 3,
+    scratch: Annotated[Path | None, typer.Option(metavar="DIR", help="Room for twice the model.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Time and memory of a merge beside PEFT's."""
+    from qmedtune.bench import merge as bench_merge
+
+    names = tuple(_names(contenders, bench_merge))
+    _show(bench_merge, bench_merge.bench_merge(shape, names, rounds, scratch), as_json)
+
+
+def _show_rows(facts: dict[str, Any], columns: tuple[str, ...]) -> None:
+    from qmedtune import ui
+
+    rows = [["" if row.get(column) is None else str(row[column]) for column in columns] for row in facts["rows"]]
+    ui.table(f"bench {facts['bench']} on {facts['device']}", columns, rows)
+
+
+def _names(asked: str | None, module: ModuleType) -> list[str]:
+    return asked.split(",") if asked else list(module.CONTENDERS)
+
+
+def _show(module: ModuleType, result: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        return emit(result)
+    from qmedtune import ui
+
+    columns, rows = module.render(result)
+    ui.table(f"bench {result['bench']} on {result['device']}", columns, rows)

@@ -1,0 +1,57 @@
+"""What the commands share: their common options, loading a recipe, printing for machines."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from qmedtune.parsing.loader import LoadedRecipe
+
+RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, e.g. recipes/cpt_then_sft.yaml.")]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, e.g. runs/cpt_then_sft.")]
+OutOption = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Run folder; default: runs/<name>.")]
+SetOption = Annotated[
+    list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a key: stages[0].cpt.lr=1e-4; repeatable.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+OfflineOption = Annotated[bool, typer.Option("--offline", help="Open no connection; the base must be here.")]
+
+
+def emit(result: Any) -> None:
+    """A result for machines, on stdout."""
+    print(json.dumps(result, indent=2, ensure_ascii=False))
+
+
+def load(path: Path, overrides: list[str]) -> LoadedRecipe:
+    """The recipe, with its warnings shown."""
+    from qmedtune import ui
+    from qmedtune.parsing.loader import load_recipe
+
+    loaded = load_recipe(path, overrides)
+    for warning in loaded.warnings:
+        ui.warn(warning)
+    return loaded
+
+
+def run_folder(loaded: LoadedRecipe, out: Path | None) -> Path:
+    return out or Path("runs") / loaded.recipe.name
+
+
+def seconds(text: str) -> float:
+    """`55m`, `2h`, `90s` or plain seconds."""
+    match = re.fullmatch(r"(\d{1,6}(?:\.\d+)?)([smh]?)", text)
+    if not match or not float(match[1]):
+        raise typer.BadParameter(f"got {text!r}; allowed: 90s, 55m, 2h")
+    return float(match[1]) * {"s": 1, "": 1, "m": 60, "h": 3600}[match[2]]
+
+
+def wants_colour() -> bool:
+    """Whether stdout is a terminal that shows colours, and nobody asked for none."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"

@@ -1,0 +1,87 @@
+"""`qmedtune merge`: the merge alone, of a run or of an adapter folder, with the same proof as in a run.
+
+Written beside `out`, proven, sealed, and renamed in one step: `out` is complete or not there. Deliberately not here:
+the merge itself (merge.py), several runs at once, weighting of adapters.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from qmedtune import base as bases
+from qmedtune import store
+from qmedtune.data.templates import FILE
+from qmedtune.errors import RecipeError
+from qmedtune.evaluation.open_model import locate
+from qmedtune.planning.machine import this_machine
+from qmedtune.recipe import MergeSection, ModelSection, Recipe
+from qmedtune.run import after, folds
+
+
+def merge_into(
+    name: str, out: Path, section: MergeSection, *, base: str | None = None, offline: bool = False
+) -> dict[str, Any]:
+    """Merge a run folder or an adapter folder (`base`: what it was trained on, default: what its config names).
+
+    Returns the facts of merge.merge and `path`. Raises RecipeError where `out` exists or `name` has no adapter.
+    """
+    from qmedtune.merge import merge
+
+    if out.exists():
+        raise RecipeError(f"--out: {out} is there already\nmove it away, or give another name")
+    folder = Path(name).expanduser()
+    if (folder / "run.json").is_file():
+        model, start, adapters, template = _of_run(folder, offline)
+    else:
+        model, start, adapters, template = _of_adapter(name, folder, base, offline)
+    staging = out.with_name(f".{out.name}.part")
+    shutil.rmtree(staging, ignore_errors=True)  # of a killed attempt; never anything that was finished
+    staging.mkdir(parents=True)
+    try:
+        facts = merge(start, adapters, staging, section, model_section=model, template=template)
+    except BaseException:
+        shutil.rmtree(staging)  # unproven: as large as the model, and of no use
+        raise
+    store.seal(staging, store.sha256_json([str(start), *map(str, adapters), section.model_dump()]), facts)
+    os.replace(staging, out)
+    store.fsync_path(out.absolute().parent)
+    return {"path": str(out), **facts}
+
+
+def _of_run(folder: Path, offline: bool) -> tuple[ModelSection, Path, list[Path], Path | None]:
+    """What the run's own merge folds: the adapters since the last full model, and the template of the last sft."""
+    recipe = Recipe.model_validate(json.loads((folder / "run.json").read_text(encoding="utf-8"))["recipe"])
+    place, names = "base", []
+    for name, stage in zip(recipe.stage_names(), recipe.stages, strict=True):
+        if folds(stage, names):
+            place, names = f"{name}-base", []
+        place, names = after(stage, name, place, names)
+    adapters = [folder / name for name in names]
+    for adapter in adapters:
+        if not adapter.is_dir():
+            raise RecipeError(f"{folder}: stage {adapter.parent.name} is not finished\ncontinue it with `qmedtune run`")
+    hashes = store.HashCache(store.cache_root() / "hashes.json")
+    templates = [path.parent for path in sorted(folder.glob(f"[0-9][0-9]-sft/{FILE}"))]
+    found = folder / place
+    if place == "base":
+        found = bases.identify(recipe.model, hashes, offline=offline).make()
+    return recipe.model, found, adapters, templates[-1] if templates else None
+
+
+def _of_adapter(
+    name: str, folder: Path, base: str | None, offline: bool
+) -> tuple[ModelSection, Path, list[Path], Path | None]:
+    location = locate(name, base=base, offline=offline)
+    if not location.adapters:
+        raise RecipeError(
+            f"{name}: neither a run nor an adapter folder (adapter_config.json)\nthere is nothing to merge"
+        )
+    machine = this_machine()
+    dtype = "bfloat16" if machine.bf16 else "float16" if machine.is_gpu else "float32"
+    templates = [place for place in (folder, folder.parent) if (place / FILE).is_file()]
+    model = ModelSection(base=str(location.base), compute_dtype=dtype)
+    return model, location.base, list(location.adapters), templates[0] if templates else None

@@ -1,0 +1,171 @@
+"""Commands about models: eval, predict, chat, merge. A model is a run, an adapter or model folder, or a Hub id."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from qmedtune.commands.common import JsonOption, OfflineOption, emit
+
+
+class Precision(StrEnum):
+    nf4 = "nf4"
+    none = "none"
+
+
+class Onto(StrEnum):
+    full16 = "full16"
+    nf4 = "nf4"
+
+
+class Dtype(StrEnum):
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+
+
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A run, an adapter or model folder, or a Hub id.")]
+BaseOption = Annotated[str | None, typer.Option(metavar="MODEL", help="Base of an adapter folder.")]
+TemplateOption = Annotated[str | None, typer.Option(metavar="NAME", help="Instead of the one it was trained with.")]
+PrecisionOption = Annotated[Precision | None, typer.Option(help="Default: nf4 under an adapter, else 16 bit.")]
+
+
+def evaluate(
+    model: ModelArgument,
+    tasks: Annotated[str | None, typer.Option(metavar="A,B=FILE", help="facts, pubmedqa=FILE, perplexity=FILE")] = None,
+    data: Annotated[Path | None, typer.Option(metavar="FILE", help="File of the tasks that name none.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Keep items here; resume.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most this many items of each task.")] = None,
+    generate: Annotated[bool, typer.Option(help="Also judge what the model writes.")] = True,
+    base: BaseOption = None,
+    template: TemplateOption = None,
+    quantization: PrecisionOption = None,
+    harness: Annotated[str | None, typer.Option(metavar="A,B", help="Tasks of lm-evaluation-harness.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Draws the items of --limit, and the bootstrap.")] = 17,
+    offline: OfflineOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Score a model on tasks and held-out texts."""
+    if (tasks is None) == (harness is None):
+        raise typer.BadParameter("give one of --tasks (facts, pubmedqa=FILE ...) and --harness")
+    chosen = quantization.value if quantization else None
+    if harness:
+        from qmedtune.evaluation.harness import evaluate_with_harness
+
+        found = evaluate_with_harness(
+            model, harness.split(","), limit=limit, base=base, template=template, quantization=chosen, seed=seed,
+            offline=offline,
+        )  # fmt: skip
+        return emit(found) if as_json else _show_harness(found)
+    from qmedtune.evaluate import evaluate_model
+
+    facts = evaluate_model(
+        model, str(tasks).split(","), data=data, base=base, template=template, out=out, limit=limit, generate=generate,
+        quantization=chosen, seed=seed, offline=offline,
+    )  # fmt: skip
+    emit(facts) if as_json else _show_scores(model, facts)
+
+
+def _show_scores(model: str, facts: dict[str, Any]) -> None:
+    from qmedtune import ui
+
+    title = f"{model}, template {facts['template']}, {facts['quantization']}"
+    ui.table(title, ("task", "metric", "value", "95 % interval", "items"), list(_score_rows(facts)))
+
+
+def _show_harness(facts: dict[str, Any]) -> None:
+    from qmedtune import ui
+
+    rows = [
+        (task, metric, f"{value:.4f}", f"{scores.get(metric + '_stderr', float('nan')):.4f}")
+        for task, scores in facts["tasks"].items()
+        for metric, value in scores.items()
+        if not metric.endswith("_stderr")
+    ]
+    ui.table(f"lm-evaluation-harness {facts['harness']}", ("task", "metric", "value", "standard error"), rows)
+
+
+def _score_rows(facts: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    for task, found in facts["tasks"].items():
+        parts = {task: found, **{f"{task}: {facet}": part for facet, part in found.get("facets", {}).items()}}
+        for name, part in parts.items():
+            yield _score_row(name, part["model"])
+            if generated := part["model"].get("generation"):
+                yield _score_row(f"{name}, written", generated)
+    for text, found in facts["perplexity"].items():
+        yield text, "perplexity", f"{found['model']:.2f}", "", f"{found['tokens']:,} tokens"
+
+
+def _score_row(name: str, scores: dict[str, Any]) -> tuple[str, ...]:
+    low, high = scores["ci95"]
+    return name, scores["metric"], f"{scores[scores['metric']]:.3f}", f"{low:.3f} to {high:.3f}", f"{scores['n']:,}"
+
+
+def predict(
+    model: ModelArgument,
+    data: Annotated[Path, typer.Option(metavar="FILE", help="CSV, TSV, JSON, JSON lines or Parquet.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Answers: .csv, else JSON lines.")],
+    column: Annotated[str | None, typer.Option(metavar="NAME", help="The field that holds the question.")] = None,
+    instruction: Annotated[str | None, typer.Option(metavar="TEXT", help="Asked about every record.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of an answer.")] = 256,
+    base: BaseOption = None,
+    template: TemplateOption = None,
+    quantization: PrecisionOption = None,
+    offline: OfflineOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Answer every record of a file; run again to resume."""
+    from qmedtune import predict as predictions
+
+    facts = predictions.predict(
+        model, data, out, column=column, instruction=instruction, base=base, template=template,
+        max_new_tokens=max_new_tokens, quantization=quantization.value if quantization else None, offline=offline,
+    )  # fmt: skip
+    emit(facts) if as_json else print(", ".join(f"{key} {value}" for key, value in facts.items()))
+
+
+def chat(
+    model: ModelArgument,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="Opens every conversation.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of an answer.")] = 512,
+    base: BaseOption = None,
+    template: TemplateOption = None,
+    quantization: PrecisionOption = None,
+    offline: OfflineOption = False,
+) -> None:
+    """Talk to a model with the template it was trained with."""
+    from qmedtune import chat as chats
+
+    chats.chat(
+        model, base=base, template=template, system=system, max_new_tokens=max_new_tokens,
+        quantization=quantization.value if quantization else None, offline=offline,
+    )  # fmt: skip
+
+
+def merge(
+    model: Annotated[str, typer.Argument(metavar="RUN_OR_ADAPTER", help="A run or an adapter folder.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The merged model; must not exist.")],
+    base: BaseOption = None,
+    onto: Annotated[Onto, typer.Option(help="The 16-bit base, or its dequantised NF4 values.")] = Onto.full16,
+    dtype: Annotated[Dtype, typer.Option(help="Of the merged weights.")] = Dtype.bfloat16,
+    max_kl: Annotated[float, typer.Option(help="The proof fails above this divergence (nats).")] = 1e-4,
+    offline: OfflineOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Fold adapters into the base, proven before anything is renamed."""
+    from qmedtune.commands.merge import merge_into
+    from qmedtune.recipe import MergeSection, VerifySection
+
+    if not max_kl > 0:
+        raise typer.BadParameter(f"--max-kl: got {max_kl}; allowed: a number above 0")
+    section = MergeSection(base=onto.value, dtype=dtype.value, verify=VerifySection(max_kl=max_kl))
+    facts = merge_into(model, out, section, base=base, offline=offline)
+    if as_json:
+        return emit(facts)
+    print(
+        f"{out}: {facts['modules']} modules merged, KL to base + adapters {facts['kl']:.2g}, top-1 {facts['top1']:.4f}"
+    )

@@ -1,0 +1,163 @@
+"""Commands about recipes and runs: run, plan, data, report, schema, doctor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qmedtune.commands.common import (
+    JsonOption,
+    OfflineOption,
+    OutOption,
+    RecipeArgument,
+    RunArgument,
+    SetOption,
+    emit,
+    load,
+    run_folder,
+    seconds,
+    wants_colour,
+)
+
+if TYPE_CHECKING:
+    from qmedtune.parsing.loader import LoadedRecipe
+
+
+def run(
+    recipe: RecipeArgument,
+    out: OutOption = None,
+    overrides: SetOption = [],  # noqa: B006 - typer reads the default, nothing changes it
+    until: Annotated[str | None, typer.Option(metavar="STAGE", help="Stop after this step, e.g. 01-cpt.")] = None,
+    offline: OfflineOption = False,
+    smoke: Annotated[bool, typer.Option("--smoke", help="Built-in base and data, in runs/<name>-smoke.")] = False,
+    time_limit: Annotated[
+        float | None, typer.Option(parser=seconds, metavar="55m", help="Seal and stop cleanly after this time.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """From data to merged model and report. Run again to resume."""
+    loaded = load(recipe, overrides)
+    from qmedtune import run as spine
+
+    folder = out or (Path("runs") / f"{loaded.recipe.name}-smoke" if smoke else run_folder(loaded, out))
+    facts = spine.run(
+        loaded.recipe, loaded.text, folder, until=until, offline=offline, smoke=smoke, time_limit_s=time_limit
+    )
+    emit(facts) if as_json else _show_run(facts, folder)
+
+
+def _show_run(facts: dict[str, Any], folder: Path) -> None:
+    from qmedtune.reporting import tables as report_tables
+
+    _show(report_tables.evaluation(facts), report_tables.perplexity(facts))
+    print(f"{facts['name']}: {facts['status']}. Report: {folder / 'report.html'}")
+    if facts["status"] == "finished" and facts["merge"]:
+        print(f"Talk to it: qmedtune chat {folder}")
+
+
+def _show(*tables: Any) -> None:
+    from qmedtune import ui
+
+    for table in tables:
+        if table.rows:
+            ui.table(table.title, table.columns, table.rows)
+
+
+def plan(
+    recipe: RecipeArgument,
+    out: OutOption = None,
+    overrides: SetOption = [],  # noqa: B006
+    as_json: JsonOption = False,
+) -> None:
+    """Stages, tokens, memory, disk and time, before anything runs. Exit code 4: it cannot fit."""
+    loaded = load(recipe, overrides)
+    from qmedtune.plan import make_plan
+    from qmedtune.planning.view import render_plan
+
+    facts = make_plan(loaded.recipe, run_folder(loaded, out))
+    if as_json:
+        return emit(facts)
+    tables, closing = render_plan(facts)
+    _show(*tables)
+    print("\n".join(closing))
+
+
+def data(
+    words: Annotated[list[str], typer.Argument(metavar="[show] RECIPE", help="`show` prints packed rows.")],
+    out: OutOption = None,
+    overrides: SetOption = [],  # noqa: B006
+    stage: Annotated[
+        str | None, typer.Option(metavar="STAGE", help="show: rows of this stage; default: first.")
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="show: so many rows.")] = 3,
+    offline: OfflineOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """The data steps alone, with their ledger; `data show` prints what is trained on."""
+    *show, recipe = words
+    if show not in ([], ["show"]):
+        raise typer.BadParameter(f"got {' '.join(words)!r}; allowed: data RECIPE, data show RECIPE")
+    loaded = load(Path(recipe), overrides)
+    folder = run_folder(loaded, out)
+    if show:
+        return _show_packed(loaded, folder, stage, count, offline)
+    from qmedtune import run as spine
+    from qmedtune.reporting import tables as report_tables
+
+    facts = spine.run(loaded.recipe, loaded.text, folder, until="data", offline=offline)
+    emit(facts["data"]) if as_json else _show(report_tables.records(facts))
+
+
+def _show_packed(loaded: LoadedRecipe, folder: Path, stage: str | None, count: int, offline: bool) -> None:
+    from qmedtune import base, store
+    from qmedtune.data.pack import PackedRows
+    from qmedtune.data.show import show
+    from qmedtune.data.tokens import load_codec
+    from qmedtune.errors import RecipeError
+
+    packed = folder / "data" / (stage or loaded.recipe.stage_names()[0])
+    if not (packed / store.SEAL).is_file():
+        raise RecipeError(f"{packed}: nothing is packed here\nmake it with: qmedtune data RECIPE")
+    source = base.identify(loaded.recipe.model, store.HashCache(folder / ".hashes.json"), offline=offline)
+    tokenizer = load_codec(source.make()).backend
+    print(show(PackedRows(packed), tokenizer, count, color=wants_colour()))
+
+
+def report(
+    run_dir: RunArgument,
+    verify: Annotated[bool, typer.Option("--verify", help="Hash every sealed file; name what differs.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Render the report again, or verify every hash of a run."""
+    from qmedtune import verify as checking
+    from qmedtune.report import write_report
+
+    checking.check_is_run(run_dir)
+    facts = checking.verify(run_dir) if verify else write_report(run_dir)
+    if as_json:
+        return emit(facts)
+    if verify:
+        print(f"{facts['files']} files in {facts['folders']} sealed folders are as they were sealed")
+    else:
+        print("\n".join(str(run_dir / name) for name in facts))
+
+
+def schema() -> None:
+    """The JSON Schema of recipes, for editors."""
+    from qmedtune.parsing.grammar import json_schema
+
+    emit(json_schema())
+
+
+def doctor(as_json: JsonOption = False) -> None:
+    """What this machine has, and which kernel path is taken and why."""
+    from qmedtune import doctor as examiner
+    from qmedtune import ui
+
+    facts = examiner.examine()
+    if as_json:
+        return emit(facts)
+    ui.table("This machine", ("what", "found"), examiner.rows(facts))
+    print("\n".join(f"- {line}" for line in facts["advice"]))

@@ -1,0 +1,1 @@
+"""Scoring's parts: log-likelihood, generation, statistics and the harness bridge."""

@@ -1,0 +1,156 @@
+"""Greedy answers: batched for evaluation and prediction, streamed for chat, from one decoding loop.
+
+Prompts of similar length share a batch; an answer that ends (end token, stop string, length) leaves the batch at once.
+transformers' `generate` is not used: it cannot drop ended rows, and its per-token overhead is most of the time of a
+tiny model on a CPU. Deliberately absent: sampling and beam search (an evaluation must repeat to the token).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from qmedtune.evaluation.scoring import (
+    BATCH_TOKENS,
+    Progress,
+    bos_id,
+    encode,
+    fit,
+    hidden_states,
+    max_positions,
+    next_logits,
+    padded_batches,
+    prefill,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Ended = Literal["eos", "stop", "length"]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A greedy continuation without its end token or stop string. `truncated`: its prompt was cut."""
+
+    text: str
+    tokens: int
+    ended: Ended
+    truncated: bool
+
+
+@dataclass(frozen=True)
+class Ending:
+    """Where an answer ends: at an end token, or where one of the strings `stop` appears in its text."""
+
+    tokenizer: PreTrainedTokenizerBase
+    eos: frozenset[int]
+    stop: tuple[str, ...]
+
+    def reason(self, tokens: list[int]) -> Ended | None:
+        if tokens[-1] in self.eos:
+            return "eos"
+        # the last token can only have completed a stop string within this many tokens (a character has <= 4 bytes)
+        reach = 4 * max(map(len, self.stop), default=0) + 8
+        text = self._decode(tokens[-reach:])
+        return "stop" if any(stop in text for stop in self.stop) else None
+
+    def text(self, tokens: list[int]) -> str:
+        text = self._decode([token for token in tokens if token not in self.eos])
+        return text[: min((text.find(stop) for stop in self.stop if stop in text), default=len(text))].strip()
+
+    def _decode(self, tokens: list[int]) -> str:
+        return str(self.tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
+
+
+def ending(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> Ending:
+    """End tokens of the tokenizer and of the model (LLaMA-3 lists several) plus the template's stop strings."""
+    named = [tokenizer.eos_token_id, getattr(model.generation_config, "eos_token_id", None)]
+    eos = [token for name in named for token in (name if isinstance(name, list) else [name])]
+    return Ending(tokenizer, frozenset(token for token in eos if isinstance(token, int)), tuple(stop))
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    stop: Sequence[str] = (),
+    batch_tokens: int = BATCH_TOKENS,
+    progress: Progress | None = None,
+) -> list[Answer]:
+    """Greedy answers in the order given."""
+    end = ending(model, tokenizer, stop)
+    room = max_positions(model) - max_new_tokens
+    rows = [fit(row, room, bos_id(tokenizer)) for row in encode(tokenizer, list(prompts))]
+    answers: dict[int, Answer] = {}
+    for batch in padded_batches([len(row) + max_new_tokens for row, _ in rows], batch_tokens):
+        for position, tokens, ended in _decode(model, [rows[i][0] for i in batch], max_new_tokens, end):
+            if ended:
+                i = batch[position]
+                answers[i] = Answer(end.text(tokens), len(tokens), ended, rows[i][1])
+        if progress:
+            progress(len(batch))
+    return [answers[i] for i in range(len(rows))]
+
+
+def stream(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    max_new_tokens: int,
+    stop: Sequence[str] = (),
+) -> Iterator[str]:
+    """One greedy answer as it grows: pieces whose concatenation is `generate`'s text.
+
+    Held back: white space and what may still become a stop string or a character of several tokens.
+    """
+    end = ending(model, tokenizer, stop)
+    row, _ = fit(encode(tokenizer, [prompt])[0], max_positions(model) - max_new_tokens, bos_id(tokenizer))
+    shown = ""
+    for _, tokens, ended in _decode(model, [row], max_new_tokens, end):
+        text = end.text(tokens)
+        if not ended:
+            text = settled(text, end.stop)
+        if text.startswith(shown):
+            yield text[len(shown) :]
+            shown = text
+
+
+def settled(text: str, stop: Sequence[str]) -> str:
+    """The part of a growing text that later tokens cannot change."""
+    text = text.rstrip("\ufffd")
+    held = (size for s in stop for size in range(len(s) - 1, 0, -1) if text.endswith(s[:size]))
+    return text[: len(text) - max(held, default=0)].rstrip()
+
+
+def _decode(
+    model: PreTrainedModel, prompts: list[list[int]], max_new_tokens: int, end: Ending
+) -> Iterator[tuple[int, list[int], Ended | None]]:
+    """Yield (row, its tokens so far, why it ended or None) for every new token; ended rows leave the batch."""
+    assert not model.training
+    with torch.no_grad():
+        prefix = prefill(model, prompts)
+    logits, mask, positions, cache = prefix.logits, prefix.mask, prefix.lengths, prefix.cache
+    live, rows = list(range(len(prompts))), [list[int]() for _ in prompts]
+    for step in range(1, max_new_tokens + 1):
+        new, keep = logits.argmax(-1), []
+        for place, token in enumerate(new.tolist()):
+            tokens = rows[live[place]]
+            tokens.append(token)
+            ended = end.reason(tokens) or ("length" if step == max_new_tokens else None)
+            keep += [] if ended else [place]
+            yield live[place], tokens, ended
+        if not keep:
+            return
+        with torch.no_grad():
+            if len(keep) < len(live):
+                live, kept = [live[place] for place in keep], torch.tensor(keep, device=new.device)
+                cache.batch_select_indices(kept)
+                new, mask, positions = new[kept], mask[kept], positions[kept]
+            mask = torch.cat([mask, mask.new_ones(len(live), 1)], dim=-1)
+            logits = next_logits(model, hidden_states(model, new[:, None], mask, positions[:, None], cache)[:, -1])
+            positions = positions + 1

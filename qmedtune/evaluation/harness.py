@@ -1,0 +1,138 @@
+"""Bridge to lm-evaluation-harness (extra `lm-eval`): its tasks on our models, and our benchmark files as its tasks.
+
+`medqa_4options` runs a task that the harness ships (its data must be in the local datasets cache when offline);
+`pubmedqa=FILE` writes the prompts of our own reader as a local harness task, which needs no network. Either way the
+numbers are the harness's own, for comparison with published ones; a test holds ours equal to them item by item.
+Deliberately absent: running task folders of others (their YAML can execute Python), uploading results.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from qmedtune.errors import RecipeError
+from qmedtune.evaluation.open_model import OpenModel, Quantization, locate, open_model
+from qmedtune.evaluation.scoring import causal_model, prompt_texts
+from qmedtune.recipe import TaskSection
+from qmedtune.tasks import Task, load_task
+
+PREFIX = "qmedtune_"
+
+
+def evaluate_with_harness(
+    name: str,
+    tasks: Sequence[str],
+    *,
+    chat: bool = False,
+    limit: int | None = None,
+    batch: int = 8,
+    base: str | None = None,
+    template: str | None = None,
+    quantization: Quantization | None = None,
+    seed: int = 17,
+    offline: bool = False,
+) -> dict[str, Any]:
+    """Score a model on harness tasks and on `task=FILE` benchmarks of ours.
+
+    chat: wrap the harness's own prompts into the trained template (files of ours are always wrapped).
+    Returns {"harness": version, "template", "tasks": {task: {metric: value}}}, each metric with its `_stderr`.
+    Raises RecipeError where lm_eval is not installed or knows no such task.
+    """
+    _require_harness()
+    own = [load_task(_section(task), seed) for task in tasks if "=" in task or task == "facts"]
+    shipped = [task for task in tasks if "=" not in task and task != "facts"]
+    opened = open_model(locate(name, base=base, template=template, offline=offline), quantization)
+    results: dict[str, Any] = {}
+    with TemporaryDirectory() as folder:
+        if own:
+            names = [write_harness_task(Path(folder), task, opened) for task in own]
+            found = run_harness(opened, names, Path(folder), chat=False, limit=limit, batch=batch, seed=seed)
+            results |= {task.removeprefix(PREFIX): scores for task, scores in found["results"].items()}
+        if shipped:
+            results |= run_harness(opened, shipped, None, chat=chat, limit=limit, batch=batch, seed=seed)["results"]
+    return {
+        "harness": version("lm_eval"),
+        "template": opened.template.name,
+        "tasks": {t: _scores(r) for t, r in results.items()},
+    }
+
+
+def _require_harness() -> None:
+    if find_spec("lm_eval") is None:
+        raise RecipeError("--harness needs lm-evaluation-harness\npip install 'qmedtune[lm-eval]'")
+
+
+def _section(task: str) -> TaskSection:
+    name, _, path = task.partition("=")
+    return TaskSection(task=name, path=path or None)
+
+
+def write_harness_task(folder: Path, task: Task, opened: OpenModel) -> str:
+    """Write <folder>/<task>.jsonl and .yaml: prompts through the template, options, gold index. Returns its name."""
+    if not task.items[0].options:
+        raise RecipeError(f"--harness {task.name}: only multiple-choice benchmarks go through the harness")
+    name = PREFIX + task.name
+    prompts = prompt_texts(opened.tokenizer, opened.template, [item.messages for item in task.items])
+    data = folder / f"{name}.jsonl"
+    with data.open("w", encoding="utf-8") as file:
+        for item, prompt in zip(task.items, prompts, strict=True):
+            line = {"id": item.id, "prompt": prompt, "options": list(item.options), "gold": item.gold}
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    metrics = [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in ("acc", "acc_norm")]
+    config = {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(data)}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "prompt",
+        "doc_to_choice": "options",
+        "doc_to_target": "gold",
+        "target_delimiter": "",
+        "metric_list": metrics,
+        "metadata": {"version": 1.0},
+    }
+    (folder / f"{name}.yaml").write_text(json.dumps(config, indent=1), encoding="utf-8")  # JSON is YAML
+    return name
+
+
+def run_harness(
+    opened: OpenModel, tasks: list[str], folder: Path | None, *, chat: bool, limit: int | None, batch: int, seed: int
+) -> dict[str, Any]:
+    """`simple_evaluate` on the loaded model; `folder` holds local tasks, None means the harness's own."""
+    lm_eval, tasks_module = import_module("lm_eval"), import_module("lm_eval.tasks")
+    manager = tasks_module.TaskManager(include_path=str(folder) if folder else None, include_defaults=folder is None)
+    unknown = [task for task in tasks if task not in manager.all_tasks]
+    if unknown:
+        raise RecipeError(
+            f"--harness: lm-evaluation-harness has no task {unknown[0]!r}\nlist them: lm_eval --tasks list"
+        )
+    if chat:
+        opened.tokenizer.chat_template = opened.template.jinja()
+    model = import_module("lm_eval.models.huggingface").HFLM(
+        pretrained=causal_model(opened.model), tokenizer=opened.tokenizer, batch_size=batch, add_bos_token=True
+    )
+    found: Any = lm_eval.simple_evaluate(
+        model=model,
+        tasks=tasks,
+        task_manager=manager,
+        limit=limit,
+        apply_chat_template=chat,
+        random_seed=seed,
+        numpy_random_seed=seed,
+        torch_random_seed=seed,
+        fewshot_random_seed=seed,
+    )
+    return found
+
+
+def _scores(result: dict[str, Any]) -> dict[str, float]:
+    """`acc,none` -> `acc`: the filter's name is dropped where there is only the usual one."""
+    return {key.removesuffix(",none"): value for key, value in result.items() if isinstance(value, int | float)}

@@ -1,0 +1,141 @@
+"""One model against one benchmark: every item scored, by log-likelihood of its options and by what the model writes.
+
+A base model can know without answering in form, so both ways are measured and told apart; answers that cannot be read
+are wrong and counted. What is kept of an item are labels and numbers: no prompt, no answer text, no source text.
+Deliberately absent: model loading, intervals and comparisons (compare.py).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qmedtune import store, ui
+from qmedtune.data.rejects import Rejects
+from qmedtune.data.sources import read_records
+from qmedtune.data.templates import Template
+from qmedtune.errors import DataError
+from qmedtune.evaluation.generation import generate
+from qmedtune.evaluation.scoring import Perplexity, Progress, Rows, choice_logprobs, encode, perplexity, prompt_texts
+from qmedtune.recipe import SourceSection
+from qmedtune.tasks import Item, Task
+
+Row = dict[str, Any]
+"""Everything that is kept of one item for one model."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to measure. batch_tokens: padded tokens per forward pass."""
+
+    template: Template
+    generate: bool
+    batch_tokens: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one model did: rows per task in the order of its items, perplexity per source of held-out text."""
+
+    tasks: dict[str, list[Row]]
+    perplexity: dict[str, Perplexity]
+
+
+def measure_model(
+    model: Any,
+    tokenizer: Any,
+    label: str,
+    tasks: list[Task],
+    held_out: Mapping[str, Rows],
+    settings: Settings,
+    partial: Path,
+) -> Measured:
+    """All tasks and texts. Each result is written to the folder `partial` at once and read from there when it is."""
+
+    def rows(task: Task) -> list[Row]:
+        return measure(model, tokenizer, task, settings, f"{task.name}, {label}")
+
+    def text(source: str) -> dict[str, Any]:
+        with ui.stage(f"perplexity of {Path(source).name}, {label}") as bar:
+            return asdict(perplexity(model, held_out[source], settings.batch_tokens, adding(bar)))
+
+    done = {task.name: _kept(partial / f"{label}-{task.name}.json", rows, task) for task in tasks}
+    # A source may be a path, which must not lead out of the folder.
+    files = {source: partial / f"{label}-perplexity-{store.sha256_json(source)[:16]}.json" for source in held_out}
+    texts = {source: _kept(file, text, source) for source, file in files.items()}
+    return Measured(done, {source: Perplexity(**found) for source, found in texts.items()})
+
+
+def _kept(path: Path, work: Callable[[Any], Any], what: Any) -> Any:
+    """What an interrupted attempt left in `path`, else the result of `work`, written in one rename."""
+    if path.is_file():
+        return json.loads(path.read_text(encoding="utf-8"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    result = work(what)
+    store.write_json(path, result)
+    return result
+
+
+def measure(model: Any, tokenizer: Any, task: Task, settings: Settings, title: str) -> list[Row]:
+    """One row per item, in order."""
+    prompts = prompt_texts(tokenizer, settings.template, [item.messages for item in task.items])
+    by_options = bool(task.items[0].options)
+    by_generation = settings.generate or not by_options
+    rows: list[Row] = [{"truncated": False} for _ in task.items]
+    with ui.stage(title, total=len(prompts) * (by_options + by_generation), unit="answers") as bar:
+        if by_options:
+            options = [item.options for item in task.items]
+            scores = choice_logprobs(model, tokenizer, prompts, options, settings.batch_tokens, adding(bar))
+            for row, item, score in zip(rows, task.items, scores, strict=True):
+                row |= {**_choice_row(task, item, score.sums, score.per_character), "truncated": score.truncated}
+        if by_generation:
+            stop, length = settings.template.stop, task.max_new_tokens
+            answers = generate(model, tokenizer, prompts, length, stop, settings.batch_tokens, adding(bar))
+            for row, item, answer in zip(rows, task.items, answers, strict=True):
+                prediction = task.parse(answer.text, item)
+                judged = {**task.judge(item, prediction), "parsed": prediction is not None, "ended": answer.ended}
+                row |= {"generation": judged, "truncated": row["truncated"] or answer.truncated}
+    return rows
+
+
+def adding(bar: ui.Stage) -> Progress:
+    return lambda count: bar.update(bar.completed + count)
+
+
+def _choice_row(task: Task, item: Item, sums: list[float], per_character: list[float]) -> Row:
+    best, normalised = int(np.argmax(sums)), int(np.argmax(per_character))
+    weights = np.exp(np.array(sums) - max(sums))
+    return {
+        **task.judge(item, best),
+        "normalised": task.judge(item, normalised),
+        "logprobs": [round(s, 5) for s in sums],
+        "confidence": round(float(weights.max() / weights.sum()), 5),
+    }
+
+
+def text_rows(tokenizer: Any, path: Path, max_tokens: int) -> list[dict[str, np.ndarray]]:
+    """The texts of a file as rows for `perplexity`: bos + text + eos, long ones in windows of `max_tokens`.
+
+    A window's first token has nothing before it and is not predicted. Damaged records raise DataError.
+    """
+    rejects = Rejects(path.name)
+    texts = [r["text"] for r in read_records(path.name, SourceSection(path=str(path), kind="general"), rejects)]
+    if rejects.counts["rejected"]:
+        reason = rejects.reasons.most_common(1)[0][0]
+        raise DataError(
+            f"{path}: {rejects.counts['rejected']} damaged records ({reason})\nmend the file: all are counted"
+        )
+    documents = [[*ids, tokenizer.eos_token_id] for ids in encode(tokenizer, texts)]
+    windows = [ids[i : i + max_tokens] for ids in documents for i in range(0, len(ids), max_tokens)]
+    return [_row(np.array(window, dtype=np.int64)) for window in windows if len(window) > 1]
+
+
+def _row(ids: np.ndarray) -> dict[str, np.ndarray]:
+    labels = ids.copy()
+    labels[0] = -100
+    return {"input_ids": ids, "labels": labels, "position_ids": np.arange(len(ids))}

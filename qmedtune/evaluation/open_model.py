@@ -1,0 +1,136 @@
+"""From what a user names (a run, an adapter folder, a model folder, a Hub id) to a loaded model with its template.
+
+Evaluation, prediction and chat open models here, so that all three use the template the model was trained with: it is
+looked for beside the weights. Deliberately absent: choosing between several runs, loading parts of an adapter stack (a
+run is opened as its merged model, which holds all of them).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from qmedtune import base as bases
+from qmedtune import store
+from qmedtune.data import templates
+from qmedtune.data import world as worlds
+from qmedtune.errors import RecipeError
+from qmedtune.planning.machine import this_machine
+from qmedtune.recipe import ModelSection, Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Quantization = Literal["nf4", "none"]
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where a model lies. `adapters` are applied to `base` in order; `kind` is what the user named.
+
+    world: the built-in world whose facts the model may know (only runs on built-in data know one).
+    """
+
+    name: str
+    kind: Literal["run", "adapter", "model"]
+    base: Path
+    adapters: tuple[Path, ...]
+    template: templates.Template
+    world: str = "tiny"
+
+
+@dataclass(frozen=True)
+class OpenModel:
+    """A model in eval mode on this machine's device, its tokenizer and the template to speak to it."""
+
+    location: Location
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    quantization: Quantization
+
+    @property
+    def template(self) -> templates.Template:
+        return self.location.template
+
+
+def locate(name: str, *, base: str | None = None, template: str | None = None, offline: bool = False) -> Location:
+    """Find a model without loading it.
+
+    `base` is the base of an adapter folder (default: what its config names); `template` overrides the saved one.
+    Raises RecipeError where there is no such model or no template of that name.
+    """
+    path = Path(name).expanduser()
+    if (path / "run.json").is_file():
+        found = _of_run(name, path)
+    elif (path / "adapter_config.json").is_file():
+        found = _of_adapter(name, path, base, offline)
+    else:
+        folder = _base_folder(name, offline)
+        found = Location(name, "model", folder, (), _template_beside(folder))
+    return replace(found, template=templates.load(template, found.base)) if template else found
+
+
+def _of_run(name: str, folder: Path) -> Location:
+    merged = folder / "merged"
+    if not (merged / "config.json").is_file():
+        raise RecipeError(
+            f"{folder}: this run has no merged model yet\n"
+            "finish it with `qmedtune run`, or name the adapter folder of a finished stage"
+        )
+    stages = sorted(path for path in folder.glob("[0-9][0-9]-*") if (path / templates.FILE).is_file())
+    template = templates.load(stages[-1]) if stages else _template_beside(merged)
+    recipe = Recipe.model_validate(json.loads((folder / "run.json").read_text(encoding="utf-8"))["recipe"])
+    return Location(name, "run", merged, (), template, world_of(recipe))
+
+
+def world_of(recipe: Recipe) -> str:
+    """The built-in world that a recipe's data come from; `tiny` for recipes on other data."""
+    paths = [p for s in recipe.data.values() for p in ([s.path] if isinstance(s.path, str) else s.path)]
+    return next((worlds.locate(path)[0].name for path in paths if path.startswith("builtin:")), "tiny")
+
+
+def _of_adapter(name: str, folder: Path, base: str | None, offline: bool) -> Location:
+    named = base or json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    below = _base_folder(named, offline)
+    saved = [place for place in (folder, folder.parent) if (place / templates.FILE).is_file()]
+    template = templates.load(saved[0]) if saved else _template_beside(below)
+    return Location(name, "adapter", below, (folder,), template)
+
+
+def _base_folder(name: str, offline: bool) -> Path:
+    known = store.HashCache(store.cache_root() / "hashes.json")
+    return bases.identify(ModelSection(base=name), known, offline=offline).make()
+
+
+def _template_beside(folder: Path) -> templates.Template:
+    """The saved template, else the tokenizer's own chat template, else `alpaca`."""
+    return templates.load(folder) if (folder / templates.FILE).is_file() else templates.default(None, folder)
+
+
+def fingerprint(path: Path) -> list[Any]:
+    """Names, sizes and times of a file or of a model folder's files: a changed model is another evaluation."""
+    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file())
+    return [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in files]
+
+
+def open_model(location: Location, quantization: Quantization | None = None) -> OpenModel:
+    """Load it for scoring. Default precision: NF4 under an adapter (as trained), 16 bit for whole models."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from qmedtune import model as models
+
+    disable_progress_bar()
+
+    machine = this_machine()
+    dtype = "bfloat16" if machine.bf16 else "float16" if machine.is_gpu else "float32"
+    precision = quantization or ("nf4" if location.adapters else "none")
+    section = ModelSection(base=str(location.base), quantization=precision, compute_dtype=dtype, attention="sdpa")
+    tokenizer = models.load_tokenizer(location.base)
+    model = models.load_base(location.base, section)
+    models.check_tokenizer(tokenizer, model, location.base)
+    if location.adapters:
+        model = models.load_adapters(model, location.adapters)
+    models.install_kernels(model, section.kernels)  # type: ignore[arg-type]
+    return OpenModel(location, model.eval(), tokenizer, precision)

@@ -1,0 +1,117 @@
+"""The proof of a merge: the written model against the same base with its adapters unmerged, on probe tokens.
+
+Both are computed in fp32 from the weights on disk, layer by layer (disk_llama.py); the merged side reads the files that
+were just written. Beside it the shift from the NF4 model that was trained is measured: reported, never gated.
+Deliberately not done in 16 bit: the rounding of activations alone is larger than what is to be found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qmedtune import ui
+from qmedtune.errors import RunError
+from qmedtune.merging.disk_llama import EMBEDDING, DiskLlama, open_llama, streamed_model
+from qmedtune.merging.lora_files import Updates
+from qmedtune.recipe import MergeSection, ModelSection
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
+
+PROBE_SEED = 17
+# Any wrong tensor shows within a few tokens. A large model gets 64, so that a proof costs about as much as the merge.
+PROBE_TOKENS, PROBE_TOKENS_LARGE, LARGE = 512, 64, 500_000_000
+
+
+def probe(ids: np.ndarray | None, parameters: int, vocab: int) -> Tensor:
+    """Token ids [rows, length]: the given ones, else random ones (seed 17), as many as a model of this size affords."""
+    tokens = PROBE_TOKENS if parameters < LARGE else PROBE_TOKENS_LARGE
+    if ids is None:
+        return torch.randint(0, vocab, (2, tokens // 2), generator=torch.Generator().manual_seed(PROBE_SEED))
+    return torch.from_numpy(np.asarray(ids, dtype=np.int64))[:, : max(1, tokens // len(ids))]
+
+
+def divergence(reference: Tensor, other: Tensor) -> dict[str, float]:
+    """How far `other` is from `reference`, both logits [rows, length, vocab] in fp32.
+
+    kl: mean over all positions of KL(reference || other) in nats per token; kl_max: the largest position's; top1: share
+    of positions with the same most likely token; max_abs_logit_diff.
+    """
+    p_rows, q_rows = reference.flatten(0, 1), other.flatten(0, 1)
+    kl, same, largest = [], 0, 0.0
+    for p, q in zip(p_rows.split(16), q_rows.split(16), strict=True):  # 16 x 128k in fp64: 16 MB each
+        log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
+        kl.append((log_p.exp() * (log_p - log_q)).sum(-1))
+        same += int((p.argmax(-1) == q.argmax(-1)).sum())
+        largest = max(largest, float((p - q).abs().max()))
+    each = torch.cat(kl)
+    return {
+        "kl": max(0.0, float(each.mean())),
+        "kl_max": max(0.0, float(each.max())),
+        "top1": same / len(each),
+        "max_abs_logit_diff": largest,
+    }
+
+
+def prove(
+    base: DiskLlama,
+    updates: Updates,
+    merged: Path,
+    section: MergeSection,
+    model_section: ModelSection,
+    probe_ids: np.ndarray | None,
+    pool: ThreadPoolExecutor,
+) -> dict[str, Any]:
+    """Figures of `divergence` for the written model, and `shift_from_nf4` (None where training was not in NF4).
+
+    Raises RunError where the mean KL is above `section.verify.max_kl`.
+    """
+
+    def nf4(name: str) -> Tensor:
+        return base.nf4(name, model_section, pool.map)
+
+    written = open_llama(merged)
+    ids = probe(probe_ids, base.model.num_parameters(), base.model.config.vocab_size)
+    models = [streamed_model(written, written.source, Updates(), pool.map)]
+    models += [streamed_model(base, nf4 if section.base == "nf4" else base.source, updates, pool.map)]
+    if model_section.quantization == "nf4" and section.base != "nf4":
+        models += [streamed_model(base, nf4, updates, pool.map)]
+    ours, reference, *trained = _logits(models, ids)
+    figures = divergence(reference, ours)
+    if not figures["kl"] <= section.verify.max_kl:
+        raise RunError(
+            f"the merged model differs from base + adapters: KL {figures['kl']:.2e} nats per token, "
+            f"allowed {section.verify.max_kl:.0e} (merge.verify.max_kl)\n"
+            f"same most likely token: {figures['top1']:.1%}; nothing was published\n"
+            f"{_remedy(base, section)}"
+        )
+    shift = {"nf4": figures, "full16": divergence(trained[0], ours) if trained else None}[section.base]
+    return {
+        **figures,
+        "shift_from_nf4": shift,
+        "probe": {"tokens": ids.numel(), "from": "held-out text" if probe_ids is not None else "random token ids"},
+    }
+
+
+def _remedy(base: DiskLlama, section: MergeSection) -> str:
+    stored = str(base.source(EMBEDDING).dtype).removeprefix("torch.")
+    if stored != section.dtype:
+        return f"the base is stored in {stored}, merge.dtype {section.dtype} rounds it: try merge.dtype: {stored}"
+    return f"{section.dtype} may be too coarse for these weights: try merge.dtype: float32"
+
+
+@torch.no_grad()
+def _logits(models: Sequence[LlamaForCausalLM], ids: Tensor) -> list[Tensor]:
+    layers = sum(len(model.model.layers) for model in models)
+    with ui.stage("proving the merge", total=layers, unit="layers") as shown:
+        for model in models:
+            for layer in model.model.layers:
+                layer.register_forward_hook(lambda *_: shown.update(shown.completed + 1))
+        return [model(input_ids=ids, use_cache=False).logits for model in models]

@@ -1,0 +1,193 @@
+"""What the schema alone cannot say: references between sections, and values that are legal but surely not meant.
+
+`references` works on the plain tree, so that an absent source is named together with every schema error;
+`contradictions` and `doubts` need a valid recipe. At most file names are looked at; contents are for the steps.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from qmedtune.parsing.grammar import did_you_mean
+from qmedtune.parsing.strict_yaml import KeyPath
+from qmedtune.recipe import Recipe, SftSection, TaskSection
+
+Finding = tuple[KeyPath, str]
+FULL_TUNING_LR = 5e-5  # below it LoRA starves: MedAlpaca's 2e-5 did, Clinical LLaMA's 3e-4 worked
+WINDOWS_PATH = re.compile(r"[A-Za-z]:[\\/\x00-\x1f]|\\\\")  # "C:\notes" in double quotes holds a newline
+
+WINDOWS_HINT = "a Windows path; under WSL drive C: is /mnt/c, with forward slashes; elsewhere give the folder there"
+
+
+def references(tree: dict[str, Any]) -> Iterator[Finding]:
+    """Every use of a source name that `data:` does not have, whatever else is wrong with the recipe."""
+    known = list(_mapping(tree.get("data")))
+    for path, name in _named_sources(tree):
+        if isinstance(name, str) and name not in known:
+            sources = ", ".join(known[:6]) or "none"
+            yield path, f'no source "{name}" in `data`{did_you_mean(name, known)} (sources: {sources})'
+
+
+def _named_sources(tree: dict[str, Any]) -> Iterator[tuple[KeyPath, Any]]:
+    stages = tree.get("stages")
+    for index, stage in enumerate(stages if isinstance(stages, list) else []):
+        for kind, section in _mapping(stage).items():
+            here: KeyPath = ("stages", index, kind)
+            yield from (((*here, "mix", name), name) for name in _mapping(_mapping(section).get("mix")))
+            yield from _items((*here, "data"), _mapping(section).get("data"))
+    yield from _items(("validate", "on"), _mapping(tree.get("validate")).get("on"))
+    yield from _items(("evaluate", "perplexity"), _mapping(tree.get("evaluate")).get("perplexity"))
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _items(path: KeyPath, value: Any) -> Iterator[tuple[KeyPath, Any]]:
+    if isinstance(value, list):
+        yield from (((*path, index), item) for index, item in enumerate(value))
+    elif value is not None:
+        yield path, value
+
+
+def contradictions(recipe: Recipe) -> Iterator[Finding]:
+    """What cannot run: each finding is an error at its key."""
+    for index, stage in enumerate(recipe.stages):
+        yield from _stage_contradictions(recipe, ("stages", index, stage.kind), index)
+    yield from _held_out(recipe)
+    yield from _taken_names(recipe)
+    yield from _unknown_names(recipe)
+    yield from _paths(recipe)
+
+
+def _stage_contradictions(recipe: Recipe, here: KeyPath, index: int) -> Iterator[Finding]:
+    section = recipe.stages[index].section
+    if isinstance(section, SftSection):
+        for name in section.sources:
+            if (kind := recipe.data[name].kind) != "instructions":
+                yield (*here, "data"), f'"{name}" is of kind {kind}; an sft stage learns from kind: instructions'
+    elif section.epochs is not None and section.tokens != "auto":
+        yield (*here, "epochs"), "`tokens` is given too; keep one of the two"
+    if isinstance(section.batch, int) and isinstance(section.micro_batch, int) and section.batch % section.micro_batch:
+        yield (*here, "micro_batch"), f"got {section.micro_batch}; allowed: a divisor of batch ({section.batch})"
+    if section.adapter != "continue" and index == 0:
+        yield (*here, "adapter"), f"got {section.adapter}; the first stage has no adapter before it: leave the key out"
+    if section.adapter == "new" and recipe.adapter.train_embeddings is not False:
+        yield (*here, "adapter"), "a stack of adapters cannot train embeddings; set adapter.train_embeddings: false"
+    if recipe.stages[index].kind == "pretrain" and index > 0:
+        yield here, "pretrain starts from scratch: it can only be the first stage"
+
+
+def _held_out(recipe: Recipe) -> Iterator[Finding]:
+    uses: dict[KeyPath, list[str]] = {
+        ("validate", "on"): recipe.validation.on,
+        ("evaluate", "perplexity"): recipe.evaluate.perplexity,
+    }
+    for path, names in uses.items():
+        for index, name in enumerate(names):
+            if recipe.data[name].holdout == 0:
+                yield (*path, index), f"nothing of {name} is held out; set data.{name}.holdout above 0"
+    if recipe.validation.keep_best and not recipe.validation.on:
+        yield ("validate", "keep_best"), "no loss to choose by; name sources in validate.on"
+
+
+def _taken_names(recipe: Recipe) -> Iterator[Finding]:
+    """Names that would share a folder or a file: sources with the run's own data/ steps, tasks with each other."""
+    for name in recipe.data.keys() & {"validation", *recipe.stage_names()}:
+        yield ("data", name), f'"{name}" is the name of a folder that the run makes in data/; call the source otherwise'
+    names = [task if isinstance(task, str) else task.task for task in recipe.evaluate.tasks]
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            yield ("evaluate", "tasks", index), f"{name} is there twice; give all its files as one path or pattern"
+
+
+def _unknown_names(recipe: Recipe) -> Iterator[Finding]:
+    from qmedtune.data.templates import TEMPLATES
+    from qmedtune.tasks import BUILTIN_TASKS, FILE_TASKS
+
+    templates = [*TEMPLATES, "chat"]
+    for name, source in recipe.data.items():
+        template = source.template
+        if template is not None and template not in templates and not template.endswith(".json"):
+            hint = did_you_mean(template, templates)
+            listed = f"(templates: {', '.join(templates)}, or a template.json)"
+            yield ("data", name, "template"), f'no template "{template}"{hint} {listed}'
+    for index, entry in enumerate(recipe.evaluate.tasks):
+        task = TaskSection(task=entry) if isinstance(entry, str) else entry
+        yield from _task(("evaluate", "tasks", index), task, list(BUILTIN_TASKS), list(FILE_TASKS))
+
+
+def _task(here: KeyPath, task: TaskSection, builtin: list[str], from_file: list[str]) -> Iterator[Finding]:
+    known = builtin + from_file
+    if task.task not in known:
+        yield here, f'no task "{task.task}"{did_you_mean(task.task, known)} (tasks: {", ".join(known)})'
+    elif task.task in from_file and task.path is None:
+        yield here, f"{task.task} is read from a file; write {{task: {task.task}, path: FILE}}"
+
+
+def _paths(recipe: Recipe) -> Iterator[Finding]:
+    """Paths that cannot be right wherever the recipe runs; whether files are there is for the data steps to say."""
+    if _is_windows(recipe.model.base):
+        yield ("model", "base"), WINDOWS_HINT
+    yield from _pickled(Path(recipe.model.base).expanduser())
+    for name, source in recipe.data.items():
+        for path in [source.path] if isinstance(source.path, str) else source.path:
+            problem = WINDOWS_HINT if _is_windows(path) else _builtin(path) or _extension(path, source.format)
+            if problem:
+                yield ("data", name, "path"), problem
+
+
+def _pickled(base: Path) -> Iterator[Finding]:
+    """A folder of pickled weights alone would pass for a bare shape to pretrain from."""
+    from qmedtune.hub import PICKLED
+
+    found = sorted(path.name for pattern in PICKLED for path in base.glob(pattern)) if base.is_dir() else []
+    if found and not any(base.glob("*.safetensors")):
+        text = (
+            f"weights are pickled ({found[0]}); loading them could run code (allowed: *.safetensors; convert the model)"
+        )
+        yield ("model", "base"), text
+
+
+def _is_windows(path: str) -> bool:
+    return sys.platform != "win32" and WINDOWS_PATH.match(path) is not None
+
+
+def _builtin(path: str) -> str:
+    from qmedtune.data.world import CORPORA, SIZES
+
+    known = [*(f"builtin:{corpus}" for corpus in CORPORA)]
+    known += [f"builtin:{world}/{corpus}" for world in SIZES for corpus in CORPORA]
+    if not path.startswith("builtin:") or path in known:
+        return ""
+    listed = ", ".join(known[: len(CORPORA)])
+    return f'no built-in source "{path}"{did_you_mean(path, known)} (built in: {listed}, and builtin:micro/... of each)'
+
+
+def _extension(path: str, format: str) -> str:
+    """A last part such as `notes.docx` that no reader claims. Patterns and names without a dot may be anything."""
+    from qmedtune.data.files import plain_suffix
+    from qmedtune.data.sources import SUFFIXES
+
+    suffix = plain_suffix(Path(path))
+    if format != "auto" or path.startswith("builtin:") or not re.fullmatch(r"\.\w+", suffix) or suffix in SUFFIXES:
+        return ""
+    if Path(path).expanduser().is_dir():
+        return ""
+    allowed = ", ".join(SUFFIXES)
+    return f"no reader for {suffix} files (allowed: {allowed}, also .gz and .zst); convert, or name the `format`"
+
+
+def doubts(recipe: Recipe) -> Iterator[Finding]:
+    """What runs but is probably a slip: each finding is a warning at its key."""
+    for index, stage in enumerate(recipe.stages):
+        lr = stage.section.lr
+        if stage.kind != "pretrain" and isinstance(lr, float) and lr < FULL_TUNING_LR:
+            text = f"{lr:g} is a rate for full tuning; adapters starve below {FULL_TUNING_LR:g} (usual: 1e-4 to 3e-4)"
+            yield ("stages", index, stage.kind, "lr"), text
+    for name in recipe.data.keys() - set(recipe.used_sources()):
+        yield ("data", name), "no stage, validation or perplexity uses this source; it will not be read"

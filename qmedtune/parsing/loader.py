@@ -1,0 +1,263 @@
+"""Recipe files and `--set`: YAML text in, a validated `Recipe` out, or one error that lists everything to mend.
+
+Each line of the error says where (`recipes/x.yaml:14 stages[0].cpt.lr`), what was given and what is allowed.
+Deliberately not here: the schema (recipe.py), YAML (strict_yaml.py), cross references (checks.py), `auto` (plan.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from qmedtune.errors import RecipeError
+from qmedtune.parsing import checks, grammar, strict_yaml
+from qmedtune.parsing.strict_yaml import Document, KeyPath, Problem
+from qmedtune.recipe import Recipe
+
+MAX_LINES = 6
+MAX_LINE_CHARS = 300
+REMOTE_CODE = "code from a model folder is never run and cannot be asked for; remove the key"
+
+
+@dataclass(frozen=True)
+class LoadedRecipe:
+    """A validated recipe and the text it came from; overrides stand at the end of `text` as comments.
+
+    `sha256` is that of `text` in UTF-8. `warnings` are one line each, with the place.
+    """
+
+    recipe: Recipe
+    text: str
+    path: Path
+    sha256: str
+    warnings: tuple[str, ...]
+
+
+def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> LoadedRecipe:
+    """Read, override and validate a recipe.
+
+    `overrides` are `key.path=value` strings, for example `stages[0].cpt.lr=1e-4`; values are YAML.
+    Raises RecipeError with at most six lines.
+    """
+    path = Path(path)
+    text = _read(path)
+    document = strict_yaml.parse(text)
+    places = Places(str(path), document.lines, {})
+    if isinstance(document.data, dict):
+        for override in overrides:
+            _apply(override, document, places)
+    recipe = _validate(document, places)
+    text += "".join(f"# --set {override}\n" for override in overrides)
+    warnings = tuple(places.line_of(path, text) for path, text in sorted(checks.doubts(recipe), key=str))
+    return LoadedRecipe(recipe, text, path, hashlib.sha256(text.encode()).hexdigest(), warnings)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a key path was written: a line of the file, or a `--set`."""
+
+    file: str
+    lines: dict[KeyPath, int]
+    overridden: dict[KeyPath, str]
+
+    def line_of(self, path: KeyPath, text: str, line: int = 0) -> str:
+        """`recipes/x.yaml:14 stages[0].cpt.lr: text`, printable and on one line."""
+        sources = [self.overridden[path[:n]] for n in range(len(path), 0, -1) if path[:n] in self.overridden]
+        if sources:
+            return _one_line(f"--set {sources[0]}: {text}")
+        place = f"{self.file}:{number}" if (number := line or self.nearest(path)) else self.file
+        return _one_line(f"{place} {show_path(path)}: {text}" if path else f"{place}: {text}")
+
+    def nearest(self, path: KeyPath) -> int:
+        return next((self.lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in self.lines), 0)
+
+
+def show_path(path: KeyPath) -> str:
+    """`("stages", 0, "cpt", "lr")` as `stages[0].cpt.lr`."""
+    return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path).lstrip(".")
+
+
+def _one_line(text: str) -> str:
+    flat = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return flat if len(flat) <= MAX_LINE_CHARS else flat[: MAX_LINE_CHARS - 4] + " ..."
+
+
+def _read(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            raw = file.read(strict_yaml.MAX_BYTES + 1)
+    except OSError as error:
+        raise RecipeError(_one_line(f"{path}: {_unreadable(path, error)}")) from None
+    if len(raw) > strict_yaml.MAX_BYTES:
+        raise RecipeError(_one_line(f"{path}: over {strict_yaml.MAX_BYTES // 1024} kB; this is no recipe"))
+    if raw.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
+        raise RecipeError(_one_line(f"{path}:1: a byte order mark; save the file as UTF-8 without BOM"))
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        raise RecipeError(_one_line(f"{path}:{line}: a byte that is not UTF-8; save the file as UTF-8")) from None
+
+
+def _unreadable(path: Path, error: OSError) -> str:
+    if isinstance(error, IsADirectoryError):
+        found = sorted(p.name for p in path.glob("*.yaml"))
+        return f"a folder; give the recipe file{f', for example {path / found[0]}' if found else ''}"
+    if isinstance(error, FileNotFoundError):
+        beside = [str(p) for p in (*path.parent.glob("*.yaml"), *Path("recipes").glob("*.yaml"))]
+        by_name = {Path(p).stem: p for p in beside}
+        near = [by_name[name] for name in grammar.nearest(path.stem, by_name)]
+        listed = f"did you mean {near[0]}?" if near else f"recipes here: {', '.join(sorted(set(beside))[:4]) or 'none'}"
+        return f"no such file; {listed}"
+    return f"cannot be read ({error.strerror})"
+
+
+def _apply(override: str, document: Document, places: Places) -> None:
+    """Put the value of one `--set` into the tree. Sections on the way are made; list items must exist."""
+    key, equals, text = override.partition("=")
+    steps = [int(index) if index else name for name, index in re.findall(r"([^.\[\]]+)|\[(\d{1,6})\]", key.strip())]
+    if not (override.isprintable() and equals and steps):
+        raise RecipeError(_one_line(f"--set {override}: allowed: key.path=value, e.g. stages[0].cpt.lr=1e-4"))
+    value = strict_yaml.parse(text)
+    if value.problems:
+        raise RecipeError(_one_line(f"--set {override}: {value.problems[0].text}"))
+    path: list[str | int] = []
+    here: Any = document.data
+    while steps:
+        step, steps = _next_step(here, steps)
+        path.append(step)
+        if isinstance(step, int) != isinstance(here, list) or (isinstance(step, int) and not _has(here, step)):
+            raise RecipeError(_one_line(f"--set {override}: {_no_item(tuple(path[:-1]), here)}"))
+        if not steps:
+            here[step] = value.data
+        elif not _has(here, step) or not _is_branch(here[step]):
+            here[step] = {}
+        here = here[step]
+    places.overridden[tuple(path)] = override
+
+
+def _is_branch(node: Any) -> bool:
+    return isinstance(node, dict | list)
+
+
+def _next_step(here: Any, steps: list[str | int]) -> tuple[str | int, list[str | int]]:
+    """The key to descend by; names may hold dots (`data.v1.0.path`), so the longest existing one wins."""
+    for count in range(len(steps), 1, -1):
+        if isinstance(here, dict) and (name := ".".join(map(str, steps[:count]))) in here:
+            return name, steps[count:]
+    return steps[0], steps[1:]
+
+
+def _no_item(path: KeyPath, here: Any) -> str:
+    if isinstance(here, list):
+        return f"{show_path(path)} is a list of {len(here)}; the first item is {show_path((*path, 0))}"
+    hint = "" if grammar.schemas_at(path) else grammar.did_you_mean(str(path[-1]), grammar.keys_at(path[:-1]))
+    return f"{show_path(path)} is no list{hint}"
+
+
+def _validate(document: Document, places: Places) -> Recipe:
+    """The recipe, or RecipeError with every problem of syntax, schema and references at once."""
+    problems = list(document.problems)
+    recipe = None
+    if isinstance(document.data, dict):
+        try:
+            recipe = Recipe.model_validate(document.data)
+        except ValidationError as error:
+            problems += [Problem(path, 0, text) for path, text in _schema_problems(error, document.data)]
+        problems += [Problem(path, 0, text) for path, text in checks.references(document.data)]
+    elif not problems:
+        problems.append(Problem((), 1, "a recipe is a mapping of sections (`name: ...`, `model: ...`, `data: ...`)"))
+    if recipe is not None and not problems:
+        problems += [Problem(path, 0, text) for path, text in checks.contradictions(recipe)]
+    if recipe is None or problems:
+        raise RecipeError(_listed(problems, places))
+    return recipe
+
+
+def _listed(problems: list[Problem], places: Places) -> str:
+    """One line per key, in the order of the file, at most six lines."""
+    first = {problem.path or (problem.line,): problem for problem in reversed(problems)}
+    ordered = sorted(first.values(), key=lambda p: (p.line or places.nearest(p.path), show_path(p.path)))
+    lines = [places.line_of(problem.path, problem.text, problem.line) for problem in ordered]
+    if len(lines) > MAX_LINES:
+        lines[MAX_LINES - 1 :] = [f"... and {len(lines) - MAX_LINES + 1} more"]
+    return "\n".join(lines)
+
+
+def _schema_problems(error: ValidationError, tree: dict[str, Any]) -> Iterator[tuple[KeyPath, str]]:
+    """Pydantic's findings at key paths of the tree: one per path, and none that a deeper one explains."""
+    found: dict[KeyPath, str] = {}
+    for item in error.errors(include_url=False):
+        path, value = _locate(tree, item["loc"])
+        if item["type"] == "missing":
+            path = (*path, item["loc"][-1])
+        found.setdefault(path, _explain(item, path, value))
+    mistyped = {(*path[:-1], near[0]) for path in found if _is_unknown(path) and len(near := _near_keys(path)) == 1}
+    for path, text in found.items():
+        explained = any(other[: len(path)] == path for other in found if len(other) > len(path))
+        if not explained and not (text.startswith("missing") and path in mistyped):
+            yield path, text
+
+
+def _has(node: Any, key: str | int) -> bool:
+    return key in node if isinstance(node, dict) else isinstance(node, list) and key in range(len(node))
+
+
+def _locate(tree: Any, loc: tuple[str | int, ...]) -> tuple[KeyPath, Any]:
+    """Follow pydantic's location through the tree, past the names of union members that it mixes in."""
+    path: list[str | int] = []
+    here: Any = tree
+    for key in loc:
+        if _has(here, key):
+            path.append(key)
+            here = here[key]
+    return tuple(path), here
+
+
+def _explain(item: Any, path: KeyPath, value: Any) -> str:
+    if item["type"] == "missing":
+        return f"missing; allowed: {grammar.allowed(path)}"
+    if item["type"] == "extra_forbidden":
+        return _unknown(path)
+    if item["type"] == "value_error":
+        return str(item["ctx"]["error"])
+    if item["loc"][-1] == "[key]":
+        return "a name is made of letters, digits, `_`, `-`, `.`, begins with a letter or digit, and has at most 80"
+    hint = grammar.did_you_mean(value, grammar.words_at(path)) if isinstance(value, str) else ""
+    return f"got {_shown(value)}; allowed: {grammar.allowed(path)}{hint}"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return "a section"
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:56] + " ..."
+
+
+def _unknown(path: KeyPath) -> str:
+    """For a key that the schema lacks: the nearest key here, the section where it belongs, or all keys here."""
+    key = str(path[-1])
+    if key in ("trust_remote_code", "auto_map"):
+        return REMOTE_CODE
+    known = grammar.keys_at(path[:-1])
+    hint = grammar.did_you_mean(key, known)
+    if homes := grammar.homes_of(key):
+        return f"unknown key here{hint}; `{key}` belongs in {' or '.join(homes[:3])}"
+    if hint:
+        return f"unknown key{hint}"
+    return f"unknown key; allowed: {', '.join(known)}"
+
+
+def _is_unknown(path: KeyPath) -> bool:
+    return not grammar.schemas_at(path)
+
+
+def _near_keys(path: KeyPath) -> list[str]:
+    return grammar.nearest(str(path[-1]), grammar.keys_at(path[:-1]))

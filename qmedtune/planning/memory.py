@@ -1,0 +1,242 @@
+"""Predicts the peak memory of a training step by parts, and host RAM and disk of a run. Arithmetic only, no torch.
+
+The parts follow what model.py, fused.py, loss.py and trainer.py allocate; each constant names its source. GPU figures
+are predictions that no GPU has confirmed yet; the saved activations were counted on the CPU (tests/test_memory.py).
+Deliberately not here: choosing settings (resolve.py), and the choice per layer (activations.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qmedtune.planning.shapes import BYTES_OF, LINEARS, BaseFacts
+
+MIB, GIB = 1024**2, 1024**3
+
+# bitsandbytes NF4: 4 bits, and per block of 64 a scale: fp32, or 8 bits + an fp32 per 256 blocks when quantised twice.
+NF4_BYTES = 0.5 + 4 / 64
+NF4_DOUBLE_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+# Bytes of optimiser state per trained parameter. 8-bit AdamW: two codes + two fp32 scales per 256 (bitsandbytes 0.50).
+OPTIMIZER_BYTES = {"adamw": 8.0, "adamw_8bit": 2 + 8 / 256, "paged_adamw_8bit": 0.0}
+# loss.py on CUDA: tiles of 4096 tokens (TRL's TOKEN_CHUNK_SIZE) x 8192 vocabulary columns; on the CPU 2**24 logits.
+LOSS_TILE = (4096, 8192)
+CPU_LOGITS = 2**24
+# CUDA context, cuBLAS workspaces (32 MiB on Hopper) and loaded kernels: 0.4 to 0.7 GiB on cards of sm_75 to sm_90,
+# as people report it; not measured by us.
+CUDA_CONTEXT_BYTES = int(0.6 * GIB)
+# What allocators hold beyond what is asked of them, as a share of all that comes and goes: torch's caching allocator
+# 5 % (assumed), glibc 28 % (measured on the CPU: 447 MiB resident for 348 MiB of saved activations).
+FRAGMENTATION = {"cuda": 0.05, "cpu": 0.3}
+# Resident memory of Python with torch, transformers, peft, trl, bitsandbytes and datasets imported, before any model:
+# 593 MiB measured with the CPU build of torch 2.13; with the CUDA libraries and pinned buffers 1.8 GiB (assumed).
+HOST_BASE_BYTES = {"cpu": 600 * MIB, "cuda": int(1.8 * GIB)}
+# What a run holds besides: readers, tokenizers, the trainer, what earlier steps left. A whole run of recipes/micro.yaml
+# peaked at 972 MiB, of which its model, adapters and activations are under 70 MiB.
+RUN_BYTES = 300 * MIB
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What memory depends on. Lengths in tokens, `micro_batch` in rows. `full`: all parameters are trained, in fp32."""
+
+    seq_len: int
+    micro_batch: int
+    checkpointing: bool
+    optimizer: str
+    compute_dtype: str
+    quantized: bool = True
+    double_quantization: bool = True
+    rank: int = 16
+    targets: tuple[str, ...] = LINEARS
+    train_embeddings: bool = False
+    frozen_adapters: int = 0
+    full: bool = False
+    attention: str = "sdpa"
+
+    @property
+    def tokens(self) -> int:
+        return self.seq_len * self.micro_batch
+
+    @property
+    def element_bytes(self) -> int:
+        return BYTES_OF[self.compute_dtype]
+
+
+def adapter_parameters(facts: BaseFacts, rank: int, targets: tuple[str, ...] = LINEARS) -> int:
+    """LoRA parameters: r x (inputs + outputs) per target and layer."""
+    return facts.layers * rank * sum(sum(facts.linear_shapes[t]) for t in targets if t in facts.linear_shapes)
+
+
+def trained_parameters(facts: BaseFacts, setup: Setup) -> int:
+    """Adapters, plus whole copies of embed_tokens and lm_head (PEFT copies both, tied or not) when these train."""
+    if setup.full:
+        return facts.parameters
+    embeddings = 2 * facts.vocab * facts.hidden if setup.train_embeddings else 0
+    return adapter_parameters(facts, setup.rank, setup.targets) + embeddings
+
+
+def weight_bytes(facts: BaseFacts, setup: Setup, *, gpu: bool) -> dict[str, int]:
+    """Frozen weights. On the CPU the linears hold the dequantised NF4 values (model.py); training from scratch is
+    fp32. LoRA on an unquantised base keeps it in the compute dtype."""
+    rest = facts.parameters - facts.linear_parameters
+    if setup.full:
+        return {"weights (fp32)": 4 * facts.parameters}
+    if not (gpu and setup.quantized):
+        return {f"weights ({setup.compute_dtype})": facts.parameters * setup.element_bytes}
+    per_weight = NF4_DOUBLE_BYTES if setup.double_quantization else NF4_BYTES
+    return {
+        "weights (NF4)": int(facts.linear_parameters * per_weight),
+        "embeddings and norms": rest * setup.element_bytes,
+    }
+
+
+def attention_elements(facts: BaseFacts, attention: str) -> int:
+    """Elements per token that attention keeps for its backward pass: q, k, v and the output, which o_proj reads.
+
+    transformers' sdpa with a mask (isolated documents need one) first repeats k and v to all heads.
+    """
+    query, key = facts.heads * facts.head_dim, facts.kv_heads * facts.head_dim
+    repeated = attention in ("sdpa", "eager")
+    return 2 * query + 2 * (query if repeated else key)
+
+
+def score_elements(facts: BaseFacts, setup: Setup) -> int:
+    """Elements per token that attention keeps for scores: eager all of them, sdpa its mask as a bias, both per layer
+    (torch converts the boolean mask at every call); kernels for variable lengths nothing."""
+    return {"eager": facts.heads * setup.seq_len, "sdpa": setup.seq_len}.get(setup.attention, 0)
+
+
+def adapter_copy_bytes(facts: BaseFacts, setup: Setup) -> int:
+    """One layer's adapters as qmedtune_kernels keeps them for the backward pass: stacked, in the compute dtype, the
+    B matrices of q/k/v and gate/up block-diagonal."""
+    if setup.full:
+        return 0
+    copies = 0
+    for group in (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)):
+        inputs = facts.linear_shapes[group[0]][0]
+        outputs = sum(facts.linear_shapes[name][1] for name in group)
+        adapted = sum(name in setup.targets for name in group)
+        copies += adapted * setup.rank * (inputs + outputs)
+    return copies * setup.element_bytes
+
+
+def kept_bytes_per_token(facts: BaseFacts, setup: Setup) -> int:
+    """What one layer saves per token when nothing is recomputed (fused.py and qmedtune_kernels).
+
+    In elements: layer input, norm outputs and residual 4 h; attention; gate, up, silu(gate), product 4 I; X A^T of
+    each LoRA r. In fp32: two rstd and one log-sum-exp per head.
+    """
+    wide = 4 * facts.hidden + attention_elements(facts, setup.attention) + 4 * facts.intermediate
+    lora = 0 if setup.full else len(setup.targets) * setup.rank
+    return (wide + lora + score_elements(facts, setup)) * setup.element_bytes + 4 * (2 + facts.heads)
+
+
+def backward_bytes_per_token(facts: BaseFacts, setup: Setup) -> int:
+    """Gradients alive at the widest point of a layer's backward pass: of product, gate and up, and of their input."""
+    return (4 * facts.intermediate + 2 * facts.hidden) * setup.element_bytes
+
+
+def activation_bytes(facts: BaseFacts, setup: Setup) -> dict[str, int]:
+    """Saved activations, and the working set of the layer that is being differentiated."""
+    kept, stream = kept_bytes_per_token(facts, setup), facts.hidden * setup.element_bytes
+    per_layer = stream if setup.checkpointing else kept
+    working = backward_bytes_per_token(facts, setup) + (kept if setup.checkpointing else 0)
+    mask = setup.seq_len if setup.attention == "sdpa" else 0  # one boolean mask for all layers
+    ends = 3 * stream  # embedding output, last residual, last norm
+    copies = adapter_copy_bytes(facts, setup)
+    return {
+        "activations": setup.tokens * (facts.layers * per_layer + ends + mask)
+        + (0 if setup.checkpointing else facts.layers * copies),
+        "layer workspace": setup.tokens * working + (copies if setup.checkpointing else 0),
+    }
+
+
+def loss_bytes(facts: BaseFacts, setup: Setup, *, gpu: bool) -> int:
+    """loss.py: hidden states picked for the loss with their fp32 gradient, one tile of logits, a trained head's own
+    16-bit copy and fp32 gradient."""
+    hidden = setup.tokens * facts.hidden * (setup.element_bytes + 4)
+    if gpu:
+        tile = min(setup.tokens, LOSS_TILE[0]) * min(facts.vocab, LOSS_TILE[1]) * setup.element_bytes
+    else:
+        # Logits in 16 and 32 bits, their log-softmax and the gradients of all three: six fp32 tiles, measured.
+        tile = 6 * 4 * min(setup.tokens * facts.vocab, CPU_LOGITS)
+    head = facts.vocab * facts.hidden * (setup.element_bytes + 4) if setup.train_embeddings or setup.full else 0
+    return hidden + tile + head
+
+
+def scratch_bytes(facts: BaseFacts, setup: Setup, *, gpu: bool) -> int:
+    """The buffer that NF4 is decoded into: the largest stack of linears that read one input, in the compute dtype."""
+    if not (gpu and setup.quantized) or setup.full:
+        return 0
+    i, o = facts.linear_shapes["gate_proj"]
+    return 2 * i * o * setup.element_bytes
+
+
+def step_memory(facts: BaseFacts, setup: Setup, *, gpu: bool) -> dict[str, int]:
+    """Peak bytes of one training step by parts, in the order they are told; their sum is the peak.
+
+    The parts are alive together at the first layer's backward pass of the last micro-batch, when gradients,
+    optimiser states, all saved activations and one layer's workspace exist; the loss tile is counted although it is
+    gone by then, because the allocator keeps its block.
+    """
+    trained = trained_parameters(facts, setup)
+    frozen = setup.frozen_adapters * adapter_parameters(facts, setup.rank, setup.targets)
+    adapters = 0 if setup.full else 4 * (trained + frozen)
+    passing = {
+        **activation_bytes(facts, setup),
+        "loss": loss_bytes(facts, setup, gpu=gpu),
+        "dequantised weights": scratch_bytes(facts, setup, gpu=gpu),
+    }
+    standing = {
+        **weight_bytes(facts, setup, gpu=gpu),
+        "adapters (fp32)": adapters,
+        "gradients (fp32)": 4 * trained,
+        "optimiser": int(OPTIMIZER_BYTES[setup.optimizer] * trained),
+    }
+    base = CUDA_CONTEXT_BYTES if gpu else HOST_BASE_BYTES["cpu"] + RUN_BYTES
+    parts = {
+        **standing,
+        **passing,
+        "allocator": int(FRAGMENTATION["cuda" if gpu else "cpu"] * sum(passing.values())),
+        "CUDA context" if gpu else "Python and libraries": base,
+    }
+    return {name: size for name, size in parts.items() if size}
+
+
+def peak_bytes(facts: BaseFacts, setup: Setup, *, gpu: bool) -> int:
+    return sum(step_memory(facts, setup, gpu=gpu).values())
+
+
+def host_memory(facts: BaseFacts, setup: Setup, *, gpu: bool, merge: bool) -> dict[str, int]:
+    """Host RAM by phase, in bytes: loading (one shard at a time on a GPU), training, merging (one tensor at a time,
+    in fp32 with its delta and its 16-bit result)."""
+    base = HOST_BASE_BYTES["cuda" if gpu else "cpu"] + RUN_BYTES
+    shard = facts.largest_shard_bytes or min(facts.file_bytes, 5 * 10**9)  # shards of the Hub are at most 5 GB
+    linear = facts.hidden * facts.intermediate
+    largest = max(linear, facts.vocab * facts.hidden if setup.train_embeddings else 0)
+    paged = OPTIMIZER_BYTES["adamw_8bit"] * trained_parameters(facts, setup)
+    phases = {
+        "loading": base + shard if gpu else base + facts.parameters * setup.element_bytes + shard,
+        "training": base + int(paged) if gpu else peak_bytes(facts, setup, gpu=False),
+    }
+    return phases | ({"merging": base + (4 + 4 + 2) * largest} if merge else {})
+
+
+def disk_bytes(facts: BaseFacts, setups: list[Setup], *, keep: int, merge_dtype: str, text_bytes: int, tokens: int):
+    """Disk of a run by parts, in bytes: prepared text, packed tokens (int32 + mask), checkpoints (weights, 8-bit or
+    fp32 states; `keep` + the one being written), adapters, the merged model, and the base if it has to be fetched."""
+
+    def checkpoint(setup: Setup) -> float:
+        states = 8.0 if setup.optimizer == "adamw" else OPTIMIZER_BYTES["adamw_8bit"]
+        return (4 + states) * trained_parameters(facts, setup)
+
+    untied = facts.vocab * facts.hidden if facts.tied and any(s.train_embeddings for s in setups) else 0
+    parts = {
+        "base (download)": 0 if facts.folder or facts.builtin else facts.file_bytes,
+        "prepared text": text_bytes,
+        "packed tokens": 5 * tokens,
+        "checkpoints": int((keep + 1) * max(map(checkpoint, setups))),
+        "adapters": sum(4 * trained_parameters(facts, s) for s in setups),
+        "merged model": (facts.parameters + untied) * BYTES_OF[merge_dtype],
+    }
+    return {name: size for name, size in parts.items() if size}

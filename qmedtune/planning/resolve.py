@@ -1,0 +1,194 @@
+"""Turns every `auto` of a recipe into a value with a one-sentence reason.
+
+What changes results (lengths, batch, learning rates, epochs, intervals) follows from the recipe and the base alone, so
+that a run is the same run on another machine; micro-batch, checkpointing, optimiser precision and compute dtype follow
+from the machine (fit.py). `auto` stays where more must be known: `cpt.tokens` over real text (packing counts it),
+`validate.every` and `save.every` (a share of each stage's steps: train.py), `model.kernels` and `model.attention`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from qmedtune import units
+from qmedtune.planning import fit
+from qmedtune.planning.machine import Machine, this_machine
+from qmedtune.planning.memory import trained_parameters
+from qmedtune.planning.shapes import BaseFacts, base_facts
+from qmedtune.recipe import Recipe, Section, SftSection, StageSection, WarmupSection
+
+Proposals = dict[str, tuple[Any, str]]
+S = TypeVar("S", bound=Section)
+
+# Base size in parameters -> tokens per row. PMC-LLaMA and Meditron-7B trained on 2048; small bases meet small machines.
+SEQ_LEN = ((0.5e9, 512), (2e9, 1024), (float("inf"), 2048))
+# Tokens per optimiser step. CPT: Clinical LLaMA's 64 x 512; SFT: rows of 250-token records hold 64 records, within the
+# 16 (QLoRA) to 128 (MedAlpaca, AlpaCare) that the field used.
+STEP_TOKENS = {"cpt": 32_768, "sft": 16_384, "pretrain": 32_768}
+LARGE = 30e9  # from here QLoRA's own recipe halves the learning rate (Dettmers et al. 2023: 2e-4 to 13B, 1e-4 from 33B)
+
+
+def resolve(recipe: Recipe, machine: Machine | None = None) -> tuple[Recipe, list[dict[str, Any]]]:
+    """The recipe without `auto` (see above for what stays) and the decisions as {"key", "value", "why"}.
+
+    `machine` defaults to this one. Raises DoesNotFit when a stage cannot fit, RecipeError when the base is unknown.
+    """
+    machine = machine or this_machine()
+    facts = base_facts(recipe.model)
+    decisions: list[dict[str, Any]] = []
+    model = _fill(recipe.model, "model", _dtype(machine), decisions)
+    adapter = _fill(recipe.adapter, "adapter", _embeddings(recipe, facts), decisions)
+    recipe = recipe.model_copy(update={"model": model, "adapter": adapter})
+    for index in range(len(recipe.stages)):
+        recipe = _stage(recipe, index, facts, machine, decisions)
+    evaluate = _fill(recipe.evaluate, "evaluate", _evaluation_batch(facts), decisions)
+    return recipe.model_copy(update={"evaluate": evaluate}), decisions
+
+
+def _fill(section: S, where: str, proposals: Proposals, decisions: list[dict[str, Any]]) -> S:
+    """Replace the fields that are `auto`, and note each with its reason."""
+    chosen = {key: value for key, (value, _) in proposals.items() if getattr(section, key) == "auto"}
+    for key, value in chosen.items():
+        shown = value.model_dump(exclude_none=True) if isinstance(value, Section) else value
+        decisions.append({"key": f"{where}.{key}", "value": shown, "why": proposals[key][1]})
+    return section.model_copy(update=chosen) if chosen else section
+
+
+def _stage(recipe: Recipe, index: int, facts: BaseFacts, machine: Machine, decisions: list) -> Recipe:
+    stage = recipe.stages[index]
+    where = f"stages[{index}].{stage.kind}"
+    on_builtin_text = all(_paths_are_builtin(recipe, name) for name in stage.sources)
+    proposals = _tiny_stage(facts, stage, on_builtin_text) if facts.builtin else _real_stage(facts, recipe, index)
+    section = _fill(stage.section, where, proposals, decisions)
+    recipe = _with_stage(recipe, index, section)
+    batch = (
+        _real_batch(int(section.seq_len), stage.kind) if not facts.builtin else _tiny_batch(facts, section, stage.kind)
+    )
+    section = _fill(section, where, batch, decisions)
+    recipe = _with_stage(recipe, index, section)
+    section = _fill(section, where, _memory(facts, recipe, index, machine), decisions)
+    return _with_stage(recipe, index, section)
+
+
+def _with_stage(recipe: Recipe, index: int, section: Section) -> Recipe:
+    stages = list(recipe.stages)
+    stages[index] = stages[index].model_copy(update={stages[index].kind: section})
+    return recipe.model_copy(update={"stages": stages})
+
+
+def _paths_are_builtin(recipe: Recipe, name: str) -> bool:
+    path = recipe.data[name].path
+    return all(p.startswith("builtin:") for p in ([path] if isinstance(path, str) else path))
+
+
+# ---- decided by recipe and base --------------------------------------------------------------------------------------
+
+
+def _real_stage(facts: BaseFacts, recipe: Recipe, index: int) -> Proposals:
+    wanted = next(length for limit, length in SEQ_LEN if facts.parameters < limit)
+    size = units.count(facts.parameters)
+    seq_len = min(wanted, facts.max_positions)
+    why_length = f"a base of {size} parameters; PMC-LLaMA and Meditron trained on 2048, smaller bases on less"
+    lr, why_lr = _learning_rate(facts, recipe, index)
+    return {
+        "seq_len": (seq_len, why_length),
+        "lr": (lr, why_lr),
+        "embedding_lr": (lr / 10, "a tenth of lr (where embeddings are trained): whole rows move faster"),
+        "warmup": (WarmupSection(ratio=0.03), "3 % of the steps, as QLoRA and most systems of the field"),
+        "epochs": (3.0, "3 epochs: MedAlpaca, AlpaCare, PMC-LLaMA and Me-LLaMA"),
+    }
+
+
+def _learning_rate(facts: BaseFacts, recipe: Recipe, index: int) -> tuple[float, str]:
+    stage, large = recipe.stages[index], facts.parameters >= LARGE
+    if stage.kind == "pretrain":
+        return 3e-4, "all parameters from scratch: GatorTronGPT took 1e-4, small models stand more"
+    continues = index > 0 and stage.section.adapter == "continue"
+    peak = 1e-4 if large or continues else 2e-4
+    span = "QLoRA takes 1e-4 from 30B on" if large else "QLoRA takes 1e-4 to 2e-4 up to 13B"
+    kept = "; the lower end keeps what the stage before put into this adapter" if continues else ""
+    return peak, f"{span}; full-tuning values (2e-5) starve LoRA{kept}"
+
+
+def _real_batch(seq_len: int, kind: str) -> Proposals:
+    rows = max(STEP_TOKENS[kind] // seq_len, 1)
+    return {"batch": (rows, f"{rows} rows x {seq_len} = {rows * seq_len} tokens per optimiser step")}
+
+
+def _tiny_stage(facts: BaseFacts, stage: StageSection, on_builtin_text: bool) -> Proposals:
+    from qmedtune import tiny
+
+    defaults = tiny.DEFAULTS[facts.name]
+    tuned = {"cpt": defaults.cpt, "sft": defaults.sft, "pretrain": defaults.pretraining}[stage.kind]
+    why = f"tuned for {facts.name}"
+    real = "real text in a tiny base: unknown words are spelled in bytes, so rows are as long as the base allows"
+    proposals: Proposals = {
+        "seq_len": (tuned.seq_len, why) if on_builtin_text else (facts.max_positions, real),
+        "lr": (tuned.lr, why),
+        "embedding_lr": (getattr(tuned, "embedding_lr", tuned.lr), why),
+        "warmup": (WarmupSection(ratio=tuned.warmup_ratio), why),
+        "epochs": (float(getattr(tuned, "epochs", 1)), why),
+    }
+    if on_builtin_text and not isinstance(stage.section, SftSection) and stage.section.epochs is None:
+        proposals["tokens"] = (getattr(tuned, "tokens", None), why)
+    return proposals
+
+
+def _tiny_batch(facts: BaseFacts, section: Any, kind: str) -> Proposals:
+    from qmedtune import tiny
+
+    defaults = tiny.DEFAULTS[facts.name]
+    tuned = {"cpt": defaults.cpt, "sft": defaults.sft, "pretrain": defaults.pretraining}[kind]
+    rows = max(tuned.batch_rows * tuned.seq_len // section.seq_len, 1)
+    if section.seq_len == tuned.seq_len:
+        return {"batch": (rows, f"tuned for {facts.name}")}
+    return {"batch": (rows, f"as many tokens per step as tuned for {facts.name}, in rows of {section.seq_len}")}
+
+
+def _embeddings(recipe: Recipe, facts: BaseFacts) -> Proposals:
+    if facts.builtin:
+        return {"train_embeddings": (True, "the tiny base meets names it has never seen, each a token of its own")}
+    if any(stage.section.adapter == "new" for stage in recipe.stages[1:]):
+        return {"train_embeddings": (False, "stacked adapters allow no trained embeddings")}
+    rows = 2 * facts.vocab * facts.hidden
+    cost = f"trained copies of both embeddings would take {units.size(16 * rows)} with gradients and AdamW states"
+    return {"train_embeddings": (False, f"no tokens are added; {cost}")}
+
+
+def _evaluation_batch(facts: BaseFacts) -> Proposals:
+    rows = 64 if facts.builtin else 16 if facts.parameters < 2e9 else 8 if facts.parameters < LARGE else 4
+    return {"batch": (rows, f"sequences scored at once on a base of {units.count(facts.parameters)} parameters")}
+
+
+# ---- decided by the machine ------------------------------------------------------------------------------------------
+
+
+def _dtype(machine: Machine) -> Proposals:
+    if machine.bf16:
+        return {"compute_dtype": ("bfloat16", f"{machine.name} has bf16 instructions")}
+    if machine.is_gpu:
+        why = f"{machine.name} (compute capability {machine.capability}) has no bf16; fp16 with loss scaling"
+        return {"compute_dtype": ("float16", why)}
+    return {"compute_dtype": ("float32", f"{machine.name} has no bf16 instructions; emulated bf16 is slower than fp32")}
+
+
+def _memory(facts: BaseFacts, recipe: Recipe, index: int, machine: Machine) -> Proposals:
+    choice = fit.choose(facts, recipe, index, machine)
+    setup = choice.setup
+    used = f"{units.size(choice.peak_bytes)} predicted of {units.size(choice.budget_bytes)}"
+    trained = units.count(trained_parameters(facts, setup))
+    states = {
+        "adamw": f"fp32 states of {trained} trained parameters fit",
+        "adamw_8bit": f"8-bit states of {trained} trained parameters, so that the rest fits",
+        "paged_adamw_8bit": f"states of {trained} trained parameters are paged to host memory, so that the rest fits",
+    }
+    checkpointing = (
+        "recomputing each layer costs half as much time again, but keeping its activations does not fit"
+        if setup.checkpointing
+        else "all activations fit, so nothing is computed twice"
+    )
+    return {
+        "micro_batch": (setup.micro_batch, f"{setup.micro_batch} x {setup.seq_len} tokens at a time: {used}"),
+        "gradient_checkpointing": (setup.checkpointing, checkpointing),
+        "optimizer": (setup.optimizer, states[setup.optimizer]),
+    }

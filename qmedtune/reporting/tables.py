@@ -1,0 +1,238 @@
+"""The tables of the report as plain data, so that report.html, report.md and the model card tell the same figures.
+
+Deliberately does not: know HTML or Markdown; every cell is text that the renderer escapes.
+"""
+
+from dataclasses import dataclass
+
+from qmedtune.reporting.facts import comparisons, perplexities, read_score
+from qmedtune.units import count, digits3, duration, size
+
+Row = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    """`note` explains the columns or, when there are no rows, says what is missing and why."""
+
+    title: str
+    columns: Row
+    rows: list[Row]
+    note: str = ""
+
+
+def evaluation(run: dict) -> Table:
+    rows = []
+    for c in comparisons(run):
+        items = next((f"{s.n:,}" for s in (c.final, c.base) if s is not None and s.n), "–")
+        rows.append((c.label, str(c.base or "–"), str(c.final or "–"), c.change or "–", items, c.reading or "–"))
+    note = (
+        "Share of items answered correctly unless another metric is named, with 95% intervals. Base and final answered "
+        "the same items; a change is called noise when its paired test gives p ≥ 0.05."
+        if rows
+        else "No task was scored in this run."
+    )
+    return Table("Scores", ("Task", "Base", "Final", "Change", "Items", "Reading"), rows, note)
+
+
+def perplexity(run: dict) -> Table:
+    rows = []
+    for source, (base, final) in perplexities(run).items():
+        change = f"{final / base - 1:+.1%}".replace("-", "−") if base and final else "–"
+        rows.append((source, *("–" if value is None else digits3(value) for value in (base, final)), change))
+    note = (
+        "Per token of held-out text, lower is better. Point estimates: no interval is computed."
+        if rows
+        else "No perplexity was measured in this run."
+    )
+    return Table("Perplexity", ("Text", "Base", "Final", "Change"), rows, note)
+
+
+def ablation(run: dict) -> Table | None:
+    """None when the run has no ablation: most have none, and that is not worth a section."""
+    arms = (run.get("ablation") or {}).get("arms")
+    if not arms:
+        return None
+    facets = list(dict.fromkeys(facet for arm in arms for facet in arm["facets"]))
+    rows = [(arm["arm"], *(str(read_score(arm["facets"].get(facet)) or "–") for facet in facets)) for arm in arms]
+    return Table("Ablation", ("Arm", *facets), rows, "Mean accuracy over seeds, 95% interval in brackets.")
+
+
+def stages(run: dict) -> Table:
+    rows = [
+        (
+            stage["name"],
+            stage["kind"],
+            _count(stage.get("tokens", {}).get("trained")),
+            _steps(stage),
+            _first_last(stage.get("loss")),
+            _count(stage.get("tokens_per_s")),
+            size(stage["peak_memory_bytes"]) if stage.get("peak_memory_bytes") else "–",
+            duration(stage["seconds"]) if stage.get("seconds") is not None else "–",
+            (stage.get("adapter") or {}).get("sha256", "–")[:12],
+        )
+        for stage in run.get("stages", [])
+    ]
+    columns = ("Stage", "Kind", "Tokens trained", "Steps", "Loss", "Tokens/s", "Peak memory", "Time", "Adapter")
+    return Table("Stages", columns, rows, "" if rows else "No stage was trained.")
+
+
+def tokens(run: dict) -> Table:
+    names = ("read", "kept", "split", "dropped", "supervised", "trained")
+    rows = [
+        (stage["name"], *(_exact(stage["tokens"].get(name)) for name in names))
+        for stage in run.get("stages", [])
+        if stage.get("tokens")
+    ]
+    columns = ("Stage", *(name.capitalize() for name in names))
+    note = (
+        "Read: tokens of the records. Kept: what is left after cuts. Dropped: read less kept. Trained: tokens that "
+        "went through the model, repeats included; supervised: those with a loss; split: those that continue, in "
+        "another row, a document begun before."
+        if rows
+        else "No stage has a token ledger."
+    )
+    return Table("Token ledger", columns, rows, note)
+
+
+def mixture(run: dict) -> Table:
+    rows = [
+        (
+            stage["name"],
+            source,
+            _part(part.get("asked_share")),
+            _part(part["share"]),
+            _exact(part["tokens"]),
+            _repeats(part.get("repeats")),
+        )
+        for stage in run.get("stages", [])
+        for source, part in (stage.get("mixture") or {}).items()
+    ]
+    columns = ("Stage", "Source", "Asked", "Realised", "Tokens", "Repeats")
+    return Table("Mixture", columns, rows, "Shares of tokens." if rows else "No stage has a mixture.")
+
+
+def records(run: dict) -> Table:
+    names = ("read", "kept", "rejected", "duplicates", "contaminated", "refused")
+    rows = [
+        (
+            name,
+            source.get("kind", "–"),
+            *(_exact(source.get("records", {}).get(column)) for column in names),
+            _exact(source.get("held_out")),
+        )
+        for name, source in run.get("data", {}).items()
+    ]
+    columns = ("Source", "Kind", *(name.capitalize() for name in names), "Held out")
+    note = "Held out: the part of kept that is never trained on." if rows else "No data was read."
+    return Table("Record ledger", columns, rows, note)
+
+
+def findings(run: dict) -> Table:
+    """Counts of what hygiene met in each source: why records went, identifiers by class, benchmark items."""
+    rows: list[Row] = []
+    for name, source in run.get("data", {}).items():
+        rows += [(name, f"record left out: {reason}", _exact(n)) for reason, n in source.get("reasons", {}).items()]
+        if source.get("near_duplicates"):
+            rows.append((name, "near duplicates, among the duplicates", _exact(source["near_duplicates"])))
+        phi = source.get("phi") or {}
+        rows += [(name, f"identifier: {kind} ({phi['mode']})", _exact(n)) for kind, n in phi.get("classes", {}).items()]
+        for task, overlap in source.get("contamination", {}).items():
+            rows.append((name, f"items of {task} found, of {overlap['items']:,}", _exact(len(overlap["found"]))))
+    return Table("Findings", ("Source", "What", "Count"), rows, "" if rows else "Nothing to report.")
+
+
+def sources(run: dict) -> Table:
+    rows = [
+        (name, source.get("kind", "–"), source.get("license") or "not stated", source.get("terms") or "–")
+        for name, source in run.get("data", {}).items()
+    ]
+    return Table("Licences and terms", ("Source", "Kind", "Licence", "Terms"), rows)
+
+
+def merge(run: dict) -> Table:
+    facts = run.get("merge")
+    if not facts:
+        return Table("Merge", ("Check", "Value"), [], "Nothing was merged in this run.")
+    onto = {"full16": "the 16-bit base", "nf4": "the dequantised NF4 base"}.get(facts["base"], facts["base"])
+    shift = facts.get("shift_from_nf4") or {}
+    rows = [
+        ("Merged onto", str(onto)),
+        ("Written as", str(facts.get("dtype", "–"))),
+        ("Adapters folded in", _exact(facts.get("adapters"))),
+        ("Modules changed", _exact(facts.get("modules"))),
+        ("KL divergence, merged against the same base + adapters", _tiny(facts.get("kl"))),
+        ("Same top token", _share(facts.get("top1"))),
+        ("Largest logit difference", _tiny(facts.get("max_abs_logit_diff"))),
+        ("KL divergence from the NF4 model that was trained", _tiny(shift.get("kl"))),
+        ("Same top token as the NF4 model", _share(shift.get("top1"))),
+        ("sha256", str(facts.get("sha256", "–"))),
+    ]
+    return Table("Merge", ("Check", "Value"), [row for row in rows if row[1] != "–"])
+
+
+def steps(run: dict) -> Table:
+    rows = [
+        (step["name"], step["status"], duration(step["seconds"]) if step.get("seconds") is not None else "–")
+        for step in run.get("steps", [])
+    ]
+    return Table("Steps", ("Step", "Status", "Time"), rows, "" if rows else "No step was recorded.")
+
+
+def choices(run: dict) -> Table:
+    rows = [(each["key"], _setting(each["value"]), each["why"]) for each in run.get("resolved", [])]
+    return Table("Chosen automatically", ("Key", "Value", "Why"), rows)
+
+
+def provenance(run: dict) -> Table:
+    facts = {"recipe_sha256": run.get("recipe_sha256"), "seed": run.get("seed"), "offline": run.get("offline")}
+    facts |= {f"data.{name}.sha256": source.get("sha256") for name, source in run.get("data", {}).items()}
+    rows = [row for row in _flat(facts | run.get("provenance", {})) if row[1] != "None"]
+    return Table("Provenance", ("What", "Value"), rows)
+
+
+def _flat(facts: dict, prefix: str = "") -> list[Row]:
+    rows: list[Row] = []
+    for key, value in facts.items():
+        if isinstance(value, dict):
+            rows += _flat(value, f"{prefix}{key}.")
+        else:
+            rows.append((f"{prefix}{key}", ", ".join(map(str, value)) if isinstance(value, list) else str(value)))
+    return rows
+
+
+def _setting(value: object) -> str:
+    return ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+
+
+def _count(value: float | None) -> str:
+    return "–" if value is None else count(value)
+
+
+def _exact(value: int | None) -> str:
+    return "–" if value is None else f"{value:,.0f}"
+
+
+def _part(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1%}"
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2%}"
+
+
+def _tiny(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2g}"
+
+
+def _repeats(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}×"
+
+
+def _steps(stage: dict) -> str:
+    steps, kept = stage.get("steps"), stage.get("kept_step")
+    return "–" if steps is None else f"{steps:,}" if kept in (None, steps) else f"{kept:,} kept of {steps:,}"
+
+
+def _first_last(loss: dict | None) -> str:
+    return f"{loss['first']:.3f} → {loss['last']:.3f}" if loss else "–"

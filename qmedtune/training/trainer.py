@@ -1,0 +1,329 @@
+"""QTrainer: TRL's SFTTrainer, fed with our packed rows, made exact.
+
+What is ours and why: the rows are walked in the order that packing laid out; an optimiser step loops over its
+micro-batches itself, so that running out of memory halves them and retries the same batch with the same gradient;
+weights that are trained stay fp32 (SFTTrainer casts them to bf16 at the start, and back to fp32 on resume: another
+run); checkpoints hold the trained weights alone, are sealed, and only sealed ones are resumed from.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import SequentialSampler
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import SaveStrategy
+from trl import SFTConfig, SFTTrainer
+
+from qmedtune import store, ui
+from qmedtune.errors import DataError, RunError
+from qmedtune.model import EMBEDDINGS, trainable
+from qmedtune.recipe import TrainSection, WarmupSection
+from qmedtune.training.loss import token_nll
+
+WEIGHTS = "trained.safetensors"
+CHECKPOINT_KEY = "checkpoint"
+
+
+class Rows(Protocol):
+    """What packing gives: row i as int64 arrays `input_ids`, `labels`, `position_ids` of the row's true length."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, row: int) -> dict[str, np.ndarray]: ...
+
+
+def collate(rows: list[dict[str, np.ndarray]], pad_id: int) -> dict[str, Tensor]:
+    """Pad rows to the longest: int64 [rows, length] each. Padding is a document of its own (positions restart at 0)
+    without labels: no token attends to it, nothing is learnt from it. `lengths` int64 [rows] are the true ones;
+    `weights` fp32 [rows, length] are there where prompt tokens carry a part of the loss (`loss_on: 0.3`)."""
+    lengths = [len(row["input_ids"]) for row in rows]
+    shape = (len(rows), max(lengths))
+    batch = {"input_ids": np.full(shape, pad_id), "labels": np.full(shape, -100), "position_ids": np.zeros(shape, int)}
+    for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+        for name, values in batch.items():
+            values[i, :length] = row[name]
+        batch["position_ids"][i, length:] = np.arange(shape[1] - length)
+    if any("weights" in row for row in rows):
+        batch["weights"] = np.zeros(shape, np.float32)
+        for i, row in enumerate(rows):
+            batch["weights"][i, : lengths[i]] = row.get("weights", row["labels"] != -100)
+    tensors = {name: torch.from_numpy(values) for name, values in batch.items()}
+    return {**tensors, "lengths": torch.tensor(lengths)}
+
+
+def supervised_weight(batch: dict[str, Tensor]) -> float:
+    """What a batch's summed loss is divided by: its supervised tokens, or the sum of their weights."""
+    if "weights" in batch:
+        return float(batch["weights"][:, 1:].sum())
+    return float((batch["labels"][:, 1:] != -100).sum())
+
+
+def number(value: Any) -> Any:
+    """A value that plan.resolve must have filled in."""
+    assert value != "auto", "the recipe was not resolved"
+    return value
+
+
+def learning_rate_factor(section: TrainSection, total_steps: int):
+    """Step -> factor on the peak learning rate: linear warm-up, then the schedule down to `min_lr_ratio`."""
+    assert isinstance(section.warmup, WarmupSection)
+    horizon = section.horizon_steps or total_steps
+    warmup = section.warmup.steps if section.warmup.steps is not None else round((section.warmup.ratio or 0) * horizon)
+    floor = section.min_lr_ratio
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        done = min(1.0, (step - warmup) / max(1, horizon - warmup))
+        shape = {"cosine": 0.5 * (1 + float(np.cos(np.pi * done))), "linear": 1 - done, "constant": 1.0}
+        return floor + (1 - floor) * shape[section.schedule]
+
+    return factor
+
+
+def parameter_groups(model: torch.nn.Module, section: TrainSection) -> list[dict[str, Any]]:
+    """Adapters and embeddings apart, since embeddings take another learning rate."""
+    trained = trainable(model)
+    embeddings = [p for name, p in trained.items() if any(e in name.split(".") for e in EMBEDDINGS)]
+    known = {id(p) for p in embeddings}
+    rest = [p for p in trained.values() if id(p) not in known]
+    groups = [{"params": rest, "lr": section.lr}, {"params": embeddings, "lr": section.embedding_lr}]
+    return [group for group in groups if group["params"]]
+
+
+def make_optimizer(model: torch.nn.Module, section: TrainSection) -> torch.optim.Optimizer:
+    groups = parameter_groups(model, section)
+    options = {"betas": section.betas, "weight_decay": section.weight_decay}
+    if section.optimizer in ("auto", "adamw"):
+        return torch.optim.AdamW(groups, fused=True, **options)
+    import bitsandbytes as bnb
+
+    kind = {"adamw_8bit": bnb.optim.AdamW8bit, "paged_adamw_8bit": bnb.optim.PagedAdamW8bit}[section.optimizer]
+    return kind(groups, **options)
+
+
+class QTrainer(SFTTrainer):
+    """The one subclass of the project. `section` is resolved: no `auto` in it."""
+
+    def __init__(
+        self,
+        model: Any,
+        args: SFTConfig,
+        rows: Rows,
+        section: TrainSection,
+        tokenizer: Any,
+        keep: int,
+        callbacks: list[TrainerCallback],
+    ):
+        self.section, self.keep, self.folder = section, keep, Path(str(args.output_dir))
+        self.trained_model: Any = model
+        self.micro_batch = number(section.micro_batch)
+        self.halvings: list[str] = []
+        self.tokens_seen = 0
+        pad_id = tokenizer.pad_token_id
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=Dataset.from_dict({"row": range(len(rows))}),
+            data_collator=lambda picked: collate([rows[p["row"]] for p in picked], pad_id),
+            processing_class=tokenizer,
+            callbacks=callbacks,
+        )
+        for parameter in trainable(model).values():
+            parameter.data = parameter.data.float()
+
+    def _send_telemetry(self) -> None:
+        """TRL's own tells the Hub about model and GPU. Nothing leaves this machine."""
+
+    # -- order, optimiser, schedule
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> SequentialSampler:
+        dataset: Any = train_dataset or self.train_dataset
+        return SequentialSampler(dataset)
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            self.optimizer = make_optimizer(self.trained_model, self.section)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
+        factor = learning_rate_factor(self.section, num_training_steps)
+        self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
+        return self.lr_scheduler
+
+    # -- one optimiser step
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None
+    ) -> Tensor:
+        """The whole batch, in micro-batches, its loss a mean over all its supervised tokens."""
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        supervised = supervised_weight(inputs)
+        self.tokens_seen += int(inputs["lengths"].sum())
+        if supervised == 0:
+            return self._nothing_to_learn(inputs["labels"])
+        loss = self._accumulate(model, inputs, supervised)
+        while loss is None:
+            self._halve()
+            model.zero_grad()
+            loss = self._accumulate(model, inputs, supervised)
+        if not torch.isfinite(loss):
+            self._diverged("loss", float(loss))
+        return loss
+
+    def _nothing_to_learn(self, labels: Tensor) -> Tensor:
+        """A last batch of one-token pieces has no label, and no gradient; anywhere else it is a broken mask."""
+        if self.state.global_step + 1 < self.state.max_steps:
+            raise DataError(f"step {self.state.global_step + 1}: no token of this batch is supervised\ncheck `loss_on`")
+        return torch.zeros((), device=labels.device)
+
+    def _accumulate(self, model: torch.nn.Module, inputs: dict[str, Tensor], supervised: float) -> Tensor | None:
+        """Forward and backward over all micro-batches; None when memory ran out."""
+        total = torch.zeros((), device=inputs["labels"].device)
+        try:
+            for piece in zip(*(inputs[n].split(self.micro_batch) for n in inputs), strict=True):
+                micro = dict(zip(inputs, piece, strict=True))
+                longest = int(micro.pop("lengths").max())
+                with self.compute_loss_context_manager():
+                    loss = token_nll(model, **{name: x[:, :longest] for name, x in micro.items()}) / supervised
+                self.accelerator.backward(loss)
+                total += loss.detach()
+        except torch.OutOfMemoryError:
+            return None
+        return total
+
+    def _halve(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if self.micro_batch == 1:
+            raise RunError(
+                f"step {self.state.global_step + 1}: out of memory with one row at a time\n"
+                "cheapest first: gradient_checkpointing: true; half the seq_len; train_embeddings: false\n"
+                "`qmedtune plan` shows how much memory each frees; sealed checkpoints are kept"
+            )
+        before, self.micro_batch = self.micro_batch, self.micro_batch // 2
+        said = f"out of memory: micro-batch {before} -> {self.micro_batch} rows, same batch, same optimiser step"
+        self.halvings.append(said)
+        ui.warn(said)
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        norm: Any = super()._get_grad_norm(model, grad_norm)
+        # With fp16 loss scaling a non-finite norm is routine: the scaler skips the update and lowers the scale.
+        if self.accelerator.scaler is None and not np.isfinite(float(norm)):
+            self._diverged("gradient norm", float(norm))
+        return norm
+
+    def _diverged(self, what: str, value: float) -> None:
+        rate = self.lr_scheduler.get_last_lr()[0] if self.lr_scheduler else float("nan")
+        step = self.state.global_step + 1
+        raise RunError(
+            f"step {step}: {what} is {value}; no update was made (learning rate {rate:.2e}, batch {step - 1})\n"
+            "the last sealed checkpoint is kept; try a lower lr, or max_grad_norm below 1.0"
+        )
+
+    # -- checkpoints: trained weights by name, optimiser, schedule, RNG; sealed last
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or self.folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_trained(self.trained_model, folder / WEIGHTS)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_trained(self.trained_model, Path(resume_from_checkpoint) / WEIGHTS)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        folder = self.folder / f"checkpoint-{self.state.global_step}"
+        if folder.exists():  # left by a killed save, or made again after a resume
+            shutil.rmtree(folder)
+        Trainer._save_checkpoint(self, model, trial)  # SFTTrainer's own adds a model card, nothing else
+        store.seal(folder, CHECKPOINT_KEY, {"step": self.state.global_step, "tokens": self.tokens_seen})
+        for old in superseded(sealed_checkpoints(self.folder), folder, self.keep):
+            shutil.rmtree(old)
+
+
+def save_trained(model: torch.nn.Module, path: Path) -> None:
+    """Everything trainable, exactly, under its parameter name."""
+    save_file({name: p.detach().contiguous() for name, p in trainable(model).items()}, path)
+
+
+def load_trained(model: torch.nn.Module, path: Path) -> None:
+    """Put saved weights back into the same parameters; dtypes and trainability stay as they are."""
+    saved = load_file(path)
+    trained = trainable(model)
+    assert saved.keys() == trained.keys(), "the checkpoint belongs to another set of trained weights"
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(saved[name])
+
+
+def sealed_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints that carry a seal, oldest first."""
+    return sorted((p for p in folder.glob("checkpoint-*") if store.read_seal(p)), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def superseded(checkpoints: list[Path], newest: Path, keep: int) -> list[Path]:
+    """What may go once `newest` is sealed. Those of later steps go first: they were damaged, and passed over."""
+    later = [p for p in checkpoints if step_of(p) > step_of(newest)]
+    return later + [p for p in checkpoints if p not in later][:-keep]
+
+
+def last_intact_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint whose every file matches its seal; damaged ones are passed over with a warning."""
+    for path in reversed(sealed_checkpoints(folder)):
+        if store.intact(path, CHECKPOINT_KEY, full=True):
+            return path
+        ui.warn(f"{path.name} is damaged; continuing from the one before")
+    return None
+
+
+def trainer_arguments(
+    out: Path, section: TrainSection, *, seed: int, save_every: int, autocast: str | None, deterministic: bool
+) -> SFTConfig:
+    """SFTConfig with everything that it would otherwise change behind our back switched off.
+
+    `autocast` is None when the weights are in the compute dtype already and only fp32 adapters are trained,
+    "bfloat16" for training fp32 weights from scratch, "float16" (with loss scaling) for cards without bf16.
+    """
+    arguments = SFTConfig(
+        output_dir=str(out),
+        per_device_train_batch_size=number(section.batch),
+        gradient_accumulation_steps=1,  # QTrainer loops over micro-batches itself
+        num_train_epochs=1,  # packing laid out all epochs
+        learning_rate=float(number(section.lr)),
+        max_grad_norm=section.max_grad_norm,
+        gradient_checkpointing=section.gradient_checkpointing is True,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        bf16=autocast == "bfloat16",
+        fp16=autocast == "float16",
+        use_cpu=not torch.cuda.is_available(),
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        logging_first_step=True,
+        save_strategy=SaveStrategy.STEPS,
+        save_steps=save_every,
+        seed=seed,
+        data_seed=seed,
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        max_length=None,
+        packing=False,
+        full_determinism=deterministic,
+    )
+    # A run takes one GPU: on a machine with several, Trainer would multiply the batch and wrap the model by itself.
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments
