@@ -92,7 +92,7 @@ def test_recipes_for_cards_plan_without_network_or_card(name, tmp_path, capsys, 
         (DoesNotFit("needs 30 GiB"), 4, "error: needs 30 GiB"),
         (TimeLimit(), 0, "time limit reached; the same command continues from here"),
         (OSError(28, "No space left on device", "/full/x"), 1, "error: /full/x: No space left on device"),
-        (KeyError("Mrs Smith, born 1931"), 1, "error: KeyError at cli_run.py:"),
+        (KeyError("Mrs Smith, born 1931"), 1, "error: KeyError at run.py:"),
         (DataError("\n".join("abcdefghij")), 3, "error: a"),
     ],
 )

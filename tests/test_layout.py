@@ -19,11 +19,11 @@ MAX_FILE_LINES = 350
 HEAVY = ("torch", "transformers", "datasets", "peft", "trl", "bitsandbytes", "accelerate", "triton", "pandas")
 LIGHT = [
     "cli",
-    "checks",
     "errors",
-    "grammar",
     "interrupt",
-    "loader",
+    "parsing.checks",
+    "parsing.grammar",
+    "parsing.loader",
     "plan",
     "recipe",
     "record",

@@ -72,7 +72,7 @@ def test_shipped_shapes_have_the_published_number_of_parameters(base, cache):
 
 
 def test_every_shipped_id_has_a_shape():
-    table = json.loads((ROOT / "qmedtune" / "shapes.json").read_text())
+    table = json.loads((ROOT / "qmedtune" / "planning" / "shapes.json").read_text())
     assert set(table["ids"].values()) == set(table["shapes"])
     for base in table["ids"]:
         facts = base_facts(ModelSection(base=base))
