@@ -106,8 +106,36 @@ def test_readme_has_the_marks_that_publish_fills(publish):
 
 
 def test_nothing_but_relative_imports_torch_and_triton():
-    allowed = {"torch", "triton", "__future__", "json", "os", "functools", "pathlib", "dataclasses", "collections"}
+    standard = {"__future__", "json", "os", "functools", "pathlib", "dataclasses", "collections", "types"}
+    allowed = {"torch", "triton", *standard}
     for file in (BENCHMARKS.parent / "torch-ext" / "qmedtune_kernels").glob("*.py"):
         for line in file.read_text().splitlines():
             if line.startswith(("import ", "from ")) and not line.startswith("from ."):
                 assert line.split()[1].split(".")[0] in allowed, f"{file.name}: {line}"
+
+
+WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None  # an import of it fails, as where it is not installed
+import torch
+from qmedtune_kernels import Adapter, dispatch, lora, rms_norm
+x = torch.randn(3, 64)
+y = lora.linear(x, torch.randn(32, 64), [Adapter(torch.randn(4, 64), torch.randn(32, 4), 2.0)])
+assert y.shape == (3, 32) and rms_norm.rms_norm(x, torch.ones(64), 1e-5).shape == x.shape
+dispatch.capability = lambda device: 90
+print(dispatch.describe(torch.device("cpu"))["lora"])
+try:
+    dispatch.uses_triton(torch.device("cpu"), "triton")
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_the_package_imports_and_computes_without_triton():
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", WITHOUT_TRITON]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.splitlines() == [
+        "reference: Triton is not installed",
+        "kernels: triton given, but it is not installed; allowed here: auto, reference",
+    ]

@@ -159,7 +159,7 @@ def test_cpu_tensors_to_a_compiled_kernel_are_refused(monkeypatch):
 
     monkeypatch.setattr(dispatch, "INTERPRET", False)
     weight, *_ = quantize(16, 128, True)
-    with pytest.raises(ValueError, match="path: gather given for device cpu; it needs an NVIDIA GPU of sm_75"):
+    with pytest.raises(ValueError, match="gather given for device cpu; it needs Triton and an NVIDIA GPU of sm_75"):
         nf4.dequantize(weight, path="gather")
     with pytest.raises(ValueError, match="kernels: triton given for device cpu"):
         nf4.dequantize(weight, path="triton")

@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import os
 
-import triton
-import triton.language as tl
+from .language import tl, triton
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 

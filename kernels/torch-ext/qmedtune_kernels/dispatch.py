@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from . import language
 from .decode import INTERPRET
 
 TABLE = json.loads(Path(__file__).with_name("dispatch.json").read_text())
@@ -44,18 +45,21 @@ def uses_triton(device: torch.device, requested: str = "auto") -> bool:
     chosen = mode(requested)
     if chosen == "reference":
         return False
-    runnable = capability(device) >= 75 or INTERPRET
+    runnable = language.PRESENT and (capability(device) >= 75 or INTERPRET)
     if chosen == "triton":
         if not runnable:
+            if not language.PRESENT:
+                raise ValueError("kernels: triton given, but it is not installed; allowed here: auto, reference")
             raise ValueError(f"kernels: triton given for device {device}; it needs an NVIDIA GPU of sm_75 or later")
         return True
-    return capability(device) >= 75 and self_check(device) == ""
+    return language.PRESENT and capability(device) >= 75 and self_check(device) == ""
 
 
 def require(device: torch.device, path: str, lowest: int) -> None:
     """ValueError unless `device` can run a path that needs sm_`lowest`; the interpreter runs what has no assembly."""
-    if capability(device) < lowest and not (INTERPRET and path != "shuffle"):
-        raise ValueError(f"path: {path} given for device {device}; it needs an NVIDIA GPU of sm_{lowest} or later")
+    if not language.PRESENT or (capability(device) < lowest and not (INTERPRET and path != "shuffle")):
+        needs = f"Triton and an NVIDIA GPU of sm_{lowest} or later"
+        raise ValueError(f"path: {path} given for device {device}; it needs {needs}")
 
 
 def asm_verified(device: torch.device) -> bool:
@@ -96,12 +100,19 @@ def fused_rows(device: torch.device) -> int:
     return table.get(f"sm_{capability(device)}", table["default"])
 
 
+def _why_reference(device: torch.device, requested: str) -> str:
+    if mode(requested) == "reference":
+        return "asked for"
+    if capability(device) < 75:
+        return f"{device.type} is no NVIDIA GPU of sm_75+"
+    return self_check(device) if language.PRESENT else "Triton is not installed"
+
+
 def describe(device: torch.device, requested: str = "auto") -> dict[str, str]:
     """One line per operation for `doctor` and the run's facts: the path and the reason."""
     arch = capability(device)
     if not uses_triton(device, requested):
-        failed = self_check(device) if arch >= 75 and mode(requested) == "auto" else ""
-        why = failed or ("asked for" if mode(requested) == "reference" else f"{device.type} is no NVIDIA GPU of sm_75+")
+        why = _why_reference(device, requested)
         return dict.fromkeys(("dequantize", "matmul", "lora", "rms_norm"), f"reference: {why}")
     checked = "is" if asm_verified(device) else "is not"
     why = f"sm_{arch} {checked} among the architectures with committed correctness results for inline assembly"

@@ -15,12 +15,11 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from . import dispatch, nf4
 from .decode import INTERPRET, block_scale, cast, codes, dot, scaled_codes
+from .language import tl, triton
 from .nf4 import NF4Weight, lookup
 
 

@@ -16,12 +16,11 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from . import dispatch
 from .decode import INTERPRET, SHUFFLE_BF16, SHUFFLE_FP16, block_scale, cast
+from .language import tl, triton
 
 # QLoRA (Dettmers et al. 2023), appendix E; the fp32 values of bitsandbytes.functional.get_4bit_type("nf4")
 CODE = (

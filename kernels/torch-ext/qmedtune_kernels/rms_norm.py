@@ -13,12 +13,11 @@ Deliberately not here: LayerNorm, Gemma's (1 + w) rounding, quantised outputs.
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from . import dispatch
 from .decode import INTERPRET, cast
+from .language import tl, triton
 
 
 def reference(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
