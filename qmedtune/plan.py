@@ -244,10 +244,10 @@ def _status(
         return todo, []
     if size > HASHED_BYTES and not (run_dir and (run_dir / ".hashes.json").is_file()):
         return todo, [f"{units.size(size)} of data were never hashed here: every step is taken as to do"]
-    from qmedtune import run
+    from qmedtune.planning import status
 
     try:
-        return run.status(recipe, run_dir or Path("runs") / recipe.name), []
+        return status.status(recipe, run_dir or Path("runs") / recipe.name), []
     except QmedtuneError as error:
         return todo, [str(error).splitlines()[0]]
 

@@ -284,29 +284,6 @@ def _explain(step: Step, folder: Path) -> None:
     ui.note(f"{step.name} is made again: {keys.difference(sealed.facts.get('section', {}), step.section)}")
 
 
-def status(recipe: Recipe, out: Path, *, offline: bool = True) -> list[dict[str, str]]:
-    """For `plan`: each step as {name, status: cached | stale | to do, why}. Loads nothing, writes nothing."""
-    resolved, _ = plan.resolve(recipe)
-    hashes = store.HashCache(out / ".hashes.json")
-    steps = steps_of(resolved, recipe, hashes)
-    digest = _source(resolved, hashes, offline).digest
-    done: dict[str, store.Seal] = {}
-    return [{"name": step.name, **_state(step, digest, done, out)} for step in steps]
-
-
-def _state(step: Step, model_digest: str, done: dict[str, store.Seal], out: Path) -> dict[str, str]:
-    waiting = [u for u in {_owner(p) for p in step.needs.values()} - {"base"} if u not in done]
-    old = store.read_seal(out / step.name)
-    if waiting:
-        return {"status": "stale" if old else "to do", "why": f"after {sorted(waiting)[0]}"}
-    if sealed := store.intact(out / step.name, key_of(step, model_digest, done)):
-        done[step.name] = sealed
-        return {"status": "cached", "why": "unchanged"}
-    if old is None:
-        return {"status": "to do", "why": "not made yet"}
-    return {"status": "stale", "why": keys.difference(old.facts.get("section", {}), step.section)}
-
-
 def _finished(steps: list[Step], source: base.Base, recipe_text: str, out: Path) -> dict[str, Any] | None:
     """run.json of a run in which nothing is left to do."""
     result = record.read(out)

@@ -13,7 +13,8 @@ from conftest import MICRO
 from qmedtune import interrupt, store
 from qmedtune.errors import RecipeError, RunError
 from qmedtune.parsing.loader import load_recipe
-from qmedtune.run import run, status
+from qmedtune.planning.status import status
+from qmedtune.run import run
 
 TRAINED = ("01-cpt", "02-sft")
 

@@ -1,0 +1,35 @@
+"""What a run folder already holds of a recipe: each step as cached, stale (and why) or to do, for `qmedtune plan`.
+
+Takes keys as run.py does. Deliberately does not: load a model, write, or make anything.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qmedtune import keys, plan, store
+from qmedtune.recipe import Recipe
+from qmedtune.run import Step, key_of, owner_of, source_of, steps_of
+
+
+def status(recipe: Recipe, out: Path, *, offline: bool = True) -> list[dict[str, str]]:
+    """For `plan`: each step as {name, status: cached | stale | to do, why}. Loads nothing, writes nothing."""
+    resolved, _ = plan.resolve(recipe)
+    hashes = store.HashCache(out / ".hashes.json")
+    steps = steps_of(resolved, recipe, hashes)
+    digest = source_of(resolved, hashes, offline).digest
+    done: dict[str, store.Seal] = {}
+    return [{"name": step.name, **_state(step, digest, done, out)} for step in steps]
+
+
+def _state(step: Step, model_digest: str, done: dict[str, store.Seal], out: Path) -> dict[str, str]:
+    waiting = [u for u in {owner_of(p) for p in step.needs.values()} - {"base"} if u not in done]
+    old = store.read_seal(out / step.name)
+    if waiting:
+        return {"status": "stale" if old else "to do", "why": f"after {sorted(waiting)[0]}"}
+    if sealed := store.intact(out / step.name, key_of(step, model_digest, done)):
+        done[step.name] = sealed
+        return {"status": "cached", "why": "unchanged"}
+    if old is None:
+        return {"status": "to do", "why": "not made yet"}
+    return {"status": "stale", "why": keys.difference(old.facts.get("section", {}), step.section)}
