@@ -78,7 +78,8 @@ def task_sections(recipe: Recipe) -> list[TaskSection]:
 
 
 def _settings(recipe: Recipe, inputs: dict[str, Path]) -> Settings:
-    template = templates.load(inputs["template"]) if "template" in inputs else templates.default(None, inputs["base"])
+    asked = recipe.evaluate.template or inputs.get("template")
+    template = templates.load(asked, inputs["base"]) if asked else templates.default(None, inputs["base"])
     rows, seq_len = recipe.evaluate.batch, recipe.stages[-1].section.seq_len
     assert isinstance(rows, int) and isinstance(seq_len, int), "evaluate_stage takes a resolved recipe"
     return Settings(template, recipe.evaluate.generate, rows * seq_len)

@@ -219,6 +219,26 @@ class EvaluateSection(Section):
     precision: Literal["nf4", "full16"] = "nf4"
     generate: bool = True
     batch: Positive | Auto = "auto"
+    template: str | None = None  # to ask with; default: the one of training
+
+
+class AblateSection(Section):
+    """Arms of `qmedtune ablate`: `arms` times `corpora`; each value of the other lists is one change to the whole recipe.
+
+    corpora: sources of the cpt mix, each alone at the same number of tokens, or `both`: all of them as in the recipe
+    replay: share of `kind: general` in the tokens of cpt, the other weights keeping their ratio
+    r: alpha keeps its ratio to r; lr_factor: times every learning rate; template: asked with, not trained with
+    seeds: so many, from the recipe's seed on, or a list
+    """
+
+    arms: list[Literal["base", "sft", "cpt", "cpt+sft"]] = ["base", "sft", "cpt", "cpt+sft"]
+    corpora: list[str] = []
+    replay: list[Annotated[float, Field(ge=0, lt=1)]] = []
+    adapter: list[Literal["continue", "merge_then_new", "new"]] = []
+    r: list[Positive] = []
+    lr_factor: list[Annotated[float, Field(gt=0, le=100)]] = []
+    template: list[str] = []
+    seeds: Annotated[int, Field(ge=1, le=100)] | list[Annotated[int, Field(ge=0, lt=2**32)]] = 3
 
 
 class Recipe(Section):
@@ -237,6 +257,7 @@ class Recipe(Section):
     save: SaveSection = SaveSection()
     merge: MergeSection = MergeSection()
     evaluate: EvaluateSection = EvaluateSection()
+    ablate: AblateSection | None = None
 
     def stage_names(self) -> list[str]:
         """`01-cpt`, `02-sft` ...: the names of stage folders and of `run.json` entries."""

@@ -41,6 +41,8 @@ def _named_sources(tree: dict[str, Any]) -> Iterator[tuple[KeyPath, Any]]:
             yield from _items((*here, "data"), _mapping(section).get("data"))
     yield from _items(("validate", "on"), _mapping(tree.get("validate")).get("on"))
     yield from _items(("evaluate", "perplexity"), _mapping(tree.get("evaluate")).get("perplexity"))
+    corpora = _items(("ablate", "corpora"), _mapping(tree.get("ablate")).get("corpora"))
+    yield from ((path, name) for path, name in corpora if name != "both")
 
 
 def _mapping(value: Any) -> dict[str, Any]:
@@ -62,6 +64,7 @@ def contradictions(recipe: Recipe) -> Iterator[Finding]:
     yield from _taken_names(recipe)
     yield from _unknown_names(recipe)
     yield from _paths(recipe)
+    yield from _ablation(recipe)
 
 
 def _stage_contradictions(recipe: Recipe, here: KeyPath, index: int) -> Iterator[Finding]:
@@ -110,15 +113,39 @@ def _unknown_names(recipe: Recipe) -> Iterator[Finding]:
     from qmedtune.tasks import BUILTIN_TASKS, FILE_TASKS
 
     templates = [*TEMPLATES, "chat"]
-    for name, source in recipe.data.items():
-        template = source.template
+    named: list[tuple[KeyPath, str | None]] = [(("data", n, "template"), s.template) for n, s in recipe.data.items()]
+    named.append((("evaluate", "template"), recipe.evaluate.template))
+    named += [(("ablate", "template", i), t) for i, t in enumerate(recipe.ablate.template if recipe.ablate else [])]
+    for path, template in named:
         if template is not None and template not in templates and not template.endswith(".json"):
             hint = did_you_mean(template, templates)
             listed = f"(templates: {', '.join(templates)}, or a template.json)"
-            yield ("data", name, "template"), f'no template "{template}"{hint} {listed}'
+            yield path, f'no template "{template}"{hint} {listed}'
     for index, entry in enumerate(recipe.evaluate.tasks):
         task = TaskSection(task=entry) if isinstance(entry, str) else entry
         yield from _task(("evaluate", "tasks", index), task, list(BUILTIN_TASKS), list(FILE_TASKS))
+
+
+def _ablation(recipe: Recipe) -> Iterator[Finding]:
+    """Arms that this recipe cannot have."""
+    if recipe.ablate is None:
+        return
+    mixes = [stage.cpt for stage in recipe.stages if stage.cpt]
+    kinds = {stage.kind for stage in recipe.stages}
+    for index, arm in enumerate(recipe.ablate.arms):
+        if missing := {"cpt", "sft"} & set(arm.split("+")) - kinds:
+            yield ("ablate", "arms", index), f"got {arm}; this recipe has no {missing.pop()} stage"
+    for key in ("corpora", "replay"):
+        if getattr(recipe.ablate, key) and (len(mixes) != 1 or mixes[0].unit != "tokens"):
+            yield ("ablate", key), "needs exactly one cpt stage, with `unit: tokens`"
+            return
+    sources = [name for mix in mixes for name, weight in mix.mix.items() if weight > 0]
+    corpora = [name for name in sources if recipe.data[name].kind != "general"]
+    for index, name in enumerate(recipe.ablate.corpora):
+        if name not in [*corpora, "both"]:
+            yield ("ablate", "corpora", index), f"got {name}; allowed: {', '.join(corpora)} (of the cpt mix) or both"
+    if any(recipe.ablate.replay) and not [name for mix in mixes for name in mix.mix if name not in corpora]:
+        yield ("ablate", "replay"), "no source of kind: general in the cpt mix to replay"
 
 
 def _task(here: KeyPath, task: TaskSection, builtin: list[str], from_file: list[str]) -> Iterator[Finding]:
