@@ -6,6 +6,7 @@ on `auto`) enters as the user wrote it, so that a sealed stage stays valid on an
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -28,28 +29,50 @@ def source_section(recipe: Recipe, name: str, hashes: store.HashCache) -> dict[s
     result = {"source": section, "hygiene": recipe.hygiene.model_dump(mode="json"), "seed": recipe.seed}
     result["files"] = fingerprint(source, hashes)
     if recipe.hygiene.decontaminate != "off":
-        from qmedtune.data.decontaminate import chosen_tasks
+        from qmedtune.data.benchmarks import chosen_tasks
 
         result["benchmarks"] = benchmarks(chosen_tasks(recipe), hashes)
     return result
 
 
 def fingerprint(source: SourceSection, hashes: store.HashCache) -> list[list[str]]:
-    """[name, sha256] of every file of a source; of the generator for built-in ones."""
-    from qmedtune.data.sources import source_files
+    """[name, sha256] of every file of a source; of the generator for built-in ones; the commit of a Hub dataset.
+
+    Names are relative to the folder that all files share: in MIMIC-CXR's tree a report's folder is its patient.
+    """
+    from qmedtune.data.sources import hub_dataset, source_files
 
     paths = [source.path] if isinstance(source.path, str) else source.path
     if any(p.startswith("builtin:") for p in paths):
         return [["builtin", hashes.sha256(Path(__file__).parent / "data" / "world.py")]]
-    return [[path.name, hashes.sha256(path)] for path in source_files(source)]
+    if dataset := hub_dataset(source):
+        return [[dataset, _commit(dataset, hashes)]]
+    files = source_files(source)
+    shared = os.path.commonpath([path.absolute().parent for path in files])
+    return [[path.absolute().relative_to(shared).as_posix(), hashes.sha256(path)] for path in files]
+
+
+def _commit(dataset: str, hashes: store.HashCache) -> str:
+    """Where the Hub has a dataset now; where that cannot be asked, what it said last (a finished run stays finished)."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    name, _, revision = dataset.partition("@")
+    try:
+        commit = HfApi().dataset_info(name.partition(":")[0], revision=revision or None, timeout=10).sha
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError):
+        return hashes.remembered(dataset) or "unknown"
+    hashes.remember(dataset, commit or "unknown")
+    return commit or "unknown"
 
 
 def benchmarks(tasks: list[TaskSection], hashes: store.HashCache) -> list[list[str]]:
     """[task, sha256 of each of its files] of what corpora are checked against, or models are scored on."""
     rows = []
     for task in tasks:
-        if task.path is None:
-            rows.append([task.task, hashes.sha256(Path(__file__).parent / "data" / "world.py")])
+        if task.path is None:  # built in, or a public benchmark, which the code names with its split
+            made_by = "world.py" if task.task == "facts" else "benchmarks.py"
+            rows.append([task.task, hashes.sha256(Path(__file__).parent / "data" / made_by)])
         else:
             rows.append([task.task, *(hashes.sha256(file) for file in _benchmark_files(task.path))])
     return rows

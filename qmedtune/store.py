@@ -253,6 +253,26 @@ def complete(folder: Path, root: Path, key: str) -> Seal | None:
     return sealed
 
 
+def take_over(path: Path) -> bool:
+    """Link `path`, below a folder in the making, from an earlier result of the same step; False where none has it.
+
+    For files whose names tell their contents. What was damaged since is not taken.
+    """
+    building = next((folder for folder in path.parents if folder.parent.name == ".building"), None)
+    if building is None:
+        return False
+    root, name = building.parent.parent, path.relative_to(building).as_posix()
+    for folder in [root / building.name.replace("__", "/"), *sorted((root / ".history").glob(f"{building.name}-*"))]:
+        sealed = read_seal(folder) if (folder / name).is_file() else None
+        if sealed and name in sealed.files and sha256_file(folder / name) == sealed.files[name]["sha256"]:
+            try:
+                os.link(folder / name, path)
+            except OSError:  # another file system, or one without links
+                shutil.copy2(folder / name, path)
+            return True
+    return False
+
+
 def building_of(folder: Path, root: Path) -> Path:
     return root / ".building" / folder.relative_to(root).as_posix().replace("/", "__")
 
@@ -301,6 +321,15 @@ class HashCache:
         self.known[str(path.resolve())] = [*mark, value]
         self.changed = True
         return value
+
+    def remember(self, name: str, value: str) -> None:
+        """Keep something that is known of an input that is no file (the commit of a Hub dataset)."""
+        if self.remembered(name) != value:
+            self.known[f"remembered:{name}"] = [value]
+            self.changed = True
+
+    def remembered(self, name: str) -> str | None:
+        return self.known.get(f"remembered:{name}", [None])[0]
 
     def save(self) -> None:
         if self.changed:

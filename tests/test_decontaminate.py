@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from qmedtune.data import decontaminate
-from qmedtune.data.decontaminate import Item, benchmark_items, build, search
+from qmedtune.data.benchmarks import benchmark_items
+from qmedtune.data.decontaminate import Item, build, search
 from qmedtune.errors import DataError
 from qmedtune.recipe import Recipe
 

@@ -3,25 +3,20 @@
 A record is contaminated when it holds any 13 consecutive words of a benchmark text, a whole question of fewer words,
 or the PMID of a benchmark abstract; case, punctuation and spacing do not matter. Short questions that match more
 than one record in a thousand are phrases of the language and are given back (and named in the facts). Paraphrases
-are not found: no claim is made about them.
+are not found: no claim is made about them. What is looked for is gathered in benchmarks.py.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from qmedtune.data import grams, rows
-from qmedtune.data.files import plain_suffix
-from qmedtune.data.rejects import Damaged
-from qmedtune.errors import DataError
-from qmedtune.recipe import Recipe, TaskSection
+from qmedtune.data import grams
 
 NUM_WORDS = 13
 PROBE = 16  # bytes looked up at every position of the corpus; what follows is compared only where they occur
@@ -29,8 +24,6 @@ MIN_LETTERS = 16  # a shorter question says too little to be told from chance
 GENERIC_WORDS = 8
 GENERIC_SHARE = 1e-3
 WORD = re.compile(rb"[a-z0-9\x80-\xff]+")
-QUESTIONS = ("QUESTION", "question", "query", "instruction", "prompt", "sentence2", "stem")
-PASSAGES = ("CONTEXTS", "context", "contexts", "abstract", "passage", "sentence1", "input", "text")
 
 
 @dataclass(frozen=True)
@@ -118,73 +111,6 @@ def given_back(hits: list[tuple[int, int]], num_records: int) -> set[int]:
     """Items whose short question (hits of fewer than 8 words: (item, words)) is a phrase of the language."""
     counts = Counter(item for item, words in hits if 0 < words < GENERIC_WORDS)
     return {item for item, count in counts.items() if count > max(20, GENERIC_SHARE * num_records)}
-
-
-# ---- what is looked for ----------------------------------------------------------------------------------------------
-
-
-def benchmark_items(recipe: Recipe) -> list[Item]:
-    """Items of the recipe's own evaluation, or of the files and tasks that `hygiene.decontaminate` lists."""
-    return [item for task in chosen_tasks(recipe) for item in _items(recipe, task)]
-
-
-def chosen_tasks(recipe: Recipe) -> list[TaskSection]:
-    """The benchmarks that training text is checked against."""
-    wanted = recipe.hygiene.decontaminate
-    if wanted == "off":
-        return []
-    tasks = [TaskSection(task=task) if isinstance(task, str) else task for task in recipe.evaluate.tasks]
-    if wanted == "evaluation":
-        return tasks
-    named = {task.task: task for task in tasks}
-    return [named.get(name, TaskSection(task=Path(name).stem, path=name)) for name in wanted]
-
-
-def _items(recipe: Recipe, task: TaskSection) -> Iterator[Item]:
-    if task.path is None:
-        yield from _facts(recipe)
-        return
-    path = Path(task.path).expanduser()
-    if not path.is_file():
-        raise DataError(f"{path}: benchmark {task.task} is not there, so training text cannot be checked against it\n"
-                        "give its file, or `hygiene: {decontaminate: off}`")  # fmt: skip
-    for line, fields in _rows(path):
-        if isinstance(fields, Damaged):
-            raise DataError(f"{path}:{line}: {fields.reason}\na benchmark must be whole to be checked against")
-        yield _item(task.task, f"{path.name}:{line}", fields)
-
-
-def _facts(recipe: Recipe) -> Iterator[Item]:
-    from qmedtune.data import world
-
-    paths = [p for s in recipe.data.values() for p in ([s.path] if isinstance(s.path, str) else s.path)]
-    worlds = {world.locate(path)[0].name: world.locate(path)[0] for path in paths if path.startswith("builtin:")}
-    for where in worlds.values():
-        for fact in world.facts_items(where):
-            yield Item("facts", fact["id"], (fact["question"],))
-
-
-def _rows(path: Path) -> Iterator[rows.Row]:
-    readers = {".json": rows.read_json, ".jsonl": rows.read_jsonl, ".csv": rows.read_csv, ".tsv": rows.read_tsv}
-    reader = readers.get(plain_suffix(path))
-    if reader is None:
-        raise DataError(f"{path}: unknown kind of benchmark file\nallowed: {', '.join(readers)}, also .gz")
-    return reader(path)
-
-
-def _item(task: str, where: str, fields: dict[str, Any]) -> Item:
-    """Questions and passages by the names that benchmarks use; a file without any of them counts as text."""
-    texts = [text for name in (*QUESTIONS, *PASSAGES) for text in _strings(fields.get(name))]
-    if not texts:
-        texts = [text for value in fields.values() for text in _strings(value)][:1]
-    pmid = fields.get("pmid") or (fields.get("_key") if "QUESTION" in fields else None)
-    return Item(task, str(fields.get("_key") or fields.get("id") or where), tuple(texts), str(pmid) if pmid else None)
-
-
-def _strings(value: Any) -> list[str]:
-    if isinstance(value, str):
-        return [value]
-    return [text for text in value if isinstance(text, str)] if isinstance(value, list) else []
 
 
 def overlap(index: Index, hits: list[tuple[int, int, int]], generic: set[int]) -> dict[str, Any]:

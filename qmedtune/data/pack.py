@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from qmedtune import ui
+from qmedtune import store, ui
 from qmedtune.data import mix, templates
 from qmedtune.data.tokens import (
     FULL_WEIGHT,
@@ -97,10 +97,13 @@ def _tokenise(
         template = templates.default(source.template, tokenizer_dir)
         weight = prompt_weight(section.loss_on) if isinstance(section, SftSection) else 0.0
         encode = partial(encode_conversations, codec, template=template, prompt_weight=weight, limit=section.seq_len)
+        how = [asdict(template), weight, section.seq_len]
     else:
-        encode = partial(encode_texts, codec, limit=section.seq_len if source.chunking == "truncate" else None)
+        limit = section.seq_len if source.chunking == "truncate" else None
+        encode, how = partial(encode_texts, codec, limit=limit), [limit]
+    encoding = store.sha256_json([*how, store.sha256_file(tokenizer_dir / "tokenizer.json"), codec.eos_token])
     with ui.stage(f"tokenise {name}", None, "documents") as progress:
-        shards = write_shards(path, out / "tokens", name, encode, progress.update, max_tokens)
+        shards = write_shards(path, out / "tokens", name, encode, progress.update, max_tokens, encoding)
     arrays = [shard_array(shard, "documents") for shard in shards]
     documents = np.concatenate([a for a in arrays if a is not None]) if arrays else np.zeros((0, 3), np.int64)
     return Corpus(name, shards, documents)

@@ -21,6 +21,7 @@ import numpy as np
 
 from qmedtune import ui
 from qmedtune.data import decontaminate, dedup, phi, surrogates
+from qmedtune.data.benchmarks import benchmark_items
 from qmedtune.data.clean import clean
 from qmedtune.data.rejects import Damaged, Refused, Rejects
 from qmedtune.data.sources import read_records, source_files
@@ -54,7 +55,7 @@ def prepare_source(recipe: Recipe, name: str, inputs: Mapping[str, Path], out: P
     """
     source = recipe.data[name]
     work = out / "work.jsonl"
-    index = decontaminate.build(decontaminate.benchmark_items(recipe))
+    index = decontaminate.build(benchmark_items(recipe))
     rejects = Rejects(name, out / "rejects.jsonl")
     staged = _stage(recipe, name, rejects, index, work)
     rejects.close()

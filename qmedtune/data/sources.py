@@ -36,14 +36,14 @@ READERS: dict[str, Reader] = {
 # Schemas in JSON or JSON lines, told apart by their keys; naming them only skips the guess from the extension.
 JSON_SCHEMAS = ("s2orc", "bioc", "emrqa", "pubmedqa", "medqa", "medmcqa")
 LFS_MARK = b"version https://git-lfs.github.com/spec"
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?$")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?(@[\w.-]+)?$")  # owner/name:configuration@revision
 VARIABLE = re.compile(r"\$\{(\w+)\}")
 
 
 def source_files(source: SourceSection) -> list[Path]:
     """The files of a source, sorted; [] for `builtin:` and Hub ids. Raises DataError for what cannot be data."""
     paths = [source.path] if isinstance(source.path, str) else list(source.path)
-    if all(path.startswith(BUILTIN) for path in paths) or _is_hub(source):
+    if all(path.startswith(BUILTIN) for path in paths) or hub_dataset(source):
         return []
     found = [file for path in paths for file in _expand(_with_variables(path), source.format)]
     for file in found:
@@ -166,17 +166,17 @@ def _builtin_rows(source: SourceSection) -> Iterator[tuple[str, int, dict[str, A
             yield path, number, fields
 
 
-def _is_hub(source: SourceSection) -> bool:
+def hub_dataset(source: SourceSection) -> str | None:
     """A Hub id: `format: huggingface`, one `owner/name`, and no such folder here."""
-    if source.format != "huggingface" or not isinstance(source.path, str):
-        return False
-    return bool(HUB_ID.match(source.path)) and not Path(source.path).exists()
+    if source.format != "huggingface" or not isinstance(source.path, str) or Path(source.path).exists():
+        return None
+    return source.path if HUB_ID.match(source.path) else None
 
 
 def _dataset_rows(source: SourceSection) -> Iterator[tuple[str, int, dict[str, Any]]]:
     paths = [source.path] if isinstance(source.path, str) else source.path
     for path in paths:
-        stream = tables.read_hub(path) if _is_hub(source) else tables.read_saved(Path(_with_variables(path)))
+        stream = tables.read_hub(path) if hub_dataset(source) else tables.read_saved(Path(_with_variables(path)))
         for number, fields in stream:
             yield path, number, fields
 

@@ -48,12 +48,14 @@ def read_saved(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def read_hub(name: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Rows of a Hub dataset's `train` split, streamed. `name`: `owner/dataset`, or `owner/dataset:configuration`."""
+    """Rows of a Hub dataset's `train` split, streamed. `name`: `owner/dataset:configuration@revision`, the
+    last two as wanted."""
     from datasets import load_dataset
 
-    where, _, configuration = name.partition(":")
+    dataset, _, revision = name.partition("@")
+    where, _, configuration = dataset.partition(":")
     try:
-        stream = load_dataset(where, configuration or None, split="train", streaming=True)
+        stream = load_dataset(where, configuration or None, split="train", streaming=True, revision=revision or None)
         yield from enumerate(stream, start=1)
     except (OSError, ValueError, RuntimeError) as error:
         raise DataError(

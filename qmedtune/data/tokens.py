@@ -2,15 +2,18 @@
 
 A shard is three .npy files: `tokens` (uint32), `documents` (int64, one row per document: length, kept, supervised)
 and for instructions `mask` (uint8, 0 to 255 = loss weight). `documents` is renamed into place last, so a shard that
-has it is whole, and a killed run loses one shard at most. Tokenises with the Rust tokenizer alone (no torch).
+has it is whole, and a killed run loses one shard at most. Shards end where the text says so and are named by what is in
+them: when a source changes, only the shards that hold the change are made again. Rust tokenizer alone, no torch.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -20,10 +23,11 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from qmedtune import store
 from qmedtune.data.templates import Template, special
 from qmedtune.errors import DataError
 
-SHARD_BYTES = 32 << 20  # of jsonl; about 8 M tokens
+SHARD_BYTES = 32 << 20  # of jsonl, on average; about 8 M tokens
 BATCH_BYTES = 2 << 20  # of jsonl per call of the tokenizer: enough to keep all cores busy, little to hold
 LENGTH, KEPT, SUPERVISED = 0, 1, 2
 FULL_WEIGHT = 255
@@ -132,53 +136,73 @@ def write_shards(
     encode: Callable[[list[dict]], list[Encoded]],
     progress: Callable[[int], None],
     max_tokens: int | None = None,
+    encoding: str = "",
 ) -> list[Path]:
-    """Tokenise the records of a jsonl file into `folder/<name>-00000.*`; shards that are there already are kept.
+    """Tokenise the records of a jsonl file into `folder/<name>-<digest>.*`; shards that are there already are kept, and
+    shards of an earlier result that this folder replaces are taken over.
 
-    Returns the shards' paths without extension. `progress` gets the number of documents done. `max_tokens` ends
-    after the document that reaches it.
-    """  # fmt: skip
+    Returns the shards' paths without extension. `encoding` names all that `encode` depends on beside the text.
+    `progress` gets the number of documents done. `max_tokens` ends after the document that reaches it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     shards, done = [], 0
-    for number, lines in enumerate(_groups(path, SHARD_BYTES)):
-        shard = folder / f"{name}-{number:05d}"
-        if not _file(shard, "documents").is_file():
-            _write_shard(shard, lines, encode, lambda n, done=done: progress(done + n), max_tokens)
-        shards.append(shard)
-        done += len(lines)
-        if max_tokens is not None:
-            break
+    with path.open("rb") as file:
+        for lines in _shards(file):
+            shard = folder / f"{name}-{_digest(lines, f'{encoding} {max_tokens}')}"
+            if not _file(shard, "documents").is_file() and not _taken_over(shard):
+                _write_shard(shard, lines, encode, lambda n, done=done: progress(done + n), max_tokens)
+            shards.append(shard)
+            done += len(lines)
+            if max_tokens is not None:
+                break
     return shards
+
+
+def _shards(lines: Iterable[bytes]) -> Iterator[list[bytes]]:
+    """Lines in groups of `SHARD_BYTES` on average and twice that at most; the lines themselves decide which are last.
+
+    A line ends a group with a probability that grows with its length, drawn from its own checksum: what is inserted or
+    taken out elsewhere moves no border.
+    """
+    group, size = [], 0
+    for line in lines:
+        group.append(line)
+        size += len(line)
+        if zlib.crc32(line) * SHARD_BYTES < len(line) << 32 or size >= 2 * SHARD_BYTES:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def _digest(lines: list[bytes], encoding: str) -> str:
+    digest = hashlib.sha256(encoding.encode())
+    for line in lines:
+        digest.update(line)
+    return digest.hexdigest()[:16]
+
+
+def _taken_over(shard: Path) -> bool:
+    for what in ("mask", "tokens", "documents"):
+        found = store.take_over(_file(shard, what))
+    return found
 
 
 def _file(shard: Path, what: str) -> Path:
     return shard.with_name(f"{shard.name}.{what}.npy")
 
 
-def _groups(path: Path, limit_bytes: int) -> Iterator[list[bytes]]:
-    """Consecutive lines of a file in groups of at least `limit_bytes`."""
+def _groups(lines: Iterable[bytes], limit_bytes: int) -> Iterator[list[bytes]]:
+    """Consecutive lines in groups of at least `limit_bytes`."""
     group, size = [], 0
-    with path.open("rb") as file:
-        for line in file:
-            group.append(line)
-            size += len(line)
-            if size >= limit_bytes:
-                yield group
-                group, size = [], 0
+    for line in lines:
+        group.append(line)
+        size += len(line)
+        if size >= limit_bytes:
+            yield group
+            group, size = [], 0
     if group:
         yield group
-
-
-def _batches(lines: list[bytes]) -> Iterator[list[bytes]]:
-    batch, size = [], 0
-    for line in lines:
-        batch.append(line)
-        size += len(line)
-        if size >= BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 def _write_shard(
@@ -186,7 +210,7 @@ def _write_shard(
     progress: Callable[[int], None], max_tokens: int | None,
 ) -> None:  # fmt: skip
     tokens, masks, rows, total, done = [], [], [], 0, 0
-    for batch in _batches(lines):
+    for batch in _groups(lines, BATCH_BYTES):
         documents = encode([json.loads(line) for line in batch])
         if max_tokens is not None:
             documents = _upto(documents, max_tokens - total)
