@@ -168,7 +168,7 @@ def _sealed(out: Path, key: str, work: Callable[[Path], dict[str, Any]]) -> dict
     with store.lock(out):
         sealed = store.intact(folder, key) or store.complete(folder, out, key)
         if sealed is None:
-            building = store.begin(folder, out, key, keep_partial=True)
+            building = store.begin(folder, out, key, {}, keep_partial=True)
             sealed = store.publish(building, folder, out, key, work(building))
         return sealed.facts
 

@@ -231,7 +231,7 @@ def _do(
     inputs = _inputs(step, model, out)
     _check_inputs(step, done, out)
     stop.raise_if_requested()
-    building = store.begin(folder, out, key, keep_partial=step.resumes)
+    building = store.begin(folder, out, key, step.section, keep_partial=step.resumes)
     with shown.step(step.name), stop.limited():
         started = time.monotonic()
         try:

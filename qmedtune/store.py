@@ -8,22 +8,22 @@ system's fsync; SIGKILL at any instant is tested, power loss is not.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qmedtune.errors import RunError
+from qmedtune.disk import PART, check_room, fsync_path, lock, rename, write_atomic, write_json
+
+__all__ = ["check_room", "fsync_path", "lock", "rename", "write_atomic", "write_json"]
 
 SEAL = "seal.json"
-STAMP = ".key"
-PART = ".part~"  # ends the names of temporaries of `write_atomic`; a kill leaves one behind
+STAMP = ".attempt"  # of which key and section an unfinished folder is
+SCRATCH = "scratch"  # what a step resumes from: not sealed, and deleted once the step is
 CHUNK_BYTES = 1 << 20
 # Carries times and speeds: listed and verified, but not part of what later steps depend on.
 VOLATILE = frozenset({"metrics.jsonl"})
@@ -55,32 +55,10 @@ def sha256_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def fsync_path(path: Path) -> None:
-    """Flush a file or a folder entry to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Replace `path` in one rename; readers see the old text or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{PART}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    fsync_path(path.parent)
-
-
-def write_json(path: Path, value: Any) -> None:
-    write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-
-
-def _content_files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in (SEAL, STAMP, RENDERED))
+def content_files(folder: Path) -> list[Path]:
+    """What a seal lists: all files but its own, and what is rendered later or only resumed from."""
+    found = (p for p in folder.rglob("*") if p.is_file() and p.name not in (SEAL, STAMP, RENDERED))
+    return sorted(p for p in found if p.relative_to(folder).parts[0] != SCRATCH)
 
 
 def seal(folder: Path, key: str, facts: dict[str, Any]) -> Seal:
@@ -88,7 +66,7 @@ def seal(folder: Path, key: str, facts: dict[str, Any]) -> Seal:
     for leftover in folder.rglob(f".*{PART}"):
         leftover.unlink()
     files = {}
-    for path in _content_files(folder):
+    for path in content_files(folder):
         stat = path.stat()
         entry = {"sha256": sha256_file(path), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
         files[path.relative_to(folder).as_posix()] = entry
@@ -96,10 +74,9 @@ def seal(folder: Path, key: str, facts: dict[str, Any]) -> Seal:
     stable = {name: f["sha256"] for name, f in files.items() if Path(name).name not in VOLATILE}
     result = Seal(key, sha256_json(stable), facts, files)
     content = {"key": key, "digest": result.digest, "facts": facts, "files": files}
-    write_json(folder / SEAL, {**content, "sha256": sha256_json(content)})
     for sub in sorted((p for p in folder.rglob("*") if p.is_dir()), reverse=True):
         fsync_path(sub)
-    fsync_path(folder)
+    write_json(folder / SEAL, {**content, "sha256": sha256_json(content)})
     return result
 
 
@@ -139,35 +116,35 @@ def intact(folder: Path, key: str | None = None, *, full: bool = False) -> Seal 
     return None if damage(folder, sealed, full=full) else sealed
 
 
-def retire(folder: Path, root: Path) -> Path | None:
-    """Move a folder that is no longer current to `.history/`, keeping it under its key."""
+def retire(folder: Path, root: Path, name: str | None = None) -> Path | None:
+    """Move a folder that is no longer current to `.history/`, keeping it under its key (and another `name`)."""
     if not folder.exists():
         return None
-    sealed = read_seal(folder)
-    stamp = folder / STAMP
-    label = sealed.key[:12] if sealed else f"partial-{stamp.read_text()[:12]}" if stamp.is_file() else "unsealed"
+    sealed, attempt = read_seal(folder), attempt_of(folder)
+    label = sealed.key[:12] if sealed else f"partial-{attempt[0][:12]}" if attempt else "unsealed"
     if sealed and damage(folder, sealed, full=False):
         label = f"damaged-{label}"
-    name = folder.relative_to(root).as_posix().replace("/", "__")
+    name = name or flat_name(folder, root)
     target = root / ".history" / f"{name}-{label}"
     number = 1
     while target.exists():
         number += 1
         target = root / ".history" / f"{name}-{label}-{number}"
     target.parent.mkdir(parents=True, exist_ok=True)
-    os.replace(folder, target)
+    rename(folder, target)
     return target
+
+
+def flat_name(folder: Path, root: Path) -> str:
+    return folder.relative_to(root).as_posix().replace("/", "__")
 
 
 def recall(folder: Path, root: Path, key: str) -> Seal | None:
     """Bring an intact earlier result with this key back from `.history/`."""
-    name = folder.relative_to(root).as_posix().replace("/", "__")
-    for candidate in sorted((root / ".history").glob(f"{name}-{key[:12]}*")):
+    for candidate in sorted((root / ".history").glob(f"{flat_name(folder, root)}-{key[:12]}*")):
         sealed = intact(candidate, key, full=True)
         if sealed:
-            retire(folder, root)
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(candidate, folder)
+            _move_into_place(candidate, folder, root)
             return sealed
     return None
 
@@ -198,33 +175,51 @@ def _link(source: Path, target: Path) -> None:
         shutil.copy2(source, target)
 
 
-def begin(folder: Path, root: Path, key: str, *, keep_partial: bool) -> Path:
+def begin(folder: Path, root: Path, key: str, section: dict[str, Any], *, keep_partial: bool) -> Path:
     """The folder to build `folder` in. With `keep_partial` an earlier attempt with the same key is continued; one with
-    another key goes to `.history/`, from where it comes back when its key is asked for again."""
+    another key goes to `.history/`, from where it comes back when its key is asked for again. `section` says what it
+    is made from, for `attempt_of`."""
     building = building_of(folder, root)
     if keep_partial and _is_attempt(building, key):
         return building
     if building.exists():
-        if keep_partial and (building / STAMP).is_file():
-            retire(building, root)
-        else:
-            shutil.rmtree(building)
+        _put_aside(building, folder, root, keep_partial)
     if keep_partial and (earlier := _retired_attempt(building, root, key)):
-        os.replace(earlier, building)
+        rename(earlier, building)
         return building
     building.mkdir(parents=True, exist_ok=True)
-    write_atomic(building / STAMP, key)
+    write_json(building / STAMP, {"key": key, "section": section})
     return building
 
 
+def _put_aside(building: Path, folder: Path, root: Path, keep_partial: bool) -> None:
+    """What was paid for goes to `.history/`: a sealed result whose rename was killed, an attempt that can go on."""
+    if read_seal(building):
+        shutil.rmtree(building / SCRATCH, ignore_errors=True)
+        retire(building, root, flat_name(folder, root))
+    elif keep_partial and attempt_of(building):
+        retire(building, root)
+    else:
+        shutil.rmtree(building)
+
+
+def attempt_of(building: Path) -> tuple[str, dict[str, Any]] | None:
+    """Key and section of an unfinished folder; None where there is none, or it was begun by nobody."""
+    try:
+        stamp = json.loads((building / STAMP).read_text(encoding="utf-8"))
+        return stamp["key"], stamp["section"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def _is_attempt(folder: Path, key: str) -> bool:
-    stamp = folder / STAMP
-    return stamp.is_file() and stamp.read_text() == key
+    attempt = attempt_of(folder)
+    return attempt is not None and attempt[0] == key
 
 
 def _retired_attempt(building: Path, root: Path, key: str) -> Path | None:
     """The newest attempt with this key in `.history/`."""
-    name = building.relative_to(root).as_posix().replace("/", "__")
+    name = flat_name(building, root)
     found = [path for path in (root / ".history").glob(f"{name}-partial-{key[:12]}*") if _is_attempt(path, key)]
     return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
 
@@ -237,11 +232,11 @@ def publish(building: Path, folder: Path, root: Path, key: str, facts: dict[str,
 
 
 def _move_into_place(building: Path, folder: Path, root: Path) -> None:
+    shutil.rmtree(building / SCRATCH, ignore_errors=True)
+    (building / STAMP).unlink(missing_ok=True)
     retire(folder, root)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    os.replace(building, folder)
-    fsync_path(folder.parent)
-    (folder / STAMP).unlink(missing_ok=True)
+    rename(building, folder)
 
 
 def complete(folder: Path, root: Path, key: str) -> Seal | None:
@@ -274,30 +269,7 @@ def take_over(path: Path) -> bool:
 
 
 def building_of(folder: Path, root: Path) -> Path:
-    return root / ".building" / folder.relative_to(root).as_posix().replace("/", "__")
-
-
-@contextmanager
-def lock(folder: Path, *, wait: bool = False) -> Iterator[None]:
-    """One process per folder; others are refused, or `wait`. The kernel drops the lock with the process: no stale lock
-    can stay behind."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError as error:
-            file.seek(0)
-            pid = file.read().strip() or "unknown"
-            raise RunError(
-                f"{folder}: already running (pid {pid})\nwait for it, or give this run another folder with --out"
-            ) from error
-        file.seek(0)
-        if file.read().strip() != str(os.getpid()):
-            file.seek(0)
-            file.truncate()
-            file.write(str(os.getpid()))
-            file.flush()
-        yield
+    return root / ".building" / flat_name(folder, root)
 
 
 class HashCache:

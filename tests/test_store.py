@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+
+import pytest
 
 from qmedtune import store
 
 
 def attempt(root: Path, key: str) -> Path:
-    return store.begin(root / "01-cpt", root, key, keep_partial=True)
+    return store.begin(root / "01-cpt", root, key, {"lr": 1}, keep_partial=True)
 
 
 def test_an_interrupted_attempt_comes_back_when_its_recipe_does(tmp_path: Path):
@@ -21,8 +24,69 @@ def test_an_interrupted_attempt_comes_back_when_its_recipe_does(tmp_path: Path):
 
 def test_an_attempt_that_cannot_be_continued_starts_empty(tmp_path: Path):
     (attempt(tmp_path, "a" * 64) / "half").write_text("")
-    folder = store.begin(tmp_path / "01-cpt", tmp_path, "a" * 64, keep_partial=False)
+    folder = store.begin(tmp_path / "01-cpt", tmp_path, "a" * 64, {}, keep_partial=False)
     assert [path.name for path in folder.iterdir()] == [store.STAMP]
+
+
+def test_a_result_killed_before_its_rename_is_kept_when_the_recipe_changes(tmp_path: Path):
+    """Sealed, and then another key: whether its step can resume or not, it comes back with its own key."""
+    for number, keep_partial in enumerate((True, False)):
+        key, folder = f"{number}" * 64, tmp_path / "merged"
+        building = store.begin(folder, tmp_path, key, {}, keep_partial=keep_partial)
+        (building / "weights").write_text(key)
+        (building / store.SCRATCH).mkdir()
+        (building / store.SCRATCH / "checkpoint").write_text("large")
+        store.seal(building, key, {})
+        store.begin(folder, tmp_path, "f" * 64, {}, keep_partial=keep_partial)
+        assert store.recall(folder, tmp_path, key)
+        assert sorted(path.name for path in folder.iterdir()) == [store.SEAL, "weights"]
+
+
+def test_what_a_step_resumes_from_stays_until_its_result_is_sealed(tmp_path: Path, monkeypatch):
+    building = attempt(tmp_path, "a" * 64)
+    (building / store.SCRATCH).mkdir()
+    (building / store.SCRATCH / "checkpoint").write_text("hours of work")
+    (building / "adapter").write_text("result")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(store, "sha256_file", raises(KeyboardInterrupt))
+        store.publish(building, tmp_path / "01-cpt", tmp_path, "a" * 64, {})
+    assert (attempt(tmp_path, "a" * 64) / store.SCRATCH / "checkpoint").is_file()
+    sealed = store.publish(building, tmp_path / "01-cpt", tmp_path, "a" * 64, {})
+    assert list(sealed.files) == ["adapter"]
+    assert sorted(path.name for path in (tmp_path / "01-cpt").iterdir()) == ["adapter", store.SEAL]
+
+
+def raises(error: type[BaseException]):
+    def function(*_):
+        raise error
+
+    return function
+
+
+def test_everything_is_on_the_disk_before_the_seal_and_the_seal_before_the_rename(tmp_path: Path, monkeypatch):
+    """The order of system calls is what power loss depends on: files, their folders, seal, its folder, the rename."""
+    calls: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def noted_fsync(handle: int) -> None:
+        calls.append(f"sync {Path(os.readlink(f'/proc/self/fd/{handle}')).relative_to(tmp_path)}")
+        fsync(handle)
+
+    def noted_replace(old: Path, new: Path) -> None:
+        calls.append(f"rename {Path(new).relative_to(tmp_path)}")
+        replace(old, new)
+
+    building = attempt(tmp_path, "a" * 64)
+    (building / "sub").mkdir()
+    (building / "sub" / "weights").write_text("w")
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "replace", noted_replace)
+    store.publish(building, tmp_path / "01-cpt", tmp_path, "a" * 64, {})
+    inside = ".building/01-cpt"
+    order = [f"sync {inside}/sub/weights", f"sync {inside}/sub", f"rename {inside}/{store.SEAL}", f"sync {inside}"]
+    order += ["rename 01-cpt", "sync .building"]
+    assert [call for call in calls if call in order] == order
+    assert "sync ." in calls[calls.index("rename 01-cpt") :]
 
 
 def test_what_a_killed_write_left_is_not_sealed(tmp_path: Path, monkeypatch):

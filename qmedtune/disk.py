@@ -1,0 +1,84 @@
+"""Files that are whole or not there: atomic writes, durable renames, room checked first, one process per folder.
+
+Deliberately not here: what is written (store.py knows seals and history). Nothing is retried.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from qmedtune.errors import RunError
+
+PART = ".part~"  # ends the names of temporaries of `write_atomic`; a kill leaves one behind
+
+
+def fsync_path(path: Path) -> None:
+    """Flush a file or a folder entry to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Replace `path` in one rename; readers see the old text or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{PART}")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    rename(temporary, path)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Rename within a file system, and bring both folders' entries to the disk."""
+    os.replace(source, target)
+    for folder in {source.parent, target.parent}:
+        fsync_path(folder)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def check_room(folder: Path, needed_bytes: float, what: str) -> None:
+    """RunError where the disk of `folder` (or of its first parent that exists) has less than `needed_bytes` free."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed_bytes:
+        raise RunError(
+            f"{folder}: no room for {what}: {needed_bytes:,.0f} bytes needed, {free:,} free\n"
+            "what is sealed stays; free space (earlier results lie in the run's .history/) or lower save.keep,\n"
+            "then give the same command again: it continues from the last sealed checkpoint"
+        )
+
+
+@contextmanager
+def lock(folder: Path, *, wait: bool = False) -> Iterator[None]:
+    """One process per folder; others are refused, or `wait`. The kernel drops the lock with the process: no stale lock
+    can stay behind."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError as error:
+            file.seek(0)
+            pid = file.read().strip() or "unknown"
+            raise RunError(
+                f"{folder}: already running (pid {pid})\nwait for it, or give this run another folder with --out"
+            ) from error
+        file.seek(0)
+        if file.read().strip() != str(os.getpid()):
+            file.seek(0)
+            file.truncate()
+            file.write(str(os.getpid()))
+            file.flush()
+        yield
