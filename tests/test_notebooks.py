@@ -1,0 +1,81 @@
+"""The notebooks run from top to bottom, on a CPU and without network, and carry no outputs in git."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from conftest import MICRO, ROOT
+
+NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
+
+
+def executed(path: Path, place: Path, monkeypatch: pytest.MonkeyPatch, **values: object) -> str:
+    """All that the notebook prints when it is run in `place`, a folder that looks like a checkout of this repository.
+
+    `values` stand in for what its first cell sets, as a user would fill in that form.
+    """
+    from nbclient import NotebookClient
+
+    place.mkdir()
+    (place / "recipes").symlink_to(ROOT / "recipes")
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.delenv("COLAB_RELEASE_TAG", raising=False)
+    notebook = nbformat.read(path, as_version=4)
+    first = next(cell for cell in notebook.cells if cell.cell_type == "code")
+    for name, value in values.items():
+        assert f"\n{name} = " in f"\n{first.source}", f"the first cell sets {name}"
+        first.source += f"\n{name} = {value!r}"
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(place)}}).execute()
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    return "".join(output.get("text", "") or json.dumps(output.get("data", {})) for output in outputs)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_notebooks_are_committed_without_outputs(path: Path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    for cell in notebook.cells:
+        assert cell.cell_type == "markdown" or (cell.outputs, cell.execution_count) == ([], None), cell.source
+
+
+def test_the_quickstart_goes_from_the_install_to_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    recipe = MICRO.relative_to(ROOT).as_posix()
+    printed = executed(ROOT / "examples" / "colab_quickstart.ipynb", tmp_path / "work", monkeypatch, RECIPE=recipe)
+    assert "micro: finished. Report: runs/cpt_then_sft/report.html" in printed
+    assert "&lt;!doctype html&gt;" in printed  # the report, in a frame of its own
+    assert printed.count("(true: It treats ") == 3
+    assert (tmp_path / "work" / "runs" / "cpt_then_sft" / "merged" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_the_quickstart_answers_what_was_never_asked_in_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    printed = executed(ROOT / "examples" / "colab_quickstart.ipynb", tmp_path / "work", monkeypatch)
+    told = [line for line in printed.splitlines() if "(true: " in line]
+    right = [line for line in told if line.partition("(true: ")[2].removesuffix(")") in line.partition("(true: ")[0]]
+    assert len(told) == 6 and len(right) >= 5, told
+
+
+@pytest.mark.slow
+def test_the_llama_notebook_rehearses_without_token_and_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    notebook = ROOT / "examples" / "colab_llama3_1b.ipynb"
+    printed = executed(notebook, tmp_path / "work", monkeypatch, REHEARSAL=True)
+    assert "2.30 GiB to fetch" in printed  # the plan is that of the real base
+    assert "finished -" in printed and "not a medical device" in printed.lower()
+    facts = json.loads((tmp_path / "work" / "runs" / "llama3_1b" / "run.json").read_text())
+    assert facts["evaluation"]["tasks"]["facts"]["final"]["ci95"] and facts["merge"]["kl"] <= 1e-4
+
+
+def test_colab_keeps_its_own_torch():
+    def pins(name: str) -> dict[str, str]:
+        lines = [line for line in (ROOT / name).read_text().splitlines() if line and not line.startswith("#")]
+        return dict(line.split("==") for line in lines)
+
+    assert pins("constraints-colab.txt") == {
+        name: version for name, version in pins("constraints.txt").items() if name not in ("torch", "triton", "numpy")
+    }
