@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from qmedtune_kernels import Adapter, lora, nf4
+from qmedtune_kernels import Adapter, dispatch, lora, nf4
 from torch.utils.checkpoint import checkpoint
 
 HERE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -84,6 +84,51 @@ def test_nf4_weights_all_gradients(widths, dtype, path, device):
     w = torch.cat([nf4.dequantize_reference(weight, torch.float32) for weight in weights])
     x = torch.randn(2, 5, 128, device=device).to(dtype)
     check(x, weights, w, adapters(widths, 128, device=device), None, dtype, path)
+
+
+@pytest.mark.parametrize("r", [3, 8])
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("widths", [WIDTHS, (40,)])
+def test_adapters_in_the_contraction_give_all_gradients(widths, dtype, r, device, monkeypatch):
+    """[X | X A^T] [W | B]^T and [dY | dY B] [W ; A], in a scratch buffer full of NaN, ranks padded to 8."""
+    used = []
+    monkeypatch.setattr(dispatch, "widens", lambda *sizes: used.append(sizes) or True)
+    weights = tuple(quantize(n, 128, device) for n in widths)
+    w = torch.cat([nf4.dequantize_reference(weight, torch.float32) for weight in weights])
+    x = torch.randn(2, 5, 128, device=device).to(dtype)
+    nf4.scratch(device, dtype, 300 * 300).fill_(float("nan"))
+    bias = torch.randn(sum(widths), device=device).to(dtype)
+    check(x, weights, w, adapters(widths, 128, r, device), bias, dtype, "reference")
+    assert [sizes[1:] for sizes in used] == [(128, sum(widths)), (sum(widths), 128)]
+
+
+def test_adapters_join_the_contraction_where_that_moves_fewer_bytes(monkeypatch):
+    monkeypatch.setattr(dispatch, "capability", lambda device: 90)
+    gpu = torch.device("cuda")
+    assert dispatch.widens(gpu, 4096, 28672) and not dispatch.widens(gpu, 28672, 4096)  # gate/up forward, backward
+    assert not dispatch.widens(gpu, 4096, 4096)
+    monkeypatch.setattr(dispatch, "capability", lambda device: 0)
+    assert not dispatch.widens(torch.device("cpu"), 4096, 28672)
+
+
+@pytest.mark.parametrize("wide", [True, False])
+def test_a_remade_input_is_not_kept_and_gives_the_same_gradients(wide, monkeypatch):
+    monkeypatch.setattr(dispatch, "widens", lambda *_: wide)
+    weight, pairs = quantize(96, 64), adapters((96,), 64)
+    source = torch.randn(1000, 64, requires_grad=True)
+    dy = torch.randn(1000, 96)
+    grads, saved = [], []
+    for remake in (None, lora.Remake(torch.tanh, (source.detach(),))):
+        x = source.detach().tanh().requires_grad_()
+        saved.clear()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+            lora.linear(x, (weight,), pairs, remake=remake).backward(dy)
+        grads.append([x.grad, *(tensor.grad.clone() for pair in pairs for tensor in (pair.a, pair.b))])
+        for pair in pairs:
+            pair.a.grad = pair.b.grad = None
+    large = {tensor.untyped_storage().data_ptr() for tensor in saved if tensor.shape == (1000, 64)}
+    assert large == {source.untyped_storage().data_ptr()}
+    assert all(torch.equal(kept, remade) for kept, remade in zip(*grads, strict=True))
 
 
 @pytest.mark.slow

@@ -100,6 +100,13 @@ def fused_rows(device: torch.device) -> int:
     return table.get(f"sm_{capability(device)}", table["default"])
 
 
+def widens(device: torch.device, read: int, written: int) -> bool:
+    """Whether adapters join a large product's contraction (lora.py), which copies `read` columns of its input, rather
+    than pass over its `written` columns again. On a GPU where that moves fewer bytes; on a CPU the copy of W into a
+    wider buffer, which it has decoded already, would cost more than it saves."""
+    return capability(device) >= 75 and read < written
+
+
 def _why_reference(device: torch.device, requested: str) -> str:
     if mode(requested) == "reference":
         return "asked for"
@@ -121,6 +128,6 @@ def describe(device: torch.device, requested: str = "auto") -> dict[str, str]:
     return {
         "dequantize": f"triton {dequantize_path(device, 'auto')}: {why}",
         "matmul": f"{fused}dequantise + cuBLAS: {why}",
-        "lora": "grouped, one dequantise and one GEMM per group, adapters riding along",
+        "lora": "grouped, one dequantise and one GEMM per group, adapters in its contraction or added by addmm_",
         "rms_norm": "triton",
     }

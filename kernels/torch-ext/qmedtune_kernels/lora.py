@@ -3,21 +3,23 @@
 All projections that read one X (q, k, v; gate, up) are one call: their weights are stacked along the output, their
 adapters along the rank, so X is read once and dX written once. The LoRA side traffic of the usual sequence costs more
 than the 4-bit decode at training sizes.
-A and B are fp32 masters; the products run in X's dtype; dA and dB come back in the masters' dtype. Only X, X A^T and
-the 16-bit copies of A and B are kept for the backward pass; W is dequantised again.
+A and B are fp32 masters; the products run in X's dtype; dA and dB come back in the masters' dtype. Only X (or what it
+can be made from again: `Remake`), X A^T and the 16-bit copies of A and B are kept; W is dequantised again.
+Adapters join a product in one of two ways: `addmm_` reads and writes the whole result once more (4 M N bytes forward),
+or the input is copied beside its low-rank part (4 M K) and one GEMM contracts over both: [X | X A^T] [W | B]^T.
 Deliberately not here: gradients of W, DoRA and other LoRA variants, dropout (the caller drops X: see `linear`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import matmul, nf4
+from . import dispatch, matmul, nf4
 from .nf4 import NF4Weight
 
 Weight = Tensor | tuple[NF4Weight, ...] | None
@@ -31,6 +33,14 @@ class Adapter:
     b: Tensor
     scaling: float
     start: int = 0
+
+
+@dataclass(frozen=True)
+class Remake:
+    """How to make x again in the backward pass instead of keeping it: function(*tensors) gives the same [M, K]."""
+
+    function: Callable[..., Tensor]
+    tensors: tuple[Tensor, ...]
 
 
 def out_features(weight: Weight, adapters: Sequence[Adapter]) -> int:
@@ -61,6 +71,45 @@ def _times_transposed(dy: Tensor, weight: Tensor | tuple[NF4Weight, ...], path: 
     if len(weight) == 1 and matmul.choose(dy, weight[0], path) == "fused":
         return matmul.matmul_backward(dy, weight[0], "fused")
     return dy @ nf4.dequantize_stack(weight, dy.dtype, "triton" if path == "fused" else path)
+
+
+ALIGN = 8  # elements: 16-byte rows, which TMA and 16-byte loads ask for
+
+
+def _widens(x: Tensor, weight: Weight, path: str, read: int, written: int) -> bool:
+    """Whether adapters join the contraction: copying the input (`read` columns) must cost less than passing over the
+    result (`written` columns), and W must be decoded into a buffer that has room beside it."""
+    if not isinstance(weight, tuple) or matmul.choose(x, weight[0], path) not in ("dequantize", "reference"):
+        return False
+    return dispatch.widens(x.device, read, written)
+
+
+def _beside(x: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """([x | x factor^T | 0], the middle part as a view), the width a multiple of ALIGN."""
+    (m, k), r = x.shape, factor.shape[0]
+    wide = x.new_empty(m, k + -(-r // ALIGN) * ALIGN)
+    wide[:, :k] = x
+    wide[:, k + r :] = 0
+    torch.mm(x, factor.t(), out=wide[:, k : k + r])
+    return wide, wide[:, k : k + r]
+
+
+def _wide_product(x: Tensor, weight: tuple[NF4Weight, ...], bias: Tensor | None, a: Tensor, b: Tensor, path: str):
+    """(Y, X, X A^T) of [X | X A^T] [W | B]^T + bias; X and X A^T are views of one buffer."""
+    wide, xa = _beside(x, a)
+    k, r = x.shape[1], a.shape[0]
+    stacked = nf4.dequantize_stack(weight, x.dtype, path, beside=wide.shape[1] - k)
+    stacked[:, k : k + r], stacked[:, k + r :] = b, 0
+    return F.linear(wide, stacked, bias), wide[:, :k], xa
+
+
+def _wide_product_transposed(dy: Tensor, weight: tuple[NF4Weight, ...], a: Tensor, b: Tensor, path: str):
+    """(dX, dY B) of [dY | dY B] [W ; A]."""
+    wide, dxa = _beside(dy, b.t())
+    n, r = dy.shape[1], a.shape[0]
+    stacked = nf4.dequantize_stack(weight, dy.dtype, path, below=wide.shape[1] - n)
+    stacked[n : n + r], stacked[n + r :] = a, 0
+    return wide @ stacked, dxa
 
 
 def stack_a(adapters: Sequence[Adapter], dtype: torch.dtype) -> Tensor:
@@ -102,41 +151,60 @@ def _mm32(a: Tensor, b: Tensor) -> Tensor:
 
 
 class _Linear(torch.autograd.Function):
-    """Positional: x [M, K], weight, bias, layout = ((scaling, start), ...), path, then A_1, B_1, A_2, B_2, ..."""
+    """Positional: x [M, K], weight, bias, layout = ((scaling, start), ...), path, remake, then A_1, B_1, A_2, ..."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Weight, bias: Tensor | None, layout, path: str, *ab: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Weight, bias: Tensor | None, layout, path: str, remake, *ab: Tensor) -> Tensor:
         adapters = [Adapter(ab[2 * i], ab[2 * i + 1], *where) for i, where in enumerate(layout)]
-        y = None if weight is None else _times(x, weight, bias, path)
-        kept_x = a = b = xa = None
-        if adapters:
-            a, b = stack_a(adapters, x.dtype), stack_b(adapters, out_features(weight, adapters), x.dtype)
-            xa = x @ a.t()
-            y = xa @ b.t() if y is None else y.addmm_(xa, b.t())
-            kept_x = x if any(ctx.needs_input_grad[5::2]) else None
-        assert y is not None
+        trains_a, trains_b = any(ctx.needs_input_grad[6::2]), any(ctx.needs_input_grad[7::2])
+        a = b = xa = None
+        kept_x = x
+        if not adapters:
+            assert weight is not None
+            y = _times(x, weight, bias, path)
+        else:
+            n = out_features(weight, adapters)
+            a, b = stack_a(adapters, x.dtype), stack_b(adapters, n, x.dtype)
+            if isinstance(weight, tuple) and _widens(x, weight, path, x.shape[1], n):
+                y, kept_x, xa = _wide_product(x, weight, bias, a, b, path)
+                xa = xa if trains_a and remake is None else xa.clone()  # a view would keep the whole buffer
+            else:
+                xa = x @ a.t()
+                y = xa @ b.t() if weight is None else _times(x, weight, bias, path).addmm_(xa, b.t())
+        kept = () if not (adapters and trains_a) else (kept_x,) if remake is None else remake.tensors
         kept_weight = weight if isinstance(weight, Tensor) else None
-        ctx.save_for_backward(kept_x, xa if any(ctx.needs_input_grad[6::2]) else None, a, b, kept_weight)
+        ctx.save_for_backward(xa if trains_b else None, a, b, kept_weight, *(tensor.detach() for tensor in kept))
         ctx.path, ctx.nf4 = path, None if isinstance(weight, Tensor) else weight
+        ctx.remake = None if remake is None else remake.function
         ctx.adapters = [(*where, *b.shape) for where, b in zip(layout, ab[1::2], strict=True)]
         return y
 
     @staticmethod
     def backward(ctx, dy: Tensor):
-        x, xa, a, b, weight = ctx.saved_tensors
+        xa, a, b, weight, *kept = ctx.saved_tensors
         weight = ctx.nf4 if weight is None else weight
-        dy = dy.contiguous()
         needs = ctx.needs_input_grad
-        dxa = dy @ b if b is not None else None
-        dx = None
-        if needs[0]:
-            dx = None if weight is None else _times_transposed(dy, weight, ctx.path)
-            if dxa is not None:
-                dx = dxa @ a if dx is None else dx.addmm_(dxa, a)
-        da = _mm32(dxa.t(), x) if x is not None and dxa is not None else None
-        db = _mm32(dy.t(), xa) if xa is not None else None
+        dx, dxa = _input_gradient(dy.contiguous(), weight, a, b, ctx.path, needs[0])
+        da = db = None
+        if kept and dxa is not None:
+            x = ctx.remake(*kept).to(dxa.dtype).view(len(dxa), -1) if ctx.remake else kept[0]
+            da = _mm32(dxa.t(), x)
+        if xa is not None:
+            db = _mm32(dy.contiguous().t(), xa)
         dbias = dy.float().sum(0) if needs[2] else None
-        return dx, None, dbias, None, None, *_split(ctx.adapters, da, db, needs[5:])
+        return dx, None, dbias, None, None, None, *_split(ctx.adapters, da, db, needs[6:])
+
+
+def _input_gradient(dy: Tensor, weight: Weight, a: Tensor | None, b: Tensor | None, path: str, wanted: bool):
+    """(dX or None, dY B or None): dX = dY W + (dY B) A."""
+    if a is None or b is None:
+        return (_times_transposed(dy, weight, path) if wanted and weight is not None else None), None
+    if wanted and isinstance(weight, tuple) and _widens(dy, weight, path, dy.shape[1], a.shape[1]):
+        return _wide_product_transposed(dy, weight, a, b, path)
+    dxa = dy @ b
+    if not wanted:
+        return None, dxa
+    return dxa @ a if weight is None else _times_transposed(dy, weight, path).addmm_(dxa, a), dxa
 
 
 def _split(adapters, da: Tensor | None, db: Tensor | None, needs: Sequence[bool]):
@@ -171,7 +239,12 @@ def _check(x: Tensor, weight: Weight, adapters: Sequence[Adapter], bias: Tensor 
 
 
 def linear(
-    x: Tensor, weight: Weight, adapters: Sequence[Adapter] = (), bias: Tensor | None = None, path: str = "auto"
+    x: Tensor,
+    weight: Weight,
+    adapters: Sequence[Adapter] = (),
+    bias: Tensor | None = None,
+    path: str = "auto",
+    remake: Remake | None = None,
 ) -> Tensor:
     """Y = X W^T + bias + sum_i s_i (X A_i^T) B_i^T, differentiable in x, bias, A and B.
 
@@ -179,16 +252,17 @@ def linear(
     the LoRA part alone (dropout: add `linear(dropout(x), None, [adapter])` to the rest); returns [..., N] in x's dtype.
     Under autocast x is first cast to the autocast dtype. path: "auto", "triton" or "reference" (dispatch.py),
     or "fused": the fused matmul whatever the number of rows (a group's backward still dequantises).
+    remake: how to make x again in the backward pass; then x is not kept (what it is made from is).
     Raises ValueError where shapes, dtypes or devices do not fit.
     """
     device = x.device.type
     if torch.is_autocast_enabled(device):
         x = x.to(torch.get_autocast_dtype(device))
         with torch.autocast(device, enabled=False):
-            return linear(x, weight, adapters, bias, path)
+            return linear(x, weight, adapters, bias, path, remake)
     _check(x, weight, adapters, bias)
     bias = bias if bias is None else bias.to(x.dtype)
     layout = tuple((adapter.scaling, adapter.start) for adapter in adapters)
     tensors = [tensor for adapter in adapters for tensor in (adapter.a, adapter.b)]
-    y = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias, layout, path, *tensors)
+    y = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias, layout, path, remake, *tensors)
     return y.view(*x.shape[:-1], y.shape[-1])

@@ -125,13 +125,17 @@ def _require(condition: bool, name: str, given: object, allowed: str) -> None:
         raise ValueError(f"{name}: given {given}; allowed {allowed}")
 
 
-def dequantize_stack(weights: tuple[NF4Weight, ...], dtype: torch.dtype, path: str = "auto") -> Tensor:
-    """The weights below each other, [sum N, K], in a scratch buffer per device that the next call overwrites."""
+def dequantize_stack(
+    weights: tuple[NF4Weight, ...], dtype: torch.dtype, path: str = "auto", below: int = 0, beside: int = 0
+) -> Tensor:
+    """The weights below each other, [sum N + below, K + beside], in a scratch buffer per device that the next call
+    overwrites. The extra rows and columns are left for the caller to fill."""
     rows, columns = sum(weight.shape[0] for weight in weights), weights[0].shape[1]
-    stacked = scratch(weights[0].packed.device, dtype, rows * columns).view(rows, columns)
+    size = (rows + below, columns + beside)
+    stacked = scratch(weights[0].packed.device, dtype, size[0] * size[1]).view(size)
     start = 0
     for weight in weights:
-        dequantize(weight, dtype, out=stacked[start : start + weight.shape[0]], path=path)
+        dequantize(weight, dtype, out=stacked[start : start + weight.shape[0], :columns], path=path)
         start += weight.shape[0]
     return stacked
 
