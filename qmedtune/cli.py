@@ -43,6 +43,7 @@ COMMANDS = {
     "chat": cli_model.chat,
     "merge": cli_model.merge,
     "doctor": cli_run.doctor,
+    "selftest": cli_run.selftest,
     "schema": cli_run.schema,
 }
 for name, command in COMMANDS.items():

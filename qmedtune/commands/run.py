@@ -144,6 +144,24 @@ def report(
         print("\n".join(str(run_dir / name) for name in facts))
 
 
+def selftest(as_json: JsonOption = False) -> None:
+    """Prove on this machine that kernels, packing, accumulation and merge give equal results."""
+    from qmedtune import selftest as proofs
+    from qmedtune import ui
+
+    found = []
+    with ui.stage("selftest", total=len(proofs.CHECKS), unit="checks") as shown:
+        for row in proofs.selftest():
+            found.append(row)
+            shown.update(len(found), note=row["check"])
+    if as_json:
+        emit({"checks": found})
+    else:
+        lines = [(r["check"], f"{r['measured']:.1e}", f"{r['limit']:.1e}", "yes" if r["ok"] else "NO") for r in found]
+        ui.table(f"Equal on this machine, in {found[0]['dtype']}", ("check", "differs by", "allowed", "equal"), lines)
+    proofs.raise_if_failed(found)
+
+
 def schema() -> None:
     """The JSON Schema of recipes, for editors."""
     from qmedtune.parsing.grammar import json_schema
