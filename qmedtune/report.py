@@ -53,7 +53,6 @@ def _replace(path: Path, text: str) -> None:
 
 def markdown(run: dict, metrics: Metrics) -> str:
     """The report as text: the same tables as the page, without charts."""
-    ablation = tables.ablation(run)
     warnings = [f"- {_plain(text)}" for text in run.get("warnings", [])] or ["None."]
     left_out = f"{metrics.left_out:,} lines or losses of metrics.jsonl are unreadable or not finite."
     parts = [
@@ -62,7 +61,6 @@ def markdown(run: dict, metrics: Metrics) -> str:
         f"Status: {run['status']}. Base: {_plain(base_name(run))}.",
         _section(tables.evaluation(run)),
         _section(tables.perplexity(run)),
-        _section(ablation) if ablation else "",
         _section(tables.stages(run)),
         left_out if metrics.left_out else "",
         _section(tables.mixture(run)),

@@ -70,7 +70,6 @@ def synthetic_run() -> dict:
     }
     pubmedqa = compared(scored(0.53, 200, 1 / 3), scored(0.555, 200, 1 / 3), 0.43, 21, 16)
     records = {"read": 1200, "kept": 1184, "rejected": 3, "duplicates": 9, "contaminated": 4, "refused": 0}
-    arms = {"base": (0.05, 0.05), "sft": (0.06, 0.07), "cpt": (0.64, 0.67), "cpt+sft": (0.82, 0.80)}
     return {
         "name": "cpt_then_sft", "status": "finished", "recipe_sha256": "1d" * 32, "seed": 17, "offline": True,
         "stages": [cpt, sft],
@@ -88,10 +87,6 @@ def synthetic_run() -> dict:
             "perplexity": {"literature": {"base": 61.4, "final": 7.92}, "notes": {"base": 118.2, "final": 6.05},
                            "general": {"base": 5.31, "final": 5.44}},
         },
-        "ablation": {"arms": [
-            {"arm": arm, "facets": {facet: {"mean": mean, "ci95": [max(0, mean - 0.05), mean + 0.05]}
-                                    for facet, mean in zip(("treats", "adverse effect"), means, strict=True)}}
-            for arm, means in arms.items()]},
         "steps": [{"name": name, "status": "sealed", "seconds": seconds, "key": "aa"} for name, seconds in
                   [("base", 148.2), ("data", 3.1), ("01-cpt", 71.4), ("02-sft", 24.9), ("merge", 2.6),
                    ("evaluate", 18.8), ("report", 0.2)]],
@@ -242,7 +237,7 @@ def test_outcome_of_worse_run_is_not_sold():
 
 def test_stopped_run_says_what_is_missing(tmp_path):
     run = synthetic_run()
-    for part in ("ablation", "warnings", "resolved"):
+    for part in ("warnings", "resolved"):
         del run[part]
     run["merge"] = run["evaluation"] = None
     run["stages"][1] = {"name": "02-sft", "kind": "sft", "status": "to do"}
@@ -257,7 +252,6 @@ def test_stopped_run_says_what_is_missing(tmp_path):
         "No warnings.",
     ):
         assert said in page.text
-    assert "Ablation" not in page.text
 
 
 def test_failed_run_before_any_stage(tmp_path):

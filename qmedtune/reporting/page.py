@@ -32,7 +32,6 @@ from qmedtune.reporting.facts import (
     curves,
     outcome,
     perplexities,
-    read_score,
 )
 from qmedtune.reporting.style import CSS
 from qmedtune.reporting.tables import Table
@@ -51,7 +50,6 @@ def page(run: dict, metrics: Metrics) -> str:
     sections = (
         _header(run),
         _section("What it learned", _evaluation(run)),
-        _section("Ablation", _ablation(run)) if tables.ablation(run) else "",
         _section("Training", _training(run, metrics)),
         _section("Data", _data(run)),
         _section("Merge", _card("", _table(tables.merge(run)))),
@@ -59,13 +57,18 @@ def page(run: dict, metrics: Metrics) -> str:
         _section("Warnings and choices", _choices(run)),
         _section("How to do it again", _provenance(run)),
     )
+    return document(run["name"], sections, "Written by qmedtune from run.json and metrics.jsonl.")
+
+
+def document(title: str, sections: Sequence[str], written: str) -> str:
+    """Sections as one self-contained page, with the disclaimer below."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
-        f"<title>{esc(run['name'])} – qmedtune</title><style>{CSS}</style></head>\n<body><main>"
+        f"<title>{esc(title)} – qmedtune</title><style>{CSS}</style></head>\n<body><main>"
         + "\n".join(section for section in sections if section)
-        + f"\n<footer>{esc(DISCLAIMER)}<br>Written by qmedtune from run.json and metrics.jsonl.</footer>"
+        + f"\n<footer>{esc(DISCLAIMER)}<br>{esc(written)}</footer>"
         "</main></body></html>\n"
     )
 
@@ -166,24 +169,6 @@ def _perplexity_figure(run: dict) -> str:
     values = [mark.value for _, marks, _ in rows for mark in marks]
     keys = legend([("base", 0), ("final", 3)])
     return f"{keys}{dumbbells(rows, log_axis(values))}<br>" if values else ""
-
-
-def _ablation(run: dict) -> Html:
-    table = tables.ablation(run)
-    assert table is not None
-    arms = run["ablation"]["arms"]
-    facets = table.columns[1:]
-    rows = []
-    for arm in arms:
-        scores = [(facet, read_score(arm["facets"].get(facet))) for facet in facets]
-        marks = [
-            Mark(facet, score.value, score.low, score.high, 1 + position % PALETTE)
-            for position, (facet, score) in enumerate(scores)
-            if score is not None
-        ]
-        rows.append((arm["arm"], marks, ", ".join(f"{mark.value:.2f}" for mark in marks)))
-    keys = legend([(facet, 1 + position % PALETTE) for position, facet in enumerate(facets)])
-    return _card("", Html(f"{keys}{dumbbells(rows)}<br>{_table(table)}"))
 
 
 def _training(run: dict, metrics: Metrics) -> Html:

@@ -48,16 +48,6 @@ def perplexity(run: dict) -> Table:
     return Table("Perplexity", ("Text", "Base", "Final", "Change"), rows, note)
 
 
-def ablation(run: dict) -> Table | None:
-    """None when the run has no ablation: most have none, and that is not worth a section."""
-    arms = (run.get("ablation") or {}).get("arms")
-    if not arms:
-        return None
-    facets = list(dict.fromkeys(facet for arm in arms for facet in arm["facets"]))
-    rows = [(arm["arm"], *(str(read_score(arm["facets"].get(facet)) or "–") for facet in facets)) for arm in arms]
-    return Table("Ablation", ("Arm", *facets), rows, "Mean accuracy over seeds, 95% interval in brackets.")
-
-
 def stages(run: dict) -> Table:
     rows = [
         (
