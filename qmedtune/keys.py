@@ -19,13 +19,14 @@ FORMAT = 1
 CODE = f"qmedtune-{__version__.rpartition('.')[0]}-format-{FORMAT}"
 
 PACKING = ("mix", "unit", "tokens", "epochs", "max_repeats", "data", "loss_on", "seq_len", "max_truncated_fraction")
+PACKED_AS = {"template", "chunking", "max_tokens"}  # of a source: what packing reads, and reading does not
 BY_MACHINE = ("micro_batch", "gradient_checkpointing", "optimizer")
 MODEL_BY_MACHINE = ("compute_dtype", "kernels", "attention")
 
 
 def source_section(recipe: Recipe, name: str, hashes: store.HashCache) -> dict[str, Any]:
     source = recipe.data[name]
-    section = source.model_dump(mode="json", exclude={"license", "terms", "template", "chunking"})
+    section = source.model_dump(mode="json", exclude={"license", "terms", *PACKED_AS})
     result = {"source": section, "hygiene": recipe.hygiene.model_dump(mode="json"), "seed": recipe.seed}
     result["files"] = fingerprint(source, hashes)
     if recipe.hygiene.decontaminate != "off":
@@ -118,7 +119,7 @@ def _loss_on(stage: StageSection) -> str | float | None:
 def tokens_section(recipe: Recipe, index: int) -> dict[str, Any]:
     stage = recipe.stages[index]
     packing = {k: v for k, v in stage.section.model_dump(mode="json").items() if k in PACKING}
-    sources = {n: recipe.data[n].model_dump(mode="json", include={"template", "chunking"}) for n in stage.sources}
+    sources = {n: recipe.data[n].model_dump(mode="json", include=PACKED_AS) for n in stage.sources}
     templates = _template_files(recipe, stage.sources)
     return {"packing": packing, "sources": sources, "templates": templates, "seed": recipe.seed}
 

@@ -23,7 +23,7 @@ from qmedtune.planning.machine import CARDS_GIB, GIB, Machine, card_of, this_mac
 from qmedtune.planning.memory import Setup
 from qmedtune.planning.resolve import resolve
 from qmedtune.planning.shapes import BaseFacts, base_facts
-from qmedtune.recipe import Recipe, SftSection
+from qmedtune.recipe import Recipe, SftSection, SourceSection
 
 __all__ = ["BaseFacts", "base_facts", "make_plan", "resolve"]
 
@@ -164,19 +164,28 @@ def _tokens(recipe: Recipe, index: int, estimates: Mapping[str, Estimate]) -> To
     held = {name: estimates[name] for name in stage.sources}
     absent = [name for name, estimate in held.items() if not estimate.tokens]
     spread = max((estimate.spread for estimate in held.values()), default=0.0)
+    lengths = {name: _draws(recipe.data[name], estimate, int(section.seq_len)) for name, estimate in held.items()}
     if isinstance(section, SftSection):
-        trained = float(section.epochs) * sum(estimate.tokens for estimate in held.values())
+        trained = float(section.epochs) * sum(float(drawn.sum()) for drawn in lengths.values())
     elif absent:
         trained, spread = (0 if section.tokens == "auto" else section.tokens), 0.0
     else:
         from qmedtune.data import mix
 
-        lengths = {n: np.full(max(e.records, 1), e.tokens / max(e.records, 1)) for n, e in held.items()}
         trained = sum(target.tokens for target in mix.targets(section, lengths).values())
         spread = 0.02 if section.tokens != "auto" and trained > 0.99 * section.tokens else spread
     rows = trained / (int(section.seq_len) * ROW_FILL[stage.kind])
     steps = -(-rows // int(section.batch))
     return Tokens(round(trained), int(steps), spread, f"without {', '.join(absent)}" if absent else "")
+
+
+def _draws(source: SourceSection, estimate: Estimate, seq_len: int) -> np.ndarray:
+    """About what packing draws of each document: see pack.draw_tokens."""
+    mean = estimate.tokens / max(estimate.records, 1)
+    records = max(estimate.records, 1)
+    if source.max_tokens is not None and mean:
+        records = min(records, max(1, int(source.max_tokens / mean)))
+    return np.full(records, min(mean, seq_len) if source.chunking == "window" else mean)
 
 
 def _sealed_tokens(recipe: Recipe, index: int, run_dir: Path | None, steps: list[dict[str, str]]) -> Tokens | None:

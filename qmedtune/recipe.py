@@ -58,7 +58,8 @@ class SourceSection(Section):
     template: str | None = None
     split_by: Literal["record", "patient"] = "record"
     holdout: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    max_records: Positive | None = None
+    max_records: Positive | None = None  # the first so many documents are read
+    max_tokens: Positive | None = None  # a seeded choice of whole documents is trained on
     chunking: Literal["pack", "truncate", "window"] = "pack"
     license: str | None = None
     terms: str | None = None
@@ -103,7 +104,8 @@ class TrainSection(Section):
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: WarmupSection | Auto = "auto"
     min_lr_ratio: Fraction = 0.05
-    horizon_steps: Positive | None = None
+    horizon_steps: Positive | None = None  # where the schedule ends: at a step, or at a multiple of the stage's
+    horizon_ratio: Annotated[float, Field(gt=0, le=100)] | None = None  # steps (2: stopped half-way)
     weight_decay: Weight = 0.0
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0

@@ -206,6 +206,44 @@ def test_other_chunkings_account_for_what_they_leave(tmp_path, tokenizer_dir, co
     assert rows.lengths().sum() == facts["tokens"]["trained"]
 
 
+@pytest.mark.parametrize("budget", [{"epochs": 3}, {"tokens": 6000}])
+def test_a_budget_counts_windows_not_the_documents_they_are_cut_from(tmp_path, tokenizer_dir, budget):
+    """PMC-LLaMA's reading: each epoch takes one random window of each paper, each time another."""
+    inputs = folders(tmp_path, literature=[" ".join(random.Random(i).choices(WORDS, k=400)) for i in range(40)])
+    made = recipe([{"cpt": {"mix": {"literature": 1}, "seq_len": 64, **budget}}], literature={"chunking": "window"})
+    facts, rows = packed(tmp_path, made, tokenizer_dir, inputs)
+    asked = budget.get("tokens", 3 * 40 * 64)
+    assert abs(facts["tokens"]["trained"] - asked) <= 64
+    assert facts["mixture"]["literature"]["repeats"] == pytest.approx(asked / (40 * 64), abs=0.03)
+    starts = [tuple(rows.pieces(row)[0, :2]) for row in range(len(rows))]
+    assert len(set(starts)) > 0.95 * len(starts) and max(start for _, start in starts) > 200
+
+
+def test_a_cap_takes_whole_documents_and_the_same_ones_each_time(tmp_path, tokenizer_dir, corpora):
+    section = {"cpt": {"mix": {"literature": 1, "notes": 1}, "epochs": 2, "seq_len": 64}}
+    made = recipe([section], literature={"max_tokens": 900}, notes={})
+    facts, rows = packed(tmp_path, made, tokenizer_dir, corpora)
+    entry = facts["mixture"]["literature"]
+    once = entry["kept"] - entry["beyond_cap"]
+    assert 500 < once <= 900 and facts["mixture"]["notes"]["beyond_cap"] == 0
+    assert entry["read"] == entry["kept"] + entry["dropped"] and entry["kept"] == entry["seen"] + entry["never_sampled"]
+    assert entry["tokens"] > once and entry["seen"] == once  # repeated, but never beyond the chosen documents
+    again = recipe([section], literature={"max_tokens": 900}, notes={})
+    (tmp_path / "again").mkdir()
+    assert pack_stage(again, 0, tokenizer_dir, corpora, tmp_path / "again") == facts
+
+
+def test_a_cap_holds_for_instructions_and_is_never_empty(tmp_path, tokenizer_dir):
+    inputs = folders(tmp_path, chats=chats(50, 1))
+    for cap in (400, 1):
+        made = recipe([{"sft": {"data": "chats", "epochs": 2, "seq_len": 2048}}], chats={"max_tokens": cap})
+        out = tmp_path / str(cap)
+        out.mkdir()
+        facts = pack_stage(made, 0, tokenizer_dir, inputs, out)
+        once = facts["tokens"]["trained"] / 2
+        assert once <= 400 if cap == 400 else facts["documents_drawn"] == 2
+
+
 def test_an_empty_source_is_named(tmp_path, tokenizer_dir):
     inputs = folders(tmp_path, literature=[])
     made = recipe([{"cpt": {"mix": {"literature": 1}, "tokens": 100, "seq_len": 64}}], literature={})

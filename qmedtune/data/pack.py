@@ -31,7 +31,7 @@ from qmedtune.data.tokens import (
     write_shards,
 )  # fmt: skip
 from qmedtune.errors import DataError
-from qmedtune.recipe import CptSection, PretrainSection, Recipe, SftSection
+from qmedtune.recipe import CptSection, PretrainSection, Recipe, SftSection, SourceSection
 
 IGNORED = -100
 META = "packed.json"
@@ -39,11 +39,13 @@ META = "packed.json"
 
 @dataclass(frozen=True)
 class Corpus:
-    """One source as shards. `documents`: (D, 3) int64 of length, kept, supervised (see tokens.py)."""
+    """One source as shards. `documents`: (D, 3) int64 of length, kept, supervised (see tokens.py); `draws`: (D,) int64,
+    the tokens that one draw of each document takes (see draw_tokens)."""
 
     name: str
     shards: list[Path]
     documents: np.ndarray
+    draws: np.ndarray
 
     @property
     def kept(self) -> np.ndarray:
@@ -106,7 +108,20 @@ def _tokenise(
         shards = write_shards(path, out / "tokens", name, encode, progress.update, max_tokens, encoding)
     arrays = [shard_array(shard, "documents") for shard in shards]
     documents = np.concatenate([a for a in arrays if a is not None]) if arrays else np.zeros((0, 3), np.int64)
-    return Corpus(name, shards, documents)
+    cap = source.max_tokens if max_tokens is None else None
+    return Corpus(name, shards, documents, draw_tokens(source, documents[:, KEPT], section.seq_len, cap, recipe.seed))
+
+
+def draw_tokens(source: SourceSection, kept: np.ndarray, seq_len: int, cap: int | None, seed: int) -> np.ndarray:
+    """Tokens that one draw of each document takes, int64: all that were kept, with `chunking: window` at most a row of
+    them, and none of the documents left out by `cap` tokens (the others are a seeded choice; at least one is taken)."""
+    taken = kept.copy()
+    if cap is not None and kept.sum() > cap:
+        order = np.random.default_rng([seed, len(kept)]).permutation(len(kept))
+        beyond = np.cumsum(kept[order]) > cap
+        beyond[np.argmax(kept[order] > 0)] = False
+        taken[order[beyond]] = 0
+    return np.minimum(taken, seq_len) if source.chunking == "window" else taken
 
 
 def prompt_weight(loss_on: str | float) -> float:
@@ -137,8 +152,10 @@ class Draws:
 
 
 def _mixture(section: CptSection | PretrainSection, corpora: list[Corpus], rng: np.random.Generator) -> Draws:
-    wanted = mix.targets(section, {corpus.name: corpus.kept for corpus in corpora})
-    picks = [mix.draw(corpus.kept, wanted[corpus.name].tokens, rng) for corpus in corpora]
+    usable = {corpus.name: np.flatnonzero(corpus.draws) for corpus in corpora}
+    lengths = {corpus.name: corpus.draws[usable[corpus.name]] for corpus in corpora}
+    wanted = mix.targets(section, lengths)
+    picks = [usable[name][mix.draw(lengths[name], wanted[name].tokens, rng)] for name in lengths]
     order = mix.interleave([len(pick) for pick in picks], rng)
     source = np.repeat(np.arange(len(picks)), [len(pick) for pick in picks])[order]
     capped = [name for name, target in wanted.items() if target.capped]
@@ -150,7 +167,7 @@ def _mixture(section: CptSection | PretrainSection, corpora: list[Corpus], rng: 
 def _epochs(section: SftSection, corpora: list[Corpus], rng: np.random.Generator) -> Draws:
     """Every usable record once per epoch, all sources shuffled together; a last part of an epoch where asked."""
     assert not isinstance(section.epochs, str)
-    usable = [np.flatnonzero(corpus.kept) for corpus in corpora]
+    usable = [np.flatnonzero(corpus.draws) for corpus in corpora]
     source = np.repeat(np.arange(len(usable)), [len(u) for u in usable])
     document = np.concatenate(usable)
     if not len(document):
@@ -159,8 +176,8 @@ def _epochs(section: SftSection, corpora: list[Corpus], rng: np.random.Generator
     orders = [rng.permutation(len(document)) for _ in range(int(whole))]
     orders.append(rng.permutation(len(document))[: round(part * len(document))])
     order = np.concatenate(orders)
-    total = sum(int(c.kept.sum()) for c in corpora)
-    return Draws(source[order], document[order], {c.name: float(c.kept.sum()) / total for c in corpora}, [])
+    total = sum(int(c.draws.sum()) for c in corpora)
+    return Draws(source[order], document[order], {c.name: float(c.draws.sum()) / total for c in corpora}, [])
 
 
 def _write(
@@ -170,9 +187,8 @@ def _write(
     base = np.cumsum([0] + [len(corpus.documents) for corpus in corpora])
     kept = np.concatenate([corpus.kept for corpus in corpora])
     document = base[plan.source] + plan.document
-    windowed = np.array([recipe.data[corpus.name].chunking == "window" for corpus in corpora])[plan.source]
-    length = np.where(windowed, np.minimum(kept[document], seq_len), kept[document])
-    offset = np.where(windowed, rng.integers(0, kept[document] - length + 1), 0)
+    length = np.concatenate([corpus.draws for corpus in corpora])[document]
+    offset = rng.integers(0, kept[document] - length + 1)  # a window's place is drawn anew each time; 0 for the rest
     rows = mix.fill_rows(length, seq_len, split)
     pieces = rows.pieces.copy()
     pieces[:, 0] = document[rows.pieces[:, 0]]
@@ -217,10 +233,12 @@ def _facts(
         assert trained == int(drawn[mine].sum())
         mixture[corpus.name] = {
             "share": trained / trained_total, "asked_share": plan.share[corpus.name], "tokens": trained,
-            "repeats": round(trained / kept, 4), "read": read, "kept": kept, "dropped": read - kept, "seen": seen,
+            "repeats": round(trained / max(1, int(corpus.draws.sum())), 4), "read": read, "kept": kept,
+            "dropped": read - kept, "seen": seen,
             "never_sampled": kept - seen, "supervised": supervised, "documents": len(corpus.documents),
             "truncated_documents": int((corpus.kept < corpus.documents[:, LENGTH]).sum()),
             "dropped_documents": int((corpus.kept == 0).sum()), "draws": int(mine.sum()),
+            "beyond_cap": int(corpus.kept[corpus.draws == 0].sum()),
         }  # fmt: skip
         split = int(pieces[here & continued, 2].sum())
         for key, value in zip(tokens, (read, kept, split, read - kept, supervised, trained), strict=True):

@@ -75,6 +75,8 @@ def _stage_contradictions(recipe: Recipe, here: KeyPath, index: int) -> Iterator
                 yield (*here, "data"), f'"{name}" is of kind {kind}; an sft stage learns from kind: instructions'
     elif section.epochs is not None and section.tokens != "auto":
         yield (*here, "epochs"), "`tokens` is given too; keep one of the two"
+    if section.horizon_steps is not None and section.horizon_ratio is not None:
+        yield (*here, "horizon_ratio"), "`horizon_steps` is given too; keep one of the two"
     if isinstance(section.batch, int) and isinstance(section.micro_batch, int) and section.batch % section.micro_batch:
         yield (*here, "micro_batch"), f"got {section.micro_batch}; allowed: a divisor of batch ({section.batch})"
     if section.adapter != "continue" and index == 0:

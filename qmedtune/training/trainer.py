@@ -73,9 +73,10 @@ def number(value: Any) -> Any:
 
 
 def learning_rate_factor(section: TrainSection, total_steps: int):
-    """Step -> factor on the peak learning rate: linear warm-up, then the schedule down to `min_lr_ratio`."""
+    """Step -> factor on the peak learning rate: linear warm-up, then the schedule down to `min_lr_ratio`, reached at
+    the horizon (which may lie beyond the last step, or before it). A warm-up ratio is one of the horizon."""
     assert isinstance(section.warmup, WarmupSection)
-    horizon = section.horizon_steps or total_steps
+    horizon = section.horizon_steps or max(1, round(total_steps * (section.horizon_ratio or 1)))
     warmup = section.warmup.steps if section.warmup.steps is not None else round((section.warmup.ratio or 0) * horizon)
     floor = section.min_lr_ratio
 
