@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -171,17 +171,19 @@ def run(
     offline: bool = False,
     smoke: bool = False,
     time_limit_s: float | None = None,
+    siblings: Sequence[Path] = (),
 ) -> dict[str, Any]:
     """Run (or resume) a recipe in the folder `out`; returns the content of run.json.
 
-    `until` names the last step or stage to run. Raises QmedtuneError; what is sealed by then stays and is reused.
+    `until` names the last step or stage to run. Steps with equal keys are taken from `siblings`, other run folders.
+    Raises QmedtuneError; what is sealed by then stays and is reused.
     """
     asked = keys.smoke(recipe) if smoke else recipe
     resolved, choices = plan.resolve(asked)
     hashes = store.HashCache(out / ".hashes.json")
     steps = steps_of(resolved, asked, hashes)
     chosen = _chosen(steps, until)
-    source = _source(resolved, hashes, offline)
+    source = source_of(resolved, hashes, offline)
     if finished := _finished(steps, source, recipe_text, out):
         return finished
     _check_writable(out)
@@ -193,7 +195,7 @@ def run(
         with ui.run_progress([*(step.name for step in chosen), "report"]) as shown:
             try:
                 for step in chosen:
-                    done[step.name] = _do(step, resolved, folder, source.digest, done, out, shown)
+                    done[step.name] = _do(step, resolved, folder, source.digest, done, out, siblings, shown)
                     record.write(out, notes, steps, done, source, "running")
             except BaseException as error:
                 record.write(out, notes, steps, done, source, "running" if _goes_on(error) else "failed", error)
@@ -205,7 +207,7 @@ def run(
         return result
 
 
-def _source(recipe: Recipe, hashes: store.HashCache, offline: bool) -> base.Base:
+def source_of(recipe: Recipe, hashes: store.HashCache, offline: bool) -> base.Base:
     shape_only = recipe.stages[0].kind == "pretrain"
     return base.identify(recipe.model, hashes, offline=offline, shape_only=shape_only)
 
@@ -217,15 +219,19 @@ def _do(
     model_digest: str,
     done: dict[str, store.Seal],
     out: Path,
+    siblings: Sequence[Path],
     shown: ui.Run,
 ) -> store.Seal:
-    """One step: skipped when its sealed folder carries the key, brought back from history, or run."""
+    """One step: skipped when its sealed folder carries the key, brought back from history or a sibling, or run."""
     folder, key = out / step.name, key_of(step, model_digest, done)
     if sealed := store.intact(folder, key):
         shown.cached(step.name)
         return sealed
     if sealed := store.complete(folder, out, key) or store.recall(folder, out, key):
         shown.cached(step.name, "kept from an earlier run")
+        return sealed
+    if sealed := store.borrow(folder, out, key, siblings):
+        shown.cached(step.name, "the same as in another run")
         return sealed
     _explain(step, folder)
     inputs = _inputs(step, model, out)
@@ -247,12 +253,12 @@ def key_of(step: Step, model_digest: str, done: dict[str, store.Seal]) -> str:
     """What the step's folder depends on, as one hash."""
     digests = {}
     for name, path in step.needs.items():
-        upstream = _owner(path)
+        upstream = owner_of(path)
         digests[name] = model_digest if upstream == "base" else done[upstream].digest
     return store.sha256_json({"step": step.name, "section": step.section, "inputs": digests, "code": keys.CODE})
 
 
-def _owner(path: str) -> str:
+def owner_of(path: str) -> str:
     """`01-cpt/adapter` is made by the step `01-cpt`, `data/notes` by `data/notes`."""
     parts = path.split("/")
     return "/".join(parts[:2]) if parts[0] == "data" else parts[0]
@@ -264,7 +270,7 @@ def _inputs(step: Step, model: Path, out: Path) -> dict[str, Path]:
 
 def _check_inputs(step: Step, done: dict[str, store.Seal], out: Path) -> None:
     """Hash what is about to be consumed: a flipped bit upstream must not train on silently."""
-    for upstream in {_owner(path) for path in step.needs.values()} - {"base"}:
+    for upstream in {owner_of(path) for path in step.needs.values()} - {"base"}:
         if problems := store.damage(out / upstream, done[upstream], full=True):
             raise RunError(
                 f"{out / upstream}: damaged since it was sealed ({problems[0]})\n"
@@ -304,7 +310,7 @@ def _chosen(steps: list[Step], until: str | None) -> list[Step]:
         return steps
     if until == "data":
         data = {step.name for step in steps if step.kind == "data"} | {"base"}
-        return [step for step in steps if step.name in data and {_owner(p) for p in step.needs.values()} <= data]
+        return [step for step in steps if step.name in data and {owner_of(p) for p in step.needs.values()} <= data]
     wanted = {"merge": "merged", "eval": "evaluation", "evaluate": "evaluation"}.get(until, until)
     matches = [i for i, s in enumerate(steps) if wanted in (s.name, s.kind, s.name.partition("-")[2])]
     if not matches:

@@ -49,13 +49,13 @@ def page(run: dict, metrics: Metrics) -> str:
     """The whole page."""
     sections = (
         _header(run),
-        _section("What it learned", _evaluation(run)),
-        _section("Training", _training(run, metrics)),
-        _section("Data", _data(run)),
-        _section("Merge", _card("", _table(tables.merge(run)))),
-        _section("Time and memory", _cost(run)),
-        _section("Warnings and choices", _choices(run)),
-        _section("How to do it again", _provenance(run)),
+        section("What it learned", _evaluation(run)),
+        section("Training", _training(run, metrics)),
+        section("Data", _data(run)),
+        section("Merge", card("", html_table(tables.merge(run)))),
+        section("Time and memory", _cost(run)),
+        section("Warnings and choices", _choices(run)),
+        section("How to do it again", _provenance(run)),
     )
     return document(run["name"], sections, "Written by qmedtune from run.json and metrics.jsonl.")
 
@@ -67,7 +67,7 @@ def document(title: str, sections: Sequence[str], written: str) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
         f"<title>{esc(title)} – qmedtune</title><style>{CSS}</style></head>\n<body><main>"
-        + "\n".join(section for section in sections if section)
+        + "\n".join(filter(None, sections))
         + f"\n<footer>{esc(DISCLAIMER)}<br>{esc(written)}</footer>"
         "</main></body></html>\n"
     )
@@ -152,8 +152,8 @@ def _evaluation(run: dict) -> Html:
     known = any(_chance(c) is not None for c in comparisons(run))
     keys = legend([("base", 0), ("final", 3)], "chance" if known else "")
     figure = f"{keys}{dumbbells(rows)}<br>" if rows else ""
-    scores = _card("Scores", Html(figure + _table(tables.evaluation(run))))
-    return Html(scores + _card("Perplexity", Html(_perplexity_figure(run) + _table(tables.perplexity(run)))))
+    scores = card("Scores", Html(figure + html_table(tables.evaluation(run))))
+    return Html(scores + card("Perplexity", Html(_perplexity_figure(run) + html_table(tables.perplexity(run)))))
 
 
 def _chance(c: Comparison) -> float | None:
@@ -173,7 +173,7 @@ def _perplexity_figure(run: dict) -> str:
 
 def _training(run: dict, metrics: Metrics) -> Html:
     drawn = curves(run, metrics)
-    charts = [_card(name, _loss_chart(run, curve)) for name, curve in drawn.items()]
+    charts = [card(name, _loss_chart(run, curve)) for name, curve in drawn.items()]
     missing = [stage["name"] for stage in run.get("stages", []) if stage["name"] not in drawn]
     said = f'<p class="note">No loss was logged for {esc(", ".join(missing))}.</p>' if missing else ""
     if metrics.left_out:
@@ -181,7 +181,7 @@ def _training(run: dict, metrics: Metrics) -> Html:
             f'<p class="note">{metrics.left_out:,} lines or losses of metrics.jsonl are unreadable or not finite.</p>'
         )
     charts_html = f'<div class="pair">{"".join(charts)}</div>' if charts else ""
-    return Html(charts_html + said + _card("", _table(tables.stages(run))))
+    return Html(charts_html + said + card("", html_table(tables.stages(run))))
 
 
 def _loss_chart(run: dict, curve: Curve) -> Html:
@@ -204,16 +204,16 @@ def _data(run: dict) -> Html:
         if parts:
             labels = [(f"{source} {part['share']:.0%}", _color(run, source)) for source, part in parts.items()]
             bar = stacked_bar([(source, part["share"], _color(run, source)) for source, part in parts.items()])
-            cards.append(_card(f"Mixture of {stage['name']}", Html(bar + legend(labels) + _mixture(run, stage))))
+            cards.append(card(f"Mixture of {stage['name']}", Html(bar + legend(labels) + _mixture(run, stage))))
     mixtures = f'<div class="pair">{"".join(cards)}</div>' if cards else ""
     ledgers = [tables.records(run), tables.tokens(run)]
     ledgers += [table for table in (tables.findings(run), tables.sources(run)) if table.rows]
-    return Html(mixtures + "".join(_card(table.title, _table(table)) for table in ledgers))
+    return Html(mixtures + "".join(card(table.title, html_table(table)) for table in ledgers))
 
 
 def _mixture(run: dict, stage: dict) -> Html:
     whole = tables.mixture({"stages": [stage]})
-    return _table(Table(whole.title, whole.columns[1:], [row[1:] for row in whole.rows], whole.note))
+    return html_table(Table(whole.title, whole.columns[1:], [row[1:] for row in whole.rows], whole.note))
 
 
 def _cost(run: dict) -> Html:
@@ -224,8 +224,8 @@ def _cost(run: dict) -> Html:
         for stage in run.get("stages", [])
         if stage.get("peak_memory_bytes")
     ]
-    time_card = _card("Time per step", bars(rows) if rows else _missing("No step was timed."))
-    memory_card = _card("Peak memory per stage", bars(memory) if memory else _missing("Not measured."))
+    time_card = card("Time per step", bars(rows) if rows else _missing("No step was timed."))
+    memory_card = card("Peak memory per stage", bars(memory) if memory else _missing("Not measured."))
     return Html(f'<div class="pair">{time_card}{memory_card}</div>')
 
 
@@ -233,22 +233,24 @@ def _choices(run: dict) -> Html:
     warnings = "".join(f"<li>{esc(text)}</li>" for text in run.get("warnings", []))
     told = f'<div class="callout"><ul>{warnings}</ul></div>' if warnings else '<p class="note">No warnings.</p>'
     chosen = tables.choices(run)
-    return Html(told + (_card(chosen.title, _table(chosen)) if chosen.rows else ""))
+    return Html(told + (card(chosen.title, html_table(chosen)) if chosen.rows else ""))
 
 
 def _provenance(run: dict) -> Html:
     text = run.get("recipe_text", "")
     recipe = f"<details><summary>The recipe</summary><pre>{esc(text)}</pre></details>"
-    facts = _card("Provenance", _table(tables.provenance(run)))
-    return Html(facts + (_card("", Html(recipe)) if text else ""))
+    facts = card("Provenance", html_table(tables.provenance(run)))
+    return Html(facts + (card("", Html(recipe)) if text else ""))
 
 
-def _section(title: str, body: Html) -> Html:
+def section(title: str, body: Html) -> Html:
+    """A part of the page with a heading that can be linked to."""
     anchor = title.lower().replace(" ", "-")
     return Html(f'<section id="{anchor}"><h2>{esc(title)}</h2>{body}</section>')
 
 
-def _card(title: str, body: Html) -> Html:
+def card(title: str, body: Html) -> Html:
+    """A box within a section; without a title where there is nothing to tell it from."""
     return Html(f'<div class="card">{f"<h3>{esc(title)}</h3>" if title else ""}{body}</div>')
 
 
@@ -256,7 +258,8 @@ def _missing(text: str) -> Html:
     return Html(f'<p class="note">{esc(text)}</p>')
 
 
-def _table(table: Table) -> Html:
+def html_table(table: Table) -> Html:
+    """The table, or its note where it has no rows."""
     if not table.rows:
         return _missing(table.note)
     kinds = [_kind(i, [row[i] for row in table.rows]) for i in range(len(table.columns))]

@@ -5,7 +5,7 @@ Deliberately does not: know HTML or Markdown; every cell is text that the render
 
 from dataclasses import dataclass
 
-from qmedtune.reporting.facts import comparisons, perplexities, read_score
+from qmedtune.reporting.facts import comparisons, perplexities
 from qmedtune.units import count, digits3, duration, size
 
 Row = tuple[str, ...]

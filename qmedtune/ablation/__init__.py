@@ -1,0 +1,1 @@
+"""Parts of `qmedtune ablate`: the arms, their uncertainty, the table, the figure and the page."""
