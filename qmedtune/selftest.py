@@ -20,7 +20,7 @@ from qmedtune.errors import RunError
 from qmedtune.recipe import AdapterSection, MergeSection, ModelSection
 from qmedtune.training.loss import token_nll
 
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "vocab_size": 512, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 256,
 }  # fmt: skip
@@ -97,7 +97,8 @@ def _write_base(folder: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(SEED)
-    LlamaForCausalLM(LlamaConfig(**SHAPE)).to(torch.bfloat16).save_pretrained(folder)
+    model: Any = LlamaForCausalLM(LlamaConfig(**SHAPE))
+    model.to(torch.bfloat16).save_pretrained(folder)
 
 
 def _difference(ours: Tensor, reference: Tensor) -> float:
