@@ -58,7 +58,8 @@ class Bench:
         model.zero_grad()
         for part in self.ids.split(rows):
             self.nll(model, part).backward()
-        return torch.cat([p.grad.flatten().float() for p in models.trainable(model).values()])
+        trained: Any = models.trainable(model).values()
+        return torch.cat([parameter.grad.flatten().float() for parameter in trained])
 
     def nll(self, model: Any, ids: Tensor, documents: int = 1) -> Tensor:
         """Summed loss of rows that hold `documents` documents of equal length; a first token is never a target."""
