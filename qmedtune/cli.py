@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from qmedtune import __version__
+from qmedtune.commands import ablate as cli_ablate
 from qmedtune.commands import bench as cli_bench
 from qmedtune.commands import model as cli_model
 from qmedtune.commands import run as cli_run
@@ -38,6 +39,7 @@ COMMANDS = {
     "plan": cli_run.plan,
     "data": cli_run.data,
     "report": cli_run.report,
+    "ablate": cli_ablate.ablate,
     "eval": cli_model.evaluate,
     "predict": cli_model.predict,
     "chat": cli_model.chat,
