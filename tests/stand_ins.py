@@ -52,7 +52,7 @@ def jats(pmcid: int) -> str:
 
 def discharge_csv() -> bytes:
     """MIMIC-IV-Note's discharge.csv.gz: its eight columns, quoted notes over several lines, de-identified by `___`."""
-    header = "note_id,subject_id,hadm_id,note_type,note_seq,charttime,storetime,text".split(",")
+    header = ["note_id", "subject_id", "hadm_id", "note_type", "note_seq", "charttime", "storetime", "text"]
     patients: dict[str, int] = {}
     out = io.StringIO()
     write = csv.writer(out, lineterminator="\n").writerow
@@ -84,7 +84,7 @@ def pubmedqa() -> bytes:
     for number, item in enumerate(world.facts_items(WORLD)[:12]):
         decision = ("yes", "no", "maybe")[number % 3]
         items[str(21645374 + number)] = {
-            "QUESTION": item["question"], "CONTEXTS": ["A trial was done.", "It ended."], "LABELS": ["METHODS", "RESULTS"],
+            "QUESTION": item["question"], "CONTEXTS": ["A trial.", "It ended."], "LABELS": ["METHODS", "RESULTS"],
             "MESHES": ["Humans"], "YEAR": "2011", "reasoning_required_pred": decision,
             "reasoning_free_pred": decision, "final_decision": decision, "LONG_ANSWER": "It depends.",
         }  # fmt: skip

@@ -31,7 +31,7 @@ def executed(path: Path, place: Path, monkeypatch: pytest.MonkeyPatch, **values:
     for name, value in values.items():
         assert f"\n{name} = " in f"\n{first.source}", f"the first cell sets {name}"
         first.source += f"\n{name} = {value!r}"
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(place)}}).execute()
+    NotebookClient(notebook, timeout=1200, resources={"metadata": {"path": str(place)}}).execute()
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     return "".join(output.get("text", "") or json.dumps(output.get("data", {})) for output in outputs)
 
