@@ -49,7 +49,7 @@ def _folder(section: ModelSection, *, offline: bool, shape_only: bool) -> Path:
         return local
     from qmedtune.hub import resolve_base
 
-    return resolve_base(section, offline=offline)
+    return resolve_base(section, offline=offline, shape_only=shape_only)
 
 
 def _builtin(name: str) -> Base:

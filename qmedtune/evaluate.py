@@ -39,7 +39,8 @@ def evaluate_stage(recipe: Recipe, inputs: dict[str, Path], out: Path) -> dict[s
     """Base against final of a resolved recipe.
 
     `inputs`: `base`, `adapter-1` ..., `merged`, and where there are any `template` (folder with template.json),
-    `validation` (folder of packed held-out rows per source) and `origin` (what is compared, if `base` is folded).
+    `validation` (folder of packed held-out rows per source) and `origin` (what is compared, if `base` is folded) or
+    `untrained` (the folder that `base` was trained from scratch after: random weights of its shape are compared).
     With precision `nf4` the final model is the base as it was trained plus its adapters, with `full16` the merged
     folder. Writes <task>.items.jsonl and evaluation.json below `out`, where an interrupted evaluation is continued;
     returns the content of evaluation.json.
@@ -91,9 +92,15 @@ def _base_and_final(recipe: Recipe, inputs: dict[str, Path]) -> Iterator[tuple[s
     section = recipe.model.model_copy(update={"attention": "sdpa"})
     full16 = recipe.evaluate.precision == "full16"
     quantize = False if full16 else None
-    first, last = inputs.get("origin", inputs["base"]), inputs["merged" if full16 else "base"]
+    count = sum(name.startswith("adapter-") for name in inputs)
+    first, last = inputs.get("untrained", inputs.get("origin", inputs["base"])), inputs["merged" if full16 else "base"]
     tokenizer = models.load_tokenizer(first)
-    model: Any = models.load_base(first, section, quantize=quantize)
+    if "untrained" in inputs:  # no base to compare with: chance is what random weights reach
+        torch.manual_seed(recipe.seed)
+        untrained: Any = models.from_scratch(first, section)
+        model: Any = untrained.to(models.DTYPES[section.compute_dtype])
+    else:
+        model = models.load_base(first, section, quantize=quantize)
     models.install_kernels(model, section.kernels)
     yield "base", model.eval(), tokenizer
     if last != first:
@@ -102,8 +109,7 @@ def _base_and_final(recipe: Recipe, inputs: dict[str, Path]) -> Iterator[tuple[s
         torch.cuda.empty_cache()
         tokenizer = models.load_tokenizer(last)
         model = models.load_base(last, section, quantize=quantize)
-    if not full16:
-        count = sum(name.startswith("adapter-") for name in inputs)
+    if count and not full16:
         adapters = [f"adapter-{number}" for number in range(1, count + 1)]
         model = models.load_adapters(model, [inputs[name] for name in adapters])
     models.install_kernels(model, section.kernels)

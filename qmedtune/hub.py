@@ -45,8 +45,9 @@ def _json(path: Path) -> dict[str, Any]:
         raise RecipeError(f"{path}: not JSON ({type(error).__name__})\nfetch the model again") from error
 
 
-def resolve_base(section: ModelSection, *, offline: bool) -> Path:
-    """The local folder of a base that is not built in; downloads a Hub id unless `offline`."""
+def resolve_base(section: ModelSection, *, offline: bool, shape_only: bool = False) -> Path:
+    """The local folder of a base that is not built in; downloads a Hub id unless `offline`, with `shape_only` no
+    weights: config and tokenizer are all that `pretrain` takes of it."""
     local = Path(section.base).expanduser()
     if local.is_dir():
         check_folder(local)
@@ -56,16 +57,18 @@ def resolve_base(section: ModelSection, *, offline: bool) -> Path:
             f"model.base: no folder {section.base!r} here, and it is not a Hub id\n"
             "allowed: builtin:tiny, a folder with config.json and *.safetensors, or owner/name of the Hub"
         )
-    folder = _download(section, offline=offline)
-    check_folder(folder)
+    folder = _download(section, offline=offline, shape_only=shape_only)
+    if not shape_only:
+        check_folder(folder)
     return folder
 
 
-def _download(section: ModelSection, *, offline: bool) -> Path:
+def _download(section: ModelSection, *, offline: bool, shape_only: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    patterns = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "*.model", "*.jinja"]
+    patterns = ["*.json", "tokenizer*", "*.model", "*.jinja"]
+    patterns += [] if shape_only else ["*.safetensors", "*.safetensors.index.json"]
     try:
         path = snapshot_download(
             section.base, revision=section.revision, allow_patterns=patterns, local_files_only=offline

@@ -191,10 +191,10 @@ def _copy_descriptions(base: Path, out: Path, template: Path | None) -> None:
         for path in sorted(base.glob(pattern)):
             shutil.copyfile(path, out / path.name)
     if template is not None:
-        _write_template(out, template)
+        write_template(out, template)
 
 
-def _write_template(out: Path, template: Path) -> None:
+def write_template(out: Path, template: Path) -> None:
     """The template of training becomes the tokenizer's only chat template, and stays readable as template.json."""
     from qmedtune.data import templates
 

@@ -116,11 +116,35 @@ def load_base(
     return model
 
 
+def load_full(folder: Path, section: ModelSection, *, seq_len: int | None = None) -> PreTrainedModel:
+    """The folder's weights as fp32 master weights, everything trainable: for stages without an adapter."""
+    if "quantization_config" in json.loads((folder / "config.json").read_text(encoding="utf-8")):
+        raise RecipeError(
+            f"{folder}: quantised weights cannot be trained themselves\ngive its 16-bit original, or LoRA"
+        )
+    fp32 = section.model_copy(update={"compute_dtype": "float32"})
+    model = load_base(folder, fp32, quantize=False, seq_len=seq_len)
+    return model.requires_grad_(True)
+
+
+# ShapeSection's names in config.json.
+CONFIG_KEYS = {
+    "hidden": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads", "intermediate": "intermediate_size", "max_positions": "max_position_embeddings",
+}  # fmt: skip
+
+
 def from_scratch(folder: Path, section: ModelSection, *, seq_len: int | None = None) -> PreTrainedModel:
-    """A randomly initialised model of the folder's config.json, fp32 master weights, everything trainable."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    """A randomly initialised model of the folder's config.json, with the recipe's own widths where it gives them; fp32
+    master weights, everything trainable."""
+    from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if (shape := section.shape) is not None:
+        given = {**shape.model_dump(exclude_none=True), "kv_heads": shape.kv_heads or shape.heads}
+        widths = {CONFIG_KEYS[name]: value for name, value in given.items()}
+        written = {name: value for name, value in config.to_dict().items() if name != "head_dim"}
+        config = LlamaConfig.from_dict({**written, **widths})
     config.use_cache = False
     attention = attention_for(section, seq_len)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)

@@ -27,11 +27,29 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
+class ShapeSection(Section):
+    """A model's own widths for `pretrain`, in place of those of the base, which then gives tokenizer and constants."""
+
+    hidden: Positive
+    layers: Positive
+    heads: Positive
+    kv_heads: Positive | None = None
+    intermediate: Positive
+    max_positions: Positive | None = None
+
+    @model_validator(mode="after")
+    def _divides(self) -> ShapeSection:
+        if self.hidden % self.heads or self.heads % (self.kv_heads or self.heads):
+            raise ValueError("`hidden` must be a multiple of `heads`, and `heads` one of `kv_heads`")
+        return self
+
+
 class ModelSection(Section):
     """The base: `builtin:tiny`, a local folder, or a Hub id."""
 
     base: str
     revision: str | None = None
+    shape: ShapeSection | None = None
     quantization: Literal["nf4", "none"] = "nf4"
     double_quantization: bool = True
     compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
@@ -111,7 +129,8 @@ class TrainSection(Section):
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     optimizer: Literal["auto", "adamw", "adamw_8bit", "paged_adamw_8bit"] = "auto"
     gradient_checkpointing: bool | Auto = "auto"
-    adapter: Literal["continue", "merge_then_new", "new"] = "continue"
+    # Which weights: the last adapter on, a new one on its fold into the base, a new one on top, or all parameters.
+    adapter: Literal["continue", "merge_then_new", "new", "none"] = "continue"
 
     @field_validator("betas", mode="before")
     @classmethod
@@ -172,6 +191,11 @@ class StageSection(Section):
     @property
     def kind(self) -> str:
         return "cpt" if self.cpt else "sft" if self.sft else "pretrain"
+
+    @property
+    def full(self) -> bool:
+        """All parameters are trained: the stage leaves a model, not an adapter."""
+        return self.kind == "pretrain" or self.section.adapter == "none"
 
     @property
     def section(self) -> CptSection | SftSection | PretrainSection:

@@ -54,19 +54,19 @@ def steps_of(recipe: Recipe, asked: Recipe, hashes: store.HashCache) -> list[Ste
         template = name if stage.kind == "sft" else template
     if adapters:
         steps.append(_merge_step(recipe, start, adapters, template))
-    if adapters and (recipe.evaluate.tasks or recipe.evaluate.perplexity):
+    if recipe.evaluate.tasks or recipe.evaluate.perplexity:
         steps.append(_evaluation_step(recipe, start, adapters, template, hashes))
     return steps
 
 
 def folds(stage: StageSection, adapters: list[str]) -> bool:
     """Whether the earlier adapters are folded into a 16-bit base, named `<stage>-base`, before this stage."""
-    return stage.section.adapter == "merge_then_new" and bool(adapters)
+    return stage.section.adapter in ("merge_then_new", "none") and bool(adapters)
 
 
 def after(stage: StageSection, name: str, start: str, adapters: list[str]) -> tuple[str, list[str]]:
     """The base and the adapters, in order, that make up the model after this stage, as `step/subfolder`."""
-    if stage.kind == "pretrain":
+    if stage.full:
         return f"{name}/model", []
     kept = adapters[:-1] if stage.section.adapter == "continue" else adapters
     return start, [*kept, f"{name}/adapter"]
@@ -148,8 +148,11 @@ def _evaluation_step(
         return evaluate_stage(recipe, inputs, out)
 
     origin = f"{recipe.stage_names()[0]}/model" if recipe.stages[0].kind == "pretrain" else "base"
-    needs = {"base": start, "merged": "merged", **_numbered(adapters)}
-    needs |= {"origin": origin} if start != origin else {}  # a folded base has learnt already: compared is the first
+    needs = {"base": start, "merged": "merged" if adapters else start, **_numbered(adapters)}
+    if start == origin and not adapters:  # from scratch, and nothing after it: compared is what it began as
+        needs["untrained"] = "base"
+    elif start != origin:  # a folded base has learnt already: compared is the first
+        needs["origin"] = origin
     needs |= {"template": template} if template else {}
     needs |= {"validation": "data/validation"} if recipe.evaluate.perplexity else {}
     return Step("evaluation", "evaluation", keys.evaluation_section(recipe, hashes), needs, work, resumes=True)

@@ -65,9 +65,10 @@ def train_stage(recipe: Recipe, index: int, inputs: dict[str, Path], out: Path) 
     trainer = _run(recipe, index, model, tokenizer, rows, packed, loop, out)
     facts |= loop.facts(trainer, packed["tokens"], time.monotonic() - started)
     facts |= {"kind": stage.kind, "tokens": packed["tokens"], "mixture": packed["mixture"]}
-    _finish(model, tokenizer, stage.kind, recipe.model.base, out)
     if (template := inputs["tokens"] / templates.FILE).is_file():
         shutil.copyfile(template, out / templates.FILE)
+    _finish(model, tokenizer, stage.full, recipe.model.base, out)
+    facts |= {"model": {"path": f"{name}/model"}} if stage.full else {}
     del trainer, model
     gc.collect()
     return facts
@@ -84,8 +85,9 @@ def quiet_libraries() -> None:
 def _make_model(recipe: Recipe, index: int, inputs: dict[str, Path]) -> tuple[Any, dict[str, Any]]:
     stage = recipe.stages[index]
     seq_len = number(stage.section.seq_len)
-    if stage.kind == "pretrain":
-        return models.from_scratch(inputs["base"], recipe.model, seq_len=seq_len), {}
+    if stage.full:
+        load = models.from_scratch if stage.kind == "pretrain" else models.load_full
+        return load(inputs["base"], recipe.model, seq_len=seq_len), {}
     base = models.load_base(inputs["base"], recipe.model, seq_len=seq_len)
     count = sum(key.startswith("adapter-") for key in inputs)
     earlier = [inputs[f"adapter-{number}"] for number in range(1, count + 1)]
@@ -112,7 +114,7 @@ def _run(
     steps = -(-len(rows) // number(section.batch))
     save_every = recipe.save.every if recipe.save.every != "auto" else max(20, steps // 10)
     autocast = recipe.model.compute_dtype
-    if autocast == "float32" or (autocast == "bfloat16" and recipe.stages[index].kind != "pretrain"):
+    if autocast == "float32" or (autocast == "bfloat16" and not recipe.stages[index].full):
         autocast = None
     arguments = trainer_arguments(
         out,
@@ -137,11 +139,15 @@ def _run(
     return trainer
 
 
-def _finish(model: Any, tokenizer: Any, kind: str, base_name: str, out: Path) -> None:
+def _finish(model: Any, tokenizer: Any, full: bool, base_name: str, out: Path) -> None:
     """Leave only what the stage is for: the adapter (or the model), its template, the metrics."""
-    if kind == "pretrain":
+    if full:
         model.to(torch.bfloat16).save_pretrained(str(out / "model"))
         tokenizer.save_pretrained(str(out / "model"))
+        if (out / templates.FILE).is_file():
+            from qmedtune import merge
+
+            merge.write_template(out / "model", out)
     else:
         models.save_adapter(model, out / "adapter", base_name)
     for leftover in [*out.glob("checkpoint-*"), out / BEST, out / "runs"]:

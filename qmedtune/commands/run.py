@@ -55,6 +55,9 @@ def _show_run(facts: dict[str, Any], folder: Path) -> None:
     print(f"{facts['name']}: {facts['status']}. Report: {folder / 'report.html'}")
     if facts["status"] == "finished" and facts["merge"]:
         print(f"Talk to it: qmedtune chat {folder}")
+    models = [stage["model"]["path"] for stage in facts["stages"] if "model" in stage]
+    if facts["status"] == "finished" and not facts["merge"] and models:
+        print(f"No adapter was trained, so nothing was merged: the model is {folder / models[-1]}")
 
 
 def _show(*tables: Any) -> None:

@@ -73,7 +73,7 @@ def locate(name: str, *, base: str | None = None, template: str | None = None, o
 
 
 def _of_run(name: str, folder: Path) -> Location:
-    merged = folder / "merged"
+    merged = _whole_model(folder)
     if not (merged / "config.json").is_file():
         raise RecipeError(
             f"{folder}: this run has no merged model yet\n"
@@ -83,6 +83,13 @@ def _of_run(name: str, folder: Path) -> Location:
     template = templates.load(stages[-1]) if stages else _template_beside(merged)
     recipe = Recipe.model_validate(json.loads((folder / "run.json").read_text(encoding="utf-8"))["recipe"])
     return Location(name, "run", merged, (), template, world_of(recipe))
+
+
+def _whole_model(folder: Path) -> Path:
+    """`merged`, or the last stage's own model where a finished run trained no adapter that could be merged."""
+    run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    own = [folder / stage["model"]["path"] for stage in run["stages"] if "model" in stage]
+    return own[-1] if own and run["status"] == "finished" and not run["merge"] else folder / "merged"
 
 
 def world_of(recipe: Recipe) -> str:

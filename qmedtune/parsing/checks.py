@@ -79,10 +79,15 @@ def _stage_contradictions(recipe: Recipe, here: KeyPath, index: int) -> Iterator
         yield (*here, "horizon_ratio"), "`horizon_steps` is given too; keep one of the two"
     if isinstance(section.batch, int) and isinstance(section.micro_batch, int) and section.batch % section.micro_batch:
         yield (*here, "micro_batch"), f"got {section.micro_batch}; allowed: a divisor of batch ({section.batch})"
-    if section.adapter != "continue" and index == 0:
+    if section.adapter not in ("continue", "none") and index == 0:
         yield (*here, "adapter"), f"got {section.adapter}; the first stage has no adapter before it: leave the key out"
     if section.adapter == "new" and recipe.adapter.train_embeddings is not False:
         yield (*here, "adapter"), "a stack of adapters cannot train embeddings; set adapter.train_embeddings: false"
+    if recipe.model.shape is not None and recipe.stages[0].kind != "pretrain" and index == 0:
+        yield (
+            ("model", "shape"),
+            "weights that exist have their shape; only a recipe that begins with `pretrain` sets it",
+        )
     if recipe.stages[index].kind == "pretrain" and index > 0:
         yield here, "pretrain starts from scratch: it can only be the first stage"
 
@@ -215,7 +220,7 @@ def doubts(recipe: Recipe) -> Iterator[Finding]:
     """What runs but is probably a slip: each finding is a warning at its key."""
     for index, stage in enumerate(recipe.stages):
         lr = stage.section.lr
-        if stage.kind != "pretrain" and isinstance(lr, float) and lr < FULL_TUNING_LR:
+        if not stage.full and isinstance(lr, float) and lr < FULL_TUNING_LR:
             text = f"{lr:g} is a rate for full tuning; adapters starve below {FULL_TUNING_LR:g} (usual: 1e-4 to 3e-4)"
             yield ("stages", index, stage.kind, "lr"), text
     for name in recipe.data.keys() - set(recipe.used_sources()):

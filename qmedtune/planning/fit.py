@@ -53,7 +53,7 @@ def setup_of(recipe: Recipe, index: int) -> Setup:
     """The memory-relevant part of stage `index`, its lengths and the compute dtype resolved; what is still `auto`
     (micro-batch, checkpointing, optimiser) stands at its smallest."""
     section, stages = recipe.stages[index].section, recipe.stages
-    full = stages[index].kind == "pretrain"
+    full = stages[index].full
     stacked = [stage.section.adapter == "new" for stage in stages[1 : index + 1]]
     targets = recipe.adapter.targets
     return Setup(

@@ -101,6 +101,8 @@ def _real_stage(facts: BaseFacts, recipe: Recipe, index: int) -> Proposals:
 
 def _learning_rate(facts: BaseFacts, recipe: Recipe, index: int) -> tuple[float, str]:
     stage, large = recipe.stages[index], facts.parameters >= LARGE
+    if stage.section.adapter == "none" and stage.kind != "pretrain":
+        return 2e-5, "all parameters: Alpaca, AlpaCare and PMC-LLaMA took 2e-5 for 7B"
     if stage.kind == "pretrain":
         return 3e-4, "all parameters from scratch: GatorTronGPT took 1e-4, small models stand more"
     continues = index > 0 and stage.section.adapter == "continue"
@@ -124,7 +126,7 @@ def _tiny_stage(facts: BaseFacts, stage: StageSection, on_builtin_text: bool) ->
     real = "real text in a tiny base: unknown words are spelled in bytes, so rows are as long as the base allows"
     proposals: Proposals = {
         "seq_len": (tuned.seq_len, why) if on_builtin_text else (facts.max_positions, real),
-        "lr": (tuned.lr, why),
+        "lr": (tuned.lr, why) if not stage.full or stage.kind == "pretrain" else (3e-4, "a tenth of its pretraining's"),
         "embedding_lr": (getattr(tuned, "embedding_lr", tuned.lr), why),
         "warmup": (WarmupSection(ratio=tuned.warmup_ratio), why),
         "epochs": (float(getattr(tuned, "epochs", 1)), why),

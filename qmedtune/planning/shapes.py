@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,16 @@ class BaseFacts:
 
 
 def base_facts(model: ModelSection) -> BaseFacts:
-    """The shape of `model.base`. RecipeError where it is unknown here or no LLaMA."""
+    """The shape that is trained: `model.base`'s, or the recipe's own. RecipeError where it is unknown or no LLaMA."""
+    facts = _base_facts(model)
+    if (shape := model.shape) is None:
+        return facts
+    own = {**shape.model_dump(exclude_none=True), "kv_heads": shape.kv_heads or shape.heads}
+    source = f"the recipe's own shape, with the tokenizer of {model.base}"
+    return replace(facts, source=source, head_dim=shape.hidden // shape.heads, measured_bytes=None, **own)
+
+
+def _base_facts(model: ModelSection) -> BaseFacts:
     if model.base.startswith("builtin:"):
         return _builtin(model.base)
     folder = Path(model.base).expanduser()
