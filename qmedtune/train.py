@@ -6,10 +6,12 @@ happens around the steps: metrics, validation, the best weights, stopping, resum
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import resource
 import shutil
+import statistics
 import time
 import warnings
 from dataclasses import dataclass, field
@@ -21,27 +23,21 @@ from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.utils import logging as transformers_logging
 
 from qmedtune import model as models
-from qmedtune import store, ui
+from qmedtune import store, ui, units
 from qmedtune.data import templates
 from qmedtune.data.pack import PackedRows
+from qmedtune.errors import RunError
 from qmedtune.interrupt import stop
-from qmedtune.recipe import Recipe
+from qmedtune.planning import fit
+from qmedtune.planning.shapes import base_facts
+from qmedtune.recipe import Recipe, TrainSection
+from qmedtune.training import checkpoints
+from qmedtune.training.checkpoints import BEST, METRICS
 from qmedtune.training.loss import token_nll
-from qmedtune.training.trainer import (
-    QTrainer,
-    collate,
-    last_intact_checkpoint,
-    load_trained,
-    number,
-    save_trained,
-    sealed_checkpoints,
-    step_of,
-    supervised_weight,
-    trainer_arguments,
-)
+from qmedtune.training.trainer import QTrainer, collate, number, supervised_weight, trainer_arguments
 
-METRICS = "metrics.jsonl"
-BEST = "best"
+# A loss this many times the median of so many steps before it is logged as a spike.
+SPIKE, SPIKE_WINDOW = 2.0, 50
 
 
 def train_stage(recipe: Recipe, index: int, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
@@ -110,7 +106,8 @@ def _run(
     loop: Loop,
     out: Path,
 ) -> QTrainer:
-    section = recipe.stages[index].section
+    checkpoint = checkpoints.last_intact(out)
+    section, made_with, said = as_begun(recipe, index, checkpoint)
     steps = -(-len(rows) // number(section.batch))
     save_every = recipe.save.every if recipe.save.every != "auto" else max(20, steps // 10)
     autocast = recipe.model.compute_dtype
@@ -124,19 +121,64 @@ def _run(
         autocast=autocast,
         deterministic=recipe.deterministic,
     )
-    trainer = QTrainer(model, arguments, rows, section, tokenizer, recipe.save.keep, [loop])
+    trainer = QTrainer(model, arguments, rows, section, tokenizer, recipe.save.keep, made_with, [loop])
     trainer.remove_callback(PrinterCallback)
     loop.begin(trainer, steps)
-    checkpoint = last_intact_checkpoint(out)
-    loop.rewind(checkpoint)
+    checkpoints.go_back(out, checkpoint)
+    loop.rewind()
+    for line in said:
+        loop.warn(checkpoints.step_of(checkpoint) if checkpoint else 0, line)
     with ui.stage(loop.name, total=packed["tokens"]["trained"], unit="tokens", completed=loop.tokens) as loop.bar:
-        with stop.graceful():
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        try:
+            with stop.graceful():
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory(recipe, index, trainer.state.global_step + 1) from error
         if trainer.state.global_step < steps:
             stop.raise_if_requested()
     assert loop.tokens == packed["tokens"]["trained"], "tokens trained differ from the packing ledger"
     loop.restore_best(model)
     return trainer
+
+
+def as_begun(recipe: Recipe, index: int, checkpoint: Path | None) -> tuple[TrainSection, dict[str, Any], list[str]]:
+    """The stage's section, what this machine chose for it, and what of that differs from the checkpoint's making.
+
+    `auto` may choose otherwise than where the attempt began (another card). An optimiser's states fit no other one, so
+    the checkpoint's is kept; the rest only changes rounding, and is said.
+    """
+    section, model = recipe.stages[index].section, recipe.model
+    now = {
+        "optimizer": section.optimizer,
+        "compute_dtype": model.compute_dtype,
+        "attention": model.attention,
+        "micro_batch": section.micro_batch,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }
+    sealed = store.read_seal(checkpoint) if checkpoint else None
+    if sealed is None or (before := sealed.facts["made_with"]) == now:
+        return section, now, []
+    section = section.model_copy(update={"optimizer": before["optimizer"]})
+    differing = [f"{name} {before[name]} there, {now[name]} here" for name in now if before[name] != now[name]]
+    kept = "; the checkpoint's optimizer is kept" if before["optimizer"] != now["optimizer"] else ""
+    said = f"goes on from a checkpoint made elsewhere ({', '.join(differing)}){kept}: not bit-identical to one run"
+    ui.warn(said)
+    return section, {**now, "optimizer": before["optimizer"]}, [said]
+
+
+def out_of_memory(recipe: Recipe, index: int, step: int) -> RunError:
+    """With one row at a time there is no room: what to change, cheapest first, and what each frees."""
+    facts, gpu = base_facts(recipe.model), torch.cuda.is_available()
+    frees = fit.remedies(facts, dataclasses.replace(fit.setup_of(recipe, index), micro_batch=1), gpu=gpu)[:3]
+    return RunError(
+        "\n".join(
+            [
+                f"{recipe.stage_names()[index]}, step {step}: out of memory with one row at a time",
+                "sealed checkpoints are kept; remedies, cheapest first:",
+                *(f"  {text} frees {units.size(size)}" for text, size in frees),
+            ]
+        )
+    )
 
 
 def _finish(model: Any, tokenizer: Any, full: bool, base_name: str, out: Path) -> None:
@@ -150,8 +192,6 @@ def _finish(model: Any, tokenizer: Any, full: bool, base_name: str, out: Path) -
             merge.write_template(out / "model", out)
     else:
         models.save_adapter(model, out / "adapter", base_name)
-    for leftover in [*out.glob("checkpoint-*"), out / BEST, out / "runs"]:
-        shutil.rmtree(leftover, ignore_errors=True)
 
 
 @torch.no_grad()
@@ -191,22 +231,22 @@ class Loop(TrainerCallback):
         self.every = every if every != "auto" else max(10, steps // 5)
         self._marked = (time.monotonic(), 0)
 
-    def rewind(self, checkpoint: Path | None) -> None:
-        """Forget the metrics after the checkpoint (all of them without one): those steps are run again."""
-        path = self.out / METRICS
-        last = step_of(checkpoint) if checkpoint else 0
-        lines = _complete_lines(path)
-        kept = [line for line in lines if line["step"] <= last]
-        store.write_atomic(path, "".join(json.dumps(line) + "\n" for line in kept))
-        steps = [line for line in kept if "loss" in line]
+    def rewind(self) -> None:
+        """Begin where the checkpoint was: metrics.jsonl holds the lines up to it."""
+        lines = _lines(self.out / METRICS)
+        steps = [line for line in lines if "loss" in line]
         self.losses = [line["loss"] for line in steps]
-        self.validation = [{"step": line["step"], **line["validation"]} for line in kept if "validation" in line]
+        self.validation = [{"step": line["step"], **line["validation"]} for line in lines if "validation" in line]
         self.tokens = self.trainer.tokens_seen = steps[-1]["tokens"] if steps else 0
         self._marked = (time.monotonic(), self.tokens)
 
     def write(self, line: dict[str, Any]) -> None:
         with (self.out / METRICS).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"stage": self.name, **line}) + "\n")
+
+    def warn(self, step: int, said: str) -> None:
+        """Into the metrics, and from there into the report; it stays when the stage is stopped and resumed."""
+        self.write({"step": step, "warning": said})
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not logs or "loss" not in logs:
@@ -218,10 +258,17 @@ class Loop(TrainerCallback):
         line = {"step": state.global_step, "loss": logs["loss"], "grad_norm": logs["grad_norm"]}
         line |= {"lr": logs["learning_rate"], "tokens": self.tokens, "tokens_per_s": round(speed, 1)}
         self.write({**line, "memory": peak_memory_bytes()})
+        for said in [*self.trainer.said, *self._spike(logs["loss"])]:
+            self.warn(state.global_step, f"step {state.global_step}: {said}")
+        self.trainer.said.clear()
         self.losses.append(logs["loss"])
         self.bar.update(self.tokens, loss=logs["loss"], tokens_per_s=speed, lr=logs["learning_rate"])
         if self.held_out and (state.global_step % self.every == 0 or state.global_step == self.steps):
             self._validate(state.global_step)
+
+    def _spike(self, loss: float) -> list[str]:
+        usual = statistics.median(self.losses[-SPIKE_WINDOW:]) if len(self.losses) >= SPIKE_WINDOW else None
+        return [f"loss {loss:.3f} is a spike (median before: {usual:.3f})"] if usual and loss > SPIKE * usual else []
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if stop.requested and state.global_step < self.steps:
@@ -235,33 +282,21 @@ class Loop(TrainerCallback):
         self.write({"step": step, "validation": losses})
         self.validation.append({"step": step, **losses})
         if self.recipe.validation.keep_best and step == self._best()["step"]:
-            folder = self.out / BEST
-            folder.mkdir(exist_ok=True)
-            save_trained(model, folder / f"{step}.tmp")
-            (folder / f"{step}.tmp").replace(folder / f"{step}.safetensors")
+            checkpoints.save_trained(model, self.out / store.SCRATCH / BEST)
         self.bar.update(self.tokens, note="")
         self._marked = (time.monotonic(), self.tokens)
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Keep what was best up to each checkpoint: a run that goes on from one may not get better than that."""
-        reached = [step_of(checkpoint) for checkpoint in sealed_checkpoints(self.out)]
-        validated = [step for step in reached if self.validation and self.validation[0]["step"] <= step]
-        needed = {str(self._best(up_to)["step"]) for up_to in validated}
-        for path in (self.out / BEST).glob("*.safetensors"):
-            if path.stem not in needed:
-                path.unlink()
-
-    def _best(self, up_to: int | None = None) -> dict[str, Any]:
-        """The validation with the lowest mean over the sources, until step `up_to`; the earliest of equals."""
-        seen = [v for v in self.validation if up_to is None or v["step"] <= up_to]
-        return min(seen, key=lambda v: sum(v[s] for s in self.held_out) / len(self.held_out))
+    def _best(self) -> dict[str, Any]:
+        """The validation with the lowest mean over the sources; the earliest of equals."""
+        return min(self.validation, key=lambda v: sum(v[s] for s in self.held_out) / len(self.held_out))
 
     def restore_best(self, model: Any) -> None:
         if self.recipe.validation.keep_best and self.validation:
-            load_trained(model, self.out / BEST / f"{self._best()['step']}.safetensors")
+            checkpoints.load_trained(model, self.out / store.SCRATCH / BEST)
 
     def facts(self, trainer: QTrainer, tokens: dict[str, int], seconds: float) -> dict[str, Any]:
-        speeds = [line["tokens_per_s"] for line in _complete_lines(self.out / METRICS) if "loss" in line]
+        lines = _lines(self.out / METRICS)
+        speeds = [line["tokens_per_s"] for line in lines if "loss" in line]
         kept = self._best()["step"] if self.recipe.validation.keep_best and self.validation else self.steps
         return {
             "steps": self.steps,
@@ -272,16 +307,12 @@ class Loop(TrainerCallback):
             "peak_memory_bytes": peak_memory_bytes(),
             "micro_batch": trainer.micro_batch,
             "validation": self.validation,
-            "warnings": list(trainer.halvings),
+            "warnings": [line["warning"] for line in lines if "warning" in line],
         }
 
 
-def _complete_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a last line cut off by a kill is dropped."""
-    if not path.is_file():
-        return []
-    text = path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def peak_memory_bytes() -> int:

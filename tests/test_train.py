@@ -12,12 +12,12 @@ import torch
 from conftest import MICRO, MicroRun
 from safetensors.torch import load_file
 
-from qmedtune import interrupt, plan, store, train
+from qmedtune import interrupt, plan, store, train, ui
 from qmedtune import model as models
 from qmedtune.errors import RunError
 from qmedtune.parsing.loader import load_recipe
 from qmedtune.recipe import Recipe
-from qmedtune.training import loss, trainer
+from qmedtune.training import checkpoints, loss, trainer
 
 # TRL's own tolerances for trajectories that must be equal but for rounding: the largest difference of the loss, and the
 # mean of the signed differences, which catches a one-sided bias.
@@ -96,7 +96,7 @@ def test_a_resumed_stage_is_bit_identical(
         with pytest.raises(interrupt.Interrupted):
             run_stage(micro_run, out)
     interrupt.stop.signal = None
-    assert trainer.last_intact_checkpoint(out)
+    assert checkpoints.last_intact(out)
     assert run_stage(micro_run, out) == losses(whole)
     for name, weights in trained(whole).items():
         assert torch.equal(weights, trained(out)[name]), name
@@ -198,21 +198,28 @@ def test_a_nan_stops_before_the_update(
         patch.setattr(trainer, "token_nll", poisoned)
         with pytest.raises(RunError, match=rf"step {step}: loss is nan.*learning rate"):
             run_stage(micro_run, out, "save.every=1")
-    checkpoint = trainer.last_intact_checkpoint(out)
+    checkpoint = checkpoints.last_intact(out)
     assert (checkpoint is None) if step == 1 else checkpoint.name == f"checkpoint-{step - 1}"
     assert run_stage(micro_run, out) == losses(whole)
 
 
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:100])
+
+
 DAMAGES: dict[str, Callable[[Path], object]] = {
-    "no trainer state": lambda c: (c / "trainer_state.json").unlink(),
-    "truncated trainer state": lambda c: (c / "trainer_state.json").write_text("{"),
-    "no optimizer": lambda c: (c / "optimizer.pt").unlink(),
-    "truncated optimizer": lambda c: (c / "optimizer.pt").write_bytes((c / "optimizer.pt").read_bytes()[:100]),
-    "no scheduler": lambda c: (c / "scheduler.pt").unlink(),
-    "no rng state": lambda c: (c / "rng_state.pth").unlink(),
-    "no weights": lambda c: (c / trainer.WEIGHTS).unlink(),
-    "flipped bit in weights": lambda c: flip(c / trainer.WEIGHTS),
-    "flipped bit in optimizer": lambda c: flip(c / "optimizer.pt"),
+    "no trainer state": lambda c: (c / checkpoints.TRAINER_STATE).unlink(),
+    "truncated trainer state": lambda c: (c / checkpoints.TRAINER_STATE).write_text("{"),
+    "no optimizer and random states": lambda c: (c / checkpoints.STATES).unlink(),
+    "truncated optimizer": lambda c: truncate(c / checkpoints.STATES),
+    "no schedule": lambda c: (c / checkpoints.STATE).unlink(),
+    "flipped bit in the schedule": lambda c: flip(c / checkpoints.STATE),
+    "no weights": lambda c: (c / checkpoints.WEIGHTS).unlink(),
+    "truncated weights": lambda c: truncate(c / checkpoints.WEIGHTS),
+    "flipped bit in weights": lambda c: flip(c / checkpoints.WEIGHTS),
+    "flipped bit in optimizer": lambda c: flip(c / checkpoints.STATES),
+    "flipped bit in the metrics": lambda c: flip(c / checkpoints.METRICS),
+    "flipped bit in the seal": lambda c: flip(c / store.SEAL),
     "no seal": lambda c: (c / store.SEAL).unlink(),
     "empty folder": lambda c: [p.unlink() for p in c.iterdir()],
 }
@@ -233,47 +240,37 @@ def halfway(micro_run: MicroRun, tmp_path_factory: pytest.TempPathFactory) -> Pa
         with pytest.raises(interrupt.Interrupted):
             run_stage(micro_run, out)
     interrupt.stop.signal = None
-    assert {c.name for c in trainer.sealed_checkpoints(out)} == {"checkpoint-5", "checkpoint-6"}
+    assert {c.name for c in checkpoints.sealed(out)} == {"checkpoint-5", "checkpoint-6"}
     return out
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_passed_over(halfway: Path, tmp_path: Path, damage: str):
+def test_a_damaged_checkpoint_is_passed_over(halfway: Path, tmp_path: Path, damage: str, capfd, monkeypatch):
+    monkeypatch.setattr(ui, "_warned", set())  # each warning is shown once by a process
     shutil.copytree(halfway, tmp_path / "out")
-    DAMAGES[damage](tmp_path / "out" / "checkpoint-6")
-    found = trainer.last_intact_checkpoint(tmp_path / "out")
+    DAMAGES[damage](tmp_path / "out" / store.SCRATCH / "checkpoint-6")
+    found = checkpoints.last_intact(tmp_path / "out")
     assert found is not None and found.name == "checkpoint-5"
+    assert capfd.readouterr().err.count("checkpoint-6 is damaged") == 1
 
 
 def test_resuming_from_the_checkpoint_before_the_damaged_one_gives_the_same_run(
     micro_run: MicroRun, whole: Path, halfway: Path, tmp_path: Path
 ):
     shutil.copytree(halfway, tmp_path / "out")
-    flip(tmp_path / "out" / "checkpoint-6" / trainer.WEIGHTS)
+    flip(tmp_path / "out" / store.SCRATCH / "checkpoint-6" / checkpoints.WEIGHTS)
     assert run_stage(micro_run, tmp_path / "out") == losses(whole)
     for name, weights in trained(whole).items():
         assert torch.equal(weights, trained(tmp_path / "out")[name]), name
 
 
+def test_nothing_in_a_checkpoint_is_pickled(halfway: Path):
+    found = {path.suffix for path in (halfway / store.SCRATCH / "checkpoint-6").iterdir()}
+    assert found == {".safetensors", ".json", ".jsonl"}
+
+
 def test_retention_keeps_the_checkpoint_just_sealed_and_drops_damaged_later_ones():
     steps = [Path(f"checkpoint-{step}") for step in (10, 20, 100)]
-    assert trainer.superseded(steps, steps[2], keep=2) == steps[:1]
-    assert trainer.superseded(steps, steps[1], keep=1) == [steps[2], steps[0]]
-    assert trainer.superseded(steps, steps[0], keep=2) == steps[1:]
-
-
-def test_the_best_weights_of_every_checkpoint_are_kept(tmp_path: Path):
-    """A run that goes on from checkpoint 20 may not reach the loss of step 25 again, and then needs step 10's."""
-    loop = train.Loop("01-cpt", tmp_path, {"notes": []}, 0, micro("validate.on=[notes]", "validate.keep_best=true"))  # type: ignore[dict-item]
-    loop.validation = [{"step": step, "notes": loss} for step, loss in ((5, 3.0), (10, 1.0), (15, 2.0), (25, 0.5))]
-    (tmp_path / train.BEST).mkdir()
-    for step in (5, 10, 25):
-        (tmp_path / train.BEST / f"{step}.safetensors").touch()
-    for step in (20, 30):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        store.seal(tmp_path / f"checkpoint-{step}", trainer.CHECKPOINT_KEY, {})
-    loop.on_save(None, None, None)
-    assert {path.stem for path in (tmp_path / train.BEST).iterdir()} == {"10", "25"}
-    shutil.rmtree(tmp_path / "checkpoint-20")
-    loop.on_save(None, None, None)
-    assert {path.stem for path in (tmp_path / train.BEST).iterdir()} == {"25"}
+    assert checkpoints.superseded(steps, steps[2], keep=2) == steps[:1]
+    assert checkpoints.superseded(steps, steps[1], keep=1) == [steps[2], steps[0]]
+    assert checkpoints.superseded(steps, steps[0], keep=2) == steps[1:]

@@ -120,7 +120,7 @@ def qmedtune(job: Job, folder: Path, clock: Clock, kernels: str) -> None:
         folder / "out", section, seed=job.seed, save_every=10**9, autocast=None, deterministic=False
     )
     rows = RandomRows(job, base.config.vocab_size)
-    trainer = QTrainer(model, arguments, rows, section, models.load_tokenizer(folder), 1, [clock])
+    trainer = QTrainer(model, arguments, rows, section, models.load_tokenizer(folder), 1, {}, [clock])
     trainer.train()
 
 

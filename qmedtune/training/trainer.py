@@ -3,23 +3,22 @@
 What is ours and why: the rows are walked in the order that packing laid out; an optimiser step loops over its
 micro-batches itself, so that running out of memory halves them and retries the same batch with the same gradient;
 weights that are trained stay fp32 (SFTTrainer casts them to bf16 at the start, and back to fp32 on resume: another
-run); checkpoints hold the trained weights alone, are sealed, and only sealed ones are resumed from.
+run); checkpoints are checkpoints.py's: the trained weights alone, sealed, nothing pickled.
 """
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import SequentialSampler
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 from trl import SFTConfig, SFTTrainer
 
@@ -27,10 +26,8 @@ from qmedtune import store, ui
 from qmedtune.errors import DataError, RunError
 from qmedtune.model import EMBEDDINGS, trainable
 from qmedtune.recipe import TrainSection, WarmupSection
+from qmedtune.training import checkpoints
 from qmedtune.training.loss import token_nll
-
-WEIGHTS = "trained.safetensors"
-CHECKPOINT_KEY = "checkpoint"
 
 
 class Rows(Protocol):
@@ -122,12 +119,15 @@ class QTrainer(SFTTrainer):
         section: TrainSection,
         tokenizer: Any,
         keep: int,
+        made_with: dict[str, Any],
         callbacks: list[TrainerCallback],
     ):
-        self.section, self.keep, self.folder = section, keep, Path(str(args.output_dir))
+        """`keep` checkpoints stay; `made_with` is told in each of them."""
+        self.section, self.keep, self.made_with = section, keep, made_with
+        self.stage = Path(str(args.output_dir)).parent
         self.trained_model: Any = model
         self.micro_batch = number(section.micro_batch)
-        self.halvings: list[str] = []
+        self.said: list[str] = []  # what happened in the step in hand, for the log
         self.tokens_seen = 0
         pad_id = tokenizer.pad_token_id
         super().__init__(
@@ -172,10 +172,12 @@ class QTrainer(SFTTrainer):
         self.tokens_seen += int(inputs["lengths"].sum())
         if supervised == 0:
             return self._nothing_to_learn(inputs["labels"])
+        drawn = checkpoints.random_states()
         loss = self._accumulate(model, inputs, supervised)
         while loss is None:
             self._halve()
             model.zero_grad()
+            checkpoints.set_random_states(drawn)  # dropout draws what it would have drawn at the smaller size
             loss = self._accumulate(model, inputs, supervised)
         if not torch.isfinite(loss):
             self._diverged("loss", float(loss))
@@ -198,7 +200,9 @@ class QTrainer(SFTTrainer):
                     loss = token_nll(model, **{name: x[:, :longest] for name, x in micro.items()}) / supervised
                 self.accelerator.backward(loss)
                 total += loss.detach()
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not (isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)):
+                raise
             return None
         return total
 
@@ -206,14 +210,10 @@ class QTrainer(SFTTrainer):
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if self.micro_batch == 1:
-            raise RunError(
-                f"step {self.state.global_step + 1}: out of memory with one row at a time\n"
-                "cheapest first: gradient_checkpointing: true; half the seq_len; train_embeddings: false\n"
-                "`qmedtune plan` shows how much memory each frees; sealed checkpoints are kept"
-            )
+            raise torch.OutOfMemoryError("one row at a time")
         before, self.micro_batch = self.micro_batch, self.micro_batch // 2
         said = f"out of memory: micro-batch {before} -> {self.micro_batch} rows, same batch, same optimiser step"
-        self.halvings.append(said)
+        self.said.append(said)
         ui.warn(said)
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
@@ -231,75 +231,40 @@ class QTrainer(SFTTrainer):
             "the last sealed checkpoint is kept; try a lower lr, or max_grad_norm below 1.0"
         )
 
-    # -- checkpoints: trained weights by name, optimiser, schedule, RNG; sealed last
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        folder = Path(output_dir or self.folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_trained(self.trained_model, folder / WEIGHTS)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        load_trained(self.trained_model, Path(resume_from_checkpoint) / WEIGHTS)
+    # -- checkpoints
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        folder = self.folder / f"checkpoint-{self.state.global_step}"
-        if folder.exists():  # left by a killed save, or made again after a resume
-            shutil.rmtree(folder)
-        Trainer._save_checkpoint(self, model, trial)  # SFTTrainer's own adds a model card, nothing else
-        store.seal(folder, CHECKPOINT_KEY, {"step": self.state.global_step, "tokens": self.tokens_seen})
-        for old in superseded(sealed_checkpoints(self.folder), folder, self.keep):
-            shutil.rmtree(old)
+        states = checkpoints.states_of(self.optimizer, self.lr_scheduler, self.accelerator.scaler)
+        facts = {"tokens": self.tokens_seen, "made_with": self.made_with}
+        weights = trainable(self.trained_model)
+        checkpoints.save(self.stage, self.state.global_step, weights, states, self.state, facts, self.keep)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        checkpoints.load_trained(self.trained_model, Path(resume_from_checkpoint) / checkpoints.WEIGHTS)
 
-def save_trained(model: torch.nn.Module, path: Path) -> None:
-    """Everything trainable, exactly, under its parameter name."""
-    save_file({name: p.detach().contiguous() for name, p in trainable(model).items()}, path)
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            checkpoints.load_optimizer(Path(checkpoint), self.optimizer, self.lr_scheduler)
 
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            checkpoints.load_scaler(Path(checkpoint), self.accelerator.scaler)
 
-def load_trained(model: torch.nn.Module, path: Path) -> None:
-    """Put saved weights back into the same parameters; dtypes and trainability stay as they are."""
-    saved = load_file(path)
-    trained = trainable(model)
-    assert saved.keys() == trained.keys(), "the checkpoint belongs to another set of trained weights"
-    with torch.no_grad():
-        for name, parameter in trained.items():
-            parameter.copy_(saved[name])
-
-
-def sealed_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoints that carry a seal, oldest first."""
-    return sorted((p for p in folder.glob("checkpoint-*") if store.read_seal(p)), key=step_of)
-
-
-def step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
-
-
-def superseded(checkpoints: list[Path], newest: Path, keep: int) -> list[Path]:
-    """What may go once `newest` is sealed. Those of later steps go first: they were damaged, and passed over."""
-    later = [p for p in checkpoints if step_of(p) > step_of(newest)]
-    return later + [p for p in checkpoints if p not in later][:-keep]
-
-
-def last_intact_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint whose every file matches its seal; damaged ones are passed over with a warning."""
-    for path in reversed(sealed_checkpoints(folder)):
-        if store.intact(path, CHECKPOINT_KEY, full=True):
-            return path
-        ui.warn(f"{path.name} is damaged; continuing from the one before")
-    return None
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            checkpoints.load_random(Path(checkpoint))
 
 
 def trainer_arguments(
-    out: Path, section: TrainSection, *, seed: int, save_every: int, autocast: str | None, deterministic: bool
+    stage: Path, section: TrainSection, *, seed: int, save_every: int, autocast: str | None, deterministic: bool
 ) -> SFTConfig:
-    """SFTConfig with everything that it would otherwise change behind our back switched off.
+    """SFTConfig with everything that it would otherwise change behind our back switched off. `stage`: its folder.
 
     `autocast` is None when the weights are in the compute dtype already and only fp32 adapters are trained,
     "bfloat16" for training fp32 weights from scratch, "float16" (with loss scaling) for cards without bf16.
     """
     arguments = SFTConfig(
-        output_dir=str(out),
+        output_dir=str(stage / store.SCRATCH),
         per_device_train_batch_size=number(section.batch),
         gradient_accumulation_steps=1,  # QTrainer loops over micro-batches itself
         num_train_epochs=1,  # packing laid out all epochs

@@ -1,0 +1,206 @@
+"""Checkpoints of a stage: all that a stopped training needs to go on as if it had never stopped.
+
+Weights, optimiser, schedule, loss scale and random states as safetensors and JSON (nothing is pickled), the metrics so
+far and the best weights so far. Built as `checkpoint.partial`, sealed with a sha256 manifest, then renamed: a
+`checkpoint-N` is complete or not there, and only intact ones are resumed from. When to save is Trainer's business.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from qmedtune import store, ui
+from qmedtune.model import trainable
+
+WEIGHTS, STATES, STATE = "trained.safetensors", "states.safetensors", "state.json"
+BEST, METRICS = "best.safetensors", "metrics.jsonl"
+TRAINER_STATE = "trainer_state.json"  # Trainer's name for its own
+KEY = "checkpoint"
+OTHER_FILES_BYTES = 1 << 20  # state.json (optimiser groups, Python's and numpy's generators), trainer_state.json, seal
+
+
+def save(
+    stage: Path, step: int, weights: Mapping[str, Tensor], states: tuple[dict[str, Tensor], dict[str, Any]],
+    trainer_state: Any, facts: dict[str, Any], keep: int,
+) -> Path:  # fmt: skip
+    """Seal a checkpoint of `stage` (the folder being built), then drop all but the newest `keep`.
+
+    `states` are those of `states_of`. RunError where the disk has no room for it: what was sealed before stays.
+    """
+    scratch = stage / store.SCRATCH
+    tensors, described = states
+    needed = sum(t.nbytes for t in [*weights.values(), *tensors.values()]) + OTHER_FILES_BYTES
+    store.check_room(scratch, needed, f"checkpoint {step}")
+    partial = scratch / "checkpoint.partial"
+    shutil.rmtree(partial, ignore_errors=True)  # of a killed save
+    partial.mkdir(parents=True)
+    save_file({name: t.detach().contiguous() for name, t in weights.items()}, partial / WEIGHTS)
+    save_file(tensors, partial / STATES)
+    store.write_json(partial / STATE, described)
+    trainer_state.save_to_json(str(partial / TRAINER_STATE))
+    if (stage / METRICS).is_file():
+        shutil.copyfile(stage / METRICS, partial / METRICS)
+    if (scratch / BEST).is_file():
+        _link(scratch / BEST, partial / BEST)
+    store.seal(partial, KEY, {"step": step, **facts})
+    folder = scratch / f"checkpoint-{step}"
+    _drop(folder)  # one that is there was damaged, and passed over
+    store.rename(partial, folder)
+    for old in superseded(sealed(stage), folder, keep):
+        _drop(old)
+    return folder
+
+
+def _link(source: Path, target: Path) -> None:
+    """The same bytes under a second name; a copy where the file system has no hard links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _drop(folder: Path) -> None:
+    """Delete a checkpoint; killed half-way, no half of one is left under its name."""
+    dropped = folder.with_name("checkpoint.dropped")
+    shutil.rmtree(dropped, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, dropped)
+        shutil.rmtree(dropped)
+
+
+def sealed(stage: Path) -> list[Path]:
+    """Checkpoints that carry a seal, oldest first."""
+    found = (stage / store.SCRATCH).glob("checkpoint-*")
+    return sorted((path for path in found if store.read_seal(path)), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def superseded(checkpoints: list[Path], newest: Path, keep: int) -> list[Path]:
+    """What may go once `newest` is sealed. Those of later steps go first: they were damaged, and passed over."""
+    later = [p for p in checkpoints if step_of(p) > step_of(newest)]
+    return later + [p for p in checkpoints if p not in later][:-keep]
+
+
+def last_intact(stage: Path) -> Path | None:
+    """The newest checkpoint whose every file matches its seal; damaged ones are passed over with a warning."""
+    found = sorted((stage / store.SCRATCH).glob("checkpoint-*"), key=step_of, reverse=True)
+    for path in found:
+        if store.intact(path, KEY, full=True):
+            return path
+        ui.warn(f"{path.name} is damaged; continuing from the one before")
+    return None
+
+
+def go_back(stage: Path, checkpoint: Path | None) -> None:
+    """Metrics and best weights as they were at the checkpoint (none without one): what came after is done again."""
+    best = stage / store.SCRATCH / BEST
+    best.unlink(missing_ok=True)
+    if checkpoint and (checkpoint / BEST).is_file():
+        _link(checkpoint / BEST, best)
+    kept = checkpoint / METRICS if checkpoint else None
+    store.write_atomic(stage / METRICS, kept.read_text(encoding="utf-8") if kept and kept.is_file() else "")
+
+
+# ------------------------------------------------------------------------------------------------- what is in a folder
+
+
+def save_trained(model: torch.nn.Module, path: Path) -> None:
+    """Everything trainable, exactly, under its parameter name. Complete under `path`, or not there."""
+    partial = path.with_name(f"{path.name}.partial")
+    save_file({name: p.detach().contiguous() for name, p in trainable(model).items()}, partial)
+    store.rename(partial, path)
+
+
+def load_trained(model: torch.nn.Module, path: Path) -> None:
+    """Put saved weights back into the same parameters; dtypes and trainability stay as they are."""
+    saved = load_file(path)
+    trained = trainable(model)
+    assert saved.keys() == trained.keys(), "the checkpoint belongs to another set of trained weights"
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(saved[name])
+
+
+def states_of(optimizer: Any, scheduler: Any, scaler: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Optimiser, schedule, loss scale (None without fp16) and random states, as tensors by name and plain data."""
+    whole = optimizer.state_dict()
+    tensors, plain = random_states(), {}
+    for index, state in whole["state"].items():
+        for name, value in state.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer.{index}.{name}"] = value.detach().contiguous()
+            else:
+                plain.setdefault(str(index), {})[name] = value
+    numpy_state: Any = np.random.get_state()
+    return _unshared(tensors), {
+        "optimizer": {"param_groups": whole["param_groups"], "state": plain},
+        "scheduler": scheduler.state_dict(),
+        "scaler": scaler.state_dict() if scaler else None,
+        "random": {"python": random.getstate(), "numpy": [*numpy_state[:1], numpy_state[1].tolist(), *numpy_state[2:]]},
+    }
+
+
+def random_states() -> dict[str, Tensor]:
+    """Torch's generators: uint8 tensors."""
+    states = {"random.cpu": torch.get_rng_state()}
+    return states | ({"random.cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
+
+def set_random_states(states: Mapping[str, Tensor]) -> None:
+    torch.set_rng_state(states["random.cpu"])
+    if torch.cuda.is_available() and "random.cuda" in states:
+        torch.cuda.set_rng_state(states["random.cuda"])
+
+
+def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """8-bit optimisers keep one quantisation table for all parameters; safetensors wants it once for each."""
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        if tensor.data_ptr() in seen:
+            tensors[name] = tensor.clone()
+        seen.add(tensor.data_ptr())
+    return tensors
+
+
+def load_optimizer(checkpoint: Path, optimizer: Any, scheduler: Any) -> None:
+    described = _described(checkpoint)
+    state: dict[int, dict[str, Any]] = {int(i): dict(v) for i, v in described["optimizer"]["state"].items()}
+    for name, tensor in load_file(checkpoint / STATES).items():
+        kind, index, *rest = name.split(".", 2)
+        if kind == "optimizer":
+            state.setdefault(int(index), {})[rest[0]] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": described["optimizer"]["param_groups"]})
+    scheduler.load_state_dict(described["scheduler"])
+
+
+def load_scaler(checkpoint: Path, scaler: Any) -> None:
+    if scaler is not None:
+        scaler.load_state_dict(_described(checkpoint)["scaler"])
+
+
+def load_random(checkpoint: Path) -> None:
+    kept = _described(checkpoint)["random"]
+    version, numbers, gauss = kept["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    np.random.set_state(tuple(kept["numpy"]))
+    with safe_open(checkpoint / STATES, framework="pt") as file:
+        set_random_states({name: file.get_tensor(name) for name in file.keys() if name.startswith("random.")})  # noqa: SIM118
+
+
+def _described(checkpoint: Path) -> dict[str, Any]:
+    return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
