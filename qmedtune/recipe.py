@@ -248,6 +248,23 @@ class EvaluateSection(Section):
     template: str | None = None  # to ask with; default: the one of training
 
 
+class AuditSection(Section):
+    """Canaries (data/canaries.py) that are planted before training and looked for after every stage (audit.py).
+
+    source: a clinical corpus; prompts: an instruction source, whose prompts hold canaries without a loss on them
+    repeats: copies of each canary; canaries: so many per number of copies; references: numbers each is ranked among
+    max_exposure: bits, the mean of a row; max_extracted: share of a row. Beyond them the run fails before the merge.
+    """
+
+    source: str
+    prompts: str | None = None
+    repeats: Annotated[list[Positive], Field(min_length=1)] = [1, 4, 16]
+    canaries: Annotated[int, Field(gt=0, le=1000)] = 8
+    references: Annotated[int, Field(ge=15, le=4095)] = 127
+    max_exposure: Annotated[float, Field(gt=0)] | None = None
+    max_extracted: Fraction | None = None
+
+
 class AblateSection(Section):
     """Arms of `qmedtune ablate`: `arms` times `corpora`; each value of the other lists is one change to the whole recipe.
 
@@ -283,6 +300,7 @@ class Recipe(Section):
     save: SaveSection = SaveSection()
     merge: MergeSection = MergeSection()
     evaluate: EvaluateSection = EvaluateSection()
+    audit: AuditSection | None = None
     ablate: AblateSection | None = None
 
     def stage_names(self) -> list[str]:

@@ -41,6 +41,7 @@ def _named_sources(tree: dict[str, Any]) -> Iterator[tuple[KeyPath, Any]]:
             yield from _items((*here, "data"), _mapping(section).get("data"))
     yield from _items(("validate", "on"), _mapping(tree.get("validate")).get("on"))
     yield from _items(("evaluate", "perplexity"), _mapping(tree.get("evaluate")).get("perplexity"))
+    yield from ((("audit", key), _mapping(tree.get("audit")).get(key)) for key in ("source", "prompts"))
     corpora = _items(("ablate", "corpora"), _mapping(tree.get("ablate")).get("corpora"))
     yield from ((path, name) for path, name in corpora if name != "both")
 
@@ -65,6 +66,7 @@ def contradictions(recipe: Recipe) -> Iterator[Finding]:
     yield from _unknown_names(recipe)
     yield from _paths(recipe)
     yield from _ablation(recipe)
+    yield from _audit(recipe)
 
 
 def _stage_contradictions(recipe: Recipe, here: KeyPath, index: int) -> Iterator[Finding]:
@@ -107,7 +109,7 @@ def _held_out(recipe: Recipe) -> Iterator[Finding]:
 
 def _taken_names(recipe: Recipe) -> Iterator[Finding]:
     """Names that would share a folder or a file: sources with the run's own data/ steps, tasks with each other."""
-    for name in recipe.data.keys() & {"validation", *recipe.stage_names()}:
+    for name in recipe.data.keys() & {"validation", "planted", *recipe.stage_names()}:
         yield ("data", name), f'"{name}" is the name of a folder that the run makes in data/; call the source otherwise'
     names = [task if isinstance(task, str) else task.task for task in recipe.evaluate.tasks]
     for index, name in enumerate(names):
@@ -153,6 +155,21 @@ def _ablation(recipe: Recipe) -> Iterator[Finding]:
             yield ("ablate", "corpora", index), f"got {name}; allowed: {', '.join(corpora)} (of the cpt mix) or both"
     if any(recipe.ablate.replay) and not [name for mix in mixes for name in mix.mix if name not in corpora]:
         yield ("ablate", "replay"), "no source of kind: general in the cpt mix to replay"
+
+
+def _audit(recipe: Recipe) -> Iterator[Finding]:
+    """Canaries that would not be trained on as they are meant to."""
+    audit = recipe.audit
+    planted = [("source", audit.source, ("cpt", "pretrain")), ("prompts", audit.prompts, ("sft",))] if audit else []
+    for key, name, kinds in planted:
+        if name is None:
+            continue
+        if not any(name in stage.sources for stage in recipe.stages if stage.kind in kinds):
+            yield ("audit", key), f"got {name}; no {kinds[0]} stage trains on it"
+        elif recipe.data[name].max_tokens is not None:
+            yield ("audit", key), f"data.{name}.max_tokens leaves out a part, maybe canaries; drop that key"
+        elif (recipe.data[name].kind == "instructions") != (key == "prompts"):
+            yield ("audit", key), f"{name} is of kind {recipe.data[name].kind}"
 
 
 def _task(here: KeyPath, task: TaskSection, builtin: list[str], from_file: list[str]) -> Iterator[Finding]:
