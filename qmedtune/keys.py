@@ -139,6 +139,13 @@ def training_section(recipe: Recipe, asked: Recipe, index: int) -> dict[str, Any
     }
 
 
+def audit_section(recipe: Recipe) -> dict[str, Any]:
+    """Limits judge what was measured; they do not change it."""
+    assert recipe.audit is not None
+    audit = recipe.audit.model_dump(mode="json", exclude={"max_exposure", "max_extracted"})
+    return {"audit": audit, "seed": recipe.seed}
+
+
 def merge_section(recipe: Recipe) -> dict[str, Any]:
     model = recipe.model.model_dump(mode="json", include={"quantization", "double_quantization"})
     return {"merge": recipe.merge.model_dump(mode="json"), "model": model, "seed": recipe.seed}

@@ -105,6 +105,7 @@ def compose(
         "stages": [_stage(name, steps, done, facts, out) for name in stages],
         "data": {n: facts[f"data/{n}"] for n in recipe.data if f"data/{n}" in done},
         "merge": {"path": "merged", "status": "sealed", **facts["merged"]} if "merged" in done else None,
+        "audit": facts.get("audit"),
         "evaluation": facts.get("evaluation"),
         "steps": [_step(step, done) for step in steps],
         "warnings": [f"{name}: {w}" for name, f in facts.items() for w in f.get("warnings", [])],

@@ -61,6 +61,7 @@ def markdown(run: dict, metrics: Metrics) -> str:
         f"Status: {run['status']}. Base: {_plain(base_name(run))}.",
         _section(tables.evaluation(run)),
         _section(tables.perplexity(run)),
+        _section(tables.audit(run)) if run.get("audit") else "",
         _section(tables.stages(run)),
         left_out if metrics.left_out else "",
         _section(tables.mixture(run)),
@@ -96,6 +97,7 @@ def model_card(run: dict) -> str:
         "## Merge\n\n" + _markdown_table(tables.merge(run)),
         "## Evaluation\n\n" + _markdown_table(tables.evaluation(run)),
         _markdown_table(tables.perplexity(run)),
+        _section(tables.audit(run)) if run.get("audit") else "",
         "## Limits\n\n" + "\n".join(f"- {line}" for line in _limits(run, clinical)),
         f"Recipe sha256: `{run.get('recipe_sha256', 'unknown')}`, seed {run.get('seed', 'unknown')}.",
     ]

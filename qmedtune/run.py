@@ -41,8 +41,9 @@ def steps_of(recipe: Recipe, asked: Recipe, hashes: store.HashCache) -> list[Ste
     """The list. `recipe` is resolved, `asked` is what the user wrote (keys must not depend on the machine)."""
     sources = recipe.used_sources()
     steps = [_source_step(recipe, name, hashes) for name in sources]
-    steps += _validation_step(recipe)
+    steps += _validation_step(recipe) + _planting_step(recipe)
     start, adapters, template = "base", [], None
+    trained: dict[str, tuple[str, list[str]]] = {}
     for index, name in enumerate(recipe.stage_names()):
         stage = recipe.stages[index]
         if folds(stage, adapters):
@@ -50,8 +51,9 @@ def steps_of(recipe: Recipe, asked: Recipe, hashes: store.HashCache) -> list[Ste
             start, adapters = f"{name}-base", []
         steps.append(_tokens_step(recipe, index, start))
         steps.append(_training_step(recipe, asked, index, start, adapters))
-        start, adapters = after(stage, name, start, adapters)
+        start, adapters = trained[name] = after(stage, name, start, adapters)
         template = name if stage.kind == "sft" else template
+    steps += _audit_steps(recipe, trained)
     if adapters:
         steps.append(_merge_step(recipe, start, adapters, template))
     if recipe.evaluate.tasks or recipe.evaluate.perplexity:
@@ -97,13 +99,51 @@ def _validation_step(recipe: Recipe) -> list[Step]:
     return [Step("data/validation", "data", section, needs, work, resumes=True)] if names else []
 
 
+def _planting_step(recipe: Recipe) -> list[Step]:
+    def work(recipe: Recipe, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
+        from qmedtune.data.canaries import plant
+
+        return plant(recipe, inputs, out)
+
+    if recipe.audit is None:
+        return []
+    needs = {name: f"data/{name}" for name in (recipe.audit.source, recipe.audit.prompts) if name}
+    return [Step("data/planted", "data", keys.audit_section(recipe), needs, work)]
+
+
+def _audit_steps(recipe: Recipe, trained: dict[str, tuple[str, list[str]]]) -> list[Step]:
+    """What the canaries give away after each stage, and, where there are limits, whether that is too much."""
+
+    def measure(recipe: Recipe, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
+        from qmedtune.audit import audit_stage
+
+        return audit_stage(recipe, inputs, out)
+
+    def judge(recipe: Recipe, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
+        from qmedtune.audit import check_limits
+
+        return check_limits(recipe, inputs, out)
+
+    if recipe.audit is None:
+        return []
+    needs = {"planted": "data/planted"}
+    for name, (start, adapters) in trained.items():
+        needs |= {name: name, f"{name}:base": start}
+        needs |= {f"{name}:{number}": path for number, path in enumerate(adapters, start=1)}
+    steps = [Step("audit", "audit", keys.audit_section(recipe), needs, measure, resumes=True)]
+    limits = recipe.audit.model_dump(mode="json", include={"max_exposure", "max_extracted"}, exclude_none=True)
+    return steps + ([Step("audit-limits", "audit", limits, {"audit": "audit"}, judge)] if limits else [])
+
+
 def _tokens_step(recipe: Recipe, index: int, start: str) -> Step:
     def work(recipe: Recipe, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
         from qmedtune.data.pack import pack_stage
 
         return pack_stage(recipe, index, inputs["base"], inputs, out)
 
-    needs = {"base": start, **{name: f"data/{name}" for name in recipe.stages[index].sources}}
+    planted = {recipe.audit.source, recipe.audit.prompts} if recipe.audit else set()
+    texts = {name: f"data/planted/{name}" if name in planted else f"data/{name}" for name in recipe.stages[index].sources}
+    needs = {"base": start, **texts}
     section = keys.tokens_section(recipe, index)
     return Step(f"data/{recipe.stage_names()[index]}", "data", section, needs, work, resumes=True)
 

@@ -50,6 +50,7 @@ def page(run: dict, metrics: Metrics) -> str:
     sections = (
         _header(run),
         section("What it learned", _evaluation(run)),
+        section("Memorisation", card("", html_table(tables.audit(run)))) if run.get("audit") else "",
         section("Training", _training(run, metrics)),
         section("Data", _data(run)),
         section("Merge", card("", html_table(tables.merge(run)))),

@@ -3,6 +3,7 @@
 Deliberately does not: know HTML or Markdown; every cell is text that the renderer escapes.
 """
 
+import math
 from dataclasses import dataclass
 
 from qmedtune.reporting.facts import comparisons, perplexities
@@ -46,6 +47,31 @@ def perplexity(run: dict) -> Table:
         else "No perplexity was measured in this run."
     )
     return Table("Perplexity", ("Text", "Base", "Final", "Change"), rows, note)
+
+
+def audit(run: dict) -> Table:
+    """Rows of the memorisation audit; none where the recipe asks for no audit."""
+    facts = run.get("audit") or {"stages": {}, "references": 0}
+    rows = [
+        (
+            stage,
+            row["source"] + (", masked prompts" if row["masked"] else ""),
+            f"{row['repeats']}×" if row["repeats"] else "never (control)",
+            "–" if row["passes"] is None else f"{row['repeats'] * row['passes']:.0f}×",
+            f"{row['exposure']:.1f} bits",
+            f"{row['extracted']} of {row['canaries']}",
+        )
+        for stage, found in facts["stages"].items()
+        for row in found
+    ]
+    note = (
+        "Invented secrets, planted as often as told. Exposure: how far up the secret ranks among "
+        f"{facts['references'] + 1} numbers of its form, on average; 1.4 bits is chance, "
+        f"{math.log2(facts['references'] + 1):.1f} the most that can be seen. Extracted: written word for word by greedy "
+        "decoding behind the words in front of it. Low figures are no proof of privacy."
+    )
+    columns = ("After", "Planted in", "Copies", "Trained on", "Exposure", "Extracted")
+    return Table("Memorisation", columns, rows, note if rows else "No audit was asked for.")
 
 
 def stages(run: dict) -> Table:

@@ -1,0 +1,177 @@
+"""The memorisation audit: what of the planted canaries can be got out of the model after each training stage.
+
+Exposure (Carlini et al. 2019, The Secret Sharer): log2(candidates) - log2(rank of the secret among them, by
+log-likelihood behind its context), in bits. Candidates are the secret and `references` other numbers of the same form;
+a model that learnt nothing gives 1.4 bits on average, one that knows it log2(references + 1). Extracted: greedy
+decoding behind the context writes the secret (verbatim extractability, Carlini et al. 2023).
+Limits: numbers behind a name, not every kind of text; an attacker with other prompts or samples may get more; exposure
+is measured up to log2(references + 1) bits and 8 canaries per row are few: a low figure is no proof of privacy.
+Deliberately absent: membership inference, differential privacy.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers.utils.logging import disable_progress_bar
+
+from qmedtune import model as models
+from qmedtune import store, ui
+from qmedtune.data import canaries, templates
+from qmedtune.data.canaries import Canary
+from qmedtune.data.pack import stage_template
+from qmedtune.errors import RunError
+from qmedtune.evaluation.generation import generate
+from qmedtune.evaluation.measure import adding
+from qmedtune.evaluation.scoring import choice_logprobs, prompt_texts
+from qmedtune.recipe import AuditSection, Recipe, SftSection
+
+RESULT = "audit.json"
+SECRET_TOKENS = 16  # a number of nine digits has 5 (LLaMA-3) to 12 tokens
+
+
+def audit_stage(recipe: Recipe, inputs: Mapping[str, Path], out: Path) -> dict[str, Any]:
+    """Measure a resolved recipe's canaries after every stage that trained on them, or followed one that did.
+
+    `inputs`: `planted` (folder with canaries.json), and per stage `<stage>` (its folder), `<stage>:base` and
+    `<stage>:1` ... (the adapters of the model after it). Writes audit.json below `out`, where an interrupted audit is
+    continued stage by stage; returns {"stages": {stage: [row]}, "references"}, a row per source and repeats.
+    """
+    assert recipe.audit is not None
+    found = canaries.read(inputs["planted"])
+    rows = {}
+    for index, name in enumerate(recipe.stage_names()):
+        sources = {source for stage in recipe.stages[: index + 1] for source in stage.sources}
+        met = [canary for canary in found if canary.source in sources]
+        partial = out / f"{name}.json"
+        if met and not partial.is_file():
+            store.write_json(partial, _measure_stage(recipe, index, met, inputs))
+        if met:
+            rows[name] = json.loads(partial.read_text(encoding="utf-8"))
+    result = {"stages": rows, "references": recipe.audit.references}
+    store.write_json(out / RESULT, result)
+    return result
+
+
+def check_limits(recipe: Recipe, inputs: Mapping[str, Path], out: Path) -> dict[str, Any]:
+    """RunError where a measurement in `inputs["audit"]` is beyond `max_exposure` or `max_extracted` of the recipe.
+
+    A step of its own behind the measurement, so that what was measured stays sealed, and before the merge.
+    """
+    audit = recipe.audit
+    assert audit is not None
+    result = json.loads((inputs["audit"] / RESULT).read_text(encoding="utf-8"))
+    for stage, rows in result["stages"].items():
+        for row in rows:
+            for line in _beyond(audit, row) if row["repeats"] else ():
+                raise RunError(
+                    f"audit: after {stage}, canaries planted {row['repeats']}x in {row['source']}: {line}\n"
+                    f"all figures are in {inputs['audit'] / RESULT}; nothing was merged\n"
+                    "train less on each note, de-duplicate and redact, or raise the limit: the same command goes on"
+                )
+    return {"max_exposure": audit.max_exposure, "max_extracted": audit.max_extracted}
+
+
+def _beyond(audit: AuditSection, row: dict[str, Any]) -> Iterator[str]:
+    share = row["extracted"] / row["canaries"]
+    if audit.max_exposure is not None and row["exposure"] > audit.max_exposure:
+        yield f"exposure {row['exposure']:.1f} bits on average (allowed: {audit.max_exposure:g}, `audit.max_exposure`)"
+    if audit.max_extracted is not None and share > audit.max_extracted:
+        yield (
+            f"{row['extracted']} of {row['canaries']} extracted word for word "
+            f"(allowed: {audit.max_extracted:.0%}, `audit.max_extracted`)"
+        )
+
+
+def _measure_stage(recipe: Recipe, index: int, found: list[Canary], inputs: Mapping[str, Path]) -> list[dict[str, Any]]:
+    name = recipe.stage_names()[index]
+    base, adapters = inputs[f"{name}:base"], _adapters(name, inputs)
+    tokenizer = models.load_tokenizer(base)
+    section = recipe.model.model_copy(update={"attention": "sdpa"})
+    disable_progress_bar()
+    model: Any = models.load_base(base, section)
+    model = models.load_adapters(model, adapters) if adapters else model
+    models.install_kernels(model, section.kernels)
+    contexts = [context_of(recipe, canary, tokenizer, base) for canary in found]
+    rows = measure(recipe, model.eval(), tokenizer, found, contexts, name)
+    passes = _passes(recipe, index, inputs)
+    del model
+    gc.collect()
+    return [row | {"passes": passes.get(row["source"]), "masked": _masked(recipe, row["source"])} for row in rows]
+
+
+def _adapters(name: str, inputs: Mapping[str, Path]) -> list[Path]:
+    numbered = (f"{name}:{number}" for number in range(1, len(inputs)))
+    return [inputs[each] for each in numbered if each in inputs]
+
+
+def _masked(recipe: Recipe, source: str) -> bool:
+    """Whether the canaries of a source carried no loss."""
+    stages = [stage.section for stage in recipe.stages if source in stage.sources]
+    if recipe.data[source].kind != "instructions":
+        return False
+    return all(isinstance(s, SftSection) and s.loss_on == "response" for s in stages)
+
+
+def _passes(recipe: Recipe, index: int, inputs: Mapping[str, Path]) -> dict[str, float]:
+    """How often the stages so far went through each source: a canary was seen this often times its repeats."""
+    passes: dict[str, float] = {}
+    for name in recipe.stage_names()[: index + 1]:
+        sealed = json.loads((inputs[name] / store.SEAL).read_text(encoding="utf-8"))
+        for source, part in sealed["facts"]["mixture"].items():
+            passes[source] = round(passes.get(source, 0.0) + part["repeats"], 3)
+    return passes
+
+
+def context_of(recipe: Recipe, canary: Canary, tokenizer: Any, base: Path) -> str:
+    """The text in front of the secret, as in training: the note's beginning, or the prompt in its template."""
+    if recipe.data[canary.source].kind != "instructions":
+        return canary.context
+    index = next(i for i, stage in enumerate(recipe.stages) if canary.source in stage.sources)
+    named = recipe.data[canary.source].template
+    template = templates.default(named, base) if named else stage_template(recipe, index, base)
+    prompt = prompt_texts(tokenizer, template, [canaries.messages(canary)[:1]])[0]
+    return prompt[: prompt.index(canary.secret)].rstrip()
+
+
+def measure(
+    recipe: Recipe, model: Any, tokenizer: Any, found: Sequence[Canary], contexts: Sequence[str], title: str
+) -> list[dict[str, Any]]:
+    """Rows of {"source", "repeats", "canaries", "exposure" (mean, bits), "max_exposure", "extracted" (count)}."""
+    audit = recipe.audit
+    assert audit is not None
+    rng = random.Random(f"references-{recipe.seed}")
+    options = [_candidates(canary.secret, audit.references, rng) for canary in found]
+    with ui.stage(f"canaries after {title}", total=2 * len(found), unit="canaries") as bar:
+        scores = choice_logprobs(model, tokenizer, contexts, options, progress=adding(bar), boundary="joint")
+        answers = generate(model, tokenizer, contexts, SECRET_TOKENS, progress=adding(bar))
+    exposures = [exposure(score.sums) for score in scores]
+    extracted = [answer.text.strip().startswith(c.secret) for answer, c in zip(answers, found, strict=True)]
+    rows = []
+    for source, repeats in dict.fromkeys((canary.source, canary.repeats) for canary in found):
+        mine = [i for i, canary in enumerate(found) if (canary.source, canary.repeats) == (source, repeats)]
+        bits = [exposures[i] for i in mine]
+        row = {"source": source, "repeats": repeats, "canaries": len(mine), "exposure": sum(bits) / len(bits)}
+        rows.append(row | {"max_exposure": max(bits), "extracted": sum(extracted[i] for i in mine)})
+    return rows
+
+
+def _candidates(secret: str, references: int, rng: random.Random) -> list[str]:
+    """The secret, first, and as many other numbers of its form."""
+    others: set[str] = set()
+    while len(others) < references:
+        others.add(canaries.secret(rng))
+        others.discard(secret)
+    return [f" {number}" for number in (secret, *sorted(others))]
+
+
+def exposure(logprobs: Sequence[float]) -> float:
+    """Bits, of the first of these log-likelihoods among all of them."""
+    rank = 1 + sum(other > logprobs[0] for other in logprobs[1:])
+    return math.log2(len(logprobs)) - math.log2(rank)
