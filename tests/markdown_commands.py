@@ -11,17 +11,20 @@ from pathlib import Path
 from conftest import ROOT
 from stand_ins import fake_downloaders
 
-BLOCK = re.compile(r"^```bash\n(.*?)^```$", re.M | re.S)
+BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```$", re.M | re.S)
 
 
 def blocks(page: Path) -> list[str]:
-    return BLOCK.findall(page.read_text(encoding="utf-8"))
+    """`bash` blocks as they are, `python` blocks as scripts of their own; what is marked `console` is for reading."""
+    found = BLOCK.findall(page.read_text(encoding="utf-8"))
+    return [text if kind == "bash" else f"python3 - <<'END_OF_BLOCK'\n{text}END_OF_BLOCK\n" for kind, text in found]
 
 
-def run_page(page: Path, place: Path, *, timeout_s: int = 600) -> tuple[str, Path]:
-    """(what the page's `bash` blocks printed, the working folder). Any command that fails fails the test.
+def run_page(page: Path, place: Path, *, timeout_s: int = 600, **variables: str) -> tuple[str, Path]:
+    """(what the page's blocks printed, the working folder). Any command that fails fails the test.
 
-    `place` becomes home, and below it a folder that looks like a checkout; downloads are stand-ins.
+    `place` becomes home, and below it a folder that looks like a checkout; downloads are stand-ins. `variables` are set
+    before the page begins.
     """
     work = place / "checkout"
     work.mkdir(parents=True)
@@ -33,12 +36,14 @@ def run_page(page: Path, place: Path, *, timeout_s: int = 600) -> tuple[str, Pat
         "HOME": str(place),
         "HF_HOME": str(place / "huggingface"),
         "PATH": f"{fakes}:{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "QMEDTUNE_CACHE": os.environ["QMEDTUNE_CACHE"],
+        **variables,
     }
     script = "set -euo pipefail\n" + "\n".join(blocks(page))
     done = subprocess.run(
         ["bash", "-c", script], cwd=work, env=environment, text=True, timeout=timeout_s,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
+        capture_output=True, check=False,
     )  # fmt: skip
-    assert done.returncode == 0, f"{page.name}: exit code {done.returncode}\n{done.stdout[-4000:]}"
+    assert done.returncode == 0, (
+        f"{page.name}: exit code {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    )
     return done.stdout, work

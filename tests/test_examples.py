@@ -51,3 +51,39 @@ def test_the_lab_page_from_downloads_to_an_answer(tmp_path: Path):
     assert "PhysioNet Credentialed Health Data License" in card and str(tmp_path) not in card
     assert not list((tmp_path / "medical" / "notes").glob("*"))[0].stat().st_mode & 0o077
     assert len(blocks(EXAMPLES / "lab_workstation.md")) >= 9 and "sealed folders are as they were sealed" in printed
+
+
+@pytest.mark.slow
+def test_the_page_about_own_data_from_an_export_to_a_report(tmp_path: Path):
+    printed, work = run_page(EXAMPLES / "bring_your_own_data.md", tmp_path)
+    facts = json.loads((work / "runs" / "mine" / "run.json").read_text())
+    assert facts["status"] == "finished" and facts["data"]["notes"]["phi"]["mode"] == "redact"
+    assert '"reason": "text is empty"' in printed
+    found = dict(re.findall(r"\| notes \| identifier: (\w+) \(redact\) \| (\d+) \|", printed))
+    assert {"name", "mrn", "phone", "date"} <= set(found) and min(map(int, found.values())) >= 150
+    assert re.search(r"^articles +literature +41 +40 +0 +0 +1 ", printed, re.M), "the copied question is found"
+    assert "── questions #" in printed and "«Hold the drug and review in a week.</s>»" in printed
+    for page in ("report.html", "report.md", "merged/README.md"):
+        assert "Hartwell" not in (work / "runs" / "mine" / page).read_text()
+
+
+@pytest.mark.slow
+def test_the_serving_page_hands_over_model_and_template(tmp_path: Path):
+    from transformers import AutoTokenizer
+
+    from qmedtune.data import templates
+
+    printed, work = run_page(EXAMPLES / "serve.md", tmp_path, RUN="runs/served", RECIPE="recipes/micro.yaml")
+    merged = work / "runs" / "served" / "merged"
+    template = templates.load(merged)
+    question = [{"role": "user", "content": "What does volusev treat?"}]
+    tokenizer = AutoTokenizer.from_pretrained(merged)
+    wanted = template.prompt(question)
+    assert tokenizer.apply_chat_template(question, add_generation_prompt=True, tokenize=False) == (
+        tokenizer.bos_token + wanted
+    )
+    modelfile = (work / "Modelfile").read_text()
+    told = modelfile.split('"""')[1].replace("{{ .Prompt }}", question[0]["content"])
+    assert modelfile.startswith(f"FROM {merged.resolve()}") and told == wanted
+    by_transformers, by_chat = printed.partition("tokenizer_config.json\n")[2].partition("FROM ")[0].splitlines()
+    assert by_transformers == by_chat != ""
