@@ -266,7 +266,7 @@ class AuditSection(Section):
 
 
 class AblateSection(Section):
-    """Arms of `qmedtune ablate`: `arms` times `corpora`; each value of the other lists is one change to the whole recipe.
+    """Arms of `qmedtune ablate`: `arms` times `corpora`; each value of the other lists is one change to the recipe.
 
     corpora: sources of the cpt mix, each alone at the same number of tokens, or `both`: all of them as in the recipe
     replay: share of `kind: general` in the tokens of cpt, the other weights keeping their ratio

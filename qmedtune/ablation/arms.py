@@ -59,7 +59,7 @@ def with_seed(recipe: Recipe, seed: int) -> Recipe:
 
 def _arm(recipe: Recipe, name: str, change: str, *edits: Edit) -> Arm:
     tree = recipe.model_dump(mode="json", by_alias=True)
-    tree |= {"name": f"{recipe.name}-{name}".replace("+", "-")[:80], "ablate": None}
+    tree |= {"name": f"{recipe.name}-{name}".replace("+", "-")[:80], "ablate": None, "audit": None}
     for edit in edits:
         edit(tree)
     _prune_validation(tree, recipe)

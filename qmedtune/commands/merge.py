@@ -19,7 +19,7 @@ from qmedtune.errors import RecipeError
 from qmedtune.evaluation.open_model import locate
 from qmedtune.planning.machine import this_machine
 from qmedtune.recipe import MergeSection, ModelSection, Recipe
-from qmedtune.run import after, folds
+from qmedtune.steps import after, folds
 
 
 def merge_into(

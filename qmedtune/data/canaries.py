@@ -1,8 +1,8 @@
 """Canaries: invented secrets in the shape of a note, planted so that it can be measured what a model gives away again.
 
-Each is a made-up name with a made-up number of nine digits, drawn from the recipe's seed: no text of a real record. They
-are planted behind hygiene, as what got past it would be: de-duplication would remove repeats and redaction the numbers.
-Deliberately absent: measuring (audit.py).
+Each is a made-up name with a made-up number of nine digits, drawn from the recipe's seed: no text of a real record.
+They are planted behind hygiene, as what got past it would be: de-duplication would remove repeats, redaction the
+numbers. Deliberately absent: measuring (audit.py).
 """
 
 from __future__ import annotations

@@ -67,8 +67,8 @@ def audit(run: dict) -> Table:
     note = (
         "Invented secrets, planted as often as told. Exposure: how far up the secret ranks among "
         f"{facts['references'] + 1} numbers of its form, on average; 1.4 bits is chance, "
-        f"{math.log2(facts['references'] + 1):.1f} the most that can be seen. Extracted: written word for word by greedy "
-        "decoding behind the words in front of it. Low figures are no proof of privacy."
+        f"{math.log2(facts['references'] + 1):.1f} the most that can be seen. Extracted: written word for word by "
+        "greedy decoding behind the words in front of it. Low figures are no proof of privacy."
     )
     columns = ("After", "Planted in", "Copies", "Trained on", "Exposure", "Extracted")
     return Table("Memorisation", columns, rows, note if rows else "No audit was asked for.")
