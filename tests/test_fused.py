@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qmedtune.training import fused
+from qmedtune.training import activations, fused
 
 CONFIG = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -105,6 +105,72 @@ def test_checkpointing_changes_nothing(ids, reentrant):
     assert calls == 2, "the layer was not recomputed"
     assert loss == again
     assert_close(again_grads, grads, 1e-6)
+
+
+def kept_bytes(model, ids):
+    """Bytes that a forward pass of the layers leaves for the backward pass, weights not counted."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes(), tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.base_model.model.model(input_ids=ids)
+    return sum(size for size, _ in kept.values())
+
+
+def test_every_way_of_the_layers_gives_the_same_bits_for_fewer_bytes(ids):
+    """Offloading is seen here as a copy: on the CPU the host's memory is the device's."""
+    model = tiny(dropout=0.2, num_hidden_layers=4)
+    fused.install(model)
+    model.train()
+    found = {}
+    for way in activations.WAYS:
+        activations.set_ways(model, {way: 4})
+        torch.manual_seed(5)
+        found[way] = step(model, ids)
+    activations.set_ways(model, {"offload": 1, "recompute": 1, "cheap": 1, "keep": 1})
+    assert [layer.way for layer in model.base_model.model.model.layers] == ["offload", "recompute", "cheap", "keep"]
+    torch.manual_seed(5)
+    found["mixed"] = step(model, ids)
+    for loss, grads in found.values():
+        assert loss == found["keep"][0]
+        assert all(torch.equal(grads[name], value) for name, value in found["keep"][1].items())
+
+
+def test_each_way_keeps_what_the_plan_says(ids):
+    model = tiny()
+    fused.install(model)
+    model.train()
+    held = {}
+    for way in activations.WAYS:
+        activations.set_ways(model, {way: 2})
+        held[way] = kept_bytes(model, ids)
+    hidden, product = (4 * ids.numel() * CONFIG[name] for name in ("hidden_size", "intermediate_size"))
+    # The first layer's norm needs no gradient: what it reads is kept only to be normed again.
+    assert held["keep"] - held["cheap"] == 3 * hidden + 2 * product
+    assert held["recompute"] - held["offload"] == 2 * hidden
+
+
+def test_offloaded_inputs_are_copies_that_come_back_in_turn():
+    x = [torch.full((4,), float(i), requires_grad=True) for i in range(3)]
+    seen = []
+
+    def layer(x):
+        seen.append(float(x.detach()[0]))
+        return x * x
+
+    outputs = [activations.recomputed(layer, value, {}, offload=True) for value in x]
+    with torch.no_grad():
+        for value in x:
+            value.mul_(100)  # what is kept is the copy, not this
+    for output in reversed(outputs):
+        output.sum().backward()
+    assert seen == [0, 1, 2, 2, 1, 0] and [float(value.grad[0]) for value in x] == [0, 2, 4]
 
 
 def test_accumulation_equals_one_batch(ids):

@@ -37,6 +37,7 @@ class Case:
     tensor_cores: bool = False
     fp_fusion: bool = True
     rows: int = 0
+    stores_16: bool = False  # must store 16 bytes at a time
     types: dict[str, str] = field(default_factory=dict)
 
 
@@ -62,6 +63,10 @@ def cases() -> Iterator[Case]:
     yield Case("matmul reduce", "matmul._reduce", {"SPLITS": 8, "BLOCK": 1024, "BIAS": True, "EMULATE": False})
     for columns in (4096, 8192):
         yield from _norms(columns)
+    for direction in ("forward", "backward"):
+        yield Case(f"swiglu {direction}", f"swiglu._{direction}", {"BLOCK": 1024, "EMULATE": False}, stores_16=True)
+    heads = {"HALF": 64, "BLOCK": 64, "HEADS": 8, "EMULATE": False}
+    yield Case("rope", "rope._rotate", heads, num_warps=2, stores_16=True, fp_fusion=False)
 
 
 def _matmul(direction: str, rows: int, nested: bool, architectures: tuple[int, ...]) -> Case:
@@ -88,14 +93,14 @@ def _norms(columns: int) -> Iterator[Case]:
     for add in (False, True):
         constants = {"BLOCK": columns, "ADD": add, "EMULATE": False}
         label, warps = ("add_" if add else "") + "rms_norm", rms_norm.num_warps(columns)
-        yield Case(f"{label} forward {columns}", "rms_norm._forward", constants, warps)
-        yield Case(f"{label} backward {columns}", "rms_norm._backward_rows", constants, warps)
+        yield Case(f"{label} forward {columns}", "rms_norm._forward", constants, warps, stores_16=True)
+        yield Case(f"{label} backward {columns}", "rms_norm._backward_rows", constants, warps, stores_16=True)
     yield Case(f"rms_norm dweight {columns}", "rms_norm._dweight_partial", {"BLOCK": 1024, "EMULATE": False})
 
 
 TYPES = {
     "packed": "*u8", "code": "*fp32", "code2": "*fp32", "absmax2": "*fp32", "offset": "*fp32", "rstd_ptr": "*fp32",
-    "partial": "*fp32", "partial_ptr": "*fp32", "eps": "fp32",
+    "partial": "*fp32", "partial_ptr": "*fp32", "eps": "fp32", "sign": "fp32",
 }  # fmt: skip
 
 
@@ -190,7 +195,7 @@ def _failures(case: Case, row: dict, counts: Counter[str], arch: int) -> Iterato
         yield "no tensor-core instruction"
     if case.loop and counts["LDGSTS.E"] > 0.25 * (case.elements or 0):
         yield f"{counts['LDGSTS.E']} LDGSTS of 4 bytes: a table lookup went through cp.async"
-    if case.kernel.startswith("rms_norm._") and "dweight" not in case.name and not re.search(r"STG\.E\S*\.128", names):
+    if case.stores_16 and not re.search(r"STG\.E\S*\.128", names):
         yield "no 16-byte stores"
 
 

@@ -54,9 +54,9 @@ def ways(facts: BaseFacts, setup: Setup) -> dict[str, Way]:
     """What each way costs per layer and token."""
     size = setup.element_bytes
     kept, stream = kept_bytes_per_token(facts, setup), facts.hidden * size
-    dropped = (2 * facts.hidden + 2 * facts.intermediate) * size
-    # Recomputing reads x twice, gate and up, and writes two norms, silu's and the product's results.
-    traffic = (4 * facts.hidden + 4 * facts.intermediate) * size
+    dropped = (2 * facts.hidden + facts.intermediate) * size
+    # Making them again reads x twice, gate and up, and writes two norms and the product.
+    traffic = (4 * facts.hidden + 3 * facts.intermediate) * size
     forward_flops = 2 * facts.linear_parameters / facts.layers
     # Out in the forward pass, back during the backward pass: hidden while the layers around it compute (3 forwards).
     transfer = 2 * stream * FLOPS_PER_LINK_BYTE / forward_flops

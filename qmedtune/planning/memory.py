@@ -123,16 +123,17 @@ def adapter_copy_bytes(facts: BaseFacts, setup: Setup) -> int:
 def kept_bytes_per_token(facts: BaseFacts, setup: Setup) -> int:
     """What one layer saves per token when nothing is recomputed (fused.py and qmedtune_kernels).
 
-    In elements: layer input, norm outputs and residual 4 h; attention; gate, up, silu(gate), product 4 I; X A^T of
-    each LoRA r. In fp32: two rstd and one log-sum-exp per head.
+    In elements: layer input, norm outputs and residual 4 h; attention; gate, up and product 3 I; X A^T of each LoRA
+    r. In fp32: two rstd and one log-sum-exp per head.
     """
-    wide = 4 * facts.hidden + attention_elements(facts, setup.attention) + 4 * facts.intermediate
+    wide = 4 * facts.hidden + attention_elements(facts, setup.attention) + 3 * facts.intermediate
     lora = 0 if setup.full else len(setup.targets) * setup.rank
     return (wide + lora + score_elements(facts, setup)) * setup.element_bytes + 4 * (2 + facts.heads)
 
 
 def backward_bytes_per_token(facts: BaseFacts, setup: Setup) -> int:
-    """Gradients alive at the widest point of a layer's backward pass: of product, gate and up, and of their input."""
+    """Gradients alive at the widest point of a layer's backward pass: of product, gate and up, and of their input;
+    and the product made again where it was not kept."""
     return (4 * facts.intermediate + 2 * facts.hidden) * setup.element_bytes
 
 

@@ -17,10 +17,15 @@ import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import ModulesToSaveWrapper
 from qmedtune_kernels import Adapter, NF4Weight, dispatch, lora
+from qmedtune_kernels.lora import Remake
 from qmedtune_kernels.rms_norm import add_rms_norm, rms_norm
+from qmedtune_kernels.rope import rotary_qkv
+from qmedtune_kernels.swiglu import swiglu
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama as llama
+
+from qmedtune.training.activations import recomputed
 
 Layer = Any  # an nn.Module whose attributes (PEFT's, bitsandbytes') a type checker cannot see
 
@@ -181,11 +186,12 @@ def _dropout(module: Layer, name: str) -> float:
     return dropout.p if module.training and isinstance(dropout, nn.Dropout) else 0.0
 
 
-def linear(x: Tensor, projections: Sequence[Layer], path: str) -> Tensor:
-    """The projections of one x [..., K], side by side along the last dimension of the result."""
+def linear(x: Tensor, projections: Sequence[Layer], path: str, remake: Remake | None = None) -> Tensor:
+    """The projections of one x [..., K], side by side along the last dimension of the result. `remake` says how to
+    make x again instead of keeping it; linears that keep their own forward keep x."""
     obstacle = _obstacle(projections)
     if len(projections) > 1 and (obstacle or any(_drops(projection) for projection in projections)):
-        return torch.cat([linear(x, [projection], path) for projection in projections], dim=-1)
+        return torch.cat([linear(x, [projection], path, remake) for projection in projections], dim=-1)
     if obstacle:
         return projections[0](x)
     bases = [_base(projection) for projection in projections]
@@ -199,7 +205,7 @@ def linear(x: Tensor, projections: Sequence[Layer], path: str) -> Tensor:
             else:
                 adapters.append(adapter)
         start += base.out_features
-    y = lora.linear(x, _weight(bases), adapters, _bias(bases), path)
+    y = lora.linear(x, _weight(bases), adapters, _bias(bases), path, remake)
     for adapter, p in dropped:
         y = y + lora.linear(F.dropout(x, p), None, [adapter], path=path)
     return y
@@ -218,24 +224,32 @@ class LlamaRMSNorm(llama.LlamaRMSNorm):
 class LlamaMLP(llama.LlamaMLP):
     kernels: str
 
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = linear(x, [self.gate_proj, self.up_proj], self.kernels).chunk(2, dim=-1)
-        return linear(self.act_fn(gate) * up, [self.down_proj], self.kernels)
+    def forward(self, x: Tensor, remake: Remake | None = None) -> Tensor:
+        gate_up = linear(x, [self.gate_proj, self.up_proj], self.kernels, remake)
+        if self.config.hidden_act != "silu":
+            gate, up = gate_up.chunk(2, dim=-1)
+            return linear(self.act_fn(gate) * up, [self.down_proj], self.kernels)
+        again = Remake(_swiglu_again, (gate_up,)) if remake is not None else None
+        return linear(swiglu(gate_up, self.kernels), [self.down_proj], self.kernels, again)
+
+
+def _swiglu_again(gate_up: Tensor) -> Tensor:
+    return swiglu(gate_up)
 
 
 class LlamaAttention(llama.LlamaAttention):
     kernels: str
 
     def forward(
-        self, hidden_states, position_embeddings: Any = None, attention_mask=None, past_key_values=None, **kwargs
-    ) -> tuple[Tensor, Tensor]:
+        self, hidden_states, position_embeddings: Any = None, attention_mask=None, past_key_values=None,
+        remake: Remake | None = None, **kwargs,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         shape = hidden_states.shape[:-1]
-        qkv = linear(hidden_states, [self.q_proj, self.k_proj, self.v_proj], self.kernels)
-        qkv = qkv.view(*shape, -1, self.head_dim)
+        qkv = linear(hidden_states, [self.q_proj, self.k_proj, self.v_proj], self.kernels, remake)
         heads, kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
-        query, key, value = (part.transpose(1, 2) for part in qkv.split((heads, kv_heads, kv_heads), dim=2))
         cos, sin = position_embeddings
-        query, key = llama.apply_rotary_pos_emb(query, key, cos, sin)
+        parts = rotary_qkv(qkv, cos, sin, heads, kv_heads, self.kernels)
+        query, key, value = (part.transpose(1, 2) for part in parts)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -249,15 +263,30 @@ class LlamaAttention(llama.LlamaAttention):
 
 
 class LlamaDecoderLayer(llama.LlamaDecoderLayer):
-    """Keeps the original's name: FSDP wraps by it. Subclassing makes transformers add checkpointing to `forward`."""
+    """Keeps the original's name: FSDP wraps by it. Subclassing makes transformers add checkpointing to `forward`.
+    `way`: what becomes of the layer's activations (training/activations.py)."""
 
     kernels: str
+    way = "keep"
 
     def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
-        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
-        norm = self.post_attention_layernorm
-        normed, residual = add_rms_norm(attended, hidden_states, norm.weight, norm.variance_epsilon, self.kernels)
-        return residual + self.mlp(normed)
+        if self.way in ("keep", "cheap") or not (self.training and torch.is_grad_enabled()):
+            return self.compute(hidden_states, **kwargs)
+        return recomputed(self.compute, hidden_states, kwargs, offload=self.way == "offload")
+
+    def compute(self, hidden_states: Tensor, **kwargs) -> Tensor:
+        first, second = self.input_layernorm, self.post_attention_layernorm
+        attended, _ = self.self_attn(
+            hidden_states=first(hidden_states), remake=self._remake(first, hidden_states), **kwargs
+        )
+        normed, total = add_rms_norm(attended, hidden_states, second.weight, second.variance_epsilon, self.kernels)
+        return total + self.mlp(normed, self._remake(second, total))
+
+    def _remake(self, norm: Any, x: Tensor) -> Remake | None:
+        """How to make norm(x) again, where this layer's cheap results are not kept; x is, for the norm's gradient."""
+        if self.way != "cheap":
+            return None
+        return Remake(lambda x, weight: rms_norm(x, weight, norm.variance_epsilon, self.kernels), (x, norm.weight))
 
 
 REPLACED = {

@@ -1,10 +1,10 @@
-"""Triton kernels for QLoRA: NF4 dequantise and matmul, LoRA linears, RMSNorm; a plain PyTorch reference beside each.
+"""Triton kernels for QLoRA: NF4 dequantise and matmul, LoRA linears, RMSNorm, SwiGLU, RoPE; a reference beside each.
 
 Knows neither bitsandbytes nor PEFT: it takes raw packed tensors. Only relative imports (Hugging Face kernel-builder).
 """
 
-from . import dispatch, layers, lora, matmul, nf4, rms_norm
+from . import dispatch, layers, lora, matmul, nf4, rms_norm, rope, swiglu
 from .lora import Adapter
 from .nf4 import NF4Weight
 
-__all__ = ["Adapter", "NF4Weight", "dispatch", "layers", "lora", "matmul", "nf4", "rms_norm"]
+__all__ = ["Adapter", "NF4Weight", "dispatch", "layers", "lora", "matmul", "nf4", "rms_norm", "rope", "swiglu"]

@@ -20,6 +20,7 @@ from . import language
 from .decode import INTERPRET
 
 TABLE = json.loads(Path(__file__).with_name("dispatch.json").read_text())
+OPERATIONS = ("dequantize", "matmul", "lora", "rms_norm", "swiglu", "rope")
 MODES = ("auto", "triton", "reference")
 
 
@@ -120,7 +121,7 @@ def describe(device: torch.device, requested: str = "auto") -> dict[str, str]:
     arch = capability(device)
     if not uses_triton(device, requested):
         why = _why_reference(device, requested)
-        return dict.fromkeys(("dequantize", "matmul", "lora", "rms_norm"), f"reference: {why}")
+        return dict.fromkeys(OPERATIONS, f"reference: {why}")
     checked = "is" if asm_verified(device) else "is not"
     why = f"sm_{arch} {checked} among the architectures with committed correctness results for inline assembly"
     rows = fused_rows(device)
@@ -129,5 +130,5 @@ def describe(device: torch.device, requested: str = "auto") -> dict[str, str]:
         "dequantize": f"triton {dequantize_path(device, 'auto')}: {why}",
         "matmul": f"{fused}dequantise + cuBLAS: {why}",
         "lora": "grouped, one dequantise and one GEMM per group, adapters in its contraction or added by addmm_",
-        "rms_norm": "triton",
+        **dict.fromkeys(("rms_norm", "swiglu", "rope"), "triton"),
     }

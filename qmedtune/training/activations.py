@@ -1,0 +1,107 @@
+"""What becomes of a layer's activations until its backward pass: kept, partly remade, recomputed, offloaded.
+
+fused.py's decoder layers ask here, layer by layer; planning/activations.py says which layer goes which way. "cheap"
+(norm outputs and the SwiGLU product are remade) is done where those are used, in fused.py.
+Deliberately not here: the choice, and models whose layers are not ours (they take transformers' checkpointing).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+WAYS = ("keep", "cheap", "recompute", "offload")
+
+
+def set_ways(model: nn.Module, counts: dict[str, int]) -> None:
+    """Tell the model's layers their way: `counts` of WAYS, which sum to the number of layers.
+
+    Offloaded layers come first (their copies have the rest of the pass to finish, and to come back), kept ones last.
+    """
+    layers = [module for module in model.modules() if hasattr(module, "way")]
+    ways = [way for way in reversed(WAYS) for _ in range(counts.get(way, 0))]
+    assert len(ways) == len(layers), f"{counts} for {len(layers)} layers"
+    for layer, way in zip(layers, ways, strict=True):
+        setattr(layer, "way", way)  # noqa: B010
+
+
+def recomputed(compute: Callable[..., Tensor], x: Tensor, kwargs: dict[str, Any], *, offload: bool) -> Tensor:
+    """compute(x, **kwargs), of which only x is kept (in host memory if `offload`) until the backward pass."""
+    hooks: AbstractContextManager = (
+        torch.autograd.graph.saved_tensors_hooks(_pack, _unpack) if offload else nullcontext()
+    )
+    with hooks:
+        return checkpoint(compute, x, use_reentrant=False, **kwargs)
+
+
+class _Offloaded:
+    """One tensor in (pinned) host memory, and the way back. Knows which was offloaded before it: that one is needed
+    next in the backward pass, so its copy is started when this one is taken."""
+
+    def __init__(self, x: Tensor, before: _Offloaded | None):
+        self.device, self.back, self.event = x.device, None, None
+        self.before = weakref.ref(before) if before is not None else None
+        self.host = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
+        if not x.is_cuda:
+            self.host.copy_(x)
+            return
+        stream = _copy_stream(x.device)
+        stream.wait_stream(torch.cuda.current_stream(x.device))
+        with torch.cuda.stream(stream):
+            self.host.copy_(x, non_blocking=True)
+        x.record_stream(stream)  # its memory is not reused before the copy is done
+
+    def fetch(self) -> None:
+        """Start the copy back, once."""
+        if self.back is not None:
+            return
+        if self.device.type != "cuda":
+            self.back = self.host.to(self.device, copy=True)
+            return
+        stream = _copy_stream(self.device)
+        with torch.cuda.stream(stream):
+            self.back = self.host.to(self.device, non_blocking=True)
+            self.event = stream.record_event()
+
+    def take(self) -> Tensor:
+        self.fetch()
+        if self.event is not None:
+            current = torch.cuda.current_stream(self.device)
+            current.wait_event(self.event)
+            self.back.record_stream(current)  # pyright: ignore[reportOptionalMemberAccess]
+        if self.before is not None and (before := self.before()) is not None:
+            before.fetch()
+        taken, self.back = self.back, None
+        assert taken is not None
+        return taken
+
+
+_STREAMS: dict[torch.device, torch.cuda.Stream] = {}
+_LAST: list[weakref.ref[_Offloaded]] = []  # the tensor that was offloaded last, while its graph is alive
+
+
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    if device not in _STREAMS:
+        _STREAMS[device] = torch.cuda.Stream(device)
+    return _STREAMS[device]
+
+
+def _pack(x: Tensor) -> _Offloaded:
+    held = _Offloaded(x.detach(), _LAST[0]() if _LAST else None)
+    _LAST[:] = [weakref.ref(held)]
+    return held
+
+
+def _unpack(held: _Offloaded) -> Tensor:
+    return held.take()
+
+
+def kept_layers(counts: dict[str, int]) -> Sequence[str]:
+    """`counts` as words for the report: ["20 keep", "12 recompute"]."""
+    return [f"{counts[way]} {way}" for way in WAYS if counts.get(way)]
