@@ -21,6 +21,7 @@ from qmedtune.interrupt import stop
 from qmedtune.recipe import Recipe
 from qmedtune.steps import Step, steps_of
 
+
 def run(
     recipe: Recipe,
     recipe_text: str,
