@@ -164,6 +164,8 @@ def difference(old: Any, new: Any, where: str = "") -> str:
             if old.get(name) != new.get(name):
                 return difference(old.get(name), new.get(name), f"{where}.{name}" if where else name)
         return "what it is made from changed"
+    if where.startswith("inputs."):
+        return f"the {where.removeprefix('inputs.')} that it is made from changed"
     if "sha256" in where or "files" in where or "benchmarks" in where:
         return f"{where} changed"
     return f"{where} was {old}, is {new}"

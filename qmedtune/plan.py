@@ -7,7 +7,6 @@ same, and said to be absent. Deliberately not here: drawing (plan_view.py).
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 
 from qmedtune import base, store, units
 from qmedtune.errors import DataError, DoesNotFit, QmedtuneError
-from qmedtune.planning import fit, memory, speed
+from qmedtune.planning import fit, memory, room, speed
 from qmedtune.planning.estimate import Estimate, count_with, estimate_source
 from qmedtune.planning.machine import CARDS_GIB, GIB, Machine, card_of, this_machine
 from qmedtune.planning.memory import Setup
@@ -73,7 +72,7 @@ def make_plan(recipe: Recipe, run_dir: Path | None = None) -> dict[str, Any]:
         "steps": steps,
         "stages": stages,
         "host": {"parts": host, "needed_bytes": max(host.values()), "there_bytes": machine.host_bytes},
-        "disk": {"parts": disk, "needed_bytes": sum(disk.values()), "free_bytes": _free(run_dir)},
+        "disk": {"parts": disk, "needed_bytes": sum(disk.values()), "free_bytes": room.free_bytes(run_dir or Path())},
         "seconds": sum(stage["seconds"] or 0.0 for stage in stages) + merging,
         "notes": [*_notes(machine, facts, estimates), *_length_notes(resolved, facts), *notes],
     }
@@ -175,6 +174,8 @@ def _tokens(recipe: Recipe, index: int, estimates: Mapping[str, Estimate]) -> To
         trained = sum(target.tokens for target in mix.targets(section, lengths).values())
         spread = 0.02 if section.tokens != "auto" and trained > 0.99 * section.tokens else spread
     rows = trained / (int(section.seq_len) * ROW_FILL[stage.kind])
+    if isinstance(section, SftSection) and not section.packing:
+        rows = float(section.epochs) * sum(map(len, lengths.values()))
     steps = -(-rows // int(section.batch))
     return Tokens(round(trained), int(steps), spread, f"without {', '.join(absent)}" if absent else "")
 
@@ -277,12 +278,6 @@ def _disk(
     )
 
 
-def _free(run_dir: Path | None) -> int:
-    place = (run_dir or Path.cwd()).absolute()
-    existing = next(folder for folder in (place, *place.parents) if folder.exists())
-    return shutil.disk_usage(existing).free
-
-
 def _check_room(plan: dict[str, Any], *, present: bool) -> None:
     """Host memory and disk; GPU memory was checked when the recipe was resolved. A machine that is only planned for
     is not judged by this one's RAM and disk."""
@@ -295,10 +290,4 @@ def _check_room(plan: dict[str, Any], *, present: bool) -> None:
             f"{phase} needs {units.size(host['needed_bytes'])} of host memory, this machine has "
             f"{units.size(host['there_bytes'])}\nremedy: a smaller base, or a machine with more RAM"
         )
-    if disk["needed_bytes"] > disk["free_bytes"]:
-        largest = sorted(disk["parts"].items(), key=lambda part: -part[1])[:3]
-        raise DoesNotFit(
-            f"the run needs {units.size(disk['needed_bytes'])} of disk, {units.size(disk['free_bytes'])} are free\n"
-            f"largest: {', '.join(f'{name} {units.size(size)}' for name, size in largest)}\n"
-            "remedy: another --out, save.keep: 1, or a smaller base"
-        )
+    room.refuse_too_little(disk["parts"], 0, disk["free_bytes"])

@@ -9,15 +9,18 @@ a finished run does nothing. No torch is imported here: a step brings what it ne
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from qmedtune import base, keys, plan, record, store, ui
 from qmedtune.errors import QmedtuneError, RecipeError, RunError
 from qmedtune.interrupt import stop
+from qmedtune.planning import room
 from qmedtune.recipe import Recipe
 from qmedtune.steps import Step, steps_of
 
@@ -44,9 +47,11 @@ def run(
     steps = steps_of(resolved, asked, hashes)
     chosen = _chosen(steps, until)
     source = source_of(resolved, hashes, offline)
-    if finished := _finished(steps, source, recipe_text, out):
+    sealed = _sealed(steps, source.digest, out)
+    if len(sealed) == len(steps) and (finished := _finished(recipe_text, out)):
         return finished
-    _check_writable(out)
+    room.check_writable(out)
+    room.check(resolved, out, [step.name for step in chosen if step.name not in sealed])
     with store.lock(out), stop.watching(time_limit_s):
         hashes.save()
         notes = record.Notes(resolved, recipe_text, choices, offline=offline)
@@ -58,8 +63,9 @@ def run(
                     done[step.name] = _do(step, resolved, folder, source.digest, done, out, siblings, shown)
                     record.write(out, notes, steps, done, source, "running")
             except BaseException as error:
-                record.write(out, notes, steps, done, source, "running" if _goes_on(error) else "failed", error)
-                record.render(out)
+                with suppress(OSError):  # on a full disk; what happened is raised all the same
+                    record.write(out, notes, steps, done, source, "running" if _goes_on(error) else "failed", error)
+                    record.render(out)
                 raise
             with shown.step("report"):
                 complete = "finished" if len(chosen) == len(steps) else "running"
@@ -93,29 +99,36 @@ def _do(
     if sealed := store.borrow(folder, out, key, siblings):
         shown.cached(step.name, "the same as in another run")
         return sealed
-    _explain(step, folder)
+    made_from = {**step.section, "inputs": inputs_of(step, model_digest, done)}
+    _explain(step, made_from, key, folder, out)
     inputs = _inputs(step, model, out)
     _check_inputs(step, done, out)
     stop.raise_if_requested()
-    building = store.begin(folder, out, key, step.section, keep_partial=step.resumes)
+    building = store.begin(folder, out, key, made_from, keep_partial=step.resumes)
     with shown.step(step.name), stop.limited():
         started = time.monotonic()
         try:
             facts = step.work(recipe, inputs, building)
-        except OSError as error:
-            raise RunError(f"{step.name}: {error.strerror or error} ({error.filename or out})\n"
-                           "free space or fix the permission, then give the same command again") from error  # fmt: skip
-        facts |= {"seconds": round(time.monotonic() - started, 2), "section": step.section}
-        return store.publish(building, folder, out, key, facts)
+            facts |= {"seconds": round(time.monotonic() - started, 2), "section": made_from}
+            return store.publish(building, folder, out, key, facts)
+        except (OSError, SafetensorError) as error:
+            said = f"{getattr(error, 'strerror', None) or error} ({getattr(error, 'filename', None) or out})"
+            raise RunError(
+                f"{step.name}: {said}\n"
+                "what is sealed stays; free space or fix the permission, then give the same command again"
+            ) from error
 
 
 def key_of(step: Step, model_digest: str, done: dict[str, store.Seal]) -> str:
     """What the step's folder depends on, as one hash."""
-    digests = {}
-    for name, path in step.needs.items():
-        upstream = owner_of(path)
-        digests[name] = model_digest if upstream == "base" else done[upstream].digest
+    digests = inputs_of(step, model_digest, done)
     return store.sha256_json({"step": step.name, "section": step.section, "inputs": digests, "code": keys.CODE})
+
+
+def inputs_of(step: Step, model_digest: str, done: dict[str, store.Seal]) -> dict[str, str]:
+    """The digest of everything that the step reads."""
+    owners = {name: owner_of(path) for name, path in step.needs.items()}
+    return {name: model_digest if owner == "base" else done[owner].digest for name, owner in owners.items()}
 
 
 def owner_of(path: str) -> str:
@@ -138,8 +151,12 @@ def _check_inputs(step: Step, done: dict[str, store.Seal], out: Path) -> None:
             )
 
 
-def _explain(step: Step, folder: Path) -> None:
-    """Say why a sealed folder is not good enough any more; it moves to .history/ when the new one is ready."""
+def _explain(step: Step, made_from: dict[str, Any], key: str, folder: Path, out: Path) -> None:
+    """Say why a sealed folder, or an interrupted attempt, is not good enough any more; both are kept in .history/."""
+    attempt = store.attempt_of(store.building_of(folder, out))
+    if attempt and attempt[0] != key:
+        ui.note(f"{step.name} begins anew, its interrupted attempt is put aside: "
+                f"{keys.difference(attempt[1], made_from)}")  # fmt: skip
     sealed = store.read_seal(folder)
     if sealed is None:
         return
@@ -147,20 +164,24 @@ def _explain(step: Step, folder: Path) -> None:
         ui.warn(f"{step.name}: {problems[0]}; made again, the damaged folder is kept in .history/")
         store.retire(folder, folder.parent.parent if step.name.startswith("data/") else folder.parent)
         return
-    ui.note(f"{step.name} is made again: {keys.difference(sealed.facts.get('section', {}), step.section)}")
+    ui.note(f"{step.name} is made again: {keys.difference(sealed.facts['section'], made_from)}")
 
 
-def _finished(steps: list[Step], source: base.Base, recipe_text: str, out: Path) -> dict[str, Any] | None:
-    """run.json of a run in which nothing is left to do."""
+def _sealed(steps: list[Step], model_digest: str, out: Path) -> dict[str, store.Seal]:
+    """The steps that are sealed with the key that they would be made with now."""
+    done: dict[str, store.Seal] = {}
+    for step in steps:
+        if all(owner in done for owner in {owner_of(path) for path in step.needs.values()} - {"base"}):
+            sealed = store.intact(out / step.name, key_of(step, model_digest, done))
+            done |= {step.name: sealed} if sealed else {}
+    return done
+
+
+def _finished(recipe_text: str, out: Path) -> dict[str, Any] | None:
+    """run.json of a run that ended with this recipe and has its reports."""
     result = record.read(out)
     if not result or result["status"] != "finished" or result["recipe_sha256"] != record.text_sha256(recipe_text):
         return None
-    done: dict[str, store.Seal] = {}
-    for step in steps:
-        sealed = store.intact(out / step.name, key_of(step, source.digest, done))
-        if sealed is None:
-            return None
-        done[step.name] = sealed
     return result if all((out / name).is_file() for name in record.REPORTS) else None
 
 
@@ -177,15 +198,6 @@ def _chosen(steps: list[Step], until: str | None) -> list[Step]:
         names = ", ".join(dict.fromkeys(["data", *(s.name for s in steps if s.kind != "data")]))
         raise RecipeError(f"--until: no step {until!r} in this recipe\nallowed: {names}")
     return steps[: matches[-1] + 1]
-
-
-def _check_writable(out: Path) -> None:
-    existing = next(p for p in (out, *out.absolute().parents) if p.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise RecipeError(
-            f"--out: cannot write to {out} ({existing} is {'read-only' if existing.is_dir() else 'a file'})\n"
-            "give a folder that you may write to with --out"
-        )
 
 
 def _goes_on(error: BaseException) -> bool:

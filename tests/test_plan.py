@@ -13,7 +13,7 @@ from qmedtune.base import builtin_folder
 from qmedtune.errors import DoesNotFit, RecipeError
 from qmedtune.parsing.loader import load_recipe
 from qmedtune.plan import base_facts, make_plan, resolve
-from qmedtune.planning import fit, machine, shapes, speed
+from qmedtune.planning import fit, machine, room, shapes, speed
 from qmedtune.planning.estimate import count_with, estimate_source
 from qmedtune.planning.machine import GIB, Machine, card_of
 from qmedtune.planning.view import render_plan
@@ -426,7 +426,7 @@ def test_sealed_tokens_and_measured_speed_are_taken(cache, without_gpu, monkeypa
 
 
 def test_too_little_disk_or_memory_is_told_before_the_run(cache, without_gpu, monkeypatch):
-    monkeypatch.setattr(plan, "_free", lambda run_dir: 1000)
+    monkeypatch.setattr(room, "free_bytes", lambda place: 1000)
     with pytest.raises(DoesNotFit, match="of disk"):
         planned("micro")
     monkeypatch.setattr(plan, "this_machine", lambda: replace(CPU, host_bytes=GIB // 4))

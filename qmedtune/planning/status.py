@@ -9,7 +9,7 @@ from pathlib import Path
 
 from qmedtune import keys, plan, store
 from qmedtune.recipe import Recipe
-from qmedtune.run import Step, key_of, owner_of, source_of, steps_of
+from qmedtune.run import Step, inputs_of, key_of, owner_of, source_of, steps_of
 
 
 def status(recipe: Recipe, out: Path, *, offline: bool = True) -> list[dict[str, str]]:
@@ -32,4 +32,5 @@ def _state(step: Step, model_digest: str, done: dict[str, store.Seal], out: Path
         return {"status": "cached", "why": "unchanged"}
     if old is None:
         return {"status": "to do", "why": "not made yet"}
-    return {"status": "stale", "why": keys.difference(old.facts.get("section", {}), step.section)}
+    made_from = {**step.section, "inputs": inputs_of(step, model_digest, done)}
+    return {"status": "stale", "why": keys.difference(old.facts["section"], made_from)}
