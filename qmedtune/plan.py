@@ -28,8 +28,6 @@ __all__ = ["BaseFacts", "base_facts", "make_plan", "resolve"]
 
 # Share of a row that packing fills: text is split to fit, whole instruction records leave gaps. Seen on shared text.
 ROW_FILL = {"cpt": 0.99, "pretrain": 0.99, "sft": 0.93}
-# Real bases from this size on are planned for a GPU when none is here.
-GPU_PARAMETERS = 0.5e9
 # Files larger than this in sum are not hashed for the sake of a plan; then the data stages' status is unknown.
 HASHED_BYTES = 256 * 1024**2
 
@@ -87,7 +85,7 @@ def _for_its_machine(recipe: Recipe, facts: BaseFacts) -> tuple[Recipe, list[dic
     """The resolved recipe and the machine it is planned for: this one; without a GPU here, for a base that wants one,
     the card that `memory:` states, else the smallest standard card that fits."""
     here = this_machine()
-    wants_gpu = not facts.builtin and (facts.parameters >= GPU_PARAMETERS or recipe.memory != "auto")
+    wants_gpu = not facts.builtin and (facts.parameters >= room.GPU_PARAMETERS or recipe.memory != "auto")
     if here.is_gpu or not wants_gpu:
         return *resolve(recipe, here), here
     bf16 = recipe.model.compute_dtype != "float16"
@@ -284,10 +282,5 @@ def _check_room(plan: dict[str, Any], *, present: bool) -> None:
     host, disk = plan["host"], plan["disk"]
     if not present:
         return
-    if host["needed_bytes"] > host["there_bytes"]:
-        phase = max(host["parts"], key=host["parts"].get)
-        raise DoesNotFit(
-            f"{phase} needs {units.size(host['needed_bytes'])} of host memory, this machine has "
-            f"{units.size(host['there_bytes'])}\nremedy: a smaller base, or a machine with more RAM"
-        )
+    room.refuse_too_little_memory(host["parts"], host["there_bytes"])
     room.refuse_too_little(disk["parts"], 0, disk["free_bytes"])

@@ -1,7 +1,7 @@
-"""Whether the disk has room for what a run still has to write: asked before it starts, and by `plan`.
+"""Whether this machine has room for what a run still has to do: asked before it starts, and by `plan`.
 
-From file sizes, without reading a record. Each checkpoint and each merge asks again for exactly what it writes
-(disk.check_room): other people fill disks too.
+Disk from file sizes, without reading a record; each checkpoint and each merge asks again for exactly what it writes
+(disk.check_room): other people fill disks too. Memory from shapes. A base that wants a GPU is warned about, not refused.
 """
 
 from __future__ import annotations
@@ -11,16 +11,21 @@ import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from qmedtune import units
+from qmedtune import ui, units
 from qmedtune.errors import DataError, DoesNotFit, RecipeError
 from qmedtune.planning import fit, memory
-from qmedtune.planning.shapes import base_facts
+from qmedtune.planning.machine import this_machine
+from qmedtune.planning.memory import Setup
+from qmedtune.planning.shapes import BaseFacts, base_facts
 from qmedtune.recipe import Recipe, SourceSection
 
 # Text is about four times its compressed size; a token of biomedical English has at least three bytes (4.4 characters
 # in large vocabularies, 3.6 in those of 32k).
 COMPRESSED, UNPACKED = (".gz", ".zst", ".parquet"), 4
 BYTES_PER_TOKEN = 3
+# Real bases from this size on want a GPU; `plan` takes one for them where none is here.
+GPU_PARAMETERS = 0.5e9
+DRIVE = Path("/content/drive")  # where Colab mounts Google Drive
 
 
 def free_bytes(place: Path) -> int:
@@ -42,8 +47,23 @@ def refuse_too_little(parts: Mapping[str, int], there_bytes: int, free: int) -> 
     )
 
 
+def refuse_too_little_memory(phases: Mapping[str, int], there_bytes: int) -> None:
+    """DoesNotFit where a phase of the run takes more host memory than this machine has."""
+    phase, needed = max(phases.items(), key=lambda phase: phase[1])
+    if needed > there_bytes:
+        raise DoesNotFit(
+            f"{phase} needs {units.size(needed)} of host memory, this machine has {units.size(there_bytes)}\n"
+            "remedy: a smaller base, or a machine with more RAM"
+        )
+
+
 def check_writable(out: Path) -> None:
-    """RecipeError where the run folder could not be made or written."""
+    """RecipeError where the run folder could not be made or written, or would go with a Colab machine."""
+    if "COLAB_RELEASE_TAG" in os.environ and out.absolute().is_relative_to(DRIVE) and not DRIVE.is_mount():
+        raise RecipeError(
+            f"--out: {out} is on Google Drive, which is not mounted: the run would be lost with this machine\n"
+            f"mount it first: from google.colab import drive; drive.mount('{DRIVE}')"
+        )
     existing = next(p for p in (out, *out.absolute().parents) if p.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise RecipeError(
@@ -56,6 +76,9 @@ def check(recipe: Recipe, out: Path, to_do: Collection[str]) -> None:
     """Before a run of a resolved recipe: room for the steps that are not sealed yet. Raises DoesNotFit."""
     facts = base_facts(recipe.model)
     setups = [fit.setup_of(recipe, index) for index in range(len(recipe.stages))]
+    training = any(name in to_do for name in recipe.stage_names())
+    if training:
+        _check_machine(facts, setups)
     text = sum(_text_bytes(recipe.data[name]) for name in recipe.used_sources())
     parts = memory.disk_bytes(
         facts,
@@ -68,7 +91,6 @@ def check(recipe: Recipe, out: Path, to_do: Collection[str]) -> None:
     if recipe.validation.keep_best:
         trained = max(memory.trained_parameters(facts, setup) for setup in setups)
         parts["best weights"] = (recipe.save.keep + 1) * 4 * trained
-    training = any(name in to_do for name in recipe.stage_names())
     needed = {
         "base (download)": False,  # it is here by now
         "prepared text": any(f"data/{name}" in to_do for name in recipe.used_sources()),
@@ -80,6 +102,17 @@ def check(recipe: Recipe, out: Path, to_do: Collection[str]) -> None:
     }
     begun = sum(path.stat().st_size for path in (out / ".building").rglob("*") if path.is_file())
     refuse_too_little({name: size for name, size in parts.items() if needed[name]}, begun, free_bytes(out))
+
+
+def _check_machine(facts: BaseFacts, setups: list[Setup]) -> None:
+    here = this_machine()
+    if not here.is_gpu and not facts.builtin and facts.parameters >= GPU_PARAMETERS:
+        ui.warn(
+            f"no GPU here: training {units.count(facts.parameters)} parameters on a CPU takes days. `qmedtune doctor` says "
+            "what torch sees; on Colab: Runtime > Change runtime type > T4 GPU; --smoke rehearses on the built-in base"
+        )
+    phases = [memory.host_memory(facts, setup, gpu=here.is_gpu, merge=True) for setup in setups]
+    refuse_too_little_memory({name: max(phase[name] for phase in phases) for name in phases[0]}, here.host_bytes)
 
 
 def _text_bytes(source: SourceSection) -> int:
