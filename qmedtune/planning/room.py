@@ -1,7 +1,7 @@
 """Whether this machine has room for what a run still has to do: asked before it starts, and by `plan`.
 
 Disk from file sizes, without reading a record; each checkpoint and each merge asks again for exactly what it writes
-(disk.check_room): other people fill disks too. Memory from shapes. A base that wants a GPU is warned about, not refused.
+(disk.check_room): other people fill disks too. Memory from shapes. A missing GPU is warned about, not refused.
 """
 
 from __future__ import annotations
@@ -108,8 +108,8 @@ def _check_machine(facts: BaseFacts, setups: list[Setup]) -> None:
     here = this_machine()
     if not here.is_gpu and not facts.builtin and facts.parameters >= GPU_PARAMETERS:
         ui.warn(
-            f"no GPU here: training {units.count(facts.parameters)} parameters on a CPU takes days. `qmedtune doctor` says "
-            "what torch sees; on Colab: Runtime > Change runtime type > T4 GPU; --smoke rehearses on the built-in base"
+            f"no GPU here: training {units.count(facts.parameters)} parameters on a CPU takes days. Ask `qmedtune doctor`; "
+            "on Colab: Runtime > Change runtime type > T4 GPU; --smoke rehearses on the built-in base"
         )
     phases = [memory.host_memory(facts, setup, gpu=here.is_gpu, merge=True) for setup in setups]
     refuse_too_little_memory({name: max(phase[name] for phase in phases) for name in phases[0]}, here.host_bytes)
