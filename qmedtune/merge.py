@@ -116,6 +116,8 @@ def _write_weights(
     """All weight files, sharded as the base's, and their index. Returns the sha256 of each, by file name."""
     shards = _shards(base, tied)
     dtype = DTYPES[section.dtype]
+    elements = sum(torch.Size(shape).numel() for shapes in shards.values() for shape in shapes.values())
+    store.check_room(out, elements * dtype.itemsize, "the merged weights")
     hashes = {}
     with ui.stage("merging", total=sum(map(len, shards.values())), unit="tensors") as shown:
 

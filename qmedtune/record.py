@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import platform
-import shutil
 import sys
 from dataclasses import dataclass
 from importlib import metadata
@@ -77,7 +76,8 @@ def finish(
         (out / name).unlink(missing_ok=True)
     result = write(out, notes, steps, done, source, status)
     if "evaluation" in done:
-        shutil.copyfile(out / "evaluation" / "evaluation.json", out / "evaluation.json")
+        scores = (out / "evaluation" / "evaluation.json").read_text(encoding="utf-8")
+        store.write_atomic(out / "evaluation.json", scores)
     if "merged" in done:
         store.write_atomic(out / "merged" / store.RENDERED, model_card(result))
     render(out)

@@ -88,11 +88,12 @@ def weights(out: Path) -> dict[str, str]:
 
 
 def half_artefacts(out: Path) -> list[str]:
-    """Folders under their final name whose seal is missing or does not fit their files."""
+    """Folders under their final name, checkpoints too, whose seal is missing or does not fit their files."""
     from qmedtune import store
 
     bad = []
-    for folder in [*out.glob("data/*"), *out.glob("0*-*"), out / "merged", out / "evaluation"]:
+    sealed_by_step = [*out.glob("data/*"), *out.glob("0*-*"), out / "merged", out / "evaluation"]
+    for folder in [*sealed_by_step, *out.glob(".building/*/scratch/checkpoint-*")]:
         if folder.is_dir():
             sealed = store.read_seal(folder)
             # A folder may be retired between the two looks: only one that is still there counts.
