@@ -19,7 +19,8 @@ FORMAT = 1
 CODE = f"qmedtune-{__version__.rpartition('.')[0]}-format-{FORMAT}"
 
 PACKING = ("mix", "unit", "tokens", "epochs", "max_repeats", "data", "loss_on", "seq_len", "max_truncated_fraction")
-PACKED_AS = {"template", "chunking", "max_tokens"}  # of a source: what packing reads, and reading does not
+PACKING += ("packing",)
+PACKED_AS = {"template", "chunking", "overlap", "max_tokens"}  # of a source: what packing reads, and reading does not
 BY_MACHINE = ("micro_batch", "gradient_checkpointing", "optimizer")
 MODEL_BY_MACHINE = ("compute_dtype", "kernels", "attention")
 
@@ -54,7 +55,7 @@ def fingerprint(source: SourceSection, hashes: store.HashCache) -> list[list[str
 
 
 def _commit(dataset: str, hashes: store.HashCache) -> str:
-    """Where the Hub has a dataset now; where that cannot be asked, what it said last (a finished run stays finished)."""
+    """Where the Hub has a dataset now; offline, where it had it last: a finished run stays finished."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
@@ -120,6 +121,8 @@ def tokens_section(recipe: Recipe, index: int) -> dict[str, Any]:
     stage = recipe.stages[index]
     packing = {k: v for k, v in stage.section.model_dump(mode="json").items() if k in PACKING}
     sources = {n: recipe.data[n].model_dump(mode="json", include=PACKED_AS) for n in stage.sources}
+    if stage.sft and not stage.sft.packing:
+        packing["batch"] = stage.sft.batch  # which records share one
     templates = _template_files(recipe, stage.sources)
     return {"packing": packing, "sources": sources, "templates": templates, "seed": recipe.seed}
 

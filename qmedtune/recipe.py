@@ -23,6 +23,12 @@ SourceFormat = Literal[
 ]  # fmt: skip
 
 
+# What data/language.py tells apart.
+Language = Literal[
+    "en", "de", "fr", "es", "it", "pt", "nl", "sv", "da", "pl", "zh", "ja", "ko", "ru", "ar", "el", "he", "th", "hi",
+]  # fmt: skip
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -78,7 +84,9 @@ class SourceSection(Section):
     holdout: Annotated[float, Field(ge=0, lt=1)] = 0.05
     max_records: Positive | None = None  # the first so many documents are read
     max_tokens: Positive | None = None  # a seeded choice of whole documents is trained on
-    chunking: Literal["pack", "truncate", "window"] = "pack"
+    chunking: Literal["pack", "truncate", "window", "overlap"] = "pack"
+    overlap: Annotated[float, Field(gt=0, le=0.5)] = 0.125  # of a row, that chunks of a long document share
+    phi: Literal["off", "report", "redact", "refuse"] | None = None  # None: hygiene.phi where the text is clinical
     license: str | None = None
     terms: str | None = None
 
@@ -89,11 +97,17 @@ class DedupSection(Section):
 
 
 class HygieneSection(Section):
+    """What happens to every record. `contaminated: split` keeps it, and scores the benchmark in two parts."""
+
     clean: bool = True
+    languages: Literal["any"] | Annotated[list[Language], Field(min_length=1)] = "any"
+    min_characters: Annotated[int, Field(ge=0)] = 0
+    max_characters: Positive | None = None
     dedup: DedupSection = DedupSection()
     decontaminate: Literal["off", "evaluation"] | list[str] = "evaluation"
-    contaminated: Literal["drop", "report"] = "drop"
+    contaminated: Literal["drop", "report", "split"] = "drop"
     phi: Literal["off", "report", "redact", "refuse"] = "report"
+    presidio: str | None = None  # a spaCy model, package or folder, that finds names in running text
     shift_dates: bool = False
     max_bad_fraction: Fraction = 0.01
 
@@ -165,6 +179,7 @@ class SftSection(TrainSection):
     epochs: Annotated[float, Field(gt=0)] | Auto = "auto"
     loss_on: Literal["response", "all"] | Fraction = "response"
     max_truncated_fraction: Fraction = 0.05
+    packing: bool = True  # False: one record per row, and records of like length share a batch
 
     @property
     def sources(self) -> list[str]:
@@ -291,6 +306,7 @@ class Recipe(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 17
     deterministic: bool = False
     memory: Annotated[float, Field(gt=0)] | Auto = "auto"  # GiB that training may take; auto = the card's
+    workers: Annotated[int, Field(ge=1, le=256)] | Auto = "auto"  # processes that clean text; auto = cores, by size
     model: ModelSection
     adapter: AdapterSection = AdapterSection()
     data: dict[Name, SourceSection]

@@ -260,6 +260,7 @@ def take_over(path: Path) -> bool:
     for folder in [root / building.name.replace("__", "/"), *sorted((root / ".history").glob(f"{building.name}-*"))]:
         sealed = read_seal(folder) if (folder / name).is_file() else None
         if sealed and name in sealed.files and sha256_file(folder / name) == sealed.files[name]["sha256"]:
+            path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 os.link(folder / name, path)
             except OSError:  # another file system, or one without links

@@ -77,8 +77,8 @@ def test_a_phrase_of_the_language_is_given_back():
 
 
 def test_overlap_names_items_for_a_split_evaluation():
-    index = build([Item("a", "q1", ("one two three four five",)), Item("a", "q2", ("six seven eight nine ten",))])
-    report = decontaminate.overlap(index, [(4, 1, 5), (9, 1, 0)], set())
+    items = [Item("a", "q1", ("one two three four five",)), Item("a", "q2", ("six seven eight nine ten",))]
+    report = decontaminate.overlap(items, [(4, 1, 5), (9, 1, 0)], set())
     assert report == {"a": {"items": 2, "found": ["q2"], "records": 2, "by_pmid": 1, "given_back": 0}}
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from toy_tokenizers import byte_level, save, sentencepiece
 
+from qmedtune import store
 from qmedtune.data import mix, templates, tokens
 from qmedtune.data.pack import IGNORED, PackedRows, pack_stage, pack_validation
 from qmedtune.errors import DataError
@@ -51,7 +52,7 @@ def folders(tmp_path, **records):
     made = {}
     for name, rows in records.items():
         made[name] = tmp_path / name
-        made[name].mkdir()
+        made[name].mkdir(parents=True)
         lines = [json.dumps({"id": str(i), **({"text": r} if isinstance(r, str) else r)}) for i, r in enumerate(rows)]
         for file in ("train.jsonl", "heldout.jsonl"):
             (made[name] / file).write_text("".join(line + "\n" for line in lines))
@@ -415,3 +416,61 @@ def test_packed_documents_do_not_see_each_other(attention, mode):
     alone = model(input_ids=second, use_cache=False).logits
     assert torch.equal(logits(first), logits(other))
     assert (logits(first) - alone).abs().max() <= 1e-5
+
+
+# ---- overlap and buckets ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("overlap", [0.125, 0.5])
+def test_overlapping_chunks_hold_every_token_and_share_the_stated_part(tmp_path, tokenizer_dir, overlap):
+    inputs = folders(tmp_path, literature=texts(40, 5, longest=400))
+    section = {"mix": {"literature": 1}, "epochs": 1, "seq_len": 64}
+    made = recipe([{"cpt": section}], literature={"chunking": "overlap", "overlap": overlap})
+    facts, rows = packed(tmp_path, made, tokenizer_dir, inputs)
+    entry, shared = facts["mixture"]["literature"], int(64 * overlap)
+    assert entry["overlapped"] > 0 and entry["tokens"] == entry["kept"] + entry["overlapped"]
+    assert entry["repeats"] == 1 and rows.lengths().sum() == facts["tokens"]["trained"]
+    pieces = np.concatenate([rows.pieces(row) for row in range(len(rows))])
+    times_seen = [np.zeros(length, int) for length in rows.document_lengths()]
+    for document, start, length in pieces.tolist():
+        times_seen[document][start : start + length] += 1
+    for seen in times_seen:
+        chunks = 1 if len(seen) <= 64 else -(-(len(seen) - shared) // (64 - shared))
+        assert seen.min() == 1 and seen.max() <= 2 and seen.sum() == len(seen) + shared * (chunks - 1)
+
+
+def test_without_packing_each_row_is_a_record_and_batches_hold_like_lengths(tmp_path, tokenizer_dir):
+    inputs = folders(tmp_path, chats=chats(210, 8))
+    sft = {"data": "chats", "epochs": 2, "seq_len": 2048, "batch": 4}
+    data = {"chats": {"template": "chatml"}}
+    plain, packed_rows = packed(tmp_path, recipe([{"sft": sft}], **data), tokenizer_dir, inputs)
+    facts, rows = packed(tmp_path, recipe([{"sft": {**sft, "packing": False}}], **data), tokenizer_dir, inputs)
+    assert facts["tokens"] == plain["tokens"] and len(packed_rows) < len(rows) == facts["documents_drawn"] == 420
+    assert all(len(rows.pieces(row)) == 1 for row in range(len(rows)))
+    lengths = rows.lengths()[:420].reshape(-1, 4)
+    spread = (lengths.max(axis=1) - lengths.min(axis=1)).mean()
+    assert spread < 0.2 * (lengths.max() - lengths.min())
+    assert not np.array_equal(np.sort(lengths.mean(axis=1)), lengths.mean(axis=1))  # the batches are shuffled
+
+
+def test_a_changed_record_costs_the_shard_that_holds_it(tmp_path, tokenizer_dir, monkeypatch):
+    monkeypatch.setattr(tokens, "SHARD_BYTES", 4_000)
+    many = texts(300, 9)
+    changed = [*many[:100], "another one", *many[101:], "and one more"]
+    made = recipe([{"cpt": {"mix": {"literature": 1}, "epochs": 1, "seq_len": 64}}], literature={})
+    run, encoded, encode = tmp_path / "run", [], tokens.encode_texts
+    out = run / "data" / "01-cpt"
+
+    def counted(codec, records, limit):
+        encoded.append(len(records))
+        return encode(codec, records, limit)
+
+    monkeypatch.setattr("qmedtune.data.pack.encode_texts", counted)
+    for number, rows in enumerate([many, changed]):
+        encoded.clear()
+        building = store.begin(out, run, f"key {number}", {}, keep_partial=True)
+        inputs = folders(tmp_path / f"inputs-{number}", literature=rows)
+        facts = pack_stage(made, 0, tokenizer_dir, inputs, building)
+        store.publish(building, out, run, f"key {number}", facts)
+    assert facts["mixture"]["literature"]["documents"] == 301
+    assert 2 <= sum(encoded) < 100

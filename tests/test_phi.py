@@ -214,4 +214,4 @@ def test_refuse_keeps_only_records_without_identifiers(tmp_path):
     assert facts["records"]["refused"] == 1
     row = json.loads((out / "rejects.jsonl").read_text())
     assert row["line"] == 21
-    assert row["reason"] == "holds identifiers (hygiene.phi: refuse)"
+    assert row["reason"] == "holds identifiers (phi: refuse)"

@@ -231,7 +231,7 @@ def _near(texts: list[str], folder: Path) -> tuple[int, list[Run]]:
 
     def ours() -> list[bool]:
         place = Path(tempfile.mkdtemp(dir=folder)) / "bands"
-        return dedup.near_duplicates(batches(), both.__getitem__, 0.8, place).tolist()
+        return (dedup.near_duplicates(batches(), both.__getitem__, 0.8, place) >= 0).tolist()
 
     def recall(found: list[bool]) -> float:
         return sum(found[len(texts) :]) / len(copies)

@@ -49,21 +49,23 @@ class Index:
 
 def build(items: list[Item]) -> Index:
     """An index over benchmark items; a few hundred bytes per word of benchmark text."""
-    found: dict[bytes, tuple[int, int]] = {}
+    found: dict[bytes, list[tuple[int, int]]] = {}
     too_short = 0
     for number, item in enumerate(items):
         for text in item.texts:
             phrases = _phrases(text)
             too_short += not phrases
             for phrase, words in phrases:
-                found.setdefault(phrase, (number, words))
+                holders = found.setdefault(phrase, [])
+                if not holders or holders[-1][0] != number:
+                    holders.append((number, words))
     probes = np.frombuffer(b"".join(phrase[:PROBE] for phrase in found), np.uint8)
     keys = grams.windows(probes, PROBE)[::PROBE]
     bitmap = np.zeros(1 << 24, bool)
     bitmap[keys >> np.uint64(40)] = True
     by_key: dict[int, list[tuple[bytes, int, int]]] = {}
-    for key, (phrase, (number, words)) in zip(keys.tolist(), found.items(), strict=True):
-        by_key.setdefault(key, []).append((phrase, number, words))
+    for key, (phrase, holders) in zip(keys.tolist(), found.items(), strict=True):
+        by_key.setdefault(key, []).extend((phrase, number, words) for number, words in holders)
     pmids = {item.pmid: number for number, item in reversed(list(enumerate(items))) if item.pmid}
     return Index(items, by_key, pmids, bitmap, too_short)
 
@@ -85,25 +87,28 @@ class Hit:
     words: int
 
 
-def search(index: Index, texts: Sequence[str], pmids: Sequence[str | None]) -> list[Hit]:
-    """At most one hit per text of a batch, the longest."""
-    best: dict[int, Hit] = {}
+def search(index: Index, texts: Sequence[str], pmids: Sequence[str | None], every: bool = False) -> list[Hit]:
+    """Hits in a batch of texts: one for each text, the longest, which is enough to drop it; with `every`, one for each
+    item that it holds."""
+    best: dict[tuple[int, int], Hit] = {}
     batch = grams.letters(texts)
     hashes = grams.windows(batch.buffer, PROBE)
     places = np.flatnonzero(index.bitmap[hashes >> np.uint64(40)])
     owners = np.searchsorted(batch.bounds, places, side="right") - 1
     for place, owner, key in zip(places.tolist(), owners.tolist(), hashes[places].tolist(), strict=True):
-        known = best.get(owner)
+        known = None if every else best.get((owner, 0))
         if known is not None and known.words == NUM_WORDS:
             continue
         for phrase, item, words in index.phrases.get(key, ()):
-            end = place + len(phrase)
+            end, slot = place + len(phrase), (owner, item if every else 0)
+            known = best.get(slot)
             fits = end <= batch.bounds[owner + 1] and (known is None or words > known.words)
             if fits and batch.buffer[place:end].tobytes() == phrase:
-                best[owner] = known = Hit(owner, item, words)
+                best[slot] = Hit(owner, item, words)
     for record, pmid in enumerate(pmids):
-        if pmid in index.pmids and record not in best:
-            best[record] = Hit(record, index.pmids[pmid], 0)
+        if pmid in index.pmids:
+            item = index.pmids[pmid]
+            best.setdefault((record, item if every else 0), Hit(record, item, 0))
     return list(best.values())
 
 
@@ -113,19 +118,19 @@ def given_back(hits: list[tuple[int, int]], num_records: int) -> set[int]:
     return {item for item, count in counts.items() if count > max(20, GENERIC_SHARE * num_records)}
 
 
-def overlap(index: Index, hits: list[tuple[int, int, int]], generic: set[int]) -> dict[str, Any]:
+def overlap(items: Sequence[Item], hits: list[tuple[int, int, int]], generic: set[int]) -> dict[str, Any]:
     """Per task: items checked, items found in this source (by id, so that an evaluation can be split), hits by kind.
 
     hits: (record, item, words); 0 words mean the PMID. No text, only ids of the public benchmark.
     """
     report: dict[str, Any] = {}
-    for number, item in enumerate(index.items):
+    for number, item in enumerate(items):
         entry = report.setdefault(item.task, {"items": 0, "found": [], "records": 0, "by_pmid": 0, "given_back": 0})
         entry["items"] += 1
         entry["given_back"] += number in generic
     for item in sorted({item for _, item, _ in hits}):
-        report[index.items[item].task]["found"].append(index.items[item].id)
+        report[items[item].task]["found"].append(items[item].id)
     for _, item, words in hits:
-        report[index.items[item].task]["records"] += 1
-        report[index.items[item].task]["by_pmid"] += words == 0
+        report[items[item].task]["records"] += 1
+        report[items[item].task]["by_pmid"] += words == 0
     return report

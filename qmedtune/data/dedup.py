@@ -100,12 +100,13 @@ class Bands:
 
 
 def near_duplicates(
-    batches: Iterable[list[str]], text_of: Callable[[int], str], threshold: float, folder: Path
+    batches: Iterable[list[str]], text_of: Callable[[int], str], threshold: float, folder: Path, num_given: int = 0
 ) -> np.ndarray:
-    """True for every text that is a near duplicate of an earlier one.
+    """(N,) int64: of every text that is a near duplicate of an earlier one, that one's number; -1 for all others.
 
     batches: the texts in order, `BATCH_TEXTS` at a time; text_of: one text by number; folder: a working folder that
-    does not exist yet, for about twice the texts' bytes. Similarity is Jaccard's over windows of about five words.
+    does not exist yet, for about twice the texts' bytes; num_given: so many first texts (of earlier sources) are only
+    compared with. Similarity is Jaccard's over windows of about five words.
     """
     folder.mkdir()
     windows, boilerplate, sizes = folder / "windows", Boilerplate(), array("I")
@@ -119,13 +120,13 @@ def near_duplicates(
     for first, hashes, bounds in _own_windows(windows, sizes, boilerplate):
         bands.add(hashes, bounds, first)
     windows.unlink()
-    duplicate = np.zeros(len(sizes), bool)
+    like = np.full(len(sizes), -1, np.int64)
     for pairs in bands.pairs():
-        for earlier, later in pairs.tolist():
-            if not duplicate[later] and similar(text_of(earlier), text_of(later), threshold, boilerplate):
-                duplicate[later] = True
+        for earlier, later in pairs[pairs[:, 1] >= num_given].tolist():
+            if like[later] < 0 and similar(text_of(earlier), text_of(later), threshold, boilerplate):
+                like[later] = earlier
     folder.rmdir()
-    return duplicate
+    return like
 
 
 def _own_windows(path: Path, sizes: array, boilerplate: Boilerplate) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:

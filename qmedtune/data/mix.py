@@ -21,6 +21,7 @@ from qmedtune.recipe import CptSection, PretrainSection
 # Up to four passes over the same text are worth nearly as much as new text (Muennighoff et al. 2023, 2305.16264).
 AUTO_MAX_REPEATS = 4.0
 LOOKAHEAD_DOCUMENTS = 512
+BUCKET_BATCHES = 50
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,34 @@ def interleave(counts: Sequence[int], rng: np.random.Generator) -> np.ndarray:
     return np.argsort(np.concatenate(places), kind="stable")
 
 
+def chunk_counts(kept: np.ndarray, seq_len: int, shared: int) -> np.ndarray:
+    """How many chunks of `seq_len` tokens a document takes, each beginning with the last `shared` of the one before."""
+    return np.maximum(1, -(-(kept - shared) // (seq_len - shared)))
+
+
+def chunks(counts: np.ndarray, kept: np.ndarray, seq_len: int, shared: np.ndarray) -> np.ndarray:
+    """(C, 3) int64 of (draw, start, length): draw i in counts[i] chunks that share `shared[i]` tokens, or whole."""
+    draw = np.repeat(np.arange(len(counts)), counts)
+    number = np.arange(len(draw)) - np.repeat(np.cumsum(counts) - counts, counts)
+    start = number * (seq_len - shared[draw])
+    left = kept[draw] - start
+    return np.stack([draw, start, np.where(counts[draw] > 1, np.minimum(left, seq_len), left)], axis=1)
+
+
+def buckets(lengths: np.ndarray, batch: int, rng: np.random.Generator) -> np.ndarray:
+    """An order in which rows of like length share a batch: sorted within runs of 50 batches, the batches shuffled.
+
+    What TRL's and Hugging Face's `group_by_length` do; the last batch stays last, because it may be a short one.
+    """
+    run = BUCKET_BATCHES * batch
+    order = np.concatenate([
+        first + np.argsort(-lengths[first : first + run], kind="stable") for first in range(0, len(lengths), run)
+    ])  # fmt: skip
+    whole = len(order) // batch
+    places = rng.permutation(whole)
+    return np.concatenate([order[: whole * batch].reshape(whole, batch)[places].ravel(), order[whole * batch :]])
+
+
 @dataclass(frozen=True)
 class Rows:
     """pieces: (P, 3) int64 of (index into the draws, start, length); row r holds pieces[ends[r-1]:ends[r]]."""
@@ -91,6 +120,12 @@ def fill_rows(lengths: np.ndarray, seq_len: int, split: bool) -> Rows:
     while packer.refill():
         packer.row()
     return Rows(np.array(packer.pieces, np.int64).reshape(-1, 3), np.array(packer.bounds, np.int64))
+
+
+def single_rows(order: np.ndarray, lengths: np.ndarray) -> Rows:
+    """One document per row, in this order."""
+    pieces = np.stack([order, np.zeros(len(order), np.int64), lengths[order]], axis=1)
+    return Rows(pieces.astype(np.int64), np.arange(len(order) + 1))
 
 
 class _Packer:

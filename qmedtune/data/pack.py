@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,11 @@ import numpy as np
 
 from qmedtune import store, ui
 from qmedtune.data import mix, templates
+from qmedtune.data.ledger import Corpus, Draws, packing_facts
 from qmedtune.data.tokens import (
     FULL_WEIGHT,
     KEPT,
     LENGTH,
-    SUPERVISED,
     Codec,
     encode_conversations,
     encode_texts,
@@ -37,21 +37,6 @@ IGNORED = -100
 META = "packed.json"
 
 
-@dataclass(frozen=True)
-class Corpus:
-    """One source as shards. `documents`: (D, 3) int64 of length, kept, supervised (see tokens.py); `draws`: (D,) int64,
-    the tokens that one draw of each document takes (see draw_tokens)."""
-
-    name: str
-    shards: list[Path]
-    documents: np.ndarray
-    draws: np.ndarray
-
-    @property
-    def kept(self) -> np.ndarray:
-        return self.documents[:, KEPT]
-
-
 def pack_stage(
     recipe: Recipe, index: int, tokenizer_dir: Path, inputs: Mapping[str, Path], out: Path
 ) -> dict[str, Any]:
@@ -59,7 +44,8 @@ def pack_stage(
 
     An SFT stage's template goes to `out/template.json`, for generation to use the very one of training.
     inputs: source name -> its folder with train.jsonl. Identities, in tokens, per source and in sum:
-    read = kept + dropped, kept = seen + never_sampled, trained = sum over documents of kept x times drawn.
+    read = kept + dropped, kept = seen + never_sampled, trained = sum over documents of kept x times drawn, and
+    with `chunking: overlap` the tokens that chunks share once more (`overlapped`).
     """
     section = recipe.stages[index].section
     assert isinstance(section.seq_len, int)
@@ -76,7 +62,7 @@ def pack_stage(
         facts = {"template": template.name}
     rng = np.random.default_rng([recipe.seed, index])
     plan = _epochs(section, corpora, rng) if isinstance(section, SftSection) else _mixture(section, corpora, rng)
-    return _write(recipe, corpora, section.seq_len, plan, rng, out, split=not isinstance(section, SftSection)) | facts
+    return _write(recipe, corpora, section, plan, rng, out) | facts
 
 
 def stage_template(recipe: Recipe, index: int, tokenizer_dir: Path) -> templates.Template:
@@ -114,14 +100,23 @@ def _tokenise(
 
 def draw_tokens(source: SourceSection, kept: np.ndarray, seq_len: int, cap: int | None, seed: int) -> np.ndarray:
     """Tokens that one draw of each document takes, int64: all that were kept, with `chunking: window` at most a row of
-    them, and none of the documents left out by `cap` tokens (the others are a seeded choice; at least one is taken)."""
+    them, with `overlap` those that chunks share once more, and none of the documents left out by `cap` tokens (the
+    others are a seeded choice; at least one is taken)."""
     taken = kept.copy()
     if cap is not None and kept.sum() > cap:
         order = np.random.default_rng([seed, len(kept)]).permutation(len(kept))
         beyond = np.cumsum(kept[order]) > cap
         beyond[np.argmax(kept[order] > 0)] = False
         taken[order[beyond]] = 0
+    if source.chunking == "overlap":
+        shared = shared_tokens(source, seq_len)
+        return taken + shared * (mix.chunk_counts(taken, seq_len, shared) - 1)
     return np.minimum(taken, seq_len) if source.chunking == "window" else taken
+
+
+def shared_tokens(source: SourceSection, seq_len: int) -> int:
+    """What neighbouring chunks of `chunking: overlap` have in common."""
+    return max(1, int(source.overlap * seq_len))
 
 
 def prompt_weight(loss_on: str | float) -> float:
@@ -139,16 +134,6 @@ def _check_truncation(section: SftSection, corpora: list[Corpus]) -> None:
                 f"(allowed: {section.max_truncated_fraction:.0%}, `max_truncated_fraction`)\n"
                 f"raise `seq_len` (longest record: {longest:,} tokens) or shorten the records"
             )
-
-
-@dataclass(frozen=True)
-class Draws:
-    """The training order before packing: source number and document number within it, one entry per draw."""
-
-    source: np.ndarray
-    document: np.ndarray
-    share: dict[str, float]
-    capped: list[str]
 
 
 def _mixture(section: CptSection | PretrainSection, corpora: list[Corpus], rng: np.random.Generator) -> Draws:
@@ -181,25 +166,44 @@ def _epochs(section: SftSection, corpora: list[Corpus], rng: np.random.Generator
 
 
 def _write(
-    recipe: Recipe, corpora: list[Corpus], seq_len: int, plan: Draws, rng: np.random.Generator, out: Path, split: bool
-) -> dict[str, Any]:
-    """Packs the draws, writes pieces, rows, the document table and packed.json; returns the facts."""
+    recipe: Recipe, corpora: list[Corpus], section: CptSection | PretrainSection | SftSection, plan: Draws,
+    rng: np.random.Generator, out: Path, whole: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Packs the draws, writes pieces, rows, the document table and packed.json; returns the facts.
+
+    whole: documents are not split over rows, as in SFT.
+    """
+    seq_len = int(section.seq_len)
     base = np.cumsum([0] + [len(corpus.documents) for corpus in corpora])
-    kept = np.concatenate([corpus.kept for corpus in corpora])
     document = base[plan.source] + plan.document
-    length = np.concatenate([corpus.draws for corpus in corpora])[document]
-    offset = rng.integers(0, kept[document] - length + 1)  # a window's place is drawn anew each time; 0 for the rest
-    rows = mix.fill_rows(length, seq_len, split)
+    kept = np.concatenate([corpus.kept for corpus in corpora])[document]
+    drawn = np.concatenate([corpus.draws for corpus in corpora])[document]
+    shared = np.array([shared_tokens(recipe.data[corpus.name], seq_len) for corpus in corpora])[plan.source]
+    counts = 1 + np.maximum(drawn - kept, 0) // shared
+    units = mix.chunks(counts, np.where(counts > 1, kept, drawn), seq_len, shared)
+    # A window's place is drawn anew each time; 0 for all others.
+    units[:, 1] += rng.integers(0, np.where(counts > 1, 0, kept - drawn) + 1)[units[:, 0]]
+    rows = _rows(section, units[:, 2], whole, rng)
     pieces = rows.pieces.copy()
-    pieces[:, 0] = document[rows.pieces[:, 0]]
-    pieces[:, 1] += offset[rows.pieces[:, 0]]
+    pieces[:, 1] += units[rows.pieces[:, 0], 1]
+    pieces[:, 0] = document[units[rows.pieces[:, 0], 0]]
     np.save(out / "pieces.npy", pieces)
     np.save(out / "rows.npy", rows.bounds)
     np.save(out / "documents.npy", _table(corpora))
     shards = [shard.relative_to(out).as_posix() for corpus in corpora for shard in corpus.shards]
     meta = {"seq_len": seq_len, "shards": shards, "sources": [c.name for c in corpora], "first_document": base.tolist()}
     (out / META).write_text(json.dumps(meta) + "\n", encoding="utf-8")
-    return _facts(corpora, plan, rows, pieces, length, base, seq_len)
+    return packing_facts(corpora, plan, rows, pieces, drawn, base, seq_len)
+
+
+def _rows(
+    section: CptSection | PretrainSection | SftSection, lengths: np.ndarray, whole: bool, rng: np.random.Generator
+) -> mix.Rows:
+    if not isinstance(section, SftSection):
+        return mix.fill_rows(lengths, int(section.seq_len), split=not whole)
+    if section.packing or whole:
+        return mix.fill_rows(lengths, int(section.seq_len), split=False)
+    return mix.single_rows(mix.buckets(lengths, int(section.batch), rng), lengths)
 
 
 def _table(corpora: list[Corpus]) -> np.ndarray:
@@ -211,46 +215,6 @@ def _table(corpora: list[Corpus]) -> np.ndarray:
         ends = np.cumsum(documents[:, LENGTH])
         parts.append(np.stack([np.full(len(ends), number), ends - documents[:, LENGTH], documents[:, LENGTH]], axis=1))
     return np.concatenate(parts) if parts else np.zeros((0, 3), np.int64)
-
-
-def _facts(
-    corpora: list[Corpus], plan: Draws, rows: mix.Rows, pieces: np.ndarray, drawn: np.ndarray, base: np.ndarray,
-    seq_len: int,
-) -> dict[str, Any]:  # fmt: skip
-    per_source = np.searchsorted(base, pieces[:, 0], side="right") - 1
-    continued = rows.pieces[:, 1] > 0
-    mixture, tokens = {}, dict.fromkeys(("read", "kept", "split", "dropped", "supervised", "trained"), 0)
-    trained_total = int(pieces[:, 2].sum())
-    for number, corpus in enumerate(corpora):
-        mine = plan.source == number
-        times = np.bincount(plan.document[mine], minlength=len(corpus.documents))
-        read, kept = int(corpus.documents[:, LENGTH].sum()), int(corpus.kept.sum())
-        seen = int(corpus.kept[times > 0].sum())
-        here = per_source == number
-        trained = int(pieces[here, 2].sum())
-        masked = bool(corpus.documents[:, SUPERVISED].any())
-        supervised = int((corpus.documents[:, SUPERVISED] * times).sum()) if masked else trained - int(here.sum())
-        assert trained == int(drawn[mine].sum())
-        mixture[corpus.name] = {
-            "share": trained / trained_total, "asked_share": plan.share[corpus.name], "tokens": trained,
-            "repeats": round(trained / max(1, int(corpus.draws.sum())), 4), "read": read, "kept": kept,
-            "dropped": read - kept, "seen": seen,
-            "never_sampled": kept - seen, "supervised": supervised, "documents": len(corpus.documents),
-            "truncated_documents": int((corpus.kept < corpus.documents[:, LENGTH]).sum()),
-            "dropped_documents": int((corpus.kept == 0).sum()), "draws": int(mine.sum()),
-            "beyond_cap": int(corpus.kept[corpus.draws == 0].sum()),
-        }  # fmt: skip
-        split = int(pieces[here & continued, 2].sum())
-        for key, value in zip(tokens, (read, kept, split, read - kept, supervised, trained), strict=True):
-            tokens[key] += value
-    num_rows = len(rows.bounds) - 1
-    counts = {"read": "documents", "truncated": "truncated_documents", "dropped": "dropped_documents"}
-    return {
-        "records": {k: sum(entry[name] for entry in mixture.values()) for k, name in counts.items()},
-        "tokens": tokens, "mixture": mixture, "rows": num_rows, "seq_len": seq_len, "documents_drawn": len(plan.source),
-        "row_fill": round(trained_total / (num_rows * seq_len), 4), "pieces": len(pieces),
-        "leftover": {name: entry["never_sampled"] for name, entry in mixture.items()}, "capped": plan.capped,
-    }  # fmt: skip
 
 
 def pack_validation(recipe: Recipe, tokenizer_dir: Path, inputs: Mapping[str, Path], out: Path) -> dict[str, Any]:
@@ -272,9 +236,9 @@ def pack_validation(recipe: Recipe, tokenizer_dir: Path, inputs: Mapping[str, Pa
                 f"{name}: nothing is held out, so it cannot be validated on\nset data.{name}.holdout above 0"
             )
         plan = Draws(np.zeros(len(usable), np.int64), usable, {name: 1.0}, [])
-        facts[name] = _write(
-            recipe, [corpus], int(section.seq_len), plan, np.random.default_rng(0), folder, split=False
-        )
+        if recipe.data[name].chunking == "overlap":
+            corpus = replace(corpus, draws=corpus.kept)  # perplexity counts each token once
+        facts[name] = _write(recipe, [corpus], section, plan, np.random.default_rng(0), folder, whole=True)
     return facts
 
 

@@ -13,6 +13,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+from qmedtune.data.presidio import Finder
 from qmedtune.data.recognisers import DIGITS, EPONYM, LABELLED_CODES, MARKED, NOT_NAMES, PATTERNS
 
 EXAMPLES = 3
@@ -28,8 +29,11 @@ class Span:
     kind: str
 
 
-def find(text: str) -> list[Span]:
-    """Identifiers in order, without overlaps. Marks of earlier de-identification (`[** **]`, `___`) are none."""
+def find(text: str, persons: Finder | None = None) -> list[Span]:
+    """Identifiers in order, without overlaps. Marks of earlier de-identification (`[** **]`, `___`) are none.
+
+    persons: finds names that nothing announces (presidio.py); what else is found goes before.
+    """
     taken = bytearray(len(text))
     if "[**" in text or "___" in text:
         for match in MARKED.finditer(text):
@@ -45,6 +49,10 @@ def find(text: str) -> list[Span]:
             if not any(taken[start:end]) and _plausible(kind, text[start:end], text[end : end + 16]):
                 taken[start:end] = b"\1" * (end - start)
                 spans.append(Span(start, end, kind))
+    for start, end in persons(text) if persons else ():
+        if not any(taken[start:end]) and _plausible("name", text[start:end], text[end : end + 16]):
+            taken[start:end] = b"\1" * (end - start)
+            spans.append(Span(start, end, "name"))
     return sorted(spans, key=lambda span: span.start)
 
 
@@ -65,20 +73,34 @@ def shape(value: str) -> str:
 
 @dataclass
 class Tally:
-    """Counts for the report: identifiers by class, records that held any, and a few shapes."""
+    """Counts for the report: identifiers by class, records that held any (counted by the caller), and a few shapes."""
 
     classes: Counter[str] = field(default_factory=Counter)
     records: int = 0
     examples: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, text: str, spans: list[Span]) -> None:
-        self.records += bool(spans)
         for span in spans:
             self.classes[span.kind] += 1
             shown = self.examples.setdefault(span.kind, [])
             form = shape(text[span.start : span.end])
             if len(shown) < EXAMPLES and form not in shown:
                 shown.append(form)
+
+    def merge(self, other: Tally) -> None:
+        """Add what was counted in text that came after."""
+        self.classes += other.classes
+        self.records += other.records
+        for kind, forms in other.examples.items():
+            shown = self.examples.setdefault(kind, [])
+            shown += [form for form in forms if form not in shown][: EXAMPLES - len(shown)]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"classes": dict(self.classes), "records": self.records, "examples": self.examples}
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> Tally:
+        return cls(Counter(value["classes"]), value["records"], value["examples"])
 
     def facts(self, mode: str) -> dict[str, Any]:
         return {

@@ -1,174 +1,76 @@
 """One source from raw files to clean, de-duplicated, split records with a ledger: the `data/<source>` step.
 
-Order: read, clean, identifiers (phi), exact duplicates, benchmark overlap, near duplicates, split. Two passes over a
-work file, so that memory holds 26 bytes per record, never the text. The split hangs on a record's content or
-patient alone: adding records moves no other record between training and held-out.
+Order: read, clean, identifiers and benchmark text (stage.py), exact duplicates, near duplicates, split. Two passes over
+a work file, so that memory holds 30 bytes per record, never the text. The split hangs on a record's content or patient
+alone: adding records moves no other record between training and held-out.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
-from array import array
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from itertools import islice
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
-from qmedtune import ui
-from qmedtune.data import decontaminate, dedup, phi, surrogates
+from qmedtune.data import decontaminate, dedup
 from qmedtune.data.benchmarks import benchmark_items
-from qmedtune.data.clean import clean
-from qmedtune.data.rejects import Damaged, Refused, Rejects
-from qmedtune.data.sources import read_records, source_files
+from qmedtune.data.rejects import Rejects
+from qmedtune.data.sources import source_files
+from qmedtune.data.stage import in_batches, stage_source
+from qmedtune.data.treat import Staged, phi_mode, text_of
 from qmedtune.errors import DataError
 from qmedtune.recipe import Recipe, SourceSection
 from qmedtune.store import sha256_file
 
 HASHES = "hashes.npy"
 KEPT, DUPLICATE, NEAR_DUPLICATE, CONTAMINATED = 0, 1, 2, 3
-BATCH_RECORDS = 256
-
-
-@dataclass
-class Staged:
-    """What is remembered of each record between the passes: 26 bytes each, in arrays, and what the stages counted."""
-
-    content: array = field(default_factory=lambda: array("Q"))
-    group: array = field(default_factory=lambda: array("Q"))
-    line_start: array = field(default_factory=lambda: array("Q"))
-    held_out: array = field(default_factory=lambda: array("b"))
-    hits: list[tuple[int, int, int]] = field(default_factory=list)  # record, benchmark item, words
-    identifiers: phi.Tally = field(default_factory=phi.Tally)
+EXAMPLES = 3
 
 
 def prepare_source(recipe: Recipe, name: str, inputs: Mapping[str, Path], out: Path) -> dict[str, Any]:
     """Write train.jsonl, heldout.jsonl and rejects.jsonl of source `name` below `out`; return facts with the ledger.
 
-    inputs: folders of earlier sources; their records are duplicates here. Always: read = kept + rejected +
-    duplicates + contaminated + refused. Raises DataError when more than `hygiene.max_bad_fraction` of the records
-    is damaged or nothing is left.
+    inputs: folders of earlier sources; their records are duplicates here, near ones too. Always: read = kept +
+    rejected + duplicates + contaminated + refused. Raises DataError when more than `hygiene.max_bad_fraction` of the
+    records is damaged or nothing is left.
     """
     source = recipe.data[name]
     work = out / "work.jsonl"
-    index = decontaminate.build(benchmark_items(recipe))
+    items = benchmark_items(recipe)
     rejects = Rejects(name, out / "rejects.jsonl")
-    staged = _stage(recipe, name, rejects, index, work)
+    staged, superseded = stage_source(recipe, name, items, rejects, work)
     rejects.close()
-    _check_damage(recipe, name, rejects, len(staged.content))
-    fate, overlap = _fates(recipe, staged, index, inputs, work)
+    _check_damage(recipe, name, rejects, len(staged))
+    shown = EXAMPLES if phi_mode(recipe, name) == "off" else 0  # ids of notes are identifiers themselves
+    fate, found = _fates(recipe, staged, superseded, items, inputs, work, shown)
     _check_left(name, source, rejects, fate)
     held_out = _split(source, staged, fate == KEPT)
     with (out / "train.jsonl").open("wb") as train, (out / "heldout.jsonl").open("wb") as heldout:
         _distribute(work, fate, held_out, train, heldout)
     work.unlink()
     np.save(out / HASHES, np.unique(np.array(staged.content, dtype=np.uint64)[fate == KEPT]))
-    return _facts(recipe, name, rejects, staged, fate, held_out, out) | {"contamination": overlap}
-
-
-# ---- first pass ------------------------------------------------------------------------------------------------------
-
-
-def _stage(recipe: Recipe, name: str, rejects: Rejects, index: decontaminate.Index, work: Path) -> Staged:
-    """Read, clean, look for identifiers and benchmark text; write what remains to the work file."""
-    staged = Staged()
-    with work.open("wb") as file, ui.stage(f"read {name}", None, "records") as progress:
-        for batch in in_batches(_sound_records(recipe, name, rejects, staged.identifiers)):
-            first = len(staged.content)
-            if index.items:
-                found = decontaminate.search(index, [_text(r) for r in batch], [r.get("pmid") for r in batch])
-                staged.hits += [(first + hit.record, hit.item, hit.words) for hit in found]
-            for record in batch:
-                _remember(record, recipe.data[name].split_by, staged, file)
-            progress.update(len(staged.content))
-    return staged
-
-
-def in_batches(items: Iterable[Any], size: int = BATCH_RECORDS) -> Iterator[list[Any]]:
-    """Lists of `size` items (itertools.batched is Python 3.12)."""
-    source = iter(items)
-    while batch := list(islice(source, size)):
-        yield batch
-
-
-def _sound_records(recipe: Recipe, name: str, rejects: Rejects, tally: phi.Tally) -> Iterator[dict[str, Any]]:
-    source, hygiene = recipe.data[name], recipe.hygiene
-    look = hygiene.phi != "off" and source.kind == "clinical"
-    for record in read_records(name, source, rejects):
-        if hygiene.clean:
-            _clean(record, source.kind)
-        if _is_empty(record):
-            rejects.add(Damaged("nothing is left after cleaning"))
-        elif source.split_by == "patient" and "patient" not in record:
-            rejects.add(Damaged("no patient id, which split_by: patient needs (`columns: {patient: ...}`)"))
-        elif look and _identifiers(record, recipe, tally) and hygiene.phi == "refuse":
-            rejects.add(Refused("holds identifiers (hygiene.phi: refuse)"))
-        else:
-            yield record
-
-
-def _identifiers(record: dict[str, Any], recipe: Recipe, tally: phi.Tally) -> bool:
-    """Count (and under `redact` replace) the identifiers of a text record; True where there were any."""
-    spans = phi.find(record["text"])
-    tally.add(record["text"], spans)
-    if spans and recipe.hygiene.phi == "redact":
-        patient = record.get("patient", record["id"])
-        record["text"] = surrogates.redact(record["text"], spans, patient, recipe.seed, recipe.hygiene.shift_dates)
-    return bool(spans)
-
-
-def _clean(record: dict[str, Any], kind: str) -> None:
-    if "text" in record:
-        record["text"] = clean(record["text"], kind)
-    for message in record.get("messages", ()):
-        message |= {key: clean(value, kind) for key, value in message.items() if key != "role"}
-
-
-def _is_empty(record: dict[str, Any]) -> bool:
-    if "text" in record:
-        return not record["text"]
-    return not all(message["content"] for message in record["messages"])
-
-
-def _text(record: dict[str, Any]) -> str:
-    """All words of a record, for hashing and for search."""
-    if "text" in record:
-        return record["text"]
-    return "\n".join(f"{m['content']}\n{m.get('input', '')}" for m in record["messages"])
-
-
-def _remember(record: dict[str, Any], split_by: str, staged: Staged, file: IO[bytes]) -> None:
-    content = _digest(" ".join(_text(record).lower().split()))
-    group = record["patient"] if split_by == "patient" else record.get("group")
-    held_out = record.pop("held_out", None)
-    staged.content.append(content)
-    staged.group.append(_digest(group) if group else content)
-    staged.held_out.append(-1 if held_out is None else int(held_out))
-    staged.line_start.append(file.tell())
-    file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
-
-
-def _digest(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+    return _facts(recipe, name, rejects, staged, fate, held_out, out) | found
 
 
 # ---- between the passes ----------------------------------------------------------------------------------------------
 
 
 def _fates(
-    recipe: Recipe, staged: Staged, index: decontaminate.Index, inputs: Mapping[str, Path], work: Path
-) -> tuple[np.ndarray, dict[str, Any]]:
-    """What becomes of every staged record, and what was found of each benchmark."""
+    recipe: Recipe, staged: Staged, superseded: np.ndarray, items: list[decontaminate.Item],
+    inputs: Mapping[str, Path], work: Path, shown: int,
+) -> tuple[np.ndarray, dict[str, Any]]:  # fmt: skip
+    """What becomes of every staged record, and what was found of benchmarks and near duplicates."""
     content = np.array(staged.content, dtype=np.uint64)
-    fate = np.full(len(content), KEPT, np.uint8)
+    fate = np.where(superseded, DUPLICATE, KEPT).astype(np.uint8)
     if recipe.hygiene.dedup.exact:
-        first = np.zeros(len(content), bool)
-        first[np.unique(content, return_index=True)[1]] = True
-        fate[~first] = DUPLICATE
+        left = np.flatnonzero(fate == KEPT)
+        again = np.ones(len(left), bool)
+        again[np.unique(content[left], return_index=True)[1]] = False
+        fate[left[again]] = DUPLICATE
         for folder in inputs.values():
             if (folder / HASHES).is_file():
                 fate[np.isin(content, np.load(folder / HASHES))] = DUPLICATE
@@ -176,27 +78,71 @@ def _fates(
     hits = [hit for hit in staged.hits if hit[1] not in generic and fate[hit[0]] == KEPT]
     if recipe.hygiene.contaminated == "drop":
         fate[[record for record, _, _ in hits]] = CONTAMINATED
-    if recipe.hygiene.dedup.near and (fate == KEPT).sum() > 1:
-        _mark_near_duplicates(recipe.hygiene.dedup.near, staged, fate, work)
-    return fate, decontaminate.overlap(index, hits, generic)
+    found: dict[str, Any] = {"contamination": decontaminate.overlap(items, hits, generic)}
+    if recipe.hygiene.dedup.near and (fate == KEPT).any():
+        found["near"] = _mark_near_duplicates(recipe.hygiene.dedup.near, staged, fate, inputs, work, shown)
+    return fate, found
 
 
-def _mark_near_duplicates(threshold: float, staged: Staged, fate: np.ndarray, work: Path) -> None:
-    places = np.array(staged.line_start, dtype=np.uint64)[fate == KEPT]
+class _Texts:
+    """Texts of the lines of several files by one number, read where they lie: 8 bytes of memory each."""
+
+    def __init__(self) -> None:
+        self.files: list[IO[bytes]] = []
+        self.starts: list[np.ndarray] = []
+        self.firsts = [0]
+
+    def append(self, path: Path, starts: np.ndarray) -> None:
+        self.files.append(path.open("rb"))
+        self.starts.append(starts)
+        self.firsts.append(self.firsts[-1] + len(starts))
+
+    def __len__(self) -> int:
+        return self.firsts[-1]
+
+    def record(self, number: int) -> dict[str, Any]:
+        which = bisect_right(self.firsts, number) - 1
+        self.files[which].seek(int(self.starts[which][number - self.firsts[which]]))
+        return json.loads(self.files[which].readline())
+
+    def text(self, number: int) -> str:
+        return text_of(self.record(number))
+
+    def batches(self) -> Iterator[list[str]]:
+        for some in in_batches(range(len(self)), dedup.BATCH_TEXTS):
+            yield [self.text(number) for number in some]
+
+    def close(self) -> None:
+        for file in self.files:
+            file.close()
+
+
+def _mark_near_duplicates(
+    threshold: float, staged: Staged, fate: np.ndarray, inputs: Mapping[str, Path], work: Path, shown: int
+) -> dict[str, Any]:
+    """Mark records like an earlier one, of this source or of an earlier source. Returns how many were like one of the
+    latter, and the ids of `shown` pairs."""
+    texts = _Texts()
+    for folder in inputs.values():
+        for path in (folder / "train.jsonl", folder / "heldout.jsonl"):
+            texts.append(path, _line_starts(path))
+    num_earlier = len(texts)
+    size = np.array(staged.size, dtype=np.int64)
+    texts.append(work, (np.cumsum(size) - size)[fate == KEPT])
     bands = work.with_name("bands")
     shutil.rmtree(bands, ignore_errors=True)  # of an attempt that was killed here
-    with work.open("rb") as file:
+    like = dedup.near_duplicates(texts.batches(), texts.text, threshold, bands, num_earlier)
+    later = np.flatnonzero(like >= 0)
+    pairs = [[texts.record(int(number))["id"] for number in (n, like[n])] for n in later[:shown]]
+    texts.close()
+    fate[np.flatnonzero(fate == KEPT)[later - num_earlier]] = NEAR_DUPLICATE
+    return {"of_earlier_sources": int((like[later] < num_earlier).sum()), "examples": pairs}
 
-        def text_of(number: int) -> str:
-            file.seek(int(places[number]))
-            return _text(json.loads(file.readline()))
 
-        def batches() -> Iterator[list[str]]:
-            for some in in_batches(range(len(places)), dedup.BATCH_TEXTS):
-                yield [text_of(number) for number in some]
-
-        duplicate = dedup.near_duplicates(batches(), text_of, threshold, bands)
-    fate[np.flatnonzero(fate == KEPT)[duplicate]] = NEAR_DUPLICATE
+def _line_starts(path: Path) -> np.ndarray:
+    with path.open("rb") as file:
+        sizes = np.fromiter(map(len, file), np.int64)
+    return np.cumsum(sizes) - sizes
 
 
 def _check_damage(recipe: Recipe, name: str, rejects: Rejects, num_sound: int) -> None:
@@ -257,10 +203,10 @@ def _facts(
         "refused": rejects.counts["refused"],
     }
     assert records["read"] == sum(count for key, count in records.items() if key != "read")
-    looked = recipe.hygiene.phi != "off" and source.kind == "clinical"
+    mode = phi_mode(recipe, name)
     return {
         "records": records, "near_duplicates": near, "held_out": int((held_out & (fate == KEPT)).sum()),
         "sha256": sha256_file(out / "train.jsonl"), "kind": source.kind, "license": source.license,
         "terms": source.terms, "files": len(source_files(source)), "reasons": dict(rejects.reasons),
-        "phi": staged.identifiers.facts(recipe.hygiene.phi) if looked else {}, "warnings": [],
+        "cleaned": dict(staged.cleaned), "phi": staged.identifiers.facts(mode) if mode != "off" else {}, "warnings": [],
     }  # fmt: skip

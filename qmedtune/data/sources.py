@@ -10,7 +10,8 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,18 @@ READERS: dict[str, Reader] = {
 JSON_SCHEMAS = ("s2orc", "bioc", "emrqa", "pubmedqa", "medqa", "medmcqa")
 LFS_MARK = b"version https://git-lfs.github.com/spec"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?(@[\w.-]+)?$")  # owner/name:configuration@revision
+VERSIONED = "_versioned"
 VARIABLE = re.compile(r"\$\{(\w+)\}")
+
+
+@dataclass(frozen=True)
+class Deleted:
+    """Stands in a stream for the PubMed ids that a file withdraws."""
+
+    pmids: tuple[str, ...]
+
+
+Item = tuple[str, int, dict[str, Any] | Damaged | Refused | Deleted]
 
 
 def source_files(source: SourceSection) -> list[Path]:
@@ -121,39 +133,57 @@ def read_records(name: str, source: SourceSection, rejects: Rejects) -> Iterator
     """Records of a source in a fixed order: text records, or for `kind: instructions` records with messages.
 
     `name` is the source's name in the recipe. What cannot be used goes to `rejects`, whose `at` tells file and line
-    of the record just given; with `max_records` reading
-    stops early. PubMed updates replace earlier versions: see `_latest_first`.
+    of the record just given; with `max_records` reading stops early. PubMed updates replace earlier versions.
     """
+    seen, num = PmidSet(), 0
+    for file, line, item in read_items(source):
+        rejects.at = (file, line)
+        if isinstance(item, (Damaged, Refused)):
+            rejects.add(item)
+        elif isinstance(item, Deleted):
+            seen.update(item.pmids)
+        elif item.pop(VERSIONED, False) and seen.add(item["pmid"]):
+            rejects.superseded()
+        else:
+            yield item
+            num += 1
+            if num == source.max_records:
+                return
+
+
+def read_items(source: SourceSection, files: list[Path] | None = None) -> Iterator[Item]:
+    """(file, line, record | what stands for an unusable one) of a source, or of some of its `reading_order`.
+
+    PubMed records carry `VERSIONED`: the first of a PMID that is met is the one to keep, unless a `Deleted` that names
+    it came before. Both are for the caller to apply, because they reach across files.
+    """
+    shape = instruction_record if source.kind == "instructions" else text_record
     if source.format == "huggingface":
         stream = _dataset_rows(source)
     else:
-        stream = _file_rows(source) if source_files(source) else _builtin_rows(source)
-    shape = instruction_record if source.kind == "instructions" else text_record
-    num = 0
+        files = reading_order(source) if files is None else files
+        stream = (row for file in files for row in _file_rows(file, source)) if files else _builtin_rows(source)
     for file, line, fields in stream:
-        rejects.at = (file, line)
-        record = _shaped(shape, fields, source.columns)
-        if isinstance(record, (Damaged, Refused)):
-            rejects.add(record)
-            continue
-        if record.pop("_superseded", False):
-            rejects.superseded()
-            continue
-        yield record
-        num += 1
-        if num == source.max_records:
-            return
+        yield file, line, _shaped(shape, fields, source.columns)
 
 
-def _shaped(shape: Callable, fields: Any, columns: dict[str, str]) -> dict[str, Any] | Damaged | Refused:
-    if isinstance(fields, (Damaged, Refused)):
+def reading_order(source: SourceSection) -> list[Path]:
+    """The files of a source: PubMed's from the newest to the oldest, then all others by name."""
+    files = source_files(source)
+    formats = [format_of(file, source.format) for file in files]
+    pubmed = [file for file, format in zip(files, formats, strict=True) if format == "pubmed"]
+    return [*reversed(pubmed), *(file for file, format in zip(files, formats, strict=True) if format != "pubmed")]
+
+
+def _shaped(shape: Callable, fields: Any, columns: dict[str, str]) -> dict[str, Any] | Damaged | Refused | Deleted:
+    if isinstance(fields, (Damaged, Refused, Deleted)):
         return fields
     try:
         record = shape(fields, columns)
     except Unusable as error:
         return Damaged(str(error))
     if isinstance(record, dict):
-        record |= {key: fields[key] for key in ("held_out", "language", "_superseded") if key in fields}
+        record |= {key: fields[key] for key in ("held_out", "language", VERSIONED) if key in fields}
     return record
 
 
@@ -181,21 +211,18 @@ def _dataset_rows(source: SourceSection) -> Iterator[tuple[str, int, dict[str, A
             yield path, number, fields
 
 
-def _file_rows(source: SourceSection) -> Iterator[tuple[str, int, Any]]:
-    files = source_files(source)
-    formats = [format_of(file, source.format) for file in files]
-    if "pubmed" in formats:
-        yield from _latest_first([file for file, f in zip(files, formats, strict=True) if f == "pubmed"])
-    for file, format in zip(files, formats, strict=True):
-        if format == "pubmed":
-            continue
-        number = 0
-        try:
-            for number, fields in _with_answer_base(READERS[format], file):
-                for record in notes.expand(fields, source.kind == "instructions"):
-                    yield str(file), number, record
-        except ARCHIVE_ERRORS:
-            yield str(file), number + 1, Damaged("archive is truncated or corrupt from here on")
+def _file_rows(file: Path, source: SourceSection) -> Iterator[tuple[str, int, Any]]:
+    format = format_of(file, source.format)
+    if format == "pubmed":
+        yield from _latest_first(file)
+        return
+    number = 0
+    try:
+        for number, fields in _with_answer_base(READERS[format], file):
+            for record in notes.expand(fields, source.kind == "instructions"):
+                yield str(file), number, record
+    except ARCHIVE_ERRORS:
+        yield str(file), number + 1, Damaged("archive is truncated or corrupt from here on")
 
 
 def _with_answer_base(reader: Reader, file: Path) -> Iterator[tuple[int, Any]]:
@@ -214,28 +241,21 @@ def _with_answer_base(reader: Reader, file: Path) -> Iterator[tuple[int, Any]]:
         yield number, {**fields, "_cop_base": base} if isinstance(fields, dict) else fields
 
 
-def _latest_first(files: list[Path]) -> Iterator[tuple[str, int, Any]]:
-    """PubMed files from the newest to the oldest, so that the first version met of a PMID is the one to keep.
-
-    One bit per PMID remembers it (8 MB for the 40 million there are); one file at a time is held in memory.
-    """
-    seen = PmidSet()
-    for file in reversed(files):
-        items = list(xml.read_pubmed(file))
-        for _, item in items:
-            if isinstance(item, dict) and "deleted" in item:
-                for pmid in item["deleted"]:
-                    seen.add(pmid)
-        for number, item in reversed(items):
-            if isinstance(item, dict) and "deleted" not in item:
-                old = seen.add(item["pmid"])
-                yield str(file), number, {**item, "_superseded": True} if old else item
-            elif not isinstance(item, dict):
-                yield str(file), number, item
+def _latest_first(file: Path) -> Iterator[tuple[str, int, Any]]:
+    """What a PubMed file deletes, then its records from the last to the first; one file is held in memory."""
+    items = list(xml.read_pubmed(file))
+    deleted = [pmid for _, item in items if isinstance(item, dict) for pmid in item.get("deleted", ())]
+    if deleted:
+        yield str(file), 1, Deleted(tuple(deleted))
+    for number, item in reversed(items):
+        if not isinstance(item, dict):
+            yield str(file), number, item
+        elif "deleted" not in item:
+            yield str(file), number, {**item, VERSIONED: True}
 
 
 class PmidSet:
-    """A bitmap over PubMed ids that grows as needed."""
+    """A bitmap over PubMed ids that grows as needed: 8 MB for the 40 million there are."""
 
     def __init__(self) -> None:
         self._bits = bytearray(1 << 20)
@@ -243,6 +263,10 @@ class PmidSet:
     def __contains__(self, pmid: str) -> bool:
         at = int(pmid) if pmid.isdecimal() else -1
         return 0 <= at < 8 * len(self._bits) and bool(self._bits[at >> 3] >> (at & 7) & 1)
+
+    def update(self, pmids: Iterable[str]) -> None:
+        for pmid in pmids:
+            self.add(pmid)
 
     def add(self, pmid: str) -> bool:
         """True if it was there already."""

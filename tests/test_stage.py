@@ -1,0 +1,173 @@
+"""Parts and processes change nothing but the time: same bytes for any number, and only a changed file's part again."""
+
+import gzip
+import json
+import random
+
+import numpy as np
+import pytest
+
+from qmedtune import store
+from qmedtune.data import stage, treat
+from qmedtune.data.prepare import prepare_source
+from qmedtune.recipe import Recipe
+
+PARTS = ("train.jsonl", "heldout.jsonl", "rejects.jsonl", "hashes.npy")
+
+
+def recipe(path, kind="clinical", hygiene=None, **settings):
+    return Recipe.model_validate({
+        "name": "t", "model": {"base": "builtin:tiny"}, **settings,
+        "data": {"notes": {"path": str(path), "kind": kind}}, "hygiene": {"phi": "redact", **(hygiene or {})},
+        "stages": [{"cpt": {"mix": {"notes": 1}}}],
+    })  # fmt: skip
+
+
+def make(recipe, out):
+    out.mkdir(parents=True)
+    facts = prepare_source(recipe, "notes", {}, out)
+    return facts, {name: (out / name).read_bytes() for name in PARTS}
+
+
+def note(rng, length=60):
+    words = " ".join(f"w{rng.randrange(4000)}" for _ in range(length))
+    return f"Seen by Dr. Quill on {rng.randint(1, 12)}/{rng.randint(1, 28)}/2011. MRN: {rng.randrange(10**7)}. {words}"
+
+
+@pytest.fixture
+def corpus(tmp_path, monkeypatch):
+    """Nine files in as many parts, with damage, duplicates across files and benchmark text in them."""
+    monkeypatch.setattr(stage, "PART_BYTES", 1)
+    folder, rng = tmp_path / "corpus", random.Random(0)
+    folder.mkdir()
+    copied = note(rng, 400)  # without a patient its surrogates differ from record to record
+    for number in range(9):
+        rows = [json.dumps({"text": note(rng)}) for _ in range(70)]
+        rows += [json.dumps({"text": copied}), json.dumps({"text": f"{copied} {number}"}), "{broken", '{"text": null}']
+        (folder / f"{number}.jsonl").write_text("\n".join(rows))
+    return folder
+
+
+def test_any_number_of_processes_makes_the_same_bytes(tmp_path, corpus, monkeypatch):
+    exam = tmp_path / "exam.jsonl"
+    exam.write_text(json.dumps({"question": "w1 w2 w3 w4 w5 w6 of a benchmark question"}) + "\n")
+    hygiene = {"max_bad_fraction": 0.1, "decontaminate": [str(exam)]}
+    alone = make(recipe(corpus, hygiene=hygiene, workers=1), tmp_path / "alone")
+    assert make(recipe(corpus, hygiene=hygiene, workers=3), tmp_path / "three") == alone
+    monkeypatch.setattr(stage, "PART_BYTES", 1 << 30)
+    facts, files = make(recipe(corpus, hygiene=hygiene), tmp_path / "one part")
+    assert (facts, files) == alone
+    assert facts["records"]["rejected"] == 18 and facts["records"]["duplicates"] == 17
+    assert facts["phi"]["records"] == 630 + 18 and b"Quill" not in files["train.jsonl"]
+
+
+def test_workers_are_as_many_as_the_input_is_worth(tmp_path, corpus, monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
+    source = recipe(corpus).data["notes"]
+    assert treat.worker_count("auto", source) == 1 and treat.worker_count(5, source) == 5
+    monkeypatch.setattr(treat, "WORKER_BYTES", 100_000)
+    assert 1 < treat.worker_count("auto", source) <= 3
+
+
+def counting(monkeypatch):
+    made, original = [], stage._make_part
+
+    def counted(pool, source, files, part, work):
+        made.append([file.name for file in files])
+        return original(pool, source, files, part, work)
+
+    monkeypatch.setattr(stage, "_make_part", counted)
+    return made
+
+
+def test_a_killed_pass_goes_on_at_its_part(tmp_path, corpus, monkeypatch):
+    made = recipe(corpus, hygiene={"max_bad_fraction": 0.1})
+    whole = make(made, tmp_path / "whole")
+    calls, original = [], stage.read_items
+
+    def dies(source, files):
+        calls.append(files)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return original(source, files)
+
+    out = tmp_path / "killed"
+    out.mkdir()
+    monkeypatch.setattr(stage, "read_items", dies)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_source(made, "notes", {}, out)
+    again = counting(monkeypatch)
+    facts = prepare_source(made, "notes", {}, out)
+    assert again == [[f"{n}.jsonl"] for n in range(3, 9)]
+    assert (facts, {name: (out / name).read_bytes() for name in PARTS}) == whole
+
+
+def test_a_changed_file_redoes_its_own_part(tmp_path, corpus, monkeypatch):
+    made, run = recipe(corpus, hygiene={"max_bad_fraction": 0.1}), tmp_path / "run"
+    out = run / "data" / "notes"
+    building = store.begin(out, run, "first", {}, keep_partial=True)
+    store.publish(building, out, run, "first", prepare_source(made, "notes", {}, building))
+    changed = corpus / "4.jsonl"
+    changed.write_text(changed.read_text().replace("w1", "v1"))
+    (corpus / "zz.jsonl").write_text(json.dumps({"text": note(random.Random(1))}))
+    again = counting(monkeypatch)
+    building = store.begin(out, run, "second", {}, keep_partial=True)
+    facts = prepare_source(made, "notes", {}, building)
+    assert again == [["4.jsonl"], ["zz.jsonl"]]
+    assert (facts, {name: (building / name).read_bytes() for name in PARTS}) == make(made, tmp_path / "afresh")
+
+
+def test_a_damaged_part_is_made_again(tmp_path, corpus, monkeypatch):
+    made, run = recipe(corpus, hygiene={"max_bad_fraction": 0.1}), tmp_path / "run"
+    out = run / "data" / "notes"
+    building = store.begin(out, run, "first", {}, keep_partial=True)
+    store.publish(building, out, run, "first", prepare_source(made, "notes", {}, building))
+    part = sorted((out / "parts").glob("*.zst"))[0]
+    part.write_bytes(part.read_bytes()[:-5])
+    again = counting(monkeypatch)
+    prepare_source(made, "notes", {}, store.begin(out, run, "second", {}, keep_partial=True))
+    assert len(again) == 1
+
+
+def test_pubmed_versions_replace_each_other_across_parts(tmp_path, monkeypatch):
+    monkeypatch.setattr(stage, "PART_BYTES", 1)
+
+    def citation(pmid, text):
+        return (
+            f"<PubmedArticle><MedlineCitation><PMID>{pmid}</PMID><Article><ArticleTitle>T{pmid}</ArticleTitle><Abstract>"
+            f"<AbstractText>{text}</AbstractText></Abstract></Article></MedlineCitation></PubmedArticle>"
+        )
+
+    files = {
+        "pubmed25n0001.xml.gz": [citation(n, f"old {n}") for n in (1, 2, 3)],
+        "pubmed25n0002.xml.gz": [citation(2, "new 2"), citation(4, "four")],
+        "pubmed25n0003.xml.gz": ["<DeleteCitation><PMID>3</PMID></DeleteCitation>", citation(5, "five")],
+    }
+    folder = tmp_path / "pubmed"
+    folder.mkdir()
+    for name, records in files.items():
+        text = f"<PubmedArticleSet>{''.join(records)}</PubmedArticleSet>"
+        (folder / name).write_bytes(gzip.compress(text.encode()))
+    facts, _ = make(recipe(folder, "literature"), tmp_path / "out")
+    lines = [(tmp_path / "out" / name).read_text().splitlines() for name in ("train.jsonl", "heldout.jsonl")]
+    assert {json.loads(line)["text"] for some in lines for line in some} == {
+        "T1\nold 1", "T2\nnew 2", "T4\nfour", "T5\nfive",
+    }  # fmt: skip
+    assert facts["records"] == {
+        "read": 6, "kept": 4, "rejected": 0, "duplicates": 2, "contaminated": 0, "refused": 0,
+    }  # fmt: skip
+
+
+def test_parts_are_cut_where_names_say_so(tmp_path, monkeypatch):
+    """A file that comes in between moves no border but its own."""
+    monkeypatch.setattr(stage, "PART_BYTES", 3000)
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for number in range(200):
+        (folder / f"s{number:03d}.txt").write_text("x" * 100)
+    source = recipe(folder).data["notes"]
+    before = {tuple(group) for group in stage._parts(source)}
+    (folder / "s100a.txt").write_text("x" * 100)
+    after = {tuple(group) for group in stage._parts(source)}
+    assert len(before) > 3 and len(after - before) <= 2
+    assert np.mean([len(group) for group in before]) < 61
