@@ -64,7 +64,7 @@ def resolve_base(section: ModelSection, *, offline: bool, shape_only: bool = Fal
 
 
 def _download(section: ModelSection, *, offline: bool, shape_only: bool) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import get_token, snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     patterns = ["*.json", "tokenizer*", "*.model", "*.jinja"]
@@ -74,9 +74,11 @@ def _download(section: ModelSection, *, offline: bool, shape_only: bool) -> Path
             section.base, revision=section.revision, allow_patterns=patterns, local_files_only=offline
         )
     except GatedRepoError as error:
-        raise RecipeError(
-            f"model.base: {section.base} is gated\naccept its licence on its Hub page, then log in: hf auth login"
-        ) from error
+        page = f"https://huggingface.co/{section.base}"
+        what = f"this login has no access yet: ask for it on {page}, and wait for the answer"
+        if get_token() is None:
+            what = f"accept its licence on {page}, then log in: hf auth login"
+        raise RecipeError(f"model.base: {section.base} is gated\n{what}") from error
     except RepositoryNotFoundError as error:
         raise RecipeError(
             f"model.base: the Hub has no model {section.base!r} (or this login may not see it)\n"
@@ -84,6 +86,9 @@ def _download(section: ModelSection, *, offline: bool, shape_only: bool) -> Path
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         why = "offline" if offline else "the Hub was not reached"
+        answer = getattr(error.__cause__ or error, "response", None)
+        if answer is not None and answer.status_code == 401:
+            why = "the Hub does not know this login (log in again: hf auth login)"
         raise RecipeError(
             f"model.base: {section.base} is not in the local cache, and {why}\n"
             f"fetch it once where there is a network: hf download {section.base}\n"

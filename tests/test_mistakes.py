@@ -217,3 +217,53 @@ def test_a_bad_recipe_leaves_a_run_as_it_is(place, capsys):
     code, err = refused(["run", "mine.yaml"], place, capsys)
     assert code == 2 and "adapter.r" in err
     assert Path(run / "run.json").read_text() == '{"status": "finished"}'
+
+
+# ------------------------------------------------------------------------------------------------ the machine's limits
+
+
+def on_a_machine(monkeypatch, **facts):
+    from dataclasses import replace
+
+    from qmedtune.planning import resolve, room
+    from qmedtune.planning.machine import this_machine
+
+    machine = replace(this_machine(), **facts)
+    monkeypatch.setattr(room, "this_machine", lambda: machine)
+    monkeypatch.setattr(resolve, "this_machine", lambda: machine)
+
+
+def test_a_drive_that_is_not_mounted(place, monkeypatch, capsys):
+    from qmedtune.planning import room
+
+    monkeypatch.setattr(room, "DRIVE", place / "content" / "drive")
+    monkeypatch.setenv("COLAB_RELEASE_TAG", "release-colab")
+    (place / "mine.yaml").write_text(RECIPE)
+    (place / "notes.csv").write_text("text\na note\n")
+    code, err = refused(["run", "mine.yaml", "--out", "content/drive/MyDrive/run"], place, capsys)
+    assert code == 2 and "not mounted" in err and "drive.mount(" in err
+
+
+def test_too_little_ram_is_said_before_anything_is_written(place, monkeypatch, capsys):
+    (place / "mine.yaml").write_text(RECIPE)
+    (place / "notes.csv").write_text("text\na note\n")
+    on_a_machine(monkeypatch, host_bytes=2**28)
+    code, err = refused(["run", "mine.yaml"], place, capsys)
+    assert code == 4 and "of host memory, this machine has 256 MiB" in err and "remedy" in err
+
+
+def test_a_real_llama_without_a_gpu_is_warned_about(monkeypatch, capsys):
+    from qmedtune.planning import fit, room
+    from qmedtune.planning.shapes import base_facts
+    from qmedtune.recipe import ModelSection, Recipe
+
+    on_a_machine(monkeypatch, kind="cpu", host_bytes=2**35)
+    monkeypatch.setattr(ui, "_warned", set())
+    facts = base_facts(ModelSection(base="meta-llama/Llama-3.2-1B"))
+    stage = {"sft": {"data": "questions", "seq_len": 64, "batch": 1, "micro_batch": 1}}
+    data = {"questions": {"path": "x", "kind": "instructions"}}
+    model = {"base": facts.name, "compute_dtype": "bfloat16"}
+    recipe = Recipe.model_validate({"name": "x", "model": model, "data": data, "stages": [stage]})
+    room._check_machine(facts, [fit.setup_of(recipe, 0)])
+    said = capsys.readouterr().err
+    assert "1.24B parameters on a CPU takes days" in said and "T4 GPU" in said and "--smoke" in said

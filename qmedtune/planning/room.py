@@ -108,8 +108,8 @@ def _check_machine(facts: BaseFacts, setups: list[Setup]) -> None:
     here = this_machine()
     if not here.is_gpu and not facts.builtin and facts.parameters >= GPU_PARAMETERS:
         ui.warn(
-            f"no GPU here: training {units.count(facts.parameters)} parameters on a CPU takes days. Ask `qmedtune doctor`; "
-            "on Colab: Runtime > Change runtime type > T4 GPU; --smoke rehearses on the built-in base"
+            f"no GPU here: training {units.count(facts.parameters)} parameters on a CPU takes days. Ask "
+            "`qmedtune doctor`; on Colab: Runtime > Change runtime type > T4 GPU. --smoke rehearses without a GPU"
         )
     phases = [memory.host_memory(facts, setup, gpu=here.is_gpu, merge=True) for setup in setups]
     refuse_too_little_memory({name: max(phase[name] for phase in phases) for name in phases[0]}, here.host_bytes)

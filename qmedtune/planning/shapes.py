@@ -191,7 +191,10 @@ def _stored_dtype(shard: Path) -> str | None:
         try:
             header = json.loads(file.read(min(length, 100_000_000)))
         except ValueError as error:
-            raise RecipeError(f"{shard}: not a safetensors file\nfetch the model again") from error
+            raise RecipeError(
+                f"{shard}: not a safetensors file\n"
+                "fetch the model again: `git lfs pull` where Git left a Git LFS pointer, `hf download` else"
+            ) from error
     tensors = [entry for name, entry in header.items() if name != "__metadata__"]
     return max(tensors, key=lambda t: t["data_offsets"][1] - t["data_offsets"][0])["dtype"] if tensors else None
 
