@@ -143,7 +143,7 @@ def context_of(recipe: Recipe, canary: Canary, tokenizer: Any, base: Path) -> st
 def measure(
     recipe: Recipe, model: Any, tokenizer: Any, found: Sequence[Canary], contexts: Sequence[str], title: str
 ) -> list[dict[str, Any]]:
-    """Rows of {"source", "repeats", "canaries", "exposure" (mean, bits), "max_exposure", "extracted" (count)}."""
+    """Rows of {"source", "repeats", "canaries", "exposure" (mean, bits), "highest", "extracted" (count)}."""
     audit = recipe.audit
     assert audit is not None
     rng = random.Random(f"references-{recipe.seed}")
@@ -158,7 +158,7 @@ def measure(
         mine = [i for i, canary in enumerate(found) if (canary.source, canary.repeats) == (source, repeats)]
         bits = [exposures[i] for i in mine]
         row = {"source": source, "repeats": repeats, "canaries": len(mine), "exposure": sum(bits) / len(bits)}
-        rows.append(row | {"max_exposure": max(bits), "extracted": sum(extracted[i] for i in mine)})
+        rows.append(row | {"highest": max(bits), "extracted": sum(extracted[i] for i in mine)})
     return rows
 
 

@@ -58,7 +58,7 @@ def _noise_table(result: dict[str, Any]) -> Table:
         if reference in (entry["first"], entry["second"]):
             sign = 1 if entry["first"] == reference else -1
             other = entry["second"] if sign == 1 else entry["first"]
-            change = f"{sign * entry['difference']:+.2f}".replace("-", "−")
+            change = f"{round(sign * entry['difference'], 2) + 0.0:+.2f}".replace("-", "−")  # no −0.00
             p = "p < 0.001" if entry["p_holm"] < 0.001 else f"p = {entry['p_holm']:.3f}"
             rows.append((other, entry["score"], change, p, "within noise" if entry["within_noise"] else "beyond noise"))
     for entry in result["perplexity_ratios"]:
