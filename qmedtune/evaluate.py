@@ -48,6 +48,7 @@ def evaluate_stage(recipe: Recipe, inputs: dict[str, Path], out: Path) -> dict[s
     tasks = [load_task(section, recipe.seed, world_of(recipe)) for section in task_sections(recipe)]
     held_out = {source: PackedRows(inputs["validation"] / source) for source in recipe.evaluate.perplexity}
     settings = _settings(recipe, inputs)
+    check_prompts(models.load_tokenizer(inputs["base"]), settings.template, tasks)
     measured = {}
     for label, model, tokenizer in _base_and_final(recipe, inputs):
         measured[label] = measure_model(model, tokenizer, label, tasks, held_out, settings, out / PARTIAL)
@@ -72,6 +73,14 @@ def write_results(tasks: list[Task], measured: dict[str, Measured], seed: int, o
         for source, found in first.items()
     }
     return {"tasks": scores, "perplexity": texts}
+
+
+def check_prompts(tokenizer: Any, template: templates.Template, tasks: list[Task]) -> None:
+    """Refuse, before anything is scored, a template that does not fit the model or a task's conversations."""
+    templates.check(template, tokenizer.get_vocab())
+    for task in tasks:
+        for item in task.asked:
+            template.prompt(item.messages)
 
 
 def task_sections(recipe: Recipe) -> list[TaskSection]:
@@ -121,7 +130,7 @@ def _base_and_final(recipe: Recipe, inputs: dict[str, Path]) -> Iterator[tuple[s
 
 def evaluate_model(
     name: str,
-    tasks: Sequence[str],
+    tasks: Sequence[str | TaskSection],
     *,
     data: Path | None = None,
     base: str | None = None,
@@ -136,7 +145,8 @@ def evaluate_model(
 ) -> dict[str, Any]:
     """Score a base, a finished run, an adapter folder (with `base`) or a merged model.
 
-    tasks: each `task` (read from `data` unless built in) or `task=FILE`; `perplexity` takes a file of texts.
+    tasks: each `task` (read from `data` unless built in), `task=FILE`, or a TaskSection with a split, a metric or
+        examples of its own; `perplexity` takes a file of texts. `limit` and `data` are for the tasks that are strings.
     out: folder for <out>/evaluation/; with it a killed evaluation is continued and a finished one is not repeated.
     Returns {"model", "template", "quantization", "tasks": {name: {"model": scores}}, "perplexity": {file: ...}}.
     """
@@ -146,6 +156,7 @@ def evaluate_model(
     settings = Settings(location.template, generate, batch_tokens)
 
     def work(folder: Path) -> dict[str, Any]:
+        check_prompts(models.load_tokenizer(location.base), location.template, loaded)
         opened = open_model(location, quantization)
         rows = {
             str(path): text_rows(opened.tokenizer, path, min(max_positions(opened.model), WINDOW_TOKENS))
@@ -163,7 +174,7 @@ def evaluate_model(
             return work(Path(folder))
     asked = [section.model_dump() for section in sections]
     files = [fingerprint(path) for path in (location.base, *location.adapters, *texts)]
-    prompts = [[item.id, item.messages, item.options] for task in loaded for item in task.items]
+    prompts = [[item.id, item.messages, item.options] for task in loaded for item in task.asked]
     key = store.sha256_json([asked, files, prompts, asdict(location.template), quantization, generate, seed])
     return _sealed(out, key, work)
 
@@ -179,17 +190,27 @@ def _sealed(out: Path, key: str, work: Callable[[Path], dict[str, Any]]) -> dict
         return sealed.facts
 
 
-def parse_tasks(tasks: Sequence[str], data: Path | None, limit: int | None) -> tuple[list[TaskSection], list[Path]]:
+def parse_tasks(
+    tasks: Sequence[str | TaskSection], data: Path | None, limit: int | None
+) -> tuple[list[TaskSection], list[Path]]:
     """`facts`, `pubmedqa` (read from `data`) or `pubmedqa=FILE`; files of `perplexity` come apart, as second result."""
     sections, texts = [], []
     for entry in tasks:
-        name, _, given = entry.partition("=")
-        path = given or (str(data) if data and name not in BUILTIN_TASKS else None)
+        if isinstance(entry, TaskSection):
+            sections.append(entry)
+            continue
+        name, path = named_file(entry, data)
         if name == TEXTS:
             texts += source_files(SourceSection(path=_required(path, name), kind="general"))
         else:
             sections.append(TaskSection(task=name, path=path, limit=limit))
     return sections, texts
+
+
+def named_file(entry: str, data: Path | None) -> tuple[str, str | None]:
+    """`pubmedqa=FILE` -> its two parts; the file is `data` where none is named and the task is read from one."""
+    name, _, given = entry.partition("=")
+    return name, given or (str(data) if data and name not in BUILTIN_TASKS else None)
 
 
 def _required(path: str | None, name: str) -> str:

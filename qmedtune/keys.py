@@ -76,7 +76,8 @@ def benchmarks(tasks: list[TaskSection], hashes: store.HashCache) -> list[list[s
             made_by = "world.py" if task.task == "facts" else "benchmarks.py"
             rows.append([task.task, hashes.sha256(Path(__file__).parent / "data" / made_by)])
         else:
-            rows.append([task.task, *(hashes.sha256(file) for file in _benchmark_files(task.path))])
+            paths = [task.path, *([task.shots_from] if task.shots_from else [])]
+            rows.append([task.task, *(hashes.sha256(file) for path in paths for file in _benchmark_files(path))])
     return rows
 
 

@@ -123,24 +123,28 @@ def test_full16_evaluates_the_merged_folder(folder, evaluated, tmp_path):
     assert full["final"] == pytest.approx(alone.perplexity, rel=1e-5)
 
 
-def test_killed_evaluation_continues_and_gives_the_same(folder, evaluated, tmp_path, monkeypatch):
-    """Killed in the middle of the final model: the base is not measured again, nothing partial is reported."""
-    calls = []
+def test_killed_evaluation_continues_and_gives_the_same(folder, tmp_path, monkeypatch):
+    """Killed in the middle of the final model's task: nothing that was scored is scored again or reported half."""
+    scored, real = [], measure._score
+    monkeypatch.setattr(measure, "PART", 8)  # 20 items: three parts for each of two models
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    whole.mkdir()
+    cut.mkdir()
+    expected = evaluate.evaluate_stage(recipe(folder), inputs(folder), whole)
 
-    def dies(model, tokenizer, task, settings, title, real=measure.measure):
-        calls.append(title)
-        if len(calls) == 2:
+    def dies(model, tokenizer, task, items, *rest):
+        scored.append(len(items))
+        if len(scored) == 5:
             raise KeyboardInterrupt
-        return real(model, tokenizer, task, settings, title)
+        return real(model, tokenizer, task, items, *rest)
 
-    monkeypatch.setattr(measure, "measure", dies)
+    monkeypatch.setattr(measure, "_score", dies)
     with pytest.raises(KeyboardInterrupt):
-        evaluate.evaluate_stage(recipe(folder), inputs(folder), tmp_path)
-    assert not (tmp_path / "evaluation.json").exists() and not list(tmp_path.glob("*.items.jsonl"))
-    again = evaluate.evaluate_stage(recipe(folder), inputs(folder), tmp_path)
-    assert calls == ["facts, base", "facts, final", "facts, final"]
-    assert again == evaluated[0]
-    assert (tmp_path / "facts.items.jsonl").read_text() == (evaluated[1] / "facts.items.jsonl").read_text()
+        evaluate.evaluate_stage(recipe(folder), inputs(folder), cut)
+    assert [path.name for path in cut.iterdir()] == ["partial"]
+    assert evaluate.evaluate_stage(recipe(folder), inputs(folder), cut) == expected
+    assert scored == [8, 8, 4, 8, 8, 8, 4]
+    assert {p.name: p.read_bytes() for p in cut.iterdir()} == {p.name: p.read_bytes() for p in whole.iterdir()}
 
 
 def test_no_text_of_a_source_is_written(folder, tmp_path):

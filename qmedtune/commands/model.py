@@ -10,11 +10,18 @@ from typing import Annotated, Any
 import typer
 
 from qmedtune.commands.common import JsonOption, OfflineOption, emit
+from qmedtune.recipe import TaskSection
 
 
 class Precision(StrEnum):
     nf4 = "nf4"
     none = "none"
+
+
+class Split(StrEnum):
+    test = "test"
+    dev = "dev"
+    train = "train"
 
 
 class Onto(StrEnum):
@@ -40,6 +47,13 @@ def evaluate(
     data: Annotated[Path | None, typer.Option(metavar="FILE", help="File of the tasks that name none.")] = None,
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Keep items here; resume.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="At most this many items of each task.")] = None,
+    split: Annotated[Split | None, typer.Option(help="Of a folder as published; default: test.")] = None,
+    metric: Annotated[str | None, typer.Option(metavar="NAME", help="In place of the tasks' usual one.")] = None,
+    shots: Annotated[int, typer.Option(min=0, max=32, help="Examples before each question.")] = 0,
+    shot_seeds: Annotated[int, typer.Option(min=3, max=20, help="Draws of examples; scores are their means.")] = 3,
+    shots_from: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Default: the folder's training split, else the other items.")
+    ] = None,
     generate: Annotated[bool, typer.Option(help="Also judge what the model writes.")] = True,
     base: BaseOption = None,
     template: TemplateOption = None,
@@ -61,11 +75,19 @@ def evaluate(
             offline=offline,
         )  # fmt: skip
         return emit(found) if as_json else _show_harness(found)
-    from qmedtune.evaluate import evaluate_model
+    from qmedtune.evaluate import TEXTS, evaluate_model, named_file
 
+    asked: list[str | TaskSection] = []
+    for entry in str(tasks).split(","):
+        name, path = named_file(entry, data)
+        section = TaskSection(
+            task=name, path=path, limit=limit, split=split.value if split else None, metric=metric, shots=shots,
+            shot_seeds=shot_seeds, shots_from=shots_from,
+        )  # fmt: skip
+        asked.append(entry if name == TEXTS else section)
     facts = evaluate_model(
-        model, str(tasks).split(","), data=data, base=base, template=template, out=out, limit=limit, generate=generate,
-        quantization=chosen, seed=seed, offline=offline,
+        model, asked, data=data, base=base, template=template, out=out, generate=generate, quantization=chosen,
+        seed=seed, offline=offline,
     )  # fmt: skip
     emit(facts) if as_json else _show_scores(model, facts)
 

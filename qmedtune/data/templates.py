@@ -9,7 +9,8 @@ when it has to answer are exactly those it was trained after. Adding special tok
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Container, Sequence
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from functools import lru_cache
@@ -21,6 +22,7 @@ from qmedtune.errors import DataError, RecipeError
 Message = dict[str, str]
 Segments = list[tuple[str, bool]]
 FILE = "template.json"
+MARK = re.compile(r"<\|[^|<>\s]+\|>")
 
 
 @dataclass(frozen=True)
@@ -229,6 +231,22 @@ def _merge_input(message: Message) -> Message:
     given = message.get("input")
     content = f"{message['content']}\n\n{given}" if given else message["content"]
     return {"role": message["role"], "content": content}
+
+
+def check(template: Template, vocabulary: Container[str]) -> None:
+    """RecipeError where a tokenizer's own template speaks in marks that this model's tokenizer does not have.
+
+    Marks of qmedtune's templates may be plain text (a model is trained on them); those of a `source` are tokens.
+    """
+    if not template.source:
+        return
+    text = _call_source(template, [{"role": "user", "content": "?"}], add_generation_prompt=True)
+    marks = [mark for mark in (template.bos, template.eos_token, *MARK.findall(text)) if mark]
+    if missing := [mark for mark in marks if mark not in vocabulary]:
+        raise RecipeError(
+            f"template: {template.name} does not fit this model: its tokenizer has no token {missing[0]!r}\n"
+            f"name the template that the model was trained with: {', '.join(TEMPLATES)}, chat, or a template.json"
+        )
 
 
 def _call_source(template: Template, messages: Sequence[Message], add_generation_prompt: bool) -> str:

@@ -2,14 +2,16 @@
 
 A base model can know without answering in form, so both ways are measured and told apart; answers that cannot be read
 are wrong and counted. What is kept of an item are labels and numbers: no prompt, no answer text, no source text.
+Every 256 questions are written as soon as they are scored, so a kill costs minutes of a benchmark of thousands.
 Deliberately absent: model loading, intervals and comparisons (compare.py).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from qmedtune.evaluation.scoring import Perplexity, Progress, Rows, choice_logpr
 from qmedtune.recipe import SourceSection
 from qmedtune.tasks import Item, Task
 
+PART = 256  # questions between two writes
 Row = dict[str, Any]
 """Everything that is kept of one item for one model."""
 
@@ -40,7 +43,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Measured:
-    """What one model did: rows per task in the order of its items, perplexity per source of held-out text."""
+    """What one model did: rows per task in the order of `asked`, perplexity per source of held-out text."""
 
     tasks: dict[str, list[Row]]
     perplexity: dict[str, Perplexity]
@@ -53,53 +56,74 @@ def measure_model(
     tasks: list[Task],
     held_out: Mapping[str, Rows],
     settings: Settings,
-    partial: Path,
+    folder: Path,
 ) -> Measured:
-    """All tasks and texts. Each result is written to the folder `partial` at once and read from there when it is."""
-
-    def rows(task: Task) -> list[Row]:
-        return measure(model, tokenizer, task, settings, f"{task.name}, {label}")
+    """All tasks and texts. Each result is written below `folder` at once and read from there when it is there."""
 
     def text(source: str) -> dict[str, Any]:
         with ui.stage(f"perplexity of {Path(source).name}, {label}") as bar:
             return asdict(perplexity(model, held_out[source], settings.batch_tokens, adding(bar)))
 
-    done = {task.name: _kept(partial / f"{label}-{task.name}.json", rows, task) for task in tasks}
+    done = {}
+    for task in tasks:
+        parts_folder = folder / f"{label}-{task.name}"
+        done[task.name] = measure(model, tokenizer, task, settings, f"{task.name}, {label}", parts_folder)
     # A source may be a path, which must not lead out of the folder.
-    files = {source: partial / f"{label}-perplexity-{store.sha256_json(source)[:16]}.json" for source in held_out}
-    texts = {source: _kept(file, text, source) for source, file in files.items()}
+    files = {source: folder / f"{label}-perplexity-{store.sha256_json(source)[:16]}.json" for source in held_out}
+    texts = {source: _kept(file, partial(text, source)) for source, file in files.items()}
     return Measured(done, {source: Perplexity(**found) for source, found in texts.items()})
 
 
-def _kept(path: Path, work: Callable[[Any], Any], what: Any) -> Any:
+def _kept(path: Path, work: Callable[[], Any]) -> Any:
     """What an interrupted attempt left in `path`, else the result of `work`, written in one rename."""
     if path.is_file():
         return json.loads(path.read_text(encoding="utf-8"))
     path.parent.mkdir(parents=True, exist_ok=True)
-    result = work(what)
+    result = work()
     store.write_json(path, result)
     return result
 
 
-def measure(model: Any, tokenizer: Any, task: Task, settings: Settings, title: str) -> list[Row]:
-    """One row per item, in order."""
-    prompts = prompt_texts(tokenizer, settings.template, [item.messages for item in task.items])
-    by_options = bool(task.items[0].options)
-    by_generation = settings.generate or not by_options
-    rows: list[Row] = [{"truncated": False} for _ in task.items]
-    with ui.stage(title, total=len(prompts) * (by_options + by_generation), unit="answers") as bar:
-        if by_options:
-            options = [item.options for item in task.items]
-            scores = choice_logprobs(model, tokenizer, prompts, options, settings.batch_tokens, adding(bar))
-            for row, item, score in zip(rows, task.items, scores, strict=True):
-                row |= {**_choice_row(task, item, score.sums, score.per_character), "truncated": score.truncated}
-        if by_generation:
-            stop, length = settings.template.stop, task.max_new_tokens
-            answers = generate(model, tokenizer, prompts, length, stop, settings.batch_tokens, adding(bar))
-            for row, item, answer in zip(rows, task.items, answers, strict=True):
-                prediction = task.parse(answer.text, item)
-                judged = {**task.judge(item, prediction), "parsed": prediction is not None, "ended": answer.ended}
-                row |= {"generation": judged, "truncated": row["truncated"] or answer.truncated}
+def measure(model: Any, tokenizer: Any, task: Task, settings: Settings, title: str, folder: Path) -> list[Row]:
+    """One row per question of `asked`, in order; each part of them is written to `folder` when it is scored."""
+    asked = task.asked
+    prompts = prompt_texts(tokenizer, settings.template, [item.messages for item in asked])
+    rows: list[Row] = [{}] * len(asked)
+    ways = bool(asked[0].options) + (settings.generate or not asked[0].options)
+    with ui.stage(title, total=len(asked) * ways, unit="answers") as bar:
+        for number, part in enumerate(parts(asked, prompts)):
+            items, texts = [asked[i] for i in part], [prompts[i] for i in part]
+            done, work = bar.completed, partial(_score, model, tokenizer, task, items, texts, settings, adding(bar))
+            for index, row in zip(part, _kept(folder / f"{number:05d}.json", work), strict=True):
+                rows[index] = row
+            bar.update(done + len(part) * ways)
+    return rows
+
+
+def parts(asked: Sequence[Item], prompts: Sequence[str]) -> list[list[int]]:
+    """Indices of what is scored and written together: the same examples before it, similar lengths, at most PART."""
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for index in sorted(range(len(asked)), key=lambda i: -len(prompts[i])):
+        groups.setdefault(asked[index].shots, []).append(index)
+    return [group[start : start + PART] for group in groups.values() for start in range(0, len(group), PART)]
+
+
+def _score(
+    model: Any, tokenizer: Any, task: Task, items: list[Item], prompts: list[str], settings: Settings, done: Progress
+) -> list[Row]:
+    rows: list[Row] = [{"truncated": False} for _ in items]
+    if items[0].options:
+        options = [item.options for item in items]
+        scores = choice_logprobs(model, tokenizer, prompts, options, settings.batch_tokens, done)
+        for row, item, score in zip(rows, items, scores, strict=True):
+            row |= {**_choice_row(task, item, score.sums, score.per_character), "truncated": score.truncated}
+    if settings.generate or not items[0].options:
+        stop, length = settings.template.stop, task.max_new_tokens
+        answers = generate(model, tokenizer, prompts, length, stop, settings.batch_tokens, done)
+        for row, item, answer in zip(rows, items, answers, strict=True):
+            prediction = task.parse(answer.text, item)
+            judged = {**task.judge(item, prediction), "parsed": prediction is not None, "ended": answer.ended}
+            row |= {"generation": judged, "truncated": row["truncated"] or answer.truncated}
     return rows
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from qmedtune import base as bases
-from qmedtune import store
+from qmedtune import store, ui
 from qmedtune.data import templates
 from qmedtune.data import world as worlds
 from qmedtune.errors import RecipeError
@@ -69,7 +69,12 @@ def locate(name: str, *, base: str | None = None, template: str | None = None, o
     else:
         folder = _base_folder(name, offline)
         found = Location(name, "model", folder, (), _template_beside(folder))
-    return replace(found, template=templates.load(template, found.base)) if template else found
+    if template is None:
+        return found
+    asked = templates.load(template, found.base)
+    if found.kind != "model" and asked != found.template:
+        ui.warn(f"{name} was trained with the template {found.template.name} and is asked with {asked.name}")
+    return replace(found, template=asked)
 
 
 def _of_run(name: str, folder: Path) -> Location:
@@ -88,8 +93,8 @@ def _of_run(name: str, folder: Path) -> Location:
 def _whole_model(folder: Path) -> Path:
     """`merged`, or the last stage's own model where a finished run trained no adapter that could be merged."""
     run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    own = [folder / stage["model"]["path"] for stage in run["stages"] if "model" in stage]
-    return own[-1] if own and run["status"] == "finished" and not run["merge"] else folder / "merged"
+    own = [folder / stage["model"]["path"] for stage in run.get("stages", []) if "model" in stage]
+    return own[-1] if own and run.get("status") == "finished" and not run.get("merge") else folder / "merged"
 
 
 def world_of(recipe: Recipe) -> str:

@@ -111,7 +111,7 @@ def _taken_names(recipe: Recipe) -> Iterator[Finding]:
     """Names that would share a folder or a file: sources with the run's own data/ steps, tasks with each other."""
     for name in recipe.data.keys() & {"validation", "planted", *recipe.stage_names()}:
         yield ("data", name), f'"{name}" is the name of a folder that the run makes in data/; call the source otherwise'
-    names = [task if isinstance(task, str) else task.task for task in recipe.evaluate.tasks]
+    names = [task if isinstance(task, str) else task.label for task in recipe.evaluate.tasks]
     for index, name in enumerate(names):
         if name in names[:index]:
             yield ("evaluate", "tasks", index), f"{name} is there twice; give all its files as one path or pattern"

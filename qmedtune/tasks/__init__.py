@@ -11,11 +11,10 @@ from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 
-from qmedtune.data.sources import source_files
 from qmedtune.errors import RecipeError
-from qmedtune.recipe import SourceSection, TaskSection
-from qmedtune.tasks import choice, findings, free_text, labels
-from qmedtune.tasks.items import Item, Task, checked_items
+from qmedtune.recipe import TaskSection
+from qmedtune.tasks import choice, findings, free_text, labels, shots
+from qmedtune.tasks.items import Item, Task, checked_items, with_metric
 
 __all__ = ["BUILTIN_TASKS", "FILE_TASKS", "Item", "Task", "load_task"]
 
@@ -42,10 +41,23 @@ FILE_TASKS: dict[str, tuple[Reader, Maker]] = {
 
 
 def load_task(section: TaskSection, seed: int, world: str = "tiny") -> Task:
-    """Read and check a benchmark. `limit` items are drawn with `seed`. RecipeError, DataError."""
+    """Read and check a benchmark. `limit` items and the examples are drawn with `seed`. RecipeError, DataError."""
     if section.task in BUILTIN_TASKS:
-        items = checked_items(section.task, Path(f"builtin:{world}"), choice.facts(world), section.limit, seed)
-        return choice.choice_task(section.task, items)
+        every, where, make = choice.facts(world), Path(f"builtin:{world}"), choice.choice_task
+    else:
+        _check_name(section)
+        files = shots.split_files(str(section.path), section.split)
+        every, where, make = _read(section.task, files), files[0], FILE_TASKS[section.task][1]
+    task = make(section.task, checked_items(section.task, where, every, section.limit, seed))
+    task = with_metric(task, section.metric) if section.metric else task
+    if not section.shots:
+        return task
+    examples = shots.shot_files(section)
+    pool = _read(section.task, examples) if examples else every
+    return shots.with_shots(task, section, pool, examples[0].name if examples else None, seed)
+
+
+def _check_name(section: TaskSection) -> None:
     if section.task not in FILE_TASKS:
         known = [*BUILTIN_TASKS, *FILE_TASKS]
         close = get_close_matches(section.task, known, n=1)
@@ -55,10 +67,11 @@ def load_task(section: TaskSection, seed: int, world: str = "tiny") -> Task:
         raise RecipeError(
             f"evaluate.tasks: {section.task} is read from a file\nwrite {{task: {section.task}, path: FILE}}"
         )
-    read, make = FILE_TASKS[section.task]
-    files = source_files(SourceSection(path=section.path, kind="instructions"))
-    items = [_named(item, file, files) for file in files for item in read(file)]
-    return make(section.task, checked_items(section.task, files[0], items, section.limit, seed))
+
+
+def _read(task: str, files: list[Path]) -> list[Item]:
+    read, _ = FILE_TASKS[task]
+    return [_named(item, file, files) for file in files for item in read(file)]
 
 
 def _named(item: Item, file: Path, files: list[Path]) -> Item:

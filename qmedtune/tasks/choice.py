@@ -7,6 +7,7 @@ are the answers where options are listed in the prompt; the words themselves whe
 from __future__ import annotations
 
 import csv
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ def choice_task(name: str, items: tuple[Item, ...]) -> Task:
     """Accuracy over items with options; by log-likelihood and, where asked for, by generation."""
     longest = max(len(text) for item in items for text in (*item.options, *item.texts))
     length = min(64, 8 + longest // 2)  # an English token has 4 characters, a drug name's about 2
-    return Task(name, items, "accuracy", _parse, _judge, _accuracy, mean_of="correct", max_new_tokens=length)
+    return Task(name, items, "accuracy", {"accuracy": "correct"}, _parse, _judge, _accuracy, max_new_tokens=length)
 
 
 def _parse(answer: str, item: Item) -> int | None:
@@ -108,7 +109,7 @@ def mmlu(path: Path) -> list[Item]:
                 raise DataError(f"{where}: {len(row)} columns\nallowed: question, options, letter")
             question, *texts, letter = row
             fields = {"question": question, "options": dict(zip(LETTERS, texts, strict=False)), "answer_idx": letter}
-            items.append(replace(_lettered(where, fields, fields["options"]), facet=path.stem.removesuffix("_test")))
+            items.append(replace(_lettered(where, fields, fields["options"]), facet=re.sub("_(test|dev|val)$", "", path.stem)))
     return items
 
 

@@ -1,7 +1,8 @@
 """Answers that list something: hallmarks of cancer (several labels per abstract) and entities of clinical notes.
 
 Both are generated only. A list that is empty must be said ("none"); an answer that names nothing is unparsed, and
-everything it should have named is missed.
+everything it should have named is missed. Entities are counted here, not by seqeval (last release 2020, a source
+archive only): it compares tag sequences, and an answer is a list. A test holds both equal where both apply.
 """
 
 from __future__ import annotations
@@ -57,7 +58,14 @@ def hoc(path: Path) -> list[Item]:
 def hoc_task(name: str, items: tuple[Item, ...]) -> Task:
     """F1 per hallmark and their mean."""
     require("sklearn")
-    return Task(name, items, "macro_f1", _parse_hallmarks, _judge_hallmarks, _hallmark_scores, max_new_tokens=96)
+    metrics: dict[str, str | None] = {"macro_f1": None, "micro_f1": None, "exact_match": "correct"}
+    return Task(
+        name, items, "macro_f1", metrics, _parse_hallmarks, _judge_hallmarks, _hallmark_scores, 96, _write_hallmarks
+    )
+
+
+def _write_hallmarks(item: Item) -> str:
+    return ", ".join(label for label in HALLMARKS if label in item.gold) or "none"
 
 
 def _parse_hallmarks(answer: str, item: Item) -> frozenset[str] | None:
@@ -73,9 +81,12 @@ def _judge_hallmarks(item: Item, prediction: frozenset[str] | None) -> Judgement
 def _hallmark_scores(judgements: list[Judgement]) -> dict[str, float]:
     gold = [[label in j["gold"] for label in HALLMARKS] for j in judgements]
     predicted = [[label in j["prediction"] for label in HALLMARKS] for j in judgements]
-    each = sklearn_metrics().f1_score(gold, predicted, average=None, zero_division=0)
+    f1_score = sklearn_metrics().f1_score
+    each = f1_score(gold, predicted, average=None, zero_division=0)
     return {
         "macro_f1": float(each.mean()),
+        "micro_f1": float(f1_score(gold, predicted, average="micro", zero_division=0)),
+        "exact_match": sum(j["correct"] for j in judgements) / len(judgements),
         **{f"f1 {label}": float(f) for label, f in zip(HALLMARKS, each, strict=True)},
     }
 
@@ -127,7 +138,14 @@ def _entity_item(name: str, line: str, gold: list[tuple[str, str]]) -> Item:
 
 def entity_task(name: str, items: tuple[Item, ...]) -> Task:
     """Micro precision, recall and F1 of (type, words), each entity matched once; words as in the sentence."""
-    return Task(name, items, "entity_f1", _parse_entities, _judge_entities, _entity_scores, max_new_tokens=192)
+    metrics: dict[str, str | None] = dict.fromkeys(("entity_f1", "precision", "recall"))
+    return Task(
+        name, items, "entity_f1", metrics, _parse_entities, _judge_entities, _entity_scores, 192, _write_entities
+    )
+
+
+def _write_entities(item: Item) -> str:
+    return "\n".join(f"{kind}: {words}" for kind, words in item.gold) or "none"
 
 
 def _parse_entities(answer: str, item: Item) -> tuple[tuple[str, str], ...] | None:

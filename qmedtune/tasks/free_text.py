@@ -46,7 +46,8 @@ def emrqa(path: Path) -> list[Item]:
 
 def question_task(name: str, items: tuple[Item, ...]) -> Task:
     """Token F1 first, exact match beside it; both means over items."""
-    return Task(name, items, "token_f1", _said, _judge_answer, _means, mean_of="token_f1", max_new_tokens=64)
+    metrics: dict[str, str | None] = {"token_f1": "token_f1", "exact_match": "exact_match"}
+    return Task(name, items, "token_f1", metrics, _said, _judge_answer, _means, max_new_tokens=64)
 
 
 def normalised(text: str) -> list[str]:
@@ -83,7 +84,8 @@ def summaries(path: Path) -> list[Item]:
 def summary_task(name: str, items: tuple[Item, ...]) -> Task:
     """ROUGE-L first, ROUGE-1 and ROUGE-2 beside it; means over items of the F-measure, with stemming."""
     require("rouge_score")
-    return Task(name, items, "rougeL", _said, _judge_summary, _means, mean_of="rougeL", max_new_tokens=256)
+    metrics: dict[str, str | None] = {name: name for name in ("rougeL", "rouge1", "rouge2")}
+    return Task(name, items, "rougeL", metrics, _said, _judge_summary, _means, max_new_tokens=256)
 
 
 def _judge_summary(item: Item, prediction: str | None) -> Judgement:

@@ -2,13 +2,14 @@
 
 Files are read whole and strictly: a benchmark with a missing field, an unknown answer or an empty split is refused
 with file and line, because a score over "most of" a test set is not that test set's score.
-Deliberately absent: models and tokens (evaluate.py), downloads.
+Deliberately absent: models and tokens (evaluation/), which file is which split and examples (shots.py), downloads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -40,6 +41,7 @@ class Item:
 
     options: the answers whose log-likelihood is compared, as the model would write them ("A", "yes", a sentence)
     texts: what the options say where they are letters; a generated answer may give either
+    shots: ids of the examples that stand in `messages` before the question
     """
 
     id: str
@@ -48,26 +50,56 @@ class Item:
     options: tuple[str, ...] = ()
     texts: tuple[str, ...] = ()
     facet: str | None = None
+    shots: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Task:
     """Items and their metric. `metric` names the main one in what `aggregate` returns (higher is better).
 
+    metrics: every metric of the task; with it the judgement's number whose mean it is, where it is a mean (it is then
+        resampled without `aggregate`)
     parse: a generated answer -> prediction, None when it cannot be read (counted, and judged as wrong)
     judge: item and prediction -> what is kept of it
     aggregate: all judgements -> scores
-    mean_of: the judgement's number whose mean is the metric, where it is a mean (resampled without `aggregate`)
+    write: the right answer as an example shows it; its beginning is the option where there are options
+    draws: the items once more per draw of examples, with the examples in their messages; empty without examples
     """
 
     name: str
     items: tuple[Item, ...]
     metric: str
+    metrics: dict[str, str | None]
     parse: Callable[[str, Item], Any]
     judge: Callable[[Item, Any], Judgement]
     aggregate: Callable[[list[Judgement]], dict[str, float]]
-    mean_of: str | None = None
     max_new_tokens: int = 16
+    write: Callable[[Item], str] = field(default_factory=lambda: written)
+    draws: tuple[tuple[Item, ...], ...] = ()
+    shots_from: str | None = None
+
+    @property
+    def asked(self) -> list[Item]:
+        """What the model is asked, draw after draw."""
+        return [item for draw in self.draws for item in draw] or list(self.items)
+
+
+def written(item: Item) -> str:
+    """The right answer as the training data writes it: "C. Metformin", "yes", the reference text."""
+    if item.texts:
+        return f"{item.options[item.gold]}. {item.texts[item.gold]}"
+    return item.options[item.gold] if item.options else item.gold
+
+
+def with_metric(task: Task, name: str) -> Task:
+    """The task with another of its metrics as the main one."""
+    if name not in task.metrics:
+        close = get_close_matches(name, task.metrics, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise RecipeError(
+            f"evaluate.tasks: {task.name} has no metric {name!r}\n{hint}allowed: {', '.join(task.metrics)}"
+        )
+    return replace(task, metric=name)
 
 
 def records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

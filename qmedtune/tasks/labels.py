@@ -54,14 +54,15 @@ def auroc_task(name: str, items: tuple[Item, ...]) -> Task:
     require("sklearn")
     if len({item.gold for item in items}) < 2:
         raise DataError(f"task {name}: all items have the same outcome, so there is no ROC curve\ngive the whole split")
-    return Task(name, items, "auroc", _parse, _judge, _auroc)
+    return Task(name, items, "auroc", {"auroc": None, "accuracy": "correct"}, _parse, _judge, _auroc)
 
 
 def _task(name: str, items: tuple[Item, ...], metric: str) -> Task:
     require("sklearn")
     longest = max(len(label) for label in items[0].options)
-    length, mean_of = 8 + longest // 2, "correct" if metric == "accuracy" else None
-    return Task(name, items, metric, _parse, _judge, partial(_scores, items[0].options), mean_of, length)
+    metrics = {"accuracy": "correct", "macro_f1": None}
+    scores = partial(_scores, items[0].options)
+    return Task(name, items, metric, metrics, _parse, _judge, scores, max_new_tokens=8 + longest // 2)
 
 
 def _parse(answer: str, item: Item) -> int | None:
