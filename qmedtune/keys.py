@@ -173,38 +173,3 @@ def difference(old: Any, new: Any, where: str = "") -> str:
     if "sha256" in where or "files" in where or "benchmarks" in where:
         return f"{where} changed"
     return f"{where} was {old}, is {new}"
-
-
-def smoke(recipe: Recipe) -> Recipe:
-    """The recipe on the built-in base and data of the same kinds, with the built-in budgets."""
-    builtin = {"literature": "literature", "clinical": "notes", "general": "general", "instructions": "instructions"}
-    data = {
-        name: SourceSection(
-            path=f"builtin:{builtin[source.kind]}",
-            kind=source.kind,
-            template=source.template,
-            split_by="patient" if source.kind == "clinical" else "record",
-        )
-        for name, source in recipe.data.items()
-    }
-    stages = []
-    for stage in recipe.stages:
-        auto = {"seq_len": "auto", "batch": "auto", "micro_batch": "auto", "lr": "auto", "embedding_lr": "auto"}
-        auto |= {"warmup": "auto", "optimizer": "auto", "horizon_steps": None, "epochs": None}
-        auto |= {"tokens": "auto"} if stage.kind != "sft" else {"epochs": "auto"}
-        section = stage.section.model_copy(update=auto)
-        stages.append(stage.model_copy(update={stage.kind: section}))
-    tasks = ["facts"] if recipe.evaluate.tasks else []
-    # What was chosen for the recipe's card (float16 on a T4, flash attention) need not run on this machine.
-    base = {"base": "builtin:tiny", "revision": None, **dict.fromkeys(MODEL_BY_MACHINE, "auto")}
-    decontaminate = "off" if recipe.hygiene.decontaminate == "off" else "evaluation"
-    return recipe.model_copy(
-        update={
-            "memory": "auto",
-            "model": recipe.model.model_copy(update=base),
-            "data": data,
-            "hygiene": recipe.hygiene.model_copy(update={"decontaminate": decontaminate}),
-            "stages": stages,
-            "evaluate": recipe.evaluate.model_copy(update={"tasks": tasks}),
-        }
-    )

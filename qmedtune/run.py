@@ -22,6 +22,7 @@ from qmedtune.errors import QmedtuneError, RecipeError, RunError
 from qmedtune.interrupt import stop
 from qmedtune.planning import room
 from qmedtune.recipe import Recipe
+from qmedtune.smoke import smoke as smoked
 from qmedtune.steps import Step, steps_of
 
 
@@ -41,7 +42,7 @@ def run(
     `until` names the last step or stage to run. Steps with equal keys are taken from `siblings`, other run folders.
     Raises QmedtuneError; what is sealed by then stays and is reused.
     """
-    asked = keys.smoke(recipe) if smoke else recipe
+    asked = smoked(recipe) if smoke else recipe
     resolved, choices = plan.resolve(asked)
     hashes = store.HashCache(out / ".hashes.json")
     steps = steps_of(resolved, asked, hashes)

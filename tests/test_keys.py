@@ -12,6 +12,7 @@ from qmedtune.parsing.loader import load_recipe
 from qmedtune.planning.resolve import resolve
 from qmedtune.recipe import ModelSection, Recipe
 from qmedtune.run import steps_of
+from qmedtune.smoke import smoke
 
 
 def micro(*settings: str) -> Recipe:
@@ -79,9 +80,9 @@ def test_a_chat_template_is_part_of_a_base(tmp_path: Path):
 
 
 def test_smoke_takes_nothing_that_was_chosen_for_another_card():
-    recipe = keys.smoke(load_recipe(MICRO.parent / "llama3_1b_colab_t4.yaml").recipe)
+    recipe = smoke(load_recipe(MICRO.parent / "llama3_1b_colab_t4.yaml").recipe)
     assert recipe.model.compute_dtype == recipe.model.attention == recipe.model.kernels == recipe.memory == "auto"
-    assert keys.smoke(micro("hygiene.decontaminate=[exam.jsonl]")).hygiene.decontaminate == "evaluation"
+    assert smoke(micro("hygiene.decontaminate=[exam.jsonl]")).hygiene.decontaminate == "evaluation"
 
 
 def test_an_evaluation_compares_with_the_base_before_anything_was_folded_into_it(tmp_path: Path):

@@ -15,6 +15,7 @@ from qmedtune.errors import RecipeError, RunError
 from qmedtune.parsing.loader import load_recipe
 from qmedtune.planning.status import status
 from qmedtune.run import run
+from qmedtune.smoke import smoke
 
 TRAINED = ("01-cpt", "02-sft")
 
@@ -158,12 +159,10 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path):
 
 
 def test_smoke_takes_the_built_in_base_and_data(tmp_path: Path):
-    from qmedtune import keys
-
     recipe = load_recipe(MICRO.parent / "llama3_8b_24gb.yaml").recipe
-    smoke = keys.smoke(recipe)
-    assert smoke.model.base == "builtin:tiny"
-    assert {source.path for source in smoke.data.values()} <= {
+    smoked = smoke(recipe)
+    assert smoked.model.base == "builtin:tiny"
+    assert {source.path for source in smoked.data.values()} <= {
         "builtin:literature", "builtin:notes", "builtin:general", "builtin:instructions"
     }  # fmt: skip
-    assert [stage.kind for stage in smoke.stages] == [stage.kind for stage in recipe.stages]
+    assert [stage.kind for stage in smoked.stages] == [stage.kind for stage in recipe.stages]

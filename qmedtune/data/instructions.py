@@ -17,7 +17,7 @@ ROLES = {
     "system": "system",
     "user": "user", "human": "user", "patient": "user", "question": "user", "prompter": "user",
     "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
-    "doctor": "assistant", "answer": "assistant",
+    "doctor": "assistant", "answer": "assistant", "agent": "assistant",
 }  # fmt: skip
 # (question, answer) columns, first match wins.
 PAIRS = (

@@ -134,6 +134,9 @@ TEMPLATES = {
     for template in (
         Template("alpaca", opening=ALPACA_OPENING, opening_input=ALPACA_OPENING_INPUT, user=INSTRUCTION,
                  user_input=INSTRUCTION + INPUT, answer="### Response:\n", stop=("### Instruction:",)),
+        # As Stanford's own script has it, and ChatDoctor, AlpaCare and PMC-LLaMA after it: no line ends the heading.
+        Template("stanford_alpaca", opening=ALPACA_OPENING, opening_input=ALPACA_OPENING_INPUT, user=INSTRUCTION,
+                 user_input=INSTRUCTION + INPUT, answer="### Response:", stop=("### Instruction:",)),
         # MedAlpaca prints the input heading also where the input is empty.
         Template("medalpaca", opening=ALPACA_OPENING_INPUT, opening_input=ALPACA_OPENING_INPUT,
                  user=INSTRUCTION + "### Input:\n\n\n", user_input=INSTRUCTION + INPUT, answer="### Response:\n",
@@ -146,10 +149,13 @@ TEMPLATES = {
         Template("meditron", system="<|im_start|>system\n{content}<|im_end|>\n",
                  user="<|im_start|>question\n{content}<|im_end|>\n",
                  user_input="<|im_start|>question\n{content}\n\n{input}<|im_end|>\n",
-                 answer="<|im_start|>answer\n", end="<|im_end|>", between="\n", eos="document",
+                 answer="<|im_start|>answer\n", end="<|im_end|>\n", between="", eos="document",
                  stop=("<|im_end|>", "<|im_start|>")),
         Template("human_assistant", user="Human: {content}\n", user_input="Human: {content}\n\n{input}\n",
                  answer="Assistant: ", between="\n", stop=("\nHuman:",)),
+        # Me-LLaMA's wrap of one prompt; the blank line between turns is ours.
+        Template("me_llama", user="Human: \n{content}\n\n", user_input="Human: \n{content}\n\n{input}\n\n",
+                 answer="Assistant: \n", between="\n\n", stop=("\nHuman:",)),
         Template("patient_doctor", user="Patient: {content}\n", user_input="{content}\n\nPatient: {input}\n",
                  answer="ChatDoctor: ", between="\n", stop=("\nPatient:",)),
         Template("question_answer", user="Question: {content}\n", user_input="{input}\nQuestion: {content}\n",

@@ -91,9 +91,18 @@ def base_facts(model: ModelSection) -> BaseFacts:
     facts = _base_facts(model)
     if (shape := model.shape) is None:
         return facts
-    own = {**shape.model_dump(exclude_none=True), "kv_heads": shape.kv_heads or shape.heads}
-    source = f"the recipe's own shape, with the tokenizer of {model.base}"
-    return replace(facts, source=source, head_dim=shape.hidden // shape.heads, measured_bytes=None, **own)
+    return replace(
+        facts,
+        source=f"recipe, with the tokenizer of {model.base}",
+        hidden=shape.hidden,
+        layers=shape.layers,
+        heads=shape.heads,
+        kv_heads=shape.kv_heads or shape.heads,
+        head_dim=shape.hidden // shape.heads,
+        intermediate=shape.intermediate,
+        max_positions=shape.max_positions or facts.max_positions,
+        measured_bytes=None,
+    )
 
 
 def _base_facts(model: ModelSection) -> BaseFacts:

@@ -1,0 +1,67 @@
+"""`--smoke`: the same recipe on the built-in base and data, in small budgets, so that a mistake costs seconds.
+
+What is kept is what can be wrong in a recipe: its sources with their kinds, templates and chunking, its stages with
+their adapters, losses and schedules. What belongs to a real base, its text or its card is replaced. Deliberately not
+here: anything that the run does differently; a smoke run is an ordinary run of another recipe.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from qmedtune.keys import MODEL_BY_MACHINE
+from qmedtune.recipe import MixSection, Recipe, SourceSection, StageSection
+
+BUILTIN = {"literature": "literature", "clinical": "notes", "general": "general", "instructions": "instructions"}
+RECORDS = 300  # of the built-in instructions, shared by all sources of that kind
+TOKENS = 60_000  # of a `cpt` or `pretrain` stage: 8 s on two cores
+SEQ_LEN = 128  # of `sft` rows: the longest prompt of a shipped template and an answer take 110 tokens of the tiny base
+
+
+def smoke(recipe: Recipe) -> Recipe:
+    """The recipe to run in place of `recipe`."""
+    kinds = Counter(source.kind for source in recipe.data.values())
+    data = {name: _source(source, kinds[source.kind]) for name, source in recipe.data.items()}
+    texts = [name for name, source in recipe.data.items() if source.kind in ("literature", "clinical", "general")]
+    on = [name for name in recipe.validation.on if name in texts]  # the built-in world holds out documents alone
+    validate = {"on": on, "keep_best": recipe.validation.keep_best and bool(on)}
+    hygiene = {"decontaminate": "off" if recipe.hygiene.decontaminate == "off" else "evaluation"}
+    if max(kinds.values()) > 1:  # sources of one kind get the same text: all but the first would be duplicates
+        hygiene["dedup"] = recipe.hygiene.dedup.model_copy(update={"exact": False, "near": False})
+    # What was chosen for the recipe's card (float16 on a T4, flash attention) need not run on this machine.
+    base = {"base": "builtin:tiny", "revision": None, "shape": None, **dict.fromkeys(MODEL_BY_MACHINE, "auto")}
+    scored = [name for name in recipe.evaluate.perplexity if name in texts]
+    evaluate = {"tasks": ["facts"] if recipe.evaluate.tasks else [], "perplexity": scored}
+    return recipe.model_copy(
+        update={
+            "memory": "auto",
+            "model": recipe.model.model_copy(update=base),
+            "data": data,
+            "hygiene": recipe.hygiene.model_copy(update=hygiene),
+            "stages": [_stage(stage) for stage in recipe.stages],
+            "validation": recipe.validation.model_copy(update=validate),
+            "evaluate": recipe.evaluate.model_copy(update=evaluate),
+        }
+    )
+
+
+def _source(source: SourceSection, alike: int) -> SourceSection:
+    limit = -(-RECORDS // alike) if source.kind == "instructions" else None
+    return SourceSection(
+        path=f"builtin:{BUILTIN[source.kind]}",
+        kind=source.kind,
+        template=source.template,
+        chunking=source.chunking,
+        split_by="patient" if source.kind == "clinical" else "record",
+        max_records=limit,
+    )
+
+
+def _stage(stage: StageSection) -> StageSection:
+    section = stage.section
+    update: dict[str, object] = dict.fromkeys(("seq_len", "batch", "micro_batch", "lr", "embedding_lr"), "auto")
+    update |= {"warmup": "auto", "optimizer": "auto", "horizon_steps": None}
+    update |= {"tokens": TOKENS, "epochs": None} if isinstance(section, MixSection) else {"epochs": 1.0}
+    if not isinstance(section, MixSection):
+        update["seq_len"] = SEQ_LEN
+    return stage.model_copy(update={stage.kind: section.model_copy(update=update)})
