@@ -8,7 +8,8 @@ finished when the cache is emptied.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from qmedtune.recipe import ModelSection, Recipe
 
 BUILTIN = "builtin:"
 BLANK = "blank"
+TRAINED_ON, ADAPTER_WEIGHTS = "trained_on.json", "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,38 @@ def identify(section: ModelSection, hashes: store.HashCache, *, offline: bool, s
     digest = store.sha256_json({p.name: hashes.sha256(p) for p in files})
     revision = section.revision or (folder.name if folder.parent.name == "snapshots" else None)
     return Base(section.base, digest, lambda: folder, revision)
+
+
+def note_base(adapter: Path, name: str, folder: Path, earlier: Sequence[Path]) -> None:
+    """Keep beside an adapter which weights it was trained on: their hash, and those of adapters below it."""
+    below = [store.sha256_file(path / ADAPTER_WEIGHTS) for path in earlier]
+    store.write_json(adapter / TRAINED_ON, {"base": name, "sha256": weights_sha256(folder), "adapters_below": below})
+
+
+def check_base(adapter: Path, folder: Path) -> None:
+    """RecipeError where an adapter was trained on other weights than those of `folder`. Adapters of other tools do not
+    say; for them the shapes must do."""
+    path = adapter / TRAINED_ON
+    if not path.is_file():
+        return
+    trained_on = json.loads(path.read_text(encoding="utf-8"))
+    if trained_on["adapters_below"]:
+        raise RecipeError(f"{adapter}: was trained on top of an earlier adapter\nname the run, which holds both")
+    if trained_on["sha256"] != (found := weights_sha256(folder)):
+        raise RecipeError(
+            f"{adapter}: was trained on other weights than {folder}\n"
+            f"sha256 {trained_on['sha256'][:12]}, not {found[:12]}; give its own base with --base: {trained_on['base']}"
+        )
+
+
+def weights_sha256(folder: Path) -> str:
+    """One hash for all weight files of a model folder; each is read once and remembered by size and time."""
+    hashes = store.HashCache(store.cache_root() / "hashes.json")
+    value = store.sha256_json({path.name: hashes.sha256(path) for path in sorted(folder.glob("*.safetensors"))})
+    with suppress(OSError):  # a cache folder that cannot be written costs the next hashing, nothing else
+        store.cache_root().mkdir(parents=True, exist_ok=True)
+        hashes.save()
+    return value
 
 
 def _folder(section: ModelSection, *, offline: bool, shape_only: bool) -> Path:

@@ -13,6 +13,8 @@ from qmedtune.errors import RecipeError
 from qmedtune.recipe import ModelSection
 
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+# Settings that name Python code to import (PEFT imports the module `megatron_core` where `megatron_config` is given).
+CODE_KEYS = {"config.json": "auto_map", "tokenizer_config.json": "auto_map", "adapter_config.json": "megatron_config"}
 
 
 def check_folder(folder: Path) -> None:
@@ -26,10 +28,10 @@ def check_folder(folder: Path) -> None:
         )
     if not weights:
         raise RecipeError(f"{folder}: no *.safetensors in this folder\ngive a folder with config.json and weights")
-    for name in ("config.json", "tokenizer_config.json"):
+    for name, key in CODE_KEYS.items():
         path = folder / name
-        if path.is_file() and "auto_map" in _json(path):
-            raise RecipeError(f"{path}: `auto_map` asks for remote code, which is never run\nuse a LLaMA-family model")
+        if path.is_file() and _json(path).get(key):
+            raise RecipeError(f"{path}: `{key}` asks for remote code, which is never run\nuse a LLaMA-family model")
     for path in folder.iterdir():
         inside = [folder.resolve()]
         if folder.resolve().parent.name == "snapshots":  # the Hub's cache: files are links to ../../blobs
@@ -50,6 +52,8 @@ def resolve_base(section: ModelSection, *, offline: bool, shape_only: bool = Fal
     weights: config and tokenizer are all that `pretrain` takes of it."""
     local = Path(section.base).expanduser()
     if local.is_dir():
+        if (local / "adapter_config.json").is_file():  # transformers would go on with the base that this file names
+            raise RecipeError(f"model.base: {local} holds an adapter, not a model\nmerge it: qmedtune merge {local}")
         check_folder(local)
         return local
     if local.is_absolute() or section.base.startswith((".", "~")) or section.base.count("/") != 1:

@@ -7,10 +7,15 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
 from qmedtune import cli, ui
+from qmedtune.base import ADAPTER_WEIGHTS, note_base
+from qmedtune.errors import RecipeError
+from qmedtune.evaluation.open_model import locate
+from qmedtune.hub import check_folder
 
 RECIPE = """\
 name: mine
@@ -139,8 +144,6 @@ def test_there_are_enough_of_them():
 
 def model_folder(path, **config):
     """The smallest folder that looks like a LLaMA to everything that does not load it."""
-    import numpy as np
-
     path.mkdir()
     shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
     base = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 64, "num_key_value_heads": 2}
@@ -178,6 +181,60 @@ def test_links_out_of_a_model_folder_are_refused(target, place, capsys):
     (folder / "generation_config.json").symlink_to(target)
     code, err = run_on(folder, place, capsys)
     assert code == 2 and "link" in err
+
+
+def test_an_adapter_is_no_base(place, capsys):
+    folder = model_folder(place / "base")
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/else"}')
+    code, err = run_on(folder, place, capsys)
+    assert code == 2 and "holds an adapter" in err and "qmedtune merge" in err
+
+
+def test_an_adapter_that_names_code_is_refused(place):
+    folder = model_folder(place / "adapter")
+    (folder / "adapter_config.json").write_text(json.dumps({"megatron_config": {"x": 1}, "megatron_core": "evil"}))
+    with pytest.raises(RecipeError, match="`megatron_config` asks for remote code, which is never run"):
+        check_folder(folder)
+
+
+def adapter_of(base, path, below=()):
+    """A folder that says which weights it was trained on, as training writes it."""
+    path.mkdir()
+    (path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+    save_file({"a": np.ones(2, np.float32)}, path / ADAPTER_WEIGHTS)
+    note_base(path, "mine", base, below)
+    return path
+
+
+def test_an_adapter_of_another_base_is_refused(place):
+    mine, other = model_folder(place / "mine"), model_folder(place / "other")
+    save_file({"model.norm.weight": np.zeros(64, np.float32)}, other / "model.safetensors")
+    adapter = adapter_of(mine, place / "adapter")
+    assert locate(str(adapter)).base == mine
+    with pytest.raises(RecipeError, match=r"was trained on other weights than .*other\nsha256 .*--base: mine"):
+        locate(str(adapter), base=str(other))
+
+
+def test_one_adapter_of_a_stack_is_refused(place):
+    base = model_folder(place / "base")
+    first = adapter_of(base, place / "first")
+    with pytest.raises(RecipeError, match="on top of an earlier adapter\nname the run"):
+        locate(str(adapter_of(base, place / "second", [first])))
+
+
+def test_a_tokenizer_of_another_model_is_refused(place):
+    from qmedtune.model import check_tokenizer
+
+    class Embeddings:
+        weight = np.zeros((100, 4))
+
+    class Model:
+        def get_input_embeddings(self):
+            return Embeddings
+
+    check_tokenizer(range(100), Model(), place)
+    with pytest.raises(RecipeError, match="has 101 tokens, the model only 100 embeddings\nuse the tokenizer"):
+        check_tokenizer(range(101), Model(), place)
 
 
 def test_another_architecture_is_refused(place, capsys):

@@ -16,7 +16,7 @@ from qmedtune import base as bases
 from qmedtune import store
 from qmedtune.data.templates import FILE
 from qmedtune.errors import RecipeError
-from qmedtune.evaluation.open_model import locate
+from qmedtune.evaluation.open_model import check_intact, locate
 from qmedtune.planning.machine import this_machine
 from qmedtune.recipe import MergeSection, ModelSection, Recipe
 from qmedtune.steps import after, folds
@@ -64,6 +64,7 @@ def _of_run(folder: Path, offline: bool) -> tuple[ModelSection, Path, list[Path]
     for adapter in adapters:
         if not adapter.is_dir():
             raise RecipeError(f"{folder}: stage {adapter.parent.name} is not finished\ncontinue it with `qmedtune run`")
+        check_intact(adapter.parent, full=True)
     hashes = store.HashCache(store.cache_root() / "hashes.json")
     templates = [path.parent for path in sorted(folder.glob(f"[0-9][0-9]-sft/{FILE}"))]
     found = folder / place

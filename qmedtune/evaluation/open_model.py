@@ -16,7 +16,7 @@ from qmedtune import base as bases
 from qmedtune import store, ui
 from qmedtune.data import templates
 from qmedtune.data import world as worlds
-from qmedtune.errors import RecipeError
+from qmedtune.errors import RecipeError, RunError
 from qmedtune.planning.machine import this_machine
 from qmedtune.recipe import ModelSection, Recipe
 
@@ -84,6 +84,7 @@ def _of_run(name: str, folder: Path) -> Location:
             f"{folder}: this run has no merged model yet\n"
             "finish it with `qmedtune run`, or name the adapter folder of a finished stage"
         )
+    check_intact(merged if merged.name == "merged" else merged.parent, full=False)
     stages = sorted(path for path in folder.glob("[0-9][0-9]-*") if (path / templates.FILE).is_file())
     template = templates.load(stages[-1]) if stages else _template_beside(merged)
     recipe = Recipe.model_validate(json.loads((folder / "run.json").read_text(encoding="utf-8"))["recipe"])
@@ -97,6 +98,14 @@ def _whole_model(folder: Path) -> Path:
     return own[-1] if own and run.get("status") == "finished" and not run.get("merge") else folder / "merged"
 
 
+def check_intact(folder: Path, *, full: bool) -> None:
+    """RunError where a sealed folder of a run is not what was sealed: by sizes and times, or `full` by hashes."""
+    sealed = store.read_seal(folder)
+    problems = store.damage(folder, sealed, full=full) if sealed else [f"{store.SEAL}: damaged"]
+    if problems and (folder / store.SEAL).is_file():
+        raise RunError(f"{folder}: damaged since it was sealed ({problems[0]})\n`qmedtune run` makes it again")
+
+
 def world_of(recipe: Recipe) -> str:
     """The built-in world that a recipe's data come from; `tiny` for recipes on other data."""
     paths = [p for s in recipe.data.values() for p in ([s.path] if isinstance(s.path, str) else s.path)]
@@ -106,6 +115,7 @@ def world_of(recipe: Recipe) -> str:
 def _of_adapter(name: str, folder: Path, base: str | None, offline: bool) -> Location:
     named = base or json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
     below = _base_folder(named, offline)
+    bases.check_base(folder, below)
     saved = [place for place in (folder, folder.parent) if (place / templates.FILE).is_file()]
     template = templates.load(saved[0]) if saved else _template_beside(below)
     return Location(name, "adapter", below, (folder,), template)
