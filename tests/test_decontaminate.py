@@ -130,6 +130,64 @@ def test_a_missing_benchmark_is_named(tmp_path):
         benchmark_items(made)
 
 
+def test_a_folder_of_mmlu_subjects(tmp_path):
+    """Published without a header; the ids are those of the evaluation, so that it can be split."""
+    from qmedtune.tasks import load_task
+
+    folder = tmp_path / "mmlu"
+    folder.mkdir()
+    for name, stem in (("anatomy_test", "Which bone\nis longest?"), ("genetics_test", "Which base pairs?")):
+        (folder / f"{name}.csv").write_text(f'"{stem}",a,b,c,d,B\nAnother one?,a,b,c,d,A\n')
+    made = recipe(evaluate={"tasks": [{"task": "mmlu", "path": str(folder)}]})
+    items = benchmark_items(made)
+    assert [item.texts for item in items[:2]] == [("Which bone\nis longest?",), ("Another one?",)]
+    assert [i.id for i in items] == [i.id for i in load_task(made.evaluate.tasks[0], 0).items]
+
+
+def test_every_item_of_a_record_is_found_where_the_evaluation_is_split():
+    rng = random.Random(4)
+    items = [Item("t", str(i), (sentence(rng, 15, 20),)) for i in range(5)] + [Item("t", "5", ("no text of it",), "77")]
+    index = build([*items, Item("u", "same", items[0].texts)])
+    text = f"{items[3].texts[0]} and {items[0].texts[0]}"
+    assert len(search(index, [text, "else"], ["77", None])) == 1
+    assert {hit.item for hit in search(index, [text, "else"], ["77", None], every=True)} == {0, 3, 5, 6}
+
+
+def test_named_benchmarks_say_how_to_get_them_where_there_is_no_network(monkeypatch):
+    import datasets
+
+    def absent(*_, **__):
+        raise ConnectionError("no network in tests")
+
+    monkeypatch.setattr(datasets, "load_dataset", absent)
+    with pytest.raises(DataError, match="medqa .* is not in the local cache"):
+        benchmark_items(recipe(hygiene={"decontaminate": ["medqa"]}))
+
+
+def test_named_benchmarks_in_the_form_that_the_hub_has(monkeypatch):
+    import datasets
+
+    rows = {
+        "qiaojin/PubMedQA": {"pubid": 12, "question": "Is it so?", "context": {"contexts": ["One.", "Two."]}},
+        "cais/mmlu": {"question": "Which bone?", "choices": ["a", "b", "c", "d"], "answer": 1},
+        "GBaker/MedQA-USMLE-4-options": {"question": "Which drug?", "options": {"A": "x"}, "answer_idx": "A"},
+    }
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, *_, **__: datasets.Dataset.from_list([rows[name]]))
+    made = recipe(hygiene={"decontaminate": ["pubmedqa", "mmlu_medical", "medqa"]})
+    items = benchmark_items(made)
+    assert (items[0].texts, items[0].pmid, items[0].id) == (("Is it so?", "One.", "Two."), "12", "12")
+    assert [item.id for item in items[1:7]][:2] == ["anatomy/1", "clinical_knowledge/1"]
+    assert items[1].texts == ("Which bone?",) and items[7].texts == ("Which drug?",)
+
+
+def test_a_benchmark_of_the_evaluation_goes_before_the_public_one(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text(json.dumps({"question": "My own question?"}) + "\n")
+    tasks = {"tasks": [{"task": "medqa", "path": str(path)}]}
+    (item,) = benchmark_items(recipe(evaluate=tasks, hygiene={"decontaminate": ["medqa"]}))
+    assert item.texts == ("My own question?",)
+
+
 @pytest.mark.skipif(not REAL.is_dir(), reason="real text is not part of the repository")
 def test_real_pubmedqa_questions_are_all_found_and_real_abstracts_are_clean():
     rng = random.Random(3)

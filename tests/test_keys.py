@@ -95,3 +95,37 @@ def test_an_evaluation_compares_with_the_base_before_anything_was_folded_into_it
     folded = needs("stages[1].sft.adapter=merge_then_new")
     assert (folded["origin"], folded["base"], folded["adapter-1"]) == ("base", "02-sft-base", "02-sft/adapter")
     assert "origin" not in needs() and needs()["base"] == "base"
+
+
+def test_a_report_that_changes_its_patient_is_read_again(tmp_path: Path):
+    """MIMIC-CXR: the folder names the patient, the file the study; the text alone does not tell them."""
+    recipe, places = micro(f"data.literature.path={tmp_path / 'files'}"), []
+    for patient in ("p10000001", "p10000002"):
+        folder = tmp_path / "files" / "p10" / patient
+        folder.mkdir(parents=True)
+        (tmp_path / "files" / "p10" / "s1.txt").write_text("FINDINGS: none")
+        (tmp_path / "files" / "p10" / "s1.txt").rename(folder / "s1.txt")
+        (tmp_path / "files" / "p10" / "s0.txt").write_text("FINDINGS: some")
+        places.append(source_section(tmp_path, recipe)["files"])
+        (folder / "s1.txt").unlink()
+    assert places[0] != places[1]
+
+
+def test_a_hub_dataset_is_keyed_by_its_commit_and_stays_so_offline(tmp_path: Path, monkeypatch):
+    import huggingface_hub
+
+    recipe = micro("data.literature.path=owner/texts", "data.literature.format=huggingface")
+    answers = iter(["c0ffee", "c0ffee", "decaf", OSError("no network")])
+
+    class Api:
+        def dataset_info(self, name, revision, timeout):
+            answer = next(answers)
+            if isinstance(answer, OSError):
+                raise answer
+            return type("Info", (), {"sha": answer})
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    hashes = store.HashCache(tmp_path / "hashes.json")
+    keyed = [keys.source_section(recipe, "literature", hashes)["files"] for _ in range(4)]
+    assert keyed[0] == keyed[1] == [["owner/texts", "c0ffee"]]
+    assert keyed[2] == keyed[3] == [["owner/texts", "decaf"]]

@@ -153,6 +153,73 @@ def test_result_is_the_same_each_time(tmp_path):
     assert one == two
 
 
+def test_near_duplicates_of_earlier_sources_are_removed_too(tmp_path):
+    own = sentences(60)
+    path = jsonl(tmp_path / "a.jsonl", [{"text": t} for t in own])
+    made = recipe(path)
+    _, first = prepare(tmp_path, made)
+    jsonl(path, [{"text": f"{t} edited"} for t in own[:25]] + [{"text": t} for t in sentences(9, 1)])
+    facts, _ = prepare(tmp_path, made, "two", one=first)
+    assert (facts["near_duplicates"], facts["near"]["of_earlier_sources"]) == (25, 25)
+    assert facts["records"]["kept"] == 9 and len(facts["near"]["examples"]) == 3
+    off = recipe(path, hygiene={"dedup": {"near": False}})
+    assert prepare(tmp_path, off, "two", one=first)[0]["records"]["kept"] == 34
+
+
+def test_ids_of_notes_are_no_examples(tmp_path):
+    rows = [{"id": f"note {i}", "text": t} for i, t in enumerate([*sentences(9), sentences(1)[0] + " more"])]
+    facts, _ = prepare(tmp_path, recipe(jsonl(tmp_path / "a.jsonl", rows), "clinical"))
+    assert facts["near_duplicates"] == 1 and facts["near"]["examples"] == []
+
+
+def test_language_and_length_are_decisions_that_are_counted(tmp_path):
+    english = "It was found that the patients who had been treated with this were not at risk of a stroke, as is known."
+    german = (
+        "Es wurde gefunden, dass die Patienten mit dem Mittel nicht für einen Schlag anfällig sind, und das ist so."
+    )
+    rows = [{"text": t} for t in (english, german, "Short.", "word " * 500)] + [{"text": t} for t in sentences(3)]
+    hygiene = {"languages": ["en", "fr"], "min_characters": 20, "max_characters": 2000}
+    facts, _ = prepare(tmp_path, recipe(jsonl(tmp_path / "a.jsonl", rows), hygiene=hygiene))
+    assert facts["records"]["refused"] == 3 and facts["records"]["kept"] == 4
+    assert facts["reasons"] == {
+        "language de is not among hygiene.languages": 1, "shorter than hygiene.min_characters": 1,
+        "longer than hygiene.max_characters": 1,
+    }  # fmt: skip
+
+
+def test_cleaning_is_counted(tmp_path):
+    rows = [{"text": sentences(1)[0]}, {"text": "two  blanks here and\u200b one mark"}]
+    facts, _ = prepare(tmp_path, recipe(jsonl(tmp_path / "a.jsonl", rows)))
+    assert facts["cleaned"] == {"records": 1, "characters": 2}
+
+
+def test_a_source_says_itself_what_happens_to_identifiers(tmp_path):
+    said = {
+        "instruction": "I am Mr. Quill, MRN: 4451822. What now?",
+        "input": "Dr. Quill, 555-123-4567",
+        "output": "Rest.",
+    }
+    path = jsonl(tmp_path / "a.jsonl", [{**said, "output": "Rest."}])
+    facts, out = prepare(tmp_path, recipe(path, "instructions", holdout=0.0))
+    assert facts["phi"] == {} and "Quill" in (out / "train.jsonl").read_text()
+    facts, out = prepare(tmp_path, recipe(path, "instructions", holdout=0.0, phi="redact"))
+    assert facts["phi"]["records"] == 1 and facts["phi"]["identifiers"] == 4
+    assert not any(part in (out / "train.jsonl").read_text() for part in ("Quill", "4451822", "123-4567"))
+    note = jsonl(tmp_path / "b.jsonl", [{"text": "Seen by Dr. Quill."}])
+    facts, _ = prepare(tmp_path, recipe(note, "clinical", holdout=0.0, phi="off"))
+    assert facts["phi"] == {}
+
+
+def test_emrqa_notes_are_clinical_text_whatever_they_are_used_for(tmp_path):
+    qas = [{"question": ["Who?"], "answers": [{"text": "rest"}]}]
+    paragraph = {"note_id": "1", "context": ["Seen by Dr. Quill.", "Plan: rest."], "qas": qas}
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps({"data": [{"title": "medication", "paragraphs": [paragraph]}]}))
+    made = recipe(path, "instructions", {"phi": "redact"}, format="emrqa", holdout=0.0)
+    facts, out = prepare(tmp_path, made)
+    assert facts["phi"]["classes"] == {"name": 1} and "Quill" not in (out / "train.jsonl").read_text()
+
+
 @pytest.mark.parametrize("corpus", ["literature", "notes", "general", "instructions"])
 def test_the_built_in_world_passes_whole(tmp_path, corpus):
     kind = {"notes": "clinical"}.get(corpus, corpus)

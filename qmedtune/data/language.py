@@ -17,11 +17,11 @@ WORDS = {
     "fr": "le les des et est une dans pour que qui avec sur pas par plus ont sont cette été aux du chez ces nous",
     "es": "el los las y en una con por para que se del es al como más este fue son pero su sin entre pacientes",
     "it": "il di che della sono una con per nel gli è dei alla più delle non anche come stato questo sia dal nella ha",
-    "pt": "o os as em uma com para não que dos das do da foi são mais ao pelo entre como à ou na no pacientes",
+    "pt": "os as em uma com para não que dos das do da foi são mais ao pelo entre como à ou na no pacientes",
     "nl": "de het een van en is met voor niet zijn op aan dat werd bij ook door als worden naar te ze dit deze",
     "sv": "och att det som är för på med av en ett inte har till den från var vid eller efter kan hos ej under",
     "da": "og at det som er for på med af en et ikke har til den fra var ved eller efter kan hos blev ikke",
-    "pl": "i w na z się nie jest do że dla przez po oraz od jak był są lub przy ich tym może być u",
+    "pl": "na się nie jest do że dla przez po oraz od jak był są lub przy ich tym może być",
 }
 SCRIPTS = {
     "zh": "\u4e00-\u9fff", "ja": "\u3040-\u30ff", "ko": "\uac00-\ud7af", "ru": "\u0400-\u04ff", "ar": "\u0600-\u06ff",
@@ -29,10 +29,11 @@ SCRIPTS = {
 }  # fmt: skip
 HEAD_CHARACTERS = 4000
 LEAST_WORDS = 20
+LEAST_DISTINCT = 4  # function words: one that is repeated is a name or an abbreviation
 LEAST_SHARE = 0.08  # of function words: English prose has about .35, a list of diagnoses next to none
 LEAST_LEAD = 1.2  # over the second best: related languages share words
 
-WORD = re.compile(r"[^\W\d_]+")
+WORD = re.compile(r"[^\W\d_]{2,}")  # single letters are units and abbreviations in notes
 LETTERS = {code: re.compile(f"[{block}]") for code, block in SCRIPTS.items()}
 LANGUAGES_OF: dict[str, tuple[str, ...]] = {}
 for _code, _words in WORDS.items():
@@ -48,8 +49,10 @@ def detect(text: str) -> str | None:
     words = WORD.findall(head.lower())
     if len(words) < LEAST_WORDS:
         return None
-    found = Counter(code for word in words for code in LANGUAGES_OF.get(word, ()))
-    (best, count), (_, second) = (*found.most_common(2), ("", 0), ("", 0))[:2]
+    known = [(word, code) for word in words for code in LANGUAGES_OF.get(word, ())]
+    (best, count), (_, second) = (*Counter(code for _, code in known).most_common(2), ("", 0), ("", 0))[:2]
+    if len({word for word, code in known if code == best}) < LEAST_DISTINCT:
+        return None
     return best if count >= LEAST_SHARE * len(words) and count >= LEAST_LEAD * second else None
 
 

@@ -36,6 +36,7 @@ NESTED = frozenset(
     + ("supplementary-material", "verse-group", "statement", "speech")
 )
 STRING = etree.XPath("string()", smart_strings=False)
+RETRACTED = "retraction-forward"
 HOLDS = "holds-blocks"  # set on paragraphs that have block containers in them
 PUBMED_RECORDS = ("PubmedArticle", "PubmedBookArticle", "DeleteCitation")
 Item = tuple[int, dict[str, Any] | Damaged | Refused]
@@ -106,36 +107,41 @@ def _walk(element: Any, parts: list[str], nested: list[Any]) -> None:
         parts.append(child.tail or "")
 
 
-def _blocks(element: Any, depth: int) -> Iterator[str]:
+def _blocks(element: Any, depth: int) -> list[str]:
     """Headings and paragraphs below `element`, in order, each once."""
+    found: list[str] = []
+    _collect(element, depth, found)
+    return found
+
+
+def _collect(element: Any, depth: int, found: list[str]) -> None:
+    """Appends to one list: a generator for each level would pass every paragraph up through all of them."""
     for child in element:
         name = _name(child)
         if name == "p":
             nested: list[Any] = []
-            yield _text(child, nested)
+            found.append(_text(child, nested))
             for container in nested:
-                yield from _blocks(container, depth)
+                _collect(container, depth, found)
+        elif name == "sec":
+            _collect(child, depth + 1, found)
         elif name == "title":
             heading = _text(child)
-            yield f"{'#' * min(depth, 6)} {heading}" if heading and depth else heading
-        elif name == "sec":
-            yield from _blocks(child, depth + 1)
+            found.append(f"{'#' * min(depth, 6)} {heading}" if heading and depth else heading)
         elif name in ("disp-formula", "preformat", "code"):
-            yield _text(child)
+            found.append(_text(child))
         elif name and name not in SKIPPED:
-            yield from _blocks(child, 0 if name in NESTED or name == "caption" else depth)
+            _collect(child, 0 if name in NESTED or name == "caption" else depth, found)
 
 
 def jats_record(root: Any) -> dict[str, Any] | Refused:
     """{"id", "pmid", "text"} of an `article` element. Raises `Unusable`."""
-    if (
-        root.get("article-type") == "retraction"
-        or root.find('.//related-article[@related-article-type="retraction-forward"]') is not None
-    ):
-        return Refused("retracted")
     meta = root.find("front/article-meta")
     if meta is None:
         raise Unusable("JATS without article-meta")
+    related = meta.findall("related-article")
+    if root.get("article-type") == "retraction" or any(r.get("related-article-type") == RETRACTED for r in related):
+        return Refused("retracted")
     ids = {e.get("pub-id-type"): (e.text or "").strip() for e in meta.findall("article-id")}
     title = meta.find("title-group/article-title")
     blocks = [f"# {_text(title)}"] if title is not None else []
