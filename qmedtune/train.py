@@ -6,7 +6,6 @@ happens around the steps: metrics, validation, the best weights, stopping, resum
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import json
 import resource
@@ -23,17 +22,16 @@ from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.utils import logging as transformers_logging
 
 from qmedtune import model as models
-from qmedtune import store, ui, units
+from qmedtune import store, ui
+from qmedtune.base import note_base
 from qmedtune.data import templates
 from qmedtune.data.pack import PackedRows
-from qmedtune.errors import RunError
 from qmedtune.interrupt import stop
-from qmedtune.planning import fit
-from qmedtune.planning.shapes import base_facts
-from qmedtune.recipe import Recipe, TrainSection
+from qmedtune.recipe import Recipe
 from qmedtune.training import checkpoints
 from qmedtune.training.checkpoints import BEST, METRICS
 from qmedtune.training.loss import token_nll
+from qmedtune.training.machine import as_begun, out_of_memory
 from qmedtune.training.trainer import QTrainer, collate, number, supervised_weight, trainer_arguments
 
 # A loss this many times the median of so many steps before it is logged as a spike.
@@ -64,6 +62,10 @@ def train_stage(recipe: Recipe, index: int, inputs: dict[str, Path], out: Path) 
     if (template := inputs["tokens"] / templates.FILE).is_file():
         shutil.copyfile(template, out / templates.FILE)
     _finish(model, tokenizer, stage.full, recipe.model.base, out)
+    if not stage.full:
+        earlier = earlier_adapters(inputs)
+        below = earlier[:-1] if stage.section.adapter == "continue" else earlier
+        note_base(out / "adapter", recipe.model.base, inputs["base"], below)
     facts |= {"model": {"path": f"{name}/model"}} if stage.full else {}
     del trainer, model
     gc.collect()
@@ -85,11 +87,15 @@ def _make_model(recipe: Recipe, index: int, inputs: dict[str, Path]) -> tuple[An
         load = models.from_scratch if stage.kind == "pretrain" else models.load_full
         return load(inputs["base"], recipe.model, seq_len=seq_len), {}
     base = models.load_base(inputs["base"], recipe.model, seq_len=seq_len)
-    count = sum(key.startswith("adapter-") for key in inputs)
-    earlier = [inputs[f"adapter-{number}"] for number in range(1, count + 1)]
+    earlier = earlier_adapters(inputs)
     continued = stage.section.adapter == "continue"
     model = models.attach_adapter(base, recipe.adapter, earlier, continued=continued)
     return model, {"kernels": models.install_kernels(model, recipe.model.kernels)}
+
+
+def earlier_adapters(inputs: dict[str, Path]) -> list[Path]:
+    count = sum(key.startswith("adapter-") for key in inputs)
+    return [inputs[f"adapter-{number}"] for number in range(1, count + 1)]
 
 
 def validation_rows(recipe: Recipe, folder: Path | None) -> dict[str, PackedRows]:
@@ -139,46 +145,6 @@ def _run(
     assert loop.tokens == packed["tokens"]["trained"], "tokens trained differ from the packing ledger"
     loop.restore_best(model)
     return trainer
-
-
-def as_begun(recipe: Recipe, index: int, checkpoint: Path | None) -> tuple[TrainSection, dict[str, Any], list[str]]:
-    """The stage's section, what this machine chose for it, and what of that differs from the checkpoint's making.
-
-    `auto` may choose otherwise than where the attempt began (another card). An optimiser's states fit no other one, so
-    the checkpoint's is kept; the rest only changes rounding, and is said.
-    """
-    section, model = recipe.stages[index].section, recipe.model
-    now = {
-        "optimizer": section.optimizer,
-        "compute_dtype": model.compute_dtype,
-        "attention": model.attention,
-        "micro_batch": section.micro_batch,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-    }
-    sealed = store.read_seal(checkpoint) if checkpoint else None
-    if sealed is None or (before := sealed.facts["made_with"]) == now:
-        return section, now, []
-    section = section.model_copy(update={"optimizer": before["optimizer"]})
-    differing = [f"{name} {before[name]} there, {now[name]} here" for name in now if before[name] != now[name]]
-    kept = "; the checkpoint's optimizer is kept" if before["optimizer"] != now["optimizer"] else ""
-    said = f"goes on from a checkpoint made elsewhere ({', '.join(differing)}){kept}: not bit-identical to one run"
-    ui.warn(said)
-    return section, {**now, "optimizer": before["optimizer"]}, [said]
-
-
-def out_of_memory(recipe: Recipe, index: int, step: int) -> RunError:
-    """With one row at a time there is no room: what to change, cheapest first, and what each frees."""
-    facts, gpu = base_facts(recipe.model), torch.cuda.is_available()
-    frees = fit.remedies(facts, dataclasses.replace(fit.setup_of(recipe, index), micro_batch=1), gpu=gpu)[:3]
-    return RunError(
-        "\n".join(
-            [
-                f"{recipe.stage_names()[index]}, step {step}: out of memory with one row at a time",
-                "sealed checkpoints are kept; remedies, cheapest first:",
-                *(f"  {text} frees {units.size(size)}" for text, size in frees),
-            ]
-        )
-    )
 
 
 def _finish(model: Any, tokenizer: Any, full: bool, base_name: str, out: Path) -> None:

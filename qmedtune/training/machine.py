@@ -1,0 +1,58 @@
+"""What a stage owes to the machine: how an attempt goes on on another one, and what to change when memory runs out.
+
+Deliberately not here: the choice itself (planning/fit.py), and halving the micro-batch (trainer.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qmedtune import store, ui, units
+from qmedtune.errors import RunError
+from qmedtune.planning import fit
+from qmedtune.planning.shapes import base_facts
+from qmedtune.recipe import Recipe, TrainSection
+
+
+def as_begun(recipe: Recipe, index: int, checkpoint: Path | None) -> tuple[TrainSection, dict[str, Any], list[str]]:
+    """The stage's section, what this machine chose for it, and what of that differs from the checkpoint's making.
+
+    `auto` may choose otherwise than where the attempt began (another card). An optimiser's states fit no other one, so
+    the checkpoint's is kept; the rest only changes rounding, and is said.
+    """
+    section, model = recipe.stages[index].section, recipe.model
+    now = {
+        "optimizer": section.optimizer,
+        "compute_dtype": model.compute_dtype,
+        "attention": model.attention,
+        "micro_batch": section.micro_batch,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }
+    sealed = store.read_seal(checkpoint) if checkpoint else None
+    if sealed is None or (before := sealed.facts["made_with"]) == now:
+        return section, now, []
+    section = section.model_copy(update={"optimizer": before["optimizer"]})
+    differing = [f"{name} {before[name]} there, {now[name]} here" for name in now if before[name] != now[name]]
+    kept = "; the checkpoint's optimizer is kept" if before["optimizer"] != now["optimizer"] else ""
+    said = f"goes on from a checkpoint made elsewhere ({', '.join(differing)}){kept}: not bit-identical to one run"
+    ui.warn(said)
+    return section, {**now, "optimizer": before["optimizer"]}, [said]
+
+
+def out_of_memory(recipe: Recipe, index: int, step: int) -> RunError:
+    """With one row at a time there is no room: what to change, cheapest first, and what each frees."""
+    facts, gpu = base_facts(recipe.model), torch.cuda.is_available()
+    frees = fit.remedies(facts, replace(fit.setup_of(recipe, index), micro_batch=1), gpu=gpu)[:3]
+    return RunError(
+        "\n".join(
+            [
+                f"{recipe.stage_names()[index]}, step {step}: out of memory with one row at a time",
+                "sealed checkpoints are kept; remedies, cheapest first:",
+                *(f"  {text} frees {units.size(size)}" for text, size in frees),
+            ]
+        )
+    )
