@@ -219,6 +219,38 @@ def result() -> dict:
     return results.summarise(found) | extra | {"recipe_text": "name: <x>"}
 
 
+def write_run(folder: Path, right: dict[str, list[bool]], perplexity: float) -> None:
+    """A finished run as far as an ablation reads it; several answers per item are draws of examples."""
+    (folder / "evaluation").mkdir(parents=True)
+    items = [
+        {"id": name, "facet": name[0], "base": {"correct": False}, "final": {"generation": {"correct": correct}}}
+        for name, draws in right.items()
+        for correct in draws
+    ]
+    lines = "\n".join(json.dumps(item) for item in items)
+    (folder / "evaluation" / "facts.items.jsonl").write_text(lines + "\n")
+    score = {"metric": "accuracy", "accuracy": 0.5}
+    facts = {"base": score, "final": score, "facets": {"a": {}, "b": {}}}
+    hoc = {label: {"metric": "f1", "f1": 0.25} for label in ("base", "final")}
+    texts = {"notes": {"base": 9.0, "final": perplexity, "tokens": 5}}
+    stages = [{"name": "01-cpt", "tokens": {"trained": 100}}]
+    run = {"status": "finished", "evaluation": {"tasks": {"facts": facts, "hoc": hoc}, "perplexity": texts}}
+    (folder / "run.json").write_text(json.dumps(run | {"stages": stages}))
+
+
+def test_runs_are_paired_by_the_ids_of_their_items(tmp_path):
+    arm = Arm("cpt", "the whole recipe", load_recipe(MICRO).recipe)
+    arms = [Arm("base", "no training", None), arm]
+    write_run(results.run_folder(tmp_path, arm, 1), {"a1": [True, False], "b1": [True], "a2": [False]}, 4.0)
+    write_run(results.run_folder(tmp_path, arm, 2), {"b1": [False], "a1": [True, True], "a9": [True]}, 1.0)
+    base, final = results.collect(tmp_path, arms, [1, 2, 3])
+    assert final.seeds == [1, 2] and final.scores["facts"].tolist() == [[0.5, 1.0], [1.0, 0.0]]
+    assert final.scores["facts: a"].tolist() == [[0.5], [1.0]] and final.metrics == {"hoc": [0.25, 0.25]}
+    assert base.scores["facts"].tolist() == [[0, 0], [0, 0]] and base.perplexity == {"notes": [9.0, 9.0]}
+    cpt = results.summarise([base, final])["arms"][1]
+    assert cpt["perplexity"]["notes"]["mean"] == pytest.approx(2.0) and cpt["scores"]["hoc"]["ci95"] == [0.25, 0.25]
+
+
 def test_differences_are_told_from_noise(result):
     assert result["reference"] == "whole"
     found = {(d["score"], d["first"], d["second"]): d for d in result["differences"]}

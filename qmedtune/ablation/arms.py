@@ -115,7 +115,7 @@ def _stages(kinds: str) -> Edit:
         dropped = _left_out(kinds)
         tree["stages"] = [stage for stage in tree["stages"] if _kind(stage) not in dropped]
         first = tree["stages"][0]
-        if first[_kind(first)].get("adapter"):
+        if first[_kind(first)].get("adapter") in ("new", "merge_then_new"):  # nothing is left to go on from
             first[_kind(first)]["adapter"] = "continue"
 
     return edit

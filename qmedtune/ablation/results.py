@@ -23,7 +23,7 @@ from qmedtune.ablation import effects
 from qmedtune.ablation.arms import Arm
 
 Answers = dict[str, float]
-"""Item id -> 1.0 right, 0.0 wrong."""
+"""Item id -> 1.0 right, 0.0 wrong; the mean over draws where a task was asked with several draws of examples."""
 
 
 @dataclass(frozen=True)
@@ -61,25 +61,27 @@ def read_run(folder: Path, label: str) -> Measured | None:
     answers: dict[str, Answers] = {}
     metrics = {}
     for task, found in evaluation["tasks"].items():
-        rows = [json.loads(line) for line in _items_file(folder, task).read_text(encoding="utf-8").splitlines()]
         if found[label]["metric"] != "accuracy":
             metrics[task] = found[label][found[label]["metric"]]
             continue
-        answers[task] = {row["id"]: float(_correct(row[label])) for row in rows}
-        for row in rows:
-            if "facets" in found:
-                answers.setdefault(f"{task}: {row['facet']}", {})[row["id"]] = float(_correct(row[label]))
+        file = folder / "evaluation" / f"{task}.items.jsonl"
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        answers[task] = _answers(rows, label)
+        for facet in found.get("facets", {}):
+            answers[f"{task}: {facet}"] = _answers([row for row in rows if row.get("facet") == facet], label)
     texts = {source: entry[label] for source, entry in evaluation["perplexity"].items()}
     tokens = {stage["name"]: stage["tokens"]["trained"] for stage in run["stages"]} if label == "final" else {}
     return Measured(answers, metrics, texts, tokens)
 
 
-def _items_file(folder: Path, task: str) -> Path:
-    return folder / "evaluation" / f"{task}.items.jsonl"
-
-
-def _correct(row: dict[str, Any]) -> bool:
-    return row["correct"] if "correct" in row else row["generation"]["correct"]
+def _answers(rows: list[dict[str, Any]], label: str) -> Answers:
+    asked: dict[str, list[bool]] = {}
+    for row in rows:
+        given = row[label]
+        asked.setdefault(row["id"], []).append(
+            given["correct"] if "correct" in given else given["generation"]["correct"]
+        )
+    return {item: sum(right) / len(right) for item, right in asked.items()}
 
 
 def collect(out: Path, arms: Sequence[Arm], seeds: Sequence[int]) -> list[ArmResult]:
