@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from qmedtune.data.templates import TEMPLATES
 from qmedtune.data.tokens import encode_conversations, load_codec
 from qmedtune.errors import DataError
-from qmedtune.evaluation import generation, scoring
+from qmedtune.evaluation import forward, generation, scoring
 
 TEXT = [
     "What does bacedax treat? It treats asthma. It causes nausea and dry mouth.",
@@ -112,6 +112,49 @@ def test_one_prompt_pass_for_all_options(model, tokenizer):
     handle.remove()
     assert len(read) == 2
     assert read[1][1] < read[0][1]
+
+
+HEADER = "### Instruction: Answer the question about the patient, yes or no or maybe. "
+
+
+def tokens_read(model, work) -> list[torch.Size]:
+    read = []
+    handle = model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
+    work()
+    handle.remove()
+    return read
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 200, 8192])
+def test_a_common_beginning_changes_no_score_and_no_answer(model, tokenizer, batch_tokens):
+    prompts = [HEADER + prompt for prompt in PROMPTS] + [HEADER + "What"]  # the last is a beginning of the first
+    options = [*OPTIONS, OPTIONS[1]]
+    scores = scoring.choice_logprobs(model, tokenizer, prompts, options, batch_tokens)
+    answers = generation.generate(model, tokenizer, prompts, 6, batch_tokens=batch_tokens)
+    for prompt, texts, score, answer in zip(prompts, options, scores, answers, strict=True):
+        expected = [naive_logprob(model, tokenizer, prompt, option, "segment") for option in texts]
+        assert score.sums == pytest.approx(expected, rel=1e-6, abs=2e-5)
+        greedy = naive_greedy(model, tokenizer, prompt, 6)
+        assert answer.text == tokenizer.decode([t for t in greedy if t != 2]).strip()
+
+
+def test_a_common_beginning_is_read_once(model, tokenizer):
+    prompts = [HEADER + prompt for prompt in PROMPTS[:3]]
+    shared = forward.common_tokens(scoring.encode(tokenizer, prompts))
+    assert shared > forward.MIN_SHARED_TOKENS
+    one_token = [["a", "b"]] * 3
+    read = tokens_read(model, lambda: scoring.choice_logprobs(model, tokenizer, prompts, one_token))
+    longest = max(map(len, scoring.encode(tokenizer, prompts)))
+    assert read == [(1, shared), (3, longest - shared)]
+
+
+def test_the_common_beginning_leaves_every_prompt_a_token():
+    assert forward.common_tokens([[1, 2, 3], [1, 2, 3]]) == 2
+    assert forward.common_tokens([[1, 2, 3, 4], [1, 2], [1, 2, 9]]) == 1
+    assert forward.common_tokens([[1, 2, 3, 4], [1, 2, 4, 4], [1, 2, 3, 5]]) == 2
+    assert forward.common_tokens([[7], [1, 2]]) == 0
 
 
 def test_long_prompts_lose_their_beginning_and_say_so(model, tokenizer):

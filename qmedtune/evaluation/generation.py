@@ -13,18 +13,16 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from qmedtune.evaluation.scoring import (
-    BATCH_TOKENS,
-    Progress,
+from qmedtune.evaluation.forward import (
+    Shared,
     bos_id,
-    encode,
-    fit,
     hidden_states,
     max_positions,
     next_logits,
-    padded_batches,
     prefill,
+    read_shared,
 )
+from qmedtune.evaluation.scoring import BATCH_TOKENS, Progress, encode, fit, padded_batches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -87,8 +85,9 @@ def generate(
     room = max_positions(model) - max_new_tokens
     rows = [fit(row, room, bos_id(tokenizer)) for row in encode(tokenizer, list(prompts))]
     answers: dict[int, Answer] = {}
+    shared = read_shared(model, [row for row, _ in rows]) if rows else None
     for batch in padded_batches([len(row) + max_new_tokens for row, _ in rows], batch_tokens):
-        for position, tokens, ended in _decode(model, [rows[i][0] for i in batch], max_new_tokens, end):
+        for position, tokens, ended in _decode(model, [rows[i][0] for i in batch], max_new_tokens, end, shared):
             if ended:
                 i = batch[position]
                 answers[i] = Answer(end.text(tokens), len(tokens), ended, rows[i][1])
@@ -128,12 +127,12 @@ def settled(text: str, stop: Sequence[str]) -> str:
 
 
 def _decode(
-    model: PreTrainedModel, prompts: list[list[int]], max_new_tokens: int, end: Ending
+    model: PreTrainedModel, prompts: list[list[int]], max_new_tokens: int, end: Ending, shared: Shared | None = None
 ) -> Iterator[tuple[int, list[int], Ended | None]]:
     """Yield (row, its tokens so far, why it ended or None) for every new token; ended rows leave the batch."""
     assert not model.training
     with torch.no_grad():
-        prefix = prefill(model, prompts)
+        prefix = prefill(model, prompts, shared)
     logits, mask, positions, cache = prefix.logits, prefix.mask, prefix.lengths, prefix.cache
     live, rows = list(range(len(prompts))), [list[int]() for _ in prompts]
     for step in range(1, max_new_tokens + 1):

@@ -18,8 +18,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from qmedtune.errors import RecipeError
+from qmedtune.evaluation.forward import causal_model
 from qmedtune.evaluation.open_model import OpenModel, Quantization, locate, open_model
-from qmedtune.evaluation.scoring import causal_model, prompt_texts
+from qmedtune.evaluation.scoring import prompt_texts
 from qmedtune.recipe import TaskSection
 from qmedtune.tasks import Task, load_task
 

@@ -1,6 +1,6 @@
 """What a model says about text: log-likelihoods of options and perplexity of packed rows (answers: generation.py).
 
-A batch of prompts, sorted by length and left-padded, goes through the model once (`prefill`); options and the tokens
+A batch of prompts, sorted by length, goes through the model once (forward.py); options and the tokens
 of answers continue from its key/value cache. All options of an item share one row behind the prompt
 under a tree mask, so a 20-way question costs one pass over its prompt, and one-token options cost nothing more.
 Scores equal the naive one-by-one ones (tests: 1e-5 in fp32). Needs an attention that takes masks (sdpa or eager).
@@ -15,12 +15,20 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from transformers import DynamicCache
 
 from qmedtune.data.templates import Template
 from qmedtune.data.tokens import Codec
 from qmedtune.errors import DataError
+from qmedtune.evaluation.forward import (
+    Prefix,
+    Shared,
+    bos_id,
+    hidden_states,
+    max_positions,
+    next_logits,
+    prefill,
+    read_shared,
+)
 from qmedtune.training.loss import token_nll
 
 if TYPE_CHECKING:
@@ -114,81 +122,6 @@ def padded_batches(costs: Sequence[int], budget: int) -> Iterator[list[int]]:
         order = order[count:]
 
 
-# ---- the model -------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Prefix:
-    """A batch of prompts that the model has read. mask: [B, L] bool; logits: [B, V] float32 of the next token."""
-
-    cache: DynamicCache
-    mask: torch.Tensor
-    lengths: torch.Tensor
-    logits: torch.Tensor
-
-
-def prefill(model: PreTrainedModel, prompts: list[list[int]]) -> Prefix:
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
-    width = int(lengths.max())
-    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
-    mask = torch.arange(width, device=model.device) >= (width - lengths)[:, None]
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    cache = DynamicCache(config=model.config)
-    hidden = hidden_states(model, ids, mask, positions, cache)
-    return Prefix(cache, mask, lengths, next_logits(model, hidden[:, -1]))
-
-
-def hidden_states(
-    model: PreTrainedModel,
-    ids: torch.Tensor,
-    mask: torch.Tensor | None,
-    positions: torch.Tensor,
-    cache: DynamicCache | None,
-) -> torch.Tensor:
-    """Last hidden states [B, T, H]; the vocabulary matrix is applied only where it is needed."""
-    decoder = causal_model(model).get_decoder()
-    return decoder(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=positions,
-        past_key_values=cache,
-        use_cache=cache is not None,
-    ).last_hidden_state
-
-
-def causal_model(model: PreTrainedModel) -> Any:
-    """The causal language model inside a PEFT wrapper (its adapters live in the layers), or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-
-
-def next_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
-    """Logits in float32 of the token after each hidden state: [..., H] -> [..., V].
-
-    A trained head is an fp32 copy beside a 16-bit model; it multiplies in 16 bit, as in training.
-    """
-    head = causal_model(model).get_output_embeddings()
-    return F.linear(hidden, head.weight.to(hidden.dtype), getattr(head, "bias", None)).float()
-
-
-def bos_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    found = tokenizer.bos_token_id
-    assert found is None or isinstance(found, int)
-    return found
-
-
-def _token_logprobs(model: PreTrainedModel, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """log p(target) per row: hidden [N, H], targets [N] -> float32 [N], `LOGIT_ROWS` rows at a time."""
-    parts = []
-    for rows, target in zip(hidden.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True):
-        logits = next_logits(model, rows)
-        parts.append(logits.gather(-1, target[:, None]).squeeze(-1) - logits.logsumexp(-1))
-    return torch.cat(parts)
-
-
-def max_positions(model: PreTrainedModel) -> int:
-    return model.config.max_position_embeddings
-
-
 # ---- options ---------------------------------------------------------------------------------------------------------
 
 
@@ -216,8 +149,9 @@ def choice_logprobs(
     room = max_positions(model)
     items = [encode_choice(tokenizer, p, o, room, boundary) for p, o in zip(prompts, options, strict=True)]
     sums: list[list[float]] = [[] for _ in items]
+    shared = read_shared(model, [item.prompt for item in items]) if items else None
     for batch in padded_batches([item.cost_tokens for item in items], batch_tokens):
-        for index, scores in zip(batch, _score(model, [items[i] for i in batch]), strict=True):
+        for index, scores in zip(batch, _score(model, [items[i] for i in batch], shared), strict=True):
             sums[index] = scores
         if progress:
             progress(len(batch))
@@ -227,8 +161,8 @@ def choice_logprobs(
     ]
 
 
-def _score(model: PreTrainedModel, batch: list[Choice]) -> list[list[float]]:
-    prefix = prefill(model, [item.prompt for item in batch])
+def _score(model: PreTrainedModel, batch: list[Choice], shared: Shared | None) -> list[list[float]]:
+    prefix = prefill(model, [item.prompt for item in batch], shared)
     first = prefix.logits.log_softmax(-1)
     firsts = [torch.tensor([o[0] for o in item.options], device=first.device) for item in batch]
     sums = [first[row, tokens] for row, tokens in enumerate(firsts)]
@@ -280,6 +214,15 @@ def _tree_logprobs(model: PreTrainedModel, prefix: Prefix, trees: list[OptionTre
     logprobs = _token_logprobs(model, hidden[rows, nodes], targets)
     sums = torch.zeros(len(trees), num_options, device=device)
     return sums.index_put((rows, options), logprobs, accumulate=True)
+
+
+def _token_logprobs(model: PreTrainedModel, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """log p(target) per row: hidden [N, H], targets [N] -> float32 [N], `LOGIT_ROWS` rows at a time."""
+    parts = []
+    for rows, target in zip(hidden.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True):
+        logits = next_logits(model, rows)
+        parts.append(logits.gather(-1, target[:, None]).squeeze(-1) - logits.logsumexp(-1))
+    return torch.cat(parts)
 
 
 # ---- perplexity ------------------------------------------------------------------------------------------------------

@@ -1,0 +1,122 @@
+"""Forward passes over batches of prompts: read once, continued from the key/value cache.
+
+Prompts are left-padded. What all prompts of a group begin with (the template's opening, the examples before every
+question) is read once for the whole group, and its cache is repeated for each batch: few-shot prompts are mostly that.
+Deliberately absent: what is asked of the model (scoring.py, generation.py), attention that cannot take masks.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from transformers import DynamicCache
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+MIN_SHARED_TOKENS = 16  # below it, one more pass costs more than it saves
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What a group of prompts begins with: `tokens` tokens, read into `cache` as one row."""
+
+    tokens: int
+    cache: DynamicCache
+
+
+def common_tokens(prompts: Sequence[list[int]]) -> int:
+    """Length of the beginning that all prompts share; each keeps at least one token of its own."""
+    first, last = min(prompts), max(prompts)  # in dictionary order, what these two share all others share
+    same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
+    return min(same, min(map(len, prompts)) - 1)
+
+
+@torch.no_grad()
+def read_shared(model: PreTrainedModel, prompts: Sequence[list[int]]) -> Shared | None:
+    """Read the common beginning of at least two prompts; None where there is hardly one."""
+    count = common_tokens(prompts) if len(prompts) > 1 else 0
+    if count < MIN_SHARED_TOKENS:
+        return None
+    cache = DynamicCache(config=model.config)
+    ids = torch.tensor([prompts[0][:count]], device=model.device)
+    hidden_states(model, ids, None, torch.arange(count, device=model.device)[None], cache)
+    return Shared(count, cache)
+
+
+@dataclass
+class Prefix:
+    """A batch of prompts that the model has read. mask: [B, L] bool; logits: [B, V] float32 of the next token."""
+
+    cache: DynamicCache
+    mask: torch.Tensor
+    lengths: torch.Tensor
+    logits: torch.Tensor
+
+
+def prefill(model: PreTrainedModel, prompts: list[list[int]], shared: Shared | None = None) -> Prefix:
+    """Read a batch of prompts behind what they share (all of it a beginning of each)."""
+    skip = shared.tokens if shared else 0
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
+    width = int(lengths.max())
+    ids = torch.tensor([[0] * (width - len(prompt)) + prompt[skip:] for prompt in prompts], device=model.device)
+    own = torch.arange(width - skip, device=model.device) >= (width - lengths)[:, None]
+    mask = torch.cat([own.new_ones(len(prompts), skip), own], dim=-1)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, skip:]
+    cache = _repeated(shared.cache, len(prompts)) if shared else DynamicCache(config=model.config)
+    hidden = hidden_states(model, ids, mask, positions, cache)
+    return Prefix(cache, mask, lengths, next_logits(model, hidden[:, -1]))
+
+
+def _repeated(cache: DynamicCache, count: int) -> DynamicCache:
+    """A copy of a cache of one row as `count` rows."""
+    rows = copy.deepcopy(cache)
+    rows.batch_repeat_interleave(count)
+    return rows
+
+
+def hidden_states(
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    mask: torch.Tensor | None,
+    positions: torch.Tensor,
+    cache: DynamicCache | None,
+) -> torch.Tensor:
+    """Last hidden states [B, T, H]; the vocabulary matrix is applied only where it is needed."""
+    decoder = causal_model(model).get_decoder()
+    return decoder(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=cache is not None,
+    ).last_hidden_state
+
+
+def causal_model(model: PreTrainedModel) -> Any:
+    """The causal language model inside a PEFT wrapper (its adapters live in the layers), or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+
+
+def next_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits in float32 of the token after each hidden state: [..., H] -> [..., V].
+
+    A trained head is an fp32 copy beside a 16-bit model; it multiplies in 16 bit, as in training.
+    """
+    head = causal_model(model).get_output_embeddings()
+    return F.linear(hidden, head.weight.to(hidden.dtype), getattr(head, "bias", None)).float()
+
+
+def bos_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    found = tokenizer.bos_token_id
+    assert found is None or isinstance(found, int)
+    return found
+
+
+def max_positions(model: PreTrainedModel) -> int:
+    return model.config.max_position_embeddings
