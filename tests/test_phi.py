@@ -4,9 +4,12 @@ import json
 import random
 import re
 import string
+import subprocess
+import sys
 from datetime import date
 
 import pytest
+from conftest import MICRO
 
 from qmedtune.data import phi, surrogates
 from qmedtune.data.prepare import prepare_source
@@ -206,6 +209,42 @@ def test_five_hundred_planted_identifiers_stay_in_the_data(tmp_path, capsys):
             public += (out / "train.jsonl").read_text() + (out / "heldout.jsonl").read_text()
         leaked = [value for _, value in found if len(value) > 4 and value in public]
         assert len(leaked) <= (5 if mode == "redact" else 0)  # redaction is as good as recall
+
+
+TEXTS = ("train.jsonl", "heldout.jsonl")  # the data itself; packed tokens are numbers
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phi", ["report", "refuse"])
+def test_a_whole_run_shows_no_planted_identifier(tmp_path, capfd, phi):
+    """500 identifiers in records that are kept, damaged or refused: in no file but the data, and on no screen."""
+    values = [text[start:end] for text, start, end, kind in planted(900, 7) if end - start > 6][:500]
+    sentences = [text for text, start, end, _ in planted(900, 7) if end - start > 6][:500]
+    rng = random.Random(1)
+    rows = [
+        {
+            "note_id": f"n{i}",
+            "subject_id": i % 60,
+            "text": f"{text} {' '.join(rng.choices(sentences[0].split(), k=20))}",
+        }
+        for i, text in enumerate(sentences)
+    ]
+    rows += [{"note_id": f"c{i}", "subject_id": i % 60, "text": f"Stable, note {i} of the ward."} for i in range(60)]
+    notes = tmp_path / "notes.jsonl"
+    broken = [f'{{"note_id": "x", "text": "{value}' for value in values[:3]]
+    notes.write_text("\n".join([*map(json.dumps, rows), *broken]))
+    out = tmp_path / "run"
+    settings = [f"data.notes.path={notes}", "data.notes.max_records=null", f"hygiene.phi={phi}"]
+    command = [sys.executable, "-m", "qmedtune", "run", str(MICRO), "--out", str(out), "--offline"]
+    ran = subprocess.run([*command, *(part for setting in settings for part in ("--set", setting))], timeout=600)
+    assert ran.returncode == 0
+    shown = capfd.readouterr()
+    public = {"the screen": (shown.out + shown.err).encode()}
+    public |= {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file() and p.name not in TEXTS}
+    assert {"run.json", "report.html", "report.md", "metrics.jsonl", "data/notes/rejects.jsonl"} <= public.keys()
+    assert (out / "data/notes/train.jsonl").stat().st_size > (50_000 if phi == "report" else 1000)
+    leaked = {(name, value) for value in values for name, content in public.items() if value.encode() in content}
+    assert not leaked
 
 
 def test_refuse_keeps_only_records_without_identifiers(tmp_path):
