@@ -19,7 +19,7 @@ from typing import Any
 
 from qmedtune.disk import PART, check_room, fsync_path, lock, rename, write_atomic, write_json
 
-__all__ = ["check_room", "fsync_path", "lock", "rename", "write_atomic", "write_json"]
+__all__ = ["PART", "check_room", "fsync_path", "lock", "rename", "write_atomic", "write_json"]
 
 SEAL = "seal.json"
 STAMP = ".attempt"  # of which key and section an unfinished folder is

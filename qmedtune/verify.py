@@ -44,6 +44,7 @@ def verify(folder: Path) -> dict[str, int]:
             else:
                 seals[name] = sealed
                 problems += [f"{name}/{problem}" for problem in store.damage(folder / name, sealed, full=True)]
+                problems += [f"{name}/{path}: was added" for path in _added(folder / name, sealed)]
             bar.update(number)
     problems += _root_problems(folder, seals)
     if problems:
@@ -57,6 +58,12 @@ def _sealed_folders(folder: Path) -> Iterator[str]:
         name = path.parent.relative_to(folder)
         if not any(part.startswith(".") for part in name.parts):  # .history and .building are not the run
             yield name.as_posix()
+
+
+def _added(folder: Path, sealed: store.Seal) -> list[str]:
+    """Files that the seal does not list: a pickle put beside the weights would be loaded by other tools."""
+    there = (path.relative_to(folder).as_posix() for path in store.content_files(folder))
+    return [name for name in there if name not in sealed.files and not name.endswith(store.PART)]
 
 
 def _consistent(sealed: store.Seal) -> bool:

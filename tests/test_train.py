@@ -86,6 +86,24 @@ def stop_after(step: int) -> Callable:
     return on_step_end
 
 
+def test_a_loss_spike_is_logged_and_told(
+    micro_run: MicroRun, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(train, "SPIKE_WINDOW", 3)
+    original, spiked = train.Loop.on_log, losses(whole)
+    spiked[8] *= 3
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if logs and "loss" in logs and state.global_step == 9:
+            logs = {**logs, "loss": spiked[8]}
+        original(self, args, state, control, logs, **kwargs)
+
+    monkeypatch.setattr(train.Loop, "on_log", on_log)
+    facts = train.train_stage(micro(*FP32), 0, micro_run.inputs(), tmp_path)
+    assert losses(tmp_path) == spiked
+    assert len(facts["warnings"]) == 1 and facts["warnings"][0].startswith(f"step 9: loss {spiked[8]:.3f} is a spike")
+
+
 @pytest.mark.parametrize("step", [1, 3, 5, 6])
 def test_a_resumed_stage_is_bit_identical(
     micro_run: MicroRun, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
@@ -157,7 +175,8 @@ def test_an_evaluation_in_the_middle_leaves_gradients_alone(micro_run: MicroRun,
 def test_out_of_memory_halves_the_micro_batch_and_keeps_the_step(
     micro_run: MicroRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    small = run_stage(micro_run, tmp_path / "small", "stages[0].cpt.micro_batch=1")
+    dropout = "adapter.dropout=0.2"  # a retried batch must draw what it would have drawn at the small size
+    small = run_stage(micro_run, tmp_path / "small", "stages[0].cpt.micro_batch=1", dropout)
     original = trainer.token_nll
 
     def greedy(model, input_ids, **rest):
@@ -167,9 +186,10 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_step(
 
     monkeypatch.setattr(trainer, "token_nll", greedy)
     (tmp_path / "large").mkdir()
-    facts = train.train_stage(micro(*FP32), 0, micro_run.inputs(), tmp_path / "large")
+    facts = train.train_stage(micro(*FP32, dropout), 0, micro_run.inputs(), tmp_path / "large")
     assert losses(tmp_path / "large") == small
-    assert facts["micro_batch"] == 1 and "out of memory" in facts["warnings"][0]
+    assert facts["micro_batch"] == 1 and len(facts["warnings"]) == 2  # 4 rows, 2, 1
+    assert all(said.startswith("step 1: out of memory: micro-batch") for said in facts["warnings"])
 
 
 def test_out_of_memory_with_one_row_names_remedies(
@@ -179,8 +199,9 @@ def test_out_of_memory_with_one_row_names_remedies(
         raise torch.OutOfMemoryError("injected")
 
     monkeypatch.setattr(trainer, "token_nll", never)
-    with pytest.raises(RunError, match="gradient_checkpointing"):
+    with pytest.raises(RunError, match=r"01-cpt, step 1: out of memory with one row(.*\n)+ .* frees \d") as caught:
         run_stage(micro_run, tmp_path)
+    assert len(str(caught.value).splitlines()) == 5
 
 
 @pytest.mark.parametrize("step", [1, 4])
@@ -262,6 +283,24 @@ def test_resuming_from_the_checkpoint_before_the_damaged_one_gives_the_same_run(
     assert run_stage(micro_run, tmp_path / "out") == losses(whole)
     for name, weights in trained(whole).items():
         assert torch.equal(weights, trained(tmp_path / "out")[name]), name
+
+
+def test_an_attempt_from_another_machine_keeps_its_optimizer_and_says_so(
+    micro_run: MicroRun, halfway: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """`auto` chose AdamW where the attempt began, and would choose 8 bits here: its states fit no other optimiser."""
+    shutil.copytree(halfway, tmp_path / "out")
+    elsewhere, _ = plan.resolve(load_recipe(MICRO, FP32).recipe)
+    stage = elsewhere.stages[0]
+    section = stage.section.model_copy(update={"optimizer": "paged_adamw_8bit"})
+    elsewhere = elsewhere.model_copy(update={"stages": [stage.model_copy(update={"cpt": section})]})
+    made: list[str] = []
+    original = trainer.make_optimizer
+    monkeypatch.setattr(trainer, "make_optimizer", lambda m, s: (made.append(s.optimizer), original(m, s))[1])
+    facts = train.train_stage(elsewhere, 0, micro_run.inputs(), tmp_path / "out")
+    assert made == ["adamw"]
+    (said,) = facts["warnings"]
+    assert "optimizer adamw there, paged_adamw_8bit here" in said and "not bit-identical" in said
 
 
 def test_nothing_in_a_checkpoint_is_pickled(halfway: Path):

@@ -76,6 +76,12 @@ def test_missing_files_and_folders_without_a_run(copy, tmp_path):
         check_is_run(tmp_path)
 
 
+def test_a_file_that_was_added_is_named(copy):
+    (copy / "data" / "01-cpt" / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(RunError, match="data/01-cpt/pytorch_model.bin: was added"):
+        verify(copy)
+
+
 def test_the_command_tells_and_exits(copy, capsys):
     assert cli.invoke(["report", str(copy), "--verify"]) == 0
     assert "sealed folders are as they were sealed" in capsys.readouterr().out
