@@ -8,29 +8,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-Auto = Literal["auto"]
-Positive = Annotated[int, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Rate = Annotated[float, Field(gt=0, le=1)]
-Weight = Annotated[float, Field(ge=0)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=80)]
-SourceKind = Literal["literature", "clinical", "general", "instructions"]
-SourceFormat = Literal[
-    "auto", "jsonl", "json", "csv", "tsv", "parquet", "text", "jats", "pubmed", "s2orc", "bioc",
-    "mimic_cxr", "emrqa", "pubmedqa", "medqa", "medmcqa", "huggingface",
-]  # fmt: skip
-
-
-# What data/language.py tells apart.
-Language = Literal[
-    "en", "de", "fr", "es", "it", "pt", "nl", "sv", "da", "pl", "zh", "ja", "ko", "ru", "ar", "el", "he", "th", "hi",
-]  # fmt: skip
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+from qmedtune.fields import Auto, Fraction, Language, Name, Positive, Rate, Section, SourceFormat, SourceKind, Weight
 
 
 class ShapeSection(Section):

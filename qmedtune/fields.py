@@ -1,0 +1,29 @@
+"""What the values of a recipe's keys may be: the types that its sections are made of, and the base of all sections."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Auto = Literal["auto"]
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Rate = Annotated[float, Field(gt=0, le=1)]
+Weight = Annotated[float, Field(ge=0)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=80)]
+SourceKind = Literal["literature", "clinical", "general", "instructions"]
+SourceFormat = Literal[
+    "auto", "jsonl", "json", "csv", "tsv", "parquet", "text", "jats", "pubmed", "s2orc", "bioc",
+    "mimic_cxr", "emrqa", "pubmedqa", "medqa", "medmcqa", "huggingface",
+]  # fmt: skip
+
+
+# What data/language.py tells apart.
+Language = Literal[
+    "en", "de", "fr", "es", "it", "pt", "nl", "sv", "da", "pl", "zh", "ja", "ko", "ru", "ar", "el", "he", "th", "hi",
+]  # fmt: skip
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
