@@ -104,7 +104,7 @@ def test_a_loss_spike_is_logged_and_told(
     assert len(facts["warnings"]) == 1 and facts["warnings"][0].startswith(f"step 9: loss {spiked[8]:.3f} is a spike")
 
 
-@pytest.mark.parametrize("step", [1, 3, 5, 6])
+@pytest.mark.parametrize("step", [1, 6])
 def test_a_resumed_stage_is_bit_identical(
     micro_run: MicroRun, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ):

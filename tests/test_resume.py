@@ -1,0 +1,174 @@
+"""Stopped after any optimiser step and started again, a stage ends with the same bits; so does the next one.
+
+The quick part takes the borders; every step, and 50 injected NaNs, by `pytest -m slow tests/test_resume.py`.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import MICRO, MicroRun
+from safetensors.torch import load_file
+from test_train import losses, stop_after
+
+from qmedtune import interrupt, plan, store, train
+from qmedtune.errors import RunError
+from qmedtune.parsing.loader import load_recipe
+from qmedtune.recipe import Recipe
+from qmedtune.training import checkpoints, trainer
+
+# Dropout draws random numbers in every step; two micro-batches accumulate; the source is read 1.5 times; the best
+# weights are put back at the end.
+HARD = (
+    "adapter.dropout=0.1",
+    "stages[0].cpt.micro_batch=2",
+    "stages[1].sft.micro_batch=8",
+    "stages[1].sft.epochs=1.5",
+    "validate.keep_best=true",
+    "validate.every=2",
+    "save.every=3",
+)
+
+
+def hard() -> Recipe:
+    recipe, _ = plan.resolve(load_recipe(MICRO, HARD).recipe)
+    return recipe
+
+
+def train_stage(micro_run: MicroRun, index: int, out: Path, **adapters: Path) -> dict:
+    out.mkdir(exist_ok=True)
+    stage = ("01-cpt", "02-sft")[index]
+    return train.train_stage(hard(), index, micro_run.inputs(stage, **adapters), out)
+
+
+def outcome(out: Path) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
+    """Losses, gradient norms and weights."""
+    norms = [line["grad_norm"] for line in train._lines(out / train.METRICS) if "loss" in line]
+    return losses(out), norms, load_file(out / "adapter" / "adapter_model.safetensors")
+
+
+def assert_same(a: Path, b: Path) -> None:
+    (losses_a, norms_a, weights_a), (losses_b, norms_b, weights_b) = outcome(a), outcome(b)
+    assert losses_a == losses_b and norms_a == norms_b
+    assert weights_a.keys() == weights_b.keys()
+    for name, weights in weights_a.items():
+        assert torch.equal(weights, weights_b[name]), name
+
+
+@pytest.fixture(scope="module")
+def packed(micro_run: MicroRun) -> MicroRun:
+    """The micro run with both stages packed for HARD."""
+    from qmedtune.run import run
+
+    loaded = load_recipe(MICRO, HARD)
+    folder = micro_run.folder.with_name("hard")
+    run(loaded.recipe, loaded.text, folder, offline=True, until="data")
+    return MicroRun(folder, micro_run.base)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(packed: MicroRun, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    train_stage(packed, 0, folder / "cpt")
+    train_stage(packed, 1, folder / "sft", **{"adapter-1": folder / "cpt" / "adapter"})
+    return [folder / "cpt", folder / "sft"]
+
+
+def check_stop(packed: MicroRun, uninterrupted: list[Path], index: int, steps: list[int], tmp_path: Path) -> None:
+    """Stop after each of `steps`, one after the other, in one attempt; then finish it."""
+    adapters = {"adapter-1": uninterrupted[0] / "adapter"} if index else {}
+    out = tmp_path / "-".join(map(str, [index, *steps]))
+    for step in steps:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train.Loop, "on_step_end", stop_after(step))
+            with pytest.raises(interrupt.Interrupted):
+                train_stage(packed, index, out, **adapters)
+        interrupt.stop.signal = None
+        found = checkpoints.last_intact(out)
+        assert found and checkpoints.step_of(found) == step
+    train_stage(packed, index, out, **adapters)
+    assert_same(out, uninterrupted[index])
+
+
+def num_steps(out: Path) -> int:
+    return len(losses(out))
+
+
+def test_stopped_twice_in_either_stage(packed: MicroRun, uninterrupted: list[Path], tmp_path: Path):
+    check_stop(packed, uninterrupted, 0, [2, 5], tmp_path)
+    check_stop(packed, uninterrupted, 1, [1, num_steps(uninterrupted[1]) - 1], tmp_path)
+
+
+@pytest.mark.slow
+def test_stopped_at_every_step(packed: MicroRun, uninterrupted: list[Path], tmp_path: Path):
+    for index, out in enumerate(uninterrupted):
+        for step in range(1, num_steps(out)):
+            check_stop(packed, uninterrupted, index, [step], tmp_path)
+
+
+def poison(step: int, value: float, place: str, patch: pytest.MonkeyPatch) -> None:
+    """The loss, or one element of one gradient, becomes `value` in optimiser step `step`."""
+    original = trainer.QTrainer._accumulate
+
+    def accumulate(self, model, inputs, supervised):
+        loss = original(self, model, inputs, supervised)
+        if self.state.global_step + 1 == step and place == "loss":
+            return loss * value
+        if self.state.global_step + 1 == step:
+            weights = random.Random(step).choice(list(trainer.trainable(model).values()))
+            weights.grad.view(-1)[0] = value
+        return loss
+
+    patch.setattr(trainer.QTrainer, "_accumulate", accumulate)
+
+
+def check_poison(packed: MicroRun, uninterrupted: list[Path], step: int, value: float, place: str, out: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        poison(step, value, place, patch)
+        with pytest.raises(RunError, match=rf"step {step}: {place}.* is (nan|inf); no update.*learning rate.*batch"):
+            train_stage(packed, 0, out)
+    found = checkpoints.last_intact(out)
+    assert (checkpoints.step_of(found) if found else 0) == (step - 1) // 3 * 3
+    assert len(losses(out)) == step - 1
+    train_stage(packed, 0, out)
+    assert_same(out, uninterrupted[0])
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_update(
+    packed: MicroRun, uninterrupted: list[Path], tmp_path: Path
+):
+    check_poison(packed, uninterrupted, 5, float("inf"), "gradient norm", tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_fifty_poisoned_steps(packed: MicroRun, uninterrupted: list[Path], tmp_path: Path):
+    rng = random.Random(7)
+    for number in range(50):
+        step = rng.randint(1, num_steps(uninterrupted[0]))
+        value = rng.choice([float("nan"), float("inf"), float("-inf")])
+        place = rng.choice(["loss", "gradient norm"])
+        check_poison(packed, uninterrupted, step, abs(value), place, tmp_path / str(number))
+
+
+@pytest.mark.gpu
+def test_two_deterministic_runs_on_a_gpu_agree_bit_for_bit(tmp_path: Path):
+    """50 steps with the recipe's own kernels and dtypes: equal losses, gradient norms and weights."""
+    from qmedtune.run import run
+
+    settings = ["deterministic=true", "stages[0].cpt.tokens=13000", "stages[0].cpt.seq_len=64", "save.every=20"]
+    loaded = load_recipe(MICRO, settings)
+    for name in ("a", "b"):
+        run(loaded.recipe, loaded.text, tmp_path / name, offline=True, until="01-cpt")
+    assert num_steps(tmp_path / "a" / "01-cpt") >= 50
+    assert_same(tmp_path / "a" / "01-cpt", tmp_path / "b" / "01-cpt")
+
+
+def test_what_was_trained_on_is_noted_beside_the_adapter(uninterrupted: list[Path]):
+    from qmedtune.base import TRAINED_ON
+
+    cpt, sft = (out / "adapter" / TRAINED_ON for out in uninterrupted)
+    assert cpt.read_text() == sft.read_text()  # one base; the second stage continues the first one's adapter
+    assert not (uninterrupted[0] / store.SCRATCH / "checkpoint.partial").exists()
