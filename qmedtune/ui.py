@@ -294,7 +294,11 @@ def _moving_lines() -> list[Line]:
     run, stages = _shown.run, _shown.stages
     step = run.active if run else None
     lines = [_run_line(run, step)] if run and step else []
-    return lines + ([_stage_line(stages[-1], "  " if lines else _spinner())] if stages else [])
+    if not stages:
+        return lines
+    title = stages[-1].title + "  "
+    lead = f"{_spinner()}{title}" if not lines else "  " if step and step.name == stages[-1].title else f"  {title}"
+    return [*lines, _stage_line(stages[-1], lead)]
 
 
 def _spinner() -> str:
@@ -312,7 +316,7 @@ def _run_line(run: Run, step: Step) -> Line:
 
 
 def _stage_line(stage: Stage, lead: str) -> Line:
-    line: Line = [(f"{lead}{stage.title}  ", "")]
+    line: Line = [(lead, "")]
     figures, room = stage.figures(), terminal.width() - len(line[0][0]) - 1
     if stage.total:
         cells = min(30, max(room - len("  ".join(figures)) - 2, 10))
@@ -320,8 +324,9 @@ def _stage_line(stage: Stage, lead: str) -> Line:
         line += [("━" * done, "cyan"), ("─" * (cells - done) + "  ", "dim")]
         room -= cells + 2
     for position, figure in enumerate(figures):
-        room -= len(figure) + 2
-        if room < -2:
+        room -= len(figure) + 2 * (position > 0)
+        if room < 0:
             break
-        line.append((figure + "  ", "" if position < 2 else "dim"))
+        line += [("  ", "")] * (position > 0)
+        line.append((figure, "" if position < 2 else "dim"))
     return line

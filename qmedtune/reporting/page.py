@@ -84,9 +84,14 @@ def _header(run: dict) -> Html:
     meta = " ".join(f"<span>{esc(fact)}</span>" for fact in facts)
     return Html(
         f'<header><div class="eyebrow">qmedtune run <span class="status {status}">{esc(shown)}</span></div>'
-        f'<h1>{esc(run["name"])}</h1><p class="outcome">{esc(outcome(run))}</p><div class="meta">{meta}</div>'
+        f'<h1>{esc(run["name"])}</h1><p class="outcome">{_together(outcome(run))}</p><div class="meta">{meta}</div>'
         f"{_warning_callout(run)}{_tiles(run)}</header>"
     )
+
+
+def _together(text: str) -> Html:
+    """Arrows stay in the line of both their ends."""
+    return esc(text.replace(" → ", "\u00a0→\u00a0"))
 
 
 def _warning_callout(run: dict) -> str:
@@ -120,25 +125,27 @@ def _score_tile(c: Comparison) -> Html:
     assert c.final is not None
     before = f'<span class="from">{c.base.value:.2f} → </span>' if c.base else ""
     tone = {"better": "good", "worse": "poor", "noise": "quiet"}.get(c.verdict, "")
+    task, _, metric = c.task.removesuffix(")").partition(" (")
     items = f", {c.final.n:,} items" if c.final.n else ""
-    chance = "" if (at := _chance(c)) is None else f", chance {at:.2f}"
-    small = (f"95% interval {c.final.interval()}" if c.final.low is not None else "no interval") + items + chance
-    name = c.task if c.task.endswith(")") else f"{c.task} (accuracy)"
-    return _tile(name, Html(f'{before}<span class="{tone}">{c.final.value:.2f}</span>'), small)
+    sure = f"95% {c.final.interval()}" if c.final.low is not None else "no interval"
+    chance = "" if (at := _chance(c)) is None else f"chance {at:.2f}"
+    small = (f"{metric or 'accuracy'}{items}", sure, chance)
+    return _tile(task, Html(f'{before}<span class="{tone}">{c.final.value:.2f}</span>'), *small)
 
 
 def _perplexity_tile(source: str, base: float | None, final: float) -> Html:
     if base is None:
-        return _tile(f"{source} (perplexity)", esc(f"{final:.2f}"), "base not measured")
+        return _tile(source, esc(f"{final:.2f}"), "perplexity", "base not measured")
     tone = "good" if final < base else "quiet"
     big = Html(f'<span class="from">{digits3(base)} → </span><span class="{tone}">{digits3(final)}</span>')
-    return _tile(f"{source} (perplexity)", big, f"{final / base - 1:+.1%}, lower is better".replace("-", "−"))
+    return _tile(source, big, f"perplexity, {final / base - 1:+.1%}".replace("-", "−"), "lower is better")
 
 
-def _tile(name: str, big: Html, small: str) -> Html:
+def _tile(name: str, big: Html, *small: str) -> Html:
+    lines = Html("<br>".join(esc(line) for line in small if line))
     return Html(
         f'<div class="tile"><div class="name">{esc(name)}</div><div class="big">{big}</div>'
-        f'<div class="small">{esc(small)}</div></div>'
+        f'<div class="small">{lines}</div></div>'
     )
 
 

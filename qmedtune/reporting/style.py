@@ -46,7 +46,7 @@ a { color: inherit; text-decoration-color: var(--c0); text-underline-offset: 3px
 .tiles { display: grid; grid-template-columns: repeat(var(--columns), minmax(0, 1fr)); gap: 14px; margin: 30px 0 0; }
 .tile, .card { background: var(--card); border: 1px solid var(--rule); border-radius: 14px; }
 .tile { padding: 16px 18px 14px; }
-.tile .name { color: var(--soft); font-size: 14px; }
+.tile .name { color: var(--soft); font-size: 14px; overflow-wrap: anywhere; }
 .tile .big { font-size: 24px; line-height: 1.2; letter-spacing: -.02em; font-weight: 650; margin: 4px 0 2px;
   font-variant-numeric: tabular-nums; white-space: nowrap; }
 .tile .from { color: var(--soft); font-weight: 400; }
@@ -105,6 +105,7 @@ td { border-top: 1px solid var(--rule); padding: 8px 18px 8px 0; vertical-align:
 th:last-child, td:last-child { padding-right: 0; }
 td code { font-size: 12.5px; word-break: break-all; }
 td.s { white-space: nowrap; }
+td.t:first-child { min-width: 170px; }
 td.w { min-width: 230px; overflow-wrap: anywhere; }
 td.n, th.n { text-align: right; white-space: nowrap; }
 td.n + td:not(.n), th.n + th:not(.n) { padding-left: 14px; }
@@ -117,7 +118,7 @@ footer { margin-top: 64px; padding-top: 18px; border-top: 1px solid var(--rule);
   main { padding: 30px 16px 48px; }
   h1 { font-size: 27px; } .outcome { font-size: 18px; } h2 { margin-top: 44px; }
   .tiles { grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 10px; }
-  .tile { padding: 12px 14px; } .tile .big { font-size: 21px; }
+  .tile { padding: 12px 14px; } .tile .big { font-size: 21px; } .tile:last-child:nth-child(odd) { grid-column: 1 / -1; }
   .card { padding: 16px; } .plot { height: 200px; }
   .pair { grid-template-columns: minmax(0, 1fr); }
   .db-row { grid-template-columns: 1fr auto; gap: 0 12px; padding: 4px 0; }
