@@ -7,6 +7,7 @@ Deliberately absent: anything that a run of the derived recipe alone would do ot
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,8 @@ def ablate(
 ) -> dict[str, Any]:
     """Run (or go on with) all arms below `out`; returns the content of ablation.json.
 
-    Seeds come one after the other, all arms on each, so that an interrupted sweep compares whole arms. Writes
+    Seeds come one after the other, all arms on each, so that an interrupted sweep compares whole arms; the folders
+    arms/<arm>/seed-<n> of several calls with `seeds` can be put together before a last one. Writes
     ablation.json, ablation.csv, differences.csv, ablation.svg and report.html, also when it is interrupted. Raises
     RecipeError before anything is run where an arm cannot be.
     """
@@ -51,7 +53,8 @@ def ablate(
         try:
             _run_all(arms, wanted, out, offline)
         except BaseException:
-            _write(loaded, arms, wanted, out, "running")
+            with suppress(OSError):  # on a full disk; what happened is raised all the same
+                _write(loaded, arms, wanted, out, "running")
             raise
         return _write(loaded, arms, wanted, out, "finished")
 
