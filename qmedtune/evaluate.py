@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,7 +23,7 @@ from qmedtune.data import templates
 from qmedtune.data.pack import PackedRows
 from qmedtune.data.sources import source_files
 from qmedtune.errors import RecipeError
-from qmedtune.evaluation.compare import task_result, write_items
+from qmedtune.evaluation.compare import overlap_result, task_result, write_items
 from qmedtune.evaluation.measure import Measured, Settings, measure_model, text_rows
 from qmedtune.evaluation.open_model import Quantization, fingerprint, locate, open_model, world_of
 from qmedtune.evaluation.scoring import BATCH_TOKENS, max_positions
@@ -53,20 +53,39 @@ def evaluate_stage(recipe: Recipe, inputs: dict[str, Path], out: Path) -> dict[s
     for label, model, tokenizer in _base_and_final(recipe, inputs):
         measured[label] = measure_model(model, tokenizer, label, tasks, held_out, settings, out / PARTIAL)
         del model  # or two are held while the next is loaded: 2 x 16 GB for an 8B base in 16 bit
-    result = write_results(tasks, measured, recipe.seed, out)
+    result = write_results(tasks, measured, recipe.seed, out, _overlapping(inputs))
     result |= {"precision": recipe.evaluate.precision, "template": settings.template.name}
     store.write_json(out / "evaluation.json", result)
     shutil.rmtree(out / PARTIAL, ignore_errors=True)
     return result
 
 
-def write_results(tasks: list[Task], measured: dict[str, Measured], seed: int, out: Path) -> dict[str, Any]:
-    """Write <task>.items.jsonl below `out`; {"tasks": scores per task, "perplexity": per source}."""
+def _overlapping(inputs: dict[str, Path]) -> dict[str, set[str]]:
+    """Per task, items that some source holds: of `data-<source>` folders, there with `contaminated: split`."""
+    found: dict[str, set[str]] = {}
+    for name, folder in inputs.items():
+        sealed = store.read_seal(folder) if name.startswith("data-") else None
+        for task, entry in (sealed.facts["contamination"] if sealed else {}).items():
+            found.setdefault(task, set()).update(entry["found"])
+    return found
+
+
+def write_results(
+    tasks: list[Task], measured: dict[str, Measured], seed: int, out: Path,
+    overlapping: Mapping[str, set[str]] = {},  # noqa: B006 - nothing changes it
+) -> dict[str, Any]:  # fmt: skip
+    """Write <task>.items.jsonl below `out`; {"tasks": scores per task, "perplexity": per source}.
+
+    overlapping: ids per benchmark that stand in training text; such a task is scored in two parts as well.
+    """
     scores = {}
     for task in tasks:
         rows = {label: found.tasks[task.name] for label, found in measured.items()}
         write_items(out / f"{task.name}.items.jsonl", task, rows)
         scores[task.name] = task_result(task, rows, seed)
+        if overlapping:
+            known = overlapping.get(task.name.partition("-")[0], set())
+            scores[task.name]["overlap"] = overlap_result(task, rows, seed, known)
     first = next(iter(measured.values())).perplexity
     texts = {
         source: {**{label: m.perplexity[source].perplexity for label, m in measured.items()}, "tokens": found.tokens}

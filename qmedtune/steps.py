@@ -191,6 +191,8 @@ def _evaluation_step(
         needs["origin"] = origin
     needs |= {"template": template} if template else {}
     needs |= {"validation": "data/validation"} if recipe.evaluate.perplexity else {}
+    if recipe.hygiene.contaminated == "split":
+        needs |= {f"data-{name}": f"data/{name}" for name in recipe.used_sources()}
     return Step("evaluation", "evaluation", keys.evaluation_section(recipe, hashes), needs, work, resumes=True)
 
 

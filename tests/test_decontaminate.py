@@ -188,6 +188,40 @@ def test_a_benchmark_of_the_evaluation_goes_before_the_public_one(tmp_path):
     assert item.texts == ("My own question?",)
 
 
+def test_split_keeps_the_text_and_scores_the_benchmark_in_two_parts(tmp_path):
+    from qmedtune import store
+    from qmedtune.data.prepare import prepare_source
+    from qmedtune.evaluate import _overlapping
+    from qmedtune.evaluation.compare import overlap_result
+    from qmedtune.tasks import load_task
+
+    rng = random.Random(6)
+    stems = [sentence(rng, 20, 25) for _ in range(4)]
+    exam, texts = tmp_path / "exam.jsonl", tmp_path / "texts.jsonl"
+    options = {"options": {"A": "x", "B": "y"}, "answer_idx": "A"}
+    exam.write_text("".join(json.dumps({"question": stem, **options}) + "\n" for stem in stems))
+    text = f"{sentence(rng, 50, 60)} {stems[1].upper()} {stems[3]} {sentence(rng, 50, 60)}"
+    texts.write_text(json.dumps({"text": text}) + "\n")
+    made = recipe(
+        evaluate={"tasks": [{"task": "medqa", "path": str(exam)}]}, hygiene={"contaminated": "split"},
+        data={"a": {"path": str(texts), "kind": "literature", "holdout": 0.0}},
+    )  # fmt: skip
+    building = store.begin(tmp_path / "a", tmp_path, "key", {}, keep_partial=True)
+    facts = prepare_source(made, "a", {}, building)
+    store.publish(building, tmp_path / "a", tmp_path, "key", facts)
+    assert facts["records"]["kept"] == 1 and facts["contamination"]["medqa"]["found"] == ["line-2", "line-4"]
+    task = load_task(made.evaluate.tasks[0], 0)
+    known = _overlapping({"data-a": tmp_path / "a", "base": tmp_path})["medqa"]
+    rows = [
+        {"correct": right, "truncated": False, "normalised": {"correct": right}, "confidence": 0.5}
+        for right in (False, True, True, True)
+    ]
+    parts = overlap_result(task, {"model": rows}, 0, known)
+    assert {part: (scores["model"]["n"], scores["model"]["accuracy"]) for part, scores in parts.items()} == {
+        "clean": (2, 0.5), "overlapping": (2, 1.0),
+    }  # fmt: skip
+
+
 @pytest.mark.skipif(not REAL.is_dir(), reason="real text is not part of the repository")
 def test_real_pubmedqa_questions_are_all_found_and_real_abstracts_are_clean():
     rng = random.Random(3)

@@ -17,9 +17,8 @@ from qmedtune.data import rows
 from qmedtune.data.decontaminate import Item
 from qmedtune.data.files import plain_suffix
 from qmedtune.data.rejects import Damaged
-from qmedtune.data.sources import source_files
 from qmedtune.errors import DataError
-from qmedtune.recipe import Recipe, SourceSection, TaskSection
+from qmedtune.recipe import Recipe, TaskSection
 
 QUESTIONS = ("QUESTION", "question", "query", "instruction", "prompt", "sentence2", "stem")
 PASSAGES = ("CONTEXTS", "context", "contexts", "abstract", "passage", "sentence1", "input", "text")
@@ -55,6 +54,7 @@ def chosen_tasks(recipe: Recipe) -> list[TaskSection]:
     if wanted == "off":
         return []
     tasks = [TaskSection(task=task) if isinstance(task, str) else task for task in recipe.evaluate.tasks]
+    tasks = list({(task.task, task.path, task.split): task for task in tasks}.values())  # few-shot asks the same items
     if wanted == "evaluation":
         return tasks
     known = {name: TaskSection(task=name) for name in PRESETS} | {task.task: task for task in tasks}
@@ -67,10 +67,12 @@ def benchmark_items(recipe: Recipe) -> list[Item]:
 
 
 def benchmark_files(task: TaskSection) -> list[Path]:
-    """The files of a benchmark, a file or a folder of them. Raises DataError where there are none."""
+    """The files of a benchmark that are scored: a file, or of a folder the split. Raises DataError for none."""
+    from qmedtune.tasks.shots import split_files
+
     assert task.path is not None
     try:
-        return source_files(SourceSection(path=task.path, kind="instructions"))
+        return split_files(task.path, task.split)
     except DataError as error:
         raise DataError(
             f"{task.path}: benchmark {task.task} is not there, so training text cannot be checked against it\n"

@@ -109,6 +109,13 @@ def task_result(task: Task, measured: ModelRows, seed: int) -> dict[str, Any]:
     return result
 
 
+def overlap_result(task: Task, measured: ModelRows, seed: int, known: set[str]) -> dict[str, Any]:
+    """The task's scores on the items that no training text holds (`clean`) and on those that some does."""
+    parts = {"clean": [i for i, item in enumerate(task.items) if item.id not in known]}
+    parts["overlapping"] = [i for i, item in enumerate(task.items) if item.id in known]
+    return {part: _entry(task, indices, measured, seed) for part, indices in parts.items() if indices}
+
+
 def _entry(task: Task, indices: list[int], measured: ModelRows, seed: int) -> dict[str, Any]:
     items = [task.items[i] for i in indices]
     starts = range(0, len(task.asked), len(task.items))
