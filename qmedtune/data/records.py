@@ -78,6 +78,8 @@ def text_record(fields: dict[str, Any], columns: dict[str, str]) -> dict[str, An
         return Refused("retracted")
     if isinstance(fields.get("content"), dict):
         fields = _s2orc(fields)
+    if isinstance(fields.get("metadata"), dict):
+        fields = {**fields["metadata"], **fields}  # shards of datatrove, The Pile and others: what is known, one down
     found = find_columns(fields, columns)
     if "text" not in found:
         raise Unusable(f"no text column among {_names(fields)}")
