@@ -14,9 +14,9 @@ from qmedtune.reporting.charts import SHARES, Axis, esc, log_axis
 # Okabe and Ito's palette, told apart with any kind of colour vision.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#f0e442")
 ROW, HEAD, FOOT, LABEL, PANEL, GAP = 26, 50, 34, 190, 300, 56
-STYLE = (
-    "text{font:13px system-ui,-apple-system,'Segoe UI',sans-serif;fill:#24292f}.s{fill:#57606a;font-size:11.5px}"
-    ".b{font-weight:600}.g{stroke:#d0d7de}.c{stroke:#57606a;stroke-dasharray:3 3}"
+STYLE = (  # scoped: inside a page these rules hold for the whole page
+    ".arms text{font:13px system-ui,-apple-system,'Segoe UI',sans-serif;fill:#24292f}.arms .b{font-weight:600}"
+    ".arms .s{fill:#57606a;font-size:11.5px}.arms .g{stroke:#d0d7de}.arms .c{stroke:#57606a;stroke-dasharray:3 3}"
 )
 
 
@@ -35,7 +35,7 @@ def figure(result: dict[str, Any], chance: float | None = None) -> str:
         left = LABEL + place * (PANEL + GAP) + 12
         body.append(_panel(arms, kind, names, axis, left, height, chance if kind == "scores" else None))
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" role="img" '
+        f'<svg class="arms" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" role="img" '
         f'aria-label="{esc(_summary(arms, scores))}"><style>{STYLE}</style>'
         f'<rect width="{width}" height="{height}" rx="8" fill="#fff"/>{"".join(body)}</svg>\n'
     )
