@@ -35,8 +35,8 @@ def figure(result: dict[str, Any], chance: float | None = None) -> str:
         left = LABEL + place * (PANEL + GAP) + 12
         body.append(_panel(arms, kind, names, axis, left, height, chance if kind == "scores" else None))
     return (
-        f'<svg class="arms" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" role="img" '
-        f'aria-label="{esc(_summary(arms, scores))}"><style>{STYLE}</style>'
+        f'<svg class="arms" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
+        f'role="img" aria-label="{esc(_summary(arms, scores))}"><style>{STYLE}</style>'
         f'<rect width="{width}" height="{height}" rx="8" fill="#fff"/>{"".join(body)}</svg>\n'
     )
 
