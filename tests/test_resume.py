@@ -20,12 +20,15 @@ from qmedtune.parsing.loader import load_recipe
 from qmedtune.recipe import Recipe
 from qmedtune.training import checkpoints, trainer
 
-# Dropout draws random numbers in every step; two micro-batches accumulate; the source is read 1.5 times; the best
-# weights are put back at the end.
+# Dropout draws random numbers in every step; two micro-batches accumulate; sources are read several times; the
+# best weights are put back at the end.
 HARD = (
     "adapter.dropout=0.1",
     "stages[0].cpt.micro_batch=2",
     "stages[1].sft.micro_batch=8",
+    "stages[0].cpt.tokens=2500",
+    "data.literature.max_records=30",
+    "data.instructions.max_records=60",
     "stages[1].sft.epochs=1.5",
     "validate.keep_best=true",
     "validate.every=2",
@@ -97,9 +100,9 @@ def num_steps(out: Path) -> int:
     return len(losses(out))
 
 
-def test_stopped_twice_in_either_stage(packed: MicroRun, uninterrupted: list[Path], tmp_path: Path):
+def test_stopped_in_either_stage(packed: MicroRun, uninterrupted: list[Path], tmp_path: Path):
     check_stop(packed, uninterrupted, 0, [2, 5], tmp_path)
-    check_stop(packed, uninterrupted, 1, [1, num_steps(uninterrupted[1]) - 1], tmp_path)
+    check_stop(packed, uninterrupted, 1, [num_steps(uninterrupted[1]) - 1], tmp_path)
 
 
 @pytest.mark.slow
@@ -125,7 +128,7 @@ def poison(step: int, value: float, place: str, patch: pytest.MonkeyPatch) -> No
     patch.setattr(trainer.QTrainer, "_accumulate", accumulate)
 
 
-def check_poison(packed: MicroRun, uninterrupted: list[Path], step: int, value: float, place: str, out: Path) -> None:
+def check_poison(packed: MicroRun, step: int, value: float, place: str, out: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         poison(step, value, place, patch)
         with pytest.raises(RunError, match=rf"step {step}: {place}.* is (nan|inf); no update.*learning rate.*batch"):
@@ -133,14 +136,10 @@ def check_poison(packed: MicroRun, uninterrupted: list[Path], step: int, value: 
     found = checkpoints.last_intact(out)
     assert (checkpoints.step_of(found) if found else 0) == (step - 1) // 3 * 3
     assert len(losses(out)) == step - 1
-    train_stage(packed, 0, out)
-    assert_same(out, uninterrupted[0])
 
 
-def test_a_gradient_that_is_not_finite_stops_before_the_update(
-    packed: MicroRun, uninterrupted: list[Path], tmp_path: Path
-):
-    check_poison(packed, uninterrupted, 5, float("inf"), "gradient norm", tmp_path / "out")
+def test_a_gradient_that_is_not_finite_stops_before_the_update(packed: MicroRun, tmp_path: Path):
+    check_poison(packed, 5, float("inf"), "gradient norm", tmp_path / "out")
 
 
 @pytest.mark.slow
@@ -150,7 +149,9 @@ def test_fifty_poisoned_steps(packed: MicroRun, uninterrupted: list[Path], tmp_p
         step = rng.randint(1, num_steps(uninterrupted[0]))
         value = rng.choice([float("nan"), float("inf"), float("-inf")])
         place = rng.choice(["loss", "gradient norm"])
-        check_poison(packed, uninterrupted, step, abs(value), place, tmp_path / str(number))
+        check_poison(packed, step, abs(value), place, tmp_path / str(number))
+        train_stage(packed, 0, tmp_path / str(number))
+        assert_same(tmp_path / str(number), uninterrupted[0])
 
 
 @pytest.mark.gpu
