@@ -48,8 +48,9 @@ def test_the_table_lists_exactly_the_commands_and_no_option_that_is_absent():
 
 
 def test_every_recipe_is_in_the_table():
-    shipped = {path.relative_to(ROOT).as_posix() for path in (ROOT / "recipes").glob("*.yaml")}
-    assert shipped - {"recipes/cpt_then_sft.yaml"} == set(re.findall(r"^\| `(recipes/[^`]+)`", README, re.M))
+    shipped = {path.relative_to(ROOT).as_posix() for path in (ROOT / "recipes").rglob("*.yaml")}
+    named = set(re.findall(r"^\|.*?`(recipes/[^`*]+)`", README, re.M))
+    assert shipped - {"recipes/cpt_then_sft.yaml"} == named - {"recipes/cpt_then_sft.yaml"}
 
 
 def test_the_two_line_change_plans_sanely_for_8b(tmp_path):
@@ -73,8 +74,13 @@ def test_the_two_line_change_plans_sanely_for_8b(tmp_path):
 
 
 def test_links_and_named_files_exist():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert (ROOT / target).is_file(), target
+    for target in re.findall(r"(?:\]\(|src=\"|srcset=\")([^)#\"]+)[)\"]", README):
+        assert "://" in target or (ROOT / target).is_file(), target
+
+
+def test_every_example_is_in_the_table():
+    shipped = {path.name for path in (ROOT / "examples").iterdir() if path.is_file()}
+    assert shipped == set(re.findall(r"^\| \[([^\]]+)\]\(examples/", README, re.M))
 
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md"])
