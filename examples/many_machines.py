@@ -28,7 +28,7 @@ from qmedtune.recipe import SourceSection
 
 
 class MedicalReader(PipelineStep):
-    """The sound records of every `world_size`-th file; what else is known of them (patient, PMID) goes into `metadata`."""
+    """The sound records of every `world_size`-th file; patient, PMID and group go into `metadata`."""
 
     type, name = "READER", "qmedtune"
 

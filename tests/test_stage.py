@@ -10,6 +10,7 @@ import pytest
 from qmedtune import store
 from qmedtune.data import stage, treat
 from qmedtune.data.prepare import prepare_source
+from qmedtune.errors import RunError
 from qmedtune.recipe import Recipe
 
 PARTS = ("train.jsonl", "heldout.jsonl", "rejects.jsonl", "hashes.npy")
@@ -67,6 +68,17 @@ def test_workers_are_as_many_as_the_input_is_worth(tmp_path, corpus, monkeypatch
     assert treat.worker_count("auto", source) == 1 and treat.worker_count(5, source) == 5
     monkeypatch.setattr(treat, "WORKER_BYTES", 100_000)
     assert 1 < treat.worker_count("auto", source) <= 3
+
+
+def test_a_worker_that_dies_is_named(corpus, monkeypatch):
+    with treat.Pool(recipe(corpus, workers=2), "notes", []) as pool:
+        batches = pool.treated([("a.jsonl", n, {"id": str(n), "text": "x " * 40})] for n in range(200))
+        next(batches)
+        assert pool.executor is not None
+        for process in pool.executor._processes.values():
+            process.kill()
+        with pytest.raises(RunError, match="workers=1"):
+            list(batches)
 
 
 def counting(monkeypatch):

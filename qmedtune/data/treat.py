@@ -15,6 +15,7 @@ from array import array
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
@@ -25,6 +26,7 @@ from qmedtune.data import decontaminate, language, phi, presidio, surrogates
 from qmedtune.data.clean import clean
 from qmedtune.data.rejects import Damaged, Refused
 from qmedtune.data.sources import VERSIONED, Deleted, Item, PmidSet, source_files
+from qmedtune.errors import RunError
 from qmedtune.recipe import Recipe, SourceSection
 
 WORKER_BYTES = 8 << 20  # of input per worker: starting one takes half a second, as long as it takes to clean 8 MB
@@ -216,6 +218,9 @@ class Pool:
         self.executor: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> Pool:
+        recipe, name, _ = self.what
+        if recipe.hygiene.presidio and phi_mode(recipe, name) != "off":
+            presidio.check(recipe.hygiene.presidio)  # here, because what a worker raises at its start reaches nobody
         if self.workers > 1:
             spawn = multiprocessing.get_context("spawn")  # a fork would inherit locks of the progress bar's thread
             self.executor = ProcessPoolExecutor(self.workers, spawn, _start_worker, self.what)
@@ -232,12 +237,18 @@ class Pool:
             yield from map(self.treat, batches)
             return
         waiting: deque[Future] = deque()
-        for batch in batches:
-            waiting.append(self.executor.submit(_treat_in_worker, batch))
-            if len(waiting) > WAITING_BATCHES * self.workers:
+        try:
+            for batch in batches:
+                waiting.append(self.executor.submit(_treat_in_worker, batch))
+                if len(waiting) > WAITING_BATCHES * self.workers:
+                    yield waiting.popleft().result()
+            while waiting:
                 yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        except BrokenProcessPool as error:
+            raise RunError(
+                f"one of {self.workers} worker processes was killed, perhaps for want of memory\n"
+                "give the same command again; with fewer processes: --set workers=1"
+            ) from error
 
 
 def _start_worker(recipe: Recipe, name: str, items: list[decontaminate.Item]) -> None:
