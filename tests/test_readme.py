@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import typer
 import yaml
+from stand_ins import jats
 
 from qmedtune import cli
 from qmedtune.parsing.loader import load_recipe
@@ -62,15 +63,25 @@ def test_the_two_line_change_plans_sanely_for_8b(tmp_path):
     for old, new in zip(removed, added, strict=True):
         assert text.count(old) == 1
         text = text.replace(old, new)
+    articles = tmp_path / "pmc" / "heart"
+    articles.mkdir(parents=True)
+    for number in range(40):
+        (articles / f"PMC{number}.nxml").write_text(jats(number))
     path = tmp_path / "mine.yaml"
-    path.write_text(text)
+    path.write_text(text.replace("/data/pmc", str(tmp_path / "pmc")))
     plan = make_plan(load_recipe(path, ["memory=24"]).recipe, tmp_path / "run")
     assert 7e9 < plan["base"]["parameters"] < 9e9
+    assert plan["data"][0]["source"] == "literature" and plan["data"][0]["missing"] == ""
     for stage in plan["stages"]:
         assert 5e-5 <= stage["lr"] <= 5e-4
         assert stage["seq_len"] in (1024, 2048, 4096)
         assert 8_192 <= stage["seq_len"] * stage["batch"] <= 131_072
         assert 8 * 2**30 < stage["peak_bytes"] <= 24 * 2**30
+        there = sum(source["tokens"] for source in plan["data"])
+        assert 0 < stage["trained"] <= 20 * there, "a budget that the data can give"
+        assert stage["trained"] <= stage["steps"] * stage["seq_len"] * stage["batch"]
+    assert plan["host"]["needed_bytes"] < 32 * 2**30
+    assert 16 * 2**30 < plan["disk"]["needed_bytes"] < 80 * 2**30
 
 
 def test_links_and_named_files_exist():
