@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from qmedtune import ui
+from qmedtune.bench import data_memory
 from qmedtune.bench import data_peers as peers
 from qmedtune.data import decontaminate, dedup, mix, world, xml
 from qmedtune.data.tokens import BATCH_BYTES, Codec, encode_texts, load_codec, shard_array, write_shards
@@ -31,6 +32,7 @@ CONTENDERS = {
     "near": "near duplicates at Jaccard 0.8 with recall: ours, datasketch",
     "decontaminate": "13-gram search with recall: ours, lm-eval's Janitor",
 }
+ON_REQUEST = {"memory": "peak memory of reading to packing over the size of the corpus: ours (minutes)"}
 SEQ_LEN = 1024
 VOCABULARY = 8000
 TEXT_CHARACTERS = 1500
@@ -47,23 +49,27 @@ class Run:
 
 
 def bench_data(
-    cases: list[str] | None = None, rounds: int = 3, corpus: Path | None = None, num_texts: int = 4000
-) -> dict[str, Any]:
+    cases: list[str] | None = None, rounds: int = 3, corpus: Path | None = None, num_texts: int = 4000,
+    sizes_mb: list[int] | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """{"bench", "device", "versions", "rows"}; rows: case, contender, value (s), unit, ratio (seconds of the case's
     first contender over this one's: above 1 is faster than it), mb_per_s, recall where there is one.
 
-    Raises RecipeError for an unknown case.
+    sizes_mb: of the corpora of the case `memory`, which runs on request only. Raises RecipeError for an unknown case.
     """
     chosen = cases or list(CONTENDERS)
-    if unknown := [case for case in chosen if case not in CONTENDERS]:
-        raise RecipeError(f"bench data: no case {unknown[0]!r}\nallowed: {', '.join(CONTENDERS)}")
+    if unknown := [case for case in chosen if case not in CONTENDERS | ON_REQUEST]:
+        raise RecipeError(f"bench data: no case {unknown[0]!r}\nallowed: {', '.join(CONTENDERS | ON_REQUEST)}")
     texts = _corpus(corpus, num_texts)
     makers = {"tokenise": _tokenise, "jats": _jats, "near": _near, "decontaminate": _decontaminate}
     rows = []
     with tempfile.TemporaryDirectory() as folder, ui.stage("bench data", None, "cases") as bar:
         for number, case in enumerate(chosen, start=1):
-            size, runs = makers[case](texts, Path(folder) / case)
-            rows += _measure(case, size, runs, rounds)
+            if case == "memory":
+                rows += data_memory.memory_rows(sizes_mb or list(data_memory.SIZES_MB), Path(folder) / case)
+            else:
+                size, runs = makers[case](texts, Path(folder) / case)
+                rows += _measure(case, size, runs, rounds)
             bar.update(number)
     missing = [name for name in peers.NEEDED if not peers.installed(name)]
     return {"bench": "data", "device": device_name(), "versions": versions(), "not_installed": missing, "rows": rows}
@@ -72,11 +78,11 @@ def bench_data(
 def render(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Columns and rows for a table."""
     rows = [
-        [r["case"], r["contender"], f"{r['value']:.2f}", f"{r['mb_per_s']:.1f}", f"{r['ratio']:.2f}",
-         "" if r["recall"] is None else f"{r['recall']:.3f}"]
+        [r["case"], r["contender"], f"{r['value']:.2f} {r['unit']}", f"{r['mb_per_s']:.1f}",
+         "" if r["ratio"] is None else f"{r['ratio']:.2f}", "" if r["recall"] is None else f"{r['recall']:.3f}"]
         for r in result["rows"]
     ]  # fmt: skip
-    return ["case", "contender", "s", "MB/s", "ratio to first", "recall"], rows
+    return ["case", "contender", "median or peak", "MB/s", "ratio to first", "recall"], rows
 
 
 def _measure(case: str, size_bytes: int, runs: list[Run], rounds: int) -> list[dict[str, Any]]:
@@ -131,7 +137,7 @@ def _bytes(texts: list[str]) -> int:
 
 def _tokenise(texts: list[str], folder: Path) -> tuple[int, list[Run]]:
     folder.mkdir()
-    codec = _train_tokenizer(texts, folder / "tokenizer")
+    codec = train_tokenizer(texts, folder / "tokenizer")
     source = folder / "train.jsonl"
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
 
@@ -153,7 +159,7 @@ def _tokenise(texts: list[str], folder: Path) -> tuple[int, list[Run]]:
     return _bytes(texts), runs
 
 
-def _train_tokenizer(texts: list[str], folder: Path) -> Codec:
+def train_tokenizer(texts: list[str], folder: Path) -> Codec:
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())

@@ -53,15 +53,20 @@ def train(
 
 
 def data(
-    cases: Annotated[str | None, typer.Option(metavar="A,B", help="tokenise, jats, near, decontaminate.")] = None,
+    cases: Annotated[
+        str | None, typer.Option(metavar="A,B", help="tokenise, jats, near, decontaminate; memory.")
+    ] = None,
     corpus: Annotated[Path | None, typer.Option(metavar="FILE", help="JSON lines; default: made text.")] = None,
     rounds: RoundsOption = 3,
+    sizes: Annotated[str, typer.Option(metavar="MB,MB", help="memory: sizes of the made corpora.")] = "64,256,1024",
     as_json: JsonOption = False,
 ) -> None:
     """Reading, tokenising, deduplicating beside installed peers."""
     from qmedtune.bench import data as bench_data
 
-    _show(bench_data, bench_data.bench_data(cases.split(",") if cases else None, rounds, corpus), as_json)
+    sizes_mb = [int(size) for size in sizes.split(",")]
+    facts = bench_data.bench_data(cases.split(",") if cases else None, rounds, corpus, sizes_mb=sizes_mb)
+    _show(bench_data, facts, as_json)
 
 
 def merge(

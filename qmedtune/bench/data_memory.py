@@ -1,0 +1,99 @@
+"""Peak memory of the data steps over the size of the corpus: `qmedtune bench data --cases memory`.
+
+Each size is made anew (invented words, one text in twenty an edited copy of an earlier one), read, cleaned, searched
+for duplicates, tokenised and packed in a process of its own, and the operating system says what it took at most.
+Flat over the sizes is the claim; what grows is 30 bytes per record and the pieces of the packing.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from qmedtune.errors import RunError
+
+SIZES_MB = (64, 256, 1024)
+WORDS, TEXT_WORDS, COPIES = 30_000, 220, 0.05
+SEED = 11
+MB = 1_000_000
+KIB = 1024  # Linux counts ru_maxrss in these
+
+
+def memory_rows(sizes_mb: list[int], folder: Path) -> list[dict[str, Any]]:
+    """One row per size: `value` is the peak of the process and of all its workers, in MB. RunError where one fails."""
+    return [_row(size, folder / str(size)) for size in sizes_mb]
+
+
+def _row(size_mb: int, folder: Path) -> dict[str, Any]:
+    folder.mkdir(parents=True)
+    texts = make_corpus(folder / "corpus.jsonl", size_mb * MB)
+    started = time.perf_counter()
+    ran = subprocess.run(
+        [sys.executable, "-m", "qmedtune.bench.data_memory", str(folder)], capture_output=True, text=True, check=False
+    )
+    if ran.returncode:
+        raise RunError(f"bench data memory: {size_mb} MB failed\n{ran.stderr.strip()[-400:]}")
+    found = json.loads(ran.stdout.splitlines()[-1])
+    seconds = time.perf_counter() - started
+    return {
+        "case": "memory", "contender": f"{size_mb} MB", "value": round(found["peak_bytes"] / MB), "unit": "MB",
+        "ratio": None, "recall": None, "mb_per_s": size_mb / seconds, "texts": texts, **found,
+    }  # fmt: skip
+
+
+def make_corpus(path: Path, size_bytes: int) -> int:
+    """Write JSON lines of about `size_bytes`; the number of texts."""
+    rng = random.Random(SEED)
+    words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 11))) for _ in range(WORDS)]
+    size, number, earlier = 0, 0, ""
+    with path.open("w", encoding="utf-8") as file:
+        while size < size_bytes:
+            text = " ".join(rng.choices(words, k=TEXT_WORDS))
+            if earlier and rng.random() < COPIES:
+                text = f"{earlier} {rng.choice(words)}"
+            size += file.write(json.dumps({"text": text}) + "\n")
+            number += 1
+            earlier = text if rng.random() < 0.5 else earlier
+    return number
+
+
+def measure(folder: Path) -> dict[str, Any]:
+    """Prepare and pack the corpus of a folder; peak bytes, with those of the workers, and the counts."""
+    from qmedtune.bench.data import train_tokenizer
+    from qmedtune.data.pack import pack_stage
+    from qmedtune.data.prepare import prepare_source
+    from qmedtune.data.treat import worker_count
+    from qmedtune.recipe import Recipe
+
+    recipe = Recipe.model_validate({
+        "name": "memory", "model": {"base": "builtin:tiny"},
+        "data": {"texts": {"path": str(folder / "corpus.jsonl"), "kind": "literature"}},
+        "stages": [{"cpt": {"mix": {"texts": 1}, "epochs": 1, "seq_len": 1024}}],
+    })  # fmt: skip
+    for name in ("texts", "stage"):
+        (folder / name).mkdir()
+    records = prepare_source(recipe, "texts", {}, folder / "texts")["records"]
+    prepared = _peak(resource.RUSAGE_SELF)
+    with (folder / "corpus.jsonl").open(encoding="utf-8") as file:
+        train_tokenizer([json.loads(line)["text"] for line, _ in zip(file, range(1000), strict=False)], folder / "t")
+    facts = pack_stage(recipe, 0, folder / "t", {"texts": folder / "texts"}, folder / "stage")
+    workers = worker_count("auto", recipe.data["texts"])
+    of_workers = _peak(resource.RUSAGE_CHILDREN) * workers if workers > 1 else 0
+    return {
+        "peak_bytes": _peak(resource.RUSAGE_SELF) + of_workers, "prepare_bytes": prepared, "worker_bytes": of_workers,
+        "workers": workers, "records": records, "tokens": facts["tokens"]["trained"],
+    }  # fmt: skip
+
+
+def _peak(who: int) -> int:
+    return resource.getrusage(who).ru_maxrss * KIB
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(Path(sys.argv[1]))))
