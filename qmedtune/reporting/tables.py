@@ -218,7 +218,10 @@ def _flat(facts: dict, prefix: str = "") -> list[Row]:
 
 
 def _setting(value: object) -> str:
-    return ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+    """As a recipe writes it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return ", ".join(f"{k} {_setting(v)}" for k, v in value.items()) if isinstance(value, dict) else str(value)
 
 
 def _count(value: float | None) -> str:
