@@ -90,14 +90,22 @@ def dangers(tree):
         if isinstance(node, ast.Call):
             if isinstance(node.func, ast.Name) and node.func.id in ("eval", "exec"):
                 yield node.lineno, node.func.id
+            if ast.unparse(node.func) in ("torch.load", "torch.save", "np.load") and not _plain(node):
+                yield node.lineno, ast.unparse(node.func)
             for keyword in node.keywords:
                 value = getattr(keyword.value, "value", None)
                 if (keyword.arg, value) in (("trust_remote_code", True), ("weights_only", False)):
                     yield node.lineno, keyword.arg
 
 
+def _plain(call):
+    """np.load refuses pickles unless it is asked to take them."""
+    return ast.unparse(call.func) == "np.load" and all(k.arg != "allow_pickle" for k in call.keywords)
+
+
 def test_no_code_loads_pickles_or_remote_code():
     found = [(relative(p), danger) for p in SOURCES for danger in dangers(ast.parse(p.read_text(encoding="utf-8")))]
     assert found == []
-    bad = "import pickle\nload(x, trust_remote_code=True)\neval('1')"
-    assert [what for _, what in dangers(ast.parse(bad))] == ["pickle", "trust_remote_code", "eval"]
+    bad = "import pickle\nload(x, trust_remote_code=True)\neval('1')\ntorch.load(x)\nnp.load(x, allow_pickle=True)"
+    named = ["pickle", "trust_remote_code", "eval", "torch.load", "np.load"]
+    assert [what for _, what in dangers(ast.parse(bad))] == named

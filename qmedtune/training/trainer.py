@@ -237,6 +237,7 @@ class QTrainer(SFTTrainer):
         states = checkpoints.states_of(self.optimizer, self.lr_scheduler, self.accelerator.scaler)
         facts = {"tokens": self.tokens_seen, "made_with": self.made_with}
         weights = trainable(self.trained_model)
+        self.state.log_history.clear()  # metrics.jsonl has it all; this would grow with every step
         checkpoints.save(self.stage, self.state.global_step, weights, states, self.state, facts, self.keep)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
