@@ -92,6 +92,7 @@ def comparisons(run: dict) -> list[Comparison]:
         if generated := _generated(task):
             found.append(_compare(title, GENERATED, generated))
         found += [_compare(title, facet, entry) for facet, entry in task.get("facets", {}).items()]
+        found += [_compare(title, f"{part} items", entry) for part, entry in task.get("overlap", {}).items()]
     return found
 
 

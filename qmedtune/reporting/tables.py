@@ -151,6 +151,10 @@ def findings(run: dict) -> Table:
         rows += [(name, f"record left out: {reason}", _exact(n)) for reason, n in source.get("reasons", {}).items()]
         if source.get("near_duplicates"):
             rows.append((name, "near duplicates, among the duplicates", _exact(source["near_duplicates"])))
+        if of_earlier := source.get("near", {}).get("of_earlier_sources"):
+            rows.append((name, "near duplicates of an earlier source", _exact(of_earlier)))
+        if cleaned := source.get("cleaned", {}).get("records"):
+            rows.append((name, "records changed by cleaning", _exact(cleaned)))
         phi = source.get("phi") or {}
         rows += [(name, f"identifier: {kind} ({phi['mode']})", _exact(n)) for kind, n in phi.get("classes", {}).items()]
         for task, overlap in source.get("contamination", {}).items():
