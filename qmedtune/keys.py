@@ -19,7 +19,7 @@ FORMAT = 1
 CODE = f"qmedtune-{__version__.rpartition('.')[0]}-format-{FORMAT}"
 
 PACKING = ("mix", "unit", "tokens", "epochs", "max_repeats", "data", "loss_on", "seq_len", "max_truncated_fraction")
-PACKING += ("packing",)
+PACKING += ("packing", "multi_label")
 PACKED_AS = {"template", "chunking", "overlap", "max_tokens"}  # of a source: what packing reads, and reading does not
 BY_MACHINE = ("micro_batch", "gradient_checkpointing", "optimizer")
 MODEL_BY_MACHINE = ("compute_dtype", "kernels", "attention")
@@ -46,7 +46,8 @@ def fingerprint(source: SourceSection, hashes: store.HashCache) -> list[list[str
 
     paths = [source.path] if isinstance(source.path, str) else source.path
     if any(p.startswith("builtin:") for p in paths):
-        return [["builtin", hashes.sha256(Path(__file__).parent / "data" / "world.py")]]
+        made_by = ["world.py", *(["outcomes.py"] if any(p.endswith("outcomes") for p in paths) else [])]
+        return [["builtin", hashes.sha256(Path(__file__).parent / "data" / name)] for name in made_by]
     if dataset := hub_dataset(source):
         return [[dataset, _commit(dataset, hashes)]]
     files = source_files(source)
@@ -98,12 +99,17 @@ def _template_files(recipe: Recipe, names: list[str]) -> dict[str, str]:
 
 
 def sources_compared_with(recipe: Recipe, name: str) -> list[str]:
-    """Earlier sources that duplicates are looked for in: texts among texts, instructions among instructions."""
+    """Earlier sources that duplicates are looked for in: texts among texts, instructions among instructions, what
+    `classify` reads among itself (a note may be read on and be labelled)."""
     if not recipe.hygiene.dedup.exact and not recipe.hygiene.dedup.near:
         return []
     used = recipe.used_sources()
-    instructions = recipe.data[name].kind == "instructions"
-    return [o for o in used[: used.index(name)] if (recipe.data[o].kind == "instructions") == instructions]
+    labelled = {stage.classify.data for stage in recipe.stages if stage.classify}
+
+    def family(source: str) -> tuple[bool, bool]:
+        return recipe.data[source].kind == "instructions", source in labelled
+
+    return [other for other in used[: used.index(name)] if family(other) == family(name)]
 
 
 def validation_section(recipe: Recipe) -> dict[str, Any]:

@@ -203,7 +203,7 @@ def lora_config(section: AdapterSection, *, embeddings: bool) -> Any:
 def attach_adapter(
     model: PreTrainedModel, section: AdapterSection, earlier: Sequence[Path], *, continued: bool
 ) -> PeftModel:
-    """The base with its adapters, the last of them trainable.
+    """The base with its adapters, the last of them trainable (all are frozen by load_adapters alone).
 
     `earlier` are the folders of the stages before, in order. `continued`: train the last of them on; otherwise a new
     adapter is put on top and the earlier ones are frozen. Trainable weights are fp32 whatever the compute dtype.
@@ -269,9 +269,10 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def save_adapter(model: PeftModel, folder: Path, base_name: str) -> None:
-    """Write the last adapter as PEFT files (fp32 safetensors). `base_name` replaces local paths in its config."""
-    name = list(model.peft_config)[-1]
+def save_adapter(model: PeftModel, folder: Path, base_name: str, name: str | None = None) -> None:
+    """Write one adapter, by default the last, as PEFT files (fp32 safetensors). `base_name` replaces local paths in its
+    config."""
+    name = name or list(model.peft_config)[-1]
     config = model.peft_config[name]
     config.base_model_name_or_path = base_name
     config.inference_mode = True

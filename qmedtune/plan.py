@@ -22,12 +22,12 @@ from qmedtune.planning.machine import CARDS_GIB, GIB, Machine, card_of, this_mac
 from qmedtune.planning.memory import Setup
 from qmedtune.planning.resolve import resolve
 from qmedtune.planning.shapes import BaseFacts, base_facts
-from qmedtune.recipe import Recipe, SftSection, SourceSection
+from qmedtune.recipe import ClassifySection, Recipe, SftSection, SourceSection
 
 __all__ = ["BaseFacts", "base_facts", "make_plan", "resolve"]
 
 # Share of a row that packing fills: text is split to fit, whole instruction records leave gaps. Seen on shared text.
-ROW_FILL = {"cpt": 0.99, "pretrain": 0.99, "sft": 0.93}
+ROW_FILL = {"cpt": 0.99, "pretrain": 0.99, "sft": 0.93, "classify": 0.93}
 # Files larger than this in sum are not hashed for the sake of a plan; then the data stages' status is unknown.
 HASHED_BYTES = 256 * 1024**2
 
@@ -162,7 +162,7 @@ def _tokens(recipe: Recipe, index: int, estimates: Mapping[str, Estimate]) -> To
     absent = [name for name, estimate in held.items() if not estimate.tokens]
     spread = max((estimate.spread for estimate in held.values()), default=0.0)
     lengths = {name: _draws(recipe.data[name], estimate, int(section.seq_len)) for name, estimate in held.items()}
-    if isinstance(section, SftSection):
+    if isinstance(section, SftSection | ClassifySection):
         trained = float(section.epochs) * sum(float(drawn.sum()) for drawn in lengths.values())
     elif absent:
         trained, spread = (0 if section.tokens == "auto" else section.tokens), 0.0

@@ -124,7 +124,8 @@ class TrainSection(Section):
     optimizer: Literal["auto", "adamw", "adamw_8bit", "paged_adamw_8bit"] = "auto"
     gradient_checkpointing: bool | Auto = "auto"
     # Which weights: the last adapter on, a new one on its fold into the base, a new one on top, or all parameters.
-    adapter: Literal["continue", "merge_then_new", "new", "none"] = "continue"
+    # `frozen` is for `classify`: the adapters as they are, with a head on top.
+    adapter: Literal["continue", "merge_then_new", "new", "none", "frozen"] = "continue"
 
     @field_validator("betas", mode="before")
     @classmethod
@@ -166,6 +167,20 @@ class SftSection(TrainSection):
         return [self.data] if isinstance(self.data, str) else self.data
 
 
+class ClassifySection(TrainSection):
+    """A classification head on the last token of every document of one source with a `label` column, and an adapter
+    under it. A branch: later stages, the merge and the evaluation go on from before it."""
+
+    data: str
+    epochs: Annotated[float, Field(gt=0)] | Auto = "auto"
+    multi_label: bool = False  # a label is a list, or a text with `,` or `;` between labels
+    train_earlier: bool = False  # with `adapter: new`: the stages' adapters below it are trained too
+
+    @property
+    def sources(self) -> list[str]:
+        return [self.data]
+
+
 class PretrainSection(MixSection):
     """From scratch, all parameters, small models only; the tiny base is made by it."""
 
@@ -176,16 +191,17 @@ class StageSection(Section):
     pretrain: PretrainSection | None = None
     cpt: CptSection | None = None
     sft: SftSection | None = None
+    classify: ClassifySection | None = None
 
     @model_validator(mode="after")
     def _one(self) -> StageSection:
-        if sum(section is not None for section in (self.pretrain, self.cpt, self.sft)) != 1:
-            raise ValueError("a stage is one of `cpt`, `sft`, `pretrain`")
+        if len(self.model_dump(exclude_none=True)) != 1:
+            raise ValueError("a stage is one of `cpt`, `sft`, `pretrain`, `classify`")
         return self
 
     @property
     def kind(self) -> str:
-        return "cpt" if self.cpt else "sft" if self.sft else "pretrain"
+        return "cpt" if self.cpt else "sft" if self.sft else "classify" if self.classify else "pretrain"
 
     @property
     def full(self) -> bool:
@@ -193,13 +209,13 @@ class StageSection(Section):
         return self.kind == "pretrain" or self.section.adapter == "none"
 
     @property
-    def section(self) -> CptSection | SftSection | PretrainSection:
+    def section(self) -> CptSection | SftSection | PretrainSection | ClassifySection:
         return getattr(self, self.kind)
 
     @property
     def sources(self) -> list[str]:
         section = self.section
-        if isinstance(section, SftSection):
+        if isinstance(section, SftSection | ClassifySection):
             return section.sources
         return [name for name, weight in section.mix.items() if weight > 0]
 

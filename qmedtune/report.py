@@ -22,6 +22,7 @@ STAGE_WORDS = {
     "cpt": "continual pretraining",
     "sft": "supervised fine-tuning",
     "pretrain": "pretraining from scratch",
+    "classify": "classification",
 }
 PHI_WORDS = {
     "off": "Nothing was looked for: the notes were used as they are.",
@@ -61,6 +62,7 @@ def markdown(run: dict, metrics: Metrics) -> str:
         f"Status: {run['status']}. Base: {_plain(base_name(run))}.",
         _section(tables.evaluation(run)),
         _section(tables.perplexity(run)),
+        _section(tables.classification(run)) if tables.classification(run).rows else "",
         _section(tables.audit(run)) if run.get("audit") else "",
         _section(tables.stages(run)),
         left_out if metrics.left_out else "",

@@ -21,8 +21,9 @@ SEQ_LEN = 128  # of `sft` rows: the longest prompt of a shipped template and an 
 def smoke(recipe: Recipe) -> Recipe:
     """The recipe to run in place of `recipe`."""
     kinds = Counter(source.kind for source in recipe.data.values())
-    data = {name: _source(source, kinds[source.kind]) for name, source in recipe.data.items()}
-    texts = [name for name, source in recipe.data.items() if source.kind in ("literature", "clinical", "general")]
+    labelled = {stage.classify.data for stage in recipe.stages if stage.classify}
+    data = {name: _source(source, kinds[source.kind], name in labelled) for name, source in recipe.data.items()}
+    texts = [name for name, source in recipe.data.items() if source.kind != "instructions" and name not in labelled]
     on = [name for name in recipe.validation.on if name in texts]  # the built-in world holds out documents alone
     validate = {"on": on, "keep_best": recipe.validation.keep_best and bool(on)}
     hygiene = {"decontaminate": "off" if recipe.hygiene.decontaminate == "off" else "evaluation"}
@@ -45,10 +46,11 @@ def smoke(recipe: Recipe) -> Recipe:
     )
 
 
-def _source(source: SourceSection, alike: int) -> SourceSection:
+def _source(source: SourceSection, alike: int, labelled: bool) -> SourceSection:
     limit = -(-RECORDS // alike) if source.kind == "instructions" else None
     return SourceSection(
-        path=f"builtin:{BUILTIN[source.kind]}",
+        path=f"builtin:{'outcomes' if labelled else BUILTIN[source.kind]}",
+        columns={"label": "label"} if labelled else {},
         kind=source.kind,
         template=source.template,
         chunking=source.chunking,
@@ -61,7 +63,8 @@ def _stage(stage: StageSection) -> StageSection:
     section = stage.section
     update: dict[str, object] = dict.fromkeys(("seq_len", "batch", "micro_batch", "lr", "embedding_lr"), "auto")
     update |= {"warmup": "auto", "optimizer": "auto", "horizon_steps": None}
-    update |= {"tokens": TOKENS, "epochs": None} if isinstance(section, MixSection) else {"epochs": 1.0}
+    epochs = 4.0 if stage.kind == "classify" else 1.0
+    update |= {"tokens": TOKENS, "epochs": None} if isinstance(section, MixSection) else {"epochs": epochs}
     if not isinstance(section, MixSection):
         update["seq_len"] = SEQ_LEN
     return stage.model_copy(update={stage.kind: section.model_copy(update=update)})

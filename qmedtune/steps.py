@@ -62,7 +62,10 @@ def folds(stage: StageSection, adapters: list[str]) -> bool:
 
 
 def after(stage: StageSection, name: str, start: str, adapters: list[str]) -> tuple[str, list[str]]:
-    """The base and the adapters, in order, that make up the model after this stage, as `step/subfolder`."""
+    """The base and the adapters, in order, that make up the model after this stage, as `step/subfolder`. A classify
+    stage is a branch: what follows goes on from before it."""
+    if stage.kind == "classify":
+        return start, adapters
     if stage.full:
         return f"{name}/model", []
     kept = adapters[:-1] if stage.section.adapter == "continue" else adapters
@@ -132,9 +135,11 @@ def _audit_steps(recipe: Recipe, trained: dict[str, tuple[str, list[str]]]) -> l
 
 def _tokens_step(recipe: Recipe, index: int, start: str) -> Step:
     def work(recipe: Recipe, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
+        from qmedtune.data.classes import pack_classes
         from qmedtune.data.pack import pack_stage
 
-        return pack_stage(recipe, index, inputs["base"], inputs, out)
+        pack = pack_classes if recipe.stages[index].classify else pack_stage
+        return pack(recipe, index, inputs["base"], inputs, out)
 
     planted = {recipe.audit.source, recipe.audit.prompts} if recipe.audit else set()
     sources = recipe.stages[index].sources
@@ -152,7 +157,7 @@ def _training_step(recipe: Recipe, asked: Recipe, index: int, start: str, adapte
 
     name = recipe.stage_names()[index]
     needs = {"base": start, "tokens": f"data/{name}", **_numbered(adapters)}
-    if recipe.validation.on:
+    if recipe.validation.on and not recipe.stages[index].classify:
         needs["validation"] = "data/validation"
     section = keys.training_section(recipe, asked, index)
     return Step(name, recipe.stages[index].kind, section, needs, work, resumes=True)

@@ -1,4 +1,4 @@
-"""The training stages: `cpt`, `sft` (adapters on a frozen base) and `pretrain` (from scratch, all parameters).
+"""The training stages: `cpt`, `sft`, `classify` (adapters on a frozen base) and `pretrain` (all parameters).
 
 They differ in what is trained and where it starts; the loop is one: QTrainer over the packed rows. This file owns what
 happens around the steps: metrics, validation, the best weights, stopping, resuming.
@@ -25,11 +25,13 @@ from qmedtune import model as models
 from qmedtune import store, ui
 from qmedtune.base import note_base
 from qmedtune.data import templates
+from qmedtune.data.classes import LabelledRows
 from qmedtune.data.pack import PackedRows
 from qmedtune.interrupt import stop
 from qmedtune.recipe import Recipe
 from qmedtune.training import checkpoints
 from qmedtune.training.checkpoints import BEST, METRICS
+from qmedtune.training.classify import attach_head, document_nll, score
 from qmedtune.training.loss import token_nll
 from qmedtune.training.machine import as_begun, out_of_memory
 from qmedtune.training.trainer import QTrainer, collate, number, supervised_weight, trainer_arguments
@@ -52,7 +54,9 @@ def train_stage(recipe: Recipe, index: int, inputs: dict[str, Path], out: Path) 
     tokenizer: Any = models.load_tokenizer(inputs["base"])
     model, facts = _make_model(recipe, index, inputs)
     models.check_tokenizer(tokenizer, model, inputs["base"])
-    rows = PackedRows(inputs["tokens"])
+    rows = LabelledRows(inputs["tokens"]) if stage.classify else PackedRows(inputs["tokens"])
+    if stage.classify and isinstance(rows, LabelledRows):
+        attach_head(model, rows, stage.classify)
     packed = json.loads((inputs["tokens"] / store.SEAL).read_text())["facts"]
     loop = Loop(name, out, validation_rows(recipe, inputs.get("validation")), tokenizer.pad_token_id, recipe)
     started = time.monotonic()
@@ -61,8 +65,15 @@ def train_stage(recipe: Recipe, index: int, inputs: dict[str, Path], out: Path) 
     facts |= {"kind": stage.kind, "tokens": packed["tokens"], "mixture": packed["mixture"]}
     if (template := inputs["tokens"] / templates.FILE).is_file():
         shutil.copyfile(template, out / templates.FILE)
-    _finish(model, tokenizer, stage.full, recipe.model.base, out)
-    if not stage.full:
+    if stage.classify:
+        found = score(model, inputs["tokens"], tokenizer.pad_token_id, trainer.micro_batch, recipe.seed, out)
+        facts |= {"classification": packed["classes"] | found}
+    if stage.section.adapter != "frozen":
+        _finish(model, tokenizer, stage.full, recipe.model.base, out)
+    if stage.classify and stage.classify.train_earlier:
+        for place, adapter in enumerate(list(model.peft_config)[:-1], start=1):
+            models.save_adapter(model, out / f"earlier-{place}", recipe.model.base, adapter)
+    if not stage.full and stage.section.adapter != "frozen":
         earlier = earlier_adapters(inputs)
         below = earlier[:-1] if stage.section.adapter == "continue" else earlier
         note_base(out / "adapter", recipe.model.base, inputs["base"], below)
@@ -88,7 +99,7 @@ def _make_model(recipe: Recipe, index: int, inputs: dict[str, Path]) -> tuple[An
         return load(inputs["base"], recipe.model, seq_len=seq_len), {}
     base = models.load_base(inputs["base"], recipe.model, seq_len=seq_len)
     earlier = earlier_adapters(inputs)
-    continued = stage.section.adapter == "continue"
+    continued = stage.section.adapter in ("continue", "frozen")  # attach_head freezes what is frozen
     model = models.attach_adapter(base, recipe.adapter, earlier, continued=continued)
     return model, {"kernels": models.install_kernels(model, recipe.model.kernels)}
 
@@ -129,6 +140,8 @@ def _run(
     )
     trainer = QTrainer(model, arguments, rows, section, tokenizer, recipe.save.keep, made_with, [loop])
     trainer.remove_callback(PrinterCallback)
+    if recipe.stages[index].classify:
+        trainer.nll = document_nll
     loop.begin(trainer, steps)
     checkpoints.go_back(out, checkpoint)
     loop.rewind()

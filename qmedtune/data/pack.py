@@ -31,7 +31,15 @@ from qmedtune.data.tokens import (
     write_shards,
 )  # fmt: skip
 from qmedtune.errors import DataError
-from qmedtune.recipe import CptSection, PretrainSection, Recipe, SftSection, SourceSection
+from qmedtune.recipe import (
+    ClassifySection,
+    CptSection,
+    PretrainSection,
+    Recipe,
+    SftSection,
+    SourceSection,
+    TrainSection,
+)
 
 IGNORED = -100
 META = "packed.json"
@@ -48,10 +56,10 @@ def pack_stage(
     with `chunking: overlap` the tokens that chunks share once more (`overlapped`).
     """
     section = recipe.stages[index].section
-    assert isinstance(section.seq_len, int)
+    assert isinstance(section.seq_len, int) and not isinstance(section, ClassifySection)
     codec = load_codec(tokenizer_dir)
     corpora = [
-        _tokenise(recipe, name, inputs[name] / "train.jsonl", section, codec, tokenizer_dir, out)
+        tokenise(recipe, name, inputs[name] / "train.jsonl", section, codec, tokenizer_dir, out)
         for name in recipe.stages[index].sources
     ]
     facts = {}
@@ -61,8 +69,12 @@ def pack_stage(
         templates.save(template, out)
         facts = {"template": template.name}
     rng = np.random.default_rng([recipe.seed, index])
-    plan = _epochs(section, corpora, rng) if isinstance(section, SftSection) else _mixture(section, corpora, rng)
-    return _write(recipe, corpora, section, plan, rng, out) | facts
+    if isinstance(section, SftSection):
+        assert not isinstance(section.epochs, str)
+        plan = epochs(section.epochs, corpora, rng)
+    else:
+        plan = _mixture(section, corpora, rng)
+    return write_rows(recipe, corpora, section, plan, rng, out) | facts
 
 
 def stage_template(recipe: Recipe, index: int, tokenizer_dir: Path) -> templates.Template:
@@ -75,8 +87,8 @@ def stage_template(recipe: Recipe, index: int, tokenizer_dir: Path) -> templates
     return first
 
 
-def _tokenise(
-    recipe: Recipe, name: str, path: Path, section: CptSection | PretrainSection | SftSection, codec: Codec,
+def tokenise(
+    recipe: Recipe, name: str, path: Path, section: TrainSection, codec: Codec,
     tokenizer_dir: Path, out: Path, max_tokens: int | None = None,
 ) -> Corpus:  # fmt: skip
     source = recipe.data[name]
@@ -87,7 +99,8 @@ def _tokenise(
         encode = partial(encode_conversations, codec, template=template, prompt_weight=weight, limit=section.seq_len)
         how = [asdict(template), weight, section.seq_len]
     else:
-        limit = section.seq_len if source.chunking == "truncate" else None
+        cuts = source.chunking == "truncate" or isinstance(section, ClassifySection)
+        limit = section.seq_len if cuts else None
         encode, how = partial(encode_texts, codec, limit=limit), [limit]
     encoding = store.sha256_json([*how, store.sha256_file(tokenizer_dir / "tokenizer.json"), codec.eos_token])
     with ui.stage(f"tokenise {name}", None, "documents") as progress:
@@ -149,15 +162,14 @@ def _mixture(section: CptSection | PretrainSection, corpora: list[Corpus], rng: 
     return Draws(source, np.concatenate(picks)[order], {n: t.share for n, t in wanted.items()}, capped)
 
 
-def _epochs(section: SftSection, corpora: list[Corpus], rng: np.random.Generator) -> Draws:
+def epochs(count: float, corpora: list[Corpus], rng: np.random.Generator) -> Draws:
     """Every usable record once per epoch, all sources shuffled together; a last part of an epoch where asked."""
-    assert not isinstance(section.epochs, str)
     usable = [np.flatnonzero(corpus.draws) for corpus in corpora]
     source = np.repeat(np.arange(len(usable)), [len(u) for u in usable])
     document = np.concatenate(usable)
     if not len(document):
         raise DataError("sft: no record with a response is left\nlook at rejects.jsonl and raise `seq_len`")
-    whole, part = divmod(section.epochs, 1)
+    whole, part = divmod(count, 1)
     orders = [rng.permutation(len(document)) for _ in range(int(whole))]
     orders.append(rng.permutation(len(document))[: round(part * len(document))])
     order = np.concatenate(orders)
@@ -165,8 +177,8 @@ def _epochs(section: SftSection, corpora: list[Corpus], rng: np.random.Generator
     return Draws(source[order], document[order], {c.name: float(c.draws.sum()) / total for c in corpora}, [])
 
 
-def _write(
-    recipe: Recipe, corpora: list[Corpus], section: CptSection | PretrainSection | SftSection, plan: Draws,
+def write_rows(
+    recipe: Recipe, corpora: list[Corpus], section: TrainSection, plan: Draws,
     rng: np.random.Generator, out: Path, whole: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Packs the draws, writes pieces, rows, the document table and packed.json; returns the facts.
@@ -196,9 +208,7 @@ def _write(
     return packing_facts(corpora, plan, rows, pieces, drawn, base, seq_len)
 
 
-def _rows(
-    section: CptSection | PretrainSection | SftSection, lengths: np.ndarray, whole: bool, rng: np.random.Generator
-) -> mix.Rows:
+def _rows(section: TrainSection, lengths: np.ndarray, whole: bool, rng: np.random.Generator) -> mix.Rows:
     if not isinstance(section, SftSection):
         return mix.fill_rows(lengths, int(section.seq_len), split=not whole)
     if section.packing or whole:
@@ -229,7 +239,7 @@ def pack_validation(recipe: Recipe, tokenizer_dir: Path, inputs: Mapping[str, Pa
         path, folder = inputs[name] / "heldout.jsonl", out / name
         limit = recipe.validation.max_tokens
         section = _reader_of(recipe, name)
-        corpus = _tokenise(recipe, name, path, section, codec, tokenizer_dir, folder, limit)
+        corpus = tokenise(recipe, name, path, section, codec, tokenizer_dir, folder, limit)
         usable = np.flatnonzero(corpus.kept)
         if not len(usable):
             raise DataError(
@@ -238,11 +248,11 @@ def pack_validation(recipe: Recipe, tokenizer_dir: Path, inputs: Mapping[str, Pa
         plan = Draws(np.zeros(len(usable), np.int64), usable, {name: 1.0}, [])
         if recipe.data[name].chunking == "overlap":
             corpus = replace(corpus, draws=corpus.kept)  # perplexity counts each token once
-        facts[name] = _write(recipe, [corpus], section, plan, np.random.default_rng(0), folder, whole=True)
+        facts[name] = write_rows(recipe, [corpus], section, plan, np.random.default_rng(0), folder, whole=True)
     return facts
 
 
-def _reader_of(recipe: Recipe, name: str) -> CptSection | PretrainSection | SftSection:
+def _reader_of(recipe: Recipe, name: str) -> TrainSection:
     stages = [stage.section for stage in recipe.stages if name in stage.sources]
     return stages[0] if stages else recipe.stages[0].section
 

@@ -84,12 +84,27 @@ def text_record(fields: dict[str, Any], columns: dict[str, str]) -> dict[str, An
     if "text" not in found:
         raise Unusable(f"no text column among {_names(fields)}")
     text = checked(_joined(fields[found["text"]]))
-    record = {"id": as_name(fields.get(found.get("id", ""))) or content_id(text), "text": text}
+    record: dict[str, Any] = {"id": as_name(fields.get(found.get("id", ""))) or content_id(text), "text": text}
     for role in ("patient", "pmid", "group"):
         name = as_name(fields[found[role]]) if role in found else None
         if name:
             record[role] = name
+    if "label" in columns:
+        record["label"] = label_of(fields.get(columns["label"]))
     return record
+
+
+def label_of(value: Any) -> str | list[str]:
+    """What `classify` predicts: one name, or a list of names. Raises `Unusable` where there is none."""
+    if isinstance(value, list):
+        names = [as_name(item) for item in value]
+        if not all(names):
+            raise Unusable("a label is empty or no name")
+        return [name for name in names if name]
+    name = str(value).lower() if isinstance(value, bool) else as_name(value)
+    if name is None:
+        raise Unusable("the label is missing, empty or no name")
+    return name
 
 
 def _flag(fields: dict[str, Any], name: str) -> bool:

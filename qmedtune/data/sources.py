@@ -188,11 +188,10 @@ def _shaped(shape: Callable, fields: Any, columns: dict[str, str]) -> dict[str, 
 
 
 def _builtin_rows(source: SourceSection) -> Iterator[tuple[str, int, dict[str, Any]]]:
-    from qmedtune.data import world
+    from qmedtune.data import outcomes
 
     for path in [source.path] if isinstance(source.path, str) else source.path:
-        where, corpus = world.locate(path)
-        for number, fields in enumerate(world.records(corpus, where), start=1):
+        for number, fields in enumerate(outcomes.builtin_records(path), start=1):
             yield path, number, fields
 
 

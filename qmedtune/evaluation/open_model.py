@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from qmedtune import base as bases
 from qmedtune import store, ui
-from qmedtune.data import templates
-from qmedtune.data import world as worlds
+from qmedtune.data import outcomes, templates
 from qmedtune.errors import RecipeError, RunError
 from qmedtune.planning.machine import this_machine
 from qmedtune.recipe import ModelSection, Recipe
@@ -109,7 +108,7 @@ def check_intact(folder: Path, *, full: bool) -> None:
 def world_of(recipe: Recipe) -> str:
     """The built-in world that a recipe's data come from; `tiny` for recipes on other data."""
     paths = [p for s in recipe.data.values() for p in ([s.path] if isinstance(s.path, str) else s.path)]
-    return next((worlds.locate(path)[0].name for path in paths if path.startswith("builtin:")), "tiny")
+    return next((outcomes.locate(path)[0].name for path in paths if path.startswith("builtin:")), "tiny")
 
 
 def _of_adapter(name: str, folder: Path, base: str | None, offline: bool) -> Location:

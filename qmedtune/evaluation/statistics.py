@@ -78,6 +78,19 @@ def paired_bootstrap(
     return after(items) - before(items), bootstrap(lambda i: after(i) - before(i), n, resamples, seed)
 
 
+def auroc(scores: np.ndarray, positive: np.ndarray) -> float:
+    """Area under the ROC curve: the share of pairs in which the positive one scores higher, ties half (Mann-Whitney).
+
+    scores: [n]; positive: bool [n]. nan where one of the two classes is absent.
+    """
+    _, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+    num = int(positive.sum())
+    if not 0 < num < len(positive):
+        return float("nan")
+    return float((ranks[positive].sum() - num * (num + 1) / 2) / (num * (len(positive) - num)))
+
+
 def expected_calibration_error(confidences: Sequence[float], correct: Sequence[bool], bins: int = 10) -> float:
     """ECE with equal-width bins (Guo et al. 2017): mean |accuracy - confidence|, weighted by the bins' sizes."""
     confidence, hit = np.asarray(confidences, dtype=np.float64), np.asarray(correct, dtype=np.float64)

@@ -14,7 +14,7 @@ from typing import Any
 
 from qmedtune.parsing.grammar import did_you_mean
 from qmedtune.parsing.strict_yaml import KeyPath
-from qmedtune.recipe import Recipe, SftSection, TaskSection
+from qmedtune.recipe import ClassifySection, Recipe, SftSection, TaskSection
 
 Finding = tuple[KeyPath, str]
 FULL_TUNING_LR = 5e-5  # below it LoRA starves: MedAlpaca's 2e-5 did, Clinical LLaMA's 3e-4 worked
@@ -75,12 +75,16 @@ def _stage_contradictions(recipe: Recipe, here: KeyPath, index: int) -> Iterator
         for name in section.sources:
             if (kind := recipe.data[name].kind) != "instructions":
                 yield (*here, "data"), f'"{name}" is of kind {kind}; an sft stage learns from kind: instructions'
+    elif isinstance(section, ClassifySection):
+        yield from _classify(recipe, here, index)
     elif section.epochs is not None and section.tokens != "auto":
         yield (*here, "epochs"), "`tokens` is given too; keep one of the two"
     if section.horizon_steps is not None and section.horizon_ratio is not None:
         yield (*here, "horizon_ratio"), "`horizon_steps` is given too; keep one of the two"
     if isinstance(section.batch, int) and isinstance(section.micro_batch, int) and section.batch % section.micro_batch:
         yield (*here, "micro_batch"), f"got {section.micro_batch}; allowed: a divisor of batch ({section.batch})"
+    if section.adapter == "frozen" and recipe.stages[index].kind != "classify":
+        yield (*here, "adapter"), "got frozen; only a classify stage trains nothing but its head"
     if section.adapter not in ("continue", "none") and index == 0:
         yield (*here, "adapter"), f"got {section.adapter}; the first stage has no adapter before it: leave the key out"
     if section.adapter == "new" and recipe.adapter.train_embeddings is not False:
@@ -92,6 +96,24 @@ def _stage_contradictions(recipe: Recipe, here: KeyPath, index: int) -> Iterator
         )
     if recipe.stages[index].kind == "pretrain" and index > 0:
         yield here, "pretrain starts from scratch: it can only be the first stage"
+
+
+def _classify(recipe: Recipe, here: KeyPath, index: int) -> Iterator[Finding]:
+    section = recipe.stages[index].classify
+    assert section is not None
+    if section.adapter in ("merge_then_new", "none"):
+        yield (*here, "adapter"), f"got {section.adapter}; allowed: continue, new, frozen"
+    if "label" not in recipe.data[section.data].columns:
+        yield ("data", section.data, "columns"), "classify needs the column of the labels: `columns: {label: NAME}`"
+    if section.train_earlier and section.adapter != "new":
+        yield (*here, "train_earlier"), f"adapter {section.adapter} leaves nothing earlier to train; allowed with `new`"
+    if recipe.data[section.data].kind == "instructions":
+        yield (*here, "data"), f"{section.data} is of kind instructions; classify reads texts"
+    if recipe.data[section.data].holdout == 0:
+        yield (
+            (*here, "data"),
+            f"nothing of {section.data} is held out to score on; set data.{section.data}.holdout above 0",
+        )
 
 
 def _held_out(recipe: Recipe) -> Iterator[Finding]:
@@ -209,7 +231,8 @@ def _is_windows(path: str) -> bool:
 
 
 def _builtin(path: str) -> str:
-    from qmedtune.data.world import CORPORA, SIZES
+    from qmedtune.data.outcomes import CORPORA
+    from qmedtune.data.world import SIZES
 
     known = [*(f"builtin:{corpus}" for corpus in CORPORA)]
     known += [f"builtin:{world}/{corpus}" for world in SIZES for corpus in CORPORA]

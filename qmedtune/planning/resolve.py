@@ -24,7 +24,7 @@ S = TypeVar("S", bound=Section)
 SEQ_LEN = ((0.5e9, 512), (2e9, 1024), (float("inf"), 2048))
 # Tokens per optimiser step. CPT: Clinical LLaMA's 64 x 512; SFT: rows of 250-token records hold 64 records, within the
 # 16 (QLoRA) to 128 (MedAlpaca, AlpaCare) that the field used.
-STEP_TOKENS = {"cpt": 32_768, "sft": 16_384, "pretrain": 32_768}
+STEP_TOKENS = {"cpt": 32_768, "sft": 16_384, "pretrain": 32_768, "classify": 16_384}
 LARGE = 30e9  # from here QLoRA's own recipe halves the learning rate (Dettmers et al. 2023: 2e-4 to 13B, 1e-4 from 33B)
 
 
@@ -121,7 +121,7 @@ def _tiny_stage(facts: BaseFacts, stage: StageSection, on_builtin_text: bool) ->
     from qmedtune import tiny
 
     defaults = tiny.DEFAULTS[facts.name]
-    tuned = {"cpt": defaults.cpt, "sft": defaults.sft, "pretrain": defaults.pretraining}[stage.kind]
+    tuned = {"cpt": defaults.cpt, "pretrain": defaults.pretraining}.get(stage.kind, defaults.sft)
     why = f"tuned for {facts.name}"
     real = "real text in a tiny base: unknown words are spelled in bytes, so rows are as long as the base allows"
     proposals: Proposals = {
@@ -140,7 +140,7 @@ def _tiny_batch(facts: BaseFacts, section: Any, kind: str) -> Proposals:
     from qmedtune import tiny
 
     defaults = tiny.DEFAULTS[facts.name]
-    tuned = {"cpt": defaults.cpt, "sft": defaults.sft, "pretrain": defaults.pretraining}[kind]
+    tuned = {"cpt": defaults.cpt, "pretrain": defaults.pretraining}.get(kind, defaults.sft)
     rows = max(tuned.batch_rows * tuned.seq_len // section.seq_len, 1)
     if section.seq_len == tuned.seq_len:
         return {"batch": (rows, f"tuned for {facts.name}")}

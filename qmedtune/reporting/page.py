@@ -161,7 +161,10 @@ def _evaluation(run: dict) -> Html:
     keys = legend([("base", 0), ("final", 3)], "chance" if known else "")
     figure = f"{keys}{dumbbells(rows)}<br>" if rows else ""
     scores = card("Scores", Html(figure + html_table(tables.evaluation(run))))
-    return Html(scores + card("Perplexity", Html(_perplexity_figure(run) + html_table(tables.perplexity(run)))))
+    classes = tables.classification(run)
+    classified = card(classes.title, html_table(classes)) if classes.rows else ""
+    perplexity = card("Perplexity", Html(_perplexity_figure(run) + html_table(tables.perplexity(run))))
+    return Html(scores + perplexity + classified)
 
 
 def _chance(c: Comparison) -> float | None:

@@ -74,6 +74,31 @@ def audit(run: dict) -> Table:
     return Table("Memorisation", columns, rows, note if rows else "No audit was asked for.")
 
 
+def classification(run: dict) -> Table:
+    """Empty where no stage classifies."""
+    found = [(stage, stage["classification"]) for stage in run.get("stages", []) if stage.get("classification")]
+    rows = [
+        (
+            stage["name"],
+            _score(facts),
+            _exact(facts["n"]),
+            _exact(facts["scored_labels"]),
+            _exact(facts["labels"]),
+            _exact(facts["unknown"]),
+        )
+        for stage, facts in found
+    ]
+    columns = ("Stage", "AUROC", "Documents", "Labels scored", "Labels", "Of unknown label")
+    note = "Macro over labels, on documents held out, with the 95% interval over documents; 0.5 is chance."
+    return Table("Classification", columns, rows, note)
+
+
+def _score(facts: dict) -> str:
+    if facts["auroc"] is None:
+        return "–"
+    return f"{facts['auroc']:.3f} ({facts['ci95'][0]:.3f}–{facts['ci95'][1]:.3f})"
+
+
 def stages(run: dict) -> Table:
     rows = [
         (

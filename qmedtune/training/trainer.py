@@ -8,6 +8,7 @@ run); checkpoints are checkpoints.py's: the trained weights alone, sealed, nothi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -109,7 +110,10 @@ def make_optimizer(model: torch.nn.Module, section: TrainSection) -> torch.optim
 
 
 class QTrainer(SFTTrainer):
-    """The one subclass of the project. `section` is resolved: no `auto` in it."""
+    """The one subclass of the project. `section` is resolved: no `auto` in it. `nll` is what a micro-batch's summed
+    loss is computed by, from the model and the collated arrays."""
+
+    nll: Callable[..., Tensor] = staticmethod(token_nll)
 
     def __init__(
         self,
@@ -197,7 +201,7 @@ class QTrainer(SFTTrainer):
                 micro = dict(zip(inputs, piece, strict=True))
                 longest = int(micro.pop("lengths").max())
                 with self.compute_loss_context_manager():
-                    loss = token_nll(model, **{name: x[:, :longest] for name, x in micro.items()}) / supervised
+                    loss = self.nll(model, **{name: x[:, :longest] for name, x in micro.items()}) / supervised
                 self.accelerator.backward(loss)
                 total += loss.detach()
         except RuntimeError as error:

@@ -1,0 +1,132 @@
+"""The head of a `classify` stage: its loss during training, and AUROC on the documents held out.
+
+A document is judged by the hidden state of its last token, as LLaMA's sequence classification in transformers does. The
+head is fp32 and trained at the stage's rate, with or without adapters below it. Deliberately absent: thresholds, and
+calibration of the probabilities.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from qmedtune import model as models
+from qmedtune import store
+from qmedtune.data.classes import HELD_OUT, IDS, LABELS, LabelledRows
+from qmedtune.evaluation.statistics import auroc, bootstrap
+from qmedtune.recipe import ClassifySection
+from qmedtune.training.trainer import collate
+
+HEAD, ITEMS = "head.safetensors", "heldout.items.jsonl"
+RESAMPLES = 200  # of the documents, for the interval: 1,000 would take minutes where there are 1,000 labels
+
+
+class Head(nn.Module):
+    """Linear on hidden states, fp32. `targets`: uint8 [documents, labels] of training; `multi_label`: each label is a
+    question of its own (binary cross entropy, mean over labels), otherwise one of them is right."""
+
+    def __init__(self, hidden: int, targets: np.ndarray, multi_label: bool):
+        super().__init__()
+        self.linear = nn.Linear(hidden, targets.shape[1])
+        self.multi_label = multi_label
+        self.register_buffer("targets", torch.from_numpy(targets), persistent=False)
+        nn.init.zeros_(self.linear.weight)  # begins at chance whatever the hidden states are
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """hidden [documents, hidden] -> logits fp32 [documents, labels]."""
+        return self.linear(hidden.float())
+
+    def nll(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Summed over documents, 0-dim."""
+        if self.multi_label:
+            each = F.binary_cross_entropy_with_logits(logits, targets.float(), reduction="none")
+            return each.mean(1).sum()
+        return F.cross_entropy(logits, targets.argmax(1), reduction="sum")
+
+
+def attach_head(model: Any, rows: LabelledRows, section: ClassifySection) -> None:
+    """Put a head on the model and make trainable what the section asks for besides: with `frozen` nothing, else the
+    last adapter, with `train_earlier` all."""
+    hidden = model.get_input_embeddings().weight.shape[1]
+    model.head = Head(hidden, rows.targets, section.multi_label).to(models.device())
+    for name, parameter in model.named_parameters():
+        if name.startswith("head."):
+            parameter.requires_grad_(True)
+        elif section.adapter == "frozen":
+            parameter.requires_grad_(False)
+        elif section.train_earlier and "lora_" in name:
+            parameter.requires_grad_(True)
+            parameter.data = parameter.data.float()
+
+
+def last_token_logits(model: Any, input_ids: Tensor, labels: Tensor, position_ids: Tensor) -> Tensor:
+    """Logits [documents, labels] in the order of `labels` (int64 [rows, length], -100 but at last tokens)."""
+    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    hidden = causal_lm.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+    return model.head(hidden[labels != -100])
+
+
+def document_nll(model: Any, input_ids: Tensor, labels: Tensor, position_ids: Tensor) -> Tensor:
+    """Summed loss of the documents that end in these rows; the place of loss.token_nll in QTrainer."""
+    logits = last_token_logits(model, input_ids, labels, position_ids)
+    return model.head.nll(logits, model.head.targets[labels[labels != -100]])
+
+
+@torch.no_grad()
+def score(model: Any, tokens: Path, pad_id: int, batch: int, seed: int, out: Path) -> dict[str, Any]:
+    """AUROC on the held-out documents of a packed classify stage, macro over the labels that occur and do not.
+
+    Writes one line per document below `out` (id, labels, scores; no text) and the head with its labels. Documents whose
+    label training never saw are left out, and counted in the stage's `classes`.
+    """
+    rows, labels = LabelledRows(tokens / HELD_OUT), json.loads((tokens / LABELS).read_text(encoding="utf-8"))
+    logits = np.zeros(rows.targets.shape, np.float32)
+    model.eval()
+    for start in range(0, len(rows), batch):
+        picked = collate([rows[i] for i in range(start, min(start + batch, len(rows)))], pad_id)
+        picked.pop("lengths")
+        found = last_token_logits(model, **{name: x.to(models.device()) for name, x in picked.items()})
+        documents = picked["labels"][picked["labels"] != -100].numpy()
+        logits[documents] = found.float().cpu().numpy()
+    if not model.head.multi_label:  # against the other labels, so that one document's scores compare with another's
+        logits = np.log(np.exp(logits - logits.max(1, keepdims=True)) + 1e-30)
+        logits -= np.log(np.exp(logits).sum(1, keepdims=True))
+    known = np.flatnonzero(rows.targets.sum(1))
+    _write(out, rows.targets, logits, labels, json.loads((tokens / HELD_OUT / IDS).read_text(encoding="utf-8")))
+    save_file({"weight": model.head.linear.weight.detach(), "bias": model.head.linear.bias.detach()}, out / HEAD)
+    return result(rows.targets[known], logits[known], seed)
+
+
+def result(targets: np.ndarray, scores: np.ndarray, seed: int) -> dict[str, Any]:
+    """{"auroc", "ci95", "n", "scored_labels"}; auroc is None where no label both occurs and is absent."""
+    right = targets.astype(bool)
+    both = right.any(0) & ~right.all(0)
+    if not both.any():
+        return {"auroc": None, "ci95": None, "n": len(targets), "scored_labels": 0}
+    right, scores = right[:, both], scores[:, both]
+
+    def macro(documents: np.ndarray) -> float:
+        areas = [auroc(scores[documents, label], right[documents, label]) for label in range(right.shape[1])]
+        return float(np.nanmean(areas)) if np.isfinite(areas).any() else float("nan")
+
+    interval = bootstrap(macro, len(right), RESAMPLES, seed)
+    everything = macro(np.arange(len(right)))
+    return {"auroc": everything, "ci95": list(interval), "n": len(right), "scored_labels": int(both.sum())}
+
+
+def _write(out: Path, targets: np.ndarray, scores: np.ndarray, labels: list[str], ids: list[str]) -> None:
+    lines = []
+    for name, right, row in zip(ids, targets, scores, strict=True):
+        gold = [label for label, is_right in zip(labels, right, strict=True) if is_right]
+        best = {labels[i]: round(float(row[i]), 4) for i in np.argsort(-row)[:5]}
+        lines.append(json.dumps({"id": name, "gold": gold, "highest": best}, ensure_ascii=False))
+    store.write_atomic(out / ITEMS, "\n".join(lines) + "\n")
+    store.write_json(out / LABELS, labels)

@@ -1,0 +1,222 @@
+"""A classify stage: which weights move, what is scored on, AUROC by hand, and that it is a branch of the run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import MICRO
+from safetensors.torch import load_file
+
+from qmedtune import store, train
+from qmedtune.data import outcomes
+from qmedtune.data.classes import HELD_OUT, LABELS, LabelledRows, pack_classes
+from qmedtune.data.records import label_of
+from qmedtune.data.rejects import Unusable
+from qmedtune.data.world import make_world
+from qmedtune.errors import DataError, RecipeError
+from qmedtune.evaluation.statistics import auroc
+from qmedtune.parsing.loader import load_recipe
+from qmedtune.planning.resolve import resolve
+from qmedtune.recipe import Recipe
+from qmedtune.smoke import smoke
+from qmedtune.steps import steps_of
+from qmedtune.training.classify import result
+
+SOURCE = "{path: builtin:micro/outcomes, kind: clinical, split_by: patient, columns: {label: label}}"
+
+
+def stage(**keys: object) -> str:
+    given = {"data": "outcome", "epochs": 2, "seq_len": 64, "batch": 4, **keys}
+    return "{classify: {" + ", ".join(f"{k}: {str(v).lower()}" for k, v in given.items()) + "}}"
+
+
+def recipe(*settings: str, **keys: object) -> Recipe:
+    cpt = "{cpt: {mix: {literature: 1, notes: 1}, tokens: 2000, batch: 4}}"
+    stages = f"stages=[{cpt}, {stage(**keys)}]"
+    loaded = load_recipe(MICRO, [f"data.outcome={SOURCE}", stages, "adapter.train_embeddings=false", *settings])
+    return resolve(loaded.recipe)[0]
+
+
+def records(folder: Path, rows: list[tuple[str, object]], held_out: list[tuple[str, object]]) -> dict[str, Path]:
+    for name, some in (("train", rows), ("heldout", held_out)):
+        lines = [
+            json.dumps({"id": f"{name}-{i}", "text": text, "label": label}) for i, (text, label) in enumerate(some)
+        ]
+        (folder / f"{name}.jsonl").write_text("".join(line + "\n" for line in lines))
+    return {"outcome": folder}
+
+
+@pytest.fixture(scope="module")
+def packed(micro_run, tmp_path_factory) -> Path:
+    """The built-in labelled notes of the micro world, packed and sealed as a run does."""
+    folder, out = tmp_path_factory.mktemp("records"), tmp_path_factory.mktemp("packed")
+    found = list(outcomes.builtin_records("builtin:micro/outcomes"))
+    split = {held: [(r["text"], r["label"]) for r in found if r["held_out"] is held] for held in (False, True)}
+    facts = pack_classes(recipe(), 1, micro_run.base, records(folder, split[False], split[True]), out)
+    store.seal(out, "test", facts)
+    return out
+
+
+def trained(micro_run, packed: Path, out: Path, earlier: Path, **keys: object) -> dict:
+    inputs = {"base": micro_run.base, "tokens": packed, "adapter-1": earlier}
+    return train.train_stage(recipe(**keys), 1, inputs, out)
+
+
+@pytest.fixture(scope="module")
+def notes_adapter(micro_run, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("cpt")
+    train.train_stage(recipe(), 0, micro_run.inputs(), out)
+    return out / "adapter"
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def moved(a: Path, b: Path) -> bool:
+    first, second = weights(a), weights(b)
+    assert first.keys() == second.keys()
+    return any(not torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    ("keys", "left"),
+    [
+        ({"adapter": "frozen"}, set()),
+        ({"adapter": "continue"}, {"adapter"}),
+        ({"adapter": "new"}, {"adapter"}),
+        ({"adapter": "new", "train_earlier": True}, {"adapter", "earlier-1"}),
+    ],
+)
+def test_each_way_trains_what_it_says(micro_run, packed: Path, notes_adapter: Path, tmp_path: Path, keys, left):
+    """The four ways of Clinical LLaMA's comparison."""
+    before = store.sha256_file(notes_adapter / "adapter_model.safetensors")
+    facts = trained(micro_run, packed, tmp_path, notes_adapter, **keys)
+    assert {path.parent.name for path in tmp_path.glob("*/adapter_model.safetensors")} == left
+    assert store.sha256_file(notes_adapter / "adapter_model.safetensors") == before
+    if keys["adapter"] == "continue":
+        assert moved(tmp_path / "adapter", notes_adapter)
+    if "earlier-1" in left:
+        assert moved(tmp_path / "earlier-1", notes_adapter)
+    head = load_file(tmp_path / "head.safetensors")
+    assert head["weight"].shape == (2, 256) and head["weight"].abs().max() > 0
+    found = facts["classification"]
+    assert found["labels"] == 2 and found["n"] == found["held_out"] == 50 and 0 <= found["auroc"] <= 1
+    assert facts["tokens"]["supervised"] == 2 * found["documents"]
+    items = [json.loads(line) for line in (tmp_path / "heldout.items.jsonl").read_text().splitlines()]
+    assert len(items) == 50 and items[0].keys() == {"id", "gold", "highest"}
+
+
+def test_rows_name_each_document_at_its_last_token(packed: Path):
+    rows = LabelledRows(packed / HELD_OUT)
+    seen = []
+    for row in range(len(rows)):
+        labels = rows[row]["labels"]
+        ends = np.flatnonzero(labels != -100)
+        assert list(ends) == list(np.cumsum(rows.pieces(row)[:, 2]) - 1)
+        seen += labels[ends].tolist()
+    assert sorted(seen) == list(range(rows.num_documents)) == list(range(len(rows.targets)))
+
+
+def test_labels_are_those_of_training_and_unknown_ones_are_counted(micro_run, tmp_path: Path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "out").mkdir()
+    rows = [("a note", "b, a"), ("a note too", "c"), ("a third", ["a"])]
+    inputs = records(tmp_path / "in", rows, [("held", "a;c"), ("out", "z")])
+    facts = pack_classes(recipe(multi_label=True), 1, micro_run.base, inputs, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / LABELS).read_text()) == ["a", "b", "c"]
+    assert np.load(tmp_path / "out" / "targets.npy").tolist() == [[1, 1, 0], [0, 0, 1], [1, 0, 0]]
+    assert np.load(tmp_path / "out" / HELD_OUT / "targets.npy").tolist() == [[1, 0, 1], [0, 0, 0]]
+    assert facts["classes"] == {"labels": 3, "documents": 3, "held_out": 2, "unknown": 1}
+
+
+@pytest.mark.parametrize(
+    ("rows", "held", "said"),
+    [
+        ([("a", "x"), ("b", "x")], [("c", "x")], "1 label in all"),
+        ([("a", "x"), ("b", "y")], [], "nothing is held out"),
+    ],
+)
+def test_what_cannot_be_learnt_or_scored_is_refused(micro_run, tmp_path: Path, rows, held, said):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "out").mkdir()
+    with pytest.raises(DataError, match=said):
+        pack_classes(recipe(), 1, micro_run.base, records(tmp_path / "in", rows, held), tmp_path / "out")
+
+
+def test_auroc_by_hand_and_by_scikit_learn():
+    metrics = pytest.importorskip("sklearn.metrics")
+    assert auroc(np.array([1.0, 2.0, 3.0, 4.0]), np.array([False, True, False, True])) == 0.75
+    assert auroc(np.array([1.0, 1.0]), np.array([False, True])) == 0.5
+    assert np.isnan(auroc(np.array([1.0, 2.0]), np.array([True, True])))
+    rng = np.random.default_rng(0)
+    scores, positive = rng.integers(0, 9, 300).astype(float), rng.random(300) < 0.3
+    assert auroc(scores, positive) == pytest.approx(metrics.roc_auc_score(positive, scores))
+
+
+def test_the_macro_average_leaves_out_labels_that_all_or_none_have():
+    targets = np.array([[1, 0, 1], [0, 0, 1], [1, 0, 1], [0, 0, 1]], np.uint8)
+    scores = np.array([[2.0, 1, 0], [1.0, 2, 0], [4.0, 3, 0], [3.0, 4, 0]])
+    found = result(targets, scores, seed=0)
+    assert (found["auroc"], found["scored_labels"], found["n"]) == (0.75, 1, 4)
+    assert result(targets[:, 1:], scores[:, 1:], seed=0)["auroc"] is None
+
+
+def test_a_classify_stage_is_a_branch():
+    made = recipe()
+    more = made.model_copy(update={"stages": [*made.stages, made.stages[1]]})
+    needs = {step.name: step.needs for step in steps_of(more, more, store.HashCache(Path("unwritten")))}
+    assert needs["02-classify"]["adapter-1"] == needs["03-classify"]["adapter-1"] == "01-cpt/adapter"
+    assert needs["merged"] == {"base": "base", "adapter-1": "01-cpt/adapter", "validation": "data/validation"}
+    assert "validation" not in needs["02-classify"] and needs["data/02-classify"]["outcome"] == "data/outcome"
+
+
+def test_a_note_may_be_read_on_and_labelled():
+    made = recipe("evaluate.tasks=[]")
+    steps = {step.name: step.needs for step in steps_of(made, made, store.HashCache(Path("unwritten")))}
+    assert steps["data/outcome"] == {} and "data/literature" in steps["data/notes"].values()
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["stages[1].classify.adapter=none"], "allowed: continue, new, frozen"),
+        (["stages[1].classify.adapter=continue", "stages[1].classify.train_earlier=true"], "nothing earlier to train"),
+        (["stages[0].cpt.adapter=frozen"], "only a classify stage"),
+        (["data.outcome.columns={}"], r"columns: \{label: NAME\}"),
+        (["data.outcome.holdout=0.0"], "held out to score on"),
+        (["stages[1].classify.data=instructions"], "classify reads texts"),
+        (["stages[1].classify.loss_on=all"], "unknown key"),
+    ],
+)
+def test_wrong_values_are_told(settings: list[str], said: str):
+    with pytest.raises(RecipeError, match=said):
+        recipe(*settings, adapter="new")
+
+
+def test_labels_are_names_or_lists_of_them():
+    assert [label_of(v) for v in ("x", 1, 1.0, True, ["a", 2])] == ["x", "1", "1", "true", ["a", "2"]]
+    for bad in (None, "", float("nan"), [None], {"a": 1}):
+        with pytest.raises(Unusable):
+            label_of(bad)
+
+
+def test_the_built_in_outcomes_follow_from_effects_that_the_text_does_not_tell():
+    world = make_world("micro")
+    found = list(outcomes.records(world))
+    assert {r["label"] for r in found if r["held_out"]} == set(outcomes.LABELS.values())
+    drugs = {drug.name: drug for drug in world.new}
+    for row in found:
+        drug = drugs[row["patient"].removeprefix("out-")]
+        assert drug.effect not in row["text"] and drug.name in row["text"]
+        assert row["label"] == outcomes.LABELS[drug.effect in outcomes.SERIOUS]
+
+
+def test_smoke_gives_labelled_sources_the_built_in_labels():
+    smoked = smoke(load_recipe(MICRO.parent / "systems" / "clinical_llama.yaml").recipe)
+    assert smoked.data["outcome"].path == "builtin:outcomes" and smoked.data["outcome"].columns == {"label": "label"}
+    assert smoked.data["notes"].path == "builtin:notes"
