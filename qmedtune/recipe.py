@@ -12,6 +12,7 @@ from pydantic import Field, field_validator, model_validator
 
 from qmedtune.fields import Auto, Fraction, Language, Name, Positive, Rate, Section, SourceFormat, SourceKind, Weight
 
+Count = Annotated[int, Field(ge=0)]
 
 class ShapeSection(Section):
     """A model's own widths for `pretrain`, in place of those of the base, which then gives tokenizer and constants."""
@@ -105,6 +106,15 @@ class WarmupSection(Section):
         return self
 
 
+class LayersSection(Section):
+    """How many layers keep their activations, make the cheap ones again, recompute all, or wait in host memory."""
+
+    keep: Count = 0
+    cheap: Count = 0
+    recompute: Count = 0
+    offload: Count = 0
+
+
 class TrainSection(Section):
     """What all training stages share. `auto` is resolved per base by plan.py, which prints value and reason."""
 
@@ -122,7 +132,7 @@ class TrainSection(Section):
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     optimizer: Literal["auto", "adamw", "adamw_8bit", "paged_adamw_8bit"] = "auto"
-    gradient_checkpointing: bool | Auto = "auto"
+    gradient_checkpointing: bool | LayersSection | Auto = "auto"
     # Which weights: the last adapter on, a new one on its fold into the base, a new one on top, or all parameters.
     # `frozen` is for `classify`: the adapters as they are, with a head on top.
     adapter: Literal["continue", "merge_then_new", "new", "none", "frozen"] = "continue"

@@ -29,9 +29,10 @@ from qmedtune.data.classes import LabelledRows
 from qmedtune.data.pack import PackedRows
 from qmedtune.interrupt import stop
 from qmedtune.recipe import Recipe
-from qmedtune.training import checkpoints
+from qmedtune.training import activations, checkpoints
 from qmedtune.training.checkpoints import BEST, METRICS
 from qmedtune.training.classify import attach_head, document_nll, score
+from qmedtune.training.confirm import confirm
 from qmedtune.training.loss import token_nll
 from qmedtune.training.machine import as_begun, out_of_memory
 from qmedtune.training.trainer import QTrainer, collate, number, supervised_weight, trainer_arguments
@@ -101,7 +102,11 @@ def _make_model(recipe: Recipe, index: int, inputs: dict[str, Path]) -> tuple[An
     earlier = earlier_adapters(inputs)
     continued = stage.section.adapter in ("continue", "frozen")  # attach_head freezes what is frozen
     model = models.attach_adapter(base, recipe.adapter, earlier, continued=continued)
-    return model, {"kernels": models.install_kernels(model, recipe.model.kernels)}
+    kernels = models.install_kernels(model, recipe.model.kernels)
+    return model, {
+        "kernels": kernels,
+        "layers": activations.install(model, number(stage.section.gradient_checkpointing)),
+    }
 
 
 def earlier_adapters(inputs: dict[str, Path]) -> list[Path]:
@@ -137,6 +142,7 @@ def _run(
         save_every=save_every,
         autocast=autocast,
         deterministic=recipe.deterministic,
+        checkpointing=recipe.stages[index].full and section.gradient_checkpointing is True,
     )
     trainer = QTrainer(model, arguments, rows, section, tokenizer, recipe.save.keep, made_with, [loop])
     trainer.remove_callback(PrinterCallback)
@@ -147,6 +153,9 @@ def _run(
     loop.rewind()
     for line in said:
         loop.warn(checkpoints.step_of(checkpoint) if checkpoint else 0, line)
+    loop.memory = confirm(recipe, index, trainer, rows)
+    for line in loop.memory.get("said", ()):
+        ui.warn(line)
     with ui.stage(loop.name, total=packed["tokens"]["trained"], unit="tokens", completed=loop.tokens) as loop.bar:
         try:
             with stop.graceful():
@@ -200,6 +209,7 @@ class Loop(TrainerCallback):
     recipe: Recipe
     bar: Any = None
     tokens: int = 0
+    memory: dict[str, Any] = field(default_factory=dict)
     losses: list[float] = field(default_factory=list)
     validation: list[dict[str, Any]] = field(default_factory=list)
     _marked: tuple[float, int] = (0.0, 0)
@@ -284,6 +294,7 @@ class Loop(TrainerCallback):
             "tokens_per_s": round(sorted(speeds)[len(speeds) // 2], 1),
             "train_seconds": round(seconds, 2),
             "peak_memory_bytes": peak_memory_bytes(),
+            "memory": self.memory,
             "micro_batch": trainer.micro_batch,
             "validation": self.validation,
             "warnings": [line["warning"] for line in lines if "warning" in line],

@@ -8,15 +8,17 @@ from dataclasses import replace
 import pytest
 
 from qmedtune.errors import DoesNotFit
-from qmedtune.planning.activations import choose_activation_plan, ways
-from qmedtune.planning.machine import GIB
+from qmedtune.planning.activations import choose_activation_plan, slowdown
+from qmedtune.planning.machine import GIB, card_of
 from qmedtune.planning.memory import (
     RUN_BYTES,
+    WAYS,
     Setup,
     activation_bytes,
     adapter_copy_bytes,
     adapter_parameters,
     disk_bytes,
+    held_bytes_per_token,
     host_memory,
     kept_bytes_per_token,
     peak_bytes,
@@ -25,6 +27,7 @@ from qmedtune.planning.memory import (
 )
 from qmedtune.planning.shapes import base_facts, facts_from_config
 from qmedtune.recipe import ModelSection
+from qmedtune.training.confirm import settle
 
 LLAMA_8B = base_facts(ModelSection(base="meta-llama/Llama-3.1-8B"))
 LLAMA_70B = base_facts(ModelSection(base="meta-llama/Llama-3.1-70B"))
@@ -206,7 +209,7 @@ def test_predicted_peak_of_a_cpu_step_is_the_resident_memory():
 
 def test_more_memory_never_makes_the_step_slower():
     budgets = [gib * GIB for gib in (1, 2, 3, 4, 6, 8, 10, 12, 20)]
-    plans = [choose_activation_plan(LLAMA_8B, 2048, 1, budget) for budget in budgets]
+    plans = [choose_activation_plan(LLAMA_8B, QLORA, budget) for budget in budgets]
     times = [plan.slowdown for plan in plans]
     assert times == sorted(times, reverse=True)
     assert all(plan.device_bytes <= budget for plan, budget in zip(plans, budgets, strict=True))
@@ -214,25 +217,23 @@ def test_more_memory_never_makes_the_step_slower():
 
 
 def test_room_for_everything_keeps_everything():
-    plan = choose_activation_plan(LLAMA_8B, 2048, 1, 20 * GIB)
+    plan = choose_activation_plan(LLAMA_8B, QLORA, 20 * GIB)
     assert (plan.keep, plan.slowdown, plan.host_bytes) == (32, 1.0, 0)
 
 
 def test_long_rows_are_offloaded_and_hopeless_ones_refused():
-    plan = choose_activation_plan(LLAMA_8B, 32_768, 1, 13 * GIB)
+    plan = choose_activation_plan(LLAMA_8B, replace(QLORA, seq_len=32_768), 13 * GIB)
     assert plan.offload > 0 and plan.host_bytes == plan.offload * 32_768 * LLAMA_8B.hidden * 2
     with pytest.raises(DoesNotFit, match="remedy"):
-        choose_activation_plan(LLAMA_8B, 131_072, 1, 13 * GIB)
+        choose_activation_plan(LLAMA_8B, replace(QLORA, seq_len=131_072), 13 * GIB)
 
 
-def test_no_two_way_mix_beats_the_choice():
-    """Against all mixes of three ways on a shape of few layers: at most one layer's rounding is lost."""
-    small = replace(LLAMA_8B, layers=6)
-    budget = 2 * GIB
-    chosen = choose_activation_plan(small, 4096, 1, budget)
-    setup = Setup(4096, 1, True, "adamw", "bfloat16", attention="flex_attention")
+def test_no_mix_of_three_ways_beats_the_choice():
+    """Against all mixes on a shape of few layers: at most one layer's rounding is lost."""
+    small, setup, budget = replace(LLAMA_8B, layers=6), replace(QLORA, seq_len=4096), 2 * GIB
+    chosen = choose_activation_plan(small, setup, budget)
     assert chosen.device_bytes <= budget
-    one_layer = max(way.extra_forwards for way in ways(small, setup).values()) / small.layers / 2
+    one_layer = (slowdown(small, replace(setup, ways=(0, 0, 0, 6))) - 1) / small.layers
     best = min(_exhaustive(small, setup, budget))
     assert best <= chosen.slowdown <= best + one_layer
 
@@ -240,14 +241,45 @@ def test_no_two_way_mix_beats_the_choice():
 def _exhaustive(facts, setup, budget):
     from itertools import product
 
-    from qmedtune.planning.activations import WAYS, _plan
-
-    costs = ways(facts, setup)
     for counts in product(range(facts.layers + 1), repeat=len(WAYS)):
-        if sum(counts) == facts.layers:
-            plan = _plan(facts, setup, setup.tokens, costs, dict(zip(WAYS, counts, strict=True)))
-            if plan.device_bytes <= budget:
-                yield plan.slowdown
+        mix = replace(setup, ways=counts)
+        if sum(counts) == facts.layers and sum(activation_bytes(facts, mix).values()) <= budget:
+            yield slowdown(facts, mix)
+
+
+def test_dropout_keeps_inputs_of_its_own_and_leaves_nothing_cheap():
+    dropping = replace(QLORA, dropout=True)
+    assert kept_bytes_per_token(LLAMA_8B, dropping) > kept_bytes_per_token(LLAMA_8B, QLORA) + 2 * 4 * 4096
+    held = held_bytes_per_token(LLAMA_8B, dropping)
+    assert held["cheap"] == held["keep"] > held["recompute"] > held["offload"] == 0
+
+
+def settled(measurements, budget=20 * GIB, setup=QLORA):
+    """`settle` with a stated course of measurements; what it returns and the counts that it applied."""
+    course, applied = iter(measurements), []
+    facts = settle(LLAMA_8B, setup, card_of(24), budget, lambda: next(course), applied.append)
+    return facts, applied
+
+
+def test_a_measured_step_within_the_budget_changes_nothing():
+    facts, applied = settled([18 * GIB])
+    assert applied == facts["said"] == [] and facts["measured_bytes"] == 18 * GIB
+    assert facts["layers"] == {"recompute": 32} and facts["predicted_bytes"] == peak_bytes(LLAMA_8B, QLORA, gpu=True)
+
+
+@pytest.mark.parametrize("first", [21 * GIB, None])
+def test_a_measured_step_beyond_the_budget_tightens_the_layers(first):
+    setup = replace(QLORA, seq_len=8192, checkpointing=False)
+    facts, applied = settled([first, 19 * GIB], setup=setup)
+    assert len(applied) == len(facts["said"]) == 1 and sum(applied[0].values()) == 32
+    assert ("ran out of memory" if first is None else "took 21.0 GiB of 20.0 GiB") in facts["said"][0]
+    assert 0 < applied[0]["keep"] < 32 and facts["measured_bytes"] == 19 * GIB
+
+
+def test_tightening_ends():
+    facts, applied = settled([None] * 9, setup=replace(QLORA, seq_len=65_536))
+    assert 0 < len(applied) <= 4 and facts["measured_bytes"] is None
+    assert facts["layers"]["offload"] > 0
 
 
 def test_whole_layer_checkpointing_keeps_only_the_stream():

@@ -17,7 +17,7 @@ from qmedtune.planning import fit, machine, room, shapes, speed
 from qmedtune.planning.estimate import count_with, estimate_source
 from qmedtune.planning.machine import GIB, Machine, card_of
 from qmedtune.planning.view import render_plan
-from qmedtune.recipe import ModelSection, Recipe, SourceSection, WarmupSection
+from qmedtune.recipe import LayersSection, ModelSection, Recipe, SourceSection, WarmupSection
 
 ROOT = Path(__file__).parent.parent
 CPU = Machine("cpu", "a CPU", 24 * GIB, 24 * GIB, 2, True)
@@ -251,10 +251,31 @@ def test_compute_dtype_follows_the_instructions_there_are(where, dtype):
     assert resolved.model.compute_dtype == dtype
 
 
-def test_a_large_card_keeps_activations_and_a_small_one_recomputes():
-    small, large = (resolve(recipe(), card_of(gib))[0].stages[0].section for gib in (12, 40))
-    assert (small.gradient_checkpointing, large.gradient_checkpointing) == (True, False)
-    assert large.optimizer == "adamw"
+def test_a_large_card_keeps_activations_and_smaller_ones_mix():
+    small, middle, large = (
+        resolve(recipe(cpt={"micro_batch": 2}), card_of(n))[0].stages[0].section for n in (12, 24, 80)
+    )
+    assert (large.gradient_checkpointing, large.optimizer) == (False, "adamw")
+    for section in (small, middle):
+        layers = section.gradient_checkpointing
+        assert isinstance(layers, LayersSection) and sum(layers.model_dump().values()) == 32
+    assert middle.gradient_checkpointing.offload < small.gradient_checkpointing.offload
+
+
+def test_stated_layers_must_be_those_of_the_base():
+    stated = {"keep": 20, "recompute": 12}
+    resolved, _ = resolve(recipe(cpt={"gradient_checkpointing": stated}), card_of(40))
+    assert fit.setup_of(resolved, 0).ways == (20, 0, 12, 0)
+    with pytest.raises(RecipeError, match="counts 33 layers, .* has 32"):
+        resolve(recipe(cpt={"gradient_checkpointing": {**stated, "offload": 1}}), card_of(40))
+
+
+def test_between_keeping_and_recomputing_lies_a_faster_mix():
+    asked = recipe(cpt={"micro_batch": 2})
+    mixed = fit.choose(base_facts(asked.model), resolve(asked, card_of(24))[0], 0, card_of(24)).setup
+    all_of_them = replace(mixed, ways=None, checkpointing=True)
+    facts = base_facts(asked.model)
+    assert fit.relative_time(facts, mixed, card_of(24)) < fit.relative_time(facts, all_of_them, card_of(24))
     tight = resolve(recipe(), card_of(8))[0].stages[0].section
     assert (tight.micro_batch, tight.optimizer) == (1, "paged_adamw_8bit")
 

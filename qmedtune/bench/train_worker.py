@@ -22,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 from qmedtune.bench.train import SHAPES, Job
 from qmedtune.recipe import AdapterSection, CptSection, ModelSection, WarmupSection
 from qmedtune.train import peak_memory_bytes, quiet_libraries
+from qmedtune.training import activations
 from qmedtune.training.trainer import QTrainer, collate, trainer_arguments
 
 DTYPE = torch.bfloat16
@@ -116,8 +117,15 @@ def qmedtune(job: Job, folder: Path, clock: Clock, kernels: str) -> None:
     model = models.attach_adapter(base, adapter, [], continued=True)
     models.install_kernels(model, kernels)
     section = section_of(job)
+    activations.install(model, section.gradient_checkpointing is True)
     arguments = trainer_arguments(
-        folder / "out", section, seed=job.seed, save_every=10**9, autocast=None, deterministic=False
+        folder / "out",
+        section,
+        seed=job.seed,
+        save_every=10**9,
+        autocast=None,
+        deterministic=False,
+        checkpointing=False,
     )
     rows = RandomRows(job, base.config.vocab_size)
     trainer = QTrainer(model, arguments, rows, section, models.load_tokenizer(folder), 1, {}, [clock])

@@ -1,23 +1,27 @@
 """Chooses per layer what becomes of its activations, so that a step is the fastest that fits a budget of bytes.
 
-Four ways, all layers being alike: keep everything; recompute only elementwise results (norm outputs, silu, product);
-recompute the whole layer from its input; move that input to pinned host memory and recompute. A pure function over
-budgets; the trainer uses only whole-layer recomputation so far, for all layers or none. Times are modelled, not
-measured.
+Four ways, all layers being alike: keep everything; make elementwise results again (norm outputs, the SwiGLU product);
+recompute the whole layer from its input; move that input to pinned host memory and recompute. Pure functions over
+budgets; training/activations.py does what is chosen here. Times are modelled, not measured.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 from qmedtune import units
 from qmedtune.errors import DoesNotFit
-from qmedtune.planning.memory import Setup, backward_bytes_per_token, kept_bytes_per_token
+from qmedtune.planning.memory import (
+    WAYS,
+    Setup,
+    activation_bytes,
+    layers_by_way,
+    offloaded_bytes,
+)
 from qmedtune.planning.shapes import BaseFacts
 
-WAYS = ("keep", "cheap", "recompute", "offload")
 # FLOPs done in the time of one byte of memory traffic: achievable matrix throughput over achievable bandwidth, 184 on
 # H200, 174 on RTX 4090, 149 on A100, 93 on T4 (the limits of the kernel notes, section 7).
 FLOPS_PER_BYTE = 170
@@ -25,6 +29,8 @@ FLOPS_PER_BYTE = 170
 FLOPS_PER_LINK_BYTE = 6400
 # Issuing and waiting for copies, in forward passes of the layer. Assumed.
 OFFLOAD_OVERHEAD = 0.02
+
+Counts = tuple[int, int, int, int]  # of layers, in the order of WAYS
 
 
 @dataclass(frozen=True)
@@ -40,75 +46,71 @@ class ActivationPlan:
     host_bytes: int
     slowdown: float
 
-
-@dataclass(frozen=True)
-class Way:
-    """Per layer and token: bytes on the card and on the host, extra time in forward passes of the layer."""
-
-    device_bytes: float
-    host_bytes: float
-    extra_forwards: float
+    @property
+    def ways(self) -> tuple[int, int, int, int]:
+        return self.keep, self.cheap, self.recompute, self.offload
 
 
-def ways(facts: BaseFacts, setup: Setup) -> dict[str, Way]:
-    """What each way costs per layer and token."""
+def extra_forwards(facts: BaseFacts, setup: Setup) -> dict[str, float]:
+    """What each way costs in time, in forward passes of the layer."""
     size = setup.element_bytes
-    kept, stream = kept_bytes_per_token(facts, setup), facts.hidden * size
-    dropped = (2 * facts.hidden + facts.intermediate) * size
     # Making them again reads x twice, gate and up, and writes two norms and the product.
     traffic = (4 * facts.hidden + 3 * facts.intermediate) * size
     forward_flops = 2 * facts.linear_parameters / facts.layers
     # Out in the forward pass, back during the backward pass: hidden while the layers around it compute (3 forwards).
-    transfer = 2 * stream * FLOPS_PER_LINK_BYTE / forward_flops
+    transfer = 2 * facts.hidden * size * FLOPS_PER_LINK_BYTE / forward_flops
     return {
-        "keep": Way(kept, 0, 0.0),
-        "cheap": Way(kept - dropped, 0, traffic * FLOPS_PER_BYTE / forward_flops),
-        "recompute": Way(stream, 0, 1.0),
-        "offload": Way(0, stream, 1.0 + OFFLOAD_OVERHEAD + max(transfer - 3.0, 0.0)),
+        "keep": 0.0,
+        "cheap": traffic * FLOPS_PER_BYTE / forward_flops,
+        "recompute": 1.0,
+        "offload": 1.0 + OFFLOAD_OVERHEAD + max(transfer - 3.0, 0.0),
     }
 
 
+def slowdown(facts: BaseFacts, setup: Setup) -> float:
+    """Time of a step over that of one which keeps everything. Forward and input gradients are two forward passes'
+    worth: LoRA needs no weight gradients."""
+    extra, counts = extra_forwards(facts, setup), layers_by_way(facts, setup)
+    return 1 + sum(counts[way] * extra[way] for way in WAYS) / facts.layers / 2
+
+
 def choose_activation_plan(
-    facts: BaseFacts, seq_len: int, micro_batch: int, budget_bytes: int, setup: Setup | None = None
+    facts: BaseFacts, setup: Setup, budget_bytes: float, allowed: tuple[str, ...] = WAYS
 ) -> ActivationPlan:
     """The fastest plan whose activations fit `budget_bytes` (what weights, optimiser, loss and context leave over).
 
-    One constraint over identical layers: the best mix uses at most two of the ways, up to one layer's rounding.
-    `setup` gives rank, dtype and attention (default: r 16, bf16, variable-length attention). DoesNotFit when even
-    offloading everything does not fit.
+    `setup` gives lengths, rank, dtype and attention; its own ways do not matter. One constraint over identical layers:
+    the best mix uses at most two of the `allowed` ways, up to one layer's rounding. DoesNotFit when no mix fits.
     """
-    shape = setup or Setup(seq_len, micro_batch, True, "adamw", "bfloat16", attention="flex_attention")
-    tokens = seq_len * micro_batch
-    costs = ways(facts, shape)
-    plans = [_plan(facts, shape, tokens, costs, counts) for counts in _mixes(facts.layers)]
-    fitting = [plan for plan in plans if plan.device_bytes <= budget_bytes]
-    if not fitting:
-        least = min(plan.device_bytes for plan in plans)
-        raise DoesNotFit(
-            f"activations of {micro_batch} x {seq_len} tokens on {facts.name} need {units.size(least)} with every "
-            f"layer input offloaded; {units.size(budget_bytes)} are left for them\nremedy: a shorter seq_len"
-        )
-    return min(fitting, key=lambda plan: (plan.slowdown, plan.host_bytes, plan.device_bytes))
-
-
-def _mixes(layers: int) -> Iterator[dict[str, int]]:
-    for first, second in combinations(WAYS, 2):
-        for count in range(layers + 1):
-            yield {**dict.fromkeys(WAYS, 0), first: count, second: layers - count}
-
-
-def _plan(facts: BaseFacts, setup: Setup, tokens: int, costs: dict[str, Way], counts: dict[str, int]) -> ActivationPlan:
-    """Bytes and time of one mix. A layer that is recomputed needs its kept set again while it is differentiated, and
-    offloaded inputs two buffers to be fetched into."""
-    kept, stream = costs["keep"].device_bytes, costs["recompute"].device_bytes
-    working = backward_bytes_per_token(facts, setup) + 3 * stream
-    redone = [way for way in WAYS if counts[way] and way != "keep"]
-    working += max((kept - (costs["cheap"].device_bytes if way == "cheap" else 0) for way in redone), default=0)
-    working += 2 * stream if counts["offload"] else 0
-    saved = sum(counts[way] * costs[way].device_bytes for way in WAYS)
-    extra = sum(counts[way] * costs[way].extra_forwards for way in WAYS) / facts.layers
-    host = sum(counts[way] * costs[way].host_bytes for way in WAYS)
-    # Forward and input gradients are two forward passes' worth of time: LoRA needs no weight gradients.
-    return ActivationPlan(
-        **counts, device_bytes=int(tokens * (saved + working)), host_bytes=int(tokens * host), slowdown=1 + extra / 2
+    extra = extra_forwards(facts, setup)
+    costs = sorted((_time(counts, extra), _bytes(facts, setup, counts), counts) for counts in _mixes(facts, allowed))
+    for _, device_bytes, counts in costs:
+        if device_bytes <= budget_bytes:
+            return _plan(facts, setup, counts)
+    raise DoesNotFit(
+        f"activations of {setup.micro_batch} x {setup.seq_len} tokens on {facts.name} need "
+        f"{units.size(min(cost[1] for cost in costs))} at least; {units.size(round(budget_bytes))} are left for them\n"
+        "remedy: a shorter seq_len"
     )
+
+
+def _mixes(facts: BaseFacts, allowed: tuple[str, ...]) -> Iterator[Counts]:
+    for first, second in combinations(allowed, 2):
+        for count in range(facts.layers + 1):
+            named = {first: count, second: facts.layers - count}
+            keep, cheap, recompute, offload = (named.get(way, 0) for way in WAYS)
+            yield keep, cheap, recompute, offload
+
+
+def _time(counts: Counts, extra: dict[str, float]) -> float:
+    return sum(count * extra[way] for count, way in zip(counts, WAYS, strict=True))
+
+
+def _bytes(facts: BaseFacts, setup: Setup, counts: Counts) -> int:
+    return sum(activation_bytes(facts, replace(setup, ways=counts)).values())
+
+
+def _plan(facts: BaseFacts, setup: Setup, counts: Counts) -> ActivationPlan:
+    chosen = replace(setup, ways=counts)
+    host = offloaded_bytes(facts, chosen)
+    return ActivationPlan(*counts, _bytes(facts, setup, counts), host, slowdown(facts, chosen))

@@ -11,11 +11,11 @@ from itertools import product
 
 from qmedtune import units
 from qmedtune.errors import DoesNotFit
-from qmedtune.planning import memory
+from qmedtune.planning import activations, memory
 from qmedtune.planning.machine import CARDS_GIB, GIB, Machine
 from qmedtune.planning.memory import Setup
 from qmedtune.planning.shapes import LINEARS, BaseFacts
-from qmedtune.recipe import Recipe, TrainSection
+from qmedtune.recipe import LayersSection, Recipe, TrainSection
 
 # Decoding NF4 costs as much as multiplying by it with this many tokens (2.5 bytes per weight written and read back,
 # against 2 FLOPs per token): 110 to 230 on T4, A100, 4090, H200 by the limits in the kernel notes. On a CPU the
@@ -60,6 +60,8 @@ def setup_of(recipe: Recipe, index: int) -> Setup:
         seq_len=int(section.seq_len),
         micro_batch=1 if section.micro_batch == "auto" else section.micro_batch,
         checkpointing=section.gradient_checkpointing in ("auto", True),
+        ways=ways_of(section),
+        dropout=recipe.adapter.dropout > 0,
         optimizer="paged_adamw_8bit" if section.optimizer == "auto" else section.optimizer,
         compute_dtype=recipe.model.compute_dtype,
         quantized=recipe.model.quantization == "nf4",
@@ -73,38 +75,62 @@ def setup_of(recipe: Recipe, index: int) -> Setup:
     )
 
 
+def ways_of(section: TrainSection) -> tuple[int, int, int, int] | None:
+    """The counts that a section states for its layers; None where it says all, none or `auto`."""
+    stated = section.gradient_checkpointing
+    if not isinstance(stated, LayersSection):
+        return None
+    return stated.keep, stated.cheap, stated.recompute, stated.offload
+
+
 def options(section: TrainSection, smallest: Setup, machine: Machine) -> list[Setup]:
-    """Every setup that the section's explicit values allow."""
+    """Every micro-batch and optimiser that the section's explicit values allow; checkpointing as in `smallest`."""
     batch = int(section.batch)
     rows = [2**i for i in range(batch.bit_length()) if 2**i <= batch] + [batch]
     allowed = [n for n in rows if n == 1 or n * smallest.seq_len <= ENOUGH_TOKENS[machine.kind]]
     micro = allowed if section.micro_batch == "auto" else [min(section.micro_batch, batch)]
-    checkpointing = (False, True) if section.gradient_checkpointing == "auto" else (section.gradient_checkpointing,)
     automatic = ("adamw", "adamw_8bit", "paged_adamw_8bit") if machine.is_gpu else ("adamw",)
     optimizers = automatic if section.optimizer == "auto" else (section.optimizer,)
-    return [
-        replace(smallest, micro_batch=n, checkpointing=c, optimizer=o)
-        for n, c, o in product(sorted(set(micro)), checkpointing, optimizers)
-    ]
+    return [replace(smallest, micro_batch=n, optimizer=o) for n, o in product(sorted(set(micro)), optimizers)]
 
 
-def relative_time(setup: Setup, machine: Machine) -> float:
+def with_layers(facts: BaseFacts, setup: Setup, machine: Machine, budget: float) -> Setup:
+    """`setup` with the fastest treatment of its layers that keeps the peak within `budget` bytes; at its smallest
+    where nothing does. Layers that are not ours (training from scratch) are recomputed all or not at all; host memory
+    takes no layer inputs where it is the device's own."""
+    kept = replace(setup, checkpointing=False)
+    passing = sum(memory.activation_bytes(facts, kept).values())
+    share = 1 + memory.FRAGMENTATION[machine.kind]
+    room = passing + (budget - memory.peak_bytes(facts, kept, gpu=machine.is_gpu)) / share
+    if room >= passing:
+        return kept
+    if setup.full:
+        return replace(setup, checkpointing=True)
+    try:
+        allowed = memory.WAYS if machine.is_gpu else memory.WAYS[:3]
+        plan = activations.choose_activation_plan(facts, kept, room, allowed)
+    except DoesNotFit:
+        return replace(kept, ways=(0, 0, 0, facts.layers)) if machine.is_gpu else replace(setup, checkpointing=True)
+    return replace(setup, checkpointing=True) if plan.recompute == facts.layers else replace(kept, ways=plan.ways)
+
+
+def relative_time(facts: BaseFacts, setup: Setup, machine: Machine) -> float:
     """Time per token in forward passes over the frozen weights: forward and input gradients are 2, recomputing makes
     it 3 (LoRA needs no weight gradients); each pass pays the decoding of NF4 once per micro-batch."""
-    passes = 3 if setup.checkpointing else 2
+    passes = 2 * activations.slowdown(facts, setup)
     return passes * (1 + DECODE_TOKENS[machine.kind] / setup.tokens) + OPTIMIZER_COST[setup.optimizer]
 
 
 def choose(facts: BaseFacts, recipe: Recipe, index: int, machine: Machine) -> Choice:
     """The fastest setup of stage `index` that fits. DoesNotFit names the three cheapest remedies."""
-    budget = budget_bytes(machine, recipe)
-    peaks = {
-        setup: memory.peak_bytes(facts, setup, gpu=machine.is_gpu)
-        for setup in options(recipe.stages[index].section, setup_of(recipe, index), machine)
-    }
+    budget, section = budget_bytes(machine, recipe), recipe.stages[index].section
+    setups = options(section, setup_of(recipe, index), machine)
+    if section.gradient_checkpointing == "auto":
+        setups = [with_layers(facts, setup, machine, FILLED * budget) for setup in setups]
+    peaks = {setup: memory.peak_bytes(facts, setup, gpu=machine.is_gpu) for setup in setups}
     roomy = [setup for setup, peak in peaks.items() if peak <= FILLED * budget]
     if roomy:
-        best = min(roomy, key=lambda setup: (relative_time(setup, machine), peaks[setup]))
+        best = min(roomy, key=lambda setup: (relative_time(facts, setup, machine), peaks[setup]))
     else:
         best = min(peaks, key=lambda setup: peaks[setup])
     if peaks[best] > budget:
@@ -115,8 +141,9 @@ def choose(facts: BaseFacts, recipe: Recipe, index: int, machine: Machine) -> Ch
 def remedies(facts: BaseFacts, setup: Setup, *, gpu: bool) -> list[tuple[str, int]]:
     """What could be changed and the bytes it frees, from what costs nothing but time to what changes the result."""
     changes = [
-        ("gradient_checkpointing: true", {"checkpointing": True}),
+        ("gradient_checkpointing: true", {"checkpointing": True, "ways": None}),
         ("micro_batch: 1", {"micro_batch": 1}),
+        (f"gradient_checkpointing: {{offload: {facts.layers}}}", {"ways": (0, 0, 0, facts.layers)} if gpu else {}),
         ("optimizer: paged_adamw_8bit", {"optimizer": "paged_adamw_8bit"} if gpu else {}),
         ("model.quantization: nf4", {"quantized": True} if gpu else {}),
         ("model.double_quantization: true", {"double_quantization": True}),
@@ -146,7 +173,7 @@ def _does_not_fit(
             f"{recipe.stage_names()[index]} of {facts.name} does not fit: {units.size(peak)} predicted, "
             f"{units.size(budget)} there ({machine.name})",
             f"at its smallest: {setup.micro_batch} x {setup.seq_len} tokens, {setup.optimizer}, "
-            f"checkpointing {'on' if setup.checkpointing else 'off'}; it would fit {where}; remedies:",
+            f"checkpointing {'on' if setup.checkpointing or setup.ways else 'off'}; it would fit {where}; remedies:",
             *(f"  {text} frees {units.size(size)}" for text, size in ordered[:3]),
         ]
     )

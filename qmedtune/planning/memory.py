@@ -35,6 +35,9 @@ HOST_BASE_BYTES = {"cpu": 600 * MIB, "cuda": int(1.8 * GIB)}
 RUN_BYTES = 300 * MIB
 
 
+WAYS = ("keep", "cheap", "recompute", "offload")
+
+
 @dataclass(frozen=True)
 class Setup:
     """What memory depends on. Lengths in tokens, `micro_batch` in rows. `full`: all parameters are trained, in fp32."""
@@ -52,6 +55,8 @@ class Setup:
     frozen_adapters: int = 0
     full: bool = False
     attention: str = "sdpa"
+    dropout: bool = False
+    ways: tuple[int, int, int, int] | None = None  # layers by WAYS; None: all recompute (`checkpointing`) or keep
 
     @property
     def tokens(self) -> int:
@@ -124,11 +129,29 @@ def kept_bytes_per_token(facts: BaseFacts, setup: Setup) -> int:
     """What one layer saves per token when nothing is recomputed (fused.py and qmedtune_kernels).
 
     In elements: layer input, norm outputs and residual 4 h; attention; gate, up and product 3 I; X A^T of each LoRA
-    r. In fp32: two rstd and one log-sum-exp per head.
+    r. In fp32: two rstd and one log-sum-exp per head. With dropout each adapter reads an input of its own (4 h more),
+    and a byte per element says what was dropped.
     """
     wide = 4 * facts.hidden + attention_elements(facts, setup.attention) + 3 * facts.intermediate
     lora = 0 if setup.full else len(setup.targets) * setup.rank
-    return (wide + lora + score_elements(facts, setup)) * setup.element_bytes + 4 * (2 + facts.heads)
+    dropped = 6 * facts.hidden + facts.intermediate if setup.dropout else 0
+    wide += 4 * facts.hidden if setup.dropout else 0
+    return (wide + lora + score_elements(facts, setup)) * setup.element_bytes + 4 * (2 + facts.heads) + dropped
+
+
+def held_bytes_per_token(facts: BaseFacts, setup: Setup) -> dict[str, int]:
+    """What a layer of each way holds on the device between its passes: everything; without norm outputs and product
+    (which dropout keeps in another form); its input; nothing."""
+    kept, stream = kept_bytes_per_token(facts, setup), facts.hidden * setup.element_bytes
+    remade = 0 if setup.dropout or setup.full else (2 * facts.hidden + facts.intermediate) * setup.element_bytes
+    return {"keep": kept, "cheap": kept - remade, "recompute": stream, "offload": 0}
+
+
+def layers_by_way(facts: BaseFacts, setup: Setup) -> dict[str, int]:
+    """How many layers go which way."""
+    if setup.ways is not None:
+        return dict(zip(WAYS, setup.ways, strict=True))
+    return dict.fromkeys(WAYS, 0) | {"recompute" if setup.checkpointing else "keep": facts.layers}
 
 
 def backward_bytes_per_token(facts: BaseFacts, setup: Setup) -> int:
@@ -137,19 +160,31 @@ def backward_bytes_per_token(facts: BaseFacts, setup: Setup) -> int:
     return (4 * facts.intermediate + 2 * facts.hidden) * setup.element_bytes
 
 
+def working_bytes_per_token(facts: BaseFacts, setup: Setup, counts: dict[str, int]) -> int:
+    """The layer that is differentiated: its gradients, what it has to make again, two buffers for offloaded inputs."""
+    held = held_bytes_per_token(facts, setup)
+    redone = max((held["keep"] - (held["cheap"] if w == "cheap" else 0) for w in WAYS[1:] if counts[w]), default=0)
+    fetched = 2 * held["recompute"] if counts["offload"] else 0
+    return backward_bytes_per_token(facts, setup) + redone + fetched
+
+
 def activation_bytes(facts: BaseFacts, setup: Setup) -> dict[str, int]:
     """Saved activations, and the working set of the layer that is being differentiated."""
-    kept, stream = kept_bytes_per_token(facts, setup), facts.hidden * setup.element_bytes
-    per_layer = stream if setup.checkpointing else kept
-    working = backward_bytes_per_token(facts, setup) + (kept if setup.checkpointing else 0)
+    held, counts = held_bytes_per_token(facts, setup), layers_by_way(facts, setup)
+    layers = sum(counts[way] * held[way] for way in WAYS)
     mask = setup.seq_len if setup.attention == "sdpa" else 0  # one boolean mask for all layers
-    ends = 3 * stream  # embedding output, last residual, last norm
-    copies = adapter_copy_bytes(facts, setup)
+    ends = 3 * held["recompute"]  # embedding output, last residual, last norm
+    copies, whole = adapter_copy_bytes(facts, setup), counts["keep"] + counts["cheap"]
     return {
-        "activations": setup.tokens * (facts.layers * per_layer + ends + mask)
-        + (0 if setup.checkpointing else facts.layers * copies),
-        "layer workspace": setup.tokens * working + (copies if setup.checkpointing else 0),
+        "activations": setup.tokens * (layers + ends + mask) + whole * copies,
+        "layer workspace": setup.tokens * working_bytes_per_token(facts, setup, counts)
+        + (copies if whole < facts.layers else 0),
     }
+
+
+def offloaded_bytes(facts: BaseFacts, setup: Setup) -> int:
+    """Layer inputs of a micro-batch in pinned host memory."""
+    return layers_by_way(facts, setup)["offload"] * setup.tokens * facts.hidden * setup.element_bytes
 
 
 def loss_bytes(facts: BaseFacts, setup: Setup, *, gpu: bool) -> int:
@@ -218,7 +253,7 @@ def host_memory(facts: BaseFacts, setup: Setup, *, gpu: bool, merge: bool) -> di
     paged = OPTIMIZER_BYTES["adamw_8bit"] * trained_parameters(facts, setup)
     phases = {
         "loading": base + shard if gpu else base + facts.parameters * setup.element_bytes + shard,
-        "training": base + int(paged) if gpu else peak_bytes(facts, setup, gpu=False),
+        "training": base + int(paged) + offloaded_bytes(facts, setup) if gpu else peak_bytes(facts, setup, gpu=False),
     }
     return phases | ({"merging": base + (4 + 4 + 2) * largest} if merge else {})
 

@@ -11,11 +11,12 @@ from __future__ import annotations
 from typing import Any, TypeVar
 
 from qmedtune import units
-from qmedtune.planning import fit
+from qmedtune.errors import RecipeError
+from qmedtune.planning import activations, fit
 from qmedtune.planning.machine import Machine, this_machine
-from qmedtune.planning.memory import trained_parameters
+from qmedtune.planning.memory import WAYS, Setup, trained_parameters
 from qmedtune.planning.shapes import BaseFacts, base_facts
-from qmedtune.recipe import Recipe, Section, SftSection, StageSection, WarmupSection
+from qmedtune.recipe import LayersSection, Recipe, Section, SftSection, StageSection, WarmupSection
 
 Proposals = dict[str, tuple[Any, str]]
 S = TypeVar("S", bound=Section)
@@ -66,6 +67,7 @@ def _stage(recipe: Recipe, index: int, facts: BaseFacts, machine: Machine, decis
     )
     section = _fill(section, where, batch, decisions)
     recipe = _with_stage(recipe, index, section)
+    _check_layers(facts, section.gradient_checkpointing, where)
     section = _fill(section, where, _memory(facts, recipe, index, machine), decisions)
     return _with_stage(recipe, index, section)
 
@@ -162,6 +164,16 @@ def _evaluation_batch(facts: BaseFacts) -> Proposals:
     return {"batch": (rows, f"sequences scored at once on a base of {units.count(facts.parameters)} parameters")}
 
 
+def _check_layers(facts: BaseFacts, stated: object, where: str) -> None:
+    if isinstance(stated, LayersSection):
+        given = sum(getattr(stated, way) for way in WAYS)
+        if given != facts.layers:
+            raise RecipeError(
+                f"{where}.gradient_checkpointing: counts {given} layers, {facts.name} has {facts.layers}\n"
+                f"allowed: counts of {', '.join(WAYS)} that sum to {facts.layers}; true, false or auto"
+            )
+
+
 # ---- decided by the machine ------------------------------------------------------------------------------------------
 
 
@@ -184,13 +196,22 @@ def _memory(facts: BaseFacts, recipe: Recipe, index: int, machine: Machine) -> P
         "adamw_8bit": f"8-bit states of {trained} trained parameters, so that the rest fits",
         "paged_adamw_8bit": f"states of {trained} trained parameters are paged to host memory, so that the rest fits",
     }
-    checkpointing = (
-        "recomputing each layer costs half as much time again, but keeping its activations does not fit"
-        if setup.checkpointing
-        else "all activations fit, so nothing is computed twice"
-    )
+    layers, why_layers = _layers(facts, setup)
     return {
         "micro_batch": (setup.micro_batch, f"{setup.micro_batch} x {setup.seq_len} tokens at a time: {used}"),
-        "gradient_checkpointing": (setup.checkpointing, checkpointing),
+        "gradient_checkpointing": (layers, why_layers),
         "optimizer": (setup.optimizer, states[setup.optimizer]),
     }
+
+
+def _layers(facts: BaseFacts, setup: Setup) -> tuple[bool | LayersSection, str]:
+    """What becomes of each layer's activations."""
+    if setup.ways is not None:
+        cost = activations.slowdown(facts, setup) - 1
+        why = (
+            f"the fastest mix over {facts.layers} layers that fits; about {cost:.0%} more time than keeping everything"
+        )
+        return LayersSection(**dict(zip(WAYS, setup.ways, strict=True))), why
+    if setup.checkpointing:
+        return True, "recomputing each layer costs half as much time again, but keeping its activations does not fit"
+    return False, "all activations fit, so nothing is computed twice"

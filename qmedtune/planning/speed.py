@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from qmedtune.planning.activations import slowdown
 from qmedtune.planning.fit import DECODE_TOKENS
 from qmedtune.planning.machine import GIB, Machine
 from qmedtune.planning.memory import Setup
@@ -40,7 +41,7 @@ def flops_per_token(facts: BaseFacts, setup: Setup) -> float:
     """2 per weight and forward pass; LoRA differentiates inputs only (4 in all, 6 with recomputation), training from
     scratch weights too (6, 8). Attention over rows of `seq_len`: 2 h per earlier token, forward and twice backward."""
     weights = facts.linear_parameters + facts.vocab * facts.hidden
-    per_weight = (6 if setup.full else 4) + (2 if setup.checkpointing else 0)
+    per_weight = (6 if setup.full else 4) + 4 * (slowdown(facts, setup) - 1)
     attention = 6 * facts.layers * facts.hidden * setup.seq_len
     return per_weight * weights + attention
 

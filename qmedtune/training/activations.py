@@ -8,7 +8,7 @@ Deliberately not here: the choice, and models whose layers are not ours (they ta
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -16,7 +16,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-WAYS = ("keep", "cheap", "recompute", "offload")
+from qmedtune.planning.memory import WAYS
+from qmedtune.recipe import LayersSection
+
+
+def install(model: nn.Module, stated: bool | LayersSection) -> dict[str, int]:
+    """Treat the layers of fused.py as a resolved `gradient_checkpointing` says; returns the counts for the report."""
+    layers = sum(hasattr(module, "way") for module in model.modules())
+    if isinstance(stated, LayersSection):
+        counts = {way: getattr(stated, way) for way in WAYS}
+    else:
+        counts = {"recompute" if stated else "keep": layers}
+    set_ways(model, counts)
+    return {way: count for way, count in counts.items() if count}
 
 
 def set_ways(model: nn.Module, counts: dict[str, int]) -> None:
@@ -100,8 +112,3 @@ def _pack(x: Tensor) -> _Offloaded:
 
 def _unpack(held: _Offloaded) -> Tensor:
     return held.take()
-
-
-def kept_layers(counts: dict[str, int]) -> Sequence[str]:
-    """`counts` as words for the report: ["20 keep", "12 recompute"]."""
-    return [f"{counts[way]} {way}" for way in WAYS if counts.get(way)]

@@ -246,7 +246,8 @@ class LlamaAttention(llama.LlamaAttention):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         shape = hidden_states.shape[:-1]
         qkv = linear(hidden_states, [self.q_proj, self.k_proj, self.v_proj], self.kernels, remake)
-        heads, kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
+        heads = self.config.num_attention_heads
+        kv_heads = self.config.num_key_value_heads or heads
         cos, sin = position_embeddings
         parts = rotary_qkv(qkv, cos, sin, heads, kv_heads, self.kernels)
         query, key, value = (part.transpose(1, 2) for part in parts)

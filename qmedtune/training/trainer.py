@@ -261,12 +261,20 @@ class QTrainer(SFTTrainer):
 
 
 def trainer_arguments(
-    stage: Path, section: TrainSection, *, seed: int, save_every: int, autocast: str | None, deterministic: bool
+    stage: Path,
+    section: TrainSection,
+    *,
+    seed: int,
+    save_every: int,
+    autocast: str | None,
+    deterministic: bool,
+    checkpointing: bool,
 ) -> SFTConfig:
     """SFTConfig with everything that it would otherwise change behind our back switched off. `stage`: its folder.
 
     `autocast` is None when the weights are in the compute dtype already and only fp32 adapters are trained,
     "bfloat16" for training fp32 weights from scratch, "float16" (with loss scaling) for cards without bf16.
+    `checkpointing`: transformers' own, for layers that are not ours (training/activations.py).
     """
     arguments = SFTConfig(
         output_dir=str(stage / store.SCRATCH),
@@ -275,7 +283,7 @@ def trainer_arguments(
         num_train_epochs=1,  # packing laid out all epochs
         learning_rate=float(number(section.lr)),
         max_grad_norm=section.max_grad_norm,
-        gradient_checkpointing=section.gradient_checkpointing is True,
+        gradient_checkpointing=checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
         bf16=autocast == "bfloat16",
         fp16=autocast == "float16",
