@@ -9,6 +9,7 @@ import pytest
 import torch
 from llama_folders import llama2_folder, llama3_folder
 
+from qmedtune.evaluation.measure import Settings, measure
 from qmedtune.evaluation.open_model import locate, open_model
 from qmedtune.evaluation.scoring import choice_logprobs, prompt_texts
 from qmedtune.recipe import TaskSection
@@ -48,21 +49,42 @@ def no_network(monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", refuse)
 
 
+def medqa_file(folder: Path, num_options: int) -> Path:
+    letters = "ABCDE"[:num_options]
+    path = folder / f"medqa{num_options}.jsonl"
+    lines = [
+        {
+            "question": f"A patient of {20 + n} years has sign {n * 3 % 7}. Which drug?",
+            "options": {letter: f"drug {letter.lower()}{n * (i + 2) % 13}" for i, letter in enumerate(letters)},
+            "answer_idx": letters[n % num_options],
+        }
+        for n in range(30)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def benchmark(name: str, folder: Path) -> TaskSection:
+    path = pubmedqa_file(folder) if name == "pubmedqa" else medqa_file(folder, int(name[-1]))
+    return TaskSection(task=name.rstrip("45"), path=str(path), limit=15)
+
+
+@pytest.mark.parametrize("name", ["pubmedqa", "medqa4", "medqa5"])
 @pytest.mark.parametrize(("make", "template"), [(llama3_folder, "question_answer"), (llama2_folder, "alpaca")])
-def test_pubmedqa_equals_the_harness_item_by_item(make, template, tmp_path, no_network):
+@pytest.mark.parametrize("boundary", ["segment", "joint"])
+def test_choices_equal_the_harness_item_by_item(make, template, name, boundary, tmp_path, no_network):
+    """segment is what `qmedtune eval` and `qmedtune eval --harness task=FILE` score, joint the harness's own way."""
     torch.set_num_threads(2)
-    folder = make(tmp_path / "model", max_position_embeddings=2048)
-    opened = open_model(locate(str(folder), template=template, offline=True))
+    opened = open_model(locate(str(make(tmp_path / "model", max_position_embeddings=2048)), template=template))
     opened.model.float()
-    task = load_task(TaskSection(task="pubmedqa", path=str(pubmedqa_file(tmp_path)), limit=15), seed=1)
+    task = load_task(benchmark(name, tmp_path), seed=1)
     (tmp_path / "tasks").mkdir()
-    name = harness.write_harness_task(tmp_path / "tasks", task, opened)
-    found = harness.run_harness(opened, [name], tmp_path / "tasks", chat=False, limit=None, batch=8, seed=1)
+    written = harness.write_harness_task(tmp_path / "tasks", task, opened)
+    found = harness.run_harness(opened, [written], tmp_path / "tasks", limit=None, batch=8, seed=1, boundary=boundary)
+    samples = sorted(found["samples"][written], key=lambda sample: sample["doc_id"])
     prompts = prompt_texts(opened.tokenizer, opened.template, [item.messages for item in task.items])
-    scores = choice_logprobs(
-        opened.model, opened.tokenizer, prompts, [item.options for item in task.items], boundary="joint"
-    )
-    samples = sorted(found["samples"][name], key=lambda sample: sample["doc_id"])
+    options = [item.options for item in task.items]
+    scores = choice_logprobs(opened.model, opened.tokenizer, prompts, options, boundary=boundary)
     assert len(samples) == len(task.items) == 15
     correct = 0
     for sample, item, score in zip(samples, task.items, scores, strict=True):
@@ -72,7 +94,10 @@ def test_pubmedqa_equals_the_harness_item_by_item(make, template, tmp_path, no_n
         normalised = float(score.per_character.index(max(score.per_character)) == item.gold)
         assert (sample["acc"], sample["acc_norm"]) == (ours, normalised)
         correct += int(ours)
-    assert found["results"][name]["acc,none"] == pytest.approx(correct / 15)
+    assert found["results"][written]["acc,none"] == pytest.approx(correct / 15)
+    if boundary == "segment":
+        rows = measure(opened.model, opened.tokenizer, task, Settings(opened.template, False, 8192), "", tmp_path)
+        assert [row["correct"] for row in rows] == [bool(sample["acc"]) for sample in samples]
 
 
 def test_a_model_and_a_file_through_the_bridge(tmp_path, no_network):

@@ -83,6 +83,21 @@ def merge(
     _show(bench_merge, bench_merge.bench_merge(shape, names, rounds, scratch), as_json)
 
 
+def evaluation(
+    model: Annotated[str, typer.Option(metavar="MODEL", help="What `qmedtune eval` takes.")] = "builtin:tiny",
+    tasks: Annotated[str, typer.Option(metavar="A,B=FILE", help="Choices; also as facts-3shot.")] = "facts,facts-3shot",
+    limit: Annotated[int | None, typer.Option(min=1, help="At most this many items of each task.")] = None,
+    contenders: ContendersOption = None,
+    rounds: RoundsOption = 3,
+    as_json: JsonOption = False,
+) -> None:
+    """Scoring of choices beside lm-evaluation-harness."""
+    from qmedtune.bench import evaluate as bench_evaluate
+
+    names = _names(contenders, bench_evaluate)
+    _show(bench_evaluate, bench_evaluate.bench_eval(model, tasks.split(","), rounds, limit, names), as_json)
+
+
 def _show_rows(facts: dict[str, Any], columns: tuple[str, ...]) -> None:
     from qmedtune import ui
 

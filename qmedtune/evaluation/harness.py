@@ -2,13 +2,15 @@
 
 `medqa_4options` runs a task that the harness ships (its data must be in the local datasets cache when offline);
 `pubmedqa=FILE` writes the prompts of our own reader as a local harness task, which needs no network. Either way the
-numbers are the harness's own, for comparison with published ones; a test holds ours equal to them item by item.
+harness scores; a test holds ours equal to it item by item. The harness's own tasks are tokenised its way (prompt and
+option together), ours as in training (each by itself, see `scoring.encode_choice`).
 Deliberately absent: running task folders of others (their YAML can execute Python), uploading results.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import version
@@ -20,7 +22,7 @@ from typing import Any
 from qmedtune.errors import RecipeError
 from qmedtune.evaluation.forward import causal_model
 from qmedtune.evaluation.open_model import OpenModel, Quantization, locate, open_model
-from qmedtune.evaluation.scoring import prompt_texts
+from qmedtune.evaluation.scoring import Boundary, encode, prompt_texts
 from qmedtune.recipe import TaskSection
 from qmedtune.tasks import Task, load_task
 
@@ -54,7 +56,7 @@ def evaluate_with_harness(
     with TemporaryDirectory() as folder:
         if own:
             names = [write_harness_task(Path(folder), task, opened) for task in own]
-            found = run_harness(opened, names, Path(folder), chat=False, limit=limit, batch=batch, seed=seed)
+            found = run_harness(opened, names, Path(folder), limit=limit, batch=batch, seed=seed)
             results |= {task.removeprefix(PREFIX): scores for task, scores in found["results"].items()}
         if shipped:
             results |= run_harness(opened, shipped, None, chat=chat, limit=limit, batch=batch, seed=seed)["results"]
@@ -80,10 +82,10 @@ def write_harness_task(folder: Path, task: Task, opened: OpenModel) -> str:
     if not task.items[0].options:
         raise RecipeError(f"--harness {task.name}: only multiple-choice benchmarks go through the harness")
     name = PREFIX + task.name
-    prompts = prompt_texts(opened.tokenizer, opened.template, [item.messages for item in task.items])
+    prompts = prompt_texts(opened.tokenizer, opened.template, [item.messages for item in task.asked])
     data = folder / f"{name}.jsonl"
     with data.open("w", encoding="utf-8") as file:
-        for item, prompt in zip(task.items, prompts, strict=True):
+        for item, prompt in zip(task.asked, prompts, strict=True):
             line = {"id": item.id, "prompt": prompt, "options": list(item.options), "gold": item.gold}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
     metrics = [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in ("acc", "acc_norm")]
@@ -105,9 +107,20 @@ def write_harness_task(folder: Path, task: Task, opened: OpenModel) -> str:
 
 
 def run_harness(
-    opened: OpenModel, tasks: list[str], folder: Path | None, *, chat: bool, limit: int | None, batch: int, seed: int
+    opened: OpenModel,
+    tasks: list[str],
+    folder: Path | None,
+    *,
+    limit: int | None,
+    batch: int,
+    seed: int,
+    chat: bool = False,
+    boundary: Boundary = "segment",
 ) -> dict[str, Any]:
-    """`simple_evaluate` on the loaded model; `folder` holds local tasks, None means the harness's own."""
+    """`simple_evaluate` on the loaded model; `folder` holds local tasks, None means the harness's own.
+
+    boundary: how prompts and options of local tasks are tokenised; the harness's own are always `joint`.
+    """
     lm_eval, tasks_module = import_module("lm_eval"), import_module("lm_eval.tasks")
     manager = tasks_module.TaskManager(include_path=str(folder) if folder else None, include_defaults=folder is None)
     unknown = [task for task in tasks if task not in manager.all_tasks]
@@ -117,9 +130,7 @@ def run_harness(
         )
     if chat:
         opened.tokenizer.chat_template = opened.template.jinja()
-    model = import_module("lm_eval.models.huggingface").HFLM(
-        pretrained=causal_model(opened.model), tokenizer=opened.tokenizer, batch_size=batch, add_bos_token=True
-    )
+    model = harness_model(opened, batch, boundary if folder else "joint")
     found: Any = lm_eval.simple_evaluate(
         model=model,
         tasks=tasks,
@@ -132,6 +143,23 @@ def run_harness(
         fewshot_random_seed=seed,
     )
     return found
+
+
+def harness_model(opened: OpenModel, batch: int, boundary: Boundary) -> Any:
+    """The loaded model as the harness takes it."""
+    harness: Any = import_module("lm_eval.models.huggingface").HFLM
+
+    class Segmented(harness):
+        """Prompt and option tokenised each by itself, as the template's segments are in training."""
+
+        def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+            [prompt] = encode(opened.tokenizer, [context])
+            option: Any = opened.tokenizer(continuation, add_special_tokens=False)["input_ids"]
+            return prompt, option
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns at length that the model is loaded already
+    made = Segmented if boundary == "segment" else harness
+    return made(pretrained=causal_model(opened.model), tokenizer=opened.tokenizer, batch_size=batch, add_bos_token=True)
 
 
 def _scores(result: dict[str, Any]) -> dict[str, float]:

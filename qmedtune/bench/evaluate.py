@@ -1,0 +1,183 @@
+"""`qmedtune bench eval`: log-likelihoods of options, ours against lm-evaluation-harness's, on one loaded model.
+
+Both get the same prompts and options as text and give a log-likelihood per option, tokenised the same way; what is
+timed is that and nothing around it (no loading, no task files, no report), in turns, several rounds. Beside the speed
+stands how far the scores are apart, so that a fast wrong contender is seen.
+Deliberately absent: generation (the harness's is transformers' own), other harnesses.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import torch
+
+from qmedtune import ui
+from qmedtune.errors import RecipeError
+from qmedtune.evaluation.harness import harness_model
+from qmedtune.evaluation.measure import parts
+from qmedtune.evaluation.open_model import OpenModel, locate, open_model
+from qmedtune.evaluation.scoring import choice_logprobs, encode_choice, padded_batches, prompt_texts
+from qmedtune.recipe import TaskSection
+from qmedtune.record import device_name, versions
+from qmedtune.tasks import Item, Task, load_task
+
+BATCH = 8
+CONTENDERS = {
+    "lm-eval-default": "lm-evaluation-harness as it is by default: one option at a time",
+    "lm-eval": f"lm-evaluation-harness, {BATCH} options at a time",
+    "qmedtune": f"qmedtune, on average {BATCH} questions at a time",
+}
+Scores = list[list[float]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One benchmark as text. `batch_tokens` makes ours read BATCH questions per pass on average."""
+
+    task: Task
+    prompts: list[str]
+    batch_tokens: int
+    passes: int
+
+    @property
+    def items(self) -> list[Item]:
+        return self.task.asked
+
+
+def bench_eval(
+    model: str = "builtin:tiny",
+    tasks: Sequence[str] = ("facts", "facts-3shot"),
+    rounds: int = 3,
+    limit: int | None = None,
+    contenders: Sequence[str] = tuple(CONTENDERS),
+) -> dict[str, Any]:
+    """Measure; returns {"bench", "device", "versions", "rows"}: `value` in questions per second (median of rounds).
+
+    tasks: `facts`, `pubmedqa=FILE` ..., each also as `facts-3shot`. `ratio` is over the harness at the same batch,
+    `over_default` over its default, each the median over rounds; `max_difference` in nats against the harness.
+    Raises RecipeError for an unknown contender, and where lm-evaluation-harness is absent and asked for.
+    """
+    if unknown := [c for c in contenders if c not in CONTENDERS]:
+        raise RecipeError(f"bench eval: no contender {unknown[0]!r}\nallowed: {', '.join(CONTENDERS)}")
+    if find_spec("lm_eval") is None and set(contenders) - {"qmedtune"}:
+        raise RecipeError(
+            "bench eval: lm-evaluation-harness is not installed\n"
+            "pip install 'qmedtune[lm-eval]', or time ours alone: --contenders qmedtune"
+        )
+    opened = open_model(locate(model, template="alpaca", offline=True))
+    if not torch.cuda.is_available():
+        opened.model.float()  # in bfloat16 batches of different shapes differ by tenths of a nat, the harness's own too
+    rows = []
+    with ui.stage("bench eval", len(tasks) * rounds * len(contenders), "runs") as bar:
+        for name in tasks:
+            case = _case(opened, name, limit)
+            runs: dict[str, list[float]] = {contender: [] for contender in contenders}
+            scores: dict[str, Scores] = {}
+            for _ in range(rounds):
+                for contender in contenders:
+                    seconds, scores[contender] = _timed(_work(contender, opened, case))
+                    runs[contender].append(seconds)
+                    bar.update(bar.completed + 1, note=f"{name}, {contender}")
+            rows += [_row(name, case, contender, runs, scores) for contender in contenders]
+    return {"bench": "eval", "device": device_name(), "versions": versions(), "rows": rows}
+
+
+def _case(opened: OpenModel, name: str, limit: int | None) -> Case:
+    task, _, path = name.partition("=")
+    task, _, shots = task.partition("-")
+    section = TaskSection(
+        task=task, path=path or None, limit=limit, shots=int(shots.removesuffix("shot")) if shots else 0
+    )
+    loaded = load_task(section, seed=0)
+    items = loaded.asked
+    prompts = prompt_texts(opened.tokenizer, opened.template, [item.messages for item in items])
+    room = opened.model.config.max_position_embeddings
+    pairs = zip(prompts, items, strict=True)
+    costs = [encode_choice(opened.tokenizer, p, item.options, room, "joint").cost_tokens for p, item in pairs]
+    groups = [[costs[i] for i in part] for part in parts(items, prompts)]
+    budget = next(
+        budget
+        for budget in range(max(costs), BATCH * max(costs) + 1)
+        if sum(len(list(padded_batches(group, budget))) for group in groups) <= len(items) / BATCH
+        or budget == BATCH * max(costs)
+    )
+    return Case(loaded, prompts, budget, sum(len(list(padded_batches(group, budget))) for group in groups))
+
+
+def _work(contender: str, opened: OpenModel, case: Case) -> Callable[[], Scores]:
+    if contender == "qmedtune":
+        return lambda: _ours(opened, case)
+    model = harness_model(opened, 1 if contender == "lm-eval-default" else BATCH, "joint")
+    instance = import_module("lm_eval.api.instance").Instance
+    pairs = [(p, option) for p, item in zip(case.prompts, case.items, strict=True) for option in item.options]
+    requests = [instance("loglikelihood", {}, pair, number) for number, pair in enumerate(pairs)]
+    return lambda: _by_item(model.loglikelihood(requests, disable_tqdm=True), case)
+
+
+def _ours(opened: OpenModel, case: Case) -> Scores:
+    found: Scores = [[] for _ in case.items]
+    for part in parts(case.items, case.prompts):
+        options = [case.items[i].options for i in part]
+        texts = [case.prompts[i] for i in part]
+        scored = choice_logprobs(opened.model, opened.tokenizer, texts, options, case.batch_tokens, boundary="joint")
+        for index, scores in zip(part, scored, strict=True):
+            found[index] = scores.sums
+    return found
+
+
+def _by_item(answers: list[tuple[float, bool]], case: Case) -> Scores:
+    values = iter(answers)
+    return [[next(values)[0] for _ in item.options] for item in case.items]
+
+
+def _timed(work: Callable[[], Scores]) -> tuple[float, Scores]:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    scores = work()
+    return time.perf_counter() - start, scores
+
+
+def _row(
+    name: str, case: Case, contender: str, runs: dict[str, list[float]], scores: dict[str, Scores]
+) -> dict[str, Any]:
+    seconds = runs[contender]
+    row: dict[str, Any] = {
+        "case": name.partition("=")[0],
+        "contender": contender,
+        "value": round(len(case.items) / statistics.median(seconds), 1),
+        "unit": "questions/s",
+        "spread": [round(len(case.items) / max(seconds), 1), round(len(case.items) / min(seconds), 1)],
+        "questions": len(case.items),
+        "what": CONTENDERS[contender],
+    }
+    row |= {"rows_per_pass": round(len(case.items) / case.passes, 1)} if contender == "qmedtune" else {}
+    for key, other in (("ratio", "lm-eval"), ("over_default", "lm-eval-default")):
+        pairs = zip(runs.get(other, []), seconds, strict=False)
+        row[key] = round(statistics.median(theirs / ours for theirs, ours in pairs), 2) if other in runs else None
+    if "lm-eval" in scores:
+        apart = [
+            np.abs(np.array(a) - np.array(b)).max() for a, b in zip(scores[contender], scores["lm-eval"], strict=True)
+        ]
+        choices = [np.argmax(a) == np.argmax(b) for a, b in zip(scores[contender], scores["lm-eval"], strict=True)]
+        row |= {"max_difference": round(float(max(apart)), 5), "same_choice": float(np.mean(choices))}
+    return row
+
+
+def render(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows for ui.table."""
+    columns = ["case", "contender", "questions/s", "over lm-eval", "over its default", "same choice", ""]
+    rows = []
+    for row in result["rows"]:
+        ratios = ["-" if row[key] is None else f"{row[key]:.2f}" for key in ("ratio", "over_default")]
+        same = f"{row['same_choice']:.3f}" if "same_choice" in row else "-"
+        rows.append([row["case"], row["contender"], f"{row['value']:,.1f}", *ratios, same, row["what"]])
+    return columns, rows
