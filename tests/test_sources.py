@@ -14,10 +14,11 @@ import pytest
 import zstandard
 
 from qmedtune.data.files import MAX_RECORD_BYTES
+from qmedtune.data.prepare import prepare_source
 from qmedtune.data.rejects import Rejects
 from qmedtune.data.sources import format_of, read_records, source_files
 from qmedtune.errors import DataError
-from qmedtune.recipe import SourceSection
+from qmedtune.recipe import Recipe, SourceSection
 
 REAL = Path(os.environ.get("QMEDTUNE_REAL_DATA", Path(__file__).parents[2] / "shared" / "data"))
 real = pytest.mark.skipif(not REAL.is_dir(), reason="real text is not part of the repository")
@@ -450,6 +451,41 @@ def test_ten_thousand_damaged_lines_are_each_named_and_quoted_nowhere(tmp_path):
     assert all(lines[row["line"] - 1].rstrip(b"\r") == BAD_LINES[n][0] for row, n in zip(rows, names, strict=True))
     assert not any(word in (tmp_path / "rejects.jsonl").read_text() for word in SECRET.split())
     assert peak < 40 << 20
+
+
+def test_damage_of_every_kind_in_one_corpus_adds_up(tmp_path):
+    """All kinds of bad lines, and files that are bad as a whole, through the whole step: counted, named, not quoted."""
+    folder, out = tmp_path / "corpus", tmp_path / "out"
+    folder.mkdir(), out.mkdir()
+    bad = [line for line, _ in BAD_LINES.values()] * 10
+    (folder / "lines.jsonl").write_bytes(b"\r\n".join([b'\xef\xbb\xbf{"text": "sound one"}', *bad]))
+    (folder / "endless.jsonl").write_bytes(b'{"text": "' + b"Quill " * (MAX_RECORD_BYTES // 5) + b'"}\n')
+    (folder / "nested.jsonl").write_bytes(b'{"text": ' + b'{"Quill": ' * 50_000 + b"1" + b"}" * 50_001)
+    (folder / "open.csv").write_text('id,text\n1,"sound two"\n2,"Zebedee left open\n')
+    (folder / "short.csv").write_text("id,text\n1\n1,2,3\n")
+    (folder / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "Zebedee Quill"}\n' * 9)[:-12])
+    (folder / "bomb.nxml").write_text(with_doctype('<!ENTITY a "Quill"><!ENTITY b "&a;&a;&a;&a;&a;&a;">'))
+    (folder / "cut.nxml").write_text(JATS[:700])
+    (folder / "latin.txt").write_bytes("Zebedee Quill, caf\u00e9".encode("latin-1"))
+    (folder / "array.json").write_text('[{"text": "sound three"}, {"text": "Zebedee')
+    made = Recipe.model_validate({
+        "name": "t", "model": {"base": "builtin:tiny"}, "stages": [{"cpt": {"mix": {"notes": 1}}}],
+        "data": {"notes": {"path": str(folder), "kind": "clinical"}}, "hygiene": {"max_bad_fraction": 1.0},
+    })  # fmt: skip
+    tracemalloc.start()
+    facts = prepare_source(made, "notes", {}, out)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    records, text = facts["records"], (out / "rejects.jsonl").read_text()
+    rows = [json.loads(line) for line in text.splitlines()]
+    assert records["read"] == sum(n for name, n in records.items() if name != "read")
+    assert len(rows) == records["rejected"] == sum(facts["reasons"].values()) and len(facts["reasons"]) >= 18
+    assert {Path(row["file"]).name for row in rows} == {path.name for path in folder.iterdir()}
+    assert all(row["line"] >= 1 and row["reason"] for row in rows)
+    kept = (out / "train.jsonl").read_text() + (out / "heldout.jsonl").read_text()
+    assert all(f"sound {n}" in kept for n in ("one", "two", "three"))
+    assert not any(word in text + json.dumps(facts) for word in SECRET.split())
+    assert peak < 120 << 20  # 2^24 counters of boilerplate are 64 MB of it
 
 
 def test_a_line_without_end_is_skipped_in_bounded_memory(tmp_path):
