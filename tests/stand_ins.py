@@ -70,6 +70,23 @@ def c4_shard() -> bytes:
     return gzip.compress("".join(json.dumps(row) + "\n" for row in rows[:400]).encode())
 
 
+def pubmed_baseline() -> bytes:
+    """A file of the PubMed baseline: citations with structured abstracts."""
+    citations = (
+        f'<PubmedArticle><MedlineCitation><PMID Version="1">{100 + number}</PMID><Article><ArticleTitle>On {number}.'
+        f'</ArticleTitle><Abstract><AbstractText Label="RESULTS">{escape(row["text"])}</AbstractText></Abstract>'
+        "<Language>eng</Language></Article></MedlineCitation></PubmedArticle>"
+        for number, row in enumerate(texts("literature")[:200])
+    )
+    return gzip.compress(f'<?xml version="1.0"?>\n<PubmedArticleSet>{"".join(citations)}</PubmedArticleSet>'.encode())
+
+
+def flashcards() -> bytes:
+    """Medical Meadow's: one JSON array, Alpaca keys."""
+    rows = [{key: row[key] for key in ("input", "output", "instruction")} for row in texts("instructions")[:120]]
+    return json.dumps(rows, indent=1).encode()
+
+
 def med_instruct(path: Path) -> None:
     import pyarrow
     from pyarrow import parquet

@@ -9,7 +9,12 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import stand_ins
 from conftest import MICRO, ROOT
+from llama_folders import llama3_folder
+
+from qmedtune.parsing.loader import load_recipe
+from qmedtune.run import run
 
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 
@@ -69,6 +74,29 @@ def test_the_llama_notebook_rehearses_without_token_and_gpu(tmp_path: Path, monk
     assert "finished -" in printed and "not a medical device" in printed.lower()
     facts = json.loads((tmp_path / "work" / "runs" / "llama3_1b" / "run.json").read_text())
     assert facts["evaluation"]["tasks"]["facts"]["final"]["ci95"] and facts["merge"]["kl"] <= 1e-4
+
+
+def test_what_the_llama_notebook_downloads_is_what_its_recipe_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The download cell itself needs a network: here its files, in their formats, lie where it puts them."""
+    cells = [cell.source for cell in nbformat.read(ROOT / "examples" / "colab_llama3_1b.ipynb", as_version=4).cells]
+    [cell] = [source for source in cells if "wget" in source]
+    files = {
+        "data/pubmed": ("pubmed26n1274.xml.gz", stand_ins.pubmed_baseline()),
+        "data/general": ("en/c4-validation.00000-of-00008.json.gz", stand_ins.c4_shard()),
+        "data/instructions": ("medical_meadow_wikidoc_medical_flashcards.json", stand_ins.flashcards()),
+        "data/eval": ("ori_pqal.json", stand_ins.pubmedqa()),
+    }
+    for folder, (name, content) in files.items():
+        assert f"-P {folder} " in cell or f"--local-dir {folder}" in cell
+        path = tmp_path / folder / name
+        path.parent.mkdir(parents=True)
+        path.write_bytes(content)
+    monkeypatch.setenv("DATA", str(tmp_path / "data"))
+    base = llama3_folder(tmp_path / "base")
+    loaded = load_recipe(ROOT / "recipes" / "llama3_1b_colab_t4.yaml", [f"model.base={base}"])
+    facts = run(loaded.recipe, loaded.text, tmp_path / "run", until="data", offline=True)
+    kept = {name: source["records"]["kept"] for name, source in facts["data"].items()}
+    assert kept["literature"] >= 180 and kept["general"] >= 300 and kept["instructions"] >= 60
 
 
 def test_colab_keeps_its_own_torch():
