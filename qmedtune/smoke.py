@@ -18,11 +18,15 @@ TOKENS = 60_000  # of a `cpt` or `pretrain` stage: 8 s on two cores
 SEQ_LEN = 128  # of `sft` rows: the longest prompt of a shipped template and an answer take 110 tokens of the tiny base
 
 
-def smoke(recipe: Recipe) -> Recipe:
-    """The recipe to run in place of `recipe`."""
+def smoke(recipe: Recipe, builtin: str = "builtin:tiny") -> Recipe:
+    """The recipe to run in place of `recipe`, on a built-in base and the text of its world."""
     kinds = Counter(source.kind for source in recipe.data.values())
     labelled = {stage.classify.data for stage in recipe.stages if stage.classify}
-    data = {name: _source(source, kinds[source.kind], name in labelled) for name, source in recipe.data.items()}
+    where = "builtin:" if builtin == "builtin:tiny" else f"{builtin}/"
+    data = {
+        name: _source(source, kinds[source.kind], where + ("outcomes" if name in labelled else BUILTIN[source.kind]))
+        for name, source in recipe.data.items()
+    }
     texts = [name for name, source in recipe.data.items() if source.kind != "instructions" and name not in labelled]
     on = [name for name in recipe.validation.on if name in texts]  # the built-in world holds out documents alone
     validate = {"on": on, "keep_best": recipe.validation.keep_best and bool(on)}
@@ -30,7 +34,7 @@ def smoke(recipe: Recipe) -> Recipe:
     if max(kinds.values()) > 1:  # sources of one kind get the same text: all but the first would be duplicates
         hygiene["dedup"] = recipe.hygiene.dedup.model_copy(update={"exact": False, "near": False})
     # What was chosen for the recipe's card (float16 on a T4, flash attention) need not run on this machine.
-    base = {"base": "builtin:tiny", "revision": None, "shape": None, **dict.fromkeys(MODEL_BY_MACHINE, "auto")}
+    base = {"base": builtin, "revision": None, "shape": None, **dict.fromkeys(MODEL_BY_MACHINE, "auto")}
     scored = [name for name in recipe.evaluate.perplexity if name in texts]
     evaluate = {"tasks": ["facts"] if recipe.evaluate.tasks else [], "perplexity": scored}
     return recipe.model_copy(
@@ -46,11 +50,11 @@ def smoke(recipe: Recipe) -> Recipe:
     )
 
 
-def _source(source: SourceSection, alike: int, labelled: bool) -> SourceSection:
+def _source(source: SourceSection, alike: int, path: str) -> SourceSection:
     limit = -(-RECORDS // alike) if source.kind == "instructions" else None
     return SourceSection(
-        path=f"builtin:{'outcomes' if labelled else BUILTIN[source.kind]}",
-        columns={"label": "label"} if labelled else {},
+        path=path,
+        columns={"label": "label"} if path.endswith("outcomes") else {},
         kind=source.kind,
         template=source.template,
         chunking=source.chunking,

@@ -1,0 +1,185 @@
+"""Writes recipes/systems/README.md from the recipes beside it, so that the comparison tells what the recipes do.
+
+    python recipes/systems/table.py            # prints it
+    python recipes/systems/table.py --write    # replaces README.md; a test compares the two
+
+Figures are read from the recipes; words about the systems without a recipe (closed, or the base itself) stand below.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+from qmedtune.parsing.loader import load_recipe
+from qmedtune.recipe import MixSection, Recipe, StageSection
+
+HERE = Path(__file__).parent
+# In the order in which they appeared.
+SYSTEMS = {
+    "chatdoctor": "ChatDoctor", "medalpaca": "MedAlpaca", "pmc_llama": "PMC-LLaMA", "gatortrongpt": "GatorTronGPT",
+    "clinical_llama": "Clinical LLaMA", "alpacare": "AlpaCare", "meditron": "Meditron", "me_llama": "Me-LLaMA",
+}  # fmt: skip
+COLUMNS = ("System", "Recipe", "Base", "Stages", "Text read on", "Instructions", "Prompt", "Loss on", "Tokens per row")
+TAG = re.compile(r"^\s*(?:- )?(?P<key>[\w.]+):\s*(?P<value>.*?)\s+# \[(?P<tag>fixed|QLoRA)\]\s*(?P<why>.*)$")
+TEXT_KINDS = {"literature": "literature", "clinical": "clinical notes", "general": "general text"}
+
+INTRODUCTION = """\
+# The field as recipes
+
+Every open system that the introduction of the Me-LLaMA paper names, as a recipe that runs on one card. What a recipe
+takes from a system, it takes from that system's repository or paper, and each number names the file that it stands in;
+what one card changes is marked `[QLoRA]`, what the original got wrong `[fixed]`, what it does not say `[ours]`. Texts
+are yours to fetch: locations are environment variables. `--smoke` runs any of them on the built-in base and data, on a
+CPU, in about a minute once the tiny base is there:
+
+    qmedtune plan recipes/systems/meditron.yaml
+    qmedtune run recipes/systems/meditron.yaml --smoke
+
+None of these recipes claims the scores of the original: those were reached with other hardware, full parameters and
+text that is not public. They repeat the *procedure*, so that procedures can be compared on your data.
+
+This page is generated: `python recipes/systems/table.py --write`.
+"""
+CLOSED = (
+    "ChatGPT, GPT-4", "none: closed", "not released", "none", "not told", "not told", "their interface", "none", "–",
+)  # fmt: skip
+CLOSED_NOTE = """\
+ChatGPT and GPT-4 have no recipe because none is possible: no weights to train, no tokenizer or corpus to check for
+leaked questions, no log-likelihoods to score options by, versions that change, and text that may not leave the building
+cannot be sent to them. So nothing here trains, adapts, checks or ranks them.
+LLaMA is the base: it is what every run compares with (`base` in its report), and it alone is scored by
+`qmedtune eval meta-llama/Llama-2-7b-hf --tasks medqa=FILE`.
+"""
+BASE = (
+    "LLaMA", "`qmedtune eval`", "itself", "none", "general text", "none", "the task's, as text", "none", "2048 or 4096",
+)  # fmt: skip
+
+
+def page() -> str:
+    """The whole of README.md."""
+    recipes = {name: load_recipe(HERE / f"{name}.yaml") for name in SYSTEMS}
+    rows = [BASE, *(row(SYSTEMS[name], name, loaded.recipe) for name, loaded in recipes.items()), CLOSED]
+    changes = [change for name, loaded in recipes.items() for change in changed(SYSTEMS[name], loaded.text)]
+    parts = [
+        INTRODUCTION,
+        "## Side by side\n",
+        markdown(COLUMNS, rows),
+        CLOSED_NOTE,
+        "## Training, as the recipes have it\n",
+        markdown(
+            ("System", "Stage", "Weights", "Budget", "Rows per step", "Peak rate", "Schedule", "Warm-up"),
+            [line for name, loaded in recipes.items() for line in stages(SYSTEMS[name], loaded.recipe)],
+        ),
+        "## What differs from the originals\n",
+        "Lines that a recipe marks; defects that take more than a line stand at its head.\n",
+        markdown(("System", "Key", "Here", "Why", "Original"), changes),
+    ]
+    return "\n".join(parts)
+
+
+def row(title: str, name: str, recipe: Recipe) -> tuple[str, ...]:
+    used = [recipe.data[source] for source in recipe.used_sources()]
+    texts = dict.fromkeys(TEXT_KINDS[source.kind] for source in used if source.kind in TEXT_KINDS)
+    prompts = dict.fromkeys(source.template for source in used if source.template)
+    count = sum(source.kind == "instructions" for source in used)
+    losses = dict.fromkeys(loss(stage) for stage in recipe.stages)
+    lengths = dict.fromkeys(str(stage.section.seq_len) for stage in recipe.stages)
+    return (
+        title,
+        f"[{name}.yaml]({name}.yaml)",
+        "its own shape, from scratch" if recipe.model.shape else recipe.model.base.rpartition("/")[2],
+        " → ".join(stage.kind for stage in recipe.stages),
+        ", ".join(texts) or "none",
+        f"{count} source{'s' if count > 1 else ''}" if count else "none",
+        ", ".join(f"`{prompt}`" for prompt in prompts) or "none",
+        ", ".join(losses),
+        ", ".join(lengths),
+    )
+
+
+def loss(stage: StageSection) -> str:
+    if stage.classify:
+        return "the label"
+    if stage.sft is None:
+        return "every token"
+    weight = stage.sft.loss_on
+    return weight if isinstance(weight, str) else f"response, prompt × {weight:g}"
+
+
+def stages(title: str, recipe: Recipe) -> list[tuple[str, ...]]:
+    return [
+        (
+            title,
+            name,
+            weights(recipe, stage),
+            budget(stage),
+            str(stage.section.batch),
+            f"{stage.section.lr:g}" if isinstance(stage.section.lr, float) else "auto",
+            schedule(stage),
+            warmup(stage),
+        )
+        for name, stage in zip(recipe.stage_names(), recipe.stages, strict=True)
+    ]
+
+
+def weights(recipe: Recipe, stage: StageSection) -> str:
+    if stage.full:
+        return "all"
+    targets = recipe.adapter.targets
+    where = targets if isinstance(targets, str) else ", ".join(targets)
+    lora = f"LoRA r {recipe.adapter.r} on {where}"
+    if stage.section.adapter != "new":
+        return {"continue": lora}.get(stage.section.adapter, stage.section.adapter)
+    below = "with" if stage.classify and stage.classify.train_earlier else "on the frozen"
+    return f"{lora}: a new one {below} the one before"
+
+
+def budget(stage: StageSection) -> str:
+    section = stage.section
+    if isinstance(section, MixSection) and section.epochs is None:
+        return f"{section.tokens:,} tokens" if isinstance(section.tokens, int) else "auto"
+    if isinstance(section.epochs, str) or section.epochs is None:
+        return "auto"
+    return f"{section.epochs:g} epoch{'s' if section.epochs != 1 else ''}"
+
+
+def schedule(stage: StageSection) -> str:
+    section = stage.section
+    horizon = f" over {section.horizon_ratio:g} × the stage" if section.horizon_ratio else ""
+    return f"{section.schedule} to {section.min_lr_ratio:g} of the peak{horizon}"
+
+
+def warmup(stage: StageSection) -> str:
+    given = stage.section.warmup
+    if isinstance(given, str):
+        return given
+    return f"{given.steps} steps" if given.steps is not None else f"{given.ratio:.3g} of the horizon"
+
+
+def changed(title: str, text: str) -> list[tuple[str, ...]]:
+    """The lines of a recipe that are marked [fixed] or [QLoRA]."""
+    found = [match for line in text.splitlines() if (match := TAG.match(line))]
+    return [
+        (
+            title,
+            f"`{m['key']}`",
+            f"`{m['value']}`",
+            {"fixed": "corrected", "QLoRA": "one card"}[m["tag"]],
+            m["why"] or "–",
+        )
+        for m in found
+    ]
+
+
+def markdown(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [columns, tuple("---" for _ in columns), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines) + "\n"
+
+
+if __name__ == "__main__":
+    if "--write" in sys.argv[1:]:
+        (HERE / "README.md").write_text(page(), encoding="utf-8")
+    else:
+        print(page(), end="")

@@ -1,0 +1,182 @@
+"""The systems of the field as recipes: they load, plan and run, with the originals' prompts and sourced figures.
+
+pytest -m slow tests/test_systems.py        # every smoke run, on the tiny base: about ten minutes
+"""
+
+from __future__ import annotations
+
+import re
+import runpy
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from qmedtune.data import templates
+from qmedtune.data.instructions import instruction_record
+from qmedtune.parsing.loader import load_recipe
+from qmedtune.plan import make_plan
+from qmedtune.run import run
+from qmedtune.smoke import smoke
+
+FOLDER = ROOT / "recipes" / "systems"
+SYSTEMS = ("alpacare", "chatdoctor", "clinical_llama", "gatortrongpt", "me_llama", "medalpaca", "meditron", "pmc_llama")
+SOURCED = re.compile(r"\[(ours|QLoRA|fixed)\]|\b[\w-]+/[\w.-]+ (\w+/)*[\w-]+|\b[\w-]+/[\w-]+, abstract")
+STANFORD_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\nQ\n\n### Input:\nI\n\n### Response:A"
+)
+STANFORD = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\nQ\n\n### Response:A"
+)
+MEDALPACA = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request."
+    "\n\n### Instruction:\nQ\n\n### Input:\nI\n\n### Response:\nA"
+)
+# The text of one record in training, before the end-of-sequence token: (with input, without).
+TEXTS = {
+    "chatdoctor": (STANFORD_INPUT, STANFORD),  # chaoyi-wu/PMC-LLaMA SFT/train.py has the same two
+    "alpacare": (STANFORD_INPUT, STANFORD),
+    "pmc_llama": (STANFORD_INPUT, STANFORD),  # SFT/train.py
+    "medalpaca": (MEDALPACA, MEDALPACA.replace("\nI\n", "\n\n")),  # handler.py with prompt_templates/medalpaca.json
+    "meditron": (  # epfLLM/Megatron-LLM tools/preprocess_instruct_data.py: format_message
+        "<|im_start|>question\nQ\n\nI<|im_end|>\n<|im_start|>answer\nA<|im_end|>\n",
+        "<|im_start|>question\nQ<|im_end|>\n<|im_start|>answer\nA<|im_end|>\n",
+    ),
+    "me_llama": ("Human: \nQ\n\nI\n\nAssistant: \nA", "Human: \nQ\n\nAssistant: \nA"),  # src/model_prompt.py
+}
+
+
+def recipe(name: str):
+    return load_recipe(FOLDER / f"{name}.yaml").recipe
+
+
+def test_all_eight_are_there():
+    assert tuple(sorted(path.stem for path in FOLDER.glob("*.yaml"))) == SYSTEMS
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_each_plans_without_data_base_or_card(name: str):
+    """What cannot be known here is said to be missing; lengths, batches, memory and time of each stage are told."""
+    plan = make_plan(recipe(name))
+    assert [stage["kind"] for stage in plan["stages"]] == [stage.kind for stage in recipe(name).stages]
+    assert all(stage["peak_bytes"] <= stage["budget_bytes"] for stage in plan["stages"])
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_texts_are_the_users_own(name: str):
+    for source in recipe(name).data.values():
+        for path in [source.path] if isinstance(source.path, str) else source.path:
+            assert path.startswith("${")
+
+
+def numbers(text: str) -> list[int]:
+    """Lines (from 1) of a recipe that hold a number as a value."""
+    nodes = [yaml.compose(text, Loader=yaml.SafeLoader)]
+    found = []
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, yaml.MappingNode):
+            nodes += [value for _, value in node.value]
+        elif isinstance(node, yaml.SequenceNode):
+            nodes += node.value
+        elif re.fullmatch(r"-?[\d.]+(e-?\d+)?", node.value):
+            found.append(node.start_mark.line + 1)
+    return sorted(set(found))
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_every_number_names_its_source(name: str):
+    text = (FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
+    lines = text.splitlines()
+    unsourced = [line for line in numbers(text) if not SOURCED.search(lines[line - 1].partition("#")[2])]
+    assert unsourced == [] and len(numbers(text)) >= 8
+
+
+def test_a_number_without_source_is_noticed():
+    assert numbers("a: 1  # as in the paper\nb: [x, 2e-4]\nc: two\n") == [1, 2]
+    assert not SOURCED.search(" as in the paper") and SOURCED.search(" owner/name train.py: 2e-5")
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_prompts_are_the_originals_to_the_byte(name: str):
+    used = {source.template for source in recipe(name).data.values() if source.kind == "instructions"}
+    assert len(used) == 1
+    template = templates.load(used.pop() or "")
+    for given, text in zip(("I", ""), TEXTS[name], strict=True):
+        messages = instruction_record({"instruction": "Q", "input": given, "output": "A"}, {})["messages"]
+        assert "".join(part for part, _ in template.render(messages)) == text
+        assert text.startswith(template.prompt(messages[:-1]))
+
+
+def test_me_llamas_records_are_read():
+    turns = [{"from": "human", "value": "Q"}, {"from": "agent", "value": "A"}]
+    assert [m["role"] for m in instruction_record({"conversations": turns}, {})["messages"]] == ["user", "assistant"]
+
+
+def test_what_makes_a_system_is_in_its_recipe():
+    """The one thing that each is known for."""
+    assert [stage.kind for stage in recipe("chatdoctor").stages] == ["sft", "sft"]
+    assert recipe("medalpaca").stages[0].sft.loss_on == "all"
+    assert recipe("medalpaca").data["cord19"].max_records == 50_000
+    assert recipe("pmc_llama").data["papers"].chunking == "window"
+    assert len(recipe("pmc_llama").stages[1].sft.sources) == 7
+    assert recipe("gatortrongpt").stages[0].full and recipe("gatortrongpt").model.shape is not None
+    assert recipe("meditron").stages[0].cpt.horizon_ratio == 2.0
+    assert recipe("me_llama").stages[0].cpt.mix == {"literature": 15, "notes": 1, "general": 4}
+    assert recipe("clinical_llama").stages[1].classify.train_earlier
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_smoke_keeps_what_can_be_wrong_in_a_recipe(name: str):
+    written, made = recipe(name), smoke(recipe(name))
+    assert made.model.base == "builtin:tiny" and made.model.shape is None
+    assert all(source.path.startswith("builtin:") for source in made.data.values())
+    for name, source in written.data.items():
+        assert (made.data[name].template, made.data[name].chunking) == (source.template, source.chunking)
+    kept = ("schedule", "horizon_ratio", "min_lr_ratio", "adapter", "weight_decay", "betas")
+    for before, after in zip(written.stages, made.stages, strict=True):
+        assert [getattr(before.section, key) for key in kept] == [getattr(after.section, key) for key in kept]
+
+
+def test_the_cheapest_runs_through_on_the_micro_world(tmp_path: Path):
+    made = smoke(recipe("alpacare"), "builtin:micro")
+    result = run(made, "", tmp_path / "run", offline=True)
+    assert result["status"] == "finished" and result["merge"]["kl"] < 1e-4
+    assert result["evaluation"]["tasks"]["facts"]["final"]["n"] > 0
+    assert result["evaluation"]["template"] == "stanford_alpaca"
+
+
+@pytest.fixture(scope="session")
+def tiny_base():
+    from qmedtune import base, store
+    from qmedtune.recipe import ModelSection
+
+    hashes = store.HashCache(store.cache_root() / "hashes.json")
+    return base.identify(ModelSection(base="builtin:tiny"), hashes, offline=True).make()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_each_smoke_run_ends_within_90_seconds(name: str, tiny_base: Path, tmp_path: Path):
+    loaded = load_recipe(FOLDER / f"{name}.yaml")
+    started = time.monotonic()
+    result = run(loaded.recipe, loaded.text, tmp_path / "run", offline=True, smoke=True)
+    seconds = time.monotonic() - started
+    print(f"{name}: {seconds:.0f} s")
+    assert result["status"] == "finished" and seconds < 90
+    assert (result["merge"] is None) == (name == "gatortrongpt")
+    if name == "clinical_llama":
+        assert 0 <= result["stages"][1]["classification"]["auroc"] <= 1
+
+
+def test_the_comparison_is_the_generated_one():
+    page = runpy.run_path(str(FOLDER / "table.py"))["page"]()
+    assert page == (FOLDER / "README.md").read_text(encoding="utf-8"), "run: python recipes/systems/table.py --write"
+    assert all(f"[{name}.yaml]({name}.yaml)" in page for name in SYSTEMS) and "ChatGPT" in page and "| LLaMA |" in page
