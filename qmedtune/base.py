@@ -108,10 +108,12 @@ def builtin_folder(name: str) -> Path:
 def _made(name: str, folder: Path) -> Path:
     """The built-in base's model folder, pretrained now if it is not in the cache."""
     stage = folder / "01-pretrain"
-    if store.intact(stage):
+    if store.intact(stage, full=True):
         return stage / "model"
     with store.lock(folder.with_name(f".{folder.name}.making"), wait=True):  # another run may be making it right now
-        if not store.intact(stage):
+        if not store.intact(stage, full=True):
+            if store.retire(stage, folder):
+                ui.warn(f"{name} was damaged in {folder}; it is made again")
             _make(name, folder)
     return stage / "model"
 

@@ -54,6 +54,8 @@ def run(
     room.check_writable(out)
     room.check(resolved, out, [step.name for step in chosen if step.name not in sealed])
     with store.lock(out), stop.watching(time_limit_s):
+        for leftover in out.glob(f".*{store.PART}"):  # of writes that were killed
+            leftover.unlink()
         hashes.save()
         notes = record.Notes(resolved, recipe_text, choices, offline=offline)
         folder = source.make()

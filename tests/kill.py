@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+SETTINGS: list[str] = []
 
 
 @dataclass
@@ -50,7 +51,7 @@ def preload() -> None:
 
 
 def start(recipe: Path, out: Path, cache: Path) -> int:
-    """Fork a child that runs the command; returns its pid."""
+    """Fork a child that runs the command (with SETTINGS as its `--set`); returns its pid."""
     pid = os.fork()
     if pid:
         return pid
@@ -64,7 +65,7 @@ def start(recipe: Path, out: Path, cache: Path) -> int:
         from qmedtune.parsing.loader import load_recipe
         from qmedtune.run import run
 
-        loaded = load_recipe(recipe)
+        loaded = load_recipe(recipe, SETTINGS)
         run(loaded.recipe, loaded.text, out, offline=True)
         code = 0
     except BaseException as error:
@@ -155,7 +156,9 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cold", action="store_true", help="empty the base cache before every run")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the recipe; repeatable")
     options = parser.parse_args()
+    SETTINGS.extend(options.set)
     with tempfile.TemporaryDirectory() as folder:
         tally = run_kills(options.recipe, options.kills, seed=options.seed, cold=options.cold, folder=Path(folder))
     print(json.dumps(vars(tally), indent=1))

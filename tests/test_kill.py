@@ -12,9 +12,9 @@ import pytest
 KILL = Path(__file__).with_name("kill.py")
 
 
-def kills(count: int, seed: int) -> dict:
+def kills(count: int, seed: int, *options: str) -> dict:
     # A process of its own: it forks, which a process with torch's threads running must not.
-    command = [sys.executable, str(KILL), "--kills", str(count), "--seed", str(seed)]
+    command = [sys.executable, str(KILL), "--kills", str(count), "--seed", str(seed), *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.stdout, done.stderr[-2000:]
     return json.loads(done.stdout)
@@ -34,3 +34,9 @@ def test_ten_kills():
 @pytest.mark.slow
 def test_two_hundred_kills():
     check(kills(200, seed=2), 200)
+
+
+@pytest.mark.slow
+def test_kills_with_dropout_and_the_best_weights_kept():
+    hard = ["adapter.dropout=0.1", "validate.keep_best=true", "validate.every=2", "save.every=3"]
+    check(kills(30, 3, *(word for setting in hard for word in ("--set", setting))), 30)

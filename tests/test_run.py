@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import MICRO
+from test_train import stop_after
 
 from qmedtune import interrupt, store
 from qmedtune.errors import RecipeError, RunError
@@ -96,6 +97,53 @@ def test_one_sft_key_makes_sft_and_what_follows_again(copy: Path):
     assert (copy / ".history").is_dir()
     run_micro(copy)
     assert digests(copy) == before
+
+
+def test_an_attempt_that_is_edited_away_is_put_aside_and_told(tmp_path: Path, capfd):
+    """Stopped in 01-cpt, its rate edited: it begins anew and says why (test_store: it comes back with the old rate)."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(interrupt.Interrupted):
+        patch.setattr("qmedtune.train.Loop.on_step_end", stop_after(4))
+        run_micro(tmp_path, until="01-cpt")
+    interrupt.stop.signal = None
+    attempt = tmp_path / ".building" / "01-cpt" / store.SCRATCH / "checkpoint-4"
+    assert attempt.is_dir()
+    run_micro(tmp_path, "stages[0].cpt.lr=1e-3", until="01-cpt")
+    assert "01-cpt begins anew, its interrupted attempt is put aside: training.lr was" in capfd.readouterr().err
+    assert list(tmp_path.glob(".history/*01-cpt-partial-*/scratch/checkpoint-4"))
+
+
+def test_an_interrupted_merge_leaves_the_old_result(copy: Path, finished: Path):
+    old = digests(copy)["merged"]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RunError, match="injected"):
+        patch.setattr("qmedtune.merge.prove", raises(RunError("injected")))
+        run_micro(copy, "merge.dtype=float32")
+    assert store.intact(copy / "merged", full=True) and digests(copy)["merged"] == old
+    assert json.loads((copy / "run.json").read_text())["status"] == "failed"
+
+
+def raises(error: Exception):
+    def function(*_args, **_options):
+        raise error
+
+    return function
+
+
+def test_a_damaged_built_in_base_is_made_again(finished: Path, tmp_path: Path, capfd):
+    """A flipped bit that leaves size and time alone is seen when the base is about to be trained on."""
+    from qmedtune import base
+
+    made = base.builtin_folder("builtin:micro")
+    shutil.copytree(made, tmp_path / "bases" / made.name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QMEDTUNE_CACHE", str(tmp_path))
+        patch.setattr(base, "_make", lambda name, folder: shutil.copytree(made / "01-pretrain", folder / "01-pretrain"))
+        weights = base.builtin_folder("builtin:micro") / "01-pretrain" / "model" / "model.safetensors"
+        before, times = weights.read_bytes(), weights.stat()
+        flip(weights)
+        os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
+        base.identify(load_recipe(MICRO).recipe.model, store.HashCache(tmp_path / "none"), offline=True).make()
+        assert "builtin:micro was damaged" in capfd.readouterr().err
+        assert weights.read_bytes() == before
 
 
 def test_status_names_what_is_stale_and_why(finished: Path):

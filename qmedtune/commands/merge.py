@@ -7,7 +7,6 @@ the merge itself (merge.py), several runs at once, weighting of adapters.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -39,16 +38,18 @@ def merge_into(
     else:
         model, start, adapters, template = _of_adapter(name, folder, base, offline)
     staging = out.with_name(f".{out.name}.part")
-    shutil.rmtree(staging, ignore_errors=True)  # of a killed attempt; never anything that was finished
-    staging.mkdir(parents=True)
-    try:
-        facts = merge(start, adapters, staging, section, model_section=model, template=template)
-    except BaseException:
-        shutil.rmtree(staging)  # unproven: as large as the model, and of no use
-        raise
-    store.seal(staging, store.sha256_json([str(start), *map(str, adapters), section.model_dump()]), facts)
-    os.replace(staging, out)
-    store.fsync_path(out.absolute().parent)
+    with store.lock(staging):  # a second merge to the same place leaves
+        shutil.rmtree(staging / "merged", ignore_errors=True)  # of a killed attempt; never anything that was finished
+        (staging / "merged").mkdir()
+        try:
+            facts = merge(start, adapters, staging / "merged", section, model_section=model, template=template)
+        except BaseException:
+            shutil.rmtree(staging)  # unproven: as large as the model, and of no use
+            raise
+        key = store.sha256_json([str(start), *map(str, adapters), section.model_dump()])
+        store.seal(staging / "merged", key, facts)
+        store.rename(staging / "merged", out)
+        shutil.rmtree(staging)
     return {"path": str(out), **facts}
 
 
