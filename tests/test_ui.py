@@ -120,6 +120,22 @@ def test_time_left_of_the_run(clock):
         assert run.left_s() is None
 
 
+def drawn(lines):
+    return ["".join(text for text, _ in line) for line in lines]
+
+
+@pytest.mark.parametrize("title, said", [("training", "  training  ━"), ("01-cpt", "  ━")])
+def test_moving_lines_say_a_name_once_and_end_in_a_figure(clock, monkeypatch, title, said):
+    monkeypatch.setattr(ui.terminal, "width", lambda: 60)
+    with ui.run_progress(["data", "01-cpt"]) as run, run.step("01-cpt"), ui.stage(title, 1000) as bar:
+        clock.now += 5
+        bar.update(500, loss=1.25, tokens_per_s=80.0, lr=2e-4)
+        above, below = drawn(ui._moving_lines())
+    assert "2/2 01-cpt" in above
+    assert below.startswith(said) and below == below.rstrip() and len(below) < 60
+    assert "50%  loss 1.250" in below
+
+
 def test_failure_passes_through_and_is_said(capsys):
     with pytest.raises(KeyError), ui.run_progress(["a"]) as run, run.step("a"), ui.stage("inner", 2):
         raise KeyError
