@@ -1,4 +1,4 @@
-"""How a run stops before its end: Ctrl-C, SIGTERM (Slurm, Colab), `--time-limit`.
+"""How a run stops before its end: Ctrl-C, SIGTERM (Slurm, Colab), SIGHUP (a lost ssh session), `--time-limit`.
 
 Inside `graceful()` (the training loop) the first signal only raises a flag, so that the step in hand is finished and
 a checkpoint sealed; everywhere else it ends the step at once, which is safe because steps publish atomically. The time
@@ -16,9 +16,12 @@ from types import FrameType
 
 from qmedtune.errors import QmedtuneError
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+STOPPED = (0, *(128 + number for number in SIGNALS))  # exit codes of a run that goes on when it is asked to again
+
 
 class Interrupted(QmedtuneError):
-    """Stopped by a signal. Exit code 128 + signal number: 130 for Ctrl-C, 143 for SIGTERM."""
+    """Stopped by a signal. Exit code 128 + signal number: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP."""
 
     def __init__(self, number: int):
         self.exit_code = 128 + number
@@ -45,14 +48,16 @@ class Stop:
 
     @contextmanager
     def watching(self, time_limit_s: float | None) -> Iterator[None]:
-        """Handle SIGINT and SIGTERM from the outermost `watching` on; keep the deadline of the one that gives it."""
+        """Handle the SIGNALS from the outermost `watching` on; keep the deadline of the one that gives it. A signal
+        that is ignored (SIGHUP under nohup) stays so."""
         outer_deadline = self.deadline
         if time_limit_s is not None:
             self.deadline = time.monotonic() + time_limit_s
         before = {}
         if not self._watching:
             self.signal, self._watching = None, True
-            before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+            heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+            before = {number: signal.signal(number, self._on_signal) for number in heard}
         try:
             yield
         finally:
@@ -92,6 +97,10 @@ class Stop:
         if self.signal is not None:
             os._exit(128 + number)
         self.signal = number
+        if number == signal.SIGHUP:  # the terminal is gone: writing to it would fail before anything is sealed
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, 1)
+            os.dup2(nowhere, 2)
         if not self._graceful:
             raise Interrupted(number)
 

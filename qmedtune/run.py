@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 
 from qmedtune import base, keys, plan, record, store, ui
 from qmedtune.errors import QmedtuneError, RecipeError, RunError
-from qmedtune.interrupt import stop
+from qmedtune.interrupt import STOPPED, stop
 from qmedtune.planning import room
 from qmedtune.recipe import Recipe
 from qmedtune.smoke import smoke as smoked
@@ -204,4 +204,4 @@ def _chosen(steps: list[Step], until: str | None) -> list[Step]:
 
 
 def _goes_on(error: BaseException) -> bool:
-    return isinstance(error, QmedtuneError) and getattr(error, "exit_code", 1) in (0, 130, 143)
+    return isinstance(error, QmedtuneError) and error.exit_code in STOPPED

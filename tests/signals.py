@@ -82,7 +82,7 @@ def once(folder: Path, number: signal.Signals = signal.SIGTERM) -> dict:
 
 def whole(folder: Path) -> dict:
     expected, found = clean(folder), {}
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         found[number.name] = once(folder, number)["code"]
         assert finish(start(folder / number.name)) == 0
         assert weights(folder / number.name) == expected
@@ -109,7 +109,7 @@ def at_random(folder: Path) -> dict:
         out = folder / str(number)
         pid = start(out)
         time.sleep(rng.uniform(0, length_s))
-        os.kill(pid, rng.choice([signal.SIGTERM, signal.SIGINT]))
+        os.kill(pid, rng.choice([signal.SIGTERM, signal.SIGINT, signal.SIGHUP]))
         code = str(finish(pid))
         found["codes"][code] = found["codes"].get(code, 0) + 1
         found["half_artefacts"] += half_artefacts(out)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 
 import pytest
@@ -29,6 +31,24 @@ def test_a_graceful_step_is_not_ended_but_told():
         assert stop.requested
         with pytest.raises(TimeLimit):
             stop.raise_if_requested()
+
+
+@pytest.mark.parametrize("ignored", [True, False])
+def test_a_lost_terminal_stops_a_run_unless_it_is_ignored(ignored: bool):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    kept = os.dup(1), os.dup(2)
+    stop = Stop()
+    try:
+        with stop.watching(None), stop.graceful():
+            os.kill(os.getpid(), signal.SIGHUP)
+            wait(0.05)
+            os.write(1, b"the terminal is gone, and this goes nowhere\n" if not ignored else b"")
+            assert stop.requested is not ignored
+    finally:
+        signal.signal(signal.SIGHUP, before)
+        for target, handle in enumerate(kept, start=1):
+            os.dup2(handle, target)
+            os.close(handle)
 
 
 def test_without_a_limit_and_after_the_step_nothing_is_ended():
