@@ -181,6 +181,119 @@ def test_rouge_hand_worked(tmp_path):
         load("summarization", tmp_path / "q.jsonl", [{"article": "a"}])
 
 
+REPORT = """                                 FINAL REPORT
+ EXAMINATION:  CHEST (PA AND LAT)
+
+ FINDINGS: The lungs are clear.
+ No effusion.
+
+ IMPRESSION:
+
+ No acute process.
+"""
+
+
+def test_radiology_reports_as_published(tmp_path):
+    """A tree of text files; a report without both sections has no item and is counted on screen."""
+    folder = tmp_path / "files" / "p10" / "p10000032"
+    folder.mkdir(parents=True)
+    (folder / "s1.txt").write_text(REPORT)
+    (folder / "s2.txt").write_text(REPORT.replace("FINDINGS", "HISTORY"))
+    [item] = load("mimic_cxr_summary", tmp_path / "files").items
+    assert item.id == "s1/s1" and item.gold == "No acute process."
+    assert item.messages[0]["input"] == "The lungs are clear.\n No effusion."
+    with pytest.raises(DataError, match="no item for task"):
+        load("mimic_cxr_summary", folder / "s2.txt")
+
+
+def test_pubmed_articles_as_published(tmp_path):
+    record = {"article_id": "PMC1", "article_text": ["one .", "two ."], "abstract_text": ["<S> short . </S>"]}
+    [item] = load("pubmed_summary", tmp_path / "test.txt", [record]).items
+    assert (item.id, item.gold, item.messages[0]["input"]) == ("PMC1", "short .", "one . two .")
+    [item] = load("pubmed_summary", tmp_path / "t.jsonl", [{"article": "one . two .", "abstract": "short ."}]).items
+    assert item.gold == "short ."
+
+
+def test_mmlu_divides_into_medical_and_general(tmp_path):
+    for subject in ("anatomy", "astronomy"):
+        (tmp_path / f"{subject}_test.csv").write_text(f"{subject}?,a1,b1,c1,d1,B\n")
+    assert [item.facet for item in load("mmlu_medical", tmp_path).items] == ["anatomy"]
+    assert [item.facet for item in load("mmlu_general", tmp_path).items] == ["astronomy"]
+
+
+def test_arc_of_the_authors_and_of_the_hub(tmp_path):
+    labels, texts = ["1", "2", "3"], ["sun", "moon", "sea"]
+    choices = [{"label": a, "text": b} for a, b in zip(labels, texts, strict=True)]
+    authors = {"id": "x", "question": {"stem": "Which?", "choices": choices}, "answerKey": "3"}
+    hub = {"id": "x", "question": "Which?", "choices": {"label": labels, "text": texts}, "answerKey": "3"}
+    for record in (authors, hub):
+        [item] = load("arc", tmp_path / "q.jsonl", [record]).items
+        assert (item.gold, item.options, item.texts) == (2, ("1", "2", "3"), ("sun", "moon", "sea"))
+    with pytest.raises(DataError, match="`choices` has no labels"):
+        load("arc", tmp_path / "q.jsonl", [{**hub, "choices": ["sun"]}])
+
+
+def test_entities_equal_seqeval_where_an_answer_can_be_tagged(tmp_path):
+    """i2b2 line: gold fever and aspirin; said fever as treatment, aspirin as treatment: 1 hit, 1 extra, 1 missed."""
+    scheme = pytest.importorskip("seqeval.metrics")
+    task = load("i2b2_2012", tmp_path / "1.xml", I2B2)
+    ours = judged(task, ["none", "treatment: fever\ntreatment: aspirin"])
+    gold = [["O"] * 3, ["O", "O", "O", "B-problem", "O", "O", "O", "B-treatment", "O"]]
+    said = [["O"] * 3, ["O", "O", "O", "B-treatment", "O", "O", "O", "B-treatment", "O"]]
+    assert ours["entity_f1"] == pytest.approx(scheme.f1_score(gold, said)) == 0.5
+    assert ours["precision"] == pytest.approx(scheme.precision_score(gold, said))
+
+
+def encoder(folder: Path) -> Path:
+    """A random BERT of three layers that knows six words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    core = Tokenizer(models.WordLevel(unk_token="[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    core.train_from_iterator(
+        ["no acute pulmonary embolism oedema seen"], trainers.WordLevelTrainer(special_tokens=special)
+    )
+    pairs = [("[CLS]", 2), ("[SEP]", 3)]
+    core.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=pairs)
+    names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token"), special, strict=True))
+    PreTrainedTokenizerFast(tokenizer_object=core, model_max_length=64, **names).save_pretrained(folder)
+    shape = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
+    BertModel(BertConfig(vocab_size=16, **shape)).save_pretrained(folder)
+    return folder
+
+
+def test_bertscore_hand_worked(tmp_path):
+    """F1 of the greedy cosine matches of the layer's states, [CLS] and [SEP] not counted."""
+    pytest.importorskip("bert_score")
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+
+    folder = encoder(tmp_path / "bert")
+    record = {"text": "Long text.", "summary": "no acute pulmonary embolism"}
+    path = tmp_path / "q.jsonl"
+    path.write_text(json.dumps(record) + "\n")
+    section = TaskSection(task="summarization", path=str(path), bertscore=f"{folder}:2", metric="bertscore")
+    task = load_task(section, seed=0)
+    model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+
+    def states(text: str) -> torch.Tensor:
+        with torch.no_grad():
+            found = model(**tokenizer(text, return_tensors="pt"), output_hidden_states=True).hidden_states[2][0, 1:-1]
+        return torch.nn.functional.normalize(found, dim=-1)
+
+    similarity = states("acute oedema seen") @ states(record["summary"]).T
+    precision, recall = similarity.max(1).values.mean(), similarity.max(0).values.mean()
+    expected = float(2 * precision * recall / (precision + recall))
+    assert judged(task, ["acute oedema seen"])["bertscore"] == pytest.approx(expected, abs=1e-5)
+    assert judged(task, [record["summary"]])["bertscore"] == pytest.approx(1, abs=1e-5)
+    assert judged(task, [""])["bertscore"] == 0
+    for wrong, message in (("roberta-large", "no local folder"), (str(folder), "no layer is known")):
+        with pytest.raises(RecipeError, match=message):
+            load_task(section.model_copy(update={"bertscore": wrong}), seed=0)
+
+
 def test_missing_metric_library_is_said_before_scoring(tmp_path, monkeypatch):
     monkeypatch.setattr(task_items, "find_spec", lambda module: None)
     with pytest.raises(RecipeError, match=r"pip install 'qmedtune\[metrics\]'"):

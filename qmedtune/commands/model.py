@@ -49,6 +49,7 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(min=1, help="At most this many items of each task.")] = None,
     split: Annotated[Split | None, typer.Option(help="Of a folder as published; default: test.")] = None,
     metric: Annotated[str | None, typer.Option(metavar="NAME", help="In place of the tasks' usual one.")] = None,
+    bertscore: Annotated[str | None, typer.Option(metavar="DIR", help="A local encoder, for summaries.")] = None,
     shots: Annotated[int, typer.Option(min=0, max=32, help="Examples before each question.")] = 0,
     shot_seeds: Annotated[int, typer.Option(min=3, max=20, help="Draws of examples; scores are their means.")] = 3,
     shots_from: Annotated[
@@ -81,8 +82,8 @@ def evaluate(
     for entry in str(tasks).split(","):
         name, path = named_file(entry, data)
         section = TaskSection(
-            task=name, path=path, limit=limit, split=split.value if split else None, metric=metric, shots=shots,
-            shot_seeds=shot_seeds, shots_from=shots_from,
+            task=name, path=path, limit=limit, split=split.value if split else None, metric=metric, bertscore=bertscore,
+            shots=shots, shot_seeds=shot_seeds, shots_from=shots_from,
         )  # fmt: skip
         asked.append(entry if name == TEXTS else section)
     facts = evaluate_model(

@@ -11,6 +11,7 @@ from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 
+from qmedtune import ui
 from qmedtune.errors import RecipeError
 from qmedtune.recipe import TaskSection
 from qmedtune.tasks import choice, findings, free_text, labels, shots
@@ -27,6 +28,9 @@ FILE_TASKS: dict[str, tuple[Reader, Maker]] = {
     "medqa": (choice.medqa, choice.choice_task),
     "medmcqa": (choice.medmcqa, choice.choice_task),
     "mmlu": (choice.mmlu, choice.choice_task),
+    "mmlu_medical": (choice.mmlu_medical, choice.choice_task),
+    "mmlu_general": (choice.mmlu_general, choice.choice_task),
+    "arc": (choice.arc, choice.choice_task),
     "choice": (choice.choice, choice.choice_task),
     "mednli": (labels.nli, labels.accuracy_task),
     "bionli": (labels.nli, labels.macro_f1_task),
@@ -36,6 +40,8 @@ FILE_TASKS: dict[str, tuple[Reader, Maker]] = {
     "hoc": (findings.hoc, findings.hoc_task),
     "i2b2_2012": (findings.i2b2_2012, findings.entity_task),
     "emrqa": (free_text.emrqa, free_text.question_task),
+    "pubmed_summary": (free_text.pubmed_summaries, free_text.summary_task),
+    "mimic_cxr_summary": (free_text.radiology_summaries, free_text.summary_task),
     "summarization": (free_text.summaries, free_text.summary_task),
 }
 
@@ -49,6 +55,7 @@ def load_task(section: TaskSection, seed: int, world: str = "tiny") -> Task:
         files = shots.split_files(str(section.path), section.split)
         every, where, make = _read(section.task, files), files[0], FILE_TASKS[section.task][1]
     task = make(section.task, checked_items(section.task, where, every, section.limit, seed))
+    task = free_text.with_bertscore(task, section.bertscore) if section.bertscore else task
     task = with_metric(task, section.metric) if section.metric else task
     if not section.shots:
         return task
@@ -71,7 +78,10 @@ def _check_name(section: TaskSection) -> None:
 
 def _read(task: str, files: list[Path]) -> list[Item]:
     read, _ = FILE_TASKS[task]
-    return [_named(item, file, files) for file in files for item in read(file)]
+    found = [read(file) for file in files]
+    if empty := sum(not items for items in found):
+        ui.note(f"{task}: {empty} of {len(files)} files hold no question of this task and are left out")
+    return [_named(item, file, files) for file, items in zip(files, found, strict=True) for item in items]
 
 
 def _named(item: Item, file: Path, files: list[Path]) -> Item:

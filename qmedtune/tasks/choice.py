@@ -1,4 +1,4 @@
-"""Multiple-choice benchmarks: the built-in facts, PubMedQA, MedQA, MedMCQA, MMLU and plain choice files.
+"""Multiple-choice benchmarks: the built-in facts, PubMedQA, MedQA, MedMCQA, MMLU, ARC and plain choice files.
 
 Questions are worded as the training data words them (data/instructions.py), so that a model meets one form. Letters
 are the answers where options are listed in the prompt; the words themselves where they are not.
@@ -18,6 +18,10 @@ from qmedtune.tasks.extract import extract_choice
 from qmedtune.tasks.items import Item, Judgement, Task, conversation, item_id, records, text_field
 
 LETTERS = "ABCDEFGHIJ"
+# The six subjects of MultiMedQA (Singhal et al. 2023); the others measure what a medical model may forget.
+MEDICAL_SUBJECTS = (
+    "anatomy", "clinical_knowledge", "college_biology", "college_medicine", "medical_genetics", "professional_medicine",
+)  # fmt: skip
 DECISIONS = ("yes", "no", "maybe")
 
 
@@ -109,8 +113,45 @@ def mmlu(path: Path) -> list[Item]:
                 raise DataError(f"{where}: {len(row)} columns\nallowed: question, options, letter")
             question, *texts, letter = row
             fields = {"question": question, "options": dict(zip(LETTERS, texts, strict=False)), "answer_idx": letter}
-            items.append(replace(_lettered(where, fields, fields["options"]), facet=re.sub("_(test|dev|val)$", "", path.stem)))
+            items.append(replace(_lettered(where, fields, fields["options"]), facet=_subject(path)))
     return items
+
+
+def _subject(path: Path) -> str:
+    return re.sub("_(test|dev|val)$", "", path.stem)
+
+
+def mmlu_medical(path: Path) -> list[Item]:
+    """MMLU's six medical subjects; a file of another subject has no item."""
+    return mmlu(path) if _subject(path) in MEDICAL_SUBJECTS else []
+
+
+def mmlu_general(path: Path) -> list[Item]:
+    """MMLU without the medical subjects."""
+    return mmlu(path) if _subject(path) not in MEDICAL_SUBJECTS else []
+
+
+def arc(path: Path) -> list[Item]:
+    """ARC's JSON lines: question {stem, choices [{text, label}]} (authors) or text and choices {text, label} (Hub)."""
+    items = []
+    for where, fields in records(path):
+        asked: Any = fields.get("question")
+        nested = isinstance(asked, dict)
+        stem, choices = (asked.get("stem"), asked.get("choices")) if nested else (asked, fields.get("choices"))
+        options = _labelled(where, choices)
+        answer = text_field(where, fields, "answerKey")
+        item = _lettered(where, {"question": stem, "options": options, "answer_idx": answer}, options)
+        items.append(replace(item, id=item_id(where, fields)))
+    return items
+
+
+def _labelled(where: str, choices: Any) -> dict[str, str]:
+    try:
+        if isinstance(choices, list):
+            return {choice["label"]: choice["text"] for choice in choices}
+        return dict(zip(choices["label"], choices["text"], strict=True))
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{where}: `choices` has no labels and texts\ntake ARC's JSON lines as published") from error
 
 
 def choice(path: Path) -> list[Item]:
@@ -133,4 +174,4 @@ def _lettered(where: str, fields: dict[str, Any], options: dict[str, str]) -> It
     question, answer = conversation(where, fields)
     letters = tuple(options)
     texts = tuple(text.strip() for text in options.values())
-    return Item(item_id(where, fields), question, letters.index(answer[0]), letters, texts)
+    return Item(item_id(where, fields), question, letters.index(answer.partition(".")[0]), letters, texts)

@@ -1,7 +1,8 @@
-"""Free answers: questions about notes (emrQA) and summaries (PubMed articles, radiology reports).
+"""Free answers: questions about notes (emrQA) and summaries (PubMed articles, MIMIC-CXR reports).
 
 Judged against a reference: exact match and token F1 after SQuAD's normalisation (Rajpurkar et al. 2016), or ROUGE
-F-measures by the rouge-score package (extra `metrics`). Only the scores are kept, never an answer.
+F-measures by the rouge-score package (extra `metrics`) and, where a local encoder is named, BERTScore by the authors'
+package (extra `bertscore`; it needs no network then). Only the scores are kept, never an answer.
 """
 
 from __future__ import annotations
@@ -9,18 +10,24 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
+from dataclasses import replace
 from functools import lru_cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from qmedtune.data.rejects import Rejects
+from qmedtune.data.files import plain_suffix, text_of
+from qmedtune.data.rejects import Damaged, Rejects
+from qmedtune.data.rows import read_jsonl
 from qmedtune.data.sources import read_records
-from qmedtune.errors import DataError
+from qmedtune.errors import DataError, RecipeError
 from qmedtune.recipe import SourceSection
-from qmedtune.tasks.items import Item, Judgement, Task, item_id, records, require, text_field
+from qmedtune.tasks.items import Item, Judgement, Task, checked_rows, item_id, records, require, text_field
 
 SUMMARY_COLUMNS = (("article", "abstract"), ("findings", "impression"), ("document", "summary"), ("text", "summary"))
 ROUGE = ("rouge1", "rouge2", "rougeL")
+SENTENCE_MARK = re.compile(r"</?S>\s*")
+SECTION = re.compile(r"^[ \t]*([A-Z][A-Z /,()-]+):", re.MULTILINE)  # "newline, space, CAPITALS, colon"
 
 
 def _said(answer: str, item: Item) -> str | None:
@@ -68,17 +75,48 @@ def _judge_answer(item: Item, prediction: str | None) -> Judgement:
 
 def summaries(path: Path) -> list[Item]:
     """article and abstract (PubMed), findings and impression (radiology), document or text and summary."""
+    return [_summary_item(where, fields, SUMMARY_COLUMNS) for where, fields in records(path)]
+
+
+def pubmed_summaries(path: Path) -> list[Item]:
+    """article and abstract, or the authors' lines of article_text and abstract_text (sentences, in <S> marks)."""
+    rows = records(path) if path.suffix != ".txt" else checked_rows(path, read_jsonl(path))
     items = []
-    for where, fields in records(path):
-        columns = next((pair for pair in SUMMARY_COLUMNS if set(pair) <= fields.keys()), None)
-        if columns is None:
-            allowed = "; ".join(" and ".join(pair) for pair in SUMMARY_COLUMNS)
-            raise DataError(f"{where}: no known pair of text and summary\nallowed fields: {allowed}")
-        text, summary = (text_field(where, fields, column) for column in columns)
-        content = f"Write the {columns[1]} of this text." if columns[1] != "summary" else "Summarise this text."
-        message = {"role": "user", "content": content, "input": text}
-        items.append(Item(item_id(where, fields), (message,), summary))
+    for where, fields in rows:
+        if isinstance(fields.get("article_text"), list) and isinstance(fields.get("abstract_text"), list):
+            joined = {name: " ".join(map(str, fields[f"{name}_text"])) for name in ("article", "abstract")}
+            joined["abstract"] = SENTENCE_MARK.sub("", joined["abstract"])
+            fields = {"id": fields.get("article_id"), **joined}
+        items.append(_summary_item(where, fields, SUMMARY_COLUMNS[:1]))
     return items
+
+
+def radiology_summaries(path: Path) -> list[Item]:
+    """MIMIC-CXR: a report's .txt with FINDINGS and IMPRESSION sections, or records with findings and impression.
+
+    A report without both sections has nothing to be asked: no item.
+    """
+    if plain_suffix(path) != ".txt":
+        return [_summary_item(where, fields, SUMMARY_COLUMNS[1:2]) for where, fields in records(path)]
+    text = text_of(path.read_bytes())
+    if isinstance(text, Damaged):
+        raise DataError(f"{path}: {text.reason}\nfetch the file again")
+    heads = list(SECTION.finditer(text))
+    ends = [head.start() for head in heads[1:]] + [len(text)]
+    found = {h[1].strip().lower(): text[h.end() : end].strip() for h, end in zip(heads, ends, strict=True)}
+    if not found.get("findings") or not found.get("impression"):
+        return []
+    return [_summary_item(f"{path}:1", {"id": path.stem, **found}, SUMMARY_COLUMNS[1:2])]
+
+
+def _summary_item(where: str, fields: dict[str, Any], known: tuple[tuple[str, str], ...]) -> Item:
+    columns = next((pair for pair in known if set(pair) <= fields.keys()), None)
+    if columns is None:
+        allowed = "; ".join(" and ".join(pair) for pair in known)
+        raise DataError(f"{where}: no known pair of text and summary\nallowed fields: {allowed}")
+    text, summary = (text_field(where, fields, column) for column in columns)
+    content = f"Write the {columns[1]} of this text." if columns[1] != "summary" else "Summarise this text."
+    return Item(item_id(where, fields), ({"role": "user", "content": content, "input": text},), summary)
 
 
 def summary_task(name: str, items: tuple[Item, ...]) -> Task:
@@ -100,6 +138,46 @@ def _rouge() -> Any:
     return RougeScorer(ROUGE, use_stemmer=True)
 
 
+def with_bertscore(task: Task, encoder: str) -> Task:
+    """The summary task with BERTScore's F1 (Zhang et al. 2020) beside ROUGE. RecipeError.
+
+    encoder: a local folder, or FOLDER:LAYER; without a layer that of the package's own table counts, by the folder's
+    name. An empty answer scores 0.
+    """
+    require("bert_score", extra="bertscore")
+    folder, _, layer = encoder.rpartition(":") if encoder.rpartition(":")[2].isdigit() else (encoder, "", "")
+    if "rougeL" not in task.metrics:
+        raise RecipeError(f"evaluate.tasks: {task.name} has no summaries\nbertscore is for summaries")
+    if not any(Path(folder).glob("*.safetensors")):
+        raise RecipeError(f"bertscore: {folder} is no local folder with safetensors\ngive one, fetched before")
+    depth = int(layer) if layer else _known_layer(Path(folder).name)
+
+    def judge(item: Item, prediction: str | None) -> Judgement:
+        return {**task.judge(item, prediction), "bertscore": _bertscore(folder, depth, prediction, item.gold)}
+
+    return replace(task, judge=judge, metrics={**task.metrics, "bertscore": "bertscore"})
+
+
+def _known_layer(name: str) -> int:
+    table: dict[str, int] = import_module("bert_score.utils").model2layers
+    layer = next((layer for model, layer in table.items() if model.rpartition("/")[2] == name), None)
+    if layer is None:
+        raise RecipeError(f"bertscore: no layer is known for {name}\nadd it: FOLDER:LAYER")
+    return layer
+
+
+def _bertscore(folder: str, layer: int, prediction: str | None, gold: str) -> float:
+    if not prediction:  # the package fails on an empty text with transformers 5
+        return 0.0
+    _, _, f1 = _bert_scorer(folder, layer).score([prediction], [gold])
+    return round(float(f1[0]), 6)
+
+
+@lru_cache(maxsize=1)
+def _bert_scorer(folder: str, layer: int) -> Any:
+    return import_module("bert_score").BERTScorer(model_type=folder, num_layers=layer)
+
+
 def _means(judgements: list[Judgement]) -> dict[str, float]:
-    names = [name for name in judgements[0] if name in ("exact_match", "token_f1", *ROUGE)]
+    names = [name for name in judgements[0] if name in ("exact_match", "token_f1", *ROUGE, "bertscore")]
     return {name: sum(j[name] for j in judgements) / len(judgements) for name in names}

@@ -107,7 +107,12 @@ def records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     reader = READERS.get(plain_suffix(path))
     if reader is None:
         raise DataError(f"{path}: unknown kind of file\nallowed: {', '.join(READERS)} (also with .gz)")
-    for line, fields in reader(path):
+    yield from checked_rows(path, reader(path))
+
+
+def checked_rows(path: Path, rows: Iterator[Row]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows of a reader with their "file:line"; DataError at the first damaged one."""
+    for line, fields in rows:
         if isinstance(fields, Damaged):
             raise DataError(f"{path}:{line}: {fields.reason}\na benchmark is read whole or not at all: mend the file")
         yield f"{path}:{line}", fields
@@ -135,10 +140,10 @@ def label_field(where: str, fields: dict[str, Any], name: str, allowed: tuple[st
     return [label.casefold() for label in allowed].index(value)
 
 
-def require(module: str) -> None:
+def require(module: str, extra: str = "metrics") -> None:
     """A metric library that is an extra must be there before anything is scored."""
     if find_spec(module) is None:
-        raise RecipeError(f"evaluate.tasks: this metric needs {module}\npip install 'qmedtune[metrics]'")
+        raise RecipeError(f"evaluate.tasks: this metric needs {module}\npip install 'qmedtune[{extra}]'")
 
 
 def sklearn_metrics() -> Any:
