@@ -131,7 +131,7 @@ def _flat(fields: dict[str, Any]) -> dict[str, Any]:
 def _fields(task: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """("file:line", fields) of every record, by the kind of file; of MMLU's and of formats of their own as well."""
     reader = READERS.get(plain_suffix(path))
-    if task == "mmlu":
+    if task.startswith("mmlu"):
         with path.open(encoding="utf-8-sig", newline="") as file:
             table = csv.reader(file)
             yield from ((f"{path}:{table.line_num}", {"question": row[0]}) for row in table if row)
@@ -151,7 +151,7 @@ def _read_by_task(task: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]
     if task not in FILE_TASKS:
         raise DataError(f"{path}: unknown kind of benchmark file\nallowed: {', '.join(READERS)}, also .gz")
     for item in FILE_TASKS[task][0](path):
-        yield f"{path}:{item.id}", {"id": item.id, "text": [m["content"] for m in item.messages if m["role"] == "user"]}
+        yield f"{path}:{item.id}", {"id": item.id, "text": [m.get("input", m["content"]) for m in item.messages if m["role"] == "user"]}
 
 
 def _item(task: str, name: str, fields: dict[str, Any]) -> Item:
