@@ -18,15 +18,22 @@ def hook(event, args):
                  "os.system", "os.exec", "os.posix_spawn"):
         events.append([event, str(args[0])[:80]])
 sys.addaudithook(hook)
+if sys.argv[2] == "stopped":  # as by SIGTERM, in the fourth optimiser step
+    from qmedtune import interrupt, train
+    original = train.Loop.on_step_end
+    def on_step_end(self, args, state, control, **given):
+        interrupt.stop.signal = 15 if state.global_step == 4 else interrupt.stop.signal
+        original(self, args, state, control, **given)
+    train.Loop.on_step_end = on_step_end
 from qmedtune.cli import invoke
-code = invoke(sys.argv[2:])
+code = invoke(sys.argv[3:])
 open(sys.argv[1], "w").write(json.dumps({"events": events, "code": code}))
 """
 
 
-def watched_run(tmp_path: Path, *arguments: str) -> dict:
+def watched_run(tmp_path: Path, how: str, *arguments: str) -> dict:
     target = tmp_path / "events.json"
-    command = [sys.executable, "-c", WATCHED, str(target), *arguments]
+    command = [sys.executable, "-c", WATCHED, str(target), how, *arguments]
     # As on a user's machine: with these set the libraries are quiet by themselves, and nothing would be shown.
     quiet = ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "DISABLE_TELEMETRY", "DO_NOT_TRACK", "CI")
     environment = {name: value for name, value in os.environ.items() if name not in quiet}
@@ -37,9 +44,10 @@ def watched_run(tmp_path: Path, *arguments: str) -> dict:
 
 def test_a_run_opens_no_socket_unpickles_nothing_and_starts_no_process(tmp_path: Path):
     out = tmp_path / "run"
-    first = watched_run(tmp_path, "run", str(MICRO), "--out", str(out), "--until", "01-cpt")
-    assert first["code"] == 0, first["stderr"][-2000:]
-    whole = watched_run(tmp_path, "run", str(MICRO), "--out", str(out))
+    first = watched_run(tmp_path, "stopped", "run", str(MICRO), "--out", str(out))
+    assert first["code"] == 143, first["stderr"][-2000:]
+    assert (out / ".building" / "01-cpt" / "scratch" / "checkpoint-4" / "seal.json").is_file()
+    whole = watched_run(tmp_path, "whole", "run", str(MICRO), "--out", str(out))  # resumes from that checkpoint
     assert whole["code"] == 0, whole["stderr"][-2000:]
     assert json.loads((out / "run.json").read_text())["status"] == "finished"
     assert first["events"] + whole["events"] == []
