@@ -16,6 +16,7 @@ from typing import Any
 
 from qmedtune.errors import RunError
 
+DRIVE = Path("/content/drive")  # where Colab mounts Google Drive
 PART = ".part~"  # ends the names of temporaries of `write_atomic`; a kill leaves one behind
 
 
@@ -51,6 +52,13 @@ def rename(source: Path, target: Path) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def unmounted_drive(path: Path) -> str | None:
+    """What to do where `path` lies on a Google Drive that this Colab machine has not mounted; None elsewhere."""
+    if "COLAB_RELEASE_TAG" not in os.environ or not path.absolute().is_relative_to(DRIVE) or DRIVE.is_mount():
+        return None
+    return f"Google Drive is not mounted: from google.colab import drive; drive.mount('{DRIVE}')"
 
 
 def check_room(folder: Path, needed_bytes: float, what: str) -> None:

@@ -290,15 +290,16 @@ def on_a_machine(monkeypatch, **facts):
     monkeypatch.setattr(resolve, "this_machine", lambda: machine)
 
 
-def test_a_drive_that_is_not_mounted(place, monkeypatch, capsys):
-    from qmedtune.planning import room
+@pytest.mark.parametrize("words", ["--out content/drive/MyDrive/run", "--set data.notes.path=content/drive/n.csv"])
+def test_a_drive_that_is_not_mounted(words, place, monkeypatch, capsys):
+    from qmedtune import disk
 
-    monkeypatch.setattr(room, "DRIVE", place / "content" / "drive")
+    monkeypatch.setattr(disk, "DRIVE", place / "content" / "drive")
     monkeypatch.setenv("COLAB_RELEASE_TAG", "release-colab")
     (place / "mine.yaml").write_text(RECIPE)
     (place / "notes.csv").write_text("text\na note\n")
-    code, err = refused(["run", "mine.yaml", "--out", "content/drive/MyDrive/run"], place, capsys)
-    assert code == 2 and "not mounted" in err and "drive.mount(" in err
+    code, err = refused(["run", "mine.yaml", *words.split()], place, capsys)
+    assert code == (2 if "--out" in words else 3) and "not mounted" in err and "drive.mount(" in err
 
 
 def test_too_little_ram_is_said_before_anything_is_written(place, monkeypatch, capsys):

@@ -20,6 +20,7 @@ from qmedtune.data.files import ARCHIVE_ERRORS, plain_suffix
 from qmedtune.data.instructions import instruction_record
 from qmedtune.data.records import text_record
 from qmedtune.data.rejects import Damaged, Refused, Rejects, Unusable
+from qmedtune.disk import unmounted_drive
 from qmedtune.errors import DataError
 from qmedtune.recipe import SourceSection
 
@@ -83,7 +84,8 @@ def _expand(path: str, format: str) -> list[Path]:
     files = [file for file in matches if file.is_file()]
     if not files:
         what = "nothing matches this pattern" if glob.has_magic(path) else "no such file or folder"
-        raise DataError(f"{path}: {what}\ngive a file, a folder or a pattern such as /data/pmc/**/*.nxml")
+        advice = unmounted_drive(here) or "give a file, a folder or a pattern such as /data/pmc/**/*.nxml"
+        raise DataError(f"{path}: {what}\n{advice}")
     return files
 
 
@@ -161,7 +163,7 @@ def read_items(source: SourceSection, files: list[Path] | None = None) -> Iterat
     if source.format == "huggingface":
         stream = _dataset_rows(source)
     else:
-        files = reading_order(source) if files is None else files
+        files = reading_order(source) if not files else files
         stream = (row for file in files for row in _file_rows(file, source)) if files else _builtin_rows(source)
     for file, line, fields in stream:
         yield file, line, _shaped(shape, fields, source.columns)

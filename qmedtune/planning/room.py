@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from qmedtune import ui, units
+from qmedtune.disk import unmounted_drive
 from qmedtune.errors import DataError, DoesNotFit, RecipeError
 from qmedtune.planning import fit, memory
 from qmedtune.planning.machine import this_machine
@@ -25,7 +26,6 @@ COMPRESSED, UNPACKED = (".gz", ".zst", ".parquet"), 4
 BYTES_PER_TOKEN = 3
 # Real bases from this size on want a GPU; `plan` takes one for them where none is here.
 GPU_PARAMETERS = 0.5e9
-DRIVE = Path("/content/drive")  # where Colab mounts Google Drive
 
 
 def free_bytes(place: Path) -> int:
@@ -59,11 +59,8 @@ def refuse_too_little_memory(phases: Mapping[str, int], there_bytes: int) -> Non
 
 def check_writable(out: Path) -> None:
     """RecipeError where the run folder could not be made or written, or would go with a Colab machine."""
-    if "COLAB_RELEASE_TAG" in os.environ and out.absolute().is_relative_to(DRIVE) and not DRIVE.is_mount():
-        raise RecipeError(
-            f"--out: {out} is on Google Drive, which is not mounted: the run would be lost with this machine\n"
-            f"mount it first: from google.colab import drive; drive.mount('{DRIVE}')"
-        )
+    if advice := unmounted_drive(out):
+        raise RecipeError(f"--out: {out} would be lost with this machine\n{advice}")
     existing = next(p for p in (out, *out.absolute().parents) if p.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise RecipeError(
