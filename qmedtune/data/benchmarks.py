@@ -151,7 +151,8 @@ def _read_by_task(task: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]
     if task not in FILE_TASKS:
         raise DataError(f"{path}: unknown kind of benchmark file\nallowed: {', '.join(READERS)}, also .gz")
     for item in FILE_TASKS[task][0](path):
-        yield f"{path}:{item.id}", {"id": item.id, "text": [m.get("input", m["content"]) for m in item.messages if m["role"] == "user"]}
+        asked = [m.get("input", m["content"]) for m in item.messages if m["role"] == "user"]
+        yield f"{path}:{item.id}", {"id": item.id, "text": asked}
 
 
 def _item(task: str, name: str, fields: dict[str, Any]) -> Item:
