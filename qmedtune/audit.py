@@ -47,6 +47,8 @@ def audit_stage(recipe: Recipe, inputs: Mapping[str, Path], out: Path) -> dict[s
     found = canaries.read(inputs["planted"])
     rows = {}
     for index, name in enumerate(recipe.stage_names()):
+        if name not in inputs:  # a classify stage: a branch, the model goes on from before it
+            continue
         sources = {source for stage in recipe.stages[: index + 1] for source in stage.sources}
         met = [canary for canary in found if canary.source in sources]
         partial = out / f"{name}.json"
@@ -122,7 +124,7 @@ def _masked(recipe: Recipe, source: str) -> bool:
 def _passes(recipe: Recipe, index: int, inputs: Mapping[str, Path]) -> dict[str, float]:
     """How often the stages so far went through each source: a canary was seen this often times its repeats."""
     passes: dict[str, float] = {}
-    for name in recipe.stage_names()[: index + 1]:
+    for name in (name for name in recipe.stage_names()[: index + 1] if name in inputs):
         sealed = json.loads((inputs[name] / store.SEAL).read_text(encoding="utf-8"))
         for source, part in sealed["facts"]["mixture"].items():
             passes[source] = round(passes.get(source, 0.0) + part["repeats"], 3)

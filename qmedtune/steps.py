@@ -46,7 +46,8 @@ def steps_of(recipe: Recipe, asked: Recipe, hashes: store.HashCache) -> list[Ste
             start, adapters = f"{name}-base", []
         steps.append(_tokens_step(recipe, index, start))
         steps.append(_training_step(recipe, asked, index, start, adapters))
-        start, adapters = trained[name] = after(stage, name, start, adapters)
+        start, adapters = after(stage, name, start, adapters)
+        trained |= {name: (start, adapters)} if stage.kind != "classify" else {}
         template = name if stage.kind == "sft" else template
     steps += _audit_steps(recipe, trained)
     if adapters:
