@@ -111,6 +111,27 @@ def test_each_way_trains_what_it_says(micro_run, packed: Path, notes_adapter: Pa
     assert len(items) == 50 and items[0].keys() == {"id", "gold", "highest"}
 
 
+@pytest.mark.parametrize("multi_label", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_what_the_text_tells_is_learnt(micro_run, notes_adapter: Path, tmp_path: Path, multi_label: bool):
+    """Labels that are words of the text: held-out notes are told apart, those of two labels by both."""
+    rng = np.random.default_rng(0)
+    words = ("nausea", "rash", "cough")
+
+    def note() -> tuple[str, str]:
+        said = sorted(rng.choice(words, size=1 + (multi_label and rng.random() < 0.5), replace=False))
+        return f"Nursing note: day {rng.integers(2, 9)}, pt reports {' and '.join(said)}.", ", ".join(said)
+
+    for name in ("in", "packed", "out"):
+        (tmp_path / name).mkdir()
+    inputs = records(tmp_path / "in", [note() for _ in range(120)], [note() for _ in range(40)])
+    keys = {"multi_label": multi_label, "epochs": 6, "batch": 2, "lr": 3e-3}
+    store.seal(tmp_path / "packed", "t", pack_classes(recipe(**keys), 1, micro_run.base, inputs, tmp_path / "packed"))
+    facts = trained(micro_run, tmp_path / "packed", tmp_path / "out", notes_adapter, **keys)
+    found = facts["classification"]
+    assert found["auroc"] > 0.75 and found["ci95"][0] > 0.65 and found["scored_labels"] == 3
+    assert facts["loss"]["last"] < 0.6 * facts["loss"]["first"]
+
+
 def test_rows_name_each_document_at_its_last_token(packed: Path):
     rows = LabelledRows(packed / HELD_OUT)
     seen = []

@@ -143,6 +143,9 @@ def _tiny_batch(facts: BaseFacts, section: Any, kind: str) -> Proposals:
 
     defaults = tiny.DEFAULTS[facts.name]
     tuned = {"cpt": defaults.cpt, "pretrain": defaults.pretraining}.get(kind, defaults.sft)
+    if kind == "classify":
+        rows = max(tuned.batch_rows * tuned.seq_len // (4 * section.seq_len), 1)
+        return {"batch": (rows, "a quarter of an sft step's tokens: many short documents share a row")}
     rows = max(tuned.batch_rows * tuned.seq_len // section.seq_len, 1)
     if section.seq_len == tuned.seq_len:
         return {"batch": (rows, f"tuned for {facts.name}")}
