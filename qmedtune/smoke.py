@@ -31,6 +31,7 @@ def smoke(recipe: Recipe, builtin: str = "builtin:tiny") -> Recipe:
     on = [name for name in recipe.validation.on if name in texts]  # the built-in world holds out documents alone
     validate = {"on": on, "keep_best": recipe.validation.keep_best and bool(on)}
     hygiene: dict[str, object] = {"decontaminate": "off" if recipe.hygiene.decontaminate == "off" else "evaluation"}
+    hygiene |= {"languages": "any", "min_characters": 0, "max_characters": None, "presidio": None}  # made for real text
     if max(kinds.values()) > 1:  # sources of one kind get the same text: all but the first would be duplicates
         hygiene["dedup"] = recipe.hygiene.dedup.model_copy(update={"exact": False, "near": False})
     # What was chosen for the recipe's card (float16 on a T4, flash attention) need not run on this machine.

@@ -11,7 +11,7 @@ from qmedtune import store
 from qmedtune.data import stage, treat
 from qmedtune.data.prepare import prepare_source
 from qmedtune.errors import RunError
-from qmedtune.recipe import Recipe
+from qmedtune.recipe import Recipe, SourceSection
 
 PARTS = ("train.jsonl", "heldout.jsonl", "rejects.jsonl", "hashes.npy")
 
@@ -64,14 +64,14 @@ def test_any_number_of_processes_makes_the_same_bytes(tmp_path, corpus, monkeypa
 
 def test_workers_are_as_many_as_the_input_is_worth(tmp_path, corpus, monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
-    source = recipe(corpus).data["notes"]
-    assert treat.worker_count("auto", source) == 1 and treat.worker_count(5, source) == 5
+    files = sorted(corpus.iterdir())
+    assert treat.worker_count("auto", files) == 1 and treat.worker_count(5, files) == 5
     monkeypatch.setattr(treat, "WORKER_BYTES", 100_000)
-    assert 1 < treat.worker_count("auto", source) <= 3
+    assert 1 < treat.worker_count("auto", files) <= 3
 
 
 def test_a_worker_that_dies_is_named(corpus, monkeypatch):
-    with treat.Pool(recipe(corpus, workers=2), "notes", []) as pool:
+    with treat.Pool(recipe(corpus), "notes", [], 2) as pool:
         batches = pool.treated([("a.jsonl", n, {"id": str(n), "text": "x " * 40})] for n in range(200))
         next(batches)
         assert pool.executor is not None
@@ -170,6 +170,20 @@ def test_pubmed_versions_replace_each_other_across_parts(tmp_path, monkeypatch):
     }  # fmt: skip
 
 
+def test_a_saved_dataset_is_read_once_whatever_its_files(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(stage, "PART_BYTES", 1)
+    rng = random.Random(2)
+    made = datasets.Dataset.from_list([{"text": note(rng)} for _ in range(30)])
+    made.save_to_disk(str(tmp_path / "saved"), num_shards=3)
+    out = tmp_path / "out"
+    out.mkdir()
+    source = SourceSection(path=str(tmp_path / "saved"), kind="clinical", format="huggingface")
+    whole = recipe("unused").model_copy(update={"data": {"notes": source}})
+    assert prepare_source(whole, "notes", {}, out)["records"]["read"] == 30
+
+
 def test_parts_are_cut_where_names_say_so(tmp_path, monkeypatch):
     """A file that comes in between moves no border but its own."""
     monkeypatch.setattr(stage, "PART_BYTES", 3000)
@@ -177,9 +191,8 @@ def test_parts_are_cut_where_names_say_so(tmp_path, monkeypatch):
     folder.mkdir()
     for number in range(200):
         (folder / f"s{number:03d}.txt").write_text("x" * 100)
-    source = recipe(folder).data["notes"]
-    before = {tuple(group) for group in stage._parts(source)}
+    before = {tuple(group) for group in stage._parts(sorted(folder.iterdir()))}
     (folder / "s100a.txt").write_text("x" * 100)
-    after = {tuple(group) for group in stage._parts(source)}
+    after = {tuple(group) for group in stage._parts(sorted(folder.iterdir()))}
     assert len(before) > 3 and len(after - before) <= 2
     assert np.mean([len(group) for group in before]) < 61

@@ -83,7 +83,7 @@ def measure(folder: Path) -> dict[str, Any]:
     with (folder / "corpus.jsonl").open(encoding="utf-8") as file:
         train_tokenizer([json.loads(line)["text"] for line, _ in zip(file, range(1000), strict=False)], folder / "t")
     facts = pack_stage(recipe, 0, folder / "t", {"texts": folder / "texts"}, folder / "stage")
-    workers = worker_count("auto", recipe.data["texts"])
+    workers = worker_count("auto", [folder / "corpus.jsonl"])
     of_workers = _peak(resource.RUSAGE_CHILDREN) * workers if workers > 1 else 0
     return {
         "peak_bytes": _peak(resource.RUSAGE_SELF) + of_workers, "prepare_bytes": prepared, "worker_bytes": of_workers,

@@ -163,7 +163,7 @@ def read_items(source: SourceSection, files: list[Path] | None = None) -> Iterat
     if source.format == "huggingface":
         stream = _dataset_rows(source)
     else:
-        files = reading_order(source) if not files else files
+        files = files or reading_order(source)
         stream = (row for file in files for row in _file_rows(file, source)) if files else _builtin_rows(source)
     for file, line, fields in stream:
         yield file, line, _shaped(shape, fields, source.columns)

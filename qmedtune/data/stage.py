@@ -21,8 +21,8 @@ import zstandard
 from qmedtune import keys, store, ui
 from qmedtune.data import decontaminate, phi
 from qmedtune.data.rejects import Damaged, Refused, Rejects
-from qmedtune.data.sources import VERSIONED, Deleted, Item, PmidSet, read_items, reading_order, source_files
-from qmedtune.data.treat import ARRAYS, Pool, Staged
+from qmedtune.data.sources import VERSIONED, Deleted, Item, PmidSet, read_items, reading_order
+from qmedtune.data.treat import ARRAYS, Pool, Staged, worker_count
 from qmedtune.recipe import Recipe, SourceSection
 
 BATCH_RECORDS = 256
@@ -37,21 +37,32 @@ def stage_source(
 
     Returns what is remembered of them and which are superseded. Parts go to `parts/` beside `work`. Raises DataError.
     """
-    source, staged = recipe.data[name], Staged()
-    parts = _parts(source)
-    with work.open("wb") as file, Pool(recipe, name, items) as pool, ui.stage(f"read {name}", None, "records") as bar:
-        for files in parts:
-            if len(parts) == 1:
-                for lines, batch in pool.treated(in_batches(_limited(read_items(source, files), source.max_records))):
-                    file.writelines(lines)
-                    staged.extend(_reported(batch, rejects))
-                    bar.update(len(staged))
-            else:
-                part = work.with_name("parts") / _part_name(recipe, name, items, files or [])
-                made = _kept_part(part, file) or _make_part(pool, source, files, part, file)
-                staged.extend(_reported(made, rejects))
-                bar.update(len(staged))
+    source, staged, files = recipe.data[name], Staged(), reading_order(recipe.data[name])
+    whole = source.max_records is not None or source.format == "huggingface"  # a dataset's files are no records
+    parts = [files] if whole else _parts(files)
+    pool = Pool(recipe, name, items, worker_count(recipe.workers, files))
+    with work.open("wb") as file, pool, ui.stage(f"read {name}", None, "records") as bar:
+        for piece in (
+            _whole(pool, source, parts[0], file) if len(parts) == 1 else _each(pool, recipe, name, parts, file)
+        ):
+            staged.extend(_reported(piece, rejects))
+            bar.update(len(staged))
     return staged, staged.superseded()
+
+
+def _whole(pool: Pool, source: SourceSection, files: list[Path], work: IO[bytes]) -> Iterator[Staged]:
+    """A source in one part, batch by batch: nothing of it is kept but what is in `work`."""
+    for lines, batch in pool.treated(in_batches(_limited(read_items(source, files), source.max_records))):
+        work.writelines(lines)
+        yield batch
+
+
+def _each(pool: Pool, recipe: Recipe, name: str, parts: list[list[Path]], work: IO[bytes]) -> Iterator[Staged]:
+    """A source in several parts: each is taken from where it is kept, or made."""
+    folder, treatment = Path(work.name).with_name("parts"), _treatment_digest(recipe, name, pool.items)
+    for files in parts:
+        part = folder / _part_name(treatment, files)
+        yield _kept_part(part, work) or _make_part(pool, recipe.data[name], files, part, work)
 
 
 def _reported(staged: Staged, rejects: Rejects) -> Staged:
@@ -89,33 +100,33 @@ def in_batches(items: Iterable[Any], size: int = BATCH_RECORDS) -> Iterator[list
 # ---- parts -----------------------------------------------------------------------------------------------------------
 
 
-def _parts(source: SourceSection) -> list[list[Path] | None]:
-    """The source's files in reading order, in groups of about `PART_BYTES` whose borders depend on the files' names, so
-    that a file that is added moves none. One group for what has no files or is read only in part."""
-    if source.max_records is not None or not source_files(source):
-        return [None]
-    groups: list[list[Path] | None] = []
+def _parts(files: list[Path]) -> list[list[Path]]:
+    """Files in groups of about `PART_BYTES` whose borders hang on the files' names, so that one that is added moves
+    none. One empty group where there are no files: what is built in, or on the Hub."""
+    groups: list[list[Path]] = []
     group, size = [], 0
-    for file in reading_order(source):
+    for file in files:
         group.append(file)
         bytes_ = file.stat().st_size
         size += bytes_
         if zlib.crc32(file.name.encode()) * PART_BYTES < bytes_ << 32 or size >= 2 * PART_BYTES:
             groups.append(group)
             group, size = [], 0
-    return [*groups, group] if group else groups
+    return [*groups, group] if group or not groups else groups
 
 
-def _part_name(recipe: Recipe, name: str, items: list[decontaminate.Item], files: list[Path]) -> str:
-    """A digest of all that a part depends on."""
+def _treatment_digest(recipe: Recipe, name: str, items: list[decontaminate.Item]) -> str:
+    """Of all that a part depends on beside its files."""
     source = recipe.data[name].model_dump(mode="json", exclude={"path", "license", "terms", *keys.PACKED_AS, "holdout"})
     hygiene = recipe.hygiene.model_dump(mode="json", exclude={"dedup", "max_bad_fraction"})
-    content = [[str(file), store.sha256_file(file)] for file in files]
-    texts = store.sha256_json([asdict(item) for item in items])
-    return store.sha256_json([source, hygiene, content, texts, recipe.seed, keys.CODE])[:16]
+    return store.sha256_json([source, hygiene, [asdict(item) for item in items], recipe.seed, keys.CODE])
 
 
-def _make_part(pool: Pool, source: SourceSection, files: list[Path] | None, part: Path, work: IO[bytes]) -> Staged:
+def _part_name(treatment: str, files: list[Path]) -> str:
+    return store.sha256_json([treatment, *([str(file), store.sha256_file(file)] for file in files)])[:16]
+
+
+def _make_part(pool: Pool, source: SourceSection, files: list[Path], part: Path, work: IO[bytes]) -> Staged:
     """Stage some files into `work` and, compressed to a third, into the files of a part; its .json comes last."""
     part.parent.mkdir(exist_ok=True)
     staged = Staged()

@@ -18,6 +18,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,9 +26,9 @@ import numpy as np
 from qmedtune.data import decontaminate, language, phi, presidio, surrogates
 from qmedtune.data.clean import clean
 from qmedtune.data.rejects import Damaged, Refused
-from qmedtune.data.sources import VERSIONED, Deleted, Item, PmidSet, source_files
+from qmedtune.data.sources import VERSIONED, Deleted, Item, PmidSet
 from qmedtune.errors import RunError
-from qmedtune.recipe import Recipe, SourceSection
+from qmedtune.recipe import Recipe
 
 WORKER_BYTES = 8 << 20  # of input per worker: starting one takes half a second, as long as it takes to clean 8 MB
 WAITING_BATCHES = 4  # per worker: what is read ahead and not yet written
@@ -154,7 +155,8 @@ class Treatment:
         staged.content.append(content)
         staged.group.append(digest(group) if group else content)
         staged.held_out.append(-1 if held_out is None else int(held_out))
-        staged.pmid.append(int(record["pmid"]) if versioned and record["pmid"].isdecimal() else 0)
+        known = versioned and record["pmid"].isdecimal() and len(record["pmid"]) <= 9
+        staged.pmid.append(int(record["pmid"]) if known else 0)
         line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
         staged.size.append(len(line))
         return line
@@ -201,31 +203,30 @@ def digest(text: str) -> int:
 # ---- processes -------------------------------------------------------------------------------------------------------
 
 
-def worker_count(wanted: int | str, source: SourceSection) -> int:
+def worker_count(wanted: int | str, files: list[Path]) -> int:
     """`auto`: one per core, but no more than there are `WORKER_BYTES` of input."""
     if isinstance(wanted, int):
         return wanted
-    size = sum(file.stat().st_size for file in source_files(source))
+    size = sum(file.stat().st_size for file in files)
     return max(1, min(len(os.sched_getaffinity(0)), size // WORKER_BYTES))
 
 
 class Pool:
     """Treats batches in this process or in several others; results come in the order of the batches."""
 
-    def __init__(self, recipe: Recipe, name: str, items: list[decontaminate.Item]):
-        self.workers = worker_count(recipe.workers, recipe.data[name])
-        self.what = (recipe, name, items)
+    def __init__(self, recipe: Recipe, name: str, items: list[decontaminate.Item], workers: int):
+        self.recipe, self.name, self.items, self.workers = recipe, name, items, workers
         self.executor: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> Pool:
-        recipe, name, _ = self.what
-        if recipe.hygiene.presidio and phi_mode(recipe, name) != "off":
-            presidio.check(recipe.hygiene.presidio)  # here, because what a worker raises at its start reaches nobody
+        what = self.recipe, self.name, self.items
+        if self.recipe.hygiene.presidio and phi_mode(self.recipe, self.name) != "off":
+            presidio.check(self.recipe.hygiene.presidio)  # what a worker raises at its start reaches nobody
         if self.workers > 1:
             spawn = multiprocessing.get_context("spawn")  # a fork would inherit locks of the progress bar's thread
-            self.executor = ProcessPoolExecutor(self.workers, spawn, _start_worker, self.what)
+            self.executor = ProcessPoolExecutor(self.workers, spawn, _start_worker, what)
         else:
-            self.treat = Treatment(*self.what)
+            self.treat = Treatment(*what)
         return self
 
     def __exit__(self, *_: object) -> None:
