@@ -12,7 +12,6 @@ from pydantic import Field, field_validator, model_validator
 
 from qmedtune.fields import Auto, Fraction, Language, Name, Positive, Rate, Section, SourceFormat, SourceKind, Weight
 
-Count = Annotated[int, Field(ge=0)]
 
 class ShapeSection(Section):
     """A model's own widths for `pretrain`, in place of those of the base, which then gives tokenizer and constants."""
@@ -41,7 +40,7 @@ class ModelSection(Section):
     double_quantization: bool = True
     compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     kernels: Literal["auto", "triton", "reference"] = "auto"
-    attention: Literal["auto", "sdpa", "flex_attention", "flash_attention_2", "eager"] = "auto"
+    attention: Literal["auto", "varlen", "sdpa", "flex_attention", "flash_attention_2", "eager"] = "auto"
 
 
 class AdapterSection(Section):
@@ -109,10 +108,10 @@ class WarmupSection(Section):
 class LayersSection(Section):
     """How many layers keep their activations, make the cheap ones again, recompute all, or wait in host memory."""
 
-    keep: Count = 0
-    cheap: Count = 0
-    recompute: Count = 0
-    offload: Count = 0
+    keep: Annotated[int, Field(ge=0)] = 0
+    cheap: Annotated[int, Field(ge=0)] = 0
+    recompute: Annotated[int, Field(ge=0)] = 0
+    offload: Annotated[int, Field(ge=0)] = 0
 
 
 class TrainSection(Section):
