@@ -77,10 +77,40 @@ EAGER_UP_TO_TOKENS = 128
 
 def attention_for(section: ModelSection, seq_len: int | None) -> str:
     """transformers' name of the attention; for `auto` by device and, where it is known, the length of the rows."""
+    from qmedtune.training import attention
+
+    capability = gpu_capability()
     if section.attention != "auto":
+        attention.check(section.attention, capability, DTYPES[section.compute_dtype])
         return section.attention
-    short = seq_len is not None and seq_len <= EAGER_UP_TO_TOKENS
-    return "eager" if device().type == "cpu" and short else "sdpa"
+    if seq_len is None:  # scoring and generation bring masks and caches
+        return "sdpa"
+    if capability is None:
+        return "eager" if seq_len <= EAGER_UP_TO_TOKENS else "sdpa"
+    return attention.NAME if capability >= 8.0 and section.compute_dtype != "float32" else "sdpa"
+
+
+def gpu_capability() -> float | None:
+    """8.9 and the like; None on a CPU."""
+    if device().type == "cpu":
+        return None
+    major, minor = torch.cuda.get_device_capability()
+    return major + minor / 10
+
+
+def attention_facts(model: Any) -> dict[str, str]:
+    """Which attention a model trains with and why, for the report."""
+    name = str(model.config._attn_implementation)
+    why = {
+        "varlen": "kernels for variable lengths keep documents apart, without a mask",
+        "flash_attention_2": "as stated; documents are kept apart by their lengths",
+        "flex_attention": "as stated; a block mask keeps documents apart",
+        "sdpa": "a mask keeps documents apart",
+        "eager": "plain products and a mask: rows are short, or it was stated",
+    }[name]
+    if name == "sdpa" and device().type == "cuda":
+        why += "; the kernels for variable lengths need compute capability 8.0 and 16 bit, or sdpa was stated"
+    return {"name": name, "why": why}
 
 
 def load_base(
@@ -146,7 +176,7 @@ def from_scratch(folder: Path, section: ModelSection, *, seq_len: int | None = N
         written = {name: value for name, value in config.to_dict().items() if name != "head_dim"}
         config = LlamaConfig.from_dict({**written, **widths})
     config.use_cache = False
-    attention = attention_for(section, seq_len)
+    attention = attention_for(section.model_copy(update={"compute_dtype": "float32"}), seq_len)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
     return model.to(device())
 

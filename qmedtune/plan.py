@@ -56,7 +56,7 @@ def make_plan(recipe: Recipe, run_dir: Path | None = None) -> dict[str, Any]:
     stages = [
         _stage(resolved, facts, machine, index, estimates, run_dir, steps) for index in range(len(resolved.stages))
     ]
-    setups = [fit.setup_of(resolved, index) for index in range(len(resolved.stages))]
+    setups = [fit.setup_of(resolved, index, machine) for index in range(len(resolved.stages))]
     gpu = machine.is_gpu
     host = memory.host_memory(facts, setups[-1], gpu=gpu, merge=bool(resolved.merge))
     disk = _disk(resolved, facts, setups, estimates, stages)
@@ -211,7 +211,7 @@ def _stage(
     run_dir: Path | None, steps: list[dict[str, str]],
 ) -> dict[str, Any]:  # fmt: skip
     name, section = recipe.stage_names()[index], recipe.stages[index].section
-    setup = fit.setup_of(recipe, index)
+    setup = fit.setup_of(recipe, index, machine)
     tokens = _sealed_tokens(recipe, index, run_dir, steps) or _tokens(recipe, index, estimates)
     measured = speed.last_tokens_per_s(run_dir, name)
     tokens_per_s = measured or speed.tokens_per_s(facts, setup, machine)

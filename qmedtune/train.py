@@ -105,6 +105,7 @@ def _make_model(recipe: Recipe, index: int, inputs: dict[str, Path]) -> tuple[An
     kernels = models.install_kernels(model, recipe.model.kernels)
     return model, {
         "kernels": kernels,
+        "attention": models.attention_facts(model),
         "layers": activations.install(model, number(stage.section.gradient_checkpointing)),
     }
 

@@ -282,8 +282,8 @@ def test_between_keeping_and_recomputing_lies_a_faster_mix():
 
 def test_a_stated_memory_is_the_budget():
     free, stated = resolve(recipe(), card_of(80))[0], resolve(recipe(memory=12.0), card_of(80))[0]
-    assert not free.stages[0].section.gradient_checkpointing
-    assert stated.stages[0].section.gradient_checkpointing
+    assert stated.stages[0].section.micro_batch < free.stages[0].section.micro_batch
+    assert fit.choose(base_facts(stated.model), stated, 0, card_of(80)).peak_bytes <= 12 * GIB
     assert fit.budget_bytes(card_of(8), recipe(memory=12.0)) == 8 * GIB
 
 

@@ -49,9 +49,17 @@ def budget_bytes(machine: Machine, recipe: Recipe) -> int:
     return there if recipe.memory == "auto" else min(there, round(recipe.memory * GIB))
 
 
-def setup_of(recipe: Recipe, index: int) -> Setup:
+def _attention(recipe: Recipe, machine: Machine | None, full: bool) -> str:
+    """What `auto` becomes (model.py): kernels for variable lengths where the card has them, else a mask."""
+    if recipe.model.attention != "auto":
+        return recipe.model.attention
+    variable = machine is not None and (machine.capability or 0) >= 8.0 and recipe.model.compute_dtype != "float32"
+    return "varlen" if variable and not full else "sdpa"
+
+
+def setup_of(recipe: Recipe, index: int, machine: Machine | None = None) -> Setup:
     """The memory-relevant part of stage `index`, its lengths and the compute dtype resolved; what is still `auto`
-    (micro-batch, checkpointing, optimiser) stands at its smallest."""
+    (micro-batch, checkpointing, optimiser) stands at its smallest. Without a machine: as on a CPU."""
     section, stages = recipe.stages[index].section, recipe.stages
     full = stages[index].full
     stacked = [stage.section.adapter == "new" for stage in stages[1 : index + 1]]
@@ -71,7 +79,7 @@ def setup_of(recipe: Recipe, index: int) -> Setup:
         train_embeddings=recipe.adapter.train_embeddings is True and not full,
         frozen_adapters=sum(stacked),
         full=full,
-        attention="sdpa" if recipe.model.attention == "auto" else recipe.model.attention,
+        attention=_attention(recipe, machine, full),
     )
 
 
@@ -124,7 +132,7 @@ def relative_time(facts: BaseFacts, setup: Setup, machine: Machine) -> float:
 def choose(facts: BaseFacts, recipe: Recipe, index: int, machine: Machine) -> Choice:
     """The fastest setup of stage `index` that fits. DoesNotFit names the three cheapest remedies."""
     budget, section = budget_bytes(machine, recipe), recipe.stages[index].section
-    setups = options(section, setup_of(recipe, index), machine)
+    setups = options(section, setup_of(recipe, index, machine), machine)
     if section.gradient_checkpointing == "auto":
         setups = [with_layers(facts, setup, machine, FILLED * budget) for setup in setups]
     peaks = {setup: memory.peak_bytes(facts, setup, gpu=machine.is_gpu) for setup in setups}

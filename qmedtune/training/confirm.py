@@ -38,7 +38,7 @@ def confirm(recipe: Recipe, index: int, trainer: QTrainer, rows: Rows) -> dict[s
     budget = fit.budget_bytes(machine, recipe)
     if recipe.memory != "auto":
         torch.cuda.set_per_process_memory_fraction(min(1.0, budget / machine.memory_bytes))
-    setup, facts = fit.setup_of(recipe, index), base_facts(recipe.model)
+    setup, facts = fit.setup_of(recipe, index, machine), base_facts(recipe.model)
     states = memory.OPTIMIZER_BYTES[setup.optimizer] * memory.trained_parameters(facts, setup)  # not there yet
 
     def measure() -> int | None:

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from qmedtune.training.attention import packed_inputs
+
 # Logits held at once on the CPU: 2**24 fp32 values are 64 MiB.
 MAX_LOGITS = 2**24
 
@@ -27,7 +29,8 @@ def token_nll(
     `weights` fp32 [rows, length] scale the loss of each label; None is 1 for all.
     """
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
-    hidden = causal_lm.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+    inputs = packed_inputs(str(causal_lm.config._attn_implementation), input_ids, position_ids)
+    hidden = causal_lm.model(**inputs, use_cache=False).last_hidden_state.view(*input_ids.shape, -1)
     targets = labels[:, 1:]
     wanted = targets != -100
     picked, targets = hidden[:, :-1][wanted], targets[wanted]

@@ -1,0 +1,126 @@
+"""Causal attention over packed documents by their lengths, for rows laid end to end: no mask, no padding, no leak.
+
+A mask that isolates documents takes length^2 bytes a row (6 GB at 78k tokens) and computes what it hides; kernels for
+variable lengths take the bounds of the documents alone. The FlashAttention package where it is installed, else torch's
+own kernel; on a CPU one product per document, which is also what the others are tested against.
+Registered with transformers under a new name; nothing of it is replaced. Deliberately not here: caches, generation.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface
+
+from qmedtune.errors import RecipeError
+
+NAME = "varlen"
+TAKE_BOUNDS = (NAME, "flash_attention_2")  # transformers' own takes the same arguments
+
+
+def packed_inputs(attention: str, input_ids: Tensor, position_ids: Tensor) -> dict[str, Any]:
+    """Arguments for a LLaMA's forward over packed rows [B, L]; with variable lengths one row [1, B L] and its bounds,
+    found once for all layers."""
+    if attention not in TAKE_BOUNDS:
+        return {"input_ids": input_ids, "position_ids": position_ids}
+    bounds, longest = document_bounds(position_ids)
+    lengths = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
+    return {"input_ids": input_ids.reshape(1, -1), "position_ids": position_ids.reshape(1, -1), **lengths}
+
+
+def document_bounds(position_ids: Tensor) -> tuple[Tensor, int]:
+    """Where the documents of rows [B, L] laid end to end begin and the last one ends, int32 [documents + 1], and the
+    longest's length. A document starts with each row, and where positions do not go on by one."""
+    starts = torch.ones_like(position_ids, dtype=torch.bool)
+    starts[:, 1:] = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    bounds = F.pad(starts.flatten().nonzero()[:, 0], (0, 1), value=position_ids.numel()).int()
+    return bounds, int(bounds.diff().max()) if len(bounds) > 1 else 0
+
+
+def varlen(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int = 0,
+    position_ids: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: query [B, H, L, D], key and value [B, Hkv, L, D] -> [B, L, H, D].
+
+    Without bounds they are found from `position_ids` (of each row, if these are one row's), in every layer.
+    """
+    batch, _, length, _ = query.shape
+    refused = {"a mask": attention_mask is not None, "dropout": dropout > 0, "a cache": key.shape[2] != length}
+    if given := [what for what, is_given in refused.items() if is_given]:
+        raise RecipeError(
+            f"attention: {NAME} isolates documents by their lengths alone; it was given {given[0]}\n"
+            "take attention: sdpa for this"
+        )
+    if cu_seq_lens_q is None:
+        positions = torch.arange(length, device=query.device)[None] if position_ids is None else position_ids
+        cu_seq_lens_q, max_length_q = document_bounds(positions.expand(batch, -1))
+    packed = [part.transpose(1, 2).flatten(0, 1) for part in (query, key, value)]
+    attend = _per_document if not query.is_cuda else _flash if find_spec("flash_attn") else _torch
+    query, key, value = packed
+    output = attend(query, key, value, cu_seq_lens_q, max_length_q, scaling)
+    return output.unflatten(0, (batch, length)), None
+
+
+def _flash(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scale: float | None) -> Tensor:
+    from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
+
+    return flash_attn_varlen_func(query, key, value, bounds, bounds, longest, longest, softmax_scale=scale, causal=True)
+
+
+def _torch(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scale: float | None) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    grouped = query.shape[1] != key.shape[1]
+    if grouped and "enable_gqa" not in inspect.signature(varlen_attn).parameters:  # before torch 2.12
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+        grouped = False
+    call = functools.partial(varlen_attn, query, key, value, bounds, bounds, longest, longest, scale=scale)
+    output = call(window_size=(-1, 0), enable_gqa=True) if grouped else call(window_size=(-1, 0))
+    assert isinstance(output, Tensor)
+    return output
+
+
+def _per_document(
+    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scale: float | None
+) -> Tensor:
+    parts = []
+    lengths = bounds.diff().tolist()
+    for q, k, v in zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True):
+        q, k, v = (part.transpose(0, 1)[None] for part in (q, k, v))
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+        parts.append(attended[0].transpose(0, 1))
+    return torch.cat(parts)
+
+
+AttentionInterface.register(NAME, varlen)
+
+
+def check(attention: str, capability: float | None, dtype: torch.dtype) -> None:
+    """RecipeError where a stated attention cannot run here. `capability`: of the GPU, None on a CPU."""
+    if attention == "flash_attention_2" and (capability is None or not find_spec("flash_attn")):
+        why = "it needs a GPU" if capability is None else "the flash-attn package is not installed"
+        raise RecipeError(f"model.attention: flash_attention_2 given, {why}\nallowed here: auto, {NAME}, sdpa")
+    if attention not in TAKE_BOUNDS or capability is None:
+        return
+    if capability < 8.0 or dtype == torch.float32:
+        found = f"compute capability {capability}" if capability < 8.0 else "compute_dtype: float32"
+        raise RecipeError(
+            f"model.attention: {attention} given with {found}; its kernels need 8.0 (Ampere) and 16 bit\n"
+            "allowed here: auto or sdpa (documents isolated by a mask)"
+        )

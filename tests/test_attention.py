@@ -1,0 +1,116 @@
+"""Attention by document lengths: equal to a mask, nothing leaks, and what it cannot do is refused."""
+
+import copy
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from qmedtune.errors import RecipeError
+from qmedtune.training import attention
+from qmedtune.training.loss import token_nll
+
+CONFIG = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 101, "max_position_embeddings": 64,
+}  # fmt: skip
+
+
+@pytest.fixture
+def models():
+    """The same random LLaMA with a mask and with lengths."""
+    torch.manual_seed(0)
+    masked = LlamaForCausalLM(LlamaConfig(**CONFIG))
+    by_length = copy.deepcopy(masked)
+    masked.set_attn_implementation("sdpa")
+    by_length.set_attn_implementation(attention.NAME)
+    return masked, by_length
+
+
+@pytest.fixture
+def rows():
+    """Two rows of three and two documents; the second row ends in padding, which is a document of its own."""
+    positions = torch.stack([torch.cat([torch.arange(n) for n in lengths]) for lengths in ((7, 1, 16), (10, 14))])
+    ids = torch.randint(0, 101, positions.shape, generator=torch.Generator().manual_seed(1))
+    labels = ids.clone()
+    labels[1, 10:] = -100
+    return ids, labels, positions
+
+
+def test_bounds_are_where_documents_start(rows):
+    bounds, longest = attention.document_bounds(rows[2])
+    assert bounds.tolist() == [0, 7, 8, 24, 34, 48] and bounds.dtype == torch.int32 and longest == 16
+    cut = torch.tensor([[3, 4, 5, 0], [6, 7, 2, 3]])  # pieces of documents whose positions go on
+    assert attention.document_bounds(cut)[0].tolist() == [0, 3, 4, 6, 8]
+
+
+def test_loss_and_gradients_equal_those_of_a_mask(models, rows):
+    found = []
+    for model in models:
+        loss = token_nll(model, *rows)
+        loss.backward()
+        found.append((loss.detach(), {name: p.grad for name, p in model.named_parameters()}))
+    (masked, masked_grads), (by_length, grads) = found
+    torch.testing.assert_close(by_length, masked, rtol=1e-6, atol=1e-5)
+    for name, grad in masked_grads.items():
+        torch.testing.assert_close(grads[name], grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_no_document_sees_another(models, rows, training):
+    model = models[1].train(training)
+    ids, _, positions = rows
+    perturbed = ids.clone()
+    perturbed[0, :7] = (perturbed[0, :7] + 1) % 101
+    before, after = (model(input_ids=x, position_ids=positions, use_cache=False).logits for x in (ids, perturbed))
+    assert torch.equal(before[0, 7:], after[0, 7:]) and torch.equal(before[1], after[1])
+    assert not torch.equal(before[0, :7], after[0, :7])
+
+
+def test_without_bounds_they_come_from_the_positions(models, rows):
+    ids, _, positions = rows
+    masked, by_length = (m.eval()(input_ids=ids, position_ids=positions, use_cache=False).logits for m in models)
+    torch.testing.assert_close(by_length, masked, rtol=1e-4, atol=1e-5)
+
+
+def test_masks_and_caches_are_refused(models, rows):
+    model = models[1].eval()
+    with pytest.raises(RecipeError, match="it was given a mask\ntake attention: sdpa"):
+        mask = torch.ones(2, 1, 24, 24, dtype=torch.bool)
+        model(input_ids=rows[0], attention_mask=mask, use_cache=False)
+    with pytest.raises(RecipeError, match="it was given a cache"):
+        model.generate(input_ids=rows[0][:1], max_new_tokens=2, do_sample=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "dtype", "message"),
+    [
+        ("flash_attention_2", None, torch.bfloat16, "it needs a GPU"),
+        ("flash_attention_2", 9.0, torch.bfloat16, "package is not installed"),
+        ("varlen", 7.5, torch.float16, "compute capability 7.5"),
+        ("varlen", 9.0, torch.float32, "compute_dtype: float32"),
+    ],
+)
+def test_an_attention_that_cannot_run_here_is_named_with_what_can(name, capability, dtype, message):
+    with pytest.raises(RecipeError, match=f"(?s)model.attention: {name} given.*{message}.*\nallowed here: .*sdpa"):
+        attention.check(name, capability, dtype)
+
+
+def test_an_attention_that_can_run_is_let_through():
+    attention.check("varlen", 8.0, torch.bfloat16)
+    attention.check("varlen", None, torch.float32)
+    attention.check("sdpa", 7.5, torch.float32)
+
+
+def test_auto_follows_device_length_and_dtype(monkeypatch):
+    from qmedtune import model as models
+    from qmedtune.recipe import ModelSection
+
+    section = ModelSection(base="x", compute_dtype="bfloat16")
+    assert [models.attention_for(section, n) for n in (64, 2048, None)] == ["eager", "sdpa", "sdpa"]
+    monkeypatch.setattr(models, "device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(models, "gpu_capability", lambda: 8.6)
+    assert [models.attention_for(section, n) for n in (64, None)] == ["varlen", "sdpa"]
+    assert models.attention_for(section.model_copy(update={"compute_dtype": "float32"}), 64) == "sdpa"
+    monkeypatch.setattr(models, "gpu_capability", lambda: 7.5)
+    assert models.attention_for(section.model_copy(update={"compute_dtype": "float16"}), 64) == "sdpa"
