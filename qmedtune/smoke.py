@@ -14,7 +14,7 @@ from qmedtune.recipe import MixSection, Recipe, SourceSection, StageSection
 
 BUILTIN = {"literature": "literature", "clinical": "notes", "general": "general", "instructions": "instructions"}
 RECORDS = 300  # of the built-in instructions, shared by all sources of that kind
-TOKENS = 60_000  # of a `cpt` or `pretrain` stage: 8 s on two cores
+TOKENS = 30_000  # of a `cpt` or `pretrain` stage: some seconds on two cores
 SEQ_LEN = 128  # of `sft` rows: the longest prompt of a shipped template and an answer take 110 tokens of the tiny base
 
 
