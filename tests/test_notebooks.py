@@ -54,7 +54,7 @@ def test_the_quickstart_goes_from_the_install_to_answers(tmp_path: Path, monkeyp
     printed = executed(ROOT / "examples" / "colab_quickstart.ipynb", tmp_path / "work", monkeypatch, RECIPE=recipe)
     assert "micro: finished. Report: runs/cpt_then_sft/report.html" in printed
     assert "&lt;!doctype html&gt;" in printed  # the report, in a frame of its own
-    assert printed.count("(true: It treats ") == 3
+    assert printed.count("(true: It treats ") == 4
     assert (tmp_path / "work" / "runs" / "cpt_then_sft" / "merged" / "model.safetensors").is_file()
 
 
@@ -63,7 +63,7 @@ def test_the_quickstart_answers_what_was_never_asked_in_training(tmp_path: Path,
     printed = executed(ROOT / "examples" / "colab_quickstart.ipynb", tmp_path / "work", monkeypatch)
     told = [line for line in printed.splitlines() if "(true: " in line]
     right = [line for line in told if line.partition("(true: ")[2].removesuffix(")") in line.partition("(true: ")[0]]
-    assert len(told) == 6 and len(right) >= 5, told
+    assert len(told) == 8 and len(right) >= 3, told  # three of eight by guessing among 20: p = 0.006
 
 
 @pytest.mark.slow
