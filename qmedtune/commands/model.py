@@ -10,7 +10,6 @@ from typing import Annotated, Any
 import typer
 
 from qmedtune.commands.common import JsonOption, OfflineOption, emit
-from qmedtune.recipe import TaskSection
 
 
 class Precision(StrEnum):
@@ -77,6 +76,7 @@ def evaluate(
         )  # fmt: skip
         return emit(found) if as_json else _show_harness(found)
     from qmedtune.evaluate import TEXTS, evaluate_model, named_file
+    from qmedtune.recipe import TaskSection
 
     asked: list[str | TaskSection] = []
     for entry in str(tasks).split(","):
