@@ -11,7 +11,7 @@ import torch
 from conftest import MICRO
 from safetensors.torch import load_file
 
-from qmedtune import store, train
+from qmedtune import interrupt, store, train
 from qmedtune.data import outcomes
 from qmedtune.data.classes import HELD_OUT, LABELS, LabelledRows, pack_classes
 from qmedtune.data.records import label_of
@@ -130,6 +130,36 @@ def test_what_the_text_tells_is_learnt(micro_run, notes_adapter: Path, tmp_path:
     found = facts["classification"]
     assert found["auroc"] > 0.75 and found["ci95"][0] > 0.65 and found["scored_labels"] == 3
     assert facts["loss"]["last"] < 0.6 * facts["loss"]["first"]
+
+
+def stop_after(step: int):
+    """Raise the flag that SIGTERM raises, once this optimiser step is done."""
+    original = train.Loop.on_step_end
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == step:
+            interrupt.stop.signal = 15
+        original(self, args, state, control, **kwargs)
+
+    return on_step_end
+
+
+@pytest.mark.slow
+def test_a_stopped_stage_goes_on_to_the_same_weights(micro_run, packed, notes_adapter, tmp_path, monkeypatch):
+    keys = {"adapter": "new", "train_earlier": True}
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "halves").mkdir()
+    whole = trained(micro_run, packed, tmp_path / "whole", notes_adapter, **keys)
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Loop, "on_step_end", stop_after(2))
+        with pytest.raises(interrupt.Interrupted):
+            trained(micro_run, packed, tmp_path / "halves", notes_adapter, **keys)
+    monkeypatch.setattr(interrupt.stop, "signal", None)
+    halves = trained(micro_run, packed, tmp_path / "halves", notes_adapter, **keys)
+    assert halves["steps"] == whole["steps"] > 2 and halves["classification"] == whole["classification"]
+    for name in ("head.safetensors", "adapter/adapter_model.safetensors", "earlier-1/adapter_model.safetensors"):
+        first, second = load_file(tmp_path / "whole" / name), load_file(tmp_path / "halves" / name)
+        assert all(torch.equal(first[key], second[key]) for key in first), name
 
 
 def test_rows_name_each_document_at_its_last_token(packed: Path):
