@@ -50,6 +50,15 @@ def rename(source: Path, target: Path) -> None:
         fsync_path(folder)
 
 
+def discard(folder: Path) -> None:
+    """Delete a folder; killed half-way, no half of it is left under its name."""
+    dropped = folder.with_name(f".{folder.name}.dropped")
+    shutil.rmtree(dropped, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, dropped)
+        shutil.rmtree(dropped)
+
+
 def write_json(path: Path, value: Any) -> None:
     write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 

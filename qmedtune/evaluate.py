@@ -7,7 +7,6 @@ Deliberately absent: scoring (measure.py, scoring.py), intervals (compare.py), b
 from __future__ import annotations
 
 import gc
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -32,7 +31,6 @@ from qmedtune.tasks import BUILTIN_TASKS, Task, load_task
 
 TEXTS = "perplexity"
 WINDOW_TOKENS = 2048  # of texts without a packing: 131,072 positions of LLaMA-3.2 would not fit a card
-PARTIAL = "partial"
 
 
 def evaluate_stage(recipe: Recipe, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
@@ -51,12 +49,11 @@ def evaluate_stage(recipe: Recipe, inputs: dict[str, Path], out: Path) -> dict[s
     check_prompts(models.load_tokenizer(inputs["base"]), settings.template, tasks)
     measured = {}
     for label, model, tokenizer in _base_and_final(recipe, inputs):
-        measured[label] = measure_model(model, tokenizer, label, tasks, held_out, settings, out / PARTIAL)
+        measured[label] = measure_model(model, tokenizer, label, tasks, held_out, settings, out / store.SCRATCH)
         del model  # or two are held while the next is loaded: 2 x 16 GB for an 8B base in 16 bit
     result = write_results(tasks, measured, recipe.seed, out, _overlapping(inputs))
     result |= {"precision": recipe.evaluate.precision, "template": settings.template.name}
     store.write_json(out / "evaluation.json", result)
-    shutil.rmtree(out / PARTIAL, ignore_errors=True)
     return result
 
 
@@ -181,11 +178,10 @@ def evaluate_model(
             str(path): text_rows(opened.tokenizer, path, min(max_positions(opened.model), WINDOW_TOKENS))
             for path in texts
         }
-        found = measure_model(opened.model, opened.tokenizer, "model", loaded, rows, settings, folder / PARTIAL)
+        found = measure_model(opened.model, opened.tokenizer, "model", loaded, rows, settings, folder / store.SCRATCH)
         result = {"model": name, "template": location.template.name, "quantization": opened.quantization}
         result |= write_results(loaded, {"model": found}, seed, folder)
         store.write_json(folder / "evaluation.json", result)
-        shutil.rmtree(folder / PARTIAL, ignore_errors=True)
         return result
 
     if out is None:

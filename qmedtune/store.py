@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qmedtune.disk import PART, check_room, fsync_path, lock, rename, write_atomic, write_json
+from qmedtune.disk import PART, check_room, discard, fsync_path, lock, rename, write_atomic, write_json
 
-__all__ = ["PART", "check_room", "fsync_path", "lock", "rename", "write_atomic", "write_json"]
+__all__ = ["PART", "check_room", "discard", "fsync_path", "lock", "rename", "write_atomic", "write_json"]
 
 SEAL = "seal.json"
 STAMP = ".attempt"  # of which key and section an unfinished folder is
@@ -159,7 +159,8 @@ def borrow(folder: Path, root: Path, key: str, siblings: Iterable[Path]) -> Seal
         donor = sibling / folder.relative_to(root)
         if sealed := intact(donor, key, full=True):
             building = building_of(folder, root)
-            shutil.rmtree(building, ignore_errors=True)
+            if building.exists():
+                _put_aside(building, folder, root, keep_partial=True)
             for name in [*sealed.files, SEAL]:
                 (building / name).parent.mkdir(parents=True, exist_ok=True)
                 _link(donor / name, building / name)
@@ -195,7 +196,7 @@ def begin(folder: Path, root: Path, key: str, section: dict[str, Any], *, keep_p
 def _put_aside(building: Path, folder: Path, root: Path, keep_partial: bool) -> None:
     """What was paid for goes to `.history/`: a sealed result whose rename was killed, an attempt that can go on."""
     if read_seal(building):
-        shutil.rmtree(building / SCRATCH, ignore_errors=True)
+        discard(building / SCRATCH)
         retire(building, root, flat_name(folder, root))
     elif keep_partial and attempt_of(building):
         retire(building, root)
@@ -232,7 +233,7 @@ def publish(building: Path, folder: Path, root: Path, key: str, facts: dict[str,
 
 
 def _move_into_place(building: Path, folder: Path, root: Path) -> None:
-    shutil.rmtree(building / SCRATCH, ignore_errors=True)
+    discard(building / SCRATCH)
     (building / STAMP).unlink(missing_ok=True)
     retire(folder, root)
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ from llama_folders import llama3_folder, write_adapter
 from sklearn.metrics import roc_auc_score
 from transformers import AutoModelForCausalLM
 
-from qmedtune import evaluate
+from qmedtune import evaluate, store
 from qmedtune.data import templates
 from qmedtune.data.pack import PackedRows, pack_validation
 from qmedtune.data.prepare import prepare_source
@@ -94,7 +94,7 @@ def test_scores_follow_from_the_items(evaluated):
         "p_value": paired.p_value,
     }
     assert json.loads((out / "evaluation.json").read_text()) == result
-    assert sorted(path.name for path in out.iterdir()) == ["evaluation.json", "facts.items.jsonl"]
+    assert sorted(path.name for path in out.glob("*.*")) == ["evaluation.json", "facts.items.jsonl"]
 
 
 def test_facets_divide_the_items(evaluated):
@@ -141,10 +141,10 @@ def test_killed_evaluation_continues_and_gives_the_same(folder, tmp_path, monkey
     monkeypatch.setattr(measure, "_score", dies)
     with pytest.raises(KeyboardInterrupt):
         evaluate.evaluate_stage(recipe(folder), inputs(folder), cut)
-    assert [path.name for path in cut.iterdir()] == ["partial"]
+    assert [path.name for path in cut.iterdir()] == [store.SCRATCH]
     assert evaluate.evaluate_stage(recipe(folder), inputs(folder), cut) == expected
     assert scored == [8, 8, 4, 8, 8, 8, 4]
-    assert {p.name: p.read_bytes() for p in cut.iterdir()} == {p.name: p.read_bytes() for p in whole.iterdir()}
+    assert {p.name: p.read_bytes() for p in cut.glob("*.*")} == {p.name: p.read_bytes() for p in whole.glob("*.*")}
 
 
 def test_no_text_of_a_source_is_written(folder, tmp_path):

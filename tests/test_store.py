@@ -42,6 +42,14 @@ def test_a_result_killed_before_its_rename_is_kept_when_the_recipe_changes(tmp_p
         assert sorted(path.name for path in folder.iterdir()) == [store.SEAL, "weights"]
 
 
+def test_an_attempt_is_kept_when_a_result_is_borrowed(tmp_path: Path):
+    key, root, donor = "a" * 64, tmp_path / "run", tmp_path / "other"
+    store.publish(store.begin(donor / "01-cpt", donor, key, {}, keep_partial=True), donor / "01-cpt", donor, key, {})
+    (attempt(root, "b" * 64) / "checkpoint").write_text("hours of work")
+    assert store.borrow(root / "01-cpt", root, key, [donor])
+    assert (attempt(root, "b" * 64) / "checkpoint").read_text() == "hours of work"
+
+
 def test_what_a_step_resumes_from_stays_until_its_result_is_sealed(tmp_path: Path, monkeypatch):
     building = attempt(tmp_path, "a" * 64)
     (building / store.SCRATCH).mkdir()

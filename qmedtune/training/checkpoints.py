@@ -56,10 +56,10 @@ def save(
         _link(scratch / BEST, partial / BEST)
     store.seal(partial, KEY, {"step": step, **facts})
     folder = scratch / f"checkpoint-{step}"
-    _drop(folder)  # one that is there was damaged, and passed over
+    store.discard(folder)  # one that is there was damaged, and passed over
     store.rename(partial, folder)
     for old in superseded(sealed(stage), folder, keep):
-        _drop(old)
+        store.discard(old)
     return folder
 
 
@@ -69,15 +69,6 @@ def _link(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
-
-
-def _drop(folder: Path) -> None:
-    """Delete a checkpoint; killed half-way, no half of one is left under its name."""
-    dropped = folder.with_name("checkpoint.dropped")
-    shutil.rmtree(dropped, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, dropped)
-        shutil.rmtree(dropped)
 
 
 def sealed(stage: Path) -> list[Path]:
