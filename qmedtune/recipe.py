@@ -254,17 +254,15 @@ class MergeSection(Section):
 class TaskSection(Section):
     """A benchmark over local files: `{task: pubmedqa, path: ori_pqal.json}`; `facts` is built in.
 
-    split: of a folder as published; metric: in place of the task's usual one; bertscore: a local encoder's folder, for
-    summaries. With `shots` examples before every question the task is asked once per draw of examples (`shot_seeds`),
-    drawn from `shots_from` (default: the folder's training split, else the task's other items).
+    Examples are drawn `shot_seeds` times; `shots_from` defaults to the folder's training split, else the task's items.
     """
 
     task: str
     path: str | None = None
     limit: Positive | None = None
     split: Literal["test", "dev", "train"] | None = None
-    metric: str | None = None
-    bertscore: str | None = None
+    metric: str | None = None  # in place of the task's usual one
+    bertscore: str | None = None  # a local encoder's folder, for summaries
     shots: Annotated[int, Field(ge=0, le=32)] = 0
     shot_seeds: Annotated[int, Field(ge=3, le=20)] = 3
     shots_from: str | None = None

@@ -17,7 +17,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from qmedtune import base, keys, plan, record, store, ui
+from qmedtune import base, keys, plan, record, store, tasks, ui
 from qmedtune.errors import QmedtuneError, RecipeError, RunError
 from qmedtune.interrupt import STOPPED, stop
 from qmedtune.planning import room
@@ -51,6 +51,8 @@ def run(
     sealed = _sealed(steps, source.digest, out)
     if len(sealed) == len(steps) and (finished := _finished(recipe_text, out)):
         return finished
+    if any(step.name == "evaluation" and step.name not in sealed for step in chosen):
+        tasks.check_benchmarks(resolved)
     room.check_writable(out)
     room.check(resolved, out, [step.name for step in chosen if step.name not in sealed])
     with store.lock(out), stop.watching(time_limit_s):

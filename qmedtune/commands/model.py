@@ -97,7 +97,7 @@ def _show_scores(model: str, facts: dict[str, Any]) -> None:
     from qmedtune import ui
 
     title = f"{model}, template {facts['template']}, {facts['quantization']}"
-    ui.table(title, ("task", "metric", "value", "95 % interval", "items"), list(_score_rows(facts)))
+    ui.table(title, ("task", "metric", "value", "95 % interval", "items", "notes"), list(_score_rows(facts)))
 
 
 def _show_harness(facts: dict[str, Any]) -> None:
@@ -120,12 +120,26 @@ def _score_rows(facts: dict[str, Any]) -> Iterator[tuple[str, ...]]:
             if generated := part["model"].get("generation"):
                 yield _score_row(f"{name}, written", generated)
     for text, found in facts["perplexity"].items():
-        yield text, "perplexity", f"{found['model']:.2f}", "", f"{found['tokens']:,} tokens"
+        yield text, "perplexity", f"{found['model']:.2f}", "", f"{found['tokens']:,} tokens", ""
 
 
 def _score_row(name: str, scores: dict[str, Any]) -> tuple[str, ...]:
     low, high = scores["ci95"]
-    return name, scores["metric"], f"{scores[scores['metric']]:.3f}", f"{low:.3f} to {high:.3f}", f"{scores['n']:,}"
+    value, interval = f"{scores[scores['metric']]:.3f}", f"{low:.3f} to {high:.3f}"
+    return name, scores["metric"], value, interval, f"{scores['n']:,}", ", ".join(_notes(scores))
+
+
+def _notes(scores: dict[str, Any]) -> Iterator[str]:
+    if "chance" in scores:
+        yield f"chance {scores['chance']:.2f}"
+    if "ece" in scores:
+        yield f"ECE {scores['ece']:.2f}"
+    if "draws" in scores:
+        yield f"{len(scores['draws'])} draws of examples, SD {scores['sd_of_draws']:.3f}"
+    if scores.get("unparsed"):
+        yield f"{scores['unparsed']:,} unreadable"
+    if scores.get("truncated"):
+        yield f"{scores['truncated']:,} prompts cut"
 
 
 def predict(

@@ -13,11 +13,11 @@ from pathlib import Path
 
 from qmedtune import ui
 from qmedtune.errors import RecipeError
-from qmedtune.recipe import TaskSection
+from qmedtune.recipe import Recipe, TaskSection
 from qmedtune.tasks import choice, findings, free_text, labels, shots
 from qmedtune.tasks.items import Item, Task, checked_items, with_metric
 
-__all__ = ["BUILTIN_TASKS", "FILE_TASKS", "Item", "Task", "load_task"]
+__all__ = ["BUILTIN_TASKS", "FILE_TASKS", "Item", "Task", "check_benchmarks", "load_task"]
 
 Reader = Callable[[Path], list[Item]]
 Maker = Callable[[str, tuple[Item, ...]], Task]
@@ -62,6 +62,13 @@ def load_task(section: TaskSection, seed: int, world: str = "tiny") -> Task:
     examples = shots.shot_files(section)
     pool = _read(section.task, examples) if examples else every
     return shots.with_shots(task, section, pool, examples[0].name if examples else None, seed)
+
+
+def check_benchmarks(recipe: Recipe) -> None:
+    """Read every benchmark of a recipe, so that a bad file stops a run before it trains and not hours later."""
+    for entry in recipe.evaluate.tasks:
+        if isinstance(entry, TaskSection) and entry.path is not None:
+            load_task(entry, recipe.seed)
 
 
 def _check_name(section: TaskSection) -> None:
