@@ -28,8 +28,13 @@ from qmedtune.data import templates
 from qmedtune.data.classes import LabelledRows
 from qmedtune.data.pack import PackedRows
 from qmedtune.interrupt import stop
+from qmedtune.planning.fit import setup_of
+from qmedtune.planning.machine import this_machine
+from qmedtune.planning.memory import peak_bytes
+from qmedtune.planning.shapes import base_facts
 from qmedtune.recipe import Recipe
 from qmedtune.training import activations, checkpoints
+from qmedtune.training.card import check_card
 from qmedtune.training.checkpoints import BEST, METRICS
 from qmedtune.training.classify import attach_head, document_nll, score
 from qmedtune.training.confirm import confirm
@@ -53,6 +58,8 @@ def train_stage(recipe: Recipe, index: int, inputs: dict[str, Path], out: Path) 
     set_seed(recipe.seed + index)
     quiet_libraries()
     tokenizer: Any = models.load_tokenizer(inputs["base"])
+    machine = this_machine()
+    check_card(peak_bytes(base_facts(recipe.model), setup_of(recipe, index, machine), gpu=machine.is_gpu), machine)
     model, facts = _make_model(recipe, index, inputs)
     models.check_tokenizer(tokenizer, model, inputs["base"])
     rows = LabelledRows(inputs["tokens"]) if stage.classify else PackedRows(inputs["tokens"])

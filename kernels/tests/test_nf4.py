@@ -290,3 +290,21 @@ def test_shuffle_assembly_gives_the_rounded_product(kind, dtype):
     product = np.array(nf4.CODE, np.float32)[nibbles(w)] * scale[:, None]
     expected = bits16(product, dtype)
     assert (outputs(emulate(decode.shuffle_asm(kind), registers)) == expected).all()
+
+
+def test_a_kernel_that_does_not_compile_means_the_reference_path_by_name(monkeypatch):
+    from qmedtune_kernels import dispatch
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("ptxas fatal: Unsupported .version\nPTX JIT failed")
+
+    device = torch.device("cpu")
+    monkeypatch.setattr(nf4, "dequantize", broken)
+    monkeypatch.setattr(dispatch, "capability", lambda device: 90)
+    dispatch.self_check.cache_clear()
+    try:
+        assert not dispatch.uses_triton(device)
+        told = dispatch.describe(device)["lora"]
+    finally:
+        dispatch.self_check.cache_clear()
+    assert told == "reference: the first kernel did not run (RuntimeError: PTX JIT failed)"

@@ -89,7 +89,12 @@ def self_check(device: torch.device) -> str:
     weight = nf4.NF4Weight(packed, absmax, 64, (64, 128))
     decode = "shuffle" if capability(device) >= 80 and asm_verified(device) else "gather"
     dtype = torch.bfloat16 if capability(device) >= 80 else torch.float16
-    different = int((nf4.dequantize(weight, dtype, path=decode) != nf4.dequantize_reference(weight, dtype)).sum())
+    try:
+        decoded = nf4.dequantize(weight, dtype, path=decode)
+    except Exception as error:  # whatever stops the first kernel (no compiler, an old driver): told in `describe`
+        last = (str(error).strip().splitlines() or ["no message"])[-1]
+        return f"the first kernel did not run ({type(error).__name__}: {last})"
+    different = int((decoded != nf4.dequantize_reference(weight, dtype)).sum())
     return f"{different} of {packed.numel() * 2} elements of the {decode} decode differ" if different else ""
 
 
