@@ -134,6 +134,13 @@ def test_identities_of_the_cpt_ledger(tmp_path, tokenizer_dir, corpora):
         assert facts["tokens"][key] == sum(entry[key] for entry in facts["mixture"].values())
 
 
+def test_fertility_is_told_per_source_and_quotes_no_notes(tmp_path, tokenizer_dir, corpora):
+    facts, _ = packed(tmp_path, recipe([CPT], literature={}, notes={}, general={}), tokenizer_dir, corpora)
+    told = {name: entry["fertility"] for name, entry in facts["mixture"].items()}
+    assert all(entry["tokens_per_word"] >= 1 and 0 <= entry["share_of_words_whole"] <= 1 for entry in told.values())
+    assert told["literature"]["most_split"] and told["notes"]["most_split"] == []
+
+
 def test_realised_mixture_is_the_asked_one(tmp_path, tokenizer_dir, corpora):
     made = recipe([CPT], literature={}, notes={}, general={})
     facts, _ = packed(tmp_path, made, tokenizer_dir, corpora)

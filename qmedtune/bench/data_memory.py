@@ -19,7 +19,7 @@ from typing import Any
 from qmedtune.errors import RunError
 
 SIZES_MB = (64, 256, 1024)
-WORDS, TEXT_WORDS, COPIES = 30_000, 220, 0.05
+WORDS, TEXT_WORDS, COPIES = 5_000, 220, 0.05
 SEED = 11
 MB = 1_000_000
 KIB = 1024  # Linux counts ru_maxrss in these

@@ -110,7 +110,13 @@ def data(
     from qmedtune.reporting import tables as report_tables
 
     facts = spine.run(loaded.recipe, loaded.text, folder, until="data", offline=offline)
-    emit(facts["data"]) if as_json else _show(report_tables.records(facts))
+    if as_json:
+        return emit(facts["data"])
+    from qmedtune import store
+
+    packed = {name: store.read_seal(folder / "data" / name) for name in loaded.recipe.stage_names()}
+    ledgers = [report_tables.packing(name, seal.facts.get("mixture", {})) for name, seal in packed.items() if seal]
+    _show(report_tables.records(facts), report_tables.findings(facts), *ledgers)
 
 
 def _show_packed(loaded: LoadedRecipe, folder: Path, stage: str | None, count: int, offline: bool) -> None:

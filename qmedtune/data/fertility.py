@@ -17,12 +17,12 @@ from typing import Any
 from qmedtune.data.tokens import Codec
 
 WORD = re.compile(r"[^\W\d_]+")
-SAMPLE_BYTES = 2 << 20
+SAMPLE_BYTES = 1 << 19
 SHOWN_WORDS = 10
 
 
 def fertility(codec: Codec, folders: Mapping[str, Path], kinds: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """Per source, over the first 2 MB of its train.jsonl: words, tokens_per_word, characters_per_token,
+    """Per source, over the first half MB of its train.jsonl: words, tokens_per_word, characters_per_token,
     share_of_words_whole (one token), share_unknown, and `most_split`: [word, tokens] (not for clinical sources)."""
     return {
         name: _of(codec, _sample(folder / "train.jsonl"), kinds[name] != "clinical") for name, folder in folders.items()

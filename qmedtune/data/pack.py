@@ -18,6 +18,7 @@ import numpy as np
 
 from qmedtune import store, ui
 from qmedtune.data import mix, templates
+from qmedtune.data.fertility import fertility
 from qmedtune.data.ledger import Corpus, Draws, packing_facts
 from qmedtune.data.tokens import (
     FULL_WEIGHT,
@@ -62,7 +63,7 @@ def pack_stage(
         tokenise(recipe, name, inputs[name] / "train.jsonl", section, codec, tokenizer_dir, out)
         for name in recipe.stages[index].sources
     ]
-    facts = {}
+    facts: dict[str, Any] = {}
     if isinstance(section, SftSection):
         _check_truncation(section, corpora)
         template = stage_template(recipe, index, tokenizer_dir)
@@ -74,7 +75,11 @@ def pack_stage(
         plan = epochs(section.epochs, corpora, rng)
     else:
         plan = _mixture(section, corpora, rng)
-    return write_rows(recipe, corpora, section, plan, rng, out) | facts
+    facts = write_rows(recipe, corpora, section, plan, rng, out) | facts
+    kinds = {name: recipe.data[name].kind for name in facts["mixture"]}
+    for name, found in fertility(codec, {name: inputs[name] for name in kinds}, kinds).items():
+        facts["mixture"][name]["fertility"] = found
+    return facts
 
 
 def stage_template(recipe: Recipe, index: int, tokenizer_dir: Path) -> templates.Template:

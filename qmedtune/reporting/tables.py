@@ -136,6 +136,24 @@ def tokens(run: dict) -> Table:
     return Table("Token ledger", columns, rows, note)
 
 
+def packing(stage: str, mixture: dict) -> Table:
+    """Tokens of one packed stage, exact, and what its tokenizer makes of each source's words."""
+    counts = ("read", "kept", "dropped", "tokens", "never_sampled")
+    rows = [
+        (
+            source,
+            *(_exact(part[count]) for count in counts),
+            f"{part['repeats']:.2f}",
+            f"{part['fertility']['tokens_per_word']:.2f}",
+            f"{part['fertility']['share_of_words_whole']:.0%}",
+        )
+        for source, part in mixture.items()
+        if "fertility" in part
+    ]
+    columns = ("Source", "Read", "Kept", "Dropped", "Trained", "Never sampled", "Passes", "Tokens/word", "Whole words")
+    return Table(f"Tokens of {stage}", columns, rows, "")
+
+
 def mixture(run: dict) -> Table:
     rows = [
         (
