@@ -28,6 +28,7 @@ WEIGHTS, STATES, STATE = "trained.safetensors", "states.safetensors", "state.jso
 BEST, METRICS = "best.safetensors", "metrics.jsonl"
 TRAINER_STATE = "trainer_state.json"  # Trainer's name for its own
 KEY = "checkpoint"
+TENSOR = "tensor of states.safetensors"
 OTHER_FILES_BYTES = 1 << 20  # state.json (optimiser groups, Python's and numpy's generators), trainer_state.json, seal
 
 
@@ -130,13 +131,8 @@ def load_trained(model: torch.nn.Module, path: Path) -> None:
 def states_of(optimizer: Any, scheduler: Any, scaler: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Optimiser, schedule, loss scale (None without fp16) and random states, as tensors by name and plain data."""
     whole = optimizer.state_dict()
-    tensors, plain = random_states(), {}
-    for index, state in whole["state"].items():
-        for name, value in state.items():
-            if isinstance(value, Tensor):
-                tensors[f"optimizer.{index}.{name}"] = value.detach().contiguous()
-            else:
-                plain.setdefault(str(index), {})[name] = value
+    tensors = random_states()
+    plain = _take_tensors(whole["state"], "optimizer", tensors)
     numpy_state: Any = np.random.get_state()
     return _unshared(tensors), {
         "optimizer": {"param_groups": whole["param_groups"], "state": plain},
@@ -144,6 +140,20 @@ def states_of(optimizer: Any, scheduler: Any, scaler: Any) -> tuple[dict[str, Te
         "scaler": scaler.state_dict() if scaler else None,
         "random": {"python": random.getstate(), "numpy": [*numpy_state[:1], numpy_state[1].tolist(), *numpy_state[2:]]},
     }
+
+
+def _take_tensors(value: Any, name: str, into: dict[str, Tensor]) -> Any:
+    """`value` with every tensor put into `into` and its name in its place. bitsandbytes nests its 8-bit states."""
+    if isinstance(value, Tensor):
+        into[name] = value.detach().contiguous()
+        return {TENSOR: name}
+    return {k: _take_tensors(v, f"{name}.{k}", into) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+def _put_tensors(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return tensors[value[TENSOR]] if TENSOR in value else {k: _put_tensors(v, tensors) for k, v in value.items()}
 
 
 def random_states() -> dict[str, Tensor]:
@@ -170,11 +180,8 @@ def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def load_optimizer(checkpoint: Path, optimizer: Any, scheduler: Any) -> None:
     described = _described(checkpoint)
-    state: dict[int, dict[str, Any]] = {int(i): dict(v) for i, v in described["optimizer"]["state"].items()}
-    for name, tensor in load_file(checkpoint / STATES).items():
-        kind, index, *rest = name.split(".", 2)
-        if kind == "optimizer":
-            state.setdefault(int(index), {})[rest[0]] = tensor
+    kept = _put_tensors(described["optimizer"]["state"], load_file(checkpoint / STATES))
+    state = {int(index): of_parameter for index, of_parameter in kept.items()}  # JSON made its keys strings
     optimizer.load_state_dict({"state": state, "param_groups": described["optimizer"]["param_groups"]})
     scheduler.load_state_dict(described["scheduler"])
 
