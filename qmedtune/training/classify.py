@@ -97,7 +97,7 @@ def score(model: Any, tokens: Path, pad_id: int, batch: int, seed: int, out: Pat
         documents = picked["labels"][picked["labels"] != -100].numpy()
         logits[documents] = found.float().cpu().numpy()
     if not model.head.multi_label:  # against the other labels, so that one document's scores compare with another's
-        logits = np.log(np.exp(logits - logits.max(1, keepdims=True)) + 1e-30)
+        logits -= logits.max(1, keepdims=True)
         logits -= np.log(np.exp(logits).sum(1, keepdims=True))
     known = np.flatnonzero(rows.targets.sum(1))
     _write(out, rows.targets, logits, labels, json.loads((tokens / HELD_OUT / IDS).read_text(encoding="utf-8")))
