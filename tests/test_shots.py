@@ -8,7 +8,7 @@ import pytest
 
 from qmedtune.data.templates import TEMPLATES
 from qmedtune.errors import DataError, RecipeError
-from qmedtune.evaluation import compare
+from qmedtune.evaluation import compare, statistics
 from qmedtune.recipe import TaskSection
 from qmedtune.tasks import load_task, shots
 
@@ -152,8 +152,9 @@ def test_scores_are_means_over_draws_with_their_spread(tmp_path):
     found = compare.task_result(task, {"model": rows}, seed=0)["model"]
     assert (found["accuracy"], found["draws"], found["sd_of_draws"]) == (0.75, [0.5, 1.0, 0.75], 0.25)
     assert (found["n"], found["shots"], found["per_character"]) == (4, 1, 0.75)
-    low, high = found["ci95"]
-    assert 2 / 3 <= low <= 0.75 <= high <= 1.0  # no resample leaves the items' own means
+    assert found["ci95"] == list(statistics.wilson(3, 4))
+    nothing = compare.task_result(task, {"model": judged([0] * 12)}, seed=0)["model"]
+    assert nothing["ci95"] == list(statistics.wilson(0, 4)) and nothing["ci95"][1] > 0.4
 
 
 def test_paired_over_draws_uses_the_items_means(tmp_path):

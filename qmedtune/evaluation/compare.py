@@ -62,12 +62,16 @@ def _metric(task: Task, judgements: list[Row]) -> float:
 
 
 def _scores(task: Task, draws: Draws, seed: int) -> dict[str, Any]:
-    """The task's metrics, the main one with its 95 % interval: Wilson for accuracy, else bootstrap over items."""
+    """The task's metrics, the main one with its 95 % interval: Wilson for accuracy, else bootstrap over items.
+
+    Of several draws Wilson takes the mean, as if each item had been asked once: wider than need be, and no interval of
+    width 0 where every answer is wrong.
+    """
     each = [task.aggregate(draw) for draw in draws]
     scores: dict[str, Any] = {name: fmean(found[name] for found in each) for name in each[0]}
     n = len(draws[0])
-    if task.metric == "accuracy" and len(draws) == 1:
-        interval = statistics.wilson(sum(j["correct"] for j in draws[0]), n)
+    if task.metric == "accuracy":
+        interval = statistics.wilson(sum(j["correct"] for draw in draws for j in draw) / len(draws), n)
     else:
         interval = statistics.bootstrap(statistic(task, draws), n, seed=seed)
     if task.metric != "accuracy":

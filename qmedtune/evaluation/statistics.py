@@ -21,8 +21,11 @@ Statistic = Callable[[np.ndarray], float]
 """Maps item indices (int64, with repeats) to the score of that resample."""
 
 
-def wilson(correct: int, n: int, confidence: float = 0.95) -> Interval:
-    """Wilson score interval of a proportion. Stays inside [0, 1] and is right at 0 and n correct (Wilson 1927)."""
+def wilson(correct: float, n: int, confidence: float = 0.95) -> Interval:
+    """Wilson score interval of a proportion. Stays inside [0, 1] and is right at 0 and n correct (Wilson 1927).
+
+    correct: of n items; a mean over draws need not be whole.
+    """
     assert 0 <= correct <= n and n > 0
     z = NormalDist().inv_cdf(0.5 + confidence / 2)
     p = correct / n
