@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from toy_tokenizers import byte_level, save
 
 from qmedtune import cli, ui
 from qmedtune.base import ADAPTER_WEIGHTS, note_base
-from qmedtune.errors import RecipeError
+from qmedtune.data.tokens import load_codec
+from qmedtune.errors import DataError, RecipeError
 from qmedtune.evaluation.open_model import locate
 from qmedtune.hub import check_folder
 
@@ -236,18 +238,14 @@ def test_one_adapter_of_a_stack_is_refused(place):
 
 
 def test_a_tokenizer_of_another_model_is_refused(place):
-    from qmedtune.model import check_tokenizer
-
-    class Embeddings:
-        weight = np.zeros((100, 4))
-
-    class Model:
-        def get_input_embeddings(self):
-            return Embeddings
-
-    check_tokenizer(range(100), Model(), place)
-    with pytest.raises(RecipeError, match="has 101 tokens, the model only 100 embeddings\nuse the tokenizer"):
-        check_tokenizer(range(101), Model(), place)
+    """Before anything is tokenised; training asks the loaded model again."""
+    tokenizer = byte_level()
+    tokens, folder = tokenizer.get_vocab_size(), save(tokenizer, place / "base")
+    (folder / "config.json").write_text(json.dumps({"vocab_size": tokens}))
+    load_codec(folder)
+    (folder / "config.json").write_text(json.dumps({"vocab_size": tokens - 1}))
+    with pytest.raises(DataError, match=f"has {tokens} tokens, the model only {tokens - 1} embeddings\nuse the"):
+        load_codec(folder)
 
 
 def test_another_architecture_is_refused(place, capsys):

@@ -76,7 +76,19 @@ def load_codec(tokenizer_dir: Path) -> Codec:
     if eos_id is None:
         raise DataError(f"{tokenizer_dir}: the tokenizer names no eos_token\nset it in tokenizer_config.json")
     bos = special(config, "bos_token")
+    _check_fits(backend, tokenizer_dir)
     return Codec(backend, backend.token_to_id(bos) if bos else None, eos_id, eos)
+
+
+def _check_fits(backend: Tokenizer, folder: Path) -> None:
+    """DataError where the tokenizer yields ids that the model beside it has no embedding for: it is another model's."""
+    config = folder / "config.json"
+    rows = json.loads(config.read_text(encoding="utf-8")).get("vocab_size") if config.is_file() else None
+    if rows and backend.get_vocab_size() > rows:
+        raise DataError(
+            f"{folder}: the tokenizer has {backend.get_vocab_size()} tokens, the model only {rows} embeddings\n"
+            "use the tokenizer that came with the base"
+        )
 
 
 @dataclass(frozen=True)
