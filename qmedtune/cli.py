@@ -1,7 +1,7 @@
 """The command line: parse, call one function of the module that does the work, print what it returns.
 
 stdout is the result, stderr the progress. Exit codes: 0 ok, 1 run failed, 2 bad usage or recipe, 3 bad data, 4 does not
-fit, 130 and 143 signals. Errors are one to six lines without a traceback unless `--debug` is given.
+fit, 129, 130 and 143 signals. Errors are one to six lines without a traceback unless `--debug` is given.
 Deliberately absent: logic, and every import that takes time (`--help` answers in under half a second).
 """
 
