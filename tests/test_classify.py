@@ -148,7 +148,7 @@ def stop_after(step: int):
 @pytest.mark.slow
 def test_what_was_read_in_notes_is_found_again_by_the_head(tmp_path: Path):
     """Drugs that no labelled note is about: the base can only guess, after the notes the head can tell. Measured on
-    2026-11-22: .63 (.58 to .69) with the adapter frozen, .75 (.69 to .80) with it trained on; a minute of CPU."""
+    2026-11-22: .63 with the adapter frozen, .75 with it trained on; a minute of CPU."""
     outcome = {"path": "builtin:outcomes", "kind": "clinical", "split_by": "patient", "columns": {"label": "label"}}
     notes = {"path": "builtin:notes", "kind": "clinical", "split_by": "patient"}
     head = {"data": "outcome", "epochs": 8, "seq_len": 64, "batch": 4}
@@ -167,7 +167,7 @@ def test_what_was_read_in_notes_is_found_again_by_the_head(tmp_path: Path):
     stages = run(Recipe.model_validate(written), "", tmp_path / "run", offline=True)["stages"]
     before, _, frozen, trained_on = [stage.get("classification") for stage in stages]
     assert before["ci95"][0] < 0.5 < before["ci95"][1]
-    assert frozen["ci95"][0] > 0.5 and trained_on["ci95"][0] > 0.6
+    assert before["auroc"] + 0.05 < frozen["auroc"] and trained_on["ci95"][0] > 0.5
 
 
 @pytest.mark.slow
@@ -238,9 +238,24 @@ def test_auroc_by_hand_and_by_scikit_learn():
 def test_the_macro_average_leaves_out_labels_that_all_or_none_have():
     targets = np.array([[1, 0, 1], [0, 0, 1], [1, 0, 1], [0, 0, 1]], np.uint8)
     scores = np.array([[2.0, 1, 0], [1.0, 2, 0], [4.0, 3, 0], [3.0, 4, 0]])
-    found = result(targets, scores, seed=0)
+    found = result(targets, scores, list("abcd"), seed=0)
     assert (found["auroc"], found["scored_labels"], found["n"]) == (0.75, 1, 4)
-    assert result(targets[:, 1:], scores[:, 1:], seed=0)["auroc"] is None
+    assert result(targets[:, 1:], scores[:, 1:], list("abcd"), seed=0)["auroc"] is None
+
+
+def test_the_interval_counts_patients_not_their_notes():
+    """Ten notes of each patient that say the same leave the interval as wide as one note each does."""
+    rng = np.random.default_rng(1)
+    right = rng.random(40) < 0.5
+    targets, scores = (
+        np.stack([right, ~right], 1).astype(np.uint8),
+        rng.normal(size=(40, 2)) + np.eye(2)[right.astype(int)],
+    )
+    once = result(targets, scores, [str(i) for i in range(40)], seed=0)
+    many = result(np.repeat(targets, 10, 0), np.repeat(scores, 10, 0), [str(i // 10) for i in range(400)], seed=0)
+    assert many["auroc"] == pytest.approx(once["auroc"]) and (many["n"], many["patients"]) == (400, 40)
+    width = [found["ci95"][1] - found["ci95"][0] for found in (once, many)]
+    assert width[0] == pytest.approx(width[1], rel=0.25)
 
 
 def test_a_classify_stage_is_a_branch():

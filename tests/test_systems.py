@@ -5,6 +5,8 @@ pytest -m slow tests/test_systems.py        # every smoke run, on the tiny base:
 
 from __future__ import annotations
 
+import gzip
+import json
 import re
 import runpy
 import time
@@ -16,6 +18,8 @@ from conftest import ROOT
 
 from qmedtune.data import templates
 from qmedtune.data.instructions import instruction_record
+from qmedtune.data.rejects import Rejects
+from qmedtune.data.sources import read_records
 from qmedtune.parsing.loader import load_recipe
 from qmedtune.plan import make_plan
 from qmedtune.run import run
@@ -76,6 +80,62 @@ def test_texts_are_the_users_own(name: str):
             assert path.startswith("${")
 
 
+JATS = (
+    "<article><front><article-meta><title-group><article-title>T</article-title></title-group></article-meta></front>"
+)
+JATS += "<body><sec><title>S</title><p>Some text of an article.</p></sec></body></article>"
+PUBMED = (
+    "<PubmedArticleSet><PubmedArticle><MedlineCitation><PMID Version='1'>1</PMID><Article>"
+    "<ArticleTitle>T</ArticleTitle>"
+    "<Abstract><AbstractText>Some text.</AbstractText></Abstract></Article></MedlineCitation></PubmedArticle>"
+    "</PubmedArticleSet>"
+)
+PAIR = {"instruction": "Q", "input": "<noinput>", "output": "A"}
+# What a file of the user's holds, by the end of its path: one record in the form in which it is published.
+RECORDS = {
+    "NOTEEVENTS.csv.gz": 'ROW_ID,SUBJECT_ID,HADM_ID,CATEGORY,ISERROR,TEXT\n1,7,2,Nursing,,"a note\nof two lines"\n',
+    "mortality.csv": 'id,subject_id,text,hospital_expire_flag\n1,7,"a note",0\n',
+    "mimic-iv-note/x.csv.gz": 'note_id,subject_id,hadm_id,text\n7-DS-1,7,2,"a note"\n',
+    "mimic-cxr/files": "FINDINGS: clear lungs.",
+    ".nxml": JATS,
+    ".xml.gz": PUBMED,
+    "s2orc/x.jsonl.gz": json.dumps({"corpusid": 1, "content": {"text": "Some text.", "annotations": {}}}),
+    "guidelines/x.jsonl": json.dumps({"clean_text": "Some text.", "title": "T"}),
+    "benchmark/train.jsonl": json.dumps({"prompt": "Q", "gold": "A"}),
+    "medical/x.json": json.dumps(
+        [{"id": 1, "conversations": [{"from": "human", "value": "Q"}, {"from": "agent", "value": "A"}]}]
+    ),
+    ".json": json.dumps([PAIR]),
+    ".jsonl": json.dumps({"text": "Some text.", "patient": "7"}),
+    ".jsonl.gz": json.dumps({"text": "Some text."}),
+}
+
+
+def put(path: str) -> None:
+    """A file where a recipe's path finds it."""
+    text = next(text for end, text in RECORDS.items() if path.endswith(end))
+    where = Path(path)
+    if path.endswith("mimic-cxr/files"):
+        where = where / "p10" / "p10000001" / "s50000001.txt"
+    where.parent.mkdir(parents=True, exist_ok=True)
+    where.write_bytes(gzip.compress(text.encode()) if path.endswith(".gz") else text.encode())
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_each_reads_records_in_the_form_in_which_they_are_published(name: str, tmp_path, monkeypatch):
+    for variable in ("DATA", "MEADOW"):
+        monkeypatch.setenv(variable, str(tmp_path))
+    for source_name, source in recipe(name).data.items():
+        for path in [source.path] if isinstance(source.path, str) else source.path:
+            put(re.sub(r"\$\{\w+\}", str(tmp_path), path).replace("/**/", "/").replace("*", "x"))
+            rejects = Rejects(source_name)
+            found = list(read_records(source_name, source.model_copy(update={"path": path}), rejects))
+            assert len(found) == 1 and not any(rejects.counts.values()), (source_name, path)
+            assert ("messages" if source.kind == "instructions" else "text") in found[0]
+            assert source.split_by != "patient" or found[0]["patient"]
+            assert "label" not in source.columns or found[0]["label"] == "0"
+
+
 def numbers(text: str) -> list[int]:
     """Lines (from 1) of a recipe that hold a number as a value."""
     nodes = [yaml.compose(text, Loader=yaml.SafeLoader)]
@@ -129,7 +189,8 @@ def test_what_makes_a_system_is_in_its_recipe():
     assert len(recipe("pmc_llama").stages[1].sft.sources) == 7
     assert recipe("gatortrongpt").stages[0].full and recipe("gatortrongpt").model.shape is not None
     assert recipe("meditron").stages[0].cpt.horizon_ratio == 2.0
-    assert recipe("me_llama").stages[0].cpt.mix == {"literature": 15, "notes": 1, "general": 4}
+    mix = recipe("me_llama").stages[0].cpt.mix
+    assert (mix["literature"], mix["notes"] + mix["radiology"], mix["general"]) == (15, 1, 4)
     assert recipe("clinical_llama").stages[1].classify.train_earlier
 
 

@@ -1,7 +1,8 @@
 """Packing for `classify`: whole documents with their labels, for training and, apart from it, for scoring.
 
 A document is cut at `seq_len` (how many are is told), never split over rows. `targets.npy` holds a row of zeros and
-ones per document in the order of the shards, `labels.json` the names of its columns: those that occur in training.
+ones per document in the order of the shards, `labels.json` the names of its columns: those that occur in training,
+`ids.json` each document's id and patient.
 """
 
 from __future__ import annotations
@@ -67,9 +68,9 @@ def _lay_out(
     column = {name: number for number, name in enumerate(labels)}
     targets = np.zeros((len(corpus.documents), len(labels)), np.uint8)
     ids = []
-    for row, (name, names) in zip(targets, _labels(path, section.multi_label), strict=True):
+    for row, (record, names) in zip(targets, _labels(path, section.multi_label), strict=True):
         row[[column[name] for name in names if name in column]] = 1
-        ids.append(name)
+        ids.append([record["id"], record.get("patient", record["id"])])
     np.save(out / TARGETS, targets)
     (out / IDS).write_text(json.dumps(ids) + "\n", encoding="utf-8")
     everything = np.arange(len(corpus.documents))
@@ -80,15 +81,15 @@ def _lay_out(
     return pack.write_rows(recipe, [corpus], section, plan, rng or np.random.default_rng(0), out, whole=True)
 
 
-def _labels(path: Path, multi_label: bool) -> Iterator[tuple[str, list[str]]]:
-    """(id, labels) of every record."""
+def _labels(path: Path, multi_label: bool) -> Iterator[tuple[dict[str, Any], list[str]]]:
+    """Every record with its labels."""
     with path.open(encoding="utf-8") as file:
         for record in map(json.loads, file):
             label = record["label"]
             if isinstance(label, list):
-                yield record["id"], label
+                yield record, label
             else:
-                yield record["id"], [name for name in BETWEEN.split(label) if name] if multi_label else [label]
+                yield record, [name for name in BETWEEN.split(label) if name] if multi_label else [label]
 
 
 class LabelledRows(pack.PackedRows):

@@ -82,14 +82,15 @@ def classification(run: dict) -> Table:
             stage["name"],
             _score(facts),
             _exact(facts["n"]),
+            _exact(facts["patients"]),
             _exact(facts["scored_labels"]),
             _exact(facts["labels"]),
             _exact(facts["unknown"]),
         )
         for stage, facts in found
     ]
-    columns = ("Stage", "AUROC", "Documents", "Labels scored", "Labels", "Of unknown label")
-    note = "Macro over labels, on documents held out, with the 95% interval over documents; 0.5 is chance."
+    columns = ("Stage", "AUROC", "Documents", "Patients", "Labels scored", "Labels", "Of unknown label")
+    note = "Macro over labels, on documents held out, with the 95% interval over patients; 0.5 is chance."
     return Table("Classification", columns, rows, note)
 
 

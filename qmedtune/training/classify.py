@@ -25,7 +25,7 @@ from qmedtune.recipe import ClassifySection
 from qmedtune.training.trainer import collate
 
 HEAD, ITEMS = "head.safetensors", "heldout.items.jsonl"
-RESAMPLES = 200  # of the documents, for the interval: 1,000 would take minutes where there are 1,000 labels
+RESAMPLES = 200  # of the patients, for the interval: 1,000 would take minutes where there are 1,000 labels
 
 
 class Head(nn.Module):
@@ -100,26 +100,35 @@ def score(model: Any, tokens: Path, pad_id: int, batch: int, seed: int, out: Pat
         logits -= logits.max(1, keepdims=True)
         logits -= np.log(np.exp(logits).sum(1, keepdims=True))
     known = np.flatnonzero(rows.targets.sum(1))
-    _write(out, rows.targets, logits, labels, json.loads((tokens / HELD_OUT / IDS).read_text(encoding="utf-8")))
+    ids = json.loads((tokens / HELD_OUT / IDS).read_text(encoding="utf-8"))
+    _write(out, rows.targets, logits, labels, [name for name, _ in ids])
     save_file({"weight": model.head.linear.weight.detach(), "bias": model.head.linear.bias.detach()}, out / HEAD)
-    return result(rows.targets[known], logits[known], seed)
+    return result(rows.targets[known], logits[known], [ids[i][1] for i in known], seed)
 
 
-def result(targets: np.ndarray, scores: np.ndarray, seed: int) -> dict[str, Any]:
-    """{"auroc", "ci95", "n", "scored_labels"}; auroc is None where no label both occurs and is absent."""
+def result(targets: np.ndarray, scores: np.ndarray, patients: list[str], seed: int) -> dict[str, Any]:
+    """{"auroc", "ci95", "n", "patients", "scored_labels"}; auroc is None where no label both occurs and is absent.
+
+    The interval resamples patients with all their documents: notes of one patient are not independent.
+    """
     right = targets.astype(bool)
     both = right.any(0) & ~right.all(0)
     if not both.any():
-        return {"auroc": None, "ci95": None, "n": len(targets), "scored_labels": 0}
+        return {"auroc": None, "ci95": None, "n": len(targets), "patients": len(set(patients)), "scored_labels": 0}
     right, scores = right[:, both], scores[:, both]
 
     def macro(documents: np.ndarray) -> float:
         areas = [auroc(scores[documents, label], right[documents, label]) for label in range(right.shape[1])]
         return float(np.nanmean(areas)) if np.isfinite(areas).any() else float("nan")
 
-    interval = bootstrap(macro, len(right), RESAMPLES, seed)
+    _, patient_of = np.unique(patients, return_inverse=True)
+    documents_of = np.split(np.argsort(patient_of, kind="stable"), np.cumsum(np.bincount(patient_of))[:-1])
+    interval = bootstrap(
+        lambda drawn: macro(np.concatenate([documents_of[i] for i in drawn])), len(documents_of), RESAMPLES, seed
+    )
     everything = macro(np.arange(len(right)))
-    return {"auroc": everything, "ci95": list(interval), "n": len(right), "scored_labels": int(both.sum())}
+    counts = {"n": len(right), "patients": len(documents_of), "scored_labels": int(both.sum())}
+    return {"auroc": everything, "ci95": list(interval), **counts}
 
 
 def _write(out: Path, targets: np.ndarray, scores: np.ndarray, labels: list[str], ids: list[str]) -> None:
