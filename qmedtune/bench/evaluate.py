@@ -24,7 +24,7 @@ from qmedtune.errors import RecipeError
 from qmedtune.evaluation.harness import harness_model
 from qmedtune.evaluation.measure import parts
 from qmedtune.evaluation.open_model import OpenModel, locate, open_model
-from qmedtune.evaluation.scoring import choice_logprobs, encode_choice, padded_batches, prompt_texts
+from qmedtune.evaluation.scoring import choice_logprobs, encode_choice, padded_batches, pass_tokens, prompt_texts
 from qmedtune.recipe import TaskSection
 from qmedtune.record import device_name, versions
 from qmedtune.tasks import Item, Task, load_task
@@ -33,14 +33,14 @@ BATCH = 8
 CONTENDERS = {
     "lm-eval-default": "lm-evaluation-harness as it is by default: one option at a time",
     "lm-eval": f"lm-evaluation-harness, {BATCH} options at a time",
-    "qmedtune": f"qmedtune, on average {BATCH} questions at a time",
+    "qmedtune": f"qmedtune, as many tokens at a time as {BATCH} questions have",
 }
 Scores = list[list[float]]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One benchmark as text. `batch_tokens` makes ours read BATCH questions per pass on average."""
+    """One benchmark as text. `batch_tokens`: of BATCH average questions; `passes` that ours then takes over prompts."""
 
     task: Task
     prompts: list[str]
@@ -103,13 +103,9 @@ def _case(opened: OpenModel, name: str, limit: int | None) -> Case:
     pairs = zip(prompts, items, strict=True)
     costs = [encode_choice(opened.tokenizer, p, item.options, room, "joint").cost_tokens for p, item in pairs]
     groups = [[costs[i] for i in part] for part in parts(items, prompts)]
-    budget = next(
-        budget
-        for budget in range(max(costs), BATCH * max(costs) + 1)
-        if sum(len(list(padded_batches(group, budget))) for group in groups) <= len(items) / BATCH
-        or budget == BATCH * max(costs)
-    )
-    return Case(loaded, prompts, budget, sum(len(list(padded_batches(group, budget))) for group in groups))
+    budget = BATCH * sum(costs) // len(costs)
+    tokens = pass_tokens(opened.model, budget)
+    return Case(loaded, prompts, budget, sum(len(list(padded_batches(group, tokens))) for group in groups))
 
 
 def _work(contender: str, opened: OpenModel, case: Case) -> Callable[[], Scores]:
