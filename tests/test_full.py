@@ -10,12 +10,14 @@ import torch
 from conftest import MICRO
 from safetensors.torch import load_file
 
+from qmedtune import base
 from qmedtune import model as models
 from qmedtune.errors import RecipeError
 from qmedtune.evaluation.open_model import locate
 from qmedtune.parsing.loader import load_recipe
 from qmedtune.plan import make_plan
 from qmedtune.planning.resolve import resolve
+from qmedtune.recipe import ModelSection
 from qmedtune.run import run, steps_of
 from qmedtune.store import HashCache
 
@@ -107,3 +109,22 @@ def test_an_untrained_model_knows_nothing(micro_run):
     torch.manual_seed(0)
     model = models.from_scratch(micro_run.base, recipe.model)
     assert model.config.max_position_embeddings == 128 and model.model.layers[0].self_attn.head_dim == 32
+
+
+def test_a_model_from_scratch_needs_no_weights_of_its_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """GatorTronGPT's recipe takes a tokenizer from the Hub: a few files, not the 13 GB beside them."""
+    asked: list[list[str]] = []
+
+    def download(name, revision=None, allow_patterns=(), local_files_only=False):
+        asked.append(list(allow_patterns))
+        return str(tmp_path)
+
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    section = ModelSection(base="owner/name")
+    hashes = HashCache(tmp_path / "hashes")
+    assert base.identify(section, hashes, offline=True, shape_only=True).make() == tmp_path
+    assert "*.safetensors" not in asked[0]
+    with pytest.raises(RecipeError, match="no \\*.safetensors"):
+        base.identify(section, hashes, offline=True)
+    assert "*.safetensors" in asked[1]
