@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from qmedtune.bench import merge as bench
+from qmedtune.bench import shapes
 from qmedtune.errors import RecipeError, RunError
 
 
@@ -25,10 +26,16 @@ def test_result_has_the_form_of_all_benchmarks(tmp_path):
     assert list(tmp_path.iterdir()) == [], "it leaves nothing behind"
 
 
+def write(base, adapter):
+    weight_bytes = shapes.write_model(shapes.SHAPES["tiny"], base)
+    bench._write_adapter(shapes.tensors_of(shapes.SHAPES["tiny"]), adapter)
+    return weight_bytes
+
+
 def test_contenders_write_the_same_weights(tmp_path):
     """PEFT rounds the update to bf16 before it adds it, so it may be a unit or two of bf16 (2^-8) away."""
     base, adapter = tmp_path / "base", tmp_path / "adapter"
-    bench.write_model(bench.SHAPES["tiny"], base, adapter)
+    write(base, adapter)
     bench.merge_with_qmedtune(base, adapter, tmp_path / "ours")
     bench.merge_with_peft(base, adapter, tmp_path / "peft")
     ours, theirs, before = (load_file(tmp_path / n / "model.safetensors") for n in ("ours", "peft", "base"))
@@ -40,8 +47,8 @@ def test_contenders_write_the_same_weights(tmp_path):
 
 
 def test_shards_are_written_like_a_real_model(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "SHARD_BYTES", 2_000_000)
-    weight_bytes = bench.write_model(bench.SHAPES["tiny"], tmp_path / "base", tmp_path / "adapter")
+    monkeypatch.setattr(shapes, "SHARD_BYTES", 2_000_000)
+    weight_bytes = write(tmp_path / "base", tmp_path / "adapter")
     files = sorted((tmp_path / "base").glob("*.safetensors"))
     assert len(files) > 2 and weight_bytes > 5_000_000
     facts = bench.merge_with_qmedtune(tmp_path / "base", tmp_path / "adapter", tmp_path / "ours")

@@ -17,28 +17,23 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from qmedtune import store, ui
+from qmedtune import ui
+from qmedtune.bench import shapes
+from qmedtune.bench.shapes import SHAPES
 from qmedtune.errors import RecipeError, RunError
 from qmedtune.record import device_name, versions
 
-SHAPES: dict[str, dict[str, int]] = {
-    "tiny": {"hidden": 256, "intermediate": 704, "layers": 3, "heads": 4, "kv_heads": 2, "vocab": 1536},
-    "1.1b": {"hidden": 2048, "intermediate": 5632, "layers": 22, "heads": 32, "kv_heads": 4, "vocab": 32000},
-    "8b": {"hidden": 4096, "intermediate": 14336, "layers": 32, "heads": 32, "kv_heads": 8, "vocab": 128256},
-}
 CONTENDERS = {
     "cp": "cp of the base's folder, then sync: the bytes alone",
     "qmedtune": "qmedtune merge with its proof, then sync",
     "qmedtune-nf4": "the same of a model trained in NF4: with the shift from its quantised base",
     "peft": "PEFT merge_and_unload and save_pretrained in bfloat16, then sync: no proof",
 }
-SHARD_BYTES = 5_000_000_000
 RANK = 16
 SAMPLE_S = 0.005
 
@@ -59,7 +54,8 @@ def bench_merge(
     measured: dict[str, list[dict[str, Any]]] = {c: [] for c in contenders}
     with tempfile.TemporaryDirectory(dir=scratch) as folder, ui.stage("bench merge", None, "runs") as bar:
         base, adapter = Path(folder) / "base", Path(folder) / "adapter"
-        weight_bytes = write_model(SHAPES[shape], base, adapter)
+        weight_bytes = shapes.write_model(SHAPES[shape], base)
+        _write_adapter(shapes.tensors_of(SHAPES[shape]), adapter)
         for number in range(rounds):
             for contender in contenders:
                 measured[contender].append(_measure(contender, base, adapter, Path(folder) / "out"))
@@ -122,97 +118,22 @@ def _measure(contender: str, base: Path, adapter: Path, out: Path) -> dict[str, 
     return json.loads(done.stdout.splitlines()[-1])
 
 
-# -------------------------------------------------------------------------------------------- what is merged, streamed
+# ----------------------------------------------------------------------------------------------------- the adapter
 
 
-def write_model(shape: Mapping[str, int], base: Path, adapter: Path) -> int:
-    """A bf16 model folder (std .02, as LLaMA's initialisation) and a LoRA on all its linear layers, never held in
-    memory as a whole. Returns the bytes of the weights."""
-    import torch
-
-    from qmedtune.merging.tensors import INDEX, SINGLE, row_blocks, write_safetensors
-
-    base.mkdir()
-    config = _config(shape)
-    store.write_json(base / "config.json", config)
-    shapes = _shapes(shape)
-    noise = torch.randn(2**23 + 2**16, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
-
-    def blocks(names: Mapping[str, tuple[int, ...]]) -> Iterator[torch.Tensor]:
-        for number, size in enumerate(names.values()):
-            for rows in row_blocks(size):
-                part = (rows.stop - rows.start, *size[1:])
-                start = (number * 7919 + rows.start) % 2**16  # the same pool of numbers, never the same tensor
-                values = noise[start : start + torch.Size(part).numel()].view(part)
-                yield values if len(size) > 1 else torch.ones_like(values)
-
-    shards = _sharded(shapes)
-    files = {n: f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i, s in enumerate(shards) for n in s}
-    with ThreadPoolExecutor(max_workers=1) as thread:
-        for names in shards:
-            file = SINGLE if len(shards) == 1 else files[next(iter(names))]
-            write_safetensors(base / file, names, torch.bfloat16, blocks(names), thread)
-    if len(shards) > 1:
-        store.write_json(base / INDEX, {"metadata": {}, "weight_map": files})
-    _write_adapter(shapes, adapter)
-    return sum(path.stat().st_size for path in base.glob("*.safetensors"))
-
-
-def _config(shape: Mapping[str, int]) -> dict[str, Any]:
-    from transformers import LlamaConfig
-
-    config = LlamaConfig(
-        vocab_size=shape["vocab"],
-        hidden_size=shape["hidden"],
-        intermediate_size=shape["intermediate"],
-        num_hidden_layers=shape["layers"],
-        num_attention_heads=shape["heads"],
-        num_key_value_heads=shape["kv_heads"],
-        tie_word_embeddings=False,
-    )
-    return config.to_dict() | {"architectures": ["LlamaForCausalLM"], "dtype": "bfloat16"}
-
-
-def _shapes(shape: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
-    hidden, inner = shape["hidden"], shape["intermediate"]
-    key = hidden // shape["heads"] * shape["kv_heads"]
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (shape["vocab"], hidden)}
-    linears = {"self_attn.q": (hidden, hidden), "self_attn.k": (key, hidden), "self_attn.v": (key, hidden)}
-    linears |= {"self_attn.o": (hidden, hidden), "mlp.gate": (inner, hidden), "mlp.up": (inner, hidden)}
-    linears |= {"mlp.down": (hidden, inner)}
-    for layer in range(shape["layers"]):
-        shapes |= {f"model.layers.{layer}.{name}_proj.weight": size for name, size in linears.items()}
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            shapes[f"model.layers.{layer}.{norm}.weight"] = (hidden,)
-    return shapes | {"model.norm.weight": (hidden,), "lm_head.weight": (shape["vocab"], hidden)}
-
-
-def _sharded(shapes: Mapping[str, tuple[int, ...]]) -> list[dict[str, tuple[int, ...]]]:
-    shards: list[dict[str, tuple[int, ...]]] = [{}]
-    held_bytes = 0
-    for name, size in shapes.items():
-        bytes_ = 2 * size[0] * (size[1] if len(size) > 1 else 1)
-        if held_bytes + bytes_ > SHARD_BYTES:
-            shards.append({})
-            held_bytes = 0
-        shards[-1][name] = size
-        held_bytes += bytes_
-    return shards
-
-
-def _write_adapter(shapes: Mapping[str, tuple[int, ...]], folder: Path) -> None:
+def _write_adapter(tensors_of_base: Mapping[str, tuple[int, ...]], folder: Path) -> None:
     import torch
     from peft import LoraConfig
     from safetensors.torch import save_file
 
     generator = torch.Generator().manual_seed(1)
     tensors = {}
-    for name, size in shapes.items():
+    for name, size in tensors_of_base.items():
         if "_proj" in name:
             module = f"base_model.model.{name.removesuffix('.weight')}"
             tensors[f"{module}.lora_A.weight"] = torch.randn(RANK, size[1], generator=generator) * size[1] ** -0.5
             tensors[f"{module}.lora_B.weight"] = torch.randn(size[0], RANK, generator=generator) * 0.01
-    targets = sorted({name.split(".")[-2] for name in shapes if "_proj" in name})
+    targets = sorted({name.split(".")[-2] for name in tensors_of_base if "_proj" in name})
     LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=targets, task_type="CAUSAL_LM").save_pretrained(str(folder))
     save_file(tensors, folder / "adapter_model.safetensors")
 

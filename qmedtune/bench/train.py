@@ -32,13 +32,6 @@ CONTENDERS = {
     "unsloth": "Unsloth's FastLanguageModel with TRL",
 }
 NEEDS = {"unsloth": "unsloth"}
-SHAPES: dict[str, dict[str, int]] = {
-    "tiny": {"hidden": 256, "intermediate": 704, "layers": 3, "heads": 4, "kv_heads": 2, "vocab": 1536},
-    "1b": {"hidden": 2048, "intermediate": 8192, "layers": 16, "heads": 32, "kv_heads": 8, "vocab": 128256},
-    "8b": {"hidden": 4096, "intermediate": 14336, "layers": 32, "heads": 32, "kv_heads": 8, "vocab": 128256},
-    "13b": {"hidden": 5120, "intermediate": 13824, "layers": 40, "heads": 40, "kv_heads": 40, "vocab": 32000},
-    "70b": {"hidden": 8192, "intermediate": 28672, "layers": 80, "heads": 64, "kv_heads": 8, "vocab": 128256},
-}
 
 
 @dataclass(frozen=True)
@@ -55,6 +48,7 @@ class Job:
     r: int = 32
     alpha: float = 64.0
     train_embeddings: bool = True
+    checkpointing: bool = False  # of contenders that do not say otherwise: every layer recomputed
     lr: float = 1e-3
     seed: int = 0
 

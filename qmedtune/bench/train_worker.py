@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
+from transformers import TrainerCallback
 
-from qmedtune.bench.train import SHAPES, Job
+from qmedtune.bench import shapes
+from qmedtune.bench.train import Job
 from qmedtune.recipe import AdapterSection, CptSection, ModelSection, WarmupSection
 from qmedtune.train import peak_memory_bytes, quiet_libraries
 from qmedtune.training import activations
@@ -66,27 +67,14 @@ class Clock(TrainerCallback):
 
 
 def model_folder(job: Job, scratch: Path) -> Path:
-    """A random-weight LLaMA of the job's shape with a small tokenizer, bf16, made once per comparison."""
-    folder = scratch / f"{job.shape}-{job.seed}"
-    if (folder / "model.safetensors").is_file() or (folder / "model.safetensors.index.json").is_file():
+    """A random LLaMA of the job's shape with a small tokenizer, made once per comparison: 16 bit for the tiny one,
+    which not every contender reads from NF4 on a CPU, else NF4 as bitsandbytes stores it."""
+    folder = scratch / job.shape
+    if (folder / "tokenizer.json").is_file():
         return folder
     from qmedtune import tiny
 
-    shape = SHAPES[job.shape]
-    config = LlamaConfig(
-        vocab_size=shape["vocab"],
-        hidden_size=shape["hidden"],
-        intermediate_size=shape["intermediate"],
-        num_hidden_layers=shape["layers"],
-        num_attention_heads=shape["heads"],
-        num_key_value_heads=shape["kv_heads"],
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    torch.manual_seed(job.seed)
-    torch.set_default_dtype(DTYPE)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    torch.set_default_dtype(torch.float32)
+    (shapes.write_model if job.shape == "tiny" else shapes.write_nf4_model)(shapes.SHAPES[job.shape], folder)
     tiny.build_tokenizer(tiny.world_of("builtin:micro")).save_pretrained(str(folder))
     return folder
 
@@ -101,7 +89,7 @@ def section_of(job: Job) -> CptSection:
         embedding_lr=job.lr,
         warmup=WarmupSection(steps=0),
         schedule="constant",
-        gradient_checkpointing=job.shape != "tiny",
+        gradient_checkpointing=job.checkpointing,
         optimizer="adamw",
     )
 
