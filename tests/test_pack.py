@@ -382,7 +382,9 @@ def test_epochs_of_sft_are_whole(tmp_path, tokenizer_dir):
     assert facts["documents_drawn"] == 125
 
 
-def test_validation_is_packed_once_up_to_its_limit(tmp_path, tokenizer_dir, corpora):
+@pytest.mark.parametrize("shard_bytes", [32 << 20, 300])
+def test_validation_is_packed_once_up_to_its_limit(tmp_path, tokenizer_dir, corpora, monkeypatch, shard_bytes):
+    monkeypatch.setattr(tokens, "SHARD_BYTES", shard_bytes)
     made = recipe([CPT], literature={}, notes={}, general={})
     sections = {"validation": made.validation.model_copy(update={"on": ["notes", "general"], "max_tokens": 500})}
     out = tmp_path / "validation"

@@ -27,7 +27,7 @@ OWN_TOLERANCE = 0.1  # what is a text's own is sampled: two standard errors at 6
 MIN_SHINGLES = 8  # shorter texts are compared whole, by the exact stage
 SKETCH_TEXTS = 512
 BATCH_TEXTS = 64  # of 1.5 kB: what numpy works on stays in the cache (a third less time than with 512)
-PARTITION_BYTES = 64 << 20
+PARTITION_BYTES, MOST_PARTITIONS = 16 << 20, 500  # sorting takes four times a partition; each is an open file
 SEED = 20_240_917
 
 
@@ -60,7 +60,8 @@ class Bands:
 
     def __init__(self, folder: Path, threshold: float, num_texts: int):
         self.folder, self.num = folder, num_bands(threshold)
-        self.num_partitions = max(1, math.ceil(16 * self.num * num_texts / PARTITION_BYTES))
+        wanted = math.ceil(16 * self.num * num_texts / PARTITION_BYTES)
+        self.num_partitions = min(max(1, wanted), MOST_PARTITIONS)
         folder.mkdir()
         self.files = [(folder / f"{number:05d}").open("wb") for number in range(self.num_partitions)]
 

@@ -119,7 +119,7 @@ def fill_rows(lengths: np.ndarray, seq_len: int, split: bool) -> Rows:
     packer = _Packer(lengths, seq_len, max(seq_len // 8, 16) if split else seq_len + 1)
     while packer.refill():
         packer.row()
-    return Rows(np.array(packer.pieces, np.int64).reshape(-1, 3), np.array(packer.bounds, np.int64))
+    return Rows(np.frombuffer(packer.pieces, np.int64).reshape(-1, 3), np.frombuffer(packer.bounds, np.int64))
 
 
 def single_rows(order: np.ndarray, lengths: np.ndarray) -> Rows:

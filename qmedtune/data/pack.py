@@ -160,7 +160,7 @@ def _mixture(section: CptSection | PretrainSection, corpora: list[Corpus], rng: 
     wanted = mix.targets(section, lengths)
     picks = [usable[name][mix.draw(lengths[name], wanted[name].tokens, rng)] for name in lengths]
     order = mix.interleave([len(pick) for pick in picks], rng)
-    source = np.repeat(np.arange(len(picks)), [len(pick) for pick in picks])[order]
+    source = np.repeat(np.arange(len(picks), dtype=np.int16), [len(pick) for pick in picks])[order]
     capped = [name for name, target in wanted.items() if target.capped]
     for name in capped:
         ui.warn(f"mix: {name} is capped by max_repeats, its share of the mixture falls short")
@@ -191,26 +191,35 @@ def write_rows(
     whole: documents are not split over rows, as in SFT.
     """
     seq_len = int(section.seq_len)
+    np.save(out / "documents.npy", _table(corpora))
     base = np.cumsum([0] + [len(corpus.documents) for corpus in corpora])
     document = base[plan.source] + plan.document
-    kept = np.concatenate([corpus.kept for corpus in corpora])[document]
     drawn = np.concatenate([corpus.draws for corpus in corpora])[document]
-    shared = np.array([shared_tokens(recipe.data[corpus.name], seq_len) for corpus in corpora])[plan.source]
-    counts = 1 + np.maximum(drawn - kept, 0) // shared
-    units = mix.chunks(counts, np.where(counts > 1, kept, drawn), seq_len, shared)
-    # A window's place is drawn anew each time; 0 for all others.
-    units[:, 1] += rng.integers(0, np.where(counts > 1, 0, kept - drawn) + 1)[units[:, 0]]
+    units = _units(recipe, corpora, plan, document, drawn, seq_len, rng)
     rows = _rows(section, units[:, 2], whole, rng)
     pieces = rows.pieces.copy()
     pieces[:, 1] += units[rows.pieces[:, 0], 1]
     pieces[:, 0] = document[units[rows.pieces[:, 0], 0]]
     np.save(out / "pieces.npy", pieces)
     np.save(out / "rows.npy", rows.bounds)
-    np.save(out / "documents.npy", _table(corpora))
     shards = [shard.relative_to(out).as_posix() for corpus in corpora for shard in corpus.shards]
     meta = {"seq_len": seq_len, "shards": shards, "sources": [c.name for c in corpora], "first_document": base.tolist()}
     (out / META).write_text(json.dumps(meta) + "\n", encoding="utf-8")
     return packing_facts(corpora, plan, rows, pieces, drawn, base, seq_len)
+
+
+def _units(
+    recipe: Recipe, corpora: list[Corpus], plan: Draws, document: np.ndarray, drawn: np.ndarray, seq_len: int,
+    rng: np.random.Generator,
+) -> np.ndarray:  # fmt: skip
+    """(U, 3) int32 of (draw, start, length): what is laid into rows, a draw each, or each chunk of one with overlap."""
+    kept = np.concatenate([corpus.kept for corpus in corpora])[document]
+    shared = np.array([shared_tokens(recipe.data[corpus.name], seq_len) for corpus in corpora])[plan.source]
+    counts = 1 + np.maximum(drawn - kept, 0) // shared
+    units = mix.chunks(counts, np.where(counts > 1, kept, drawn), seq_len, shared)
+    # A window's place is drawn anew each time; 0 for all others.
+    units[:, 1] += rng.integers(0, np.where(counts > 1, 0, kept - drawn) + 1)[units[:, 0]]
+    return units.astype(np.int32)
 
 
 def _rows(section: TrainSection, lengths: np.ndarray, whole: bool, rng: np.random.Generator) -> mix.Rows:

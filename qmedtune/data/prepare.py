@@ -64,7 +64,7 @@ def _fates(
     inputs: Mapping[str, Path], work: Path, shown: int,
 ) -> tuple[np.ndarray, dict[str, Any]]:  # fmt: skip
     """What becomes of every staged record, and what was found of benchmarks and near duplicates."""
-    content = np.array(staged.content, dtype=np.uint64)
+    content = np.frombuffer(staged.content, np.uint64) if len(staged) else np.zeros(0, np.uint64)
     fate = np.where(superseded, DUPLICATE, KEPT).astype(np.uint8)
     if recipe.hygiene.dedup.exact:
         left = np.flatnonzero(fate == KEPT)

@@ -29,6 +29,7 @@ from qmedtune.errors import DataError
 
 SHARD_BYTES = 32 << 20  # of jsonl, on average; about 8 M tokens
 BATCH_BYTES = 2 << 20  # of jsonl per call of the tokenizer: enough to keep all cores busy, little to hold
+ID_BYTES = 4
 LENGTH, KEPT, SUPERVISED = 0, 1, 2
 FULL_WEIGHT = 255
 
@@ -158,38 +159,55 @@ def write_shards(
     """
     folder.mkdir(parents=True, exist_ok=True)
     shards, done = [], 0
-    with path.open("rb") as file:
-        for lines in _shards(file):
-            shard = folder / f"{name}-{_digest(lines, f'{encoding} {max_tokens}')}"
-            if not _file(shard, "documents").is_file() and not _taken_over(shard):
-                _write_shard(shard, lines, encode, lambda n, done=done: progress(done + n), max_tokens)
-            shards.append(shard)
-            done += len(lines)
-            if max_tokens is not None:
+    for part in _shards(path):
+        shard = folder / f"{name}-{_digest(path, part, f'{encoding} {max_tokens}')}"
+        if not _file(shard, "documents").is_file() and not _taken_over(shard):
+            _write_shard(shard, _lines(path, part), encode, lambda n, done=done: progress(done + n), max_tokens)
+        shards.append(shard)
+        done += part.num_lines
+        if max_tokens is not None:
+            max_tokens -= int(np.load(_file(shard, "documents"))[:, LENGTH].sum())
+            if max_tokens <= 0:
                 break
     return shards
 
 
-def _shards(lines: Iterable[bytes]) -> Iterator[list[bytes]]:
-    """Lines in groups of `SHARD_BYTES` on average and twice that at most; the lines themselves decide which are last.
+@dataclass(frozen=True)
+class _Part:
+    """Some lines of a file: bytes `start` to `end`."""
 
-    A line ends a group with a probability that grows with its length, drawn from its own checksum: what is inserted or
+    start: int
+    end: int
+    num_lines: int
+
+
+def _shards(path: Path) -> Iterator[_Part]:
+    """The lines of a file in parts of `SHARD_BYTES` on average and twice that at most, which hold what a shard holds.
+
+    A line ends a part with a probability that grows with its length, drawn from its own checksum: what is inserted or
     taken out elsewhere moves no border.
     """
-    group, size = [], 0
-    for line in lines:
-        group.append(line)
-        size += len(line)
-        if zlib.crc32(line) * SHARD_BYTES < len(line) << 32 or size >= 2 * SHARD_BYTES:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group
+    start = end = num_lines = 0
+    with path.open("rb") as file:
+        for line in file:
+            end, num_lines = end + len(line), num_lines + 1
+            if zlib.crc32(line) * SHARD_BYTES < len(line) << 32 or end - start >= 2 * SHARD_BYTES:
+                yield _Part(start, end, num_lines)
+                start, num_lines = end, 0
+    if num_lines:
+        yield _Part(start, end, num_lines)
 
 
-def _digest(lines: list[bytes], encoding: str) -> str:
+def _lines(path: Path, part: _Part) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        file.seek(part.start)
+        for _ in range(part.num_lines):
+            yield file.readline()
+
+
+def _digest(path: Path, part: _Part, encoding: str) -> str:
     digest = hashlib.sha256(encoding.encode())
-    for line in lines:
+    for line in _lines(path, part):
         digest.update(line)
     return digest.hexdigest()[:16]
 
@@ -218,25 +236,24 @@ def _groups(lines: Iterable[bytes], limit_bytes: int) -> Iterator[list[bytes]]:
 
 
 def _write_shard(
-    shard: Path, lines: list[bytes], encode: Callable[[list[dict]], list[Encoded]],
+    shard: Path, lines: Iterable[bytes], encode: Callable[[list[dict]], list[Encoded]],
     progress: Callable[[int], None], max_tokens: int | None,
 ) -> None:  # fmt: skip
-    tokens, masks, rows, total, done = [], [], [], 0, 0
+    tokens, mask, rows, done = bytearray(), bytearray(), [], 0
     for batch in _groups(lines, BATCH_BYTES):
         documents = encode([json.loads(line) for line in batch])
         if max_tokens is not None:
-            documents = _upto(documents, max_tokens - total)
-        tokens.append(_flat([d.ids for d in documents], np.uint32))
-        masks.append(_flat([d.mask for d in documents if d.mask is not None], np.uint8))
+            documents = _upto(documents, max_tokens - len(tokens) // ID_BYTES)
+        tokens += _flat([d.ids for d in documents], np.uint32).tobytes()
+        mask += _flat([d.mask for d in documents if d.mask is not None], np.uint8).tobytes()
         rows += [(len(d.ids), d.kept, sum(w > 0 for w in d.mask[1 : d.kept]) if d.mask else 0) for d in documents]
-        total += len(tokens[-1])
         done += len(batch)
         progress(done)
-        if max_tokens is not None and total >= max_tokens:
+        if max_tokens is not None and len(tokens) >= max_tokens * ID_BYTES:
             break
-    arrays = {"tokens": np.concatenate(tokens), "documents": np.array(rows, dtype=np.int64).reshape(-1, 3)}
-    if any(len(mask) for mask in masks):
-        arrays = {"mask": np.concatenate(masks), **arrays}
+    arrays = {"tokens": np.frombuffer(tokens, np.uint32), "documents": np.array(rows, dtype=np.int64).reshape(-1, 3)}
+    if mask:
+        arrays = {"mask": np.frombuffer(mask, np.uint8), **arrays}
     for what, array in arrays.items():
         temporary = _file(shard, f"{what}.part")
         np.save(temporary, array)
