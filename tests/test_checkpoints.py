@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+import shutil
 from pathlib import Path
 
+import crash
 import numpy as np
 import pytest
 import torch
@@ -92,6 +94,28 @@ def test_the_last_intact_checkpoint_is_never_lost(tmp_path: Path):
         last = checkpoints.last_intact(tmp_path)
         assert (checkpoints.step_of(last) if last else 0) == intact
         assert len(list((tmp_path / store.SCRATCH).glob("checkpoint-*"))) <= 2
+
+
+def test_a_crash_at_any_system_call_of_a_save_leaves_an_intact_checkpoint(tmp_path: Path):
+    stage = tmp_path / "stage"
+
+    def start_over() -> None:
+        shutil.rmtree(stage, ignore_errors=True)
+        (stage / store.SCRATCH).mkdir(parents=True)
+        checkpoints.save_trained(torch.nn.Linear(2, 2), stage / store.SCRATCH / checkpoints.BEST)
+        save(stage, 1)
+        save(stage, 2)
+
+    def recover() -> None:
+        for path in (stage / store.SCRATCH).glob("checkpoint-*"):
+            assert store.intact(path, full=True), "half a checkpoint under its name"
+        last = checkpoints.last_intact(stage)
+        assert last is not None and checkpoints.step_of(last) in (2, 3)
+        save(stage, 3 if checkpoints.step_of(last) == 2 else 4)
+        assert len(checkpoints.sealed(stage)) == 2
+
+    start_over()
+    assert crash.everywhere(lambda: save(stage, 3), recover, start_over) > 15
 
 
 def full_disk(*_):

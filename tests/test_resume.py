@@ -155,6 +155,7 @@ def test_fifty_poisoned_steps(packed: MicroRun, uninterrupted: list[Path], tmp_p
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_two_deterministic_runs_on_a_gpu_agree_bit_for_bit(tmp_path: Path):
     """50 steps with the recipe's own kernels and dtypes: equal losses, gradient norms and weights."""
     from qmedtune.run import run

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
+import crash
 import pytest
 
 from qmedtune import store
@@ -62,6 +64,36 @@ def test_what_a_step_resumes_from_stays_until_its_result_is_sealed(tmp_path: Pat
     sealed = store.publish(building, tmp_path / "01-cpt", tmp_path, "a" * 64, {})
     assert list(sealed.files) == ["adapter"]
     assert sorted(path.name for path in (tmp_path / "01-cpt").iterdir()) == ["adapter", store.SEAL]
+
+
+def test_a_crash_at_any_system_call_of_a_publication_loses_nothing(tmp_path: Path):
+    """A new result replaces an old one. Whatever call is the last, the same steps then end with both intact."""
+    root, old, new = tmp_path / "run", "a" * 64, "b" * 64
+    folder = root / "01-cpt"
+
+    def build(key: str) -> None:
+        building = store.begin(folder, root, key, {}, keep_partial=True)
+        (building / "sub").mkdir(exist_ok=True)
+        (building / "sub" / "weights").write_text(key)
+        (building / store.SCRATCH).mkdir(exist_ok=True)
+        (building / store.SCRATCH / "checkpoint").write_text("x")
+        store.publish(building, folder, root, key, {})
+
+    def start_over() -> None:
+        shutil.rmtree(root, ignore_errors=True)
+        build(old)
+
+    def recover() -> None:
+        assert not folder.exists() or store.intact(folder, full=True), "half an artefact under its name"
+        if not (store.intact(folder, new) or store.complete(folder, root, new)):
+            build(new)
+        assert store.intact(folder, new, full=True)
+        assert sorted(path.name for path in folder.iterdir()) == [store.SEAL, "sub"]
+        assert store.recall(folder, root, old) and store.intact(folder, old, full=True)
+        assert store.recall(folder, root, new) and store.intact(folder, new, full=True)
+
+    start_over()
+    assert crash.everywhere(lambda: build(new), recover, start_over) > 15
 
 
 def raises(error: type[BaseException]):
