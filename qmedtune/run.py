@@ -167,7 +167,7 @@ def _explain(step: Step, made_from: dict[str, Any], key: str, folder: Path, out:
         return
     if problems := store.damage(folder, sealed, full=False):
         ui.warn(f"{step.name}: {problems[0]}; made again, the damaged folder is kept in .history/")
-        store.retire(folder, folder.parent.parent if step.name.startswith("data/") else folder.parent)
+        store.retire(folder, out)
         return
     ui.note(f"{step.name} is made again: {keys.difference(sealed.facts['section'], made_from)}")
 
