@@ -80,8 +80,8 @@ def write_results(
         rows = {label: found.tasks[task.name] for label, found in measured.items()}
         write_items(out / f"{task.name}.items.jsonl", task, rows)
         scores[task.name] = task_result(task, rows, seed)
-        if overlapping:
-            known = overlapping.get(task.name.partition("-")[0], set())
+        known = overlapping.get(task.name.partition("-")[0])  # of pubmedqa-3shot: pubmedqa; None: it was not looked for
+        if known is not None:
             scores[task.name]["overlap"] = overlap_result(task, rows, seed, known)
     first = next(iter(measured.values())).perplexity
     texts = {
