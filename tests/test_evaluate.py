@@ -19,6 +19,7 @@ from qmedtune.data.sources import read_records
 from qmedtune.errors import DataError, RecipeError
 from qmedtune.evaluation import measure, scoring, statistics
 from qmedtune.recipe import Recipe, SourceSection
+from qmedtune.reporting.facts import ALL, comparisons
 
 REAL = Path(os.environ.get("QMEDTUNE_REAL_DATA", Path(__file__).parents[2] / "shared" / "data"))
 MEDQA = {"question": "Which drug?", "options": {"A": "aspirin", "B": "insulin"}, "answer_idx": "B"}
@@ -191,6 +192,27 @@ def test_every_kind_of_metric_is_summed_up_and_compared(folder, tmp_path):
     assert "aspirin" not in (out / "summarization.items.jsonl").read_text()
     odds = [line["base"]["logprobs"][1] - line["base"]["logprobs"][0] for line in items(out / "outcome.items.jsonl")]
     assert found["outcome"]["base"]["auroc"] == pytest.approx(roc_auc_score([0, 1] * 3, odds))
+
+
+def test_zero_shot_and_few_shot_side_by_side_base_against_final(folder, evaluated, tmp_path):
+    tasks = ["facts", {"task": "facts", "shots": 2}]
+    found = evaluate.evaluate_stage(recipe(folder, tasks, perplexity=[]), inputs(folder), tmp_path)["tasks"]
+    assert found["facts"] == evaluated[0]["tasks"]["facts"]
+    lines = items(tmp_path / "facts-2shot.items.jsonl")
+    assert len(lines) == 60 and {line["draw"] for line in lines} == {0, 1, 2}
+    assert all(len(line["shots"]) == 2 and line["id"] not in line["shots"] for line in lines)
+    few = found["facts-2shot"]
+    for label in ("base", "final"):
+        right = [[line[label]["correct"] for line in lines if line["draw"] == draw] for draw in range(3)]
+        assert few[label]["draws"] == pytest.approx([sum(draw) / 20 for draw in right])
+        assert few[label]["accuracy"] == pytest.approx(sum(few[label]["draws"]) / 3)
+        assert (few[label]["n"], few[label]["shots"], len(few[label]["generation"]["draws"])) == (20, 2, 3)
+    change = few["difference"]
+    assert change["value"] == pytest.approx(few["final"]["accuracy"] - few["base"]["accuracy"])
+    low, high = change["ci95"]
+    assert low <= change["value"] + 1e-9 and change["value"] <= high + 1e-9
+    told = {(c.task, c.part): c for c in comparisons({"evaluation": {"tasks": found}})}
+    assert ("facts-2shot", ALL) in told and told["facts-2shot", ALL].final.n == 20
 
 
 def test_bad_benchmark_stops_before_anything_is_scored(folder, tmp_path):
