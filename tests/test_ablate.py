@@ -368,15 +368,15 @@ def check_pattern(path: Path) -> None:
     thesis = ["base", "sft", "cpt-literature", "cpt-notes", "cpt-both", "cpt-literature+sft", "cpt-notes+sft"]
     for arm in thesis:
         assert interval(arm, "facts")[1] < best, f"both corpora with sft beat {arm}"
-    general = {arm: value(arm, "general") for arm in ("base", "replay-0", "replay-0.05", "replay-0.2")}
-    assert general["base"] < general["replay-0.2"] < general["replay-0.05"] < general["replay-0"]
+    general = {arm: value(arm, "general") for arm in ("base", "replay-0", "replay-0.2")}
+    assert general["base"] < general["replay-0.2"] < general["replay-0"]
     by_seed = {arm: [float(v) for v in rows[arm, "general"]["by_seed"].split()] for arm in general}
     assert min(by_seed["replay-0"]) > max(by_seed["replay-0.2"]) > max(by_seed["base"]), "replay saves what was known"
 
 
 @pytest.mark.slow
 def test_the_shipped_recipe_shows_the_thesis(tmp_path):
-    """12 minutes on two idle cores once the base is made."""
+    """10 minutes on two idle cores once the base is made."""
     command = [sys.executable, "-m", "qmedtune", "ablate", str(ROOT / "recipes" / "ablation.yaml"), "--offline"]
     subprocess.run([*command, "--out", str(tmp_path / "run")], check=True)
     check_pattern(tmp_path / "run" / "ablation.csv")
