@@ -20,6 +20,7 @@ from qmedtune.data.world import make_world
 from qmedtune.errors import DataError, RecipeError
 from qmedtune.evaluation.statistics import auroc
 from qmedtune.parsing.loader import load_recipe
+from qmedtune.plan import make_plan
 from qmedtune.planning.resolve import resolve
 from qmedtune.recipe import Recipe
 from qmedtune.smoke import smoke
@@ -239,6 +240,17 @@ def test_a_classify_stage_is_a_branch():
     assert needs["02-classify"]["adapter-1"] == needs["03-classify"]["adapter-1"] == "01-cpt/adapter"
     assert needs["merged"] == {"base": "base", "adapter-1": "01-cpt/adapter", "validation": "data/validation"}
     assert "validation" not in needs["02-classify"] and needs["data/02-classify"]["outcome"] == "data/outcome"
+
+
+def test_a_plan_counts_what_is_trained():
+    def planned(**keys: object) -> dict:
+        path = [f"data.outcome={SOURCE}", "adapter.train_embeddings=false"]
+        stages = "stages=[{cpt: {mix: {notes: 1}, tokens: 2000}}, " + stage(**keys) + "]"
+        return make_plan(load_recipe(MICRO, [*path, stages]).recipe)["stages"][1]
+
+    frozen, continued = planned(adapter="frozen"), planned(adapter="continue")
+    assert frozen["trained_parameters"] == 0 < continued["trained_parameters"]
+    assert 0 < frozen["trained"] == continued["trained"] and frozen["peak_bytes"] < continued["peak_bytes"]
 
 
 def test_a_note_may_be_read_on_and_labelled():

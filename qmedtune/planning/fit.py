@@ -63,6 +63,7 @@ def setup_of(recipe: Recipe, index: int, machine: Machine | None = None) -> Setu
     section, stages = recipe.stages[index].section, recipe.stages
     full = stages[index].full
     stacked = [stage.section.adapter == "new" for stage in stages[1 : index + 1]]
+    headed = section.adapter == "frozen"  # a head alone is trained: its few thousand weights are not counted
     targets = recipe.adapter.targets
     return Setup(
         seq_len=int(section.seq_len),
@@ -74,10 +75,10 @@ def setup_of(recipe: Recipe, index: int, machine: Machine | None = None) -> Setu
         compute_dtype=recipe.model.compute_dtype,
         quantized=recipe.model.quantization == "nf4",
         double_quantization=recipe.model.double_quantization,
-        rank=recipe.adapter.r,
+        rank=0 if headed else recipe.adapter.r,
         targets=LINEARS if targets == "all-linear" else tuple(targets),
         train_embeddings=recipe.adapter.train_embeddings is True and not full,
-        frozen_adapters=sum(stacked),
+        frozen_adapters=sum(stacked) + headed,
         full=full,
         attention=_attention(recipe, machine, full),
     )
