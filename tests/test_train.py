@@ -184,7 +184,7 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_step(
             raise torch.OutOfMemoryError("injected")
         return original(model, input_ids, **rest)
 
-    monkeypatch.setattr(trainer, "token_nll", greedy)
+    monkeypatch.setattr(trainer.QTrainer, "nll", staticmethod(greedy))
     (tmp_path / "large").mkdir()
     facts = train.train_stage(micro(*FP32, dropout), 0, micro_run.inputs(), tmp_path / "large")
     assert losses(tmp_path / "large") == small
@@ -198,7 +198,7 @@ def test_out_of_memory_with_one_row_names_remedies(
     def never(*args, **kwargs):
         raise torch.OutOfMemoryError("injected")
 
-    monkeypatch.setattr(trainer, "token_nll", never)
+    monkeypatch.setattr(trainer.QTrainer, "nll", staticmethod(never))
     with pytest.raises(RunError, match=r"01-cpt, step 1: out of memory with one row(.*\n)+ .* frees \d") as caught:
         run_stage(micro_run, tmp_path)
     assert len(str(caught.value).splitlines()) == 5
@@ -216,7 +216,7 @@ def test_a_nan_stops_before_the_update(
         return value * float("nan") if model.training and sum(calls) == step else value
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "token_nll", poisoned)
+        patch.setattr(trainer.QTrainer, "nll", staticmethod(poisoned))
         with pytest.raises(RunError, match=rf"step {step}: loss is nan.*learning rate"):
             run_stage(micro_run, out, "save.every=1")
     checkpoint = checkpoints.last_intact(out)
