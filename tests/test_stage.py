@@ -3,6 +3,10 @@
 import gzip
 import json
 import random
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -79,6 +83,38 @@ def test_a_worker_that_dies_is_named(corpus, monkeypatch):
             process.kill()
         with pytest.raises(RunError, match="workers=1"):
             list(batches)
+
+
+ENDLESS = """
+from itertools import count
+from qmedtune.data.treat import Pool
+from qmedtune.recipe import Recipe
+recipe = Recipe.model_validate({{
+    "name": "t", "model": {{"base": "builtin:tiny"}}, "stages": [{{"cpt": {{"mix": {{"a": 1}}}}}}],
+    "data": {{"a": {{"path": "unused", "kind": "clinical"}}}},
+}})
+if __name__ == "__main__":
+    with Pool(recipe, "a", [], 2) as pool:
+        for _ in pool.treated([("a.jsonl", n, {{"id": str(n), "text": "Call 555-123-4567. " * 99}})] for n in count()):
+            open({started!r}, "a").close()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
+def test_workers_end_with_a_parent_that_is_killed(tmp_path):
+    script, started = tmp_path / "endless.py", tmp_path / "started"
+    script.write_text(ENDLESS.format(started=str(started)))
+    parent = subprocess.Popen([sys.executable, str(script)])
+    ends = time.monotonic() + 60
+    while not started.exists() and time.monotonic() < ends:
+        time.sleep(0.1)
+    workers = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+    parent.kill()
+    parent.wait()
+    while any(Path(f"/proc/{pid}").is_dir() for pid in workers) and time.monotonic() < ends:
+        time.sleep(0.1)
+    assert len(workers) >= 2 and not any(Path(f"/proc/{pid}").is_dir() for pid in workers)
 
 
 def counting(monkeypatch):
