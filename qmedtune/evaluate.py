@@ -189,7 +189,7 @@ def evaluate_model(
             return work(Path(folder))
     asked = [section.model_dump() for section in sections]
     files = [fingerprint(path) for path in (location.base, *location.adapters, *texts)]
-    prompts = [[item.id, item.messages, item.options] for task in loaded for item in task.asked]
+    prompts = [[i.id, i.messages, i.options, task.write(i)] for task in loaded for i in task.asked]
     key = store.sha256_json([asked, files, prompts, asdict(location.template), quantization, generate, seed])
     return _sealed(out, key, work)
 

@@ -260,6 +260,18 @@ def test_finished_evaluation_is_not_repeated(folder, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())["tasks"] == first["tasks"]
 
 
+def test_a_corrected_answer_is_scored_again(folder, tmp_path):
+    path = tmp_path / "q.jsonl"
+
+    def accuracy(answer: str) -> float:
+        path.write_text(json.dumps({**MEDQA, "answer_idx": answer}) + "\n")
+        asked = {"template": "alpaca", "generate": False, "out": tmp_path / "out", "offline": True}
+        found = evaluate.evaluate_model(str(folder / "base"), [f"medqa={path}"], **asked)
+        return found["tasks"]["medqa"]["model"]["accuracy"]
+
+    assert {accuracy("A"), accuracy("B")} == {0.0, 1.0}
+
+
 @pytest.mark.parametrize(
     ("name", "tasks", "message"),
     [

@@ -65,6 +65,13 @@ def test_files_below_a_folder_named_after_the_split(tmp_path):
     assert [f.name for f in shots.split_files(str(tmp_path / "plain"), None)] == ["a.xml"]
 
 
+def test_a_variable_in_the_path_changes_nothing(medqa, monkeypatch):
+    monkeypatch.setenv("BENCHMARKS", str(medqa.parent))
+    assert shots.split_files("${BENCHMARKS}/US", None) == [medqa / "test.jsonl"]
+    task = load_task(TaskSection(task="medqa", path="${BENCHMARKS}/US", shots=1), seed=0)
+    assert task.shots_from == "train.jsonl"
+
+
 def test_an_absent_split_is_said_with_those_that_are_there(medqa):
     (medqa / "dev.jsonl").unlink()
     (medqa / "4_options" / "phrases_no_exclude_dev.jsonl").unlink()
@@ -109,6 +116,8 @@ def test_examples_of_a_subject_are_of_that_subject(tmp_path):
             path = tmp_path / split / f"{subject}_{split}.csv"
             path.parent.mkdir(exist_ok=True)
             path.write_text(rows)
+    (tmp_path / "auxiliary_train").mkdir()  # of the published archive: other subjects, no examples of these
+    (tmp_path / "auxiliary_train" / "arc_easy.csv").write_text("q?,a,b,c,d,A\n")
     task = load_task(TaskSection(task="mmlu", path=str(tmp_path), shots=2), seed=0)
     assert Counter(item.facet for item in task.items) == {"anatomy": 6, "virology": 6}
     for item in task.asked:

@@ -9,6 +9,7 @@ Deliberately absent: balancing by label, choosing examples by similarity.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -34,8 +35,7 @@ def split_files(path: str, split: str | None) -> list[Path]:
 
     Of several levels the upper one counts: MedQA's US folder holds the 4-option questions one level below. DataError.
     """
-    files = source_files(SourceSection(path=path, kind="instructions"))
-    folder = Path(path).expanduser()
+    files, folder = source_files(SourceSection(path=path, kind="instructions")), _folder(path)
     if not folder.is_dir():
         return files
     said = {file: _split_below(folder, file) for file in files}
@@ -47,6 +47,10 @@ def split_files(path: str, split: str | None) -> list[Path]:
     return [file for file in found if len(file.parts) == level] or files
 
 
+def _folder(path: str) -> Path:
+    return Path(os.path.expandvars(path)).expanduser()
+
+
 def _split_below(folder: Path, file: Path) -> str | None:
     names = file.relative_to(folder).parts
     return next((split for name in reversed(names) if (split := split_of(name))), None)
@@ -56,14 +60,14 @@ def shot_files(section: TaskSection) -> list[Path] | None:
     """Files that examples are drawn from; None: the task's own."""
     if section.shots_from:
         return split_files(section.shots_from, "train" if _has_split(section.shots_from, "train") else None)
-    for split in ("train", "dev"):
+    for split in ("dev", "train") if section.task.startswith("mmlu") else ("train", "dev"):
         if section.path and split != (section.split or "test") and _has_split(section.path, split):
             return split_files(section.path, split)
     return None
 
 
 def _has_split(path: str, split: str) -> bool:
-    folder = Path(path).expanduser()
+    folder = _folder(path)
     return folder.is_dir() and any(_split_below(folder, f) == split for f in folder.rglob("*") if f.is_file())
 
 
