@@ -134,10 +134,17 @@ def _procedure(run: dict) -> str:
     return (", then ".join(kinds) if kinds else "no training stage") + how
 
 
+def _weakest_phi(recipe: dict, names: list[str]) -> str:
+    """What was at least done about identifiers in all of these sources; each may say so itself."""
+    general = recipe.get("hygiene", {}).get("phi", "off")
+    sources = recipe.get("data", {})
+    return min((sources.get(name, {}).get("phi") or general for name in names), key=list(PHI_WORDS).index)
+
+
 def _limits(run: dict, clinical: list[str]) -> list[str]:
     lines = [DISCLAIMER, "Scores hold for the items that were asked, not for patients, other languages or other sites."]
     if clinical:
-        phi = run.get("recipe", {}).get("hygiene", {}).get("phi", "off")
+        phi = _weakest_phi(run.get("recipe", {}), clinical)
         lines += [
             f"Trained on clinical notes ({_plain(', '.join(clinical))}). {PHI_WORDS[phi]} Finding identifiers by "
             "program misses some: this is no de-identification under HIPAA, Safe Harbor or otherwise.",

@@ -338,3 +338,10 @@ def test_score_forms():
 
 if __name__ == "__main__":
     print(write_report(write_run(Path(sys.argv[1]), synthetic_run(), synthetic_metrics())))
+
+
+def test_the_card_tells_the_weakest_treatment_of_identifiers():
+    from qmedtune.report import _weakest_phi
+
+    recipe = {"hygiene": {"phi": "refuse"}, "data": {"a": {"phi": None}, "b": {"phi": "off"}, "c": {"phi": "redact"}}}
+    assert [_weakest_phi(recipe, names) for names in (["a"], ["a", "c"], ["a", "b", "c"])] == ["refuse", "redact", "off"]
