@@ -129,10 +129,12 @@ def load_base(
     four_bit = section.quantization == "nf4" if quantize is None else quantize
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     stored = config.get("quantization_config")
+    # Given as None, transformers 5.23 would not read the configuration that a quantised checkpoint brings.
+    quantize_now: Any = {"quantization_config": _quantization(section, dtype)} if four_bit and not stored else {}
     model = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=dtype,
-        quantization_config=_quantization(section, dtype) if four_bit and not stored else None,
+        **quantize_now,
         device_map={"": device()},
         attn_implementation=attention_for(section, seq_len),
         trust_remote_code=False,

@@ -12,14 +12,15 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from qmedtune import ui
-from qmedtune.errors import RecipeError
+from qmedtune.bench.shapes import POSITIONS, SHAPES
+from qmedtune.errors import RecipeError, RunError
 from qmedtune.record import device_name, versions
 
 CONTENDERS = {
@@ -32,6 +33,7 @@ CONTENDERS = {
     "unsloth": "Unsloth's FastLanguageModel with TRL",
 }
 NEEDS = {"unsloth": "unsloth"}
+LONGEST_ROWS = 4 * POSITIONS
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,61 @@ class Job:
     checkpointing: bool = False  # of contenders that do not say otherwise: every layer recomputed
     lr: float = 1e-3
     seed: int = 0
+    memory_gib: float | None = None  # of the card, enforced; None: all of it
+
+
+def job_of(shape: str, chosen: dict[str, int]) -> Job:
+    """The job of a shape: the tiny one's as it stands, others rows of 4096 one at a time, 25 steps of which 20 warm up,
+    LoRA alone, layers recomputed; `chosen` overrides. Raises RecipeError for an unknown shape."""
+    if shape not in SHAPES:
+        raise RecipeError(f"bench train: no shape {shape!r}\nallowed: {', '.join(SHAPES)}")
+    if shape == "tiny":
+        return replace(Job(), **chosen)
+    large = Job(shape, 4096, 4, 1, 1024, 40, 20, 16, 32.0, train_embeddings=False, checkpointing=True, lr=2e-4)
+    return replace(large, **chosen)
+
+
+def bench_context(job: Job, budgets_gib: Sequence[float], results: Path | None = None) -> dict[str, Any]:
+    """The longest single row, in steps of 1024 tokens, that two steps of qmedtune train within each budget, which a
+    memory fraction enforces on a larger card. Found by doubling, then halving the gap. Raises RunError without a GPU.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        raise RunError("bench train --context: no CUDA device here; memory there is what it measures")
+    known = json.loads(results.read_text()) if results and results.is_file() else {}
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch, ui.stage("bench context", len(budgets_gib), "budgets") as bar:
+        for number, gib in enumerate(budgets_gib):
+
+            def trains(length: int, gib: float = gib) -> bool:
+                one = replace(job, seq_len=length, document=length, rows=1, micro_batch=1, steps=2, warmup_steps=1)
+                mark = json.dumps([gib, length, job.shape])
+                if mark not in known:
+                    known[mark] = _measure(replace(one, memory_gib=gib), "qmedtune", Path(scratch), 540.0)
+                    if results:
+                        results.write_text(json.dumps(known, indent=1))
+                return "tokens_per_s" in known[mark]
+
+            longest = 1024 * longest_that(lambda n: trains(1024 * n), LONGEST_ROWS // 1024)
+            rows.append({"case": f"{gib:g} GiB", "contender": "qmedtune", "value": longest, "unit": "tokens"})
+            bar.update(number + 1)
+    return {"bench": "context", "device": device_name(), "versions": versions(), "job": asdict(job), "rows": rows}
+
+
+def longest_that(works: Callable[[int], bool], limit: int) -> int:
+    """The largest n up to `limit` for which `works`, which holds up to some n and fails beyond; 0 if for none."""
+    good, bad = 0, limit + 1
+    n = 1
+    while n < bad:
+        if works(n):
+            good, n = n, 2 * n
+        else:
+            bad = n
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        good, bad = (middle, bad) if works(middle) else (good, middle)
+    return good
 
 
 def bench_train(
@@ -119,6 +176,8 @@ def _row(contender: str, measured: list[dict[str, Any]], first: list[dict[str, A
 
 def render(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Columns and rows for ui.table."""
+    if result["bench"] == "context":
+        return ["memory", "longest row (tokens)"], [[row["case"], f"{row['value']:,}"] for row in result["rows"]]
     columns = ["contender", "tokens/s", "ratio", "first step", "peak memory", "loss", ""]
     rows = []
     for row in result["rows"]:

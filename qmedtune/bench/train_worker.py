@@ -105,7 +105,9 @@ def qmedtune(job: Job, folder: Path, clock: Clock, kernels: str) -> None:
     model = models.attach_adapter(base, adapter, [], continued=True)
     models.install_kernels(model, kernels)
     section = section_of(job)
-    activations.install(model, section.gradient_checkpointing is True)
+    layers = len(base.model.layers)
+    ways = {"offload": layers} if job.memory_gib else {"recompute" if job.checkpointing else "keep": layers}
+    activations.set_ways(model, ways)
     arguments = trainer_arguments(
         folder / "out",
         section,
@@ -121,10 +123,8 @@ def qmedtune(job: Job, folder: Path, clock: Clock, kernels: str) -> None:
 
 
 def trl(job: Job, folder: Path, clock: Clock, *, checkpointing: bool, quantized: bool = True) -> None:
-    from datasets import Dataset
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-    from trl import SFTConfig, SFTTrainer
 
     four_bit = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=DTYPE
@@ -144,6 +144,14 @@ def trl(job: Job, folder: Path, clock: Clock, *, checkpointing: bool, quantized:
         task_type="CAUSAL_LM",
         modules_to_save=["embed_tokens", "lm_head"] if job.train_embeddings else None,
     )
+    _sft(job, folder, clock, model, AutoTokenizer.from_pretrained(folder), lora, checkpointing=checkpointing)
+
+
+def _sft(job: Job, folder: Path, clock: Clock, model: Any, tokenizer: Any, lora: Any, *, checkpointing: bool) -> None:
+    """TRL's trainer over the job's rows."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
     arguments = SFTConfig(
         output_dir=str(folder / "out"),
         per_device_train_batch_size=job.micro_batch,
@@ -169,11 +177,30 @@ def trl(job: Job, folder: Path, clock: Clock, *, checkpointing: bool, quantized:
         args=arguments,
         train_dataset=data,
         peft_config=lora,
-        processing_class=AutoTokenizer.from_pretrained(folder),
+        processing_class=tokenizer,
         data_collator=_stack,
         callbacks=[clock],
     )
     trainer.train()
+
+
+def unsloth(job: Job, folder: Path, clock: Clock) -> None:
+    """Its own loader, LoRA and checkpointing, under TRL's trainer: as its documentation says."""
+    from unsloth import FastLanguageModel  # pyright: ignore[reportMissingImports]  (first: it patches the others)
+
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        str(folder), max_seq_length=job.seq_len, load_in_4bit=True, dtype=DTYPE
+    )
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    names += ["embed_tokens", "lm_head"] if job.train_embeddings else []
+    model = FastLanguageModel.get_peft_model(
+        model,
+        r=job.r,
+        lora_alpha=int(job.alpha),
+        target_modules=names,
+        use_gradient_checkpointing="unsloth" if job.checkpointing else False,
+    )
+    _sft(job, folder, clock, model, tokenizer, None, checkpointing=job.checkpointing)
 
 
 def _stack(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
@@ -236,6 +263,7 @@ CONTENDERS: dict[str, Callable[[Job, Path, Clock], None]] = {
     ),
     "trl-tuned": lambda job, folder, clock: trl(job, folder, clock, checkpointing=False),
     "sft-trainer": lambda job, folder, clock: trl(job, folder, clock, checkpointing=False, quantized=False),
+    "unsloth": unsloth,
     "qmedtune-reference": lambda job, folder, clock: qmedtune(job, folder, clock, "reference"),
     "qmedtune": lambda job, folder, clock: qmedtune(job, folder, clock, "auto"),
 }
@@ -246,6 +274,9 @@ def main() -> None:
     job = Job(**json.loads(text))
     quiet_libraries()
     folder = model_folder(job, Path(scratch))
+    if job.memory_gib:
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, job.memory_gib * 2**30 / total))
     clock = Clock()
     CONTENDERS[contender](job, folder, clock)
     steps = np.diff(clock.marks)

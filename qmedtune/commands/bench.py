@@ -42,13 +42,25 @@ def train(
     shape: Annotated[str, typer.Option(metavar="NAME", help="tiny, 1b, 8b, 13b or 70b.")] = "tiny",
     contenders: ContendersOption = None,
     rounds: RoundsOption = 3,
+    seq_len: Annotated[int | None, typer.Option(min=16, help="Tokens per packed row.")] = None,
+    document: Annotated[int | None, typer.Option(min=1, help="Tokens per document in a row.")] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="Rows per optimiser step.")] = None,
+    micro_batch: Annotated[int | None, typer.Option(min=1, help="Rows at a time.")] = None,
+    steps: Annotated[int | None, typer.Option(min=2, help="Optimiser steps, warm-up included.")] = None,
+    context: Annotated[
+        str | None, typer.Option("--context", metavar="GIB,GIB", help="Instead: the longest row that trains in each.")
+    ] = None,
     results: Annotated[Path | None, typer.Option(metavar="FILE", help="Keep finished rows here; resume.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Training speed beside TRL + PEFT and a bare PyTorch loop."""
+    """Training speed beside TRL + PEFT and a bare PyTorch loop; or the longest context."""
     from qmedtune.bench import train as bench_train
 
-    job = bench_train.Job(shape=shape)
+    chosen = {"seq_len": seq_len, "micro_batch": micro_batch, "rows": rows, "steps": steps, "document": document}
+    job = bench_train.job_of(shape, {name: value for name, value in chosen.items() if value is not None})
+    if context:
+        budgets = [float(gib) for gib in context.split(",")]
+        return _show(bench_train, bench_train.bench_context(job, budgets, results), as_json)
     _show(bench_train, bench_train.bench_train(job, _names(contenders, bench_train), rounds, results), as_json)
 
 
