@@ -374,6 +374,10 @@ def check_pattern(path: Path) -> None:
     assert min(by_seed["replay-0"]) > max(by_seed["replay-0.2"]) > max(by_seed["base"]), "replay saves what was known"
 
 
+def test_the_shipped_figures_show_the_thesis():
+    check_pattern(ROOT / "docs" / "ablation" / "ablation.csv")
+
+
 @pytest.mark.slow
 def test_the_shipped_recipe_shows_the_thesis(tmp_path):
     """10 minutes on two idle cores once the base is made."""
