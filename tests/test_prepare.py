@@ -189,6 +189,8 @@ def test_cleaning_is_counted(tmp_path):
     rows = [{"text": sentences(1)[0]}, {"text": "two  blanks here and\u200b one mark"}]
     facts, _ = prepare(tmp_path, recipe(jsonl(tmp_path / "a.jsonl", rows)))
     assert facts["cleaned"] == {"records": 1, "characters": 2}
+    facts, _ = prepare(tmp_path, recipe(jsonl(tmp_path / "b.jsonl", rows[:1])))
+    assert facts["cleaned"] == {"records": 0, "characters": 0}
 
 
 def test_a_source_says_itself_what_happens_to_identifiers(tmp_path):
