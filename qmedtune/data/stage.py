@@ -147,7 +147,7 @@ def _make_part(pool: Pool, source: SourceSection, files: list[Path], part: Path,
 
 def _kept_part(part: Path, work: IO[bytes]) -> Staged | None:
     """A part that an interrupted attempt or an earlier result has made, appended to `work`; None without one."""
-    if not part.with_suffix(".json").is_file() and not all(map(store.take_over, _files(part))):
+    if not part.with_suffix(".json").is_file() and not store.take_over(_files(part)):
         return None
     staged, table = Staged(), np.load(part.with_suffix(".npy"))
     for name in ARRAYS:

@@ -161,7 +161,7 @@ def write_shards(
     shards, done = [], 0
     for part in _shards(path):
         shard = folder / f"{name}-{_digest(path, part, f'{encoding} {max_tokens}')}"
-        if not _file(shard, "documents").is_file() and not _taken_over(shard):
+        if not _file(shard, "documents").is_file() and not store.take_over(_files(shard)):
             _write_shard(shard, _lines(path, part), encode, lambda n, done=done: progress(done + n), max_tokens)
         shards.append(shard)
         done += part.num_lines
@@ -212,10 +212,9 @@ def _digest(path: Path, part: _Part, encoding: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def _taken_over(shard: Path) -> bool:
-    for what in ("mask", "tokens", "documents"):
-        found = store.take_over(_file(shard, what))
-    return found
+def _files(shard: Path) -> list[Path]:
+    """In the order in which they are written. Only shards with prompts have a mask."""
+    return [_file(shard, what) for what in ("mask", "tokens", "documents")]
 
 
 def _file(shard: Path, what: str) -> Path:
