@@ -174,7 +174,8 @@ def test_ids_of_notes_are_no_examples(tmp_path):
 
 def test_language_and_length_are_decisions_that_are_counted(tmp_path):
     english = "It was found that the patients who had been treated with this were not at risk of a stroke, as is known."
-    german = "Es wurde auch gefunden, dass alle die Patienten mit dem Mittel nicht für einen Schlag anfällig sind, und das ist so."
+    german = "Es wurde auch gefunden, dass alle die Patienten mit dem Mittel nicht für einen Schlag anfällig sind; und "
+    german += "das ist so."
     rows = [{"text": t} for t in (english, german, "Short.", "word " * 500)] + [{"text": t} for t in sentences(3)]
     hygiene = {"languages": ["en", "fr"], "min_characters": 20, "max_characters": 2000}
     facts, _ = prepare(tmp_path, recipe(jsonl(tmp_path / "a.jsonl", rows), hygiene=hygiene))

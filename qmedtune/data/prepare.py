@@ -208,5 +208,6 @@ def _facts(
         "records": records, "near_duplicates": near, "held_out": int((held_out & (fate == KEPT)).sum()),
         "sha256": sha256_file(out / "train.jsonl"), "kind": source.kind, "license": source.license,
         "terms": source.terms, "files": len(source_files(source)), "reasons": dict(rejects.reasons),
-        "cleaned": {what: staged.cleaned[what] for what in ("records", "characters")}, "phi": staged.identifiers.facts(mode) if mode != "off" else {}, "warnings": [],
+        "cleaned": {what: staged.cleaned[what] for what in ("records", "characters")},
+        "phi": staged.identifiers.facts(mode) if mode != "off" else {}, "warnings": [],
     }  # fmt: skip
