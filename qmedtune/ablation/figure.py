@@ -73,7 +73,8 @@ def _panel(
 ) -> str:
     """One panel: legend, grid, and per arm the marks of its measures, each on a line of its own within the row."""
     bottom = height - FOOT
-    parts = [_legend(kind, names, left)]
+    entries = [arm[kind][name] for arm in arms for name in names if name in arm[kind]]
+    parts = [_legend(_title(kind, entries), names, left)]
     for tick in axis.ticks:
         x = _x(axis, left, tick)
         parts.append(f'<path class="g" d="M{x:.1f} {HEAD}V{bottom}"/>')
@@ -90,8 +91,14 @@ def _panel(
     return "".join(parts)
 
 
-def _legend(kind: str, names: Iterable[str], left: int) -> str:
-    title = {"scores": "Accuracy", "perplexity": "Perplexity (log scale, lower is better)"}[kind]
+def _title(kind: str, entries: Sequence[dict[str, Any]]) -> str:
+    """Only accuracies are means over items; other metrics of tasks have no count of them."""
+    if kind == "perplexity":
+        return "Perplexity (log scale, lower is better)"
+    return "Accuracy" if all("items" in entry for entry in entries) else "Score"
+
+
+def _legend(title: str, names: Iterable[str], left: int) -> str:
     parts, x = [f'<text class="b" x="{left}" y="20">{title}</text>'], left
     for place, name in enumerate(names):
         short = name.rpartition(": ")[2]
@@ -115,4 +122,5 @@ def _ends(entry: dict[str, Any]) -> list[float]:
 
 
 def _x(axis: Axis, left: int, value: float) -> float:
-    return left + PANEL * axis.percent(value) / 100
+    """A place within the panel; an interval over few seeds can end beyond what a score can be."""
+    return left + PANEL * min(100.0, max(0.0, axis.percent(value))) / 100
