@@ -1,5 +1,6 @@
 """The README tells the truth: its commands exist, its recipe is the flagship, its two-line change gives a sane plan."""
 
+import csv
 import re
 from pathlib import Path
 
@@ -87,6 +88,21 @@ def test_the_two_line_change_plans_sanely_for_8b(tmp_path):
 def test_links_and_named_files_exist():
     for target in re.findall(r"(?:\]\(|src=\"|srcset=\")([^)#\"]+)[)\"]", README):
         assert "://" in target or (ROOT / target).is_file(), target
+
+
+def test_the_ablation_told_is_the_one_that_was_measured():
+    with (ROOT / "docs" / "ablation" / "ablation.csv").open(encoding="utf-8") as file:
+        rows = {(row["arm"], row["measure"]): row for row in csv.DictReader(file)}
+    told = re.findall(r"^\| [^|]+ \| `([^`]+)` \| ([^|]+) \| ([^|]+) \|$", README, re.M)
+    assert len(told) == 6
+    for arm, *cells in told:
+        for cell, measure in zip(cells, ("facts: treats", "facts: adverse"), strict=True):
+            row = rows[arm, measure]
+            mean, low, high = (float(row[name]) for name in ("mean", "ci95_low", "ci95_high"))
+            assert cell == f"{mean:.2f} ({low:.2f}–{high:.2f})", (arm, measure)
+    general = [f"{float(rows[arm, 'general']['mean']):.2f}" for arm in ("base", "replay-0", "replay-0.2")]
+    flat = " ".join(README.split())
+    assert "rises from {} to {}, with a fifth of replay to {}".format(*general) in flat
 
 
 def test_every_example_is_in_the_table():
