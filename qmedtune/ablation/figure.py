@@ -17,8 +17,6 @@ ROW, HEAD, FOOT, LABEL, PANEL, GAP = 26, 50, 34, 190, 300, 56
 STYLE = (  # scoped: inside a page these rules hold for the whole page
     ".arms text{font:13px system-ui,-apple-system,'Segoe UI',sans-serif;fill:#24292f}.arms .b{font-weight:600}"
     ".arms .s{fill:#57606a;font-size:11.5px}.arms .g{stroke:#d0d7de}.arms .c{stroke:#57606a;stroke-dasharray:3 3}"
-    "@media (prefers-color-scheme:dark){.arms text{fill:#e7ebf0}.arms .s{fill:#9aa6b4}.arms .g{stroke:#3d444d}"
-    ".arms .c{stroke:#9aa6b4}}"
 )
 
 
