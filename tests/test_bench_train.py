@@ -19,6 +19,8 @@ def test_jobs_take_what_is_chosen():
     assert (tiny.shape, tiny.steps, tiny.checkpointing) == ("tiny", 3, False)
     assert (large.seq_len, large.rows, large.warmup_steps, large.checkpointing) == (8192, 4, 20, True)
     assert large.document <= large.seq_len and not large.train_embeddings
+    with pytest.raises(RecipeError, match="3 steps, of which 5 warm up"):
+        train.bench_train(tiny, ["qmedtune"])
     with pytest.raises(RecipeError, match="no shape '3b'\nallowed: tiny, 1b"):
         train.job_of("3b", {})
 
@@ -105,8 +107,8 @@ def test_what_bitsandbytes_saves_is_what_is_written(nf4_folder, tmp_path):
 
 @pytest.mark.slow
 def test_a_small_comparison_runs(tmp_path):
-    """About a minute: three contenders, one round of three steps each."""
-    job = train.job_of("tiny", {"steps": 3, "rows": 4, "micro_batch": 2})
+    """About a minute: three contenders, one round of seven steps each."""
+    job = train.job_of("tiny", {"steps": 7, "rows": 4, "micro_batch": 2})
     result = train.bench_train(job, ["torch-loop", "qmedtune", "sft-trainer", "unsloth"], 1, tmp_path / "results.json")
     found = {row["contender"]: row for row in result["rows"]}
     assert all(found[name]["value"] > 0 for name in ("torch-loop", "qmedtune", "sft-trainer"))

@@ -119,6 +119,8 @@ def bench_train(
     not measured again. Raises RecipeError for an unknown contender."""
     if unknown := [c for c in contenders if c not in CONTENDERS]:
         raise RecipeError(f"bench train: no contender {unknown[0]!r}\nallowed: {', '.join(CONTENDERS)}")
+    if job.steps <= job.warmup_steps:
+        raise RecipeError(f"bench train: {job.steps} steps, of which {job.warmup_steps} warm up\ngive more --steps")
     known = json.loads(results.read_text()) if results and results.is_file() else {}
     speeds: dict[str, list[dict[str, Any]]] = {c: known.get(_mark(job, c), []) for c in contenders}
     with tempfile.TemporaryDirectory() as scratch, ui.stage("bench train", len(contenders) * rounds, "runs") as bar:
