@@ -294,6 +294,17 @@ def test_full_parameter_training_still_gets_every_gradient(ids):
     assert_close(our_grads, grads, 2e-5)
 
 
+def test_fp16_weights_under_autocast_train(ids):
+    """What a card without bf16 runs (loss scaling apart)."""
+    exact = step(tiny(), ids)[1]
+    ours = tiny(dtype=torch.float16)
+    fused.install(ours)
+    with torch.autocast("cpu", torch.float16):
+        loss, grads = step(ours, ids)
+    assert torch.isfinite(loss) and all(grad.dtype == torch.float32 for grad in grads.values())
+    assert_close(grads, exact, 2e-2)
+
+
 def test_unknown_mode_is_refused():
     with pytest.raises(ValueError, match="kernels: given 'cuda'; allowed auto, triton, reference"):
         fused.install(tiny(), "cuda")

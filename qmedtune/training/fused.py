@@ -248,7 +248,7 @@ class LlamaAttention(llama.LlamaAttention):
         qkv = linear(hidden_states, [self.q_proj, self.k_proj, self.v_proj], self.kernels, remake)
         heads = self.config.num_attention_heads
         kv_heads = self.config.num_key_value_heads or heads
-        cos, sin = position_embeddings
+        cos, sin = (angles.to(qkv.dtype) for angles in position_embeddings)  # under autocast they are fp32
         parts = rotary_qkv(qkv, cos, sin, heads, kv_heads, self.kernels)
         query, key, value = (part.transpose(1, 2) for part in parts)
         if past_key_values is not None:
