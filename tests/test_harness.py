@@ -9,6 +9,7 @@ import pytest
 import torch
 from llama_folders import llama2_folder, llama3_folder
 
+from qmedtune.errors import DataError, RecipeError
 from qmedtune.evaluation.measure import Settings, measure
 from qmedtune.evaluation.open_model import locate, open_model
 from qmedtune.evaluation.scoring import choice_logprobs, prompt_texts
@@ -109,3 +110,21 @@ def test_a_model_and_a_file_through_the_bridge(tmp_path, no_network):
     assert set(result["tasks"]) == {"pubmedqa", "facts"}
     for scores in result["tasks"].values():
         assert 0 <= scores["acc"] <= 1 and scores["acc_stderr"] >= 0
+
+
+def test_a_task_of_the_harness_on_a_local_file(tmp_path, no_network):
+    """medqa_4options as the harness ships it: its prompt, its fields, no data set to fetch."""
+    folder = llama3_folder(tmp_path / "model", max_position_embeddings=1024)
+    rows = [
+        {"sent1": f"Which drug {n}?", **{f"ending{i}": f"drug {i}" for i in range(4)}, "label": n % 4} for n in range(8)
+    ]
+    path = tmp_path / "medqa.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = harness.evaluate_with_harness(
+        str(folder), [f"medqa_4options={path}", "facts"], limit=6, template="alpaca", offline=True
+    )
+    assert set(result["tasks"]) == {"medqa_4options", "facts"}
+    assert 0 <= result["tasks"]["medqa_4options"]["acc"] <= 1
+    for task, error in (("medqa_4options=absent.jsonl", "no such file"), ("medka_4options", "has no task")):
+        with pytest.raises((DataError, RecipeError), match=error):
+            harness.evaluate_with_harness(str(folder), [task], template="alpaca", offline=True)

@@ -1,6 +1,7 @@
 """Bridge to lm-evaluation-harness (extra `lm-eval`): its tasks on our models, and our benchmark files as its tasks.
 
-`medqa_4options` runs a task that the harness ships (its data must be in the local datasets cache when offline);
+`medqa_4options` runs a task that the harness ships (its data must be in the local datasets cache when offline), and
+`medqa_4options=FILE` the same on a local JSON, CSV or Parquet file with the fields of the harness's own data set;
 `pubmedqa=FILE` writes the prompts of our own reader as a local harness task, which needs no network. Either way the
 harness scores; a test holds ours equal to it item by item. The harness's own tasks are tokenised its way (prompt and
 option together), ours as in training (each by itself, see `scoring.encode_choice`).
@@ -19,12 +20,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from qmedtune.errors import RecipeError
+from qmedtune.data.files import plain_suffix
+from qmedtune.errors import DataError, RecipeError
 from qmedtune.evaluation.forward import causal_model
 from qmedtune.evaluation.open_model import OpenModel, Quantization, locate, open_model
 from qmedtune.evaluation.scoring import Boundary, encode, prompt_texts
 from qmedtune.recipe import TaskSection
-from qmedtune.tasks import Task, load_task
+from qmedtune.tasks import BUILTIN_TASKS, FILE_TASKS, Task, load_task
 
 PREFIX = "qmedtune_"
 
@@ -42,15 +44,16 @@ def evaluate_with_harness(
     seed: int = 17,
     offline: bool = False,
 ) -> dict[str, Any]:
-    """Score a model on harness tasks and on `task=FILE` benchmarks of ours.
+    """Score a model on harness tasks (on their data, or `task=FILE`) and on `task=FILE` benchmarks of ours.
 
     chat: wrap the harness's own prompts into the trained template (files of ours are always wrapped).
     Returns {"harness": version, "template", "tasks": {task: {metric: value}}}, each metric with its `_stderr`.
     Raises RecipeError where lm_eval is not installed or knows no such task.
     """
     _require_harness()
-    own = [load_task(_section(task), seed) for task in tasks if "=" in task or task == "facts"]
-    shipped = [task for task in tasks if "=" not in task and task != "facts"]
+    ours = [task for task in tasks if task in BUILTIN_TASKS or ("=" in task and task.partition("=")[0] in FILE_TASKS)]
+    own = [load_task(_section(task), seed) for task in ours]
+    shipped = [task for task in tasks if task not in ours]
     opened = open_model(locate(name, base=base, template=template, offline=offline), quantization)
     results: dict[str, Any] = {}
     with TemporaryDirectory() as folder:
@@ -63,7 +66,7 @@ def evaluate_with_harness(
     return {
         "harness": version("lm_eval"),
         "template": opened.template.name,
-        "tasks": {t: _scores(r) for t, r in results.items()},
+        "tasks": {task: scores for task, found in results.items() if (scores := _scores(found))},
     }
 
 
@@ -123,7 +126,7 @@ def run_harness(
     """
     lm_eval, tasks_module = import_module("lm_eval"), import_module("lm_eval.tasks")
     manager = tasks_module.TaskManager(include_path=str(folder) if folder else None, include_defaults=folder is None)
-    unknown = [task for task in tasks if task not in manager.all_tasks]
+    unknown = [task for task in tasks if task.partition("=")[0] not in manager.all_tasks]
     if unknown:
         raise RecipeError(
             f"--harness: lm-evaluation-harness has no task {unknown[0]!r}\nlist them: lm_eval --tasks list"
@@ -133,7 +136,7 @@ def run_harness(
     model = harness_model(opened, batch, boundary if folder else "joint")
     found: Any = lm_eval.simple_evaluate(
         model=model,
-        tasks=tasks,
+        tasks=[_on_file(task) if "=" in task else task for task in tasks],
         task_manager=manager,
         limit=limit,
         apply_chat_template=chat,
@@ -143,6 +146,17 @@ def run_harness(
         fewshot_random_seed=seed,
     )
     return found
+
+
+def _on_file(task: str) -> dict[str, Any]:
+    """A task of the harness with a local file in place of its data set, whichever split it asks for."""
+    name, _, path = task.partition("=")
+    if not Path(path).is_file():
+        raise DataError(f"--harness {name}: {path}: no such file\ngive a JSON, CSV or Parquet file")
+    kind = {".jsonl": "json", ".tsv": "csv"}.get(plain_suffix(Path(path)), plain_suffix(Path(path))[1:])
+    files = dict.fromkeys(("train", "validation", "test"), path)
+    data = {"dataset_path": kind, "dataset_name": None, "dataset_kwargs": {"data_files": files}}
+    return {"group": f"{PREFIX}{name}", "task": [{"task": name, **data}]}  # only a group's tasks can be overridden
 
 
 def harness_model(opened: OpenModel, batch: int, boundary: Boundary) -> Any:
