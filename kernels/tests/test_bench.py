@@ -139,3 +139,19 @@ def test_the_package_imports_and_computes_without_triton():
         "reference: Triton is not installed",
         "kernels: triton given, but it is not installed; allowed here: auto, reference",
     ]
+
+
+def test_elementwise_cases_run_and_name_the_same_shapes(monkeypatch):
+    from qmedtune.bench import elementwise
+
+    monkeypatch.setattr(elementwise, "INTERMEDIATE", 64)
+    named = {}
+    for contender in ("limit", "qmedtune", "torch", "bitsandbytes"):
+        cases = list(elementwise.elementwise(contender, 4, torch.float32, "cpu"))
+        named[contender] = [case[:2] for case in cases]
+        for _, _, setup, moved in cases:
+            call = setup()
+            call(), call()
+            assert moved > 0
+    assert named["limit"] == named["qmedtune"] == named["torch"] and len(named["limit"]) == 3
+    assert named["bitsandbytes"] == []

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qmedtune.bench.elementwise import elementwise
+
 CONTENDERS = ("limit", "qmedtune", "cublas", "bitsandbytes", "torch", "liger", "unsloth")
 PACKAGES = {"bitsandbytes": "bitsandbytes", "liger": "liger_kernel", "unsloth": "unsloth"}
 
@@ -63,6 +65,7 @@ def cases(contender: str, quick: bool) -> Iterator[Timed]:
     for m in (4096,) if quick else (4096, 8192):
         yield from layer(contender, m)
         yield from norms(contender, m, 4096)
+        yield from (Timed(*row) for row in elementwise(contender, m, half(), "cuda"))
 
 
 # --------------------------------------------------------------------- NF4
