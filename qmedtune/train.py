@@ -51,8 +51,8 @@ def train_stage(recipe: Recipe, index: int, inputs: dict[str, Path], out: Path) 
 
     `inputs`: `base` (model folder), `tokens` (packed rows), `validation` (folder of packed rows per source, may be
     absent), `adapter-1` ... (earlier adapters in order). Writes `out/adapter` (or `out/model` where all parameters are
-    trained), `out/template.json` for SFT, the head and its scores for `classify`, and `out/metrics.jsonl`; returns the facts of run.json's stage entry. An earlier attempt
-    in `out` is continued from its last intact checkpoint.
+    trained), `out/template.json` for SFT, the head and its scores for `classify`, and `out/metrics.jsonl`; returns the
+    facts of run.json's stage entry. An earlier attempt in `out` is continued from its last intact checkpoint.
     """
     stage, name = recipe.stages[index], recipe.stage_names()[index]
     set_seed(recipe.seed + index)
