@@ -140,7 +140,9 @@ def test_time_limits():
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_outside_a_run(number, code):
     """`sleep` stands for any command that is not training."""
-    script = "import sys, time\nfrom qmedtune import cli\n"
+    script = "import signal, sys, time\nfrom qmedtune import cli\n"
+    # What runs the tests may ignore Ctrl-C for its children (nohup, pytest-xdist); a terminal does not.
+    script += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     script += "def wait():\n    print('ready', flush=True)\n    time.sleep(30)\n"
     script += "cli.app.command('wait')(wait)\nsys.exit(cli.invoke(['wait']))"
     process = subprocess.Popen(
