@@ -113,6 +113,17 @@ def attention_facts(model: Any) -> dict[str, str]:
     return {"name": name, "why": why}
 
 
+def fallbacks(facts: dict[str, Any]) -> list[str]:
+    """What a stage did on a GPU in a slower way than the GPU could, and was not asked to: for the report."""
+    if device().type == "cpu" or "kernels" not in facts:
+        return []
+    reference = {path for path in facts["kernels"]["paths"].values() if path.startswith("reference")}
+    told = [f"kernels: {path}" for path in sorted(reference) if not path.endswith("asked for")]
+    if facts["attention"]["name"] == "sdpa":
+        told.append(f"attention: sdpa ({facts['attention']['why']})")
+    return told
+
+
 def load_base(
     folder: Path, section: ModelSection, *, quantize: bool | None = None, seq_len: int | None = None
 ) -> PreTrainedModel:

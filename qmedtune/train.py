@@ -70,6 +70,7 @@ def train_stage(recipe: Recipe, index: int, inputs: dict[str, Path], out: Path) 
     started = time.monotonic()
     trainer = _run(recipe, index, model, tokenizer, rows, packed, loop, out)
     facts |= loop.facts(trainer, packed["tokens"], time.monotonic() - started)
+    facts["warnings"] += models.fallbacks(facts)
     facts |= {"kind": stage.kind, "tokens": packed["tokens"], "mixture": packed["mixture"]}
     if (template := inputs["tokens"] / templates.FILE).is_file():
         shutil.copyfile(template, out / templates.FILE)
@@ -164,6 +165,7 @@ def _run(
     loop.memory = confirm(recipe, index, trainer, rows)
     for line in loop.memory.get("said", ()):
         ui.warn(line)
+        loop.warn(0, line)
     with ui.stage(loop.name, total=packed["tokens"]["trained"], unit="tokens", completed=loop.tokens) as loop.bar:
         try:
             with stop.graceful():

@@ -114,3 +114,15 @@ def test_auto_follows_device_length_and_dtype(monkeypatch):
     assert models.attention_for(section.model_copy(update={"compute_dtype": "float32"}), 64) == "sdpa"
     monkeypatch.setattr(models, "gpu_capability", lambda: 7.5)
     assert models.attention_for(section.model_copy(update={"compute_dtype": "float16"}), 64) == "sdpa"
+
+
+def test_what_a_gpu_could_do_faster_stands_in_the_report(monkeypatch):
+    from qmedtune import model as models
+
+    broken = "reference: the first kernel did not run (RuntimeError: PTX JIT failed)"
+    facts = {"kernels": {"paths": {"lora": broken, "rope": broken}}, "attention": {"name": "sdpa", "why": "a mask"}}
+    assert models.fallbacks(facts) == [] == models.fallbacks({})
+    monkeypatch.setattr(models, "device", lambda: torch.device("cuda"))
+    assert models.fallbacks(facts) == [f"kernels: {broken}", "attention: sdpa (a mask)"]
+    asked = {"kernels": {"paths": {"lora": "reference: asked for"}}, "attention": {"name": "varlen", "why": ""}}
+    assert models.fallbacks(asked) == []
