@@ -77,9 +77,9 @@ class Defaults:
 
 
 # How they were found. What decides is whether the base recalls facts in forms that it has not met: the perplexity of
-# held-out general text. At 3e-3 for 1,000,000 tokens it was 1.86 with two threads and 2.27 with one (the same seed: sums
-# in another order), and on the second base one facet stayed at chance. 1.5e-3 for as long learns the text by heart (2.22).
-# Half of it (1.86, 1.82), or weight decay (1.83 at 3e-3; 1.80 at 2e-3 for 700,000), does not.
+# held-out general text. At 3e-3 for 1,000,000 tokens it was 1.86 with two threads and 2.27 with one (the same seed,
+# sums in another order), and on the second base one facet stayed at chance. 1.5e-3 for as long learns the text by
+# heart (2.22). Half of it (1.86, 1.82) does not, nor does weight decay (1.83 at 3e-3; 1.80 at 2e-3 for 700,000).
 # SFT: 3 epochs at 5e-4 missed a facet on one base in three; a higher rate or more epochs forget more of the notes.
 # micro is not tuned for quality: it is there to run every stage within seconds.
 DEFAULTS = {
