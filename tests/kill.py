@@ -147,7 +147,8 @@ def one_kill(
         tally.same += 1
         shutil.rmtree(out)
     else:
-        tally.different.append(f"{out.name}: exit {again}, killed after {after_s:.2f} s in {where}")
+        told = Path(f"{out}.log").read_text(encoding="utf-8")[-400:]  # the folder goes with the experiment
+        tally.different.append(f"{out.name}: exit {again}, killed after {after_s:.2f} s in {where}; {told}")
 
 
 def main() -> None:
