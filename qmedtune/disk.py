@@ -50,6 +50,14 @@ def rename(source: Path, target: Path) -> None:
         fsync_path(folder)
 
 
+def link(source: Path, target: Path) -> None:
+    """The same bytes under a second name; a copy where the file system has no hard links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
 def discard(folder: Path) -> None:
     """Delete a folder; killed half-way, no half of it is left under its name."""
     dropped = folder.with_name(f".{folder.name}.dropped")

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qmedtune.disk import PART, check_room, discard, fsync_path, lock, rename, write_atomic, write_json
+from qmedtune.disk import PART, check_room, discard, fsync_path, link, lock, rename, write_atomic, write_json
 
 __all__ = ["PART", "check_room", "discard", "fsync_path", "lock", "rename", "write_atomic", "write_json"]
 
@@ -163,17 +163,10 @@ def borrow(folder: Path, root: Path, key: str, siblings: Iterable[Path]) -> Seal
                 _put_aside(building, folder, root, keep_partial=True)
             for name in [*sealed.files, SEAL]:
                 (building / name).parent.mkdir(parents=True, exist_ok=True)
-                _link(donor / name, building / name)
+                link(donor / name, building / name)
             _move_into_place(building, folder, root)
             return sealed
     return None
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
 
 
 def begin(folder: Path, root: Path, key: str, section: dict[str, Any], *, keep_partial: bool) -> Path:
@@ -268,7 +261,7 @@ def take_over(paths: Sequence[Path]) -> bool:
         if sealed and names[-1] in had and not damage(folder, _only(sealed, had), full=True):
             for name in had:
                 (building / name).parent.mkdir(parents=True, exist_ok=True)
-                _link(folder / name, building / name)
+                link(folder / name, building / name)
             return True
     return False
 

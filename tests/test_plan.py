@@ -265,7 +265,7 @@ def test_a_large_card_keeps_activations_and_smaller_ones_mix():
 def test_stated_layers_must_be_those_of_the_base():
     stated = {"keep": 20, "recompute": 12}
     resolved, _ = resolve(recipe(cpt={"gradient_checkpointing": stated}), card_of(40))
-    assert fit.setup_of(resolved, 0).ways == (20, 0, 12, 0)
+    assert fit.setup_of(resolved, 0, CPU).ways == (20, 0, 12, 0)
     with pytest.raises(RecipeError, match="counts 33 layers, .* has 32"):
         resolve(recipe(cpt={"gradient_checkpointing": {**stated, "offload": 1}}), card_of(40))
 
@@ -325,7 +325,7 @@ def test_a_hopeless_base_names_the_card_it_needs():
 def test_remedies_free_what_they_say():
     facts = base_facts(ModelSection(base="meta-llama/Llama-3.1-8B"))
     resolved, _ = resolve(recipe(), card_of(24))
-    setup = fit.setup_of(resolved, 0)
+    setup = fit.setup_of(resolved, 0, CPU)
     before = fit.memory.peak_bytes(facts, setup, gpu=True)
     freed = dict(fit.remedies(facts, setup, gpu=True))
     halved = fit.memory.peak_bytes(facts, replace(setup, seq_len=setup.seq_len // 2), gpu=True)

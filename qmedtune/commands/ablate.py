@@ -13,10 +13,10 @@ from qmedtune.commands.common import (
     OutOption,
     RecipeArgument,
     SetOption,
+    TimeLimitOption,
     emit,
     load,
     run_folder,
-    seconds,
 )
 
 
@@ -35,9 +35,7 @@ def ablate(
         Path | None, typer.Option(parser=_numbers, metavar="17,18,19", help="Instead of the recipe's seeds.")
     ] = None,
     offline: OfflineOption = False,
-    time_limit: Annotated[
-        float | None, typer.Option(parser=seconds, metavar="55m", help="Seal and stop cleanly after this time.")
-    ] = None,
+    time_limit: TimeLimitOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Run the arms of a recipe's `ablate:` section and compare them. Run again to go on."""

@@ -52,6 +52,11 @@ def seconds(text: str) -> float:
     return float(match[1]) * {"s": 1, "": 1, "m": 60, "h": 3600}[match[2]]
 
 
+TimeLimitOption = Annotated[
+    float | None, typer.Option(parser=seconds, metavar="55m", help="Seal and stop cleanly after this time.")
+]
+
+
 def wants_colour() -> bool:
     """Whether stdout is a terminal that shows colours, and nobody asked for none."""
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"

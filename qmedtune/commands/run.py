@@ -14,10 +14,10 @@ from qmedtune.commands.common import (
     RecipeArgument,
     RunArgument,
     SetOption,
+    TimeLimitOption,
     emit,
     load,
     run_folder,
-    seconds,
     wants_colour,
 )
 
@@ -32,9 +32,7 @@ def run(
     until: Annotated[str | None, typer.Option(metavar="STAGE", help="Stop after this step, e.g. 01-cpt.")] = None,
     offline: OfflineOption = False,
     smoke: Annotated[bool, typer.Option("--smoke", help="Built-in base and data, in runs/<name>-smoke.")] = False,
-    time_limit: Annotated[
-        float | None, typer.Option(parser=seconds, metavar="55m", help="Seal and stop cleanly after this time.")
-    ] = None,
+    time_limit: TimeLimitOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """From data to merged model and report. Run again to resume."""

@@ -49,17 +49,17 @@ def budget_bytes(machine: Machine, recipe: Recipe) -> int:
     return there if recipe.memory == "auto" else min(there, round(recipe.memory * GIB))
 
 
-def _attention(recipe: Recipe, machine: Machine | None, full: bool) -> str:
+def _attention(recipe: Recipe, machine: Machine, full: bool) -> str:
     """What `auto` becomes (model.py): kernels for variable lengths where the card has them, else a mask."""
     if recipe.model.attention != "auto":
         return recipe.model.attention
-    variable = machine is not None and (machine.capability or 0) >= 8.0 and recipe.model.compute_dtype != "float32"
+    variable = (machine.capability or 0) >= 8.0 and recipe.model.compute_dtype != "float32"
     return "varlen" if variable and not full else "sdpa"
 
 
-def setup_of(recipe: Recipe, index: int, machine: Machine | None = None) -> Setup:
+def setup_of(recipe: Recipe, index: int, machine: Machine) -> Setup:
     """The memory-relevant part of stage `index`, its lengths and the compute dtype resolved; what is still `auto`
-    (micro-batch, checkpointing, optimiser) stands at its smallest. Without a machine: as on a CPU."""
+    (micro-batch, checkpointing, optimiser) stands at its smallest."""
     section, stages = recipe.stages[index].section, recipe.stages
     full = stages[index].full
     stacked = [stage.section.adapter == "new" for stage in stages[1 : index + 1]]

@@ -72,7 +72,8 @@ def check_writable(out: Path) -> None:
 def check(recipe: Recipe, out: Path, to_do: Collection[str]) -> None:
     """Before a run of a resolved recipe: room for the steps that are not sealed yet. Raises DoesNotFit."""
     facts = base_facts(recipe.model)
-    setups = [fit.setup_of(recipe, index) for index in range(len(recipe.stages))]
+    here = this_machine()
+    setups = [fit.setup_of(recipe, index, here) for index in range(len(recipe.stages))]
     training = any(name in to_do for name in recipe.stage_names())
     if training:
         _check_machine(facts, setups)

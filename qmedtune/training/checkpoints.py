@@ -8,7 +8,6 @@ far and the best weights so far. Built as `checkpoint.partial`, sealed with a sh
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 from collections.abc import Mapping
@@ -22,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qmedtune import store, ui
+from qmedtune.disk import link
 from qmedtune.model import trainable
 
 WEIGHTS, STATES, STATE = "trained.safetensors", "states.safetensors", "state.json"
@@ -54,7 +54,7 @@ def save(
     if (stage / METRICS).is_file():
         shutil.copyfile(stage / METRICS, partial / METRICS)
     if (scratch / BEST).is_file():
-        _link(scratch / BEST, partial / BEST)
+        link(scratch / BEST, partial / BEST)
     store.seal(partial, KEY, {"step": step, **facts})
     folder = scratch / f"checkpoint-{step}"
     store.discard(folder)  # one that is there was damaged, and passed over
@@ -62,14 +62,6 @@ def save(
     for old in superseded(sealed(stage), folder, keep):
         store.discard(old)
     return folder
-
-
-def _link(source: Path, target: Path) -> None:
-    """The same bytes under a second name; a copy where the file system has no hard links."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 def sealed(stage: Path) -> list[Path]:
@@ -103,7 +95,7 @@ def go_back(stage: Path, checkpoint: Path | None) -> None:
     best = stage / store.SCRATCH / BEST
     best.unlink(missing_ok=True)
     if checkpoint and (checkpoint / BEST).is_file():
-        _link(checkpoint / BEST, best)
+        link(checkpoint / BEST, best)
     kept = checkpoint / METRICS if checkpoint else None
     store.write_atomic(stage / METRICS, kept.read_text(encoding="utf-8") if kept and kept.is_file() else "")
 

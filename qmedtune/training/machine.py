@@ -14,6 +14,7 @@ import torch
 from qmedtune import store, ui, units
 from qmedtune.errors import RunError
 from qmedtune.planning import fit
+from qmedtune.planning.machine import this_machine
 from qmedtune.planning.shapes import base_facts
 from qmedtune.recipe import Recipe, TrainSection
 
@@ -45,8 +46,9 @@ def as_begun(recipe: Recipe, index: int, checkpoint: Path | None) -> tuple[Train
 
 def out_of_memory(recipe: Recipe, index: int, step: int) -> RunError:
     """With one row at a time there is no room: what to change, cheapest first, and what each frees."""
-    facts, gpu = base_facts(recipe.model), torch.cuda.is_available()
-    frees = fit.remedies(facts, replace(fit.setup_of(recipe, index), micro_batch=1), gpu=gpu)[:3]
+    facts, here = base_facts(recipe.model), this_machine()
+    setup = replace(fit.setup_of(recipe, index, here), micro_batch=1)
+    frees = fit.remedies(facts, setup, gpu=here.is_gpu)[:3]
     return RunError(
         "\n".join(
             [
