@@ -7,11 +7,11 @@ Deliberately does not: verify hashes (store.py), recompute results, or show text
 """
 
 import json
-import os
 from pathlib import Path
 
 import yaml
 
+from qmedtune import disk
 from qmedtune.reporting import page as report_html
 from qmedtune.reporting import tables
 from qmedtune.reporting.facts import ALL, Metrics, base_name, comparisons, outcome, read_metrics
@@ -41,15 +41,8 @@ def write_report(run_dir: Path) -> dict:
         "report.md": markdown(run, metrics),
     }
     for name, text in written.items():
-        _replace(run_dir / name, text)
+        disk.write_atomic(run_dir / name, text)
     return {name: len(text.encode()) for name, text in written.items()}
-
-
-def _replace(path: Path, text: str) -> None:
-    """A reader sees the old page or the new one, never half of it."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def markdown(run: dict, metrics: Metrics) -> str:

@@ -10,8 +10,8 @@ a finished run does nothing. No torch is imported here: a step brings what it ne
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +55,10 @@ def run(
         tasks.check_benchmarks(resolved)
     room.check_writable(out)
     room.check(resolved, out, [step.name for step in chosen if step.name not in sealed])
-    with store.lock(out), stop.watching(time_limit_s):
-        for leftover in out.glob(f".*{store.PART}"):  # of writes that were killed
-            leftover.unlink()
+    with _told("run", out), store.lock(out), stop.watching(time_limit_s):
+        for place in (out, out / "merged"):
+            for leftover in place.glob(f".*{store.PART}"):  # of writes that were killed
+                leftover.unlink()
         hashes.save()
         notes = record.Notes(resolved, recipe_text, choices, offline=offline)
         folder = source.make()
@@ -65,14 +66,15 @@ def run(
         with ui.run_progress([*(step.name for step in chosen), "report"]) as shown:
             try:
                 for step in chosen:
-                    done[step.name] = _do(step, resolved, folder, source.digest, done, out, siblings, shown)
-                    record.write(out, notes, steps, done, source, "running")
+                    with _told(step.name, out):
+                        done[step.name] = _do(step, resolved, folder, source.digest, done, out, siblings, shown)
+                        record.write(out, notes, steps, done, source, "running")
             except BaseException as error:
                 with suppress(OSError):  # on a full disk; what happened is raised all the same
                     record.write(out, notes, steps, done, source, "running" if _goes_on(error) else "failed", error)
                     record.render(out)
                 raise
-            with shown.step("report"):
+            with _told("report", out), shown.step("report"):
                 complete = "finished" if len(chosen) == len(steps) else "running"
                 result = record.finish(out, notes, steps, done, source, complete)
         return result
@@ -112,16 +114,21 @@ def _do(
     building = store.begin(folder, out, key, made_from, keep_partial=step.resumes)
     with shown.step(step.name), stop.limited():
         started = time.monotonic()
-        try:
-            facts = step.work(recipe, inputs, building)
-            facts |= {"seconds": round(time.monotonic() - started, 2), "section": made_from}
-            return store.publish(building, folder, out, key, facts)
-        except (OSError, SafetensorError) as error:
-            said = f"{getattr(error, 'strerror', None) or error} ({getattr(error, 'filename', None) or out})"
-            raise RunError(
-                f"{step.name}: {said}\n"
-                "what is sealed stays; free space or fix the permission, then give the same command again"
-            ) from error
+        facts = step.work(recipe, inputs, building)
+        facts |= {"seconds": round(time.monotonic() - started, 2), "section": made_from}
+        return store.publish(building, folder, out, key, facts)
+
+
+@contextmanager
+def _told(what: str, out: Path) -> Iterator[None]:
+    """What the system refuses (no room, no permission) becomes an error that says what to do."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        said = f"{getattr(error, 'strerror', None) or error} ({getattr(error, 'filename', None) or out})"
+        raise RunError(
+            f"{what}: {said}\nwhat is sealed stays; free space or fix the permission, then give the same command again"
+        ) from error
 
 
 def key_of(step: Step, model_digest: str, done: dict[str, store.Seal]) -> str:
