@@ -51,11 +51,17 @@ def rename(source: Path, target: Path) -> None:
 
 
 def link(source: Path, target: Path) -> None:
-    """The same bytes under a second name; a copy where the file system has no hard links."""
+    """The same bytes under a second name; a copy where the file system has no hard links.
+
+    FileExistsError where `target` is there: a copy onto it would write into every other name that it has.
+    """
     try:
         os.link(source, target)
+    except FileExistsError:
+        raise
     except OSError:
         shutil.copy2(source, target)
+        fsync_path(target)
 
 
 def discard(folder: Path) -> None:

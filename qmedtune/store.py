@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +26,7 @@ SEAL = "seal.json"
 STAMP = ".attempt"  # of which key and section an unfinished folder is
 SCRATCH = "scratch"  # what a step resumes from: not sealed, and deleted once the step is
 CHUNK_BYTES = 1 << 20
+SETTLED_S = 2.0
 # Carries times and speeds: listed and verified, but not part of what later steps depend on.
 VOLATILE = frozenset({"metrics.jsonl"})
 # The model card is rendered after the evaluation, from run.json, into the folder that was sealed before it.
@@ -87,7 +89,7 @@ def read_seal(folder: Path) -> Seal | None:
         if data.pop("sha256") != sha256_json(data):
             return None
         return Seal(data["key"], data["digest"], data["facts"], data["files"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
@@ -98,13 +100,14 @@ def damage(folder: Path, sealed: Seal, *, full: bool) -> list[str]:
         path = folder / name
         try:
             stat = path.stat()
-        except OSError:
+            if stat.st_size != entry["size"]:
+                problems.append(f"{name}: {stat.st_size} bytes, sealed with {entry['size']}")
+            elif (full or stat.st_mtime_ns != entry["mtime_ns"]) and sha256_file(path) != entry["sha256"]:
+                problems.append(f"{name}: sha256 differs")
+        except FileNotFoundError:
             problems.append(f"{name}: missing")
-            continue
-        if stat.st_size != entry["size"]:
-            problems.append(f"{name}: {stat.st_size} bytes, sealed with {entry['size']}")
-        elif (full or stat.st_mtime_ns != entry["mtime_ns"]) and sha256_file(path) != entry["sha256"]:
-            problems.append(f"{name}: sha256 differs")
+        except OSError as error:  # a bad sector, a file that may not be read
+            problems.append(f"{name}: unreadable ({error.strerror})")
     return problems
 
 
@@ -187,11 +190,12 @@ def begin(folder: Path, root: Path, key: str, section: dict[str, Any], *, keep_p
 
 
 def _put_aside(building: Path, folder: Path, root: Path, keep_partial: bool) -> None:
-    """What was paid for goes to `.history/`: a sealed result whose rename was killed, an attempt that can go on."""
+    """What was paid for goes to `.history/`: a sealed result whose rename was killed, an attempt that can go on, and
+    one that cannot because its stamp is damaged."""
     if read_seal(building):
         discard(building / SCRATCH)
         retire(building, root, flat_name(folder, root))
-    elif keep_partial and attempt_of(building):
+    elif keep_partial and (attempt_of(building) or (building / SCRATCH).exists()):
         retire(building, root)
     else:
         shutil.rmtree(building)
@@ -275,7 +279,11 @@ def building_of(folder: Path, root: Path) -> Path:
 
 
 class HashCache:
-    """sha256 of input files, remembered by (size, mtime, inode) so that an unchanged corpus is read once."""
+    """sha256 of input files, remembered by (size, times, inode) so that an unchanged corpus is read once.
+
+    A file that changed within the last SETTLED_S is not remembered: where times are as coarse as a second, it could
+    change once more under the same one.
+    """
 
     def __init__(self, path: Path):
         self.path = path
@@ -287,13 +295,14 @@ class HashCache:
 
     def sha256(self, path: Path) -> str:
         stat = path.stat()
-        mark = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+        mark = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
         entry = self.known.get(str(path.resolve()))
-        if entry and entry[:3] == mark:
-            return entry[3]
+        if entry and entry[:-1] == mark:
+            return entry[-1]
         value = sha256_file(path)
-        self.known[str(path.resolve())] = [*mark, value]
-        self.changed = True
+        if time.time() - max(stat.st_mtime, stat.st_ctime) > SETTLED_S:
+            self.known[str(path.resolve())] = [*mark, value]
+            self.changed = True
         return value
 
     def remember(self, name: str, value: str) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from pathlib import Path
 
 import crash
 import pytest
 
-from qmedtune import store
+from qmedtune import disk, store
 
 
 def attempt(root: Path, key: str) -> Path:
@@ -28,6 +29,58 @@ def test_an_attempt_that_cannot_be_continued_starts_empty(tmp_path: Path):
     (attempt(tmp_path, "a" * 64) / "half").write_text("")
     folder = store.begin(tmp_path / "01-cpt", tmp_path, "a" * 64, {}, keep_partial=False)
     assert [path.name for path in folder.iterdir()] == [store.STAMP]
+
+
+@pytest.mark.parametrize("stamp", [None, "", "[1]", '{"key": 5}'])
+def test_an_attempt_whose_stamp_is_damaged_is_put_aside(tmp_path: Path, stamp: str | None):
+    """Its checkpoints may be days of work; what it was made from is not known any more."""
+    building = attempt(tmp_path, "a" * 64)
+    (building / store.SCRATCH).mkdir()
+    (building / store.SCRATCH / "checkpoint").write_text("hours of work")
+    (building / store.STAMP).unlink() if stamp is None else (building / store.STAMP).write_text(stamp)
+    assert [path.name for path in attempt(tmp_path, "a" * 64).iterdir()] == [store.STAMP]
+    assert [path.read_text() for path in tmp_path.glob(".history/*/scratch/checkpoint")] == ["hours of work"]
+
+
+def test_a_file_that_cannot_be_read_is_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    building = attempt(tmp_path, "a" * 64)
+    (building / "weights").write_text("w")
+    sealed = store.publish(building, tmp_path / "01-cpt", tmp_path, "a" * 64, {})
+    monkeypatch.setattr(store, "sha256_file", raises(OSError(5, "Input/output error")))  # a bad sector
+    assert store.damage(tmp_path / "01-cpt", sealed, full=True) == ["weights: unreadable (Input/output error)"]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "5", "null", '"x"', "{}", '{"sha256": 1}'])
+def test_what_is_no_seal_is_none(tmp_path: Path, text: str):
+    (tmp_path / store.SEAL).write_text(text)
+    assert store.read_seal(tmp_path) is None
+
+
+def test_a_link_never_writes_into_a_file_that_is_there(tmp_path: Path):
+    (tmp_path / "a").write_text("a")
+    (tmp_path / "b").write_text("b")
+    os.link(tmp_path / "b", tmp_path / "name of b")
+    with pytest.raises(FileExistsError):
+        disk.link(tmp_path / "a", tmp_path / "name of b")
+    assert (tmp_path / "b").read_text() == "b"
+
+
+def test_hashes_are_remembered_by_what_a_change_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Two edits within one tick of the clock leave size and times alone: a file is remembered once it has settled.
+    Whoever puts an old time back has changed the inode's own."""
+    path, hashes = tmp_path / "notes.csv", store.HashCache(tmp_path / "hashes")
+    path.write_text("one")
+    first = hashes.sha256(path)
+    assert not hashes.changed
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 60)
+    assert hashes.sha256(path) == first and hashes.changed
+    times = path.stat()
+    monkeypatch.setattr(store, "sha256_file", lambda _: "read again")
+    assert hashes.sha256(path) == first
+    path.write_text("two")
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert path.stat().st_mtime_ns == times.st_mtime_ns and hashes.sha256(path) == "read again"
 
 
 def test_a_result_killed_before_its_rename_is_kept_when_the_recipe_changes(tmp_path: Path):
@@ -125,7 +178,7 @@ def test_a_crash_at_any_system_call_of_a_publication_loses_nothing(tmp_path: Pat
     assert crash.everywhere(lambda: build(new), recover, start_over) > 15
 
 
-def raises(error: type[BaseException]):
+def raises(error: type[BaseException] | BaseException):
     def function(*_):
         raise error
 
