@@ -7,6 +7,7 @@ runs on one thread and blocks run side by side. Block borders, and so results, d
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 T = TypeVar("T")
 Apply = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
@@ -21,6 +23,8 @@ Apply = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
 
 # Blocks in work or waiting to be taken: enough for 6 cores, and 6 x 6 MB of results.
 AHEAD = 6
+
+_own = threading.local()
 
 
 @contextmanager
@@ -44,3 +48,14 @@ def in_order(pool: ThreadPoolExecutor, jobs: Iterable[Callable[[], T]]) -> Itera
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()
+
+
+def in_fp32(block: Tensor) -> Tensor:
+    """A copy of `block` in fp32, in memory that this thread's next call takes again.
+
+    Fresh memory for each block costs more than the conversion: the kernel clears every page of it.
+    """
+    buffer = getattr(_own, "buffer", None)
+    if buffer is None or buffer.numel() < block.numel():
+        buffer = _own.buffer = torch.empty(block.numel())
+    return buffer[: block.numel()].view(block.shape).copy_(block)
