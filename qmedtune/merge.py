@@ -24,7 +24,7 @@ from qmedtune import store, ui
 from qmedtune.errors import RunError
 from qmedtune.merging.disk_llama import EMBEDDING, HEAD, DiskLlama, open_llama
 from qmedtune.merging.lora_files import LowRank, Updates, read_adapters
-from qmedtune.merging.parallel import in_order, workers
+from qmedtune.merging.parallel import in_fp32, in_order, workers
 from qmedtune.merging.tensors import INDEX, row_blocks, write_safetensors
 from qmedtune.merging.verify import PROBE_TOKENS, prove
 from qmedtune.model import DTYPES
@@ -74,8 +74,9 @@ def merge(
     opened = open_llama(base)
     updates = read_adapters(adapters, opened.shapes, opened.linears)
     tied = _stays_tied(opened, updates)
-    with workers() as pool, ThreadPoolExecutor(max_workers=1) as disk:
-        hashes = _write_weights(opened, updates, out, section, model_section, tied, pool, disk)
+    with workers() as pool, ThreadPoolExecutor(1) as disk, ThreadPoolExecutor(1) as hasher:
+        write = partial(write_safetensors, disk=disk, hasher=hasher)
+        hashes = _write_weights(opened, updates, out, section, model_section, tied, pool, write)
         _write_config(base / "config.json", out, section.dtype, tied)
         _copy_descriptions(base, out, template)
         if card is not None:
@@ -111,7 +112,7 @@ def _write_weights(
     model_section: ModelSection,
     tied: bool,
     pool: ThreadPoolExecutor,
-    disk: ThreadPoolExecutor,
+    write: Callable[..., Future[str]],
 ) -> dict[str, Future[str]]:
     """All weight files, sharded as the base's, and their index. Returns the sha256 of each, by file name."""
     shards = _shards(base, tied)
@@ -129,7 +130,7 @@ def _write_weights(
                 shown.update(shown.completed + 1)
 
         for file, shapes in shards.items():
-            hashes[file] = write_safetensors(out / file, shapes, dtype, in_order(pool, jobs(shapes)), disk)
+            hashes[file] = write(out / file, shapes, dtype, in_order(pool, jobs(shapes)))
     if len(shards) > 1:
         files = {name: file for file, shapes in shards.items() for name in shapes}
         total = sum(torch.Size(base.shapes[name]).numel() * dtype.itemsize for name in files)
@@ -164,7 +165,7 @@ def _shards(base: DiskLlama, tied: bool) -> dict[str, dict[str, tuple[int, ...]]
 
 def merged_block(source: Tensor, low_rank: Sequence[LowRank], rows: slice, dtype: torch.dtype, name: str) -> Tensor:
     """Some rows of a merged tensor: fp32 sums, rounded to `dtype` once. RunError where they are not finite in it."""
-    block = source[rows].to(torch.float32, copy=True)
+    block = in_fp32(source[rows])
     for update in low_rank:
         block.addmm_(update.b[rows], update.a, alpha=update.scale)
     low, high = torch.aminmax(block)
@@ -174,7 +175,7 @@ def merged_block(source: Tensor, low_rank: Sequence[LowRank], rows: slice, dtype
             f"{name}: the merged tensor is not finite in {str(dtype).removeprefix('torch.')}\n"
             "the base or an adapter is damaged or diverged (or merge.dtype is too narrow); nothing was published"
         )
-    return block.to(dtype)
+    return block.to(dtype, copy=True)
 
 
 # --------------------------------------------------------------------------------------------- what describes a model

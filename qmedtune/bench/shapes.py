@@ -51,10 +51,10 @@ def write_model(shape: Mapping[str, int], base: Path) -> int:
 
     shards = _sharded(shapes)
     files = {n: f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i, s in enumerate(shards) for n in s}
-    with ThreadPoolExecutor(max_workers=1) as thread:
+    with ThreadPoolExecutor(1) as disk, ThreadPoolExecutor(1) as hasher:
         for names in shards:
             file = SINGLE if len(shards) == 1 else files[next(iter(names))]
-            write_safetensors(base / file, names, torch.bfloat16, blocks(names), thread)
+            write_safetensors(base / file, names, torch.bfloat16, blocks(names), disk, hasher)
     if len(shards) > 1:
         store.write_json(base / INDEX, {"metadata": {}, "weight_map": files})
     return sum(path.stat().st_size for path in base.glob("*.safetensors"))

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +24,7 @@ from torch.nn import functional as F
 from qmedtune.errors import RecipeError
 from qmedtune.merging.lora_files import LowRank, Updates
 from qmedtune.merging.nf4_roundtrip import nf4_roundtrip
-from qmedtune.merging.parallel import Apply
+from qmedtune.merging.parallel import Apply, in_fp32
 from qmedtune.merging.tensors import Weights, open_weights, row_blocks
 from qmedtune.model import DTYPES, check_folder
 from qmedtune.recipe import ModelSection
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 
 Load = Callable[[str], Tensor]
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+SIGNS = 2
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,13 @@ def _check_tensor(base: DiskLlama, name: str) -> None:
 
 
 class StreamedLinear(nn.Module):
-    """x @ W.T + bias + sum of scale * (x @ A.T) @ B.T in fp32, W being read when it is needed, in blocks of rows."""
+    """x @ W.T + bias + sum of scale * (x @ A.T) @ B.T in fp32, W being read when it is needed, in blocks of rows.
+
+    `response` [SIGNS, out] is the same of `signs`, and `norm` the Frobenius norm of W, as of the last call.
+    """
+
+    response: Tensor
+    norm: float
 
     def __init__(self, load: Callable[[], Tensor], bias: Tensor | None, updates: Sequence[LowRank], apply: Apply):
         super().__init__()
@@ -102,13 +111,29 @@ class StreamedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.load()
-        blocks = row_blocks(tuple(weight.shape))
-        y = torch.cat(list(self.apply_to(lambda rows: F.linear(x, weight[rows].float()), blocks)), dim=-1)
+        inputs = torch.cat([x.flatten(0, -2), signs(x.shape[-1])])
+        transposed = torch.empty(len(weight), len(inputs))
+
+        def fill(rows: slice) -> float:  # W @ x.T: for a few dozen tokens faster than x @ W.T, as MKL does it
+            block = in_fp32(weight[rows])
+            torch.mm(block, inputs.T, out=transposed[rows])
+            return float(torch.linalg.vector_norm(block))
+
+        self.norm = math.hypot(*self.apply_to(fill, row_blocks(tuple(weight.shape))))
+        y = transposed.T.contiguous()
         if self.bias is not None:
             y += self.bias
         for update in self.updates:
-            y += F.linear(F.linear(x, update.a), update.b) * update.scale
-        return y
+            y += F.linear(F.linear(inputs, update.a), update.b) * update.scale
+        self.response = y[-SIGNS:].clone()
+        return y[:-SIGNS].view(*x.shape[:-1], -1)
+
+
+@cache
+def signs(width: int) -> Tensor:
+    """[SIGNS, width] of +1 and -1 (seed 23). They meet every element of a weight, which tokens do not: with 64 random
+    tokens the KL of a 1.1B LLaMA hardly moves (5.6e-5 to 6.3e-5) when a q_proj misses its adapter."""
+    return torch.randint(0, 2, (SIGNS, width), generator=torch.Generator().manual_seed(23)).mul(2).sub(1).float()
 
 
 class StreamedEmbedding(nn.Module):

@@ -14,7 +14,7 @@ import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor
 
-from qmedtune.merging.parallel import Apply
+from qmedtune.merging.parallel import Apply, in_fp32
 
 BLOCKSIZE = 64
 # 64 cells per unit: cells are narrower than the closest two borders (.077), and no border is nearer than 2e-4 to the
@@ -41,7 +41,7 @@ def nf4_roundtrip(weight: Tensor, dtype: torch.dtype, *, double_quantization: bo
 
     def fill(rows: slice) -> None:
         inverse = absmax[rows].clamp(min=1e-38).reciprocal()  # as bitsandbytes guards a block of zeros
-        scaled = flat[rows].to(dtype).float() * inverse[:, None]
+        scaled = in_fp32(flat[rows].to(dtype)).mul_(inverse[:, None])
         out[rows] = nearest_level(scaled.view(-1)).view_as(scaled).mul_(scales[rows, None])
 
     list(apply(fill, blocks))
@@ -60,11 +60,15 @@ def _absmax(values: Tensor) -> Tensor:
 
 
 def nearest_level(scaled: Tensor) -> Tensor:
-    """The NF4 level (fp32) of each value of a 1-D fp32 tensor within [-1, 1]; a value on a border takes the lower."""
+    """The NF4 level (fp32) of each value of a 1-D fp32 tensor within [-1, 1]; a value on a border takes the lower.
+
+    The sign bit of border - value, moved through the word, is -1 above the border and 0 elsewhere: a third of the time
+    of a comparison, whose bools torch widens.
+    """
     borders, levels = _tables()
     cells = scaled.mul(CELLS).add_(CELLS).to(torch.int32)
-    above = scaled > torch.index_select(borders, 0, cells)
-    return torch.index_select(levels, 0, cells.mul_(2).add_(above))
+    above = torch.index_select(borders, 0, cells).sub_(scaled).view(torch.int32).bitwise_right_shift_(31)
+    return torch.index_select(levels, 0, above.add_(cells, alpha=2))
 
 
 def _nested(absmax: Tensor) -> Tensor:
@@ -76,11 +80,11 @@ def _nested(absmax: Tensor) -> Tensor:
 
 @cache
 def _tables() -> tuple[Tensor, Tensor]:
-    """Border of each cell (inf where none is in it), and its two levels, below and above the border, side by side."""
+    """Border of each cell (inf where none is in it), and levels: of cell c the lower at 2 c, the upper at 2 c - 1."""
     levels = bnb.get_4bit_type("nf4", device="cpu")
     borders = (levels[:-1] + levels[1:]) / 2
     edges = (torch.arange(2 * CELLS + 2, dtype=torch.float64) - CELLS) / CELLS
     passed = torch.bucketize(edges, borders.double()).clamp(max=len(borders))  # borders below each edge
     low, high = passed[:-1], passed[1:]
     inside = torch.where(high > low, borders[low.clamp(max=len(borders) - 1)], torch.inf)
-    return inside, torch.stack([levels[low], levels[high]], dim=1).flatten()
+    return inside, torch.stack([levels[high], levels[low]], dim=1).flatten().roll(-1)

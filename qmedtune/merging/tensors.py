@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import mmap
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future
@@ -30,7 +29,7 @@ INDEX = "model.safetensors.index.json"
 # 4 MB in fp32: below glibc's largest mmap threshold (32 MB), so that blocks reuse heap pages instead of faulting in
 # fresh ones (which costs as much as the copy), and small enough to leave work for all cores.
 BLOCK_ELEMENTS = 1 << 20
-BLOCKS_WAITING = 2
+BLOCKS_WAITING = 4
 SAFETENSORS_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 
 
@@ -113,29 +112,29 @@ def write_safetensors(
     shapes: Mapping[str, tuple[int, ...]],
     dtype: torch.dtype,
     blocks: Iterable[Tensor],
-    thread: Executor,
+    disk: Executor,
+    hasher: Executor,
 ) -> Future[str]:
     """Write tensors of `dtype`, given as contiguous row blocks in the order of `shapes`.
 
-    Writing runs in `thread` (one worker) while the caller computes the next block; at most BLOCKS_WAITING blocks are
-    held. Returns the file's sha256, ready once the file is on the disk.
+    Writing and hashing run in `disk` and `hasher` (one worker each) while the caller computes the next block; at most
+    BLOCKS_WAITING blocks are held. Returns the sha256 of what was to be written, ready once the file is on the disk.
     """
+    digest = hashlib.sha256()
     waiting: deque[Future[Any]] = deque()
     with path.open("wb") as file:
         for data in chain([_header(shapes, dtype)], (b.view(torch.uint8).numpy().data for b in blocks)):
-            waiting.append(thread.submit(file.write, data))
-            if len(waiting) > BLOCKS_WAITING:
+            waiting += disk.submit(file.write, data), hasher.submit(digest.update, data)
+            while len(waiting) > 2 * BLOCKS_WAITING:
                 waiting.popleft().result()
         for pending in waiting:
             pending.result()
-    return thread.submit(_settle, path)
+    return disk.submit(_settle, path, digest.hexdigest())
 
 
-def _settle(path: Path) -> str:
-    """Bring a file to the disk and hash it (mapped: without copying it)."""
+def _settle(path: Path, sha256: str) -> str:
     fsync_path(path)
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        return hashlib.sha256(data).hexdigest()
+    return sha256
 
 
 def _header(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> bytes:
