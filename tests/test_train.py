@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import pytest
 import torch
 from conftest import MICRO, MicroRun
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from qmedtune import interrupt, plan, store, train, ui
 from qmedtune import model as models
@@ -166,6 +167,22 @@ def test_a_quantised_base_leaves_the_adapter_exact(micro_run: MicroRun, tmp_path
     rows = PackedRows(micro_run.inputs()["tokens"])
     trainer.QTrainer(model, arguments, rows, section, models.load_tokenizer(micro_run.base), 1, {}, [])
     assert all(torch.equal(p, before[name]) for name, p in models.trainable(model).items())
+
+
+def test_a_stage_leaves_no_model_behind(micro_run: MicroRun, tmp_path: Path):
+    """The next stage loads its own: on a card two do not fit, and Python may take long to find a cycle by itself."""
+
+    def models_alive() -> int:
+        return sum(isinstance(thing, PreTrainedModel) for thing in gc.get_objects())
+
+    gc.collect()
+    before = models_alive()
+    gc.disable()
+    try:
+        run_stage(micro_run, tmp_path / "out")
+        assert models_alive() == before
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
