@@ -87,8 +87,10 @@ def train_stage(recipe: Recipe, index: int, inputs: dict[str, Path], out: Path) 
         below = earlier[:-1] if stage.section.adapter == "continue" else earlier
         note_base(out / "adapter", recipe.model.base, inputs["base"], below)
     facts |= {"model": {"path": f"{name}/model"}} if stage.full else {}
-    del trainer, model
+    del trainer, model, loop  # which know each other: only a collection frees them, and the next stage needs the room
     gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     return facts
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 from collections.abc import Callable
@@ -11,9 +12,11 @@ import pytest
 import torch
 from conftest import MICRO, MicroRun
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from qmedtune import interrupt, plan, store, train, ui
 from qmedtune import model as models
+from qmedtune.data.pack import PackedRows
 from qmedtune.errors import RunError
 from qmedtune.parsing.loader import load_recipe
 from qmedtune.recipe import Recipe
@@ -147,6 +150,39 @@ def gradients(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[st
     model.train()
     loss.token_nll(model, **batch).backward()
     return {name: p.grad.clone() for name, p in trainer.trainable(model).items() if p.grad is not None}
+
+
+def test_a_quantised_base_leaves_the_adapter_exact(micro_run: MicroRun, tmp_path: Path):
+    """SFTTrainer rounds what is trained on a bitsandbytes base to bf16: a continued adapter would lose what it has."""
+    four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    base = AutoModelForCausalLM.from_pretrained(micro_run.base, quantization_config=four_bit, dtype=torch.float32)
+    assert base.is_loaded_in_4bit  # as on a GPU
+    recipe = micro(*FP32)
+    model = models.attach_adapter(base, recipe.adapter, [], continued=True)
+    before = {name: p.detach().clone() for name, p in models.trainable(model).items()}
+    section = recipe.stages[0].section
+    arguments = trainer.trainer_arguments(
+        tmp_path, section, seed=0, save_every=10, autocast=None, deterministic=False, checkpointing=False
+    )
+    rows = PackedRows(micro_run.inputs()["tokens"])
+    trainer.QTrainer(model, arguments, rows, section, models.load_tokenizer(micro_run.base), 1, {}, [])
+    assert all(torch.equal(p, before[name]) for name, p in models.trainable(model).items())
+
+
+def test_a_stage_leaves_no_model_behind(micro_run: MicroRun, tmp_path: Path):
+    """The next stage loads its own: on a card two do not fit, and Python may take long to find a cycle by itself."""
+
+    def models_alive() -> int:
+        return sum(isinstance(thing, PreTrainedModel) for thing in gc.get_objects())
+
+    gc.collect()
+    before = models_alive()
+    gc.disable()
+    try:
+        run_stage(micro_run, tmp_path / "out")
+        assert models_alive() == before
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

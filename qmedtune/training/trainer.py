@@ -134,6 +134,7 @@ class QTrainer(SFTTrainer):
         self.said: list[str] = []  # what happened in the step in hand, for the log
         self.tokens_seen = 0
         pad_id = tokenizer.pad_token_id
+        exact = [(parameter, parameter.data) for parameter in trainable(model).values()]
         super().__init__(
             model=model,
             args=args,
@@ -142,8 +143,8 @@ class QTrainer(SFTTrainer):
             processing_class=tokenizer,
             callbacks=callbacks,
         )
-        for parameter in trainable(model).values():
-            parameter.data = parameter.data.float()
+        for parameter, values in exact:  # of a quantised base, SFTTrainer has rounded them to bf16
+            parameter.data = values.to(parameter.device, torch.float32)
 
     def _send_telemetry(self) -> None:
         """TRL's own tells the Hub about model and GPU. Nothing leaves this machine."""
@@ -196,10 +197,12 @@ class QTrainer(SFTTrainer):
     def _accumulate(self, model: torch.nn.Module, inputs: dict[str, Tensor], supervised: float) -> Tensor | None:
         """Forward and backward over all micro-batches; None when memory ran out."""
         total = torch.zeros((), device=inputs["labels"].device)
+        lengths = inputs["lengths"].tolist()  # asked for once: each question to a GPU waits for what it has to do
+        arrays = {name: x for name, x in inputs.items() if name != "lengths"}
         try:
-            for piece in zip(*(inputs[n].split(self.micro_batch) for n in inputs), strict=True):
-                micro = dict(zip(inputs, piece, strict=True))
-                longest = int(micro.pop("lengths").max())
+            for start in range(0, len(lengths), self.micro_batch):
+                rows = slice(start, start + self.micro_batch)
+                micro, longest = {name: x[rows] for name, x in arrays.items()}, max(lengths[rows])
                 with self.compute_loss_context_manager():
                     loss = self.nll(model, **{name: x[:, :longest] for name, x in micro.items()}) / supervised
                 self.accelerator.backward(loss)
