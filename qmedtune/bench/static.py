@@ -36,7 +36,6 @@ class Case:
     architectures: tuple[int, ...] = ARCHITECTURES
     tensor_cores: bool = False
     fp_fusion: bool = True
-    rows: int = 0
     stores_16: bool = False  # must store 16 bytes at a time
     types: dict[str, str] = field(default_factory=dict)
 
@@ -72,9 +71,9 @@ def cases() -> Iterator[Case]:
 def _matmul(direction: str, rows: int, nested: bool, architectures: tuple[int, ...]) -> Case:
     from qmedtune_kernels import matmul
 
-    tile = matmul.tile(rows, 0, 64, direction == "forward")
+    tile = matmul.tile(rows, 64, direction == "forward")
     warps, stages = int(tile.pop("num_warps")), int(tile.pop("num_stages"))
-    constants = {**tile, "BLOCKSIZE": 64, "NESTED": nested, "SPLIT": True, "DECODE": "prmt", "EMULATE": False}
+    constants = {**tile, "BLOCKSIZE": 64, "NESTED": nested, "SPLIT": True, "DECODE": "", "EMULATE": False}
     if direction == "forward":
         constants["BIAS"] = False
     elements = tile["BN"] * tile["BK"] / (32 * warps)
@@ -82,8 +81,7 @@ def _matmul(direction: str, rows: int, nested: bool, architectures: tuple[int, .
     label = "nested" if nested else "flat"
     return Case(
         f"matmul {direction} M<={rows} {label}", f"matmul._{direction}", constants, warps, stages, elements,
-        loop=True, limit=limit, architectures=architectures, tensor_cores=True, rows=rows,
-        types={"out": "*fp32"},
+        loop=True, limit=limit, architectures=architectures, tensor_cores=True, types={"out": "*fp32"},
     )  # fmt: skip
 
 
@@ -107,6 +105,7 @@ TYPES = {
 def compile_case(case: Case, arch: int):
     """The compiled kernel for one architecture, without a GPU or a driver."""
     import qmedtune_kernels
+    import torch
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -114,8 +113,8 @@ def compile_case(case: Case, arch: int):
     module, name = case.kernel.split(".")
     kernel = getattr(getattr(qmedtune_kernels, module), name)
     constants = dict(case.constants)
-    if "SWAP" in constants:
-        constants["SWAP"] = qmedtune_kernels.matmul.tile(case.rows, arch, 64, True)["SWAP"]
+    if "DECODE" in constants:
+        constants["DECODE"] = qmedtune_kernels.matmul.decode(arch, torch.bfloat16, "POST" in constants)
     half = "*fp16" if arch < 80 else "*bf16"
     scales = {"absmax": "*u8" if constants.get("NESTED") else "*fp32"}
     types = {**TYPES, **scales, **case.types}

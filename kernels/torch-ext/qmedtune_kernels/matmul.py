@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import dispatch, nf4
-from .decode import INTERPRET, block_scale, cast, codes, dot, scaled_codes
+from .decode import INTERPRET, block_scale, cast, codes, dot, weights
 from .language import tl, triton
 from .nf4 import NF4Weight, lookup
 
@@ -110,14 +110,12 @@ def choose(x: Tensor, weight: NF4Weight, path: str) -> str:
 def _forward(
     x_ptr, packed, absmax, code2, absmax2, offset, code, bias, out, m, n, k, steps, x_stride,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr,
-    SPLIT: tl.constexpr, BIAS: tl.constexpr, SWAP: tl.constexpr, POST: tl.constexpr,
-    DECODE: tl.constexpr, EMULATE: tl.constexpr,
+    SPLIT: tl.constexpr, BIAS: tl.constexpr, POST: tl.constexpr, DECODE: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """One [BM, BN] tile over `steps` K-steps of one split; bytes become pairs of 16-bit codes in registers.
+    """One [BM, BN] tile over `steps` K-steps of one split; bytes become pairs of 16-bit weights in registers.
 
-    POST (few rows): codes are multiplied as they are and each step's product is scaled in fp32. Otherwise codes are
-    scaled in 16 bit first, which halves the accumulators. SWAP puts W on the left: on sm_90 wgmma then takes the
-    decoded weights from registers, without a trip through shared memory.
+    POST (few rows): codes rounded to 16 bit are multiplied as they are and each step's product is scaled in fp32.
+    Otherwise W is made as `nf4.dequantize` makes it, which halves the accumulators.
     """
     TY: tl.constexpr = x_ptr.dtype.element_ty
     rm = tl.program_id(1) * BM + tl.arange(0, BM)
@@ -129,28 +127,23 @@ def _forward(
     w_ptrs = packed + row[:, None].to(tl.int64) * (k // 2) + (first // 2 + tl.arange(0, BK // 2))[None, :]
     block = row * (k // BLOCKSIZE)
     inside = rm[:, None] < m
-    acc = tl.zeros([BN, BM] if SWAP else [BM, BN], tl.float32)
+    acc = tl.zeros([BM, BN], tl.float32)
     for step in range(0, tl.minimum(steps, (k - first) // BK)):
         x = tl.load(x_ptrs, mask=inside, other=0.0)
         q = tl.load(w_ptrs)
         s = block_scale(absmax, code2, absmax2, offset, block + (first + step * BK) // BLOCKSIZE, rn >= 0, NESTED)
         if POST:
             w = codes(q, code, TY, DECODE, EMULATE)
-            zero = tl.zeros([BN, BM] if SWAP else [BM, BN], tl.float32)
-            if SWAP:
-                acc += dot(w, tl.trans(x), zero, EMULATE) * s[:, None]
-            else:
-                acc += dot(x, tl.trans(w), zero, EMULATE) * s[None, :]
+            acc += dot(x, tl.trans(w), tl.zeros([BM, BN], tl.float32), EMULATE) * s[None, :]
         else:
-            w = scaled_codes(q, tl.broadcast_to(s[:, None], [BN, BK // 2]), code, TY, DECODE, EMULATE)
-            acc = dot(w, tl.trans(x), acc, EMULATE) if SWAP else dot(x, tl.trans(w), acc, EMULATE)
+            w = weights(q, tl.broadcast_to(s[:, None], [BN, BK // 2]), code, TY, DECODE, EMULATE)
+            acc = dot(x, tl.trans(w), acc, EMULATE)
         x_ptrs += BK
         w_ptrs += BK // 2
-    y = tl.trans(acc) if SWAP else acc
     if BIAS:
-        y += tl.load(bias + row).to(tl.float32)[None, :]
+        acc += tl.load(bias + row).to(tl.float32)[None, :]
     at = out + split.to(tl.int64) * m * n + rm[:, None].to(tl.int64) * n + rn[None, :]
-    tl.store(at, y if SPLIT else cast(y, TY, EMULATE), mask=inside & (rn[None, :] < n))
+    tl.store(at, acc if SPLIT else cast(acc, TY, EMULATE), mask=inside & (rn[None, :] < n))
 
 
 @triton.jit
@@ -161,7 +154,7 @@ def _backward(
 ):  # fmt: skip
     """One [BM, BK] tile of dX, contracted over N in steps of BN rows of W: the same storage, nothing repacked.
 
-    The scale varies along the contraction, so codes are scaled in 16 bit before the product.
+    The scale varies along the contraction, so W is made before the product, as `nf4.dequantize` makes it: rounded once.
     """
     TY: tl.constexpr = dy_ptr.dtype.element_ty
     SCALES: tl.constexpr = BK // BLOCKSIZE if BK > BLOCKSIZE else 1
@@ -183,7 +176,7 @@ def _backward(
         block = row[:, None] * (k // BLOCKSIZE) + scale_column[None, :]
         s = block_scale(absmax, code2, absmax2, offset, block, block >= 0, NESTED)
         s = tl.reshape(tl.broadcast_to(s[:, :, None], [BN, SCALES, BK // 2 // SCALES]), [BN, BK // 2])
-        acc = dot(dy, scaled_codes(q, s, code, TY, DECODE, EMULATE), acc, EMULATE)
+        acc = dot(dy, weights(q, s, code, TY, DECODE, EMULATE), acc, EMULATE)
     at = out + split.to(tl.int64) * m * k + rm[:, None].to(tl.int64) * k + rk[None, :]
     tl.store(at, acc if SPLIT else cast(acc, TY, EMULATE), mask=inside & (rk[None, :] < k))
 
@@ -250,16 +243,25 @@ def _reduce(
     tl.store(out + i, cast(total, out.dtype.element_ty, EMULATE), mask=inside)
 
 
-def tile(rows: int, arch: int, blocksize: int, forward: bool) -> dict[str, int | bool]:
+def tile(rows: int, blocksize: int, forward: bool) -> dict[str, int | bool]:
     """Tile sizes and pipeline depth for M rows; chosen by the static gate's counts (NOTES.md), not yet on hardware."""
     bm = min(64, max(16, triton.next_power_of_2(rows)))
-    pipeline = {"num_warps": 4, "num_stages": 4 if bm <= 32 else 3}
-    if not forward:
-        bn, bk = (128, 64) if bm <= 32 else (64, 128)  # 64 x 128 spills at M <= 16 on sm_90
-        return {"BM": bm, "BN": bn, "BK": bk, **pipeline, "num_stages": 3}
-    few = bm <= 32
-    swap = not few and arch in (90, 100)
-    return {"BM": bm, "BN": 128, "BK": min(64, blocksize), "SWAP": swap, "POST": few, **pipeline}
+    if forward:
+        stages = 4 if bm <= 32 else 3
+        return {
+            "BM": bm, "BN": 128, "BK": min(64, blocksize), "POST": bm <= 32, "num_warps": 4, "num_stages": stages
+        }  # fmt: skip
+    bn, bk = (128, 64) if bm <= 32 else (64, 128)  # 64 x 128 spills at M <= 16 on sm_90
+    return {"BM": bm, "BN": bn, "BK": bk, "num_warps": 4, "num_stages": 3}
+
+
+def decode(arch: int, dtype: torch.dtype, forward: bool) -> str:
+    """DECODE of decode.py. Forward below sm_90 and on sm_120, `mma.sync` takes W from registers, and an address operand
+    makes Triton pass it through shared memory instead (11.3 instructions an element against 8.7): there the table is
+    made; elsewhere fetching it is cheaper (backward on sm_86: 6.7 against 7.2)."""
+    if INTERPRET or dtype == torch.float32:
+        return "gather"
+    return "make" if forward and not 90 <= arch < 120 else "fetch"
 
 
 def splits(tiles: int, steps: int, processors: int) -> int:
@@ -278,7 +280,9 @@ def _launch(x: Tensor, weight: NF4Weight, bias: Tensor | None, forward: bool) ->
     out = x.new_empty(m, columns)
     if m == 0:
         return out
-    config = tile(m, dispatch.capability(x.device), weight.blocksize, forward)
+    config = tile(m, weight.blocksize, forward)
+    if x.dtype == torch.float32:
+        config["num_stages"] = 1  # a pipeline would put the gathered table lookups into shared memory: more than it has
     step, width = (config["BK"], config["BN"]) if forward else (config["BN"], config["BK"])
     steps, tiles = triton.cdiv(contraction, step), triton.cdiv(columns, width) * triton.cdiv(m, config["BM"])
     ways = splits(tiles, steps, _processors(x.device))
@@ -290,7 +294,8 @@ def _launch(x: Tensor, weight: NF4Weight, bias: Tensor | None, forward: bool) ->
     where = (m, n, k, per_split, x.stride(0))
     options = {
         "BLOCKSIZE": weight.blocksize, "NESTED": weight.nested, "SPLIT": ways > 1,
-        "DECODE": "gather" if INTERPRET else "prmt", "EMULATE": INTERPRET, "enable_fp_fusion": True, **config,
+        "DECODE": decode(dispatch.capability(x.device), x.dtype, forward), "EMULATE": INTERPRET,
+        "enable_fp_fusion": True, **config,
     }  # fmt: skip
     grid = (triton.cdiv(columns, width), triton.cdiv(m, config["BM"]), ways)
     if forward:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from .decode import INTERPRET, SHUFFLE_BF16, SHUFFLE_FP16, block_scale, cast
+from .decode import INTERPRET, WORDS_BF16, WORDS_FP16, block_scale, cast
 from .language import tl, triton
 
 # QLoRA (Dettmers et al. 2023), appendix E; the fp32 values of bitsandbytes.functional.get_4bit_type("nf4")
@@ -208,7 +208,7 @@ def _dequantize_words(
     stores are not: the matmul that follows finds W in L2.
     """
     TY: tl.constexpr = out.dtype.element_ty
-    ASM: tl.constexpr = SHUFFLE_BF16 if tl.bfloat16 == TY else SHUFFLE_FP16
+    ASM: tl.constexpr = WORDS_BF16 if tl.bfloat16 == TY else WORDS_FP16
     row = tl.program_id(0) // chunks
     first = (tl.program_id(0) - row * chunks) * (ROWS * STEPS)
     words, pairs = packed.to(tl.pointer_type(tl.int32)), out.to(tl.pointer_type(tl.int32))
