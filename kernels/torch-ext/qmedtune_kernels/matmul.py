@@ -37,14 +37,16 @@ def matmul(x: Tensor, weight: NF4Weight, bias: Tensor | None = None, path: str =
     """Y [M, N] = X [M, K] W^T + bias, in x's dtype (bf16, fp16, fp32), accumulated in fp32.
 
     path: "auto" (dispatch.py: fused for few rows, else dequantise + cuBLAS; the reference on a CPU), "fused",
-    "few_rows" (M <= 4, no tensor cores), "dequantize" or "reference". Raises ValueError on shapes, dtypes and devices
-    that do not fit.
+    "few_rows" (M <= 4, no tensor cores), "dequantize" or "reference". Not differentiable: lora.py is. ValueError on
+    shapes, dtypes and devices that do not fit, and on an x that wants a gradient.
     """
     _check(x, weight, "x", weight.shape[1])
-    if bias is not None and (bias.shape != (weight.shape[0],) or bias.device != x.device):
-        raise ValueError(
-            f"bias: given {tuple(bias.shape)} on {bias.device}; allowed ({weight.shape[0]},) on {x.device}"
-        )
+    if bias is not None:
+        if bias.shape != (weight.shape[0],) or bias.device != x.device:
+            raise ValueError(
+                f"bias: given {tuple(bias.shape)} on {bias.device}; allowed ({weight.shape[0]},) on {x.device}"
+            )
+        bias = bias.detach().to(x.dtype).contiguous()
     match choose(x, weight, path):
         case "reference":
             return reference(x, weight, bias)
@@ -79,10 +81,12 @@ def _check(x: Tensor, weight: NF4Weight, name: str, columns: int) -> None:
             f"{name}: given {tuple(x.shape)} {x.dtype} on {x.device}; "
             f"allowed [M, {columns}] in bf16, fp16 or fp32 on {device} for W {list(weight.shape)}"
         )
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name}: given with requires_grad; allowed without: lora.linear is the differentiable form")
 
 
 def choose(x: Tensor, weight: NF4Weight, path: str) -> str:
-    """"reference", "fused" or "dequantize" for this x (or dy); see `matmul`."""
+    """"reference", "fused", "few_rows" or "dequantize" for this x (or dy); see `matmul`."""
     if path == "fused":
         if not fits(weight):
             raise ValueError(
@@ -98,7 +102,8 @@ def choose(x: Tensor, weight: NF4Weight, path: str) -> str:
         return path
     if not dispatch.uses_triton(x.device, path):
         return "reference"
-    if not fits(weight) or x.dtype == torch.float32 or x.shape[0] > dispatch.fused_rows(x.device):
+    few = 0 < x.shape[0] <= dispatch.fused_rows(x.device, *weight.shape)
+    if not few or not fits(weight) or x.dtype == torch.float32:
         return "dequantize"
     return "fused" if dispatch.capability(x.device) >= 80 else "few_rows"
 
@@ -273,6 +278,7 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
+@dispatch.on_its_device
 def _launch(x: Tensor, weight: NF4Weight, bias: Tensor | None, forward: bool) -> Tensor:
     x = x if x.stride(1) == 1 else x.contiguous()
     (n, k), m = weight.shape, x.shape[0]
@@ -305,16 +311,19 @@ def _launch(x: Tensor, weight: NF4Weight, bias: Tensor | None, forward: bool) ->
     if ways > 1:
         _reduce[(triton.cdiv(out.numel(), 1024),)](
             target, bias if has_bias else x, out, out.numel(), columns,
-            SPLITS=ways, BLOCK=1024, BIAS=has_bias, EMULATE=INTERPRET, num_warps=4,
+            SPLITS=ways, BLOCK=1024, BIAS=has_bias, EMULATE=INTERPRET, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     return out
 
 
+@dispatch.on_its_device
 def _launch_few_rows(x: Tensor, weight: NF4Weight, bias: Tensor | None) -> Tensor:
     x = x.contiguous()
     (n, k), m = weight.shape, x.shape[0]
-    if not 1 <= m <= 4 or not fits(weight):
-        raise ValueError(f"x: given {m} rows, K = {k}; the few_rows path allows 1 to 4 rows and whole blocks per row")
+    if m > 4 or not fits(weight):
+        raise ValueError(f"x: given {m} rows, K = {k}; the few_rows path allows 4 rows and whole blocks per row")
+    if m == 0:
+        return x.new_empty(0, n)
     bn, bk = 16, min(64, weight.blocksize)
     steps = k // bk
     ways = splits(triton.cdiv(n, bn), steps, _processors(x.device))
@@ -324,10 +333,10 @@ def _launch_few_rows(x: Tensor, weight: NF4Weight, bias: Tensor | None) -> Tenso
     out = x.new_empty(m, n)
     _few_rows[(triton.cdiv(n, bn), ways)](
         x, weight.packed, *nf4.scale_arguments(weight), nf4.code_table(x.device), partial, n, k, per_split, k,
-        M=m, BN=bn, BK=bk, BLOCKSIZE=weight.blocksize, NESTED=weight.nested, num_warps=4,
+        M=m, BN=bn, BK=bk, BLOCKSIZE=weight.blocksize, NESTED=weight.nested, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     _reduce[(triton.cdiv(out.numel(), 1024),)](
         partial, bias if bias is not None else x, out, out.numel(), n,
-        SPLITS=ways, BLOCK=1024, BIAS=bias is not None, EMULATE=INTERPRET, num_warps=4,
+        SPLITS=ways, BLOCK=1024, BIAS=bias is not None, EMULATE=INTERPRET, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return out
