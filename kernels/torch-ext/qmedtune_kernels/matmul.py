@@ -248,16 +248,23 @@ def _reduce(
     tl.store(out + i, cast(total, out.dtype.element_ty, EMULATE), mask=inside)
 
 
-def tile(rows: int, blocksize: int, forward: bool) -> dict[str, int | bool]:
-    """Tile sizes and pipeline depth for M rows; chosen by the static gate's counts (NOTES.md), not yet on hardware."""
-    bm = min(64, max(16, triton.next_power_of_2(rows)))
+def tile(rows: int, blocksize: int, forward: bool, dtype: torch.dtype = torch.bfloat16) -> dict[str, int | bool]:
+    """Tile sizes and pipeline depth for M rows; chosen by the static gate's counts (NOTES.md), not yet on hardware.
+
+    fp32 has no tensor cores here: small tiles (larger ones spill kilobytes) and no pipeline, which would put the
+    gathered table lookups into shared memory.
+    """
+    bm, warps = min(64, max(16, triton.next_power_of_2(rows))), {"num_warps": 4}
+    if dtype == torch.float32:
+        small = {"BM": 16, "BN": 32, "BK": 32, **warps, "num_stages": 1}
+        return {**small, "POST": False} if forward else small
     if forward:
-        stages = 4 if bm <= 32 else 3
+        few = bm <= 32
         return {
-            "BM": bm, "BN": 128, "BK": min(64, blocksize), "POST": bm <= 32, "num_warps": 4, "num_stages": stages
+            "BM": bm, "BN": 128, "BK": min(64, blocksize), "POST": few, **warps, "num_stages": 4 if few else 3
         }  # fmt: skip
     bn, bk = (128, 64) if bm <= 32 else (64, 128)  # 64 x 128 spills at M <= 16 on sm_90
-    return {"BM": bm, "BN": bn, "BK": bk, "num_warps": 4, "num_stages": 3}
+    return {"BM": bm, "BN": bn, "BK": bk, **warps, "num_stages": 3}
 
 
 def decode(arch: int, dtype: torch.dtype, forward: bool) -> str:
@@ -286,9 +293,7 @@ def _launch(x: Tensor, weight: NF4Weight, bias: Tensor | None, forward: bool) ->
     out = x.new_empty(m, columns)
     if m == 0:
         return out
-    config = tile(m, weight.blocksize, forward)
-    if x.dtype == torch.float32:
-        config["num_stages"] = 1  # a pipeline would put the gathered table lookups into shared memory: more than it has
+    config = tile(m, weight.blocksize, forward, x.dtype)
     step, width = (config["BK"], config["BN"]) if forward else (config["BN"], config["BK"])
     steps, tiles = triton.cdiv(contraction, step), triton.cdiv(columns, width) * triton.cdiv(m, config["BM"])
     ways = splits(tiles, steps, _processors(x.device))
