@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from qmedtune.bench import kernels as bench
 from qmedtune.bench.kernels import bench_kernels, failures
 from qmedtune.errors import RunError
 
@@ -73,31 +74,118 @@ def publish():
     return module
 
 
-def row(m: int, contender: str, value: float, shape: str = "q/o 4096x4096") -> dict:
+def row(m: int, contender: str, value: float, shape: str = "q/o 4096x4096", kernel: str = "matmul") -> dict:
     return {
-        "kernel": "matmul", "shape": f"{shape} M={m}", "contender": contender, "value": value,
+        "kernel": kernel, "shape": f"{shape} M={m}", "contender": contender, "value": value,
         "ratio": 1.5, "of_limit": 0.8,
     }  # fmt: skip
 
 
-def test_crossover_is_the_last_row_count_that_wins_on_every_shape(publish):
+def test_crossover_is_the_last_row_count_that_wins_in_both_directions(publish):
     rows = [row(16, "qmedtune", 2), row(16, "cublas", 5), row(64, "qmedtune", 3), row(64, "cublas", 5)]
-    rows += [row(64, "qmedtune", 9, "down"), row(64, "cublas", 5, "down")]
+    rows += [row(64, "qmedtune", 9, kernel="matmul backward"), row(64, "cublas", 5, kernel="matmul backward")]
     rows += [row(128, "qmedtune", 1), row(128, "cublas", 5)]
-    assert publish.crossover(rows) == 16
-    assert publish.crossover([row(16, "qmedtune", 9), row(16, "cublas", 5)]) == 0
+    rows += [row(m, who, us, "down 4096x14336") for m in (16, 64) for who, us in (("qmedtune", 1), ("cublas", 5))]
+    assert publish.crossover(rows) == [[4096, 4096, 16], [4096, 14336, 64]]
+    assert publish.crossover([row(16, "qmedtune", 9), row(16, "cublas", 5)]) == [[4096, 4096, 0]]
 
 
-def test_results_become_table_chart_and_dispatch(publish, tmp_path, monkeypatch):
-    result = {"device": "Test GPU", "rows": [row(16, "qmedtune", 2), row(16, "cublas", 5)]}
-    assert "| Test GPU | matmul | q/o 4096x4096 M=16 | 2 | 0.8 | 1.5 |" in publish.table([result])
-    assert publish.chart(result).count("<rect") == 1
-    copy = tmp_path / "dispatch.json"
-    copy.write_text(publish.DISPATCH.read_text())
-    monkeypatch.setattr(publish, "DISPATCH", copy)
-    publish.update_dispatch(result, "sm_90")
-    written = json.loads(copy.read_text())
-    assert written["asm_verified"] == ["sm_90"] and written["fused_rows"]["sm_90"] == 16
+def test_crossover_without_tensor_cores_is_that_of_the_few_rows_kernel(publish):
+    rows = [row(m, "cublas", 5) for m in (1, 4, 8)]
+    rows += [row(1, "qmedtune", 2, kernel="matmul:few_rows"), row(4, "qmedtune", 3, kernel="matmul:few_rows")]
+    assert publish.crossover(rows) == [[4096, 4096, 4]]
+    assert publish.crossover([*rows, row(4, "qmedtune", 6)]) == [[4096, 4096, 1]]  # the fused kernel goes first
+
+
+@pytest.fixture
+def published(publish, tmp_path, monkeypatch):
+    """(publish on copies, its result file): what a GPU machine left behind."""
+    for name in ("DISPATCH", "ROOT"):
+        source = getattr(publish, name)
+        copy = tmp_path / "dispatch.json" if name == "DISPATCH" else tmp_path
+        (copy if name == "DISPATCH" else copy / "README.md").write_text(
+            (source if name == "DISPATCH" else source / "README.md").read_text()
+        )
+        monkeypatch.setattr(publish, name, copy)
+    (tmp_path / "results").mkdir()
+    file = tmp_path / "results" / "test-gpu.json"
+    installed = {"torch": "2.11.0"}
+    result = {
+        "device": "Test GPU", "capability": "sm_90", "sources": bench.sources(),
+        "versions": {**installed, "driver": "580"}, "rows": [row(16, "qmedtune", 2), row(16, "cublas", 5)],
+    }  # fmt: skip
+    file.write_text(json.dumps(result))
+    file.with_suffix(".passed").write_text(json.dumps({"sources": result["sources"], "versions": installed}))
+    monkeypatch.setattr(sys, "argv", ["publish.py", str(file)])
+    return publish, file
+
+
+def test_results_become_table_chart_and_dispatch_without_a_gpu(published):
+    publish, file = published
+    publish.main()
+    assert "| Test GPU | matmul | q/o 4096x4096 M=16 | 2 | 0.8 | 1.5 |" in (publish.ROOT / "README.md").read_text()
+    assert file.with_suffix(".svg").read_text().count("<rect") == 1
+    written = json.loads(publish.DISPATCH.read_text())
+    assert written["asm_verified"] == ["sm_90"] and written["fused_rows"]["sm_90"] == [[4096, 4096, 16]]
+    assert written["fused_rows"]["default"] == [[4096, 4096, 64]]
+
+
+@pytest.mark.parametrize("change", ["no stamp", "sources", "versions"])
+def test_the_dispatch_table_needs_a_correctness_run_of_the_same_code(published, change, capsys):
+    publish, file = published
+    stamp = file.with_suffix(".passed")
+    if change == "no stamp":
+        stamp.unlink()
+    else:
+        stamp.write_text(json.dumps({**json.loads(stamp.read_text()), change: "other"}))
+    before = publish.DISPATCH.read_text()
+    publish.main()
+    assert publish.DISPATCH.read_text() == before and "dispatch.json is unchanged" in capsys.readouterr().out
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Just enough of a card for the bookkeeping around measurements."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Test GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(bench.subprocess, "run", lambda *a, **o: subprocess.CompletedProcess(a, 0, "580\n", ""))
+
+
+def test_rows_are_kept_across_runs_and_ours_only_for_the_same_sources(gpu, tmp_path, monkeypatch):
+    out = tmp_path / "gpu.json"
+    rows = [row(16, who, 2.0) | {"gb_per_s": 1.0, "tflops": 1.0} for who in ("qmedtune", "cublas", "bitsandbytes")]
+    out.write_text(json.dumps(bench._result([*rows, {"kernel": "all", "contender": "liger", "skipped": "time limit"}])))
+    assert [kept["contender"] for kept in bench._resume(out)] == ["qmedtune", "cublas", "bitsandbytes"]
+    monkeypatch.setattr(bench, "sources", lambda: "changed")
+    assert [kept["contender"] for kept in bench._resume(out)] == ["bitsandbytes"]
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Another GPU")
+    assert bench._resume(out) == []
+
+
+def test_a_case_that_fails_costs_its_row_alone(monkeypatch, capsys):
+    from qmedtune.bench import contenders
+
+    cases = [contenders.Timed(name, "1x1", lambda: None, 1.0) for name in ("bad", "good")]
+    monkeypatch.setattr(contenders, "cases", lambda contender, quick: iter(cases))
+
+    def timed(case):
+        if case.kernel == "bad":
+            raise RuntimeError("no such kernel\nstack")
+        return 1e-6, 0.0
+
+    monkeypatch.setattr(bench, "measure", timed)
+    bench._child({"contender": "liger", "quick": False, "only": "", "seconds": 60, "done": []})
+    bad, good = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert bad["skipped"] == "RuntimeError: no such kernel" and "value" not in bad and good["value"] == 1.0
+
+
+def test_rows_without_a_timed_limit_are_compared_with_the_roofline():
+    limit = row(1, "limit", 4.0, "copy", "dequantize") | {"gb_per_s": 2000.0, "tflops": 0.0}
+    bare = row(1, "limit", 4.0, "bare", "lora") | {"gb_per_s": 10.0, "tflops": 500.0}
+    ours = row(1, "qmedtune", 4.0) | {"gb_per_s": 1000.0, "tflops": 50.0}
+    large = row(512, "qmedtune", 4.0) | {"gb_per_s": 200.0, "tflops": 400.0}
+    bench._add_ratios([limit, bare, ours, large])
+    assert ours["of_limit"] == 0.5 and large["of_limit"] == 0.8 and limit["of_limit"] == 1.0
 
 
 def test_readme_has_the_marks_that_publish_fills(publish):
@@ -106,8 +194,8 @@ def test_readme_has_the_marks_that_publish_fills(publish):
 
 
 def test_nothing_but_relative_imports_torch_and_triton():
-    standard = {"__future__", "json", "os", "functools", "pathlib", "dataclasses", "collections", "types"}
-    allowed = {"torch", "triton", *standard}
+    standard = {"__future__", "json", "math", "os", "functools", "pathlib", "dataclasses", "collections", "types"}
+    allowed = {"torch", "triton", "typing", *standard}
     for file in (BENCHMARKS.parent / "torch-ext" / "qmedtune_kernels").glob("*.py"):
         for line in file.read_text().splitlines():
             if line.startswith(("import ", "from ")) and not line.startswith("from ."):

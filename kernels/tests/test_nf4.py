@@ -189,13 +189,6 @@ def emulate(asm: str, registers: dict[str, np.ndarray]) -> dict[str, np.ndarray]
             out |= np.where(nibble & 8, sign, byte).astype(np.uint32) << np.uint32(8 * i)
         return out
 
-    def half16(x: np.ndarray, kind: str) -> np.ndarray:
-        """The low 16 bits as fp32; the product of two of them is exact in fp32."""
-        bits = (x & np.uint32(0xFFFF)).astype(np.uint16)
-        if kind == "bf16x2":
-            return (bits.astype(np.uint32) << 16).view(np.float32)
-        return bits.view(np.float16).astype(np.float32)
-
     def rn16(x: np.ndarray, kind: str) -> np.ndarray:
         return bits16(x.view(np.float32), torch.bfloat16 if kind == "bf16" else torch.float16).astype(np.uint32)
 
@@ -217,13 +210,10 @@ def emulate(asm: str, registers: dict[str, np.ndarray]) -> dict[str, np.ndarray]
                 r[d] = prmt(*(value(arg) for arg in args))
             case ["mov", _]:
                 r[d] = value(args[0])
-            case [("fma" | "mul"), "rn", ("bf16x2" | "f16x2") as kind]:
-                a, b = (value(arg) for arg in args[:2])
-                halves = [half16(a, kind) * half16(b, kind), half16(a >> 16, kind) * half16(b >> 16, kind)]
-                if op.startswith("fma"):
-                    assert (value(args[2]) == 0x80008000).all()  # + -0.0 keeps the product's sign
-                low, high = (rn16(half.view(np.uint32), kind.removesuffix("x2")) for half in halves)
-                r[d] = (high << np.uint32(16)) | low
+            case ["setp", "ne", _]:
+                r[d] = value(args[0]) != value(args[1])
+            case ["selp", _]:
+                r[d] = np.where(r[args[2]], value(args[0]), value(args[1]))
             case ["mul", "wide", _]:
                 r[d] = value(args[0]) * np.uint32(int(args[1]))
             case ["add", "s64"]:
@@ -251,6 +241,10 @@ def words(count: int) -> np.ndarray:
     return np.random.default_rng().integers(0, 2**32, count, dtype=np.uint64).astype(np.uint32)
 
 
+def lanes(w: np.ndarray) -> np.ndarray:
+    return np.arange(len(w), dtype=np.uint32) % 32
+
+
 def nibbles(w: np.ndarray) -> np.ndarray:
     """[words, 8]: element order is byte by byte, high nibble first."""
     byte = (w[:, None] >> (8 * np.arange(4, dtype=np.uint32))) & 255
@@ -269,27 +263,26 @@ def test_prmt_assembly_decodes_every_nibble(kind, dtype):
     assert (outputs(emulate(decode.prmt_asm(kind), {"$4": w})) == expected).all()
 
 
-@pytest.mark.parametrize(("kind", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
-def test_scaled_prmt_assembly_multiplies_each_byte_by_its_own_scale(kind, dtype):
-    w = words(20_000)
-    scale = np.random.default_rng().random((len(w), 4), dtype=np.float32) * 3
-    bits = bits16(scale, dtype).astype(np.uint32)
-    pairs = {f"${5 + i}": bits[:, i] | (bits[:, i] << np.uint32(16)) for i in range(4)}
-    code = torch.tensor(nf4.CODE).to(dtype)[torch.from_numpy(nibbles(w).astype(np.int64))]
-    expected = code * torch.from_numpy(scale).to(dtype).repeat_interleave(2, dim=1)
-    result = outputs(emulate(decode.prmt_asm(kind, scaled=True), {"$4": w, **pairs}))
-    assert (result == expected.view(torch.int16).numpy().view(np.uint16)).all()
-
-
+@pytest.mark.parametrize("address", ["$6", ""])
 @pytest.mark.parametrize(("kind", "dtype"), [("bf16", torch.bfloat16), ("f16", torch.float16)])
-def test_shuffle_assembly_gives_the_rounded_product(kind, dtype):
+def test_shuffle_assembly_gives_the_rounded_product(kind, dtype, address):
     w = words(32 * 600)
     scale = np.random.default_rng().random(len(w), dtype=np.float32) * 3
-    lane = np.arange(len(w), dtype=np.uint32) % 32
-    registers = {"$4": w, "$5": scale.view(np.uint32), "$6": np.zeros_like(w), "%laneid": lane}
+    registers = {"$4": w, "$5": scale.view(np.uint32), "$6": np.zeros_like(w), "%laneid": lanes(w)}
     product = np.array(nf4.CODE, np.float32)[nibbles(w)] * scale[:, None]
-    expected = bits16(product, dtype)
-    assert (outputs(emulate(decode.shuffle_asm(kind), registers)) == expected).all()
+    assert (outputs(emulate(decode.shuffle_asm(kind, address=address), registers)) == bits16(product, dtype)).all()
+
+
+@pytest.mark.parametrize("address", ["$9", ""])
+@pytest.mark.parametrize(("kind", "dtype"), [("bf16", torch.bfloat16), ("f16", torch.float16)])
+def test_shuffle_assembly_multiplies_each_byte_by_its_own_scale(kind, dtype, address):
+    w = words(32 * 600)
+    scale = np.random.default_rng().random((len(w), 4), dtype=np.float32) * 3
+    registers = {f"${5 + byte}": scale[:, byte].copy().view(np.uint32) for byte in range(4)}
+    registers |= {"$4": w, "$9": np.zeros_like(w), "%laneid": lanes(w)}
+    product = np.array(nf4.CODE, np.float32)[nibbles(w)] * scale.repeat(2, axis=1)
+    result = outputs(emulate(decode.shuffle_asm(kind, by_byte=True, address=address), registers))
+    assert (result == bits16(product, dtype)).all()
 
 
 def test_a_kernel_that_does_not_compile_means_the_reference_path_by_name(monkeypatch):

@@ -1,18 +1,22 @@
 """`qmedtune bench kernels`: the kernels against the physical limit and against what a user would install instead.
 
 One process per contender (Unsloth patches globally), rows appended to a file as they are measured, so an interrupted
-run goes on where it stopped. Each row: CUDA graph over rotating buffers (cold L2), median of 25 replays.
+run goes on where it stopped; rows of our kernels count only for the sources they were measured with. Each row: CUDA
+graph over rotating buffers (cold L2), median of 25 replays.
 Deliberately not here: what is timed (bench_contenders.py), the gate without a GPU (bench_static.py).
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import statistics
 import subprocess
 import sys
+import threading
 import time
+from functools import cache
 from pathlib import Path
 
 from qmedtune.bench.static import static_rows
@@ -21,6 +25,8 @@ from qmedtune.errors import RunError
 REPLAYS = 25
 COLD_BYTES = 256 * 2**20  # rotated over at least this much: five times an H200's L2
 TIME_LIMIT_S = 480
+GRACE_S = 60  # a contender that hangs is ended this long after its time
+OURS = ("qmedtune", "cublas")  # both decode with our kernels
 
 
 def bench_kernels(
@@ -71,6 +77,14 @@ def versions() -> dict[str, str]:
     return found
 
 
+def sources() -> str:
+    """A fingerprint of the kernels' code: results belong to it."""
+    spec = importlib.util.find_spec("qmedtune_kernels")
+    assert spec and spec.origin
+    files = sorted(Path(spec.origin).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+
+
 def _result(rows: list[dict]) -> dict:
     import torch
 
@@ -79,22 +93,24 @@ def _result(rows: list[dict]) -> dict:
         ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
     ).stdout.strip()
     return {
-        "bench": "kernels", "device": torch.cuda.get_device_name(), "versions": {**versions(), "driver": driver},
-        "rows": rows,
+        "bench": "kernels", "device": torch.cuda.get_device_name(),
+        "capability": "sm_{}{}".format(*torch.cuda.get_device_capability()), "sources": sources(),
+        "versions": {**versions(), "driver": driver}, "rows": rows,
     }  # fmt: skip
 
 
 def _resume(out: Path | None) -> list[dict]:
-    """Rows of an earlier run with the same device and versions."""
+    """Rows of an earlier run with the same device and versions; ours only of the same sources."""
     import torch
 
     if out is None or not out.exists():
         return []
     earlier = json.loads(out.read_text())
-    installed = {**earlier["versions"]}
-    installed.pop("driver", None)
-    same = earlier["device"] == torch.cuda.get_device_name() and installed == versions()
-    return earlier["rows"] if same else []
+    installed = {name: found for name, found in earlier["versions"].items() if name != "driver"}
+    if earlier["device"] != torch.cuda.get_device_name() or installed != versions():
+        return []
+    same = earlier.get("sources") == sources()
+    return [row for row in earlier["rows"] if "value" in row and (same or row["contender"] not in OURS)]
 
 
 def _measure_in_a_process(task: dict, rows: list[dict], out: Path | None) -> list[dict]:
@@ -104,34 +120,44 @@ def _measure_in_a_process(task: dict, rows: list[dict], out: Path | None) -> lis
     package = PACKAGES.get(contender)
     if package and importlib.util.find_spec(package) is None:
         return [*rows, {"kernel": "all", "contender": contender, "skipped": f"{package} is not installed"}]
+    if task["seconds"] <= 0:
+        return [*rows, {"kernel": "all", "contender": contender, "skipped": "time limit"}]
     rows = [row for row in rows if row["contender"] != contender or "value" in row]
     done = [[row["kernel"], row["shape"]] for row in rows if row["contender"] == contender]
     command = [sys.executable, "-m", "qmedtune.bench.kernels", json.dumps({**task, "done": done})]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert child.stdout
+    watch = threading.Timer(task["seconds"] + GRACE_S, child.kill)
+    watch.start()
     for line in child.stdout:
         if line.startswith("{"):
             rows.append(json.loads(line))
             if out is not None:
                 out.parent.mkdir(parents=True, exist_ok=True)
                 out.write_text(json.dumps(_result(rows), indent=1) + "\n")
+    watch.cancel()
     if child.wait() != 0:
         rows.append({"kernel": "all", "contender": contender, "skipped": f"process ended with {child.returncode}"})
     return rows
 
 
 def _add_ratios(rows: list[dict]) -> None:
-    """ratio: the best other contender's time over the row's; of_limit: the limit's time over the row's."""
+    """ratio: the best other contender's time over the row's; of_limit: the limit's time over the row's, where the limit
+    was timed, else the roofline's: the larger share of the best copy bandwidth and of the best bare cuBLAS rate."""
     groups: dict[tuple[str, str], list[dict]] = {}
     for row in rows:
         if "value" in row:
             groups.setdefault((row["kernel"].split(":")[0], row["shape"]), []).append(row)
+    limits = [row for row in rows if row["contender"] == "limit" and "value" in row]
+    bandwidth, rate = (max((row[unit] for row in limits), default=0.0) for unit in ("gb_per_s", "tflops"))
     for group in groups.values():
         limit = next((row["value"] for row in group if row["contender"] == "limit"), None)
         for row in group:
             others = [o["value"] for o in group if o["contender"] not in ("limit", row["contender"])]
             row["ratio"] = round(min(others) / row["value"], 3) if others else None
             row["of_limit"] = round(limit / row["value"], 3) if limit else None
+            if not limit and bandwidth and rate:
+                row["of_limit"] = round(max(row["gb_per_s"] / bandwidth, row["tflops"] / rate), 3)
 
 
 def _child(task: dict) -> None:
@@ -148,13 +174,27 @@ def _child(task: dict) -> None:
         if time.monotonic() > deadline:
             print(json.dumps({**row, "skipped": "time limit"}), flush=True)
             continue
-        seconds, spread = measure(case)
-        row |= {"value": round(seconds * 1e6, 3), "unit": "us", "spread": round(spread, 4)}
-        row |= {"gb_per_s": round(case.bytes / seconds / 1e9, 1), "tflops": round(case.flops / seconds / 1e12, 2)}
-        if case.error is not None:
-            row["error"] = case.error()
+        try:
+            row |= _timed(case)
+        except Exception as error:  # one case of one peer must not cost the rows after it
+            row["skipped"] = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
         print(json.dumps(row), flush=True)
         torch.cuda.empty_cache()
+
+
+def _timed(case) -> dict:
+    seconds, spread = measure(case)
+    row = {"value": round(seconds * 1e6, 3), "unit": "us", "spread": round(spread, 4)}
+    row |= {"gb_per_s": round(case.bytes / seconds / 1e9, 1), "tflops": round(case.flops / seconds / 1e12, 2)}
+    return row if case.error is None else {**row, "error": case.error()}
+
+
+@cache
+def _stream():
+    """One for all cases: each stream has a scratch buffer of its own."""
+    import torch
+
+    return torch.cuda.Stream()
 
 
 def measure(case) -> tuple[float, float]:
@@ -162,7 +202,7 @@ def measure(case) -> tuple[float, float]:
     import torch
 
     copies = max(1, min(16, int(COLD_BYTES / case.bytes) + 1)) if case.bytes < COLD_BYTES else 1
-    stream = torch.cuda.Stream()
+    stream = _stream()
     with torch.cuda.stream(stream):  # autograd runs a backward on its forward's stream: it must be the captured one
         calls = [case.setup() for _ in range(copies)]
         for call in calls:

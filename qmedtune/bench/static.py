@@ -19,6 +19,8 @@ from pathlib import Path
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 LOOP_LIMIT = 6.5  # fused matmul, instructions per weight element of the K loop at the smallest tile
 DEQUANTIZE_LIMIT = 10.0
+# Largest shared memory of a block, CUDA C++ programming guide, table of compute capabilities
+SHARED_KIB = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 
 
 @dataclass(frozen=True)
@@ -36,13 +38,14 @@ class Case:
     architectures: tuple[int, ...] = ARCHITECTURES
     tensor_cores: bool = False
     fp_fusion: bool = True
-    rows: int = 0
     stores_16: bool = False  # must store 16 bytes at a time
     types: dict[str, str] = field(default_factory=dict)
+    dtype: str = ""  # of activations; "" = bf16, and fp16 below sm_80
 
 
 def cases() -> Iterator[Case]:
-    """What is compiled: the tiles that the launchers choose, bf16 (fp16 below sm_80), nested and flat scales."""
+    """What is compiled: the tiles that the launchers choose, bf16 (fp16 below sm_80), nested and flat scales; the
+    products in fp16 and fp32 too."""
     ampere = ARCHITECTURES[1:]
     for nested in (True, False):
         label = "nested" if nested else "flat"
@@ -56,6 +59,9 @@ def cases() -> Iterator[Case]:
         for rows in (16, 32, 64):
             yield _matmul("forward", rows, nested, ampere)
             yield _matmul("backward", rows, nested, ampere)
+    for dtype, rows in (("fp16", 16), ("fp16", 64), ("fp32", 16)):
+        yield _matmul("forward", rows, True, ampere, dtype)
+        yield _matmul("backward", rows, True, ampere, dtype)
     few = {"M": 1, "BN": 16, "BK": 64, "BLOCKSIZE": 64, "NESTED": True}
     yield Case("matmul few rows", "matmul._few_rows", few, elements=8, loop=True, types={"out": "*fp32"})
     plain = {"BLOCKSIZE": 64, "BYTES": 1024, "NESTED": True, "EMULATE": False}
@@ -69,22 +75,28 @@ def cases() -> Iterator[Case]:
     yield Case("rope", "rope._rotate", heads, num_warps=2, stores_16=True, fp_fusion=False)
 
 
-def _matmul(direction: str, rows: int, nested: bool, architectures: tuple[int, ...]) -> Case:
+def _matmul(direction: str, rows: int, nested: bool, architectures: tuple[int, ...], dtype: str = "") -> Case:
     from qmedtune_kernels import matmul
 
-    tile = matmul.tile(rows, 0, 64, direction == "forward")
+    forward = direction == "forward"
+    tile = matmul.tile(rows, 64, forward, _torch_dtype(dtype))
     warps, stages = int(tile.pop("num_warps")), int(tile.pop("num_stages"))
-    constants = {**tile, "BLOCKSIZE": 64, "NESTED": nested, "SPLIT": True, "DECODE": "prmt", "EMULATE": False}
-    if direction == "forward":
+    constants = {**tile, "BLOCKSIZE": 64, "NESTED": nested, "SPLIT": True, "DECODE": "", "EMULATE": False}
+    if forward:
         constants["BIAS"] = False
     elements = tile["BN"] * tile["BK"] / (32 * warps)
-    limit = LOOP_LIMIT if direction == "forward" and rows == 16 else None
-    label = "nested" if nested else "flat"
+    label = " ".join(filter(None, ("matmul", direction, dtype, f"M<={rows}", "nested" if nested else "flat")))
+    limit = LOOP_LIMIT if forward and rows == 16 and dtype != "fp32" else None
     return Case(
-        f"matmul {direction} M<={rows} {label}", f"matmul._{direction}", constants, warps, stages, elements,
-        loop=True, limit=limit, architectures=architectures, tensor_cores=True, rows=rows,
-        types={"out": "*fp32"},
+        label, f"matmul._{direction}", constants, warps, stages, elements, loop=True, limit=limit,
+        architectures=architectures, tensor_cores=dtype != "fp32", types={"out": "*fp32"}, dtype=dtype,
     )  # fmt: skip
+
+
+def _torch_dtype(name: str):
+    import torch
+
+    return {"": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
 
 
 def _norms(columns: int) -> Iterator[Case]:
@@ -114,9 +126,9 @@ def compile_case(case: Case, arch: int):
     module, name = case.kernel.split(".")
     kernel = getattr(getattr(qmedtune_kernels, module), name)
     constants = dict(case.constants)
-    if "SWAP" in constants:
-        constants["SWAP"] = qmedtune_kernels.matmul.tile(case.rows, arch, 64, True)["SWAP"]
-    half = "*fp16" if arch < 80 else "*bf16"
+    if "DECODE" in constants:
+        constants["DECODE"] = qmedtune_kernels.matmul.decode(arch, _torch_dtype(case.dtype), "POST" in constants)
+    half = "*" + (case.dtype or ("fp16" if arch < 80 else "bf16"))
     scales = {"absmax": "*u8" if constants.get("NESTED") else "*fp32"}
     types = {**TYPES, **scales, **case.types}
     signature = {
@@ -189,6 +201,8 @@ def _failures(case: Case, row: dict, counts: Counter[str], arch: int) -> Iterato
     per_element, names = row["ins_per_element"], " ".join(counts)
     if row["spills"]:
         yield f"{row['spills']} bytes spilled"
+    if row["shared"] > 1024 * SHARED_KIB[arch]:
+        yield f"{row['shared']} bytes of shared memory, limit {SHARED_KIB[arch]} KiB"
     if case.limit and per_element > case.limit:
         yield f"{per_element} instructions per element, limit {case.limit}"
     if case.tensor_cores and not re.search(r"\b(HMMA|HGMMA|UTCHMMA|UTCMMA|OMMA)", names):

@@ -2,8 +2,9 @@
 
 Inline assembly (decode.py) is the default only on architectures whose correctness run is committed ("asm_verified" in
 dispatch.json, written by kernels/benchmarks from a results file); elsewhere plain Triton decodes and cuBLAS multiplies.
-The first use on a GPU compares one small matrix with the plain PyTorch reference, bit by bit; a difference means the
-reference path for the whole process, named in `describe`.
+The first use on a GPU compares small matrices bit by bit with bitsandbytes' own dequantisation (where it is imported;
+else with the plain PyTorch reference); a difference means the reference path for the whole process, named in
+`describe`, or a ValueError where Triton was asked for.
 QMEDTUNE_KERNELS=triton|reference overrides the choice for every operation.
 """
 
@@ -11,10 +12,14 @@ from __future__ import annotations
 
 import json
 import os
-from functools import cache
+from collections.abc import Callable
+from functools import cache, wraps
+from math import log2
 from pathlib import Path
+from typing import Any, TypeVar, cast
 
 import torch
+from torch import Tensor
 
 from . import language
 from .decode import INTERPRET
@@ -22,6 +27,22 @@ from .decode import INTERPRET
 TABLE = json.loads(Path(__file__).with_name("dispatch.json").read_text())
 OPERATIONS = ("dequantize", "matmul", "lora", "rms_norm", "swiglu", "rope")
 MODES = ("auto", "triton", "reference")
+Launch = TypeVar("Launch", bound=Callable[..., Any])
+
+
+def on_its_device(launch: Launch) -> Launch:
+    """Decorates a launcher: Triton launches on the current device, which need not be that of the first tensor (layers
+    of one model on several GPUs)."""
+
+    @wraps(launch)
+    def launched(*arguments, **options):
+        device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
+        if device.type != "cuda":
+            return launch(*arguments, **options)
+        with torch.cuda.device(device):
+            return launch(*arguments, **options)
+
+    return cast(Launch, launched)
 
 
 @cache
@@ -52,6 +73,8 @@ def uses_triton(device: torch.device, requested: str = "auto") -> bool:
             if not language.PRESENT:
                 raise ValueError("kernels: triton given, but it is not installed; allowed here: auto, reference")
             raise ValueError(f"kernels: triton given for device {device}; it needs an NVIDIA GPU of sm_75 or later")
+        if capability(device) and (different := self_check(device)):
+            raise ValueError(f"kernels: triton given, but {different}; allowed here: auto, reference")
         return True
     return language.PRESENT and capability(device) >= 75 and self_check(device) == ""
 
@@ -80,30 +103,52 @@ def dequantize_path(device: torch.device, path: str) -> str:
 
 @cache
 def self_check(device: torch.device) -> str:
-    """"" when the decode this device would take reproduces the reference to the bit; else what differed."""
-    from . import nf4
-
-    generator = torch.Generator().manual_seed(0)
-    packed = torch.randint(0, 256, (128 * 32,), dtype=torch.uint8, generator=generator).to(device)
-    absmax = torch.rand(128, generator=generator).add_(0.1).to(device)
-    weight = nf4.NF4Weight(packed, absmax, 64, (64, 128))
-    decode = "shuffle" if capability(device) >= 80 and asm_verified(device) else "gather"
-    dtype = torch.bfloat16 if capability(device) >= 80 else torch.float16
+    """"" when the kernels this device would take reproduce known results to the bit; else what differed. Raises
+    RuntimeError during the capture of a CUDA graph, where nothing can be compared."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(f"kernels: the first use on {device} came during a CUDA graph capture; run once before it")
     try:
-        decoded = nf4.dequantize(weight, dtype, path=decode)
+        return _difference(device)
     except Exception as error:  # whatever stops the first kernel (no compiler, an old driver): told in `describe`
         last = (str(error).strip().splitlines() or ["no message"])[-1]
         return f"the first kernel did not run ({type(error).__name__}: {last})"
-    different = int((decoded != nf4.dequantize_reference(weight, dtype)).sum())
-    return f"{different} of {packed.numel() * 2} elements of the {decode} decode differ" if different else ""
 
 
-def fused_rows(device: torch.device) -> int:
-    """Largest M for which the fused dequantise-matmul is taken before dequantise + cuBLAS; 0 = never."""
+def _difference(device: torch.device) -> str:
+    """Scales are powers of two, so that 16-bit codes scaled in fp32 and codes scaled before rounding have the same
+    bits, and a product with rows of the identity shows W itself."""
+    from . import matmul, nf4
+
+    generator = torch.Generator().manual_seed(0)
+    packed = torch.randint(0, 256, (128 * 32, 1), dtype=torch.uint8, generator=generator).to(device)
+    absmax = torch.randint(-4, 3, (128,), generator=generator).float().exp2().to(device)
+    weight = nf4.NF4Weight(packed, absmax, 64, (64, 128))
+    way = "shuffle" if capability(device) >= 80 and asm_verified(device) else "gather"
+    dtype = torch.bfloat16 if capability(device) >= 80 else torch.float16
+    wanted = nf4.dequantize_reference(weight, dtype)
+    if hasattr(torch.ops.bitsandbytes, "dequantize_4bit"):
+        wanted = torch.ops.bitsandbytes.dequantize_4bit(packed, absmax, 64, "nf4", [64, 128], dtype)
+    found = {f"the {way} decode": (nf4.dequantize(weight, dtype, path=way), wanted)}
+    if way == "shuffle":
+        x, dy = (torch.eye(16, columns, dtype=dtype, device=device) for columns in (128, 64))
+        found["the fused matmul"] = matmul.matmul(x, weight, path="fused"), wanted.t()[:16]
+        found["its backward"] = matmul.matmul_backward(dy, weight, "fused"), wanted[:16]
+    counts = {name: int((actual != expected).sum()) for name, (actual, expected) in found.items()}
+    return "; ".join(f"{count} elements of {name} differ" for name, count in counts.items() if count)
+
+
+def fused_rows(device: torch.device, n: int, k: int) -> int:
+    """Largest M for which the fused matmul with W [n, k] is taken before dequantise + cuBLAS, by the nearest measured
+    shape (in ratios of n and k); 0 = never. The same for bf16 and fp16: both take the same instructions."""
     if capability(device) < 75 or (capability(device) >= 80 and not asm_verified(device)):
         return 0  # below sm_80 the small-M kernel is plain Triton
-    table = TABLE["fused_rows"]
-    return table.get(f"sm_{capability(device)}", table["default"])
+    n, k = max(1, n), max(1, k)
+    return min(_measured(device), key=lambda row: abs(log2(row[0] / n)) + abs(log2(row[1] / k)))[2]
+
+
+def _measured(device: torch.device) -> list[list[int]]:
+    """Rows of (out_features, in_features, largest M) for this architecture."""
+    return TABLE["fused_rows"].get(f"sm_{capability(device)}", TABLE["fused_rows"]["default"])
 
 
 def widens(device: torch.device, read: int, written: int) -> bool:
@@ -129,8 +174,9 @@ def describe(device: torch.device, requested: str = "auto") -> dict[str, str]:
         return dict.fromkeys(OPERATIONS, f"reference: {why}")
     checked = "is" if asm_verified(device) else "is not"
     why = f"sm_{arch} {checked} among the architectures with committed correctness results for inline assembly"
-    rows = fused_rows(device)
-    fused = f"fused up to {rows} rows, then " if rows else ""
+    rows = sorted({fused_rows(device, n, k) for n, k, _ in _measured(device)})
+    limit = str(rows[0]) if len(rows) == 1 else f"{rows[0]} to {rows[-1]} (by shape)"
+    fused = f"fused up to {limit} rows, then " if rows[-1] else ""
     return {
         "dequantize": f"triton {dequantize_path(device, 'auto')}: {why}",
         "matmul": f"{fused}dequantise + cuBLAS: {why}",

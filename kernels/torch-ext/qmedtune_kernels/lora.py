@@ -73,7 +73,7 @@ def _times_transposed(dy: Tensor, weight: Tensor | tuple[NF4Weight, ...], path: 
     return dy @ nf4.dequantize_stack(weight, dy.dtype, "triton" if path == "fused" else path)
 
 
-ALIGN = 8  # elements: 16-byte rows, which TMA and 16-byte loads ask for
+ALIGN = 16  # elements: what Triton's 16-byte stores of W ask of a row's length; TMA and cuBLAS ask for 8
 
 
 def _widens(x: Tensor, weight: Weight, path: str, read: int, written: int) -> bool:
@@ -220,22 +220,30 @@ def _split(adapters, da: Tensor | None, db: Tensor | None, needs: Sequence[bool]
 
 
 def _check(x: Tensor, weight: Weight, adapters: Sequence[Adapter], bias: Tensor | None) -> None:
+    if x.dtype not in nf4.DTYPES:
+        raise ValueError(f"x: given {x.dtype}; allowed bf16, fp16 or fp32")
+    if not adapters and (weight is None or isinstance(weight, tuple) and not weight):
+        raise ValueError("weight: given none, and no adapters; allowed at least one of them")
     rows, columns = out_features(weight, adapters), x.shape[-1]
-    if isinstance(weight, Tensor) and (weight.dtype != x.dtype or weight.shape[1] != columns):
-        raise ValueError(
-            f"weight: given {tuple(weight.shape)} {weight.dtype}; allowed [N, {columns}] {x.dtype}, as x is"
-        )
-    if isinstance(weight, tuple) and any(part.shape[1] != columns for part in weight):
-        raise ValueError(f"weight: given {[part.shape for part in weight]}; allowed [N, {columns}], as x is")
+    if isinstance(weight, Tensor):
+        given = f"{tuple(weight.shape)} {weight.dtype} on {weight.device}"
+        fits = weight.dim() == 2 and weight.shape[1] == columns and (weight.dtype, weight.device) == (x.dtype, x.device)
+    else:
+        parts = weight or ()
+        given = ", ".join(f"{list(part.shape)} on {part.packed.device}" for part in parts)
+        fits = all(part.shape[1] == columns and part.packed.device == x.device for part in parts)
+    if not fits:
+        raise ValueError(f"weight: given {given}; allowed [N, {columns}] on {x.device}, in {x.dtype} if dense, as x is")
     for adapter in adapters:
         (r, k), (n, r2) = adapter.a.shape, adapter.b.shape
-        if k != columns or r != r2 or adapter.start + n > rows:
+        devices = adapter.a.device, adapter.b.device
+        if k != columns or r != r2 or adapter.start < 0 or adapter.start + n > rows or {*devices} != {x.device}:
             raise ValueError(
-                f"adapters: given A [{r}, {k}], B [{n}, {r2}] at {adapter.start}; "
-                f"allowed A [r, {columns}], B [n, r] with start + n <= {rows}"
+                f"adapters: given A [{r}, {k}] on {devices[0]}, B [{n}, {r2}] on {devices[1]} at {adapter.start}; "
+                f"allowed A [r, {columns}], B [n, r] on {x.device} with 0 <= start and start + n <= {rows}"
             )
-    if bias is not None and bias.shape != (rows,):
-        raise ValueError(f"bias: given {tuple(bias.shape)}; allowed ({rows},)")
+    if bias is not None and (bias.shape != (rows,) or bias.device != x.device):
+        raise ValueError(f"bias: given {tuple(bias.shape)} on {bias.device}; allowed ({rows},) on {x.device}")
 
 
 def linear(

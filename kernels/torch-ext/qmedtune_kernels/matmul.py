@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import dispatch, nf4
-from .decode import INTERPRET, block_scale, cast, codes, dot, scaled_codes
+from .decode import INTERPRET, block_scale, cast, codes, dot, weights
 from .language import tl, triton
 from .nf4 import NF4Weight, lookup
 
@@ -37,14 +37,16 @@ def matmul(x: Tensor, weight: NF4Weight, bias: Tensor | None = None, path: str =
     """Y [M, N] = X [M, K] W^T + bias, in x's dtype (bf16, fp16, fp32), accumulated in fp32.
 
     path: "auto" (dispatch.py: fused for few rows, else dequantise + cuBLAS; the reference on a CPU), "fused",
-    "few_rows" (M <= 4, no tensor cores), "dequantize" or "reference". Raises ValueError on shapes, dtypes and devices
-    that do not fit.
+    "few_rows" (M <= 4, no tensor cores), "dequantize" or "reference". Not differentiable: lora.py is. ValueError on
+    shapes, dtypes and devices that do not fit, and on an x that wants a gradient.
     """
     _check(x, weight, "x", weight.shape[1])
-    if bias is not None and (bias.shape != (weight.shape[0],) or bias.device != x.device):
-        raise ValueError(
-            f"bias: given {tuple(bias.shape)} on {bias.device}; allowed ({weight.shape[0]},) on {x.device}"
-        )
+    if bias is not None:
+        if bias.shape != (weight.shape[0],) or bias.device != x.device:
+            raise ValueError(
+                f"bias: given {tuple(bias.shape)} on {bias.device}; allowed ({weight.shape[0]},) on {x.device}"
+            )
+        bias = bias.detach().to(x.dtype).contiguous()
     match choose(x, weight, path):
         case "reference":
             return reference(x, weight, bias)
@@ -79,10 +81,12 @@ def _check(x: Tensor, weight: NF4Weight, name: str, columns: int) -> None:
             f"{name}: given {tuple(x.shape)} {x.dtype} on {x.device}; "
             f"allowed [M, {columns}] in bf16, fp16 or fp32 on {device} for W {list(weight.shape)}"
         )
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name}: given with requires_grad; allowed without: lora.linear is the differentiable form")
 
 
 def choose(x: Tensor, weight: NF4Weight, path: str) -> str:
-    """"reference", "fused" or "dequantize" for this x (or dy); see `matmul`."""
+    """"reference", "fused", "few_rows" or "dequantize" for this x (or dy); see `matmul`."""
     if path == "fused":
         if not fits(weight):
             raise ValueError(
@@ -98,7 +102,8 @@ def choose(x: Tensor, weight: NF4Weight, path: str) -> str:
         return path
     if not dispatch.uses_triton(x.device, path):
         return "reference"
-    if not fits(weight) or x.dtype == torch.float32 or x.shape[0] > dispatch.fused_rows(x.device):
+    few = 0 < x.shape[0] <= dispatch.fused_rows(x.device, *weight.shape)
+    if not few or not fits(weight) or x.dtype == torch.float32:
         return "dequantize"
     return "fused" if dispatch.capability(x.device) >= 80 else "few_rows"
 
@@ -110,14 +115,12 @@ def choose(x: Tensor, weight: NF4Weight, path: str) -> str:
 def _forward(
     x_ptr, packed, absmax, code2, absmax2, offset, code, bias, out, m, n, k, steps, x_stride,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr,
-    SPLIT: tl.constexpr, BIAS: tl.constexpr, SWAP: tl.constexpr, POST: tl.constexpr,
-    DECODE: tl.constexpr, EMULATE: tl.constexpr,
+    SPLIT: tl.constexpr, BIAS: tl.constexpr, POST: tl.constexpr, DECODE: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """One [BM, BN] tile over `steps` K-steps of one split; bytes become pairs of 16-bit codes in registers.
+    """One [BM, BN] tile over `steps` K-steps of one split; bytes become pairs of 16-bit weights in registers.
 
-    POST (few rows): codes are multiplied as they are and each step's product is scaled in fp32. Otherwise codes are
-    scaled in 16 bit first, which halves the accumulators. SWAP puts W on the left: on sm_90 wgmma then takes the
-    decoded weights from registers, without a trip through shared memory.
+    POST (few rows): codes rounded to 16 bit are multiplied as they are and each step's product is scaled in fp32.
+    Otherwise W is made as `nf4.dequantize` makes it, which halves the accumulators.
     """
     TY: tl.constexpr = x_ptr.dtype.element_ty
     rm = tl.program_id(1) * BM + tl.arange(0, BM)
@@ -129,28 +132,23 @@ def _forward(
     w_ptrs = packed + row[:, None].to(tl.int64) * (k // 2) + (first // 2 + tl.arange(0, BK // 2))[None, :]
     block = row * (k // BLOCKSIZE)
     inside = rm[:, None] < m
-    acc = tl.zeros([BN, BM] if SWAP else [BM, BN], tl.float32)
+    acc = tl.zeros([BM, BN], tl.float32)
     for step in range(0, tl.minimum(steps, (k - first) // BK)):
         x = tl.load(x_ptrs, mask=inside, other=0.0)
         q = tl.load(w_ptrs)
         s = block_scale(absmax, code2, absmax2, offset, block + (first + step * BK) // BLOCKSIZE, rn >= 0, NESTED)
         if POST:
             w = codes(q, code, TY, DECODE, EMULATE)
-            zero = tl.zeros([BN, BM] if SWAP else [BM, BN], tl.float32)
-            if SWAP:
-                acc += dot(w, tl.trans(x), zero, EMULATE) * s[:, None]
-            else:
-                acc += dot(x, tl.trans(w), zero, EMULATE) * s[None, :]
+            acc += dot(x, tl.trans(w), tl.zeros([BM, BN], tl.float32), EMULATE) * s[None, :]
         else:
-            w = scaled_codes(q, tl.broadcast_to(s[:, None], [BN, BK // 2]), code, TY, DECODE, EMULATE)
-            acc = dot(w, tl.trans(x), acc, EMULATE) if SWAP else dot(x, tl.trans(w), acc, EMULATE)
+            w = weights(q, tl.broadcast_to(s[:, None], [BN, BK // 2]), code, TY, DECODE, EMULATE)
+            acc = dot(x, tl.trans(w), acc, EMULATE)
         x_ptrs += BK
         w_ptrs += BK // 2
-    y = tl.trans(acc) if SWAP else acc
     if BIAS:
-        y += tl.load(bias + row).to(tl.float32)[None, :]
+        acc += tl.load(bias + row).to(tl.float32)[None, :]
     at = out + split.to(tl.int64) * m * n + rm[:, None].to(tl.int64) * n + rn[None, :]
-    tl.store(at, y if SPLIT else cast(y, TY, EMULATE), mask=inside & (rn[None, :] < n))
+    tl.store(at, acc if SPLIT else cast(acc, TY, EMULATE), mask=inside & (rn[None, :] < n))
 
 
 @triton.jit
@@ -161,7 +159,7 @@ def _backward(
 ):  # fmt: skip
     """One [BM, BK] tile of dX, contracted over N in steps of BN rows of W: the same storage, nothing repacked.
 
-    The scale varies along the contraction, so codes are scaled in 16 bit before the product.
+    The scale varies along the contraction, so W is made before the product, as `nf4.dequantize` makes it: rounded once.
     """
     TY: tl.constexpr = dy_ptr.dtype.element_ty
     SCALES: tl.constexpr = BK // BLOCKSIZE if BK > BLOCKSIZE else 1
@@ -183,7 +181,7 @@ def _backward(
         block = row[:, None] * (k // BLOCKSIZE) + scale_column[None, :]
         s = block_scale(absmax, code2, absmax2, offset, block, block >= 0, NESTED)
         s = tl.reshape(tl.broadcast_to(s[:, :, None], [BN, SCALES, BK // 2 // SCALES]), [BN, BK // 2])
-        acc = dot(dy, scaled_codes(q, s, code, TY, DECODE, EMULATE), acc, EMULATE)
+        acc = dot(dy, weights(q, s, code, TY, DECODE, EMULATE), acc, EMULATE)
     at = out + split.to(tl.int64) * m * k + rm[:, None].to(tl.int64) * k + rk[None, :]
     tl.store(at, acc if SPLIT else cast(acc, TY, EMULATE), mask=inside & (rk[None, :] < k))
 
@@ -250,16 +248,32 @@ def _reduce(
     tl.store(out + i, cast(total, out.dtype.element_ty, EMULATE), mask=inside)
 
 
-def tile(rows: int, arch: int, blocksize: int, forward: bool) -> dict[str, int | bool]:
-    """Tile sizes and pipeline depth for M rows; chosen by the static gate's counts (NOTES.md), not yet on hardware."""
-    bm = min(64, max(16, triton.next_power_of_2(rows)))
-    pipeline = {"num_warps": 4, "num_stages": 4 if bm <= 32 else 3}
-    if not forward:
-        bn, bk = (128, 64) if bm <= 32 else (64, 128)  # 64 x 128 spills at M <= 16 on sm_90
-        return {"BM": bm, "BN": bn, "BK": bk, **pipeline, "num_stages": 3}
-    few = bm <= 32
-    swap = not few and arch in (90, 100)
-    return {"BM": bm, "BN": 128, "BK": min(64, blocksize), "SWAP": swap, "POST": few, **pipeline}
+def tile(rows: int, blocksize: int, forward: bool, dtype: torch.dtype = torch.bfloat16) -> dict[str, int | bool]:
+    """Tile sizes and pipeline depth for M rows; chosen by the static gate's counts (NOTES.md), not yet on hardware.
+
+    fp32 has no tensor cores here: small tiles (larger ones spill kilobytes) and no pipeline, which would put the
+    gathered table lookups into shared memory.
+    """
+    bm, warps = min(64, max(16, triton.next_power_of_2(rows))), {"num_warps": 4}
+    if dtype == torch.float32:
+        small = {"BM": 16, "BN": 32, "BK": 32, **warps, "num_stages": 1}
+        return {**small, "POST": False} if forward else small
+    if forward:
+        few = bm <= 32
+        return {
+            "BM": bm, "BN": 128, "BK": min(64, blocksize), "POST": few, **warps, "num_stages": 4 if few else 3
+        }  # fmt: skip
+    bn, bk = (128, 64) if bm <= 32 else (64, 128)  # 64 x 128 spills at M <= 16 on sm_90
+    return {"BM": bm, "BN": bn, "BK": bk, **warps, "num_stages": 3}
+
+
+def decode(arch: int, dtype: torch.dtype, forward: bool) -> str:
+    """DECODE of decode.py. Forward below sm_90 and on sm_120, `mma.sync` takes W from registers, and an address operand
+    makes Triton pass it through shared memory instead (11.3 instructions an element against 8.7): there the table is
+    made; elsewhere fetching it is cheaper (backward on sm_86: 6.7 against 7.2)."""
+    if INTERPRET or dtype == torch.float32:
+        return "gather"
+    return "make" if forward and not 90 <= arch < 120 else "fetch"
 
 
 def splits(tiles: int, steps: int, processors: int) -> int:
@@ -271,6 +285,7 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
+@dispatch.on_its_device
 def _launch(x: Tensor, weight: NF4Weight, bias: Tensor | None, forward: bool) -> Tensor:
     x = x if x.stride(1) == 1 else x.contiguous()
     (n, k), m = weight.shape, x.shape[0]
@@ -278,7 +293,7 @@ def _launch(x: Tensor, weight: NF4Weight, bias: Tensor | None, forward: bool) ->
     out = x.new_empty(m, columns)
     if m == 0:
         return out
-    config = tile(m, dispatch.capability(x.device), weight.blocksize, forward)
+    config = tile(m, weight.blocksize, forward, x.dtype)
     step, width = (config["BK"], config["BN"]) if forward else (config["BN"], config["BK"])
     steps, tiles = triton.cdiv(contraction, step), triton.cdiv(columns, width) * triton.cdiv(m, config["BM"])
     ways = splits(tiles, steps, _processors(x.device))
@@ -290,7 +305,8 @@ def _launch(x: Tensor, weight: NF4Weight, bias: Tensor | None, forward: bool) ->
     where = (m, n, k, per_split, x.stride(0))
     options = {
         "BLOCKSIZE": weight.blocksize, "NESTED": weight.nested, "SPLIT": ways > 1,
-        "DECODE": "gather" if INTERPRET else "prmt", "EMULATE": INTERPRET, "enable_fp_fusion": True, **config,
+        "DECODE": decode(dispatch.capability(x.device), x.dtype, forward), "EMULATE": INTERPRET,
+        "enable_fp_fusion": True, **config,
     }  # fmt: skip
     grid = (triton.cdiv(columns, width), triton.cdiv(m, config["BM"]), ways)
     if forward:
@@ -300,16 +316,19 @@ def _launch(x: Tensor, weight: NF4Weight, bias: Tensor | None, forward: bool) ->
     if ways > 1:
         _reduce[(triton.cdiv(out.numel(), 1024),)](
             target, bias if has_bias else x, out, out.numel(), columns,
-            SPLITS=ways, BLOCK=1024, BIAS=has_bias, EMULATE=INTERPRET, num_warps=4,
+            SPLITS=ways, BLOCK=1024, BIAS=has_bias, EMULATE=INTERPRET, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     return out
 
 
+@dispatch.on_its_device
 def _launch_few_rows(x: Tensor, weight: NF4Weight, bias: Tensor | None) -> Tensor:
     x = x.contiguous()
     (n, k), m = weight.shape, x.shape[0]
-    if not 1 <= m <= 4 or not fits(weight):
-        raise ValueError(f"x: given {m} rows, K = {k}; the few_rows path allows 1 to 4 rows and whole blocks per row")
+    if m > 4 or not fits(weight):
+        raise ValueError(f"x: given {m} rows, K = {k}; the few_rows path allows 4 rows and whole blocks per row")
+    if m == 0:
+        return x.new_empty(0, n)
     bn, bk = 16, min(64, weight.blocksize)
     steps = k // bk
     ways = splits(triton.cdiv(n, bn), steps, _processors(x.device))
@@ -319,10 +338,10 @@ def _launch_few_rows(x: Tensor, weight: NF4Weight, bias: Tensor | None) -> Tenso
     out = x.new_empty(m, n)
     _few_rows[(triton.cdiv(n, bn), ways)](
         x, weight.packed, *nf4.scale_arguments(weight), nf4.code_table(x.device), partial, n, k, per_split, k,
-        M=m, BN=bn, BK=bk, BLOCKSIZE=weight.blocksize, NESTED=weight.nested, num_warps=4,
+        M=m, BN=bn, BK=bk, BLOCKSIZE=weight.blocksize, NESTED=weight.nested, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     _reduce[(triton.cdiv(out.numel(), 1024),)](
         partial, bias if bias is not None else x, out, out.numel(), n,
-        SPLITS=ways, BLOCK=1024, BIAS=bias is not None, EMULATE=INTERPRET, num_warps=4,
+        SPLITS=ways, BLOCK=1024, BIAS=bias is not None, EMULATE=INTERPRET, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return out

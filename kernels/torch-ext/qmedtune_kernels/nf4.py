@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from .decode import INTERPRET, SHUFFLE_BF16, SHUFFLE_FP16, block_scale, cast
+from .decode import INTERPRET, WORDS_BF16, WORDS_FP16, block_scale, cast
 from .language import tl, triton
 
 # QLoRA (Dettmers et al. 2023), appendix E; the fp32 values of bitsandbytes.functional.get_4bit_type("nf4")
@@ -37,7 +37,7 @@ class NF4Weight:
     """One quantised matrix W [N, K].
 
     packed: uint8, ceil(N K / 2) elements in any shape. absmax: fp32 [blocks], or uint8 [blocks] when nested, with
-    code2 fp32 [256], absmax2 fp32 [ceil(blocks / 256)] and offset fp32 []. blocksize: a power of two >= 32.
+    code2 fp32 [256], absmax2 fp32 [ceil(blocks / 256)] and offset fp32 []. blocksize: a power of two from 32 to 4096.
     """
 
     packed: Tensor
@@ -81,14 +81,17 @@ def dequantize(
     "reference", or a decode of decode.py: "shuffle", "gather". Raises ValueError on tensors that do not fit together.
     """
     check(weight)
-    if out is None:
-        out = torch.empty(weight.shape, dtype=dtype, device=weight.packed.device)
     device = weight.packed.device
-    if tuple(out.shape) != weight.shape or out.dtype != dtype or out.stride(1) != 1 or out.device != device:
-        raise ValueError(
-            f"out: given {tuple(out.shape)} {out.dtype} on {out.device} with strides {out.stride()}; "
-            f"allowed {weight.shape} {dtype} on {device} with column stride 1"
-        )
+    _require(dtype in DTYPES, "dtype", dtype, "torch.bfloat16, torch.float16 or torch.float32")
+    if out is None:
+        out = torch.empty(weight.shape, dtype=dtype, device=device)
+    n, k = weight.shape
+    fits = tuple(out.shape) == (n, k) and out.dtype == dtype and out.device == device
+    _require(
+        fits and out.stride(1) == 1 and (n <= 1 or out.stride(0) >= k), "out",
+        f"{tuple(out.shape)} {out.dtype} on {out.device} with strides {out.stride()}",
+        f"{(n, k)} {dtype} on {device} with column stride 1 and rows apart",
+    )  # fmt: skip
     path = dispatch.dequantize_path(device, path)
     if path == "reference":
         return out.copy_(dequantize_reference(weight, dtype))
@@ -100,9 +103,9 @@ def dequantize(
 def check(weight: NF4Weight) -> None:
     """Raise ValueError, naming argument, given and allowed, unless the tensors describe one W [N, K]."""
     count = weight.shape[0] * weight.shape[1]
-    blocks = -(-count // weight.blocksize)
     size = weight.blocksize
-    _require(size >= 32 and size & (size - 1) == 0, "blocksize", size, "a power of two >= 32")
+    _require(32 <= size <= 4096 and size & (size - 1) == 0, "blocksize", size, "a power of two from 32 to 4096")
+    blocks = -(-count // size)
     wanted = [("packed", weight.packed, torch.uint8, -(-count // 2))]
     if weight.code2 is None:
         wanted.append(("absmax", weight.absmax, torch.float32, blocks))
@@ -128,7 +131,7 @@ def _require(condition: bool, name: str, given: object, allowed: str) -> None:
 def dequantize_stack(
     weights: tuple[NF4Weight, ...], dtype: torch.dtype, path: str = "auto", below: int = 0, beside: int = 0
 ) -> Tensor:
-    """The weights below each other, [sum N + below, K + beside], in a scratch buffer per device that the next call
+    """The weights below each other, [sum N + below, K + beside], in a scratch buffer per stream that the next call
     overwrites. The extra rows and columns are left for the caller to fill."""
     rows, columns = sum(weight.shape[0] for weight in weights), weights[0].shape[1]
     size = (rows + below, columns + beside)
@@ -140,14 +143,23 @@ def dequantize_stack(
     return stacked
 
 
-_SCRATCH: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+_SCRATCH: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
+_CAPTURED: dict[int, Tensor] = {}
 
 
 def scratch(device: torch.device, dtype: torch.dtype, numel: int) -> Tensor:
-    """A flat buffer that grows to the largest weight and is reused, so a training step allocates none of it."""
-    buffer = _SCRATCH.get((device, dtype))
+    """A flat buffer that grows to the largest weight and is reused, so a training step allocates none of it.
+
+    One for each CUDA stream, whose order keeps one product's W apart from the next one's; two threads must not share a
+    stream. What a CUDA graph has captured stays allocated: its replays write there whatever happens here later.
+    """
+    on_gpu = device.type == "cuda"
+    key = device, dtype, torch.cuda.current_stream(device).cuda_stream if on_gpu else 0
+    buffer = _SCRATCH.get(key)
     if buffer is None or buffer.numel() < numel:
-        buffer = _SCRATCH[device, dtype] = torch.empty(numel, dtype=dtype, device=device)
+        buffer = _SCRATCH[key] = torch.empty(numel, dtype=dtype, device=device)
+    if on_gpu and torch.cuda.is_current_stream_capturing():
+        _CAPTURED[buffer.data_ptr()] = buffer
     return buffer[:numel]
 
 
@@ -164,6 +176,7 @@ def scale_arguments(weight: NF4Weight) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return weight.absmax, weight.code2, weight.absmax2, weight.offset
 
 
+@dispatch.on_its_device
 def _launch(weight: NF4Weight, out: Tensor, decode: str) -> None:
     n, k = weight.shape
     size, stride = weight.blocksize, out.stride(0) if n > 1 else k
@@ -208,7 +221,7 @@ def _dequantize_words(
     stores are not: the matmul that follows finds W in L2.
     """
     TY: tl.constexpr = out.dtype.element_ty
-    ASM: tl.constexpr = SHUFFLE_BF16 if tl.bfloat16 == TY else SHUFFLE_FP16
+    ASM: tl.constexpr = WORDS_BF16 if tl.bfloat16 == TY else WORDS_FP16
     row = tl.program_id(0) // chunks
     first = (tl.program_id(0) - row * chunks) * (ROWS * STEPS)
     words, pairs = packed.to(tl.pointer_type(tl.int32)), out.to(tl.pointer_type(tl.int32))

@@ -18,6 +18,7 @@ from torch import Tensor
 from . import dispatch
 from .decode import INTERPRET, cast
 from .language import tl, triton
+from .nf4 import DTYPES
 
 
 def reference(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -85,15 +86,14 @@ def _backward(ctx, dy: Tensor, ds: Tensor | None, wants_dweight: bool) -> tuple[
 
 def _path(x: Tensor, weight: Tensor, path: str, residual: Tensor | None = None) -> bool:
     """Whether Triton runs; ValueError on tensors that do not fit together."""
-    if x.shape[-1:] != weight.shape or not x.is_floating_point() or x.device != weight.device:
+    if x.shape[-1:] != weight.shape or x.dtype not in DTYPES or x.device != weight.device:
         raise ValueError(
             f"x, weight: given {tuple(x.shape)} {x.dtype} on {x.device} and {tuple(weight.shape)} on {weight.device}; "
-            "allowed [..., D] floats and [D] on one device"
+            "allowed [..., D] in bf16, fp16 or fp32 and [D] on one device"
         )
-    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
-        raise ValueError(
-            f"residual: given {tuple(residual.shape)} {residual.dtype}; allowed {tuple(x.shape)} {x.dtype}, as x"
-        )
+    if residual is not None and (residual.shape, residual.dtype, residual.device) != (x.shape, x.dtype, x.device):
+        given = f"{tuple(residual.shape)} {residual.dtype} on {residual.device}"
+        raise ValueError(f"residual: given {given}; allowed {tuple(x.shape)} {x.dtype} on {x.device}, as x")
     return dispatch.uses_triton(x.device, path) and x.numel() > 0 and x.shape[-1] <= MAX_COLUMNS
 
 
@@ -188,10 +188,11 @@ def num_warps(block: int) -> int:
     return min(16, max(1, block // 512))
 
 
+@dispatch.on_its_device
 def _launch_forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    x = x.contiguous()
+    x, weight = x.contiguous(), weight.contiguous()
     columns = x.shape[-1]
     block = triton.next_power_of_2(columns)
     y, rstd = torch.empty_like(x), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
@@ -204,10 +205,11 @@ def _launch_forward(
     return y, rstd, total
 
 
+@dispatch.on_its_device
 def _launch_backward(
     dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, ds: Tensor | None, wants_dweight: bool
 ) -> tuple[Tensor, Tensor | None]:
-    dy, x = dy.contiguous(), x.contiguous()
+    dy, x, weight = dy.contiguous(), x.contiguous(), weight.contiguous()
     columns = x.shape[-1]
     rows, block = x.numel() // columns, triton.next_power_of_2(columns)
     dx = torch.empty_like(x)

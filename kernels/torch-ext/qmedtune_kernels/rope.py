@@ -18,6 +18,7 @@ from torch import Tensor
 from . import dispatch
 from .decode import INTERPRET, cast
 from .language import tl, triton
+from .nf4 import DTYPES
 
 HEADS = 8  # per program: 8 heads of 128 are 16 bytes a thread in 2 warps
 Parts = tuple[Tensor, Tensor, Tensor]
@@ -72,10 +73,11 @@ def rotary_qkv(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int,
     """
     wanted = (heads + 2 * kv_heads) * cos.shape[-1]
     fits = qkv.dim() == 3 and qkv.shape[-1] == wanted and cos.shape == sin.shape and cos.shape[1] == qkv.shape[1]
-    if not fits or cos.shape[0] not in (1, qkv.shape[0]) or cos.dtype != qkv.dtype or cos.device != qkv.device:
+    alike = qkv.dtype in DTYPES and all((a.dtype, a.device) == (qkv.dtype, qkv.device) for a in (cos, sin))
+    if not fits or cos.dim() != 3 or cos.shape[0] not in (1, qkv.shape[0]) or not alike:
         raise ValueError(
             f"qkv, cos: given {tuple(qkv.shape)} {qkv.dtype} on {qkv.device} and {tuple(cos.shape)} {cos.dtype} on "
-            f"{cos.device}; allowed [B, S, {wanted}] and [B or 1, S, D] of one dtype on one device"
+            f"{cos.device}; allowed [B, S, {wanted}] and [B or 1, S, D], all bf16, fp16 or fp32, on one device"
         )
     uses_triton = dispatch.uses_triton(qkv.device, path) and qkv.numel() > 0 and cos.shape[-1] % 32 == 0
     return _RotaryQKV.apply(qkv.contiguous(), cos.contiguous(), sin.contiguous(), heads, kv_heads, uses_triton)
@@ -109,6 +111,7 @@ def _rotate(
     tl.store(to + HALF, cast(right, TY, EMULATE), mask=mask)
 
 
+@dispatch.on_its_device
 def _launch(x: Tensor, y: Tensor, cos: Tensor, sin: Tensor, sign: float) -> None:
     """Write x [B, S, heads, D] rotated into y, whose heads lie behind each other and whose batches are dense."""
     batch, tokens, heads, width = x.shape

@@ -18,6 +18,7 @@ from torch import Tensor
 from . import dispatch
 from .decode import INTERPRET, cast
 from .language import tl, triton
+from .nf4 import DTYPES
 
 BLOCK = 1024  # 4 warps, 8 elements (16 bytes) a thread
 
@@ -56,8 +57,9 @@ def swiglu(gate_up: Tensor, path: str = "auto") -> Tensor:
 
     path: "auto", "triton" or "reference" (dispatch.py). Raises ValueError on an odd width or another dtype.
     """
-    if gate_up.shape[-1] % 2 or not gate_up.is_floating_point():
-        raise ValueError(f"gate_up: given {tuple(gate_up.shape)} {gate_up.dtype}; allowed [..., 2 I] floats")
+    if gate_up.shape[-1] % 2 or gate_up.dtype not in DTYPES:
+        given = f"{tuple(gate_up.shape)} {gate_up.dtype}"
+        raise ValueError(f"gate_up: given {given}; allowed [..., 2 I] in bf16, fp16 or fp32")
     return _SwiGLU.apply(gate_up, dispatch.uses_triton(gate_up.device, path) and gate_up.numel() > 0)
 
 
@@ -99,6 +101,7 @@ def _grid(rows: int, columns: int) -> tuple[int, int]:
     return rows, triton.cdiv(columns, BLOCK)
 
 
+@dispatch.on_its_device
 def _launch_forward(gate_up: Tensor) -> Tensor:
     gate_up = gate_up.contiguous()
     columns = gate_up.shape[-1] // 2
@@ -108,6 +111,7 @@ def _launch_forward(gate_up: Tensor) -> Tensor:
     return y
 
 
+@dispatch.on_its_device
 def _launch_backward(dy: Tensor, gate_up: Tensor) -> Tensor:
     dy, gate_up = dy.contiguous(), gate_up.contiguous()
     dx, columns = torch.empty_like(gate_up), gate_up.shape[-1] // 2
