@@ -27,7 +27,7 @@ from qmedtune.evaluation.measure import Measured, Settings, measure_model, text_
 from qmedtune.evaluation.open_model import Quantization, fingerprint, locate, open_model, world_of
 from qmedtune.evaluation.scoring import BATCH_TOKENS, max_positions
 from qmedtune.recipe import Recipe, SourceSection, TaskSection
-from qmedtune.tasks import BUILTIN_TASKS, Task, load_task
+from qmedtune.tasks import BUILTIN_TASKS, Task, check_twice, load_task
 
 TEXTS = "perplexity"
 WINDOW_TOKENS = 2048  # of texts without a packing: 131,072 positions of LLaMA-3.2 would not fit a card
@@ -219,6 +219,7 @@ def parse_tasks(
             texts += source_files(SourceSection(path=_required(path, name), kind="general"))
         else:
             sections.append(TaskSection(task=name, path=path, limit=limit))
+    check_twice("--tasks", [section.label for section in sections])
     return sections, texts
 
 

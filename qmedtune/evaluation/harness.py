@@ -26,7 +26,7 @@ from qmedtune.evaluation.forward import causal_model
 from qmedtune.evaluation.open_model import OpenModel, Quantization, locate, open_model
 from qmedtune.evaluation.scoring import Boundary, encode, prompt_texts
 from qmedtune.recipe import TaskSection
-from qmedtune.tasks import BUILTIN_TASKS, FILE_TASKS, Task, load_task
+from qmedtune.tasks import BUILTIN_TASKS, FILE_TASKS, Task, check_twice, load_task
 
 PREFIX = "qmedtune_"
 
@@ -52,6 +52,7 @@ def evaluate_with_harness(
     """
     _require_harness()
     ours = [task for task in tasks if task in BUILTIN_TASKS or ("=" in task and task.partition("=")[0] in FILE_TASKS)]
+    check_twice("--harness", [task.partition("=")[0] for task in tasks])
     own = [load_task(_section(task), seed) for task in ours]
     shipped = [task for task in tasks if task not in ours]
     opened = open_model(locate(name, base=base, template=template, offline=offline), quantization)
