@@ -9,7 +9,7 @@ import pytest
 from qmedtune.errors import DataError, RecipeError
 from qmedtune.recipe import TaskSection
 from qmedtune.tasks import items as task_items
-from qmedtune.tasks import load_task
+from qmedtune.tasks import labels, load_task
 from qmedtune.tasks.free_text import normalised
 
 REAL = Path(os.environ.get("QMEDTUNE_REAL_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -44,6 +44,41 @@ def test_macro_f1_hand_worked(tmp_path):
     scores = judged(task, ["Entailment.", "contradiction", "contradiction", "I cannot say"])
     assert scores == pytest.approx({"accuracy": 0.5, "macro_f1": 4 / 9})
     assert task.items[0].options == ("entailment", "contradiction", "neutral")
+
+
+def test_macro_f1_of_a_drawn_part_counts_the_labels_in_it(tmp_path):
+    """Of four specialties two are drawn: all right is 1, and a wrong one that no drawn note has lowers only recall."""
+    rows = "".join(f"{label},note of {label}\n" for label in "abcd")
+    (tmp_path / "m.csv").write_text("label,text\n" + rows)
+    task = load_task(TaskSection(task="mtsamples", path=str(tmp_path / "m.csv"), limit=2), seed=0)
+    gold = [item.options[item.gold] for item in task.items]
+    assert len(set(gold)) == 2 and task.items[0].options == ("a", "b", "c", "d")
+    assert judged(task, gold)["macro_f1"] == 1
+    [absent, *_] = sorted(set("abcd") - set(gold))
+    assert judged(task, [gold[0], absent])["macro_f1"] == 0.5
+
+
+def test_pubmedqa_has_both_published_metrics(tmp_path, monkeypatch):
+    """Gold yes yes no maybe, said yes yes yes yes: yes 2 of 4 said, 2 of 2 gold: F1 2/3; no and maybe 0. Mean 2/9."""
+    fields = {"QUESTION": "Q?", "CONTEXTS": ["c"]}
+    records = {str(n): {**fields, "final_decision": d} for n, d in enumerate(("yes", "yes", "no", "maybe"))}
+    task = load("pubmedqa", tmp_path / "q.json", json.dumps(records))
+    assert judged(task, ["Yes."] * 4) == pytest.approx({"accuracy": 0.5, "macro_f1": 2 / 9})
+    monkeypatch.setattr(labels, "find_spec", lambda name: None)  # without the extra it is asked all the same
+    assert judged(load("pubmedqa", tmp_path / "q.json"), ["yes"] * 4) == {"accuracy": 0.5}
+
+
+def test_ddi_by_all_labels_and_by_interactions_only(tmp_path):
+    """Gold false false effect int, said false effect effect false.
+
+    false: 1 hit of 2 said, of 2 gold: 1/2; effect: 1 of 2 said, of 1: 2/3; int: 0; mean 7/18. The shared task's micro
+    F1 over interactions: 1 hit, 1 said without reason (false as effect), 1 missed (int): 2 / 4.
+    """
+    kinds = ("false", "false", "effect", "int")
+    records = [{"id": str(n), "sentence": "@DRUG$ @DRUG$", "label": f"DDI-{k}"} for n, k in enumerate(kinds)]
+    task = load("ddi2013", tmp_path / "d.jsonl", records)
+    scores = judged(task, ["DDI-false", "DDI-effect", "DDI-effect", "DDI-false"])
+    assert scores == pytest.approx({"accuracy": 0.5, "macro_f1": 7 / 18, "positive_f1": 0.5})
 
 
 def test_bionli_has_two_labels(tmp_path):
@@ -122,9 +157,15 @@ def test_hallmarks(tmp_path):
     answers = ["Inducing angiogenesis and tumour promoting inflammation", "None.", "it is about cells"]
     assert task.parse(answers[1], task.items[1]) == frozenset() and task.parse(answers[2], task.items[2]) is None
     scores = judged(task, answers)
-    # angiogenesis: 1 hit, 1 missed: F1 2/3; inflammation: said only: 0; cell death: missed: 0; mean over ten
+    # angiogenesis: 1 hit, 1 missed: F1 2/3; cell death: missed: 0; their mean. inflammation: said, in no abstract
     assert scores["f1 inducing angiogenesis"] == pytest.approx(2 / 3)
-    assert scores["macro_f1"] == pytest.approx(2 / 3 / 10)
+    assert scores["macro_f1"] == pytest.approx(2 / 3 / 2)
+    assert scores["micro_f1"] == pytest.approx(2 * 1 / (2 * 1 + 1 + 2))
+    assert "f1 tumor promoting inflammation" not in scores
+    right = judged(task, [task.write(item) for item in task.items])
+    assert (right["macro_f1"], right["exact_match"]) == (1, 1)
+    with pytest.raises(DataError, match="no item has a hallmark"):
+        load("hoc", tmp_path / "q.jsonl", [{"text": "b", "labels": []}])
     with pytest.raises(DataError, match="no hallmark"):
         load("hoc", tmp_path / "q.jsonl", [{"text": "a", "labels": "inducing sleep"}])
 

@@ -24,7 +24,7 @@ Maker = Callable[[str, tuple[Item, ...]], Task]
 
 BUILTIN_TASKS = ("facts",)
 FILE_TASKS: dict[str, tuple[Reader, Maker]] = {
-    "pubmedqa": (choice.pubmedqa, choice.choice_task),
+    "pubmedqa": (choice.pubmedqa, labels.decision_task),
     "medqa": (choice.medqa, choice.choice_task),
     "medmcqa": (choice.medmcqa, choice.choice_task),
     "mmlu": (choice.mmlu, choice.choice_task),
@@ -34,7 +34,7 @@ FILE_TASKS: dict[str, tuple[Reader, Maker]] = {
     "choice": (choice.choice, choice.choice_task),
     "mednli": (labels.nli, labels.accuracy_task),
     "bionli": (labels.nli, labels.macro_f1_task),
-    "ddi2013": (labels.ddi2013, labels.macro_f1_task),
+    "ddi2013": (labels.ddi2013, labels.ddi_task),
     "mtsamples": (labels.mtsamples, labels.macro_f1_task),
     "outcome": (labels.outcome, labels.auroc_task),
     "hoc": (findings.hoc, findings.hoc_task),
