@@ -1,5 +1,7 @@
 """Options, perplexity and answers against the naive one-by-one computation on a small random LLaMA."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from qmedtune.data.templates import TEMPLATES
 from qmedtune.data.tokens import encode_conversations, load_codec
-from qmedtune.errors import DataError
+from qmedtune.errors import DataError, RunError
 from qmedtune.evaluation import forward, generation, scoring
 
 TEXT = [
@@ -168,6 +170,20 @@ def test_long_prompts_lose_their_beginning_and_say_so(model, tokenizer):
 def test_empty_option_is_an_error(model, tokenizer):
     with pytest.raises(DataError, match="adds no token"):
         scoring.choice_logprobs(model, tokenizer, ["Answer:"], [[" yes", ""]])
+
+
+def test_a_model_of_nan_is_refused_not_scored_as_always_a(model, tokenizer):
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.model.norm.weight[0] = float("nan")
+    rows = [packed([[1, 5, 6, 2]])]
+    for work in (
+        lambda: scoring.choice_logprobs(broken, tokenizer, ["Answer:"], [[" yes", " no"]]),
+        lambda: generation.generate(broken, tokenizer, ["Answer:"], 4),
+        lambda: scoring.perplexity(broken, rows),
+    ):
+        with pytest.raises(RunError, match="not numbers"):
+            work()
 
 
 def test_bos_is_added_once(tokenizer):

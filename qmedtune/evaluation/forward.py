@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from transformers import DynamicCache
 
+from qmedtune.errors import RunError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -72,8 +74,18 @@ def prefill(model: PreTrainedModel, prompts: list[list[int]], shared: Shared | N
     mask = torch.cat([own.new_ones(len(prompts), skip), own], dim=-1)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, skip:]
     cache = _repeated(shared.cache, len(prompts)) if shared else DynamicCache(config=model.config)
-    hidden = hidden_states(model, ids, mask, positions, cache)
-    return Prefix(cache, mask, lengths, next_logits(model, hidden[:, -1]))
+    logits = next_logits(model, hidden_states(model, ids, mask, positions, cache)[:, -1])
+    check_numbers(logits[:, 0])
+    return Prefix(cache, mask, lengths, logits)
+
+
+def check_numbers(values: torch.Tensor) -> None:
+    """Refuse to score a broken model: the largest of nan is the first option, so it would always answer A. RunError."""
+    if values.isnan().any():
+        raise RunError(
+            "the model's scores are not numbers (nan): its weights are broken, or overflow in this precision\n"
+            "evaluate it in float32, or take an earlier checkpoint"
+        )
 
 
 def _repeated(cache: DynamicCache, count: int) -> DynamicCache:

@@ -23,6 +23,7 @@ from qmedtune.evaluation.forward import (
     Prefix,
     Shared,
     bos_id,
+    check_numbers,
     hidden_states,
     max_positions,
     next_logits,
@@ -264,7 +265,9 @@ def perplexity(
     lengths = [len(rows[i]["input_ids"]) for i in range(len(rows))]
     for batch in padded_batches(lengths, batch_tokens):
         padded = padded_rows([rows[i] for i in batch], model.device)
-        nll += float(token_nll(model, **padded))
+        found = token_nll(model, **padded)
+        check_numbers(found)
+        nll += float(found)
         tokens += int((padded["labels"][:, 1:] != -100).sum())
         if progress:
             progress(sum(lengths[i] for i in batch))
