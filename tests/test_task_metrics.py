@@ -211,6 +211,30 @@ def test_squad_normalisation_and_token_f1(tmp_path):
     assert judged(task, [""]) == {"exact_match": 0.0, "token_f1": 0.0}
 
 
+def test_emrqa_counts_the_best_of_its_answers(tmp_path):
+    """Answers "aspirin" and "daily aspirin dose"; said "the daily dose": F1 0 and 2 * 2 / (3 + 2)."""
+    answers = [{"text": "aspirin"}, {"text": ""}, {"text": ["daily", "aspirin dose"]}]
+    notes = [
+        {
+            "note_id": f"n{n}",
+            "context": [f"Text {n}"],
+            "qas": [{"question": [q, "again?"], "answers": answers} for q in "ab"],
+        }
+        for n in range(2)
+    ]
+    task = load("emrqa", tmp_path / "data.json", json.dumps({"data": [{"title": "t", "paragraphs": notes}]}))
+    assert [item.group for item in task.items] == ["n0", "n0", "n1", "n1"]
+    assert task.items[0].gold == ("aspirin", "daily, aspirin dose") and task.write(task.items[0]) == "aspirin"
+    assert task.judge(task.items[0], "the daily dose") == {"exact_match": 0.0, "token_f1": pytest.approx(4 / 5)}
+    assert task.judge(task.items[0], "Daily aspirin dose.") == {"exact_match": 1.0, "token_f1": 1.0}
+    shots = TaskSection(task="emrqa", path=str(tmp_path / "data.json"), shots=2)
+    for item in load_task(shots, seed=0).asked:
+        other = {"question-2", "question-3"} if item.group == "n0" else {"question-0", "question-1"}
+        assert set(item.shots) == other
+    with pytest.raises(DataError, match="`paragraphs` is missing"):
+        load("emrqa", tmp_path / "data.json", [{"text": "t"}])
+
+
 def test_rouge_hand_worked(tmp_path):
     """4 words against 3, 2 in common and in order: ROUGE-1 and -L 4/7; one bigram in common of 3 and 2: 2/5."""
     records = [{"findings": "Long text of findings.", "impression": "no acute pulmonary embolism"}]

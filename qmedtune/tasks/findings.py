@@ -119,7 +119,7 @@ def i2b2_2012(path: Path) -> list[Item]:
             start = _start(text, event, f"{path}:{event.sourceline}")
             gold.setdefault(text.count("\n", 0, start), []).append((kind, _plain(str(event.get("text")))))
     lines = [(number, line.strip()) for number, line in enumerate(text.split("\n")) if line.strip()]
-    return [_entity_item(f"{path.stem}-{number}", line, gold.get(number, [])) for number, line in lines]
+    return [_entity_item(path.stem, number, line, gold.get(number, [])) for number, line in lines]
 
 
 def _start(text: str, event: Any, where: str) -> int:
@@ -134,12 +134,13 @@ def _start(text: str, event: Any, where: str) -> int:
     raise DataError(f"{where}: an EVENT's offsets do not lead to its text\ntake the merged XML files as published")
 
 
-def _entity_item(name: str, line: str, gold: list[tuple[str, str]]) -> Item:
+def _entity_item(note: str, number: int, line: str, gold: list[tuple[str, str]]) -> Item:
     content = (
         "List the medical problems, treatments and tests in the sentence, one per line as `problem: words of the "
         "sentence`, `treatment: ...` or `test: ...`. Answer none if there are none."
     )
-    return Item(name, ({"role": "user", "content": content, "input": line},), tuple(gold))
+    message = {"role": "user", "content": content, "input": line}
+    return Item(f"{note}-{number}", (message,), tuple(gold), group=note)
 
 
 def entity_task(name: str, items: tuple[Item, ...]) -> Task:

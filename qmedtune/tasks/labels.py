@@ -16,6 +16,7 @@ from lxml import etree  # pyright: ignore[reportAttributeAccessIssue]
 
 from qmedtune import ui
 from qmedtune.data.files import plain_suffix
+from qmedtune.data.records import as_name
 from qmedtune.errors import DataError
 from qmedtune.tasks.choice import choice_task
 from qmedtune.tasks.extract import extract_choice
@@ -133,7 +134,8 @@ def nli(path: Path) -> list[Item]:
         premise, hypothesis = text_field(where, fields, first), text_field(where, fields, second)
         content = f"Does the premise entail the hypothesis? Answer {_listed(labels)}."
         question = _question(content, f"Premise: {premise}\nHypothesis: {hypothesis}")
-        items.append(Item(item_id(where, fields), question, label_field(where, fields, label, labels), labels))
+        gold = label_field(where, fields, label, labels)
+        items.append(Item(item_id(where, fields), question, gold, labels, group=premise))
     return items
 
 
@@ -174,7 +176,7 @@ def _ddi_xml(path: Path) -> list[Item]:
             if first not in spans or second not in spans or label not in DDI:
                 raise DataError(f"{where}: a pair names an unknown drug or type\nallowed types: {', '.join(DDI)}")
             question = _ddi_question(_masked(text, [spans[first], spans[second]]))
-            items.append(Item(str(pair.get("id")), question, DDI.index(label), DDI))
+            items.append(Item(str(pair.get("id")), question, DDI.index(label), DDI, group=path.stem))
     return items
 
 
@@ -220,14 +222,15 @@ def mtsamples(path: Path) -> list[Item]:
 
 
 def outcome(path: Path) -> list[Item]:
-    """A yes/no outcome per text: {"text", "label": yes | no | 1 | 0, "question"?} (mortality, long stay ...)."""
+    """A yes/no outcome per text: {"text", "label": yes | no | 1 | 0, "question"?, "patient"?} (mortality ...)."""
     items = []
     for where, fields in records(path):
         asked = text_field(where, fields, "question") if "question" in fields else "Does the outcome occur?"
         value = {"1": "yes", "0": "no", "true": "yes", "false": "no"}.get(str(fields.get("label")).strip().lower())
         gold = label_field(where, {**fields, "label": value or fields.get("label")}, "label", NO_YES)
         question = _question(f"{asked} Answer yes or no.", text_field(where, fields, "text"))
-        items.append(Item(item_id(where, fields), question, gold, NO_YES))
+        patient = as_name(fields.get("patient"))
+        items.append(Item(item_id(where, fields), question, gold, NO_YES, group=patient))
     return items
 
 
