@@ -120,7 +120,8 @@ def _score_rows(facts: dict[str, Any]) -> Iterator[tuple[str, ...]]:
             if generated := part["model"].get("generation"):
                 yield _score_row(f"{name}, written", generated)
     for text, found in facts["perplexity"].items():
-        yield text, "perplexity", f"{found['model']:.2f}", "", f"{found['tokens']:,} tokens", ""
+        bits = f"{found['bits_per_byte']:.3f} bits per byte"
+        yield text, "perplexity", f"{found['model']:.2f}", "", f"{found['tokens']:,} tokens", bits
 
 
 def _score_row(name: str, scores: dict[str, Any]) -> tuple[str, ...]:
@@ -132,6 +133,8 @@ def _score_row(name: str, scores: dict[str, Any]) -> tuple[str, ...]:
 def _notes(scores: dict[str, Any]) -> Iterator[str]:
     if "chance" in scores:
         yield f"chance {scores['chance']:.2f}"
+    if "majority" in scores:
+        yield f"commonest answer {scores['majority']:.2f}"
     if "ece" in scores:
         yield f"ECE {scores['ece']:.2f}"
     if "draws" in scores:
