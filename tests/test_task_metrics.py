@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from qmedtune.errors import DataError, RecipeError
+from qmedtune.evaluation import compare
 from qmedtune.recipe import TaskSection
 from qmedtune.tasks import items as task_items
 from qmedtune.tasks import labels, load_task
@@ -142,6 +143,21 @@ def test_auroc_ranks_by_log_odds_and_by_answers(tmp_path):
     assert task.aggregate(rows[:2])["auroc"] != task.aggregate(rows[:2])["auroc"]  # nan: one outcome only
     with pytest.raises(DataError, match="same outcome"):
         load("outcome", tmp_path / "q.jsonl", records[:2])
+
+
+def test_a_part_of_one_outcome_has_no_auroc(tmp_path, capfd):
+    """Items 0 and 1 (yes, no) were seen in training, 2 and 3 (no, no) were not: only the first part has a curve."""
+    records = [{"id": str(n), "text": "t", "label": n == 0, "patient": f"p{n}"} for n in range(4)]
+    task = load("outcome", tmp_path / "q.jsonl", records)
+    rows = [
+        {**task.judge(item, 0), "logprobs": [0.0, odds], "truncated": False, "confidence": 0.5}
+        for item, odds in zip(task.items, (0.9, 0.4, 0.6, 0.1), strict=True)
+    ]
+    parts = compare.overlap_result(task, {"model": rows}, 0, {"0", "1"})
+    assert parts.keys() == {"overlapping"} and parts["overlapping"]["model"]["auroc"] == 1
+    assert "no auroc of the 2 clean items" in capfd.readouterr().err
+    whole = compare.task_result(task, {"model": rows}, 0)["model"]
+    assert whole["auroc"] == 1 and "per_character" not in whole and "groups" not in whole
 
 
 # ---- lists -----------------------------------------------------------------------------------------------------------

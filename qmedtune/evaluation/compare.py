@@ -11,13 +11,14 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
+from math import isfinite
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
 
-from qmedtune import store
+from qmedtune import store, ui
 from qmedtune.evaluation import statistics
 from qmedtune.evaluation.measure import Row
 from qmedtune.tasks import Item, Task
@@ -142,10 +143,24 @@ def task_result(task: Task, measured: ModelRows, seed: int) -> dict[str, Any]:
 
 
 def overlap_result(task: Task, measured: ModelRows, seed: int, known: set[str]) -> dict[str, Any]:
-    """The task's scores on the items that no training text holds (`clean`) and on those that some does."""
+    """The task's scores on the items that no training text holds (`clean`) and on those that some does.
+
+    A part in which the metric is undefined (AUROC of one outcome) is left out, and said.
+    """
     parts = {"clean": [i for i, item in enumerate(task.items) if item.id not in known]}
     parts["overlapping"] = [i for i, item in enumerate(task.items) if item.id in known]
-    return {part: _entry(task, indices, measured, seed) for part, indices in parts.items() if indices}
+    scored = {}
+    for part, indices in parts.items():
+        if indices and _defined(task, indices, next(iter(measured.values()))):
+            scored[part] = _entry(task, indices, measured, seed)
+        elif indices:
+            ui.note(f"{task.name}: no {task.metric} of the {len(indices)} {part} items alone: they have one outcome")
+    return scored
+
+
+def _defined(task: Task, indices: list[int], rows: list[Row]) -> bool:
+    draw = [[rows[i] for i in indices]]
+    return isfinite(_metric(task, (draw if task.items[0].options else _generations(draw))[0]))
 
 
 def _entry(task: Task, indices: list[int], measured: ModelRows, seed: int) -> dict[str, Any]:
