@@ -101,7 +101,10 @@ def _case(opened: OpenModel, name: str, limit: int | None) -> Case:
     prompts = prompt_texts(opened.tokenizer, opened.template, [item.messages for item in items])
     room = opened.model.config.max_position_embeddings
     pairs = zip(prompts, items, strict=True)
-    costs = [encode_choice(opened.tokenizer, p, item.options, room, "joint").cost_tokens for p, item in pairs]
+    encoded = [encode_choice(opened.tokenizer, p, item.options, room, "joint") for p, item in pairs]
+    if cut := sum(choice.truncated for choice in encoded):
+        ui.note(f"{name}: {cut} prompts are longer than the model's {room} positions; each contender cuts its own way")
+    costs = [choice.cost_tokens for choice in encoded]
     groups = [[costs[i] for i in part] for part in parts(items, prompts)]
     budget = BATCH * sum(costs) // len(costs)
     return Case(loaded, prompts, budget, sum(len(list(padded_batches(group, budget))) for group in groups))

@@ -141,6 +141,10 @@ def _notes(scores: dict[str, Any]) -> Iterator[str]:
         yield f"{len(scores['draws'])} draws of examples, SD {scores['sd_of_draws']:.3f}"
     if scores.get("unparsed"):
         yield f"{scores['unparsed']:,} unreadable"
+    if scores.get("cut") and scores["metric"] != "accuracy":
+        yield f"{scores['cut']:,} answers cut"
+    if scores.get("groups"):
+        yield f"{scores['groups']:,} groups"
     if scores.get("truncated"):
         yield f"{scores['truncated']:,} prompts cut"
 

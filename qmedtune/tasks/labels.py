@@ -58,7 +58,7 @@ def decision_task(name: str, items: tuple[Item, ...]) -> Task:
 
 
 def ddi_task(name: str, items: tuple[Item, ...]) -> Task:
-    """Macro F1 over all five labels (Me-LLaMA's), and the shared task's micro F1 over the four kinds of interaction."""
+    """Macro F1 over all five labels, and the shared task's micro F1 over the four kinds of interaction."""
     return _task(name, items, "macro_f1", positive=DDI[1:])
 
 
