@@ -7,6 +7,7 @@ Deliberately absent: scoring (measure.py, scoring.py), intervals (compare.py), b
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -27,7 +28,7 @@ from qmedtune.evaluation.measure import Measured, Settings, measure_model, text_
 from qmedtune.evaluation.open_model import Quantization, fingerprint, locate, open_model, world_of
 from qmedtune.evaluation.scoring import BATCH_TOKENS, max_positions
 from qmedtune.recipe import Recipe, SourceSection, TaskSection
-from qmedtune.tasks import BUILTIN_TASKS, Task, load_task
+from qmedtune.tasks import BUILTIN_TASKS, Task, check_twice, load_task
 
 TEXTS = "perplexity"
 WINDOW_TOKENS = 2048  # of texts without a packing: 131,072 positions of LLaMA-3.2 would not fit a card
@@ -164,7 +165,8 @@ def evaluate_model(
     tasks: each `task` (read from `data` unless built in), `task=FILE`, or a TaskSection with a split, a metric or
         examples of its own; `perplexity` takes a file of texts. `limit` and `data` are for the tasks that are strings.
     out: folder for <out>/evaluation/; with it a killed evaluation is continued and a finished one is not repeated.
-    Returns {"model", "template", "quantization", "tasks": {name: {"model": scores}}, "perplexity": {file: ...}}.
+    Returns {"model", "template", "quantization", "tasks": {name: {"model": scores}}, "perplexity": {file: ...}}; texts
+    also in bits per byte, which unlike perplexity compares models of different tokenizers.
     """
     sections, texts = parse_tasks(tasks, data, limit)
     location = locate(name, base=base, template=template, offline=offline)
@@ -174,13 +176,14 @@ def evaluate_model(
     def work(folder: Path) -> dict[str, Any]:
         check_prompts(models.load_tokenizer(location.base), location.template, loaded)
         opened = open_model(location, quantization)
-        rows = {
-            str(path): text_rows(opened.tokenizer, path, min(max_positions(opened.model), WINDOW_TOKENS))
-            for path in texts
-        }
+        window = min(max_positions(opened.model), WINDOW_TOKENS)
+        read = {str(path): text_rows(opened.tokenizer, path, window) for path in texts}
+        rows = {path: rows for path, (rows, _) in read.items()}
         found = measure_model(opened.model, opened.tokenizer, "model", loaded, rows, settings, folder / store.SCRATCH)
         result = {"model": name, "template": location.template.name, "quantization": opened.quantization}
         result |= write_results(loaded, {"model": found}, seed, folder)
+        for path, (_, size) in read.items():
+            result["perplexity"][path]["bits_per_byte"] = found.perplexity[path].nll / math.log(2) / size
         store.write_json(folder / "evaluation.json", result)
         return result
 
@@ -219,6 +222,7 @@ def parse_tasks(
             texts += source_files(SourceSection(path=_required(path, name), kind="general"))
         else:
             sections.append(TaskSection(task=name, path=path, limit=limit))
+    check_twice("--tasks", [section.label for section in sections])
     return sections, texts
 
 

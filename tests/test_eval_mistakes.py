@@ -110,6 +110,13 @@ def test_unknown_names(refused, tmp_path):
     assert code == 2
 
 
+def test_a_task_asked_twice(refused, tmp_path):
+    """Its scores carry its name: the second file was reported with what the first had scored."""
+    first, second = (write(tmp_path / name, {**MEDQA, "answer_idx": name}) for name in "AB")
+    code, error = refused("base", "--tasks", f"medqa={first},medqa={second}")
+    assert code == 2 and "--tasks: medqa is there twice" in error
+
+
 def test_too_few_examples_and_seeds(refused, tmp_path):
     path = write(tmp_path / "q.jsonl", MEDQA)
     code, error = refused("base", "--tasks", f"medqa={path}", "--shots", "2")

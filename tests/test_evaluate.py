@@ -4,11 +4,12 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from llama_folders import llama3_folder, write_adapter
 from sklearn.metrics import roc_auc_score
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qmedtune import evaluate, store
 from qmedtune.data import templates
@@ -245,6 +246,25 @@ def test_adapter_folder_brings_its_template_and_equals_the_run(folder, evaluated
     assert "generation" not in result["tasks"]["facts"]["model"]
     [text] = result["perplexity"].values()
     assert text["model"] > 1 and text["tokens"] > 50
+
+
+def test_every_token_of_a_long_text_is_predicted_once_and_counted_per_byte(folder, tmp_path):
+    """A text of several windows and a short one; bits per byte do not depend on how many tokens a tokenizer makes."""
+    texts = ["Zinc and aspirin at night. " * 60, "\u00e9t\u00e9"]
+    path = tmp_path / "t.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder / "base")
+    rows, size = measure.text_rows(tokenizer, path, 512)
+    tokens = sum(len(ids) for ids in scoring.encode(tokenizer, texts))  # bos is not, eos is
+    assert len(rows) > 2 and all(len(row["input_ids"]) <= 512 for row in rows)
+    assert sum(int((row["labels"] != -100).sum()) for row in rows) == tokens
+    assert size == sum(len(text.encode()) for text in texts) > sum(map(len, texts))
+    found = evaluate.evaluate_model(str(folder / "base"), [f"perplexity={path}"], template="alpaca", offline=True)
+    [text] = found["perplexity"].values()
+    assert text["tokens"] == tokens
+    assert text["bits_per_byte"] == pytest.approx(np.log2(text["model"]) * tokens / size)
+    assert text["model"] == pytest.approx(scoring.perplexity(base, rows).perplexity, rel=0.02)  # bf16 beside fp32
 
 
 def test_finished_evaluation_is_not_repeated(folder, tmp_path, monkeypatch):

@@ -125,6 +125,17 @@ def test_a_task_of_the_harness_on_a_local_file(tmp_path, no_network):
     )
     assert set(result["tasks"]) == {"medqa_4options", "facts"}
     assert 0 <= result["tasks"]["medqa_4options"]["acc"] <= 1
+    broken = {
+        "sent1": ([{k: v for k, v in row.items() if k != "sent1"} for row in rows], "cannot make its questions"),
+        "ending2": ([rows[0], {k: v for k, v in rows[1].items() if k != "ending2"}], "jsonl:2: only some .* `ending2`"),
+        "label": ([{**row, "label": 7} for row in rows], "cannot make its questions"),
+        "empty": ([], "no record"),
+    }
+    for name, (lines, message) in broken.items():
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        with pytest.raises(DataError, match=message):
+            harness.evaluate_with_harness(str(folder), [f"medqa_4options={path}"], template="alpaca", offline=True)
     for task, error in (("medqa_4options=absent.jsonl", "no such file"), ("medka_4options", "has no task")):
         with pytest.raises((DataError, RecipeError), match=error):
             harness.evaluate_with_harness(str(folder), [task], template="alpaca", offline=True)

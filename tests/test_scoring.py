@@ -1,5 +1,7 @@
 """Options, perplexity and answers against the naive one-by-one computation on a small random LLaMA."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from qmedtune.data.templates import TEMPLATES
 from qmedtune.data.tokens import encode_conversations, load_codec
-from qmedtune.errors import DataError
+from qmedtune.errors import DataError, RunError
 from qmedtune.evaluation import forward, generation, scoring
 
 TEXT = [
@@ -140,6 +142,23 @@ def test_a_common_beginning_changes_no_score_and_no_answer(model, tokenizer, bat
         assert answer.text == tokenizer.decode([t for t in greedy if t != 2]).strip()
 
 
+@pytest.mark.parametrize("header", ["", HEADER])
+def test_passes_of_a_cpu_joined_to_one_batch_change_nothing(model, tokenizer, monkeypatch, header):
+    """Long prompts are read one by one, their options and answers together."""
+    prompts = [header + prompt for prompt in PROMPTS]
+    monkeypatch.setattr(forward, "CPU_PASS_TOKENS", 30)
+    read = tokens_read(model, lambda: scoring.choice_logprobs(model, tokenizer, prompts, OPTIONS))
+    rows = [shape[0] for shape in read]
+    assert rows[-1] == len(prompts) and max(rows[:-1]) < len(prompts) and len(rows) > 3
+    scores = scoring.choice_logprobs(model, tokenizer, prompts, OPTIONS)
+    answers = generation.generate(model, tokenizer, prompts, 6)
+    for prompt, texts, score, answer in zip(prompts, OPTIONS, scores, answers, strict=True):
+        expected = [naive_logprob(model, tokenizer, prompt, option, "segment") for option in texts]
+        assert score.sums == pytest.approx(expected, rel=1e-6, abs=2e-5)
+        greedy = naive_greedy(model, tokenizer, prompt, 6)
+        assert answer.text == tokenizer.decode([t for t in greedy if t != 2]).strip()
+
+
 def test_a_common_beginning_is_read_once(model, tokenizer):
     prompts = [HEADER + prompt for prompt in PROMPTS[:3]]
     shared = forward.common_tokens(scoring.encode(tokenizer, prompts))
@@ -168,6 +187,20 @@ def test_long_prompts_lose_their_beginning_and_say_so(model, tokenizer):
 def test_empty_option_is_an_error(model, tokenizer):
     with pytest.raises(DataError, match="adds no token"):
         scoring.choice_logprobs(model, tokenizer, ["Answer:"], [[" yes", ""]])
+
+
+def test_a_model_of_nan_is_refused_not_scored_as_always_a(model, tokenizer):
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.model.norm.weight[0] = float("nan")
+    rows = [packed([[1, 5, 6, 2]])]
+    for work in (
+        lambda: scoring.choice_logprobs(broken, tokenizer, ["Answer:"], [[" yes", " no"]]),
+        lambda: generation.generate(broken, tokenizer, ["Answer:"], 4),
+        lambda: scoring.perplexity(broken, rows),
+    ):
+        with pytest.raises(RunError, match="not numbers"):
+            work()
 
 
 def test_bos_is_added_once(tokenizer):

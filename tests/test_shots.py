@@ -175,6 +175,31 @@ def test_paired_over_draws_uses_the_items_means(tmp_path):
     assert "paired" not in found  # three answers per item are not three items
 
 
+def test_pairs_of_one_premise_are_no_examples_and_no_independent_evidence(tmp_path):
+    """MedNLI asks three hypotheses of every premise: an example of the same premise would leave two labels to guess."""
+    names = ("entailment", "contradiction", "neutral")
+    pairs = [{"premise": f"P{n}", "hypothesis": label, "label": label} for n in range(4) for label in names]
+    path = write(tmp_path / "q.jsonl", pairs)
+    task = load_task(TaskSection(task="mednli", path=str(path), shots=2), seed=0)
+    for item in task.asked:
+        assert all(item.messages[-1]["input"].split()[1] not in m.get("input", "") for m in item.messages[:-1])
+    with pytest.raises(DataError, match="10 examples asked, 9 there"):
+        load_task(TaskSection(task="mednli", path=str(path), shots=10), seed=0)
+    task = load_task(TaskSection(task="mednli", path=str(path)), seed=0)
+    right = [n < 6 for n in range(12)]  # of two premises all, of two none
+    rows = [
+        {**row, **task.judge(item, item.gold if r else 1 - min(item.gold, 1)), "normalised": task.judge(item, 0)}
+        for row, item, r in zip(judged([0] * 12), task.items, right, strict=True)
+    ]
+    found = compare.task_result(task, {"base": rows, "final": rows}, seed=0)
+    assert (found["final"]["accuracy"], found["final"]["groups"], found["final"]["n"]) == (0.5, 4, 12)
+    assert (found["final"]["chance"], found["final"]["majority"]) == (pytest.approx(1 / 3), pytest.approx(1 / 3))
+    assert found["final"]["ci95"] == [0, 1] and "paired" not in found
+    none = [row | task.judge(item, None) for row, item in zip(rows, task.items, strict=True)]
+    nothing = compare.task_result(task, {"model": none}, seed=0)["model"]
+    assert nothing["ci95"] == list(statistics.wilson(0, 4))
+
+
 # ---- other metrics ---------------------------------------------------------------------------------------------------
 
 

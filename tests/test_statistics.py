@@ -29,6 +29,21 @@ def test_bootstrap_takes_any_statistic():
     assert low < 5 < high
 
 
+def test_items_of_one_note_are_drawn_together():
+    """Two notes of 100 questions, one all right: the mean of two draws of a note is 0, .5 or 1, with 1/4, 1/2, 1/4."""
+    values = np.array([1.0, 0.0] * 100)
+    low, high = statistics.bootstrap(lambda i: float(values[i].mean()), 200, groups=["a", "b"] * 100)
+    assert (low, high) == (0, 1)
+    apart = statistics.bootstrap(lambda i: float(values[i].mean()), 200, groups=list(range(200)))
+    assert apart == pytest.approx((0.43, 0.57), abs=0.01)
+    uneven = statistics.bootstrap(lambda i: float(len(i)), 4, groups=["a", "b", "b", "b"])
+    assert uneven == (2, 6)  # two notes are drawn, with all their questions
+    _, interval = statistics.paired_bootstrap(
+        lambda i: 0.0, lambda i: float(values[i].mean()), 200, groups=["a", "b"] * 100
+    )
+    assert interval == (0, 1)
+
+
 def test_mcnemar_hand_worked():
     """8 gained, 2 lost: p = 2 * (C(10,0) + C(10,1) + C(10,2)) / 2**10 = 112 / 1024."""
     before = [False] * 8 + [True] * 2 + [True] * 5 + [False] * 5

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from qmedtune.errors import DataError, RecipeError
+from qmedtune.evaluation import compare
 from qmedtune.recipe import TaskSection
 from qmedtune.tasks import items as task_items
-from qmedtune.tasks import load_task
+from qmedtune.tasks import labels, load_task
 from qmedtune.tasks.free_text import normalised
 
 REAL = Path(os.environ.get("QMEDTUNE_REAL_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -44,6 +45,41 @@ def test_macro_f1_hand_worked(tmp_path):
     scores = judged(task, ["Entailment.", "contradiction", "contradiction", "I cannot say"])
     assert scores == pytest.approx({"accuracy": 0.5, "macro_f1": 4 / 9})
     assert task.items[0].options == ("entailment", "contradiction", "neutral")
+
+
+def test_macro_f1_of_a_drawn_part_counts_the_labels_in_it(tmp_path):
+    """Of four specialties two are drawn: all right is 1, and a wrong one that no drawn note has lowers only recall."""
+    rows = "".join(f"{label},note of {label}\n" for label in "abcd")
+    (tmp_path / "m.csv").write_text("label,text\n" + rows)
+    task = load_task(TaskSection(task="mtsamples", path=str(tmp_path / "m.csv"), limit=2), seed=0)
+    gold = [item.options[item.gold] for item in task.items]
+    assert len(set(gold)) == 2 and task.items[0].options == ("a", "b", "c", "d")
+    assert judged(task, gold)["macro_f1"] == 1
+    [absent, *_] = sorted(set("abcd") - set(gold))
+    assert judged(task, [gold[0], absent])["macro_f1"] == 0.5
+
+
+def test_pubmedqa_has_both_published_metrics(tmp_path, monkeypatch):
+    """Gold yes yes no maybe, said yes yes yes yes: yes 2 of 4 said, 2 of 2 gold: F1 2/3; no and maybe 0. Mean 2/9."""
+    fields = {"QUESTION": "Q?", "CONTEXTS": ["c"]}
+    records = {str(n): {**fields, "final_decision": d} for n, d in enumerate(("yes", "yes", "no", "maybe"))}
+    task = load("pubmedqa", tmp_path / "q.json", json.dumps(records))
+    assert judged(task, ["Yes."] * 4) == pytest.approx({"accuracy": 0.5, "macro_f1": 2 / 9})
+    monkeypatch.setattr(labels, "find_spec", lambda name: None)  # without the extra it is asked all the same
+    assert judged(load("pubmedqa", tmp_path / "q.json"), ["yes"] * 4) == {"accuracy": 0.5}
+
+
+def test_ddi_by_all_labels_and_by_interactions_only(tmp_path):
+    """Gold false false effect int, said false effect effect false.
+
+    false: 1 hit of 2 said, of 2 gold: 1/2; effect: 1 of 2 said, of 1: 2/3; int: 0; mean 7/18. The shared task's micro
+    F1 over interactions: 1 hit, 1 said without reason (false as effect), 1 missed (int): 2 / 4.
+    """
+    kinds = ("false", "false", "effect", "int")
+    records = [{"id": str(n), "sentence": "@DRUG$ @DRUG$", "label": f"DDI-{k}"} for n, k in enumerate(kinds)]
+    task = load("ddi2013", tmp_path / "d.jsonl", records)
+    scores = judged(task, ["DDI-false", "DDI-effect", "DDI-effect", "DDI-false"])
+    assert scores == pytest.approx({"accuracy": 0.5, "macro_f1": 7 / 18, "positive_f1": 0.5})
 
 
 def test_bionli_has_two_labels(tmp_path):
@@ -109,6 +145,21 @@ def test_auroc_ranks_by_log_odds_and_by_answers(tmp_path):
         load("outcome", tmp_path / "q.jsonl", records[:2])
 
 
+def test_a_part_of_one_outcome_has_no_auroc(tmp_path, capfd):
+    """Items 0 and 1 (yes, no) were seen in training, 2 and 3 (no, no) were not: only the first part has a curve."""
+    records = [{"id": str(n), "text": "t", "label": n == 0, "patient": f"p{n}"} for n in range(4)]
+    task = load("outcome", tmp_path / "q.jsonl", records)
+    rows = [
+        {**task.judge(item, 0), "logprobs": [0.0, odds], "truncated": False, "confidence": 0.5}
+        for item, odds in zip(task.items, (0.9, 0.4, 0.6, 0.1), strict=True)
+    ]
+    parts = compare.overlap_result(task, {"model": rows}, 0, {"0", "1"})
+    assert parts.keys() == {"overlapping"} and parts["overlapping"]["model"]["auroc"] == 1
+    assert "no auroc of the 2 clean items" in capfd.readouterr().err
+    whole = compare.task_result(task, {"model": rows}, 0)["model"]
+    assert whole["auroc"] == 1 and "per_character" not in whole and "groups" not in whole
+
+
 # ---- lists -----------------------------------------------------------------------------------------------------------
 
 
@@ -122,9 +173,15 @@ def test_hallmarks(tmp_path):
     answers = ["Inducing angiogenesis and tumour promoting inflammation", "None.", "it is about cells"]
     assert task.parse(answers[1], task.items[1]) == frozenset() and task.parse(answers[2], task.items[2]) is None
     scores = judged(task, answers)
-    # angiogenesis: 1 hit, 1 missed: F1 2/3; inflammation: said only: 0; cell death: missed: 0; mean over ten
+    # angiogenesis: 1 hit, 1 missed: F1 2/3; cell death: missed: 0; their mean. inflammation: said, in no abstract
     assert scores["f1 inducing angiogenesis"] == pytest.approx(2 / 3)
-    assert scores["macro_f1"] == pytest.approx(2 / 3 / 10)
+    assert scores["macro_f1"] == pytest.approx(2 / 3 / 2)
+    assert scores["micro_f1"] == pytest.approx(2 * 1 / (2 * 1 + 1 + 2))
+    assert "f1 tumor promoting inflammation" not in scores
+    right = judged(task, [task.write(item) for item in task.items])
+    assert (right["macro_f1"], right["exact_match"]) == (1, 1)
+    with pytest.raises(DataError, match="no item has a hallmark"):
+        load("hoc", tmp_path / "q.jsonl", [{"text": "b", "labels": []}])
     with pytest.raises(DataError, match="no hallmark"):
         load("hoc", tmp_path / "q.jsonl", [{"text": "a", "labels": "inducing sleep"}])
 
@@ -168,6 +225,30 @@ def test_squad_normalisation_and_token_f1(tmp_path):
     assert judged(task, ["The aspirin 81 mg"]) == {"exact_match": 1.0, "token_f1": 1.0}
     assert judged(task, ["81 mg daily"]) == pytest.approx({"exact_match": 0.0, "token_f1": 2 * 2 / 6})
     assert judged(task, [""]) == {"exact_match": 0.0, "token_f1": 0.0}
+
+
+def test_emrqa_counts_the_best_of_its_answers(tmp_path):
+    """Answers "aspirin" and "daily aspirin dose"; said "the daily dose": F1 0 and 2 * 2 / (3 + 2)."""
+    answers = [{"text": "aspirin"}, {"text": ""}, {"text": ["daily", "aspirin dose"]}]
+    notes = [
+        {
+            "note_id": f"n{n}",
+            "context": [f"Text {n}"],
+            "qas": [{"question": [q, "again?"], "answers": answers} for q in "ab"],
+        }
+        for n in range(2)
+    ]
+    task = load("emrqa", tmp_path / "data.json", json.dumps({"data": [{"title": "t", "paragraphs": notes}]}))
+    assert [item.group for item in task.items] == ["n0", "n0", "n1", "n1"]
+    assert task.items[0].gold == ("aspirin", "daily, aspirin dose") and task.write(task.items[0]) == "aspirin"
+    assert task.judge(task.items[0], "the daily dose") == {"exact_match": 0.0, "token_f1": pytest.approx(4 / 5)}
+    assert task.judge(task.items[0], "Daily aspirin dose.") == {"exact_match": 1.0, "token_f1": 1.0}
+    shots = TaskSection(task="emrqa", path=str(tmp_path / "data.json"), shots=2)
+    for item in load_task(shots, seed=0).asked:
+        other = {"question-2", "question-3"} if item.group == "n0" else {"question-0", "question-1"}
+        assert set(item.shots) == other
+    with pytest.raises(DataError, match="`paragraphs` is missing"):
+        load("emrqa", tmp_path / "data.json", [{"text": "t"}])
 
 
 def test_rouge_hand_worked(tmp_path):

@@ -38,6 +38,8 @@ MEDMCQA = {"id": "x", "question": "Which?", "opa": "a1", "opb": "b1", "opc": "c1
         ("Answer", None), ("Although the patient improved", None), ("A patient with fever", None),
         ("A 45-year-old man", None), ("Neither metformin nor aspirin", None), ("", None), ("E", None),
         ("I do not know", None),
+        ("A, B", None), ("(A) or (B)", None), ("A, C, D are correct", None), ("B, A drug of choice", 1),
+        ("It is not metformin", None), ("Metformin is not the answer", None), ("Metformin, not aspirin", 2),
         ("The answer is not A", None), ("Because", None), ("Dear colleague", None), ("Cannot say", None),
     ],
 )  # fmt: skip
@@ -55,6 +57,17 @@ def test_letters_and_texts_are_read_where_they_are_the_answer(answer, expected):
 )  # fmt: skip
 def test_short_words_count_only_where_they_are_stated(answer, expected):
     assert extract_choice(answer, DECISIONS) == expected
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("This is a contradiction", 1), ("This is not a contradiction", None), ("not entailment", None),
+        ("There is no contradiction here", None), ("It isn't neutral", None), ("Neutral, not entailment", 2),
+    ],
+)  # fmt: skip
+def test_a_label_that_is_denied_is_not_chosen(answer, expected):
+    assert extract_choice(answer, ("entailment", "contradiction", "neutral")) == expected
 
 
 def test_sentences_as_options():

@@ -24,7 +24,7 @@ from qmedtune.errors import RecipeError
 from qmedtune.evaluation.harness import harness_model
 from qmedtune.evaluation.measure import parts
 from qmedtune.evaluation.open_model import OpenModel, locate, open_model
-from qmedtune.evaluation.scoring import choice_logprobs, encode_choice, padded_batches, pass_tokens, prompt_texts
+from qmedtune.evaluation.scoring import choice_logprobs, encode_choice, padded_batches, prompt_texts
 from qmedtune.recipe import TaskSection
 from qmedtune.record import device_name, versions
 from qmedtune.tasks import Item, Task, load_task
@@ -40,12 +40,12 @@ Scores = list[list[float]]
 
 @dataclass(frozen=True)
 class Case:
-    """One benchmark as text. `batch_tokens`: of BATCH average questions; `passes` that ours then takes over prompts."""
+    """One benchmark as text. `batch_tokens`: of BATCH average questions; `batches` that ours then makes of them."""
 
     task: Task
     prompts: list[str]
     batch_tokens: int
-    passes: int
+    batches: int
 
     @property
     def items(self) -> list[Item]:
@@ -101,11 +101,13 @@ def _case(opened: OpenModel, name: str, limit: int | None) -> Case:
     prompts = prompt_texts(opened.tokenizer, opened.template, [item.messages for item in items])
     room = opened.model.config.max_position_embeddings
     pairs = zip(prompts, items, strict=True)
-    costs = [encode_choice(opened.tokenizer, p, item.options, room, "joint").cost_tokens for p, item in pairs]
+    encoded = [encode_choice(opened.tokenizer, p, item.options, room, "joint") for p, item in pairs]
+    if cut := sum(choice.truncated for choice in encoded):
+        ui.note(f"{name}: {cut} prompts are longer than the model's {room} positions; each contender cuts its own way")
+    costs = [choice.cost_tokens for choice in encoded]
     groups = [[costs[i] for i in part] for part in parts(items, prompts)]
     budget = BATCH * sum(costs) // len(costs)
-    tokens = pass_tokens(opened.model, budget)
-    return Case(loaded, prompts, budget, sum(len(list(padded_batches(group, tokens))) for group in groups))
+    return Case(loaded, prompts, budget, sum(len(list(padded_batches(group, budget))) for group in groups))
 
 
 def _work(contender: str, opened: OpenModel, case: Case) -> Callable[[], Scores]:
@@ -155,7 +157,7 @@ def _row(
         "questions": len(case.items),
         "what": CONTENDERS[contender],
     }
-    row |= {"rows_per_pass": round(len(case.items) / case.passes, 1)} if contender == "qmedtune" else {}
+    row |= {"rows_per_batch": round(len(case.items) / case.batches, 1)} if contender == "qmedtune" else {}
     for key, other in (("ratio", "lm-eval"), ("over_default", "lm-eval-default")):
         pairs = zip(runs.get(other, []), seconds, strict=False)
         row[key] = round(statistics.median(theirs / ours for theirs, ours in pairs), 2) if other in runs else None

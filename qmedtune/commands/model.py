@@ -120,7 +120,8 @@ def _score_rows(facts: dict[str, Any]) -> Iterator[tuple[str, ...]]:
             if generated := part["model"].get("generation"):
                 yield _score_row(f"{name}, written", generated)
     for text, found in facts["perplexity"].items():
-        yield text, "perplexity", f"{found['model']:.2f}", "", f"{found['tokens']:,} tokens", ""
+        bits = f"{found['bits_per_byte']:.3f} bits per byte"
+        yield text, "perplexity", f"{found['model']:.2f}", "", f"{found['tokens']:,} tokens", bits
 
 
 def _score_row(name: str, scores: dict[str, Any]) -> tuple[str, ...]:
@@ -132,12 +133,18 @@ def _score_row(name: str, scores: dict[str, Any]) -> tuple[str, ...]:
 def _notes(scores: dict[str, Any]) -> Iterator[str]:
     if "chance" in scores:
         yield f"chance {scores['chance']:.2f}"
+    if "majority" in scores:
+        yield f"commonest answer {scores['majority']:.2f}"
     if "ece" in scores:
         yield f"ECE {scores['ece']:.2f}"
     if "draws" in scores:
         yield f"{len(scores['draws'])} draws of examples, SD {scores['sd_of_draws']:.3f}"
     if scores.get("unparsed"):
         yield f"{scores['unparsed']:,} unreadable"
+    if scores.get("cut") and scores["metric"] != "accuracy":
+        yield f"{scores['cut']:,} answers cut"
+    if scores.get("groups"):
+        yield f"{scores['groups']:,} groups"
     if scores.get("truncated"):
         yield f"{scores['truncated']:,} prompts cut"
 

@@ -54,18 +54,16 @@ def _emrqa(note: dict[str, Any], instructions: bool) -> Iterator[dict[str, Any] 
             yield {"id": name, "text": text, "patient": name.split("_")[0]}
             continue
         for qa in paragraph.get("qas") or []:
-            question, answer = qa.get("question"), _first_answer(qa)
-            if answer:
+            question, answers = qa.get("question"), _answers(qa)
+            if answers:
                 asked = question[0] if isinstance(question, list) and question else question
-                yield {"instruction": asked, "input": text, "output": answer, "group": name}
+                yield {"instruction": asked, "input": text, "output": answers[0], "answers": answers, "group": name}
 
 
-def _first_answer(qa: dict[str, Any]) -> str | None:
-    for answer in qa.get("answers") or []:
-        text = answer.get("text")
-        if text:
-            return ", ".join(map(str, text)) if isinstance(text, list) else str(text)
-    return None
+def _answers(qa: dict[str, Any]) -> list[str]:
+    """The answers in words: any of them is right."""
+    texts = [answer["text"] for answer in qa.get("answers") or [] if answer.get("text")]
+    return [", ".join(map(str, text)) if isinstance(text, list) else str(text) for text in texts]
 
 
 def _bioc(document: dict[str, Any]) -> dict[str, Any]:

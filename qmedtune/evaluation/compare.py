@@ -8,15 +8,17 @@ Deliberately absent: measuring (measure.py), formulas (statistics.py and the tas
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
+from math import isfinite
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
 
-from qmedtune import store
+from qmedtune import store, ui
 from qmedtune.evaluation import statistics
 from qmedtune.evaluation.measure import Row
 from qmedtune.tasks import Item, Task
@@ -30,19 +32,34 @@ Draws = list[list[Row]]
 def summarise(task: Task, items: Sequence[Item], draws: Draws, seed: int) -> dict[str, Any]:
     """The scores of one model. Items with options: by log-likelihood, and under `generation` what the model writes."""
     rows = [row for draw in draws for row in draw]
-    generated = _generations(draws)
+    generated, groups = _generations(draws), _groups(items)
     facts = {"truncated": sum(row["truncated"] for row in rows)}
     if task.draws:
         facts |= {"shots": len(task.draws[0][0].shots), "shots_from": task.shots_from}
     if not items[0].options:
-        return _generated_scores(task, generated, seed) | facts
-    result = _scores(task, draws, seed) | facts
-    if task.metric == "accuracy":
-        result["chance"] = float(np.mean([1 / len(item.options) for item in items]))
-    result["per_character"] = fmean(_metric(task, [row["normalised"] for row in draw]) for draw in draws)
+        return _generated_scores(task, generated, groups, seed) | facts
+    result = _scores(task, draws, groups, seed) | facts | _without_a_model(task, items)
+    if task.metric != "auroc":  # of log odds, which no length divides
+        result["per_character"] = fmean(_metric(task, [row["normalised"] for row in draw]) for draw in draws)
     confidences, correct = [row["confidence"] for row in rows], [row["correct"] for row in rows]
     result["ece"] = statistics.expected_calibration_error(confidences, correct)
-    return result | ({"generation": _generated_scores(task, generated, seed)} if generated else {})
+    return result | ({"generation": _generated_scores(task, generated, groups, seed)} if generated else {})
+
+
+def _without_a_model(task: Task, items: Sequence[Item]) -> dict[str, float]:
+    """What guessing reaches, and where all items have the same options, what the commonest answer does alone."""
+    if task.metric != "accuracy":
+        return {}
+    found = {"chance": float(np.mean([1 / len(item.options) for item in items]))}
+    if len({item.options for item in items}) == 1:
+        found["majority"] = Counter(item.gold for item in items).most_common(1)[0][1] / len(items)
+    return found
+
+
+def _groups(items: Sequence[Item]) -> statistics.Groups | None:
+    """What each item was taken from (itself, where it names nothing); None where no two or all share it."""
+    groups = [item.group or f"item {index}" for index, item in enumerate(items)]
+    return groups if 1 < len(set(groups)) < len(groups) else None
 
 
 def _generations(draws: Draws) -> Draws:
@@ -50,36 +67,45 @@ def _generations(draws: Draws) -> Draws:
     return [[row["generation"] for row in draw] for draw in draws] if "generation" in draws[0][0] else []
 
 
-def _generated_scores(task: Task, draws: Draws, seed: int) -> dict[str, Any]:
+def _generated_scores(task: Task, draws: Draws, groups: statistics.Groups | None, seed: int) -> dict[str, Any]:
     """unparsed: answers that could not be read (judged as wrong); cut: answers that had not ended by themselves."""
     answers = [answer for draw in draws for answer in draw]
     unparsed = sum(not answer["parsed"] for answer in answers)
-    return _scores(task, draws, seed) | {"unparsed": unparsed, "cut": sum(a["ended"] == "length" for a in answers)}
+    cut = sum(answer["ended"] == "length" for answer in answers)
+    return _scores(task, draws, groups, seed) | {"unparsed": unparsed, "cut": cut}
 
 
 def _metric(task: Task, judgements: list[Row]) -> float:
     return task.aggregate(judgements)[task.metric]
 
 
-def _scores(task: Task, draws: Draws, seed: int) -> dict[str, Any]:
-    """The task's metrics, the main one with its 95 % interval: Wilson for accuracy, else bootstrap over items.
-
-    Of several draws Wilson takes the mean, as if each item had been asked once: wider than need be, and no interval of
-    width 0 where every answer is wrong.
-    """
+def _scores(task: Task, draws: Draws, groups: statistics.Groups | None, seed: int) -> dict[str, Any]:
+    """The task's metrics, the main one with its 95 % interval. `groups`: how many there are, where items share them."""
     each = [task.aggregate(draw) for draw in draws]
     scores: dict[str, Any] = {name: fmean(found[name] for found in each) for name in each[0]}
-    n = len(draws[0])
-    if task.metric == "accuracy":
-        interval = statistics.wilson(sum(j["correct"] for draw in draws for j in draw) / len(draws), n)
-    else:
-        interval = statistics.bootstrap(statistic(task, draws), n, seed=seed)
     if task.metric != "accuracy":
         scores["mean"] = scores[task.metric]
     if len(draws) > 1:
         values = [found[task.metric] for found in each]
         scores |= {"draws": values, "sd_of_draws": stdev(values)}
-    return {"metric": task.metric, **scores, "ci95": list(interval), "n": n}
+    interval = _interval(task, draws, groups, seed)
+    facts = {"ci95": list(interval), "n": len(draws[0]), **({"groups": len(set(groups))} if groups else {})}
+    return {"metric": task.metric, **scores, **facts}
+
+
+def _interval(task: Task, draws: Draws, groups: statistics.Groups | None, seed: int) -> statistics.Interval:
+    """Wilson for accuracy, else bootstrap over items; over groups for any metric of items that share them.
+
+    Of several draws Wilson takes the mean, as if each item had been asked once: wider than need be, and no interval of
+    width 0 where every answer is wrong (for which groups are not drawn either).
+    """
+    n = len(draws[0])
+    if task.metric == "accuracy":
+        correct = sum(j["correct"] for draw in draws for j in draw) / len(draws)
+        if groups is None or correct in (0, n):
+            size = n if groups is None else len(set(groups))
+            return statistics.wilson(correct * size / n, size)
+    return statistics.bootstrap(statistic(task, draws), n, seed=seed, groups=groups)
 
 
 def statistic(task: Task, draws: Draws) -> statistics.Statistic:
@@ -91,13 +117,16 @@ def statistic(task: Task, draws: Draws) -> statistics.Statistic:
     return lambda indices: fmean(_metric(task, [draw[i] for i in indices]) for draw in draws)
 
 
-def compare(task: Task, base: Draws, final: Draws, seed: int) -> dict[str, Any]:
-    """Paired on the same items: McNemar where answers are right or wrong, the bootstrapped difference always."""
+def compare(
+    task: Task, base: Draws, final: Draws, seed: int, groups: statistics.Groups | None = None
+) -> dict[str, Any]:
+    """Paired on the same items: the bootstrapped difference always, McNemar where independent answers are right or
+    wrong."""
     difference, interval = statistics.paired_bootstrap(
-        statistic(task, base), statistic(task, final), len(base[0]), seed=seed
+        statistic(task, base), statistic(task, final), len(base[0]), seed=seed, groups=groups
     )
     result: dict[str, Any] = {"difference": {"value": difference, "ci95": list(interval)}}
-    if "correct" in base[0][0] and len(base) == 1:
+    if "correct" in base[0][0] and len(base) == 1 and groups is None:
         paired = statistics.mcnemar([row["correct"] for row in base[0]], [row["correct"] for row in final[0]])
         result["paired"] = {"test": "McNemar exact", **asdict(paired)}
     return result
@@ -114,10 +143,24 @@ def task_result(task: Task, measured: ModelRows, seed: int) -> dict[str, Any]:
 
 
 def overlap_result(task: Task, measured: ModelRows, seed: int, known: set[str]) -> dict[str, Any]:
-    """The task's scores on the items that no training text holds (`clean`) and on those that some does."""
+    """The task's scores on the items that no training text holds (`clean`) and on those that some does.
+
+    A part in which the metric is undefined (AUROC of one outcome) is left out, and said.
+    """
     parts = {"clean": [i for i, item in enumerate(task.items) if item.id not in known]}
     parts["overlapping"] = [i for i, item in enumerate(task.items) if item.id in known]
-    return {part: _entry(task, indices, measured, seed) for part, indices in parts.items() if indices}
+    scored = {}
+    for part, indices in parts.items():
+        if indices and _defined(task, indices, next(iter(measured.values()))):
+            scored[part] = _entry(task, indices, measured, seed)
+        elif indices:
+            ui.note(f"{task.name}: no {task.metric} of the {len(indices)} {part} items alone: they have one outcome")
+    return scored
+
+
+def _defined(task: Task, indices: list[int], rows: list[Row]) -> bool:
+    draw = [[rows[i] for i in indices]]
+    return isfinite(_metric(task, (draw if task.items[0].options else _generations(draw))[0]))
 
 
 def _entry(task: Task, indices: list[int], measured: ModelRows, seed: int) -> dict[str, Any]:
@@ -128,9 +171,10 @@ def _entry(task: Task, indices: list[int], measured: ModelRows, seed: int) -> di
     if draws.keys() >= {"base", "final"}:
         said = {label: _generations(part) for label, part in draws.items()}
         main = draws if items[0].options else said
-        result |= compare(task, main["base"], main["final"], seed)
+        groups = _groups(items)
+        result |= compare(task, main["base"], main["final"], seed, groups)
         if items[0].options and said["base"]:
-            result["generation"] = compare(task, said["base"], said["final"], seed)
+            result["generation"] = compare(task, said["base"], said["final"], seed, groups)
     return result
 
 

@@ -20,15 +20,20 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from jinja2 import TemplateError
+
 from qmedtune.data.files import plain_suffix
-from qmedtune.errors import DataError, RecipeError
+from qmedtune.errors import DataError, QmedtuneError, RecipeError
 from qmedtune.evaluation.forward import causal_model
 from qmedtune.evaluation.open_model import OpenModel, Quantization, locate, open_model
 from qmedtune.evaluation.scoring import Boundary, encode, prompt_texts
 from qmedtune.recipe import TaskSection
-from qmedtune.tasks import BUILTIN_TASKS, FILE_TASKS, Task, load_task
+from qmedtune.tasks import BUILTIN_TASKS, FILE_TASKS, Task, check_twice, load_task
+from qmedtune.tasks.items import READERS, records
 
 PREFIX = "qmedtune_"
+# What the harness and its templates raise where a file lacks what a task asks for
+MISFITS = (LookupError, TypeError, ValueError, StopIteration, TemplateError)
 
 
 def evaluate_with_harness(
@@ -52,6 +57,7 @@ def evaluate_with_harness(
     """
     _require_harness()
     ours = [task for task in tasks if task in BUILTIN_TASKS or ("=" in task and task.partition("=")[0] in FILE_TASKS)]
+    check_twice("--harness", [task.partition("=")[0] for task in tasks])
     own = [load_task(_section(task), seed) for task in ours]
     shipped = [task for task in tasks if task not in ours]
     opened = open_model(locate(name, base=base, template=template, offline=offline), quantization)
@@ -134,17 +140,21 @@ def run_harness(
     if chat:
         opened.tokenizer.chat_template = opened.template.jinja()
     model = harness_model(opened, batch, boundary if folder else "joint")
-    found: Any = lm_eval.simple_evaluate(
-        model=model,
-        tasks=[_on_file(task) if "=" in task else task for task in tasks],
-        task_manager=manager,
-        limit=limit,
-        apply_chat_template=chat,
-        random_seed=seed,
-        numpy_random_seed=seed,
-        torch_random_seed=seed,
-        fewshot_random_seed=seed,
-    )
+    chosen = [_on_file(task) if "=" in task else task for task in tasks]
+    seeds = {f"{name}_seed": seed for name in ("random", "numpy_random", "torch_random", "fewshot_random")}
+    try:
+        found: Any = lm_eval.simple_evaluate(
+            model=model, tasks=chosen, task_manager=manager, limit=limit, apply_chat_template=chat, **seeds
+        )
+    except MISFITS as error:
+        files = ", ".join(task for task in tasks if "=" in task)
+        if isinstance(error, QmedtuneError) or not files:
+            raise
+        missing = f"field {error}" if isinstance(error, KeyError) else type(error).__name__
+        raise DataError(
+            f"--harness {files}: the harness cannot make its questions of a file ({missing})\n"
+            "give it the fields that the task's own data set has"
+        ) from error
     return found
 
 
@@ -153,10 +163,25 @@ def _on_file(task: str) -> dict[str, Any]:
     name, _, path = task.partition("=")
     if not Path(path).is_file():
         raise DataError(f"--harness {name}: {path}: no such file\ngive a JSON, CSV or Parquet file")
+    _check_same_fields(name, Path(path))
     kind = {".jsonl": "json", ".tsv": "csv"}.get(plain_suffix(Path(path)), plain_suffix(Path(path))[1:])
     files = dict.fromkeys(("train", "validation", "test"), path)
     data = {"dataset_path": kind, "dataset_name": None, "dataset_kwargs": {"data_files": files}}
     return {"group": f"{PREFIX}{name}", "task": [{"task": name, **data}]}  # only a group's tasks can be overridden
+
+
+def _check_same_fields(name: str, path: Path) -> None:
+    """A field that one record lacks would become the option "None" and be scored. DataError, also of broken lines."""
+    if plain_suffix(path) not in READERS:  # Parquet has its columns
+        return
+    known: set[str] = set()
+    for where, fields in records(path):
+        if known and fields.keys() != known:
+            odd = sorted(known ^ fields.keys())[0]
+            raise DataError(f"--harness {name}: {where}: only some records have the field `{odd}`\nmend the file")
+        known = set(fields)
+    if not known:
+        raise DataError(f"--harness {name}: {path}: no record\ngive the split that is to be scored")
 
 
 def harness_model(opened: OpenModel, batch: int, boundary: Boundary) -> Any:

@@ -142,10 +142,11 @@ def _choice_row(task: Task, item: Item, sums: list[float], per_character: list[f
     }
 
 
-def text_rows(tokenizer: Any, path: Path, max_tokens: int) -> list[dict[str, np.ndarray]]:
-    """The texts of a file as rows for `perplexity`: bos + text + eos, long ones in windows of `max_tokens`.
+def text_rows(tokenizer: Any, path: Path, max_tokens: int) -> tuple[list[dict[str, np.ndarray]], int]:
+    """The texts of a file as rows for `perplexity`, bos + text + eos, and their size in bytes of UTF-8.
 
-    A window's first token has nothing before it and is not predicted. Damaged records raise DataError.
+    Long ones in windows of `max_tokens` that begin with the last token of the one before, so that every token but bos
+    is predicted once. Damaged records raise DataError.
     """
     rejects = Rejects(path.name)
     texts = [r["text"] for r in read_records(path.name, SourceSection(path=str(path), kind="general"), rejects)]
@@ -155,8 +156,9 @@ def text_rows(tokenizer: Any, path: Path, max_tokens: int) -> list[dict[str, np.
             f"{path}: {rejects.counts['rejected']} damaged records ({reason})\nmend the file: all are counted"
         )
     documents = [[*ids, tokenizer.eos_token_id] for ids in encode(tokenizer, texts)]
-    windows = [ids[i : i + max_tokens] for ids in documents for i in range(0, len(ids), max_tokens)]
-    return [_row(np.array(window, dtype=np.int64)) for window in windows if len(window) > 1]
+    step = max_tokens - 1
+    windows = [ids[i : i + max_tokens] for ids in documents for i in range(0, len(ids) - 1, step)]
+    return [_row(np.array(window, dtype=np.int64)) for window in windows], sum(len(text.encode()) for text in texts)
 
 
 def _row(ids: np.ndarray) -> dict[str, np.ndarray]:

@@ -23,6 +23,7 @@ from qmedtune.evaluation.forward import (
     Prefix,
     Shared,
     bos_id,
+    check_numbers,
     hidden_states,
     max_positions,
     next_logits,
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 BATCH_TOKENS = 8192  # padded tokens per forward pass: with an 8B LLaMA in bf16 about 1 GiB of key/value cache
-CPU_PASS_TOKENS = 1024  # 16 PubMedQA prompts of 1,100 tokens: 0.50 s alone, 0.79 s eight at a time (one core)
 LOGIT_ROWS = 1024  # rows of the vocabulary matrix at a time: 1024 x 128,256 x 4 bytes = 0.5 GB for LLaMA-3
 
 Boundary = Literal["segment", "joint"]
@@ -151,7 +151,7 @@ def choice_logprobs(
     items = [encode_choice(tokenizer, p, o, room, boundary) for p, o in zip(prompts, options, strict=True)]
     sums: list[list[float]] = [[] for _ in items]
     shared = read_shared(model, [item.prompt for item in items]) if items else None
-    for batch in padded_batches([item.cost_tokens for item in items], pass_tokens(model, batch_tokens)):
+    for batch in padded_batches([item.cost_tokens for item in items], batch_tokens):
         for index, scores in zip(batch, _score(model, [items[i] for i in batch], shared), strict=True):
             sums[index] = scores
         if progress:
@@ -160,11 +160,6 @@ def choice_logprobs(
         ChoiceScores(s, [x / len(o) for x, o in zip(s, texts, strict=True)], item.truncated)
         for s, texts, item in zip(sums, options, items, strict=True)
     ]
-
-
-def pass_tokens(model: PreTrainedModel, batch_tokens: int) -> int:
-    """Padded tokens of one pass over prompts: on a CPU fewer, so that long prompts go alone and without a mask."""
-    return min(batch_tokens, CPU_PASS_TOKENS) if model.device.type == "cpu" else batch_tokens
 
 
 def _score(model: PreTrainedModel, batch: list[Choice], shared: Shared | None) -> list[list[float]]:
@@ -264,7 +259,9 @@ def perplexity(
     lengths = [len(rows[i]["input_ids"]) for i in range(len(rows))]
     for batch in padded_batches(lengths, batch_tokens):
         padded = padded_rows([rows[i] for i in batch], model.device)
-        nll += float(token_nll(model, **padded))
+        found = token_nll(model, **padded)
+        check_numbers(found)
+        nll += float(found)
         tokens += int((padded["labels"][:, 1:] != -100).sum())
         if progress:
             progress(sum(lengths[i] for i in batch))

@@ -7,7 +7,7 @@ Deliberately absent: corrections for multiple comparisons, parametric tests on s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from math import comb, sqrt
 from statistics import NormalDist
@@ -19,6 +19,8 @@ RESAMPLES = 1000
 Interval = tuple[float, float]
 Statistic = Callable[[np.ndarray], float]
 """Maps item indices (int64, with repeats) to the score of that resample."""
+Groups = Sequence[Hashable]
+"""Per item what it was taken from (a note, a premise): items of one group are no independent evidence."""
 
 
 def wilson(correct: float, n: int, confidence: float = 0.95) -> Interval:
@@ -35,17 +37,38 @@ def wilson(correct: float, n: int, confidence: float = 0.95) -> Interval:
 
 
 def bootstrap(
-    statistic: Statistic, n: int, resamples: int = RESAMPLES, seed: int = 0, confidence: float = 0.95
+    statistic: Statistic,
+    n: int,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    confidence: float = 0.95,
+    groups: Groups | None = None,
 ) -> Interval:
-    """Percentile bootstrap over items: `statistic` is called with `resamples` index arrays of length n.
+    """Percentile bootstrap over items: `statistic` is called with `resamples` index arrays.
 
+    groups: of the n items; then whole groups are drawn, as many as there are (cluster bootstrap), else n items.
     A resample whose score is undefined (nan: AUROC of one class) is left out.
     """
     assert n > 0
     generator = np.random.default_rng(seed)
-    scores = [statistic(generator.integers(0, n, n)) for _ in range(resamples)]
+    members = _members(groups) if groups is not None else None
+
+    def drawn() -> np.ndarray:
+        if members is None:
+            return generator.integers(0, n, n)
+        return np.concatenate([members[group] for group in generator.integers(0, len(members), len(members))])
+
+    scores = [statistic(drawn()) for _ in range(resamples)]
     low, high = np.nanquantile(scores, [0.5 - confidence / 2, 0.5 + confidence / 2])
     return float(low), float(high)
+
+
+def _members(groups: Groups) -> list[np.ndarray]:
+    """The item indices of every group, int64."""
+    found: dict[Hashable, list[int]] = {}
+    for index, group in enumerate(groups):
+        found.setdefault(group, []).append(index)
+    return [np.array(indices) for indices in found.values()]
 
 
 def bootstrap_mean(values: Sequence[float], resamples: int = RESAMPLES, seed: int = 0) -> Interval:
@@ -74,11 +97,17 @@ def mcnemar(before: Sequence[bool], after: Sequence[bool]) -> Paired:
 
 
 def paired_bootstrap(
-    before: Statistic, after: Statistic, n: int, resamples: int = RESAMPLES, seed: int = 0
+    before: Statistic,
+    after: Statistic,
+    n: int,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    groups: Groups | None = None,
 ) -> tuple[float, Interval]:
     """Difference after - before of any score on the same items, with its 95 % interval: (difference, interval)."""
     items = np.arange(n)
-    return after(items) - before(items), bootstrap(lambda i: after(i) - before(i), n, resamples, seed)
+    interval = bootstrap(lambda i: after(i) - before(i), n, resamples, seed, groups=groups)
+    return after(items) - before(items), interval
 
 
 def auroc(scores: np.ndarray, positive: np.ndarray) -> float:

@@ -6,7 +6,7 @@ in a small file here and name it below. Nothing is downloaded, and no text of a 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -17,14 +17,14 @@ from qmedtune.recipe import Recipe, TaskSection
 from qmedtune.tasks import choice, findings, free_text, labels, shots
 from qmedtune.tasks.items import Item, Task, checked_items, with_metric
 
-__all__ = ["BUILTIN_TASKS", "FILE_TASKS", "Item", "Task", "check_benchmarks", "load_task"]
+__all__ = ["BUILTIN_TASKS", "FILE_TASKS", "Item", "Task", "check_benchmarks", "check_twice", "load_task"]
 
 Reader = Callable[[Path], list[Item]]
 Maker = Callable[[str, tuple[Item, ...]], Task]
 
 BUILTIN_TASKS = ("facts",)
 FILE_TASKS: dict[str, tuple[Reader, Maker]] = {
-    "pubmedqa": (choice.pubmedqa, choice.choice_task),
+    "pubmedqa": (choice.pubmedqa, labels.decision_task),
     "medqa": (choice.medqa, choice.choice_task),
     "medmcqa": (choice.medmcqa, choice.choice_task),
     "mmlu": (choice.mmlu, choice.choice_task),
@@ -34,7 +34,7 @@ FILE_TASKS: dict[str, tuple[Reader, Maker]] = {
     "choice": (choice.choice, choice.choice_task),
     "mednli": (labels.nli, labels.accuracy_task),
     "bionli": (labels.nli, labels.macro_f1_task),
-    "ddi2013": (labels.ddi2013, labels.macro_f1_task),
+    "ddi2013": (labels.ddi2013, labels.ddi_task),
     "mtsamples": (labels.mtsamples, labels.macro_f1_task),
     "outcome": (labels.outcome, labels.auroc_task),
     "hoc": (findings.hoc, findings.hoc_task),
@@ -69,6 +69,13 @@ def check_benchmarks(recipe: Recipe) -> None:
     for entry in recipe.evaluate.tasks:
         if isinstance(entry, TaskSection) and entry.path is not None:
             load_task(entry, recipe.seed)
+
+
+def check_twice(option: str, names: Sequence[str]) -> None:
+    """Refuse a task that is asked twice: scores, files and what a killed evaluation left carry its name."""
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            raise RecipeError(f"{option}: {name} is there twice\ngive all its files as one folder, or ask in two calls")
 
 
 def _check_name(section: TaskSection) -> None:

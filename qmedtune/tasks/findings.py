@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from lxml import etree  # pyright: ignore[reportAttributeAccessIssue]
@@ -56,8 +57,10 @@ def hoc(path: Path) -> list[Item]:
 
 
 def hoc_task(name: str, items: tuple[Item, ...]) -> Task:
-    """F1 per hallmark and their mean."""
+    """F1 per hallmark and their mean, over the hallmarks that occur."""
     require("sklearn")
+    if not any(item.gold for item in items):
+        raise DataError(f"task {name}: no item has a hallmark, so there is no F1\ngive the whole split")
     metrics: dict[str, str | None] = {"macro_f1": None, "micro_f1": None, "exact_match": "correct"}
     return Task(
         name, items, "macro_f1", metrics, _parse_hallmarks, _judge_hallmarks, _hallmark_scores, 96, _write_hallmarks
@@ -79,15 +82,18 @@ def _judge_hallmarks(item: Item, prediction: frozenset[str] | None) -> Judgement
 
 
 def _hallmark_scores(judgements: list[Judgement]) -> dict[str, float]:
+    """Hallmarks that no abstract has do not count; nan where none has any (a resample)."""
     gold = [[label in j["gold"] for label in HALLMARKS] for j in judgements]
     predicted = [[label in j["prediction"] for label in HALLMARKS] for j in judgements]
     f1_score = sklearn_metrics().f1_score
     each = f1_score(gold, predicted, average=None, zero_division=0)
+    said = zip(HALLMARKS, each, map(any, zip(*gold, strict=True)), strict=True)
+    there = {label: float(f) for label, f, occurs in said if occurs}
     return {
-        "macro_f1": float(each.mean()),
+        "macro_f1": fmean(there.values()) if there else float("nan"),
         "micro_f1": float(f1_score(gold, predicted, average="micro", zero_division=0)),
         "exact_match": sum(j["correct"] for j in judgements) / len(judgements),
-        **{f"f1 {label}": float(f) for label, f in zip(HALLMARKS, each, strict=True)},
+        **{f"f1 {label}": f for label, f in there.items()},
     }
 
 
@@ -113,7 +119,7 @@ def i2b2_2012(path: Path) -> list[Item]:
             start = _start(text, event, f"{path}:{event.sourceline}")
             gold.setdefault(text.count("\n", 0, start), []).append((kind, _plain(str(event.get("text")))))
     lines = [(number, line.strip()) for number, line in enumerate(text.split("\n")) if line.strip()]
-    return [_entity_item(f"{path.stem}-{number}", line, gold.get(number, [])) for number, line in lines]
+    return [_entity_item(path.stem, number, line, gold.get(number, [])) for number, line in lines]
 
 
 def _start(text: str, event: Any, where: str) -> int:
@@ -128,12 +134,13 @@ def _start(text: str, event: Any, where: str) -> int:
     raise DataError(f"{where}: an EVENT's offsets do not lead to its text\ntake the merged XML files as published")
 
 
-def _entity_item(name: str, line: str, gold: list[tuple[str, str]]) -> Item:
+def _entity_item(note: str, number: int, line: str, gold: list[tuple[str, str]]) -> Item:
     content = (
         "List the medical problems, treatments and tests in the sentence, one per line as `problem: words of the "
         "sentence`, `treatment: ...` or `test: ...`. Answer none if there are none."
     )
-    return Item(name, ({"role": "user", "content": content, "input": line},), tuple(gold))
+    message = {"role": "user", "content": content, "input": line}
+    return Item(f"{note}-{number}", (message,), tuple(gold), group=note)
 
 
 def entity_task(name: str, items: tuple[Item, ...]) -> Task:

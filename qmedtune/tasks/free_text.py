@@ -17,12 +17,21 @@ from pathlib import Path
 from typing import Any
 
 from qmedtune.data.files import plain_suffix, text_of
-from qmedtune.data.rejects import Damaged, Rejects
+from qmedtune.data.notes import expand
+from qmedtune.data.rejects import Damaged
 from qmedtune.data.rows import read_jsonl
-from qmedtune.data.sources import read_records
 from qmedtune.errors import DataError, RecipeError
-from qmedtune.recipe import SourceSection
-from qmedtune.tasks.items import Item, Judgement, Task, checked_rows, item_id, records, require, text_field
+from qmedtune.tasks.items import (
+    Item,
+    Judgement,
+    Task,
+    checked_rows,
+    conversation,
+    item_id,
+    records,
+    require,
+    text_field,
+)
 
 SUMMARY_COLUMNS = (("article", "abstract"), ("findings", "impression"), ("document", "summary"), ("text", "summary"))
 ROUGE = ("rouge1", "rouge2", "rougeL")
@@ -38,23 +47,28 @@ def _said(answer: str, item: Item) -> str | None:
 
 
 def emrqa(path: Path) -> list[Item]:
-    """emrQA's data.json: the first paraphrase of every question with an answer in words, asked with its note."""
-    rejects = Rejects("emrqa")
-    source = SourceSection(path=str(path), kind="instructions", format="emrqa")
-    items = []
-    for number, record in enumerate(read_records("emrqa", source, rejects)):
-        *question, answer = record["messages"]
-        items.append(Item(f"question-{number}", tuple(question), answer["content"]))
-    if rejects.counts["rejected"]:
-        reason, count = rejects.reasons.most_common(1)[0]
-        raise DataError(f"{path}: {count} damaged questions ({reason})\na benchmark is read whole or not at all")
+    """emrQA's data.json: the first paraphrase of every question with answers in words, asked with its note."""
+    items: list[Item] = []
+    for where, note in records(path):
+        if not isinstance(note.get("paragraphs"), list):
+            raise DataError(f"{where}: field `paragraphs` is missing or no list\ntake emrQA's data.json as published")
+        for asked in expand(note, instructions=True):
+            if isinstance(asked, Damaged):
+                raise DataError(f"{where}: {asked.reason}\na benchmark is read whole or not at all: mend the file")
+            question, _ = conversation(where, asked)
+            gold = tuple(asked["answers"])
+            items.append(Item(f"question-{len(items)}", question, gold, group=asked["group"]))
     return items
 
 
 def question_task(name: str, items: tuple[Item, ...]) -> Task:
     """Token F1 first, exact match beside it; both means over items."""
     metrics: dict[str, str | None] = {"token_f1": "token_f1", "exact_match": "exact_match"}
-    return Task(name, items, "token_f1", metrics, _said, _judge_answer, _means, max_new_tokens=64)
+    return Task(name, items, "token_f1", metrics, _said, _judge_answer, _means, 64, _write_answer)
+
+
+def _write_answer(item: Item) -> str:
+    return item.gold[0]
 
 
 def normalised(text: str) -> list[str]:
@@ -64,10 +78,18 @@ def normalised(text: str) -> list[str]:
 
 
 def _judge_answer(item: Item, prediction: str | None) -> Judgement:
-    gold, said = normalised(item.gold), normalised(prediction or "")
+    """Each score against the answer that it is best with, as SQuAD's script does."""
+    said = normalised(prediction or "")
+    golds = [normalised(gold) for gold in item.gold]
+    return {
+        "exact_match": float(said in golds),
+        "token_f1": max(_token_f1(gold, said) for gold in golds),
+    }
+
+
+def _token_f1(gold: list[str], said: list[str]) -> float:
     common = (Counter(gold) & Counter(said)).total()
-    f1 = 2 * common / (len(gold) + len(said)) if gold or said else 1.0
-    return {"exact_match": float(gold == said), "token_f1": f1}
+    return 2 * common / (len(gold) + len(said)) if gold or said else 1.0
 
 
 # ---- summaries -------------------------------------------------------------------------------------------------------

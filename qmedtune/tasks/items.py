@@ -41,6 +41,8 @@ class Item:
 
     options: the answers whose log-likelihood is compared, as the model would write them ("A", "yes", a sentence)
     texts: what the options say where they are letters; a generated answer may give either
+    group: what several items were taken from (a note, a patient, a premise): drawn together when scores are resampled,
+        and none is an example for another
     shots: ids of the examples that stand in `messages` before the question
     """
 
@@ -50,6 +52,7 @@ class Item:
     options: tuple[str, ...] = ()
     texts: tuple[str, ...] = ()
     facet: str | None = None
+    group: str | None = None
     shots: tuple[str, ...] = ()
 
 

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import re
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 from lxml import etree  # pyright: ignore[reportAttributeAccessIssue]
 
 from qmedtune import ui
 from qmedtune.data.files import plain_suffix
+from qmedtune.data.records import as_name
 from qmedtune.errors import DataError
+from qmedtune.tasks.choice import choice_task
 from qmedtune.tasks.extract import extract_choice
 from qmedtune.tasks.items import (
     Item,
@@ -45,8 +48,18 @@ def accuracy_task(name: str, items: tuple[Item, ...]) -> Task:
 
 
 def macro_f1_task(name: str, items: tuple[Item, ...]) -> Task:
-    """F1 averaged over all labels, whatever their share; accuracy beside it."""
+    """F1 averaged over the labels that occur, whatever their share; accuracy beside it."""
     return _task(name, items, "macro_f1")
+
+
+def decision_task(name: str, items: tuple[Item, ...]) -> Task:
+    """PubMedQA, which is asked without the extra too: macro F1 beside accuracy only where scikit-learn is installed."""
+    return accuracy_task(name, items) if find_spec("sklearn") else choice_task(name, items)
+
+
+def ddi_task(name: str, items: tuple[Item, ...]) -> Task:
+    """Macro F1 over all five labels, and the shared task's micro F1 over the four kinds of interaction."""
+    return _task(name, items, "macro_f1", positive=DDI[1:])
 
 
 def auroc_task(name: str, items: tuple[Item, ...]) -> Task:
@@ -57,11 +70,12 @@ def auroc_task(name: str, items: tuple[Item, ...]) -> Task:
     return Task(name, items, "auroc", {"auroc": None, "accuracy": "correct"}, _parse, _judge, _auroc)
 
 
-def _task(name: str, items: tuple[Item, ...], metric: str) -> Task:
+def _task(name: str, items: tuple[Item, ...], metric: str, positive: tuple[str, ...] = ()) -> Task:
     require("sklearn")
     longest = max(len(label) for label in items[0].options)
-    metrics = {"accuracy": "correct", "macro_f1": None}
-    scores = partial(_scores, items[0].options)
+    metrics: dict[str, str | None] = {"accuracy": "correct", "macro_f1": None}
+    metrics |= {"positive_f1": None} if positive else {}
+    scores = partial(_scores, items[0].options, positive)
     return Task(name, items, metric, metrics, _parse, _judge, scores, max_new_tokens=8 + longest // 2)
 
 
@@ -74,13 +88,19 @@ def _judge(item: Item, prediction: int | None) -> Judgement:
     return {"prediction": chosen, "gold": item.options[item.gold], "correct": prediction == item.gold}
 
 
-def _scores(labels: tuple[str, ...], judgements: list[Judgement]) -> dict[str, float]:
+def _scores(labels: tuple[str, ...], positive: tuple[str, ...], judgements: list[Judgement]) -> dict[str, float]:
+    """A label that no item has does not count: of 200 drawn notes of 40 specialties all right would not be 1."""
     number = {label: index for index, label in enumerate(labels)}
     gold = [number[j["gold"]] for j in judgements]
-    predicted = [number.get(j["prediction"], -1) for j in judgements]
-    numbers = range(len(labels))  # not -1, the missing answer
-    f1 = sklearn_metrics().f1_score(gold, predicted, labels=numbers, average="macro", zero_division=0)
-    return {"accuracy": sum(j["correct"] for j in judgements) / len(judgements), "macro_f1": float(f1)}
+    predicted = [number.get(j["prediction"], -1) for j in judgements]  # -1, a missing answer, is no label
+
+    def f1(counted: list[int], average: str) -> float:
+        found = sklearn_metrics().f1_score(gold, predicted, labels=counted, average=average, zero_division=0)
+        return float(found)
+
+    accuracy = sum(j["correct"] for j in judgements) / len(judgements)
+    scores = {"accuracy": accuracy, "macro_f1": f1(sorted(set(gold)), "macro")}
+    return scores | ({"positive_f1": f1([number[label] for label in positive], "micro")} if positive else {})
 
 
 def _auroc(judgements: list[Judgement]) -> dict[str, float]:
@@ -114,7 +134,8 @@ def nli(path: Path) -> list[Item]:
         premise, hypothesis = text_field(where, fields, first), text_field(where, fields, second)
         content = f"Does the premise entail the hypothesis? Answer {_listed(labels)}."
         question = _question(content, f"Premise: {premise}\nHypothesis: {hypothesis}")
-        items.append(Item(item_id(where, fields), question, label_field(where, fields, label, labels), labels))
+        gold = label_field(where, fields, label, labels)
+        items.append(Item(item_id(where, fields), question, gold, labels, group=premise))
     return items
 
 
@@ -155,7 +176,7 @@ def _ddi_xml(path: Path) -> list[Item]:
             if first not in spans or second not in spans or label not in DDI:
                 raise DataError(f"{where}: a pair names an unknown drug or type\nallowed types: {', '.join(DDI)}")
             question = _ddi_question(_masked(text, [spans[first], spans[second]]))
-            items.append(Item(str(pair.get("id")), question, DDI.index(label), DDI))
+            items.append(Item(str(pair.get("id")), question, DDI.index(label), DDI, group=path.stem))
     return items
 
 
@@ -201,14 +222,15 @@ def mtsamples(path: Path) -> list[Item]:
 
 
 def outcome(path: Path) -> list[Item]:
-    """A yes/no outcome per text: {"text", "label": yes | no | 1 | 0, "question"?} (mortality, long stay ...)."""
+    """A yes/no outcome per text: {"text", "label": yes | no | 1 | 0, "question"?, "patient"?} (mortality ...)."""
     items = []
     for where, fields in records(path):
         asked = text_field(where, fields, "question") if "question" in fields else "Does the outcome occur?"
         value = {"1": "yes", "0": "no", "true": "yes", "false": "no"}.get(str(fields.get("label")).strip().lower())
         gold = label_field(where, {**fields, "label": value or fields.get("label")}, "label", NO_YES)
         question = _question(f"{asked} Answer yes or no.", text_field(where, fields, "text"))
-        items.append(Item(item_id(where, fields), question, gold, NO_YES))
+        patient = as_name(fields.get("patient"))
+        items.append(Item(item_id(where, fields), question, gold, NO_YES, group=patient))
     return items
 
 

@@ -2,8 +2,8 @@
 
 A folder is read by its authors' own names: a file belongs to the split that its name, else its folder, says. Examples
 come from `shots_from`, else from the folder's training (MMLU: development) split, else from the same file; an item is
-never among its own examples, nor is one with the same question. Examples move scores of base models by tens of
-points, so at least three draws are asked and their spread is told (recipe.py).
+never among its own examples, nor is one with the same question or of the same note. Examples move scores of base
+models by tens of points, so at least three draws are asked and their spread is told (recipe.py).
 Deliberately absent: balancing by label, choosing examples by similarity.
 """
 
@@ -91,7 +91,8 @@ def _with_examples(item: Item, order: list[Item], count: int, write: Callable[[I
         if len(examples) == count:
             break
         itself = other.messages == item.messages or (same_ids and other.id == item.id)
-        if other.facet == item.facet and not itself:
+        akin = item.group is not None and other.group == item.group
+        if other.facet == item.facet and not itself and not akin:
             examples.append(other)
     if len(examples) < count:
         raise DataError(f"evaluate.tasks: {count} examples asked, {len(examples)} there\nlower `shots`")
