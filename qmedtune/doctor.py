@@ -115,6 +115,9 @@ def advice(facts: dict[str, Any]) -> Iterator[str]:
         yield "torch sees no GPU: install a driver, or a torch build for your driver's CUDA; until then the CPU is used"
     elif not gpu["bf16"]:
         yield "this card has no bfloat16: `compute_dtype: auto` takes float16"
+    unused = facts["kernels"]["lora"].removeprefix("reference: ")
+    if gpu and gpu["usable"] and unused != facts["kernels"]["lora"]:
+        yield f"this card runs plain PyTorch instead of the kernels: {unused}"
     differing = [
         n for n, v in facts["versions"].items() if v["tested"] and (v["installed"] or "").split("+")[0] != v["tested"]
     ]

@@ -183,6 +183,7 @@ def facts_for(**changes):
         "free_disk_bytes": 2**40,
         "host_memory_bytes": 2**36,
         "hub_login": True,
+        "kernels": {"lora": "grouped"},
     }
     return healthy | changes
 
@@ -198,6 +199,8 @@ def facts_for(**changes):
         ({"free_disk_bytes": 2**30}, "1.00 GiB of disk left"),
         ({"host_memory_bytes": 2**32}, "4.00 GiB of memory"),
         ({"hub_login": False}, "hf auth login"),
+        ({"kernels": {"lora": "reference: sm_75 broke"}}, "plain PyTorch instead of the kernels: sm_75 broke"),
+        ({"gpu": {"usable": True, "bf16": True}, "kernels": {"lora": "grouped"}}, None),
     ],
 )
 def test_doctor_advises(changes, expected):

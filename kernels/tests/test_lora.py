@@ -181,6 +181,8 @@ def test_autocast_computes_in_the_autocast_dtype():
     y.float().sum().backward()
     assert y.dtype == torch.bfloat16 and x.grad.dtype == pair[0].a.grad.dtype == torch.float32
     assert torch.equal(y, lora.linear(x.bfloat16(), w, pair))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(y, lora.linear(x, w.float(), pair))  # as torch's own linear casts a weight in fp32
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -32,6 +32,7 @@ class Case:
     constants: dict[str, object]
     num_warps: int = 4
     num_stages: int = 3
+    maxnreg: int | None = None
     elements: float | None = None
     loop: bool = False
     limit: float | None = None
@@ -80,7 +81,7 @@ def _matmul(direction: str, rows: int, nested: bool, architectures: tuple[int, .
 
     forward = direction == "forward"
     tile = matmul.tile(rows, 64, forward, _torch_dtype(dtype))
-    warps, stages = int(tile.pop("num_warps")), int(tile.pop("num_stages"))
+    warps, stages, registers = int(tile.pop("num_warps")), int(tile.pop("num_stages")), tile.pop("maxnreg", None)
     constants = {**tile, "BLOCKSIZE": 64, "NESTED": nested, "SPLIT": True, "DECODE": "", "EMULATE": False}
     if forward:
         constants["BIAS"] = False
@@ -88,7 +89,7 @@ def _matmul(direction: str, rows: int, nested: bool, architectures: tuple[int, .
     label = " ".join(filter(None, ("matmul", direction, dtype, f"M<={rows}", "nested" if nested else "flat")))
     limit = LOOP_LIMIT if forward and rows == 16 and dtype != "fp32" else None
     return Case(
-        label, f"matmul._{direction}", constants, warps, stages, elements, loop=True, limit=limit,
+        label, f"matmul._{direction}", constants, warps, stages, registers, elements, loop=True, limit=limit,
         architectures=architectures, tensor_cores=dtype != "fp32", types={"out": "*fp32"}, dtype=dtype,
     )  # fmt: skip
 
@@ -142,7 +143,10 @@ def compile_case(case: Case, arch: int):
         if type_.startswith("*") or type_ == "i32"
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "enable_fp_fusion": case.fp_fusion}
+    options = {
+        "num_warps": case.num_warps, "num_stages": case.num_stages, "maxnreg": case.maxnreg,
+        "enable_fp_fusion": case.fp_fusion,
+    }  # fmt: skip
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 

@@ -18,6 +18,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.other import ModulesToSaveWrapper
 from qmedtune_kernels import Adapter, NF4Weight, dispatch, lora
 from qmedtune_kernels.lora import Remake
+from qmedtune_kernels.nf4 import NESTED_BLOCKSIZE
 from qmedtune_kernels.rms_norm import add_rms_norm, rms_norm
 from qmedtune_kernels.rope import rotary_qkv
 from qmedtune_kernels.swiglu import swiglu
@@ -124,8 +125,9 @@ def nf4_weight(linear: Any) -> NF4Weight:
 def _is_nf4(linear: Layer) -> bool:
     """A Linear4bit in bitsandbytes' standard layout: its CPU back end repacks weights for inference."""
     state = getattr(linear.weight, "quant_state", None)
-    repacked = getattr(state, "packing_format_for_cpu", False)
-    return state is not None and state.quant_type == "nf4" and not repacked
+    if state is None or state.quant_type != "nf4" or getattr(state, "packing_format_for_cpu", False):
+        return False
+    return state.state2 is None or state.state2.blocksize == NESTED_BLOCKSIZE
 
 
 def _weight(linears: Sequence[Layer]) -> Tensor | tuple[NF4Weight, ...]:

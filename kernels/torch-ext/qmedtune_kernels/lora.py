@@ -258,14 +258,15 @@ def linear(
 
     x [..., K] bf16, fp16 or fp32; weight: a dense [N, K] in x's dtype, NF4 weights to be stacked along N, or None for
     the LoRA part alone (dropout: add `linear(dropout(x), None, [adapter])` to the rest); returns [..., N] in x's dtype.
-    Under autocast x is first cast to the autocast dtype. path: "auto", "triton" or "reference" (dispatch.py),
-    or "fused": the fused matmul whatever the number of rows (a group's backward still dequantises).
+    Under autocast x and a dense weight are first cast to the autocast dtype. path: "auto", "triton" or "reference"
+    (dispatch.py), or "fused": the fused matmul whatever the number of rows (a group's backward still dequantises).
     remake: how to make x again in the backward pass; then x is not kept (what it is made from is).
     Raises ValueError where shapes, dtypes or devices do not fit.
     """
     device = x.device.type
     if torch.is_autocast_enabled(device):
         x = x.to(torch.get_autocast_dtype(device))
+        weight = weight.to(x.dtype) if isinstance(weight, Tensor) else weight
         with torch.autocast(device, enabled=False):
             return linear(x, weight, adapters, bias, path, remake)
     _check(x, weight, adapters, bias)
