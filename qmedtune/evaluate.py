@@ -180,7 +180,8 @@ def evaluate_model(
         read = {str(path): text_rows(opened.tokenizer, path, window) for path in texts}
         rows = {path: rows for path, (rows, _) in read.items()}
         found = measure_model(opened.model, opened.tokenizer, "model", loaded, rows, settings, folder / store.SCRATCH)
-        result = {"model": name, "template": location.template.name, "quantization": opened.quantization}
+        result: dict[str, Any] = {"model": name, "template": location.template.name}
+        result["quantization"] = opened.quantization
         result |= write_results(loaded, {"model": found}, seed, folder)
         for path, (_, size) in read.items():
             result["perplexity"][path]["bits_per_byte"] = found.perplexity[path].nll / math.log(2) / size
