@@ -31,6 +31,7 @@ from qmedtune.recipe import Recipe, SourceSection, TaskSection
 from qmedtune.tasks import BUILTIN_TASKS, Task, check_twice, load_task
 
 TEXTS = "perplexity"
+FORMAT = 2  # of what is kept with `out`: an evaluation in an older one is made again
 WINDOW_TOKENS = 2048  # of texts without a packing: 131,072 positions of LLaMA-3.2 would not fit a card
 
 
@@ -180,7 +181,8 @@ def evaluate_model(
         read = {str(path): text_rows(opened.tokenizer, path, window) for path in texts}
         rows = {path: rows for path, (rows, _) in read.items()}
         found = measure_model(opened.model, opened.tokenizer, "model", loaded, rows, settings, folder / store.SCRATCH)
-        result = {"model": name, "template": location.template.name, "quantization": opened.quantization}
+        result: dict[str, Any] = {"model": name, "template": location.template.name}
+        result["quantization"] = opened.quantization
         result |= write_results(loaded, {"model": found}, seed, folder)
         for path, (_, size) in read.items():
             result["perplexity"][path]["bits_per_byte"] = found.perplexity[path].nll / math.log(2) / size
@@ -193,7 +195,7 @@ def evaluate_model(
     asked = [section.model_dump() for section in sections]
     files = [fingerprint(path) for path in (location.base, *location.adapters, *texts)]
     prompts = [[i.id, i.messages, i.options, task.write(i)] for task in loaded for i in task.asked]
-    key = store.sha256_json([asked, files, prompts, asdict(location.template), quantization, generate, seed])
+    key = store.sha256_json([FORMAT, asked, files, prompts, asdict(location.template), quantization, generate, seed])
     return _sealed(out, key, work)
 
 
