@@ -59,7 +59,9 @@ def test_run_json_has_the_promised_names(finished: Path):
         assert stage["tokens"].keys() == {"read", "kept", "split", "dropped", "supervised", "trained"}
         adapter = finished / stage["adapter"]["path"] / "adapter_model.safetensors"
         assert store.sha256_file(adapter) == stage["adapter"]["sha256"]
-    assert {"path", "base", "modules", "kl", "top1", "max_abs_logit_diff", "sha256"} <= result["merge"].keys()
+    assert {"path", "base", "modules", "kl", "top1", "max_abs_logit_diff", "max_weight_error", "sha256"} <= result[
+        "merge"
+    ].keys()
     facts = result["evaluation"]["tasks"]["facts"]
     assert {"accuracy", "ci95", "n"} <= facts["base"].keys() & facts["final"].keys()
     assert facts["facets"].keys() == {"treats", "adverse"}

@@ -1,7 +1,9 @@
 """The proof of a merge: the written model against the same base with its adapters unmerged, on probe tokens.
 
 Both are computed in fp32 from the weights on disk, layer by layer (disk_llama.py); the merged side reads the files that
-were just written. Beside it the shift from the NF4 model that was trained is measured: reported, never gated.
+were just written. Two things must agree: the distributions over the next token, and, up to rounding, what each linear
+layer answers to random signs, which meet every element of it. Beside them the shift from the NF4 model that was trained
+is measured: reported, never gated.
 Deliberately not done in 16 bit: the rounding of activations alone is larger than what is to be found.
 """
 

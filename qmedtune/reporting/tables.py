@@ -228,6 +228,7 @@ def merge(run: dict) -> Table:
         ("KL divergence, merged against the same base + adapters", _tiny(facts.get("kl"))),
         ("Same top token", _share(facts.get("top1"))),
         ("Largest logit difference", _tiny(facts.get("max_abs_logit_diff"))),
+        ("Largest weight error, relative to its norm", _tiny(facts.get("max_weight_error"))),
         ("KL divergence from the NF4 model that was trained", _tiny(shift.get("kl"))),
         ("Same top token as the NF4 model", _share(shift.get("top1"))),
         ("sha256", str(facts.get("sha256", "–"))),
