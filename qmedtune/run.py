@@ -192,9 +192,10 @@ def _sealed(steps: list[Step], model_digest: str, out: Path) -> dict[str, store.
 def _finished(recipe_text: str, out: Path) -> dict[str, Any] | None:
     """run.json of a run that ended with this recipe and has its reports."""
     result = record.read(out)
-    if not result or result["status"] != "finished" or result["recipe_sha256"] != record.text_sha256(recipe_text):
+    if not result or not record.is_whole(result) or result["recipe_sha256"] != record.text_sha256(recipe_text):
         return None
-    return result if all((out / name).is_file() for name in record.REPORTS) else None
+    there = all((out / name).is_file() for name in record.REPORTS)
+    return result if result["status"] == "finished" and there else None
 
 
 def _chosen(steps: list[Step], until: str | None) -> list[Step]:

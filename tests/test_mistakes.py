@@ -277,6 +277,20 @@ def test_a_second_run_in_the_same_folder_leaves(place, capsys):
     assert code == 1 and f"already running (pid {os.getpid()})" in err
 
 
+@pytest.mark.parametrize("name", [".lock", ".building/01-cpt/metrics.jsonl", ".building", "data"])
+def test_a_link_in_a_run_folder_is_refused(name, place, capsys):
+    """A run folder that somebody else made: what is written through its links lands elsewhere."""
+    (place / "mine.yaml").write_text(RECIPE)
+    (place / "notes.csv").write_text("text\na note\n")
+    (place / "elsewhere").mkdir()
+    (place / "elsewhere" / "file").write_text("precious")
+    link = place / "runs" / "mine" / name
+    link.parent.mkdir(parents=True)
+    link.symlink_to(place / "elsewhere" / ("file" if "." in link.name[1:] or name == ".lock" else ""))
+    code, err = refused(["run", "mine.yaml"], place, capsys)
+    assert code == 2 and f"runs/mine/{name} is a link" in err
+
+
 def test_a_bad_recipe_leaves_a_run_as_it_is(place, capsys):
     run = place / "runs" / "mine"
     run.mkdir(parents=True)
