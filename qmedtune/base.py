@@ -137,6 +137,8 @@ def _write_blank(name: str, folder: Path) -> None:
     tokenizer = tiny.build_tokenizer(tiny.world_of(name))
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(str(folder))
+    for path in folder.iterdir():
+        store.fsync_path(path)  # config.json, written last, says that the others are there
     store.write_json(folder / "config.json", tiny.config_dict(tiny.vocab_size(tokenizer)))
 
 
