@@ -9,6 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from qmedtune.errors import RecipeError
 from qmedtune.recipe import ModelSection
 
@@ -38,6 +40,20 @@ def check_folder(folder: Path) -> None:
             inside.append(folder.resolve().parent.parent / "blobs")
         if path.is_symlink() and not any(path.resolve().is_relative_to(root) for root in inside):
             raise RecipeError(f"{path}: a link out of the model folder\ncopy the file into the folder")
+    for path in weights:
+        _check_whole(path)
+
+
+def _check_whole(path: Path) -> None:
+    """A truncated file, or a damaged header, is named before hours of data steps; maps the file, reads its header."""
+    try:
+        with safe_open(path, framework="numpy"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise RecipeError(
+            f"{path}: a damaged safetensors file ({error})\n"
+            "it is truncated or its header was changed; fetch or copy it again"
+        ) from error
 
 
 def _json(path: Path) -> dict[str, Any]:

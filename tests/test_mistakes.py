@@ -1,6 +1,7 @@
 """What beginners get wrong: each mistake gets at most six lines, the right exit code and a next step, and nothing is
 written or lost. All through the real command line, in process."""
 
+import hashlib
 import json
 import os
 import socket
@@ -13,11 +14,13 @@ from safetensors.numpy import save_file
 from toy_tokenizers import byte_level, save
 
 from qmedtune import cli, ui
-from qmedtune.base import ADAPTER_WEIGHTS, note_base
+from qmedtune.base import ADAPTER_WEIGHTS, identify, note_base
 from qmedtune.data.tokens import load_codec
 from qmedtune.errors import DataError, RecipeError
 from qmedtune.evaluation.open_model import locate
 from qmedtune.hub import check_folder
+from qmedtune.recipe import ModelSection
+from qmedtune.store import HashCache
 
 RECIPE = """\
 name: mine
@@ -196,6 +199,35 @@ def test_links_out_of_a_model_folder_are_refused(target, place, capsys):
     (folder / "generation_config.json").symlink_to(target)
     code, err = run_on(folder, place, capsys)
     assert code == 2 and "link" in err
+
+
+@pytest.mark.parametrize("damage", ["truncated", "header", "empty"])
+def test_a_damaged_weights_file_is_named(damage, place, capsys):
+    path = model_folder(place / "base") / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[8] ^= 1
+    path.write_bytes({"truncated": path.read_bytes()[:-1], "header": content, "empty": b""}[damage])
+    code, err = run_on(path.parent, place, capsys)
+    assert code == 2 and "base/model.safetensors: " in err and "safetensors file" in err
+
+
+def test_a_flipped_bit_in_the_hubs_cache_is_named(place, capsys):
+    """Its files are links to blobs that are named by their sha256."""
+    snapshot = model_folder(place / "models--a--b") / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    blobs = place / "models--a--b" / "blobs"
+    blobs.mkdir()
+    (place / "models--a--b" / "config.json").rename(snapshot / "config.json")
+    content = bytearray((place / "models--a--b" / "model.safetensors").read_bytes())
+    blob = blobs / hashlib.sha256(content).hexdigest()
+    (snapshot / "model.safetensors").symlink_to(blob)
+    blob.write_bytes(content)
+    section = ModelSection(base=str(snapshot))
+    identify(section, HashCache(place / "hashes"), offline=True)
+    content[-1] ^= 1
+    blob.write_bytes(content)
+    with pytest.raises(RecipeError, match=r"0123/model.safetensors: damaged since it was fetched\ndelete .*blobs/"):
+        identify(section, HashCache(place / "hashes"), offline=True)
 
 
 def test_an_adapter_is_no_base(place, capsys):

@@ -50,5 +50,6 @@ def test_time_limits_add_up_to_a_run(tmp_path: Path):
     found = ran("time-limit", tmp_path)["time-limit"]
     assert found["codes"][-1] == 0 and len(found["codes"]) > 1
     assert set(found["codes"]) == {0}  # a planned stop is no failure
-    assert found["overrun_s"] < 5.0  # with the start of the process; the limit itself is 2 s
+    # With the start of the process; the limit is 2 s on a machine that does the whole run in 12.
+    assert found["overrun_s"] < 2.5 * found["limit_s"]
     assert found["same_weights"]
