@@ -1,4 +1,4 @@
-"""What test_signals.py runs: `python tests/signals.py once|twice|whole|random|time-limit FOLDER` prints JSON.
+"""What test_signals.py runs: `python tests/signals.py once|twice|whole|random|time-limit|second FOLDER` prints JSON.
 
 The recipe is micro.yaml; `twice` makes its third optimiser step take 30 s.
 """
@@ -134,10 +134,26 @@ def time_limit(folder: Path) -> dict:
     return {"codes": codes, "limit_s": limit_s, "overrun_s": overrun_s, "same_weights": weights(out) == expected}
 
 
+def second(folder: Path) -> dict:
+    """A run, and the same command again and again beside it."""
+    expected, out = clean(folder), folder / "run"
+    first, codes = start(out), []
+    wait_until((out / ".lock").exists)
+    while os.waitpid(first, os.WNOHANG) == (0, 0):
+        codes.append(finish(start(out)))
+    said = Path(f"{out}.log").read_text()
+    return {
+        "codes": codes,
+        "refused": said.count(f"already running (pid {first})"),
+        "same_weights": finish(start(out)) == 0 and weights(out) == expected,
+    }
+
+
 def main() -> None:
     preload()
     kind, folder = sys.argv[1], Path(sys.argv[2])
     kinds = {"once": once, "twice": twice, "whole": whole, "random": at_random, "time-limit": time_limit}
+    kinds["second"] = second
     print(json.dumps({name: kinds[name](folder) for name in kind.split(",")}))
 
 
