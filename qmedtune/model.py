@@ -142,7 +142,7 @@ def load_base(
     stored = config.get("quantization_config")
     # Given as None, transformers 5.23 would not read the configuration that a quantised checkpoint brings.
     quantize_now: Any = {"quantization_config": _quantization(section, dtype)} if four_bit and not stored else {}
-    model, loaded = AutoModelForCausalLM.from_pretrained(
+    found: Any = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=dtype,
         **quantize_now,
@@ -152,6 +152,7 @@ def load_base(
         use_safetensors=True,
         output_loading_info=True,
     )
+    model, loaded = found
     if lost := sorted(loaded["missing_keys"]):  # transformers has filled them with random numbers
         raise RecipeError(f"{folder}: tensor {lost[0]} is missing (of {len(lost)})\nfetch the model again")
     model.config.use_cache = False
