@@ -31,9 +31,10 @@ def run_recipe(
     until: name of the last step or stage, `01-cpt` for example.
     offline: open no connection. Libraries read HF_HUB_OFFLINE=1 once, at their import: set it before Python starts.
     smoke: built-in base and data in place of the recipe's.
-    time_limit_s: seconds after which what is done is sealed and TimeLimit raised.
+    time_limit_s: seconds after which what is done is sealed and `interrupt.TimeLimit` raised.
     Returns the content of run.json. Raises QmedtuneError (a ValueError) with one to six lines. Belongs in the main
-    thread: Ctrl-C and SIGTERM end a run at a sealed checkpoint.
+    thread: Ctrl-C and SIGTERM end a run at a sealed checkpoint with `interrupt.Interrupted`, like KeyboardInterrupt no
+    Exception.
     """
     from qmedtune import run
 

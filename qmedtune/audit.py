@@ -16,6 +16,7 @@ import json
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +52,9 @@ def audit_stage(recipe: Recipe, inputs: Mapping[str, Path], out: Path) -> dict[s
             continue
         sources = {source for stage in recipe.stages[: index + 1] for source in stage.sources}
         met = [canary for canary in found if canary.source in sources]
-        partial = out / f"{name}.json"
-        if met and not partial.is_file():
-            store.write_json(partial, _measure_stage(recipe, index, met, inputs))
         if met:
-            rows[name] = json.loads(partial.read_text(encoding="utf-8"))
+            work = partial(_measure_stage, recipe, index, met, inputs)
+            rows[name] = store.kept(out / store.SCRATCH / f"{name}.json", work)
     result = {"stages": rows, "references": recipe.audit.references}
     store.write_json(out / RESULT, result)
     return result

@@ -8,6 +8,7 @@ finished when the cache is emptied.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -40,7 +41,12 @@ def identify(section: ModelSection, hashes: store.HashCache, *, offline: bool, s
         return _builtin(section.base)
     folder = _folder(section, offline=offline, shape_only=shape_only)
     files = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".json", ".model", ".jinja"))
-    digest = store.sha256_json({p.name: hashes.sha256(p) for p in files})
+    found = {path: hashes.sha256(path) for path in files}
+    for path, value in found.items():
+        blob = path.resolve()  # in the Hub's cache large files are named by their sha256
+        if re.fullmatch("[0-9a-f]{64}", blob.name) and blob.name != value:
+            raise RecipeError(f"{path}: damaged since it was fetched\ndelete {blob} and fetch it again")
+    digest = store.sha256_json({path.name: value for path, value in found.items()})
     revision = section.revision or (folder.name if folder.parent.name == "snapshots" else None)
     return Base(section.base, digest, lambda: folder, revision)
 
@@ -137,6 +143,8 @@ def _write_blank(name: str, folder: Path) -> None:
     tokenizer = tiny.build_tokenizer(tiny.world_of(name))
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(str(folder))
+    for path in folder.iterdir():
+        store.fsync_path(path)  # config.json, written last, says that the others are there
     store.write_json(folder / "config.json", tiny.config_dict(tiny.vocab_size(tokenizer)))
 
 

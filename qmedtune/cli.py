@@ -77,7 +77,7 @@ def main() -> None:
 
 def invoke(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit code; what went wrong is on stderr."""
-    from qmedtune.interrupt import stop
+    from qmedtune.interrupt import Stopped, stop
 
     words = [word for word in arguments if word != "--debug"] or ["--help"]
     if "--offline" in words:  # read once, when huggingface_hub is imported: nothing here has done so yet
@@ -90,7 +90,7 @@ def invoke(arguments: Sequence[str]) -> int:
     except BrokenPipeError:  # `qmedtune schema | head`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except Exception as error:
+    except (Exception, Stopped) as error:
         if "--debug" in arguments:
             traceback.print_exc()
         return _report(error)
@@ -99,8 +99,9 @@ def invoke(arguments: Sequence[str]) -> int:
 def _report(error: Any) -> int:
     """Show an error in at most six lines; its exit code."""
     from qmedtune import ui
+    from qmedtune.interrupt import Stopped
 
-    if isinstance(error, QmedtuneError):
+    if isinstance(error, (QmedtuneError, Stopped)):
         if error.exit_code == 0:  # the time limit: a planned stop
             ui.note(str(error))
         else:

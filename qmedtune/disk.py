@@ -5,6 +5,7 @@ Deliberately not here: what is written (store.py knows seals and history). Nothi
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -14,9 +15,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from qmedtune import ui
 from qmedtune.errors import RunError
 
 DRIVE = Path("/content/drive")  # where Colab mounts Google Drive
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # Lustre without -o flock, NFS without its lock service
 PART = ".part~"  # ends the names of temporaries of `write_atomic`; a kill leaves one behind
 
 
@@ -96,12 +99,20 @@ def check_room(folder: Path, needed_bytes: float, what: str) -> None:
         )
 
 
+def below(folder: Path) -> Iterator[Path]:
+    """Everything below a folder, links not followed; what goes meanwhile is left out."""
+    for place, folders, files in os.walk(folder):
+        yield from (Path(place, name) for name in (*folders, *files))
+
+
 @contextmanager
 def lock(folder: Path, *, wait: bool = False) -> Iterator[None]:
     """One process per folder; others are refused, or `wait`. The kernel drops the lock with the process: no stale lock
     can stay behind."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a+") as file:
+    # Through a link, the process id below would be written into a file elsewhere.
+    handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    with os.fdopen(handle, "r+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:
@@ -110,6 +121,10 @@ def lock(folder: Path, *, wait: bool = False) -> Iterator[None]:
             raise RunError(
                 f"{folder}: already running (pid {pid})\nwait for it, or give this run another folder with --out"
             ) from error
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            ui.warn(f"{folder}: this file system has no locks; do not start a second run in this folder")
         file.seek(0)
         if file.read().strip() != str(os.getpid()):
             file.seek(0)

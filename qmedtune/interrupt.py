@@ -3,6 +3,9 @@
 Inside `graceful()` (the training loop) the first signal only raises a flag, so that the step in hand is finished and
 a checkpoint sealed; everywhere else it ends the step at once, which is safe because steps publish atomically. The time
 limit does the same (SIGALRM, inside `limited()`). A second signal leaves immediately.
+
+What is raised is no `Exception`: a handler may run inside any statement, and a reader that takes each ValueError for a
+damaged record would count the signal as one and go on.
 """
 
 from __future__ import annotations
@@ -14,13 +17,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from qmedtune.errors import QmedtuneError
-
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-STOPPED = (0, *(128 + number for number in SIGNALS))  # exit codes of a run that goes on when it is asked to again
 
 
-class Interrupted(QmedtuneError):
+class Stopped(BaseException):
+    """A run that ends before its end, and goes on when it is asked to again."""
+
+    exit_code: int
+
+
+class Interrupted(Stopped):
     """Stopped by a signal. Exit code 128 + signal number: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP."""
 
     def __init__(self, number: int):
@@ -28,7 +34,7 @@ class Interrupted(QmedtuneError):
         super().__init__(f"stopped by {signal.Signals(number).name}; the same command continues from here")
 
 
-class TimeLimit(QmedtuneError):
+class TimeLimit(Stopped):
     """`--time-limit` was reached; everything so far is sealed."""
 
     exit_code = 0

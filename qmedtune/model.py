@@ -142,7 +142,7 @@ def load_base(
     stored = config.get("quantization_config")
     # Given as None, transformers 5.23 would not read the configuration that a quantised checkpoint brings.
     quantize_now: Any = {"quantization_config": _quantization(section, dtype)} if four_bit and not stored else {}
-    model = AutoModelForCausalLM.from_pretrained(
+    found: Any = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=dtype,
         **quantize_now,
@@ -150,7 +150,11 @@ def load_base(
         attn_implementation=attention_for(section, seq_len),
         trust_remote_code=False,
         use_safetensors=True,
+        output_loading_info=True,
     )
+    model, loaded = found
+    if lost := sorted(loaded["missing_keys"]):  # transformers has filled them with random numbers
+        raise RecipeError(f"{folder}: tensor {lost[0]} is missing (of {len(lost)})\nfetch the model again")
     model.config.use_cache = False
     if device().type == "cpu" and (four_bit or stored):
         dequantize_linears(model, dtype)

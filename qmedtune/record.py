@@ -62,8 +62,17 @@ def write(
         # Only our own messages are known to hold no text of a record.
         result["error"] = str(error) if isinstance(error, QmedtuneError) else type(error).__name__
     _write_metrics(out, steps, done)
+    result = json.loads(json.dumps(result))  # as it is read again: lists for tuples
+    result |= {"sha256": store.sha256_json(result)}
     store.write_json(out / RUN, result)
     return result
+
+
+def is_whole(run: Any) -> bool:
+    """Whether run.json holds what was written: its own hash is the last entry."""
+    if not isinstance(run, dict):
+        return False
+    return run.get("sha256") == store.sha256_json({key: value for key, value in run.items() if key != "sha256"})
 
 
 def finish(

@@ -18,8 +18,8 @@ from typing import Any
 from safetensors import SafetensorError
 
 from qmedtune import base, keys, plan, record, store, tasks, ui
-from qmedtune.errors import QmedtuneError, RecipeError, RunError
-from qmedtune.interrupt import STOPPED, stop
+from qmedtune.errors import RecipeError, RunError
+from qmedtune.interrupt import Stopped, stop
 from qmedtune.planning import room
 from qmedtune.recipe import Recipe
 from qmedtune.smoke import smoke as smoked
@@ -40,7 +40,7 @@ def run(
     """Run (or resume) a recipe in the folder `out`; returns the content of run.json.
 
     `until` names the last step or stage to run. Steps with equal keys are taken from `siblings`, other run folders.
-    Raises QmedtuneError; what is sealed by then stays and is reused.
+    Raises QmedtuneError or Stopped; what is sealed by then stays and is reused.
     """
     asked = smoked(recipe) if smoke else recipe
     resolved, choices = plan.resolve(asked)
@@ -71,7 +71,8 @@ def run(
                         record.write(out, notes, steps, done, source, "running")
             except BaseException as error:
                 with suppress(OSError):  # on a full disk; what happened is raised all the same
-                    record.write(out, notes, steps, done, source, "running" if _goes_on(error) else "failed", error)
+                    status = "running" if isinstance(error, Stopped) else "failed"
+                    record.write(out, notes, steps, done, source, status, error)
                     record.render(out)
                 raise
             with _told("report", out), shown.step("report"):
@@ -192,9 +193,10 @@ def _sealed(steps: list[Step], model_digest: str, out: Path) -> dict[str, store.
 def _finished(recipe_text: str, out: Path) -> dict[str, Any] | None:
     """run.json of a run that ended with this recipe and has its reports."""
     result = record.read(out)
-    if not result or result["status"] != "finished" or result["recipe_sha256"] != record.text_sha256(recipe_text):
+    if not result or not record.is_whole(result) or result["recipe_sha256"] != record.text_sha256(recipe_text):
         return None
-    return result if all((out / name).is_file() for name in record.REPORTS) else None
+    there = all((out / name).is_file() for name in record.REPORTS)
+    return result if result["status"] == "finished" and there else None
 
 
 def _chosen(steps: list[Step], until: str | None) -> list[Step]:
@@ -210,7 +212,3 @@ def _chosen(steps: list[Step], until: str | None) -> list[Step]:
         names = ", ".join(dict.fromkeys(["data", *(s.name for s in steps if s.kind != "data")]))
         raise RecipeError(f"--until: no step {until!r} in this recipe\nallowed: {names}")
     return steps[: matches[-1] + 1]
-
-
-def _goes_on(error: BaseException) -> bool:
-    return isinstance(error, QmedtuneError) and error.exit_code in STOPPED

@@ -8,25 +8,23 @@ system's fsync; SIGKILL at any instant is tested, power loss is not.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from qmedtune.disk import PART, check_room, discard, fsync_path, link, lock, rename, write_atomic, write_json
+from qmedtune.hashes import HashCache, kept, read_checked, sha256_file, sha256_json, write_checked
 
-__all__ = ["PART", "check_room", "discard", "fsync_path", "lock", "rename", "write_atomic", "write_json"]
+__all__ = ["PART", "HashCache", "check_room", "discard", "fsync_path", "kept", "lock", "read_checked", "rename"]
+__all__ += ["sha256_file", "sha256_json", "write_atomic", "write_checked", "write_json"]
 
 SEAL = "seal.json"
 STAMP = ".attempt"  # of which key and section an unfinished folder is
 SCRATCH = "scratch"  # what a step resumes from: not sealed, and deleted once the step is
-CHUNK_BYTES = 1 << 20
-SETTLED_S = 2.0
 # Carries times and speeds: listed and verified, but not part of what later steps depend on.
 VOLATILE = frozenset({"metrics.jsonl"})
 # The model card is rendered after the evaluation, from run.json, into the folder that was sealed before it.
@@ -41,20 +39,6 @@ class Seal:
     digest: str
     facts: dict[str, Any]
     files: dict[str, dict[str, Any]]
-
-
-def sha256_file(path: Path) -> str:
-    """Hex sha256 of a file, read in 1 MiB pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def sha256_json(value: Any) -> str:
-    """Hex sha256 of the canonical JSON form (sorted keys, no spaces)."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def content_files(folder: Path) -> list[Path]:
@@ -276,48 +260,6 @@ def _only(sealed: Seal, names: list[str]) -> Seal:
 
 def building_of(folder: Path, root: Path) -> Path:
     return root / ".building" / flat_name(folder, root)
-
-
-class HashCache:
-    """sha256 of input files, remembered by (size, times, inode) so that an unchanged corpus is read once.
-
-    A file that changed within the last SETTLED_S is not remembered: where times are as coarse as a second, it could
-    change once more under the same one.
-    """
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.changed = False
-        try:
-            self.known: dict[str, list] = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            self.known = {}
-
-    def sha256(self, path: Path) -> str:
-        stat = path.stat()
-        mark = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
-        entry = self.known.get(str(path.resolve()))
-        if entry and entry[:-1] == mark:
-            return entry[-1]
-        value = sha256_file(path)
-        if time.time() - max(stat.st_mtime, stat.st_ctime) > SETTLED_S:
-            self.known[str(path.resolve())] = [*mark, value]
-            self.changed = True
-        return value
-
-    def remember(self, name: str, value: str) -> None:
-        """Keep something that is known of an input that is no file (the commit of a Hub dataset)."""
-        if self.remembered(name) != value:
-            self.known[f"remembered:{name}"] = [value]
-            self.changed = True
-
-    def remembered(self, name: str) -> str | None:
-        return self.known.get(f"remembered:{name}", [None])[0]
-
-    def save(self) -> None:
-        if self.changed:
-            write_atomic(self.path, json.dumps(self.known))
-            self.changed = False
 
 
 def cache_root() -> Path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import resource
 import shutil
 import statistics
@@ -27,6 +28,7 @@ from qmedtune.base import note_base
 from qmedtune.data import templates
 from qmedtune.data.classes import LabelledRows
 from qmedtune.data.pack import PackedRows
+from qmedtune.errors import RunError
 from qmedtune.interrupt import stop
 from qmedtune.planning.fit import setup_of
 from qmedtune.planning.machine import this_machine
@@ -279,29 +281,41 @@ class Loop(TrainerCallback):
         self.bar.update(self.tokens, note="validating")
         batch = max(1, int(self.trainer.micro_batch))
         model = self.trainer.trained_model
-        losses = {name: mean_loss(model, rows, self.pad_id, batch) for name, rows in self.held_out.items()}
+        measured = {name: mean_loss(model, rows, self.pad_id, batch) for name, rows in self.held_out.items()}
+        losses = {name: loss if math.isfinite(loss) else None for name, loss in measured.items()}  # JSON has no NaN
         self.write({"step": step, "validation": losses})
+        for name in (name for name, loss in losses.items() if loss is None):
+            said = f"step {step}: validation loss on {name} is {measured[name]}"
+            ui.warn(said)
+            self.warn(step, said)
         self.validation.append({"step": step, **losses})
-        if self.recipe.validation.keep_best and step == self._best()["step"]:
+        if self.recipe.validation.keep_best and step == self._kept_step():
             checkpoints.save_trained(model, self.out / store.SCRATCH / BEST)
         self.bar.update(self.tokens, note="")
         self._marked = (time.monotonic(), self.tokens)
 
-    def _best(self) -> dict[str, Any]:
-        """The validation with the lowest mean over the sources; the earliest of equals."""
-        return min(self.validation, key=lambda v: sum(v[s] for s in self.held_out) / len(self.held_out))
+    def _kept_step(self) -> int | None:
+        """Where the mean of the validation losses is lowest, first of equals; None where none is finite."""
+        means = [(sum(v[s] for s in self.held_out), v["step"]) for v in self.validation if None not in v.values()]
+        return min(means)[1] if means else None
 
     def restore_best(self, model: Any) -> None:
-        if self.recipe.validation.keep_best and self.validation:
+        if self.recipe.validation.keep_best and self._kept_step() is not None:
             checkpoints.load_trained(model, self.out / store.SCRATCH / BEST)
+        for name, weights in models.trainable(model).items():
+            if not torch.isfinite(weights).all():
+                raise RunError(
+                    f"{self.name}: {name} is not finite after step {self.steps}; the stage was not sealed\n"
+                    "its training diverged: try a lower lr, or max_grad_norm below 1.0"
+                )
 
     def facts(self, trainer: QTrainer, tokens: dict[str, int], seconds: float) -> dict[str, Any]:
         lines = _lines(self.out / METRICS)
         speeds = [line["tokens_per_s"] for line in lines if "loss" in line]
-        kept = self._best()["step"] if self.recipe.validation.keep_best and self.validation else self.steps
+        kept = self._kept_step() if self.recipe.validation.keep_best else None
         return {
             "steps": self.steps,
-            "kept_step": kept,
+            "kept_step": kept or self.steps,
             "loss": {"first": self.losses[0], "last": self.losses[-1]},
             "tokens_per_s": round(sorted(speeds)[len(speeds) // 2], 1),
             "train_seconds": round(seconds, 2),

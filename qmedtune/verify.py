@@ -13,7 +13,7 @@ from typing import Any
 
 from qmedtune import __version__, store, ui
 from qmedtune.errors import RecipeError, RunError
-from qmedtune.record import INTERNAL, METRICS, RUN, text_sha256
+from qmedtune.record import INTERNAL, METRICS, RUN, is_whole, text_sha256
 from qmedtune.report import markdown, model_card
 from qmedtune.reporting import page as report_html
 from qmedtune.reporting.facts import read_metrics
@@ -75,7 +75,7 @@ def _consistent(sealed: store.Seal) -> bool:
 def _root_problems(folder: Path, seals: Seals) -> Iterator[str]:
     try:
         run = json.loads((folder / RUN).read_text(encoding="utf-8"))
-        yield from _run_problems(run, seals)
+        yield from _run_problems(folder, run, seals)
         rendered = _composed(folder, run)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         yield f"{RUN}: unreadable ({type(error).__name__})"
@@ -83,35 +83,55 @@ def _root_problems(folder: Path, seals: Seals) -> Iterator[str]:
     for name, expected in rendered.items():
         if not (folder / name).is_file():
             yield f"{name}: missing"
-        elif (folder / name).read_bytes() != expected:
+            continue
+        found = (folder / name).read_bytes()
+        begun = name == METRICS and run["status"] != "finished"  # lines of the stage in progress follow
+        if found != expected and not (begun and found.startswith(expected)):
             yield f"{name}: not what the sealed steps give"
 
 
-def _run_problems(run: dict[str, Any], seals: Seals) -> Iterator[str]:
+def _run_problems(folder: Path, run: dict[str, Any], seals: Seals) -> Iterator[str]:
     """Where run.json does not say what the seals say."""
     if text_sha256(run["recipe_text"]) != run["recipe_sha256"]:
         yield f"{RUN}: recipe_text does not hash to recipe_sha256"
     entries = {stage["name"]: stage for stage in run["stages"]}
     entries |= {f"data/{name}": entry for name, entry in run["data"].items()}
     entries |= {"merged": run["merge"] or {}, "evaluation": run["evaluation"] or {}}
-    for step in run["steps"]:
+    for step in _sealed_steps(run):
         sealed = seals.get(step["name"])
         if sealed is None:
+            if _is_gone(folder, step["name"]):
+                yield f"{step['name']}: missing"
             continue
         if step["key"] != sealed.key:
             yield f"{RUN}: the key of {step['name']} is not the sealed one"
         entry = entries.get(step["name"], sealed.facts)
         differing = [k for k, v in sealed.facts.items() if k not in INTERNAL and entry.get(k) != v]
         yield from (f"{RUN}: {key} of {step['name']} is not what was sealed" for key in differing)
+    if not is_whole(run):
+        yield f"{RUN}: sha256 differs"
+
+
+def _sealed_steps(run: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of other steps there may be a folder, of an earlier recipe."""
+    return [step for step in run["steps"] if step["status"] == "sealed"]
+
+
+def _is_gone(folder: Path, name: str) -> bool:
+    """A folder without a seal. All of data/ may be taken out of a run that is passed on."""
+    place = folder / name
+    return not (place / store.SEAL).exists() and (place.parent == folder or place.parent.exists())
 
 
 def _composed(folder: Path, run: dict[str, Any]) -> dict[str, bytes]:
     """What the files at the root must hold; the reports only if this version rendered them."""
-    parts = [path for step in run["steps"] if (path := folder / step["name"] / METRICS).is_file()]
+    parts = [path for step in _sealed_steps(run) if (path := folder / step["name"] / METRICS).is_file()]
     expected = {METRICS: b"".join(path.read_bytes() for path in parts)} if parts else {}
+    if run["status"] != "finished":  # the other copies are written last
+        return expected
     if (folder / "evaluation" / "evaluation.json").is_file():
         expected["evaluation.json"] = (folder / "evaluation" / "evaluation.json").read_bytes()
-    if run["status"] == "finished" and run["provenance"]["qmedtune"] == __version__:
+    if run["provenance"]["qmedtune"] == __version__:
         metrics = read_metrics(folder / METRICS)
         expected["report.html"] = report_html.page(run, metrics).encode()
         expected["report.md"] = markdown(run, metrics).encode()

@@ -1,4 +1,4 @@
-"""What test_signals.py runs: `python tests/signals.py once|twice|whole|random|time-limit FOLDER` prints JSON.
+"""What test_signals.py runs: `python tests/signals.py once|twice|whole|random|time-limit|second FOLDER` prints JSON.
 
 The recipe is micro.yaml; `twice` makes its third optimiser step take 30 s.
 """
@@ -26,6 +26,8 @@ def start(out: Path, *options: str, slow_step: bool = False) -> int:
     log = os.open(f"{out}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a shell's background jobs ignore some
+        signal.signal(number, signal.SIG_DFL)
     from qmedtune import cli, ui
     from qmedtune.training import trainer
 
@@ -119,21 +121,39 @@ def at_random(folder: Path) -> dict:
 
 
 def time_limit(folder: Path) -> dict:
+    began = time.monotonic()
     expected, out, codes, overrun_s = clean(folder), folder / "run", [], 0.0
-    status = ""
+    # A limit below what loading the model takes would stop every attempt there: on a busy machine it is longer.
+    limit_s, status = max(2.0, (time.monotonic() - began) / 6), ""
     while status != "finished":
         began = time.monotonic()
-        codes.append(finish(start(out, "--time-limit", "2s")))
-        overrun_s = max(overrun_s, time.monotonic() - began - 2)
+        codes.append(finish(start(out, "--time-limit", f"{limit_s:.1f}s")))
+        overrun_s = max(overrun_s, time.monotonic() - began - limit_s)
         status = json.loads((out / "run.json").read_text())["status"]
         assert status in ("running", "finished") and len(codes) < 60
-    return {"codes": codes, "overrun_s": overrun_s, "same_weights": weights(out) == expected}
+    return {"codes": codes, "limit_s": limit_s, "overrun_s": overrun_s, "same_weights": weights(out) == expected}
+
+
+def second(folder: Path) -> dict:
+    """A run, and the same command again and again beside it."""
+    expected, out = clean(folder), folder / "run"
+    first, codes = start(out), []
+    wait_until((out / ".lock").exists)
+    while os.waitpid(first, os.WNOHANG) == (0, 0):
+        codes.append(finish(start(out)))
+    said = Path(f"{out}.log").read_text()
+    return {
+        "codes": codes,
+        "refused": said.count(f"already running (pid {first})"),
+        "same_weights": finish(start(out)) == 0 and weights(out) == expected,
+    }
 
 
 def main() -> None:
     preload()
     kind, folder = sys.argv[1], Path(sys.argv[2])
     kinds = {"once": once, "twice": twice, "whole": whole, "random": at_random, "time-limit": time_limit}
+    kinds["second"] = second
     print(json.dumps({name: kinds[name](folder) for name in kind.split(",")}))
 
 

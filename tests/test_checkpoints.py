@@ -96,6 +96,34 @@ def test_the_last_intact_checkpoint_is_never_lost(tmp_path: Path):
         assert len(list((tmp_path / store.SCRATCH).glob("checkpoint-*"))) <= 2
 
 
+def test_a_damaged_checkpoint_takes_no_intact_ones_place(tmp_path: Path):
+    """Its seal can be read, its weights are damaged: counted, it would push out the one that was resumed from."""
+    first, second = save(tmp_path, 3, keep=2), save(tmp_path, 7, keep=2)
+    (second / checkpoints.WEIGHTS).write_bytes(b"damaged")
+    save(tmp_path, 8, keep=2)
+    assert [path.name for path in checkpoints.found(tmp_path)] == ["checkpoint-3", "checkpoint-8"]
+    assert store.intact(first, full=True)
+
+
+def test_other_names_are_no_checkpoints(tmp_path: Path):
+    saved = save(tmp_path, 3)
+    shutil.copytree(saved, saved.with_name("checkpoint-3.copy"))
+    assert checkpoints.last_intact(tmp_path) == saved
+
+
+def test_a_checkpoint_on_a_bad_sector_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    first, second = save(tmp_path, 3), save(tmp_path, 6)
+    read = store.sha256_file
+
+    def failing(path: Path) -> str:
+        if path.parent == second:
+            raise OSError(5, "Input/output error", str(path))
+        return read(path)
+
+    monkeypatch.setattr(store, "sha256_file", failing)
+    assert checkpoints.last_intact(tmp_path) == first
+
+
 def test_a_crash_at_any_system_call_of_a_save_leaves_an_intact_checkpoint(tmp_path: Path):
     stage = tmp_path / "stage"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -96,3 +97,32 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(OSError, match="No space left"):
         disk.write_atomic(tmp_path / "run.json", "new")
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"run.json": "old"}
+
+
+def test_a_lock_is_not_taken_through_a_link(tmp_path: Path):
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / ".lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(OSError, match="symbolic links"), disk.lock(tmp_path):
+        pass
+    assert (tmp_path / "precious").read_text() == "precious"
+
+
+def test_where_nothing_can_be_locked_a_run_warns_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd):
+    def unsupported(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", unsupported)
+    with disk.lock(tmp_path):
+        assert "has no locks; do not start a second run" in capfd.readouterr().err
+
+
+def test_files_that_go_while_they_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A second run counts what the first is writing; the lock, which is asked next, must be what refuses it."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "file").write_text("12345")
+    (tmp_path / "gone").write_text("")
+    assert sum(map(room._file_bytes, disk.below(tmp_path))) == 5
+    found = list(disk.below(tmp_path))
+    for path in found:
+        path.unlink() if path.is_file() else None
+    assert sum(map(room._file_bytes, found)) == 0

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
-from qmedtune.interrupt import Stop, TimeLimit
+from qmedtune.data import rows
+from qmedtune.interrupt import Stop, Stopped, TimeLimit
 
 
 def wait(seconds: float) -> None:
@@ -59,3 +61,22 @@ def test_without_a_limit_and_after_the_step_nothing_is_ended():
         with stop.limited():
             pass
         wait(0.3)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGALRM])
+def test_a_stop_inside_a_reader_is_no_damaged_record(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Readers turn every ValueError into a reject; a record would be lost, and the step go on to its seal."""
+    path, decode, calls = tmp_path / "notes.jsonl", rows.DECODER.decode, []
+    path.write_text("".join(f'{{"text": "note {line}"}}\n' for line in range(10)))
+
+    def decoded(text: str):
+        calls.append(text)
+        if len(calls) == 5:
+            os.kill(os.getpid(), number)
+        return decode(text)
+
+    monkeypatch.setattr(rows.DECODER, "decode", decoded)
+    stop = Stop()
+    with stop.watching(3600), pytest.raises(Stopped), stop.limited():
+        list(rows.read_jsonl(path))
+    assert len(calls) == 5

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 from conftest import MICRO
+from safetensors.numpy import save_file
 
 from qmedtune import base, keys, store
 from qmedtune.parsing.loader import load_recipe
@@ -68,7 +70,7 @@ def test_what_carries_the_loss_changes_the_validation_rows():
 
 def test_a_chat_template_is_part_of_a_base(tmp_path: Path):
     (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "model.safetensors").write_bytes(b"")
+    save_file({"weight": np.ones(2, np.float32)}, tmp_path / "model.safetensors")
 
     def digest() -> str:
         hashes = store.HashCache(tmp_path / "hashes")

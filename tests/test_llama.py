@@ -9,8 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import MICRO
 from llama_folders import llama2_folder, llama3_folder
+from safetensors.torch import load_file, save_file
 
+from qmedtune import model as models
+from qmedtune import plan
+from qmedtune.errors import RecipeError
+from qmedtune.merging.tensors import INDEX
 from qmedtune.parsing.loader import load_recipe
 from qmedtune.run import run
 
@@ -107,3 +113,20 @@ def test_stacked_and_folded_adapters_merge_to_what_was_trained(tmp_path: Path, a
     first, second = (stage["adapter"]["sha256"] for stage in result["stages"])
     assert first != second
     assert (out / "02-sft-base").is_dir() == (adapter == "merge_then_new")
+
+
+def test_a_base_without_one_of_its_tensors_is_refused(tmp_path: Path):
+    """transformers fills what is missing with random numbers and says so in a log that nobody reads."""
+    base = llama2_folder(tmp_path / "base", num_hidden_layers=1)
+    recipe, _ = plan.resolve(load_recipe(MICRO).recipe)
+    assert models.load_base(base, recipe.model)
+    path = next(base.glob("*.safetensors"))
+    weights = load_file(path)
+    lost = next(name for name in sorted(weights) if "norm" in name)
+    save_file({name: tensor for name, tensor in weights.items() if name != lost}, path, {"format": "pt"})
+    if (base / INDEX).is_file():
+        index = json.loads((base / INDEX).read_text())
+        index["weight_map"].pop(lost)
+        (base / INDEX).write_text(json.dumps(index))
+    with pytest.raises(RecipeError, match=rf"tensor {lost} is missing \(of 1\)\nfetch the model again"):
+        models.load_base(base, recipe.model)

@@ -1,6 +1,7 @@
 """What beginners get wrong: each mistake gets at most six lines, the right exit code and a next step, and nothing is
 written or lost. All through the real command line, in process."""
 
+import hashlib
 import json
 import os
 import socket
@@ -13,11 +14,13 @@ from safetensors.numpy import save_file
 from toy_tokenizers import byte_level, save
 
 from qmedtune import cli, ui
-from qmedtune.base import ADAPTER_WEIGHTS, note_base
+from qmedtune.base import ADAPTER_WEIGHTS, identify, note_base
 from qmedtune.data.tokens import load_codec
 from qmedtune.errors import DataError, RecipeError
 from qmedtune.evaluation.open_model import locate
 from qmedtune.hub import check_folder
+from qmedtune.recipe import ModelSection
+from qmedtune.store import HashCache
 
 RECIPE = """\
 name: mine
@@ -198,6 +201,35 @@ def test_links_out_of_a_model_folder_are_refused(target, place, capsys):
     assert code == 2 and "link" in err
 
 
+@pytest.mark.parametrize("damage", ["truncated", "header", "empty"])
+def test_a_damaged_weights_file_is_named(damage, place, capsys):
+    path = model_folder(place / "base") / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[8] ^= 1
+    path.write_bytes({"truncated": path.read_bytes()[:-1], "header": content, "empty": b""}[damage])
+    code, err = run_on(path.parent, place, capsys)
+    assert code == 2 and "base/model.safetensors: " in err and "safetensors file" in err
+
+
+def test_a_flipped_bit_in_the_hubs_cache_is_named(place, capsys):
+    """Its files are links to blobs that are named by their sha256."""
+    snapshot = model_folder(place / "models--a--b") / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    blobs = place / "models--a--b" / "blobs"
+    blobs.mkdir()
+    (place / "models--a--b" / "config.json").rename(snapshot / "config.json")
+    content = bytearray((place / "models--a--b" / "model.safetensors").read_bytes())
+    blob = blobs / hashlib.sha256(content).hexdigest()
+    (snapshot / "model.safetensors").symlink_to(blob)
+    blob.write_bytes(content)
+    section = ModelSection(base=str(snapshot))
+    identify(section, HashCache(place / "hashes"), offline=True)
+    content[-1] ^= 1
+    blob.write_bytes(content)
+    with pytest.raises(RecipeError, match=r"0123/model.safetensors: damaged since it was fetched\ndelete .*blobs/"):
+        identify(section, HashCache(place / "hashes"), offline=True)
+
+
 def test_an_adapter_is_no_base(place, capsys):
     folder = model_folder(place / "base")
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/else"}')
@@ -275,6 +307,20 @@ def test_a_second_run_in_the_same_folder_leaves(place, capsys):
     with store.lock(place / "runs" / "mine"):
         code, err = refused(["run", "mine.yaml"], place, capsys)
     assert code == 1 and f"already running (pid {os.getpid()})" in err
+
+
+@pytest.mark.parametrize("name", [".lock", ".building/01-cpt/metrics.jsonl", ".building", "data"])
+def test_a_link_in_a_run_folder_is_refused(name, place, capsys):
+    """A run folder that somebody else made: what is written through its links lands elsewhere."""
+    (place / "mine.yaml").write_text(RECIPE)
+    (place / "notes.csv").write_text("text\na note\n")
+    (place / "elsewhere").mkdir()
+    (place / "elsewhere" / "file").write_text("precious")
+    link = place / "runs" / "mine" / name
+    link.parent.mkdir(parents=True)
+    link.symlink_to(place / "elsewhere" / ("file" if "." in link.name[1:] or name == ".lock" else ""))
+    code, err = refused(["run", "mine.yaml"], place, capsys)
+    assert code == 2 and f"runs/mine/{name} is a link" in err
 
 
 def test_a_bad_recipe_leaves_a_run_as_it_is(place, capsys):

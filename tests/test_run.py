@@ -88,6 +88,15 @@ def test_a_finished_run_changes_nothing(copy: Path):
     assert contents(copy) == before
 
 
+@pytest.mark.parametrize("text", ["{}", "[]", "null"])
+def test_a_damaged_run_json_is_written_again(copy: Path, text: str):
+    """Also one that still says `finished`: a flipped bit elsewhere must not be shown as a result."""
+    whole = json.loads((copy / "run.json").read_text())
+    (copy / "run.json").write_text(text if text != "{}" else json.dumps({**whole, "seed": 18}))
+    assert run_micro(copy)["status"] == "finished"
+    assert json.loads((copy / "run.json").read_text())["seed"] == whole["seed"]
+
+
 def test_one_sft_key_makes_sft_and_what_follows_again(copy: Path):
     before = digests(copy)
     result = run_micro(copy, "stages[1].sft.lr=7e-4")

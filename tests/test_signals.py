@@ -50,5 +50,14 @@ def test_time_limits_add_up_to_a_run(tmp_path: Path):
     found = ran("time-limit", tmp_path)["time-limit"]
     assert found["codes"][-1] == 0 and len(found["codes"]) > 1
     assert set(found["codes"]) == {0}  # a planned stop is no failure
-    assert found["overrun_s"] < 5.0  # with the start of the process; the limit itself is 2 s
+    # With the start of the process; the limit is 2 s on a machine that does the whole run in 12.
+    assert found["overrun_s"] < 2.5 * found["limit_s"]
     assert found["same_weights"]
+
+
+@pytest.mark.slow
+def test_a_second_run_leaves_at_any_moment_of_the_first(tmp_path: Path):
+    found = ran("second", tmp_path)["second"]
+    assert found["same_weights"] and len(found["codes"]) > 3
+    # The very last may come when the first has ended, and finds everything done.
+    assert set(found["codes"][:-1]) == {1} and found["refused"] >= len(found["codes"]) - 1

@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from qmedtune import store
 from qmedtune.data import stage, treat
 from qmedtune.data.prepare import prepare_source
 from qmedtune.errors import RunError
+from qmedtune.interrupt import Interrupted
 from qmedtune.recipe import Recipe, SourceSection
 
 PARTS = ("train.jsonl", "heldout.jsonl", "rejects.jsonl", "hashes.npy")
@@ -85,6 +87,19 @@ def test_a_worker_that_dies_is_named(corpus, monkeypatch):
             list(batches)
 
 
+def test_a_worker_that_a_signal_ended_first_is_no_failure(corpus, monkeypatch):
+    """Slurm signals the workers too: the run then ends with 143, not with a worker's death."""
+    with treat.Pool(recipe(corpus), "notes", [], 2) as pool:
+        batches = pool.treated([("a.jsonl", n, {"id": str(n), "text": "x " * 40})] for n in range(200))
+        next(batches)
+        assert pool.executor is not None
+        for process in pool.executor._processes.values():
+            process.terminate()
+        monkeypatch.setattr(treat.stop, "signal", signal.SIGTERM)
+        with pytest.raises(Interrupted):
+            list(batches)
+
+
 ENDLESS = """
 from itertools import count
 from qmedtune.data.treat import Pool
@@ -147,6 +162,21 @@ def test_a_killed_pass_goes_on_at_its_part(tmp_path, corpus, monkeypatch):
     again = counting(monkeypatch)
     facts = prepare_source(made, "notes", {}, out)
     assert again == [[f"{n}.jsonl"] for n in range(3, 9)]
+    assert (facts, {name: (out / name).read_bytes() for name in PARTS}) == whole
+
+
+@pytest.mark.parametrize("suffix", [".jsonl.zst", ".npy", ".json"])
+def test_a_damaged_part_of_an_interrupted_attempt_is_made_again(tmp_path, corpus, monkeypatch, suffix):
+    """No seal covers it yet."""
+    made, out = recipe(corpus, hygiene={"max_bad_fraction": 0.1}), tmp_path / "out"
+    whole = make(made, out)
+    path = sorted((out / "parts").glob(f"*{suffix}"))[0]
+    content = bytearray(path.read_bytes())
+    content[-20] ^= 1
+    path.write_bytes(content)
+    again = counting(monkeypatch)
+    facts = prepare_source(made, "notes", {}, out)
+    assert len(again) == 1
     assert (facts, {name: (out / name).read_bytes() for name in PARTS}) == whole
 
 

@@ -11,6 +11,7 @@ import crash
 import pytest
 
 from qmedtune import disk, store
+from qmedtune import hashes as hashing
 
 
 def attempt(root: Path, key: str) -> Path:
@@ -50,6 +51,17 @@ def test_a_file_that_cannot_be_read_is_damaged(tmp_path: Path, monkeypatch: pyte
     assert store.damage(tmp_path / "01-cpt", sealed, full=True) == ["weights: unreadable (Input/output error)"]
 
 
+def test_a_damaged_partial_result_is_made_again(tmp_path: Path):
+    path = tmp_path / "scratch" / "00000.json"
+    first = store.kept(path, lambda: {"rows": [(0.1, 2)], "none": None})
+    assert first == {"rows": [[0.1, 2]], "none": None}
+    assert store.kept(path, lambda: "made again") == first
+    path.write_text(path.read_text().replace("0.1", "0.2"))
+    assert store.kept(path, lambda: "made again") == "made again"
+    path.write_text("")
+    assert store.kept(path, lambda: "and again") == "and again"
+
+
 @pytest.mark.parametrize("text", ["", "[]", "5", "null", '"x"', "{}", '{"sha256": 1}'])
 def test_what_is_no_seal_is_none(tmp_path: Path, text: str):
     (tmp_path / store.SEAL).write_text(text)
@@ -76,7 +88,7 @@ def test_hashes_are_remembered_by_what_a_change_changes(tmp_path: Path, monkeypa
     monkeypatch.setattr(time, "time", lambda: now + 60)
     assert hashes.sha256(path) == first and hashes.changed
     times = path.stat()
-    monkeypatch.setattr(store, "sha256_file", lambda _: "read again")
+    monkeypatch.setattr(hashing, "sha256_file", lambda _: "read again")
     assert hashes.sha256(path) == first
     path.write_text("two")
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))

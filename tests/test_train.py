@@ -260,6 +260,35 @@ def test_a_nan_stops_before_the_update(
     assert run_stage(micro_run, out) == losses(whole)
 
 
+def test_a_validation_loss_that_is_not_finite_is_told_and_never_the_best(
+    micro_run: MicroRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    values = iter([float("nan"), 3.0, 2.0, float("inf")])  # two sources, before and after
+    monkeypatch.setattr(train, "mean_loss", lambda *_: next(values, 2.5))
+    recipe = micro(*FP32, "validate.keep_best=true", "validate.every=4")
+    facts = train.train_stage(recipe, 0, micro_run.inputs(), tmp_path)
+    assert facts["kept_step"] == 12 and [v["step"] for v in facts["validation"]][:3] == [4, 8, 12]
+    told = ["step 4: validation loss on literature is nan", "step 8: validation loss on notes is inf"]
+    assert facts["warnings"] == told
+    json.loads((tmp_path / train.METRICS).read_text().splitlines()[4], parse_constant=pytest.fail)
+
+
+def test_weights_that_are_not_finite_are_not_sealed(
+    micro_run: MicroRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """After the last update there is no loss any more that would tell."""
+    original = train.Loop.on_step_end
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.steps:
+            next(iter(trainer.trainable(self.trainer.trained_model).values())).data[0] = float("inf")
+        original(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(train.Loop, "on_step_end", on_step_end)
+    with pytest.raises(RunError, match=r"01-cpt: .* is not finite after step \d+; the stage was not sealed"):
+        run_stage(micro_run, tmp_path, "validate.on=[]")
+
+
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:100])
 

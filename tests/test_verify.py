@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import MICRO, MicroRun
+from test_train import stop_after
 
 from qmedtune import cli
 from qmedtune.errors import RecipeError, RunError
@@ -74,6 +75,47 @@ def test_missing_files_and_folders_without_a_run(copy, tmp_path):
         verify(copy)
     with pytest.raises(RecipeError, match="no run in this folder"):
         check_is_run(tmp_path)
+
+
+def test_a_sealed_step_without_its_seal_is_missing(copy):
+    """Else whoever removes a seal could change what it sealed."""
+    flip(copy / "data" / "notes" / "train.jsonl", random.Random(1))
+    (copy / "data" / "notes" / "seal.json").unlink()
+    with pytest.raises(RunError, match="data/notes: missing"):
+        verify(copy)
+    shutil.rmtree(copy / "data" / "notes")
+    with pytest.raises(RunError, match="data/notes: missing"):
+        verify(copy)
+    shutil.rmtree(copy / "data")  # SECURITY.md: what one passes on holds no text
+    assert verify(copy) == {"folders": 0, "files": 0}
+
+
+def test_what_an_earlier_recipe_left_is_no_difference(copy):
+    assert cli.invoke(["run", str(MICRO), "--out", str(copy), "--offline", "--until", "data/literature"]) == 0
+    states = {step["name"]: step["status"] for step in json.loads((copy / "run.json").read_text())["steps"]}
+    assert states["data/notes"] == "to do" and (copy / "data" / "notes").is_dir()
+    assert verify(copy)["folders"] == 6
+
+
+def test_a_run_that_is_interrupted_in_its_second_stage_passes(tmp_path, monkeypatch):
+    """metrics.jsonl then goes on behind what is sealed."""
+    command = ["run", str(MICRO), "--out", str(tmp_path / "run"), "--offline"]
+    assert cli.invoke([*command, "--until", "01-cpt"]) == 0
+    monkeypatch.setattr("qmedtune.train.Loop.on_step_end", stop_after(1))
+    assert cli.invoke([*command, "--until", "02-sft"]) == 143
+    stages = [json.loads(line)["stage"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert set(stages) == {"01-cpt", "02-sft"}
+    assert verify(tmp_path / "run")["folders"] == 8
+
+
+def test_one_flipped_bit_in_run_json_is_named(copy):
+    path, rng = copy / "run.json", random.Random(9)
+    whole = path.read_bytes()
+    for _ in range(60):
+        flip(path, rng)
+        with pytest.raises(RunError, match="run.json: "):
+            verify(copy)
+        path.write_bytes(whole)
 
 
 def test_a_file_that_was_added_is_named(copy):

@@ -6,7 +6,6 @@ in their files: a killed run loses one part, and a changed file redoes its own.
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -141,18 +140,34 @@ def _make_part(pool: Pool, source: SourceSection, files: list[Path], part: Path,
         table[name] = getattr(staged, name)
     np.save(part.with_suffix(".npy"), table)
     lists = {name: getattr(staged, name) for name in ("hits", "deleted", "rejects", "cleaned")}
-    store.write_json(part.with_suffix(".json"), lists | {"identifiers": staged.identifiers.as_dict()})
+    lists |= {"identifiers": staged.identifiers.as_dict(), "sha256": _hashes(part)}
+    for path in _files(part)[:-1]:
+        store.fsync_path(path)
+    store.write_checked(part.with_suffix(".json"), lists)
     return staged
+
+
+def _hashes(part: Path) -> list[str]:
+    return [store.sha256_file(path) for path in _files(part)[:-1]]
+
+
+def _lists_of(part: Path) -> dict[str, Any] | None:
+    """What the .json of a part holds; None where it, or a file beside it, is missing or damaged."""
+    lists = store.read_checked(part.with_suffix(".json"))
+    try:
+        return lists if lists and lists["sha256"] == _hashes(part) else None
+    except OSError:
+        return None
 
 
 def _kept_part(part: Path, work: IO[bytes]) -> Staged | None:
     """A part that an interrupted attempt or an earlier result has made, appended to `work`; None without one."""
-    if not part.with_suffix(".json").is_file() and not store.take_over(_files(part)):
+    lists = _lists_of(part) or (_lists_of(part) if store.take_over(_files(part)) else None)
+    if lists is None:
         return None
     staged, table = Staged(), np.load(part.with_suffix(".npy"))
     for name in ARRAYS:
         getattr(staged, name).frombytes(table[name].tobytes())
-    lists = json.loads(part.with_suffix(".json").read_text())
     staged.hits = [(record, item, words) for record, item, words in lists["hits"]]
     staged.deleted = [(record, tuple(pmids)) for record, pmids in lists["deleted"]]
     staged.rejects = [(file, line, reason, refused) for file, line, reason, refused in lists["rejects"]]

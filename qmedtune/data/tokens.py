@@ -256,6 +256,7 @@ def _write_shard(
     for what, array in arrays.items():
         temporary = _file(shard, f"{what}.part")
         np.save(temporary, array)
+        store.fsync_path(temporary)  # after power loss an attempt must not find empty files under final names
         os.replace(temporary, _file(shard, what))
 
 

@@ -28,6 +28,7 @@ from qmedtune.data.clean import clean
 from qmedtune.data.rejects import Damaged, Refused
 from qmedtune.data.sources import VERSIONED, Deleted, Item, PmidSet
 from qmedtune.errors import RunError
+from qmedtune.interrupt import stop
 from qmedtune.recipe import Recipe
 
 WORKER_BYTES = 8 << 20  # of input per worker: starting one takes half a second, as long as it takes to clean 8 MB
@@ -246,6 +247,7 @@ class Pool:
             while waiting:
                 yield waiting.popleft().result()
         except BrokenProcessPool as error:
+            stop.raise_if_requested()  # Slurm signals all processes of a job, and a worker may be gone first
             raise RunError(
                 f"one of {self.workers} worker processes was killed, perhaps for want of memory\n"
                 "give the same command again; with fewer processes: --set workers=1"

@@ -8,8 +8,7 @@ Deliberately absent: model loading, intervals and comparisons (compare.py).
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -70,18 +69,8 @@ def measure_model(
         done[task.name] = measure(model, tokenizer, task, settings, f"{task.name}, {label}", parts_folder)
     # A source may be a path, which must not lead out of the folder.
     files = {source: folder / f"{label}-perplexity-{store.sha256_json(source)[:16]}.json" for source in held_out}
-    texts = {source: _kept(file, partial(text, source)) for source, file in files.items()}
+    texts = {source: store.kept(file, partial(text, source)) for source, file in files.items()}
     return Measured(done, {source: Perplexity(**found) for source, found in texts.items()})
-
-
-def _kept(path: Path, work: Callable[[], Any]) -> Any:
-    """What an interrupted attempt left in `path`, else the result of `work`, written in one rename."""
-    if path.is_file():
-        return json.loads(path.read_text(encoding="utf-8"))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    result = work()
-    store.write_json(path, result)
-    return result
 
 
 def measure(model: Any, tokenizer: Any, task: Task, settings: Settings, title: str, folder: Path) -> list[Row]:
@@ -94,7 +83,7 @@ def measure(model: Any, tokenizer: Any, task: Task, settings: Settings, title: s
         for number, part in enumerate(parts(asked, prompts)):
             items, texts = [asked[i] for i in part], [prompts[i] for i in part]
             done, work = bar.completed, partial(_score, model, tokenizer, task, items, texts, settings, adding(bar))
-            for index, row in zip(part, _kept(folder / f"{number:05d}.json", work), strict=True):
+            for index, row in zip(part, store.kept(folder / f"{number:05d}.json", work), strict=True):
                 rows[index] = row
             bar.update(done + len(part) * ways)
     return rows

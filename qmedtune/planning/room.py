@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from qmedtune import ui, units
-from qmedtune.disk import unmounted_drive
+from qmedtune.disk import below, unmounted_drive
 from qmedtune.errors import DataError, DoesNotFit, RecipeError
 from qmedtune.planning import fit, memory
 from qmedtune.planning.machine import this_machine
@@ -67,6 +67,11 @@ def check_writable(out: Path) -> None:
             f"--out: cannot write to {out} ({existing} is {'read-only' if existing.is_dir() else 'a file'})\n"
             "give a folder that you may write to with --out"
         )
+    if link := next((path for path in below(out) if path.is_symlink()), None):
+        raise RecipeError(
+            f"--out: {link} is a link; what is written through it would land elsewhere\n"
+            "a run folder holds no links, but may itself be one: move the whole folder, or give another with --out"
+        )
 
 
 def check(recipe: Recipe, out: Path, to_do: Collection[str]) -> None:
@@ -98,8 +103,16 @@ def check(recipe: Recipe, out: Path, to_do: Collection[str]) -> None:
         "adapters": training,
         "merged model": "merged" in to_do,
     }
-    begun = sum(path.stat().st_size for path in (out / ".building").rglob("*") if path.is_file())
+    begun = sum(map(_file_bytes, below(out / ".building")))
     refuse_too_little({name: size for name, size in parts.items() if needed[name]}, begun, free_bytes(out))
+
+
+def _file_bytes(path: Path) -> int:
+    """0 where it is gone: another run is at work there, which the lock will say."""
+    try:
+        return path.stat().st_size if path.is_file() else 0
+    except OSError:
+        return 0
 
 
 def _check_machine(facts: BaseFacts, setups: list[Setup]) -> None:

@@ -36,7 +36,7 @@ def save(
     stage: Path, step: int, weights: Mapping[str, Tensor], states: tuple[dict[str, Tensor], dict[str, Any]],
     trainer_state: Any, facts: dict[str, Any], keep: int,
 ) -> Path:  # fmt: skip
-    """Seal a checkpoint of `stage` (the folder being built), then drop all but the newest `keep`.
+    """Seal a checkpoint of `stage` (the folder being built), then drop all but the newest `keep` intact ones.
 
     `states` are those of `states_of`. RunError where the disk has no room for it: what was sealed before stays.
     """
@@ -59,15 +59,21 @@ def save(
     folder = scratch / f"checkpoint-{step}"
     store.discard(folder)  # one that is there was damaged, and passed over
     store.rename(partial, folder)
-    for old in superseded(sealed(stage), folder, keep):
+    intact = sealed(stage)
+    for old in [*(path for path in found(stage) if path not in intact), *superseded(intact, folder, keep)]:
         store.discard(old)
     return folder
 
 
+def found(stage: Path) -> list[Path]:
+    """All checkpoints, oldest first."""
+    numbered = (p for p in (stage / store.SCRATCH).glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit())
+    return sorted(numbered, key=step_of)
+
+
 def sealed(stage: Path) -> list[Path]:
-    """Checkpoints that carry a seal, oldest first."""
-    found = (stage / store.SCRATCH).glob("checkpoint-*")
-    return sorted((path for path in found if store.read_seal(path)), key=step_of)
+    """Checkpoints that are as they were sealed, going by sizes and times, oldest first."""
+    return [path for path in found(stage) if store.intact(path, KEY)]
 
 
 def step_of(checkpoint: Path) -> int:
@@ -82,8 +88,7 @@ def superseded(checkpoints: list[Path], newest: Path, keep: int) -> list[Path]:
 
 def last_intact(stage: Path) -> Path | None:
     """The newest checkpoint whose every file matches its seal; damaged ones are passed over with a warning."""
-    found = sorted((stage / store.SCRATCH).glob("checkpoint-*"), key=step_of, reverse=True)
-    for path in found:
+    for path in reversed(found(stage)):
         if store.intact(path, KEY, full=True):
             return path
         ui.warn(f"{path.name} is damaged; continuing from the one before")
