@@ -173,7 +173,9 @@ def test_each_way_keeps_what_the_plan_says(ids):
     assert held["recompute"] - held["offload"] == 2 * hidden
 
 
-def test_offloaded_inputs_are_copies_that_come_back_in_turn():
+@pytest.mark.parametrize("piece", [3, 2**25])
+def test_offloaded_inputs_are_copies_that_come_back_in_turn(piece, monkeypatch):
+    monkeypatch.setattr(activations, "PIECE", piece)
     x = [torch.full((4,), float(i), requires_grad=True) for i in range(3)]
     seen = []
 

@@ -23,7 +23,7 @@ LAYERS, TOKENS, DOCUMENT = 3, 4096, 256
 
 
 class Alive(TorchDispatchMode):
-    """Bytes of the storages that operations made besides the model and nothing has freed yet; `peak` is their highest sum."""
+    """Bytes of what operations made besides the model and nothing has freed yet; `peak` is their highest sum."""
 
     def __init__(self, model: torch.nn.Module):
         super().__init__()
