@@ -176,6 +176,7 @@ def test_each_way_keeps_what_the_plan_says(ids):
 @pytest.mark.parametrize("piece", [3, 2**25])
 def test_offloaded_inputs_are_copies_that_come_back_in_turn(piece, monkeypatch):
     monkeypatch.setattr(activations, "PIECE", piece)
+    monkeypatch.setattr(activations, "_LAST", [])  # no other test's graph comes before
     x = [torch.full((4,), float(i), requires_grad=True) for i in range(3)]
     seen = []
 
