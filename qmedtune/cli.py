@@ -50,7 +50,7 @@ COMMANDS = {
 }
 for name, command in COMMANDS.items():
     app.command(name)(command)
-for measurement in (cli_bench.kernels, cli_bench.train, cli_bench.data, cli_bench.merge):
+for measurement in (cli_bench.kernels, cli_bench.train, cli_bench.load, cli_bench.data, cli_bench.merge):
     bench.command()(measurement)
 bench.command("eval")(cli_bench.evaluation)
 app.add_typer(bench, name="bench")

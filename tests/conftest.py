@@ -14,6 +14,14 @@ ROOT = Path(__file__).parent.parent
 MICRO = ROOT / "recipes" / "micro.yaml"
 
 
+# Minutes each: begun last, one of two processes would end with them alone.
+LONG = ("test_kill.py", "test_calls.py", "test_notebooks.py", "test_train.py", "test_evaluate.py", "test_run.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 @dataclass(frozen=True)
 class MicroRun:
     """A run of the micro recipe in which data is packed and nothing is trained yet."""

@@ -19,12 +19,11 @@ def check(kind: str, every: int) -> None:
     assert done.stdout, done.stderr[-2000:]
     tally = json.loads(done.stdout)
     assert tally["odd"] == tally["half_artefacts"] == tally["different"] == []
-    assert tally["stops"] >= sum(tally["calls"].values()) // every > 5
+    assert tally["stops"] >= sum(tally["calls"].values()) // every > 2
 
 
-@pytest.mark.parametrize("kind", ["kill", "full"])
-def test_one_call_in_a_hundred(kind: str):
-    check(kind, 100)
+def test_a_kill_at_one_call_in_two_hundred():
+    check("kill", 200)
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """fused.install against transformers + PEFT: same losses, same gradients, same saved adapters."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -142,6 +143,22 @@ def test_every_way_of_the_layers_gives_the_same_bits_for_fewer_bytes(ids):
         assert all(torch.equal(grads[name], value) for name, value in found["keep"][1].items())
 
 
+def test_an_mlp_in_tiles_gives_the_same_gradients(ids, monkeypatch):
+    """Tiles of 5 tokens do not divide the rows; their last one is short."""
+    model = tiny(num_hidden_layers=2)
+    fused.install(model)
+    activations.set_ways(model.train(), {"offload": 2})
+    loss, grads = step(model, ids)
+    seen = []
+    for layer in model.base_model.model.model.layers:
+        layer.mlp.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    monkeypatch.setattr(fused, "tiled", partial(activations.tiled, tokens=5))
+    again, again_grads = step(model, ids)
+    assert max(seen) == 5 and ids.numel() % 5 and ids.numel() % 5 in seen
+    assert float(again) == pytest.approx(float(loss), rel=1e-6)
+    assert_close(again_grads, grads, 1e-5)
+
+
 def test_each_way_keeps_what_the_plan_says(ids):
     model = tiny()
     fused.install(model)
@@ -156,7 +173,10 @@ def test_each_way_keeps_what_the_plan_says(ids):
     assert held["recompute"] - held["offload"] == 2 * hidden
 
 
-def test_offloaded_inputs_are_copies_that_come_back_in_turn():
+@pytest.mark.parametrize("piece", [3, 2**25])
+def test_offloaded_inputs_are_copies_that_come_back_in_turn(piece, monkeypatch):
+    monkeypatch.setattr(activations, "PIECE", piece)
+    monkeypatch.setattr(activations, "_LAST", [])  # no other test's graph comes before
     x = [torch.full((4,), float(i), requires_grad=True) for i in range(3)]
     seen = []
 

@@ -1,27 +1,91 @@
 #!/usr/bin/env bash
-# One call on a CUDA machine: correctness, then speed, together under 8 minutes; then table, chart and dispatch table.
-# Call it again after an interruption: tests that passed for these sources are not repeated, measured rows are kept.
-#   kernels/benchmarks/run_gpu.sh            everything; the shipped dispatch table changes only if correctness passed
+# The whole measurement on a CUDA machine, in calls of less than ten minutes each. Each can be repeated: what has been
+# measured is kept under kernels/benchmarks/results/ and is not measured again, nor are tests that passed for the same
+# sources and versions repeated.
+#   kernels/benchmarks/run_gpu.sh kernels    correctness of the repository, then the kernels; the shipped dispatch table
+#                                            changes only if every test passed
+#   kernels/benchmarks/run_gpu.sh train      training beside the peers: as it comes, nothing recomputed, within 24 GiB
+#   kernels/benchmarks/run_gpu.sh memory     longest context, loading, the 70B shape in 48 GiB
+#   kernels/benchmarks/run_gpu.sh ablation   kernel by kernel, on the 1B shape
 #   kernels/benchmarks/run_gpu.sh --quick    one shape of each kernel, for tuning; changes no table
-#   RESULTS=DIR kernels/benchmarks/run_gpu.sh   results elsewhere, for a machine whose checkout is thrown away: copy them
-#       to kernels/benchmarks/results later and run publish.py there, which needs no GPU
-set -euo pipefail
+# RESULTS=DIR: results elsewhere, for a machine whose checkout is thrown away; copied to kernels/benchmarks/results later,
+# publish.py and publish_training.py fill the pages there without a GPU. SCRATCH=DIR: room for 60 GB of random models, which are kept for the next
+# call. Each part is cut at its limit, and one that fails stops no other; the exit status says whether any did.
+set -uo pipefail
 results=$(realpath -m "${RESULTS:-$(dirname "$0")/results}")
 cd "$(dirname "$0")/../.."
+part=${1:-}
+case "$part" in
+kernels | train | memory | ablation | --quick) ;;
+*)
+    sed -n '2,12s/^# \{0,1\}//p' "$0"
+    exit 2
+    ;;
+esac
 export PYTHONPATH="$PWD:$PWD/kernels/torch-ext${PYTHONPATH:+:$PYTHONPATH}"
 unset TRITON_INTERPRET QMEDTUNE_KERNELS
-mkdir -p "$results"
-name=$(python -c "import re, torch; print(re.sub(r'[^a-z0-9]+', '-', torch.cuda.get_device_name().lower()).strip('-'))")
-stamp=$(python -c "import json; from qmedtune.bench.kernels import sources, versions
-print(json.dumps({'sources': sources(), 'versions': versions()}))")
+name=$(python -c "import re, torch; print(re.sub(r'[^a-z0-9]+', '-', torch.cuda.get_device_name().lower()).strip('-'))") || exit 1
+training="$results/training/$name" scratch=${SCRATCH:-${TMPDIR:-/tmp}/qmedtune-bench}
+mkdir -p "$results/training" "$scratch"
+failed=0
 
-if [[ "$(cat "$results/$name.passed" 2>/dev/null)" != "$stamp" ]]; then
-    python -m pytest -m gpu kernels/tests -p no:cacheprovider
-    echo "$stamp" > "$results/$name.passed"
-fi
-if [[ "${1:-}" == "--quick" ]]; then
-    python kernels/benchmarks/benchmark_all.py --quick --out "/tmp/$name.quick.json"
-    exit
-fi
-python kernels/benchmarks/benchmark_all.py --out "$results/$name.json" --seconds $((460 - SECONDS))
-python kernels/benchmarks/publish.py "$results/$name.json"
+step() { # step SECONDS COMMAND...
+    local limit=$1 status
+    shift
+    echo "== $*" >&2
+    timeout --signal=INT --kill-after=10 "$limit" "$@"
+    status=$?
+    [[ $status -eq 0 ]] || { failed=1 && echo "== ended with $status: $*" >&2; }
+    return $status
+}
+
+bench() { # bench SECONDS LABEL OPTIONS...: `qmedtune bench OPTIONS` into results/training/GPU.LABEL.json
+    local limit=$1 file="$training.$2.json"
+    shift 2
+    step "$limit" python -m qmedtune bench "$@" --json --scratch "$scratch" >"$file.new" && mv "$file.new" "$file"
+    rm -f "$file.new"
+}
+
+train() { # train SECONDS LABEL CONTENDERS OPTIONS...
+    local limit=$1 label=$2 contenders=$3
+    shift 3
+    bench $((limit + 15)) "$label" train --time-limit "${limit}s" --rounds 1 --contenders "$contenders" \
+        --results "$training.raw.json" "$@"
+}
+
+case "$part" in
+--quick)
+    step 300 python -m pytest -m gpu kernels/tests -p no:cacheprovider
+    step 240 python kernels/benchmarks/benchmark_all.py --quick --out "/tmp/$name.quick.json"
+    ;;
+kernels)
+    workers=$(python -c "import xdist; print('-n 4')" 2>/dev/null)
+    stamp=$(python -c "import json; from qmedtune.bench.kernels import sources, versions
+print(json.dumps({'sources': sources(), 'versions': versions()}))")
+    if [[ "$(cat "$results/$name.passed" 2>/dev/null)" != "$stamp" ]]; then
+        # shellcheck disable=SC2086
+        step 280 python -m pytest -m gpu -p no:cacheprovider $workers && echo "$stamp" >"$results/$name.passed"
+    fi
+    step 270 python kernels/benchmarks/benchmark_all.py --seconds 240 --out "$results/$name.json"
+    [[ ! -f "$results/$name.json" ]] || step 20 python kernels/benchmarks/publish.py "$results/$name.json"
+    ;;
+train)
+    large=(--shape 8b --rows 1)
+    train 90 tiny trl-tuned,unsloth,axolotl,qmedtune-reference,qmedtune --shape tiny
+    train 240 8b trl-tuned,qmedtune,trl,unsloth,axolotl,trl-liger,trl-compiled "${large[@]}" --checkpointing
+    train 90 8b-keep trl-tuned,qmedtune,unsloth "${large[@]}" --keep
+    train 90 8b-24gib trl-tuned,qmedtune,unsloth "${large[@]}" --checkpointing --memory 24
+    ;;
+memory)
+    bench 260 context train --shape 8b --r 32 --context 8,12,16,24,40,80 --time-limit 240s \
+        --results "$training.context.raw.json"
+    bench 110 load load --shape 8b --rounds 1
+    train 150 70b-48gib qmedtune --shape 70b --rows 1 --memory 48 --steps 6 --warmup 2
+    ;;
+ablation)
+    left_out=without-linears,without-norms,without-rope,without-swiglu,without-loss,without-varlen
+    train 520 1b-ablation "qmedtune,qmedtune-reference,$left_out" --shape 1b --rows 1 --keep
+    ;;
+esac
+[[ "$part" == --quick ]] || step 20 python kernels/benchmarks/publish_training.py "$results/training"
+exit $failed

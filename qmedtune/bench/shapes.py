@@ -119,6 +119,10 @@ def write_nf4_model(shape: Mapping[str, int], folder: Path) -> int:
     config = config_of(shape) | {"quantization_config": NF4_CONFIG}
     store.write_json(folder / "config.json", config)
     generator = torch.Generator().manual_seed(0)
+    pools = (
+        torch.randint(0, 256, (POOL,), dtype=torch.uint8, generator=generator),
+        torch.randn(POOL, generator=generator).mul_(0.02).bfloat16(),
+    )
     files: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, size in tensors_of(shape).items():
         layer = f"layer-{int(name.split('.')[2]):03d}" if ".layers." in name else "ends"
@@ -127,7 +131,8 @@ def write_nf4_model(shape: Mapping[str, int], folder: Path) -> int:
     for file, names in files.items():
         tensors: dict[str, torch.Tensor] = {}
         for name, size in names.items():
-            tensors |= _nf4_tensors(name, size, generator) if "_proj" in name else {name: _plain(size, generator)}
+            start = len(places) + len(tensors)
+            tensors |= _nf4_tensors(name, size, pools[0], start) if "_proj" in name else {name: _plain(size, pools[1])}
         save_file(tensors, folder / file, metadata={"format": "pt"})
         places |= dict.fromkeys(tensors, file)
     store.write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": places})
@@ -140,15 +145,24 @@ NF4_CONFIG = {
 }  # fmt: skip
 
 
-def _plain(size: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+# Numbers drawn once, laid end to end from another start in each tensor: to draw 35 GB of the 70B shape takes minutes.
+POOL = 2**24 + 2**12 + 1
+
+
+def _laid(pool: torch.Tensor, count: int, start: int) -> torch.Tensor:
+    start = start * 7919 % POOL
+    return pool.repeat(-(-(start + count) // POOL))[start : start + count].clone()
+
+
+def _plain(size: tuple[int, ...], pool: torch.Tensor) -> torch.Tensor:
     import torch
 
     if len(size) == 1:
         return torch.ones(size, dtype=torch.bfloat16)
-    return torch.empty(size, dtype=torch.bfloat16).normal_(0.0, 0.02, generator=generator)
+    return _laid(pool, size[0] * size[1], size[0]).view(size)
 
 
-def _nf4_tensors(name: str, size: tuple[int, ...], generator: torch.Generator) -> dict[str, torch.Tensor]:
+def _nf4_tensors(name: str, size: tuple[int, ...], pool: torch.Tensor, start: int) -> dict[str, torch.Tensor]:
     """The six tensors of one linear, under bitsandbytes' names."""
     import bitsandbytes.functional as bnb
     import torch
@@ -160,8 +174,8 @@ def _nf4_tensors(name: str, size: tuple[int, ...], generator: torch.Generator) -
         "nested_dtype": "float32", "nested_offset": 0.035,
     }  # fmt: skip
     return {
-        name: torch.randint(0, 256, (rows * columns // 2, 1), dtype=torch.uint8, generator=generator),
-        f"{name}.absmax": torch.randint(0, 256, (blocks,), dtype=torch.uint8, generator=generator),
+        name: _laid(pool, rows * columns // 2, start)[:, None],
+        f"{name}.absmax": _laid(pool, blocks, start + 1),
         f"{name}.quant_map": bnb.get_4bit_type("nf4", device="cpu"),
         f"{name}.nested_absmax": torch.full((-(-blocks // 256),), 0.005),
         f"{name}.nested_quant_map": bnb.create_dynamic_map(),

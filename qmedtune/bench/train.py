@@ -1,44 +1,65 @@
 """`qmedtune bench train`: training speed of qmedtune against what a user would install instead.
 
-Every contender trains the same random-weight LLaMA on the same packed tokens, in a process of its own (Unsloth patches
-its peers), in turns, several rounds; what is quoted are ratios within this one run. Speed stands beside the loss, so
-that a fast wrong contender is seen. Contenders whose package is absent are listed as absent, not skipped silently.
+Every contender trains the same random-weight LLaMA from the same adapter on the same packed tokens, in a process of its
+own (Unsloth patches its peers), in turns, several rounds; what is quoted are ratios within a round. Speed stands beside
+correctness: on the tiny shape the loss curve and the adapters' first gradient are compared with an fp32 loop's.
+Contenders whose package is absent are listed as absent, not skipped silently. Deliberately not here: what each
+contender does (train_worker.py, train_peers.py), the longest context (context.py).
 """
 
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from qmedtune import ui
-from qmedtune.bench.shapes import POSITIONS, SHAPES
-from qmedtune.errors import RecipeError, RunError
-from qmedtune.record import device_name, versions
+from qmedtune.bench.shapes import SHAPES, tensors_of
+from qmedtune.errors import RecipeError
+from qmedtune.planning.machine import this_machine
+from qmedtune.record import versions
 
 CONTENDERS = {
     "torch-loop": "a bare PyTorch loop: dequantised bf16 linears, naive LoRA, AdamW; no trainer around it",
     "trl": "TRL + PEFT + bitsandbytes on their defaults: gradient checkpointing, 8 rows at a time, accumulated",
-    "trl-tuned": "the same without gradient checkpointing, and with qmedtune's micro-batch",
+    "trl-tuned": "the same with qmedtune's micro-batch and checkpointing, FlashAttention where installed",
+    "trl-compiled": "trl-tuned with torch.compile and flex attention",
+    "trl-liger": "trl-tuned with Liger's kernels",
     "sft-trainer": "stock SFTTrainer over the dequantised model with PEFT LoRA",
+    "unsloth": "Unsloth's FastLanguageModel with TRL",
+    "axolotl": "Axolotl's LoRA kernels under trl-tuned",
     "qmedtune-reference": "qmedtune with PyTorch operations",
     "qmedtune": "qmedtune as a recipe runs it",
-    "unsloth": "Unsloth's FastLanguageModel with TRL",
+    "without-linears": "qmedtune, linears and LoRA by their PyTorch reference",
+    "without-norms": "qmedtune, norms by their PyTorch reference",
+    "without-rope": "qmedtune, rotary embedding by its PyTorch reference",
+    "without-swiglu": "qmedtune, SwiGLU by its PyTorch reference",
+    "without-loss": "qmedtune, cross entropy in chunks of PyTorch operations",
+    "without-varlen": "qmedtune, sdpa with a mask in place of attention by lengths",
 }
-NEEDS = {"unsloth": "unsloth"}
-LONGEST_ROWS = 4 * POSITIONS
+NEEDS = {"unsloth": "unsloth", "axolotl": "axolotl", "trl-liger": "liger_kernel"}
+# A CPU has no kernels to leave out, and torch.compile would compile for minutes there.
+GPU_ONLY = ("trl-compiled", *(name for name in CONTENDERS if name.startswith("without-")))
+REFERENCE = "fp32"
+# Dense bf16 (T4: fp16) TFLOP/s of the data sheets, what utilisation is quoted of.
+SHEET_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "4090": 165, "3090": 71, "T4": 65}
+TIME_LIMIT_S = 540.0  # of a call; what is missing then is measured by the next, where results are kept
+SHORTEST_S = 20.0  # no contender is begun with less time left
 
 
 @dataclass(frozen=True)
 class Job:
-    """One comparison: `rows` rows of `seq_len` tokens make an optimiser step, documents of `document` tokens."""
+    """One comparison: `rows` rows of `seq_len` tokens make an optimiser step, documents of `document` tokens
+    on average."""
 
     shape: str = "tiny"
     seq_len: int = 64
@@ -46,18 +67,18 @@ class Job:
     micro_batch: int = 32
     document: int = 16
     steps: int = 30
-    warmup_steps: int = 5
+    warmup_steps: int = 5  # not counted
     r: int = 32
     alpha: float = 64.0
     train_embeddings: bool = True
-    checkpointing: bool = False  # of contenders that do not say otherwise: every layer recomputed
+    checkpointing: bool = False  # every layer recomputed, by contenders that do not say otherwise
     lr: float = 1e-3
     seed: int = 0
     memory_gib: float | None = None  # of the card, enforced; None: all of it
 
 
-def job_of(shape: str, chosen: dict[str, int]) -> Job:
-    """The job of a shape: the tiny one's as it stands, others rows of 4096 one at a time, 25 steps of which 20 warm up,
+def job_of(shape: str, chosen: dict[str, Any]) -> Job:
+    """The job of a shape: the tiny one's as it stands, others rows of 4096 one at a time, 40 steps of which 20 warm up,
     LoRA alone, layers recomputed; `chosen` overrides. Raises RecipeError for an unknown shape."""
     if shape not in SHAPES:
         raise RecipeError(f"bench train: no shape {shape!r}\nallowed: {', '.join(SHAPES)}")
@@ -67,126 +88,157 @@ def job_of(shape: str, chosen: dict[str, int]) -> Job:
     return replace(large, **chosen)
 
 
-def bench_context(job: Job, budgets_gib: Sequence[float], results: Path | None = None) -> dict[str, Any]:
-    """The longest single row, in steps of 1024 tokens, that two steps of qmedtune train within each budget, which a
-    memory fraction enforces on a larger card. Found by doubling, then halving the gap. Raises RunError without a GPU.
-    """
-    import torch
-
-    if not torch.cuda.is_available():
-        raise RunError("bench train --context: no CUDA device here; memory there is what it measures")
-    known = json.loads(results.read_text()) if results and results.is_file() else {}
-    rows = []
-    with tempfile.TemporaryDirectory() as scratch, ui.stage("bench context", len(budgets_gib), "budgets") as bar:
-        for number, gib in enumerate(budgets_gib):
-
-            def trains(length: int, gib: float = gib) -> bool:
-                one = replace(job, seq_len=length, document=length, rows=1, micro_batch=1, steps=2, warmup_steps=1)
-                mark = json.dumps([gib, length, job.shape])
-                if mark not in known:
-                    known[mark] = _measure(replace(one, memory_gib=gib), "qmedtune", Path(scratch), 540.0)
-                    if results:
-                        results.write_text(json.dumps(known, indent=1))
-                return "tokens_per_s" in known[mark]
-
-            longest = 1024 * longest_that(lambda n: trains(1024 * n), LONGEST_ROWS // 1024)
-            rows.append({"case": f"{gib:g} GiB", "contender": "qmedtune", "value": longest, "unit": "tokens"})
-            bar.update(number + 1)
-    return {"bench": "context", "device": device_name(), "versions": versions(), "job": asdict(job), "rows": rows}
-
-
-def longest_that(works: Callable[[int], bool], limit: int) -> int:
-    """The largest n up to `limit` for which `works`, which holds up to some n and fails beyond; 0 if for none."""
-    good, bad = 0, limit + 1
-    n = 1
-    while n < bad:
-        if works(n):
-            good, n = n, 2 * n
-        else:
-            bad = n
-    while bad - good > 1:
-        middle = (good + bad) // 2
-        good, bad = (middle, bad) if works(middle) else (good, middle)
-    return good
-
-
 def bench_train(
-    job: Job, contenders: Sequence[str], rounds: int = 3, results: Path | None = None, timeout_s: float = 600.0
+    job: Job,
+    contenders: Sequence[str],
+    rounds: int = 3,
+    results: Path | None = None,
+    time_limit_s: float = TIME_LIMIT_S,
+    models: Path | None = None,
 ) -> dict[str, Any]:
     """Measure; returns `{"bench", "device", "versions", "job", "rows"}` with one row per contender: `value` is the
-    median over rounds of tokens/s (non-pad, after the warm-up steps), `ratio` the median over rounds of this
-    contender's speed over the first contender's in the same round. With `results`, finished rows are kept there and
-    not measured again. Raises RecipeError for an unknown contender."""
+    median over rounds of supervised tokens/s (after the warm-up steps), `ratio` the median over rounds of this
+    contender's speed over the first contender's in the same round. With `results`, finished measurements are kept
+    there and not made again; with `models`, the random model too. Raises RecipeError for an unknown contender."""
     if unknown := [c for c in contenders if c not in CONTENDERS]:
         raise RecipeError(f"bench train: no contender {unknown[0]!r}\nallowed: {', '.join(CONTENDERS)}")
     if job.steps <= job.warmup_steps:
         raise RecipeError(f"bench train: {job.steps} steps, of which {job.warmup_steps} warm up\ngive more --steps")
+    deadline = time.monotonic() + time_limit_s
     known = json.loads(results.read_text()) if results and results.is_file() else {}
-    speeds: dict[str, list[dict[str, Any]]] = {c: known.get(_mark(job, c), []) for c in contenders}
-    with tempfile.TemporaryDirectory() as scratch, ui.stage("bench train", len(contenders) * rounds, "runs") as bar:
-        for number in range(rounds):
-            for contender in contenders:
-                if len(speeds[contender]) <= number:
-                    speeds[contender].append(_measure(job, contender, Path(scratch), timeout_s))
-                    known[_mark(job, contender)] = speeds[contender]
-                    if results:
-                        results.parent.mkdir(parents=True, exist_ok=True)
-                        results.write_text(json.dumps(known, indent=1))
-                bar.update(number * len(contenders) + list(contenders).index(contender) + 1, note=contender)
-    rows = [_row(contender, measured, speeds[contenders[0]]) for contender, measured in speeds.items()]
-    return {"bench": "train", "device": device_name(), "versions": versions(), "job": asdict(job), "rows": rows}
+    measured: dict[str, list[dict[str, Any]]] = {c: known.get(_mark(job, c), []) for c in contenders}
+    names = [c for c in contenders if not any("tokens_per_s" not in m for m in measured[c])]
+    with tempfile.TemporaryDirectory() as scratch, ui.stage("bench train", len(names) * rounds, "runs") as bar:
+        for done, (number, name) in enumerate(_turns(names, rounds)):
+            if len(measured[name]) <= number:
+                measured[name].append(measure(job, name, Path(scratch), models, deadline - time.monotonic()))
+                known[_mark(job, name)] = [m for m in measured[name] if "later" not in m]
+                _keep(known, results)
+            bar.update(done + 1, note=name)
+    rows = [_row(job, name, found, measured[contenders[0]]) for name, found in measured.items()]
+    return {"bench": "train", "device": this_machine().name, "versions": versions(), "job": asdict(job), "rows": rows}
+
+
+def _turns(names: Sequence[str], rounds: int) -> list[tuple[int, str]]:
+    """(round, contender), the order reversed in every second round: a machine that grows slower favours nobody."""
+    return [(number, name) for number in range(rounds) for name in (names[::-1] if number % 2 else names)]
 
 
 def _mark(job: Job, contender: str) -> str:
-    return json.dumps([contender, asdict(job)])
+    return json.dumps([contender, this_machine().name, asdict(job)])
 
 
-def _measure(job: Job, contender: str, scratch: Path, timeout_s: float) -> dict[str, Any]:
+def _keep(known: dict[str, Any], results: Path | None) -> None:
+    if results:
+        results.parent.mkdir(parents=True, exist_ok=True)
+        results.write_text(json.dumps(known, indent=1) + "\n")
+
+
+def measure(job: Job, contender: str, scratch: Path, models: Path | None, seconds: float) -> dict[str, Any]:
+    """One run of a contender in its own process, compared with the fp32 loop's where the shape is small. `absent`
+    says why there are no figures; `later` marks what only lacked time."""
+    if why := _absent(contender):
+        return {"absent": why}
+    if seconds < SHORTEST_S:
+        return {"absent": "no time was left: run again with --results", "later": True}
+    if job.shape == "tiny" and not (scratch / f"{REFERENCE}.json").is_file():
+        _run(job, REFERENCE, scratch, models, seconds)
+    found = _run(job, contender, scratch, models, seconds)
+    if job.shape == "tiny" and "tokens_per_s" in found:
+        found |= _against_reference(scratch, contender)
+    return found
+
+
+def _absent(contender: str) -> str:
     if contender in NEEDS and find_spec(NEEDS[contender]) is None:
-        return {"absent": f"{NEEDS[contender]} is not installed"}
-    target = scratch / "result.json"
+        return f"{NEEDS[contender]} is not installed"
+    return "it needs a GPU" if contender in GPU_ONLY and not this_machine().is_gpu else ""
+
+
+def _run(job: Job, contender: str, scratch: Path, models: Path | None, seconds: float) -> dict[str, Any]:
+    target = scratch / f"{contender}.json"
     target.unlink(missing_ok=True)
-    arguments = [contender, json.dumps(asdict(job)), str(scratch), str(target)]
-    command = [sys.executable, "-m", "qmedtune.bench.train_worker", *arguments]
+    first = f"import {NEEDS[contender]}; " if contender == "unsloth" else ""  # before what it patches
+    program = f"{first}from qmedtune.bench.train_worker import main; main()"
+    command = [sys.executable, "-c", program, contender, json.dumps(asdict(job)), str(models or scratch), str(target)]
+    # Long rows of changing lengths would leave holes between segments of fixed size; every contender gets the same.
+    environment = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", **os.environ}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False, env=environment)
     except subprocess.TimeoutExpired:
-        return {"absent": f"not finished within {timeout_s:.0f} s"}
+        return {"absent": f"not finished within {seconds:.0f} s", "later": True}
     if done.returncode != 0 or not target.is_file():
         return {"absent": "failed: " + (done.stderr.strip().splitlines() or ["no message"])[-1][:300]}
     return json.loads(target.read_text())
 
 
-def _row(contender: str, measured: list[dict[str, Any]], first: list[dict[str, Any]]) -> dict[str, Any]:
+def _against_reference(scratch: Path, contender: str) -> dict[str, float]:
+    """Cosine of the adapters' first gradient to the fp32 loop's, and the widest gap of the losses."""
+    import torch
+    from safetensors.torch import load_file
+
+    ours, theirs = (load_file(scratch / f"{name}.gradient.safetensors") for name in (contender, REFERENCE))
+    assert ours.keys() == theirs.keys(), f"{contender} trains other adapters than {REFERENCE}"
+    flat = [torch.cat([found[name].flatten().double() for name in sorted(found)]) for found in (ours, theirs)]
+    losses = [json.loads((scratch / f"{name}.json").read_text())["losses"] for name in (contender, REFERENCE)]
+    return {
+        "gradient_cosine": round(float(torch.nn.functional.cosine_similarity(flat[0], flat[1], dim=0)), 6),
+        "loss_gap": round(max(abs(a - b) for a, b in zip(*losses, strict=True)), 5),
+    }
+
+
+# ------------------------------------------------------------------------------------------------------ what is told
+
+
+def _row(job: Job, contender: str, measured: list[dict[str, Any]], first: list[dict[str, Any]]) -> dict[str, Any]:
     row: dict[str, Any] = {"case": contender, "contender": contender, "unit": "tokens/s", "what": CONTENDERS[contender]}
     good = [m for m in measured if "tokens_per_s" in m]
     if not good:
-        return {**row, "value": None, "ratio": None, "absent": measured[0]["absent"]}
+        return {**row, "value": None, "ratio": None, "absent": measured[-1]["absent"] if measured else "not measured"}
     speeds = [m["tokens_per_s"] for m in good]
-    pairs = [m["tokens_per_s"] / f["tokens_per_s"] for m, f in zip(measured, first, strict=True)
-             if "tokens_per_s" in m and "tokens_per_s" in f]  # fmt: skip
+    both = [(m, f) for m, f in zip(measured, first, strict=False) if "tokens_per_s" in m and "tokens_per_s" in f]
+    pairs = [m["tokens_per_s"] / f["tokens_per_s"] for m, f in both]
+    steady = ("first_step_s", "load_s", "data_share")
+    highest = ("peak_memory_bytes", "reserved_bytes", "device_bytes", "host_bytes", "host_anonymous_bytes")
+    told = ("gradient_cosine", "loss_gap", "layers", "card")
     return {
         **row,
         "value": round(statistics.median(speeds), 1),
         "spread": [round(min(speeds), 1), round(max(speeds), 1)],
+        "rounds": len(good),
         "ratio": round(statistics.median(pairs), 3) if pairs else None,
-        "first_step_s": round(statistics.median(m["first_step_s"] for m in good), 2),
-        "peak_memory_bytes": max(m["peak_memory_bytes"] for m in good),
-        "loss": good[0]["loss"],
+        "ratio_spread": [round(min(pairs), 3), round(max(pairs), 3)] if pairs else None,
+        # By CPU seconds a step in place of the clock: on a CPU, how far other processes were in the way.
+        "cpu_ratio": round(statistics.median(f["cpu_s"] / m["cpu_s"] for m, f in both), 3) if pairs else None,
+        **{key: round(statistics.median(m[key] for m in good), 4) for key in steady if key in good[0]},
+        **{key: max(m[key] for m in good) for key in highest if key in good[0]},
+        **{key: good[-1][key] for key in told if key in good[-1]},
+        **utilisation(job, statistics.median(m["all_tokens_per_s"] for m in good)),
+        "loss": {"first": good[0]["losses"][0], "last": good[0]["losses"][-1]},
     }
+
+
+def utilisation(job: Job, tokens_per_s: float) -> dict[str, float]:
+    """TFLOP/s of the model, and their share of the card's data sheet: 4 for each weight that is multiplied and token
+    (forward and input gradients; what is recomputed is not counted)."""
+    sizes = {name: size for name, size in tensors_of(SHAPES[job.shape]).items() if len(size) > 1}
+    weights = sum(rows * columns for name, (rows, columns) in sizes.items() if "embed_tokens" not in name)
+    tflops = 4 * weights * tokens_per_s / 1e12
+    sheet = next((peak for name, peak in SHEET_TFLOPS.items() if name in this_machine().name), None)
+    return {"tflops": round(tflops, 3), **({"utilisation": round(tflops / sheet, 4)} if sheet else {})}
 
 
 def render(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Columns and rows for ui.table."""
-    if result["bench"] == "context":
-        return ["memory", "longest row (tokens)"], [[row["case"], f"{row['value']:,}"] for row in result["rows"]]
-    columns = ["contender", "tokens/s", "ratio", "first step", "peak memory", "loss", ""]
+    columns = ["contender", "tokens/s", "ratio", "first step", "peak memory", "loss", "to fp32", ""]
     rows = []
     for row in result["rows"]:
         if row["value"] is None:
-            rows.append([row["contender"], "-", "-", "-", "-", "-", row["absent"]])
+            rows.append([row["contender"], *["-"] * 6, row["absent"]])
             continue
         memory, loss = f"{row['peak_memory_bytes'] / 2**30:.2f} GiB", row["loss"]
-        cells = [f"{row['value']:,.0f}", f"{row['ratio']:.2f}", f"{row['first_step_s']:.1f} s", memory]
-        rows.append([row["contender"], *cells, f"{loss['first']:.3f} -> {loss['last']:.3f}", row["what"]])
+        ratio = "-" if row["ratio"] is None else "{:.2f} ({:.2f} to {:.2f})".format(row["ratio"], *row["ratio_spread"])
+        cells = [f"{row['value']:,.0f}", ratio, f"{row['first_step_s']:.1f} s", memory]
+        near = f"cos {row['gradient_cosine']:.4f}, loss ±{row['loss_gap']:.3f}" if "loss_gap" in row else ""
+        rows.append([row["contender"], *cells, f"{loss['first']:.3f} -> {loss['last']:.3f}", near, row["what"]])
     return columns, rows

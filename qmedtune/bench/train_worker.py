@@ -1,62 +1,88 @@
-"""One contender of `qmedtune bench train`, in its own process: `python -m qmedtune.bench.train_worker`.
+"""One contender of `qmedtune bench train`, in its own process.
 
-All build the same random LLaMA from the same seed and read the same rows. Times are taken around optimiser steps, on a
-GPU after synchronising.
+All build the same random LLaMA from the same seed, begin with the same adapter and read the same rows. Times are taken
+around optimiser steps, on a GPU after synchronising. Deliberately not here: the peers (train_peers.py).
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
+import re
+import resource
+import shutil
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from qmedtune.bench import shapes
+from qmedtune.bench.merge import _anonymous_bytes
 from qmedtune.bench.train import Job
 from qmedtune.recipe import AdapterSection, CptSection, ModelSection, WarmupSection
-from qmedtune.train import peak_memory_bytes, quiet_libraries
-from qmedtune.training import activations
-from qmedtune.training.trainer import QTrainer, collate, trainer_arguments
+from qmedtune.train import quiet_libraries
 
 DTYPE = torch.bfloat16
-DOCUMENTED_BATCH = 8  # rows per device: the default of transformers' and TRL's trainers
+Row = dict[str, np.ndarray]
 
 
-class RandomRows:
-    """Packed rows of documents of equal length, from a seed; every contender reads the same."""
+def packed_row(job: Job, vocab: int, number: int) -> Row:
+    """Row `number` as packing gives it: documents of half to one and a half times `job.document` tokens, so that their
+    count changes from row to row, or one document where that is the whole row."""
+    rng = np.random.default_rng([job.seed, number])
+    ids, positions = rng.integers(8, vocab, job.seq_len), np.arange(job.seq_len)
+    while job.document < job.seq_len and positions.max() >= (longest := 3 * job.document // 2):
+        start = int(positions.argmax()) - int(positions.max())
+        cut = start + int(rng.integers(max(1, job.document // 2), longest + 1))
+        positions[cut:] -= positions[cut]
+    return {"input_ids": ids, "labels": np.where(positions == 0, -100, ids), "position_ids": positions}
 
-    def __init__(self, job: Job, vocab: int):
-        self.job, self.vocab = job, vocab
 
-    def __len__(self) -> int:
-        return self.job.rows * self.job.steps
-
-    def __getitem__(self, row: int) -> dict[str, np.ndarray]:
-        rng = np.random.default_rng([self.job.seed, row])
-        ids = rng.integers(8, self.vocab, self.job.seq_len)
-        positions = np.arange(self.job.seq_len) % self.job.document
-        return {"input_ids": ids, "labels": np.where(positions == 0, -100, ids), "position_ids": positions}
+def packed_rows(job: Job, vocab: int) -> Any:  # a list[Row]: indexed as trainer.Rows is
+    return [packed_row(job, vocab, number) for number in range(job.rows * job.steps)]
 
 
 class Clock(TrainerCallback):
-    """Times and losses of the optimiser steps of a Trainer."""
+    """Times, losses, memory and the adapters' first gradient, of a Trainer or a loop that calls `begin` and `tick`."""
 
-    def __init__(self) -> None:
-        self.marks: list[float] = [time.perf_counter()]
+    def __init__(self, job: Job) -> None:
+        self.job, self.created = job, time.perf_counter()
+        self.marks: list[float] = []
+        self.cpu: list[float] = []
         self.losses: list[float] = []
+        self.gradient: dict[str, Tensor] = {}
+        self.more: dict[str, Any] = {}
+        self.anonymous = 0
+
+    def begin(self) -> None:
+        self.marks, self.cpu = [time.perf_counter()], [time.process_time()]
 
     def tick(self) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.marks.append(time.perf_counter())
+        self.cpu.append(time.process_time())
+        self.anonymous = max(self.anonymous, _anonymous_bytes())
+
+    def keep_gradient(self, model: nn.Module) -> None:
+        if self.job.shape == "tiny" and not self.gradient:
+            named = [(adapter_key(name), p) for name, p in model.named_parameters() if p.grad is not None]
+            self.gradient = {key: p.grad.float().cpu().clone() for key, p in named if key and p.grad is not None}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.begin()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.keep_gradient(model)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.tick()
@@ -66,17 +92,37 @@ class Clock(TrainerCallback):
             self.losses.append(logs["loss"])
 
 
-def model_folder(job: Job, scratch: Path) -> Path:
-    """A random LLaMA of the job's shape with a small tokenizer, made once per comparison: 16 bit for the tiny one,
-    which not every contender reads from NF4 on a CPU, else NF4 as bitsandbytes stores it."""
-    folder = scratch / job.shape
+def adapter_key(name: str) -> str:
+    """`0.q_proj.A` from a parameter name of PEFT's or of the bare loop's; "" for anything else."""
+    found = re.search(r"layers\.(\d+)\.\w+\.(\w+_proj)\.(?:lora_)?([ABab])(?:\.|$)", name)
+    return f"{found[1]}.{found[2]}.{found[3].upper()}" if found else ""
+
+
+@torch.no_grad()
+def seed_adapters(model: nn.Module) -> None:
+    """The same values for everybody, B not zero, so that A has a gradient too."""
+    for name, parameter in model.named_parameters():
+        if key := adapter_key(name):
+            generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
+            scale = parameter.shape[1] ** -0.5 if key.endswith("A") else 0.01
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+
+
+def model_folder(job: Job, models: Path) -> Path:
+    """A random LLaMA of the job's shape with a small tokenizer, made where it is not there yet: in 16 bit the tiny one,
+    which not every contender reads from NF4 on a CPU, else in NF4 as bitsandbytes stores it."""
+    folder = models / job.shape
     if (folder / "tokenizer.json").is_file():
         return folder
     from qmedtune import tiny
 
+    shutil.rmtree(folder, ignore_errors=True)  # of a call that was cut
     (shapes.write_model if job.shape == "tiny" else shapes.write_nf4_model)(shapes.SHAPES[job.shape], folder)
     tiny.build_tokenizer(tiny.world_of("builtin:micro")).save_pretrained(str(folder))
     return folder
+
+
+# ----------------------------------------------------------------------------------------------------------- qmedtune
 
 
 def section_of(job: Job) -> CptSection:
@@ -94,20 +140,43 @@ def section_of(job: Job) -> CptSection:
     )
 
 
-# ----------------------------------------------------------------------------------------------------- contenders
-
-
-def qmedtune(job: Job, folder: Path, clock: Clock, kernels: str) -> None:
+def adapted(job: Job, folder: Path, kernels: str, attention: str = "auto") -> Any:
+    """The base with its adapter and kernels, as a stage makes it."""
     from qmedtune import model as models
 
-    base = models.load_base(folder, ModelSection(base=str(folder), compute_dtype="bfloat16"), seq_len=job.seq_len)
+    section = ModelSection(base=str(folder), compute_dtype="bfloat16", attention=attention)  # pyright: ignore
+    base = models.load_base(folder, section, seq_len=job.seq_len)
     adapter = AdapterSection(r=job.r, alpha=job.alpha, train_embeddings=job.train_embeddings)
     model = models.attach_adapter(base, adapter, [], continued=True)
     models.install_kernels(model, kernels)
-    section = section_of(job)
-    layers = len(base.model.layers)
-    ways = {"offload": layers} if job.memory_gib else {"recompute" if job.checkpointing else "keep": layers}
-    activations.set_ways(model, ways)
+    seed_adapters(model)
+    return model
+
+
+def layers_of(job: Job) -> dict[str, int]:
+    """Layers by way: as the memory plan chooses within a stated budget, else all kept or all recomputed."""
+    from qmedtune.planning import fit, memory
+    from qmedtune.planning.machine import card_of
+    from qmedtune.planning.shapes import facts_from_config
+
+    facts = facts_from_config(job.shape, shapes.config_of(shapes.SHAPES[job.shape]), "shape")
+    setup = memory.Setup(
+        job.seq_len, job.micro_batch, job.checkpointing, "adamw", "bfloat16", rank=job.r,
+        train_embeddings=job.train_embeddings, attention="varlen",
+    )  # fmt: skip
+    if job.memory_gib:
+        setup = fit.with_layers(facts, setup, card_of(job.memory_gib), fit.FILLED * job.memory_gib * 2**30)
+    return {way: count for way, count in memory.layers_by_way(facts, setup).items() if count}
+
+
+def qmedtune(job: Job, folder: Path, clock: Clock, kernels: str, attention: str = "auto") -> None:
+    from qmedtune import model as models
+    from qmedtune.training import activations
+    from qmedtune.training.trainer import QTrainer, trainer_arguments
+
+    model, section = adapted(job, folder, kernels, attention), section_of(job)
+    clock.more["layers"] = layers_of(job)
+    activations.set_ways(model, clock.more["layers"])
     arguments = trainer_arguments(
         folder / "out",
         section,
@@ -117,179 +186,124 @@ def qmedtune(job: Job, folder: Path, clock: Clock, kernels: str) -> None:
         deterministic=False,
         checkpointing=False,
     )
-    rows = RandomRows(job, base.config.vocab_size)
+    rows = packed_rows(job, model.config.vocab_size)
     trainer = QTrainer(model, arguments, rows, section, models.load_tokenizer(folder), 1, {}, [clock])
     trainer.train()
+    clock.more["data_share"] = trainer.data_seconds / (clock.marks[-1] - clock.marks[0])
 
 
-def trl(job: Job, folder: Path, clock: Clock, *, checkpointing: bool, quantized: bool = True) -> None:
-    from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-
-    four_bit = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=DTYPE
-    )
-    if quantized:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, quantization_config=four_bit, dtype=DTYPE, device_map={"": _device()}
-        )
-    else:
-        from qmedtune import model as models
-
-        model = models.load_base(folder, ModelSection(base=str(folder), compute_dtype="bfloat16"))
-    lora = LoraConfig(
-        r=job.r,
-        lora_alpha=int(job.alpha),
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
-        modules_to_save=["embed_tokens", "lm_head"] if job.train_embeddings else None,
-    )
-    _sft(job, folder, clock, model, AutoTokenizer.from_pretrained(folder), lora, checkpointing=checkpointing)
-
-
-def _sft(job: Job, folder: Path, clock: Clock, model: Any, tokenizer: Any, lora: Any, *, checkpointing: bool) -> None:
-    """TRL's trainer over the job's rows."""
-    from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
-
-    arguments = SFTConfig(
-        output_dir=str(folder / "out"),
-        per_device_train_batch_size=job.micro_batch,
-        gradient_accumulation_steps=job.rows // job.micro_batch,
-        num_train_epochs=1,
-        learning_rate=job.lr,
-        lr_scheduler_type="constant",
-        gradient_checkpointing=checkpointing,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        max_length=job.seq_len,
-        use_cpu=not torch.cuda.is_available(),
-        remove_unused_columns=False,
-        dataset_kwargs={"skip_prepare_dataset": True},
-        seed=job.seed,
-    )
-    rows = RandomRows(job, model.config.vocab_size)
-    data = Dataset.from_list([{name: x.tolist() for name, x in rows[i].items()} for i in range(len(rows))])
-    trainer = SFTTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=data,
-        peft_config=lora,
-        processing_class=tokenizer,
-        data_collator=_stack,
-        callbacks=[clock],
-    )
-    trainer.train()
-
-
-def unsloth(job: Job, folder: Path, clock: Clock) -> None:
-    """Its own loader, LoRA and checkpointing, under TRL's trainer: as its documentation says."""
-    from unsloth import FastLanguageModel  # pyright: ignore[reportMissingImports]  (first: it patches the others)
-
-    model, tokenizer = FastLanguageModel.from_pretrained(
-        str(folder), max_seq_length=job.seq_len, load_in_4bit=True, dtype=DTYPE
-    )
-    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    names += ["embed_tokens", "lm_head"] if job.train_embeddings else []
-    model = FastLanguageModel.get_peft_model(
-        model,
-        r=job.r,
-        lora_alpha=int(job.alpha),
-        target_modules=names,
-        use_gradient_checkpointing="unsloth" if job.checkpointing else False,
-    )
-    _sft(job, folder, clock, model, tokenizer, None, checkpointing=job.checkpointing)
-
-
-def _stack(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-    return {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
-
-
-class NaiveLora(nn.Module):
-    """What one writes in five lines: y = x W' + s x A' B', all in bf16."""
-
-    def __init__(self, weight: torch.Tensor, job: Job):
-        super().__init__()
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.a = nn.Parameter(torch.randn(job.r, weight.shape[1], dtype=DTYPE, device=weight.device) * 0.02)
-        self.b = nn.Parameter(torch.zeros(weight.shape[0], job.r, dtype=DTYPE, device=weight.device))
-        self.scale = job.alpha / job.r
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x @ self.weight.t() + self.scale * ((x @ self.a.t()) @ self.b.t())
-
-
-def torch_loop(job: Job, folder: Path, clock: Clock) -> None:
-    from qmedtune import model as models
-
-    model: Any = models.load_base(folder, ModelSection(base=str(folder), compute_dtype="bfloat16"))
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and name != "lm_head":
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, NaiveLora(module.weight.data, job))
-    for module in (model.model.embed_tokens, model.lm_head):
-        module.weight.requires_grad_(job.train_embeddings)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=job.lr, weight_decay=0.0)
-    model.train()
-    for batch in _batches(job, model.config.vocab_size):
-        loss = model(**{name: x.to(_device()) for name, x in batch.items()}).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        clock.losses.append(loss.item())
-        clock.tick()
-
-
-def _batches(job: Job, vocab: int) -> Iterator[dict[str, torch.Tensor]]:
-    rows = RandomRows(job, vocab)
-    for start in range(0, len(rows), job.rows):
-        batch = collate([rows[i] for i in range(start, start + job.rows)], pad_id=0)
-        del batch["lengths"]
-        yield batch
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-CONTENDERS: dict[str, Callable[[Job, Path, Clock], None]] = {
-    "torch-loop": torch_loop,
-    "trl": lambda job, folder, clock: trl(
-        replace(job, micro_batch=DOCUMENTED_BATCH), folder, clock, checkpointing=True
-    ),
-    "trl-tuned": lambda job, folder, clock: trl(job, folder, clock, checkpointing=False),
-    "sft-trainer": lambda job, folder, clock: trl(job, folder, clock, checkpointing=False, quantized=False),
-    "unsloth": unsloth,
-    "qmedtune-reference": lambda job, folder, clock: qmedtune(job, folder, clock, "reference"),
-    "qmedtune": lambda job, folder, clock: qmedtune(job, folder, clock, "auto"),
+# Functions that fused.py calls with a path, by what is left out.
+ABLATED = {
+    "without-linears": ("lora.linear",),
+    "without-norms": ("rms_norm", "add_rms_norm"),
+    "without-rope": ("rotary_qkv",),
+    "without-swiglu": ("swiglu",),
 }
 
 
+def by_reference(operation: Callable) -> Callable:
+    """`operation` with its `path` always "reference"."""
+    signature = inspect.signature(operation)
+
+    @functools.wraps(operation)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs)
+        given.arguments["path"] = "reference"
+        return operation(*given.args, **given.kwargs)
+
+    return call
+
+
+def ablated(job: Job, folder: Path, clock: Clock, left_out: str) -> None:
+    """qmedtune with one operation by its plain reference: replaced in this process alone."""
+    from qmedtune.training import fused, loss
+
+    for dotted in ABLATED.get(left_out, ()):
+        place, _, name = dotted.rpartition(".")
+        owner = getattr(fused, place) if place else fused
+        setattr(owner, name, by_reference(getattr(owner, name)))
+    if left_out == "without-loss":
+        loss._fused_nll = loss._chunked_nll
+    qmedtune(job, folder, clock, "auto", "sdpa" if left_out == "without-varlen" else "auto")
+
+
+def run(contender: str, job: Job, folder: Path, clock: Clock) -> None:
+    from qmedtune.bench import train_peers
+
+    if contender.startswith("without-"):
+        ablated(job, folder, clock, contender)
+    elif contender.startswith("qmedtune"):
+        qmedtune(job, folder, clock, "reference" if contender.endswith("reference") else "auto")
+    else:
+        train_peers.PEERS[contender](job, folder, clock)
+
+
+# ------------------------------------------------------------------------------------------------------- what is told
+
+
+def limit_memory(gib: float | None) -> None:
+    """Let this process allocate what a card of `gib` would leave it: less what context and driver hold."""
+    if not gib or not torch.cuda.is_available():
+        return
+    free, total = torch.cuda.mem_get_info()
+    held = total - free - torch.cuda.memory_reserved()
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (gib * 2**30 - held) / total))
+
+
+def memory_figures() -> dict[str, int]:
+    """Peaks in bytes: allocated by torch, reserved by its allocator, held on the device in all (context included); of
+    the host, resident. Without a GPU the first is the resident size too."""
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if not torch.cuda.is_available():
+        return {"peak_memory_bytes": host, "host_bytes": host}
+    free, total = torch.cuda.mem_get_info()
+    return {
+        "peak_memory_bytes": torch.cuda.max_memory_allocated(),
+        "reserved_bytes": torch.cuda.max_memory_reserved(),
+        "device_bytes": total - free + max(0, torch.cuda.max_memory_reserved() - torch.cuda.memory_reserved()),
+        "host_bytes": host,
+    }
+
+
+def card_state() -> dict[str, str]:
+    """Clock, temperature and power of the card right after the last step, as the driver tells them."""
+    if not torch.cuda.is_available():
+        return {}
+    query = ["nvidia-smi", "--query-gpu=clocks.sm,temperature.gpu,power.draw", "--format=csv,noheader"]
+    return {"card": subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()}
+
+
+def figures(job: Job, clock: Clock) -> dict[str, Any]:
+    steps = np.diff(clock.marks)
+    assert len(steps) == job.steps == len(clock.losses), f"{len(steps)} steps, {len(clock.losses)} losses"
+    rows = packed_rows(job, shapes.SHAPES[job.shape]["vocab"])
+    labels = [int((row["labels"][1:] != -100).sum()) for row in rows[job.warmup_steps * job.rows :]]
+    supervised = sum(labels) / len(labels)
+    per_step, cpu_s = (float(np.median(np.diff(marks)[job.warmup_steps :])) for marks in (clock.marks, clock.cpu))
+    return {
+        "tokens_per_s": job.rows * supervised / per_step,
+        "all_tokens_per_s": job.rows * job.seq_len / per_step,
+        "cpu_s": cpu_s,
+        "first_step_s": float(steps[0]),
+        "load_s": clock.marks[0] - clock.created,
+        **memory_figures(),
+        "host_anonymous_bytes": clock.anonymous,
+        "losses": [round(float(loss), 6) for loss in clock.losses],
+        **card_state(),
+        **clock.more,
+    }
+
+
 def main() -> None:
-    contender, text, scratch, target = sys.argv[1:5]
+    contender, text, models, target = sys.argv[1:5]
     job = Job(**json.loads(text))
     quiet_libraries()
-    folder = model_folder(job, Path(scratch))
-    if job.memory_gib:
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, job.memory_gib * 2**30 / total))
-    clock = Clock()
-    CONTENDERS[contender](job, folder, clock)
-    steps = np.diff(clock.marks)
-    timed = steps[job.warmup_steps :]
-    tokens = job.rows * job.seq_len
-    result = {
-        "tokens_per_s": tokens / float(np.median(timed)),
-        "first_step_s": float(steps[0]),
-        "peak_memory_bytes": peak_memory_bytes(),
-        "loss": {"first": clock.losses[0], "last": clock.losses[-1]},
-    }
-    Path(target).write_text(json.dumps(result))
+    folder = model_folder(job, Path(models))
+    limit_memory(job.memory_gib)
+    clock = Clock(job)
+    run(contender, job, folder, clock)
+    if clock.gradient:
+        from safetensors.torch import save_file
 
-
-if __name__ == "__main__":
-    main()
+        save_file(clock.gradient, Path(target).with_suffix(".gradient.safetensors"))
+    Path(target).write_text(json.dumps(figures(job, clock)))

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qmedtune.commands.common import JsonOption, emit
+from qmedtune.commands.common import JsonOption, TimeLimitOption, emit
 
 ContendersOption = Annotated[
     str | None, typer.Option("--contenders", metavar="A,B", help="Names, the reference first; default: all.")
@@ -46,22 +46,53 @@ def train(
     document: Annotated[int | None, typer.Option(min=1, help="Tokens per document in a row.")] = None,
     rows: Annotated[int | None, typer.Option(min=1, help="Rows per optimiser step.")] = None,
     micro_batch: Annotated[int | None, typer.Option(min=1, help="Rows at a time.")] = None,
+    rank: Annotated[int | None, typer.Option("--r", min=1, help="Of the adapters; alpha is twice that.")] = None,
     steps: Annotated[int | None, typer.Option(min=2, help="Optimiser steps, warm-up included.")] = None,
+    checkpointing: Annotated[
+        bool | None, typer.Option("--checkpointing/--keep", help="Recompute every layer, or none.")
+    ] = None,
+    memory: Annotated[float | None, typer.Option(metavar="GIB", help="Of the card, enforced for everybody.")] = None,
+    warmup: Annotated[int | None, typer.Option(min=0, help="Of the steps: not counted.")] = None,
     context: Annotated[
         str | None, typer.Option("--context", metavar="GIB,GIB", help="Instead: the longest row that trains in each.")
     ] = None,
     results: Annotated[Path | None, typer.Option(metavar="FILE", help="Keep finished rows here; resume.")] = None,
+    scratch: Annotated[Path | None, typer.Option(metavar="DIR", help="Keep the random model here.")] = None,
+    time_limit: TimeLimitOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Training speed beside TRL + PEFT and a bare PyTorch loop; or the longest context."""
+    from qmedtune.bench import context as bench_context
     from qmedtune.bench import train as bench_train
 
     chosen = {"seq_len": seq_len, "micro_batch": micro_batch, "rows": rows, "steps": steps, "document": document}
+    chosen |= {
+        "warmup_steps": warmup,
+        "checkpointing": checkpointing,
+        "memory_gib": memory,
+        "r": rank,
+        "alpha": rank and 2.0 * rank,
+    }
     job = bench_train.job_of(shape, {name: value for name, value in chosen.items() if value is not None})
+    limit = time_limit or bench_train.TIME_LIMIT_S
     if context:
         budgets = [float(gib) for gib in context.split(",")]
-        return _show(bench_train, bench_train.bench_context(job, budgets, results), as_json)
-    _show(bench_train, bench_train.bench_train(job, _names(contenders, bench_train), rounds, results), as_json)
+        return _show(bench_context, bench_context.bench_context(job, budgets, results, limit, scratch), as_json)
+    names = _names(contenders, bench_train)
+    _show(bench_train, bench_train.bench_train(job, names, rounds, results, limit, scratch), as_json)
+
+
+def load(
+    shape: Annotated[str, typer.Option(metavar="NAME", help="tiny, 1b, 1.1b, 8b, 13b or 70b.")] = "tiny",
+    cases: Annotated[str, typer.Option(metavar="A,B", help="16-bit, nf4.")] = "16-bit,nf4",
+    rounds: RoundsOption = 3,
+    scratch: Annotated[Path | None, typer.Option(metavar="DIR", help="Room for the model.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Seconds and host memory until a base is ready to train."""
+    from qmedtune.bench import load as bench_load
+
+    _show(bench_load, bench_load.bench_load(shape, tuple(cases.split(",")), rounds, scratch), as_json)
 
 
 def data(

@@ -14,6 +14,7 @@ from itertools import combinations
 from qmedtune import units
 from qmedtune.errors import DoesNotFit
 from qmedtune.planning.memory import (
+    TILE_TOKENS,
     WAYS,
     Setup,
     activation_bytes,
@@ -29,6 +30,8 @@ FLOPS_PER_BYTE = 170
 FLOPS_PER_LINK_BYTE = 6400
 # Issuing and waiting for copies, in forward passes of the layer. Assumed.
 OFFLOAD_OVERHEAD = 0.02
+
+MLP = ("gate_proj", "up_proj", "down_proj")
 
 Counts = tuple[int, int, int, int]  # of layers, in the order of WAYS
 
@@ -63,8 +66,14 @@ def extra_forwards(facts: BaseFacts, setup: Setup) -> dict[str, float]:
         "keep": 0.0,
         "cheap": traffic * FLOPS_PER_BYTE / forward_flops,
         "recompute": 1.0,
-        "offload": 1.0 + OFFLOAD_OVERHEAD + max(transfer - 3.0, 0.0),
+        "offload": 1.0 + OFFLOAD_OVERHEAD + max(transfer - 3.0, 0.0) + _tiles(facts, setup),
     }
+
+
+def _tiles(facts: BaseFacts, setup: Setup) -> float:
+    """Over long rows an offloaded layer makes its MLP once more, a tile at a time: its share of the forward pass."""
+    mlp = sum(facts.linear_shapes[name][0] * facts.linear_shapes[name][1] for name in MLP)
+    return facts.layers * mlp / facts.linear_parameters if setup.tokens > TILE_TOKENS else 0.0
 
 
 def slowdown(facts: BaseFacts, setup: Setup) -> float:

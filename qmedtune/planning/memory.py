@@ -35,6 +35,8 @@ HOST_BASE_BYTES = {"cpu": 600 * MIB, "cuda": int(1.8 * GIB)}
 RUN_BYTES = 300 * MIB
 
 
+# Offloaded layers pass this many tokens at a time through their MLP (training/activations.py).
+TILE_TOKENS = 4096
 WAYS = ("keep", "cheap", "recompute", "offload")
 
 
@@ -160,12 +162,22 @@ def backward_bytes_per_token(facts: BaseFacts, setup: Setup) -> int:
     return (4 * facts.intermediate + 2 * facts.hidden) * setup.element_bytes
 
 
-def working_bytes_per_token(facts: BaseFacts, setup: Setup, counts: dict[str, int]) -> int:
+def working_bytes(facts: BaseFacts, setup: Setup, counts: dict[str, int]) -> int:
     """The layer that is differentiated: its gradients, what it has to make again, two buffers for offloaded inputs."""
     held = held_bytes_per_token(facts, setup)
+    if setup.tokens > TILE_TOKENS and counts["offload"] == facts.layers:
+        return tiled_bytes(facts, setup)
     redone = max((held["keep"] - (held["cheap"] if w == "cheap" else 0) for w in WAYS[1:] if counts[w]), default=0)
     fetched = 2 * held["recompute"] if counts["offload"] else 0
-    return backward_bytes_per_token(facts, setup) + redone + fetched
+    return setup.tokens * (backward_bytes_per_token(facts, setup) + redone + fetched)
+
+
+def tiled_bytes(facts: BaseFacts, setup: Setup) -> int:
+    """The same of an offloaded layer over long rows, whose MLP is made and differentiated a tile at a time. In elements
+    of each token: four inputs and residuals, four gradients of them, two buffers, and attention's own."""
+    tokenwise = (10 * facts.hidden + attention_elements(facts, setup.attention)) * setup.element_bytes
+    tile = kept_bytes_per_token(facts, setup) + backward_bytes_per_token(facts, setup)
+    return setup.tokens * (tokenwise + 4 * (2 + facts.heads)) + TILE_TOKENS * tile
 
 
 def activation_bytes(facts: BaseFacts, setup: Setup) -> dict[str, int]:
@@ -177,8 +189,7 @@ def activation_bytes(facts: BaseFacts, setup: Setup) -> dict[str, int]:
     copies, whole = adapter_copy_bytes(facts, setup), counts["keep"] + counts["cheap"]
     return {
         "activations": setup.tokens * (layers + ends + mask) + whole * copies,
-        "layer workspace": setup.tokens * working_bytes_per_token(facts, setup, counts)
-        + (copies if whole < facts.layers else 0),
+        "layer workspace": working_bytes(facts, setup, counts) + (copies if whole < facts.layers else 0),
     }
 
 

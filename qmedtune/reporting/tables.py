@@ -116,7 +116,17 @@ def stages(run: dict) -> Table:
         for stage in run.get("stages", [])
     ]
     columns = ("Stage", "Kind", "Tokens trained", "Steps", "Loss", "Tokens/s", "Peak memory", "Time", "Adapter")
-    return Table("Stages", columns, rows, "" if rows else "No stage was trained.")
+    return Table("Stages", columns, rows, _waited(run) if rows else "No stage was trained.")
+
+
+def _waited(run: dict) -> str:
+    """What kept training from computing: rows to come, checkpoints to be on the disk."""
+    stages = [stage for stage in run["stages"] if stage.get("step_s")]
+    if not stages:
+        return ""
+    share = max(stage["data_share"] for stage in stages)
+    steps = max(stage["slowest_save_s"] / stage["step_s"] for stage in stages)
+    return f"Waiting for rows took at most {share:.2%} of a stage; the slowest checkpoint as long as {steps:.1f} steps."
 
 
 def tokens(run: dict) -> Table:

@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 from lxml import etree  # pyright: ignore[reportAttributeAccessIssue]
 
 from qmedtune.errors import DataError
@@ -83,18 +84,25 @@ def _judge_hallmarks(item: Item, prediction: frozenset[str] | None) -> Judgement
 
 def _hallmark_scores(judgements: list[Judgement]) -> dict[str, float]:
     """Hallmarks that no abstract has do not count; nan where none has any (a resample)."""
-    gold = [[label in j["gold"] for label in HALLMARKS] for j in judgements]
-    predicted = [[label in j["prediction"] for label in HALLMARKS] for j in judgements]
-    f1_score = sklearn_metrics().f1_score
-    each = f1_score(gold, predicted, average=None, zero_division=0)
-    said = zip(HALLMARKS, each, map(any, zip(*gold, strict=True)), strict=True)
-    there = {label: float(f) for label, f, occurs in said if occurs}
+    gold, predicted = (
+        np.array([[label in j[side] for label in HALLMARKS] for j in judgements]) for side in ("gold", "prediction")
+    )
+    # A bootstrap comes here 4,000 times: one table of counts takes 1 ms, f1_score on lists took 15.
+    table = sklearn_metrics().multilabel_confusion_matrix(gold, predicted)
+    right, wrong = table[:, 1, 1], table[:, 0, 1] + table[:, 1, 0]
+    each = _f1(right, wrong)
+    there = {label: float(f) for label, f, occurs in zip(HALLMARKS, each, gold.any(axis=0), strict=True) if occurs}
     return {
         "macro_f1": fmean(there.values()) if there else float("nan"),
-        "micro_f1": float(f1_score(gold, predicted, average="micro", zero_division=0)),
+        "micro_f1": float(_f1(right.sum(), wrong.sum())),
         "exact_match": sum(j["correct"] for j in judgements) / len(judgements),
         **{f"f1 {label}": f for label, f in there.items()},
     }
+
+
+def _f1(right: np.ndarray, wrong: np.ndarray) -> np.ndarray:
+    """F1 from counts of true positives and of false ones (positives and negatives); 0 where there is neither."""
+    return 2 * right / np.maximum(2 * right + wrong, 1)
 
 
 # ---- entities --------------------------------------------------------------------------------------------------------

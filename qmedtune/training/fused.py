@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama as llama
 
-from qmedtune.training.activations import recomputed
+from qmedtune.training.activations import recomputed, tiled
 
 Layer = Any  # an nn.Module whose attributes (PEFT's, bitsandbytes') a type checker cannot see
 
@@ -283,6 +283,8 @@ class LlamaDecoderLayer(llama.LlamaDecoderLayer):
             hidden_states=first(hidden_states), remake=self._remake(first, hidden_states), **kwargs
         )
         normed, total = add_rms_norm(attended, hidden_states, second.weight, second.variance_epsilon, self.kernels)
+        if self.way == "offload":
+            return total + tiled(self.mlp, normed)
         return total + self.mlp(normed, self._remake(second, total))
 
     def _remake(self, norm: Any, x: Tensor) -> Remake | None:

@@ -8,6 +8,7 @@ run); checkpoints are checkpoints.py's: the trained weights alone, sealed, nothi
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -133,6 +134,9 @@ class QTrainer(SFTTrainer):
         self.micro_batch = number(section.micro_batch)
         self.said: list[str] = []  # what happened in the step in hand, for the log
         self.tokens_seen = 0
+        self.data_seconds = 0.0  # waited for rows in all
+        self.save_seconds: list[float] = []  # each checkpoint
+        self.step_seconds: list[float] = []  # each forward and backward pass of a batch
         pad_id = tokenizer.pad_token_id
         exact = [(parameter, parameter.data) for parameter in trainable(model).values()]
         super().__init__(
@@ -165,12 +169,19 @@ class QTrainer(SFTTrainer):
         self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
         return self.lr_scheduler
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        started = time.perf_counter()
+        samples = super().get_batch_samples(*args, **kwargs)
+        self.data_seconds += time.perf_counter() - started
+        return samples
+
     # -- one optimiser step
 
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None
     ) -> Tensor:
         """The whole batch, in micro-batches, its loss a mean over all its supervised tokens."""
+        started = time.perf_counter()
         model.train()
         inputs = self._prepare_inputs(inputs)
         supervised = supervised_weight(inputs)
@@ -186,6 +197,7 @@ class QTrainer(SFTTrainer):
             loss = self._accumulate(model, inputs, supervised)
         if not torch.isfinite(loss):
             self._diverged("loss", float(loss))
+        self.step_seconds.append(time.perf_counter() - started)
         return loss
 
     def _nothing_to_learn(self, labels: Tensor) -> Tensor:
@@ -241,11 +253,13 @@ class QTrainer(SFTTrainer):
     # -- checkpoints
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        started = time.perf_counter()
         states = checkpoints.states_of(self.optimizer, self.lr_scheduler, self.accelerator.scaler)
         facts = {"tokens": self.tokens_seen, "made_with": self.made_with}
         weights = trainable(self.trained_model)
         self.state.log_history.clear()  # metrics.jsonl has it all; this would grow with every step
         checkpoints.save(self.stage, self.state.global_step, weights, states, self.state, facts, self.keep)
+        self.save_seconds.append(time.perf_counter() - started)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         checkpoints.load_trained(self.trained_model, Path(resume_from_checkpoint) / checkpoints.WEIGHTS)
