@@ -18,7 +18,7 @@ part=${1:-}
 case "$part" in
 kernels | train | memory | ablation | --quick) ;;
 *)
-    sed -n '2,12s/^# \{0,1\}//p' "$0"
+    sed -n '2,/^set/s/^# \{0,1\}//p' "$0"
     exit 2
     ;;
 esac
