@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 MICRO = ROOT / "recipes" / "micro.yaml"
 
 
-# Minutes each: begun last, one of two processes would end with them alone.
+# Minutes each, some a single test: begun last (xdist's own order is by count), one process would end with them alone.
 LONG = ("test_kill.py", "test_calls.py", "test_notebooks.py", "test_train.py", "test_evaluate.py", "test_run.py")
 
 
