@@ -20,12 +20,11 @@ from typing import Any
 
 from qmedtune import ui
 from qmedtune.bench import shapes
-from qmedtune.bench.train import TIME_LIMIT_S, Job
+from qmedtune.bench.train import TIME_LIMIT_S, Job, all_versions
 from qmedtune.errors import RunError
 from qmedtune.planning import memory
 from qmedtune.planning.machine import this_machine
 from qmedtune.planning.shapes import BaseFacts, facts_from_config
-from qmedtune.record import versions
 
 UNIT = 1024  # tokens
 LONGEST = 1024 * UNIT
@@ -57,7 +56,13 @@ def bench_context(
                 results.parent.mkdir(parents=True, exist_ok=True)
                 results.write_text(json.dumps(known, indent=1) + "\n")
     rows = [_row(job, gib, known.get(mark, {}), gib in settled) for gib, mark in marks.items()]
-    return {"bench": "context", "device": this_machine().name, "versions": versions(), "job": asdict(job), "rows": rows}
+    return {
+        "bench": "context",
+        "device": this_machine().name,
+        "versions": all_versions(),
+        "job": asdict(job),
+        "rows": rows,
+    }
 
 
 def _row(job: Job, gib: float, tried: dict[str, bool], settled: bool) -> dict[str, Any]:

@@ -22,9 +22,9 @@ from typing import Any
 from qmedtune import ui
 from qmedtune.bench import shapes
 from qmedtune.bench.shapes import SHAPES
+from qmedtune.bench.train import all_versions
 from qmedtune.errors import RecipeError, RunError
 from qmedtune.planning.machine import this_machine
-from qmedtune.record import versions
 
 CASES = {
     "16-bit": "bf16 shards, quantised to NF4 while they are read",
@@ -55,7 +55,7 @@ def bench_load(
                 bar.update(len(rows) * rounds + len(found), note=case)
             rows.append(_row(case, shape, base, found))
     job = {"shape": shape, "rounds": rounds}
-    return {"bench": "load", "device": this_machine().name, "versions": versions(), "job": job, "rows": rows}
+    return {"bench": "load", "device": this_machine().name, "versions": all_versions(), "job": job, "rows": rows}
 
 
 def _row(case: str, shape: str, base: Path, found: list[dict[str, float]]) -> dict[str, Any]:

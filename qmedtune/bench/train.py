@@ -10,7 +10,6 @@ contender does (train_worker.py, train_peers.py), the longest context (context.p
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -18,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -116,7 +116,22 @@ def bench_train(
                 _keep(known, results)
             bar.update(done + 1, note=name)
     rows = [_row(job, name, found, measured[contenders[0]]) for name, found in measured.items()]
-    return {"bench": "train", "device": this_machine().name, "versions": versions(), "job": asdict(job), "rows": rows}
+    return {
+        "bench": "train",
+        "device": this_machine().name,
+        "versions": all_versions(),
+        "job": asdict(job),
+        "rows": rows,
+    }
+
+
+def all_versions() -> dict[str, str]:
+    """Of the libraries, of the peers that are installed, and of the driver."""
+    peers = ("flash-attn", "liger-kernel", "unsloth", "unsloth_zoo", "axolotl")
+    found = {name: version(name) for name in peers if find_spec(name.replace("-", "_"))}
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout if this_machine().is_gpu else ""
+    return versions() | found | ({"driver": driver.splitlines()[0]} if driver.strip() else {})
 
 
 def _turns(names: Sequence[str], rounds: int) -> list[tuple[int, str]]:
@@ -161,10 +176,8 @@ def _run(job: Job, contender: str, scratch: Path, models: Path | None, seconds: 
     first = f"import {NEEDS[contender]}; " if contender == "unsloth" else ""  # before what it patches
     program = f"{first}from qmedtune.bench.train_worker import main; main()"
     command = [sys.executable, "-c", program, contender, json.dumps(asdict(job)), str(models or scratch), str(target)]
-    # Long rows of changing lengths would leave holes between segments of fixed size; every contender gets the same.
-    environment = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", **os.environ}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False, env=environment)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
     except subprocess.TimeoutExpired:
         return {"absent": f"not finished within {seconds:.0f} s", "later": True}
     if done.returncode != 0 or not target.is_file():
