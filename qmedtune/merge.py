@@ -1,6 +1,6 @@
 """Fold adapters into a model folder, tensor by tensor, and prove it before anything is renamed.
 
-W + sum of scale * B @ A is added in fp32 and rounded once. Memory is a few blocks of 4 MB whatever the model; the
+W + sum of scale * B @ A is added in fp32 and rounded once. Memory is a few blocks of 2 MB whatever the model; the
 sharding is the base's. The proof (merging/verify.py) compares what was written with the same base + unmerged adapters.
 Deliberately does not re-quantise (PEFT on 4-bit layers does, and loses the update), and does not rename: store.py does.
 """

@@ -36,6 +36,9 @@ CONTENDERS = {
 }
 RANK = 16
 SAMPLE_S = 0.005
+# A virtual machine hands memory back to its host about a second after it was freed, and to get it again for 2 GB of
+# files costs a second: nobody starts on what the contender before freed (cp then took 1.3 s instead of 2.0 to 3.1).
+SETTLE_S = 3.0
 # Rounding to bf16 alone moves random weights by more than a merge is allowed to, the more the deeper they are (KL 6e-5
 # nats for 1.1b, 7e-4 for 8b; 64 tokens, 2026-11-28). What is written is held to the weights themselves all the same.
 MAX_KL = 2e-3
@@ -113,6 +116,7 @@ def render(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 def _measure(contender: str, base: Path, adapter: Path, out: Path) -> dict[str, Any]:
     """One contender in a process of its own; it leaves its figures in a file beside the output."""
     os.sync()
+    time.sleep(SETTLE_S)
     command = [sys.executable, "-m", "qmedtune.bench.merge", contender, str(base), str(adapter), str(out)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:

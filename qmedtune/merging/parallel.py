@@ -22,7 +22,7 @@ T = TypeVar("T")
 Apply = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
 """What `map` does; `pool.map` does it on all cores."""
 
-# Blocks in work or waiting to be taken: enough for 6 cores, and 6 x 6 MB of results.
+# Blocks in work or waiting to be taken: enough for 6 cores, and 6 x 3 MB of results.
 AHEAD = 6
 
 _own = threading.local()

@@ -26,9 +26,9 @@ from qmedtune.store import fsync_path
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-# 4 MB in fp32: below glibc's largest mmap threshold (32 MB), so that blocks reuse heap pages instead of faulting in
-# fresh ones (which costs as much as the copy), and small enough to leave work for all cores.
-BLOCK_ELEMENTS = 1 << 20
+# 2 MB in fp32: small enough to stay in cache from one operation to the next and to leave work for all cores; 4 MB takes
+# 7 % more CPU time, 16 MB a third more (1.1B, a Zen 4 with 1 MB of second-level cache a core).
+BLOCK_ELEMENTS = 1 << 19
 BLOCKS_WAITING = 4
 SAFETENSORS_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 
