@@ -31,8 +31,8 @@ _HOMES = {
 # Read when torch is loaded, so it has to stand here; a value set by the user stays.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-# Memory of a GPU in segments that grow: rows change in length from batch to batch, and segments of fixed size leave holes
-# between them. Read when the first tensor is put there; what the user says about the allocator stays.
+# Memory of a GPU in segments that grow: rows change in length from batch to batch, and segments of fixed size leave
+# holes between them. Read when the first tensor is put there; what the user says about the allocator stays.
 if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 

@@ -2,15 +2,15 @@
 # The whole measurement on a CUDA machine, in calls of less than ten minutes each. Each can be repeated: what has been
 # measured is kept under kernels/benchmarks/results/ and is not measured again, nor are tests that passed for the same
 # sources and versions repeated.
-#   kernels/benchmarks/run_gpu.sh kernels    correctness of the repository, then the kernels; the shipped dispatch table
-#                                            changes only if every test passed
+#   kernels/benchmarks/run_gpu.sh kernels    correctness, then speed of the kernels, then their table, chart and dispatch
+#                                            table (none of it of kernels that are wrong), then the repository's GPU tests
 #   kernels/benchmarks/run_gpu.sh train      training beside the peers: as it comes, nothing recomputed, within 24 GiB
 #   kernels/benchmarks/run_gpu.sh memory     longest context, loading, the 70B shape in 48 GiB
 #   kernels/benchmarks/run_gpu.sh ablation   kernel by kernel, on the 1B shape
 #   kernels/benchmarks/run_gpu.sh --quick    one shape of each kernel, for tuning; changes no table
 # RESULTS=DIR: results elsewhere, for a machine whose checkout is thrown away; copied to kernels/benchmarks/results later,
-# publish.py and publish_training.py fill the pages there without a GPU. SCRATCH=DIR: room for 60 GB of random models, which are kept for the next
-# call. Each part is cut at its limit, and one that fails stops no other; the exit status says whether any did.
+# publish.py and publish_training.py fill the pages there without a GPU. SCRATCH=DIR: room for 60 GB of random models, which
+# are kept for the next call. Each step is cut at its limit; the exit status says whether any failed.
 set -uo pipefail
 results=$(realpath -m "${RESULTS:-$(dirname "$0")/results}")
 cd "$(dirname "$0")/../.."
@@ -53,21 +53,24 @@ train() { # train SECONDS LABEL CONTENDERS OPTIONS...
         --results "$training.raw.json" "$@"
 }
 
+correct() { # the kernels' own tests; not again where they passed for these sources and versions
+    local stamp
+    stamp=$(python -c "import json; from qmedtune.bench.kernels import sources, versions
+print(json.dumps({'sources': sources(), 'versions': versions()}))")
+    [[ "$(cat "$results/$name.passed" 2>/dev/null)" != "$stamp" ]] || return 0
+    step 200 python -m pytest -m gpu kernels/tests -p no:cacheprovider && echo "$stamp" >"$results/$name.passed"
+}
+
 case "$part" in
 --quick)
-    step 300 python -m pytest -m gpu kernels/tests -p no:cacheprovider
+    correct || exit 1
     step 240 python kernels/benchmarks/benchmark_all.py --quick --out "/tmp/$name.quick.json"
     ;;
 kernels)
-    workers=$(python -c "import xdist; print('-n 4')" 2>/dev/null)
-    stamp=$(python -c "import json; from qmedtune.bench.kernels import sources, versions
-print(json.dumps({'sources': sources(), 'versions': versions()}))")
-    if [[ "$(cat "$results/$name.passed" 2>/dev/null)" != "$stamp" ]]; then
-        # shellcheck disable=SC2086
-        step 280 python -m pytest -m gpu -p no:cacheprovider $workers && echo "$stamp" >"$results/$name.passed"
-    fi
-    step 270 python kernels/benchmarks/benchmark_all.py --seconds 240 --out "$results/$name.json"
-    [[ ! -f "$results/$name.json" ]] || step 20 python kernels/benchmarks/publish.py "$results/$name.json"
+    correct || exit 1
+    step 250 python kernels/benchmarks/benchmark_all.py --out "$results/$name.json" --seconds 230
+    step 20 python kernels/benchmarks/publish.py "$results/$name.json"
+    step 120 python -m pytest -m gpu tests -p no:cacheprovider
     ;;
 train)
     large=(--shape 8b --rows 1)
@@ -87,5 +90,5 @@ ablation)
     train 520 1b-ablation "qmedtune,qmedtune-reference,$left_out" --shape 1b --rows 1 --keep
     ;;
 esac
-[[ "$part" == --quick ]] || step 20 python kernels/benchmarks/publish_training.py "$results/training"
+[[ "$part" == --quick || "$part" == kernels ]] || step 20 python kernels/benchmarks/publish_training.py "$results/training"
 exit $failed

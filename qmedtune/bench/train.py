@@ -125,7 +125,7 @@ def bench_train(
     }
 
 
-def all_versions() -> dict[str, str]:
+def all_versions() -> dict[str, str | None]:
     """Of the libraries, of the peers that are installed, and of the driver."""
     peers = ("flash-attn", "liger-kernel", "unsloth", "unsloth_zoo", "axolotl")
     found = {name: version(name) for name in peers if find_spec(name.replace("-", "_"))}

@@ -91,7 +91,7 @@ def _hallmark_scores(judgements: list[Judgement]) -> dict[str, float]:
     table = sklearn_metrics().multilabel_confusion_matrix(gold, predicted)
     right, wrong = table[:, 1, 1], table[:, 0, 1] + table[:, 1, 0]
     each = _f1(right, wrong)
-    there = {label: float(f) for label, f, occurs in zip(HALLMARKS, each, gold.any(axis=0), strict=True) if occurs}
+    there = {label: float(f) for label, f, has in zip(HALLMARKS, each, gold.T, strict=True) if has.any()}
     return {
         "macro_f1": fmean(there.values()) if there else float("nan"),
         "micro_f1": float(_f1(right.sum(), wrong.sum())),
