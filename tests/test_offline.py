@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from conftest import MICRO
+from conftest import MICRO, MicroRun
 
 WATCHED = """
 import json, sys
@@ -42,7 +42,8 @@ def watched_run(tmp_path: Path, how: str, *arguments: str) -> dict:
     return json.loads(target.read_text()) | {"stderr": done.stderr}
 
 
-def test_a_run_opens_no_socket_unpickles_nothing_and_starts_no_process(tmp_path: Path):
+def test_a_run_opens_no_socket_unpickles_nothing_and_starts_no_process(micro_run: MicroRun, tmp_path: Path):
+    # `micro_run` has made the base: otherwise the stop would come while that is trained.
     out = tmp_path / "run"
     first = watched_run(tmp_path, "stopped", "run", str(MICRO), "--out", str(out))
     assert first["code"] == 143, first["stderr"][-2000:]
