@@ -58,6 +58,8 @@ def test_time_limits_add_up_to_a_run(tmp_path: Path):
 @pytest.mark.slow
 def test_a_second_run_leaves_at_any_moment_of_the_first(tmp_path: Path):
     found = ran("second", tmp_path)["second"]
-    assert found["same_weights"] and len(found["codes"]) > 3
-    # The very last may come when the first has ended, and finds everything done.
-    assert set(found["codes"][:-1]) == {1} and found["refused"] >= len(found["codes"]) - 1
+    codes = found["codes"]
+    refused = codes.index(0) if 0 in codes else len(codes)
+    assert found["same_weights"] and refused > 3
+    # The last may come when the first has let go of its lock and is on its way out: they find everything done.
+    assert set(codes[:refused]) == {1} and set(codes[refused:]) <= {0} and found["refused"] == refused
