@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from qmedtune import ui
 from qmedtune.errors import RunError
-from qmedtune.merging.disk_llama import EMBEDDING, SIGNS, DiskLlama, StreamedLinear, open_llama, streamed_model
+from qmedtune.merging.disk_llama import EMBEDDING, DiskLlama, StreamedLinear, open_llama, streamed_model
 from qmedtune.merging.lora_files import Updates
 from qmedtune.recipe import MergeSection, ModelSection
 
@@ -68,12 +68,13 @@ def divergence(reference: Tensor, other: Tensor) -> dict[str, float]:
 
 
 def weight_errors(ours: nn.Module, reference: nn.Module) -> dict[str, float]:
-    """Frobenius norm of the difference of each linear layer's weights over the weight's own, estimated from what both
-    models, having run, answered to the same signs: unbiased in its square, within some 10 % for 64 rows and more."""
+    """Frobenius norm of the difference of each linear layer's weights over the weight's own, both estimated from what
+    the models, having run, answered to the same signs: unbiased in their squares, within some 10 % for 64 rows and
+    more."""
     linears = [(name, m) for name, m in ours.named_modules() if isinstance(m, StreamedLinear)]
     others = [m for m in reference.modules() if isinstance(m, StreamedLinear)]
     return {
-        name: float((a.response - b.response).norm()) / math.sqrt(SIGNS) / max(a.norm, 1e-30)
+        name: float((a.response - b.response).norm() / b.response.norm().clamp(min=1e-30))
         for (name, a), b in zip(linears, others, strict=True)
     }
 
