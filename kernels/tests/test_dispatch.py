@@ -39,10 +39,16 @@ def test_the_first_use_compares_decode_and_both_products_to_the_bit(as_if_sm_90)
 
 def test_a_wrong_product_means_the_reference_path_by_name(as_if_sm_90, monkeypatch):
     right = matmul.matmul
-    monkeypatch.setattr(matmul, "matmul", lambda *a, **o: right(*a, **o) + torch.eye(16, 64, dtype=torch.bfloat16))
+
+    def wrong(x, weight, path):
+        return right(x, weight, path=path) + (len(x) == 64) * torch.eye(64, dtype=torch.bfloat16)[: len(x)]
+
+    monkeypatch.setattr(matmul, "matmul", wrong)
     assert not dispatch.uses_triton(CPU)
-    assert dispatch.describe(CPU)["matmul"] == "reference: 16 elements of the fused matmul differ"
-    with pytest.raises(ValueError, match="kernels: triton given, but 16 elements of the fused matmul differ; allowed"):
+    assert dispatch.describe(CPU)["matmul"] == "reference: 64 elements of the fused matmul of 64 rows differ"
+    with pytest.raises(
+        ValueError, match="kernels: triton given, but 64 elements of the fused matmul of 64 rows differ; allowed"
+    ):
         dispatch.uses_triton(CPU, "triton")
 
 

@@ -53,19 +53,22 @@ def relative_error(actual, expected) -> float:
     return float((actual.detach().double() - expected).norm() / expected.norm())
 
 
-def check(x, weight, w, pairs, bias, dtype, path):
+def outputs_and_exact(x, weight, w, pairs, bias, dtype, path):
+    """(actual, float64 reference) of Y, dX and of every dA and dB, for a fresh dY."""
     x = x.detach().requires_grad_()
     dy = torch.randn(*x.shape[:-1], w.shape[0], device=x.device).to(dtype)
     y = lora.linear(x, weight, pairs, bias, path)
     y.backward(dy)
     wanted_y, grads = exact(x, w, pairs, bias, dy)
     assert y.dtype == x.grad.dtype == dtype
-    # three roundings on the way (A, B and X A^T), where a plain product has one
-    assert relative_error(y, wanted_y) <= 1.5 * TOLERANCE[dtype]
     leaves = [x] + [tensor for adapter in pairs for tensor in (adapter.a, adapter.b)]
-    for leaf, wanted in zip(leaves, grads, strict=True):
-        assert leaf.grad.dtype == leaf.dtype
-        assert relative_error(leaf.grad, wanted) <= 1.5 * TOLERANCE[dtype]
+    assert all(leaf.grad.dtype == leaf.dtype for leaf in leaves)
+    return [(y, wanted_y), *((leaf.grad, wanted) for leaf, wanted in zip(leaves, grads, strict=True))]
+
+
+def check(x, weight, w, pairs, bias, dtype, path):
+    for actual, wanted in outputs_and_exact(x, weight, w, pairs, bias, dtype, path):
+        assert relative_error(actual, wanted) <= TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
@@ -134,14 +137,24 @@ def test_a_remade_input_is_not_kept_and_gives_the_same_gradients(wide, monkeypat
 @pytest.mark.slow
 @settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 @given(
-    m=st.integers(4, 30), widths=st.lists(st.integers(8, 70), min_size=1, max_size=3), blocks=st.integers(1, 3),
-    r=st.integers(4, 9), dtype=st.sampled_from(list(TOLERANCE)), path=st.sampled_from(["reference", "triton", "fused"]),
+    m=st.integers(1, 30), widths=st.lists(st.integers(8, 70), min_size=1, max_size=3), blocks=st.integers(1, 3),
+    r=st.integers(1, 9), dtype=st.sampled_from(list(TOLERANCE)), path=st.sampled_from(["reference", "triton", "fused"]),
 )  # fmt: skip
 def test_any_shape(m, widths, blocks, r, dtype, path):
-    weights = tuple(quantize(n, 64 * blocks, HERE) for n in widths)
-    w = torch.cat([nf4.dequantize_reference(weight, torch.float32) for weight in weights])
-    x = torch.randn(m, 64 * blocks, device=HERE).to(dtype)
-    check(x, weights, w, adapters(widths, 64 * blocks, r, HERE), None, dtype, path)
+    """Small shapes are drawn again and judged together (see test_matmul.py). All of dA hangs on the m r numbers of
+    dY B, all of dB on those of X A^T: with 160 or more of them the error's square varies by a sixth, and the largest
+    is at half of its limit."""
+    k = 64 * blocks
+    draws = -(-160 // (m * r))
+    pooled = []
+    for _ in range(draws):
+        weights = tuple(quantize(n, k, HERE) for n in widths)
+        w = torch.cat([nf4.dequantize_reference(weight, torch.float32) for weight in weights])
+        x = torch.randn(m, k, device=HERE).to(dtype)
+        pooled.append(outputs_and_exact(x, weights, w, adapters(widths, k, r, HERE), None, dtype, path))
+    for of_one in zip(*pooled, strict=True):
+        actual, wanted = (torch.stack(part) for part in zip(*of_one, strict=True))
+        assert relative_error(actual, wanted) <= TOLERANCE[dtype]
 
 
 def test_frozen_and_active_adapters_on_the_same_rows():
@@ -257,9 +270,7 @@ def _train(mode: str, steps: int, device: torch.device) -> list[float]:
     for parent in [model.model.layers[0].self_attn, model.model.layers[0].mlp]:
         for name, linear in list(parent.named_children()):
             if isinstance(linear, torch.nn.Linear):
-                four = bnb.nn.Linear4bit(
-                    linear.in_features, linear.out_features, False, torch.float32, True, "nf4"
-                )
+                four = bnb.nn.Linear4bit(linear.in_features, linear.out_features, False, torch.float32, True, "nf4")
                 four.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4", module=four)
                 setattr(parent, name, four.to(device))
     model = get_peft_model(model.to(device), LoraConfig(r=4, lora_alpha=16, target_modules="all-linear"))

@@ -6,9 +6,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from qmedtune_kernels import matmul as module
-from qmedtune_kernels import nf4
-from qmedtune_kernels.matmul import matmul, matmul_backward
+from qmedtune_kernels import nf4, tiles
+from qmedtune_kernels.matmul import matmul, matmul_backward, reference
 
 HERE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 6e-4, torch.float32: 2e-5}
@@ -108,19 +107,17 @@ def test_split_k_is_deterministic_and_covers_poisoned_memory(device, monkeypatch
     weight = quantize(64, 2048, True, device)
     x = torch.randn(3, 2048, device=device).half()
     empty = torch.Tensor.new_empty
-    monkeypatch.setattr(
-        torch.Tensor, "new_empty", lambda *size, **options: _poison(empty(*size, **options))
-    )
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *size, **options: _poison(empty(*size, **options)))
     first = matmul(x, weight, path="fused")
-    assert module.splits(1, 32, 4) > 1, "this shape must be split"
+    assert tiles.splits(1, 32, 4) > 1, "this shape must be split"
     assert not first.isnan().any()
     assert torch.equal(first, matmul(x, weight, path="fused"))
 
 
 def test_splits_cover_the_contraction_once():
-    for tiles in (1, 5, 32, 300):
+    for count in (1, 5, 32, 300):
         for steps in (1, 3, 4, 64, 224):
-            ways = module.splits(tiles, steps, 132)
+            ways = tiles.splits(count, steps, 132)
             per_split = -(-steps // ways)
             assert 1 <= ways <= 16 and ways * per_split >= steps
 
@@ -133,10 +130,28 @@ def test_strided_input(device):
     assert torch.equal(matmul(wide, weight, path="fused"), matmul(wide.contiguous(), weight, path="fused"))
 
 
+@pytest.mark.parametrize("first", [1, 3])
+def test_rows_that_start_anywhere(first, device):
+    weight = quantize(72, 128, True, device)
+    for columns, product in ((128, lambda x: matmul(x, weight, path="fused")),
+                             (72, lambda dy: matmul_backward(dy, weight, "fused"))):  # fmt: skip
+        apart = torch.randn(6 * 161, device=device).half()[first:]
+        for rows in (apart[: 6 * columns].view(6, columns), apart[: 6 * 160].view(6, 160)[:, :columns]):
+            assert torch.equal(product(rows), product(rows.clone()))
+
+
+def test_more_rows_than_a_grid_has_are_refused():
+    weight = quantize(8, 64, True, "cpu")
+    for columns, name, product in ((64, "x", matmul), (8, "dy", matmul_backward)):
+        rows = torch.zeros(1, columns, dtype=torch.half).expand(65535 * 64 + 1, columns)
+        with pytest.raises(ValueError, match=f"^{name}: given 4194241 rows; the fused path allows 4194240"):
+            product(rows, weight, path="fused")
+
+
 def test_auto_on_the_cpu_is_the_reference():
     weight = quantize(64, 128, True, "cpu")
     x = torch.randn(6, 128)
-    assert torch.equal(matmul(x, weight), module.reference(x, weight))
+    assert torch.equal(matmul(x, weight), reference(x, weight))
 
 
 @pytest.mark.parametrize(

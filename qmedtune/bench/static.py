@@ -42,6 +42,7 @@ class Case:
     stores_16: bool = False  # must store 16 bytes at a time
     types: dict[str, str] = field(default_factory=dict)
     dtype: str = ""  # of activations; "" = bf16, and fp16 below sm_80
+    ragged: tuple[str, ...] = ()  # sizes that are no multiples of 16
 
 
 def cases() -> Iterator[Case]:
@@ -60,6 +61,8 @@ def cases() -> Iterator[Case]:
         for rows in (16, 32, 64):
             yield _matmul("forward", rows, nested, ampere)
             yield _matmul("backward", rows, nested, ampere)
+            yield _matmul("forward", rows, nested, ampere, ragged=("m", "n", "steps"))
+            yield _matmul("backward", rows, nested, ampere, ragged=("m", "n", "steps", "dy_stride"))
     for dtype, rows in (("fp16", 16), ("fp16", 64), ("fp32", 16)):
         yield _matmul("forward", rows, True, ampere, dtype)
         yield _matmul("backward", rows, True, ampere, dtype)
@@ -76,21 +79,26 @@ def cases() -> Iterator[Case]:
     yield Case("rope", "rope._rotate", heads, num_warps=2, stores_16=True, fp_fusion=False)
 
 
-def _matmul(direction: str, rows: int, nested: bool, architectures: tuple[int, ...], dtype: str = "") -> Case:
-    from qmedtune_kernels import matmul
+def _matmul(
+    direction: str, rows: int, nested: bool, architectures: tuple[int, ...], dtype: str = "",
+    ragged: tuple[str, ...] = (),
+) -> Case:  # fmt: skip
+    from qmedtune_kernels import tiles
 
     forward = direction == "forward"
-    tile = matmul.tile(rows, 64, forward, _torch_dtype(dtype))
+    tile = tiles.tile(rows, 64, forward, _torch_dtype(dtype))
     warps, stages, registers = int(tile.pop("num_warps")), int(tile.pop("num_stages")), tile.pop("maxnreg", None)
     constants = {**tile, "BLOCKSIZE": 64, "NESTED": nested, "SPLIT": True, "DECODE": "", "EMULATE": False}
     if forward:
         constants["BIAS"] = False
     elements = tile["BN"] * tile["BK"] / (32 * warps)
-    label = " ".join(filter(None, ("matmul", direction, dtype, f"M<={rows}", "nested" if nested else "flat")))
+    words = ("matmul", direction, dtype, f"M<={rows}", "nested" if nested else "flat", "ragged" if ragged else "")
+    label = " ".join(filter(None, words))
     limit = LOOP_LIMIT if forward and rows == 16 and dtype != "fp32" else None
     return Case(
         label, f"matmul._{direction}", constants, warps, stages, registers, elements, loop=True, limit=limit,
         architectures=architectures, tensor_cores=dtype != "fp32", types={"out": "*fp32"}, dtype=dtype,
+        ragged=ragged,
     )  # fmt: skip
 
 
@@ -128,7 +136,7 @@ def compile_case(case: Case, arch: int):
     kernel = getattr(getattr(qmedtune_kernels, module), name)
     constants = dict(case.constants)
     if "DECODE" in constants:
-        constants["DECODE"] = qmedtune_kernels.matmul.decode(arch, _torch_dtype(case.dtype), "POST" in constants)
+        constants["DECODE"] = qmedtune_kernels.tiles.decode(arch, _torch_dtype(case.dtype), "POST" in constants)
     half = "*" + (case.dtype or ("fp16" if arch < 80 else "bf16"))
     scales = {"absmax": "*u8" if constants.get("NESTED") else "*fp32"}
     types = {**TYPES, **scales, **case.types}
@@ -139,8 +147,8 @@ def compile_case(case: Case, arch: int):
     }  # fmt: skip
     aligned = {
         (i,): [["tt.divisibility", 16]]
-        for i, type_ in enumerate(signature.values())
-        if type_.startswith("*") or type_ == "i32"
+        for i, (argument, type_) in enumerate(signature.items())
+        if (type_.startswith("*") or type_ == "i32") and argument not in case.ragged
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     options = {

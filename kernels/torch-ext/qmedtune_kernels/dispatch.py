@@ -92,7 +92,7 @@ def asm_verified(device: torch.device) -> bool:
 
 
 def dequantize_path(device: torch.device, path: str) -> str:
-    """"reference", "gather" or "shuffle" for nf4.dequantize."""
+    """ "reference", "gather" or "shuffle" for nf4.dequantize."""
     if path in ("gather", "shuffle"):
         require(device, path, 75 if path == "gather" else 80)
         return path
@@ -103,7 +103,7 @@ def dequantize_path(device: torch.device, path: str) -> str:
 
 @cache
 def self_check(device: torch.device) -> str:
-    """"" when the kernels this device would take reproduce known results to the bit; else what differed. Raises
+    """ "" when the kernels this device would take reproduce known results to the bit; else what differed. Raises
     RuntimeError during the capture of a CUDA graph, where nothing can be compared."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(f"kernels: the first use on {device} came during a CUDA graph capture; run once before it")
@@ -129,10 +129,10 @@ def _difference(device: torch.device) -> str:
     if hasattr(torch.ops.bitsandbytes, "dequantize_4bit"):
         wanted = torch.ops.bitsandbytes.dequantize_4bit(packed, absmax, 64, "nf4", [64, 128], dtype)
     found = {f"the {way} decode": (nf4.dequantize(weight, dtype, path=way), wanted)}
-    if way == "shuffle":
-        x, dy = (torch.eye(16, columns, dtype=dtype, device=device) for columns in (128, 64))
-        found["the fused matmul"] = matmul.matmul(x, weight, path="fused"), wanted.t()[:16]
-        found["its backward"] = matmul.matmul_backward(dy, weight, "fused"), wanted[:16]
+    for rows in (16, 32, 64) if way == "shuffle" else ():  # each is a tile of its own
+        x, dy = (torch.eye(rows, columns, dtype=dtype, device=device) for columns in (128, 64))
+        found[f"the fused matmul of {rows} rows"] = matmul.matmul(x, weight, path="fused"), wanted.t()[:rows]
+        found[f"its backward of {rows} rows"] = matmul.matmul_backward(dy, weight, "fused"), wanted[:rows]
     counts = {name: int((actual != expected).sum()) for name, (actual, expected) in found.items()}
     return "; ".join(f"{count} elements of {name} differ" for name, count in counts.items() if count)
 

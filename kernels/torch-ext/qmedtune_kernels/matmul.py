@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import dispatch, nf4
+from . import dispatch, nf4, tiles
 from .decode import INTERPRET, block_scale, cast, codes, dot, weights
 from .language import tl, triton
 from .nf4 import NF4Weight, lookup
@@ -86,7 +86,7 @@ def _check(x: Tensor, weight: NF4Weight, name: str, columns: int) -> None:
 
 
 def choose(x: Tensor, weight: NF4Weight, path: str) -> str:
-    """"reference", "fused", "few_rows" or "dequantize" for this x (or dy); see `matmul`."""
+    """ "reference", "fused", "few_rows" or "dequantize" for this x (or dy); see `matmul`."""
     if path == "fused":
         if not fits(weight):
             raise ValueError(
@@ -248,57 +248,30 @@ def _reduce(
     tl.store(out + i, cast(total, out.dtype.element_ty, EMULATE), mask=inside)
 
 
-def tile(rows: int, blocksize: int, forward: bool, dtype: torch.dtype = torch.bfloat16) -> dict[str, int | bool]:
-    """Tile sizes and pipeline depth for M rows; chosen by the static gate's counts (NOTES.md), not yet on hardware.
-
-    fp32 has no tensor cores here: small tiles (larger ones spill kilobytes) and no pipeline, which would put the
-    gathered table lookups into shared memory.
-    """
-    bm, warps = min(64, max(16, triton.next_power_of_2(rows))), {"num_warps": 4}
-    if dtype == torch.float32:
-        small = {"BM": 16, "BN": 32, "BK": 32, **warps, "num_stages": 1}
-        return {**small, "POST": False} if forward else small
-    if forward:
-        few = bm <= 32
-        return {
-            "BM": bm, "BN": 128, "BK": min(64, blocksize), "POST": few, **warps, "num_stages": 4 if few else 3
-        }  # fmt: skip
-    bn, bk = (128, 64) if bm <= 32 else (64, 128)  # 64 x 128 spills at M <= 16 on sm_90
-    backward = {"BM": bm, "BN": bn, "BK": bk, **warps, "num_stages": 3}
-    # ptxas aims at 96 registers on sm_100 and spills 8 bytes; told 128, it takes them and fewer instructions
-    return {**backward, "maxnreg": 128} if bm == 16 else backward
+GRID_ROWS = 65535  # CUDA's limit on the second dimension of a grid
 
 
-def decode(arch: int, dtype: torch.dtype, forward: bool) -> str:
-    """DECODE of decode.py. Forward below sm_90 and on sm_120, `mma.sync` takes W from registers, and an address operand
-    makes Triton pass it through shared memory instead (11.3 instructions an element against 8.7): there the table is
-    made; elsewhere fetching it is cheaper (backward on sm_86: 6.7 against 7.2)."""
-    if INTERPRET or dtype == torch.float32:
-        return "gather"
-    return "make" if forward and not 90 <= arch < 120 else "fetch"
-
-
-def splits(tiles: int, steps: int, processors: int) -> int:
-    """Ways to split the contraction so that two waves of programs fill the GPU; each keeps at least four steps."""
-    return max(1, min(2 * processors // max(tiles, 1), steps // 4, 16))
-
-
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+def _aligned(x: Tensor) -> Tensor:
+    """x, copied if its rows need not start at multiples of 16 bytes but could: loads of single elements spill 24 bytes
+    at M <= 64 on sm_86."""
+    whole_rows = x.is_contiguous() or (x.stride(1) == 1 and x.stride(0) % 16 == 0)
+    return x if whole_rows and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
 
 
 @dispatch.on_its_device
 def _launch(x: Tensor, weight: NF4Weight, bias: Tensor | None, forward: bool) -> Tensor:
-    x = x if x.stride(1) == 1 else x.contiguous()
+    x = _aligned(x)
     (n, k), m = weight.shape, x.shape[0]
     columns, contraction = (n, k) if forward else (k, n)
     out = x.new_empty(m, columns)
     if m == 0:
         return out
-    config = tile(m, weight.blocksize, forward, x.dtype)
+    config = tiles.tile(m, weight.blocksize, forward, x.dtype)
+    if m > (most := GRID_ROWS * config["BM"]):
+        raise ValueError(f"{'x' if forward else 'dy'}: given {m} rows; the fused path allows {most}: use 'dequantize'")
     step, width = (config["BK"], config["BN"]) if forward else (config["BN"], config["BK"])
-    steps, tiles = triton.cdiv(contraction, step), triton.cdiv(columns, width) * triton.cdiv(m, config["BM"])
-    ways = splits(tiles, steps, _processors(x.device))
+    steps, count = triton.cdiv(contraction, step), triton.cdiv(columns, width) * triton.cdiv(m, config["BM"])
+    ways = tiles.splits(count, steps, tiles.processors(x.device))
     per_split = triton.cdiv(steps, ways)
     ways = triton.cdiv(steps, per_split)
     target = out if ways == 1 else x.new_empty(ways, m, columns, dtype=torch.float32)
@@ -307,7 +280,7 @@ def _launch(x: Tensor, weight: NF4Weight, bias: Tensor | None, forward: bool) ->
     where = (m, n, k, per_split, x.stride(0))
     options = {
         "BLOCKSIZE": weight.blocksize, "NESTED": weight.nested, "SPLIT": ways > 1,
-        "DECODE": decode(dispatch.capability(x.device), x.dtype, forward), "EMULATE": INTERPRET,
+        "DECODE": tiles.decode(dispatch.capability(x.device), x.dtype, forward), "EMULATE": INTERPRET,
         "enable_fp_fusion": True, **config,
     }  # fmt: skip
     grid = (triton.cdiv(columns, width), triton.cdiv(m, config["BM"]), ways)
@@ -333,7 +306,7 @@ def _launch_few_rows(x: Tensor, weight: NF4Weight, bias: Tensor | None) -> Tenso
         return x.new_empty(0, n)
     bn, bk = 16, min(64, weight.blocksize)
     steps = k // bk
-    ways = splits(triton.cdiv(n, bn), steps, _processors(x.device))
+    ways = tiles.splits(triton.cdiv(n, bn), steps, tiles.processors(x.device))
     per_split = triton.cdiv(steps, ways)
     ways = triton.cdiv(steps, per_split)
     partial = x.new_empty(ways, m, n, dtype=torch.float32)

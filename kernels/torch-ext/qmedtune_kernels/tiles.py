@@ -1,0 +1,47 @@
+"""How the fused matmul cuts its work: tile sizes, the way of decoding, ways to split the contraction."""
+
+from __future__ import annotations
+
+import torch
+
+from .decode import INTERPRET
+from .language import triton
+
+
+def tile(rows: int, blocksize: int, forward: bool, dtype: torch.dtype = torch.bfloat16) -> dict[str, int | bool]:
+    """Tile sizes and pipeline depth for M rows; chosen by the static gate's counts (NOTES.md), not yet on hardware.
+
+    fp32 has no tensor cores here: small tiles (larger ones spill kilobytes) and no pipeline, which would put the
+    gathered table lookups into shared memory.
+    """
+    bm, warps = min(64, max(16, triton.next_power_of_2(rows))), {"num_warps": 4}
+    if dtype == torch.float32:
+        small = {"BM": 16, "BN": 32, "BK": 32, **warps, "num_stages": 1}
+        return {**small, "POST": False} if forward else small
+    if forward:
+        few = bm <= 32
+        return {
+            "BM": bm, "BN": 128, "BK": min(64, blocksize), "POST": few, **warps, "num_stages": 4 if few else 3
+        }  # fmt: skip
+    bn, bk = (128, 64) if bm <= 32 else (64, 128)  # 64 x 128 spills at M <= 16 on sm_90
+    backward = {"BM": bm, "BN": bn, "BK": bk, **warps, "num_stages": 3}
+    # ptxas aims at 96 registers on sm_100 and spills 8 bytes; told 128, it takes them and fewer instructions
+    return {**backward, "maxnreg": 128} if bm == 16 else backward
+
+
+def decode(arch: int, dtype: torch.dtype, forward: bool) -> str:
+    """DECODE of decode.py. Forward below sm_90 and on sm_120, `mma.sync` takes W from registers, and an address operand
+    makes Triton pass it through shared memory instead (11.3 instructions an element against 8.7): there the table is
+    made; elsewhere fetching it is cheaper (backward on sm_86: 6.7 against 7.2)."""
+    if INTERPRET or dtype == torch.float32:
+        return "gather"
+    return "make" if forward and not 90 <= arch < 120 else "fetch"
+
+
+def splits(tiles: int, steps: int, processors: int) -> int:
+    """Ways to split the contraction so that two waves of programs fill the GPU; each keeps at least four steps."""
+    return max(1, min(2 * processors // max(tiles, 1), steps // 4, 16))
+
+
+def processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
