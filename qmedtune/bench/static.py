@@ -129,6 +129,7 @@ def compile_case(case: Case, arch: int):
     """The compiled kernel for one architecture, without a GPU or a driver."""
     import qmedtune_kernels
     import triton
+    from qmedtune_kernels import tiles
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -136,7 +137,7 @@ def compile_case(case: Case, arch: int):
     kernel = getattr(getattr(qmedtune_kernels, module), name)
     constants = dict(case.constants)
     if "DECODE" in constants:
-        constants["DECODE"] = qmedtune_kernels.tiles.decode(arch, _torch_dtype(case.dtype), "POST" in constants)
+        constants["DECODE"] = tiles.decode(arch, _torch_dtype(case.dtype), "POST" in constants)
     half = "*" + (case.dtype or ("fp16" if arch < 80 else "bf16"))
     scales = {"absmax": "*u8" if constants.get("NESTED") else "*fp32"}
     types = {**TYPES, **scales, **case.types}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from .decode import INTERPRET
-from .language import triton
 
 
 def tile(rows: int, blocksize: int, forward: bool, dtype: torch.dtype = torch.bfloat16) -> dict[str, int | bool]:
@@ -14,7 +13,7 @@ def tile(rows: int, blocksize: int, forward: bool, dtype: torch.dtype = torch.bf
     fp32 has no tensor cores here: small tiles (larger ones spill kilobytes) and no pipeline, which would put the
     gathered table lookups into shared memory.
     """
-    bm, warps = min(64, max(16, triton.next_power_of_2(rows))), {"num_warps": 4}
+    bm, warps = min(64, max(16, 1 << (max(rows, 1) - 1).bit_length())), {"num_warps": 4}
     if dtype == torch.float32:
         small = {"BM": 16, "BN": 32, "BK": 32, **warps, "num_stages": 1}
         return {**small, "POST": False} if forward else small
