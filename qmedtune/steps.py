@@ -15,6 +15,7 @@ from typing import Any
 
 from qmedtune import keys, store
 from qmedtune.recipe import Recipe, StageSection
+from qmedtune.training.shared_base import SharedBase
 
 Work = Callable[[Recipe, dict[str, Path], Path], dict[str, Any]]
 
@@ -37,7 +38,7 @@ def steps_of(recipe: Recipe, asked: Recipe, hashes: store.HashCache) -> list[Ste
     sources = recipe.used_sources()
     steps = [_source_step(recipe, name, hashes) for name in sources]
     steps += _validation_step(recipe) + _planting_step(recipe)
-    start, adapters, template = "base", [], None
+    start, adapters, template, shared = "base", [], None, SharedBase()
     trained: dict[str, tuple[str, list[str]]] = {}
     for index, name in enumerate(recipe.stage_names()):
         stage = recipe.stages[index]
@@ -45,7 +46,7 @@ def steps_of(recipe: Recipe, asked: Recipe, hashes: store.HashCache) -> list[Ste
             steps.append(_fold_step(recipe, f"{name}-base", start, adapters))
             start, adapters = f"{name}-base", []
         steps.append(_tokens_step(recipe, index, start))
-        steps.append(_training_step(recipe, asked, index, start, adapters))
+        steps.append(_training_step(recipe, asked, index, start, adapters, shared))
         start, adapters = after(stage, name, start, adapters)
         trained |= {name: (start, adapters)} if stage.kind != "classify" else {}
         template = name if stage.kind == "sft" else template
@@ -71,6 +72,12 @@ def after(stage: StageSection, name: str, start: str, adapters: list[str]) -> tu
         return f"{name}/model", []
     kept = adapters[:-1] if stage.section.adapter == "continue" else adapters
     return start, [*kept, f"{name}/adapter"]
+
+
+def base_goes_on(recipe: Recipe, index: int) -> bool:
+    """Whether the stage after `index` trains on the same frozen base."""
+    following = recipe.stages[index + 1 : index + 2]
+    return any(not stage.full and stage.section.adapter != "merge_then_new" for stage in following)
 
 
 def _source_step(recipe: Recipe, name: str, hashes: store.HashCache) -> Step:
@@ -150,11 +157,16 @@ def _tokens_step(recipe: Recipe, index: int, start: str) -> Step:
     return Step(f"data/{recipe.stage_names()[index]}", "data", section, needs, work, resumes=True)
 
 
-def _training_step(recipe: Recipe, asked: Recipe, index: int, start: str, adapters: list[str]) -> Step:
+def _training_step(
+    recipe: Recipe, asked: Recipe, index: int, start: str, adapters: list[str], shared: SharedBase
+) -> Step:
     def work(recipe: Recipe, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
         from qmedtune.train import train_stage
 
-        return train_stage(recipe, index, inputs, out)
+        facts = train_stage(recipe, index, inputs, out, shared)
+        if not base_goes_on(recipe, index):
+            shared.drop()
+        return facts
 
     name = recipe.stage_names()[index]
     needs = {"base": start, "tokens": f"data/{name}", **_numbered(adapters)}

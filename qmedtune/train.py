@@ -42,14 +42,17 @@ from qmedtune.training.classify import attach_head, document_nll, score
 from qmedtune.training.confirm import confirm
 from qmedtune.training.loss import token_nll
 from qmedtune.training.machine import as_begun, out_of_memory
+from qmedtune.training.shared_base import SharedBase
 from qmedtune.training.trainer import QTrainer, collate, number, supervised_weight, trainer_arguments
 
 # A loss this many times the median of so many steps before it is logged as a spike.
 SPIKE, SPIKE_WINDOW = 2.0, 50
 
 
-def train_stage(recipe: Recipe, index: int, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
-    """Run stage `index` (0-based) of a resolved recipe.
+def train_stage(
+    recipe: Recipe, index: int, inputs: dict[str, Path], out: Path, shared: SharedBase | None = None
+) -> dict[str, Any]:
+    """Run stage `index` (0-based) of a resolved recipe, on the base that `shared` holds or loads (its own without one).
 
     `inputs`: `base` (model folder), `tokens` (packed rows), `validation` (folder of packed rows per source, may be
     absent), `adapter-1` ... (earlier adapters in order). Writes `out/adapter` (or `out/model` where all parameters are
@@ -62,7 +65,7 @@ def train_stage(recipe: Recipe, index: int, inputs: dict[str, Path], out: Path) 
     tokenizer: Any = models.load_tokenizer(inputs["base"])
     machine = this_machine()
     check_card(peak_bytes(base_facts(recipe.model), setup_of(recipe, index, machine), gpu=machine.is_gpu), machine)
-    model, facts = _make_model(recipe, index, inputs)
+    model, facts = _make_model(recipe, index, inputs, shared or SharedBase())
     models.check_tokenizer(tokenizer, model, inputs["base"])
     rows = LabelledRows(inputs["tokens"]) if stage.classify else PackedRows(inputs["tokens"])
     if stage.classify and isinstance(rows, LabelledRows):
@@ -104,13 +107,15 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft)\..*")
 
 
-def _make_model(recipe: Recipe, index: int, inputs: dict[str, Path]) -> tuple[Any, dict[str, Any]]:
+def _make_model(recipe: Recipe, index: int, inputs: dict[str, Path], shared: SharedBase) -> tuple[Any, dict[str, Any]]:
     stage = recipe.stages[index]
     seq_len = number(stage.section.seq_len)
     if stage.full:
+        shared.drop()
         load = models.from_scratch if stage.kind == "pretrain" else models.load_full
         return load(inputs["base"], recipe.model, seq_len=seq_len), {}
-    base = models.load_base(inputs["base"], recipe.model, seq_len=seq_len)
+    base = shared.load(inputs["base"], recipe.model, seq_len=seq_len)
+    set_seed(recipe.seed + index)  # whatever loading has drawn
     earlier = earlier_adapters(inputs)
     continued = stage.section.adapter in ("continue", "frozen")  # attach_head freezes what is frozen
     model = models.attach_adapter(base, recipe.adapter, earlier, continued=continued)
