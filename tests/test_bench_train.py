@@ -198,6 +198,8 @@ def test_what_bitsandbytes_saves_is_what_is_written(nf4_folder, tmp_path):
 def test_a_base_is_loaded_and_weighed():
     rows = load.bench_load("tiny", ("nf4",), 1)["rows"]
     assert rows[0]["value"] > 0 and rows[0]["host_bytes"] > 0
+    assert 0 < rows[0]["next_stage_s"] < rows[0]["value"] and rows[0]["checkpoint_s"] > 0
+    assert rows[0]["checkpoint_bytes"] > 1e6  # weights and two states of each, fp32
     assert 0 < rows[0]["largest_shard_bytes"] < rows[0]["weight_bytes"] < 5e6
     with pytest.raises(RecipeError, match="no case 'gguf'\nallowed: 16-bit, nf4"):
         load.bench_load("tiny", ("gguf",))

@@ -1,9 +1,10 @@
-"""`qmedtune bench load`: seconds and host memory until a base is ready to train, as a stage loads it.
+"""`qmedtune bench load`: how long the GPU waits for anything but training: until a base is ready, as a stage loads it,
+until the next stage has it, and for a checkpoint (r = 16 on all linears, AdamW in fp32).
 
 From 16-bit shards, which are quantised on the way (transformers and bitsandbytes take tensor by tensor from the mapped
 file), and from a folder that is NF4 already. The files have just been written, so they are in the page cache. Every
 round is a process of its own; imports and the start of CUDA are not counted. On a CPU the model is then held in 16 bit
-in host memory, which the figure contains.
+in host memory, which the figure contains. A checkpoint is written, hashed and on the disk beside the model.
 """
 
 from __future__ import annotations
@@ -31,13 +32,18 @@ CASES = {
     "nf4": "a folder that bitsandbytes has quantised before",
 }
 
+WAITS = ("next_stage_s", "checkpoint_s", "checkpoint_bytes")
+RANK, SEQ_LEN = 16, 4096
+
 
 def bench_load(
     shape: str = "tiny", cases: tuple[str, ...] = tuple(CASES), rounds: int = 3, scratch: Path | None = None
 ) -> dict[str, Any]:
-    """Measure; returns `{"bench", "device", "versions", "job", "rows"}`, a row per case: `value` is the median of
-    seconds, `host_bytes` the highest anonymous memory above what the process held before, `largest_shard_bytes` and
-    `weight_bytes` of the folder. Raises RecipeError for an unknown shape or case, RunError where loading fails."""
+    """Measure; returns `{"bench", "device", "versions", "job", "rows"}`, a row per case, of medians: `value` is the
+    seconds until the base is ready, `next_stage_s` until the next stage has it, `checkpoint_s` what a checkpoint of
+    `checkpoint_bytes` takes. `host_bytes` is the highest anonymous memory while loading above that before,
+    `largest_shard_bytes` and `weight_bytes` are the folder's. Raises RecipeError for an unknown shape or case, RunError
+    where loading fails."""
     if shape not in SHAPES:
         raise RecipeError(f"bench load: no shape {shape!r}\nallowed: {', '.join(SHAPES)}")
     if unknown := [case for case in cases if case not in CASES]:
@@ -69,6 +75,7 @@ def _row(case: str, shape: str, base: Path, found: list[dict[str, float]]) -> di
         "value": round(statistics.median(seconds), 3),
         "unit": "s",
         "spread": [round(min(seconds), 3), round(max(seconds), 3)],
+        **{key: statistics.median(f[key] for f in found) for key in WAITS},
         "host_bytes": max(f["host_bytes"] for f in found),
         "device_bytes": max(f["device_bytes"] for f in found),
         "largest_shard_bytes": max(sizes),
@@ -88,23 +95,54 @@ def main() -> None:
     import torch
     import transformers.models.llama.modeling_llama  # noqa: F401
 
-    from qmedtune import model as models
     from qmedtune.bench.merge import anonymous_peak
     from qmedtune.recipe import ModelSection
     from qmedtune.train import quiet_libraries
+    from qmedtune.training.shared_base import SharedBase
 
     quiet_libraries()
     base, gpu = Path(sys.argv[1]), torch.cuda.is_available()
     if gpu:
         torch.zeros(1, device="cuda")
+    section, shared = ModelSection(base=str(base), compute_dtype="bfloat16"), SharedBase()
     with anonymous_peak() as peak:
         before, started = peak[0], time.monotonic()
-        models.load_base(base, ModelSection(base=str(base), compute_dtype="bfloat16"))
+        shared.load(base, section, seq_len=SEQ_LEN)
         if gpu:
             torch.cuda.synchronize()
         seconds = time.monotonic() - started
     device_bytes = torch.cuda.max_memory_allocated() if gpu else 0
-    print(json.dumps({"seconds": seconds, "host_bytes": peak[0] - before, "device_bytes": device_bytes}))
+    started = time.monotonic()
+    model = shared.load(base, section, seq_len=SEQ_LEN)
+    waits = {"next_stage_s": time.monotonic() - started, **_checkpoint(model, base.parent)}
+    print(json.dumps({"seconds": seconds, "host_bytes": peak[0] - before, "device_bytes": device_bytes, **waits}))
+
+
+def _checkpoint(model: Any, folder: Path) -> dict[str, float]:
+    """Seconds and bytes of a checkpoint such as a stage writes on this base."""
+    import torch
+    from torch.optim.lr_scheduler import ConstantLR
+    from transformers import TrainerState
+
+    from qmedtune import model as models
+    from qmedtune import store
+    from qmedtune.recipe import AdapterSection
+    from qmedtune.training import checkpoints
+
+    trained = models.trainable(models.attach_adapter(model, AdapterSection(r=RANK), [], continued=False))
+    for parameter in trained.values():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer = torch.optim.AdamW(trained.values(), fused=True)
+    optimizer.step()
+    with tempfile.TemporaryDirectory(dir=folder) as stage:
+        (Path(stage) / store.SCRATCH).mkdir()
+        schedule = ConstantLR(optimizer)
+        os.sync()
+        started = time.monotonic()
+        states = checkpoints.states_of(optimizer, schedule, None)
+        made = checkpoints.save(Path(stage), 1, trained, states, TrainerState(), {}, 1)
+        seconds = time.monotonic() - started
+        return {"checkpoint_s": seconds, "checkpoint_bytes": sum(p.stat().st_size for p in made.iterdir())}
 
 
 def render(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -114,13 +152,15 @@ def render(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
             row["case"],
             f"{row['value']:.1f}",
             f"{row['spread'][0]:.1f} to {row['spread'][1]:.1f}",
+            f"{row['next_stage_s']:.2f}",
+            f"{row['checkpoint_s']:.2f} ({row['checkpoint_bytes'] / 1e6:.0f} MB)",
             f"{row['host_bytes'] / 2**30:.2f} GiB",
             f"{row['largest_shard_bytes'] / 2**30:.2f} GiB",
             f"{row['weight_bytes'] / 2**30:.2f} GiB",
         ]
         for row in result["rows"]
     ]
-    return ["case", "seconds", "spread", "host memory", "largest shard", "weights"], rows
+    return ["case", "seconds", "spread", "next stage", "checkpoint", "host memory", "largest shard", "weights"], rows
 
 
 if __name__ == "__main__":

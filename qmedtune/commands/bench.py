@@ -89,7 +89,7 @@ def load(
     scratch: Annotated[Path | None, typer.Option(metavar="DIR", help="Room for the model.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Seconds and host memory until a base is ready to train."""
+    """How long a GPU waits: for the base, the next stage, a checkpoint."""
     from qmedtune.bench import load as bench_load
 
     _show(bench_load, bench_load.bench_load(shape, tuple(cases.split(",")), rounds, scratch), as_json)
