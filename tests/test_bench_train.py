@@ -14,19 +14,20 @@ from safetensors import safe_open
 
 from qmedtune import model as models
 from qmedtune.bench import context, load, shapes, train, train_worker
+from qmedtune.bench.job import job_of
 from qmedtune.errors import RecipeError
 from qmedtune.recipe import ModelSection
 
 
 def test_jobs_take_what_is_chosen():
-    tiny, large = train.job_of("tiny", {"steps": 3}), train.job_of("8b", {"seq_len": 8192})
+    tiny, large = job_of("tiny", {"steps": 3}), job_of("8b", {"seq_len": 8192})
     assert (tiny.shape, tiny.steps, tiny.checkpointing) == ("tiny", 3, False)
     assert (large.seq_len, large.rows, large.warmup_steps, large.checkpointing) == (8192, 4, 20, True)
     assert large.document <= large.seq_len and not large.train_embeddings
     with pytest.raises(RecipeError, match="3 steps, of which 5 warm up"):
         train.bench_train(tiny, ["qmedtune"])
     with pytest.raises(RecipeError, match="no shape '3b'\nallowed: tiny, 1b"):
-        train.job_of("3b", {})
+        job_of("3b", {})
 
 
 @given(st.integers(0, 70), st.integers(1, 64), st.integers(1, 80))
@@ -47,7 +48,7 @@ def test_context_without_a_card_tells_predictions_alone():
     """The plan's lengths for 8B at r=32: beyond 78k tokens in 24 GiB, what Unsloth publishes for it."""
     if torch.cuda.is_available():
         pytest.skip("there is a card")
-    result = context.bench_context(train.job_of("8b", {"r": 32}), [8.0, 24.0])
+    result = context.bench_context(job_of("8b", {"r": 32}), [8.0, 24.0])
     small, large = result["rows"]
     assert small["value"] is large["value"] is None and not large["settled"]
     assert 0 < small["predicted"] < 8192 and 78_000 < large["predicted"] < 131_072
@@ -56,7 +57,7 @@ def test_context_without_a_card_tells_predictions_alone():
 
 @given(st.integers(0, 50), st.sampled_from([(64, 16), (64, 64), (97, 10), (16, 1)]))
 def test_rows_are_documents_laid_end_to_end(number, sizes):
-    job = train.job_of("tiny", {"seq_len": sizes[0], "document": sizes[1]})
+    job = job_of("tiny", {"seq_len": sizes[0], "document": sizes[1]})
     row = train_worker.packed_row(job, 100, number)
     starts = np.flatnonzero(row["position_ids"] == 0)
     lengths = np.diff([*starts, job.seq_len])
@@ -68,7 +69,7 @@ def test_rows_are_documents_laid_end_to_end(number, sizes):
 
 
 def test_rows_differ_in_their_documents():
-    job = train.job_of("8b", {})
+    job = job_of("8b", {})
     counts = {int((train_worker.packed_row(job, 1000, n)["position_ids"] == 0).sum()) for n in range(8)}
     assert len(counts) > 1 and min(counts) > 2 and max(counts) < 9
 
@@ -83,7 +84,7 @@ def test_results_are_told_with_losses_and_absences():
         "host_bytes": 2**30, "losses": [2.0, 1.0], "gradient_cosine": 0.9999, "loss_gap": 0.001,
     }  # fmt: skip
     slower = {**measured, "tokens_per_s": 25.0, "cpu_s": 1.5}
-    job = train.job_of("tiny", {})
+    job = job_of("tiny", {})
     rows = [
         train._row(job, "trl", [measured] * 3, [measured] * 3),
         train._row(job, "qmedtune", [slower, measured, slower], [measured] * 3),
@@ -98,7 +99,7 @@ def test_results_are_told_with_losses_and_absences():
 def test_utilisation_counts_each_weight_four_times(monkeypatch):
     """8B: 7.5 G weights are multiplied (the embedding is looked up)."""
     monkeypatch.setattr(train, "this_machine", lambda: SimpleNamespace(name="NVIDIA H200"))
-    found = train.utilisation(train.job_of("8b", {}), 10_000)
+    found = train.utilisation(job_of("8b", {}), 10_000)
     assert found["tflops"] == pytest.approx(4 * (32 * 218_103_808 + 128_256 * 4096) * 1e4 / 1e12, abs=1e-3)
     assert found["utilisation"] == pytest.approx(found["tflops"] / 989, abs=1e-4)
 
@@ -134,13 +135,60 @@ def test_what_lacked_time_is_measured_by_the_next_call(tmp_path, monkeypatch):
         "host_bytes": 1, "losses": [2.0],
     }  # fmt: skip
     monkeypatch.setattr(train, "_run", lambda job, name, *rest: calls.append(name) or dict(found))
-    job, results = train.job_of("1b", {}), tmp_path / "deep" / "raw.json"
+    job, results = job_of("1b", {}), tmp_path / "deep" / "raw.json"
     first = train.bench_train(job, ["trl", "qmedtune"], 2, results, time_limit_s=1.0)
     assert calls == [] and all("no time was left" in row["absent"] for row in first["rows"])
     second = train.bench_train(job, ["trl", "qmedtune"], 2, results)
     assert calls == ["trl", "qmedtune", "qmedtune", "trl"] and second["rows"][1]["ratio"] == 1.0
     train.bench_train(job, ["trl", "qmedtune"], 2, results)
     assert len(calls) == 4
+
+
+FIGURES = {"all_tokens_per_s": 60.0, "cpu_s": 1.0, "first_step_s": 1.0, "peak_memory_bytes": 1, "host_bytes": 1}
+FIGURES |= {"losses": [2.0]}
+
+
+def test_each_contender_runs_at_the_setting_it_is_fastest_with(tmp_path, monkeypatch):
+    """Up to 4 rows: kept layers fit one row of trl-tuned and are fastest; qmedtune is fastest with two, recomputed."""
+    speeds = {
+        ("trl-tuned", 1, True): 10.0, ("trl-tuned", 2, True): 12.0, ("trl-tuned", 4, True): 11.0,
+        ("trl-tuned", 1, False): 13.0,
+        ("qmedtune", 1, True): 20.0, ("qmedtune", 2, True): 25.0, ("qmedtune", 4, True): 24.0,
+    }  # fmt: skip
+    calls = []
+
+    def run(job, name, *rest):
+        calls.append((name, job.micro_batch, job.checkpointing, job.steps))
+        speed = speeds.get(calls[-1][:3])
+        return {"tokens_per_s": speed, **FIGURES} if speed else {"absent": "failed: out of memory"}
+
+    monkeypatch.setattr(train, "_run", run)
+    job, results = job_of("1b", {"rows": 4}), tmp_path / "raw.json"
+    found = train.bench_train(job, ["trl-tuned", "qmedtune"], 2, results, best=True)
+    slow, fast = found["rows"]
+    assert slow["setting"] == {"micro_batch": 1, "checkpointing": False} and slow["value"] == 13.0
+    assert fast["setting"] == {"micro_batch": 2, "checkpointing": True} and fast["ratio"] == pytest.approx(
+        25 / 13, 0.01
+    )
+    assert [each["tokens_per_s"] for each in slow["tried"]] == [10.0, 12.0, 11.0, 13.0, None]
+    assert ("qmedtune", 2, False, 5) not in calls  # one row did not fit
+    assert [call for call in calls if call[3] == job.steps] == [
+        ("trl-tuned", 1, False, 40), ("qmedtune", 2, True, 40), ("qmedtune", 2, True, 40), ("trl-tuned", 1, False, 40),
+    ]  # fmt: skip
+    assert "1 rows at a time, layers kept" in train.render(found)[1][0][-1]
+    before = len(calls)
+    assert train.bench_train(job, ["trl-tuned", "qmedtune"], 2, results, best=True)["rows"] == found["rows"]
+    assert len(calls) == before
+
+
+def test_a_search_that_lacked_time_goes_on_in_the_next_call(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(train, "_run", lambda *_: calls.append(1) or {"tokens_per_s": 1.0, **FIGURES})
+    job, results = job_of("1b", {"rows": 3}), tmp_path / "raw.json"
+    first = train.bench_train(job, ["qmedtune"], 1, results, time_limit_s=1.0, best=True)
+    assert not calls and first["rows"][0]["setting"] is None and "no time was left" in first["rows"][0]["absent"]
+    second = train.bench_train(job, ["qmedtune"], 1, results, best=True)
+    assert len(calls) == 7 and [each["micro_batch"] for each in second["rows"][0]["tried"]] == [1, 2, 3, 1, 2, 3]
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +256,7 @@ def test_a_base_is_loaded_and_weighed():
 @pytest.mark.slow
 def test_a_small_comparison_runs(tmp_path):
     """About two minutes: the fp32 loop and three contenders, one round of seven steps each."""
-    job = train.job_of("tiny", {"steps": 7, "rows": 4, "micro_batch": 2})
+    job = job_of("tiny", {"steps": 7, "rows": 4, "micro_batch": 2})
     names = ["torch-loop", "qmedtune", "sft-trainer", "unsloth", "without-rope"]
     result = train.bench_train(job, names, 1, tmp_path / "results.json")
     found = {row["contender"]: row for row in result["rows"]}

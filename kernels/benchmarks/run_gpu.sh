@@ -5,6 +5,7 @@
 #   kernels/benchmarks/run_gpu.sh kernels    correctness, then speed of the kernels, then their table, chart and dispatch
 #                                            table (none of it of kernels that are wrong), then the repository's GPU tests
 #   kernels/benchmarks/run_gpu.sh train      training beside the peers: as it comes, nothing recomputed, within 24 GiB
+#   kernels/benchmarks/run_gpu.sh best       within 24 GiB, each at the micro-batch and checkpointing it is fastest with
 #   kernels/benchmarks/run_gpu.sh memory     longest context, loading, the 70B shape in 48 GiB
 #   kernels/benchmarks/run_gpu.sh ablation   kernel by kernel, on the 1B shape
 #   kernels/benchmarks/run_gpu.sh --quick    one shape of each kernel, for tuning; changes no table
@@ -16,7 +17,7 @@ results=$(realpath -m "${RESULTS:-$(dirname "$0")/results}")
 cd "$(dirname "$0")/../.."
 part=${1:-}
 case "$part" in
-kernels | train | memory | ablation | --quick) ;;
+kernels | train | best | memory | ablation | --quick) ;;
 *)
     sed -n '2,/^set/s/^# \{0,1\}//p' "$0"
     exit 2
@@ -78,6 +79,9 @@ train)
     train 240 8b trl-tuned,qmedtune,trl,unsloth,axolotl,trl-liger,trl-compiled "${large[@]}" --checkpointing
     train 90 8b-keep trl-tuned,qmedtune,unsloth "${large[@]}" --keep
     train 90 8b-24gib trl-tuned,qmedtune,unsloth "${large[@]}" --checkpointing --memory 24
+    ;;
+best)
+    train 520 8b-24gib-best trl-tuned,qmedtune,unsloth --shape 8b --rows 4 --memory 24 --best
     ;;
 memory)
     bench 260 context train --shape 8b --r 32 --context 8,12,16,24,40,80 --time-limit 240s \

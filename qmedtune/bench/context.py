@@ -20,7 +20,8 @@ from typing import Any
 
 from qmedtune import ui
 from qmedtune.bench import shapes
-from qmedtune.bench.train import TIME_LIMIT_S, Job, all_versions
+from qmedtune.bench.job import Job
+from qmedtune.bench.train import TIME_LIMIT_S, all_versions
 from qmedtune.errors import RunError
 from qmedtune.planning import memory
 from qmedtune.planning.machine import this_machine

@@ -15,14 +15,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from qmedtune import ui
+from qmedtune.bench.best import best_job
+from qmedtune.bench.job import Job
 from qmedtune.bench.shapes import SHAPES, tensors_of
 from qmedtune.errors import RecipeError
 from qmedtune.planning.machine import this_machine
@@ -49,43 +52,13 @@ CONTENDERS = {
 NEEDS = {"unsloth": "unsloth", "axolotl": "axolotl", "trl-liger": "liger_kernel"}
 # A CPU has no kernels to leave out, and torch.compile would compile for minutes there.
 GPU_ONLY = ("trl-compiled", *(name for name in CONTENDERS if name.startswith("without-")))
+AS_THEY_COME = ("trl",)  # what it shows is the defaults
 REFERENCE = "fp32"
 # Dense bf16 (T4: fp16) TFLOP/s of the data sheets, what utilisation is quoted of.
 SHEET_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "4090": 165, "3090": 71, "T4": 65}
 TIME_LIMIT_S = 540.0  # of a call; what is missing then is measured by the next, where results are kept
+NO_TIME = {"absent": "no time was left: run again with --results", "later": True}
 SHORTEST_S = 20.0  # no contender is begun with less time left
-
-
-@dataclass(frozen=True)
-class Job:
-    """One comparison: `rows` rows of `seq_len` tokens make an optimiser step, documents of `document` tokens
-    on average."""
-
-    shape: str = "tiny"
-    seq_len: int = 64
-    rows: int = 32
-    micro_batch: int = 32
-    document: int = 16
-    steps: int = 30
-    warmup_steps: int = 5  # not counted
-    r: int = 32
-    alpha: float = 64.0
-    train_embeddings: bool = True
-    checkpointing: bool = False  # every layer recomputed, by contenders that do not say otherwise
-    lr: float = 1e-3
-    seed: int = 0
-    memory_gib: float | None = None  # of the card, enforced; None: all of it
-
-
-def job_of(shape: str, chosen: dict[str, Any]) -> Job:
-    """The job of a shape: the tiny one's as it stands, others rows of 4096 one at a time, 40 steps of which 20 warm up,
-    LoRA alone, layers recomputed; `chosen` overrides. Raises RecipeError for an unknown shape."""
-    if shape not in SHAPES:
-        raise RecipeError(f"bench train: no shape {shape!r}\nallowed: {', '.join(SHAPES)}")
-    if shape == "tiny":
-        return replace(Job(), **chosen)
-    large = Job(shape, 4096, 4, 1, 1024, 40, 20, 16, 32.0, train_embeddings=False, checkpointing=True, lr=2e-4)
-    return replace(large, **chosen)
 
 
 def bench_train(
@@ -95,27 +68,39 @@ def bench_train(
     results: Path | None = None,
     time_limit_s: float = TIME_LIMIT_S,
     models: Path | None = None,
+    best: bool = False,
 ) -> dict[str, Any]:
     """Measure; returns `{"bench", "device", "versions", "job", "rows"}` with one row per contender: `value` is the
     median over rounds of supervised tokens/s (after the warm-up steps), `ratio` the median over rounds of this
     contender's speed over the first contender's in the same round. With `results`, finished measurements are kept
-    there and not made again; with `models`, the random model too. Raises RecipeError for an unknown contender."""
+    there and not made again; with `models`, the random model too. `best`: each contender at its fastest setting
+    (best.py), `setting` and `tried` in its row. Raises RecipeError for an unknown contender."""
     if unknown := [c for c in contenders if c not in CONTENDERS]:
         raise RecipeError(f"bench train: no contender {unknown[0]!r}\nallowed: {', '.join(CONTENDERS)}")
     if job.steps <= job.warmup_steps:
         raise RecipeError(f"bench train: {job.steps} steps, of which {job.warmup_steps} warm up\ngive more --steps")
-    deadline = time.monotonic() + time_limit_s
-    known = json.loads(results.read_text()) if results and results.is_file() else {}
-    measured: dict[str, list[dict[str, Any]]] = {c: known.get(_mark(job, c), []) for c in contenders}
-    names = [c for c in contenders if not any("tokens_per_s" not in m for m in measured[c])]
-    with tempfile.TemporaryDirectory() as scratch, ui.stage("bench train", len(names) * rounds, "runs") as bar:
-        for done, (number, name) in enumerate(_turns(names, rounds)):
-            if len(measured[name]) <= number:
-                measured[name].append(measure(job, name, Path(scratch), models, deadline - time.monotonic()))
-                known[_mark(job, name)] = [m for m in measured[name] if "later" not in m]
-                _keep(known, results)
-            bar.update(done + 1, note=name)
-    rows = [_row(job, name, found, measured[contenders[0]]) for name, found in measured.items()]
+    kept, deadline = Kept(results), time.monotonic() + time_limit_s
+    with tempfile.TemporaryDirectory() as scratch, ui.stage("bench train", None, "runs") as bar:
+
+        def once(one: Job, name: str, number: int = 0) -> dict[str, Any]:
+            bar.update(bar.completed + 1, note=name)
+            left = deadline - time.monotonic()
+            return kept.measurement(
+                one, name, number, lambda: measure(one, name, Path(scratch), models or Path(scratch), left)
+            )
+
+        searched = [name for name in contenders if best and name not in AS_THEY_COME]
+        chosen = {
+            name: best_job(job, partial(once, name=name)) if name in searched else (job, []) for name in contenders
+        }
+        measured: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}
+        for number, name in _turns(contenders, rounds):
+            at = chosen[name][0]
+            if all("tokens_per_s" in m for m in measured[name]):
+                measured[name].append(once(at, name, number) if at else NO_TIME)
+    rows = [_row(chosen[name][0] or job, name, found, measured[contenders[0]]) for name, found in measured.items()]
+    if best:
+        rows = [row | _setting(*chosen[row["contender"]]) if row["contender"] in searched else row for row in rows]
     return {
         "bench": "train",
         "device": this_machine().name,
@@ -143,19 +128,41 @@ def _mark(job: Job, contender: str) -> str:
     return json.dumps([contender, this_machine().name, asdict(job)])
 
 
-def _keep(known: dict[str, Any], results: Path | None) -> None:
-    if results:
-        results.parent.mkdir(parents=True, exist_ok=True)
-        results.write_text(json.dumps(known, indent=1) + "\n")
+class Kept:
+    """Measurements by contender, machine and job, in a file where one is given."""
+
+    def __init__(self, path: Path | None):
+        self.path = path
+        self.known: dict[str, list[dict[str, Any]]] = json.loads(path.read_text()) if path and path.is_file() else {}
+
+    def measurement(self, job: Job, name: str, number: int, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The one of this number, made if it is not there; what only lacked time is not kept."""
+        known = self.known.setdefault(_mark(job, name), [])
+        if len(known) > number:
+            return known[number]
+        found = make()
+        if "later" not in found:
+            known.append(found)
+            if self.path:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self.path.write_text(json.dumps(self.known, indent=1) + "\n")
+        return found
 
 
-def measure(job: Job, contender: str, scratch: Path, models: Path | None, seconds: float) -> dict[str, Any]:
+def _setting(job: Job | None, tried: list[dict[str, Any]]) -> dict[str, Any]:
+    chosen = {"micro_batch": job.micro_batch, "checkpointing": job.checkpointing} if job else None
+    return {"setting": chosen, "tried": tried}
+
+
+def measure(job: Job, contender: str, scratch: Path, models: Path, seconds: float) -> dict[str, Any]:
     """One run of a contender in its own process, compared with the fp32 loop's where the shape is small. `absent`
     says why there are no figures; `later` marks what only lacked time."""
     if why := _absent(contender):
         return {"absent": why}
     if seconds < SHORTEST_S:
-        return {"absent": "no time was left: run again with --results", "later": True}
+        return NO_TIME
+    scratch = scratch / f"{job.steps} steps"  # a reference is of so many
+    scratch.mkdir(exist_ok=True)
     if job.shape == "tiny" and not (scratch / f"{REFERENCE}.json").is_file():
         _run(job, REFERENCE, scratch, models, seconds)
     found = _run(job, contender, scratch, models, seconds)
@@ -170,12 +177,12 @@ def _absent(contender: str) -> str:
     return "it needs a GPU" if contender in GPU_ONLY and not this_machine().is_gpu else ""
 
 
-def _run(job: Job, contender: str, scratch: Path, models: Path | None, seconds: float) -> dict[str, Any]:
+def _run(job: Job, contender: str, scratch: Path, models: Path, seconds: float) -> dict[str, Any]:
     target = scratch / f"{contender}.json"
     target.unlink(missing_ok=True)
     first = f"import {NEEDS[contender]}; " if contender == "unsloth" else ""  # before what it patches
     program = f"{first}from qmedtune.bench.train_worker import main; main()"
-    command = [sys.executable, "-c", program, contender, json.dumps(asdict(job)), str(models or scratch), str(target)]
+    command = [sys.executable, "-c", program, contender, json.dumps(asdict(job)), str(models), str(target)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
     except subprocess.TimeoutExpired:
@@ -241,6 +248,10 @@ def utilisation(job: Job, tokens_per_s: float) -> dict[str, float]:
     return {"tflops": round(tflops, 3), **({"utilisation": round(tflops / sheet, 4)} if sheet else {})}
 
 
+def _words(setting: dict[str, Any]) -> str:
+    return f"{setting['micro_batch']} rows at a time, layers {'recomputed' if setting['checkpointing'] else 'kept'}"
+
+
 def render(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Columns and rows for ui.table."""
     columns = ["contender", "tokens/s", "ratio", "first step", "peak memory", "loss", "to fp32", ""]
@@ -253,5 +264,6 @@ def render(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         ratio = "-" if row["ratio"] is None else "{:.2f} ({:.2f} to {:.2f})".format(row["ratio"], *row["ratio_spread"])
         cells = [f"{row['value']:,.0f}", ratio, f"{row['first_step_s']:.1f} s", memory]
         near = f"cos {row['gradient_cosine']:.4f}, loss ±{row['loss_gap']:.3f}" if "loss_gap" in row else ""
-        rows.append([row["contender"], *cells, f"{loss['first']:.3f} -> {loss['last']:.3f}", near, row["what"]])
+        at = f"; at its best: {_words(row['setting'])}" if row.get("setting") else ""
+        rows.append([row["contender"], *cells, f"{loss['first']:.3f} -> {loss['last']:.3f}", near, row["what"] + at])
     return columns, rows

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from qmedtune.bench.train import REFERENCE, Job
+from qmedtune.bench.job import Job
+from qmedtune.bench.train import REFERENCE
 from qmedtune.bench.train_worker import DTYPE, Clock, packed_rows, seed_adapters
 from qmedtune.recipe import ModelSection
 

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from qmedtune.bench import shapes
+from qmedtune.bench.job import Job
 from qmedtune.bench.merge import _anonymous_bytes
-from qmedtune.bench.train import Job
 from qmedtune.recipe import AdapterSection, CptSection, ModelSection, WarmupSection
 from qmedtune.train import quiet_libraries
 

@@ -53,6 +53,7 @@ def train(
     ] = None,
     memory: Annotated[float | None, typer.Option(metavar="GIB", help="Of the card, enforced for everybody.")] = None,
     warmup: Annotated[int | None, typer.Option(min=0, help="Of the steps: not counted.")] = None,
+    best: Annotated[bool, typer.Option("--best", help="Each contender at its fastest micro-batch, searched.")] = False,
     context: Annotated[
         str | None, typer.Option("--context", metavar="GIB,GIB", help="Instead: the longest row that trains in each.")
     ] = None,
@@ -64,6 +65,7 @@ def train(
     """Training speed beside TRL + PEFT and a bare PyTorch loop; or the longest context."""
     from qmedtune.bench import context as bench_context
     from qmedtune.bench import train as bench_train
+    from qmedtune.bench.job import job_of
 
     chosen = {"seq_len": seq_len, "micro_batch": micro_batch, "rows": rows, "steps": steps, "document": document}
     chosen |= {
@@ -73,13 +75,13 @@ def train(
         "r": rank,
         "alpha": rank and 2.0 * rank,
     }
-    job = bench_train.job_of(shape, {name: value for name, value in chosen.items() if value is not None})
+    job = job_of(shape, {name: value for name, value in chosen.items() if value is not None})
     limit = time_limit or bench_train.TIME_LIMIT_S
     if context:
         budgets = [float(gib) for gib in context.split(",")]
         return _show(bench_context, bench_context.bench_context(job, budgets, results, limit, scratch), as_json)
     names = _names(contenders, bench_train)
-    _show(bench_train, bench_train.bench_train(job, names, rounds, results, limit, scratch), as_json)
+    _show(bench_train, bench_train.bench_train(job, names, rounds, results, limit, scratch, best), as_json)
 
 
 def load(
