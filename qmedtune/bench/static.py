@@ -32,7 +32,6 @@ class Case:
     constants: dict[str, object]
     num_warps: int = 4
     num_stages: int = 3
-    maxnreg: int | None = None
     elements: float | None = None
     loop: bool = False
     limit: float | None = None
@@ -87,7 +86,7 @@ def _matmul(
 
     forward = direction == "forward"
     tile = tiles.tile(rows, 64, forward, _torch_dtype(dtype))
-    warps, stages, registers = int(tile.pop("num_warps")), int(tile.pop("num_stages")), tile.pop("maxnreg", None)
+    warps, stages = int(tile.pop("num_warps")), int(tile.pop("num_stages"))
     constants = {**tile, "BLOCKSIZE": 64, "NESTED": nested, "SPLIT": True, "DECODE": "", "EMULATE": False}
     if forward:
         constants["BIAS"] = False
@@ -96,7 +95,7 @@ def _matmul(
     label = " ".join(filter(None, words))
     limit = LOOP_LIMIT if forward and rows == 16 and dtype != "fp32" else None
     return Case(
-        label, f"matmul._{direction}", constants, warps, stages, registers, elements, loop=True, limit=limit,
+        label, f"matmul._{direction}", constants, warps, stages, elements, loop=True, limit=limit,
         architectures=architectures, tensor_cores=dtype != "fp32", types={"out": "*fp32"}, dtype=dtype,
         ragged=ragged,
     )  # fmt: skip
@@ -135,9 +134,10 @@ def compile_case(case: Case, arch: int):
 
     module, name = case.kernel.split(".")
     kernel = getattr(getattr(qmedtune_kernels, module), name)
-    constants = dict(case.constants)
+    constants, most = dict(case.constants), None
     if "DECODE" in constants:
-        constants["DECODE"] = tiles.decode(arch, _torch_dtype(case.dtype), "POST" in constants)
+        how = _torch_dtype(case.dtype), "POST" in constants
+        constants["DECODE"], most = tiles.decode(arch, *how), tiles.registers(arch, constants["BM"], *how)
     half = "*" + (case.dtype or ("fp16" if arch < 80 else "bf16"))
     scales = {"absmax": "*u8" if constants.get("NESTED") else "*fp32"}
     types = {**TYPES, **scales, **case.types}
@@ -153,7 +153,7 @@ def compile_case(case: Case, arch: int):
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     options = {
-        "num_warps": case.num_warps, "num_stages": case.num_stages, "maxnreg": case.maxnreg,
+        "num_warps": case.num_warps, "num_stages": case.num_stages, "maxnreg": most,
         "enable_fp_fusion": case.fp_fusion,
     }  # fmt: skip
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)

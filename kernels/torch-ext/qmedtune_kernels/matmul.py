@@ -266,7 +266,7 @@ def _launch(x: Tensor, weight: NF4Weight, bias: Tensor | None, forward: bool) ->
     out = x.new_empty(m, columns)
     if m == 0:
         return out
-    config = tiles.tile(m, weight.blocksize, forward, x.dtype)
+    arch, config = dispatch.capability(x.device), tiles.tile(m, weight.blocksize, forward, x.dtype)
     if m > (most := GRID_ROWS * config["BM"]):
         raise ValueError(f"{'x' if forward else 'dy'}: given {m} rows; the fused path allows {most}: use 'dequantize'")
     step, width = (config["BK"], config["BN"]) if forward else (config["BN"], config["BK"])
@@ -280,8 +280,8 @@ def _launch(x: Tensor, weight: NF4Weight, bias: Tensor | None, forward: bool) ->
     where = (m, n, k, per_split, x.stride(0))
     options = {
         "BLOCKSIZE": weight.blocksize, "NESTED": weight.nested, "SPLIT": ways > 1,
-        "DECODE": tiles.decode(dispatch.capability(x.device), x.dtype, forward), "EMULATE": INTERPRET,
-        "enable_fp_fusion": True, **config,
+        "DECODE": tiles.decode(arch, x.dtype, forward), "EMULATE": INTERPRET,
+        "maxnreg": tiles.registers(arch, config["BM"], x.dtype, forward), "enable_fp_fusion": True, **config,
     }  # fmt: skip
     grid = (triton.cdiv(columns, width), triton.cdiv(m, config["BM"]), ways)
     if forward:
