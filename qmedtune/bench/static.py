@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 LOOP_LIMIT = 6.5  # fused matmul, instructions per weight element of the K loop at the smallest tile
@@ -134,7 +135,8 @@ def compile_case(case: Case, arch: int):
 
     module, name = case.kernel.split(".")
     kernel = getattr(getattr(qmedtune_kernels, module), name)
-    constants, most = dict(case.constants), None
+    constants: dict[str, Any] = dict(case.constants)
+    most = None
     if "DECODE" in constants:
         how = _torch_dtype(case.dtype), "POST" in constants
         constants["DECODE"], most = tiles.decode(arch, *how), tiles.registers(arch, constants["BM"], *how)
