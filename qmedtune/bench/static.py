@@ -39,7 +39,7 @@ class Case:
     architectures: tuple[int, ...] = ARCHITECTURES
     tensor_cores: bool = False
     fp_fusion: bool = True
-    stores_16: bool = False  # must store 16 bytes at a time
+    wide: bool = False  # must load and store 16 bytes at a time
     types: dict[str, str] = field(default_factory=dict)
     dtype: str = ""  # of activations; "" = bf16, and fp16 below sm_80
     ragged: tuple[str, ...] = ()  # sizes that are no multiples of 16
@@ -74,9 +74,9 @@ def cases() -> Iterator[Case]:
     for columns in (4096, 8192):
         yield from _norms(columns)
     for direction in ("forward", "backward"):
-        yield Case(f"swiglu {direction}", f"swiglu._{direction}", {"BLOCK": 1024, "EMULATE": False}, stores_16=True)
+        yield Case(f"swiglu {direction}", f"swiglu._{direction}", {"BLOCK": 1024, "EMULATE": False}, wide=True)
     heads = {"HALF": 64, "BLOCK": 64, "HEADS": 8, "EMULATE": False}
-    yield Case("rope", "rope._rotate", heads, num_warps=2, stores_16=True, fp_fusion=False)
+    yield Case("rope", "rope._rotate", heads, num_warps=2, wide=True, fp_fusion=False)
 
 
 def _matmul(
@@ -114,8 +114,8 @@ def _norms(columns: int) -> Iterator[Case]:
     for add in (False, True):
         constants = {"BLOCK": columns, "ADD": add, "EMULATE": False}
         label, warps = ("add_" if add else "") + "rms_norm", rms_norm.num_warps(columns)
-        yield Case(f"{label} forward {columns}", "rms_norm._forward", constants, warps, stores_16=True)
-        yield Case(f"{label} backward {columns}", "rms_norm._backward_rows", constants, warps, stores_16=True)
+        yield Case(f"{label} forward {columns}", "rms_norm._forward", constants, warps, wide=True)
+        yield Case(f"{label} backward {columns}", "rms_norm._backward_rows", constants, warps, wide=True)
     yield Case(f"rms_norm dweight {columns}", "rms_norm._dweight_partial", {"BLOCK": 1024, "EMULATE": False})
 
 
@@ -224,8 +224,8 @@ def _failures(case: Case, row: dict, counts: Counter[str], arch: int) -> Iterato
         yield "no tensor-core instruction"
     if case.loop and counts["LDGSTS.E"] > 0.25 * (case.elements or 0):
         yield f"{counts['LDGSTS.E']} LDGSTS of 4 bytes: a table lookup went through cp.async"
-    if case.stores_16 and not re.search(r"STG\.E\S*\.128", names):
-        yield "no 16-byte stores"
+    if case.wide and not all(re.search(rf"{move}\.E\S*\.128", names) for move in ("LDG", "STG")):
+        yield "no loads or no stores of 16 bytes"
 
 
 def static_rows(architectures: tuple[int, ...] = ARCHITECTURES, kernels: str = "") -> list[dict]:
