@@ -9,7 +9,7 @@ here: a step brings what it needs. Deliberately absent: running, sealing, resumi
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from qmedtune import keys, store
 from qmedtune.recipe import Recipe, StageSection
 from qmedtune.training.shared_base import SharedBase
 
+WITHOUT_BASE = ("fold", "merge", "audit", "evaluation")
 Work = Callable[[Recipe, dict[str, Path], Path], dict[str, Any]]
 
 
@@ -55,7 +56,7 @@ def steps_of(recipe: Recipe, asked: Recipe, hashes: store.HashCache) -> list[Ste
         steps.append(_merge_step(recipe, start, adapters, template))
     if recipe.evaluate.tasks or recipe.evaluate.perplexity:
         steps.append(_evaluation_step(recipe, start, adapters, template, hashes))
-    return steps
+    return [_without_base(step, shared) if step.kind in WITHOUT_BASE else step for step in steps]
 
 
 def folds(stage: StageSection, adapters: list[str]) -> bool:
@@ -74,10 +75,14 @@ def after(stage: StageSection, name: str, start: str, adapters: list[str]) -> tu
     return start, [*kept, f"{name}/adapter"]
 
 
-def base_goes_on(recipe: Recipe, index: int) -> bool:
-    """Whether the stage after `index` trains on the same frozen base."""
-    following = recipe.stages[index + 1 : index + 2]
-    return any(not stage.full and stage.section.adapter != "merge_then_new" for stage in following)
+def _without_base(step: Step, shared: SharedBase) -> Step:
+    """The step, begun when the base that training shares is given up: it needs the room."""
+
+    def work(recipe: Recipe, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
+        shared.drop()
+        return step.work(recipe, inputs, out)
+
+    return replace(step, work=work)
 
 
 def _source_step(recipe: Recipe, name: str, hashes: store.HashCache) -> Step:
@@ -163,10 +168,7 @@ def _training_step(
     def work(recipe: Recipe, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
         from qmedtune.train import train_stage
 
-        facts = train_stage(recipe, index, inputs, out, shared)
-        if not base_goes_on(recipe, index):
-            shared.drop()
-        return facts
+        return train_stage(recipe, index, inputs, out, shared)
 
     name = recipe.stage_names()[index]
     needs = {"base": start, "tokens": f"data/{name}", **_numbered(adapters)}

@@ -11,12 +11,13 @@ import torch
 from llama_folders import llama2_folder, llama3_folder, write_adapter
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qmedtune.errors import RecipeError, RunError
 from qmedtune.merge import merge, validation_ids
 from qmedtune.merging import verify as merge_verify
-from qmedtune.merging.disk_llama import open_llama, streamed_model
+from qmedtune.merging.disk_llama import StreamedLinear, open_llama, signs, streamed_model
 from qmedtune.merging.lora_files import Updates
 from qmedtune.merging.tensors import open_weights
 from qmedtune.recipe import MergeSection, ModelSection, VerifySection
@@ -410,6 +411,27 @@ def flip_header(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[9] ^= 1
     path.write_bytes(data)
+
+
+@torch.inference_mode()
+def test_a_weight_that_the_signs_hardly_meet_is_measured_by_its_own_norm():
+    """Nearly all of W lies in one direction, at right angles to the signs: their answer is next to nothing."""
+    meant = signs(64).double()
+    direction = torch.randn(64).double()
+    direction -= torch.linalg.lstsq(meant.T, direction[:, None]).solution[:, 0] @ meant
+    exact = (10 * torch.randn(48, 1).double() * direction + 0.01 * torch.randn(48, 64)).float()
+    rounded = exact.bfloat16().float()
+    models = [nn.Sequential(StreamedLinear(lambda w=w: w, None, [], map)) for w in (rounded, exact)]
+    for model in models:
+        model(torch.randn(1, 3, 64))
+    limit = merge_verify.WEIGHT_ERROR["bfloat16"]
+    assert merge_verify.weight_errors(*models, allowed=1e9)["0"] > limit
+    assert 0 < merge_verify.weight_errors(*models, allowed=limit)["0"] < limit
+    models[0][0].load = lambda: rounded + 0.1 * exact
+    models[0](torch.randn(1, 3, 64))
+    models[1][0].load = lambda: exact + 10 * torch.randn(48, 64)
+    models[1](torch.randn(1, 3, 64))
+    assert merge_verify.weight_errors(*models, allowed=limit)["0"] > limit
 
 
 @pytest.mark.parametrize("damage", [cut, flip_header])

@@ -24,7 +24,9 @@ CONTEXT = {
     "settled": False,
 }
 LOADED = {"case": "nf4", "contender": "qmedtune", "value": 9.5, "unit": "s", "what": "shards", "host_bytes": 2**30,
-          "largest_shard_bytes": 2**30, "weight_bytes": 2**32}  # fmt: skip
+          "next_stage_s": 0.25, "checkpoint_s": 0.5, "largest_shard_bytes": 2**30, "weight_bytes": 2**32}  # fmt: skip
+
+BEST = {**TRAINED, "setting": {"micro_batch": 2, "checkpointing": True}, "layers": {"cheap": 14, "recompute": 18}}
 
 
 @pytest.fixture
@@ -33,12 +35,13 @@ def folder(tmp_path: Path) -> Path:
         ("8b", "train", [TRAINED, ABSENT]),
         ("long", "context", [CONTEXT]),
         ("load", "load", [LOADED]),
+        ("best", "train", [BEST]),
     ]:
         result = {
             "bench": bench,
             "device": "a card",
             "versions": {"torch": "2.13"},
-            "job": {"shape": "8b"},
+            "job": {"shape": "8b", "micro_batch": 3},
             "rows": rows,
         }
         (tmp_path / f"card.{name}.json").write_text(json.dumps(result))
@@ -53,9 +56,13 @@ def test_the_page_tells_every_row(folder: Path):
         "| qmedtune | 1,000 (900 to 1,100) | 1.20 | 51.2% | 3.0 s | 1.00 GiB | 2.00 GiB | 1.00 GiB | - | ours |" in page
     )
     assert "| unsloth | - | - | - | - | - | - | - | - | not installed |" in page
-    assert "| 24 GiB | 78,000 or more | 99,000 |" in page and "| shards | 9.5 | 1.00 GiB |" in page
+    assert "| 24 GiB | 78,000 or more | 99,000 |" in page and "| shards | 9.50 | 0.25 | 0.50 | 1.00 GiB |" in page
     charts = sorted(path.name for path in folder.glob("*.svg"))
-    assert charts == ["card.8b.svg", "card.load.svg", "card.long.svg"] and all(name in page for name in charts)
+    assert charts == ["card.8b.svg", "card.best.svg", "card.load.svg", "card.long.svg"] and all(
+        name in page for name in charts
+    )
+    assert "ours; at its best: 2 rows at a time, layers 14 cheap, 18 recompute |" in page
+    assert page.count("micro_batch 3") == 3  # not where it was searched
     assert "unsloth" not in (folder / "card.8b.svg").read_text()
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -11,9 +14,9 @@ from conftest import MICRO, MicroRun
 from test_resume import assert_same, hard, packed, uninterrupted  # noqa: F401  (fixtures)
 
 from qmedtune import model as models
-from qmedtune import steps, train
+from qmedtune import train
 from qmedtune.parsing.loader import load_recipe
-from qmedtune.recipe import ModelSection, Recipe
+from qmedtune.recipe import ModelSection
 from qmedtune.training.shared_base import SharedBase
 
 
@@ -111,17 +114,54 @@ def test_another_file_section_attention_or_a_changed_weight_is_loaded_anew(
     loaded()
 
 
-def recipe_of(*stages: dict) -> Recipe:
-    recipe = load_recipe(MICRO).recipe
-    made = [Recipe.model_fields["stages"].annotation.__args__[0].model_validate(stage) for stage in stages]
-    return recipe.model_copy(update={"stages": made})
+def test_what_it_gives_is_what_loading_gives(micro_run: MicroRun):
+    """The other tests compare copies with copies: here with the model as loaded."""
+    shared = SharedBase()
+    for _ in range(2):
+        given = shared.load(micro_run.base, section(micro_run.base), seq_len=64)
+    fresh = models.load_base(micro_run.base, section(micro_run.base), seq_len=64)
+    both = zip(given.state_dict().items(), fresh.state_dict().items(), strict=True)
+    assert all(a == b and torch.equal(x, y) for (a, x), (b, y) in both)
+    assert [name for name, _ in given.named_buffers()] == [name for name, _ in fresh.named_buffers()]
+    assert given.config.to_dict() == fresh.config.to_dict() and given.training == fresh.training
+    ids = torch.arange(5, 25)[None]
+    assert torch.equal(given(ids).logits, fresh(ids).logits)
 
 
-def test_it_is_held_only_while_the_next_stage_trains_on_it():
-    cpt, sft = {"cpt": {"mix": {"literature": 1}, "tokens": 10}}, {"sft": {"data": "instructions"}}
-    folded = {"sft": {"data": "instructions", "adapter": "merge_then_new"}}
-    full = {"sft": {"data": "instructions", "adapter": "none"}}
-    assert steps.base_goes_on(recipe_of(cpt, sft), 0)
-    assert not steps.base_goes_on(recipe_of(cpt, sft), 1)
-    assert not steps.base_goes_on(recipe_of(cpt, folded), 0)
-    assert not steps.base_goes_on(recipe_of(cpt, full), 0)
+def test_quantised_weights_are_freed_when_it_is_dropped(micro_run: MicroRun, monkeypatch: pytest.MonkeyPatch):
+    """They and their modules know each other: only a collection of garbage finds them."""
+    monkeypatch.setattr(models, "dequantize_linears", lambda *_: 0)
+    shared = SharedBase()
+    model = shared.load(micro_run.base, section(micro_run.base), seq_len=64)
+    weight = weakref.ref(model.model.layers[0].mlp.up_proj.weight)
+    gc.disable()
+    try:
+        del model
+        assert weight() is not None
+        shared.drop()
+        assert weight() is None
+    finally:
+        gc.enable()
+
+
+def test_steps_that_need_the_room_begin_without_it(
+    micro_run: MicroRun, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    """Also where the stage after was made before, and only an earlier one is made again."""
+    from qmedtune.run import run
+
+    held: list[tuple[str, bool]] = []
+    load, drop = SharedBase.load, SharedBase.drop
+    monkeypatch.setattr(SharedBase, "load", lambda self, *a, **o: held.append(("load", True)) or load(self, *a, **o))
+    monkeypatch.setattr(SharedBase, "drop", lambda self: held.append(("drop", self._model is not None)) or drop(self))
+    loaded = load_recipe(MICRO)
+    folder = tmp_path / "run"
+    run(loaded.recipe, loaded.text, folder, offline=True)
+    assert [name for name, _ in held] == ["load", "drop", "load", "drop", "drop"]
+    assert held[-2:] == [("drop", True), ("drop", False)]  # merging gave it up, evaluation found it gone
+    held.clear()
+    (folder / "01-cpt" / "adapter" / "adapter_model.safetensors").write_bytes(b"damaged")
+    for made in ("merged", "evaluation"):
+        shutil.rmtree(folder / made)
+    run(loaded.recipe, loaded.text, folder, offline=True)
+    assert [name for name, _ in held] == ["load", "drop", "drop", "drop"] and held[2][1]

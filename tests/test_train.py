@@ -170,7 +170,7 @@ def test_a_quantised_base_leaves_the_adapter_exact(micro_run: MicroRun, tmp_path
 
 
 def test_a_stage_leaves_no_model_behind(micro_run: MicroRun, tmp_path: Path):
-    """The next stage loads its own: on a card two do not fit, and Python may take long to find a cycle by itself."""
+    """Two do not fit on a card, and Python may take long to find a cycle by itself."""
 
     def models_alive() -> int:
         return sum(isinstance(thing, PreTrainedModel) for thing in gc.get_objects())

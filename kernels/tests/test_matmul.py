@@ -7,7 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from qmedtune_kernels import nf4, tiles
-from qmedtune_kernels.matmul import matmul, matmul_backward, reference
+from qmedtune_kernels.matmul import _aligned, matmul, matmul_backward, reference
 
 HERE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 6e-4, torch.float32: 2e-5}
@@ -138,6 +138,9 @@ def test_rows_that_start_anywhere(first, device):
         apart = torch.randn(6 * 161, device=device).half()[first:]
         for rows in (apart[: 6 * columns].view(6, columns), apart[: 6 * 160].view(6, 160)[:, :columns]):
             assert torch.equal(product(rows), product(rows.clone()))
+            assert _aligned(rows).data_ptr() % 16 == 0 and _aligned(rows).stride() == (columns, 1)
+    whole = torch.randn(6, 160, device=device).half()
+    assert _aligned(whole[:, :128]).data_ptr() == whole.data_ptr()  # nothing to gain: no copy
 
 
 def test_more_rows_than_a_grid_has_are_refused():

@@ -90,9 +90,10 @@ def bench_train(
             )
 
         searched = [name for name in contenders if best and name not in AS_THEY_COME]
-        chosen = {
-            name: best_job(job, partial(once, name=name)) if name in searched else (job, []) for name in contenders
-        }
+        chosen: dict[str, tuple[Job | None, list[dict[str, Any]]]] = dict.fromkeys(contenders, (job, []))
+        for name in searched:
+            plans = job.memory_gib is not None and name.startswith(("qmedtune", "without-"))
+            chosen[name] = best_job(job, partial(once, name=name), plans=plans)
         measured: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}
         for number, name in _turns(contenders, rounds):
             at = chosen[name][0]
@@ -248,8 +249,11 @@ def utilisation(job: Job, tokens_per_s: float) -> dict[str, float]:
     return {"tflops": round(tflops, 3), **({"utilisation": round(tflops / sheet, 4)} if sheet else {})}
 
 
-def _words(setting: dict[str, Any]) -> str:
-    return f"{setting['micro_batch']} rows at a time, layers {'recomputed' if setting['checkpointing'] else 'kept'}"
+def setting_words(row: dict[str, Any]) -> str:
+    """The setting that `--best` found for a row."""
+    all_layers = {"all": "recomputed" if row["setting"]["checkpointing"] else "kept"}
+    layers = {str(count): way for way, count in row["layers"].items()} if "layers" in row else all_layers
+    return f"{row['setting']['micro_batch']} rows at a time, layers " + ", ".join(f"{n} {w}" for n, w in layers.items())
 
 
 def render(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -264,6 +268,6 @@ def render(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         ratio = "-" if row["ratio"] is None else "{:.2f} ({:.2f} to {:.2f})".format(row["ratio"], *row["ratio_spread"])
         cells = [f"{row['value']:,.0f}", ratio, f"{row['first_step_s']:.1f} s", memory]
         near = f"cos {row['gradient_cosine']:.4f}, loss ±{row['loss_gap']:.3f}" if "loss_gap" in row else ""
-        at = f"; at its best: {_words(row['setting'])}" if row.get("setting") else ""
+        at = f"; at its best: {setting_words(row)}" if row.get("setting") else ""
         rows.append([row["contender"], *cells, f"{loss['first']:.3f} -> {loss['last']:.3f}", near, row["what"] + at])
     return columns, rows

@@ -189,6 +189,7 @@ def qmedtune(job: Job, folder: Path, clock: Clock, kernels: str, attention: str 
     rows = packed_rows(job, model.config.vocab_size)
     trainer = QTrainer(model, arguments, rows, section, models.load_tokenizer(folder), 1, {}, [clock])
     trainer.train()
+    clock.more["micro_batch"] = trainer.micro_batch
     clock.more["data_share"] = trainer.data_seconds / (clock.marks[-1] - clock.marks[0])
 
 

@@ -53,7 +53,9 @@ def train(
     ] = None,
     memory: Annotated[float | None, typer.Option(metavar="GIB", help="Of the card, enforced for everybody.")] = None,
     warmup: Annotated[int | None, typer.Option(min=0, help="Of the steps: not counted.")] = None,
-    best: Annotated[bool, typer.Option("--best", help="Each contender at its fastest micro-batch, searched.")] = False,
+    best: Annotated[
+        bool, typer.Option("--best", help="Each at the micro-batch and checkpointing it is fastest with, searched.")
+    ] = False,
     context: Annotated[
         str | None, typer.Option("--context", metavar="GIB,GIB", help="Instead: the longest row that trains in each.")
     ] = None,

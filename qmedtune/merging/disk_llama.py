@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -123,6 +124,12 @@ class StreamedLinear(nn.Module):
         if self.bias is not None:
             y += self.bias
         return y.view(*x.shape[:-1], -1)
+
+    def norm(self) -> float:
+        """The Frobenius norm of W."""
+        weight = self.load()
+        blocks = row_blocks(tuple(weight.shape))
+        return math.hypot(*self.apply_to(lambda rows: float(in_fp32(weight[rows]).norm()), blocks))
 
 
 @cache

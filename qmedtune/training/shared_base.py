@@ -7,6 +7,7 @@ same tensors: bit for bit what loading the base again would give. Torch is impor
 from __future__ import annotations
 
 import copy
+import gc
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,15 +38,19 @@ class SharedBase:
 
     def drop(self) -> None:
         """Its memory is free then, if no stage holds the base."""
+        if self._model is None:
+            return
         import torch
 
-        self._key, self._model = None, None
+        self._key, self._model, self._marks = None, None, {}
+        gc.collect()  # bitsandbytes' weights and their modules know each other
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
 
 def _marks(model: Any) -> dict[str, tuple]:
-    """dtype and number of changes in place of every parameter: those of a frozen one stay."""
+    """dtype and number of changes in place of every parameter: those of a frozen one stay. Writing through `.data` does
+    not count, which nothing does to a base but fused.stack_rows, with the same values."""
     return {name: (p.dtype, p._version) for name, p in model.named_parameters()}
 
 

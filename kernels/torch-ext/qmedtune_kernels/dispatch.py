@@ -129,7 +129,8 @@ def _difference(device: torch.device) -> str:
     if hasattr(torch.ops.bitsandbytes, "dequantize_4bit"):
         wanted = torch.ops.bitsandbytes.dequantize_4bit(packed, absmax, 64, "nf4", [64, 128], dtype)
     found = {f"the {way} decode": (nf4.dequantize(weight, dtype, path=way), wanted)}
-    for rows in (16, 32, 64) if way == "shuffle" else ():  # each is a tile of its own
+    most = max(row[2] for row in _measured(device)) if way == "shuffle" else 0
+    for rows in (rows for rows in (16, 32, 64) if most > rows // 2 or most and rows == 16):  # the tiles that are taken
         x, dy = (torch.eye(rows, columns, dtype=dtype, device=device) for columns in (128, 64))
         found[f"the fused matmul of {rows} rows"] = matmul.matmul(x, weight, path="fused"), wanted.t()[:rows]
         found[f"its backward of {rows} rows"] = matmul.matmul_backward(dy, weight, "fused"), wanted[:rows]

@@ -263,12 +263,12 @@ def _launch(x: Tensor, weight: NF4Weight, bias: Tensor | None, forward: bool) ->
     x = _aligned(x)
     (n, k), m = weight.shape, x.shape[0]
     columns, contraction = (n, k) if forward else (k, n)
-    out = x.new_empty(m, columns)
-    if m == 0:
-        return out
     arch, config = dispatch.capability(x.device), tiles.tile(m, weight.blocksize, forward, x.dtype)
     if m > (most := GRID_ROWS * config["BM"]):
         raise ValueError(f"{'x' if forward else 'dy'}: given {m} rows; the fused path allows {most}: use 'dequantize'")
+    out = x.new_empty(m, columns)
+    if m == 0:
+        return out
     step, width = (config["BK"], config["BN"]) if forward else (config["BN"], config["BK"])
     steps, count = triton.cdiv(contraction, step), triton.cdiv(columns, width) * triton.cdiv(m, config["BM"])
     ways = tiles.splits(count, steps, tiles.processors(x.device))

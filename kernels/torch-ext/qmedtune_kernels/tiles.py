@@ -27,8 +27,9 @@ def tile(rows: int, blocksize: int, forward: bool, dtype: torch.dtype = torch.bf
 
 
 def registers(arch: int, bm: int, dtype: torch.dtype, forward: bool) -> int | None:
-    """`maxnreg` where ptxas aims too low and spills 8 bytes: at 96 in the backward of 16 rows on sm_100 (told 128 it
-    takes fewer instructions too), at 168 in the forward of 64 rows on sm_120 (flat scales, Triton 3.9)."""
+    """`maxnreg`, where ptxas would aim too low and spill 8 bytes: of flat scales, at 96 in the backward of 16 rows on
+    sm_100 (told 128 it takes fewer instructions everywhere), at 168 in the forward of 64 rows on sm_120 (ragged sizes,
+    Triton 3.9)."""
     if dtype == torch.float32:
         return None
     if forward:
