@@ -88,7 +88,7 @@ def reference_models(
     base: DiskLlama, updates: Updates, section: MergeSection, model_section: ModelSection, pool: ThreadPoolExecutor
 ) -> list[LlamaForCausalLM]:
     """What the written model must equal: base and unmerged adapters. Behind it the same on the NF4 base, where training
-    was on that and the merge is not. They can be made before anything is written."""
+    was on that and the merge is not. Nothing is computed yet, so they can be made while the merge is written."""
 
     def nf4(name: str) -> Tensor:
         return base.nf4(name, model_section, pool.map)
