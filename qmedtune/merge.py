@@ -26,7 +26,7 @@ from qmedtune.merging.disk_llama import EMBEDDING, HEAD, DiskLlama, open_llama
 from qmedtune.merging.lora_files import LowRank, Updates, read_adapters
 from qmedtune.merging.parallel import in_fp32, in_order, workers
 from qmedtune.merging.tensors import INDEX, row_blocks, write_safetensors
-from qmedtune.merging.verify import PROBE_TOKENS, prove, reference_models
+from qmedtune.merging.verify import PROBE_TOKENS, prove
 from qmedtune.model import DTYPES
 from qmedtune.recipe import MergeSection, ModelSection, Recipe
 
@@ -75,14 +75,13 @@ def merge(
     updates = read_adapters(adapters, opened.shapes, opened.linears)
     tied = _stays_tied(opened, updates)
     with workers() as pool, ThreadPoolExecutor(1) as disk, ThreadPoolExecutor(1) as hasher:
-        references = pool.submit(reference_models, opened, updates, section, model_section, pool)
         write = partial(write_safetensors, disk=disk, hasher=hasher)
         hashes = _write_weights(opened, updates, out, section, model_section, tied, pool, write)
         _write_config(base / "config.json", out, section.dtype, tied)
         _copy_descriptions(base, out, template)
         if card is not None:
             (out / "README.md").write_text(card, encoding="utf-8")
-        proof = prove(opened, references.result(), out, section, probe_ids, pool)
+        proof = prove(opened, updates, out, section, model_section, probe_ids, pool)
         sha256 = {name: pending.result() for name, pending in hashes.items()}
     return {
         "base": section.base,

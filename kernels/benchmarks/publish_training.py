@@ -43,7 +43,7 @@ def _trained(row: dict[str, Any]) -> list[str]:
     ratio = "-" if row["ratio"] is None else f"{row['ratio']:.2f}"
     speed = f"{row['value']:,.0f} ({row['spread'][0]:,.0f} to {row['spread'][1]:,.0f})"
     memory = [gib(row["peak_memory_bytes"]), device, gib(row["host_bytes"])]
-    what = row["what"] + (f"; at its best: {setting_words(row)}" if row.get("setting") else "")
+    what = row["what"] + setting_words(row)
     return [row["contender"], speed, ratio, share, f"{row['first_step_s']:.1f} s", *memory, near, what]
 
 

@@ -21,7 +21,7 @@ from typing import Any
 from qmedtune import ui
 from qmedtune.bench import shapes
 from qmedtune.bench.job import Job
-from qmedtune.bench.train import TIME_LIMIT_S, all_versions
+from qmedtune.bench.train import TIME_LIMIT_S, all_versions, write_results
 from qmedtune.errors import RunError
 from qmedtune.planning import memory
 from qmedtune.planning.machine import this_machine
@@ -53,9 +53,7 @@ def bench_context(
                 settled.add(gib)
                 continue
             known.setdefault(marks[gib], {})[str(length)] = fits
-            if results:
-                results.parent.mkdir(parents=True, exist_ok=True)
-                results.write_text(json.dumps(known, indent=1) + "\n")
+            write_results(known, results)
     rows = [_row(job, gib, known.get(mark, {}), gib in settled) for gib, mark in marks.items()]
     return {
         "bench": "context",

@@ -126,13 +126,16 @@ def _checkpoint(model: Any, folder: Path) -> dict[str, float]:
 
     from qmedtune import model as models
     from qmedtune import store
+    from qmedtune.bench import train_worker
+    from qmedtune.bench.job import Job
     from qmedtune.recipe import AdapterSection
     from qmedtune.training import checkpoints
+    from qmedtune.training.trainer import make_optimizer
 
     trained = models.trainable(models.attach_adapter(model, AdapterSection(r=RANK), [], continued=False))
     for parameter in trained.values():
         parameter.grad = torch.ones_like(parameter)
-    optimizer = torch.optim.AdamW(trained.values(), fused=True)
+    optimizer = make_optimizer(model, train_worker.section_of(Job()))
     optimizer.step()
     with tempfile.TemporaryDirectory(dir=folder) as stage:
         (Path(stage) / store.SCRATCH).mkdir()

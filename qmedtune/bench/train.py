@@ -129,6 +129,12 @@ def _mark(job: Job, contender: str) -> str:
     return json.dumps([contender, this_machine().name, asdict(job)])
 
 
+def write_results(known: dict[str, Any], path: Path | None) -> None:
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(known, indent=1) + "\n")
+
+
 class Kept:
     """Measurements by contender, machine and job, in a file where one is given."""
 
@@ -144,9 +150,7 @@ class Kept:
         found = make()
         if "later" not in found:
             known.append(found)
-            if self.path:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                self.path.write_text(json.dumps(self.known, indent=1) + "\n")
+            write_results(self.known, self.path)
         return found
 
 
@@ -250,10 +254,13 @@ def utilisation(job: Job, tokens_per_s: float) -> dict[str, float]:
 
 
 def setting_words(row: dict[str, Any]) -> str:
-    """The setting that `--best` found for a row."""
+    """What follows a contender's description: the setting that `--best` found for a row, "" where none was searched."""
+    if not row.get("setting"):
+        return ""
     all_layers = {"all": "recomputed" if row["setting"]["checkpointing"] else "kept"}
     layers = {str(count): way for way, count in row["layers"].items()} if "layers" in row else all_layers
-    return f"{row['setting']['micro_batch']} rows at a time, layers " + ", ".join(f"{n} {w}" for n, w in layers.items())
+    words = ", ".join(f"{n} {w}" for n, w in layers.items())
+    return f"; at its best: {row['setting']['micro_batch']} rows at a time, layers {words}"
 
 
 def render(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -268,6 +275,6 @@ def render(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         ratio = "-" if row["ratio"] is None else "{:.2f} ({:.2f} to {:.2f})".format(row["ratio"], *row["ratio_spread"])
         cells = [f"{row['value']:,.0f}", ratio, f"{row['first_step_s']:.1f} s", memory]
         near = f"cos {row['gradient_cosine']:.4f}, loss ±{row['loss_gap']:.3f}" if "loss_gap" in row else ""
-        at = f"; at its best: {setting_words(row)}" if row.get("setting") else ""
-        rows.append([row["contender"], *cells, f"{loss['first']:.3f} -> {loss['last']:.3f}", near, row["what"] + at])
+        what = row["what"] + setting_words(row)
+        rows.append([row["contender"], *cells, f"{loss['first']:.3f} -> {loss['last']:.3f}", near, what])
     return columns, rows

@@ -12,7 +12,7 @@ import copy
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,10 +55,6 @@ class DiskLlama:
     def source(self, name: str) -> Tensor:
         """The stored tensor; a tied output layer's is the embedding's."""
         return self.weights[EMBEDDING if name == HEAD and self.tied else name]
-
-    def copy(self) -> DiskLlama:
-        """The same folder with a skeleton of its own."""
-        return replace(self, model=copy.deepcopy(self.model))
 
     def nf4(self, name: str, section: ModelSection, apply: Apply = map) -> Tensor:
         """As `source`, but with the values that training in NF4 works with, in its compute dtype."""
@@ -155,8 +151,7 @@ class StreamedEmbedding(nn.Module):
 
 
 def streamed_model(base: DiskLlama, load: Load, updates: Updates, apply: Apply = map) -> LlamaForCausalLM:
-    """An fp32 LlamaForCausalLM whose linears and embedding read their weights with `load(name)` as they run: made of
-    `base.model`, which is taken over.
+    """An fp32 LlamaForCausalLM whose linears and embedding read their weights with `load(name)` as they run.
 
     `updates.full` takes the place of what `load` gives; low-rank updates are applied beside the weight, unmerged.
     """
@@ -165,7 +160,7 @@ def streamed_model(base: DiskLlama, load: Load, updates: Updates, apply: Apply =
     def source(name: str) -> Callable[[], Tensor]:
         return lambda: updates.full[name] if name in updates.full else load(name)
 
-    model = base.model.eval()
+    model = copy.deepcopy(base.model).eval()
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear):
             bias = load(f"{name}.bias").float() if module.bias is not None else None
@@ -175,7 +170,7 @@ def streamed_model(base: DiskLlama, load: Load, updates: Updates, apply: Apply =
             _put(model, name, StreamedEmbedding(source(f"{name}.weight")))
     for name, _ in list(model.named_parameters()):  # what is left is small: the norms
         _put(model, name, nn.Parameter(source(name)().float(), requires_grad=False))
-    model.model.rotary_emb = LlamaRotaryEmbedding(model.config)
+    model.model.rotary_emb = LlamaRotaryEmbedding(base.model.config)
     return model
 
 

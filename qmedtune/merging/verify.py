@@ -84,37 +84,29 @@ def _weight_error(ours: StreamedLinear, reference: StreamedLinear, allowed: floa
     return error if error <= allowed else difference / math.sqrt(SIGNS) / max(ours.norm(), 1e-30)
 
 
-def reference_models(
-    base: DiskLlama, updates: Updates, section: MergeSection, model_section: ModelSection, pool: ThreadPoolExecutor
-) -> list[LlamaForCausalLM]:
-    """What the written model must equal: base and unmerged adapters. Behind it the same on the NF4 base, where training
-    was on that and the merge is not. Nothing is computed yet, so they can be made while the merge is written."""
-
-    def nf4(name: str) -> Tensor:
-        return base.nf4(name, model_section, pool.map)
-
-    models = [streamed_model(base.copy(), nf4 if section.base == "nf4" else base.source, updates, pool.map)]
-    if model_section.quantization == "nf4" and section.base != "nf4":
-        models += [streamed_model(base.copy(), nf4, updates, pool.map)]
-    return models
-
-
 def prove(
     base: DiskLlama,
-    references: Sequence[LlamaForCausalLM],
+    updates: Updates,
     merged: Path,
     section: MergeSection,
+    model_section: ModelSection,
     probe_ids: np.ndarray | None,
     pool: ThreadPoolExecutor,
 ) -> dict[str, Any]:
     """Figures of `divergence` for the written model, and `shift_from_nf4` (None where training was not in NF4).
-    `references`: those of `reference_models`.
 
     Raises RunError where the mean KL is above `section.verify.max_kl`.
     """
+
+    def nf4(name: str) -> Tensor:
+        return base.nf4(name, model_section, pool.map)
+
     written = open_llama(merged)
     ids = probe(probe_ids, base.model.num_parameters(), base.model.config.vocab_size)
-    models = [streamed_model(written, written.source, Updates(), pool.map), *references]
+    models = [streamed_model(written, written.source, Updates(), pool.map)]
+    models += [streamed_model(base, nf4 if section.base == "nf4" else base.source, updates, pool.map)]
+    if model_section.quantization == "nf4" and section.base != "nf4":
+        models += [streamed_model(base, nf4, updates, pool.map)]
     ours, reference, *trained = _logits(models, ids)
     error = _check_weights(weight_errors(models[0], models[1], WEIGHT_ERROR[section.dtype]), section.dtype)
     figures = divergence(reference, ours)

@@ -92,7 +92,7 @@ def asm_verified(device: torch.device) -> bool:
 
 
 def dequantize_path(device: torch.device, path: str) -> str:
-    """ "reference", "gather" or "shuffle" for nf4.dequantize."""
+    """The path ("reference", "gather" or "shuffle") for nf4.dequantize."""
     if path in ("gather", "shuffle"):
         require(device, path, 75 if path == "gather" else 80)
         return path
@@ -103,7 +103,7 @@ def dequantize_path(device: torch.device, path: str) -> str:
 
 @cache
 def self_check(device: torch.device) -> str:
-    """ "" when the kernels this device would take reproduce known results to the bit; else what differed. Raises
+    """Empty when the kernels this device would take reproduce known results to the bit; else what differed. Raises
     RuntimeError during the capture of a CUDA graph, where nothing can be compared."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(f"kernels: the first use on {device} came during a CUDA graph capture; run once before it")
@@ -117,7 +117,7 @@ def self_check(device: torch.device) -> str:
 def _difference(device: torch.device) -> str:
     """Scales are powers of two, so that 16-bit codes scaled in fp32 and codes scaled before rounding have the same
     bits, and a product with rows of the identity shows W itself."""
-    from . import matmul, nf4
+    from . import matmul, nf4, tiles
 
     generator = torch.Generator().manual_seed(0)
     packed = torch.randint(0, 256, (128 * 32, 1), dtype=torch.uint8, generator=generator).to(device)
@@ -130,7 +130,7 @@ def _difference(device: torch.device) -> str:
         wanted = torch.ops.bitsandbytes.dequantize_4bit(packed, absmax, 64, "nf4", [64, 128], dtype)
     found = {f"the {way} decode": (nf4.dequantize(weight, dtype, path=way), wanted)}
     most = max(row[2] for row in _measured(device)) if way == "shuffle" else 0
-    for rows in (rows for rows in (16, 32, 64) if most > rows // 2 or most and rows == 16):  # the tiles that are taken
+    for rows in tiles.heights(most):
         x, dy = (torch.eye(rows, columns, dtype=dtype, device=device) for columns in (128, 64))
         found[f"the fused matmul of {rows} rows"] = matmul.matmul(x, weight, path="fused"), wanted.t()[:rows]
         found[f"its backward of {rows} rows"] = matmul.matmul_backward(dy, weight, "fused"), wanted[:rows]

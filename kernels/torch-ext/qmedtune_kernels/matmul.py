@@ -86,7 +86,7 @@ def _check(x: Tensor, weight: NF4Weight, name: str, columns: int) -> None:
 
 
 def choose(x: Tensor, weight: NF4Weight, path: str) -> str:
-    """ "reference", "fused", "few_rows" or "dequantize" for this x (or dy); see `matmul`."""
+    """The path ("reference", "fused", "few_rows" or "dequantize") for this x (or dy); see `matmul`."""
     if path == "fused":
         if not fits(weight):
             raise ValueError(

@@ -7,13 +7,18 @@ import torch
 from .decode import INTERPRET
 
 
+def heights(most: int) -> list[int]:
+    """BM of the tiles that up to `most` rows take, the last of them that of `most` rows: 16, 32, 64; none for none."""
+    return [bm for bm in (16, 32, 64) if most > bm // 2 or (bm == 16 and most)]
+
+
 def tile(rows: int, blocksize: int, forward: bool, dtype: torch.dtype = torch.bfloat16) -> dict[str, int | bool]:
     """Tile sizes and pipeline depth for M rows; chosen by the static gate's counts (NOTES.md), not yet on hardware.
 
     fp32 has no tensor cores here: small tiles (larger ones spill kilobytes) and no pipeline, which would put the
     gathered table lookups into shared memory.
     """
-    bm, warps = min(64, max(16, 1 << (max(rows, 1) - 1).bit_length())), {"num_warps": 4}
+    bm, warps = heights(max(rows, 1))[-1], {"num_warps": 4}
     if dtype == torch.float32:
         small = {"BM": 16, "BN": 32, "BK": 32, **warps, "num_stages": 1}
         return {**small, "POST": False} if forward else small
