@@ -224,6 +224,8 @@ def _stage(
         "batch": section.batch,
         "micro_batch": setup.micro_batch,
         "lr": section.lr,
+        "dtype": setup.compute_dtype,
+        "attention": setup.attention,
         "trained_parameters": memory.trained_parameters(facts, setup),
         "memory": parts,
         "peak_bytes": sum(parts.values()),
