@@ -150,7 +150,7 @@ def _estimate(recipe: Recipe, facts: BaseFacts, name: str) -> Estimate:
 def _tokenizer_folder(facts: BaseFacts) -> Path | None:
     if not facts.builtin:
         return Path(facts.folder) if facts.folder else None
-    folder = base.builtin_folder(facts.name) / base.BLANK
+    folder = base.blank_folder(facts.name)
     return folder if folder.is_dir() else None
 
 
