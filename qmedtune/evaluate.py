@@ -279,6 +279,7 @@ def evaluate_model(
 def _sealed(out: Path, key: str, work: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
     """The facts of <out>/evaluation: as they are when sealed with this key, else made or continued now."""
     folder = out / "evaluation"
+    store.check_stamped(folder)
     with store.lock(out):
         sealed = store.intact(folder, key) or store.complete(folder, out, key)
         if sealed is None:

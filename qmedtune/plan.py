@@ -150,7 +150,7 @@ def _estimate(recipe: Recipe, facts: BaseFacts, name: str) -> Estimate:
 def _tokenizer_folder(facts: BaseFacts) -> Path | None:
     if not facts.builtin:
         return Path(facts.folder) if facts.folder else None
-    folder = base.builtin_folder(facts.name) / base.BLANK
+    folder = base.blank_folder(facts.name)
     return folder if folder.is_dir() else None
 
 
@@ -224,6 +224,8 @@ def _stage(
         "batch": section.batch,
         "micro_batch": setup.micro_batch,
         "lr": section.lr,
+        "dtype": setup.compute_dtype,
+        "attention": setup.attention,
         "trained_parameters": memory.trained_parameters(facts, setup),
         "memory": parts,
         "peak_bytes": sum(parts.values()),
