@@ -13,6 +13,7 @@ from functools import partial
 from itertools import product
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -74,12 +75,19 @@ def compile_for(kernel: Any, bound: dict[str, Any], options: dict[str, Any], arc
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=given)
 
 
+def _bits(value: Any) -> int:
+    """A parameter as `ld.param` reads it."""
+    if isinstance(value, Tensor):
+        return value.data_ptr()
+    return int(np.float32(value).view(np.uint32)) if isinstance(value, float) else int(value)
+
+
 def execute(program: Program, compiled: Any, names: list[str], bound: dict[str, Any], grid) -> list[str]:
     """Run all blocks; the hazards seen. Parameters of the program are the arguments that are no constants, and two
     scratch pointers that no kernel here uses."""
     constants = {names[path[0]] for path in compiled.src.constants}
     given = [bound[name] for name in names if name not in constants]
-    values = [value.data_ptr() if isinstance(value, Tensor) else value for value in given]
+    values = [_bits(value) for value in given]
     values += [0] * (len(program.parameters) - len(values))
     arguments = {name: value for (name, _), value in zip(program.parameters, values, strict=True)}
     memory = Global([value for value in given if isinstance(value, Tensor)])

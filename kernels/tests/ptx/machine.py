@@ -11,23 +11,27 @@ from .numbers import UNSIGNED, dtype_of, number
 from .program import Instruction, Operand, Program, UnknownInstruction
 
 POISON = 0xDEADBEEFDEADBEEF  # what a register holds that nothing has written
-MOST_INSTRUCTIONS = 2_000_000  # a block that runs longer hangs: a faulty loop
+MOST_INSTRUCTIONS = 500_000  # more than any block here runs: a loop that does not end
+
+
+Group = tuple[list[str], list[tuple[np.ndarray, np.ndarray]]]
 
 
 @dataclass
 class Products:
-    """Asynchronous products (wgmma) in flight: results by register, and the operands' grains, group by group."""
+    """Asynchronous products (wgmma) in flight: results by register; group by group the registers they go to, and the
+    grains they read with the warpgroup that does."""
 
     results: dict[str, np.ndarray] = field(default_factory=dict)
-    groups: list[tuple[list[str], list[np.ndarray]]] = field(default_factory=list)
-    open: tuple[list[str], list[np.ndarray]] = field(default_factory=lambda: ([], []))
+    groups: list[Group] = field(default_factory=list)
+    open: Group = field(default_factory=lambda: ([], []))
     touched: set[str] = field(default_factory=set)  # registers written since the last wgmma.fence
 
 
 class Machine:
     """Blocks `blocks` [B, 3] of a launch with `grid`, side by side."""
 
-    def __init__(self, program: Program, arguments: dict[str, int | float], memory: Global, blocks, grid, shared: int):
+    def __init__(self, program: Program, arguments: dict[str, int], memory: Global, blocks, grid, shared: int):
         self.program, self.arguments, self.memory, self.grid = program, arguments, memory, grid
         threads = program.threads
         self.lanes = len(blocks) * threads
@@ -53,8 +57,10 @@ class Machine:
     def run(self) -> None:
         """Until every thread has returned. The lanes furthest behind go first, so that loops finish before what
         follows them; lanes that wait at a barrier go on when all of their block are there."""
+        from .forms import refuse_unknown
         from .instructions import HANDLERS
 
+        refuse_unknown(self.program.instructions)
         groups, self.waiting = {0: self.everyone}, np.full(self.lanes, -1)
         self.finished = np.zeros(self.lanes, dtype=bool)
         budget = MOST_INSTRUCTIONS
@@ -73,9 +79,9 @@ class Machine:
 
     def _step(self, ins: Instruction, at: int, mask: np.ndarray, handlers):
         """Execute one instruction for the lanes of `mask`; (place, lanes) of what runs next."""
-        if self.products.results and (early := self.products.results.keys() & ins.registers):
-            if ins.name != "wgmma":
-                self.shared.hazards[f"{sorted(early)[0]} used before wgmma.wait_group: {ins.text[:80]}"] += 1
+        if self.products.results and ins.name != "wgmma":
+            for early in sorted(self.products.results.keys() & ins.registers)[:1]:
+                self.shared.hazards[f"{early} used before wgmma.wait_group: {ins.text[:80]}"] += 1
         active = mask
         if ins.guard:
             guard = self.registers[ins.guard]
@@ -84,22 +90,19 @@ class Machine:
             return [(self.program.labels[ins.operands[0].text], active), (at + 1, mask & ~active)]
         if ins.name in ("ret", "exit"):
             self.finished |= active
-            return [(at + 1, mask & ~active), *self._release()]
+            return [(at + 1, mask & ~active)]
         if ins.name in ("bar", "barrier") and "warp" not in ins.modifiers:
             self.waiting[active] = at
             return [(at + 1, mask & ~active), *self._release()]
         if active is mask or active.any():
-            handler = handlers.get(ins.name)
-            if handler is None:
-                raise UnknownInstruction(ins.text)
-            handler(self, ins, None if active is self.everyone or active.all() else active)
+            handlers[ins.name](self, ins, None if active is self.everyone or active.all() else active)
         return [(at + 1, mask)]
 
     def _release(self):
-        """Lanes of the blocks in which everybody waits (or has returned)."""
-        here = (self.waiting >= 0) | self.finished
+        """Lanes of the blocks in which everybody waits; who has returned will never come, and PTX does not say that he
+        counts."""
         threads = self.program.threads
-        ready = here.reshape(-1, threads).all(axis=1) & (self.waiting.reshape(-1, threads) >= 0).any(axis=1)
+        ready = (self.waiting.reshape(-1, threads) >= 0).all(axis=1)
         if not ready.any():
             return []
         lanes = np.repeat(ready, threads) & (self.waiting >= 0)
@@ -132,7 +135,8 @@ class Machine:
 
     def _poisoned(self, name: str) -> np.ndarray:
         dtype = UNSIGNED[self.program.width(name)]
-        return np.full(self.lanes, POISON & (2 ** (8 * dtype.itemsize) - 1) if dtype != bool else False, dtype=dtype)
+        value = POISON & (2 ** (8 * dtype.itemsize) - 1) if dtype.kind == "u" else False
+        return np.full(self.lanes, value, dtype=dtype)
 
     def _joined(self, operand: Operand, dtype: np.dtype) -> np.ndarray:
         """{low, ..., high} as one value."""
@@ -141,7 +145,7 @@ class Machine:
         return np.stack(parts, axis=1).reshape(self.lanes, -1).view(dtype)[:, 0]
 
     def full(self, value) -> np.ndarray:
-        return np.full(self.lanes, value) if np.ndim(value) == 0 else value
+        return np.full(self.lanes, value) if np.size(value) == 1 else value
 
     def write(self, operand: Operand, value, mask: np.ndarray | None) -> None:
         """A typed value into a register (extended by its own sign where that is wider) or, in pieces, a vector."""

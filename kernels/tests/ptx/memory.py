@@ -61,7 +61,10 @@ class Global:
     def store(self, addresses: np.ndarray, data: np.ndarray, text: str) -> None:
         width = data.shape[1]
         for memory, offsets, chosen in self.views(addresses, width, text):
-            memory[offsets[:, None] + np.arange(width)] = data[chosen]
+            index = offsets[:, None] + np.arange(width)
+            memory[index] = data[chosen]
+            if (memory[index] != data[chosen]).any():
+                raise Fault(f"two threads write different values at one address: {text}")
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:
@@ -232,7 +235,7 @@ class Shared:
         self.unfenced[mine] = ~fencing[self.writer[mine]]
 
     def watch_multiply(self, warpgroup: np.ndarray, grains: np.ndarray, text: str) -> np.ndarray:
-        """wgmma of lanes `warpgroup` begins to read `grains`; returns them, to be given to `multiplied_done`."""
+        """wgmma of lanes `warpgroup` begins to read `grains`; returns them once each, for `multiplied_done`."""
         grains = np.unique(grains)
         if self.unfenced[grains].any():
             self.hazards[f"wgmma reads what no fence.proxy.async followed: {text}"] += 1
@@ -243,5 +246,8 @@ class Shared:
         self.multiplied[grains] += 1
         return grains
 
-    def multiplied_done(self, grains: np.ndarray) -> None:
+    def multiplied_done(self, grains: np.ndarray, warpgroup: np.ndarray) -> None:
+        """The warpgroup knows that its wgmma is done; others know it only after a barrier."""
         self.multiplied[grains] -= 1
+        self.reader[grains] = SEVERAL
+        self.read_epoch[grains] = self.epoch[warpgroup[0]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import struct
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 
@@ -13,7 +13,7 @@ SIGNED = {8: np.dtype("i1"), 16: np.dtype("i2"), 32: np.dtype("i4"), 64: np.dtyp
 FLOATS = {"f16": np.dtype("f2"), "f32": np.dtype("f4"), "f64": np.dtype("f8")}
 
 
-@lru_cache(maxsize=None)
+@cache
 def dtype_of(type_: str) -> np.dtype:
     """Of a PTX type; bf16 and the packed pairs (f16x2, bf16x2) are bits."""
     if type_ == "pred":
@@ -26,7 +26,7 @@ def dtype_of(type_: str) -> np.dtype:
     return SIGNED[bits] if type_.startswith("s") else UNSIGNED[bits]
 
 
-@lru_cache(maxsize=None)
+@cache
 def number(text: str, dtype: np.dtype) -> np.generic:
     """An immediate as a value of `dtype`: 0f and 0d give the bits of a float."""
     if text[:2] in ("0f", "0F", "0d", "0D"):

@@ -46,10 +46,7 @@ def _write(machine: Machine, operand, warps: np.ndarray, values: np.ndarray, mas
 
 
 def _matrices(ins: Instruction) -> int:
-    count = re.search(r"\bx([124])\b", ".".join(ins.modifiers))
-    if ins.modifiers[-1] != "b16" or "m8n8" not in ins.modifiers or not count:
-        raise UnknownInstruction(ins.text)
-    return int(count[1])
+    return next(int(modifier[1]) for modifier in ins.modifiers if re.fullmatch("x[124]", modifier))
 
 
 def _rows(machine: Machine, operand, warps: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -138,13 +135,9 @@ def _registers(tile: np.ndarray) -> np.ndarray:
 
 def mma(machine: Machine, ins: Instruction, mask) -> None:
     """mma.sync.aligned.m16n8k{8,16}.row.col.f32.TYPE.TYPE.f32"""
-    *_, shape, rows, columns, to, left, right, accumulator = ins.modifiers
-    known = shape in ("m16n8k8", "m16n8k16") and (rows, columns, to, accumulator) == ("row", "col", "f32", "f32")
-    if not known or left != right or left not in ("f16", "bf16", "tf32"):
-        raise UnknownInstruction(ins.text)
-    warps = _warps(machine, ins, mask)
+    type_, warps = ins.modifiers[-2], _warps(machine, ins, mask)
     a, b, c = (_fragments(machine, source, warps) for source in ins.operands[1:])
-    total = _left(a, left) @ _right(b, left) + _tile(c)
+    total = _left(a, type_) @ _right(b, type_) + _tile(c)
     _write(machine, ins.operands[0], warps, _registers(total.astype(np.float32)), mask)
 
 
@@ -157,18 +150,16 @@ def wgmma(machine: Machine, ins: Instruction, mask) -> None:
             machine.products.open = ([], [])
         case "wait_group":
             _arrive(machine, int(ins.operands[0].text, 0), mask)
-        case "mma_async":
-            _multiply(machine, ins, mask)
         case _:
-            raise UnknownInstruction(ins.text)
+            _multiply(machine, ins, mask)
 
 
 def _arrive(machine: Machine, pending: int, mask) -> None:
     products = machine.products
     while len(products.groups) > pending:
         registers, read = products.groups.pop(0)
-        for grains in read:
-            machine.shared.multiplied_done(grains)
+        for grains, warpgroup in read:
+            machine.shared.multiplied_done(grains, warpgroup)
         later = {name for names, _ in (*products.groups, products.open) for name in names}
         for name in registers:
             if name not in later and name in products.results:
@@ -179,23 +170,19 @@ def _arrive(machine: Machine, pending: int, mask) -> None:
 
 def _multiply(machine: Machine, ins: Instruction, mask) -> None:
     """D (+)= A B for each warpgroup; D arrives in its registers with wait_group."""
-    shape = re.fullmatch(r"m64n(\d+)k16", ins.modifiers[3])
-    left, right = ins.modifiers[-2:]
-    if not shape or ins.modifiers[-3] != "f32" or left != right or left not in ("f16", "bf16"):
-        raise UnknownInstruction(ins.text)
+    columns, type_ = int(ins.modifiers[3][4:-3]), ins.modifiers[-1]
     accumulators, a, b, keep, scale_a, scale_b, *transposed = ins.operands
     if (scale_a.text, scale_b.text) != ("1", "1"):
         raise UnknownInstruction(ins.text)
-    columns = int(shape[1])
     flips = [part.text == "1" for part in transposed]
     warps = _warps(machine, ins, mask)
     groups = warps.reshape(-1, 4, 32)
     lanes = groups.reshape(len(groups), 128)
     if a.kind == "vector":
-        rows = _left(_fragments(machine, a, warps), left).reshape(len(groups), 64, 16)
+        rows = _left(_fragments(machine, a, warps), type_).reshape(len(groups), 64, 16)
     else:
-        rows = _operand(machine, a, lanes, 64, left, flips[-2], ins)
-    others = _operand(machine, b, lanes, columns, right, flips[-1], ins)
+        rows = _operand(machine, a, lanes, 64, type_, flips[-2], ins)
+    others = _operand(machine, b, lanes, columns, type_, flips[-1], ins)
     held = _accumulators(machine, accumulators, ins).transpose(1, 0)[warps]
     before = _tile(np.ascontiguousarray(held)).reshape(len(groups), 64, columns)
     kept = machine.full(machine.read(keep, "pred"))[lanes[:, 0]]
@@ -231,7 +218,7 @@ def _operand(machine: Machine, descriptor, lanes, length: int, type_: str, flipp
     place = machine.shared.place(np.repeat(first, flat.shape[1]), flat.ravel(), 2, ins.text[:80])
     grains = (place // machine.shared.grain).reshape(len(at), -1)
     for group, read in zip(lanes, grains, strict=True):
-        machine.products.open[1].append(machine.shared.watch_multiply(group, read, ins.text[:80]))
+        machine.products.open[1].append((machine.shared.watch_multiply(group, read, ins.text[:80]), group))
     data = machine.shared.bytes[place[:, None] + np.arange(2)].view(np.uint16).reshape(at.shape)
     values = bf16_values(data) if type_ == "bf16" else data.view(np.float16)
     return values.astype(np.float64)
@@ -240,9 +227,9 @@ def _operand(machine: Machine, descriptor, lanes, length: int, type_: str, flipp
 def element_offsets(descriptor: int, length: int, flipped: bool, ins: Instruction) -> np.ndarray:
     """Shared addresses [length, 16] of the elements (row or column i, contraction k) of a 16-bit operand.
 
-    Atoms of the canonical layouts: 8 lines of `swizzle` bytes. K-major (not flipped): a line is one i, atoms follow each
-    other along i by the stride offset. Flipped: a line is one k, atoms follow each other along i by the leading offset,
-    along k by the stride offset. Swizzling exchanges the address bits 4.. with 7..
+    Atoms of the canonical layouts: 8 lines of `swizzle` bytes. K-major (not flipped): a line is one i, atoms follow
+    each other along i by the stride offset. Flipped: a line is one k, atoms follow each other along i by the leading
+    offset, along k by the stride offset. Swizzling adds (xor) the address bits from 7 on to those from 4 on.
     """
     start, leading, stride = ((descriptor >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))
     mode = descriptor >> 62
