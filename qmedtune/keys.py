@@ -18,6 +18,9 @@ from qmedtune.recipe import Recipe, SourceSection, StageSection, TaskSection
 FORMAT = 1
 CODE = f"qmedtune-{__version__.rpartition('.')[0]}-format-{FORMAT}"
 
+# Raise when scores of the same models would differ: 2 = perplexity over whole documents, heads in fp32.
+EVALUATION_FORMAT = 2
+
 PACKING = ("mix", "unit", "tokens", "epochs", "max_repeats", "data", "loss_on", "seq_len", "max_truncated_fraction")
 PACKING += ("packing", "multi_label")
 PACKED_AS = {"template", "chunking", "overlap", "max_tokens"}  # of a source: what packing reads, and reading does not
@@ -164,6 +167,7 @@ def merge_section(recipe: Recipe) -> dict[str, Any]:
 def evaluation_section(recipe: Recipe, hashes: store.HashCache) -> dict[str, Any]:
     section = recipe.evaluate.model_dump(mode="json", exclude={"batch"})
     tasks = [TaskSection(task=task) if isinstance(task, str) else task for task in recipe.evaluate.tasks]
+    section |= {"format": EVALUATION_FORMAT, "merge_dtype": recipe.merge.dtype}
     return {"evaluate": section, "seed": recipe.seed, "benchmarks": benchmarks(tasks, hashes)}
 
 
