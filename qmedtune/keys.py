@@ -132,7 +132,7 @@ def tokens_section(recipe: Recipe, index: int) -> dict[str, Any]:
     packing = {k: v for k, v in stage.section.model_dump(mode="json").items() if k in PACKING}
     sources = {n: recipe.data[n].model_dump(mode="json", include=PACKED_AS) for n in stage.sources}
     if stage.sft and not stage.sft.packing:
-        packing["batch"] = stage.sft.batch  # which records share one
+        packing |= {"batch": stage.sft.batch, "min_steps": stage.sft.min_steps}  # which records share one
     templates = _template_files(recipe, stage.sources)
     return {"packing": packing, "sources": sources, "templates": templates, "seed": recipe.seed}
 

@@ -119,6 +119,7 @@ class TrainSection(Section):
 
     seq_len: Annotated[int, Field(ge=16)] | Auto = "auto"
     batch: Positive | Auto = "auto"
+    min_steps: Positive | Auto = "auto"  # where `batch` is auto, it is made smaller until so many steps are left
     micro_batch: Positive | Auto = "auto"
     lr: Rate | Auto = "auto"
     embedding_lr: Rate | Auto = "auto"

@@ -30,6 +30,7 @@ from qmedtune.data.classes import LabelledRows
 from qmedtune.data.pack import PackedRows
 from qmedtune.errors import RunError
 from qmedtune.interrupt import stop
+from qmedtune.planning.batches import batch_rows, steps_in, too_few_steps
 from qmedtune.planning.fit import numerics_of, setup_of
 from qmedtune.planning.machine import this_machine
 from qmedtune.planning.memory import peak_bytes
@@ -150,7 +151,12 @@ def _run(
 ) -> QTrainer:
     checkpoint = checkpoints.last_intact(out)
     section, made_with, said = as_begun(recipe, index, checkpoint)
-    steps = -(-len(rows) // number(section.batch))
+    steps, batch = steps_in(section, len(rows)), batch_rows(section, len(rows))
+    section = section.model_copy(update={"batch": batch, "micro_batch": min(number(section.micro_batch), batch)})
+    few = None if base_facts(recipe.model).builtin else too_few_steps(loop.name, steps)
+    if few and not checkpoint:
+        ui.warn(few)
+        said = [*said, few]
     save_every = recipe.save.every if recipe.save.every != "auto" else max(20, steps // 10)
     decided = numerics_of(recipe, index, this_machine())
     arguments = trainer_arguments(
@@ -321,6 +327,7 @@ class Loop(TrainerCallback):
         kept = self._kept_step() if self.recipe.validation.keep_best else None
         return {
             "steps": self.steps,
+            "batch": trainer.section.batch,
             "kept_step": kept or self.steps,
             "loss": {"first": self.losses[0], "last": self.losses[-1]},
             "tokens_per_s": round(sorted(speeds)[len(speeds) // 2], 1),

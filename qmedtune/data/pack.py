@@ -32,6 +32,7 @@ from qmedtune.data.tokens import (
     write_shards,
 )  # fmt: skip
 from qmedtune.errors import DataError
+from qmedtune.planning.batches import batch_rows
 from qmedtune.recipe import (
     ClassifySection,
     CptSection,
@@ -227,7 +228,8 @@ def _rows(section: TrainSection, lengths: np.ndarray, whole: bool, rng: np.rando
         return mix.fill_rows(lengths, int(section.seq_len), split=not whole)
     if section.packing or whole:
         return mix.fill_rows(lengths, int(section.seq_len), split=False)
-    return mix.single_rows(mix.buckets(lengths, int(section.batch), rng), lengths)
+    batch = batch_rows(section, len(lengths))
+    return mix.single_rows(mix.buckets(lengths, batch, rng), lengths)
 
 
 def _table(corpora: list[Corpus]) -> np.ndarray:
