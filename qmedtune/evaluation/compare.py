@@ -105,8 +105,8 @@ def _interval(task: Task, draws: Draws, groups: statistics.Groups | None, seed: 
     """(interval, name of the method). Wilson for accuracy, else bootstrap over items; over groups for any metric of
     items that share them.
 
-    Of several draws Wilson takes the mean, as if each item had been asked once: wider than need be. A bootstrap of width
-    0 (every answer right, or wrong) is no certainty: Wilson's interval of so many items, or groups, takes its place.
+    Of several draws Wilson takes the mean, as if each item had been asked once: wider than need be. A bootstrap of
+    width 0 (every answer right, or wrong) is no certainty: Wilson's interval of so many items takes its place.
     """
     n = len(draws[0])
     size = n if groups is None else len(set(groups))

@@ -42,7 +42,7 @@ def tango(gained: int, lost: int, n: int, confidence: float = 0.95) -> Interval:
     All differences that a score test would not reject, with the nuisance probability at its restricted maximum
     likelihood. Never of width 0: 0 gained and 0 lost of 20 gives -0.161 to 0.161.
     """
-    assert 0 <= gained and 0 <= lost and gained + lost <= n and n > 0
+    assert min(gained, lost) >= 0 and 0 < n >= gained + lost
     z = NormalDist().inv_cdf(0.5 + confidence / 2)
     value = (gained - lost) / n
 
