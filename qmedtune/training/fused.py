@@ -53,6 +53,9 @@ def install(model: nn.Module, mode: str = "auto") -> dict:
     for module in model.modules():
         if type(module) in REPLACED.values():
             setattr(module, "kernels", dispatch.mode(mode))  # noqa: B010
+    causal_lm: Layer = model
+    causal_lm = causal_lm.get_base_model() if hasattr(model, "get_base_model") else causal_lm
+    setattr(causal_lm.get_output_embeddings(), "kernels", dispatch.mode(mode))  # noqa: B010 - read by loss.py
     own = Counter(reason for group in groups if (reason := _obstacle(group)))
     paths = dispatch.describe(device, mode)
     return {"mode": dispatch.mode(mode), "paths": paths, "modules": dict(counts), "own_forward": dict(own)}
