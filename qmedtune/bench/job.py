@@ -31,8 +31,9 @@ class Job:
 
 
 def job_of(shape: str, chosen: dict[str, Any]) -> Job:
-    """The job of a shape: the tiny one's as it stands, the built-in base's four rows of 512 tokens, others rows of 4096 one at a time, 40 steps of which 20 warm up,
-    LoRA alone, layers recomputed; `chosen` overrides. Raises RecipeError for an unknown shape."""
+    """The job of a shape: the tiny one's as it stands, the built-in base's four rows of 512 tokens, others rows of 4096
+    one at a time, 40 steps of which 20 warm up, layers recomputed; LoRA alone but for the tiny one. `chosen` overrides.
+    Raises RecipeError for an unknown shape."""
     if shape not in SHAPES:
         raise RecipeError(f"bench train: no shape {shape!r}\nallowed: {', '.join(SHAPES)}")
     if shape == "tiny":

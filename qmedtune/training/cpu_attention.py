@@ -31,7 +31,7 @@ class Block:
 
 
 def blocks_of(position_ids: Tensor) -> tuple[Block, ...]:
-    """The blocks of rows [B, L], whose documents begin where positions do not go on by one; found once for all layers."""
+    """The blocks of rows [B, L], whose documents begin where positions do not go on by one. Made once a batch."""
     length = position_ids.shape[1]
     index = torch.arange(length)
     begins = torch.ones_like(position_ids, dtype=torch.bool)

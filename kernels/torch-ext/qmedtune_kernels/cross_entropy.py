@@ -84,8 +84,9 @@ def frozen_head_nll(hidden: Tensor, weight: Tensor, targets: Tensor, path: str =
     alike = (weight.dtype, weight.device, targets.device) == (hidden.dtype, hidden.device, hidden.device)
     if not (fits and alike and targets.shape == hidden.shape[:1]) or weight.requires_grad:
         raise ValueError(
-            f"hidden, weight, targets: given {tuple(hidden.shape)} {hidden.dtype}, {tuple(weight.shape)} {weight.dtype} "
-            f"and {tuple(targets.shape)}; allowed [T, D] and a frozen [V, D] of one dtype, and [T], on one device"
+            f"hidden, weight, targets: given {tuple(hidden.shape)} {hidden.dtype}, {tuple(weight.shape)} "
+            f"{weight.dtype} and {tuple(targets.shape)}; allowed [T, D] and a frozen [V, D] of one dtype, and [T], on "
+            "one device"
         )
     triton_path = dispatch.uses_triton(hidden.device, path) and hidden.numel() > 0
     return _FrozenHead.apply(hidden, weight, targets, triton_path)
