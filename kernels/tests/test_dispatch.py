@@ -111,7 +111,9 @@ def test_few_rows_without_a_gradient_take_bitsandbytes_until_it_is_beaten(as_if_
 def test_what_trains_is_asked_with_the_gradient(as_if_sm_90, monkeypatch):
     asked = []
     real = matmul.choose
-    monkeypatch.setattr(matmul, "choose", lambda x, w, path, trains=True: asked.append(trains) or real(x, w, "reference"))
+    monkeypatch.setattr(
+        matmul, "choose", lambda x, w, path, trains=True: asked.append(trains) or real(x, w, "reference")
+    )
     a, b = torch.randn(4, 128), torch.randn(64, 4).requires_grad_()
     with torch.no_grad():
         lora.linear(torch.randn(2, 128).bfloat16(), (weight(),), [lora.Adapter(a, b, 1.0)])

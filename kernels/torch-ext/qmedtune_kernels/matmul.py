@@ -36,9 +36,10 @@ def reference_backward(dy: Tensor, weight: NF4Weight) -> Tensor:
 def matmul(x: Tensor, weight: NF4Weight, bias: Tensor | None = None, path: str = "auto") -> Tensor:
     """Y [M, N] = X [M, K] W^T + bias, in x's dtype (bf16, fp16, fp32), accumulated in fp32.
 
-    path: "auto" (dispatch.py: fused for few rows, else dequantise + cuBLAS; the reference on a CPU), "fused",
-    "few_rows" (M <= 4, no tensor cores), "bitsandbytes" (its own kernel), "dequantize" or "reference". Not differentiable: lora.py is. ValueError on
-    shapes, dtypes and devices that do not fit, and on an x that wants a gradient.
+    path: "auto" (dispatch.py: bitsandbytes or fused for few rows, else dequantise + cuBLAS; the reference on a CPU),
+    "fused", "few_rows" (M <= 4, no tensor cores), "bitsandbytes" (its own kernel), "dequantize" or "reference". Not
+    differentiable: lora.py is. ValueError on shapes, dtypes and devices that do not fit, and on an x that wants a
+    gradient.
     """
     _check(x, weight, "x", weight.shape[1])
     if bias is not None:

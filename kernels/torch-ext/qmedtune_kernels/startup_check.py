@@ -62,7 +62,7 @@ def _numbers(*shape: int, device: torch.device) -> Tensor:
 
 
 def _weight(device: torch.device, offset: float | None) -> NF4Weight:
-    """Flat scales (offset None), or twice-quantised ones as every recipe's default has; powers of two without offset."""
+    """Flat scales (offset None), or nested ones as every recipe's default has; powers of two without an offset."""
     generator = torch.Generator().manual_seed(0)
     packed = torch.randint(0, 256, (N * K // 2, 1), dtype=torch.uint8, generator=generator).to(device)
     blocks = N * K // 64
