@@ -25,6 +25,7 @@ from qmedtune.errors import DataError
 from qmedtune.recipe import SourceSection
 
 BUILTIN = "builtin:"
+SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY|_KEY$|^KEY$", re.I)
 SUFFIXES = {
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet",
     ".txt": "text", ".text": "text", ".md": "text", ".nxml": "jats", ".tar": "jats", ".tgz": "jats", ".xml": "xml",
@@ -67,6 +68,11 @@ def source_files(source: SourceSection) -> list[Path]:
 def with_variables(path: str) -> str:
     def value(match: re.Match[str]) -> str:
         name = match.group(1)
+        if SECRET_NAME.search(name):
+            raise DataError(
+                f"{path}: {name} looks like a secret, and paths are shown in messages and kept in reports\n"
+                "put the path in a variable of another name, or write it"
+            )
         if name not in os.environ:
             raise DataError(f"{path}: the environment variable {name} is not set\nexport {name}=... or write the path")
         return os.environ[name]
@@ -101,6 +107,9 @@ def _folder(folder: Path, format: str) -> list[Path]:
 
 
 def _check_file(file: Path) -> None:
+    if not str(file).isprintable() and any("\ud800" <= c <= "\udfff" for c in str(file)):
+        shown = ascii(str(file))
+        raise DataError(f"{shown}: the file's name is not UTF-8, so no message or report could name it\nrename it")
     try:
         with file.open("rb") as stream:
             head = stream.read(len(LFS_MARK))
