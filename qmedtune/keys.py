@@ -33,11 +33,26 @@ def source_section(recipe: Recipe, name: str, hashes: store.HashCache) -> dict[s
     section = source.model_dump(mode="json", exclude={"license", "terms", *PACKED_AS})
     result = {"source": section, "hygiene": recipe.hygiene.model_dump(mode="json"), "seed": recipe.seed}
     result["files"] = fingerprint(source, hashes)
+    result |= _identifiers(recipe, name)
     if recipe.hygiene.decontaminate != "off":
         from qmedtune.data.benchmarks import chosen_tasks
 
         result["benchmarks"] = benchmarks(chosen_tasks(recipe), hashes)
     return result
+
+
+def _identifiers(recipe: Recipe, name: str) -> dict[str, Any]:
+    """What finds identifiers and what stands in for them, where the text that is kept depends on it."""
+    from qmedtune.data import phi, secret, surrogates
+    from qmedtune.data.treat import phi_mode
+
+    mode = phi_mode(recipe, name)
+    if mode not in ("redact", "refuse"):
+        return {}
+    found: dict[str, Any] = {"recognisers": phi.VERSION}
+    if mode == "redact":
+        found |= {"surrogates": surrogates.VERSION, "secret": secret.fingerprint(secret.load())}
+    return found
 
 
 def fingerprint(source: SourceSection, hashes: store.HashCache) -> list[list[str]]:

@@ -18,6 +18,8 @@ from typing import Any
 from safetensors import SafetensorError
 
 from qmedtune import base, claims, keys, plan, preflight, record, store, ui
+from qmedtune.data import secret
+from qmedtune.data.treat import phi_mode
 from qmedtune.errors import RecipeError, RunError
 from qmedtune.interrupt import Stopped, stop
 from qmedtune.planning import room
@@ -46,6 +48,9 @@ def run(
     asked = smoked(recipe) if smoke else recipe
     resolved, choices = plan.resolve(asked)
     claims.check_inputs(resolved, out)
+    redacts = any(phi_mode(resolved, name) == "redact" for name in resolved.used_sources())
+    if redacts:
+        secret.check(out)
     hashes = store.HashCache(out / ".hashes.json")
     steps = steps_of(resolved, asked, hashes)
     chosen = _chosen(steps, until)
@@ -59,6 +64,8 @@ def run(
     room.check(resolved, out, [step.name for step in chosen if step.name not in sealed])
     with _told("run", out), store.lock(out), stop.watching(time_limit_s):
         claims.mark(out)
+        if redacts:
+            secret.note(out)
         for place in (out, out / "merged"):
             for leftover in place.glob(f".*{store.PART}"):  # of writes that were killed
                 leftover.unlink()

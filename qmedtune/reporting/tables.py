@@ -33,11 +33,19 @@ def evaluation(run: dict) -> Table:
     note = (
         f"{_scored_in(run)}Share of items answered correctly unless another metric is named, with 95% intervals. Base "
         "and final answered the same items; a change is called noise when its paired test gives p ≥ 0.05. Commonest: "
-        "what always the commonest answer scores, without any knowledge."
+        f"what always the commonest answer scores, without any knowledge.{_methods(run)}"
         if rows
         else "No task was scored in this run."
     )
     return Table("Scores", ("Task", "Base", "Final", "Change", "Commonest", "Items", "Reading"), rows, note)
+
+
+def _methods(run: dict) -> str:
+    """Which intervals the scores and changes carry, by name."""
+    tasks = (run.get("evaluation") or {}).get("tasks", {}).values()
+    parts = [task.get(name) or {} for task in tasks for name in ("base", "final", "difference")]
+    names = dict.fromkeys(part["ci95_method"] for part in parts if "ci95_method" in part)
+    return f" Intervals: {'; '.join(names)}." if names else ""
 
 
 def _scored_in(run: dict) -> str:
