@@ -343,6 +343,14 @@ class Recipe(Section):
         """`01-cpt`, `02-sft` ...: the names of stage folders and of `run.json` entries."""
         return [f"{i:02d}-{stage.kind}" for i, stage in enumerate(self.stages, start=1)]
 
+    def judged_by(self, index: int) -> list[str]:
+        """Sources of `validate.on` whose held-out loss says which step of stage `index` is best: an sft stage is for
+        its instructions, the others for texts."""
+        stage, on = self.stages[index], self.validation.on
+        if stage.sft:
+            return [name for name in on if name in stage.sources]
+        return [name for name in on if self.data[name].kind != "instructions"]
+
     def used_sources(self) -> list[str]:
         """Sources that any stage, validation or perplexity reads, in the order of `data:`."""
         named = {s for stage in self.stages for s in stage.sources}

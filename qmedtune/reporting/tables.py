@@ -354,7 +354,11 @@ def _repeats(value: float | None) -> str:
 
 def _steps(stage: dict) -> str:
     steps, kept = stage.get("steps"), stage.get("kept_step")
-    return "–" if steps is None else f"{steps:,}" if kept in (None, steps) else f"{kept:,} kept of {steps:,}"
+    if steps is None:
+        return "–"
+    by = ", ".join(stage.get("kept_by") or ())
+    told = f" (best by {by})" if by else ""
+    return f"{steps:,}{told}" if kept in (None, steps) else f"{kept:,} kept of {steps:,}{told}"
 
 
 def _first_last(loss: dict | None) -> str:
