@@ -243,12 +243,15 @@ class SaveSection(Section):
 
 
 class VerifySection(Section):
-    max_kl: Annotated[float, Field(gt=0)] = 1e-4
+    max_kl: Annotated[float, Field(gt=0)] | None = None  # nats per token; the proof itself has no threshold
 
 
 class MergeSection(Section):
+    """rounding: auto = nearest, or stochastic where that loses more than a hundredth of what was learnt"""
+
     base: Literal["full16", "nf4"] = "full16"
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    rounding: Literal["nearest", "stochastic"] | Auto = "auto"
     verify: VerifySection = VerifySection()
 
 
