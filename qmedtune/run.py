@@ -59,9 +59,7 @@ def run(
     if len(sealed) == len(steps) and (finished := _finished(recipe_text, out)):
         return finished
     claims.check_steps(out, [step.name for step in chosen if step.name not in sealed])
-    scored = any(step.name == "evaluation" and step.name not in sealed for step in chosen)
-    if scored and resolved.model.base.startswith(base.BUILTIN):  # making the base takes minutes
-        preflight.check_evaluation(resolved, None)
+    _check_start(resolved, source, [step for step in chosen if step.name not in sealed])
     room.check_writable(out)
     room.check(resolved, out, [step.name for step in chosen if step.name not in sealed])
     with _told("run", out), store.lock(out), stop.watching(time_limit_s):
@@ -74,8 +72,6 @@ def run(
         hashes.save()
         notes = record.Notes(resolved, recipe_text, choices, offline=offline)
         folder = source.make()
-        if any(step.kind != "data" and step.name not in sealed for step in chosen):
-            preflight.check_start(resolved, folder, scored=scored)
         done: dict[str, store.Seal] = {}
         with ui.run_progress([*(step.name for step in chosen), "report"]) as shown:
             try:
@@ -93,6 +89,16 @@ def run(
                 complete = "finished" if len(chosen) == len(steps) else "running"
                 result = record.finish(out, notes, steps, done, source, complete)
         return result
+
+
+def _check_start(recipe: Recipe, source: base.Base, to_do: Sequence[Step]) -> None:
+    """What must be right before the first step, ahead of writing anything. A built-in base is right by itself."""
+    scored = any(step.name == "evaluation" for step in to_do)
+    if recipe.model.base.startswith(base.BUILTIN):
+        if scored:
+            preflight.check_evaluation(recipe, None)
+    elif any(step.kind != "data" for step in to_do):
+        preflight.check_start(recipe, source.make(), scored=scored)
 
 
 def source_of(recipe: Recipe, hashes: store.HashCache, offline: bool) -> base.Base:
