@@ -122,7 +122,7 @@ def _make_model(recipe: Recipe, index: int, inputs: dict[str, Path], shared: Sha
     set_seed(recipe.seed + index)  # whatever loading has drawn
     earlier = earlier_adapters(inputs)
     continued = stage.section.adapter in ("continue", "frozen")  # attach_head freezes what is frozen
-    model = models.attach_adapter(base, recipe.adapter, earlier, continued=continued)
+    model = models.attach_adapter(base, recipe.adapter_of(index), earlier, continued=continued)
     kernels = models.install_kernels(model, recipe.model.kernels)
     return model, {
         "kernels": kernels,

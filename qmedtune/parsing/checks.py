@@ -98,6 +98,11 @@ def _stage_contradictions(recipe: Recipe, here: KeyPath, index: int) -> Iterator
         yield (*here, "adapter"), "got frozen; only a classify stage trains nothing but its head"
     if section.adapter not in ("continue", "none") and index == 0:
         yield (*here, "adapter"), f"got {section.adapter}; the first stage has no adapter before it: leave the key out"
+    if section.lora is not None and index and section.adapter not in ("new", "merge_then_new"):
+        yield (
+            (*here, "lora"),
+            f"adapter {section.adapter} makes no new adapter; allowed with `new` and `merge_then_new`",
+        )
     if section.adapter == "new" and recipe.adapter.train_embeddings is not False:
         yield (*here, "adapter"), "a stack of adapters cannot train embeddings; set adapter.train_embeddings: false"
     if recipe.model.shape is not None and recipe.stages[0].kind != "pretrain" and index == 0:
