@@ -15,7 +15,7 @@ from qmedtune.errors import DataError
 from qmedtune.recipe import Recipe, SourceSection, StageSection, TaskSection
 
 # Raise when a step would write something else from the same inputs; the release alone does not invalidate a run.
-FORMAT = 1
+FORMAT = 2
 CODE = f"qmedtune-{__version__.rpartition('.')[0]}-format-{FORMAT}"
 
 PACKING = ("mix", "unit", "tokens", "epochs", "max_repeats", "data", "loss_on", "seq_len", "max_truncated_fraction")

@@ -113,12 +113,12 @@ class Look:
 
 def _look(file: Path, source: SourceSection, until_s: float) -> Look:
     from qmedtune.data.rejects import Unusable
-    from qmedtune.data.sources import READERS, format_of
+    from qmedtune.data.formats import READERS, format_of, read_rows
 
     format = format_of(file, source.format)
     texts, line, bad = [], 0, 0
     if format in READERS:
-        for line, fields in islice(READERS[format](file), RECORDS_PER_FILE):  # noqa: B007 - the last one counts
+        for line, fields in islice(read_rows(file, source, format), RECORDS_PER_FILE):  # noqa: B007 - the last one counts
             try:
                 texts.append(_text(_shape(fields, source), source))
             except Unusable:
@@ -140,11 +140,12 @@ def _look(file: Path, source: SourceSection, until_s: float) -> Look:
 
 def _shape(fields: Any, source: SourceSection) -> dict[str, Any]:
     from qmedtune.data.instructions import instruction_record
+    from qmedtune.data.reading.document import Document
     from qmedtune.data.records import text_record
     from qmedtune.data.rejects import Unusable
 
     shape = instruction_record if source.kind == "instructions" else text_record
-    record = shape(fields, source.columns) if isinstance(fields, dict) else fields
+    record = shape(fields, source.columns) if isinstance(fields, dict | Document) else fields
     if not isinstance(record, dict):
         raise Unusable("damaged or refused")
     return record
