@@ -18,8 +18,8 @@ import numpy as np
 
 from qmedtune.data import decontaminate, dedup
 from qmedtune.data.benchmarks import benchmark_items
-from qmedtune.data.rejects import Rejects
 from qmedtune.data.listing import by_extension, list_source
+from qmedtune.data.rejects import Rejects
 from qmedtune.data.stage import in_batches, stage_source
 from qmedtune.data.treat import Staged, phi_mode, text_of
 from qmedtune.errors import DataError

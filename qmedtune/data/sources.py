@@ -68,15 +68,27 @@ def read_records(name: str, source: SourceSection, rejects: Rejects) -> Iterator
                 return
 
 
-def read_items(
-    source: SourceSection, files: list[Path] | None = None, tally: ReadingTally | None = None
-) -> Iterator[Item]:
+class Reading(Iterator[Item]):
+    """The items of a source as they are read, and `tally`: what was recognised, read and not read up to here."""
+
+    def __init__(self, source: SourceSection, files: list[Path] | None):
+        self.tally = ReadingTally()
+        self._items = _items(source, files, self.tally)
+
+    def __next__(self) -> Item:
+        return next(self._items)
+
+
+def read_items(source: SourceSection, files: list[Path] | None = None) -> Reading:
     """(file, line, record | what stands for an unusable one) of a source, or of some of its `reading_order`.
 
     PubMed records carry `VERSIONED`: the first of a PMID that is met is the one to keep, unless a `Deleted` that names
-    it came before. Both are for the caller to apply, because they reach across files. tally: filled as files are read.
+    it came before. Both are for the caller to apply, because they reach across files.
     """
-    tally = ReadingTally() if tally is None else tally
+    return Reading(source, files)
+
+
+def _items(source: SourceSection, files: list[Path] | None, tally: ReadingTally) -> Iterator[Item]:
     if source.format == "huggingface":
         tally.recognised["huggingface"] += 1
         yield from _shaped(_dataset_rows(source), source, tally, is_table=False)

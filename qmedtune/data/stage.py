@@ -52,11 +52,11 @@ def stage_source(
 
 def _whole(pool: Pool, source: SourceSection, files: list[Path], work: IO[bytes]) -> Iterator[Staged]:
     """A source in one part, batch by batch: nothing of it is kept but what is in `work`."""
-    tally = ReadingTally()
-    for lines, batch in pool.treated(in_batches(_limited(read_items(source, files, tally), source.max_records))):
+    items = read_items(source, files)
+    for lines, batch in pool.treated(in_batches(_limited(items, source.max_records))):
         work.writelines(lines)
         yield batch
-    yield Staged(reading=tally)
+    yield Staged(reading=items.tally)
 
 
 def _each(pool: Pool, recipe: Recipe, name: str, parts: list[list[Path]], work: IO[bytes]) -> Iterator[Staged]:
@@ -133,11 +133,13 @@ def _make_part(pool: Pool, source: SourceSection, files: list[Path], part: Path,
     part.parent.mkdir(exist_ok=True)
     staged = Staged()
     with _records(part).open("wb") as raw, zstandard.ZstdCompressor(1).stream_writer(raw) as packed:
-        for lines, batch in pool.treated(in_batches(read_items(source, files, staged.reading))):
+        items = read_items(source, files)
+        for lines, batch in pool.treated(in_batches(items)):
             text = b"".join(lines)
             packed.write(text)
             work.write(text)
             staged.extend(batch)
+    staged.reading = items.tally
     table = np.zeros(len(staged), ROW)
     for name in ARRAYS:
         table[name] = getattr(staged, name)

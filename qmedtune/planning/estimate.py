@@ -112,8 +112,8 @@ class Look:
 
 
 def _look(file: Path, source: SourceSection, until_s: float) -> Look:
-    from qmedtune.data.rejects import Unusable
     from qmedtune.data.formats import READERS, format_of, read_rows
+    from qmedtune.data.rejects import Unusable
 
     format = format_of(file, source.format)
     texts, line, bad = [], 0, 0

@@ -141,7 +141,10 @@ def text_field(where: str, fields: dict[str, Any], name: str) -> str:
 
 def field_names(fields: dict[str, Any]) -> str:
     """Column names for a message. The first line of a file without header is data: only known names are shown."""
-    return shown_names(fields)
+    known = shown_names(fields)
+    return (
+        known if not known[0].isdigit() and known != "no column" else f"none with a name that is known ({len(fields)})"
+    )
 
 
 def label_field(where: str, fields: dict[str, Any], name: str, allowed: tuple[str, ...]) -> int:
