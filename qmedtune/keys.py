@@ -18,6 +18,9 @@ from qmedtune.recipe import Recipe, SourceSection, StageSection, TaskSection
 FORMAT = 2
 CODE = f"qmedtune-{__version__.rpartition('.')[0]}-format-{FORMAT}"
 
+# Raise when scores of the same models would differ: 2 = perplexity over whole documents, heads in fp32.
+EVALUATION_FORMAT = 2
+
 PACKING = ("mix", "unit", "tokens", "epochs", "max_repeats", "data", "loss_on", "seq_len", "max_truncated_fraction")
 PACKING += ("packing", "multi_label")
 PACKED_AS = {"template", "chunking", "overlap", "max_tokens"}  # of a source: what packing reads, and reading does not
@@ -30,11 +33,26 @@ def source_section(recipe: Recipe, name: str, hashes: store.HashCache) -> dict[s
     section = source.model_dump(mode="json", exclude={"license", "terms", *PACKED_AS})
     result = {"source": section, "hygiene": recipe.hygiene.model_dump(mode="json"), "seed": recipe.seed}
     result["files"] = fingerprint(source, hashes)
+    result |= _identifiers(recipe, name)
     if recipe.hygiene.decontaminate != "off":
         from qmedtune.data.benchmarks import chosen_tasks
 
         result["benchmarks"] = benchmarks(chosen_tasks(recipe), hashes)
     return result
+
+
+def _identifiers(recipe: Recipe, name: str) -> dict[str, Any]:
+    """What finds identifiers and what stands in for them, where the text that is kept depends on it."""
+    from qmedtune.data import phi, secret, surrogates
+    from qmedtune.data.treat import phi_mode
+
+    mode = phi_mode(recipe, name)
+    if mode not in ("redact", "refuse"):
+        return {}
+    found: dict[str, Any] = {"recognisers": phi.VERSION}
+    if mode == "redact":
+        found |= {"surrogates": surrogates.VERSION, "secret": secret.fingerprint(secret.load())}
+    return found
 
 
 def fingerprint(source: SourceSection, hashes: store.HashCache) -> list[list[str]]:
@@ -99,17 +117,20 @@ def _template_files(recipe: Recipe, names: list[str]) -> dict[str, str]:
 
 
 def sources_compared_with(recipe: Recipe, name: str) -> list[str]:
-    """Earlier sources that duplicates are looked for in: texts among texts, instructions among instructions, what
-    `classify` reads among itself (a note may be read on and be labelled)."""
+    """Earlier sources that duplicates are looked for in: texts among texts, instructions among instructions. What
+    `classify` reads is compared with no other source: several sets of labels are given to the same notes."""
     if not recipe.hygiene.dedup.exact and not recipe.hygiene.dedup.near:
         return []
     used = recipe.used_sources()
     labelled = {stage.classify.data for stage in recipe.stages if stage.classify}
+    if name in labelled:
+        return []
 
-    def family(source: str) -> tuple[bool, bool]:
-        return recipe.data[source].kind == "instructions", source in labelled
+    def asks(source: str) -> bool:
+        return recipe.data[source].kind == "instructions"
 
-    return [other for other in used[: used.index(name)] if family(other) == family(name)]
+    earlier = used[: used.index(name)]
+    return [other for other in earlier if other not in labelled and asks(other) == asks(name)]
 
 
 def validation_section(recipe: Recipe) -> dict[str, Any]:
@@ -129,7 +150,7 @@ def tokens_section(recipe: Recipe, index: int) -> dict[str, Any]:
     packing = {k: v for k, v in stage.section.model_dump(mode="json").items() if k in PACKING}
     sources = {n: recipe.data[n].model_dump(mode="json", include=PACKED_AS) for n in stage.sources}
     if stage.sft and not stage.sft.packing:
-        packing["batch"] = stage.sft.batch  # which records share one
+        packing |= {"batch": stage.sft.batch, "min_steps": stage.sft.min_steps}  # which records share one
     templates = _template_files(recipe, stage.sources)
     return {"packing": packing, "sources": sources, "templates": templates, "seed": recipe.seed}
 
@@ -164,6 +185,7 @@ def merge_section(recipe: Recipe) -> dict[str, Any]:
 def evaluation_section(recipe: Recipe, hashes: store.HashCache) -> dict[str, Any]:
     section = recipe.evaluate.model_dump(mode="json", exclude={"batch"})
     tasks = [TaskSection(task=task) if isinstance(task, str) else task for task in recipe.evaluate.tasks]
+    section |= {"format": EVALUATION_FORMAT, "merge_dtype": recipe.merge.dtype}
     return {"evaluate": section, "seed": recipe.seed, "benchmarks": benchmarks(tasks, hashes)}
 
 

@@ -17,7 +17,7 @@ from qmedtune.data import tables
 from qmedtune.data.files import ARCHIVE_ERRORS
 from qmedtune.data.formats import READERS, TABLES, describe, format_of, read_rows
 from qmedtune.data.instructions import instruction_shape
-from qmedtune.data.listing import SUFFIXES, hub_dataset, source_files, with_variables
+from qmedtune.data.listing import BUILTIN, SUFFIXES, hub_dataset, source_files, with_variables
 from qmedtune.data.medmcqa import with_answer_base
 from qmedtune.data.reading.document import Document, Skipped
 from qmedtune.data.reading.pubmed import LatestFirst
@@ -28,8 +28,8 @@ from qmedtune.errors import DataError
 from qmedtune.recipe import SourceSection
 
 __all__ = [
-    "READERS", "SUFFIXES", "VERSIONED", "Deleted", "Item", "PmidSet", "format_of", "hub_dataset", "read_items",
-    "read_records", "reading_order", "source_files",
+    "BUILTIN", "READERS", "SUFFIXES", "VERSIONED", "Deleted", "Item", "PmidSet", "format_of", "hub_dataset",
+    "read_items", "read_records", "reading_order", "source_files", "with_variables",
 ]  # fmt: skip
 
 VERSIONED = "_versioned"
