@@ -43,8 +43,8 @@ def lettered(schema: str, asked: Any, options: dict[str, Any], letter: str, read
     if letter not in options:
         raise Unusable("the answer is none of the options")
     texts = {key: _option(text) for key, text in options.items()}
-    if sum(map(bool, texts.values())) < 2:
-        raise Unusable("fewer than two options have a text")
+    if len(texts) < 2 or not any(texts.values()):
+        raise Unusable("fewer than two options")
     listed = "\n".join(f"{key}. {text}".rstrip() for key, text in texts.items())
     user = {"role": "user", "content": f"{checked(asked, 'question').strip()}\n{listed}"}
     answer = {"role": "assistant", "content": f"{letter}. {texts[letter]}".rstrip()}

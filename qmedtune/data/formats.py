@@ -16,7 +16,7 @@ from qmedtune.data import notes, rows, tables
 from qmedtune.data.files import ARCHIVE_ERRORS, MAX_MEMBER_BYTES, open_bytes
 from qmedtune.data.listing import SUFFIXES, data_suffix, is_stray
 from qmedtune.data.reading import bioc, clinical_xml, csvs, fhir, hl7, jats, office, pubmed, questions, tei, xml_files
-from qmedtune.data.reading.document import Skipped
+from qmedtune.data.reading.document import Document, Skipped
 from qmedtune.data.rejects import Unread
 from qmedtune.errors import DataError
 from qmedtune.recipe import SourceSection
@@ -100,11 +100,19 @@ def read_rows(file: Path, source: SourceSection, format: str) -> Iterator[tuple[
     if format in ("csv", "tsv"):
         yield from csvs.read_table(file, wish_of(source))
     elif format == "text":
-        yield from rows.read_text(file, source.encoding)
+        yield from _documents(rows.read_text(file, source.encoding))
+    elif format == "mimic_cxr":
+        yield from _documents(notes.read_mimic_cxr(file))
     elif format == "zip":
         yield from _members(file, source)
     else:
         yield from _expanded(READERS[format](file), source.kind == "instructions")
+
+
+def _documents(stream: Iterator[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
+    """Whole files as documents: their id and text are no columns."""
+    for number, fields in stream:
+        yield number, Document(**fields) if isinstance(fields, dict) else fields
 
 
 def wish_of(source: SourceSection) -> csvs.Wish:
@@ -118,6 +126,8 @@ def describe(file: Path, source: SourceSection, format: str) -> str:
             return f"{format} ({csvs.find_dialect(file, wish_of(source))})"
         except (*ARCHIVE_ERRORS, OSError):
             return format
+    if format == "text" and source.encoding:
+        return f"text ({source.encoding})"
     return {"pdf": "pdf (text only: its layout, tables and images are lost)"}.get(format, format)
 
 

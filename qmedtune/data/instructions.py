@@ -169,6 +169,8 @@ def _pair(row: _Row, schema: str, question: str, answer: str) -> Messages:
     user = _said("user", checked(asked, "question").strip())
     if extra:
         user["input"] = extra
+    if row.has("answers"):
+        row.take("answers")  # of emrQA and SQuAD: the reader has put the first into its own field
     messages = [*_history(row.take("history")), user, _said("assistant", _answer(row.take(answer)))]
     return _with_system(row, messages)
 
@@ -178,6 +180,11 @@ def _task(schema: str, header: Any) -> str:
     if schema != "MTS-Dialog":
         return task
     return f"{task}: {header.strip()}." if isinstance(header, str) and header.strip() else f"{task}."
+
+
+def is_task(content: str) -> bool:
+    """Whether a user's words are the task that this module states (summarise ...), and no text of the data."""
+    return content.startswith(tuple(TASKS_OF.values()))
 
 
 def _answer(value: Any) -> str:

@@ -31,8 +31,9 @@ def expand(fields: Any, instructions: bool) -> list[Any]:
         return [fields]
     if isinstance(fields.get("paragraphs"), list):
         return list(_emrqa(fields, instructions))
-    if isinstance(fields.get("documents"), list):
-        return [document for entry in fields["documents"] for document in expand(entry, instructions)]
+    entries = fields.get("documents")
+    if isinstance(entries, list) and entries and all(isinstance(entry, dict) for entry in entries):
+        return [document for entry in entries for document in expand(entry, instructions)]
     if isinstance(fields.get("passages"), list):
         return [_bioc(fields)]
     return [fields]

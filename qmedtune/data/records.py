@@ -116,7 +116,7 @@ def text_record(fields: dict[str, Any] | Document, columns: dict[str, str]) -> d
 def text_shape(fields: dict[str, Any] | Document, columns: dict[str, str]) -> Shaped | Refused:
     """The record of one row of a text source, and what it was made of. Raises `Unusable`."""
     if isinstance(fields, Document):
-        return Shaped(_of_document(fields), frozenset())
+        return Shaped(_of_document(fields), frozenset(), fields.schema)
     if refused := _refused(fields):
         return refused
     if "text" not in columns and (paper := fulltext.paper(fields)):

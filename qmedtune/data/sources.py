@@ -145,7 +145,7 @@ def _finished(shaped: Shaped, fields: Any, tally: ReadingTally, is_table: bool) 
     if isinstance(fields, Document):
         tally.add(fields.unread, frozenset(), False)
         return record | ({VERSIONED: True} if fields.versioned else {})
-    tally.add((name for name in fields if name not in KEPT), shaped.read, is_table)
+    tally.add((name for name in fields if name not in KEPT and name[:1] != "_"), shaped.read, is_table)
     return record | {key: fields[key] for key in KEPT if key in fields}
 
 

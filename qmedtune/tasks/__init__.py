@@ -43,6 +43,14 @@ FILE_TASKS: dict[str, tuple[Reader, Maker]] = {
     "pubmed_summary": (free_text.pubmed_summaries, free_text.summary_task),
     "mimic_cxr_summary": (free_text.radiology_summaries, free_text.summary_task),
     "summarization": (free_text.summaries, free_text.summary_task),
+    "meqsum": (free_text.answers, free_text.summary_task),
+    "aci_bench": (free_text.answers, free_text.summary_task),
+    "mts_dialog": (free_text.answers, free_text.summary_task),
+    "medquad": (free_text.answers, free_text.summary_task),
+    "liveqa": (free_text.answers, free_text.summary_task),
+    "medicationqa": (free_text.answers, free_text.summary_task),
+    "bioasq": (free_text.answers, free_text.summary_task),
+    "bioasq_yesno": (free_text.bioasq_yesno, labels.decision_task),
 }
 
 

@@ -20,6 +20,7 @@ BARE_AMPERSAND = re.compile(rb"(<!\[CDATA\[(?:[^\]]|\](?!\]>))*+\]\]>)|&(?!#?\w+
 HEAD_BYTES = 1 << 16
 MAX_NOTE_BYTES = 64 << 20
 CDA = "{urn:hl7-org:v3}"
+SPACES = re.compile(r"\s+")
 ROWS = {
     "tr": "\n",
     "td": "\t",
@@ -27,7 +28,6 @@ ROWS = {
     "paragraph": "\n",
     "item": "\n",
     "br": "\n",
-    "content": " ",
     "caption": "\n",
 }
 
@@ -120,18 +120,15 @@ def _narrative(text: Any) -> str:
     """Lines of a narrative block: paragraphs, items and table rows each on their own, cells apart."""
     parts: list[str] = []
     _walk(text, parts)
-    lines = (" ".join(line.split(" ")).strip(" \t") for line in "".join(parts).split("\n"))
-    return "\n".join(line for line in (re.sub(r"[ \t]*\t[ \t]*", "\t", line) for line in lines) if line)
+    cells = (line.split("\t") for line in "".join(parts).split("\n"))
+    lines = ("\t".join(" ".join(cell.split()) for cell in line).strip() for line in cells)
+    return "\n".join(line for line in lines if line)
 
 
 def _walk(element: Any, parts: list[str]) -> None:
-    parts.append(" ".join((element.text or "").split()))
+    parts.append(SPACES.sub(" ", element.text or ""))
     for child in element:
         mark = ROWS.get(xml_files.local(child), "")
-        if mark == "\n":
-            parts.append("\n")
-        elif parts and parts[-1] and (element.text or child.tail):
-            parts.append(" ")
+        parts.append("\n" if mark == "\n" else "")
         _walk(child, parts)
-        parts.append(mark)
-        parts.append(" ".join((child.tail or "").split()))
+        parts += [mark, SPACES.sub(" ", child.tail or "")]

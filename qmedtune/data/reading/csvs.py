@@ -127,8 +127,8 @@ def _quoting(dialect: Dialect, text: str) -> Dialect:
     return bare if _share(dialect, text) < _share(bare, text) == 1 else dialect
 
 
-def _sample(dialect: Dialect, text: str) -> list[list[str]] | None:
-    """The first rows; None where the header itself does not parse."""
+def _sample(dialect: Dialect, text: str) -> list[list[str]]:
+    """The first rows; an empty one stands for the place where they cannot be read on."""
     found: list[list[str]] = []
     reader = csv.reader(io.StringIO(text, newline=""), **dialect.arguments)
     try:
@@ -137,18 +137,16 @@ def _sample(dialect: Dialect, text: str) -> list[list[str]] | None:
             if len(found) > SAMPLE_ROWS:
                 break
     except csv.Error:
-        return found or None
+        found.append([])
     return found
 
 
 def _share(dialect: Dialect, text: str) -> float:
-    """Of the first rows, how many have as many cells as the first; 0 where reading stops before them."""
+    """Of the first rows, how many have as many cells as the first; 0 for a single column."""
     rows = _sample(dialect, text)
     if not rows or len(rows[0]) < 2:
         return 0.0
-    expected = min(SAMPLE_ROWS + 1, text.rstrip("\n").count("\n") + 1)
-    whole = sum(len(row) == len(rows[0]) for row in rows)
-    return whole / max(len(rows), expected if len(rows) == 1 and expected > 1 else len(rows))
+    return sum(len(row) == len(rows[0]) for row in rows) / len(rows)
 
 
 def _fit(dialect: Dialect, text: str, known: frozenset[str]) -> tuple[int, float, int]:

@@ -16,6 +16,7 @@ class Document:
     group: str | None = None
     language: str | None = None
     versioned: bool = False  # of PubMed: a newer one of the same id replaces it
+    schema: str = ""  # what a JSON object was recognised as
     unread: tuple[str, ...] = ()  # names of elements that are there and are left out
 
 

@@ -59,6 +59,7 @@ def _document(resource: dict[str, Any]) -> Document | Refused:
         str(name) if name else None,
         "\n\n".join(parts),
         patient=reference.rpartition("/")[2] if isinstance(reference, str) else None,
+        schema=f"FHIR {kind}",
     )
 
 

@@ -84,7 +84,7 @@ def _members(path: Path) -> Iterator[xml_files.Item]:
 def article(root: Any) -> Document | Damaged | Refused:
     """The document of an `article` element. Raises `Unusable`."""
     if local(root) != "article":
-        return Damaged(f"XML is not a JATS article: its root is `{local(root)[:40]}`")
+        return Damaged(f"XML is not a JATS article, nor of another known format: its root is `{local(root)[:40]}`")
     if namespace := etree.QName(root).namespace:
         xml_files.without_namespace(root, namespace)
     meta = root.find("front/article-meta")

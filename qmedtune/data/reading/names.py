@@ -11,6 +11,7 @@ from functools import lru_cache
 
 # Words that names of columns are made of: `note_text`, `SUBJECT_ID`, `sectionHeader`, `medical specialty`.
 LISTED = """
+binary hypothesis mortality nli premise readmission stay
 a abs abstract abstracts accession ack activity actual added adm admission admit age all allergies annotation
 annotations answer answerkey answers arch archive article articles arxiv assay assessment assigned assistant audio
 author authors b back based bib bibliography bio birth body bot by c caption captions care case cat category cgid

@@ -6,6 +6,7 @@ header, of PDF the layout, tables and images; a PDF whose pages are pictures has
 
 from __future__ import annotations
 
+import logging
 import zipfile
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -120,6 +121,7 @@ def _cell(cell: Any) -> str | int | float | bool:
 def read_pdf(path: Path) -> Iterator[Item]:
     """The text of a PDF, page after page."""
     _need("pypdf", path)
+    logging.getLogger("pypdf").setLevel(logging.CRITICAL)  # it prints what it mends, file by file
     from pypdf import PdfReader
     from pypdf.errors import PyPdfError
 
