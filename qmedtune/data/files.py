@@ -44,7 +44,7 @@ def open_bytes(path: Path) -> IO[bytes]:
 
 def _closing(packed: gzip.GzipFile, stream: IO[bytes]) -> gzip.GzipFile:
     """A gzip stream that closes the file below it too, as it does with a file that it has opened itself."""
-    packed.myfileobj = stream
+    packed.myfileobj = stream  # pyright: ignore[reportAttributeAccessIssue] - typed as a file of its own, used for its close() only
     return packed
 
 

@@ -129,7 +129,7 @@ def text_shape(fields: dict[str, Any] | Document, columns: dict[str, str]) -> Sh
     text, used = _text(fields, found, columns)
     if isinstance(text, Refused):
         return text
-    record = {"id": as_name(fields.get(found.get("id", ""))) or content_id(text), "text": text}
+    record: dict[str, Any] = {"id": as_name(fields.get(found.get("id", ""))) or content_id(text), "text": text}
     for role in NAMES:
         name = as_name(fields[found[role]]) if role in found else None
         if name:

@@ -101,7 +101,7 @@ def find_encoding(head: bytes) -> str:
         return "utf-8"
     if _is_utf8(head):
         return "utf-8"
-    good = sum(line and not line.isascii() and _is_utf8(line) for line in head.splitlines())
+    good = sum(not line.isascii() and _is_utf8(line) for line in head.splitlines())
     return "utf-8" if good else "cp1252"
 
 

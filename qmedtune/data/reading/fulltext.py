@@ -38,7 +38,8 @@ def paper(fields: dict[str, Any]) -> Paper | None:
     parse = fields[name] if name else fields
     if not _has_body(parse):
         return None
-    about = fields.get("metadata") if isinstance(fields.get("metadata"), dict) else {}
+    nested = fields.get("metadata")
+    about: dict[str, Any] = nested if isinstance(nested, dict) else {}
     title = fields.get("title") or about.get("title")
     blocks = [f"# {title.strip()}"] if isinstance(title, str) and title.strip() else []
     abstract = list(_paragraphs(parse.get("abstract") or fields.get("abstract") or about.get("abstract")))
