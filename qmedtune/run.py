@@ -51,6 +51,7 @@ def run(
     sealed = _sealed(steps, source.digest, out)
     if len(sealed) == len(steps) and (finished := _finished(recipe_text, out)):
         return finished
+    source.check()
     if any(step.name == "evaluation" and step.name not in sealed for step in chosen):
         tasks.check_benchmarks(resolved)
     room.check_writable(out)
