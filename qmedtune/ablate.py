@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from qmedtune import __version__, plan, record, run, store, ui
+from qmedtune import __version__, claims, plan, record, run, store, ui
 from qmedtune.ablation import arms as derive
 from qmedtune.ablation import page, results
 from qmedtune.ablation.arms import Arm
@@ -44,12 +44,15 @@ def ablate(
     ablation.json, ablation.csv, differences.csv, ablation.svg and report.html, also when it is interrupted. Raises
     RecipeError before anything is run where an arm cannot be.
     """
+    claims.check(out)
     recipe = loaded.recipe
     resolved, _ = plan.resolve(recipe)
+    claims.check_inputs(resolved, out)
     arms = derive.arms_of(recipe, resolved)
     _check(recipe, resolved, arms)
     wanted = derive.seeds_of(recipe, seeds)
     with store.lock(out), stop.watching(time_limit_s):
+        claims.mark(out)
         try:
             _run_all(arms, wanted, out, offline)
         except BaseException:

@@ -20,7 +20,6 @@ from qmedtune.errors import RecipeError
 from qmedtune.recipe import ModelSection, Recipe
 
 BUILTIN = "builtin:"
-BLANK = "blank"
 TRAINED_ON, ADAPTER_WEIGHTS = "trained_on.json", "adapter_model.safetensors"
 
 
@@ -141,6 +140,11 @@ def builtin_folder(name: str) -> Path:
     return store.cache_root() / "bases" / f"{name.removeprefix(BUILTIN)}-{_builtin_digest(name)[:16]}"
 
 
+def blank_folder(name: str) -> Path:
+    """Shape and tokenizer that a built-in base is pretrained from: beside its run folder, which holds no inputs."""
+    return store.cache_root() / "blanks" / builtin_folder(name).name
+
+
 def _made(name: str, folder: Path) -> Path:
     """The built-in base's model folder, pretrained now if it is not in the cache."""
     stage = folder / "01-pretrain"
@@ -158,23 +162,23 @@ def _make(name: str, folder: Path) -> None:
     from qmedtune.run import run
 
     ui.note(f"{name} is made once and kept in {folder}")
-    _write_blank(name, folder / BLANK)
-    recipe = pretraining_recipe(name, folder / BLANK)
+    blank = blank_folder(name)
+    _write_blank(name, blank)
+    recipe = pretraining_recipe(name, blank)
     text = json.dumps(recipe.model_dump(mode="json", by_alias=True), indent=1)
     run(recipe, text, folder, offline=True)
 
 
 def _write_blank(name: str, folder: Path) -> None:
-    """config.json and tokenizer of a model that does not exist yet."""
-    if (folder / "config.json").is_file():
-        return
+    """config.json and tokenizer of a model that does not exist yet; what an interrupted or damaged cache holds of them
+    is replaced by the same bytes."""
     from qmedtune import tiny
 
     tokenizer = tiny.build_tokenizer(tiny.world_of(name))
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(str(folder))
     for path in folder.iterdir():
-        store.fsync_path(path)  # config.json, written last, says that the others are there
+        store.fsync_path(path)
     store.write_json(folder / "config.json", tiny.config_dict(tiny.vocab_size(tokenizer)))
 
 

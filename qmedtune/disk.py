@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,10 +41,10 @@ def write_atomic(path: Path, text: str) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
+        rename(temporary, path)
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
-    rename(temporary, path)
 
 
 def rename(source: Path, target: Path) -> None:
@@ -105,13 +106,27 @@ def below(folder: Path) -> Iterator[Path]:
         yield from (Path(place, name) for name in (*folders, *files))
 
 
+def _check_lock_file(handle: int, path: Path) -> None:
+    """RunError where the lock is no plain file of one name: the process id would be written into another's file."""
+    found = os.fstat(handle)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+        what = "a hard link to another file" if stat.S_ISREG(found.st_mode) else "no plain file"
+        raise RunError(f"{path}: is {what}, so no lock can be written there\nremove it, or give another --out")
+
+
 @contextmanager
 def lock(folder: Path, *, wait: bool = False) -> Iterator[None]:
     """One process per folder; others are refused, or `wait`. The kernel drops the lock with the process: no stale lock
     can stay behind."""
     folder.mkdir(parents=True, exist_ok=True)
-    # Through a link, the process id below would be written into a file elsewhere.
-    handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    # Through a link, the process id below would be written into a file elsewhere. O_NONBLOCK: a FIFO would wait.
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+    handle = os.open(folder / ".lock", flags, 0o666)
+    try:
+        _check_lock_file(handle, folder / ".lock")
+    except RunError:
+        os.close(handle)
+        raise
     with os.fdopen(handle, "r+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

@@ -18,6 +18,9 @@ from qmedtune.recipe import Recipe, SourceSection, StageSection, TaskSection
 FORMAT = 1
 CODE = f"qmedtune-{__version__.rpartition('.')[0]}-format-{FORMAT}"
 
+# Raise when scores of the same models would differ: 2 = perplexity over whole documents, heads in fp32.
+EVALUATION_FORMAT = 2
+
 PACKING = ("mix", "unit", "tokens", "epochs", "max_repeats", "data", "loss_on", "seq_len", "max_truncated_fraction")
 PACKING += ("packing", "multi_label")
 PACKED_AS = {"template", "chunking", "overlap", "max_tokens"}  # of a source: what packing reads, and reading does not
@@ -129,7 +132,7 @@ def tokens_section(recipe: Recipe, index: int) -> dict[str, Any]:
     packing = {k: v for k, v in stage.section.model_dump(mode="json").items() if k in PACKING}
     sources = {n: recipe.data[n].model_dump(mode="json", include=PACKED_AS) for n in stage.sources}
     if stage.sft and not stage.sft.packing:
-        packing["batch"] = stage.sft.batch  # which records share one
+        packing |= {"batch": stage.sft.batch, "min_steps": stage.sft.min_steps}  # which records share one
     templates = _template_files(recipe, stage.sources)
     return {"packing": packing, "sources": sources, "templates": templates, "seed": recipe.seed}
 
@@ -164,6 +167,7 @@ def merge_section(recipe: Recipe) -> dict[str, Any]:
 def evaluation_section(recipe: Recipe, hashes: store.HashCache) -> dict[str, Any]:
     section = recipe.evaluate.model_dump(mode="json", exclude={"batch"})
     tasks = [TaskSection(task=task) if isinstance(task, str) else task for task in recipe.evaluate.tasks]
+    section |= {"format": EVALUATION_FORMAT, "merge_dtype": recipe.merge.dtype}
     return {"evaluate": section, "seed": recipe.seed, "benchmarks": benchmarks(tasks, hashes)}
 
 

@@ -70,34 +70,6 @@ def _quantization(section: ModelSection, dtype: torch.dtype) -> Any:
     )
 
 
-# torch's fused attention on the CPU takes 21 ms a layer (forward and backward) at 32 rows of 64 tokens where plain
-# matrix products take 6; at 128 tokens 22 against 10, at 256 they meet (1 thread, bf16, 4 heads of 64, 2026-11-22).
-EAGER_UP_TO_TOKENS = 128
-
-
-def attention_for(section: ModelSection, seq_len: int | None) -> str:
-    """transformers' name of the attention; for `auto` by device and, where it is known, the length of the rows."""
-    from qmedtune.training import attention
-
-    capability = gpu_capability()
-    if section.attention != "auto":
-        attention.check(section.attention, capability, DTYPES[section.compute_dtype])
-        return section.attention
-    if seq_len is None:  # scoring and generation bring masks and caches
-        return "sdpa"
-    if capability is None:
-        return "eager" if seq_len <= EAGER_UP_TO_TOKENS else "sdpa"
-    return attention.NAME if capability >= 8.0 and section.compute_dtype != "float32" else "sdpa"
-
-
-def gpu_capability() -> float | None:
-    """8.9 and the like; None on a CPU."""
-    if device().type == "cpu":
-        return None
-    major, minor = torch.cuda.get_device_capability()
-    return major + minor / 10
-
-
 def attention_facts(model: Any) -> dict[str, str]:
     """Which attention a model trains with and why, for the report."""
     name = str(model.config._attn_implementation)
@@ -124,16 +96,21 @@ def fallbacks(facts: dict[str, Any]) -> list[str]:
     return told
 
 
+SCORING_ATTENTION = "sdpa"  # scoring and generation bring masks and caches
+
+
 def load_base(
-    folder: Path, section: ModelSection, *, quantize: bool | None = None, seq_len: int | None = None
+    folder: Path, section: ModelSection, *, quantize: bool | None = None, attention: str = SCORING_ATTENTION
 ) -> PreTrainedModel:
     """Load a base for training or scoring, on this machine's device.
 
     `section.compute_dtype` must be resolved (not `auto`). `quantize` overrides `section.quantization`: False gives the
-    16-bit (or fp32) weights themselves. `seq_len`: tokens per row, which the choice of attention depends on. Raises
-    RecipeError for folders that check_folder refuses.
+    16-bit (or fp32) weights themselves. `attention`: transformers' name, for training what planning/numerics.py says.
+    Raises RecipeError for folders that check_folder refuses.
     """
     from transformers import AutoModelForCausalLM
+
+    import qmedtune.training.attention  # noqa: F401 - registers `varlen` with transformers
 
     check_folder(folder)
     dtype = DTYPES[section.compute_dtype]
@@ -147,7 +124,7 @@ def load_base(
         dtype=dtype,
         **quantize_now,
         device_map={"": device()},
-        attn_implementation=attention_for(section, seq_len),
+        attn_implementation=attention,
         trust_remote_code=False,
         use_safetensors=True,
         output_loading_info=True,
@@ -163,14 +140,14 @@ def load_base(
     return model
 
 
-def load_full(folder: Path, section: ModelSection, *, seq_len: int | None = None) -> PreTrainedModel:
+def load_full(folder: Path, section: ModelSection, *, attention: str = SCORING_ATTENTION) -> PreTrainedModel:
     """The folder's weights as fp32 master weights, everything trainable: for stages without an adapter."""
     if "quantization_config" in json.loads((folder / "config.json").read_text(encoding="utf-8")):
         raise RecipeError(
             f"{folder}: quantised weights cannot be trained themselves\ngive its 16-bit original, or LoRA"
         )
     fp32 = section.model_copy(update={"compute_dtype": "float32"})
-    model = load_base(folder, fp32, quantize=False, seq_len=seq_len)
+    model = load_base(folder, fp32, quantize=False, attention=attention)
     return model.requires_grad_(True)
 
 
@@ -181,10 +158,12 @@ CONFIG_KEYS = {
 }  # fmt: skip
 
 
-def from_scratch(folder: Path, section: ModelSection, *, seq_len: int | None = None) -> PreTrainedModel:
+def from_scratch(folder: Path, section: ModelSection, *, attention: str = SCORING_ATTENTION) -> PreTrainedModel:
     """A randomly initialised model of the folder's config.json, with the recipe's own widths where it gives them; fp32
     master weights, everything trainable."""
     from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+
+    import qmedtune.training.attention  # noqa: F401 - registers `varlen` with transformers
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if (shape := section.shape) is not None:
@@ -193,7 +172,6 @@ def from_scratch(folder: Path, section: ModelSection, *, seq_len: int | None = N
         written = {name: value for name, value in config.to_dict().items() if name != "head_dim"}
         config = LlamaConfig.from_dict({**written, **widths})
     config.use_cache = False
-    attention = attention_for(section.model_copy(update={"compute_dtype": "float32"}), seq_len)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
     return model.to(device())
 

@@ -119,6 +119,7 @@ class TrainSection(Section):
 
     seq_len: Annotated[int, Field(ge=16)] | Auto = "auto"
     batch: Positive | Auto = "auto"
+    min_steps: Positive | Auto = "auto"  # where `batch` is auto, it is made smaller until so many steps are left
     micro_batch: Positive | Auto = "auto"
     lr: Rate | Auto = "auto"
     embedding_lr: Rate | Auto = "auto"
@@ -276,7 +277,7 @@ class TaskSection(Section):
 class EvaluateSection(Section):
     tasks: list[str | TaskSection] = []
     perplexity: list[str] = []
-    precision: Literal["nf4", "full16"] = "nf4"
+    precision: Literal["delivered", "nf4", "full16"] = "delivered"  # of base and result: as merged, as trained, 16 bit
     generate: bool = True
     batch: Positive | Auto = "auto"
     template: str | None = None  # to ask with; default: the one of training

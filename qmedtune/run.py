@@ -1,6 +1,6 @@
 """The spine: a run is an ordered list of steps, each a plain function that writes one folder.
 
-    base -> data/<source> ... -> data/NN-kind -> NN-kind ... -> merged -> evaluation -> report       (steps.py)
+    base -> data/<source> ... -> data/NN-kind ... -> NN-kind ... -> merged -> evaluation -> report    (steps.py)
 
 A step is skipped when its folder is sealed with the key that it would be built with now; the key is taken before the
 step runs, from the recipe sections it reads, the digests of its inputs and the code version. Running again resumes;
@@ -17,7 +17,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from qmedtune import base, keys, plan, record, store, tasks, ui
+from qmedtune import base, claims, keys, plan, preflight, record, store, ui
 from qmedtune.errors import RecipeError, RunError
 from qmedtune.interrupt import Stopped, stop
 from qmedtune.planning import room
@@ -42,8 +42,10 @@ def run(
     `until` names the last step or stage to run. Steps with equal keys are taken from `siblings`, other run folders.
     Raises QmedtuneError or Stopped; what is sealed by then stays and is reused.
     """
+    claims.check(out)
     asked = smoked(recipe) if smoke else recipe
     resolved, choices = plan.resolve(asked)
+    claims.check_inputs(resolved, out)
     hashes = store.HashCache(out / ".hashes.json")
     steps = steps_of(resolved, asked, hashes)
     chosen = _chosen(steps, until)
@@ -52,17 +54,22 @@ def run(
     if len(sealed) == len(steps) and (finished := _finished(recipe_text, out)):
         return finished
     source.check()
-    if any(step.name == "evaluation" and step.name not in sealed for step in chosen):
-        tasks.check_benchmarks(resolved)
+    claims.check_steps(out, [step.name for step in chosen if step.name not in sealed])
+    scored = any(step.name == "evaluation" and step.name not in sealed for step in chosen)
+    if scored and resolved.model.base.startswith(base.BUILTIN):  # making the base takes minutes
+        preflight.check_evaluation(resolved, None)
     room.check_writable(out)
     room.check(resolved, out, [step.name for step in chosen if step.name not in sealed])
     with _told("run", out), store.lock(out), stop.watching(time_limit_s):
+        claims.mark(out)
         for place in (out, out / "merged"):
             for leftover in place.glob(f".*{store.PART}"):  # of writes that were killed
                 leftover.unlink()
         hashes.save()
         notes = record.Notes(resolved, recipe_text, choices, offline=offline)
         folder = source.make()
+        if any(step.kind != "data" and step.name not in sealed for step in chosen):
+            preflight.check_start(resolved, folder, scored=scored)
         done: dict[str, store.Seal] = {}
         with ui.run_progress([*(step.name for step in chosen), "report"]) as shown:
             try:

@@ -44,7 +44,7 @@ class Bench:
     def model(self, kernels: str = "auto") -> Any:
         """NF4 base with a LoRA whose B is not zero, always the same weights."""
         torch.manual_seed(SEED)
-        base = models.load_base(self.folder / "base", self.section, seq_len=64)
+        base = models.load_base(self.folder / "base", self.section, attention="eager")
         model = models.attach_adapter(base, self.adapter, [], continued=False)
         generator = torch.Generator().manual_seed(SEED)
         for name, parameter in models.trainable(model).items():

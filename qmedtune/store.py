@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from qmedtune.disk import PART, check_room, discard, fsync_path, link, lock, rename, write_atomic, write_json
+from qmedtune.errors import RunError
 from qmedtune.hashes import HashCache, kept, read_checked, sha256_file, sha256_json, write_checked
 
 __all__ = ["PART", "HashCache", "check_room", "discard", "fsync_path", "kept", "lock", "read_checked", "rename"]
@@ -103,10 +104,27 @@ def intact(folder: Path, key: str | None = None, *, full: bool = False) -> Seal 
     return None if damage(folder, sealed, full=full) else sealed
 
 
+def check_stamped(folder: Path) -> None:
+    """RunError where something stands under the name of a step that carries no stamp of ours: it is the user's."""
+    if not folder.exists() or (folder / SEAL).is_file() or attempt_of(folder) or (folder / SCRATCH).is_dir():
+        return
+    if folder.is_dir() and not any(folder.iterdir()):
+        return
+    raise RunError(
+        f"{folder}: stands where a step writes, and carries no seal of qmedtune\n"
+        "nothing was changed there; move it away, or give another --out\n"
+        "(of a step that lost its seal.json: the same command then makes it again)"
+    )
+
+
 def retire(folder: Path, root: Path, name: str | None = None) -> Path | None:
-    """Move a folder that is no longer current to `.history/`, keeping it under its key (and another `name`)."""
+    """Move a folder that is no longer current to `.history/`, keeping it under its key (and another `name`).
+
+    RunError where it carries no stamp of ours.
+    """
     if not folder.exists():
         return None
+    check_stamped(folder)
     sealed, attempt = read_seal(folder), attempt_of(folder)
     label = sealed.key[:12] if sealed else f"partial-{attempt[0][:12]}" if attempt else "unsealed"
     if sealed and damage(folder, sealed, full=False):

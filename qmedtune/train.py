@@ -30,7 +30,8 @@ from qmedtune.data.classes import LabelledRows
 from qmedtune.data.pack import PackedRows
 from qmedtune.errors import RunError
 from qmedtune.interrupt import stop
-from qmedtune.planning.fit import setup_of
+from qmedtune.planning.batches import batch_rows, steps_in, too_few_steps
+from qmedtune.planning.fit import numerics_of, setup_of
 from qmedtune.planning.machine import this_machine
 from qmedtune.planning.memory import peak_bytes
 from qmedtune.planning.shapes import base_facts
@@ -80,7 +81,8 @@ def train_stage(
     if (template := inputs["tokens"] / templates.FILE).is_file():
         shutil.copyfile(template, out / templates.FILE)
     if stage.classify:
-        found = score(model, inputs["tokens"], tokenizer.pad_token_id, trainer.micro_batch, recipe.seed, out)
+        with trainer.compute_loss_context_manager():
+            found = score(model, inputs["tokens"], tokenizer.pad_token_id, trainer.micro_batch, recipe.seed, out)
         facts |= {"classification": packed["classes"] | found}
     if stage.section.adapter != "frozen":
         _finish(model, tokenizer, stage.full, recipe.model.base, out)
@@ -109,12 +111,13 @@ def quiet_libraries() -> None:
 
 def _make_model(recipe: Recipe, index: int, inputs: dict[str, Path], shared: SharedBase) -> tuple[Any, dict[str, Any]]:
     stage = recipe.stages[index]
-    seq_len = number(stage.section.seq_len)
+    attention = numerics_of(recipe, index, this_machine()).attention
     if stage.full:
         shared.drop()
         load = models.from_scratch if stage.kind == "pretrain" else models.load_full
-        return load(inputs["base"], recipe.model, seq_len=seq_len), {}
-    base = shared.load(inputs["base"], recipe.model, seq_len=seq_len)
+        model = load(inputs["base"], recipe.model, attention=attention)
+        return model, {"attention": models.attention_facts(model)}
+    base = shared.load(inputs["base"], recipe.model, attention=attention)
     set_seed(recipe.seed + index)  # whatever loading has drawn
     earlier = earlier_adapters(inputs)
     continued = stage.section.adapter in ("continue", "frozen")  # attach_head freezes what is frozen
@@ -148,17 +151,20 @@ def _run(
 ) -> QTrainer:
     checkpoint = checkpoints.last_intact(out)
     section, made_with, said = as_begun(recipe, index, checkpoint)
-    steps = -(-len(rows) // number(section.batch))
+    steps, batch = steps_in(section, len(rows)), batch_rows(section, len(rows))
+    section = section.model_copy(update={"batch": batch, "micro_batch": min(number(section.micro_batch), batch)})
+    few = None if base_facts(recipe.model).builtin else too_few_steps(loop.name, steps)
+    if few and not checkpoint:
+        ui.warn(few)
+        said = [*said, few]
     save_every = recipe.save.every if recipe.save.every != "auto" else max(20, steps // 10)
-    autocast = recipe.model.compute_dtype
-    if autocast == "float32" or (autocast == "bfloat16" and not recipe.stages[index].full):
-        autocast = None
+    decided = numerics_of(recipe, index, this_machine())
     arguments = trainer_arguments(
         out,
         section,
         seed=recipe.seed,
         save_every=save_every,
-        autocast=autocast,
+        autocast=decided.dtype if decided.autocast or decided.scaled else None,
         deterministic=recipe.deterministic,
         checkpointing=recipe.stages[index].full and section.gradient_checkpointing is True,
     )
@@ -286,7 +292,8 @@ class Loop(TrainerCallback):
         self.bar.update(self.tokens, note="validating")
         batch = max(1, int(self.trainer.micro_batch))
         model = self.trainer.trained_model
-        measured = {name: mean_loss(model, rows, self.pad_id, batch) for name, rows in self.held_out.items()}
+        with self.trainer.compute_loss_context_manager():
+            measured = {name: mean_loss(model, rows, self.pad_id, batch) for name, rows in self.held_out.items()}
         losses = {name: loss if math.isfinite(loss) else None for name, loss in measured.items()}  # JSON has no NaN
         self.write({"step": step, "validation": losses})
         for name in (name for name, loss in losses.items() if loss is None):
@@ -320,6 +327,7 @@ class Loop(TrainerCallback):
         kept = self._kept_step() if self.recipe.validation.keep_best else None
         return {
             "steps": self.steps,
+            "batch": trainer.section.batch,
             "kept_step": kept or self.steps,
             "loss": {"first": self.losses[0], "last": self.losses[-1]},
             "tokens_per_s": round(sorted(speeds)[len(speeds) // 2], 1),

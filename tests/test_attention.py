@@ -7,6 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qmedtune.errors import RecipeError
+from qmedtune.planning.numerics import check_attention
 from qmedtune.training import attention
 from qmedtune.training.loss import token_nll
 
@@ -85,35 +86,21 @@ def test_masks_and_caches_are_refused(models, rows):
 @pytest.mark.parametrize(
     ("name", "capability", "dtype", "message"),
     [
-        ("flash_attention_2", None, torch.bfloat16, "it needs a GPU"),
-        ("flash_attention_2", 9.0, torch.bfloat16, "package is not installed"),
-        ("varlen", 7.5, torch.float16, "compute capability 7.5"),
-        ("varlen", 9.0, torch.float32, "compute_dtype: float32"),
+        ("flash_attention_2", None, "bfloat16", "it needs a GPU"),
+        ("flash_attention_2", 9.0, "bfloat16", "package is not installed"),
+        ("varlen", 7.5, "float16", "compute capability 7.5"),
+        ("varlen", 9.0, "float32", "compute_dtype: float32"),
     ],
 )
 def test_an_attention_that_cannot_run_here_is_named_with_what_can(name, capability, dtype, message):
     with pytest.raises(RecipeError, match=f"(?s)model.attention: {name} given.*{message}.*\nallowed here: .*sdpa"):
-        attention.check(name, capability, dtype)
+        check_attention(name, capability, dtype)
 
 
 def test_an_attention_that_can_run_is_let_through():
-    attention.check("varlen", 8.0, torch.bfloat16)
-    attention.check("varlen", None, torch.float32)
-    attention.check("sdpa", 7.5, torch.float32)
-
-
-def test_auto_follows_device_length_and_dtype(monkeypatch):
-    from qmedtune import model as models
-    from qmedtune.recipe import ModelSection
-
-    section = ModelSection(base="x", compute_dtype="bfloat16")
-    assert [models.attention_for(section, n) for n in (64, 2048, None)] == ["eager", "sdpa", "sdpa"]
-    monkeypatch.setattr(models, "device", lambda: torch.device("cuda"))
-    monkeypatch.setattr(models, "gpu_capability", lambda: 8.6)
-    assert [models.attention_for(section, n) for n in (64, None)] == ["varlen", "sdpa"]
-    assert models.attention_for(section.model_copy(update={"compute_dtype": "float32"}), 64) == "sdpa"
-    monkeypatch.setattr(models, "gpu_capability", lambda: 7.5)
-    assert models.attention_for(section.model_copy(update={"compute_dtype": "float16"}), 64) == "sdpa"
+    check_attention("varlen", 8.0, "bfloat16")
+    check_attention("varlen", None, "float32")
+    check_attention("sdpa", 7.5, "float32")
 
 
 def test_what_a_gpu_could_do_faster_stands_in_the_report(monkeypatch):

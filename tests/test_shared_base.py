@@ -60,7 +60,7 @@ def test_quantised_weights_and_their_scales_are_the_same_tensors(
 ):
     monkeypatch.setattr(models, "dequantize_linears", lambda *_: 0)  # as on a GPU
     shared = SharedBase()
-    first, second = (shared.load(micro_run.base, section(micro_run.base), seq_len=64) for _ in range(2))
+    first, second = (shared.load(micro_run.base, section(micro_run.base), attention="eager") for _ in range(2))
     assert len(loads) == 1
     assert all(p is q for p, q in zip(first.parameters(), second.parameters(), strict=True))
     linears = [model.model.layers[0].mlp.up_proj for model in (first, second)]
@@ -72,16 +72,16 @@ def test_quantised_weights_and_their_scales_are_the_same_tensors(
 
 def test_what_a_stage_does_to_its_modules_stays_its_own(micro_run: MicroRun):
     shared = SharedBase()
-    first = shared.load(micro_run.base, section(micro_run.base), seq_len=64)
+    first = shared.load(micro_run.base, section(micro_run.base), attention="eager")
     recipe = load_recipe(MICRO).recipe
     adapted = models.attach_adapter(first, recipe.adapter, [], continued=False)
     models.install_kernels(adapted, "auto")
-    second = shared.load(micro_run.base, section(micro_run.base), seq_len=64)
+    second = shared.load(micro_run.base, section(micro_run.base), attention="eager")
     assert not any("lora" in name for name, _ in second.named_modules())
     assert type(second.model.norm).__module__.startswith("transformers")
     assert not any(p.requires_grad for p in second.parameters())
     second.config.use_cache = True
-    assert shared.load(micro_run.base, section(micro_run.base), seq_len=64).config.use_cache is False
+    assert shared.load(micro_run.base, section(micro_run.base), attention="eager").config.use_cache is False
 
 
 def test_another_file_section_attention_or_a_changed_weight_is_loaded_anew(
@@ -94,9 +94,9 @@ def test_another_file_section_attention_or_a_changed_weight_is_loaded_anew(
             (base / path.name).write_bytes(path.read_bytes())
     shared = SharedBase()
 
-    def loaded(seq_len: int = 64, **changes) -> torch.nn.Module:
+    def loaded(attention: str = "eager", **changes) -> torch.nn.Module:
         before = len(loads)
-        model = shared.load(base, section(base, **changes), seq_len=seq_len)
+        model = shared.load(base, section(base, **changes), attention=attention)
         assert len(loads) == before + 1
         return model
 
@@ -118,8 +118,8 @@ def test_what_it_gives_is_what_loading_gives(micro_run: MicroRun):
     """The other tests compare copies with copies: here with the model as loaded."""
     shared = SharedBase()
     for _ in range(2):
-        given = shared.load(micro_run.base, section(micro_run.base), seq_len=64)
-    fresh = models.load_base(micro_run.base, section(micro_run.base), seq_len=64)
+        given = shared.load(micro_run.base, section(micro_run.base), attention="eager")
+    fresh = models.load_base(micro_run.base, section(micro_run.base), attention="eager")
     both = zip(given.state_dict().items(), fresh.state_dict().items(), strict=True)
     assert all(a == b and torch.equal(x, y) for (a, x), (b, y) in both)
     assert [name for name, _ in given.named_buffers()] == [name for name, _ in fresh.named_buffers()]
@@ -132,7 +132,7 @@ def test_quantised_weights_are_freed_when_it_is_dropped(micro_run: MicroRun, mon
     """They and their modules know each other: only a collection of garbage finds them."""
     monkeypatch.setattr(models, "dequantize_linears", lambda *_: 0)
     shared = SharedBase()
-    model = shared.load(micro_run.base, section(micro_run.base), seq_len=64)
+    model = shared.load(micro_run.base, section(micro_run.base), attention="eager")
     weight = weakref.ref(model.model.layers[0].mlp.up_proj.weight)
     gc.disable()
     try:

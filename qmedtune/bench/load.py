@@ -96,6 +96,8 @@ def main() -> None:
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     from qmedtune.bench.merge import anonymous_peak
+    from qmedtune.planning.machine import this_machine
+    from qmedtune.planning.numerics import numerics
     from qmedtune.recipe import ModelSection
     from qmedtune.train import quiet_libraries
     from qmedtune.training.shared_base import SharedBase
@@ -105,15 +107,16 @@ def main() -> None:
     if gpu:
         torch.zeros(1, device="cuda")
     section, shared = ModelSection(base=str(base), compute_dtype="bfloat16"), SharedBase()
+    attention = numerics(section, full=False, seq_len=SEQ_LEN, machine=this_machine()).attention
     with anonymous_peak() as peak:
         before, started = peak[0], time.monotonic()
-        shared.load(base, section, seq_len=SEQ_LEN)
+        shared.load(base, section, attention=attention)
         if gpu:
             torch.cuda.synchronize()
         seconds = time.monotonic() - started
     device_bytes = torch.cuda.max_memory_allocated() if gpu else 0
     started = time.monotonic()
-    model = shared.load(base, section, seq_len=SEQ_LEN)
+    model = shared.load(base, section, attention=attention)
     waits = {"next_stage_s": time.monotonic() - started, **_checkpoint(model, base.parent)}
     print(json.dumps({"seconds": seconds, "host_bytes": peak[0] - before, "device_bytes": device_bytes, **waits}))
 

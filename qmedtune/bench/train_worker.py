@@ -143,9 +143,12 @@ def section_of(job: Job) -> CptSection:
 def adapted(job: Job, folder: Path, kernels: str, attention: str = "auto") -> Any:
     """The base with its adapter and kernels, as a stage makes it."""
     from qmedtune import model as models
+    from qmedtune.planning.machine import this_machine
+    from qmedtune.planning.numerics import numerics
 
     section = ModelSection(base=str(folder), compute_dtype="bfloat16", attention=attention)  # pyright: ignore
-    base = models.load_base(folder, section, seq_len=job.seq_len)
+    decided = numerics(section, full=False, seq_len=job.seq_len, machine=this_machine())
+    base = models.load_base(folder, section, attention=decided.attention)
     adapter = AdapterSection(r=job.r, alpha=job.alpha, train_embeddings=job.train_embeddings)
     model = models.attach_adapter(base, adapter, [], continued=True)
     models.install_kernels(model, kernels)

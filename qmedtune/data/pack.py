@@ -32,6 +32,7 @@ from qmedtune.data.tokens import (
     write_shards,
 )  # fmt: skip
 from qmedtune.errors import DataError
+from qmedtune.planning.batches import batch_rows
 from qmedtune.recipe import (
     ClassifySection,
     CptSection,
@@ -227,7 +228,8 @@ def _rows(section: TrainSection, lengths: np.ndarray, whole: bool, rng: np.rando
         return mix.fill_rows(lengths, int(section.seq_len), split=not whole)
     if section.packing or whole:
         return mix.fill_rows(lengths, int(section.seq_len), split=False)
-    return mix.single_rows(mix.buckets(lengths, int(section.batch), rng), lengths)
+    batch = batch_rows(section, len(lengths))
+    return mix.single_rows(mix.buckets(lengths, batch, rng), lengths)
 
 
 def _table(corpora: list[Corpus]) -> np.ndarray:
@@ -312,10 +314,20 @@ class PackedRows:
         """Tokens of every row, int64."""
         return np.add.reduceat(self._pieces[:, 2], self._bounds[:-1])
 
+    def drawn_documents(self) -> np.ndarray:
+        """Documents that any row holds a part of, int64, in order."""
+        return np.unique(self._pieces[:, 0])
+
     def __getitem__(self, row: int) -> dict[str, np.ndarray]:
         if not 0 <= row < len(self):
             raise IndexError(row)
-        parts = [self._piece(*map(int, piece)) for piece in self.pieces(row)]
+        return self._item([self._piece(*map(int, piece)) for piece in self.pieces(row)])
+
+    def part(self, document: int, start: int, length: int) -> dict[str, np.ndarray]:
+        """Tokens of one document as a row of their own."""
+        return self._item([self._piece(document, start, length)])
+
+    def _item(self, parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> dict[str, np.ndarray]:
         ids, weights, positions = (np.concatenate(column) for column in zip(*parts, strict=True))
         item = {"input_ids": ids, "labels": np.where(weights > 0, ids, IGNORED), "position_ids": positions}
         if ((weights > 0) & (weights < FULL_WEIGHT)).any():
@@ -330,3 +342,27 @@ class PackedRows:
         weights = np.full(length, FULL_WEIGHT, np.uint8) if mask is None else mask[where].copy()
         weights[0] = 0
         return tokens[where].astype(np.int64), weights, np.arange(length)
+
+
+class WholeDocuments:
+    """The documents behind packed rows, each from its beginning: a text is judged with all that stands before it, not
+    in rows of the training length. Longer ones come in windows that begin with the last token of the one before, so
+    that every token but the first is predicted once. Items are as those of PackedRows."""
+
+    def __init__(self, rows: PackedRows, max_tokens: int):
+        self._rows = rows
+        lengths, drawn = rows.document_lengths(), rows.drawn_documents()
+        self._windows = [window for d in drawn for window in windows(int(d), int(lengths[d]), max_tokens)]
+
+    def __len__(self) -> int:
+        return len(self._windows)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        document, start, length = self._windows[index]
+        return self._rows.part(document, start, length)
+
+
+def windows(document: int, length: int, max_tokens: int) -> list[tuple[int, int, int]]:
+    """(document, start, length) of each window; a document of one token predicts nothing and has none."""
+    starts = range(0, length - 1, max_tokens - 1)
+    return [(document, start, min(max_tokens, length - start)) for start in starts]

@@ -58,13 +58,13 @@ def source_files(source: SourceSection) -> list[Path]:
     paths = [source.path] if isinstance(source.path, str) else list(source.path)
     if all(path.startswith(BUILTIN) for path in paths) or hub_dataset(source):
         return []
-    found = [file for path in paths for file in _expand(_with_variables(path), source.format)]
+    found = [file for path in paths for file in _expand(with_variables(path), source.format)]
     for file in found:
         _check_file(file)
     return found
 
 
-def _with_variables(path: str) -> str:
+def with_variables(path: str) -> str:
     def value(match: re.Match[str]) -> str:
         name = match.group(1)
         if name not in os.environ:
@@ -207,7 +207,7 @@ def hub_dataset(source: SourceSection) -> str | None:
 def _dataset_rows(source: SourceSection) -> Iterator[tuple[str, int, dict[str, Any]]]:
     paths = [source.path] if isinstance(source.path, str) else source.path
     for path in paths:
-        stream = tables.read_hub(path) if hub_dataset(source) else tables.read_saved(Path(_with_variables(path)))
+        stream = tables.read_hub(path) if hub_dataset(source) else tables.read_saved(Path(with_variables(path)))
         for number, fields in stream:
             yield path, number, fields
 

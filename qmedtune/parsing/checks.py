@@ -81,6 +81,8 @@ def _stage_contradictions(recipe: Recipe, here: KeyPath, index: int) -> Iterator
         yield (*here, "epochs"), "`tokens` is given too; keep one of the two"
     if section.horizon_steps is not None and section.horizon_ratio is not None:
         yield (*here, "horizon_ratio"), "`horizon_steps` is given too; keep one of the two"
+    if section.batch != "auto" and section.min_steps != "auto":
+        yield (*here, "min_steps"), "`batch` is given too, which says the steps; keep one of the two"
     if isinstance(section.batch, int) and isinstance(section.micro_batch, int) and section.batch % section.micro_batch:
         yield (*here, "micro_batch"), f"got {section.micro_batch}; allowed: a divisor of batch ({section.batch})"
     if section.adapter == "frozen" and recipe.stages[index].kind != "classify":

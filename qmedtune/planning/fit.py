@@ -14,6 +14,7 @@ from qmedtune.errors import DoesNotFit
 from qmedtune.planning import activations, memory
 from qmedtune.planning.machine import CARDS_GIB, GIB, Machine
 from qmedtune.planning.memory import Setup
+from qmedtune.planning.numerics import Numerics, numerics
 from qmedtune.planning.shapes import LINEARS, BaseFacts
 from qmedtune.recipe import LayersSection, Recipe, TrainSection
 
@@ -49,12 +50,10 @@ def budget_bytes(machine: Machine, recipe: Recipe) -> int:
     return there if recipe.memory == "auto" else min(there, round(recipe.memory * GIB))
 
 
-def _attention(recipe: Recipe, machine: Machine, full: bool) -> str:
-    """What `auto` becomes (model.py): kernels for variable lengths where the card has them, else a mask."""
-    if recipe.model.attention != "auto":
-        return recipe.model.attention
-    variable = (machine.capability or 0) >= 8.0 and recipe.model.compute_dtype != "float32"
-    return "varlen" if variable and not full else "sdpa"
+def numerics_of(recipe: Recipe, index: int, machine: Machine) -> Numerics:
+    """What stage `index` computes in and attends with; its lengths and the compute dtype are resolved."""
+    stage = recipe.stages[index]
+    return numerics(recipe.model, full=stage.full, seq_len=int(stage.section.seq_len), machine=machine)
 
 
 def setup_of(recipe: Recipe, index: int, machine: Machine) -> Setup:
@@ -65,6 +64,7 @@ def setup_of(recipe: Recipe, index: int, machine: Machine) -> Setup:
     stacked = [stage.section.adapter == "new" for stage in stages[1 : index + 1]]
     headed = section.adapter == "frozen"  # a head alone is trained: its few thousand weights are not counted
     targets = recipe.adapter.targets
+    decided = numerics_of(recipe, index, machine)
     return Setup(
         seq_len=int(section.seq_len),
         micro_batch=1 if section.micro_batch == "auto" else section.micro_batch,
@@ -72,7 +72,7 @@ def setup_of(recipe: Recipe, index: int, machine: Machine) -> Setup:
         ways=ways_of(section),
         dropout=recipe.adapter.dropout > 0,
         optimizer="paged_adamw_8bit" if section.optimizer == "auto" else section.optimizer,
-        compute_dtype=recipe.model.compute_dtype,
+        compute_dtype=decided.dtype,
         quantized=recipe.model.quantization == "nf4",
         double_quantization=recipe.model.double_quantization,
         rank=0 if headed else recipe.adapter.r,
@@ -80,7 +80,7 @@ def setup_of(recipe: Recipe, index: int, machine: Machine) -> Setup:
         train_embeddings=recipe.adapter.train_embeddings is True and not full,
         frozen_adapters=sum(stacked) + headed,
         full=full,
-        attention=_attention(recipe, machine, full),
+        attention=decided.attention,
     )
 
 
@@ -149,14 +149,18 @@ def choose(facts: BaseFacts, recipe: Recipe, index: int, machine: Machine) -> Ch
 
 def remedies(facts: BaseFacts, setup: Setup, *, gpu: bool) -> list[tuple[str, int]]:
     """What could be changed and the bytes it frees, from what costs nothing but time to what changes the result."""
+    widest = setup.element_bytes == 4 and (gpu or not setup.full)  # a CPU trains all parameters in fp32 (numerics.py)
     changes = [
         ("gradient_checkpointing: true", {"checkpointing": True, "ways": None}),
         ("micro_batch: 1", {"micro_batch": 1}),
-        (f"gradient_checkpointing: {{offload: {facts.layers}}}", {"ways": (0, 0, 0, facts.layers)} if gpu else {}),
+        (
+            f"gradient_checkpointing: {{offload: {facts.layers}}}",
+            {"ways": (0, 0, 0, facts.layers)} if gpu and not setup.full else {},
+        ),
         ("optimizer: paged_adamw_8bit", {"optimizer": "paged_adamw_8bit"} if gpu else {}),
         ("model.quantization: nf4", {"quantized": True} if gpu else {}),
         ("model.double_quantization: true", {"double_quantization": True}),
-        ("model.compute_dtype: bfloat16", {"compute_dtype": "bfloat16"} if setup.element_bytes == 4 else {}),
+        ("model.compute_dtype: bfloat16", {"compute_dtype": "bfloat16"} if widest else {}),
         ("adapter.train_embeddings: false", {"train_embeddings": False}),
         (f"seq_len: {setup.seq_len // 2}", {"seq_len": setup.seq_len // 2}),
         (f"adapter.r: {max(setup.rank // 2, 1)}", {"rank": max(setup.rank // 2, 1)}),

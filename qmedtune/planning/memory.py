@@ -45,7 +45,8 @@ WAYS = ("keep", "cheap", "recompute", "offload")
 
 @dataclass(frozen=True)
 class Setup:
-    """What memory depends on. Lengths in tokens, `micro_batch` in rows. `full`: all parameters are trained, in fp32."""
+    """What memory depends on. Lengths in tokens, `micro_batch` in rows. `full`: all parameters are trained, from fp32
+    weights, with products in `compute_dtype` (numerics.py)."""
 
     seq_len: int
     micro_batch: int
@@ -71,6 +72,11 @@ class Setup:
     def element_bytes(self) -> int:
         return BYTES_OF[self.compute_dtype]
 
+    @property
+    def stream_bytes(self) -> int:
+        """Of an element of the residual stream: autocast leaves it in fp32."""
+        return 4 if self.full else self.element_bytes
+
 
 def adapter_parameters(facts: BaseFacts, rank: int, targets: tuple[str, ...] = LINEARS) -> int:
     """LoRA parameters: r x (inputs + outputs) per target and layer."""
@@ -86,11 +92,13 @@ def trained_parameters(facts: BaseFacts, setup: Setup) -> int:
 
 
 def weight_bytes(facts: BaseFacts, setup: Setup, *, gpu: bool) -> dict[str, int]:
-    """Frozen weights. On the CPU the linears hold the dequantised NF4 values (model.py); training from scratch is
-    fp32. LoRA on an unquantised base keeps it in the compute dtype."""
+    """On the CPU the linears hold the dequantised NF4 values (model.py). LoRA on an unquantised base keeps it in the
+    compute dtype. A full stage has fp32 weights, and autocast's 16-bit copy of each linear until its gradient is
+    there."""
     rest = facts.parameters - facts.linear_parameters
     if setup.full:
-        return {"weights (fp32)": 4 * facts.parameters}
+        copies = facts.linear_parameters * setup.element_bytes if setup.element_bytes < 4 else 0
+        return {"weights (fp32)": 4 * facts.parameters, "weights (16-bit copies)": copies}
     if not (gpu and setup.quantized):
         return {f"weights ({setup.compute_dtype})": facts.parameters * setup.element_bytes}
     per_weight = NF4_DOUBLE_BYTES if setup.double_quantization else NF4_BYTES
@@ -119,8 +127,10 @@ def attention_elements(facts: BaseFacts, attention: str) -> int:
 
 
 def score_elements(facts: BaseFacts, setup: Setup) -> int:
-    """Elements per token that attention keeps for scores: eager all of them, sdpa its mask as a bias, both per layer
-    (torch converts the boolean mask at every call); kernels for variable lengths nothing."""
+    """Elements per token that attention keeps for scores: eager all of them (under autocast in fp32 as well), sdpa its
+    mask as a bias, both per layer (torch converts the boolean mask at every call); kernels for variable lengths 0."""
+    if setup.attention == "eager" and setup.full and setup.element_bytes == 2:
+        return 3 * facts.heads * setup.seq_len
     return {"eager": facts.heads * setup.seq_len, "sdpa": setup.seq_len}.get(setup.attention, 0)
 
 
@@ -138,6 +148,15 @@ def adapter_copy_bytes(facts: BaseFacts, setup: Setup) -> int:
     return copies * setup.element_bytes
 
 
+def full_kept_bytes_per_token(facts: BaseFacts, setup: Setup) -> int:
+    """The same of transformers' own layer, which full stages train. In fp32: each norm's input and its scaled input
+    4 h, two rstd, one log-sum-exp per head. In elements: what the linears read (under autocast q, k, v, gate and up
+    cast an input each, else one copy per norm) and attention; gate, its SiLU, up and product 4 I."""
+    inputs = 5 * facts.hidden if setup.element_bytes < 4 else 2 * facts.hidden
+    wide = inputs + attention_elements(facts, setup.attention) + 4 * facts.intermediate + score_elements(facts, setup)
+    return wide * setup.element_bytes + 4 * (4 * facts.hidden + 2 + facts.heads)
+
+
 def kept_bytes_per_token(facts: BaseFacts, setup: Setup) -> int:
     """What one layer saves per token when nothing is recomputed (fused.py and qmedtune_kernels).
 
@@ -145,8 +164,10 @@ def kept_bytes_per_token(facts: BaseFacts, setup: Setup) -> int:
     r. In fp32: two rstd and one log-sum-exp per head. With dropout each adapter reads an input of its own (4 h more),
     and a byte per element says what was dropped.
     """
+    if setup.full:
+        return full_kept_bytes_per_token(facts, setup)
     wide = 4 * facts.hidden + attention_elements(facts, setup.attention) + 3 * facts.intermediate
-    lora = 0 if setup.full else len(setup.targets) * setup.rank
+    lora = len(setup.targets) * setup.rank
     dropped = 6 * facts.hidden + facts.intermediate if setup.dropout else 0
     wide += 4 * facts.hidden if setup.dropout else 0
     return (wide + lora + score_elements(facts, setup)) * setup.element_bytes + 4 * (2 + facts.heads) + dropped
@@ -155,7 +176,7 @@ def kept_bytes_per_token(facts: BaseFacts, setup: Setup) -> int:
 def held_bytes_per_token(facts: BaseFacts, setup: Setup) -> dict[str, int]:
     """What a layer of each way holds on the device between its passes: everything; without norm outputs and product
     (which dropout keeps in another form); its input; nothing."""
-    kept, stream = kept_bytes_per_token(facts, setup), facts.hidden * setup.element_bytes
+    kept, stream = kept_bytes_per_token(facts, setup), facts.hidden * setup.stream_bytes
     remade = 0 if setup.dropout or setup.full else (2 * facts.hidden + facts.intermediate) * setup.element_bytes
     return {"keep": kept, "cheap": kept - remade, "recompute": stream, "offload": 0}
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -166,8 +167,8 @@ def _builtin(name: str) -> BaseFacts:
     if name not in BUILTIN_VOCAB:
         allowed = [*BUILTIN_VOCAB, *(f"builtin:{known}" for known in fetch.PACKED)]
         raise RecipeError(f"model.base: no built-in base {name!r}\nallowed: {', '.join(allowed)}")
-    made = base.builtin_folder(name) / base.BLANK / "config.json"
-    if made.is_file():
+    made = base.blank_folder(name) / "config.json"
+    with suppress(OSError, ValueError):  # not made yet, or cut by a full disk: it is written anew before it is used
         return facts_from_config(name, json.loads(made.read_text(encoding="utf-8")), "cache of built-in bases")
     return facts_from_config(name, tiny.config_dict(BUILTIN_VOCAB[name]), "package")
 

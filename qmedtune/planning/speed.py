@@ -12,7 +12,9 @@ from qmedtune.planning.activations import slowdown
 from qmedtune.planning.fit import DECODE_TOKENS
 from qmedtune.planning.machine import GIB, Machine
 from qmedtune.planning.memory import Setup
+from qmedtune.planning.numerics import numerics
 from qmedtune.planning.shapes import BaseFacts
+from qmedtune.recipe import ModelSection
 
 # Matrix throughput that cards reach with dense bf16 (T4: fp16), TFLOP/s: the achievable figures of the kernel notes.
 CARD_TFLOPS = {
@@ -66,8 +68,9 @@ def pretraining_seconds(facts: BaseFacts, machine: Machine) -> float:
     from qmedtune.tiny import DEFAULTS
 
     constants = DEFAULTS[facts.name].pretraining
-    dtype = "bfloat16" if machine.bf16 else "float32"
-    setup = Setup(constants.seq_len, constants.batch_rows, False, "adamw", dtype, full=True)
+    section = ModelSection(base=facts.name, compute_dtype="bfloat16" if machine.bf16 else "float32")
+    decided = numerics(section, full=True, seq_len=constants.seq_len, machine=machine)
+    setup = Setup(constants.seq_len, constants.batch_rows, False, "adamw", decided.dtype, full=True)
     return constants.tokens / tokens_per_s(facts, setup, machine)
 
 

@@ -19,9 +19,8 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from qmedtune.errors import RecipeError
-
-NAME = "varlen"
-TAKE_BOUNDS = (NAME, "flash_attention_2")  # transformers' own takes the same arguments
+from qmedtune.planning.numerics import TAKE_BOUNDS
+from qmedtune.planning.numerics import VARLEN as NAME
 
 
 def packed_inputs(attention: str, input_ids: Tensor, position_ids: Tensor) -> dict[str, Any]:
@@ -70,7 +69,9 @@ def varlen(
     if cu_seq_lens_q is None:
         positions = torch.arange(length, device=query.device)[None] if position_ids is None else position_ids
         cu_seq_lens_q, max_length_q = document_bounds(positions.expand(batch, -1))
-    packed = [part.transpose(1, 2).flatten(0, 1) for part in (query, key, value)]
+    # Under autocast the rotation has left queries and keys in fp32, which the kernels do not take.
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind := query.device.type) else value.dtype
+    packed = [part.transpose(1, 2).flatten(0, 1).to(dtype) for part in (query, key, value)]
     attend = _per_document if not query.is_cuda else _flash if find_spec("flash_attn") else _torch
     query, key, value = packed
     output = attend(query, key, value, cu_seq_lens_q, max_length_q, scaling)
@@ -109,18 +110,3 @@ def _per_document(
 
 
 AttentionInterface.register(NAME, varlen)
-
-
-def check(attention: str, capability: float | None, dtype: torch.dtype) -> None:
-    """RecipeError where a stated attention cannot run here. `capability`: of the GPU, None on a CPU."""
-    if attention == "flash_attention_2" and (capability is None or not find_spec("flash_attn")):
-        why = "it needs a GPU" if capability is None else "the flash-attn package is not installed"
-        raise RecipeError(f"model.attention: flash_attention_2 given, {why}\nallowed here: auto, {NAME}, sdpa")
-    if attention not in TAKE_BOUNDS or capability is None:
-        return
-    if capability < 8.0 or dtype == torch.float32:
-        found = f"compute capability {capability}" if capability < 8.0 else "compute_dtype: float32"
-        raise RecipeError(
-            f"model.attention: {attention} given with {found}; its kernels need 8.0 (Ampere) and 16 bit\n"
-            "allowed here: auto or sdpa (documents isolated by a mask)"
-        )

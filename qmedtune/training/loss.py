@@ -34,6 +34,8 @@ def token_nll(
     targets = labels[:, 1:]
     wanted = targets != -100
     picked, targets = hidden[:, :-1][wanted], targets[wanted]
+    if torch.is_autocast_enabled(kind := picked.device.type):  # the last norm has left them in fp32
+        picked = picked.to(torch.get_autocast_dtype(kind))
     weight = causal_lm.get_output_embeddings().weight.to(picked.dtype)
     nll = (_fused_nll if picked.is_cuda else _chunked_nll)(picked, weight, targets)
     return nll.sum() if weights is None else (nll * weights[:, 1:][wanted]).sum()

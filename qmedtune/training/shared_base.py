@@ -23,16 +23,16 @@ class SharedBase:
     _model: Any = None
     _marks: dict[str, tuple] = field(default_factory=dict)
 
-    def load(self, folder: Path, section: ModelSection, *, seq_len: int) -> Any:
+    def load(self, folder: Path, section: ModelSection, *, attention: str) -> Any:
         """What `model.load_base` gives. Its tensors are those of the model that the last call gave, if that was for the
         same files, section and attention; use one of the two only."""
         from qmedtune import model as models
 
         files = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.iterdir()) if p.is_file()]
-        key = folder.resolve(), files, section.model_dump_json(), models.attention_for(section, seq_len)
+        key = folder.resolve(), files, section.model_dump_json(), attention
         if key != self._key or _marks(self._model) != self._marks:
             self.drop()
-            self._model = models.load_base(folder, section, seq_len=seq_len)
+            self._model = models.load_base(folder, section, attention=attention)
             self._key, self._marks = key, _marks(self._model)
         return _modules_around(self._model)
 

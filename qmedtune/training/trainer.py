@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -169,6 +170,12 @@ class QTrainer(SFTTrainer):
         self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
         return self.lr_scheduler
 
+    def compute_loss_context_manager(self) -> Any:
+        """Autocast where fp32 weights are trained in 16 bit. transformers leaves it to accelerate, which wraps
+        `model.forward`; our loss calls the layers below that. An adapter's base is in the compute dtype already."""
+        casts = not hasattr(self.trained_model, "peft_config")
+        return self.accelerator.autocast() if casts else nullcontext()
+
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         started = time.perf_counter()
         samples = super().get_batch_samples(*args, **kwargs)
@@ -289,8 +296,8 @@ def trainer_arguments(
 ) -> SFTConfig:
     """SFTConfig with everything that it would otherwise change behind our back switched off. `stage`: its folder.
 
-    `autocast` is None when the weights are in the compute dtype already and only fp32 adapters are trained,
-    "bfloat16" for training fp32 weights from scratch, "float16" (with loss scaling) for cards without bf16.
+    `autocast` is None where nothing is cast: fp32, or fp32 adapters on a base in bf16. "bfloat16" and "float16" cast
+    the fp32 weights of a full stage for its products; "float16" scales the loss, for adapters too.
     `checkpointing`: transformers' own, for layers that are not ours (training/activations.py).
     """
     arguments = SFTConfig(
