@@ -18,6 +18,8 @@ from typing import Any
 from safetensors import SafetensorError
 
 from qmedtune import base, claims, keys, plan, preflight, record, store, ui
+from qmedtune.data import secret
+from qmedtune.data.treat import phi_mode
 from qmedtune.errors import RecipeError, RunError
 from qmedtune.interrupt import Stopped, stop
 from qmedtune.planning import room
@@ -46,6 +48,9 @@ def run(
     asked = smoked(recipe) if smoke else recipe
     resolved, choices = plan.resolve(asked)
     claims.check_inputs(resolved, out)
+    redacts = any(phi_mode(resolved, name) == "redact" for name in resolved.used_sources())
+    if redacts:
+        secret.check(out)
     hashes = store.HashCache(out / ".hashes.json")
     steps = steps_of(resolved, asked, hashes)
     chosen = _chosen(steps, until)
@@ -55,21 +60,19 @@ def run(
         return finished
     source.check()
     claims.check_steps(out, [step.name for step in chosen if step.name not in sealed])
-    scored = any(step.name == "evaluation" and step.name not in sealed for step in chosen)
-    if scored and resolved.model.base.startswith(base.BUILTIN):  # making the base takes minutes
-        preflight.check_evaluation(resolved, None)
+    _check_start(resolved, source, [step for step in chosen if step.name not in sealed])
     room.check_writable(out)
     room.check(resolved, out, [step.name for step in chosen if step.name not in sealed])
     with _told("run", out), store.lock(out), stop.watching(time_limit_s):
         claims.mark(out)
+        if redacts:
+            secret.note(out)
         for place in (out, out / "merged"):
             for leftover in place.glob(f".*{store.PART}"):  # of writes that were killed
                 leftover.unlink()
         hashes.save()
         notes = record.Notes(resolved, recipe_text, choices, offline=offline)
         folder = source.make()
-        if any(step.kind != "data" and step.name not in sealed for step in chosen):
-            preflight.check_start(resolved, folder, scored=scored)
         done: dict[str, store.Seal] = {}
         with ui.run_progress([*(step.name for step in chosen), "report"]) as shown:
             try:
@@ -87,6 +90,16 @@ def run(
                 complete = "finished" if len(chosen) == len(steps) else "running"
                 result = record.finish(out, notes, steps, done, source, complete)
         return result
+
+
+def _check_start(recipe: Recipe, source: base.Base, to_do: Sequence[Step]) -> None:
+    """What must be right before the first step, ahead of writing anything. A built-in base is right by itself."""
+    scored = any(step.name == "evaluation" for step in to_do)
+    if recipe.model.base.startswith(base.BUILTIN):
+        if scored:
+            preflight.check_evaluation(recipe, None)
+    elif any(step.kind != "data" for step in to_do):
+        preflight.check_start(recipe, source.make(), scored=scored)
 
 
 def source_of(recipe: Recipe, hashes: store.HashCache, offline: bool) -> base.Base:

@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from qmedtune import model as models
 from qmedtune import store, ui
-from qmedtune.base import note_base
+from qmedtune.base import name_of_base, note_base
 from qmedtune.data import templates
 from qmedtune.data.classes import LabelledRows
 from qmedtune.data.pack import PackedRows
@@ -84,15 +84,16 @@ def train_stage(
         with trainer.compute_loss_context_manager():
             found = score(model, inputs["tokens"], tokenizer.pad_token_id, trainer.micro_batch, recipe.seed, out)
         facts |= {"classification": packed["classes"] | found}
+    trained_on = name_of_base(recipe.model.base, inputs["base"], inputs["tokens"].parent.parent)
     if stage.section.adapter != "frozen":
-        _finish(model, tokenizer, stage.full, recipe.model.base, out)
+        _finish(model, tokenizer, stage.full, trained_on, out)
     if stage.classify and stage.classify.train_earlier:
         for place, adapter in enumerate(list(model.peft_config)[:-1], start=1):
-            models.save_adapter(model, out / f"earlier-{place}", recipe.model.base, adapter)
+            models.save_adapter(model, out / f"earlier-{place}", trained_on, adapter)
     if not stage.full and stage.section.adapter != "frozen":
         earlier = earlier_adapters(inputs)
         below = earlier[:-1] if stage.section.adapter == "continue" else earlier
-        note_base(out / "adapter", recipe.model.base, inputs["base"], below)
+        note_base(out / "adapter", trained_on, inputs["base"], below, recipe.model.quantization)
     facts |= {"model": {"path": f"{name}/model"}} if stage.full else {}
     del trainer, model, loop  # which know each other: only a collection frees them, and the next stage needs the room
     gc.collect()
@@ -121,7 +122,7 @@ def _make_model(recipe: Recipe, index: int, inputs: dict[str, Path], shared: Sha
     set_seed(recipe.seed + index)  # whatever loading has drawn
     earlier = earlier_adapters(inputs)
     continued = stage.section.adapter in ("continue", "frozen")  # attach_head freezes what is frozen
-    model = models.attach_adapter(base, recipe.adapter, earlier, continued=continued)
+    model = models.attach_adapter(base, recipe.adapter_of(index), earlier, continued=continued)
     kernels = models.install_kernels(model, recipe.model.kernels)
     return model, {
         "kernels": kernels,

@@ -126,6 +126,7 @@ def classification(run: dict) -> Table:
         (
             stage["name"],
             _score(facts),
+            *(_three(facts.get(name)) for name in ("auprc", "micro_f1", "macro_f1")),
             _exact(facts["n"]),
             _exact(facts["patients"]),
             _exact(facts["scored_labels"]),
@@ -134,9 +135,15 @@ def classification(run: dict) -> Table:
         )
         for stage, facts in found
     ]
-    columns = ("Stage", "AUROC", "Documents", "Patients", "Labels scored", "Labels", "Of unknown label")
-    note = "Macro over labels, on documents held out, with the 95% interval over patients; 0.5 is chance."
+    counts = ("Documents", "Patients", "Labels scored", "Labels", "Of unknown label")
+    columns = ("Stage", "AUROC", "AUPRC", "Micro F1", "Macro F1", *counts)
+    note = "Areas and macro F1 are means over labels, on documents held out, with the 95% interval over patients; an "
+    note += "AUROC of 0.5 is chance, an AUPRC of the label's share. F1 of the labels that are chosen."
     return Table("Classification", columns, rows, note)
+
+
+def _three(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
 
 
 def _score(facts: dict) -> str:
