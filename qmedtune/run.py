@@ -60,6 +60,7 @@ def run(
     sealed = _sealed(steps, source.digest, out)
     if len(sealed) == len(steps) and (finished := _finished(recipe_text, out)):
         return finished
+    source.check()
     claims.check_steps(out, [step.name for step in chosen if step.name not in sealed])
     _check_start(resolved, source, [step for step in chosen if step.name not in sealed])
     room.check_writable(out)
