@@ -59,6 +59,8 @@ class SourceSection(Section):
     kind: SourceKind
     format: SourceFormat = "auto"
     columns: dict[str, str] = {}
+    delimiter: Annotated[str, Field(min_length=1, max_length=1)] | None = None  # of a table; None: found and told
+    encoding: str | None = None  # of a table or text file, by Python's name; None: found and told
     template: str | None = None
     split_by: Literal["record", "patient"] = "record"
     holdout: Annotated[float, Field(ge=0, lt=1)] = 0.05

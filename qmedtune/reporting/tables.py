@@ -250,6 +250,17 @@ def records(run: dict) -> Table:
     return Table("Record ledger", columns, rows, note)
 
 
+def reading(run: dict) -> Table:
+    """What the files of each source were recognised as, and what of them was not read."""
+    rows: list[Row] = []
+    for name, source in run.get("data", {}).items():
+        rows += [(name, f"read as {what}", f"{_exact(n)} files") for what, n in source.get("recognised", {}).items()]
+        for key, unit in (("columns_unread", "records"), ("files_unread", "files")):
+            shown = "column or key not read" if key == "columns_unread" else "files not read"
+            rows += [(name, f"{shown}: {what}", f"{_exact(n)} {unit}") for what, n in source.get(key, {}).items()]
+    return Table("What was read as what", ("Source", "What", "Count"), rows)
+
+
 def findings(run: dict) -> Table:
     """Counts of what hygiene met in each source: why records went, identifiers by class, benchmark items."""
     rows: list[Row] = []
