@@ -60,6 +60,10 @@ def read_checked(path: Path) -> Any:
         return None
 
 
+def _mark(stat: os.stat_result) -> list[int]:
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+
+
 class HashCache:
     """sha256 of input files, remembered by (size, times, inode) so that an unchanged corpus is read once.
 
@@ -72,16 +76,19 @@ class HashCache:
         self.changed = False
         self.known = _entries(path)
 
+    def seen(self, path: Path) -> str | None:
+        """The hash, where it is remembered and the file has not changed since."""
+        entry = self.known.get(_nameless(path))
+        return entry[-1] if entry and entry[:-1] == _mark(path.stat()) else None
+
     def sha256(self, path: Path) -> str:
         stat = path.stat()
-        mark = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
-        name = _nameless(path)
-        entry = self.known.get(name)
-        if entry and entry[:-1] == mark:
-            return entry[-1]
+        mark = _mark(stat)
+        if known := self.seen(path):
+            return known
         value = sha256_file(path)
         if time.time() - max(stat.st_mtime, stat.st_ctime) > SETTLED_S:
-            self.known[name] = [*mark, value]
+            self.known[_nameless(path)] = [*mark, value]
             self.changed = True
         return value
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
@@ -20,6 +20,9 @@ from qmedtune.errors import DataError, RecipeError
 from qmedtune.planning.estimate import Measured
 from qmedtune.planning.sample import Sample
 from qmedtune.recipe import Recipe, SftSection, TaskSection
+
+if TYPE_CHECKING:
+    from qmedtune.tasks import Task
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -69,6 +72,11 @@ def with_messages(template: templates.Template, messages: Messages, where: str, 
         templates.check(template, vocabulary)
         template.render(plain)
         template.prompt(plain[:-1] if plain[-1]["role"] == "assistant" else plain)
+    except RecipeError:
+        raise
+    except DataError as error:
+        roles = ", ".join(message["role"] for message in plain[:6])
+        raise DataError(f"{error}\n{where}: a conversation of {roles}; leave such out, or name another one") from error
     except UNRENDERABLE as error:
         raise RecipeError(
             f"{where}: the template {template.name} cannot be rendered ({_said(error)})\n"
@@ -145,7 +153,6 @@ def check_evaluation(recipe: Recipe, folder: Path | None, *, within_bytes: int |
     rendered; returns what was left.
     """
     from qmedtune.data.outcomes import locate
-    from qmedtune.tasks import load_task
 
     paths = [p for s in recipe.data.values() for p in ([s.path] if isinstance(s.path, str) else s.path)]
     world = next((locate(path)[0].name for path in paths if path.startswith("builtin:")), "tiny")
@@ -157,11 +164,24 @@ def check_evaluation(recipe: Recipe, folder: Path | None, *, within_bytes: int |
                 left.append(why)
                 continue
             room -= _file_bytes(section)
-        task = load_task(section, recipe.seed, world)
+        task = _parsed(section, recipe.seed, world)
         if folder is not None:
             items = list(task.asked)[: None if within_bytes is None else ASKED_ITEMS]
             _check_questions(recipe, folder, section, [item.messages for item in items])
     return left
+
+
+def _parsed(section: TaskSection, seed: int, world: str) -> Task:
+    from qmedtune.tasks import load_task
+
+    try:
+        return load_task(section, seed, world)
+    except DataError as error:
+        if len(str(error).splitlines()) > 1:
+            raise
+        raise DataError(
+            f"{error}\na benchmark is read whole or not at all: mend the file, or take the task out"
+        ) from error
 
 
 def _check_questions(recipe: Recipe, folder: Path, section: TaskSection, questions: list[Messages]) -> None:

@@ -1,9 +1,9 @@
 """Token shards: the training text of each source as token ids on disk, written in batches and resumed by shard.
 
 A shard is three .npy files: `tokens` (uint32), `documents` (int64, one row per document: length, kept, supervised)
-and for instructions `mask` (uint8, 0 to 255 = loss weight). `documents` is renamed into place last, so a shard that
-has it is whole, and a killed run loses one shard at most. Shards end where the text says so and are named by what is in
-them: when a source changes, only the shards that hold the change are made again. Rust tokenizer alone, no torch.
+and for instructions `mask` (uint8: 0 no loss, 255 loss, 1 the prompt's weight). `documents` is renamed into place last,
+so a shard that has it is whole, and a killed run loses one shard at most. Shards end where the text says so and are
+named by what is in them: when a source changes, only the shards that hold the change are made again. No torch.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ BATCH_BYTES = 2 << 20  # of jsonl per call of the tokenizer: enough to keep all 
 ID_BYTES = 4
 LENGTH, KEPT, SUPERVISED = 0, 1, 2
 FULL_WEIGHT = 255
+PROMPT_MARK = 1  # of tokens that carry the loss weight which the packed folder states (`loss_on: 0.3`)
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def _segments(codec: Codec, template: Template, messages: list[dict[str, str]]) 
 def _join(
     codec: Codec, template: Template, parts: list[tuple[list[int], bool]], prompt_weight: float, limit: int
 ) -> Encoded:
-    quiet = round(FULL_WEIGHT * prompt_weight)
+    quiet = {0.0: 0, 1.0: FULL_WEIGHT}.get(prompt_weight, PROMPT_MARK)
     ids = [] if codec.bos_id is None else [codec.bos_id]
     mask = [0] * len(ids)
     for piece, supervised in parts:

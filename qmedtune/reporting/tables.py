@@ -126,6 +126,7 @@ def classification(run: dict) -> Table:
         (
             stage["name"],
             _score(facts),
+            *(_three(facts.get(name)) for name in ("auprc", "micro_f1", "macro_f1")),
             _exact(facts["n"]),
             _exact(facts["patients"]),
             _exact(facts["scored_labels"]),
@@ -134,9 +135,15 @@ def classification(run: dict) -> Table:
         )
         for stage, facts in found
     ]
-    columns = ("Stage", "AUROC", "Documents", "Patients", "Labels scored", "Labels", "Of unknown label")
-    note = "Macro over labels, on documents held out, with the 95% interval over patients; 0.5 is chance."
+    counts = ("Documents", "Patients", "Labels scored", "Labels", "Of unknown label")
+    columns = ("Stage", "AUROC", "AUPRC", "Micro F1", "Macro F1", *counts)
+    note = "Areas and macro F1 are means over labels, on documents held out, with the 95% interval over patients; an "
+    note += "AUROC of 0.5 is chance, an AUPRC of the label's share. F1 of the labels that are chosen."
     return Table("Classification", columns, rows, note)
+
+
+def _three(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
 
 
 def _score(facts: dict) -> str:
@@ -241,6 +248,17 @@ def records(run: dict) -> Table:
     columns = ("Source", "Kind", *(name.capitalize() for name in names), "Held out")
     note = "Held out: the part of kept that is never trained on." if rows else "No data was read."
     return Table("Record ledger", columns, rows, note)
+
+
+def reading(run: dict) -> Table:
+    """What the files of each source were recognised as, and what of them was not read."""
+    rows: list[Row] = []
+    for name, source in run.get("data", {}).items():
+        rows += [(name, f"read as {what}", f"{_exact(n)} files") for what, n in source.get("recognised", {}).items()]
+        for key, unit in (("columns_unread", "records"), ("files_unread", "files")):
+            shown = "column or key not read" if key == "columns_unread" else "files not read"
+            rows += [(name, f"{shown}: {what}", f"{_exact(n)} {unit}") for what, n in source.get(key, {}).items()]
+    return Table("What was read as what", ("Source", "What", "Count"), rows)
 
 
 def findings(run: dict) -> Table:
@@ -354,7 +372,11 @@ def _repeats(value: float | None) -> str:
 
 def _steps(stage: dict) -> str:
     steps, kept = stage.get("steps"), stage.get("kept_step")
-    return "–" if steps is None else f"{steps:,}" if kept in (None, steps) else f"{kept:,} kept of {steps:,}"
+    if steps is None:
+        return "–"
+    by = ", ".join(stage.get("kept_by") or ())
+    told = f" (best by {by})" if by else ""
+    return f"{steps:,}{told}" if kept in (None, steps) else f"{kept:,} kept of {steps:,}{told}"
 
 
 def _first_last(loss: dict | None) -> str:
