@@ -137,7 +137,7 @@ def context_of(recipe: Recipe, canary: Canary, tokenizer: Any, base: Path) -> st
     index = next(i for i, stage in enumerate(recipe.stages) if canary.source in stage.sources)
     named = recipe.data[canary.source].template
     template = templates.default(named, base) if named else stage_template(recipe, index, base)
-    prompt = prompt_texts(tokenizer, template, [canaries.messages(canary)[:1]])[0]
+    prompt = prompt_texts(tokenizer, template, [canaries.messages(canary)[:1]])[0].text
     return prompt[: prompt.index(canary.secret)].rstrip()
 
 

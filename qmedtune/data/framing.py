@@ -21,6 +21,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
 
 from qmedtune.data import chat_template, templates
 from qmedtune.data.borders import document_borders
@@ -35,6 +37,7 @@ ANCHORS = ("\n", "a\n", ":", "a")  # texts that a piece can follow without joini
 TAILS = ("x", "x.", "x?", "x:", "x)", "x9")  # how a user's text may end
 
 Conversation = Sequence[Message]
+_IN_MEMORY: WeakKeyDictionary[Any, Codec] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -47,21 +50,30 @@ class Framed:
 
 @dataclass(frozen=True)
 class Asked:
-    """A conversation as it is asked: the beginning of what is trained, up to the next answer.
-
-    lead: what opens the answer's text, for it is asked for with the answer; ends, stop: what ends a generated answer
-    """
+    """A conversation as it is asked: the beginning of what is trained, up to the next answer, as ids and as text."""
 
     ids: list[int]
-    ends: frozenset[int]
-    stop: tuple[str, ...]
-    lead: str
+    text: str = field(repr=False)
     frame: Frame = field(repr=False, compare=False)
-    context: str = field(repr=False, compare=False)
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """Ids that end a generated answer."""
+        return self.frame.ends
+
+    @property
+    def stop(self) -> tuple[str, ...]:
+        """Strings that end a generated answer."""
+        return self.frame.template.stop
+
+    @property
+    def lead(self) -> str:
+        """What opens a generated answer and is none of its words."""
+        return self.frame.lead
 
     def answer(self, text: str) -> list[int]:
         """The ids that training puts behind `ids` for this answer, without its end."""
-        return self.frame.answer_ids(self.context, text)
+        return self.frame.answer_ids(self.text[-CONTEXT:], text)
 
 
 @dataclass(frozen=True)
@@ -79,9 +91,12 @@ class Frame:
     def ask(self, conversations: Sequence[Conversation]) -> list[Asked]:
         """Every conversation as it is asked, up to its next answer. Each ends with a question."""
         texts = [self._text(segments, closed=False) for segments in self._segments(conversations)]
-        ids = [framed.ids for framed in self._framed(texts)]
-        ends, stop, lead = self.ends, self.template.stop, self.lead
-        return [Asked(own, ends, stop, lead, self, text.text[-CONTEXT:]) for own, text in zip(ids, texts, strict=True)]
+        framed = self._framed(texts)
+        return [Asked(own.ids, text.text, self) for own, text in zip(framed, texts, strict=True)]
+
+    def asked_text(self, text: str) -> Asked:
+        """What asks with a text that `ask` made before: for tools that hand on text alone."""
+        return Asked(self.codec.encode_spans([text])[0][0], text, self)
 
     @cached_property
     def lead(self) -> str:
@@ -231,6 +246,21 @@ def frame_of(template: Template, codec: Codec) -> Frame:
 def frame_in(template: Template, tokenizer_dir: Path) -> Frame:
     """The frame of a template for the tokenizer of a model folder."""
     return frame_of(template, load_codec(tokenizer_dir))
+
+
+def codec_of(tokenizer: Any) -> Codec:
+    """The codec of a loaded transformers tokenizer: that of the folder it came from, as training reads it.
+
+    transformers rebuilds LLaMA-2's tokenizer in another form than its file has (a text that begins with a space, and
+    one behind a special token, then differ by a token), so its own is taken only where there is no file.
+    """
+    folder = Path(str(tokenizer.name_or_path))
+    if tokenizer.name_or_path and (folder / "tokenizer.json").is_file():
+        return load_codec(folder)
+    if tokenizer not in _IN_MEMORY:
+        made = Codec(tokenizer.backend_tokenizer, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.eos_token)
+        _IN_MEMORY[tokenizer] = made
+    return _IN_MEMORY[tokenizer]
 
 
 def check(template: Template, codec: Codec) -> None:
