@@ -7,9 +7,10 @@ Deliberately absent: scoring (measure.py, scoring.py), intervals (compare.py), b
 from __future__ import annotations
 
 import gc
+import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,43 +22,87 @@ from qmedtune import model as models
 from qmedtune import store
 from qmedtune.data import templates
 from qmedtune.data.framing import codec_of, frame_of
-from qmedtune.data.pack import PackedRows
+from qmedtune.data.pack import PackedRows, WholeDocuments
 from qmedtune.data.sources import source_files
 from qmedtune.errors import RecipeError
+from qmedtune.evaluation import precision
 from qmedtune.evaluation.compare import overlap_result, task_result, write_items
 from qmedtune.evaluation.measure import Measured, Settings, measure_model, text_rows
 from qmedtune.evaluation.open_model import Quantization, fingerprint, locate, open_model, world_of
-from qmedtune.evaluation.scoring import BATCH_TOKENS, max_positions
+from qmedtune.evaluation.scoring import BATCH_TOKENS, Rows, max_positions
 from qmedtune.recipe import Recipe, SourceSection, TaskSection
 from qmedtune.tasks import BUILTIN_TASKS, Task, check_twice, load_task
 
 TEXTS = "perplexity"
-FORMAT = 3  # of what is kept with `out`: an evaluation in an older one is made again
+FORMAT = 4  # of what is kept with `out`: an evaluation in an older one is made again
+DOCUMENT_TOKENS = 8192  # an 8B LLaMA in 16 bit holds .5 GB of one layer's activations for so many
 WINDOW_TOKENS = 2048  # of texts without a packing: 131,072 positions of LLaMA-3.2 would not fit a card
 
 
 def evaluate_stage(recipe: Recipe, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
-    """Base against final of a resolved recipe.
+    """Base against final of a resolved recipe, in the precision that precision.py decides.
 
-    `inputs`: `base`, `adapter-1` ..., `merged`, and where there are any `template` (folder with template.json),
+    `inputs`: `base`, `adapter-1` ..., and where there are any `merged`, `template` (folder with template.json),
     `validation` (folder of packed held-out rows per source) and `origin` (what is compared, if `base` is folded) or
     `untrained` (the folder that `base` was trained from scratch after: random weights of its shape are compared).
-    With precision `nf4` the final model is the base as it was trained plus its adapters, with `full16` the merged
-    folder. Writes <task>.items.jsonl and evaluation.json below `out`, where an interrupted evaluation is continued;
-    returns the content of evaluation.json.
+    Delivered is the merged folder; without one, the base plus its adapters in the merge's dtype.
+    Writes <task>.items.jsonl and evaluation.json below `out`, where an interrupted evaluation is continued; returns
+    the content of evaluation.json.
     """
     tasks = [load_task(section, recipe.seed, world_of(recipe)) for section in task_sections(recipe)]
-    held_out = {source: PackedRows(inputs["validation"] / source) for source in recipe.evaluate.perplexity}
+    window = document_window(inputs["base"])
+    held_out = {s: WholeDocuments(PackedRows(inputs["validation"] / s), window) for s in recipe.evaluate.perplexity}
     settings = _settings(recipe, inputs)
     check_prompts(models.load_tokenizer(inputs["base"]), settings.template, tasks)
+    taken = precision.decide(recipe, _delivered_dtype(inputs))
     measured = {}
-    for label, model, tokenizer in _base_and_final(recipe, inputs):
-        measured[label] = measure_model(model, tokenizer, label, tasks, held_out, settings, out / store.SCRATCH)
+    for contender in contenders(recipe, inputs, taken):
+        model, tokenizer = open_contender(recipe, contender)
+        measured[contender.label] = measure_model(
+            model, tokenizer, contender.label, tasks, held_out, settings, out / store.SCRATCH
+        )
         del model  # or two are held while the next is loaded: 2 x 16 GB for an 8B base in 16 bit
     result = write_results(tasks, measured, recipe.seed, out, _overlapping(inputs))
-    result |= {"precision": recipe.evaluate.precision, "template": settings.template.name}
+    result |= taken.facts(recipe.evaluate.precision)
+    result |= {"template": settings.template.name, "window_tokens": window}
+    if taken.name == "delivered" and precision.trained(recipe).quantised and "adapter-1" in inputs:
+        _nf4_beside(recipe, inputs, held_out, settings, out / store.SCRATCH, result)
+    result["warnings"] = _warnings(inputs, taken, result)
     store.write_json(out / "evaluation.json", result)
     return result
+
+
+def _nf4_beside(
+    recipe: Recipe, inputs: dict[str, Path], held_out: Mapping[str, Rows], settings: Settings, folder: Path,
+    result: dict[str, Any],
+) -> None:  # fmt: skip
+    """Perplexity of base and result in NF4, as trained, into `result`: what quantisation costs, what training only
+    repaired. Texts alone: they cost seconds, where tasks would cost the evaluation again."""
+    if not held_out:
+        return
+    for contender in contenders(recipe, inputs, precision.trained(recipe)):
+        model, tokenizer = open_contender(recipe, contender)
+        label = f"{contender.label}-nf4"
+        found = measure_model(model, tokenizer, label, [], held_out, settings, folder).perplexity
+        for source, text in found.items():
+            result["perplexity"][source].setdefault("nf4", {})[contender.label] = text.perplexity
+        del model
+
+
+def _warnings(inputs: dict[str, Path], taken: precision.Precision, result: dict[str, Any]) -> list[str]:
+    sealed = store.read_seal(inputs["merged"]) if "merged" in inputs else None
+    told = [precision.shift_warning(sealed.facts) if sealed else None]
+    told += [f"scored in NF4, not as delivered: {taken.why}" if taken.why else None]
+    for source, text in result["perplexity"].items():
+        if "nf4" in text:
+            told.append(precision.quantisation_note(source, text["base"], text["nf4"], text["final"]))
+    return [line for line in told if line]
+
+
+def document_window(base: Path) -> int:
+    """Tokens of a text that are read at once: whole documents, as far as the model's positions and memory go."""
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    return min(int(config["max_position_embeddings"]), DOCUMENT_TOKENS)
 
 
 def _overlapping(inputs: dict[str, Path]) -> dict[str, set[str]]:
@@ -118,39 +163,70 @@ def _settings(recipe: Recipe, inputs: dict[str, Path]) -> Settings:
     template = templates.load(asked, inputs["base"]) if asked else templates.default(None, inputs["base"])
     rows, seq_len = recipe.evaluate.batch, recipe.stages[-1].section.seq_len
     assert isinstance(rows, int) and isinstance(seq_len, int), "evaluate_stage takes a resolved recipe"
-    if "template" not in inputs:
-        template = templates.for_base(template)
+    trained = templates.load(inputs["template"]) if "template" in inputs else None
+    template = replace(template, cleaning=trained.cleaning) if trained else templates.for_base(template)
     return Settings(template, recipe.evaluate.generate, rows * seq_len)
 
 
-def _base_and_final(recipe: Recipe, inputs: dict[str, Path]) -> Iterator[tuple[str, Any, Any]]:
-    """("base" | "final", model in eval mode, tokenizer), one at a time in memory."""
-    disable_progress_bar()
-    section = recipe.model.model_copy(update={"attention": "sdpa"})
-    full16 = recipe.evaluate.precision == "full16"
-    quantize = False if full16 else None
+@dataclass(frozen=True)
+class Contender:
+    """One of the two models of a run: a folder with adapters on it (none: the folder alone), in a precision.
+    random: untrained weights of the folder's shape."""
+
+    label: str
+    folder: Path
+    adapters: tuple[Path, ...]
+    taken: precision.Precision
+    random: bool = False
+
+
+def contenders(recipe: Recipe, inputs: dict[str, Path], taken: precision.Precision) -> list[Contender]:
+    """Base and final. Not in NF4, the merged folder stands for base + adapters where it is there."""
+    first = inputs.get("untrained", inputs.get("origin", inputs["base"]))
     count = sum(name.startswith("adapter-") for name in inputs)
-    first, last = inputs.get("untrained", inputs.get("origin", inputs["base"])), inputs["merged" if full16 else "base"]
-    tokenizer = models.load_tokenizer(first)
-    if "untrained" in inputs:  # no base to compare with: chance is what random weights reach
-        torch.manual_seed(recipe.seed)
-        untrained: Any = models.from_scratch(first, section)
-        model: Any = untrained.to(models.DTYPES[section.compute_dtype])
+    adapters = tuple(inputs[f"adapter-{number}"] for number in range(1, count + 1))
+    merged = inputs.get("merged")
+    if taken.name != "nf4" and merged is not None and (merged / "config.json").is_file():
+        final = Contender("final", merged, (), taken)
     else:
-        model = models.load_base(first, section, quantize=quantize)
+        final = Contender("final", inputs["base"], adapters, taken)
+    return [Contender("base", first, (), taken, "untrained" in inputs), final]
+
+
+def open_contender(recipe: Recipe, contender: Contender) -> tuple[Any, Any]:
+    """(model in eval mode, tokenizer). Nothing else should be held on the device."""
+    disable_progress_bar()
+    gc.collect()
+    torch.cuda.empty_cache()
+    taken = contender.taken
+    stored = taken.computed_in if taken.quantised else taken.weights
+    section = recipe.model.model_copy(update={"attention": "sdpa", "compute_dtype": stored})
+    if contender.random:  # no base to compare with: chance is what random weights reach
+        torch.manual_seed(recipe.seed)
+        model: Any = models.from_scratch(contender.folder, section)
+    else:
+        model = models.load_base(contender.folder, section, quantize=taken.quantised)
+    if contender.random or taken.computed_in != stored:
+        _cast(model, models.DTYPES[taken.computed_in])
+    if contender.adapters:
+        model = models.load_adapters(model, contender.adapters)
     models.install_kernels(model, section.kernels)
-    yield "base", model.eval(), tokenizer
-    if last != first:
-        del model
-        gc.collect()
-        torch.cuda.empty_cache()
-        tokenizer = models.load_tokenizer(last)
-        model = models.load_base(last, section, quantize=quantize)
-    if count and not full16:
-        adapters = [f"adapter-{number}" for number in range(1, count + 1)]
-        model = models.load_adapters(model, [inputs[name] for name in adapters])
-    models.install_kernels(model, section.kernels)
-    yield "final", model.eval(), tokenizer
+    return model.eval(), models.load_tokenizer(contender.folder)
+
+
+def _cast(model: Any, dtype: torch.dtype) -> None:
+    """Parameters alone: rotary frequencies are buffers, and stay fp32."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
+def _delivered_dtype(inputs: dict[str, Path]) -> str | None:
+    """What a folder that is delivered as it was trained, without a merge, is stored in; None: `merge.dtype`."""
+    if "adapter-1" in inputs:
+        return None
+    config = json.loads((inputs["base"] / "config.json").read_text(encoding="utf-8"))
+    stored = config.get("dtype") or config.get("torch_dtype")
+    return stored if stored in models.DTYPES else None
 
 
 # ---- any one model ---------------------------------------------------------------------------------------------------
@@ -192,7 +268,8 @@ def evaluate_model(
         rows = {path: rows for path, (rows, _) in read.items()}
         found = measure_model(opened.model, opened.tokenizer, "model", loaded, rows, settings, folder / store.SCRATCH)
         result: dict[str, Any] = {"model": name, "template": location.template.name}
-        result["quantization"] = opened.quantization
+        result |= {"quantization": opened.quantization, "computed_in": opened.computed_in}
+        result["weights"] = "nf4" if opened.quantization == "nf4" else opened.computed_in
         result |= write_results(loaded, {"model": found}, seed, folder)
         for path, (_, size) in read.items():
             result["perplexity"][path]["bits_per_byte"] = found.perplexity[path].nll / math.log(2) / size

@@ -15,8 +15,12 @@ from qmedtune.errors import DataError
 from qmedtune.recipe import Recipe, SourceSection, StageSection, TaskSection
 
 # Raise when a step would write something else from the same inputs; the release alone does not invalidate a run.
-FORMAT = 1
+FORMAT = 2  # 2: conversations are framed as one text, documents by the marks of documents
 CODE = f"qmedtune-{__version__.rpartition('.')[0]}-format-{FORMAT}"
+
+# Raise when scores of the same models would differ: 2 = perplexity over whole documents, heads in fp32,
+# 3 = asked with the tokens of training, end marks apart from perplexity.
+EVALUATION_FORMAT = 3
 
 PACKING = ("mix", "unit", "tokens", "epochs", "max_repeats", "data", "loss_on", "seq_len", "max_truncated_fraction")
 PACKING += ("packing", "multi_label")
@@ -164,6 +168,7 @@ def merge_section(recipe: Recipe) -> dict[str, Any]:
 def evaluation_section(recipe: Recipe, hashes: store.HashCache) -> dict[str, Any]:
     section = recipe.evaluate.model_dump(mode="json", exclude={"batch"})
     tasks = [TaskSection(task=task) if isinstance(task, str) else task for task in recipe.evaluate.tasks]
+    section |= {"format": EVALUATION_FORMAT, "merge_dtype": recipe.merge.dtype}
     return {"evaluate": section, "seed": recipe.seed, "benchmarks": benchmarks(tasks, hashes)}
 
 

@@ -276,7 +276,7 @@ class TaskSection(Section):
 class EvaluateSection(Section):
     tasks: list[str | TaskSection] = []
     perplexity: list[str] = []
-    precision: Literal["nf4", "full16"] = "nf4"
+    precision: Literal["delivered", "nf4", "full16"] = "delivered"  # of base and result: as merged, as trained, 16 bit
     generate: bool = True
     batch: Positive | Auto = "auto"
     template: str | None = None  # to ask with; default: the one of training

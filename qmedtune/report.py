@@ -14,7 +14,7 @@ import yaml
 from qmedtune import disk
 from qmedtune.reporting import page as report_html
 from qmedtune.reporting import tables
-from qmedtune.reporting.facts import ALL, Metrics, base_name, comparisons, outcome, read_metrics
+from qmedtune.reporting.facts import ALL, Metrics, base_name, comparisons, outcome, precision_words, read_metrics
 from qmedtune.reporting.page import DISCLAIMER
 from qmedtune.reporting.tables import Table
 
@@ -55,6 +55,7 @@ def markdown(run: dict, metrics: Metrics) -> str:
         f"Status: {run['status']}. Base: {_plain(base_name(run))}.",
         _section(tables.evaluation(run)),
         _section(tables.perplexity(run)),
+        _section(tables.quantisation(run)) if tables.quantisation(run).rows else "",
         _section(tables.classification(run)) if tables.classification(run).rows else "",
         _section(tables.audit(run)) if run.get("audit") else "",
         _section(tables.stages(run)),
@@ -92,6 +93,7 @@ def model_card(run: dict) -> str:
         "## Merge\n\n" + _markdown_table(tables.merge(run)),
         "## Evaluation\n\n" + _markdown_table(tables.evaluation(run)),
         _markdown_table(tables.perplexity(run)),
+        _markdown_table(tables.quantisation(run)) if tables.quantisation(run).rows else "",
         _section(tables.audit(run)) if run.get("audit") else "",
         "## Limits\n\n" + "\n".join(f"- {line}" for line in _limits(run, clinical)),
         f"Recipe sha256: `{run.get('recipe_sha256', 'unknown')}`, seed {run.get('seed', 'unknown')}.",
@@ -107,17 +109,23 @@ def _front_matter(run: dict) -> dict:
     facts |= {"license": "other", "license_name": "base-model-and-data-terms"}
     facts["tags"] = ["medical", "qlora", "qmedtune", *(stage["kind"] for stage in run.get("stages", []))]
     if scored:
+        words = precision_words(run)
         results = [
             {
                 "task": {"type": "question-answering"},
                 "dataset": {"name": c.task, "type": c.task},
-                "metrics": [{"type": "accuracy", "value": round(c.final.value, 4)}],
+                "metrics": [_front_metric(c.final.value, words)],
             }
             for c in scored
             if c.final is not None
         ]
         facts["model-index"] = [{"name": run["name"], "results": results}]
     return facts
+
+
+def _front_metric(value: float, words: str) -> dict:
+    metric: dict = {"type": "accuracy", "value": round(value, 4)}
+    return {**metric, "name": f"accuracy, {words}"} if words else metric
 
 
 def _procedure(run: dict) -> str:

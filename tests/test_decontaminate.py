@@ -213,7 +213,7 @@ def test_split_keeps_the_text_and_scores_the_benchmark_in_two_parts(tmp_path):
     task = load_task(made.evaluate.tasks[0], 0)
     known = _overlapping({"data-a": tmp_path / "a", "base": tmp_path})["medqa"]
     rows = [
-        {"correct": right, "truncated": False, "normalised": {"correct": right}, "confidence": 0.5}
+        {"correct": right, "truncated": False, "normalised": {"correct": right}, "confidence": 0.5, "tie": False}
         for right in (False, True, True, True)
     ]
     parts = overlap_result(task, {"model": rows}, 0, known)

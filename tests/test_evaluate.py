@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +14,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qmedtune import evaluate, store
 from qmedtune.data import templates
-from qmedtune.data.pack import PackedRows, pack_validation
+from qmedtune.data.pack import PackedRows, WholeDocuments, pack_validation
 from qmedtune.data.prepare import prepare_source
 from qmedtune.data.rejects import Rejects
 from qmedtune.data.sources import read_records
 from qmedtune.errors import DataError, RecipeError
-from qmedtune.evaluation import measure, scoring, statistics
+from qmedtune.evaluation import measure, precision, scoring, statistics
+from qmedtune.planning.machine import card_of
 from qmedtune.recipe import Recipe, SourceSection
 from qmedtune.reporting.facts import ALL, comparisons
 
@@ -42,7 +44,7 @@ def folder(tmp_path_factory) -> Path:
     return root
 
 
-def recipe(root: Path, tasks: list | None = None, **section) -> Recipe:
+def recipe(root: Path, tasks: list | None = None, merge: dict | None = None, **section) -> Recipe:
     return Recipe.model_validate(
         {
             "name": "x",
@@ -51,6 +53,7 @@ def recipe(root: Path, tasks: list | None = None, **section) -> Recipe:
                 "notes": {"path": "builtin:micro/notes", "kind": "clinical", "split_by": "patient", "holdout": 0.3}
             },
             "stages": [{"cpt": {"mix": {"notes": 1.0}, "seq_len": 64}}],
+            "merge": merge or {},
             "evaluate": {"tasks": tasks or ["facts"], "perplexity": ["notes"], "batch": 16, **section},
         }
     )
@@ -116,13 +119,90 @@ def test_base_and_final_are_different_models_on_the_same_text(evaluated):
     assert all(line["base"]["logprobs"] != line["final"]["logprobs"] for line in lines)
 
 
+def whole_documents(folder: Path) -> WholeDocuments:
+    return WholeDocuments(PackedRows(folder / "validation" / "notes"), 512)
+
+
+def loaded(folder: Path, dtype: torch.dtype):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
 def test_full16_evaluates_the_merged_folder(folder, evaluated, tmp_path):
     result = evaluate.evaluate_stage(recipe(folder, precision="full16"), inputs(folder), tmp_path)
-    nf4, full = evaluated[0]["perplexity"]["notes"], result["perplexity"]["notes"]
-    assert full["base"] != nf4["base"]  # 16-bit weights are not their NF4 values
-    merged = AutoModelForCausalLM.from_pretrained(folder / "merged", dtype=torch.float32).eval()
-    alone = scoring.perplexity(merged, PackedRows(folder / "validation" / "notes"))
-    assert full["final"] == pytest.approx(alone.perplexity, rel=1e-5)
+    alone = scoring.perplexity(loaded(folder / "merged", torch.float32), whole_documents(folder))
+    assert result["perplexity"]["notes"]["final"] == pytest.approx(alone.perplexity, rel=1e-5)
+    assert (result["precision"], result["weights"]) == ("full16", "float32")
+    assert "nf4" not in result["perplexity"]["notes"]
+
+
+def test_delivered_scores_are_those_of_the_merged_folder_and_the_untouched_base(folder, evaluated):
+    """Loaded again by plain transformers in the merge's dtype: the same perplexity, and the same for the base."""
+    result, _ = evaluated
+    text = result["perplexity"]["notes"]
+    assert (result["precision"], result["weights"]) == ("delivered", "bfloat16")
+    for label, name in (("base", "base"), ("final", "merged")):
+        model = loaded(folder / name, torch.bfloat16).to(getattr(torch, result["computed_in"]))
+        assert text[label] == pytest.approx(scoring.perplexity(model, whole_documents(folder)).perplexity, rel=2e-3)
+    assert text["tokens"] == sum(int((row["labels"][1:] != -100).sum()) for row in whole_documents(folder))
+
+
+def test_nf4_stands_beside_what_is_delivered_and_is_what_nf4_alone_gives(folder, evaluated, tmp_path):
+    beside = evaluated[0]["perplexity"]["notes"]["nf4"]
+    trained = evaluate.evaluate_stage(recipe(folder, precision="nf4"), inputs(folder), tmp_path)
+    assert trained["precision"] == trained["weights"] == "nf4"
+    for label in ("base", "final"):
+        assert trained["perplexity"]["notes"][label] == pytest.approx(beside[label], rel=1e-6)
+    assert beside["base"] != evaluated[0]["perplexity"]["notes"]["base"]
+
+
+def test_without_a_merged_folder_the_base_and_its_adapters_are_scored_in_the_merge_dtype(folder, tmp_path):
+    """A refused merge: the scores are those of a real merge of the same adapter, up to 16 bit."""
+    without = {name: path for name, path in inputs(folder).items() if name != "merged"}
+    asked = recipe(folder, merge={"dtype": "float32"})
+    result = evaluate.evaluate_stage(asked, without, tmp_path)
+    assert (result["precision"], result["weights"]) == ("delivered", "float32")
+    out = tmp_path / "made"
+    out.mkdir()
+    merge([folder / "base", folder / "stage" / "adapter"], out, asked)
+    alone = scoring.perplexity(loaded(out, torch.float32), whole_documents(folder))
+    assert result["perplexity"]["notes"]["final"] == pytest.approx(alone.perplexity, rel=1e-4)
+
+
+def merge(parts: list[Path], out: Path, asked: Recipe) -> None:
+    from qmedtune.merge import merge as fold
+
+    fold(parts[0], parts[1:], out, asked.merge, model_section=asked.model)
+
+
+def test_what_does_not_fit_the_card_is_scored_in_nf4_and_says_so(folder):
+    """An evaluation never stops a run: 16-bit weights beyond the card are a reason, not an error."""
+    small = replace(card_of(8.0), memory_bytes=2 * 1024**3)
+    taken = precision.decide(recipe(folder), machine=small)
+    assert (taken.name, taken.weights) == ("nf4", "nf4") and "bfloat16 takes" in (taken.why or "")
+    assert taken.facts("delivered")["asked"] == "delivered"
+    roomy = precision.decide(recipe(folder), machine=card_of(24.0))
+    assert (roomy.name, roomy.weights, roomy.computed_in, roomy.why) == ("delivered", "bfloat16", "bfloat16", None)
+    old = precision.decide(recipe(folder), machine=card_of(16.0, bf16=False))
+    assert (old.weights, old.computed_in) == ("bfloat16", "float16")
+
+
+def test_a_large_shift_between_trained_and_delivered_is_a_warning():
+    assert precision.shift_warning({"shift_from_nf4": {"kl": 0.28, "top1": 0.69}})
+    assert precision.shift_warning({"shift_from_nf4": {"kl": 0.01, "top1": 0.96}}) is None
+    assert precision.shift_warning({"shift_from_nf4": None}) is None
+    told = precision.quantisation_note("notes", 20.0, {"base": 26.0, "final": 15.34}, 15.2)
+    assert told == "notes: perplexity -41% in NF4 but -24% delivered: the rest repaired quantisation"
+    assert precision.quantisation_note("notes", 20.0, {"base": 20.4, "final": 15.4}, 15.2) is None
+
+
+def test_documents_are_read_whole_and_every_token_once(folder):
+    """Rows of 64 tokens cut documents; whole ones are what the tokenizer makes of each held-out text."""
+    rows, whole = PackedRows(folder / "validation" / "notes"), whole_documents(folder)
+    lengths = rows.document_lengths()[rows.drawn_documents()]
+    assert max(lengths) > 64 and [len(row["input_ids"]) for row in whole] == lengths.tolist()
+    cut = WholeDocuments(rows, 40)
+    assert max(len(row["input_ids"]) for row in cut) == 40
+    assert sum(int((row["labels"] != -100).sum()) for row in cut) == sum(lengths) - len(lengths)
 
 
 def test_killed_evaluation_continues_and_gives_the_same(folder, tmp_path, monkeypatch):

@@ -53,7 +53,7 @@ def published(made: Frame, folder: Path, where: Path) -> Any:
     from transformers import AutoTokenizer
 
     merged = shutil.copytree(folder, where / "merged")
-    framing.write_chat_template(made.template, merged)
+    framing.publish(made, merged)
     return AutoTokenizer.from_pretrained(merged)
 
 

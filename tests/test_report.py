@@ -17,8 +17,10 @@ import yaml
 
 from qmedtune.evaluation.statistics import wilson
 from qmedtune.report import markdown, model_card, write_report
+from qmedtune.reporting import page as report_html
+from qmedtune.reporting import tables
 from qmedtune.reporting.charts import MAX_POINTS, Series, line_chart, nice_ticks
-from qmedtune.reporting.facts import Metrics, comparisons, outcome, read_metrics, read_score
+from qmedtune.reporting.facts import Metrics, comparisons, outcome, precision_of, read_metrics, read_score
 
 SOURCES = {"literature": "literature", "notes": "clinical", "general": "general", "instructions": "instructions"}
 
@@ -346,3 +348,46 @@ def test_the_card_tells_the_weakest_treatment_of_identifiers():
     recipe = {"hygiene": {"phi": "refuse"}, "data": {"a": {"phi": None}, "b": {"phi": "off"}, "c": {"phi": "redact"}}}
     assert _weakest_phi(recipe, ["a"]) == "refuse" and _weakest_phi(recipe, ["a", "c"]) == "redact"
     assert _weakest_phi(recipe, ["a", "b", "c"]) == "off"
+
+
+def in_precision(**facts) -> dict:
+    run = synthetic_run()
+    run["evaluation"] |= facts
+    run["evaluation"]["perplexity"]["notes"] |= {"base": 20.0, "final": 15.2, "nf4": {"base": 26.0, "final": 15.34}}
+    return run
+
+
+def test_the_precision_of_scores_stands_in_headline_tables_figures_and_card(tmp_path):
+    run = in_precision(precision="delivered", weights="bfloat16", computed_in="bfloat16", window_tokens=8192)
+    said = "bfloat16, as delivered"
+    assert f"Scored in {said}." in outcome(run)
+    html = report_html.page(run, read_metrics(tmp_path / "none"))
+    for place in (f"<h3>Scores, {said}</h3>", f"<h3>Perplexity, {said}</h3>", f"<br>{said}<br>", f"In {said}."):
+        assert place in html, place
+    card = model_card(run)
+    assert yaml.safe_load(card.split("---")[1])["model-index"][0]["results"][0]["metrics"][0]["name"].endswith(said)
+    assert f"In {said}." in card
+    scored_in = {"nf4": "NF4, as trained, not as delivered", "float16": "float16, as trained"}
+    for weights, words in scored_in.items():
+        assert precision_of({"precision": "nf4", "weights": weights}) == words
+    assert precision_of({"precision": "nf4"}) == "NF4, as trained" and precision_of({}) == ""
+
+
+def test_what_quantisation_cost_and_training_repaired_is_a_line_of_its_own():
+    [row] = tables.quantisation(in_precision(precision="delivered", weights="bfloat16")).rows
+    assert row[:4] == ("notes", "+30.0%", "−41.0%", "−24.0%")
+    assert float(row[4]) == pytest.approx(math.log(26 / 15.34) - math.log(20 / 15.2), abs=6e-4)
+    assert tables.quantisation(synthetic_run()).rows == []
+
+
+def test_a_score_no_better_than_the_commonest_answer_is_said_to_be_no_knowledge():
+    pubmedqa = compared(scored(0.40, 500), scored(0.58, 500), 1e-9, 130, 40)
+    for model in ("base", "final"):
+        pubmedqa[model]["majority"] = 0.56
+    run = {"status": "finished", "evaluation": {"tasks": {"pubmedqa": pubmedqa}}}
+    [whole] = comparisons(run)
+    assert whole.verdict == "better" and "not beyond always the commonest answer (0.56)" in whole.reading
+    assert "not beyond always the commonest answer" in outcome(run)
+    assert tables.evaluation(run).rows[0][4] == "0.56"
+    pubmedqa["final"] |= {"accuracy": 0.7, "ci95": [0.66, 0.74]}
+    assert "commonest" not in comparisons(run)[0].reading

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from qmedtune.data.templates import TEMPLATES
 from qmedtune.data.tokens import encode_conversations, load_codec
 from qmedtune.errors import DataError, RunError
-from qmedtune.evaluation import forward, generation, scoring
+from qmedtune.evaluation import forward, generation, measure, scoring
 
 TEXT = [
     "What does bacedax treat? It treats asthma. It causes nausea and dry mouth.",
@@ -300,3 +300,34 @@ def test_what_may_become_a_stop_string_is_held_back():
     assert generation.settled("Yes.\n\n##", ("###",)) == "Yes."
     assert generation.settled("Yes.\n\n##", ()) == "Yes.\n\n##"
     assert generation.settled("caf\ufffd", ()) == "caf"
+
+
+# ---- 16 bit and ties -------------------------------------------------------------------------------------------------
+
+
+def test_options_of_a_16_bit_model_are_told_apart_in_fp32(model):
+    """The body works in bfloat16, the head's products do not: logits around 20 are off by 1e-4, not by 1/16."""
+    small = copy.deepcopy(model).to(torch.bfloat16)
+    hidden = 12 * torch.randn(40, model.config.hidden_size).to(torch.bfloat16)
+    exact = hidden.double() @ small.lm_head.weight.double().T
+    assert float(exact.abs().max()) > 16
+    torch.testing.assert_close(forward.exact_logits(small, hidden).double(), exact, rtol=1e-5, atol=1e-4)
+    assert float((forward.next_logits(small, hidden).double() - exact).abs().max()) > 0.03
+    assert forward.compute_dtype(small) == torch.bfloat16
+
+
+def test_the_head_in_slices_is_the_head(monkeypatch, model):
+    hidden = torch.randn(5, model.config.hidden_size)
+    whole = forward.exact_logits(model, hidden)
+    monkeypatch.setattr(forward, "HEAD_ELEMENTS", 7 * model.config.hidden_size)
+    torch.testing.assert_close(forward.exact_logits(model, hidden), whole)
+    torch.testing.assert_close(whole, hidden @ model.lm_head.weight.T)
+
+
+def test_equal_options_are_drawn_without_favour_and_alike_for_every_model():
+    drawn = [measure.best_option([-2.0, -1.0, -1.0, -1.0], f"item {n}") for n in range(900)]
+    shares = np.bincount(drawn, minlength=4) / 900
+    assert shares[0] == 0 and abs(shares[1:] - 1 / 3).max() < 0.06  # 4 standard errors
+    assert drawn == [measure.best_option([-7.0, -4.0, -4.0, -4.0], f"item {n}") for n in range(900)]
+    assert measure.best_option([-3.0, -1.0, -2.0], "x") == 1
+    assert measure.gap([-3.0, -1.0, -1.5]) == 0.5

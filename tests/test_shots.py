@@ -149,7 +149,8 @@ def test_few_seeds_are_refused():
 
 def judged(correct: list[int]) -> list[dict]:
     return [
-        {"correct": bool(c), "truncated": False, "normalised": {"correct": bool(c)}, "confidence": 0.5} for c in correct
+        {"correct": bool(c), "truncated": False, "normalised": {"correct": bool(c)}, "confidence": 0.5, "tie": False}
+        for c in correct
     ]
 
 

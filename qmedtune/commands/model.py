@@ -96,7 +96,8 @@ def evaluate(
 def _show_scores(model: str, facts: dict[str, Any]) -> None:
     from qmedtune import ui
 
-    title = f"{model}, template {facts['template']}, {facts['quantization']}"
+    weights = f"NF4 computed in {facts['computed_in']}" if facts["weights"] == "nf4" else facts["weights"]
+    title = f"{model}, template {facts['template']}, {weights}"
     ui.table(title, ("task", "metric", "value", "95 % interval", "items", "notes"), list(_score_rows(facts)))
 
 
@@ -135,6 +136,8 @@ def _notes(scores: dict[str, Any]) -> Iterator[str]:
         yield f"chance {scores['chance']:.2f}"
     if "majority" in scores:
         yield f"commonest answer {scores['majority']:.2f}"
+    if scores.get("ties"):
+        yield f"{scores['ties']} ties"
     if "ece" in scores:
         yield f"ECE {scores['ece']:.2f}"
     if "draws" in scores:

@@ -32,6 +32,7 @@ from qmedtune.data.templates import Template
 from qmedtune.data.tokens import Codec, load_codec
 from qmedtune.errors import RecipeError
 
+VERSION = 2  # raise when the same conversation would become other tokens
 CONTEXT = 64  # characters before a cut that its piece is encoded behind; the longest token of LLaMA-3's has 128
 ANCHORS = ("\n", "a\n", ":", "a")  # texts that a piece can follow without joining them
 TAILS = ("x", "x.", "x?", "x:", "x)", "x9")  # how a user's text may end
@@ -337,10 +338,43 @@ def _held(template: Template, codec: Codec) -> Template:
 # ---- the merged folder -----------------------------------------------------------------------------------------------
 
 
-def write_chat_template(fitted: Template, folder: Path) -> None:
-    """Make a template in a tokenizer's form the only chat template of that tokenizer's folder."""
-    (folder / "chat_template.jinja").write_text(fitted.jinja(), encoding="utf-8")
+GENERATION = "generation_config.json"
+
+
+def publish(frame: Frame, folder: Path) -> None:
+    """Write into a model folder what others need to ask as it was trained: the Jinja template in the tokenizer's form,
+    as its only one, and the marks that end an answer, beside those that the base names."""
+    (folder / "chat_template.jinja").write_text(frame.template.jinja(), encoding="utf-8")
     path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    config = _json(path)
     if config.pop("chat_template", None) is not None:
-        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        _write_json(path, config)
+    known = _json(folder / GENERATION)
+    named = known.get("eos_token_id", [])
+    ends = {*(named if isinstance(named, list) else [named]), *frame.ends} - {None}
+    bos = {} if frame.codec.bos_id is None else {"bos_token_id": frame.codec.bos_id}
+    _write_json(folder / GENERATION, bos | known | {"eos_token_id": sorted(ends)})
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def modelfile(frame: Frame, model: str) -> str:
+    """An Ollama Modelfile for one question at a time: the prompt in the template, greedy, ended as the template ends.
+
+    A tokenizer's own Jinja template has no form in Ollama's language; Ollama takes it out of a GGUF file, so it is
+    left out here.
+    """
+    lines = [f"FROM {model}"]
+    if not frame.template.source:
+        [asked] = frame.ask([[{"role": "user", "content": "{{ .Prompt }}"}]])
+        text = asked.text.removeprefix(frame.template.bos or "")  # Ollama puts bos there itself
+        lines.append(f'TEMPLATE """{text}"""')
+    marks = [str(frame.codec.backend.id_to_token(token)) for token in sorted(frame.ends)]
+    lines += [f"PARAMETER stop {json.dumps(mark)}" for mark in dict.fromkeys([*marks, *frame.template.stop])]
+    return "\n".join([*lines, "PARAMETER temperature 0", ""])

@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 
 from qmedtune import store, ui
-from qmedtune.data import mix, templates
+from qmedtune.data import borders, framing, mix, templates
 from qmedtune.data.fertility import fertility
 from qmedtune.data.ledger import Corpus, Draws, packing_facts
+from qmedtune.data.templates import Template
 from qmedtune.data.tokens import (
     FULL_WEIGHT,
     KEPT,
@@ -43,6 +44,7 @@ from qmedtune.recipe import (
 )
 
 IGNORED = -100
+CLEANING = "instructions"  # the kind of text that treat.py cleans conversations as
 META = "packed.json"
 
 
@@ -69,6 +71,8 @@ def pack_stage(
         template = stage_template(recipe, index, tokenizer_dir)
         templates.save(template, out)
         facts = {"template": template.name}
+    else:
+        facts = {"borders": borders.described(codec)}
     rng = np.random.default_rng([recipe.seed, index])
     if isinstance(section, SftSection):
         assert not isinstance(section.epochs, str)
@@ -82,14 +86,25 @@ def pack_stage(
     return facts
 
 
-def stage_template(recipe: Recipe, index: int, tokenizer_dir: Path) -> templates.Template:
+def stage_template(recipe: Recipe, index: int, tokenizer_dir: Path) -> Template:
     """The template of an SFT stage: that of its first source. Says so where the others have another."""
     names = recipe.stages[index].sources
-    found = {name: templates.default(recipe.data[name].template, tokenizer_dir) for name in names}
+    found = {name: source_template(recipe, name, tokenizer_dir) for name in names}
     first = found[names[0]]
     if any(template != first for template in found.values()):
         ui.warn(f"{recipe.stage_names()[index]}: several templates; {first.name} of {names[0]} is used after training")
     return first
+
+
+def source_template(recipe: Recipe, name: str, tokenizer_dir: Path) -> Template:
+    """The template that the conversations of a source are trained in, with the cleaning that the run gave them."""
+    template = templates.default(recipe.data[name].template, tokenizer_dir)
+    if template.version < templates.VERSION:
+        ui.warn(
+            f"data.{name}.template: {template.name} is of qmedtune 0.1, which encoded every segment by itself; for a "
+            f'new training set "version": {templates.VERSION} and leave out "apart" in its file'
+        )
+    return replace(template, cleaning=CLEANING if recipe.hygiene.clean else "")
 
 
 def tokenise(
@@ -99,14 +114,14 @@ def tokenise(
     source = recipe.data[name]
     assert isinstance(section.seq_len, int)
     if source.kind == "instructions":
-        template = templates.default(source.template, tokenizer_dir)
+        template = source_template(recipe, name, tokenizer_dir)
         weight = prompt_weight(section.loss_on) if isinstance(section, SftSection) else 0.0
         encode = partial(encode_conversations, codec, template=template, prompt_weight=weight, limit=section.seq_len)
-        how = [asdict(template), weight, section.seq_len]
+        how = [framing.VERSION, asdict(template), weight, section.seq_len]
     else:
         cuts = source.chunking == "truncate" or isinstance(section, ClassifySection)
         limit = section.seq_len if cuts else None
-        encode, how = partial(encode_texts, codec, limit=limit), [limit]
+        encode, how = partial(encode_texts, codec, limit=limit), [borders.described(codec), limit]
     encoding = store.sha256_json([*how, store.sha256_file(tokenizer_dir / "tokenizer.json"), codec.eos_token])
     with ui.stage(f"tokenise {name}", None, "documents") as progress:
         shards = write_shards(path, out / "tokens", name, encode, progress.update, max_tokens, encoding)
@@ -312,10 +327,20 @@ class PackedRows:
         """Tokens of every row, int64."""
         return np.add.reduceat(self._pieces[:, 2], self._bounds[:-1])
 
+    def drawn_documents(self) -> np.ndarray:
+        """Documents that any row holds a part of, int64, in order."""
+        return np.unique(self._pieces[:, 0])
+
     def __getitem__(self, row: int) -> dict[str, np.ndarray]:
         if not 0 <= row < len(self):
             raise IndexError(row)
-        parts = [self._piece(*map(int, piece)) for piece in self.pieces(row)]
+        return self._item([self._piece(*map(int, piece)) for piece in self.pieces(row)])
+
+    def part(self, document: int, start: int, length: int) -> dict[str, np.ndarray]:
+        """Tokens of one document as a row of their own."""
+        return self._item([self._piece(document, start, length)])
+
+    def _item(self, parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> dict[str, np.ndarray]:
         ids, weights, positions = (np.concatenate(column) for column in zip(*parts, strict=True))
         item = {"input_ids": ids, "labels": np.where(weights > 0, ids, IGNORED), "position_ids": positions}
         if ((weights > 0) & (weights < FULL_WEIGHT)).any():
@@ -330,3 +355,27 @@ class PackedRows:
         weights = np.full(length, FULL_WEIGHT, np.uint8) if mask is None else mask[where].copy()
         weights[0] = 0
         return tokens[where].astype(np.int64), weights, np.arange(length)
+
+
+class WholeDocuments:
+    """The documents behind packed rows, each from its beginning: a text is judged with all that stands before it, not
+    in rows of the training length. Longer ones come in windows that begin with the last token of the one before, so
+    that every token but the first is predicted once. Items are as those of PackedRows."""
+
+    def __init__(self, rows: PackedRows, max_tokens: int):
+        self._rows = rows
+        lengths, drawn = rows.document_lengths(), rows.drawn_documents()
+        self._windows = [window for d in drawn for window in windows(int(d), int(lengths[d]), max_tokens)]
+
+    def __len__(self) -> int:
+        return len(self._windows)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        document, start, length = self._windows[index]
+        return self._rows.part(document, start, length)
+
+
+def windows(document: int, length: int, max_tokens: int) -> list[tuple[int, int, int]]:
+    """(document, start, length) of each window; a document of one token predicts nothing and has none."""
+    starts = range(0, length - 1, max_tokens - 1)
+    return [(document, start, min(max_tokens, length - start)) for start in starts]

@@ -245,8 +245,8 @@ def _read(path: Path) -> Template:
     """A saved template. Those of qmedtune 0.1 tell no version; they tokenised every segment by itself."""
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-        version = fields.get("version", 1)
-        fields = _of_version_1(fields) if version == 1 else fields
+        fields = fields if "version" in fields else _of_version_1(fields)
+        version = fields["version"]
         tokens = tuple((name, token) for name, token in fields.get("tokens", ()))
         found = Template(**{**fields, "stop": tuple(fields.get("stop", ())), "tokens": tokens})
     except (ValueError, TypeError, AttributeError) as error:

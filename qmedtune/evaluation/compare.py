@@ -43,17 +43,21 @@ def summarise(task: Task, items: Sequence[Item], draws: Draws, seed: int) -> dic
         result["per_character"] = fmean(_metric(task, [row["normalised"] for row in draw]) for draw in draws)
     confidences, correct = [row["confidence"] for row in rows], [row["correct"] for row in rows]
     result["ece"] = statistics.expected_calibration_error(confidences, correct)
-    return result | ({"generation": _generated_scores(task, generated, groups, seed)} if generated else {})
+    result["ties"] = sum(row["tie"] for row in rows)
+    if not generated:
+        return result
+    written = _generated_scores(task, generated, groups, seed)
+    common = {"majority": result["majority"]} if "majority" in result else {}
+    return result | {"generation": written | common}
 
 
 def _without_a_model(task: Task, items: Sequence[Item]) -> dict[str, float]:
-    """What guessing reaches, and where all items have the same options, what the commonest answer does alone."""
+    """What guessing reaches, and what always the commonest right answer (a letter, yes, a sentence) would."""
     if task.metric != "accuracy":
         return {}
-    found = {"chance": float(np.mean([1 / len(item.options) for item in items]))}
-    if len({item.options for item in items}) == 1:
-        found["majority"] = Counter(item.gold for item in items).most_common(1)[0][1] / len(items)
-    return found
+    answers = Counter(item.options[item.gold] for item in items)
+    chance = float(np.mean([1 / len(item.options) for item in items]))
+    return {"chance": chance, "majority": answers.most_common(1)[0][1] / len(items)}
 
 
 def _groups(items: Sequence[Item]) -> statistics.Groups | None:

@@ -57,12 +57,13 @@ def read_shared(model: PreTrainedModel, prompts: Sequence[list[int]]) -> Shared 
 
 @dataclass
 class Prefix:
-    """A batch of prompts that the model has read. mask: [B, L] bool; logits: [B, V] float32 of the next token."""
+    """A batch of prompts that the model has read. mask: [B, L] bool; last: [B, H], the hidden states that predict the
+    next token (by `exact_logits` where options are compared, by `next_logits` where the model writes)."""
 
     cache: DynamicCache
     mask: torch.Tensor
     lengths: torch.Tensor
-    logits: torch.Tensor
+    last: torch.Tensor
 
 
 def prefill(model: PreTrainedModel, prompts: list[list[int]], shared: Shared | None = None) -> Prefix:
@@ -96,9 +97,9 @@ def _read(model: PreTrainedModel, prompts: list[list[int]], shared: Shared | Non
     mask = torch.cat([own.new_ones(len(prompts), skip), own], dim=-1)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, skip:]
     cache = _repeated(shared.cache, len(prompts)) if shared else DynamicCache(config=model.config)
-    logits = next_logits(model, hidden_states(model, ids, mask, positions, cache)[:, -1])
-    check_numbers(logits[:, 0])
-    return Prefix(cache, mask, lengths, logits)
+    last = hidden_states(model, ids, mask, positions, cache)[:, -1]
+    check_numbers(last)
+    return Prefix(cache, mask, lengths, last)
 
 
 def _joined(passes: list[Prefix]) -> Prefix:
@@ -111,7 +112,7 @@ def _joined(passes: list[Prefix]) -> Prefix:
             padded = [F.pad(state, (0, 0, width - state.shape[2], 0)) for state in states]
             setattr(layer, name, torch.cat(padded))
     mask = torch.cat([F.pad(part.mask, (width - part.mask.shape[1], 0)) for part in passes])
-    return Prefix(cache, mask, torch.cat([p.lengths for p in passes]), torch.cat([p.logits for p in passes]))
+    return Prefix(cache, mask, torch.cat([p.lengths for p in passes]), torch.cat([p.last for p in passes]))
 
 
 def check_numbers(values: torch.Tensor) -> None:
@@ -153,13 +154,37 @@ def causal_model(model: PreTrainedModel) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
 
 
-def next_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
-    """Logits in float32 of the token after each hidden state: [..., H] -> [..., V].
+def compute_dtype(model: PreTrainedModel) -> torch.dtype:
+    """What the layers work in; embeddings and adapters may be fp32 beside it."""
+    return causal_model(model).get_decoder().norm.weight.dtype
 
-    A trained head is an fp32 copy beside a 16-bit model; it multiplies in 16 bit, as in training.
+
+HEAD_ELEMENTS = 2**26  # of the head at a time in fp32: 256 MB, 16,384 of 128,256 rows of an 8B LLaMA
+
+
+def next_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits of the token after each hidden state as generation sees them: [..., H] -> float32 [..., V].
+
+    Multiplied in the model's dtype. A trained head is an fp32 copy beside a 16-bit model; it multiplies in 16 bit, as
+    in training.
     """
     head = causal_model(model).get_output_embeddings()
     return F.linear(hidden, head.weight.to(hidden.dtype), getattr(head, "bias", None)).float()
+
+
+def exact_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
+    """The same logits with products and sums in fp32: [..., H] -> float32 [..., V].
+
+    bfloat16 rounds logits around 20 to 1/8: of 156 two- to five-way questions 8 then had two best options, and 6
+    predictions of 104 were not those of fp32 (SmolLM2-135M). The head's values stay those of the model's dtype.
+    """
+    head = causal_model(model).get_output_embeddings()
+    bias = getattr(head, "bias", None)
+    rows = max(1, HEAD_ELEMENTS // head.weight.shape[1])
+    states = hidden.float()
+    parts = [F.linear(states, part.to(hidden.dtype).float()) for part in head.weight.split(rows)]
+    logits = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
+    return logits if bias is None else logits + bias.float()
 
 
 def bos_id(tokenizer: PreTrainedTokenizerBase) -> int | None:

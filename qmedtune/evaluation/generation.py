@@ -150,7 +150,8 @@ def _decode(
     assert not model.training
     with torch.no_grad():
         prefix = prefill(model, prompts, shared)
-    logits, mask, positions, cache = prefix.logits, prefix.mask, prefix.lengths, prefix.cache
+    logits = next_logits(model, prefix.last)
+    mask, positions, cache = prefix.mask, prefix.lengths, prefix.cache
     live, rows = list(range(len(prompts))), [list[int]() for _ in prompts]
     for step in range(1, max_new_tokens + 1):
         new, keep = logits.argmax(-1), []

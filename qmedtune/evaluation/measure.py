@@ -12,9 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
+import torch
 
 from qmedtune import store, ui
 from qmedtune.data.framing import Asked, codec_of
@@ -23,12 +25,23 @@ from qmedtune.data.sources import read_records
 from qmedtune.data.templates import Template
 from qmedtune.data.tokens import encode_texts
 from qmedtune.errors import DataError
+from qmedtune.evaluation.forward import compute_dtype
 from qmedtune.evaluation.generation import generate
-from qmedtune.evaluation.scoring import Perplexity, Progress, Rows, choice_logprobs, perplexity, prompt_texts
+from qmedtune.evaluation.scoring import (
+    ChoiceScores,
+    Perplexity,
+    Progress,
+    Rows,
+    choice_logprobs,
+    perplexity,
+    prompt_texts,
+)
 from qmedtune.recipe import SourceSection
 from qmedtune.tasks import Item, Task
 
 PART = 256  # questions between two writes
+# Options nearer than this are a tie in that dtype: what fp32 may order otherwise.
+TIE_NATS = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.16}
 Row = dict[str, Any]
 """Everything that is kept of one item for one model."""
 
@@ -107,8 +120,9 @@ def _score(
     if items[0].options:
         options = [item.options for item in items]
         scores = choice_logprobs(model, tokenizer, prompts, options, settings.batch_tokens, done)
+        resolution = TIE_NATS[compute_dtype(model)]
         for row, item, score in zip(rows, items, scores, strict=True):
-            row |= {**_choice_row(task, item, score.sums, score.per_character), "truncated": score.truncated}
+            row |= {**_choice_row(task, item, score, resolution), "truncated": score.truncated}
     if settings.generate or not items[0].options:
         length, budget = task.max_new_tokens, settings.batch_tokens
         answers = generate(model, tokenizer, prompts, length, batch_tokens=budget, progress=done)
@@ -123,15 +137,30 @@ def adding(bar: ui.Stage) -> Progress:
     return lambda count: bar.update(bar.completed + count)
 
 
-def _choice_row(task: Task, item: Item, sums: list[float], per_character: list[float]) -> Row:
-    best, normalised = int(np.argmax(sums)), int(np.argmax(per_character))
+def _choice_row(task: Task, item: Item, score: ChoiceScores, resolution: float) -> Row:
+    sums = score.sums
+    best, normalised = best_option(sums, item.id), best_option(score.per_character, item.id)
     weights = np.exp(np.array(sums) - max(sums))
     return {
         **task.judge(item, best),
         "normalised": task.judge(item, normalised),
         "logprobs": [round(s, 5) for s in sums],
         "confidence": round(float(weights.max() / weights.sum()), 5),
+        "tie": gap(sums) <= resolution,
     }
+
+
+def best_option(values: Sequence[float], item_id: str) -> int:
+    """Index of the largest value. Equal ones are drawn from by the item's id: no place in the list is favoured, and
+    every model and every run draws alike."""
+    equal = [index for index, value in enumerate(values) if value == max(values)]
+    return equal[0] if len(equal) == 1 else Random(f"tie {item_id}").choice(equal)
+
+
+def gap(values: Sequence[float]) -> float:
+    """How far the best is before the second, in nats."""
+    first, second = sorted(values, reverse=True)[:2]
+    return first - second
 
 
 def text_rows(tokenizer: Any, path: Path, max_tokens: int) -> tuple[list[dict[str, np.ndarray]], int]:

@@ -48,6 +48,7 @@ class OpenModel:
     model: Any
     tokenizer: PreTrainedTokenizerBase
     quantization: Quantization
+    computed_in: str
 
     @property
     def template(self) -> templates.Template:
@@ -158,4 +159,4 @@ def open_model(location: Location, quantization: Quantization | None = None) -> 
     if location.adapters:
         model = models.load_adapters(model, location.adapters)
     models.install_kernels(model, section.kernels)  # type: ignore[arg-type]
-    return OpenModel(location, model.eval(), tokenizer, precision)
+    return OpenModel(location, model.eval(), tokenizer, precision, dtype)

@@ -27,9 +27,9 @@ from qmedtune.evaluation.forward import (
     Prefix,
     Shared,
     check_numbers,
+    exact_logits,
     hidden_states,
     max_positions,
-    next_logits,
     prefill,
     read_shared,
 )
@@ -177,7 +177,9 @@ def choice_logprobs(
 
 def _score(model: PreTrainedModel, batch: list[Choice], shared: Shared | None) -> list[list[float]]:
     prefix = prefill(model, [item.prompt for item in batch], shared)
-    first = prefix.logits.log_softmax(-1)
+    logits = exact_logits(model, prefix.last)
+    check_numbers(logits[:, 0])
+    first = logits.log_softmax(-1)
     firsts = [torch.tensor([o[0] for o in item.options], device=first.device) for item in batch]
     sums = [first[row, tokens] for row, tokens in enumerate(firsts)]
     trees = [option_tree(item.options) for item in batch]
@@ -234,7 +236,7 @@ def _token_logprobs(model: PreTrainedModel, hidden: torch.Tensor, targets: torch
     """log p(target) per row: hidden [N, H], targets [N] -> float32 [N], `LOGIT_ROWS` rows at a time."""
     parts = []
     for rows, target in zip(hidden.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True):
-        logits = next_logits(model, rows)
+        logits = exact_logits(model, rows)
         parts.append(logits.gather(-1, target[:, None]).squeeze(-1) - logits.logsumexp(-1))
     return torch.cat(parts)
 

@@ -30,6 +30,8 @@ class Score:
     high: float | None = None
     n: int | None = None
     chance: float | None = None
+    majority: float | None = None  # what always the commonest answer would score
+    ties: int | None = None  # items whose best two options are nearer than the precision can tell
     unparsed: int | None = None  # generated answers that could not be read, counted as wrong
 
     def __str__(self) -> str:
@@ -79,7 +81,8 @@ def read_score(entry: Any) -> Score | None:
     low, high = entry.get("ci95") or (None, None)
     metric = entry.get("metric", "accuracy")
     value = entry[metric] if metric in entry else entry["mean"]
-    return Score(float(value), low, high, entry.get("n"), entry.get("chance"), entry.get("unparsed"))
+    known = {name: entry.get(name) for name in ("n", "chance", "majority", "ties", "unparsed")}
+    return Score(float(value), low, high, **known)
 
 
 def comparisons(run: dict) -> list[Comparison]:
@@ -113,7 +116,31 @@ def _compare(task: str, part: str, entry: dict) -> Comparison:
     verdict = "" if clear is None else "noise" if not clear else "better" if difference["value"] > 0 else "worse"
     if base.unparsed is not None:
         reading += f"; unreadable answers {base.unparsed:,} → {final.unparsed:,}"
+    if guess := no_knowledge(final):
+        reading += f"; {guess}"
     return Comparison(task, part, base, final, change.replace("-", "−"), verdict, reading)
+
+
+def no_knowledge(score: Score) -> str:
+    """In words, where the interval does not leave what always the commonest answer scores behind: .58 on PubMedQA,
+    where .55 of the answers are yes, is no knowledge yet."""
+    if score.majority is None or score.low is None or score.low > score.majority:
+        return ""
+    return f"not beyond always the commonest answer ({score.majority:.2f})"
+
+
+def precision_words(run: dict) -> str:
+    """In which precision base and final were scored; empty for runs that do not say."""
+    return precision_of(run.get("evaluation") or {})
+
+
+def precision_of(evaluation: Mapping[str, Any]) -> str:
+    name, weights = evaluation.get("precision"), evaluation.get("weights")
+    if weights is None:  # a run of version 0.1
+        return {"nf4": "NF4, as trained", "full16": "16 bit"}.get(str(name), "")
+    if name == "nf4":
+        return "NF4, as trained, not as delivered" if weights == "nf4" else f"{weights}, as trained"
+    return f"{weights}, as delivered" if name == "delivered" else str(weights)
 
 
 def _evidence(
@@ -142,6 +169,12 @@ def perplexities(run: dict) -> dict[str, tuple[float | None, float | None]]:
     """Base and final perplexity per kind of text."""
     found = (run.get("evaluation") or {}).get("perplexity", {})
     return {source: (entry.get("base"), entry.get("final")) for source, entry in found.items()}
+
+
+def nf4_perplexities(run: dict) -> dict[str, tuple[float, float]]:
+    """Base and final in NF4, as trained, where they were measured beside the delivered ones."""
+    found = (run.get("evaluation") or {}).get("perplexity", {})
+    return {source: (entry["nf4"]["base"], entry["nf4"]["final"]) for source, entry in found.items() if "nf4" in entry}
 
 
 def read_metrics(path: Path) -> Metrics:
@@ -201,6 +234,8 @@ def outcome(run: dict) -> str:
     if run["status"] == "running":
         return "The run has not finished: this page shows what is sealed so far."
     told = [sentence for sentence in (_tasks_sentence(run), _perplexity_sentence(run)) if sentence]
+    if told and (words := precision_words(run)):
+        told.append(_sentence(f"scored in {words}"))
     return " ".join(told) or "The run finished without an evaluation: there are no scores to tell."
 
 
@@ -217,7 +252,8 @@ def _tasks_sentence(run: dict) -> str:
             parts.append(f"{metric} on {name} did not change beyond noise: {whole.base.value:.2f} → {final}{items}")
         else:
             verb = "rose" if whole.final.value > whole.base.value else "fell"
-            parts.append(f"{metric} on {name} {verb} from {whole.base.value:.2f} to {final}{items}")
+            guess = f", {words}" if (words := no_knowledge(whole.final)) else ""
+            parts.append(f"{metric} on {name} {verb} from {whole.base.value:.2f} to {final}{items}{guess}")
     return _sentence("; ".join(parts))
 
 

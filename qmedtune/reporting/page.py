@@ -32,6 +32,7 @@ from qmedtune.reporting.facts import (
     curves,
     outcome,
     perplexities,
+    precision_words,
 )
 from qmedtune.reporting.style import CSS
 from qmedtune.reporting.tables import Table
@@ -105,10 +106,11 @@ def _warning_callout(run: dict) -> str:
 
 
 def _tiles(run: dict) -> str:
-    cells = [_score_tile(c) for c in comparisons(run) if c.part == ALL and c.final is not None]
+    words = precision_words(run)
+    cells = [_score_tile(c, words) for c in comparisons(run) if c.part == ALL and c.final is not None]
     for source, (base, final) in perplexities(run).items():
         if final is not None:
-            cells.append(_perplexity_tile(source, base, final))
+            cells.append(_perplexity_tile(source, base, final, words))
     trained = sum(stage.get("tokens", {}).get("trained") or 0 for stage in run.get("stages", []))
     if trained:
         cells.append(_tile("Tokens trained", esc(count(trained)), _stage_words(run)))
@@ -121,7 +123,7 @@ def _stage_words(run: dict) -> str:
     return ", ".join(f"{count(tokens)} {kind}" for kind, tokens in parts if tokens)
 
 
-def _score_tile(c: Comparison) -> Html:
+def _score_tile(c: Comparison, words: str) -> Html:
     assert c.final is not None
     before = f'<span class="from">{c.base.value:.2f} → </span>' if c.base else ""
     tone = {"better": "good", "worse": "poor", "noise": "quiet"}.get(c.verdict, "")
@@ -129,16 +131,17 @@ def _score_tile(c: Comparison) -> Html:
     items = f", {c.final.n:,} items" if c.final.n else ""
     sure = f"95% {c.final.interval()}" if c.final.low is not None else "no interval"
     chance = "" if (at := _chance(c)) is None else f"chance {at:.2f}"
-    small = (f"{metric or 'accuracy'}{items}", sure, chance)
+    common = "" if c.final.majority is None else f"commonest answer {c.final.majority:.2f}"
+    small = (f"{metric or 'accuracy'}{items}", words, sure, chance, common)
     return _tile(task, Html(f'{before}<span class="{tone}">{c.final.value:.2f}</span>'), *small)
 
 
-def _perplexity_tile(source: str, base: float | None, final: float) -> Html:
+def _perplexity_tile(source: str, base: float | None, final: float, words: str) -> Html:
     if base is None:
-        return _tile(source, esc(f"{final:.2f}"), "perplexity", "base not measured")
+        return _tile(source, esc(f"{final:.2f}"), "perplexity", words, "base not measured")
     tone = "good" if final < base else "quiet"
     big = Html(f'<span class="from">{digits3(base)} → </span><span class="{tone}">{digits3(final)}</span>')
-    return _tile(source, big, f"perplexity, {final / base - 1:+.1%}".replace("-", "−"), "lower is better")
+    return _tile(source, big, f"perplexity, {final / base - 1:+.1%}".replace("-", "−"), words, "lower is better")
 
 
 def _tile(name: str, big: Html, *small: str) -> Html:
@@ -160,11 +163,18 @@ def _evaluation(run: dict) -> Html:
     known = any(_chance(c) is not None for c in comparisons(run))
     keys = legend([("base", 0), ("final", 3)], "chance" if known else "")
     figure = f"{keys}{dumbbells(rows)}<br>" if rows else ""
-    scores = card("Scores", Html(figure + html_table(tables.evaluation(run))))
+    scores = card(_in_precision("Scores", run), Html(figure + html_table(tables.evaluation(run))))
     classes = tables.classification(run)
     classified = card(classes.title, html_table(classes)) if classes.rows else ""
-    perplexity = card("Perplexity", Html(_perplexity_figure(run) + html_table(tables.perplexity(run))))
-    return Html(scores + perplexity + classified)
+    texts = _perplexity_figure(run) + html_table(tables.perplexity(run))
+    perplexity = card(_in_precision("Perplexity", run), Html(texts))
+    lost = tables.quantisation(run)
+    quantised = card(lost.title, html_table(lost)) if lost.rows else ""
+    return Html(scores + perplexity + quantised + classified)
+
+
+def _in_precision(title: str, run: dict) -> str:
+    return f"{title}, {words}" if (words := precision_words(run)) else title
 
 
 def _chance(c: Comparison) -> float | None:

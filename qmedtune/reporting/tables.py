@@ -6,7 +6,7 @@ Deliberately does not: know HTML or Markdown; every cell is text that the render
 import math
 from dataclasses import dataclass
 
-from qmedtune.reporting.facts import comparisons, perplexities
+from qmedtune.reporting.facts import comparisons, nf4_perplexities, perplexities, precision_words
 from qmedtune.units import count, digits3, duration, size
 
 Row = tuple[str, ...]
@@ -25,28 +25,65 @@ class Table:
 def evaluation(run: dict) -> Table:
     rows = []
     for c in comparisons(run):
-        items = next((f"{s.n:,}" for s in (c.final, c.base) if s is not None and s.n), "–")
-        rows.append((c.label, str(c.base or "–"), str(c.final or "–"), c.change or "–", items, c.reading or "–"))
+        scores = [s for s in (c.final, c.base) if s is not None]
+        items = next((f"{s.n:,}" for s in scores if s.n), "–")
+        commonest = next((f"{s.majority:.2f}" for s in scores if s.majority is not None), "–")
+        both = str(c.base or "–"), str(c.final or "–")
+        rows.append((c.label, *both, c.change or "–", commonest, items, c.reading or "–"))
     note = (
-        "Share of items answered correctly unless another metric is named, with 95% intervals. Base and final answered "
-        "the same items; a change is called noise when its paired test gives p ≥ 0.05."
+        f"{_scored_in(run)}Share of items answered correctly unless another metric is named, with 95% intervals. Base "
+        "and final answered the same items; a change is called noise when its paired test gives p ≥ 0.05. Commonest: "
+        "what always the commonest answer scores, without any knowledge."
         if rows
         else "No task was scored in this run."
     )
-    return Table("Scores", ("Task", "Base", "Final", "Change", "Items", "Reading"), rows, note)
+    return Table("Scores", ("Task", "Base", "Final", "Change", "Commonest", "Items", "Reading"), rows, note)
+
+
+def _scored_in(run: dict) -> str:
+    return f"In {words}. " if (words := precision_words(run)) else ""
 
 
 def perplexity(run: dict) -> Table:
     rows = []
-    for source, (base, final) in perplexities(run).items():
-        change = f"{final / base - 1:+.1%}".replace("-", "−") if base and final else "–"
-        rows.append((source, *("–" if value is None else digits3(value) for value in (base, final)), change))
+    for source, values in perplexities(run).items():
+        rows.append(_perplexity_row(source, *values))
+    for source, values in nf4_perplexities(run).items():
+        rows.append(_perplexity_row(f"{source}, in NF4 as trained", *values))
+    window = (run.get("evaluation") or {}).get("window_tokens")
+    texts = f"Whole documents, in windows of {window:,} tokens where they are longer. " if window else ""
     note = (
-        "Per token of held-out text, lower is better. Point estimates: no interval is computed."
+        f"{_scored_in(run)}Per token of held-out text, lower is better. {texts}"
+        "Point estimates: no interval is computed."
         if rows
         else "No perplexity was measured in this run."
     )
     return Table("Perplexity", ("Text", "Base", "Final", "Change"), rows, note)
+
+
+def _perplexity_row(source: str, base: float | None, final: float | None) -> Row:
+    change = _change(base, final) if base and final else "–"
+    return (source, *("–" if value is None else digits3(value) for value in (base, final)), change)
+
+
+def _change(before: float, after: float) -> str:
+    return f"{after / before - 1:+.1%}".replace("-", "−")
+
+
+def quantisation(run: dict) -> Table:
+    """What NF4 costs the base, and how much of what training gained in NF4 is left in what is delivered."""
+    delivered = perplexities(run)
+    rows = []
+    for source, (nf4_base, nf4_final) in nf4_perplexities(run).items():
+        base, final = delivered[source]
+        if base and final:
+            changes = _change(base, nf4_base), _change(nf4_base, nf4_final), _change(base, final)
+            repaired = math.log(nf4_base / nf4_final) - math.log(base / final)
+            rows.append((source, *changes, f"{repaired:+.3f}".replace("-", "−")))
+    note = "Changes of perplexity. Repaired: nats per token that training gained in NF4 and the delivered model does "
+    note += "not keep, because they only made good what rounding to NF4 had cost."
+    columns = ("Text", "NF4 costs the base", "Training, in NF4", "Training, as delivered", "Only repaired")
+    return Table("Quantisation", columns, rows, note if rows else "")
 
 
 def audit(run: dict) -> Table:

@@ -1,0 +1,101 @@
+"""In which precision a run's scores are taken, and why: decided once, for the evaluation, its report and `plan`.
+
+People get the merged model, so that is what is scored (`delivered`), against the untouched base in the same dtype. A
+base that was rounded to NF4 is worse than the one that people could have used: against it a run looks better than it
+is (SmolLM2-135M: perplexity -41 % in NF4, -24 % as delivered, 2026-11).
+Deliberately absent: loading (evaluate.py), torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from qmedtune import units
+from qmedtune.planning.fit import budget_bytes
+from qmedtune.planning.machine import Machine, this_machine
+from qmedtune.planning.shapes import BYTES_OF, base_facts
+from qmedtune.recipe import Recipe
+
+Name = Literal["delivered", "nf4", "full16"]
+
+# Beside the weights a forward pass of 8,192 tokens holds a key/value cache (8B: 1 GiB), one layer's activations and a
+# slice of logits; 2 GiB is taken for all of it.
+BESIDE_WEIGHTS_BYTES = 2 * 1024**3
+# Merged against the NF4 model that was trained. NF4 of 7B models moves some .01 nats and 5 % of the top tokens; beyond
+# this the two are different models, and figures of one say little about the other.
+LARGE_SHIFT_KL, SMALL_SHARE_TOP1 = 0.05, 0.9
+
+
+@dataclass(frozen=True)
+class Precision:
+    """weights: dtype of base and result, or `nf4`; computed_in: dtype of the products; why: where it is not what the
+    recipe asks for."""
+
+    name: Name
+    weights: str
+    computed_in: str
+    why: str | None = None
+
+    @property
+    def quantised(self) -> bool:
+        return self.weights == "nf4"
+
+    def facts(self, asked: Name) -> dict[str, Any]:
+        """For evaluation.json: {"precision", "weights", "computed_in"}, and `asked`, `why` where they differ."""
+        found = asdict(self)
+        found = {"precision": found.pop("name"), **found}
+        return found | ({"asked": asked} if asked != self.name else {})
+
+
+def decide(recipe: Recipe, dtype: str | None = None, machine: Machine | None = None) -> Precision:
+    """The precision of a resolved recipe's evaluation. `dtype`: that of the delivered folder, default `merge.dtype`.
+
+    NF4 in place of 16 bit only where the weights do not fit the card: an evaluation never stops a run (exit 4).
+    """
+    machine = machine or this_machine()
+    if recipe.evaluate.precision == "nf4":
+        return trained(recipe)
+    if recipe.evaluate.precision == "full16":
+        return Precision("full16", recipe.model.compute_dtype, recipe.model.compute_dtype)
+    weights = dtype or recipe.merge.dtype
+    needed = base_facts(recipe.model).parameters * BYTES_OF[weights] + BESIDE_WEIGHTS_BYTES
+    there = budget_bytes(machine, recipe)
+    if machine.is_gpu and needed > there and recipe.model.quantization == "nf4":
+        why = f"{weights} takes {units.size(needed)} of {units.size(there)} on {machine.name}"
+        nf4 = trained(recipe)
+        return Precision(nf4.name, nf4.weights, nf4.computed_in, why)
+    return Precision("delivered", weights, computed_in(weights, machine))
+
+
+def trained(recipe: Recipe) -> Precision:
+    """As the stages were trained: NF4, or the compute dtype where nothing is quantised."""
+    dtype = recipe.model.compute_dtype
+    return Precision("nf4", "nf4" if recipe.model.quantization == "nf4" else dtype, dtype)
+
+
+def computed_in(weights: str, machine: Machine) -> str:
+    """The dtype that the machine multiplies weights of `weights` in: what it has no instructions for is emulated many
+    times slower. fp32 holds every 16-bit value."""
+    if weights == "bfloat16" and not machine.bf16:
+        return "float16" if machine.is_gpu else "float32"
+    return "float32" if weights == "float16" and not machine.is_gpu else weights
+
+
+def shift_warning(merge_facts: dict[str, Any]) -> str | None:
+    """In words, where the delivered model is far from the NF4 model that was trained."""
+    shift = merge_facts.get("shift_from_nf4") or {}
+    if not shift or (shift["kl"] <= LARGE_SHIFT_KL and shift["top1"] >= SMALL_SHARE_TOP1):
+        return None
+    return (
+        f"the delivered model is far from the NF4 model that was trained (KL {shift['kl']:.2g}, same top token "
+        f"{shift['top1']:.0%}): judge it by its own scores, and see what training only repaired of NF4's loss"
+    )
+
+
+def quantisation_note(source: str, base: float, nf4: dict[str, float], final: float) -> str | None:
+    """A warning where NF4 makes training look much better than what is delivered: perplexities of one source."""
+    in_nf4, delivered = nf4["final"] / nf4["base"] - 1, final / base - 1
+    if in_nf4 >= 0 or in_nf4 > delivered - 0.05:
+        return None
+    return f"{source}: perplexity {in_nf4:+.0%} in NF4 but {delivered:+.0%} delivered: the rest repaired quantisation"
