@@ -72,7 +72,8 @@ def make_plan(recipe: Recipe, run_dir: Path | None = None) -> dict[str, Any]:
         "host": {"parts": host, "needed_bytes": max(host.values()), "there_bytes": machine.host_bytes},
         "disk": {"parts": disk, "needed_bytes": sum(disk.values()), "free_bytes": room.free_bytes(run_dir or Path())},
         "seconds": sum(stage["seconds"] or 0.0 for stage in stages) + merging,
-        "notes": [*_notes(machine, facts, estimates), *_length_notes(resolved, facts), *notes],
+        "borders": _borders(facts),
+        "notes": [*_notes(machine, facts, estimates), *_length_notes(resolved, facts), *_border_notes(facts), *notes],
     }
     _check_room(plan, present=machine.present)
     return plan
@@ -133,6 +134,22 @@ def _length_notes(recipe: Recipe, facts: BaseFacts) -> list[str]:
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
+
+
+def _borders(facts: BaseFacts) -> dict[str, str | None] | None:
+    """The marks around documents and why; None where the tokenizer is not on this machine."""
+    from qmedtune.data import borders
+    from qmedtune.data.tokens import load_codec
+
+    folder = _tokenizer_folder(facts)
+    if folder is None or not (folder / "tokenizer.json").is_file():
+        return None
+    return borders.described(load_codec(folder))
+
+
+def _border_notes(facts: BaseFacts) -> list[str]:
+    found = _borders(facts)
+    return [f"documents: {found['why']}"] if found else []
 
 
 def _estimate(recipe: Recipe, facts: BaseFacts, name: str) -> Estimate:

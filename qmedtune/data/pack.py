@@ -323,6 +323,11 @@ class PackedRows:
     def source_of(self, document: int) -> str:
         return self.sources[int(np.searchsorted(self._first_document, document, side="right")) - 1]
 
+    def record_of(self, document: int) -> tuple[str, int]:
+        """A document's source, and its record's number there in the order of train.jsonl."""
+        place = int(np.searchsorted(self._first_document, document, side="right")) - 1
+        return self.sources[place], document - int(self._first_document[place])
+
     def lengths(self) -> np.ndarray:
         """Tokens of every row, int64."""
         return np.add.reduceat(self._pieces[:, 2], self._bounds[:-1])

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from qmedtune.data.framing import Asked
+from qmedtune.data.framing import Asked, codec_of
 from qmedtune.evaluation.forward import (
     Shared,
     hidden_states,
@@ -100,7 +100,8 @@ def generate(
     """Greedy answers in the order given. What is `Asked` brings its own ends; all of it is of one template."""
     end = ending(model, tokenizer, prompts, stop)
     room = max_positions(model) - max_new_tokens
-    rows = [fit(tokenizer, row, room) for row in encode(tokenizer, prompts)]
+    marks = codec_of(tokenizer).special_ids
+    rows = [fit(row, room, marks) for row in encode(tokenizer, prompts)]
     answers: dict[int, Answer] = {}
     shared = read_shared(model, [row for row, _ in rows]) if rows else None
     for batch in padded_batches([len(row) + max_new_tokens for row, _ in rows], batch_tokens):
@@ -125,7 +126,8 @@ def stream(
     Held back: white space and what may still become a stop string or a character of several tokens.
     """
     end = ending(model, tokenizer, [prompt], stop)
-    row, _ = fit(tokenizer, encode(tokenizer, [prompt])[0], max_positions(model) - max_new_tokens)
+    room, marks = max_positions(model) - max_new_tokens, codec_of(tokenizer).special_ids
+    row, _ = fit(encode(tokenizer, [prompt])[0], room, marks)
     shown = ""
     for _, tokens, ended in _decode(model, [row], max_new_tokens, end):
         text = end.text(tokens)

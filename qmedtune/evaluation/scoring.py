@@ -107,7 +107,7 @@ def encode_choice(
     if not all(tails):
         option = options[[bool(tail) for tail in tails].index(False)]
         raise DataError(f"option {option!r} adds no token behind its prompt: it is empty or only white space")
-    kept, truncated = fit(tokenizer, start, max_tokens - max(map(len, tails)))
+    kept, truncated = fit(start, max_tokens - max(map(len, tails)), codec_of(tokenizer).special_ids)
     return Choice(kept, tails, truncated)
 
 
@@ -117,11 +117,14 @@ def _tails(tokenizer: PreTrainedTokenizerBase, prompt: str | Asked, options: Seq
     return [prompt.answer(option) if option.strip() else [] for option in options]
 
 
-def fit(tokenizer: PreTrainedTokenizerBase, prompt: list[int], room_tokens: int) -> tuple[list[int], bool]:
-    """Cut the beginning of a prompt that is too long, keeping the mark that opens it: (tokens, whether it was cut)."""
+def fit(prompt: list[int], room_tokens: int, marks: frozenset[int]) -> tuple[list[int], bool]:
+    """Cut the beginning of a prompt that is too long, keeping the mark that opens it: (tokens, whether it was cut).
+
+    marks: ids of special tokens
+    """
     if len(prompt) <= room_tokens:
         return prompt, False
-    head = prompt[:1] if prompt[0] in codec_of(tokenizer).special_ids else []
+    head = prompt[:1] if prompt[0] in marks else []
     if room_tokens <= len(head):
         raise DataError("an answer is as long as the model's positions: no room is left for its prompt")
     return head + prompt[len(prompt) - room_tokens + len(head) :], True
