@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from qmedtune import store, ui
 from qmedtune.errors import RecipeError
@@ -50,10 +50,34 @@ def identify(section: ModelSection, hashes: store.HashCache, *, offline: bool, s
     return Base(section.base, digest, lambda: folder, revision)
 
 
-def note_base(adapter: Path, name: str, folder: Path, earlier: Sequence[Path]) -> None:
-    """Keep beside an adapter which weights it was trained on: their hash, and those of adapters below it."""
+def note_base(adapter: Path, name: str, folder: Path, earlier: Sequence[Path], quantization: str) -> None:
+    """Keep beside an adapter which weights it was trained on: their hash, those of adapters below it, and whether they
+    were quantised."""
     below = [store.sha256_file(path / ADAPTER_WEIGHTS) for path in earlier]
-    store.write_json(adapter / TRAINED_ON, {"base": name, "sha256": weights_sha256(folder), "adapters_below": below})
+    facts = {"base": name, "sha256": weights_sha256(folder), "adapters_below": below, "quantization": quantization}
+    store.write_json(adapter / TRAINED_ON, facts)
+
+
+def trained_quantization(adapter: Path) -> Literal["nf4", "none"] | None:
+    """`model.quantization` that an adapter was trained with; None where it does not say."""
+    path = adapter / TRAINED_ON
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return known.get("quantization")
+
+
+def name_of_base(name: str, folder: Path, run: Path) -> str:
+    """What an adapter says that it was trained on: the recipe's base, or, below the same run, the path to it from the
+    adapter's folder (of a base with earlier adapters folded in, or of a model trained in an earlier stage). PEFT, which
+    looks for that elsewhere, then fails instead of loading the wrong weights."""
+    return f"../../{folder.relative_to(run).as_posix()}" if folder.is_relative_to(run) else name
+
+
+def base_in_run(adapter: Path, name: str) -> Path | None:
+    """The folder that `name_of_base` meant, if the adapter is still in its run."""
+    run = adapter.resolve().parent.parent
+    found = (adapter.resolve() / name).resolve()
+    known = name.startswith("../../") and (found / "config.json").is_file() and found.is_relative_to(run)
+    return found if known and (adapter / TRAINED_ON).is_file() else None
 
 
 def check_base(adapter: Path, folder: Path) -> None:
@@ -70,6 +94,26 @@ def check_base(adapter: Path, folder: Path) -> None:
             f"{adapter}: was trained on other weights than {folder}\n"
             f"sha256 {trained_on['sha256'][:12]}, not {found[:12]}; give its own base with --base: {trained_on['base']}"
         )
+
+
+def check_chain(adapters: Sequence[Path], folder: Path) -> None:
+    """RecipeError where adapters that are to be applied in this order were not trained so, on the weights of `folder`.
+    Adapters of other tools do not say."""
+    below: list[str] = []
+    for adapter in adapters:
+        path = adapter / TRAINED_ON
+        trained_on = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        if trained_on and trained_on["sha256"] != (found := weights_sha256(folder)):
+            raise RecipeError(
+                f"{adapter}: was trained on other weights than {folder}\n"
+                f"sha256 {trained_on['sha256'][:12]}, not {found[:12]}; give its own base: {trained_on['base']}"
+            )
+        if trained_on and trained_on["adapters_below"] != below:
+            raise RecipeError(
+                f"{adapter}: was trained on top of {len(trained_on['adapters_below'])} adapters, "
+                f"and these below it are others ({len(below)})\nname the run, which holds them all"
+            )
+        below.append(store.sha256_file(adapter / ADAPTER_WEIGHTS))
 
 
 def weights_sha256(folder: Path) -> str:

@@ -25,6 +25,8 @@ EVALUATION_FORMAT = 3
 PACKING = ("mix", "unit", "tokens", "epochs", "max_repeats", "data", "loss_on", "seq_len", "max_truncated_fraction")
 PACKING += ("packing", "multi_label")
 PACKED_AS = {"template", "chunking", "overlap", "max_tokens"}  # of a source: what packing reads, and reading does not
+# Keys that came later, with the value that means what stages did before: runs made then stay finished.
+SINCE_0_2 = {"adam_eps": 1e-8, "lora": None, "class_weights": "none"}
 BY_MACHINE = ("micro_batch", "gradient_checkpointing", "optimizer")
 MODEL_BY_MACHINE = ("compute_dtype", "kernels", "attention")
 
@@ -34,11 +36,26 @@ def source_section(recipe: Recipe, name: str, hashes: store.HashCache) -> dict[s
     section = source.model_dump(mode="json", exclude={"license", "terms", *PACKED_AS})
     result = {"source": section, "hygiene": recipe.hygiene.model_dump(mode="json"), "seed": recipe.seed}
     result["files"] = fingerprint(source, hashes)
+    result |= _identifiers(recipe, name)
     if recipe.hygiene.decontaminate != "off":
         from qmedtune.data.benchmarks import chosen_tasks
 
         result["benchmarks"] = benchmarks(chosen_tasks(recipe), hashes)
     return result
+
+
+def _identifiers(recipe: Recipe, name: str) -> dict[str, Any]:
+    """What finds identifiers and what stands in for them, where the text that is kept depends on it."""
+    from qmedtune.data import phi, secret, surrogates
+    from qmedtune.data.treat import phi_mode
+
+    mode = phi_mode(recipe, name)
+    if mode not in ("redact", "refuse"):
+        return {}
+    found: dict[str, Any] = {"recognisers": phi.VERSION}
+    if mode == "redact":
+        found |= {"surrogates": surrogates.VERSION, "secret": secret.fingerprint(secret.load())}
+    return found
 
 
 def fingerprint(source: SourceSection, hashes: store.HashCache) -> list[list[str]]:
@@ -133,7 +150,7 @@ def tokens_section(recipe: Recipe, index: int) -> dict[str, Any]:
     packing = {k: v for k, v in stage.section.model_dump(mode="json").items() if k in PACKING}
     sources = {n: recipe.data[n].model_dump(mode="json", include=PACKED_AS) for n in stage.sources}
     if stage.sft and not stage.sft.packing:
-        packing["batch"] = stage.sft.batch  # which records share one
+        packing |= {"batch": stage.sft.batch, "min_steps": stage.sft.min_steps}  # which records share one
     templates = _template_files(recipe, stage.sources)
     return {"packing": packing, "sources": sources, "templates": templates, "seed": recipe.seed}
 
@@ -142,11 +159,11 @@ def training_section(recipe: Recipe, asked: Recipe, index: int) -> dict[str, Any
     stage, wish = recipe.stages[index].section, asked.stages[index].section
     training = stage.model_dump(mode="json") | {k: getattr(wish, k) for k in BY_MACHINE}
     model = recipe.model.model_dump(mode="json") | {k: getattr(asked.model, k) for k in MODEL_BY_MACHINE}
-    training = {k: v for k, v in training.items() if k not in PACKING}
+    training = {k: v for k, v in training.items() if k not in PACKING and SINCE_0_2.get(k, ...) != v}
     return {
         "training": training,
         "model": {k: v for k, v in model.items() if k not in ("base", "revision")},
-        "adapter": recipe.adapter.model_dump(mode="json"),
+        "adapter": recipe.adapter_of(index).model_dump(mode="json"),
         "validate": recipe.validation.model_dump(mode="json"),
         "seed": recipe.seed,
         "deterministic": recipe.deterministic,

@@ -8,38 +8,27 @@ same, and said to be absent. Deliberately not here: drawing (plan_view.py).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from qmedtune import base, store, units
+from qmedtune import base, preflight, store, units
 from qmedtune.errors import DataError, DoesNotFit, QmedtuneError
-from qmedtune.planning import fit, memory, room, speed
-from qmedtune.planning.estimate import Estimate, count_with, estimate_source
+from qmedtune.planning import fit, memory, room, rows, speed
+from qmedtune.planning.batches import batch_rows, steps_in, too_few_steps
+from qmedtune.planning.estimate import Estimate, Measured, count_with, estimate_source
 from qmedtune.planning.machine import CARDS_GIB, GIB, Machine, card_of, this_machine
 from qmedtune.planning.memory import Setup
 from qmedtune.planning.resolve import resolve
+from qmedtune.planning.rows import Tokens
+from qmedtune.planning.sample import Sample, sample_source
 from qmedtune.planning.shapes import BaseFacts, base_facts
-from qmedtune.recipe import ClassifySection, Recipe, SftSection, SourceSection
+from qmedtune.recipe import Recipe
 
 __all__ = ["BaseFacts", "base_facts", "make_plan", "resolve"]
 
-# Share of a row that packing fills: text is split to fit, whole instruction records leave gaps. Seen on shared text.
-ROW_FILL = {"cpt": 0.99, "pretrain": 0.99, "sft": 0.93, "classify": 0.93}
 # Files larger than this in sum are not hashed for the sake of a plan; then the data stages' status is unknown.
 HASHED_BYTES = 256 * 1024**2
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """Tokens trained in a stage, +- `spread` (a share; 0 when sealed), in `steps` optimiser steps."""
-
-    trained: int
-    steps: int
-    spread: float
-    note: str = ""
 
 
 def make_plan(recipe: Recipe, run_dir: Path | None = None) -> dict[str, Any]:
@@ -47,14 +36,22 @@ def make_plan(recipe: Recipe, run_dir: Path | None = None) -> dict[str, Any]:
 
     Returns plain data: {"recipe", "base", "machine", "decisions", "data", "steps", "stages", "host", "disk",
     "seconds", "notes"}. Raises DoesNotFit (exit 4) for GPU memory, host memory or disk, RecipeError for an unknown
-    base. Sources that are absent here are told in "data" and "notes", not raised.
+    base, and what preflight.py finds in base, tokenizer, templates, evaluation files and a sample of each source.
+    Sources that are absent here are told in "data" and "notes", not raised.
     """
     facts = base_facts(recipe.model)
     resolved, decisions, machine = _for_its_machine(recipe, facts)
-    estimates = {name: _estimate(resolved, facts, name) for name in resolved.used_sources()}
+    folder = _tokenizer_folder(facts)
+    samples, missing = _samples(resolved)
+    unchecked = _checked(resolved, facts, folder, samples)
+    measured = {name: _measured(resolved, facts, folder, name, sample) for name, sample in samples.items()}
+    measured |= {name: Measured(Estimate(0, 0, 0.0, missing=why)) for name, why in missing.items()}
+    if folder is not None:
+        preflight.check_truncation(resolved, measured, samples)
+    estimates = {name: measured[name].estimate for name in resolved.used_sources()}
     steps, notes = _status(recipe, run_dir, machine, estimates)
     stages = [
-        _stage(resolved, facts, machine, index, estimates, run_dir, steps) for index in range(len(resolved.stages))
+        _stage(resolved, facts, machine, index, measured, run_dir, steps) for index in range(len(resolved.stages))
     ]
     setups = [fit.setup_of(resolved, index, machine) for index in range(len(resolved.stages))]
     gpu = machine.is_gpu
@@ -72,9 +69,10 @@ def make_plan(recipe: Recipe, run_dir: Path | None = None) -> dict[str, Any]:
         "host": {"parts": host, "needed_bytes": max(host.values()), "there_bytes": machine.host_bytes},
         "disk": {"parts": disk, "needed_bytes": sum(disk.values()), "free_bytes": room.free_bytes(run_dir or Path())},
         "seconds": sum(stage["seconds"] or 0.0 for stage in stages) + merging,
-        "borders": _borders(facts),
-        "notes": [*_notes(machine, facts, estimates), *_length_notes(resolved, facts), *_border_notes(facts), *notes],
+        "borders": _borders(folder),
+        "notes": [*_notes(machine, facts, estimates), *_length_notes(resolved, facts), *_few(facts, stages)],
     }
+    plan["notes"] += [*unchecked, *_border_notes(plan["borders"]), *notes]
     _check_room(plan, present=machine.present)
     return plan
 
@@ -136,32 +134,58 @@ def _length_notes(recipe: Recipe, facts: BaseFacts) -> list[str]:
 # ---- data ------------------------------------------------------------------------------------------------------------
 
 
-def _borders(facts: BaseFacts) -> dict[str, str | None] | None:
+def _borders(folder: Path | None) -> dict[str, str | None] | None:
     """The marks around documents and why; None where the tokenizer is not on this machine."""
     from qmedtune.data import borders
     from qmedtune.data.tokens import load_codec
 
-    folder = _tokenizer_folder(facts)
     if folder is None or not (folder / "tokenizer.json").is_file():
         return None
     return borders.described(load_codec(folder))
 
 
-def _border_notes(facts: BaseFacts) -> list[str]:
-    found = _borders(facts)
+def _border_notes(found: dict[str, str | None] | None) -> list[str]:
     return [f"documents: {found['why']}"] if found else []
 
 
-def _estimate(recipe: Recipe, facts: BaseFacts, name: str) -> Estimate:
+def _samples(recipe: Recipe) -> tuple[dict[str, Sample], dict[str, str]]:
+    """A look at each source that is here, and why there is none at the others."""
+    samples: dict[str, Sample] = {}
+    missing: dict[str, str] = {}
+    for name in recipe.used_sources():
+        try:
+            samples[name] = sample_source(recipe.data[name])
+        except DataError as error:
+            missing[name] = str(error).splitlines()[0]
+    return samples, missing
+
+
+def _checked(recipe: Recipe, facts: BaseFacts, folder: Path | None, samples: Mapping[str, Sample]) -> list[str]:
+    """Raise what a run would stumble over; returns what could not be looked at."""
+    preflight.check_damage(recipe, samples)
+    if folder is None:
+        left = preflight.check_evaluation(recipe, None, within_bytes=preflight.PARSED_BYTES)
+        here = "the base's tokenizer is not here: templates and lengths are not checked"
+        return left if facts.builtin else [here, *left]
+    if not facts.builtin:
+        preflight.check_base(recipe, folder)
+    preflight.check_tokenizer(folder)
+    preflight.check_templates(recipe, folder, samples)
+    return preflight.check_evaluation(recipe, folder, within_bytes=preflight.PARSED_BYTES)
+
+
+def _measured(recipe: Recipe, facts: BaseFacts, folder: Path | None, name: str, sample: Sample) -> Measured:
     source = recipe.data[name]
     paths = [source.path] if isinstance(source.path, str) else source.path
     builtin_text = all(path.startswith("builtin:") for path in paths)
-    tokenizer = _tokenizer_folder(facts)
-    counter, spread = count_with(tokenizer, facts.vocab, builtin_base=facts.builtin, builtin_text=builtin_text)
-    try:
-        return estimate_source(source, counter, spread)
-    except DataError as error:
-        return Estimate(0, 0, 0.0, missing=str(error).splitlines()[0])
+    counting = count_with(folder, facts.vocab, source, builtin_base=facts.builtin, builtin_text=builtin_text)
+    return estimate_source(sample, source, counting)
+
+
+def _few(facts: BaseFacts, stages: list[dict[str, Any]]) -> list[str]:
+    """Stages with too few steps to learn from; the built-in bases are made to be taught in few."""
+    counted = [stage for stage in stages if stage["trained"] and not facts.builtin]
+    return [said for stage in counted if (said := too_few_steps(stage["name"], stage["steps"]))]
 
 
 def _tokenizer_folder(facts: BaseFacts) -> Path | None:
@@ -169,39 +193,6 @@ def _tokenizer_folder(facts: BaseFacts) -> Path | None:
         return Path(facts.folder) if facts.folder else None
     folder = base.blank_folder(facts.name)
     return folder if folder.is_dir() else None
-
-
-def _tokens(recipe: Recipe, index: int, estimates: Mapping[str, Estimate]) -> Tokens:
-    """Tokens that stage `index` trains on, by the rules of packing over the estimated sources."""
-    stage = recipe.stages[index]
-    section = stage.section
-    held = {name: estimates[name] for name in stage.sources}
-    absent = [name for name, estimate in held.items() if not estimate.tokens]
-    spread = max((estimate.spread for estimate in held.values()), default=0.0)
-    lengths = {name: _draws(recipe.data[name], estimate, int(section.seq_len)) for name, estimate in held.items()}
-    if isinstance(section, SftSection | ClassifySection):
-        trained = float(section.epochs) * sum(float(drawn.sum()) for drawn in lengths.values())
-    elif absent:
-        trained, spread = (0 if section.tokens == "auto" else section.tokens), 0.0
-    else:
-        from qmedtune.data import mix
-
-        trained = sum(target.tokens for target in mix.targets(section, lengths).values())
-        spread = 0.02 if section.tokens != "auto" and trained > 0.99 * section.tokens else spread
-    rows = trained / (int(section.seq_len) * ROW_FILL[stage.kind])
-    if isinstance(section, SftSection) and not section.packing:
-        rows = float(section.epochs) * sum(map(len, lengths.values()))
-    steps = -(-rows // int(section.batch))
-    return Tokens(round(trained), int(steps), spread, f"without {', '.join(absent)}" if absent else "")
-
-
-def _draws(source: SourceSection, estimate: Estimate, seq_len: int) -> np.ndarray:
-    """About what packing draws of each document: see pack.draw_tokens."""
-    mean = estimate.tokens / max(estimate.records, 1)
-    records = max(estimate.records, 1)
-    if source.max_tokens is not None and mean:
-        records = min(records, max(1, int(source.max_tokens / mean)))
-    return np.full(records, min(mean, seq_len) if source.chunking == "window" else mean)
 
 
 def _sealed_tokens(recipe: Recipe, index: int, run_dir: Path | None, steps: list[dict[str, str]]) -> Tokens | None:
@@ -212,8 +203,8 @@ def _sealed_tokens(recipe: Recipe, index: int, run_dir: Path | None, steps: list
     sealed = store.read_seal(run_dir / name)
     if sealed is None:
         return None
-    steps_made = -(-sealed.facts["rows"] // int(recipe.stages[index].section.batch))
-    return Tokens(sealed.facts["tokens"]["trained"], steps_made, 0.0)
+    section, made = recipe.stages[index].section, sealed.facts["rows"]
+    return Tokens(sealed.facts["tokens"]["trained"], made, batch_rows(section, made), steps_in(section, made), 0.0)
 
 
 def _is_cached(steps: list[dict[str, str]], name: str) -> bool:
@@ -224,21 +215,21 @@ def _is_cached(steps: list[dict[str, str]], name: str) -> bool:
 
 
 def _stage(
-    recipe: Recipe, facts: BaseFacts, machine: Machine, index: int, estimates: Mapping[str, Estimate],
+    recipe: Recipe, facts: BaseFacts, machine: Machine, index: int, measured: Mapping[str, Measured],
     run_dir: Path | None, steps: list[dict[str, str]],
 ) -> dict[str, Any]:  # fmt: skip
     name, section = recipe.stage_names()[index], recipe.stages[index].section
     setup = fit.setup_of(recipe, index, machine)
-    tokens = _sealed_tokens(recipe, index, run_dir, steps) or _tokens(recipe, index, estimates)
-    measured = speed.last_tokens_per_s(run_dir, name)
-    tokens_per_s = measured or speed.tokens_per_s(facts, setup, machine)
+    tokens = _sealed_tokens(recipe, index, run_dir, steps) or rows.planned(recipe, index, measured)
+    setup = replace(setup, micro_batch=min(setup.micro_batch, tokens.batch)) if tokens.rows else setup
+    timed = speed.last_tokens_per_s(run_dir, name)
+    tokens_per_s = timed or speed.tokens_per_s(facts, setup, machine)
     parts = memory.step_memory(facts, setup, gpu=machine.is_gpu)
     return {
         "name": name,
         "kind": recipe.stages[index].kind,
         **asdict(tokens),
         "seq_len": setup.seq_len,
-        "batch": section.batch,
         "micro_batch": setup.micro_batch,
         "lr": section.lr,
         "dtype": setup.compute_dtype,
@@ -249,7 +240,7 @@ def _stage(
         "budget_bytes": fit.budget_bytes(machine, recipe),
         "frees": fit.remedies(facts, setup, gpu=machine.is_gpu)[:4],
         "tokens_per_s": round(tokens_per_s, 1),
-        "measured": measured is not None,
+        "measured": timed is not None,
         "seconds": _seconds(tokens, tokens_per_s, cached=_is_cached(steps, name)),
     }
 

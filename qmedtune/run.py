@@ -1,6 +1,6 @@
 """The spine: a run is an ordered list of steps, each a plain function that writes one folder.
 
-    base -> data/<source> ... -> data/NN-kind -> NN-kind ... -> merged -> evaluation -> report       (steps.py)
+    base -> data/<source> ... -> data/NN-kind ... -> NN-kind ... -> merged -> evaluation -> report    (steps.py)
 
 A step is skipped when its folder is sealed with the key that it would be built with now; the key is taken before the
 step runs, from the recipe sections it reads, the digests of its inputs and the code version. Running again resumes;
@@ -17,7 +17,9 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from qmedtune import base, claims, keys, plan, record, store, tasks, ui
+from qmedtune import base, claims, keys, plan, preflight, record, store, ui
+from qmedtune.data import secret
+from qmedtune.data.treat import phi_mode
 from qmedtune.errors import RecipeError, RunError
 from qmedtune.interrupt import Stopped, stop
 from qmedtune.planning import room
@@ -46,6 +48,9 @@ def run(
     asked = smoked(recipe) if smoke else recipe
     resolved, choices = plan.resolve(asked)
     claims.check_inputs(resolved, out)
+    redacts = any(phi_mode(resolved, name) == "redact" for name in resolved.used_sources())
+    if redacts:
+        secret.check(out)
     hashes = store.HashCache(out / ".hashes.json")
     steps = steps_of(resolved, asked, hashes)
     chosen = _chosen(steps, until)
@@ -54,12 +59,13 @@ def run(
     if len(sealed) == len(steps) and (finished := _finished(recipe_text, out)):
         return finished
     claims.check_steps(out, [step.name for step in chosen if step.name not in sealed])
-    if any(step.name == "evaluation" and step.name not in sealed for step in chosen):
-        tasks.check_benchmarks(resolved)
+    _check_start(resolved, source, [step for step in chosen if step.name not in sealed])
     room.check_writable(out)
     room.check(resolved, out, [step.name for step in chosen if step.name not in sealed])
     with _told("run", out), store.lock(out), stop.watching(time_limit_s):
         claims.mark(out)
+        if redacts:
+            secret.note(out)
         for place in (out, out / "merged"):
             for leftover in place.glob(f".*{store.PART}"):  # of writes that were killed
                 leftover.unlink()
@@ -83,6 +89,16 @@ def run(
                 complete = "finished" if len(chosen) == len(steps) else "running"
                 result = record.finish(out, notes, steps, done, source, complete)
         return result
+
+
+def _check_start(recipe: Recipe, source: base.Base, to_do: Sequence[Step]) -> None:
+    """What must be right before the first step, ahead of writing anything. A built-in base is right by itself."""
+    scored = any(step.name == "evaluation" for step in to_do)
+    if recipe.model.base.startswith(base.BUILTIN):
+        if scored:
+            preflight.check_evaluation(recipe, None)
+    elif any(step.kind != "data" for step in to_do):
+        preflight.check_start(recipe, source.make(), scored=scored)
 
 
 def source_of(recipe: Recipe, hashes: store.HashCache, offline: bool) -> base.Base:

@@ -67,7 +67,7 @@ def _source(source: SourceSection, alike: int, path: str) -> SourceSection:
 def _stage(stage: StageSection) -> StageSection:
     section = stage.section
     update: dict[str, object] = dict.fromkeys(("seq_len", "batch", "micro_batch", "lr", "embedding_lr"), "auto")
-    update |= {"warmup": "auto", "optimizer": "auto", "horizon_steps": None}
+    update |= {"warmup": "auto", "optimizer": "auto", "min_steps": "auto", "horizon_steps": None}
     epochs = 4.0 if stage.kind == "classify" else 1.0
     update |= {"tokens": TOKENS, "epochs": None} if isinstance(section, MixSection) else {"epochs": epochs}
     if not isinstance(section, MixSection):

@@ -1,7 +1,8 @@
 """The list of steps that a recipe becomes, in order; run.py runs it.
 
-    data/<source> ... -> data/NN-kind -> NN-kind ... -> audit -> merged -> evaluation
+    data/<source> ... -> data/NN-kind ... -> NN-kind ... -> audit -> merged -> evaluation
 
+All data comes before the first training step: what is wrong with it must not show after days.
 Each step names what it needs, what its key depends on (keys.py) and the function that does it. No torch is imported
 here: a step brings what it needs. Deliberately absent: running, sealing, resuming.
 """
@@ -39,6 +40,7 @@ def steps_of(recipe: Recipe, asked: Recipe, hashes: store.HashCache) -> list[Ste
     sources = recipe.used_sources()
     steps = [_source_step(recipe, name, hashes) for name in sources]
     steps += _validation_step(recipe) + _planting_step(recipe)
+    steps += [_tokens_step(recipe, index) for index in range(len(recipe.stages))]
     start, adapters, template, shared = "base", [], None, SharedBase()
     trained: dict[str, tuple[str, list[str]]] = {}
     for index, name in enumerate(recipe.stage_names()):
@@ -46,7 +48,6 @@ def steps_of(recipe: Recipe, asked: Recipe, hashes: store.HashCache) -> list[Ste
         if folds(stage, adapters):
             steps.append(_fold_step(recipe, f"{name}-base", start, adapters))
             start, adapters = f"{name}-base", []
-        steps.append(_tokens_step(recipe, index, start))
         steps.append(_training_step(recipe, asked, index, start, adapters, shared))
         start, adapters = after(stage, name, start, adapters)
         trained |= {name: (start, adapters)} if stage.kind != "classify" else {}
@@ -146,7 +147,7 @@ def _audit_steps(recipe: Recipe, trained: dict[str, tuple[str, list[str]]]) -> l
     return steps + ([Step("audit-limits", "audit", limits, {"audit": "audit"}, judge)] if limits else [])
 
 
-def _tokens_step(recipe: Recipe, index: int, start: str) -> Step:
+def _tokens_step(recipe: Recipe, index: int) -> Step:
     def work(recipe: Recipe, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
         from qmedtune.data.classes import pack_classes
         from qmedtune.data.pack import pack_stage
@@ -157,7 +158,7 @@ def _tokens_step(recipe: Recipe, index: int, start: str) -> Step:
     planted = {recipe.audit.source, recipe.audit.prompts} if recipe.audit else set()
     sources = recipe.stages[index].sources
     needs = {name: f"data/planted/{name}" if name in planted else f"data/{name}" for name in sources}
-    needs["base"] = start
+    needs["base"] = "base"  # for its tokenizer, which no stage changes
     section = keys.tokens_section(recipe, index)
     return Step(f"data/{recipe.stage_names()[index]}", "data", section, needs, work, resumes=True)
 

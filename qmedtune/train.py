@@ -24,12 +24,13 @@ from transformers.utils import logging as transformers_logging
 
 from qmedtune import model as models
 from qmedtune import store, ui
-from qmedtune.base import note_base
+from qmedtune.base import name_of_base, note_base
 from qmedtune.data import templates
 from qmedtune.data.classes import LabelledRows
 from qmedtune.data.pack import PackedRows
 from qmedtune.errors import RunError
 from qmedtune.interrupt import stop
+from qmedtune.planning.batches import batch_rows, steps_in, too_few_steps
 from qmedtune.planning.fit import numerics_of, setup_of
 from qmedtune.planning.machine import this_machine
 from qmedtune.planning.memory import peak_bytes
@@ -83,15 +84,16 @@ def train_stage(
         with trainer.compute_loss_context_manager():
             found = score(model, inputs["tokens"], tokenizer.pad_token_id, trainer.micro_batch, recipe.seed, out)
         facts |= {"classification": packed["classes"] | found}
+    trained_on = name_of_base(recipe.model.base, inputs["base"], inputs["tokens"].parent.parent)
     if stage.section.adapter != "frozen":
-        _finish(model, tokenizer, stage.full, recipe.model.base, out)
+        _finish(model, tokenizer, stage.full, trained_on, out)
     if stage.classify and stage.classify.train_earlier:
         for place, adapter in enumerate(list(model.peft_config)[:-1], start=1):
-            models.save_adapter(model, out / f"earlier-{place}", recipe.model.base, adapter)
+            models.save_adapter(model, out / f"earlier-{place}", trained_on, adapter)
     if not stage.full and stage.section.adapter != "frozen":
         earlier = earlier_adapters(inputs)
         below = earlier[:-1] if stage.section.adapter == "continue" else earlier
-        note_base(out / "adapter", recipe.model.base, inputs["base"], below)
+        note_base(out / "adapter", trained_on, inputs["base"], below, recipe.model.quantization)
     facts |= {"model": {"path": f"{name}/model"}} if stage.full else {}
     del trainer, model, loop  # which know each other: only a collection frees them, and the next stage needs the room
     gc.collect()
@@ -120,7 +122,7 @@ def _make_model(recipe: Recipe, index: int, inputs: dict[str, Path], shared: Sha
     set_seed(recipe.seed + index)  # whatever loading has drawn
     earlier = earlier_adapters(inputs)
     continued = stage.section.adapter in ("continue", "frozen")  # attach_head freezes what is frozen
-    model = models.attach_adapter(base, recipe.adapter, earlier, continued=continued)
+    model = models.attach_adapter(base, recipe.adapter_of(index), earlier, continued=continued)
     kernels = models.install_kernels(model, recipe.model.kernels)
     return model, {
         "kernels": kernels,
@@ -150,7 +152,12 @@ def _run(
 ) -> QTrainer:
     checkpoint = checkpoints.last_intact(out)
     section, made_with, said = as_begun(recipe, index, checkpoint)
-    steps = -(-len(rows) // number(section.batch))
+    steps, batch = steps_in(section, len(rows)), batch_rows(section, len(rows))
+    section = section.model_copy(update={"batch": batch, "micro_batch": min(number(section.micro_batch), batch)})
+    few = None if base_facts(recipe.model).builtin else too_few_steps(loop.name, steps)
+    if few and not checkpoint:
+        ui.warn(few)
+        said = [*said, few]
     save_every = recipe.save.every if recipe.save.every != "auto" else max(20, steps // 10)
     decided = numerics_of(recipe, index, this_machine())
     arguments = trainer_arguments(
@@ -321,6 +328,7 @@ class Loop(TrainerCallback):
         kept = self._kept_step() if self.recipe.validation.keep_best else None
         return {
             "steps": self.steps,
+            "batch": trainer.section.batch,
             "kept_step": kept or self.steps,
             "loss": {"first": self.losses[0], "last": self.losses[-1]},
             "tokens_per_s": round(sorted(speeds)[len(speeds) // 2], 1),

@@ -177,5 +177,5 @@ UNUSABLE = {
 @pytest.mark.parametrize("kind", UNUSABLE)
 def test_a_template_that_cannot_be_split_into_turns_is_refused_with_the_way_on(tmp_path, kind):
     folder = folder_of(tmp_path, UNUSABLE[kind])
-    with pytest.raises(RecipeError, match=r"name a template of qmedtune"):
+    with pytest.raises((RecipeError, DataError), match=r"name a template of qmedtune"):
         framing.frame_in(templates.load("chat", folder), folder)

@@ -357,7 +357,10 @@ def test_loss_on_all_and_weighted_prompts(tmp_path, tokenizer_dir):
     assert facts["tokens"]["supervised"] == facts["tokens"]["trained"] - facts["pieces"]
     section = {**SFT["sft"], "loss_on": 0.1}
     _, rows = packed(tmp_path, recipe([{"sft": section}], chats={"template": "alpaca"}), tokenizer_dir, inputs)
-    assert set(np.unique(np.round(rows[0]["weights"], 2))) == {np.float32(0), np.float32(0.1), np.float32(1)}
+    assert set(np.unique(rows[0]["weights"])) == {np.float32(0), np.float32(0.1), np.float32(1)}
+    section = {**SFT["sft"], "loss_on": 0.001}
+    _, rows = packed(tmp_path, recipe([{"sft": section}], chats={"template": "alpaca"}), tokenizer_dir, inputs)
+    assert set(np.unique(rows[0]["weights"])) == {np.float32(0), np.float32(0.001), np.float32(1)}
 
 
 def test_truncation_is_counted_and_lost_responses_are_dropped(tmp_path, tokenizer_dir):

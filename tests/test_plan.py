@@ -14,8 +14,9 @@ from qmedtune.errors import DoesNotFit, RecipeError
 from qmedtune.parsing.loader import load_recipe
 from qmedtune.plan import base_facts, make_plan, resolve
 from qmedtune.planning import fit, machine, room, shapes, speed
-from qmedtune.planning.estimate import count_with, estimate_source
+from qmedtune.planning.estimate import Estimate, count_with, estimate_source
 from qmedtune.planning.machine import GIB, Machine, card_of
+from qmedtune.planning.sample import sample_source
 from qmedtune.planning.view import render_plan
 from qmedtune.recipe import LayersSection, ModelSection, Recipe, SourceSection, WarmupSection
 
@@ -339,11 +340,16 @@ def source(path, **keys):
     return SourceSection.model_validate({"path": str(path), "kind": "literature", "holdout": 0.0, **keys})
 
 
+def estimated(section: SourceSection) -> Estimate:
+    """Counted by words and marks, as in the built-in world: exactly."""
+    counting = count_with(None, 1536, section, builtin_base=True, builtin_text=True)
+    return estimate_source(sample_source(section), section, replace(counting, spread=0.0)).estimate
+
+
 def test_small_files_are_counted_in_full(tmp_path):
     lines = [json.dumps({"text": "word " * n}) for n in range(1, 41)]
     (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n")
-    counter, _ = count_with(None, 1536, builtin_base=True, builtin_text=True)
-    found = estimate_source(source(tmp_path / "a.jsonl"), counter, 0.0)
+    found = estimated(source(tmp_path / "a.jsonl"))
     assert (found.records, found.tokens, found.spread) == (40, sum(range(1, 41)) + 80, 0.0)
 
 
@@ -354,8 +360,7 @@ def test_large_files_are_sampled_within_their_spread(tmp_path, suffix):
     text = "".join(json.dumps({"text": f"abc{n} " * (10 + n % 50)}) + "\n" for n in range(60_000)).encode()
     path = tmp_path / f"a{suffix}"
     path.write_bytes(gzip.compress(text, 1) if suffix.endswith("gz") else text)
-    counter, _ = count_with(None, 1536, builtin_base=True, builtin_text=True)
-    found = estimate_source(source(path), counter, 0.0)
+    found = estimated(source(path))
     truth = sum(12 + n % 50 for n in range(60_000))
     assert 0 < found.spread <= 0.25
     assert found.tokens == pytest.approx(truth, rel=found.spread)
@@ -363,8 +368,7 @@ def test_large_files_are_sampled_within_their_spread(tmp_path, suffix):
 
 def test_limits_and_hold_out_are_counted(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "one two three"}\n' * 100)
-    counter, _ = count_with(None, 1536, builtin_base=True, builtin_text=True)
-    found = estimate_source(source(tmp_path / "a.jsonl", holdout=0.1, max_records=50), counter, 0.0)
+    found = estimated(source(tmp_path / "a.jsonl", holdout=0.1, max_records=50))
     assert (found.records, found.tokens) == (45, 45 * 5)
 
 
@@ -396,7 +400,8 @@ def test_a_24_gib_recipe_plans_without_gpu_data_or_network(cache, without_gpu, m
     assert sft["seconds"] is None
     assert 8 * GIB < cpt["peak_bytes"] <= 24 * GIB
     assert facts["disk"]["parts"]["merged model"] == 2 * KNOWN["meta-llama/Llama-3.1-8B-Instruct"]
-    assert sum("not found here" in note for note in facts["notes"]) == len(facts["data"])
+    named = [note for note in facts["notes"] if "not found here" in note]
+    assert len(named) == len(facts["data"]) + 1 and named[-1].startswith("pubmedqa: ")
 
 
 def test_the_t4_recipe_plans_in_fp16(cache, without_gpu):
@@ -412,7 +417,9 @@ def test_two_changed_lines_make_the_flagship_a_real_recipe(cache, without_gpu, t
     cpt, sft = facts["stages"]
     assert (cpt["lr"], sft["lr"]) == (2e-4, 1e-4)
     assert cpt["seq_len"] == sft["seq_len"] == 2048
-    assert 16_384 <= cpt["batch"] * cpt["seq_len"] <= 65_536
+    largest = next(d["value"] for d in facts["decisions"] if d["key"] == "stages[0].cpt.batch")
+    assert 16_384 <= largest * 2048 <= 65_536
+    assert cpt["batch"] == 1 and any("only 1 optimiser steps" in note for note in facts["notes"])  # 100 short texts
     assert facts["machine"]["memory_bytes"] in [gib * GIB for gib in (8, 12, 16)]
     assert cpt["trained_parameters"] < 100e6
 

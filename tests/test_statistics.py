@@ -2,7 +2,10 @@
 
 import numpy as np
 import pytest
+import scipy
+from statsmodels.stats import contingency_tables, multitest, proportion
 
+from qmedtune.ablation import effects
 from qmedtune.evaluation import statistics
 
 
@@ -73,3 +76,87 @@ def test_calibration_error_hand_worked():
     """Bin .9-1: two items, confidence .95, one right: |.5 - .95|; bin .5-.6: one item .55, right: .45. Mean of 3."""
     assert statistics.expected_calibration_error([0.95, 0.95, 0.55], [True, False, True]) == pytest.approx(0.45)
     assert statistics.expected_calibration_error([1.0, 1.0], [True, True]) == 0.0
+
+
+# ---- beside scipy and statsmodels ------------------------------------------------------------------------------------
+
+
+def test_tango_of_no_change_has_a_width_and_is_symmetric():
+    """0 gained, 0 lost: the test keeps |d| while n d^2 <= z^2 |d| (1 - |d|), so the ends are z^2 / (n + z^2)."""
+    low, high = statistics.tango(0, 0, 20)
+    assert high == pytest.approx(3.8414588 / 23.8414588) and low == pytest.approx(-high)
+    assert statistics.tango(5, 9, 60) == pytest.approx(tuple(-x for x in reversed(statistics.tango(9, 5, 60))))
+    assert statistics.tango(20, 0, 20)[1] == 1.0 and statistics.tango(0, 20, 20)[0] == -1.0
+
+
+def _profile_z(gained: int, lost: int, n: int, difference: float) -> float:
+    """The same score statistic with the restricted maximum searched numerically in place of Tango's formula."""
+    same = n - gained - lost
+
+    def nll(q: float) -> float:
+        terms = ((gained, q + difference), (lost, q), (same, 1 - 2 * q - difference))
+        return -sum(count * np.log(max(p, 1e-300)) for count, p in terms if count)
+
+    low, high = max(0.0, -difference), (1 - difference) / 2
+    q = scipy.optimize.minimize_scalar(nll, bounds=(low, high), method="bounded", options={"xatol": 1e-12}).x
+    return (gained - lost - n * difference) / np.sqrt(n * (2 * q + difference - difference**2))
+
+
+@pytest.mark.parametrize(("gained", "lost", "n"), [(12, 2, 50), (3, 1, 44), (40, 25, 500), (1, 0, 20), (9, 9, 30)])
+def test_tango_ends_are_where_a_numerical_score_test_meets_its_quantile(gained, lost, n):
+    z = scipy.stats.norm.ppf(0.975)
+    low, high = statistics.tango(gained, lost, n)
+    assert low < (gained - lost) / n < high
+    assert _profile_z(gained, lost, n, low) == pytest.approx(z, abs=2e-3)
+    assert _profile_z(gained, lost, n, high) == pytest.approx(-z, abs=2e-3)
+
+
+def test_tango_covers():
+    """1,000 draws of 60 pairs, 15 % gained and 10 % lost: the interval holds .05 in 95 % (+- 2 standard errors)."""
+    generator = np.random.default_rng(4)
+    drawn = generator.multinomial(60, [0.15, 0.10, 0.75], size=1000)
+    held = [low <= 0.05 <= high for low, high in (statistics.tango(int(g), int(k), 60) for g, k, _ in drawn)]
+    assert np.mean(held) == pytest.approx(0.95, abs=0.015)
+
+
+@pytest.mark.parametrize(("gained", "lost"), [(8, 2), (0, 0), (30, 30), (1, 12), (200, 150)])
+def test_mcnemar_is_that_of_statsmodels_and_scipys_sign_test(gained, lost):
+    before = [False] * gained + [True] * lost + [True] * 5
+    after = [True] * gained + [False] * lost + [True] * 5
+    ours = statistics.mcnemar(before, after)
+    theirs = contingency_tables.mcnemar([[5, lost], [gained, 0]], exact=True)
+    assert ours.p_value == pytest.approx(min(1.0, float(theirs.pvalue)), rel=1e-9)
+    if gained + lost:
+        assert ours.p_value == pytest.approx(scipy.stats.binomtest(gained, gained + lost).pvalue, rel=1e-9)
+
+
+@pytest.mark.parametrize(("count", "n"), [(0, 7), (3, 20), (281, 500), (500, 500)])
+def test_wilson_is_that_of_statsmodels(count, n):
+    assert statistics.wilson(count, n) == pytest.approx(proportion.proportion_confint(count, n, method="wilson"))
+
+
+def test_bootstrap_is_that_of_scipy_up_to_its_draws():
+    values = np.random.default_rng(1).beta(2, 5, 80)
+    ours = statistics.bootstrap_mean(values.tolist(), resamples=4000)
+    theirs = scipy.stats.bootstrap((values,), np.mean, method="percentile", n_resamples=4000).confidence_interval
+    assert ours == pytest.approx(tuple(theirs), abs=0.006)
+
+
+def test_auroc_is_mann_whitneys():
+    generator = np.random.default_rng(2)
+    scores, positive = generator.integers(0, 6, 90).astype(float), generator.random(90) < 0.3
+    u = scipy.stats.mannwhitneyu(scores[positive], scores[~positive]).statistic
+    assert statistics.auroc(scores, positive) == pytest.approx(u / positive.sum() / (~positive).sum())
+
+
+def test_effects_are_those_of_scipy_and_statsmodels():
+    for df in (1, 2, 7.5, 100):
+        assert effects.t_quantile(df) == pytest.approx(scipy.stats.t.ppf(0.975, df), rel=1e-3)
+    p_values = [0.01, 0.04, 0.03, 0.2, 0.01]
+    assert effects.holm(p_values) == pytest.approx(multitest.multipletests(p_values, method="holm")[1].tolist())
+    generator = np.random.default_rng(3)
+    first, second = generator.random((1, 24)), generator.random((1, 24)) + 0.25
+    theirs = scipy.stats.permutation_test(
+        (first[0], second[0]), lambda a, b: np.mean(b) - np.mean(a), permutation_type="samples", n_resamples=9999
+    )
+    assert effects.paired_p(first, second) == pytest.approx(theirs.pvalue, abs=0.01)

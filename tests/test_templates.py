@@ -99,9 +99,9 @@ def test_chat_template_file_beside_the_tokenizer_wins(tmp_path):
 
 
 def test_a_template_that_rewrites_history_is_refused(tmp_path):
-    source = "{% for m in messages %}{{ m.content }}{{ messages[-1].content | length }}{% endfor %}"
+    source = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
     folder = save(byte_level(), tmp_path, chat_template=source)
-    with pytest.raises(RecipeError, match="asks in another form|rewrites earlier turns"):
+    with pytest.raises(DataError, match="rewrites earlier turns"):
         templates.load("chat", folder).render(TURNS)
 
 

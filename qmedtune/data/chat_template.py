@@ -35,6 +35,10 @@ PROBE = "Xq7Zk3"  # an answer that no template writes itself
 DATE = "2024-07-26"  # what `strftime_now` tells: the date that Llama 3.1's own template falls back to
 DATE_FORM = re.compile(r"strftime_now\(\s*(['\"])(?P<form>.*?)\1\s*\)")
 WAY_ON = "name a template of qmedtune in the recipe (`data.<source>.template`) or with --template"
+REWRITES = (
+    "template: chat: the tokenizer's template rewrites earlier turns, or asks in another form than it shows answers in:\n"
+    "responses cannot be told apart, and a model could not be asked with what it was trained on\n" + WAY_ON
+)
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ class Renderer:
     def _answer(self, calls: Sequence[Call]) -> list[str]:
         reply = self._exchange({"calls": calls})
         if "refused" in reply:
-            raise DataError(f"template: chat: the tokenizer's template refuses a conversation: {reply['refused']}")
+            raise DataError(f"template: chat: the tokenizer's template refuses this conversation\n{reply['refused']}")
         if "broken" in reply:
             raise RecipeError(f"template: chat: the tokenizer's template fails: {reply['broken']}\n{WAY_ON}")
         return reply["texts"]
@@ -165,7 +169,7 @@ class Form:
 
 @lru_cache(maxsize=16)
 def form(source: ChatSource) -> Form:
-    """RecipeError where the template shows no answer, or a generation prompt that its own answers do not follow."""
+    """RecipeError where the template shows no answer, DataError where its answers do not follow its own prompt."""
     asked = [{"role": "user", "content": "?"}]
     answered = [*asked, {"role": "assistant", "content": PROBE}]
     plain, prompt, whole = renderer(source).render([(asked, False), (asked, True), (answered, False)])
@@ -173,10 +177,7 @@ def form(source: ChatSource) -> Form:
     if not found:
         raise RecipeError(f"template: chat: the tokenizer's template does not print the answers\n{WAY_ON}")
     if not before.startswith(prompt):
-        raise RecipeError(
-            "template: chat: the tokenizer's template asks in another form than it shows answers in, so a model cannot "
-            f"be asked with what it was trained on\n{WAY_ON}"
-        )
+        raise DataError(REWRITES)
     opening = before[len(prompt) :]
     header = opening.rstrip(" ") if prompt == plain else ""
     return Form(header, opening[len(header) :], end.rstrip())
@@ -228,10 +229,7 @@ def _segments(plan: _Plan, found: Form, texts: list[str]) -> Segments:
         last = number == len(plan.answers) - 1 and not plan.asks
         span = _answer_span(whole, texts[1 + 2 * number] + found.header, texts[2 + 2 * number], answer, last)
         if span is None and last:
-            raise DataError(
-                "template: chat: the tokenizer's template rewrites earlier turns: responses cannot be told apart\n"
-                + WAY_ON
-            )
+            raise DataError(REWRITES)
         if span is not None and span[0] >= done:
             segments += [(whole[done : span[0]], False), (whole[slice(*span)], True)]
             done = span[1]

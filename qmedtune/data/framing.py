@@ -268,13 +268,18 @@ def check(template: Template, codec: Codec) -> None:
     """Refuse before anything is trained or asked: a template that speaks in tokens that the tokenizer does not have,
     does not end or cannot be split into turns, and a tokenizer that pads with its bos. Cheap; RecipeError.
     """
+    check_padding(codec)
+    templates.check(template, codec.vocabulary)
+
+
+def check_padding(codec: Codec) -> None:
+    """RecipeError where a tokenizer's bos is also its pad."""
     if codec.bos_id is not None and codec.pad_id == codec.bos_id:
         token = codec.backend.id_to_token(codec.bos_id)
         raise RecipeError(
             f"tokenizer_config.json: pad_token is the bos token {token!r}: whoever pads hides where a text begins\n"
             "name another token as pad_token there (the eos token will do: losses never look at padding)"
         )
-    templates.check(template, codec.vocabulary)
 
 
 def fit(template: Template, codec: Codec) -> Template:

@@ -40,7 +40,11 @@ def locate(path: str) -> tuple[World, str]:
 def builtin_records(path: str) -> Iterator[dict]:
     """All records of a built-in source, in a fixed order."""
     world, corpus = locate(path)
-    return records(world) if corpus == NAME else worlds.records(corpus, world)
+    if corpus == NAME:
+        return records(world)
+    found = worlds.records(corpus, world)
+    # The world marks no instruction as held out; `holdout` does, as in every other source.
+    return ({k: v for k, v in r.items() if k != "held_out"} for r in found) if corpus == "instructions" else found
 
 
 def records(world: World) -> Iterator[dict]:

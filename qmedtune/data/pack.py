@@ -33,6 +33,7 @@ from qmedtune.data.tokens import (
     write_shards,
 )  # fmt: skip
 from qmedtune.errors import DataError
+from qmedtune.planning.batches import batch_rows
 from qmedtune.recipe import (
     ClassifySection,
     CptSection,
@@ -219,6 +220,8 @@ def write_rows(
     np.save(out / "rows.npy", rows.bounds)
     shards = [shard.relative_to(out).as_posix() for corpus in corpora for shard in corpus.shards]
     meta = {"seq_len": seq_len, "shards": shards, "sources": [c.name for c in corpora], "first_document": base.tolist()}
+    if isinstance(section, SftSection) and 0 < (weight := prompt_weight(section.loss_on)) < 1:
+        meta["prompt_weight"] = weight
     (out / META).write_text(json.dumps(meta) + "\n", encoding="utf-8")
     return packing_facts(corpora, plan, rows, pieces, drawn, base, seq_len)
 
@@ -242,7 +245,8 @@ def _rows(section: TrainSection, lengths: np.ndarray, whole: bool, rng: np.rando
         return mix.fill_rows(lengths, int(section.seq_len), split=not whole)
     if section.packing or whole:
         return mix.fill_rows(lengths, int(section.seq_len), split=False)
-    return mix.single_rows(mix.buckets(lengths, int(section.batch), rng), lengths)
+    batch = batch_rows(section, len(lengths))
+    return mix.single_rows(mix.buckets(lengths, batch, rng), lengths)
 
 
 def _table(corpora: list[Corpus]) -> np.ndarray:
@@ -303,6 +307,8 @@ class PackedRows:
         self._documents = np.load(folder / "documents.npy", mmap_mode="r")
         shards = [folder / name for name in meta["shards"]]
         self._tokens = [shard_array(shard, "tokens") for shard in shards]
+        # Until 0.1 the mask held the weight itself, in steps of 1/255.
+        self._prompt_weight: float | None = meta.get("prompt_weight")
         self._masks = [shard_array(shard, "mask") for shard in shards]
 
     def __len__(self) -> int:
@@ -349,8 +355,13 @@ class PackedRows:
         ids, weights, positions = (np.concatenate(column) for column in zip(*parts, strict=True))
         item = {"input_ids": ids, "labels": np.where(weights > 0, ids, IGNORED), "position_ids": positions}
         if ((weights > 0) & (weights < FULL_WEIGHT)).any():
-            item["weights"] = (weights / FULL_WEIGHT).astype(np.float32)
+            item["weights"] = self._loss_weights(weights)
         return item
+
+    def _loss_weights(self, mask: np.ndarray) -> np.ndarray:
+        """Of each token, float32."""
+        part = mask / FULL_WEIGHT if self._prompt_weight is None else np.float32(self._prompt_weight)
+        return np.where(mask == FULL_WEIGHT, 1.0, np.where(mask > 0, part, 0.0)).astype(np.float32)
 
     def _piece(self, document: int, start: int, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         shard, first, _ = self._documents[document]

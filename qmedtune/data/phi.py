@@ -8,15 +8,19 @@ what is reported are counts and shapes (`ddd-dd-dddd`).
 
 from __future__ import annotations
 
-import re
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from qmedtune.data.persons import find_hospitals, find_names
+from qmedtune.data.plain import plain
 from qmedtune.data.presidio import Finder
-from qmedtune.data.recognisers import DIGITS, EPONYM, LABELLED_CODES, MARKED, NOT_NAMES, PATTERNS
+from qmedtune.data.recognisers import DIGITS, MARKED, RECOGNISERS, plausible
+from qmedtune.data.words import EPONYMS, NEVER
 
 EXAMPLES = 3
+VERSION = 2  # of what is found: part of the key of data that is redacted or refused by it
 STANDS_FOR = "help for a reviewer, not de-identification to the Safe Harbor standard"
 
 
@@ -32,38 +36,57 @@ class Span:
 def find(text: str, persons: Finder | None = None) -> list[Span]:
     """Identifiers in order, without overlaps. Marks of earlier de-identification (`[** **]`, `___`) are none.
 
+    No span begins or ends between two letters or digits: an identifier is found whole, or not.
     persons: finds names that nothing announces (presidio.py); what else is found goes before.
     """
-    taken = bytearray(len(text))
-    if "[**" in text or "___" in text:
-        for match in MARKED.finditer(text):
-            taken[match.start() : match.end()] = b"\1" * len(match[0])
-    spans = []
-    plain = text.lower().translate(DIGITS)
-    for kind, needs, pattern in PATTERNS:
-        if not any(need in plain for need in needs):
-            continue
-        group = "value" if "value" in pattern.groupindex else 0
-        for match in pattern.finditer(text):
-            start, end = match.span(group)
-            if not any(taken[start:end]) and _plausible(kind, text[start:end], text[end : end + 16]):
-                taken[start:end] = b"\1" * (end - start)
-                spans.append(Span(start, end, kind))
-    for start, end in persons(text) if persons else ():
-        if not any(taken[start:end]) and _plausible("name", text[start:end], text[end : end + 16]):
-            taken[start:end] = b"\1" * (end - start)
-            spans.append(Span(start, end, "name"))
+    copy = plain(text)
+    claimed = _Claimed(copy.text)
+    found = [span for place in _found(copy.text) if (span := claimed.span(*place))]
+    spans = [Span(*copy.span(span.start, span.end), span.kind) for span in found]
+    if persons:
+        named = _Claimed(text, [(span.start, span.end) for span in spans])
+        places = [("name", start, end) for start, end in persons(text) if _may_be_name(text[start:end])]
+        spans += [span for place in places if (span := named.span(*place))]
     return sorted(spans, key=lambda span: span.start)
 
 
-def _plausible(kind: str, value: str, after: str) -> bool:
-    if kind == "name":
-        first = re.split(r"[\s,.'’]", value.lower())[0]
-        return first not in NOT_NAMES and not EPONYM.match(after) and not EPONYM.search(value)
-    if kind in LABELLED_CODES:
-        digits = sum(c.isdigit() for c in value)
-        return digits >= 4 or (digits >= 2 and len(value) >= 6 and not re.fullmatch(r"[a-z.-]+\d\d", value))
-    return True
+def _found(text: str) -> Iterator[tuple[str, int, int]]:
+    """(class, start, end) in a plain copy, in order of precedence; they may overlap."""
+    lowered = text.lower().translate(DIGITS)
+    for recogniser in RECOGNISERS:
+        for match in recogniser.matches(text, lowered):
+            start, end = match.span("value" if "value" in recogniser.pattern.groupindex else 0)
+            if plausible(recogniser.kind, match, text[start:end], text[end : end + 16]):
+                yield recogniser.kind, start, end
+    yield from (("hospital", start, end) for start, end in find_hospitals(text))
+    yield from (("name", start, end) for start, end in find_names(text, lowered))
+
+
+class _Claimed:
+    """Which characters of a text belong to an identifier already, or were masked before."""
+
+    def __init__(self, text: str, spans: Iterable[tuple[int, int]] = ()):
+        self.text, self.taken = text, bytearray(len(text))
+        marked = MARKED.finditer(text) if "[**" in text or "___" in text else ()
+        for start, end in (*spans, *(match.span() for match in marked)):
+            self.taken[start:end] = b"\1" * (end - start)
+
+    def span(self, kind: str, start: int, end: int) -> Span | None:
+        """Claim text[start:end] for a class, widened to whole words; None where any of it is claimed."""
+        text = self.text
+        while 0 < start < len(text) and text[start - 1].isalnum() and text[start].isalnum():
+            start -= 1
+        while 0 < end < len(text) and text[end - 1].isalnum() and text[end].isalnum():
+            end += 1
+        if start >= end or self.taken.find(1, start, end) >= 0:
+            return None
+        self.taken[start:end] = b"\1" * (end - start)
+        return Span(start, end, kind)
+
+
+def _may_be_name(value: str) -> bool:
+    """Of what a language model takes for a person: no eponym, no drug, no word of a note."""
+    return bool(value.strip()) and value.lower().split()[0].strip("'.,") not in EPONYMS | NEVER
 
 
 def shape(value: str) -> str:

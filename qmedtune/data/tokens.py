@@ -1,9 +1,9 @@
 """Token shards: the training text of each source as token ids on disk, written in batches and resumed by shard.
 
 A shard is three .npy files: `tokens` (uint32), `documents` (int64, one row per document: length, kept, supervised)
-and for instructions `mask` (uint8, 0 to 255 = loss weight). `documents` is renamed into place last, so a shard that
-has it is whole, and a killed run loses one shard at most. Shards end where the text says so and are named by what is in
-them: when a source changes, only the shards that hold the change are made again. Rust tokenizer alone, no torch.
+and for instructions `mask` (uint8: 0 no loss, 255 loss, 1 the prompt's weight). `documents` is renamed into place last,
+so a shard that has it is whole, and a killed run loses one shard at most. Shards end where the text says so and are
+named by what is in them: when a source changes, only the shards that hold the change are made again. No torch.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ BATCH_BYTES = 2 << 20  # of jsonl per call of the tokenizer: enough to keep all 
 ID_BYTES = 4
 LENGTH, KEPT, SUPERVISED = 0, 1, 2
 FULL_WEIGHT = 255
+PROMPT_MARK = 1  # of tokens that carry the loss weight which the packed folder states (`loss_on: 0.3`)
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,7 +168,8 @@ def encode_conversations(
     from qmedtune.data.framing import frame_of
 
     framed = frame_of(template, codec).train([record["messages"] for record in records])
-    return [_weighted(each.ids, each.supervised, round(FULL_WEIGHT * prompt_weight), limit) for each in framed]
+    quiet = {0.0: 0, 1.0: FULL_WEIGHT}.get(prompt_weight, PROMPT_MARK)
+    return [_weighted(each.ids, each.supervised, quiet, limit) for each in framed]
 
 
 def _weighted(ids: list[int], supervised: list[int], quiet: int, limit: int) -> Encoded:

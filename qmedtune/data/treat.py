@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from qmedtune.data import decontaminate, language, phi, presidio, surrogates
+from qmedtune.data import decontaminate, language, phi, presidio, secret, surrogates
 from qmedtune.data.clean import clean
 from qmedtune.data.rejects import Damaged, Refused
 from qmedtune.data.sources import VERSIONED, Deleted, Item, PmidSet
@@ -83,9 +83,10 @@ class Treatment:
     """What a recipe does to each record of a source; what takes long to load is loaded once per process."""
 
     def __init__(self, recipe: Recipe, name: str, items: list[decontaminate.Item]):
-        self.source, self.hygiene, self.seed = recipe.data[name], recipe.hygiene, recipe.seed
+        self.source, self.hygiene = recipe.data[name], recipe.hygiene
         self.index = decontaminate.build(items)
         self.phi = phi_mode(recipe, name)
+        self.secret = secret.load() if self.phi == "redact" else b""
         model = self.hygiene.presidio if self.phi != "off" else None
         self.persons = presidio.person_finder(model) if model else None
 
@@ -145,7 +146,7 @@ class Treatment:
             tally.add(text, spans)
             found |= bool(spans)
             if spans and self.phi == "redact":
-                holder[key] = surrogates.redact(text, spans, patient, self.seed, self.hygiene.shift_dates)
+                holder[key] = surrogates.redact(text, spans, patient, self.secret, self.hygiene.shift_dates)
         tally.records += found
         return Refused("holds identifiers (phi: refuse)") if found and self.phi == "refuse" else None
 

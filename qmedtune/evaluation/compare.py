@@ -22,6 +22,10 @@ from qmedtune import store, ui
 from qmedtune.evaluation import statistics
 from qmedtune.evaluation.measure import Row
 from qmedtune.tasks import Item, Task
+from qmedtune.tasks.definitions import definition
+
+WILSON, TANGO = "Wilson score", "Tango score, paired"
+NO_WIDTH = 1e-12
 
 ModelRows = dict[str, list[Row]]
 """Rows per model: `base` and `final` in a run, `model` where one is evaluated; of all draws, one after the other."""
@@ -43,7 +47,7 @@ def summarise(task: Task, items: Sequence[Item], draws: Draws, seed: int) -> dic
         result["per_character"] = fmean(_metric(task, [row["normalised"] for row in draw]) for draw in draws)
     confidences, correct = [row["confidence"] for row in rows], [row["correct"] for row in rows]
     result["ece"] = statistics.expected_calibration_error(confidences, correct)
-    result["ties"] = sum(row["tie"] for row in rows)
+    result["ties"] = sum(row.get("tie", False) for row in rows)
     if not generated:
         return result
     written = _generated_scores(task, generated, groups, seed)
@@ -92,24 +96,37 @@ def _scores(task: Task, draws: Draws, groups: statistics.Groups | None, seed: in
     if len(draws) > 1:
         values = [found[task.metric] for found in each]
         scores |= {"draws": values, "sd_of_draws": stdev(values)}
-    interval = _interval(task, draws, groups, seed)
-    facts = {"ci95": list(interval), "n": len(draws[0]), **({"groups": len(set(groups))} if groups else {})}
-    return {"metric": task.metric, **scores, **facts}
+    interval, method = _interval(task, draws, groups, seed)
+    facts = {"ci95": list(interval), "ci95_method": method, "n": len(draws[0])}
+    facts |= {"groups": len(set(groups))} if groups else {}
+    meant = definition(task.metric, task.name.partition("-")[0])
+    return {"metric": task.metric, "definition": meant, **scores, **facts}
 
 
-def _interval(task: Task, draws: Draws, groups: statistics.Groups | None, seed: int) -> statistics.Interval:
-    """Wilson for accuracy, else bootstrap over items; over groups for any metric of items that share them.
+def _interval(task: Task, draws: Draws, groups: statistics.Groups | None, seed: int) -> tuple[statistics.Interval, str]:
+    """(interval, name of the method). Wilson for accuracy, else bootstrap over items; over groups for any metric of
+    items that share them.
 
-    Of several draws Wilson takes the mean, as if each item had been asked once: wider than need be, and no interval of
-    width 0 where every answer is wrong (for which groups are not drawn either).
+    Of several draws Wilson takes the mean, as if each item had been asked once: wider than need be. A bootstrap of
+    width 0 (every answer right, or wrong) is no certainty: Wilson's interval of so many items takes its place.
     """
     n = len(draws[0])
-    if task.metric == "accuracy":
-        correct = sum(j["correct"] for draw in draws for j in draw) / len(draws)
-        if groups is None or correct in (0, n):
-            size = n if groups is None else len(set(groups))
-            return statistics.wilson(correct * size / n, size)
-    return statistics.bootstrap(statistic(task, draws), n, seed=seed, groups=groups)
+    size = n if groups is None else len(set(groups))
+    value = fmean(_metric(task, draw) for draw in draws)
+    if task.metric == "accuracy" and groups is None:
+        return statistics.wilson(value * size, size), WILSON
+    low, high = statistics.bootstrap(statistic(task, draws), n, seed=seed, groups=groups)
+    if high - low < NO_WIDTH and 0 <= value <= 1:
+        return statistics.wilson(min(1.0, value) * size, size), f"{WILSON}, of {size} {_units(groups)}"
+    return (low, high), _bootstrap_name(groups)
+
+
+def _bootstrap_name(groups: statistics.Groups | None) -> str:
+    return f"percentile bootstrap over {_units(groups)}, {statistics.RESAMPLES:,} resamples"
+
+
+def _units(groups: statistics.Groups | None) -> str:
+    return "items" if groups is None else "groups"
 
 
 def statistic(task: Task, draws: Draws) -> statistics.Statistic:
@@ -124,12 +141,27 @@ def statistic(task: Task, draws: Draws) -> statistics.Statistic:
 def compare(
     task: Task, base: Draws, final: Draws, seed: int, groups: statistics.Groups | None = None
 ) -> dict[str, Any]:
-    """Paired on the same items: the bootstrapped difference always, McNemar where independent answers are right or
-    wrong."""
-    difference, interval = statistics.paired_bootstrap(
-        statistic(task, base), statistic(task, final), len(base[0]), seed=seed, groups=groups
-    )
-    result: dict[str, Any] = {"difference": {"value": difference, "ci95": list(interval)}}
+    """Paired on the same items: the difference with its interval always, McNemar where independent answers are right
+    or wrong; there Tango's score interval, else the bootstrap.
+
+    A bootstrap of width 0 (no answer changed) is no certainty: Tango's interval for no change among so many items, or
+    groups, takes its place.
+    """
+    n = len(base[0])
+    size = n if groups is None else len(set(groups))
+    if "correct" in base[0][0] and task.metric == "accuracy" and len(base) == 1 and groups is None:
+        before, after = ([row["correct"] for row in side[0]] for side in (base, final))
+        paired = statistics.mcnemar(before, after)
+        value, interval = (paired.gained - paired.lost) / n, statistics.tango(paired.gained, paired.lost, n)
+        difference = {"value": value, "ci95": list(interval), "ci95_method": TANGO}
+        return {"difference": difference, "paired": {"test": "McNemar exact", **asdict(paired)}}
+    first, second = statistic(task, base), statistic(task, final)
+    value, interval = statistics.paired_bootstrap(first, second, n, seed=seed, groups=groups)
+    method = _bootstrap_name(groups)
+    if interval[1] - interval[0] < NO_WIDTH:
+        low, high = statistics.tango(0, 0, size)
+        interval, method = (value + low, value + high), f"{TANGO}, no change in {size} {_units(groups)}"
+    result: dict[str, Any] = {"difference": {"value": value, "ci95": list(interval), "ci95_method": method}}
     if "correct" in base[0][0] and len(base) == 1 and groups is None:
         paired = statistics.mcnemar([row["correct"] for row in base[0]], [row["correct"] for row in final[0]])
         result["paired"] = {"test": "McNemar exact", **asdict(paired)}

@@ -57,6 +57,14 @@ def _items(path: KeyPath, value: Any) -> Iterator[tuple[KeyPath, Any]]:
         yield path, value
 
 
+def _merging(recipe: Recipe) -> Iterator[Finding]:
+    section, quantization = recipe.merge, recipe.model.quantization
+    if section.base == "nf4" and quantization != "nf4":
+        yield ("merge", "base"), f"got nf4, but model.quantization is {quantization}; allowed with it: full16"
+    if section.rounding == "stochastic" and section.dtype == "float32":
+        yield ("merge", "rounding"), "got stochastic; float32 keeps every update: allowed with it: auto, nearest"
+
+
 def contradictions(recipe: Recipe) -> Iterator[Finding]:
     """What cannot run: each finding is an error at its key."""
     for index, stage in enumerate(recipe.stages):
@@ -65,6 +73,7 @@ def contradictions(recipe: Recipe) -> Iterator[Finding]:
     yield from _taken_names(recipe)
     yield from _unknown_names(recipe)
     yield from _paths(recipe)
+    yield from _merging(recipe)
     yield from _ablation(recipe)
     yield from _audit(recipe)
 
@@ -81,12 +90,19 @@ def _stage_contradictions(recipe: Recipe, here: KeyPath, index: int) -> Iterator
         yield (*here, "epochs"), "`tokens` is given too; keep one of the two"
     if section.horizon_steps is not None and section.horizon_ratio is not None:
         yield (*here, "horizon_ratio"), "`horizon_steps` is given too; keep one of the two"
+    if section.batch != "auto" and section.min_steps != "auto":
+        yield (*here, "min_steps"), "`batch` is given too, which says the steps; keep one of the two"
     if isinstance(section.batch, int) and isinstance(section.micro_batch, int) and section.batch % section.micro_batch:
         yield (*here, "micro_batch"), f"got {section.micro_batch}; allowed: a divisor of batch ({section.batch})"
     if section.adapter == "frozen" and recipe.stages[index].kind != "classify":
         yield (*here, "adapter"), "got frozen; only a classify stage trains nothing but its head"
     if section.adapter not in ("continue", "none") and index == 0:
         yield (*here, "adapter"), f"got {section.adapter}; the first stage has no adapter before it: leave the key out"
+    if section.lora is not None and index and section.adapter not in ("new", "merge_then_new"):
+        yield (
+            (*here, "lora"),
+            f"adapter {section.adapter} makes no new adapter; allowed with `new` and `merge_then_new`",
+        )
     if section.adapter == "new" and recipe.adapter.train_embeddings is not False:
         yield (*here, "adapter"), "a stack of adapters cannot train embeddings; set adapter.train_embeddings: false"
     if recipe.model.shape is not None and recipe.stages[0].kind != "pretrain" and index == 0:

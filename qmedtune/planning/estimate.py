@@ -1,44 +1,39 @@
-"""How many tokens the sources hold, from a look at a few records of a few files: for `plan`, before data is sealed.
+"""How many tokens the sources hold, from a sample of their records: for `plan`, before data is sealed.
 
-Every figure carries the share it may be off by. Reading stops after `SECONDS` per source. Deliberately not here:
-exact counts (the sealed ledgers have them), duplicates and contamination (what hygiene removes is not foreseen).
+Every figure carries the share it may be off by. Where the base's tokenizer is on this machine, records are framed and
+tokenised as packing does it. Deliberately not here: exact counts (the sealed ledgers have them), duplicates and
+contamination (what hygiene removes is not foreseen).
 """
 
 from __future__ import annotations
 
+import math
 import re
-import time
-import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from qmedtune.planning.sample import Sample, characters
 from qmedtune.recipe import SourceSection
 
-SECONDS = 0.3
-FILES = 8
-RECORDS_PER_FILE = 2000
-WINDOWS, WINDOW_BYTES = 8, 1 << 17
 # Characters per token of English biomedical text, where no tokenizer is at hand: large vocabularies (Llama 3) about
 # 4.4, 32k vocabularies about 3.6; a tiny base spells real words in bytes. Assumed, +-15 %.
 CHARS_PER_TOKEN = {"large": 4.4, "small": 3.6, "tiny": 1.7}
 ASSUMED_SPREAD = 0.15
-# Characters of text per byte of file where a file cannot be read to its end in time: XML has mark-up, compressed
-# containers hold about three times their size. Assumed, +-40 %.
-TEXT_PER_BYTE = {"json": 0.9, "jats": 0.6, "pubmed": 0.35, "parquet": 2.0, "huggingface": 2.0}
-GUESSED_SPREAD = 0.4
-LINE_FORMATS = ("jsonl", "json", "csv", "tsv")
+SAMPLE_CHARACTERS = 400_000  # tokenised per source: a third of a second on one core
 
-Counter = Callable[[list[str]], int]  # texts -> tokens, without bos and eos
+Lengths = Callable[[list[dict[str, Any]]], list[int]]  # records -> tokens of each, with bos and eos
 
 
 @dataclass(frozen=True)
 class Estimate:
     """What a source holds for training, after its hold-out: `tokens` +- `spread` (a share), 0 when exact.
 
-    `read_bytes` are the files' sizes. `missing` says why there is no estimate (then tokens are 0).
+    `sampled`: records looked at. `read_bytes` are the files' sizes. `missing` says why there is no estimate (then
+    tokens are 0).
     """
 
     records: int
@@ -47,107 +42,69 @@ class Estimate:
     num_files: int = 0
     read_bytes: int = 0
     missing: str = ""
-
-
-def count_with(
-    tokenizer_dir: Path | None, vocab: int, *, builtin_base: bool, builtin_text: bool
-) -> tuple[Counter, float]:
-    """A token counter and its spread: the base's own tokenizer where it is local, otherwise an assumption."""
-    if tokenizer_dir is not None and (tokenizer_dir / "tokenizer.json").is_file():
-        from qmedtune.data.tokens import load_codec
-
-        codec = load_codec(tokenizer_dir)
-        return lambda texts: sum(map(len, codec.encode(texts, markers=False))), 0.0
-    if builtin_base and builtin_text:  # every word and mark of the built-in world is one token
-        return lambda texts: sum(len(re.findall(r"\w+|[^\w\s]", text)) for text in texts), 0.05
-    ratio = CHARS_PER_TOKEN["tiny" if builtin_base else "large" if vocab > 100_000 else "small"]
-    return lambda texts: round(sum(map(len, texts)) / ratio), ASSUMED_SPREAD
-
-
-def estimate_source(source: SourceSection, count: Counter, spread: float) -> Estimate:
-    """Sample a source. Raises what reading it raises (DataError for absent or unreadable files)."""
-    from qmedtune.data.sources import source_files
-
-    files = source_files(source)
-    if not files:
-        texts = list(_builtin_texts(source))
-        return _total(texts, len(texts), count, spread)
-    sizes = [file.stat().st_size for file in files]
-    picked = sorted({round(i * (len(files) - 1) / max(FILES - 1, 1)) for i in range(FILES)})
-    seen = [_look(files[i], source, time.monotonic() + SECONDS / len(picked)) for i in picked]
-    texts = [text for look in seen for text in look.texts]
-    sampled = sum(sizes[i] for i in picked)
-    records = sum(look.records for look in seen) * sum(sizes) / sampled
-    exact = len(picked) == len(files) and all(look.whole for look in seen)
-    spread += 0.0 if exact else max(look.spread for look in seen) + (0.1 if len(picked) < len(files) else 0.0)
-    kept = min(records, source.max_records or records) * (1 - source.holdout)
-    result = _total(texts, kept, count, spread)
-    return Estimate(result.records, result.tokens, result.spread, len(files), sum(sizes))
-
-
-def _total(texts: list[str], records: float, count: Counter, spread: float) -> Estimate:
-    """Scale the sample up to `records`. bos and eos count."""
-    if not texts:
-        return Estimate(0, 0, 0.0, missing="no usable record among the first")
-    per_record = count(texts) / len(texts) + 2
-    return Estimate(round(records), round(records * per_record), round(spread, 2))
-
-
-def _builtin_texts(source: SourceSection) -> Iterator[str]:
-    """The training texts of the built-in world, which says itself what is held out."""
-    from qmedtune.data.rejects import Rejects
-    from qmedtune.data.sources import read_records
-
-    return (_text(record, source) for record in read_records("", source, Rejects("")) if not record.get("held_out"))
+    sampled: int = 0
 
 
 @dataclass(frozen=True)
-class Look:
-    """The first records of one file: their texts, and how many records the file has in all, +- `spread`."""
+class Measured:
+    """An estimate, and the tokens of each record that was tokenised for it, int64."""
 
-    texts: list[str]
-    records: float
-    whole: bool
+    estimate: Estimate
+    lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+
+
+@dataclass(frozen=True)
+class Counting:
+    """How records of one source are counted, +- `spread`: by the tokenizer in `tokenizer_dir`, if it is there."""
+
+    lengths: Lengths
     spread: float
 
 
-def _look(file: Path, source: SourceSection, until_s: float) -> Look:
-    from qmedtune.data.rejects import Unusable
-    from qmedtune.data.sources import READERS, format_of
-
-    format = format_of(file, source.format)
-    texts, line, bad = [], 0, 0
-    if format in READERS:
-        for line, fields in islice(READERS[format](file), RECORDS_PER_FILE):  # noqa: B007 - the last one counts
-            try:
-                texts.append(_text(_shape(fields, source), source))
-            except Unusable:
-                bad += 1
-            if time.monotonic() > until_s:
-                break
-        else:
-            if len(texts) + bad < RECORDS_PER_FILE:
-                return Look(texts, len(texts), True, 0.0)
-    lines = _lines(file) if format in LINE_FORMATS and line > 20 else 0.0
-    if lines:
-        spread = 0.2 if file.suffix == ".gz" else 0.1
-        return Look(texts, len(texts) * max(lines / line, 1.0), False, spread)
-    mean = sum(map(len, texts)) / len(texts) if texts else 4000.0
-    return Look(
-        texts or ["x" * 4000], file.stat().st_size * TEXT_PER_BYTE.get(format, 1.0) / mean, False, GUESSED_SPREAD
-    )
+def count_with(
+    tokenizer_dir: Path | None, vocab: int, source: SourceSection, *, builtin_base: bool, builtin_text: bool
+) -> Counting:
+    """By the base's own tokenizer where it is local, otherwise by an assumption."""
+    if tokenizer_dir is not None and (tokenizer_dir / "tokenizer.json").is_file():
+        return Counting(lambda records: framed_lengths(tokenizer_dir, source, records), 0.0)
+    if builtin_base and builtin_text:  # every word and mark of the built-in world is one token
+        return Counting(lambda records: [2 + len(re.findall(r"\w+|[^\w\s]", _text(r, source))) for r in records], 0.05)
+    ratio = CHARS_PER_TOKEN["tiny" if builtin_base else "large" if vocab > 100_000 else "small"]
+    return Counting(lambda records: [2 + round(len(_text(r, source)) / ratio) for r in records], ASSUMED_SPREAD)
 
 
-def _shape(fields: Any, source: SourceSection) -> dict[str, Any]:
-    from qmedtune.data.instructions import instruction_record
-    from qmedtune.data.records import text_record
-    from qmedtune.data.rejects import Unusable
+def framed_lengths(tokenizer_dir: Path, source: SourceSection, records: list[dict[str, Any]]) -> list[int]:
+    """Tokens of each record as packing makes them: framed by its template, nothing cut."""
+    from qmedtune.data import templates
+    from qmedtune.data.tokens import encode_conversations, encode_texts, load_codec
 
-    shape = instruction_record if source.kind == "instructions" else text_record
-    record = shape(fields, source.columns) if isinstance(fields, dict) else fields
-    if not isinstance(record, dict):
-        raise Unusable("damaged or refused")
-    return record
+    codec = load_codec(tokenizer_dir)
+    if source.kind != "instructions":
+        return [len(document.ids) for document in encode_texts(codec, records, None)]
+    template = templates.default(source.template, tokenizer_dir)
+    return [len(document.ids) for document in encode_conversations(codec, records, template, 0.0, 2**31)]
+
+
+def estimate_source(sample: Sample, source: SourceSection, counting: Counting) -> Measured:
+    """Scale what was seen up to the source. A sample of n records is off by two standard errors of their mean."""
+    records = tokenised_part(sample.records)
+    found = Estimate(0, 0, 0.0, sample.num_files, sample.read_bytes)
+    if not records:
+        return Measured(replace(found, missing="no usable record among the first"))
+    lengths = np.array(counting.lengths(records), np.int64)
+    all_seen = sample.whole and len(records) == len(sample.records)
+    error = 0.0 if all_seen else 2 * float(lengths.std()) / float(lengths.mean()) / math.sqrt(len(lengths))
+    kept = min(sample.total, source.max_records or sample.total) * sample.trained_share
+    spread = round(counting.spread + sample.spread + error, 2)
+    tokens = round(kept * float(lengths.mean()))
+    found = replace(found, records=round(kept), tokens=tokens, spread=spread, sampled=len(records))
+    return Measured(found, lengths)
+
+
+def tokenised_part(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every so-manieth record, so that all together have at most SAMPLE_CHARACTERS."""
+    every = max(1, math.ceil(sum(map(characters, records)) / SAMPLE_CHARACTERS))
+    return records[::every]
 
 
 def _text(record: dict[str, Any], source: SourceSection) -> str:
@@ -158,21 +115,3 @@ def _text(record: dict[str, Any], source: SourceSection) -> str:
 
     template = templates.load(source.template if source.template not in (None, "chat") else "plain")
     return "".join(text for text, _ in template.render(record["messages"]))
-
-
-def _lines(file: Path) -> float:
-    """Lines of a file, from the density of newlines in windows spread over it; of a compressed one, in its head."""
-    size = file.stat().st_size
-    if file.suffix == ".zst":
-        return 0.0
-    with file.open("rb") as stream:
-        if file.suffix == ".gz":
-            packed = stream.read(WINDOW_BYTES)
-            sample = zlib.decompressobj(31).decompress(packed)
-            size = round(size * len(sample) / len(packed))
-        else:
-            sample = b""
-            for i in range(WINDOWS):
-                stream.seek(max(size - WINDOW_BYTES, 0) * i // (WINDOWS - 1))
-                sample += stream.read(WINDOW_BYTES)
-    return sample.count(b"\n") / len(sample) * size

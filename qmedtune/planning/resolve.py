@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from qmedtune import units
 from qmedtune.errors import RecipeError
 from qmedtune.planning import activations, fit
+from qmedtune.planning.batches import MIN_STEPS
 from qmedtune.planning.machine import Machine, this_machine
 from qmedtune.planning.memory import WAYS, Setup, trained_parameters
 from qmedtune.planning.numerics import why_dtype
@@ -64,6 +65,7 @@ def _stage(recipe: Recipe, index: int, facts: BaseFacts, machine: Machine, decis
     proposals = _tiny_stage(facts, stage, on_builtin_text) if facts.builtin else _real_stage(facts, recipe, index)
     section = _fill(stage.section, where, proposals, decisions)
     recipe = _with_stage(recipe, index, section)
+    section = _fill(section, where, _fewest_steps(section, tuned=facts.builtin and on_builtin_text), decisions)
     batch = (
         _real_batch(int(section.seq_len), stage.kind) if not facts.builtin else _tiny_batch(facts, section, stage.kind)
     )
@@ -119,9 +121,17 @@ def _learning_rate(facts: BaseFacts, recipe: Recipe, index: int) -> tuple[float,
     return peak, f"{span}; full-tuning values (2e-5) starve LoRA{kept}"
 
 
+def _fewest_steps(section: Any, *, tuned: bool) -> Proposals:
+    if section.batch != "auto":
+        return {"min_steps": (1, "`batch` is given, which says the steps")}
+    if tuned:
+        return {"min_steps": (1, "the batch is tuned for this base and its text")}
+    return {"min_steps": (MIN_STEPS, f"fewer than {MIN_STEPS} steps at LoRA's rates move the weights too little")}
+
+
 def _real_batch(seq_len: int, kind: str) -> Proposals:
     rows = max(STEP_TOKENS[kind] // seq_len, 1)
-    return {"batch": (rows, f"{rows} rows x {seq_len} = {rows * seq_len} tokens per optimiser step")}
+    return {"batch": (rows, f"at most {rows} rows x {seq_len} = {rows * seq_len} tokens per optimiser step")}
 
 
 def _tiny_stage(facts: BaseFacts, stage: StageSection, on_builtin_text: bool) -> Proposals:

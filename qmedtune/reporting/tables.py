@@ -33,11 +33,19 @@ def evaluation(run: dict) -> Table:
     note = (
         f"{_scored_in(run)}Share of items answered correctly unless another metric is named, with 95% intervals. Base "
         "and final answered the same items; a change is called noise when its paired test gives p ≥ 0.05. Commonest: "
-        "what always the commonest answer scores, without any knowledge."
+        f"what always the commonest answer scores, without any knowledge.{_methods(run)}"
         if rows
         else "No task was scored in this run."
     )
     return Table("Scores", ("Task", "Base", "Final", "Change", "Commonest", "Items", "Reading"), rows, note)
+
+
+def _methods(run: dict) -> str:
+    """Which intervals the scores and changes carry, by name."""
+    tasks = (run.get("evaluation") or {}).get("tasks", {}).values()
+    parts = [task.get(name) or {} for task in tasks for name in ("base", "final", "difference")]
+    names = dict.fromkeys(part["ci95_method"] for part in parts if "ci95_method" in part)
+    return f" Intervals: {'; '.join(names)}." if names else ""
 
 
 def _scored_in(run: dict) -> str:
@@ -118,6 +126,7 @@ def classification(run: dict) -> Table:
         (
             stage["name"],
             _score(facts),
+            *(_three(facts.get(name)) for name in ("auprc", "micro_f1", "macro_f1")),
             _exact(facts["n"]),
             _exact(facts["patients"]),
             _exact(facts["scored_labels"]),
@@ -126,9 +135,15 @@ def classification(run: dict) -> Table:
         )
         for stage, facts in found
     ]
-    columns = ("Stage", "AUROC", "Documents", "Patients", "Labels scored", "Labels", "Of unknown label")
-    note = "Macro over labels, on documents held out, with the 95% interval over patients; 0.5 is chance."
+    counts = ("Documents", "Patients", "Labels scored", "Labels", "Of unknown label")
+    columns = ("Stage", "AUROC", "AUPRC", "Micro F1", "Macro F1", *counts)
+    note = "Areas and macro F1 are means over labels, on documents held out, with the 95% interval over patients; an "
+    note += "AUROC of 0.5 is chance, an AUPRC of the label's share. F1 of the labels that are chosen."
     return Table("Classification", columns, rows, note)
+
+
+def _three(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
 
 
 def _score(facts: dict) -> str:

@@ -62,7 +62,8 @@ def hoc_task(name: str, items: tuple[Item, ...]) -> Task:
     require("sklearn")
     if not any(item.gold for item in items):
         raise DataError(f"task {name}: no item has a hallmark, so there is no F1\ngive the whole split")
-    metrics: dict[str, str | None] = {"macro_f1": None, "micro_f1": None, "exact_match": "correct"}
+    metrics: dict[str, str | None] = {"macro_f1": None, "macro_f1_all": None, "micro_f1": None}
+    metrics["exact_match"] = "correct"
     return Task(
         name, items, "macro_f1", metrics, _parse_hallmarks, _judge_hallmarks, _hallmark_scores, 96, _write_hallmarks
     )
@@ -83,7 +84,7 @@ def _judge_hallmarks(item: Item, prediction: frozenset[str] | None) -> Judgement
 
 
 def _hallmark_scores(judgements: list[Judgement]) -> dict[str, float]:
-    """Hallmarks that no abstract has do not count; nan where none has any (a resample)."""
+    """Hallmarks that no abstract has do not count, but in `macro_f1_all`; nan where none has any (a resample)."""
     gold, predicted = (
         np.array([[label in j[side] for label in HALLMARKS] for j in judgements]) for side in ("gold", "prediction")
     )
@@ -94,6 +95,7 @@ def _hallmark_scores(judgements: list[Judgement]) -> dict[str, float]:
     there = {label: float(f) for label, f, has in zip(HALLMARKS, each, gold.T, strict=True) if has.any()}
     return {
         "macro_f1": fmean(there.values()) if there else float("nan"),
+        "macro_f1_all": float(each.mean()),
         "micro_f1": float(_f1(right.sum(), wrong.sum())),
         "exact_match": sum(j["correct"] for j in judgements) / len(judgements),
         **{f"f1 {label}": f for label, f in there.items()},

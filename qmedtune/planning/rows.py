@@ -1,0 +1,105 @@
+"""How many tokens, rows and optimiser steps a stage takes, by the rules of packing over sampled documents.
+
+The rows are those of the packer itself (data/mix.py), over so many documents of the sampled lengths. Deliberately not
+here: exact counts (the sealed ledger of a packed stage has them).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from qmedtune.data import canaries, mix
+from qmedtune.data.pack import draw_tokens, shared_tokens
+from qmedtune.planning.batches import batch_rows, steps_in
+from qmedtune.planning.estimate import Measured
+from qmedtune.recipe import ClassifySection, Recipe, SftSection
+
+SIMULATED_DOCUMENTS = 10_000  # laid out; more scale up
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Tokens trained in a stage, +- `spread` (a share; 0 when sealed), in `rows` rows and `steps` optimiser steps of
+    `batch` rows."""
+
+    trained: int
+    rows: int
+    batch: int
+    steps: int
+    spread: float
+    note: str = ""
+
+
+def planned(recipe: Recipe, index: int, measured: Mapping[str, Measured]) -> Tokens:
+    """Stage `index` of a resolved recipe. Sources without an estimate are named in the note."""
+    stage = recipe.stages[index]
+    section = stage.section
+    held = {name: measured[name] for name in stage.sources}
+    absent = [name for name, found in held.items() if not found.estimate.tokens]
+    spread = max((found.estimate.spread for found in held.values()), default=0.0)
+    draws = {name: _draws(recipe, index, name, found) for name, found in held.items() if name not in absent}
+    if isinstance(section, SftSection | ClassifySection):
+        wanted = {name: float(section.epochs) * float(drawn.sum()) for name, drawn in draws.items()}
+    elif absent:
+        tokens = 0 if section.tokens == "auto" else section.tokens
+        wanted, draws, spread = {"all": float(tokens)}, {"all": np.full(1, int(section.seq_len))}, 0.0
+    else:
+        wanted = {name: target.tokens for name, target in mix.targets(section, draws).items()}
+        budget_is_stated = section.tokens != "auto" and sum(wanted.values()) > 0.99 * section.tokens
+        spread = 0.02 if budget_is_stated else spread
+    trained = round(sum(wanted.values()))
+    rows = round(_rows(recipe, index, draws, wanted)) if trained else 0
+    note = f"without {', '.join(absent)}" if absent else ""
+    return Tokens(trained, rows, batch_rows(section, rows), steps_in(section, rows) if rows else 0, spread, note)
+
+
+def _draws(recipe: Recipe, index: int, name: str, found: Measured) -> np.ndarray:
+    """Tokens that a draw of each document of a source takes, the canaries planted in it included."""
+    source, section = recipe.data[name], recipe.stages[index].section
+    lengths = np.resize(found.lengths, max(found.estimate.records, 1))
+    lengths = np.concatenate([lengths, _planted(recipe, name)])
+    seq_len = int(section.seq_len)
+    cut = source.kind == "instructions" or source.chunking == "truncate" or isinstance(section, ClassifySection)
+    kept = np.minimum(lengths, seq_len) if cut else lengths
+    return draw_tokens(source, kept, seq_len, source.max_tokens, recipe.seed)
+
+
+def _planted(recipe: Recipe, name: str) -> np.ndarray:
+    """About the tokens of the canaries in a source: a name, a number of nine digits, and for prompts their frame."""
+    if recipe.audit is None or name not in canaries.planted_sources(recipe.audit):
+        return np.zeros(0, np.int64)
+    tokens = 60 if recipe.data[name].kind == "instructions" else 24
+    return np.full(sum(recipe.audit.repeats) * recipe.audit.canaries, tokens, np.int64)
+
+
+def _rows(recipe: Recipe, index: int, draws: Mapping[str, np.ndarray], wanted: Mapping[str, float]) -> float:
+    """Rows that the drawn documents fill: the packer's over some of them, scaled up."""
+    section, rng = recipe.stages[index].section, np.random.default_rng(0)
+    seq_len = int(section.seq_len)
+    total = sum(wanted.values())
+    means = {name: max(1.0, float(lengths[lengths > 0].mean())) for name, lengths in draws.items()}
+    documents = sum(wanted[name] / means[name] for name in draws)
+    if isinstance(section, SftSection) and not section.packing:
+        return documents
+    share = min(1.0, SIMULATED_DOCUMENTS / max(documents, 1.0))
+    parts = []
+    for name, lengths in draws.items():
+        drawn = rng.choice(lengths[lengths > 0], max(1, round(share * wanted[name] / means[name])))
+        parts.append(_chunked(recipe, name, drawn, seq_len))
+    mixed = rng.permutation(np.concatenate(parts))
+    whole = isinstance(section, SftSection | ClassifySection)
+    rows = len(mix.fill_rows(mixed, seq_len, split=not whole).bounds) - 1
+    return rows * total / float(mixed.sum())
+
+
+def _chunked(recipe: Recipe, name: str, drawn: np.ndarray, seq_len: int) -> np.ndarray:
+    """Documents as they are laid into rows: with `chunking: overlap` in chunks of a row."""
+    source = recipe.data.get(name)
+    if source is None or source.chunking != "overlap":
+        return drawn
+    shared = shared_tokens(source, seq_len)
+    counts = mix.chunk_counts(drawn, seq_len, shared)
+    return mix.chunks(counts, drawn, seq_len, np.full(len(drawn), shared))[:, 2]

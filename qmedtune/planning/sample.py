@@ -1,0 +1,158 @@
+"""A look at a few records of a few files of a source, for `plan`: within `SECONDS`, whatever the source's size.
+
+What is seen is given the shape that reading gives it, so that the plan judges records as the run will. Deliberately not
+here: tokens (estimate.py), hygiene.
+"""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections import Counter
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from qmedtune.recipe import SourceSection
+
+SECONDS = 0.3
+FILES = 8
+RECORDS_PER_FILE = 2000
+WINDOWS, WINDOW_BYTES = 8, 1 << 17
+# Characters of text per byte of file where a file cannot be read to its end in time: XML has mark-up, compressed
+# containers hold about three times their size. Assumed, +-40 %.
+TEXT_PER_BYTE = {"json": 0.9, "jats": 0.6, "pubmed": 0.35, "parquet": 2.0, "huggingface": 2.0}
+GUESSED_SPREAD = 0.4
+GUESSED_CHARACTERS = 4000.0  # of a record, where none could be read
+LINE_FORMATS = ("jsonl", "json", "csv", "tsv")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Usable `records` in reading order, and how often others were `damaged` and why. `total` +- `spread` (a share, 0
+    when all was read): records of all files, before hold-out and limits. `trained_share`: what of them is not held out.
+    `read_bytes`: the files' sizes."""
+
+    records: list[dict[str, Any]]
+    damaged: Counter[str]
+    total: float
+    spread: float
+    trained_share: float
+    num_files: int = 0
+    read_bytes: int = 0
+
+    @property
+    def whole(self) -> bool:
+        """Every record of the source is here."""
+        return self.spread == 0.0
+
+
+@dataclass
+class _Look:
+    """The first records of one file, and how many it has in all, +- `spread`."""
+
+    records: list[dict[str, Any]] = field(default_factory=list)
+    damaged: Counter[str] = field(default_factory=Counter)
+    total: float = 0.0
+    spread: float = 0.0
+
+
+def sample_source(source: SourceSection) -> Sample:
+    """Raises what reading raises: DataError for absent or unreadable files."""
+    from qmedtune.data.rejects import Rejects
+    from qmedtune.data.sources import read_records, source_files
+
+    files = source_files(source)
+    if not files:
+        records = list(read_records("", source, Rejects("")))
+        kept = [record for record in records if not record.get("held_out")]
+        marked = any("held_out" in record for record in records)  # the built-in world says itself what is held out
+        return Sample(kept, Counter(), len(kept), 0.0, 1.0 if marked else 1 - source.holdout)
+    sizes = [file.stat().st_size for file in files]
+    picked = sorted({round(i * (len(files) - 1) / max(FILES - 1, 1)) for i in range(FILES)})
+    looks = [_look(files[i], source, time.monotonic() + SECONDS / len(picked)) for i in picked]
+    damaged: Counter[str] = Counter()
+    for look in looks:
+        damaged.update(look.damaged)
+    whole = len(picked) == len(files) and not any(look.spread for look in looks)
+    spread = 0.0 if whole else max(look.spread for look in looks) + (0.1 if len(picked) < len(files) else 0.0)
+    total = sum(look.total for look in looks) * sum(sizes) / max(1, sum(sizes[i] for i in picked))
+    records = [record for look in looks for record in look.records]
+    return Sample(records, damaged, total, spread, 1 - source.holdout, len(files), sum(sizes))
+
+
+def _look(file: Path, source: SourceSection, until_s: float) -> _Look:
+    from qmedtune.data.sources import READERS, format_of
+
+    format, look, line = format_of(file, source.format), _Look(), 0
+    if format in READERS:
+        line, ended = _read(file, source, format, until_s, look)
+        look.total = len(look.records)
+        if ended:
+            return look
+    lines = _lines(file) if format in LINE_FORMATS and line > 20 else 0.0
+    if lines:
+        look.total, look.spread = len(look.records) * max(lines / line, 1.0), 0.2 if file.suffix == ".gz" else 0.1
+        return look
+    sizes = [characters(record) for record in look.records]
+    mean = sum(sizes) / len(sizes) if sizes else GUESSED_CHARACTERS
+    look.total, look.spread = file.stat().st_size * TEXT_PER_BYTE.get(format, 1.0) / mean, GUESSED_SPREAD
+    return look
+
+
+def _read(file: Path, source: SourceSection, format: str, until_s: float, look: _Look) -> tuple[int, bool]:
+    """Fill `look` from the file's head; the last line read, and whether the file ended there."""
+    from qmedtune.data.rejects import Refused, Unusable
+    from qmedtune.data.sources import READERS
+
+    line, seen = 0, 0
+    for line, fields in islice(READERS[format](file), RECORDS_PER_FILE):  # noqa: B007 - the last one counts
+        seen += 1
+        try:
+            record = _shaped(fields, source)
+            if not isinstance(record, Refused):
+                look.records.append(record)
+        except Unusable as error:
+            look.damaged[str(error)] += 1
+        if time.monotonic() > until_s:
+            return line, False
+    return line, seen < RECORDS_PER_FILE
+
+
+def _shaped(fields: Any, source: SourceSection) -> Any:
+    from qmedtune.data.instructions import instruction_record
+    from qmedtune.data.records import text_record
+    from qmedtune.data.rejects import Damaged, Refused, Unusable
+
+    if isinstance(fields, Refused):
+        return fields
+    if isinstance(fields, Damaged):
+        raise Unusable(fields.reason)
+    shape = instruction_record if source.kind == "instructions" else text_record
+    return shape(fields, source.columns)
+
+
+def characters(record: dict[str, Any]) -> int:
+    """Of a record's text, or of its messages."""
+    if "messages" not in record:
+        return len(record["text"])
+    return sum(len(message["content"]) + len(message.get("input", "")) for message in record["messages"])
+
+
+def _lines(file: Path) -> float:
+    """Lines of a file, from the density of newlines in windows spread over it; of a compressed one, in its head."""
+    size = file.stat().st_size
+    if file.suffix == ".zst":
+        return 0.0
+    with file.open("rb") as stream:
+        if file.suffix == ".gz":
+            packed = stream.read(WINDOW_BYTES)
+            sample = zlib.decompressobj(31).decompress(packed)
+            size = round(size * len(sample) / len(packed))
+        else:
+            sample = b""
+            for i in range(WINDOWS):
+                stream.seek(max(size - WINDOW_BYTES, 0) * i // (WINDOWS - 1))
+                sample += stream.read(WINDOW_BYTES)
+    return sample.count(b"\n") / len(sample) * size

@@ -1,0 +1,212 @@
+"""What can be known before training: asked by `plan` of a sample of each source, and by `run` at its start.
+
+What fails here would fail after hours otherwise: a base or tokenizer that cannot be used, a chat template that cannot
+be rendered, records that are cut or damaged, an evaluation file that does not parse. Each check raises the error that
+the step itself would raise, or says what is missing and the way on. Loads no torch and no weights. Deliberately not
+here: room (planning/room.py), and whole sources: all data steps come before the first training step (steps.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qmedtune.data import templates
+from qmedtune.errors import DataError, RecipeError
+from qmedtune.planning.estimate import Measured
+from qmedtune.planning.sample import Sample
+from qmedtune.recipe import Recipe, SftSection, TaskSection
+
+if TYPE_CHECKING:
+    from qmedtune.tasks import Task
+
+Messages = Sequence[Mapping[str, Any]]
+
+# Standard errors below the seen share from which a sample of more records is judged: about one false alarm in 1,000.
+SURE = 3.1
+MOST_TURNS = 3  # conversations of more turns have the shape of this many
+PARSED_BYTES = 32 << 20  # of evaluation files in sum: `plan` answers in 3 s; `run` parses all
+ASKED_ITEMS = 200  # prompts rendered per task by `plan`
+
+
+def check_base(recipe: Recipe, folder: Path) -> None:
+    """RecipeError where the base cannot be loaded, trained or merged; headers and configurations are read alone."""
+    from qmedtune.hub import check_folder, check_weights
+
+    if (folder / "adapter_config.json").is_file():
+        raise RecipeError(f"model.base: {folder} holds an adapter, not a model\nmerge it: qmedtune merge {folder}")
+    if recipe.stages[0].kind != "pretrain":
+        check_folder(folder)
+        check_weights(folder)
+
+
+def check_tokenizer(folder: Path) -> None:
+    """The tokenizer loads in the fast format, names the tokens that frame a document, and fits the base."""
+    from qmedtune.data.framing import check_padding
+    from qmedtune.data.tokens import load_codec
+
+    check_padding(load_codec(folder))
+
+
+def check_templates(recipe: Recipe, folder: Path, samples: Mapping[str, Sample]) -> None:
+    """Each instruction source's template speaks this tokenizer's marks and renders a conversation of each shape."""
+    for stage in recipe.stages:
+        for name in stage.sources if isinstance(stage.section, SftSection) else ():
+            template = templates.default(recipe.data[name].template, folder)
+            found = samples[name].records if name in samples else []
+            for messages in [_QUESTION, *shapes(record["messages"] for record in found)]:
+                with_messages(template, messages, f"data.{name}.template", folder)
+
+
+def with_messages(template: templates.Template, messages: Messages, where: str, folder: Path) -> None:
+    """Frame one conversation for training and its last question for use. The error names `where`, and no text."""
+    from qmedtune.data.framing import frame_in
+
+    plain = [dict(message) for message in messages]
+    answered = plain[-1]["role"] == "assistant"
+    try:
+        frame = frame_in(template, folder)
+        if answered:
+            frame.train([plain])
+        frame.ask([plain[:-1] if answered else plain])
+    except (DataError, RecipeError) as error:
+        roles = ", ".join(message["role"] for message in plain[:6])
+        raise type(error)(f"{error}\n{where}: with a conversation of {roles}") from error
+
+
+def shapes(conversations: Iterable[Messages]) -> list[Messages]:
+    """The first conversation of each shape: which roles follow each other (turns beyond MOST_TURNS alike), and whether
+    an input stands apart."""
+    found: dict[tuple, Messages] = {}
+    for messages in conversations:
+        roles = tuple(message["role"] for message in messages)[: 2 * MOST_TURNS + 1]
+        found.setdefault((roles, any(message.get("input") for message in messages)), messages)
+    return list(found.values())
+
+
+def check_damage(recipe: Recipe, samples: Mapping[str, Sample]) -> None:
+    """DataError where a sample has surely more damaged records than `hygiene.max_bad_fraction`, or nothing else."""
+    for name, sample in samples.items():
+        bad, good = sum(sample.damaged.values()), len(sample.records)
+        if not bad or not surely_above(bad, bad + good, recipe.hygiene.max_bad_fraction, whole=sample.whole):
+            continue
+        reasons = ", ".join(f"{reason} ({count:,})" for reason, count in sample.damaged.most_common(2))
+        raise DataError(
+            f"{name}: {bad:,} of the first {bad + good:,} records cannot be used: {reasons}\n"
+            f"allowed: {recipe.hygiene.max_bad_fraction:.1%} (`hygiene.max_bad_fraction`)\n"
+            f"name the right columns (`data.{name}.columns`) or format, or mend the files"
+        )
+
+
+def check_truncation(recipe: Recipe, measured: Mapping[str, Measured], samples: Mapping[str, Sample]) -> None:
+    """DataError where surely more records of an sft stage are cut at `seq_len` than `max_truncated_fraction`."""
+    for stage in recipe.stages:
+        section = stage.section
+        for name in stage.sources if isinstance(section, SftSection) else ():
+            if name not in samples:
+                continue
+            lengths = measured[name].lengths
+            cut, whole = int((lengths > int(section.seq_len)).sum()), len(lengths) == len(samples[name].records)
+            allowed = section.max_truncated_fraction if isinstance(section, SftSection) else 1.0
+            if cut and surely_above(cut, len(lengths), allowed, whole=whole and samples[name].whole):
+                raise DataError(
+                    f"{name}: {cut:,} of {len(lengths):,} sampled records exceed seq_len {section.seq_len} "
+                    f"(allowed: {allowed:.0%}, `max_truncated_fraction`)\n"
+                    f"raise `seq_len` (longest seen: {int(lengths.max()):,} tokens) or shorten the records"
+                )
+
+
+def surely_above(found: int, of: int, allowed: float, *, whole: bool) -> bool:
+    """Whether more than `allowed` of all are like the `found` `of` a sample: exactly if it is the `whole`, else where
+    the lower end of Wilson's interval at SURE standard errors lies above."""
+    share = found / of
+    if whole:
+        return share > allowed
+    middle = share + SURE**2 / (2 * of)
+    width = SURE * math.sqrt(share * (1 - share) / of + (SURE / (2 * of)) ** 2)
+    return (middle - width) / (1 + SURE**2 / of) > allowed
+
+
+def check_evaluation(recipe: Recipe, folder: Path | None, *, within_bytes: int | None = None) -> list[str]:
+    """Every evaluation file parses, and its questions can be asked with the template (where the tokenizer is here).
+
+    With `within_bytes` (`plan`) files that are not here or beyond it are not parsed, and ASKED_ITEMS questions are
+    rendered; returns what was left.
+    """
+    from qmedtune.data.outcomes import locate
+
+    paths = [p for s in recipe.data.values() for p in ([s.path] if isinstance(s.path, str) else s.path)]
+    world = next((locate(path)[0].name for path in paths if path.startswith("builtin:")), "tiny")
+    left, room = [], within_bytes or 0
+    for entry in recipe.evaluate.tasks:
+        section = TaskSection(task=entry) if isinstance(entry, str) else entry
+        if within_bytes is not None:
+            if why := _left_out(section, room):
+                left.append(why)
+                continue
+            room -= _file_bytes(section)
+        task = _parsed(section, recipe.seed, world)
+        if folder is not None:
+            items = list(task.asked)[: None if within_bytes is None else ASKED_ITEMS]
+            _check_questions(recipe, folder, section, [item.messages for item in items])
+    return left
+
+
+def _parsed(section: TaskSection, seed: int, world: str) -> Task:
+    from qmedtune.tasks import load_task
+
+    try:
+        return load_task(section, seed, world)
+    except DataError as error:
+        if len(str(error).splitlines()) > 1:
+            raise
+        raise DataError(
+            f"{error}\na benchmark is read whole or not at all: mend the file, or take the task out"
+        ) from error
+
+
+def _check_questions(recipe: Recipe, folder: Path, section: TaskSection, questions: list[Messages]) -> None:
+    template = asked_with(recipe, folder)
+    for messages in shapes(questions):
+        with_messages(template, messages, f"evaluate.tasks: {section.label}", folder)
+
+
+def asked_with(recipe: Recipe, folder: Path) -> templates.Template:
+    """The template that evaluation asks with: the recipe's, else that of the last sft stage, else the tokenizer's."""
+    if recipe.evaluate.template:
+        return templates.load(recipe.evaluate.template, folder)
+    learnt = [stage.sources[0] for stage in recipe.stages if isinstance(stage.section, SftSection)]
+    return templates.default(recipe.data[learnt[-1]].template if learnt else None, folder)
+
+
+def _left_out(section: TaskSection, room: int) -> str:
+    """Why `plan` does not parse a benchmark; empty where it does."""
+    try:
+        too_large = _file_bytes(section) > room
+    except DataError as error:
+        return f"{section.label}: not found here ({str(error).splitlines()[0]})"
+    return f"{section.label}: parsed when the run starts, not by plan (over 32 MiB)" if too_large else ""
+
+
+def _file_bytes(section: TaskSection) -> int:
+    from qmedtune.tasks.shots import split_files
+
+    return sum(file.stat().st_size for file in split_files(section.path, section.split)) if section.path else 0
+
+
+def check_start(recipe: Recipe, folder: Path, *, scored: bool) -> None:
+    """By `run`, before its first step: all but whole sources, which its data steps read before anything is trained.
+    `scored`: the run is to evaluate."""
+    from qmedtune.planning.sample import sample_source
+
+    check_base(recipe, folder)
+    check_tokenizer(folder)
+    spoken = {name for stage in recipe.stages if isinstance(stage.section, SftSection) for name in stage.sources}
+    check_templates(recipe, folder, {name: sample_source(recipe.data[name]) for name in sorted(spoken)})
+    if scored:
+        check_evaluation(recipe, folder)
+
+
+_QUESTION: Messages = ({"role": "user", "content": "?"}, {"role": "assistant", "content": "!"})
