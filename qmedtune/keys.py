@@ -18,8 +18,9 @@ from qmedtune.recipe import Recipe, SourceSection, StageSection, TaskSection
 FORMAT = 1
 CODE = f"qmedtune-{__version__.rpartition('.')[0]}-format-{FORMAT}"
 
-# Raise when scores of the same models would differ: 2 = perplexity over whole documents, heads in fp32.
-EVALUATION_FORMAT = 2
+# Raise when scores of the same models would differ: 2 = perplexity over whole documents, heads in fp32; 3 =
+# answers that state exactly one option.
+EVALUATION_FORMAT = 3
 
 PACKING = ("mix", "unit", "tokens", "epochs", "max_repeats", "data", "loss_on", "seq_len", "max_truncated_fraction")
 PACKING += ("packing", "multi_label")
