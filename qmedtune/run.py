@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,7 @@ def run(
     sealed = _sealed(steps, source.digest, out)
     if len(sealed) == len(steps) and (finished := _finished(recipe_text, out)):
         return finished
+    source.check()
     claims.check_steps(out, [step.name for step in chosen if step.name not in sealed])
     _check_start(resolved, source, [step for step in chosen if step.name not in sealed])
     room.check_writable(out)
@@ -72,7 +74,6 @@ def run(
                 leftover.unlink()
         hashes.save()
         notes = record.Notes(resolved, recipe_text, choices, offline=offline)
-        folder = source.make()
         done: dict[str, store.Seal] = {}
         with ui.run_progress([*(step.name for step in chosen), "report"]) as shown:
             try:
@@ -81,7 +82,7 @@ def run(
                     try:
                         with _told(step.name, out):
                             able = _without(step, "merged") if refused else step
-                            done[step.name] = _do(able, resolved, folder, source.digest, done, out, siblings, shown)
+                            done[step.name] = _do(able, resolved, source, done, out, siblings, shown)
                     except QmedtuneError as error:
                         refused = _refused(error, step, resolved, out)
                         notes = replace(notes, refused=refused)
@@ -136,21 +137,21 @@ def _check_start(recipe: Recipe, source: base.Base, to_do: Sequence[Step]) -> No
 
 def source_of(recipe: Recipe, hashes: store.HashCache, offline: bool) -> base.Base:
     shape_only = recipe.stages[0].kind == "pretrain"
-    return base.identify(recipe.model, hashes, offline=offline, shape_only=shape_only)
+    found = base.identify(recipe.model, hashes, offline=offline, shape_only=shape_only)
+    return replace(found, make=cache(found.make))  # it hashes what it gives, and every other step asks for it
 
 
 def _do(
     step: Step,
     recipe: Recipe,
-    model: Path,
-    model_digest: str,
+    model: base.Base,
     done: dict[str, store.Seal],
     out: Path,
     siblings: Sequence[Path],
     shown: ui.Run,
 ) -> store.Seal:
     """One step: skipped when its sealed folder carries the key, brought back from history or a sibling, or run."""
-    folder, key = out / step.name, key_of(step, model_digest, done)
+    folder, key = out / step.name, key_of(step, model.digest, done)
     if sealed := store.intact(folder, key):
         shown.cached(step.name)
         return sealed
@@ -160,7 +161,7 @@ def _do(
     if sealed := store.borrow(folder, out, key, siblings):
         shown.cached(step.name, "the same as in another run")
         return sealed
-    made_from = {**step.section, "inputs": inputs_of(step, model_digest, done)}
+    made_from = {**step.section, "inputs": inputs_of(step, model.digest, done)}
     _explain(step, made_from, key, folder, out)
     inputs = _inputs(step, model, out)
     _check_inputs(step, done, out)
@@ -203,8 +204,10 @@ def owner_of(path: str) -> str:
     return "/".join(parts[:2]) if parts[0] == "data" else parts[0]
 
 
-def _inputs(step: Step, model: Path, out: Path) -> dict[str, Path]:
-    return {name: model if path == "base" else out / path for name, path in step.needs.items()}
+def _inputs(step: Step, model: base.Base, out: Path) -> dict[str, Path]:
+    """Where the step finds what it needs. A built-in base is made for the first step that needs one: sources come
+    before, and a fault in a file is told before minutes of pretraining."""
+    return {name: model.make() if path == "base" else out / path for name, path in step.needs.items()}
 
 
 def _check_inputs(step: Step, done: dict[str, store.Seal], out: Path) -> None:

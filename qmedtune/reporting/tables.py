@@ -250,6 +250,17 @@ def records(run: dict) -> Table:
     return Table("Record ledger", columns, rows, note)
 
 
+def reading(run: dict) -> Table:
+    """What the files of each source were recognised as, and what of them was not read."""
+    rows: list[Row] = []
+    for name, source in run.get("data", {}).items():
+        rows += [(name, f"read as {what}", f"{_exact(n)} files") for what, n in source.get("recognised", {}).items()]
+        for key, unit in (("columns_unread", "records"), ("files_unread", "files")):
+            shown = "column or key not read" if key == "columns_unread" else "files not read"
+            rows += [(name, f"{shown}: {what}", f"{_exact(n)} {unit}") for what, n in source.get(key, {}).items()]
+    return Table("What was read as what", ("Source", "What", "Count"), rows)
+
+
 def findings(run: dict) -> Table:
     """Counts of what hygiene met in each source: why records went, identifiers by class, benchmark items."""
     rows: list[Row] = []
@@ -383,7 +394,11 @@ def _repeats(value: float | None) -> str:
 
 def _steps(stage: dict) -> str:
     steps, kept = stage.get("steps"), stage.get("kept_step")
-    return "–" if steps is None else f"{steps:,}" if kept in (None, steps) else f"{kept:,} kept of {steps:,}"
+    if steps is None:
+        return "–"
+    by = ", ".join(stage.get("kept_by") or ())
+    told = f" (best by {by})" if by else ""
+    return f"{steps:,}{told}" if kept in (None, steps) else f"{kept:,} kept of {steps:,}{told}"
 
 
 def _first_last(loss: dict | None) -> str:
