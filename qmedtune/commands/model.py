@@ -28,6 +28,12 @@ class Onto(StrEnum):
     nf4 = "nf4"
 
 
+class RoundingChoice(StrEnum):
+    auto = "auto"
+    nearest = "nearest"
+    stochastic = "stochastic"
+
+
 class Dtype(StrEnum):
     bfloat16 = "bfloat16"
     float16 = "float16"
@@ -199,7 +205,10 @@ def merge(
     base: BaseOption = None,
     onto: Annotated[Onto, typer.Option(help="The 16-bit base, or its dequantised NF4 values.")] = Onto.full16,
     dtype: Annotated[Dtype, typer.Option(help="Of the merged weights.")] = Dtype.bfloat16,
-    max_kl: Annotated[float, typer.Option(help="The proof fails above this divergence (nats).")] = 1e-4,
+    rounding: Annotated[RoundingChoice, typer.Option(help="auto: stochastic where nearest loses over 1 %.")] = (
+        RoundingChoice.auto
+    ),
+    max_kl: Annotated[float | None, typer.Option(help="Refuse above this divergence (nats). Default: none.")] = None,
     offline: OfflineOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -207,12 +216,16 @@ def merge(
     from qmedtune.commands.merge import merge_into
     from qmedtune.recipe import MergeSection, VerifySection
 
-    if not max_kl > 0:
+    if max_kl is not None and not max_kl > 0:
         raise typer.BadParameter(f"--max-kl: got {max_kl}; allowed: a number above 0")
-    section = MergeSection(base=onto.value, dtype=dtype.value, verify=VerifySection(max_kl=max_kl))
+    section = MergeSection(
+        base=onto.value, dtype=dtype.value, rounding=rounding.value, verify=VerifySection(max_kl=max_kl)
+    )
     facts = merge_into(model, out, section, base=base, offline=offline)
     if as_json:
         return emit(facts)
+    lost = "nothing to lose" if facts["lost"] is None else f"{facts['lost']:.2%} of the change lost"
     print(
-        f"{out}: {facts['modules']} modules merged, KL to base + adapters {facts['kl']:.2g}, top-1 {facts['top1']:.4f}"
+        f"{out}: {facts['modules']} modules merged, {facts['elements']:,} elements proven, "
+        f"{facts['rounding']} rounding to {facts['dtype']}: {lost} (KL {facts['kl']:.2g} nats per token)"
     )

@@ -114,7 +114,7 @@ def world_of(recipe: Recipe) -> str:
 
 def _of_adapter(name: str, folder: Path, base: str | None, offline: bool) -> Location:
     named = base or json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
-    below = _base_folder(named, offline)
+    below = (None if base else bases.base_in_run(folder, named)) or _base_folder(named, offline)
     bases.check_base(folder, below)
     saved = [place for place in (folder, folder.parent) if (place / templates.FILE).is_file()]
     template = templates.load(saved[0]) if saved else _template_beside(below)
