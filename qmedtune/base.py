@@ -1,6 +1,6 @@
-"""Where a run starts: a local or Hub base, or a built-in one that is pretrained on first use and cached.
+"""Where a run starts: a local or Hub base, a GGUF file, a base that was fetched, or a tiny one pretrained on first use.
 
-A built-in base is itself a run of this project: one `pretrain` stage over the built-in general corpus, in the user's
+A tiny base is itself a run of this project: one `pretrain` stage over the built-in general corpus, in the user's
 cache folder. Its identity is the hash of what makes it (generator, shape, constants), so a finished run stays
 finished when the cache is emptied.
 """
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from qmedtune import store, ui
+from qmedtune import fetch, gguf_folder, gguf_header, store, ui
 from qmedtune.errors import RecipeError
 from qmedtune.recipe import ModelSection, Recipe
 
@@ -25,19 +25,26 @@ TRAINED_ON, ADAPTER_WEIGHTS = "trained_on.json", "adapter_model.safetensors"
 
 @dataclass(frozen=True)
 class Base:
-    """`digest` goes into keys; `make()` gives the local folder, building a built-in base if need be."""
+    """`digest` goes into keys; `make()` gives the local folder, building or unpacking it if need be;
+    `check()` raises what `make` would raise for a base that was never fetched."""
 
     name: str
     digest: str
     make: Callable[[], Path]
     revision: str | None = None
+    check: Callable[[], object] = lambda: None
 
 
 def identify(section: ModelSection, hashes: store.HashCache, *, offline: bool, shape_only: bool = False) -> Base:
     """Find the base and name its content. Downloads a Hub id that is not cached, unless `offline`. With `shape_only` (a
     recipe that begins with `pretrain`) a folder with config.json and a tokenizer is enough."""
+    if source := fetch.packed(section.base):
+        digest = gguf_folder.digest(source.gguf_sha256)
+        return Base(section.base, digest, lambda: _fetched(section.base), check=lambda: _fetched(section.base))
     if section.base.startswith(BUILTIN):
         return _builtin(section.base)
+    if gguf_folder.is_gguf(section.base):
+        return _gguf(section.base)
     folder = _folder(section, offline=offline, shape_only=shape_only)
     files = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".json", ".model", ".jinja"))
     found = {path: hashes.sha256(path) for path in files}
@@ -118,8 +125,13 @@ def check_chain(adapters: Sequence[Path], folder: Path) -> None:
 
 def weights_sha256(folder: Path) -> str:
     """One hash for all weight files of a model folder; each is read once and remembered by size and time."""
+    return store.sha256_json({path.name: remembered_sha256(path) for path in sorted(folder.glob("*.safetensors"))})
+
+
+def remembered_sha256(path: Path) -> str:
+    """The hash of a file, remembered in the cache for all runs of this user."""
     hashes = store.HashCache(store.cache_root() / "hashes.json")
-    value = store.sha256_json({path.name: hashes.sha256(path) for path in sorted(folder.glob("*.safetensors"))})
+    value = hashes.sha256(path)
     with suppress(OSError):  # a cache folder that cannot be written costs the next hashing, nothing else
         store.cache_root().mkdir(parents=True, exist_ok=True)
         hashes.save()
@@ -135,11 +147,29 @@ def _folder(section: ModelSection, *, offline: bool, shape_only: bool) -> Path:
     return resolve_base(section, offline=offline, shape_only=shape_only)
 
 
+def _fetched(name: str) -> Path:
+    """The folder of a base that `qmedtune fetch` brings. RecipeError where it was not fetched."""
+    source = fetch.packed(name)
+    assert source is not None
+    if folder := gguf_folder.ready(source.gguf_sha256):
+        return folder
+    raise RecipeError(fetch.missing(name))
+
+
+def _gguf(name: str) -> Base:
+    """A local GGUF file is what it holds, wherever it lies; a bad one is refused before it is hashed or unpacked."""
+    path = gguf_folder.find(name)
+    gguf_header.read_header(path)
+    sha256 = remembered_sha256(path)
+    return Base(name, gguf_folder.digest(sha256), lambda: gguf_folder.converted(path, sha256))
+
+
 def _builtin(name: str) -> Base:
     from qmedtune.tiny import DEFAULTS
 
     if name not in DEFAULTS:
-        raise RecipeError(f"model.base: no built-in base {name!r}\nallowed: {', '.join(DEFAULTS)}")
+        allowed = [*DEFAULTS, *(BUILTIN + known for known in fetch.PACKED)]
+        raise RecipeError(f"model.base: no built-in base {name!r}\nallowed: {', '.join(allowed)}")
     return Base(name, _builtin_digest(name), lambda: _made(name, builtin_folder(name)))
 
 

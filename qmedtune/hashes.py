@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -57,6 +58,10 @@ def read_checked(path: Path) -> Any:
         return None
 
 
+def _mark(stat: os.stat_result) -> list[int]:
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+
+
 class HashCache:
     """sha256 of input files, remembered by (size, times, inode) so that an unchanged corpus is read once.
 
@@ -72,12 +77,16 @@ class HashCache:
         except (OSError, ValueError):
             self.known = {}
 
+    def seen(self, path: Path) -> str | None:
+        """The hash, where it is remembered and the file has not changed since."""
+        entry = self.known.get(str(path.resolve()))
+        return entry[-1] if entry and entry[:-1] == _mark(path.stat()) else None
+
     def sha256(self, path: Path) -> str:
         stat = path.stat()
-        mark = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
-        entry = self.known.get(str(path.resolve()))
-        if entry and entry[:-1] == mark:
-            return entry[-1]
+        mark = _mark(stat)
+        if known := self.seen(path):
+            return known
         value = sha256_file(path)
         if time.time() - max(stat.st_mtime, stat.st_ctime) > SETTLED_S:
             self.known[str(path.resolve())] = [*mark, value]

@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from qmedtune import base, preflight, store, units
+from qmedtune import base, fetch, gguf_folder, preflight, store, units
 from qmedtune.errors import DataError, DoesNotFit, QmedtuneError
 from qmedtune.planning import fit, memory, room, rows, speed
 from qmedtune.planning.batches import batch_rows, steps_in, too_few_steps
@@ -112,8 +112,7 @@ def _notes(machine: Machine, facts: BaseFacts, estimates: Mapping[str, Estimate]
     if machine.used_bytes > GIB:
         notes.append(f"other processes hold {units.size(machine.used_bytes)} of the card now; end them before the run")
     if not facts.builtin and facts.folder is None:
-        fetch = units.size(facts.file_bytes)
-        notes.append(f"{facts.name} is not on this machine: shape from the {facts.source}, {fetch} to fetch")
+        notes.append(f"{facts.name} is not on this machine as a model folder: {_on_its_way(facts)}")
     if facts.builtin and not (base.builtin_folder(facts.name) / "01-pretrain" / store.SEAL).is_file():
         seconds = speed.pretraining_seconds(facts, machine)
         notes.append(
@@ -121,6 +120,15 @@ def _notes(machine: Machine, facts: BaseFacts, estimates: Mapping[str, Estimate]
         )
     notes += [f"{name}: not found here ({e.missing})" for name, e in estimates.items() if e.missing]
     return notes
+
+
+def _on_its_way(facts: BaseFacts) -> str:
+    """What has to happen before it is there."""
+    if fetch.packed(facts.name):
+        return f"fetch it first: qmedtune fetch {facts.name.removeprefix(base.BUILTIN)}"
+    if gguf_folder.is_gguf(facts.name):
+        return f"the run unpacks it once, {units.size(facts.file_bytes)} in the cache"
+    return f"shape from the {facts.source}, {units.size(facts.file_bytes)} to fetch"
 
 
 def _length_notes(recipe: Recipe, facts: BaseFacts) -> list[str]:

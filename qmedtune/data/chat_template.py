@@ -36,7 +36,7 @@ DATE = "2024-07-26"  # what `strftime_now` tells: the date that Llama 3.1's own 
 DATE_FORM = re.compile(r"strftime_now\(\s*(['\"])(?P<form>.*?)\1\s*\)")
 WAY_ON = "name a template of qmedtune in the recipe (`data.<source>.template`) or with --template"
 REWRITES = (
-    "template: chat: the tokenizer's template rewrites earlier turns, or asks in another form than it shows answers in:\n"
+    "template: chat: the tokenizer's template rewrites earlier turns, or asks in another form than it answers in:\n"
     "responses cannot be told apart, and a model could not be asked with what it was trained on\n" + WAY_ON
 )
 
@@ -85,7 +85,8 @@ class Renderer:
     def _answer(self, calls: Sequence[Call]) -> list[str]:
         reply = self._exchange({"calls": calls})
         if "refused" in reply:
-            raise DataError(f"template: chat: the tokenizer's template refuses this conversation\n{reply['refused']}")
+            why = f"refuses this conversation\n{reply['refused']}"
+            raise DataError(f"template: chat: the tokenizer's template {why}\n{WAY_ON}")
         if "broken" in reply:
             raise RecipeError(f"template: chat: the tokenizer's template fails: {reply['broken']}\n{WAY_ON}")
         return reply["texts"]
