@@ -70,9 +70,10 @@ def make_plan(recipe: Recipe, run_dir: Path | None = None) -> dict[str, Any]:
         "host": {"parts": host, "needed_bytes": max(host.values()), "there_bytes": machine.host_bytes},
         "disk": {"parts": disk, "needed_bytes": sum(disk.values()), "free_bytes": room.free_bytes(run_dir or Path())},
         "seconds": sum(stage["seconds"] or 0.0 for stage in stages) + merging,
+        "borders": _borders(folder),
         "notes": [*_notes(machine, facts, estimates), *_length_notes(resolved, facts), *_few(facts, stages)],
     }
-    plan["notes"] += [*unchecked, *notes]
+    plan["notes"] += [*unchecked, *_border_notes(plan["borders"]), *notes]
     _check_room(plan, present=machine.present)
     return plan
 
@@ -140,6 +141,20 @@ def _length_notes(recipe: Recipe, facts: BaseFacts) -> list[str]:
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
+
+
+def _borders(folder: Path | None) -> dict[str, str | None] | None:
+    """The marks around documents and why; None where the tokenizer is not on this machine."""
+    from qmedtune.data import borders
+    from qmedtune.data.tokens import load_codec
+
+    if folder is None or not (folder / "tokenizer.json").is_file():
+        return None
+    return borders.described(load_codec(folder))
+
+
+def _border_notes(found: dict[str, str | None] | None) -> list[str]:
+    return [f"documents: {found['why']}"] if found else []
 
 
 def _samples(recipe: Recipe) -> tuple[dict[str, Sample], dict[str, str]]:
