@@ -14,8 +14,12 @@ from typing import TextIO
 from qmedtune import ui
 from qmedtune.evaluation.generation import stream
 from qmedtune.evaluation.open_model import OpenModel, Quantization, locate, open_model
+<<<<<<< HEAD
 from qmedtune.evaluation.scoring import encode, max_positions, prompt_texts
 from qmedtune.terminal import printable
+=======
+from qmedtune.evaluation.scoring import max_positions, prompt_texts
+>>>>>>> main
 
 HELP = "/reset forgets the conversation, /quit (or Ctrl-D) leaves"
 Message = dict[str, str]
@@ -76,7 +80,7 @@ def answer(opened: OpenModel, messages: list[Message], out: TextIO, max_new_toke
     """Write the next answer to `out` as it grows, and return it."""
     [prompt] = prompt_texts(opened.tokenizer, opened.template, [messages])
     pieces = []
-    for piece in stream(opened.model, opened.tokenizer, prompt, max_new_tokens, opened.template.stop):
+    for piece in stream(opened.model, opened.tokenizer, prompt, max_new_tokens):
         pieces.append(piece)
         out.write(printable(piece))
         out.flush()
@@ -91,7 +95,7 @@ def _remembered(opened: OpenModel, messages: list[Message], opening: int, max_ne
     kept = messages
     while len(kept) > opening + 1:
         [prompt] = prompt_texts(opened.tokenizer, opened.template, [kept])
-        if len(encode(opened.tokenizer, [prompt])[0]) <= room:
+        if len(prompt.ids) <= room:
             break
         kept = kept[:opening] + kept[opening + 2 :]
     if len(kept) < len(messages):
