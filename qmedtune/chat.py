@@ -14,12 +14,8 @@ from typing import TextIO
 from qmedtune import ui
 from qmedtune.evaluation.generation import stream
 from qmedtune.evaluation.open_model import OpenModel, Quantization, locate, open_model
-<<<<<<< HEAD
-from qmedtune.evaluation.scoring import encode, max_positions, prompt_texts
-from qmedtune.terminal import printable
-=======
 from qmedtune.evaluation.scoring import max_positions, prompt_texts
->>>>>>> main
+from qmedtune.terminal import printable
 
 HELP = "/reset forgets the conversation, /quit (or Ctrl-D) leaves"
 Message = dict[str, str]

@@ -13,21 +13,13 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-<<<<<<< HEAD
-from itertools import islice, zip_longest
-=======
 from dataclasses import dataclass
-from itertools import islice
->>>>>>> main
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
-<<<<<<< HEAD
-from qmedtune import record, store, ui
-=======
 from qmedtune import store, ui
 from qmedtune.data.framing import Frame, frame_in
->>>>>>> main
 from qmedtune.data.records import checked
 from qmedtune.data.rejects import Damaged, Unusable
 from qmedtune.data.sources import READERS, format_of, source_files
@@ -38,6 +30,7 @@ from qmedtune.evaluation.open_model import OpenModel, Quantization, fingerprint,
 from qmedtune.evaluation.scoring import BATCH_TOKENS, fit, max_positions, prompt_texts
 from qmedtune.interrupt import stop
 from qmedtune.recipe import SourceSection
+from qmedtune.record import code_versions
 from qmedtune.tasks.items import field_names, item_id
 
 WINDOW = 128  # records between two writes: what a kill can cost
@@ -76,7 +69,7 @@ def predict(
     part = out.with_name(out.name + ".part")
     paths = [fingerprint(path) for path in (location.base, *location.adapters, file)]
     asked = [repr(location.template), column, instruction, max_new_tokens, quantization]
-    key = store.sha256_json([paths, asked, record.code_versions()])
+    key = store.sha256_json([paths, asked, code_versions()])
     with owner_only(), store.lock_file(part, "wait for it, or give another --out") as rows:
         _check_new(out)  # by a process that was first, between the look above and the lock
         done = _continue(part, rows, key)
@@ -92,11 +85,11 @@ def predict(
     return facts | {"template": location.template.name, "max_new_tokens": length}
 
 
-<<<<<<< HEAD
 def _check_new(out: Path) -> None:
     if out.exists() or out.is_symlink():
         raise RecipeError(f"--out: {out} is there already\nmove it away, or give another name")
-=======
+
+
 @dataclass(frozen=True)
 class Questions:
     """What is asked of whom: a file of records, the column of the question, and an instruction about it."""
@@ -137,7 +130,6 @@ def _would_ask(frame: Frame, room: int, record: Record) -> Row:
     [asked] = frame.ask([messages])
     ids, cut = fit(asked.ids, room, frame.codec.special_ids)
     return {"id": name, "ids": ids, "end": sorted(asked.ends), "stop": list(asked.stop), "truncated": cut}
->>>>>>> main
 
 
 def _one_file(data: Path) -> list[Path]:

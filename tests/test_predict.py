@@ -9,7 +9,7 @@ import pytest
 import torch
 from llama_folders import llama3_folder, write_adapter
 
-from qmedtune import chat, predict, record, store
+from qmedtune import chat, predict, store
 from qmedtune.data import templates
 from qmedtune.errors import RecipeError, RunError
 from qmedtune.evaluation import generation, scoring
@@ -228,7 +228,7 @@ def test_damage_of_the_part_file_is_named(line, replaced, says, stage, tmp_path,
 def test_another_version_does_not_go_on(stage, tmp_path, monkeypatch):
     data, out = seven(tmp_path), tmp_path / "a.jsonl"
     interrupted(stage, data, out, monkeypatch)
-    monkeypatch.setattr(record, "code_versions", lambda: {"transformers": "another"})
+    monkeypatch.setattr(predict, "code_versions", lambda: {"transformers": "another"})
     with pytest.raises(RecipeError, match="another version"):
         ask(stage, data, out)
 
