@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from qmedtune.parsing.loader import load_recipe
 
 __all__ = ["QmedtuneError", "evaluate_model", "load_recipe", "merge_adapters", "plan_recipe", "run_recipe"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 _HOMES = {
     "QmedtuneError": "errors",
     "evaluate_model": "evaluate",

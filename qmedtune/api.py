@@ -60,18 +60,21 @@ def merge_adapters(
     base: str | None = None,
     onto: Literal["full16", "nf4"] = "full16",
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
-    max_kl: float = 1e-4,
+    rounding: Literal["auto", "nearest", "stochastic"] = "auto",
+    max_kl: float | None = None,
     offline: bool = False,
 ) -> dict[str, Any]:
     """Fold the adapters of a run, or of an adapter folder, into its base: `out` appears once the proof has passed.
 
     base: of an adapter folder, where its config does not name it. onto: the 16-bit base, or its dequantised NF4 values.
-    max_kl: the proof's bound in nats per token, between merged and base + adapters.
-    Returns {"path", "modules", "kl", "top1", "max_abs_logit_diff", "sha256", ...}. Raises RecipeError where `out` is
-    there already or `model` has no adapter, RunError where the proof fails.
+    rounding: to the nearest number, or seeded stochastic; auto: that, where nearest loses over 1 % of the change.
+    max_kl: a limit in nats per token between merged and base + adapters, for those who want one: the proof has none.
+    Returns {"path", "modules", "kl", "lost", "violations", "rounding", "sha256", ...}. Raises RecipeError where `out`
+    is there already or `model` has no adapter, RunError where the proof fails: what was written is then in
+    `<out>.refused`.
     """
     from qmedtune.commands.merge import merge_into
     from qmedtune.recipe import MergeSection, VerifySection
 
-    section = MergeSection(base=onto, dtype=dtype, verify=VerifySection(max_kl=max_kl))
+    section = MergeSection(base=onto, dtype=dtype, rounding=rounding, verify=VerifySection(max_kl=max_kl))
     return merge_into(str(model), Path(out), section, base=base, offline=offline)

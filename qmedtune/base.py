@@ -1,6 +1,6 @@
-"""Where a run starts: a local or Hub base, or a built-in one that is pretrained on first use and cached.
+"""Where a run starts: a local or Hub base, a GGUF file, a base that was fetched, or a tiny one pretrained on first use.
 
-A built-in base is itself a run of this project: one `pretrain` stage over the built-in general corpus, in the user's
+A tiny base is itself a run of this project: one `pretrain` stage over the built-in general corpus, in the user's
 cache folder. Its identity is the hash of what makes it (generator, shape, constants), so a finished run stays
 finished when the cache is emptied.
 """
@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from qmedtune import store, ui
+from qmedtune import fetch, gguf_folder, gguf_header, store, ui
 from qmedtune.errors import RecipeError
 from qmedtune.recipe import ModelSection, Recipe
 
@@ -25,19 +25,26 @@ TRAINED_ON, ADAPTER_WEIGHTS = "trained_on.json", "adapter_model.safetensors"
 
 @dataclass(frozen=True)
 class Base:
-    """`digest` goes into keys; `make()` gives the local folder, building a built-in base if need be."""
+    """`digest` goes into keys; `make()` gives the local folder, building or unpacking it if need be;
+    `check()` raises what `make` would raise for a base that was never fetched."""
 
     name: str
     digest: str
     make: Callable[[], Path]
     revision: str | None = None
+    check: Callable[[], object] = lambda: None
 
 
 def identify(section: ModelSection, hashes: store.HashCache, *, offline: bool, shape_only: bool = False) -> Base:
     """Find the base and name its content. Downloads a Hub id that is not cached, unless `offline`. With `shape_only` (a
     recipe that begins with `pretrain`) a folder with config.json and a tokenizer is enough."""
+    if source := fetch.packed(section.base):
+        digest = gguf_folder.digest(source.gguf_sha256)
+        return Base(section.base, digest, lambda: _fetched(section.base), check=lambda: _fetched(section.base))
     if section.base.startswith(BUILTIN):
         return _builtin(section.base)
+    if gguf_folder.is_gguf(section.base):
+        return _gguf(section.base)
     folder = _folder(section, offline=offline, shape_only=shape_only)
     files = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".json", ".model", ".jinja"))
     found = {path: hashes.sha256(path) for path in files}
@@ -50,10 +57,34 @@ def identify(section: ModelSection, hashes: store.HashCache, *, offline: bool, s
     return Base(section.base, digest, lambda: folder, revision)
 
 
-def note_base(adapter: Path, name: str, folder: Path, earlier: Sequence[Path]) -> None:
-    """Keep beside an adapter which weights it was trained on: their hash, and those of adapters below it."""
+def note_base(adapter: Path, name: str, folder: Path, earlier: Sequence[Path], quantization: str) -> None:
+    """Keep beside an adapter which weights it was trained on: their hash, those of adapters below it, and whether they
+    were quantised."""
     below = [store.sha256_file(path / ADAPTER_WEIGHTS) for path in earlier]
-    store.write_json(adapter / TRAINED_ON, {"base": name, "sha256": weights_sha256(folder), "adapters_below": below})
+    facts = {"base": name, "sha256": weights_sha256(folder), "adapters_below": below, "quantization": quantization}
+    store.write_json(adapter / TRAINED_ON, facts)
+
+
+def trained_quantization(adapter: Path) -> Literal["nf4", "none"] | None:
+    """`model.quantization` that an adapter was trained with; None where it does not say."""
+    path = adapter / TRAINED_ON
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return known.get("quantization")
+
+
+def name_of_base(name: str, folder: Path, run: Path) -> str:
+    """What an adapter says that it was trained on: the recipe's base, or, below the same run, the path to it from the
+    adapter's folder (of a base with earlier adapters folded in, or of a model trained in an earlier stage). PEFT, which
+    looks for that elsewhere, then fails instead of loading the wrong weights."""
+    return f"../../{folder.relative_to(run).as_posix()}" if folder.is_relative_to(run) else name
+
+
+def base_in_run(adapter: Path, name: str) -> Path | None:
+    """The folder that `name_of_base` meant, if the adapter is still in its run."""
+    run = adapter.resolve().parent.parent
+    found = (adapter.resolve() / name).resolve()
+    known = name.startswith("../../") and (found / "config.json").is_file() and found.is_relative_to(run)
+    return found if known and (adapter / TRAINED_ON).is_file() else None
 
 
 def check_base(adapter: Path, folder: Path) -> None:
@@ -72,10 +103,35 @@ def check_base(adapter: Path, folder: Path) -> None:
         )
 
 
+def check_chain(adapters: Sequence[Path], folder: Path) -> None:
+    """RecipeError where adapters that are to be applied in this order were not trained so, on the weights of `folder`.
+    Adapters of other tools do not say."""
+    below: list[str] = []
+    for adapter in adapters:
+        path = adapter / TRAINED_ON
+        trained_on = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        if trained_on and trained_on["sha256"] != (found := weights_sha256(folder)):
+            raise RecipeError(
+                f"{adapter}: was trained on other weights than {folder}\n"
+                f"sha256 {trained_on['sha256'][:12]}, not {found[:12]}; give its own base: {trained_on['base']}"
+            )
+        if trained_on and trained_on["adapters_below"] != below:
+            raise RecipeError(
+                f"{adapter}: was trained on top of {len(trained_on['adapters_below'])} adapters, "
+                f"and these below it are others ({len(below)})\nname the run, which holds them all"
+            )
+        below.append(store.sha256_file(adapter / ADAPTER_WEIGHTS))
+
+
 def weights_sha256(folder: Path) -> str:
     """One hash for all weight files of a model folder; each is read once and remembered by size and time."""
+    return store.sha256_json({path.name: remembered_sha256(path) for path in sorted(folder.glob("*.safetensors"))})
+
+
+def remembered_sha256(path: Path) -> str:
+    """The hash of a file, remembered in the cache for all runs of this user."""
     hashes = store.HashCache(store.cache_root() / "hashes.json")
-    value = store.sha256_json({path.name: hashes.sha256(path) for path in sorted(folder.glob("*.safetensors"))})
+    value = hashes.sha256(path)
     with suppress(OSError):  # a cache folder that cannot be written costs the next hashing, nothing else
         store.cache_root().mkdir(parents=True, exist_ok=True)
         hashes.save()
@@ -91,11 +147,29 @@ def _folder(section: ModelSection, *, offline: bool, shape_only: bool) -> Path:
     return resolve_base(section, offline=offline, shape_only=shape_only)
 
 
+def _fetched(name: str) -> Path:
+    """The folder of a base that `qmedtune fetch` brings. RecipeError where it was not fetched."""
+    source = fetch.packed(name)
+    assert source is not None
+    if folder := gguf_folder.ready(source.gguf_sha256):
+        return folder
+    raise RecipeError(fetch.missing(name))
+
+
+def _gguf(name: str) -> Base:
+    """A local GGUF file is what it holds, wherever it lies; a bad one is refused before it is hashed or unpacked."""
+    path = gguf_folder.find(name)
+    gguf_header.read_header(path)
+    sha256 = remembered_sha256(path)
+    return Base(name, gguf_folder.digest(sha256), lambda: gguf_folder.converted(path, sha256))
+
+
 def _builtin(name: str) -> Base:
     from qmedtune.tiny import DEFAULTS
 
     if name not in DEFAULTS:
-        raise RecipeError(f"model.base: no built-in base {name!r}\nallowed: {', '.join(DEFAULTS)}")
+        allowed = [*DEFAULTS, *(BUILTIN + known for known in fetch.PACKED)]
+        raise RecipeError(f"model.base: no built-in base {name!r}\nallowed: {', '.join(allowed)}")
     return Base(name, _builtin_digest(name), lambda: _made(name, builtin_folder(name)))
 
 

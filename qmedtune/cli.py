@@ -19,6 +19,7 @@ import typer
 from qmedtune import __version__
 from qmedtune.commands import ablate as cli_ablate
 from qmedtune.commands import bench as cli_bench
+from qmedtune.commands import fetch as cli_fetch
 from qmedtune.commands import model as cli_model
 from qmedtune.commands import run as cli_run
 from qmedtune.errors import QmedtuneError
@@ -44,6 +45,7 @@ COMMANDS = {
     "predict": cli_model.predict,
     "chat": cli_model.chat,
     "merge": cli_model.merge,
+    "fetch": cli_fetch.fetch,
     "doctor": cli_run.doctor,
     "selftest": cli_run.selftest,
     "schema": cli_run.schema,
@@ -92,8 +94,16 @@ def invoke(arguments: Sequence[str]) -> int:
         return 0
     except (Exception, Stopped) as error:
         if "--debug" in arguments:
-            traceback.print_exc()
+            _show_traceback()
         return _report(error)
+
+
+def _show_traceback() -> None:
+    from qmedtune import ui
+    from qmedtune.terminal import printable
+
+    ui.warn("a traceback can quote text of your data: read it before you pass it on")
+    sys.stderr.write(printable(traceback.format_exc()))
 
 
 def _report(error: Any) -> int:

@@ -3,6 +3,8 @@
 Each class carries the process exit code of the command line. Programmer errors stay `AssertionError`s.
 """
 
+from typing import Any
+
 
 class QmedtuneError(ValueError):
     """Base of every error that is shown without a traceback. The message holds one to six lines."""
@@ -14,6 +16,15 @@ class RunError(QmedtuneError):
     """A stage failed while running (diverged, disk full, interrupted in an unexpected way)."""
 
     exit_code = 1
+
+
+class MergeRefused(RunError):
+    """The proof of a merge has failed. `facts`: what was counted by then, for run.json. Whoever catches it knows where
+    the candidate is kept and which command goes on, and adds both."""
+
+    def __init__(self, message: str, facts: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.facts = facts
 
 
 class RecipeError(QmedtuneError):

@@ -15,15 +15,18 @@ from qmedtune.errors import DataError
 from qmedtune.recipe import Recipe, SourceSection, StageSection, TaskSection
 
 # Raise when a step would write something else from the same inputs; the release alone does not invalidate a run.
-FORMAT = 1
+FORMAT = 3  # 3: conversations are framed as one text, documents by the marks of documents
 CODE = f"qmedtune-{__version__.rpartition('.')[0]}-format-{FORMAT}"
 
-# Raise when scores of the same models would differ: 2 = perplexity over whole documents, heads in fp32.
-EVALUATION_FORMAT = 2
+# Raise when scores of the same models would differ: 2 = perplexity over whole documents, heads in fp32; 3 =
+# answers that state exactly one option; 4 = asked with the tokens of training, end marks apart from perplexity.
+EVALUATION_FORMAT = 4
 
 PACKING = ("mix", "unit", "tokens", "epochs", "max_repeats", "data", "loss_on", "seq_len", "max_truncated_fraction")
 PACKING += ("packing", "multi_label")
 PACKED_AS = {"template", "chunking", "overlap", "max_tokens"}  # of a source: what packing reads, and reading does not
+# Keys that came later, with the value that means what stages did before: runs made then stay finished.
+SINCE_0_2 = {"adam_eps": 1e-8, "lora": None, "class_weights": "none", "min_steps": 1}
 BY_MACHINE = ("micro_batch", "gradient_checkpointing", "optimizer")
 MODEL_BY_MACHINE = ("compute_dtype", "kernels", "attention")
 
@@ -33,11 +36,26 @@ def source_section(recipe: Recipe, name: str, hashes: store.HashCache) -> dict[s
     section = source.model_dump(mode="json", exclude={"license", "terms", *PACKED_AS})
     result = {"source": section, "hygiene": recipe.hygiene.model_dump(mode="json"), "seed": recipe.seed}
     result["files"] = fingerprint(source, hashes)
+    result |= _identifiers(recipe, name)
     if recipe.hygiene.decontaminate != "off":
         from qmedtune.data.benchmarks import chosen_tasks
 
         result["benchmarks"] = benchmarks(chosen_tasks(recipe), hashes)
     return result
+
+
+def _identifiers(recipe: Recipe, name: str) -> dict[str, Any]:
+    """What finds identifiers and what stands in for them, where the text that is kept depends on it."""
+    from qmedtune.data import phi, secret, surrogates
+    from qmedtune.data.treat import phi_mode
+
+    mode = phi_mode(recipe, name)
+    if mode not in ("redact", "refuse"):
+        return {}
+    found: dict[str, Any] = {"recognisers": phi.VERSION}
+    if mode == "redact":
+        found |= {"surrogates": surrogates.VERSION, "secret": secret.fingerprint(secret.load())}
+    return found
 
 
 def fingerprint(source: SourceSection, hashes: store.HashCache) -> list[list[str]]:
@@ -102,17 +120,20 @@ def _template_files(recipe: Recipe, names: list[str]) -> dict[str, str]:
 
 
 def sources_compared_with(recipe: Recipe, name: str) -> list[str]:
-    """Earlier sources that duplicates are looked for in: texts among texts, instructions among instructions, what
-    `classify` reads among itself (a note may be read on and be labelled)."""
+    """Earlier sources that duplicates are looked for in: texts among texts, instructions among instructions. What
+    `classify` reads is compared with no other source: several sets of labels are given to the same notes."""
     if not recipe.hygiene.dedup.exact and not recipe.hygiene.dedup.near:
         return []
     used = recipe.used_sources()
     labelled = {stage.classify.data for stage in recipe.stages if stage.classify}
+    if name in labelled:
+        return []
 
-    def family(source: str) -> tuple[bool, bool]:
-        return recipe.data[source].kind == "instructions", source in labelled
+    def asks(source: str) -> bool:
+        return recipe.data[source].kind == "instructions"
 
-    return [other for other in used[: used.index(name)] if family(other) == family(name)]
+    earlier = used[: used.index(name)]
+    return [other for other in earlier if other not in labelled and asks(other) == asks(name)]
 
 
 def validation_section(recipe: Recipe) -> dict[str, Any]:
@@ -141,11 +162,11 @@ def training_section(recipe: Recipe, asked: Recipe, index: int) -> dict[str, Any
     stage, wish = recipe.stages[index].section, asked.stages[index].section
     training = stage.model_dump(mode="json") | {k: getattr(wish, k) for k in BY_MACHINE}
     model = recipe.model.model_dump(mode="json") | {k: getattr(asked.model, k) for k in MODEL_BY_MACHINE}
-    training = {k: v for k, v in training.items() if k not in PACKING}
+    training = {k: v for k, v in training.items() if k not in PACKING and SINCE_0_2.get(k, ...) != v}
     return {
         "training": training,
         "model": {k: v for k, v in model.items() if k not in ("base", "revision")},
-        "adapter": recipe.adapter.model_dump(mode="json"),
+        "adapter": recipe.adapter_of(index).model_dump(mode="json"),
         "validate": recipe.validation.model_dump(mode="json"),
         "seed": recipe.seed,
         "deterministic": recipe.deterministic,

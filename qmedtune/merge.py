@@ -1,7 +1,8 @@
 """Fold adapters into a model folder, tensor by tensor, and prove it before anything is renamed.
 
-W + sum of scale * B @ A is added in fp32 and rounded once. Memory is a few blocks of 2 MB whatever the model; the
-sharding is the base's. The proof (merging/verify.py) compares what was written with the same base + unmerged adapters.
+W + sum of scale * B @ A is added in fp32 and rounded once, to the nearest number or stochastically (rounding.py).
+Memory is a few blocks of 2 MB whatever the model; the sharding is the base's. The proof (merging/verify.py) holds every
+element of what was written against base + adapters, read by transformers and PEFT.
 Deliberately does not re-quantise (PEFT on 4-bit layers does, and loses the update), and does not rename: store.py does.
 """
 
@@ -12,6 +13,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,12 +23,15 @@ import torch
 from torch import Tensor
 
 from qmedtune import store, ui
-from qmedtune.errors import RunError
+from qmedtune.base import check_chain
+from qmedtune.errors import RecipeError, RunError
 from qmedtune.merging.disk_llama import EMBEDDING, HEAD, DiskLlama, open_llama
 from qmedtune.merging.lora_files import LowRank, Updates, read_adapters
 from qmedtune.merging.parallel import in_fp32, in_order, workers
+from qmedtune.merging.reference import ReadModel, read_base, read_updates
+from qmedtune.merging.rounding import Rounding
 from qmedtune.merging.tensors import INDEX, row_blocks, write_safetensors
-from qmedtune.merging.verify import PROBE_TOKENS, prove
+from qmedtune.merging.verify import PROBE_TOKENS, Proof, Reference, check_readings
 from qmedtune.model import DTYPES
 from qmedtune.recipe import MergeSection, ModelSection, Recipe
 
@@ -35,64 +40,144 @@ COPIED = (
     "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
     "chat_template.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
+# The share of the change (by KL) that `rounding: auto` lets the nearest number lose: a hundredth of what was learnt.
+MAX_LOST = 0.01
+
+
+@dataclass(frozen=True)
+class MergeJob:
+    """What is folded into what. adapters: in training order. seed: of stochastic rounding. probe_ids: int64 token ids
+    [rows, length] to report divergences on (large models use their first columns), None: random ones. template: a
+    folder with template.json. card: text of README.md. `model.compute_dtype` must be resolved."""
+
+    base: Path
+    adapters: Sequence[Path]
+    section: MergeSection
+    model: ModelSection
+    seed: int = 17
+    probe_ids: np.ndarray | None = None
+    template: Path | None = None
+    card: str | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.section.dtype]
+
+    @property
+    def nearest(self) -> Rounding:
+        return Rounding(self.dtype)
+
+    @property
+    def stochastic(self) -> Rounding:
+        return Rounding(self.dtype, self.seed)
 
 
 def merge_stage(recipe: Recipe, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
     """The step of a run. inputs: base, adapter-1 ... adapter-N, and where there are any: template, validation."""
     adapters = [inputs[f"adapter-{n}"] for n in range(1, 1 + sum(name.startswith("adapter-") for name in inputs))]
-    return merge(
-        inputs["base"],
-        adapters,
-        out,
-        recipe.merge,
-        model_section=recipe.model,
-        probe_ids=validation_ids(inputs["validation"]) if "validation" in inputs else None,
-        template=inputs.get("template"),
-    )
+    probe_ids = validation_ids(inputs["validation"]) if "validation" in inputs else None
+    job = MergeJob(
+        inputs["base"], adapters, recipe.merge, recipe.model, recipe.seed, probe_ids, inputs.get("template")
+    )  # fmt: skip
+    return merge(job, out)
 
 
-def merge(
-    base: Path,
-    adapters: list[Path],
-    out: Path,
-    section: MergeSection,
-    *,
-    model_section: ModelSection,
-    probe_ids: np.ndarray | None = None,
-    template: Path | None = None,
-    card: str | None = None,
-) -> dict[str, Any]:
-    """Write base + adapters (in training order) as a plain model folder into `out`, an existing staging folder.
+def merge(job: MergeJob, out: Path) -> dict[str, Any]:
+    """Write base + adapters as a plain model folder into `out`, an existing staging folder. Returns facts.
 
-    probe_ids: int64 token ids [rows, length] for the proof (large models use their first columns), None: random ones.
-    template: a folder with template.json. card: text of README.md. `model_section.compute_dtype` must be resolved.
-    Returns facts.
-    Raises RecipeError for folders that do not fit together; RunError where a file is damaged, a weight is not finite
-    or the proof fails: then `out` must not be used.
+    Raises RecipeError for folders that do not fit together, RunError where a file is damaged or a weight is not finite:
+    then `out` must not be used; MergeRefused where the proof fails: `out` is complete, and wrong.
     """
     started = time.monotonic()
-    opened = open_llama(base)
-    updates = read_adapters(adapters, opened.shapes, opened.linears)
-    tied = _stays_tied(opened, updates)
-    with workers() as pool, ThreadPoolExecutor(1) as disk, ThreadPoolExecutor(1) as hasher:
-        write = partial(write_safetensors, disk=disk, hasher=hasher)
-        hashes = _write_weights(opened, updates, out, section, model_section, tied, pool, write)
-        _write_config(base / "config.json", out, section.dtype, tied)
-        _copy_descriptions(base, out, template)
-        if card is not None:
-            (out / "README.md").write_text(card, encoding="utf-8")
-        proof = prove(opened, updates, out, section, model_section, probe_ids, pool)
-        sha256 = {name: pending.result() for name, pending in hashes.items()}
+    check_onto(job.section, job.model)
+    opened = open_llama(job.base)
+    updates = read_adapters(job.adapters, opened.shapes, opened.linears)
+    check_chain(job.adapters, job.base)
+    with workers() as pool, ThreadPoolExecutor(1) as helpers:
+        # transformers changes torch's default dtype while it loads: nothing else may run beside it.
+        transformers_reads = read_base(opened.folder, opened.weights)
+        peft_reads = helpers.submit(read_updates, job.adapters, opened.model)
+        writer = _Writer(job, opened, updates, _stays_tied(opened, updates), out, pool)
+        hashes, rounding, proof = _write_and_prove(writer, transformers_reads, peft_reads)
     return {
-        "base": section.base,
-        "dtype": section.dtype,
+        "base": job.section.base,
+        "dtype": job.section.dtype,
+        **rounding,
         "modules": updates.modules,
-        "adapters": len(adapters),
-        "tied": tied,
+        "adapters": len(job.adapters),
+        "tied": writer.tied,
         **proof,
-        "sha256": next(iter(sha256.values())) if len(sha256) == 1 else store.sha256_json(sha256),
+        "warnings": _warnings(job, rounding, proof),
+        "sha256": next(iter(hashes.values())) if len(hashes) == 1 else store.sha256_json(hashes),
         "seconds": round(time.monotonic() - started, 2),
     }
+
+
+def check_onto(section: MergeSection, model: ModelSection) -> None:
+    """RecipeError for a merge onto NF4's values of a model that was trained on others, or noise without a rounding."""
+    if section.base == "nf4" and model.quantization != "nf4":
+        raise RecipeError(
+            f"merge.base: nf4, but model.quantization is {model.quantization}: no model on NF4's values was trained\n"
+            "allowed with it: full16"
+        )
+    if section.rounding == "stochastic" and section.dtype == "float32":
+        raise RecipeError("merge.rounding: stochastic, but float32 keeps every update\nallowed with it: auto, nearest")
+
+
+Written = tuple[dict[str, str], dict[str, Any], dict[str, Any]]
+
+
+def _write_and_prove(writer: _Writer, base: ReadModel, peft_reads: Future[Updates]) -> Written:
+    """(sha256 by file name, facts about rounding, facts of the proof). `auto` writes the nearest numbers, and again
+    stochastically where those lose too much and the noise loses less."""
+    job = writer.job
+
+    def attempt(rounding: Rounding) -> tuple[dict[str, str], Proof, dict[str, Any]]:
+        hashes = writer.write(rounding)
+        reference = Reference(base, peft_reads.result())
+        check_readings(writer.updates, reference)
+        proof = Proof(writer.base, reference, writer.out, job.section, job.model, rounding, writer.pool)
+        return hashes, proof, proof.run(job.probe_ids)
+
+    if job.section.rounding == "stochastic":
+        hashes, _, facts = attempt(job.stochastic)
+        return hashes, _rounding_facts(job.stochastic, "as stated"), facts
+    hashes, proof, facts = attempt(job.nearest)
+    lost = facts["lost"] or 0.0
+    if job.section.rounding == "nearest" or lost <= MAX_LOST or job.dtype == torch.float32:
+        why = (
+            "as stated"
+            if job.section.rounding == "nearest"
+            else f"it loses {lost:.2%} of the change, up to 1 % is fine"
+        )
+        return hashes, _rounding_facts(job.nearest, why), facts
+    other = proof.lost_by(job.stochastic, job.probe_ids) or 0.0
+    del proof  # it maps the files that are written anew
+    if other >= lost:
+        why = f"it loses {lost:.1%} of the change, stochastic rounding {other:.1%}; a wider merge.dtype keeps it"
+        return hashes, _rounding_facts(job.nearest, why), facts
+    why = f"to the nearest number {lost:.1%} of the change would be lost, so {other:.1%}"
+    ui.note(f"merge.rounding: auto took stochastic: {why}")
+    hashes, _, facts = attempt(job.stochastic)
+    return hashes, _rounding_facts(job.stochastic, why), facts
+
+
+def _rounding_facts(rounding: Rounding, why: str) -> dict[str, Any]:
+    return {
+        "rounding": "stochastic" if rounding.stochastic else "nearest",
+        "rounding_seed": rounding.seed,
+        "rounding_why": why,
+    }
+
+
+def _warnings(job: MergeJob, rounding: dict[str, Any], proof: dict[str, Any]) -> list[str]:
+    lost = proof["lost"] or 0.0
+    if lost <= MAX_LOST:
+        return []
+    keeps = "a wider merge.dtype keeps" if rounding["rounding"] == "stochastic" else (
+        "merge.rounding: stochastic, or a wider merge.dtype, may keep"
+    )  # fmt: skip
+    return [f"{rounding['rounding']} rounding to {job.section.dtype} lost {lost:.1%} of the change (KL): {keeps} more"]
 
 
 def _stays_tied(base: DiskLlama, updates: Updates) -> bool:
@@ -104,78 +189,94 @@ def _stays_tied(base: DiskLlama, updates: Updates) -> bool:
     return ends[0] is not None and ends[1] is not None and torch.equal(ends[0], ends[1])
 
 
-def _write_weights(
-    base: DiskLlama,
-    updates: Updates,
-    out: Path,
-    section: MergeSection,
-    model_section: ModelSection,
-    tied: bool,
-    pool: ThreadPoolExecutor,
-    write: Callable[..., Future[str]],
-) -> dict[str, Future[str]]:
-    """All weight files, sharded as the base's, and their index. Returns the sha256 of each, by file name."""
-    shards = _shards(base, tied)
-    dtype = DTYPES[section.dtype]
-    elements = sum(torch.Size(shape).numel() for shapes in shards.values() for shape in shapes.values())
-    store.check_room(out, elements * dtype.itemsize, "the merged weights")
-    hashes = {}
-    with ui.stage("merging", total=sum(map(len, shards.values())), unit="tensors") as shown:
+@dataclass(frozen=True)
+class _Writer:
+    """Writes the merged folder; more than once where another rounding is taken."""
 
-        def jobs(names: Iterable[str]) -> Iterator[Callable[[], Tensor]]:
-            for name in names:
-                source = _source(base, updates, name, section, model_section, pool)
-                for rows in row_blocks(base.shapes[name]):
-                    yield partial(merged_block, source, updates.low_rank.get(name, ()), rows, dtype, name)
-                shown.update(shown.completed + 1)
+    job: MergeJob
+    base: DiskLlama
+    updates: Updates
+    tied: bool
+    out: Path
+    pool: ThreadPoolExecutor
 
-        for file, shapes in shards.items():
-            hashes[file] = write(out / file, shapes, dtype, in_order(pool, jobs(shapes)))
-    if len(shards) > 1:
-        files = {name: file for file, shapes in shards.items() for name in shapes}
-        total = sum(torch.Size(base.shapes[name]).numel() * dtype.itemsize for name in files)
-        store.write_json(out / INDEX, {"metadata": {"total_size": total}, "weight_map": files})
-    return hashes
+    def write(self, rounding: Rounding) -> dict[str, str]:
+        """The whole folder. Returns the sha256 of each weight file."""
+        with ThreadPoolExecutor(1) as disk, ThreadPoolExecutor(1) as hasher:
+            put = partial(
+                write_safetensors, dtype=self.job.dtype, metadata=_metadata(rounding), disk=disk, hasher=hasher
+            )
+            hashes = self._weights(rounding, put)
+            _write_config(self.job.base / "config.json", self.out, self.job.section.dtype, self.tied)
+            _copy_descriptions(self.job.base, self.out, self.job.template)
+            if self.job.card is not None:
+                (self.out / "README.md").write_text(self.job.card, encoding="utf-8")
+            return {name: pending.result() for name, pending in hashes.items()}
+
+    def _weights(self, rounding: Rounding, put: Callable[..., Future[str]]) -> dict[str, Future[str]]:
+        """All weight files, sharded as the base's, and their index."""
+        shards = self._shards()
+        elements = sum(torch.Size(shape).numel() for shapes in shards.values() for shape in shapes.values())
+        store.check_room(self.out, elements * self.job.dtype.itemsize, "the merged weights")
+        hashes = {}
+        with ui.stage("merging", total=sum(map(len, shards.values())), unit="tensors") as shown:
+
+            def jobs(names: Iterable[str]) -> Iterator[Callable[[], Tensor]]:
+                for name in names:
+                    yield from self._blocks(name, rounding)
+                    shown.update(shown.completed + 1)
+
+            for file, shapes in shards.items():
+                (self.out / file).unlink(missing_ok=True)  # an earlier attempt may still be mapped
+                hashes[file] = put(self.out / file, shapes, blocks=in_order(self.pool, jobs(shapes)))
+        if len(shards) > 1:
+            files = {name: file for file, shapes in shards.items() for name in shapes}
+            index = {"metadata": {"total_size": elements * self.job.dtype.itemsize}, "weight_map": files}
+            store.write_json(self.out / INDEX, index)
+        return hashes
+
+    def _blocks(self, name: str, rounding: Rounding) -> Iterator[Callable[[], Tensor]]:
+        source, low_rank = self._source(name), self.updates.low_rank.get(name, ())
+        changed = bool(low_rank) or name in self.updates.full
+        how = rounding if changed else Rounding(rounding.dtype)  # noise is for what training changed
+        for rows in row_blocks(self.base.shapes[name]):
+            yield partial(merged_block, source, low_rank, rows, how, name)
+
+    def _source(self, name: str) -> Tensor:
+        """What the low-rank updates of a weight are added to."""
+        if name in self.updates.full:
+            return self.updates.full[name]
+        onto_nf4 = self.job.section.base == "nf4"
+        return self.base.nf4(name, self.job.model, self.pool.map) if onto_nf4 else self.base.source(name)
+
+    def _shards(self) -> dict[str, dict[str, tuple[int, ...]]]:
+        """File name -> tensors with shapes. Of tied ends the embedding is written; one that was tied goes beside the
+        end that it came from."""
+        shards: dict[str, dict[str, tuple[int, ...]]] = {}
+        for name, shape in self.base.shapes.items():
+            if name != HEAD or not self.tied:
+                shards.setdefault(self.base.weights.files[self.base.stored_as(name)], {})[name] = shape
+        return dict(sorted(shards.items()))
 
 
-def _source(
-    base: DiskLlama,
-    updates: Updates,
-    name: str,
-    section: MergeSection,
-    model_section: ModelSection,
-    pool: ThreadPoolExecutor,
-) -> Tensor:
-    """What the low-rank updates of a weight are added to."""
-    if name in updates.full:
-        return updates.full[name]
-    return base.nf4(name, model_section, pool.map) if section.base == "nf4" else base.source(name)
+def _metadata(rounding: Rounding) -> dict[str, str]:
+    """With noise the file says how to draw it again."""
+    return {"rounding": "stochastic", "rounding_seed": str(rounding.seed)} if rounding.stochastic else {}
 
 
-def _shards(base: DiskLlama, tied: bool) -> dict[str, dict[str, tuple[int, ...]]]:
-    """File name -> tensors with shapes. A head that was tied goes beside the embedding that it came from."""
-    shards: dict[str, dict[str, tuple[int, ...]]] = {}
-    for name, shape in base.shapes.items():
-        if name == HEAD and tied:
-            continue
-        file = base.weights.files.get(name) or base.weights.files[EMBEDDING]
-        shards.setdefault(file, {})[name] = shape
-    return dict(sorted(shards.items()))
-
-
-def merged_block(source: Tensor, low_rank: Sequence[LowRank], rows: slice, dtype: torch.dtype, name: str) -> Tensor:
-    """Some rows of a merged tensor: fp32 sums, rounded to `dtype` once. RunError where they are not finite in it."""
+def merged_block(source: Tensor, low_rank: Sequence[LowRank], rows: slice, rounding: Rounding, name: str) -> Tensor:
+    """Some rows of a merged tensor: fp32 sums, rounded once. RunError where they are not finite in the new dtype."""
     block = in_fp32(source[rows])
     for update in low_rank:
         block.addmm_(update.b[rows], update.a, alpha=update.scale)
     low, high = torch.aminmax(block)
-    limit = torch.finfo(dtype).max
+    limit = torch.finfo(rounding.dtype).max
     if not (-limit <= low and high <= limit):  # also false for NaN
         raise RunError(
-            f"{name}: the merged tensor is not finite in {str(dtype).removeprefix('torch.')}\n"
+            f"{name}: the merged tensor is not finite in {str(rounding.dtype).removeprefix('torch.')}\n"
             "the base or an adapter is damaged or diverged (or merge.dtype is too narrow); nothing was published"
         )
-    return block.to(dtype, copy=True)
+    return rounding(block, name, rows.start * (source.numel() // max(1, len(source))))
 
 
 # --------------------------------------------------------------------------------------------- what describes a model
@@ -199,15 +300,12 @@ def _copy_descriptions(base: Path, out: Path, template: Path | None) -> None:
 
 def write_template(out: Path, template: Path) -> None:
     """The template of training becomes the tokenizer's only chat template, and stays readable as template.json."""
-    from qmedtune.data import templates
+    from qmedtune.data import framing, templates
 
     trained = templates.load(template)
     templates.save(trained, out)
-    (out / "chat_template.jinja").write_text(trained.jinja(), encoding="utf-8")
-    path = out / "tokenizer_config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if config.pop("chat_template", None) is not None:
-        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if (out / "tokenizer.json").is_file():
+        framing.publish(framing.frame_in(trained, out), out)
 
 
 def validation_ids(folder: Path) -> np.ndarray | None:

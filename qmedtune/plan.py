@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from qmedtune import base, preflight, store, units
+from qmedtune import base, fetch, gguf_folder, preflight, store, units
 from qmedtune.errors import DataError, DoesNotFit, QmedtuneError
 from qmedtune.planning import fit, memory, room, rows, speed
 from qmedtune.planning.batches import batch_rows, steps_in, too_few_steps
@@ -27,6 +27,7 @@ from qmedtune.recipe import Recipe
 
 __all__ = ["BaseFacts", "base_facts", "make_plan", "resolve"]
 
+BUILTIN_BYTES = 9  # of prepared text per token of the built-in world: whole words, with ids and JSON around them
 # Files larger than this in sum are not hashed for the sake of a plan; then the data stages' status is unknown.
 HASHED_BYTES = 256 * 1024**2
 
@@ -69,9 +70,10 @@ def make_plan(recipe: Recipe, run_dir: Path | None = None) -> dict[str, Any]:
         "host": {"parts": host, "needed_bytes": max(host.values()), "there_bytes": machine.host_bytes},
         "disk": {"parts": disk, "needed_bytes": sum(disk.values()), "free_bytes": room.free_bytes(run_dir or Path())},
         "seconds": sum(stage["seconds"] or 0.0 for stage in stages) + merging,
+        "borders": _borders(folder),
         "notes": [*_notes(machine, facts, estimates), *_length_notes(resolved, facts), *_few(facts, stages)],
     }
-    plan["notes"] += [*unchecked, *notes]
+    plan["notes"] += [*unchecked, *_border_notes(plan["borders"]), *notes]
     _check_room(plan, present=machine.present)
     return plan
 
@@ -111,8 +113,7 @@ def _notes(machine: Machine, facts: BaseFacts, estimates: Mapping[str, Estimate]
     if machine.used_bytes > GIB:
         notes.append(f"other processes hold {units.size(machine.used_bytes)} of the card now; end them before the run")
     if not facts.builtin and facts.folder is None:
-        fetch = units.size(facts.file_bytes)
-        notes.append(f"{facts.name} is not on this machine: shape from the {facts.source}, {fetch} to fetch")
+        notes.append(f"{facts.name} is not on this machine as a model folder: {_on_its_way(facts)}")
     if facts.builtin and not (base.builtin_folder(facts.name) / "01-pretrain" / store.SEAL).is_file():
         seconds = speed.pretraining_seconds(facts, machine)
         notes.append(
@@ -120,6 +121,15 @@ def _notes(machine: Machine, facts: BaseFacts, estimates: Mapping[str, Estimate]
         )
     notes += [f"{name}: not found here ({e.missing})" for name, e in estimates.items() if e.missing]
     return notes
+
+
+def _on_its_way(facts: BaseFacts) -> str:
+    """What has to happen before it is there."""
+    if fetch.packed(facts.name):
+        return f"fetch it first: qmedtune fetch {facts.name.removeprefix(base.BUILTIN)}"
+    if gguf_folder.is_gguf(facts.name):
+        return f"the run unpacks it once, {units.size(facts.file_bytes)} in the cache"
+    return f"shape from the {facts.source}, {units.size(facts.file_bytes)} to fetch"
 
 
 def _length_notes(recipe: Recipe, facts: BaseFacts) -> list[str]:
@@ -131,6 +141,20 @@ def _length_notes(recipe: Recipe, facts: BaseFacts) -> list[str]:
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
+
+
+def _borders(folder: Path | None) -> dict[str, str | None] | None:
+    """The marks around documents and why; None where the tokenizer is not on this machine."""
+    from qmedtune.data import borders
+    from qmedtune.data.tokens import load_codec
+
+    if folder is None or not (folder / "tokenizer.json").is_file():
+        return None
+    return borders.described(load_codec(folder))
+
+
+def _border_notes(found: dict[str, str | None] | None) -> list[str]:
+    return [f"documents: {found['why']}"] if found else []
 
 
 def _samples(recipe: Recipe) -> tuple[dict[str, Sample], dict[str, str]]:
@@ -261,14 +285,10 @@ def _status(
 def _disk(
     recipe: Recipe, facts: BaseFacts, setups: list[Setup], estimates: Mapping[str, Estimate], stages: list[dict]
 ) -> dict[str, int]:
-    return memory.disk_bytes(
-        facts,
-        setups,
-        keep=recipe.save.keep,
-        merge_dtype=recipe.merge.dtype,
-        text_bytes=sum(estimate.read_bytes for estimate in estimates.values()),
-        tokens=sum(estimate.tokens for estimate in estimates.values()),
-    )
+    built_in = sum(BUILTIN_BYTES * e.tokens for e in estimates.values() if not e.read_bytes)
+    text = sum(room.text_bytes(recipe.data[name]) for name in estimates) + built_in
+    packed = sum(measured.tokens for measured in estimates.values())
+    return memory.disk_bytes(facts, setups, room.kept_of(recipe, text, packed))
 
 
 def _check_room(plan: dict[str, Any], *, present: bool) -> None:

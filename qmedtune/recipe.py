@@ -59,6 +59,8 @@ class SourceSection(Section):
     kind: SourceKind
     format: SourceFormat = "auto"
     columns: dict[str, str] = {}
+    delimiter: Annotated[str, Field(min_length=1, max_length=1)] | None = None  # of a table; None: found and told
+    encoding: str | None = None  # of a table or text file, by Python's name; None: found and told
     template: str | None = None
     split_by: Literal["record", "patient"] = "record"
     holdout: Annotated[float, Field(ge=0, lt=1)] = 0.05
@@ -130,12 +132,14 @@ class TrainSection(Section):
     horizon_ratio: Annotated[float, Field(gt=0, le=100)] | None = None  # steps (2: stopped half-way)
     weight_decay: Weight = 0.0
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    adam_eps: Annotated[float, Field(gt=0, le=1e-2)] = 1e-8
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     optimizer: Literal["auto", "adamw", "adamw_8bit", "paged_adamw_8bit"] = "auto"
     gradient_checkpointing: bool | LayersSection | Auto = "auto"
     # Which weights: the last adapter on, a new one on its fold into the base, a new one on top, or all parameters.
     # `frozen` is for `classify`: the adapters as they are, with a head on top.
     adapter: Literal["continue", "merge_then_new", "new", "none", "frozen"] = "continue"
+    lora: AdapterSection | None = None  # of a new adapter, in place of the recipe's `adapter`
 
     @field_validator("betas", mode="before")
     @classmethod
@@ -183,6 +187,7 @@ class ClassifySection(TrainSection):
 
     data: str
     epochs: Annotated[float, Field(gt=0)] | Auto = "auto"
+    class_weights: Literal["none", "balanced"] = "none"  # balanced: as often wrong, as rare (n / (classes x count))
     multi_label: bool = False  # a label is a list, or a text with `,` or `;` between labels
     train_earlier: bool = False  # with `adapter: new`: the stages' adapters below it are trained too
 
@@ -243,12 +248,15 @@ class SaveSection(Section):
 
 
 class VerifySection(Section):
-    max_kl: Annotated[float, Field(gt=0)] = 1e-4
+    max_kl: Annotated[float, Field(gt=0)] | None = None  # nats per token; the proof itself has no threshold
 
 
 class MergeSection(Section):
+    """rounding: auto = nearest, or stochastic where that loses more than a hundredth of what was learnt"""
+
     base: Literal["full16", "nf4"] = "full16"
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    rounding: Literal["nearest", "stochastic"] | Auto = "auto"
     verify: VerifySection = VerifySection()
 
 
@@ -342,6 +350,22 @@ class Recipe(Section):
     def stage_names(self) -> list[str]:
         """`01-cpt`, `02-sft` ...: the names of stage folders and of `run.json` entries."""
         return [f"{i:02d}-{stage.kind}" for i, stage in enumerate(self.stages, start=1)]
+
+    def judged_by(self, index: int) -> list[str]:
+        """Sources of `validate.on` whose held-out loss says which step of stage `index` is best: an sft stage is for
+        its instructions, the others for texts."""
+        stage, on = self.stages[index], self.validation.on
+        if stage.sft:
+            return [name for name in on if name in stage.sources]
+        return [name for name in on if self.data[name].kind != "instructions"]
+
+    def adapter_of(self, index: int) -> AdapterSection:
+        """The adapter that stage `index` trains: its own `lora`, else the recipe's."""
+        own = self.stages[index].section.lora
+        if own is None:
+            return self.adapter
+        chosen = self.adapter.train_embeddings if own.train_embeddings == "auto" else own.train_embeddings
+        return own.model_copy(update={"train_embeddings": chosen})
 
     def used_sources(self) -> list[str]:
         """Sources that any stage, validation or perplexity reads, in the order of `data:`."""

@@ -11,14 +11,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
-from qmedtune import base, claims, keys, plan, preflight, record, store, ui
-from qmedtune.errors import RecipeError, RunError
+from qmedtune import base, claims, keys, peak, plan, preflight, record, store, ui
+from qmedtune.data import secret
+from qmedtune.data.treat import phi_mode
+from qmedtune.disk import owner_only
+from qmedtune.errors import MergeRefused, QmedtuneError, RecipeError, RunError
 from qmedtune.interrupt import Stopped, stop
 from qmedtune.planning import room
 from qmedtune.recipe import Recipe
@@ -46,6 +51,9 @@ def run(
     asked = smoked(recipe) if smoke else recipe
     resolved, choices = plan.resolve(asked)
     claims.check_inputs(resolved, out)
+    redacts = any(phi_mode(resolved, name) == "redact" for name in resolved.used_sources())
+    if redacts:
+        secret.check(out)
     hashes = store.HashCache(out / ".hashes.json")
     steps = steps_of(resolved, asked, hashes)
     chosen = _chosen(steps, until)
@@ -53,29 +61,36 @@ def run(
     sealed = _sealed(steps, source.digest, out)
     if len(sealed) == len(steps) and (finished := _finished(recipe_text, out)):
         return finished
+    source.check()
     claims.check_steps(out, [step.name for step in chosen if step.name not in sealed])
-    scored = any(step.name == "evaluation" and step.name not in sealed for step in chosen)
-    if scored and resolved.model.base.startswith(base.BUILTIN):  # making the base takes minutes
-        preflight.check_evaluation(resolved, None)
+    _check_start(resolved, source, [step for step in chosen if step.name not in sealed])
     room.check_writable(out)
     room.check(resolved, out, [step.name for step in chosen if step.name not in sealed])
-    with _told("run", out), store.lock(out), stop.watching(time_limit_s):
+    with _told("run", out), _private(resolved, out), store.lock(out), stop.watching(time_limit_s):
         claims.mark(out)
+        if redacts:
+            secret.note(out)
         for place in (out, out / "merged"):
             for leftover in place.glob(f".*{store.PART}"):  # of writes that were killed
                 leftover.unlink()
         hashes.save()
         notes = record.Notes(resolved, recipe_text, choices, offline=offline)
-        folder = source.make()
-        if any(step.kind != "data" and step.name not in sealed for step in chosen):
-            preflight.check_start(resolved, folder, scored=scored)
         done: dict[str, store.Seal] = {}
         with ui.run_progress([*(step.name for step in chosen), "report"]) as shown:
             try:
+                refused = None
                 for step in chosen:
+                    try:
+                        with _told(step.name, out):
+                            able = _without(step, "merged") if refused else step
+                            done[step.name] = _do(able, resolved, source, done, out, siblings, shown)
+                    except QmedtuneError as error:
+                        refused = _refused(error, step, resolved, out)
+                        notes = replace(notes, refused=refused)
                     with _told(step.name, out):
-                        done[step.name] = _do(step, resolved, folder, source.digest, done, out, siblings, shown)
                         record.write(out, notes, steps, done, source, "running")
+                if refused:
+                    raise refused.error
             except BaseException as error:
                 with suppress(OSError):  # on a full disk; what happened is raised all the same
                     status = "running" if isinstance(error, Stopped) else "failed"
@@ -88,23 +103,65 @@ def run(
         return result
 
 
+def _private(recipe: Recipe, out: Path) -> AbstractContextManager[None]:
+    """Where a source is clinical, what the run writes is its owner's alone."""
+    if all(phi_mode(recipe, name) == "off" and recipe.data[name].kind != "clinical" for name in recipe.used_sources()):
+        return nullcontext()
+    with suppress(FileNotFoundError):
+        out.chmod(0o700)
+    return owner_only()
+
+
+def _without(step: Step, name: str) -> Step:
+    """The step without one of its inputs: base + adapters can be scored where there is no merged model."""
+    return replace(step, needs={key: path for key, path in step.needs.items() if path != name})
+
+
+def _refused(error: QmedtuneError, step: Step, recipe: Recipe, out: Path) -> record.Refused:
+    """A merge that is not published costs nothing else: what it wrote is kept, the steps after it go on without it, and
+    the error is raised at the end. That of any other step is raised now."""
+    lines, kept = [str(error)], None
+    if isinstance(error, MergeRefused):
+        kept = store.keep_refused(store.building_of(out / step.name, out), out / step.name, str(error))
+        lines.append(f"not published: what was written is kept as {kept}")
+    if step.kind != "merge":
+        raise (RunError("\n".join(lines)) if kept else error)
+    dtype = "bfloat16" if "not finite in float16" in str(error) else recipe.merge.dtype
+    lines.append("the adapters are as they were, and scores and report are made all the same; to merge again:")
+    lines.append(f"qmedtune merge {out} --out {out}-merged --onto {recipe.merge.base} --dtype {dtype}")
+    ui.warn(lines[0])
+    told = MergeRefused("\n".join(lines), error.facts if isinstance(error, MergeRefused) else {})
+    told.exit_code = error.exit_code
+    return record.Refused(told, kept.name if kept else None)
+
+
+def _check_start(recipe: Recipe, source: base.Base, to_do: Sequence[Step]) -> None:
+    """What must be right before the first step, ahead of writing anything. A built-in base is right by itself."""
+    scored = any(step.name == "evaluation" for step in to_do)
+    if recipe.model.base.startswith(base.BUILTIN):
+        if scored:
+            preflight.check_evaluation(recipe, None)
+    elif any(step.kind != "data" for step in to_do):
+        preflight.check_start(recipe, source.make(), scored=scored)
+
+
 def source_of(recipe: Recipe, hashes: store.HashCache, offline: bool) -> base.Base:
     shape_only = recipe.stages[0].kind == "pretrain"
-    return base.identify(recipe.model, hashes, offline=offline, shape_only=shape_only)
+    found = base.identify(recipe.model, hashes, offline=offline, shape_only=shape_only)
+    return replace(found, make=cache(found.make))  # it hashes what it gives, and every other step asks for it
 
 
 def _do(
     step: Step,
     recipe: Recipe,
-    model: Path,
-    model_digest: str,
+    model: base.Base,
     done: dict[str, store.Seal],
     out: Path,
     siblings: Sequence[Path],
     shown: ui.Run,
 ) -> store.Seal:
     """One step: skipped when its sealed folder carries the key, brought back from history or a sibling, or run."""
-    folder, key = out / step.name, key_of(step, model_digest, done)
+    folder, key = out / step.name, key_of(step, model.digest, done)
     if sealed := store.intact(folder, key):
         shown.cached(step.name)
         return sealed
@@ -114,7 +171,7 @@ def _do(
     if sealed := store.borrow(folder, out, key, siblings):
         shown.cached(step.name, "the same as in another run")
         return sealed
-    made_from = {**step.section, "inputs": inputs_of(step, model_digest, done)}
+    made_from = {**step.section, "inputs": inputs_of(step, model.digest, done)}
     _explain(step, made_from, key, folder, out)
     inputs = _inputs(step, model, out)
     _check_inputs(step, done, out)
@@ -122,8 +179,10 @@ def _do(
     building = store.begin(folder, out, key, made_from, keep_partial=step.resumes)
     with shown.step(step.name), stop.limited():
         started = time.monotonic()
+        peak.reset()
         facts = step.work(recipe, inputs, building)
-        facts |= {"seconds": round(time.monotonic() - started, 2), "section": made_from}
+        took = {"seconds": round(time.monotonic() - started, 2), "host_peak_bytes": peak.resident_bytes()}
+        facts |= {**took, "section": made_from}
         return store.publish(building, folder, out, key, facts)
 
 
@@ -157,8 +216,10 @@ def owner_of(path: str) -> str:
     return "/".join(parts[:2]) if parts[0] == "data" else parts[0]
 
 
-def _inputs(step: Step, model: Path, out: Path) -> dict[str, Path]:
-    return {name: model if path == "base" else out / path for name, path in step.needs.items()}
+def _inputs(step: Step, model: base.Base, out: Path) -> dict[str, Path]:
+    """Where the step finds what it needs. A built-in base is made for the first step that needs one: sources come
+    before, and a fault in a file is told before minutes of pretraining."""
+    return {name: model.make() if path == "base" else out / path for name, path in step.needs.items()}
 
 
 def _check_inputs(step: Step, done: dict[str, store.Seal], out: Path) -> None:
@@ -200,7 +261,10 @@ def _sealed(steps: list[Step], model_digest: str, out: Path) -> dict[str, store.
 def _finished(recipe_text: str, out: Path) -> dict[str, Any] | None:
     """run.json of a run that ended with this recipe and has its reports."""
     result = record.read(out)
-    if not result or not record.is_whole(result) or result["recipe_sha256"] != record.text_sha256(recipe_text):
+    if not result or not record.is_whole(result):
+        return None
+    # Version 0.1 kept the text with its comments.
+    if result["recipe_sha256"] not in map(record.text_sha256, (record.shown_text(recipe_text), recipe_text)):
         return None
     there = all((out / name).is_file() for name in record.REPORTS)
     return result if result["status"] == "finished" and there else None

@@ -16,11 +16,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qmedtune.disk import PART, check_room, discard, fsync_path, link, lock, rename, write_atomic, write_json
+from qmedtune.disk import PART, check_room, discard, fsync_path, link, lock, lock_file, rename, write_atomic, write_json
 from qmedtune.errors import RunError
 from qmedtune.hashes import HashCache, kept, read_checked, sha256_file, sha256_json, write_checked
 
-__all__ = ["PART", "HashCache", "check_room", "discard", "fsync_path", "kept", "lock", "read_checked", "rename"]
+__all__ = [
+    "PART",
+    "HashCache",
+    "check_room",
+    "discard",
+    "fsync_path",
+    "kept",
+    "lock",
+    "lock_file",
+    "read_checked",
+    "rename",
+]
 __all__ += ["sha256_file", "sha256_json", "write_atomic", "write_checked", "write_json"]
 
 SEAL = "seal.json"
@@ -28,6 +39,7 @@ STAMP = ".attempt"  # of which key and section an unfinished folder is
 SCRATCH = "scratch"  # what a step resumes from: not sealed, and deleted once the step is
 # Carries times and speeds: listed and verified, but not part of what later steps depend on.
 VOLATILE = frozenset({"metrics.jsonl"})
+REFUSED = ".refused"  # ending of a folder whose proof has failed: kept, and never read
 # The model card is rendered after the evaluation, from run.json, into the folder that was sealed before it.
 RENDERED = "README.md"
 
@@ -229,6 +241,17 @@ def publish(building: Path, folder: Path, root: Path, key: str, facts: dict[str,
     sealed = seal(building, key, facts)
     _move_into_place(building, folder, root)
     return sealed
+
+
+def keep_refused(building: Path, folder: Path, why: str) -> Path:
+    """Move what was made, but must not be published, to `<folder>.refused`, with the reason in it; an earlier one that
+    stands there is replaced. Returns where it is."""
+    kept = folder.with_name(f"{folder.name}{REFUSED}")
+    (building / STAMP).unlink(missing_ok=True)
+    discard(kept)
+    write_atomic(building / "REFUSED.txt", f"{why}\n")
+    rename(building, kept)
+    return kept
 
 
 def _move_into_place(building: Path, folder: Path, root: Path) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import json
 import math
-import resource
 import shutil
 import statistics
 import time
@@ -23,8 +22,8 @@ from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.utils import logging as transformers_logging
 
 from qmedtune import model as models
-from qmedtune import store, ui
-from qmedtune.base import note_base
+from qmedtune import peak, store, ui
+from qmedtune.base import name_of_base, note_base
 from qmedtune.data import templates
 from qmedtune.data.classes import LabelledRows
 from qmedtune.data.pack import PackedRows
@@ -63,6 +62,9 @@ def train_stage(
     stage, name = recipe.stages[index], recipe.stage_names()[index]
     set_seed(recipe.seed + index)
     quiet_libraries()
+    peak.reset()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     tokenizer: Any = models.load_tokenizer(inputs["base"])
     machine = this_machine()
     check_card(peak_bytes(base_facts(recipe.model), setup_of(recipe, index, machine), gpu=machine.is_gpu), machine)
@@ -73,6 +75,7 @@ def train_stage(
         attach_head(model, rows, stage.classify)
     packed = json.loads((inputs["tokens"] / store.SEAL).read_text())["facts"]
     loop = Loop(name, out, validation_rows(recipe, inputs.get("validation")), tokenizer.pad_token_id, recipe)
+    loop.judges = [source for source in recipe.judged_by(index) if source in loop.held_out]
     started = time.monotonic()
     trainer = _run(recipe, index, model, tokenizer, rows, packed, loop, out)
     facts |= loop.facts(trainer, packed["tokens"], time.monotonic() - started)
@@ -84,15 +87,16 @@ def train_stage(
         with trainer.compute_loss_context_manager():
             found = score(model, inputs["tokens"], tokenizer.pad_token_id, trainer.micro_batch, recipe.seed, out)
         facts |= {"classification": packed["classes"] | found}
+    trained_on = name_of_base(recipe.model.base, inputs["base"], inputs["tokens"].parent.parent)
     if stage.section.adapter != "frozen":
-        _finish(model, tokenizer, stage.full, recipe.model.base, out)
+        _finish(model, tokenizer, stage.full, trained_on, out)
     if stage.classify and stage.classify.train_earlier:
         for place, adapter in enumerate(list(model.peft_config)[:-1], start=1):
-            models.save_adapter(model, out / f"earlier-{place}", recipe.model.base, adapter)
+            models.save_adapter(model, out / f"earlier-{place}", trained_on, adapter)
     if not stage.full and stage.section.adapter != "frozen":
         earlier = earlier_adapters(inputs)
         below = earlier[:-1] if stage.section.adapter == "continue" else earlier
-        note_base(out / "adapter", recipe.model.base, inputs["base"], below)
+        note_base(out / "adapter", trained_on, inputs["base"], below, recipe.model.quantization)
     facts |= {"model": {"path": f"{name}/model"}} if stage.full else {}
     del trainer, model, loop  # which know each other: only a collection frees them, and the next stage needs the room
     gc.collect()
@@ -121,7 +125,7 @@ def _make_model(recipe: Recipe, index: int, inputs: dict[str, Path], shared: Sha
     set_seed(recipe.seed + index)  # whatever loading has drawn
     earlier = earlier_adapters(inputs)
     continued = stage.section.adapter in ("continue", "frozen")  # attach_head freezes what is frozen
-    model = models.attach_adapter(base, recipe.adapter, earlier, continued=continued)
+    model = models.attach_adapter(base, recipe.adapter_of(index), earlier, continued=continued)
     kernels = models.install_kernels(model, recipe.model.kernels)
     return model, {
         "kernels": kernels,
@@ -237,6 +241,7 @@ class Loop(TrainerCallback):
     memory: dict[str, Any] = field(default_factory=dict)
     losses: list[float] = field(default_factory=list)
     validation: list[dict[str, Any]] = field(default_factory=list)
+    judges: list[str] = field(default_factory=list)
     _marked: tuple[float, int] = (0.0, 0)
 
     def begin(self, trainer: QTrainer, steps: int) -> None:
@@ -309,9 +314,9 @@ class Loop(TrainerCallback):
         self._marked = (time.monotonic(), self.tokens)
 
     def _kept_step(self) -> int | None:
-        """Where the mean of the validation losses is lowest, first of equals; None where none is finite."""
-        means = [(sum(v[s] for s in self.held_out), v["step"]) for v in self.validation if None not in v.values()]
-        return min(means)[1] if means else None
+        """Where the losses that the stage is judged by are lowest in sum, first of equals; None where none is."""
+        sums = [(sum(v[s] for s in self.judges), v["step"]) for v in self.validation if None not in v.values()]
+        return min(sums)[1] if sums and self.judges else None
 
     def restore_best(self, model: Any) -> None:
         if self.recipe.validation.keep_best and self._kept_step() is not None:
@@ -331,6 +336,7 @@ class Loop(TrainerCallback):
             "steps": self.steps,
             "batch": trainer.section.batch,
             "kept_step": kept or self.steps,
+            "kept_by": self.judges if kept else [],
             "loss": {"first": self.losses[0], "last": self.losses[-1]},
             "tokens_per_s": round(sorted(speeds)[len(speeds) // 2], 1),
             "train_seconds": round(seconds, 2),
@@ -350,7 +356,5 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def peak_memory_bytes() -> int:
-    """Peak allocated memory of the GPU, or the peak resident size of this process on a CPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Of this stage: peak allocated memory of the GPU, or the peak resident size of this process on a CPU."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak.resident_bytes()

@@ -40,8 +40,10 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory):
     folder = os.environ.get("QMEDTUNE_TEST_CACHE") or str(tmp_path_factory.mktemp("cache"))
     before = os.environ.get("QMEDTUNE_CACHE")
     os.environ["QMEDTUNE_CACHE"] = folder
+    os.environ["QMEDTUNE_SECRETS"] = str(tmp_path_factory.mktemp("secrets"))
     yield Path(folder)
     os.environ.pop("QMEDTUNE_CACHE")
+    os.environ.pop("QMEDTUNE_SECRETS")
     if before is not None:
         os.environ["QMEDTUNE_CACHE"] = before
 

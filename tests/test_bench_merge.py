@@ -18,7 +18,7 @@ def test_result_has_the_form_of_all_benchmarks(tmp_path):
     cp, ours = result["rows"]
     assert (cp["contender"], cp["ratio"], cp["unit"], ours["contender"]) == ("cp", 1.0, "s", "qmedtune-nf4")
     assert 0 < ours["spread"][0] <= ours["value"] <= ours["spread"][1] and ours["cpu_s"] > 0
-    assert 0 <= ours["kl"] < 1e-4 and 0 < ours["max_weight_error"] < 0.6 * 2**-8 and "kl" not in cp
+    assert 0 <= ours["kl"] < 1e-4 and ours["violations"] == 0 and ours["elements"] > 2e6 and "kl" not in cp
     assert 5e7 < ours["peak_anonymous_bytes"] < 2e9
     assert result["job"]["weight_bytes"] > 5_000_000
     columns, rows = bench.render(result)
@@ -75,9 +75,9 @@ def test_refusals(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape, limit_bytes, max_kl", [("1.1b", 0.8e9, 1e-4), ("8b", 3e9, bench.MAX_KL)])
-def test_anonymous_memory_of_real_shapes(shape, limit_bytes, max_kl, tmp_path):
+@pytest.mark.parametrize("shape, limit_bytes", [("1.1b", 0.8e9), ("8b", 3e9)])
+def test_anonymous_memory_of_real_shapes(shape, limit_bytes, tmp_path):
     """Needs 5 and 36 GB of disk for a while; half a minute and ten minutes on 2 cores."""
     row = bench.bench_merge(shape, ("qmedtune-nf4",), rounds=1, scratch=tmp_path)["rows"][0]
     assert row["peak_anonymous_bytes"] < limit_bytes
-    assert row["kl"] <= max_kl and row["max_weight_error"] < 0.6 * 2**-8
+    assert row["violations"] == 0 and row["lost"] < 0.01

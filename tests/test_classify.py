@@ -10,8 +10,10 @@ import pytest
 import torch
 from conftest import MICRO
 from safetensors.torch import load_file
+from sklearn import metrics
+from sklearn.utils.class_weight import compute_class_weight as sklearn_weights
 
-from qmedtune import interrupt, store, train
+from qmedtune import interrupt, keys, store, train
 from qmedtune.data import outcomes
 from qmedtune.data.classes import HELD_OUT, LABELS, LabelledRows, pack_classes
 from qmedtune.data.records import label_of
@@ -25,7 +27,9 @@ from qmedtune.planning.resolve import resolve
 from qmedtune.recipe import Recipe
 from qmedtune.smoke import smoke
 from qmedtune.steps import steps_of
+from qmedtune.training import classify
 from qmedtune.training.classify import result
+from qmedtune.training.trainer import make_optimizer
 
 SOURCE = "{path: builtin:micro/outcomes, kind: clinical, split_by: patient, columns: {label: label}}"
 
@@ -298,3 +302,57 @@ def test_smoke_gives_labelled_sources_the_built_in_labels():
     smoked = smoke(load_recipe(MICRO.parent / "systems" / "clinical_llama.yaml").recipe)
     assert smoked.data["outcome"].path == "builtin:outcomes" and smoked.data["outcome"].columns == {"label": "label"}
     assert smoked.data["notes"].path == "builtin:notes"
+
+
+def test_balanced_weights_are_scikit_learns_and_change_the_loss():
+    """Classes of 6, 3 and 1: 10 / (3 x count). Over the documents they are 1 on average."""
+    labels = np.array([0] * 6 + [1] * 3 + [2])
+    targets = np.eye(3, dtype=np.uint8)[labels]
+    theirs = sklearn_weights("balanced", classes=np.arange(3), y=labels)
+    assert classify.class_weights(targets, multi_label=False) == pytest.approx(theirs)
+    assert classify.class_weights(targets, multi_label=False)[labels].mean() == pytest.approx(1.0)
+    assert classify.class_weights(targets, multi_label=True) == pytest.approx([4 / 6, 7 / 3, 9 / 1])
+    logits = torch.randn(10, 3, generator=torch.Generator().manual_seed(0))
+    plain, balanced = (classify.Head(8, targets, False, on).nll(logits, torch.from_numpy(targets)) for on in (0, 1))
+    each = torch.nn.functional.cross_entropy(logits, torch.from_numpy(labels), reduction="none")
+    assert float(balanced) == pytest.approx(float((each * torch.from_numpy(theirs[labels])).sum()), rel=1e-5)
+    assert float(plain) == pytest.approx(float(each.sum()), rel=1e-5)
+
+
+def test_auprc_and_f1_are_scikit_learns():
+    generator = np.random.default_rng(5)
+    targets, scores = (generator.random((80, 4)) < 0.3).astype(np.uint8), generator.integers(-4, 5, (80, 4)) / 2
+    found = classify.result(targets, scores, [str(i) for i in range(80)], 0)
+    assert found["auprc"] == pytest.approx(metrics.average_precision_score(targets, scores, average="macro"))
+    chosen = classify.decided(targets, scores, multi_label=True)
+    for average in ("micro", "macro"):
+        theirs = metrics.f1_score(targets, scores > 0, average=average, zero_division=0)
+        assert chosen[f"{average}_f1"] == pytest.approx(theirs)
+    labels = targets.argmax(1)
+    single = classify.decided(np.eye(4, dtype=np.uint8)[labels], scores, multi_label=False)
+    assert single["accuracy"] == single["micro_f1"] == pytest.approx((scores.argmax(1) == labels).mean())
+    theirs = metrics.f1_score(labels, scores.argmax(1), average="macro", labels=sorted(set(labels)), zero_division=0)
+    assert single["macro_f1"] == pytest.approx(theirs)
+
+
+def test_a_stage_may_have_an_adapter_and_an_epsilon_of_its_own(micro_run, packed, notes_adapter, tmp_path):
+    keys_given = {"adapter": "new", "lora": "{r: 2, alpha: 3}", "adam_eps": 1e-5, "class_weights": "balanced"}
+    facts = trained(micro_run, packed, tmp_path, notes_adapter, **keys_given)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (2, 3)
+    assert recipe(**keys_given).adapter_of(0).r == recipe().adapter.r != 2
+    again = load_file(tmp_path / "heldout.scores.safetensors")
+    known = again["targets"].sum(1) > 0
+    targets, scores = again["targets"][known].numpy(), again["scores"][known].numpy()
+    areas = [metrics.roc_auc_score(t, s) for t, s in zip(targets.T, scores.T, strict=True) if 0 < t.sum() < len(t)]
+    assert facts["classification"]["auroc"] == pytest.approx(np.mean(areas), abs=1e-12)
+    section = recipe(**keys_given).stages[1].section
+    assert make_optimizer(torch.nn.Linear(2, 2), section).defaults["eps"] == 1e-5
+
+
+def test_what_stages_did_before_keeps_its_key():
+    """The new keys at their defaults are no change: a stage of version 0.1 stays finished."""
+    section = keys.training_section(recipe(), recipe(), 1)["training"]
+    assert not {"adam_eps", "lora", "class_weights"} & section.keys()
+    changed = recipe(adam_eps=1e-6)
+    assert keys.training_section(changed, changed, 1)["training"]["adam_eps"] == 1e-6

@@ -45,7 +45,7 @@ def test_every_command_explains_itself(command, capsys):
 
 def test_version_and_bare_call(capsys):
     assert cli.invoke(["--version"]) == 0
-    assert capsys.readouterr().out == "qmedtune 0.1.0\n"
+    assert capsys.readouterr().out == "qmedtune 0.2.0\n"
     assert cli.invoke([]) == 0
     assert capsys.readouterr().out.startswith("Usage: qmedtune")
 

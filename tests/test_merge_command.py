@@ -21,7 +21,7 @@ def test_an_adapter_folder_becomes_a_sealed_model(folders, tmp_path, capsys):
     command = ["merge", str(adapter), "--base", str(base), "--out", str(out), "--dtype", "float32", "--json"]
     assert cli.invoke(command) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert facts["kl"] <= 1e-4 and facts["dtype"] == "float32" and facts["modules"] > 0
+    assert facts["violations"] == 0 and facts["dtype"] == "float32" and facts["modules"] > 0
     assert store.intact(out, full=True) is not None
     assert sorted(path.name for path in tmp_path.iterdir()) == ["merged"]
     before = (out / "config.json").read_bytes()
@@ -35,7 +35,8 @@ def test_a_failed_proof_leaves_nothing_under_the_name(folders, tmp_path, capsys)
     assert cli.invoke(["merge", str(adapter), "--base", str(base), "--out", str(out), "--max-kl", "1e-30"]) == 1
     err = capsys.readouterr().err
     assert "Traceback" not in err and len([line for line in err.splitlines() if "error" in line]) == 1
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["merged.refused"]
+    assert "merged.refused" in err and "max_kl" in (tmp_path / "merged.refused" / "REFUSED.txt").read_text()
 
 
 @pytest.mark.parametrize("name", ["base", "nothing"])

@@ -9,9 +9,11 @@ import pytest
 from qmedtune.errors import DataError, RecipeError
 from qmedtune.evaluation import compare
 from qmedtune.recipe import TaskSection
+from qmedtune.tasks import FILE_TASKS, findings, free_text, labels, load_task
 from qmedtune.tasks import items as task_items
-from qmedtune.tasks import labels, load_task
+from qmedtune.tasks.definitions import definition
 from qmedtune.tasks.free_text import normalised
+from qmedtune.tasks.items import Item
 
 REAL = Path(os.environ.get("QMEDTUNE_REAL_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
@@ -222,9 +224,49 @@ def test_squad_normalisation_and_token_f1(tmp_path):
     note = {"note_id": "n1", "context": ["Given aspirin 81 mg\n", "daily.\n"]}
     note["qas"] = [{"question": ["What dose?"], "answers": [{"text": "aspirin 81 mg"}]}]
     task = load("emrqa", tmp_path / "data.json", json.dumps({"data": [{"title": "t", "paragraphs": [note]}]}))
-    assert judged(task, ["The aspirin 81 mg"]) == {"exact_match": 1.0, "token_f1": 1.0}
-    assert judged(task, ["81 mg daily"]) == pytest.approx({"exact_match": 0.0, "token_f1": 2 * 2 / 6})
-    assert judged(task, [""]) == {"exact_match": 0.0, "token_f1": 0.0}
+    squad = ("exact_match", "token_f1")
+    said = {answer: judged(task, [answer]) for answer in ("The aspirin 81 mg", "81 mg daily", "")}
+    assert [said["The aspirin 81 mg"][name] for name in squad] == [1.0, 1.0]
+    assert [said["81 mg daily"][name] for name in squad] == pytest.approx([0.0, 2 * 2 / 6])
+    assert [said[""][name] for name in squad] == [0.0, 0.0]
+
+
+def test_emrqa_as_me_llama_counts_is_another_number(tmp_path):
+    """Their tokens are characters, their overlap a set, articles stay. "aspirin" against "The aspirin.": 6 distinct
+    characters in common, 10 and 7 long; spaces and case do not count."""
+    note = {"note_id": "n1", "context": ["Given aspirin.\n"]}
+    note["qas"] = [{"question": ["Which?"], "answers": [{"text": "aspirin"}, {"text": "ASA"}]}]
+    content = json.dumps({"data": [{"title": "t", "paragraphs": [note]}]})
+    task = load("emrqa", tmp_path / "data.json", content)
+    precision, recall = 6 / 10, 6 / 7
+    assert len(set("aspirin")) == 6
+    found = task.judge(task.items[0], "The aspirin.")
+    assert found["token_f1"] == 1.0
+    assert found["me_llama"] == pytest.approx(2 * precision * recall / (precision + recall))
+    assert found["me_llama_exact"] == 0.0
+    assert task.judge(task.items[0], "As pirin")["me_llama_exact"] == 1.0
+    assert task.judge(task.items[0], "asa")["token_f1"] == 1.0 > task.judge(task.items[0], "asa")["me_llama"]
+    path = tmp_path / "data.json"
+    assert load_task(TaskSection(task="emrqa", path=str(path), metric="me_llama"), seed=0).metric == "me_llama"
+
+
+def test_macro_f1_over_all_hallmarks_is_another_number(tmp_path):
+    """One hallmark there and found: 1 over those that occur, .1 over all ten."""
+    records = [{"text": "T.", "labels": ["inducing angiogenesis"]}, {"text": "U.", "labels": []}]
+    scores = judged(load("hoc", tmp_path / "q.jsonl", records), ["inducing angiogenesis", "none"])
+    assert (scores["macro_f1"], scores["macro_f1_all"]) == (1.0, pytest.approx(0.1))
+
+
+@pytest.mark.parametrize("name", FILE_TASKS)
+def test_every_metric_has_its_definition(name):
+    make = FILE_TASKS[name][1]
+    free = (findings.hoc_task, findings.entity_task, free_text.question_task, free_text.summary_task)
+    if make in free:
+        items = (Item("1", (), "gold"),)
+    else:
+        items = tuple(Item(str(gold), (), gold, ("no", "yes")) for gold in (0, 1))
+    for metric in make(name, items).metrics:
+        assert len(definition(metric, name)) > 20
 
 
 def test_emrqa_counts_the_best_of_its_answers(tmp_path):
@@ -241,8 +283,9 @@ def test_emrqa_counts_the_best_of_its_answers(tmp_path):
     task = load("emrqa", tmp_path / "data.json", json.dumps({"data": [{"title": "t", "paragraphs": notes}]}))
     assert [item.group for item in task.items] == ["n0", "n0", "n1", "n1"]
     assert task.items[0].gold == ("aspirin", "daily, aspirin dose") and task.write(task.items[0]) == "aspirin"
-    assert task.judge(task.items[0], "the daily dose") == {"exact_match": 0.0, "token_f1": pytest.approx(4 / 5)}
-    assert task.judge(task.items[0], "Daily aspirin dose.") == {"exact_match": 1.0, "token_f1": 1.0}
+    said = [task.judge(task.items[0], answer) for answer in ("the daily dose", "Daily aspirin dose.")]
+    assert [found["exact_match"] for found in said] == [0.0, 1.0]
+    assert [found["token_f1"] for found in said] == [pytest.approx(4 / 5), 1.0]
     shots = TaskSection(task="emrqa", path=str(tmp_path / "data.json"), shots=2)
     for item in load_task(shots, seed=0).asked:
         other = {"question-2", "question-3"} if item.group == "n0" else {"question-0", "question-1"}
@@ -256,7 +299,11 @@ def test_rouge_hand_worked(tmp_path):
     records = [{"findings": "Long text of findings.", "impression": "no acute pulmonary embolism"}]
     task = load("summarization", tmp_path / "q.jsonl", records)
     scores = judged(task, ["acute pulmonary oedema"])
-    assert scores == pytest.approx({"rouge1": 4 / 7, "rouge2": 2 / 5, "rougeL": 4 / 7}, abs=1e-5)
+    expected = {"rouge1": 4 / 7, "rouge2": 2 / 5, "rougeL": 4 / 7}
+    assert {name: scores[name] for name in expected} == pytest.approx(expected, abs=1e-5)
+    stems = judged(task, ["acute pulmonary embolisms"])
+    assert (stems["rougeL"], stems["rouge_unstemmed"]) == pytest.approx((6 / 7, 4 / 7), abs=1e-5)
+    assert (stems["rouge1_unstemmed"], stems["rouge2_unstemmed"]) == pytest.approx((4 / 7, 2 / 5), abs=1e-5)
     assert "impression" in task.items[0].messages[0]["content"]
     with pytest.raises(DataError, match="no known pair"):
         load("summarization", tmp_path / "q.jsonl", [{"article": "a"}])

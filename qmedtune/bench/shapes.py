@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,9 +63,10 @@ def write_model(shape: Mapping[str, int], base: Path) -> int:
     shards = _sharded(shapes)
     files = {n: f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i, s in enumerate(shards) for n in s}
     with ThreadPoolExecutor(1) as disk, ThreadPoolExecutor(1) as hasher:
+        put = partial(write_safetensors, dtype=torch.bfloat16, disk=disk, hasher=hasher)
         for names in shards:
             file = SINGLE if len(shards) == 1 else files[next(iter(names))]
-            write_safetensors(base / file, names, torch.bfloat16, blocks(names), disk, hasher)
+            put(base / file, names, blocks=blocks(names))
     if len(shards) > 1:
         store.write_json(base / INDEX, {"metadata": {}, "weight_map": files})
     return sum(path.stat().st_size for path in base.glob("*.safetensors"))

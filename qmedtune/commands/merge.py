@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qmedtune import base as bases
 from qmedtune import store
 from qmedtune.data.templates import FILE
-from qmedtune.errors import RecipeError
+from qmedtune.errors import MergeRefused, RecipeError
 from qmedtune.evaluation.open_model import check_intact, locate
 from qmedtune.planning.machine import this_machine
 from qmedtune.recipe import MergeSection, ModelSection, Recipe
 from qmedtune.steps import after, folds
+
+SEED = 17  # of stochastic rounding, where no recipe states one
+AGAIN = "the adapters are as they were: give the same command again, to another disk if it is refused again"
 
 
 def merge_into(
@@ -28,32 +32,47 @@ def merge_into(
 
     Returns the facts of merge.merge and `path`. Raises RecipeError where `out` exists or `name` has no adapter.
     """
-    from qmedtune.merge import merge
+    from qmedtune.merge import MergeJob, merge
 
     if out.exists():
         raise RecipeError(f"--out: {out} is there already\nmove it away, or give another name")
     folder = Path(name).expanduser()
-    if (folder / "run.json").is_file():
-        model, start, adapters, template = _of_run(folder, offline)
-    else:
-        model, start, adapters, template = _of_adapter(name, folder, base, offline)
+    is_run = (folder / "run.json").is_file()
+    found = _of_run(folder, offline) if is_run else _of_adapter(name, folder, base, offline)
+    job = MergeJob(found.base, found.adapters, section, found.model, found.seed, template=found.template)
     staging = out.with_name(f".{out.name}.part")
     with store.lock(staging):  # a second merge to the same place leaves
         shutil.rmtree(staging / "merged", ignore_errors=True)  # of a killed attempt; never anything that was finished
         (staging / "merged").mkdir()
         try:
-            facts = merge(start, adapters, staging / "merged", section, model_section=model, template=template)
+            facts = merge(job, staging / "merged")
+        except MergeRefused as error:
+            kept = store.keep_refused(staging / "merged", out, str(error))
+            shutil.rmtree(staging)
+            told = f"{error}\nnot published: what was written is kept as {kept}\n{AGAIN}"
+            raise MergeRefused(told, error.facts) from error
         except BaseException:
-            shutil.rmtree(staging)  # unproven: as large as the model, and of no use
+            shutil.rmtree(staging)  # not whole: of no use
             raise
-        key = store.sha256_json([str(start), *map(str, adapters), section.model_dump()])
+        key = store.sha256_json([str(found.base), *map(str, found.adapters), section.model_dump()])
         store.seal(staging / "merged", key, facts)
         store.rename(staging / "merged", out)
         shutil.rmtree(staging)
     return {"path": str(out), **facts}
 
 
-def _of_run(folder: Path, offline: bool) -> tuple[ModelSection, Path, list[Path], Path | None]:
+@dataclass(frozen=True)
+class Found:
+    """What is to be merged: adapters in order, onto which base, and how that was trained."""
+
+    model: ModelSection
+    base: Path
+    adapters: list[Path]
+    template: Path | None
+    seed: int
+
+
+def _of_run(folder: Path, offline: bool) -> Found:
     """What the run's own merge folds: the adapters since the last full model, and the template of the last sft."""
     recipe = Recipe.model_validate(json.loads((folder / "run.json").read_text(encoding="utf-8"))["recipe"])
     place, names = "base", []
@@ -71,12 +90,10 @@ def _of_run(folder: Path, offline: bool) -> tuple[ModelSection, Path, list[Path]
     found = folder / place
     if place == "base":
         found = bases.identify(recipe.model, hashes, offline=offline).make()
-    return recipe.model, found, adapters, templates[-1] if templates else None
+    return Found(recipe.model, found, adapters, templates[-1] if templates else None, recipe.seed)
 
 
-def _of_adapter(
-    name: str, folder: Path, base: str | None, offline: bool
-) -> tuple[ModelSection, Path, list[Path], Path | None]:
+def _of_adapter(name: str, folder: Path, base: str | None, offline: bool) -> Found:
     location = locate(name, base=base, offline=offline)
     if not location.adapters:
         raise RecipeError(
@@ -85,5 +102,6 @@ def _of_adapter(
     machine = this_machine()
     dtype = "bfloat16" if machine.bf16 else "float16" if machine.is_gpu else "float32"
     templates = [place for place in (folder, folder.parent) if (place / FILE).is_file()]
-    model = ModelSection(base=str(location.base), compute_dtype=dtype)
-    return model, location.base, list(location.adapters), templates[0] if templates else None
+    quantization = bases.trained_quantization(folder) or "nf4"
+    model = ModelSection(base=str(location.base), compute_dtype=dtype, quantization=quantization)
+    return Found(model, location.base, list(location.adapters), templates[0] if templates else None, SEED)

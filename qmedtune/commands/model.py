@@ -28,6 +28,12 @@ class Onto(StrEnum):
     nf4 = "nf4"
 
 
+class RoundingChoice(StrEnum):
+    auto = "auto"
+    nearest = "nearest"
+    stochastic = "stochastic"
+
+
 class Dtype(StrEnum):
     bfloat16 = "bfloat16"
     float16 = "float16"
@@ -155,24 +161,49 @@ def _notes(scores: dict[str, Any]) -> Iterator[str]:
 def predict(
     model: ModelArgument,
     data: Annotated[Path, typer.Option(metavar="FILE", help="CSV, TSV, JSON, JSON lines or Parquet.")],
-    out: Annotated[Path, typer.Option(metavar="FILE", help="Answers: .csv, else JSON lines.")],
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Answers: .csv, else JSON lines.")] = None,
     column: Annotated[str | None, typer.Option(metavar="NAME", help="The field that holds the question.")] = None,
     instruction: Annotated[str | None, typer.Option(metavar="TEXT", help="Asked about every record.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of an answer.")] = 256,
     base: BaseOption = None,
     template: TemplateOption = None,
     quantization: PrecisionOption = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="The tokens that would be asked; reads no weights.")
+    ] = False,
     offline: OfflineOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Answer every record of a file; run again to resume."""
     from qmedtune import predict as predictions
 
+    if dry_run:
+        asked = predictions.Questions(data, column, instruction)
+        found = predictions.dry_run(
+            model, asked, base=base, template=template, max_new_tokens=max_new_tokens, offline=offline
+        )
+        return emit(found) if as_json else _show_asked(model, found)
+    if out is None:
+        raise typer.BadParameter("--out FILE is needed, or --dry-run")
+
     facts = predictions.predict(
         model, data, out, column=column, instruction=instruction, base=base, template=template,
         max_new_tokens=max_new_tokens, quantization=quantization.value if quantization else None, offline=offline,
     )  # fmt: skip
     emit(facts) if as_json else print(", ".join(f"{key} {value}" for key, value in facts.items()))
+
+
+def _show_asked(model: str, found: dict[str, Any]) -> None:
+    """Counts alone: the tokens spell the records."""
+    from qmedtune import ui
+
+    rows = [
+        (record["id"], record["error"], "", "")
+        if "error" in record
+        else (record["id"], f"{len(record['ids']):,}", "yes" if record["truncated"] else "no", f"{record['end']}")
+        for record in found["records"]
+    ]
+    ui.table(f"{model}, template {found['template']}", ("record", "tokens asked", "cut", "end ids"), rows)
 
 
 def chat(
@@ -199,7 +230,10 @@ def merge(
     base: BaseOption = None,
     onto: Annotated[Onto, typer.Option(help="The 16-bit base, or its dequantised NF4 values.")] = Onto.full16,
     dtype: Annotated[Dtype, typer.Option(help="Of the merged weights.")] = Dtype.bfloat16,
-    max_kl: Annotated[float, typer.Option(help="The proof fails above this divergence (nats).")] = 1e-4,
+    rounding: Annotated[RoundingChoice, typer.Option(help="auto: stochastic where nearest loses over 1 %.")] = (
+        RoundingChoice.auto
+    ),
+    max_kl: Annotated[float | None, typer.Option(help="Refuse above this divergence (nats). Default: none.")] = None,
     offline: OfflineOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -207,12 +241,16 @@ def merge(
     from qmedtune.commands.merge import merge_into
     from qmedtune.recipe import MergeSection, VerifySection
 
-    if not max_kl > 0:
+    if max_kl is not None and not max_kl > 0:
         raise typer.BadParameter(f"--max-kl: got {max_kl}; allowed: a number above 0")
-    section = MergeSection(base=onto.value, dtype=dtype.value, verify=VerifySection(max_kl=max_kl))
+    section = MergeSection(
+        base=onto.value, dtype=dtype.value, rounding=rounding.value, verify=VerifySection(max_kl=max_kl)
+    )
     facts = merge_into(model, out, section, base=base, offline=offline)
     if as_json:
         return emit(facts)
+    lost = "nothing to lose" if facts["lost"] is None else f"{facts['lost']:.2%} of the change lost"
     print(
-        f"{out}: {facts['modules']} modules merged, KL to base + adapters {facts['kl']:.2g}, top-1 {facts['top1']:.4f}"
+        f"{out}: {facts['modules']} modules merged, {facts['elements']:,} elements proven, "
+        f"{facts['rounding']} rounding to {facts['dtype']}: {lost} (KL {facts['kl']:.2g} nats per token)"
     )

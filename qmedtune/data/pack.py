@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 
 from qmedtune import store, ui
-from qmedtune.data import mix, templates
+from qmedtune.data import borders, framing, mix, templates
 from qmedtune.data.fertility import fertility
 from qmedtune.data.ledger import Corpus, Draws, packing_facts
+from qmedtune.data.templates import Template
 from qmedtune.data.tokens import (
     FULL_WEIGHT,
     KEPT,
@@ -44,6 +45,7 @@ from qmedtune.recipe import (
 )
 
 IGNORED = -100
+CLEANING = "instructions"  # the kind of text that treat.py cleans conversations as
 META = "packed.json"
 
 
@@ -70,6 +72,8 @@ def pack_stage(
         template = stage_template(recipe, index, tokenizer_dir)
         templates.save(template, out)
         facts = {"template": template.name}
+    else:
+        facts = {"borders": borders.described(codec)}
     rng = np.random.default_rng([recipe.seed, index])
     if isinstance(section, SftSection):
         assert not isinstance(section.epochs, str)
@@ -83,14 +87,25 @@ def pack_stage(
     return facts
 
 
-def stage_template(recipe: Recipe, index: int, tokenizer_dir: Path) -> templates.Template:
+def stage_template(recipe: Recipe, index: int, tokenizer_dir: Path) -> Template:
     """The template of an SFT stage: that of its first source. Says so where the others have another."""
     names = recipe.stages[index].sources
-    found = {name: templates.default(recipe.data[name].template, tokenizer_dir) for name in names}
+    found = {name: source_template(recipe, name, tokenizer_dir) for name in names}
     first = found[names[0]]
     if any(template != first for template in found.values()):
         ui.warn(f"{recipe.stage_names()[index]}: several templates; {first.name} of {names[0]} is used after training")
     return first
+
+
+def source_template(recipe: Recipe, name: str, tokenizer_dir: Path) -> Template:
+    """The template that the conversations of a source are trained in, with the cleaning that the run gave them."""
+    template = templates.default(recipe.data[name].template, tokenizer_dir)
+    if template.version < templates.VERSION:
+        ui.warn(
+            f"data.{name}.template: {template.name} is of qmedtune 0.1, which encoded every segment by itself; for a "
+            f'new training set "version": {templates.VERSION} and leave out "apart" in its file'
+        )
+    return replace(template, cleaning=CLEANING if recipe.hygiene.clean else "")
 
 
 def tokenise(
@@ -100,14 +115,14 @@ def tokenise(
     source = recipe.data[name]
     assert isinstance(section.seq_len, int)
     if source.kind == "instructions":
-        template = templates.default(source.template, tokenizer_dir)
+        template = source_template(recipe, name, tokenizer_dir)
         weight = prompt_weight(section.loss_on) if isinstance(section, SftSection) else 0.0
         encode = partial(encode_conversations, codec, template=template, prompt_weight=weight, limit=section.seq_len)
-        how = [asdict(template), weight, section.seq_len]
+        how = [framing.VERSION, asdict(template), weight, section.seq_len]
     else:
         cuts = source.chunking == "truncate" or isinstance(section, ClassifySection)
         limit = section.seq_len if cuts else None
-        encode, how = partial(encode_texts, codec, limit=limit), [limit]
+        encode, how = partial(encode_texts, codec, limit=limit), [borders.described(codec), limit]
     encoding = store.sha256_json([*how, store.sha256_file(tokenizer_dir / "tokenizer.json"), codec.eos_token])
     with ui.stage(f"tokenise {name}", None, "documents") as progress:
         shards = write_shards(path, out / "tokens", name, encode, progress.update, max_tokens, encoding)
@@ -205,6 +220,8 @@ def write_rows(
     np.save(out / "rows.npy", rows.bounds)
     shards = [shard.relative_to(out).as_posix() for corpus in corpora for shard in corpus.shards]
     meta = {"seq_len": seq_len, "shards": shards, "sources": [c.name for c in corpora], "first_document": base.tolist()}
+    if isinstance(section, SftSection) and 0 < (weight := prompt_weight(section.loss_on)) < 1:
+        meta["prompt_weight"] = weight
     (out / META).write_text(json.dumps(meta) + "\n", encoding="utf-8")
     return packing_facts(corpora, plan, rows, pieces, drawn, base, seq_len)
 
@@ -290,6 +307,8 @@ class PackedRows:
         self._documents = np.load(folder / "documents.npy", mmap_mode="r")
         shards = [folder / name for name in meta["shards"]]
         self._tokens = [shard_array(shard, "tokens") for shard in shards]
+        # Until 0.1 the mask held the weight itself, in steps of 1/255.
+        self._prompt_weight: float | None = meta.get("prompt_weight")
         self._masks = [shard_array(shard, "mask") for shard in shards]
 
     def __len__(self) -> int:
@@ -309,6 +328,11 @@ class PackedRows:
 
     def source_of(self, document: int) -> str:
         return self.sources[int(np.searchsorted(self._first_document, document, side="right")) - 1]
+
+    def record_of(self, document: int) -> tuple[str, int]:
+        """A document's source, and its record's number there in the order of train.jsonl."""
+        place = int(np.searchsorted(self._first_document, document, side="right")) - 1
+        return self.sources[place], document - int(self._first_document[place])
 
     def lengths(self) -> np.ndarray:
         """Tokens of every row, int64."""
@@ -331,8 +355,13 @@ class PackedRows:
         ids, weights, positions = (np.concatenate(column) for column in zip(*parts, strict=True))
         item = {"input_ids": ids, "labels": np.where(weights > 0, ids, IGNORED), "position_ids": positions}
         if ((weights > 0) & (weights < FULL_WEIGHT)).any():
-            item["weights"] = (weights / FULL_WEIGHT).astype(np.float32)
+            item["weights"] = self._loss_weights(weights)
         return item
+
+    def _loss_weights(self, mask: np.ndarray) -> np.ndarray:
+        """Of each token, float32."""
+        part = mask / FULL_WEIGHT if self._prompt_weight is None else np.float32(self._prompt_weight)
+        return np.where(mask == FULL_WEIGHT, 1.0, np.where(mask > 0, part, 0.0)).astype(np.float32)
 
     def _piece(self, document: int, start: int, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         shard, first, _ = self._documents[document]

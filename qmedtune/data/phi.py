@@ -20,6 +20,7 @@ from qmedtune.data.recognisers import DIGITS, MARKED, RECOGNISERS, plausible
 from qmedtune.data.words import EPONYMS, NEVER
 
 EXAMPLES = 3
+VERSION = 2  # of what is found: part of the key of data that is redacted or refused by it
 STANDS_FOR = "help for a reviewer, not de-identification to the Safe Harbor standard"
 
 

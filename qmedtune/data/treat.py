@@ -23,9 +23,10 @@ from typing import Any
 
 import numpy as np
 
-from qmedtune.data import decontaminate, language, phi, presidio, surrogates
+from qmedtune.data import decontaminate, language, phi, presidio, secret, surrogates
 from qmedtune.data.clean import clean
-from qmedtune.data.rejects import Damaged, Refused
+from qmedtune.data.reading.tally import ReadingTally
+from qmedtune.data.rejects import Damaged, Refused, kind_of
 from qmedtune.data.sources import VERSIONED, Deleted, Item, PmidSet
 from qmedtune.errors import RunError
 from qmedtune.interrupt import stop
@@ -51,8 +52,9 @@ class Staged:
     held_out: array = field(default_factory=lambda: array("b"))
     hits: list[tuple[int, int, int]] = field(default_factory=list)  # record, benchmark item, words
     deleted: list[tuple[int, tuple[str, ...]]] = field(default_factory=list)  # before which record, PubMed ids
-    rejects: list[tuple[str, int, str, bool]] = field(default_factory=list)  # file, line, reason, refused
+    rejects: list[tuple[str, int, str, str]] = field(default_factory=list)  # file, line, reason, kind (rejects.KINDS)
     identifiers: phi.Tally = field(default_factory=phi.Tally)
+    reading: ReadingTally = field(default_factory=ReadingTally)
     cleaned: Counter[str] = field(default_factory=lambda: Counter({"records": 0, "characters": 0}))
 
     def __len__(self) -> int:
@@ -67,6 +69,7 @@ class Staged:
         self.deleted += [(first + record, pmids) for record, pmids in other.deleted]
         self.rejects += other.rejects
         self.identifiers.merge(other.identifiers)
+        self.reading.merge(other.reading)
         self.cleaned += other.cleaned
 
     def superseded(self) -> np.ndarray:
@@ -83,9 +86,10 @@ class Treatment:
     """What a recipe does to each record of a source; what takes long to load is loaded once per process."""
 
     def __init__(self, recipe: Recipe, name: str, items: list[decontaminate.Item]):
-        self.source, self.hygiene, self.seed = recipe.data[name], recipe.hygiene, recipe.seed
+        self.source, self.hygiene = recipe.data[name], recipe.hygiene
         self.index = decontaminate.build(items)
         self.phi = phi_mode(recipe, name)
+        self.secret = secret.load() if self.phi == "redact" else b""
         model = self.hygiene.presidio if self.phi != "off" else None
         self.persons = presidio.person_finder(model) if model else None
 
@@ -98,7 +102,7 @@ class Treatment:
                 continue
             why = item if isinstance(item, (Damaged, Refused)) else self._problem(item, staged)
             if why:
-                staged.rejects.append((file, line, why.reason, isinstance(why, Refused)))
+                staged.rejects.append((file, line, why.reason, kind_of(why)))
                 continue
             assert isinstance(item, dict)
             texts.append(text_of(item))
@@ -145,7 +149,7 @@ class Treatment:
             tally.add(text, spans)
             found |= bool(spans)
             if spans and self.phi == "redact":
-                holder[key] = surrogates.redact(text, spans, patient, self.seed, self.hygiene.shift_dates)
+                holder[key] = surrogates.redact(text, spans, patient, self.secret, self.hygiene.shift_dates)
         tally.records += found
         return Refused("holds identifiers (phi: refuse)") if found and self.phi == "refuse" else None
 

@@ -22,6 +22,7 @@ from qmedtune import store, ui
 from qmedtune.evaluation import statistics
 from qmedtune.evaluation.measure import Row
 from qmedtune.tasks import Item, Task
+from qmedtune.tasks.definitions import definition
 
 WILSON, TANGO = "Wilson score", "Tango score, paired"
 NO_WIDTH = 1e-12
@@ -98,7 +99,8 @@ def _scores(task: Task, draws: Draws, groups: statistics.Groups | None, seed: in
     interval, method = _interval(task, draws, groups, seed)
     facts = {"ci95": list(interval), "ci95_method": method, "n": len(draws[0])}
     facts |= {"groups": len(set(groups))} if groups else {}
-    return {"metric": task.metric, **scores, **facts}
+    meant = definition(task.metric, task.name.partition("-")[0])
+    return {"metric": task.metric, "definition": meant, **scores, **facts}
 
 
 def _interval(task: Task, draws: Draws, groups: statistics.Groups | None, seed: int) -> tuple[statistics.Interval, str]:

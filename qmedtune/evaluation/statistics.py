@@ -162,6 +162,21 @@ def auroc(scores: np.ndarray, positive: np.ndarray) -> float:
     return float((ranks[positive].sum() - num * (num + 1) / 2) / (num * (len(positive) - num)))
 
 
+def average_precision(scores: np.ndarray, positive: np.ndarray) -> float:
+    """Area under the precision-recall curve as the sum of precision times gain in recall, without interpolation
+    (scikit-learn's); equal scores are one threshold.
+
+    scores: [n]; positive: bool [n]. nan where none is positive.
+    """
+    num = int(positive.sum())
+    if not num:
+        return float("nan")
+    order = np.argsort(-scores, kind="stable")
+    ends = np.flatnonzero(np.append(np.diff(scores[order]) != 0, True))
+    hits = np.cumsum(positive[order])[ends]
+    return float((hits / (ends + 1) * np.diff(hits, prepend=0)).sum() / num)
+
+
 def expected_calibration_error(confidences: Sequence[float], correct: Sequence[bool], bins: int = 10) -> float:
     """ECE with equal-width bins (Guo et al. 2017): mean |accuracy - confidence|, weighted by the bins' sizes."""
     confidence, hit = np.asarray(confidences, dtype=np.float64), np.asarray(correct, dtype=np.float64)

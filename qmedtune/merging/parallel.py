@@ -64,5 +64,5 @@ def in_fp32(block: Tensor) -> Tensor:
     """
     buffer = getattr(_own, "buffer", None)
     if buffer is None or buffer.numel() < block.numel():
-        buffer = _own.buffer = torch.empty(block.numel())
+        buffer = _own.buffer = torch.empty(block.numel(), dtype=torch.float32)
     return buffer[: block.numel()].view(block.shape).copy_(block)

@@ -49,19 +49,25 @@ class Weights:
 
 
 def open_weights(folder: Path) -> Weights:
-    """Map the weights of a model folder (one file, or shards with an index).
+    """Map the weights of a model folder: one file, else the shards that an index names, as transformers chooses. Of
+    shards the tensors that are in them count; where the index leads for each of them it does not ask.
 
     Raises RecipeError where files are missing or the index is wrong, RunError naming a damaged file.
     """
     index = folder / INDEX
-    if not index.is_file():
+    if (folder / SINGLE).is_file() or not index.is_file():
         return open_file(folder / SINGLE)
-    files = _read_index(index)
-    handles = {file: _open(folder / file) for file in sorted(set(files.values()))}
-    inside = {file: set(handle.keys()) for file, handle in handles.items()}
-    if lost := next((name for name, file in files.items() if name not in inside[file]), None):
+    named = _read_index(index)
+    handles = {file: _open(folder / file) for file in sorted(set(named.values()))}
+    files: dict[str, str] = {}
+    for file, handle in handles.items():
+        for name in handle.keys():  # noqa: SIM118 - a safetensors handle is no mapping
+            if name in files:
+                raise RecipeError(f"{folder}: tensor {name} is in {files[name]} and in {file}\nfetch the model again")
+            files[name] = file
+    if lost := next((name for name in named if name not in files), None):
         raise RecipeError(
-            f"{folder / files[lost]}: tensor {lost} is missing, though {INDEX} names it\nfetch the model again"
+            f"{folder / named[lost]}: tensor {lost} is missing, though {INDEX} names it\nfetch the model again"
         )
     return Weights(folder, files, handles)
 
@@ -110,10 +116,12 @@ def row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:
 def write_safetensors(
     path: Path,
     shapes: Mapping[str, tuple[int, ...]],
+    *,
     dtype: torch.dtype,
     blocks: Iterable[Tensor],
     disk: Executor,
     hasher: Executor,
+    metadata: Mapping[str, str] = {},  # noqa: B006 - nothing changes it
 ) -> Future[str]:
     """Write tensors of `dtype`, given as contiguous row blocks in the order of `shapes`.
 
@@ -123,7 +131,7 @@ def write_safetensors(
     digest = hashlib.sha256()
     waiting: deque[Future[Any]] = deque()
     with path.open("wb") as file:
-        for data in chain([_header(shapes, dtype)], (b.view(torch.uint8).numpy().data for b in blocks)):
+        for data in chain([_header(shapes, dtype, metadata)], (b.view(torch.uint8).numpy().data for b in blocks)):
             waiting += disk.submit(file.write, data), hasher.submit(digest.update, data)
             while len(waiting) > 2 * BLOCKS_WAITING:
                 waiting.popleft().result()
@@ -137,12 +145,12 @@ def _settle(path: Path, sha256: str) -> str:
     return sha256
 
 
-def _header(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> bytes:
+def _header(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, metadata: Mapping[str, str]) -> bytes:
     """Length (8 bytes, little-endian) and JSON of the format, padded so that data starts at a multiple of 8 bytes.
 
     `format: pt` is what transformers asks of a file before loading it.
     """
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     end = 0
     for name, shape in shapes.items():
         begin, end = end, end + torch.Size(shape).numel() * dtype.itemsize

@@ -1,40 +1,72 @@
-"""The proof of a merge: the written model against the same base with its adapters unmerged, on probe tokens.
+"""The proof of a merge: what was published, as transformers reads it, against base + adapters, as transformers and
+PEFT read them.
 
-Both are computed in fp32 from the weights on disk, layer by layer (disk_llama.py); the merged side reads the files that
-were just written. Two things must agree: the distributions over the next token, and, up to rounding, what each linear
-layer answers to random signs, which meet every element of it. Beside them the shift from the NF4 model that was trained
-is measured: reported, never gated.
-Deliberately not done in 16 bit: the rounding of activations alone is larger than what is to be found.
+Gated, each fault by the name of its tensor: the files and their names, the tie flag, adapters and scales
+(reference.py), and every element (elements.py). Reported, never gated unless a recipe asks for it: how far the model is
+from base + adapters in nats per token, which share of the change rounding lost, and the shift from the NF4 model that
+was trained.
+No threshold on a divergence separates right merges from wrong ones (docs/merging.md).
+Deliberately not done in 16 bit: the rounding of activations alone is larger than what is to be measured.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qmedtune import ui
-from qmedtune.errors import RunError
-from qmedtune.merging.disk_llama import EMBEDDING, SIGNS, DiskLlama, StreamedLinear, open_llama, streamed_model
+from qmedtune.errors import MergeRefused
+from qmedtune.merging.diagnosis import diagnose, place_of
+from qmedtune.merging.disk_llama import EMBEDDING, HEAD, DiskLlama
+from qmedtune.merging.elements import ElementCheck, Expected
 from qmedtune.merging.lora_files import Updates
+from qmedtune.merging.parallel import in_fp32
+from qmedtune.merging.reference import ReadModel, difference, read_model, tie_flag
+from qmedtune.merging.rounding import Rounding
+from qmedtune.merging.streamed import Load, Streamed, from_parameters, logits_of, streamed_model
+from qmedtune.merging.tensors import INDEX, SINGLE, open_weights, row_blocks
 from qmedtune.recipe import MergeSection, ModelSection
 
-if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM
-
 PROBE_SEED = 17
-# A wrong linear layer shows in its weight error, everything else within a few tokens. A large model gets 30, with SIGNS
-# twice the 16 columns that MKL multiplies at once: a 1.1B shape has the KL it has with 64 (5.7e-5), in half the time.
+# Of a large model each token costs a fiftieth of the merge; what is gated does not depend on them.
 PROBE_TOKENS, PROBE_TOKENS_LARGE, LARGE = 512, 30, 500_000_000
-# Half a unit in the last place, relative: no element's rounding is larger, their root mean square at most 0.58 of it.
-# For float32 what sums over a row in another order differ by.
-WEIGHT_ERROR = {"bfloat16": 2**-8, "float16": 2**-11, "float32": 1e-5}
+# KL of the unrounded fp32 sum, in another order, to itself: up to 2.2e-11. A change of the model below this is none.
+SMALLEST_CHANGE = 1e-8
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What is to be proven against: the base as transformers reads it, and the adapters as PEFT does."""
+
+    base: ReadModel
+    updates: Updates
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """How far one model's distributions over the next token are from another's: KL in nats per token (mean over
+    positions, and the largest position's), share of positions with the same most likely token, largest difference of
+    two logits."""
+
+    kl: float
+    kl_max: float
+    top1: float
+    max_abs_logit_diff: float
+
+
+@dataclass(frozen=True)
+class Loss:
+    """lost: KL(merged || base + adapters) over KL(base || base + adapters), None where the adapters change nothing."""
+
+    lost: float | None
+    kl_of_base: float
 
 
 def probe(ids: np.ndarray | None, parameters: int, vocab: int) -> Tensor:
@@ -45,12 +77,8 @@ def probe(ids: np.ndarray | None, parameters: int, vocab: int) -> Tensor:
     return torch.from_numpy(np.asarray(ids, dtype=np.int64))[:, : max(1, tokens // len(ids))]
 
 
-def divergence(reference: Tensor, other: Tensor) -> dict[str, float]:
-    """How far `other` is from `reference`, both logits [rows, length, vocab] in fp32.
-
-    kl: mean over all positions of KL(reference || other) in nats per token; kl_max: the largest position's; top1: share
-    of positions with the same most likely token; max_abs_logit_diff.
-    """
+def divergence(reference: Tensor, other: Tensor) -> Divergence:
+    """Of `other` from `reference`, both logits [rows, length, vocab] in fp32."""
     p_rows, q_rows = reference.flatten(0, 1), other.flatten(0, 1)
     kl, same, largest = [], 0, 0.0
     for p, q in zip(p_rows.split(16), q_rows.split(16), strict=True):  # 16 x 128k in fp64: 16 MB each
@@ -59,101 +87,199 @@ def divergence(reference: Tensor, other: Tensor) -> dict[str, float]:
         same += int((p.argmax(-1) == q.argmax(-1)).sum())
         largest = max(largest, float((p - q).abs().max()))
     each = torch.cat(kl)
-    return {
-        "kl": max(0.0, float(each.mean())),
-        "kl_max": max(0.0, float(each.max())),
-        "top1": same / len(each),
-        "max_abs_logit_diff": largest,
-    }
+    return Divergence(max(0.0, float(each.mean())), max(0.0, float(each.max())), same / len(each), largest)
 
 
-def weight_errors(ours: nn.Module, reference: nn.Module, allowed: float) -> dict[str, float]:
-    """Frobenius norm of the difference of each linear layer's weights over the weight's own, estimated from what both
-    models, having run, answered to the same signs. The difference is unbiased in its square, within some 10 % for 64
-    rows and more. So is the weight's norm, but for weights that have one main direction (half of it for one in a
-    hundred that have 4/5 of their energy there): where the ratio is not `allowed`, the exact norm decides. Biases are
-    left to the KL."""
-    linears = [(name, m) for name, m in ours.named_modules() if isinstance(m, StreamedLinear)]
-    others = [m for m in reference.modules() if isinstance(m, StreamedLinear)]
-    return {name: _weight_error(a, b, allowed) for (name, a), b in zip(linears, others, strict=True)}
+def loss_of(kl: float, kl_of_base: float) -> Loss:
+    return Loss(kl / kl_of_base if kl_of_base >= SMALLEST_CHANGE else None, kl_of_base)
 
 
-def _weight_error(ours: StreamedLinear, reference: StreamedLinear, allowed: float) -> float:
-    difference = float((ours.response - reference.response).norm())
-    error = difference / max(float(reference.response.norm()), 1e-30)
-    return error if error <= allowed else difference / math.sqrt(SIGNS) / max(ours.norm(), 1e-30)
+class Proof:
+    """The proof of one merged folder. `base.nf4` gives the weights where the merge is onto NF4's values."""
 
+    def __init__(
+        self, base: DiskLlama, reference: Reference, merged: Path, section: MergeSection, model: ModelSection,
+        rounding: Rounding, pool: ThreadPoolExecutor,
+    ) -> None:  # fmt: skip
+        self.base, self.reference, self.merged = base, reference, merged
+        self.section, self.model, self.rounding, self.pool = section, model, rounding, pool
+        self.written = read_model(merged, rounding.dtype)
 
-def prove(
-    base: DiskLlama,
-    updates: Updates,
-    merged: Path,
-    section: MergeSection,
-    model_section: ModelSection,
-    probe_ids: np.ndarray | None,
-    pool: ThreadPoolExecutor,
-) -> dict[str, Any]:
-    """Figures of `divergence` for the written model, and `shift_from_nf4` (None where training was not in NF4).
+    def nf4(self, name: str) -> Tensor:
+        return self.base.nf4(name, self.model, self.pool.map)
 
-    Raises RunError where the mean KL is above `section.verify.max_kl`.
-    """
+    @property
+    def load(self) -> Load:
+        """Base weights that updates are added to."""
+        return self.nf4 if self.section.base == "nf4" else from_parameters(self.reference.base.parameters)
 
-    def nf4(name: str) -> Tensor:
-        return base.nf4(name, model_section, pool.map)
+    def weight(self, name: str) -> Tensor:
+        full = self.reference.updates.full
+        return full[name] if name in full else self.load(name)
 
-    written = open_llama(merged)
-    ids = probe(probe_ids, base.model.num_parameters(), base.model.config.vocab_size)
-    models = [streamed_model(written, written.source, Updates(), pool.map)]
-    models += [streamed_model(base, nf4 if section.base == "nf4" else base.source, updates, pool.map)]
-    if model_section.quantization == "nf4" and section.base != "nf4":
-        models += [streamed_model(base, nf4, updates, pool.map)]
-    ours, reference, *trained = _logits(models, ids)
-    error = _check_weights(weight_errors(models[0], models[1], WEIGHT_ERROR[section.dtype]), section.dtype)
-    figures = divergence(reference, ours)
-    if not figures["kl"] <= section.verify.max_kl:
-        raise RunError(
-            f"the merged model differs from base + adapters: KL {figures['kl']:.2e} nats per token, "
-            f"allowed {section.verify.max_kl:.0e} (merge.verify.max_kl)\n"
-            f"same most likely token: {figures['top1']:.1%}; nothing was published\n"
-            f"{_remedy(base, section)}"
-        )
-    shift = {"nf4": figures, "full16": divergence(trained[0], ours) if trained else None}[section.base]
-    return {
-        **figures,
-        "max_weight_error": error,
-        "shift_from_nf4": shift,
-        "probe": {"tokens": ids.numel(), "from": "held-out text" if probe_ids is not None else "random token ids"},
-    }
+    def run(self, probe_ids: np.ndarray | None) -> dict[str, Any]:
+        """The facts. Raises MergeRefused where anything is not as it must be."""
+        check_files(self.merged, self.section.dtype, self.written)
+        check_tie(self.merged, self.reference, self.written)
+        ids = probe(probe_ids, self.base.model.num_parameters(), self.base.model.config.vocab_size)
+        check = ElementCheck(self.rounding, self._expected(), self.written.parameters)
+        reference, bare, ours, trained = self._logits(ids, check)
+        self._check_rest(check)
+        self._refuse_violations(check)
+        figures = divergence(reference, ours)
+        loss = loss_of(figures.kl, divergence(reference, bare).kl)
+        self._refuse_limit(figures)
+        total = check.total()
+        shift = {"nf4": figures, "full16": divergence(trained, ours) if trained is not None else None}
+        found = shift[self.section.base]
+        return {
+            **asdict(figures),
+            **asdict(loss),
+            "elements": total.elements,
+            "violations": total.violations,
+            "swallowed": total.swallowed / total.changed if total.changed else None,
+            "shift_from_nf4": asdict(found) if found else None,
+            "probe": {"tokens": ids.numel(), "from": "held-out text" if probe_ids is not None else "random token ids"},
+        }
 
+    def _expected(self) -> dict[str, Expected]:
+        updates = self.reference.updates
+        names = [name for name in self.written.parameters if name != HEAD or not self.written.tied]
+        changed = {name: self.load(name) for name in updates.full}
+        return {
+            name: Expected(name, tuple(updates.low_rank.get(name, ())), changed.get(name))
+            for name in names
+        }  # fmt: skip
 
-def _check_weights(errors: dict[str, float], dtype: str) -> float:
-    """The largest one, if rounding explains it."""
-    name, worst = max(errors.items(), key=lambda each: (math.isnan(each[1]), each[1]))
-    if not worst <= WEIGHT_ERROR[dtype]:
-        raise RunError(
-            f"{name}: the merged weight differs from base + adapters by {worst:.2e} of its norm, "
-            f"rounding to {dtype} explains {WEIGHT_ERROR[dtype]:.1e}\n"
-            f"nothing was published; merge again, to another disk or with merge.dtype: float32"
-        )
-    return worst
+    def _logits(self, ids: Tensor, check: ElementCheck) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Of base + adapters, the bare base, the merged model and the NF4 model that was trained, side by side: while
+        one waits for its last blocks or attends, another's are computed. The first one's blocks are checked as they
+        pass."""
+        skeleton, updates, apply = self.base.model, self.reference.updates, self.pool.map
 
+        def visit(name: str, rows: slice, weight: Tensor, block: Tensor) -> None:
+            check.block(EMBEDDING if name not in check.expected else name, rows, weight, block)
 
-def _remedy(base: DiskLlama, section: MergeSection) -> str:
-    stored = str(base.source(EMBEDDING).dtype).removeprefix("torch.")
-    if stored != section.dtype:
-        return f"the base is stored in {stored}, merge.dtype {section.dtype} rounds it: try merge.dtype: {stored}"
-    return f"{section.dtype} may be too coarse for these weights: try merge.dtype: float32"
-
-
-def _logits(models: Sequence[LlamaForCausalLM], ids: Tensor) -> list[Tensor]:
-    """Each model's, side by side: while one waits for its last blocks or attends, the other's are computed."""
-    layers = sum(len(model.model.layers) for model in models)
-    with ui.stage("proving the merge", total=layers, unit="layers") as shown, ThreadPoolExecutor(len(models)) as each:
-
-        @torch.no_grad()  # of each thread its own
-        def logits(model: LlamaForCausalLM) -> Tensor:
-            for layer in model.model.layers:
+        sources = [Streamed(self.load, updates, True, visit, apply)]
+        sources += [Streamed(from_parameters(self.written.parameters), apply=apply)]
+        if self.model.quantization == "nf4" and self.section.base != "nf4":
+            sources += [Streamed(self.nf4, updates, apply=apply)]
+        models = [streamed_model(skeleton, source) for source in sources]
+        layers = sum(len(model.model.layers) for model in models)
+        with (
+            ui.stage("proving the merge", total=layers, unit="layers") as shown,
+            ThreadPoolExecutor(len(models)) as each,
+        ):
+            for layer in [layer for model in models for layer in model.model.layers]:
                 layer.register_forward_hook(lambda *_: shown.update(shown.completed + 1))
-            return model(input_ids=ids, use_cache=False).logits
+            found = list(each.map(lambda pair: logits_of(pair[0], ids, pair[1]), zip(models, sources, strict=True)))
+        (reference, bare), (ours, _), *trained = found
+        assert bare is not None
+        return reference, bare, ours, trained[0][0] if trained else None
 
-        return list(each.map(logits, models))
+    def _check_rest(self, check: ElementCheck) -> None:
+        """Embedding, norms and biases: no linear layer has brought them."""
+
+        def one(name: str) -> None:
+            weight = self.weight(name)
+            for rows in row_blocks(tuple(weight.shape)):
+                check.block(name, rows, weight, in_fp32(weight[rows]))
+
+        list(self.pool.map(one, check.rest()))
+
+    def _refuse_violations(self, check: ElementCheck) -> None:
+        bad = {name: tally for name, tally in check.tallies.items() if tally.violations}
+        if not bad:
+            return
+        worst = max(bad, key=lambda name: bad[name].violations / bad[name].elements)
+        tally, count, reason = bad[worst], len(bad), diagnose(check, worst, self.weight)
+        others = f" ({count} of {len(check.tallies)} tensors differ)" if count > 1 else ""
+        raise MergeRefused(
+            f"{place_of(worst)} is not base + adapters rounded to {self.section.dtype}: "
+            f"{tally.violations:,} of {tally.elements:,} elements differ, {reason}{others}",
+            {"violations": check.total().violations, "elements": check.total().elements, "tensor": worst},
+        )
+
+    def _refuse_limit(self, figures: Divergence) -> None:
+        limit = self.section.verify.max_kl
+        if limit is not None and not figures.kl <= limit:
+            raise MergeRefused(
+                f"the merged model is {figures.kl:.2e} nats per token from base + adapters, "
+                f"merge.verify.max_kl allows {limit:.0e}\n"
+                "every element is right: only a wider merge.dtype, or merge.rounding: stochastic, comes nearer",
+                asdict(figures),
+            )
+
+    def lost_by(self, rounding: Rounding, probe_ids: np.ndarray | None) -> float | None:
+        """What another rounding would lose, without writing it."""
+        ids = probe(probe_ids, self.base.model.num_parameters(), self.base.model.config.vocab_size)
+        check = ElementCheck(rounding, self._expected(), self.written.parameters)
+
+        def rounded(name: str) -> Tensor:
+            known = EMBEDDING if name not in check.expected else name
+            return _round(check.expected[known], self.weight(known), rounding)
+
+        apply = self.pool.map
+        sources = [Streamed(self.load, self.reference.updates, True, None, apply), Streamed(rounded, apply=apply)]
+        with ThreadPoolExecutor(2) as each:
+            models = [(streamed_model(self.base.model, source), source) for source in sources]
+            (reference, bare), (ours, _) = each.map(lambda pair: logits_of(pair[0], ids, pair[1]), models)
+        assert bare is not None
+        return loss_of(divergence(reference, ours).kl, divergence(reference, bare).kl).lost
+
+
+def _round(expected: Expected, weight: Tensor, rounding: Rounding) -> Tensor:
+    """The whole tensor as the merge would write it, block by block."""
+    out = torch.empty(weight.shape, dtype=rounding.dtype)
+    for rows in row_blocks(tuple(weight.shape)):
+        block = in_fp32(weight[rows])
+        if expected.low_rank:
+            b, a = expected.factors
+            block.addmm_(b[rows], a)
+        first = rows.start * (weight.numel() // max(1, len(weight)))
+        out[rows] = expected.rounding(rounding)(block, expected.name, first)
+    return out
+
+
+def check_readings(updates: Updates, reference: Reference) -> None:
+    """MergeRefused where the merge has folded other adapters, or scales, than PEFT reads."""
+    if found := difference(updates, reference.updates):
+        raise MergeRefused(f"the adapters were read in two ways: {found}", {})
+
+
+def check_files(folder: Path, dtype: str, written: ReadModel) -> None:
+    """The weight files are those that transformers reads, with the right tensors in the right dtype and no others."""
+    files = {path.name for path in folder.glob("*.safetensors")}
+    if (folder / INDEX).is_file():
+        weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        named = set(weight_map.values())
+        if SINGLE in files:
+            raise MergeRefused(f"{SINGLE} and {INDEX} are both there: programs differ in which one they read", {})
+        weights = open_weights(folder)
+        if stale := sorted(name for name, file in weights.files.items() if weight_map.get(name) != file):
+            raise MergeRefused(f"{INDEX} is stale: it does not lead to {place_of(stale[0])} ({stale[0]})", {})
+    else:
+        named, weights = {SINGLE}, open_weights(folder)
+    if extra := sorted(files - named):
+        raise MergeRefused(f"{extra[0]} is among the weights, and nothing names it", {})
+    if written.unexpected:
+        raise MergeRefused(f"tensor {written.unexpected[0]} was written, which is none of the model", {})
+    for name in weights.files:
+        if (stored := str(weights[name].dtype).removeprefix("torch.")) != dtype:
+            raise MergeRefused(f"{place_of(name)} was written as {stored}, not {dtype}", {"tensor": name})
+
+
+def check_tie(folder: Path, reference: Reference, written: ReadModel) -> None:
+    """Ends are tied in the published model if, and only if, they are one matrix in base + adapters."""
+    updates = reference.updates
+    trained = [end in updates.low_rank or end in updates.full for end in (EMBEDDING, HEAD)]
+    one = reference.base.tied and not any(trained)
+    if reference.base.tied and EMBEDDING in updates.full and HEAD in updates.full:
+        one = torch.equal(updates.full[EMBEDDING], updates.full[HEAD])
+    if written.tied and not one:
+        raise MergeRefused(
+            "the output layer is lost: it was published tied to the embedding, which is another matrix",
+            {"tensor": HEAD},
+        )
+    if tie_flag(folder) != written.tied or (one and not written.tied):
+        raise MergeRefused("config.json: tie_word_embeddings does not say what the weights are", {})

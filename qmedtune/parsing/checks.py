@@ -57,6 +57,14 @@ def _items(path: KeyPath, value: Any) -> Iterator[tuple[KeyPath, Any]]:
         yield path, value
 
 
+def _merging(recipe: Recipe) -> Iterator[Finding]:
+    section, quantization = recipe.merge, recipe.model.quantization
+    if section.base == "nf4" and quantization != "nf4":
+        yield ("merge", "base"), f"got nf4, but model.quantization is {quantization}; allowed with it: full16"
+    if section.rounding == "stochastic" and section.dtype == "float32":
+        yield ("merge", "rounding"), "got stochastic; float32 keeps every update: allowed with it: auto, nearest"
+
+
 def contradictions(recipe: Recipe) -> Iterator[Finding]:
     """What cannot run: each finding is an error at its key."""
     for index, stage in enumerate(recipe.stages):
@@ -65,6 +73,7 @@ def contradictions(recipe: Recipe) -> Iterator[Finding]:
     yield from _taken_names(recipe)
     yield from _unknown_names(recipe)
     yield from _paths(recipe)
+    yield from _merging(recipe)
     yield from _ablation(recipe)
     yield from _audit(recipe)
 
@@ -89,6 +98,11 @@ def _stage_contradictions(recipe: Recipe, here: KeyPath, index: int) -> Iterator
         yield (*here, "adapter"), "got frozen; only a classify stage trains nothing but its head"
     if section.adapter not in ("continue", "none") and index == 0:
         yield (*here, "adapter"), f"got {section.adapter}; the first stage has no adapter before it: leave the key out"
+    if section.lora is not None and index and section.adapter not in ("new", "merge_then_new"):
+        yield (
+            (*here, "lora"),
+            f"adapter {section.adapter} makes no new adapter; allowed with `new` and `merge_then_new`",
+        )
     if section.adapter == "new" and recipe.adapter.train_embeddings is not False:
         yield (*here, "adapter"), "a stack of adapters cannot train embeddings; set adapter.train_embeddings: false"
     if recipe.model.shape is not None and recipe.stages[0].kind != "pretrain" and index == 0:
@@ -127,8 +141,19 @@ def _held_out(recipe: Recipe) -> Iterator[Finding]:
         for index, name in enumerate(names):
             if recipe.data[name].holdout == 0:
                 yield (*path, index), f"nothing of {name} is held out; set data.{name}.holdout above 0"
-    if recipe.validation.keep_best and not recipe.validation.on:
-        yield ("validate", "keep_best"), "no loss to choose by; name sources in validate.on"
+    if recipe.validation.keep_best:
+        yield from _judged(recipe)
+
+
+def _judged(recipe: Recipe) -> Iterator[Finding]:
+    """With `keep_best` every stage needs held-out loss of what it is for. Instructions are added to validate.on."""
+    here: KeyPath = ("validate", "keep_best")
+    for index, (name, stage) in enumerate(zip(recipe.stage_names(), recipe.stages, strict=True)):
+        if stage.sft and all(recipe.data[source].holdout == 0 for source in stage.sources):
+            which = stage.sources[0]
+            yield here, f"{name} goes by held-out instructions; set data.{which}.holdout above 0"
+        elif stage.kind in ("cpt", "pretrain") and not recipe.judged_by(index):
+            yield here, f"no loss to choose {name}'s step by; name sources in validate.on that hold texts"
 
 
 def _taken_names(recipe: Recipe) -> Iterator[Finding]:

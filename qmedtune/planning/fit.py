@@ -63,19 +63,20 @@ def setup_of(recipe: Recipe, index: int, machine: Machine) -> Setup:
     full = stages[index].full
     stacked = [stage.section.adapter == "new" for stage in stages[1 : index + 1]]
     headed = section.adapter == "frozen"  # a head alone is trained: its few thousand weights are not counted
-    targets = recipe.adapter.targets
+    adapter = recipe.adapter_of(index)
+    targets = adapter.targets
     decided = numerics_of(recipe, index, machine)
     return Setup(
         seq_len=int(section.seq_len),
         micro_batch=1 if section.micro_batch == "auto" else section.micro_batch,
         checkpointing=section.gradient_checkpointing in ("auto", True),
         ways=ways_of(section),
-        dropout=recipe.adapter.dropout > 0,
+        dropout=adapter.dropout > 0,
         optimizer="paged_adamw_8bit" if section.optimizer == "auto" else section.optimizer,
         compute_dtype=decided.dtype,
         quantized=recipe.model.quantization == "nf4",
         double_quantization=recipe.model.double_quantization,
-        rank=0 if headed else recipe.adapter.r,
+        rank=0 if headed else adapter.r,
         targets=LINEARS if targets == "all-linear" else tuple(targets),
         train_embeddings=recipe.adapter.train_embeddings is True and not full,
         frozen_adapters=sum(stacked) + headed,

@@ -14,6 +14,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
+from qmedtune import fetch, gguf_folder, gguf_header, store
 from qmedtune.errors import RecipeError
 from qmedtune.recipe import ModelSection
 
@@ -47,7 +48,8 @@ class BaseFacts:
 
     @property
     def builtin(self) -> bool:
-        return self.name.startswith("builtin:")
+        """Whether it is a tiny base, which is pretrained on this machine; one that is fetched is a real base."""
+        return self.name in BUILTIN_VOCAB
 
     @cached_property
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
@@ -107,8 +109,12 @@ def base_facts(model: ModelSection) -> BaseFacts:
 
 
 def _base_facts(model: ModelSection) -> BaseFacts:
+    if source := fetch.packed(model.base):
+        return _fetched(model.base, source)
     if model.base.startswith("builtin:"):
         return _builtin(model.base)
+    if gguf_folder.is_gguf(model.base):
+        return _gguf(model.base)
     folder = Path(model.base).expanduser()
     if folder.is_dir():
         return _from_folder(model.base, folder, "config.json of the local folder")
@@ -136,11 +142,31 @@ def _table() -> dict[str, Any]:
     return json.loads(Path(__file__).with_name("shapes.json").read_text(encoding="utf-8"))
 
 
+def _fetched(name: str, source: fetch.Packed) -> BaseFacts:
+    """What `qmedtune fetch` brought, or will bring."""
+    if folder := gguf_folder.ready(source.gguf_sha256):
+        return _from_folder(name, folder, "config.json of the fetched base")
+    table = _table()
+    shape = table["shapes"][table["ids"][source.shape]] | {"stored_dtype": source.stored_dtype}
+    return BaseFacts(name=name, source="table of known shapes", **shape)
+
+
+def _gguf(name: str) -> BaseFacts:
+    """From the unpacked folder where there is one and the file's hash is remembered, else from the file's header."""
+    path = gguf_folder.find(name)
+    known = store.HashCache(store.cache_root() / "hashes.json").seen(path)
+    if known and (folder := gguf_folder.ready(known)):
+        return _from_folder(name, folder, "config.json of the unpacked GGUF file")
+    header = gguf_header.read_header(path)
+    return facts_from_config(name, gguf_folder.config_of(header), "header of the GGUF file")
+
+
 def _builtin(name: str) -> BaseFacts:
     from qmedtune import base, tiny
 
     if name not in BUILTIN_VOCAB:
-        raise RecipeError(f"model.base: no built-in base {name!r}\nallowed: {', '.join(BUILTIN_VOCAB)}")
+        allowed = [*BUILTIN_VOCAB, *(f"builtin:{known}" for known in fetch.PACKED)]
+        raise RecipeError(f"model.base: no built-in base {name!r}\nallowed: {', '.join(allowed)}")
     made = base.blank_folder(name) / "config.json"
     with suppress(OSError, ValueError):  # not made yet, or cut by a full disk: it is written anew before it is used
         return facts_from_config(name, json.loads(made.read_text(encoding="utf-8")), "cache of built-in bases")

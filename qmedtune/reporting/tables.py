@@ -126,6 +126,7 @@ def classification(run: dict) -> Table:
         (
             stage["name"],
             _score(facts),
+            *(_three(facts.get(name)) for name in ("auprc", "micro_f1", "macro_f1")),
             _exact(facts["n"]),
             _exact(facts["patients"]),
             _exact(facts["scored_labels"]),
@@ -134,9 +135,15 @@ def classification(run: dict) -> Table:
         )
         for stage, facts in found
     ]
-    columns = ("Stage", "AUROC", "Documents", "Patients", "Labels scored", "Labels", "Of unknown label")
-    note = "Macro over labels, on documents held out, with the 95% interval over patients; 0.5 is chance."
+    counts = ("Documents", "Patients", "Labels scored", "Labels", "Of unknown label")
+    columns = ("Stage", "AUROC", "AUPRC", "Micro F1", "Macro F1", *counts)
+    note = "Areas and macro F1 are means over labels, on documents held out, with the 95% interval over patients; an "
+    note += "AUROC of 0.5 is chance, an AUPRC of the label's share. F1 of the labels that are chosen."
     return Table("Classification", columns, rows, note)
+
+
+def _three(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
 
 
 def _score(facts: dict) -> str:
@@ -243,6 +250,17 @@ def records(run: dict) -> Table:
     return Table("Record ledger", columns, rows, note)
 
 
+def reading(run: dict) -> Table:
+    """What the files of each source were recognised as, and what of them was not read."""
+    rows: list[Row] = []
+    for name, source in run.get("data", {}).items():
+        rows += [(name, f"read as {what}", f"{_exact(n)} files") for what, n in source.get("recognised", {}).items()]
+        for key, unit in (("columns_unread", "records"), ("files_unread", "files")):
+            shown = "column or key not read" if key == "columns_unread" else "files not read"
+            rows += [(name, f"{shown}: {what}", f"{_exact(n)} {unit}") for what, n in source.get(key, {}).items()]
+    return Table("What was read as what", ("Source", "What", "Count"), rows)
+
+
 def findings(run: dict) -> Table:
     """Counts of what hygiene met in each source: why records went, identifiers by class, benchmark items."""
     rows: list[Row] = []
@@ -275,11 +293,20 @@ def merge(run: dict) -> Table:
         return Table("Merge", ("Check", "Value"), [], "Nothing was merged in this run.")
     onto = {"full16": "the 16-bit base", "nf4": "the dequantised NF4 base"}.get(facts["base"], facts["base"])
     shift = facts.get("shift_from_nf4") or {}
+    refused = facts.get("status") == "refused"
     rows = [
+        ("Published", "no: the proof has failed" if refused else "–"),
+        ("Why", facts["error"].splitlines()[0] if refused else "–"),
+        ("Kept as", str(facts.get("path") or "–") if refused else "–"),
         ("Merged onto", str(onto)),
         ("Written as", str(facts.get("dtype", "–"))),
+        ("Rounding", _rounding(facts)),
+        ("Elements checked, one by one", _exact(facts.get("elements"))),
+        ("Elements that are not base + adapters", _exact(facts.get("violations"))),
         ("Adapters folded in", _exact(facts.get("adapters"))),
         ("Modules changed", _exact(facts.get("modules"))),
+        ("Lost of the change by rounding (KL)", _loss(facts.get("lost"))),
+        ("Changed elements that rounding left as they were", _share(facts.get("swallowed"))),
         ("KL divergence, merged against the same base + adapters", _tiny(facts.get("kl"))),
         ("Same top token", _share(facts.get("top1"))),
         ("Largest logit difference", _tiny(facts.get("max_abs_logit_diff"))),
@@ -288,7 +315,20 @@ def merge(run: dict) -> Table:
         ("Same top token as the NF4 model", _share(shift.get("top1"))),
         ("sha256", str(facts.get("sha256", "–"))),
     ]
-    return Table("Merge", ("Check", "Value"), [row for row in rows if row[1] != "–"])
+    return Table(
+        "Merge", ("Check", "Value"), [row for row in rows if row[1] != "–"], " ".join(facts.get("warnings", []))
+    )
+
+
+def _rounding(facts: dict) -> str:
+    if "rounding" not in facts:  # runs of version 0.1
+        return "–"
+    seed = f", seed {facts['rounding_seed']}" if facts.get("rounding_seed") is not None else ""
+    return f"{facts['rounding']}{seed}: {facts['rounding_why']}"
+
+
+def _loss(lost: float | None) -> str:
+    return "–" if lost is None else f"{lost:.3%}"
 
 
 def steps(run: dict) -> Table:
@@ -354,7 +394,11 @@ def _repeats(value: float | None) -> str:
 
 def _steps(stage: dict) -> str:
     steps, kept = stage.get("steps"), stage.get("kept_step")
-    return "–" if steps is None else f"{steps:,}" if kept in (None, steps) else f"{kept:,} kept of {steps:,}"
+    if steps is None:
+        return "–"
+    by = ", ".join(stage.get("kept_by") or ())
+    told = f" (best by {by})" if by else ""
+    return f"{steps:,}{told}" if kept in (None, steps) else f"{kept:,} kept of {steps:,}{told}"
 
 
 def _first_last(loss: dict | None) -> str:

@@ -41,20 +41,43 @@ BARE_AMPERSAND = re.compile(rb"(<!\[CDATA\[.*?\]\]>)|&(?!#?\w+;)", re.DOTALL)
 
 
 def hoc(path: Path) -> list[Item]:
-    """Abstracts with `text` and `labels` (a list, or joined by `;`; empty for none of the ten hallmarks)."""
+    """Abstracts with `text` and `labels` (a list, or joined by `;` or `,`; empty for none of the ten hallmarks).
+
+    BLURB's sentences (index, sentence1, labels) are put together to the abstracts that are scored.
+    """
+    rows = list(records(path))
+    if rows and "sentence1" in rows[0][1]:
+        rows = _abstracts(rows)
     question = f"Which hallmarks of cancer does the abstract describe? Name them, or none: {', '.join(HALLMARKS)}."
     items = []
-    for where, fields in records(path):
-        labels = fields.get("labels")
-        if not isinstance(labels, (list, str)):
-            raise DataError(f"{where}: field `labels` is no list and no text\nallowed: {'; '.join(HALLMARKS)}")
-        names = [str(label).strip().lower() for label in (labels.split(";") if isinstance(labels, str) else labels)]
-        gold = {name for name in names if name not in ("", "none")}
-        if not gold <= set(HALLMARKS):
-            raise DataError(f"{where}: a label of `labels` is no hallmark\nallowed: {'; '.join(HALLMARKS)}")
+    for where, fields in rows:
         message = {"role": "user", "content": question, "input": text_field(where, fields, "text")}
-        items.append(Item(item_id(where, fields), (message,), frozenset(gold)))
+        items.append(Item(item_id(where, fields), (message,), frozenset(_hallmarks(where, fields.get("labels")))))
     return items
+
+
+def _hallmarks(where: str, labels: Any) -> set[str]:
+    if not isinstance(labels, (list, str)):
+        raise DataError(f"{where}: field `labels` is no list and no text\nallowed: {'; '.join(HALLMARKS)}")
+    names = re.split("[;,]", labels) if isinstance(labels, str) else labels
+    gold = {str(name).strip().lower() for name in names} - {"", "none", "nan"}
+    if not gold <= set(HALLMARKS):
+        raise DataError(f"{where}: a label of `labels` is no hallmark\nallowed: {'; '.join(HALLMARKS)}")
+    return gold
+
+
+def _abstracts(rows: list[tuple[str, dict[str, Any]]]) -> list[tuple[str, dict[str, Any]]]:
+    """Sentences `123_s4` as one row per abstract 123: their texts in order, and the labels of any of them."""
+    found: dict[str, tuple[str, list[str], set[str]]] = {}
+    for where, fields in rows:
+        name = text_field(where, fields, "index").rpartition("_")[0] or text_field(where, fields, "index")
+        _, sentences, labels = found.setdefault(name, (where, [], set()))
+        sentences.append(text_field(where, fields, "sentence1"))
+        labels |= _hallmarks(where, fields.get("labels") or "")
+    return [
+        (where, {"id": name, "text": " ".join(sentences), "labels": sorted(labels)})
+        for name, (where, sentences, labels) in found.items()
+    ]
 
 
 def hoc_task(name: str, items: tuple[Item, ...]) -> Task:
@@ -62,7 +85,8 @@ def hoc_task(name: str, items: tuple[Item, ...]) -> Task:
     require("sklearn")
     if not any(item.gold for item in items):
         raise DataError(f"task {name}: no item has a hallmark, so there is no F1\ngive the whole split")
-    metrics: dict[str, str | None] = {"macro_f1": None, "micro_f1": None, "exact_match": "correct"}
+    metrics: dict[str, str | None] = {"macro_f1": None, "macro_f1_all": None, "micro_f1": None}
+    metrics["exact_match"] = "correct"
     return Task(
         name, items, "macro_f1", metrics, _parse_hallmarks, _judge_hallmarks, _hallmark_scores, 96, _write_hallmarks
     )
@@ -83,7 +107,7 @@ def _judge_hallmarks(item: Item, prediction: frozenset[str] | None) -> Judgement
 
 
 def _hallmark_scores(judgements: list[Judgement]) -> dict[str, float]:
-    """Hallmarks that no abstract has do not count; nan where none has any (a resample)."""
+    """Hallmarks that no abstract has do not count, but in `macro_f1_all`; nan where none has any (a resample)."""
     gold, predicted = (
         np.array([[label in j[side] for label in HALLMARKS] for j in judgements]) for side in ("gold", "prediction")
     )
@@ -94,6 +118,7 @@ def _hallmark_scores(judgements: list[Judgement]) -> dict[str, float]:
     there = {label: float(f) for label, f, has in zip(HALLMARKS, each, gold.T, strict=True) if has.any()}
     return {
         "macro_f1": fmean(there.values()) if there else float("nan"),
+        "macro_f1_all": float(each.mean()),
         "micro_f1": float(_f1(right.sum(), wrong.sum())),
         "exact_match": sum(j["correct"] for j in judgements) / len(judgements),
         **{f"f1 {label}": f for label, f in there.items()},

@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from qmedtune.data.files import plain_suffix, text_of
+from qmedtune.data.instructions import is_task
 from qmedtune.data.notes import expand
+from qmedtune.data.records import as_name
 from qmedtune.data.rejects import Damaged
 from qmedtune.data.rows import read_jsonl
 from qmedtune.errors import DataError, RecipeError
@@ -28,13 +30,17 @@ from qmedtune.tasks.items import (
     checked_rows,
     conversation,
     item_id,
+    label_field,
     records,
     require,
     text_field,
 )
 
+NO_YES = ("no", "yes")
 SUMMARY_COLUMNS = (("article", "abstract"), ("findings", "impression"), ("document", "summary"), ("text", "summary"))
 ROUGE = ("rouge1", "rouge2", "rougeL")
+UNSTEMMED = {"rouge1_unstemmed": "rouge1", "rouge2_unstemmed": "rouge2", "rouge_unstemmed": "rougeL"}
+ANSWER_METRICS = ("token_f1", "exact_match", "me_llama", "me_llama_exact")
 SENTENCE_MARK = re.compile(r"</?S>\s*")
 SECTION = re.compile(r"^[ \t]*([A-Z][A-Z /,()-]+):", re.MULTILINE)  # "newline, space, CAPITALS, colon"
 
@@ -62,8 +68,8 @@ def emrqa(path: Path) -> list[Item]:
 
 
 def question_task(name: str, items: tuple[Item, ...]) -> Task:
-    """Token F1 first, exact match beside it; both means over items."""
-    metrics: dict[str, str | None] = {"token_f1": "token_f1", "exact_match": "exact_match"}
+    """Token F1 first, exact match and both as Me-LLaMA counts them beside it; all means over items."""
+    metrics: dict[str, str | None] = {name: name for name in ANSWER_METRICS}
     return Task(name, items, "token_f1", metrics, _said, _judge_answer, _means, 64, _write_answer)
 
 
@@ -84,7 +90,23 @@ def _judge_answer(item: Item, prediction: str | None) -> Judgement:
     return {
         "exact_match": float(said in golds),
         "token_f1": max(_token_f1(gold, said) for gold in golds),
+        **_as_me_llama(item.gold[0], prediction or ""),
     }
+
+
+def _as_me_llama(gold: str, said: str) -> Judgement:
+    """See definitions.ME_LLAMA. Spaces do not count: what the script splits at them are single characters."""
+    right, answer = _characters(gold), _characters(said)
+    if not right or not answer:
+        return {"me_llama_exact": float(right == answer), "me_llama": float(right == answer)}
+    common = len(set(right) & set(answer))
+    precision, recall = common / len(answer), common / len(right)
+    f1 = 2 * precision * recall / (precision + recall) if common else 0.0
+    return {"me_llama_exact": float(right == answer), "me_llama": f1}
+
+
+def _characters(text: str) -> list[str]:
+    return [char for char in text.lower() if char not in string.punctuation and not char.isspace()]
 
 
 def _token_f1(gold: list[str], said: list[str]) -> float:
@@ -98,6 +120,38 @@ def _token_f1(gold: list[str], said: list[str]) -> float:
 def summaries(path: Path) -> list[Item]:
     """article and abstract (PubMed), findings and impression (radiology), document or text and summary."""
     return [_summary_item(where, fields, SUMMARY_COLUMNS) for where, fields in records(path)]
+
+
+def answers(path: Path) -> list[Item]:
+    """Questions with an answer in words, or texts with their note or summary, in a shape that instructions.py knows:
+    MedQuAD, LiveQA, MedicationQA, BioASQ (ideal answers), MeQSum, ACI-Bench, MTS-Dialog."""
+    items = []
+    for where, fields in records(path):
+        asked, answer = conversation(where, fields)
+        group = as_name(fields.get("group") or fields.get("encounter_id"))
+        stated = tuple(m.get("input") or m["content"] for m in asked if m["role"] == "user")
+        if asked[-1].get("input") and not is_task(asked[-1]["content"]):
+            stated = (*stated, asked[-1]["content"])
+        items.append(Item(item_id(where, fields), asked, answer, group=group, stated=stated))
+    return items
+
+
+def bioasq_yesno(path: Path) -> list[Item]:
+    """BioASQ's yes/no questions, with their snippets; a file's other questions are no items."""
+    items = []
+    for where, fields in records(path):
+        if fields.get("type") != "yesno":
+            continue
+        asked, _ = conversation(where, fields)
+        gold = label_field(where, {"exact_answer": _first(fields.get("exact_answer"))}, "exact_answer", NO_YES)
+        question = {**asked[-1], "content": f"{asked[-1]['content']} Answer yes or no."}
+        stated = tuple(text for text in (asked[-1]["content"], asked[-1].get("input", "")) if text)
+        items.append(Item(item_id(where, fields), (question,), gold, NO_YES, stated=stated))
+    return items
+
+
+def _first(value: Any) -> Any:
+    return value[0] if isinstance(value, list) and value else value
 
 
 def pubmed_summaries(path: Path) -> list[Item]:
@@ -142,22 +196,23 @@ def _summary_item(where: str, fields: dict[str, Any], known: tuple[tuple[str, st
 
 
 def summary_task(name: str, items: tuple[Item, ...]) -> Task:
-    """ROUGE-L first, ROUGE-1 and ROUGE-2 beside it; means over items of the F-measure, with stemming."""
+    """ROUGE-L first, ROUGE-1 and ROUGE-2 beside it, all also without stemming; means over items of the F-measure."""
     require("rouge_score")
-    metrics: dict[str, str | None] = {name: name for name in ("rougeL", "rouge1", "rouge2")}
+    metrics: dict[str, str | None] = {name: name for name in ("rougeL", "rouge1", "rouge2", *UNSTEMMED)}
     return Task(name, items, "rougeL", metrics, _said, _judge_summary, _means, max_new_tokens=256)
 
 
 def _judge_summary(item: Item, prediction: str | None) -> Judgement:
-    scores = _rouge().score(item.gold, prediction or "")
-    return {name: round(scores[name].fmeasure, 6) for name in ROUGE}
+    stemmed, plain = (_rouge(stem).score(item.gold, prediction or "") for stem in (True, False))
+    scores = {name: round(stemmed[name].fmeasure, 6) for name in ROUGE}
+    return scores | {name: round(plain[kind].fmeasure, 6) for name, kind in UNSTEMMED.items()}
 
 
-@lru_cache(maxsize=1)
-def _rouge() -> Any:
+@lru_cache(maxsize=2)
+def _rouge(stem: bool) -> Any:
     from rouge_score.rouge_scorer import RougeScorer
 
-    return RougeScorer(ROUGE, use_stemmer=True)
+    return RougeScorer(ROUGE, use_stemmer=stem)
 
 
 def with_bertscore(task: Task, encoder: str) -> Task:
@@ -201,5 +256,6 @@ def _bert_scorer(folder: str, layer: int) -> Any:
 
 
 def _means(judgements: list[Judgement]) -> dict[str, float]:
-    names = [name for name in judgements[0] if name in ("exact_match", "token_f1", *ROUGE, "bertscore")]
+    known = (*ANSWER_METRICS, *ROUGE, *UNSTEMMED, "bertscore")
+    names = [name for name in judgements[0] if name in known]
     return {name: sum(j[name] for j in judgements) / len(judgements) for name in names}

@@ -21,6 +21,7 @@ from qmedtune.errors import DataError
 from qmedtune.recipe import SourceSection, TaskSection
 from qmedtune.tasks.items import Item, Message, Task
 
+NO_BENCHMARKS = ("test_ground_truth.json",)  # PubMedQA's answers by PMID, read with the questions (choice.py)
 WORDS = {"test": ("test",), "dev": ("dev", "val", "valid", "validation"), "train": ("train", "training")}
 
 
@@ -35,7 +36,8 @@ def split_files(path: str, split: str | None) -> list[Path]:
 
     Of several levels the upper one counts: MedQA's US folder holds the 4-option questions one level below. DataError.
     """
-    files, folder = source_files(SourceSection(path=path, kind="instructions")), _folder(path)
+    every, folder = source_files(SourceSection(path=path, kind="instructions")), _folder(path)
+    files = [file for file in every if file.name not in NO_BENCHMARKS] or every
     if not folder.is_dir():
         return files
     said = {file: _split_below(folder, file) for file in files}
@@ -78,15 +80,17 @@ def with_shots(task: Task, section: TaskSection, pool: Sequence[Item], source: s
     these get the next example of the draw's order. Where items have facets (MMLU's subjects), examples share them.
     """
     draws = [
-        tuple(_with_examples(item, order, section.shots, task.write, source is None) for item in task.items)
+        tuple(_with_examples(item, order, section, task.write, source is None) for item in task.items)
         for order in (Random(f"{seed}-{draw}").sample(list(pool), len(pool)) for draw in range(section.shot_seeds))
     ]
     name = source or "the task's own items, never the item itself"
     return replace(task, name=section.label, draws=tuple(draws), shots_from=name)
 
 
-def _with_examples(item: Item, order: list[Item], count: int, write: Callable[[Item], str], same_ids: bool) -> Item:
-    examples = []
+def _with_examples(
+    item: Item, order: list[Item], section: TaskSection, write: Callable[[Item], str], same_ids: bool
+) -> Item:
+    examples, count = [], section.shots
     for other in order:
         if len(examples) == count:
             break
@@ -95,7 +99,7 @@ def _with_examples(item: Item, order: list[Item], count: int, write: Callable[[I
         if other.facet == item.facet and not itself and not akin:
             examples.append(other)
     if len(examples) < count:
-        raise DataError(f"evaluate.tasks: {count} examples asked, {len(examples)} there\nlower `shots`")
+        raise DataError(f"evaluate.tasks: {section.task}: {count} examples asked, {len(examples)} there\nlower `shots`")
     turns: list[Message] = []
     for example in examples:
         turns += [*example.messages, {"role": "assistant", "content": write(example)}]

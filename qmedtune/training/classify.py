@@ -20,23 +20,26 @@ from torch import Tensor, nn
 from qmedtune import model as models
 from qmedtune import store
 from qmedtune.data.classes import HELD_OUT, IDS, LABELS, LabelledRows
-from qmedtune.evaluation.statistics import auroc, bootstrap
+from qmedtune.evaluation.statistics import auroc, average_precision, bootstrap
 from qmedtune.recipe import ClassifySection
 from qmedtune.training.trainer import collate
 
-HEAD, ITEMS = "head.safetensors", "heldout.items.jsonl"
+HEAD, ITEMS, SCORES = "head.safetensors", "heldout.items.jsonl", "heldout.scores.safetensors"
 RESAMPLES = 200  # of the patients, for the interval: 1,000 would take minutes where there are 1,000 labels
 
 
 class Head(nn.Module):
     """Linear on hidden states, fp32. `targets`: uint8 [documents, labels] of training; `multi_label`: each label is a
-    question of its own (binary cross entropy, mean over labels), otherwise one of them is right."""
+    question of its own (binary cross entropy, mean over labels), otherwise one of them is right. `balanced`: errors
+    count by `class_weights`."""
 
-    def __init__(self, hidden: int, targets: np.ndarray, multi_label: bool):
+    def __init__(self, hidden: int, targets: np.ndarray, multi_label: bool, balanced: bool = False):
         super().__init__()
         self.linear = nn.Linear(hidden, targets.shape[1])
         self.multi_label = multi_label
         self.register_buffer("targets", torch.from_numpy(targets), persistent=False)
+        weights = class_weights(targets, multi_label) if balanced else np.ones(targets.shape[1])
+        self.register_buffer("weights", torch.from_numpy(weights).float(), persistent=False)
         nn.init.zeros_(self.linear.weight)  # begins at chance whatever the hidden states are
         nn.init.zeros_(self.linear.bias)
 
@@ -47,16 +50,28 @@ class Head(nn.Module):
     def nll(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Summed over documents, 0-dim."""
         if self.multi_label:
-            each = F.binary_cross_entropy_with_logits(logits, targets.float(), reduction="none")
+            weights: Any = self.weights
+            each = F.binary_cross_entropy_with_logits(logits, targets.float(), pos_weight=weights, reduction="none")
             return each.mean(1).sum()
-        return F.cross_entropy(logits, targets.argmax(1), reduction="sum")
+        return F.cross_entropy(logits, targets.argmax(1), weight=self.weights, reduction="sum")  # type: ignore[arg-type]
+
+
+def class_weights(targets: np.ndarray, multi_label: bool) -> np.ndarray:
+    """Float64 [labels]. One label a document: n / (labels x count), scikit-learn's `balanced`, 1 on average over the
+    documents. Several: negatives over positives, for the positive side. A label that is not there counts as one."""
+    positive = np.maximum(targets.sum(0, dtype=np.int64), 1)
+    if multi_label:
+        return np.maximum(len(targets) - positive, 1) / positive
+    return len(targets) / (np.count_nonzero(targets.any(0)) * positive)
 
 
 def attach_head(model: Any, rows: LabelledRows, section: ClassifySection) -> None:
     """Put a head on the model and make trainable what the section asks for besides: with `frozen` nothing, else the
     last adapter, with `train_earlier` all."""
     hidden = model.get_input_embeddings().weight.shape[1]
-    model.head = Head(hidden, rows.targets, section.multi_label).to(models.device())
+    model.head = Head(hidden, rows.targets, section.multi_label, section.class_weights == "balanced").to(
+        models.device()
+    )
     for name, parameter in model.named_parameters():
         if name.startswith("head."):
             parameter.requires_grad_(True)
@@ -84,8 +99,9 @@ def document_nll(model: Any, input_ids: Tensor, labels: Tensor, position_ids: Te
 def score(model: Any, tokens: Path, pad_id: int, batch: int, seed: int, out: Path) -> dict[str, Any]:
     """AUROC on the held-out documents of a packed classify stage, macro over the labels that occur and do not.
 
-    Writes one line per document below `out` (id, labels, scores; no text) and the head with its labels. Documents whose
-    label training never saw are left out, and counted in the stage's `classes`.
+    Writes one line per document below `out` (id, labels, five highest scores; no text), all scores (fp32, so that every
+    figure can be computed again) and the head with its labels. Documents whose label training never saw are left out,
+    and counted in the stage's `classes`.
     """
     rows, labels = LabelledRows(tokens / HELD_OUT), json.loads((tokens / LABELS).read_text(encoding="utf-8"))
     logits = np.zeros(rows.targets.shape, np.float32)
@@ -103,18 +119,43 @@ def score(model: Any, tokens: Path, pad_id: int, batch: int, seed: int, out: Pat
     ids = json.loads((tokens / HELD_OUT / IDS).read_text(encoding="utf-8"))
     _write(out, rows.targets, logits, labels, [name for name, _ in ids])
     save_file({"weight": model.head.linear.weight.detach(), "bias": model.head.linear.bias.detach()}, out / HEAD)
-    return result(rows.targets[known], logits[known], [ids[i][1] for i in known], seed)
+    patients = [ids[i][1] for i in known]
+    found = result(rows.targets[known], logits[known], patients, seed)
+    return found | decided(rows.targets[known], logits[known], multi_label=model.head.multi_label)
+
+
+def decided(targets: np.ndarray, scores: np.ndarray, *, multi_label: bool) -> dict[str, float]:
+    """{"micro_f1", "macro_f1", "accuracy"} of the labels that are chosen: the highest, or with `multi_label` all above
+    a probability of one half. Macro over the labels that occur; accuracy: all labels of a document right."""
+    right = targets.astype(bool)
+    chosen = scores > 0 if multi_label else np.arange(scores.shape[1]) == scores.argmax(1)[:, None]
+    hits, wrong = (right & chosen).sum(0), (right ^ chosen).sum(0)
+    each = 2 * hits / np.maximum(2 * hits + wrong, 1)
+    there = right.any(0)
+    return {
+        "micro_f1": float(2 * hits.sum() / max(1, 2 * hits.sum() + wrong.sum())),
+        "macro_f1": float(each[there].mean()) if there.any() else 0.0,
+        "accuracy": float((right == chosen).all(1).mean()) if len(right) else 0.0,
+    }
 
 
 def result(targets: np.ndarray, scores: np.ndarray, patients: list[str], seed: int) -> dict[str, Any]:
-    """{"auroc", "ci95", "n", "patients", "scored_labels"}; auroc is None where no label both occurs and is absent.
+    """{"auroc", "auprc", "ci95", "n", "patients", "scored_labels"}; both areas are None where no label both occurs and
+    is absent, and means over those that do; `ci95` is of the first.
 
     The interval resamples patients with all their documents: notes of one patient are not independent.
     """
     right = targets.astype(bool)
     both = right.any(0) & ~right.all(0)
     if not both.any():
-        return {"auroc": None, "ci95": None, "n": len(targets), "patients": len(set(patients)), "scored_labels": 0}
+        return {
+            "auroc": None,
+            "auprc": None,
+            "ci95": None,
+            "n": len(targets),
+            "patients": len(set(patients)),
+            "scored_labels": 0,
+        }
     right, scores = right[:, both], scores[:, both]
 
     def macro(documents: np.ndarray) -> float:
@@ -128,7 +169,8 @@ def result(targets: np.ndarray, scores: np.ndarray, patients: list[str], seed: i
     )
     everything = macro(np.arange(len(right)))
     counts = {"n": len(right), "patients": len(documents_of), "scored_labels": int(both.sum())}
-    return {"auroc": everything, "ci95": list(interval), **counts}
+    auprc = float(np.mean([average_precision(scores[:, i], right[:, i]) for i in range(right.shape[1])]))
+    return {"auroc": everything, "auprc": auprc, "ci95": list(interval), **counts}
 
 
 def _write(out: Path, targets: np.ndarray, scores: np.ndarray, labels: list[str], ids: list[str]) -> None:
@@ -139,3 +181,4 @@ def _write(out: Path, targets: np.ndarray, scores: np.ndarray, labels: list[str]
         lines.append(json.dumps({"id": name, "gold": gold, "highest": best}, ensure_ascii=False))
     store.write_atomic(out / ITEMS, "\n".join(lines) + "\n")
     store.write_json(out / LABELS, labels)
+    save_file({"targets": torch.from_numpy(targets), "scores": torch.from_numpy(scores)}, out / SCORES)

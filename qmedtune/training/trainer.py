@@ -102,7 +102,7 @@ def parameter_groups(model: torch.nn.Module, section: TrainSection) -> list[dict
 
 def make_optimizer(model: torch.nn.Module, section: TrainSection) -> torch.optim.Optimizer:
     groups = parameter_groups(model, section)
-    options = {"betas": section.betas, "weight_decay": section.weight_decay}
+    options = {"betas": section.betas, "eps": section.adam_eps, "weight_decay": section.weight_decay}
     if section.optimizer in ("auto", "adamw"):
         return torch.optim.AdamW(groups, fused=True, **options)
     import bitsandbytes as bnb
