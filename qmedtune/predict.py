@@ -13,18 +13,20 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from qmedtune import store, ui
+from qmedtune.data.framing import Frame, frame_in
 from qmedtune.data.records import checked
 from qmedtune.data.rejects import Damaged, Unusable
 from qmedtune.data.sources import READERS, format_of, source_files
 from qmedtune.errors import RecipeError
 from qmedtune.evaluation.generation import generate
 from qmedtune.evaluation.open_model import OpenModel, Quantization, fingerprint, locate, open_model
-from qmedtune.evaluation.scoring import BATCH_TOKENS, max_positions, prompt_texts
+from qmedtune.evaluation.scoring import BATCH_TOKENS, fit, max_positions, prompt_texts
 from qmedtune.interrupt import stop
 from qmedtune.recipe import SourceSection
 from qmedtune.tasks.items import field_names, item_id
@@ -77,6 +79,48 @@ def predict(
     _write_rows(part, islice(questions, done, None), answer, done)
     facts = _publish(part, out)
     return facts | {"template": location.template.name, "max_new_tokens": length}
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What is asked of whom: a file of records, the column of the question, and an instruction about it."""
+
+    data: Path
+    column: str | None = None
+    instruction: str | None = None
+
+
+def dry_run(
+    name: str,
+    asked: Questions,
+    *,
+    base: str | None = None,
+    template: str | None = None,
+    max_new_tokens: int = 256,
+    offline: bool = False,
+) -> dict[str, Any]:
+    """What `predict` would ask, token for token; no weights are read.
+
+    Returns {"records": [{"id", "ids", "end", "stop", "truncated"}], "template"}: `end` ids and `stop` strings end an
+    answer; a damaged record has an error instead.
+    """
+    [file] = _one_file(asked.data)
+    location = locate(name, base=base, template=template, offline=offline)
+    frame = frame_in(location.template, location.base)
+    config = json.loads((location.base / "config.json").read_text(encoding="utf-8"))
+    positions = config["max_position_embeddings"]
+    room = positions - min(max_new_tokens, positions // 2)
+    records = [_would_ask(frame, room, record) for record in _records(file, asked.column, asked.instruction)]
+    return {"records": records, "template": location.template.name}
+
+
+def _would_ask(frame: Frame, room: int, record: Record) -> Row:
+    name, messages = record
+    if isinstance(messages, Damaged):
+        return {"id": name, "error": messages.reason}
+    [asked] = frame.ask([messages])
+    ids, cut = fit(asked.ids, room, frame.codec.special_ids)
+    return {"id": name, "ids": ids, "end": sorted(asked.ends), "stop": list(asked.stop), "truncated": cut}
 
 
 def _one_file(data: Path) -> list[Path]:
@@ -153,8 +197,7 @@ def _answers(opened: OpenModel, records: list[Record], max_new_tokens: int, batc
     rows: list[Row] = [{"id": name, "answer": None} for name, _ in records]
     good = [(row, messages) for row, (_, messages) in zip(rows, records, strict=True) if isinstance(messages, list)]
     prompts = prompt_texts(opened.tokenizer, opened.template, [messages for _, messages in good])
-    stop_strings = opened.template.stop
-    answers = generate(opened.model, opened.tokenizer, prompts, max_new_tokens, stop_strings, batch_tokens)
+    answers = generate(opened.model, opened.tokenizer, prompts, max_new_tokens, batch_tokens=batch_tokens)
     for (row, _), answer in zip(good, answers, strict=True):
         row |= {"answer": answer.text, "ended": answer.ended, "tokens": answer.tokens, "truncated": answer.truncated}
     for row, (_, damaged) in zip(rows, records, strict=True):

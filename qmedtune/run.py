@@ -19,7 +19,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from qmedtune import base, claims, keys, plan, preflight, record, store, ui
+from qmedtune import base, claims, keys, peak, plan, preflight, record, store, ui
 from qmedtune.data import secret
 from qmedtune.data.treat import phi_mode
 from qmedtune.errors import MergeRefused, QmedtuneError, RecipeError, RunError
@@ -169,8 +169,10 @@ def _do(
     building = store.begin(folder, out, key, made_from, keep_partial=step.resumes)
     with shown.step(step.name), stop.limited():
         started = time.monotonic()
+        peak.reset()
         facts = step.work(recipe, inputs, building)
-        facts |= {"seconds": round(time.monotonic() - started, 2), "section": made_from}
+        took = {"seconds": round(time.monotonic() - started, 2), "host_peak_bytes": peak.resident_bytes()}
+        facts |= {**took, "section": made_from}
         return store.publish(building, folder, out, key, facts)
 
 
