@@ -301,21 +301,41 @@ def host_memory(facts: BaseFacts, setup: Setup, *, gpu: bool, merge: bool) -> di
     return phases | ({"merging": base + (4 + 4 + 2) * largest} if merge else {})
 
 
-def disk_bytes(facts: BaseFacts, setups: list[Setup], *, keep: int, merge_dtype: str, text_bytes: int, tokens: int):
+@dataclass(frozen=True)
+class Kept:
+    """What of a run stays on disk besides its stages: `checkpoints` at a time, the merged model and `folded` bases in
+    `dtype`, `text_bytes` of prepared text, `tokens` packed, the best weights where they are kept."""
+
+    checkpoints: int
+    dtype: str
+    text_bytes: int
+    tokens: int
+    folded: int = 0
+    merged: bool = True
+    best: bool = False
+
+
+def disk_bytes(facts: BaseFacts, setups: list[Setup], kept: Kept) -> dict[str, int]:
     """Disk of a run by parts, in bytes: prepared text, packed tokens (int32 + mask), checkpoints (weights, 8-bit or
-    fp32 states; `keep` + the one being written), adapters, the merged model, and the base if it has to be fetched."""
+    fp32 states; one more is being written), adapters (fp32) and models (16 bit) of stages, bases into which earlier
+    adapters are folded, the merged model, and the base if it has to be fetched."""
 
     def checkpoint(setup: Setup) -> float:
         states = 8.0 if setup.optimizer == "adamw" else OPTIMIZER_BYTES["adamw_8bit"]
         return (4 + states) * trained_parameters(facts, setup)
 
     untied = facts.vocab * facts.hidden if facts.tied and any(s.train_embeddings for s in setups) else 0
+    model = (facts.parameters + untied) * BYTES_OF[kept.dtype]
+    trained = [trained_parameters(facts, setup) for setup in setups]
     parts = {
         "base (download)": 0 if facts.folder or facts.builtin else facts.file_bytes,
-        "prepared text": text_bytes,
-        "packed tokens": 5 * tokens,
-        "checkpoints": int((keep + 1) * max(map(checkpoint, setups))),
-        "adapters": sum(4 * trained_parameters(facts, s) for s in setups),
-        "merged model": (facts.parameters + untied) * BYTES_OF[merge_dtype],
+        "prepared text": kept.text_bytes,
+        "packed tokens": 5 * kept.tokens,
+        "checkpoints": int((kept.checkpoints + 1) * max(map(checkpoint, setups))),
+        "best weights": (kept.checkpoints + 1) * 4 * max(trained) if kept.best else 0,
+        "adapters": sum(4 * n for n, setup in zip(trained, setups, strict=True) if not setup.full),
+        "stage models": sum(2 * facts.parameters for setup in setups if setup.full),
+        "folded bases": kept.folded * model,
+        "merged model": model if kept.merged else 0,
     }
     return {name: size for name, size in parts.items() if size}

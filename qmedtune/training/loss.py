@@ -28,17 +28,20 @@ def token_nll(
     from each other in attention; `labels` are -100 where nothing is to be predicted and are shifted by one here.
     `weights` fp32 [rows, length] scale the loss of each label; None is 1 for all.
     """
+    nll = label_nll(model, input_ids, labels, position_ids)
+    return nll.sum() if weights is None else (nll * weights[:, 1:][labels[:, 1:] != -100]).sum()
+
+
+def label_nll(model: Any, input_ids: Tensor, labels: Tensor, position_ids: Tensor) -> Tensor:
+    """Negative log-likelihood of every label, fp32 [labels that are not -100, behind the first of each row]."""
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
     inputs = packed_inputs(str(causal_lm.config._attn_implementation), input_ids, position_ids)
     hidden = causal_lm.model(**inputs, use_cache=False).last_hidden_state.view(*input_ids.shape, -1)
     targets = labels[:, 1:]
     wanted = targets != -100
     picked, targets = hidden[:, :-1][wanted], targets[wanted]
-    if torch.is_autocast_enabled(kind := picked.device.type):  # the last norm has left them in fp32
-        picked = picked.to(torch.get_autocast_dtype(kind))
     weight = causal_lm.get_output_embeddings().weight.to(picked.dtype)
-    nll = (_fused_nll if picked.is_cuda else _chunked_nll)(picked, weight, targets)
-    return nll.sum() if weights is None else (nll * weights[:, 1:][wanted]).sum()
+    return (_fused_nll if picked.is_cuda else _chunked_nll)(picked, weight, targets)
 
 
 def _fused_nll(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
