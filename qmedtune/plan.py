@@ -27,6 +27,7 @@ from qmedtune.recipe import Recipe
 
 __all__ = ["BaseFacts", "base_facts", "make_plan", "resolve"]
 
+BUILTIN_BYTES = 9  # of prepared text per token of the built-in world: whole words, with ids and JSON around them
 # Files larger than this in sum are not hashed for the sake of a plan; then the data stages' status is unknown.
 HASHED_BYTES = 256 * 1024**2
 
@@ -284,14 +285,10 @@ def _status(
 def _disk(
     recipe: Recipe, facts: BaseFacts, setups: list[Setup], estimates: Mapping[str, Estimate], stages: list[dict]
 ) -> dict[str, int]:
-    return memory.disk_bytes(
-        facts,
-        setups,
-        keep=recipe.save.keep,
-        merge_dtype=recipe.merge.dtype,
-        text_bytes=sum(estimate.read_bytes for estimate in estimates.values()),
-        tokens=sum(estimate.tokens for estimate in estimates.values()),
-    )
+    built_in = sum(BUILTIN_BYTES * e.tokens for e in estimates.values() if not e.read_bytes)
+    text = sum(room.text_bytes(recipe.data[name]) for name in estimates) + built_in
+    packed = sum(measured.tokens for measured in estimates.values())
+    return memory.disk_bytes(facts, setups, room.kept_of(recipe, text, packed))
 
 
 def _check_room(plan: dict[str, Any], *, present: bool) -> None:
