@@ -42,6 +42,7 @@ COMMANDS = {
     "report": cli_run.report,
     "ablate": cli_ablate.ablate,
     "eval": cli_model.evaluate,
+    "compare": cli_model.compare,
     "predict": cli_model.predict,
     "chat": cli_model.chat,
     "merge": cli_model.merge,
