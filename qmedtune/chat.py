@@ -15,6 +15,7 @@ from qmedtune import ui
 from qmedtune.evaluation.generation import stream
 from qmedtune.evaluation.open_model import OpenModel, Quantization, locate, open_model
 from qmedtune.evaluation.scoring import max_positions, prompt_texts
+from qmedtune.terminal import printable
 
 HELP = "/reset forgets the conversation, /quit (or Ctrl-D) leaves"
 Message = dict[str, str]
@@ -77,7 +78,7 @@ def answer(opened: OpenModel, messages: list[Message], out: TextIO, max_new_toke
     pieces = []
     for piece in stream(opened.model, opened.tokenizer, prompt, max_new_tokens):
         pieces.append(piece)
-        out.write(piece)
+        out.write(printable(piece))
         out.flush()
     out.write("\n")
     out.flush()

@@ -19,11 +19,12 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from qmedtune import model as models
-from qmedtune import store
+from qmedtune import record, store
 from qmedtune.data import templates
 from qmedtune.data.framing import codec_of, frame_of
 from qmedtune.data.pack import PackedRows, WholeDocuments
 from qmedtune.data.sources import source_files
+from qmedtune.disk import owner_only
 from qmedtune.errors import RecipeError
 from qmedtune.evaluation import precision
 from qmedtune.evaluation.compare import overlap_result, task_result, write_items
@@ -282,7 +283,8 @@ def evaluate_model(
     asked = [section.model_dump() for section in sections]
     files = [fingerprint(path) for path in (location.base, *location.adapters, *texts)]
     prompts = [[i.id, i.messages, i.options, task.write(i)] for task in loaded for i in task.asked]
-    key = store.sha256_json([FORMAT, asked, files, prompts, asdict(location.template), quantization, generate, seed])
+    given = [asked, files, prompts, asdict(location.template), quantization, generate, seed]
+    key = store.sha256_json([FORMAT, given, record.code_versions()])
     return _sealed(out, key, work)
 
 
@@ -290,7 +292,7 @@ def _sealed(out: Path, key: str, work: Callable[[Path], dict[str, Any]]) -> dict
     """The facts of <out>/evaluation: as they are when sealed with this key, else made or continued now."""
     folder = out / "evaluation"
     store.check_stamped(folder)
-    with store.lock(out):
+    with owner_only(), store.lock(out):
         sealed = store.intact(folder, key) or store.complete(folder, out, key)
         if sealed is None:
             building = store.begin(folder, out, key, {}, keep_partial=True)

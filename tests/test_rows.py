@@ -63,7 +63,7 @@ def test_the_run_takes_the_steps_that_the_plan_says(tmp_path: Path):
     (tmp_path / "mine.yaml").write_text(
         "name: mine\nmodel: {base: builtin:micro}\nadapter: {r: 2, alpha: 4}\n"
         f"data: {{notes: {{path: {tmp_path}/notes.jsonl, kind: clinical}}}}\n"
-        "hygiene: {dedup: {near: false}}\nstages: [{cpt: {mix: {notes: 1}, tokens: 12000, seq_len: 64}}]\n"
+        "hygiene: {dedup: {near: false}}\nstages: [{cpt: {mix: {notes: 1}, tokens: 9000, seq_len: 64}}]\n"
     )
     loaded = load_recipe(tmp_path / "mine.yaml")
     planned = make_plan(loaded.recipe)["stages"][0]
