@@ -274,7 +274,9 @@ class Loop(TrainerCallback):
         self.tokens = self.trainer.tokens_seen
         self._marked = (now, self.tokens)
         speed = (self.tokens - before[1]) / max(1e-9, now - before[0])
-        line = {"step": state.global_step, "loss": logs["loss"], "grad_norm": logs["grad_norm"]}
+        # Not finite where fp16's loss scale was too high: that update was skipped. JSON has no infinity.
+        norm = logs["grad_norm"] if math.isfinite(logs["grad_norm"]) else None
+        line = {"step": state.global_step, "loss": logs["loss"], "grad_norm": norm}
         line |= {"lr": logs["learning_rate"], "tokens": self.tokens, "tokens_per_s": round(speed, 1)}
         self.write({**line, "memory": peak_memory_bytes()})
         for said in [*self.trainer.said, *self._spike(logs["loss"])]:

@@ -24,6 +24,8 @@ OPTIMIZER_BYTES = {"adamw": 8.0, "adamw_8bit": 2 + 8 / 256, "paged_adamw_8bit": 
 # loss.py on CUDA: tiles of 4096 tokens (TRL's TOKEN_CHUNK_SIZE) x 8192 vocabulary columns; on the CPU 2**24 logits.
 LOSS_TILE = (4096, 8192)
 CPU_LOGITS = 2**24
+# Under a frozen head, cross_entropy.py of qmedtune_kernels: logits of one piece, GPU_LOGITS and CPU_LOGITS there.
+FROZEN_HEAD_LOGITS = {True: 2**26, False: 2**22 + 2**21}
 # CUDA context, cuBLAS workspaces (32 MiB on Hopper) and loaded kernels: 0.4 to 0.7 GiB on cards of sm_75 to sm_90,
 # as people report it; not measured by us.
 CUDA_CONTEXT_BYTES = int(0.6 * GIB)
@@ -233,14 +235,23 @@ def offloaded_bytes(facts: BaseFacts, setup: Setup) -> int:
 def loss_bytes(facts: BaseFacts, setup: Setup, *, gpu: bool) -> int:
     """loss.py: hidden states picked for the loss with their fp32 gradient, one tile of logits, a trained head's own
     16-bit copy and fp32 gradient."""
+    if not (setup.train_embeddings or setup.full):
+        return _frozen_loss_bytes(facts, setup, gpu=gpu)
     hidden = setup.tokens * facts.hidden * (setup.element_bytes + 4)
     if gpu:
         tile = min(setup.tokens, LOSS_TILE[0]) * min(facts.vocab, LOSS_TILE[1]) * setup.element_bytes
     else:
         # Logits in 16 and 32 bits, their log-softmax and the gradients of all three: six fp32 tiles, measured.
         tile = 6 * 4 * min(setup.tokens * facts.vocab, CPU_LOGITS)
-    head = facts.vocab * facts.hidden * (setup.element_bytes + 4) if setup.train_embeddings or setup.full else 0
-    return hidden + tile + head
+    return hidden + tile + facts.vocab * facts.hidden * (setup.element_bytes + 4)
+
+
+def _frozen_loss_bytes(facts: BaseFacts, setup: Setup, *, gpu: bool) -> int:
+    """Picked hidden states, their gradient and the same scaled; a piece's logits in fp32 and their 16-bit gradient, on
+    a CPU the product they come from and their log-softmax too."""
+    logits = max(facts.vocab, min(setup.tokens * facts.vocab, FROZEN_HEAD_LOGITS[gpu]))
+    held = 4 + setup.element_bytes if gpu else 8 + 2 * setup.element_bytes
+    return 3 * setup.tokens * facts.hidden * setup.element_bytes + held * logits
 
 
 def scratch_bytes(facts: BaseFacts, setup: Setup, *, gpu: bool) -> int:

@@ -5,19 +5,16 @@ on a line of its own, and, where there is none of these, the one option that a s
 ...", "yes, no or maybe") restate the question and state nothing; what is denied is not stated; an invented question
 is cut off. Several options stated, or none: unparsed. It is counted and never guessed.
 
-The patterns are English. `python -m qmedtune.tasks.extract FILE` gives precision and recall on labelled answers.
+The patterns are English. `python tests/test_extract.py` gives precision and recall on labelled answers of a real model.
 Deliberately absent: similarity of words, a model that judges.
 """
 
 from __future__ import annotations
 
-import json
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from pathlib import Path
 
 # ---- the text, without what is no answer ----------------------------------------------------------------------------
 
@@ -384,20 +381,3 @@ def _mentioned(text: str, known: Options) -> set[int]:
     short = len(text.split()) <= SHORT_ANSWER_WORDS
     ends = any(re.match(r"\s*(?:[.!]|$|\n)", text[match.end() :]) for match in matches)
     return found if short or ends else set()
-
-
-# ---- precision and recall -------------------------------------------------------------------------------------------
-
-
-def measure(rows: Sequence[dict]) -> dict[str, float]:
-    """Of labelled answers ({"answer", "options", "texts", "stated": index or None}): precision over what was read,
-    recall over what is stated."""
-    read = [extract_choice(row["answer"], row["options"], row["texts"]) for row in rows]
-    right = sum(found is not None and found == row["stated"] for found, row in zip(read, rows, strict=True))
-    said, stated = sum(found is not None for found in read), sum(row["stated"] is not None for row in rows)
-    return {"answers": len(rows), "stated": stated, "precision": right / max(1, said), "recall": right / max(1, stated)}
-
-
-if __name__ == "__main__":
-    lines = Path(sys.argv[1]).read_text(encoding="utf-8").splitlines()
-    print(json.dumps(measure([json.loads(line) for line in lines])))
