@@ -1,9 +1,9 @@
 """`qmedtune erase RUN --text`: all text of the sources out of a run folder; weights, figures and seals stay.
 
 Gone are the kept and packed texts, answers item by item, rejects, unfinished work and everything in `.history/`.
-Each sealed folder keeps its manifest, so what is left can still be verified; `erased.json` at the root says what was removed,
-and `report RUN --verify` then takes these files as erased. Deliberately not promised: that a disk forgets (snapshots,
-backups, flash), or that weights do (docs/audit.md).
+Each sealed folder keeps its manifest, so what is left can still be verified; `erased.json` at the root says what was
+removed, and `report RUN --verify` then takes these files as erased. Deliberately not promised: that a disk forgets
+(snapshots, backups, flash), or that weights do (docs/audit.md).
 """
 
 from __future__ import annotations
