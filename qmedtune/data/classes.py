@@ -89,7 +89,8 @@ def _labels(path: Path, multi_label: bool) -> Iterator[tuple[dict[str, Any], lis
             if isinstance(label, list):
                 yield record, label
             else:
-                yield record, [name for part in BETWEEN.split(label) if (name := part.strip())] if multi_label else [label]
+                parts = [part.strip() for part in BETWEEN.split(label)]
+                yield record, [part for part in parts if part] if multi_label else [label]
 
 
 class LabelledRows(pack.PackedRows):
