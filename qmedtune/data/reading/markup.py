@@ -95,6 +95,8 @@ def _script(element: Any, is_raised: bool) -> None:
         _become(element, written(said, is_raised) + mark)
     elif mark and not said:
         _become(element, mark)
+    elif said[-1:].isdecimal() and _after(element).isdecimal():
+        element.tail = f" {element.tail or ''}"  # H-1 as an index, and 2.56 behind it
 
 
 def _touches(before: str) -> bool:
