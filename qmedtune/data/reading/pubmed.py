@@ -83,7 +83,7 @@ def _abstract(article: Any) -> list[str]:
 def _said(element: Any) -> str:
     if len(element):
         xml_files.name_entities(element)
-        markup.resolve(element, lambda _: False)
+        markup.resolve(element)
         for bold in element.iter("b"):
             after = bold.getnext()
             if not bold.tail and after is not None and after.tag == "b":

@@ -48,8 +48,8 @@ def root_of(path: Path) -> Root | None:
                 data = file.read(HEAD_BYTES)
                 parser.feed(data)
                 for _, element in parser.read_events():
-                    name = etree.QName(element)
-                    return Root(name.localname, name.namespace or "")
+                    space, _, _ = element.tag[1:].partition("}") if element.tag[0] == "{" else ("", "", "")
+                    return Root(local(element), space)
                 if not data:
                     return None
         except (etree.XMLSyntaxError, *ARCHIVE_ERRORS):
@@ -100,11 +100,10 @@ def plain(element: Any) -> str:
 
 
 def tidy(text: str) -> str:
-    text = single_spaced(text)
-    if text.isascii():
-        return text
-    text = markup.without_marks(text)
-    return text if BREAK not in text else "\n".join(line.strip() for line in text.split(BREAK)).strip()
+    text = markup.without_marks(single_spaced(text))
+    return (
+        text if text.isascii() or BREAK not in text else "\n".join(line.strip() for line in text.split(BREAK)).strip()
+    )
 
 
 def single_spaced(text: str) -> str:
