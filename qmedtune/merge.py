@@ -107,6 +107,7 @@ def merge(job: MergeJob, out: Path) -> dict[str, Any]:
         "adapters": len(job.adapters),
         "tied": writer.tied,
         **proof,
+        "warnings": _warnings(job, rounding, proof),
         "sha256": next(iter(hashes.values())) if len(hashes) == 1 else store.sha256_json(hashes),
         "seconds": round(time.monotonic() - started, 2),
     }
@@ -167,6 +168,16 @@ def _rounding_facts(rounding: Rounding, why: str) -> dict[str, Any]:
         "rounding_seed": rounding.seed,
         "rounding_why": why,
     }
+
+
+def _warnings(job: MergeJob, rounding: dict[str, Any], proof: dict[str, Any]) -> list[str]:
+    lost = proof["lost"] or 0.0
+    if lost <= MAX_LOST:
+        return []
+    keeps = "a wider merge.dtype keeps" if rounding["rounding"] == "stochastic" else (
+        "merge.rounding: stochastic, or a wider merge.dtype, may keep"
+    )  # fmt: skip
+    return [f"{rounding['rounding']} rounding to {job.section.dtype} lost {lost:.1%} of the change (KL): {keeps} more"]
 
 
 def _stays_tied(base: DiskLlama, updates: Updates) -> bool:
@@ -289,15 +300,12 @@ def _copy_descriptions(base: Path, out: Path, template: Path | None) -> None:
 
 def write_template(out: Path, template: Path) -> None:
     """The template of training becomes the tokenizer's only chat template, and stays readable as template.json."""
-    from qmedtune.data import templates
+    from qmedtune.data import framing, templates
 
     trained = templates.load(template)
     templates.save(trained, out)
-    (out / "chat_template.jinja").write_text(trained.jinja(), encoding="utf-8")
-    path = out / "tokenizer_config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if config.pop("chat_template", None) is not None:
-        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if (out / "tokenizer.json").is_file():
+        framing.publish(framing.frame_in(trained, out), out)
 
 
 def validation_ids(folder: Path) -> np.ndarray | None:

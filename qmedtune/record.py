@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qmedtune import __version__, store
-from qmedtune.errors import QmedtuneError
+from qmedtune.errors import MergeRefused, QmedtuneError
 from qmedtune.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -23,28 +23,61 @@ if TYPE_CHECKING:
 RUN, METRICS, REPORTS = "run.json", "metrics.jsonl", ("report.html", "report.md")
 PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "trl", "datasets", "accelerate", "numpy")
 INTERNAL = ("section",)
+SCORING = ("torch", "triton", "transformers", "peft", "bitsandbytes")
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A merge that was not published: why, and the name of the folder that holds what was written, if all of it was."""
+
+    error: MergeRefused
+    path: str | None
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return {"path": self.path, "status": "refused", "error": str(self.error), **self.error.facts}
 
 
 @dataclass(frozen=True)
 class Notes:
-    """What is known before the first step: the resolved recipe, its text, the choices made for `auto`."""
+    """What is known before the first step: the resolved recipe, its text, the choices made for `auto`. And of the run
+    so far what no seal tells: the merge that was refused."""
 
     recipe: Recipe
     text: str
     choices: list[dict[str, Any]]
     offline: bool
+    refused: Refused | None = None
+
+
+def code_versions() -> dict[str, str | None]:
+    """What an answer or a score can depend on besides model, data and options: in keys of what is resumed."""
+    return {"qmedtune": __version__, **{name: found for name, found in versions().items() if name in SCORING}}
 
 
 def text_sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def shown_text(recipe_text: str) -> str:
+    """The recipe as run.json and the reports hold it: without comments, in which people note names and passwords."""
+    from yaml import YAMLError
+
+    from qmedtune.parsing.strict_yaml import without_comments
+
+    try:
+        return without_comments(recipe_text)
+    except YAMLError:  # of a caller that gave no YAML: there are no comments in it
+        return recipe_text
+
+
 def read(out: Path) -> dict[str, Any] | None:
     """run.json, or None where there is none or it was damaged (it is composed again from the seals)."""
     try:
-        return json.loads((out / RUN).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = json.loads((out / RUN).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return None
+    return found if isinstance(found, dict) else None
 
 
 def write(
@@ -103,26 +136,35 @@ def compose(
     out: Path, notes: Notes, steps: list[Step], done: dict[str, store.Seal], source: Base, status: str
 ) -> dict[str, Any]:
     facts = {name: {k: v for k, v in s.facts.items() if k not in INTERNAL} for name, s in done.items()}
-    recipe = notes.recipe
+    recipe, text = notes.recipe, shown_text(notes.text)
     stages = recipe.stage_names()
     return {
         "name": recipe.name,
         "status": status,
-        "recipe_sha256": text_sha256(notes.text),
+        "recipe_sha256": text_sha256(text),
         "seed": recipe.seed,
         "offline": notes.offline,
         "stages": [_stage(name, steps, done, facts, out) for name in stages],
         "data": {n: facts[f"data/{n}"] for n in recipe.data if f"data/{n}" in done},
-        "merge": {"path": "merged", "status": "sealed", **facts["merged"]} if "merged" in done else None,
+        "merge": _merge(notes, facts),
         "audit": facts.get("audit"),
         "evaluation": facts.get("evaluation"),
         "steps": [_step(step, done) for step in steps],
         "warnings": [f"{name}: {w}" for name, f in facts.items() for w in f.get("warnings", [])],
         "resolved": notes.choices,
         "recipe": recipe.model_dump(mode="json", by_alias=True),
-        "recipe_text": notes.text,
+        "recipe_text": text,
         "provenance": _provenance(source, facts),
     }
+
+
+def _merge(notes: Notes, facts: dict[str, dict]) -> dict[str, Any] | None:
+    if "merged" in facts:
+        return {"path": "merged", "status": "sealed", **facts["merged"]}
+    if notes.refused is None:
+        return None
+    section = notes.recipe.merge
+    return {"base": section.base, "dtype": section.dtype, **notes.refused.facts}
 
 
 def _stage(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -19,10 +19,11 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from qmedtune import base, claims, keys, plan, preflight, record, store, ui
+from qmedtune import base, claims, keys, peak, plan, preflight, record, store, ui
 from qmedtune.data import secret
 from qmedtune.data.treat import phi_mode
-from qmedtune.errors import RecipeError, RunError
+from qmedtune.disk import owner_only
+from qmedtune.errors import MergeRefused, QmedtuneError, RecipeError, RunError
 from qmedtune.interrupt import Stopped, stop
 from qmedtune.planning import room
 from qmedtune.recipe import Recipe
@@ -65,7 +66,7 @@ def run(
     _check_start(resolved, source, [step for step in chosen if step.name not in sealed])
     room.check_writable(out)
     room.check(resolved, out, [step.name for step in chosen if step.name not in sealed])
-    with _told("run", out), store.lock(out), stop.watching(time_limit_s):
+    with _told("run", out), _private(resolved, out), store.lock(out), stop.watching(time_limit_s):
         claims.mark(out)
         if redacts:
             secret.note(out)
@@ -77,10 +78,19 @@ def run(
         done: dict[str, store.Seal] = {}
         with ui.run_progress([*(step.name for step in chosen), "report"]) as shown:
             try:
+                refused = None
                 for step in chosen:
+                    try:
+                        with _told(step.name, out):
+                            able = _without(step, "merged") if refused else step
+                            done[step.name] = _do(able, resolved, source, done, out, siblings, shown)
+                    except QmedtuneError as error:
+                        refused = _refused(error, step, resolved, out)
+                        notes = replace(notes, refused=refused)
                     with _told(step.name, out):
-                        done[step.name] = _do(step, resolved, source, done, out, siblings, shown)
                         record.write(out, notes, steps, done, source, "running")
+                if refused:
+                    raise refused.error
             except BaseException as error:
                 with suppress(OSError):  # on a full disk; what happened is raised all the same
                     status = "running" if isinstance(error, Stopped) else "failed"
@@ -91,6 +101,38 @@ def run(
                 complete = "finished" if len(chosen) == len(steps) else "running"
                 result = record.finish(out, notes, steps, done, source, complete)
         return result
+
+
+def _private(recipe: Recipe, out: Path) -> AbstractContextManager[None]:
+    """Where a source is clinical, what the run writes is its owner's alone."""
+    if all(phi_mode(recipe, name) == "off" and recipe.data[name].kind != "clinical" for name in recipe.used_sources()):
+        return nullcontext()
+    with suppress(FileNotFoundError):
+        out.chmod(0o700)
+    return owner_only()
+
+
+def _without(step: Step, name: str) -> Step:
+    """The step without one of its inputs: base + adapters can be scored where there is no merged model."""
+    return replace(step, needs={key: path for key, path in step.needs.items() if path != name})
+
+
+def _refused(error: QmedtuneError, step: Step, recipe: Recipe, out: Path) -> record.Refused:
+    """A merge that is not published costs nothing else: what it wrote is kept, the steps after it go on without it, and
+    the error is raised at the end. That of any other step is raised now."""
+    lines, kept = [str(error)], None
+    if isinstance(error, MergeRefused):
+        kept = store.keep_refused(store.building_of(out / step.name, out), out / step.name, str(error))
+        lines.append(f"not published: what was written is kept as {kept}")
+    if step.kind != "merge":
+        raise (RunError("\n".join(lines)) if kept else error)
+    dtype = "bfloat16" if "not finite in float16" in str(error) else recipe.merge.dtype
+    lines.append("the adapters are as they were, and scores and report are made all the same; to merge again:")
+    lines.append(f"qmedtune merge {out} --out {out}-merged --onto {recipe.merge.base} --dtype {dtype}")
+    ui.warn(lines[0])
+    told = MergeRefused("\n".join(lines), error.facts if isinstance(error, MergeRefused) else {})
+    told.exit_code = error.exit_code
+    return record.Refused(told, kept.name if kept else None)
 
 
 def _check_start(recipe: Recipe, source: base.Base, to_do: Sequence[Step]) -> None:
@@ -137,8 +179,10 @@ def _do(
     building = store.begin(folder, out, key, made_from, keep_partial=step.resumes)
     with shown.step(step.name), stop.limited():
         started = time.monotonic()
+        peak.reset()
         facts = step.work(recipe, inputs, building)
-        facts |= {"seconds": round(time.monotonic() - started, 2), "section": made_from}
+        took = {"seconds": round(time.monotonic() - started, 2), "host_peak_bytes": peak.resident_bytes()}
+        facts |= {**took, "section": made_from}
         return store.publish(building, folder, out, key, facts)
 
 
@@ -217,7 +261,10 @@ def _sealed(steps: list[Step], model_digest: str, out: Path) -> dict[str, store.
 def _finished(recipe_text: str, out: Path) -> dict[str, Any] | None:
     """run.json of a run that ended with this recipe and has its reports."""
     result = record.read(out)
-    if not result or not record.is_whole(result) or result["recipe_sha256"] != record.text_sha256(recipe_text):
+    if not result or not record.is_whole(result):
+        return None
+    # Version 0.1 kept the text with its comments.
+    if result["recipe_sha256"] not in map(record.text_sha256, (record.shown_text(recipe_text), recipe_text)):
         return None
     there = all((out / name).is_file() for name in record.REPORTS)
     return result if result["status"] == "finished" and there else None

@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import json
 import math
-import resource
 import shutil
 import statistics
 import time
@@ -23,7 +22,7 @@ from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.utils import logging as transformers_logging
 
 from qmedtune import model as models
-from qmedtune import store, ui
+from qmedtune import peak, store, ui
 from qmedtune.base import name_of_base, note_base
 from qmedtune.data import templates
 from qmedtune.data.classes import LabelledRows
@@ -63,6 +62,9 @@ def train_stage(
     stage, name = recipe.stages[index], recipe.stage_names()[index]
     set_seed(recipe.seed + index)
     quiet_libraries()
+    peak.reset()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     tokenizer: Any = models.load_tokenizer(inputs["base"])
     machine = this_machine()
     check_card(peak_bytes(base_facts(recipe.model), setup_of(recipe, index, machine), gpu=machine.is_gpu), machine)
@@ -73,6 +75,7 @@ def train_stage(
         attach_head(model, rows, stage.classify)
     packed = json.loads((inputs["tokens"] / store.SEAL).read_text())["facts"]
     loop = Loop(name, out, validation_rows(recipe, inputs.get("validation")), tokenizer.pad_token_id, recipe)
+    loop.judges = [source for source in recipe.judged_by(index) if source in loop.held_out]
     started = time.monotonic()
     trainer = _run(recipe, index, model, tokenizer, rows, packed, loop, out)
     facts |= loop.facts(trainer, packed["tokens"], time.monotonic() - started)
@@ -238,6 +241,7 @@ class Loop(TrainerCallback):
     memory: dict[str, Any] = field(default_factory=dict)
     losses: list[float] = field(default_factory=list)
     validation: list[dict[str, Any]] = field(default_factory=list)
+    judges: list[str] = field(default_factory=list)
     _marked: tuple[float, int] = (0.0, 0)
 
     def begin(self, trainer: QTrainer, steps: int) -> None:
@@ -270,7 +274,9 @@ class Loop(TrainerCallback):
         self.tokens = self.trainer.tokens_seen
         self._marked = (now, self.tokens)
         speed = (self.tokens - before[1]) / max(1e-9, now - before[0])
-        line = {"step": state.global_step, "loss": logs["loss"], "grad_norm": logs["grad_norm"]}
+        # Not finite where fp16's loss scale was too high: that update was skipped. JSON has no infinity.
+        norm = logs["grad_norm"] if math.isfinite(logs["grad_norm"]) else None
+        line = {"step": state.global_step, "loss": logs["loss"], "grad_norm": norm}
         line |= {"lr": logs["learning_rate"], "tokens": self.tokens, "tokens_per_s": round(speed, 1)}
         self.write({**line, "memory": peak_memory_bytes()})
         for said in [*self.trainer.said, *self._spike(logs["loss"])]:
@@ -308,9 +314,9 @@ class Loop(TrainerCallback):
         self._marked = (time.monotonic(), self.tokens)
 
     def _kept_step(self) -> int | None:
-        """Where the mean of the validation losses is lowest, first of equals; None where none is finite."""
-        means = [(sum(v[s] for s in self.held_out), v["step"]) for v in self.validation if None not in v.values()]
-        return min(means)[1] if means else None
+        """Where the losses that the stage is judged by are lowest in sum, first of equals; None where none is."""
+        sums = [(sum(v[s] for s in self.judges), v["step"]) for v in self.validation if None not in v.values()]
+        return min(sums)[1] if sums and self.judges else None
 
     def restore_best(self, model: Any) -> None:
         if self.recipe.validation.keep_best and self._kept_step() is not None:
@@ -330,6 +336,7 @@ class Loop(TrainerCallback):
             "steps": self.steps,
             "batch": trainer.section.batch,
             "kept_step": kept or self.steps,
+            "kept_by": self.judges if kept else [],
             "loss": {"first": self.losses[0], "last": self.losses[-1]},
             "tokens_per_s": round(sorted(speeds)[len(speeds) // 2], 1),
             "train_seconds": round(seconds, 2),
@@ -349,7 +356,5 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def peak_memory_bytes() -> int:
-    """Peak allocated memory of the GPU, or the peak resident size of this process on a CPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Of this stage: peak allocated memory of the GPU, or the peak resident size of this process on a CPU."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak.resident_bytes()

@@ -1,6 +1,7 @@
 """The README tells the truth: its commands exist, its recipe is the flagship, its two-line change gives a sane plan."""
 
 import csv
+import json
 import re
 from pathlib import Path
 
@@ -73,10 +74,11 @@ def test_the_two_line_change_plans_sanely_for_8b(tmp_path):
     plan = make_plan(load_recipe(path, ["memory=24"]).recipe, tmp_path / "run")
     assert 7e9 < plan["base"]["parameters"] < 9e9
     assert plan["data"][0]["source"] == "literature" and plan["data"][0]["missing"] == ""
-    for stage in plan["stages"]:
+    for number, stage in enumerate(plan["stages"]):
         assert 5e-5 <= stage["lr"] <= 5e-4
         assert stage["seq_len"] in (1024, 2048, 4096)
-        assert 8_192 <= stage["seq_len"] * stage["batch"] <= 131_072
+        largest = next(d["value"] for d in plan["decisions"] if d["key"] == f"stages[{number}].{stage['kind']}.batch")
+        assert 8_192 <= stage["seq_len"] * largest <= 131_072
         assert 8 * 2**30 < stage["peak_bytes"] <= 24 * 2**30
         there = sum(source["tokens"] for source in plan["data"])
         assert 0 < stage["trained"] <= 20 * there, "a budget that the data can give"
@@ -103,6 +105,38 @@ def test_the_ablation_told_is_the_one_that_was_measured():
     general = [f"{float(rows[arm, 'general']['mean']):.2f}" for arm in ("base", "replay-0", "replay-0.2")]
     flat = " ".join(README.split())
     assert "rises from {} to {}, with a fifth of replay to {}".format(*general) in flat
+
+
+def test_the_real_run_told_is_the_one_that_was_measured():
+    measured = json.loads((ROOT / "docs" / "real" / "real_small.json").read_text(encoding="utf-8"))
+    section = README[README.index("### On a real model") :]
+    cells = {row[0]: row[1:] for row in re.findall(r"^\| ([^|]+) \| ([^|]+) \| ([^|]+) \| ([^|]+) \|$", section, re.M)}
+    task = measured["tasks"]["pubmedqa"]
+    chosen = cells["PubMedQA, 500 expert questions"]
+    assert chosen == (scored(task["base"]), scored(task["final"]), changed(task))
+    written = {label: task[label]["generation"] for label in ("base", "final")}
+    generated = cells["the same, generated answers"]
+    assert generated == (scored(written["base"]), scored(written["final"]), changed(task["generation"]))
+    texts = {"held-out abstracts": "literature", "held-out notes": "notes", "a novel's paragraphs": "general"}
+    for told, source in texts.items():
+        found = measured["perplexity"][source]
+        shift = found["final"] / found["base"] - 1
+        assert cells[f"perplexity of {told}"] == (
+            f"{found['base']:.1f}",
+            f"{found['final']:.1f}",
+            f"−{-shift * 100:.0f} %",
+        )
+    assert f"scores {task['base']['majority']:.2f}" in section
+
+
+def scored(result):
+    low, high = result["ci95"]
+    return f"{result['accuracy']:.2f} ({low:.2f}–{high:.2f})"
+
+
+def changed(result):
+    low, high = result["difference"]["ci95"]
+    return f"{result['difference']['value']:+.2f} ({low:+.2f} to {high:+.2f}), p = {result['paired']['p_value']:.3f}"
 
 
 def test_every_example_is_in_the_table():
