@@ -19,7 +19,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from qmedtune import base, claims, keys, peak, plan, preflight, record, store, ui
+from qmedtune import base, claims, hub, keys, peak, plan, preflight, record, store, ui
 from qmedtune.data import secret
 from qmedtune.data.treat import phi_mode
 from qmedtune.disk import owner_only
@@ -181,7 +181,8 @@ def _do(
     with shown.step(step.name), stop.limited():
         started = time.monotonic()
         peak.reset()
-        facts = step.work(recipe, inputs, building)
+        with hub.closed() if step.kind != "data" else nullcontext():  # datasets of the Hub are read by data steps
+            facts = step.work(recipe, inputs, building)
         took = {"seconds": round(time.monotonic() - started, 2), "host_peak_bytes": peak.resident_bytes()}
         facts |= {**took, "section": made_from}
         return store.publish(building, folder, out, key, facts)
