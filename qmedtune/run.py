@@ -26,6 +26,7 @@ from qmedtune.disk import owner_only
 from qmedtune.errors import MergeRefused, QmedtuneError, RecipeError, RunError
 from qmedtune.interrupt import Stopped, stop
 from qmedtune.planning import room
+from qmedtune.planning.shapes import base_facts
 from qmedtune.recipe import Recipe
 from qmedtune.smoke import smoke as smoked
 from qmedtune.steps import Step, steps_of
@@ -138,7 +139,7 @@ def _refused(error: QmedtuneError, step: Step, recipe: Recipe, out: Path) -> rec
 def _check_start(recipe: Recipe, source: base.Base, to_do: Sequence[Step]) -> None:
     """What must be right before the first step, ahead of writing anything. A built-in base is right by itself."""
     scored = any(step.name == "evaluation" for step in to_do)
-    if recipe.model.base.startswith(base.BUILTIN):
+    if base_facts(recipe.model).builtin:
         if scored:
             preflight.check_evaluation(recipe, None)
     elif any(step.kind != "data" for step in to_do):
