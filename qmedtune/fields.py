@@ -14,8 +14,9 @@ Weight = Annotated[float, Field(ge=0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=80)]
 SourceKind = Literal["literature", "clinical", "general", "instructions"]
 SourceFormat = Literal[
-    "auto", "jsonl", "json", "csv", "tsv", "parquet", "text", "jats", "pubmed", "s2orc", "bioc",
-    "mimic_cxr", "emrqa", "pubmedqa", "medqa", "medmcqa", "huggingface",
+    "auto", "jsonl", "json", "csv", "tsv", "parquet", "text", "jats", "pubmed", "medline", "s2orc", "cord19", "tei",
+    "bioc", "pubtator", "mimic_cxr", "n2c2", "ccda", "fhir", "hl7", "emrqa", "pubmedqa", "medqa", "medmcqa", "bioasq",
+    "medquad", "liveqa", "docx", "xlsx", "pdf", "huggingface",
 ]  # fmt: skip
 
 

@@ -9,8 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
+from qmedtune import ui
 from qmedtune.errors import RecipeError
 from qmedtune.recipe import ModelSection
 
@@ -42,19 +41,6 @@ def check_folder(folder: Path) -> None:
             raise RecipeError(f"{path}: a link out of the model folder\ncopy the file into the folder")
 
 
-def check_weights(folder: Path) -> None:
-    """Name a truncated file, or a damaged header, before hours of data steps; files are mapped, headers read."""
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="numpy"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise RecipeError(
-                f"{path}: a damaged safetensors file ({error})\n"
-                "it is truncated or its header was changed; fetch or copy it again"
-            ) from error
-
-
 def _json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -67,10 +53,7 @@ def resolve_base(section: ModelSection, *, offline: bool, shape_only: bool = Fal
     weights: config and tokenizer are all that `pretrain` takes of it."""
     local = Path(section.base).expanduser()
     if local.is_dir():
-        if (local / "adapter_config.json").is_file():  # transformers would go on with the base that this file names
-            raise RecipeError(f"model.base: {local} holds an adapter, not a model\nmerge it: qmedtune merge {local}")
-        check_folder(local)
-        check_weights(local)
+        _judge(local)
         return local
     if local.is_absolute() or section.base.startswith((".", "~")) or section.base.count("/") != 1:
         raise RecipeError(
@@ -79,9 +62,15 @@ def resolve_base(section: ModelSection, *, offline: bool, shape_only: bool = Fal
         )
     folder = _download(section, offline=offline, shape_only=shape_only)
     if not shape_only:
-        check_folder(folder)
-        check_weights(folder)
+        _judge(folder)
     return folder
+
+
+def _judge(folder: Path) -> None:
+    from qmedtune.model_stack import read_model
+
+    for note in read_model(folder).notes:
+        ui.warn(note)
 
 
 def _download(section: ModelSection, *, offline: bool, shape_only: bool) -> Path:

@@ -15,7 +15,7 @@ from qmedtune.errors import DataError
 from qmedtune.recipe import Recipe, SourceSection, StageSection, TaskSection
 
 # Raise when a step would write something else from the same inputs; the release alone does not invalidate a run.
-FORMAT = 1
+FORMAT = 2
 CODE = f"qmedtune-{__version__.rpartition('.')[0]}-format-{FORMAT}"
 
 # Raise when scores of the same models would differ: 2 = perplexity over whole documents, heads in fp32.
@@ -25,7 +25,7 @@ PACKING = ("mix", "unit", "tokens", "epochs", "max_repeats", "data", "loss_on", 
 PACKING += ("packing", "multi_label")
 PACKED_AS = {"template", "chunking", "overlap", "max_tokens"}  # of a source: what packing reads, and reading does not
 # Keys that came later, with the value that means what stages did before: runs made then stay finished.
-SINCE_0_2 = {"adam_eps": 1e-8, "lora": None, "class_weights": "none"}
+SINCE_0_2 = {"adam_eps": 1e-8, "lora": None, "class_weights": "none", "min_steps": 1}
 BY_MACHINE = ("micro_batch", "gradient_checkpointing", "optimizer")
 MODEL_BY_MACHINE = ("compute_dtype", "kernels", "attention")
 
@@ -119,17 +119,20 @@ def _template_files(recipe: Recipe, names: list[str]) -> dict[str, str]:
 
 
 def sources_compared_with(recipe: Recipe, name: str) -> list[str]:
-    """Earlier sources that duplicates are looked for in: texts among texts, instructions among instructions, what
-    `classify` reads among itself (a note may be read on and be labelled)."""
+    """Earlier sources that duplicates are looked for in: texts among texts, instructions among instructions. What
+    `classify` reads is compared with no other source: several sets of labels are given to the same notes."""
     if not recipe.hygiene.dedup.exact and not recipe.hygiene.dedup.near:
         return []
     used = recipe.used_sources()
     labelled = {stage.classify.data for stage in recipe.stages if stage.classify}
+    if name in labelled:
+        return []
 
-    def family(source: str) -> tuple[bool, bool]:
-        return recipe.data[source].kind == "instructions", source in labelled
+    def asks(source: str) -> bool:
+        return recipe.data[source].kind == "instructions"
 
-    return [other for other in used[: used.index(name)] if family(other) == family(name)]
+    earlier = used[: used.index(name)]
+    return [other for other in earlier if other not in labelled and asks(other) == asks(name)]
 
 
 def validation_section(recipe: Recipe) -> dict[str, Any]:

@@ -91,7 +91,7 @@ def merge(job: MergeJob, out: Path) -> dict[str, Any]:
     started = time.monotonic()
     check_onto(job.section, job.model)
     opened = open_llama(job.base)
-    updates = read_adapters(job.adapters, opened.shapes, opened.linears)
+    updates = read_adapters(job.adapters, opened.shapes)
     check_chain(job.adapters, job.base)
     with workers() as pool, ThreadPoolExecutor(1) as helpers:
         # transformers changes torch's default dtype while it loads: nothing else may run beside it.
@@ -107,6 +107,7 @@ def merge(job: MergeJob, out: Path) -> dict[str, Any]:
         "adapters": len(job.adapters),
         "tied": writer.tied,
         **proof,
+        "warnings": _warnings(job, rounding, proof),
         "sha256": next(iter(hashes.values())) if len(hashes) == 1 else store.sha256_json(hashes),
         "seconds": round(time.monotonic() - started, 2),
     }
@@ -167,6 +168,16 @@ def _rounding_facts(rounding: Rounding, why: str) -> dict[str, Any]:
         "rounding_seed": rounding.seed,
         "rounding_why": why,
     }
+
+
+def _warnings(job: MergeJob, rounding: dict[str, Any], proof: dict[str, Any]) -> list[str]:
+    lost = proof["lost"] or 0.0
+    if lost <= MAX_LOST:
+        return []
+    keeps = "a wider merge.dtype keeps" if rounding["rounding"] == "stochastic" else (
+        "merge.rounding: stochastic, or a wider merge.dtype, may keep"
+    )  # fmt: skip
+    return [f"{rounding['rounding']} rounding to {job.section.dtype} lost {lost:.1%} of the change (KL): {keeps} more"]
 
 
 def _stays_tied(base: DiskLlama, updates: Updates) -> bool:

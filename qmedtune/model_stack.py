@@ -342,8 +342,7 @@ class _Reading:
         """The linear layers that the configuration targets; each of its targets must be one of them."""
         from peft.tuners.tuners_utils import check_target_module_exists
 
-        targets = self.config.target_modules
-        linears = self.linears()
+        targets, linears = self.config.target_modules, linears_of(self.shapes)
         found = [m for m in linears if targets and check_target_module_exists(self.config, m)]
         for target in sorted(targets) if isinstance(targets, set) else ():
             if not any(f".{module}".endswith(f".{target}") for module in linears):
@@ -351,11 +350,6 @@ class _Reading:
         if not found and not self.config.modules_to_save:
             refuse(self.folder, f"its target_modules ({targets}) hit no module of the base", FITS)
         return found
-
-    def linears(self) -> list[str]:
-        """Without the head where all linears are meant: PEFT leaves it out of `all-linear`."""
-        every = linears_of(self.shapes)
-        return [m for m in every if m != "lm_head"] if self.config.target_modules == "all-linear" else every
 
     def low_rank(self, module: str) -> LowRankFacts:
         from peft.utils.other import get_pattern_key
@@ -369,66 +363,51 @@ class _Reading:
         return LowRankFacts(rank, alpha / (math.sqrt(rank) if self.config.use_rslora else rank))
 
     def full(self, low_rank: Mapping[str, LowRankFacts]) -> list[str]:
-        """Parameters with a trained copy: every tensor that is left must be one, and each listed module have its own."""
+        """Parameters with a trained copy: every tensor that is left must be one, every listed module must have its own.
+
+        Embeddings may be stored unlisted: PEFT writes them where the vocabulary was resized, or where they are tied.
+        """
         parts = {f"{PREFIX}{module}.lora_{part}.weight" for module in low_rank for part in "AB"}
         names = [stored.removeprefix(PREFIX) for stored in sorted(self.stored.keys() - parts)]
         for name in names:
-            if name not in self.shapes or not self.saves(name):
+            if name not in self.shapes or not (name in ENDS or any(self.listed(name))):
                 refuse(self.folder, f"tensor {PREFIX + name[:80]!r} belongs to no module of the base", FITS)
             self.check(name, self.shapes[name])
+        either = bool(self.config.ensure_weight_tying) and bool(set(ENDS) & set(names))
         for name in self.shapes:
-            if self.listed(name) and name not in names and not self.tied_away(name, names):
+            if any(self.listed(name)) and name not in names and not (either and name in ENDS):
                 refuse(self.folder, f"the trained copy of {name} is missing", "the adapter is incomplete")
-        self.check_listed()
+        for module in self.config.modules_to_save or ():
+            if not any(module in self.listed(name) for name in self.shapes):
+                refuse(self.folder, f"modules_to_save: the base has no module {module}", FITS)
         return names
 
-    def listed(self, name: str) -> bool:
-        """Whether `modules_to_save` means the module of this parameter or one around it. PEFT compares the ends of
-        names: `norm` is also every `input_layernorm`."""
-        module = name.rpartition(".")[0]
-        places = [module, *(module[: found.start()] for found in re.finditer(r"\.", module))]
-        return any(place.endswith(each) for place in places for each in self.config.modules_to_save or ())
-
-    def saves(self, name: str) -> bool:
-        """A head tied to a trained embedding is stored and goes unlisted."""
-        return self.listed(name) or (name == HEAD and bool(self.config.ensure_weight_tying))
-
-    def tied_away(self, name: str, names: Sequence[str]) -> bool:
-        return (
-            bool(self.config.ensure_weight_tying) and name in (EMBEDDING, HEAD) and bool({EMBEDDING, HEAD} & {*names})
-        )
-
-    def check_listed(self) -> None:
-        modules = {name.rpartition(".")[0] for name in self.shapes}
-        for each in self.config.modules_to_save or ():
-            if not any(self.listed_as(module, each) for module in modules):
-                refuse(self.folder, f"modules_to_save: the base has no module {each}", FITS)
-
-    def listed_as(self, module: str, each: str) -> bool:
-        places = [module, *(module[: found.start()] for found in re.finditer(r"\.", module))]
-        return any(place.endswith(each) for place in places)
+    def listed(self, name: str) -> list[str]:
+        """The entries of `modules_to_save` that mean the module of this parameter, or one around it. PEFT compares the
+        ends of names: `norm` is also every `input_layernorm`."""
+        parts = name.split(".")[:-1]
+        places = [".".join(parts[:length]) for length in range(1, len(parts) + 1)]
+        return [m for m in self.config.modules_to_save or () if any(place.endswith(m) for place in places)]
 
     def check(self, name: str, expected: tuple[int, ...]) -> None:
         """The tensor is there, in this shape, in a floating-point type."""
         tensor = self.stored.get(PREFIX + name)
         if tensor is None:
-            refuse(
-                self.folder, f"tensor {PREFIX}{name} is missing", "the adapter is incomplete; train or fetch it again"
-            )
+            remedy = "the adapter is incomplete; train or fetch it again"
+            refuse(self.folder, f"tensor {PREFIX}{name} is missing", remedy)
         if tensor.dtype not in FLOATS:
             refuse(self.folder, f"{PREFIX}{name} is stored as {tensor.dtype}", "allowed: F32, F16, BF16")
         if tensor.shape != expected:
             self.refuse_shape(name, tensor.shape, expected)
 
     def refuse_shape(self, name: str, given: tuple[int, ...], expected: tuple[int, ...]) -> NoReturn:
-        embeds = name in (EMBEDDING, HEAD) or name.startswith("lm_head.lora_B")
-        if embeds and given[1:] == expected[1:] and given[0] > expected[0]:
+        counts_tokens = name in ENDS or name == "lm_head.lora_B.weight"
+        if counts_tokens and len(given) == 2 and given[1] == expected[1] and given[0] > expected[0]:
             what = f"{given[0] - expected[0]} tokens were added in training: {name} has {given[0]} rows, the base "
-            then = (
-                "resize the base's embeddings to that (transformers: resize_token_embeddings) and give it with --base"
-            )
+            then = "give the base that was resized to that with --base (transformers: resize_token_embeddings)"
             refuse(self.folder, f"{what}{expected[0]}", then)
         refuse(self.folder, f"{PREFIX}{name} has the shape {list(given)}, the base asks for {list(expected)}", FITS)
 
 
+ENDS = (EMBEDDING, HEAD)
 FITS = "use it with the base that it was trained on"

@@ -59,6 +59,8 @@ class SourceSection(Section):
     kind: SourceKind
     format: SourceFormat = "auto"
     columns: dict[str, str] = {}
+    delimiter: Annotated[str, Field(min_length=1, max_length=1)] | None = None  # of a table; None: found and told
+    encoding: str | None = None  # of a table or text file, by Python's name; None: found and told
     template: str | None = None
     split_by: Literal["record", "patient"] = "record"
     holdout: Annotated[float, Field(ge=0, lt=1)] = 0.05
@@ -348,6 +350,14 @@ class Recipe(Section):
     def stage_names(self) -> list[str]:
         """`01-cpt`, `02-sft` ...: the names of stage folders and of `run.json` entries."""
         return [f"{i:02d}-{stage.kind}" for i, stage in enumerate(self.stages, start=1)]
+
+    def judged_by(self, index: int) -> list[str]:
+        """Sources of `validate.on` whose held-out loss says which step of stage `index` is best: an sft stage is for
+        its instructions, the others for texts."""
+        stage, on = self.stages[index], self.validation.on
+        if stage.sft:
+            return [name for name in on if name in stage.sources]
+        return [name for name in on if self.data[name].kind != "instructions"]
 
     def adapter_of(self, index: int) -> AdapterSection:
         """The adapter that stage `index` trains: its own `lora`, else the recipe's."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qmedtune import __version__, store
-from qmedtune.errors import QmedtuneError
+from qmedtune.errors import MergeRefused, QmedtuneError
 from qmedtune.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -26,13 +26,27 @@ INTERNAL = ("section",)
 
 
 @dataclass(frozen=True)
+class Refused:
+    """A merge that was not published: why, and the name of the folder that holds what was written, if all of it was."""
+
+    error: MergeRefused
+    path: str | None
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return {"path": self.path, "status": "refused", "error": str(self.error), **self.error.facts}
+
+
+@dataclass(frozen=True)
 class Notes:
-    """What is known before the first step: the resolved recipe, its text, the choices made for `auto`."""
+    """What is known before the first step: the resolved recipe, its text, the choices made for `auto`. And of the run
+    so far what no seal tells: the merge that was refused."""
 
     recipe: Recipe
     text: str
     choices: list[dict[str, Any]]
     offline: bool
+    refused: Refused | None = None
 
 
 def text_sha256(text: str) -> str:
@@ -113,7 +127,7 @@ def compose(
         "offline": notes.offline,
         "stages": [_stage(name, steps, done, facts, out) for name in stages],
         "data": {n: facts[f"data/{n}"] for n in recipe.data if f"data/{n}" in done},
-        "merge": {"path": "merged", "status": "sealed", **facts["merged"]} if "merged" in done else None,
+        "merge": _merge(notes, facts),
         "audit": facts.get("audit"),
         "evaluation": facts.get("evaluation"),
         "steps": [_step(step, done) for step in steps],
@@ -123,6 +137,15 @@ def compose(
         "recipe_text": notes.text,
         "provenance": _provenance(source, facts),
     }
+
+
+def _merge(notes: Notes, facts: dict[str, dict]) -> dict[str, Any] | None:
+    if "merged" in facts:
+        return {"path": "merged", "status": "sealed", **facts["merged"]}
+    if notes.refused is None:
+        return None
+    section = notes.recipe.merge
+    return {"base": section.base, "dtype": section.dtype, **notes.refused.facts}
 
 
 def _stage(

@@ -63,6 +63,7 @@ def markdown(run: dict, metrics: Metrics) -> str:
         _section(tables.mixture(run)),
         _section(tables.tokens(run)),
         _section(tables.records(run)),
+        _section(tables.reading(run)),
         _section(tables.findings(run)),
         _section(tables.merge(run)),
         _section(tables.steps(run)),

@@ -12,6 +12,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from safetensors import SafetensorError
 from qmedtune import base, claims, keys, plan, preflight, record, store, ui
 from qmedtune.data import secret
 from qmedtune.data.treat import phi_mode
-from qmedtune.errors import RecipeError, RunError
+from qmedtune.errors import MergeRefused, QmedtuneError, RecipeError, RunError
 from qmedtune.interrupt import Stopped, stop
 from qmedtune.planning import room
 from qmedtune.recipe import Recipe
@@ -72,14 +74,22 @@ def run(
                 leftover.unlink()
         hashes.save()
         notes = record.Notes(resolved, recipe_text, choices, offline=offline)
-        folder = source.make()
         done: dict[str, store.Seal] = {}
         with ui.run_progress([*(step.name for step in chosen), "report"]) as shown:
             try:
+                refused = None
                 for step in chosen:
+                    try:
+                        with _told(step.name, out):
+                            able = _without(step, "merged") if refused else step
+                            done[step.name] = _do(able, resolved, source, done, out, siblings, shown)
+                    except QmedtuneError as error:
+                        refused = _refused(error, step, resolved, out)
+                        notes = replace(notes, refused=refused)
                     with _told(step.name, out):
-                        done[step.name] = _do(step, resolved, folder, source.digest, done, out, siblings, shown)
                         record.write(out, notes, steps, done, source, "running")
+                if refused:
+                    raise refused.error
             except BaseException as error:
                 with suppress(OSError):  # on a full disk; what happened is raised all the same
                     status = "running" if isinstance(error, Stopped) else "failed"
@@ -90,6 +100,29 @@ def run(
                 complete = "finished" if len(chosen) == len(steps) else "running"
                 result = record.finish(out, notes, steps, done, source, complete)
         return result
+
+
+def _without(step: Step, name: str) -> Step:
+    """The step without one of its inputs: base + adapters can be scored where there is no merged model."""
+    return replace(step, needs={key: path for key, path in step.needs.items() if path != name})
+
+
+def _refused(error: QmedtuneError, step: Step, recipe: Recipe, out: Path) -> record.Refused:
+    """A merge that is not published costs nothing else: what it wrote is kept, the steps after it go on without it, and
+    the error is raised at the end. That of any other step is raised now."""
+    lines, kept = [str(error)], None
+    if isinstance(error, MergeRefused):
+        kept = store.keep_refused(store.building_of(out / step.name, out), out / step.name, str(error))
+        lines.append(f"not published: what was written is kept as {kept}")
+    if step.kind != "merge":
+        raise (RunError("\n".join(lines)) if kept else error)
+    dtype = "bfloat16" if "not finite in float16" in str(error) else recipe.merge.dtype
+    lines.append("the adapters are as they were, and scores and report are made all the same; to merge again:")
+    lines.append(f"qmedtune merge {out} --out {out}-merged --onto {recipe.merge.base} --dtype {dtype}")
+    ui.warn(lines[0])
+    told = MergeRefused("\n".join(lines), error.facts if isinstance(error, MergeRefused) else {})
+    told.exit_code = error.exit_code
+    return record.Refused(told, kept.name if kept else None)
 
 
 def _check_start(recipe: Recipe, source: base.Base, to_do: Sequence[Step]) -> None:
@@ -104,21 +137,21 @@ def _check_start(recipe: Recipe, source: base.Base, to_do: Sequence[Step]) -> No
 
 def source_of(recipe: Recipe, hashes: store.HashCache, offline: bool) -> base.Base:
     shape_only = recipe.stages[0].kind == "pretrain"
-    return base.identify(recipe.model, hashes, offline=offline, shape_only=shape_only)
+    found = base.identify(recipe.model, hashes, offline=offline, shape_only=shape_only)
+    return replace(found, make=cache(found.make))  # it hashes what it gives, and every other step asks for it
 
 
 def _do(
     step: Step,
     recipe: Recipe,
-    model: Path,
-    model_digest: str,
+    model: base.Base,
     done: dict[str, store.Seal],
     out: Path,
     siblings: Sequence[Path],
     shown: ui.Run,
 ) -> store.Seal:
     """One step: skipped when its sealed folder carries the key, brought back from history or a sibling, or run."""
-    folder, key = out / step.name, key_of(step, model_digest, done)
+    folder, key = out / step.name, key_of(step, model.digest, done)
     if sealed := store.intact(folder, key):
         shown.cached(step.name)
         return sealed
@@ -128,7 +161,7 @@ def _do(
     if sealed := store.borrow(folder, out, key, siblings):
         shown.cached(step.name, "the same as in another run")
         return sealed
-    made_from = {**step.section, "inputs": inputs_of(step, model_digest, done)}
+    made_from = {**step.section, "inputs": inputs_of(step, model.digest, done)}
     _explain(step, made_from, key, folder, out)
     inputs = _inputs(step, model, out)
     _check_inputs(step, done, out)
@@ -171,8 +204,10 @@ def owner_of(path: str) -> str:
     return "/".join(parts[:2]) if parts[0] == "data" else parts[0]
 
 
-def _inputs(step: Step, model: Path, out: Path) -> dict[str, Path]:
-    return {name: model if path == "base" else out / path for name, path in step.needs.items()}
+def _inputs(step: Step, model: base.Base, out: Path) -> dict[str, Path]:
+    """Where the step finds what it needs. A built-in base is made for the first step that needs one: sources come
+    before, and a fault in a file is told before minutes of pretraining."""
+    return {name: model.make() if path == "base" else out / path for name, path in step.needs.items()}
 
 
 def _check_inputs(step: Step, done: dict[str, store.Seal], out: Path) -> None:

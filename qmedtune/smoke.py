@@ -28,7 +28,7 @@ def smoke(recipe: Recipe, builtin: str = "builtin:tiny") -> Recipe:
         for name, source in recipe.data.items()
     }
     texts = [name for name, source in recipe.data.items() if source.kind != "instructions" and name not in labelled]
-    on = [name for name in recipe.validation.on if name in texts]  # the built-in world holds out documents alone
+    on = [name for name in recipe.validation.on if name not in labelled]
     validate = {"on": on, "keep_best": recipe.validation.keep_best and bool(on)}
     hygiene: dict[str, object] = {"decontaminate": "off" if recipe.hygiene.decontaminate == "off" else "evaluation"}
     hygiene |= {"languages": "any", "min_characters": 0, "max_characters": None, "presidio": None}  # made for real text

@@ -73,6 +73,7 @@ def train_stage(
         attach_head(model, rows, stage.classify)
     packed = json.loads((inputs["tokens"] / store.SEAL).read_text())["facts"]
     loop = Loop(name, out, validation_rows(recipe, inputs.get("validation")), tokenizer.pad_token_id, recipe)
+    loop.judges = [source for source in recipe.judged_by(index) if source in loop.held_out]
     started = time.monotonic()
     trainer = _run(recipe, index, model, tokenizer, rows, packed, loop, out)
     facts |= loop.facts(trainer, packed["tokens"], time.monotonic() - started)
@@ -238,6 +239,7 @@ class Loop(TrainerCallback):
     memory: dict[str, Any] = field(default_factory=dict)
     losses: list[float] = field(default_factory=list)
     validation: list[dict[str, Any]] = field(default_factory=list)
+    judges: list[str] = field(default_factory=list)
     _marked: tuple[float, int] = (0.0, 0)
 
     def begin(self, trainer: QTrainer, steps: int) -> None:
@@ -308,9 +310,9 @@ class Loop(TrainerCallback):
         self._marked = (time.monotonic(), self.tokens)
 
     def _kept_step(self) -> int | None:
-        """Where the mean of the validation losses is lowest, first of equals; None where none is finite."""
-        means = [(sum(v[s] for s in self.held_out), v["step"]) for v in self.validation if None not in v.values()]
-        return min(means)[1] if means else None
+        """Where the losses that the stage is judged by are lowest in sum, first of equals; None where none is."""
+        sums = [(sum(v[s] for s in self.judges), v["step"]) for v in self.validation if None not in v.values()]
+        return min(sums)[1] if sums and self.judges else None
 
     def restore_best(self, model: Any) -> None:
         if self.recipe.validation.keep_best and self._kept_step() is not None:
@@ -330,6 +332,7 @@ class Loop(TrainerCallback):
             "steps": self.steps,
             "batch": trainer.section.batch,
             "kept_step": kept or self.steps,
+            "kept_by": self.judges if kept else [],
             "loss": {"first": self.losses[0], "last": self.losses[-1]},
             "tokens_per_s": round(sorted(speeds)[len(speeds) // 2], 1),
             "train_seconds": round(seconds, 2),

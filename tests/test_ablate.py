@@ -95,7 +95,7 @@ def test_every_arm_is_a_recipe_that_can_run(arms):
 
 def test_arms_validate_on_what_they_learn_and_are_asked_alike(arms):
     assert arms["cpt-notes+sft"].recipe.validation.on == ["notes"]
-    assert arms["sft"].recipe.validation.on == [] and not arms["sft"].recipe.validation.keep_best
+    assert arms["sft"].recipe.validation.on == [] and arms["sft"].recipe.validation.keep_best  # by its instructions
     # Without sft there is no template of training; the default need not be that of the other arms.
     assert arms["cpt-notes"].recipe.evaluate.template == "alpaca"
 

@@ -90,7 +90,7 @@ MISTAKES = [
     Mistake("empty data file", 3, ("notes.csv", "empty"), files=(("notes.csv", ""),)),
     Mistake("Git LFS pointer", 3, ("Git LFS", "git lfs pull"), files=(("notes.csv", LFS),)),
     Mistake("variable that is not set", 3, ("NOTES", "not set", "export NOTES="), ("notes.csv", '"${NOTES}/n.csv"')),
-    Mistake("unknown extension", 2, ("no reader for .docx", "format"), ("s.csv", "s.docx"), (("notes.docx", "x"),)),
+    Mistake("unknown extension", 2, ("no reader for .rtf", "format"), ("s.csv", "s.rtf"), (("notes.rtf", "x"),)),
     Mistake("unknown built-in source", 2, ("did you mean `builtin:notes`",), ("path: notes.csv", "path: builtin:note")),
     Mistake("out folder not writable", 2, ("--out", "cannot write"), command="run mine.yaml --out notes.csv/run"),
     Mistake("until a step that does not exist", 2, ("no step 'x'", "01-cpt"), command="run mine.yaml --until x"),

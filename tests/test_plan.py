@@ -169,7 +169,7 @@ def test_the_tiny_bases_have_about_the_vocabulary_that_is_planned_for(base, cach
 
 # ---- resolve ---------------------------------------------------------------------------------------------------------
 
-LEFT = {"memory", "tokens", "every", "kernels", "attention", "format", "workers"}
+LEFT = {"memory", "tokens", "every", "kernels", "attention", "format", "workers", "rounding"}
 
 
 def autos(value, key=""):

@@ -238,9 +238,10 @@ def test_notes_keep_lines_blanks_and_marks():
     assert clean(note, "clinical") == "HISTORY:\n  [**Name**] has  Hgb [12]\n\nPLAN: ___"
 
 
-def test_literature_loses_citation_marks_and_nothing_else():
-    text = "Cells grow [12, 14] fast [3\u20135]. The interval [0.5, 0.9] and the item\n[1] stay.\u200b"
-    assert clean(text, "literature") == "Cells grow fast. The interval [0.5, 0.9] and the item\n[1] stay."
+@pytest.mark.parametrize("kind", ["literature", "clinical", "general", "instructions"])
+def test_no_pattern_guesses_at_brackets(kind):
+    text = "Stay was 12 [8-15] days, age 45 [38, 52]; F [1,306] = .56, as before [12, 14].\n[1] An item."
+    assert clean(text + "\u200b", kind) == text
 
 
 def test_unicode_is_composed():

@@ -266,11 +266,32 @@ def test_a_validation_loss_that_is_not_finite_is_told_and_never_the_best(
     values = iter([float("nan"), 3.0, 2.0, float("inf")])  # two sources, before and after
     monkeypatch.setattr(train, "mean_loss", lambda *_: next(values, 2.5))
     recipe = micro(*FP32, "validate.keep_best=true", "validate.every=4")
+    texts = recipe.validation.model_copy(update={"on": ["literature", "notes"]})
+    recipe = recipe.model_copy(update={"validation": texts})
     facts = train.train_stage(recipe, 0, micro_run.inputs(), tmp_path)
     assert facts["kept_step"] == 12 and [v["step"] for v in facts["validation"]][:3] == [4, 8, 12]
     told = ["step 4: validation loss on literature is nan", "step 8: validation loss on notes is inf"]
     assert facts["warnings"] == told
     json.loads((tmp_path / train.METRICS).read_text().splitlines()[4], parse_constant=pytest.fail)
+
+
+def test_each_stage_keeps_the_step_that_is_best_at_what_it_is_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Texts get worse with every sft step and instructions better, as they do: sft goes by the instructions."""
+    from qmedtune.reporting.tables import stages
+    from qmedtune.run import run
+
+    calls = iter(range(1000))
+    rising = {"literature": 1, "notes": 1, "instructions": -1}
+    monkeypatch.setattr(train, "mean_loss", lambda _, rows, *__: 9 + rising[rows.sources[0]] * next(calls) / 100)
+    settings = ["validate.keep_best=true", "validate.every=2", "stages[1].sft.batch=2", "stages[0].cpt.tokens=1500"]
+    loaded = load_recipe(MICRO, settings)
+    result = run(loaded.recipe, loaded.text, tmp_path / "run", offline=True, until="02-sft")
+    cpt, sft = result["stages"]
+    assert (cpt["kept_step"], cpt["kept_by"]) == (2, ["literature", "notes"])
+    assert sft["kept_step"] == sft["steps"] > 4 and sft["kept_by"] == ["instructions"]
+    added = next(choice for choice in result["resolved"] if choice["key"] == "validate.on")
+    assert added["value"] == "literature, notes, instructions" and "held-out instructions" in added["why"]
+    assert "(best by instructions)" in str(stages(result).rows)
 
 
 def test_weights_that_are_not_finite_are_not_sealed(

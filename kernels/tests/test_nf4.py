@@ -13,9 +13,7 @@ def quantize(n: int, k: int, nested: bool, device="cpu", blocksize: int = 64, se
     """A fresh random weight, quantised by bitsandbytes: (NF4Weight, its quant state, its packed tensor)."""
     generator = torch.Generator().manual_seed(seed if seed is not None else torch.seed() % 2**32)
     w = torch.randn(n, k, generator=generator) * torch.rand(n, 1, generator=generator)
-    packed, state = bnb.quantize_4bit(
-        w.to(device), blocksize=blocksize, compress_statistics=nested, quant_type="nf4"
-    )
+    packed, state = bnb.quantize_4bit(w.to(device), blocksize=blocksize, compress_statistics=nested, quant_type="nf4")
     two = state.state2
     weight = NF4Weight(
         packed, state.absmax, blocksize, (n, k),

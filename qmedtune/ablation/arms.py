@@ -210,7 +210,8 @@ def _prune_validation(tree: Tree, recipe: Recipe) -> None:
     trained = {name for stage in tree["stages"] for name in _read(stage[_kind(stage)])}
     dropped = {name for stage in recipe.stages for name in stage.sources} - trained
     tree["validate"]["on"] = [name for name in tree["validate"]["on"] if name not in dropped]
-    tree["validate"]["keep_best"] &= bool(tree["validate"]["on"])
+    taught = all(_kind(stage) == "sft" for stage in tree["stages"])  # its instructions are added by themselves
+    tree["validate"]["keep_best"] &= taught or bool(tree["validate"]["on"])
 
 
 def _read(section: Tree) -> list[str]:

@@ -21,7 +21,8 @@ from typing import Any
 from qmedtune import ui
 from qmedtune.bench import data_memory
 from qmedtune.bench import data_peers as peers
-from qmedtune.data import decontaminate, dedup, mix, world, xml
+from qmedtune.data import decontaminate, dedup, mix, world
+from qmedtune.data.reading import jats, xml_files
 from qmedtune.data.tokens import BATCH_BYTES, Codec, encode_texts, load_codec, shard_array, write_shards
 from qmedtune.errors import RecipeError
 from qmedtune.record import device_name, versions
@@ -185,11 +186,11 @@ def _jats(texts: list[str], folder: Path) -> tuple[int, list[Run]]:
         from lxml import etree  # type: ignore[attr-defined]
 
         for path in paths:
-            etree.parse(str(path), etree.XMLParser(**xml.SAFE))
+            etree.parse(str(path), etree.XMLParser(**xml_files.SAFE))
 
     def ours() -> None:
         for path in paths:
-            list(xml.read_jats(path))
+            list(jats.read_jats(path))
 
     runs = [Run("lxml", alone), Run("qmedtune", ours)]
     if peers.installed("pubmed_parser"):

@@ -114,7 +114,7 @@ def data(
 
     packed = {name: store.read_seal(folder / "data" / name) for name in loaded.recipe.stage_names()}
     ledgers = [report_tables.packing(name, seal.facts.get("mixture", {})) for name, seal in packed.items() if seal]
-    _show(report_tables.records(facts), report_tables.findings(facts), *ledgers)
+    _show(report_tables.records(facts), report_tables.reading(facts), report_tables.findings(facts), *ledgers)
 
 
 def _show_packed(loaded: LoadedRecipe, folder: Path, stage: str | None, count: int, offline: bool) -> None:

@@ -2,27 +2,27 @@
 
 An item carries its question and its passages apart from its options, because leaked text seldom holds the options in
 order, and the very id that the evaluation gives it, so that a score can be split into clean and overlapping items.
+Benchmarks are read by the tasks' own readers: what is scored is what is looked for.
 Named benchmarks are read through the `datasets` library, from its cache when offline; nothing else here downloads.
 """
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qmedtune.data import rows
 from qmedtune.data.decontaminate import Item
-from qmedtune.data.files import plain_suffix
-from qmedtune.data.rejects import Damaged
 from qmedtune.errors import DataError
 from qmedtune.recipe import Recipe, TaskSection
 
-QUESTIONS = ("QUESTION", "question", "query", "instruction", "prompt", "sentence2", "stem")
-PASSAGES = ("CONTEXTS", "context", "contexts", "abstract", "passage", "sentence1", "input", "text")
-READERS = {".json": rows.read_json, ".jsonl": rows.read_jsonl, ".csv": rows.read_csv, ".tsv": rows.read_tsv}
+# Of a file that is no known task (`decontaminate: [FILE]`): where questions and passages stand in its records.
+QUESTIONS = ("QUESTION", "question", "query", "instruction", "prompt", "sentence2", "hypothesis", "stem", "body")
+PASSAGES = (
+    "CONTEXTS", "context", "contexts", "abstract", "passage", "sentence1", "premise", "sentence", "input", "text",
+    "article", "findings", "dialogue",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -82,14 +82,23 @@ def benchmark_files(task: TaskSection) -> list[Path]:
 
 
 def _items(recipe: Recipe, task: TaskSection) -> Iterator[Item]:
-    from qmedtune.tasks.items import item_id
+    """The items as the evaluation asks them, by the task's own reader and under its ids; else by their columns."""
+    from qmedtune import tasks
+    from qmedtune.tasks.items import item_id, records
 
     if task.path is None:
         yield from _preset(task.task) if task.task in PRESETS else _facts(recipe)
         return
     files = benchmark_files(task)
+    try:
+        for asked in tasks.read_items(task.task, files) if task.task in tasks.FILE_TASKS else ():
+            yield Item(task.task, asked.id, asked.leaks, asked.pmid)
+        if task.task in tasks.FILE_TASKS:
+            return
+    except DataError:
+        pass  # no answers (MedMCQA's and other test splits have none), which a search needs not; scoring refuses it
     for file in files:
-        for where, fields in _fields(task.task, file):
+        for where, fields in records(file):
             name = item_id(where, fields)
             yield _item(task.task, name if len(files) == 1 else f"{file.stem}/{name}", fields)
 
@@ -118,45 +127,19 @@ def _preset(name: str) -> Iterator[Item]:
             ) from error
         for number, fields in enumerate(rows_of_split, start=1):
             where = str(fields.get("pubid") or fields.get("id") or number)
-            yield _item(name, f"{configuration}/{where}" if len(preset.configurations) > 1 else where, _flat(fields))
+            yield _item(name, f"{configuration}/{where}" if len(preset.configurations) > 1 else where, fields)
 
 
 def _flat(fields: dict[str, Any]) -> dict[str, Any]:
     """PubMedQA as the Hub has it: `pubid`, and the passages one level down."""
-    if "pubid" not in fields:
+    if "pubid" not in fields or not isinstance(fields.get("context"), dict):
         return fields
     return {"question": fields["question"], "contexts": fields["context"]["contexts"], "pmid": fields["pubid"]}
 
 
-def _fields(task: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """("file:line", fields) of every record, by the kind of file; of MMLU's and of formats of their own as well."""
-    reader = READERS.get(plain_suffix(path))
-    if task.startswith("mmlu"):
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            table = csv.reader(file)
-            yield from ((f"{path}:{table.line_num}", {"question": row[0]}) for row in table if row)
-    elif reader is None:
-        yield from _read_by_task(task, path)
-    else:
-        for line, fields in reader(path):
-            if isinstance(fields, Damaged):
-                raise DataError(f"{path}:{line}: {fields.reason}\na benchmark must be whole to be checked against")
-            yield f"{path}:{line}", fields
-
-
-def _read_by_task(task: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """A format that only its task knows (XML of i2b2 or DDI): what its user messages say."""
-    from qmedtune.tasks import FILE_TASKS
-
-    if task not in FILE_TASKS:
-        raise DataError(f"{path}: unknown kind of benchmark file\nallowed: {', '.join(READERS)}, also .gz")
-    for item in FILE_TASKS[task][0](path):
-        asked = [m.get("input", m["content"]) for m in item.messages if m["role"] == "user"]
-        yield f"{path}:{item.id}", {"id": item.id, "text": asked}
-
-
 def _item(task: str, name: str, fields: dict[str, Any]) -> Item:
     """Questions and passages by the names that benchmarks use; a file without any of them counts as text."""
+    fields = _flat(fields)
     texts = [text for key in (*QUESTIONS, *PASSAGES) for text in _strings(fields.get(key))]
     if not texts:
         texts = [text for value in fields.values() for text in _strings(value)][:1]

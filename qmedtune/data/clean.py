@@ -1,7 +1,8 @@
-"""Cleaning that keeps meaning: Unicode form, control characters, spaces, and citation marks of literature.
+"""Cleaning that keeps meaning: Unicode form, control characters and spaces.
 
 Newlines, section headings, de-identification marks (`[** **]`, `___`), case and numbers of clinical notes stay as they
-are. Does not judge quality, and does not remove a record unless nothing is left of it.
+are, and so do brackets: whether `[8-15]` is a citation or an interval, only markup knows (reading/markup.py). Does not
+judge quality, and does not remove a record unless nothing is left of it.
 """
 
 from __future__ import annotations
@@ -14,19 +15,15 @@ CONTROLS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b-\u200f\u202a-\
 SPACES = re.compile(r"[ \t\u00a0\u2000-\u200a\u202f\u3000]+")
 TRAILING = re.compile(r" +(?=\n|$)")
 BLANK_LINES = re.compile(r"\n{3,}")
-# [12], [3, 4], [5-7], [8–10]: but not [1] at a line's start, which is a list, and not intervals such as [0.5, 0.9].
-CITATIONS = re.compile(r"(?<=[\w.,;)\]]) ?\[\d{1,3}(?:\s?[,;–-]\s?\d{1,3})*\]")
 
 
 def clean(text: str, kind: str) -> str:
-    """`text` in NFC without control characters, runs of blanks and (literature only) bracketed citation numbers."""
+    """`text` in NFC without control characters and, but in clinical notes, runs of blanks."""
     if not text.isascii():
         text = unicodedata.normalize("NFC", text)
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
     text = CONTROLS.sub("", text)
-    if kind == "literature" and "[" in text:
-        text = CITATIONS.sub("", text)
     if kind != "clinical":
         text = SPACES.sub(" ", text)
     return BLANK_LINES.sub("\n\n", TRAILING.sub("", text)).strip()

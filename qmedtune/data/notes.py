@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from qmedtune.data import rows
-from qmedtune.data.rejects import Damaged
-
-# Passages of BioC full texts that are no running text.
-BIOC_SKIPPED = frozenset({"ref", "table", "table_caption", "front_matter", "footnote", "table_footnote"})
-BIOC_HEADINGS = frozenset({"front", "title", "title_1", "title_2", "title_3", "title_4", "abstract_title_1"})
+from qmedtune.data.reading import bioc
+from qmedtune.data.reading.document import Document
+from qmedtune.data.rejects import Damaged, Unusable
 
 
 def read_mimic_cxr(path: Path) -> Iterator[rows.Row]:
@@ -33,8 +31,9 @@ def expand(fields: Any, instructions: bool) -> list[Any]:
         return [fields]
     if isinstance(fields.get("paragraphs"), list):
         return list(_emrqa(fields, instructions))
-    if isinstance(fields.get("documents"), list):
-        return [document for entry in fields["documents"] for document in expand(entry, instructions)]
+    entries = fields.get("documents")
+    if isinstance(entries, list) and entries and all(isinstance(entry, dict) for entry in entries):
+        return [document for entry in entries for document in expand(entry, instructions)]
     if isinstance(fields.get("passages"), list):
         return [_bioc(fields)]
     return [fields]
@@ -54,6 +53,9 @@ def _emrqa(note: dict[str, Any], instructions: bool) -> Iterator[dict[str, Any] 
             yield {"id": name, "text": text, "patient": name.split("_")[0]}
             continue
         for qa in paragraph.get("qas") or []:
+            if not isinstance(qa, dict):
+                yield Damaged("emrQA question is not an object")
+                continue
             question, answers = qa.get("question"), _answers(qa)
             if answers:
                 asked = question[0] if isinstance(question, list) and question else question
@@ -62,21 +64,13 @@ def _emrqa(note: dict[str, Any], instructions: bool) -> Iterator[dict[str, Any] 
 
 def _answers(qa: dict[str, Any]) -> list[str]:
     """The answers in words: any of them is right."""
-    texts = [answer["text"] for answer in qa.get("answers") or [] if answer.get("text")]
+    said = [answer for answer in qa.get("answers") or [] if isinstance(answer, dict)]
+    texts = [answer["text"] for answer in said if answer.get("text")]
     return [", ".join(map(str, text)) if isinstance(text, list) else str(text) for text in texts]
 
 
-def _bioc(document: dict[str, Any]) -> dict[str, Any]:
-    """Titles as headings, paragraphs in order; references and tables left out as in JATS."""
-    parts = []
-    pmid = None
-    for passage in document["passages"]:
-        infons = passage.get("infons", {})
-        kind = str(infons.get("type", "")).lower()
-        pmid = pmid or infons.get("article-id_pmid")
-        text = passage.get("text")
-        if kind in BIOC_SKIPPED or infons.get("section_type") == "REF" or not isinstance(text, str) or not text.strip():
-            continue
-        heading = kind in BIOC_HEADINGS
-        parts.append(f"{'#' if kind in ('front', 'title') else '##'} {text.strip()}" if heading else text.strip())
-    return {"id": document.get("id"), "pmid": pmid, "text": "\n\n".join(parts)}
+def _bioc(entry: dict[str, Any]) -> Document | Damaged:
+    try:
+        return bioc.of_json(entry)
+    except Unusable as error:
+        return Damaged(str(error))

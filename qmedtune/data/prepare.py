@@ -18,8 +18,8 @@ import numpy as np
 
 from qmedtune.data import decontaminate, dedup
 from qmedtune.data.benchmarks import benchmark_items
+from qmedtune.data.listing import by_extension, list_source
 from qmedtune.data.rejects import Rejects
-from qmedtune.data.sources import source_files
 from qmedtune.data.stage import in_batches, stage_source
 from qmedtune.data.treat import Staged, phi_mode, text_of
 from qmedtune.errors import DataError
@@ -148,14 +148,25 @@ def _line_starts(path: Path) -> np.ndarray:
 def _check_damage(recipe: Recipe, name: str, rejects: Rejects, num_sound: int) -> None:
     bad, read = rejects.counts["rejected"], num_sound + sum(rejects.counts.values())
     limit = recipe.hygiene.max_bad_fraction
+    if rejects.unread and limit < 1:
+        file, line, reason = rejects.unread[0]
+        others = f" (and {len(rejects.unread) - 1:,} more like it)" if len(rejects.unread) > 1 else ""
+        raise DataError(
+            f"{file}:{line}: {reason}{others}\nwhat follows there is not read, and how many records that is cannot be "
+            "told: mend the file\nto go on without: hygiene: {max_bad_fraction: 1}"
+        )
     if not read or bad / read <= limit:
         return
-    reasons = "; ".join(f"{reason} ({count:,})" for reason, count in rejects.reasons.most_common(3))
+    reasons = _most_frequent(rejects)
     raise DataError(
         f"data.{name} ({recipe.data[name].path}): {bad:,} of {read:,} records are unusable "
         f"(allowed: {limit:.1%}, `hygiene.max_bad_fraction`)\nmost frequent: {reasons}\n"
         f"each is named in {rejects.path} (file, line, reason)\nrepair the files, set `columns:` or raise the limit"
     )
+
+
+def _most_frequent(rejects: Rejects) -> str:
+    return "; ".join(f"{reason} ({count:,})" for reason, count in rejects.reasons.most_common(3))
 
 
 def _check_left(name: str, source: SourceSection, rejects: Rejects, fate: np.ndarray) -> None:
@@ -164,6 +175,7 @@ def _check_left(name: str, source: SourceSection, rejects: Rejects, fate: np.nda
             f"data.{name} ({source.path}): no record is left of {len(fate) + sum(rejects.counts.values()):,} read\n"
             f"duplicates {int(((fate == DUPLICATE) | (fate == NEAR_DUPLICATE)).sum()):,}, "
             f"contaminated {int((fate == CONTAMINATED).sum()):,}, refused {rejects.counts['refused']:,}"
+            + (f"\nmost frequent: {_most_frequent(rejects)}" if rejects.reasons else "")
         )
 
 
@@ -203,11 +215,13 @@ def _facts(
         "refused": rejects.counts["refused"],
     }
     assert records["read"] == sum(count for key, count in records.items() if key != "read")
-    mode = phi_mode(recipe, name)
+    mode, listing = phi_mode(recipe, name), list_source(source)
+    reading = staged.reading.as_dict()
+    reading["files_unread"] = dict(sorted((staged.reading.files_unread + by_extension(listing.unread)).items()))
     return {
         "records": records, "near_duplicates": near, "held_out": int((held_out & (fate == KEPT)).sum()),
         "sha256": sha256_file(out / "train.jsonl"), "kind": source.kind, "license": source.license,
-        "terms": source.terms, "files": len(source_files(source)), "reasons": dict(rejects.reasons),
+        "terms": source.terms, "files": len(listing.files), "reasons": dict(rejects.reasons), **reading,
         "cleaned": {what: staged.cleaned[what] for what in ("records", "characters")},
         "phi": staged.identifiers.facts(mode) if mode != "off" else {}, "warnings": [],
     }  # fmt: skip

@@ -1,30 +1,67 @@
-"""From the fields of a row to a text record: {"id", "text", and where known "patient", "pmid", "group"}.
+"""From the fields of a row, or from a document that a reader made, to a text record.
 
-Column names are those of the public corpora (MIMIC, MTSamples, S2ORC, HoC, guidelines);
-`columns:` in the recipe names others. Instruction records are in instructions.py.
+A record is {"id", "text"} and, where known, "patient", "pmid", "group", "label", "language". Column names are those
+of the public corpora (MIMIC, MTSamples, CORD-19, guidelines, PubMed summaries); `columns:` in the recipe names others.
+What was used of a row is told, so that the ledger can name the rest. Instruction records are in instructions.py.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
+from dataclasses import dataclass
 from typing import Any
 
+from qmedtune.data.reading import fulltext
+from qmedtune.data.reading.document import Document
+from qmedtune.data.reading.tally import shown_names
 from qmedtune.data.rejects import Refused, Unusable
 
 # First match wins; compared in lower case because MIMIC-III's header is upper case and MIMIC-IV's is not.
 COLUMNS = {
-    "text": ("text", "clean_text", "transcription", "contents", "content", "body", "abstract", "note", "note_text"),
-    "id": ("id", "note_id", "row_id", "pmid", "corpusid", "doc_id", "document_id", "accession_id", "_key"),
-    "patient": ("patient", "patient_id", "subject_id", "mrn"),
+    "text": (
+        "text", "clean_text", "transcription", "contents", "content", "body", "note", "note_text", "notetext",
+        "article", "full_text", "fulltext", "report", "report_text", "document",
+    ),
+    "abstract": ("abstract", "abstract_text", "abstracttext"),
+    "title": ("title",),
+    "id": (
+        "id", "note_id", "row_id", "pmid", "corpusid", "cord_uid", "doc_id", "document_id", "accession_id", "paper_id",
+        "_key",
+    ),
+    "patient": ("patient", "patient_id", "patientid", "subject_id", "subjectid", "mrn"),
     "pmid": ("pmid", "pubmed_id"),
     "group": ("group",),
-}
+}  # fmt: skip
+NAMES = ("patient", "pmid", "group")
+FLAGS = ("iserror", "retracted")
+KEPT = frozenset({"held_out", "language"})  # what a reader of ours says, and no column
+
+
+@dataclass(frozen=True)
+class Shaped:
+    """A record, and the keys of the row that it was made of."""
+
+    record: dict[str, Any]
+    read: frozenset[str]
+    schema: str = ""  # what the keys were recognised as, where they are no plain columns
 
 
 def find_columns(fields: dict[str, Any], columns: dict[str, str]) -> dict[str, str]:
     """Which field of this row serves which role: the recipe's `columns:` first, then the known names."""
+    key = tuple(fields), tuple(columns.items())
+    found = _found.get(key)
+    if found is None:
+        if len(_found) > 1024:
+            _found.clear()
+        found = _found[key] = _find_columns(fields, columns)
+    return found
+
+
+_found: dict[Any, dict[str, str]] = {}  # rows of a file have the same keys: finding them is half the time of a row
+
+
+def _find_columns(fields: dict[str, Any], columns: dict[str, str]) -> dict[str, str]:
     lower = {name.lower(): name for name in reversed(fields)}
     found = {role: name for role, name in columns.items() if name in fields}
     for role, names in COLUMNS.items():
@@ -70,27 +107,78 @@ def as_name(value: Any) -> str | None:
     return name if name and name.isprintable() else None
 
 
-def text_record(fields: dict[str, Any], columns: dict[str, str]) -> dict[str, Any] | Refused:
+def text_record(fields: dict[str, Any] | Document, columns: dict[str, str]) -> dict[str, Any] | Refused:
     """The record of one row of a text source. Raises `Unusable`."""
-    if _flag(fields, "iserror"):
-        return Refused("marked as an error in the source (ISERROR)")
-    if _flag(fields, "retracted"):
-        return Refused("retracted")
-    if isinstance(fields.get("content"), dict):
-        fields = _s2orc(fields)
-    if isinstance(fields.get("metadata"), dict):
-        fields = {**fields["metadata"], **fields}  # shards of datatrove, The Pile and others: what is known, one down
+    shaped = text_shape(fields, columns)
+    return shaped if isinstance(shaped, Refused) else shaped.record
+
+
+def text_shape(fields: dict[str, Any] | Document, columns: dict[str, str]) -> Shaped | Refused:
+    """The record of one row of a text source, and what it was made of. Raises `Unusable`."""
+    if isinstance(fields, Document):
+        return Shaped(_of_document(fields), frozenset(), fields.schema)
+    if refused := _refused(fields):
+        return refused
+    if "text" not in columns and (paper := fulltext.paper(fields)):
+        record = {"id": as_name(paper.id) or content_id(checked(paper.text)), "text": checked(paper.text)}
+        return Shaped(record | ({"pmid": paper.pmid} if paper.pmid else {}), paper.read, "full text")
+    nested = fields.get("metadata")
+    if isinstance(nested, dict):
+        fields = {**nested, **fields}  # shards of datatrove, The Pile and others: what is known, one down
     found = find_columns(fields, columns)
-    if "text" not in found:
-        raise Unusable(f"no text column among {_names(fields)}")
-    text = checked(_joined(fields[found["text"]]))
+    text, used = _text(fields, found, columns)
+    if isinstance(text, Refused):
+        return text
     record: dict[str, Any] = {"id": as_name(fields.get(found.get("id", ""))) or content_id(text), "text": text}
-    for role in ("patient", "pmid", "group"):
+    for role in NAMES:
         name = as_name(fields[found[role]]) if role in found else None
         if name:
             record[role] = name
     if "label" in columns:
         record["label"] = label_of(fields.get(columns["label"]))
+    unused = {"text", "abstract", "title"} - used
+    return Shaped(record, frozenset(name for role, name in found.items() if role not in unused))
+
+
+def _text(fields: dict[str, Any], found: dict[str, str], columns: dict[str, str]) -> tuple[str | Refused, set[str]]:
+    """The text of a row and the roles that it is made of: the text column; beside an abstract, title, abstract and text
+    in this order, each once."""
+    if "text" in columns or ("abstract" not in found and "title" not in columns):
+        if "text" not in found:
+            raise Unusable(f"no text column among {shown_names(fields)}")
+        return checked(_joined(fields[found["text"]])), {"text"}
+    said = {role: _optional(fields.get(found.get(role, ""))) for role in ("title", "abstract", "text")}
+    if said["abstract"] in said["text"]:
+        said["abstract"] = ""
+    if not said["abstract"] and not said["text"]:
+        return Refused("no abstract"), set()
+    between = "\n\n" if said["text"] else "\n"
+    return checked(between.join(part for part in said.values() if part)), set(said)
+
+
+def _optional(value: Any) -> str:
+    """A part that a record may lack: empty where it is missing, null or NaN (an empty cell of a Parquet file)."""
+    value = _joined(value)
+    if value is None or value == "" or isinstance(value, float) or (isinstance(value, str) and value.isspace()):
+        return ""
+    return checked(value).strip()
+
+
+def _refused(fields: dict[str, Any]) -> Refused | None:
+    if _flag(fields, "iserror"):
+        return Refused("marked as an error in the source (ISERROR)")
+    if _flag(fields, "retracted"):
+        return Refused("retracted")
+    return None
+
+
+def _of_document(document: Document) -> dict[str, Any]:
+    text = checked(document.text)
+    record: dict[str, Any] = {"id": as_name(document.id) or content_id(text), "text": text}
+    for role in (*NAMES, "language"):
+        name = as_name(getattr(document, role))
+        if name:
+            record[role] = name
     return record
 
 
@@ -108,14 +196,8 @@ def label_of(value: Any) -> str | list[str]:
 
 
 def _flag(fields: dict[str, Any], name: str) -> bool:
-    value = next((v for k, v in fields.items() if k.lower() == name), None)
-    return str(value).strip().lower() in ("1", "1.0", "true", "yes", "y")
-
-
-def _names(fields: dict[str, Any]) -> str:
-    """Column names for a message: names of a header, so short and printable, not data."""
-    names = [name for name in fields if len(name) <= 40 and name.isidentifier()]
-    return ", ".join(names[:12]) or "unnamed columns"
+    value = fields.get(name, fields.get(name.upper()))
+    return value is not None and str(value).strip().lower() in ("1", "1.0", "true", "yes", "y")
 
 
 def _joined(value: Any) -> Any:
@@ -123,33 +205,3 @@ def _joined(value: Any) -> Any:
     if isinstance(value, list) and all(isinstance(line, str) for line in value):
         return "\n".join(line.rstrip("\r\n") for line in value)
     return value
-
-
-def _s2orc(fields: dict[str, Any]) -> dict[str, Any]:
-    """S2ORC: `content.text` with stand-off annotations, each a JSON string of [{start, end, attributes}].
-
-    Author, affiliation, venue and bibliography spans are left out; section headers become `## ` lines.
-    """
-    content = fields["content"]
-    text = checked(content.get("text"))
-    spans = content.get("annotations") or {}
-    pmid = {k.lower(): v for k, v in (fields.get("externalids") or {}).items()}.get("pubmed")
-    headers = {start: end for start, end in _spans(spans, "sectionheader") if end > start}
-    dropped = sorted(s for key in ("author", "authoraffiliation", "bibentry", "venue") for s in _spans(spans, key))
-    parts, at = [], 0
-    cuts = sorted([(s, e, "") for s, e in dropped] + [(s, e, text[s:e].strip()) for s, e in headers.items()])
-    for start, end, header in cuts:
-        if start >= at:
-            parts += [text[at:start], f"\n\n## {header}\n\n" if header else ""]
-            at = end
-    parts.append(text[at:])
-    return {"id": fields.get("corpusid"), "pmid": pmid, "text": "".join(parts)}
-
-
-def _spans(annotations: dict[str, Any], key: str) -> list[tuple[int, int]]:
-    raw = annotations.get(key)
-    try:
-        spans = json.loads(raw) if isinstance(raw, str) else raw or []
-        return [(int(span["start"]), int(span["end"])) for span in spans]
-    except (ValueError, KeyError, TypeError) as error:
-        raise Unusable("S2ORC annotations are unreadable") from error

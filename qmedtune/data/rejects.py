@@ -22,10 +22,25 @@ class Damaged:
 
 
 @dataclass(frozen=True)
+class Unread(Damaged):
+    """Stands in a reader's stream for all that is left of a file (or of a member of an archive): how many records that
+    is cannot be told, so it is fatal for the source, but under `hygiene: {max_bad_fraction: 1}`."""
+
+
+@dataclass(frozen=True)
 class Refused:
     """Stands in a reader's stream for a sound record that must not be used."""
 
     reason: str
+
+
+# What a reject is in a list that crosses processes and is kept in files.
+KINDS: dict[str, type[Damaged] | type[Refused]] = {"rejected": Damaged, "refused": Refused, "unread": Unread}
+
+
+def kind_of(why: Damaged | Refused) -> str:
+    """The key of `KINDS` that makes `why` again from its reason."""
+    return next(kind for kind, made in KINDS.items() if type(why) is made)
 
 
 class Unusable(Exception):
@@ -39,6 +54,7 @@ class Rejects:
         self.source, self.path = source, path
         self.counts = Counter({"rejected": 0, "refused": 0, "duplicates": 0})
         self.reasons: Counter[str] = Counter()
+        self.unread: list[tuple[str, int, str]] = []  # file, line, reason of what is left of a file
         self.at: tuple[str, int] = ("", 0)  # file, and line from 1 (or number) of the record in hand
         self._file: IO[str] | None = path.open("w", encoding="utf-8") if path else None
 
@@ -46,6 +62,8 @@ class Rejects:
         """Count the record at `self.at` and write its row."""
         self.counts["rejected" if isinstance(why, Damaged) else "refused"] += 1
         self.reasons[why.reason] += 1
+        if isinstance(why, Unread):
+            self.unread.append((*self.at, why.reason))
         if self._file:
             row = {"source": self.source, "file": self.at[0], "line": self.at[1], "reason": why.reason}
             self._file.write(json.dumps(row, ensure_ascii=True) + "\n")

@@ -6,54 +6,16 @@ is decided in records.py and instructions.py.
 
 from __future__ import annotations
 
-import csv
-import json
-import re
-from collections import deque
+import codecs
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
-from qmedtune.data.files import MAX_RECORD_BYTES, lines, open_bytes, text_of
-from qmedtune.data.rejects import Damaged, Unusable
-
-Row = tuple[int, dict[str, Any] | Damaged]
-
-CHUNK_CHARS = 1 << 20
-csv.field_size_limit(MAX_RECORD_BYTES)  # a quote left open ends here at the latest
-
-
-def _no_constant(name: str) -> None:
-    raise Unusable("NaN or Infinity in JSON")
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        raise Unusable("duplicate key in JSON")
-    return fields
-
-
-# One decoder for all: the C scanner stays in use, 95 MB/s on abstracts (2 cores, Python 3.11).
-DECODER = json.JSONDecoder(parse_constant=_no_constant, object_pairs_hook=_no_duplicates)
-
-
-def parse_json(text: str) -> Any | Damaged:
-    """A JSON value, strictly: no NaN, no duplicate keys, no bottomless nesting."""
-    try:
-        return DECODER.decode(text)
-    except Unusable as error:
-        return Damaged(str(error))
-    except RecursionError:
-        return Damaged("JSON nested too deeply")
-    except ValueError:
-        return Damaged("broken JSON")
-
-
-def _fields(value: Any) -> dict[str, Any] | Damaged:
-    if isinstance(value, (dict, Damaged)):
-        return value
-    return Damaged("not a JSON object")
+from qmedtune.data.files import ARCHIVE_ERRORS, MAX_RECORD_BYTES, lines, open_bytes, text_of
+from qmedtune.data.reading import csvs, json_stream
+from qmedtune.data.reading.csvs import Wish
+from qmedtune.data.reading.json_stream import Row, as_fields, parse_json
+from qmedtune.data.rejects import Damaged, Unread
 
 
 def read_jsonl(path: Path) -> Iterator[Row]:
@@ -63,191 +25,60 @@ def read_jsonl(path: Path) -> Iterator[Row]:
         if isinstance(text, Damaged):
             yield number, text
         elif text.strip():
-            yield number, _fields(parse_json(text))
-
-
-class _Window:
-    """Decoded text of a file seen through a sliding window, with the line number of its start."""
-
-    def __init__(self, path: Path):
-        self._lines = lines(path)
-        self.text = ""
-        self.line = 1
-        self.ended = False
-
-    def more(self) -> bool:
-        """Append at least `CHUNK_CHARS`; False at the end. Undecodable lines are replaced by U+FFFD."""
-        parts, size = [], 0
-        for _, line in self._lines:
-            if isinstance(line, Damaged):
-                self.ended = True
-                break
-            parts.append(line.decode("utf-8-sig", errors="replace") + "\n")
-            size += len(parts[-1])
-            if size >= CHUNK_CHARS:
-                break
-        else:
-            self.ended = True
-        self.text += "".join(parts)
-        return bool(parts)
-
-    def drop(self, upto: int) -> None:
-        self.line += self.text.count("\n", 0, upto)
-        self.text = self.text[upto:]
-
-
-SEPARATORS = re.compile(r"[\s,]*")
-NEXT_OBJECT = re.compile(r"\n\s*,?\s*\{")
+            yield number, as_fields(parse_json(text))
 
 
 def read_json(path: Path) -> Iterator[Row]:
-    """A JSON array of objects, an object with a `data` or `documents` array, or an object of objects.
+    """A JSON array of objects, an object with a list of records, or an object of objects (see json_stream.py).
 
-    Arrays are streamed one element at a time; the key of an object of objects arrives as field `_key`. A file that
-    holds one object per line in spite of its name is read as JSON lines.
+    The key of an object of objects arrives as field `_key`. A file that holds one object per line in spite of its name
+    is read as JSON lines.
     """
-    window = _Window(path)
-    window.more()
-    start = window.text.lstrip()
-    if start.startswith("["):
-        window.drop(window.text.index("[") + 1)
-        yield from _elements(window)
-    elif _is_jsonl(start):
-        yield from read_jsonl(path)
-    else:
-        yield from _whole(path)
-
-
-def _is_jsonl(start: str) -> bool:
-    first, _, rest = start.partition("\n")
-    return rest.lstrip().startswith("{") and isinstance(parse_json(first), dict)
-
-
-def _elements(window: _Window) -> Iterator[Row]:
-    """The elements of an array whose opening bracket has been read."""
-    while True:
-        separators = SEPARATORS.match(window.text)
-        window.drop(separators.end() if separators else 0)
-        if not window.text and not window.more():
-            yield window.line, Damaged("JSON array is not closed")
+    line = 0
+    try:
+        if _is_jsonl(path):
+            yield from read_jsonl(path)
             return
-        if not window.text.strip(" \t\r\n,"):
-            continue
-        if window.text.startswith("]"):
-            return
-        line, value, end = window.line, *_element(window)
-        window.drop(end)
-        yield line, _fields(value)
-        if end == 0:
-            return
+        with open_bytes(path) as file:
+            for line, fields in json_stream.rows(file):
+                yield line, fields
+    except ARCHIVE_ERRORS:
+        yield line + 1, Unread("archive is truncated or corrupt from here on")
 
 
-def _element(window: _Window) -> tuple[Any, int]:
-    """The value at the window's start and where it ends; 0 where nothing can be read any more."""
-    while True:
-        try:
-            value, end = DECODER.raw_decode(window.text)
-            return (value, end) if "\ufffd" not in window.text[:end] else (Damaged("not UTF-8"), end)
-        except Unusable as error:
-            reason = str(error)
-        except RecursionError:
-            reason = "JSON nested too deeply"
-        except ValueError:
-            if len(window.text) < MAX_RECORD_BYTES and not window.ended and window.more():
-                continue
-            reason = "broken JSON"
-        following = NEXT_OBJECT.search(window.text, 1)
-        return Damaged(reason), following.start() + 1 if following else 0
-
-
-def _whole(path: Path) -> Iterator[Row]:
+def _is_jsonl(path: Path) -> bool:
+    """Whether the first line is a whole object and the next begins one."""
     with open_bytes(path) as file:
-        text = text_of(file.read())
-    value = text if isinstance(text, Damaged) else parse_json(text)
-    if isinstance(value, dict):
-        lists = [value[key] for key in ("data", "documents") if isinstance(value.get(key), list)]
-        if lists:
-            yield from ((n, _fields(item)) for n, item in enumerate(lists[0], start=1))
-        elif value and all(isinstance(item, dict) for item in value.values()):
-            yield from ((n, {"_key": key, **item}) for n, (key, item) in enumerate(value.items(), start=1))
-        else:
-            yield 1, value
-    else:
-        yield 1, _fields(value)
+        if file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] != b"{":
+            return False
+    found = (number_and_line[1] for number_and_line in lines(path))
+    written = [line for line in islice(found, 64) if isinstance(line, bytes) and line.strip()][:2]
+    if len(written) < 2 or not all(line.lstrip(b"\xef\xbb\xbf \t").startswith(b"{") for line in written):
+        return False
+    text = text_of(written[0])
+    return isinstance(text, str) and isinstance(parse_json(text), dict)
 
 
-class _Lines:
-    """Feeds csv.reader and remembers the lines of the row in progress, so that a bad quote costs one line."""
-
-    def __init__(self, path: Path):
-        self._source = lines(path)
-        self.again: deque[tuple[int, str]] = deque()
-        self.row: list[tuple[int, str]] = []
-        self.damaged: list[tuple[int, Damaged]] = []
-
-    def __iter__(self) -> _Lines:
-        return self
-
-    def __next__(self) -> str:
-        if self.again:
-            self.row.append(self.again.popleft())
-            return self.row[-1][1]
-        for number, line in self._source:
-            text = line if isinstance(line, Damaged) else text_of(line)
-            if isinstance(text, Damaged):
-                self.damaged.append((number, text))
-                continue
-            self.row.append((number, text + "\n"))
-            return text + "\n"
-        raise StopIteration
+def read_csv(path: Path, wish: Wish = Wish()) -> Iterator[Row]:  # noqa: B008 - frozen
+    """Rows of a table with a header, in whatever way it is separated, encoded and quoted (see csvs.py)."""
+    return csvs.read_table(path, wish)
 
 
-def read_csv(path: Path, delimiter: str = ",") -> Iterator[Row]:
-    """Rows of a file with a header; quoted fields may hold newlines. `line` is the row's first line."""
-    source = _Lines(path)
-    reader = csv.reader(source, delimiter=delimiter, strict=True)
-    header: list[str] | None = None
-    while True:
-        source.row.clear()
-        try:
-            values = next(reader)
-            row: list[str] | Damaged = values
-        except StopIteration:
-            break
-        except csv.Error:
-            row = Damaged("quote left open or misplaced")
-            source.again.extendleft(reversed(source.row[1:]))
-            reader = csv.reader(source, delimiter=delimiter, strict=True)
-        yield from source.damaged
-        source.damaged.clear()
-        if isinstance(row, list) and not row:
-            continue
-        if header is None:
-            header = row if isinstance(row, list) else []
-            continue
-        yield source.row[0][0], _named(header, row)
-    yield from source.damaged
-
-
-def _named(header: list[str], row: list[str] | Damaged) -> dict[str, Any] | Damaged:
-    if isinstance(row, Damaged):
-        return row
-    if len(row) != len(header):
-        return Damaged("wrong number of columns")
-    return {name.strip() or f"column{i}": value for i, (name, value) in enumerate(zip(header, row, strict=True))}
-
-
-def read_tsv(path: Path) -> Iterator[Row]:
-    """As `read_csv`, separated by tabs."""
-    return read_csv(path, delimiter="\t")
-
-
-def read_text(path: Path) -> Iterator[Row]:
-    """A whole plain-text file as one document, called by its stem."""
+def read_text(path: Path, encoding: str | None = None) -> Iterator[Row]:
+    """A whole plain-text file as one document, called by its stem: UTF-8, UTF-16 with its mark, or `encoding`."""
     with open_bytes(path) as file:
-        data = file.read(MAX_RECORD_BYTES + 1)
+        try:
+            data = file.read(MAX_RECORD_BYTES + 1)
+        except ARCHIVE_ERRORS:
+            yield 1, Unread("archive is truncated or corrupt from here on")
+            return
     if len(data) > MAX_RECORD_BYTES:
         yield 1, Damaged(f"text file longer than {MAX_RECORD_BYTES >> 20} MiB")
         return
-    text = text_of(data)
-    yield 1, text if isinstance(text, Damaged) else {"id": path.stem, "text": text}
+    marked = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        text = data.decode(encoding or ("utf-16" if marked else "utf-8-sig"))
+    except UnicodeDecodeError:
+        yield 1, Damaged(f"not {encoding}" if encoding else "not UTF-8 (name it with `encoding:`, such as cp1252)")
+        return
+    yield 1, {"id": path.stem, "text": text.removeprefix("\ufeff")}

@@ -1,46 +1,39 @@
-"""From `path:` and `format:` of a recipe to a stream of records: finds files, picks the reader, keeps the ledger.
+"""From a source of a recipe to a stream of records, in a fixed order, with what was recognised and what was not read.
 
-Readers live in rows.py (JSON, CSV, text), xml.py (JATS, PubMed), notes.py (report trees, emrQA, BioC) and
-tables.py (Parquet, Hugging Face folders). Damaged records are counted and named, never raised. Nothing is
-downloaded: a Hub id is read by the `datasets` library only when `format: huggingface` asks for it.
+Files are found in listing.py and read by the readers that formats.py picks. Damaged records are counted and named,
+never raised. Nothing is downloaded: a Hub id is read by the `datasets` library only when `format: huggingface` asks.
 """
 
 from __future__ import annotations
 
-import glob
-import os
-import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from difflib import get_close_matches
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from qmedtune.data import notes, rows, tables, xml
-from qmedtune.data.files import ARCHIVE_ERRORS, plain_suffix
-from qmedtune.data.instructions import instruction_record
-from qmedtune.data.records import text_record
-from qmedtune.data.rejects import Damaged, Refused, Rejects, Unusable
-from qmedtune.disk import unmounted_drive
+from qmedtune.data import tables
+from qmedtune.data.files import ARCHIVE_ERRORS
+from qmedtune.data.formats import READERS, TABLES, describe, format_of, read_rows
+from qmedtune.data.instructions import instruction_shape
+from qmedtune.data.listing import BUILTIN, SUFFIXES, hub_dataset, source_files, with_variables
+from qmedtune.data.medmcqa import with_answer_base
+from qmedtune.data.reading.document import Document, Skipped
+from qmedtune.data.reading.pubmed import LatestFirst
+from qmedtune.data.reading.tally import ReadingTally, shown_names
+from qmedtune.data.records import KEPT, Shaped, text_shape
+from qmedtune.data.rejects import Damaged, Refused, Rejects, Unread, Unusable
 from qmedtune.errors import DataError
 from qmedtune.recipe import SourceSection
 
-BUILTIN = "builtin:"
-SUFFIXES = {
-    ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet",
-    ".txt": "text", ".text": "text", ".md": "text", ".nxml": "jats", ".tar": "jats", ".tgz": "jats", ".xml": "xml",
-}  # fmt: skip
-Reader = Callable[[Path], Iterator[tuple[int, Any]]]
-READERS: dict[str, Reader] = {
-    "jsonl": rows.read_jsonl, "json": rows.read_json, "csv": rows.read_csv, "tsv": rows.read_tsv,
-    "text": rows.read_text, "jats": xml.read_jats, "pubmed": xml.read_pubmed, "parquet": tables.read_parquet,
-    "mimic_cxr": notes.read_mimic_cxr,
-}  # fmt: skip
-# Schemas in JSON or JSON lines, told apart by their keys; naming them only skips the guess from the extension.
-JSON_SCHEMAS = ("s2orc", "bioc", "emrqa", "pubmedqa", "medqa", "medmcqa")
-LFS_MARK = b"version https://git-lfs.github.com/spec"
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?(@[\w.-]+)?$")  # owner/name:configuration@revision
+__all__ = [
+    "BUILTIN", "READERS", "SUFFIXES", "VERSIONED", "Deleted", "Item", "PmidSet", "format_of", "hub_dataset",
+    "read_items", "read_records", "reading_order", "source_files", "with_variables",
+]  # fmt: skip
+
 VERSIONED = "_versioned"
-VARIABLE = re.compile(r"\$\{(\w+)\}")
+CHECKED_ROWS = 100  # of a file, in which a column that `columns:` names must occur
 
 
 @dataclass(frozen=True)
@@ -51,84 +44,6 @@ class Deleted:
 
 
 Item = tuple[str, int, dict[str, Any] | Damaged | Refused | Deleted]
-
-
-def source_files(source: SourceSection) -> list[Path]:
-    """The files of a source, sorted; [] for `builtin:` and Hub ids. Raises DataError for what cannot be data."""
-    paths = [source.path] if isinstance(source.path, str) else list(source.path)
-    if all(path.startswith(BUILTIN) for path in paths) or hub_dataset(source):
-        return []
-    found = [file for path in paths for file in _expand(with_variables(path), source.format)]
-    for file in found:
-        _check_file(file)
-    return found
-
-
-def with_variables(path: str) -> str:
-    def value(match: re.Match[str]) -> str:
-        name = match.group(1)
-        if name not in os.environ:
-            raise DataError(f"{path}: the environment variable {name} is not set\nexport {name}=... or write the path")
-        return os.environ[name]
-
-    return str(Path(VARIABLE.sub(value, path)).expanduser())
-
-
-def _expand(path: str, format: str) -> list[Path]:
-    here = Path(path)
-    if here.is_file():
-        return [here]
-    if here.is_dir():
-        return _folder(here, format)
-    matches = sorted(Path(match) for match in glob.glob(path, recursive=True))
-    files = [file for file in matches if file.is_file()]
-    if not files:
-        what = "nothing matches this pattern" if glob.has_magic(path) else "no such file or folder"
-        advice = unmounted_drive(here) or "give a file, a folder or a pattern such as /data/pmc/**/*.nxml"
-        raise DataError(f"{path}: {what}\n{advice}")
-    return files
-
-
-def _folder(folder: Path, format: str) -> list[Path]:
-    files = sorted(file for file in folder.rglob("*") if file.is_file() and not file.name.startswith("."))
-    known = [file for file in files if format != "auto" or _suffix(file) in SUFFIXES]
-    if not known:
-        seen = ", ".join(sorted({file.suffix or "no extension" for file in files})[:8]) or "it is empty"
-        raise DataError(
-            f"{folder}: no readable file in this folder ({seen})\nallowed: {', '.join(SUFFIXES)}, also .gz and .zst"
-        )
-    return known
-
-
-def _check_file(file: Path) -> None:
-    try:
-        with file.open("rb") as stream:
-            head = stream.read(len(LFS_MARK))
-    except OSError as error:
-        raise DataError(f"{file}: cannot be opened ({error.strerror})") from error
-    if not head:
-        raise DataError(f"{file}: the file is empty\nremove it from the source or fetch it again")
-    if head == LFS_MARK:
-        raise DataError(f"{file}: a Git LFS pointer, not the data\nrun `git lfs pull` where it came from")
-
-
-def _suffix(file: Path) -> str:
-    return ".tgz" if file.suffix == ".tgz" else plain_suffix(file)
-
-
-def format_of(file: Path, format: str) -> str:
-    """The reader's name for a file: `format:` unless that is `auto`, then its extension and, for .xml, its root."""
-    if format in JSON_SCHEMAS:
-        return "jsonl" if _suffix(file) in (".jsonl", ".ndjson") else "json"
-    if format != "auto":
-        return format
-    known = SUFFIXES.get(_suffix(file))
-    if known is None:
-        raise DataError(
-            f"{file}: unknown extension {file.suffix or '(none)'}\n"
-            f"allowed: {', '.join(SUFFIXES)}, also .gz and .zst; or name the `format:`"
-        )
-    return xml.root_format(file) if known == "xml" else known
 
 
 def read_records(name: str, source: SourceSection, rejects: Rejects) -> Iterator[dict[str, Any]]:
@@ -153,20 +68,40 @@ def read_records(name: str, source: SourceSection, rejects: Rejects) -> Iterator
                 return
 
 
-def read_items(source: SourceSection, files: list[Path] | None = None) -> Iterator[Item]:
+class Reading(Iterator[Item]):
+    """The items of a source as they are read, and `tally`: what was recognised, read and not read up to here."""
+
+    def __init__(self, source: SourceSection, files: list[Path] | None):
+        self.tally = ReadingTally()
+        self._items = _items(source, files, self.tally)
+
+    def __next__(self) -> Item:
+        return next(self._items)
+
+
+def read_items(source: SourceSection, files: list[Path] | None = None) -> Reading:
     """(file, line, record | what stands for an unusable one) of a source, or of some of its `reading_order`.
 
     PubMed records carry `VERSIONED`: the first of a PMID that is met is the one to keep, unless a `Deleted` that names
     it came before. Both are for the caller to apply, because they reach across files.
     """
-    shape = instruction_record if source.kind == "instructions" else text_record
+    return Reading(source, files)
+
+
+def _items(source: SourceSection, files: list[Path] | None, tally: ReadingTally) -> Iterator[Item]:
     if source.format == "huggingface":
-        stream = _dataset_rows(source)
-    else:
-        files = files or reading_order(source)
-        stream = (row for file in files for row in _file_rows(file, source)) if files else _builtin_rows(source)
-    for file, line, fields in stream:
-        yield file, line, _shaped(shape, fields, source.columns)
+        tally.recognised["huggingface"] += 1
+        yield from _shaped(_dataset_rows(source), source, tally, is_table=False)
+        return
+    files = files or reading_order(source)
+    if not files:
+        yield from _shaped(_builtin_rows(source), source, tally, is_table=False)
+    for file in files:
+        format = format_of(file, source.format)
+        kinds: set[str] = set()
+        yield from _shaped(_file_rows(file, source, format), source, tally, format in TABLES, kinds)
+        said = describe(file, source, format)
+        tally.recognised[f"{said}: {', '.join(sorted(kinds))}" if kinds else said] += 1
 
 
 def reading_order(source: SourceSection) -> list[Path]:
@@ -177,19 +112,62 @@ def reading_order(source: SourceSection) -> list[Path]:
     return [*reversed(pubmed), *(file for file, format in zip(files, formats, strict=True) if format != "pubmed")]
 
 
-def _shaped(shape: Callable, fields: Any, columns: dict[str, str]) -> dict[str, Any] | Damaged | Refused | Deleted:
-    if isinstance(fields, (Damaged, Refused, Deleted)):
-        return fields
-    try:
-        record = shape(fields, columns)
-    except Unusable as error:
-        return Damaged(str(error))
-    if isinstance(record, dict):
-        record |= {key: fields[key] for key in ("held_out", "language", VERSIONED) if key in fields}
-    return record
+Rows = Iterator[tuple[str, int, Any]]
 
 
-def _builtin_rows(source: SourceSection) -> Iterator[tuple[str, int, dict[str, Any]]]:
+def _shaped(
+    stream: Rows, source: SourceSection, tally: ReadingTally, is_table: bool, kinds: set[str] | None = None
+) -> Iterator[Item]:
+    """Rows as records, and the tally of what they were made of."""
+    shape = instruction_shape if source.kind == "instructions" else text_shape
+    for file, line, fields in _with_columns(stream, source, is_table):
+        if isinstance(fields, Skipped):
+            tally.files_unread[Path(fields.name).suffix.lower() or "no extension"] += 1
+            continue
+        if isinstance(fields, (Damaged, Refused, Deleted)):
+            yield file, line, fields
+            continue
+        try:
+            shaped = shape(fields, source.columns)
+        except Unusable as error:
+            yield file, line, Damaged(str(error))
+            continue
+        if isinstance(shaped, Refused):
+            yield file, line, shaped
+            continue
+        yield file, line, _finished(shaped, fields, tally, is_table)
+        if kinds is not None and shaped.schema:
+            kinds.add(shaped.schema)
+
+
+def _finished(shaped: Shaped, fields: Any, tally: ReadingTally, is_table: bool) -> dict[str, Any]:
+    record = shaped.record
+    if isinstance(fields, Document):
+        tally.add(fields.unread, frozenset(), False)
+        return record | ({VERSIONED: True} if fields.versioned else {})
+    tally.add((name for name in fields if name not in KEPT and name[:1] != "_"), shaped.read, is_table)
+    return record | {key: fields[key] for key in KEPT if key in fields}
+
+
+def _with_columns(stream: Rows, source: SourceSection, is_table: bool) -> Rows:
+    """The rows, once a column that the recipe names has been seen in the first of them. Raises DataError."""
+    if not source.columns:
+        return stream
+    first = list(islice(stream, CHECKED_ROWS))
+    rows = [fields for _, _, fields in first if isinstance(fields, dict)]
+    there = {name for fields in rows for name in fields}
+    for role, name in source.columns.items():
+        if rows and name not in there:
+            close = get_close_matches(name, there, n=3)
+            hint = f"did you mean {' or '.join(close)}? " if close else ""
+            known = shown_names(rows[0])
+            raise DataError(
+                f"{first[0][0]}: no column {name!r} (columns: {{{role}: {name}}})\n{hint}columns there: {known}"
+            )
+    return chain(first, stream)
+
+
+def _builtin_rows(source: SourceSection) -> Rows:
     from qmedtune.data import outcomes
 
     for path in [source.path] if isinstance(source.path, str) else source.path:
@@ -197,14 +175,7 @@ def _builtin_rows(source: SourceSection) -> Iterator[tuple[str, int, dict[str, A
             yield path, number, fields
 
 
-def hub_dataset(source: SourceSection) -> str | None:
-    """A Hub id: `format: huggingface`, one `owner/name`, and no such folder here."""
-    if source.format != "huggingface" or not isinstance(source.path, str) or Path(source.path).exists():
-        return None
-    return source.path if HUB_ID.match(source.path) else None
-
-
-def _dataset_rows(source: SourceSection) -> Iterator[tuple[str, int, dict[str, Any]]]:
+def _dataset_rows(source: SourceSection) -> Rows:
     paths = [source.path] if isinstance(source.path, str) else source.path
     for path in paths:
         stream = tables.read_hub(path) if hub_dataset(source) else tables.read_saved(Path(with_variables(path)))
@@ -212,47 +183,25 @@ def _dataset_rows(source: SourceSection) -> Iterator[tuple[str, int, dict[str, A
             yield path, number, fields
 
 
-def _file_rows(file: Path, source: SourceSection) -> Iterator[tuple[str, int, Any]]:
-    format = format_of(file, source.format)
+def _file_rows(file: Path, source: SourceSection, format: str) -> Rows:
     if format == "pubmed":
         yield from _latest_first(file)
         return
     number = 0
     try:
-        for number, fields in _with_answer_base(READERS[format], file):
-            for record in notes.expand(fields, source.kind == "instructions"):
-                yield str(file), number, record
+        for number, fields in with_answer_base(file, lambda: read_rows(file, source, format)):
+            yield str(file), number, fields
     except ARCHIVE_ERRORS:
-        yield str(file), number + 1, Damaged("archive is truncated or corrupt from here on")
+        yield str(file), number + 1, Unread("archive is truncated or corrupt from here on")
 
 
-def _with_answer_base(reader: Reader, file: Path) -> Iterator[tuple[int, Any]]:
-    """MedMCQA's `cop` counts from 0 or from 1: a file that holds a 4 counts from 1, and is read twice to know it."""
-    stream = reader(file)
-    first = next(stream, None)
-    if first is None:
-        return
-    if not isinstance(first[1], dict) or "cop" not in first[1]:
-        yield first
-        yield from stream
-        return
-    answers = {fields.get("cop") for _, fields in reader(file) if isinstance(fields, dict)}
-    base = 1 if 4 in answers and 0 not in answers else 0
-    for number, fields in reader(file):
-        yield number, {**fields, "_cop_base": base} if isinstance(fields, dict) else fields
-
-
-def _latest_first(file: Path) -> Iterator[tuple[str, int, Any]]:
-    """What a PubMed file deletes, then its records from the last to the first; one file is held in memory."""
-    items = list(xml.read_pubmed(file))
-    deleted = [pmid for _, item in items if isinstance(item, dict) for pmid in item.get("deleted", ())]
-    if deleted:
-        yield str(file), 1, Deleted(tuple(deleted))
-    for number, item in reversed(items):
-        if not isinstance(item, dict):
-            yield str(file), number, item
-        elif "deleted" not in item:
-            yield str(file), number, {**item, VERSIONED: True}
+def _latest_first(file: Path) -> Rows:
+    """What a PubMed file deletes, then its records from the last to the first."""
+    items = LatestFirst(file)
+    if items.deleted:
+        yield str(file), 1, Deleted(tuple(items.deleted))
+    for number, item in items:
+        yield str(file), number, item
 
 
 class PmidSet:

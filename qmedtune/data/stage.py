@@ -19,7 +19,8 @@ import zstandard
 
 from qmedtune import keys, store, ui
 from qmedtune.data import decontaminate, phi
-from qmedtune.data.rejects import Damaged, Refused, Rejects
+from qmedtune.data.reading.tally import ReadingTally
+from qmedtune.data.rejects import KINDS, Rejects
 from qmedtune.data.sources import VERSIONED, Deleted, Item, PmidSet, read_items, reading_order
 from qmedtune.data.treat import ARRAYS, Pool, Staged, worker_count
 from qmedtune.recipe import Recipe, SourceSection
@@ -51,9 +52,11 @@ def stage_source(
 
 def _whole(pool: Pool, source: SourceSection, files: list[Path], work: IO[bytes]) -> Iterator[Staged]:
     """A source in one part, batch by batch: nothing of it is kept but what is in `work`."""
-    for lines, batch in pool.treated(in_batches(_limited(read_items(source, files), source.max_records))):
+    items = read_items(source, files)
+    for lines, batch in pool.treated(in_batches(_limited(items, source.max_records))):
         work.writelines(lines)
         yield batch
+    yield Staged(reading=items.tally)
 
 
 def _each(pool: Pool, recipe: Recipe, name: str, parts: list[list[Path]], work: IO[bytes]) -> Iterator[Staged]:
@@ -66,9 +69,9 @@ def _each(pool: Pool, recipe: Recipe, name: str, parts: list[list[Path]], work: 
 
 def _reported(staged: Staged, rejects: Rejects) -> Staged:
     """Write the rejects down and forget them: there may be more of them than records."""
-    for file, line, reason, refused in staged.rejects:
+    for file, line, reason, kind in staged.rejects:
         rejects.at = (file, line)
-        rejects.add(Refused(reason) if refused else Damaged(reason))
+        rejects.add(KINDS[kind](reason))
     staged.rejects.clear()
     return staged
 
@@ -130,17 +133,20 @@ def _make_part(pool: Pool, source: SourceSection, files: list[Path], part: Path,
     part.parent.mkdir(exist_ok=True)
     staged = Staged()
     with _records(part).open("wb") as raw, zstandard.ZstdCompressor(1).stream_writer(raw) as packed:
-        for lines, batch in pool.treated(in_batches(read_items(source, files))):
+        items = read_items(source, files)
+        for lines, batch in pool.treated(in_batches(items)):
             text = b"".join(lines)
             packed.write(text)
             work.write(text)
             staged.extend(batch)
+    staged.reading = items.tally
     table = np.zeros(len(staged), ROW)
     for name in ARRAYS:
         table[name] = getattr(staged, name)
     np.save(part.with_suffix(".npy"), table)
     lists = {name: getattr(staged, name) for name in ("hits", "deleted", "rejects", "cleaned")}
-    lists |= {"identifiers": staged.identifiers.as_dict(), "sha256": _hashes(part)}
+    lists |= {"identifiers": staged.identifiers.as_dict(), "reading": staged.reading.as_dict()}
+    lists |= {"sha256": _hashes(part)}
     for path in _files(part)[:-1]:
         store.fsync_path(path)
     store.write_checked(part.with_suffix(".json"), lists)
@@ -170,9 +176,10 @@ def _kept_part(part: Path, work: IO[bytes]) -> Staged | None:
         getattr(staged, name).frombytes(table[name].tobytes())
     staged.hits = [(record, item, words) for record, item, words in lists["hits"]]
     staged.deleted = [(record, tuple(pmids)) for record, pmids in lists["deleted"]]
-    staged.rejects = [(file, line, reason, refused) for file, line, reason, refused in lists["rejects"]]
+    staged.rejects = [(file, line, reason, kind) for file, line, reason, kind in lists["rejects"]]
     staged.cleaned = Counter(lists["cleaned"])
     staged.identifiers = phi.Tally.from_dict(lists["identifiers"])
+    staged.reading = ReadingTally.from_dict(lists["reading"])
     with _records(part).open("rb") as raw:
         zstandard.ZstdDecompressor().copy_stream(raw, work)
     return staged

@@ -25,7 +25,8 @@ import numpy as np
 
 from qmedtune.data import decontaminate, language, phi, presidio, secret, surrogates
 from qmedtune.data.clean import clean
-from qmedtune.data.rejects import Damaged, Refused
+from qmedtune.data.reading.tally import ReadingTally
+from qmedtune.data.rejects import Damaged, Refused, kind_of
 from qmedtune.data.sources import VERSIONED, Deleted, Item, PmidSet
 from qmedtune.errors import RunError
 from qmedtune.interrupt import stop
@@ -51,8 +52,9 @@ class Staged:
     held_out: array = field(default_factory=lambda: array("b"))
     hits: list[tuple[int, int, int]] = field(default_factory=list)  # record, benchmark item, words
     deleted: list[tuple[int, tuple[str, ...]]] = field(default_factory=list)  # before which record, PubMed ids
-    rejects: list[tuple[str, int, str, bool]] = field(default_factory=list)  # file, line, reason, refused
+    rejects: list[tuple[str, int, str, str]] = field(default_factory=list)  # file, line, reason, kind (rejects.KINDS)
     identifiers: phi.Tally = field(default_factory=phi.Tally)
+    reading: ReadingTally = field(default_factory=ReadingTally)
     cleaned: Counter[str] = field(default_factory=lambda: Counter({"records": 0, "characters": 0}))
 
     def __len__(self) -> int:
@@ -67,6 +69,7 @@ class Staged:
         self.deleted += [(first + record, pmids) for record, pmids in other.deleted]
         self.rejects += other.rejects
         self.identifiers.merge(other.identifiers)
+        self.reading.merge(other.reading)
         self.cleaned += other.cleaned
 
     def superseded(self) -> np.ndarray:
@@ -99,7 +102,7 @@ class Treatment:
                 continue
             why = item if isinstance(item, (Damaged, Refused)) else self._problem(item, staged)
             if why:
-                staged.rejects.append((file, line, why.reason, isinstance(why, Refused)))
+                staged.rejects.append((file, line, why.reason, kind_of(why)))
                 continue
             assert isinstance(item, dict)
             texts.append(text_of(item))

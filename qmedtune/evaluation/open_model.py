@@ -16,6 +16,7 @@ from qmedtune import base as bases
 from qmedtune import store, ui
 from qmedtune.data import outcomes, templates
 from qmedtune.errors import RecipeError, RunError
+from qmedtune.model_stack import named_base, read_adapter, read_model
 from qmedtune.planning.machine import this_machine
 from qmedtune.recipe import ModelSection, Recipe
 
@@ -113,7 +114,7 @@ def world_of(recipe: Recipe) -> str:
 
 
 def _of_adapter(name: str, folder: Path, base: str | None, offline: bool) -> Location:
-    named = base or json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    named = base or named_base(folder)
     below = (None if base else bases.base_in_run(folder, named)) or _base_folder(named, offline)
     bases.check_base(folder, below)
     saved = [place for place in (folder, folder.parent) if (place / templates.FILE).is_file()]
@@ -150,6 +151,8 @@ def open_model(location: Location, quantization: Quantization | None = None) -> 
     precision = quantization or ("nf4" if location.adapters else "none")
     section = ModelSection(base=str(location.base), quantization=precision, compute_dtype=dtype, attention="sdpa")
     tokenizer = models.load_tokenizer(location.base)
+    for adapter in location.adapters:  # before the base is read, which takes minutes for a large one
+        read_adapter(adapter, read_model(location.base).shapes)
     model = models.load_base(location.base, section)
     models.check_tokenizer(tokenizer, model, location.base)
     if location.adapters:

@@ -141,8 +141,19 @@ def _held_out(recipe: Recipe) -> Iterator[Finding]:
         for index, name in enumerate(names):
             if recipe.data[name].holdout == 0:
                 yield (*path, index), f"nothing of {name} is held out; set data.{name}.holdout above 0"
-    if recipe.validation.keep_best and not recipe.validation.on:
-        yield ("validate", "keep_best"), "no loss to choose by; name sources in validate.on"
+    if recipe.validation.keep_best:
+        yield from _judged(recipe)
+
+
+def _judged(recipe: Recipe) -> Iterator[Finding]:
+    """With `keep_best` every stage needs held-out loss of what it is for. Instructions are added to validate.on."""
+    here: KeyPath = ("validate", "keep_best")
+    for index, (name, stage) in enumerate(zip(recipe.stage_names(), recipe.stages, strict=True)):
+        if stage.sft and all(recipe.data[source].holdout == 0 for source in stage.sources):
+            which = stage.sources[0]
+            yield here, f"{name} goes by held-out instructions; set data.{which}.holdout above 0"
+        elif stage.kind in ("cpt", "pretrain") and not recipe.judged_by(index):
+            yield here, f"no loss to choose {name}'s step by; name sources in validate.on that hold texts"
 
 
 def _taken_names(recipe: Recipe) -> Iterator[Finding]:

@@ -42,11 +42,26 @@ def resolve(recipe: Recipe, machine: Machine | None = None) -> tuple[Recipe, lis
     decisions: list[dict[str, Any]] = []
     model = _fill(recipe.model, "model", _dtype(machine), decisions)
     adapter = _fill(recipe.adapter, "adapter", _embeddings(recipe, facts), decisions)
+    recipe = _judge_instructions(recipe, decisions)
     recipe = recipe.model_copy(update={"model": model, "adapter": adapter})
     for index in range(len(recipe.stages)):
         recipe = _stage(recipe, index, facts, machine, decisions)
     evaluate = _fill(recipe.evaluate, "evaluate", _evaluation_batch(facts), decisions)
     return recipe.model_copy(update={"evaluate": evaluate}), decisions
+
+
+def _judge_instructions(recipe: Recipe, decisions: list[dict[str, Any]]) -> Recipe:
+    """With `keep_best`, validate on the instructions of each sft stage: their loss says which of its steps is best."""
+    if not recipe.validation.keep_best:
+        return recipe
+    named = [name for stage in recipe.stages if stage.sft for name in stage.sources]
+    added = [n for n in dict.fromkeys(named) if n not in recipe.validation.on and recipe.data[n].holdout > 0]
+    if not added:
+        return recipe
+    why = f"keep_best: {', '.join(added)} added, because an sft stage's best step goes by held-out instructions"
+    on = [*recipe.validation.on, *added]
+    decisions.append({"key": "validate.on", "value": ", ".join(on), "why": why})
+    return recipe.model_copy(update={"validation": recipe.validation.model_copy(update={"on": on})})
 
 
 def _fill(section: S, where: str, proposals: Proposals, decisions: list[dict[str, Any]]) -> S:

@@ -83,10 +83,10 @@ def sample_source(source: SourceSection) -> Sample:
 
 
 def _look(file: Path, source: SourceSection, until_s: float) -> _Look:
-    from qmedtune.data.sources import READERS, format_of
+    from qmedtune.data.formats import READERS, format_of
 
     format, look, line = format_of(file, source.format), _Look(), 0
-    if format in READERS:
+    if format in READERS or format == "zip":
         line, ended = _read(file, source, format, until_s, look)
         look.total = len(look.records)
         if ended:
@@ -103,12 +103,15 @@ def _look(file: Path, source: SourceSection, until_s: float) -> _Look:
 
 def _read(file: Path, source: SourceSection, format: str, until_s: float, look: _Look) -> tuple[int, bool]:
     """Fill `look` from the file's head; the last line read, and whether the file ended there."""
+    from qmedtune.data.formats import read_rows
+    from qmedtune.data.reading.document import Skipped
     from qmedtune.data.rejects import Refused, Unusable
-    from qmedtune.data.sources import READERS
 
     line, seen = 0, 0
-    for line, fields in islice(READERS[format](file), RECORDS_PER_FILE):  # noqa: B007 - the last one counts
+    for line, fields in islice(read_rows(file, source, format), RECORDS_PER_FILE):  # noqa: B007 - the last one counts
         seen += 1
+        if isinstance(fields, Skipped):
+            continue
         try:
             record = _shaped(fields, source)
             if not isinstance(record, Refused):

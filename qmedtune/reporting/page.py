@@ -228,7 +228,7 @@ def _data(run: dict) -> Html:
             cards.append(card(f"Mixture of {stage['name']}", Html(bar + legend(labels) + _mixture(run, stage))))
     mixtures = f'<div class="pair">{"".join(cards)}</div>' if cards else ""
     ledgers = [tables.records(run), tables.tokens(run)]
-    ledgers += [table for table in (tables.findings(run), tables.sources(run)) if table.rows]
+    ledgers += [table for table in (tables.reading(run), tables.findings(run), tables.sources(run)) if table.rows]
     return Html(mixtures + "".join(card(table.title, html_table(table)) for table in ledgers))
 
 

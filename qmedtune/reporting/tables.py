@@ -250,6 +250,17 @@ def records(run: dict) -> Table:
     return Table("Record ledger", columns, rows, note)
 
 
+def reading(run: dict) -> Table:
+    """What the files of each source were recognised as, and what of them was not read."""
+    rows: list[Row] = []
+    for name, source in run.get("data", {}).items():
+        rows += [(name, f"read as {what}", f"{_exact(n)} files") for what, n in source.get("recognised", {}).items()]
+        for key, unit in (("columns_unread", "records"), ("files_unread", "files")):
+            shown = "column or key not read" if key == "columns_unread" else "files not read"
+            rows += [(name, f"{shown}: {what}", f"{_exact(n)} {unit}") for what, n in source.get(key, {}).items()]
+    return Table("What was read as what", ("Source", "What", "Count"), rows)
+
+
 def findings(run: dict) -> Table:
     """Counts of what hygiene met in each source: why records went, identifiers by class, benchmark items."""
     rows: list[Row] = []
@@ -282,11 +293,20 @@ def merge(run: dict) -> Table:
         return Table("Merge", ("Check", "Value"), [], "Nothing was merged in this run.")
     onto = {"full16": "the 16-bit base", "nf4": "the dequantised NF4 base"}.get(facts["base"], facts["base"])
     shift = facts.get("shift_from_nf4") or {}
+    refused = facts.get("status") == "refused"
     rows = [
+        ("Published", "no: the proof has failed" if refused else "–"),
+        ("Why", facts["error"].splitlines()[0] if refused else "–"),
+        ("Kept as", str(facts.get("path") or "–") if refused else "–"),
         ("Merged onto", str(onto)),
         ("Written as", str(facts.get("dtype", "–"))),
+        ("Rounding", _rounding(facts)),
+        ("Elements checked, one by one", _exact(facts.get("elements"))),
+        ("Elements that are not base + adapters", _exact(facts.get("violations"))),
         ("Adapters folded in", _exact(facts.get("adapters"))),
         ("Modules changed", _exact(facts.get("modules"))),
+        ("Lost of the change by rounding (KL)", _loss(facts.get("lost"))),
+        ("Changed elements that rounding left as they were", _share(facts.get("swallowed"))),
         ("KL divergence, merged against the same base + adapters", _tiny(facts.get("kl"))),
         ("Same top token", _share(facts.get("top1"))),
         ("Largest logit difference", _tiny(facts.get("max_abs_logit_diff"))),
@@ -295,7 +315,20 @@ def merge(run: dict) -> Table:
         ("Same top token as the NF4 model", _share(shift.get("top1"))),
         ("sha256", str(facts.get("sha256", "–"))),
     ]
-    return Table("Merge", ("Check", "Value"), [row for row in rows if row[1] != "–"])
+    return Table(
+        "Merge", ("Check", "Value"), [row for row in rows if row[1] != "–"], " ".join(facts.get("warnings", []))
+    )
+
+
+def _rounding(facts: dict) -> str:
+    if "rounding" not in facts:  # runs of version 0.1
+        return "–"
+    seed = f", seed {facts['rounding_seed']}" if facts.get("rounding_seed") is not None else ""
+    return f"{facts['rounding']}{seed}: {facts['rounding_why']}"
+
+
+def _loss(lost: float | None) -> str:
+    return "–" if lost is None else f"{lost:.3%}"
 
 
 def steps(run: dict) -> Table:
@@ -361,7 +394,11 @@ def _repeats(value: float | None) -> str:
 
 def _steps(stage: dict) -> str:
     steps, kept = stage.get("steps"), stage.get("kept_step")
-    return "–" if steps is None else f"{steps:,}" if kept in (None, steps) else f"{kept:,} kept of {steps:,}"
+    if steps is None:
+        return "–"
+    by = ", ".join(stage.get("kept_by") or ())
+    told = f" (best by {by})" if by else ""
+    return f"{steps:,}{told}" if kept in (None, steps) else f"{kept:,} kept of {steps:,}{told}"
 
 
 def _first_last(loss: dict | None) -> str:

@@ -17,7 +17,7 @@ from qmedtune.recipe import Recipe, TaskSection
 from qmedtune.tasks import choice, findings, free_text, labels, shots
 from qmedtune.tasks.items import Item, Task, checked_items, with_metric
 
-__all__ = ["BUILTIN_TASKS", "FILE_TASKS", "Item", "Task", "check_benchmarks", "check_twice", "load_task"]
+__all__ = ["BUILTIN_TASKS", "FILE_TASKS", "Item", "Task", "check_benchmarks", "check_twice", "load_task", "read_items"]
 
 Reader = Callable[[Path], list[Item]]
 Maker = Callable[[str, tuple[Item, ...]], Task]
@@ -43,6 +43,14 @@ FILE_TASKS: dict[str, tuple[Reader, Maker]] = {
     "pubmed_summary": (free_text.pubmed_summaries, free_text.summary_task),
     "mimic_cxr_summary": (free_text.radiology_summaries, free_text.summary_task),
     "summarization": (free_text.summaries, free_text.summary_task),
+    "meqsum": (free_text.answers, free_text.summary_task),
+    "aci_bench": (free_text.answers, free_text.summary_task),
+    "mts_dialog": (free_text.answers, free_text.summary_task),
+    "medquad": (free_text.answers, free_text.summary_task),
+    "liveqa": (free_text.answers, free_text.summary_task),
+    "medicationqa": (free_text.answers, free_text.summary_task),
+    "bioasq": (free_text.answers, free_text.summary_task),
+    "bioasq_yesno": (free_text.bioasq_yesno, labels.decision_task),
 }
 
 
@@ -53,14 +61,14 @@ def load_task(section: TaskSection, seed: int, world: str = "tiny") -> Task:
     else:
         _check_name(section)
         files = shots.split_files(str(section.path), section.split)
-        every, where, make = _read(section.task, files), files[0], FILE_TASKS[section.task][1]
+        every, where, make = read_items(section.task, files), files[0], FILE_TASKS[section.task][1]
     task = make(section.task, checked_items(section.task, where, every, section.limit, seed))
     task = free_text.with_bertscore(task, section.bertscore) if section.bertscore else task
     task = with_metric(task, section.metric) if section.metric else task
     if not section.shots:
         return task
     examples = shots.shot_files(section)
-    pool = _read(section.task, examples) if examples else every
+    pool = read_items(section.task, examples) if examples else every
     return shots.with_shots(task, section, pool, examples[0].name if examples else None, seed)
 
 
@@ -90,7 +98,8 @@ def _check_name(section: TaskSection) -> None:
         )
 
 
-def _read(task: str, files: list[Path]) -> list[Item]:
+def read_items(task: str, files: list[Path]) -> list[Item]:
+    """The items of a benchmark's files, under the ids that its scores have. DataError."""
     read, _ = FILE_TASKS[task]
     found = [read(file) for file in files]
     if empty := sum(not items for items in found):

@@ -7,21 +7,32 @@ are the answers where options are listed in the prompt; the words themselves whe
 from __future__ import annotations
 
 import csv
+import io
+import json
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from qmedtune import ui
 from qmedtune.data import world as worlds
+from qmedtune.data.choices import Question, question
+from qmedtune.data.files import open_bytes, plain_suffix
+from qmedtune.data.medmcqa import BASE, answer_base, cop_of
+from qmedtune.data.rejects import Unusable
 from qmedtune.errors import DataError
 from qmedtune.tasks.extract import extract_choice
-from qmedtune.tasks.items import Item, Judgement, Task, conversation, item_id, records, text_field
+from qmedtune.tasks.items import Item, Judgement, Task, field_names, item_id, records, text_field
 
 LETTERS = "ABCDEFGHIJ"
 # The six subjects of MultiMedQA (Singhal et al. 2023); the others measure what a medical model may forget.
 MEDICAL_SUBJECTS = (
     "anatomy", "clinical_knowledge", "college_biology", "college_medicine", "medical_genetics", "professional_medicine",
 )  # fmt: skip
+PUBMEDQA_TEST = Path(__file__).with_name("pubmedqa_test.json")  # PMIDs of test_ground_truth.json, pubmedqa/pubmedqa
+GROUND_TRUTH = "test_ground_truth.json"  # answers by PMID: no benchmark of its own
+EMPTY = "(empty)"  # stands for the text of an option that has none
 DECISIONS = ("yes", "no", "maybe")
 
 
@@ -58,77 +69,108 @@ def facts(world: str = "tiny") -> list[Item]:
 
 
 def pubmedqa(path: Path) -> list[Item]:
-    """The authors' ori_pqal.json: an object keyed by PMID with QUESTION, CONTEXTS, final_decision."""
+    """The authors' ori_pqal.json (an object keyed by PMID with QUESTION, CONTEXTS, final_decision), or the Hub's rows
+    of pubid, question, context and final_decision. Of a file with all 1,000 questions the 500 of the test set."""
     items = []
     for where, fields in records(path):
-        text_field(where, fields, "QUESTION")
-        question, answer = conversation(where, fields)
+        text_field(where, fields, "question" if "pubid" in fields else "QUESTION")
+        asked = _question(where, fields)
+        answer = asked.messages[1]["content"]
         if answer not in DECISIONS:
             raise DataError(f"{where}: `final_decision` is none of the options\nallowed: {', '.join(DECISIONS)}")
-        items.append(Item(item_id(where, fields), question, DECISIONS.index(answer), DECISIONS))
-    return items
+        name, said = item_id(where, fields), fields.get("CONTEXTS") or fields["context"]["contexts"]
+        stated = (fields.get("QUESTION") or fields["question"], *said)
+        pmid = name if name.isdecimal() else None
+        items.append(
+            Item(name, asked.messages[:1], DECISIONS.index(answer), DECISIONS, stated=tuple(stated), pmid=pmid)
+        )
+    return _test_set(path, items)
+
+
+def _test_set(path: Path, items: list[Item]) -> list[Item]:
+    """The items of the test set where a file holds all of it and others: by the authors' `test_ground_truth.json`
+    beside it, else by the published list of the 500."""
+    beside = path.parent / GROUND_TRUTH
+    listed = json.loads(beside.read_text(encoding="utf-8") if beside.is_file() else PUBMEDQA_TEST.read_text())
+    wanted = {str(name) for name in listed}
+    found = [item for item in items if item.id in wanted]
+    if len(found) < len(wanted) or len(found) == len(items):
+        return items
+    ui.note(f"{path.name}: the {len(found)} questions of PubMedQA's test set, of {len(items)}")
+    return found
 
 
 def medqa(path: Path) -> list[Item]:
-    """The authors' JSON lines (US split: 5 options; 4_options folder: 4): question, options, answer_idx."""
+    """The authors' JSON lines (US split: 5 options; 4_options folder: 4) or the Hub's rows: question, options,
+    answer_idx or the answer's text."""
     items = []
     for where, fields in records(path):
         text_field(where, fields, "question")
         options = fields.get("options")
-        if isinstance(options, list) and all(isinstance(o, dict) and {"key", "value"} <= o.keys() for o in options):
-            options = {option["key"]: option["value"] for option in options}
-        if not isinstance(options, dict) or len(options) < 2:
+        if not isinstance(options, (dict, list)) or len(options) < 2:
             raise DataError(f"{where}: `options` is no mapping of letters to texts and no list of key and value")
-        items.append(_lettered(where, fields, options))
+        items.append(_lettered(where, fields))
     return items
 
 
 def medmcqa(path: Path) -> list[Item]:
-    """JSON lines with opa..opd and cop, which counts from 1 in the authors' files and from 0 on the Hub."""
+    """Records with opa..opd and cop, which counts from 1 in the authors' files and from 0 on the Hub."""
     rows = list(records(path))
-    answers = {fields.get("cop") for _, fields in rows}
-    if rows and answers <= {-1, None}:
-        raise DataError(
-            f"{path}: no record has an answer (`cop`)\nMedMCQA's test split is unlabelled: take the dev split"
-        )
-    if {0, 4} <= answers or not answers & {0, 4}:
-        raise DataError(f"{path}: cannot tell whether `cop` counts from 0 or from 1\ngive the whole split")
-    start = 1 if 4 in answers else 0
+    base = answer_base(path, {cop_of(fields) for _, fields in rows}) if rows else 0
     items = []
     for where, fields in rows:
         text_field(where, fields, "question")
-        options = {letter: text_field(where, fields, f"op{letter.lower()}") for letter in "ABCD"}
-        items.append(_lettered(where, {**fields, "_cop_base": start}, options))
+        for name in ("opa", "opb", "opc", "opd"):
+            if fields.get(name) is None:
+                text_field(where, fields, name)
+        items.append(_lettered(where, {**fields, BASE: base}))
     return items
 
 
 def mmlu(path: Path) -> list[Item]:
-    """A subject's CSV as published: no header; question, four options, letter. Subjects are facets."""
-    items = []
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    """A subject's CSV as published (no header; question, four options, letter), one with a header or with indices, or
+    the Hub's rows of question, choices, answer, subject. Subjects are facets."""
+    if plain_suffix(path) != ".csv":
+        return [_mmlu_row(path, where, fields) for where, fields in records(path)]
+    rows = list(_mmlu_table(path))
+    return [_mmlu_row(path, where, fields) for where, fields in rows]
+
+
+def _mmlu_row(path: Path, where: str, fields: dict[str, Any]) -> Item:
+    subject = fields.get("subject")
+    facet = subject if isinstance(subject, str) and subject else _subject(path)
+    return replace(_lettered(where, fields), facet=facet)
+
+
+def _mmlu_table(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows of a subject's table as question, choices and answer (an index)."""
+    with open_bytes(path) as raw, io.TextIOWrapper(raw, "utf-8-sig", newline="") as file:
         reader = csv.reader(file, strict=True)
-        for row in reader:
+        for number, row in enumerate(reader):
             where = f"{path}:{reader.line_num}"
             if len(row) < 4:
                 raise DataError(f"{where}: {len(row)} columns\nallowed: question, options, letter")
-            question, *texts, letter = row
-            fields = {"question": question, "options": dict(zip(LETTERS, texts, strict=False)), "answer_idx": letter}
-            items.append(replace(_lettered(where, fields, fields["options"]), facet=_subject(path)))
-    return items
+            if number == 0 and row[0].strip().lower() == "question":
+                continue
+            asked, *texts, answer = row
+            index = int(answer) if answer.strip().isdecimal() else LETTERS.find(answer.strip() or "?")
+            if not 0 <= index < len(texts):
+                raise DataError(f"{where}: the answer is none of the options\nallowed: a letter, or an index from 0")
+            yield where, {"question": asked, "choices": texts, "answer": index}
 
 
 def _subject(path: Path) -> str:
-    return re.sub("_(test|dev|val)$", "", path.stem)
+    return re.sub("_(test|dev|val)$", "", path.name.partition(".")[0])
 
 
 def mmlu_medical(path: Path) -> list[Item]:
     """MMLU's six medical subjects; a file of another subject has no item."""
-    return mmlu(path) if _subject(path) in MEDICAL_SUBJECTS else []
+    return [item for item in mmlu(path) if item.facet in MEDICAL_SUBJECTS]
 
 
 def mmlu_general(path: Path) -> list[Item]:
     """MMLU without the medical subjects."""
-    return mmlu(path) if _subject(path) not in MEDICAL_SUBJECTS else []
+    return [item for item in mmlu(path) if item.facet not in MEDICAL_SUBJECTS]
 
 
 def arc(path: Path) -> list[Item]:
@@ -140,7 +182,7 @@ def arc(path: Path) -> list[Item]:
         stem, choices = (asked.get("stem"), asked.get("choices")) if nested else (asked, fields.get("choices"))
         options = _labelled(where, choices)
         answer = text_field(where, fields, "answerKey")
-        item = _lettered(where, {"question": stem, "options": options, "answer_idx": answer}, options)
+        item = _lettered(where, {"question": stem, "options": options, "answer_idx": answer})
         items.append(replace(item, id=item_id(where, fields)))
     return items
 
@@ -155,23 +197,38 @@ def _labelled(where: str, choices: Any) -> dict[str, str]:
 
 
 def choice(path: Path) -> list[Item]:
-    """Your own benchmark: {"question", "options": [texts], "answer": index or letter, "id"?, "facet"?} per line."""
+    """Your own benchmark: {"question", "options" or "choices": [texts], "answer": index or letter, "id"?, "facet"?} per
+    line."""
     items = []
     for where, fields in records(path):
-        options, answer = fields.get("options"), fields.get("answer")
+        options = fields.get("options", fields.get("choices"))
         if not isinstance(options, list) or not 2 <= len(options) <= len(LETTERS):
             raise DataError(f"{where}: `options` is not a list of 2 to {len(LETTERS)} texts")
         listed = dict(zip(LETTERS, options, strict=False))
-        letter = LETTERS[answer] if isinstance(answer, int) and 0 <= answer < len(options) else answer
-        item = _lettered(where, {"question": fields.get("question"), "options": listed, "answer_idx": letter}, listed)
+        answer = fields.get("answer")
+        item = _lettered(where, {"question": fields.get("question"), "options": listed, "answer_idx": answer})
         facet = text_field(where, fields, "facet") if "facet" in fields else None
         items.append(replace(item, id=item_id(where, fields), facet=facet))
     return items
 
 
-def _lettered(where: str, fields: dict[str, Any], options: dict[str, str]) -> Item:
+def _question(where: str, fields: dict[str, Any]) -> Question:
+    try:
+        asked = question(fields)
+    except Unusable as error:
+        raise DataError(f"{where}: {error}") from error
+    if asked is None:
+        raise DataError(f"{where}: no question with options and answer\nfields here: {field_names(fields)}")
+    return asked
+
+
+def _lettered(where: str, fields: dict[str, Any]) -> Item:
     """An item whose options are listed in the prompt and answered by letter."""
-    question, answer = conversation(where, fields)
-    letters = tuple(options)
-    texts = tuple(text.strip() for text in options.values())
-    return Item(item_id(where, fields), question, letters.index(answer.partition(".")[0]), letters, texts)
+    asked = _question(where, fields)
+    if not asked.options:
+        raise DataError(f"{where}: no question with options and answer\nfields here: {field_names(fields)}")
+    letters = tuple(letter for letter, _ in asked.options)
+    texts = tuple(text or EMPTY for _, text in asked.options)
+    stated = str(fields.get("question", fields.get("Question"))).strip()
+    gold = letters.index(asked.letter)
+    return Item(item_id(where, fields), asked.messages[:1], gold, letters, texts, stated=(stated,))

@@ -41,20 +41,43 @@ BARE_AMPERSAND = re.compile(rb"(<!\[CDATA\[.*?\]\]>)|&(?!#?\w+;)", re.DOTALL)
 
 
 def hoc(path: Path) -> list[Item]:
-    """Abstracts with `text` and `labels` (a list, or joined by `;`; empty for none of the ten hallmarks)."""
+    """Abstracts with `text` and `labels` (a list, or joined by `;` or `,`; empty for none of the ten hallmarks).
+
+    BLURB's sentences (index, sentence1, labels) are put together to the abstracts that are scored.
+    """
+    rows = list(records(path))
+    if rows and "sentence1" in rows[0][1]:
+        rows = _abstracts(rows)
     question = f"Which hallmarks of cancer does the abstract describe? Name them, or none: {', '.join(HALLMARKS)}."
     items = []
-    for where, fields in records(path):
-        labels = fields.get("labels")
-        if not isinstance(labels, (list, str)):
-            raise DataError(f"{where}: field `labels` is no list and no text\nallowed: {'; '.join(HALLMARKS)}")
-        names = [str(label).strip().lower() for label in (labels.split(";") if isinstance(labels, str) else labels)]
-        gold = {name for name in names if name not in ("", "none")}
-        if not gold <= set(HALLMARKS):
-            raise DataError(f"{where}: a label of `labels` is no hallmark\nallowed: {'; '.join(HALLMARKS)}")
+    for where, fields in rows:
         message = {"role": "user", "content": question, "input": text_field(where, fields, "text")}
-        items.append(Item(item_id(where, fields), (message,), frozenset(gold)))
+        items.append(Item(item_id(where, fields), (message,), frozenset(_hallmarks(where, fields.get("labels")))))
     return items
+
+
+def _hallmarks(where: str, labels: Any) -> set[str]:
+    if not isinstance(labels, (list, str)):
+        raise DataError(f"{where}: field `labels` is no list and no text\nallowed: {'; '.join(HALLMARKS)}")
+    names = re.split("[;,]", labels) if isinstance(labels, str) else labels
+    gold = {str(name).strip().lower() for name in names} - {"", "none", "nan"}
+    if not gold <= set(HALLMARKS):
+        raise DataError(f"{where}: a label of `labels` is no hallmark\nallowed: {'; '.join(HALLMARKS)}")
+    return gold
+
+
+def _abstracts(rows: list[tuple[str, dict[str, Any]]]) -> list[tuple[str, dict[str, Any]]]:
+    """Sentences `123_s4` as one row per abstract 123: their texts in order, and the labels of any of them."""
+    found: dict[str, tuple[str, list[str], set[str]]] = {}
+    for where, fields in rows:
+        name = text_field(where, fields, "index").rpartition("_")[0] or text_field(where, fields, "index")
+        _, sentences, labels = found.setdefault(name, (where, [], set()))
+        sentences.append(text_field(where, fields, "sentence1"))
+        labels |= _hallmarks(where, fields.get("labels") or "")
+    return [
+        (where, {"id": name, "text": " ".join(sentences), "labels": sorted(labels)})
+        for name, (where, sentences, labels) in found.items()
+    ]
 
 
 def hoc_task(name: str, items: tuple[Item, ...]) -> Task:

@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from qmedtune.data.files import plain_suffix, text_of
+from qmedtune.data.instructions import is_task
 from qmedtune.data.notes import expand
+from qmedtune.data.records import as_name
 from qmedtune.data.rejects import Damaged
 from qmedtune.data.rows import read_jsonl
 from qmedtune.errors import DataError, RecipeError
@@ -28,11 +30,13 @@ from qmedtune.tasks.items import (
     checked_rows,
     conversation,
     item_id,
+    label_field,
     records,
     require,
     text_field,
 )
 
+NO_YES = ("no", "yes")
 SUMMARY_COLUMNS = (("article", "abstract"), ("findings", "impression"), ("document", "summary"), ("text", "summary"))
 ROUGE = ("rouge1", "rouge2", "rougeL")
 UNSTEMMED = {"rouge1_unstemmed": "rouge1", "rouge2_unstemmed": "rouge2", "rouge_unstemmed": "rougeL"}
@@ -116,6 +120,38 @@ def _token_f1(gold: list[str], said: list[str]) -> float:
 def summaries(path: Path) -> list[Item]:
     """article and abstract (PubMed), findings and impression (radiology), document or text and summary."""
     return [_summary_item(where, fields, SUMMARY_COLUMNS) for where, fields in records(path)]
+
+
+def answers(path: Path) -> list[Item]:
+    """Questions with an answer in words, or texts with their note or summary, in a shape that instructions.py knows:
+    MedQuAD, LiveQA, MedicationQA, BioASQ (ideal answers), MeQSum, ACI-Bench, MTS-Dialog."""
+    items = []
+    for where, fields in records(path):
+        asked, answer = conversation(where, fields)
+        group = as_name(fields.get("group") or fields.get("encounter_id"))
+        stated = tuple(m.get("input") or m["content"] for m in asked if m["role"] == "user")
+        if asked[-1].get("input") and not is_task(asked[-1]["content"]):
+            stated = (*stated, asked[-1]["content"])
+        items.append(Item(item_id(where, fields), asked, answer, group=group, stated=stated))
+    return items
+
+
+def bioasq_yesno(path: Path) -> list[Item]:
+    """BioASQ's yes/no questions, with their snippets; a file's other questions are no items."""
+    items = []
+    for where, fields in records(path):
+        if fields.get("type") != "yesno":
+            continue
+        asked, _ = conversation(where, fields)
+        gold = label_field(where, {"exact_answer": _first(fields.get("exact_answer"))}, "exact_answer", NO_YES)
+        question = {**asked[-1], "content": f"{asked[-1]['content']} Answer yes or no."}
+        stated = tuple(text for text in (asked[-1]["content"], asked[-1].get("input", "")) if text)
+        items.append(Item(item_id(where, fields), (question,), gold, NO_YES, stated=stated))
+    return items
+
+
+def _first(value: Any) -> Any:
+    return value[0] if isinstance(value, list) and value else value
 
 
 def pubmed_summaries(path: Path) -> list[Item]:

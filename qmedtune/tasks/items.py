@@ -16,23 +16,19 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from qmedtune.data.files import plain_suffix
+from qmedtune.data.formats import READERS, format_of
 from qmedtune.data.instructions import instruction_record
+from qmedtune.data.reading.tally import shown_names
 from qmedtune.data.records import as_name
-from qmedtune.data.rejects import Damaged, Unusable
-from qmedtune.data.rows import Row, read_csv, read_json, read_jsonl, read_tsv
+from qmedtune.data.rejects import Damaged, Refused, Unusable
+from qmedtune.data.rows import Row
 from qmedtune.errors import DataError, RecipeError
 
 Message = dict[str, str]
 Judgement = dict[str, Any]
 """What is kept of one answer: numbers and labels, JSON-safe, never text of a source."""
 
-READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
-    ".json": read_json,
-    ".jsonl": read_jsonl,
-    ".csv": read_csv,
-    ".tsv": read_tsv,
-}
+FORMATS = ("json", "jsonl", "csv", "tsv", "parquet", "xlsx", "medquad", "liveqa")
 
 
 @dataclass(frozen=True)
@@ -44,6 +40,8 @@ class Item:
     group: what several items were taken from (a note, a patient, a premise): drawn together when scores are resampled,
         and none is an example for another
     shots: ids of the examples that stand in `messages` before the question
+    stated: question and passages apart and without options, as training text may hold them; empty: the user's messages
+    pmid: the PubMed abstract that the item was made from
     """
 
     id: str
@@ -54,6 +52,14 @@ class Item:
     facet: str | None = None
     group: str | None = None
     shots: tuple[str, ...] = ()
+    stated: tuple[str, ...] = ()
+    pmid: str | None = None
+
+    @property
+    def leaks(self) -> tuple[str, ...]:
+        """The texts of the item that training text must not hold."""
+        asked = (m.get("input") or m["content"] for m in self.messages if m["role"] == "user")
+        return self.stated or tuple(asked)
 
 
 @dataclass(frozen=True)
@@ -106,16 +112,19 @@ def with_metric(task: Task, name: str) -> Task:
 
 
 def records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """("file:line", fields) of every record of a JSON, JSON-lines, CSV or TSV file. DataError at the first bad one."""
-    reader = READERS.get(plain_suffix(path))
-    if reader is None:
-        raise DataError(f"{path}: unknown kind of file\nallowed: {', '.join(READERS)} (also with .gz)")
-    yield from checked_rows(path, reader(path))
+    """("file:line", fields) of every record of a file of records (JSON, tables, Parquet ...), read as sources are.
+    DataError at the first bad one."""
+    format = format_of(path, "auto")
+    if format not in FORMATS:
+        raise DataError(f"{path}: unknown kind of file\nallowed: {', '.join(FORMATS)} (also with .gz)")
+    yield from checked_rows(path, READERS[format](path))
 
 
 def checked_rows(path: Path, rows: Iterator[Row]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Rows of a reader with their "file:line"; DataError at the first damaged one."""
     for line, fields in rows:
+        if isinstance(fields, Refused):
+            continue
         if isinstance(fields, Damaged):
             raise DataError(f"{path}:{line}: {fields.reason}\na benchmark is read whole or not at all: mend the file")
         yield f"{path}:{line}", fields
@@ -131,8 +140,11 @@ def text_field(where: str, fields: dict[str, Any], name: str) -> str:
 
 
 def field_names(fields: dict[str, Any]) -> str:
-    """Column names for a message. The first line of a file without header is data: only what is a name is shown."""
-    return ", ".join([name for name in fields if len(name) <= 40 and name.isidentifier()][:12]) or "none with a name"
+    """Column names for a message. The first line of a file without header is data: only known names are shown."""
+    known = shown_names(fields)
+    return (
+        known if not known[0].isdigit() and known != "no column" else f"none with a name that is known ({len(fields)})"
+    )
 
 
 def label_field(where: str, fields: dict[str, Any], name: str, allowed: tuple[str, ...]) -> int:
@@ -165,7 +177,7 @@ def conversation(where: str, fields: dict[str, Any]) -> tuple[tuple[Message, ...
 
 def item_id(where: str, fields: dict[str, Any]) -> str:
     """The record's own name, else its line."""
-    names = (as_name(fields.get(key)) for key in ("id", "_key", "pmid", "pairID", "realid"))
+    names = (as_name(fields.get(key)) for key in ("id", "_key", "pmid", "pubid", "pairID", "realid"))
     return next((name for name in names if name), f"line-{where.rpartition(':')[2]}")
 
 

@@ -11,6 +11,7 @@ import re
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from lxml import etree  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -35,6 +36,7 @@ from qmedtune.tasks.items import (
 
 NLI = ("entailment", "contradiction", "neutral")
 DDI = ("DDI-false", "DDI-advise", "DDI-effect", "DDI-int", "DDI-mechanism")
+HUB_NLI = ("entailment", "neutral", "contradiction")  # as SNLI, MultiNLI and MedNLI number them on the Hub
 NO_YES = ("no", "yes")
 NLI_COLUMNS = (("sentence1", "sentence2", "gold_label"), ("premise", "hypothesis", "label"))
 
@@ -48,7 +50,8 @@ def accuracy_task(name: str, items: tuple[Item, ...]) -> Task:
 
 
 def macro_f1_task(name: str, items: tuple[Item, ...]) -> Task:
-    """F1 averaged over the labels that occur, whatever their share; accuracy beside it."""
+    """F1 averaged over the labels that occur, whatever their share; accuracy beside it. DataError for one label."""
+    _check_labels(name, items)
     return _task(name, items, "macro_f1")
 
 
@@ -58,8 +61,17 @@ def decision_task(name: str, items: tuple[Item, ...]) -> Task:
 
 
 def ddi_task(name: str, items: tuple[Item, ...]) -> Task:
-    """Macro F1 over all five labels, and the shared task's micro F1 over the four kinds of interaction."""
+    """Macro F1 over all five labels, and the shared task's micro F1 over the four kinds of interaction. DataError for
+    one label only."""
+    _check_labels(name, items)
     return _task(name, items, "macro_f1", positive=DDI[1:])
+
+
+def _check_labels(name: str, items: tuple[Item, ...]) -> None:
+    if len(items) > 1 and len({item.gold for item in items}) < 2:
+        raise DataError(
+            f"task {name}: all {len(items)} items have the same label, so an F1 says nothing\ngive the whole split"
+        )
 
 
 def auroc_task(name: str, items: tuple[Item, ...]) -> Task:
@@ -124,8 +136,9 @@ def _score(judgement: Judgement) -> float:
 
 
 def nli(path: Path) -> list[Item]:
-    """MedNLI's JSON lines (sentence1, sentence2, gold_label) or premise, hypothesis, label (BioNLI: two labels)."""
-    rows = list(records(path))
+    """MedNLI's JSON lines (sentence1, sentence2, gold_label), or premise, hypothesis and label (BioNLI: two labels; the
+    Hub's 0, 1, 2 for entailment, neutral and contradiction)."""
+    rows = _by_name(list(records(path)))
     used = {str(fields.get("gold_label", fields.get("label"))).casefold() for _, fields in rows}
     labels = tuple(label for label in NLI if label != "neutral" or "neutral" in used)
     items = []
@@ -135,12 +148,27 @@ def nli(path: Path) -> list[Item]:
         content = f"Does the premise entail the hypothesis? Answer {_listed(labels)}."
         question = _question(content, f"Premise: {premise}\nHypothesis: {hypothesis}")
         gold = label_field(where, fields, label, labels)
-        items.append(Item(item_id(where, fields), question, gold, labels, group=premise))
+        name = item_id(where, fields)
+        items.append(Item(name, question, gold, labels, group=premise, stated=(premise, hypothesis)))
     return items
 
 
+def _by_name(rows: list[tuple[str, dict[str, Any]]]) -> list[tuple[str, dict[str, Any]]]:
+    """Rows with labels by name, where the file has the Hub's numbers."""
+    numbers = {str(fields.get("label")) for _, fields in rows}
+    if not rows or not numbers <= {"0", "1", "2"}:
+        return rows
+    ui.note("labels 0, 1, 2 are read as entailment, neutral, contradiction, the order of the Hub's NLI sets")
+    return [(where, {**fields, "label": HUB_NLI[int(fields["label"])]}) for where, fields in rows]
+
+
 def ddi2013(path: Path) -> list[Item]:
-    """DDI-2013's XML (every pair of drugs of every sentence), or a table of masked sentences: sentence, label."""
+    """DDI-2013's XML (every pair of drugs of every sentence), or a table of masked sentences: sentence, label.
+
+    The authors' `Test for DrugNER task` holds pairs without their interactions: such files have no item.
+    """
+    if any("drugner" in part.lower() for part in path.parts):
+        return []
     if plain_suffix(path) == ".xml":
         return _ddi_xml(path)
     items = []
@@ -167,16 +195,16 @@ def _ddi_xml(path: Path) -> list[Item]:
         spans = {entity.get("id"): _span(entity.get("charOffset")) for entity in sentence.iter("entity")}
         for pair in sentence.iter("pair"):
             where = f"{path}:{pair.sourceline}"
-            first, second, kind = (
-                pair.get("e1"),
-                pair.get("e2"),
-                pair.get("type") if pair.get("ddi") == "true" else "false",
-            )
-            label = f"DDI-{kind}"
+            first, second = pair.get("e1"), pair.get("e2")
+            if pair.get("ddi") == "true" and pair.get("type") is None:
+                ui.note(f"{path.name}: an interaction without its type (one of the training set has none) is left out")
+                continue
+            label = f"DDI-{pair.get('type') if pair.get('ddi') == 'true' else 'false'}"
             if first not in spans or second not in spans or label not in DDI:
                 raise DataError(f"{where}: a pair names an unknown drug or type\nallowed types: {', '.join(DDI)}")
             question = _ddi_question(_masked(text, [spans[first], spans[second]]))
-            items.append(Item(str(pair.get("id")), question, DDI.index(label), DDI, group=path.stem))
+            name = str(pair.get("id"))
+            items.append(Item(name, question, DDI.index(label), DDI, group=path.stem, stated=(text,)))
     return items
 
 

@@ -21,6 +21,7 @@ from qmedtune.errors import DataError
 from qmedtune.recipe import SourceSection, TaskSection
 from qmedtune.tasks.items import Item, Message, Task
 
+NO_BENCHMARKS = ("test_ground_truth.json",)  # PubMedQA's answers by PMID, read with the questions (choice.py)
 WORDS = {"test": ("test",), "dev": ("dev", "val", "valid", "validation"), "train": ("train", "training")}
 
 
@@ -35,7 +36,8 @@ def split_files(path: str, split: str | None) -> list[Path]:
 
     Of several levels the upper one counts: MedQA's US folder holds the 4-option questions one level below. DataError.
     """
-    files, folder = source_files(SourceSection(path=path, kind="instructions")), _folder(path)
+    every, folder = source_files(SourceSection(path=path, kind="instructions")), _folder(path)
+    files = [file for file in every if file.name not in NO_BENCHMARKS] or every
     if not folder.is_dir():
         return files
     said = {file: _split_below(folder, file) for file in files}

@@ -106,9 +106,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, path: str = "auto") -> Tenso
     return _RMSNorm.apply(x, weight, eps, _path(x, weight, path))
 
 
-def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, path: str = "auto"
-) -> tuple[Tensor, Tensor]:
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, path: str = "auto") -> tuple[Tensor, Tensor]:
     """(rms_norm(x + residual), x + residual), both differentiable; x and residual [..., D] of one dtype."""
     return _AddRMSNorm.apply(x, residual, weight, eps, _path(x, weight, path, residual))
 
@@ -166,9 +164,7 @@ def _backward_rows(
 
 
 @triton.jit
-def _dweight_partial(
-    dy_ptr, x_ptr, rstd_ptr, partial_ptr, rows, columns, BLOCK: tl.constexpr, EMULATE: tl.constexpr
-):
+def _dweight_partial(dy_ptr, x_ptr, rstd_ptr, partial_ptr, rows, columns, BLOCK: tl.constexpr, EMULATE: tl.constexpr):
     """Rows p, p + P, p + 2 P, ... of a strip of columns, summed in fp32."""
     TY: tl.constexpr = x_ptr.dtype.element_ty
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -189,9 +185,7 @@ def num_warps(block: int) -> int:
 
 
 @dispatch.on_its_device
-def _launch_forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _launch_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     x, weight = x.contiguous(), weight.contiguous()
     columns = x.shape[-1]
     block = triton.next_power_of_2(columns)

@@ -1,0 +1,52 @@
+"""MedMCQA's `cop`, the number of the right option: it counts from 1 in the authors' files and from 0 on the Hub.
+
+One rule for training and for evaluation: a file in which a 4 occurs and no 0 counts from 1, one in which a 0 occurs and
+no 4 from 0; where neither or both occur it cannot be told, and nothing is guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from qmedtune.errors import DataError
+
+BASE = "_cop_base"
+UNLABELLED = frozenset((-1, None))
+
+
+def cop_of(fields: dict[str, Any]) -> int | None:
+    """The value of `cop` as a whole number (tables hold it as text), None where it is none."""
+    value = fields.get("cop")
+    if isinstance(value, str) and value.strip().lstrip("-").isdecimal():
+        return int(value)
+    if isinstance(value, float) and value == value // 1:
+        return int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def answer_base(path: Path, answers: set[int | None]) -> int:
+    """0 or 1, from all values of `cop` in a file. Raises DataError where they do not tell."""
+    if answers <= UNLABELLED:
+        raise DataError(
+            f"{path}: no record has an answer (`cop`)\nMedMCQA's test split is unlabelled: take the dev split"
+        )
+    if {0, 4} <= answers or not answers & {0, 4}:
+        raise DataError(f"{path}: cannot tell whether `cop` counts from 0 or from 1\ngive the whole split")
+    return 1 if 4 in answers else 0
+
+
+def with_answer_base(path: Path, read: Callable[[], Iterator[tuple[int, Any]]]) -> Iterator[tuple[int, Any]]:
+    """The rows of a file; of MedMCQA with the base of `cop` as a field. Such a file is read twice to know it."""
+    stream = read()
+    first = next(stream, None)
+    if first is None:
+        return
+    if not isinstance(first[1], dict) or "cop" not in first[1]:
+        yield first
+        yield from stream
+        return
+    base = answer_base(path, {cop_of(fields) for _, fields in read() if isinstance(fields, dict)})
+    for number, fields in read():
+        yield number, {**fields, BASE: base} if isinstance(fields, dict) else fields

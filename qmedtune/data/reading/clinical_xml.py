@@ -1,0 +1,134 @@
+"""Clinical notes in XML: n2c2 and i2b2 tasks, and sections of C-CDA documents. Lines and headings of notes are kept."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lxml import etree  # pyright: ignore[reportAttributeAccessIssue]
+
+from qmedtune.data.files import ARCHIVE_ERRORS, open_bytes
+from qmedtune.data.reading import xml_files
+from qmedtune.data.reading.document import Document
+from qmedtune.data.rejects import Damaged, Unread, Unusable
+
+TEXTS = ("TEXT", "text")
+RECORDS = ("RECORD", "record", "doc")  # several notes in one file: de-identification 2006, obesity 2008
+BARE_AMPERSAND = re.compile(rb"(<!\[CDATA\[(?:[^\]]|\](?!\]>))*+\]\]>)|&(?!#?\w+;)")
+HEAD_BYTES = 1 << 16
+MAX_NOTE_BYTES = 64 << 20
+CDA = "{urn:hl7-org:v3}"
+SPACES = re.compile(r"\s+")
+ROWS = {
+    "tr": "\n",
+    "td": "\t",
+    "th": "\t",
+    "paragraph": "\n",
+    "item": "\n",
+    "br": "\n",
+    "caption": "\n",
+}
+
+
+def holds_text(path: Path) -> bool:
+    """Whether an XML file holds notes in a TEXT element, as n2c2's and i2b2's do, by its head."""
+    try:
+        with open_bytes(path) as file:
+            head = file.read(HEAD_BYTES)
+    except ARCHIVE_ERRORS:
+        return False
+    return b"<TEXT" in head or (b"<doc " in head and b"<text" in head)
+
+
+def read_n2c2(path: Path) -> Iterator[xml_files.Item]:
+    """The note of a file, or all `RECORD`s of one. The patient is what stands before the last `-` or `_` of the name
+    (`110-01.xml`: n2c2's longitudinal records), where that is a number.
+
+    Unescaped `&`, which several of the published files have, is mended.
+    """
+    try:
+        with open_bytes(path) as file:
+            raw = file.read(MAX_NOTE_BYTES + 1)
+    except ARCHIVE_ERRORS:
+        yield 1, Unread("archive is truncated or corrupt from here on")
+        return
+    if len(raw) > MAX_NOTE_BYTES:
+        yield 1, Damaged(f"XML file longer than {MAX_NOTE_BYTES >> 20} MiB")
+        return
+    try:
+        root = etree.fromstring(BARE_AMPERSAND.sub(lambda match: match[1] or b"&amp;", raw), xml_files.PARSER)
+    except etree.XMLSyntaxError as error:
+        yield 1, Damaged(f"broken XML (line {error.lineno})")
+        return
+    if xml_files.declares_entities(root.getroottree()):
+        yield 1, Damaged("XML declares entities")
+        return
+    records = [element for element in root.iter(*RECORDS) if _text_of(element) is not None]
+    for number, element in enumerate(records or [root], start=1):
+        yield number, _note(element, path.stem, number if records else None)
+
+
+def _text_of(element: Any) -> str | None:
+    return next((text for name in TEXTS if (text := element.findtext(name)) is not None), None)
+
+
+def _note(element: Any, stem: str, number: int | None) -> Document | Damaged:
+    text = _text_of(element)
+    if text is None:
+        return Damaged("XML with no TEXT of a note")
+    name = stem if number is None else f"{stem}-{element.get('ID') or element.get('id') or number}"
+    patient = re.match(r"(\d+)[-_]", stem) if number is None else None
+    unread = tuple(sorted({xml_files.local(child) for child in element} & {"TAGS", "PHI", "ANNOTATIONS"}))
+    return Document(name, text.strip("\r\n"), patient=patient[1] if patient else None, unread=unread)
+
+
+# ---- C-CDA -----------------------------------------------------------------------------------------------------------
+
+
+def read_ccda(path: Path) -> Iterator[xml_files.Item]:
+    """The narrative of a C-CDA document: each section's title and text. Coded entries are not read."""
+    yield 1, xml_files.read_file(path, _cda)
+
+
+def _cda(root: Any) -> Document | Damaged:
+    if root.tag != f"{CDA}ClinicalDocument":
+        return Damaged(f"XML is not a C-CDA document: its root is `{xml_files.local(root)[:40]}`")
+    xml_files.name_entities(root)
+    title = root.findtext(f"{CDA}title")
+    parts = [f"# {' '.join(title.split())}"] if title and title.strip() else []
+    for section in root.iter(f"{CDA}section"):
+        heading, text = section.findtext(f"{CDA}title"), section.find(f"{CDA}text")
+        said = _narrative(text) if text is not None else ""
+        if said:
+            parts += [f"## {' '.join(heading.split())}"] if heading and heading.strip() else []
+            parts.append(said)
+    if len(parts) < 2:
+        raise Unusable("C-CDA document without a narrative section")
+    patient = root.find(f"{CDA}recordTarget/{CDA}patientRole/{CDA}id")
+    name = root.find(f"{CDA}id")
+    unread = ("entry",) if next(root.iter(f"{CDA}entry"), None) is not None else ()
+    return Document(_id(name), "\n\n".join(parts), patient=_id(patient), unread=unread)
+
+
+def _id(element: Any) -> str | None:
+    return None if element is None else element.get("extension") or element.get("root")
+
+
+def _narrative(text: Any) -> str:
+    """Lines of a narrative block: paragraphs, items and table rows each on their own, cells apart."""
+    parts: list[str] = []
+    _walk(text, parts)
+    cells = (line.split("\t") for line in "".join(parts).split("\n"))
+    lines = ("\t".join(" ".join(cell.split()) for cell in line).strip() for line in cells)
+    return "\n".join(line for line in lines if line)
+
+
+def _walk(element: Any, parts: list[str]) -> None:
+    parts.append(SPACES.sub(" ", element.text or ""))
+    for child in element:
+        mark = ROWS.get(xml_files.local(child), "")
+        parts.append("\n" if mark == "\n" else "")
+        _walk(child, parts)
+        parts += [mark, SPACES.sub(" ", child.tail or "")]

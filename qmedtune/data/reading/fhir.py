@@ -1,0 +1,149 @@
+"""FHIR resources that hold notes: DocumentReference, DiagnosticReport, Binary and Composition, alone or in Bundles.
+
+The text is that of the attachments, in Base64 (text/plain, HTML or none said); of reports also the conclusion where it
+is not in an attachment. Resources that hold no note (Observation, Condition ...) are refused by their type: the text of
+a generated narrative is no note.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from lxml import etree, html  # pyright: ignore[reportAttributeAccessIssue]
+
+from qmedtune.data.reading.document import Document
+from qmedtune.data.rejects import Damaged, Refused, Unusable
+
+TYPE = re.compile(r"[A-Za-z]{1,40}")
+TEXT_TYPES = ("text/plain", "text/html", "text/rtf", "application/xhtml+xml")
+WRONG = ("entered-in-error", "entered in error")
+CHARSET = re.compile(r"charset=\"?([\w-]+)", re.IGNORECASE)
+BLOCKS = frozenset(("p", "div", "li", "tr", "br", "h1", "h2", "h3", "h4", "h5", "h6", "table", "ul", "ol", "section"))
+
+
+def documents(resource: dict[str, Any]) -> Iterator[Document | Damaged | Refused]:
+    """The documents of one resource; of a Bundle, those of its entries."""
+    if isinstance(resource.get("resource"), dict):
+        resource = resource["resource"]
+    if resource.get("resourceType") == "Bundle":
+        for entry in resource.get("entry") or []:
+            if isinstance(entry, dict) and isinstance(entry.get("resource"), dict):
+                yield from documents(entry["resource"])
+            else:
+                yield Damaged("FHIR Bundle entry without a resource")
+        return
+    try:
+        yield _document(resource)
+    except Unusable as error:
+        yield Damaged(str(error))
+
+
+def _document(resource: dict[str, Any]) -> Document | Refused:
+    kind = str(resource.get("resourceType"))
+    if kind not in HOLDERS:
+        shown = kind if TYPE.fullmatch(kind) else "unknown"
+        return Refused(f"FHIR {shown} holds no note")
+    if WRONG[0] in (resource.get("status"), resource.get("docStatus")):
+        return Refused("marked as an error in the source (entered-in-error)")
+    parts = [part for part in HOLDERS[kind](resource) if part]
+    if not parts:
+        return Refused(f"FHIR {kind} without text")
+    patient = resource.get("subject")
+    reference = patient.get("reference") if isinstance(patient, dict) else None
+    name = resource.get("id")
+    return Document(
+        str(name) if name else None,
+        "\n\n".join(parts),
+        patient=reference.rpartition("/")[2] if isinstance(reference, str) else None,
+        schema=f"FHIR {kind}",
+    )
+
+
+def _of_reference(resource: dict[str, Any]) -> list[str]:
+    contents = _listed(resource, "content")
+    return [_attachment(content.get("attachment")) for content in contents]
+
+
+def _of_report(resource: dict[str, Any]) -> list[str]:
+    parts = [_attachment(form) for form in _listed(resource, "presentedForm")]
+    conclusion = resource.get("conclusion")
+    if isinstance(conclusion, str) and conclusion.strip() and not any(conclusion.strip() in part for part in parts):
+        parts.append(conclusion.strip())
+    return parts
+
+
+def _of_composition(resource: dict[str, Any]) -> list[str]:
+    title = resource.get("title")
+    parts = [f"# {title.strip()}"] if isinstance(title, str) and title.strip() else []
+    body = [part for section in _listed(resource, "section") for part in _section(section)]
+    return [*parts, *body] if body else []
+
+
+def _section(section: dict[str, Any]) -> list[str]:
+    title, text = section.get("title"), section.get("text")
+    said = _of_html(str(text.get("div", ""))) if isinstance(text, dict) else ""
+    below = [part for inner in _listed(section, "section") for part in _section(inner)]
+    heading = [f"## {title.strip()}"] if isinstance(title, str) and title.strip() and (said or below) else []
+    return [*heading, *([said] if said else []), *below]
+
+
+def _of_binary(resource: dict[str, Any]) -> list[str]:
+    return [_attachment(resource)]
+
+
+HOLDERS = {
+    "DocumentReference": _of_reference, "DiagnosticReport": _of_report, "Composition": _of_composition,
+    "Binary": _of_binary,
+}  # fmt: skip
+
+
+def _listed(resource: dict[str, Any], key: str) -> list[dict[str, Any]]:
+    value = resource.get(key) or []
+    if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
+        raise Unusable(f"FHIR {key} is no list of objects")
+    return value
+
+
+def _attachment(attachment: Any) -> str:
+    """The text of an attachment; "" where it is elsewhere (`url`) or no text (PDF, images)."""
+    if not isinstance(attachment, dict) or not isinstance(attachment.get("data"), str):
+        return ""
+    kind = str(attachment.get("contentType") or "text/plain").lower()
+    if not kind.startswith(TEXT_TYPES):
+        return ""
+    try:
+        data = base64.b64decode("".join(attachment["data"].split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise Unusable("FHIR attachment is no Base64") from error
+    charset = CHARSET.search(kind)
+    try:
+        text = data.decode(charset[1] if charset else "utf-8-sig")
+    except (UnicodeDecodeError, LookupError) as error:
+        raise Unusable("FHIR attachment is not in its encoding (none said: UTF-8)") from error
+    if kind.startswith("text/rtf"):
+        raise Unusable("FHIR attachment is RTF, which is not read")
+    return text.strip() if kind.startswith("text/plain") else _of_html(text)
+
+
+def _of_html(text: str) -> str:
+    """Text of HTML, block elements on lines of their own."""
+    if not text.strip():
+        return ""
+    try:
+        root = html.fromstring(text)
+    except (etree.ParserError, etree.XMLSyntaxError, ValueError) as error:
+        raise Unusable("FHIR attachment is broken HTML") from error
+    for element in root.iter():
+        name = element.tag if isinstance(element.tag, str) else ""
+        if name in ("script", "style") or not name:
+            element.text = ""
+        elif name in BLOCKS:
+            element.text, element.tail = f"\n{element.text or ''}", f"\n{element.tail or ''}"
+        elif name in ("td", "th"):
+            element.tail = f"\t{element.tail or ''}"
+    lines = ("\t".join(" ".join(cell.split()) for cell in line.split("\t")) for line in root.text_content().split("\n"))
+    return "\n".join(line.strip() for line in lines if line.strip())

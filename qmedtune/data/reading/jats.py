@@ -1,0 +1,189 @@
+"""JATS articles: one per file, in a bulk archive, or as a set (E-utilities, Europe PMC, OAI-PMH).
+
+Policy: title, abstract and body paragraphs in document order, each once; headings as `#` lines; captions of figures,
+tables, media and supplements kept; table cells, references, back matter and LaTeX sources left out (and named in the
+ledger); raised numbers, formulas and citations as markup.py says.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lxml import etree  # pyright: ignore[reportAttributeAccessIssue]
+
+from qmedtune.data.files import ARCHIVE_ERRORS, MAX_MEMBER_BYTES, open_bytes
+from qmedtune.data.reading import markup, xml_files
+from qmedtune.data.reading.document import Document
+from qmedtune.data.reading.xml_files import local, plain
+from qmedtune.data.rejects import Damaged, Refused, Unread, Unusable
+
+SKIPPED = frozenset(
+    ("tex-math", "object-id", "label", "graphic", "alt-text", "long-desc", "fn-group", "table", "ref-list", "back")
+)
+TOLD = frozenset(("table", "ref-list", "fn-group", "tex-math"))  # of these, what the ledger names where it is there
+# Containers whose own paragraphs follow the paragraph they are nested in.
+NESTED = frozenset(
+    ("fig", "fig-group", "table-wrap", "table-wrap-group", "list", "def-list", "disp-quote", "boxed-text", "media")
+    + ("supplementary-material", "verse-group", "statement", "speech")
+)
+RETRACTED = "retraction-forward"
+HOLDS = "holds-blocks"  # set on paragraphs that have block containers in them
+SETS = ("pmc-articleset", "articles", "OAI-PMH")
+ARTICLES = ("article", "{*}article")
+PARTS = ("front/article-meta", "body", "floats-group", "floats-wrap")
+
+
+def read_jats(path: Path) -> Iterator[xml_files.Item]:
+    """One article per file, the articles of a set, or those of a bulk `.tar`/`.tar.gz` without unpacking it to disk."""
+    if is_tar(path):
+        yield from _members(path)
+    elif _is_set(path):
+        yield from xml_files.read_each(path, ARTICLES, article)
+    else:
+        yield 1, xml_files.read_file(path, article)
+
+
+def _is_set(path: Path) -> bool:
+    """By the root; parsed for it only where its name is in the file's head: an article has one parse to pay for."""
+    try:
+        with open_bytes(path) as file:
+            head = file.read(4096)
+    except ARCHIVE_ERRORS:
+        return False
+    if not any(name.encode() in head for name in SETS) and b"\0" not in head:
+        return False
+    root = xml_files.root_of(path)
+    return root is not None and root.name in SETS
+
+
+def is_tar(path: Path) -> bool:
+    """True for `.tar`, `.tar.gz` and `.tgz`."""
+    return path.name.lower().endswith((".tar", ".tar.gz", ".tgz"))
+
+
+def _members(path: Path) -> Iterator[xml_files.Item]:
+    # Not tarfile's own "r|gz": on damaged headers Python 3.11.2's raises AttributeError in place of its error.
+    packed = path.suffix.lower() in (".gz", ".tgz")
+    with gzip.open(path) if packed else path.open("rb") as file, tarfile.open(fileobj=file, mode="r|") as archive:
+        for number, member in enumerate((m for m in archive if m.isfile()), start=1):
+            if not member.name.lower().endswith((".nxml", ".xml")):
+                continue
+            data = archive.extractfile(member)
+            assert data is not None
+            if member.size > MAX_MEMBER_BYTES:
+                yield number, Unread(f"member longer than {MAX_MEMBER_BYTES >> 20} MiB")
+            else:
+                yield number, xml_files.read_whole(io.BytesIO(data.read()), article)
+
+
+def article(root: Any) -> Document | Damaged | Refused:
+    """The document of an `article` element. Raises `Unusable`."""
+    if local(root) != "article":
+        return Damaged(f"XML is not a JATS article, nor of another known format: its root is `{local(root)[:40]}`")
+    if namespace := etree.QName(root).namespace:
+        xml_files.without_namespace(root, namespace)
+    meta = root.find("front/article-meta")
+    if meta is None:
+        if root.find("front") is None:
+            raise Unusable("an `article` that is not JATS: it has no `front` (a publisher's own format?)")
+        raise Unusable("JATS without article-meta")
+    related = meta.findall("related-article")
+    if root.get("article-type") == "retraction" or any(r.get("related-article-type") == RETRACTED for r in related):
+        return Refused("retracted")
+    unread = _prune(root)
+    text = "\n\n".join(block for block in _parts(root, meta) if block)
+    if not text:
+        raise Unusable("article without text")
+    ids = {e.get("pub-id-type"): (e.text or "").strip() for e in meta.findall("article-id")}
+    pmcid = ids.get("pmc") or ids.get("pmcid") or ids.get("pmcaid")
+    name = f"PMC{pmcid.removeprefix('PMC')}" if pmcid else ids.get("pmid") or ids.get("doi") or ""
+    return Document(name, text, pmid=ids.get("pmid"), unread=unread)
+
+
+def _parts(root: Any, meta: Any) -> list[str]:
+    title = meta.find("title-group/article-title")
+    blocks = [f"# {plain(title)}"] if title is not None else []
+    for abstract in meta.findall("abstract"):
+        blocks += ["## Abstract", *_blocks(abstract, 2)] if abstract.find("title") is None else _blocks(abstract, 2)
+    for part in (root.find("body"), root.find("floats-group"), root.find("floats-wrap")):
+        if part is not None:
+            blocks += _blocks(part, 1)
+    return blocks
+
+
+def _is_citation(xref: Any) -> bool:
+    return xref.get("ref-type") == "bibr"
+
+
+def _prune(root: Any) -> tuple[str, ...]:
+    """Empty what has no reading value, put in what markup means, mark paragraphs that hold blocks; the names of what
+    is left out.
+
+    Done once per document in libxml2, so that a paragraph's text is one call.
+    """
+    unread = {"back"} if root.find("back") is not None else set()
+    for part in PARTS:
+        for element in root.iterfind(part):
+            xml_files.name_entities(element)
+            for waste in list(element.iter(*SKIPPED)):
+                if waste.tag in TOLD:
+                    unread.add(waste.tag)
+                waste.clear(keep_tail=True)
+            markup.resolve(element, _is_citation)
+            for line in element.iter("break"):
+                line.text = " "
+            for container in element.iter(*NESTED):
+                for paragraph in container.iterancestors("p"):
+                    paragraph.set(HOLDS, "yes")
+    return tuple(sorted(unread))
+
+
+def _text(element: Any, nested: list[Any]) -> str:
+    """Text of a paragraph in reading order; block containers in it are collected for later."""
+    if element.get(HOLDS) is None:
+        return plain(element)
+    parts: list[str] = []
+    _walk(element, parts, nested)
+    return xml_files.tidy("".join(parts))
+
+
+def _walk(element: Any, parts: list[str], nested: list[Any]) -> None:
+    parts.append(element.text or "")
+    for child in element:
+        if local(child) in NESTED:
+            nested.append(child)
+        else:
+            _walk(child, parts, nested)
+        parts.append(child.tail or "")
+
+
+def _blocks(element: Any, depth: int) -> list[str]:
+    """Headings and paragraphs below `element`, in order, each once."""
+    found: list[str] = []
+    _collect(element, depth, found)
+    return found
+
+
+def _collect(element: Any, depth: int, found: list[str]) -> None:
+    """Appends to one list: a generator for each level would pass every paragraph up through all of them."""
+    for child in element:
+        name = local(child)
+        if name == "p":
+            nested: list[Any] = []
+            found.append(_text(child, nested))
+            for container in nested:
+                _collect(container, depth, found)
+        elif name == "sec":
+            _collect(child, depth + 1, found)
+        elif name == "title":
+            heading = plain(child)
+            found.append(f"{'#' * min(depth, 6)} {heading}" if heading and depth else heading)
+        elif name in ("disp-formula", "preformat", "code", "term"):
+            found.append(plain(child))
+        elif name and name not in SKIPPED:
+            _collect(child, 0 if name in NESTED or name == "caption" else depth, found)
