@@ -15,7 +15,10 @@ from qmedtune.recipe import ModelSection
 
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 # Settings that name Python code to import (PEFT imports the module `megatron_core` where `megatron_config` is given).
-CODE_KEYS = {"config.json": "auto_map", "tokenizer_config.json": "auto_map", "adapter_config.json": "megatron_config"}
+CODE_KEYS = {
+    "config.json": "auto_map", "tokenizer_config.json": "auto_map", "processor_config.json": "auto_map",
+    "generation_config.json": "auto_map", "adapter_config.json": "megatron_config",
+}  # fmt: skip
 
 
 def check_folder(folder: Path) -> None:
@@ -31,7 +34,7 @@ def check_folder(folder: Path) -> None:
         raise RecipeError(f"{folder}: no *.safetensors in this folder\ngive a folder with config.json and weights")
     for name, key in CODE_KEYS.items():
         path = folder / name
-        if path.is_file() and _json(path).get(key):
+        if path.is_file() and _names(_json(path), key):
             raise RecipeError(f"{path}: `{key}` asks for remote code, which is never run\nuse a LLaMA-family model")
     for path in folder.iterdir():
         inside = [folder.resolve()]
@@ -41,10 +44,17 @@ def check_folder(folder: Path) -> None:
             raise RecipeError(f"{path}: a link out of the model folder\ncopy the file into the folder")
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _names(value: Any, key: str) -> bool:
+    """Whether `key` is set anywhere in a configuration: those of parts lie in it (`text_config`)."""
+    if isinstance(value, dict):
+        return bool(value.get(key)) or any(_names(part, key) for part in value.values())
+    return isinstance(value, list) and any(_names(part, key) for part in value)
+
+
+def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RecipeError(f"{path}: not JSON ({type(error).__name__})\nfetch the model again") from error
 
 

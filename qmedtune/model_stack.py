@@ -85,12 +85,15 @@ class LowRankFacts:
 
 @dataclass(frozen=True)
 class AdapterFolder:
-    """A judged adapter. `low_rank`: by module of the base; `full`: parameters that it replaces by a trained copy."""
+    """A judged adapter. `low_rank`: by module of the base; `full`: parameters that it replaces by a trained copy;
+    `copies`: parameters of which it holds the base's own values, and the tensor's name (PEFT stores embeddings so where
+    the head has a low-rank update or the vocabulary was resized)."""
 
     folder: Path
     config: LoraConfig
     low_rank: Mapping[str, LowRankFacts] = field(default_factory=dict)
     full: Sequence[str] = ()
+    copies: Mapping[str, str] = field(default_factory=dict)
 
 
 def refuse(place: Path, what: str, then: str = "fetch or copy the folder again") -> NoReturn:
@@ -282,10 +285,11 @@ def read_adapter(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> Adapter
     check_folder(folder)
     reading = _Reading(folder, config, headers(folder / ADAPTER_TENSORS), shapes)
     low_rank = {module: reading.low_rank(module) for module in reading.targeted()}
-    full = reading.full(low_rank)
+    copies = reading.copies(low_rank)
+    full = reading.full(low_rank, copies)
     if both := sorted({f"{module}.weight" for module in low_rank} & set(full)):
         refuse(folder, f"{both[0]} has a low-rank update and a full copy", "train it with one of them")
-    return AdapterFolder(folder, config, low_rank, full)
+    return AdapterFolder(folder, config, low_rank, full, copies)
 
 
 def _adapter_config(folder: Path) -> LoraConfig:
@@ -362,13 +366,26 @@ class _Reading:
         self.check(f"{module}.lora_B.weight", (rows, rank))
         return LowRankFacts(rank, alpha / (math.sqrt(rank) if self.config.use_rslora else rank))
 
-    def full(self, low_rank: Mapping[str, LowRankFacts]) -> list[str]:
-        """Parameters with a trained copy: every tensor that is left must be one, every listed module must have its own.
+    def copies(self, low_rank: Mapping[str, LowRankFacts]) -> dict[str, str]:
+        """Embeddings that are stored and were not trained; with a low-rank update they lie one level deeper."""
+        found: dict[str, str] = {}
+        for name in ENDS:
+            module = name.removesuffix(".weight")
+            stored = f"{module}.base_layer.weight" if module in low_rank else name
+            trained = any(self.listed(name)) or bool(self.config.ensure_weight_tying)
+            if PREFIX + stored in self.stored and (module in low_rank or not trained):
+                self.check(stored, self.shapes[name])
+                found[name] = PREFIX + stored
+        return found
 
-        Embeddings may be stored unlisted: PEFT writes them where the vocabulary was resized, or where they are tied.
+    def full(self, low_rank: Mapping[str, LowRankFacts], copies: Mapping[str, str]) -> list[str]:
+        """Parameters with a trained copy: each tensor that is left must be one, each listed module must have its own.
+
+        A head tied to a trained embedding goes unlisted.
         """
         parts = {f"{PREFIX}{module}.lora_{part}.weight" for module in low_rank for part in "AB"}
-        names = [stored.removeprefix(PREFIX) for stored in sorted(self.stored.keys() - parts)]
+        left = self.stored.keys() - parts - set(copies.values())
+        names = [stored.removeprefix(PREFIX) for stored in sorted(left)]
         for name in names:
             if name not in self.shapes or not (name in ENDS or any(self.listed(name))):
                 refuse(self.folder, f"tensor {PREFIX + name[:80]!r} belongs to no module of the base", FITS)
@@ -401,7 +418,7 @@ class _Reading:
             self.refuse_shape(name, tensor.shape, expected)
 
     def refuse_shape(self, name: str, given: tuple[int, ...], expected: tuple[int, ...]) -> NoReturn:
-        counts_tokens = name in ENDS or name == "lm_head.lora_B.weight"
+        counts_tokens = name in (*ENDS, "lm_head.base_layer.weight", "lm_head.lora_B.weight")
         if counts_tokens and len(given) == 2 and given[1] == expected[1] and given[0] > expected[0]:
             what = f"{given[0] - expected[0]} tokens were added in training: {name} has {given[0]} rows, the base "
             then = "give the base that was resized to that with --base (transformers: resize_token_embeddings)"

@@ -222,7 +222,7 @@ def test_streamed_model_equals_transformers(shape, request, tmp_path):
     folder = request.getfixturevalue(shape)
     base = open_llama(folder)
     adapter = write_adapter(folder, tmp_path / "a", modules_to_save=["embed_tokens", "lm_head"])
-    updates = read_adapters([adapter], base.shapes, base.linears)
+    updates = read_adapters([adapter], base.shapes)
     source = Streamed(base.source, updates, with_bare=True)
     adapted, bare = logits_of(streamed_model(base.model, source), torch.from_numpy(IDS), source)
     assert torch.allclose(bare, logits(plain(folder)), atol=2e-5)

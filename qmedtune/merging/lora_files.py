@@ -31,10 +31,12 @@ class LowRank:
 
 @dataclass(frozen=True)
 class Updates:
-    """What all adapters together do, by parameter name of the base. `full` replaces a weight by its trained copy."""
+    """What all adapters together do, by parameter name of the base. `full` replaces a weight by its trained copy;
+    `copies` are to be the base's own values."""
 
     low_rank: dict[str, list[LowRank]] = field(default_factory=dict)
     full: dict[str, Tensor] = field(default_factory=dict)
+    copies: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def modules(self) -> int:
@@ -61,6 +63,7 @@ def _add(updates: Updates, adapter: AdapterFolder, tensors: Weights) -> None:
         a, b = (_finite(adapter, f"{module}.lora_{part}.weight", tensors).float() for part in "AB")
         updates.low_rank.setdefault(f"{module}.weight", []).append(LowRank(a, b, facts.scale))
     updates.full.update({name: _finite(adapter, name, tensors) for name in adapter.full})
+    updates.copies.update({name: tensors[stored] for name, stored in adapter.copies.items()})
 
 
 def _finite(adapter: AdapterFolder, name: str, tensors: Weights) -> Tensor:
