@@ -103,13 +103,13 @@ def _write(loaded: LoadedRecipe, arms: list[Arm], seeds: list[int], out: Path, s
     result: dict[str, Any] = {
         "name": loaded.recipe.name,
         "status": status,
-        "recipe_sha256": loaded.sha256,
+        "recipe_sha256": record.text_sha256(record.shown_text(loaded.text)),
         "seeds": seeds,
         **results.summarise(found),
         "chance": _chance(arms, seeds, out),
         "seconds": _seconds(arms, seeds, out),
         "notes": _unequal(found),
-        "recipe_text": loaded.text,
+        "recipe_text": record.shown_text(loaded.text),
         "provenance": {"qmedtune": __version__, "versions": record.versions(), "device": record.device_name()},
     }
     store.write_json(out / RESULT, result)

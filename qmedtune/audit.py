@@ -24,9 +24,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from qmedtune import model as models
 from qmedtune import store, ui
-from qmedtune.data import canaries, templates
+from qmedtune.data import canaries
 from qmedtune.data.canaries import Canary
-from qmedtune.data.pack import stage_template
+from qmedtune.data.pack import source_template, stage_template
 from qmedtune.errors import RunError
 from qmedtune.evaluation.generation import generate
 from qmedtune.evaluation.measure import adding
@@ -136,8 +136,8 @@ def context_of(recipe: Recipe, canary: Canary, tokenizer: Any, base: Path) -> st
         return canary.context
     index = next(i for i, stage in enumerate(recipe.stages) if canary.source in stage.sources)
     named = recipe.data[canary.source].template
-    template = templates.default(named, base) if named else stage_template(recipe, index, base)
-    prompt = prompt_texts(tokenizer, template, [canaries.messages(canary)[:1]])[0]
+    template = source_template(recipe, canary.source, base) if named else stage_template(recipe, index, base)
+    prompt = prompt_texts(tokenizer, template, [canaries.messages(canary)[:1]])[0].text
     return prompt[: prompt.index(canary.secret)].rstrip()
 
 

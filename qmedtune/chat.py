@@ -14,7 +14,8 @@ from typing import TextIO
 from qmedtune import ui
 from qmedtune.evaluation.generation import stream
 from qmedtune.evaluation.open_model import OpenModel, Quantization, locate, open_model
-from qmedtune.evaluation.scoring import encode, max_positions, prompt_texts
+from qmedtune.evaluation.scoring import max_positions, prompt_texts
+from qmedtune.terminal import printable
 
 HELP = "/reset forgets the conversation, /quit (or Ctrl-D) leaves"
 Message = dict[str, str]
@@ -75,9 +76,9 @@ def answer(opened: OpenModel, messages: list[Message], out: TextIO, max_new_toke
     """Write the next answer to `out` as it grows, and return it."""
     [prompt] = prompt_texts(opened.tokenizer, opened.template, [messages])
     pieces = []
-    for piece in stream(opened.model, opened.tokenizer, prompt, max_new_tokens, opened.template.stop):
+    for piece in stream(opened.model, opened.tokenizer, prompt, max_new_tokens):
         pieces.append(piece)
-        out.write(piece)
+        out.write(printable(piece))
         out.flush()
     out.write("\n")
     out.flush()
@@ -90,7 +91,7 @@ def _remembered(opened: OpenModel, messages: list[Message], opening: int, max_ne
     kept = messages
     while len(kept) > opening + 1:
         [prompt] = prompt_texts(opened.tokenizer, opened.template, [kept])
-        if len(encode(opened.tokenizer, [prompt])[0]) <= room:
+        if len(prompt.ids) <= room:
             break
         kept = kept[:opening] + kept[opening + 2 :]
     if len(kept) < len(messages):

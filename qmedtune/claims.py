@@ -34,6 +34,8 @@ WRITTEN = ("train.jsonl", "rejects.jsonl", "run.json", "report.md", "report.html
 
 def check(out: Path) -> None:
     """RecipeError where `out` holds files and is no run folder. Changes nothing."""
+    if any("\ud800" <= character <= "\udfff" for character in str(out)):
+        raise RecipeError(f"--out: {ascii(str(out))} is not UTF-8\ngive a folder whose name is")
     if not out.is_dir():
         return
     others = sorted(path.name for path in out.iterdir() if not _is_neutral(path))

@@ -94,8 +94,16 @@ def invoke(arguments: Sequence[str]) -> int:
         return 0
     except (Exception, Stopped) as error:
         if "--debug" in arguments:
-            traceback.print_exc()
+            _show_traceback()
         return _report(error)
+
+
+def _show_traceback() -> None:
+    from qmedtune import ui
+    from qmedtune.terminal import printable
+
+    ui.warn("a traceback can quote text of your data: read it before you pass it on")
+    sys.stderr.write(printable(traceback.format_exc()))
 
 
 def _report(error: Any) -> int:

@@ -14,7 +14,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from qmedtune import ui
 from qmedtune.errors import RunError
@@ -77,6 +77,16 @@ def discard(folder: Path) -> None:
         shutil.rmtree(dropped)
 
 
+@contextmanager
+def owner_only() -> Iterator[None]:
+    """Files 0600 and folders 0700 within: clinical text is for its owner alone. Child processes inherit it."""
+    before = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
 def write_json(path: Path, value: Any) -> None:
     write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
@@ -112,6 +122,26 @@ def _check_lock_file(handle: int, path: Path) -> None:
     if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
         what = "a hard link to another file" if stat.S_ISREG(found.st_mode) else "no plain file"
         raise RunError(f"{path}: is {what}, so no lock can be written there\nremove it, or give another --out")
+
+
+@contextmanager
+def lock_file(path: Path, advice: str) -> Iterator[BinaryIO]:
+    """A file, made if need be, open for reading and writing, that one process holds at a time; RunError for others."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise RunError(f"{path}: no plain file\nremove it, or give another --out")
+    with os.fdopen(handle, "r+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunError(f"{path}: another process is writing it\n{advice}") from error
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            ui.warn(f"{path}: this file system has no locks; do not start this command twice")
+        yield file
 
 
 @contextmanager

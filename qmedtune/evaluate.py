@@ -10,7 +10,7 @@ import gc
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,10 +19,12 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from qmedtune import model as models
-from qmedtune import store
+from qmedtune import record, store
 from qmedtune.data import templates
+from qmedtune.data.framing import codec_of, frame_of
 from qmedtune.data.pack import PackedRows, WholeDocuments
 from qmedtune.data.sources import source_files
+from qmedtune.disk import owner_only
 from qmedtune.errors import RecipeError
 from qmedtune.evaluation import precision
 from qmedtune.evaluation.compare import overlap_result, task_result, write_items
@@ -33,7 +35,7 @@ from qmedtune.recipe import Recipe, SourceSection, TaskSection
 from qmedtune.tasks import BUILTIN_TASKS, Task, check_twice, load_task
 
 TEXTS = "perplexity"
-FORMAT = 3  # of what is kept with `out`: an evaluation in an older one is made again
+FORMAT = 4  # of what is kept with `out`: an evaluation in an older one is made again
 DOCUMENT_TOKENS = 8192  # an 8B LLaMA in 16 bit holds .5 GB of one layer's activations for so many
 WINDOW_TOKENS = 2048  # of texts without a packing: 131,072 positions of LLaMA-3.2 would not fit a card
 
@@ -131,19 +133,26 @@ def write_results(
         if known is not None:
             scores[task.name]["overlap"] = overlap_result(task, rows, seed, known)
     first = next(iter(measured.values())).perplexity
-    texts = {
-        source: {**{label: m.perplexity[source].perplexity for label, m in measured.items()}, "tokens": found.tokens}
-        for source, found in first.items()
-    }
+    texts = {source: _text_result(source, measured) for source in first}
     return {"tasks": scores, "perplexity": texts}
+
+
+def _text_result(source: str, measured: dict[str, Measured]) -> dict[str, Any]:
+    """Perplexity of each model over `tokens` of text; `ends`: mean log p (nats) of the `marks` that close it."""
+    found = {label: each.perplexity[source] for label, each in measured.items()}
+    result: dict[str, Any] = {label: each.perplexity for label, each in found.items()}
+    one = next(iter(found.values()))
+    result |= {"tokens": one.tokens, "marks": one.marks}
+    if one.marks:
+        result["ends"] = {label: round(-each.mark_nll / each.marks, 4) for label, each in found.items()}
+    return result
 
 
 def check_prompts(tokenizer: Any, template: templates.Template, tasks: list[Task]) -> None:
     """Refuse, before anything is scored, a template that does not fit the model or a task's conversations."""
-    templates.check(template, tokenizer.get_vocab())
+    frame = frame_of(template, codec_of(tokenizer))
     for task in tasks:
-        for item in task.asked:
-            template.prompt(item.messages)
+        frame.ask([item.messages for item in task.asked])
 
 
 def task_sections(recipe: Recipe) -> list[TaskSection]:
@@ -155,6 +164,8 @@ def _settings(recipe: Recipe, inputs: dict[str, Path]) -> Settings:
     template = templates.load(asked, inputs["base"]) if asked else templates.default(None, inputs["base"])
     rows, seq_len = recipe.evaluate.batch, recipe.stages[-1].section.seq_len
     assert isinstance(rows, int) and isinstance(seq_len, int), "evaluate_stage takes a resolved recipe"
+    trained = templates.load(inputs["template"]) if "template" in inputs else None
+    template = replace(template, cleaning=trained.cleaning) if trained else templates.for_base(template)
     return Settings(template, recipe.evaluate.generate, rows * seq_len)
 
 
@@ -272,7 +283,8 @@ def evaluate_model(
     asked = [section.model_dump() for section in sections]
     files = [fingerprint(path) for path in (location.base, *location.adapters, *texts)]
     prompts = [[i.id, i.messages, i.options, task.write(i)] for task in loaded for i in task.asked]
-    key = store.sha256_json([FORMAT, asked, files, prompts, asdict(location.template), quantization, generate, seed])
+    given = [asked, files, prompts, asdict(location.template), quantization, generate, seed]
+    key = store.sha256_json([FORMAT, given, record.code_versions()])
     return _sealed(out, key, work)
 
 
@@ -280,7 +292,7 @@ def _sealed(out: Path, key: str, work: Callable[[Path], dict[str, Any]]) -> dict
     """The facts of <out>/evaluation: as they are when sealed with this key, else made or continued now."""
     folder = out / "evaluation"
     store.check_stamped(folder)
-    with store.lock(out):
+    with owner_only(), store.lock(out):
         sealed = store.intact(folder, key) or store.complete(folder, out, key)
         if sealed is None:
             building = store.begin(folder, out, key, {}, keep_partial=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from qmedtune.disk import write_atomic, write_json
 
 CHUNK_BYTES = 1 << 20
 SETTLED_S = 2.0
+ENTRY = re.compile(r"[0-9a-f]{64}|remembered:.*")
 
 
 def sha256_file(path: Path) -> str:
@@ -72,14 +74,11 @@ class HashCache:
     def __init__(self, path: Path):
         self.path = path
         self.changed = False
-        try:
-            self.known: dict[str, list] = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            self.known = {}
+        self.known = _entries(path)
 
     def seen(self, path: Path) -> str | None:
         """The hash, where it is remembered and the file has not changed since."""
-        entry = self.known.get(str(path.resolve()))
+        entry = self.known.get(_nameless(path))
         return entry[-1] if entry and entry[:-1] == _mark(path.stat()) else None
 
     def sha256(self, path: Path) -> str:
@@ -89,7 +88,7 @@ class HashCache:
             return known
         value = sha256_file(path)
         if time.time() - max(stat.st_mtime, stat.st_ctime) > SETTLED_S:
-            self.known[str(path.resolve())] = [*mark, value]
+            self.known[_nameless(path)] = [*mark, value]
             self.changed = True
         return value
 
@@ -106,3 +105,22 @@ class HashCache:
         if self.changed:
             write_atomic(self.path, json.dumps(self.known))
             self.changed = False
+
+
+def _nameless(path: Path) -> str:
+    """A file by the hash of its path: paths of clinical data can hold names, and a run folder is passed on."""
+    return hashlib.sha256(os.fsencode(path.resolve())).hexdigest()
+
+
+def _entries(path: Path) -> dict[str, list]:
+    """What is remembered; of a damaged file the entries that are whole. Those of version 0.1 held paths: dropped."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    entries = found.items() if isinstance(found, dict) else ()
+    return {name: entry for name, entry in entries if ENTRY.fullmatch(name) and _is_entry(entry)}
+
+
+def _is_entry(entry: Any) -> bool:
+    return isinstance(entry, list) and len(entry) in (1, 5) and isinstance(entry[-1], str)

@@ -15,11 +15,12 @@ from qmedtune.errors import DataError
 from qmedtune.recipe import Recipe, SourceSection, StageSection, TaskSection
 
 # Raise when a step would write something else from the same inputs; the release alone does not invalidate a run.
-FORMAT = 2
+FORMAT = 3  # 3: conversations are framed as one text, documents by the marks of documents
 CODE = f"qmedtune-{__version__.rpartition('.')[0]}-format-{FORMAT}"
 
-# Raise when scores of the same models would differ: 2 = perplexity over whole documents, heads in fp32.
-EVALUATION_FORMAT = 2
+# Raise when scores of the same models would differ: 2 = perplexity over whole documents, heads in fp32; 3 =
+# answers that state exactly one option; 4 = asked with the tokens of training, end marks apart from perplexity.
+EVALUATION_FORMAT = 4
 
 PACKING = ("mix", "unit", "tokens", "epochs", "max_repeats", "data", "loss_on", "seq_len", "max_truncated_fraction")
 PACKING += ("packing", "multi_label")

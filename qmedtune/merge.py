@@ -311,15 +311,12 @@ def _copy_descriptions(base: Path, out: Path, template: Path | None) -> None:
 
 def write_template(out: Path, template: Path) -> None:
     """The template of training becomes the tokenizer's only chat template, and stays readable as template.json."""
-    from qmedtune.data import templates
+    from qmedtune.data import framing, templates
 
     trained = templates.load(template)
     templates.save(trained, out)
-    (out / "chat_template.jinja").write_text(trained.jinja(), encoding="utf-8")
-    path = out / "tokenizer_config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if config.pop("chat_template", None) is not None:
-        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if (out / "tokenizer.json").is_file():
+        framing.publish(framing.frame_in(trained, out), out)
 
 
 def validation_ids(folder: Path) -> np.ndarray | None:

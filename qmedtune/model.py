@@ -39,8 +39,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    if tokenizer.eos_token_id is None or tokenizer.bos_token_id is None:
-        raise RecipeError(f"{folder}: the tokenizer names no bos or eos token\nset both in tokenizer_config.json")
+    if tokenizer.eos_token_id is None:
+        raise RecipeError(f"{folder}: the tokenizer names no eos token\nset it in tokenizer_config.json")
     if tokenizer.pad_token_id is None:
         vocabulary = tokenizer.get_vocab()
         spare = ("<|finetune_right_pad_id|>", "<pad>", "[PAD]", "<|reserved_special_token_0|>", "<unk>")

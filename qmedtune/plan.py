@@ -27,6 +27,7 @@ from qmedtune.recipe import Recipe
 
 __all__ = ["BaseFacts", "base_facts", "make_plan", "resolve"]
 
+BUILTIN_BYTES = 9  # of prepared text per token of the built-in world: whole words, with ids and JSON around them
 # Files larger than this in sum are not hashed for the sake of a plan; then the data stages' status is unknown.
 HASHED_BYTES = 256 * 1024**2
 
@@ -69,9 +70,10 @@ def make_plan(recipe: Recipe, run_dir: Path | None = None) -> dict[str, Any]:
         "host": {"parts": host, "needed_bytes": max(host.values()), "there_bytes": machine.host_bytes},
         "disk": {"parts": disk, "needed_bytes": sum(disk.values()), "free_bytes": room.free_bytes(run_dir or Path())},
         "seconds": sum(stage["seconds"] or 0.0 for stage in stages) + merging,
+        "borders": _borders(folder),
         "notes": [*_notes(machine, facts, estimates), *_length_notes(resolved, facts), *_few(facts, stages)],
     }
-    plan["notes"] += [*unchecked, *notes]
+    plan["notes"] += [*unchecked, *_border_notes(plan["borders"]), *notes]
     _check_room(plan, present=machine.present)
     return plan
 
@@ -139,6 +141,20 @@ def _length_notes(recipe: Recipe, facts: BaseFacts) -> list[str]:
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
+
+
+def _borders(folder: Path | None) -> dict[str, str | None] | None:
+    """The marks around documents and why; None where the tokenizer is not on this machine."""
+    from qmedtune.data import borders
+    from qmedtune.data.tokens import load_codec
+
+    if folder is None or not (folder / "tokenizer.json").is_file():
+        return None
+    return borders.described(load_codec(folder))
+
+
+def _border_notes(found: dict[str, str | None] | None) -> list[str]:
+    return [f"documents: {found['why']}"] if found else []
 
 
 def _samples(recipe: Recipe) -> tuple[dict[str, Sample], dict[str, str]]:
@@ -269,14 +285,10 @@ def _status(
 def _disk(
     recipe: Recipe, facts: BaseFacts, setups: list[Setup], estimates: Mapping[str, Estimate], stages: list[dict]
 ) -> dict[str, int]:
-    return memory.disk_bytes(
-        facts,
-        setups,
-        keep=recipe.save.keep,
-        merge_dtype=recipe.merge.dtype,
-        text_bytes=sum(estimate.read_bytes for estimate in estimates.values()),
-        tokens=sum(estimate.tokens for estimate in estimates.values()),
-    )
+    built_in = sum(BUILTIN_BYTES * e.tokens for e in estimates.values() if not e.read_bytes)
+    text = sum(room.text_bytes(recipe.data[name]) for name in estimates) + built_in
+    packed = sum(measured.tokens for measured in estimates.values())
+    return memory.disk_bytes(facts, setups, room.kept_of(recipe, text, packed))
 
 
 def _check_room(plan: dict[str, Any], *, present: bool) -> None:

@@ -13,20 +13,24 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
+from dataclasses import dataclass
+from itertools import islice, zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TextIO
 
 from qmedtune import store, ui
+from qmedtune.data.framing import Frame, frame_in
 from qmedtune.data.records import checked
 from qmedtune.data.rejects import Damaged, Unusable
 from qmedtune.data.sources import READERS, format_of, source_files
-from qmedtune.errors import RecipeError
+from qmedtune.disk import owner_only
+from qmedtune.errors import RecipeError, RunError
 from qmedtune.evaluation.generation import generate
 from qmedtune.evaluation.open_model import OpenModel, Quantization, fingerprint, locate, open_model
-from qmedtune.evaluation.scoring import BATCH_TOKENS, max_positions, prompt_texts
+from qmedtune.evaluation.scoring import BATCH_TOKENS, fit, max_positions, prompt_texts
 from qmedtune.interrupt import stop
 from qmedtune.recipe import SourceSection
+from qmedtune.record import code_versions
 from qmedtune.tasks.items import field_names, item_id
 
 WINDOW = 128  # records between two writes: what a kill can cost
@@ -60,23 +64,72 @@ def predict(
     Returns counts and speed. Raises RecipeError where `out` exists or belongs to another prediction.
     """
     [file] = _one_file(data)
-    if out.exists():
-        raise RecipeError(f"--out: {out} is there already\nmove it away, or give another name")
+    _check_new(out)
     location = locate(name, base=base, template=template, offline=offline)
     part = out.with_name(out.name + ".part")
     paths = [fingerprint(path) for path in (location.base, *location.adapters, file)]
-    key = store.sha256_json([paths, repr(location.template), column, instruction, max_new_tokens, quantization])
-    done = _continue(part, key)
-    questions = _records(file, column, instruction)
-    opened = open_model(location, quantization)
-    length = min(max_new_tokens, max_positions(opened.model) // 2)
+    asked = [repr(location.template), column, instruction, max_new_tokens, quantization]
+    key = store.sha256_json([paths, asked, code_versions()])
+    with owner_only(), store.lock_file(part, "wait for it, or give another --out") as rows:
+        _check_new(out)  # by a process that was first, between the look above and the lock
+        done = _continue(part, rows, key)
+        questions = _records(file, column, instruction)
+        opened = open_model(location, quantization)
+        length = min(max_new_tokens, max_positions(opened.model) // 2)
 
-    def answer(records: list[Record]) -> list[Row]:
-        return _answers(opened, records, length, batch_tokens)
+        def answer(records: list[Record]) -> list[Row]:
+            return _answers(opened, records, length, batch_tokens)
 
-    _write_rows(part, islice(questions, done, None), answer, done)
-    facts = _publish(part, out)
+        _write_rows(rows, islice(questions, done, None), answer, done)
+        facts = _publish(part, rows, out, (name for name, _ in _records(file, column, instruction)))
     return facts | {"template": location.template.name, "max_new_tokens": length}
+
+
+def _check_new(out: Path) -> None:
+    if out.exists() or out.is_symlink():
+        raise RecipeError(f"--out: {out} is there already\nmove it away, or give another name")
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What is asked of whom: a file of records, the column of the question, and an instruction about it."""
+
+    data: Path
+    column: str | None = None
+    instruction: str | None = None
+
+
+def dry_run(
+    name: str,
+    asked: Questions,
+    *,
+    base: str | None = None,
+    template: str | None = None,
+    max_new_tokens: int = 256,
+    offline: bool = False,
+) -> dict[str, Any]:
+    """What `predict` would ask, token for token; no weights are read.
+
+    Returns {"records": [{"id", "ids", "end", "stop", "truncated"}], "template"}: `end` ids and `stop` strings end an
+    answer; a damaged record has an error instead.
+    """
+    [file] = _one_file(asked.data)
+    location = locate(name, base=base, template=template, offline=offline)
+    frame = frame_in(location.template, location.base)
+    config = json.loads((location.base / "config.json").read_text(encoding="utf-8"))
+    positions = config["max_position_embeddings"]
+    room = positions - min(max_new_tokens, positions // 2)
+    records = [_would_ask(frame, room, record) for record in _records(file, asked.column, asked.instruction)]
+    return {"records": records, "template": location.template.name}
+
+
+def _would_ask(frame: Frame, room: int, record: Record) -> Row:
+    name, messages = record
+    if isinstance(messages, Damaged):
+        return {"id": name, "error": messages.reason}
+    [asked] = frame.ask([messages])
+    ids, cut = fit(asked.ids, room, frame.codec.special_ids)
+    return {"id": name, "ids": ids, "end": sorted(asked.ends), "stop": list(asked.stop), "truncated": cut}
 
 
 def _one_file(data: Path) -> list[Path]:
@@ -153,8 +206,7 @@ def _answers(opened: OpenModel, records: list[Record], max_new_tokens: int, batc
     rows: list[Row] = [{"id": name, "answer": None} for name, _ in records]
     good = [(row, messages) for row, (_, messages) in zip(rows, records, strict=True) if isinstance(messages, list)]
     prompts = prompt_texts(opened.tokenizer, opened.template, [messages for _, messages in good])
-    stop_strings = opened.template.stop
-    answers = generate(opened.model, opened.tokenizer, prompts, max_new_tokens, stop_strings, batch_tokens)
+    answers = generate(opened.model, opened.tokenizer, prompts, max_new_tokens, batch_tokens=batch_tokens)
     for (row, _), answer in zip(good, answers, strict=True):
         row |= {"answer": answer.text, "ended": answer.ended, "tokens": answer.tokens, "truncated": answer.truncated}
     for row, (_, damaged) in zip(rows, records, strict=True):
@@ -163,62 +215,95 @@ def _answers(opened: OpenModel, records: list[Record], max_new_tokens: int, batc
 
 
 def _write_rows(
-    part: Path, questions: Iterable[Record], answer: Callable[[list[Record]], list[Row]], done: int
+    file: BinaryIO, questions: Iterable[Record], answer: Callable[[list[Record]], list[Row]], done: int
 ) -> None:
     questions = iter(questions)
+    file.seek(0, os.SEEK_END)
     with (
-        part.open("a", encoding="utf-8") as file,
         ui.stage("predict", unit="records", completed=done) as bar,
         stop.graceful(),
     ):
         while window := list(islice(questions, WINDOW)):
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in answer(window))
+            file.writelines(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in answer(window))
             file.flush()
             os.fsync(file.fileno())
             bar.update(bar.completed + len(window))
             stop.raise_if_requested()
 
 
-def _continue(part: Path, key: str) -> int:
+def _continue(part: Path, file: BinaryIO, key: str) -> int:
     """Rows that an interrupted attempt left in `part`, whose first line is the key; a line cut by a kill is removed."""
-    if not part.is_file():
-        part.parent.mkdir(parents=True, exist_ok=True)
-        store.write_atomic(part, json.dumps({"key": key}) + "\n")
+    first = file.readline()
+    if not first.endswith(b"\n"):  # new, or killed within the first write
+        file.seek(0)
+        file.truncate()
+        file.write(json.dumps({"key": key}).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
         return 0
-    with part.open("r+b") as file:
-        if json.loads(file.readline()).get("key") != key:
-            raise RecipeError(
-                f"{part}: begun with another model, file or option\n"
-                "give the same command again, remove that file, or give another --out"
-            )
-        done, end = 0, file.tell()
-        for line in file:
-            if line.endswith(b"\n"):
-                done, end = done + 1, end + len(line)
-        file.truncate(end)
+    if _whole(first, "key", part, 1)["key"] != key:
+        raise RecipeError(
+            f"{part}: begun with another model, file or option, or by another version\n"
+            "give the same command again, remove that file, or give another --out"
+        )
+    done, end = 0, file.tell()
+    for line in file:
+        if line.endswith(b"\n"):
+            done, end = done + 1, end + len(line)
+            _whole(line, "id", part, done + 1)
+    file.truncate(end)
     if done:
         ui.note(f"{done} records were answered before; going on from there")
     return done
 
 
-def _publish(part: Path, out: Path) -> dict[str, Any]:
-    """Give the rows their final form and name; counts of what they hold."""
+def _whole(line: bytes, key: str, part: Path, number: int) -> Row:
+    """A line of `part`. RunError where it is not what was written."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        row = None
+    if not isinstance(row, dict) or key not in row:
+        raise RunError(
+            f"{part}:{number}: damaged since it was written\n"
+            "remove that line and all after it, or the file, and give the same command again"
+        )
+    return row
+
+
+def _publish(part: Path, rows: BinaryIO, out: Path, ids: Iterable[str]) -> dict[str, Any]:
+    """Give the rows their final form and name; counts of what they hold.
+
+    ids: of the records of the input, in order. RunError where the rows are not theirs, one for one.
+    """
     counts: Counter[str] = Counter(records=0, answered=0, damaged=0, truncated=0, cut=0, tokens=0)
     temporary = out.with_name(out.name + ".tmp")
-    with part.open(encoding="utf-8") as rows, temporary.open("w", encoding="utf-8", newline="") as file:
-        next(rows)
+    rows.seek(0)
+    rows.readline()
+    with _new_file(temporary) as file:
         writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore") if out.suffix.lower() == ".csv" else None
         if writer:
             writer.writeheader()
-        for line in rows:
-            row = json.loads(line)
+        for line, name in zip_longest(rows, ids):
+            row = json.loads(line) if line else {}
+            if row.get("id") != name:
+                raise RunError(
+                    f"{part}: row {counts['records'] + 1} is not of the record that stands there in the input\n"
+                    "the input changed, or the file was edited; remove it and give the same command again"
+                )
             counts.update(records=1, answered=row["answer"] is not None, damaged="error" in row)
             counts.update(
                 truncated=row.get("truncated", False), cut=row.get("ended") == "length", tokens=row.get("tokens", 0)
             )
-            writer.writerow(row) if writer else file.write(line)
+            writer.writerow(row) if writer else file.write(line.decode())
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, out)
+    store.rename(temporary, out)
     part.unlink()
     return {**counts, "out": str(out)}
+
+
+def _new_file(path: Path) -> TextIO:
+    """For writing, of a name that a link cannot hold: what a killed attempt left of it goes first."""
+    path.unlink(missing_ok=True)
+    return path.open("x", encoding="utf-8", newline="")

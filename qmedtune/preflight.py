@@ -13,8 +13,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateError
-
 from qmedtune.data import templates
 from qmedtune.errors import DataError, RecipeError
 from qmedtune.planning.estimate import Measured
@@ -31,7 +29,6 @@ SURE = 3.1
 MOST_TURNS = 3  # conversations of more turns have the shape of this many
 PARSED_BYTES = 32 << 20  # of evaluation files in sum: `plan` answers in 3 s; `run` parses all
 ASKED_ITEMS = 200  # prompts rendered per task by `plan`
-UNRENDERABLE = (TemplateError, TypeError, KeyError, ValueError, AttributeError, IndexError)
 
 
 def check_base(recipe: Recipe, folder: Path) -> None:
@@ -44,50 +41,36 @@ def check_base(recipe: Recipe, folder: Path) -> None:
 
 def check_tokenizer(folder: Path) -> None:
     """The tokenizer loads in the fast format, names the tokens that frame a document, and fits the base."""
+    from qmedtune.data.framing import check_padding
     from qmedtune.data.tokens import load_codec
 
-    codec = load_codec(folder)
-    if codec.bos_id is None:
-        raise RecipeError(f"{folder}: the tokenizer names no bos or eos token\nset both in tokenizer_config.json")
+    check_padding(load_codec(folder))
 
 
 def check_templates(recipe: Recipe, folder: Path, samples: Mapping[str, Sample]) -> None:
     """Each instruction source's template speaks this tokenizer's marks and renders a conversation of each shape."""
-    vocabulary = _vocabulary(folder)
     for stage in recipe.stages:
         for name in stage.sources if isinstance(stage.section, SftSection) else ():
             template = templates.default(recipe.data[name].template, folder)
             found = samples[name].records if name in samples else []
             for messages in [_QUESTION, *shapes(record["messages"] for record in found)]:
-                with_messages(template, messages, f"data.{name}.template", vocabulary)
+                with_messages(template, messages, f"data.{name}.template", folder)
 
 
-def with_messages(template: templates.Template, messages: Messages, where: str, vocabulary: Any) -> None:
-    """Render one conversation for training and its last question for use. RecipeError names `where`, no text."""
+def with_messages(template: templates.Template, messages: Messages, where: str, folder: Path) -> None:
+    """Frame one conversation for training and its last question for use. The error names `where`, and no text."""
+    from qmedtune.data.framing import frame_in
+
     plain = [dict(message) for message in messages]
+    answered = plain[-1]["role"] == "assistant"
     try:
-        templates.check(template, vocabulary)
-        template.render(plain)
-        template.prompt(plain[:-1] if plain[-1]["role"] == "assistant" else plain)
-    except RecipeError:
-        raise
-    except DataError as error:
+        frame = frame_in(template, folder)
+        if answered:
+            frame.train([plain])
+        frame.ask([plain[:-1] if answered else plain])
+    except (DataError, RecipeError) as error:
         roles = ", ".join(message["role"] for message in plain[:6])
-        raise DataError(f"{error}\n{where}: a conversation of {roles}; leave such out, or name another one") from error
-    except UNRENDERABLE as error:
-        raise RecipeError(
-            f"{where}: the template {template.name} cannot be rendered ({_said(error)})\n"
-            f"conversation: {', '.join(message['role'] for message in plain[:6])}\n"
-            f"mend the tokenizer's chat template, or name one: {', '.join(templates.TEMPLATES)}"
-        ) from error
-
-
-def _said(error: Exception) -> str:
-    """What a template's engine says: about the template, never about the text put into it."""
-    line = getattr(error, "lineno", None)
-    where = f", line {line}" if line else ""
-    message = str(error).splitlines()[0][:120] if isinstance(error, TemplateError) and str(error) else ""
-    return f"{type(error).__name__}{where}{': ' + message if message else ''}"
+        raise type(error)(f"{error}\n{where}: with a conversation of {roles}") from error
 
 
 def shapes(conversations: Iterable[Messages]) -> list[Messages]:
@@ -182,9 +165,9 @@ def _parsed(section: TaskSection, seed: int, world: str) -> Task:
 
 
 def _check_questions(recipe: Recipe, folder: Path, section: TaskSection, questions: list[Messages]) -> None:
-    template, vocabulary = asked_with(recipe, folder), _vocabulary(folder)
+    template = asked_with(recipe, folder)
     for messages in shapes(questions):
-        with_messages(template, messages, f"evaluate.tasks: {section.label}", vocabulary)
+        with_messages(template, messages, f"evaluate.tasks: {section.label}", folder)
 
 
 def asked_with(recipe: Recipe, folder: Path) -> templates.Template:
@@ -208,12 +191,6 @@ def _file_bytes(section: TaskSection) -> int:
     from qmedtune.tasks.shots import split_files
 
     return sum(file.stat().st_size for file in split_files(section.path, section.split)) if section.path else 0
-
-
-def _vocabulary(folder: Path) -> Any:
-    from qmedtune.data.tokens import load_codec
-
-    return load_codec(folder).backend.get_vocab()
 
 
 def check_start(recipe: Recipe, folder: Path, *, scored: bool) -> None:

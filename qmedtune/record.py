@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 RUN, METRICS, REPORTS = "run.json", "metrics.jsonl", ("report.html", "report.md")
 PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "trl", "datasets", "accelerate", "numpy")
 INTERNAL = ("section",)
+SCORING = ("torch", "triton", "transformers", "peft", "bitsandbytes")
 
 
 @dataclass(frozen=True)
@@ -49,16 +50,34 @@ class Notes:
     refused: Refused | None = None
 
 
+def code_versions() -> dict[str, str | None]:
+    """What an answer or a score can depend on besides model, data and options: in keys of what is resumed."""
+    return {"qmedtune": __version__, **{name: found for name, found in versions().items() if name in SCORING}}
+
+
 def text_sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def shown_text(recipe_text: str) -> str:
+    """The recipe as run.json and the reports hold it: without comments, in which people note names and passwords."""
+    from yaml import YAMLError
+
+    from qmedtune.parsing.strict_yaml import without_comments
+
+    try:
+        return without_comments(recipe_text)
+    except YAMLError:  # of a caller that gave no YAML: there are no comments in it
+        return recipe_text
 
 
 def read(out: Path) -> dict[str, Any] | None:
     """run.json, or None where there is none or it was damaged (it is composed again from the seals)."""
     try:
-        return json.loads((out / RUN).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = json.loads((out / RUN).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return None
+    return found if isinstance(found, dict) else None
 
 
 def write(
@@ -117,12 +136,12 @@ def compose(
     out: Path, notes: Notes, steps: list[Step], done: dict[str, store.Seal], source: Base, status: str
 ) -> dict[str, Any]:
     facts = {name: {k: v for k, v in s.facts.items() if k not in INTERNAL} for name, s in done.items()}
-    recipe = notes.recipe
+    recipe, text = notes.recipe, shown_text(notes.text)
     stages = recipe.stage_names()
     return {
         "name": recipe.name,
         "status": status,
-        "recipe_sha256": text_sha256(notes.text),
+        "recipe_sha256": text_sha256(text),
         "seed": recipe.seed,
         "offline": notes.offline,
         "stages": [_stage(name, steps, done, facts, out) for name in stages],
@@ -134,7 +153,7 @@ def compose(
         "warnings": [f"{name}: {w}" for name, f in facts.items() for w in f.get("warnings", [])],
         "resolved": notes.choices,
         "recipe": recipe.model_dump(mode="json", by_alias=True),
-        "recipe_text": notes.text,
+        "recipe_text": text,
         "provenance": _provenance(source, facts),
     }
 

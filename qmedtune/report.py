@@ -7,6 +7,7 @@ Deliberately does not: verify hashes (store.py), recompute results, or show text
 """
 
 import json
+import re
 from pathlib import Path
 
 import yaml
@@ -70,7 +71,7 @@ def markdown(run: dict, metrics: Metrics) -> str:
         "## Warnings\n\n" + "\n".join(warnings),
         _section(tables.choices(run)) if run.get("resolved") else "",
         _section(tables.provenance(run)),
-        f"## Recipe\n\n```yaml\n{run['recipe_text']}\n```" if run.get("recipe_text") else "",
+        f"## Recipe\n\n{_fenced(run['recipe_text'])}" if run.get("recipe_text") else "",
         DISCLAIMER,
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -177,3 +178,10 @@ def _plain(text: str) -> str:
     for sign in "*_`[]":
         shown = shown.replace(sign, f"\\{sign}")
     return " ".join(shown.split())
+
+
+def _fenced(text: str) -> str:
+    """A recipe as a code block that nothing in it can close: its fence is longer than any run of backticks inside."""
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}yaml\n{text}\n{fence}"

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -19,9 +19,10 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from qmedtune import base, claims, keys, plan, preflight, record, store, ui
+from qmedtune import base, claims, keys, peak, plan, preflight, record, store, ui
 from qmedtune.data import secret
 from qmedtune.data.treat import phi_mode
+from qmedtune.disk import owner_only
 from qmedtune.errors import MergeRefused, QmedtuneError, RecipeError, RunError
 from qmedtune.interrupt import Stopped, stop
 from qmedtune.planning import room
@@ -65,7 +66,7 @@ def run(
     _check_start(resolved, source, [step for step in chosen if step.name not in sealed])
     room.check_writable(out)
     room.check(resolved, out, [step.name for step in chosen if step.name not in sealed])
-    with _told("run", out), store.lock(out), stop.watching(time_limit_s):
+    with _told("run", out), _private(resolved, out), store.lock(out), stop.watching(time_limit_s):
         claims.mark(out)
         if redacts:
             secret.note(out)
@@ -100,6 +101,15 @@ def run(
                 complete = "finished" if len(chosen) == len(steps) else "running"
                 result = record.finish(out, notes, steps, done, source, complete)
         return result
+
+
+def _private(recipe: Recipe, out: Path) -> AbstractContextManager[None]:
+    """Where a source is clinical, what the run writes is its owner's alone."""
+    if all(phi_mode(recipe, name) == "off" and recipe.data[name].kind != "clinical" for name in recipe.used_sources()):
+        return nullcontext()
+    with suppress(FileNotFoundError):
+        out.chmod(0o700)
+    return owner_only()
 
 
 def _without(step: Step, name: str) -> Step:
@@ -169,8 +179,10 @@ def _do(
     building = store.begin(folder, out, key, made_from, keep_partial=step.resumes)
     with shown.step(step.name), stop.limited():
         started = time.monotonic()
+        peak.reset()
         facts = step.work(recipe, inputs, building)
-        facts |= {"seconds": round(time.monotonic() - started, 2), "section": made_from}
+        took = {"seconds": round(time.monotonic() - started, 2), "host_peak_bytes": peak.resident_bytes()}
+        facts |= {**took, "section": made_from}
         return store.publish(building, folder, out, key, facts)
 
 
@@ -249,7 +261,10 @@ def _sealed(steps: list[Step], model_digest: str, out: Path) -> dict[str, store.
 def _finished(recipe_text: str, out: Path) -> dict[str, Any] | None:
     """run.json of a run that ended with this recipe and has its reports."""
     result = record.read(out)
-    if not result or not record.is_whole(result) or result["recipe_sha256"] != record.text_sha256(recipe_text):
+    if not result or not record.is_whole(result):
+        return None
+    # Version 0.1 kept the text with its comments.
+    if result["recipe_sha256"] not in map(record.text_sha256, (record.shown_text(recipe_text), recipe_text)):
         return None
     there = all((out / name).is_file() for name in record.REPORTS)
     return result if result["status"] == "finished" and there else None

@@ -16,11 +16,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qmedtune.disk import PART, check_room, discard, fsync_path, link, lock, rename, write_atomic, write_json
+from qmedtune.disk import PART, check_room, discard, fsync_path, link, lock, lock_file, rename, write_atomic, write_json
 from qmedtune.errors import RunError
 from qmedtune.hashes import HashCache, kept, read_checked, sha256_file, sha256_json, write_checked
 
-__all__ = ["PART", "HashCache", "check_room", "discard", "fsync_path", "kept", "lock", "read_checked", "rename"]
+__all__ = [
+    "PART",
+    "HashCache",
+    "check_room",
+    "discard",
+    "fsync_path",
+    "kept",
+    "lock",
+    "lock_file",
+    "read_checked",
+    "rename",
+]
 __all__ += ["sha256_file", "sha256_json", "write_atomic", "write_checked", "write_json"]
 
 SEAL = "seal.json"

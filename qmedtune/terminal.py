@@ -8,6 +8,7 @@ Deliberately does not: know what a run or a stage is (see ui.py). A terminal tha
 """
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 REDRAWS_PER_S = 4
+# Of text that is not ours: control characters (an escape sequence can rename a window or hide a line), marks that turn
+# the direction of writing, and what a file name holds that is no UTF-8.
+CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 Span = tuple[str, str]  # text, rich style
 Line = list[Span]
@@ -51,7 +55,12 @@ def write(text: str) -> None:
     """One plain line on stderr, flushed."""
     if not _Screen.gone and sys.stderr is not None and not sys.stderr.closed:
         with _terminal_may_go():
-            print(text, file=sys.stderr, flush=True)
+            print(printable(text), file=sys.stderr, flush=True)
+
+
+def printable(text: str) -> str:
+    """Text that does nothing to a terminal but show itself: each control character becomes a middle dot."""
+    return CONTROLS.sub("\u00b7", text)
 
 
 def draw(line: Line) -> None:
@@ -100,7 +109,7 @@ def draw_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
     for column, is_right in zip(columns, right, strict=True):
         table.add_column(Text(column), justify="right" if is_right else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(Text(printable(cell)) for cell in row))
     Console().print(table)
 
 
@@ -114,7 +123,7 @@ def _console() -> "Console":
 def _text(line: Line) -> "Text":
     from rich.text import Text
 
-    return Text.assemble(*line)
+    return Text.assemble(*((printable(text), style) for text, style in line))
 
 
 def _group(lines: list[Line]) -> "Group":

@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import json
 import math
-import resource
 import shutil
 import statistics
 import time
@@ -23,7 +22,7 @@ from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.utils import logging as transformers_logging
 
 from qmedtune import model as models
-from qmedtune import store, ui
+from qmedtune import peak, store, ui
 from qmedtune.base import name_of_base, note_base
 from qmedtune.data import templates
 from qmedtune.data.classes import LabelledRows
@@ -63,6 +62,9 @@ def train_stage(
     stage, name = recipe.stages[index], recipe.stage_names()[index]
     set_seed(recipe.seed + index)
     quiet_libraries()
+    peak.reset()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     tokenizer: Any = models.load_tokenizer(inputs["base"])
     machine = this_machine()
     check_card(peak_bytes(base_facts(recipe.model), setup_of(recipe, index, machine), gpu=machine.is_gpu), machine)
@@ -272,7 +274,9 @@ class Loop(TrainerCallback):
         self.tokens = self.trainer.tokens_seen
         self._marked = (now, self.tokens)
         speed = (self.tokens - before[1]) / max(1e-9, now - before[0])
-        line = {"step": state.global_step, "loss": logs["loss"], "grad_norm": logs["grad_norm"]}
+        # Not finite where fp16's loss scale was too high: that update was skipped. JSON has no infinity.
+        norm = logs["grad_norm"] if math.isfinite(logs["grad_norm"]) else None
+        line = {"step": state.global_step, "loss": logs["loss"], "grad_norm": norm}
         line |= {"lr": logs["learning_rate"], "tokens": self.tokens, "tokens_per_s": round(speed, 1)}
         self.write({**line, "memory": peak_memory_bytes()})
         for said in [*self.trainer.said, *self._spike(logs["loss"])]:
@@ -352,7 +356,5 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def peak_memory_bytes() -> int:
-    """Peak allocated memory of the GPU, or the peak resident size of this process on a CPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Of this stage: peak allocated memory of the GPU, or the peak resident size of this process on a CPU."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak.resident_bytes()

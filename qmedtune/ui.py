@@ -251,7 +251,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) 
     if terminal.is_terminal(sys.stdout):
         terminal.draw_table(title, columns, cells, right)
     else:
-        print("\n".join(_plain_table(title, columns, cells, right)))
+        print(terminal.printable("\n".join(_plain_table(title, columns, cells, right))))
 
 
 def _is_figure(cell: str) -> bool:

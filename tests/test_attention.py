@@ -4,11 +4,12 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qmedtune.errors import RecipeError
 from qmedtune.planning.numerics import check_attention
-from qmedtune.training import attention
+from qmedtune.training import attention, cpu_attention
 from qmedtune.training.loss import token_nll
 
 CONFIG = {
@@ -113,3 +114,36 @@ def test_what_a_gpu_could_do_faster_stands_in_the_report(monkeypatch):
     assert models.fallbacks(facts) == [f"kernels: {broken}", "attention: sdpa (a mask)"]
     asked = {"kernels": {"paths": {"lora": "reference: asked for"}}, "attention": {"name": "varlen", "why": ""}}
     assert models.fallbacks(asked) == []
+
+
+# ----------------------------------------------------------------------------------------------------------- on a CPU
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lengths", [((200,),), ((64, 1, 63), (128,)), ((5, 120, 70), (195,)), ((1,), (1,))])
+def test_blocks_of_queries_attend_as_a_mask_in_float64_would(lengths, dtype):
+    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
+    generator = torch.Generator().manual_seed(0)
+    shape = (len(lengths), 6, positions.shape[1], 16)
+    query, gradient = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
+    key, value = (torch.randn(shape[0], 2, *shape[2:], generator=generator).to(dtype) for _ in range(2))
+    leaves = [x.clone().requires_grad_() for x in (query, key, value)]
+    output = cpu_attention.attend(*leaves, cpu_attention.blocks_of(positions), 0.3)
+    output.backward(gradient)
+    wide = [x.double().requires_grad_() for x in (query, key, value)]
+    document = (positions == 0).cumsum(1)
+    index = torch.arange(positions.shape[1])
+    mask = (document[:, :, None] == document[:, None]) & (index[:, None] >= index)
+    wanted = F.scaled_dot_product_attention(*wide, attn_mask=mask[:, None], scale=0.3, enable_gqa=True)
+    wanted.backward(gradient.double())
+    limit = 1e-5 if dtype == torch.float32 else 6e-3
+    for actual, expected in ((output, wanted), *((a.grad, b.grad) for a, b in zip(leaves, wide, strict=True))):
+        assert (actual.double() - expected).norm() <= limit * expected.norm() + 1e-12
+
+
+def test_blocks_read_no_keys_of_documents_that_ended():
+    positions = torch.cat([torch.arange(300), torch.arange(100)])[None]
+    blocks = cpu_attention.blocks_of(positions)
+    firsts = {block.start: block.first for block in blocks}
+    assert firsts == {0: 0, 64: 0, 128: 0, 192: 0, 256: 0, 320: 300, 384: 300}
+    assert all(block.hidden.shape[-1] <= cpu_attention.BLOCK for block in blocks if block.start not in (256,))

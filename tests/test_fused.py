@@ -1,6 +1,7 @@
 """fused.install against transformers + PEFT: same losses, same gradients, same saved adapters."""
 
 import copy
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -191,6 +192,87 @@ def test_offloaded_inputs_are_copies_that_come_back_in_turn(piece, monkeypatch):
     for output in reversed(outputs):
         output.sum().backward()
     assert seen == [0, 1, 2, 2, 1, 0] and [float(value.grad[0]) for value in x] == [0, 2, 4]
+
+
+class Stream:
+    """What activations.py asks of a CUDA stream, written down."""
+
+    def __init__(self, name: str, told: list):
+        self.name, self.told, self.events = name, told, 0
+
+    def wait_stream(self, other):
+        self.told.append(f"{self.name} waits for {other.name}")
+
+    def record_event(self):
+        self.events += 1
+        return self.events
+
+    def wait_event(self, event):
+        self.told.append(f"{self.name} waits for copy {event}")
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    """CPU tensors taken for a GPU's: every wait between the two streams, in order."""
+    told: list[str] = []
+    pair = Stream("computing", told), Stream("copying", told)
+    monkeypatch.setattr(activations, "_streams", lambda device: pair)
+    monkeypatch.setattr(activations, "_on", lambda stream: nullcontext())
+    monkeypatch.setattr(activations, "_LAST", [])
+    monkeypatch.setattr(activations, "_LEAVING", [])
+    return told
+
+
+def copies_waited_for(told: list[str]) -> list[int]:
+    return [int(line.split()[-1]) for line in told if line.startswith("computing")]
+
+
+def test_offloading_holds_two_inputs_on_their_way_and_two_on_the_way_back(streams):
+    alive = []
+
+    def layer(x):
+        alive.append(len(activations._LEAVING))
+        return x * x
+
+    x = torch.ones(4, requires_grad=True)
+    hidden, held = x, []
+    for _ in range(5):
+        hidden = activations.recomputed(layer, hidden, {}, offload=True)
+        held.append(activations._LAST[0])
+    assert max(alive) <= 2 and len(activations._LEAVING) == 2  # copies 4 and 5 are on their way
+    assert streams.count("copying waits for computing") == 5
+    assert [line for line in streams if line.startswith("computing")] == [
+        f"computing waits for copy {i}" for i in (1, 2, 3)
+    ]
+    streams.clear()
+    coming = []
+    real = activations._Offloaded.take
+
+    def take(self):
+        taken = real(self)
+        coming.append(sum(one() is not None and one().back is not None for one in held))
+        return taken
+
+    activations._Offloaded.take = take
+    try:
+        hidden.sum().backward()
+    finally:
+        activations._Offloaded.take = real
+    assert float(x.grad[0]) == 32
+    assert coming == [1, 1, 1, 1, 0] and not activations._LEAVING  # besides the taken one, the next
+    # The first two: inputs still leaving; then each copy back is waited for before it is read.
+    assert [line for line in streams if line.startswith("computing")] == [
+        f"computing waits for copy {i}" for i in range(4, 11)
+    ]
+
+
+def test_a_copy_that_nobody_takes_is_waited_for_before_its_memory_is_used_again(streams):
+    first = activations._Offloaded(torch.ones(4), None)
+    second = activations._Offloaded(torch.ones(4), first)
+    second.take()
+    streams.clear()
+    del first
+    assert streams == ["computing waits for copy 4"]
 
 
 def test_accumulation_equals_one_batch(ids):

@@ -10,6 +10,7 @@ from toy_tokenizers import byte_level, save, sentencepiece
 
 from qmedtune import store
 from qmedtune.data import mix, templates, tokens
+from qmedtune.data.clean import clean
 from qmedtune.data.pack import IGNORED, PackedRows, pack_stage, pack_validation
 from qmedtune.errors import DataError
 from qmedtune.recipe import Recipe
@@ -318,14 +319,16 @@ def test_mask_is_response_and_end_token_of_every_turn(tmp_path, tokenizer_dir, n
             found[document] = [span for span in spans if span]
             at += length
     for document, chat in enumerate(made):
-        answers = [codec.defuse(m["content"]) for m in chat["messages"] if m["role"] == "assistant"]
+        answers = [
+            codec.defuse(clean(m["content"], "instructions")) for m in chat["messages"] if m["role"] == "assistant"
+        ]
         last = len(answers) - 1
         for turn, (span, answer) in enumerate(zip(found[document], answers, strict=True)):
             if template.eos == "turn" or turn == last:
                 assert span[-1] == codec.eos_id
                 span = span[:-1]
             assert codec.eos_id not in span
-            assert codec.backend.decode(span, skip_special_tokens=False) == answer + template.end
+            assert codec.backend.decode(span, skip_special_tokens=False).lstrip() == answer + template.end
 
 
 def test_training_sees_the_tokens_of_the_generation_prompt(tmp_path, tokenizer_dir):

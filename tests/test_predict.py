@@ -9,9 +9,9 @@ import pytest
 import torch
 from llama_folders import llama3_folder, write_adapter
 
-from qmedtune import chat, predict
+from qmedtune import chat, predict, store
 from qmedtune.data import templates
-from qmedtune.errors import RecipeError
+from qmedtune.errors import RecipeError, RunError
 from qmedtune.evaluation import generation, scoring
 from qmedtune.evaluation.open_model import OpenModel, locate, open_model
 
@@ -152,6 +152,85 @@ def test_an_existing_answer_file_is_not_overwritten(stage, tmp_path):
 
 
 # ---- chat ------------------------------------------------------------------------------------------------------------
+
+
+def interrupted(stage, data, out, monkeypatch) -> Path:
+    """A prediction that died in its second window: 3 of 7 rows are in the .part file."""
+    real, calls = predict._answers, []
+
+    def dies(*arguments):
+        calls.append(1)
+        if len(calls) > 1:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(predict, "WINDOW", 3)
+    monkeypatch.setattr(predict, "_answers", dies)
+    with pytest.raises(KeyboardInterrupt):
+        ask(stage, data, out)
+    monkeypatch.setattr(predict, "_answers", real)
+    return out.with_name(out.name + ".part")
+
+
+def seven(tmp_path) -> Path:
+    return jsonl(tmp_path / "q.jsonl", [{"id": f"q{i}", "question": f"What is {i}?"} for i in range(7)])
+
+
+def test_a_second_prediction_into_the_same_file_leaves(stage, tmp_path, monkeypatch):
+    data, out = seven(tmp_path), tmp_path / "a.jsonl"
+    real, seen = predict._answers, []
+
+    def meanwhile(*arguments):
+        with pytest.raises(RunError, match="another process is writing"):
+            predict.predict(str(stage / "stage" / "adapter"), data, out, base=str(stage / "base"), offline=True)
+        seen.append(1)
+        return real(*arguments)
+
+    monkeypatch.setattr(predict, "_answers", meanwhile)
+    assert ask(stage, data, out)["records"] == 7 and seen
+    assert [row["id"] for row in rows(out)] == [f"q{i}" for i in range(7)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "q.jsonl"]
+    assert out.stat().st_mode & 0o077 == 0
+
+
+def test_a_process_that_waited_for_nothing_does_not_write_again(stage, tmp_path):
+    """It opened the .part file before the first one published and removed it."""
+    out = tmp_path / "a.jsonl"
+    with store.lock_file(tmp_path / "a.jsonl.part", "wait"):
+        out.write_text("answers")
+    with pytest.raises(RecipeError, match="is there already"):
+        ask(stage, seven(tmp_path), out)
+
+
+@pytest.mark.parametrize(
+    ("line", "replaced", "says"),
+    [
+        (2, b'{"id": "q1", "answ\n', ":3: damaged"),
+        (2, b"[1]\n", ":3: damaged"),
+        (2, b"\0\0\0\n", ":3: damaged"),
+        (0, b"not json\n", ":1: damaged"),
+        (0, b"[]\n", ":1: damaged"),
+        (2, b'{"id": "another", "answer": "x"}\n', "row 2 is not of the record"),
+        (2, b"", "row 2 is not of the record"),
+    ],
+)
+def test_damage_of_the_part_file_is_named(line, replaced, says, stage, tmp_path, monkeypatch):
+    data, out = seven(tmp_path), tmp_path / "a.jsonl"
+    part = interrupted(stage, data, out, monkeypatch)
+    lines = part.read_bytes().splitlines(keepends=True)
+    part.write_bytes(b"".join([*lines[:line], replaced, *lines[line + 1 :]]))
+    with pytest.raises(RunError) as caught:
+        ask(stage, data, out)
+    assert says in str(caught.value) and str(part) in str(caught.value)
+    assert part.exists() and not out.exists()
+
+
+def test_another_version_does_not_go_on(stage, tmp_path, monkeypatch):
+    data, out = seven(tmp_path), tmp_path / "a.jsonl"
+    interrupted(stage, data, out, monkeypatch)
+    monkeypatch.setattr(predict, "code_versions", lambda: {"transformers": "another"})
+    with pytest.raises(RecipeError, match="another version"):
+        ask(stage, data, out)
 
 
 def test_chat_answers_as_the_evaluation_does_and_remembers(opened):

@@ -24,11 +24,11 @@ def test_responses_are_marked_and_borders_named(tmp_path, tokenizer_dir):
     _, rows = packed(tmp_path, made, tokenizer_dir, folders(tmp_path, chats=[CHAT, CHAT]))
     tokenizer = tokens.load_codec(tokenizer_dir).backend
     plain = show(rows, tokenizer, 5, color=False)
-    assert plain.count("«rest.</s>»") == 2
+    assert plain.count("« rest.</s>»") == 2
     assert re.findall(r"── chats #(\d)", plain) in (["0", "1"], ["1", "0"])
     assert "\x1b" not in plain  # escape sequences of the data are not obeyed
     colored = show(rows, tokenizer, 1)
-    assert "\033[32mrest.</s>\033[0m" in colored
+    assert "\033[32m rest.</s>\033[0m" in colored
 
 
 def test_cuts_are_told(tmp_path, tokenizer_dir):

@@ -76,7 +76,7 @@ def test_sentences_as_options():
     assert extract_choice("It treats gouty arthritis", options) == 2
     assert extract_choice("I believe it treats asthma.", options) == 0
     assert extract_choice("It treats", options) is None
-    assert extract_choice("It treats asthma. It treats gout.", options) == 0  # the beginning is the answer
+    assert extract_choice("It treats asthma. It treats gout.", options) is None  # two are stated
 
 
 def test_facts_come_from_the_built_in_world():

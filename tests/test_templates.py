@@ -93,7 +93,7 @@ def test_a_tokenizers_own_template_marks_responses(tmp_path):
 
 def test_chat_template_file_beside_the_tokenizer_wins(tmp_path):
     folder = save(byte_level(), tmp_path)
-    assert templates.default(None, folder).name == "alpaca"
+    assert templates.default(None, folder).name == "plain"
     (folder / "chat_template.jinja").write_text(LLAMA3)
     assert templates.default(None, folder).source == LLAMA3
 
@@ -108,7 +108,7 @@ def test_a_template_that_rewrites_history_is_refused(tmp_path):
 def test_a_template_cannot_reach_python(tmp_path):
     source = "{{ messages.__class__.__mro__[1].__subclasses__() }}"
     folder = save(byte_level(), tmp_path, chat_template=source)
-    with pytest.raises(Exception, match="unsafe|access to attribute"):
+    with pytest.raises(RecipeError, match="SecurityError"):
         templates.load("chat", folder).prompt(TURNS[:1])
 
 

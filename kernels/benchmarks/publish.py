@@ -1,15 +1,18 @@
 """From a results file: the README's table, a roofline chart (SVG), and the shipped dispatch table. Needs no GPU.
 
-The dispatch table changes only where run_gpu.sh has left <gpu>.passed beside the results: `pytest -m gpu` passed with
-the same kernel sources and versions, and these are still the sources here. Then the architecture joins "asm_verified"
-and "fused_rows" becomes the measured crossover of each shape to dequantise + cuBLAS.
+The dispatch table changes only where the results are of the sources that are here. Then "fused_rows" becomes the
+measured crossover of each shape to dequantise + cuBLAS, and the architecture joins "beats_gemm_4bit" if the fused
+kernel was faster than bitsandbytes' in every shape of up to eight rows. <gpu>.junit.xml beside them (`pytest -m gpu`)
+decides about inline assembly alone: where a test of it failed, the architecture joins "asm_refused".
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
+from xml.etree import ElementTree
 
 ROOT = Path(__file__).parents[1]
 DISPATCH = ROOT / "torch-ext" / "qmedtune_kernels" / "dispatch.json"
@@ -67,21 +70,34 @@ def chart(result: dict) -> str:
     )
 
 
-def passed(results: Path, result: dict) -> bool:
-    """Whether the correctness run beside these results was of the same sources and versions, still the ones here."""
-    from qmedtune.bench.kernels import sources
+def beats_gemm_4bit(rows: list[dict]) -> bool:
+    """Whether the fused kernel was faster than bitsandbytes' in every measured shape of up to eight rows."""
+    times: dict[str, dict[str, float]] = {}
+    for row in rows:
+        few = row["kernel"] == "matmul" and "value" in row and int(row["shape"].rsplit("M=", 1)[1]) <= 8
+        if few and row["contender"] in ("qmedtune", "bitsandbytes"):
+            times.setdefault(row["shape"], {})[row["contender"]] = row["value"]
+    pairs = [pair for pair in times.values() if len(pair) == 2]
+    return bool(pairs) and all(pair["qmedtune"] < pair["bitsandbytes"] for pair in pairs)
 
-    stamp = results.with_suffix(".passed")
-    if not stamp.exists():
-        return False
-    tested = json.loads(stamp.read_text())
-    installed = {name: found for name, found in result["versions"].items() if name != "driver"}
-    return tested == {"sources": result["sources"], "versions": installed} and sources() == result["sources"]
+
+ASSEMBLY_TESTS = re.compile(r"test_matmul|shuffle|fused|asm|prmt", re.IGNORECASE)
 
 
-def update_dispatch(result: dict) -> None:
+def assembly_failures(junit: Path) -> list[str]:
+    """Tests of inline assembly that failed; none where there is no report."""
+    if not junit.is_file():
+        return []
+    cases = ElementTree.parse(junit).iter("testcase")
+    failed = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
+    names = [f"{case.get('classname')}.{case.get('name')}" for case in failed]
+    return [name for name in names if ASSEMBLY_TESTS.search(name)]
+
+
+def update_dispatch(result: dict, refused: bool = False) -> None:
     shipped, capability = json.loads(DISPATCH.read_text()), result["capability"]
-    shipped["asm_verified"] = sorted({*shipped["asm_verified"], capability})
+    for name, holds in (("asm_refused", refused), ("beats_gemm_4bit", beats_gemm_4bit(result["rows"]) and not refused)):
+        shipped[name] = sorted({*shipped[name], capability} if holds else {*shipped[name]} - {capability})
     if measured := crossover(result["rows"]):
         shipped["fused_rows"][capability] = measured
     shipped["measured"] = {**shipped.get("measured", {}), capability: result["device"]}
@@ -98,10 +114,14 @@ def main() -> None:
     readme = (ROOT / "README.md").read_text()
     head, rest = readme.split(BEGIN)
     (ROOT / "README.md").write_text(f"{head}{BEGIN}\n\n{table(every)}\n\n{END}{rest.split(END)[1]}")
-    if passed(arguments.results, result):
-        update_dispatch(result)
-    else:
-        print("dispatch.json is unchanged: no correctness run of these sources and versions stands beside the results")
+    from qmedtune.bench.kernels import sources
+
+    if sources() != result["sources"]:
+        print("dispatch.json is unchanged: the results are of other kernel sources")
+        return
+    failed = assembly_failures(arguments.results.with_suffix(".junit.xml"))
+    update_dispatch(result, bool(failed))
+    print(*(f"inline assembly is refused: {name} failed" for name in failed), sep="\n")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from qmedtune_kernels import NF4Weight, dispatch, lora, matmul, nf4, rms_norm
+from qmedtune_kernels import NF4Weight, cross_entropy, dispatch, lora, matmul, nf4, rms_norm, rope, swiglu, tiles
 
 CPU = torch.device("cpu")
 SOURCES = Path(nf4.__file__).parent
@@ -14,9 +14,11 @@ SOURCES = Path(nf4.__file__).parent
 @pytest.fixture
 def fresh():
     """self_check answers once per device and process: forget it before and after."""
-    dispatch.self_check.cache_clear()
+    for check in (dispatch.self_check, dispatch.asm_check):
+        check.cache_clear()
     yield
-    dispatch.self_check.cache_clear()
+    for check in (dispatch.self_check, dispatch.asm_check):
+        check.cache_clear()
 
 
 @pytest.fixture
@@ -24,7 +26,6 @@ def as_if_sm_90(monkeypatch, fresh):
     """The decisions of an H100 with verified assembly; the interpreter decodes without it."""
     plain = nf4.dequantize
     monkeypatch.setattr(dispatch, "capability", lambda device: 90)
-    monkeypatch.setattr(dispatch, "asm_verified", lambda device: True)
     monkeypatch.setattr(nf4, "dequantize", lambda *a, path="auto", **o: plain(*a, path="gather", **o))
 
 
@@ -34,7 +35,22 @@ def weight(n=64, k=128) -> NF4Weight:
 
 
 def test_the_first_use_compares_decode_and_both_products_to_the_bit(as_if_sm_90):
-    assert dispatch.self_check(CPU) == ""
+    assert dispatch.self_check(CPU) == "" and dispatch.asm_check(CPU) == ""
+    assert dispatch.asm_trusted(CPU) and dispatch.describe(CPU)["dequantize"].startswith("triton shuffle")
+
+
+def test_the_first_use_runs_every_kernel_on_flat_and_nested_scales(as_if_sm_90, monkeypatch):
+    ran, nested = set(), set()
+    launchers = ((rms_norm, "_launch_forward"), (rms_norm, "_launch_backward"), (swiglu, "_launch_forward"),
+                 (swiglu, "_launch_backward"), (rope, "_launch"), (cross_entropy, "_launch"),
+                 (matmul, "_launch_few_rows"), (matmul, "_launch"))  # fmt: skip
+    for module, name in launchers:
+        real, key = getattr(module, name), (module.__name__, name)
+        monkeypatch.setattr(module, name, lambda *a, real=real, key=key, **k: ran.add(key) or real(*a, **k))
+    decode = nf4.dequantize
+    monkeypatch.setattr(nf4, "dequantize", lambda w, *a, **k: nested.add(w.nested) or decode(w, *a, **k))
+    assert dispatch.self_check(CPU) == "" and nested == {True, False}
+    assert dispatch.asm_check(CPU) == "" and len(ran) == len(launchers)
 
 
 def test_a_wrong_product_means_the_reference_path_by_name(as_if_sm_90, monkeypatch):
@@ -44,12 +60,79 @@ def test_a_wrong_product_means_the_reference_path_by_name(as_if_sm_90, monkeypat
         return right(x, weight, path=path) + (len(x) == 64) * torch.eye(64, dtype=torch.bfloat16)[: len(x)]
 
     monkeypatch.setattr(matmul, "matmul", wrong)
+    differs = "64 elements of the fused matmul of 64 rows (flat) differ"
+    assert dispatch.uses_triton(CPU)  # plain kernels are right
+    assert not dispatch.asm_trusted(CPU) and dispatch.fused_rows(CPU, 4096, 4096) == 0
+    found = dispatch.describe(CPU)
+    assert found["matmul"].startswith("dequantise + cuBLAS") and differs in found["matmul"]
+    assert found["dequantize"].startswith("triton gather: no inline assembly: ")
+
+
+def test_a_wrong_plain_kernel_means_the_reference_path_by_name(as_if_sm_90, monkeypatch):
+    right = rms_norm._launch_forward
+    monkeypatch.setattr(rms_norm, "_launch_forward", lambda *a: (right(*a)[0] * 1.5, *right(*a)[1:]))
     assert not dispatch.uses_triton(CPU)
-    assert dispatch.describe(CPU)["matmul"] == "reference: 64 elements of the fused matmul of 64 rows differ"
-    with pytest.raises(
-        ValueError, match="kernels: triton given, but 64 elements of the fused matmul of 64 rows differ; allowed"
-    ):
+    assert dispatch.describe(CPU)["rms_norm"].startswith("reference: RMSNorm is off by 5.0e-01")
+    with pytest.raises(ValueError, match="kernels: triton given, but RMSNorm is off by 5.0e-01; allowed here"):
         dispatch.uses_triton(CPU, "triton")
+
+
+def test_a_card_that_cannot_run_the_first_kernel_says_so_and_takes_the_reference(as_if_sm_90, monkeypatch):
+    def refused(*arguments):
+        raise RuntimeError("Triton Error [CUDA]\nout of resource: shared memory, Required: 65536")
+
+    monkeypatch.setattr(rms_norm, "_launch_forward", refused)
+    why = "reference: the first kernel did not run (RuntimeError: out of resource: shared memory, Required: 65536)"
+    assert set(dispatch.describe(CPU).values()) == {why}
+
+
+def test_an_architecture_whose_tests_failed_gets_no_assembly(as_if_sm_90, monkeypatch):
+    monkeypatch.setitem(dispatch.TABLE, "asm_refused", ["sm_90"])
+    assert dispatch.dequantize_path(CPU, "auto") == "gather"
+    assert "GPU tests of it failed on sm_90" in dispatch.describe(CPU)["matmul"]
+
+
+def test_few_rows_without_a_gradient_take_bitsandbytes_until_it_is_beaten(as_if_sm_90, monkeypatch):
+    import bitsandbytes.functional as bnb
+
+    packed, state = bnb.quantize_4bit(torch.randn(64, 128), quant_type="nf4", compress_statistics=True)
+    two = state.state2
+    w = NF4Weight(packed, state.absmax, 64, (64, 128), two.code, two.absmax, state.offset)
+    x = torch.randn(3, 128).bfloat16()
+    assert matmul.choose(x, w, "auto", trains=False) == "bitsandbytes"
+    expected = matmul.reference(x, w).float()
+    for y in (matmul.matmul(x, w), lora.linear(x, (w,))):
+        assert (y.float() - expected).norm() <= 4e-3 * expected.norm()
+    assert matmul.choose(x, w, "auto") == "fused" and matmul.choose(x[:1].expand(9, -1), w, "auto", False) == "fused"
+    monkeypatch.setitem(dispatch.TABLE, "beats_gemm_4bit", ["sm_90"])
+    assert matmul.choose(x, w, "auto", trains=False) == "fused"
+
+
+def test_what_trains_is_asked_with_the_gradient(as_if_sm_90, monkeypatch):
+    asked = []
+    real = matmul.choose
+    monkeypatch.setattr(
+        matmul, "choose", lambda x, w, path, trains=True: asked.append(trains) or real(x, w, "reference")
+    )
+    a, b = torch.randn(4, 128), torch.randn(64, 4).requires_grad_()
+    with torch.no_grad():
+        lora.linear(torch.randn(2, 128).bfloat16(), (weight(),), [lora.Adapter(a, b, 1.0)])
+    assert set(asked) == {False}
+    lora.linear(torch.randn(2, 128).bfloat16(), (weight(),), [lora.Adapter(a, b, 1.0)])
+    assert asked[-1]
+
+
+def test_split_k_gives_every_processor_two_programs():
+    for n, k in ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)):
+        for processors in (132, 128, 82, 108):
+            t = tiles.tile(1, 64, True)
+            count, steps = -(-n // t["BN"]), k // t["BK"]
+            each = -(-steps // tiles.splits(count, steps, processors))
+            assert count * -(-steps // each) >= 2 * processors, (n, k, processors)
+
+
+def test_rows_of_a_widened_operand_start_on_128_bytes():
+    assert not any((4096 + -(-r // lora.ALIGN) * lora.ALIGN) * 2 % 128 for r in (16, 32, 48))
 
 
 def test_the_first_use_is_compared_with_bitsandbytes_where_it_is_imported(as_if_sm_90, monkeypatch):
@@ -58,12 +141,13 @@ def test_the_first_use_is_compared_with_bitsandbytes_where_it_is_imported(as_if_
     calls = []
     ours = nf4.dequantize_reference
     monkeypatch.setattr(nf4, "dequantize_reference", lambda w, dtype: calls.append(1) or ours(w, dtype) * 2)
-    assert dispatch.self_check(CPU) == "" and calls  # our reference is wrong here, and nobody asked it
+    assert dispatch.self_check(CPU) == "" and dispatch.asm_check(CPU) == ""
+    assert not calls  # our reference is wrong here, and nobody asked it
 
 
 def test_fused_rows_come_from_the_nearest_measured_shape(monkeypatch):
     monkeypatch.setattr(dispatch, "capability", lambda device: 90)
-    monkeypatch.setattr(dispatch, "asm_verified", lambda device: True)
+    monkeypatch.setattr(dispatch, "asm_check", lambda device: "")
     table = {"sm_90": [[4096, 4096, 16], [14336, 4096, 128], [4096, 14336, 8]], "default": [[1, 1, 1]]}
     monkeypatch.setitem(dispatch.TABLE, "fused_rows", table)
     assert dispatch.fused_rows(CPU, 4096, 4096) == 16 and dispatch.fused_rows(CPU, 28672, 8192) == 128
@@ -96,7 +180,7 @@ def test_every_launch_is_on_the_device_of_its_tensors():
     for file in SOURCES.glob("*.py"):
         for function in launchers(ast.parse(file.read_text())):
             found[file.name, function.name] = [ast.unparse(mark) for mark in function.decorator_list]
-    assert len(found) == 8
+    assert len(found) == 9
     assert all(marks == ["dispatch.on_its_device"] for marks in found.values()), found
 
 

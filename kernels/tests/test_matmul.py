@@ -119,7 +119,7 @@ def test_splits_cover_the_contraction_once():
         for steps in (1, 3, 4, 64, 224):
             ways = tiles.splits(count, steps, 132)
             per_split = -(-steps // ways)
-            assert 1 <= ways <= 16 and ways * per_split >= steps
+            assert 1 <= ways <= tiles.MOST_SPLITS and ways * per_split >= steps
 
 
 def test_strided_input(device):

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from qmedtune import ui
+from qmedtune.data.framing import Asked
 from qmedtune.errors import RecipeError
 from qmedtune.evaluation.harness import harness_model
 from qmedtune.evaluation.measure import parts
@@ -43,7 +44,7 @@ class Case:
     """One benchmark as text. `batch_tokens`: of BATCH average questions; `batches` that ours then makes of them."""
 
     task: Task
-    prompts: list[str]
+    prompts: list[Asked]
     batch_tokens: int
     batches: int
 
@@ -115,7 +116,7 @@ def _work(contender: str, opened: OpenModel, case: Case) -> Callable[[], Scores]
         return lambda: _ours(opened, case)
     model = harness_model(opened, 1 if contender == "lm-eval-default" else BATCH, "joint")
     instance = import_module("lm_eval.api.instance").Instance
-    pairs = [(p, option) for p, item in zip(case.prompts, case.items, strict=True) for option in item.options]
+    pairs = [(p.text, option) for p, item in zip(case.prompts, case.items, strict=True) for option in item.options]
     requests = [instance("loglikelihood", {}, pair, number) for number, pair in enumerate(pairs)]
     return lambda: _by_item(model.loglikelihood(requests, disable_tqdm=True), case)
 

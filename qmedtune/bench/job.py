@@ -31,11 +31,15 @@ class Job:
 
 
 def job_of(shape: str, chosen: dict[str, Any]) -> Job:
-    """The job of a shape: the tiny one's as it stands, others rows of 4096 one at a time, 40 steps of which 20 warm up,
-    LoRA alone, layers recomputed; `chosen` overrides. Raises RecipeError for an unknown shape."""
+    """The job of a shape: the tiny one's as it stands, the built-in base's four rows of 512 tokens, others rows of 4096
+    one at a time, 40 steps of which 20 warm up, layers recomputed; LoRA alone but for the tiny one. `chosen` overrides.
+    Raises RecipeError for an unknown shape."""
     if shape not in SHAPES:
         raise RecipeError(f"bench train: no shape {shape!r}\nallowed: {', '.join(SHAPES)}")
     if shape == "tiny":
         return replace(Job(), **chosen)
+    if shape == "builtin:smollm2":
+        small = Job(shape, 512, 4, 4, 512, 8, 3, 16, 32.0, train_embeddings=False, lr=2e-4)
+        return replace(small, **chosen)
     large = Job(shape, 4096, 4, 1, 1024, 40, 20, 16, 32.0, train_embeddings=False, checkpointing=True, lr=2e-4)
     return replace(large, **chosen)

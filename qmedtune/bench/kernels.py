@@ -23,7 +23,8 @@ from qmedtune.bench.static import static_rows
 from qmedtune.errors import RunError
 
 REPLAYS = 25
-COLD_BYTES = 256 * 2**20  # rotated over at least this much: five times an H200's L2
+COLD_BYTES = 256 * 2**20  # rotated over at least this much: four times an H200's L2 (60 MB)
+MOST_COPIES = 256  # calls in one CUDA graph
 TIME_LIMIT_S = 480
 GRACE_S = 60  # a contender that hangs is ended this long after its time
 OURS = ("qmedtune", "cublas")  # both decode with our kernels
@@ -197,11 +198,16 @@ def _stream():
     return torch.cuda.Stream()
 
 
+def copies_of(bytes_: float) -> int:
+    """Sets of buffers that are rotated: together at least COLD_BYTES, however small one is (k/v of 8B: 2 MB)."""
+    return max(1, min(MOST_COPIES, -(-COLD_BYTES // int(bytes_))))
+
+
 def measure(case) -> tuple[float, float]:
     """(median seconds of one call, (p90 - p10) / median) over replays of a CUDA graph of calls on rotating buffers."""
     import torch
 
-    copies = max(1, min(16, int(COLD_BYTES / case.bytes) + 1)) if case.bytes < COLD_BYTES else 1
+    copies = copies_of(case.bytes)
     stream = _stream()
     with torch.cuda.stream(stream):  # autograd runs a backward on its forward's stream: it must be the captured one
         calls = [case.setup() for _ in range(copies)]

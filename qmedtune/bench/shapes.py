@@ -20,12 +20,22 @@ if TYPE_CHECKING:
 
 SHAPES: dict[str, dict[str, int]] = {
     "tiny": {"hidden": 256, "intermediate": 704, "layers": 3, "heads": 4, "kv_heads": 2, "vocab": 1536},
+    "builtin:smollm2": {
+        "hidden": 576,
+        "intermediate": 1536,
+        "layers": 30,
+        "heads": 9,
+        "kv_heads": 3,
+        "vocab": 49152,
+        "tied": 1,
+    },
     "1b": {"hidden": 2048, "intermediate": 8192, "layers": 16, "heads": 32, "kv_heads": 8, "vocab": 128256},
     "1.1b": {"hidden": 2048, "intermediate": 5632, "layers": 22, "heads": 32, "kv_heads": 4, "vocab": 32000},
     "8b": {"hidden": 4096, "intermediate": 14336, "layers": 32, "heads": 32, "kv_heads": 8, "vocab": 128256},
     "13b": {"hidden": 5120, "intermediate": 13824, "layers": 40, "heads": 40, "kv_heads": 40, "vocab": 32000},
     "70b": {"hidden": 8192, "intermediate": 28672, "layers": 80, "heads": 64, "kv_heads": 8, "vocab": 128256},
 }
+SMALL = ("tiny", "builtin:smollm2")  # trained on CPUs, where not every contender reads NF4: written in 16 bit
 SHARD_BYTES = 5_000_000_000
 POSITIONS = 131_072  # as Llama 3.1: long rows must not be refused
 
@@ -75,7 +85,7 @@ def config_of(shape: Mapping[str, int]) -> dict[str, Any]:
         max_position_embeddings=POSITIONS,
         bos_token_id=1,
         eos_token_id=2,
-        tie_word_embeddings=False,
+        tie_word_embeddings=bool(shape.get("tied")),
     )
     return config.to_dict() | {"architectures": ["LlamaForCausalLM"], "dtype": "bfloat16"}
 
@@ -91,7 +101,8 @@ def tensors_of(shape: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
         shapes |= {f"model.layers.{layer}.{name}_proj.weight": size for name, size in linears.items()}
         for norm in ("input_layernorm", "post_attention_layernorm"):
             shapes[f"model.layers.{layer}.{norm}.weight"] = (hidden,)
-    return shapes | {"model.norm.weight": (hidden,), "lm_head.weight": (shape["vocab"], hidden)}
+    head = {} if shape.get("tied") else {"lm_head.weight": (shape["vocab"], hidden)}
+    return shapes | {"model.norm.weight": (hidden,), **head}
 
 
 def _sharded(shapes: Mapping[str, tuple[int, ...]]) -> list[dict[str, tuple[int, ...]]]:

@@ -33,6 +33,8 @@ from qmedtune.record import versions
 
 CONTENDERS = {
     "torch-loop": "a bare PyTorch loop: dequantised bf16 linears, naive LoRA, AdamW; no trainer around it",
+    "peft": "a plain loop over transformers and PEFT in bf16: LoRA on all linears, AdamW; no trainer around it",
+    "peft-nf4": "the same over a base that bitsandbytes holds in NF4",
     "trl": "TRL + PEFT + bitsandbytes on their defaults: gradient checkpointing, 8 rows at a time, accumulated",
     "trl-tuned": "the same with qmedtune's micro-batch and checkpointing, FlashAttention where installed",
     "trl-compiled": "trl-tuned with torch.compile and flex attention",
@@ -248,6 +250,9 @@ def utilisation(job: Job, tokens_per_s: float) -> dict[str, float]:
     (forward and input gradients; what is recomputed is not counted)."""
     sizes = {name: size for name, size in tensors_of(SHAPES[job.shape]).items() if len(size) > 1}
     weights = sum(rows * columns for name, (rows, columns) in sizes.items() if "embed_tokens" not in name)
+    if "lm_head.weight" not in sizes:  # tied: the head multiplies by the embedding
+        rows, columns = sizes["model.embed_tokens.weight"]
+        weights += rows * columns
     tflops = 4 * weights * tokens_per_s / 1e12
     sheet = next((peak for name, peak in SHEET_TFLOPS.items() if name in this_machine().name), None)
     return {"tflops": round(tflops, 3), **({"utilisation": round(tflops / sheet, 4)} if sheet else {})}

@@ -182,6 +182,19 @@ class NaiveLora(nn.Module):
         return x @ self.weight.t() + self.scale * ((x @ self.a.t()) @ self.b.t())
 
 
+def peft_loop(job: Job, folder: Path, clock: Clock, four_bit: bool = False) -> None:
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    if four_bit:
+        base = four_bit_model(folder)
+    else:
+        base = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPE, device_map={"": _device()})
+    model = get_peft_model(base, lora_config(job))
+    seed_adapters(model)
+    _loop(model, job, clock)
+
+
 def torch_loop(job: Job, folder: Path, clock: Clock, dtype: str = "bfloat16") -> None:
     model = dequantised_model(folder, dtype)
     for name, module in list(model.named_modules()):
@@ -191,6 +204,11 @@ def torch_loop(job: Job, folder: Path, clock: Clock, dtype: str = "bfloat16") ->
     seed_adapters(model)
     for module in (model.model.embed_tokens, model.lm_head):
         module.weight.requires_grad_(job.train_embeddings)
+    _loop(model, job, clock)
+
+
+def _loop(model: Any, job: Job, clock: Clock) -> None:
+    """AdamW over the job's batches; what is trained wants a gradient."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=job.lr, weight_decay=0.0)
     if job.checkpointing:
@@ -234,6 +252,8 @@ def _device() -> str:
 PEERS: dict[str, Callable[[Job, Path, Clock], None]] = {
     REFERENCE: partial(torch_loop, dtype="float32"),
     "torch-loop": torch_loop,
+    "peft": peft_loop,
+    "peft-nf4": partial(peft_loop, four_bit=True),
     "trl": trl,
     "trl-tuned": trl_tuned,
     "trl-liger": trl_liger,

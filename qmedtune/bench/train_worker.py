@@ -109,15 +109,15 @@ def seed_adapters(model: nn.Module) -> None:
 
 
 def model_folder(job: Job, models: Path) -> Path:
-    """A random LLaMA of the job's shape with a small tokenizer, made where it is not there yet: in 16 bit the tiny one,
-    which not every contender reads from NF4 on a CPU, else in NF4 as bitsandbytes stores it."""
-    folder = models / job.shape
+    """A random LLaMA of the job's shape with a small tokenizer, made where it is not there yet: small ones in 16 bit,
+    others in NF4 as bitsandbytes stores it."""
+    folder = models / job.shape.replace(":", "-")
     if (folder / "tokenizer.json").is_file():
         return folder
     from qmedtune import tiny
 
     shutil.rmtree(folder, ignore_errors=True)  # of a call that was cut
-    (shapes.write_model if job.shape == "tiny" else shapes.write_nf4_model)(shapes.SHAPES[job.shape], folder)
+    (shapes.write_model if job.shape in shapes.SMALL else shapes.write_nf4_model)(shapes.SHAPES[job.shape], folder)
     tiny.build_tokenizer(tiny.world_of("builtin:micro")).save_pretrained(str(folder))
     return folder
 
@@ -227,7 +227,7 @@ def ablated(job: Job, folder: Path, clock: Clock, left_out: str) -> None:
         owner = getattr(fused, place) if place else fused
         setattr(owner, name, by_reference(getattr(owner, name)))
     if left_out == "without-loss":
-        loss._fused_nll = loss._chunked_nll
+        loss.head_nll = lambda hidden, weight, targets, path: loss._chunked_nll(hidden, weight, targets)
     qmedtune(job, folder, clock, "auto", "sdpa" if left_out == "without-varlen" else "auto")
 
 

@@ -39,7 +39,7 @@ def kernels(
 
 
 def train(
-    shape: Annotated[str, typer.Option(metavar="NAME", help="tiny, 1b, 8b, 13b or 70b.")] = "tiny",
+    shape: Annotated[str, typer.Option(metavar="NAME", help="tiny, builtin:smollm2, 1b, 8b, 13b or 70b.")] = "tiny",
     contenders: ContendersOption = None,
     rounds: RoundsOption = 3,
     seq_len: Annotated[int | None, typer.Option(min=16, help="Tokens per packed row.")] = None,

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qmedtune.terminal import CONTROLS
+
 if TYPE_CHECKING:
     from qmedtune.parsing.loader import LoadedRecipe
 
@@ -26,7 +28,8 @@ OfflineOption = Annotated[bool, typer.Option("--offline", help="Open no connecti
 
 def emit(result: Any) -> None:
     """A result for machines, on stdout."""
-    print(json.dumps(result, indent=2, ensure_ascii=False))
+    text = json.dumps(result, indent=2, ensure_ascii=False)
+    print(CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", text))
 
 
 def load(path: Path, overrides: list[str]) -> LoadedRecipe:

@@ -38,7 +38,7 @@ def merge_into(
         raise RecipeError(f"--out: {out} is there already\nmove it away, or give another name")
     folder = Path(name).expanduser()
     is_run = (folder / "run.json").is_file()
-    found = _of_run(folder, offline) if is_run else _of_adapter(name, folder, base, offline)
+    found = adapters_of_run(folder, offline) if is_run else adapter_of_folder(name, folder, base, offline)
     job = MergeJob(found.base, found.adapters, section, found.model, found.seed, template=found.template)
     staging = out.with_name(f".{out.name}.part")
     with store.lock(staging):  # a second merge to the same place leaves
@@ -72,7 +72,7 @@ class Found:
     seed: int
 
 
-def _of_run(folder: Path, offline: bool) -> Found:
+def adapters_of_run(folder: Path, offline: bool) -> Found:
     """What the run's own merge folds: the adapters since the last full model, and the template of the last sft."""
     recipe = Recipe.model_validate(json.loads((folder / "run.json").read_text(encoding="utf-8"))["recipe"])
     place, names = "base", []
@@ -93,7 +93,7 @@ def _of_run(folder: Path, offline: bool) -> Found:
     return Found(recipe.model, found, adapters, templates[-1] if templates else None, recipe.seed)
 
 
-def _of_adapter(name: str, folder: Path, base: str | None, offline: bool) -> Found:
+def adapter_of_folder(name: str, folder: Path, base: str | None, offline: bool) -> Found:
     location = locate(name, base=base, offline=offline)
     if not location.adapters:
         raise RecipeError(

@@ -161,24 +161,49 @@ def _notes(scores: dict[str, Any]) -> Iterator[str]:
 def predict(
     model: ModelArgument,
     data: Annotated[Path, typer.Option(metavar="FILE", help="CSV, TSV, JSON, JSON lines or Parquet.")],
-    out: Annotated[Path, typer.Option(metavar="FILE", help="Answers: .csv, else JSON lines.")],
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Answers: .csv, else JSON lines.")] = None,
     column: Annotated[str | None, typer.Option(metavar="NAME", help="The field that holds the question.")] = None,
     instruction: Annotated[str | None, typer.Option(metavar="TEXT", help="Asked about every record.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of an answer.")] = 256,
     base: BaseOption = None,
     template: TemplateOption = None,
     quantization: PrecisionOption = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="The tokens that would be asked; reads no weights.")
+    ] = False,
     offline: OfflineOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Answer every record of a file; run again to resume."""
     from qmedtune import predict as predictions
 
+    if dry_run:
+        asked = predictions.Questions(data, column, instruction)
+        found = predictions.dry_run(
+            model, asked, base=base, template=template, max_new_tokens=max_new_tokens, offline=offline
+        )
+        return emit(found) if as_json else _show_asked(model, found)
+    if out is None:
+        raise typer.BadParameter("--out FILE is needed, or --dry-run")
+
     facts = predictions.predict(
         model, data, out, column=column, instruction=instruction, base=base, template=template,
         max_new_tokens=max_new_tokens, quantization=quantization.value if quantization else None, offline=offline,
     )  # fmt: skip
     emit(facts) if as_json else print(", ".join(f"{key} {value}" for key, value in facts.items()))
+
+
+def _show_asked(model: str, found: dict[str, Any]) -> None:
+    """Counts alone: the tokens spell the records."""
+    from qmedtune import ui
+
+    rows = [
+        (record["id"], record["error"], "", "")
+        if "error" in record
+        else (record["id"], f"{len(record['ids']):,}", "yes" if record["truncated"] else "no", f"{record['end']}")
+        for record in found["records"]
+    ]
+    ui.table(f"{model}, template {found['template']}", ("record", "tokens asked", "cut", "end ids"), rows)
 
 
 def chat(

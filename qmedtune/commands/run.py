@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -103,7 +104,7 @@ def data(
     loaded = load(Path(recipe), overrides)
     folder = run_folder(loaded, out)
     if show:
-        return _show_packed(loaded, folder, stage, count, offline)
+        return _show_packed(loaded, folder, Shown(stage, count, offline, as_json))
     from qmedtune import run as spine
     from qmedtune.reporting import tables as report_tables
 
@@ -117,19 +118,40 @@ def data(
     _show(report_tables.records(facts), report_tables.reading(facts), report_tables.findings(facts), *ledgers)
 
 
-def _show_packed(loaded: LoadedRecipe, folder: Path, stage: str | None, count: int, offline: bool) -> None:
+@dataclass(frozen=True)
+class Shown:
+    """What `data show` prints: so many rows of a stage (default: the first), as text or as JSON."""
+
+    stage: str | None
+    count: int
+    offline: bool
+    as_json: bool
+
+
+def _show_packed(loaded: LoadedRecipe, folder: Path, asked: Shown) -> None:
     from qmedtune import base, store
+    from qmedtune.data import borders
     from qmedtune.data.pack import PackedRows
-    from qmedtune.data.show import show
+    from qmedtune.data.show import documents, show
     from qmedtune.data.tokens import load_codec
     from qmedtune.errors import RecipeError
 
-    packed = folder / "data" / (stage or loaded.recipe.stage_names()[0])
-    if not (packed / store.SEAL).is_file():
+    recipe = loaded.recipe
+    packed = folder / "data" / (asked.stage or recipe.stage_names()[0])
+    sealed = store.read_seal(packed)
+    if sealed is None:
         raise RecipeError(f"{packed}: nothing is packed here\nmake it with: qmedtune data RECIPE")
-    source = base.identify(loaded.recipe.model, store.HashCache(folder / ".hashes.json"), offline=offline)
-    tokenizer = load_codec(source.make()).backend
-    print(show(PackedRows(packed), tokenizer, count, color=wants_colour()))
+    rows = PackedRows(packed)
+    source = base.identify(recipe.model, store.HashCache(folder / ".hashes.json"), offline=asked.offline)
+    codec = load_codec(source.make())
+    told = {"template": sealed.facts.get("template"), "borders": borders.described(codec)}
+    if asked.as_json:
+        planted = {recipe.audit.source, recipe.audit.prompts} if recipe.audit else set()
+        folders = {name: folder / "data" / ("planted" if name in planted else "") / name for name in rows.sources}
+        return emit(told | {"rows": documents(rows, folders, asked.count)})
+    template = told["template"]
+    print(f"conversations in template {template}" if template else f"documents: {told['borders']['why']}")
+    print(show(rows, codec.backend, asked.count, color=wants_colour()))
 
 
 def report(

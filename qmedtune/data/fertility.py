@@ -45,9 +45,9 @@ def _of(codec: Codec, texts: list[str], show_words: bool) -> dict[str, Any]:
     tokens = [token for ids in codec.encode(texts, markers=False) for token in ids]
     counts = Counter(word for text in texts for word in WORD.findall(text))
     words = list(counts)
-    pieces = dict(zip(words, map(len, codec.encode([f" {word}" for word in words], markers=False)), strict=True))
+    pieces = dict(zip(words, _tokens_within_text(codec, words), strict=True))
     total = max(1, counts.total())
-    unknown = codec.backend.token_to_id("<unk>")
+    unknown = _unknown_id(codec)
     longest = sorted((w for w in words if counts[w] > 1), key=lambda w: (-pieces[w], -counts[w], w))[:SHOWN_WORDS]
     return {
         "words": counts.total(),
@@ -58,3 +58,18 @@ def _of(codec: Codec, texts: list[str], show_words: bool) -> dict[str, Any]:
         "share_unknown": round(tokens.count(unknown) / max(1, len(tokens)), 6) if unknown is not None else 0.0,
         "most_split": [[word, pieces[word]] for word in longest] if show_words else [],
     }
+
+
+def _tokens_within_text(codec: Codec, words: list[str]) -> list[int]:
+    """How many tokens each word takes behind another word and a space, as in running text.
+
+    A word by itself would be counted with the space that SentencePiece puts before every text.
+    """
+    [before] = codec.encode(["x"], markers=False)
+    return [len(ids) - len(before) for ids in codec.encode([f"x {word}" for word in words], markers=False)]
+
+
+def _unknown_id(codec: Codec) -> int | None:
+    """The id that stands for text without a token, if there is one: byte-level tokenizers have none."""
+    token = getattr(codec.backend.model, "unk_token", None)
+    return codec.backend.token_to_id(token) if token else None

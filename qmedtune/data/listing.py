@@ -44,6 +44,7 @@ STRAY_FILES = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "
 CXR_REPORT = re.compile(r"s\d+\.txt")
 LFS_MARK = b"version https://git-lfs.github.com/spec"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?(@[\w.-]+)?$")  # owner/name:configuration@revision
+SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY|_KEY$|^KEY$", re.I)
 VARIABLE = re.compile(r"\$\{(\w+)\}")
 
 
@@ -89,6 +90,11 @@ def with_variables(path: str) -> str:
 
     def value(match: re.Match[str]) -> str:
         name = match.group(1)
+        if SECRET_NAME.search(name):
+            raise DataError(
+                f"{path}: {name} looks like a secret, and paths are shown in messages and kept in reports\n"
+                "put the path in a variable of another name, or write it"
+            )
         if name not in os.environ:
             raise DataError(f"{path}: the environment variable {name} is not set\nexport {name}=... or write the path")
         return os.environ[name]

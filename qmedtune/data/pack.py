@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 
 from qmedtune import store, ui
-from qmedtune.data import mix, templates
+from qmedtune.data import borders, framing, mix, templates
 from qmedtune.data.fertility import fertility
 from qmedtune.data.ledger import Corpus, Draws, packing_facts
+from qmedtune.data.templates import Template
 from qmedtune.data.tokens import (
     FULL_WEIGHT,
     KEPT,
@@ -44,6 +45,7 @@ from qmedtune.recipe import (
 )
 
 IGNORED = -100
+CLEANING = "instructions"  # the kind of text that treat.py cleans conversations as
 META = "packed.json"
 
 
@@ -70,6 +72,8 @@ def pack_stage(
         template = stage_template(recipe, index, tokenizer_dir)
         templates.save(template, out)
         facts = {"template": template.name}
+    else:
+        facts = {"borders": borders.described(codec)}
     rng = np.random.default_rng([recipe.seed, index])
     if isinstance(section, SftSection):
         assert not isinstance(section.epochs, str)
@@ -83,14 +87,25 @@ def pack_stage(
     return facts
 
 
-def stage_template(recipe: Recipe, index: int, tokenizer_dir: Path) -> templates.Template:
+def stage_template(recipe: Recipe, index: int, tokenizer_dir: Path) -> Template:
     """The template of an SFT stage: that of its first source. Says so where the others have another."""
     names = recipe.stages[index].sources
-    found = {name: templates.default(recipe.data[name].template, tokenizer_dir) for name in names}
+    found = {name: source_template(recipe, name, tokenizer_dir) for name in names}
     first = found[names[0]]
     if any(template != first for template in found.values()):
         ui.warn(f"{recipe.stage_names()[index]}: several templates; {first.name} of {names[0]} is used after training")
     return first
+
+
+def source_template(recipe: Recipe, name: str, tokenizer_dir: Path) -> Template:
+    """The template that the conversations of a source are trained in, with the cleaning that the run gave them."""
+    template = templates.default(recipe.data[name].template, tokenizer_dir)
+    if template.version < templates.VERSION:
+        ui.warn(
+            f"data.{name}.template: {template.name} is of qmedtune 0.1, which encoded every segment by itself; for a "
+            f'new training set "version": {templates.VERSION} and leave out "apart" in its file'
+        )
+    return replace(template, cleaning=CLEANING if recipe.hygiene.clean else "")
 
 
 def tokenise(
@@ -100,14 +115,14 @@ def tokenise(
     source = recipe.data[name]
     assert isinstance(section.seq_len, int)
     if source.kind == "instructions":
-        template = templates.default(source.template, tokenizer_dir)
+        template = source_template(recipe, name, tokenizer_dir)
         weight = prompt_weight(section.loss_on) if isinstance(section, SftSection) else 0.0
         encode = partial(encode_conversations, codec, template=template, prompt_weight=weight, limit=section.seq_len)
-        how = [asdict(template), weight, section.seq_len]
+        how = [framing.VERSION, asdict(template), weight, section.seq_len]
     else:
         cuts = source.chunking == "truncate" or isinstance(section, ClassifySection)
         limit = section.seq_len if cuts else None
-        encode, how = partial(encode_texts, codec, limit=limit), [limit]
+        encode, how = partial(encode_texts, codec, limit=limit), [borders.described(codec), limit]
     encoding = store.sha256_json([*how, store.sha256_file(tokenizer_dir / "tokenizer.json"), codec.eos_token])
     with ui.stage(f"tokenise {name}", None, "documents") as progress:
         shards = write_shards(path, out / "tokens", name, encode, progress.update, max_tokens, encoding)
@@ -313,6 +328,11 @@ class PackedRows:
 
     def source_of(self, document: int) -> str:
         return self.sources[int(np.searchsorted(self._first_document, document, side="right")) - 1]
+
+    def record_of(self, document: int) -> tuple[str, int]:
+        """A document's source, and its record's number there in the order of train.jsonl."""
+        place = int(np.searchsorted(self._first_document, document, side="right")) - 1
+        return self.sources[place], document - int(self._first_document[place])
 
     def lengths(self) -> np.ndarray:
         """Tokens of every row, int64."""

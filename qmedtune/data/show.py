@@ -6,8 +6,11 @@ called by a run.
 
 from __future__ import annotations
 
+import json
 import re
-from itertools import groupby
+from collections.abc import Iterator, Mapping
+from itertools import groupby, islice
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,6 +19,42 @@ from qmedtune.data.pack import IGNORED, PackedRows
 
 SUPERVISED, QUIET, BORDER, PLAIN = "\033[32m", "\033[2m", "\033[1;36m", "\033[0m"
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def documents(packed: PackedRows, folders: Mapping[str, Path], n: int) -> list[dict[str, Any]]:
+    """The first `n` rows as {"documents": [{"source", "id", "from", "ids", "supervised"}]}, for machines.
+
+    ids: of the piece of the document that lies in the row, from its token `from` on; supervised: 1 where a token is
+    learnt. folders: source -> folder with the train.jsonl that was packed, which tells the records' ids.
+    """
+    rows = range(min(n, len(packed)))
+    wanted: dict[str, set[int]] = {source: set() for source in packed.sources}
+    for document in {int(piece[0]) for row in rows for piece in packed.pieces(row)}:
+        source, number = packed.record_of(document)
+        wanted[source].add(number)
+    names = {source: _record_ids(folders[source], numbers) for source, numbers in wanted.items()}
+    return [{"documents": list(_documents(packed, names, row))} for row in rows]
+
+
+def _record_ids(folder: Path, numbers: set[int]) -> dict[int, str | None]:
+    with (folder / "train.jsonl").open(encoding="utf-8") as file:
+        lines = islice(enumerate(file), max(numbers, default=-1) + 1)
+        return {number: json.loads(line).get("id") for number, line in lines if number in numbers}
+
+
+def _documents(packed: PackedRows, names: dict[str, dict[int, str | None]], row: int) -> Iterator[dict[str, Any]]:
+    item, at = packed[row], 0
+    for document, start, length in packed.pieces(row).tolist():
+        source, number = packed.record_of(document)
+        ids, labels = (item[key][at : at + length] for key in ("input_ids", "labels"))
+        yield {
+            "source": source,
+            "id": names[source][number],
+            "from": start,
+            "ids": ids.tolist(),
+            "supervised": (labels != IGNORED).astype(int).tolist(),
+        }
+        at += length
 
 
 class Decoder(Protocol):

@@ -15,7 +15,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from qmedtune import store
+from qmedtune.data.borders import document_borders
 from qmedtune.data.templates import Template, special
 from qmedtune.errors import DataError
 
@@ -35,33 +36,78 @@ FULL_WEIGHT = 255
 PROMPT_MARK = 1  # of tokens that carry the loss weight which the packed folder states (`loss_on: 0.3`)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Codec:
-    """A tokenizer with the ids that frame a document. `bos_id` is None where the tokenizer has no such token."""
+    """A tokenizer with the ids that it names. `bos_id`, `pad_id`: None where the tokenizer names no such token."""
 
     backend: Tokenizer
     bos_id: int | None
     eos_id: int
     eos_token: str
+    pad_id: int | None = None
 
     def encode(self, texts: Sequence[str], markers: bool) -> list[list[int]]:
         """Token ids without bos and eos. Special tokens spelled in the text count only with `markers`."""
         self.backend.encode_special_tokens = not markers
         return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
 
+    def encode_spans(self, texts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
+        """(ids, the character that each token begins at) per text; special tokens spelled in it count."""
+        self.backend.encode_special_tokens = False
+        encoded = self.backend.encode_batch(texts, add_special_tokens=False)
+        return [(found.ids, [start for start, _ in found.offsets]) for found in encoded]
+
+    @cached_property
+    def special_tokens(self) -> frozenset[str]:
+        return frozenset(token.content for token in self.backend.get_added_tokens_decoder().values() if token.special)
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        return frozenset(i for i, token in self.backend.get_added_tokens_decoder().items() if token.special)
+
+    @cached_property
+    def vocabulary(self) -> dict[str, int]:
+        return self.backend.get_vocab(with_added_tokens=True)
+
     @cached_property
     def marker_pattern(self) -> re.Pattern[str]:
-        """Matches every special token, for `defuse`."""
-        names = [token.content for token in self.backend.get_added_tokens_decoder().values() if token.special]
+        """Matches every token that is no piece of text, for `defuse`: special tokens, and others added like them."""
+        names = [token.content for token in self.backend.get_added_tokens_decoder().values() if _is_marker(token)]
         return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or r"(?!)")
 
     def defuse(self, content: str) -> str:
         """Message text in which a spelled special token, say `</s>`, cannot become that token."""
-        return self.marker_pattern.sub(lambda match: f"{match[0][0]} {match[0][1:]}", content)
+        safe = self.marker_pattern.sub(lambda match: f"{match[0][0]} {match[0][1:]}", content)
+        normalizer = self.backend.normalizer
+        if safe.isascii() or normalizer is None:
+            return safe
+        while match := self.marker_pattern.search(normalizer.normalize_str(safe)):  # full-width forms of them
+            safe = _broken(safe, normalizer, self.marker_pattern, match[0])
+        return safe
+
+
+def _is_marker(token: Any) -> bool:
+    """Added tokens of blanks alone (runs of spaces, as GPT-NeoX's have) are text."""
+    return token.special or not token.content.isspace()
+
+
+def _broken(text: str, normalizer: Any, pattern: re.Pattern[str], mark: str) -> str:
+    """`text` with a space inside the first stretch that is a marker only once it is normalised."""
+    for start in range(len(text)):
+        for end in range(start + 1, min(len(text), start + len(mark)) + 1):
+            if pattern.search(normalizer.normalize_str(text[start:end])):
+                return f"{text[: end - 1]} {text[end - 1 :]}"
+    raise DataError("a message spells a special token in a form that cannot be broken up\nremove it from the data")
 
 
 def load_codec(tokenizer_dir: Path) -> Codec:
     """The tokenizer of a model folder. Raises DataError where it has no tokenizer.json or no eos token."""
+    files = [tokenizer_dir / name for name in ("tokenizer.json", "tokenizer_config.json", "config.json")]
+    return _load_codec(tokenizer_dir, tuple(file.stat().st_mtime_ns for file in files if file.is_file()))
+
+
+@lru_cache(maxsize=4)
+def _load_codec(tokenizer_dir: Path, _changed: tuple[int, ...]) -> Codec:
     file = tokenizer_dir / "tokenizer.json"
     if not file.is_file():
         raise DataError(
@@ -79,7 +125,9 @@ def load_codec(tokenizer_dir: Path) -> Codec:
         raise DataError(f"{tokenizer_dir}: the tokenizer names no eos_token\nset it in tokenizer_config.json")
     bos = special(config, "bos_token")
     _check_fits(backend, tokenizer_dir)
-    return Codec(backend, backend.token_to_id(bos) if bos else None, eos_id, eos)
+    pad = special(config, "pad_token")
+    pad_id = backend.token_to_id(pad) if pad else None
+    return Codec(backend, backend.token_to_id(bos) if bos else None, eos_id, eos, pad_id)
 
 
 def _check_fits(backend: Tokenizer, folder: Path) -> None:
@@ -95,7 +143,7 @@ def _check_fits(backend: Tokenizer, folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Encoded:
-    """One document: ids with bos and eos, loss weights (None: every token), kept length, supervised tokens in it."""
+    """One document: ids with its marks, loss weights (None: every token), kept length."""
 
     ids: list[int]
     mask: list[int] | None
@@ -104,10 +152,11 @@ class Encoded:
 
 def encode_texts(codec: Codec, records: list[dict[str, Any]], limit: int | None) -> list[Encoded]:
     """Documents of a text source; `limit` truncates (chunking: truncate), None keeps everything."""
-    start = [] if codec.bos_id is None else [codec.bos_id]
+    borders = document_borders(codec)
+    start = [] if borders.start is None else [borders.start]
     documents = []
     for ids in codec.encode([record["text"] for record in records], markers=False):
-        whole = [*start, *ids, codec.eos_id]
+        whole = [*start, *ids, borders.end]
         documents.append(Encoded(whole, None, len(whole) if limit is None else min(len(whole), limit)))
     return documents
 
@@ -116,29 +165,16 @@ def encode_conversations(
     codec: Codec, records: list[dict[str, Any]], template: Template, prompt_weight: float, limit: int
 ) -> list[Encoded]:
     """Conversations, right-truncated to `limit` tokens; `kept` is 0 where no response token would be left."""
-    segments = [_segments(codec, template, record["messages"]) for record in records]
-    ids = iter(codec.encode([text for some in segments for text, _ in some], markers=True))
-    return [_join(codec, template, [(next(ids), s) for _, s in some], prompt_weight, limit) for some in segments]
+    from qmedtune.data.framing import frame_of
 
-
-def _segments(codec: Codec, template: Template, messages: list[dict[str, str]]) -> list[tuple[str, bool]]:
-    return template.render([{k: v if k == "role" else codec.defuse(v) for k, v in m.items()} for m in messages])
-
-
-def _join(
-    codec: Codec, template: Template, parts: list[tuple[list[int], bool]], prompt_weight: float, limit: int
-) -> Encoded:
+    framed = frame_of(template, codec).train([record["messages"] for record in records])
     quiet = {0.0: 0, 1.0: FULL_WEIGHT}.get(prompt_weight, PROMPT_MARK)
-    ids = [] if codec.bos_id is None else [codec.bos_id]
-    mask = [0] * len(ids)
-    for piece, supervised in parts:
-        if supervised and template.eos == "turn" and not template.source:
-            piece = [*piece, codec.eos_id]
-        ids += piece
-        mask += [FULL_WEIGHT if supervised else quiet] * len(piece)
-    if ids[-1] != codec.eos_id:
-        ids.append(codec.eos_id)
-        mask.append(FULL_WEIGHT)
+    return [_weighted(each.ids, each.supervised, quiet, limit) for each in framed]
+
+
+def _weighted(ids: list[int], supervised: list[int], quiet: int, limit: int) -> Encoded:
+    mask = [FULL_WEIGHT if loud else quiet for loud in supervised]
+    mask[0] = 0  # nothing predicts it
     kept = min(len(ids), limit)
     return Encoded(ids, mask, kept if FULL_WEIGHT in mask[1:kept] else 0)
 

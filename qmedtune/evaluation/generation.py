@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from qmedtune.data.framing import Asked, codec_of
 from qmedtune.evaluation.forward import (
     Shared,
-    bos_id,
     hidden_states,
     max_positions,
     next_logits,
@@ -42,11 +42,15 @@ class Answer:
 
 @dataclass(frozen=True)
 class Ending:
-    """Where an answer ends: at an end token, or where one of the strings `stop` appears in its text."""
+    """Where an answer ends: at an end token, or where one of the strings `stop` appears in its text.
+
+    lead: what opens an answer of this template and is none of its words
+    """
 
     tokenizer: PreTrainedTokenizerBase
     eos: frozenset[int]
     stop: tuple[str, ...]
+    lead: str = ""
 
     def reason(self, tokens: list[int]) -> Ended | None:
         if tokens[-1] in self.eos:
@@ -54,36 +58,50 @@ class Ending:
         # the last token can only have completed a stop string within this many tokens (a character has <= 4 bytes)
         reach = 4 * max(map(len, self.stop), default=0) + 8
         text = self._decode(tokens[-reach:])
-        return "stop" if any(stop in text for stop in self.stop) else None
+        return None if self._stopped(text, begins=len(tokens) <= reach) is None else "stop"
 
     def text(self, tokens: list[int]) -> str:
         text = self._decode([token for token in tokens if token not in self.eos])
-        return text[: min((text.find(stop) for stop in self.stop if stop in text), default=len(text))].strip()
+        text = text[: self._stopped(text, begins=True)].strip()
+        return text.removeprefix(self.lead.strip()).lstrip()
+
+    def _stopped(self, text: str, begins: bool) -> int | None:
+        """Where the first stop string is. A blank line before an answer's first word ends nothing."""
+        first = len(text) - len(text.lstrip()) if begins else 0
+        places = [text.find(stop, 0 if stop.strip() else first) for stop in self.stop]
+        return min((place for place in places if place >= 0), default=None)
 
     def _decode(self, tokens: list[int]) -> str:
         return str(self.tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
 
 
-def ending(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> Ending:
-    """End tokens of the tokenizer and of the model (LLaMA-3 lists several) plus the template's stop strings."""
+def ending(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str | Asked], stop: Sequence[str]
+) -> Ending:
+    """End tokens of the tokenizer, of the model (LLaMA-3 lists several) and of the template; stop strings likewise."""
     named = [tokenizer.eos_token_id, getattr(model.generation_config, "eos_token_id", None)]
-    eos = [token for name in named for token in (name if isinstance(name, list) else [name])]
-    return Ending(tokenizer, frozenset(token for token in eos if isinstance(token, int)), tuple(stop))
+    eos = {token for name in named for token in (name if isinstance(name, list) else [name])}
+    asked = next((prompt for prompt in prompts if isinstance(prompt, Asked)), None)
+    if asked is not None:
+        eos, stop = eos | asked.ends, list(dict.fromkeys([*stop, *asked.stop]))
+    ids = frozenset(token for token in eos if isinstance(token, int))
+    return Ending(tokenizer, ids, tuple(stop), asked.lead if asked else "")
 
 
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Asked],
     max_new_tokens: int,
     stop: Sequence[str] = (),
     batch_tokens: int = BATCH_TOKENS,
     progress: Progress | None = None,
 ) -> list[Answer]:
-    """Greedy answers in the order given."""
-    end = ending(model, tokenizer, stop)
+    """Greedy answers in the order given. What is `Asked` brings its own ends; all of it is of one template."""
+    end = ending(model, tokenizer, prompts, stop)
     room = max_positions(model) - max_new_tokens
-    rows = [fit(row, room, bos_id(tokenizer)) for row in encode(tokenizer, list(prompts))]
+    marks = codec_of(tokenizer).special_ids
+    rows = [fit(row, room, marks) for row in encode(tokenizer, prompts)]
     answers: dict[int, Answer] = {}
     shared = read_shared(model, [row for row, _ in rows]) if rows else None
     for batch in padded_batches([len(row) + max_new_tokens for row, _ in rows], batch_tokens):
@@ -99,7 +117,7 @@ def generate(
 def stream(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
+    prompt: str | Asked,
     max_new_tokens: int,
     stop: Sequence[str] = (),
 ) -> Iterator[str]:
@@ -107,8 +125,9 @@ def stream(
 
     Held back: white space and what may still become a stop string or a character of several tokens.
     """
-    end = ending(model, tokenizer, stop)
-    row, _ = fit(encode(tokenizer, [prompt])[0], max_positions(model) - max_new_tokens, bos_id(tokenizer))
+    end = ending(model, tokenizer, [prompt], stop)
+    room, marks = max_positions(model) - max_new_tokens, codec_of(tokenizer).special_ids
+    row, _ = fit(encode(tokenizer, [prompt])[0], room, marks)
     shown = ""
     for _, tokens, ended in _decode(model, [row], max_new_tokens, end):
         text = end.text(tokens)

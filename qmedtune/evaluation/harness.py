@@ -4,7 +4,7 @@
 `medqa_4options=FILE` the same on a local JSON, CSV or Parquet file with the fields of the harness's own data set;
 `pubmedqa=FILE` writes the prompts of our own reader as a local harness task, which needs no network. Either way the
 harness scores; a test holds ours equal to it item by item. The harness's own tasks are tokenised its way (prompt and
-option together), ours as in training (each by itself, see `scoring.encode_choice`).
+option together), ours as in training (framing.py).
 Deliberately absent: running task folders of others (their YAML can execute Python), uploading results.
 """
 
@@ -23,10 +23,11 @@ from typing import Any
 from jinja2 import TemplateError
 
 from qmedtune.data.files import plain_suffix
+from qmedtune.data.framing import codec_of, frame_of
 from qmedtune.errors import DataError, QmedtuneError, RecipeError
 from qmedtune.evaluation.forward import causal_model
 from qmedtune.evaluation.open_model import OpenModel, Quantization, locate, open_model
-from qmedtune.evaluation.scoring import Boundary, encode, prompt_texts
+from qmedtune.evaluation.scoring import Boundary, prompt_texts
 from qmedtune.recipe import TaskSection
 from qmedtune.tasks import BUILTIN_TASKS, FILE_TASKS, Task, check_twice, load_task
 from qmedtune.tasks.items import records
@@ -95,7 +96,7 @@ def write_harness_task(folder: Path, task: Task, opened: OpenModel) -> str:
     data = folder / f"{name}.jsonl"
     with data.open("w", encoding="utf-8") as file:
         for item, prompt in zip(task.asked, prompts, strict=True):
-            line = {"id": item.id, "prompt": prompt, "options": list(item.options), "gold": item.gold}
+            line = {"id": item.id, "prompt": prompt.text, "options": list(item.options), "gold": item.gold}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
     metrics = [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in ("acc", "acc_norm")]
     config = {
@@ -138,7 +139,7 @@ def run_harness(
             f"--harness: lm-evaluation-harness has no task {unknown[0]!r}\nlist them: lm_eval --tasks list"
         )
     if chat:
-        opened.tokenizer.chat_template = opened.template.jinja()
+        opened.tokenizer.chat_template = frame_of(opened.template, codec_of(opened.tokenizer)).template.jinja()
     model = harness_model(opened, batch, boundary if folder else "joint")
     chosen = [_on_file(task) if "=" in task else task for task in tasks]
     seeds = {f"{name}_seed": seed for name in ("random", "numpy_random", "torch_random", "fewshot_random")}
@@ -189,12 +190,11 @@ def harness_model(opened: OpenModel, batch: int, boundary: Boundary) -> Any:
     harness: Any = import_module("lm_eval.models.huggingface").HFLM
 
     class Segmented(harness):
-        """Prompt and option tokenised each by itself, as the template's segments are in training."""
+        """Prompt and option as tokens of the template, as in training."""
 
         def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-            [prompt] = encode(opened.tokenizer, [context])
-            option: Any = opened.tokenizer(continuation, add_special_tokens=False)["input_ids"]
-            return prompt, option
+            asked = frame_of(opened.template, codec_of(opened.tokenizer)).asked_text(context)
+            return asked.ids, asked.answer(continuation)
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns at length that the model is loaded already
     made = Segmented if boundary == "segment" else harness

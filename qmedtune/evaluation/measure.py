@@ -19,9 +19,11 @@ import numpy as np
 import torch
 
 from qmedtune import store, ui
+from qmedtune.data.framing import Asked, codec_of
 from qmedtune.data.rejects import Rejects
 from qmedtune.data.sources import read_records
 from qmedtune.data.templates import Template
+from qmedtune.data.tokens import encode_texts
 from qmedtune.errors import DataError
 from qmedtune.evaluation.forward import compute_dtype
 from qmedtune.evaluation.generation import generate
@@ -31,7 +33,6 @@ from qmedtune.evaluation.scoring import (
     Progress,
     Rows,
     choice_logprobs,
-    encode,
     perplexity,
     prompt_texts,
 )
@@ -77,8 +78,9 @@ def measure_model(
 
     def text(source: str) -> dict[str, Any]:
         with ui.stage(f"perplexity of {Path(source).name}, {label}") as bar:
-            return asdict(perplexity(model, held_out[source], settings.batch_tokens, adding(bar)))
+            return asdict(perplexity(model, held_out[source], settings.batch_tokens, adding(bar), marks))
 
+    marks = codec_of(tokenizer).special_ids
     done = {}
     for task in tasks:
         parts_folder = folder / f"{label}-{task.name}"
@@ -105,16 +107,16 @@ def measure(model: Any, tokenizer: Any, task: Task, settings: Settings, title: s
     return rows
 
 
-def parts(asked: Sequence[Item], prompts: Sequence[str]) -> list[list[int]]:
+def parts(asked: Sequence[Item], prompts: Sequence[Asked]) -> list[list[int]]:
     """Indices of what is scored and written together: the same examples before it, similar lengths, at most PART."""
     groups: dict[tuple[str, ...], list[int]] = {}
-    for index in sorted(range(len(asked)), key=lambda i: -len(prompts[i])):
+    for index in sorted(range(len(asked)), key=lambda i: -len(prompts[i].ids)):
         groups.setdefault(asked[index].shots, []).append(index)
     return [group[start : start + PART] for group in groups.values() for start in range(0, len(group), PART)]
 
 
 def _score(
-    model: Any, tokenizer: Any, task: Task, items: list[Item], prompts: list[str], settings: Settings, done: Progress
+    model: Any, tokenizer: Any, task: Task, items: list[Item], prompts: list[Asked], settings: Settings, done: Progress
 ) -> list[Row]:
     rows: list[Row] = [{"truncated": False} for _ in items]
     if items[0].options:
@@ -124,8 +126,8 @@ def _score(
         for row, item, score in zip(rows, items, scores, strict=True):
             row |= {**_choice_row(task, item, score, resolution), "truncated": score.truncated}
     if settings.generate or not items[0].options:
-        stop, length = settings.template.stop, task.max_new_tokens
-        answers = generate(model, tokenizer, prompts, length, stop, settings.batch_tokens, done)
+        length, budget = task.max_new_tokens, settings.batch_tokens
+        answers = generate(model, tokenizer, prompts, length, batch_tokens=budget, progress=done)
         for row, item, answer in zip(rows, items, answers, strict=True):
             prediction = task.parse(answer.text, item)
             judged = {**task.judge(item, prediction), "parsed": prediction is not None, "ended": answer.ended}
@@ -164,10 +166,10 @@ def gap(values: Sequence[float]) -> float:
 
 
 def text_rows(tokenizer: Any, path: Path, max_tokens: int) -> tuple[list[dict[str, np.ndarray]], int]:
-    """The texts of a file as rows for `perplexity`, bos + text + eos, and their size in bytes of UTF-8.
+    """The texts of a file as rows for `perplexity`, each between the marks of a document, and their bytes of UTF-8.
 
-    Long ones in windows of `max_tokens` that begin with the last token of the one before, so that every token but bos
-    is predicted once. Damaged records raise DataError.
+    Long ones in windows of `max_tokens` that begin with the last token of the one before, so that every token but
+    the first is predicted once. Damaged records raise DataError.
     """
     rejects = Rejects(path.name)
     texts = [r["text"] for r in read_records(path.name, SourceSection(path=str(path), kind="general"), rejects)]
@@ -176,7 +178,7 @@ def text_rows(tokenizer: Any, path: Path, max_tokens: int) -> tuple[list[dict[st
         raise DataError(
             f"{path}: {rejects.counts['rejected']} damaged records ({reason})\nmend the file: all are counted"
         )
-    documents = [[*ids, tokenizer.eos_token_id] for ids in encode(tokenizer, texts)]
+    documents = [found.ids for found in encode_texts(codec_of(tokenizer), [{"text": text} for text in texts], None)]
     step = max_tokens - 1
     windows = [ids[i : i + max_tokens] for ids in documents for i in range(0, len(ids) - 1, step)]
     return [_row(np.array(window, dtype=np.int64)) for window in windows], sum(len(text.encode()) for text in texts)

@@ -73,7 +73,9 @@ def locate(name: str, *, base: str | None = None, template: str | None = None, o
     if template is None:
         return found
     asked = templates.load(template, found.base)
-    if found.kind != "model" and asked != found.template:
+    if found.kind == "model" and not (found.base / templates.FILE).is_file():
+        asked = templates.for_base(asked)
+    if found.kind != "model" and asked.name != found.template.name:
         ui.warn(f"{name} was trained with the template {found.template.name} and is asked with {asked.name}")
     return replace(found, template=asked)
 
@@ -128,8 +130,10 @@ def _base_folder(name: str, offline: bool) -> Path:
 
 
 def _template_beside(folder: Path) -> templates.Template:
-    """The saved template, else the tokenizer's own chat template, else `alpaca`."""
-    return templates.load(folder) if (folder / templates.FILE).is_file() else templates.default(None, folder)
+    """The saved template, else the tokenizer's own chat template, else `plain` as a base is asked in it."""
+    if (folder / templates.FILE).is_file():
+        return templates.load(folder)
+    return templates.for_base(templates.default(None, folder))
 
 
 def fingerprint(path: Path) -> list[Any]:

@@ -1,5 +1,7 @@
 """What a model says about text: log-likelihoods of options and perplexity of packed rows (answers: generation.py).
 
+A prompt is `Asked` (framing.py: the tokens of training), or plain text as it stands, behind one bos.
+
 A batch of prompts, sorted by length, goes through the model once (forward.py); options and the tokens
 of answers continue from its key/value cache. All options of an item share one row behind the prompt
 under a tree mask, so a 20-way question costs one pass over its prompt, and one-token options cost nothing more.
@@ -11,18 +13,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 import torch
 
+from qmedtune.data.borders import document_borders
+from qmedtune.data.framing import Asked, codec_of, frame_of
 from qmedtune.data.templates import Template
 from qmedtune.data.tokens import Codec
 from qmedtune.errors import DataError
 from qmedtune.evaluation.forward import (
     Prefix,
     Shared,
-    bos_id,
     check_numbers,
     exact_logits,
     hidden_states,
@@ -30,7 +33,7 @@ from qmedtune.evaluation.forward import (
     prefill,
     read_shared,
 )
-from qmedtune.training.loss import token_nll
+from qmedtune.training.loss import label_nll
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -60,55 +63,68 @@ class Choice:
         return len(self.prompt) + sum(len(option) - 1 for option in self.options)
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Token ids, each beginning with exactly one bos where the tokenizer has one (as documents do in training)."""
-    bos = bos_id(tokenizer)
-    rows: Any = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    return [row if bos is None or row[:1] == [bos] else [bos, *row] for row in rows]
+def encode(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str | Asked]) -> list[list[int]]:
+    """Token ids: those that training begins with; of a text, as a document's, behind the mark that opens documents."""
+    codec = codec_of(tokenizer)
+    start = document_borders(codec).start
+    plain = iter(codec.encode([prompt for prompt in prompts if isinstance(prompt, str)], markers=True))
+    return [_opened(next(plain), start, codec) if isinstance(p, str) else list(p.ids) for p in prompts]
+
+
+def _opened(row: list[int], start: int | None, codec: Codec) -> list[int]:
+    """Behind `start`, but where the text spells a mark of its own there."""
+    return row if start is None or (row and row[0] in codec.special_ids) else [start, *row]
 
 
 def prompt_texts(
     tokenizer: PreTrainedTokenizerBase, template: Template, conversations: Sequence[Sequence[dict[str, str]]]
-) -> list[str]:
-    """The texts to continue. Special tokens spelled in a message are defused, as in training."""
-    codec = Codec(tokenizer.backend_tokenizer, bos_id(tokenizer), 0, str(tokenizer.eos_token))  # type: ignore[attr-defined]
-    safe = [[{k: v if k == "role" else codec.defuse(v) for k, v in m.items()} for m in c] for c in conversations]
-    return [template.prompt(messages, codec.eos_token) for messages in safe]
+) -> list[Asked]:
+    """What asks for the next answer of each conversation. Special tokens spelled in a message are defused."""
+    return frame_of(template, codec_of(tokenizer)).ask(conversations)
 
 
 def encode_choice(
     tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
+    prompt: str | Asked,
     options: Sequence[str],
     max_tokens: int,
     boundary: Boundary = "segment",
 ) -> Choice:
-    """Split prompt + option into tokens.
+    """Split prompt + option into tokens. What is `Asked` has them from its template; of a text:
 
-    segment: each by itself, as the template's segments are tokenised in training
+    segment: each by itself
     joint: as lm-evaluation-harness does: tokenised together, white space at the end of the prompt moved to the option.
     After a prompt that ends in ":\\n" (Alpaca) LLaMA-3's tokenizer then leaves the option behind ":" instead of the
     token ":\\n" that the model was trained after: right for few-shot prompts to a base, wrong for a tuned model.
     """
     if boundary == "segment":
         start = encode(tokenizer, [prompt])[0]
-        tails: Any = tokenizer(list(options), add_special_tokens=False)["input_ids"]
+        tails = _tails(tokenizer, prompt, options)
     else:
-        context = prompt.rstrip()
-        start, *wholes = encode(tokenizer, [context, *(prompt + option for option in options)])
+        text = prompt if isinstance(prompt, str) else prompt.text
+        start, *wholes = encode(tokenizer, [text.rstrip(), *(text + option for option in options)])
         tails = [whole[len(start) :] for whole in wholes]
     if not all(tails):
         option = options[[bool(tail) for tail in tails].index(False)]
         raise DataError(f"option {option!r} adds no token behind its prompt: it is empty or only white space")
-    kept, truncated = fit(start, max_tokens - max(map(len, tails)), bos_id(tokenizer))
+    kept, truncated = fit(start, max_tokens - max(map(len, tails)), codec_of(tokenizer).special_ids)
     return Choice(kept, tails, truncated)
 
 
-def fit(prompt: list[int], room_tokens: int, bos: int | None) -> tuple[list[int], bool]:
-    """Cut the beginning of a prompt that is too long, keeping bos: (tokens, whether it was cut)."""
+def _tails(tokenizer: PreTrainedTokenizerBase, prompt: str | Asked, options: Sequence[str]) -> list[list[int]]:
+    if isinstance(prompt, str):
+        return codec_of(tokenizer).encode(list(options), markers=True)
+    return [prompt.answer(option) if option.strip() else [] for option in options]
+
+
+def fit(prompt: list[int], room_tokens: int, marks: frozenset[int]) -> tuple[list[int], bool]:
+    """Cut the beginning of a prompt that is too long, keeping the mark that opens it: (tokens, whether it was cut).
+
+    marks: ids of special tokens
+    """
     if len(prompt) <= room_tokens:
         return prompt, False
-    head = [bos] if bos is not None and prompt[0] == bos else []
+    head = prompt[:1] if prompt[0] in marks else []
     if room_tokens <= len(head):
         raise DataError("an answer is as long as the model's positions: no room is left for its prompt")
     return head + prompt[len(prompt) - room_tokens + len(head) :], True
@@ -139,7 +155,7 @@ class ChoiceScores:
 def choice_logprobs(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Asked],
     options: Sequence[Sequence[str]],
     batch_tokens: int = BATCH_TOKENS,
     progress: Progress | None = None,
@@ -233,11 +249,17 @@ def _token_logprobs(model: PreTrainedModel, hidden: torch.Tensor, targets: torch
 
 @dataclass(frozen=True)
 class Perplexity:
-    """perplexity = exp(nll / tokens); nll: summed negative log-likelihood in nats over the predicted tokens."""
+    """perplexity = exp(nll / tokens); nll: summed negative log-likelihood in nats over the predicted tokens of text.
+
+    marks, mark_nll: the same of the marks that close documents or answers, which are no text: how surprising an
+    end mark is says more about the mark than about the text (borders.py)
+    """
 
     perplexity: float
     nll: float
     tokens: int
+    marks: int = 0
+    mark_nll: float = 0.0
 
 
 class Rows(Protocol):
@@ -250,26 +272,37 @@ class Rows(Protocol):
 
 @torch.no_grad()
 def perplexity(
-    model: PreTrainedModel, rows: Rows, batch_tokens: int = BATCH_TOKENS, progress: Progress | None = None
+    model: PreTrainedModel,
+    rows: Rows,
+    batch_tokens: int = BATCH_TOKENS,
+    progress: Progress | None = None,
+    marks: frozenset[int] = frozenset(),
 ) -> Perplexity:
     """Token-weighted perplexity of packed rows ({"input_ids", "labels", "position_ids"} per row, labels unshifted).
 
-    Documents in a row are isolated by their restarting positions; a label of -100 is not counted.
+    Documents in a row are isolated by their restarting positions; a label of -100 is not counted, and one of `marks`
+    (ids of special tokens) is counted apart.
     """
     assert not model.training
-    nll, tokens = 0.0, 0
+    sums = torch.zeros(2, dtype=torch.float64)
+    counts = torch.zeros(2, dtype=torch.int64)
+    special = torch.tensor(sorted(marks), dtype=torch.int64, device=model.device)
     lengths = [len(rows[i]["input_ids"]) for i in range(len(rows))]
     for batch in padded_batches(lengths, batch_tokens):
         padded = padded_rows([rows[i] for i in batch], model.device)
-        found = token_nll(model, **padded)
+        found = label_nll(model, **padded)
         check_numbers(found)
-        nll += float(found)
-        tokens += int((padded["labels"][:, 1:] != -100).sum())
+        labels = padded["labels"][:, 1:]
+        is_mark = torch.isin(labels[labels != -100], special)
+        for kind, chosen in enumerate((~is_mark, is_mark)):
+            sums[kind] += found[chosen].double().sum().cpu()
+            counts[kind] += int(chosen.sum())
         if progress:
             progress(sum(lengths[i] for i in batch))
+    (nll, mark_nll), (tokens, count) = sums.tolist(), counts.tolist()
     if not tokens:
         raise DataError("no token to predict in the held-out rows: hold out more text (`holdout`)")
-    return Perplexity(float(np.exp(nll / tokens)), nll, tokens)
+    return Perplexity(float(np.exp(nll / tokens)), nll, tokens, count, mark_nll)
 
 
 def padded_rows(rows: list[dict[str, np.ndarray]], device: torch.device) -> dict[str, torch.Tensor]:

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes.functional as bnb
 import numpy as np
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ from qmedtune.merging.reference import ReadModel, difference, read_model, tie_fl
 from qmedtune.merging.rounding import Rounding
 from qmedtune.merging.streamed import Load, Streamed, from_parameters, logits_of, streamed_model
 from qmedtune.merging.tensors import INDEX, SINGLE, open_weights, row_blocks
+from qmedtune.model import DTYPES
 from qmedtune.recipe import MergeSection, ModelSection
 
 PROBE_SEED = 17
@@ -105,6 +107,22 @@ class Proof:
         self.section, self.model, self.rounding, self.pool = section, model, rounding, pool
         self.written = read_model(merged, rounding.dtype)
 
+    def check_nf4(self) -> None:
+        """The values of NF4 come from own code (nf4_roundtrip.py): bitsandbytes, some hundred times as slow, reads the
+        smallest weight a second time."""
+        shapes = self.base.shapes
+        weights = [f"{name}.weight" for name in self.base.linears if f"{name}.weight" != HEAD]
+        name = min(weights, key=lambda weight: (torch.Size(shapes[weight]).numel(), weight))
+        dtype = DTYPES[self.model.compute_dtype]
+        weight = self.reference.base.parameters[name].to(dtype).contiguous()
+        state = bnb.quantize_4bit(
+            weight, blocksize=64, compress_statistics=self.model.double_quantization, quant_type="nf4"
+        )
+        if not torch.equal(bnb.dequantize_4bit(*state), self.nf4(name)):
+            raise MergeRefused(
+                f"{place_of(name)}: bitsandbytes reads other values of NF4 than the merge", {"tensor": name}
+            )
+
     def nf4(self, name: str) -> Tensor:
         return self.base.nf4(name, self.model, self.pool.map)
 
@@ -121,6 +139,8 @@ class Proof:
         """The facts. Raises MergeRefused where anything is not as it must be."""
         check_files(self.merged, self.section.dtype, self.written)
         check_tie(self.merged, self.reference, self.written)
+        if self.section.base == "nf4":
+            self.check_nf4()
         ids = probe(probe_ids, self.base.model.num_parameters(), self.base.model.config.vocab_size)
         check = ElementCheck(self.rounding, self._expected(), self.written.parameters)
         reference, bare, ours, trained = self._logits(ids, check)

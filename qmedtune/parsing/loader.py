@@ -54,7 +54,7 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> LoadedRecipe
         for override in overrides:
             _apply(override, document, places)
     recipe = _validate(document, places)
-    text += "".join(f"# --set {override}\n" for override in overrides)
+    text += "".join(f"{strict_yaml.OVERRIDE}{override}\n" for override in overrides)
     warnings = tuple(places.line_of(path, text) for path, text in sorted(checks.doubts(recipe), key=str))
     return LoadedRecipe(recipe, text, path, hashlib.sha256(text.encode()).hexdigest(), warnings)
 

@@ -188,3 +188,33 @@ def _syntax(error: yaml.YAMLError) -> Problem:
     if mark and begin and begin.line < mark.line:
         found += f" (in what begins on line {begin.line + 1})"
     return Problem((), mark.line + 1 if mark else 0, f"not YAML: {found}; {hint}")
+
+
+OVERRIDE = "# --set "  # how the loader writes down what the command line changed
+
+
+def without_comments(text: str) -> str:
+    """The same recipe as it may stand in a report: comments hold what somebody noted for themselves, names among it.
+
+    A `#` is a comment where it is in no scalar and follows white space; what YAML makes of the text stays the same.
+    """
+    inside = bytearray(len(text) + 1)
+    for token in yaml.scan(text, Loader=yaml.SafeLoader):
+        if isinstance(token, yaml.ScalarToken):
+            start, end = token.start_mark.index, token.end_mark.index
+            inside[start:end] = b"\1" * (end - start)
+    kept, at = [], 0
+    for line in text.splitlines(keepends=True):
+        end = at + len(line)
+        cut = next((i for i in range(at, end) if text[i] == "#" and not inside[i] and _begins_comment(text, i)), None)
+        before = line if cut is None else text[at:cut].rstrip() + "\n"
+        if line.startswith(OVERRIDE):
+            kept.append(line)
+        elif cut is None or before.strip():
+            kept.append(before)
+        at = end
+    return "".join(kept).lstrip("\n")
+
+
+def _begins_comment(text: str, at: int) -> bool:
+    return at == 0 or text[at - 1].isspace()

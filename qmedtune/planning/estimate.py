@@ -108,10 +108,10 @@ def tokenised_part(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _text(record: dict[str, Any], source: SourceSection) -> str:
-    """What is trained on: the text, or the conversation in its template (Alpaca where it is the tokenizer's own)."""
+    """What is trained on: the text, or the conversation in its template (`plain` where it is the tokenizer's own)."""
     if "messages" not in record:
         return record["text"]
     from qmedtune.data import templates
 
-    template = templates.load(source.template if source.template not in (None, "chat") else "alpaca")
+    template = templates.load(source.template if source.template not in (None, "chat") else "plain")
     return "".join(text for text, _ in template.render(record["messages"]))

@@ -24,6 +24,8 @@ OPTIMIZER_BYTES = {"adamw": 8.0, "adamw_8bit": 2 + 8 / 256, "paged_adamw_8bit": 
 # loss.py on CUDA: tiles of 4096 tokens (TRL's TOKEN_CHUNK_SIZE) x 8192 vocabulary columns; on the CPU 2**24 logits.
 LOSS_TILE = (4096, 8192)
 CPU_LOGITS = 2**24
+# Under a frozen head, cross_entropy.py of qmedtune_kernels: logits of one piece, GPU_LOGITS and CPU_LOGITS there.
+FROZEN_HEAD_LOGITS = {True: 2**26, False: 2**22 + 2**21}
 # CUDA context, cuBLAS workspaces (32 MiB on Hopper) and loaded kernels: 0.4 to 0.7 GiB on cards of sm_75 to sm_90,
 # as people report it; not measured by us.
 CUDA_CONTEXT_BYTES = int(0.6 * GIB)
@@ -233,14 +235,23 @@ def offloaded_bytes(facts: BaseFacts, setup: Setup) -> int:
 def loss_bytes(facts: BaseFacts, setup: Setup, *, gpu: bool) -> int:
     """loss.py: hidden states picked for the loss with their fp32 gradient, one tile of logits, a trained head's own
     16-bit copy and fp32 gradient."""
+    if not (setup.train_embeddings or setup.full):
+        return _frozen_loss_bytes(facts, setup, gpu=gpu)
     hidden = setup.tokens * facts.hidden * (setup.element_bytes + 4)
     if gpu:
         tile = min(setup.tokens, LOSS_TILE[0]) * min(facts.vocab, LOSS_TILE[1]) * setup.element_bytes
     else:
         # Logits in 16 and 32 bits, their log-softmax and the gradients of all three: six fp32 tiles, measured.
         tile = 6 * 4 * min(setup.tokens * facts.vocab, CPU_LOGITS)
-    head = facts.vocab * facts.hidden * (setup.element_bytes + 4) if setup.train_embeddings or setup.full else 0
-    return hidden + tile + head
+    return hidden + tile + facts.vocab * facts.hidden * (setup.element_bytes + 4)
+
+
+def _frozen_loss_bytes(facts: BaseFacts, setup: Setup, *, gpu: bool) -> int:
+    """Picked hidden states, their gradient and the same scaled; a piece's logits in fp32 and their 16-bit gradient, on
+    a CPU the product they come from and their log-softmax too."""
+    logits = max(facts.vocab, min(setup.tokens * facts.vocab, FROZEN_HEAD_LOGITS[gpu]))
+    held = 4 + setup.element_bytes if gpu else 8 + 2 * setup.element_bytes
+    return 3 * setup.tokens * facts.hidden * setup.element_bytes + held * logits
 
 
 def scratch_bytes(facts: BaseFacts, setup: Setup, *, gpu: bool) -> int:
@@ -301,21 +312,41 @@ def host_memory(facts: BaseFacts, setup: Setup, *, gpu: bool, merge: bool) -> di
     return phases | ({"merging": base + (4 + 4 + 2) * largest} if merge else {})
 
 
-def disk_bytes(facts: BaseFacts, setups: list[Setup], *, keep: int, merge_dtype: str, text_bytes: int, tokens: int):
+@dataclass(frozen=True)
+class Kept:
+    """What of a run stays on disk besides its stages: `checkpoints` at a time, the merged model and `folded` bases in
+    `dtype`, `text_bytes` of prepared text, `tokens` packed, the best weights where they are kept."""
+
+    checkpoints: int
+    dtype: str
+    text_bytes: int
+    tokens: int
+    folded: int = 0
+    merged: bool = True
+    best: bool = False
+
+
+def disk_bytes(facts: BaseFacts, setups: list[Setup], kept: Kept) -> dict[str, int]:
     """Disk of a run by parts, in bytes: prepared text, packed tokens (int32 + mask), checkpoints (weights, 8-bit or
-    fp32 states; `keep` + the one being written), adapters, the merged model, and the base if it has to be fetched."""
+    fp32 states; one more is being written), adapters (fp32) and models (16 bit) of stages, bases into which earlier
+    adapters are folded, the merged model, and the base if it has to be fetched."""
 
     def checkpoint(setup: Setup) -> float:
         states = 8.0 if setup.optimizer == "adamw" else OPTIMIZER_BYTES["adamw_8bit"]
         return (4 + states) * trained_parameters(facts, setup)
 
     untied = facts.vocab * facts.hidden if facts.tied and any(s.train_embeddings for s in setups) else 0
+    model = (facts.parameters + untied) * BYTES_OF[kept.dtype]
+    trained = [trained_parameters(facts, setup) for setup in setups]
     parts = {
         "base (download)": 0 if facts.folder or facts.builtin else facts.file_bytes,
-        "prepared text": text_bytes,
-        "packed tokens": 5 * tokens,
-        "checkpoints": int((keep + 1) * max(map(checkpoint, setups))),
-        "adapters": sum(4 * trained_parameters(facts, s) for s in setups),
-        "merged model": (facts.parameters + untied) * BYTES_OF[merge_dtype],
+        "prepared text": kept.text_bytes,
+        "packed tokens": 5 * kept.tokens,
+        "checkpoints": int((kept.checkpoints + 1) * max(map(checkpoint, setups))),
+        "best weights": (kept.checkpoints + 1) * 4 * max(trained) if kept.best else 0,
+        "adapters": sum(4 * n for n, setup in zip(trained, setups, strict=True) if not setup.full),
+        "stage models": sum(2 * facts.parameters for setup in setups if setup.full),
+        "folded bases": kept.folded * model,
+        "merged model": model if kept.merged else 0,
     }
     return {name: size for name, size in parts.items() if size}

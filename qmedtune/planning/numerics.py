@@ -57,7 +57,7 @@ def _attention(stated: str, dtype: str, seq_len: int, machine: Machine) -> str:
         check_attention(stated, machine.capability, dtype)
         return stated
     if machine.capability is None:
-        return "eager" if seq_len <= EAGER_UP_TO_TOKENS else "sdpa"
+        return "eager" if seq_len <= EAGER_UP_TO_TOKENS else VARLEN
     return VARLEN if machine.capability >= VARLEN_CAPABILITY and dtype != "float32" else "sdpa"
 
 

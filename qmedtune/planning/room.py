@@ -74,6 +74,26 @@ def check_writable(out: Path) -> None:
         )
 
 
+def kept_of(recipe: Recipe, text: int, tokens: int) -> memory.Kept:
+    """What a resolved recipe leaves on disk, with so many bytes of prepared text and tokens packed."""
+    from qmedtune.steps import after, folds
+
+    start, adapters, folded = "base", [], 0
+    for name, stage in zip(recipe.stage_names(), recipe.stages, strict=True):
+        if folds(stage, adapters):
+            start, adapters, folded = f"{name}-base", [], folded + 1
+        start, adapters = after(stage, name, start, adapters)
+    return memory.Kept(
+        recipe.save.keep,
+        recipe.merge.dtype,
+        text,
+        tokens,
+        folded=folded,
+        merged=bool(adapters),
+        best=recipe.validation.keep_best,
+    )
+
+
 def check(recipe: Recipe, out: Path, to_do: Collection[str]) -> None:
     """Before a run of a resolved recipe: room for the steps that are not sealed yet. Raises DoesNotFit."""
     facts = base_facts(recipe.model)
@@ -82,18 +102,8 @@ def check(recipe: Recipe, out: Path, to_do: Collection[str]) -> None:
     training = any(name in to_do for name in recipe.stage_names())
     if training:
         _check_machine(facts, setups)
-    text = sum(_text_bytes(recipe.data[name]) for name in recipe.used_sources())
-    parts = memory.disk_bytes(
-        facts,
-        setups,
-        keep=recipe.save.keep,
-        merge_dtype=recipe.merge.dtype,
-        text_bytes=text,
-        tokens=text // BYTES_PER_TOKEN,
-    )
-    if recipe.validation.keep_best:
-        trained = max(memory.trained_parameters(facts, setup) for setup in setups)
-        parts["best weights"] = (recipe.save.keep + 1) * 4 * trained
+    text = sum(text_bytes(recipe.data[name]) for name in recipe.used_sources())
+    parts = memory.disk_bytes(facts, setups, kept_of(recipe, text, text // BYTES_PER_TOKEN))
     needed = {
         "base (download)": False,  # it is here by now
         "prepared text": any(f"data/{name}" in to_do for name in recipe.used_sources()),
@@ -101,6 +111,8 @@ def check(recipe: Recipe, out: Path, to_do: Collection[str]) -> None:
         "checkpoints": training,
         "best weights": training,
         "adapters": training,
+        "stage models": training,
+        "folded bases": any(name.endswith("-base") for name in to_do),
         "merged model": "merged" in to_do,
     }
     begun = sum(map(_file_bytes, below(out / ".building")))
@@ -126,7 +138,8 @@ def _check_machine(facts: BaseFacts, setups: list[Setup]) -> None:
     refuse_too_little_memory({name: max(phase[name] for phase in phases) for name in phases[0]}, here.host_bytes)
 
 
-def _text_bytes(source: SourceSection) -> int:
+def text_bytes(source: SourceSection) -> int:
+    """About the size of a source's prepared text; 0 for what is built in or not here."""
     from qmedtune.data.sources import source_files
 
     try:

@@ -1,81 +1,383 @@
-"""Reading the choice out of a generated answer.
+"""Reading the choice out of a generated answer: an answer counts when exactly one option is stated.
 
-Anchored: an option counts where the answer begins with it or says "answer is ..."; the "A" of "Answer" or "A patient"
-is not option A (the substring search of published harnesses scores it as one). What names no option, or several, is
-unparsed; it is counted and never guessed.
+Stated is what the answer begins with, what it says behind "answer is" or before "is correct", what it boxes or writes
+on a line of its own, and, where there is none of these, the one option that a sentence ends with. Menus ("A. ... B.
+...", "yes, no or maybe") restate the question and state nothing; what is denied is not stated; an invented question
+is cut off. Several options stated, or none: unparsed. It is counted and never guessed.
+
+The patterns are English. `python tests/test_extract.py` gives precision and recall on labelled answers of a real model.
+Deliberately absent: similarity of words, a model that judges.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
-STATED = re.compile(
-    r"\b(?:answer|option|choice)\b(?:\s+(?:is|was|would\s+be|should\s+be|must\s+be))?\s*:?\s*", re.IGNORECASE
+# ---- the text, without what is no answer ----------------------------------------------------------------------------
+
+# How answers are marked up, as words that the patterns below know. First: an opened tag, key or box names an answer.
+MARKED = (
+    (re.compile(r"\\boxed\s*\{|<\s*(?:final_?)?(?:answer|choice)\s*>", re.I), " answer: "),
+    (re.compile(r"</\s*(?:final_?)?(?:answer|choice)\s*>", re.I), " \n"),
+    (re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s*\{|\\[()\[\]]"), " "),
+    (re.compile(r"[*`$\"\u201c\u201d{}#>]|_|(?<!\w)'+|'+(?!\w)"), " "),
 )
-OPENING = "*_\"'`([ \t\r\n"
-AFTER_LETTER = re.compile(r"[)\].:,;*_\"'`]|\s*$|[ \t]*\n|\s+[-\u2013\u2014]\s")
-# "A, B" and "(A) or (B)" name several; "B, A drug" does not
-NEXT_LETTER = re.compile(
-    r"[)\]]?\s*(?:(?:[,/&]|\b(?:and|or)\b)\s*)+[(\[]?([A-Z0-9])(?=[)\].:,;/]|\s*$|\s*\n|\s+(?:and|or|are|both)\b)"
+HEADING = r"(?:next\s+|new\s+)?(?:question|instruction|input|human|user|patient|abstract|context|passage|example|"
+HEADING += r"problem|case)"
+NEXT_QUESTION = re.compile(rf"^\W*(?:{HEADING}\b(?:\s*(?:no\.?|number)?\s*\d+)?\s*[:.)]|Q\s*\d*\s*[:.)])", re.I | re.M)
+BULLET = r"^[ \t]*(?:[-\u2022+][ \t]+|\d{1,2}[.)][ \t]+)?"
+LIST_LETTER = re.compile(BULLET + r"[(\[]?(?:option[ \t]+)?(?P<letter>[A-Za-z])[)\].:][)\].:]*(?=\s|$)", re.I)
+BETWEEN = r"[ \t]*(?:(?:[,/;|&-]|\b(?:and|or|nor|vs\.?)\b)[ \t]*)+"
+MENU = "\x00"  # stands where a menu was
+
+# ---- how an option is stated ----------------------------------------------------------------------------------------
+
+NOUN = r"(?:answer|option|choice|decision|diagnosis|response|conclusion|verdict|label|prediction)"
+COPULA = r"(?:is|was|are|would[ ]+be|should[ ]+be|must[ ]+be|will[ ]+be|be|:|=|-|\u2013)"
+FILLER = (
+    r"(?:likely|probably|most[ ]+likely|therefore|thus|clearly|definitely|indeed|simply|option|choice|letter|answer|"
 )
+FILLER += r"either|both|neither|(?-i:an?)(?=\s+\w)|the|that|:|-)"
+CUE = re.compile(
+    rf"\b{NOUN}\b(?:\s+(?:to|for|of|here|in|among|from|given|based)\b[^.:\n]{{0,90}}?|\s*\([^)\n]{{0,20}}\))?"
+    rf"\s*(?:\b{COPULA}(?!\w)|[:=-]|'s\b)[ \t\n]*(?P<denied>not\b|n't\b)?"
+    rf"(?:[ \t\n]*\b{FILLER}(?!\w)|[ \t\n]*[:(\[]+)*[ \t\n(\[]*",
+    re.I,
+)
+CHOSEN = re.compile(
+    r"\b(?:I|we)\b[^.\n]{0,20}?\b(?:choose|select|pick|chose|selected|picked|say|vote\s+for|go\s+with|opt\s+for|answer)\s+"
+    r"(?:(?:the|option|answer|choice|letter|with|for)\s+)*[(\[]?"
+    r"|^\W*(?:correct|final|solution|ans)\s*[:=]\s*[(\[]?"
+    r"|^\W*(?:it|this|that)(?:'s|\s+is)\s+(?:an?\s+)?"
+    r"|\b(?:most|best|primary|underlying|correct|right|first|next|initial|preferred)\b[^.\n:]{0,90}?\b(?:is|be|was|are)\s+"
+    r"(?:(?:likely|probably|a|an|the|to|option|called|most\s+likely)\s+)*[(\[]?",
+    re.I | re.M,
+)
+SENTENCE_END_LETTER = re.compile(
+    r"(?:\b(?:is|be|are|was)|'s)\s+(?:option\s+)?[(\[]?(?P<letter>[A-Z])[)\]]?\s*(?=[.!]?\s*(?:$|\n)|\. )"
+)
+LETTER_TEXT = re.compile(
+    r"[)\].:]\s*[^.\n]{1,60}?(?=\s+(?:is|was|would\s+be)\s+the\s+)"
+)  # "D. postnatal apnea is the ..."
+INSTEAD = re.compile(r"[^.\n]{0,60}?\bbut\s+(?:rather\s+|is\s+)?[(\[]?", re.I)
+IS_RIGHT = re.compile(
+    r"[)\].:,]*\s*(?:is|was|are|would\s+be|seems|appears(?:\s+to\s+be)?|looks|must\s+be)\s+"
+    r"(?:(?:therefore|thus|clearly|indeed|probably|likely|definitely|also|both)\s+)*(?:the\s+)?(?:only\s+|single\s+|one\s+)?"
+    r"(?:correct|right|best|true|accurate|answer\b|most\s+(?:likely|appropriate|accurate|suitable|probable|correct)|my\s+(?:answer|choice))",
+    re.I,
+)
+IS_WRONG = re.compile(
+    r"[ \"')\].,:]*\s*(?:this|that|which|it|(?:this|that)\s+(?:answer|option|choice))?\s*"
+    r"(?:is|was|can|could|would|does|do)"
+    r"(?:\s+(?:therefore|thus|clearly))?(?:\s+not\b|n['\u2019]t\b|\s+(?:wrong|incorrect|false|unlikely|ruled\s+out)\b)",
+    re.I,
+)
+REVISED = re.compile(r"\b(no|wait|actually|correction|sorry|rather|hmm)\b\s*[,:.!-]\s*[^.\n]{0,40}$", re.I)
 DENIED_BEFORE = re.compile(
-    r"(?:\b(?:not|no|nor|never|neither|without|rather than|instead of|rul\w+ out)|n['\u2019]t)"
-    r"(?: (?:be|is|a|an|the))*[ \"'(]*$"
+    r"(?:\b(?:not|no|nor|never|neither|without|lack\s+of|absence\s+of|rather\s+than|instead\s+of|rul\w+\s+out|exclud\w+|"
+    r"against)|n['\u2019]t)(?:\s+(?:be|is|a|an|the|to|due|of|caused|by))*[ \"'(]*$",
+    re.I,
 )
-DENIED_AFTER = re.compile(
-    r"[ \"')]*(?:is|was|can|could|would|does|do)(?: not\b|n['\u2019]t\b| (?:wrong|incorrect|false|unlikely)\b)"
-)
-# Shorter options ("no", "maybe", "yes") are everyday words: inside a sentence they are not the answer.
+# What may follow an option of an everyday word without a sign between: "no it does not", but never "no evidence".
+AFTER_WORD = r"(?=\s*(?:$|[\n.,;:!?)\]|\u2013\u2014]|-(?:\s|$))|"
+AFTER_WORD += r"\s+(?:because|since|as|it|they|this|these|that|there|he|she|we|you|i|the|for|in|to|is|was)\b)"
+AFTER_LETTER = r"(?=\s*[)\].:;!|]|,|\s*$|[ \t]*\n|\s+[-\u2013\u2014]\s|\s+(?:because|since)\b)"
+EVERYDAY_CHARS = 5
+SHORT_ANSWER_WORDS = 15
 MENTION_CHARS = 6
 
 
-def extract_choice(answer: str, options: Sequence[str], texts: Sequence[str] = ()) -> int | None:
-    """Index of the chosen option, None when unparsed. `texts`: what options say where they are letters.
+@dataclass(frozen=True)
+class Stated:
+    """An option and where the answer states it."""
 
-    In order: the beginning of the answer, the last "answer is ..." backwards, the only option mentioned anywhere.
-    An option that the answer denies ("not a contradiction") is not chosen.
+    option: int
+    start: int
+    end: int
+
+
+class Options:
+    """The options of one question, as patterns."""
+
+    def __init__(self, options: Sequence[str], texts: Sequence[str]):
+        self.letters = [option.upper() for option in options] if texts else []
+        self.words = [_plain(text) for text in (texts or options)]
+
+    @cached_property
+    def word_pattern(self) -> str:
+        """One group per option's text; longer ones first, so that "insulin glargine" is not insulin."""
+        order = sorted(range(len(self.words)), key=lambda i: -len(self.words[i]))
+        parts = [f"(?P<w{i}>{_flexible(self.words[i])}{_after(self.words[i])})" for i in order if self.words[i]]
+        return "(?:" + "|".join(parts) + ")"
+
+    @cached_property
+    def at(self) -> re.Pattern[str]:
+        """An option where it is expected: a letter with a sign behind it, or the text."""
+        letters = "|".join(map(re.escape, self.letters))
+        by_letter = rf"(?:option\s+)?(?P<letter>{letters}){AFTER_LETTER}|(?P<bare>{letters})(?=\s+)|" if letters else ""
+        return re.compile(rf"{by_letter}(?:the\s+|an?\s+)?{self.word_pattern}", re.I)
+
+    @cached_property
+    def anywhere(self) -> re.Pattern[str]:
+        return re.compile(rf"(?<!\w)(?:{self.word_pattern})(?!\w)", re.I)
+
+    @cached_property
+    def several(self) -> re.Pattern[str]:
+        """ "yes, no or maybe", "A, B", "(A) or (B)": two or more options with nothing but signs between them."""
+        letters = "|".join(map(re.escape, self.letters))
+        ordered = [w for w in sorted(self.words, key=len, reverse=True) if w]
+        lettered = r"(?:\s*\([A-Za-z]\))?"
+        one = rf"(?<!\w)(?:{'|'.join(map(_flexible, ordered))})(?!\w){lettered}"
+        end = rf"(?<!\w)(?:{'|'.join(_flexible(w) + _after(w) for w in ordered)})(?!\w){lettered}"
+        article = r"(?:the\s+|an?\s+)?"
+        by_word = rf"{one}(?:{BETWEEN}{article}{one})*{BETWEEN}{article}{end}"
+        if not letters:
+            return re.compile(by_word, re.I)
+        letter = rf"(?<!\w)[(\[]?(?-i:{letters})(?!\w)[)\].]?"
+        last = rf"[(\[]?(?-i:{letters})(?=[)\].:,;]|\s*[/|]|\s*$|\s*\n|\s+(?:and|or|are|both|is)\b)[)\]]?"
+        by_letter = rf"{letter}(?:{BETWEEN}{last})+"
+        return re.compile(rf"(?:{by_letter}|{by_word})", re.I)
+
+    def of(self, match: re.Match[str]) -> int:
+        """The option that a match of `at` or `anywhere` found."""
+        found = match.groupdict()
+        letter = found.get("letter") or found.get("bare")
+        if letter:
+            return self.letters.index(letter.upper())
+        return next(int(name[1:]) for name, text in found.items() if name[0] == "w" and text)
+
+    def begins(self, text: str) -> int | None:
+        """The longest option text that `text` begins with."""
+        match = re.match(rf"\W*(?:the\s+|an?\s+)?{self.word_pattern}", text, re.I)
+        return self.of(match) if match else None
+
+
+@lru_cache(maxsize=64)
+def _options(options: tuple[str, ...], texts: tuple[str, ...]) -> Options:
+    return Options(options, texts)
+
+
+def extract_choice(answer: str, options: Sequence[str], texts: Sequence[str] = ()) -> int | None:
+    """Index of the one option that the answer states, None when unparsed.
+
+    options: letters, with `texts` what they say, or the words themselves.
     """
-    words = [_plain(text) for text in (texts or options)]
-    letters = options if texts else ()
-    stated = [answer[match.end() :] for match in STATED.finditer(answer)]
-    for start in [answer, *reversed(stated)]:
-        found = _anchored(start.lstrip(OPENING), letters, words)
-        if found is not None:
-            return found
-    return _mentioned(_plain(answer), words)
+    known = _options(tuple(options), tuple(texts))
+    text = _without_menus(_first_answer(_without_marks(answer), known), known)
+    stated = [*_leading(text, known), *_cued(text, known), *_called_right(text, known), *_alone(text, known)]
+    found = {each.option for each in _unrevised(text, stated, known)} or _mentioned(text, known)
+    return found.pop() if len(found) == 1 and SEVERAL not in found else None
 
 
 def _plain(text: str) -> str:
-    return " ".join(text.casefold().split()).strip(" .,;:*\"'`")
+    return re.sub(r"^(?:the|an?)\s+", "", " ".join(_without_marks(text).casefold().split()).strip(" .,;:"))
 
 
-def _anchored(start: str, letters: Sequence[str], words: list[str]) -> int | None:
-    if letters and start[:1] in letters and start[:1]:
-        index, rest = list(letters).index(start[0]), start[1:]
-        following = NEXT_LETTER.match(rest)
-        if following and following[1] in letters:
-            return None
-        if AFTER_LETTER.match(rest) or _begins(_plain(rest), words[index]):
-            return index
-    alone = start.strip(OPENING + ")].:,;")
-    if len(alone) == 1 and alone.upper() in letters:
-        return list(letters).index(alone.upper())
-    plain = _plain(start)
-    found = [i for i, word in enumerate(words) if _begins(plain, word) and not DENIED_AFTER.match(plain, len(word))]
-    return max(found, key=lambda i: len(words[i]), default=None)
+def _flexible(word: str) -> str:
+    """The option's text with any white space between its words."""
+    return r"\s+".join(map(re.escape, word.split()))
 
 
-def _begins(text: str, word: str) -> bool:
-    return bool(word) and text.startswith(word) and not text[len(word) : len(word) + 1].isalnum()
+def _after(word: str) -> str:
+    return AFTER_WORD if len(word) <= EVERYDAY_CHARS and word.isalpha() else r"(?!\w)"
 
 
-def _mentioned(text: str, words: list[str]) -> int | None:
-    """The only option that occurs as whole words, not counting those inside a longer option that occurs."""
-    pattern = "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
-    matches = list(re.finditer(rf"(?<!\w)(?:{pattern})(?!\w)", text))
-    found = {match.group() for match in matches}
-    if len(found) != 1 or len(only := found.pop()) < MENTION_CHARS or words.count(only) != 1:
-        return None
-    denied = any(DENIED_BEFORE.search(text, 0, m.start()) or DENIED_AFTER.match(text, m.end()) for m in matches)
-    return None if denied else words.index(only)
+# ---- what is cut away -----------------------------------------------------------------------------------------------
+
+
+def _without_marks(answer: str) -> str:
+    for pattern, by in MARKED:
+        answer = pattern.sub(by, answer)
+    return answer.strip()
+
+
+def _first_answer(text: str, known: Options) -> str:
+    """Up to an invented next question: a heading, or a line that asks and is followed by a list of options."""
+    lines, kept = text.split("\n"), []
+    for number, line in enumerate(lines):
+        begun = any(part.strip() for part in kept)
+        if begun and (NEXT_QUESTION.match(line) or (_asks(line) and _listed(lines[number + 1 :], known))):
+            break
+        kept.append(line)
+    return "\n".join(kept)
+
+
+def _asks(line: str) -> bool:
+    return line.rstrip().endswith("?")
+
+
+def _listed(lines: list[str], known: Options) -> bool:
+    following = [line for line in lines if line.strip()][:2]
+    return len(following) == 2 and all(LIST_LETTER.match(line) for line in following)
+
+
+def _without_menus(text: str, known: Options) -> str:
+    """The text with a mark in place of each list of options: lines, parts of one line, words in a row."""
+    lines = text.split("\n")
+    listed = [_line_option(line, known) for line in lines]
+    menu = len({option for option in listed if option is not None}) > 1
+    listed = [_cut_line(lines, listed, number, known) for number in range(len(lines))]
+    lines = [MENU if menu and option is not None else line for line, option in zip(lines, listed, strict=True)]
+    lines = [MENU if _inline_menu(line, known) else line for line in lines]
+    return _mark_series("\n".join(lines), known)
+
+
+def _line_option(line: str, known: Options) -> int | None:
+    """The option that a line begins with by letter, or that it is."""
+    if known.letters and (match := LIST_LETTER.match(line)):
+        letter = match["letter"].upper()
+        return known.letters.index(letter) if letter in known.letters else None
+    words = _plain(re.sub(BULLET, "", line))
+    return known.words.index(words) if words in known.words and words else None
+
+
+def _cut_line(lines: list[str], listed: list[int | None], number: int, known: Options) -> int | None:
+    """The option of a line; also of a letter without its text right behind a list that lacks it: a list cut short."""
+    letter = lines[number].strip().upper()
+    if listed[number] is None and number and listed[number - 1] is not None and letter in known.letters:
+        option = known.letters.index(letter)
+        return option if option not in listed else None
+    return listed[number]
+
+
+def _inline_menu(line: str, known: Options) -> bool:
+    """Two or more letters, each with its own text behind it, in one line."""
+    found = re.finditer(r"(?<!\w)[(\[]?(?P<letter>[A-Za-z])\s*[)\].:=]\s*", line)
+    own, expected = set(), {match.end() for match in CUE.finditer(line)}
+    for match in found:
+        letter = match["letter"].upper()
+        if match.start("letter") in expected or match.start() in expected:
+            continue
+        if letter in known.letters and known.begins(line[match.end() :]) == known.letters.index(letter):
+            own.add(letter)
+    return len(own) > 1
+
+
+def _mark_series(text: str, known: Options) -> str:
+    """Several different options in a row are a menu, unless something is said of them: then they stay, as several."""
+
+    def mark(match: re.Match[str]) -> str:
+        named = {m.group().casefold().strip("()[] ") for m in re.finditer(_one(known), match.group(), re.I)}
+        return MENU if len(named) > 1 else match.group()
+
+    return known.several.sub(mark, text)
+
+
+def _one(known: Options) -> str:
+    words = "|".join(_flexible(w) for w in sorted(known.words, key=len, reverse=True) if w)
+    letters = "".join(rf"|(?<!\w){re.escape(letter)}(?!\w)" for letter in known.letters)
+    return rf"(?<!\w)(?:{words})(?!\w){letters}"
+
+
+# ---- what is stated -------------------------------------------------------------------------------------------------
+
+SEVERAL = -1  # stands for a menu where one option was expected: no one option is stated
+
+
+def _read(text: str, start: int, known: Options) -> list[Stated]:
+    """The option at a place where one is expected. A letter beside another option's text states both; a menu there is
+    several."""
+    if text[start : start + 1] == MENU:
+        return [Stated(SEVERAL, start, start + 1)]
+    match = known.at.match(text, start)
+    if match is None:
+        return []
+    option, end = known.of(match), match.end()
+    groups = match.groupdict()
+    if groups.get("bare") and known.begins(text[end:]) != option:
+        return []  # "A patient", "B is wrong"
+    if IS_WRONG.match(text, _past_text(text, end, known)):
+        return []
+    stated = [Stated(option, start, end)]
+    beside = known.begins(text[end : end + 400]) if groups.get("letter") else None
+    if beside is not None and known.words[beside] != known.words[option]:
+        stated.append(Stated(beside, start, end))
+    return stated
+
+
+def _past_text(text: str, end: int, known: Options) -> int:
+    match = re.compile(rf"[)\].:,;]*\s*{known.word_pattern}", re.I).match(text, end)
+    return match.end() if match else end
+
+
+def _leading(text: str, known: Options) -> list[Stated]:
+    start = len(text) - len(text.lstrip(" \t\r\n([-:.,"))
+    if re.match(r"[AQ]\s*:\s", text[start:]) and CUE.search(text, start, start + 60):
+        return []  # "A: The correct answer is C": the A of question and answer
+    opened = re.compile(rf"(?:so|thus|therefore|hence|ok|okay|sure|well)?[,:]?\s*(?:(?:{NOUN})\s*[:(]*\s*)?", re.I)
+    begun = opened.match(text, start)
+    found = _read(text, begun.end() if begun else start, known) or _read(text, start, known)
+    found = [each for each in found if each.option != SEVERAL]
+    if found or text[start : start + 1] == MENU:
+        return found
+    alone = text.strip(" \t\r\n()[].:,;")
+    return [Stated(known.letters.index(alone.upper()), 0, 1)] if alone.upper() in known.letters else []
+
+
+def _cued(text: str, known: Options) -> Iterator[Stated]:
+    for pattern in (CUE, CHOSEN):
+        for match in pattern.finditer(text):
+            found = _read(text, match.end(), known)
+            if match.groupdict().get("denied") and (instead := INSTEAD.match(text, match.end())):
+                yield from _read(text, instead.end(), known)
+            if not match.groupdict().get("denied") or any(each.option == SEVERAL for each in found):
+                yield from found
+    for match in SENTENCE_END_LETTER.finditer(text):
+        if match["letter"] in known.letters:
+            yield Stated(known.letters.index(match["letter"]), match.start("letter"), match.end())
+
+
+def _called_right(text: str, known: Options) -> Iterator[Stated]:
+    """ "Therefore, C is correct", "option B would be the best"; a menu called right states several."""
+    letters = "|".join(map(re.escape, known.letters))
+    by_letter = rf"(?<![\w'])(?-i:(?P<letter>{letters}))|" if letters else ""
+    for match in re.finditer(rf"{by_letter}{MENU}|(?<!\w){known.word_pattern}", text, re.I):
+        end = _past_text(text, match.end(), known) if match.groupdict().get("letter") else match.end()
+        invented = LETTER_TEXT.match(text, match.end()) if match.groupdict().get("letter") else None
+        called = IS_RIGHT.match(text, end) or (invented and IS_RIGHT.match(text, invented.end()))
+        if not called or DENIED_BEFORE.search(text, 0, match.start()):
+            continue
+        option = SEVERAL if match.group() == MENU else known.of(match)
+        yield Stated(option, match.start(), match.end())
+
+
+def _alone(text: str, known: Options) -> Iterator[Stated]:
+    """Lines, and where options are words sentences, that are an option and nothing else."""
+    start = 0
+    for part in re.split(r"\n" if known.letters else r"[\n.;!]", text):
+        words = part.strip(" \t()[].:;,!-")
+        if words.upper() in known.letters:
+            yield Stated(known.letters.index(words.upper()), start, start + len(part))
+        elif words and _plain(words) in known.words:
+            yield Stated(known.words.index(_plain(words)), start, start + len(part))
+        start += len(part) + 1
+
+
+def _unrevised(text: str, stated: list[Stated], known: Options) -> list[Stated]:
+    """Without what the answer takes back in so many words before it states another ("No: the answer is B")."""
+    ordered = sorted(stated, key=lambda each: each.start)
+    kept: list[Stated] = []
+    for each in ordered:
+        sentence = text[: each.start]
+        others = [old for old in kept if old.option != each.option]
+        said = REVISED.search(sentence) if others else None
+        if said and said.start() >= others[-1].end and said.group(1).casefold() not in known.words:
+            kept = [old for old in kept if old.option == each.option]
+        kept.append(each)
+    return kept
+
+
+def _mentioned(text: str, known: Options) -> set[int]:
+    """The only option that is named at all, where the answer is one short sentence or a sentence ends with it."""
+    matches = [m for m in known.anywhere.finditer(text) if len(m.group()) >= MENTION_CHARS]
+    found = {known.of(match) for match in matches}
+    if len(found) != 1 or known.words.count(known.words[next(iter(found))]) != 1:
+        return set()
+    if any(DENIED_BEFORE.search(text, 0, m.start()) or IS_WRONG.match(text, m.end()) for m in matches):
+        return set()
+    short = len(text.split()) <= SHORT_ANSWER_WORDS
+    ends = any(re.match(r"\s*(?:[.!]|$|\n)", text[match.end() :]) for match in matches)
+    return found if short or ends else set()

@@ -65,7 +65,12 @@ def tiled(compute: Callable[[Tensor], Tensor], x: Tensor, tokens: int = TILE_TOK
 
 class _Offloaded:
     """One tensor in (pinned) host memory, and the way back. Knows which was offloaded before it: that one is needed
-    next in the backward pass, so its copy is started when this one is taken."""
+    next in the backward pass, so its copy is started when this one is taken.
+
+    No `record_stream`: the allocator would give memory back only when it finds the copy done, by which time the layers
+    ahead have taken new memory (about ten layers' inputs, 640 MB each at 78k tokens). Instead at most OUTGOING inputs
+    wait for their copy, and what comes back is allocated, used and freed on the computing stream: two at a time.
+    """
 
     def __init__(self, x: Tensor, before: _Offloaded | None):
         self.device, self.shape, self.back, self.event = x.device, x.shape, None, None
@@ -73,50 +78,91 @@ class _Offloaded:
         x = x.contiguous()
         pieces = x.view(-1).split(PIECE)
         self.host = [torch.empty(piece.shape, dtype=x.dtype, pin_memory=x.is_cuda) for piece in pieces]
-        stream = _copy_stream(x.device) if x.is_cuda else None
-        if stream is not None:
-            stream.wait_stream(torch.cuda.current_stream(x.device))
-        with torch.cuda.stream(stream):  # None: no stream is chosen
+        streams = _streams(x.device)
+        if streams is None:
             for host, piece in zip(self.host, pieces, strict=True):
-                host.copy_(piece, non_blocking=x.is_cuda)
-        if stream is not None:
-            x.record_stream(stream)  # its memory is not reused before the copy is done
+                host.copy_(piece)
+            return
+        computing, copying = streams
+        copying.wait_stream(computing)
+        with _on(copying):
+            for host, piece in zip(self.host, pieces, strict=True):
+                host.copy_(piece, non_blocking=True)
+        _hold(x, copying.record_event(), computing)
 
     def fetch(self) -> None:
         """Start the copy back, once."""
         if self.back is not None:
             return
-        stream = _copy_stream(self.device) if self.device.type == "cuda" else None
-        with torch.cuda.stream(stream):
-            self.back = torch.empty(self.shape, dtype=self.host[0].dtype, device=self.device)
-            for host, piece in zip(self.host, self.back.view(-1).split(PIECE), strict=True):
-                piece.copy_(host, non_blocking=stream is not None)
-            self.event = stream.record_event() if stream is not None else None
+        streams = _streams(self.device)
+        _release(streams)
+        self.back = torch.empty(self.shape, dtype=self.host[0].dtype, device=self.device)
+        pieces = self.back.view(-1).split(PIECE)
+        if streams is None:
+            for host, piece in zip(self.host, pieces, strict=True):
+                piece.copy_(host)
+            return
+        computing, copying = streams
+        copying.wait_stream(computing)  # what used this memory before has been computed
+        with _on(copying):
+            for host, piece in zip(self.host, pieces, strict=True):
+                piece.copy_(host, non_blocking=True)
+        self.event = copying.record_event()
 
     def take(self) -> Tensor:
         self.fetch()
-        if self.event is not None:
-            current = torch.cuda.current_stream(self.device)
-            current.wait_event(self.event)
-            self.back.record_stream(current)  # pyright: ignore[reportOptionalMemberAccess]
+        self._wait()
         if self.before is not None and (before := self.before()) is not None:
             before.fetch()
         taken, self.back = self.back, None
         assert taken is not None
         return taken
 
+    def _wait(self) -> None:
+        if self.event is not None and (streams := _streams(self.device)) is not None:
+            streams[0].wait_event(self.event)
+        self.event = None
+
+    def __del__(self) -> None:
+        self._wait()  # fetched and never taken: its memory is not computed with before the copy is done
+
 
 # Elements of one pinned buffer. torch rounds each up to a power of two: a row of 78k tokens in one piece (640 MB in
 # LLaMA-3.1-8B) would take 1 GiB of the host's memory.
 PIECE = 2**25
-_STREAMS: dict[torch.device, torch.cuda.Stream] = {}
+OUTGOING = 2  # inputs that may wait for their copy to the host: one is copied while the next layer computes
+_COPYING: dict[torch.device, torch.cuda.Stream] = {}
+_LEAVING: list[tuple[Tensor, Any]] = []
 _LAST: list[weakref.ref[_Offloaded]] = []  # the tensor that was offloaded last, while its graph is alive
 
 
-def _copy_stream(device: torch.device) -> torch.cuda.Stream:
-    if device not in _STREAMS:
-        _STREAMS[device] = torch.cuda.Stream(device)
-    return _STREAMS[device]
+def _streams(device: torch.device) -> tuple[Any, Any] | None:
+    """(the stream that computes, the one that copies); None on a CPU."""
+    if device.type != "cuda":
+        return None
+    if device not in _COPYING:
+        _COPYING[device] = torch.cuda.Stream(device)
+    return torch.cuda.current_stream(device), _COPYING[device]
+
+
+def _on(stream: Any) -> AbstractContextManager:
+    return torch.cuda.stream(stream)
+
+
+def _hold(x: Tensor, copied: Any, computing: Any) -> None:
+    """Keep x until `computing` has waited for its copy: its memory is not written before. Waits for the oldest only
+    where OUTGOING are on their way."""
+    _LEAVING.append((x, copied))
+    while len(_LEAVING) > OUTGOING:
+        _, event = _LEAVING.pop(0)
+        computing.wait_event(event)
+
+
+def _release(streams: tuple[Any, Any] | None) -> None:
+    """The forward pass is over: nothing leaves any more."""
+    while streams is not None and _LEAVING:
+        _, event = _LEAVING.pop(0)
+        streams[0].wait_event(event)
 
 
 def _pack(x: Tensor) -> _Offloaded:

@@ -2,7 +2,7 @@
 
 A mask that isolates documents takes length^2 bytes a row (6 GB at 78k tokens) and computes what it hides; kernels for
 variable lengths take the bounds of the documents alone. The FlashAttention package where it is installed, else torch's
-own kernel; on a CPU one product per document, which is also what the others are tested against.
+own kernel; on a CPU blocks of queries (cpu_attention.py). One product per document is what they are tested against.
 Registered with transformers under a new name; nothing of it is replaced. Deliberately not here: caches, generation.
 """
 
@@ -21,13 +21,17 @@ from transformers import AttentionInterface
 from qmedtune.errors import RecipeError
 from qmedtune.planning.numerics import TAKE_BOUNDS
 from qmedtune.planning.numerics import VARLEN as NAME
+from qmedtune.training import cpu_attention
 
 
 def packed_inputs(attention: str, input_ids: Tensor, position_ids: Tensor) -> dict[str, Any]:
     """Arguments for a LLaMA's forward over packed rows [B, L]; with variable lengths one row [1, B L] and its bounds,
-    found once for all layers."""
+    on a CPU the rows and their blocks, found once for all layers."""
+    rows = {"input_ids": input_ids, "position_ids": position_ids}
     if attention not in TAKE_BOUNDS:
-        return {"input_ids": input_ids, "position_ids": position_ids}
+        return rows
+    if input_ids.device.type == "cpu":
+        return rows | {"document_blocks": cpu_attention.blocks_of(position_ids)}
     bounds, longest = document_bounds(position_ids)
     lengths = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
     return {"input_ids": input_ids.reshape(1, -1), "position_ids": position_ids.reshape(1, -1), **lengths}
@@ -53,6 +57,7 @@ def varlen(
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int = 0,
     position_ids: Tensor | None = None,
+    document_blocks: tuple[cpu_attention.Block, ...] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query [B, H, L, D], key and value [B, Hkv, L, D] -> [B, L, H, D].
@@ -66,16 +71,35 @@ def varlen(
             f"attention: {NAME} isolates documents by their lengths alone; it was given {given[0]}\n"
             "take attention: sdpa for this"
         )
-    if cu_seq_lens_q is None:
-        positions = torch.arange(length, device=query.device)[None] if position_ids is None else position_ids
-        cu_seq_lens_q, max_length_q = document_bounds(positions.expand(batch, -1))
     # Under autocast the rotation has left queries and keys in fp32, which the kernels do not take.
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind := query.device.type) else value.dtype
-    packed = [part.transpose(1, 2).flatten(0, 1).to(dtype) for part in (query, key, value)]
-    attend = _per_document if not query.is_cuda else _flash if find_spec("flash_attn") else _torch
+    query, key, value = (part.to(dtype) for part in (query, key, value))
+    if cu_seq_lens_q is None:
+        positions = torch.arange(length, device=query.device)[None] if position_ids is None else position_ids
+        if not query.is_cuda:
+            blocks = document_blocks or cpu_attention.blocks_of(positions.expand(batch, -1))
+            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+            return cpu_attention.attend(query, key, value, blocks, scale).transpose(1, 2), None
+        cu_seq_lens_q, max_length_q = document_bounds(positions.expand(batch, -1))
+    packed = [part.transpose(1, 2).flatten(0, 1) for part in (query, key, value)]
+    attend = _per_document if not query.is_cuda else _flash if _has_flash() else _torch
     query, key, value = packed
     output = attend(query, key, value, cu_seq_lens_q, max_length_q, scaling)
     return output.unflatten(0, (batch, length)), None
+
+
+@functools.cache
+def _has_flash() -> bool:
+    """Asked once: a look-up on the disk takes as long as 24 small operations, and each layer would make it."""
+    return find_spec("flash_attn") is not None
+
+
+@functools.cache
+def _takes_groups() -> bool:
+    """Whether torch's kernel takes fewer heads of keys than of queries: from 2.12 on."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def _flash(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scale: float | None) -> Tensor:
@@ -88,7 +112,7 @@ def _torch(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: i
     from torch.nn.attention.varlen import varlen_attn
 
     grouped = query.shape[1] != key.shape[1]
-    if grouped and "enable_gqa" not in inspect.signature(varlen_attn).parameters:  # before torch 2.12
+    if grouped and not _takes_groups():
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
         grouped = False
     call = functools.partial(varlen_attn, query, key, value, bounds, bounds, longest, longest, scale=scale)

@@ -8,6 +8,7 @@ Deliberately not here: loading, quantising, attention itself (transformers' atte
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -53,6 +54,9 @@ def install(model: nn.Module, mode: str = "auto") -> dict:
     for module in model.modules():
         if type(module) in REPLACED.values():
             setattr(module, "kernels", dispatch.mode(mode))  # noqa: B010
+    causal_lm: Layer = model
+    causal_lm = causal_lm.get_base_model() if hasattr(model, "get_base_model") else causal_lm
+    setattr(causal_lm.get_output_embeddings(), "kernels", dispatch.mode(mode))  # noqa: B010 - read by loss.py
     own = Counter(reason for group in groups if (reason := _obstacle(group)))
     paths = dispatch.describe(device, mode)
     return {"mode": dispatch.mode(mode), "paths": paths, "modules": dict(counts), "own_forward": dict(own)}
@@ -231,12 +235,8 @@ class LlamaMLP(llama.LlamaMLP):
         if self.config.hidden_act != "silu":
             gate, up = gate_up.chunk(2, dim=-1)
             return linear(self.act_fn(gate) * up, [self.down_proj], self.kernels)
-        again = Remake(_swiglu_again, (gate_up,)) if remake is not None else None
+        again = Remake(functools.partial(swiglu, path=self.kernels), (gate_up,)) if remake is not None else None
         return linear(swiglu(gate_up, self.kernels), [self.down_proj], self.kernels, again)
-
-
-def _swiglu_again(gate_up: Tensor) -> Tensor:
-    return swiglu(gate_up)
 
 
 class LlamaAttention(llama.LlamaAttention):

@@ -1,7 +1,7 @@
 """The next-token loss over packed rows, without the full logits, for training, validation and perplexity alike.
 
-On CUDA it is TRL's fused LM head (chunks of tokens and vocabulary in Triton, fp32 accumulation). On the CPU the
-vocabulary is small in practice: chunks of positions through torch's own cross entropy, recomputed in backward.
+Under a frozen head it is qmedtune_kernels' (two products); where the head is trained, chunks of positions through
+torch's own cross entropy, recomputed in backward, on CUDA TRL's fused LM head (chunks of vocabulary in Triton).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from qmedtune_kernels.cross_entropy import frozen_head_nll
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -28,6 +29,12 @@ def token_nll(
     from each other in attention; `labels` are -100 where nothing is to be predicted and are shifted by one here.
     `weights` fp32 [rows, length] scale the loss of each label; None is 1 for all.
     """
+    nll = label_nll(model, input_ids, labels, position_ids)
+    return nll.sum() if weights is None else (nll * weights[:, 1:][labels[:, 1:] != -100]).sum()
+
+
+def label_nll(model: Any, input_ids: Tensor, labels: Tensor, position_ids: Tensor) -> Tensor:
+    """Negative log-likelihood of every label, fp32 [labels that are not -100, behind the first of each row]."""
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
     inputs = packed_inputs(str(causal_lm.config._attn_implementation), input_ids, position_ids)
     hidden = causal_lm.model(**inputs, use_cache=False).last_hidden_state.view(*input_ids.shape, -1)
@@ -36,9 +43,15 @@ def token_nll(
     picked, targets = hidden[:, :-1][wanted], targets[wanted]
     if torch.is_autocast_enabled(kind := picked.device.type):  # the last norm has left them in fp32
         picked = picked.to(torch.get_autocast_dtype(kind))
-    weight = causal_lm.get_output_embeddings().weight.to(picked.dtype)
-    nll = (_fused_nll if picked.is_cuda else _chunked_nll)(picked, weight, targets)
-    return nll.sum() if weights is None else (nll * weights[:, 1:][wanted]).sum()
+    head = causal_lm.get_output_embeddings()
+    return head_nll(picked, head.weight.to(picked.dtype), targets, getattr(head, "kernels", "auto"))
+
+
+def head_nll(hidden: Tensor, weight: Tensor, targets: Tensor, path: str = "auto") -> Tensor:
+    """fp32 [T]: of targets [T] under hidden [T, D] and the output matrix [V, D], in one dtype."""
+    if not weight.requires_grad:
+        return frozen_head_nll(hidden, weight, targets, path)
+    return (_fused_nll if hidden.is_cuda else _chunked_nll)(hidden, weight, targets)
 
 
 def _fused_nll(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

@@ -148,6 +148,7 @@ class QTrainer(SFTTrainer):
             processing_class=tokenizer,
             callbacks=callbacks,
         )
+        exact_sums()
         for parameter, values in exact:  # of a quantised base, SFTTrainer has rounded them to bf16
             parameter.data = values.to(parameter.device, torch.float32)
 
@@ -282,6 +283,14 @@ class QTrainer(SFTTrainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             checkpoints.load_random(Path(checkpoint))
+
+
+def exact_sums() -> None:
+    """16-bit products sum in fp32 throughout: cuBLAS may otherwise add partial sums of fp16 and bf16 in 16 bit. And
+    `deterministic` does not write NaN into all new memory, which its algorithms do not need (each buffer once more)."""
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def trainer_arguments(

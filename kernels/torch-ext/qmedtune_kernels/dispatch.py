@@ -1,10 +1,9 @@
 """Which path an operation takes on a device, and why. Decided from a shipped table, never by timing at run time.
 
-Inline assembly (decode.py) is the default only on architectures whose correctness run is committed ("asm_verified" in
-dispatch.json, written by kernels/benchmarks from a results file); elsewhere plain Triton decodes and cuBLAS multiplies.
-The first use on a GPU compares small matrices bit by bit with bitsandbytes' own dequantisation (where it is imported;
-else with the plain PyTorch reference); a difference means the reference path for the whole process, named in
-`describe`, or a ValueError where Triton was asked for.
+The first use on a GPU runs every kernel on small tensors (startup_check.py): decodes bit by bit against bitsandbytes'
+own dequantisation (where it is imported; else the plain PyTorch reference). What differs is not used in this process
+and named in `describe`: plain kernels mean the reference path, inline assembly (decode.py) means that plain Triton
+decodes and cuBLAS multiplies. An architecture whose GPU tests of the assembly failed is in "asm_refused".
 QMEDTUNE_KERNELS=triton|reference overrides the choice for every operation.
 """
 
@@ -25,7 +24,7 @@ from . import language
 from .decode import INTERPRET
 
 TABLE = json.loads(Path(__file__).with_name("dispatch.json").read_text())
-OPERATIONS = ("dequantize", "matmul", "lora", "rms_norm", "swiglu", "rope")
+OPERATIONS = ("dequantize", "matmul", "lora", "rms_norm", "swiglu", "rope", "loss")
 MODES = ("auto", "triton", "reference")
 Launch = TypeVar("Launch", bound=Callable[..., Any])
 
@@ -86,9 +85,9 @@ def require(device: torch.device, path: str, lowest: int) -> None:
         raise ValueError(f"path: {path} given for device {device}; it needs {needs}")
 
 
-def asm_verified(device: torch.device) -> bool:
-    """Whether this architecture has committed correctness results for the inline assembly."""
-    return f"sm_{capability(device)}" in TABLE["asm_verified"]
+def asm_trusted(device: torch.device) -> bool:
+    """Whether the inline assembly runs here: from sm_80 on, where it gave the right bits at its first use."""
+    return capability(device) >= 80 and not asm_check(device)
 
 
 def dequantize_path(device: torch.device, path: str) -> str:
@@ -98,53 +97,58 @@ def dequantize_path(device: torch.device, path: str) -> str:
         return path
     if not uses_triton(device, path):
         return "reference"
-    return "shuffle" if capability(device) >= 80 and asm_verified(device) else "gather"
+    return "shuffle" if asm_trusted(device) else "gather"
 
 
 @cache
 def self_check(device: torch.device) -> str:
-    """Empty when the kernels this device would take reproduce known results to the bit; else what differed. Raises
-    RuntimeError during the capture of a CUDA graph, where nothing can be compared."""
+    """Empty when the plain kernels reproduce known results on this device; else what differed. Raises RuntimeError
+    during the capture of a CUDA graph, where nothing can be compared."""
+    from . import startup_check
+
+    return _checked(device, startup_check.plain_difference)
+
+
+@cache
+def asm_check(device: torch.device) -> str:
+    """The same of the kernels with inline assembly: the decode, and the fused products of each tile's height."""
+    from . import startup_check
+
+    if f"sm_{capability(device)}" in TABLE["asm_refused"]:
+        return f"GPU tests of it failed on sm_{capability(device)}"
+    return _checked(device, startup_check.assembly_difference)
+
+
+def _checked(device: torch.device, difference: Callable[[torch.device], str]) -> str:
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(f"kernels: the first use on {device} came during a CUDA graph capture; run once before it")
     try:
-        return _difference(device)
-    except Exception as error:  # whatever stops the first kernel (no compiler, an old driver): told in `describe`
+        return difference(device)
+    except Exception as error:  # no compiler, an old driver, too little shared memory: told in `describe`
         last = (str(error).strip().splitlines() or ["no message"])[-1]
         return f"the first kernel did not run ({type(error).__name__}: {last})"
-
-
-def _difference(device: torch.device) -> str:
-    """Scales are powers of two, so that 16-bit codes scaled in fp32 and codes scaled before rounding have the same
-    bits, and a product with rows of the identity shows W itself."""
-    from . import matmul, nf4, tiles
-
-    generator = torch.Generator().manual_seed(0)
-    packed = torch.randint(0, 256, (128 * 32, 1), dtype=torch.uint8, generator=generator).to(device)
-    absmax = torch.randint(-4, 3, (128,), generator=generator).float().exp2().to(device)
-    weight = nf4.NF4Weight(packed, absmax, 64, (64, 128))
-    way = "shuffle" if capability(device) >= 80 and asm_verified(device) else "gather"
-    dtype = torch.bfloat16 if capability(device) >= 80 else torch.float16
-    wanted = nf4.dequantize_reference(weight, dtype)
-    if hasattr(torch.ops.bitsandbytes, "dequantize_4bit"):
-        wanted = torch.ops.bitsandbytes.dequantize_4bit(packed, absmax, 64, "nf4", [64, 128], dtype)
-    found = {f"the {way} decode": (nf4.dequantize(weight, dtype, path=way), wanted)}
-    most = max(row[2] for row in _measured(device)) if way == "shuffle" else 0
-    for rows in tiles.heights(most):
-        x, dy = (torch.eye(rows, columns, dtype=dtype, device=device) for columns in (128, 64))
-        found[f"the fused matmul of {rows} rows"] = matmul.matmul(x, weight, path="fused"), wanted.t()[:rows]
-        found[f"its backward of {rows} rows"] = matmul.matmul_backward(dy, weight, "fused"), wanted[:rows]
-    counts = {name: int((actual != expected).sum()) for name, (actual, expected) in found.items()}
-    return "; ".join(f"{count} elements of {name} differ" for name, count in counts.items() if count)
 
 
 def fused_rows(device: torch.device, n: int, k: int) -> int:
     """Largest M for which the fused matmul with W [n, k] is taken before dequantise + cuBLAS, by the nearest measured
     shape (in ratios of n and k); 0 = never. The same for bf16 and fp16: both take the same instructions."""
-    if capability(device) < 75 or (capability(device) >= 80 and not asm_verified(device)):
+    if capability(device) < 75 or (capability(device) >= 80 and not asm_trusted(device)):
         return 0  # below sm_80 the small-M kernel is plain Triton
     n, k = max(1, n), max(1, k)
     return min(_measured(device), key=lambda row: abs(log2(row[0] / n)) + abs(log2(row[1] / k)))[2]
+
+
+# Rows up to which bitsandbytes 0.50 multiplies with a kernel of its own on every architecture (its table for 4096 x
+# 4096 on sm_90; more on others): from there on it dequantises in three launches where nf4.dequantize takes one.
+GEMM_4BIT_ROWS = 8
+
+
+def takes_bitsandbytes(device: torch.device, rows: int) -> bool:
+    """Whether few rows without a gradient go to bitsandbytes' own gemm_4bit: until the fused kernel was measured to be
+    faster on this architecture, and where bitsandbytes is imported."""
+    few = capability(device) >= 75 and 0 < rows <= GEMM_4BIT_ROWS
+    beaten = f"sm_{capability(device)}" in TABLE["beats_gemm_4bit"]
+    return few and not beaten and hasattr(torch.ops.bitsandbytes, "gemm_4bit")
 
 
 def _measured(device: torch.device) -> list[list[int]]:
@@ -173,14 +177,17 @@ def describe(device: torch.device, requested: str = "auto") -> dict[str, str]:
     if not uses_triton(device, requested):
         why = _why_reference(device, requested)
         return dict.fromkeys(OPERATIONS, f"reference: {why}")
-    checked = "is" if asm_verified(device) else "is not"
-    why = f"sm_{arch} {checked} among the architectures with committed correctness results for inline assembly"
+    asm = f"inline assembly, right on this sm_{arch} at its first use"
+    if not asm_trusted(device):
+        asm = f"no inline assembly: {asm_check(device)}" if arch >= 80 else f"sm_{arch} has no fused tensor-core path"
     rows = sorted({fused_rows(device, n, k) for n, k, _ in _measured(device)})
     limit = str(rows[0]) if len(rows) == 1 else f"{rows[0]} to {rows[-1]} (by shape)"
     fused = f"fused up to {limit} rows, then " if rows[-1] else ""
+    own = f"; without gradients bitsandbytes up to {GEMM_4BIT_ROWS} rows" if takes_bitsandbytes(device, 1) else ""
     return {
-        "dequantize": f"triton {dequantize_path(device, 'auto')}: {why}",
-        "matmul": f"{fused}dequantise + cuBLAS: {why}",
+        "dequantize": f"triton {dequantize_path(device, 'auto')}: {asm}",
+        "matmul": f"{fused}dequantise + cuBLAS{own}: {asm}",
         "lora": "grouped, one dequantise and one GEMM per group, adapters in its contraction or added by addmm_",
         **dict.fromkeys(("rms_norm", "swiglu", "rope"), "triton"),
+        "loss": "triton, two products; a trained head: TRL's",
     }

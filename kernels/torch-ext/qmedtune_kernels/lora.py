@@ -52,11 +52,13 @@ def out_features(weight: Weight, adapters: Sequence[Adapter]) -> int:
     return max(adapter.start + adapter.b.shape[0] for adapter in adapters)
 
 
-def _times(x: Tensor, weight: Tensor | tuple[NF4Weight, ...], bias: Tensor | None, path: str) -> Tensor:
+def _times(
+    x: Tensor, weight: Tensor | tuple[NF4Weight, ...], bias: Tensor | None, path: str, trains: bool = True
+) -> Tensor:
     """X W^T + bias [M, N]; few rows through the fused matmul, else NF4 goes to a scratch buffer and one GEMM."""
     if isinstance(weight, Tensor):
         return F.linear(x, weight, bias)
-    way = matmul.choose(x, weight[0], path)
+    way = matmul.choose(x, weight[0], path, trains)
     if way in ("reference", "dequantize"):
         return F.linear(x, nf4.dequantize_stack(weight, x.dtype, path), bias)
     parts = [matmul.matmul(x, part, None, way) for part in weight]
@@ -73,13 +75,13 @@ def _times_transposed(dy: Tensor, weight: Tensor | tuple[NF4Weight, ...], path: 
     return dy @ nf4.dequantize_stack(weight, dy.dtype, "triton" if path == "fused" else path)
 
 
-ALIGN = 16  # elements: what Triton's 16-byte stores of W ask of a row's length; TMA and cuBLAS ask for 8
+ALIGN = 64  # elements: rows start on 128 bytes, a line of L2; Triton's stores of W ask for 16 elements, TMA for 8
 
 
-def _widens(x: Tensor, weight: Weight, path: str, read: int, written: int) -> bool:
+def _widens(x: Tensor, weight: Weight, path: str, read: int, written: int, trains: bool = True) -> bool:
     """Whether adapters join the contraction: copying the input (`read` columns) must cost less than passing over the
     result (`written` columns), and W must be decoded into a buffer that has room beside it."""
-    if not isinstance(weight, tuple) or matmul.choose(x, weight[0], path) not in ("dequantize", "reference"):
+    if not isinstance(weight, tuple) or matmul.choose(x, weight[0], path, trains) not in ("dequantize", "reference"):
         return False
     return dispatch.widens(x.device, read, written)
 
@@ -151,26 +153,28 @@ def _mm32(a: Tensor, b: Tensor) -> Tensor:
 
 
 class _Linear(torch.autograd.Function):
-    """Positional: x [M, K], weight, bias, layout = ((scaling, start), ...), path, remake, then A_1, B_1, A_2, ..."""
+    """Positional: x [M, K], weight, bias, layout = ((scaling, start), ...), path, trains, remake, A_1, B_1, A_2, ..."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Weight, bias: Tensor | None, layout, path: str, remake, *ab: Tensor) -> Tensor:
+    def forward(
+        ctx, x: Tensor, weight: Weight, bias: Tensor | None, layout, path: str, trains: bool, remake, *ab: Tensor
+    ) -> Tensor:
         adapters = [Adapter(ab[2 * i], ab[2 * i + 1], *where) for i, where in enumerate(layout)]
-        trains_a, trains_b = any(ctx.needs_input_grad[6::2]), any(ctx.needs_input_grad[7::2])
+        trains_a, trains_b = any(ctx.needs_input_grad[7::2]), any(ctx.needs_input_grad[8::2])
         a = b = xa = None
         kept_x = x
         if not adapters:
             assert weight is not None
-            y = _times(x, weight, bias, path)
+            y = _times(x, weight, bias, path, trains)
         else:
             n = out_features(weight, adapters)
             a, b = stack_a(adapters, x.dtype), stack_b(adapters, n, x.dtype)
-            if isinstance(weight, tuple) and _widens(x, weight, path, x.shape[1], n):
+            if isinstance(weight, tuple) and _widens(x, weight, path, x.shape[1], n, trains):
                 y, kept_x, xa = _wide_product(x, weight, bias, a, b, path)
                 xa = xa if trains_a and remake is None else xa.clone()  # a view would keep the whole buffer
             else:
                 xa = x @ a.t()
-                y = xa @ b.t() if weight is None else _times(x, weight, bias, path).addmm_(xa, b.t())
+                y = xa @ b.t() if weight is None else _times(x, weight, bias, path, trains).addmm_(xa, b.t())
         kept = () if not (adapters and trains_a) else (kept_x,) if remake is None else remake.tensors
         kept_weight = weight if isinstance(weight, Tensor) else None
         ctx.save_for_backward(xa if trains_b else None, a, b, kept_weight, *(tensor.detach() for tensor in kept))
@@ -192,7 +196,7 @@ class _Linear(torch.autograd.Function):
         if xa is not None:
             db = _mm32(dy.contiguous().t(), xa)
         dbias = dy.float().sum(0) if needs[2] else None
-        return dx, None, dbias, None, None, None, *_split(ctx.adapters, da, db, needs[6:])
+        return dx, None, dbias, None, None, None, None, *_split(ctx.adapters, da, db, needs[7:])
 
 
 def _input_gradient(dy: Tensor, weight: Weight, a: Tensor | None, b: Tensor | None, path: str, wanted: bool):
@@ -273,5 +277,7 @@ def linear(
     bias = bias if bias is None else bias.to(x.dtype)
     layout = tuple((adapter.scaling, adapter.start) for adapter in adapters)
     tensors = [tensor for adapter in adapters for tensor in (adapter.a, adapter.b)]
-    y = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias, layout, path, remake, *tensors)
+    wanted = (x, *tensors) if bias is None else (x, bias, *tensors)
+    trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in wanted)
+    y = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias, layout, path, trains, remake, *tensors)
     return y.view(*x.shape[:-1], y.shape[-1])

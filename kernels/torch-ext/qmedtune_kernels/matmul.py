@@ -36,9 +36,10 @@ def reference_backward(dy: Tensor, weight: NF4Weight) -> Tensor:
 def matmul(x: Tensor, weight: NF4Weight, bias: Tensor | None = None, path: str = "auto") -> Tensor:
     """Y [M, N] = X [M, K] W^T + bias, in x's dtype (bf16, fp16, fp32), accumulated in fp32.
 
-    path: "auto" (dispatch.py: fused for few rows, else dequantise + cuBLAS; the reference on a CPU), "fused",
-    "few_rows" (M <= 4, no tensor cores), "dequantize" or "reference". Not differentiable: lora.py is. ValueError on
-    shapes, dtypes and devices that do not fit, and on an x that wants a gradient.
+    path: "auto" (dispatch.py: bitsandbytes or fused for few rows, else dequantise + cuBLAS; the reference on a CPU),
+    "fused", "few_rows" (M <= 4, no tensor cores), "bitsandbytes" (its own kernel), "dequantize" or "reference". Not
+    differentiable: lora.py is. ValueError on shapes, dtypes and devices that do not fit, and on an x that wants a
+    gradient.
     """
     _check(x, weight, "x", weight.shape[1])
     if bias is not None:
@@ -47,9 +48,11 @@ def matmul(x: Tensor, weight: NF4Weight, bias: Tensor | None = None, path: str =
                 f"bias: given {tuple(bias.shape)} on {bias.device}; allowed ({weight.shape[0]},) on {x.device}"
             )
         bias = bias.detach().to(x.dtype).contiguous()
-    match choose(x, weight, path):
+    match choose(x, weight, path, trains=False):
         case "reference":
             return reference(x, weight, bias)
+        case "bitsandbytes":
+            return by_bitsandbytes(x, weight, bias)
         case "dequantize":
             return F.linear(x, nf4.dequantize_stack((weight,), x.dtype), bias)
         case "few_rows":
@@ -68,13 +71,23 @@ def matmul_backward(dy: Tensor, weight: NF4Weight, path: str = "auto") -> Tensor
     return _launch(dy, weight, None, forward=False)
 
 
+def by_bitsandbytes(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tensor:
+    """The same product by bitsandbytes' fused kernel (`gemm_4bit`, from 0.50 on), on whatever device it has one for."""
+    scales = (weight.absmax, None, None, None)
+    if weight.nested:
+        scales = (weight.absmax2, weight.absmax, weight.code2, weight.offset)
+    first, *nested = scales
+    packed, shape = weight.packed.view(-1, 1), list(weight.shape)
+    return torch.ops.bitsandbytes.gemm_4bit(x, packed, shape, first, weight.blocksize, "nf4", bias, *nested)
+
+
 def fits(weight: NF4Weight) -> bool:
     """Whether the fused kernels read this layout: every row starts a scale block."""
     return weight.shape[1] % weight.blocksize == 0
 
 
 def _check(x: Tensor, weight: NF4Weight, name: str, columns: int) -> None:
-    nf4.check(weight)
+    assert weight.checked
     device = weight.packed.device
     if x.dim() != 2 or x.shape[1] != columns or x.dtype not in nf4.DTYPES or x.device != device:
         raise ValueError(
@@ -85,8 +98,9 @@ def _check(x: Tensor, weight: NF4Weight, name: str, columns: int) -> None:
         raise ValueError(f"{name}: given with requires_grad; allowed without: lora.linear is the differentiable form")
 
 
-def choose(x: Tensor, weight: NF4Weight, path: str) -> str:
-    """The path ("reference", "fused", "few_rows" or "dequantize") for this x (or dy); see `matmul`."""
+def choose(x: Tensor, weight: NF4Weight, path: str, trains: bool = True) -> str:
+    """The path ("reference", "fused", "few_rows", "bitsandbytes" or "dequantize") for this x (or dy); see `matmul`.
+    trains: a gradient will be asked for."""
     if path == "fused":
         if not fits(weight):
             raise ValueError(
@@ -98,10 +112,12 @@ def choose(x: Tensor, weight: NF4Weight, path: str) -> str:
     if path == "few_rows":
         dispatch.require(x.device, path, 75)
         return path
-    if path == "dequantize":
+    if path in ("dequantize", "bitsandbytes"):
         return path
     if not dispatch.uses_triton(x.device, path):
         return "reference"
+    if not trains and dispatch.takes_bitsandbytes(x.device, x.shape[0]) and x.dtype != torch.float32:
+        return "bitsandbytes"
     few = 0 < x.shape[0] <= dispatch.fused_rows(x.device, *weight.shape)
     if not few or not fits(weight) or x.dtype == torch.float32:
         return "dequantize"

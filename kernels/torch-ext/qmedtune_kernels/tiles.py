@@ -51,9 +51,16 @@ def decode(arch: int, dtype: torch.dtype, forward: bool) -> str:
     return "make" if forward and not 90 <= arch < 120 else "fetch"
 
 
+MOST_SPLITS = 64  # their partial sums are read again: 4 bytes a split, row and column
+PROGRAMS = 4  # for each processor: as many as fit beside each other (128 registers, 25 KB of shared memory)
+
+
 def splits(tiles: int, steps: int, processors: int) -> int:
-    """Ways to split the contraction so that two waves of programs fill the GPU; each keeps at least four steps."""
-    return max(1, min(2 * processors // max(tiles, 1), steps // 4, 16))
+    """Ways to split the contraction so that each processor has PROGRAMS of work. Each keeps at least two steps, or
+    one where that alone gives every processor two programs (k/v of an 8B model on 132 processors)."""
+    wanted, tiles = -(-PROGRAMS * processors // max(tiles, 1)), max(tiles, 1)
+    ways = max(1, min(wanted, steps // 2, MOST_SPLITS))
+    return ways if ways * tiles >= 2 * processors else max(1, min(wanted, steps, MOST_SPLITS))
 
 
 def processors(device: torch.device) -> int:

@@ -1,0 +1,159 @@
+"""What 16 bit swallows of a trained run, and what stochastic rounding and fp16 keep: perplexity of held-out text.
+
+    python tests/merge_rounding.py RUN [--factors 1 0.3 0.1] [--tokens 2048] [--facts] [--write docs/merging.md]
+
+RUN has trained its last stage, and holds text out (`validate` or `evaluate.perplexity`). Its adapters, and copies of
+them at .3 and .1 of their size (what shorter runs or lower rates leave), are merged by the product, proof included, in
+each form. Measured are nats per token against the unrounded model (float32), with the standard error of that difference
+over tokens; the gain is that of the unrounded model over the base. `--facts` scores the invented world's questions as
+well, for runs on a built-in base.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from merge_proof import scaled_copy, write_page
+from torch import Tensor
+
+from qmedtune.commands.merge import Found, adapters_of_run
+from qmedtune.data.pack import PackedRows
+from qmedtune.merge import MergeJob, merge
+from qmedtune.recipe import MergeSection
+
+FORMS: dict[str, tuple[MergeSection, int]] = {
+    "float32": (MergeSection(dtype="float32"), 0),
+    "float16, nearest": (MergeSection(dtype="float16", rounding="nearest"), 0),
+    "bfloat16, nearest": (MergeSection(rounding="nearest"), 0),
+    "bfloat16, stochastic, seed 1": (MergeSection(rounding="stochastic"), 1),
+    "bfloat16, stochastic, seed 2": (MergeSection(rounding="stochastic"), 2),
+}
+BEGIN, END = "<!-- merge-rounding begins -->", "<!-- merge-rounding ends -->"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One form. nll: by source, fp64 nats of each token; facts: of the merge, and scores."""
+
+    adapter: str
+    form: str
+    nll: dict[str, Tensor]
+    facts: dict[str, Any]
+
+
+def held_out(run: Path, tokens: int) -> dict[str, list[Tensor]]:
+    """Rows of ids, by source: the first `tokens` of its held-out text."""
+    found: dict[str, list[Tensor]] = {}
+    for folder in sorted(path for path in (run / "data" / "validation").iterdir() if path.is_dir()):
+        rows, left = PackedRows(folder), tokens
+        for index in range(len(rows)):
+            ids = rows[index]["input_ids"][:left]
+            if len(ids) > 1:
+                found.setdefault(folder.name, []).append(torch.from_numpy(np.array(ids)))
+            left -= len(ids)
+            if left <= 0:
+                break
+    return found
+
+
+def nll_of(folder: Path, texts: dict[str, list[Tensor]]) -> dict[str, Tensor]:
+    """Nats of each predicted token, by source, in fp32 logits."""
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        return {source: torch.cat([_nll(model, ids) for ids in rows]) for source, rows in texts.items()}
+
+
+def _nll(model: Any, ids: Tensor) -> Tensor:
+    logits = model(input_ids=ids[None]).logits[0, :-1]
+    return torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none").double()
+
+
+def measure(found: Found, run: Path, factors: list[float], tokens: int, facts: bool, scratch: Path) -> Iterator[Row]:
+    texts = held_out(run, tokens)
+    yield Row("", "base", nll_of(found.base, texts), {"scores": _scores(found.base)} if facts else {})
+    for factor in factors:
+        name = "as trained" if factor == 1 else f"x {factor:g}"
+        adapters = [scaled_copy(path, scratch / f"{factor}-{n}", factor) for n, path in enumerate(found.adapters)]
+        for form, (section, seed) in FORMS.items():
+            out = scratch / "merged"
+            out.mkdir()
+            told = merge(MergeJob(found.base, adapters, section, found.model, seed, template=found.template), out)
+            told |= {"scores": _scores(out)} if facts else {}
+            row = Row(name, form, nll_of(out, texts), told)
+            print(f"{name}, {form}: lost {told['lost']}, violations {told['violations']}", file=sys.stderr)
+            yield row
+            shutil.rmtree(out)
+
+
+def _scores(folder: Path) -> dict[str, Any]:
+    from qmedtune.evaluate import evaluate_model
+
+    return evaluate_model(str(folder), ["facts"], quantization="none", offline=True)["tasks"]["facts"]["model"]
+
+
+def markdown(rows: list[Row]) -> str:
+    base, *merged = rows
+    sources = list(base.nll)
+    head = ["adapter", "written as", "KL", "lost (KL)", "swallowed"]
+    for source in sources:
+        head += [f"{source}: perplexity", "nats lost", "of the gain"]
+    head += ["facts"] if "scores" in base.facts else []
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    exact = base
+    for row in merged:
+        exact = row if row.form == "float32" else exact
+        lines.append(f"| {' | '.join(_cells(row, exact, base))} |")
+    ends = ["–", "base", "–", "–", "–"]
+    for source in sources:
+        ends += [f"{float(base.nll[source].mean().exp()):.3f}", "–", "–"]
+    ends += [f"{base.facts['scores']['accuracy']:.3f}"] if "scores" in base.facts else []
+    return "\n".join([*lines, f"| {' | '.join(ends)} |"])
+
+
+def _cells(row: Row, exact: Row, base: Row) -> list[str]:
+    told = row.facts
+    cells = [row.adapter, row.form, f"{told['kl']:.1e}", _share(told["lost"]), _share(told["swallowed"])]
+    for source, nll in row.nll.items():
+        off = nll - exact.nll[source]
+        gain = float((base.nll[source] - exact.nll[source]).mean())
+        error = float(off.std() / len(off) ** 0.5)
+        cells += [f"{float(nll.mean().exp()):.3f}", f"{float(off.mean()):+.5f} ± {error:.5f}"]
+        cells.append(f"{float(off.mean()) / gain:.1%}" if abs(gain) > 1e-4 else "–")
+    return [*cells, f"{told['scores']['accuracy']:.3f}"] if "scores" in told else cells
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3%}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--factors", type=float, nargs="+", default=[1.0, 0.3, 0.1])
+    parser.add_argument("--tokens", type=int, default=2048, help="of each source's held-out text")
+    parser.add_argument("--facts", action="store_true")
+    parser.add_argument("--write", type=Path, help="a page with the marks of the table")
+    asked = parser.parse_args()
+    found = adapters_of_run(asked.run, offline=True)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = list(measure(found, asked.run, asked.factors, asked.tokens, asked.facts, Path(folder)))
+    text = markdown(rows)
+    if asked.write:
+        write_page(asked.write, text, (BEGIN, END))
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
