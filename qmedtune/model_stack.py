@@ -281,8 +281,8 @@ def read_adapter(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> Adapter
 
     if not (folder / ADAPTER_CONFIG).is_file() and (folder / "config.json").is_file():
         refuse(folder, "holds a whole model, not an adapter", "give the folder with adapter_config.json")
-    config = _adapter_config(folder)
     check_folder(folder)
+    config = _adapter_config(folder)
     reading = _Reading(folder, config, headers(folder / ADAPTER_TENSORS), shapes)
     low_rank = {module: reading.low_rank(module) for module in reading.targeted()}
     copies = reading.copies(low_rank)
@@ -378,13 +378,24 @@ class _Reading:
                 found[name] = PREFIX + stored
         return found
 
+    def doubles(self) -> set[str]:
+        """The insides of PEFT's wrapper around trained embeddings, which it stores once more where the vocabulary was
+        resized, and does not read."""
+        found = set()
+        for name in ENDS:
+            inside = [name.replace(".weight", f".{part}.weight") for part in ("original_module", "modules_to_save")]
+            for double in (each for each in inside if any(self.listed(name)) and PREFIX + each in self.stored):
+                self.check(double, self.shapes[name])
+                found.add(PREFIX + double)
+        return found
+
     def full(self, low_rank: Mapping[str, LowRankFacts], copies: Mapping[str, str]) -> list[str]:
         """Parameters with a trained copy: each tensor that is left must be one, each listed module must have its own.
 
         A head tied to a trained embedding goes unlisted.
         """
         parts = {f"{PREFIX}{module}.lora_{part}.weight" for module in low_rank for part in "AB"}
-        left = self.stored.keys() - parts - set(copies.values())
+        left = self.stored.keys() - parts - set(copies.values()) - self.doubles()
         names = [stored.removeprefix(PREFIX) for stored in sorted(left)]
         for name in names:
             if name not in self.shapes or not (name in ENDS or any(self.listed(name))):
@@ -418,7 +429,7 @@ class _Reading:
             self.refuse_shape(name, tensor.shape, expected)
 
     def refuse_shape(self, name: str, given: tuple[int, ...], expected: tuple[int, ...]) -> NoReturn:
-        counts_tokens = name in (*ENDS, "lm_head.base_layer.weight", "lm_head.lora_B.weight")
+        counts_tokens = name.startswith(("model.embed_tokens.", "lm_head.")) and not name.endswith("lora_A.weight")
         if counts_tokens and len(given) == 2 and given[1] == expected[1] and given[0] > expected[0]:
             what = f"{given[0] - expected[0]} tokens were added in training: {name} has {given[0]} rows, the base "
             then = "give the base that was resized to that with --base (transformers: resize_token_embeddings)"
