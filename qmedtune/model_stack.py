@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from safetensors import SafetensorError, safe_open
 
-from qmedtune.errors import RecipeError, RunError
+from qmedtune.errors import RecipeError
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -119,7 +119,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def headers(path: Path) -> dict[str, Stored]:
-    """The tensors of a safetensors file. RecipeError where there is no file, RunError naming a damaged one."""
+    """The tensors of a safetensors file. RecipeError where there is no file, or a damaged one."""
     if not path.is_file():  # a folder or a pipe of that name is none
         refuse(path, "no such file", "the folder is incomplete; fetch or copy it again")
     try:
@@ -127,7 +127,7 @@ def headers(path: Path) -> dict[str, Stored]:
             found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no mapping
             return {n: Stored(path.name, s.get_dtype(), tuple(s.get_shape())) for n, s in found.items()}
     except (SafetensorError, OSError) as error:
-        raise RunError(
+        raise RecipeError(
             f"{path}: a damaged safetensors file ({error})\n"
             "it is truncated or its header was changed; fetch or copy it again"
         ) from error
@@ -166,7 +166,7 @@ def _shards(folder: Path, index: Path) -> dict[str, Stored]:
 
 
 def read_model(folder: Path) -> ModelFolder:
-    """Read and judge a model folder. RecipeError for what is no whole LLaMA, RunError for a damaged file."""
+    """Read and judge a model folder. RecipeError for what is no whole LLaMA."""
     from qmedtune.hub import check_folder
     from qmedtune.planning.shapes import facts_from_config
 
@@ -236,9 +236,8 @@ def linears_of(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
 
 def _check_tensors(model: ModelFolder) -> None:
     again = "fetch the model again"
-    for name in _needed(model):
-        if name not in model.stored:
-            refuse(model.folder, f"no tensor {name} in its weights", again)
+    if lost := [name for name in _needed(model) if name not in model.stored]:
+        refuse(model.folder, f"tensor {lost[0]} is missing (of {len(lost)})", again)
     for name, tensor in model.stored.items():
         if SPARE.fullmatch(name):
             continue
@@ -275,7 +274,7 @@ def named_base(folder: Path) -> str:
 def read_adapter(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> AdapterFolder:
     """Read and judge an adapter for a base with these parameters.
 
-    Raises RecipeError naming the setting, tensor or module that does not fit, RunError for a damaged file.
+    Raises RecipeError naming the file, setting, tensor or module that does not fit.
     """
     from qmedtune.hub import check_folder
 

@@ -374,7 +374,7 @@ def test_damaged_safetensors_are_named(damage, where, llama3, adapter3, tmp_path
     base, adapter = Path(shutil.copytree(llama3, tmp_path / "b")), Path(shutil.copytree(adapter3, tmp_path / "a"))
     victim = sorted((base if where == "base" else adapter).glob("*.safetensors"))[-1]
     damage(victim)
-    with pytest.raises(RunError, match="damaged safetensors") as caught:
+    with pytest.raises(RecipeError, match="damaged safetensors") as caught:
         run(base, [adapter], tmp_path / "merged")
     assert str(victim) in str(caught.value)
 

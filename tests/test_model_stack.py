@@ -106,7 +106,7 @@ def config(**changes):
 
 UP = "model.layers.1.mlp.up_proj.weight"
 BAD_MODELS = {
-    "a tensor is missing": (tensors_with(lambda t: t.pop(UP)), f"no tensor {UP}"),
+    "a tensor is missing": (tensors_with(lambda t: t.pop(UP)), f"tensor {UP} is missing (of 1)"),
     "a foreign tensor": (tensors_with(lambda t: t.update(evil=torch.zeros(1))), "'evil' is none of a LLaMA's"),
     "integers": (tensors_with(lambda t: t.update({UP: t[UP].int()})), f"{UP} is stored as I32"),
     "another shape": (tensors_with(lambda t: t.update({UP: t[UP][1:].clone()})), f"{UP} has the shape"),
@@ -283,14 +283,6 @@ def test_tensors_that_do_not_fit_are_refused_by_name(case, base, tmp_path):
     change(tensors)
     save_file(tensors, adapter / ADAPTER_TENSORS)
     assert says in refused(lambda: read_adapter(adapter, read_model(base).shapes))
-
-
-def test_values_that_are_no_numbers_are_not_merged(base, tmp_path):
-    adapter = trained(base, tmp_path / "a")
-    tensors = load_file(adapter / ADAPTER_TENSORS)
-    tensors[LORA_A][0, 0] = float("inf")
-    save_file(tensors, adapter / ADAPTER_TENSORS)
-    assert "values that are no numbers" in refused(lambda: read_adapters([adapter], read_model(base).shapes))
 
 
 @pytest.mark.parametrize("copies", [None, ["embed_tokens", "lm_head"]])

@@ -60,7 +60,7 @@ class DiskLlama:
 
 def open_llama(folder: Path) -> DiskLlama:
     """Open a LLaMA folder without loading it. Raises RecipeError for other architectures, quantised weights, missing
-    or misshapen tensors; RunError for damaged files."""
+    or misshapen tensors, damaged files."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     if read_model(folder).quantised:

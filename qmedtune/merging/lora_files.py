@@ -47,7 +47,7 @@ def read_adapters(folders: Sequence[Path], shapes: Shapes) -> Updates:
     """Read adapters in the order in which they were trained; of full copies the last one counts.
 
     shapes: every parameter of the base.
-    Raises RecipeError naming the adapter and the tensor or module that does not fit, RunError for a damaged file.
+    Raises RecipeError naming the adapter and the file, tensor or module that does not fit.
     """
     updates = Updates()
     for folder in folders:
@@ -60,14 +60,7 @@ def read_adapters(folders: Sequence[Path], shapes: Shapes) -> Updates:
 
 def _add(updates: Updates, adapter: AdapterFolder, tensors: Weights) -> None:
     for module, facts in adapter.low_rank.items():
-        a, b = (_finite(adapter, f"{module}.lora_{part}.weight", tensors).float() for part in "AB")
+        a, b = (tensors[f"{PREFIX}{module}.lora_{part}.weight"].float() for part in "AB")
         updates.low_rank.setdefault(f"{module}.weight", []).append(LowRank(a, b, facts.scale))
-    updates.full.update({name: _finite(adapter, name, tensors) for name in adapter.full})
+    updates.full.update({name: tensors[PREFIX + name] for name in adapter.full})
     updates.copies.update({name: tensors[stored] for name, stored in adapter.copies.items()})
-
-
-def _finite(adapter: AdapterFolder, name: str, tensors: Weights) -> Tensor:
-    tensor = tensors[PREFIX + name]
-    if not bool(tensor.isfinite().all()):
-        raise RecipeError(f"{adapter.folder}: {name} has values that are no numbers\nthe training that made it failed")
-    return tensor
