@@ -40,6 +40,7 @@ COMMANDS = {
     "plan": cli_run.plan,
     "data": cli_run.data,
     "report": cli_run.report,
+    "erase": cli_run.erase,
     "ablate": cli_ablate.ablate,
     "eval": cli_model.evaluate,
     "predict": cli_model.predict,

@@ -37,6 +37,7 @@ FORMS: dict[str, tuple[MergeSection, int]] = {
     "bfloat16, stochastic, seed 1": (MergeSection(rounding="stochastic"), 1),
     "bfloat16, stochastic, seed 2": (MergeSection(rounding="stochastic"), 2),
 }
+PROBE_TOKENS = 128  # of each source, for the KL of a merge
 BEGIN, END = "<!-- merge-rounding begins -->", "<!-- merge-rounding ends -->"
 
 
@@ -48,6 +49,18 @@ class Row:
     form: str
     nll: dict[str, Tensor]
     facts: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What is asked for: a run's adapters at `factors` of their size, in `forms`, on `tokens` of each source."""
+
+    found: Found
+    run: Path
+    factors: list[float]
+    tokens: int
+    forms: dict[str, tuple[MergeSection, int]]
+    facts: bool
 
 
 def held_out(run: Path, tokens: int) -> dict[str, list[Tensor]]:
@@ -79,16 +92,21 @@ def _nll(model: Any, ids: Tensor) -> Tensor:
     return torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none").double()
 
 
-def measure(found: Found, run: Path, factors: list[float], tokens: int, facts: bool, scratch: Path) -> Iterator[Row]:
-    texts = held_out(run, tokens)
+def measure(job: Measurement, scratch: Path) -> Iterator[Row]:
+    found, facts = job.found, job.facts
+    texts = held_out(job.run, job.tokens)
+    shortest = min(len(rows[0]) for rows in texts.values())
+    probe = np.stack([rows[0][: min(shortest, PROBE_TOKENS)].numpy() for rows in texts.values()])
+    model = found.model.model_copy(update={"quantization": "none"})  # the shift from NF4 is another question
     yield Row("", "base", nll_of(found.base, texts), {"scores": _scores(found.base)} if facts else {})
-    for factor in factors:
+    for factor in job.factors:
         name = "as trained" if factor == 1 else f"x {factor:g}"
         adapters = [scaled_copy(path, scratch / f"{factor}-{n}", factor) for n, path in enumerate(found.adapters)]
-        for form, (section, seed) in FORMS.items():
+        for form, (section, seed) in job.forms.items():
             out = scratch / "merged"
             out.mkdir()
-            told = merge(MergeJob(found.base, adapters, section, found.model, seed, template=found.template), out)
+            merging = MergeJob(found.base, adapters, section, model, seed, probe, found.template)
+            told = merge(merging, out)
             told |= {"scores": _scores(out)} if facts else {}
             row = Row(name, form, nll_of(out, texts), told)
             print(f"{name}, {form}: lost {told['lost']}, violations {told['violations']}", file=sys.stderr)
@@ -142,12 +160,15 @@ def main() -> int:
     parser.add_argument("run", type=Path)
     parser.add_argument("--factors", type=float, nargs="+", default=[1.0, 0.3, 0.1])
     parser.add_argument("--tokens", type=int, default=2048, help="of each source's held-out text")
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
     parser.add_argument("--facts", action="store_true")
     parser.add_argument("--write", type=Path, help="a page with the marks of the table")
     asked = parser.parse_args()
     found = adapters_of_run(asked.run, offline=True)
     with tempfile.TemporaryDirectory() as folder:
-        rows = list(measure(found, asked.run, asked.factors, asked.tokens, asked.facts, Path(folder)))
+        forms = {form: FORMS[form] for form in FORMS if form in asked.forms or form == "float32"}
+        job = Measurement(found, asked.run, asked.factors, asked.tokens, forms, asked.facts)
+        rows = list(measure(job, Path(folder)))
     text = markdown(rows)
     if asked.write:
         write_page(asked.write, text, (BEGIN, END))

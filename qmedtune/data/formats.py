@@ -7,6 +7,7 @@ instructions.py. What is guessed of a table (separator, encoding) is told as wha
 from __future__ import annotations
 
 import re
+import struct
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,7 +36,8 @@ JSON_SCHEMAS = ("s2orc", "cord19", "bioc", "emrqa", "pubmedqa", "medqa", "medmcq
 TABLES = ("csv", "tsv", "xlsx")
 CXR_REPORT = re.compile(r"p\d+/s\d+\.txt$")
 HEAD_BYTES = 4096
-ZIP_ERRORS = (zipfile.BadZipFile, NotImplementedError, RuntimeError)  # damaged, of another method, encrypted
+# Damaged, of another method, encrypted; OSError and ValueError are zipfile's for offsets outside the file.
+ZIP_ERRORS = (*ARCHIVE_ERRORS, NotImplementedError, RuntimeError, OSError, ValueError, struct.error)
 
 
 def format_of(file: Path, format: str) -> str:
@@ -158,6 +160,8 @@ def _members(file: Path, source: SourceSection) -> Iterator[tuple[int, Any]]:
                 for found in _member(path, source):
                     number += 1
                     yield number, found
+    except DataError:
+        raise
     except ZIP_ERRORS:
         yield number + 1, Unread("zip archive is truncated, corrupt or encrypted from here on")
 
