@@ -253,7 +253,7 @@ def adapter_of(base, path, below=()):
     path.mkdir()
     (path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
     save_file({"a": np.ones(2, np.float32)}, path / ADAPTER_WEIGHTS)
-    note_base(path, "mine", base, below)
+    note_base(path, "mine", base, below, "nf4")
     return path
 
 
