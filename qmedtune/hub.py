@@ -6,6 +6,9 @@ No torch here: a recipe that names a missing or refused base must say so within 
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -116,3 +119,21 @@ def _download(section: ModelSection, *, offline: bool, shape_only: bool) -> Path
             "or set model.base to a local folder; without any: builtin:tiny"
         ) from error
     return Path(path)
+
+
+@contextmanager
+def closed() -> Iterator[None]:
+    """No library opens a connection to the Hub within: what is needed is here by now. A configuration can name a kernel
+    of the Hub, and bitsandbytes looks for one where the package `kernels` is installed."""
+    from huggingface_hub import constants
+
+    before = os.environ.get("HF_HUB_OFFLINE"), constants.HF_HUB_OFFLINE
+    os.environ["HF_HUB_OFFLINE"], constants.HF_HUB_OFFLINE = "1", True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before[1]
+        if before[0] is None:
+            del os.environ["HF_HUB_OFFLINE"]
+        else:
+            os.environ["HF_HUB_OFFLINE"] = before[0]

@@ -55,8 +55,8 @@ def make_plan(recipe: Recipe, run_dir: Path | None = None) -> dict[str, Any]:
         _stage(resolved, facts, machine, index, measured, run_dir, steps) for index in range(len(resolved.stages))
     ]
     setups = [fit.setup_of(resolved, index, machine) for index in range(len(resolved.stages))]
-    gpu = machine.is_gpu
-    host = memory.host_memory(facts, setups[-1], gpu=gpu, merge=bool(resolved.merge))
+    taken = [replace(setup, micro_batch=stage["micro_batch"]) for setup, stage in zip(setups, stages, strict=True)]
+    host = room.host_phases(facts, taken, gpu=machine.is_gpu)
     disk = _disk(resolved, facts, setups, estimates, stages)
     merging = 0.0 if _is_cached(steps, "merged") else speed.merge_seconds(facts)
     plan = {

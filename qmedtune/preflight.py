@@ -2,7 +2,7 @@
 
 What fails here would fail after hours otherwise: a base or tokenizer that cannot be used, a chat template that cannot
 be rendered, records that are cut or damaged, an evaluation file that does not parse. Each check raises the error that
-the step itself would raise, or says what is missing and the way on. Loads no torch and no weights. Deliberately not
+the step itself would raise, or says what is missing and the way on. Loads no weights, and for `plan` no torch. Not
 here: room (planning/room.py), and whole sources: all data steps come before the first training step (steps.py).
 """
 
@@ -28,7 +28,7 @@ Messages = Sequence[Mapping[str, Any]]
 SURE = 3.1
 MOST_TURNS = 3  # conversations of more turns have the shape of this many
 PARSED_BYTES = 32 << 20  # of evaluation files in sum: `plan` answers in 3 s; `run` parses all
-ASKED_ITEMS = 200  # prompts rendered per task by `plan`
+ASKED_ITEMS = 200  # prompts rendered per task by `plan`; records of a dataset without files that `run` looks at
 
 
 def check_base(recipe: Recipe, folder: Path) -> None:
@@ -199,12 +199,14 @@ def _file_bytes(section: TaskSection) -> int:
 def check_start(recipe: Recipe, folder: Path, *, scored: bool) -> None:
     """By `run`, before its first step: all but whole sources, which its data steps read before anything is trained.
     `scored`: the run is to evaluate."""
+    from qmedtune.model import load_tokenizer
     from qmedtune.planning.sample import sample_source
 
     check_base(recipe, folder)
     check_tokenizer(folder)
+    load_tokenizer(folder)
     spoken = {name for stage in recipe.stages if isinstance(stage.section, SftSection) for name in stage.sources}
-    check_templates(recipe, folder, {name: sample_source(recipe.data[name]) for name in sorted(spoken)})
+    check_templates(recipe, folder, {name: sample_source(recipe.data[name], ASKED_ITEMS) for name in sorted(spoken)})
     if scored:
         check_evaluation(recipe, folder)
 

@@ -6,6 +6,7 @@ Deliberately absent: dotted import paths, plug-ins, remote code. Every key here 
 
 from __future__ import annotations
 
+import codecs
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -71,6 +72,22 @@ class SourceSection(Section):
     phi: Literal["off", "report", "redact", "refuse"] | None = None  # None: hygiene.phi where the text is clinical
     license: str | None = None
     terms: str | None = None
+
+    @field_validator("delimiter")
+    @classmethod
+    def _usable_delimiter(cls, value: str | None) -> str | None:
+        if value is not None and value in '"\r\n':
+            raise ValueError("neither a quote nor a line end separates columns")
+        return value
+
+    @field_validator("encoding")
+    @classmethod
+    def _known_encoding(cls, value: str | None) -> str | None:
+        try:
+            codecs.lookup(value or "utf-8")
+        except LookupError as error:
+            raise ValueError("no encoding that Python knows, such as utf-8, utf-16, cp1252, latin-1") from error
+        return value
 
 
 class DedupSection(Section):

@@ -19,13 +19,14 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from qmedtune import base, claims, keys, peak, plan, preflight, record, store, ui
+from qmedtune import base, claims, hub, keys, peak, plan, preflight, record, store, ui
 from qmedtune.data import secret
 from qmedtune.data.treat import phi_mode
 from qmedtune.disk import owner_only
 from qmedtune.errors import MergeRefused, QmedtuneError, RecipeError, RunError
 from qmedtune.interrupt import Stopped, stop
 from qmedtune.planning import room
+from qmedtune.planning.shapes import base_facts
 from qmedtune.recipe import Recipe
 from qmedtune.smoke import smoke as smoked
 from qmedtune.steps import Step, steps_of
@@ -138,7 +139,7 @@ def _refused(error: QmedtuneError, step: Step, recipe: Recipe, out: Path) -> rec
 def _check_start(recipe: Recipe, source: base.Base, to_do: Sequence[Step]) -> None:
     """What must be right before the first step, ahead of writing anything. A built-in base is right by itself."""
     scored = any(step.name == "evaluation" for step in to_do)
-    if recipe.model.base.startswith(base.BUILTIN):
+    if base_facts(recipe.model).builtin:
         if scored:
             preflight.check_evaluation(recipe, None)
     elif any(step.kind != "data" for step in to_do):
@@ -180,7 +181,8 @@ def _do(
     with shown.step(step.name), stop.limited():
         started = time.monotonic()
         peak.reset()
-        facts = step.work(recipe, inputs, building)
+        with hub.closed() if step.kind != "data" else nullcontext():  # datasets of the Hub are read by data steps
+            facts = step.work(recipe, inputs, building)
         took = {"seconds": round(time.monotonic() - started, 2), "host_peak_bytes": peak.resident_bytes()}
         facts |= {**took, "section": made_from}
         return store.publish(building, folder, out, key, facts)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -106,6 +106,11 @@ def damage(folder: Path, sealed: Seal, *, full: bool) -> list[str]:
         except OSError as error:  # a bad sector, a file that may not be read
             problems.append(f"{name}: unreadable ({error.strerror})")
     return problems
+
+
+def without(sealed: Seal, names: Collection[str]) -> Seal:
+    """A seal that does not ask for these files."""
+    return replace(sealed, files={name: entry for name, entry in sealed.files.items() if name not in names})
 
 
 def intact(folder: Path, key: str | None = None, *, full: bool = False) -> Seal | None:

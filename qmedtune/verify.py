@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qmedtune import __version__, store, ui
+from qmedtune.erase import erased
 from qmedtune.errors import RecipeError, RunError
 from qmedtune.record import INTERNAL, METRICS, RUN, is_whole, text_sha256
 from qmedtune.report import markdown, model_card
@@ -32,10 +33,12 @@ def check_is_run(folder: Path) -> None:
 
 
 def verify(folder: Path) -> dict[str, int]:
-    """{"folders", "files"}: how many were checked. RunError names what differs."""
+    """{"folders", "files"}: how many were checked, and, where `erase` removed some, "erased". RunError names what
+    differs."""
     seals: Seals = {}
     problems: list[str] = []
     places = sorted(_sealed_folders(folder))
+    gone = {name for name in erased(folder) if not (folder / name).exists()}
     with ui.stage("verify", total=len(places), unit="folders") as bar:
         for number, name in enumerate(places, start=1):
             sealed = store.read_seal(folder / name)
@@ -43,14 +46,17 @@ def verify(folder: Path) -> dict[str, int]:
                 problems.append(f"{name}/{store.SEAL}: damaged")
             else:
                 seals[name] = sealed
-                problems += [f"{name}/{problem}" for problem in store.damage(folder / name, sealed, full=True)]
+                kept = store.without(sealed, {file for file in sealed.files if f"{name}/{file}" in gone})
+                problems += [f"{name}/{problem}" for problem in store.damage(folder / name, kept, full=True)]
                 problems += [f"{name}/{path}: was added" for path in _added(folder / name, sealed)]
             bar.update(number)
     problems += _root_problems(folder, seals)
     if problems:
         more = [f"... and {len(problems) - MAX_NAMED} more"] if len(problems) > MAX_NAMED else []
         raise RunError("\n".join([f"{folder}: differs from what was sealed", *problems[:MAX_NAMED], *more]))
-    return {"folders": len(seals), "files": sum(len(sealed.files) for sealed in seals.values())}
+    listed = {f"{name}/{file}" for name, sealed in seals.items() for file in sealed.files}
+    counts = {"folders": len(seals), "files": len(listed - gone)}
+    return counts | ({"erased": len(listed & gone)} if listed & gone else {})
 
 
 def _sealed_folders(folder: Path) -> Iterator[str]:

@@ -57,6 +57,7 @@ PARAGRAPHS = {
     "(a + b)<sup>2</sup>": "(a + b)²",
     "30 kg/m<sup>2</sup> of CO<sub>2</sub> and <sup>131</sup>I, Ca<sup>2+</sup>": "30 kg/m2 of CO2 and 131I, Ca2+",
     "log<sub>10</sub>2": "log₁₀2",
+    "d<sub>H-1</sub>2.56": "dH-1 2.56",
     "the 5<sup>th</sup>, 12.5<sup>a</sup>": "the 5th, 12.5a",
     "<italic>10</italic><sup>6</sup>": "10⁶",
     "10<italic><sup>6</sup></italic>": "10⁶",

@@ -1,6 +1,7 @@
 """The README tells the truth: its commands exist, its recipe is the flagship, its two-line change gives a sane plan."""
 
 import csv
+import json
 import re
 from pathlib import Path
 
@@ -104,6 +105,38 @@ def test_the_ablation_told_is_the_one_that_was_measured():
     general = [f"{float(rows[arm, 'general']['mean']):.2f}" for arm in ("base", "replay-0", "replay-0.2")]
     flat = " ".join(README.split())
     assert "rises from {} to {}, with a fifth of replay to {}".format(*general) in flat
+
+
+def test_the_real_run_told_is_the_one_that_was_measured():
+    measured = json.loads((ROOT / "docs" / "real" / "real_small.json").read_text(encoding="utf-8"))
+    section = README[README.index("### On a real model") :]
+    cells = {row[0]: row[1:] for row in re.findall(r"^\| ([^|]+) \| ([^|]+) \| ([^|]+) \| ([^|]+) \|$", section, re.M)}
+    task = measured["tasks"]["pubmedqa"]
+    chosen = cells["PubMedQA, 500 expert questions"]
+    assert chosen == (scored(task["base"]), scored(task["final"]), changed(task))
+    written = {label: task[label]["generation"] for label in ("base", "final")}
+    generated = cells["the same, generated answers"]
+    assert generated == (scored(written["base"]), scored(written["final"]), changed(task["generation"]))
+    texts = {"held-out abstracts": "literature", "held-out notes": "notes", "a novel's paragraphs": "general"}
+    for told, source in texts.items():
+        found = measured["perplexity"][source]
+        shift = found["final"] / found["base"] - 1
+        assert cells[f"perplexity of {told}"] == (
+            f"{found['base']:.1f}",
+            f"{found['final']:.1f}",
+            f"−{-shift * 100:.0f} %",
+        )
+    assert f"scores {task['base']['majority']:.2f}" in section
+
+
+def scored(result):
+    low, high = result["ci95"]
+    return f"{result['accuracy']:.2f} ({low:.2f}–{high:.2f})"
+
+
+def changed(result):
+    low, high = result["difference"]["ci95"]
+    return f"{result['difference']['value']:+.2f} ({low:+.2f} to {high:+.2f}), p = {result['paired']['p_value']:.3f}"
 
 
 def test_every_example_is_in_the_table():

@@ -16,6 +16,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
+from qmedtune import recipe as schema
 from qmedtune.data import templates
 from qmedtune.data.instructions import instruction_record
 from qmedtune.data.rejects import Rejects
@@ -241,3 +242,53 @@ def test_the_comparison_is_the_generated_one():
     page = runpy.run_path(str(FOLDER / "table.py"))["page"]()
     assert page == (FOLDER / "README.md").read_text(encoding="utf-8"), "run: python recipes/systems/table.py --write"
     assert all(f"[{name}.yaml]({name}.yaml)" in page for name in SYSTEMS) and "ChatGPT" in page and "| LLaMA |" in page
+
+
+# ---- departures from the originals -----------------------------------------------------------------------------------
+
+TABLE = runpy.run_path(str(FOLDER / "table.py"))
+PLACE = re.compile(r"(likely, )?[\w-]+/[\w.-]+ [\w./-]+:\d+|not in the repository")
+# Left to the machine, or about where text comes from: no property of a system's training.
+NOT_COMPARED = {
+    "micro_batch", "embedding_lr", "horizon_steps", "optimizer", "gradient_checkpointing", "adapter", "lora", "mix",
+    "unit", "max_repeats", "data", "max_truncated_fraction", "multi_label", "train_earlier", "min_steps",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_every_key_is_compared_and_every_row_says_where_it_stands(name: str):
+    facts = TABLE["originals"]()[name]
+    assert set(TABLE["effective"](recipe(name))) == set(facts) - {"repository"}
+    rows = TABLE["departs"](name, recipe(name))
+    assert len(rows) >= 5 and all(PLACE.fullmatch(row[-1]) for row in rows), [
+        row for row in rows if not PLACE.fullmatch(row[-1])
+    ]
+
+
+def test_no_key_of_training_is_left_out():
+    sections = ("CptSection", "SftSection", "PretrainSection", "ClassifySection")
+    known = {key for section in sections for key in getattr(schema, section).model_fields}
+    assert known == set(TABLE["STAGE_KEYS"]) | NOT_COMPARED
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "key"),
+    [
+        ("alpacare", "stages[0].sft.seq_len=2048", "01-sft.seq_len"),
+        ("meditron", "stages[1].sft.betas=[0.9, 0.999]", "02-sft.betas"),
+        ("meditron", "stages[0].cpt.adam_eps=1e-8", "01-cpt.adam_eps"),
+        ("medalpaca", "adapter.r=16", "adapter.r"),
+        ("clinical_llama", "stages[1].classify.class_weights=none", "02-classify.class_weights"),
+        ("gatortrongpt", "stages[0].pretrain.max_grad_norm=0.5", "01-pretrain.max_grad_norm"),
+        ("me_llama", "stages[0].cpt.weight_decay=0", "01-cpt.weight_decay"),
+        ("pmc_llama", "stages[0].cpt.weight_decay=0.1", "01-cpt.weight_decay"),
+        ("chatdoctor", "stages[1].sft.min_lr_ratio=0.05", "02-sft.min_lr_ratio"),
+    ],
+)
+def test_a_changed_value_appears_in_the_table(name: str, change: str, key: str):
+    """Also a default that is changed: the table is made from what the recipe trains with, not from marked lines."""
+    changed = load_recipe(FOLDER / f"{name}.yaml", [change]).recipe
+    assert f"`{key}`" not in [row[1] for row in TABLE["departs"](name, recipe(name))]
+    [row] = [row for row in TABLE["departs"](name, changed) if row[1] == f"`{key}`"]
+    assert row[2] == TABLE["said"](TABLE["effective"](changed)[key])
+    assert row[2] != row[3]

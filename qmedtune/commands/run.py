@@ -169,8 +169,28 @@ def report(
         return emit(facts)
     if verify:
         print(f"{facts['files']} files in {facts['folders']} sealed folders are as they were sealed")
+        if "erased" in facts:
+            print(f"erased: {facts['erased']} files with text, by `qmedtune erase`")
     else:
         print("\n".join(str(run_dir / name) for name in facts))
+
+
+def erase(
+    run_dir: RunArgument,
+    text: Annotated[bool, typer.Option("--text", help="Remove all text of the sources.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Remove all text from a run folder; weights, figures and seals stay and can still be verified."""
+    if not text:
+        raise typer.BadParameter("say what is to be erased\nallowed: --text")
+    from qmedtune import verify as checking
+    from qmedtune.erase import erase as remove
+
+    checking.check_is_run(run_dir)
+    facts = remove(run_dir)
+    if as_json:
+        return emit(facts)
+    print(f"{run_dir}: {facts['files']} files with text erased ({facts['bytes']:,} bytes), .history and .building too")
 
 
 def selftest(as_json: JsonOption = False) -> None:

@@ -23,7 +23,7 @@ from qmedtune.errors import DataError
 from qmedtune.recipe import ClassifySection, Recipe
 
 TARGETS, LABELS, IDS, HELD_OUT = "targets.npy", "labels.json", "ids.json", "heldout"
-BETWEEN = re.compile(r"\s*[,;]\s*")
+BETWEEN = re.compile(r"[,;]")
 ALL = 2**62  # of the tokens held out: all are scored, whatever cap holds in training
 
 
@@ -89,7 +89,8 @@ def _labels(path: Path, multi_label: bool) -> Iterator[tuple[dict[str, Any], lis
             if isinstance(label, list):
                 yield record, label
             else:
-                yield record, [name for name in BETWEEN.split(label) if name] if multi_label else [label]
+                parts = [part.strip() for part in BETWEEN.split(label)]
+                yield record, [part for part in parts if part] if multi_label else [label]
 
 
 class LabelledRows(pack.PackedRows):

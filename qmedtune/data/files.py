@@ -50,7 +50,7 @@ def _closing(packed: gzip.GzipFile, stream: IO[bytes]) -> gzip.GzipFile:
 
 def _zip_of(path: Path) -> Path | None:
     """The zip archive that a path goes into, None for a path of the file system."""
-    if ".zip/" not in path.as_posix().lower():
+    if ".zip" not in str(path).lower():
         return None
     return next((parent for parent in path.parents if parent.suffix.lower() == ".zip" and parent.is_file()), None)
 

@@ -7,6 +7,7 @@ instructions.py. What is guessed of a table (separator, encoding) is told as wha
 from __future__ import annotations
 
 import re
+import struct
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,7 +36,8 @@ JSON_SCHEMAS = ("s2orc", "cord19", "bioc", "emrqa", "pubmedqa", "medqa", "medmcq
 TABLES = ("csv", "tsv", "xlsx")
 CXR_REPORT = re.compile(r"p\d+/s\d+\.txt$")
 HEAD_BYTES = 4096
-ZIP_ERRORS = (zipfile.BadZipFile, NotImplementedError, RuntimeError)  # damaged, of another method, encrypted
+# Damaged, of another method, encrypted; OSError and ValueError are zipfile's for offsets outside the file.
+ZIP_ERRORS = (*ARCHIVE_ERRORS, NotImplementedError, RuntimeError, OSError, ValueError, struct.error)
 
 
 def format_of(file: Path, format: str) -> str:
@@ -124,7 +126,7 @@ def describe(file: Path, source: SourceSection, format: str) -> str:
     if format in ("csv", "tsv"):
         try:
             return f"{format} ({csvs.find_dialect(file, wish_of(source))})"
-        except (*ARCHIVE_ERRORS, OSError):
+        except (*ARCHIVE_ERRORS, OSError, UnicodeError):
             return format
     if format == "text" and source.encoding:
         return f"text ({source.encoding})"
@@ -136,10 +138,16 @@ def _expanded(stream: Iterator[tuple[int, Any]], instructions: bool) -> Iterator
     for number, fields in stream:
         if not isinstance(fields, dict):
             yield number, fields
-        elif "resourceType" in fields or isinstance(fields.get("resource"), dict):
+        elif "resourceType" in fields or _is_entry(fields):
             yield from ((number, found) for found in fhir.documents(fields))
         else:
             yield from ((number, found) for found in notes.expand(fields, instructions))
+
+
+def _is_entry(fields: dict[str, Any]) -> bool:
+    """Whether a row is an entry of a FHIR Bundle."""
+    resource = fields.get("resource")
+    return isinstance(resource, dict) and "resourceType" in resource
 
 
 def _members(file: Path, source: SourceSection) -> Iterator[tuple[int, Any]]:
@@ -158,6 +166,8 @@ def _members(file: Path, source: SourceSection) -> Iterator[tuple[int, Any]]:
                 for found in _member(path, source):
                     number += 1
                     yield number, found
+    except DataError:
+        raise
     except ZIP_ERRORS:
         yield number + 1, Unread("zip archive is truncated, corrupt or encrypted from here on")
 

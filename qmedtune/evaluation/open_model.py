@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from qmedtune import base as bases
-from qmedtune import store, ui
+from qmedtune import hub, store, ui
 from qmedtune.data import outcomes, templates
 from qmedtune.errors import RecipeError, RunError
 from qmedtune.planning.machine import this_machine
@@ -86,7 +86,8 @@ def _of_run(name: str, folder: Path) -> Location:
             f"{folder}: this run has no merged model yet\n"
             "finish it with `qmedtune run`, or name the adapter folder of a finished stage"
         )
-    check_intact(merged if merged.name == "merged" else merged.parent, full=False)
+    # In full: the weights are read anyway, and a bit that flipped under an unchanged time is seen by nothing else.
+    check_intact(merged if merged.name == "merged" else merged.parent, full=True)
     stages = sorted(path for path in folder.glob("[0-9][0-9]-*") if (path / templates.FILE).is_file())
     template = templates.load(stages[-1]) if stages else _template_beside(merged)
     recipe = Recipe.model_validate(json.loads((folder / "run.json").read_text(encoding="utf-8"))["recipe"])
@@ -118,6 +119,8 @@ def _of_adapter(name: str, folder: Path, base: str | None, offline: bool) -> Loc
     named = base or json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
     below = (None if base else bases.base_in_run(folder, named)) or _base_folder(named, offline)
     bases.check_base(folder, below)
+    if store.read_seal(folder.parent):  # the adapter of a run's stage
+        check_intact(folder.parent, full=True)
     saved = [place for place in (folder, folder.parent) if (place / templates.FILE).is_file()]
     template = templates.load(saved[0]) if saved else _template_beside(below)
     return Location(name, "adapter", below, (folder,), template)
@@ -153,10 +156,11 @@ def open_model(location: Location, quantization: Quantization | None = None) -> 
     dtype = "bfloat16" if machine.bf16 else "float16" if machine.is_gpu else "float32"
     precision = quantization or ("nf4" if location.adapters else "none")
     section = ModelSection(base=str(location.base), quantization=precision, compute_dtype=dtype, attention="sdpa")
-    tokenizer = models.load_tokenizer(location.base)
-    model = models.load_base(location.base, section)
-    models.check_tokenizer(tokenizer, model, location.base)
-    if location.adapters:
-        model = models.load_adapters(model, location.adapters)
-    models.install_kernels(model, section.kernels)  # type: ignore[arg-type]
+    with hub.closed():
+        tokenizer = models.load_tokenizer(location.base)
+        model = models.load_base(location.base, section)
+        models.check_tokenizer(tokenizer, model, location.base)
+        if location.adapters:
+            model = models.load_adapters(model, location.adapters)
+        models.install_kernels(model, section.kernels)  # type: ignore[arg-type]
     return OpenModel(location, model.eval(), tokenizer, precision, dtype)

@@ -50,7 +50,12 @@ def read_model(folder: Path, dtype: torch.dtype) -> ReadModel:
     logging.set_verbosity_error()  # of ends that are not tied, of buffers of old checkpoints: judged by the proof
     try:
         found: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            attn_implementation="eager",  # a config may name code of the Hub
+            output_loading_info=True,
         )
     finally:
         logging.set_verbosity(said)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from qmedtune import ui
-from qmedtune.errors import MergeRefused
+from qmedtune.errors import MergeRefused, RunError
 from qmedtune.merging.diagnosis import diagnose, place_of
 from qmedtune.merging.disk_llama import EMBEDDING, HEAD, DiskLlama
 from qmedtune.merging.elements import ElementCheck, Expected
@@ -105,7 +105,10 @@ class Proof:
     ) -> None:  # fmt: skip
         self.base, self.reference, self.merged = base, reference, merged
         self.section, self.model, self.rounding, self.pool = section, model, rounding, pool
-        self.written = read_model(merged, rounding.dtype)
+        try:
+            self.written = read_model(merged, rounding.dtype)
+        except RunError as error:
+            raise MergeRefused(str(error), {}) from error
 
     def check_nf4(self) -> None:
         """The values of NF4 come from own code (nf4_roundtrip.py): bitsandbytes, some hundred times as slow, reads the
@@ -249,7 +252,9 @@ class Proof:
 
 
 def _round(expected: Expected, weight: Tensor, rounding: Rounding) -> Tensor:
-    """The whole tensor as the merge would write it, block by block."""
+    """The whole tensor as the merge would write it, block by block; itself, where nothing changes it."""
+    if not expected.changed_by_training and weight.dtype == rounding.dtype:
+        return weight
     out = torch.empty(weight.shape, dtype=rounding.dtype)
     for rows in row_blocks(tuple(weight.shape)):
         block = in_fp32(weight[rows])

@@ -22,6 +22,7 @@ from qmedtune.parsing.strict_yaml import Document, KeyPath, Problem
 from qmedtune.recipe import Recipe
 
 MAX_LINES = 6
+MAX_PROBLEMS = 500  # that are looked into: six are shown, and the nearest right word to each costs half a millisecond
 MAX_LINE_CHARS = 300
 REMOTE_CODE = "code from a model folder is never run and cannot be asked for; remove the key"
 
@@ -165,44 +166,45 @@ def _no_item(path: KeyPath, here: Any) -> str:
 def _validate(document: Document, places: Places) -> Recipe:
     """The recipe, or RecipeError with every problem of syntax, schema and references at once."""
     problems = list(document.problems)
-    recipe = None
+    recipe, unread = None, 0
     if isinstance(document.data, dict):
         try:
             recipe = Recipe.model_validate(document.data)
         except ValidationError as error:
             problems += [Problem(path, 0, text) for path, text in _schema_problems(error, document.data)]
+            unread = max(0, error.error_count() - MAX_PROBLEMS)
         problems += [Problem(path, 0, text) for path, text in checks.references(document.data)]
     elif not problems:
         problems.append(Problem((), 1, "a recipe is a mapping of sections (`name: ...`, `model: ...`, `data: ...`)"))
     if recipe is not None and not problems:
         problems += [Problem(path, 0, text) for path, text in checks.contradictions(recipe)]
     if recipe is None or problems:
-        raise RecipeError(_listed(problems, places))
+        raise RecipeError(_listed(problems, places, unread))
     return recipe
 
 
-def _listed(problems: list[Problem], places: Places) -> str:
-    """One line per key, in the order of the file, at most six lines."""
+def _listed(problems: list[Problem], places: Places, unread: int = 0) -> str:
+    """One line per key, in the order of the file, at most six lines; `unread`: how many more were not looked into."""
     first = {problem.path or (problem.line,): problem for problem in reversed(problems)}
     ordered = sorted(first.values(), key=lambda p: (p.line or places.nearest(p.path), show_path(p.path)))
     lines = [places.line_of(problem.path, problem.text, problem.line) for problem in ordered]
     if len(lines) > MAX_LINES:
-        lines[MAX_LINES - 1 :] = [f"... and {len(lines) - MAX_LINES + 1} more"]
+        lines[MAX_LINES - 1 :] = [f"... and {len(lines) - MAX_LINES + 1 + unread:,} more"]
     return "\n".join(lines)
 
 
 def _schema_problems(error: ValidationError, tree: dict[str, Any]) -> Iterator[tuple[KeyPath, str]]:
     """Pydantic's findings at key paths of the tree: one per path, and none that a deeper one explains."""
     found: dict[KeyPath, str] = {}
-    for item in error.errors(include_url=False):
+    for item in error.errors(include_url=False)[:MAX_PROBLEMS]:
         path, value = _locate(tree, item["loc"])
         if item["type"] == "missing":
             path = (*path, item["loc"][-1])
         found.setdefault(path, _explain(item, path, value))
     mistyped = {(*path[:-1], near[0]) for path in found if _is_unknown(path) and len(near := _near_keys(path)) == 1}
+    above = {path[:length] for path in found for length in range(len(path))}
     for path, text in found.items():
-        explained = any(other[: len(path)] == path for other in found if len(other) > len(path))
-        if not explained and not (text.startswith("missing") and path in mistyped):
+        if path not in above and not (text.startswith("missing") and path in mistyped):
             yield path, text
 
 

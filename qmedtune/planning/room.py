@@ -127,6 +127,12 @@ def _file_bytes(path: Path) -> int:
         return 0
 
 
+def host_phases(facts: BaseFacts, setups: list[Setup], *, gpu: bool) -> dict[str, int]:
+    """Host memory by phase, in bytes: the most that any stage takes."""
+    phases = [memory.host_memory(facts, setup, gpu=gpu, merge=True) for setup in setups]
+    return {name: max(phase[name] for phase in phases) for name in phases[0]}
+
+
 def _check_machine(facts: BaseFacts, setups: list[Setup]) -> None:
     here = this_machine()
     if not here.is_gpu and not facts.builtin and facts.parameters >= GPU_PARAMETERS:
@@ -134,8 +140,7 @@ def _check_machine(facts: BaseFacts, setups: list[Setup]) -> None:
             f"no GPU here: training {units.count(facts.parameters)} parameters on a CPU takes days. Ask "
             "`qmedtune doctor`; on Colab: Runtime > Change runtime type > T4 GPU. --smoke rehearses without a GPU"
         )
-    phases = [memory.host_memory(facts, setup, gpu=here.is_gpu, merge=True) for setup in setups]
-    refuse_too_little_memory({name: max(phase[name] for phase in phases) for name in phases[0]}, here.host_bytes)
+    refuse_too_little_memory(host_phases(facts, setups, gpu=here.is_gpu), here.host_bytes)
 
 
 def text_bytes(source: SourceSection) -> int:

@@ -34,12 +34,18 @@ def _steps(plan: dict[str, Any]) -> Table:
 
 def _data(plan: dict[str, Any]) -> Table:
     rows = [
-        [d["source"], "not found here", "", ""]
+        [d["source"], "not found here", "", "", ""]
         if d["missing"]
-        else [d["source"], count(d["records"]), _about(d["tokens"], d["spread"]), size(d["read_bytes"])]
+        else [
+            d["source"],
+            count(d["records"]),
+            count(d["sampled"]),
+            _about(d["tokens"], d["spread"]),
+            size(d["read_bytes"]),
+        ]
         for d in plan["data"]
     ]
-    return Table("Data for training (sampled)", ["source", "records", "tokens", "files"], rows)
+    return Table("Data for training (sampled)", ["source", "records", "looked at", "tokens", "files"], rows)
 
 
 def _stages(plan: dict[str, Any]) -> Table:

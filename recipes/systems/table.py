@@ -11,6 +11,9 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from qmedtune.parsing.loader import load_recipe
 from qmedtune.recipe import MixSection, Recipe, StageSection
@@ -24,6 +27,16 @@ SYSTEMS = {
 COLUMNS = ("System", "Recipe", "Base", "Stages", "Text read on", "Instructions", "Prompt", "Loss on", "Tokens per row")
 TAG = re.compile(r"^\s*(?:- )?(?P<key>[\w.]+):\s*(?P<value>.*?)\s+# \[(?P<tag>fixed|QLoRA)\]\s*(?P<why>.*)$")
 TEXT_KINDS = {"literature": "literature", "clinical": "clinical notes", "general": "general text"}
+
+# What a stage's training is told by; its other keys are left to the machine or say where text comes from.
+STAGE_KEYS = (
+    "seq_len", "batch", "lr", "schedule", "warmup", "min_lr_ratio", "horizon_ratio", "weight_decay", "betas",
+    "adam_eps", "max_grad_norm", "epochs", "tokens", "loss_on", "packing", "class_weights",
+)  # fmt: skip
+# What is so in every recipe and no key of one.
+ALWAYS = {"documents": "isolated, several in a row", "bos": "each document"}
+NO_INPUT = {"medalpaca": "an empty heading"}  # template -> what it prints where a record has no input
+NOWHERE = "not in the repository"
 
 INTRODUCTION = """\
 # The field as recipes
@@ -41,6 +54,11 @@ None of these recipes claims the scores of the original: those were reached with
 text that is not public. They repeat the *procedure*, so that procedures can be compared on your data.
 
 This page is generated: `python recipes/systems/table.py --write`.
+"""
+DEPARTURES = """\
+Every key of training in which a recipe's effective value, defaults included, is not the original's, from
+`originals.yml` beside this page; `?` is what nobody can tell. All recipes keep documents apart in attention and begin
+each with the tokenizer's first token, unlike originals that join them.
 """
 CLOSED = (
     "ChatGPT, GPT-4", "none: closed", "not released", "none", "not told", "not told", "their interface", "none", "–",
@@ -62,6 +80,7 @@ def page() -> str:
     recipes = {name: load_recipe(HERE / f"{name}.yaml") for name in SYSTEMS}
     rows = [BASE, *(row(SYSTEMS[name], name, loaded.recipe) for name, loaded in recipes.items()), CLOSED]
     changes = [change for name, loaded in recipes.items() for change in changed(SYSTEMS[name], loaded.text)]
+    departures = [line for name, loaded in recipes.items() for line in departs(name, loaded.recipe)]
     parts = [
         INTRODUCTION,
         "## Side by side\n",
@@ -73,6 +92,9 @@ def page() -> str:
             [line for name, loaded in recipes.items() for line in stages(SYSTEMS[name], loaded.recipe)],
         ),
         "## What differs from the originals\n",
+        DEPARTURES,
+        markdown(("System", "Key", "Here, in effect", "Original", "Where it stands"), departures),
+        "## Why\n",
         "Lines that a recipe marks; defects that take more than a line stand at its head.\n",
         markdown(("System", "Key", "Here", "Why", "Original"), changes),
     ]
@@ -156,6 +178,63 @@ def warmup(stage: StageSection) -> str:
     if isinstance(given, str):
         return given
     return f"{given.steps} steps" if given.steps is not None else f"{given.ratio:.3g} of the horizon"
+
+
+def originals() -> dict[str, dict[str, Any]]:
+    """originals.yml: {system: {"repository": owner/name, key: [value or null, where it stands]}}."""
+    return yaml.safe_load((HERE / "originals.yml").read_text(encoding="utf-8"))
+
+
+def effective(recipe: Recipe) -> dict[str, Any]:
+    """What a recipe trains with, defaults included, by the keys of originals.yml."""
+    found: dict[str, Any] = {"model.quantization": recipe.model.quantization}
+    if not all(stage.full for stage in recipe.stages):
+        found |= {f"adapter.{key}": getattr(recipe.adapter, key) for key in ("r", "alpha", "dropout", "targets")}
+    found |= {f"hygiene.dedup.{key}": getattr(recipe.hygiene.dedup, key) for key in ("exact", "near")}
+    found["hygiene.decontaminate"] = recipe.hygiene.decontaminate
+    instructions = [recipe.data[name] for name in recipe.used_sources() if recipe.data[name].kind == "instructions"]
+    if instructions:
+        held = sorted({source.holdout for source in instructions})
+        found["data.holdout"] = held[0] if len(held) == 1 else held
+        found["data.no_input"] = NO_INPUT.get(str(instructions[0].template), "no heading")
+    found |= {"validate.keep_best": recipe.validation.keep_best, **ALWAYS}
+    for name, stage in zip(recipe.stage_names(), recipe.stages, strict=True):
+        found |= {f"{name}.{key}": value for key, value in stage_values(stage).items()}
+    return found
+
+
+def stage_values(stage: StageSection) -> dict[str, Any]:
+    section = stage.section.model_dump(mode="json", exclude_none=True)
+    values = {key: section.get(key) for key in STAGE_KEYS if key in type(stage.section).model_fields}
+    own = stage.section.lora
+    return values | ({f"lora.{key}": getattr(own, key) for key in ("r", "alpha", "dropout")} if own else {})
+
+
+def departs(name: str, recipe: Recipe) -> list[tuple[str, ...]]:
+    """The rows of one system. What the original does not tell is a departure too: nobody can say that it is none."""
+    facts = originals()[name]
+    rows = []
+    for key, here in effective(recipe).items():
+        there, where = facts[key]
+        if there is None and (here is None or where != NOWHERE):  # no horizon of its own on either side
+            continue
+        if said(here) != said(there):
+            place = where if where.startswith(("likely", NOWHERE)) else f"{facts['repository']} {where}"
+            rows.append((SYSTEMS[name], f"`{key}`", said(here), "?" if there is None else said(there), place))
+    return rows
+
+
+def said(value: Any) -> str:
+    """A value as a recipe writes it; numbers alike whatever their type."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (int, float)):
+        return f"{value:g}" if abs(value) < 1e6 else f"{value:,}"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {said(each)}" for key, each in value.items() if each is not None)
+    return ", ".join(map(said, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def changed(title: str, text: str) -> list[tuple[str, ...]]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ def of_json(entry: dict[str, Any]) -> Document:
     """The document of a JSON object with `passages`. Raises `Unusable`."""
     found = document(entry.get("id"), [_passage(passage) for passage in entry["passages"]])
     pmid = found.pmid or entry.get("pmid")
-    return replace(found, schema="BioC", pmid=str(pmid) if pmid else None)
+    return found._replace(schema="BioC", pmid=str(pmid) if pmid else None)
 
 
 def _passage(passage: Any) -> Passage:

@@ -12,7 +12,7 @@ from lxml import etree  # pyright: ignore[reportAttributeAccessIssue]
 from qmedtune.data.files import ARCHIVE_ERRORS, open_bytes
 from qmedtune.data.reading import xml_files
 from qmedtune.data.reading.document import Document
-from qmedtune.data.rejects import Damaged, Unread, Unusable
+from qmedtune.data.rejects import Damaged, Refused, Unread
 
 TEXTS = ("TEXT", "text")
 RECORDS = ("RECORD", "record", "doc")  # several notes in one file: de-identification 2006, obesity 2008
@@ -92,7 +92,7 @@ def read_ccda(path: Path) -> Iterator[xml_files.Item]:
     yield 1, xml_files.read_file(path, _cda)
 
 
-def _cda(root: Any) -> Document | Damaged:
+def _cda(root: Any) -> Document | Damaged | Refused:
     if root.tag != f"{CDA}ClinicalDocument":
         return Damaged(f"XML is not a C-CDA document: its root is `{xml_files.local(root)[:40]}`")
     xml_files.name_entities(root)
@@ -105,7 +105,8 @@ def _cda(root: Any) -> Document | Damaged:
             parts += [f"## {' '.join(heading.split())}"] if heading and heading.strip() else []
             parts.append(said)
     if len(parts) < 2:
-        raise Unusable("C-CDA document without a narrative section")
+        embedded = next(root.iter(f"{CDA}nonXMLBody"), None) is not None
+        return Refused(f"C-CDA document without a narrative section{' (a file is embedded)' if embedded else ''}")
     patient = root.find(f"{CDA}recordTarget/{CDA}patientRole/{CDA}id")
     name = root.find(f"{CDA}id")
     unread = ("entry",) if next(root.iter(f"{CDA}entry"), None) is not None else ()

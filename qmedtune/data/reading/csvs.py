@@ -165,7 +165,8 @@ class _Recoded(io.RawIOBase):
 
     def __init__(self, file: IO[bytes], dialect: Dialect):
         self._file, self._left = file, b""
-        self._decode = codecs.getincrementaldecoder(dialect.encoding)("surrogateescape").decode
+        wide = dialect.encoding.lower().startswith(("utf-16", "utf-32"))  # have no bytes to keep: marks instead
+        self._decode = codecs.getincrementaldecoder(dialect.encoding)("replace" if wide else "surrogateescape").decode
         self._old_end = dialect.line_end == "\r"
         self._was_return = False
 
@@ -218,6 +219,9 @@ def read_table(path: Path, wish: Wish) -> Iterator[Row]:
     """Rows of a file with a header; quoted fields may hold newlines. `line` is the row's first line."""
     try:
         dialect = find_dialect(path, wish)
+    except UnicodeError:
+        yield 1, Unread(f"not {wish.encoding}, which `encoding:` says")
+        return
     except ARCHIVE_ERRORS:
         yield 1, Unread("archive is truncated or corrupt from here on")
         return

@@ -14,8 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lxml import etree  # pyright: ignore[reportAttributeAccessIssue]
-
 from qmedtune.data.files import ARCHIVE_ERRORS, MAX_MEMBER_BYTES, open_bytes
 from qmedtune.data.reading import markup, xml_files
 from qmedtune.data.reading.document import Document
@@ -42,7 +40,7 @@ def read_jats(path: Path) -> Iterator[xml_files.Item]:
     """One article per file, the articles of a set, or those of a bulk `.tar`/`.tar.gz` without unpacking it to disk."""
     if is_tar(path):
         yield from _members(path)
-    elif _is_set(path):
+    elif path.suffix != ".nxml" and _is_set(path):
         yield from xml_files.read_each(path, ARTICLES, article)
     else:
         yield 1, xml_files.read_file(path, article)
@@ -85,8 +83,8 @@ def article(root: Any) -> Document | Damaged | Refused:
     """The document of an `article` element. Raises `Unusable`."""
     if local(root) != "article":
         return Damaged(f"XML is not a JATS article, nor of another known format: its root is `{local(root)[:40]}`")
-    if namespace := etree.QName(root).namespace:
-        xml_files.without_namespace(root, namespace)
+    if root.tag[0] == "{":
+        xml_files.without_namespace(root, root.tag[1:].partition("}")[0])
     meta = root.find("front/article-meta")
     if meta is None:
         if root.find("front") is None:
@@ -116,10 +114,6 @@ def _parts(root: Any, meta: Any) -> list[str]:
     return blocks
 
 
-def _is_citation(xref: Any) -> bool:
-    return xref.get("ref-type") == "bibr"
-
-
 def _prune(root: Any) -> tuple[str, ...]:
     """Empty what has no reading value, put in what markup means, mark paragraphs that hold blocks; the names of what
     is left out.
@@ -134,7 +128,7 @@ def _prune(root: Any) -> tuple[str, ...]:
                 if waste.tag in TOLD:
                     unread.add(waste.tag)
                 waste.clear(keep_tail=True)
-            markup.resolve(element, _is_citation)
+            markup.resolve(element, ("ref-type", "bibr"))
             for line in element.iter("break"):
                 line.text = " "
             for container in element.iter(*NESTED):

@@ -11,21 +11,21 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from lxml import etree  # pyright: ignore[reportAttributeAccessIssue]
-
 RAISED = str.maketrans("0123456789+-−–=()ni", "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁻⁻⁼⁽⁾ⁿⁱ")
 LOWERED = str.maketrans("0123456789+-−–=()", "₀₁₂₃₄₅₆₇₈₉₊₋₋₋₌₍₎")
 SIGNS = "+-−–"
-CITED = "\ufdd0"  # a noncharacter of Unicode stands for a citation until its brackets are gone with it
+CITED = "\x7f"  # stands for a citation until its brackets are gone with it: in ASCII, so that ASCII text stays so
 # A number, or several as a list or range; of four digits it is a year, which belongs to an author's name.
 NUMBER = re.compile(
     r"[\s\[(]*+[A-Za-z]?\d{1,3}[a-z]?(?:[\s,;–—‐−-]++(?:and\s++)?\[?[A-Za-z]?\d{1,3}(?!\d)[a-z]?\]?)*+[\s\])]*+[,;.]?\s*+"
 )
-# Citations with what separates them, and the brackets (and one blank before) that hold nothing else.
-MORE = rf"(?:\s*+(?:[,;–—‐−-]|and|&)?\s*+{CITED})*+"
-BRACKETED = re.compile(
-    rf"\s?\[\s*+{CITED}{MORE}\s*+\]|\s?\(\s*+{CITED}{MORE}\s*+\)|\s?{CITED}{MORE}(?=[\s.,;:)\]]|$)|{CITED}{MORE}"
-)
+BETWEEN = re.compile(r"\s*+(?:[,;–—‐−-]|and|&)?\s*+")  # what separates the citations of one place
+IN_BRACKETS = re.compile(
+    rf" \[{CITED}(?:[,;–-] ?{CITED})*+\]"
+)  # nine of ten; its three first characters are searched fast
+USUAL = frozenset((",", ", ", "–", "-", ";", "; "))
+BRACKETS = {"[": "]", "(": ")"}
+CLOSING = ".,;:)]"
 # `1-` before and `-3` after a citation inside one `sup`: a range of which one end is a link.
 RANGE_ENDS = re.compile(rf"^\s*\d+\s*[,;–—-]\s*(?={CITED})|(?<={CITED})\s*[,;–—-]\s*\d+\s*$")
 INLINE = frozenset(
@@ -53,8 +53,30 @@ def is_number(text: str) -> bool:
 
 
 def without_marks(text: str) -> str:
-    """The text without the marks of citations, nor the brackets that hold nothing else."""
-    return BRACKETED.sub("", text) if CITED in text else text
+    """The text without the marks of citations, nor the brackets that hold nothing else, nor a blank before them."""
+    if CITED not in text:
+        return text
+    text = IN_BRACKETS.sub("", text)
+    if CITED not in text:
+        return text
+    first, *rest = text.split(CITED)
+    kept = [first]
+    for number, piece in enumerate(rest):
+        if number < len(rest) - 1 and (piece in USUAL or BETWEEN.fullmatch(piece)):
+            continue
+        kept[-1], piece = _joined(kept[-1], piece)
+        kept.append(piece)
+    return "".join(kept)
+
+
+def _joined(before: str, after: str) -> tuple[str, str]:
+    """What stands before and after citations that are taken out."""
+    opened, closed = before.rstrip(), after.lstrip()
+    if opened and closed and BRACKETS.get(opened[-1]) == closed[0]:
+        before, after = opened[:-1], closed[1:]
+    elif closed == after and after and after[0] not in CLOSING:
+        return before, after
+    return before[:-1] if before[-1:].isspace() else before, after
 
 
 def without_citations(text: str, places: Iterable[tuple[int, int]]) -> str:
@@ -67,34 +89,56 @@ def without_citations(text: str, places: Iterable[tuple[int, int]]) -> str:
     return without_marks("".join([*parts, text[at:]]))
 
 
-def resolve(root: Any, is_citation: Any, raised: str = "sup", lowered: str = "sub") -> None:
+def resolve(root: Any, citation: tuple[str, str] | None = None) -> None:
     """Put into the elements below `root`, as text, what their markup means. Marks of citations stay for
-    `without_marks`, which is asked of each whole paragraph."""
-    for cited in list(root.iter("xref", "ref")):
-        if is_citation(cited) and is_number("".join(cited.itertext())):
-            _become(cited, CITED)
+    `without_marks`, which is asked of each whole paragraph.
+
+    citation: attribute and value of an `xref` or `ref` that is one; None where there are none.
+    """
+    if citation is not None:
+        attribute, value = citation
+        for cited in root.iter("xref", "ref"):
+            if cited.get(attribute) != value:
+                continue
+            text = cited.text
+            if text and len(text) <= 3 and text.isdecimal() and not len(cited):
+                cited.text = CITED  # three of four
+            elif is_number(_words(cited)):
+                _become(cited, CITED)
     for formula in list(root.iter("{http://www.w3.org/1998/Math/MathML}math", "math")):
         _become(formula, _math(formula))
-    for element in list(root.iter(raised, lowered)):
-        _script(element, element.tag == raised)
+    for element in root.iter("sup", "sub"):
+        _script(element, element.tag == "sup")
+
+
+def _words(element: Any) -> str:
+    """All text of an element; most have no children, and then it is one attribute."""
+    return "".join(element.itertext()) if len(element) else element.text or ""
 
 
 def _become(element: Any, text: str) -> None:
     """Replace what an element holds by a text; what follows it stays."""
-    element.clear(keep_tail=True)
+    if len(element):
+        element.clear(keep_tail=True)
     element.text = text
 
 
 def _script(element: Any, is_raised: bool) -> None:
-    said = "".join(element.itertext()).strip()
+    earlier, parent, after = element.getprevious(), element.getparent(), element.tail
+    before = parent.text if earlier is None else earlier.tail
+    if before and after and not len(element) and not _touches(before[-1]) and not after[0].isdecimal():
+        return  # CO2 and m2: two thirds of all, told without looking further
+    said = _words(element).strip()
     mark = ""
     if CITED in said:
-        mark, said = CITED, without_marks(RANGE_ENDS.sub("", said)).strip(" \t\n,;[]()–—-")
+        mark, said = CITED, RANGE_ENDS.sub("", said).replace(CITED, "").strip(" \t\n,;[]()–—-")
     is_number = said[:1].isdecimal() or (said[:1] in SIGNS and said[1:2].isdecimal())
     if is_number and (_touches(_before(element)) or _after(element).isdecimal()):
         _become(element, written(said, is_raised) + mark)
     elif mark and not said:
         _become(element, mark)
+    elif said[-1:].isdecimal() and _after(element).isdecimal():
+        element.tail = f" {element.tail or ''}"  # H-1 as an index, and 2.56 behind it
 
 
 def _touches(before: str) -> bool:
@@ -146,7 +190,7 @@ def _after(element: Any) -> str:
 
 def _math(element: Any) -> str:
     """A formula in one line: `10^9`, `x_1^2`, `(a + b)/2`, `sqrt(2)`."""
-    name = etree.QName(element).localname if isinstance(element.tag, str) else ""
+    name = element.tag.rpartition("}")[2] if isinstance(element.tag, str) else ""
     if name == "semantics" and len(element):
         return _math(element[0])
     if name in ("annotation", "annotation-xml", ""):

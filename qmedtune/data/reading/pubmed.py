@@ -26,10 +26,9 @@ SETS = ("PubmedArticleSet", "PubmedBookArticleSet", "MedlineCitationSet", *RECOR
 RETRACTED = frozenset(("Retracted Publication", "Retraction of Publication"))
 NO_TITLE = re.compile(r"\[?not available\]?\.?", re.IGNORECASE)
 # Told in the ledger where they are there: what a record holds beside title and abstract.
-UNREAD = {
-    "OtherAbstract": "MedlineCitation/OtherAbstract", "KeywordList": "MedlineCitation/KeywordList",
-    "MeshHeadingList": "MedlineCitation/MeshHeadingList", "Sections": "BookDocument/Sections",
-}  # fmt: skip
+UNREAD = frozenset(("OtherAbstract", "KeywordList", "MeshHeadingList", "Sections"))
+TITLES = ("ArticleTitle", "VernacularTitle")
+FLAT = frozenset(("i", "u", "b", "AbstractText", *TITLES))  # what means nothing for the words in it
 
 
 def read_pubmed(path: Path) -> Iterator[Item]:
@@ -45,35 +44,44 @@ def record(element: Any) -> Document | dict[str, Any] | Damaged | Refused:
     if element.tag == "DeleteCitation":
         return {"deleted": [e.text for e in element.findall("PMID")]}
     citation = element if element.tag == "MedlineCitation" else element.find("MedlineCitation")
-    article = element.find("BookDocument") if citation is None else citation.find("Article")
-    pmid = (article if citation is None else citation).findtext("PMID") if article is not None else None
+    holder = element.find("BookDocument") if citation is None else citation
+    if holder is None:
+        return Damaged("PubMed record without PMID or article")
+    held = {child.tag: child for child in holder}  # one pass: a search for each would take twice as long
+    article = holder if citation is None else held.get("Article")
+    pmid = held["PMID"].text if "PMID" in held else None
     if not pmid or article is None:
         return Damaged("PubMed record without PMID or article")
-    kinds = {e.text for e in article.iterfind("PublicationTypeList/PublicationType")}
-    if kinds & RETRACTED:
+    inside = {child.tag: child for child in article}
+    kinds = {kind.text for kind in inside.get("PublicationTypeList", ())}
+    if not kinds.isdisjoint(RETRACTED):
         return Refused("retracted")
-    body = _abstract(article)
+    body = _abstract(inside["Abstract"]) if "Abstract" in inside else []
     if not body:
         return Refused("no abstract")
-    unread = tuple(name for name, place in UNREAD.items() if element.find(place) is not None)
-    text = "\n".join(part for part in (_title(article), *body) if part)
-    return Document(pmid, text, pmid=pmid, language=article.findtext("Language") or None, versioned=True, unread=unread)
+    text = "\n".join([*_title(article, inside), *body])
+    language = article.findtext("Language") if "Language" in inside else None
+    unread = () if UNREAD.isdisjoint(held) else tuple(sorted(UNREAD & held.keys()))
+    return Document(pmid, text, pmid=pmid, language=language or None, versioned=True, unread=unread)
 
 
-def _title(article: Any) -> str:
+def _title(article: Any, inside: dict[str, Any]) -> list[str]:
     """ArticleTitle; where there is none, or only the note that it is missing, the original's or the book's."""
-    for place in ("ArticleTitle", "VernacularTitle", "Book/BookTitle"):
-        title = article.find(place)
-        if title is not None:
-            said = _said(title)
+    for place in TITLES:
+        if place in inside:
+            said = _said(inside[place])
             if said and not NO_TITLE.fullmatch(said):
-                return said
-    return ""
+                return [said]
+    book = article.find("Book/BookTitle") if "Book" in inside else None
+    said = "" if book is None else _said(book)
+    return [said] if said else []
 
 
-def _abstract(article: Any) -> list[str]:
+def _abstract(abstract: Any) -> list[str]:
     parts = []
-    for section in article.iterfind("Abstract/AbstractText"):
+    for section in abstract:
+        if section.tag != "AbstractText":
+            continue
         text, label = _said(section), section.get("Label")
         if text:
             parts.append(f"{label}: {text}" if label and label != "UNLABELLED" else text)
@@ -81,14 +89,23 @@ def _abstract(article: Any) -> list[str]:
 
 
 def _said(element: Any) -> str:
-    if len(element):
+    if not len(element):
+        return xml_files.tidy(element.text or "")
+    tags = {below.tag for below in element.iter()}
+    if not tags <= FLAT:
         xml_files.name_entities(element)
-        markup.resolve(element, lambda _: False)
-        for bold in element.iter("b"):
-            after = bold.getnext()
-            if not bold.tail and after is not None and after.tag == "b":
-                bold.tail = BREAK  # lines of a summary, each set in bold (case reports)
+        markup.resolve(element)
+    if "b" in tags:
+        _mark_lines(element)
     return plain(element)
+
+
+def _mark_lines(element: Any) -> None:
+    """Lines of a summary, each set in bold (case reports)."""
+    for bold in element.iter("b"):
+        after = bold.getnext()
+        if not bold.tail and after is not None and after.tag == "b":
+            bold.tail = BREAK
 
 
 class LatestFirst:
@@ -102,7 +119,7 @@ class LatestFirst:
     def __init__(self, path: Path):
         self.deleted: list[str] = []
         self._blocks: list[bytes] = []
-        self._pack = zstandard.ZstdCompressor(level=3)
+        self._pack = zstandard.ZstdCompressor(level=1)
         rows: list[list[Any]] = []
         for number, item in read_pubmed(path):
             if isinstance(item, dict):
@@ -128,7 +145,8 @@ KINDS = {made.__name__: made for made in (Document, Damaged, Refused, Unread)}
 
 
 def _row(number: int, item: Document | Damaged | Refused) -> list[Any]:
-    return [number, type(item).__name__, list(vars(item).values())]
+    said = item if isinstance(item, Document) else vars(item).values()
+    return [number, type(item).__name__, list(said)]
 
 
 # ---- MEDLINE text ----------------------------------------------------------------------------------------------------

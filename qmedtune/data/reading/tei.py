@@ -35,7 +35,7 @@ def document(root: Any) -> Document | Damaged:
         waste.clear(keep_tail=True)
     for raised in root.iter("hi"):
         raised.tag = {"superscript": "sup", "subscript": "sub"}.get(raised.get("rend", ""), "hi")
-    markup.resolve(root, lambda ref: ref.get("type") == "bibr")
+    markup.resolve(root, ("type", "bibr"))
     title = root.find("teiHeader/fileDesc/titleStmt/title")
     heading = plain(title) if title is not None else ""
     parts = [f"# {heading}"] if heading else []

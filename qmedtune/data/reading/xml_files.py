@@ -28,6 +28,8 @@ PARSER = etree.XMLParser(**SAFE)
 HEAD_BYTES = 1 << 14
 BREAK = "\ufdd1"  # a noncharacter of Unicode: a line that ends here, through the collapsing of spaces
 ODD_SPACES = "\n\t\r\f\v\x1c\x1d\x1e\x1f"  # what str.split() splits at in ASCII, beside the space
+EVERY_SPACE = ODD_SPACES + "\x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
+EVERY_SPACE += "\u2028\u2029\u202f\u205f\u3000"
 Item = tuple[int, Any]
 
 
@@ -48,8 +50,8 @@ def root_of(path: Path) -> Root | None:
                 data = file.read(HEAD_BYTES)
                 parser.feed(data)
                 for _, element in parser.read_events():
-                    name = etree.QName(element)
-                    return Root(name.localname, name.namespace or "")
+                    space, _, _ = element.tag[1:].partition("}") if element.tag[0] == "{" else ("", "", "")
+                    return Root(local(element), space)
                 if not data:
                     return None
         except (etree.XMLSyntaxError, *ARCHIVE_ERRORS):
@@ -100,18 +102,15 @@ def plain(element: Any) -> str:
 
 
 def tidy(text: str) -> str:
-    text = single_spaced(text)
-    if text.isascii():
-        return text
-    text = markup.without_marks(text)
-    return text if BREAK not in text else "\n".join(line.strip() for line in text.split(BREAK)).strip()
+    text = markup.without_marks(single_spaced(text))
+    return (
+        text if text.isascii() or BREAK not in text else "\n".join(line.strip() for line in text.split(BREAK)).strip()
+    )
 
 
 def single_spaced(text: str) -> str:
-    """Spaces collapsed, in ASCII by plain replacement: that is ten times as fast as splitting and joining."""
-    if not text.isascii():
-        return " ".join(text.split())
-    for space in ODD_SPACES:
+    """Spaces collapsed by plain replacement: that is up to ten times as fast as splitting and joining."""
+    for space in ODD_SPACES if text.isascii() else EVERY_SPACE:
         if space in text:
             text = text.replace(space, " ")
     while "  " in text:
@@ -172,7 +171,8 @@ def _shaped(element: Any, shape: Callable[[Any], Any]) -> Document | dict[str, A
 def _free(element: Any) -> None:
     """Let go an element and all that comes before it, at every level."""
     element.clear()
-    while element is not None:
+    parent = element.getparent()
+    while parent is not None:
         while element.getprevious() is not None:
-            del element.getparent()[0]
-        element = element.getparent()
+            del parent[0]
+        element, parent = parent, parent.getparent()
