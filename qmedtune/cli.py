@@ -43,6 +43,7 @@ COMMANDS = {
     "erase": cli_run.erase,
     "ablate": cli_ablate.ablate,
     "eval": cli_model.evaluate,
+    "compare": cli_model.compare,
     "predict": cli_model.predict,
     "chat": cli_model.chat,
     "merge": cli_model.merge,

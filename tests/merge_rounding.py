@@ -12,6 +12,7 @@ well, for runs on a built-in base.
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import sys
 import tempfile
@@ -26,9 +27,15 @@ from merge_proof import scaled_copy, write_page
 from torch import Tensor
 
 from qmedtune.commands.merge import Found, adapters_of_run
+from qmedtune.data import templates
 from qmedtune.data.pack import PackedRows
+from qmedtune.evaluate import write_results
+from qmedtune.evaluation.measure import Settings, measure_model
+from qmedtune.evaluation.open_model import world_of
 from qmedtune.merge import MergeJob, merge
-from qmedtune.recipe import MergeSection
+from qmedtune.model import load_tokenizer
+from qmedtune.recipe import MergeSection, Recipe, TaskSection
+from qmedtune.tasks import load_task
 
 FORMS: dict[str, tuple[MergeSection, int]] = {
     "float32": (MergeSection(dtype="float32"), 0),
@@ -53,14 +60,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What is asked for: a run's adapters at `factors` of their size, in `forms`, on `tokens` of each source."""
+    """What is asked for: a run's adapters at `factors` of their size, in `forms`, on `tokens` of each source, and on
+    the facts of a built-in world."""
 
     found: Found
     run: Path
     factors: list[float]
     tokens: int
     forms: dict[str, tuple[MergeSection, int]]
-    facts: bool
+    world: str | None
 
 
 def held_out(run: Path, tokens: int) -> dict[str, list[Tensor]]:
@@ -93,12 +101,16 @@ def _nll(model: Any, ids: Tensor) -> Tensor:
 
 
 def measure(job: Measurement, scratch: Path) -> Iterator[Row]:
-    found, facts = job.found, job.facts
+    found = job.found
+
+    def scores(folder: Path) -> dict[str, Any]:
+        return {"scores": _scores(folder, found, job.world, scratch)} if job.world else {}
+
     texts = held_out(job.run, job.tokens)
     shortest = min(len(rows[0]) for rows in texts.values())
     probe = np.stack([rows[0][: min(shortest, PROBE_TOKENS)].numpy() for rows in texts.values()])
     model = found.model.model_copy(update={"quantization": "none"})  # the shift from NF4 is another question
-    yield Row("", "base", nll_of(found.base, texts), {"scores": _scores(found.base)} if facts else {})
+    yield Row("", "base", nll_of(found.base, texts), scores(found.base))
     for factor in job.factors:
         name = "as trained" if factor == 1 else f"x {factor:g}"
         adapters = [scaled_copy(path, scratch / f"{factor}-{n}", factor) for n, path in enumerate(found.adapters)]
@@ -107,17 +119,26 @@ def measure(job: Measurement, scratch: Path) -> Iterator[Row]:
             out.mkdir()
             merging = MergeJob(found.base, adapters, section, model, seed, probe, found.template)
             told = merge(merging, out)
-            told |= {"scores": _scores(out)} if facts else {}
+            told |= scores(out)
             row = Row(name, form, nll_of(out, texts), told)
             print(f"{name}, {form}: lost {told['lost']}, violations {told['violations']}", file=sys.stderr)
             yield row
             shutil.rmtree(out)
 
 
-def _scores(folder: Path) -> dict[str, Any]:
-    from qmedtune.evaluate import evaluate_model
+def _scores(folder: Path, found: Found, world: str, scratch: Path) -> dict[str, Any]:
+    """Facts of a built-in world, by log-likelihood; in fp32, or every form would be rounded once more."""
+    from transformers import AutoModelForCausalLM
 
-    return evaluate_model(str(folder), ["facts"], quantization="none", offline=True)["tasks"]["facts"]["model"]
+    task = load_task(TaskSection(task="facts"), found.seed, world)
+    template = templates.load(found.template) if found.template else templates.default(None, found.base)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    parts = scratch / "scores"
+    settings = Settings(template, generate=False, batch_tokens=4096)
+    measured = measure_model(model, load_tokenizer(folder), "model", [task], {}, settings, parts)
+    scores = write_results([task], {"model": measured}, found.seed, parts)["tasks"]["facts"]["model"]
+    shutil.rmtree(parts)
+    return scores
 
 
 def markdown(rows: list[Row]) -> str:
@@ -155,6 +176,11 @@ def _share(value: float | None) -> str:
     return "–" if value is None else f"{value:.3%}"
 
 
+def _world(run: Path) -> str:
+    recipe = json.loads((run / "run.json").read_text(encoding="utf-8"))["recipe"]
+    return world_of(Recipe.model_validate(recipe))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
@@ -167,7 +193,9 @@ def main() -> int:
     found = adapters_of_run(asked.run, offline=True)
     with tempfile.TemporaryDirectory() as folder:
         forms = {form: FORMS[form] for form in FORMS if form in asked.forms or form == "float32"}
-        job = Measurement(found, asked.run, asked.factors, asked.tokens, forms, asked.facts)
+        job = Measurement(
+            found, asked.run, asked.factors, asked.tokens, forms, _world(asked.run) if asked.facts else None
+        )
         rows = list(measure(job, Path(folder)))
     text = markdown(rows)
     if asked.write:

@@ -6,6 +6,7 @@ import shlex
 import shutil
 from pathlib import Path
 
+import merge_rounding
 import peft
 import pytest
 import torch
@@ -13,6 +14,7 @@ from conftest import MICRO
 from transformers import AutoModelForCausalLM
 
 from qmedtune import cli, store, verify
+from qmedtune.commands.merge import adapters_of_run
 from qmedtune.errors import MergeRefused
 from qmedtune.evaluation.open_model import locate
 from qmedtune.parsing.loader import load_recipe
@@ -108,6 +110,19 @@ def test_a_base_that_was_not_trained_on_is_refused_with_the_right_name(micro_run
     assert cli.invoke(["merge", str(adapter), "--base", str(micro_run.base), "--out", str(tmp_path / "m")]) == 2
     error = capsys.readouterr().err
     assert "trained on other weights" in error and "../../02-sft-base" in error
+
+
+@pytest.mark.slow
+def test_the_table_of_roundings_is_made_from_a_run(refused, tmp_path):
+    """tests/merge_rounding.py on adapters that are a tenth of what was trained."""
+    found = adapters_of_run(refused[0], offline=True)
+    forms = {form: merge_rounding.FORMS[form] for form in ("float32", "bfloat16, nearest")}
+    job = merge_rounding.Measurement(found, refused[0], [0.1], 256, forms, "micro")
+    base, exact, nearest = merge_rounding.measure(job, tmp_path)
+    assert set(base.nll) == {"literature", "notes"} and 0 <= base.facts["scores"]["accuracy"] <= 1
+    assert exact.facts["lost"] in (None, pytest.approx(0, abs=1e-4)) and nearest.facts["violations"] == 0
+    table = merge_rounding.markdown([base, exact, nearest])
+    assert len(table.splitlines()) == 5 and "x 0.1 | bfloat16, nearest" in table
 
 
 OF_0_1 = {

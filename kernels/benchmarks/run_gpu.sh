@@ -1,14 +1,11 @@
 #!/usr/bin/env bash
-# The whole measurement on a CUDA machine, in calls of less than ten minutes each. Each can be repeated: what has been
-# measured is kept under kernels/benchmarks/results/ and is not measured again, nor are tests that passed for the same
-# sources and versions repeated.
-#   kernels/benchmarks/run_gpu.sh kernels    correctness, then speed of the kernels, then their table, chart and dispatch
-#                                            table (none of it of kernels that are wrong), then the repository's GPU tests
+# Training beside its peers on a CUDA machine, in calls of less than ten minutes each; first_call.py and second_call.sh
+# come before. Each can be repeated: what has been measured is kept under kernels/benchmarks/results/ and is not measured
+# again.
 #   kernels/benchmarks/run_gpu.sh train      training beside the peers: as it comes, nothing recomputed, within 24 GiB
 #   kernels/benchmarks/run_gpu.sh best       within 24 GiB, each at the micro-batch and checkpointing it is fastest with
 #   kernels/benchmarks/run_gpu.sh memory     longest context, loading, the 70B shape in 48 GiB
 #   kernels/benchmarks/run_gpu.sh ablation   kernel by kernel, on the 1B shape
-#   kernels/benchmarks/run_gpu.sh --quick    one shape of each kernel, for tuning; changes no table
 # RESULTS=DIR: results elsewhere, for a machine whose checkout is thrown away; copied to kernels/benchmarks/results later,
 # publish.py and publish_training.py fill the pages there without a GPU. SCRATCH=DIR: room for 60 GB of random models, which
 # are kept for the next call. Each step is cut at its limit; the exit status says whether any failed.
@@ -17,15 +14,16 @@ results=$(realpath -m "${RESULTS:-$(dirname "$0")/results}")
 cd "$(dirname "$0")/../.."
 part=${1:-}
 case "$part" in
-kernels | train | best | memory | ablation | --quick) ;;
+train | best | memory | ablation) ;;
 *)
     sed -n '2,/^set/s/^# \{0,1\}//p' "$0"
     exit 2
     ;;
 esac
+python=$(command -v python3 || command -v python)
 export PYTHONPATH="$PWD:$PWD/kernels/torch-ext${PYTHONPATH:+:$PYTHONPATH}"
 unset TRITON_INTERPRET QMEDTUNE_KERNELS
-name=$(python -c "import re, torch; print(re.sub(r'[^a-z0-9]+', '-', torch.cuda.get_device_name().lower()).strip('-'))") || exit 1
+name=$("$python" -c "import re, torch; print(re.sub(r'[^a-z0-9]+', '-', torch.cuda.get_device_name().lower()).strip('-'))") || exit 1
 training="$results/training/$name" scratch=${SCRATCH:-${TMPDIR:-/tmp}/qmedtune-bench}
 mkdir -p "$results/training" "$scratch"
 failed=0
@@ -43,7 +41,7 @@ step() { # step SECONDS COMMAND...
 bench() { # bench SECONDS LABEL OPTIONS...: `qmedtune bench OPTIONS` into results/training/GPU.LABEL.json
     local limit=$1 file="$training.$2.json"
     shift 2
-    step "$limit" python -m qmedtune bench "$@" --json --scratch "$scratch" >"$file.new" && mv "$file.new" "$file"
+    step "$limit" "$python" -m qmedtune bench "$@" --json --scratch "$scratch" >"$file.new" && mv "$file.new" "$file"
     rm -f "$file.new"
 }
 
@@ -54,25 +52,7 @@ train() { # train SECONDS LABEL CONTENDERS OPTIONS...
         --results "$training.raw.json" "$@"
 }
 
-correct() { # the kernels' own tests; not again where they passed for these sources and versions
-    local stamp
-    stamp=$(python -c "import json; from qmedtune.bench.kernels import sources, versions
-print(json.dumps({'sources': sources(), 'versions': versions()}))")
-    [[ "$(cat "$results/$name.passed" 2>/dev/null)" != "$stamp" ]] || return 0
-    step 200 python -m pytest -m gpu kernels/tests -p no:cacheprovider && echo "$stamp" >"$results/$name.passed"
-}
-
 case "$part" in
---quick)
-    correct || exit 1
-    step 240 python kernels/benchmarks/benchmark_all.py --quick --out "/tmp/$name.quick.json"
-    ;;
-kernels)
-    correct || exit 1
-    step 250 python kernels/benchmarks/benchmark_all.py --out "$results/$name.json" --seconds 230
-    step 20 python kernels/benchmarks/publish.py "$results/$name.json"
-    step 120 python -m pytest -m gpu tests -p no:cacheprovider
-    ;;
 train)
     large=(--shape 8b --rows 1)
     train 90 tiny trl-tuned,unsloth,axolotl,qmedtune-reference,qmedtune --shape tiny
@@ -94,5 +74,5 @@ ablation)
     train 520 1b-ablation "qmedtune,qmedtune-reference,$left_out" --shape 1b --rows 1 --keep
     ;;
 esac
-[[ "$part" == --quick || "$part" == kernels ]] || step 20 python kernels/benchmarks/publish_training.py "$results/training"
+step 20 "$python" kernels/benchmarks/publish_training.py "$results/training"
 exit $failed

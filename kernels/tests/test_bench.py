@@ -204,49 +204,27 @@ def test_rows_without_a_timed_limit_are_compared_with_the_roofline():
 SHIM = """#!/bin/sh
 case "$*" in
     *get_device_name*) echo test-gpu ;;
-    *sources*) echo "$STAMP" ;;
     *) echo "$*" >> "$LOG" ;;
 esac
-case "$*" in *pytest*) exit "${PYTEST_RC:-0}" ;; esac
 """
 
 
-@pytest.fixture
-def run_gpu(tmp_path):
-    """run_gpu.sh with a `python` that only notes what it was asked: (call it, where results go)."""
-    shim = tmp_path / "bin" / "python"
+def test_the_second_call_keeps_the_test_report_measures_and_publishes(tmp_path):
+    """With a `python3` that only notes what it was asked."""
+    shim, log, results = tmp_path / "bin" / "python3", tmp_path / "log", tmp_path / "results"
     shim.parent.mkdir()
     shim.write_text(SHIM)
     shim.chmod(0o755)
-    log, results = tmp_path / "log", tmp_path / "results"
-
-    def call(*arguments: str, stamp: str = "first", pytest_rc: int = 0) -> list[str]:
-        log.write_text("")
-        environment = {
-            **os.environ, "PATH": f"{shim.parent}:{os.environ['PATH']}", "LOG": str(log), "STAMP": stamp,
-            "RESULTS": str(results), "PYTEST_RC": str(pytest_rc),
-        }  # fmt: skip
-        done = subprocess.run([BENCHMARKS / "run_gpu.sh", *arguments], env=environment, cwd=tmp_path)
-        assert done.returncode == pytest_rc
-        return [line.split(" --seconds ")[0] for line in log.read_text().splitlines()]
-
-    return call, results
-
-
-def test_one_call_tests_measures_and_publishes_and_the_next_goes_on(run_gpu):
-    call, results = run_gpu
-    tests = "-m pytest -m gpu kernels/tests -p no:cacheprovider"
-    measure = f"kernels/benchmarks/benchmark_all.py --out {results}/test-gpu.json"
-    publish = f"kernels/benchmarks/publish.py {results}/test-gpu.json"
-    rest = "-m pytest -m gpu tests -p no:cacheprovider"
-    assert call("kernels", pytest_rc=1) == [tests]  # nothing is measured or published of kernels that are wrong
-    assert call("kernels") == [tests, measure, publish, rest]
-    assert (results / "test-gpu.passed").read_text() == "first\n"
-    assert call("kernels") == [measure, publish, rest]  # these sources have passed
-    assert call("kernels", stamp="changed", pytest_rc=1) == [tests]
-    assert call("kernels", stamp="changed") == [tests, measure, publish, rest]
-    quick = "kernels/benchmarks/benchmark_all.py --quick --out /tmp/test-gpu.quick.json"
-    assert call("--quick", stamp="changed") == [quick]
+    (tmp_path / "first").mkdir()
+    (tmp_path / "first" / "tests.junit.xml").write_text("<testsuites/>")
+    path = f"{shim.parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "LOG": str(log), "RESULTS": str(results)}
+    subprocess.run([BENCHMARKS / "second_call.sh", tmp_path / "first"], env=environment, cwd=tmp_path, check=True)
+    assert (results / "test-gpu.junit.xml").read_text() == "<testsuites/>"
+    assert log.read_text().splitlines() == [
+        f"kernels/benchmarks/benchmark_all.py --out {results}/test-gpu.json --seconds 205",
+        f"kernels/benchmarks/publish.py {results}/test-gpu.json",
+    ]
 
 
 def test_readme_has_the_marks_that_publish_fills(publish):

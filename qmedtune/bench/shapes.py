@@ -32,6 +32,9 @@ SHAPES: dict[str, dict[str, int]] = {
     "1b": {"hidden": 2048, "intermediate": 8192, "layers": 16, "heads": 32, "kv_heads": 8, "vocab": 128256},
     "1.1b": {"hidden": 2048, "intermediate": 5632, "layers": 22, "heads": 32, "kv_heads": 4, "vocab": 32000},
     "8b": {"hidden": 4096, "intermediate": 14336, "layers": 32, "heads": 32, "kv_heads": 8, "vocab": 128256},
+    # A layer's cost by difference: the same widths with two and with eight layers.
+    "8b-2-layers": {"hidden": 4096, "intermediate": 14336, "layers": 2, "heads": 32, "kv_heads": 8, "vocab": 128256},
+    "8b-8-layers": {"hidden": 4096, "intermediate": 14336, "layers": 8, "heads": 32, "kv_heads": 8, "vocab": 128256},
     "13b": {"hidden": 5120, "intermediate": 13824, "layers": 40, "heads": 40, "kv_heads": 40, "vocab": 32000},
     "70b": {"hidden": 8192, "intermediate": 28672, "layers": 80, "heads": 64, "kv_heads": 8, "vocab": 128256},
 }

@@ -15,9 +15,10 @@ from qmedtune.data import canaries, mix
 from qmedtune.data.pack import draw_tokens, shared_tokens
 from qmedtune.planning.batches import batch_rows, steps_in
 from qmedtune.planning.estimate import Measured
-from qmedtune.recipe import ClassifySection, Recipe, SftSection
+from qmedtune.recipe import ClassifySection, CptSection, MixSection, PretrainSection, Recipe, SftSection
 
 SIMULATED_DOCUMENTS = 10_000  # laid out; more scale up
+HELD_DOCUMENTS = 100_000  # lengths held per source; PubMed has 36 million
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,18 @@ class Tokens:
     note: str = ""
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """What a draw of each document takes, int64 tokens; each stands for `times` documents of the source."""
+
+    lengths: np.ndarray
+    times: float = 1.0
+
+    @property
+    def tokens(self) -> float:
+        return float(self.lengths.sum()) * self.times
+
+
 def planned(recipe: Recipe, index: int, measured: Mapping[str, Measured]) -> Tokens:
     """Stage `index` of a resolved recipe. Sources without an estimate are named in the note."""
     stage = recipe.stages[index]
@@ -42,12 +55,12 @@ def planned(recipe: Recipe, index: int, measured: Mapping[str, Measured]) -> Tok
     spread = max((found.estimate.spread for found in held.values()), default=0.0)
     draws = {name: _draws(recipe, index, name, found) for name, found in held.items() if name not in absent}
     if isinstance(section, SftSection | ClassifySection):
-        wanted = {name: float(section.epochs) * float(drawn.sum()) for name, drawn in draws.items()}
+        wanted = {name: float(section.epochs) * drawn.tokens for name, drawn in draws.items()}
     elif absent:
         tokens = 0 if section.tokens == "auto" else section.tokens
-        wanted, draws, spread = {"all": float(tokens)}, {"all": np.full(1, int(section.seq_len))}, 0.0
+        wanted, draws, spread = {"all": float(tokens)}, {"all": Drawn(np.full(1, int(section.seq_len)))}, 0.0
     else:
-        wanted = {name: target.tokens for name, target in mix.targets(section, draws).items()}
+        wanted = _targets(section, draws)
         budget_is_stated = section.tokens != "auto" and sum(wanted.values()) > 0.99 * section.tokens
         spread = 0.02 if budget_is_stated else spread
     trained = round(sum(wanted.values()))
@@ -56,15 +69,28 @@ def planned(recipe: Recipe, index: int, measured: Mapping[str, Measured]) -> Tok
     return Tokens(trained, rows, batch_rows(section, rows), steps_in(section, rows) if rows else 0, spread, note)
 
 
-def _draws(recipe: Recipe, index: int, name: str, found: Measured) -> np.ndarray:
+def _targets(section: MixSection, draws: Mapping[str, Drawn]) -> dict[str, float]:
+    """Tokens of each source in the mixture. By documents, a weight is one of documents `times` as long as they are."""
+    assert isinstance(section, CptSection | PretrainSection)
+    if section.unit == "documents":
+        weights = {name: section.mix[name] / drawn.times for name, drawn in draws.items()}
+        section = section.model_copy(update={"mix": weights})
+    lengths = {name: drawn.lengths * drawn.times for name, drawn in draws.items()}
+    return {name: target.tokens for name, target in mix.targets(section, lengths).items()}
+
+
+def _draws(recipe: Recipe, index: int, name: str, found: Measured) -> Drawn:
     """Tokens that a draw of each document of a source takes, the canaries planted in it included."""
     source, section = recipe.data[name], recipe.stages[index].section
-    lengths = np.resize(found.lengths, max(found.estimate.records, 1))
+    records = max(found.estimate.records, 1)
+    times = max(1.0, records / HELD_DOCUMENTS)
+    lengths = np.resize(found.lengths, round(records / times))
     lengths = np.concatenate([lengths, _planted(recipe, name)])
     seq_len = int(section.seq_len)
     cut = source.kind == "instructions" or source.chunking == "truncate" or isinstance(section, ClassifySection)
     kept = np.minimum(lengths, seq_len) if cut else lengths
-    return draw_tokens(source, kept, seq_len, source.max_tokens, recipe.seed)
+    most = None if source.max_tokens is None else max(1, int(source.max_tokens / times))
+    return Drawn(draw_tokens(source, kept, seq_len, most, recipe.seed), times)
 
 
 def _planted(recipe: Recipe, name: str) -> np.ndarray:
@@ -75,19 +101,20 @@ def _planted(recipe: Recipe, name: str) -> np.ndarray:
     return np.full(sum(recipe.audit.repeats) * recipe.audit.canaries, tokens, np.int64)
 
 
-def _rows(recipe: Recipe, index: int, draws: Mapping[str, np.ndarray], wanted: Mapping[str, float]) -> float:
+def _rows(recipe: Recipe, index: int, draws: Mapping[str, Drawn], wanted: Mapping[str, float]) -> float:
     """Rows that the drawn documents fill: the packer's over some of them, scaled up."""
     section, rng = recipe.stages[index].section, np.random.default_rng(0)
     seq_len = int(section.seq_len)
     total = sum(wanted.values())
-    means = {name: max(1.0, float(lengths[lengths > 0].mean())) for name, lengths in draws.items()}
+    used = {name: drawn.lengths[drawn.lengths > 0] for name, drawn in draws.items()}
+    means = {name: max(1.0, float(lengths.mean())) for name, lengths in used.items()}
     documents = sum(wanted[name] / means[name] for name in draws)
     if isinstance(section, SftSection) and not section.packing:
         return documents
     share = min(1.0, SIMULATED_DOCUMENTS / max(documents, 1.0))
     parts = []
-    for name, lengths in draws.items():
-        drawn = rng.choice(lengths[lengths > 0], max(1, round(share * wanted[name] / means[name])))
+    for name, lengths in used.items():
+        drawn = rng.choice(lengths, max(1, round(share * wanted[name] / means[name])))
         parts.append(_chunked(recipe, name, drawn, seq_len))
     mixed = rng.permutation(np.concatenate(parts))
     whole = isinstance(section, SftSection | ClassifySection)

@@ -80,14 +80,14 @@ def with_shots(task: Task, section: TaskSection, pool: Sequence[Item], source: s
     these get the next example of the draw's order. Where items have facets (MMLU's subjects), examples share them.
     """
     draws = [
-        tuple(_with_examples(item, order, section, task.write, source is None) for item in task.items)
+        tuple(with_examples(item, order, section, task.write, source is None) for item in task.items)
         for order in (Random(f"{seed}-{draw}").sample(list(pool), len(pool)) for draw in range(section.shot_seeds))
     ]
     name = source or "the task's own items, never the item itself"
     return replace(task, name=section.label, draws=tuple(draws), shots_from=name)
 
 
-def _with_examples(
+def with_examples(
     item: Item, order: list[Item], section: TaskSection, write: Callable[[Item], str], same_ids: bool
 ) -> Item:
     examples, count = [], section.shots

@@ -249,7 +249,10 @@ def selp(machine: Machine, ins: Instruction, mask: Mask) -> None:
 
 
 def mov(machine: Machine, ins: Instruction, mask: Mask) -> None:
-    machine.write(ins.operands[0], machine.read(ins.operands[1], ins.modifiers[-1]), mask)
+    target, source = ins.operands
+    machine.write(target, machine.read(source, ins.modifiers[-1]), mask)
+    if mask is None and (source.kind == "number" or source.text in machine.products.constants):
+        machine.products.constants.add(target.text)
 
 
 def cvt(machine: Machine, ins: Instruction, mask: Mask) -> None:

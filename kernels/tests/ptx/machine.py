@@ -26,6 +26,8 @@ class Products:
     groups: list[Group] = field(default_factory=list)
     open: Group = field(default_factory=lambda: ([], []))
     touched: set[str] = field(default_factory=set)  # registers written since the last wgmma.fence
+    constants: set[str] = field(default_factory=set)  # registers that hold an immediate
+    fenced: bool = False
 
 
 class Machine:
@@ -169,6 +171,7 @@ class Machine:
             value = np.where(mask, value, self._poisoned(name) if old is None else old)
         self.registers[name] = value
         self.products.touched.add(name)
+        self.products.constants.discard(name)
 
     def chosen(self, mask: np.ndarray | None) -> np.ndarray:
         """Indices of the active lanes."""

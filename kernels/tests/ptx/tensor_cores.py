@@ -145,6 +145,7 @@ def wgmma(machine: Machine, ins: Instruction, mask) -> None:
     match ins.modifiers[0]:
         case "fence":
             machine.products.touched.clear()
+            machine.products.fenced = True
         case "commit_group":
             machine.products.groups.append(machine.products.open)
             machine.products.open = ([], [])
@@ -196,10 +197,12 @@ def _multiply(machine: Machine, ins: Instruction, mask) -> None:
 
 
 def _accumulators(machine: Machine, operand, ins: Instruction) -> np.ndarray:
-    """Bits [registers, lanes]: results in flight of the same registers, or what they hold (fenced since written)."""
+    """Bits [registers, lanes]: results in flight of the same registers, or what they hold: fenced since written, or a
+    constant (LLVM moves the zeros of a first product behind the fence; ptxas makes them the instruction's own)."""
     products = machine.products
     names = [part.text for part in operand.parts]
-    if any(name in products.touched and name not in products.results for name in names):
+    late = products.touched - products.results.keys() - products.constants
+    if not products.fenced or any(name in late for name in names):
         machine.hazards[f"accumulators written after the last wgmma.fence: {ins.text[:60]}"] += 1
     held = (products.results.get(name) for name in names)
     return np.stack([

@@ -8,13 +8,15 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from qmedtune_kernels import Adapter, NF4Weight, lora, matmul, nf4
+from qmedtune_kernels import Adapter, NF4Weight, lora, matmul, nf4, startup_check
+from qmedtune_kernels.cross_entropy import frozen_head_nll
 from qmedtune_kernels.rms_norm import add_rms_norm, rms_norm
 from qmedtune_kernels.rope import rotary_qkv, rotate
 from qmedtune_kernels.swiglu import swiglu
 from torch import Tensor
 
 from .launch import Device, gpu
+from .memory import Fault
 
 TARGETS = (75, 80, 86, 89, 90, 120)
 TENSOR_CORES = TARGETS[1:]  # the fused products and inline assembly
@@ -336,5 +338,36 @@ def elementwise_work() -> Iterator[Work]:
             yield Work(f"RoPE D {head} {kind}", lambda h=head, d=dtype: _rope(h, d), targets, fast=fast)
 
 
+def _loss(vocabulary: int, dtype: torch.dtype) -> list[Answer]:
+    hidden, head = numbers(5, 32, dtype=dtype), numbers(vocabulary, 32, seed=1, dtype=dtype) * 0.2
+    targets = torch.tensor([0, vocabulary - 1, 3, 2, 1])
+    leaf = hidden.clone().requires_grad_()
+    losses = frozen_head_nll(leaf, head, targets, "triton")
+    losses.sum().backward()
+    logits = (hidden @ head.t()).double()  # the CPU's product is rounded to 16 bit: not the kernel's matter
+    wanted = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    chances = logits.softmax(-1) - torch.nn.functional.one_hot(targets, vocabulary)
+    assert leaf.grad is not None
+    return [Answer(losses.detach(), wanted), Answer(leaf.grad, chances @ head.double())]
+
+
+def _startup(check: Callable[[torch.device], str]) -> list[Answer]:
+    """What the first use on a card runs, on the compiled kernels."""
+    if different := check(torch.device("cpu")):
+        raise Fault(different)
+    return [Answer(torch.zeros(1), torch.zeros(1), exact=True)]
+
+
+def whole_work() -> Iterator[Work]:
+    for kind in ("bf16", "fp16"):
+        targets, dtype = TARGETS if kind == "fp16" else TENSOR_CORES, half_of(kind)
+        for vocabulary in (300, 9000):
+            fast = (targets[0],) if vocabulary == 9000 else ()
+            name = f"loss V {vocabulary} {kind}"
+            yield Work(name, lambda v=vocabulary, d=dtype: _loss(v, d), targets, fast=fast)
+    yield Work("first use, plain kernels", lambda: _startup(startup_check.plain_difference), TARGETS, fast=(75,))
+    yield Work("first use, assembly", lambda: _startup(startup_check.assembly_difference), TENSOR_CORES, fast=(86,))
+
+
 def all_work() -> list[Work]:
-    return [*dequantise_work(), *product_work(), *elementwise_work()]
+    return [*dequantise_work(), *product_work(), *elementwise_work(), *whole_work()]

@@ -1,0 +1,323 @@
+"""The first eight minutes on a CUDA card: what is learnt most from, told as it is learnt, gating nothing.
+
+    python3 kernels/benchmarks/first_call.py OUT          # 480 s; a card, torch and the wheels of carry_wheels.sh
+    python3 kernels/benchmarks/first_call.py OUT --dry    # every part with small shapes on a CPU, a minute
+
+OUT/first_call.jsonl gets a line for each finding, written at once: whatever is cut off has been told. Beside it lie
+tests.junit.xml, profile.txt and sanitizer.txt. Each probe runs in a process of its own with a limit of its own; one
+that crashes, hangs or runs out of time costs only itself. second_call.sh re-measures and writes what dispatch trusts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+TOTAL_S = 480.0
+LOG = "first_call.jsonl"
+
+
+@dataclass(frozen=True)
+class Call:
+    """Where findings go, and whether this is the dry run."""
+
+    out: Path
+    dry: bool
+
+    def tell(self, probe: str, **finding: Any) -> None:
+        with (self.out / LOG).open("a", encoding="utf-8") as log:
+            log.write(json.dumps({"probe": probe, **finding}) + "\n")
+
+    @property
+    def device(self) -> str:
+        return "cpu" if self.dry else "cuda"
+
+    def timed(self, call: Callable[[], object]) -> float:
+        """Median seconds of a call, after one that warms up."""
+        import torch
+
+        times = []
+        for number in range(4 if self.dry else 12):
+            if not self.dry:
+                torch.cuda.synchronize()
+            began = time.perf_counter()
+            call()
+            if not self.dry:
+                torch.cuda.synchronize()
+            if number:
+                times.append(time.perf_counter() - began)
+        return statistics.median(times)
+
+    def finding(self, probe: str, what: str, measure: Callable[[], dict[str, Any]]) -> None:
+        """One measurement; what it raises is its finding."""
+        try:
+            self.tell(probe, what=what, **measure())
+        except Exception as error:  # the next measurement may still work
+            last = (str(error).strip().splitlines() or [""])[-1][:300]
+            self.tell(probe, what=what, failed=f"{type(error).__name__}: {last}")
+
+
+def half() -> Any:
+    import torch
+
+    capable = not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (8, 0)
+    return torch.bfloat16 if capable else torch.float16
+
+
+# ------------------------------------------------------------------------------------------------------------- probes
+
+
+def machine(call: Call) -> None:
+    """Versions, who else is on the card, copy bandwidth, a product that only tensor cores limit."""
+    import torch
+    from qmedtune_kernels import dispatch
+
+    from qmedtune.bench.train import all_versions
+
+    query = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader"]
+    others = "" if call.dry else subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
+    call.tell("machine", versions=all_versions(), others=others.splitlines())
+    call.tell("machine", paths=dispatch.describe(torch.device(call.device)))
+    size = 2**22 if call.dry else 2**31
+    source = torch.empty(size, dtype=torch.uint8, device=call.device)
+    target, side = torch.empty_like(source), 256 if call.dry else 8192
+    call.finding("machine", "copy", lambda: {"gb_per_s": 2 * size / call.timed(lambda: target.copy_(source)) / 1e9})
+    a = torch.randn(side, side, device=call.device).to(half())
+    call.finding("machine", f"{side} cube", lambda: {"tflops": 2 * side**3 / call.timed(lambda: a @ a) / 1e12})
+
+
+def tests(call: Call) -> None:
+    """The GPU tests, to a file; their result gates nothing but trust in inline assembly (publish.py)."""
+    report = call.out / "tests.junit.xml"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
+    chosen = ["kernels/tests", "-m", "gpu", "-n", "8"]
+    chosen = ["kernels/tests/test_rms_norm.py", "-k", "misfits"] if call.dry else chosen
+    done = subprocess.run([*command, *chosen], cwd=ROOT, capture_output=True, text=True, check=False)
+    call.tell("tests", status=done.returncode, last=(done.stdout.strip().splitlines() or [""])[-1])
+
+
+def train(call: Call) -> None:
+    """A whole stage through the real trainer, in both 16-bit types."""
+    for dtype in ("bfloat16",) if call.dry else ("bfloat16", "float16"):
+        out = call.out / f"run-{dtype}"
+        command = [sys.executable, "-m", "qmedtune", "run" if not call.dry else "plan", "recipes/micro.yaml", "--json"]
+        command += ["--set", f"model.compute_dtype={dtype}"] + ([] if call.dry else ["--out", str(out)])
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        lines = [line for path in sorted(out.glob("*/metrics.jsonl")) for line in path.read_text().splitlines()]
+        last = (done.stderr.strip().splitlines() or [""])[-1][:300] if done.returncode else ""
+        call.tell("train", dtype=dtype, status=done.returncode, steps=len(lines), last=lines[-1:], error=last)
+
+
+def decode(call: Call) -> None:
+    """Dequantising by each way, into a buffer alone and with room beside W; the fused product at 1, 2 and 4 programs a
+    processor beside bitsandbytes' gemm_4bit."""
+    import bitsandbytes.functional as bnb
+    import torch
+    from qmedtune_kernels import NF4Weight, matmul, nf4, tiles
+
+    n, k = (128, 256) if call.dry else (14336, 4096)
+    random = torch.randn(n, k, device=call.device).to(half())
+    packed, state = bnb.quantize_4bit(random, quant_type="nf4", compress_statistics=True)
+    two = state.state2
+    assert two is not None
+    weight = NF4Weight(packed, state.absmax, 64, (n, k), two.code, two.absmax, state.offset)
+    moved = n * k * 2.516
+    for path in ("reference",) if call.dry else ("gather", "shuffle"):
+        for beside in (0, 64):
+            out = torch.empty(n, k + beside, dtype=half(), device=call.device)[:, :k]
+            decoded = lambda o=out, p=path: nf4.dequantize(weight, half(), o, p)  # noqa: E731
+            rate = lambda d=decoded: {"gb_per_s": moved / call.timed(d) / 1e9}  # noqa: E731
+            call.finding("decode", f"dequantise {path} beside {beside}", rate)
+    for rows in (1, 4, 8, 16, 64):
+        x = torch.randn(rows, k, device=call.device).to(half())
+        theirs = lambda x=x: {"us": 1e6 * call.timed(lambda: matmul.by_bitsandbytes(x, weight))}  # noqa: E731
+        call.finding("decode", f"gemm_4bit M={rows}", theirs)
+        for programs in (1, 2, 4):
+            tiles.PROGRAMS = programs
+            path = "reference" if call.dry else "fused"
+            ours = lambda x=x, p=path: {"us": 1e6 * call.timed(lambda: matmul.matmul(x, weight, path=p))}  # noqa: E731
+            call.finding("decode", f"fused M={rows}, {programs} programs", ours)
+
+
+def linear(call: Call) -> None:
+    """What an adapter costs as more columns of the contraction, and as a pass over the result."""
+    import torch
+    import torch.nn.functional as F
+
+    m, n, k = (64, 96, 128) if call.dry else (8192, 14336, 4096)
+    make = lambda *shape: torch.randn(*shape, device=call.device).to(half())  # noqa: E731
+    for extra in (0, 16, 48, 64):
+        x, w = make(m, k + extra), make(n, k + extra)
+        call.finding("linear", f"K + {extra}", lambda x=x, w=w: {"ms": 1e3 * call.timed(lambda: F.linear(x, w))})
+    y, xa, b = make(m, n), make(m, 16), make(16, n)
+    call.finding("linear", "addmm_", lambda: {"ms": 1e3 * call.timed(lambda: y.addmm_(xa, b))})
+
+
+def attention(call: Call) -> None:
+    """Whether torch's kernel for variable lengths takes fewer heads of keys than of queries without being asked."""
+    import torch
+    from torch.nn.attention.varlen import varlen_attn
+
+    from qmedtune.training import attention as ours
+
+    length, heads = (64, 4) if call.dry else (16384, 32)
+    q, k, v = (torch.randn(1, h, length, 64, device=call.device).to(half()) for h in (heads, heads // 4, heads // 4))
+    position = torch.arange(length, device=call.device)[None] % (length // 4)
+    one = lambda: ours.varlen(None, q, k, v, None, position_ids=position)  # noqa: E731
+    call.finding("attention", "as trained", lambda: {"ms": 1e3 * call.timed(one)})
+    bounds, longest = ours.document_bounds(position)
+    flat = [x[0].transpose(0, 1).contiguous() for x in (q, k, v)]
+    bare = lambda: varlen_attn(*flat, bounds, bounds, longest, longest, window_size=(-1, 0))  # noqa: E731
+    call.finding("attention", "keys not repeated, not asked for", lambda: {"ms": 1e3 * call.timed(bare)})
+
+
+def layers(call: Call) -> None:
+    """A step at 8B widths with two and eight layers (a layer's cost by difference), ours beside TRL's; 32k tokens with
+    layers kept, recomputed and offloaded: what was allocated, reserved and planned."""
+    from qmedtune.bench.job import job_of
+
+    if call.dry:
+        jobs = [(job_of("tiny", {"rows": 2, "micro_batch": 2, "steps": 2, "warmup_steps": 1}), ("qmedtune",))]
+    else:
+        small = {"rows": 4, "steps": 4, "warmup_steps": 1, "checkpointing": False}
+        sizes = [("8b-2-layers", 1), ("8b-8-layers", 1), ("8b-2-layers", 4)]
+        jobs = [
+            (job_of(shape, small | {"micro_batch": micro}), ("qmedtune", "trl-tuned", "trl-liger"))
+            for shape, micro in sizes
+        ]
+        long = {"seq_len": 32768, "rows": 1, "micro_batch": 1, "steps": 3, "warmup_steps": 1}
+        jobs += [(job_of("8b-8-layers", long | {"checkpointing": way}), ("qmedtune",)) for way in (True, False)]
+        jobs += [(job_of("8b-8-layers", long | {"memory_gib": 20.0}), ("qmedtune",))]  # the plan offloads
+    for job, contenders in jobs:
+        for name in contenders:
+            what = f"{name} {job.shape} x {job.micro_batch} x {job.seq_len}"
+            call.finding("layers", what, lambda j=job, n=name: _trained(call, j, n))
+
+
+def _trained(call: Call, job: Any, contender: str) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from qmedtune.bench import shapes
+    from qmedtune.bench.train import _run
+    from qmedtune.planning import memory
+    from qmedtune.planning.shapes import facts_from_config
+
+    models = Path(os.environ.get("SCRATCH", "/tmp")) / "qmedtune-first-call"
+    models.mkdir(exist_ok=True)
+    found = _run(job, contender, call.out, models, 60.0 * (20 if call.dry else 1))
+    for path in call.out.glob(f"{contender}.*"):
+        path.unlink()
+    kept = {key: value for key, value in found.items() if key not in ("losses", "checkpoints")}
+    if contender.startswith("qmedtune") and "layers" in found:
+        facts = facts_from_config(job.shape, shapes.config_of(shapes.SHAPES[job.shape]), "shape")
+        ways = tuple(found["layers"].get(way, 0) for way in memory.WAYS)
+        setup = memory.Setup(job.seq_len, job.micro_batch, job.checkpointing, "adamw", "bfloat16", rank=job.r,
+                             train_embeddings=job.train_embeddings, attention="varlen", ways=ways)  # fmt: skip
+        kept["planned_bytes"] = memory.peak_bytes(facts, setup, gpu=not call.dry)
+    return {"job": asdict(job), **kept}
+
+
+def profile(call: Call) -> None:
+    """Where the time of one step goes, by kernel: profile.txt."""
+    import torch
+    from qmedtune_kernels import Adapter, NF4Weight, lora
+    from torch.profiler import ProfilerActivity
+
+    m, n, k = (16, 64, 128) if call.dry else (4096, 14336, 4096)
+    packed = torch.randint(0, 256, (n * k // 2, 1), dtype=torch.uint8, device=call.device)
+    weight = NF4Weight(packed, torch.ones(n * k // 64, device=call.device), 64, (n, k))
+    a, b = (torch.randn(*size, device=call.device).requires_grad_() for size in ((16, k), (n, 16)))
+    x = torch.randn(m, k, device=call.device).to(half()).requires_grad_()
+
+    def step() -> None:
+        lora.linear(x, (weight,), [Adapter(a, b, 2.0)]).float().square().mean().backward()
+
+    step()
+    activities = [ProfilerActivity.CPU] + ([] if call.dry else [ProfilerActivity.CUDA])
+    with torch.profiler.profile(activities=activities) as found:
+        step()
+    table = found.key_averages().table(sort_by="cpu_time_total" if call.dry else "cuda_time_total", row_limit=40)
+    (call.out / "profile.txt").write_text(table)
+    call.tell("profile", lines=len(table.splitlines()))
+
+
+SANITIZED = """
+import torch
+from qmedtune_kernels import startup_check
+for check in (startup_check.plain_difference, startup_check.assembly_difference):
+    print(check.__name__, check(torch.device("cuda")) or "right")
+"""
+
+
+def sanitizer(call: Call) -> None:
+    """compute-sanitizer over every kernel's first use; where the tool is absent (a bare image) that is the finding."""
+    from shutil import which
+
+    tool = which("compute-sanitizer")
+    if tool is None:
+        return call.tell("sanitizer", absent="compute-sanitizer is not installed")
+    for kind in ("memcheck", "racecheck"):
+        command = [tool, "--tool", kind, sys.executable, "-c", SANITIZED]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        with (call.out / "sanitizer.txt").open("a") as file:
+            file.write(f"== {kind}\n{done.stdout[-20000:]}\n")
+        call.tell("sanitizer", tool=kind, status=done.returncode, last=(done.stdout.strip().splitlines() or [""])[-1])
+
+
+# Probe and its limit in seconds: they sum to TOTAL_S; a probe that is faster leaves its time to those behind it.
+PROBES: dict[Callable[[Call], None], float] = {
+    machine: 25, tests: 90, train: 60, decode: 40, linear: 35, attention: 15, layers: 150, profile: 25, sanitizer: 40,
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--dry", action="store_true", help="small shapes on a CPU")
+    parser.add_argument("--probe", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    call = Call(given.out.resolve(), given.dry)
+    call.out.mkdir(parents=True, exist_ok=True)
+    by_name = {probe.__name__: probe for probe in PROBES}
+    if given.probe:
+        return by_name[given.probe](call)
+    patience = 20 if call.dry else 1  # a dry run may share its CPU
+    deadline, spare = time.monotonic() + patience * TOTAL_S, 0.0
+    for probe, seconds in PROBES.items():
+        limit = patience * seconds
+        began = time.monotonic()
+        left = min(limit + spare, deadline - began)
+        status = _in_a_process(call, probe.__name__, left) if left > 1 else "no time was left"
+        took = time.monotonic() - began
+        spare = max(0.0, limit + spare - took)
+        call.tell(probe.__name__, ended=status, seconds=round(took, 1))
+
+
+def _in_a_process(call: Call, name: str, seconds: float) -> str:
+    """"" when it ended well, else its status or last words."""
+    places = [str(ROOT), str(ROOT / "kernels" / "torch-ext"), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, places))}
+    for name_ in ("TRITON_INTERPRET", "QMEDTUNE_KERNELS"):
+        environment.pop(name_, None)
+    command = [sys.executable, str(Path(__file__).resolve()), str(call.out), "--probe", name]
+    command += ["--dry"] if call.dry else []
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds, check=False)
+    except subprocess.TimeoutExpired:
+        return f"cut after {seconds:.0f} s"
+    last = (done.stderr.strip().splitlines() or [""])[-1][:300]
+    return "" if done.returncode == 0 else f"status {done.returncode}: {last}"
+
+
+if __name__ == "__main__":
+    main()

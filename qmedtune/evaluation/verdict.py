@@ -1,0 +1,117 @@
+"""What may be claimed of models that answered the same items: win, tie or lose, and one sentence that survives review.
+
+Exact McNemar tests on paired items, Holm's correction over all tasks and models, Tango's interval of the difference,
+and the difference that so many items could have shown: a tie is no proof of equality.
+Deliberately absent: measuring (compare.py), scores that are no right or wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from math import sqrt
+from statistics import NormalDist
+from typing import Any, Literal
+
+from qmedtune.ablation.effects import holm
+from qmedtune.evaluation import statistics
+
+SIGNIFICANCE, POWER = 0.05, 0.8
+
+Verdict = Literal["win", "tie", "lose"]
+
+Right = Sequence[bool]
+"""Per item whether a model answered it rightly, items in one order for all models."""
+
+
+@dataclass(frozen=True)
+class Duel:
+    """`model` against `reference` on one task. difference: share of items, above 0 where the model is better.
+
+    detectable: the difference that a test as strict as this one finds in 80 % of draws of so many items.
+    """
+
+    task: str
+    model: str
+    reference: str
+    n: int
+    gained: int
+    lost: int
+    difference: float
+    ci95: tuple[float, float]
+    p_value: float
+    p_holm: float
+    verdict: Verdict
+    detectable: float
+
+    def facts(self) -> dict[str, Any]:
+        return {**asdict(self), "ci95": list(self.ci95), "test": "McNemar exact, Holm", "ci95_method": "Tango score"}
+
+
+def duels(answers: Mapping[str, Mapping[str, Right]], reference: str) -> list[Duel]:
+    """Every other model against `reference`. answers: {task: {model: right or wrong per item}}."""
+    pairs = [(task, model) for task, found in answers.items() for model in found if model != reference]
+    paired = [statistics.mcnemar(answers[task][reference], answers[task][model]) for task, model in pairs]
+    adjusted = holm([each.p_value for each in paired])
+    made = []
+    for (task, model), each, p_holm in zip(pairs, paired, adjusted, strict=True):
+        n, changed = len(answers[task][model]), each.gained + each.lost
+        difference = (each.gained - each.lost) / n
+        made.append(
+            Duel(
+                task=task,
+                model=model,
+                reference=reference,
+                n=n,
+                gained=each.gained,
+                lost=each.lost,
+                difference=difference,
+                ci95=statistics.tango(each.gained, each.lost, n),
+                p_value=each.p_value,
+                p_holm=p_holm,
+                verdict=_verdict(difference, p_holm),
+                detectable=detectable(changed / n, n, len(pairs)),
+            )
+        )
+    return made
+
+
+def _verdict(difference: float, p_value: float) -> Verdict:
+    if p_value >= SIGNIFICANCE:
+        return "tie"
+    return "win" if difference > 0 else "lose"
+
+
+def detectable(changed: float, n: int, tests: int) -> float:
+    """The smallest difference found with 80 % power where a share `changed` of n items changes, at the strictest level
+    of Holm's procedure over `tests` tests (normal approximation)."""
+    return (_z(1 - SIGNIFICANCE / (2 * tests)) + _z(POWER)) * sqrt(max(changed, 1 / n) / n)
+
+
+def power(gained: float, lost: float, n: int, tests: int) -> float:
+    """Chance that a true gain and loss (shares of n items) is claimed at the strictest level (normal approximation)."""
+    spread = sqrt((gained + lost - (gained - lost) ** 2) / n)
+    threshold = _z(1 - SIGNIFICANCE / (2 * tests)) * sqrt((gained + lost) / n)
+    return NormalDist().cdf((abs(gained - lost) - threshold) / spread)
+
+
+def _z(probability: float) -> float:
+    return NormalDist().inv_cdf(probability)
+
+
+def claim(found: Sequence[Duel]) -> str:
+    """One sentence about one model against the reference."""
+    model, reference = found[0].model, found[0].reference
+    parts = [f"{model} against {reference}, prompts chosen per model, on the same items of {len(found)} tasks:"]
+    for verdict, words in (("win", "better on"), ("lose", "worse on"), ("tie", "no difference shown on")):
+        told = [_told(duel) for duel in found if duel.verdict == verdict]
+        if told:
+            parts.append(f"{words} {', '.join(told)};")
+    return " ".join(parts).rstrip(";") + " (exact McNemar, Holm-corrected, p < .05)."
+
+
+def _told(duel: Duel) -> str:
+    low, high = duel.ci95
+    change = f"{duel.difference:+.3f}, 95 % {low:+.3f} to {high:+.3f}, n {duel.n:,}"
+    shown = f", could show {duel.detectable:.3f}" if duel.verdict == "tie" else ""
+    return f"{duel.task} ({change}{shown})"

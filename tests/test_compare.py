@@ -1,0 +1,125 @@
+"""Verdicts on planted models, and the head-to-head on real model folders."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from llama_folders import llama3_folder
+from statsmodels.stats import contingency_tables, multitest
+
+from qmedtune.compare import Asked, compare_models
+from qmedtune.errors import RecipeError
+from qmedtune.evaluation import verdict
+from qmedtune.recipe import TaskSection
+
+DRAWS, N = 200, 400
+TASKS = ("a", "b", "c")
+
+
+def planted(generator, gained: float, lost: float, n: int = N) -> dict[str, list[bool]]:
+    """Answers of two models to the same n items: a share is gained, one lost, of the others 45 % are right in both."""
+    kind = generator.choice(3, size=n, p=[gained, lost, 1 - gained - lost])
+    both = generator.random(n) < 0.45
+    base = np.where(kind == 0, False, np.where(kind == 1, True, both))
+    other = np.where(kind == 0, True, np.where(kind == 1, False, both))
+    return {"base": base.tolist(), "other": other.tolist()}
+
+
+@pytest.mark.parametrize(("gained", "lost", "expected"), [(0.15, 0.05, "win"), (0.05, 0.15, "lose")])
+def test_planted_effects_of_known_power_are_found(gained, lost, expected):
+    """400 items a task, three tasks, a true difference of .10 in each: power .97 at Holm's strictest level."""
+    assert verdict.power(gained, lost, N, len(TASKS)) >= 0.97
+    generator = np.random.default_rng(11)
+    found = 0
+    for _ in range(DRAWS):
+        made = verdict.duels({"a": planted(generator, gained, lost), "b": planted(generator, 0.1, 0.1)}, "base")
+        found += made[0].verdict == expected
+    assert found >= 0.95 * DRAWS
+
+
+def test_equal_models_are_rarely_called_different():
+    """The same share gained as lost, as of two seeds: at most 17 of 200 draws claim anything on any of three tasks
+    (the 99th percentile of a chance of 5 %); identical answers never."""
+    generator = np.random.default_rng(12)
+    false = 0
+    for _ in range(DRAWS):
+        made = verdict.duels({task: planted(generator, 0.1, 0.1) for task in TASKS}, "base")
+        false += any(duel.verdict != "tie" for duel in made)
+    assert false <= 17
+    same = {task: {"base": [True, False] * 50, "other": [True, False] * 50} for task in TASKS}
+    assert [duel.verdict for duel in verdict.duels(same, "base")] == ["tie"] * 3
+
+
+def test_tests_and_correction_are_statsmodels():
+    generator = np.random.default_rng(13)
+    answers = {task: planted(generator, 0.12, 0.06, 120) for task in TASKS}
+    made = verdict.duels(answers, "base")
+    p_values = []
+    for task, duel in zip(TASKS, made, strict=True):
+        base, other = np.array(answers[task]["base"]), np.array(answers[task]["other"])
+        table = [[(base & other).sum(), (base & ~other).sum()], [(~base & other).sum(), (~base & ~other).sum()]]
+        p_values.append(float(contingency_tables.mcnemar(table, exact=True).pvalue))
+        assert duel.difference == pytest.approx(other.mean() - base.mean())
+        assert duel.ci95[0] < duel.difference < duel.ci95[1]
+    assert [duel.p_value for duel in made] == pytest.approx(p_values)
+    assert [duel.p_holm for duel in made] == pytest.approx(multitest.multipletests(p_values, method="holm")[1].tolist())
+
+
+def test_the_detectable_difference_is_found_in_four_of_five_draws():
+    n, changed = 500, 0.2
+    difference = verdict.detectable(changed, n, 1)
+    generator = np.random.default_rng(14)
+    gained, lost = (changed + difference) / 2, (changed - difference) / 2
+    found = [verdict.duels({"a": planted(generator, gained, lost, n)}, "base")[0].verdict for _ in range(400)]
+    assert found.count("win") / 400 == pytest.approx(0.8, abs=0.08)
+
+
+def test_the_claim_tells_wins_losses_and_what_a_tie_could_have_shown():
+    generator = np.random.default_rng(15)
+    answers = {"won": planted(generator, 0.3, 0.05), "lost": planted(generator, 0.05, 0.3)}
+    answers["even"] = {"base": [True] * 20 + [False] * 80, "other": [False] * 10 + [True] * 20 + [False] * 70}
+    said = verdict.claim(verdict.duels(answers, "base"))
+    assert "better on won (+" in said and "worse on lost (-" in said
+    assert "no difference shown on even" in said and "could show" in said and "Holm" in said
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    torch.set_num_threads(1)
+    root = tmp_path_factory.mktemp("compare")
+    for seed in (1, 2):
+        llama3_folder(root / f"m{seed}", seed=seed, max_position_embeddings=512)
+    path = root / "q.jsonl"
+    lines = [
+        {"id": f"q{n}", "question": f"Which is {n}?", "options": [f"x{n}", f"y{n}", f"z{n}"], "answer": n % 3}
+        for n in range(40)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return root
+
+
+def test_models_are_asked_the_same_items_and_development_items_are_never_scored(models, tmp_path):
+    section = TaskSection(task="choice", path=str(models / "q.jsonl"))
+    names = (str(models / "m1"), str(models / "m2"))
+    asked = Asked(names, (section,), shots=(0, 2), templates=("alpaca",), offline=True)
+    found = compare_models(asked, tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "choice.items.jsonl").read_text().splitlines()]
+    assert len(lines) == 30 and all(set(line) == {"id", *names} for line in lines)
+    for name in names:
+        facts = found["models"][name]["choice"]
+        assert facts["n"] == 30 and facts["dev"]["items"] == 10 and len(facts["dev"]["accuracy"]) >= 2
+        assert facts["accuracy"] == pytest.approx(sum(line[name] for line in lines) / 30)
+        best = facts["dev"]["accuracy"][f"{facts['template']}, {facts['shots']} shots"]
+        assert best == max(facts["dev"]["accuracy"].values())
+    assert json.loads((tmp_path / "compare.json").read_text()) == found
+    assert len(found["claims"]) == 1 and len(found["duels"]) == 1
+
+
+def test_what_cannot_be_compared_is_refused(models):
+    section = TaskSection(task="choice", path=str(models / "q.jsonl"))
+    with pytest.raises(RecipeError, match="name two or more"):
+        compare_models(Asked((str(models / "m1"),), (section,), offline=True))
+    with pytest.raises(RecipeError, match="16 are needed"):
+        small = section.model_copy(update={"limit": 8})
+        compare_models(Asked((str(models / "m1"), str(models / "m2")), (small,), offline=True))
