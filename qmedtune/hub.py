@@ -71,7 +71,7 @@ def resolve_base(section: ModelSection, *, offline: bool, shape_only: bool = Fal
     if local.is_absolute() or section.base.startswith((".", "~")) or section.base.count("/") != 1:
         raise RecipeError(
             f"model.base: no folder {section.base!r} here, and it is not a Hub id\n"
-            "allowed: a folder with config.json and *.safetensors, a *.gguf, builtin:tiny, builtin:smollm2, or owner/name"
+            "allowed: a folder with config.json and weights, a *.gguf, builtin:tiny, builtin:smollm2, or owner/name"
         )
     folder = _download(section, offline=offline, shape_only=shape_only)
     if not shape_only:
