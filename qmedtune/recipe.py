@@ -73,6 +73,13 @@ class SourceSection(Section):
     license: str | None = None
     terms: str | None = None
 
+    @field_validator("delimiter")
+    @classmethod
+    def _usable_delimiter(cls, value: str | None) -> str | None:
+        if value is not None and value in '"\r\n':
+            raise ValueError("neither a quote nor a line end separates columns")
+        return value
+
     @field_validator("encoding")
     @classmethod
     def _known_encoding(cls, value: str | None) -> str | None:

@@ -2,6 +2,7 @@
 
 import json
 import random
+import time
 
 import pytest
 
@@ -242,6 +243,39 @@ def test_notes_keep_lines_blanks_and_marks():
 def test_no_pattern_guesses_at_brackets(kind):
     text = "Stay was 12 [8-15] days, age 45 [38, 52]; F [1,306] = .56, as before [12, 14].\n[1] An item."
     assert clean(text + "\u200b", kind) == text
+
+
+@pytest.mark.parametrize(
+    "text", ["a" + " " * 40_000 + "b", "\n" * 40_000, " \n" * 20_000, "[1," * 13_000, " a" * 20_000]
+)
+@pytest.mark.parametrize("kind", ["clinical", "literature"])
+def test_cleaning_takes_linear_time(kind, text):
+    started = time.process_time()
+    clean(text, kind)
+    assert time.process_time() - started < 0.5
+
+
+def test_questions_about_one_note_are_no_near_duplicates(tmp_path):
+    note, other = sentences(2, seed=3)
+    rows = [
+        {"instruction": f"What is said of {n}?", "input": note * 3, "output": f"{n}."}
+        for n in ("pain", "sleep", "gait")
+    ]
+    rows += [{"instruction": "What is said of pain?", "input": f"{note * 3} end", "output": "pain."}]
+    rows += [{"instruction": "What is said of pain?", "input": other * 3, "output": "pain."}]
+    facts, _ = prepare(tmp_path, recipe(jsonl(tmp_path / "a.jsonl", rows), "instructions"))
+    assert facts["records"]["kept"] == 4 and facts["near_duplicates"] == 1
+
+
+def test_sources_are_read_before_a_built_in_base_is_made(tmp_path, monkeypatch):
+    from qmedtune.run import run
+
+    monkeypatch.setenv("QMEDTUNE_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "a.csv").write_text("id,id\n1,2\n")
+    made = recipe(tmp_path / "a.csv")
+    with pytest.raises(DataError, match="names a column twice"):
+        run(made, "", tmp_path / "run", until="data", offline=True)
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
 
 
 def test_unicode_is_composed():

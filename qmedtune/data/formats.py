@@ -126,7 +126,7 @@ def describe(file: Path, source: SourceSection, format: str) -> str:
     if format in ("csv", "tsv"):
         try:
             return f"{format} ({csvs.find_dialect(file, wish_of(source))})"
-        except (*ARCHIVE_ERRORS, OSError):
+        except (*ARCHIVE_ERRORS, OSError, UnicodeError):
             return format
     if format == "text" and source.encoding:
         return f"text ({source.encoding})"
@@ -138,10 +138,16 @@ def _expanded(stream: Iterator[tuple[int, Any]], instructions: bool) -> Iterator
     for number, fields in stream:
         if not isinstance(fields, dict):
             yield number, fields
-        elif "resourceType" in fields or isinstance(fields.get("resource"), dict):
+        elif "resourceType" in fields or _is_entry(fields):
             yield from ((number, found) for found in fhir.documents(fields))
         else:
             yield from ((number, found) for found in notes.expand(fields, instructions))
+
+
+def _is_entry(fields: dict[str, Any]) -> bool:
+    """Whether a row is an entry of a FHIR Bundle."""
+    resource = fields.get("resource")
+    return isinstance(resource, dict) and "resourceType" in resource
 
 
 def _members(file: Path, source: SourceSection) -> Iterator[tuple[int, Any]]:

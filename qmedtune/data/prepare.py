@@ -132,11 +132,23 @@ def _mark_near_duplicates(
     bands = work.with_name("bands")
     shutil.rmtree(bands, ignore_errors=True)  # of an attempt that was killed here
     like = dedup.near_duplicates(texts.batches(), texts.text, threshold, bands, num_earlier)
+    for number in np.flatnonzero(like >= 0).tolist():
+        if not _asked_alike(texts.record(number), texts.record(int(like[number])), threshold):
+            like[number] = -1
     later = np.flatnonzero(like >= 0)
     pairs = [[texts.record(int(number))["id"] for number in (n, like[n])] for n in later[:shown]]
     texts.close()
     fate[np.flatnonzero(fate == KEPT)[later - num_earlier]] = NEAR_DUPLICATE
     return {"of_earlier_sources": int((like[later] < num_earlier).sum()), "examples": pairs}
+
+
+def _asked_alike(one: dict[str, Any], other: dict[str, Any], threshold: float) -> bool:
+    """Whether two instruction records that are alike as a whole also ask and answer alike: of several questions about
+    one long note nine words in ten are the note. Always true of texts."""
+    if not any("input" in message for record in (one, other) for message in record.get("messages", ())):
+        return True
+    asked = [{w for m in record["messages"] for w in m["content"].lower().split()} for record in (one, other)]
+    return len(asked[0] & asked[1]) >= threshold * len(asked[0] | asked[1])
 
 
 def _line_starts(path: Path) -> np.ndarray:

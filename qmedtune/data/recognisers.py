@@ -72,7 +72,7 @@ STRONG_LINK = r"(?:[ ]{0,10}(?:\b(?:numbers?|num|no|nr|id|ident(?:ifier)?|code)\
 # At least two digits; letters, dots, dashes and slashes in between.
 CODE = (
     r"(?P<value>(?:[A-Z]{1,2}[ ](?=\d{4}))?(?=[A-Za-z./-]{0,29}\d[A-Za-z./-]{0,28}\d)[A-Za-z0-9][A-Za-z0-9./-]{2,28}[A-Za-z0-9]"
-    r"|\d{3}[ ]\d{3}[ ]\d{3,4}(?!\d))"
+    r"|\d{3}[ ]\d{3}[ ]\d{3,4}(?!\d)|\d{2}[ ]\d{2}[ ]\d{2,4}(?!\d))"
 )
 LONG_CODE = r"(?P<value>(?=[A-Za-z./-]{0,12}(?:\d[A-Za-z./-]{0,3}){6})[A-Za-z0-9][A-Za-z0-9./-]{4,28}[A-Za-z0-9])"
 EXTENSION = r"(?:,?[ ]?(?:x|ext\.?|extension)[ ]?\#?\d{1,6})?"
@@ -88,7 +88,7 @@ OCTET = r"(?:25[0-5]|2[0-4]\d|1?\d?\d)"
 HEX = r"[0-9a-f]{1,4}"
 MONTHS = "jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec"
 OTHERS = (
-    "janu|febr|marz|maer|mai|juni|juli|okto|deze|janv|fevr|mars|avri|juin|juil|aout|sept|octo|nove|dece|ener|abri|mayo|agos|"
+    "janu|octu|febr|marz|maer|mai|juni|juli|okto|deze|janv|fevr|mars|avri|juin|juil|aout|sept|octo|nove|dece|ener|abri|mayo|agos|"
     "dici|genn|maggi|giug|lugl|otto|feve|marco|maio|junh|julh|sete|outu"
 )
 PLATE = r"(?P<value>(?=[A-Z -]{0,19}\d)[A-Z0-9]{1,4}[ -]?[A-Z0-9]{2,17})\b"
@@ -169,7 +169,7 @@ SOURCES: dict[str, tuple[tuple[Any, ...], ...]] = {
         ("0 0|0-0|0/0|0.0", rf"(?<![\w./+-])(?:{NATIONAL})\b(?![./-]\d)"),
         (
             "phone|tel|ph|cell|mobile|pager|pgr|bpr|callback|beeper|call|contact|reach|home|work|office|voicemail|text|handy",
-            rf"(?i:\b(?:{CALLED})\.?(?:[ ](?:me|him|her|them|us|wife|husband|son|daughter|home|phone))?(?:[ ](?:at|on))?{LINK})"
+            rf"(?i:\b(?:{CALLED})\.?(?:[ ](?:me|him|her|them|us|back|wife|husband|son|daughter|home|phone))?(?:[ ](?:at|on))?{LINK})"
             rf"(?P<value>\d{{3}}[ .-]\d{{4}}{EXTENSION}|\d{{10,11}}|\d{{1,2}}-\d{{4}}|{NATIONAL}|\d{{3}}[ .-]\d{{3}}[ .-]\d{{3,4}})\b",
             0,
         ),
@@ -236,7 +236,7 @@ SOURCES: dict[str, tuple[tuple[Any, ...], ...]] = {
     "age_over_89": (
         (
             "00 y|00  y|00-y|00y|00 m|00 f|00 w|00 l|00 g|00 - y|00--y|00- y|00 -y",
-            r"(?i:(?<![\d.])(?P<value>9\d|1[0-2]\d)(?=[ -]{0,2}(?:years?|yrs?|y\.?[ ]?/?o\.?|yo[mf]?|y/o|year-old)\b|[ ](?:male|female|man|woman|gentleman|lady)\b))",
+            r"(?i:(?<![\d.])(?P<value>9\d|1[0-2]\d)(?=[ -]{0,2}(?:years?|yrs?|y-o|y\.?[ ]?/?o\.?|yo[mf]?|y/o|year-old)\b|[ ](?:male|female|man|woman|gentleman|lady)\b))",
             1,
         ),
         ("age", r"(?i:\b(?:aged?(?:/sex)?|age of|age is|age was)[: ]{1,5}\n?)(?P<value>9\d|1[0-2]\d)\b(?!\.\d|[%\d]|/\d)", 0),

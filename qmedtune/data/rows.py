@@ -78,7 +78,7 @@ def read_text(path: Path, encoding: str | None = None) -> Iterator[Row]:
     marked = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
         text = data.decode(encoding or ("utf-16" if marked else "utf-8-sig"))
-    except UnicodeDecodeError:
+    except UnicodeError:
         yield 1, Damaged(f"not {encoding}" if encoding else "not UTF-8 (name it with `encoding:`, such as cp1252)")
         return
     yield 1, {"id": path.stem, "text": text.removeprefix("\ufeff")}

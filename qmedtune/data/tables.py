@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from qmedtune.data.rejects import Damaged
+from qmedtune.data.files import in_archive, open_bytes
+from qmedtune.data.rejects import Unread
 from qmedtune.data.rows import Row
 from qmedtune.errors import DataError
 
@@ -24,12 +25,12 @@ def read_parquet(path: Path) -> Iterator[Row]:
 
     number = 0
     try:
-        with parquet.ParquetFile(path) as file:
+        with parquet.ParquetFile(open_bytes(path) if in_archive(path) else path) as file:
             for batch in file.iter_batches(batch_size=BATCH_ROWS):
                 yield from enumerate(batch.to_pylist(), start=number + 1)
                 number += len(batch)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError):
-        yield number + 1, Damaged("Parquet file is truncated or corrupt")
+        yield number + 1, Unread("Parquet file is truncated or corrupt")
 
 
 def read_saved(path: Path) -> Iterator[tuple[int, Any]]:

@@ -19,7 +19,7 @@ _GRAMMAR = """
     their them then there these they this those though three through thus to today together tomorrow tonight too
     two under until up upon us use used very via was we well were what when where whether which while who whom
     whose why with within without would year years yes yesterday yet you your dr drs mr mrs ms miss prof
-    professor md phd unknown other n/a na tbd pending deferred unable anonymous redacted""".split()
+    professor md phd unknown other n/a na tbd withheld pending deferred unable anonymous redacted""".split()
 
 _VERBS = """
     accepted added adjusted administered admitted advised agree agreed agrees alert ambulating answered arrived

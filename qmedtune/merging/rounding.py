@@ -1,8 +1,8 @@
 """From fp32 sums to the numbers that are written: the nearest one, or a seeded stochastic choice of the two around it.
 
 bf16 keeps 8 bits. An update below half a unit in the last of them vanishes, and always in the same direction: after
-short runs 14 to 41 % of the held-out gain is gone in a right merge (docs/merging.md). Stochastic rounding goes up with
-the probability of the remainder, so what is added is right on average, and nothing is lost that can be measured.
+short runs a part of what was learnt is gone in a right merge (docs/merging.md has a table). Stochastic rounding goes up
+with the probability of the remainder, so what is added is right on average.
 Its noise is a function of seed, tensor name and place of the element alone: a merge can be repeated and proven from the
 file, whatever the number of threads or the size of blocks. Deliberately no state, and no generator of torch (whose
 stream may change with a release).

@@ -30,7 +30,7 @@ class Found:
     exact: bool = True
 
     def difference(self) -> str:
-        """"" where they agree, else one clause."""
+        """ "" where they agree, else one clause."""
         if self.exact:
             count = int((self.actual != self.expected).sum())
             return f"{count} elements of {self.name} differ" if count else ""
