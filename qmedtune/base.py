@@ -67,9 +67,22 @@ def note_base(adapter: Path, name: str, folder: Path, earlier: Sequence[Path], q
 
 def trained_quantization(adapter: Path) -> Literal["nf4", "none"] | None:
     """`model.quantization` that an adapter was trained with; None where it does not say."""
+    known = _trained_on(adapter)
+    return known.get("quantization") if known else None
+
+
+def _trained_on(adapter: Path) -> dict[str, Any] | None:
+    """What `note_base` wrote; None where it wrote nothing. RecipeError where it was changed since."""
+    from qmedtune.model_stack import read_json
+
     path = adapter / TRAINED_ON
-    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return known.get("quantization")
+    if not path.exists():
+        return None
+    known = read_json(path)
+    kinds = {"base": str, "sha256": str, "adapters_below": list}
+    if wrong := [key for key, kind in kinds.items() if not isinstance(known.get(key), kind)]:
+        raise RecipeError(f"{path}: does not say {wrong[0]}\nit was changed since training: copy the adapter again")
+    return known
 
 
 def name_of_base(name: str, folder: Path, run: Path) -> str:
@@ -90,10 +103,9 @@ def base_in_run(adapter: Path, name: str) -> Path | None:
 def check_base(adapter: Path, folder: Path) -> None:
     """RecipeError where an adapter was trained on other weights than those of `folder`. Adapters of other tools do not
     say; for them the shapes must do."""
-    path = adapter / TRAINED_ON
-    if not path.is_file():
+    trained_on = _trained_on(adapter)
+    if trained_on is None:
         return
-    trained_on = json.loads(path.read_text(encoding="utf-8"))
     if trained_on["adapters_below"]:
         raise RecipeError(f"{adapter}: was trained on top of an earlier adapter\nname the run, which holds both")
     if trained_on["sha256"] != (found := weights_sha256(folder)):
@@ -108,8 +120,7 @@ def check_chain(adapters: Sequence[Path], folder: Path) -> None:
     Adapters of other tools do not say."""
     below: list[str] = []
     for adapter in adapters:
-        path = adapter / TRAINED_ON
-        trained_on = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        trained_on = _trained_on(adapter)
         if trained_on and trained_on["sha256"] != (found := weights_sha256(folder)):
             raise RecipeError(
                 f"{adapter}: was trained on other weights than {folder}\n"

@@ -95,15 +95,16 @@ def _kernels() -> dict[str, str]:
 
 def folders() -> dict[str, str]:
     """Where things are kept between runs."""
-    home = os.environ.get("HF_HOME") or str(Path.home() / ".cache" / "huggingface")
+    from huggingface_hub.constants import HF_HUB_CACHE
+
     triton = os.environ.get("TRITON_CACHE_DIR") or str(Path.home() / ".triton" / "cache")
-    hub = os.environ.get("HF_HUB_CACHE") or str(Path(home) / "hub")
-    return {"built-in bases": str(store.cache_root()), "Hub models": hub, "compiled kernels": triton}
+    return {"built-in bases": str(store.cache_root()), "Hub models": HF_HUB_CACHE, "compiled kernels": triton}
 
 
 def _hub_login() -> bool:
-    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
-    return bool(os.environ.get("HF_TOKEN")) or (home / "token").is_file()
+    from huggingface_hub.constants import HF_TOKEN_PATH
+
+    return bool(os.environ.get("HF_TOKEN")) or Path(HF_TOKEN_PATH).is_file()
 
 
 def advice(facts: dict[str, Any]) -> Iterator[str]:

@@ -12,14 +12,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
+from qmedtune import ui
 from qmedtune.errors import RecipeError
 from qmedtune.recipe import ModelSection
 
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 # Settings that name Python code to import (PEFT imports the module `megatron_core` where `megatron_config` is given).
-CODE_KEYS = {"config.json": "auto_map", "tokenizer_config.json": "auto_map", "adapter_config.json": "megatron_config"}
+CODE_KEYS = {
+    "config.json": "auto_map", "tokenizer_config.json": "auto_map", "processor_config.json": "auto_map",
+    "generation_config.json": "auto_map", "adapter_config.json": "megatron_config",
+}  # fmt: skip
 
 
 def check_folder(folder: Path) -> None:
@@ -35,7 +37,7 @@ def check_folder(folder: Path) -> None:
         raise RecipeError(f"{folder}: no *.safetensors in this folder\ngive a folder with config.json and weights")
     for name, key in CODE_KEYS.items():
         path = folder / name
-        if path.is_file() and _json(path).get(key):
+        if path.is_file() and _names(_json(path), key):
             raise RecipeError(f"{path}: `{key}` asks for remote code, which is never run\nuse a LLaMA-family model")
     for path in folder.iterdir():
         inside = [folder.resolve()]
@@ -45,23 +47,17 @@ def check_folder(folder: Path) -> None:
             raise RecipeError(f"{path}: a link out of the model folder\ncopy the file into the folder")
 
 
-def check_weights(folder: Path) -> None:
-    """Name a truncated file, or a damaged header, before hours of data steps; files are mapped, headers read."""
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="numpy"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise RecipeError(
-                f"{path}: a damaged safetensors file ({error})\n"
-                "it is truncated or its header was changed; fetch or copy it again"
-            ) from error
+def _names(value: Any, key: str) -> bool:
+    """Whether `key` is set anywhere in a configuration: those of parts lie in it (`text_config`)."""
+    if isinstance(value, dict):
+        return bool(value.get(key)) or any(_names(part, key) for part in value.values())
+    return isinstance(value, list) and any(_names(part, key) for part in value)
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RecipeError(f"{path}: not JSON ({type(error).__name__})\nfetch the model again") from error
 
 
@@ -70,21 +66,24 @@ def resolve_base(section: ModelSection, *, offline: bool, shape_only: bool = Fal
     weights: config and tokenizer are all that `pretrain` takes of it."""
     local = Path(section.base).expanduser()
     if local.is_dir():
-        if (local / "adapter_config.json").is_file():  # transformers would go on with the base that this file names
-            raise RecipeError(f"model.base: {local} holds an adapter, not a model\nmerge it: qmedtune merge {local}")
-        check_folder(local)
-        check_weights(local)
+        _judge(local)
         return local
     if local.is_absolute() or section.base.startswith((".", "~")) or section.base.count("/") != 1:
         raise RecipeError(
             f"model.base: no folder {section.base!r} here, and it is not a Hub id\n"
-            "allowed: builtin:tiny, a folder with config.json and *.safetensors, or owner/name of the Hub"
+            "allowed: a folder with config.json and weights, a *.gguf, builtin:tiny, builtin:smollm2, or owner/name"
         )
     folder = _download(section, offline=offline, shape_only=shape_only)
     if not shape_only:
-        check_folder(folder)
-        check_weights(folder)
+        _judge(folder)
     return folder
+
+
+def _judge(folder: Path) -> None:
+    from qmedtune.model_stack import read_model
+
+    for note in read_model(folder).notes:
+        ui.warn(note)
 
 
 def _download(section: ModelSection, *, offline: bool, shape_only: bool) -> Path:

@@ -91,7 +91,8 @@ def merge(job: MergeJob, out: Path) -> dict[str, Any]:
     started = time.monotonic()
     check_onto(job.section, job.model)
     opened = open_llama(job.base)
-    updates = read_adapters(job.adapters, opened.shapes, opened.linears)
+    updates = read_adapters(job.adapters, opened.shapes)
+    _check_copies(updates, opened)
     check_chain(job.adapters, job.base)
     with workers() as pool, ThreadPoolExecutor(1) as helpers:
         # transformers changes torch's default dtype while it loads: nothing else may run beside it.
@@ -111,6 +112,16 @@ def merge(job: MergeJob, out: Path) -> dict[str, Any]:
         "sha256": next(iter(hashes.values())) if len(hashes) == 1 else store.sha256_json(hashes),
         "seconds": round(time.monotonic() - started, 2),
     }
+
+
+def _check_copies(updates: Updates, opened: DiskLlama) -> None:
+    """An adapter brings its base's embeddings along where PEFT stored them: they must be this base's."""
+    for name, copy in updates.copies.items():
+        if not torch.equal(copy, opened.source(name).to(copy.dtype)):
+            raise RecipeError(
+                f"{opened.folder}: {name} is not what the adapter was trained on (it holds a copy)\n"
+                "its vocabulary was resized or trained apart: give the base as it was then with --base"
+            )
 
 
 def check_onto(section: MergeSection, model: ModelSection) -> None:

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from qmedtune.errors import RecipeError
-from qmedtune.hub import check_folder
+from qmedtune.model_stack import parameters, read_adapter, read_model
+from qmedtune.planning.shapes import facts_from_config
 from qmedtune.recipe import AdapterSection, ModelSection
 
 if TYPE_CHECKING:
@@ -106,13 +107,13 @@ def load_base(
 
     `section.compute_dtype` must be resolved (not `auto`). `quantize` overrides `section.quantization`: False gives the
     16-bit (or fp32) weights themselves. `attention`: transformers' name, for training what planning/numerics.py says.
-    Raises RecipeError for folders that check_folder refuses.
+    Raises RecipeError for folders that read_model refuses.
     """
     from transformers import AutoModelForCausalLM
 
     import qmedtune.training.attention  # noqa: F401 - registers `varlen` with transformers
 
-    check_folder(folder)
+    read_model(folder)
     dtype = DTYPES[section.compute_dtype]
     four_bit = section.quantization == "nf4" if quantize is None else quantize
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -255,8 +256,10 @@ def load_adapters(model: PreTrainedModel, folders: Sequence[Path]) -> PeftModel:
     """The base with the adapters of `folders` applied in order, all frozen."""
     from peft import PeftModel
 
+    config = model.config.to_dict()
+    shapes = parameters(facts_from_config("the base", config, "config"), config)
     for folder in folders:
-        check_folder(folder)  # PEFT would take a pickled adapter where there is no safetensors file
+        read_adapter(folder, shapes)  # PEFT would leave out what is missing, and take a pickle for safetensors
     first, *rest = folders
     peft_model: Any = PeftModel.from_pretrained(model, str(first), adapter_name=adapter_name(1))
     for number, folder in enumerate(rest, start=2):

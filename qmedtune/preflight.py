@@ -33,13 +33,10 @@ ASKED_ITEMS = 200  # prompts rendered per task by `plan`; records of a dataset w
 
 def check_base(recipe: Recipe, folder: Path) -> None:
     """RecipeError where the base cannot be loaded, trained or merged; headers and configurations are read alone."""
-    from qmedtune.hub import check_folder, check_weights
+    from qmedtune.model_stack import read_model
 
-    if (folder / "adapter_config.json").is_file():
-        raise RecipeError(f"model.base: {folder} holds an adapter, not a model\nmerge it: qmedtune merge {folder}")
     if recipe.stages[0].kind != "pretrain":
-        check_folder(folder)
-        check_weights(folder)
+        read_model(folder)
 
 
 def check_tokenizer(folder: Path) -> None:

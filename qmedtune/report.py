@@ -97,10 +97,21 @@ def model_card(run: dict) -> str:
         _markdown_table(tables.perplexity(run)),
         _markdown_table(tables.quantisation(run)) if tables.quantisation(run).rows else "",
         _section(tables.audit(run)) if run.get("audit") else "",
+        "## Use\n\n" + _use(run),
         "## Limits\n\n" + "\n".join(f"- {line}" for line in _limits(run, clinical)),
         f"Recipe sha256: `{run.get('recipe_sha256', 'unknown')}`, seed {run.get('seed', 'unknown')}.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _use(run: dict) -> str:
+    name = (run.get("evaluation") or {}).get("template")
+    form = f" (`{_plain(name)}`)" if name else ""
+    ask = "`apply_chat_template(..., add_generation_prompt=True)`"
+    return (
+        f"Ask with the tokenizer's chat template{form}, {ask}: it gives the tokens of the training. The marks that end "
+        "an answer stand in `generation_config.json`; end there, or the model talks on."
+    )
 
 
 def _front_matter(run: dict) -> dict:

@@ -17,8 +17,6 @@ import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
-
 
 @dataclass(frozen=True)
 class Asset:
@@ -66,6 +64,8 @@ def folder() -> Path:
 
 def need(name: str) -> Path:
     """The fetched file; the test is skipped where it is missing."""
+    import pytest  # here, so that fetching needs nothing but Python
+
     path = folder() / BY_NAME[name].file
     if not path.is_file():
         pytest.skip(f"{path.name} is not there: python tests/assets.py fetches it")

@@ -540,7 +540,7 @@ def merged_by_product(case: Case, folder: Path) -> tuple[Merged, dict[str, Any]]
     folder.mkdir(parents=True)
     facts = merge(case.job, folder)
     opened = open_llama(case.base)
-    return Merged(case, folder, opened, read_adapters(case.adapters, opened.shapes, opened.linears)), facts
+    return Merged(case, folder, opened, read_adapters(case.adapters, opened.shapes)), facts
 
 
 def prove(merged: Merged) -> dict[str, Any]:
@@ -571,7 +571,7 @@ def refuse(case: Case, faults: dict[str, Callable[[Merged], str]], scratch: Path
     for name, plant in faults.items():
         shutil.copytree(scratch / "right", scratch / "wrong")
         opened = merged.opened
-        copy = Merged(case, scratch / "wrong", opened, read_adapters(case.adapters, opened.shapes, opened.linears))
+        copy = Merged(case, scratch / "wrong", opened, read_adapters(case.adapters, opened.shapes))
         expected = plant(copy)
         yield _judged(copy, case.name, name), expected
         shutil.rmtree(scratch / "wrong")

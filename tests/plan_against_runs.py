@@ -71,7 +71,10 @@ CASES = [
     Case("keep best, epochs", ("validate.keep_best=true", "stages[0].cpt.tokens=auto", "stages[1].sft.epochs=3")),
 ]
 # Why a figure may be off by more than LIMIT, by the name of the case ("" for all) and the figure.
+CONSTANT = "Python, libraries and what a run holds besides: 900 MiB are planned, 600 to 800 of them used"
 SAID = {
+    ("", "memory"): CONSTANT,
+    ("", "host memory"): CONSTANT,
     ("", "disk, checkpoints"): "the most that are there at a time; none is left at the end",
     ("", "disk, best weights"): "gone at the end",
     ("", "disk, prepared text"): "sampled text, without the ids, hashes and rejects beside it",
@@ -96,7 +99,8 @@ class Row:
 
     @property
     def fine(self) -> bool:
-        return abs(self.off) <= LIMIT or bool(self.said)
+        below = self.said == CONSTANT and self.predicted < (1 - LIMIT) * self.measured  # too little is never excused
+        return abs(self.off) <= LIMIT or (bool(self.said) and not below)
 
 
 def command(*arguments: str) -> dict[str, Any]:

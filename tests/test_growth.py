@@ -59,11 +59,8 @@ def slow_ones(units: tuple[str, ...], size: int) -> list[tuple[str, str]]:
     return slow
 
 
-def test_common_repeats_take_linear_time():
-    assert len(patterns()) > 100
-    assert slow_ones((" ", "a", "0", "\n", "(", "A "), 10_000) == []
-
-
 @pytest.mark.slow
 def test_all_repeats_take_linear_time():
+    """180 patterns by 44 repeats: minutes. Those for identifiers are tested quickly in test_phi_hard.py."""
+    assert len(patterns()) > 100
     assert slow_ones(UNITS, 40_000) == []

@@ -91,3 +91,29 @@ def test_weights_that_are_a_git_lfs_pointer(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2, done.stderr
     assert "Git LFS pointer" in done.stderr and "git lfs pull" in done.stderr and str(base) in done.stderr
+
+
+@pytest.mark.parametrize("variable", ["XDG_CACHE_HOME", "HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"])
+def test_the_plan_looks_where_the_hub_library_keeps_models(variable, tmp_path):
+    """A model that was downloaded is known, whatever names the cache: the folder is the one that a run will take."""
+    below = {"XDG_CACHE_HOME": "huggingface/hub", "HF_HOME": "hub"}.get(variable, "")
+    repository = tmp_path / below / "models--someone--llama"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    shape = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 96}
+    (snapshot / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 8, **shape}))
+    code = (
+        "from huggingface_hub import snapshot_download\n"
+        "from qmedtune.planning.shapes import base_facts\n"
+        "from qmedtune.recipe import ModelSection\n"
+        "print(base_facts(ModelSection(base='someone/llama')).folder)\n"
+        "print(snapshot_download('someone/llama', local_files_only=True))\n"
+    )
+    named = ("XDG_CACHE_HOME", "HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE")
+    environment = {key: value for key, value in os.environ.items() if key not in named}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**environment, variable: str(tmp_path)}
+    )
+    assert done.stdout.splitlines() == [str(snapshot)] * 2, done.stderr

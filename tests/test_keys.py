@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 from conftest import MICRO
-from safetensors.numpy import save_file
+from llama_folders import llama2_folder
 
 from qmedtune import base, keys, store
 from qmedtune.parsing.loader import load_recipe
@@ -69,15 +68,14 @@ def test_what_carries_the_loss_changes_the_validation_rows():
 
 
 def test_a_chat_template_is_part_of_a_base(tmp_path: Path):
-    (tmp_path / "config.json").write_text("{}")
-    save_file({"weight": np.ones(2, np.float32)}, tmp_path / "model.safetensors")
+    folder = llama2_folder(tmp_path / "base")
 
     def digest() -> str:
         hashes = store.HashCache(tmp_path / "hashes")
-        return base.identify(ModelSection(base=str(tmp_path)), hashes, offline=True).digest
+        return base.identify(ModelSection(base=str(folder)), hashes, offline=True).digest
 
     before = digest()
-    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
     assert digest() != before
 
 

@@ -222,7 +222,7 @@ def test_streamed_model_equals_transformers(shape, request, tmp_path):
     folder = request.getfixturevalue(shape)
     base = open_llama(folder)
     adapter = write_adapter(folder, tmp_path / "a", modules_to_save=["embed_tokens", "lm_head"])
-    updates = read_adapters([adapter], base.shapes, base.linears)
+    updates = read_adapters([adapter], base.shapes)
     source = Streamed(base.source, updates, with_bare=True)
     adapted, bare = logits_of(streamed_model(base.model, source), torch.from_numpy(IDS), source)
     assert torch.allclose(bare, logits(plain(folder)), atol=2e-5)
@@ -374,7 +374,7 @@ def test_damaged_safetensors_are_named(damage, where, llama3, adapter3, tmp_path
     base, adapter = Path(shutil.copytree(llama3, tmp_path / "b")), Path(shutil.copytree(adapter3, tmp_path / "a"))
     victim = sorted((base if where == "base" else adapter).glob("*.safetensors"))[-1]
     damage(victim)
-    with pytest.raises(RunError, match="damaged safetensors") as caught:
+    with pytest.raises(RecipeError, match="damaged safetensors") as caught:
         run(base, [adapter], tmp_path / "merged")
     assert str(victim) in str(caught.value)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from toy_tokenizers import byte_level, save
 
 from qmedtune import cli, ui
@@ -19,6 +19,8 @@ from qmedtune.data.tokens import load_codec
 from qmedtune.errors import DataError, RecipeError
 from qmedtune.evaluation.open_model import locate
 from qmedtune.hub import check_folder
+from qmedtune.model_stack import parameters
+from qmedtune.planning.shapes import facts_from_config
 from qmedtune.recipe import ModelSection
 from qmedtune.store import HashCache
 
@@ -161,12 +163,14 @@ def test_there_are_enough_of_them():
 
 
 def model_folder(path, **config):
-    """The smallest folder that looks like a LLaMA to everything that does not load it."""
+    """The smallest folder that is a LLaMA to everything that does not load it."""
     path.mkdir()
     shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
     base = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 64, "num_key_value_heads": 2}
-    (path / "config.json").write_text(json.dumps({**base, **shape, "max_position_embeddings": 128, **config}))
-    save_file({"model.norm.weight": np.ones(64, np.float32)}, path / "model.safetensors")
+    described = {**base, **shape, "max_position_embeddings": 128, **config}
+    (path / "config.json").write_text(json.dumps(described))
+    shapes = parameters(facts_from_config("mine", {**described, "model_type": "llama"}, ""), described)
+    save_file({name: np.ones(size, np.float32) for name, size in shapes.items()}, path / "model.safetensors")
     return path
 
 
@@ -249,13 +253,14 @@ def adapter_of(base, path, below=()):
     path.mkdir()
     (path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
     save_file({"a": np.ones(2, np.float32)}, path / ADAPTER_WEIGHTS)
-    note_base(path, "mine", base, below)
+    note_base(path, "mine", base, below, "nf4")
     return path
 
 
 def test_an_adapter_of_another_base_is_refused(place):
     mine, other = model_folder(place / "mine"), model_folder(place / "other")
-    save_file({"model.norm.weight": np.zeros(64, np.float32)}, other / "model.safetensors")
+    zeros = {name: np.zeros_like(value) for name, value in load_file(other / "model.safetensors").items()}
+    save_file(zeros, other / "model.safetensors")
     adapter = adapter_of(mine, place / "adapter")
     assert locate(str(adapter)).base == mine
     with pytest.raises(RecipeError, match=r"was trained on other weights than .*other\nsha256 .*--base: mine"):

@@ -318,6 +318,16 @@ def test_ddi_as_its_authors_zip_it(tmp_path):
         load("ddi2013", tmp_path / "one")
 
 
+def test_bionli_as_its_authors_have_it(tmp_path):
+    text = (
+        ",doc_id,supp_set,conclusion,label_cat,label\n0,1,Owls see.,They see.,pos,pos\n1,1,Owls see.,Blind.,rest,neg\n"
+    )
+    (tmp_path / "test.csv").write_text(text)
+    items = load("bionli", tmp_path / "test.csv").items
+    assert [item.options[item.gold] for item in items] == ["entailment", "contradiction"]
+    assert items[0].stated == ("Owls see.", "They see.")
+
+
 def test_sentences_of_blurb_become_the_abstracts_that_are_scored(tmp_path):
     labels = "resisting cell death,inducing angiogenesis"
     rows = f"index\tsentence1\tlabels\n12_s1\tOne.\t{labels}\n12_s2\tTwo.\t\n13_s1\tX.\t\n"

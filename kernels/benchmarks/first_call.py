@@ -304,7 +304,7 @@ def main() -> None:
 
 
 def _in_a_process(call: Call, name: str, seconds: float) -> str:
-    """"" when it ended well, else its status or last words."""
+    """ "" when it ended well, else its status or last words."""
     places = [str(ROOT), str(ROOT / "kernels" / "torch-ext"), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, places))}
     for name_ in ("TRITON_INTERPRET", "QMEDTUNE_KERNELS"):

@@ -16,6 +16,7 @@ from qmedtune import base as bases
 from qmedtune import hub, store, ui
 from qmedtune.data import outcomes, templates
 from qmedtune.errors import RecipeError, RunError
+from qmedtune.model_stack import named_base, read_adapter, read_model
 from qmedtune.planning.machine import this_machine
 from qmedtune.recipe import ModelSection, Recipe
 
@@ -116,7 +117,7 @@ def world_of(recipe: Recipe) -> str:
 
 
 def _of_adapter(name: str, folder: Path, base: str | None, offline: bool) -> Location:
-    named = base or json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    named = base or named_base(folder)
     below = (None if base else bases.base_in_run(folder, named)) or _base_folder(named, offline)
     bases.check_base(folder, below)
     if store.read_seal(folder.parent):  # the adapter of a run's stage
@@ -156,6 +157,8 @@ def open_model(location: Location, quantization: Quantization | None = None) -> 
     dtype = "bfloat16" if machine.bf16 else "float16" if machine.is_gpu else "float32"
     precision = quantization or ("nf4" if location.adapters else "none")
     section = ModelSection(base=str(location.base), quantization=precision, compute_dtype=dtype, attention="sdpa")
+    for adapter in location.adapters:  # before the base is read, which takes minutes for a large one
+        read_adapter(adapter, read_model(location.base).shapes)
     with hub.closed():
         tokenizer = models.load_tokenizer(location.base)
         model = models.load_base(location.base, section)

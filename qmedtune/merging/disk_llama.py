@@ -7,7 +7,6 @@ Deliberately not here: running it (streamed.py).
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +18,8 @@ from qmedtune.errors import RecipeError
 from qmedtune.merging.nf4_roundtrip import nf4_roundtrip
 from qmedtune.merging.parallel import Apply
 from qmedtune.merging.tensors import Weights, open_weights
-from qmedtune.model import DTYPES, check_folder
+from qmedtune.model import DTYPES
+from qmedtune.model_stack import read_model
 from qmedtune.recipe import ModelSection
 
 if TYPE_CHECKING:
@@ -60,14 +60,10 @@ class DiskLlama:
 
 def open_llama(folder: Path) -> DiskLlama:
     """Open a LLaMA folder without loading it. Raises RecipeError for other architectures, quantised weights, missing
-    or misshapen tensors; RunError for damaged files."""
+    or misshapen tensors, damaged files."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    check_folder(folder)
-    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if raw.get("model_type") != "llama":
-        raise RecipeError(f"{folder}: model_type is {raw.get('model_type')!r}\nallowed: llama")
-    if "quantization_config" in raw:
+    if read_model(folder).quantised:
         raise RecipeError(f"{folder}: these weights are quantised\nmerging needs the 16-bit (or fp32) weights")
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig.from_pretrained(folder))
@@ -75,10 +71,7 @@ def open_llama(folder: Path) -> DiskLlama:
     shapes = {name: tuple(p.shape) for name, p in parameters.items()}
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     weights = open_weights(folder)
-    base = DiskLlama(folder, model, weights, shapes, linears, _are_tied(weights, model.config.tie_word_embeddings))
-    for name in base.shapes:
-        _check_tensor(base, base.stored_as(name), base.shapes[name])
-    return base
+    return DiskLlama(folder, model, weights, shapes, linears, _are_tied(weights, model.config.tie_word_embeddings))
 
 
 def _are_tied(weights: Weights, asked: bool) -> bool:
@@ -87,18 +80,3 @@ def _are_tied(weights: Weights, asked: bool) -> bool:
     if not asked or HEAD not in weights.files or EMBEDDING not in weights.files:
         return asked
     return torch.equal(weights[HEAD], weights[EMBEDDING])
-
-
-def _check_tensor(base: DiskLlama, name: str, shape: tuple[int, ...]) -> None:
-    if name not in base.weights.files:
-        raise RecipeError(f"{base.folder}: no tensor {name} in its weights\nfetch the model again")
-    if base.weights.shape(name) != shape:
-        raise RecipeError(
-            f"{base.folder}: {name} has the shape {list(base.weights.shape(name))}\n"
-            f"config.json asks for {list(shape)}; fetch the model again"
-        )
-    if (stored := base.weights[name].dtype) not in DTYPES.values():
-        raise RecipeError(
-            f"{base.folder}: {name} is stored as {str(stored).removeprefix('torch.')}\n"
-            f"merging needs weights in one of: {', '.join(DTYPES)}"
-        )

@@ -7,7 +7,6 @@ LLaMA-family models by Hub id, so that `plan` answers offline). Deliberately not
 from __future__ import annotations
 
 import json
-import os
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
@@ -174,14 +173,16 @@ def _builtin(name: str) -> BaseFacts:
 
 
 def cached_snapshot(hub_id: str, revision: str | None) -> Path | None:
-    """The snapshot folder of a Hub id in this machine's cache, if its config.json is there."""
-    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
-    hub = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
-    repository = hub / f"models--{hub_id.replace('/', '--')}"
-    reference = repository / "refs" / (revision or "main")
-    commit = reference.read_text(encoding="utf-8").strip() if reference.is_file() else (revision or "")
-    snapshot = repository / "snapshots" / commit
-    return snapshot if commit and (snapshot / "config.json").is_file() else None
+    """The snapshot folder of a Hub id in this machine's cache, if its config.json is there. huggingface_hub says where
+    the cache is: HF_HUB_CACHE, HF_HOME, XDG_CACHE_HOME, and what else it may come to read."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        config = try_to_load_from_cache(hub_id, "config.json", revision=revision)
+    except HFValidationError:  # no Hub id: a path that is not there
+        return None
+    return Path(config).parent if isinstance(config, str) else None
 
 
 def _from_folder(name: str, folder: Path, source: str) -> BaseFacts:

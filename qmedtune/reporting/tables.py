@@ -31,8 +31,9 @@ def evaluation(run: dict) -> Table:
         both = str(c.base or "–"), str(c.final or "–")
         rows.append((c.label, *both, c.change or "–", commonest, items, c.reading or "–"))
     note = (
-        f"{_scored_in(run)}Share of items answered correctly unless another metric is named, with 95% intervals. Base "
-        "and final answered the same items; a change is called noise when its paired test gives p ≥ 0.05. Commonest: "
+        f"{_scored_in(run)}{_asked_in(run)}"
+        "Share of items answered correctly unless another metric is named, with 95% intervals. Base and final "
+        "answered the same items; a change is called noise when its paired test gives p ≥ 0.05. Commonest: "
         f"what always the commonest answer scores, without any knowledge.{_methods(run)}"
         if rows
         else "No task was scored in this run."
@@ -46,6 +47,11 @@ def _methods(run: dict) -> str:
     parts = [task.get(name) or {} for task in tasks for name in ("base", "final", "difference")]
     names = dict.fromkeys(part["ci95_method"] for part in parts if "ci95_method" in part)
     return f" Intervals: {'; '.join(names)}." if names else ""
+
+
+def _asked_in(run: dict) -> str:
+    name = (run.get("evaluation") or {}).get("template")
+    return f"Asked in the template {name}. " if name else ""
 
 
 def _scored_in(run: dict) -> str:

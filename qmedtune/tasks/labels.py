@@ -39,6 +39,8 @@ DDI = ("DDI-false", "DDI-advise", "DDI-effect", "DDI-int", "DDI-mechanism")
 HUB_NLI = ("entailment", "neutral", "contradiction")  # as SNLI, MultiNLI and MedNLI number them on the Hub
 NO_YES = ("no", "yes")
 NLI_COLUMNS = (("sentence1", "sentence2", "gold_label"), ("premise", "hypothesis", "label"))
+NLI_COLUMNS += (("supp_set", "conclusion", "label"),)  # BioNLI as its authors have it
+BIONLI = {"pos": "entailment", "neg": "contradiction"}
 
 
 # ---- metrics ---------------------------------------------------------------------------------------------------------
@@ -143,7 +145,7 @@ def nli(path: Path) -> list[Item]:
     labels = tuple(label for label in NLI if label != "neutral" or "neutral" in used)
     items = []
     for where, fields in rows:
-        first, second, label = next((c for c in NLI_COLUMNS if c[2] in fields), NLI_COLUMNS[0])
+        first, second, label = next((c for c in NLI_COLUMNS if c[0] in fields), NLI_COLUMNS[0])
         premise, hypothesis = text_field(where, fields, first), text_field(where, fields, second)
         content = f"Does the premise entail the hypothesis? Answer {_listed(labels)}."
         question = _question(content, f"Premise: {premise}\nHypothesis: {hypothesis}")
@@ -156,6 +158,8 @@ def nli(path: Path) -> list[Item]:
 def _by_name(rows: list[tuple[str, dict[str, Any]]]) -> list[tuple[str, dict[str, Any]]]:
     """Rows with labels by name, where the file has the Hub's numbers."""
     numbers = {str(fields.get("label")) for _, fields in rows}
+    if rows and numbers <= BIONLI.keys():
+        return [(where, {**fields, "label": BIONLI[fields["label"]]}) for where, fields in rows]
     if not rows or not numbers <= {"0", "1", "2"}:
         return rows
     ui.note("labels 0, 1, 2 are read as entailment, neutral, contradiction, the order of the Hub's NLI sets")

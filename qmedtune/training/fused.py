@@ -56,7 +56,8 @@ def install(model: nn.Module, mode: str = "auto") -> dict:
             setattr(module, "kernels", dispatch.mode(mode))  # noqa: B010
     causal_lm: Layer = model
     causal_lm = causal_lm.get_base_model() if hasattr(model, "get_base_model") else causal_lm
-    setattr(causal_lm.get_output_embeddings(), "kernels", dispatch.mode(mode))  # noqa: B010 - read by loss.py
+    if (head := causal_lm.get_output_embeddings()) is not None:  # a classifier has none
+        setattr(head, "kernels", dispatch.mode(mode))  # noqa: B010 - read by loss.py
     own = Counter(reason for group in groups if (reason := _obstacle(group)))
     paths = dispatch.describe(device, mode)
     return {"mode": dispatch.mode(mode), "paths": paths, "modules": dict(counts), "own_forward": dict(own)}

@@ -71,7 +71,7 @@ LLaMA is the base: it is what every run compares with (`base` in its report), an
 `qmedtune eval meta-llama/Llama-2-7b-hf --tasks medqa=FILE`.
 """
 BASE = (
-    "LLaMA", "`qmedtune eval`", "itself", "none", "general text", "none", "the task's, as text", "none", "2048 or 4096",
+    "LLaMA", "`qmedtune eval`", "itself", "none", "general text", "none", "`plain`", "none", "2048 or 4096",
 )  # fmt: skip
 
 

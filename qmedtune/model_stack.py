@@ -1,0 +1,440 @@
+"""The one reader and judge of model folders and adapter folders: configuration and headers, never a weight's values.
+
+`plan`, `run`, `merge`, `predict`, `chat` and `eval` all ask here first, so that what one of them refuses the others do
+not load. A folder passes when transformers and PEFT would read from it what its configuration says, each tensor once
+and in a floating-point type: they themselves fill what is missing with random numbers and skip what they do not know.
+Deliberately not here: links and code in folders (hub.py), which base an adapter was trained on (base.py).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from safetensors import SafetensorError, safe_open
+
+from qmedtune.errors import RecipeError
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+    from qmedtune.planning.shapes import BaseFacts
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER_CONFIG, ADAPTER_TENSORS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+FLOATS = ("F32", "F16", "BF16")
+MAX_JSON_BYTES = 64 << 20  # an index of 1,000 shards has 10 MB
+MAX_LAYERS = 1000  # the deepest LLaMA has 126
+# Buffers of old checkpoints that transformers computes itself and skips.
+SPARE = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+# Settings of peft 0.21 that are read here or change nothing once an adapter is trained. Each other one that is set
+# means that the update of a layer is something else than scale * B @ A.
+READ = frozenset({
+    "peft_type", "task_type", "r", "lora_alpha", "use_rslora", "target_modules", "exclude_modules", "modules_to_save",
+    "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "ensure_weight_tying", "bias",
+    "init_lora_weights",
+})  # fmt: skip
+HARMLESS = frozenset({
+    "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "lora_dropout",
+    "megatron_core", "qalora_group_size", "eva_config", "runtime_config",
+})  # fmt: skip
+# Initialisations that leave the base's weights as they are (pissa, olora, loftq, corda and lora_ga change them).
+PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")
+CAUSAL = "CAUSAL_LM"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor as a file's header describes it. `dtype` in safetensors' spelling."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A judged LLaMA. `shapes`: every parameter by name; `linears`: names of its linear layers, the head among them."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    stored: Mapping[str, Stored]
+    shapes: Mapping[str, tuple[int, ...]]
+    quantised: bool
+    notes: Sequence[str] = ()
+
+    @property
+    def linears(self) -> list[str]:
+        return linears_of(self.shapes)
+
+
+@dataclass(frozen=True)
+class LowRankFacts:
+    """W += scale * B @ A, with A [rank, in] and B [out, rank]."""
+
+    rank: int
+    scale: float
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """A judged adapter. `low_rank`: by module of the base; `full`: parameters that it replaces by a trained copy;
+    `copies`: parameters of which it holds the base's own values, and the tensor's name (PEFT stores embeddings so where
+    the head has a low-rank update or the vocabulary was resized)."""
+
+    folder: Path
+    config: LoraConfig
+    low_rank: Mapping[str, LowRankFacts] = field(default_factory=dict)
+    full: Sequence[str] = ()
+    copies: Mapping[str, str] = field(default_factory=dict)
+
+
+def refuse(place: Path, what: str, then: str = "fetch or copy the folder again") -> NoReturn:
+    raise RecipeError(f"{place}: {what}\n{then}")
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object. RecipeError for anything else, however deep or long."""
+    if not path.is_file():
+        refuse(path, "no such file", "give a folder as transformers or PEFT writes it")
+    if path.stat().st_size > MAX_JSON_BYTES:
+        refuse(path, f"has {path.stat().st_size:,} bytes, which no configuration has")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise RecipeError(f"{path}: not JSON ({type(error).__name__})\nfetch or copy the folder again") from error
+    if not isinstance(value, dict):
+        refuse(path, f"holds a {type(value).__name__}, not an object with keys")
+    return value
+
+
+def headers(path: Path) -> dict[str, Stored]:
+    """The tensors of a safetensors file. RecipeError where there is no file, or a damaged one."""
+    if not path.is_file():  # a folder or a pipe of that name is none
+        refuse(path, "no such file", "the folder is incomplete; fetch or copy it again")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            return {n: Stored(path.name, s.get_dtype(), tuple(s.get_shape())) for n, s in found.items()}
+    except (SafetensorError, OSError) as error:
+        raise RecipeError(
+            f"{path}: a damaged safetensors file ({error})\n"
+            "it is truncated or its header was changed; fetch or copy it again"
+        ) from error
+
+
+def _stored(folder: Path) -> tuple[dict[str, Stored], list[str]]:
+    """What transformers reads of a folder, and what to say about it: one file, else the shards that the index names."""
+    single, index = folder / SINGLE, folder / INDEX
+    if not single.is_file() and index.is_file():
+        return _shards(folder, index), []
+    if not single.exists() and (others := sorted(path.name for path in folder.glob("*.safetensors"))):
+        refuse(folder, f"has {others[0]}, but neither {SINGLE} nor {INDEX}", "fetch the model again, with its index")
+    found = headers(single)
+    told = f"{folder}: has {SINGLE} and {INDEX}; transformers reads the first, and so does this"
+    return found, [told] if index.is_file() else []
+
+
+def _shards(folder: Path, index: Path) -> dict[str, Stored]:
+    named = read_json(index).get("weight_map")
+    if not isinstance(named, dict) or not named:
+        refuse(index, "not an index of shards (no readable `weight_map`)")
+    if outside := [file for file in named.values() if not isinstance(file, str) or Path(file).name != file]:
+        refuse(index, f"names the shard {outside[0]!r} outside its folder", "use a model folder without that")
+    found: dict[str, Stored] = {}
+    for file in sorted(set(named.values())):
+        inside = headers(folder / file)
+        if twice := sorted(inside.keys() & found.keys()):
+            refuse(folder, f"tensor {twice[0]} is in {found[twice[0]].file} and in {file}")
+        found |= inside
+    if lost := sorted(named.keys() - found.keys()):
+        refuse(folder / named[lost[0]], f"tensor {lost[0]} is missing, though {INDEX} names it")
+    return found
+
+
+# ---- models ----------------------------------------------------------------------------------------------------------
+
+
+def read_model(folder: Path) -> ModelFolder:
+    """Read and judge a model folder. RecipeError for what is no whole LLaMA."""
+    from qmedtune.hub import check_folder
+    from qmedtune.planning.shapes import facts_from_config
+
+    if (folder / ADAPTER_CONFIG).is_file():  # transformers would go on with the base that this file names
+        refuse(folder, "holds an adapter, not a model", f"merge it: qmedtune merge {folder}")
+    check_folder(folder)
+    config = read_json(folder / "config.json")
+    _check_numbers(folder, config)
+    shapes = parameters(facts_from_config(str(folder), config, "config.json"), config)
+    stored, notes = _stored(folder)
+    quantised = _is_quantised(folder, config)
+    model = ModelFolder(folder, config, stored, shapes, quantised, notes)
+    if not quantised:  # a quantised file holds packed bytes and scales under names of its own
+        _check_tensors(model)
+    return model
+
+
+NUMBERS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+OPTIONAL = ("num_key_value_heads", "head_dim", "max_position_embeddings")
+
+
+def _check_numbers(folder: Path, config: Mapping[str, Any]) -> None:
+    """Widths are numbers above 0; the rest of the shape is checked against the tensors."""
+    for key in (*NUMBERS, *OPTIONAL):
+        value = config.get(key)
+        if value is None and key in (*OPTIONAL, *(k for k in NUMBERS if k not in config)):
+            continue  # what is required and missing is named by facts_from_config
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
+            refuse(folder / "config.json", f"{key} is {str(value)[:40]!r}", "allowed: a whole number above 0")
+    if config.get("num_hidden_layers", 1) > MAX_LAYERS:
+        refuse(folder / "config.json", f"asks for {config['num_hidden_layers']:,} layers", f"allowed: to {MAX_LAYERS}")
+    for key in ("attn_implementation", "_attn_implementation"):
+        if "/" in str(config.get(key, "")):  # transformers takes it for a Hub repository with code
+            refuse(folder / "config.json", f"{key} names code to fetch, which is never run", "remove the setting")
+
+
+def _is_quantised(folder: Path, config: Mapping[str, Any]) -> bool:
+    if (stored := config.get("quantization_config")) is None:
+        return False
+    method = stored.get("quant_method") if isinstance(stored, dict) else None
+    if method != "bitsandbytes":
+        what = f"its weights are quantised by {method or 'an unknown method'}"
+        refuse(folder, what, "allowed: bitsandbytes, or better the 16-bit original (training quantises it itself)")
+    return True
+
+
+def parameters(facts: BaseFacts, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Every parameter of a LLaMA and its shape, in the names of LlamaForCausalLM; the head also where it is tied."""
+    found: dict[str, tuple[int, ...]] = {EMBEDDING: (facts.vocab, facts.hidden)}
+    biased = {"self_attn": bool(config.get("attention_bias")), "mlp": bool(config.get("mlp_bias"))}
+    for layer in range(facts.layers):
+        place = f"model.layers.{layer}"
+        for name, (inputs, outputs) in facts.linear_shapes.items():
+            block = "self_attn" if name in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp"
+            found[f"{place}.{block}.{name}.weight"] = (outputs, inputs)
+            if biased[block]:
+                found[f"{place}.{block}.{name}.bias"] = (outputs,)
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            found[f"{place}.{norm}.weight"] = (facts.hidden,)
+    return {**found, "model.norm.weight": (facts.hidden,), HEAD: (facts.vocab, facts.hidden)}
+
+
+def linears_of(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Names of the linear layers, among them the head: what has two dimensions and is no embedding."""
+    return [name.removesuffix(".weight") for name, shape in shapes.items() if len(shape) == 2 and name != EMBEDDING]
+
+
+def _check_tensors(model: ModelFolder) -> None:
+    again = "fetch the model again"
+    if lost := [name for name in _needed(model) if name not in model.stored]:
+        refuse(model.folder, f"tensor {lost[0]} is missing (of {len(lost)})", again)
+    for name, tensor in model.stored.items():
+        if SPARE.fullmatch(name):
+            continue
+        if (expected := model.shapes.get(name)) is None:
+            refuse(
+                model.folder, f"tensor {name[:80]!r} is none of a LLaMA's", "give the folder of a LLaMA causal model"
+            )
+        if tensor.shape != expected:
+            what = f"{name} has the shape {list(tensor.shape)}, config.json asks for {list(expected)}"
+            refuse(model.folder, what, again)
+        if tensor.dtype not in FLOATS:
+            what = f"{name} is stored as {tensor.dtype}"
+            refuse(model.folder, what, "allowed: F32, F16, BF16; convert the model, or fetch its 16-bit original")
+
+
+def _needed(model: ModelFolder) -> Iterator[str]:
+    """All, but of tied ends only one (under either name)."""
+    tied = bool(model.config.get("tie_word_embeddings", False))
+    ends = {EMBEDDING: HEAD, HEAD: EMBEDDING} if tied else {}
+    return (name for name in model.shapes if ends.get(name) not in model.stored)
+
+
+# ---- adapters --------------------------------------------------------------------------------------------------------
+
+
+def named_base(folder: Path) -> str:
+    """The base that an adapter names. RecipeError where it names none."""
+    named = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not isinstance(named, str) or not named:
+        refuse(folder, "does not say which base it was trained on", "give it: --base FOLDER_OR_HUB_ID")
+    return named
+
+
+def read_adapter(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> AdapterFolder:
+    """Read and judge an adapter for a base with these parameters.
+
+    Raises RecipeError naming the file, setting, tensor or module that does not fit.
+    """
+    from qmedtune.hub import check_folder
+
+    if not (folder / ADAPTER_CONFIG).is_file() and (folder / "config.json").is_file():
+        refuse(folder, "holds a whole model, not an adapter", "give the folder with adapter_config.json")
+    check_folder(folder)
+    config = _adapter_config(folder)
+    reading = _Reading(folder, config, headers(folder / ADAPTER_TENSORS), shapes)
+    low_rank = {module: reading.low_rank(module) for module in reading.targeted()}
+    copies = reading.copies(low_rank)
+    full = reading.full(low_rank, copies)
+    if both := sorted({f"{module}.weight" for module in low_rank} & set(full)):
+        refuse(folder, f"{both[0]} has a low-rank update and a full copy", "train it with one of them")
+    return AdapterFolder(folder, config, low_rank, full, copies)
+
+
+def _adapter_config(folder: Path) -> LoraConfig:
+    from peft import LoraConfig
+
+    path = folder / ADAPTER_CONFIG
+    raw = read_json(path)
+    for key, allowed in (("peft_type", ("LORA",)), ("task_type", (CAUSAL, None)), ("bias", ("none",))):
+        if raw.get(key, allowed[0]) not in allowed:
+            what = f"{key}: {raw[key]!r} cannot be used here"
+            refuse(path, what, "allowed: plain LoRA for causal language models (LORA, CAUSAL_LM), rslora, no biases")
+    if raw.get("init_lora_weights", True) not in PLAIN_INITS:
+        what = f"init_lora_weights: {raw['init_lora_weights']!r} changes the base that the adapter belongs on"
+        refuse(
+            path,
+            what,
+            "convert it to a plain LoRA where it was trained (PEFT: path_initial_model_for_weight_conversion)",
+        )
+    known = READ | HARMLESS
+    for key, value in raw.items():
+        if key not in known and value:
+            why = "" if key in LoraConfig.__dataclass_fields__ else ", a setting that peft 0.21 does not know,"
+            refuse(path, f"{key}: {str(value)[:60]!r}{why} cannot be used here", "allowed: plain LoRA, rslora")
+    _check_values(path, raw)
+    return LoraConfig(**{key: value for key, value in raw.items() if key in READ})
+
+
+def _check_values(path: Path, raw: Mapping[str, Any]) -> None:
+    rank, alpha = raw.get("r", 8), raw.get("lora_alpha", 8)
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 0 < rank < 2**20:
+        refuse(path, f"r: {str(rank)[:40]!r}", "allowed: a whole number above 0")
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        refuse(path, f"lora_alpha: {str(alpha)[:40]!r}", "allowed: a number")
+    for key in ("target_modules", "exclude_modules", "modules_to_save"):
+        value = raw.get(key)
+        is_list = isinstance(value, list) and all(isinstance(each, str) for each in value)
+        if value is not None and not is_list and not (isinstance(value, str) and key != "modules_to_save"):
+            refuse(path, f"{key}: {str(value)[:60]!r}", "allowed: a list of names")
+    for key in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(raw.get(key) or {}, dict):
+            refuse(path, f"{key}: {str(raw[key])[:60]!r}", "allowed: numbers by module")
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """An adapter's configuration and headers against the parameters of a base."""
+
+    folder: Path
+    config: LoraConfig
+    stored: Mapping[str, Stored]
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def targeted(self) -> list[str]:
+        """The linear layers that the configuration targets; each of its targets must be one of them."""
+        from peft.tuners.tuners_utils import check_target_module_exists
+
+        targets, linears = self.config.target_modules, linears_of(self.shapes)
+        found = [m for m in linears if targets and check_target_module_exists(self.config, m)]
+        for target in sorted(targets) if isinstance(targets, set) else ():
+            if not any(f".{module}".endswith(f".{target}") for module in linears):
+                refuse(self.folder, f"its target {target} is no linear layer of the base", FITS)
+        if not found and not self.config.modules_to_save:
+            refuse(self.folder, f"its target_modules ({targets}) hit no module of the base", FITS)
+        return found
+
+    def low_rank(self, module: str) -> LowRankFacts:
+        from peft.utils.other import get_pattern_key
+
+        ranks, alphas = self.config.rank_pattern or {}, self.config.alpha_pattern or {}
+        rank = ranks.get(get_pattern_key(list(ranks), module), self.config.r)
+        alpha = alphas.get(get_pattern_key(list(alphas), module), self.config.lora_alpha)
+        rows, columns = self.shapes[f"{module}.weight"]
+        self.check(f"{module}.lora_A.weight", (rank, columns))
+        self.check(f"{module}.lora_B.weight", (rows, rank))
+        return LowRankFacts(rank, alpha / (math.sqrt(rank) if self.config.use_rslora else rank))
+
+    def copies(self, low_rank: Mapping[str, LowRankFacts]) -> dict[str, str]:
+        """Embeddings that are stored and were not trained; with a low-rank update they lie one level deeper."""
+        found: dict[str, str] = {}
+        for name in ENDS:
+            module = name.removesuffix(".weight")
+            stored = f"{module}.base_layer.weight" if module in low_rank else name
+            trained = any(self.listed(name)) or bool(self.config.ensure_weight_tying)
+            if PREFIX + stored in self.stored and (module in low_rank or not trained):
+                self.check(stored, self.shapes[name])
+                found[name] = PREFIX + stored
+        return found
+
+    def doubles(self) -> set[str]:
+        """The insides of PEFT's wrapper around trained embeddings, which it stores once more where the vocabulary was
+        resized, and does not read."""
+        found = set()
+        for name in ENDS:
+            inside = [name.replace(".weight", f".{part}.weight") for part in ("original_module", "modules_to_save")]
+            for double in (each for each in inside if any(self.listed(name)) and PREFIX + each in self.stored):
+                self.check(double, self.shapes[name])
+                found.add(PREFIX + double)
+        return found
+
+    def full(self, low_rank: Mapping[str, LowRankFacts], copies: Mapping[str, str]) -> list[str]:
+        """Parameters with a trained copy: each tensor that is left must be one, each listed module must have its own.
+
+        A head tied to a trained embedding goes unlisted.
+        """
+        parts = {f"{PREFIX}{module}.lora_{part}.weight" for module in low_rank for part in "AB"}
+        left = self.stored.keys() - parts - set(copies.values()) - self.doubles()
+        names = [stored.removeprefix(PREFIX) for stored in sorted(left)]
+        for name in names:
+            if name not in self.shapes or not (name in ENDS or any(self.listed(name))):
+                refuse(self.folder, f"tensor {PREFIX + name[:80]!r} belongs to no module of the base", FITS)
+            self.check(name, self.shapes[name])
+        either = bool(self.config.ensure_weight_tying) and bool(set(ENDS) & set(names))
+        for name in self.shapes:
+            if any(self.listed(name)) and name not in names and not (either and name in ENDS):
+                refuse(self.folder, f"the trained copy of {name} is missing", "the adapter is incomplete")
+        for module in self.config.modules_to_save or ():
+            if not any(module in self.listed(name) for name in self.shapes):
+                refuse(self.folder, f"modules_to_save: the base has no module {module}", FITS)
+        return names
+
+    def listed(self, name: str) -> list[str]:
+        """The entries of `modules_to_save` that mean the module of this parameter, or one around it. PEFT compares the
+        ends of names: `norm` is also every `input_layernorm`."""
+        parts = name.split(".")[:-1]
+        places = [".".join(parts[:length]) for length in range(1, len(parts) + 1)]
+        return [m for m in self.config.modules_to_save or () if any(place.endswith(m) for place in places)]
+
+    def check(self, name: str, expected: tuple[int, ...]) -> None:
+        """The tensor is there, in this shape, in a floating-point type."""
+        tensor = self.stored.get(PREFIX + name)
+        if tensor is None:
+            remedy = "the adapter is incomplete; train or fetch it again"
+            refuse(self.folder, f"tensor {PREFIX}{name} is missing", remedy)
+        if tensor.dtype not in FLOATS:
+            refuse(self.folder, f"{PREFIX}{name} is stored as {tensor.dtype}", "allowed: F32, F16, BF16")
+        if tensor.shape != expected:
+            self.refuse_shape(name, tensor.shape, expected)
+
+    def refuse_shape(self, name: str, given: tuple[int, ...], expected: tuple[int, ...]) -> NoReturn:
+        counts_tokens = name.startswith(("model.embed_tokens.", "lm_head.")) and not name.endswith("lora_A.weight")
+        if counts_tokens and len(given) == 2 and given[1] == expected[1] and given[0] > expected[0]:
+            what = f"{given[0] - expected[0]} tokens were added in training: {name} has {given[0]} rows, the base "
+            then = "give the base that was resized to that with --base (transformers: resize_token_embeddings)"
+            refuse(self.folder, f"{what}{expected[0]}", then)
+        refuse(self.folder, f"{PREFIX}{name} has the shape {list(given)}, the base asks for {list(expected)}", FITS)
+
+
+ENDS = (EMBEDDING, HEAD)
+FITS = "use it with the base that it was trained on"
