@@ -153,6 +153,7 @@ def test_a_template_that_explodes_only_on_some_text_ends_there_and_the_next_is_r
     frame, _ = framed(tmp_path, trap + NO_BOS)
     with pytest.raises(RecipeError, match="does not end"):
         frame.ask([[{"role": "user", "content": "boom"}]])
+    monkeypatch.setattr(chat_template, "SECONDS", 30)  # a busy machine starts a process in seconds
     assert frame.ask([[{"role": "user", "content": "fine"}]])[0].text.endswith("<|assistant|>\n")
 
 
@@ -179,3 +180,12 @@ def test_a_template_that_cannot_be_split_into_turns_is_refused_with_the_way_on(t
     folder = folder_of(tmp_path, UNUSABLE[kind])
     with pytest.raises((RecipeError, DataError), match=r"name a template of qmedtune"):
         framing.frame_in(templates.load("chat", folder), folder)
+
+
+def test_a_template_that_is_not_used_any_more_leaves_no_process():
+    one = chat_template.Renderer(ChatSource(NO_BOS))
+    assert one.render([([{"role": "user", "content": "fine"}], False)])
+    process = one.process
+    assert process is not None and process.poll() is None
+    del one
+    assert process.poll() is not None

@@ -72,10 +72,10 @@ class Renderer:
     """A running process that renders one template. Ends with this process, or when it exceeds a bound."""
 
     def __init__(self, source: ChatSource):
-        if len(source.text) > MAX_SOURCE:
-            raise RecipeError(f"template: chat: {len(source.text):,} characters; at most {MAX_SOURCE:,}\n{WAY_ON}")
         self.source = source
         self.process: subprocess.Popen[bytes] | None = None
+        if len(source.text) > MAX_SOURCE:
+            raise RecipeError(f"template: chat: {len(source.text):,} characters; at most {MAX_SOURCE:,}\n{WAY_ON}")
 
     def render(self, calls: Sequence[Call]) -> list[str]:
         """The text of each call, in order. RecipeError beyond a bound, DataError where the template refuses."""
@@ -120,6 +120,9 @@ class Renderer:
             assert self.process.stdin
             self.process.stdin.write(json.dumps(first | limits).encode() + b"\n")
         return self.process
+
+    def __del__(self) -> None:
+        self.close()  # Python keeps a running process and its pipes, which would keep it waiting for requests for ever
 
     def close(self) -> None:
         if self.process is not None:
