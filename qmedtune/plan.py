@@ -19,7 +19,7 @@ from qmedtune.planning.batches import batch_rows, steps_in, too_few_steps
 from qmedtune.planning.estimate import Estimate, Measured, count_with, estimate_source
 from qmedtune.planning.machine import CARDS_GIB, GIB, Machine, card_of, this_machine
 from qmedtune.planning.memory import Setup
-from qmedtune.planning.resolve import resolve
+from qmedtune.planning.resolve import refuse_half_on_cpu, resolve
 from qmedtune.planning.rows import Tokens
 from qmedtune.planning.sample import Sample, sample_source
 from qmedtune.planning.shapes import BaseFacts, base_facts
@@ -42,6 +42,7 @@ def make_plan(recipe: Recipe, run_dir: Path | None = None) -> dict[str, Any]:
     """
     facts = base_facts(recipe.model)
     resolved, decisions, machine = _for_its_machine(recipe, facts)
+    refuse_half_on_cpu(resolved, machine)
     folder = _tokenizer_folder(facts)
     samples, missing = _samples(resolved)
     unchecked = _checked(resolved, facts, folder, samples)

@@ -26,6 +26,8 @@ from qmedtune.disk import owner_only
 from qmedtune.errors import MergeRefused, QmedtuneError, RecipeError, RunError
 from qmedtune.interrupt import Stopped, stop
 from qmedtune.planning import room
+from qmedtune.planning.machine import this_machine
+from qmedtune.planning.resolve import refuse_half_on_cpu
 from qmedtune.planning.shapes import base_facts
 from qmedtune.recipe import Recipe
 from qmedtune.smoke import smoke as smoked
@@ -138,6 +140,8 @@ def _refused(error: QmedtuneError, step: Step, recipe: Recipe, out: Path) -> rec
 
 def _check_start(recipe: Recipe, source: base.Base, to_do: Sequence[Step]) -> None:
     """What must be right before the first step, ahead of writing anything. A built-in base is right by itself."""
+    if any(step.kind != "data" for step in to_do):
+        refuse_half_on_cpu(recipe, this_machine())
     scored = any(step.name == "evaluation" for step in to_do)
     if base_facts(recipe.model).builtin:
         if scored:

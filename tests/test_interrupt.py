@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from qmedtune.data import rows
+from qmedtune.data.reading import json_stream
 from qmedtune.interrupt import Stop, Stopped, TimeLimit
 
 
@@ -66,7 +67,7 @@ def test_without_a_limit_and_after_the_step_nothing_is_ended():
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGALRM])
 def test_a_stop_inside_a_reader_is_no_damaged_record(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Readers turn every ValueError into a reject; a record would be lost, and the step go on to its seal."""
-    path, decode, calls = tmp_path / "notes.jsonl", rows.DECODER.decode, []
+    path, decode, calls = tmp_path / "notes.jsonl", json_stream.DECODER.decode, []
     path.write_text("".join(f'{{"text": "note {line}"}}\n' for line in range(10)))
 
     def decoded(text: str):
@@ -75,7 +76,7 @@ def test_a_stop_inside_a_reader_is_no_damaged_record(number: int, tmp_path: Path
             os.kill(os.getpid(), number)
         return decode(text)
 
-    monkeypatch.setattr(rows.DECODER, "decode", decoded)
+    monkeypatch.setattr(json_stream.DECODER, "decode", decoded)
     stop = Stop()
     with stop.watching(3600), pytest.raises(Stopped), stop.limited():
         list(rows.read_jsonl(path))

@@ -38,7 +38,6 @@ def resolve(recipe: Recipe, machine: Machine | None = None) -> tuple[Recipe, lis
     """
     machine = machine or this_machine()
     facts = base_facts(recipe.model)
-    _refuse_half_on_cpu(recipe, machine)
     decisions: list[dict[str, Any]] = []
     model = _fill(recipe.model, "model", _dtype(machine), decisions)
     adapter = _fill(recipe.adapter, "adapter", _embeddings(recipe, facts), decisions)
@@ -219,8 +218,11 @@ def _dtype(machine: Machine) -> Proposals:
     return {"compute_dtype": ("float32", f"{machine.name} has no bf16 instructions; emulated bf16 is slower than fp32")}
 
 
-def _refuse_half_on_cpu(recipe: Recipe, machine: Machine) -> None:
-    """torch has no fast fp16 products on a CPU: SmolLM2-135M trained at 1 token/s where bf16 makes 23 (2 cores)."""
+def refuse_half_on_cpu(recipe: Recipe, machine: Machine) -> None:
+    """Asked before a model is used, not for data, which is often prepared on a machine without a card.
+
+    torch has no fast fp16 products on a CPU: SmolLM2-135M trained at 1 token/s where bf16 makes 23 (2 cores).
+    """
     if recipe.model.compute_dtype == "float16" and not machine.is_gpu:
         raise RecipeError(
             "model.compute_dtype: float16 given, for a run on a CPU; it would take twenty times as long as bfloat16\n"
