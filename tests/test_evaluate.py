@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qmedtune import evaluate, store
 from qmedtune.data import templates
+from qmedtune.data.framing import codec_of
 from qmedtune.data.pack import PackedRows, WholeDocuments, pack_validation
 from qmedtune.data.prepare import prepare_source
 from qmedtune.data.rejects import Rejects
@@ -123,14 +124,20 @@ def whole_documents(folder: Path) -> WholeDocuments:
     return WholeDocuments(PackedRows(folder / "validation" / "notes"), 512)
 
 
+def text_perplexity(model, folder: Path) -> float:
+    """Of the text alone: the marks that close a document are counted apart."""
+    marks = codec_of(AutoTokenizer.from_pretrained(folder / "base")).special_ids
+    return scoring.perplexity(model, whole_documents(folder), marks=marks).perplexity
+
+
 def loaded(folder: Path, dtype: torch.dtype):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
 
 def test_full16_evaluates_the_merged_folder(folder, evaluated, tmp_path):
     result = evaluate.evaluate_stage(recipe(folder, precision="full16"), inputs(folder), tmp_path)
-    alone = scoring.perplexity(loaded(folder / "merged", torch.float32), whole_documents(folder))
-    assert result["perplexity"]["notes"]["final"] == pytest.approx(alone.perplexity, rel=1e-5)
+    alone = text_perplexity(loaded(folder / "merged", torch.float32), folder)
+    assert result["perplexity"]["notes"]["final"] == pytest.approx(alone, rel=1e-5)
     assert (result["precision"], result["weights"]) == ("full16", "float32")
     assert "nf4" not in result["perplexity"]["notes"]
 
@@ -142,8 +149,10 @@ def test_delivered_scores_are_those_of_the_merged_folder_and_the_untouched_base(
     assert (result["precision"], result["weights"]) == ("delivered", "bfloat16")
     for label, name in (("base", "base"), ("final", "merged")):
         model = loaded(folder / name, torch.bfloat16).to(getattr(torch, result["computed_in"]))
-        assert text[label] == pytest.approx(scoring.perplexity(model, whole_documents(folder)).perplexity, rel=2e-3)
-    assert text["tokens"] == sum(int((row["labels"][1:] != -100).sum()) for row in whole_documents(folder))
+        assert text[label] == pytest.approx(text_perplexity(model, folder), rel=2e-3)
+    documents = list(whole_documents(folder))
+    predicted = sum(int((row["labels"][1:] != -100).sum()) for row in documents)
+    assert text["tokens"] + text["marks"] == predicted and text["marks"] == len(documents)
 
 
 def test_nf4_stands_beside_what_is_delivered_and_is_what_nf4_alone_gives(folder, evaluated, tmp_path):
@@ -164,14 +173,15 @@ def test_without_a_merged_folder_the_base_and_its_adapters_are_scored_in_the_mer
     out = tmp_path / "made"
     out.mkdir()
     merge([folder / "base", folder / "stage" / "adapter"], out, asked)
-    alone = scoring.perplexity(loaded(out, torch.float32), whole_documents(folder))
-    assert result["perplexity"]["notes"]["final"] == pytest.approx(alone.perplexity, rel=1e-4)
+    alone = text_perplexity(loaded(out, torch.float32), folder)
+    assert result["perplexity"]["notes"]["final"] == pytest.approx(alone, rel=1e-4)
 
 
 def merge(parts: list[Path], out: Path, asked: Recipe) -> None:
+    from qmedtune.merge import MergeJob
     from qmedtune.merge import merge as fold
 
-    fold(parts[0], parts[1:], out, asked.merge, model_section=asked.model)
+    fold(MergeJob(parts[0], parts[1:], asked.merge, asked.model), out)
 
 
 def test_what_does_not_fit_the_card_is_scored_in_nf4_and_says_so(folder):
@@ -342,9 +352,12 @@ def test_every_token_of_a_long_text_is_predicted_once_and_counted_per_byte(folde
     assert size == sum(len(text.encode()) for text in texts) > sum(map(len, texts))
     found = evaluate.evaluate_model(str(folder / "base"), [f"perplexity={path}"], template="alpaca", offline=True)
     [text] = found["perplexity"].values()
-    assert text["tokens"] == tokens
-    assert text["bits_per_byte"] == pytest.approx(np.log2(text["model"]) * tokens / size)
-    assert text["model"] == pytest.approx(scoring.perplexity(base, rows).perplexity, rel=0.02)  # bf16 beside fp32
+    assert (text["tokens"], text["marks"]) == (tokens - len(texts), len(texts))
+    assert text["bits_per_byte"] == pytest.approx(np.log2(text["model"]) * text["tokens"] / size)
+    marks = codec_of(tokenizer).special_ids
+    assert text["model"] == pytest.approx(
+        scoring.perplexity(base, rows, marks=marks).perplexity, rel=0.02
+    )  # bf16 beside fp32
 
 
 def test_finished_evaluation_is_not_repeated(folder, tmp_path, monkeypatch):

@@ -59,9 +59,8 @@ def test_run_json_has_the_promised_names(finished: Path):
         assert stage["tokens"].keys() == {"read", "kept", "split", "dropped", "supervised", "trained"}
         adapter = finished / stage["adapter"]["path"] / "adapter_model.safetensors"
         assert store.sha256_file(adapter) == stage["adapter"]["sha256"]
-    assert {"path", "base", "modules", "kl", "top1", "max_abs_logit_diff", "max_weight_error", "sha256"} <= result[
-        "merge"
-    ].keys()
+    promised = {"path", "base", "modules", "kl", "top1", "max_abs_logit_diff", "sha256"}
+    assert promised | {"elements", "violations", "rounding", "lost", "swallowed", "dtype"} <= result["merge"].keys()
     facts = result["evaluation"]["tasks"]["facts"]
     assert {"accuracy", "ci95", "n"} <= facts["base"].keys() & facts["final"].keys()
     assert facts["facets"].keys() == {"treats", "adverse"}
@@ -126,7 +125,7 @@ def test_an_attempt_that_is_edited_away_is_put_aside_and_told(tmp_path: Path, ca
 def test_an_interrupted_merge_leaves_the_old_result(copy: Path, finished: Path):
     old = digests(copy)["merged"]
     with pytest.MonkeyPatch.context() as patch, pytest.raises(RunError, match="injected"):
-        patch.setattr("qmedtune.merge.prove", raises(RunError("injected")))
+        patch.setattr("qmedtune.merge.check_readings", raises(RunError("injected")))
         run_micro(copy, "merge.dtype=float32")
     assert store.intact(copy / "merged", full=True) and digests(copy)["merged"] == old
     assert json.loads((copy / "run.json").read_text())["status"] == "failed"

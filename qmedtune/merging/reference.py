@@ -116,12 +116,13 @@ def _read_adapter(folder: Path, skeleton: LlamaForCausalLM) -> tuple[dict[str, L
     model: Any = PeftModel(copy.deepcopy(skeleton), config, low_cpu_mem_usage=True)
     layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
     for layer in layers:  # PEFT moves an adapter to where its layer is: to the CPU, on which this holds nothing
-        base_layer = layer.get_base_layer()
+        base_layer: Any = layer.get_base_layer()
         base_layer.weight = torch.nn.Parameter(torch.empty(0), requires_grad=False)
     set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"), low_cpu_mem_usage=True)
     low_rank: dict[str, LowRank] = {}
     full: dict[str, Tensor] = {}
-    for path, module in model.base_model.model.named_modules():
+    modules: list[tuple[str, Any]] = list(model.base_model.model.named_modules())
+    for path, module in modules:
         if isinstance(module, LoraLayer) and "default" in module.lora_A:
             a, b = (part["default"].weight.detach() for part in (module.lora_A, module.lora_B))
             low_rank[f"{path}.weight"] = LowRank(a.float(), b.float(), float(module.scaling["default"]))
