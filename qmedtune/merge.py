@@ -92,7 +92,7 @@ def merge(job: MergeJob, out: Path) -> dict[str, Any]:
     check_onto(job.section, job.model)
     opened = open_llama(job.base)
     updates = read_adapters(job.adapters, opened.shapes)
-    _check_copies(updates, opened)
+    _check_copies(job, updates, opened)
     check_chain(job.adapters, job.base)
     with workers() as pool, ThreadPoolExecutor(1) as helpers:
         # transformers changes torch's default dtype while it loads: nothing else may run beside it.
@@ -114,12 +114,12 @@ def merge(job: MergeJob, out: Path) -> dict[str, Any]:
     }
 
 
-def _check_copies(updates: Updates, opened: DiskLlama) -> None:
+def _check_copies(job: MergeJob, updates: Updates, opened: DiskLlama) -> None:
     """An adapter brings its base's embeddings along where PEFT stored them: they must be this base's."""
     for name, copy in updates.copies.items():
         if not torch.equal(copy, opened.source(name).to(copy.dtype)):
             raise RecipeError(
-                f"{opened.folder}: {name} is not what the adapter was trained on (it holds a copy)\n"
+                f"{', '.join(map(str, job.adapters))}: holds a copy of {name} that is not that of {opened.folder}\n"
                 "its vocabulary was resized or trained apart: give the base as it was then with --base"
             )
 

@@ -280,6 +280,8 @@ def read_adapter(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> Adapter
 
     if not (folder / ADAPTER_CONFIG).is_file() and (folder / "config.json").is_file():
         refuse(folder, "holds a whole model, not an adapter", "give the folder with adapter_config.json")
+    if not (folder / ADAPTER_CONFIG).is_file() and not any(folder.glob("adapter_model.*")):
+        refuse(folder, "holds no adapter", "give the folder with adapter_config.json")
     check_folder(folder)
     config = _adapter_config(folder)
     reading = _Reading(folder, config, headers(folder / ADAPTER_TENSORS), shapes)

@@ -274,7 +274,7 @@ def test_weights_that_are_no_floats_are_refused(base, adapters, tmp_path):
     tensors = load_file(file)
     name = next(name for name in tensors if "_proj" in name)
     save_file({**tensors, name: tensors[name].to(torch.int32)}, file, metadata={"format": "pt"})
-    with pytest.raises(RecipeError, match="int32"):
+    with pytest.raises(RecipeError, match=f"{name} is stored as I32"):
         merged(job(folder, adapters["r16"]), tmp_path / "m")
 
 

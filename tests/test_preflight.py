@@ -79,8 +79,18 @@ def no_end_token(place: Path) -> None:
     tokenizer.write_text(tokenizer.read_text().replace("<|end_of_text|>", "<|other|>"))
 
 
-def another_tokenizer(place: Path) -> None:
+def another_shape(place: Path) -> None:
     edit_json(place / "base" / "config.json", vocab_size=200)
+
+
+def another_tokenizer(place: Path) -> None:
+    """Its last token has no row of the embeddings."""
+    path = place / "base" / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    first = tokenizer["added_tokens"][0]
+    for number in range(2000):
+        tokenizer["added_tokens"].append({**first, "id": 3000 + number, "content": f"<|more {number}|>"})
+    path.write_text(json.dumps(tokenizer))
 
 
 def pickled(place: Path) -> None:
@@ -146,6 +156,7 @@ NO_ANSWERS = [{"instruction": SECRET}] * 40
 FAULTS = [
     Fault("no tokenizer.json", no_tokenizer, "tokenizer.json", code=3),
     Fault("no end token", no_end_token, "eos", code=3),
+    Fault("weights of another shape", another_shape, "config.json asks for"),
     Fault("the tokenizer of another model", another_tokenizer, "embeddings", code=3),
     Fault("pickled weights", pickled, "pickled"),
     Fault("a truncated shard", truncated, "damaged safetensors"),

@@ -154,7 +154,7 @@ def test_data_and_data_show_through_the_command_line(micro_run, capsys):
     arguments = [str(MICRO), "--out", str(micro_run.folder)]
     assert cli.invoke(["data", "show", *arguments, "--count", "1"]) == 0
     out, _ = capsys.readouterr()
-    assert out.startswith("row 0: ") and "«" in out and "\x1b" not in out
+    assert out.startswith("documents: ") and "\nrow 0: " in out and "«" in out and "\x1b" not in out
     assert cli.invoke(["data", "show", *arguments, "--stage", "09-cpt"]) == 2
     assert "nothing is packed here" in capsys.readouterr().err
     assert cli.invoke(["data", "shw", *arguments]) == 2
