@@ -124,8 +124,9 @@ def _read_adapter(folder: Path, skeleton: LlamaForCausalLM) -> tuple[dict[str, L
     modules: list[tuple[str, Any]] = list(model.base_model.model.named_modules())
     for path, module in modules:
         if isinstance(module, LoraLayer) and "default" in module.lora_A:
-            a, b = (part["default"].weight.detach() for part in (module.lora_A, module.lora_B))
-            low_rank[f"{path}.weight"] = LowRank(a.float(), b.float(), float(module.scaling["default"]))
+            lora: Any = module
+            a, b = lora.lora_A["default"].weight.detach(), lora.lora_B["default"].weight.detach()
+            low_rank[f"{path}.weight"] = LowRank(a.float(), b.float(), float(lora.scaling["default"]))
         elif isinstance(module, ModulesToSaveWrapper):
             trained: Any = module.modules_to_save["default"]
             saved = trained.named_parameters()
