@@ -21,9 +21,10 @@ from qmedtune.planning import fit
 from qmedtune.planning.machine import GIB, Machine, card_of, this_machine
 from qmedtune.planning.memory import Setup, full_kept_bytes_per_token
 from qmedtune.planning.numerics import numerics
-from qmedtune.planning.resolve import resolve
+from qmedtune.planning.resolve import refuse_half_on_cpu, resolve
 from qmedtune.planning.shapes import facts_from_config
 from qmedtune.recipe import ModelSection
+from qmedtune.run import run
 from qmedtune.training.attention import varlen
 from qmedtune.training.loss import token_nll
 from qmedtune.training.trainer import QTrainer
@@ -147,9 +148,19 @@ def test_the_plan_says_what_a_full_stage_computes_in():
         assert said["value"] == dtype and why in said["why"]
 
 
-def test_fp16_on_a_cpu_is_refused_before_anything_is_read():
-    with pytest.raises(RecipeError, match="(?s)float16 given, for a run on a CPU.*allowed on a CPU: auto, bfloat16"):
-        resolve(load_recipe(MICRO, ["model.compute_dtype=float16"]).recipe, CPU)
+def test_fp16_on_a_cpu_is_refused_before_a_model_is_used(tmp_path: Path):
+    """By run and plan, before anything is written; its data may be prepared there for a card elsewhere."""
+    loaded = load_recipe(MICRO, ["model.compute_dtype=float16"])
+    refusal = "(?s)float16 given, for a run on a CPU.*allowed on a CPU: auto, bfloat16"
+    with pytest.raises(RecipeError, match=refusal):
+        refuse_half_on_cpu(loaded.recipe, CPU)
+    if not this_machine().is_gpu:
+        with pytest.raises(RecipeError, match=refusal):
+            make_plan(loaded.recipe)
+        with pytest.raises(RecipeError, match=refusal):
+            run(loaded.recipe, loaded.text, tmp_path / "run", offline=True)
+        assert not (tmp_path / "run").exists()
+    refuse_half_on_cpu(loaded.recipe, AMPERE)
 
 
 SHAPE = {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 8, "num_key_value_heads": 2}
