@@ -149,7 +149,7 @@ def test_a_debug_traceback_is_announced(capsys, monkeypatch):
 
     monkeypatch.setattr(cli.cli_run, "load", fails)
     assert cli.invoke(["--debug", "plan", "x.yaml"]) == 1
-    err = capsys.readouterr().err
+    err = " ".join(capsys.readouterr().err.split())  # wrapped as wide as the terminal is
     assert err.index("can quote text of your data") < err.index("Traceback")
     assert not terminal.CONTROLS.search(err)
 

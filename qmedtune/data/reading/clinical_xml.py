@@ -16,7 +16,8 @@ from qmedtune.data.rejects import Damaged, Refused, Unread
 
 TEXTS = ("TEXT", "text")
 RECORDS = ("RECORD", "record", "doc")  # several notes in one file: de-identification 2006, obesity 2008
-BARE_AMPERSAND = re.compile(rb"(<!\[CDATA\[(?:[^\]]|\](?!\]>))*+\]\]>)|&(?!#?\w+;)")
+BARE_AMPERSAND = re.compile(rb"&(?!#?\w+;)")
+CDATA, CDATA_END = b"<![CDATA[", b"]]>"
 HEAD_BYTES = 1 << 16
 MAX_NOTE_BYTES = 64 << 20
 CDA = "{urn:hl7-org:v3}"
@@ -58,7 +59,7 @@ def read_n2c2(path: Path) -> Iterator[xml_files.Item]:
         yield 1, Damaged(f"XML file longer than {MAX_NOTE_BYTES >> 20} MiB")
         return
     try:
-        root = etree.fromstring(BARE_AMPERSAND.sub(lambda match: match[1] or b"&amp;", raw), xml_files.PARSER)
+        root = etree.fromstring(_with_entities(raw), xml_files.PARSER)
     except etree.XMLSyntaxError as error:
         yield 1, Damaged(f"broken XML (line {error.lineno})")
         return
@@ -133,3 +134,16 @@ def _walk(element: Any, parts: list[str]) -> None:
         parts.append("\n" if mark == "\n" else "")
         _walk(child, parts)
         parts += [mark, SPACES.sub(" ", child.tail or "")]
+
+
+def _with_entities(raw: bytes) -> bytes:
+    """Ampersands that stand for themselves as `&amp;`, but in CDATA sections, where they may. In one pass."""
+    parts: list[bytes] = []
+    at = 0
+    while (start := raw.find(CDATA, at)) >= 0:
+        end = raw.find(CDATA_END, start)
+        if end < 0:
+            break
+        parts += [BARE_AMPERSAND.sub(b"&amp;", raw[at:start]), raw[start:end]]
+        at = end
+    return b"".join([*parts, BARE_AMPERSAND.sub(b"&amp;", raw[at:])])
