@@ -129,6 +129,25 @@ def test_the_real_run_told_is_the_one_that_was_measured():
     assert f"scores {task['base']['majority']:.2f}" in section
 
 
+def test_the_ablation_of_the_real_model_is_the_one_that_was_measured():
+    with (ROOT / "docs" / "real" / "ablation.csv").open(encoding="utf-8") as file:
+        rows = {(row["arm"], row["measure"]): row for row in csv.DictReader(file)}
+    arms = {
+        "nothing": "base",
+        "instructions alone": "sft",
+        "literature, then instructions": "cpt-literature+sft",
+        "notes, then instructions": "cpt-notes+sft",
+        "both, then instructions": "cpt-both+sft",
+    }
+    page = (ROOT / "docs" / "ablation.md").read_text(encoding="utf-8")
+    for name, arm in arms.items():
+        task = rows[arm, "pubmedqa"]
+        mean, low, high = (float(task[column]) for column in ("mean", "ci95_low", "ci95_high"))
+        texts = " | ".join(f"{float(rows[arm, text]['mean']):.1f}" for text in ("literature", "notes", "general"))
+        line = f"| {name} | {mean:.2f} ({low:.2f}–{high:.2f}) | {texts} |\n"
+        assert line in README and line in page
+
+
 def scored(result):
     low, high = result["ci95"]
     return f"{result['accuracy']:.2f} ({low:.2f}–{high:.2f})"
