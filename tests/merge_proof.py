@@ -109,10 +109,8 @@ class Merged:
 
 
 def data_offset(file: Path, name: str) -> int:
-    head = file.read_bytes()[:8]
-    size = int.from_bytes(head, "little")
     with file.open("rb") as handle:
-        handle.seek(8)
+        size = int.from_bytes(handle.read(8), "little")
         header = json.loads(handle.read(size))
     return 8 + size + header[name]["data_offsets"][0]
 
