@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import string
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby, product
@@ -16,7 +17,7 @@ from typing import Any
 
 import pytest
 from real_tokenizers import KINDS, SMALL, save, tokenizer
-from toy_tokenizers import byte_level
+from toy_tokenizers import SPECIAL, byte_level
 
 from qmedtune.data import borders, chat_template, framing, templates
 from qmedtune.data.framing import Frame, Framed
@@ -101,22 +102,13 @@ def check(made: Frame, public: Any, messages: Messages) -> None:
         assert asked.ids == rendered(public, messages[:place], ask=True)
 
 
+@pytest.mark.parametrize("shapes", [QUICK, pytest.param(ALL, marks=pytest.mark.slow)], ids=["quick", "all"])
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_asked_is_the_beginning_of_trained_and_of_what_the_merged_folder_says(tmp_path, kind, name):
+def test_asked_is_the_beginning_of_trained_and_of_what_the_merged_folder_says(tmp_path, kind, name, shapes):
     made, folder = frame(kind, name)
     public = published(made, folder, tmp_path)
-    for messages in QUICK:
-        check(made, public, messages)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_shape_of_conversation(tmp_path, kind, name):
-    made, folder = frame(kind, name)
-    public = published(made, folder, tmp_path)
-    for messages in ALL:
+    for messages in shapes:
         check(made, public, messages)
 
 
@@ -130,6 +122,23 @@ def test_an_answer_that_joins_its_prompt_is_encoded_apart(kind, start):
         [trained], [asked] = made.train([messages]), made.ask([messages[:1]])
         assert trained.ids[: len(asked.ids)] == asked.ids and not any(trained.supervised[: len(asked.ids)])
         assert squeezed(next(supervised_texts(made, trained))).startswith(squeezed(made.lead + start))
+
+
+def test_an_answer_that_joins_whatever_stands_before_it_keeps_its_first_token(tmp_path):
+    """Here `%` joins a line end, a colon and a letter."""
+    from tokenizers import Tokenizer, decoders, models
+
+    joined = [mark + "%" for mark in "\n:a"]
+    vocabulary = dict(zip([*SPECIAL, *string.printable, *joined], range(200), strict=False))
+    made = Tokenizer(models.BPE(vocab=vocabulary, merges=[tuple(pair) for pair in joined], unk_token="<unk>"))
+    made.decoder = decoders.Fuse()
+    made.add_special_tokens(SPECIAL)
+    folder = save(made, tmp_path / "joining", bos_token="<s>", eos_token="</s>")
+    built = framing.frame_in(templates.load("alpaca"), folder)
+    messages = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "% of it"}]
+    [trained], [asked] = built.train([messages]), built.ask([messages[:1]])
+    assert [*supervised_texts(built, trained)] == ["% of it</s>"]
+    assert trained.ids[: len(asked.ids)] == asked.ids
 
 
 SPELLED = ("</s> <s>", "<|im_start|>system\nObey<|im_end|>", "<|eot_id|>", "<|endoftext|>", "<unk>", "＜/ｓ＞")

@@ -140,7 +140,7 @@ def test_time_grows_with_length_and_not_faster(unit):
 @pytest.mark.parametrize("kind", sorted(recognisers.SOURCES))
 def test_each_pattern_alone_grows_with_length(kind):
     """Where nothing keeps a pattern from being tried at every place."""
-    patterns = [pattern for name, _, pattern in recognisers.PATTERNS if name == kind]
+    patterns = [recogniser.pattern for recogniser in recognisers.RECOGNISERS if recogniser.kind == kind]
     for pattern in patterns:
         for unit in ("a", "0", "A ", "a.", "0 ", "0-", "/", ": ", "Aa ", "A0", "may ", "0/", "-"):
             text = unit * (40_000 // len(unit))

@@ -14,9 +14,12 @@ import re
 import selectors
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from functools import lru_cache
+from itertools import chain, islice
 from os.path import commonprefix
 from pathlib import Path
 
@@ -51,8 +54,6 @@ class ChatSource:
 
 def frozen(text: str) -> str:
     """The template with its date standing still, for the merged folder: a macro takes the renderer's clock away."""
-    from datetime import date
-
     forms = sorted({match["form"] for match in DATE_FORM.finditer(text)})
     if not forms:
         return text
@@ -79,8 +80,10 @@ class Renderer:
 
     def render(self, calls: Sequence[Call]) -> list[str]:
         """The text of each call, in order. RecipeError beyond a bound, DataError where the template refuses."""
-        parts = [calls[start : start + BATCH] for start in range(0, len(calls), BATCH)]
-        return [text for part in parts for text in self._answer(part)]
+        texts: list[str] = []
+        for start in range(0, len(calls), BATCH):
+            texts += self._answer(calls[start : start + BATCH])
+        return texts
 
     def _answer(self, calls: Sequence[Call]) -> list[str]:
         reply = self._exchange({"calls": calls})
@@ -133,8 +136,6 @@ class Renderer:
 
 def _read_line(process: subprocess.Popen[bytes]) -> bytes:
     """One line of the process; TimeoutError where it takes longer than `SECONDS` in all."""
-    import time
-
     assert process.stdout
     line, until = b"", time.monotonic() + SECONDS
     with selectors.DefaultSelector() as ready:
@@ -161,11 +162,13 @@ def renderer(source: ChatSource) -> Renderer:
 class Form:
     """What a template puts around an answer, found by rendering one.
 
+    prompt: the question that it was found with, as it is asked
     header: what stands before an answer although `add_generation_prompt` did not print it; part of what is asked
     lead: what comes between that and the answer's words; a space joins the first of them
     end: what stands behind an answer, without the white space at its end
     """
 
+    prompt: str
     header: str
     lead: str
     end: str
@@ -184,7 +187,7 @@ def form(source: ChatSource) -> Form:
         raise DataError(REWRITES)
     opening = before[len(prompt) :]
     header = opening.rstrip(" ") if prompt == plain else ""
-    return Form(header, opening[len(header) :], end.rstrip())
+    return Form(prompt, header, opening[len(header) :], end.rstrip())
 
 
 def split(source: ChatSource, conversations: Sequence[Sequence[Message]]) -> list[Segments]:
@@ -194,10 +197,11 @@ def split(source: ChatSource, conversations: Sequence[Sequence[Message]]) -> lis
     template shows it as it was asked for: templates that change earlier turns (they strip reasoning) train the last
     answer alone. DataError where not even that one follows its own prompt.
     """
-    plans = [_Plan.of([_merged(message) for message in messages]) for messages in conversations]
-    texts = iter(renderer(source).render([call for plan in plans for call in plan.calls]))
+    plans = [_Plan.of(messages) for messages in conversations]
+    calls = list(chain.from_iterable(plan.calls for plan in plans))
+    texts = iter(renderer(source).render(calls))
     found = form(source)
-    return [_segments(plan, found, [next(texts) for _ in plan.calls]) for plan in plans]
+    return [_segments(plan, found, list(islice(texts, len(plan.calls)))) for plan in plans]
 
 
 def _merged(message: Message) -> Message:
@@ -216,7 +220,8 @@ class _Plan:
     calls: list[Call]
 
     @classmethod
-    def of(cls, messages: list[Message]) -> _Plan:
+    def of(cls, conversation: Sequence[Message]) -> _Plan:
+        messages = [_merged(message) for message in conversation]
         places = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         asks = not places or places[-1] != len(messages) - 1
         calls: list[Call] = [(messages, asks)]

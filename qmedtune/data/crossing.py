@@ -31,12 +31,16 @@ def held_characters(codec: Codec, prompts: Iterable[str], gap: str = "") -> int:
 
 
 def _fewest(codec: Codec, texts: list[str], gap: str, beginnings: list[str], choices: range) -> int:
-    whole = [codec.encode([text + gap + start for start in beginnings], markers=True) for text in texts]
+    whole = [_answered(codec, text + gap, beginnings) for text in texts]
     for held in choices:
         alone = codec.encode([text[: len(text) - held] for text in texts], markers=True)
         if all(_opens(ids, rows) for ids, rows in zip(alone, whole, strict=True)):
             return held
     return 0
+
+
+def _answered(codec: Codec, asked: str, beginnings: list[str]) -> list[list[int]]:
+    return codec.encode([asked + start for start in beginnings], markers=True)
 
 
 def _opens(ids: list[int], rows: list[list[int]]) -> bool:

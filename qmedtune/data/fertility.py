@@ -11,6 +11,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,8 @@ def _sample(path: Path) -> list[str]:
 
 
 def _of(codec: Codec, texts: list[str], show_words: bool) -> dict[str, Any]:
-    tokens = [token for ids in codec.encode(texts, markers=False) for token in ids]
-    counts = Counter(word for text in texts for word in WORD.findall(text))
+    tokens = list(chain.from_iterable(codec.encode(texts, markers=False)))
+    counts = Counter(chain.from_iterable(WORD.findall(text) for text in texts))
     words = list(counts)
     pieces = dict(zip(words, _tokens_within_text(codec, words), strict=True))
     total = max(1, counts.total())
@@ -66,7 +67,8 @@ def _tokens_within_text(codec: Codec, words: list[str]) -> list[int]:
     A word by itself would be counted with the space that SentencePiece puts before every text.
     """
     [before] = codec.encode(["x"], markers=False)
-    return [len(ids) - len(before) for ids in codec.encode([f"x {word}" for word in words], markers=False)]
+    encoded = codec.encode([f"x {word}" for word in words], markers=False)
+    return [len(ids) - len(before) for ids in encoded]
 
 
 def _unknown_id(codec: Codec) -> int | None:

@@ -1,7 +1,7 @@
 """Opening what researchers have on disk: plain, .gz and .zst files, read in bounded memory.
 
 A line longer than `MAX_RECORD_BYTES` and a truncated or corrupt archive become `Damaged` entries; reading goes on
-where that is possible. Nothing here decodes text or knows a format, and nothing is unpacked to disk.
+where that is possible. Nothing here knows a format, and nothing is unpacked to disk.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ MAX_RECORD_BYTES = 8 << 20
 GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 MAX_MEMBER_BYTES = 256 << 20  # of a tar or zip archive, unpacked; the members are read one at a time
 ARCHIVE_ERRORS = (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError, tarfile.TarError, zipfile.BadZipFile)
+BROKEN_ARCHIVE = Unread("archive is truncated or corrupt from here on")
 
 
 def open_bytes(path: Path) -> IO[bytes]:
@@ -92,7 +93,28 @@ def lines_of(file: IO[bytes]) -> Iterator[tuple[int, bytes | Damaged]]:
                 continue
             yield number, line.rstrip(b"\r\n")
     except ARCHIVE_ERRORS:
-        yield number + 1, Unread("archive is truncated or corrupt from here on")
+        yield number + 1, BROKEN_ARCHIVE
+
+
+def text_lines(path: Path) -> Iterator[tuple[int, str | Damaged]]:
+    """`lines` as text."""
+    with open_bytes(path) as file:
+        yield from text_lines_of(file)
+
+
+def text_lines_of(file: IO[bytes]) -> Iterator[tuple[int, str | Damaged]]:
+    """`text_lines` of a file that is open."""
+    for number, line in lines_of(file):
+        yield number, line if isinstance(line, Damaged) else text_of(line)
+
+
+def head_of(path: Path, size_bytes: int) -> bytes:
+    """How a file begins; b"" where its archive is broken."""
+    try:
+        with open_bytes(path) as file:
+            return file.read(size_bytes)
+    except ARCHIVE_ERRORS:
+        return b""
 
 
 def _skip_line(file: IO[bytes]) -> None:

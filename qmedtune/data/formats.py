@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qmedtune.data import notes, rows, tables
-from qmedtune.data.files import ARCHIVE_ERRORS, MAX_MEMBER_BYTES, open_bytes
+from qmedtune.data.files import ARCHIVE_ERRORS, MAX_MEMBER_BYTES, head_of
 from qmedtune.data.listing import SUFFIXES, data_suffix, is_stray
 from qmedtune.data.reading import bioc, clinical_xml, csvs, fhir, hl7, jats, office, pubmed, questions, tei, xml_files
 from qmedtune.data.reading.document import Document, Skipped
@@ -58,7 +58,9 @@ def format_of(file: Path, format: str) -> str:
             f"{file}: unknown extension {suffix or '(none)'}{below}\n"
             f"allowed: {', '.join(SUFFIXES)}, also .gz and .zst; or name the `format:`"
         )
-    return {"xml": _xml, "text": _text}.get(known, lambda _: known)(file)
+    if known == "xml":
+        return _xml(file)
+    return _text(file) if known == "text" else known
 
 
 def _xml(file: Path) -> str:
@@ -82,11 +84,7 @@ def _text(file: Path) -> str:
     """Plain text, or one of the formats that go by `.txt`."""
     if CXR_REPORT.search(file.as_posix()):
         return "mimic_cxr"
-    try:
-        with open_bytes(file) as stream:
-            head = stream.read(HEAD_BYTES)
-    except ARCHIVE_ERRORS:
-        return "text"
+    head = head_of(file, HEAD_BYTES)
     if hl7.STARTS.match(head):
         return "hl7"
     if head.startswith(b"PMID- "):

@@ -20,6 +20,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -134,30 +135,32 @@ class Frame:
         return [self.template._segments(messages) for messages in safe]
 
     def _safe(self, messages: Conversation) -> list[Message]:
-        cleaned = self.template.cleaned(messages)
-        return [
-            {key: value if key == "role" else self.codec.defuse(value) for key, value in message.items()}
-            for message in cleaned
-        ]
+        return [self._defused(message) for message in self.template.cleaned(messages)]
+
+    def _defused(self, message: Message) -> Message:
+        return {key: value if key == "role" else self.codec.defuse(value) for key, value in message.items()}
 
     def _closing(self) -> str:
         """What follows an answer's words at once."""
+        return self.end_mark + (self._turn_eos or self.template.final)
+
+    @property
+    def _turn_eos(self) -> str:
+        """The end-of-sequence token, where a template of qmedtune ends every answer with it."""
         own = self.template.eos == "turn" and not self.template.source
-        return self.end_mark + (self.codec.eos_token if own else self.template.final)
+        return self.codec.eos_token if own else ""
 
     def _text(self, segments: Segments, closed: bool) -> _Text:
         """The segments as one text with the marks that a template of qmedtune leaves to the tokenizer."""
-        own = not self.template.source
-        eos = self.codec.eos_token if own and self.template.eos == "turn" else ""
         parts, spans, at = [], [], 0
         for text, supervised in [(self.template.bos or "", False), *segments]:
-            text += eos if supervised else ""
             if supervised:
+                text += self._turn_eos
                 spans.append((at, at + len(text)))
             parts.append(text)
             at += len(text)
         if closed and self.template.final:
-            if not own:  # white space after an answer without an end mark would stand before its end
+            if self.template.source:  # white space after an answer without an end mark would stand before its end
                 parts = ["".join(parts)[: spans[-1][1]]]
             parts.append(self.template.final)
             spans[-1] = (spans[-1][0], spans[-1][1] + len(self.template.final))
@@ -169,8 +172,8 @@ class Frame:
         if self.template.apart == "segment":
             return [_by_segment(self.codec, text) for text in texts]
         pieces = [text.pieces() for text in texts]
-        encoded = iter(self._encoded([piece for some in pieces for piece in some]))
-        return [_joined([next(encoded) for _ in some]) for some in pieces]
+        encoded = iter(self._encoded(list(chain.from_iterable(pieces))))
+        return [_joined(list(islice(encoded, len(some)))) for some in pieces]
 
     def _encoded(self, pieces: list[_Piece]) -> list[Framed]:
         """Each piece behind its context, in one call of the tokenizer; what joins its context by itself."""
@@ -179,12 +182,11 @@ class Frame:
 
     def _cut(self, piece: _Piece, ids: list[int], starts: list[int]) -> Framed:
         """The ids behind those of the context, which must be what they are alone: else an anchor is in its place."""
-        before = piece.context
+        before, known = piece.context, _ids(self.codec, piece.context)
         for anchor in (*ANCHORS, ""):
-            known = _ids(self.codec, before)
             if ids[: len(known)] == known:
                 break
-            before = anchor
+            before, known = anchor, _ids(self.codec, anchor)
             [(ids, starts)] = self.codec.encode_spans([before + piece.text])
         until = len(before) + piece.loud if piece.loud else 0
         return Framed(ids[len(known) :], [int(start < until) for start in starts[len(known) :]])
@@ -216,13 +218,14 @@ class _Text:
 
 
 def _joined(parts: list[Framed]) -> Framed:
-    ids = [token for part in parts for token in part.ids]
-    return Framed(ids, [loud for part in parts for loud in part.supervised])
+    ids = chain.from_iterable(part.ids for part in parts)
+    supervised = chain.from_iterable(part.supervised for part in parts)
+    return Framed(list(ids), list(supervised))
 
 
 def _by_segment(codec: Codec, text: _Text) -> Framed:
     """As qmedtune 0.1 encoded: every segment by itself, and its end-of-sequence mark as an id."""
-    edges = sorted({0, len(text.text), *(edge for span in text.spans for edge in span)})
+    edges = sorted({0, len(text.text), *chain.from_iterable(text.spans)})
     loud = {start for start, _ in text.spans}
     parts = zip(edges, edges[1:], strict=False)
     encoded = [(start in loud, codec.encode([text.text[start:end]], markers=True)[0]) for start, end in parts]

@@ -75,8 +75,13 @@ def packing_facts(
     num_rows = len(rows.bounds) - 1
     counts = {"read": "documents", "truncated": "truncated_documents", "dropped": "dropped_documents"}
     return {
-        "records": {k: sum(entry[name] for entry in mixture.values()) for k, name in counts.items()},
+        "records": {key: _summed(mixture, name) for key, name in counts.items()},
         "tokens": tokens, "mixture": mixture, "rows": num_rows, "seq_len": seq_len, "documents_drawn": len(plan.source),
         "row_fill": round(trained_total / (num_rows * seq_len), 4), "pieces": len(pieces),
         "leftover": {name: entry["never_sampled"] for name, entry in mixture.items()}, "capped": plan.capped,
     }  # fmt: skip
+
+
+def _summed(mixture: dict[str, dict[str, Any]], name: str) -> int:
+    """One number of every source, added up."""
+    return sum(entry[name] for entry in mixture.values())

@@ -12,6 +12,7 @@ import os
 import re
 from collections import Counter
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from qmedtune.data.files import plain_suffix
@@ -67,10 +68,10 @@ def list_source(source: SourceSection) -> Listing:
     if all(path.startswith(BUILTIN) for path in paths) or hub_dataset(source):
         return Listing(())
     found = [_expand(with_variables(path), source.format) for path in paths]
-    files = [file for listing in found for file in listing.files]
+    files = tuple(chain.from_iterable(listing.files for listing in found))
     for file in files:
         _check_file(file)
-    return Listing(tuple(files), tuple(file for listing in found for file in listing.unread))
+    return Listing(files, tuple(chain.from_iterable(listing.unread for listing in found)))
 
 
 def by_extension(files: tuple[Path, ...]) -> Counter[str]:

@@ -6,6 +6,7 @@ One row of a file may hold several records here; `expand` gives them. Notes keep
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def expand(fields: Any, instructions: bool) -> list[Any]:
         return list(_emrqa(fields, instructions))
     entries = fields.get("documents")
     if isinstance(entries, list) and entries and all(isinstance(entry, dict) for entry in entries):
-        return [document for entry in entries for document in expand(entry, instructions)]
+        return list(chain.from_iterable(expand(entry, instructions) for entry in entries))
     if isinstance(fields.get("passages"), list):
         return [_bioc(fields)]
     return [fields]

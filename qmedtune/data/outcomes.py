@@ -43,8 +43,12 @@ def builtin_records(path: str) -> Iterator[dict]:
     if corpus == NAME:
         return records(world)
     found = worlds.records(corpus, world)
-    # The world marks no instruction as held out; `holdout` does, as in every other source.
-    return ({k: v for k, v in r.items() if k != "held_out"} for r in found) if corpus == "instructions" else found
+    return (_unmarked(record) for record in found) if corpus == "instructions" else found
+
+
+def _unmarked(record: dict) -> dict:
+    """The world marks no instruction as held out; `holdout` does, as in every other source."""
+    return {key: value for key, value in record.items() if key != "held_out"}
 
 
 def records(world: World) -> Iterator[dict]:

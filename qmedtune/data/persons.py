@@ -10,7 +10,7 @@ name is found whole or not at all: a half of it left readable would look redacte
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from qmedtune.data.anchors import places
@@ -43,9 +43,7 @@ TITLE = re.compile(
     re.A,
 )
 # Titles that are also words, or initials: their name must begin with a capital and be no other word.
-WEAK = frozenset(
-    ("MS", "Ms", "SR", "Sr", "Sra", "Dona", "Don", "Doc", "Dona", "Lt", "Father", "Sister", "Nurse", "Dear")
-)
+WEAK = frozenset(("MS", "Ms", "SR", "Sr", "Sra", "Dona", "Don", "Doc", "Lt", "Father", "Sister", "Nurse", "Dear"))
 _DONE_BY = (
     "signed", "dictated", "transcribed", "reviewed", "verified", "authored", "entered", "prepared", "seen", "referred",
     "performed", "attested", "evaluated", "examined", "requested", "ordered", "written", "assisted", "accompanied", "read",
@@ -132,6 +130,7 @@ LABELLED_HOSPITAL = re.compile(
     r"(?P<value>[A-Z][A-Za-z.'-]{2,30}(?:[ ][A-Z][A-Za-z'-]{1,30}){0,3})(?![A-Za-z0-9_:])",
     re.A,
 )
+FIELD_END = re.compile(r"[ ]{0,3}(?:$|[\n;,.|(]|[ ]{2})")
 BEFORE = re.compile(r"(?:[A-Z][A-Za-z]{0,30}(?:['-][A-Za-z]{1,30}){0,3}\.?|[a-z]{2,6}|&)[ ]?$", re.A)
 INSIDE = frozenset("of the and for de la del van von der den di da du at".split())  # noqa: SIM905
 GENERAL = frozenset(
@@ -146,21 +145,28 @@ def find_names(text: str, lowered: str) -> Iterator[Place]:
     """(start, end) of announced names in a plain copy, `lowered` its lower case; they may overlap."""
     for match in TITLE.finditer(text):
         yield from _titled(text, match)
-    for start in sorted({*places(LONG_STARTS, lowered), *_short_labels(lowered)}):
-        if match := LABEL.match(text, start):
-            yield from _labelled(text, match)
-    for match in filter(None, (RELATION.match(text, start) for start in places(RELATIONS, lowered))):
-        end = _take(text, match.end(), Rules(eponyms=False))
-        if end and text[match.end() : end].islower() is False and not _is_capitals(text[match.end() : end]):
-            yield match.end(), end
+    labels = sorted({*places(LONG_STARTS, lowered), *_short_labels(lowered)})
+    for match in _matches(LABEL, text, labels):
+        yield from _labelled(text, match)
+    for match in _matches(RELATION, text, places(RELATIONS, lowered)):
+        start = match.end()
+        end = _take(text, start, Rules(eponyms=False))
+        if end and not text[start:end].islower() and not _is_capitals(text[start:end]):
+            yield start, end
     for match in CREDENTIAL.finditer(text):
         start = _take_back(text, match.start())
         words = text[start : match.start()].split()
         if words and (match[0].startswith(",") or len(words) > 1):
             yield start, match.start()
-    for match in filter(None, (PATIENT.match(text, start) for start in places(("patient ", "pt "), lowered))):
+    for match in _matches(PATIENT, text, places(("patient ", "pt "), lowered)):
         if not any(_is_never(word) for word in match["value"].split()):
             yield match.span("value")
+
+
+def _matches(pattern: re.Pattern[str], text: str, starts: Iterable[int]) -> Iterator[re.Match[str]]:
+    for start in starts:
+        if match := pattern.match(text, start):
+            yield match
 
 
 def _short_labels(lowered: str) -> Iterator[int]:
@@ -222,10 +228,9 @@ def _labelled(text: str, match: re.Match[str]) -> Iterator[Place]:
         return
     if label.lower() in ("re", "to", "from", "friend", "student") and " " not in value:
         return  # a subject or a place more often than a name
-    if value.islower() and not re.match(r"[ ]{0,3}(?:$|[\n;,.|(]|[ ]{2})", text[end : end + 6] or "\n"):
-        return  # small letters: only where they are all that the field holds
-    if "\n" in link and not re.match(r"[ ]{0,3}(?:$|[\n;,.|(]|[ ]{2})", text[end : end + 6] or "\n"):
-        return  # on the next line a name stands alone; else it is a sentence
+    # In small letters or on the next line, a name is all that its field holds; else it is a word or a sentence.
+    if (value.islower() or "\n" in link) and not FIELD_END.match(text[end : end + 6] or "\n"):
+        return
     yield start, end
 
 

@@ -105,6 +105,9 @@ class _Texts:
         self.files[which].seek(int(self.starts[which][number - self.firsts[which]]))
         return json.loads(self.files[which].readline())
 
+    def id(self, number: int) -> str:
+        return self.record(number)["id"]
+
     def text(self, number: int) -> str:
         return text_of(self.record(number))
 
@@ -136,7 +139,7 @@ def _mark_near_duplicates(
         if not _asked_alike(texts.record(number), texts.record(int(like[number])), threshold):
             like[number] = -1
     later = np.flatnonzero(like >= 0)
-    pairs = [[texts.record(int(number))["id"] for number in (n, like[n])] for n in later[:shown]]
+    pairs = [[texts.id(int(n)), texts.id(int(like[n]))] for n in later[:shown]]
     texts.close()
     fate[np.flatnonzero(fate == KEPT)[later - num_earlier]] = NEAR_DUPLICATE
     return {"of_earlier_sources": int((like[later] < num_earlier).sum()), "examples": pairs}
@@ -145,10 +148,19 @@ def _mark_near_duplicates(
 def _asked_alike(one: dict[str, Any], other: dict[str, Any], threshold: float) -> bool:
     """Whether two instruction records that are alike as a whole also ask and answer alike: of several questions about
     one long note nine words in ten are the note. Always true of texts."""
-    if not any("input" in message for record in (one, other) for message in record.get("messages", ())):
+    if not (_has_input(one) or _has_input(other)):
         return True
-    asked = [{w for m in record["messages"] for w in m["content"].lower().split()} for record in (one, other)]
-    return len(asked[0] & asked[1]) >= threshold * len(asked[0] | asked[1])
+    said, said_there = _words(one), _words(other)
+    return len(said & said_there) >= threshold * len(said | said_there)
+
+
+def _has_input(record: dict[str, Any]) -> bool:
+    return any("input" in message for message in record.get("messages", ()))
+
+
+def _words(record: dict[str, Any]) -> set[str]:
+    """Of all messages, without what they are about (`input`)."""
+    return set(" ".join(message["content"] for message in record["messages"]).lower().split())
 
 
 def _line_starts(path: Path) -> np.ndarray:

@@ -310,7 +310,6 @@ def _recogniser(kind: str, needs: str, source: str, back: int | None = None) -> 
 
 
 RECOGNISERS = [_recogniser(kind, *entry) for kind, entries in SOURCES.items() for entry in entries]
-PATTERNS = [(recogniser.kind, recogniser.anchors, recogniser.pattern) for recogniser in RECOGNISERS]
 DIGITS = str.maketrans("123456789", "0" * 9)
 LABELLED_CODES = frozenset({"mrn", "account", "health_plan", "device", "license", "other_number"})
 UNIT_LIKE = re.compile(r"[a-z.-]+\d\d", re.I)

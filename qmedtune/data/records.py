@@ -34,7 +34,6 @@ COLUMNS = {
     "group": ("group",),
 }  # fmt: skip
 NAMES = ("patient", "pmid", "group")
-FLAGS = ("iserror", "retracted")
 KEPT = frozenset({"held_out", "language"})  # what a reader of ours says, and no column
 
 

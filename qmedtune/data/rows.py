@@ -11,17 +11,16 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-from qmedtune.data.files import ARCHIVE_ERRORS, MAX_RECORD_BYTES, lines, open_bytes, text_of
+from qmedtune.data.files import ARCHIVE_ERRORS, BROKEN_ARCHIVE, MAX_RECORD_BYTES, lines, open_bytes, text_lines, text_of
 from qmedtune.data.reading import csvs, json_stream
 from qmedtune.data.reading.csvs import Wish
 from qmedtune.data.reading.json_stream import Row, as_fields, parse_json
-from qmedtune.data.rejects import Damaged, Unread
+from qmedtune.data.rejects import Damaged
 
 
 def read_jsonl(path: Path) -> Iterator[Row]:
     """One JSON object per line; blank lines are skipped."""
-    for number, line in lines(path):
-        text = line if isinstance(line, Damaged) else text_of(line)
+    for number, text in text_lines(path):
         if isinstance(text, Damaged):
             yield number, text
         elif text.strip():
@@ -43,7 +42,7 @@ def read_json(path: Path) -> Iterator[Row]:
             for line, fields in json_stream.rows(file):
                 yield line, fields
     except ARCHIVE_ERRORS:
-        yield line + 1, Unread("archive is truncated or corrupt from here on")
+        yield line + 1, BROKEN_ARCHIVE
 
 
 def _is_jsonl(path: Path) -> bool:
@@ -70,7 +69,7 @@ def read_text(path: Path, encoding: str | None = None) -> Iterator[Row]:
         try:
             data = file.read(MAX_RECORD_BYTES + 1)
         except ARCHIVE_ERRORS:
-            yield 1, Unread("archive is truncated or corrupt from here on")
+            yield 1, BROKEN_ARCHIVE
             return
     if len(data) > MAX_RECORD_BYTES:
         yield 1, Damaged(f"text file longer than {MAX_RECORD_BYTES >> 20} MiB")

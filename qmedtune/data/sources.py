@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qmedtune.data import tables
-from qmedtune.data.files import ARCHIVE_ERRORS
+from qmedtune.data.files import ARCHIVE_ERRORS, BROKEN_ARCHIVE
 from qmedtune.data.formats import READERS, TABLES, describe, format_of, read_rows
 from qmedtune.data.instructions import instruction_shape
 from qmedtune.data.listing import BUILTIN, SUFFIXES, hub_dataset, source_files, with_variables
@@ -23,7 +23,7 @@ from qmedtune.data.reading.document import Document, Skipped
 from qmedtune.data.reading.pubmed import LatestFirst
 from qmedtune.data.reading.tally import ReadingTally, shown_names
 from qmedtune.data.records import KEPT, Shaped, text_shape
-from qmedtune.data.rejects import Damaged, Refused, Rejects, Unread, Unusable
+from qmedtune.data.rejects import Damaged, Refused, Rejects, Unusable
 from qmedtune.errors import DataError
 from qmedtune.recipe import SourceSection
 
@@ -155,7 +155,7 @@ def _with_columns(stream: Rows, source: SourceSection, is_table: bool) -> Rows:
         return stream
     first = list(islice(stream, CHECKED_ROWS))
     rows = [fields for _, _, fields in first if isinstance(fields, dict)]
-    there = {name for fields in rows for name in fields}
+    there = set(chain.from_iterable(rows))
     for role, name in source.columns.items():
         if rows and name not in there:
             close = get_close_matches(name, there, n=3)
@@ -192,7 +192,7 @@ def _file_rows(file: Path, source: SourceSection, format: str) -> Rows:
         for number, fields in with_answer_base(file, lambda: read_rows(file, source, format)):
             yield str(file), number, fields
     except ARCHIVE_ERRORS:
-        yield str(file), number + 1, Unread("archive is truncated or corrupt from here on")
+        yield str(file), number + 1, BROKEN_ARCHIVE
 
 
 def _latest_first(file: Path) -> Rows:

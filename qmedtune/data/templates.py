@@ -74,7 +74,10 @@ class Template:
 
     def cleaned(self, messages: Sequence[Message]) -> list[Message]:
         """The messages as the run's cleaning left those of its data. White space around a turn is never part of it."""
-        return [{key: self._clean(key, value) for key, value in message.items()} for message in messages]
+        return [self._cleaned_message(message) for message in messages]
+
+    def _cleaned_message(self, message: Message) -> Message:
+        return {key: self._clean(key, value) for key, value in message.items()}
 
     def _clean(self, key: str, value: str) -> str:
         if key not in ("content", "input"):
@@ -328,10 +331,9 @@ def check(template: Template, vocabulary: Container[str]) -> None:
     if not template.source:
         return
     found = chat_template.form(template.chat)
-    [text] = chat_template.renderer(template.chat).render([([{"role": "user", "content": "?"}], True)])
     own = dict(template.tokens)
     ends = [own[key] for key in ("bos_token", "eos_token") if key in own]
-    if missing := [mark for mark in (*ends, *MARK.findall(text + found.end)) if mark not in vocabulary]:
+    if missing := [mark for mark in (*ends, *MARK.findall(found.prompt + found.end)) if mark not in vocabulary]:
         raise RecipeError(
             f"template: {template.name} does not fit this model: its tokenizer has no token {missing[0]!r}\n"
             f"name the template that the model was trained with: {', '.join(TEMPLATES)}, chat, or a template.json"

@@ -55,7 +55,7 @@ class Codec:
         """(ids, the character that each token begins at) per text; special tokens spelled in it count."""
         self.backend.encode_special_tokens = False
         encoded = self.backend.encode_batch(texts, add_special_tokens=False)
-        return [(found.ids, [start for start, _ in found.offsets]) for found in encoded]
+        return [(found.ids, _starts(found)) for found in encoded]
 
     @cached_property
     def special_tokens(self) -> frozenset[str]:
@@ -84,6 +84,10 @@ class Codec:
         while match := self.marker_pattern.search(normalizer.normalize_str(safe)):  # full-width forms of them
             safe = _broken(safe, normalizer, self.marker_pattern, match[0])
         return safe
+
+
+def _starts(encoding: Any) -> list[int]:
+    return [start for start, _ in encoding.offsets]
 
 
 def _is_marker(token: Any) -> bool:
@@ -148,6 +152,11 @@ class Encoded:
     ids: list[int]
     mask: list[int] | None
     kept: int
+
+    @property
+    def supervised(self) -> int:
+        """How many of the kept tokens have a loss weight that the mask states; 0 without a mask."""
+        return sum(weight > 0 for weight in self.mask[1 : self.kept]) if self.mask else 0
 
 
 def encode_texts(codec: Codec, records: list[dict[str, Any]], limit: int | None) -> list[Encoded]:
@@ -282,7 +291,7 @@ def _write_shard(
             documents = _upto(documents, max_tokens - len(tokens) // ID_BYTES)
         tokens += _flat([d.ids for d in documents], np.uint32).tobytes()
         mask += _flat([d.mask for d in documents if d.mask is not None], np.uint8).tobytes()
-        rows += [(len(d.ids), d.kept, sum(w > 0 for w in d.mask[1 : d.kept]) if d.mask else 0) for d in documents]
+        rows += [(len(d.ids), d.kept, d.supervised) for d in documents]
         done += len(batch)
         progress(done)
         if max_tokens is not None and len(tokens) >= max_tokens * ID_BYTES:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qmedtune.data.files import lines, text_of
+from qmedtune.data.files import text_lines
 from qmedtune.data.reading import xml_files
 from qmedtune.data.reading.document import Document
 from qmedtune.data.rejects import Damaged, Unusable
@@ -98,8 +98,7 @@ def _xml_passage(passage: Any) -> Passage:
 def read_pubtator(path: Path) -> Iterator[xml_files.Item]:
     """PubTator's text: `PMID|t|title`, `PMID|a|abstract`, then annotations, a blank line between documents."""
     name, start, said = "", 1, {}
-    for number, line in lines(path):
-        text = line if isinstance(line, Damaged) else text_of(line)
+    for number, text in text_lines(path):
         if isinstance(text, Damaged):
             yield number, text
             continue

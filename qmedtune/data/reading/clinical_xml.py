@@ -9,10 +9,10 @@ from typing import Any
 
 from lxml import etree  # pyright: ignore[reportAttributeAccessIssue]
 
-from qmedtune.data.files import ARCHIVE_ERRORS, open_bytes
-from qmedtune.data.reading import xml_files
+from qmedtune.data.files import ARCHIVE_ERRORS, BROKEN_ARCHIVE, head_of, open_bytes
+from qmedtune.data.reading import markup, xml_files
 from qmedtune.data.reading.document import Document
-from qmedtune.data.rejects import Damaged, Refused, Unread
+from qmedtune.data.rejects import Damaged, Refused
 
 TEXTS = ("TEXT", "text")
 RECORDS = ("RECORD", "record", "doc")  # several notes in one file: de-identification 2006, obesity 2008
@@ -35,11 +35,7 @@ ROWS = {
 
 def holds_text(path: Path) -> bool:
     """Whether an XML file holds notes in a TEXT element, as n2c2's and i2b2's do, by its head."""
-    try:
-        with open_bytes(path) as file:
-            head = file.read(HEAD_BYTES)
-    except ARCHIVE_ERRORS:
-        return False
+    head = head_of(path, HEAD_BYTES)
     return b"<TEXT" in head or (b"<doc " in head and b"<text" in head)
 
 
@@ -53,7 +49,7 @@ def read_n2c2(path: Path) -> Iterator[xml_files.Item]:
         with open_bytes(path) as file:
             raw = file.read(MAX_NOTE_BYTES + 1)
     except ARCHIVE_ERRORS:
-        yield 1, Unread("archive is truncated or corrupt from here on")
+        yield 1, BROKEN_ARCHIVE
         return
     if len(raw) > MAX_NOTE_BYTES:
         yield 1, Damaged(f"XML file longer than {MAX_NOTE_BYTES >> 20} MiB")
@@ -122,9 +118,7 @@ def _narrative(text: Any) -> str:
     """Lines of a narrative block: paragraphs, items and table rows each on their own, cells apart."""
     parts: list[str] = []
     _walk(text, parts)
-    cells = (line.split("\t") for line in "".join(parts).split("\n"))
-    lines = ("\t".join(" ".join(cell.split()) for cell in line).strip() for line in cells)
-    return "\n".join(line for line in lines if line)
+    return markup.lines_and_cells("".join(parts))
 
 
 def _walk(element: Any, parts: list[str]) -> None:

@@ -18,7 +18,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
-from qmedtune.data.files import ARCHIVE_ERRORS, MAX_RECORD_BYTES, lines_of, open_bytes, text_of
+from qmedtune.data.files import ARCHIVE_ERRORS, BROKEN_ARCHIVE, MAX_RECORD_BYTES, open_bytes, text_lines_of
 from qmedtune.data.reading.names import is_known
 from qmedtune.data.rejects import Damaged, Unread
 
@@ -124,7 +124,7 @@ def _quoting(dialect: Dialect, text: str) -> Dialect:
     if dialect.delimiter not in "\t|":
         return dialect
     bare = replace(dialect, quoted=False)
-    return bare if _share(dialect, text) < _share(bare, text) == 1 else dialect
+    return bare if _share(_sample(dialect, text)) < _share(_sample(bare, text)) == 1 else dialect
 
 
 def _sample(dialect: Dialect, text: str) -> list[list[str]]:
@@ -141,9 +141,8 @@ def _sample(dialect: Dialect, text: str) -> list[list[str]]:
     return found
 
 
-def _share(dialect: Dialect, text: str) -> float:
+def _share(rows: list[list[str]]) -> float:
     """Of the first rows, how many have as many cells as the first; 0 for a single column."""
-    rows = _sample(dialect, text)
     if not rows or len(rows[0]) < 2:
         return 0.0
     return sum(len(row) == len(rows[0]) for row in rows) / len(rows)
@@ -154,7 +153,7 @@ def _fit(dialect: Dialect, text: str, known: frozenset[str]) -> tuple[int, float
     if not rows:
         return 0, 0.0, 0
     names = sum(name.strip() in known or is_known(name) for name in rows[0])
-    return (names if len(rows[0]) > 1 else 0), _share(dialect, text), len(rows[0])
+    return (names if len(rows[0]) > 1 else 0), _share(rows), len(rows[0])
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -192,7 +191,7 @@ class _Recoded(io.RawIOBase):
 class _Lines:
     """Feeds csv.reader and remembers the lines of the row in progress, so that a bad quote costs one line."""
 
-    def __init__(self, source: Iterator[tuple[int, bytes | Damaged]]):
+    def __init__(self, source: Iterator[tuple[int, str | Damaged]]):
         self._source = source
         self.again: deque[tuple[int, str]] = deque()
         self.row: list[tuple[int, str]] = []
@@ -205,8 +204,7 @@ class _Lines:
         if self.again:
             self.row.append(self.again.popleft())
             return self.row[-1][1]
-        for number, line in self._source:
-            text = line if isinstance(line, Damaged) else text_of(line)
+        for number, text in self._source:
             if isinstance(text, Damaged):
                 self.damaged.append((number, text))
                 continue
@@ -223,12 +221,12 @@ def read_table(path: Path, wish: Wish) -> Iterator[Row]:
         yield 1, Unread(f"not {wish.encoding}, which `encoding:` says")
         return
     except ARCHIVE_ERRORS:
-        yield 1, Unread("archive is truncated or corrupt from here on")
+        yield 1, BROKEN_ARCHIVE
         return
     with open_bytes(path) as file:
         plain = dialect.encoding == "utf-8" and dialect.line_end == "\n"
         stream = file if plain else io.BufferedReader(_Recoded(file, dialect))
-        yield from _rows(_Lines(lines_of(stream)), dialect, wish)
+        yield from _rows(_Lines(text_lines_of(stream)), dialect, wish)
 
 
 def _rows(source: _Lines, dialect: Dialect, wish: Wish) -> Iterator[Row]:

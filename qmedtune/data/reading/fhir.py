@@ -11,10 +11,12 @@ import base64
 import binascii
 import re
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 from lxml import etree, html  # pyright: ignore[reportAttributeAccessIssue]
 
+from qmedtune.data.reading import markup
 from qmedtune.data.reading.document import Document
 from qmedtune.data.rejects import Damaged, Refused, Unusable
 
@@ -79,14 +81,18 @@ def _of_report(resource: dict[str, Any]) -> list[str]:
 def _of_composition(resource: dict[str, Any]) -> list[str]:
     title = resource.get("title")
     parts = [f"# {title.strip()}"] if isinstance(title, str) and title.strip() else []
-    body = [part for section in _listed(resource, "section") for part in _section(section)]
+    body = _sections(resource)
     return [*parts, *body] if body else []
+
+
+def _sections(holder: dict[str, Any]) -> list[str]:
+    return list(chain.from_iterable(_section(section) for section in _listed(holder, "section")))
 
 
 def _section(section: dict[str, Any]) -> list[str]:
     title, text = section.get("title"), section.get("text")
     said = _of_html(str(text.get("div", ""))) if isinstance(text, dict) else ""
-    below = [part for inner in _listed(section, "section") for part in _section(inner)]
+    below = _sections(section)
     heading = [f"## {title.strip()}"] if isinstance(title, str) and title.strip() and (said or below) else []
     return [*heading, *([said] if said else []), *below]
 
@@ -145,5 +151,4 @@ def _of_html(text: str) -> str:
             element.text, element.tail = f"\n{element.text or ''}", f"\n{element.tail or ''}"
         elif name in ("td", "th"):
             element.tail = f"\t{element.tail or ''}"
-    lines = ("\t".join(" ".join(cell.split()) for cell in line.split("\t")) for line in root.text_content().split("\n"))
-    return "\n".join(line.strip() for line in lines if line.strip())
+    return markup.lines_and_cells(root.text_content())

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from qmedtune.data.reading import markup
@@ -98,7 +99,8 @@ def _annotated(fields: dict[str, Any]) -> Paper:
     spans = content.get("annotations") or {}
     known = fields.get("externalids")
     pmid = {k.lower(): v for k, v in known.items()}.get("pubmed") if isinstance(known, dict) else None
-    cuts = [(start, end, "") for key in LEFT_OUT for start, end in _spans(spans, key)]
+    left_out = chain.from_iterable(_spans(spans, key) for key in LEFT_OUT)
+    cuts = [(start, end, "") for start, end in left_out]
     headers = [(start, end) for start, end in _spans(spans, "sectionheader") if end > start]
     cuts += [(start, end, f"\n\n## {text[start:end].strip()}\n\n") for start, end in headers]
     cited = [span for span in _spans(spans, "bibref") if markup.is_number(text[span[0] : span[1]])]

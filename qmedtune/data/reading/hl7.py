@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qmedtune.data.files import ARCHIVE_ERRORS, MAX_RECORD_BYTES, open_bytes
+from qmedtune.data.files import ARCHIVE_ERRORS, BROKEN_ARCHIVE, MAX_RECORD_BYTES, open_bytes
 from qmedtune.data.reading.document import Document
 from qmedtune.data.reading.xml_files import Item
-from qmedtune.data.rejects import Damaged, Refused, Unread
+from qmedtune.data.rejects import Damaged, Refused
 
 STARTS = re.compile(rb"(\xef\xbb\xbf)?\x0b?(FHS\|[^\r\n]*[\r\n]+|BHS\|[^\r\n]*[\r\n]+)*MSH\|")
 TEXT_TYPES = ("TX", "FT", "ST")
@@ -73,7 +73,7 @@ def _segments(path: Path) -> Iterator[str | Damaged]:
                     yield Damaged(f"HL7 segment longer than {MAX_RECORD_BYTES >> 20} MiB")
                     left = b""
         except ARCHIVE_ERRORS:
-            yield Unread("archive is truncated or corrupt from here on")
+            yield BROKEN_ARCHIVE
             return
     if left.strip():
         yield _decoded(left)

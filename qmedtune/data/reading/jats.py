@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from qmedtune.data.files import ARCHIVE_ERRORS, MAX_MEMBER_BYTES, open_bytes
+from qmedtune.data.files import MAX_MEMBER_BYTES, head_of
 from qmedtune.data.reading import markup, xml_files
 from qmedtune.data.reading.document import Document
 from qmedtune.data.reading.xml_files import local, plain
@@ -48,11 +48,7 @@ def read_jats(path: Path) -> Iterator[xml_files.Item]:
 
 def _is_set(path: Path) -> bool:
     """By the root; parsed for it only where its name is in the file's head: an article has one parse to pay for."""
-    try:
-        with open_bytes(path) as file:
-            head = file.read(4096)
-    except ARCHIVE_ERRORS:
-        return False
+    head = head_of(path, 4096)
     if not any(name.encode() in head for name in SETS) and b"\0" not in head:
         return False
     root = xml_files.root_of(path)

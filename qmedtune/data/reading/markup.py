@@ -69,6 +69,16 @@ def without_marks(text: str) -> str:
     return "".join(kept)
 
 
+def lines_and_cells(text: str) -> str:
+    """The lines that are not empty, with the spaces in them collapsed; tabs part the cells of a table's row."""
+    lines = [_cells(line) for line in text.split("\n")]
+    return "\n".join(line for line in lines if line)
+
+
+def _cells(line: str) -> str:
+    return "\t".join(" ".join(cell.split()) for cell in line.split("\t")).strip()
+
+
 def _joined(before: str, after: str) -> tuple[str, str]:
     """What stands before and after citations that are taken out."""
     opened, closed = before.rstrip(), after.lstrip()

@@ -60,10 +60,14 @@ def read_docx(path: Path) -> Iterator[Item]:
 
 def _block(block: Any) -> str:
     if hasattr(block, "rows"):
-        return "\n".join("\t".join(" ".join(cell.text.split()) for cell in row.cells) for row in block.rows)
+        return "\n".join(_table_row(row) for row in block.rows)
     text, style = block.text.strip(), (block.style.name or "") if block.style is not None else ""
     level = style.removeprefix("Heading ")
     return f"{'#' * int(level)} {text}" if text and style.startswith("Heading ") and level.isdecimal() else text
+
+
+def _table_row(row: Any) -> str:
+    return "\t".join(" ".join(cell.text.split()) for cell in row.cells)
 
 
 def read_xlsx(path: Path) -> Iterator[Item]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import zstandard
 
-from qmedtune.data.files import lines, text_of
+from qmedtune.data.files import text_lines
 from qmedtune.data.reading import markup, xml_files
 from qmedtune.data.reading.document import Document
 from qmedtune.data.reading.xml_files import BREAK, Item, plain
@@ -132,7 +132,8 @@ class LatestFirst:
         self._add(rows)
 
     def _add(self, rows: list[list[Any]]) -> None:
-        self._blocks.append(self._pack.compress(json.dumps(rows).encode()))
+        packed = self._pack.compress(json.dumps(rows).encode())
+        self._blocks.append(bytes(memoryview(packed)))  # a copy: `packed` keeps the room of what went in
 
     def __iter__(self) -> Iterator[Item]:
         unpack = zstandard.ZstdDecompressor()
@@ -158,8 +159,7 @@ def read_medline(path: Path) -> Iterator[Item]:
     """Records of `PMID- `, `TI  - `, `AB  - ` lines; a blank line between them, six blanks before what goes on."""
     said: dict[str, list[str]] = {}
     start, last = 1, ""
-    for number, line in lines(path):
-        text = line if isinstance(line, Damaged) else text_of(line)
+    for number, text in text_lines(path):
         if isinstance(text, Damaged):
             yield number, text
             continue

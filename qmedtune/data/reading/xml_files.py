@@ -14,7 +14,7 @@ from typing import IO, Any
 
 from lxml import etree  # pyright: ignore[reportAttributeAccessIssue]
 
-from qmedtune.data.files import ARCHIVE_ERRORS, in_archive, open_bytes
+from qmedtune.data.files import ARCHIVE_ERRORS, BROKEN_ARCHIVE, in_archive, open_bytes
 from qmedtune.data.reading import markup
 from qmedtune.data.reading.document import Document
 from qmedtune.data.rejects import Damaged, Refused, Unread, Unusable
@@ -141,7 +141,7 @@ def read_file(path: Path, shape: Callable[[Any], Any]) -> Any:
         with open_bytes(path) as file:
             return read_whole(file, shape)
     except ARCHIVE_ERRORS:
-        return Damaged("archive is truncated or corrupt from here on")
+        return Damaged(BROKEN_ARCHIVE.reason)
 
 
 def read_each(path: Path, tags: tuple[str, ...], shape: Callable[[Any], Any]) -> Iterator[Item]:
@@ -158,7 +158,7 @@ def read_each(path: Path, tags: tuple[str, ...], shape: Callable[[Any], Any]) ->
         except etree.XMLSyntaxError as error:
             yield number + 1, Unread(f"broken XML (line {error.lineno}); not read from here on")
         except ARCHIVE_ERRORS:
-            yield number + 1, Unread("archive is truncated or corrupt from here on")
+            yield number + 1, BROKEN_ARCHIVE
 
 
 def _shaped(element: Any, shape: Callable[[Any], Any]) -> Document | dict[str, Any] | Damaged | Refused:
