@@ -100,16 +100,17 @@ def _check(recipe: Recipe, resolved: Recipe, arms: list[Arm]) -> None:
 
 def _write(loaded: LoadedRecipe, arms: list[Arm], seeds: list[int], out: Path, status: str) -> dict[str, Any]:
     found = results.collect(out, arms, seeds)
+    text = record.shown_text(loaded.text)
     result: dict[str, Any] = {
         "name": loaded.recipe.name,
         "status": status,
-        "recipe_sha256": record.text_sha256(record.shown_text(loaded.text)),
+        "recipe_sha256": record.text_sha256(text),
         "seeds": seeds,
         **results.summarise(found),
         "chance": _chance(arms, seeds, out),
         "seconds": _seconds(arms, seeds, out),
         "notes": _unequal(found),
-        "recipe_text": record.shown_text(loaded.text),
+        "recipe_text": text,
         "provenance": {"qmedtune": __version__, "versions": record.versions(), "device": record.device_name()},
     }
     store.write_json(out / RESULT, result)
@@ -143,8 +144,12 @@ def _chance(arms: list[Arm], seeds: list[int], out: Path) -> float | None:
 
 def _unequal(found: list[results.ArmResult]) -> list[str]:
     """Arms that trained on other numbers of tokens than the rest, where documents or caps did not allow equality."""
-    cpt = {r.arm.name: sum(t for stage, t in r.trained_tokens.items() if stage.endswith("-cpt")) for r in found}
+    cpt = {result.arm.name: _cpt_tokens(result) for result in found}
     trained = {name: tokens for name, tokens in cpt.items() if tokens}
     if not trained or max(trained.values()) <= (1 + UNEQUAL) * min(trained.values()):
         return []
     return [f"cpt did not see equal numbers of tokens: {', '.join(f'{n} {t:,}' for n, t in trained.items())}"]
+
+
+def _cpt_tokens(result: results.ArmResult) -> int:
+    return sum(tokens for stage, tokens in result.trained_tokens.items() if stage.endswith("-cpt"))

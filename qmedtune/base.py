@@ -17,10 +17,11 @@ from typing import Any, Literal
 
 from qmedtune import fetch, gguf_folder, gguf_header, store, ui
 from qmedtune.errors import RecipeError
+from qmedtune.model_stack import ADAPTER_TENSORS, read_json
 from qmedtune.recipe import ModelSection, Recipe
 
 BUILTIN = "builtin:"
-TRAINED_ON, ADAPTER_WEIGHTS = "trained_on.json", "adapter_model.safetensors"
+TRAINED_ON = "trained_on.json"
 
 
 @dataclass(frozen=True)
@@ -35,19 +36,18 @@ class Base:
     check: Callable[[], object] = lambda: None
 
 
-def identify(section: ModelSection, hashes: store.HashCache, *, offline: bool, shape_only: bool = False) -> Base:
+def identify(section: ModelSection, *, offline: bool, shape_only: bool = False) -> Base:
     """Find the base and name its content. Downloads a Hub id that is not cached, unless `offline`. With `shape_only` (a
     recipe that begins with `pretrain`) a folder with config.json and a tokenizer is enough."""
     if source := fetch.packed(section.base):
-        digest = gguf_folder.digest(source.gguf_sha256)
-        return Base(section.base, digest, lambda: _fetched(section.base), check=lambda: _fetched(section.base))
+        return _fetched(section.base, source)
     if section.base.startswith(BUILTIN):
         return _builtin(section.base)
     if gguf_folder.is_gguf(section.base):
         return _gguf(section.base)
     folder = _folder(section, offline=offline, shape_only=shape_only)
     files = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".json", ".model", ".jinja"))
-    found = {path: hashes.sha256(path) for path in files}
+    found = _hashed(files)
     for path, value in found.items():
         blob = path.resolve()  # in the Hub's cache large files are named by their sha256
         if re.fullmatch("[0-9a-f]{64}", blob.name) and blob.name != value:
@@ -60,7 +60,7 @@ def identify(section: ModelSection, hashes: store.HashCache, *, offline: bool, s
 def note_base(adapter: Path, name: str, folder: Path, earlier: Sequence[Path], quantization: str) -> None:
     """Keep beside an adapter which weights it was trained on: their hash, those of adapters below it, and whether they
     were quantised."""
-    below = [store.sha256_file(path / ADAPTER_WEIGHTS) for path in earlier]
+    below = [store.sha256_file(path / ADAPTER_TENSORS) for path in earlier]
     facts = {"base": name, "sha256": weights_sha256(folder), "adapters_below": below, "quantization": quantization}
     store.write_json(adapter / TRAINED_ON, facts)
 
@@ -73,8 +73,6 @@ def trained_quantization(adapter: Path) -> Literal["nf4", "none"] | None:
 
 def _trained_on(adapter: Path) -> dict[str, Any] | None:
     """What `note_base` wrote; None where it wrote nothing. RecipeError where it was changed since."""
-    from qmedtune.model_stack import read_json
-
     path = adapter / TRAINED_ON
     if not path.exists():
         return None
@@ -108,11 +106,7 @@ def check_base(adapter: Path, folder: Path) -> None:
         return
     if trained_on["adapters_below"]:
         raise RecipeError(f"{adapter}: was trained on top of an earlier adapter\nname the run, which holds both")
-    if trained_on["sha256"] != (found := weights_sha256(folder)):
-        raise RecipeError(
-            f"{adapter}: was trained on other weights than {folder}\n"
-            f"sha256 {trained_on['sha256'][:12]}, not {found[:12]}; give its own base with --base: {trained_on['base']}"
-        )
+    _check_weights(adapter, trained_on, folder, "give its own base with --base")
 
 
 def check_chain(adapters: Sequence[Path], folder: Path) -> None:
@@ -121,32 +115,39 @@ def check_chain(adapters: Sequence[Path], folder: Path) -> None:
     below: list[str] = []
     for adapter in adapters:
         trained_on = _trained_on(adapter)
-        if trained_on and trained_on["sha256"] != (found := weights_sha256(folder)):
-            raise RecipeError(
-                f"{adapter}: was trained on other weights than {folder}\n"
-                f"sha256 {trained_on['sha256'][:12]}, not {found[:12]}; give its own base: {trained_on['base']}"
-            )
+        if trained_on:
+            _check_weights(adapter, trained_on, folder, "give its own base")
         if trained_on and trained_on["adapters_below"] != below:
             raise RecipeError(
                 f"{adapter}: was trained on top of {len(trained_on['adapters_below'])} adapters, "
                 f"and these below it are others ({len(below)})\nname the run, which holds them all"
             )
-        below.append(store.sha256_file(adapter / ADAPTER_WEIGHTS))
+        below.append(store.sha256_file(adapter / ADAPTER_TENSORS))
+
+
+def _check_weights(adapter: Path, trained_on: dict[str, Any], folder: Path, remedy: str) -> None:
+    if trained_on["sha256"] == (found := weights_sha256(folder)):
+        return
+    raise RecipeError(
+        f"{adapter}: was trained on other weights than {folder}\n"
+        f"sha256 {trained_on['sha256'][:12]}, not {found[:12]}; {remedy}: {trained_on['base']}"
+    )
 
 
 def weights_sha256(folder: Path) -> str:
     """One hash for all weight files of a model folder; each is read once and remembered by size and time."""
-    return store.sha256_json({path.name: remembered_sha256(path) for path in sorted(folder.glob("*.safetensors"))})
+    found = _hashed(sorted(folder.glob("*.safetensors")))
+    return store.sha256_json({path.name: value for path, value in found.items()})
 
 
-def remembered_sha256(path: Path) -> str:
-    """The hash of a file, remembered in the cache for all runs of this user."""
+def _hashed(paths: Sequence[Path]) -> dict[Path, str]:
+    """sha256 of a base's files, remembered in the cache for all runs of this user: 16 GB are read once."""
     hashes = store.HashCache(store.cache_root() / "hashes.json")
-    value = hashes.sha256(path)
+    found = {path: hashes.sha256(path) for path in paths}
     with suppress(OSError):  # a cache folder that cannot be written costs the next hashing, nothing else
         store.cache_root().mkdir(parents=True, exist_ok=True)
         hashes.save()
-    return value
+    return found
 
 
 def _folder(section: ModelSection, *, offline: bool, shape_only: bool) -> Path:
@@ -158,20 +159,22 @@ def _folder(section: ModelSection, *, offline: bool, shape_only: bool) -> Path:
     return resolve_base(section, offline=offline, shape_only=shape_only)
 
 
-def _fetched(name: str) -> Path:
-    """The folder of a base that `qmedtune fetch` brings. RecipeError where it was not fetched."""
-    source = fetch.packed(name)
-    assert source is not None
-    if folder := gguf_folder.ready(source.gguf_sha256):
-        return folder
-    raise RecipeError(fetch.missing(name))
+def _fetched(name: str, source: fetch.Packed) -> Base:
+    """A base that `qmedtune fetch` brings."""
+
+    def folder() -> Path:
+        if found := gguf_folder.ready(source.gguf_sha256):
+            return found
+        raise RecipeError(fetch.missing(name))
+
+    return Base(name, gguf_folder.digest(source.gguf_sha256), folder, check=folder)
 
 
 def _gguf(name: str) -> Base:
     """A local GGUF file is what it holds, wherever it lies; a bad one is refused before it is hashed or unpacked."""
     path = gguf_folder.find(name)
     gguf_header.read_header(path)
-    sha256 = remembered_sha256(path)
+    sha256 = _hashed([path])[path]
     return Base(name, gguf_folder.digest(sha256), lambda: gguf_folder.converted(path, sha256))
 
 

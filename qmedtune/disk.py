@@ -116,31 +116,38 @@ def below(folder: Path) -> Iterator[Path]:
         yield from (Path(place, name) for name in (*folders, *files))
 
 
-def _check_lock_file(handle: int, path: Path) -> None:
-    """RunError where the lock is no plain file of one name: the process id would be written into another's file."""
-    found = os.fstat(handle)
-    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
-        what = "a hard link to another file" if stat.S_ISREG(found.st_mode) else "no plain file"
-        raise RunError(f"{path}: is {what}, so no lock can be written there\nremove it, or give another --out")
+def _open_lock(path: Path, mode: int) -> BinaryIO:
+    """A file to lock, made if need be. RunError where it is no plain file.
+
+    Through a link, what is written into it would go into a file elsewhere. O_NONBLOCK: a FIFO would wait.
+    """
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, mode)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise RunError(f"{path}: is no plain file, so no lock can be written there\nremove it, or give another --out")
+    return os.fdopen(handle, "r+b")
+
+
+def _take(file: BinaryIO, operation: int, without: str) -> None:
+    """Lock a file. BlockingIOError where another process holds it. without: what to say where there are no locks."""
+    try:
+        fcntl.flock(file, operation)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        ui.warn(without)
 
 
 @contextmanager
 def lock_file(path: Path, advice: str) -> Iterator[BinaryIO]:
     """A file, made if need be, open for reading and writing, that one process holds at a time; RunError for others."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
-        os.close(handle)
-        raise RunError(f"{path}: no plain file\nremove it, or give another --out")
-    with os.fdopen(handle, "r+b") as file:
+    with _open_lock(path, 0o600) as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            without = f"{path}: this file system has no locks; do not start this command twice"
+            _take(file, fcntl.LOCK_EX | fcntl.LOCK_NB, without)
         except BlockingIOError as error:
             raise RunError(f"{path}: another process is writing it\n{advice}") from error
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
-            ui.warn(f"{path}: this file system has no locks; do not start this command twice")
         yield file
 
 
@@ -149,31 +156,24 @@ def lock(folder: Path, *, wait: bool = False) -> Iterator[None]:
     """One process per folder; others are refused, or `wait`. The kernel drops the lock with the process: no stale lock
     can stay behind."""
     folder.mkdir(parents=True, exist_ok=True)
-    # Through a link, the process id below would be written into a file elsewhere. O_NONBLOCK: a FIFO would wait.
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
-    handle = os.open(folder / ".lock", flags, 0o666)
-    try:
-        _check_lock_file(handle, folder / ".lock")
-    except RunError:
-        os.close(handle)
-        raise
-    with os.fdopen(handle, "r+") as file:
+    with _open_lock(folder / ".lock", 0o666) as file:
+        if os.fstat(file.fileno()).st_nlink > 1:  # the process id below would be written into another's file
+            raise RunError(
+                f"{folder / '.lock'}: is a hard link to another file, so no lock can be written there\n"
+                "remove it, or give another --out"
+            )
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            without = f"{folder}: this file system has no locks; do not start a second run in this folder"
+            _take(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), without)
         except BlockingIOError as error:
-            file.seek(0)
-            pid = file.read().strip() or "unknown"
+            pid = file.read().decode(errors="replace").strip() or "unknown"
             raise RunError(
                 f"{folder}: already running (pid {pid})\nwait for it, or give this run another folder with --out"
             ) from error
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
-            ui.warn(f"{folder}: this file system has no locks; do not start a second run in this folder")
-        file.seek(0)
-        if file.read().strip() != str(os.getpid()):
+        pid = str(os.getpid()).encode()
+        if file.read().strip() != pid:
             file.seek(0)
             file.truncate()
-            file.write(str(os.getpid()))
+            file.write(pid)
             file.flush()
         yield

@@ -32,6 +32,7 @@ from qmedtune.evaluation.measure import Measured, Settings, measure_model, text_
 from qmedtune.evaluation.open_model import Quantization, fingerprint, locate, open_model, world_of
 from qmedtune.evaluation.scoring import BATCH_TOKENS, Rows, max_positions
 from qmedtune.recipe import Recipe, SourceSection, TaskSection
+from qmedtune.steps import adapters_in
 from qmedtune.tasks import BUILTIN_TASKS, Task, check_twice, load_task
 
 TEXTS = "perplexity"
@@ -184,13 +185,11 @@ class Contender:
 def contenders(recipe: Recipe, inputs: dict[str, Path], taken: precision.Precision) -> list[Contender]:
     """Base and final. Not in NF4, the merged folder stands for base + adapters where it is there."""
     first = inputs.get("untrained", inputs.get("origin", inputs["base"]))
-    count = sum(name.startswith("adapter-") for name in inputs)
-    adapters = tuple(inputs[f"adapter-{number}"] for number in range(1, count + 1))
     merged = inputs.get("merged")
     if taken.name != "nf4" and merged is not None and (merged / "config.json").is_file():
         final = Contender("final", merged, (), taken)
     else:
-        final = Contender("final", inputs["base"], adapters, taken)
+        final = Contender("final", inputs["base"], tuple(adapters_in(inputs)), taken)
     return [Contender("base", first, (), taken, "untrained" in inputs), final]
 
 

@@ -12,6 +12,7 @@ import shutil
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from io import StringIO
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 # Raise when the same file would become another folder.
 CONVERSION = 1
 MODEL = "model"
-BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 # LLaMA 3.1 and 3.2 were stretched from 8,192 positions with these (their config.json); only `factor` differs (8, 32).
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
@@ -101,9 +101,10 @@ def _license(header: Header) -> str:
 def _check_room(header: Header, folder: Path) -> None:
     """transformers holds the unpacked tensors twice for a moment: as read, and in the model."""
     from qmedtune.planning.machine import this_machine
+    from qmedtune.planning.shapes import BYTES_OF
 
-    elements = sum(_size(tensor.shape) for tensor in header.tensors.values())
-    needed = elements * BYTES[header.stored_dtype]
+    elements = sum(prod(tensor.shape) for tensor in header.tensors.values())
+    needed = elements * BYTES_OF[header.stored_dtype]
     there = this_machine().host_bytes
     if 2 * needed > there:
         raise DoesNotFit(
@@ -111,13 +112,6 @@ def _check_room(header: Header, folder: Path) -> None:
             "convert it on a larger machine and copy the folder, or give the original 16-bit folder"
         )
     store.check_room(folder.parent, needed * 1.05, "the unpacked model")
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    count = 1
-    for length in shape:
-        count *= length
-    return count
 
 
 # ---- conversion ------------------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ No torch here: a recipe that names a missing or refused base must say so within 
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from typing import Any
 
 from qmedtune import ui
 from qmedtune.errors import RecipeError
+from qmedtune.model_stack import json_value, read_model
 from qmedtune.recipe import ModelSection
 
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
@@ -37,12 +37,13 @@ def check_folder(folder: Path) -> None:
         raise RecipeError(f"{folder}: no *.safetensors in this folder\ngive a folder with config.json and weights")
     for name, key in CODE_KEYS.items():
         path = folder / name
-        if path.is_file() and _names(_json(path), key):
+        if path.is_file() and _names(json_value(path), key):
             raise RecipeError(f"{path}: `{key}` asks for remote code, which is never run\nuse a LLaMA-family model")
+    here = folder.resolve()
+    inside = [here]
+    if here.parent.name == "snapshots":  # the Hub's cache: files are links to ../../blobs
+        inside.append(here.parent.parent / "blobs")
     for path in folder.iterdir():
-        inside = [folder.resolve()]
-        if folder.resolve().parent.name == "snapshots":  # the Hub's cache: files are links to ../../blobs
-            inside.append(folder.resolve().parent.parent / "blobs")
         if path.is_symlink() and not any(path.resolve().is_relative_to(root) for root in inside):
             raise RecipeError(f"{path}: a link out of the model folder\ncopy the file into the folder")
 
@@ -52,13 +53,6 @@ def _names(value: Any, key: str) -> bool:
     if isinstance(value, dict):
         return bool(value.get(key)) or any(_names(part, key) for part in value.values())
     return isinstance(value, list) and any(_names(part, key) for part in value)
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise RecipeError(f"{path}: not JSON ({type(error).__name__})\nfetch the model again") from error
 
 
 def resolve_base(section: ModelSection, *, offline: bool, shape_only: bool = False) -> Path:
@@ -80,8 +74,6 @@ def resolve_base(section: ModelSection, *, offline: bool, shape_only: bool = Fal
 
 
 def _judge(folder: Path) -> None:
-    from qmedtune.model_stack import read_model
-
     for note in read_model(folder).notes:
         ui.warn(note)
 

@@ -25,15 +25,17 @@ from torch import Tensor
 from qmedtune import store, ui
 from qmedtune.base import check_chain
 from qmedtune.errors import RecipeError, RunError
-from qmedtune.merging.disk_llama import EMBEDDING, HEAD, DiskLlama, open_llama
+from qmedtune.merging.disk_llama import DiskLlama, open_llama
 from qmedtune.merging.lora_files import LowRank, Updates, read_adapters
 from qmedtune.merging.parallel import in_fp32, in_order, workers
 from qmedtune.merging.reference import ReadModel, read_base, read_updates
 from qmedtune.merging.rounding import Rounding
-from qmedtune.merging.tensors import INDEX, row_blocks, write_safetensors
+from qmedtune.merging.tensors import row_blocks, write_safetensors
 from qmedtune.merging.verify import PROBE_TOKENS, Proof, Reference, check_readings
 from qmedtune.model import DTYPES
+from qmedtune.model_stack import EMBEDDING, HEAD, INDEX
 from qmedtune.recipe import MergeSection, ModelSection, Recipe
+from qmedtune.steps import adapters_in
 
 # Written by the merge itself, or meaningless for a merged model; everything else that describes a model is copied.
 COPIED = (
@@ -74,7 +76,7 @@ class MergeJob:
 
 def merge_stage(recipe: Recipe, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
     """The step of a run. inputs: base, adapter-1 ... adapter-N, and where there are any: template, validation."""
-    adapters = [inputs[f"adapter-{n}"] for n in range(1, 1 + sum(name.startswith("adapter-") for name in inputs))]
+    adapters = adapters_in(inputs)
     probe_ids = validation_ids(inputs["validation"]) if "validation" in inputs else None
     job = MergeJob(
         inputs["base"], adapters, recipe.merge, recipe.model, recipe.seed, probe_ids, inputs.get("template")
@@ -154,13 +156,11 @@ def _write_and_prove(writer: _Writer, base: ReadModel, peft_reads: Future[Update
         hashes, _, facts = attempt(job.stochastic)
         return hashes, _rounding_facts(job.stochastic, "as stated"), facts
     hashes, proof, facts = attempt(job.nearest)
+    if job.section.rounding == "nearest":
+        return hashes, _rounding_facts(job.nearest, "as stated"), facts
     lost = facts["lost"] or 0.0
-    if job.section.rounding == "nearest" or lost <= MAX_LOST or job.dtype == torch.float32:
-        why = (
-            "as stated"
-            if job.section.rounding == "nearest"
-            else f"it loses {lost:.2%} of the change, up to 1 % is fine"
-        )
+    if lost <= MAX_LOST or job.dtype == torch.float32:
+        why = f"it loses {lost:.2%} of the change, up to 1 % is fine"
         return hashes, _rounding_facts(job.nearest, why), facts
     other = proof.lost_by(job.stochastic, job.probe_ids) or 0.0
     del proof  # it maps the files that are written anew
@@ -185,9 +185,9 @@ def _warnings(job: MergeJob, rounding: dict[str, Any], proof: dict[str, Any]) ->
     lost = proof["lost"] or 0.0
     if lost <= MAX_LOST:
         return []
-    keeps = "a wider merge.dtype keeps" if rounding["rounding"] == "stochastic" else (
-        "merge.rounding: stochastic, or a wider merge.dtype, may keep"
-    )  # fmt: skip
+    keeps = "merge.rounding: stochastic, or a wider merge.dtype, may keep"
+    if rounding["rounding"] == "stochastic":
+        keeps = "a wider merge.dtype keeps"
     return [f"{rounding['rounding']} rounding to {job.section.dtype} lost {lost:.1%} of the change (KL): {keeps} more"]
 
 

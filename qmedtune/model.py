@@ -7,7 +7,6 @@ values: bitsandbytes 0.50 repacks its CPU linears at the first eval-mode forward
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,11 +112,9 @@ def load_base(
 
     import qmedtune.training.attention  # noqa: F401 - registers `varlen` with transformers
 
-    read_model(folder)
+    stored = read_model(folder).quantised
     dtype = DTYPES[section.compute_dtype]
     four_bit = section.quantization == "nf4" if quantize is None else quantize
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    stored = config.get("quantization_config")
     # Given as None, transformers 5.23 would not read the configuration that a quantised checkpoint brings.
     quantize_now: Any = {"quantization_config": _quantization(section, dtype)} if four_bit and not stored else {}
     found: Any = AutoModelForCausalLM.from_pretrained(
@@ -143,7 +140,7 @@ def load_base(
 
 def load_full(folder: Path, section: ModelSection, *, attention: str = SCORING_ATTENTION) -> PreTrainedModel:
     """The folder's weights as fp32 master weights, everything trainable: for stages without an adapter."""
-    if "quantization_config" in json.loads((folder / "config.json").read_text(encoding="utf-8")):
+    if read_model(folder).quantised:
         raise RecipeError(
             f"{folder}: quantised weights cannot be trained themselves\ngive its 16-bit original, or LoRA"
         )

@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -29,6 +29,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_CONFIG, ADAPTER_TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+ENDS = (EMBEDDING, HEAD)
 FLOATS = ("F32", "F16", "BF16")
 MAX_JSON_BYTES = 64 << 20  # an index of 1,000 shards has 10 MB
 MAX_LAYERS = 1000  # the deepest LLaMA has 126
@@ -48,6 +49,7 @@ HARMLESS = frozenset({
 # Initialisations that leave the base's weights as they are (pissa, olora, loftq, corda and lora_ga change them).
 PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")
 CAUSAL = "CAUSAL_LM"
+FITS = "use it with the base that it was trained on"
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class ModelFolder:
     stored: Mapping[str, Stored]
     shapes: Mapping[str, tuple[int, ...]]
     quantised: bool
-    notes: Sequence[str] = ()
+    notes: Sequence[str]
 
     @property
     def linears(self) -> list[str]:
@@ -91,9 +93,9 @@ class AdapterFolder:
 
     folder: Path
     config: LoraConfig
-    low_rank: Mapping[str, LowRankFacts] = field(default_factory=dict)
-    full: Sequence[str] = ()
-    copies: Mapping[str, str] = field(default_factory=dict)
+    low_rank: Mapping[str, LowRankFacts]
+    full: Sequence[str]
+    copies: Mapping[str, str]
 
 
 def refuse(place: Path, what: str, then: str = "fetch or copy the folder again") -> NoReturn:
@@ -105,17 +107,22 @@ def refuse(place: Path, what: str, then: str = "fetch or copy the folder again")
 
 def read_json(path: Path) -> dict[str, Any]:
     """An object. RecipeError for anything else, however deep or long."""
+    value = json_value(path)
+    if not isinstance(value, dict):
+        refuse(path, f"holds a {type(value).__name__}, not an object with keys")
+    return value
+
+
+def json_value(path: Path) -> Any:
+    """Whatever a JSON file holds. RecipeError where it is none, or too long or deep for a configuration."""
     if not path.is_file():
         refuse(path, "no such file", "give a folder as transformers or PEFT writes it")
     if path.stat().st_size > MAX_JSON_BYTES:
         refuse(path, f"has {path.stat().st_size:,} bytes, which no configuration has")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise RecipeError(f"{path}: not JSON ({type(error).__name__})\nfetch or copy the folder again") from error
-    if not isinstance(value, dict):
-        refuse(path, f"holds a {type(value).__name__}, not an object with keys")
-    return value
 
 
 def headers(path: Path) -> dict[str, Stored]:
@@ -133,16 +140,25 @@ def headers(path: Path) -> dict[str, Stored]:
         ) from error
 
 
-def _stored(folder: Path) -> tuple[dict[str, Stored], list[str]]:
-    """What transformers reads of a folder, and what to say about it: one file, else the shards that the index names."""
+def stored_tensors(folder: Path) -> dict[str, Stored]:
+    """What transformers reads of a model folder: one file, else the shards that an index names. Of shards the tensors
+    that are in them count; where the index leads for each of them transformers does not ask.
+
+    Raises RecipeError where files are missing or damaged, or the index is wrong.
+    """
     single, index = folder / SINGLE, folder / INDEX
     if not single.is_file() and index.is_file():
-        return _shards(folder, index), []
+        return _shards(folder, index)
     if not single.exists() and (others := sorted(path.name for path in folder.glob("*.safetensors"))):
         refuse(folder, f"has {others[0]}, but neither {SINGLE} nor {INDEX}", "fetch the model again, with its index")
-    found = headers(single)
-    told = f"{folder}: has {SINGLE} and {INDEX}; transformers reads the first, and so does this"
-    return found, [told] if index.is_file() else []
+    return headers(single)
+
+
+def _stored_twice(folder: Path) -> list[str]:
+    """What to say of a folder that could be read in two ways."""
+    if not (folder / SINGLE).is_file() or not (folder / INDEX).is_file():
+        return []
+    return [f"{folder}: has {SINGLE} and {INDEX}; transformers reads the first, and so does this"]
 
 
 def _shards(folder: Path, index: Path) -> dict[str, Stored]:
@@ -176,9 +192,9 @@ def read_model(folder: Path) -> ModelFolder:
     config = read_json(folder / "config.json")
     _check_numbers(folder, config)
     shapes = parameters(facts_from_config(str(folder), config, "config.json"), config)
-    stored, notes = _stored(folder)
+    stored = stored_tensors(folder)
     quantised = _is_quantised(folder, config)
-    model = ModelFolder(folder, config, stored, shapes, quantised, notes)
+    model = ModelFolder(folder, config, stored, shapes, quantised, _stored_twice(folder))
     if not quantised:  # a quantised file holds packed bytes and scales under names of its own
         _check_tensors(model)
     return model
@@ -192,7 +208,7 @@ def _check_numbers(folder: Path, config: Mapping[str, Any]) -> None:
     """Widths are numbers above 0; the rest of the shape is checked against the tensors."""
     for key in (*NUMBERS, *OPTIONAL):
         value = config.get(key)
-        if value is None and key in (*OPTIONAL, *(k for k in NUMBERS if k not in config)):
+        if value is None and (key in OPTIONAL or key not in config):
             continue  # what is required and missing is named by facts_from_config
         if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
             refuse(folder / "config.json", f"{key} is {str(value)[:40]!r}", "allowed: a whole number above 0")
@@ -384,10 +400,13 @@ class _Reading:
         resized, and does not read."""
         found = set()
         for name in ENDS:
-            inside = [name.replace(".weight", f".{part}.weight") for part in ("original_module", "modules_to_save")]
-            for double in (each for each in inside if any(self.listed(name)) and PREFIX + each in self.stored):
-                self.check(double, self.shapes[name])
-                found.add(PREFIX + double)
+            if not any(self.listed(name)):
+                continue
+            for part in ("original_module", "modules_to_save"):
+                double = name.replace(".weight", f".{part}.weight")
+                if PREFIX + double in self.stored:
+                    self.check(double, self.shapes[name])
+                    found.add(PREFIX + double)
         return found
 
     def full(self, low_rank: Mapping[str, LowRankFacts], copies: Mapping[str, str]) -> list[str]:
@@ -416,7 +435,7 @@ class _Reading:
         ends of names: `norm` is also every `input_layernorm`."""
         parts = name.split(".")[:-1]
         places = [".".join(parts[:length]) for length in range(1, len(parts) + 1)]
-        return [m for m in self.config.modules_to_save or () if any(place.endswith(m) for place in places)]
+        return [module for module in self.config.modules_to_save or () if _means(module, places)]
 
     def check(self, name: str, expected: tuple[int, ...]) -> None:
         """The tensor is there, in this shape, in a floating-point type."""
@@ -438,5 +457,5 @@ class _Reading:
         refuse(self.folder, f"{PREFIX}{name} has the shape {list(given)}, the base asks for {list(expected)}", FITS)
 
 
-ENDS = (EMBEDDING, HEAD)
-FITS = "use it with the base that it was trained on"
+def _means(module: str, places: Sequence[str]) -> bool:
+    return any(place.endswith(module) for place in places)

@@ -135,7 +135,7 @@ def render(out: Path) -> None:
 def compose(
     out: Path, notes: Notes, steps: list[Step], done: dict[str, store.Seal], source: Base, status: str
 ) -> dict[str, Any]:
-    facts = {name: {k: v for k, v in s.facts.items() if k not in INTERNAL} for name, s in done.items()}
+    facts = {name: _facts(sealed) for name, sealed in done.items()}
     recipe, text = notes.recipe, shown_text(notes.text)
     stages = recipe.stage_names()
     return {
@@ -156,6 +156,11 @@ def compose(
         "recipe_text": text,
         "provenance": _provenance(source, facts),
     }
+
+
+def _facts(sealed: store.Seal) -> dict[str, Any]:
+    """The facts of a step without what only keys are explained from."""
+    return {key: value for key, value in sealed.facts.items() if key not in INTERNAL}
 
 
 def _merge(notes: Notes, facts: dict[str, dict]) -> dict[str, Any] | None:

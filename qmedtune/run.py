@@ -60,15 +60,17 @@ def run(
     hashes = store.HashCache(out / ".hashes.json")
     steps = steps_of(resolved, asked, hashes)
     chosen = _chosen(steps, until)
-    source = source_of(resolved, hashes, offline)
+    source = source_of(resolved, offline)
     sealed = _sealed(steps, source.digest, out)
     if len(sealed) == len(steps) and (finished := _finished(recipe_text, out)):
         return finished
+    to_do = [step for step in chosen if step.name not in sealed]
+    names = [step.name for step in to_do]
     source.check()
-    claims.check_steps(out, [step.name for step in chosen if step.name not in sealed])
-    _check_start(resolved, source, [step for step in chosen if step.name not in sealed])
+    claims.check_steps(out, names)
+    _check_start(resolved, source, to_do)
     room.check_writable(out)
-    room.check(resolved, out, [step.name for step in chosen if step.name not in sealed])
+    room.check(resolved, out, names)
     with _told("run", out), _private(resolved, out), store.lock(out), stop.watching(time_limit_s):
         claims.mark(out)
         if redacts:
@@ -150,9 +152,9 @@ def _check_start(recipe: Recipe, source: base.Base, to_do: Sequence[Step]) -> No
         preflight.check_start(recipe, source.make(), scored=scored)
 
 
-def source_of(recipe: Recipe, hashes: store.HashCache, offline: bool) -> base.Base:
+def source_of(recipe: Recipe, offline: bool) -> base.Base:
     shape_only = recipe.stages[0].kind == "pretrain"
-    found = base.identify(recipe.model, hashes, offline=offline, shape_only=shape_only)
+    found = base.identify(recipe.model, offline=offline, shape_only=shape_only)
     return replace(found, make=cache(found.make))  # it hashes what it gives, and every other step asks for it
 
 
@@ -222,6 +224,11 @@ def owner_of(path: str) -> str:
     return "/".join(parts[:2]) if parts[0] == "data" else parts[0]
 
 
+def upstream_of(step: Step) -> set[str]:
+    """The steps whose folders it reads."""
+    return {owner_of(path) for path in step.needs.values()} - {"base"}
+
+
 def _inputs(step: Step, model: base.Base, out: Path) -> dict[str, Path]:
     """Where the step finds what it needs. A built-in base is made for the first step that needs one: sources come
     before, and a fault in a file is told before minutes of pretraining."""
@@ -230,7 +237,7 @@ def _inputs(step: Step, model: base.Base, out: Path) -> dict[str, Path]:
 
 def _check_inputs(step: Step, done: dict[str, store.Seal], out: Path) -> None:
     """Hash what is about to be consumed: a flipped bit upstream must not train on silently."""
-    for upstream in {owner_of(path) for path in step.needs.values()} - {"base"}:
+    for upstream in upstream_of(step):
         if problems := store.damage(out / upstream, done[upstream], full=True):
             raise RunError(
                 f"{out / upstream}: damaged since it was sealed ({problems[0]})\n"
@@ -258,7 +265,7 @@ def _sealed(steps: list[Step], model_digest: str, out: Path) -> dict[str, store.
     """The steps that are sealed with the key that they would be made with now."""
     done: dict[str, store.Seal] = {}
     for step in steps:
-        if all(owner in done for owner in {owner_of(path) for path in step.needs.values()} - {"base"}):
+        if upstream_of(step) <= done.keys():
             sealed = store.intact(out / step.name, key_of(step, model_digest, done))
             done |= {step.name: sealed} if sealed else {}
     return done
@@ -281,8 +288,8 @@ def _chosen(steps: list[Step], until: str | None) -> list[Step]:
     if until is None:
         return steps
     if until == "data":
-        data = {step.name for step in steps if step.kind == "data"} | {"base"}
-        return [step for step in steps if step.name in data and {owner_of(p) for p in step.needs.values()} <= data]
+        data = {step.name for step in steps if step.kind == "data"}
+        return [step for step in steps if step.name in data and upstream_of(step) <= data]
     wanted = {"merge": "merged", "eval": "evaluation", "evaluate": "evaluation"}.get(until, until)
     matches = [i for i, s in enumerate(steps) if wanted in (s.name, s.kind, s.name.partition("-")[2])]
     if not matches:

@@ -219,3 +219,9 @@ def _evaluation_step(
 
 def _numbered(adapters: list[str]) -> dict[str, str]:
     return {f"adapter-{number}": path for number, path in enumerate(adapters, start=1)}
+
+
+def adapters_in(inputs: dict[str, Path]) -> list[Path]:
+    """Back from `_numbered`: the adapters among a step's inputs, in the order of training."""
+    count = sum(name.startswith("adapter-") for name in inputs)
+    return [inputs[f"adapter-{number}"] for number in range(1, count + 1)]

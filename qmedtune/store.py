@@ -292,16 +292,12 @@ def take_over(paths: Sequence[Path]) -> bool:
     for folder in [root / building.name.replace("__", "/"), *sorted((root / ".history").glob(f"{building.name}-*"))]:
         sealed = read_seal(folder)
         had = [name for name in names if sealed and name in sealed.files]
-        if sealed and names[-1] in had and not damage(folder, _only(sealed, had), full=True):
+        if sealed and names[-1] in had and not damage(folder, without(sealed, sealed.files.keys() - had), full=True):
             for name in had:
                 (building / name).parent.mkdir(parents=True, exist_ok=True)
                 link(folder / name, building / name)
             return True
     return False
-
-
-def _only(sealed: Seal, names: list[str]) -> Seal:
-    return replace(sealed, files={name: sealed.files[name] for name in names})
 
 
 def building_of(folder: Path, root: Path) -> Path:

@@ -35,6 +35,7 @@ from qmedtune.planning.machine import this_machine
 from qmedtune.planning.memory import peak_bytes
 from qmedtune.planning.shapes import base_facts
 from qmedtune.recipe import Recipe
+from qmedtune.steps import adapters_in
 from qmedtune.training import activations, checkpoints
 from qmedtune.training.card import check_card
 from qmedtune.training.checkpoints import BEST, METRICS
@@ -94,7 +95,7 @@ def train_stage(
         for place, adapter in enumerate(list(model.peft_config)[:-1], start=1):
             models.save_adapter(model, out / f"earlier-{place}", trained_on, adapter)
     if not stage.full and stage.section.adapter != "frozen":
-        earlier = earlier_adapters(inputs)
+        earlier = adapters_in(inputs)
         below = earlier[:-1] if stage.section.adapter == "continue" else earlier
         note_base(out / "adapter", trained_on, inputs["base"], below, recipe.model.quantization)
     facts |= {"model": {"path": f"{name}/model"}} if stage.full else {}
@@ -123,7 +124,7 @@ def _make_model(recipe: Recipe, index: int, inputs: dict[str, Path], shared: Sha
         return model, {"attention": models.attention_facts(model)}
     base = shared.load(inputs["base"], recipe.model, attention=attention)
     set_seed(recipe.seed + index)  # whatever loading has drawn
-    earlier = earlier_adapters(inputs)
+    earlier = adapters_in(inputs)
     continued = stage.section.adapter in ("continue", "frozen")  # attach_head freezes what is frozen
     model = models.attach_adapter(base, recipe.adapter_of(index), earlier, continued=continued)
     kernels = models.install_kernels(model, recipe.model.kernels)
@@ -132,11 +133,6 @@ def _make_model(recipe: Recipe, index: int, inputs: dict[str, Path], shared: Sha
         "attention": models.attention_facts(model),
         "layers": activations.install(model, number(stage.section.gradient_checkpointing)),
     }
-
-
-def earlier_adapters(inputs: dict[str, Path]) -> list[Path]:
-    count = sum(key.startswith("adapter-") for key in inputs)
-    return [inputs[f"adapter-{number}"] for number in range(1, count + 1)]
 
 
 def validation_rows(recipe: Recipe, folder: Path | None) -> dict[str, PackedRows]:

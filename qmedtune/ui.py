@@ -246,12 +246,20 @@ def error_panel(lines: Sequence[str]) -> None:
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """A result on stdout: drawn on a terminal, plain aligned text elsewhere. Figures are right-aligned."""
-    cells = [["" if cell is None else str(cell) for cell in row] for row in rows]
-    right = [i > 0 and all(_is_figure(row[i]) for row in cells) for i in range(len(columns))]
+    cells = [_texts(row) for row in rows]
+    right = [place > 0 and _are_figures(cells, place) for place in range(len(columns))]
     if terminal.is_terminal(sys.stdout):
         terminal.draw_table(title, columns, cells, right)
     else:
         print(terminal.printable("\n".join(_plain_table(title, columns, cells, right))))
+
+
+def _texts(row: Sequence[object]) -> list[str]:
+    return ["" if cell is None else str(cell) for cell in row]
+
+
+def _are_figures(cells: Sequence[Sequence[str]], place: int) -> bool:
+    return all(_is_figure(row[place]) for row in cells)
 
 
 def _is_figure(cell: str) -> bool:
@@ -259,7 +267,8 @@ def _is_figure(cell: str) -> bool:
 
 
 def _plain_table(title: str, columns: Sequence[str], cells: list[list[str]], right: list[bool]) -> list[str]:
-    widths = [max(len(row[i]) for row in [list(columns), *cells]) for i in range(len(columns))]
+    lines = [columns, *cells]
+    widths = [_width(lines, place) for place in range(len(columns))]
 
     def line(row: Sequence[str]) -> str:
         parts = zip(row, widths, right, strict=True)
@@ -267,6 +276,10 @@ def _plain_table(title: str, columns: Sequence[str], cells: list[list[str]], rig
 
     ruler = "  ".join("-" * wide for wide in widths)
     return [*([title] if title else []), line(columns), ruler, *map(line, cells)]
+
+
+def _width(lines: Sequence[Sequence[str]], place: int) -> int:
+    return max(len(line[place]) for line in lines)
 
 
 def _say(text: str, style: str, mark: str, plain_mark: str) -> None:

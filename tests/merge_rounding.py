@@ -92,7 +92,11 @@ def nll_of(folder: Path, texts: dict[str, list[Tensor]]) -> dict[str, Tensor]:
 
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.inference_mode():
-        return {source: torch.cat([_nll(model, ids) for ids in rows]) for source, rows in texts.items()}
+        return {source: _nll_of_rows(model, rows) for source, rows in texts.items()}
+
+
+def _nll_of_rows(model: Any, rows: list[Tensor]) -> Tensor:
+    return torch.cat([_nll(model, ids) for ids in rows])
 
 
 def _nll(model: Any, ids: Tensor) -> Tensor:

@@ -345,6 +345,10 @@ def test_a_sweep_trains_shared_steps_once_and_goes_on_after_kills(tmp_path):
         assert (killed / name).read_text() == (whole / name).read_text()
 
 
+def numbers(text: str) -> list[float]:
+    return [float(value) for value in text.split()]
+
+
 def check_pattern(path: Path) -> None:
     """The seed's thesis in the numbers of ablation.csv."""
     rows = {(row["arm"], row["measure"]): row for row in csv.DictReader(path.open(encoding="utf-8"))}
@@ -373,7 +377,7 @@ def check_pattern(path: Path) -> None:
         assert interval(arm, "facts")[1] < best, f"both corpora with sft beat {arm}"
     general = {arm: value(arm, "general") for arm in ("base", "replay-0", "replay-0.2")}
     assert general["base"] < general["replay-0.2"] < general["replay-0"]
-    by_seed = {arm: [float(v) for v in rows[arm, "general"]["by_seed"].split()] for arm in general}
+    by_seed = {arm: numbers(rows[arm, "general"]["by_seed"]) for arm in general}
     assert min(by_seed["replay-0"]) > max(by_seed["replay-0.2"]) > max(by_seed["base"]), "replay saves what was known"
 
 

@@ -122,9 +122,8 @@ def test_a_model_from_scratch_needs_no_weights_of_its_base(tmp_path: Path, monke
     (tmp_path / "config.json").write_text("{}")
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     section = ModelSection(base="owner/name")
-    hashes = HashCache(tmp_path / "hashes")
-    assert base.identify(section, hashes, offline=True, shape_only=True).make() == tmp_path
+    assert base.identify(section, offline=True, shape_only=True).make() == tmp_path
     assert "*.safetensors" not in asked[0]
     with pytest.raises(RecipeError, match="no \\*.safetensors"):
-        base.identify(section, hashes, offline=True)
+        base.identify(section, offline=True)
     assert "*.safetensors" in asked[1]

@@ -86,8 +86,7 @@ def test_its_card_says_what_it_is(smollm2):
 def test_the_same_bytes_are_the_same_base_under_any_name(smollm2, smollm2_file, tmp_path):
     copy = tmp_path / "mine.gguf"
     copy.hardlink_to(smollm2_file)
-    hashes = store.HashCache(tmp_path / "hashes.json")
-    found = [base.identify(ModelSection(base=name), hashes, offline=True) for name in (str(copy), "builtin:smollm2")]
+    found = [base.identify(ModelSection(base=name), offline=True) for name in (str(copy), "builtin:smollm2")]
     assert found[0].digest == found[1].digest and found[0].make() == found[1].make() == smollm2
 
 
@@ -229,7 +228,7 @@ TOKENIZER = {
 
 
 def folder_of(path: Path) -> Path:
-    return base.identify(ModelSection(base=str(path)), store.HashCache(path.parent / "h.json"), offline=True).make()
+    return base.identify(ModelSection(base=str(path)), offline=True).make()
 
 
 @pytest.mark.parametrize("kind,dtype", [("F32", "float32"), ("F16", "float16"), ("BF16", "bfloat16")])

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from qmedtune import model as models
 from qmedtune import plan
 from qmedtune.errors import RecipeError
-from qmedtune.merging.tensors import INDEX
+from qmedtune.model_stack import INDEX
 from qmedtune.parsing.loader import load_recipe
 from qmedtune.run import run
 

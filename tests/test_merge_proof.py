@@ -20,7 +20,8 @@ from qmedtune.merge import MergeJob, merge
 from qmedtune.merging.elements import ElementCheck, Expected
 from qmedtune.merging.lora_files import LowRank
 from qmedtune.merging.rounding import Rounding, noise_bits, unit
-from qmedtune.merging.tensors import INDEX, SINGLE, open_weights
+from qmedtune.merging.tensors import open_weights
+from qmedtune.model_stack import INDEX, SINGLE
 from qmedtune.recipe import MergeSection, ModelSection
 
 MODEL = ModelSection(base="here", quantization="none", compute_dtype="float32")

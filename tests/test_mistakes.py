@@ -14,15 +14,14 @@ from safetensors.numpy import load_file, save_file
 from toy_tokenizers import byte_level, save
 
 from qmedtune import cli, ui
-from qmedtune.base import ADAPTER_WEIGHTS, identify, note_base
+from qmedtune.base import identify, note_base
 from qmedtune.data.tokens import load_codec
 from qmedtune.errors import DataError, RecipeError
 from qmedtune.evaluation.open_model import locate
 from qmedtune.hub import check_folder
-from qmedtune.model_stack import parameters
+from qmedtune.model_stack import ADAPTER_TENSORS, parameters
 from qmedtune.planning.shapes import facts_from_config
 from qmedtune.recipe import ModelSection
-from qmedtune.store import HashCache
 
 RECIPE = """\
 name: mine
@@ -227,11 +226,11 @@ def test_a_flipped_bit_in_the_hubs_cache_is_named(place, capsys):
     (snapshot / "model.safetensors").symlink_to(blob)
     blob.write_bytes(content)
     section = ModelSection(base=str(snapshot))
-    identify(section, HashCache(place / "hashes"), offline=True)
+    identify(section, offline=True)
     content[-1] ^= 1
     blob.write_bytes(content)
     with pytest.raises(RecipeError, match=r"0123/model.safetensors: damaged since it was fetched\ndelete .*blobs/"):
-        identify(section, HashCache(place / "hashes"), offline=True)
+        identify(section, offline=True)
 
 
 def test_an_adapter_is_no_base(place, capsys):
@@ -252,7 +251,7 @@ def adapter_of(base, path, below=()):
     """A folder that says which weights it was trained on, as training writes it."""
     path.mkdir()
     (path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
-    save_file({"a": np.ones(2, np.float32)}, path / ADAPTER_WEIGHTS)
+    save_file({"a": np.ones(2, np.float32)}, path / ADAPTER_TENSORS)
     note_base(path, "mine", base, below, "nf4")
     return path
 

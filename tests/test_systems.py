@@ -217,11 +217,10 @@ def test_the_cheapest_runs_through_on_the_micro_world(tmp_path: Path):
 
 @pytest.fixture(scope="session")
 def tiny_base():
-    from qmedtune import base, store
+    from qmedtune import base
     from qmedtune.recipe import ModelSection
 
-    hashes = store.HashCache(store.cache_root() / "hashes.json")
-    return base.identify(ModelSection(base="builtin:tiny"), hashes, offline=True).make()
+    return base.identify(ModelSection(base="builtin:tiny"), offline=True).make()
 
 
 @pytest.mark.slow

@@ -121,7 +121,11 @@ def test_time_left_of_the_run(clock):
 
 
 def drawn(lines):
-    return ["".join(text for text, _ in line) for line in lines]
+    return [words_of(line) for line in lines]
+
+
+def words_of(line):
+    return "".join(text for text, _ in line)
 
 
 @pytest.mark.parametrize("title, said", [("training", "  training  ━"), ("01-cpt", "  ━")])

@@ -22,7 +22,11 @@ def copy(micro_run: MicroRun, tmp_path: Path) -> Path:
 
 def files_of(folder):
     kept = (path for path in folder.rglob("*") if path.is_file() and path.stat().st_size)
-    return [path for path in kept if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    return [path for path in kept if not is_hidden(path.relative_to(folder))]
+
+
+def is_hidden(path):
+    return any(part.startswith(".") for part in path.parts)
 
 
 def flip(path, rng):

@@ -43,7 +43,11 @@ def figure(result: dict[str, Any], chance: float | None = None) -> str:
 
 def _shown_scores(arms: Sequence[dict[str, Any]]) -> list[str]:
     names = list(dict.fromkeys(name for arm in arms for name in arm["scores"]))
-    return [name for name in names if not any(other.startswith(f"{name}: ") for other in names)]
+    return [name for name in names if not _has_facets(name, names)]
+
+
+def _has_facets(name: str, names: Sequence[str]) -> bool:
+    return any(other.startswith(f"{name}: ") for other in names)
 
 
 def _summary(arms: Sequence[dict[str, Any]], scores: list[str]) -> str:

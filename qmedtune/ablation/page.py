@@ -5,6 +5,7 @@ Deliberately does not: read runs or compute (results.py); the arms' own reports 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from qmedtune.ablation.figure import figure
@@ -30,18 +31,15 @@ def _arms_table(result: dict[str, Any]) -> Table:
     arms = result["arms"]
     scores = list(dict.fromkeys(name for arm in arms for name in arm["scores"]))
     texts = list(dict.fromkeys(name for arm in arms for name in arm["perplexity"]))
-    rows = [
-        (
-            arm["arm"],
-            *(_cell(arm["scores"].get(name), "{:.2f}".format) for name in scores),
-            *(_cell(arm["perplexity"].get(name), digits3) for name in texts),
-            str(len(arm["seeds"])),
-            arm["change"],
-        )
-        for arm in arms
-    ]
+    rows = [_arm_row(arm, scores, texts) for arm in arms]
     columns = ("Arm", *scores, *(f"perplexity {name}" for name in texts), "Seeds", "What differs")
     return Table("Arms", columns, rows, METHOD if rows else "No arm has finished yet.")
+
+
+def _arm_row(arm: dict[str, Any], scores: Sequence[str], texts: Sequence[str]) -> tuple[str, ...]:
+    cells = [_cell(arm["scores"].get(name), "{:.2f}".format) for name in scores]
+    cells += [_cell(arm["perplexity"].get(name), digits3) for name in texts]
+    return (arm["arm"], *cells, str(len(arm["seeds"])), arm["change"])
 
 
 def _cell(entry: dict[str, Any] | None, shown: Any) -> str:

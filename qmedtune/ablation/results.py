@@ -99,19 +99,36 @@ def collect(out: Path, arms: Sequence[Arm], seeds: Sequence[int]) -> list[ArmRes
 def _shared_items(runs: list[Measured]) -> dict[str, list[str]]:
     """Ids that every run answered, per score: a `limit` may have drawn others for another seed."""
     names = dict.fromkeys(name for run in runs for name in run.answers)
-    return {name: sorted(set.intersection(*(set(run.answers.get(name, {})) for run in runs))) for name in names}
+    shared = {}
+    for name in names:
+        answered = [set(run.answers.get(name, {})) for run in runs]
+        shared[name] = sorted(set.intersection(*answered))
+    return shared
 
 
 def _over_seeds(arm: Arm, runs: dict[int, Measured], shared: dict[str, list[str]]) -> ArmResult:
     measured = list(runs.values())
-    scores = {
-        name: np.array([[run.answers[name][item] for item in items] for run in measured])
-        for name, items in shared.items()
-        if items
-    }
-    metrics = {name: [run.metrics[name] for run in measured] for name in measured[0].metrics}
-    texts = {name: [run.perplexity[name] for run in measured] for name in measured[0].perplexity}
+    scores = {name: _scores_of(name, items, measured) for name, items in shared.items() if items}
+    metrics = _by_name([run.metrics for run in measured])
+    texts = _by_name([run.perplexity for run in measured])
     return ArmResult(arm, list(runs), scores, metrics, texts, measured[0].trained_tokens)
+
+
+def _scores_of(name: str, items: Sequence[str], runs: Sequence[Measured]) -> np.ndarray:
+    """[seeds, items] of a task or facet."""
+    rows = []
+    for run in runs:
+        answers = run.answers[name]
+        rows.append([answers[item] for item in items])
+    return np.array(rows)
+
+
+def _by_name(figures: Sequence[dict[str, float]]) -> dict[str, list[float]]:
+    """The figures of several seeds, side by side under the names that the first has."""
+    found = {}
+    for name in figures[0]:
+        found[name] = [each[name] for each in figures]
+    return found
 
 
 # ---- the result ------------------------------------------------------------------------------------------------------
@@ -154,12 +171,8 @@ def _over(values: list[float], ratio: bool = False) -> dict[str, Any]:
 
 def _differences(results: list[ArmResult]) -> Iterator[dict[str, Any]]:
     """Every pair of arms on every score, on the seeds that both have; p values adjusted within a score."""
+    pairs = list(_pairs(results))
     for name in dict.fromkeys(name for result in results for name in result.scores):
-        pairs = [
-            (first, second, [seed for seed in first.seeds if seed in second.seeds])
-            for first, second in combinations(results, 2)
-        ]
-        pairs = [pair for pair in pairs if pair[2]]
         tables = [(_rows(first, name, seeds), _rows(second, name, seeds)) for first, second, seeds in pairs]
         p_values = [effects.paired_p(first, second) for first, second in tables]
         adjusted = effects.holm(p_values)
@@ -173,6 +186,13 @@ def _differences(results: list[ArmResult]) -> Iterator[dict[str, Any]]:
                 "p_holm": p_holm,
                 "within_noise": p_holm >= effects.SIGNIFICANCE,
             }
+
+
+def _pairs(results: list[ArmResult]) -> Iterator[tuple[ArmResult, ArmResult, list[int]]]:
+    """Two arms and the seeds that both have."""
+    for first, second in combinations(results, 2):
+        if seeds := [seed for seed in first.seeds if seed in second.seeds]:
+            yield first, second, seeds
 
 
 def _rows(result: ArmResult, name: str, seeds: list[int]) -> np.ndarray:

@@ -48,7 +48,8 @@ def write_model(shape: Mapping[str, int], base: Path) -> int:
     the weights."""
     import torch
 
-    from qmedtune.merging.tensors import INDEX, SINGLE, row_blocks, write_safetensors
+    from qmedtune.merging.tensors import row_blocks, write_safetensors
+    from qmedtune.model_stack import INDEX, SINGLE
 
     base.mkdir()
     store.write_json(base / "config.json", config_of(shape))

@@ -85,11 +85,10 @@ def adapters_of_run(folder: Path, offline: bool) -> Found:
         if not adapter.is_dir():
             raise RecipeError(f"{folder}: stage {adapter.parent.name} is not finished\ncontinue it with `qmedtune run`")
         check_intact(adapter.parent, full=True)
-    hashes = store.HashCache(store.cache_root() / "hashes.json")
     templates = [path.parent for path in sorted(folder.glob(f"[0-9][0-9]-sft/{FILE}"))]
     found = folder / place
     if place == "base":
-        found = bases.identify(recipe.model, hashes, offline=offline).make()
+        found = bases.identify(recipe.model, offline=offline).make()
     return Found(recipe.model, found, adapters, templates[-1] if templates else None, recipe.seed)
 
 

@@ -142,7 +142,7 @@ def _show_packed(loaded: LoadedRecipe, folder: Path, asked: Shown) -> None:
     if sealed is None:
         raise RecipeError(f"{packed}: nothing is packed here\nmake it with: qmedtune data RECIPE")
     rows = PackedRows(packed)
-    source = base.identify(recipe.model, store.HashCache(folder / ".hashes.json"), offline=asked.offline)
+    source = base.identify(recipe.model, offline=asked.offline)
     codec = load_codec(source.make())
     told = {"template": sealed.facts.get("template"), "borders": borders.described(codec)}
     if asked.as_json:

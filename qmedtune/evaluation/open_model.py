@@ -128,8 +128,7 @@ def _of_adapter(name: str, folder: Path, base: str | None, offline: bool) -> Loc
 
 
 def _base_folder(name: str, offline: bool) -> Path:
-    known = store.HashCache(store.cache_root() / "hashes.json")
-    return bases.identify(ModelSection(base=name), known, offline=offline).make()
+    return bases.identify(ModelSection(base=name), offline=offline).make()
 
 
 def _template_beside(folder: Path) -> templates.Template:

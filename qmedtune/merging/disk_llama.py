@@ -7,25 +7,24 @@ Deliberately not here: running it (streamed.py).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qmedtune.errors import RecipeError
 from qmedtune.merging.nf4_roundtrip import nf4_roundtrip
 from qmedtune.merging.parallel import Apply
-from qmedtune.merging.tensors import Weights, open_weights
+from qmedtune.merging.tensors import Weights, map_stored
 from qmedtune.model import DTYPES
-from qmedtune.model_stack import read_model
+from qmedtune.model_stack import EMBEDDING, HEAD, read_model
 from qmedtune.recipe import ModelSection
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
-
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class DiskLlama:
     folder: Path
     model: LlamaForCausalLM
     weights: Weights
-    shapes: dict[str, tuple[int, ...]]
+    shapes: Mapping[str, tuple[int, ...]]
     linears: list[str]
     tied: bool
 
@@ -63,15 +62,14 @@ def open_llama(folder: Path) -> DiskLlama:
     or misshapen tensors, damaged files."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    if read_model(folder).quantised:
+    read = read_model(folder)
+    if read.quantised:
         raise RecipeError(f"{folder}: these weights are quantised\nmerging needs the 16-bit (or fp32) weights")
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig.from_pretrained(folder))
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    shapes = {name: tuple(p.shape) for name, p in parameters.items()}
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    weights = open_weights(folder)
-    return DiskLlama(folder, model, weights, shapes, linears, _are_tied(weights, model.config.tie_word_embeddings))
+    weights = map_stored(folder, read.stored)
+    tied = _are_tied(weights, model.config.tie_word_embeddings)
+    return DiskLlama(folder, model, weights, read.shapes, read.linears, tied)
 
 
 def _are_tied(weights: Weights, asked: bool) -> bool:

@@ -21,11 +21,10 @@ from torch import Tensor
 from qmedtune.errors import RunError
 from qmedtune.merging.lora_files import LowRank, Updates
 from qmedtune.merging.tensors import Weights
+from qmedtune.model_stack import EMBEDDING, HEAD
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
-
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,10 @@ tokens: every forward pass reads the whole model.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -160,3 +162,12 @@ def logits_of(model: Any, ids: Tensor, source: Streamed) -> tuple[Tensor, Tensor
         found = model(input_ids=batch, use_cache=False).logits
     first, second = halves(found, source.with_bare)
     return first, second if source.with_bare else None
+
+
+def logits_of_all(
+    models: Sequence[Any], ids: Tensor, sources: Sequence[Streamed]
+) -> list[tuple[Tensor, Tensor | None]]:
+    """`logits_of` of several models side by side: while one waits for its last blocks or attends, another's are
+    computed."""
+    with ThreadPoolExecutor(len(models)) as each:
+        return list(each.map(logits_of, models, repeat(ids), sources))

@@ -2,7 +2,8 @@
 
 A merge of an 8B model must not hold 16 GB, nor a whole 5 GB shard: reading costs page cache (which the kernel takes
 back when it needs it), and the writer knows the header before the first byte of data, so blocks go straight to disk.
-Deliberately no pickle, no sharding decisions (the base's are kept), no dtype conversions.
+Deliberately no pickle, no judgement of folders (model_stack.py), no sharding decisions (the base's are kept), no dtype
+conversions.
 """
 
 from __future__ import annotations
@@ -14,18 +15,17 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from itertools import chain
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
-from qmedtune.errors import RecipeError, RunError
+from qmedtune.model_stack import Stored, stored_tensors
 from qmedtune.store import fsync_path
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 # 2 MB in fp32: small enough to stay in cache from one operation to the next and to leave work for all cores; 4 MB takes
 # 7 % more CPU time, 16 MB a third more (1.1B, a Zen 4 with 1 MB of second-level cache a core).
 BLOCK_ELEMENTS = 1 << 19
@@ -44,31 +44,16 @@ class Weights:
     def __getitem__(self, name: str) -> Tensor:
         return self.handles[self.files[name]].get_tensor(name)
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.handles[self.files[name]].get_slice(name).get_shape())
-
 
 def open_weights(folder: Path) -> Weights:
-    """Map the weights of a model folder: one file, else the shards that an index names, as transformers chooses. Of
-    shards the tensors that are in them count; where the index leads for each of them it does not ask.
+    """Map the weights of a model folder. RecipeError where files are missing or damaged, or the index is wrong."""
+    return map_stored(folder, stored_tensors(folder))
 
-    Raises RecipeError where files are missing or the index is wrong, RunError naming a damaged file.
-    """
-    index = folder / INDEX
-    if (folder / SINGLE).is_file() or not index.is_file():
-        return open_file(folder / SINGLE)
-    named = _read_index(index)
-    handles = {file: _open(folder / file) for file in sorted(set(named.values()))}
-    files: dict[str, str] = {}
-    for file, handle in handles.items():
-        for name in handle.keys():  # noqa: SIM118 - a safetensors handle is no mapping
-            if name in files:
-                raise RecipeError(f"{folder}: tensor {name} is in {files[name]} and in {file}\nfetch the model again")
-            files[name] = file
-    if lost := next((name for name in named if name not in files), None):
-        raise RecipeError(
-            f"{folder / named[lost]}: tensor {lost} is missing, though {INDEX} names it\nfetch the model again"
-        )
+
+def map_stored(folder: Path, stored: Mapping[str, Stored]) -> Weights:
+    """Map the files that these tensors of a folder are in."""
+    files = {name: tensor.file for name, tensor in stored.items()}
+    handles = {file: _open(folder / file) for file in sorted(set(files.values()))}
     return Weights(folder, files, handles)
 
 
@@ -78,37 +63,14 @@ def open_file(path: Path) -> Weights:
     return Weights(path.parent, dict.fromkeys(handle.keys(), path.name), {path.name: handle})
 
 
-def _read_index(path: Path) -> dict[str, str]:
-    try:
-        files = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise RecipeError(
-            f"{path}: not an index of shards (no readable `weight_map`)\nfetch the model again"
-        ) from error
-    if outside := next((file for file in files.values() if Path(file).name != file), None):
-        raise RecipeError(f"{path}: names the shard {outside!r} outside its folder\nuse a model folder without that")
-    return files
-
-
 def _open(path: Path) -> Any:
-    if not path.is_file():
-        raise RecipeError(f"{path}: no such file\nthe folder is incomplete; fetch or copy it again")
-    try:
-        return safe_open(path, framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
-        raise RunError(
-            f"{path}: a damaged safetensors file ({error})\n"
-            "it is truncated or its header was changed; fetch or copy it again"
-        ) from error
+    return safe_open(path, framework="pt", device="cpu")
 
 
 def row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:
     """Slices of the first dimension with at most BLOCK_ELEMENTS elements each (at least one row)."""
     rows = shape[0] if shape else 1
-    width = 1
-    for size in shape[1:]:
-        width *= size
-    step = max(1, BLOCK_ELEMENTS // max(1, width))
+    step = max(1, BLOCK_ELEMENTS // max(1, prod(shape[1:])))
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
 

@@ -25,15 +25,16 @@ from torch import Tensor
 from qmedtune import ui
 from qmedtune.errors import MergeRefused, RunError
 from qmedtune.merging.diagnosis import diagnose, place_of
-from qmedtune.merging.disk_llama import EMBEDDING, HEAD, DiskLlama
+from qmedtune.merging.disk_llama import DiskLlama
 from qmedtune.merging.elements import ElementCheck, Expected
 from qmedtune.merging.lora_files import Updates
 from qmedtune.merging.parallel import in_fp32
 from qmedtune.merging.reference import ReadModel, difference, read_model, tie_flag
 from qmedtune.merging.rounding import Rounding
-from qmedtune.merging.streamed import Load, Streamed, from_parameters, logits_of, streamed_model
-from qmedtune.merging.tensors import INDEX, SINGLE, open_weights, row_blocks
+from qmedtune.merging.streamed import Load, Streamed, from_parameters, logits_of_all, streamed_model
+from qmedtune.merging.tensors import open_weights, row_blocks
 from qmedtune.model import DTYPES
+from qmedtune.model_stack import EMBEDDING, HEAD, INDEX, SINGLE
 from qmedtune.recipe import MergeSection, ModelSection
 
 PROBE_SEED = 17
@@ -175,9 +176,8 @@ class Proof:
         }  # fmt: skip
 
     def _logits(self, ids: Tensor, check: ElementCheck) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Of base + adapters, the bare base, the merged model and the NF4 model that was trained, side by side: while
-        one waits for its last blocks or attends, another's are computed. The first one's blocks are checked as they
-        pass."""
+        """Of base + adapters, the bare base, the merged model and the NF4 model that was trained, side by side. The
+        first one's blocks are checked as they pass."""
         skeleton, updates, apply = self.base.model, self.reference.updates, self.pool.map
 
         def visit(name: str, rows: slice, weight: Tensor, block: Tensor) -> None:
@@ -189,13 +189,10 @@ class Proof:
             sources += [Streamed(self.nf4, updates, apply=apply)]
         models = [streamed_model(skeleton, source) for source in sources]
         layers = sum(len(model.model.layers) for model in models)
-        with (
-            ui.stage("proving the merge", total=layers, unit="layers") as shown,
-            ThreadPoolExecutor(len(models)) as each,
-        ):
+        with ui.stage("proving the merge", total=layers, unit="layers") as shown:
             for layer in [layer for model in models for layer in model.model.layers]:
                 layer.register_forward_hook(lambda *_: shown.update(shown.completed + 1))
-            found = list(each.map(lambda pair: logits_of(pair[0], ids, pair[1]), zip(models, sources, strict=True)))
+            found = logits_of_all(models, ids, sources)
         (reference, bare), (ours, _), *trained = found
         assert bare is not None
         return reference, bare, ours, trained[0][0] if trained else None
@@ -244,9 +241,8 @@ class Proof:
 
         apply = self.pool.map
         sources = [Streamed(self.load, self.reference.updates, True, None, apply), Streamed(rounded, apply=apply)]
-        with ThreadPoolExecutor(2) as each:
-            models = [(streamed_model(self.base.model, source), source) for source in sources]
-            (reference, bare), (ours, _) = each.map(lambda pair: logits_of(pair[0], ids, pair[1]), models)
+        models = [streamed_model(self.base.model, source) for source in sources]
+        (reference, bare), (ours, _) = logits_of_all(models, ids, sources)
         assert bare is not None
         return loss_of(divergence(reference, ours).kl, divergence(reference, bare).kl).lost
 
@@ -275,16 +271,14 @@ def check_readings(updates: Updates, reference: Reference) -> None:
 def check_files(folder: Path, dtype: str, written: ReadModel) -> None:
     """The weight files are those that transformers reads, with the right tensors in the right dtype and no others."""
     files = {path.name for path in folder.glob("*.safetensors")}
+    weights, named = open_weights(folder), {SINGLE}
     if (folder / INDEX).is_file():
         weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
         named = set(weight_map.values())
         if SINGLE in files:
             raise MergeRefused(f"{SINGLE} and {INDEX} are both there: programs differ in which one they read", {})
-        weights = open_weights(folder)
         if stale := sorted(name for name, file in weights.files.items() if weight_map.get(name) != file):
             raise MergeRefused(f"{INDEX} is stale: it does not lead to {place_of(stale[0])} ({stale[0]})", {})
-    else:
-        named, weights = {SINGLE}, open_weights(folder)
     if extra := sorted(files - named):
         raise MergeRefused(f"{extra[0]} is among the weights, and nothing names it", {})
     if written.unexpected:

@@ -9,24 +9,24 @@ from pathlib import Path
 
 from qmedtune import keys, plan, store
 from qmedtune.recipe import Recipe
-from qmedtune.run import Step, inputs_of, key_of, owner_of, source_of, steps_of
+from qmedtune.run import Step, inputs_of, key_of, source_of, steps_of, upstream_of
 
 
 def status(recipe: Recipe, out: Path, *, offline: bool = True) -> list[dict[str, str]]:
-    """For `plan`: each step as {name, status: cached | stale | to do, why}. Loads nothing, writes nothing."""
+    """For `plan`: each step as {name, status: cached | stale | to do, why}. Loads nothing, writes nothing to `out`."""
     resolved, _ = plan.resolve(recipe)
     hashes = store.HashCache(out / ".hashes.json")
     steps = steps_of(resolved, recipe, hashes)
-    digest = source_of(resolved, hashes, offline).digest
+    digest = source_of(resolved, offline).digest
     done: dict[str, store.Seal] = {}
     return [{"name": step.name, **_state(step, digest, done, out)} for step in steps]
 
 
 def _state(step: Step, model_digest: str, done: dict[str, store.Seal], out: Path) -> dict[str, str]:
-    waiting = [u for u in {owner_of(p) for p in step.needs.values()} - {"base"} if u not in done]
+    waiting = sorted(upstream_of(step) - done.keys())
     old = store.read_seal(out / step.name)
     if waiting:
-        return {"status": "stale" if old else "to do", "why": f"after {sorted(waiting)[0]}"}
+        return {"status": "stale" if old else "to do", "why": f"after {waiting[0]}"}
     if sealed := store.intact(out / step.name, key_of(step, model_digest, done)):
         done[step.name] = sealed
         return {"status": "cached", "why": "unchanged"}
