@@ -79,10 +79,10 @@ def with_shots(task: Task, section: TaskSection, pool: Sequence[Item], source: s
     The same examples stand before all items of a draw (a model reads them once), but for items that are among them:
     these get the next example of the draw's order. Where items have facets (MMLU's subjects), examples share them.
     """
-    draws = [
-        tuple(with_examples(item, order, section, task.write, source is None) for item in task.items)
-        for order in (Random(f"{seed}-{draw}").sample(list(pool), len(pool)) for draw in range(section.shot_seeds))
-    ]
+    draws = []
+    for draw in range(section.shot_seeds):
+        order = Random(f"{seed}-{draw}").sample(list(pool), len(pool))
+        draws.append(tuple(with_examples(item, order, section, task.write, source is None) for item in task.items))
     name = source or "the task's own items, never the item itself"
     return replace(task, name=section.label, draws=tuple(draws), shots_from=name)
 
