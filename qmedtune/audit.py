@@ -94,11 +94,10 @@ def _measure_stage(recipe: Recipe, index: int, found: list[Canary], inputs: Mapp
     name = recipe.stage_names()[index]
     base, adapters = inputs[f"{name}:base"], _adapters(name, inputs)
     tokenizer = models.load_tokenizer(base)
-    section = recipe.model.model_copy(update={"attention": "sdpa"})
     disable_progress_bar()
-    model: Any = models.load_base(base, section)
+    model: Any = models.load_base(base, recipe.model)
     model = models.load_adapters(model, adapters) if adapters else model
-    models.install_kernels(model, section.kernels)
+    models.install_kernels(model, recipe.model.kernels)
     contexts = [context_of(recipe, canary, tokenizer, base) for canary in found]
     rows = measure(recipe, model.eval(), tokenizer, found, contexts, name)
     passes = _passes(recipe, index, inputs)

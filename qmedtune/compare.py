@@ -22,9 +22,9 @@ from qmedtune import store, ui
 from qmedtune.data import templates
 from qmedtune.errors import RecipeError
 from qmedtune.evaluation import statistics, verdict
-from qmedtune.evaluation.measure import best_option
+from qmedtune.evaluation.measure import adding, best_option
 from qmedtune.evaluation.open_model import OpenModel, Quantization, locate, open_model
-from qmedtune.evaluation.scoring import BATCH_TOKENS, choice_logprobs, prompt_texts
+from qmedtune.evaluation.scoring import choice_logprobs, prompt_texts
 from qmedtune.recipe import TaskSection
 from qmedtune.tasks import Item, Task, check_twice, load_task
 from qmedtune.tasks.shots import with_examples
@@ -87,7 +87,9 @@ def compare_models(asked: Asked, out: Path | None = None) -> dict[str, Any]:
         torch.cuda.empty_cache()
     reference = asked.models[0]
     found = verdict.duels(answers, reference)
-    claims = [verdict.claim([duel for duel in found if duel.model == name]) for name in asked.models[1:]]
+    claims = []
+    for name in asked.models[1:]:
+        claims.append(verdict.claim([duel for duel in found if duel.model == name]))
     result = {"reference": reference, "models": models, "duels": [duel.facts() for duel in found], "claims": claims}
     if out is not None:
         _write(out, splits, answers, result)
@@ -132,10 +134,8 @@ def _right(opened: OpenModel, split: Split, items: Sequence[Item], setting: Sett
     prompts = prompt_texts(opened.tokenizer, setting.template, [item.messages for item in asked])
     title = f"{opened.location.name}: {split.section.label}, {setting.template.name}, {setting.shots} shots"
     with ui.stage(title, total=len(items), unit="items") as bar:
-        found = choice_logprobs(
-            opened.model, opened.tokenizer, prompts, [item.options for item in items], BATCH_TOKENS,
-            lambda count: bar.update(bar.completed + count),
-        )  # fmt: skip
+        options = [item.options for item in items]
+        found = choice_logprobs(opened.model, opened.tokenizer, prompts, options, progress=adding(bar))
     return [best_option(score.sums, item.id) == item.gold for score, item in zip(found, items, strict=True)]
 
 

@@ -1,13 +1,12 @@
 """Evaluation of a run (base against final on the same items, perplexity by domain) and of any one model.
 
 A killed evaluation goes on where it was; a task is summed up only when all of its items are there.
-Deliberately absent: scoring (measure.py, scoring.py), intervals (compare.py), benchmarks (tasks/).
+Deliberately absent: scoring (measure.py, scoring.py), intervals (summary.py), benchmarks (tasks/).
 """
 
 from __future__ import annotations
 
 import gc
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -27,10 +26,11 @@ from qmedtune.data.sources import source_files
 from qmedtune.disk import owner_only
 from qmedtune.errors import RecipeError
 from qmedtune.evaluation import precision
-from qmedtune.evaluation.compare import overlap_result, task_result, write_items
 from qmedtune.evaluation.measure import Measured, Settings, measure_model, text_rows
 from qmedtune.evaluation.open_model import Quantization, fingerprint, locate, open_model, world_of
 from qmedtune.evaluation.scoring import BATCH_TOKENS, Rows, max_positions
+from qmedtune.evaluation.summary import overlap_result, task_result, write_items
+from qmedtune.model_stack import read_json
 from qmedtune.recipe import Recipe, SourceSection, TaskSection
 from qmedtune.steps import adapters_in
 from qmedtune.tasks import BUILTIN_TASKS, Task, check_twice, load_task
@@ -103,7 +103,7 @@ def _warnings(inputs: dict[str, Path], taken: precision.Precision, result: dict[
 
 def document_window(base: Path) -> int:
     """Tokens of a text that are read at once: whole documents, as far as the model's positions and memory go."""
-    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    config = read_json(base / "config.json")
     return min(int(config["max_position_embeddings"]), DOCUMENT_TOKENS)
 
 
@@ -200,7 +200,7 @@ def open_contender(recipe: Recipe, contender: Contender) -> tuple[Any, Any]:
     torch.cuda.empty_cache()
     taken = contender.taken
     stored = taken.computed_in if taken.quantised else taken.weights
-    section = recipe.model.model_copy(update={"attention": "sdpa", "compute_dtype": stored})
+    section = recipe.model.model_copy(update={"compute_dtype": stored})
     if contender.random:  # no base to compare with: chance is what random weights reach
         torch.manual_seed(recipe.seed)
         model: Any = models.from_scratch(contender.folder, section)
@@ -224,7 +224,7 @@ def _delivered_dtype(inputs: dict[str, Path]) -> str | None:
     """What a folder that is delivered as it was trained, without a merge, is stored in; None: `merge.dtype`."""
     if "adapter-1" in inputs:
         return None
-    config = json.loads((inputs["base"] / "config.json").read_text(encoding="utf-8"))
+    config = read_json(inputs["base"] / "config.json")
     stored = config.get("dtype") or config.get("torch_dtype")
     return stored if stored in models.DTYPES else None
 

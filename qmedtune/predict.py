@@ -29,6 +29,7 @@ from qmedtune.evaluation.generation import generate
 from qmedtune.evaluation.open_model import OpenModel, Quantization, fingerprint, locate, open_model
 from qmedtune.evaluation.scoring import BATCH_TOKENS, fit, max_positions, prompt_texts
 from qmedtune.interrupt import stop
+from qmedtune.model_stack import read_json
 from qmedtune.recipe import SourceSection
 from qmedtune.record import code_versions
 from qmedtune.tasks.items import field_names, item_id
@@ -63,7 +64,7 @@ def predict(
     Rows: {"id", "answer", "ended": "eos|stop|length", "tokens", "error"}; a damaged record has an error and no answer.
     Returns counts and speed. Raises RecipeError where `out` exists or belongs to another prediction.
     """
-    [file] = _one_file(data)
+    file = _one_file(data)
     _check_new(out)
     location = locate(name, base=base, template=template, offline=offline)
     part = out.with_name(out.name + ".part")
@@ -113,11 +114,10 @@ def dry_run(
     Returns {"records": [{"id", "ids", "end", "stop", "truncated"}], "template"}: `end` ids and `stop` strings end an
     answer; a damaged record has an error instead.
     """
-    [file] = _one_file(asked.data)
+    file = _one_file(asked.data)
     location = locate(name, base=base, template=template, offline=offline)
     frame = frame_in(location.template, location.base)
-    config = json.loads((location.base / "config.json").read_text(encoding="utf-8"))
-    positions = config["max_position_embeddings"]
+    positions = read_json(location.base / "config.json")["max_position_embeddings"]
     room = positions - min(max_new_tokens, positions // 2)
     records = [_would_ask(frame, room, record) for record in _records(file, asked.column, asked.instruction)]
     return {"records": records, "template": location.template.name}
@@ -132,11 +132,11 @@ def _would_ask(frame: Frame, room: int, record: Record) -> Row:
     return {"id": name, "ids": ids, "end": sorted(asked.ends), "stop": list(asked.stop), "truncated": cut}
 
 
-def _one_file(data: Path) -> list[Path]:
+def _one_file(data: Path) -> Path:
     files = source_files(SourceSection(path=str(data), kind="instructions"))
     if len(files) != 1 or format_of(files[0], "auto") not in FORMATS:
         raise RecipeError(f"--data: {data} is not one file of records\nallowed: {', '.join(FORMATS)}")
-    return files
+    return files[0]
 
 
 # ---- questions -------------------------------------------------------------------------------------------------------

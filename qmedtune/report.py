@@ -56,8 +56,8 @@ def markdown(run: dict, metrics: Metrics) -> str:
         f"Status: {run['status']}. Base: {_plain(base_name(run))}.",
         _section(tables.evaluation(run)),
         _section(tables.perplexity(run)),
-        _section(tables.quantisation(run)) if tables.quantisation(run).rows else "",
-        _section(tables.classification(run)) if tables.classification(run).rows else "",
+        _section_if_any(tables.quantisation(run)),
+        _section_if_any(tables.classification(run)),
         _section(tables.audit(run)) if run.get("audit") else "",
         _section(tables.stages(run)),
         left_out if metrics.left_out else "",
@@ -95,7 +95,7 @@ def model_card(run: dict) -> str:
         "## Merge\n\n" + _markdown_table(tables.merge(run)),
         "## Evaluation\n\n" + _markdown_table(tables.evaluation(run)),
         _markdown_table(tables.perplexity(run)),
-        _markdown_table(tables.quantisation(run)) if tables.quantisation(run).rows else "",
+        _markdown_table(tables.quantisation(run)),
         _section(tables.audit(run)) if run.get("audit") else "",
         "## Use\n\n" + _use(run),
         "## Limits\n\n" + "\n".join(f"- {line}" for line in _limits(run, clinical)),
@@ -175,12 +175,20 @@ def _section(table: Table) -> str:
     return f"## {table.title}\n\n{_markdown_table(table)}"
 
 
+def _section_if_any(table: Table) -> str:
+    return _section(table) if table.rows else ""
+
+
 def _markdown_table(table: Table) -> str:
     if not table.rows:
         return table.note
     lines = [table.columns, tuple("---" for _ in table.columns), *table.rows]
-    drawn = "\n".join("| " + " | ".join(_plain(cell) for cell in line) + " |" for line in lines)
+    drawn = "\n".join(_markdown_row(line) for line in lines)
     return f"{drawn}\n\n{table.note}" if table.note else drawn
+
+
+def _markdown_row(cells: tuple[str, ...]) -> str:
+    return "| " + " | ".join(_plain(cell) for cell in cells) + " |"
 
 
 def _plain(text: str) -> str:

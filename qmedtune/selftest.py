@@ -74,8 +74,7 @@ def selftest() -> Iterator[dict[str, Any]]:
     from qmedtune.train import quiet_libraries
 
     quiet_libraries()
-    here = this_machine()
-    dtype = "bfloat16" if here.bf16 else "float16" if here.is_gpu else "float32"  # what `compute_dtype: auto` takes
+    dtype = this_machine().compute_dtype
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), dtype)
         for name, check, allowed in CHECKS:

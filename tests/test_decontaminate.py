@@ -192,7 +192,7 @@ def test_split_keeps_the_text_and_scores_the_benchmark_in_two_parts(tmp_path):
     from qmedtune import store
     from qmedtune.data.prepare import prepare_source
     from qmedtune.evaluate import _overlapping
-    from qmedtune.evaluation.compare import overlap_result
+    from qmedtune.evaluation.summary import overlap_result
     from qmedtune.tasks import load_task
 
     rng = random.Random(6)

@@ -91,8 +91,9 @@ def test_scores_follow_from_the_items(evaluated):
         assert facts[label]["chance"] == pytest.approx(1 / 20)
         said = facts[label]["generation"]
         assert said["n"] == 20 and 0 <= said["unparsed"] <= 20
-    right = {label: [line[label]["correct"] for line in lines] for label in ("base", "final")}
-    paired = statistics.mcnemar(right["base"], right["final"])
+    before = [line["base"]["correct"] for line in lines]
+    after = [line["final"]["correct"] for line in lines]
+    paired = statistics.mcnemar(before, after)
     assert facts["paired"] == {
         "test": "McNemar exact",
         "gained": paired.gained,
@@ -294,7 +295,9 @@ def test_zero_shot_and_few_shot_side_by_side_base_against_final(folder, evaluate
     assert all(len(line["shots"]) == 2 and line["id"] not in line["shots"] for line in lines)
     few = found["facts-2shot"]
     for label in ("base", "final"):
-        right = [[line[label]["correct"] for line in lines if line["draw"] == draw] for draw in range(3)]
+        right: list[list[bool]] = [[], [], []]
+        for line in lines:
+            right[line["draw"]].append(line[label]["correct"])
         assert few[label]["draws"] == pytest.approx([sum(draw) / 20 for draw in right])
         assert few[label]["accuracy"] == pytest.approx(sum(few[label]["draws"]) / 3)
         assert (few[label]["n"], few[label]["shots"], len(few[label]["generation"]["draws"])) == (20, 2, 3)

@@ -53,14 +53,11 @@ def no_network(monkeypatch):
 def medqa_file(folder: Path, num_options: int) -> Path:
     letters = "ABCDE"[:num_options]
     path = folder / f"medqa{num_options}.jsonl"
-    lines = [
-        {
-            "question": f"A patient of {20 + n} years has sign {n * 3 % 7}. Which drug?",
-            "options": {letter: f"drug {letter.lower()}{n * (i + 2) % 13}" for i, letter in enumerate(letters)},
-            "answer_idx": letters[n % num_options],
-        }
-        for n in range(30)
-    ]
+    lines = []
+    for n in range(30):
+        question = f"A patient of {20 + n} years has sign {n * 3 % 7}. Which drug?"
+        options = {letter: f"drug {letter.lower()}{n * (i + 2) % 13}" for i, letter in enumerate(letters)}
+        lines.append({"question": question, "options": options, "answer_idx": letters[n % num_options]})
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
 
@@ -112,12 +109,15 @@ def test_a_model_and_a_file_through_the_bridge(tmp_path, no_network):
         assert 0 <= scores["acc"] <= 1 and scores["acc_stderr"] >= 0
 
 
+def without(row: dict, name: str) -> dict:
+    return {key: value for key, value in row.items() if key != name}
+
+
 def test_a_task_of_the_harness_on_a_local_file(tmp_path, no_network):
     """medqa_4options as the harness ships it: its prompt, its fields, no data set to fetch."""
     folder = llama3_folder(tmp_path / "model", max_position_embeddings=1024)
-    rows = [
-        {"sent1": f"Which drug {n}?", **{f"ending{i}": f"drug {i}" for i in range(4)}, "label": n % 4} for n in range(8)
-    ]
+    endings = {f"ending{i}": f"drug {i}" for i in range(4)}
+    rows = [{"sent1": f"Which drug {n}?", **endings, "label": n % 4} for n in range(8)]
     path = tmp_path / "medqa.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     result = harness.evaluate_with_harness(
@@ -126,8 +126,8 @@ def test_a_task_of_the_harness_on_a_local_file(tmp_path, no_network):
     assert set(result["tasks"]) == {"medqa_4options", "facts"}
     assert 0 <= result["tasks"]["medqa_4options"]["acc"] <= 1
     broken = {
-        "sent1": ([{k: v for k, v in row.items() if k != "sent1"} for row in rows], "cannot make its questions"),
-        "ending2": ([rows[0], {k: v for k, v in rows[1].items() if k != "ending2"}], "jsonl:2: only some .* `ending2`"),
+        "sent1": ([without(row, "sent1") for row in rows], "cannot make its questions"),
+        "ending2": ([rows[0], without(rows[1], "ending2")], "jsonl:2: only some .* `ending2`"),
         "label": ([{**row, "label": 7} for row in rows], "cannot make its questions"),
         "empty": ([], "no record"),
     }

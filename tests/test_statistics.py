@@ -115,7 +115,8 @@ def test_tango_covers():
     """1,000 draws of 60 pairs, 15 % gained and 10 % lost: the interval holds .05 in 95 % (+- 2 standard errors)."""
     generator = np.random.default_rng(4)
     drawn = generator.multinomial(60, [0.15, 0.10, 0.75], size=1000)
-    held = [low <= 0.05 <= high for low, high in (statistics.tango(int(g), int(k), 60) for g, k, _ in drawn)]
+    intervals = [statistics.tango(int(gained), int(lost), 60) for gained, lost, _ in drawn]
+    held = [low <= 0.05 <= high for low, high in intervals]
     assert np.mean(held) == pytest.approx(0.95, abs=0.015)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from qmedtune.errors import DataError, RecipeError
-from qmedtune.evaluation import compare
+from qmedtune.evaluation import summary
 from qmedtune.recipe import TaskSection
 from qmedtune.tasks import FILE_TASKS, findings, free_text, labels, load_task
 from qmedtune.tasks import items as task_items
@@ -155,10 +155,10 @@ def test_a_part_of_one_outcome_has_no_auroc(tmp_path, capfd):
         {**task.judge(item, 0), "logprobs": [0.0, odds], "truncated": False, "confidence": 0.5}
         for item, odds in zip(task.items, (0.9, 0.4, 0.6, 0.1), strict=True)
     ]
-    parts = compare.overlap_result(task, {"model": rows}, 0, {"0", "1"})
+    parts = summary.overlap_result(task, {"model": rows}, 0, {"0", "1"})
     assert parts.keys() == {"overlapping"} and parts["overlapping"]["model"]["auroc"] == 1
     assert "no auroc of the 2 clean items" in capfd.readouterr().err
-    whole = compare.task_result(task, {"model": rows}, 0)["model"]
+    whole = summary.task_result(task, {"model": rows}, 0)["model"]
     assert whole["auroc"] == 1 and "per_character" not in whole and "groups" not in whole
 
 
@@ -272,14 +272,8 @@ def test_every_metric_has_its_definition(name):
 def test_emrqa_counts_the_best_of_its_answers(tmp_path):
     """Answers "aspirin" and "daily aspirin dose"; said "the daily dose": F1 0 and 2 * 2 / (3 + 2)."""
     answers = [{"text": "aspirin"}, {"text": ""}, {"text": ["daily", "aspirin dose"]}]
-    notes = [
-        {
-            "note_id": f"n{n}",
-            "context": [f"Text {n}"],
-            "qas": [{"question": [q, "again?"], "answers": answers} for q in "ab"],
-        }
-        for n in range(2)
-    ]
+    asked = [{"question": [name, "again?"], "answers": answers} for name in "ab"]
+    notes = [{"note_id": f"n{n}", "context": [f"Text {n}"], "qas": asked} for n in range(2)]
     task = load("emrqa", tmp_path / "data.json", json.dumps({"data": [{"title": "t", "paragraphs": notes}]}))
     assert [item.group for item in task.items] == ["n0", "n0", "n1", "n1"]
     assert task.items[0].gold == ("aspirin", "daily, aspirin dose") and task.write(task.items[0]) == "aspirin"

@@ -98,9 +98,7 @@ def adapter_of_folder(name: str, folder: Path, base: str | None, offline: bool) 
         raise RecipeError(
             f"{name}: neither a run nor an adapter folder (adapter_config.json)\nthere is nothing to merge"
         )
-    machine = this_machine()
-    dtype = "bfloat16" if machine.bf16 else "float16" if machine.is_gpu else "float32"
     templates = [place for place in (folder, folder.parent) if (place / FILE).is_file()]
     quantization = bases.trained_quantization(folder) or "nf4"
-    model = ModelSection(base=str(location.base), compute_dtype=dtype, quantization=quantization)
+    model = ModelSection(base=str(location.base), compute_dtype=this_machine().compute_dtype, quantization=quantization)
     return Found(model, location.base, list(location.adapters), templates[0] if templates else None, SEED)

@@ -128,9 +128,9 @@ def compare(
         name, path = named_file(entry, None)
         sections.append(TaskSection(task=name, path=path, limit=limit))
     chosen = quantization.value if quantization else None
-    numbers = tuple(int(number) for number in shots.split(",")) if re.fullmatch(r"\d{1,2}(,\d{1,2})*", shots) else None
-    if numbers is None:
+    if not re.fullmatch(r"\d{1,2}(,\d{1,2})*", shots):
         raise typer.BadParameter(f"--shots: got {shots!r}; allowed: numbers with commas between, 0,3")
+    numbers = tuple(int(number) for number in shots.split(","))
     named = tuple(name for name in templates.split(",") if name)
     asked = Asked(tuple(models), tuple(sections), numbers, named, seed, chosen, offline)
     found = compare_models(asked, out)

@@ -19,7 +19,7 @@ from transformers import DynamicCache
 from qmedtune.errors import RunError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 CPU_PASS_TOKENS = 1024  # 16 PubMedQA prompts of 1,100 tokens: 0.50 s alone, 0.79 s eight at a time (one core)
 MIN_SHARED_TOKENS = 16  # below it, one more pass costs more than it saves
@@ -185,12 +185,6 @@ def exact_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
     parts = [F.linear(states, part.to(hidden.dtype).float()) for part in head.weight.split(rows)]
     logits = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
     return logits if bias is None else logits + bias.float()
-
-
-def bos_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    found = tokenizer.bos_token_id
-    assert found is None or isinstance(found, int)
-    return found
 
 
 def max_positions(model: PreTrainedModel) -> int:

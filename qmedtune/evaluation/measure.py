@@ -3,7 +3,7 @@
 A base model can know without answering in form, so both ways are measured and told apart; answers that cannot be read
 are wrong and counted. What is kept of an item are labels and numbers: no prompt, no answer text, no source text.
 Every 256 questions are written as soon as they are scored, so a kill costs minutes of a benchmark of thousands.
-Deliberately absent: model loading, intervals and comparisons (compare.py).
+Deliberately absent: model loading, intervals and comparisons (summary.py).
 """
 
 from __future__ import annotations
@@ -75,12 +75,12 @@ def measure_model(
     folder: Path,
 ) -> Measured:
     """All tasks and texts. Each result is written below `folder` at once and read from there when it is there."""
+    marks = codec_of(tokenizer).special_ids
 
     def text(source: str) -> dict[str, Any]:
         with ui.stage(f"perplexity of {Path(source).name}, {label}") as bar:
             return asdict(perplexity(model, held_out[source], settings.batch_tokens, adding(bar), marks))
 
-    marks = codec_of(tokenizer).special_ids
     done = {}
     for task in tasks:
         parts_folder = folder / f"{label}-{task.name}"
@@ -178,10 +178,15 @@ def text_rows(tokenizer: Any, path: Path, max_tokens: int) -> tuple[list[dict[st
         raise DataError(
             f"{path}: {rejects.counts['rejected']} damaged records ({reason})\nmend the file: all are counted"
         )
-    documents = [found.ids for found in encode_texts(codec_of(tokenizer), [{"text": text} for text in texts], None)]
-    step = max_tokens - 1
-    windows = [ids[i : i + max_tokens] for ids in documents for i in range(0, len(ids) - 1, step)]
-    return [_row(np.array(window, dtype=np.int64)) for window in windows], sum(len(text.encode()) for text in texts)
+    documents = encode_texts(codec_of(tokenizer), [{"text": text} for text in texts], None)
+    rows: list[dict[str, np.ndarray]] = []
+    for document in documents:
+        rows += _windows(np.array(document.ids, dtype=np.int64), max_tokens)
+    return rows, sum(len(text.encode()) for text in texts)
+
+
+def _windows(ids: np.ndarray, max_tokens: int) -> list[dict[str, np.ndarray]]:
+    return [_row(ids[start : start + max_tokens]) for start in range(0, len(ids) - 1, max_tokens - 1)]
 
 
 def _row(ids: np.ndarray) -> dict[str, np.ndarray]:

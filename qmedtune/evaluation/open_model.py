@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from qmedtune import base as bases
-from qmedtune import hub, store, ui
+from qmedtune import hub, record, store, ui
 from qmedtune.data import outcomes, templates
 from qmedtune.errors import RecipeError, RunError
 from qmedtune.model_stack import named_base, read_adapter, read_model
@@ -63,7 +63,7 @@ def locate(name: str, *, base: str | None = None, template: str | None = None, o
     Raises RecipeError where there is no such model or no template of that name.
     """
     path = Path(name).expanduser()
-    if (path / "run.json").is_file():
+    if (path / record.RUN).is_file():
         found = _of_run(name, path)
     elif (path / "adapter_config.json").is_file():
         found = _of_adapter(name, path, base, offline)
@@ -81,7 +81,8 @@ def locate(name: str, *, base: str | None = None, template: str | None = None, o
 
 
 def _of_run(name: str, folder: Path) -> Location:
-    merged = _whole_model(folder)
+    run = json.loads((folder / record.RUN).read_text(encoding="utf-8"))
+    merged = _whole_model(folder, run)
     if not (merged / "config.json").is_file():
         raise RecipeError(
             f"{folder}: this run has no merged model yet\n"
@@ -91,13 +92,11 @@ def _of_run(name: str, folder: Path) -> Location:
     check_intact(merged if merged.name == "merged" else merged.parent, full=True)
     stages = sorted(path for path in folder.glob("[0-9][0-9]-*") if (path / templates.FILE).is_file())
     template = templates.load(stages[-1]) if stages else _template_beside(merged)
-    recipe = Recipe.model_validate(json.loads((folder / "run.json").read_text(encoding="utf-8"))["recipe"])
-    return Location(name, "run", merged, (), template, world_of(recipe))
+    return Location(name, "run", merged, (), template, world_of(Recipe.model_validate(run["recipe"])))
 
 
-def _whole_model(folder: Path) -> Path:
+def _whole_model(folder: Path, run: dict[str, Any]) -> Path:
     """`merged`, or the last stage's own model where a finished run trained no adapter that could be merged."""
-    run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     own = [folder / stage["model"]["path"] for stage in run.get("stages", []) if "model" in stage]
     return own[-1] if own and run.get("status") == "finished" and not run.get("merge") else folder / "merged"
 
@@ -152,10 +151,9 @@ def open_model(location: Location, quantization: Quantization | None = None) -> 
 
     disable_progress_bar()
 
-    machine = this_machine()
-    dtype = "bfloat16" if machine.bf16 else "float16" if machine.is_gpu else "float32"
+    dtype = this_machine().compute_dtype
     precision = quantization or ("nf4" if location.adapters else "none")
-    section = ModelSection(base=str(location.base), quantization=precision, compute_dtype=dtype, attention="sdpa")
+    section = ModelSection(base=str(location.base), quantization=precision, compute_dtype=dtype)
     for adapter in location.adapters:  # before the base is read, which takes minutes for a large one
         read_adapter(adapter, read_model(location.base).shapes)
     with hub.closed():

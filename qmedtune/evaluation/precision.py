@@ -8,7 +8,7 @@ Deliberately absent: loading (evaluate.py), torch.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from qmedtune import units
@@ -42,9 +42,8 @@ class Precision:
         return self.weights == "nf4"
 
     def facts(self, asked: Name) -> dict[str, Any]:
-        """For evaluation.json: {"precision", "weights", "computed_in"}, and `asked`, `why` where they differ."""
-        found = asdict(self)
-        found = {"precision": found.pop("name"), **found}
+        """For evaluation.json: {"precision", "weights", "computed_in", "why"}, and `asked` where that is another."""
+        found = {"precision": self.name, "weights": self.weights, "computed_in": self.computed_in, "why": self.why}
         return found | ({"asked": asked} if asked != self.name else {})
 
 
@@ -63,8 +62,7 @@ def decide(recipe: Recipe, dtype: str | None = None, machine: Machine | None = N
     there = budget_bytes(machine, recipe)
     if machine.is_gpu and needed > there and recipe.model.quantization == "nf4":
         why = f"{weights} takes {units.size(needed)} of {units.size(there)} on {machine.name}"
-        nf4 = trained(recipe)
-        return Precision(nf4.name, nf4.weights, nf4.computed_in, why)
+        return replace(trained(recipe), why=why)
     return Precision("delivered", weights, computed_in(weights, machine))
 
 
@@ -77,8 +75,8 @@ def trained(recipe: Recipe) -> Precision:
 def computed_in(weights: str, machine: Machine) -> str:
     """The dtype that the machine multiplies weights of `weights` in: what it has no instructions for is emulated many
     times slower. fp32 holds every 16-bit value."""
-    if weights == "bfloat16" and not machine.bf16:
-        return "float16" if machine.is_gpu else "float32"
+    if weights == "bfloat16":
+        return machine.compute_dtype
     return "float32" if weights == "float16" and not machine.is_gpu else weights
 
 

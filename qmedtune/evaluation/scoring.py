@@ -172,10 +172,11 @@ def choice_logprobs(
             sums[index] = scores
         if progress:
             progress(len(batch))
-    return [
-        ChoiceScores(s, [x / len(o) for x, o in zip(s, texts, strict=True)], item.truncated)
-        for s, texts, item in zip(sums, options, items, strict=True)
-    ]
+    found = []
+    for each, texts, item in zip(sums, options, items, strict=True):
+        per_character = [value / len(text) for value, text in zip(each, texts, strict=True)]
+        found.append(ChoiceScores(each, per_character, item.truncated))
+    return found
 
 
 def _score(model: PreTrainedModel, batch: list[Choice], shared: Shared | None) -> list[list[float]]:
@@ -183,8 +184,10 @@ def _score(model: PreTrainedModel, batch: list[Choice], shared: Shared | None) -
     logits = exact_logits(model, prefix.last)
     check_numbers(logits[:, 0])
     first = logits.log_softmax(-1)
-    firsts = [torch.tensor([o[0] for o in item.options], device=first.device) for item in batch]
-    sums = [first[row, tokens] for row, tokens in enumerate(firsts)]
+    sums = []
+    for row, item in enumerate(batch):
+        tokens = [option[0] for option in item.options]
+        sums.append(first[row, torch.tensor(tokens, device=first.device)])
     trees = [option_tree(item.options) for item in batch]
     if any(tree.tokens for tree in trees):
         rest = _tree_logprobs(model, prefix, trees, max(map(len, sums)))
@@ -213,7 +216,9 @@ def option_tree(options: Sequence[Sequence[int]]) -> OptionTree:
         for size in range(1, len(option)):
             node = nodes.setdefault(tuple(option[:size]), len(nodes))
             edges.append((node, option[size], index))
-    ancestors = [[nodes[path[:size]] for size in range(1, len(path) + 1)] for path in nodes]
+    ancestors = []
+    for path in nodes:
+        ancestors.append([nodes[path[:size]] for size in range(1, len(path) + 1)])
     return OptionTree([path[-1] for path in nodes], [len(path) - 1 for path in nodes], ancestors, edges)
 
 

@@ -2,7 +2,7 @@
 
 Exact McNemar tests on paired items, Holm's correction over all tasks and models, Tango's interval of the difference,
 and the difference that so many items could have shown: a tie is no proof of equality.
-Deliberately absent: measuring (compare.py), scores that are no right or wrong.
+Deliberately absent: measuring (qmedtune/compare.py), scores that are no right or wrong.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ import subprocess
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 GIB = 1024**3
 # The sizes in which cards are sold, GiB: T4/4080 16, 3090/4090/L4 24, A100 40/80, A6000/L40S 48, H200 141 (140 usable).
@@ -40,6 +41,13 @@ class Machine:
     @property
     def is_gpu(self) -> bool:
         return self.kind == "cuda"
+
+    @property
+    def compute_dtype(self) -> Literal["bfloat16", "float16", "float32"]:
+        """What `model.compute_dtype: auto` takes: bf16, or what is fast where bf16 is emulated (why: resolve.py)."""
+        if self.bf16:
+            return "bfloat16"
+        return "float16" if self.is_gpu else "float32"
 
 
 @cache

@@ -91,7 +91,9 @@ def line_chart(series: Sequence[Series], x_label: str, y_label: str) -> Html:
         return 1000 * (x - x_low) / (x_high - x_low), 1000 * (y_high - y) / (y_high - y_low)
 
     grid = "".join(f'<path class="grid" d="M0 {at(x_low, tick)[1]:.1f}H1000"/>' for tick in y_ticks)
-    lines = "".join(_line(line, [at(*point) for point in _thinned(line.points)]) for line in series)
+    lines = ""
+    for line in series:
+        lines += _line(line, [at(*point) for point in _thinned(line.points)])
     y_text = "".join(f'<span style="top:{at(x_low, t)[1] / 10:.2f}%">{_tick(t)}</span>' for t in y_ticks)
     x_text = "".join(f'<span style="left:{at(t, y_low)[0] / 10:.2f}%">{_tick(t)}</span>' for t in x_ticks)
     summary = ", ".join(f"{line.label} {line.points[0][1]:.3f} to {line.points[-1][1]:.3f}" for line in series)
@@ -121,8 +123,11 @@ def _line(line: Series, places: list[tuple[float, float]]) -> str:
 def _smoothed(places: list[tuple[float, float]]) -> list[tuple[float, float]]:
     """Means over the points around each, fewer of them at the ends."""
     reach = round(len(places) * SMOOTHING_WINDOW / 2)
-    windows = (places[max(0, i - reach) : i + reach + 1] for i in range(len(places)))
-    return [(x, sum(y for _, y in window) / len(window)) for (x, _), window in zip(places, windows, strict=True)]
+    smooth = []
+    for index, (x, _) in enumerate(places):
+        window = places[max(0, index - reach) : index + reach + 1]
+        smooth.append((x, sum(y for _, y in window) / len(window)))
+    return smooth
 
 
 def _path(places: list[tuple[float, float]]) -> str:
@@ -135,8 +140,11 @@ def _thinned(points: Points) -> Points:
     if stretch == 1:
         return points
     parts = [points[i : i + stretch] for i in range(0, len(points) - 1, stretch)]
-    means = [(sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in parts]
-    return [*means, points[-1]]
+    return [*(_middle(part) for part in parts), points[-1]]
+
+
+def _middle(points: Points) -> tuple[float, float]:
+    return sum(x for x, _ in points) / len(points), sum(y for _, y in points) / len(points)
 
 
 def _tick(value: float) -> str:
@@ -161,12 +169,13 @@ def log_axis(values: Sequence[float]) -> Axis:
 
 def dumbbells(rows: Sequence[tuple[str, Sequence[Mark], str]], axis: Axis = SHARES) -> Html:
     """One row per score, (label, marks, text at the end), on a common axis: dots, with bars for their intervals."""
-    body = "".join(
-        f'<div class="db-row"><span class="db-label">{esc(label)}</span>'
-        f'<span class="db-track">{"".join(_mark(mark, axis) for mark in marks)}</span>'
-        f'<span class="db-value">{esc(text)}</span></div>'
-        for label, marks, text in rows
-    )
+    body = ""
+    for label, marks, text in rows:
+        track = "".join(_mark(mark, axis) for mark in marks)
+        body += (
+            f'<div class="db-row"><span class="db-label">{esc(label)}</span>'
+            f'<span class="db-track">{track}</span><span class="db-value">{esc(text)}</span></div>'
+        )
     ticks = "".join(f'<span style="left:{axis.percent(tick):.2f}%">{_tick(tick)}</span>' for tick in axis.ticks)
     ruler = f'<div class="db-row db-axis"><span></span><span class="db-ticks">{ticks}</span><span></span></div>'
     return Html(f'<figure class="dumbbells">{body}{ruler}</figure>')

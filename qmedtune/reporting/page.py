@@ -141,7 +141,7 @@ def _perplexity_tile(source: str, base: float | None, final: float, words: str) 
         return _tile(source, esc(f"{final:.2f}"), "perplexity", words, "base not measured")
     tone = "good" if final < base else "quiet"
     big = Html(f'<span class="from">{digits3(base)} → </span><span class="{tone}">{digits3(final)}</span>')
-    return _tile(source, big, f"perplexity, {final / base - 1:+.1%}".replace("-", "−"), words, "lower is better")
+    return _tile(source, big, f"perplexity, {tables.change(base, final)}", words, "lower is better")
 
 
 def _tile(name: str, big: Html, *small: str) -> Html:
@@ -283,7 +283,9 @@ def html_table(table: Table) -> Html:
     """The table, or its note where it has no rows."""
     if not table.rows:
         return _missing(table.note)
-    kinds = [_kind(i, [row[i] for row in table.rows]) for i in range(len(table.columns))]
+    kinds = []
+    for position in range(len(table.columns)):
+        kinds.append(_kind(position, [row[position] for row in table.rows]))
 
     def cells(row: Sequence[str], tag: str) -> str:
         shown = (Html(f"<code>{esc(cell)}</code>") if DIGEST.fullmatch(cell) else cell for cell in row)

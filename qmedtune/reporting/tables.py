@@ -76,11 +76,12 @@ def perplexity(run: dict) -> Table:
 
 
 def _perplexity_row(source: str, base: float | None, final: float | None) -> Row:
-    change = _change(base, final) if base and final else "–"
-    return (source, *("–" if value is None else digits3(value) for value in (base, final)), change)
+    changed = change(base, final) if base and final else "–"
+    return (source, *("–" if value is None else digits3(value) for value in (base, final)), changed)
 
 
-def _change(before: float, after: float) -> str:
+def change(before: float, after: float) -> str:
+    """Of a perplexity, in per cent with its sign."""
     return f"{after / before - 1:+.1%}".replace("-", "−")
 
 
@@ -91,7 +92,7 @@ def quantisation(run: dict) -> Table:
     for source, (nf4_base, nf4_final) in nf4_perplexities(run).items():
         base, final = delivered[source]
         if base and final:
-            changes = _change(base, nf4_base), _change(nf4_base, nf4_final), _change(base, final)
+            changes = change(base, nf4_base), change(nf4_base, nf4_final), change(base, final)
             repaired = math.log(nf4_base / nf4_final) - math.log(base / final)
             rows.append((source, *changes, f"{repaired:+.3f}".replace("-", "−")))
     note = "Changes of perplexity. Repaired: nats per token that training gained in NF4 and the delivered model does "
@@ -132,7 +133,9 @@ def classification(run: dict) -> Table:
         (
             stage["name"],
             _score(facts),
-            *(_three(facts.get(name)) for name in ("auprc", "micro_f1", "macro_f1")),
+            _three(facts.get("auprc")),
+            _three(facts.get("micro_f1")),
+            _three(facts.get("macro_f1")),
             _exact(facts["n"]),
             _exact(facts["patients"]),
             _exact(facts["scored_labels"]),
@@ -189,11 +192,10 @@ def _waited(run: dict) -> str:
 
 def tokens(run: dict) -> Table:
     names = ("read", "kept", "split", "dropped", "supervised", "trained")
-    rows = [
-        (stage["name"], *(_exact(stage["tokens"].get(name)) for name in names))
-        for stage in run.get("stages", [])
-        if stage.get("tokens")
-    ]
+    rows: list[Row] = []
+    for stage in run.get("stages", []):
+        if ledger := stage.get("tokens"):
+            rows.append((stage["name"], *(_exact(ledger.get(name)) for name in names)))
     columns = ("Stage", *(name.capitalize() for name in names))
     note = (
         "Read: tokens of the records. Kept: what is left after cuts. Dropped: read less kept. Trained: tokens that "
@@ -207,11 +209,14 @@ def tokens(run: dict) -> Table:
 
 def packing(stage: str, mixture: dict) -> Table:
     """Tokens of one packed stage, exact, and what its tokenizer makes of each source's words."""
-    counts = ("read", "kept", "dropped", "tokens", "never_sampled")
     rows = [
         (
             source,
-            *(_exact(part[count]) for count in counts),
+            _exact(part["read"]),
+            _exact(part["kept"]),
+            _exact(part["dropped"]),
+            _exact(part["tokens"]),
+            _exact(part["never_sampled"]),
             f"{part['repeats']:.2f}",
             f"{part['fertility']['tokens_per_word']:.2f}",
             f"{part['fertility']['share_of_words_whole']:.0%}",
@@ -242,15 +247,10 @@ def mixture(run: dict) -> Table:
 
 def records(run: dict) -> Table:
     names = ("read", "kept", "rejected", "duplicates", "contaminated", "refused")
-    rows = [
-        (
-            name,
-            source.get("kind", "–"),
-            *(_exact(source.get("records", {}).get(column)) for column in names),
-            _exact(source.get("held_out")),
-        )
-        for name, source in run.get("data", {}).items()
-    ]
+    rows: list[Row] = []
+    for name, source in run.get("data", {}).items():
+        counts = [_exact(source.get("records", {}).get(column)) for column in names]
+        rows.append((name, source.get("kind", "–"), *counts, _exact(source.get("held_out"))))
     columns = ("Source", "Kind", *(name.capitalize() for name in names), "Held out")
     note = "Held out: the part of kept that is never trained on." if rows else "No data was read."
     return Table("Record ledger", columns, rows, note)

@@ -130,9 +130,7 @@ def medmcqa(path: Path) -> list[Item]:
 def mmlu(path: Path) -> list[Item]:
     """A subject's CSV as published (no header; question, four options, letter), one with a header or with indices, or
     the Hub's rows of question, choices, answer, subject. Subjects are facets."""
-    if plain_suffix(path) != ".csv":
-        return [_mmlu_row(path, where, fields) for where, fields in records(path)]
-    rows = list(_mmlu_table(path))
+    rows = _mmlu_table(path) if plain_suffix(path) == ".csv" else records(path)
     return [_mmlu_row(path, where, fields) for where, fields in rows]
 
 

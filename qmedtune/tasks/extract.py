@@ -56,6 +56,7 @@ CHOSEN = re.compile(
     r"(?:(?:likely|probably|a|an|the|to|option|called|most\s+likely)\s+)*[(\[]?",
     re.I | re.M,
 )
+OPENED = re.compile(rf"(?:so|thus|therefore|hence|ok|okay|sure|well)?[,:]?\s*(?:(?:{NOUN})\s*[:(]*\s*)?", re.I)
 SENTENCE_END_LETTER = re.compile(
     r"(?:\b(?:is|be|are|was)|'s)\s+(?:option\s+)?[(\[]?(?P<letter>[A-Z])[)\]]?\s*(?=[.!]?\s*(?:$|\n)|\. )"
 )
@@ -141,6 +142,30 @@ class Options:
         by_letter = rf"{letter}(?:{BETWEEN}{last})+"
         return re.compile(rf"(?:{by_letter}|{by_word})", re.I)
 
+    @cached_property
+    def named(self) -> re.Pattern[str]:
+        """Each option in a row of them."""
+        words = "|".join(_flexible(w) for w in sorted(self.words, key=len, reverse=True) if w)
+        letters = "".join(rf"|(?<!\w){re.escape(letter)}(?!\w)" for letter in self.letters)
+        return re.compile(rf"(?<!\w)(?:{words})(?!\w){letters}", re.I)
+
+    @cached_property
+    def beginning(self) -> re.Pattern[str]:
+        """An option's text at the beginning of a text."""
+        return re.compile(rf"\W*(?:the\s+|an?\s+)?{self.word_pattern}", re.I)
+
+    @cached_property
+    def behind(self) -> re.Pattern[str]:
+        """An option's text behind its letter."""
+        return re.compile(rf"[)\].:,;]*\s*{self.word_pattern}", re.I)
+
+    @cached_property
+    def judged(self) -> re.Pattern[str]:
+        """An option, or a menu, that something may be said of."""
+        letters = "|".join(map(re.escape, self.letters))
+        by_letter = rf"(?<![\w'])(?-i:(?P<letter>{letters}))|" if letters else ""
+        return re.compile(rf"{by_letter}{MENU}|(?<!\w){self.word_pattern}", re.I)
+
     def of(self, match: re.Match[str]) -> int:
         """The option that a match of `at` or `anywhere` found."""
         found = match.groupdict()
@@ -151,7 +176,7 @@ class Options:
 
     def begins(self, text: str) -> int | None:
         """The longest option text that `text` begins with."""
-        match = re.match(rf"\W*(?:the\s+|an?\s+)?{self.word_pattern}", text, re.I)
+        match = self.beginning.match(text)
         return self.of(match) if match else None
 
 
@@ -166,7 +191,7 @@ def extract_choice(answer: str, options: Sequence[str], texts: Sequence[str] = (
     options: letters, with `texts` what they say, or the words themselves.
     """
     known = _options(tuple(options), tuple(texts))
-    text = _without_menus(_first_answer(_without_marks(answer), known), known)
+    text = _without_menus(_first_answer(_without_marks(answer)), known)
     stated = [*_leading(text, known), *_cued(text, known), *_called_right(text, known), *_alone(text, known)]
     found = {each.option for each in _unrevised(text, stated, known)} or _mentioned(text, known)
     return found.pop() if len(found) == 1 and SEVERAL not in found else None
@@ -194,12 +219,12 @@ def _without_marks(answer: str) -> str:
     return answer.strip()
 
 
-def _first_answer(text: str, known: Options) -> str:
+def _first_answer(text: str) -> str:
     """Up to an invented next question: a heading, or a line that asks and is followed by a list of options."""
     lines, kept = text.split("\n"), []
     for number, line in enumerate(lines):
         begun = any(part.strip() for part in kept)
-        if begun and (NEXT_QUESTION.match(line) or (_asks(line) and _listed(lines[number + 1 :], known))):
+        if begun and (NEXT_QUESTION.match(line) or (_asks(line) and _listed(lines[number + 1 :]))):
             break
         kept.append(line)
     return "\n".join(kept)
@@ -209,7 +234,7 @@ def _asks(line: str) -> bool:
     return line.rstrip().endswith("?")
 
 
-def _listed(lines: list[str], known: Options) -> bool:
+def _listed(lines: list[str]) -> bool:
     following = [line for line in lines if line.strip()][:2]
     return len(following) == 2 and all(LIST_LETTER.match(line) for line in following)
 
@@ -260,16 +285,10 @@ def _mark_series(text: str, known: Options) -> str:
     """Several different options in a row are a menu, unless something is said of them: then they stay, as several."""
 
     def mark(match: re.Match[str]) -> str:
-        named = {m.group().casefold().strip("()[] ") for m in re.finditer(_one(known), match.group(), re.I)}
+        named = {m.group().casefold().strip("()[] ") for m in known.named.finditer(match.group())}
         return MENU if len(named) > 1 else match.group()
 
     return known.several.sub(mark, text)
-
-
-def _one(known: Options) -> str:
-    words = "|".join(_flexible(w) for w in sorted(known.words, key=len, reverse=True) if w)
-    letters = "".join(rf"|(?<!\w){re.escape(letter)}(?!\w)" for letter in known.letters)
-    return rf"(?<!\w)(?:{words})(?!\w){letters}"
 
 
 # ---- what is stated -------------------------------------------------------------------------------------------------
@@ -299,7 +318,7 @@ def _read(text: str, start: int, known: Options) -> list[Stated]:
 
 
 def _past_text(text: str, end: int, known: Options) -> int:
-    match = re.compile(rf"[)\].:,;]*\s*{known.word_pattern}", re.I).match(text, end)
+    match = known.behind.match(text, end)
     return match.end() if match else end
 
 
@@ -307,8 +326,7 @@ def _leading(text: str, known: Options) -> list[Stated]:
     start = len(text) - len(text.lstrip(" \t\r\n([-:.,"))
     if re.match(r"[AQ]\s*:\s", text[start:]) and CUE.search(text, start, start + 60):
         return []  # "A: The correct answer is C": the A of question and answer
-    opened = re.compile(rf"(?:so|thus|therefore|hence|ok|okay|sure|well)?[,:]?\s*(?:(?:{NOUN})\s*[:(]*\s*)?", re.I)
-    begun = opened.match(text, start)
+    begun = OPENED.match(text, start)
     found = _read(text, begun.end() if begun else start, known) or _read(text, start, known)
     found = [each for each in found if each.option != SEVERAL]
     if found or text[start : start + 1] == MENU:
@@ -320,10 +338,10 @@ def _leading(text: str, known: Options) -> list[Stated]:
 def _cued(text: str, known: Options) -> Iterator[Stated]:
     for pattern in (CUE, CHOSEN):
         for match in pattern.finditer(text):
-            found = _read(text, match.end(), known)
-            if match.groupdict().get("denied") and (instead := INSTEAD.match(text, match.end())):
+            found, denied = _read(text, match.end(), known), match.groupdict().get("denied")
+            if denied and (instead := INSTEAD.match(text, match.end())):
                 yield from _read(text, instead.end(), known)
-            if not match.groupdict().get("denied") or any(each.option == SEVERAL for each in found):
+            if not denied or any(each.option == SEVERAL for each in found):
                 yield from found
     for match in SENTENCE_END_LETTER.finditer(text):
         if match["letter"] in known.letters:
@@ -332,11 +350,10 @@ def _cued(text: str, known: Options) -> Iterator[Stated]:
 
 def _called_right(text: str, known: Options) -> Iterator[Stated]:
     """ "Therefore, C is correct", "option B would be the best"; a menu called right states several."""
-    letters = "|".join(map(re.escape, known.letters))
-    by_letter = rf"(?<![\w'])(?-i:(?P<letter>{letters}))|" if letters else ""
-    for match in re.finditer(rf"{by_letter}{MENU}|(?<!\w){known.word_pattern}", text, re.I):
-        end = _past_text(text, match.end(), known) if match.groupdict().get("letter") else match.end()
-        invented = LETTER_TEXT.match(text, match.end()) if match.groupdict().get("letter") else None
+    for match in known.judged.finditer(text):
+        letter = match.groupdict().get("letter")
+        end = _past_text(text, match.end(), known) if letter else match.end()
+        invented = LETTER_TEXT.match(text, match.end()) if letter else None
         called = IS_RIGHT.match(text, end) or (invented and IS_RIGHT.match(text, invented.end()))
         if not called or DENIED_BEFORE.search(text, 0, match.start()):
             continue

@@ -108,9 +108,7 @@ def _judge_hallmarks(item: Item, prediction: frozenset[str] | None) -> Judgement
 
 def _hallmark_scores(judgements: list[Judgement]) -> dict[str, float]:
     """Hallmarks that no abstract has do not count, but in `macro_f1_all`; nan where none has any (a resample)."""
-    gold, predicted = (
-        np.array([[label in j[side] for label in HALLMARKS] for j in judgements]) for side in ("gold", "prediction")
-    )
+    gold, predicted = _indicators(judgements, "gold"), _indicators(judgements, "prediction")
     # A bootstrap comes here 4,000 times: one table of counts takes 1 ms, f1_score on lists took 15.
     table = sklearn_metrics().multilabel_confusion_matrix(gold, predicted)
     right, wrong = table[:, 1, 1], table[:, 0, 1] + table[:, 1, 0]
@@ -123,6 +121,14 @@ def _hallmark_scores(judgements: list[Judgement]) -> dict[str, float]:
         "exact_match": sum(j["correct"] for j in judgements) / len(judgements),
         **{f"f1 {label}": f for label, f in there.items()},
     }
+
+
+def _indicators(judgements: list[Judgement], side: str) -> np.ndarray:
+    """Which hallmarks each judgement has on one side: bool [judgements, hallmarks]."""
+    rows = []
+    for judgement in judgements:
+        rows.append([label in judgement[side] for label in HALLMARKS])
+    return np.array(rows)
 
 
 def _f1(right: np.ndarray, wrong: np.ndarray) -> np.ndarray:
@@ -205,7 +211,9 @@ def _judge_entities(item: Item, prediction: tuple[tuple[str, str], ...] | None) 
 
 
 def _entity_scores(judgements: list[Judgement]) -> dict[str, float]:
-    hits, extra, missed = (sum(j[key] for j in judgements) for key in ("true_positives", "false_positives", "misses"))
+    hits = sum(judgement["true_positives"] for judgement in judgements)
+    extra = sum(judgement["false_positives"] for judgement in judgements)
+    missed = sum(judgement["misses"] for judgement in judgements)
     precision, recall = hits / max(1, hits + extra), hits / max(1, hits + missed)
     f1 = 2 * hits / max(1, 2 * hits + extra + missed)
     return {"entity_f1": f1, "precision": precision, "recall": recall}

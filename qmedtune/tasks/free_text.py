@@ -24,6 +24,7 @@ from qmedtune.data.rejects import Damaged
 from qmedtune.data.rows import read_jsonl
 from qmedtune.errors import DataError, RecipeError
 from qmedtune.tasks.items import (
+    NO_YES,
     Item,
     Judgement,
     Task,
@@ -36,7 +37,6 @@ from qmedtune.tasks.items import (
     text_field,
 )
 
-NO_YES = ("no", "yes")
 SUMMARY_COLUMNS = (("article", "abstract"), ("findings", "impression"), ("document", "summary"), ("text", "summary"))
 ROUGE = ("rouge1", "rouge2", "rougeL")
 UNSTEMMED = {"rouge1_unstemmed": "rouge1", "rouge2_unstemmed": "rouge2", "rouge_unstemmed": "rougeL"}
@@ -257,5 +257,8 @@ def _bert_scorer(folder: str, layer: int) -> Any:
 
 def _means(judgements: list[Judgement]) -> dict[str, float]:
     known = (*ANSWER_METRICS, *ROUGE, *UNSTEMMED, "bertscore")
-    names = [name for name in judgements[0] if name in known]
-    return {name: sum(j[name] for j in judgements) / len(judgements) for name in names}
+    means = {}
+    for name in judgements[0]:
+        if name in known:
+            means[name] = sum(judgement[name] for judgement in judgements) / len(judgements)
+    return means

@@ -28,6 +28,7 @@ Message = dict[str, str]
 Judgement = dict[str, Any]
 """What is kept of one answer: numbers and labels, JSON-safe, never text of a source."""
 
+NO_YES = ("no", "yes")
 FORMATS = ("json", "jsonl", "csv", "tsv", "parquet", "xlsx", "medquad", "liveqa")
 
 
@@ -150,9 +151,10 @@ def field_names(fields: dict[str, Any]) -> str:
 def label_field(where: str, fields: dict[str, Any], name: str, allowed: tuple[str, ...]) -> int:
     """Index of a field's value among `allowed`, compared without case."""
     value = text_field(where, fields, name).casefold()
-    if value not in [label.casefold() for label in allowed]:
+    labels = [label.casefold() for label in allowed]
+    if value not in labels:
         raise DataError(f"{where}: `{name}` is none of the labels\nallowed: {', '.join(allowed)}")
-    return [label.casefold() for label in allowed].index(value)
+    return labels.index(value)
 
 
 def require(module: str, extra: str = "metrics") -> None:

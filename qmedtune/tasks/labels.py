@@ -22,6 +22,7 @@ from qmedtune.errors import DataError
 from qmedtune.tasks.choice import choice_task
 from qmedtune.tasks.extract import extract_choice
 from qmedtune.tasks.items import (
+    NO_YES,
     Item,
     Judgement,
     Message,
@@ -37,7 +38,6 @@ from qmedtune.tasks.items import (
 NLI = ("entailment", "contradiction", "neutral")
 DDI = ("DDI-false", "DDI-advise", "DDI-effect", "DDI-int", "DDI-mechanism")
 HUB_NLI = ("entailment", "neutral", "contradiction")  # as SNLI, MultiNLI and MedNLI number them on the Hub
-NO_YES = ("no", "yes")
 NLI_COLUMNS = (("sentence1", "sentence2", "gold_label"), ("premise", "hypothesis", "label"))
 NLI_COLUMNS += (("supp_set", "conclusion", "label"),)  # BioNLI as its authors have it
 BIONLI = {"pos": "entailment", "neg": "contradiction"}

@@ -19,9 +19,9 @@ from random import Random
 from qmedtune.data.sources import source_files
 from qmedtune.errors import DataError
 from qmedtune.recipe import SourceSection, TaskSection
+from qmedtune.tasks.choice import GROUND_TRUTH
 from qmedtune.tasks.items import Item, Message, Task
 
-NO_BENCHMARKS = ("test_ground_truth.json",)  # PubMedQA's answers by PMID, read with the questions (choice.py)
 WORDS = {"test": ("test",), "dev": ("dev", "val", "valid", "validation"), "train": ("train", "training")}
 
 
@@ -37,7 +37,7 @@ def split_files(path: str, split: str | None) -> list[Path]:
     Of several levels the upper one counts: MedQA's US folder holds the 4-option questions one level below. DataError.
     """
     every, folder = source_files(SourceSection(path=path, kind="instructions")), _folder(path)
-    files = [file for file in every if file.name not in NO_BENCHMARKS] or every
+    files = [file for file in every if file.name != GROUND_TRUTH] or every
     if not folder.is_dir():
         return files
     said = {file: _split_below(folder, file) for file in files}
@@ -79,10 +79,10 @@ def with_shots(task: Task, section: TaskSection, pool: Sequence[Item], source: s
     The same examples stand before all items of a draw (a model reads them once), but for items that are among them:
     these get the next example of the draw's order. Where items have facets (MMLU's subjects), examples share them.
     """
-    draws = [
-        tuple(with_examples(item, order, section, task.write, source is None) for item in task.items)
-        for order in (Random(f"{seed}-{draw}").sample(list(pool), len(pool)) for draw in range(section.shot_seeds))
-    ]
+    draws = []
+    for draw in range(section.shot_seeds):
+        order = Random(f"{seed}-{draw}").sample(list(pool), len(pool))
+        draws.append(tuple(with_examples(item, order, section, task.write, source is None) for item in task.items))
     name = source or "the task's own items, never the item itself"
     return replace(task, name=section.label, draws=tuple(draws), shots_from=name)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,7 @@ def warmup(stage: StageSection) -> str:
     return f"{given.steps} steps" if given.steps is not None else f"{given.ratio:.3g} of the horizon"
 
 
+@cache
 def originals() -> dict[str, dict[str, Any]]:
     """originals.yml: {system: {"repository": owner/name, key: [value or null, where it stands]}}."""
     return yaml.safe_load((HERE / "originals.yml").read_text(encoding="utf-8"))
@@ -254,7 +256,11 @@ def changed(title: str, text: str) -> list[tuple[str, ...]]:
 
 def markdown(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     lines = [columns, tuple("---" for _ in columns), *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines) + "\n"
+    return "\n".join(markdown_row(line) for line in lines) + "\n"
+
+
+def markdown_row(cells: tuple[str, ...]) -> str:
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def summarise(task: Task, items: Sequence[Item], draws: Draws, seed: int) -> dic
         return _generated_scores(task, generated, groups, seed) | facts
     result = _scores(task, draws, groups, seed) | facts | _without_a_model(task, items)
     if task.metric != "auroc":  # of log odds, which no length divides
-        result["per_character"] = fmean(_metric(task, [row["normalised"] for row in draw]) for draw in draws)
+        result["per_character"] = _mean(task, _column(draws, "normalised"))
     confidences, correct = [row["confidence"] for row in rows], [row["correct"] for row in rows]
     result["ece"] = statistics.expected_calibration_error(confidences, correct)
     result["ties"] = sum(row.get("tie", False) for row in rows)
@@ -72,7 +72,23 @@ def _groups(items: Sequence[Item]) -> statistics.Groups | None:
 
 def _generations(draws: Draws) -> Draws:
     """What was judged of the written answers; nothing where none were asked for."""
-    return [[row["generation"] for row in draw] for draw in draws] if "generation" in draws[0][0] else []
+    return _column(draws, "generation") if "generation" in draws[0][0] else []
+
+
+def _column(draws: Draws, key: str) -> list[list[Any]]:
+    """One entry of every row, draw by draw."""
+    found = []
+    for draw in draws:
+        found.append([row[key] for row in draw])
+    return found
+
+
+def _at(draws: Draws, indices: Sequence[int] | np.ndarray) -> Draws:
+    """The rows at these places, draw by draw."""
+    found = []
+    for draw in draws:
+        found.append([draw[i] for i in indices])
+    return found
 
 
 def _generated_scores(task: Task, draws: Draws, groups: statistics.Groups | None, seed: int) -> dict[str, Any]:
@@ -87,10 +103,17 @@ def _metric(task: Task, judgements: list[Row]) -> float:
     return task.aggregate(judgements)[task.metric]
 
 
+def _mean(task: Task, draws: Draws) -> float:
+    """The main metric, averaged over draws."""
+    return fmean(_metric(task, draw) for draw in draws)
+
+
 def _scores(task: Task, draws: Draws, groups: statistics.Groups | None, seed: int) -> dict[str, Any]:
     """The task's metrics, the main one with its 95 % interval. `groups`: how many there are, where items share them."""
     each = [task.aggregate(draw) for draw in draws]
-    scores: dict[str, Any] = {name: fmean(found[name] for found in each) for name in each[0]}
+    scores: dict[str, Any] = {}
+    for name in each[0]:
+        scores[name] = fmean(found[name] for found in each)
     if task.metric != "accuracy":
         scores["mean"] = scores[task.metric]
     if len(draws) > 1:
@@ -110,15 +133,19 @@ def _interval(task: Task, draws: Draws, groups: statistics.Groups | None, seed: 
     Of several draws Wilson takes the mean, as if each item had been asked once: wider than need be. A bootstrap of
     width 0 (every answer right, or wrong) is no certainty: Wilson's interval of so many items takes its place.
     """
-    n = len(draws[0])
-    size = n if groups is None else len(set(groups))
-    value = fmean(_metric(task, draw) for draw in draws)
+    size = _size(draws, groups)
+    value = _mean(task, draws)
     if task.metric == "accuracy" and groups is None:
         return statistics.wilson(value * size, size), WILSON
-    low, high = statistics.bootstrap(statistic(task, draws), n, seed=seed, groups=groups)
+    low, high = statistics.bootstrap(statistic(task, draws), len(draws[0]), seed=seed, groups=groups)
     if high - low < NO_WIDTH and 0 <= value <= 1:
         return statistics.wilson(min(1.0, value) * size, size), f"{WILSON}, of {size} {_units(groups)}"
     return (low, high), _bootstrap_name(groups)
+
+
+def _size(draws: Draws, groups: statistics.Groups | None) -> int:
+    """How much independent evidence there is: items, or groups of them."""
+    return len(draws[0]) if groups is None else len(set(groups))
 
 
 def _bootstrap_name(groups: statistics.Groups | None) -> str:
@@ -133,9 +160,9 @@ def statistic(task: Task, draws: Draws) -> statistics.Statistic:
     """The task's main metric, averaged over draws, as a function of item indices, for resampling."""
     mean_of = task.metrics[task.metric]
     if mean_of:
-        values = np.array([[judgement[mean_of] for judgement in draw] for draw in draws], dtype=np.float64).mean(0)
+        values = np.array(_column(draws, mean_of), dtype=np.float64).mean(0)
         return lambda indices: float(values[indices].mean())
-    return lambda indices: fmean(_metric(task, [draw[i] for i in indices]) for draw in draws)
+    return lambda indices: _mean(task, _at(draws, indices))
 
 
 def compare(
@@ -147,23 +174,23 @@ def compare(
     A bootstrap of width 0 (no answer changed) is no certainty: Tango's interval for no change among so many items, or
     groups, takes its place.
     """
-    n = len(base[0])
-    size = n if groups is None else len(set(groups))
-    if "correct" in base[0][0] and task.metric == "accuracy" and len(base) == 1 and groups is None:
-        before, after = ([row["correct"] for row in side[0]] for side in (base, final))
-        paired = statistics.mcnemar(before, after)
-        value, interval = (paired.gained - paired.lost) / n, statistics.tango(paired.gained, paired.lost, n)
-        difference = {"value": value, "ci95": list(interval), "ci95_method": TANGO}
-        return {"difference": difference, "paired": {"test": "McNemar exact", **asdict(paired)}}
-    first, second = statistic(task, base), statistic(task, final)
-    value, interval = statistics.paired_bootstrap(first, second, n, seed=seed, groups=groups)
-    method = _bootstrap_name(groups)
-    if interval[1] - interval[0] < NO_WIDTH:
-        low, high = statistics.tango(0, 0, size)
-        interval, method = (value + low, value + high), f"{TANGO}, no change in {size} {_units(groups)}"
-    result: dict[str, Any] = {"difference": {"value": value, "ci95": list(interval), "ci95_method": method}}
+    n, paired = len(base[0]), None
     if "correct" in base[0][0] and len(base) == 1 and groups is None:
-        paired = statistics.mcnemar([row["correct"] for row in base[0]], [row["correct"] for row in final[0]])
+        [before], [after] = _column(base, "correct"), _column(final, "correct")
+        paired = statistics.mcnemar(before, after)
+    if paired is not None and task.metric == "accuracy":
+        value, method = (paired.gained - paired.lost) / n, TANGO
+        interval = statistics.tango(paired.gained, paired.lost, n)
+    else:
+        first, second = statistic(task, base), statistic(task, final)
+        value, interval = statistics.paired_bootstrap(first, second, n, seed=seed, groups=groups)
+        method = _bootstrap_name(groups)
+        if interval[1] - interval[0] < NO_WIDTH:
+            size = _size(base, groups)
+            low, high = statistics.tango(0, 0, size)
+            interval, method = (value + low, value + high), f"{TANGO}, no change in {size} {_units(groups)}"
+    result: dict[str, Any] = {"difference": {"value": value, "ci95": list(interval), "ci95_method": method}}
+    if paired is not None:
         result["paired"] = {"test": "McNemar exact", **asdict(paired)}
     return result
 
@@ -171,10 +198,12 @@ def compare(
 def task_result(task: Task, measured: ModelRows, seed: int) -> dict[str, Any]:
     """`base` and `final` (or the one model that was measured) for the task and each of its facets."""
     result = _entry(task, list(range(len(task.items))), measured, seed)
-    facets = dict.fromkeys(item.facet for item in task.items if item.facet)
-    if len(facets) > 1:
-        places = {facet: [i for i, item in enumerate(task.items) if item.facet == facet] for facet in facets}
-        result["facets"] = {str(facet): _entry(task, indices, measured, seed) for facet, indices in places.items()}
+    places: dict[str, list[int]] = {}
+    for index, item in enumerate(task.items):
+        if item.facet:
+            places.setdefault(item.facet, []).append(index)
+    if len(places) > 1:
+        result["facets"] = {facet: _entry(task, indices, measured, seed) for facet, indices in places.items()}
     return result
 
 
@@ -195,14 +224,13 @@ def overlap_result(task: Task, measured: ModelRows, seed: int, known: set[str]) 
 
 
 def _defined(task: Task, indices: list[int], rows: list[Row]) -> bool:
-    draw = [[rows[i] for i in indices]]
-    return isfinite(_metric(task, (draw if task.items[0].options else _generations(draw))[0]))
+    draw = _at([rows], indices)
+    return isfinite(_mean(task, draw if task.items[0].options else _generations(draw)))
 
 
 def _entry(task: Task, indices: list[int], measured: ModelRows, seed: int) -> dict[str, Any]:
     items = [task.items[i] for i in indices]
-    starts = range(0, len(task.asked), len(task.items))
-    draws = {label: [[rows[start + i] for i in indices] for start in starts] for label, rows in measured.items()}
+    draws = {label: _at(_per_draw(task, rows), indices) for label, rows in measured.items()}
     result: dict[str, Any] = {label: summarise(task, items, part, seed) for label, part in draws.items()}
     if draws.keys() >= {"base", "final"}:
         said = {label: _generations(part) for label, part in draws.items()}
@@ -212,6 +240,12 @@ def _entry(task: Task, indices: list[int], measured: ModelRows, seed: int) -> di
         if items[0].options and said["base"]:
             result["generation"] = compare(task, said["base"], said["final"], seed, groups)
     return result
+
+
+def _per_draw(task: Task, rows: list[Row]) -> Draws:
+    """The rows of all draws, one after the other, draw by draw."""
+    size = len(task.items)
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
 def write_items(path: Path, task: Task, measured: ModelRows) -> None:
