@@ -23,7 +23,8 @@ def status(recipe: Recipe, out: Path, *, offline: bool = True) -> list[dict[str,
 
 
 def _state(step: Step, model_digest: str, done: dict[str, store.Seal], out: Path) -> dict[str, str]:
-    waiting = [u for u in {owner_of(p) for p in step.needs.values()} - {"base"} if u not in done]
+    owners = {owner_of(path) for path in step.needs.values()} - {"base"}
+    waiting = owners - done.keys()
     old = store.read_seal(out / step.name)
     if waiting:
         return {"status": "stale" if old else "to do", "why": f"after {sorted(waiting)[0]}"}

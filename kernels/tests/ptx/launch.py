@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import product
 from typing import Any
 
 import numpy as np
@@ -92,7 +91,7 @@ def execute(program: Program, compiled: Any, names: list[str], bound: dict[str, 
     arguments = {name: value for (name, _), value in zip(program.parameters, values, strict=True)}
     memory = Global([value for value in given if isinstance(value, Tensor)])
     grid = (*grid, 1, 1)[:3]
-    blocks = [place[::-1] for place in product(*(range(size) for size in grid[::-1]))]
+    blocks = [place[::-1] for place in np.ndindex(*grid[::-1])]
     hazards: dict[str, None] = {}
     for start in range(0, len(blocks), BLOCKS_AT_ONCE):
         some = blocks[start : start + BLOCKS_AT_ONCE]
