@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .machine import Machine
-from .memory import Fault, Global
+from .memory import Global
 from .program import Program, parse
 
 TYPES = {
@@ -30,11 +30,10 @@ BLOCKS_AT_ONCE = 64
 
 @dataclass
 class Executed:
-    """What a piece of work launched: kernels by name, hazards, instructions run."""
+    """What a piece of work launched: kernels by name, and the hazards seen in them."""
 
     kernels: list[str] = field(default_factory=list)
     hazards: list[str] = field(default_factory=list)
-    texts: dict[str, str] = field(default_factory=dict)  # PTX by kernel
 
 
 @dataclass(frozen=True)
@@ -132,9 +131,6 @@ def _launch(kernel: Any, device: Device, executed: Executed, grid: tuple[int, ..
     name = kernel.__name__
     text = device.change(name, compiled.asm["ptx"])
     executed.kernels.append(name)
-    executed.texts[name] = text
     hazards = execute(parse(text), compiled, kernel.arg_names, bound, grid)
     executed.hazards += [f"{name}: {hazard}" for hazard in hazards]
 
-
-__all__ = ["Device", "Executed", "Fault", "gpu"]
