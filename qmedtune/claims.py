@@ -124,10 +124,9 @@ def _inputs(recipe: Recipe) -> Iterator[tuple[str, str]]:
 def _paths(source: SourceSection) -> list[str]:
     from qmedtune.data.sources import BUILTIN, hub_dataset, with_variables
 
-    paths = [source.path] if isinstance(source.path, str) else list(source.path)
     if hub_dataset(source):
         return []
-    return [with_variables(path) for path in paths if not path.startswith(BUILTIN)]
+    return [with_variables(path) for path in source.paths if not path.startswith(BUILTIN)]
 
 
 def _fixed_part(path: str) -> Path:

@@ -27,13 +27,13 @@ from qmedtune.disk import owner_only
 from qmedtune.errors import RecipeError
 from qmedtune.evaluation import precision
 from qmedtune.evaluation.measure import Measured, Settings, measure_model, text_rows
-from qmedtune.evaluation.open_model import Quantization, fingerprint, locate, open_model, world_of
+from qmedtune.evaluation.open_model import Quantization, fingerprint, locate, open_model
 from qmedtune.evaluation.scoring import BATCH_TOKENS, Rows, max_positions
 from qmedtune.evaluation.summary import overlap_result, task_result, write_items
 from qmedtune.model_stack import read_json
 from qmedtune.recipe import Recipe, SourceSection, TaskSection
 from qmedtune.steps import adapters_in
-from qmedtune.tasks import BUILTIN_TASKS, Task, check_twice, load_task
+from qmedtune.tasks import BUILTIN_TASKS, Task, check_twice, load_task, world_of
 
 TEXTS = "perplexity"
 FORMAT = 4  # of what is kept with `out`: an evaluation in an older one is made again
@@ -51,7 +51,7 @@ def evaluate_stage(recipe: Recipe, inputs: dict[str, Path], out: Path) -> dict[s
     Writes <task>.items.jsonl and evaluation.json below `out`, where an interrupted evaluation is continued; returns
     the content of evaluation.json.
     """
-    tasks = [load_task(section, recipe.seed, world_of(recipe)) for section in task_sections(recipe)]
+    tasks = [load_task(section, recipe.seed, world_of(recipe)) for section in recipe.evaluate.sections]
     window = document_window(inputs["base"])
     held_out = {s: WholeDocuments(PackedRows(inputs["validation"] / s), window) for s in recipe.evaluate.perplexity}
     settings = _settings(recipe, inputs)
@@ -154,10 +154,6 @@ def check_prompts(tokenizer: Any, template: templates.Template, tasks: list[Task
     frame = frame_of(template, codec_of(tokenizer))
     for task in tasks:
         frame.ask([item.messages for item in task.asked])
-
-
-def task_sections(recipe: Recipe) -> list[TaskSection]:
-    return [TaskSection(task=task) if isinstance(task, str) else task for task in recipe.evaluate.tasks]
 
 
 def _settings(recipe: Recipe, inputs: dict[str, Path]) -> Settings:

@@ -65,9 +65,8 @@ def fingerprint(source: SourceSection, hashes: store.HashCache) -> list[list[str
     """
     from qmedtune.data.sources import hub_dataset, source_files
 
-    paths = [source.path] if isinstance(source.path, str) else source.path
-    if any(p.startswith("builtin:") for p in paths):
-        made_by = ["world.py", *(["outcomes.py"] if any(p.endswith("outcomes") for p in paths) else [])]
+    if any(p.startswith("builtin:") for p in source.paths):
+        made_by = ["world.py", *(["outcomes.py"] if any(p.endswith("outcomes") for p in source.paths) else [])]
         return [["builtin", hashes.sha256(Path(__file__).parent / "data" / name)] for name in made_by]
     if dataset := hub_dataset(source):
         return [[dataset, _commit(dataset, hashes)]]
@@ -187,9 +186,8 @@ def merge_section(recipe: Recipe) -> dict[str, Any]:
 
 def evaluation_section(recipe: Recipe, hashes: store.HashCache) -> dict[str, Any]:
     section = recipe.evaluate.model_dump(mode="json", exclude={"batch"})
-    tasks = [TaskSection(task=task) if isinstance(task, str) else task for task in recipe.evaluate.tasks]
     section |= {"format": EVALUATION_FORMAT, "merge_dtype": recipe.merge.dtype}
-    return {"evaluate": section, "seed": recipe.seed, "benchmarks": benchmarks(tasks, hashes)}
+    return {"evaluate": section, "seed": recipe.seed, "benchmarks": benchmarks(recipe.evaluate.sections, hashes)}
 
 
 def difference(old: Any, new: Any, where: str = "") -> str:

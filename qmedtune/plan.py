@@ -186,8 +186,7 @@ def _checked(recipe: Recipe, facts: BaseFacts, folder: Path | None, samples: Map
 
 def _measured(recipe: Recipe, facts: BaseFacts, folder: Path | None, name: str, sample: Sample) -> Measured:
     source = recipe.data[name]
-    paths = [source.path] if isinstance(source.path, str) else source.path
-    builtin_text = all(path.startswith("builtin:") for path in paths)
+    builtin_text = all(path.startswith("builtin:") for path in source.paths)
     counting = count_with(folder, facts.vocab, source, builtin_base=facts.builtin, builtin_text=builtin_text)
     return estimate_source(sample, source, counting)
 

@@ -9,7 +9,7 @@ here: room (planning/room.py), and whole sources: all data steps come before the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,12 +49,18 @@ def check_tokenizer(folder: Path) -> None:
 
 def check_templates(recipe: Recipe, folder: Path, samples: Mapping[str, Sample]) -> None:
     """Each instruction source's template speaks this tokenizer's marks and renders a conversation of each shape."""
+    for _, name in taught(recipe):
+        template = templates.default(recipe.data[name].template, folder)
+        found = samples[name].records if name in samples else []
+        for messages in [_QUESTION, *shapes(record["messages"] for record in found)]:
+            with_messages(template, messages, f"data.{name}.template", folder)
+
+
+def taught(recipe: Recipe) -> Iterator[tuple[SftSection, str]]:
+    """Each instruction source of each sft stage."""
     for stage in recipe.stages:
-        for name in stage.sources if isinstance(stage.section, SftSection) else ():
-            template = templates.default(recipe.data[name].template, folder)
-            found = samples[name].records if name in samples else []
-            for messages in [_QUESTION, *shapes(record["messages"] for record in found)]:
-                with_messages(template, messages, f"data.{name}.template", folder)
+        if stage.sft:
+            yield from ((stage.sft, name) for name in stage.sft.sources)
 
 
 def with_messages(template: templates.Template, messages: Messages, where: str, folder: Path) -> None:
@@ -99,20 +105,17 @@ def check_damage(recipe: Recipe, samples: Mapping[str, Sample]) -> None:
 
 def check_truncation(recipe: Recipe, measured: Mapping[str, Measured], samples: Mapping[str, Sample]) -> None:
     """DataError where surely more records of an sft stage are cut at `seq_len` than `max_truncated_fraction`."""
-    for stage in recipe.stages:
-        section = stage.section
-        for name in stage.sources if isinstance(section, SftSection) else ():
-            if name not in samples:
-                continue
-            lengths = measured[name].lengths
-            cut, whole = int((lengths > int(section.seq_len)).sum()), len(lengths) == len(samples[name].records)
-            allowed = section.max_truncated_fraction if isinstance(section, SftSection) else 1.0
-            if cut and surely_above(cut, len(lengths), allowed, whole=whole and samples[name].whole):
-                raise DataError(
-                    f"{name}: {cut:,} of {len(lengths):,} sampled records exceed seq_len {section.seq_len} "
-                    f"(allowed: {allowed:.0%}, `max_truncated_fraction`)\n"
-                    f"raise `seq_len` (longest seen: {int(lengths.max()):,} tokens) or shorten the records"
-                )
+    for section, name in taught(recipe):
+        if name not in samples:
+            continue
+        lengths, allowed = measured[name].lengths, section.max_truncated_fraction
+        cut, whole = int((lengths > int(section.seq_len)).sum()), len(lengths) == len(samples[name].records)
+        if cut and surely_above(cut, len(lengths), allowed, whole=whole and samples[name].whole):
+            raise DataError(
+                f"{name}: {cut:,} of {len(lengths):,} sampled records exceed seq_len {section.seq_len} "
+                f"(allowed: {allowed:.0%}, `max_truncated_fraction`)\n"
+                f"raise `seq_len` (longest seen: {int(lengths.max()):,} tokens) or shorten the records"
+            )
 
 
 def surely_above(found: int, of: int, allowed: float, *, whole: bool) -> bool:
@@ -132,30 +135,25 @@ def check_evaluation(recipe: Recipe, folder: Path | None, *, within_bytes: int |
     With `within_bytes` (`plan`) files that are not here or beyond it are not parsed, and ASKED_ITEMS questions are
     rendered; returns what was left.
     """
-    from qmedtune.data.outcomes import locate
-
-    paths = [p for s in recipe.data.values() for p in ([s.path] if isinstance(s.path, str) else s.path)]
-    world = next((locate(path)[0].name for path in paths if path.startswith("builtin:")), "tiny")
     left, room = [], within_bytes or 0
-    for entry in recipe.evaluate.tasks:
-        section = TaskSection(task=entry) if isinstance(entry, str) else entry
+    for section in recipe.evaluate.sections:
         if within_bytes is not None:
             if why := _left_out(section, room):
                 left.append(why)
                 continue
             room -= _file_bytes(section)
-        task = _parsed(section, recipe.seed, world)
+        task = _parsed(recipe, section)
         if folder is not None:
             items = list(task.asked)[: None if within_bytes is None else ASKED_ITEMS]
             _check_questions(recipe, folder, section, [item.messages for item in items])
     return left
 
 
-def _parsed(section: TaskSection, seed: int, world: str) -> Task:
-    from qmedtune.tasks import load_task
+def _parsed(recipe: Recipe, section: TaskSection) -> Task:
+    from qmedtune.tasks import load_task, world_of
 
     try:
-        return load_task(section, seed, world)
+        return load_task(section, recipe.seed, world_of(recipe))
     except DataError as error:
         if len(str(error).splitlines()) > 1:
             raise
@@ -174,7 +172,7 @@ def asked_with(recipe: Recipe, folder: Path) -> templates.Template:
     """The template that evaluation asks with: the recipe's, else that of the last sft stage, else the tokenizer's."""
     if recipe.evaluate.template:
         return templates.load(recipe.evaluate.template, folder)
-    learnt = [stage.sources[0] for stage in recipe.stages if isinstance(stage.section, SftSection)]
+    learnt = [stage.sft.sources[0] for stage in recipe.stages if stage.sft]
     return templates.default(recipe.data[learnt[-1]].template if learnt else None, folder)
 
 
@@ -202,8 +200,8 @@ def check_start(recipe: Recipe, folder: Path, *, scored: bool) -> None:
     check_base(recipe, folder)
     check_tokenizer(folder)
     load_tokenizer(folder)
-    spoken = {name for stage in recipe.stages if isinstance(stage.section, SftSection) for name in stage.sources}
-    check_templates(recipe, folder, {name: sample_source(recipe.data[name], ASKED_ITEMS) for name in sorted(spoken)})
+    spoken = sorted({name for _, name in taught(recipe)})
+    check_templates(recipe, folder, {name: sample_source(recipe.data[name], ASKED_ITEMS) for name in spoken})
     if scored:
         check_evaluation(recipe, folder)
 

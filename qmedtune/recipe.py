@@ -73,6 +73,11 @@ class SourceSection(Section):
     license: str | None = None
     terms: str | None = None
 
+    @property
+    def paths(self) -> list[str]:
+        """`path` as a list."""
+        return [self.path] if isinstance(self.path, str) else self.path
+
     @field_validator("delimiter")
     @classmethod
     def _usable_delimiter(cls, value: str | None) -> str | None:
@@ -307,6 +312,11 @@ class EvaluateSection(Section):
     batch: Positive | Auto = "auto"
     template: str | None = None  # to ask with; default: the one of training
 
+    @property
+    def sections(self) -> list[TaskSection]:
+        """`tasks`, the bare names among them as sections too."""
+        return [TaskSection(task=task) if isinstance(task, str) else task for task in self.tasks]
+
 
 class AuditSection(Section):
     """Canaries (data/canaries.py) that are planted before training and looked for after every stage (audit.py).
@@ -383,6 +393,10 @@ class Recipe(Section):
             return self.adapter
         chosen = self.adapter.train_embeddings if own.train_embeddings == "auto" else own.train_embeddings
         return own.model_copy(update={"train_embeddings": chosen})
+
+    def paths(self) -> list[str]:
+        """Of all sources, in their order."""
+        return [path for source in self.data.values() for path in source.paths]
 
     def used_sources(self) -> list[str]:
         """Sources that any stage, validation or perplexity reads, in the order of `data:`."""

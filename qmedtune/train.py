@@ -311,7 +311,10 @@ class Loop(TrainerCallback):
 
     def _kept_step(self) -> int | None:
         """Where the losses that the stage is judged by are lowest in sum, first of equals; None where none is."""
-        sums = [(sum(v[s] for s in self.judges), v["step"]) for v in self.validation if None not in v.values()]
+        sums = []
+        for line in self.validation:
+            if None not in line.values():
+                sums.append((sum(line[source] for source in self.judges), line["step"]))
         return min(sums)[1] if sums and self.judges else None
 
     def restore_best(self, model: Any) -> None:

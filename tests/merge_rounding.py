@@ -31,11 +31,10 @@ from qmedtune.data import templates
 from qmedtune.data.pack import PackedRows
 from qmedtune.evaluate import write_results
 from qmedtune.evaluation.measure import Settings, measure_model
-from qmedtune.evaluation.open_model import world_of
 from qmedtune.merge import MergeJob, merge
 from qmedtune.model import load_tokenizer
 from qmedtune.recipe import MergeSection, Recipe, TaskSection
-from qmedtune.tasks import load_task
+from qmedtune.tasks import load_task, world_of
 
 FORMS: dict[str, tuple[MergeSection, int]] = {
     "float32": (MergeSection(dtype="float32"), 0),

@@ -29,10 +29,15 @@ def models():
     return masked, by_length
 
 
+def positions_of(lengths):
+    """int64 [tokens] of a row that holds documents of these lengths."""
+    return torch.cat([torch.arange(length) for length in lengths])
+
+
 @pytest.fixture
 def rows():
     """Two rows of three and two documents; the second row ends in padding, which is a document of its own."""
-    positions = torch.stack([torch.cat([torch.arange(n) for n in lengths]) for lengths in ((7, 1, 16), (10, 14))])
+    positions = torch.stack([positions_of((7, 1, 16)), positions_of((10, 14))])
     ids = torch.randint(0, 101, positions.shape, generator=torch.Generator().manual_seed(1))
     labels = ids.clone()
     labels[1, 10:] = -100
@@ -122,7 +127,7 @@ def test_what_a_gpu_could_do_faster_stands_in_the_report(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("lengths", [((200,),), ((64, 1, 63), (128,)), ((5, 120, 70), (195,)), ((1,), (1,))])
 def test_blocks_of_queries_attend_as_a_mask_in_float64_would(lengths, dtype):
-    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
+    positions = torch.stack([positions_of(row) for row in lengths])
     generator = torch.Generator().manual_seed(0)
     shape = (len(lengths), 6, positions.shape[1], 16)
     query, gradient = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))

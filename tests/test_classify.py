@@ -59,8 +59,9 @@ def records(folder: Path, rows: list[tuple[str, object]], held_out: list[tuple[s
 def packed(micro_run, tmp_path_factory) -> Path:
     """The built-in labelled notes of the micro world, packed and sealed as a run does."""
     folder, out = tmp_path_factory.mktemp("records"), tmp_path_factory.mktemp("packed")
-    found = list(outcomes.builtin_records("builtin:micro/outcomes"))
-    split = {held: [(r["text"], r["label"]) for r in found if r["held_out"] is held] for held in (False, True)}
+    split = {False: [], True: []}
+    for record in outcomes.builtin_records("builtin:micro/outcomes"):
+        split[record["held_out"]].append((record["text"], record["label"]))
     facts = pack_classes(recipe(), 1, micro_run.base, records(folder, split[False], split[True]), out)
     store.seal(out, "test", facts)
     return out

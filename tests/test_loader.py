@@ -248,9 +248,10 @@ def slips(key):
 
 def section_keys():
     """(section path, key) of the schema, sections of the same keys once."""
-    paths = [
-        tuple(0 if part == "[]" else "x" if part == "*" else part for part in path) for path in grammar.key_paths()
-    ]
+    examples = {"[]": 0, "*": "x"}
+    paths = []
+    for path in grammar.key_paths():
+        paths.append(tuple(examples.get(part, part) for part in path))
     return sorted({(tuple(grammar.keys_at(path[:-1])), path[-1]) for path in paths})
 
 

@@ -309,6 +309,12 @@ def test_the_tiny_base_on_real_text_gets_longer_rows():
     assert (sft.seq_len, sft.batch) == (tuned.sft.seq_len, tuned.sft.batch_rows)
 
 
+def test_embeddings_that_a_stage_trains_by_an_adapter_of_its_own_are_planned_for():
+    shared, own = (resolve(recipe(cpt=keys), card_of(80))[0] for keys in ({}, {"lora": {"train_embeddings": True}}))
+    assert not fit.setup_of(shared, 0, CPU).train_embeddings
+    assert fit.setup_of(own, 0, CPU).train_embeddings
+
+
 def test_what_cannot_fit_names_three_remedies_and_what_they_free():
     with pytest.raises(DoesNotFit) as raised:
         resolve(recipe(cpt={"micro_batch": 8, "gradient_checkpointing": False}), card_of(24))

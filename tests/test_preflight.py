@@ -138,7 +138,11 @@ LONG = {"output": f"{SECRET} was given for the condition and helped. " * 60}
 
 
 def talks(*roles: str) -> list[dict]:
-    return [{"messages": [{"role": role, "content": f"{SECRET} {n} {role}"} for role in roles]} for n in range(40)]
+    records = []
+    for number in range(40):
+        messages = [{"role": role, "content": f"{SECRET} {number} {role}"} for role in roles]
+        records.append({"messages": messages})
+    return records
 
 
 def refuses_system(place: Path) -> None:

@@ -64,7 +64,14 @@ def classes_in(annotation):
 
 
 SECTIONS = sections()
-FAMILY = {name: {c.__name__ for c in getattr(schema, name).__mro__ if c.__name__ in SECTIONS} for name in SECTIONS}
+
+
+def family(name):
+    """The section classes that a section class is: itself, and those above it."""
+    return {cls.__name__ for cls in getattr(schema, name).__mro__ if cls.__name__ in SECTIONS}
+
+
+FAMILY = {name: family(name) for name in SECTIONS}
 
 
 def holders(trees):
@@ -112,13 +119,14 @@ def aliases(trees, names):
     return found
 
 
+def is_validator(function):
+    return any("validator" in ast.dump(decorator) for decorator in function.decorator_list)
+
+
 def unread_keys(readers, schema_tree):
     """Keys of the schema that no code outside the schema reads as an attribute of something of that section."""
-    helpers = [
-        node
-        for node in ast.walk(schema_tree)
-        if isinstance(node, ast.FunctionDef) and not any("validator" in ast.dump(d) for d in node.decorator_list)
-    ]
+    functions = [node for node in ast.walk(schema_tree) if isinstance(node, ast.FunctionDef)]
+    helpers = [function for function in functions if not is_validator(function)]
     names = aliases(readers, holders([*readers, *helpers]))
     reads = {
         (terminal(node.value), node.attr)
@@ -132,7 +140,9 @@ def unread_keys(readers, schema_tree):
         known = {"self"} | set().union(*(names[other] for other in related))
         if cls == "StageSection":  # its keys are the kinds: `kind` and `section` read whichever is set
             continue
-        unread += [f"{cls}.{field}" for field in fields if not any((name, field) in reads for name in known)]
+        for field in fields:
+            if not any((name, field) in reads for name in known):
+                unread.append(f"{cls}.{field}")
     return unread
 
 

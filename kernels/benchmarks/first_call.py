@@ -63,8 +63,12 @@ class Call:
         try:
             self.tell(probe, what=what, **measure())
         except Exception as error:  # the next measurement may still work
-            last = (str(error).strip().splitlines() or [""])[-1][:300]
-            self.tell(probe, what=what, failed=f"{type(error).__name__}: {last}")
+            self.tell(probe, what=what, failed=f"{type(error).__name__}: {last_line(str(error))}")
+
+
+def last_line(text: str) -> str:
+    """At most 300 characters of it; "" where there is none."""
+    return (text.strip().splitlines() or [""])[-1][:300]
 
 
 def half() -> Any:
@@ -103,7 +107,7 @@ def tests(call: Call) -> None:
     chosen = ["kernels/tests", "-m", "gpu", "-n", "8"]
     chosen = ["kernels/tests/test_rms_norm.py", "-k", "misfits"] if call.dry else chosen
     done = subprocess.run([*command, *chosen], cwd=ROOT, capture_output=True, text=True, check=False)
-    call.tell("tests", status=done.returncode, last=(done.stdout.strip().splitlines() or [""])[-1])
+    call.tell("tests", status=done.returncode, last=last_line(done.stdout))
 
 
 def train(call: Call) -> None:
@@ -114,8 +118,8 @@ def train(call: Call) -> None:
         command += ["--set", f"model.compute_dtype={dtype}"] + ([] if call.dry else ["--out", str(out)])
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         lines = [line for path in sorted(out.glob("*/metrics.jsonl")) for line in path.read_text().splitlines()]
-        last = (done.stderr.strip().splitlines() or [""])[-1][:300] if done.returncode else ""
-        call.tell("train", dtype=dtype, status=done.returncode, steps=len(lines), last=lines[-1:], error=last)
+        error = last_line(done.stderr) if done.returncode else ""
+        call.tell("train", dtype=dtype, status=done.returncode, steps=len(lines), last=lines[-1:], error=error)
 
 
 def decode(call: Call) -> None:
@@ -271,7 +275,7 @@ def sanitizer(call: Call) -> None:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         with (call.out / "sanitizer.txt").open("a") as file:
             file.write(f"== {kind}\n{done.stdout[-20000:]}\n")
-        call.tell("sanitizer", tool=kind, status=done.returncode, last=(done.stdout.strip().splitlines() or [""])[-1])
+        call.tell("sanitizer", tool=kind, status=done.returncode, last=last_line(done.stdout))
 
 
 # Probe and its limit in seconds: they sum to TOTAL_S; a probe that is faster leaves its time to those behind it.
@@ -307,16 +311,15 @@ def _in_a_process(call: Call, name: str, seconds: float) -> str:
     """ "" when it ended well, else its status or last words."""
     places = [str(ROOT), str(ROOT / "kernels" / "torch-ext"), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, places))}
-    for name_ in ("TRITON_INTERPRET", "QMEDTUNE_KERNELS"):
-        environment.pop(name_, None)
+    for variable in ("TRITON_INTERPRET", "QMEDTUNE_KERNELS"):
+        environment.pop(variable, None)
     command = [sys.executable, str(Path(__file__).resolve()), str(call.out), "--probe", name]
     command += ["--dry"] if call.dry else []
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds, check=False)
     except subprocess.TimeoutExpired:
         return f"cut after {seconds:.0f} s"
-    last = (done.stderr.strip().splitlines() or [""])[-1][:300]
-    return "" if done.returncode == 0 else f"status {done.returncode}: {last}"
+    return "" if done.returncode == 0 else f"status {done.returncode}: {last_line(done.stderr)}"
 
 
 if __name__ == "__main__":

@@ -61,7 +61,9 @@ def _longest(row: dict[str, Any]) -> str:
 def _loading(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     sizes = ("host_bytes", "largest_shard_bytes", "weight_bytes")
     waits = ("value", "next_stage_s", "checkpoint_s")
-    cells = [[row["what"], *(f"{row[w]:.2f}" for w in waits), *(gib(row[size]) for size in sizes)] for row in rows]
+    cells = []
+    for row in rows:
+        cells.append([row["what"], *(f"{row[wait]:.2f}" for wait in waits), *(gib(row[size]) for size in sizes)])
     return ["from", "seconds", "next stage", "checkpoint", "host memory", "largest shard", "weights"], cells
 
 

@@ -97,14 +97,15 @@ def _measure(case: str, size_bytes: int, runs: list[Run], rounds: int) -> list[d
             seconds[run.name].append(time.perf_counter() - started)
             recall[run.name] = run.quality(result) if run.quality else None
     first = seconds[runs[0].name]
-    return [
-        {
-            "case": case, "contender": run.name, "value": statistics.median(seconds[run.name]), "unit": "s",
-            "ratio": statistics.median(a / b for a, b in zip(first, seconds[run.name], strict=True)),
-            "mb_per_s": size_bytes / 1e6 / statistics.median(seconds[run.name]), "recall": recall[run.name],
-        }
-        for run in runs
-    ]  # fmt: skip
+    rows = []
+    for run in runs:
+        taken = seconds[run.name]
+        rows.append({
+            "case": case, "contender": run.name, "value": statistics.median(taken), "unit": "s",
+            "ratio": statistics.median(a / b for a, b in zip(first, taken, strict=True)),
+            "mb_per_s": size_bytes / 1e6 / statistics.median(taken), "recall": recall[run.name],
+        })  # fmt: skip
+    return rows
 
 
 def _corpus(path: Path | None, num_texts: int) -> list[str]:
@@ -257,9 +258,13 @@ def _edited(text: str, rng: random.Random) -> str:
     return " ".join(words)
 
 
+def _invented_question(rng: random.Random) -> str:
+    return " ".join(f"q{rng.randrange(10**5)}" for _ in range(rng.randint(15, 60)))
+
+
 def _decontaminate(texts: list[str], folder: Path) -> tuple[int, list[Run]]:
     rng = random.Random(SEED)
-    items = [" ".join(f"q{rng.randrange(10**5)}" for _ in range(rng.randint(15, 60))) for _ in range(400)]
+    items = [_invented_question(rng) for _ in range(400)]
     planted = [f"{text[:500]} {item} {text[500:]}" for text, item in zip(texts, items, strict=False)]
     both = [*planted, *texts[len(planted) :]]
     index = decontaminate.build([decontaminate.Item("t", str(i), (item,)) for i, item in enumerate(items)])

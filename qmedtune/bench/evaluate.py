@@ -106,9 +106,11 @@ def _case(opened: OpenModel, name: str, limit: int | None) -> Case:
     if cut := sum(choice.truncated for choice in encoded):
         ui.note(f"{name}: {cut} prompts are longer than the model's {room} positions; each contender cuts its own way")
     costs = [choice.cost_tokens for choice in encoded]
-    groups = [[costs[i] for i in part] for part in parts(items, prompts)]
-    budget = BATCH * sum(costs) // len(costs)
-    return Case(loaded, prompts, budget, sum(len(list(padded_batches(group, budget))) for group in groups))
+    budget, batches = BATCH * sum(costs) // len(costs), 0
+    for part in parts(items, prompts):
+        group = [costs[i] for i in part]
+        batches += len(list(padded_batches(group, budget)))
+    return Case(loaded, prompts, budget, batches)
 
 
 def _work(contender: str, opened: OpenModel, case: Case) -> Callable[[], Scores]:
@@ -133,8 +135,12 @@ def _ours(opened: OpenModel, case: Case) -> Scores:
 
 
 def _by_item(answers: list[tuple[float, bool]], case: Case) -> Scores:
-    values = iter(answers)
-    return [[next(values)[0] for _ in item.options] for item in case.items]
+    scores, start = [], 0
+    for item in case.items:
+        end = start + len(item.options)
+        scores.append([logprob for logprob, _ in answers[start:end]])
+        start = end
+    return scores
 
 
 def _timed(work: Callable[[], Scores]) -> tuple[float, Scores]:

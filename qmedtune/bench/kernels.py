@@ -150,7 +150,8 @@ def _add_ratios(rows: list[dict]) -> None:
         if "value" in row:
             groups.setdefault((row["kernel"].split(":")[0], row["shape"]), []).append(row)
     limits = [row for row in rows if row["contender"] == "limit" and "value" in row]
-    bandwidth, rate = (max((row[unit] for row in limits), default=0.0) for unit in ("gb_per_s", "tflops"))
+    bandwidth = max((row["gb_per_s"] for row in limits), default=0.0)
+    rate = max((row["tflops"] for row in limits), default=0.0)
     for group in groups.values():
         limit = next((row["value"] for row in group if row["contender"] == "limit"), None)
         for row in group:

@@ -67,6 +67,9 @@ def bench_load(
 def _row(case: str, shape: str, base: Path, found: list[dict[str, float]]) -> dict[str, Any]:
     sizes = [path.stat().st_size for path in base.glob("*.safetensors")]
     seconds = [f["seconds"] for f in found]
+    waits = {}
+    for key in WAITS:
+        waits[key] = statistics.median(f[key] for f in found)
     return {
         "case": case,
         "shape": shape,
@@ -75,7 +78,7 @@ def _row(case: str, shape: str, base: Path, found: list[dict[str, float]]) -> di
         "value": round(statistics.median(seconds), 3),
         "unit": "s",
         "spread": [round(min(seconds), 3), round(max(seconds), 3)],
-        **{key: statistics.median(f[key] for f in found) for key in WAITS},
+        **waits,
         "host_bytes": max(f["host_bytes"] for f in found),
         "device_bytes": max(f["device_bytes"] for f in found),
         "largest_shard_bytes": max(sizes),

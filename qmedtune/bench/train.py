@@ -206,7 +206,9 @@ def _against_reference(scratch: Path, contender: str) -> dict[str, float]:
 
     ours, theirs = (load_file(scratch / f"{name}.gradient.safetensors") for name in (contender, REFERENCE))
     assert ours.keys() == theirs.keys(), f"{contender} trains other adapters than {REFERENCE}"
-    flat = [torch.cat([found[name].flatten().double() for name in sorted(found)]) for found in (ours, theirs)]
+    flat = []
+    for found in (ours, theirs):
+        flat.append(torch.cat([found[name].flatten().double() for name in sorted(found)]))
     losses = [json.loads((scratch / f"{name}.json").read_text())["losses"] for name in (contender, REFERENCE)]
     return {
         "gradient_cosine": round(float(torch.nn.functional.cosine_similarity(flat[0], flat[1], dim=0)), 6),
@@ -228,6 +230,13 @@ def _row(job: Job, contender: str, measured: list[dict[str, Any]], first: list[d
     steady = ("first_step_s", "load_s", "data_share")
     highest = ("peak_memory_bytes", "reserved_bytes", "device_bytes", "host_bytes", "host_anonymous_bytes")
     told = ("gradient_cosine", "loss_gap", "layers", "card")
+    figures: dict[str, Any] = {}
+    for key in steady:
+        if key in good[0]:
+            figures[key] = round(statistics.median(m[key] for m in good), 4)
+    for key in highest:
+        if key in good[0]:
+            figures[key] = max(m[key] for m in good)
     return {
         **row,
         "value": round(statistics.median(speeds), 1),
@@ -237,8 +246,7 @@ def _row(job: Job, contender: str, measured: list[dict[str, Any]], first: list[d
         "ratio_spread": [round(min(pairs), 3), round(max(pairs), 3)] if pairs else None,
         # By CPU seconds a step in place of the clock: on a CPU, how far other processes were in the way.
         "cpu_ratio": round(statistics.median(f["cpu_s"] / m["cpu_s"] for m, f in both), 3) if pairs else None,
-        **{key: round(statistics.median(m[key] for m in good), 4) for key in steady if key in good[0]},
-        **{key: max(m[key] for m in good) for key in highest if key in good[0]},
+        **figures,
         **{key: good[-1][key] for key in told if key in good[-1]},
         **utilisation(job, statistics.median(m["all_tokens_per_s"] for m in good)),
         "loss": {"first": good[0]["losses"][0], "last": good[0]["losses"][-1]},

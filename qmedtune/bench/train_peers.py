@@ -111,11 +111,11 @@ def sft(job: Job, folder: Path, clock: Clock, model: Any, lora: Any, tokenizer: 
         seed=job.seed,
         **options,
     )
-    rows = packed_rows(job, model.config.vocab_size)
+    rows = [_lists(row) for row in packed_rows(job, model.config.vocab_size)]
     trainer: Any = SFTTrainer(
         model=model,
         args=arguments,
-        train_dataset=Dataset.from_list([{name: x.tolist() for name, x in row.items()} for row in rows]),
+        train_dataset=Dataset.from_list(rows),
         peft_config=lora,
         processing_class=tokenizer or AutoTokenizer.from_pretrained(folder),
         data_collator=_stack,
@@ -125,8 +125,15 @@ def sft(job: Job, folder: Path, clock: Clock, model: Any, lora: Any, tokenizer: 
     trainer.train()
 
 
+def _lists(row: dict[str, np.ndarray]) -> dict[str, list[int]]:
+    return {name: values.tolist() for name, values in row.items()}
+
+
 def _stack(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-    return {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
+    stacked = {}
+    for name in rows[0]:
+        stacked[name] = torch.tensor([row[name] for row in rows])
+    return stacked
 
 
 # ------------------------------------------------------------------------------------------------ Unsloth and Axolotl
@@ -242,7 +249,10 @@ def _batches(job: Job, vocab: int) -> Iterator[dict[str, torch.Tensor]]:
     rows = packed_rows(job, vocab)
     for start in range(0, len(rows), job.rows):
         picked = rows[start : start + job.rows]
-        yield {name: torch.from_numpy(np.stack([row[name] for row in picked])) for name in picked[0]}
+        batch: dict[str, torch.Tensor] = {}
+        for name in picked[0]:
+            batch[name] = torch.from_numpy(np.stack([row[name] for row in picked]))
+        yield batch
 
 
 def _device() -> str:

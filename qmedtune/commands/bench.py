@@ -148,7 +148,10 @@ def evaluation(
 def _show_rows(facts: dict[str, Any], columns: tuple[str, ...]) -> None:
     from qmedtune import ui
 
-    rows = [["" if row.get(column) is None else str(row[column]) for column in columns] for row in facts["rows"]]
+    rows = []
+    for row in facts["rows"]:
+        values = [row.get(column) for column in columns]
+        rows.append(["" if value is None else str(value) for value in values])
     ui.table(f"bench {facts['bench']} on {facts['device']}", columns, rows)
 
 

@@ -53,8 +53,8 @@ def chosen_tasks(recipe: Recipe) -> list[TaskSection]:
     wanted = recipe.hygiene.decontaminate
     if wanted == "off":
         return []
-    tasks = [TaskSection(task=task) if isinstance(task, str) else task for task in recipe.evaluate.tasks]
-    tasks = list({(task.task, task.path, task.split): task for task in tasks}.values())  # few-shot asks the same items
+    once = {(task.task, task.path, task.split): task for task in recipe.evaluate.sections}
+    tasks = list(once.values())  # few-shot asks the same items
     if wanted == "evaluation":
         return tasks
     known = {name: TaskSection(task=name) for name in PRESETS} | {task.task: task for task in tasks}
@@ -106,9 +106,8 @@ def _items(recipe: Recipe, task: TaskSection) -> Iterator[Item]:
 def _facts(recipe: Recipe) -> Iterator[Item]:
     from qmedtune.data import world
 
-    paths = [p for s in recipe.data.values() for p in ([s.path] if isinstance(s.path, str) else s.path)]
-    worlds = {world.locate(path)[0].name: world.locate(path)[0] for path in paths if path.startswith("builtin:")}
-    for where in worlds.values():
+    found = [world.locate(path)[0] for path in recipe.paths() if path.startswith("builtin:")]
+    for where in {one.name: one for one in found}.values():
         for fact in world.facts_items(where):
             yield Item("facts", fact["id"], (fact["question"],))
 

@@ -64,10 +64,9 @@ def source_files(source: SourceSection) -> list[Path]:
 
 def list_source(source: SourceSection) -> Listing:
     """The files of a source and what is left out. Raises DataError for what cannot be data."""
-    paths = [source.path] if isinstance(source.path, str) else list(source.path)
-    if all(path.startswith(BUILTIN) for path in paths) or hub_dataset(source):
+    if all(path.startswith(BUILTIN) for path in source.paths) or hub_dataset(source):
         return Listing(())
-    found = [_expand(with_variables(path), source.format) for path in paths]
+    found = [_expand(with_variables(path), source.format) for path in source.paths]
     files = tuple(chain.from_iterable(listing.files for listing in found))
     for file in files:
         _check_file(file)

@@ -170,14 +170,13 @@ def _with_columns(stream: Rows, source: SourceSection, is_table: bool) -> Rows:
 def _builtin_rows(source: SourceSection) -> Rows:
     from qmedtune.data import outcomes
 
-    for path in [source.path] if isinstance(source.path, str) else source.path:
+    for path in source.paths:
         for number, fields in enumerate(outcomes.builtin_records(path), start=1):
             yield path, number, fields
 
 
 def _dataset_rows(source: SourceSection) -> Rows:
-    paths = [source.path] if isinstance(source.path, str) else source.path
-    for path in paths:
+    for path in source.paths:
         stream = tables.read_hub(path) if hub_dataset(source) else tables.read_saved(Path(with_variables(path)))
         for number, fields in stream:
             yield path, number, fields

@@ -149,9 +149,9 @@ def hidden_states(
     ).last_hidden_state
 
 
-def causal_model(model: PreTrainedModel) -> Any:
+def causal_model(model: Any) -> Any:
     """The causal language model inside a PEFT wrapper (its adapters live in the layers), or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def compute_dtype(model: PreTrainedModel) -> torch.dtype:

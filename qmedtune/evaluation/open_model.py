@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from qmedtune import base as bases
 from qmedtune import hub, record, store, ui
-from qmedtune.data import outcomes, templates
+from qmedtune.data import templates
 from qmedtune.errors import RecipeError, RunError
 from qmedtune.model_stack import named_base, read_adapter, read_model
 from qmedtune.planning.machine import this_machine
 from qmedtune.recipe import ModelSection, Recipe
+from qmedtune.tasks import world_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -107,12 +108,6 @@ def check_intact(folder: Path, *, full: bool) -> None:
     problems = store.damage(folder, sealed, full=full) if sealed else [f"{store.SEAL}: damaged"]
     if problems and (folder / store.SEAL).is_file():
         raise RunError(f"{folder}: damaged since it was sealed ({problems[0]})\n`qmedtune run` makes it again")
-
-
-def world_of(recipe: Recipe) -> str:
-    """The built-in world that a recipe's data come from; `tiny` for recipes on other data."""
-    paths = [p for s in recipe.data.values() for p in ([s.path] if isinstance(s.path, str) else s.path)]
-    return next((outcomes.locate(path)[0].name for path in paths if path.startswith("builtin:")), "tiny")
 
 
 def _of_adapter(name: str, folder: Path, base: str | None, offline: bool) -> Location:

@@ -179,8 +179,7 @@ def _unknown_names(recipe: Recipe) -> Iterator[Finding]:
             hint = did_you_mean(template, templates)
             listed = f"(templates: {', '.join(templates)}, or a template.json)"
             yield path, f'no template "{template}"{hint} {listed}'
-    for index, entry in enumerate(recipe.evaluate.tasks):
-        task = TaskSection(task=entry) if isinstance(entry, str) else entry
+    for index, task in enumerate(recipe.evaluate.sections):
         yield from _task(("evaluate", "tasks", index), task, list(BUILTIN_TASKS), list(FILE_TASKS))
 
 
@@ -235,7 +234,7 @@ def _paths(recipe: Recipe) -> Iterator[Finding]:
         yield ("model", "base"), WINDOWS_HINT
     yield from _pickled(Path(recipe.model.base).expanduser())
     for name, source in recipe.data.items():
-        for path in [source.path] if isinstance(source.path, str) else source.path:
+        for path in source.paths:
             problem = WINDOWS_HINT if _is_windows(path) else _builtin(path) or _extension(path, source.format)
             if problem:
                 yield ("data", name, "path"), problem

@@ -78,7 +78,7 @@ def setup_of(recipe: Recipe, index: int, machine: Machine) -> Setup:
         double_quantization=recipe.model.double_quantization,
         rank=0 if headed else adapter.r,
         targets=LINEARS if targets == "all-linear" else tuple(targets),
-        train_embeddings=recipe.adapter.train_embeddings is True and not full,
+        train_embeddings=adapter.train_embeddings is True and not full,
         frozen_adapters=sum(stacked) + headed,
         full=full,
         attention=decided.attention,

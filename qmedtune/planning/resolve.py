@@ -100,8 +100,7 @@ def _with_stage(recipe: Recipe, index: int, section: Section) -> Recipe:
 
 
 def _paths_are_builtin(recipe: Recipe, name: str) -> bool:
-    path = recipe.data[name].path
-    return all(p.startswith("builtin:") for p in ([path] if isinstance(path, str) else path))
+    return all(path.startswith("builtin:") for path in recipe.data[name].paths)
 
 
 # ---- decided by recipe and base --------------------------------------------------------------------------------------

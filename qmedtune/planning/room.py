@@ -129,8 +129,11 @@ def _file_bytes(path: Path) -> int:
 
 def host_phases(facts: BaseFacts, setups: list[Setup], *, gpu: bool) -> dict[str, int]:
     """Host memory by phase, in bytes: the most that any stage takes."""
-    phases = [memory.host_memory(facts, setup, gpu=gpu, merge=True) for setup in setups]
-    return {name: max(phase[name] for phase in phases) for name in phases[0]}
+    most: dict[str, int] = {}
+    for setup in setups:
+        for name, size in memory.host_memory(facts, setup, gpu=gpu, merge=True).items():
+            most[name] = max(size, most.get(name, 0))
+    return most
 
 
 def _check_machine(facts: BaseFacts, setups: list[Setup]) -> None:

@@ -12,12 +12,13 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from qmedtune import ui
+from qmedtune.data import outcomes
 from qmedtune.errors import RecipeError
 from qmedtune.recipe import Recipe, TaskSection
 from qmedtune.tasks import choice, findings, free_text, labels, shots
 from qmedtune.tasks.items import Item, Task, checked_items, with_metric
 
-__all__ = ["BUILTIN_TASKS", "FILE_TASKS", "Item", "Task", "check_benchmarks", "check_twice", "load_task", "read_items"]
+__all__ = ["BUILTIN_TASKS", "FILE_TASKS", "Item", "Task", "check_twice", "load_task", "read_items", "world_of"]
 
 Reader = Callable[[Path], list[Item]]
 Maker = Callable[[str, tuple[Item, ...]], Task]
@@ -72,11 +73,9 @@ def load_task(section: TaskSection, seed: int, world: str = "tiny") -> Task:
     return shots.with_shots(task, section, pool, examples[0].name if examples else None, seed)
 
 
-def check_benchmarks(recipe: Recipe) -> None:
-    """Read every benchmark of a recipe, so that a bad file stops a run before it trains and not hours later."""
-    for entry in recipe.evaluate.tasks:
-        if isinstance(entry, TaskSection) and entry.path is not None:
-            load_task(entry, recipe.seed)
+def world_of(recipe: Recipe) -> str:
+    """The built-in world that a recipe's data come from; `tiny` for recipes on other data."""
+    return next((outcomes.locate(path)[0].name for path in recipe.paths() if path.startswith("builtin:")), "tiny")
 
 
 def check_twice(option: str, names: Sequence[str]) -> None:

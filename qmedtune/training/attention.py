@@ -39,9 +39,8 @@ def packed_inputs(attention: str, input_ids: Tensor, position_ids: Tensor) -> di
 
 def document_bounds(position_ids: Tensor) -> tuple[Tensor, int]:
     """Where the documents of rows [B, L] laid end to end begin and the last one ends, int32 [documents + 1], and the
-    longest's length. A document starts with each row, and where positions do not go on by one."""
-    starts = torch.ones_like(position_ids, dtype=torch.bool)
-    starts[:, 1:] = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    longest's length."""
+    starts = cpu_attention.document_starts(position_ids)
     bounds = F.pad(starts.flatten().nonzero()[:, 0], (0, 1), value=position_ids.numel()).int()
     return bounds, int(bounds.diff().max()) if len(bounds) > 1 else 0
 

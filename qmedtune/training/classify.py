@@ -22,6 +22,7 @@ from qmedtune import store
 from qmedtune.data.classes import HELD_OUT, IDS, LABELS, LabelledRows
 from qmedtune.evaluation.statistics import auroc, average_precision, bootstrap
 from qmedtune.recipe import ClassifySection
+from qmedtune.training.loss import packed_hidden
 from qmedtune.training.trainer import collate
 
 HEAD, ITEMS, SCORES = "head.safetensors", "heldout.items.jsonl", "heldout.scores.safetensors"
@@ -84,9 +85,7 @@ def attach_head(model: Any, rows: LabelledRows, section: ClassifySection) -> Non
 
 def last_token_logits(model: Any, input_ids: Tensor, labels: Tensor, position_ids: Tensor) -> Tensor:
     """Logits [documents, labels] in the order of `labels` (int64 [rows, length], -100 but at last tokens)."""
-    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
-    hidden = causal_lm.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
-    return model.head(hidden[labels != -100])
+    return model.head(packed_hidden(model, input_ids, position_ids)[labels != -100])
 
 
 def document_nll(model: Any, input_ids: Tensor, labels: Tensor, position_ids: Tensor) -> Tensor:

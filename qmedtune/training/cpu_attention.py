@@ -30,13 +30,18 @@ class Block:
     hidden: Tensor
 
 
+def document_starts(position_ids: Tensor) -> Tensor:
+    """Bool [B, L]: where a document of rows [B, L] starts: with each row, and where positions do not go on by one."""
+    starts = torch.ones_like(position_ids, dtype=torch.bool)
+    starts[:, 1:] = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    return starts
+
+
 def blocks_of(position_ids: Tensor) -> tuple[Block, ...]:
-    """The blocks of rows [B, L], whose documents begin where positions do not go on by one. Made once a batch."""
+    """The blocks of rows [B, L]. Made once a batch."""
     length = position_ids.shape[1]
     index = torch.arange(length)
-    begins = torch.ones_like(position_ids, dtype=torch.bool)
-    begins[:, 1:] = position_ids[:, 1:] != position_ids[:, :-1] + 1
-    starts = torch.where(begins, index, 0).cummax(dim=1)[0]
+    starts = torch.where(document_starts(position_ids), index, 0).cummax(dim=1)[0]
     found = []
     for start in range(0, length, BLOCK):
         end = min(length, start + BLOCK)

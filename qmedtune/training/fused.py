@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama as llama
 
+from qmedtune.evaluation.forward import causal_model
 from qmedtune.training.activations import recomputed, tiled
 
 Layer = Any  # an nn.Module whose attributes (PEFT's, bitsandbytes') a type checker cannot see
@@ -54,9 +55,7 @@ def install(model: nn.Module, mode: str = "auto") -> dict:
     for module in model.modules():
         if type(module) in REPLACED.values():
             setattr(module, "kernels", dispatch.mode(mode))  # noqa: B010
-    causal_lm: Layer = model
-    causal_lm = causal_lm.get_base_model() if hasattr(model, "get_base_model") else causal_lm
-    if (head := causal_lm.get_output_embeddings()) is not None:  # a classifier has none
+    if (head := causal_model(model).get_output_embeddings()) is not None:  # a classifier has none
         setattr(head, "kernels", dispatch.mode(mode))  # noqa: B010 - read by loss.py
     own = Counter(reason for group in groups if (reason := _obstacle(group)))
     paths = dispatch.describe(device, mode)

@@ -14,6 +14,7 @@ from qmedtune_kernels.cross_entropy import frozen_head_nll
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from qmedtune.evaluation.forward import causal_model
 from qmedtune.training.attention import packed_inputs
 
 # Logits held at once on the CPU: 2**24 fp32 values are 64 MiB.
@@ -35,16 +36,21 @@ def token_nll(
 
 def label_nll(model: Any, input_ids: Tensor, labels: Tensor, position_ids: Tensor) -> Tensor:
     """Negative log-likelihood of every label, fp32 [labels that are not -100, behind the first of each row]."""
-    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
-    inputs = packed_inputs(str(causal_lm.config._attn_implementation), input_ids, position_ids)
-    hidden = causal_lm.model(**inputs, use_cache=False).last_hidden_state.view(*input_ids.shape, -1)
+    hidden = packed_hidden(model, input_ids, position_ids)
     targets = labels[:, 1:]
     wanted = targets != -100
     picked, targets = hidden[:, :-1][wanted], targets[wanted]
     if torch.is_autocast_enabled(kind := picked.device.type):  # the last norm has left them in fp32
         picked = picked.to(torch.get_autocast_dtype(kind))
-    head = causal_lm.get_output_embeddings()
+    head = causal_model(model).get_output_embeddings()
     return head_nll(picked, head.weight.to(picked.dtype), targets, getattr(head, "kernels", "auto"))
+
+
+def packed_hidden(model: Any, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    """Last hidden states [rows, length, hidden] of packed rows, documents isolated from each other."""
+    causal_lm = causal_model(model)
+    inputs = packed_inputs(str(causal_lm.config._attn_implementation), input_ids, position_ids)
+    return causal_lm.model(**inputs, use_cache=False).last_hidden_state.view(*input_ids.shape, -1)
 
 
 def head_nll(hidden: Tensor, weight: Tensor, targets: Tensor, path: str = "auto") -> Tensor:

@@ -92,10 +92,12 @@ def learning_rate_factor(section: TrainSection, total_steps: int):
 
 def parameter_groups(model: torch.nn.Module, section: TrainSection) -> list[dict[str, Any]]:
     """Adapters and embeddings apart, since embeddings take another learning rate."""
-    trained = trainable(model)
-    embeddings = [p for name, p in trained.items() if any(e in name.split(".") for e in EMBEDDINGS)]
-    known = {id(p) for p in embeddings}
-    rest = [p for p in trained.values() if id(p) not in known]
+    embeddings, rest = [], []
+    for name, parameter in trainable(model).items():
+        if any(module in EMBEDDINGS for module in name.split(".")):
+            embeddings.append(parameter)
+        else:
+            rest.append(parameter)
     groups = [{"params": rest, "lr": section.lr}, {"params": embeddings, "lr": section.embedding_lr}]
     return [group for group in groups if group["params"]]
 

@@ -105,8 +105,6 @@ def mul(machine: Machine, ins: Instruction, mask: Mask) -> None:
 
 
 def mad(machine: Machine, ins: Instruction, mask: Mask) -> None:
-    if _is_float(ins):
-        return fma(machine, ins, mask)
     type_ = ins.modifiers[-1]
     a, b = (machine.read(source, type_) for source in ins.operands[1:3])
     bits = 8 * dtype_of(type_).itemsize * (2 if "wide" in ins.modifiers else 1)
@@ -280,18 +278,13 @@ def _converted(value: np.ndarray, source: str, to: str, rounding: set[str]) -> n
 # ---------------------------------------------------------------------------------------------------------- memory
 
 
-def _elements(ins: Instruction, operand) -> tuple:
-    """The registers of a load or store, and their type."""
-    return operand.parts if operand.kind == "vector" else (operand,)
-
-
 def ld(machine: Machine, ins: Instruction, mask: Mask) -> None:
     type_, target = ins.modifiers[-1], ins.operands[0]
     dtype = dtype_of(type_)
     if "param" in ins.modifiers:
         value = machine.arguments[ins.operands[1].parts[0].text]
         return machine.write(target, np.full(machine.lanes, value).astype(dtype), mask)
-    registers, lanes = _elements(ins, target), machine.chosen(mask)
+    registers, lanes = target.elements, machine.chosen(mask)
     width = dtype.itemsize * len(registers)
     if "shared" in _spaces(ins):
         data = machine.shared.load(lanes, machine.address(ins.operands[1], "u32")[lanes], width, ins.text)
@@ -310,7 +303,7 @@ def _spaces(ins: Instruction) -> set[str]:
 
 def st(machine: Machine, ins: Instruction, mask: Mask) -> None:
     dtype = dtype_of(ins.modifiers[-1])
-    registers, lanes = _elements(ins, ins.operands[1]), machine.chosen(mask)
+    registers, lanes = ins.operands[1].elements, machine.chosen(mask)
     values = [machine.full(machine.read(register, ins.modifiers[-1]))[lanes] for register in registers]
     data = np.stack(values, axis=1).view(np.uint8).reshape(len(lanes), dtype.itemsize * len(registers))
     if "shared" in _spaces(ins):

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import product
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .machine import Machine
-from .memory import Fault, Global
+from .memory import Global
 from .program import Program, parse
 
 TYPES = {
@@ -31,11 +30,10 @@ BLOCKS_AT_ONCE = 64
 
 @dataclass
 class Executed:
-    """What a piece of work launched: kernels by name, hazards, instructions run."""
+    """What a piece of work launched: kernels by name, and the hazards seen in them."""
 
     kernels: list[str] = field(default_factory=list)
     hazards: list[str] = field(default_factory=list)
-    texts: dict[str, str] = field(default_factory=dict)  # PTX by kernel
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,7 @@ def execute(program: Program, compiled: Any, names: list[str], bound: dict[str, 
     arguments = {name: value for (name, _), value in zip(program.parameters, values, strict=True)}
     memory = Global([value for value in given if isinstance(value, Tensor)])
     grid = (*grid, 1, 1)[:3]
-    blocks = [place[::-1] for place in product(*(range(size) for size in grid[::-1]))]
+    blocks = [place[::-1] for place in np.ndindex(*grid[::-1])]
     hazards: dict[str, None] = {}
     for start in range(0, len(blocks), BLOCKS_AT_ONCE):
         some = blocks[start : start + BLOCKS_AT_ONCE]
@@ -133,9 +131,6 @@ def _launch(kernel: Any, device: Device, executed: Executed, grid: tuple[int, ..
     name = kernel.__name__
     text = device.change(name, compiled.asm["ptx"])
     executed.kernels.append(name)
-    executed.texts[name] = text
     hazards = execute(parse(text), compiled, kernel.arg_names, bound, grid)
     executed.hazards += [f"{name}: {hazard}" for hazard in hazards]
 
-
-__all__ = ["Device", "Executed", "Fault", "gpu"]

@@ -24,6 +24,11 @@ class Operand:
     parts: tuple[Operand, ...] = ()
     offset: int = 0
 
+    @property
+    def elements(self) -> tuple[Operand, ...]:
+        """The registers of a vector; of anything else itself."""
+        return self.parts if self.kind == "vector" else (self,)
+
 
 @dataclass(frozen=True)
 class Instruction:

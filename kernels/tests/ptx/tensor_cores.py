@@ -29,14 +29,12 @@ def _warps(machine: Machine, ins: Instruction, mask) -> np.ndarray:
 
 def _fragments(machine: Machine, operand, warps: np.ndarray) -> np.ndarray:
     """Bits [warps, 32, registers]."""
-    parts = operand.parts if operand.kind == "vector" else (operand,)
-    return np.stack([machine.full(machine.read(part, "b32"))[warps] for part in parts], axis=-1)
+    return np.stack([machine.full(machine.read(part, "b32"))[warps] for part in operand.elements], axis=-1)
 
 
 def _write(machine: Machine, operand, warps: np.ndarray, values: np.ndarray, mask) -> None:
     """fp32 or bits [warps, 32, registers] into the operand's registers."""
-    parts = operand.parts if operand.kind == "vector" else (operand,)
-    for number, part in enumerate(parts):
+    for number, part in enumerate(operand.elements):
         full = np.zeros(machine.lanes, dtype=values.dtype)
         full[warps] = values[..., number]
         machine.write(part, full, mask)

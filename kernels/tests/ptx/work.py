@@ -174,7 +174,7 @@ def dequantise_work() -> Iterator[Work]:
 
 @dataclass(frozen=True)
 class Sizes:
-    """m, n, k; `scale` of the numbers keeps fp16 within its range."""
+    """Of a product [m, k] x [k, n], and in what its NF4 weight and its numbers are kept."""
 
     m: int
     n: int = 128
