@@ -96,11 +96,11 @@ def merge(job: MergeJob, out: Path) -> dict[str, Any]:
     updates = read_adapters(job.adapters, opened.shapes)
     _check_copies(job, updates, opened)
     check_chain(job.adapters, job.base)
-    with workers() as pool, ThreadPoolExecutor(1) as helpers:
+    with workers() as pool, ThreadPoolExecutor(1) as helpers, ThreadPoolExecutor(1) as disk:
         # transformers changes torch's default dtype while it loads: nothing else may run beside it.
         transformers_reads = read_base(opened.folder, opened.weights)
         peft_reads = helpers.submit(read_updates, job.adapters, opened.model)
-        writer = _Writer(job, opened, updates, _stays_tied(opened, updates), out, pool)
+        writer = _Writer(job, opened, updates, _stays_tied(opened, updates), out, pool, disk)
         hashes, rounding, proof = _write_and_prove(writer, transformers_reads, peft_reads)
     return {
         "base": job.section.base,
@@ -146,11 +146,12 @@ def _write_and_prove(writer: _Writer, base: ReadModel, peft_reads: Future[Update
     job = writer.job
 
     def attempt(rounding: Rounding) -> tuple[dict[str, str], Proof, dict[str, Any]]:
-        hashes = writer.write(rounding)
+        settling = writer.write(rounding)
         reference = Reference(base, peft_reads.result())
         check_readings(writer.updates, reference)
         proof = Proof(writer.base, reference, writer.out, job.section, job.model, rounding, writer.pool)
-        return hashes, proof, proof.run(job.probe_ids)
+        facts = proof.run(job.probe_ids)
+        return {name: file.result() for name, file in settling.items()}, proof, facts
 
     if job.section.rounding == "stochastic":
         hashes, _, facts = attempt(job.stochastic)
@@ -202,7 +203,8 @@ def _stays_tied(base: DiskLlama, updates: Updates) -> bool:
 
 @dataclass(frozen=True)
 class _Writer:
-    """Writes the merged folder; more than once where another rounding is taken."""
+    """Writes the merged folder; more than once where another rounding is taken. disk: one thread, which writes and then
+    waits for the disk while the proof reads what was written."""
 
     job: MergeJob
     base: DiskLlama
@@ -210,19 +212,20 @@ class _Writer:
     tied: bool
     out: Path
     pool: ThreadPoolExecutor
+    disk: ThreadPoolExecutor
 
-    def write(self, rounding: Rounding) -> dict[str, str]:
-        """The whole folder. Returns the sha256 of each weight file."""
-        with ThreadPoolExecutor(1) as disk, ThreadPoolExecutor(1) as hasher:
+    def write(self, rounding: Rounding) -> dict[str, Future[str]]:
+        """The whole folder. Returns the sha256 of each weight file, ready once it is on the disk."""
+        with ThreadPoolExecutor(1) as hasher:
             put = partial(
-                write_safetensors, dtype=self.job.dtype, metadata=_metadata(rounding), disk=disk, hasher=hasher
+                write_safetensors, dtype=self.job.dtype, metadata=_metadata(rounding), disk=self.disk, hasher=hasher
             )
-            hashes = self._weights(rounding, put)
-            _write_config(self.job.base / "config.json", self.out, self.job.section.dtype, self.tied)
-            _copy_descriptions(self.job.base, self.out, self.job.template)
-            if self.job.card is not None:
-                (self.out / "README.md").write_text(self.job.card, encoding="utf-8")
-            return {name: pending.result() for name, pending in hashes.items()}
+            settling = self._weights(rounding, put)
+        _write_config(self.job.base / "config.json", self.out, self.job.section.dtype, self.tied)
+        _copy_descriptions(self.job.base, self.out, self.job.template)
+        if self.job.card is not None:
+            (self.out / "README.md").write_text(self.job.card, encoding="utf-8")
+        return settling
 
     def _weights(self, rounding: Rounding, put: Callable[..., Future[str]]) -> dict[str, Future[str]]:
         """All weight files, sharded as the base's, and their index."""

@@ -22,6 +22,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -148,7 +149,7 @@ class ElementCheck:
             block.addmm_(b[rows], a)
         first = rows.start * (written.numel() // max(1, len(written)))
         rounded = expected.rounding(self.rounding)(block, name, first)
-        if torch.equal(_bits(rounded), _bits(written)):
+        if np.array_equal(_bits(rounded), _bits(written)):
             return None
         differs = ~(rounded == written)  # also where one is NaN; 0 and -0 are the same number
         if not expected.low_rank or written.dim() < 2:
@@ -213,22 +214,24 @@ class ElementCheck:
         return total
 
 
-def _bits(values: Tensor) -> Tensor:
-    return values.view(torch.int16 if values.itemsize == 2 else torch.int32)
+def _bits(values: Tensor) -> np.ndarray:
+    """The same memory as integers. numpy compares them in a tenth of the time that torch takes for 16-bit numbers, which
+    was a tenth of the whole merge (1.1B, Zen 4: .5 and .9 s of CPU time for the two comparisons of a proof)."""
+    return values.view(torch.int16 if values.itemsize == 2 else torch.int32).numpy()
 
 
 def _count_swallowed(expected: Expected, rows: slice, weight: Tensor, written: Tensor, tally: Tally) -> None:
     if expected.low_rank:
-        moved = expected.rows_changed[rows]
-        same = _same(written, weight[rows]).sum(-1)
-        tally.changed = int(moved.sum()) * written.shape[-1]
-        tally.swallowed = int(same[moved].sum())
+        moved = expected.rows_changed[rows].numpy()
+        same = _same(written, weight[rows])
+        tally.changed = int(np.count_nonzero(moved)) * written.shape[-1]
+        tally.swallowed = int(np.count_nonzero(same if moved.all() else same[moved]))
     elif expected.base is not None:
-        moved = weight[rows].float() != expected.base[rows].float()
-        tally.changed = int(moved.sum())
-        tally.swallowed = int((moved & _same(written, expected.base[rows])).sum())
+        moved = (weight[rows].float() != expected.base[rows].float()).numpy()
+        tally.changed = int(np.count_nonzero(moved))
+        tally.swallowed = int(np.count_nonzero(moved & _same(written, expected.base[rows])))
 
 
-def _same(written: Tensor, base: Tensor) -> Tensor:
-    """Where the written number is the base's, rounded to the written dtype."""
-    return written == base.to(written.dtype)
+def _same(written: Tensor, base: Tensor) -> np.ndarray:
+    """Where the written number is, bit for bit, the base's rounded to the written dtype."""
+    return _bits(written) == _bits(base.to(written.dtype))
