@@ -215,8 +215,8 @@ class ElementCheck:
 
 
 def _bits(values: Tensor) -> np.ndarray:
-    """The same memory as integers. numpy compares them in a tenth of the time that torch takes for 16-bit numbers, which
-    was a tenth of the whole merge (1.1B, Zen 4: .5 and .9 s of CPU time for the two comparisons of a proof)."""
+    """The same memory as integers. numpy compares them in a tenth of the time that torch takes for 16-bit numbers,
+    which was a tenth of the whole merge (1.1B, Zen 4: .5 and .9 s of CPU time for the two comparisons of a proof)."""
     return values.view(torch.int16 if values.itemsize == 2 else torch.int32).numpy()
 
 
