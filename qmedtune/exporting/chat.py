@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from qmedtune.data.chat_template import ChatSource, renderer
 from qmedtune.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -42,13 +43,7 @@ def _candidates(source: str, bos: str) -> Iterator[str]:
 
 
 def _rendered(source: str, bos: str, eos: str, messages: tuple[dict[str, str], ...]) -> str:
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    rendered, _ = render_jinja_template(
-        conversations=[list(messages)],
-        chat_template=source,
-        add_generation_prompt=True,
-        bos_token=bos,
-        eos_token=eos,
-    )
-    return rendered[0]
+    """In the process that renders templates of others: within its bounds."""
+    tokens = (("bos_token", bos), ("eos_token", eos))
+    [text] = renderer(ChatSource(source, tokens)).render([[list(messages), True]])
+    return text

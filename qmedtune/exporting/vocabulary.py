@@ -211,9 +211,9 @@ def _scores(folder: Path, said: dict, tokens: Sequence[str], types: Sequence[int
         if kind != TokenType.NORMAL:
             scores.append(0.0)
         elif token in order:
-            scores.append(-float(order[token]))
+            scores.append(float(-order[token]))
         else:
-            scores.append(-float(rest))
+            scores.append(float(-rest))
             rest += 1
     return scores
 
