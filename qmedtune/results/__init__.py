@@ -43,6 +43,7 @@ from qmedtune.results.stages import (
     Attention,
     Classification,
     Kernels,
+    Logged,
     Loss,
     Memory,
     Model,
@@ -55,6 +56,7 @@ from qmedtune.results.typed import (
     Interval,
     Json,
     Number,
+    Told,
 )
 from qmedtune.results.whole_run import (
     Choice,
@@ -81,6 +83,7 @@ __all__ = [
     "Interval",
     "Json",
     "Kernels",
+    "Logged",
     "Loss",
     "Memory",
     "Merge",
@@ -105,6 +108,7 @@ __all__ = [
     "StepEntry",
     "Task",
     "Text",
+    "Told",
     "Tokens",
     "Trained",
     "Validation",
