@@ -12,8 +12,8 @@ from pathlib import Path
 import yaml
 
 from qmedtune import disk
-from qmedtune.reporting import page as report_html
 from qmedtune.reporting import live, tables
+from qmedtune.reporting import page as report_html
 from qmedtune.reporting.facts import ALL, Metrics, base_name, comparisons, outcome, precision_words
 from qmedtune.reporting.page import DISCLAIMER
 from qmedtune.reporting.tables import Table

@@ -1,7 +1,7 @@
 """A run that is not over: its true status, and the curves of the stage under way.
 
-run.json and metrics.jsonl at the root are composed whenever a step ends; a stage of twelve hours would have no curve for
-twelve hours. What it logs meanwhile lies where it is built. Deliberately not here: reading for later (`record.py`).
+run.json and metrics.jsonl at the root are composed whenever a step ends: a stage of twelve hours would have no curve
+until then. What it logs meanwhile lies where it is built. Deliberately not here: writing them (`record.py`).
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from qmedtune import heartbeat
-from qmedtune.store import building_of
 from qmedtune.reporting.facts import Metrics, parse_metrics
+from qmedtune.store import building_of
 
 METRICS, RUN = "metrics.jsonl", "run.json"
 
