@@ -13,10 +13,10 @@ from pathlib import Path
 import yaml
 
 from qmedtune import disk
+from qmedtune.reporting import live, score_tables, tables
 from qmedtune.reporting import page as report_html
-from qmedtune.reporting import score_tables, tables
 from qmedtune.reporting.cells import Table
-from qmedtune.reporting.facts import Metrics, base_name, outcome, precision_words, read_metrics, wholes
+from qmedtune.reporting.facts import Metrics, base_name, outcome, precision_words, wholes
 from qmedtune.reporting.page import DISCLAIMER
 from qmedtune.results import Run, Score
 
@@ -36,8 +36,8 @@ PHI_WORDS = {
 
 def write_report(run_dir: Path) -> dict[str, int]:
     """Write report.html and report.md into `run_dir`; returns their names and sizes in bytes."""
-    run = Run.model_validate_json((run_dir / "run.json").read_text(encoding="utf-8"))
-    metrics = read_metrics(run_dir / "metrics.jsonl")
+    run = live.read_run(run_dir)
+    metrics = live.read_metrics(run_dir, run)
     written = {"report.html": report_html.page(run, metrics), "report.md": markdown(run, metrics)}
     sizes: dict[str, int] = {}
     for name, text in written.items():

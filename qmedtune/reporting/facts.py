@@ -7,7 +7,7 @@ Deliberately does not: format pages, recompute results, or read anything but tho
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -197,11 +197,18 @@ def _p_value(p: Number) -> str:
 
 
 def read_metrics(path: Path) -> Metrics:
-    """Curves from metrics.jsonl. Steps that a resumed run did again count once, by their last line."""
+    """Curves from metrics.jsonl."""
+    if not path.exists():
+        return Metrics()
+    return parse_metrics(path.read_text(encoding="utf-8").splitlines())
+
+
+def parse_metrics(lines: Iterable[str]) -> Metrics:
+    """Curves from the lines of metrics.jsonl. Steps that a resumed run did again count once, by their last line."""
     metrics = Metrics()
     train: dict[str, Losses] = {}
     validation: dict[str, dict[str, Losses]] = {}
-    for line in _lines(path):
+    for line in lines:
         try:
             entry = Logged.model_validate_json(line)
         except ValidationError:
@@ -218,12 +225,6 @@ def read_metrics(path: Path) -> Metrics:
             curve.validation[source] = sorted(losses.items())
         metrics.curves[stage] = curve
     return metrics
-
-
-def _lines(path: Path) -> list[str]:
-    if not path.exists():
-        return []
-    return path.read_text(encoding="utf-8").splitlines()
 
 
 def _put(losses: Losses, step: int, loss: Number | None, metrics: Metrics) -> None:
@@ -260,16 +261,24 @@ def _sealed_validation(stage: Stage) -> dict[str, Points]:
 def outcome(run: Run) -> str:
     """One or two plain sentences: what came out of the run, or why there is nothing to tell."""
     if run.status == "failed":
-        left = [step.name for step in run.steps if not step.is_sealed]
-        where = f" in {left[0]}" if left else ""
         why = f" ({run.error})" if run.error else ""
-        return f"The run failed{where}{why}; what was sealed before stands and is shown here."
+        return f"The run failed{_at(run)}{why}; what was sealed before stands and is shown here."
     if run.status == "running":
-        return "The run has not finished: this page shows what is sealed so far."
+        return f"The run is under way{_at(run)}: this page shows what is sealed and measured so far."
+    if run.status == "stopped":
+        return f"The run was stopped{_at(run)}: the same command goes on from there. Shown is what is there so far."
     told = [_tasks_sentence(run), _perplexity_sentence(run)]
     if any(told) and (words := precision_words(run)):
         told.append(_sentence(f"scored in {words}"))
     return " ".join(filter(None, told)) or "The run finished without an evaluation: there are no scores to tell."
+
+
+def _at(run: Run) -> str:
+    """The first step that is not sealed, in words."""
+    for step in run.steps:
+        if not step.is_sealed:
+            return f" in {step.name}"
+    return ""
 
 
 def _tasks_sentence(run: Run) -> str:

@@ -82,10 +82,9 @@ def document(title: str, sections: Sequence[str], written: str) -> str:
 
 def _header(run: Run) -> Html:
     status = esc(run.status)
-    shown = "not finished" if run.status == "running" else status
     meta = " ".join(f"<span>{esc(fact)}</span>" for fact in _meta(run))
     return Html(
-        f'<header><div class="eyebrow">qmedtune run <span class="status {status}">{shown}</span></div>'
+        f'<header><div class="eyebrow">qmedtune run <span class="status {status}">{status}</span></div>'
         f'<h1>{esc(run.name)}</h1><p class="outcome">{_together(outcome(run))}</p><div class="meta">{meta}</div>'
         f"{_warning_callout(run)}{_tiles(run)}</header>"
     )

@@ -51,6 +51,16 @@ from qmedtune.results.stages import (
     Trained,
     Validation,
 )
+from qmedtune.results.sweep import (
+    Ablation,
+    ArmDifference,
+    ArmEntry,
+    Comparisons,
+    Item,
+    Judged,
+    Measure,
+    Ratio,
+)
 from qmedtune.results.typed import (
     Facts,
     Interval,
@@ -66,7 +76,10 @@ from qmedtune.results.whole_run import (
 )
 
 __all__ = [
+    "Ablation",
     "Adapter",
+    "ArmDifference",
+    "ArmEntry",
     "Attention",
     "Audit",
     "Change",
@@ -74,6 +87,7 @@ __all__ = [
     "Classes",
     "Classification",
     "Cleaned",
+    "Comparisons",
     "Difference",
     "Evaluation",
     "Exposure",
@@ -81,10 +95,13 @@ __all__ = [
     "Fertility",
     "Identifiers",
     "Interval",
+    "Item",
     "Json",
+    "Judged",
     "Kernels",
     "Logged",
     "Loss",
+    "Measure",
     "Memory",
     "Merge",
     "Model",
@@ -98,6 +115,7 @@ __all__ = [
     "Part",
     "Probe",
     "Provenance",
+    "Ratio",
     "Records",
     "Run",
     "Score",
@@ -108,8 +126,8 @@ __all__ = [
     "StepEntry",
     "Task",
     "Text",
-    "Told",
     "Tokens",
+    "Told",
     "Trained",
     "Validation",
 ]
