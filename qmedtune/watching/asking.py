@@ -10,12 +10,15 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from qmedtune import base
 from qmedtune.errors import QmedtuneError
 from qmedtune.recipe import ModelSection
 from qmedtune.watching.runs import Seen, Shelf
+
+if TYPE_CHECKING:
+    from qmedtune.evaluation.open_model import OpenModel
 
 MAX_QUESTION, MAX_ANSWER = 20_000, 512  # characters; tokens
 
@@ -33,7 +36,7 @@ class Pair:
     def __init__(self, shelf: Shelf) -> None:
         self._shelf = shelf
         self._busy = threading.Lock()
-        self._opened: tuple[Path, object, object] | None = None
+        self._opened: tuple[Path, OpenModel, OpenModel] | None = None
 
     def why_not(self, seen: Seen) -> str | None:
         """Why nothing can be asked now, in words."""
@@ -75,7 +78,8 @@ class Pair:
                 elif piece:
                     yield Piece(side, piece)
 
-    def _models(self, seen: Seen):
+    def _models(self, seen: Seen) -> tuple[OpenModel, OpenModel]:
+        """Base and final, opened once."""
         from qmedtune.evaluation.open_model import locate, open_model
 
         if self._opened is None or self._opened[0] != seen.folder:
@@ -84,4 +88,5 @@ class Pair:
             section = ModelSection.model_validate(seen.run.recipe["model"])
             start = replace(final, name="base", kind="model", base=base.identify(section, offline=True).make())
             self._opened = seen.folder, open_model(start, "none"), open_model(final, "none")
-        return self._opened[1:]
+        _, base_model, final_model = self._opened
+        return base_model, final_model
