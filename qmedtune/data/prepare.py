@@ -1,8 +1,8 @@
 """One source from raw files to clean, de-duplicated, split records with a ledger: the `data/<source>` step.
 
-Order: read, clean, identifiers and benchmark text (first_pass.py), exact duplicates, near duplicates, split. Two passes over
-a work file, so that memory holds 30 bytes per record, never the text. The split hangs on a record's content or patient
-alone: adding records moves no other record between training and held-out.
+Order: read, clean, identifiers and benchmark text (first_pass.py), exact duplicates, near duplicates, split. Two passes
+over a work file, so that memory holds 30 bytes per record, never the text. The split hangs on a record's content or
+patient alone: adding records moves no other record between training and held-out.
 """
 
 from __future__ import annotations
