@@ -48,15 +48,11 @@ def runs_parts(found: list[Seen]) -> Parts:
     for number, seen in enumerate(found):
         name, since = esc(seen.name), ago(time.time() - seen.changed_at)
         rows += (
-            f'<tr><td><input type="checkbox" name="run" value="{name}" id="pick-{number}" '
-            f'aria-label="compare {name}"></td>'
-            f'<td class="t"><a href="{esc(address(seen))}">{name}</a></td><td>{pill(seen)}</td>'
-            f'<td class="s">{esc(since)}</td><td class="w">{esc(headline(seen.run, seen.life))}</td></tr>'
+            f'<li><input type="checkbox" name="run" value="{name}" id="pick-{number}" aria-label="compare {name}">'
+            f'<div><div><a href="{esc(address(seen))}">{name}</a>{pill(seen)} <span class="note">{esc(since)}</span></div>'
+            f'<p class="note">{esc(headline(seen.run, seen.life))}</p></div></li>'
         )
-    head = "".join(f'<th scope="col">{word}</th>' for word in ("Compare", "Run", "Status", "Changed", "Headline"))
-    caption = '<caption class="unseen">Runs, the latest first</caption>'
-    table = f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
-    return {"runs": card("", Html(f'<div class="scroll" tabindex="0" role="group" aria-label="Runs">{table}</div>'))}
+    return {"runs": f'<ul class="runs card">{rows}</ul>'}
 
 
 # ---- one run ---------------------------------------------------------------------------------------------------------
@@ -77,7 +73,7 @@ def _head(seen: Seen) -> str:
     facts = [f"base {base_name(run.as_json())}"]
     facts += [run.provenance.device] if run.provenance.device else []
     facts += [f"changed {ago(time.time() - seen.changed_at)}"] if seen.status != "running" else []
-    meta = "".join(f"<span>{esc(fact)}</span>" for fact in facts)
+    meta = " ".join(f"<span>{esc(fact)}</span>" for fact in facts)
     said = outcome(run.as_json() | {"status": seen.status}).replace(" → ", "\u00a0→\u00a0")
     if seen.life.killed:
         said = f"The process is gone without a word (killed, or the machine went down). {said}"

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from qmedtune import base, store
-from qmedtune.data.pack import IGNORED, PackedRows
-from qmedtune.data.tokens import load_codec
+from qmedtune.data.packing.pack import IGNORED, PackedRows
+from qmedtune.data.packing.tokens import load_codec
 from qmedtune.recipe import ModelSection
 from qmedtune.reporting.charts import Html, esc, legend
 from qmedtune.reporting.page import card
