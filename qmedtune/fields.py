@@ -20,7 +20,7 @@ SourceFormat = Literal[
 ]  # fmt: skip
 
 
-# What data/language.py tells apart.
+# What data/hygiene/language.py tells apart.
 Language = Literal[
     "en", "de", "fr", "es", "it", "pt", "nl", "sv", "da", "pl", "zh", "ja", "ko", "ru", "ar", "el", "he", "th", "hi",
 ]  # fmt: skip

@@ -340,7 +340,7 @@ class EvaluateSection(Section):
 
 
 class AuditSection(Section):
-    """Canaries (data/canaries.py) that are planted before training and looked for after every stage (audit.py).
+    """Canaries (data/synthetic/canaries.py), planted before training and looked for after every stage (audit.py).
 
     source: a clinical corpus; prompts: an instruction source, whose prompts hold canaries without a loss on them
     repeats: copies of each canary; canaries: so many per number of copies; references: numbers each is ranked among

@@ -17,10 +17,10 @@ import yaml
 from conftest import ROOT
 
 from qmedtune import recipe as schema
-from qmedtune.data import templates
-from qmedtune.data.instructions import instruction_record
-from qmedtune.data.rejects import Rejects
-from qmedtune.data.sources import read_records
+from qmedtune.data.packing import templates
+from qmedtune.data.reading.instructions import instruction_record
+from qmedtune.data.reading.rejects import Rejects
+from qmedtune.data.reading.sources import read_records
 from qmedtune.parsing.loader import load_recipe
 from qmedtune.plan import make_plan
 from qmedtune.run import run

@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from qmedtune import ui
-from qmedtune.data import outcomes
+from qmedtune.data.synthetic import outcomes
 from qmedtune.errors import RecipeError
 from qmedtune.recipe import Recipe, TaskSection
 from qmedtune.tasks import choice, findings, free_text, labels, me_llama, shots

@@ -1,6 +1,6 @@
 """Multiple-choice benchmarks: the built-in facts, PubMedQA, MedQA, MedMCQA, MMLU, ARC and plain choice files.
 
-Questions are worded as the training data words them (data/instructions.py), so that a model meets one form. Letters
+Questions are worded as the training data words them (data/reading/instructions.py): a model meets one form. Letters
 are the answers where options are listed in the prompt; the words themselves where they are not.
 """
 
@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from qmedtune import ui
-from qmedtune.data import world as worlds
-from qmedtune.data.choices import Question, question
-from qmedtune.data.files import open_bytes, plain_suffix
-from qmedtune.data.medmcqa import BASE, answer_base, cop_of
-from qmedtune.data.rejects import Unusable
+from qmedtune.data.reading.choices import Question, question
+from qmedtune.data.reading.files import open_bytes, plain_suffix
+from qmedtune.data.reading.medmcqa import BASE, answer_base, cop_of
+from qmedtune.data.reading.rejects import Unusable
+from qmedtune.data.synthetic import world as worlds
 from qmedtune.errors import DataError
 from qmedtune.tasks.extract import extract_choice
 from qmedtune.tasks.items import Item, Judgement, Task, field_names, item_id, records, text_field

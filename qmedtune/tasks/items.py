@@ -16,12 +16,12 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from qmedtune.data.formats import READERS, format_of
-from qmedtune.data.instructions import instruction_record
+from qmedtune.data.reading.formats import READERS, format_of
+from qmedtune.data.reading.instructions import instruction_record
+from qmedtune.data.reading.records import as_name
+from qmedtune.data.reading.rejects import Damaged, Refused, Unusable
+from qmedtune.data.reading.row_formats import Row
 from qmedtune.data.reading.tally import shown_names
-from qmedtune.data.records import as_name
-from qmedtune.data.rejects import Damaged, Refused, Unusable
-from qmedtune.data.rows import Row
 from qmedtune.errors import DataError, RecipeError
 
 Message = dict[str, str]
