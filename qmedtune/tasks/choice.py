@@ -30,6 +30,11 @@ LETTERS = "ABCDEFGHIJ"
 MEDICAL_SUBJECTS = (
     "anatomy", "clinical_knowledge", "college_biology", "college_medicine", "medical_genetics", "professional_medicine",
 )  # fmt: skip
+# Meditron's nine (evaluation/evaluate.py of epfLLM/meditron, line 310; 1,862 questions).
+MEDITRON_SUBJECTS = (
+    "anatomy", "college_biology", "college_medicine", "professional_medicine", "medical_genetics", "virology",
+    "clinical_knowledge", "high_school_biology", "nutrition",
+)  # fmt: skip
 PUBMEDQA_TEST = Path(__file__).with_name("pubmedqa_test.json")  # PMIDs of test_ground_truth.json, pubmedqa/pubmedqa
 GROUND_TRUTH = "test_ground_truth.json"  # answers by PMID: no benchmark of its own
 EMPTY = "(empty)"  # stands for the text of an option that has none
@@ -164,6 +169,11 @@ def _subject(path: Path) -> str:
 def mmlu_medical(path: Path) -> list[Item]:
     """MMLU's six medical subjects; a file of another subject has no item."""
     return [item for item in mmlu(path) if item.facet in MEDICAL_SUBJECTS]
+
+
+def mmlu_meditron(path: Path) -> list[Item]:
+    """The nine subjects that Meditron calls MMLU-Medical."""
+    return [item for item in mmlu(path) if item.facet in MEDITRON_SUBJECTS]
 
 
 def mmlu_general(path: Path) -> list[Item]:

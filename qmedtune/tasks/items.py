@@ -74,6 +74,7 @@ class Task:
     aggregate: all judgements -> scores
     write: the right answer as an example shows it; its beginning is the option where there are options
     draws: the items once more per draw of examples, with the examples in their messages; empty without examples
+    prompts, extraction: the named set that words the questions, and the named way in which answers are read
     """
 
     name: str
@@ -87,6 +88,8 @@ class Task:
     write: Callable[[Item], str] = field(default_factory=lambda: written)
     draws: tuple[tuple[Item, ...], ...] = ()
     shots_from: str | None = None
+    prompts: str = "own"
+    extraction: str = "stated"
 
     @property
     def asked(self) -> list[Item]:
