@@ -47,9 +47,10 @@ def runs_parts(found: list[Seen]) -> Parts:
     rows = ""
     for number, seen in enumerate(found):
         name, since = esc(seen.name), ago(time.time() - seen.changed_at)
+        link = f'<a href="{esc(address(seen))}">{name}</a>{pill(seen)}'
         rows += (
             f'<li><input type="checkbox" name="run" value="{name}" id="pick-{number}" aria-label="compare {name}">'
-            f'<div><div><a href="{esc(address(seen))}">{name}</a>{pill(seen)} <span class="note">{esc(since)}</span></div>'
+            f'<div><div>{link} <span class="note">{esc(since)}</span></div>'
             f'<p class="note">{esc(headline(seen.run, seen.life))}</p></div></li>'
         )
     return {"runs": f'<ul class="runs card">{rows}</ul>'}
