@@ -83,12 +83,16 @@ class Shelf:
         return folder.relative_to(self.root).as_posix()
 
     def look(self, folder: Path) -> Seen | None:
-        """None where run.json went meanwhile, or holds no run."""
+        """None where run.json went meanwhile."""
         try:
             stat = (folder / RUN).stat()
             run = self._parsed(folder, (stat.st_mtime_ns, stat.st_size))
-        except (OSError, ValidationError):
+        except OSError:
             return None
+        except ValidationError:
+            run = Run(
+                name=folder.name, status="failed", error=f"{RUN} cannot be read; `qmedtune run` composes it again"
+            )
         life = heartbeat.life(folder, run.status)
         last_beat = life.beat.at if life.beat else 0.0
         return Seen(self.name_of(folder), folder, run, life, max(stat.st_mtime, last_beat))
