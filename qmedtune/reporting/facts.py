@@ -302,7 +302,7 @@ def _task_words(whole: Comparison, final: Score) -> str:
 def _perplexity_sentence(run: Run) -> str:
     fell: list[str] = []
     rose: list[str] = []
-    for source, base, final in _both_perplexities(run):
+    for source, base, final in both_perplexities(run):
         side = fell if final < base else rose
         side.append(f"{source} ({digits3(base)} → {digits3(final)})")
     parts: list[str] = []
@@ -315,7 +315,8 @@ def _perplexity_sentence(run: Run) -> str:
     return _sentence("perplexity " + " and ".join(parts))
 
 
-def _both_perplexities(run: Run) -> Iterator[tuple[str, Number, Number]]:
+def both_perplexities(run: Run) -> Iterator[tuple[str, Number, Number]]:
+    """Source, base and final, where both were measured."""
     for source, text in run.scored.perplexity.items():
         if text.base is not None and text.final is not None:
             yield source, text.base, text.final
