@@ -86,6 +86,11 @@ def make_scores(base: Score, final: Score, gained: int, lost: int) -> Scores:
     return Scores(base=base, final=final, difference=change.difference, paired=change.paired)
 
 
+def make_task(base: Score, final: Score, gained: int, lost: int) -> Task:
+    scores = make_scores(base, final, gained, lost)
+    return Task(base=scores.base, final=scores.final, difference=scores.difference, paired=scores.paired)
+
+
 def make_evaluation(**changes: Any) -> Evaluation:
     """`facts` got better as a whole, by facet and in what was written; `pubmedqa` did not change beyond noise."""
     whole = make_scores(make_score(0.055, 240, unparsed=9), make_score(0.8125, 240, unparsed=2), 185, 3)
@@ -100,8 +105,7 @@ def make_evaluation(**changes: Any) -> Evaluation:
             "adverse effect": make_scores(make_score(0.06, 120), make_score(0.80, 120), 91, 2),
         },
     )
-    options = make_scores(make_score(0.53, 200, 1 / 3), make_score(0.555, 200, 1 / 3), 21, 16)
-    pubmedqa = Task(base=options.base, final=options.final, difference=options.difference, paired=options.paired)
+    pubmedqa = make_task(make_score(0.53, 200, 1 / 3), make_score(0.555, 200, 1 / 3), 21, 16)
     texts = {
         "literature": Text(base=61.4, final=7.92),
         "notes": Text(base=118.2, final=6.05),

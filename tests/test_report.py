@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from builders import make_evaluation, make_metrics, make_run, make_score, make_scores, write_run
+from builders import make_evaluation, make_metrics, make_run, make_score, make_scores, make_task, write_run
 
 from qmedtune.errors import RunError
 from qmedtune.report import markdown, model_card, weakest_phi, write_report
@@ -125,8 +125,7 @@ def test_a_metric_without_a_paired_test_goes_by_the_interval_of_its_change():
 
 def test_outcome_of_worse_run_is_not_sold():
     evaluation = make_evaluation()
-    swapped = make_scores(make_score(0.8125, 240), make_score(0.055, 240), 3, 185)
-    facts = Task(base=swapped.base, final=swapped.final, difference=swapped.difference, paired=swapped.paired)
+    facts = make_task(make_score(0.8125, 240), make_score(0.055, 240), 3, 185)
     run = make_run(evaluation=evaluation.model_copy(update={"tasks": {"facts": facts}}))
     assert "fell from 0.81 to 0.06" in outcome(run)
     assert "rose on general (5.31 → 5.44)" in outcome(run)
