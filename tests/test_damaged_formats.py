@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from qmedtune.data.rejects import Damaged, Refused
-from qmedtune.data.sources import read_items
+from qmedtune.data.reading.rejects import Damaged, Refused
+from qmedtune.data.reading.sources import read_items
 from qmedtune.errors import DataError
 from qmedtune.recipe import SourceSection
 
@@ -117,7 +117,7 @@ def test_damage_of_any_kind_is_named_and_never_escapes(tmp_path, name, count):
 
 MEASURE = """
 import resource, sys
-from qmedtune.data.sources import read_items
+from qmedtune.data.reading.sources import read_items
 from qmedtune.recipe import SourceSection
 source = SourceSection(path=sys.argv[1], kind=sys.argv[2])
 count = sum(isinstance(item, dict) for _, _, item in read_items(source))
@@ -146,12 +146,14 @@ GROWING = {
 
 
 def written(path: Path, name: str, size: int) -> int:
+    """A file of `size` bytes; each record has other letters in the middle, so that no compression makes it small."""
     head, record, between, tail, _ = GROWING[name]
-    count = size // len(record + between)
+    count, rng = size // len(record + between), random.Random(name)
     with path.open("w") as file:
         file.write(head)
         for number in range(count):
-            file.write(f"{between if number else ''}{record}")
+            said = record.replace(TEXT, TEXT[:320] + rng.randbytes(500).hex())
+            file.write(f"{between if number else ''}{said}")
         file.write(tail)
     return count
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qmedtune.data.chat_template import ChatSource, renderer
+from qmedtune.data.packing.chat_template import ChatSource, renderer
 from qmedtune.errors import RecipeError
 
 if TYPE_CHECKING:

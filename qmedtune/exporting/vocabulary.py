@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, NoReturn
 
 from gguf import TokenType
 
-from qmedtune.data import templates
-from qmedtune.data.tokens import Codec, load_codec
+from qmedtune.data.packing import templates
+from qmedtune.data.packing.tokens import Codec, load_codec
 from qmedtune.errors import RecipeError
 from qmedtune.exporting import splits
 from qmedtune.exporting.chat import without_bos
