@@ -161,7 +161,9 @@ class _Reader:
         if length > MAX_ARRAY or kind not in (*SCALARS, STRING):
             refuse(self.path, f"has an array of {length:,} entries of type {kind} in its header")
         if self.key in self.wanted:
-            self.arrays[self.key] = [self.string() if kind == STRING else self.take(SCALARS[kind]) for _ in range(length)]
+            self.arrays[self.key] = [
+                self.string() if kind == STRING else self.take(SCALARS[kind]) for _ in range(length)
+            ]
             return length
         if kind in SCALARS:
             self.at += struct.calcsize(SCALARS[kind]) * length

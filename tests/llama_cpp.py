@@ -192,4 +192,6 @@ class LlamaCpp:
         ffi, c = self.library.ffi, self.library.c
         adapter = c.llama_adapter_lora_init(self.model, str(path).encode())
         assert adapter != ffi.NULL, f"llama.cpp refuses {path.name}: {''.join(self.library.log[-8:])}"
-        assert c.llama_set_adapters_lora(self.context, ffi.new("void *[]", [adapter]), 1, ffi.new("float[]", [1.0])) == 0
+        assert (
+            c.llama_set_adapters_lora(self.context, ffi.new("void *[]", [adapter]), 1, ffi.new("float[]", [1.0])) == 0
+        )

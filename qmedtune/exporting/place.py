@@ -35,7 +35,9 @@ def publish(out: Path, key: str, make: Callable[[Path], dict[str, Any]]) -> dict
         except OSError as error:
             if error.errno not in FULL:
                 raise
-            raise RunError(f"{out}: the disk is full; nothing was published\nmake room, or name another disk") from error
+            raise RunError(
+                f"{out}: the disk is full; nothing was published\nmake room, or name another disk"
+            ) from error
         finally:
             shutil.rmtree(staging, ignore_errors=True)
     return facts

@@ -26,6 +26,7 @@ from qmedtune.merging.parallel import workers
 from qmedtune.merging.reference import read_base
 from qmedtune.merging.streamed import Streamed, from_parameters, logits_of_all, streamed_model
 from qmedtune.merging.verify import LARGE, PROBE_TOKENS, PROBE_TOKENS_LARGE, divergence
+from qmedtune.model_stack import EMBEDDING, HEAD
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig
@@ -42,6 +43,7 @@ TEXTS = (
 # 11 bits (SmolLM2-135M: 3.5e-6).
 LIMITS = {"f32": 1e-9, "f16": 1e-5}
 GREEDY_TOKENS = 16
+HELD = 200_000_000  # parameters of a model whose unpacked weights are held in memory, to be read once: 0.8 GB
 
 
 @dataclass(frozen=True)
@@ -65,16 +67,18 @@ def prove(path: Path, model: DiskLlama, quant: str) -> Proof:
     file = GgufFile.open(path)
     _check_header(file, model.model.config)
     texts = check_tokens(file, model.folder)
-    ids = _probe(model)
+    ids = probe_ids(model)
     quantised = quant not in LIMITS and quant != "bf16"
     with workers() as pool:
         reference = Streamed(from_parameters(read_base(model.folder, model.weights).parameters), apply=pool.map)
-        ours = Streamed(file.load, apply=pool.map)  # pyright: ignore[reportArgumentType]
+        small = model.model.num_parameters() <= HELD
+        load = from_parameters(_held(file, model)) if quantised and small else file.load
+        ours = Streamed(load, apply=pool.map)  # pyright: ignore[reportArgumentType]
         models = [streamed_model(model.model, source) for source in (reference, ours)]
         with ui.stage("proving the file", total=None, unit="layers"):
             (theirs, _), (found, _) = logits_of_all(models, ids, [reference, ours])
         greedy = None
-        if quantised and model.model.num_parameters() < LARGE:
+        if quantised and small:
             greedy = _agreement(models, ids)
     figures = divergence(theirs, found)
     limit = LIMITS.get(quant)
@@ -86,7 +90,7 @@ def prove(path: Path, model: DiskLlama, quant: str) -> Proof:
     return Proof(**asdict(figures), greedy=greedy, texts=texts, probe_tokens=ids.numel())
 
 
-def _probe(model: DiskLlama) -> Tensor:
+def probe_ids(model: DiskLlama) -> Tensor:
     """Token ids [1, length] of the texts, as many as a model of this size affords."""
     codec = load_codec(model.folder)
     limit = PROBE_TOKENS if model.model.num_parameters() < LARGE else PROBE_TOKENS_LARGE
@@ -94,6 +98,12 @@ def _probe(model: DiskLlama) -> Tensor:
     for text in TEXTS:
         ids += codec.backend.encode(text, add_special_tokens=False).ids
     return torch.tensor([ids[: min(limit, model.model.config.max_position_embeddings)]])
+
+
+def _held(file: GgufFile, model: DiskLlama) -> dict[str, Tensor]:
+    held = {name: file.load(name).float() for name in model.shapes if name != HEAD or not model.tied}
+    held.setdefault(HEAD, held[EMBEDDING])
+    return held
 
 
 def _agreement(models: list[Any], ids: Tensor) -> int:
@@ -153,7 +163,9 @@ def _check_rotation(file: GgufFile, config: LlamaConfig) -> None:
     if file.header.metadata.get("llama.rope.scaling.type") == "linear":
         told = told * file.header.metadata["llama.rope.scaling.factor"]
     if not torch.allclose(told, factors, rtol=1e-4):
-        raise RunError(f"{file.path.name}: positions are stretched otherwise than by config.json\nnothing was published")
+        raise RunError(
+            f"{file.path.name}: positions are stretched otherwise than by config.json\nnothing was published"
+        )
 
 
 # ---- tokens ----------------------------------------------------------------------------------------------------------
