@@ -1,4 +1,4 @@
-"""The chat template for a program that puts bos before a prompt by itself, as llama.cpp does where the file asks for it.
+"""The chat template for a program that puts bos before a prompt by itself, as llama.cpp does where a file asks for it.
 
 A template that writes bos too gives two: the model then meets a beginning that it was never trained on. Deliberately no
 understanding of Jinja: a change counts once it renders to the same text without the bos.
@@ -45,5 +45,5 @@ def _candidates(source: str, bos: str) -> Iterator[str]:
 def _rendered(source: str, bos: str, eos: str, messages: tuple[dict[str, str], ...]) -> str:
     """In the process that renders templates of others: within its bounds."""
     tokens = (("bos_token", bos), ("eos_token", eos))
-    [text] = renderer(ChatSource(source, tokens)).render([[list(messages), True]])
+    [text] = renderer(ChatSource(source, tokens)).render([(list(messages), True)])
     return text

@@ -1,9 +1,10 @@
 """A LoRA adapter as a GGUF adapter, which llama.cpp adds to the base's file when it loads it.
 
-llama.cpp scales an update by alpha / r, with one alpha for the file and r of each tensor. PEFT's scale is alpha / r too,
-or alpha / sqrt(r) with rsLoRA: so alpha is written as scale x r (45.25 for alpha 16 and r 8; llama.cpp's own converter
-writes 16, and the adapter is silently weak). Where modules differ, the rest of the scale goes into B. Several adapters on
-one base are one of the sum of their ranks. Deliberately refused: trained copies of embeddings, which have no place there.
+llama.cpp scales an update by alpha / r, with one alpha for the file and r of each tensor. PEFT's scale is alpha / r
+too, or alpha / sqrt(r) with rsLoRA: so alpha is written as scale x r (45.25 for alpha 16 and r 8; llama.cpp's own
+converter writes 16, and the adapter is silently weak). Where modules differ, the rest of the scale goes into B. Several
+adapters on one base are one of the sum of their ranks. Deliberately refused: trained copies of embeddings, which have
+no place there.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from gguf import GGUFReader, GGUFWriter, LlamaFileType
+from gguf import GGUFReader, GGUFWriter, ReaderTensor, dequantize
 from torch import Tensor
 
 from qmedtune import store
 from qmedtune.errors import RecipeError, RunError
-from qmedtune.exporting.names import gguf_name, row_order
+from qmedtune.exporting.names import Heads, gguf_name, row_order
 from qmedtune.exporting.proof import LIMITS, probe_ids
 from qmedtune.exporting.types import FLOATS, QUANTS
 from qmedtune.merging.disk_llama import DiskLlama
@@ -31,7 +32,6 @@ from qmedtune.merging.verify import divergence
 from qmedtune.model_stack import HEAD
 
 ALLOWED = ("f32", "f16", "bf16")
-# f16 rounds A and B alone: the update is smaller than the weights it is added to.
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def write_adapter(path: Path, model: DiskLlama, folders: Sequence[Path], quant: 
     try:
         writer.add_type("adapter")
         writer.add_name(title)
-        writer.add_file_type({"f32": LlamaFileType.ALL_F32}.get(quant, QUANTS[quant].file_type))
+        writer.add_file_type(QUANTS[quant].file_type)
         writer.add_string("adapter.type", "lora")
         writer.add_float32("adapter.lora.alpha", alpha)
         for name, update in joined.items():
@@ -102,8 +102,7 @@ def _alpha(joined: dict[str, LowRank]) -> float:
 
 
 def _order(model: DiskLlama, name: str, rows: int) -> Tensor | None:
-    config = model.model.config
-    return row_order(name, rows, config.num_attention_heads, config.num_key_value_heads)
+    return row_order(name, rows, Heads.of(model.model.config))
 
 
 def _add(writer: GGUFWriter, name: str, values: Tensor, quant: str) -> None:
@@ -156,7 +155,5 @@ def read_file(path: Path, model: DiskLlama) -> tuple[Updates, float]:
     return updates, alpha
 
 
-def _values(tensor) -> Tensor:
-    from gguf import dequantize
-
+def _values(tensor: ReaderTensor) -> Tensor:
     return torch.from_numpy(np.array(dequantize(tensor.data, tensor.tensor_type), np.float32))

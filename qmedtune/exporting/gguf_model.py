@@ -2,18 +2,18 @@
 
 The library `gguf` writes header, metadata and the table of tensors; their data follow in blocks of rows, encoded on all
 cores. Nothing is added to a weight and none is left out: tied ends are written once, LLaMA 3.1's stretched positions
-become the tensor that llama.cpp reads them from. Deliberately not here: the proof (proof.py), where files lie (place.py).
+become the tensor that llama.cpp reads them from. Deliberately not here: the proof (proof.py), the place (place.py).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from qmedtune import store, ui
 from qmedtune.errors import RecipeError
-from qmedtune.exporting.names import gguf_name, row_order
+from qmedtune.exporting.names import Heads, gguf_name, row_order
 from qmedtune.exporting.types import Quant, encoded, kind_of, size_bytes
 from qmedtune.exporting.vocabulary import Vocabulary
 from qmedtune.merging.disk_llama import DiskLlama
@@ -95,9 +95,8 @@ def _blocks(model: DiskLlama, tensor: Placed, factors: Tensor | None) -> Iterato
         assert factors is not None
         yield partial(encoded, factors, tensor.kind, tensor.name)
         return
-    config = model.model.config
     weight = model.source(tensor.source)
-    order = row_order(tensor.source, len(weight), config.num_attention_heads, config.num_key_value_heads)
+    order = row_order(tensor.source, len(weight), Heads.of(model.model.config))
     for rows in row_blocks(tensor.shape):
         yield partial(_encode_rows, weight, rows if order is None else order[rows], tensor)
 
@@ -120,8 +119,7 @@ def _write_data(writer: GGUFWriter, blocks: Iterator[Callable[[], np.ndarray]], 
 
 
 def _add_metadata(writer: GGUFWriter, config: LlamaConfig, quant: Quant, title: str) -> None:
-    heads = config.num_attention_heads
-    head_dim = config.head_dim or config.hidden_size // heads
+    heads = Heads.of(config)
     writer.add_type("model")
     writer.add_name(title)
     writer.add_file_type(quant.file_type)
@@ -130,11 +128,11 @@ def _add_metadata(writer: GGUFWriter, config: LlamaConfig, quant: Quant, title: 
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(head_dim)
-    writer.add_value_length(head_dim)
-    writer.add_rope_dimension_count(head_dim)
+    writer.add_head_count(heads.count)
+    writer.add_head_count_kv(heads.kv)
+    writer.add_key_length(heads.size)
+    writer.add_value_length(heads.size)
+    writer.add_rope_dimension_count(heads.size)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     rope = rope_of(config)
@@ -144,9 +142,9 @@ def _add_metadata(writer: GGUFWriter, config: LlamaConfig, quant: Quant, title: 
         writer.add_rope_scaling_factor(float(rope["factor"]))
 
 
-def rope_of(config: LlamaConfig) -> dict:
+def rope_of(config: LlamaConfig) -> Mapping[str, Any]:
     """How positions are rotated. RecipeError for a way that is not carried over."""
-    rope = dict(config.rope_parameters)
+    rope: dict[str, Any] = {**(config.rope_parameters or {})}
     allowed = ("default", "linear", "llama3")
     if rope.setdefault("rope_type", "default") not in allowed:
         raise RecipeError(
@@ -164,8 +162,8 @@ def rope_factors(config: LlamaConfig) -> Tensor | None:
     rope = rope_of(config)
     if rope["rope_type"] != "llama3":
         return None
-    head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    size = Heads.of(config).size
+    exponents = torch.arange(0, size, 2, dtype=torch.float32) / size
     wavelengths = 2 * math.pi / (1.0 / rope.get("rope_theta", 10000.0) ** exponents)
     factor, trained = rope["factor"], rope["original_max_position_embeddings"]
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]

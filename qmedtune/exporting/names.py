@@ -8,12 +8,17 @@ Both orders are facts of the two formats. Deliberately not here: values and type
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from qmedtune.errors import RunError
 from qmedtune.model_stack import EMBEDDING, HEAD
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig
 
 ENDS = {EMBEDDING: "token_embd.weight", "model.norm.weight": "output_norm.weight", HEAD: "output.weight"}
 PARTS = {
@@ -34,9 +39,23 @@ def gguf_name(name: str) -> str:
     return f"blk.{found[1]}.{PARTS[found[2]]}.{found[3]}"
 
 
-def row_order(name: str, rows: int, heads: int, kv_heads: int) -> Tensor | None:
+@dataclass(frozen=True)
+class Heads:
+    """How many heads ask, how many answer, and how many numbers each has."""
+
+    count: int
+    kv: int
+    size: int
+
+    @classmethod
+    def of(cls, config: LlamaConfig) -> Heads:
+        count = config.num_attention_heads
+        return cls(count, config.num_key_value_heads or count, config.head_dim or config.hidden_size // count)
+
+
+def row_order(name: str, rows: int, heads: Heads) -> Tensor | None:
     """int64 [rows]: which row of transformers' tensor each row of the file is; None where the order is the same."""
-    count = {"q_proj": heads, "k_proj": kv_heads}.get(name.split(".")[-2])
+    count = {"q_proj": heads.count, "k_proj": heads.kv}.get(name.split(".")[-2])
     if count is None:
         return None
     return torch.arange(rows).view(count, 2, -1).transpose(1, 2).reshape(-1)

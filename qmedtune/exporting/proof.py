@@ -20,6 +20,7 @@ from qmedtune import ui
 from qmedtune.data.packing.tokens import load_codec
 from qmedtune.errors import RunError
 from qmedtune.exporting.gguf_model import ROPE_FREQS, rope_of
+from qmedtune.exporting.names import Heads
 from qmedtune.exporting.read_back import GgufFile, read_tokenizer
 from qmedtune.merging.disk_llama import DiskLlama
 from qmedtune.merging.parallel import workers
@@ -84,7 +85,7 @@ def prove(path: Path, model: DiskLlama, quant: str) -> Proof:
     limit = LIMITS.get(quant)
     if limit is not None and not figures.kl <= limit:
         raise RunError(
-            f"{path.name}: {figures.kl:.2e} nats per token from {model.folder}, at most {limit:.0e} is right for {quant}\n"
+            f"{path.name}: {figures.kl:.2e} nats per token from {model.folder}; {quant} gives at most {limit:.0e}\n"
             "nothing was published; --quant bf16 or f32 keeps more of these weights"
         )
     return Proof(**asdict(figures), greedy=greedy, texts=texts, probe_tokens=ids.numel())
@@ -131,16 +132,15 @@ def _greedy(model: Any, ids: Tensor) -> list[int]:
 
 def _check_header(file: GgufFile, config: LlamaConfig) -> None:
     """The forward passes take shape and positions from config.json; the file must say the same."""
-    heads = config.num_attention_heads
-    head_dim = config.head_dim or config.hidden_size // heads
+    heads = Heads.of(config)
     expected = {
         "block_count": config.num_hidden_layers,
         "embedding_length": config.hidden_size,
         "feed_forward_length": config.intermediate_size,
-        "attention.head_count": heads,
-        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.head_count": heads.count,
+        "attention.head_count_kv": heads.kv,
         "context_length": config.max_position_embeddings,
-        "rope.dimension_count": head_dim,
+        "rope.dimension_count": heads.size,
         "attention.layer_norm_rms_epsilon": np.float32(config.rms_norm_eps),
         "rope.freq_base": np.float32(rope_of(config).get("rope_theta", 10000.0)),
     }

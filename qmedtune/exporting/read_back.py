@@ -49,7 +49,7 @@ class FileTensor:
         return self[slice(None)]
 
     def _places(self, rows: Tensor) -> Tensor:
-        """Where the file has these rows: of a head, row j and row j + half are a pair that is turned, and neighbours."""
+        """Where the file has these rows: rows j and j + half of a head are a pair that is turned, there neighbours."""
         if not self.heads:
             return rows
         size = len(self) // self.heads

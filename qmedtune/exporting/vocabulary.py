@@ -1,8 +1,8 @@
 """A tokenizer.json as GGUF holds a vocabulary: tokens, types, merges or scores, and the name of how text is split.
 
-Two kinds can be expressed exactly: byte-level BPE with a splitting that llama.cpp has built in, and SentencePiece's BPE,
-whose merges follow from scores. What else a definition asks for is refused by name: llama.cpp would tokenise another
-text than was trained. Deliberately not here: tokenizer.model files (tokenizer.json says the same), the writer.
+Two kinds can be expressed exactly: byte-level BPE with a splitting that llama.cpp has built in, and SentencePiece's
+BPE, whose merges follow from scores. What else a definition asks for is refused by name: llama.cpp would tokenise
+otherwise than training did. Deliberately not here: tokenizer.model files (tokenizer.json says the same), the writer.
 """
 
 from __future__ import annotations
