@@ -170,7 +170,7 @@ def _write_file(job: ExportJob, location: Location, folder: Path) -> tuple[Path,
         write_model(whole, model, vocabulary, QUANTS["f32"], title)
         quantise(whole, file, job.type)
         whole.unlink()
-    proof = prove(file, model, job.type)
+    proof = prove(file, model, job.type, vocabulary.doubtful)
     facts = {"quant": job.type, "bytes": file.stat().st_size, "pre": vocabulary.pre, "proof": asdict(proof)}
     return file, {**facts, "told": proof}
 

@@ -168,30 +168,36 @@ class LlamaCpp:
 
     def logits(self, ids: list[int]) -> np.ndarray:
         """fp32 [length, vocab]."""
-        ffi, c = self.library.ffi, self.library.c
+        c = self.library.c
         c.llama_memory_clear(c.llama_get_memory(self.context), True)
-        batch = c.llama_batch_init(len(ids), 0, 1)
-        for place, token in enumerate(ids):
-            batch.token[place], batch.pos[place], batch.logits[place] = token, place, 1
-            batch.n_seq_id[place], batch.seq_id[place][0] = 1, 0
-        batch.n_tokens = len(ids)
-        assert c.llama_decode(self.context, batch) == 0, "".join(self.library.log[-8:])
-        size = len(ids) * self.n_tokens
-        found = np.frombuffer(ffi.buffer(c.llama_get_logits(self.context), 4 * size), np.float32)
-        c.llama_batch_free(batch)
-        return found.reshape(len(ids), self.n_tokens).copy()
+        return self._decode(ids, 0)
 
     def greedy(self, ids: list[int], count: int) -> list[int]:
-        """The most likely continuation, each token from the whole text before it."""
-        text = list(ids)
-        for _ in range(count):
-            text.append(int(self.logits(text)[-1].argmax()))
-        return text[len(ids) :]
+        """The most likely continuation."""
+        written = [int(self.logits(ids)[-1].argmax())]
+        while len(written) < count:
+            place = len(ids) + len(written) - 1
+            written.append(int(self._decode(written[-1:], place)[-1].argmax()))
+        return written
+
+    def _decode(self, ids: list[int], start: int) -> np.ndarray:
+        """fp32 [length, vocab] of tokens behind `start` known ones."""
+        ffi, c = self.library.ffi, self.library.c
+        batch = c.llama_batch_init(len(ids), 0, 1)
+        for place, token in enumerate(ids):
+            batch.token[place], batch.pos[place], batch.logits[place] = token, start + place, 1
+            batch.n_seq_id[place], batch.seq_id[place][0] = 1, 0
+        batch.n_tokens = len(ids)
+        failed = c.llama_decode(self.context, batch)
+        c.llama_batch_free(batch)
+        assert not failed, "".join(self.library.log[-8:])
+        size = len(ids) * self.n_tokens
+        found = np.frombuffer(ffi.buffer(c.llama_get_logits(self.context), 4 * size), np.float32)
+        return found.reshape(len(ids), self.n_tokens).copy()
 
     def use_adapter(self, path: Path) -> None:
         ffi, c = self.library.ffi, self.library.c
         adapter = c.llama_adapter_lora_init(self.model, str(path).encode())
         assert adapter != ffi.NULL, f"llama.cpp refuses {path.name}: {''.join(self.library.log[-8:])}"
-        assert (
-            c.llama_set_adapters_lora(self.context, ffi.new("void *[]", [adapter]), 1, ffi.new("float[]", [1.0])) == 0
-        )
+        both, scale = ffi.new("void *[]", [adapter]), ffi.new("float[]", [1.0])
+        assert c.llama_set_adapters_lora(self.context, both, 1, scale) == 0

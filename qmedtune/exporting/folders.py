@@ -7,6 +7,7 @@ can read it. Deliberately not here: servers.
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,10 @@ def copy_model(location: Location, folder: Path, title: str, serve: str) -> dict
     store.check_room(folder, sum(path.stat().st_size for path in files), "the copy")
     for path in files:
         shutil.copyfile(path, folder / path.name)
-    proof = {"tensors": _check_weights(source, folder), "texts": _check_tokenizer(folder), "template": False}
+    proof: dict[str, Any] = {"tensors": _check_weights(source, folder), "template": False}
+    if _encoded_otherwise(folder):
+        proof["tokenizer_class"] = _name_the_class(folder)
+    proof["texts"] = _check_tokenizer(folder)
     if location.template.source or (folder / "chat_template.jinja").is_file():
         _check_template(location, folder)
         proof["template"] = True
@@ -67,8 +71,28 @@ def _check_weights(source: Path, folder: Path) -> int:
     return len(read.parameters)
 
 
+def _name_the_class(folder: Path) -> str:
+    """transformers rebuilds some tokenizers in another form than their file has (LLaMA-2's); under this class it takes
+    the file as it is. Returns the class."""
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    store.write_json(path, config)
+    return config["tokenizer_class"]
+
+
 def _check_tokenizer(folder: Path) -> int:
-    """How many texts transformers' tokenizer of the folder encodes as training did."""
+    """How many texts transformers' tokenizer of the folder encodes as training did. RunError where it does not."""
+    if text := _encoded_otherwise(folder):
+        raise RunError(
+            f"{folder}: transformers' tokenizer encodes {text[:40]!r} otherwise than training did\n"
+            "nothing was published; look at tokenizer_config.json"
+        )
+    return len(probe_texts(sorted(load_codec(folder).special_tokens)))
+
+
+def _encoded_otherwise(folder: Path) -> str | None:
+    """The first text of which transformers' tokenizer makes other ids than training did."""
     from transformers import AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(str(folder))
@@ -76,15 +100,10 @@ def _check_tokenizer(folder: Path) -> int:
     codec.backend.encode_special_tokens = False
     texts = probe_texts(sorted(codec.special_tokens))
     for text in texts:
-        if (
-            tokenizer(text, add_special_tokens=False).input_ids
-            != codec.backend.encode(text, add_special_tokens=False).ids
-        ):
-            raise RunError(
-                f"{folder}: transformers' tokenizer encodes {text[:40]!r} otherwise than training did\n"
-                "tokenizer_config.json names a class that rebuilds it: set tokenizer_class to PreTrainedTokenizerFast"
-            )
-    return len(texts)
+        trained = codec.backend.encode(text, add_special_tokens=False).ids
+        if tokenizer(text, add_special_tokens=False).input_ids != trained:
+            return text
+    return None
 
 
 def _check_template(location: Location, folder: Path) -> None:

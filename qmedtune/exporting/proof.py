@@ -8,6 +8,7 @@ config.json. Deliberately not here: llama.cpp itself; the tests hold all of this
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,11 +64,11 @@ class Proof:
     probe_tokens: int
 
 
-def prove(path: Path, model: DiskLlama, quant: str) -> Proof:
-    """Raises RunError where the file is not what the folder is."""
+def prove(path: Path, model: DiskLlama, quant: str, doubtful: Sequence[str] = ()) -> Proof:
+    """Raises RunError where the file is not what the folder is. doubtful: further texts to compare token ids on."""
     file = GgufFile.open(path)
     _check_header(file, model.model.config)
-    texts = check_tokens(file, model.folder)
+    texts = check_tokens(file, model.folder, doubtful)
     ids = probe_ids(model)
     quantised = quant not in LIMITS and quant != "bf16"
     with workers() as pool:
@@ -177,14 +178,14 @@ def probe_texts(special_tokens: list[str]) -> list[str]:
     return [*TEXTS, "".join(few), *[f"a {token} b{token}\n" for token in few]]
 
 
-def check_tokens(file: GgufFile, folder: Path) -> int | None:
+def check_tokens(file: GgufFile, folder: Path, more: Sequence[str] = ()) -> int | None:
     """How many texts become the same ids by the file as by the folder. RunError where one does not."""
     ours, codec = read_tokenizer(file), load_codec(folder)
     if ours is None:
         name = file.header.metadata["tokenizer.ggml.pre"]
         ui.warn(f"{file.path.name}: token ids are not proven: how {name!r} splits text is not known here")
         return None
-    texts = probe_texts(sorted(codec.special_tokens))
+    texts = [*probe_texts(sorted(codec.special_tokens)), *more]
     codec.backend.encode_special_tokens = False
     for text in texts:
         for marks in (True, False):

@@ -106,8 +106,8 @@ def read_tokenizer(file: GgufFile) -> FileTokenizer | None:
     else:
         return None
     for special in (True, False):
-        kind = TokenType.CONTROL if special else TokenType.USER_DEFINED
-        names = _of_type(lists, kind)
+        kinds = (TokenType.CONTROL, TokenType.UNKNOWN) if special else (TokenType.USER_DEFINED,)
+        names = _of_type(lists, *kinds)
         backend.add_tokens([AddedToken(name, special=special, normalized=False) for name in names])
     before = [said["bos_token_id"]] if said.get("add_bos_token") else []
     return FileTokenizer(backend, before, [said["eos_token_id"]] if said.get("add_eos_token") else [])

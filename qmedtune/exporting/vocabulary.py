@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+MAX_DOUBTFUL = 5000
 SPACE = "\u2581"  # what SentencePiece writes for a blank
 OTHERWISE = "serve it with --as transformers or --as vllm"
 
@@ -35,7 +36,8 @@ OTHERWISE = "serve it with --as transformers or --as vllm"
 class Vocabulary:
     """What stands under `tokenizer.*`. kind: llama.cpp's name, `gpt2` (byte-level) or `llama` (SentencePiece). pre: how
     text is split. types: gguf's TokenType. scores: of `llama`, fp32, the higher is merged first; merges: of `gpt2`.
-    ids: special tokens by GGUF's key. space_before: a blank is put before text."""
+    ids: special tokens by GGUF's key. space_before: a blank is put before text. doubtful: texts that the file may
+    encode otherwise, for the proof to decide."""
 
     kind: str
     pre: str
@@ -48,6 +50,7 @@ class Vocabulary:
     add_eos: bool = False
     space_before: bool = False
     template: str | None = None
+    doubtful: Sequence[str] = ()
 
 
 def refuse(folder: Path, what: str, then: str = OTHERWISE) -> NoReturn:
@@ -69,9 +72,9 @@ def read_vocabulary(folder: Path, rows: int, pre: str | None = None) -> Vocabula
         template = without_bos(template, bos, codec.eos_token)
     shared = {"ids": ids, "add_bos": add_bos, "add_eos": add_eos, "template": template}
     if said["model"].get("byte_fallback"):
-        scores = _scores(folder, said, tokens, types)
-        before = _space_before(folder, said)
-        return Vocabulary("llama", "default", tokens, types, scores=scores, space_before=before, **shared)
+        scores, doubtful = _scores(said, tokens, types), _doubtful(said, tokens, types)
+        shared |= {"scores": scores, "doubtful": doubtful, "space_before": _space_before(folder, said)}
+        return Vocabulary("llama", "default", tokens, types, **shared)
     return Vocabulary("gpt2", pre or _split(folder, said, codec.backend), tokens, types, merges=_merges(said), **shared)
 
 
@@ -188,23 +191,12 @@ def _space_before(folder: Path, said: dict) -> bool:
     return prepends or scheme == "always"
 
 
-def _scores(folder: Path, said: dict, tokens: Sequence[str], types: Sequence[int]) -> list[float]:
-    """Scores that merge as the merges do: SentencePiece joins the neighbours whose joint token has the highest score.
-
-    That is the order of the merges if each token's stand together, and none is missing that its parts would allow.
-    """
+def _scores(said: dict, tokens: Sequence[str], types: Sequence[int]) -> list[float]:
+    """Scores that merge as the merges do: SentencePiece joins the neighbours whose joint token has the highest score,
+    which is the order in which the merges first make each token."""
     order: dict[str, int] = {}
-    last, count = "", 0
-    for merge in said["model"]["merges"]:
-        left, right = merge.split(" ") if isinstance(merge, str) else merge
-        piece, count = left + right, count + 1
-        if piece != last and piece in order:
-            refuse(folder, f"the merges of {piece!r} do not stand together")
-        order.setdefault(piece, len(order))
-        last = piece
-    normal = {token for token, kind in zip(tokens, types, strict=True) if kind == TokenType.NORMAL}
-    if (possible := _possible_merges(normal)) != count:
-        refuse(folder, f"it merges {count:,} pairs where SentencePiece merges {possible:,}")
+    for left, right in _pairs(said):
+        order.setdefault(left + right, len(order))
     rest = len(order)
     scores = []
     for token, kind in zip(tokens, types, strict=True):
@@ -218,10 +210,31 @@ def _scores(folder: Path, said: dict, tokens: Sequence[str], types: Sequence[int
     return scores
 
 
-def _possible_merges(pieces: set[str]) -> int:
-    """How many pairs of tokens are, joined, a token."""
-    count = 0
+def _doubtful(said: dict, tokens: Sequence[str], types: Sequence[int]) -> list[str]:
+    """Texts on which merging by scores may differ: of tokens whose merges do not stand together, or lack a pair that
+    SentencePiece would join. A tokenizer that was converted from SentencePiece has none."""
+    seen: set[str] = set()
+    doubtful: set[str] = set()
+    last = ""
+    pairs = _pairs(said)
+    for left, right in pairs:
+        piece = left + right
+        if piece != last and piece in seen:
+            doubtful.add(piece)
+        seen.add(piece)
+        last = piece
+    known = set(pairs)
+    pieces = {token for token, kind in zip(tokens, types, strict=True) if kind == TokenType.NORMAL}
     for piece in pieces:
         for at in range(1, len(piece)):
-            count += piece[:at] in pieces and piece[at:] in pieces
-    return count
+            if piece[:at] in pieces and piece[at:] in pieces and (piece[:at], piece[at:]) not in known:
+                doubtful.add(piece)
+    return [piece.replace(SPACE, " ") for piece in sorted(doubtful)[:MAX_DOUBTFUL]]
+
+
+def _pairs(said: dict) -> list[tuple[str, str]]:
+    pairs = []
+    for merge in said["model"]["merges"]:
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        pairs.append((left, right))
+    return pairs
