@@ -37,6 +37,7 @@ from qmedtune.evaluation.scoring import (
 )
 from qmedtune.recipe import SourceSection
 from qmedtune.tasks import Item, Task
+from qmedtune.tasks.items import Judgement
 from qmedtune.training.collation import Rows
 
 PART = 256  # questions between two writes
@@ -44,8 +45,8 @@ PART = 256  # questions between two writes
 # moved the gap of the best two by .054 nats (standard deviation; 97.5 % by less than .124), and 8 choices, all of a gap
 # below .09, were others than in fp32 (2026-11). float16 has 8 times its resolution.
 TIE_NATS = {torch.float32: 1e-4, torch.float16: 0.016, torch.bfloat16: 0.125}
-Row = dict[str, Any]
-"""Everything that is kept of one item for one model."""
+Row = Judgement
+"""Everything that is kept of one item for one model: its judgement, and how it was found."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def measure_model(
     """All tasks and texts. Each result is written below `folder` at once and read from there when it is there."""
     marks = codec_of(tokenizer).special_ids
 
-    def text(source: str) -> dict[str, Any]:
+    def text(source: str) -> dict[str, float]:
         with ui.stage(f"perplexity of {Path(source).name}, {label}") as bar:
             return asdict(perplexity(model, held_out[source], settings.batch_tokens, adding(bar), marks))
 
