@@ -143,7 +143,7 @@ def _passes(recipe: Recipe, index: int, inputs: Mapping[str, Path]) -> dict[str,
         sealed = store.read_seal(inputs[name]) if name in inputs else None
         if sealed:
             for source, part in Stage.model_validate(sealed.facts).mixture.items():
-                passes[source] = round(passes.get(source, 0.0) + part.repeats, 3)
+                passes[source] = round(passes.get(source, 0.0) + (part.repeats or 0.0), 3)
     return passes
 
 

@@ -37,7 +37,7 @@ from qmedtune.tasks.items import Fields, field_names, item_id
 WINDOW = 128  # records between two writes: what a kill can cost
 FORMATS = ("jsonl", "json", "csv", "tsv", "parquet")
 QUESTION_COLUMNS = ("instruction", "question", "prompt", "query", "text", "transcription")
-COLUMNS = ("id", "answer", "ended", "tokens", "error")
+COLUMNS: tuple[str, ...] = ("id", "answer", "ended", "tokens", "error")
 
 Record = tuple[str, list[dict[str, str]] | Damaged]
 Row = dict[str, Any]
