@@ -24,9 +24,9 @@ from transformers.utils import logging as transformers_logging
 from qmedtune import model as models
 from qmedtune import peak, store, ui
 from qmedtune.base import name_of_base, note_base
-from qmedtune.data import templates
-from qmedtune.data.classes import LabelledRows
-from qmedtune.data.pack import PackedRows
+from qmedtune.data.packing import templates
+from qmedtune.data.packing.classes import LabelledRows
+from qmedtune.data.packing.pack import PackedRows
 from qmedtune.errors import RunError
 from qmedtune.interrupt import stop
 from qmedtune.planning.batches import batch_rows, steps_in, too_few_steps

@@ -23,7 +23,7 @@ from qmedtune.evaluation import statistics
 from qmedtune.evaluation.measure import Row
 from qmedtune.results import Change, Difference, Paired, Score, Scores
 from qmedtune.tasks import Item, Task
-from qmedtune.tasks.definitions import definition
+from qmedtune.tasks.definitions import READINGS, definition
 
 WILSON, TANGO = "Wilson score", "Tango score, paired"
 NO_WIDTH = 1e-12
@@ -121,7 +121,11 @@ def _generated_score(task: Task, draws: Draws, groups: statistics.Groups | None,
         for answer in draw:
             unparsed += not answer["parsed"]
             cut += answer["ended"] == "length"
-    return _score(task, draws, groups, seed).model_copy(update={"unparsed": unparsed, "cut": cut})
+    score = _score(task, draws, groups, seed).model_copy(update={"unparsed": unparsed, "cut": cut})
+    if task.extraction == "stated":
+        return score
+    meant = f"{score.definition}; {READINGS[task.extraction]}"
+    return score.model_copy(update={"extraction": task.extraction, "definition": meant})
 
 
 def _metric(task: Task, judgements: list[Row]) -> float:
@@ -148,6 +152,8 @@ def _score(task: Task, draws: Draws, groups: statistics.Groups | None, seed: int
     found |= {"ci95": interval, "ci95_method": method, "n": len(draws[0])}
     if groups:
         found["groups"] = len(set(groups))
+    if task.prompts != "own":
+        found["prompts"] = task.prompts
     return Score.model_validate(found)
 
 

@@ -11,10 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from qmedtune import ui
-from qmedtune.data import outcomes
+from qmedtune.data.synthetic import outcomes
 from qmedtune.errors import RecipeError
 from qmedtune.recipe import Recipe, TaskSection
-from qmedtune.tasks import choice, findings, free_text, labels, shots
+from qmedtune.tasks import choice, findings, free_text, labels, me_llama, shots
 from qmedtune.tasks.items import Item, Task, allowed, checked_items, with_metric
 
 __all__ = ["BUILTIN_TASKS", "FILE_TASKS", "Item", "Task", "check_twice", "load_task", "read_items", "world_of"]
@@ -29,6 +29,7 @@ FILE_TASKS: dict[str, tuple[Reader, Maker]] = {
     "medmcqa": (choice.medmcqa, choice.choice_task),
     "mmlu": (choice.mmlu, choice.choice_task),
     "mmlu_medical": (choice.mmlu_medical, choice.choice_task),
+    "mmlu_meditron": (choice.mmlu_meditron, choice.choice_task),
     "mmlu_general": (choice.mmlu_general, choice.choice_task),
     "arc": (choice.arc, choice.choice_task),
     "choice": (choice.choice, choice.choice_task),
@@ -62,7 +63,9 @@ def load_task(section: TaskSection, seed: int, world: str = "tiny") -> Task:
         _check_name(section)
         files = shots.split_files(str(section.path), section.split)
         every, where, make = read_items(section.task, files), files[0], FILE_TASKS[section.task][1]
+    every = me_llama.ask(section, every)
     task = make(section.task, checked_items(section.task, where, every, section.limit, seed))
+    task = replace(me_llama.read(section, task), name=section.label)
     if section.bertscore:
         task = free_text.with_bertscore(task, section.bertscore)
     if section.metric:
@@ -72,7 +75,8 @@ def load_task(section: TaskSection, seed: int, world: str = "tiny") -> Task:
     examples = shots.shot_files(section)
     if examples is None:
         return shots.with_shots(task, section, every, None, seed)
-    return shots.with_shots(task, section, read_items(section.task, examples), examples[0].name, seed)
+    pool = me_llama.ask(section, read_items(section.task, examples))
+    return shots.with_shots(task, section, pool, examples[0].name, seed)
 
 
 def world_of(recipe: Recipe) -> str:
