@@ -111,9 +111,12 @@ def sides(folders: Sequence[Path]) -> list[Side]:
     for folder in folders:
         seen = Shelf(folder).look(folder)
         if seen is None:
-            raise RecipeError(f"{folder}: no run in this folder (it has no run.json)\nsee what is there: qmedtune runs")
+            raise RecipeError(
+                f"{folder}: no run in this folder (it has no run.json)\n"
+                "see what is there: qmedtune runs; models are compared with --tasks"
+            )
         name = folder.resolve().name if unique else str(folder)
-        found.append(Side(name, seen, read_metrics(folder, seen.run)))
+        found.append(Side(name, seen, read_metrics(folder, seen.run.as_json())))
     return found
 
 
@@ -195,7 +198,7 @@ def _training(runs: Sequence[Side]) -> Iterator[Training]:
             "last loss": [stage.loss.last if stage and stage.loss else None for stage in stages],
             "tokens per second": [stage.tokens_per_s if stage else None for stage in stages],
             "seconds": [stage.seconds if stage else None for stage in stages],
-            "peak memory, bytes": [stage.peak_memory_bytes if stage else None for stage in stages],
+            "peak memory": [stage.peak_memory_bytes if stage else None for stage in stages],
         }
         for source in held_out_sources(runs, name):
             figures[f"lowest held-out loss, {source}"] = [_lowest(side, name, source) for side in runs]

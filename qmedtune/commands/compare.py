@@ -32,7 +32,7 @@ def compare(
     offline: OfflineOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Runs: settings that differ, curves, paired tests. Models, with --tasks: each asked in the prompt that suits it."""
+    """Runs: what differs, curves, paired tests. With --tasks models: each asked in the prompt that suits it."""
     if tasks is None:
         return _compare_runs([Path(name) for name in names], out, as_json)
     from qmedtune.compare import Asked, compare_models

@@ -78,7 +78,9 @@ def scores_table(result: Result) -> Table:
         values = [_share(value) for value in scored.values]
         rows.append((_titled(scored), *values, "–" if scored.items is None else f"{scored.items:,}"))
     names = [run.name for run in result.runs]
-    note = "Final models. Shared: items that all runs answered, with the same gold answer; the tests below are on those."
+    note = (
+        "Final models. Shared: items that all runs answered, with the same gold answer; the tests below are on those."
+    )
     return Table("Scores", ("Task", *names, "Shared items"), rows, note if rows else "No task was scored.")
 
 
@@ -88,9 +90,7 @@ def tests_table(result: Result) -> Table:
         low, high = duel["ci95"]
         change = f"{duel['difference']:+.3f} ({low:+.3f} to {high:+.3f})".replace("-", "−")
         changed = f"{duel['gained']:,} / {duel['lost']:,}"
-        rows.append(
-            (duel["model"], duel["task"], change, changed, f"{duel['p_holm']:.3f}", WORDS[duel["verdict"]])
-        )
+        rows.append((duel["model"], duel["task"], change, changed, f"{duel['p_holm']:.3f}", WORDS[duel["verdict"]]))
     columns = ("Run", "Task", "Difference, 95%", "Gained / lost", "p (Holm)", "Reading")
     note = (
         f"Against {result.reference}, paired on the shared items: Tango's interval, exact McNemar test, Holm's "
@@ -104,7 +104,9 @@ def perplexity_table(result: Result) -> Table:
     for scored in result.perplexity:
         values = ["–" if value is None else digits3(value) for value in scored.values]
         rows.append((scored.name, *values))
-    return Table("Perplexity", ("Text", *(run.name for run in result.runs)), rows, "Of the final models; lower is better.")
+    return Table(
+        "Perplexity", ("Text", *(run.name for run in result.runs)), rows, "Of the final models; lower is better."
+    )
 
 
 def training_table(result: Result) -> Table:
@@ -150,7 +152,7 @@ def _figure(what: str, value: Number | None) -> str:
         return "–"
     if what == "seconds":
         return duration(value)
-    if what == "peak memory, bytes":
+    if what == "peak memory":
         return size(value)
     return f"{value:.3f}" if "loss" in what else f"{value:,.0f}"
 
