@@ -43,6 +43,7 @@ from qmedtune.results.stages import (
     Attention,
     Classification,
     Kernels,
+    Logged,
     Loss,
     Memory,
     Model,
@@ -50,11 +51,22 @@ from qmedtune.results.stages import (
     Trained,
     Validation,
 )
+from qmedtune.results.sweep import (
+    Ablation,
+    ArmDifference,
+    ArmEntry,
+    Comparisons,
+    Item,
+    Judged,
+    Measure,
+    Ratio,
+)
 from qmedtune.results.typed import (
     Facts,
     Interval,
     Json,
     Number,
+    Told,
 )
 from qmedtune.results.whole_run import (
     Choice,
@@ -64,7 +76,10 @@ from qmedtune.results.whole_run import (
 )
 
 __all__ = [
+    "Ablation",
     "Adapter",
+    "ArmDifference",
+    "ArmEntry",
     "Attention",
     "Audit",
     "Change",
@@ -72,6 +87,7 @@ __all__ = [
     "Classes",
     "Classification",
     "Cleaned",
+    "Comparisons",
     "Difference",
     "Evaluation",
     "Exposure",
@@ -79,9 +95,13 @@ __all__ = [
     "Fertility",
     "Identifiers",
     "Interval",
+    "Item",
     "Json",
+    "Judged",
     "Kernels",
+    "Logged",
     "Loss",
+    "Measure",
     "Memory",
     "Merge",
     "Model",
@@ -95,6 +115,7 @@ __all__ = [
     "Part",
     "Probe",
     "Provenance",
+    "Ratio",
     "Records",
     "Run",
     "Score",
@@ -106,6 +127,7 @@ __all__ = [
     "Task",
     "Text",
     "Tokens",
+    "Told",
     "Trained",
     "Validation",
 ]
