@@ -116,7 +116,7 @@ def sides(folders: Sequence[Path]) -> list[Side]:
                 "see what is there: qmedtune runs; models are compared with --tasks"
             )
         name = folder.resolve().name if unique else str(folder)
-        found.append(Side(name, seen, read_metrics(folder, seen.run.as_json())))
+        found.append(Side(name, seen, read_metrics(folder, seen.run)))
     return found
 
 

@@ -297,7 +297,7 @@ def answered(run: Path, right: list[bool], gold: str = "yes") -> None:
 
 
 def test_runs_beside_each_other(tmp_path: Path, capsys: pytest.CaptureFixture):
-    recipe = synthetic()["recipe"] | {"stages": [{"cpt": {"lr": 2e-4}}, {"sft": {"epochs": 3}}]}
+    recipe = make_run().recipe | {"stages": [{"cpt": {"lr": 2e-4}}, {"sft": {"epochs": 3}}]}
     other = json.loads(json.dumps(recipe))
     other["stages"][0]["cpt"]["lr"] = 1e-3
     first, second = a_run(tmp_path / "first", recipe=recipe), a_run(tmp_path / "second", recipe=other, seed=18)

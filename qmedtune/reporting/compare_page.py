@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 from pydantic import JsonValue
 
 from qmedtune.compare_runs import Result, Scored, Setting, Side, held_out_sources, stage_names
+from qmedtune.reporting.cells import Row, Table
 from qmedtune.reporting.charts import Axis, Html, Mark, Series, dumbbells, esc, legend, line_chart, log_axis
 from qmedtune.reporting.page import PALETTE, card, document, html_table, section
-from qmedtune.reporting.tables import Table
 from qmedtune.results import Number
 from qmedtune.units import digits3, duration, size
 
@@ -58,7 +58,7 @@ def sentences(result: Result) -> Iterator[str]:
         for duel in result.duels:
             if duel["model"] == run.name:
                 by_verdict.setdefault(duel["verdict"], []).append(duel["task"])
-        parts = []
+        parts: list[str] = []
         for verdict, words in WORDS.items():
             if verdict in by_verdict:
                 parts.append(f"{words} on {', '.join(by_verdict[verdict])}")
@@ -73,7 +73,7 @@ def sentences(result: Result) -> Iterator[str]:
 
 def scores_table(result: Result) -> Table:
     """Scores as each run reports them; the tests are on the items that all runs answered."""
-    rows = []
+    rows: list[Row] = []
     for scored in result.scores:
         values = [_share(value) for value in scored.values]
         rows.append((_titled(scored), *values, "–" if scored.items is None else f"{scored.items:,}"))
@@ -85,7 +85,7 @@ def scores_table(result: Result) -> Table:
 
 
 def tests_table(result: Result) -> Table:
-    rows = []
+    rows: list[Row] = []
     for duel in result.duels:
         low, high = duel["ci95"]
         change = f"{duel['difference']:+.3f} ({low:+.3f} to {high:+.3f})".replace("-", "−")
@@ -100,7 +100,7 @@ def tests_table(result: Result) -> Table:
 
 
 def perplexity_table(result: Result) -> Table:
-    rows = []
+    rows: list[Row] = []
     for scored in result.perplexity:
         values = ["–" if value is None else digits3(value) for value in scored.values]
         rows.append((scored.name, *values))
@@ -110,7 +110,7 @@ def perplexity_table(result: Result) -> Table:
 
 
 def training_table(result: Result) -> Table:
-    rows = []
+    rows: list[Row] = []
     for each in result.training:
         rows.append((each.stage, each.what, *(_figure(each.what, value) for value in each.values)))
     columns = ("Stage", "What", *(run.name for run in result.runs))
@@ -118,7 +118,7 @@ def training_table(result: Result) -> Table:
 
 
 def settings_table(title: str, found: Sequence[Setting], result: Result, same: str) -> Table:
-    rows = []
+    rows: list[Row] = []
     for setting in found:
         rows.append((setting.key, *(written(value) for value in setting.values)))
     return Table(title, ("Key", *(run.name for run in result.runs)), rows, "" if rows else same)
@@ -161,7 +161,7 @@ def _figure(what: str, value: Number | None) -> str:
 
 
 def _scores(result: Result) -> Html:
-    rows = []
+    rows: list[tuple[str, list[Mark], str]] = []
     for scored in result.scores:
         rows.append((_titled(scored), _marks(result, scored), ""))
     keys = _legend(result)
@@ -172,7 +172,7 @@ def _scores(result: Result) -> Html:
 
 
 def _marks(result: Result, scored: Scored) -> list[Mark]:
-    found = []
+    found: list[Mark] = []
     intervals = scored.ci95 or [None] * len(scored.values)
     for place, (value, interval) in enumerate(zip(scored.values, intervals, strict=True)):
         if value is not None:
@@ -182,7 +182,8 @@ def _marks(result: Result, scored: Scored) -> list[Mark]:
 
 
 def _perplexity(result: Result) -> str:
-    rows, values = [], []
+    rows: list[tuple[str, list[Mark], str]] = []
+    values: list[Number] = []
     for scored in result.perplexity:
         marks = _marks(result, scored)
         values += [mark.value for mark in marks]
@@ -201,13 +202,13 @@ def _curves(runs: Sequence[Side], result: Result) -> Html:
     """Training losses of a stage in one chart; then held-out losses, a chart per source."""
     cards = ""
     for name in stage_names(runs):
-        lines = []
+        lines: list[Series] = []
         for place, side in enumerate(runs):
             curve = side.metrics.curves.get(name)
             lines.append(Series(side.name, curve.train if curve else [], color(place)))
         cards += _chart(f"{name}: training", lines)
         for source in held_out_sources(runs, name):
-            dots = []
+            dots: list[Series] = []
             for place, side in enumerate(runs):
                 curve = side.metrics.curves.get(name)
                 dots.append(Series(side.name, curve.validation.get(source, []) if curve else [], color(place), True))
