@@ -11,7 +11,6 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict, JsonValue
 
@@ -20,7 +19,7 @@ from qmedtune.evaluation import verdict
 from qmedtune.reporting.facts import Metrics
 from qmedtune.reporting.headline import headline
 from qmedtune.reporting.live import read_metrics
-from qmedtune.results import Interval, Json, Number, Run, Score, Stage
+from qmedtune.results import DuelEntry, Interval, Json, Number, Run, Score, Stage
 from qmedtune.watching.runs import Seen, Shelf
 
 # Differ between any two runs, or are told elsewhere.
@@ -80,7 +79,7 @@ class Result(_Facts):
     training: list[Training]
     scores: list[Scored]
     perplexity: list[Scored]
-    duels: list[dict[str, Any]]
+    duels: list[DuelEntry]
 
 
 @dataclass(frozen=True)
@@ -136,7 +135,7 @@ def compare(runs: Sequence[Side]) -> Result:
         training=list(_training(runs)),
         scores=list(_scores(runs, answers)),
         perplexity=list(_perplexities(runs)),
-        duels=[duel.facts() for duel in verdict.duels(answers, reference)] if answers else [],
+        duels=[duel.entry() for duel in verdict.duels(answers, reference)] if answers else [],
     )
 
 

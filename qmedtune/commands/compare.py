@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qmedtune.commands.common import JsonOption, OfflineOption, emit
 from qmedtune.commands.model import Precision, PrecisionOption
+
+if TYPE_CHECKING:
+    from qmedtune.results import HeadToHead
 
 
 def compare(
@@ -50,7 +53,7 @@ def compare(
     named = tuple(name for name in templates.split(",") if name)
     asked = Asked(tuple(names), tuple(sections), numbers, named, seed, chosen, offline)
     found = compare_models(asked, out)
-    emit(found) if as_json else _show_duels(found)
+    emit(found.as_json()) if as_json else _show_duels(found)
 
 
 def _compare_runs(folders: list[Path], out: Path | None, as_json: bool) -> None:
@@ -84,18 +87,18 @@ def _compare_runs(folders: list[Path], out: Path | None, as_json: bool) -> None:
         print(f"The page, with curves: {out / 'compare.html'}")
 
 
-def _show_duels(found: dict[str, Any]) -> None:
+def _show_duels(found: HeadToHead) -> None:
     from qmedtune import ui
 
-    rows = []
-    for duel in found["duels"]:
-        low, high = duel["ci95"]
-        scores = [found["models"][name][duel["task"]] for name in (found["reference"], duel["model"])]
-        asked = " / ".join(f"{score['template']}, {score['shots']} shots" for score in scores)
-        both = " → ".join(f"{score['accuracy']:.3f}" for score in scores)
-        change = f"{duel['difference']:+.3f} ({low:+.3f} to {high:+.3f})"
-        rows.append((duel["model"], duel["task"], both, change, f"{duel['p_holm']:.3f}", duel["verdict"], asked))
+    rows: list[tuple[str, ...]] = []
+    for duel in found.duels:
+        low, high = duel.ci95
+        scores = [found.models[name][duel.task] for name in (found.reference, duel.model)]
+        asked = " / ".join(f"{score.template}, {score.shots} shots" for score in scores)
+        both = " → ".join(f"{score.accuracy:.3f}" for score in scores)
+        change = f"{duel.difference:+.3f} ({low:+.3f} to {high:+.3f})"
+        rows.append((duel.model, duel.task, both, change, f"{duel.p_holm:.3f}", duel.verdict, asked))
     columns = ("model", "task", "accuracy", "difference, 95 %", "p (Holm)", "verdict", "asked with")
-    ui.table(f"against {found['reference']}", columns, rows)
-    for sentence in found["claims"]:
+    ui.table(f"against {found.reference}", columns, rows)
+    for sentence in found.claims:
         ui.note(sentence)

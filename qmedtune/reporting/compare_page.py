@@ -56,8 +56,8 @@ def sentences(result: Result) -> Iterator[str]:
     for run in result.runs[1:]:
         by_verdict: dict[str, list[str]] = {}
         for duel in result.duels:
-            if duel["model"] == run.name:
-                by_verdict.setdefault(duel["verdict"], []).append(duel["task"])
+            if duel.model == run.name:
+                by_verdict.setdefault(duel.verdict, []).append(duel.task)
         parts: list[str] = []
         for verdict, words in WORDS.items():
             if verdict in by_verdict:
@@ -87,10 +87,10 @@ def scores_table(result: Result) -> Table:
 def tests_table(result: Result) -> Table:
     rows: list[Row] = []
     for duel in result.duels:
-        low, high = duel["ci95"]
-        change = f"{duel['difference']:+.3f} ({low:+.3f} to {high:+.3f})".replace("-", "−")
-        changed = f"{duel['gained']:,} / {duel['lost']:,}"
-        rows.append((duel["model"], duel["task"], change, changed, f"{duel['p_holm']:.3f}", WORDS[duel["verdict"]]))
+        low, high = duel.ci95
+        change = f"{duel.difference:+.3f} ({low:+.3f} to {high:+.3f})".replace("-", "−")
+        changed = f"{duel.gained:,} / {duel.lost:,}"
+        rows.append((duel.model, duel.task, change, changed, f"{duel.p_holm:.3f}", WORDS[duel.verdict]))
     columns = ("Run", "Task", "Difference, 95%", "Gained / lost", "p (Holm)", "Reading")
     note = (
         f"Against {result.reference}, paired on the shared items: Tango's interval, exact McNemar test, Holm's "
