@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from qmedtune import __version__, claims, plan, record, run, store, ui
+from qmedtune import __version__, claims, record, run, store, ui
 from qmedtune.ablation import arms as derive
 from qmedtune.ablation import page, results
 from qmedtune.ablation.arms import Arm
@@ -22,6 +22,7 @@ from qmedtune.errors import RecipeError
 from qmedtune.interrupt import stop
 from qmedtune.parsing import checks
 from qmedtune.parsing.loader import LoadedRecipe, show_path
+from qmedtune.planning.resolve import resolve
 from qmedtune.recipe import Recipe
 
 RESULT, TABLE, DIFFERENCES = "ablation.json", "ablation.csv", "differences.csv"
@@ -46,7 +47,7 @@ def ablate(
     """
     claims.check(out)
     recipe = loaded.recipe
-    resolved, _ = plan.resolve(recipe)
+    resolved, _ = resolve(recipe)
     claims.check_inputs(resolved, out)
     arms = derive.arms_of(recipe, resolved)
     _check(recipe, resolved, arms)

@@ -14,7 +14,8 @@ from conftest import MICRO, MicroRun
 from qmedtune import audit, plan, store
 from qmedtune import model as models
 from qmedtune.data import canaries
-from qmedtune.data.tokens import encode_conversations, encode_texts, load_codec
+from qmedtune.data.conversations import encode_conversations
+from qmedtune.data.tokens import encode_texts, load_codec
 from qmedtune.errors import RecipeError, RunError
 from qmedtune.evaluation.scoring import encode_choice
 from qmedtune.parsing.loader import load_recipe

@@ -23,7 +23,7 @@ from qmedtune.bench import data_memory
 from qmedtune.bench import data_peers as peers
 from qmedtune.data import decontaminate, dedup, mix, world
 from qmedtune.data.reading import jats, xml_files
-from qmedtune.data.tokens import BATCH_BYTES, Codec, encode_texts, load_codec, shard_array, write_shards
+from qmedtune.data.tokens import BATCH_BYTES, encode_texts, shard_array, write_shards
 from qmedtune.errors import RecipeError
 from qmedtune.record import device_name, versions
 
@@ -35,7 +35,6 @@ CONTENDERS = {
 }
 ON_REQUEST = {"memory": "peak memory of reading to packing over the size of the corpus: ours (minutes)"}
 SEQ_LEN = 1024
-VOCABULARY = 8000
 TEXT_CHARACTERS = 1500
 SEED = 5
 
@@ -139,7 +138,7 @@ def _bytes(texts: list[str]) -> int:
 
 def _tokenise(texts: list[str], folder: Path) -> tuple[int, list[Run]]:
     folder.mkdir()
-    codec = train_tokenizer(texts, folder / "tokenizer")
+    codec = data_memory.train_tokenizer(texts, folder / "tokenizer")
     source = folder / "train.jsonl"
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
 
@@ -159,19 +158,6 @@ def _tokenise(texts: list[str], folder: Path) -> tuple[int, list[Run]]:
     if peers.installed("trl"):
         runs.append(Run("datasets + trl", peers.tokenise_with_trl(texts, codec.backend, SEQ_LEN)))
     return _bytes(texts), runs
-
-
-def train_tokenizer(texts: list[str], folder: Path) -> Codec:
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=["<s>", "</s>"], show_progress=False)
-    tokenizer.train_from_iterator(texts[:1000], trainer)
-    folder.mkdir()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
-    return load_codec(folder)
 
 
 def _batches(texts: list[str]) -> Iterator[list[str]]:

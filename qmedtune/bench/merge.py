@@ -26,6 +26,7 @@ from qmedtune import ui
 from qmedtune.bench import shapes
 from qmedtune.bench.shapes import SHAPES
 from qmedtune.errors import RecipeError, RunError
+from qmedtune.process import prepare
 from qmedtune.record import device_name, versions
 
 CONTENDERS = {
@@ -196,6 +197,7 @@ def _anonymous_bytes() -> int:
 
 
 def main() -> None:
+    prepare()
     contender, *paths = sys.argv[1:]
     base, adapter, out = map(Path, paths)
     if contender != "cp":  # what it imports, before the clock starts

@@ -4,7 +4,7 @@ Every contender trains the same random-weight LLaMA from the same adapter on the
 own (Unsloth patches its peers), in turns, several rounds; what is quoted are ratios within a round. Speed stands beside
 correctness: on the tiny shape the loss curve and the adapters' first gradient are compared with an fp32 loop's.
 Contenders whose package is absent are listed as absent, not skipped silently. Deliberately not here: what each
-contender does (train_worker.py, train_peers.py), the longest context (context.py).
+contender does (train_process.py, train_worker.py, train_peers.py), the longest context (context.py).
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ def _run(job: Job, contender: str, scratch: Path, models: Path, seconds: float) 
     target = scratch / f"{contender}.json"
     target.unlink(missing_ok=True)
     first = f"import {NEEDS[contender]}; " if contender == "unsloth" else ""  # before what it patches
-    program = f"{first}from qmedtune.bench.train_worker import main; main()"
+    program = f"{first}from qmedtune.bench.train_process import main; main()"
     command = [sys.executable, "-c", program, contender, json.dumps(asdict(job)), str(models), str(target)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)

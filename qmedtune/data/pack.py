@@ -17,7 +17,9 @@ from typing import Any
 import numpy as np
 
 from qmedtune import store, ui
+from qmedtune.batches import batch_rows
 from qmedtune.data import borders, framing, mix, templates
+from qmedtune.data.conversations import encode_conversations
 from qmedtune.data.fertility import fertility
 from qmedtune.data.ledger import Corpus, Draws, packing_facts
 from qmedtune.data.templates import Template
@@ -26,14 +28,12 @@ from qmedtune.data.tokens import (
     KEPT,
     LENGTH,
     Codec,
-    encode_conversations,
     encode_texts,
     load_codec,
     shard_array,
     write_shards,
 )  # fmt: skip
 from qmedtune.errors import DataError
-from qmedtune.planning.batches import batch_rows
 from qmedtune.recipe import (
     ClassifySection,
     CptSection,

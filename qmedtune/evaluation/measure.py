@@ -25,7 +25,6 @@ from qmedtune.data.sources import read_records
 from qmedtune.data.templates import Template
 from qmedtune.data.tokens import encode_texts
 from qmedtune.errors import DataError
-from qmedtune.evaluation.forward import compute_dtype
 from qmedtune.evaluation.generation import generate
 from qmedtune.evaluation.scoring import (
     ChoiceScores,
@@ -36,6 +35,7 @@ from qmedtune.evaluation.scoring import (
     perplexity,
     prompt_texts,
 )
+from qmedtune.modeling.forward import compute_dtype
 from qmedtune.recipe import SourceSection
 from qmedtune.tasks import Item, Task
 

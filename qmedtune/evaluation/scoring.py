@@ -23,7 +23,7 @@ from qmedtune.data.framing import Asked, codec_of, frame_of
 from qmedtune.data.templates import Template
 from qmedtune.data.tokens import Codec
 from qmedtune.errors import DataError
-from qmedtune.evaluation.forward import (
+from qmedtune.modeling.forward import (
     Prefix,
     Shared,
     check_numbers,
@@ -33,7 +33,7 @@ from qmedtune.evaluation.forward import (
     prefill,
     read_shared,
 )
-from qmedtune.training.loss import label_nll
+from qmedtune.modeling.loss import label_nll
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from qmedtune.batches import batch_rows, steps_in
 from qmedtune.data import canaries, mix
 from qmedtune.data.pack import draw_tokens, shared_tokens
-from qmedtune.planning.batches import batch_rows, steps_in
 from qmedtune.planning.estimate import Measured
 from qmedtune.recipe import ClassifySection, CptSection, MixSection, PretrainSection, Recipe, SftSection
 

@@ -21,8 +21,8 @@ from qmedtune import model as models
 from qmedtune import store
 from qmedtune.data.classes import HELD_OUT, IDS, LABELS, LabelledRows
 from qmedtune.evaluation.statistics import auroc, average_precision, bootstrap
+from qmedtune.modeling.loss import packed_hidden
 from qmedtune.recipe import ClassifySection
-from qmedtune.training.loss import packed_hidden
 from qmedtune.training.trainer import collate
 
 HEAD, ITEMS, SCORES = "head.safetensors", "heldout.items.jsonl", "heldout.scores.safetensors"
