@@ -8,12 +8,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+from builders import unknown_keys
 from conftest import MICRO
 from test_train import stop_after
 
 from qmedtune import interrupt, store
 from qmedtune.errors import RecipeError, RunError
 from qmedtune.parsing.loader import load_recipe
+from qmedtune.results import Run
 from qmedtune.run import run
 from qmedtune.smoke import smoke
 from qmedtune.step_status import status
@@ -69,6 +71,14 @@ def test_run_json_has_the_promised_names(finished: Path):
     at_the_root = ("metrics.jsonl", "report.html", "report.md", "evaluation.json")
     for name in (*at_the_root, "evaluation/facts.items.jsonl", "merged/README.md"):
         assert (finished / name).is_file(), name
+
+
+def test_run_json_is_written_again_byte_for_byte(finished: Path):
+    """Every key has a name and a type in results/: what a step writes beside them would be read by nobody."""
+    written = (finished / "run.json").read_text(encoding="utf-8")
+    run = Run.model_validate_json(written)
+    assert json.dumps(run.as_json(), indent=1, ensure_ascii=False) + "\n" == written
+    assert unknown_keys(run) == []
 
 
 def test_the_token_ledger_adds_up(finished: Path):
@@ -166,7 +176,7 @@ def test_status_names_what_is_stale_and_why(finished: Path):
 
 def test_until_stops_after_a_step_and_the_rest_follows(tmp_path: Path, finished: Path):
     result = run_micro(tmp_path / "run", until="cpt")
-    assert result["status"] == "running" and not (tmp_path / "run" / "02-sft").exists()
+    assert result["status"] == "stopped" and not (tmp_path / "run" / "02-sft").exists()
     run_micro(tmp_path / "run")
     assert digests(tmp_path / "run") == digests(finished)
 
@@ -224,7 +234,7 @@ def test_two_runs_on_one_folder(copy: Path):
 def test_the_time_limit_seals_and_the_next_run_goes_on(tmp_path: Path, finished: Path):
     with pytest.raises(interrupt.TimeLimit):
         run_micro(tmp_path / "run", time_limit_s=1e-3)
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "running"
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "stopped"
     run_micro(tmp_path / "run")
     assert digests(tmp_path / "run") == digests(finished)
 
