@@ -122,7 +122,7 @@ def _inputs(recipe: Recipe) -> Iterator[tuple[str, str]]:
 
 
 def _paths(source: SourceSection) -> list[str]:
-    from qmedtune.data.sources import BUILTIN, hub_dataset, with_variables
+    from qmedtune.data.reading.sources import BUILTIN, hub_dataset, with_variables
 
     if hub_dataset(source):
         return []

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from qmedtune import store, ui
 from qmedtune.base import check_chain
-from qmedtune.data.framing import write_template
+from qmedtune.data.packing.framing import write_template
 from qmedtune.errors import RecipeError, RunError
 from qmedtune.merging.disk_llama import DiskLlama, open_llama
 from qmedtune.merging.lora_files import LowRank, Updates, read_adapters
@@ -314,7 +314,7 @@ def _copy_descriptions(base: Path, out: Path, template: Path | None) -> None:
 
 def validation_ids(folder: Path) -> np.ndarray | None:
     """Held-out ids for the proof, a row for each packed source, all as long as the shortest; None below 16 columns."""
-    from qmedtune.data.pack import PackedRows
+    from qmedtune.data.packing.pack import PackedRows
 
     sources = sorted(path for path in folder.iterdir() if path.is_dir())
     rows = [_first_ids(PackedRows(source), PROBE_TOKENS // len(sources)) for source in sources]

@@ -19,8 +19,8 @@ from typing import Any
 from safetensors import SafetensorError
 
 from qmedtune import base, claims, heartbeat, hub, keys, peak, preflight, record, store, ui
-from qmedtune.data import secret
-from qmedtune.data.treat import phi_mode
+from qmedtune.data.hygiene import secret
+from qmedtune.data.hygiene.per_record import phi_mode
 from qmedtune.disk import owner_only
 from qmedtune.errors import MergeRefused, QmedtuneError, RecipeError, RunError
 from qmedtune.interrupt import Stopped, stop

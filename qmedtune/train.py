@@ -25,10 +25,10 @@ from qmedtune import model as models
 from qmedtune import peak, store, ui
 from qmedtune.base import name_of_base, note_base
 from qmedtune.batches import batch_rows, steps_in, too_few_steps
-from qmedtune.data import templates
-from qmedtune.data.classes import LabelledRows
-from qmedtune.data.framing import write_template
-from qmedtune.data.pack import PackedRows
+from qmedtune.data.packing import templates
+from qmedtune.data.packing.classes import LabelledRows
+from qmedtune.data.packing.framing import write_template
+from qmedtune.data.packing.pack import PackedRows
 from qmedtune.errors import RunError
 from qmedtune.interrupt import stop
 from qmedtune.model_stack import adapters_in

@@ -26,8 +26,8 @@ import torch
 from merge_proof import scaled_copy, write_page
 from torch import Tensor
 
-from qmedtune.data import templates
-from qmedtune.data.pack import PackedRows
+from qmedtune.data.packing import templates
+from qmedtune.data.packing.pack import PackedRows
 from qmedtune.evaluate import write_results
 from qmedtune.evaluation.measure import Settings, measure_model
 from qmedtune.merge import MergeJob, merge

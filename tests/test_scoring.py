@@ -8,9 +8,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from qmedtune.data.conversations import encode_conversations
-from qmedtune.data.templates import TEMPLATES
-from qmedtune.data.tokens import load_codec
+from qmedtune.data.packing.conversations import encode_conversations
+from qmedtune.data.packing.templates import TEMPLATES
+from qmedtune.data.packing.tokens import load_codec
 from qmedtune.errors import DataError, RunError
 from qmedtune.evaluation import generation, measure, scoring
 from qmedtune.modeling import forward

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 from qmedtune import interrupt, plan, store, train, ui
 from qmedtune import model as models
-from qmedtune.data.pack import PackedRows
+from qmedtune.data.packing.pack import PackedRows
 from qmedtune.errors import RunError
 from qmedtune.modeling import loss
 from qmedtune.parsing.loader import load_recipe

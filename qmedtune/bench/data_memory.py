@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from qmedtune.data.tokens import Codec, load_codec
+from qmedtune.data.packing.tokens import Codec, load_codec
 from qmedtune.errors import RunError
 
 SIZES_MB = (64, 256, 1024)
@@ -67,9 +67,9 @@ def make_corpus(path: Path, size_bytes: int) -> int:
 
 def measure(folder: Path) -> dict[str, Any]:
     """Prepare and pack the corpus of a folder; peak bytes, with those of the workers, and the counts."""
-    from qmedtune.data.pack import pack_stage
+    from qmedtune.data.hygiene.per_record import worker_count
+    from qmedtune.data.packing.pack import pack_stage
     from qmedtune.data.prepare import prepare_source
-    from qmedtune.data.treat import worker_count
     from qmedtune.recipe import Recipe
 
     recipe = Recipe.model_validate({
