@@ -6,11 +6,14 @@ import re
 from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from qmedtune.commands.common import JsonOption, OfflineOption, emit
+
+if TYPE_CHECKING:
+    from qmedtune.results import HeadToHead
 
 
 class Precision(StrEnum):
@@ -147,23 +150,23 @@ def compare(
     named = tuple(name for name in templates.split(",") if name)
     asked = Asked(tuple(models), tuple(sections), numbers, named, seed, chosen, offline)
     found = compare_models(asked, out)
-    emit(found) if as_json else _show_duels(found)
+    emit(found.as_json()) if as_json else _show_duels(found)
 
 
-def _show_duels(found: dict[str, Any]) -> None:
+def _show_duels(found: HeadToHead) -> None:
     from qmedtune import ui
 
-    rows = []
-    for duel in found["duels"]:
-        low, high = duel["ci95"]
-        scores = [found["models"][name][duel["task"]] for name in (found["reference"], duel["model"])]
-        asked = " / ".join(f"{score['template']}, {score['shots']} shots" for score in scores)
-        both = " → ".join(f"{score['accuracy']:.3f}" for score in scores)
-        change = f"{duel['difference']:+.3f} ({low:+.3f} to {high:+.3f})"
-        rows.append((duel["model"], duel["task"], both, change, f"{duel['p_holm']:.3f}", duel["verdict"], asked))
+    rows: list[tuple[str, ...]] = []
+    for duel in found.duels:
+        low, high = duel.ci95
+        scores = [found.models[name][duel.task] for name in (found.reference, duel.model)]
+        asked = " / ".join(f"{score.template}, {score.shots} shots" for score in scores)
+        both = " → ".join(f"{score.accuracy:.3f}" for score in scores)
+        change = f"{duel.difference:+.3f} ({low:+.3f} to {high:+.3f})"
+        rows.append((duel.model, duel.task, both, change, f"{duel.p_holm:.3f}", duel.verdict, asked))
     columns = ("model", "task", "accuracy", "difference, 95 %", "p (Holm)", "verdict", "asked with")
-    ui.table(f"against {found['reference']}", columns, rows)
-    for sentence in found["claims"]:
+    ui.table(f"against {found.reference}", columns, rows)
+    for sentence in found.claims:
         ui.note(sentence)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from qmedtune.heartbeat import Life
-from qmedtune.reporting.facts import ALL, comparisons
+from qmedtune.reporting.facts import both_perplexities, wholes
 from qmedtune.results import Run
 from qmedtune.ui import Progress
 from qmedtune.units import clock, digits3
@@ -54,15 +54,14 @@ def result(run: Run) -> str:
 
 
 def _tasks(run: Run) -> str:
-    whole = [each for each in comparisons(run.as_json()) if each.part == ALL and each.final is not None]
-    if len(whole) > FEW:
-        return verdicts([each.verdict for each in whole])
-    told = []
-    for each in whole:
-        assert each.final is not None
-        before = f"{each.base.value:.2f} → " if each.base else ""
-        noise = " (within noise)" if each.verdict == "noise" else ""
-        told.append(f"{each.task} {before}{each.final.value:.2f}{noise}")
+    found = wholes(run)
+    if len(found) > FEW:
+        return verdicts([whole.verdict for whole, _ in found])
+    told: list[str] = []
+    for whole, final in found:
+        before = f"{whole.base.value:.2f} → " if whole.base else ""
+        noise = " (within noise)" if whole.verdict == "noise" else ""
+        told.append(f"{whole.task} {before}{final.value:.2f}{noise}")
     return ", ".join(told)
 
 
@@ -70,7 +69,7 @@ def verdicts(found: list[str]) -> str:
     """`18 better, 1 worse, 1 within noise`"""
     counted = Counter(found)
     words = {"better": "better", "worse": "worse", "noise": "within noise", "": "not compared"}
-    told = []
+    told: list[str] = []
     for verdict, word in words.items():
         if counted[verdict]:
             told.append(f"{counted[verdict]} {word}")
@@ -78,10 +77,7 @@ def verdicts(found: list[str]) -> str:
 
 
 def _texts(run: Run) -> str:
-    pairs = []
-    for name, text in (run.evaluation.perplexity if run.evaluation else {}).items():
-        if text.base is not None and text.final is not None:
-            pairs.append((name, text.base, text.final))
+    pairs = list(both_perplexities(run))
     if not pairs:
         return ""
     if len(pairs) == 1:
