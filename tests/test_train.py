@@ -18,7 +18,7 @@ from qmedtune import interrupt, plan, store, train, ui
 from qmedtune import model as models
 from qmedtune.data.packing.pack import PackedRows
 from qmedtune.errors import RunError
-from qmedtune.modeling import loss
+from qmedtune.modeling import collation, loss
 from qmedtune.parsing.loader import load_recipe
 from qmedtune.recipe import Recipe
 from qmedtune.training import checkpoints, trainer
@@ -194,7 +194,7 @@ def test_an_evaluation_in_the_middle_leaves_gradients_alone(micro_run: MicroRun,
     model = models.attach_adapter(base, recipe.adapter, [], continued=True)
     models.install_kernels(model, "auto")
     rows = train.PackedRows(micro_run.inputs()["tokens"])
-    batch = trainer.collate([rows[i] for i in range(4)], pad_id=0)
+    batch = collation.collate([rows[i] for i in range(4)], pad_id=0)
     del batch["lengths"]
     with torch.no_grad():  # B starts at zero, which would hide wrong gradients of A
         for name, weights in trainer.trainable(model).items():
