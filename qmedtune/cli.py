@@ -19,6 +19,7 @@ import typer
 from qmedtune import __version__
 from qmedtune.commands import ablate as cli_ablate
 from qmedtune.commands import bench as cli_bench
+from qmedtune.commands import compare as cli_compare
 from qmedtune.commands import export as cli_export
 from qmedtune.commands import fetch as cli_fetch
 from qmedtune.commands import model as cli_model
@@ -47,7 +48,7 @@ COMMANDS = {
     "erase": cli_run.erase,
     "ablate": cli_ablate.ablate,
     "eval": cli_model.evaluate,
-    "compare": cli_model.compare,
+    "compare": cli_compare.compare,
     "predict": cli_model.predict,
     "chat": cli_model.chat,
     "merge": cli_model.merge,
@@ -87,7 +88,9 @@ def main() -> None:
 def invoke(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit code; what went wrong is on stderr."""
     from qmedtune.interrupt import Stopped, stop
+    from qmedtune.process import prepare
 
+    prepare()
     words = [word for word in arguments if word != "--debug"] or ["--help"]
     if "--offline" in words:  # read once, when huggingface_hub is imported: nothing here has done so yet
         os.environ["HF_HUB_OFFLINE"] = "1"

@@ -114,7 +114,7 @@ def find(job: ExportJob) -> Location:
 
 def _adapters_of_run(job: ExportJob, folder: Path) -> Location:
     """All adapters that the run's merge folds."""
-    from qmedtune.commands.merge import adapters_of_run
+    from qmedtune.merge_folder import adapters_of_run
     from qmedtune.data.packing import templates
 
     found = adapters_of_run(folder, job.offline)

@@ -15,9 +15,9 @@ import yaml
 from qmedtune import disk
 from qmedtune.reporting import live, score_tables, tables
 from qmedtune.reporting import page as report_html
+from qmedtune.reporting.blocks import DISCLAIMER
 from qmedtune.reporting.cells import Table
-from qmedtune.reporting.facts import Metrics, base_name, outcome, precision_words, wholes
-from qmedtune.reporting.page import DISCLAIMER
+from qmedtune.reporting.facts import Metrics, base_name, outcome, precision_words, warnings_of, wholes
 from qmedtune.results import Run, Score
 
 STAGE_WORDS = {
@@ -75,7 +75,7 @@ def _markdown_parts(run: Run, metrics: Metrics) -> Iterator[str]:
     yield _section(tables.findings(run))
     yield _section(tables.merge(run))
     yield _section(tables.steps(run))
-    yield "## Warnings\n\n" + _listed(run.warnings)
+    yield "## Warnings\n\n" + _listed(warnings_of(run))
     yield _section_if_any(tables.choices(run))
     yield _section(tables.provenance(run))
     if run.recipe_text:
@@ -122,8 +122,9 @@ def _card_parts(run: Run) -> Iterator[str]:
 
 
 def _use(run: Run) -> str:
-    name = run.scored.template
-    form = f" (`{_plain(name)}`)" if name else ""
+    form = ""
+    if run.scored.template:
+        form = f" (`{_plain(run.scored.template)}`)"
     ask = "`apply_chat_template(..., add_generation_prompt=True)`"
     return (
         f"Ask with the tokenizer's chat template{form}, {ask}: it gives the tokens of the training. The marks that end "
@@ -164,7 +165,9 @@ def _front_metric(final: Score, words: str) -> dict[str, object]:
 def _procedure(run: Run) -> str:
     kinds = [STAGE_WORDS.get(stage.kind, stage.kind) for stage in run.stages]
     stages = ", then ".join(kinds) or "no training stage"
-    return f"{stages} as LoRA over an NF4 base" if run.quantised else stages
+    if run.quantised:
+        return f"{stages} as LoRA over an NF4 base"
+    return stages
 
 
 def _limits(run: Run) -> Iterator[str]:
@@ -200,7 +203,9 @@ def _section(table: Table) -> str:
 
 
 def _section_if_any(table: Table) -> str:
-    return _section(table) if table.rows else ""
+    if not table.rows:
+        return ""
+    return _section(table)
 
 
 def _markdown_table(table: Table) -> str:
@@ -208,7 +213,9 @@ def _markdown_table(table: Table) -> str:
         return table.note
     border = ("---",) * len(table.columns)
     drawn = "\n".join(_markdown_row(line) for line in (table.columns, border, *table.rows))
-    return f"{drawn}\n\n{table.note}" if table.note else drawn
+    if table.note:
+        return f"{drawn}\n\n{table.note}"
+    return drawn
 
 
 def _markdown_row(cells: tuple[str, ...]) -> str:

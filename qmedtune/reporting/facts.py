@@ -7,7 +7,7 @@ Deliberately does not: format pages, recompute results, or read anything but tho
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +18,8 @@ from qmedtune.units import digits3
 
 SIGNIFICANCE = 0.05
 ALL, GENERATED = "all", "generated answers"
+FEW = 3  # so many scores or texts are told one by one; of more, verdicts are counted
+DROPPED = 0.01  # a share of dropped tokens that is worth a warning
 MINUS = "−"
 
 Points = list[tuple[int, Number]]  # (optimiser step, loss in nats per token)
@@ -41,6 +43,11 @@ class Comparison:
         if self.part == ALL:
             return self.task
         return f"{self.task}: {self.part}"
+
+    @property
+    def chance(self) -> Number | None:
+        """Of the first score that is known, the final one first."""
+        return self.scores[0].chance if self.scores else None
 
     @property
     def scores(self) -> list[Score]:
@@ -112,13 +119,18 @@ def _title(name: str, task: Task) -> str:
 
 def _generated(task: Task) -> Scores | None:
     """What the models wrote, compared; None where no answers were asked for beside the options."""
-    base = task.base.generation if task.base else None
-    final = task.final.generation if task.final else None
+    base, final = _written(task.base), _written(task.final)
     if base is None and final is None:
         return None
     if task.generation is None:
         return Scores(base=base, final=final)
     return Scores(base=base, final=final, difference=task.generation.difference, paired=task.generation.paired)
+
+
+def _written(score: Score | None) -> Score | None:
+    if score is None:
+        return None
+    return score.generation
 
 
 def _compare(task: str, part: str, scores: Scores) -> Comparison:
@@ -179,7 +191,7 @@ def _evidence(paired: Paired | None, ci95: Interval | None) -> tuple[bool | None
         words = f"{_p_value(paired.p_value)}; {paired.gained:,} gained, {paired.lost:,} lost"
     elif ci95 is not None:
         clear = not ci95[0] <= 0 <= ci95[1]
-        words = "interval of the change " + ("excludes 0" if clear else "holds 0")
+        words = "interval of the change excludes 0" if clear else "interval of the change holds 0"
     else:
         return None, "no interval"
     if clear:
@@ -261,8 +273,10 @@ def _sealed_validation(stage: Stage) -> dict[str, Points]:
 def outcome(run: Run) -> str:
     """One or two plain sentences: what came out of the run, or why there is nothing to tell."""
     if run.status == "failed":
-        why = f" ({run.error})" if run.error else ""
-        return f"The run failed{_at(run)}{why}; what was sealed before stands and is shown here."
+        failed = f"The run failed{_at(run)}"
+        if run.error:
+            failed += f" ({run.error})"
+        return f"{failed}; what was sealed before stands and is shown here."
     if run.status == "running":
         return f"The run is under way{_at(run)}: this page shows what is sealed and measured so far."
     if run.status == "stopped":
@@ -271,6 +285,27 @@ def outcome(run: Run) -> str:
     if any(told) and (words := precision_words(run)):
         told.append(_sentence(f"scored in {words}"))
     return " ".join(filter(None, told)) or "The run finished without an evaluation: there are no scores to tell."
+
+
+def warnings_of(run: Run) -> list[str]:
+    """What the steps warned of, and what of the figures nobody should overlook: tokens that were read and not trained
+    on."""
+    found = list(run.warnings)
+    for stage in run.stages:
+        share = dropped_share(stage)
+        if share is not None and share >= DROPPED:
+            found.append(
+                f"{stage.name}: {share:.0%} of the tokens read were dropped ({stage.tokens.dropped:,} of "
+                f"{stage.tokens.read:,}): documents were longer than a row and were cut"
+            )
+    return found
+
+
+def dropped_share(stage: Stage) -> float | None:
+    """Of the tokens that were read for a stage; None where no ledger says."""
+    if not stage.tokens.read or stage.tokens.dropped is None:
+        return None
+    return stage.tokens.dropped / stage.tokens.read
 
 
 def _at(run: Run) -> str:
@@ -282,21 +317,40 @@ def _at(run: Run) -> str:
 
 
 def _tasks_sentence(run: Run) -> str:
-    parts = [_task_words(whole, final) for whole, final in wholes(run)]
+    scored = wholes(run)
+    if len(scored) > FEW:
+        counted = verdicts([whole.verdict for whole, _ in scored])
+        return _sentence(f"of {len(scored)} tasks: {counted}")
+    parts = [_task_words(whole, final) for whole, final in scored]
     return _sentence("; ".join(parts))
 
 
+def verdicts(found: Sequence[str]) -> str:
+    """`18 better, 1 worse, 1 within noise`"""
+    words = {"better": "better", "worse": "worse", "noise": "within noise", "": "not compared"}
+    told: list[str] = []
+    for verdict, word in words.items():
+        number = sum(each == verdict for each in found)
+        if number:
+            told.append(f"{number} {word}")
+    return ", ".join(told)
+
+
 def _task_words(whole: Comparison, final: Score) -> str:
-    name, metric = whole.task, "score" if whole.task.endswith(")") else "accuracy"
-    items = f" ({final.n:,} items)" if final.n else ""
+    metric = "score" if whole.task.endswith(")") else "accuracy"
+    what, after = f"{metric} on {whole.task}", f"{final.value:.2f}"
+    if final.n:
+        after += f" ({final.n:,} items)"
     if whole.base is None:
-        return f"{metric} on {name} is {final.value:.2f}{items}"
-    before, after = f"{whole.base.value:.2f}", f"{final.value:.2f}{items}"
+        return f"{what} is {after}"
+    before = f"{whole.base.value:.2f}"
     if whole.verdict == "noise":
-        return f"{metric} on {name} did not change beyond noise: {before} → {after}"
+        return f"{what} did not change beyond noise: {before} → {after}"
     verb = "rose" if final.value > whole.base.value else "fell"
-    guess = no_knowledge(final)
-    return f"{metric} on {name} {verb} from {before} to {after}{f', {guess}' if guess else ''}"
+    told = f"{what} {verb} from {before} to {after}"
+    if guess := no_knowledge(final):
+        told += f", {guess}"
+    return told
 
 
 def _perplexity_sentence(run: Run) -> str:
@@ -305,6 +359,8 @@ def _perplexity_sentence(run: Run) -> str:
     for source, base, final in both_perplexities(run):
         side = fell if final < base else rose
         side.append(f"{source} ({digits3(base)} → {digits3(final)})")
+    if len(fell) + len(rose) > FEW:
+        return _sentence(f"perplexity fell on {len(fell)} of {len(fell) + len(rose)} texts")
     parts: list[str] = []
     if fell:
         parts.append(f"fell on {_join(fell)}")

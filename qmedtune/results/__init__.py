@@ -6,6 +6,12 @@ version keeps what it lacks. Everything that an earlier version did not write is
 Deliberately absent: composing (record.py), rendering (reporting/), computing anything but sums and look-ups.
 """
 
+from qmedtune.results.duels import (
+    Chosen,
+    Development,
+    DuelEntry,
+    HeadToHead,
+)
 from qmedtune.results.ledgers import (
     Classes,
     Cleaned,
@@ -84,15 +90,19 @@ __all__ = [
     "Audit",
     "Change",
     "Choice",
+    "Chosen",
     "Classes",
     "Classification",
     "Cleaned",
     "Comparisons",
+    "Development",
     "Difference",
+    "DuelEntry",
     "Evaluation",
     "Exposure",
     "Facts",
     "Fertility",
+    "HeadToHead",
     "Identifiers",
     "Interval",
     "Item",
