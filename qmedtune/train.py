@@ -35,6 +35,7 @@ from qmedtune.planning.machine import this_machine
 from qmedtune.planning.memory import peak_bytes
 from qmedtune.planning.shapes import base_facts
 from qmedtune.recipe import Recipe
+from qmedtune.results import Trained
 from qmedtune.steps import adapters_in
 from qmedtune.training import activations, checkpoints
 from qmedtune.training.card import check_card
@@ -103,7 +104,7 @@ def train_stage(
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return facts
+    return Trained.model_validate(facts).as_json()
 
 
 def quiet_libraries() -> None:

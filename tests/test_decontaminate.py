@@ -83,8 +83,8 @@ def test_overlap_names_items_for_a_split_evaluation():
 
 
 def recipe(**sections):
-    source = {"path": "builtin:literature", "kind": "literature"}
-    return make_recipe({"a": source}, [{"cpt": {"mix": {"a": 1}}}], **sections)
+    data = sections.pop("data", {"a": {"path": "builtin:literature", "kind": "literature"}})
+    return make_recipe(data, [{"cpt": {"mix": {"a": 1}}}], **sections)
 
 
 SCHEMAS = {
