@@ -52,8 +52,12 @@ class Duel:
 
 def duels(answers: Mapping[str, Mapping[str, Right]], reference: str) -> list[Duel]:
     """Every other model against `reference`. answers: {task: {model: right or wrong per item}}."""
-    pairs = [(task, model) for task, found in answers.items() for model in found if model != reference]
-    paired = [statistics.mcnemar(answers[task][reference], answers[task][model]) for task, model in pairs]
+    pairs, paired = [], []
+    for task, found in answers.items():
+        for model in found:
+            if model != reference:
+                pairs.append((task, model))
+                paired.append(statistics.mcnemar(found[reference], found[model]))
     adjusted = holm([each.p_value for each in paired])
     made = []
     for (task, model), each, p_holm in zip(pairs, paired, adjusted, strict=True):

@@ -30,6 +30,8 @@ class Score(Facts):
     truncated: int | None = None
     shots: int | None = None
     shots_from: str | None = None
+    prompts: str | None = None
+    extraction: str | None = None
     chance: Number | None = None
     majority: Number | None = None
     per_character: Number | None = None
