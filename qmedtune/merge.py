@@ -1,7 +1,7 @@
 """Fold adapters into a model folder, tensor by tensor, and prove it before anything is renamed.
 
 W + sum of scale * B @ A is added in fp32 and rounded once, to the nearest number or stochastically (rounding.py).
-Memory is a few blocks of 2 MB whatever the model; the sharding is the base's. The proof (merging/verify.py) holds every
+Memory is a few blocks of 2 MB whatever the model; the sharding is the base's. The proof (merging/proof.py) holds every
 element of what was written against base + adapters, read by transformers and PEFT.
 Deliberately does not re-quantise (PEFT on 4-bit layers does, and loses the update), and does not rename: store.py does.
 """
@@ -28,10 +28,10 @@ from qmedtune.errors import RecipeError, RunError
 from qmedtune.merging.disk_llama import DiskLlama, open_llama
 from qmedtune.merging.lora_files import LowRank, Updates, read_adapters
 from qmedtune.merging.parallel import in_fp32, in_order, workers
+from qmedtune.merging.proof import PROBE_TOKENS, Proof, Reference, check_readings
 from qmedtune.merging.reference import ReadModel, read_base, read_updates
 from qmedtune.merging.rounding import Rounding
 from qmedtune.merging.tensors import row_blocks, write_safetensors
-from qmedtune.merging.verify import PROBE_TOKENS, Proof, Reference, check_readings
 from qmedtune.model import DTYPES
 from qmedtune.model_stack import EMBEDDING, HEAD, INDEX
 from qmedtune.recipe import MergeSection, ModelSection, Recipe

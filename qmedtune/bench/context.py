@@ -161,12 +161,12 @@ def _step_of(job: Job, scratch: Path) -> Callable[[int], None]:
 
     from qmedtune.bench import train_worker
     from qmedtune.train import quiet_libraries
-    from qmedtune.training import activations, trainer
+    from qmedtune.training import activation_checkpointing, trainer
     from qmedtune.training.loss import token_nll
 
     quiet_libraries()
     model = train_worker.adapted(job, train_worker.model_folder(job, scratch), "auto")
-    activations.set_ways(model.train(), {"offload": model.config.num_hidden_layers})
+    activation_checkpointing.set_ways(model.train(), {"offload": model.config.num_hidden_layers})
     section = train_worker.section_of(job).model_copy(update={"optimizer": OPTIMIZER})
     optimizer = trainer.make_optimizer(model, section)
 

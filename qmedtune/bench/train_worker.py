@@ -174,12 +174,12 @@ def layers_of(job: Job) -> dict[str, int]:
 
 def qmedtune(job: Job, folder: Path, clock: Clock, kernels: str, attention: str = "auto") -> None:
     from qmedtune import model as models
-    from qmedtune.training import activations
+    from qmedtune.training import activation_checkpointing
     from qmedtune.training.trainer import QTrainer, trainer_arguments
 
     model, section = adapted(job, folder, kernels, attention), section_of(job)
     clock.more["layers"] = layers_of(job)
-    activations.set_ways(model, clock.more["layers"])
+    activation_checkpointing.set_ways(model, clock.more["layers"])
     arguments = trainer_arguments(
         folder / "out",
         section,

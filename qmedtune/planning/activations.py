@@ -2,7 +2,7 @@
 
 Four ways, all layers being alike: keep everything; make elementwise results again (norm outputs, the SwiGLU product);
 recompute the whole layer from its input; move that input to pinned host memory and recompute. Pure functions over
-budgets; training/activations.py does what is chosen here. Times are modelled, not measured.
+budgets; training/activation_checkpointing.py does what is chosen here. Times are modelled, not measured.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ HOST_BASE_BYTES = {"cpu": 600 * MIB, "cuda": int(1.8 * GIB)}
 RUN_BYTES = 300 * MIB
 
 
-# Offloaded layers pass this many tokens at a time through their MLP (training/activations.py).
+# Offloaded layers pass this many tokens at a time through their MLP (training/activation_checkpointing.py).
 TILE_TOKENS = 4096
 WAYS = ("keep", "cheap", "recompute", "offload")
 
