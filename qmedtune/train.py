@@ -192,9 +192,8 @@ def _run(
     for line in callback.memory.said:
         ui.warn(line)
         callback.warn(0, line)
-    with ui.stage(
-        callback.name, total=packed["tokens"]["trained"], unit="tokens", completed=callback.tokens
-    ) as callback.bar:
+    total = packed["tokens"]["trained"]
+    with ui.stage(callback.name, total=total, unit="tokens", completed=callback.tokens) as callback.bar:
         if callback.held_out and not checkpoint:
             callback.validate(0)  # where the curve begins: what training changes is seen from its first step on
         try:
