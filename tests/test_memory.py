@@ -291,8 +291,8 @@ def test_a_measured_step_beyond_the_budget_tightens_the_layers(first):
 
 def test_tightening_ends():
     facts, applied = settled([None] * 9, setup=replace(QLORA, seq_len=65_536))
-    assert 0 < len(applied) <= 4 and facts["measured_bytes"] is None
-    assert facts["layers"]["offload"] > 0
+    assert 0 < len(applied) <= 4 and facts.measured_bytes is None
+    assert facts.layers["offload"] > 0
 
 
 def test_whole_layer_checkpointing_keeps_only_the_stream():
