@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qmedtune.training import activation_checkpointing, fused
+from qmedtune.modeling import activations, fused
 
 CONFIG = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -131,11 +131,11 @@ def test_every_way_of_the_layers_gives_the_same_bits_for_fewer_bytes(ids):
     fused.install(model)
     model.train()
     found = {}
-    for way in activation_checkpointing.WAYS:
-        activation_checkpointing.set_ways(model, {way: 4})
+    for way in activations.WAYS:
+        activations.set_ways(model, {way: 4})
         torch.manual_seed(5)
         found[way] = step(model, ids)
-    activation_checkpointing.set_ways(model, {"offload": 1, "recompute": 1, "cheap": 1, "keep": 1})
+    activations.set_ways(model, {"offload": 1, "recompute": 1, "cheap": 1, "keep": 1})
     assert [layer.way for layer in model.base_model.model.model.layers] == ["offload", "recompute", "cheap", "keep"]
     torch.manual_seed(5)
     found["mixed"] = step(model, ids)
@@ -148,12 +148,12 @@ def test_an_mlp_in_tiles_gives_the_same_gradients(ids, monkeypatch):
     """Tiles of 5 tokens do not divide the rows; their last one is short."""
     model = tiny(num_hidden_layers=2)
     fused.install(model)
-    activation_checkpointing.set_ways(model.train(), {"offload": 2})
+    activations.set_ways(model.train(), {"offload": 2})
     loss, grads = step(model, ids)
     seen = []
     for layer in model.base_model.model.model.layers:
         layer.mlp.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
-    monkeypatch.setattr(fused, "tiled", partial(activation_checkpointing.tiled, tokens=5))
+    monkeypatch.setattr(fused, "tiled", partial(activations.tiled, tokens=5))
     again, again_grads = step(model, ids)
     assert max(seen) == 5 and ids.numel() % 5 and ids.numel() % 5 in seen
     assert float(again) == pytest.approx(float(loss), rel=1e-6)
@@ -165,8 +165,8 @@ def test_each_way_keeps_what_the_plan_says(ids):
     fused.install(model)
     model.train()
     held = {}
-    for way in activation_checkpointing.WAYS:
-        activation_checkpointing.set_ways(model, {way: 2})
+    for way in activations.WAYS:
+        activations.set_ways(model, {way: 2})
         held[way] = kept_bytes(model, ids)
     hidden, product = (4 * ids.numel() * CONFIG[name] for name in ("hidden_size", "intermediate_size"))
     # The first layer's norm needs no gradient: what it reads is kept only to be normed again.
@@ -176,8 +176,8 @@ def test_each_way_keeps_what_the_plan_says(ids):
 
 @pytest.mark.parametrize("piece", [3, 2**25])
 def test_offloaded_inputs_are_copies_that_come_back_in_turn(piece, monkeypatch):
-    monkeypatch.setattr(activation_checkpointing, "PIECE", piece)
-    monkeypatch.setattr(activation_checkpointing, "_LAST", [])  # no other test's graph comes before
+    monkeypatch.setattr(activations, "PIECE", piece)
+    monkeypatch.setattr(activations, "_LAST", [])  # no other test's graph comes before
     x = [torch.full((4,), float(i), requires_grad=True) for i in range(3)]
     seen = []
 
@@ -185,7 +185,7 @@ def test_offloaded_inputs_are_copies_that_come_back_in_turn(piece, monkeypatch):
         seen.append(float(x.detach()[0]))
         return x * x
 
-    outputs = [activation_checkpointing.recomputed(layer, value, {}, offload=True) for value in x]
+    outputs = [activations.recomputed(layer, value, {}, offload=True) for value in x]
     with torch.no_grad():
         for value in x:
             value.mul_(100)  # what is kept is the copy, not this
@@ -195,7 +195,7 @@ def test_offloaded_inputs_are_copies_that_come_back_in_turn(piece, monkeypatch):
 
 
 class Stream:
-    """What activation_checkpointing.py asks of a CUDA stream, written down."""
+    """What activations.py asks of a CUDA stream, written down."""
 
     def __init__(self, name: str, told: list):
         self.name, self.told, self.events = name, told, 0
@@ -216,10 +216,10 @@ def streams(monkeypatch):
     """CPU tensors taken for a GPU's: every wait between the two streams, in order."""
     told: list[str] = []
     pair = Stream("computing", told), Stream("copying", told)
-    monkeypatch.setattr(activation_checkpointing, "_streams", lambda device: pair)
-    monkeypatch.setattr(activation_checkpointing, "_on", lambda stream: nullcontext())
-    monkeypatch.setattr(activation_checkpointing, "_LAST", [])
-    monkeypatch.setattr(activation_checkpointing, "_LEAVING", [])
+    monkeypatch.setattr(activations, "_streams", lambda device: pair)
+    monkeypatch.setattr(activations, "_on", lambda stream: nullcontext())
+    monkeypatch.setattr(activations, "_LAST", [])
+    monkeypatch.setattr(activations, "_LEAVING", [])
     return told
 
 
@@ -231,35 +231,35 @@ def test_offloading_holds_two_inputs_on_their_way_and_two_on_the_way_back(stream
     alive = []
 
     def layer(x):
-        alive.append(len(activation_checkpointing._LEAVING))
+        alive.append(len(activations._LEAVING))
         return x * x
 
     x = torch.ones(4, requires_grad=True)
     hidden, held = x, []
     for _ in range(5):
-        hidden = activation_checkpointing.recomputed(layer, hidden, {}, offload=True)
-        held.append(activation_checkpointing._LAST[0])
-    assert max(alive) <= 2 and len(activation_checkpointing._LEAVING) == 2  # copies 4 and 5 are on their way
+        hidden = activations.recomputed(layer, hidden, {}, offload=True)
+        held.append(activations._LAST[0])
+    assert max(alive) <= 2 and len(activations._LEAVING) == 2  # copies 4 and 5 are on their way
     assert streams.count("copying waits for computing") == 5
     assert [line for line in streams if line.startswith("computing")] == [
         f"computing waits for copy {i}" for i in (1, 2, 3)
     ]
     streams.clear()
     coming = []
-    real = activation_checkpointing._Offloaded.take
+    real = activations._Offloaded.take
 
     def take(self):
         taken = real(self)
         coming.append(sum(one() is not None and one().back is not None for one in held))
         return taken
 
-    activation_checkpointing._Offloaded.take = take
+    activations._Offloaded.take = take
     try:
         hidden.sum().backward()
     finally:
-        activation_checkpointing._Offloaded.take = real
+        activations._Offloaded.take = real
     assert float(x.grad[0]) == 32
-    assert coming == [1, 1, 1, 1, 0] and not activation_checkpointing._LEAVING  # besides the taken one, the next
+    assert coming == [1, 1, 1, 1, 0] and not activations._LEAVING  # besides the taken one, the next
     # The first two: inputs still leaving; then each copy back is waited for before it is read.
     assert [line for line in streams if line.startswith("computing")] == [
         f"computing waits for copy {i}" for i in range(4, 11)
@@ -267,8 +267,8 @@ def test_offloading_holds_two_inputs_on_their_way_and_two_on_the_way_back(stream
 
 
 def test_a_copy_that_nobody_takes_is_waited_for_before_its_memory_is_used_again(streams):
-    first = activation_checkpointing._Offloaded(torch.ones(4), None)
-    second = activation_checkpointing._Offloaded(torch.ones(4), first)
+    first = activations._Offloaded(torch.ones(4), None)
+    second = activations._Offloaded(torch.ones(4), first)
     second.take()
     streams.clear()
     del first

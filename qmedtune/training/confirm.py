@@ -18,16 +18,17 @@ import torch
 
 from qmedtune import units
 from qmedtune.errors import DoesNotFit
+from qmedtune.llama_shape import BaseFacts
+from qmedtune.modeling import activations
+from qmedtune.modeling.collation import Rows
 from qmedtune.planning import fit, memory
-from qmedtune.planning.activations import choose_activation_plan
+from qmedtune.planning.layers import choose_activation_plan
 from qmedtune.planning.machine import Machine, this_machine
 from qmedtune.planning.memory import Setup
-from qmedtune.planning.shapes import BaseFacts, base_facts
+from qmedtune.planning.shapes import base_facts
 from qmedtune.recipe import Recipe
 from qmedtune.results import Memory
 from qmedtune.training import checkpoints
-from qmedtune.training.activation_checkpointing import set_ways
-from qmedtune.training.collation import Rows
 from qmedtune.training.trainer import QTrainer
 
 TRIES = 4
@@ -49,7 +50,7 @@ def confirm(recipe: Recipe, index: int, trainer: QTrainer, rows: Rows) -> Memory
         used = peak_of_a_micro_step(trainer, rows)
         return None if used is None else used + int(states) + memory.CUDA_CONTEXT_BYTES
 
-    return settle(facts, setup, machine, budget, measure, partial(set_ways, trainer.trained_model))
+    return settle(facts, setup, machine, budget, measure, partial(activations.set_ways, trainer.trained_model))
 
 
 def settle(

@@ -9,11 +9,11 @@ import time
 from urllib.parse import quote
 
 from qmedtune.reporting import tables
+from qmedtune.reporting.blocks import PALETTE, card, html_table, section
 from qmedtune.reporting.cells import Table
 from qmedtune.reporting.charts import Html, esc
-from qmedtune.reporting.facts import base_name, outcome
+from qmedtune.reporting.facts import base_name, outcome, warnings_of
 from qmedtune.reporting.headline import headline
-from qmedtune.reporting.page import PALETTE, card, html_table, section
 from qmedtune.ui import Progress
 from qmedtune.units import clock, count, duration
 from qmedtune.watching.curves import Stage, loss_chart, small_charts
@@ -154,7 +154,7 @@ def _steps(seen: Seen) -> Html:
 
 
 def _warnings(seen: Seen, stages: dict[str, Stage]) -> Html:
-    told = dict.fromkeys(seen.run.warnings)
+    told = dict.fromkeys(warnings_of(seen.run))
     for name, stage in stages.items():
         told |= dict.fromkeys(f"{name}: {warning}" for warning in stage.warnings)
     if not told:
