@@ -146,12 +146,14 @@ GROWING = {
 
 
 def written(path: Path, name: str, size: int) -> int:
+    """A file of `size` bytes; each record has other letters in the middle, so that no compression makes it small."""
     head, record, between, tail, _ = GROWING[name]
-    count = size // len(record + between)
+    count, rng = size // len(record + between), random.Random(name)
     with path.open("w") as file:
         file.write(head)
         for number in range(count):
-            file.write(f"{between if number else ''}{record}")
+            said = record.replace(TEXT, TEXT[:320] + rng.randbytes(500).hex())
+            file.write(f"{between if number else ''}{said}")
         file.write(tail)
     return count
 

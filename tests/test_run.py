@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from builders import unknown_keys
 from conftest import MICRO
 from test_train import stop_after
 
@@ -15,6 +16,7 @@ from qmedtune import interrupt, store
 from qmedtune.errors import RecipeError, RunError
 from qmedtune.parsing.loader import load_recipe
 from qmedtune.planning.status import status
+from qmedtune.results import Run
 from qmedtune.run import run
 from qmedtune.smoke import smoke
 
@@ -69,6 +71,14 @@ def test_run_json_has_the_promised_names(finished: Path):
     at_the_root = ("metrics.jsonl", "report.html", "report.md", "evaluation.json")
     for name in (*at_the_root, "evaluation/facts.items.jsonl", "merged/README.md"):
         assert (finished / name).is_file(), name
+
+
+def test_run_json_is_written_again_byte_for_byte(finished: Path):
+    """Every key has a name and a type in results/: what a step writes beside them would be read by nobody."""
+    written = (finished / "run.json").read_text(encoding="utf-8")
+    run = Run.model_validate_json(written)
+    assert json.dumps(run.as_json(), indent=1, ensure_ascii=False) + "\n" == written
+    assert unknown_keys(run) == []
 
 
 def test_the_token_ledger_adds_up(finished: Path):

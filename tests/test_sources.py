@@ -15,8 +15,9 @@ import zstandard
 
 from qmedtune.data.files import MAX_RECORD_BYTES
 from qmedtune.data.prepare import prepare_source
+from qmedtune.data.reading.pubmed import LatestFirst
 from qmedtune.data.rejects import Rejects
-from qmedtune.data.sources import format_of, read_records, source_files
+from qmedtune.data.sources import format_of, read_items, read_records, source_files
 from qmedtune.errors import DataError
 from qmedtune.recipe import Recipe, SourceSection
 
@@ -278,6 +279,24 @@ def test_pubmed_updates_replace_delete_and_refuse(tmp_path):
     found = {r["id"]: r["text"] for r in read(tmp_path, rejects=rejects)}
     assert found == {"1": "Title 1.\nold 1", "2": "Title 2.\nnew 2"}
     assert rejects.counts == {"rejected": 0, "refused": 1, "duplicates": 2}  # 2 replaced, 3 deleted
+
+
+def test_a_pubmed_file_larger_than_is_held_in_memory_reads_the_same(tmp_path, monkeypatch):
+    """What does not fit lies on disk without a name: nothing is left behind, whatever ends the reading."""
+    records = [citation(n % 900, f"<AbstractText>version {n}</AbstractText>") for n in range(2000)]
+    source = SourceSection(path=str(write(tmp_path / "pubmed.xml", pubmed(*records))), kind="literature")
+    (tmp_path / "spill").mkdir()
+
+    def found() -> list:
+        return list(read_items(source, spill=tmp_path / "spill"))
+
+    whole = found()
+    monkeypatch.setattr(LatestFirst, "HELD_BYTES", 100)
+    assert found() == whole and not list((tmp_path / "spill").iterdir())
+    newest = [record["text"] for record in read_records("s", source, Rejects("s"))]
+    assert newest == [f"Title {n % 900}.\nversion {n}" for n in range(1999, 1099, -1)]
+    first = next(iter(read_items(source, spill=tmp_path / "spill")))
+    assert first == whole[0] and not list((tmp_path / "spill").iterdir())
 
 
 def test_s2orc_headers_kept_bibliography_cut(tmp_path):

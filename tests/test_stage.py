@@ -148,11 +148,11 @@ def test_a_killed_pass_goes_on_at_its_part(tmp_path, corpus, monkeypatch):
     whole = make(made, tmp_path / "whole")
     calls, original = [], stage.read_items
 
-    def dies(source, files):
+    def dies(source, files, spill):
         calls.append(files)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return original(source, files)
+        return original(source, files, spill)
 
     out = tmp_path / "killed"
     out.mkdir()

@@ -71,24 +71,25 @@ def read_records(name: str, source: SourceSection, rejects: Rejects) -> Iterator
 class Reading(Iterator[Item]):
     """The items of a source as they are read, and `tally`: what was recognised, read and not read up to here."""
 
-    def __init__(self, source: SourceSection, files: list[Path] | None):
+    def __init__(self, source: SourceSection, files: list[Path] | None, spill: Path | None):
         self.tally = ReadingTally()
-        self._items = _items(source, files, self.tally)
+        self._items = _items(source, files, self.tally, spill)
 
     def __next__(self) -> Item:
         return next(self._items)
 
 
-def read_items(source: SourceSection, files: list[Path] | None = None) -> Reading:
+def read_items(source: SourceSection, files: list[Path] | None = None, spill: Path | None = None) -> Reading:
     """(file, line, record | what stands for an unusable one) of a source, or of some of its `reading_order`.
 
-    PubMed records carry `VERSIONED`: the first of a PMID that is met is the one to keep, unless a `Deleted` that names
+    spill: a folder on disk for what a very large PubMed file does not hold in memory (None: the system's own). PubMed
+    records carry `VERSIONED`: the first of a PMID that is met is the one to keep, unless a `Deleted` that names
     it came before. Both are for the caller to apply, because they reach across files.
     """
-    return Reading(source, files)
+    return Reading(source, files, spill)
 
 
-def _items(source: SourceSection, files: list[Path] | None, tally: ReadingTally) -> Iterator[Item]:
+def _items(source: SourceSection, files: list[Path] | None, tally: ReadingTally, spill: Path | None) -> Iterator[Item]:
     if source.format == "huggingface":
         tally.recognised["huggingface"] += 1
         yield from _shaped(_dataset_rows(source), source, tally, is_table=False)
@@ -99,7 +100,8 @@ def _items(source: SourceSection, files: list[Path] | None, tally: ReadingTally)
     for file in files:
         format = format_of(file, source.format)
         kinds: set[str] = set()
-        yield from _shaped(_file_rows(file, source, format), source, tally, format in TABLES, kinds)
+        stream = _latest_first(file, spill) if format == "pubmed" else _file_rows(file, source, format)
+        yield from _shaped(stream, source, tally, format in TABLES, kinds)
         said = describe(file, source, format)
         tally.recognised[f"{said}: {', '.join(sorted(kinds))}" if kinds else said] += 1
 
@@ -183,9 +185,6 @@ def _dataset_rows(source: SourceSection) -> Rows:
 
 
 def _file_rows(file: Path, source: SourceSection, format: str) -> Rows:
-    if format == "pubmed":
-        yield from _latest_first(file)
-        return
     number = 0
     try:
         for number, fields in with_answer_base(file, lambda: read_rows(file, source, format)):
@@ -194,9 +193,9 @@ def _file_rows(file: Path, source: SourceSection, format: str) -> Rows:
         yield str(file), number + 1, BROKEN_ARCHIVE
 
 
-def _latest_first(file: Path) -> Rows:
+def _latest_first(file: Path, spill: Path | None) -> Rows:
     """What a PubMed file deletes, then its records from the last to the first."""
-    items = LatestFirst(file)
+    items = LatestFirst(file, spill)
     if items.deleted:
         yield str(file), 1, Deleted(tuple(items.deleted))
     for number, item in items:

@@ -52,7 +52,7 @@ def stage_source(
 
 def _whole(pool: Pool, source: SourceSection, files: list[Path], work: IO[bytes]) -> Iterator[Staged]:
     """A source in one part, batch by batch: nothing of it is kept but what is in `work`."""
-    items = read_items(source, files)
+    items = read_items(source, files, Path(work.name).parent)
     for lines, batch in pool.treated(in_batches(_limited(items, source.max_records))):
         work.writelines(lines)
         yield batch
@@ -133,7 +133,7 @@ def _make_part(pool: Pool, source: SourceSection, files: list[Path], part: Path,
     part.parent.mkdir(exist_ok=True)
     staged = Staged()
     with _records(part).open("wb") as raw, zstandard.ZstdCompressor(1).stream_writer(raw) as packed:
-        items = read_items(source, files)
+        items = read_items(source, files, part.parent)
         for lines, batch in pool.treated(in_batches(items)):
             text = b"".join(lines)
             packed.write(text)

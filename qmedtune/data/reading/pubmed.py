@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import SpooledTemporaryFile
 from typing import Any
 
 import zstandard
@@ -111,14 +112,17 @@ def _mark_lines(element: Any) -> None:
 class LatestFirst:
     """The documents of one file from its last to its first, as a later version replaces an earlier one.
 
-    Held compressed to about a sixth of the XML: 100 MB for a file of 1 GB, of which none is published.
+    Held compressed, a sixth to a third of the XML: in memory up to `HELD_BYTES`, which the files that PubMed publishes
+    stay below, beyond that in a file without a name in `spill` (None: the system's folder for temporary files).
     """
 
     BLOCK = 512
+    HELD_BYTES = 32 << 20
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, spill: Path | None = None):
         self.deleted: list[str] = []
-        self._blocks: list[bytes] = []
+        self._sizes: list[int] = []  # compressed bytes of each block of rows
+        self._blocks = SpooledTemporaryFile(self.HELD_BYTES, dir=spill)  # noqa: SIM115 - closed with this object
         self._pack = zstandard.ZstdCompressor(level=1)
         rows: list[list[Any]] = []
         for number, item in read_pubmed(path):
@@ -133,13 +137,18 @@ class LatestFirst:
 
     def _add(self, rows: list[list[Any]]) -> None:
         packed = self._pack.compress(json.dumps(rows).encode())
-        self._blocks.append(bytes(memoryview(packed)))  # a copy: `packed` keeps the room of what went in
+        self._blocks.write(packed)
+        self._sizes.append(len(packed))
 
     def __iter__(self) -> Iterator[Item]:
         unpack = zstandard.ZstdDecompressor()
-        for block in reversed(self._blocks):
-            for number, kind, said in reversed(json.loads(unpack.decompress(block))):
+        start = self._blocks.tell()
+        for size in reversed(self._sizes):
+            start -= size
+            self._blocks.seek(start)
+            for number, kind, said in reversed(json.loads(unpack.decompress(self._blocks.read(size)))):
                 yield number, KINDS[kind](*said)
+        self._blocks.close()
 
 
 KINDS = {made.__name__: made for made in (Document, Damaged, Refused, Unread)}

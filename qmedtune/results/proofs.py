@@ -1,0 +1,83 @@
+"""Results of the merge and of the memorisation audit."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from qmedtune.results.typed import Facts, Number
+
+
+class Shift(Facts):
+    """How far the merged model is from the NF4 model that was trained."""
+
+    kl: Number | None = None
+    kl_max: Number | None = None
+    top1: Number | None = None
+    max_abs_logit_diff: Number | None = None
+
+
+class Probe(Facts):
+    """What divergences were taken on."""
+
+    tokens: int
+    origin: str = Field(default="", validation_alias="from", serialization_alias="from")
+
+
+class Merge(Facts):
+    """The merge and its proof. kl, top1: published file against base + adapters. violations: elements that are not base
+    + adapters; swallowed: share of the changed elements that rounding left as they were; lost: of the change, by KL."""
+
+    path: str | None = None
+    status: str | None = None
+    base: str | None = None
+    dtype: str | None = None
+    error: str | None = None
+    rounding: str | None = None
+    rounding_seed: int | None = None
+    rounding_why: str | None = None
+    modules: int | None = None
+    adapters: int | None = None
+    tied: bool | None = None
+    kl: Number | None = None
+    kl_max: Number | None = None
+    top1: Number | None = None
+    max_abs_logit_diff: Number | None = None
+    max_weight_error: Number | None = None  # version 0.1: before each element was checked
+    lost: Number | None = None
+    kl_of_base: Number | None = None
+    elements: int | None = None
+    violations: int | None = None
+    tensor: str | None = None
+    swallowed: Number | None = None
+    shift_from_nf4: Shift | None = None
+    probe: Probe | None = None
+    warnings: list[str] = []
+    sha256: str | None = None
+    seconds: Number | None = None
+    host_peak_bytes: int | None = None
+
+    @property
+    def refused(self) -> bool:
+        return self.status == "refused"
+
+
+class Exposure(Facts):
+    """Canaries of one source, planted equally often, after one stage. exposure: bits, mean; extracted: how many."""
+
+    source: str
+    repeats: int
+    canaries: int
+    exposure: Number
+    highest: Number
+    extracted: int
+    passes: Number | None
+    masked: bool
+
+
+class Audit(Facts):
+    """The memorisation audit, by stage. references: candidates that each secret is ranked among."""
+
+    stages: dict[str, list[Exposure]]
+    references: int
+    seconds: Number | None = None
+    host_peak_bytes: int | None = None

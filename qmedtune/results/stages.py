@@ -1,0 +1,122 @@
+"""Results of the training steps."""
+
+from __future__ import annotations
+
+from qmedtune.results.ledgers import Part, Tokens
+from qmedtune.results.typed import Facts, Interval, Number
+
+
+class Kernels(Facts):
+    """Which path each operation took and why, and the modules that run it."""
+
+    mode: str
+    paths: dict[str, str] = {}
+    modules: dict[str, int] = {}
+    own_forward: dict[str, int] = {}
+
+
+class Attention(Facts):
+    name: str
+    why: str
+
+
+class Loss(Facts):
+    """Nats per supervised token, of the first and the last optimiser step."""
+
+    first: Number
+    last: Number
+
+
+class Validation(Facts):
+    """One validation: the step, and beside it a loss per source (nats per token; None: it was not finite)."""
+
+    __pydantic_extra__: dict[str, Number | None] = {}
+
+    step: int
+
+    @property
+    def losses(self) -> dict[str, Number | None]:
+        return self.__pydantic_extra__
+
+
+class Memory(Facts):
+    """Measured before the first step, on a GPU; empty on a CPU. said: what was changed for it."""
+
+    predicted_bytes: int | None = None
+    measured_bytes: int | None = None
+    layers: dict[str, int] = {}
+    said: list[str] = []
+
+
+class Classification(Facts):
+    """Of a classify stage, on held-out documents: areas (means over labels; None: no label can be scored), their 95 %
+    interval over patients, and F1 of the labels that are chosen."""
+
+    labels: int
+    documents: int
+    held_out: int
+    unknown: int
+    auroc: Number | None
+    auprc: Number | None = None
+    ci95: Interval | None = None
+    n: int
+    patients: int
+    scored_labels: int
+    micro_f1: Number | None = None
+    macro_f1: Number | None = None
+    accuracy: Number | None = None
+
+
+class Adapter(Facts):
+    path: str
+    sha256: str
+
+
+class Model(Facts):
+    path: str
+
+
+class Trained(Facts):
+    """What a training stage finds. kept_step: whose weights are kept; kept_by: the sources it was judged by;
+    data_share: of the time, spent waiting for rows."""
+
+    kernels: Kernels | None = None
+    attention: Attention | None = None
+    layers: dict[str, int] | None = None
+    steps: int | None = None
+    batch: int | None = None
+    kept_step: int | None = None
+    kept_by: list[str] = []
+    loss: Loss | None = None
+    tokens_per_s: Number | None = None
+    train_seconds: Number | None = None
+    data_share: Number | None = None
+    slowest_save_s: Number | None = None
+    step_s: Number | None = None
+    peak_memory_bytes: int | None = None
+    memory: Memory = Memory()
+    micro_batch: int | None = None
+    validation: list[Validation] = []
+    warnings: list[str] = []
+    kind: str
+    tokens: Tokens = Tokens()
+    mixture: dict[str, Part] = {}
+    classification: Classification | None = None
+    model: Model | None = None
+    seconds: Number | None = None
+    host_peak_bytes: int | None = None
+
+
+class _Entry(Facts):
+    """What begins the entry of a stage."""
+
+    name: str
+    kind: str
+    status: str
+    key: str | None = None
+
+
+class Stage(Trained, _Entry):
+    """The entry of a stage in run.json. status: sealed, or `to do`, which has nothing but its name and kind."""
+
+    adapter: Adapter | None = None

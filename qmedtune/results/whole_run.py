@@ -1,0 +1,78 @@
+"""The content of run.json."""
+
+from __future__ import annotations
+
+from pydantic import JsonValue
+
+from qmedtune.results.ledgers import Source
+from qmedtune.results.proofs import Audit, Merge
+from qmedtune.results.scores import Evaluation
+from qmedtune.results.stages import Stage
+from qmedtune.results.typed import Facts, Json, Number
+
+
+class StepEntry(Facts):
+    """status: sealed or `to do`. seconds: of the work alone."""
+
+    name: str
+    kind: str | None = None
+    status: str
+    seconds: Number | None = None
+    key: str | None = None
+
+    @property
+    def is_sealed(self) -> bool:
+        return self.status == "sealed"
+
+
+class Choice(Facts):
+    """What an `auto` of the recipe became, and why."""
+
+    key: str
+    value: JsonValue
+    why: str
+
+
+class Provenance(Facts):
+    """With what the run was made. git: commit of the source tree, None of an installed package."""
+
+    qmedtune: str | None = None
+    versions: dict[str, str | None] = {}
+    python: str | None = None
+    platform: str | None = None
+    device: str | None = None
+    base: str | None = None
+    base_revision: str | None = None
+    base_sha256: str | None = None
+    git: str | None = None
+
+
+class Run(Facts):
+    """run.json. `error`: why a run failed, without text of any record; `sha256`: of all that stands before it."""
+
+    name: str
+    status: str
+    recipe_sha256: str | None = None
+    seed: int | None = None
+    offline: bool | None = None
+    stages: list[Stage] = []
+    data: dict[str, Source] = {}
+    merge: Merge | None = None
+    audit: Audit | None = None
+    evaluation: Evaluation | None = None
+    steps: list[StepEntry] = []
+    warnings: list[str] = []
+    resolved: list[Choice] = []
+    recipe: Json = {}
+    recipe_text: str = ""
+    provenance: Provenance = Provenance()
+    error: str | None = None
+    sha256: str | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.status == "finished"
+
+    @property
+    def sealed_steps(self) -> list[StepEntry]:
+        return [step for step in self.steps if step.is_sealed]
