@@ -17,7 +17,8 @@ from typing import Any, Literal
 
 from qmedtune import fetch, gguf_folder, gguf_header, store, ui
 from qmedtune.errors import RecipeError
-from qmedtune.model_stack import ADAPTER_TENSORS, read_json
+from qmedtune.model_files import read_json
+from qmedtune.model_stack import ADAPTER_TENSORS
 from qmedtune.recipe import ModelSection, Recipe
 
 BUILTIN = "builtin:"

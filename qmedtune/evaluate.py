@@ -27,10 +27,10 @@ from qmedtune.disk import owner_only
 from qmedtune.errors import RecipeError
 from qmedtune.evaluation import precision
 from qmedtune.evaluation.measure import Measured, Settings, measure_model, text_rows
-from qmedtune.evaluation.open_model import Quantization, fingerprint, locate, open_model
+from qmedtune.evaluation.open_model import Quantization, check_template, fingerprint, locate, open_model
 from qmedtune.evaluation.scoring import BATCH_TOKENS, Rows, max_positions
 from qmedtune.evaluation.summary import overlap_result, task_result, write_items
-from qmedtune.model_stack import read_json
+from qmedtune.model_files import read_json
 from qmedtune.recipe import Recipe, SourceSection, TaskSection
 from qmedtune.steps import adapters_in
 from qmedtune.tasks import BUILTIN_TASKS, Task, check_twice, load_task, world_of
@@ -253,6 +253,7 @@ def evaluate_model(
     """
     sections, texts = parse_tasks(tasks, data, limit)
     location = locate(name, base=base, template=template, offline=offline)
+    check_template(location)
     loaded = [load_task(section, seed, location.world) for section in sections]
     settings = Settings(location.template, generate, batch_tokens)
 

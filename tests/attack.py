@@ -135,9 +135,7 @@ def _hook(executed: list[str], hostile: Path | None):
     root = str(hostile) if hostile else None
 
     def hook(event: str, given: tuple) -> None:
-        if event in STARTED and RENDERER not in str(given):
-            executed.append(f"{event} {given!s:.120}")
-        elif event in CONNECTED or event == "pickle.find_class":
+        if event in STARTED and RENDERER not in str(given) or event in CONNECTED or event == "pickle.find_class":
             executed.append(f"{event} {given!s:.120}")
         elif event == "exec" and root and getattr(given[0], "co_filename", "").startswith(root):
             executed.append(f"exec {given[0].co_filename}")
