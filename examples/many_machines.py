@@ -23,7 +23,7 @@ from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.writers.jsonl import JsonlWriter
 
-from qmedtune.data.sources import read_items, reading_order
+from qmedtune.data.reading.sources import read_items, reading_order
 from qmedtune.recipe import SourceSection
 
 

@@ -24,9 +24,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from qmedtune import model as models
 from qmedtune import store, ui
-from qmedtune.data import canaries
-from qmedtune.data.canaries import Canary
-from qmedtune.data.pack import source_template, stage_template
+from qmedtune.data.packing.pack import source_template, stage_template
+from qmedtune.data.synthetic import canaries
+from qmedtune.data.synthetic.canaries import Canary
 from qmedtune.errors import RunError
 from qmedtune.evaluation.generation import generate
 from qmedtune.evaluation.measure import adding

@@ -190,7 +190,7 @@ def _builtin(name: str) -> Base:
 
 def _builtin_digest(name: str) -> str:
     package = Path(__file__).parent
-    sources = {p: store.sha256_file(package / p) for p in ("tiny.py", "data/world.py")}
+    sources = {p: store.sha256_file(package / p) for p in ("tiny.py", "data/synthetic/world.py")}
     return store.sha256_json({"base": name, **sources})
 
 

@@ -23,7 +23,7 @@ from qmedtune.recipe import Recipe, SourceSection, TaskSection
 MARK = ".qmedtune"
 MADE_BY = {"made_by": "qmedtune", "folder": "run", "format": 1}
 # What a run leaves that is killed before its first step: nothing of anyone's is lost beside it.
-BEFORE_FIRST_STEP = {".lock", ".hashes.json", MARK}
+BEFORE_FIRST_STEP = {".lock", ".hashes.json", MARK, "heartbeat.json"}
 # Entries that run.json and ablation.json of every version have, and nobody else's file of that name.
 SIGNS = {"run.json": ("recipe_sha256", "stages", "provenance"), "ablation.json": ("recipe_sha256", "seeds", "arms")}
 STEPS = ("*/seal.json", "data/*/seal.json", ".building/*/.attempt", ".history/*/seal.json", "arms/*/seed-*/.lock")
@@ -122,7 +122,7 @@ def _inputs(recipe: Recipe) -> Iterator[tuple[str, str]]:
 
 
 def _paths(source: SourceSection) -> list[str]:
-    from qmedtune.data.sources import BUILTIN, hub_dataset, with_variables
+    from qmedtune.data.reading.sources import BUILTIN, hub_dataset, with_variables
 
     if hub_dataset(source):
         return []

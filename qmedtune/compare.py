@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from qmedtune import store, ui
-from qmedtune.data import templates
+from qmedtune.data.packing import templates
 from qmedtune.errors import RecipeError
 from qmedtune.evaluation import statistics, verdict
 from qmedtune.evaluation.measure import adding, best_option

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ from qmedtune.errors import RunError
 
 DRIVE = Path("/content/drive")  # where Colab mounts Google Drive
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # Lustre without -o flock, NFS without its lock service
+PATIENCE_S = 0.2  # `qmedtune runs` and `watch` ask for a lock for microseconds, to see whether a run lives
 PART = ".part~"  # ends the names of temporaries of `write_atomic`; a kill leaves one behind
 
 
@@ -130,12 +132,18 @@ def _open_lock(path: Path, mode: int) -> BinaryIO:
 
 def _take(file: BinaryIO, operation: int, without: str) -> None:
     """Lock a file. BlockingIOError where another process holds it. without: what to say where there are no locks."""
-    try:
-        fcntl.flock(file, operation)
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-        ui.warn(without)
+    patient_until = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            return fcntl.flock(file, operation)
+        except BlockingIOError:
+            if time.monotonic() > patient_until:
+                raise
+            time.sleep(PATIENCE_S / 10)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            return ui.warn(without)
 
 
 @contextmanager

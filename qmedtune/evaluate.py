@@ -19,10 +19,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from qmedtune import model as models
 from qmedtune import record, store
-from qmedtune.data import templates
-from qmedtune.data.framing import codec_of, frame_of
-from qmedtune.data.pack import PackedRows, WholeDocuments
-from qmedtune.data.sources import source_files
+from qmedtune.data.packing import templates
+from qmedtune.data.packing.framing import codec_of, frame_of
+from qmedtune.data.packing.pack import PackedRows, WholeDocuments
+from qmedtune.data.reading.sources import source_files
 from qmedtune.disk import owner_only
 from qmedtune.errors import RecipeError
 from qmedtune.evaluation import precision

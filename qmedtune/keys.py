@@ -38,7 +38,7 @@ def source_section(recipe: Recipe, name: str, hashes: store.HashCache) -> dict[s
     result["files"] = fingerprint(source, hashes)
     result |= _identifiers(recipe, name)
     if recipe.hygiene.decontaminate != "off":
-        from qmedtune.data.benchmarks import chosen_tasks
+        from qmedtune.data.hygiene.benchmarks import chosen_tasks
 
         result["benchmarks"] = benchmarks(chosen_tasks(recipe), hashes)
     return result
@@ -46,8 +46,8 @@ def source_section(recipe: Recipe, name: str, hashes: store.HashCache) -> dict[s
 
 def _identifiers(recipe: Recipe, name: str) -> dict[str, Any]:
     """What finds identifiers and what stands in for them, where the text that is kept depends on it."""
-    from qmedtune.data import phi, secret, surrogates
-    from qmedtune.data.treat import phi_mode
+    from qmedtune.data.hygiene import phi, secret, surrogates
+    from qmedtune.data.hygiene.per_record import phi_mode
 
     mode = phi_mode(recipe, name)
     if mode not in ("redact", "refuse"):
@@ -63,11 +63,11 @@ def fingerprint(source: SourceSection, hashes: store.HashCache) -> list[list[str
 
     Names are relative to the folder that all files share: in MIMIC-CXR's tree a report's folder is its patient.
     """
-    from qmedtune.data.sources import hub_dataset, source_files
+    from qmedtune.data.reading.sources import hub_dataset, source_files
 
     if any(p.startswith("builtin:") for p in source.paths):
         made_by = ["world.py", *(["outcomes.py"] if any(p.endswith("outcomes") for p in source.paths) else [])]
-        return [["builtin", hashes.sha256(Path(__file__).parent / "data" / name)] for name in made_by]
+        return [["builtin", hashes.sha256(Path(__file__).parent / "data" / "synthetic" / name)] for name in made_by]
     if dataset := hub_dataset(source):
         return [[dataset, _commit(dataset, hashes)]]
     files = source_files(source)
@@ -94,7 +94,7 @@ def benchmarks(tasks: list[TaskSection], hashes: store.HashCache) -> list[list[s
     rows = []
     for task in tasks:
         if task.path is None:  # built in, or a public benchmark, which the code names with its split
-            made_by = "world.py" if task.task == "facts" else "benchmarks.py"
+            made_by = "synthetic/world.py" if task.task == "facts" else "hygiene/benchmarks.py"
             rows.append([task.task, hashes.sha256(Path(__file__).parent / "data" / made_by)])
         else:
             paths = [task.path, *([task.shots_from] if task.shots_from else [])]
@@ -104,7 +104,7 @@ def benchmarks(tasks: list[TaskSection], hashes: store.HashCache) -> list[list[s
 
 def _benchmark_files(path: str) -> list[Path]:
     """Files of a task's `path`; none where they are not there yet: the step that reads them says so."""
-    from qmedtune.data.sources import source_files
+    from qmedtune.data.reading.sources import source_files
 
     try:
         return source_files(SourceSection(path=path, kind="instructions"))

@@ -321,7 +321,7 @@ def _copy_descriptions(base: Path, out: Path, template: Path | None) -> None:
 
 def write_template(out: Path, template: Path) -> None:
     """The template of training becomes the tokenizer's only chat template, and stays readable as template.json."""
-    from qmedtune.data import framing, templates
+    from qmedtune.data.packing import framing, templates
 
     trained = templates.load(template)
     templates.save(trained, out)
@@ -331,7 +331,7 @@ def write_template(out: Path, template: Path) -> None:
 
 def validation_ids(folder: Path) -> np.ndarray | None:
     """Held-out ids for the proof, a row for each packed source, all as long as the shortest; None below 16 columns."""
-    from qmedtune.data.pack import PackedRows
+    from qmedtune.data.packing.pack import PackedRows
 
     sources = sorted(path for path in folder.iterdir() if path.is_dir())
     rows = [_first_ids(PackedRows(source), PROBE_TOKENS // len(sources)) for source in sources]

@@ -146,8 +146,8 @@ def _length_notes(recipe: Recipe, facts: BaseFacts) -> list[str]:
 
 def _borders(folder: Path | None) -> dict[str, str | None] | None:
     """The marks around documents and why; None where the tokenizer is not on this machine."""
-    from qmedtune.data import borders
-    from qmedtune.data.tokens import load_codec
+    from qmedtune.data.packing import borders
+    from qmedtune.data.packing.tokens import load_codec
 
     if folder is None or not (folder / "tokenizer.json").is_file():
         return None

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 from qmedtune import store, ui
-from qmedtune.data.framing import Frame, frame_in
-from qmedtune.data.records import checked
-from qmedtune.data.rejects import Damaged, Unusable
-from qmedtune.data.sources import READERS, format_of, source_files
+from qmedtune.data.packing.framing import Frame, frame_in
+from qmedtune.data.reading.records import checked
+from qmedtune.data.reading.rejects import Damaged, Unusable
+from qmedtune.data.reading.sources import READERS, format_of, source_files
 from qmedtune.disk import owner_only
 from qmedtune.errors import RecipeError, RunError
 from qmedtune.evaluation.generation import generate

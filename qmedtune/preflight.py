@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qmedtune.data import templates
+from qmedtune.data.packing import templates
 from qmedtune.errors import DataError, RecipeError
 from qmedtune.planning.estimate import Measured
 from qmedtune.planning.sample import Sample
@@ -41,8 +41,8 @@ def check_base(recipe: Recipe, folder: Path) -> None:
 
 def check_tokenizer(folder: Path) -> None:
     """The tokenizer loads in the fast format, names the tokens that frame a document, and fits the base."""
-    from qmedtune.data.framing import check_padding
-    from qmedtune.data.tokens import load_codec
+    from qmedtune.data.packing.framing import check_padding
+    from qmedtune.data.packing.tokens import load_codec
 
     check_padding(load_codec(folder))
 
@@ -65,7 +65,7 @@ def taught(recipe: Recipe) -> Iterator[tuple[SftSection, str]]:
 
 def with_messages(template: templates.Template, messages: Messages, where: str, folder: Path) -> None:
     """Frame one conversation for training and its last question for use. The error names `where`, and no text."""
-    from qmedtune.data.framing import frame_in
+    from qmedtune.data.packing.framing import frame_in
 
     plain = [dict(message) for message in messages]
     answered = plain[-1]["role"] == "assistant"

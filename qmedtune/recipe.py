@@ -11,7 +11,19 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from qmedtune.fields import Auto, Fraction, Language, Name, Positive, Rate, Section, SourceFormat, SourceKind, Weight
+from qmedtune.fields import (
+    Auto,
+    Fraction,
+    Language,
+    Name,
+    Positive,
+    Rate,
+    Section,
+    SourceFormat,
+    SourceKind,
+    Weight,
+    later,
+)
 
 
 class ShapeSection(Section):
@@ -297,11 +309,20 @@ class TaskSection(Section):
     shots: Annotated[int, Field(ge=0, le=32)] = 0
     shot_seeds: Annotated[int, Field(ge=3, le=20)] = 3
     shots_from: str | None = None
+    prompts: Literal["own", "me_llama"] = later("own")  # who words the questions
+    extraction: Literal["stated", "me_llama"] = later("stated")  # how a generated answer is read
 
     @property
     def label(self) -> str:
-        """The name of its scores and files: a task may be there zero-shot and few-shot."""
-        return f"{self.task}-{self.shots}shot" if self.shots else self.task
+        """The name of its scores and files: a task may be there zero-shot and few-shot, in several words."""
+        parts = [self.task]
+        if self.prompts != "own":
+            parts.append(self.prompts)
+        if self.extraction != "stated":
+            parts.append(f"{self.extraction}_reading")
+        if self.shots:
+            parts.append(f"{self.shots}shot")
+        return "-".join(parts)
 
 
 class EvaluateSection(Section):
@@ -319,7 +340,7 @@ class EvaluateSection(Section):
 
 
 class AuditSection(Section):
-    """Canaries (data/canaries.py) that are planted before training and looked for after every stage (audit.py).
+    """Canaries (data/synthetic/canaries.py), planted before training and looked for after every stage (audit.py).
 
     source: a clinical corpus; prompts: an instruction source, whose prompts hold canaries without a loss on them
     repeats: copies of each canary; canaries: so many per number of copies; references: numbers each is ranked among

@@ -6,16 +6,15 @@ time, in well under a second and without torch.
 Deliberately does not: verify hashes (store.py), recompute results, or show text of any record.
 """
 
-import json
 import re
 from pathlib import Path
 
 import yaml
 
 from qmedtune import disk
+from qmedtune.reporting import live, tables
 from qmedtune.reporting import page as report_html
-from qmedtune.reporting import tables
-from qmedtune.reporting.facts import ALL, Metrics, base_name, comparisons, outcome, precision_words, read_metrics
+from qmedtune.reporting.facts import ALL, Metrics, base_name, comparisons, outcome, precision_words
 from qmedtune.reporting.page import DISCLAIMER
 from qmedtune.reporting.tables import Table
 
@@ -35,8 +34,8 @@ PHI_WORDS = {
 
 def write_report(run_dir: Path) -> dict:
     """Write report.html and report.md into `run_dir`; returns their names and sizes in bytes."""
-    run = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
-    metrics = read_metrics(run_dir / "metrics.jsonl")
+    run = live.read_run(run_dir)
+    metrics = live.read_metrics(run_dir, run)
     written = {
         "report.html": report_html.page(run, metrics),
         "report.md": markdown(run, metrics),

@@ -19,9 +19,9 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from qmedtune import base, claims, hub, keys, peak, plan, preflight, record, store, ui
-from qmedtune.data import secret
-from qmedtune.data.treat import phi_mode
+from qmedtune import base, claims, heartbeat, hub, keys, peak, plan, preflight, record, store, ui
+from qmedtune.data.hygiene import secret
+from qmedtune.data.hygiene.per_record import phi_mode
 from qmedtune.disk import owner_only
 from qmedtune.errors import MergeRefused, QmedtuneError, RecipeError, RunError
 from qmedtune.interrupt import Stopped, stop
@@ -81,8 +81,9 @@ def run(
         hashes.save()
         notes = record.Notes(resolved, recipe_text, choices, offline=offline)
         done: dict[str, store.Seal] = {}
-        with ui.run_progress([*(step.name for step in chosen), "report"]) as shown:
+        with ui.run_progress([*(step.name for step in chosen), "report"]) as shown, heartbeat.beating(out):
             try:
+                record.write(out, notes, steps, sealed, source, "running")  # whatever the attempt before has said
                 refused = None
                 for step in chosen:
                     try:
@@ -96,15 +97,15 @@ def run(
                         record.write(out, notes, steps, done, source, "running")
                 if refused:
                     raise refused.error
+                with _told("report", out), shown.step("report"):
+                    complete = "finished" if len(chosen) == len(steps) else "stopped"
+                    result = record.finish(out, notes, steps, done, source, complete)
             except BaseException as error:
                 with suppress(OSError):  # on a full disk; what happened is raised all the same
-                    status = "running" if isinstance(error, Stopped) else "failed"
+                    status = "stopped" if isinstance(error, Stopped) else "failed"
                     record.write(out, notes, steps, done, source, status, error)
                     record.render(out)
                 raise
-            with _told("report", out), shown.step("report"):
-                complete = "finished" if len(chosen) == len(steps) else "running"
-                result = record.finish(out, notes, steps, done, source, complete)
         return result
 
 

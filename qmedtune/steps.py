@@ -102,7 +102,7 @@ def _validation_step(recipe: Recipe) -> list[Step]:
     names = [n for n in recipe.data if n in {*recipe.validation.on, *recipe.evaluate.perplexity}]
 
     def work(recipe: Recipe, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
-        from qmedtune.data.pack import pack_validation
+        from qmedtune.data.packing.pack import pack_validation
 
         return pack_validation(recipe, inputs["base"], inputs, out)
 
@@ -113,7 +113,7 @@ def _validation_step(recipe: Recipe) -> list[Step]:
 
 def _planting_step(recipe: Recipe) -> list[Step]:
     def work(recipe: Recipe, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
-        from qmedtune.data.canaries import plant
+        from qmedtune.data.synthetic.canaries import plant
 
         return plant(recipe, inputs, out)
 
@@ -149,8 +149,8 @@ def _audit_steps(recipe: Recipe, trained: dict[str, tuple[str, list[str]]]) -> l
 
 def _tokens_step(recipe: Recipe, index: int) -> Step:
     def work(recipe: Recipe, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
-        from qmedtune.data.classes import pack_classes
-        from qmedtune.data.pack import pack_stage
+        from qmedtune.data.packing.classes import pack_classes
+        from qmedtune.data.packing.pack import pack_stage
 
         pack = pack_classes if recipe.stages[index].classify else pack_stage
         return pack(recipe, index, inputs["base"], inputs, out)

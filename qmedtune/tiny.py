@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from qmedtune.data import world as worlds
+from qmedtune.data.synthetic import world as worlds
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -24,9 +24,9 @@ from transformers.utils import logging as transformers_logging
 from qmedtune import model as models
 from qmedtune import peak, store, ui
 from qmedtune.base import name_of_base, note_base
-from qmedtune.data import templates
-from qmedtune.data.classes import LabelledRows
-from qmedtune.data.pack import PackedRows
+from qmedtune.data.packing import templates
+from qmedtune.data.packing.classes import LabelledRows
+from qmedtune.data.packing.pack import PackedRows
 from qmedtune.errors import RunError
 from qmedtune.interrupt import stop
 from qmedtune.planning.batches import batch_rows, steps_in, too_few_steps
@@ -182,6 +182,8 @@ def _run(
         ui.warn(line)
         loop.warn(0, line)
     with ui.stage(loop.name, total=packed["tokens"]["trained"], unit="tokens", completed=loop.tokens) as loop.bar:
+        if loop.held_out and not checkpoint:
+            loop.validate(0)  # where the curve begins: what training changes is seen from its first step on
         try:
             with stop.graceful():
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -281,7 +283,7 @@ class Loop(TrainerCallback):
         self.losses.append(logs["loss"])
         self.bar.update(self.tokens, loss=logs["loss"], tokens_per_s=speed, lr=logs["learning_rate"])
         if self.held_out and (state.global_step % self.every == 0 or state.global_step == self.steps):
-            self._validate(state.global_step)
+            self.validate(state.global_step)
 
     def _spike(self, loss: float) -> list[str]:
         usual = statistics.median(self.losses[-SPIKE_WINDOW:]) if len(self.losses) >= SPIKE_WINDOW else None
@@ -291,7 +293,8 @@ class Loop(TrainerCallback):
         if stop.requested and state.global_step < self.steps:
             control.should_save = control.should_training_stop = True
 
-    def _validate(self, step: int) -> None:
+    def validate(self, step: int) -> None:
+        """Losses on the held-out rows after `step` optimiser steps; the best weights so far are kept."""
         self.bar.update(self.tokens, note="validating")
         batch = max(1, int(self.trainer.micro_batch))
         model = self.trainer.trained_model
@@ -310,10 +313,13 @@ class Loop(TrainerCallback):
         self._marked = (time.monotonic(), self.tokens)
 
     def _kept_step(self) -> int | None:
-        """Where the losses that the stage is judged by are lowest in sum, first of equals; None where none is."""
+        """Where the losses that the stage is judged by are lowest in sum, first of equals; None where none is.
+
+        Step 0 is not chosen: a stage that only makes it worse is told by its curve, not by weights of no training.
+        """
         sums = []
         for line in self.validation:
-            if None not in line.values():
+            if line["step"] and None not in line.values():
                 sums.append((sum(line[source] for source in self.judges), line["step"]))
         return min(sums)[1] if sums and self.judges else None
 

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from qmedtune import terminal
 from qmedtune.terminal import Line
@@ -167,6 +167,23 @@ class Run:
         return max(active_left, measured or 0.0, 0.0) + later
 
 
+@dataclass(frozen=True)
+class Progress:
+    """What is on now, in names and figures, for another process to show. Seconds; None: not known, or nothing is."""
+
+    steps: tuple[str, ...] = ()
+    finished: tuple[str, ...] = ()
+    step: str | None = None
+    step_s: float | None = None
+    title: str | None = None
+    completed: float = 0.0
+    total: float | None = None
+    unit: str | None = None
+    note: str | None = None
+    left_s: float | None = None
+    run_left_s: float | None = None
+
+
 class _Shown:
     """What is on now. `stages` is replaced, never mutated: the drawing thread reads it."""
 
@@ -176,6 +193,31 @@ class _Shown:
 
 _shown = _Shown()
 _warned: set[str] = set()
+
+
+def progress() -> Progress:
+    """What is on now. May be called from any thread: what it reads is replaced, never mutated."""
+    run, stages = _shown.run, _shown.stages
+    step = run.active if run else None
+    found = Progress(
+        steps=run.steps if run else (),
+        finished=tuple(sorted(run.finished)) if run else (),
+        step=step.name if step else None,
+        step_s=_now() - step.started_s if step else None,
+        run_left_s=run.left_s() if run and step else None,
+    )
+    if not stages:
+        return found
+    innermost = stages[-1]
+    return replace(
+        found,
+        title=innermost.title,
+        completed=innermost.completed,
+        total=innermost.total,
+        unit=innermost.unit,
+        note=innermost.note,
+        left_s=innermost.left_s(),
+    )
 
 
 @contextmanager

@@ -41,8 +41,13 @@ def steady(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: steady(part) for key, part in value.items() if not is_volatile(key)}
     if isinstance(value, list):
-        return [steady(part) for part in value]
+        return [steady(part) for part in value if not is_before_training(part)]
     return value
+
+
+def is_before_training(line: Any) -> bool:
+    """The held-out losses before the first step, which runs of version 0.1 have not: the base's, not training's."""
+    return isinstance(line, dict) and line.get("step") == 0 and "warning" not in line
 
 
 def is_volatile(key: str) -> bool:
@@ -55,6 +60,8 @@ def losses(run: Path) -> list[list[Any]]:
     for path in sorted(run.rglob("metrics.jsonl")):
         for line in path.read_text().splitlines():
             row = json.loads(line)
+            if is_before_training(row):
+                continue
             rows.append([row.get(name) for name in METRICS])
     return rows
 

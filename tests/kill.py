@@ -43,7 +43,7 @@ class Tally:
 
 def preload() -> None:
     """Import what a run imports, without starting a thread."""
-    import qmedtune.data.pack
+    import qmedtune.data.packing.pack
     import qmedtune.data.prepare
     import qmedtune.evaluate
     import qmedtune.merge

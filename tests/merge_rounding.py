@@ -27,8 +27,8 @@ from merge_proof import scaled_copy, write_page
 from torch import Tensor
 
 from qmedtune.commands.merge import Found, adapters_of_run
-from qmedtune.data import templates
-from qmedtune.data.pack import PackedRows
+from qmedtune.data.packing import templates
+from qmedtune.data.packing.pack import PackedRows
 from qmedtune.evaluate import write_results
 from qmedtune.evaluation.measure import Settings, measure_model
 from qmedtune.merge import MergeJob, merge

@@ -18,7 +18,7 @@ from phi_cases import FOUND, KEPT
 from test_phi import planted
 from test_phi_hard import named
 
-from qmedtune.data import phi
+from qmedtune.data.hygiene import phi
 
 
 def cases() -> Iterator[tuple[str, str, int, int]]:

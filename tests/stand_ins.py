@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from xml.sax.saxutils import escape
 
-from qmedtune.data import world
+from qmedtune.data.synthetic import world
 
 ARTICLES = 12
 REVISION = "0" * 40

@@ -13,8 +13,8 @@ from conftest import MICRO, MicroRun
 
 from qmedtune import audit, plan, store
 from qmedtune import model as models
-from qmedtune.data import canaries
-from qmedtune.data.tokens import encode_conversations, encode_texts, load_codec
+from qmedtune.data.packing.tokens import encode_conversations, encode_texts, load_codec
+from qmedtune.data.synthetic import canaries
 from qmedtune.errors import RecipeError, RunError
 from qmedtune.evaluation.scoring import encode_choice
 from qmedtune.parsing.loader import load_recipe
@@ -70,7 +70,7 @@ def test_what_is_asked_is_what_was_trained(recipe, micro_run: MicroRun):
         if canary.source == "notes":
             (document,) = encode_texts(codec, [{"text": f"{canary.context} {canary.secret}."}], None)
         else:
-            from qmedtune.data import templates
+            from qmedtune.data.packing import templates
 
             record = {"messages": canaries.messages(canary)}
             (document,) = encode_conversations(codec, [record], templates.load("alpaca"), 0.0, 512)

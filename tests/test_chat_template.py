@@ -12,9 +12,9 @@ from real_tokenizers import save
 from tokenizers import AddedToken
 from toy_tokenizers import byte_level
 
-from qmedtune.data import chat_template, framing, templates
-from qmedtune.data.chat_template import ChatSource, frozen, split
-from qmedtune.data.framing import Frame
+from qmedtune.data.packing import chat_template, framing, templates
+from qmedtune.data.packing.chat_template import ChatSource, frozen, split
+from qmedtune.data.packing.framing import Frame
 from qmedtune.errors import DataError, RecipeError
 
 ROLES = "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content"

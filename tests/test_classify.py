@@ -14,11 +14,11 @@ from sklearn import metrics
 from sklearn.utils.class_weight import compute_class_weight as sklearn_weights
 
 from qmedtune import interrupt, keys, store, train
-from qmedtune.data import outcomes
-from qmedtune.data.classes import HELD_OUT, LABELS, LabelledRows, pack_classes
-from qmedtune.data.records import label_of
-from qmedtune.data.rejects import Unusable
-from qmedtune.data.world import make_world
+from qmedtune.data.packing.classes import HELD_OUT, LABELS, LabelledRows, pack_classes
+from qmedtune.data.reading.records import label_of
+from qmedtune.data.reading.rejects import Unusable
+from qmedtune.data.synthetic import outcomes
+from qmedtune.data.synthetic.world import make_world
 from qmedtune.errors import DataError, RecipeError
 from qmedtune.evaluation.statistics import auroc
 from qmedtune.parsing.loader import load_recipe

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from qmedtune.data.rejects import Damaged, Refused
-from qmedtune.data.sources import read_items
+from qmedtune.data.reading.rejects import Damaged, Refused
+from qmedtune.data.reading.sources import read_items
 from qmedtune.errors import DataError
 from qmedtune.recipe import SourceSection
 
@@ -117,7 +117,7 @@ def test_damage_of_any_kind_is_named_and_never_escapes(tmp_path, name, count):
 
 MEASURE = """
 import resource, sys
-from qmedtune.data.sources import read_items
+from qmedtune.data.reading.sources import read_items
 from qmedtune.recipe import SourceSection
 source = SourceSection(path=sys.argv[1], kind=sys.argv[2])
 count = sum(isinstance(item, dict) for _, _, item in read_items(source))

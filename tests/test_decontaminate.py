@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from qmedtune.data import decontaminate
-from qmedtune.data.benchmarks import benchmark_items
-from qmedtune.data.decontaminate import Item, build, search
+from qmedtune.data.hygiene import decontaminate
+from qmedtune.data.hygiene.benchmarks import benchmark_items
+from qmedtune.data.hygiene.decontaminate import Item, build, search
 from qmedtune.errors import DataError
 from qmedtune.recipe import Recipe
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qmedtune.data import dedup, grams
+from qmedtune.data.hygiene import dedup, ngrams
 
 REAL = Path(os.environ.get("QMEDTUNE_REAL_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
@@ -29,7 +29,7 @@ def changed(rng, text, edits):
 
 
 def similarity(a, b):
-    sets = [set(grams.shingles(grams.letters([t]))[0].tolist()) for t in (a, b)]
+    sets = [set(ngrams.shingles(ngrams.letters([t]))[0].tolist()) for t in (a, b)]
     return len(sets[0] & sets[1]) / len(sets[0] | sets[1])
 
 
@@ -62,7 +62,7 @@ def test_notes_of_one_template_are_not_one_note(tmp_path):
 
 
 def test_the_built_in_world_loses_nothing(tmp_path):
-    from qmedtune.data import world
+    from qmedtune.data.synthetic import world
 
     for corpus in ("literature", "notes", "general"):
         texts = [record["text"] for record in world.records(corpus, world.make_world("tiny"))]
@@ -88,8 +88,8 @@ def test_bands_reach_their_recall(threshold):
 
 def test_windows_never_cross_texts():
     texts = ["one two three four five six", "seven eight nine ten eleven"]
-    alone = [grams.shingles(grams.letters([text]))[0] for text in texts]
-    hashes, bounds = grams.shingles(grams.letters(texts))
+    alone = [ngrams.shingles(ngrams.letters([text]))[0] for text in texts]
+    hashes, bounds = ngrams.shingles(ngrams.letters(texts))
     for i in range(2):
         assert np.array_equal(hashes[bounds[i] : bounds[i + 1]], alone[i])
 

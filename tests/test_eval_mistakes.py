@@ -16,7 +16,7 @@ import torch
 from llama_folders import llama2_folder, llama3_folder
 
 from qmedtune import cli
-from qmedtune.data import templates
+from qmedtune.data.packing import templates
 from qmedtune.evaluation import measure
 
 MEDQA = {"question": "Which drug?", "options": {"A": "aspirin", "B": "insulin"}, "answer_idx": "B"}

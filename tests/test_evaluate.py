@@ -13,12 +13,12 @@ from sklearn.metrics import roc_auc_score
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qmedtune import evaluate, store
-from qmedtune.data import templates
-from qmedtune.data.framing import codec_of
-from qmedtune.data.pack import PackedRows, WholeDocuments, pack_validation
+from qmedtune.data.packing import templates
+from qmedtune.data.packing.framing import codec_of
+from qmedtune.data.packing.pack import PackedRows, WholeDocuments, pack_validation
 from qmedtune.data.prepare import prepare_source
-from qmedtune.data.rejects import Rejects
-from qmedtune.data.sources import read_records
+from qmedtune.data.reading.rejects import Rejects
+from qmedtune.data.reading.sources import read_records
 from qmedtune.errors import DataError, RecipeError
 from qmedtune.evaluation import measure, precision, scoring, statistics
 from qmedtune.planning.machine import card_of

@@ -71,7 +71,7 @@ def test_the_page_about_own_data_from_an_export_to_a_report(tmp_path: Path):
 def test_the_serving_page_hands_over_model_and_template(tmp_path: Path):
     from transformers import AutoTokenizer
 
-    from qmedtune.data import templates
+    from qmedtune.data.packing import templates
 
     printed, work = run_page(EXAMPLES / "serve.md", tmp_path, RUN="runs/served", RECIPE="recipes/micro.yaml")
     merged = work / "runs" / "served" / "merged"

@@ -19,9 +19,9 @@ import pytest
 from real_tokenizers import KINDS, SMALL, save, tokenizer
 from toy_tokenizers import SPECIAL, byte_level
 
-from qmedtune.data import borders, chat_template, framing, templates
-from qmedtune.data.framing import Frame, Framed
-from qmedtune.data.tokens import encode_texts, load_codec
+from qmedtune.data.packing import borders, chat_template, framing, templates
+from qmedtune.data.packing.framing import Frame, Framed
+from qmedtune.data.packing.tokens import encode_texts, load_codec
 from qmedtune.errors import DataError, RecipeError
 
 NAMES = (*templates.TEMPLATES, "chat")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import MICRO
+from llama_folders import llama3_folder
 from safetensors.torch import load_file
 
 from qmedtune import base
@@ -99,9 +100,11 @@ def test_a_shape_is_for_models_from_scratch_and_must_divide():
 
 
 def test_quantised_weights_cannot_be_trained_themselves(tmp_path: Path):
-    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"load_in_4bit": True}}))
+    folder = llama3_folder(tmp_path / "base")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"load_in_4bit": True}}))
     with pytest.raises(RecipeError, match="16-bit original"):
-        models.load_full(tmp_path, load_recipe(MICRO).recipe.model)
+        models.load_full(folder, load_recipe(MICRO).recipe.model)
 
 
 def test_an_untrained_model_knows_nothing(micro_run):

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qmedtune.data import rows
-from qmedtune.data.reading import json_stream
+from qmedtune.data.reading import json_stream, row_formats
 from qmedtune.interrupt import Stop, Stopped, TimeLimit
 
 
@@ -79,5 +78,5 @@ def test_a_stop_inside_a_reader_is_no_damaged_record(number: int, tmp_path: Path
     monkeypatch.setattr(json_stream.DECODER, "decode", decoded)
     stop = Stop()
     with stop.watching(3600), pytest.raises(Stopped), stop.limited():
-        list(rows.read_jsonl(path))
+        list(row_formats.read_jsonl(path))
     assert len(calls) == 5

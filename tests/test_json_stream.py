@@ -7,17 +7,16 @@ import tracemalloc
 
 import pytest
 
-from qmedtune.data import rows
 from qmedtune.data.prepare import prepare_source
-from qmedtune.data.reading import json_stream
-from qmedtune.data.rejects import Damaged, Unread
+from qmedtune.data.reading import json_stream, row_formats
+from qmedtune.data.reading.rejects import Damaged, Unread
 from qmedtune.errors import DataError
 from qmedtune.recipe import Recipe
 
 
 def read(path, text):
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return list(rows.read_json(path))
+    return list(row_formats.read_json(path))
 
 
 def texts(found):
@@ -164,7 +163,7 @@ def test_memory_is_that_of_an_element(tmp_path, packed):
         file.write(b"]")
     (tmp_path / "a.json").rename(path := tmp_path / ("a.json.gz" if packed else "a.json"))
     tracemalloc.start()
-    assert sum(isinstance(fields, dict) for _, fields in rows.read_json(path)) == 60_000
+    assert sum(isinstance(fields, dict) for _, fields in row_formats.read_json(path)) == 60_000
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 16 << 20

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qmedtune.data.language import detect
+from qmedtune.data.hygiene.language import detect
 
 REAL = Path(os.environ.get("QMEDTUNE_REAL_DATA", Path(__file__).parents[2] / "shared" / "data"))
 # One paragraph about the same study, written for this test.

@@ -426,7 +426,7 @@ def test_random_probe_where_there_is_no_text(llama3, adapter3, tmp_path):
 
 
 def test_trained_template_becomes_the_chat_template(llama3, adapter3, tmp_path):
-    from qmedtune.data import templates
+    from qmedtune.data.packing import templates
 
     stage, merged = tmp_path / "02-sft", tmp_path / "merged"
     stage.mkdir()
@@ -442,7 +442,7 @@ def test_trained_template_becomes_the_chat_template(llama3, adapter3, tmp_path):
 
 
 def test_probe_comes_equally_from_the_held_out_sources(llama3, tmp_path):
-    from qmedtune.data.pack import pack_validation
+    from qmedtune.data.packing.pack import pack_validation
     from qmedtune.recipe import Recipe
 
     letters = {"notes": "b", "papers": "a"}

@@ -15,7 +15,7 @@ from toy_tokenizers import byte_level, save
 
 from qmedtune import cli, ui
 from qmedtune.base import identify, note_base
-from qmedtune.data.tokens import load_codec
+from qmedtune.data.packing.tokens import load_codec
 from qmedtune.errors import DataError, RecipeError
 from qmedtune.evaluation.open_model import locate
 from qmedtune.model_settings import check_all

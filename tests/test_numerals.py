@@ -15,9 +15,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-from qmedtune.data.formats import format_of
-from qmedtune.data.rejects import Damaged, Refused
-from qmedtune.data.sources import read_items
+from qmedtune.data.reading.formats import format_of
+from qmedtune.data.reading.rejects import Damaged, Refused
+from qmedtune.data.reading.sources import read_items
 from qmedtune.recipe import SourceSection
 
 REAL = Path(os.environ.get("QMEDTUNE_REAL_DATA", Path(__file__).parents[2] / "shared" / "data")) / "literature"

@@ -16,9 +16,9 @@ from conftest import ROOT
 from real_tokenizers import tokenizer
 from tokenizers import AddedToken, Tokenizer
 
-from qmedtune.data import framing, templates
-from qmedtune.data.instructions import instruction_record
-from qmedtune.data.tokens import encode_texts, load_codec
+from qmedtune.data.packing import framing, templates
+from qmedtune.data.packing.tokens import encode_texts, load_codec
+from qmedtune.data.reading.instructions import instruction_record
 from qmedtune.parsing.loader import load_recipe
 
 BOS, EOS = 1, 2  # of LLaMA 1 and 2

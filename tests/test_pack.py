@@ -9,9 +9,9 @@ import pytest
 from toy_tokenizers import byte_level, save, sentencepiece
 
 from qmedtune import store
-from qmedtune.data import mix, templates, tokens
-from qmedtune.data.clean import clean
-from qmedtune.data.pack import IGNORED, PackedRows, pack_stage, pack_validation
+from qmedtune.data.hygiene.clean import clean
+from qmedtune.data.packing import mix, templates, tokens
+from qmedtune.data.packing.pack import IGNORED, PackedRows, pack_stage, pack_validation
 from qmedtune.errors import DataError
 from qmedtune.recipe import Recipe
 
@@ -274,7 +274,7 @@ def test_a_killed_tokenisation_goes_on_at_its_shard(tmp_path, tokenizer_dir, cor
             raise KeyboardInterrupt
         return encode(*args, **options)
 
-    monkeypatch.setattr("qmedtune.data.pack.encode_texts", dies)
+    monkeypatch.setattr("qmedtune.data.packing.pack.encode_texts", dies)
     with pytest.raises(KeyboardInterrupt):
         pack_stage(made, 0, tokenizer_dir, corpora, out)
     done = len(list((out / "tokens").glob("*.documents.npy")))
@@ -480,7 +480,7 @@ def test_a_changed_record_costs_the_shard_that_holds_it(tmp_path, tokenizer_dir,
         encoded.append(len(records))
         return encode(codec, records, limit)
 
-    monkeypatch.setattr("qmedtune.data.pack.encode_texts", counted)
+    monkeypatch.setattr("qmedtune.data.packing.pack.encode_texts", counted)
     for number, rows in enumerate([many, changed]):
         encoded.clear()
         building = store.begin(out, run, f"key {number}", {}, keep_partial=True)

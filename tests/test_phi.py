@@ -11,7 +11,7 @@ from datetime import date
 import pytest
 from conftest import MICRO
 
-from qmedtune.data import phi, surrogates
+from qmedtune.data.hygiene import phi, surrogates
 from qmedtune.data.prepare import prepare_source
 from qmedtune.recipe import Recipe
 

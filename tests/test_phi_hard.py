@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from phi_cases import FOUND, KEPT
 
-from qmedtune.data import phi, recognisers
-from qmedtune.data.plain import plain
+from qmedtune.data.hygiene import phi, recognisers
+from qmedtune.data.hygiene.plain import plain
 
 NAMES = ("name", "date", "phone", "mrn")
 

@@ -10,7 +10,7 @@ import torch
 from llama_folders import llama3_folder, write_adapter
 
 from qmedtune import chat, predict, store
-from qmedtune.data import templates
+from qmedtune.data.packing import templates
 from qmedtune.errors import RecipeError, RunError
 from qmedtune.evaluation import generation, scoring
 from qmedtune.evaluation.open_model import OpenModel, locate, open_model

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from qmedtune.data.clean import clean
+from qmedtune.data.hygiene.clean import clean
 from qmedtune.data.prepare import prepare_source
 from qmedtune.errors import DataError
 from qmedtune.recipe import Recipe

@@ -2,8 +2,8 @@
 
 import pytest
 
-from qmedtune.data import phi, presidio
-from qmedtune.data.presidio import check
+from qmedtune.data.hygiene import phi, presidio
+from qmedtune.data.hygiene.presidio import check
 from qmedtune.errors import RecipeError
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from qmedtune import cli, hashes, record, store, terminal, ui
 from qmedtune.commands.common import emit
-from qmedtune.data.sources import source_files, with_variables
+from qmedtune.data.reading.sources import source_files, with_variables
 from qmedtune.errors import DataError, RecipeError
 from qmedtune.parsing.strict_yaml import without_comments
 from qmedtune.recipe import SourceSection

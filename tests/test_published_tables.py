@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from qmedtune.data.benchmarks import benchmark_items
+from qmedtune.data.hygiene.benchmarks import benchmark_items
 from qmedtune.data.prepare import prepare_source
-from qmedtune.data.rejects import Damaged, Refused, Unread
-from qmedtune.data.sources import read_items
+from qmedtune.data.reading.rejects import Damaged, Refused, Unread
+from qmedtune.data.reading.sources import read_items
 from qmedtune.errors import DataError
 from qmedtune.recipe import Recipe, SourceSection, TaskSection
 from qmedtune.tasks import load_task

@@ -10,8 +10,8 @@ import pytest
 
 from qmedtune.data.prepare import prepare_source
 from qmedtune.data.reading import markup, xml_files
-from qmedtune.data.rejects import Damaged, Refused, Unread
-from qmedtune.data.sources import read_items
+from qmedtune.data.reading.rejects import Damaged, Refused, Unread
+from qmedtune.data.reading.sources import read_items
 from qmedtune.errors import DataError
 from qmedtune.recipe import Recipe, SourceSection
 

@@ -176,7 +176,7 @@ def test_status_names_what_is_stale_and_why(finished: Path):
 
 def test_until_stops_after_a_step_and_the_rest_follows(tmp_path: Path, finished: Path):
     result = run_micro(tmp_path / "run", until="cpt")
-    assert result["status"] == "running" and not (tmp_path / "run" / "02-sft").exists()
+    assert result["status"] == "stopped" and not (tmp_path / "run" / "02-sft").exists()
     run_micro(tmp_path / "run")
     assert digests(tmp_path / "run") == digests(finished)
 
@@ -234,7 +234,7 @@ def test_two_runs_on_one_folder(copy: Path):
 def test_the_time_limit_seals_and_the_next_run_goes_on(tmp_path: Path, finished: Path):
     with pytest.raises(interrupt.TimeLimit):
         run_micro(tmp_path / "run", time_limit_s=1e-3)
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "running"
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "stopped"
     run_micro(tmp_path / "run")
     assert digests(tmp_path / "run") == digests(finished)
 

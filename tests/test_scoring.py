@@ -8,8 +8,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from qmedtune.data.templates import TEMPLATES
-from qmedtune.data.tokens import encode_conversations, load_codec
+from qmedtune.data.packing.templates import TEMPLATES
+from qmedtune.data.packing.tokens import encode_conversations, load_codec
 from qmedtune.errors import DataError, RunError
 from qmedtune.evaluation import forward, generation, measure, scoring
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qmedtune.data.templates import TEMPLATES
+from qmedtune.data.packing.templates import TEMPLATES
 from qmedtune.errors import DataError, RecipeError
 from qmedtune.evaluation import statistics, summary
 from qmedtune.recipe import TaskSection

@@ -6,9 +6,9 @@ import pytest
 from test_pack import folders, packed, recipe
 from toy_tokenizers import byte_level, save
 
-from qmedtune.data import tokens
-from qmedtune.data.fertility import fertility
-from qmedtune.data.show import show
+from qmedtune.data.packing import tokens
+from qmedtune.data.packing.fertility import fertility
+from qmedtune.data.packing.show import show
 
 CHAT = {"messages": [{"role": "user", "content": "why?\x1b[31m"}, {"role": "assistant", "content": "rest."}]}
 

@@ -28,7 +28,7 @@ def test_a_signal_seals_within_one_step_and_a_second_one_leaves_at_once(tmp_path
     assert once["code"] == 143
     assert 1 <= once["sealed_step"] - once["step_at_signal"] + 1 <= 3  # the step in hand, and one that had just begun
     assert "stopped by SIGTERM; the same command continues from here" in once["said"]
-    assert once["status"] == "running"
+    assert once["status"] == "stopped"
     assert twice["code"] == 143
     assert twice["seconds"] < 1.0  # the step in hand takes 30 s
 

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from qmedtune.data.files import MAX_RECORD_BYTES
 from qmedtune.data.prepare import prepare_source
+from qmedtune.data.reading.files import MAX_RECORD_BYTES
 from qmedtune.data.reading.pubmed import LatestFirst
-from qmedtune.data.rejects import Rejects
-from qmedtune.data.sources import format_of, read_items, read_records, source_files
+from qmedtune.data.reading.rejects import Rejects
+from qmedtune.data.reading.sources import format_of, read_items, read_records, source_files
 from qmedtune.errors import DataError
 from qmedtune.recipe import Recipe, SourceSection
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from test_phi import planted
 
 from qmedtune import keys, store
-from qmedtune.data import phi, secret, surrogates
-from qmedtune.data.phi import Span
+from qmedtune.data.hygiene import phi, secret, surrogates
+from qmedtune.data.hygiene.phi import Span
 from qmedtune.errors import RecipeError
 from qmedtune.recipe import Recipe
 

@@ -6,7 +6,7 @@ import pytest
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from toy_tokenizers import byte_level, save
 
-from qmedtune.data import templates
+from qmedtune.data.packing import templates
 from qmedtune.errors import DataError, RecipeError
 
 TURNS = [

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 from qmedtune import interrupt, plan, store, train, ui
 from qmedtune import model as models
-from qmedtune.data.pack import PackedRows
+from qmedtune.data.packing.pack import PackedRows
 from qmedtune.errors import RunError
 from qmedtune.parsing.loader import load_recipe
 from qmedtune.recipe import Recipe
@@ -263,16 +263,16 @@ def test_a_nan_stops_before_the_update(
 def test_a_validation_loss_that_is_not_finite_is_told_and_never_the_best(
     micro_run: MicroRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    values = iter([float("nan"), 3.0, 2.0, float("inf")])  # two sources, before and after
+    values = iter([1.0, 1.0, float("nan"), 3.0, 2.0, float("inf")])  # two sources: before the first step, then twice
     monkeypatch.setattr(train, "mean_loss", lambda *_: next(values, 2.5))
     recipe = micro(*FP32, "validate.keep_best=true", "validate.every=4")
     texts = recipe.validation.model_copy(update={"on": ["literature", "notes"]})
     recipe = recipe.model_copy(update={"validation": texts})
     facts = train.train_stage(recipe, 0, micro_run.inputs(), tmp_path)
-    assert facts["kept_step"] == 12 and [v["step"] for v in facts["validation"]][:3] == [4, 8, 12]
+    assert facts["kept_step"] == 12 and [v["step"] for v in facts["validation"]][:4] == [0, 4, 8, 12]
     told = ["step 4: validation loss on literature is nan", "step 8: validation loss on notes is inf"]
     assert facts["warnings"] == told
-    json.loads((tmp_path / train.METRICS).read_text().splitlines()[4], parse_constant=pytest.fail)
+    json.loads((tmp_path / train.METRICS).read_text().splitlines()[5], parse_constant=pytest.fail)
 
 
 def test_each_stage_keeps_the_step_that_is_best_at_what_it_is_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

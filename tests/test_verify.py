@@ -164,4 +164,4 @@ def test_data_and_data_show_through_the_command_line(micro_run, capsys):
     assert cli.invoke(["data", "shw", *arguments]) == 2
     assert "data show RECIPE" in capsys.readouterr().err
     run = json.loads((micro_run.folder / "run.json").read_text())
-    assert run["status"] == "running"
+    assert run["status"] == "stopped"

@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 
 from qmedtune import tiny
-from qmedtune.data import world as worlds
+from qmedtune.data.synthetic import world as worlds
 from qmedtune.errors import DataError
 
 TEXT_CORPORA = ("literature", "notes", "general")

@@ -21,9 +21,11 @@ from typing import Any
 from qmedtune import ui
 from qmedtune.bench import data_memory
 from qmedtune.bench import data_peers as peers
-from qmedtune.data import decontaminate, dedup, mix, world
+from qmedtune.data.hygiene import decontaminate, dedup
+from qmedtune.data.packing import mix
+from qmedtune.data.packing.tokens import BATCH_BYTES, Codec, encode_texts, load_codec, shard_array, write_shards
 from qmedtune.data.reading import jats, xml_files
-from qmedtune.data.tokens import BATCH_BYTES, Codec, encode_texts, load_codec, shard_array, write_shards
+from qmedtune.data.synthetic import world
 from qmedtune.errors import RecipeError
 from qmedtune.record import device_name, versions
 

@@ -66,9 +66,9 @@ def make_corpus(path: Path, size_bytes: int) -> int:
 def measure(folder: Path) -> dict[str, Any]:
     """Prepare and pack the corpus of a folder; peak bytes, with those of the workers, and the counts."""
     from qmedtune.bench.data import train_tokenizer
-    from qmedtune.data.pack import pack_stage
+    from qmedtune.data.hygiene.per_record import worker_count
+    from qmedtune.data.packing.pack import pack_stage
     from qmedtune.data.prepare import prepare_source
-    from qmedtune.data.treat import worker_count
     from qmedtune.recipe import Recipe
 
     recipe = Recipe.model_validate({

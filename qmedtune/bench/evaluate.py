@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from qmedtune import ui
-from qmedtune.data.framing import Asked
+from qmedtune.data.packing.framing import Asked
 from qmedtune.errors import RecipeError
 from qmedtune.evaluation.harness import harness_model
 from qmedtune.evaluation.measure import parts

@@ -14,7 +14,7 @@ from typing import Any
 
 from qmedtune import base as bases
 from qmedtune import store
-from qmedtune.data.templates import FILE
+from qmedtune.data.packing.templates import FILE
 from qmedtune.errors import MergeRefused, RecipeError
 from qmedtune.evaluation.open_model import check_intact, locate
 from qmedtune.planning.machine import this_machine

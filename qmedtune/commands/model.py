@@ -24,6 +24,16 @@ class Split(StrEnum):
     train = "train"
 
 
+class Prompts(StrEnum):
+    own = "own"
+    me_llama = "me_llama"
+
+
+class Extraction(StrEnum):
+    stated = "stated"
+    me_llama = "me_llama"
+
+
 class Onto(StrEnum):
     full16 = "full16"
     nf4 = "nf4"
@@ -61,6 +71,8 @@ def evaluate(
     shots_from: Annotated[
         str | None, typer.Option(metavar="FILE", help="Default: the folder's training split, else the other items.")
     ] = None,
+    prompts: Annotated[Prompts, typer.Option(help="Who words the questions.")] = Prompts.own,
+    extraction: Annotated[Extraction, typer.Option(help="How an answer is read.")] = Extraction.stated,
     generate: Annotated[bool, typer.Option(help="Also judge what the model writes.")] = True,
     base: BaseOption = None,
     template: TemplateOption = None,
@@ -90,7 +102,8 @@ def evaluate(
         name, path = named_file(entry, data)
         section = TaskSection(
             task=name, path=path, limit=limit, split=split.value if split else None, metric=metric, bertscore=bertscore,
-            shots=shots, shot_seeds=shot_seeds, shots_from=shots_from,
+            shots=shots, shot_seeds=shot_seeds, shots_from=shots_from, prompts=prompts.value,
+            extraction=extraction.value,
         )  # fmt: skip
         asked.append(entry if name == TEXTS else section)
     facts = evaluate_model(

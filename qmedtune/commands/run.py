@@ -130,10 +130,10 @@ class Shown:
 
 def _show_packed(loaded: LoadedRecipe, folder: Path, asked: Shown) -> None:
     from qmedtune import base, store
-    from qmedtune.data import borders
-    from qmedtune.data.pack import PackedRows
-    from qmedtune.data.show import documents, show
-    from qmedtune.data.tokens import load_codec
+    from qmedtune.data.packing import borders
+    from qmedtune.data.packing.pack import PackedRows
+    from qmedtune.data.packing.show import documents, show
+    from qmedtune.data.packing.tokens import load_codec
     from qmedtune.errors import RecipeError
 
     recipe = loaded.recipe

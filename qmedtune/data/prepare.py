@@ -1,8 +1,8 @@
 """One source from raw files to clean, de-duplicated, split records with a ledger: the `data/<source>` step.
 
-Order: read, clean, identifiers and benchmark text (stage.py), exact duplicates, near duplicates, split. Two passes over
-a work file, so that memory holds 30 bytes per record, never the text. The split hangs on a record's content or patient
-alone: adding records moves no other record between training and held-out.
+Order: read, clean, identifiers and benchmark text (first_pass.py), exact duplicates, near duplicates, split. Two passes
+over a work file, so that memory holds 30 bytes per record, never the text. The split hangs on a record's content or
+patient alone: adding records moves no other record between training and held-out.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import IO, Any
 
 import numpy as np
 
-from qmedtune.data import decontaminate, dedup
-from qmedtune.data.benchmarks import benchmark_items
-from qmedtune.data.listing import by_extension, list_source
-from qmedtune.data.rejects import Rejects
-from qmedtune.data.stage import in_batches, stage_source
-from qmedtune.data.treat import Staged, phi_mode, text_of
+from qmedtune.data.hygiene import decontaminate, dedup
+from qmedtune.data.hygiene.benchmarks import benchmark_items
+from qmedtune.data.hygiene.first_pass import in_batches, stage_source
+from qmedtune.data.hygiene.per_record import Staged, phi_mode, text_of
+from qmedtune.data.reading.listing import by_extension, list_source
+from qmedtune.data.reading.rejects import Rejects
 from qmedtune.errors import DataError
 from qmedtune.recipe import Recipe, SourceSection
 from qmedtune.store import sha256_file

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from qmedtune.data.framing import Asked, codec_of
+from qmedtune.data.packing.framing import Asked, codec_of
 from qmedtune.evaluation.forward import (
     Shared,
     hidden_states,

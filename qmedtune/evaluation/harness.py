@@ -22,8 +22,8 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from qmedtune.data.files import plain_suffix
-from qmedtune.data.framing import codec_of, frame_of
+from qmedtune.data.packing.framing import codec_of, frame_of
+from qmedtune.data.reading.files import plain_suffix
 from qmedtune.errors import DataError, QmedtuneError, RecipeError
 from qmedtune.evaluation.forward import causal_model
 from qmedtune.evaluation.open_model import OpenModel, Quantization, locate, open_model

@@ -19,11 +19,11 @@ import numpy as np
 import torch
 
 from qmedtune import store, ui
-from qmedtune.data.framing import Asked, codec_of
-from qmedtune.data.rejects import Rejects
-from qmedtune.data.sources import read_records
-from qmedtune.data.templates import Template
-from qmedtune.data.tokens import encode_texts
+from qmedtune.data.packing.framing import Asked, codec_of
+from qmedtune.data.packing.templates import Template
+from qmedtune.data.packing.tokens import encode_texts
+from qmedtune.data.reading.rejects import Rejects
+from qmedtune.data.reading.sources import read_records
 from qmedtune.errors import DataError
 from qmedtune.evaluation.forward import compute_dtype
 from qmedtune.evaluation.generation import generate

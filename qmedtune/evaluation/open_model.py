@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from qmedtune import base as bases
 from qmedtune import hub, record, store, ui
-from qmedtune.data import templates
+from qmedtune.data.packing import templates
 from qmedtune.errors import DataError, RecipeError, RunError
 from qmedtune.model_stack import named_base, read_adapter, read_model
 from qmedtune.planning.machine import this_machine

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import numpy as np
 import torch
 
-from qmedtune.data.borders import document_borders
-from qmedtune.data.framing import Asked, codec_of, frame_of
-from qmedtune.data.templates import Template
-from qmedtune.data.tokens import Codec
+from qmedtune.data.packing.borders import document_borders
+from qmedtune.data.packing.framing import Asked, codec_of, frame_of
+from qmedtune.data.packing.templates import Template
+from qmedtune.data.packing.tokens import Codec
 from qmedtune.errors import DataError
 from qmedtune.evaluation.forward import (
     Prefix,

@@ -22,7 +22,7 @@ from qmedtune import store, ui
 from qmedtune.evaluation import statistics
 from qmedtune.evaluation.measure import Row
 from qmedtune.tasks import Item, Task
-from qmedtune.tasks.definitions import definition
+from qmedtune.tasks.definitions import READINGS, definition
 
 WILSON, TANGO = "Wilson score", "Tango score, paired"
 NO_WIDTH = 1e-12
@@ -96,7 +96,10 @@ def _generated_scores(task: Task, draws: Draws, groups: statistics.Groups | None
     answers = [answer for draw in draws for answer in draw]
     unparsed = sum(not answer["parsed"] for answer in answers)
     cut = sum(answer["ended"] == "length" for answer in answers)
-    return _scores(task, draws, groups, seed) | {"unparsed": unparsed, "cut": cut}
+    scores = _scores(task, draws, groups, seed) | {"unparsed": unparsed, "cut": cut}
+    if task.extraction != "stated":
+        scores |= {"extraction": task.extraction, "definition": f"{scores['definition']}; {READINGS[task.extraction]}"}
+    return scores
 
 
 def _metric(task: Task, judgements: list[Row]) -> float:
@@ -122,6 +125,7 @@ def _scores(task: Task, draws: Draws, groups: statistics.Groups | None, seed: in
     interval, method = _interval(task, draws, groups, seed)
     facts = {"ci95": list(interval), "ci95_method": method, "n": len(draws[0])}
     facts |= {"groups": len(set(groups))} if groups else {}
+    facts |= {"prompts": task.prompts} if task.prompts != "own" else {}
     meant = definition(task.metric, task.name.partition("-")[0])
     return {"metric": task.metric, "definition": meant, **scores, **facts}
 

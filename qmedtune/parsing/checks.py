@@ -167,7 +167,7 @@ def _taken_names(recipe: Recipe) -> Iterator[Finding]:
 
 
 def _unknown_names(recipe: Recipe) -> Iterator[Finding]:
-    from qmedtune.data.templates import TEMPLATES
+    from qmedtune.data.packing.templates import TEMPLATES
     from qmedtune.tasks import BUILTIN_TASKS, FILE_TASKS
 
     templates = [*TEMPLATES, "chat"]
@@ -257,8 +257,8 @@ def _is_windows(path: str) -> bool:
 
 
 def _builtin(path: str) -> str:
-    from qmedtune.data.outcomes import CORPORA
-    from qmedtune.data.world import SIZES
+    from qmedtune.data.synthetic.outcomes import CORPORA
+    from qmedtune.data.synthetic.world import SIZES
 
     known = [*(f"builtin:{corpus}" for corpus in CORPORA)]
     known += [f"builtin:{world}/{corpus}" for world in SIZES for corpus in CORPORA]
@@ -270,8 +270,8 @@ def _builtin(path: str) -> str:
 
 def _extension(path: str, format: str) -> str:
     """A last part such as `notes.docx` that no reader claims. Patterns and names without a dot may be anything."""
-    from qmedtune.data.files import plain_suffix
-    from qmedtune.data.sources import SUFFIXES
+    from qmedtune.data.reading.files import plain_suffix
+    from qmedtune.data.reading.sources import SUFFIXES
 
     suffix = plain_suffix(Path(path))
     if format != "auto" or path.startswith("builtin:") or not re.fullmatch(r"\.\w+", suffix) or suffix in SUFFIXES:

@@ -75,8 +75,8 @@ def count_with(
 
 def framed_lengths(tokenizer_dir: Path, source: SourceSection, records: list[dict[str, Any]]) -> list[int]:
     """Tokens of each record as packing makes them: framed by its template, nothing cut."""
-    from qmedtune.data import templates
-    from qmedtune.data.tokens import encode_conversations, encode_texts, load_codec
+    from qmedtune.data.packing import templates
+    from qmedtune.data.packing.tokens import encode_conversations, encode_texts, load_codec
 
     codec = load_codec(tokenizer_dir)
     if source.kind != "instructions":
@@ -111,7 +111,7 @@ def _text(record: dict[str, Any], source: SourceSection) -> str:
     """What is trained on: the text, or the conversation in its template (`plain` where it is the tokenizer's own)."""
     if "messages" not in record:
         return record["text"]
-    from qmedtune.data import templates
+    from qmedtune.data.packing import templates
 
     template = templates.load(source.template if source.template not in (None, "chat") else "plain")
     return "".join(text for text, _ in template.render(record["messages"]))

@@ -148,7 +148,7 @@ def _check_machine(facts: BaseFacts, setups: list[Setup]) -> None:
 
 def text_bytes(source: SourceSection) -> int:
     """About the size of a source's prepared text; 0 for what is built in or not here."""
-    from qmedtune.data.sources import source_files
+    from qmedtune.data.reading.sources import source_files
 
     try:
         files = source_files(source)

@@ -1,7 +1,7 @@
 """How many tokens, rows and optimiser steps a stage takes, by the rules of packing over sampled documents.
 
-The rows are those of the packer itself (data/mix.py), over so many documents of the sampled lengths. Deliberately not
-here: exact counts (the sealed ledger of a packed stage has them).
+The rows are those of the packer itself (data/packing/mix.py), over so many documents of the sampled lengths.
+Deliberately not here: exact counts (the sealed ledger of a packed stage has them).
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qmedtune.data import canaries, mix
-from qmedtune.data.pack import draw_tokens, shared_tokens
+from qmedtune.data.packing import mix
+from qmedtune.data.packing.pack import draw_tokens, shared_tokens
+from qmedtune.data.synthetic import canaries
 from qmedtune.planning.batches import batch_rows, steps_in
 from qmedtune.planning.estimate import Measured
 from qmedtune.recipe import ClassifySection, CptSection, MixSection, PretrainSection, Recipe, SftSection

@@ -62,8 +62,8 @@ class _Look:
 def sample_source(source: SourceSection, most: int | None = None) -> Sample:
     """Raises what reading raises: DataError for absent or unreadable files. What has no files (built in, or a dataset
     of the Hub) is read whole, or its first `most` records."""
-    from qmedtune.data.rejects import Rejects
-    from qmedtune.data.sources import read_records, source_files
+    from qmedtune.data.reading.rejects import Rejects
+    from qmedtune.data.reading.sources import read_records, source_files
 
     files = source_files(source)
     if not files:
@@ -85,7 +85,7 @@ def sample_source(source: SourceSection, most: int | None = None) -> Sample:
 
 
 def _look(file: Path, source: SourceSection, seconds: float) -> _Look:
-    from qmedtune.data.formats import READERS, format_of
+    from qmedtune.data.reading.formats import READERS, format_of
 
     format, look, line = format_of(file, source.format), _Look(), 0
     if format in READERS or format == "zip":
@@ -105,9 +105,9 @@ def _look(file: Path, source: SourceSection, seconds: float) -> _Look:
 
 def _read(file: Path, source: SourceSection, format: str, seconds: float, look: _Look) -> tuple[int, bool]:
     """Fill `look` from the file's head; the last line read, and whether the file ended there."""
-    from qmedtune.data.formats import read_rows
     from qmedtune.data.reading.document import Skipped
-    from qmedtune.data.rejects import Refused, Unusable
+    from qmedtune.data.reading.formats import read_rows
+    from qmedtune.data.reading.rejects import Refused, Unusable
 
     line, seen, began, started = 0, 0, time.thread_time(), time.monotonic()
     for line, fields in islice(read_rows(file, source, format), RECORDS_PER_FILE):  # noqa: B007 - the last one counts
@@ -127,9 +127,9 @@ def _read(file: Path, source: SourceSection, format: str, seconds: float, look: 
 
 
 def _shaped(fields: Any, source: SourceSection) -> Any:
-    from qmedtune.data.instructions import instruction_record
-    from qmedtune.data.records import text_record
-    from qmedtune.data.rejects import Damaged, Refused, Unusable
+    from qmedtune.data.reading.instructions import instruction_record
+    from qmedtune.data.reading.records import text_record
+    from qmedtune.data.reading.rejects import Damaged, Refused, Unusable
 
     if isinstance(fields, Refused):
         return fields

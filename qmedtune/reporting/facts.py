@@ -8,7 +8,7 @@ Deliberately does not: format pages, recompute results, or read anything but tho
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -178,11 +178,16 @@ def nf4_perplexities(run: dict) -> dict[str, tuple[float, float]]:
 
 
 def read_metrics(path: Path) -> Metrics:
-    """Curves from metrics.jsonl. Steps that a resumed run did again count once, by their last line."""
+    """Curves from metrics.jsonl."""
+    return parse_metrics(path.read_text(encoding="utf-8").splitlines() if path.exists() else [])
+
+
+def parse_metrics(lines: Iterable[str]) -> Metrics:
+    """Curves from the lines of metrics.jsonl. Steps that a resumed run did again count once, by their last line."""
     metrics = Metrics()
     train: dict[str, dict[int, float]] = {}
     validation: dict[str, dict[str, dict[int, float]]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in lines:
         try:
             entry = json.loads(line)
             stage, step = entry["stage"], int(entry["step"])
@@ -224,15 +229,21 @@ def _sealed_validation(stage: dict) -> dict[str, Points]:
     return by_source
 
 
+def _at(run: dict) -> str:
+    """The first step that is not sealed, in words."""
+    left = [step["name"] for step in run.get("steps", []) if step["status"] != "sealed"]
+    return f" in {left[0]}" if left else ""
+
+
 def outcome(run: dict) -> str:
     """One or two plain sentences: what came out of the run, or why there is nothing to tell."""
     if run["status"] == "failed":
-        left = [step["name"] for step in run.get("steps", []) if step["status"] != "sealed"]
-        where = f" in {left[0]}" if left else ""
         why = f" ({run['error']})" if run.get("error") else ""
-        return f"The run failed{where}{why}; what was sealed before stands and is shown here."
+        return f"The run failed{_at(run)}{why}; what was sealed before stands and is shown here."
     if run["status"] == "running":
-        return "The run has not finished: this page shows what is sealed so far."
+        return f"The run is under way{_at(run)}: this page shows what is sealed and measured so far."
+    if run["status"] == "stopped":
+        return f"The run was stopped{_at(run)}: the same command goes on from there. Shown is what is there so far."
     told = [sentence for sentence in (_tasks_sentence(run), _perplexity_sentence(run)) if sentence]
     if told and (words := precision_words(run)):
         told.append(_sentence(f"scored in {words}"))

@@ -76,7 +76,7 @@ def document(title: str, sections: Sequence[str], written: str) -> str:
 
 
 def _header(run: dict) -> Html:
-    status, shown = esc(run["status"]), "not finished" if run["status"] == "running" else run["status"]
+    status = esc(run["status"])
     facts = [f"base {base_name(run)}", *(stage["name"] for stage in run.get("stages", []))]
     facts += [run["provenance"]["device"]] if "device" in run.get("provenance", {}) else []
     seconds = sum(step.get("seconds") or 0 for step in run.get("steps", []))
@@ -84,7 +84,7 @@ def _header(run: dict) -> Html:
     facts += [f"seed {run['seed']}"] if "seed" in run else []
     meta = " ".join(f"<span>{esc(fact)}</span>" for fact in facts)
     return Html(
-        f'<header><div class="eyebrow">qmedtune run <span class="status {status}">{esc(shown)}</span></div>'
+        f'<header><div class="eyebrow">qmedtune run <span class="status {status}">{status}</span></div>'
         f'<h1>{esc(run["name"])}</h1><p class="outcome">{_together(outcome(run))}</p><div class="meta">{meta}</div>'
         f"{_warning_callout(run)}{_tiles(run)}</header>"
     )

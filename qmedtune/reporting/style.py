@@ -35,7 +35,7 @@ a { color: inherit; text-decoration-color: var(--c0); text-underline-offset: 3px
 .status { display: inline-block; margin-left: 10px; padding: 1px 10px; border-radius: 99px; letter-spacing: 0;
   text-transform: none; background: var(--accent-soft); color: var(--accent); }
 .status.failed { background: var(--bad-soft); color: var(--bad); }
-.status.running { background: var(--warn-soft); color: var(--warn); }
+.status.running, .status.stopped { background: var(--warn-soft); color: var(--warn); }
 .outcome { font-size: 20px; line-height: 1.45; margin-bottom: 18px; }
 .meta, .note { color: var(--soft); font-size: 14px; }
 .meta span { white-space: nowrap; }

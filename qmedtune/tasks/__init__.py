@@ -12,10 +12,10 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from qmedtune import ui
-from qmedtune.data import outcomes
+from qmedtune.data.synthetic import outcomes
 from qmedtune.errors import RecipeError
 from qmedtune.recipe import Recipe, TaskSection
-from qmedtune.tasks import choice, findings, free_text, labels, shots
+from qmedtune.tasks import choice, findings, free_text, labels, me_llama, shots
 from qmedtune.tasks.items import Item, Task, checked_items, with_metric
 
 __all__ = ["BUILTIN_TASKS", "FILE_TASKS", "Item", "Task", "check_twice", "load_task", "read_items", "world_of"]
@@ -30,6 +30,7 @@ FILE_TASKS: dict[str, tuple[Reader, Maker]] = {
     "medmcqa": (choice.medmcqa, choice.choice_task),
     "mmlu": (choice.mmlu, choice.choice_task),
     "mmlu_medical": (choice.mmlu_medical, choice.choice_task),
+    "mmlu_meditron": (choice.mmlu_meditron, choice.choice_task),
     "mmlu_general": (choice.mmlu_general, choice.choice_task),
     "arc": (choice.arc, choice.choice_task),
     "choice": (choice.choice, choice.choice_task),
@@ -63,13 +64,15 @@ def load_task(section: TaskSection, seed: int, world: str = "tiny") -> Task:
         _check_name(section)
         files = shots.split_files(str(section.path), section.split)
         every, where, make = read_items(section.task, files), files[0], FILE_TASKS[section.task][1]
+    every = me_llama.ask(section, every)
     task = make(section.task, checked_items(section.task, where, every, section.limit, seed))
+    task = replace(me_llama.read(section, task), name=section.label)
     task = free_text.with_bertscore(task, section.bertscore) if section.bertscore else task
     task = with_metric(task, section.metric) if section.metric else task
     if not section.shots:
         return task
     examples = shots.shot_files(section)
-    pool = read_items(section.task, examples) if examples else every
+    pool = me_llama.ask(section, read_items(section.task, examples)) if examples else every
     return shots.with_shots(task, section, pool, examples[0].name if examples else None, seed)
 
 

@@ -1,6 +1,6 @@
 """Multiple-choice benchmarks: the built-in facts, PubMedQA, MedQA, MedMCQA, MMLU, ARC and plain choice files.
 
-Questions are worded as the training data words them (data/instructions.py), so that a model meets one form. Letters
+Questions are worded as the training data words them (data/reading/instructions.py): a model meets one form. Letters
 are the answers where options are listed in the prompt; the words themselves where they are not.
 """
 
@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from qmedtune import ui
-from qmedtune.data import world as worlds
-from qmedtune.data.choices import Question, question
-from qmedtune.data.files import open_bytes, plain_suffix
-from qmedtune.data.medmcqa import BASE, answer_base, cop_of
-from qmedtune.data.rejects import Unusable
+from qmedtune.data.reading.choices import Question, question
+from qmedtune.data.reading.files import open_bytes, plain_suffix
+from qmedtune.data.reading.medmcqa import BASE, answer_base, cop_of
+from qmedtune.data.reading.rejects import Unusable
+from qmedtune.data.synthetic import world as worlds
 from qmedtune.errors import DataError
 from qmedtune.tasks.extract import extract_choice
 from qmedtune.tasks.items import Item, Judgement, Task, field_names, item_id, records, text_field
@@ -29,6 +29,11 @@ LETTERS = "ABCDEFGHIJ"
 # The six subjects of MultiMedQA (Singhal et al. 2023); the others measure what a medical model may forget.
 MEDICAL_SUBJECTS = (
     "anatomy", "clinical_knowledge", "college_biology", "college_medicine", "medical_genetics", "professional_medicine",
+)  # fmt: skip
+# Meditron's nine (evaluation/evaluate.py of epfLLM/meditron, line 310; 1,862 questions).
+MEDITRON_SUBJECTS = (
+    "anatomy", "college_biology", "college_medicine", "professional_medicine", "medical_genetics", "virology",
+    "clinical_knowledge", "high_school_biology", "nutrition",
 )  # fmt: skip
 PUBMEDQA_TEST = Path(__file__).with_name("pubmedqa_test.json")  # PMIDs of test_ground_truth.json, pubmedqa/pubmedqa
 GROUND_TRUTH = "test_ground_truth.json"  # answers by PMID: no benchmark of its own
@@ -164,6 +169,11 @@ def _subject(path: Path) -> str:
 def mmlu_medical(path: Path) -> list[Item]:
     """MMLU's six medical subjects; a file of another subject has no item."""
     return [item for item in mmlu(path) if item.facet in MEDICAL_SUBJECTS]
+
+
+def mmlu_meditron(path: Path) -> list[Item]:
+    """The nine subjects that Meditron calls MMLU-Medical."""
+    return [item for item in mmlu(path) if item.facet in MEDITRON_SUBJECTS]
 
 
 def mmlu_general(path: Path) -> list[Item]:

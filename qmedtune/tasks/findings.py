@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -31,8 +33,18 @@ HALLMARKS = (
     "cellular energetics",
     "avoiding immune destruction",
 )
-ENTITY_TYPES = ("problem", "treatment", "test")
+ASKED_TYPES = ("problem", "treatment", "test")
+ENTITY_TYPES = (*ASKED_TYPES, "drug")  # Me-LLaMA counts drugs too, where a file marks them
 NONE = re.compile(r"\b(none|no (hallmarks?|entit(y|ies)|problems?))\b", re.IGNORECASE)
+
+ENTITY_QUESTION = (
+    "List the medical problems, treatments and tests in the sentence, one per line as `problem: words of the "
+    "sentence`, `treatment: ...` or `test: ...`. Answer none if there are none."
+)
+DRUG_QUESTION = (
+    "List the medical problems, treatments, tests and drugs in the sentence, one per line as `problem: words of the "
+    "sentence`, `treatment: ...`, `test: ...` or `drug: ...`. Answer none if there are none."
+)
 
 BARE_AMPERSAND = re.compile(rb"(<!\[CDATA\[.*?\]\]>)|&(?!#?\w+;)", re.DOTALL)
 
@@ -156,7 +168,7 @@ def i2b2_2012(path: Path) -> list[Item]:
         kind = str(event.get("type")).lower()
         if kind in ENTITY_TYPES:
             start = _start(text, event, f"{path}:{event.sourceline}")
-            gold.setdefault(text.count("\n", 0, start), []).append((kind, _plain(str(event.get("text")))))
+            gold.setdefault(text.count("\n", 0, start), []).append((kind, plain_words(str(event.get("text")))))
     lines = [(number, line.strip()) for number, line in enumerate(text.split("\n")) if line.strip()]
     return [_entity_item(path.stem, number, line, gold.get(number, [])) for number, line in lines]
 
@@ -164,22 +176,30 @@ def i2b2_2012(path: Path) -> list[Item]:
 def _start(text: str, event: Any, where: str) -> int:
     """0-based start of an event, checked against its text."""
     try:
-        start, said = int(event.get("start")), _plain(event.get("text"))
+        start, said = int(event.get("start")), plain_words(event.get("text"))
     except (TypeError, ValueError) as error:
         raise DataError(f"{where}: an EVENT without start or text\nthe file is not in the i2b2-2012 format") from error
     for begin in (start - 1, start):
-        if begin >= 0 and _plain(text[begin : begin + len(event.get("text"))]) == said:
+        if begin >= 0 and plain_words(text[begin : begin + len(event.get("text"))]) == said:
             return begin
     raise DataError(f"{where}: an EVENT's offsets do not lead to its text\ntake the merged XML files as published")
 
 
 def _entity_item(note: str, number: int, line: str, gold: list[tuple[str, str]]) -> Item:
-    content = (
-        "List the medical problems, treatments and tests in the sentence, one per line as `problem: words of the "
-        "sentence`, `treatment: ...` or `test: ...`. Answer none if there are none."
-    )
-    message = {"role": "user", "content": content, "input": line}
+    message = {"role": "user", "content": ENTITY_QUESTION, "input": line}
     return Item(f"{note}-{number}", (message,), tuple(gold), group=note)
+
+
+def marks_drugs(items: Sequence[Item]) -> bool:
+    """Whether the files have drugs as a type of their own; i2b2-2012 as published has none."""
+    return any(kind == "drug" for item in items for kind, _ in item.gold)
+
+
+def with_drugs_asked(items: list[Item]) -> list[Item]:
+    """The items, asked for drugs too where the files mark some."""
+    if not marks_drugs(items):
+        return items
+    return [replace(item, messages=({**item.messages[0], "content": DRUG_QUESTION},)) for item in items]
 
 
 def entity_task(name: str, items: tuple[Item, ...]) -> Task:
@@ -196,11 +216,11 @@ def _write_entities(item: Item) -> str:
 
 def _parse_entities(answer: str, item: Item) -> tuple[tuple[str, str], ...] | None:
     pairs = re.findall(rf"^[\s*\-]*({'|'.join(ENTITY_TYPES)})\s*:\s*(.+?)\s*$", answer, re.IGNORECASE | re.MULTILINE)
-    found = tuple((kind.lower(), _plain(words)) for kind, words in pairs)
+    found = tuple((kind.lower(), plain_words(words)) for kind, words in pairs)
     return found if found or NONE.search(answer) else None
 
 
-def _plain(text: str) -> str:
+def plain_words(text: str) -> str:
     return " ".join(text.lower().split()).strip(" .,;:`\"'")
 
 

@@ -16,12 +16,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from qmedtune.data.files import plain_suffix, text_of
-from qmedtune.data.instructions import is_task
-from qmedtune.data.notes import expand
-from qmedtune.data.records import as_name
-from qmedtune.data.rejects import Damaged
-from qmedtune.data.rows import read_jsonl
+from qmedtune.data.reading.files import plain_suffix, text_of
+from qmedtune.data.reading.instructions import is_task
+from qmedtune.data.reading.notes import expand
+from qmedtune.data.reading.records import as_name
+from qmedtune.data.reading.rejects import Damaged
+from qmedtune.data.reading.row_formats import read_jsonl
 from qmedtune.errors import DataError, RecipeError
 from qmedtune.tasks.items import (
     NO_YES,

@@ -16,12 +16,12 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from qmedtune.data.formats import READERS, format_of
-from qmedtune.data.instructions import instruction_record
+from qmedtune.data.reading.formats import READERS, format_of
+from qmedtune.data.reading.instructions import instruction_record
+from qmedtune.data.reading.records import as_name
+from qmedtune.data.reading.rejects import Damaged, Refused, Unusable
+from qmedtune.data.reading.row_formats import Row
 from qmedtune.data.reading.tally import shown_names
-from qmedtune.data.records import as_name
-from qmedtune.data.rejects import Damaged, Refused, Unusable
-from qmedtune.data.rows import Row
 from qmedtune.errors import DataError, RecipeError
 
 Message = dict[str, str]
@@ -74,6 +74,7 @@ class Task:
     aggregate: all judgements -> scores
     write: the right answer as an example shows it; its beginning is the option where there are options
     draws: the items once more per draw of examples, with the examples in their messages; empty without examples
+    prompts, extraction: the named set that words the questions, and the named way in which answers are read
     """
 
     name: str
@@ -87,6 +88,8 @@ class Task:
     write: Callable[[Item], str] = field(default_factory=lambda: written)
     draws: tuple[tuple[Item, ...], ...] = ()
     shots_from: str | None = None
+    prompts: str = "own"
+    extraction: str = "stated"
 
     @property
     def asked(self) -> list[Item]:

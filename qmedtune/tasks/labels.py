@@ -16,8 +16,8 @@ from typing import Any
 from lxml import etree  # pyright: ignore[reportAttributeAccessIssue]
 
 from qmedtune import ui
-from qmedtune.data.files import plain_suffix
-from qmedtune.data.records import as_name
+from qmedtune.data.reading.files import plain_suffix
+from qmedtune.data.reading.records import as_name
 from qmedtune.errors import DataError
 from qmedtune.tasks.choice import choice_task
 from qmedtune.tasks.extract import extract_choice

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from random import Random
 
-from qmedtune.data.sources import source_files
+from qmedtune.data.reading.sources import source_files
 from qmedtune.errors import DataError
 from qmedtune.recipe import SourceSection, TaskSection
 from qmedtune.tasks.choice import GROUND_TRUTH

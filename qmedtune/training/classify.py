@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from qmedtune import model as models
 from qmedtune import store
-from qmedtune.data.classes import HELD_OUT, IDS, LABELS, LabelledRows
+from qmedtune.data.packing.classes import HELD_OUT, IDS, LABELS, LabelledRows
 from qmedtune.evaluation.statistics import auroc, average_precision, bootstrap
 from qmedtune.recipe import ClassifySection
 from qmedtune.training.loss import packed_hidden

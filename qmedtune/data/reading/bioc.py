@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qmedtune.data.files import text_lines
 from qmedtune.data.reading import xml_files
 from qmedtune.data.reading.document import Document
-from qmedtune.data.rejects import Damaged, Unusable
+from qmedtune.data.reading.files import text_lines
+from qmedtune.data.reading.rejects import Damaged, Unusable
 
 # Passages of BioC full texts that are no running text, by type and by section.
 SKIPPED = frozenset({"ref", "table", "front_matter", "footnote", "table_footnote", "reference"})

@@ -9,10 +9,10 @@ from typing import Any
 
 from lxml import etree  # pyright: ignore[reportAttributeAccessIssue]
 
-from qmedtune.data.files import ARCHIVE_ERRORS, BROKEN_ARCHIVE, head_of, open_bytes
 from qmedtune.data.reading import markup, xml_files
 from qmedtune.data.reading.document import Document
-from qmedtune.data.rejects import Damaged, Refused
+from qmedtune.data.reading.files import ARCHIVE_ERRORS, BROKEN_ARCHIVE, head_of, open_bytes
+from qmedtune.data.reading.rejects import Damaged, Refused
 
 TEXTS = ("TEXT", "text")
 RECORDS = ("RECORD", "record", "doc")  # several notes in one file: de-identification 2006, obesity 2008

@@ -18,7 +18,7 @@ from lxml import etree, html  # pyright: ignore[reportAttributeAccessIssue]
 
 from qmedtune.data.reading import markup
 from qmedtune.data.reading.document import Document
-from qmedtune.data.rejects import Damaged, Refused, Unusable
+from qmedtune.data.reading.rejects import Damaged, Refused, Unusable
 
 TYPE = re.compile(r"[A-Za-z]{1,40}")
 TEXT_TYPES = ("text/plain", "text/html", "text/rtf", "application/xhtml+xml")

@@ -14,7 +14,7 @@ from itertools import chain
 from typing import Any
 
 from qmedtune.data.reading import markup
-from qmedtune.data.rejects import Unusable
+from qmedtune.data.reading.rejects import Unusable
 
 PARSES = ("pdf_parse", "latex_parse", "grobid_parse")
 LEFT_OUT = ("author", "authoraffiliation", "bibentry", "venue")

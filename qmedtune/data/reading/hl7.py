@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qmedtune.data.files import ARCHIVE_ERRORS, BROKEN_ARCHIVE, MAX_RECORD_BYTES, open_bytes
 from qmedtune.data.reading.document import Document
+from qmedtune.data.reading.files import ARCHIVE_ERRORS, BROKEN_ARCHIVE, MAX_RECORD_BYTES, open_bytes
+from qmedtune.data.reading.rejects import Damaged, Refused
 from qmedtune.data.reading.xml_files import Item
-from qmedtune.data.rejects import Damaged, Refused
 
 STARTS = re.compile(rb"(\xef\xbb\xbf)?\x0b?(FHS\|[^\r\n]*[\r\n]+|BHS\|[^\r\n]*[\r\n]+)*MSH\|")
 TEXT_TYPES = ("TX", "FT", "ST")

@@ -14,11 +14,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from qmedtune.data.files import MAX_MEMBER_BYTES, head_of
 from qmedtune.data.reading import markup, xml_files
 from qmedtune.data.reading.document import Document
+from qmedtune.data.reading.files import MAX_MEMBER_BYTES, head_of
+from qmedtune.data.reading.rejects import Damaged, Refused, Unread, Unusable
 from qmedtune.data.reading.xml_files import local, plain
-from qmedtune.data.rejects import Damaged, Refused, Unread, Unusable
 
 SKIPPED = frozenset(
     ("tex-math", "object-id", "label", "graphic", "alt-text", "long-desc", "fn-group", "table", "ref-list", "back")

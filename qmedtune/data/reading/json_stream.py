@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator
 from typing import IO, Any
 
-from qmedtune.data.rejects import Damaged, Unread, Unusable
+from qmedtune.data.reading.rejects import Damaged, Unread, Unusable
 
 Row = tuple[int, dict[str, Any] | Damaged]
 

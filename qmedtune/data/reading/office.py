@@ -13,11 +13,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
 
-from qmedtune.data.files import MAX_MEMBER_BYTES, open_bytes
 from qmedtune.data.reading import csvs
 from qmedtune.data.reading.document import Document
+from qmedtune.data.reading.files import MAX_MEMBER_BYTES, open_bytes
+from qmedtune.data.reading.rejects import Damaged, Refused, Unread
 from qmedtune.data.reading.xml_files import Item
-from qmedtune.data.rejects import Damaged, Refused, Unread
 from qmedtune.errors import DataError
 
 TOO_LONG = f"longer than {MAX_MEMBER_BYTES >> 20} MiB unpacked"

@@ -15,11 +15,11 @@ from typing import Any
 
 import zstandard
 
-from qmedtune.data.files import text_lines
 from qmedtune.data.reading import markup, xml_files
 from qmedtune.data.reading.document import Document
+from qmedtune.data.reading.files import text_lines
+from qmedtune.data.reading.rejects import Damaged, Refused, Unread
 from qmedtune.data.reading.xml_files import BREAK, Item, plain
-from qmedtune.data.rejects import Damaged, Refused, Unread
 
 RECORDS = ("PubmedArticle", "PubmedBookArticle", "DeleteCitation")
 CITATIONS = ("MedlineCitation", "DeleteCitation")
@@ -122,7 +122,7 @@ class LatestFirst:
     def __init__(self, path: Path, spill: Path | None = None):
         self.deleted: list[str] = []
         self._sizes: list[int] = []  # compressed bytes of each block of rows
-        self._blocks = SpooledTemporaryFile(self.HELD_BYTES, dir=spill)  # noqa: SIM115 - closed with this object
+        self._blocks = SpooledTemporaryFile(self.HELD_BYTES, dir=spill and str(spill))  # noqa: SIM115 - closed with this object
         self._pack = zstandard.ZstdCompressor(level=1)
         rows: list[list[Any]] = []
         for number, item in read_pubmed(path):

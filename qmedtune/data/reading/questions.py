@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qmedtune.data.reading import xml_files
-from qmedtune.data.rejects import Damaged, Refused
+from qmedtune.data.reading.rejects import Damaged, Refused
 
 LIVEQA_ROOTS = (
     "LiveQA2017-Medical-Test-Set-Full", "LiveQA2017-Medical-Training-Data", "NLM-QUESTIONS", "NLM-QUESTION",

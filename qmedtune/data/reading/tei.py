@@ -8,8 +8,8 @@ from typing import Any
 
 from qmedtune.data.reading import markup, xml_files
 from qmedtune.data.reading.document import Document
+from qmedtune.data.reading.rejects import Damaged, Unusable
 from qmedtune.data.reading.xml_files import local, plain
-from qmedtune.data.rejects import Damaged, Unusable
 
 NAMESPACE = "http://www.tei-c.org/ns/1.0"
 LEFT_OUT = ("note", "table", "formula/label", "listBibl", "back")

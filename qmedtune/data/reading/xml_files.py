@@ -14,10 +14,10 @@ from typing import IO, Any
 
 from lxml import etree  # pyright: ignore[reportAttributeAccessIssue]
 
-from qmedtune.data.files import ARCHIVE_ERRORS, BROKEN_ARCHIVE, in_archive, open_bytes
 from qmedtune.data.reading import markup
 from qmedtune.data.reading.document import Document
-from qmedtune.data.rejects import Damaged, Refused, Unread, Unusable
+from qmedtune.data.reading.files import ARCHIVE_ERRORS, BROKEN_ARCHIVE, in_archive, open_bytes
+from qmedtune.data.reading.rejects import Damaged, Refused, Unread, Unusable
 
 # Nothing fetched, nothing expanded, lxml's own limits on depth and size kept.
 SAFE = {

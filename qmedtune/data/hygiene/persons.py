@@ -1,0 +1,335 @@
+"""Names of people and of the places that treat them, where something announces them.
+
+A title (`Dr.`), a label (`PATIENT NAME:`), a relation (`husband`), a credential behind (`, MD`) or the word `Hospital`
+announces; the words that follow (or go before) are then taken one by one until one is no part of a name (words.py). So a
+name is found whole or not at all: a half of it left readable would look redacted. Matched is the plain copy (plain.py).
+"""
+
+# ruff: noqa: E501 (a pattern reads better in one piece)
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from qmedtune.data.hygiene.anchors import places
+from qmedtune.data.hygiene.words import ACRONYMS, EPONYMS, NEVER, SURNAMES
+
+MAX_WORDS = 6
+Place = tuple[int, int]
+
+WORD = re.compile(
+    r"(?:(?:al|el|as|ad|an|ar|ash|ben|d|l)[-'])?[A-Z][A-Za-z]{0,30}(?:['-][A-Za-z]{1,30}){0,3}(?![A-Za-z0-9_])", re.A
+)
+SMALL = re.compile(r"[a-z]{2,30}(?:['-][a-z]{1,30}){0,2}(?![A-Za-z0-9_'-])", re.A)
+PARTICLE = re.compile(
+    r"(?:van|von|vom|zu|der|den|de|la|le|los|las|del|della|di|da|dos|das|do|du|bin|ibn|bint|al|el|ten|ter|ap|y|e|S[tT]\.)"
+    r"(?:[ ](?:der|den|la|las|los|de))?[ ](?=[A-Z])",
+    re.A,
+)
+SUFFIX = re.compile(r",?[ ](?:Jr|JR|Sr|SR)\.?(?![A-Za-z])|,?[ ](?:II|III|IV)(?![A-Za-z])", re.A)
+POSSESSIVE = re.compile(r"'[sS]$")
+EPONYM = re.compile(
+    r"(?:'?s)?[ ](?:disease|syndrome|sign|test|palsy|thyroiditis|lymphoma|esophagus|contracture|fracture|catheter|tube|"
+    r"dementia|chorea|maneuver|score|scale|phenomenon|ulcer|criteria)",
+    re.I | re.A,
+)
+
+TITLE = re.compile(
+    r"(?<![A-Za-z0-9_])(?:(?P<title>Drs?|DRS?|Mrs?|MRS?|Ms|MS|Miss|MISS|Prof|PROF|Professor|Doctor|DOCTOR|Rev|Herr|Frau|Mme|"
+    r"Monsieur|Madame|Sra?|Dra|Do[nc]a?|Dott|Capt|Captain|Sgt|Lt|Judge|Father|Pastor|Rabbi|Sister|Nurse|Dear)|"
+    r"(?P<small>drs?|mrs?|ms|miss|prof|professor))(?:\.[ ]{0,3}\n?[ ]{0,3}|[ ]{1,3}\n?[ ]{0,3}|\n)(?=[A-Za-z])",
+    re.A,
+)
+# Titles that are also words, or initials: their name must begin with a capital and be no other word.
+WEAK = frozenset(("MS", "Ms", "SR", "Sr", "Sra", "Dona", "Don", "Doc", "Lt", "Father", "Sister", "Nurse", "Dear"))
+_DONE_BY = (
+    "signed", "dictated", "transcribed", "reviewed", "verified", "authored", "entered", "prepared", "seen", "referred",
+    "performed", "attested", "evaluated", "examined", "requested", "ordered", "written", "assisted", "accompanied", "read",
+    "interpreted", "administered", "collected", "completed", "authenticated", "approved", "cosigned", "co-signed",
+    "supervised", "edited", "recorded", "documented", "typed", "dispensed", "obtained", "witnessed", "scribed",
+)  # fmt: skip
+_ROLES = (
+    r"patient(?:'s)?[ ]name|pt\.?[ ]name|full[ ]name|first[ ]name|last[ ]name|given[ ]name|family[ ]name|maiden[ ]name|surname|"
+    r"name[ ]of[ ]patient|attending[ ]physician|attending[ ](?:md|provider|surgeon|of[ ]record)|"
+    r"(?:referring|primary[ ]care|ordering|admitting|supervising|consulting|treating)[ ](?:physician|provider|md|surgeon)|"
+    rf"(?:{'|'.join(_DONE_BY)})[ ]by|next[ ]of[ ]kin|emergency[ ]contact|health[ ]care[ ]proxy|nok|"
+    r"responsible[ ]party|guarantor"
+)
+_SHORT_ROLES = (
+    r"name|patient|pt|attending|surgeon|assistant|anesthesiologist|resident|fellow|intern|physician|provider|author|nurse|"
+    r"rn|md|np|pa|pcp|lpn|cna|pharmacist|therapist|consultant|clinician|radiologist|pathologist|cardiologist|interpreter|"
+    r"proxy|hcp|contact|guardian|mother|father|husband|wife|son|daughter|brother|sister|spouse|partner|from|to|cc|re|client|"
+    r"signature|signed|dictator|nombre|paciente|nom|patientin|arzt|hausarzt|medecin|subscriber|insured|employee|donor|"
+    r"recipient|claimant|witness|reviewer|doctor|scribe|oncologist|hospitalist|dentist|technologist|technician|operator|"
+    r"circulator|scrub|caregiver|poa|dpoa|friend|midwife|coordinator|student|sincerely|regards"
+)
+# A label and its colon; a long one may do without, or have a dash, a line end or several spaces instead.
+LABEL = re.compile(
+    rf"(?<![A-Za-z0-9_])(?:(?P<long>(?i:{_ROLES}))|(?P<short>(?i:{_SHORT_ROLES})))(?:[ ]?\([A-Za-z, /]{1, 24}\))?"
+    r"(?P<link>[ .]{0,12}(?:(?:(?<=incerely)|(?<=egards)),[ ]{0,3}\n?[ ]{0,3}|[:=#][ ]{0,40}\n?[ ]{0,40}|-[ ]{1,3}|\n[ ]{0,40}|[ ]{1,3}))(?=[A-Za-z(\"'])",
+    re.A,
+)
+# Where a long label may begin, and the last word before the colon of a short one.
+LONG_STARTS = (
+    "patient name", "patient's name", "pt name", "pt. name", "full name", "first name", "last name", "given name", "family name", "maiden name", "surname",
+    "name of patient", "attending", "referring", "primary care", "ordering", "admitting", "supervising", "consulting",
+    "treating", "next of kin", "emergency contact", "health care proxy", "nok", "responsible party", "guarantor",
+    *(f"{done} by" for done in _DONE_BY), "sincerely,", "regards,",
+)  # fmt: skip
+SHORT_WORDS = frozenset(_SHORT_ROLES.split("|"))
+RELATIONS = (
+    "husband", "wife", "spouse", "son", "daughter", "mother", "father", "brother", "sister", "friend", "partner", "neighb",
+    "caregiver", "fianc", "girlfriend", "boyfriend", "aunt", "uncle", "niece", "nephew", "cousin", "grand", "roommate", "step",
+    "mom", "dad", "name is", "manager", "worker", "therapist", "pharmacist", "attending", "resident", "surgeon", "physician",
+    "chaplain", "interpreter", "coordinator", "midwife", "hospitalist", "intern", "fellow", "aide", "sitter", "nurse",
+    "named", "called", "known as", "accompanied by", "spoke with", "speaking with", "discussed with", "call",
+    "contact", "cardiologist", "oncologist", "neurologist", "urologist", "nephrologist", "radiologist", "anesthesiologist",
+)  # fmt: skip
+_LAST_WORD = re.compile(r"([a-z]{2,20})(?:[ ]?\([a-z, /]{1,24}\))?[ .]{0,12}$", re.A)
+NAME_LABELS = re.compile(r"name|nombre|nom$|signed|dictated|kin|contact|transcribed|proxy", re.I | re.A)
+RELATION = re.compile(
+    r"(?<![A-Za-z0-9_])(?i:husband|wife|spouse|son|daughter|mother|father|brother|sister|friend|partner|neighbou?r|caregiver|"
+    r"fianc[e]{1,2}|girlfriend|boyfriend|aunt|uncle|niece|nephew|cousin|grandson|granddaughter|grandmother|grandfather|"
+    r"(?:daughter|son|brother|sister|mother|father)-in-law|roommate|manager|worker|therapist|pharmacist|attending|resident|"
+    r"surgeon|physician|chaplain|interpreter|coordinator|midwife|hospitalist|intern|fellow|aide|sitter|nurse|"
+    r"cardiologist|oncologist|neurologist|urologist|nephrologist|radiologist|anesthesiologist|stepson|stepdaughter|mom|dad)(?:,[ ]|[ ]\(|[ ])(?=[A-Z][a-z])"
+    r"|(?<![A-Za-z0-9_])(?:named|name is|called|known as|accompanied by|spoke with|speaking with|discussed with|call|contact)[ ]"
+    r"(?=[A-Z][a-z])",
+    re.A,
+)
+CREDENTIAL = re.compile(
+    r"(?<=[A-Za-z.])(?:,[ ]{0,2}|[ ]{1,2}(?=M\.D|MD|RN|PhD|Ph\.D|D\.O|NP|PA-C|LCSW|PharmD|DNP|CRNA|FNP|MBBS))"
+    r"(?:M\.D\.?|MD|D\.O\.|DO(?=[,.;)\n]|$)|RN|R\.N\.|BSN|PhD|Ph\.D\.?|N\.?P|NP-C|PA-C|P\.A\.|LCSW|MSW|Pharm\.?D|DNP|CRNA|"
+    r"FNP|APRN|ARNP|MBBS|MBChB|FACC|FACS|FACP|FRCP|FRCS|DDS|DMD|DPM|LPN|CNM|MPH|RPh|RRT|OTR|DPT|PsyD|CCRN)(?![A-Za-z0-9_])",
+    re.A,
+)
+PATIENT = re.compile(
+    r"(?<![A-Za-z0-9_])(?:[Pp]atient|[Pp]t|PATIENT)[ ](?P<value>[A-Z][a-z]{1,20}[ ](?:[A-Z]\.?[ ])?[A-Z][A-Za-z'-]{1,30})"
+    r"(?=,?[ ](?:is|was|has|had|presents|presented|came|arrived|an?)(?![A-Za-z0-9_]))",
+    re.A,
+)
+HOSPITAL = re.compile(
+    r"(?<=[A-Za-z.'&])[ ](?:(?:Memorial|MEMORIAL|General|GENERAL|Regional|Community|University|Children's|Medical)[ ]){0,2}"
+    r"(?:Hospitals?|HOSPITAL|Medical[ ]Cent(?:er|re)|MEDICAL[ ]CENTER|Clinics?|CLINIC|Nursing[ ]Home|NURSING[ ]HOME|"
+    r"Nursing[ ](?:Center|Facility|and[ ]Rehab(?:ilitation)?(?:[ ]Center)?)|Rehab(?:ilitation)?(?:[ ](?:Center|Hospital))?|"
+    r"Hospice|Infirmary|Sanatorium|Assisted[ ]Living|Care[ ](?:Center|Centre|Home)|Senior[ ](?:Living|Care|Center)|Group[ ]Home|Retirement[ ]Village|Health[ ](?:System|Center|Centre|Care)|"
+    r"Healthcare|HEALTHCARE|Surgery[ ]Center|Cancer[ ](?:Center|Institute)|Heart[ ](?:Center|Institute)|Manor|"
+    r"Retirement[ ](?:Home|Community)|Skilled[ ]Nursing(?:[ ]Facility)?|Klinikum|Krankenhaus)(?![A-Za-z0-9_])"
+    r"(?:[ ]of[ ](?:the[ ])?[A-Z][A-Za-z'-]{1,30}(?:[ ][A-Z][A-Za-z'-]{1,30}){0,2})?",
+    re.A,
+)
+FRONT_HOSPITAL = re.compile(
+    r"(?<![A-Za-z0-9_])(?:Hospital|Clinica|Klinikum|Krankenhaus|Hopital|Ospedale|Hospice|University|Universitatsklinikum)"
+    r"(?:[ ](?:of|de|del|di|la|the|am|St\.|der)){0,2}[ ](?P<value>[A-Z][A-Za-z'-]{2,30}(?:[ ][A-Z][A-Za-z'-]{1,30}){0,2})",
+    re.A,
+)
+LABELLED_HOSPITAL = re.compile(
+    r"(?<![A-Za-z0-9_])(?:OSH|Hospital|HOSPITAL|Facility|FACILITY|SNF|Rehab)[ ]?(?:\(|:[ ]{1,8})"
+    r"(?P<value>[A-Z][A-Za-z.'-]{2,30}(?:[ ][A-Z][A-Za-z'-]{1,30}){0,3})(?![A-Za-z0-9_:])",
+    re.A,
+)
+FIELD_END = re.compile(r"[ ]{0,3}(?:$|[\n;,.|(]|[ ]{2})")
+BEFORE = re.compile(r"(?:[A-Z][A-Za-z]{0,30}(?:['-][A-Za-z]{1,30}){0,3}\.?|[a-z]{2,6}|&)[ ]?$", re.A)
+INSIDE = frozenset("of the and for de la del van von der den di da du at".split())  # noqa: SIM905
+GENERAL = frozenset(
+    """general memorial regional community university childrens children's county city state national royal central
+    medical health veterans mount mt st saint north south east west northern southern eastern western heart cancer
+    outside local our her his their a an this that another nearby area district teaching tertiary care community acute
+    emergency women's womens""".split()  # noqa: SIM905
+)
+
+
+def find_names(text: str, lowered: str) -> Iterator[Place]:
+    """(start, end) of announced names in a plain copy, `lowered` its lower case; they may overlap."""
+    for match in TITLE.finditer(text):
+        yield from _titled(text, match)
+    labels = sorted({*places(LONG_STARTS, lowered), *_short_labels(lowered)})
+    for match in _matches(LABEL, text, labels):
+        yield from _labelled(text, match)
+    for match in _matches(RELATION, text, places(RELATIONS, lowered)):
+        start = match.end()
+        end = _take(text, start, Rules(eponyms=False))
+        if end and not text[start:end].islower() and not _is_capitals(text[start:end]):
+            yield start, end
+    for match in CREDENTIAL.finditer(text):
+        start = _take_back(text, match.start())
+        words = text[start : match.start()].split()
+        if words and (match[0].startswith(",") or len(words) > 1):
+            yield start, match.start()
+    for match in _matches(PATIENT, text, places(("patient ", "pt "), lowered)):
+        if not any(_is_never(word) for word in match["value"].split()):
+            yield match.span("value")
+
+
+def _matches(pattern: re.Pattern[str], text: str, starts: Iterable[int]) -> Iterator[re.Match[str]]:
+    for start in starts:
+        if match := pattern.match(text, start):
+            yield match
+
+
+def _short_labels(lowered: str) -> Iterator[int]:
+    """Where the words before a colon begin that are labels."""
+    for place in places((":", "=", "name\n", "name#", "nombre\n"), lowered):
+        end = place if lowered[place] in ":=" else lowered.find("e", place) + 1
+        word = _LAST_WORD.search(lowered, max(0, end - 50), end)
+        if word and word[1] in SHORT_WORDS:
+            yield word.start(1)
+
+
+def find_hospitals(text: str) -> Iterator[Place]:
+    """(start, end) of named hospitals, clinics and homes in a plain copy."""
+    for match in HOSPITAL.finditer(text):
+        start = _take_back(text, match.start(), inside=True)
+        words = [word.lower().strip(".,") for word in text[start : match.start()].split()]
+        named = [word for word in words if word not in GENERAL and word not in INSIDE]
+        if named or " of " in match[0]:
+            yield start if words else match.start() + 1, match.end()
+    for match in LABELLED_HOSPITAL.finditer(text):
+        if not any(_is_never(word) for word in match["value"].split()):
+            yield match.span("value")
+    for match in FRONT_HOSPITAL.finditer(text):
+        if not any(_is_never(word) for word in match["value"].split()):
+            yield match.start(), match.end()
+
+
+def _titled(text: str, match: re.Match[str]) -> Iterator[Place]:
+    start = match.end()
+    if match["small"]:
+        end = _take(text, start, Rules(small=True))
+        if end and (text[start].isupper() or match["small"] != "ms"):
+            yield start, end
+        return
+    if match["title"] in WEAK and "." not in match[0] and not re.match(r"[A-Z][a-z]", text[start : start + 2], re.A):
+        return
+    end = _take(text, start, Rules(titled=True))
+    if end:
+        yield start, end
+
+
+def _labelled(text: str, match: re.Match[str]) -> Iterator[Place]:
+    """What follows a label. Behind a long label a dash, a line end or a space is enough; a short one needs its colon."""
+    link, start = match["link"], match.end()
+    strong = ":" in link or "=" in link or "#" in link
+    label = match["long"] or match["short"]
+    if not strong and not (match["long"] or (NAME_LABELS.search(label) and "\n" in link)):
+        return
+    while start < len(text) and text[start] in "(\"'":
+        start += 1
+    named = bool(NAME_LABELS.search(label)) or bool(match["long"])
+    end = _take(text, start, Rules(comma=True, small=strong and named, eponyms=named))
+    if not end or re.match(
+        r"[ ]{0,3}:|[ ]?/[ ]?[A-Z]|\d" if named else r"[ ]{0,3}:|[ ]?/[ ]?[A-Z]|[ ]?\d", text[end : end + 6], re.A
+    ):
+        return
+    value = text[start:end]
+    if not named and EPONYM.match(text[end : end + 16]):
+        return
+    if label.lower() in ("re", "to", "from", "friend", "student") and " " not in value:
+        return  # a subject or a place more often than a name
+    # In small letters or on the next line, a name is all that its field holds; else it is a word or a sentence.
+    if (value.islower() or "\n" in link) and not FIELD_END.match(text[end : end + 6] or "\n"):
+        return
+    yield start, end
+
+
+@dataclass(frozen=True)
+class Rules:
+    """titled: the first word may be a surname that is also a word. comma: `Last, First` is one name. small: words in small
+    letters may be names. eponyms: so may what is known as a disease or a drug."""
+
+    titled: bool = False
+    comma: bool = False
+    small: bool = False
+    eponyms: bool = True
+
+
+def _take(text: str, at: int, rules: Rules) -> int | None:
+    """Where the name that begins at `at` ends; None where none begins there."""
+    end, words = None, 0
+    while words < MAX_WORDS:
+        here = at
+        while particle := PARTICLE.match(text, here):
+            here = particle.end()
+        match = WORD.match(text, here) or (SMALL.match(text, here) if rules.small else None)
+        if match is None:
+            break
+        word = POSSESSIVE.sub("", match[0])
+        first = end is None
+        never = _is_never(word, titled=rules.titled and first)
+        known = first and word.lower() in EPONYMS and not rules.eponyms and not text.startswith(", ", match.end())
+        if never or known:
+            break
+        stop = match.start() + len(word)
+        if len(word) == 1 and text[stop : stop + 1] == ".":
+            stop += 1
+        end, words = stop, words + 1
+        if len(word) < len(match[0]):
+            return end  # a possessive ends a name
+        following = _next_word(text, end, rules.comma and words <= 4)
+        if following is None:
+            break
+        at = following
+    if end is not None and (suffix := SUFFIX.match(text, end)):
+        end = suffix.end()
+    return end
+
+
+def _next_word(text: str, end: int, comma: bool) -> int | None:
+    """Where the next word of a name may begin: one space on, or behind the comma of `Last, First`, or an initial's dot."""
+    if comma and text[end : end + 3] == " , ":
+        return end + 3
+    if comma and text[end : end + 1] == "," and text[end + 1 : end + 2] not in (",", "\n", ""):
+        at = end + 1 + (text[end + 1] == " ")
+        return at if at < len(text) and text[at].isalpha() else None
+    if text[end : end + 1] == " ":
+        return end + 1
+    if text[end - 1] == "." and text[end : end + 1].isalpha():
+        return end  # J.K. Rowling
+    return end + 1 if text[end : end + 2] == "-\n" else None
+
+
+def _take_back(text: str, end: int, *, inside: bool = False) -> int:
+    """Where the name that ends at `end` begins (`end` itself where there is none). inside: `of` and `the` are parts."""
+    start, words = end, 0
+    while words < MAX_WORDS:
+        window = text[max(0, start - 70) : start]
+        match = BEFORE.search(window)
+        if match is None:
+            break
+        at = start - len(match[0])
+        word = match[0].strip()
+        before = text[at - 1 : at]
+        if before.isalnum() or before in ("'", "-", "_", "."):
+            break
+        bare = word.strip(".")
+        small = word.islower() or word == "&"
+        known = inside and (bare in INSIDE or word == "&")
+        ends_sentence = word.endswith(".") and len(bare) > 1 and bare.lower() not in ("st", "mt", "jr", "sr")
+        if small and not known and PARTICLE.match(text, at) is None:
+            break
+        if not small and (ends_sentence or (_is_never(bare) and not (inside and bare.lower() in GENERAL))):
+            break
+        start, words = at, words + 1
+    # What a name cannot begin with: small words, and blanks.
+    while start < end and (text[start] == " " or text[start].islower() or text[start] == "&"):
+        cut = text.find(" ", start, end)
+        start = end if cut < 0 else cut + 1
+    return start
+
+
+def _is_never(word: str, *, titled: bool = False) -> bool:
+    """Whether a word is no part of a name. titled: it stands right behind a title."""
+    bare = POSSESSIVE.sub("", word).strip(".,").lower()
+    if len(bare) == 1:
+        return False
+    if titled:
+        return bare in NEVER and bare not in SURNAMES
+    if bare in ACRONYMS and not word.istitle():
+        return True
+    return bare in NEVER or ("-" in bare and bare.partition("-")[0] in NEVER)
+
+
+def _is_capitals(value: str) -> bool:
+    return value.isupper() and len(value) > 2

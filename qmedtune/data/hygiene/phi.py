@@ -1,0 +1,132 @@
+"""Identifiers in clinical text: found, counted, and where asked for replaced.
+
+Structured identifiers are found by shape and label (recognisers.py); names only where a title or a label announces
+them, so that eponyms (Parkinson, Graves) and drugs are not names. This helps a researcher to look and to reduce; it
+is NOT de-identification to the Safe Harbor standard. Found text never leaves this module but in the redacted record:
+what is reported are counts and shapes (`ddd-dd-dddd`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from qmedtune.data.hygiene.persons import find_hospitals, find_names
+from qmedtune.data.hygiene.plain import plain
+from qmedtune.data.hygiene.presidio import Finder
+from qmedtune.data.hygiene.recognisers import DIGITS, MARKED, RECOGNISERS, plausible
+from qmedtune.data.hygiene.words import EPONYMS, NEVER
+
+EXAMPLES = 3
+VERSION = 2  # of what is found: part of the key of data that is redacted or refused by it
+STANDS_FOR = "help for a reviewer, not de-identification to the Safe Harbor standard"
+
+
+@dataclass(frozen=True)
+class Span:
+    """One identifier: text[start:end] of class `kind`."""
+
+    start: int
+    end: int
+    kind: str
+
+
+def find(text: str, persons: Finder | None = None) -> list[Span]:
+    """Identifiers in order, without overlaps. Marks of earlier de-identification (`[** **]`, `___`) are none.
+
+    No span begins or ends between two letters or digits: an identifier is found whole, or not.
+    persons: finds names that nothing announces (presidio.py); what else is found goes before.
+    """
+    copy = plain(text)
+    claimed = _Claimed(copy.text)
+    found = [span for place in _found(copy.text) if (span := claimed.span(*place))]
+    spans = [Span(*copy.span(span.start, span.end), span.kind) for span in found]
+    if persons:
+        named = _Claimed(text, [(span.start, span.end) for span in spans])
+        places = [("name", start, end) for start, end in persons(text) if _may_be_name(text[start:end])]
+        spans += [span for place in places if (span := named.span(*place))]
+    return sorted(spans, key=lambda span: span.start)
+
+
+def _found(text: str) -> Iterator[tuple[str, int, int]]:
+    """(class, start, end) in a plain copy, in order of precedence; they may overlap."""
+    lowered = text.lower().translate(DIGITS)
+    for recogniser in RECOGNISERS:
+        for match in recogniser.matches(text, lowered):
+            start, end = match.span("value" if "value" in recogniser.pattern.groupindex else 0)
+            if plausible(recogniser.kind, match, text[start:end], text[end : end + 16]):
+                yield recogniser.kind, start, end
+    yield from (("hospital", start, end) for start, end in find_hospitals(text))
+    yield from (("name", start, end) for start, end in find_names(text, lowered))
+
+
+class _Claimed:
+    """Which characters of a text belong to an identifier already, or were masked before."""
+
+    def __init__(self, text: str, spans: Iterable[tuple[int, int]] = ()):
+        self.text, self.taken = text, bytearray(len(text))
+        marked = MARKED.finditer(text) if "[**" in text or "___" in text else ()
+        for start, end in (*spans, *(match.span() for match in marked)):
+            self.taken[start:end] = b"\1" * (end - start)
+
+    def span(self, kind: str, start: int, end: int) -> Span | None:
+        """Claim text[start:end] for a class, widened to whole words; None where any of it is claimed."""
+        text = self.text
+        while 0 < start < len(text) and text[start - 1].isalnum() and text[start].isalnum():
+            start -= 1
+        while 0 < end < len(text) and text[end - 1].isalnum() and text[end].isalnum():
+            end += 1
+        if start >= end or self.taken.find(1, start, end) >= 0:
+            return None
+        self.taken[start:end] = b"\1" * (end - start)
+        return Span(start, end, kind)
+
+
+def _may_be_name(value: str) -> bool:
+    """Of what a language model takes for a person: no eponym, no drug, no word of a note."""
+    return bool(value.strip()) and value.lower().split()[0].strip("'.,") not in EPONYMS | NEVER
+
+
+def shape(value: str) -> str:
+    """`555-1234` -> `ddd-dddd`, `Smith` -> `Aaaaa`: what may be shown of an identifier."""
+    return "".join("d" if c.isdigit() else "A" if c.isupper() else "a" if c.isalpha() else c for c in value)
+
+
+@dataclass
+class Tally:
+    """Counts for the report: identifiers by class, records that held any (counted by the caller), and a few shapes."""
+
+    classes: Counter[str] = field(default_factory=Counter)
+    records: int = 0
+    examples: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, text: str, spans: list[Span]) -> None:
+        for span in spans:
+            self.classes[span.kind] += 1
+            shown = self.examples.setdefault(span.kind, [])
+            form = shape(text[span.start : span.end])
+            if len(shown) < EXAMPLES and form not in shown:
+                shown.append(form)
+
+    def merge(self, other: Tally) -> None:
+        """Add what was counted in text that came after."""
+        self.classes += other.classes
+        self.records += other.records
+        for kind, forms in other.examples.items():
+            shown = self.examples.setdefault(kind, [])
+            shown += [form for form in forms if form not in shown][: EXAMPLES - len(shown)]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"classes": dict(self.classes), "records": self.records, "examples": self.examples}
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> Tally:
+        return cls(Counter(value["classes"]), value["records"], value["examples"])
+
+    def facts(self, mode: str) -> dict[str, Any]:
+        return {
+            "mode": mode, "records": self.records, "identifiers": self.classes.total(),
+            "classes": dict(self.classes), "shapes": self.examples, "note": STANDS_FOR,
+        }  # fmt: skip

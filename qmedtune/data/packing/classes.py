@@ -1,0 +1,107 @@
+"""Packing for `classify`: whole documents with their labels, for training and, apart from it, for scoring.
+
+A document is cut at `seq_len` (how many are is told), never split over rows. `targets.npy` holds a row of zeros and
+ones per document in the order of the shards, `labels.json` the names of its columns: those that occur in training,
+`ids.json` each document's id and patient.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qmedtune import ui
+from qmedtune.data.packing import pack
+from qmedtune.data.packing.ledger import Draws
+from qmedtune.data.packing.tokens import Codec, load_codec
+from qmedtune.errors import DataError
+from qmedtune.recipe import ClassifySection, Recipe
+
+TARGETS, LABELS, IDS, HELD_OUT = "targets.npy", "labels.json", "ids.json", "heldout"
+BETWEEN = re.compile(r"[,;]")
+ALL = 2**62  # of the tokens held out: all are scored, whatever cap holds in training
+
+
+def pack_classes(
+    recipe: Recipe, index: int, tokenizer_dir: Path, inputs: Mapping[str, Path], out: Path
+) -> dict[str, Any]:
+    """Lay out the documents of classify stage `index` below `out`, the held-out ones below `out/heldout`.
+
+    inputs: source name -> its folder. Returns the ledger of training with {"classes": {"labels", "documents",
+    "held_out", "unknown"}}: unknown are held-out documents none of whose labels occurs in training.
+    Raises DataError for fewer than two labels and where nothing is held out.
+    """
+    section = recipe.stages[index].classify
+    assert section is not None and isinstance(section.seq_len, int)
+    codec, folder = load_codec(tokenizer_dir), inputs[section.data]
+    labels = sorted({name for _, names in _labels(folder / "train.jsonl", section.multi_label) for name in names})
+    if len(labels) < 2:
+        raise DataError(
+            f"{section.data}: {len(labels)} label in all; classify needs two or more\nlook at its `label` column"
+        )
+    (out / LABELS).write_text(json.dumps(labels, ensure_ascii=False) + "\n", encoding="utf-8")
+    held = _lay_out(recipe, section, codec, tokenizer_dir, folder / "heldout.jsonl", out / HELD_OUT, labels, None)
+    rng = np.random.default_rng([recipe.seed, index])
+    facts = _lay_out(recipe, section, codec, tokenizer_dir, folder / "train.jsonl", out, labels, rng)
+    unknown = int((np.load(out / HELD_OUT / TARGETS).sum(1) == 0).sum())
+    classes = {"labels": len(labels), "documents": facts["records"]["read"], "held_out": held["records"]["read"]}
+    facts["tokens"]["supervised"] = facts["documents_drawn"]  # one prediction per document
+    if cut := facts["records"]["truncated"]:
+        ui.warn(f"{section.data}: {cut:,} of {classes['documents']:,} documents are cut at seq_len {section.seq_len}")
+    return facts | {"classes": {**classes, "unknown": unknown}}
+
+
+def _lay_out(
+    recipe: Recipe, section: ClassifySection, codec: Codec, tokenizer_dir: Path, path: Path, out: Path,
+    labels: list[str], rng: np.random.Generator | None,
+) -> dict[str, Any]:  # fmt: skip
+    """Pack one file: all of it once in its order for scoring, `epochs` shuffled passes where there is a generator."""
+    out.mkdir(exist_ok=True)
+    corpus = pack.tokenise(recipe, section.data, path, section, codec, tokenizer_dir, out, None if rng else ALL)
+    if not len(corpus.documents):
+        raise DataError(f"{section.data}: nothing is held out to score on\nset data.{section.data}.holdout above 0")
+    column = {name: number for number, name in enumerate(labels)}
+    targets = np.zeros((len(corpus.documents), len(labels)), np.uint8)
+    ids = []
+    for row, (record, names) in zip(targets, _labels(path, section.multi_label), strict=True):
+        row[[column[name] for name in names if name in column]] = 1
+        ids.append([record["id"], record.get("patient", record["id"])])
+    np.save(out / TARGETS, targets)
+    (out / IDS).write_text(json.dumps(ids) + "\n", encoding="utf-8")
+    everything = np.arange(len(corpus.documents))
+    plan = Draws(np.zeros(len(everything), np.int64), everything, {section.data: 1.0}, [])
+    if rng is not None:
+        assert not isinstance(section.epochs, str)
+        plan = pack.epochs(section.epochs, [corpus], rng)
+    return pack.write_rows(recipe, [corpus], section, plan, rng or np.random.default_rng(0), out, whole=True)
+
+
+def _labels(path: Path, multi_label: bool) -> Iterator[tuple[dict[str, Any], list[str]]]:
+    """Every record with its labels."""
+    with path.open(encoding="utf-8") as file:
+        for record in map(json.loads, file):
+            label = record["label"]
+            if isinstance(label, list):
+                yield record, label
+            else:
+                parts = [part.strip() for part in BETWEEN.split(label)]
+                yield record, [part for part in parts if part] if multi_label else [label]
+
+
+class LabelledRows(pack.PackedRows):
+    """Packed rows whose `labels` name, at the last token of each document, that document's row in `targets`."""
+
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        self.targets = np.load(folder / TARGETS)
+
+    def __getitem__(self, row: int) -> dict[str, np.ndarray]:
+        item, pieces = super().__getitem__(row), self.pieces(row)
+        labels = np.full_like(item["labels"], pack.IGNORED)
+        labels[np.cumsum(pieces[:, 2]) - 1] = pieces[:, 0]
+        return {**item, "labels": labels}

@@ -1,0 +1,397 @@
+"""Packing: token shards and the whole training order of a stage, with a ledger that adds up exactly.
+
+A row is a list of pieces of documents; attention never crosses a piece because its position ids restart at 0 (what
+transformers isolates by, given no attention mask), and a piece's first token is never a label because the shifted
+loss would predict it from its neighbour. Padding and batching are the trainer's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qmedtune import store, ui
+from qmedtune.data.packing import borders, framing, mix, templates
+from qmedtune.data.packing.fertility import fertility
+from qmedtune.data.packing.ledger import Corpus, Draws, packing_facts
+from qmedtune.data.packing.templates import Template
+from qmedtune.data.packing.tokens import (
+    FULL_WEIGHT,
+    KEPT,
+    LENGTH,
+    Codec,
+    encode_conversations,
+    encode_texts,
+    load_codec,
+    shard_array,
+    write_shards,
+)  # fmt: skip
+from qmedtune.errors import DataError
+from qmedtune.planning.batches import batch_rows
+from qmedtune.recipe import (
+    ClassifySection,
+    CptSection,
+    PretrainSection,
+    Recipe,
+    SftSection,
+    SourceSection,
+    TrainSection,
+)
+
+IGNORED = -100
+CLEANING = "instructions"  # the kind of text that per_record.py cleans conversations as
+META = "packed.json"
+
+
+def pack_stage(
+    recipe: Recipe, index: int, tokenizer_dir: Path, inputs: Mapping[str, Path], out: Path
+) -> dict[str, Any]:
+    """Tokenise the sources of stage `index` (from 0) and lay out its rows below `out`. Returns the ledger.
+
+    An SFT stage's template goes to `out/template.json`, for generation to use the very one of training.
+    inputs: source name -> its folder with train.jsonl. Identities, in tokens, per source and in sum:
+    read = kept + dropped, kept = seen + never_sampled, trained = sum over documents of kept x times drawn, and
+    with `chunking: overlap` the tokens that chunks share once more (`overlapped`).
+    """
+    section = recipe.stages[index].section
+    assert isinstance(section.seq_len, int) and not isinstance(section, ClassifySection)
+    codec = load_codec(tokenizer_dir)
+    corpora = [
+        tokenise(recipe, name, inputs[name] / "train.jsonl", section, codec, tokenizer_dir, out)
+        for name in recipe.stages[index].sources
+    ]
+    facts: dict[str, Any] = {}
+    if isinstance(section, SftSection):
+        _check_truncation(section, corpora)
+        template = stage_template(recipe, index, tokenizer_dir)
+        templates.save(template, out)
+        facts = {"template": template.name}
+    else:
+        facts = {"borders": borders.described(codec)}
+    rng = np.random.default_rng([recipe.seed, index])
+    if isinstance(section, SftSection):
+        assert not isinstance(section.epochs, str)
+        plan = epochs(section.epochs, corpora, rng)
+    else:
+        plan = _mixture(section, corpora, rng)
+    facts = write_rows(recipe, corpora, section, plan, rng, out) | facts
+    kinds = {name: recipe.data[name].kind for name in facts["mixture"]}
+    for name, found in fertility(codec, {name: inputs[name] for name in kinds}, kinds).items():
+        facts["mixture"][name]["fertility"] = found
+    return facts
+
+
+def stage_template(recipe: Recipe, index: int, tokenizer_dir: Path) -> Template:
+    """The template of an SFT stage: that of its first source. Says so where the others have another."""
+    names = recipe.stages[index].sources
+    found = {name: source_template(recipe, name, tokenizer_dir) for name in names}
+    first = found[names[0]]
+    if any(template != first for template in found.values()):
+        ui.warn(f"{recipe.stage_names()[index]}: several templates; {first.name} of {names[0]} is used after training")
+    return first
+
+
+def source_template(recipe: Recipe, name: str, tokenizer_dir: Path) -> Template:
+    """The template that the conversations of a source are trained in, with the cleaning that the run gave them."""
+    template = templates.default(recipe.data[name].template, tokenizer_dir)
+    if template.version < templates.VERSION:
+        ui.warn(
+            f"data.{name}.template: {template.name} is of qmedtune 0.1, which encoded every segment by itself; for a "
+            f'new training set "version": {templates.VERSION} and leave out "apart" in its file'
+        )
+    return replace(template, cleaning=CLEANING if recipe.hygiene.clean else "")
+
+
+def tokenise(
+    recipe: Recipe, name: str, path: Path, section: TrainSection, codec: Codec,
+    tokenizer_dir: Path, out: Path, max_tokens: int | None = None,
+) -> Corpus:  # fmt: skip
+    source = recipe.data[name]
+    assert isinstance(section.seq_len, int)
+    if source.kind == "instructions":
+        template = source_template(recipe, name, tokenizer_dir)
+        weight = prompt_weight(section.loss_on) if isinstance(section, SftSection) else 0.0
+        encode = partial(encode_conversations, codec, template=template, prompt_weight=weight, limit=section.seq_len)
+        how = [framing.VERSION, asdict(template), weight, section.seq_len]
+    else:
+        cuts = source.chunking == "truncate" or isinstance(section, ClassifySection)
+        limit = section.seq_len if cuts else None
+        encode, how = partial(encode_texts, codec, limit=limit), [borders.described(codec), limit]
+    encoding = store.sha256_json([*how, store.sha256_file(tokenizer_dir / "tokenizer.json"), codec.eos_token])
+    with ui.stage(f"tokenise {name}", None, "documents") as progress:
+        shards = write_shards(path, out / "tokens", name, encode, progress.update, max_tokens, encoding)
+    arrays = [shard_array(shard, "documents") for shard in shards]
+    documents = np.concatenate([a for a in arrays if a is not None]) if arrays else np.zeros((0, 3), np.int64)
+    cap = source.max_tokens if max_tokens is None else None
+    return Corpus(name, shards, documents, draw_tokens(source, documents[:, KEPT], section.seq_len, cap, recipe.seed))
+
+
+def draw_tokens(source: SourceSection, kept: np.ndarray, seq_len: int, cap: int | None, seed: int) -> np.ndarray:
+    """Tokens that one draw of each document takes, int64: all that were kept, with `chunking: window` at most a row of
+    them, with `overlap` those that chunks share once more, and none of the documents left out by `cap` tokens (the
+    others are a seeded choice; at least one is taken)."""
+    taken = kept.copy()
+    if cap is not None and kept.sum() > cap:
+        order = np.random.default_rng([seed, len(kept)]).permutation(len(kept))
+        beyond = np.cumsum(kept[order]) > cap
+        beyond[np.argmax(kept[order] > 0)] = False
+        taken[order[beyond]] = 0
+    if source.chunking == "overlap":
+        shared = shared_tokens(source, seq_len)
+        return taken + shared * (mix.chunk_counts(taken, seq_len, shared) - 1)
+    return np.minimum(taken, seq_len) if source.chunking == "window" else taken
+
+
+def shared_tokens(source: SourceSection, seq_len: int) -> int:
+    """What neighbouring chunks of `chunking: overlap` have in common."""
+    return max(1, int(source.overlap * seq_len))
+
+
+def prompt_weight(loss_on: str | float) -> float:
+    """`response` -> 0, `all` -> 1, a number -> itself: the loss weight of prompt tokens."""
+    return {"response": 0.0, "all": 1.0}[loss_on] if isinstance(loss_on, str) else float(loss_on)
+
+
+def _check_truncation(section: SftSection, corpora: list[Corpus]) -> None:
+    for corpus in corpora:
+        cut = int((corpus.kept < corpus.documents[:, LENGTH]).sum())
+        if len(corpus.documents) and cut / len(corpus.documents) > section.max_truncated_fraction:
+            longest = int(corpus.documents[:, LENGTH].max())
+            raise DataError(
+                f"{corpus.name}: {cut:,} of {len(corpus.documents):,} records exceed seq_len {section.seq_len} "
+                f"(allowed: {section.max_truncated_fraction:.0%}, `max_truncated_fraction`)\n"
+                f"raise `seq_len` (longest record: {longest:,} tokens) or shorten the records"
+            )
+
+
+def _mixture(section: CptSection | PretrainSection, corpora: list[Corpus], rng: np.random.Generator) -> Draws:
+    usable = {corpus.name: np.flatnonzero(corpus.draws) for corpus in corpora}
+    lengths = {corpus.name: corpus.draws[usable[corpus.name]] for corpus in corpora}
+    wanted = mix.targets(section, lengths)
+    picks = [usable[name][mix.draw(lengths[name], wanted[name].tokens, rng)] for name in lengths]
+    order = mix.interleave([len(pick) for pick in picks], rng)
+    source = np.repeat(np.arange(len(picks), dtype=np.int16), [len(pick) for pick in picks])[order]
+    capped = [name for name, target in wanted.items() if target.capped]
+    for name in capped:
+        ui.warn(f"mix: {name} is capped by max_repeats, its share of the mixture falls short")
+    return Draws(source, np.concatenate(picks)[order], {n: t.share for n, t in wanted.items()}, capped)
+
+
+def epochs(count: float, corpora: list[Corpus], rng: np.random.Generator) -> Draws:
+    """Every usable record once per epoch, all sources shuffled together; a last part of an epoch where asked."""
+    usable = [np.flatnonzero(corpus.draws) for corpus in corpora]
+    source = np.repeat(np.arange(len(usable)), [len(u) for u in usable])
+    document = np.concatenate(usable)
+    if not len(document):
+        raise DataError("sft: no record with a response is left\nlook at rejects.jsonl and raise `seq_len`")
+    whole, part = divmod(count, 1)
+    orders = [rng.permutation(len(document)) for _ in range(int(whole))]
+    orders.append(rng.permutation(len(document))[: round(part * len(document))])
+    order = np.concatenate(orders)
+    total = sum(int(c.draws.sum()) for c in corpora)
+    return Draws(source[order], document[order], {c.name: float(c.draws.sum()) / total for c in corpora}, [])
+
+
+def write_rows(
+    recipe: Recipe, corpora: list[Corpus], section: TrainSection, plan: Draws,
+    rng: np.random.Generator, out: Path, whole: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Packs the draws, writes pieces, rows, the document table and packed.json; returns the facts.
+
+    whole: documents are not split over rows, as in SFT.
+    """
+    seq_len = int(section.seq_len)
+    np.save(out / "documents.npy", _table(corpora))
+    base = np.cumsum([0] + [len(corpus.documents) for corpus in corpora])
+    document = base[plan.source] + plan.document
+    drawn = np.concatenate([corpus.draws for corpus in corpora])[document]
+    units = _units(recipe, corpora, plan, document, drawn, seq_len, rng)
+    rows = _rows(section, units[:, 2], whole, rng)
+    pieces = rows.pieces.copy()
+    pieces[:, 1] += units[rows.pieces[:, 0], 1]
+    pieces[:, 0] = document[units[rows.pieces[:, 0], 0]]
+    np.save(out / "pieces.npy", pieces)
+    np.save(out / "rows.npy", rows.bounds)
+    shards = [shard.relative_to(out).as_posix() for corpus in corpora for shard in corpus.shards]
+    meta = {"seq_len": seq_len, "shards": shards, "sources": [c.name for c in corpora], "first_document": base.tolist()}
+    if isinstance(section, SftSection) and 0 < (weight := prompt_weight(section.loss_on)) < 1:
+        meta["prompt_weight"] = weight
+    (out / META).write_text(json.dumps(meta) + "\n", encoding="utf-8")
+    return packing_facts(corpora, plan, rows, pieces, drawn, base, seq_len)
+
+
+def _units(
+    recipe: Recipe, corpora: list[Corpus], plan: Draws, document: np.ndarray, drawn: np.ndarray, seq_len: int,
+    rng: np.random.Generator,
+) -> np.ndarray:  # fmt: skip
+    """(U, 3) int32 of (draw, start, length): what is laid into rows, a draw each, or each chunk of one with overlap."""
+    kept = np.concatenate([corpus.kept for corpus in corpora])[document]
+    shared = np.array([shared_tokens(recipe.data[corpus.name], seq_len) for corpus in corpora])[plan.source]
+    counts = 1 + np.maximum(drawn - kept, 0) // shared
+    units = mix.chunks(counts, np.where(counts > 1, kept, drawn), seq_len, shared)
+    # A window's place is drawn anew each time; 0 for all others.
+    units[:, 1] += rng.integers(0, np.where(counts > 1, 0, kept - drawn) + 1)[units[:, 0]]
+    return units.astype(np.int32)
+
+
+def _rows(section: TrainSection, lengths: np.ndarray, whole: bool, rng: np.random.Generator) -> mix.Rows:
+    if not isinstance(section, SftSection):
+        return mix.fill_rows(lengths, int(section.seq_len), split=not whole)
+    if section.packing or whole:
+        return mix.fill_rows(lengths, int(section.seq_len), split=False)
+    batch = batch_rows(section, len(lengths))
+    return mix.single_rows(mix.buckets(lengths, batch, rng), lengths)
+
+
+def _table(corpora: list[Corpus]) -> np.ndarray:
+    """(D, 3) int64: shard number, first token within it, length; over all sources in order."""
+    parts = []
+    for number, shard in enumerate(shard for corpus in corpora for shard in corpus.shards):
+        documents = shard_array(shard, "documents")
+        assert documents is not None
+        ends = np.cumsum(documents[:, LENGTH])
+        parts.append(np.stack([np.full(len(ends), number), ends - documents[:, LENGTH], documents[:, LENGTH]], axis=1))
+    return np.concatenate(parts) if parts else np.zeros((0, 3), np.int64)
+
+
+def pack_validation(recipe: Recipe, tokenizer_dir: Path, inputs: Mapping[str, Path], out: Path) -> dict[str, Any]:
+    """Held-out text of every source that is validated on, each packed once into `out/<source>/`.
+
+    At most `validate.max_tokens` each, in file order; rows as long as those of the stage that trains on the source
+    (else of the first stage). Returns facts per source.
+    """
+    codec = load_codec(tokenizer_dir)
+    facts = {}
+    for name in dict.fromkeys([*recipe.validation.on, *recipe.evaluate.perplexity]):
+        path, folder = inputs[name] / "heldout.jsonl", out / name
+        limit = recipe.validation.max_tokens
+        section = _reader_of(recipe, name)
+        corpus = tokenise(recipe, name, path, section, codec, tokenizer_dir, folder, limit)
+        usable = np.flatnonzero(corpus.kept)
+        if not len(usable):
+            raise DataError(
+                f"{name}: nothing is held out, so it cannot be validated on\nset data.{name}.holdout above 0"
+            )
+        plan = Draws(np.zeros(len(usable), np.int64), usable, {name: 1.0}, [])
+        if recipe.data[name].chunking == "overlap":
+            corpus = replace(corpus, draws=corpus.kept)  # perplexity counts each token once
+        facts[name] = write_rows(recipe, [corpus], section, plan, np.random.default_rng(0), folder, whole=True)
+    return facts
+
+
+def _reader_of(recipe: Recipe, name: str) -> TrainSection:
+    stages = [stage.section for stage in recipe.stages if name in stage.sources]
+    return stages[0] if stages else recipe.stages[0].section
+
+
+class PackedRows:
+    """The rows of a packed folder, read through memory maps: RAM does not grow with the corpus.
+
+    rows[i] -> {"input_ids", "labels", "position_ids"}, int64 arrays of the row's own length, and "weights" (float32)
+    where prompts carry a part of the loss.
+    """
+
+    def __init__(self, folder: Path):
+        meta = json.loads((folder / META).read_text(encoding="utf-8"))
+        self.seq_len: int = meta["seq_len"]
+        self.sources: list[str] = meta["sources"]
+        self._first_document = np.array(meta["first_document"])
+        self._pieces = np.load(folder / "pieces.npy", mmap_mode="r")
+        self._bounds = np.load(folder / "rows.npy", mmap_mode="r")
+        self._documents = np.load(folder / "documents.npy", mmap_mode="r")
+        shards = [folder / name for name in meta["shards"]]
+        self._tokens = [shard_array(shard, "tokens") for shard in shards]
+        # Until 0.1 the mask held the weight itself, in steps of 1/255.
+        self._prompt_weight: float | None = meta.get("prompt_weight")
+        self._masks = [shard_array(shard, "mask") for shard in shards]
+
+    def __len__(self) -> int:
+        return len(self._bounds) - 1
+
+    def pieces(self, row: int) -> np.ndarray:
+        """(P, 3) int64 of (document, start, length), in the row's order."""
+        return self._pieces[self._bounds[row] : self._bounds[row + 1]]
+
+    @property
+    def num_documents(self) -> int:
+        return len(self._documents)
+
+    def document_lengths(self) -> np.ndarray:
+        """Tokens of every document, int64, with bos and eos."""
+        return self._documents[:, 2]
+
+    def source_of(self, document: int) -> str:
+        return self.sources[int(np.searchsorted(self._first_document, document, side="right")) - 1]
+
+    def record_of(self, document: int) -> tuple[str, int]:
+        """A document's source, and its record's number there in the order of train.jsonl."""
+        place = int(np.searchsorted(self._first_document, document, side="right")) - 1
+        return self.sources[place], document - int(self._first_document[place])
+
+    def lengths(self) -> np.ndarray:
+        """Tokens of every row, int64."""
+        return np.add.reduceat(self._pieces[:, 2], self._bounds[:-1])
+
+    def drawn_documents(self) -> np.ndarray:
+        """Documents that any row holds a part of, int64, in order."""
+        return np.unique(self._pieces[:, 0])
+
+    def __getitem__(self, row: int) -> dict[str, np.ndarray]:
+        if not 0 <= row < len(self):
+            raise IndexError(row)
+        return self._item([self._piece(*map(int, piece)) for piece in self.pieces(row)])
+
+    def part(self, document: int, start: int, length: int) -> dict[str, np.ndarray]:
+        """Tokens of one document as a row of their own."""
+        return self._item([self._piece(document, start, length)])
+
+    def _item(self, parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> dict[str, np.ndarray]:
+        ids, weights, positions = (np.concatenate(column) for column in zip(*parts, strict=True))
+        item = {"input_ids": ids, "labels": np.where(weights > 0, ids, IGNORED), "position_ids": positions}
+        if ((weights > 0) & (weights < FULL_WEIGHT)).any():
+            item["weights"] = self._loss_weights(weights)
+        return item
+
+    def _loss_weights(self, mask: np.ndarray) -> np.ndarray:
+        """Of each token, float32."""
+        part = mask / FULL_WEIGHT if self._prompt_weight is None else np.float32(self._prompt_weight)
+        return np.where(mask == FULL_WEIGHT, 1.0, np.where(mask > 0, part, 0.0)).astype(np.float32)
+
+    def _piece(self, document: int, start: int, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        shard, first, _ = self._documents[document]
+        where = slice(first + start, first + start + length)
+        tokens, mask = self._tokens[shard], self._masks[shard]
+        assert tokens is not None
+        weights = np.full(length, FULL_WEIGHT, np.uint8) if mask is None else mask[where].copy()
+        weights[0] = 0
+        return tokens[where].astype(np.int64), weights, np.arange(length)
+
+
+class WholeDocuments:
+    """The documents behind packed rows, each from its beginning: a text is judged with all that stands before it, not
+    in rows of the training length. Longer ones come in windows that begin with the last token of the one before, so
+    that every token but the first is predicted once. Items are as those of PackedRows."""
+
+    def __init__(self, rows: PackedRows, max_tokens: int):
+        self._rows = rows
+        lengths, drawn = rows.document_lengths(), rows.drawn_documents()
+        self._windows = [window for d in drawn for window in windows(int(d), int(lengths[d]), max_tokens)]
+
+    def __len__(self) -> int:
+        return len(self._windows)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        document, start, length = self._windows[index]
+        return self._rows.part(document, start, length)
+
+
+def windows(document: int, length: int, max_tokens: int) -> list[tuple[int, int, int]]:
+    """(document, start, length) of each window; a document of one token predicts nothing and has none."""
+    starts = range(0, length - 1, max_tokens - 1)
+    return [(document, start, min(max_tokens, length - start)) for start in starts]

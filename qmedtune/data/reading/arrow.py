@@ -1,0 +1,65 @@
+"""Parquet files and Hugging Face datasets, read in batches with the libraries that `datasets` brings.
+
+A Hub id is only opened by `format: huggingface`, in streaming mode, and needs a network; a folder made by
+`save_to_disk` does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from qmedtune.data.reading.files import in_archive, open_bytes
+from qmedtune.data.reading.rejects import Unread
+from qmedtune.data.reading.row_formats import Row
+from qmedtune.errors import DataError
+
+BATCH_ROWS = 1024
+
+
+def read_parquet(path: Path) -> Iterator[Row]:
+    """Rows of a Parquet file, `BATCH_ROWS` at a time; `line` is the row from 1."""
+    import pyarrow
+    from pyarrow import parquet
+
+    number = 0
+    try:
+        with parquet.ParquetFile(open_bytes(path) if in_archive(path) else path) as file:
+            for batch in file.iter_batches(batch_size=BATCH_ROWS):
+                yield from enumerate(batch.to_pylist(), start=number + 1)
+                number += len(batch)
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError):
+        yield number + 1, Unread("Parquet file is truncated or corrupt")
+
+
+def read_saved(path: Path) -> Iterator[tuple[int, Any]]:
+    """Rows of a dataset folder made by `save_to_disk` (of its `train` split where it has several)."""
+    from datasets import DatasetDict, load_from_disk
+
+    try:
+        dataset = load_from_disk(str(path))
+    except (FileNotFoundError, ValueError, OSError) as error:
+        raise DataError(
+            f"{path}: not a folder made by datasets' save_to_disk\ngive that folder, or a Hub id"
+        ) from error
+    if isinstance(dataset, DatasetDict):
+        dataset = dataset["train"] if "train" in dataset else next(iter(dataset.values()))
+    yield from enumerate(dataset, start=1)
+
+
+def read_hub(name: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Rows of a Hub dataset's `train` split, streamed. `name`: `owner/dataset:configuration@revision`, the
+    last two as wanted."""
+    from datasets import load_dataset
+
+    dataset, _, revision = name.partition("@")
+    where, _, configuration = dataset.partition(":")
+    try:
+        stream = load_dataset(where, configuration or None, split="train", streaming=True, revision=revision or None)
+        yield from enumerate(stream, start=1)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise DataError(
+            f"{name}: this Hub dataset cannot be read ({type(error).__name__})\n"
+            "check the name, log in where it is gated, or save it with `save_to_disk` and give that folder"
+        ) from error

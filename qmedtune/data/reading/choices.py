@@ -1,0 +1,168 @@
+"""Questions with options in the shapes that their authors and the Hub give them, worded alike for training and scoring.
+
+PubMedQA, MedQA, MedMCQA (with `cop` or as a table of A to D), MMLU, and plain lists of choices. An option may be empty:
+it is listed as it stands; a right answer may not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from qmedtune.data.reading.medmcqa import BASE, cop_of
+from qmedtune.data.reading.records import checked
+from qmedtune.data.reading.rejects import Unusable
+
+LETTERS = "ABCDEFGHIJ"
+Message = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Question:
+    """The two messages of a question and its answer. letter: of the right option, options: letter -> text (both empty
+    for PubMedQA, whose options are words)."""
+
+    schema: str
+    messages: tuple[Message, Message]
+    read: frozenset[str]
+    options: tuple[tuple[str, str], ...] = ()
+    letter: str = ""
+
+
+def question(fields: dict[str, Any]) -> Question | None:
+    """The question in a row, None where the row is none of these shapes. Raises `Unusable`."""
+    for holds, shape in SHAPES:
+        if holds(fields):
+            return shape(fields)
+    return None
+
+
+def lettered(schema: str, asked: Any, options: dict[str, Any], letter: str, read: set[str]) -> Question:
+    """A question whose options are listed under their letters. Raises `Unusable`."""
+    if letter not in options:
+        raise Unusable("the answer is none of the options")
+    texts = {key: _option(text) for key, text in options.items()}
+    if len(texts) < 2 or not any(texts.values()):
+        raise Unusable("fewer than two options")
+    listed = "\n".join(f"{key}. {text}".rstrip() for key, text in texts.items())
+    user = {"role": "user", "content": f"{checked(asked, 'question').strip()}\n{listed}"}
+    answer = {"role": "assistant", "content": f"{letter}. {texts[letter]}".rstrip()}
+    return Question(schema, (user, answer), frozenset(read), tuple(texts.items()), letter)
+
+
+def _option(value: Any) -> str:
+    if isinstance(value, str) and not value.strip():
+        return ""
+    if isinstance(value, int | float) and not isinstance(value, bool) and value == value:
+        return str(value)
+    return checked(value, "option").strip()
+
+
+# ---- PubMedQA --------------------------------------------------------------------------------------------------------
+
+
+def _is_pubmedqa(fields: dict[str, Any]) -> bool:
+    return "QUESTION" in fields or ("final_decision" in fields and isinstance(fields.get("context"), dict))
+
+
+def _pubmedqa(fields: dict[str, Any]) -> Question:
+    """The authors' QUESTION and CONTEXTS, or the Hub's question and context.contexts."""
+    if "QUESTION" in fields:
+        asked, contexts, read = fields["QUESTION"], fields.get("CONTEXTS"), {"QUESTION", "CONTEXTS", "final_decision"}
+    else:
+        asked, contexts = fields.get("question"), fields["context"].get("contexts")
+        read = {"question", "context", "final_decision", "pubid"}
+    if not isinstance(contexts, list):
+        raise Unusable("PubMedQA record without CONTEXTS")
+    abstract = "\n".join(checked(context, "context").strip() for context in contexts)
+    user = f"Abstract: {abstract}\nQuestion: {checked(asked, 'question').strip()}\nAnswer yes, no or maybe."
+    answer = checked(fields.get("final_decision"), "answer").strip()
+    said = ({"role": "user", "content": user}, {"role": "assistant", "content": answer})
+    return Question("PubMedQA", said, frozenset(read & fields.keys()))
+
+
+# ---- options by letter -----------------------------------------------------------------------------------------------
+
+
+def _is_medmcqa(fields: dict[str, Any]) -> bool:
+    return "opa" in fields
+
+
+def _medmcqa(fields: dict[str, Any]) -> Question:
+    """The reader puts the base of `cop` into `_cop_base`."""
+    names = {letter: f"op{letter.lower()}" for letter in "ABCD"}
+    cop, base = cop_of(fields), fields.get(BASE, 0)
+    if cop is None or not 0 <= cop - base < 4:
+        raise Unusable("MedMCQA record without an answer")
+    options = {letter: fields.get(name) for letter, name in names.items()}
+    return lettered(
+        "MedMCQA", fields.get("question"), options, LETTERS[cop - base], {"question", "cop", *names.values()}
+    )
+
+
+def _is_medqa(fields: dict[str, Any]) -> bool:
+    return "question" in fields and isinstance(fields.get("options"), (dict, list))
+
+
+def _medqa(fields: dict[str, Any]) -> Question:
+    """Options as a mapping, as [{key, value}] or as a list of texts; the answer as a letter, a text or an index."""
+    options = _options(fields["options"])
+    given = fields.get("answer_idx", fields.get("answer"))
+    used = {"question", "options", "answer_idx", "answer"} & fields.keys()
+    text = None if "answer_idx" in fields else fields.get("answer")
+    return lettered("MedQA", fields["question"], options, _letter(given, options, text), used)
+
+
+def _options(options: Any) -> dict[str, Any]:
+    if isinstance(options, dict):  # a Parquet file has every letter in every row: those of others are null
+        return {key: text for key, text in options.items() if text is not None}
+    if all(isinstance(option, dict) for option in options):
+        try:
+            return {option["key"]: option["value"] for option in options}
+        except KeyError as error:
+            raise Unusable("options are not {key, value} pairs") from error
+    return dict(zip(LETTERS, options, strict=False))
+
+
+def _letter(given: Any, options: dict[str, Any], text: Any = None) -> str:
+    """The letter of an answer: itself, the one at its index, or that of the only option with its text."""
+    letters = list(options)
+    if isinstance(given, int) and not isinstance(given, bool) and 0 <= given < len(letters):
+        return letters[given]
+    said = str(given).strip()
+    if said in options:
+        return said
+    if text is None:
+        return said
+    same = [key for key, option in options.items() if isinstance(option, str) and option.strip() == str(text).strip()]
+    return same[0] if len(same) == 1 else said
+
+
+def _is_mmlu(fields: dict[str, Any]) -> bool:
+    return "question" in fields and isinstance(fields.get("choices"), list) and "answer" in fields
+
+
+def _mmlu(fields: dict[str, Any]) -> Question:
+    options = dict(zip(LETTERS, fields["choices"], strict=False))
+    letter = _letter(fields["answer"], options, fields["answer"])
+    return lettered("MMLU", fields["question"], options, letter, {"question", "choices", "answer"})
+
+
+def _is_wide(fields: dict[str, Any]) -> bool:
+    return {"A", "B", "C", "D"} <= fields.keys() and bool({"question", "Question"} & fields.keys())
+
+
+def _wide(fields: dict[str, Any]) -> Question:
+    """A table with a column for each letter, and the answer as letter or index."""
+    asked = next(name for name in ("question", "Question") if name in fields)
+    answer = next((name for name in ("answer", "Answer", "target") if name in fields), "answer")
+    options = {letter: fields[letter] for letter in LETTERS[:5] if letter in fields}
+    given = fields.get(answer)
+    given = int(given) if isinstance(given, str) and given.strip().isdecimal() else given
+    return lettered("options A to D", fields[asked], options, _letter(given, options), {asked, answer, *options})
+
+
+SHAPES: tuple[tuple[Callable[[dict[str, Any]], bool], Callable[[dict[str, Any]], Question]], ...] = (
+    (_is_pubmedqa, _pubmedqa), (_is_medmcqa, _medmcqa), (_is_medqa, _medqa), (_is_mmlu, _mmlu), (_is_wide, _wide),
+)  # fmt: skip

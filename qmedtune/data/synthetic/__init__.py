@@ -1,0 +1,1 @@
+"""Data that is made here: the built-in world, its labelled notes, and canaries."""
