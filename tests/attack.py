@@ -1,8 +1,8 @@
 """Give a command something hostile, in a child process that is watched: what ran, what it said, what it took.
 
-The child is forked from a process that has imported the libraries already: an attack costs its own work, not eight
-seconds of imports. An audit hook sees every execution; address space, time and the size of files are bounded by the
-operating system, so that a bomb that goes off is an outcome and not the end of the machine.
+The child is forked from a process of its own that has imported the libraries already and started no thread: an attack
+costs its own work, not eight seconds of imports. An audit hook sees every execution; address space, time and file sizes
+are bounded by the operating system, so that a bomb that goes off is an outcome and not the end of the machine.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import os
 import resource
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -40,7 +41,7 @@ class Outcome:
     def lines(self) -> list[str]:
         """Of the error: warnings and progress come before it."""
         everything = [line for line in self.said.splitlines() if line.strip()]
-        starts = [number for number, line in enumerate(everything) if line.startswith("Error")]
+        starts = [number for number, line in enumerate(everything) if line.startswith("error:")]
         return everything[starts[-1] :] if starts else everything
 
 
@@ -48,6 +49,7 @@ def preload() -> None:
     """Import what the commands import, without starting a thread."""
     import jinja2  # noqa: F401
     import peft  # noqa: F401
+    import qmedtune.data.packing.pack
 
     import qmedtune.cli
     import qmedtune.commands.ablate
@@ -55,7 +57,6 @@ def preload() -> None:
     import qmedtune.commands.merge
     import qmedtune.commands.model
     import qmedtune.commands.run
-    import qmedtune.data.pack
     import qmedtune.data.prepare
     import qmedtune.evaluate
     import qmedtune.merge
@@ -145,8 +146,40 @@ def _hook(executed: list[str], hostile: Path | None):
     return hook
 
 
-def as_json(outcomes: dict[str, Outcome]) -> str:
-    table = {}
-    for name, outcome in outcomes.items():
-        table[name] = asdict(outcome)
-    return json.dumps(table, indent=1)
+class Attacker:
+    """The process that children are forked from. A context manager."""
+
+    def __enter__(self) -> Attacker:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, str(Path(__file__).resolve())]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+    def __call__(self, words: Sequence[str], here: Path, *, typed: str = "", hostile: Path | None = None) -> Outcome:
+        assert self.process.stdin and self.process.stdout
+        asked = {"words": list(words), "here": str(here), "typed": typed, "hostile": str(hostile) if hostile else None}
+        self.process.stdin.write(json.dumps(asked) + "\n")
+        self.process.stdin.flush()
+        return Outcome(**json.loads(self.process.stdout.readline()))
+
+
+def serve() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    preload()
+    for line in sys.stdin:
+        asked = json.loads(line)
+        hostile = Path(asked["hostile"]) if asked["hostile"] else None
+        outcome = attack(asked["words"], Path(asked["here"]), typed=asked["typed"], hostile=hostile)
+        answers.write(json.dumps(asdict(outcome)) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    serve()

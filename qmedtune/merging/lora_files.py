@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qmedtune.errors import RecipeError
+from qmedtune.errors import RecipeError, RunError
 from qmedtune.merging.tensors import Weights, open_file
 from qmedtune.model_stack import ADAPTER_TENSORS, PREFIX, AdapterFolder, read_adapter
 
@@ -70,5 +70,5 @@ def _add(updates: Updates, adapter: AdapterFolder, tensors: Weights) -> None:
 def _finite(adapter: AdapterFolder, tensors: Weights, name: str) -> Tensor:
     if not bool(torch.isfinite(tensors[name]).all()):
         place = adapter.folder / ADAPTER_TENSORS
-        raise RecipeError(f"{place}: {name} has values that are no numbers\nits training diverged: take an earlier one")
+        raise RunError(f"{place}: {name} is not finite\nits training diverged: take an earlier checkpoint of it")
     return tensors[name]
