@@ -49,7 +49,6 @@ def preload() -> None:
     """Import what the commands import, without starting a thread."""
     import jinja2  # noqa: F401
     import peft  # noqa: F401
-    import qmedtune.data.packing.pack
 
     import qmedtune.cli
     import qmedtune.commands.ablate
@@ -57,6 +56,7 @@ def preload() -> None:
     import qmedtune.commands.merge
     import qmedtune.commands.model
     import qmedtune.commands.run
+    import qmedtune.data.packing.pack
     import qmedtune.data.prepare
     import qmedtune.evaluate
     import qmedtune.merge

@@ -15,11 +15,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from builders import make_evaluation, make_metrics, make_run, make_score, make_task, write_run
 from conftest import ROOT, MicroRun
-from test_report import synthetic_metrics, synthetic_run, write_run
 
 from qmedtune import cli, heartbeat, store, ui
 from qmedtune.errors import RecipeError
+from qmedtune.results import Evaluation, Stage, StepEntry
 from qmedtune.watching.access import Guard
 from qmedtune.watching.runs import Shelf, lines
 from qmedtune.watching.watch import Watching, address_of, open_server
@@ -27,13 +28,8 @@ from qmedtune.watching.watch import Watching, address_of, open_server
 EVIL = "<script>alert('x')</script>"
 
 
-def synthetic() -> dict:
-    return json.loads(json.dumps(synthetic_run()).replace('"p": ', '"p_value": '))
-
-
 def a_run(folder: Path, status: str = "finished", **more) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return write_run(folder, {**synthetic(), "status": status, **more}, synthetic_metrics())
+    return write_run(folder, make_run(status=status, **more), make_metrics())
 
 
 def test_a_run_that_says_it_runs_is_believed_as_long_as_its_lock_is_held(tmp_path: Path):
@@ -113,21 +109,19 @@ def test_runs_are_listed_with_status_age_and_headline(tmp_path: Path, capsys: py
 
 
 def test_many_tasks_are_counted(tmp_path: Path):
-    tasks = {f"task{n}": synthetic()["evaluation"]["tasks"]["facts"] for n in range(18)}
-    tasks["worse"] = json.loads(json.dumps(tasks["task0"]))
-    worse = tasks["worse"]
-    worse["base"], worse["final"] = worse["final"], worse["base"]
-    worse["difference"] = {"value": -0.7, "ci95": [-0.8, -0.6]}
-    tasks["same"] = synthetic()["evaluation"]["tasks"]["pubmedqa"]
-    a_run(tmp_path / "run", evaluation={"tasks": tasks})
+    known = make_evaluation().tasks
+    tasks = {f"task{n}": known["facts"] for n in range(18)}
+    tasks |= {"worse": make_task(make_score(0.8, 240), make_score(0.1, 240), 3, 171), "same": known["pubmedqa"]}
+    a_run(tmp_path / "run", evaluation=Evaluation(tasks=tasks))
     assert lines(tmp_path)[0].headline == "18 better, 1 worse, 1 within noise"
 
 
 def test_the_report_of_a_run_under_way_has_the_curve_of_its_stage(tmp_path: Path):
-    run = synthetic() | {"status": "running", "evaluation": None, "merge": None}
-    run["stages"][1] = {"name": "02-sft", "kind": "sft", "status": "to do"}
-    run["steps"][3]["status"] = "to do"
-    metrics = synthetic_metrics()
+    stages = [make_run().stages[0], Stage(name="02-sft", kind="sft", status="to do")]
+    steps = [step for step in make_run().steps if step.name in ("data/notes", "01-cpt")]
+    steps.append(StepEntry(name="02-sft", kind="sft", status="to do"))
+    run = make_run(status="running", stages=stages, steps=steps, evaluation=None, merge=None)
+    metrics = make_metrics()
     write_run(tmp_path, run, [line for line in metrics if line["stage"] == "01-cpt"])
     building = tmp_path / ".building" / "02-sft"
     building.mkdir(parents=True)
@@ -176,14 +170,13 @@ def get(address: str, path: str, method: str = "GET", body: bytes | None = None,
 def site(tmp_path_factory: pytest.TempPathFactory, micro_run: MicroRun) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("watched")
     a_run(folder / "good")
-    evil = synthetic() | {"name": EVIL, "warnings": [EVIL], "status": "failed", "error": EVIL}
-    evil["data"] = {EVIL: evil["data"]["notes"]}
-    (folder / f"r{EVIL.replace('/', '-')}").mkdir()
+    notes = make_run().data["notes"]
+    evil = make_run(name=EVIL, warnings=[EVIL], status="failed", error=EVIL, data={EVIL: notes})
     lines = [{"stage": EVIL, "step": 1, "loss": 1.0}, {"stage": EVIL, "step": 1, "validation": {EVIL: 2.0}}]
     write_run(folder / f"r{EVIL.replace('/', '-')}", evil, lines)
     (folder / "micro").symlink_to(micro_run.folder)  # a link is not followed
     shutil.copytree(micro_run.folder, folder / "packed")
-    (folder.parent / "run.json").write_text(json.dumps(synthetic()))  # outside of what is watched
+    write_run(folder.parent, make_run(), [])  # outside of what is watched
     with serving(folder) as address:
         yield address
 
@@ -288,3 +281,49 @@ def test_the_script_names_no_other_host():
     folder = ROOT / "qmedtune" / "watching"
     for name in ("watch.js", "watch.css"):
         assert not re.search(r"https?://|//[a-z]+\.", (folder / name).read_text(encoding="utf-8")), name
+
+
+# ---- runs beside each other ------------------------------------------------------------------------------------------
+
+
+def answered(run: Path, right: list[bool], gold: str = "yes") -> None:
+    folder = run / "evaluation"
+    folder.mkdir()
+    lines = []
+    for number, correct in enumerate(right):
+        row = {"id": f"q{number}", "gold": gold, "base": {"correct": False}, "final": {"correct": correct}}
+        lines.append(json.dumps(row) + "\n")
+    (folder / "facts.items.jsonl").write_text("".join(lines))
+
+
+def test_runs_beside_each_other(tmp_path: Path, capsys: pytest.CaptureFixture):
+    recipe = make_run().recipe | {"stages": [{"cpt": {"lr": 2e-4}}, {"sft": {"epochs": 3}}]}
+    other = json.loads(json.dumps(recipe))
+    other["stages"][0]["cpt"]["lr"] = 1e-3
+    first, second = a_run(tmp_path / "first", recipe=recipe), a_run(tmp_path / "second", recipe=other, seed=18)
+    answered(first, [True] * 10 + [False] * 30)
+    answered(second, [True] * 30)  # ten items fewer
+    words = ["compare", str(first), str(second)]
+    assert cli.invoke([*words, "--out", str(tmp_path / "both"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["settings"] == [{"key": "stages[0].cpt.lr", "values": [2e-4, 1e-3]}]
+    assert found["made_with"] == [{"key": "seed", "values": [17, 18]}]
+    [duel] = found["duels"]
+    assert (duel["n"], duel["gained"], duel["lost"], duel["verdict"]) == (30, 20, 0, "win")
+    assert duel["p_value"] == pytest.approx(2 * 0.5**20)
+    assert json.loads((tmp_path / "both" / "compare.json").read_text()) == found
+    html = (tmp_path / "both" / "compare.html").read_text()
+    assert "second against first: better on facts." in html and "01-cpt: held-out literature" in html
+    assert cli.invoke(words) == 0
+    assert "stages[0].cpt.lr" in capsys.readouterr().out
+    assert cli.invoke([words[0], words[1]]) == 2 and cli.invoke([words[0], words[1], words[1]]) == 2
+    assert cli.invoke([words[0], words[1], str(tmp_path / "none")]) == 2
+
+
+def test_items_of_one_number_but_another_answer_are_not_shared(tmp_path: Path, capsys: pytest.CaptureFixture):
+    first, second = a_run(tmp_path / "first"), a_run(tmp_path / "second")
+    answered(first, [True] * 4)
+    answered(second, [True] * 4, gold="no")
+    assert cli.invoke(["compare", str(first), str(second), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["duels"] == [] and [task["items"] for task in found["scores"]] == [None, None]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from qmedtune.heartbeat import Life
-from qmedtune.reporting.facts import ALL, comparisons
+from qmedtune.reporting.facts import both_perplexities, wholes
 from qmedtune.results import Run
 from qmedtune.ui import Progress
 from qmedtune.units import clock, digits3
@@ -21,9 +21,11 @@ def headline(run: Run, life: Life) -> str:
     if life.status == "failed":
         return (run.error or "failed").splitlines()[0]
     if life.status == "stopped":
-        word = "killed" if life.killed else "stopped"
-        where = f" in {left}" if (left := next_step(run)) else ""
-        return f"{word}{where}; {GOES_ON}"
+        told = "killed" if life.killed else "stopped"
+        left = next_step(run)
+        if left is not None:
+            told += f" in {left}"
+        return f"{told}; {GOES_ON}"
     return result(run)
 
 
@@ -54,15 +56,17 @@ def result(run: Run) -> str:
 
 
 def _tasks(run: Run) -> str:
-    whole = [each for each in comparisons(run.as_json()) if each.part == ALL and each.final is not None]
-    if len(whole) > FEW:
-        return verdicts([each.verdict for each in whole])
-    told = []
-    for each in whole:
-        assert each.final is not None
-        before = f"{each.base.value:.2f} → " if each.base else ""
-        noise = " (within noise)" if each.verdict == "noise" else ""
-        told.append(f"{each.task} {before}{each.final.value:.2f}{noise}")
+    found = wholes(run)
+    if len(found) > FEW:
+        return verdicts([whole.verdict for whole, _ in found])
+    told: list[str] = []
+    for whole, final in found:
+        figures = f"{final.value:.2f}"
+        if whole.base is not None:
+            figures = f"{whole.base.value:.2f} → {figures}"
+        if whole.verdict == "noise":
+            figures += " (within noise)"
+        told.append(f"{whole.task} {figures}")
     return ", ".join(told)
 
 
@@ -70,7 +74,7 @@ def verdicts(found: list[str]) -> str:
     """`18 better, 1 worse, 1 within noise`"""
     counted = Counter(found)
     words = {"better": "better", "worse": "worse", "noise": "within noise", "": "not compared"}
-    told = []
+    told: list[str] = []
     for verdict, word in words.items():
         if counted[verdict]:
             told.append(f"{counted[verdict]} {word}")
@@ -78,10 +82,7 @@ def verdicts(found: list[str]) -> str:
 
 
 def _texts(run: Run) -> str:
-    pairs = []
-    for name, text in (run.evaluation.perplexity if run.evaluation else {}).items():
-        if text.base is not None and text.final is not None:
-            pairs.append((name, text.base, text.final))
+    pairs = list(both_perplexities(run))
     if not pairs:
         return ""
     if len(pairs) == 1:

@@ -78,7 +78,7 @@ class Follower:
 
     def stages(self, seen: Seen) -> dict[str, Stage]:
         """What each stage has logged, in order."""
-        paths = metrics_files(seen.folder, seen.run.as_json() | {"status": seen.status})
+        paths = metrics_files(seen.folder, seen.run.model_copy(update={"status": seen.status}))
         self._files = {path: self._files.get(path) or _File() for path in paths}
         found: dict[str, Stage] = {}
         for path, file in self._files.items():

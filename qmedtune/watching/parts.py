@@ -9,6 +9,7 @@ import time
 from urllib.parse import quote
 
 from qmedtune.reporting import tables
+from qmedtune.reporting.cells import Table
 from qmedtune.reporting.charts import Html, esc
 from qmedtune.reporting.facts import base_name, outcome
 from qmedtune.reporting.headline import headline
@@ -71,11 +72,11 @@ def run_parts(seen: Seen, stages: dict[str, Stage]) -> Parts:
 
 def _head(seen: Seen) -> str:
     run = seen.run
-    facts = [f"base {base_name(run.as_json())}"]
+    facts = [f"base {base_name(run)}"]
     facts += [run.provenance.device] if run.provenance.device else []
     facts += [f"changed {ago(time.time() - seen.changed_at)}"] if seen.status != "running" else []
     meta = " ".join(f"<span>{esc(fact)}</span>" for fact in facts)
-    said = outcome(run.as_json() | {"status": seen.status}).replace(" → ", "\u00a0→\u00a0")
+    said = outcome(run.model_copy(update={"status": seen.status})).replace(" → ", "\u00a0→\u00a0")
     if seen.life.killed:
         said = f"The process is gone without a word (killed, or the machine went down). {said}"
     progress = _progress(seen.life.beat.progress) if seen.status == "running" and seen.life.beat else ""
@@ -149,7 +150,7 @@ def _steps(seen: Seen) -> Html:
             rows.append((step.name, "sealed", took, "–"))
         else:
             rows.append((step.name, "to do", "–", "–"))
-    return html_table(tables.Table("Steps", ("Step", "Status", "Time", "Left"), rows, "" if rows else "No step yet."))
+    return html_table(Table("Steps", ("Step", "Status", "Time", "Left"), rows, "" if rows else "No step yet."))
 
 
 def _warnings(seen: Seen, stages: dict[str, Stage]) -> Html:
@@ -163,9 +164,8 @@ def _warnings(seen: Seen, stages: dict[str, Stage]) -> Html:
 
 
 def _data(seen: Seen) -> str:
-    facts = seen.run.as_json()
     cards = ""
-    for table in (tables.records(facts), tables.tokens(facts), tables.findings(facts)):
+    for table in (tables.records(seen.run), tables.tokens(seen.run), tables.findings(seen.run)):
         if table.rows:
             cards += card(table.title, html_table(table))
     return section("Data ledger", Html(cards or '<p class="note">No source is read yet.</p>'))
