@@ -7,6 +7,7 @@ Pickled weights, links out of the folder and pipes are refused, always. Delibera
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -65,7 +66,12 @@ def check_links(folder: Path) -> None:
     for number, path in enumerate(folder.rglob("*")):
         if number > MOST_FILES:
             refuse(folder, f"has more than {MOST_FILES:,} files", "give the folder of one model")
-        if path.is_symlink() and not any(path.resolve().is_relative_to(root) for root in inside):
+        if path.is_symlink() and not any(_real(path).is_relative_to(root) for root in inside):
             refuse(path, "a link out of the model folder", "copy the file into the folder")
         if not path.is_file() and not path.is_dir():
             refuse(path, "neither a file nor a folder", "remove it, or copy the file into the folder")
+
+
+def _real(path: Path) -> Path:
+    """`Path.resolve` raises where a link leads to itself."""
+    return Path(os.path.realpath(path))

@@ -33,6 +33,7 @@ TokenIds = TokenId | Annotated[list[TokenId], Field(max_length=1024)]
 Dtype = Literal["float32", "float16", "bfloat16", "torch.float32", "torch.float16", "torch.bfloat16"]
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]{1,64}$")]
 RopeType = Literal["default", "linear", "dynamic", "yarn", "longrope", "llama3"]
+Activation = Literal["silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "relu2"]
 Factors = Annotated[list[Positive], Field(max_length=4096)]
 
 
@@ -89,7 +90,7 @@ class Llama(Judged):
     num_attention_heads: Width = 1
     num_key_value_heads: Width | None = None
     head_dim: Width | None = None
-    hidden_act: Word = "silu"
+    hidden_act: Activation = "silu"
     max_position_embeddings: Width | None = None
     initializer_range: Fraction = 0.02
     rms_norm_eps: Fraction = 1e-6

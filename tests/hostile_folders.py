@@ -317,7 +317,7 @@ MODELS: tuple[Case, ...] = (
     setting("another kind", model_type="qwen2"),
     setting("no kind", model_type=None),
     setting("a kind of parts", model_type={"a": "llama"}),
-    setting("an unknown switch", evil=True, _name_or_path="/etc/passwd"),
+    Case("setting", "an unknown switch", say(evil=True, _name_or_path="/etc/passwd"), harmless=True),
     Case("setting", "a list", put(CONFIG, "[1]")),
     Case("setting", "null", put(CONFIG, "null")),
     Case("setting", "too deep", put(CONFIG, '{"a":' * 100_000)),
