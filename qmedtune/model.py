@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from qmedtune.errors import RecipeError
-from qmedtune.model_settings import judged, read_settings
+from qmedtune.model_settings import check_tokenizer_file, judged, read_settings
 from qmedtune.model_stack import parameters, read_adapter, read_model
 from qmedtune.planning.shapes import facts_from_config
 from qmedtune.recipe import AdapterSection, ModelSection
@@ -54,6 +54,8 @@ def _opened(folder: Path) -> Any:
     settings = folder / "tokenizer_config.json"
     if settings.is_file():
         read_settings(settings)
+    if (folder / "tokenizer.json").is_file():
+        check_tokenizer_file(folder / "tokenizer.json")
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (KeyboardInterrupt, SystemExit, MemoryError):

@@ -8,8 +8,11 @@ here: whether the tensors are what the widths say (model_stack.py).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import base64
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from re import _parser  # type: ignore[attr-defined]  # the tree of a pattern; there is no public way to it
 from typing import Annotated, Any, Literal, NoReturn
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -21,6 +24,10 @@ MOST_LAYERS = 1000  # the deepest LLaMA has 126
 # Settings that name code to import. PEFT imports the module `megatron_core` where `megatron_config` is given.
 CODE = ("auto_map", "trust_remote_code", "custom_generate", "custom_pipelines", "megatron_config")
 ATTENTION = ("attn_implementation", "_attn_implementation")
+MOST_PATTERN = 2000  # characters of a pattern over names of modules
+MOST_REPEATS = 4  # in one: 60 characters have 500,000 ways to be cut in so many places
+SHORT_REPEAT = 4
+CHARACTERS = b"precompiled_charsmap"
 SHOWN = 40  # characters of a refused value
 KINDS_OF_VALUES = ("int", "str", "constrained-int", "constrained-str")  # pydantic puts them into the place of an error
 
@@ -196,6 +203,67 @@ def judged(path: Path, said: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(said.get("quantization_config"), dict):
         kept["quantization_config"] = said["quantization_config"]
     return kept
+
+
+def check_tokenizer_file(path: Path) -> None:
+    """RecipeError for a tokenizer.json whose reader would not raise but end the process: a table of characters
+    (SentencePiece's) whose stated length is not its own is asked for as memory, however much that is."""
+    if CHARACTERS not in path.read_bytes():
+        return
+    waiting: list[Any] = [read_json(path).get("normalizer")]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, list):
+            waiting += part
+        elif isinstance(part, dict):
+            waiting += part.values()
+            table = part.get(CHARACTERS.decode())
+            if table is not None and not _is_table(table):
+                raise RecipeError(f"{path}: its table of characters is damaged\nfetch or copy the model folder again")
+
+
+def _is_table(table: Any) -> bool:
+    """Four bytes that say how long the trie is, in bytes; the trie, in units of four; the characters."""
+    try:
+        raw = base64.b64decode(table, validate=True)
+    except (ValueError, TypeError):
+        return False
+    length = int.from_bytes(raw[:4], "little")
+    return len(raw) >= 4 and length % 4 == 0 and length <= len(raw) - 4
+
+
+def check_pattern(path: Path, pattern: Any) -> None:
+    """RecipeError for a regular expression over names of modules that is none, or could take for ever: one that repeats
+    anything but single characters, or that has many places to try. PEFT gives it every module's name."""
+    if not isinstance(pattern, str) or len(pattern) > MOST_PATTERN:
+        raise RecipeError(f"{path}: {str(pattern)[:SHOWN]!r} is no pattern of names\nallowed: a list of names")
+    try:
+        repeats = list(_repeats(_parser.parse(pattern)))
+    except (re.error, RecursionError, OverflowError) as error:
+        raise RecipeError(f"{path}: {pattern[:SHOWN]!r} is no pattern ({error})\nallowed: a list of names") from error
+    if len(repeats) > MOST_REPEATS or not all(repeats):
+        what = f"{pattern[:SHOWN]!r} is a pattern that could take for ever"
+        raise RecipeError(f"{path}: {what}\nallowed: a list of names, or a pattern like .*\\.(q_proj|v_proj)")
+
+
+def _repeats(parsed: Any) -> Iterator[bool]:
+    """Of each repetition that is not short: whether single characters alone are repeated."""
+    for operation, given in parsed:
+        name = str(operation)
+        if name in ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT"):
+            _, most, inside = given
+            if most > SHORT_REPEAT:
+                yield len(inside) == 1 and str(inside[0][0]) in ("LITERAL", "NOT_LITERAL", "ANY", "IN")
+            yield from _repeats(inside)
+        elif name == "SUBPATTERN":
+            yield from _repeats(given[-1])
+        elif name == "BRANCH":
+            for branch in given[1]:
+                yield from _repeats(branch)
+        elif name in ("ASSERT", "ASSERT_NOT"):
+            yield from _repeats(given[1])
+        elif name in ("ATOMIC_GROUP", "GROUPREF_EXISTS"):
+            yield False
 
 
 def _validated(path: Path, kind: type[Judged], said: Mapping[str, Any]) -> None:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from qmedtune.errors import RecipeError
 from qmedtune.model_files import check_folder, read_json, refuse
-from qmedtune.model_settings import check_all, read_settings
+from qmedtune.model_settings import check_all, check_pattern, read_settings
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -48,6 +48,7 @@ HARMLESS = frozenset({
 # Initialisations that leave the base's weights as they are (pissa, olora, loftq, corda and lora_ga change them).
 PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")
 CAUSAL = "CAUSAL_LM"
+MOST_PATH = 4096  # characters of a path on Linux
 FITS = "use it with the base that it was trained on"
 
 
@@ -277,7 +278,7 @@ def _needed(model: ModelFolder) -> Iterator[str]:
 def named_base(folder: Path) -> str:
     """The base that an adapter names. RecipeError where it names none."""
     named = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
-    if not isinstance(named, str) or not named:
+    if not isinstance(named, str) or not named or len(named) > MOST_PATH or not named.isprintable():
         refuse(folder, "does not say which base it was trained on", "give it: --base FOLDER_OR_HUB_ID")
     return named
 
@@ -341,8 +342,33 @@ def _check_values(path: Path, raw: Mapping[str, Any]) -> None:
         if value is not None and not is_list and not (isinstance(value, str) and key != "modules_to_save"):
             refuse(path, f"{key}: {str(value)[:60]!r}", "allowed: a list of names")
     for key in ("rank_pattern", "alpha_pattern"):
-        if not isinstance(raw.get(key) or {}, dict):
-            refuse(path, f"{key}: {str(raw[key])[:60]!r}", "allowed: numbers by module")
+        said = raw.get(key) or {}
+        if not isinstance(said, dict) or not all(_is_number(value) for value in said.values()):
+            refuse(path, f"{key}: {str(said)[:60]!r}", "allowed: numbers above 0 by module")
+    layers = raw.get("layers_to_transform")
+    if layers is not None and not _are_counts(layers if isinstance(layers, list) else [layers]):
+        refuse(path, f"layers_to_transform: {str(layers)[:60]!r}", "allowed: numbers of layers")
+    for pattern in _patterns(raw):
+        check_pattern(path, pattern)
+
+
+def _is_number(value: Any) -> bool:
+    return not isinstance(value, bool) and isinstance(value, int | float) and 0 < value < 2**20
+
+
+def _are_counts(values: Sequence[Any]) -> bool:
+    return all(isinstance(value, int) and not isinstance(value, bool) and value >= 0 for value in values)
+
+
+def _patterns(raw: Mapping[str, Any]) -> Iterator[str]:
+    """What PEFT takes for a regular expression."""
+    for key in ("target_modules", "exclude_modules"):
+        if isinstance(raw.get(key), str):
+            yield raw[key]
+    layers = raw.get("layers_pattern") or []
+    yield from layers if isinstance(layers, list) else [layers]
+    for key in ("rank_pattern", "alpha_pattern"):
+        yield from raw.get(key) or {}
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from qmedtune import store
 from qmedtune.data.packing.borders import document_borders
 from qmedtune.data.packing.templates import Template, special
 from qmedtune.errors import DataError
-from qmedtune.model_settings import read_settings
+from qmedtune.model_settings import check_tokenizer_file, read_settings
 
 SHARD_BYTES = 32 << 20  # of jsonl, on average; about 8 M tokens
 BATCH_BYTES = 2 << 20  # of jsonl per call of the tokenizer: enough to keep all cores busy, little to hold
@@ -138,6 +138,7 @@ def _load_codec(tokenizer_dir: Path, _changed: tuple[int, ...]) -> Codec:
 def _backend(file: Path) -> Tokenizer:
     """What the library of the tokenizers raises of a hostile file is a plain Exception, or a panic of its own kind,
     which is no Exception at all."""
+    check_tokenizer_file(file)
     try:
         return Tokenizer.from_file(str(file))
     except (KeyboardInterrupt, SystemExit):
