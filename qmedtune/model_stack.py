@@ -3,7 +3,7 @@
 `plan`, `run`, `merge`, `predict`, `chat` and `eval` all ask here first, so that what one of them refuses the others do
 not load. A folder passes when transformers and PEFT would read from it what its configuration says, each tensor once
 and in a floating-point type: they themselves fill what is missing with random numbers and skip what they do not know.
-Deliberately not here: links and code in folders (hub.py), which base an adapter was trained on (base.py).
+Deliberately not here: links and code in folders (model_files.py), which base an adapter was trained on (base.py).
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from safetensors import SafetensorError, safe_open
 
 from qmedtune.errors import RecipeError
+from qmedtune.llama_shape import BaseFacts, facts_from_config
 from qmedtune.model_files import check_folder, read_json, refuse
 from qmedtune.model_settings import check_all, check_pattern, read_settings
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-    from qmedtune.planning.shapes import BaseFacts
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_CONFIG, ADAPTER_TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -50,6 +50,22 @@ PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")
 CAUSAL = "CAUSAL_LM"
 MOST_PATH = 4096  # characters of a path on Linux
 FITS = "use it with the base that it was trained on"
+
+
+@dataclass(frozen=True)
+class ModelStack:
+    """A model as it lies on the disk: a base, the adapters that are applied to it in this order, and the folder with
+    template.json that it was trained to speak with, if there is one."""
+
+    base: Path
+    adapters: tuple[Path, ...] = ()
+    template: Path | None = None
+
+
+def adapters_in(inputs: Mapping[str, Path]) -> list[Path]:
+    """The adapters among a step's inputs, in the order of training."""
+    count = sum(name.startswith("adapter-") for name in inputs)
+    return [inputs[f"adapter-{number}"] for number in range(1, count + 1)]
 
 
 @dataclass(frozen=True)
@@ -159,8 +175,6 @@ def _shards(folder: Path, index: Path) -> dict[str, Stored]:
 
 def read_model(folder: Path) -> ModelFolder:
     """Read and judge a model folder. RecipeError for what is no whole LLaMA."""
-    from qmedtune.planning.shapes import facts_from_config
-
     if (folder / ADAPTER_CONFIG).is_file():  # transformers would go on with the base that this file names
         refuse(folder, "holds an adapter, not a model", f"merge it: qmedtune merge {folder}")
     check_folder(folder)
