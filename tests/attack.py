@@ -53,13 +53,14 @@ def preload() -> None:
     import qmedtune.cli
     import qmedtune.commands.ablate
     import qmedtune.commands.common
-    import qmedtune.commands.merge
+    import qmedtune.commands.compare
     import qmedtune.commands.model
     import qmedtune.commands.run
     import qmedtune.data.packing.pack
     import qmedtune.data.prepare
     import qmedtune.evaluate
     import qmedtune.merge
+    import qmedtune.merge_folder
     import qmedtune.predict
     import qmedtune.report
     import qmedtune.run

@@ -137,7 +137,8 @@ def _from_folder(name: str, folder: Path, source: str) -> BaseFacts:
     if not any(folder.glob("*.safetensors*")):  # pickled weights are refused where they would be read
         return facts_from_config(name, config, source, folder=str(folder))
     stored = stored_tensors(folder)
-    sizes = [(folder / shard).stat().st_size for shard in sorted({tensor.file for tensor in stored.values()})]
+    shards = {tensor.file for tensor in stored.values()}
+    sizes = [(folder / shard).stat().st_size for shard in shards]
     return facts_from_config(
         name,
         config,
