@@ -114,8 +114,8 @@ def find(job: ExportJob) -> Location:
 
 def _adapters_of_run(job: ExportJob, folder: Path) -> Location:
     """All adapters that the run's merge folds."""
-    from qmedtune.merge_folder import adapters_of_run
     from qmedtune.data.packing import templates
+    from qmedtune.merge_folder import adapters_of_run
 
     found = adapters_of_run(folder, job.offline)
     if not found.adapters:

@@ -11,8 +11,8 @@ from pathlib import Path
 import llama_folders
 import pytest
 import torch
+from llama_folders import backend, small_model, with_tokenizer
 from safetensors.torch import load_file, save_file
-from test_export_llama_cpp import backend, small_model, with_tokenizer
 
 from qmedtune import cli, tiny
 from qmedtune.errors import RecipeError, RunError

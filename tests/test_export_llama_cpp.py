@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,10 @@ import llama_folders
 import numpy as np
 import pytest
 import torch
-from assets import need, tokenizer_folder
+from assets import need
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from llama_cpp import LlamaCpp
-from safetensors.torch import save_file
+from llama_folders import backend, small_model, with_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -39,10 +38,6 @@ def written(folder: Path, out: Path, quant: str = "f32") -> Path:
     return out
 
 
-def backend(folder: Path) -> Tokenizer:
-    return Tokenizer.from_file(str(folder / "tokenizer.json"))
-
-
 def check_tokens(folder: Path, file: Path) -> None:
     ours = backend(folder)
     special = sorted(token.content for token in ours.get_added_tokens_decoder().values() if token.special)
@@ -51,27 +46,6 @@ def check_tokens(folder: Path, file: Path) -> None:
             for marks in (True, False):
                 expected = ours.encode(text, add_special_tokens=marks).ids
                 assert reads.tokenize(text, marks=marks) == expected, (text, marks)
-
-
-def small_model(folder: Path, rows: int, **more: Any) -> None:
-    """Random weights beside a tokenizer."""
-    settings = {
-        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "vocab_size": rows, "max_position_embeddings": 512, "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": True, "model_type": "llama", "architectures": ["LlamaForCausalLM"], **more,
-    }  # fmt: skip
-    weights = llama_folders.random_weights(settings, torch.float32, 1)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(settings))
-
-
-def with_tokenizer(name: str, folder: Path) -> Path:
-    """A small model with a real tokenizer."""
-    folder.mkdir()
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / file).write_bytes((tokenizer_folder(name) / file).read_bytes())
-    small_model(folder, backend(folder).get_vocab_size())
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -26,9 +26,9 @@ from qmedtune.exporting.types import FLOATS, QUANTS
 from qmedtune.merging.disk_llama import DiskLlama
 from qmedtune.merging.lora_files import LowRank, Updates, read_adapters
 from qmedtune.merging.parallel import workers
+from qmedtune.merging.proof import divergence
 from qmedtune.merging.reference import read_base, read_updates
 from qmedtune.merging.streamed import Streamed, from_parameters, logits_of_all, streamed_model
-from qmedtune.merging.proof import divergence
 from qmedtune.model_stack import HEAD
 
 ALLOWED = ("f32", "f16", "bf16")

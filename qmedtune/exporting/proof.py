@@ -25,9 +25,9 @@ from qmedtune.exporting.names import Heads
 from qmedtune.exporting.read_back import GgufFile, read_tokenizer
 from qmedtune.merging.disk_llama import DiskLlama
 from qmedtune.merging.parallel import workers
+from qmedtune.merging.proof import LARGE, PROBE_TOKENS, PROBE_TOKENS_LARGE, divergence
 from qmedtune.merging.reference import read_base
 from qmedtune.merging.streamed import Streamed, from_parameters, logits_of_all, streamed_model
-from qmedtune.merging.proof import LARGE, PROBE_TOKENS, PROBE_TOKENS_LARGE, divergence
 from qmedtune.model_stack import EMBEDDING, HEAD
 
 if TYPE_CHECKING:
