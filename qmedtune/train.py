@@ -44,7 +44,7 @@ from qmedtune.training.card import check_card
 from qmedtune.training.checkpoints import BEST, METRICS
 from qmedtune.training.classify import attach_head, document_nll, score
 from qmedtune.training.confirm import confirm
-from qmedtune.training.resume import as_begun, out_of_memory
+from qmedtune.training.resume import out_of_memory, resume_settings
 from qmedtune.training.shared_base import SharedBase
 from qmedtune.training.trainer import QTrainer, number, trainer_arguments
 
@@ -152,7 +152,7 @@ def _run(
     out: Path,
 ) -> QTrainer:
     checkpoint = checkpoints.last_intact(out)
-    section, made_with, said = as_begun(recipe, index, checkpoint)
+    section, made_with, said = resume_settings(recipe, index, checkpoint)
     steps, batch = steps_in(section, len(rows)), batch_rows(section, len(rows))
     section = section.model_copy(update={"batch": batch, "micro_batch": min(number(section.micro_batch), batch)})
     few = None if base_facts(recipe.model).builtin else too_few_steps(loop.name, steps)

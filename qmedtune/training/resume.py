@@ -19,7 +19,9 @@ from qmedtune.planning.shapes import base_facts
 from qmedtune.recipe import Recipe, TrainSection
 
 
-def as_begun(recipe: Recipe, index: int, checkpoint: Path | None) -> tuple[TrainSection, dict[str, Any], list[str]]:
+def resume_settings(
+    recipe: Recipe, index: int, checkpoint: Path | None
+) -> tuple[TrainSection, dict[str, Any], list[str]]:
     """The stage's section, what this machine chose for it, and what of that differs from the checkpoint's making.
 
     `auto` may choose otherwise than where the attempt began (another card). An optimiser's states fit no other one, so
