@@ -53,7 +53,7 @@ def test_fertility_gives_figures_and_no_clinical_words(tmp_path, tokenizer_dir):
 NOTE = "Patient with acute pyelonephritis; she took ciprofloxacin and the headache went away. " * 3
 
 
-@pytest.mark.parametrize("kind", ["llama2", "llama3_1", "smollm2", "prefix", "byte_level"])
+@pytest.mark.parametrize("kind", ["llama2", "llama3_1", "smollm2"])
 def test_fertility_counts_the_tokens_that_words_have_in_running_text(tmp_path, kind):
     """Against the tokens of the whole text that lie on each word, by the tokenizer's own offsets."""
     codec = tokens.load_codec(tokenizer(kind))
@@ -65,5 +65,4 @@ def test_fertility_counts_the_tokens_that_words_have_in_running_text(tmp_path, k
     assert report["words"] == len(words)
     assert report["tokens_per_word"] == pytest.approx(sum(held) / len(words), abs=0.002)
     assert report["share_of_words_whole"] == pytest.approx(held.count(1) / len(words), abs=0.0001)
-    if kind in ("llama2", "llama3_1"):
-        assert report["share_of_words_whole"] > 0.5 and report["tokens_per_word"] < 2
+    assert report["share_of_words_whole"] > 0.5  # 0, if each word were counted with the space in front of a text
