@@ -64,7 +64,10 @@ def _fates(
     inputs: Mapping[str, Path], work: Path, shown: int,
 ) -> tuple[np.ndarray, dict[str, Any]]:  # fmt: skip
     """What becomes of every staged record, and what was found of benchmarks and near duplicates."""
-    content = np.frombuffer(staged.content, np.uint64) if len(staged) else np.zeros(0, np.uint64)
+    if len(staged):
+        content = np.frombuffer(staged.content, np.uint64)
+    else:
+        content = np.zeros(0, np.uint64)
     fate = np.where(superseded, DUPLICATE, KEPT).astype(np.uint8)
     if recipe.hygiene.dedup.exact:
         left = np.flatnonzero(fate == KEPT)
@@ -75,7 +78,10 @@ def _fates(
             if (folder / HASHES).is_file():
                 fate[np.isin(content, np.load(folder / HASHES))] = DUPLICATE
     generic = decontaminate.given_back([(item, words) for _, item, words in staged.hits], len(content))
-    hits = [hit for hit in staged.hits if hit[1] not in generic and fate[hit[0]] == KEPT]
+    hits = []
+    for hit in staged.hits:
+        if hit[1] not in generic and fate[hit[0]] == KEPT:
+            hits.append(hit)
     if recipe.hygiene.contaminated == "drop":
         fate[[record for record, _, _ in hits]] = CONTAMINATED
     found: dict[str, Any] = {"contamination": decontaminate.overlap(items, hits, generic)}
@@ -139,7 +145,9 @@ def _mark_near_duplicates(
         if not _asked_alike(texts.record(number), texts.record(int(like[number])), threshold):
             like[number] = -1
     later = np.flatnonzero(like >= 0)
-    pairs = [[texts.id(int(n)), texts.id(int(like[n]))] for n in later[:shown]]
+    pairs = []
+    for n in later[:shown]:
+        pairs.append([texts.id(int(n)), texts.id(int(like[n]))])
     texts.close()
     fate[np.flatnonzero(fate == KEPT)[later - num_earlier]] = NEAR_DUPLICATE
     return {"of_earlier_sources": int((like[later] < num_earlier).sum()), "examples": pairs}
@@ -174,7 +182,10 @@ def _check_damage(recipe: Recipe, name: str, rejects: Rejects, num_sound: int) -
     limit = recipe.hygiene.max_bad_fraction
     if rejects.unread and limit < 1:
         file, line, reason = rejects.unread[0]
-        others = f" (and {len(rejects.unread) - 1:,} more like it)" if len(rejects.unread) > 1 else ""
+        if len(rejects.unread) > 1:
+            others = f" (and {len(rejects.unread) - 1:,} more like it)"
+        else:
+            others = ""
         raise DataError(
             f"{file}:{line}: {reason}{others}\nwhat follows there is not read, and how many records that is cannot be "
             "told: mend the file\nto go on without: hygiene: {max_bad_fraction: 1}"

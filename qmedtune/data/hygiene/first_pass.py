@@ -39,7 +39,10 @@ def stage_source(
     """
     source, staged, files = recipe.data[name], Staged(), reading_order(recipe.data[name])
     whole = source.max_records is not None or source.format == "huggingface"  # a dataset's files are no records
-    parts = [files] if whole else _parts(files)
+    if whole:
+        parts = [files]
+    else:
+        parts = _parts(files)
     pool = Pool(recipe, name, items, worker_count(recipe.workers, files))
     with work.open("wb") as file, pool, ui.stage(f"read {name}", None, "records") as bar:
         for piece in (
@@ -114,7 +117,9 @@ def _parts(files: list[Path]) -> list[list[Path]]:
         if zlib.crc32(file.name.encode()) * PART_BYTES < bytes_ << 32 or size >= 2 * PART_BYTES:
             groups.append(group)
             group, size = [], 0
-    return [*groups, group] if group or not groups else groups
+    if group or not groups:
+        return [*groups, group]
+    return groups
 
 
 def _treatment_digest(recipe: Recipe, name: str, items: list[decontaminate.Item]) -> str:
@@ -154,14 +159,19 @@ def _make_part(pool: Pool, source: SourceSection, files: list[Path], part: Path,
 
 
 def _hashes(part: Path) -> list[str]:
-    return [store.sha256_file(path) for path in _files(part)[:-1]]
+    found: list[str] = []
+    for path in _files(part)[:-1]:
+        found.append(store.sha256_file(path))
+    return found
 
 
 def _lists_of(part: Path) -> dict[str, Any] | None:
     """What the .json of a part holds; None where it, or a file beside it, is missing or damaged."""
     lists = store.read_checked(part.with_suffix(".json"))
     try:
-        return lists if lists and lists["sha256"] == _hashes(part) else None
+        if lists and lists["sha256"] == _hashes(part):
+            return lists
+        return None
     except OSError:
         return None
 

@@ -89,9 +89,18 @@ class Treatment:
         self.source, self.hygiene = recipe.data[name], recipe.hygiene
         self.index = decontaminate.build(items)
         self.phi = phi_mode(recipe, name)
-        self.secret = secret.load() if self.phi == "redact" else b""
-        model = self.hygiene.presidio if self.phi != "off" else None
-        self.persons = presidio.person_finder(model) if model else None
+        if self.phi == "redact":
+            self.secret = secret.load()
+        else:
+            self.secret = b""
+        if self.phi != "off":
+            model = self.hygiene.presidio
+        else:
+            model = None
+        if model:
+            self.persons = presidio.person_finder(model)
+        else:
+            self.persons = None
 
     def __call__(self, batch: list[Item]) -> tuple[list[bytes], Staged]:
         """The lines of a batch's sound records, and what is to be remembered of them."""
@@ -100,7 +109,10 @@ class Treatment:
             if isinstance(item, Deleted):
                 staged.deleted.append((len(staged), item.pmids))
                 continue
-            why = item if isinstance(item, (Damaged, Refused)) else self._problem(item, staged)
+            if isinstance(item, (Damaged, Refused)):
+                why = item
+            else:
+                why = self._problem(item, staged)
             if why:
                 staged.rejects.append((file, line, why.reason, kind_of(why)))
                 continue
@@ -151,11 +163,16 @@ class Treatment:
             if spans and self.phi == "redact":
                 holder[key] = surrogates.redact(text, spans, patient, self.secret, self.hygiene.shift_dates)
         tally.records += found
-        return Refused("holds identifiers (phi: refuse)") if found and self.phi == "refuse" else None
+        if found and self.phi == "refuse":
+            return Refused("holds identifiers (phi: refuse)")
+        return None
 
     def _remember(self, record: dict[str, Any], text: str, staged: Staged) -> bytes:
         content = digest(" ".join(text.lower().split()))
-        group = record["patient"] if self.source.split_by == "patient" else record.get("group")
+        if self.source.split_by == "patient":
+            group = record["patient"]
+        else:
+            group = record.get("group")
         held_out, versioned = record.pop("held_out", None), record.pop(VERSIONED, False)
         staged.content.append(content)
         staged.group.append(digest(group) if group else content)
@@ -179,7 +196,9 @@ def _texts(record: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
     if "text" in record:
         yield record, "text"
     for message in record.get("messages", ()):
-        yield from ((message, key) for key in message if key != "role")
+        for key in message:
+            if key != "role":
+                yield (message, key)
 
 
 def _clean(record: dict[str, Any], kind: str) -> None:

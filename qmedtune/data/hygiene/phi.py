@@ -41,11 +41,17 @@ def find(text: str, persons: Finder | None = None) -> list[Span]:
     """
     copy = plain(text)
     claimed = _Claimed(copy.text)
-    found = [span for place in _found(copy.text) if (span := claimed.span(*place))]
+    found = []
+    for place in _found(copy.text):
+        if span := claimed.span(*place):
+            found.append(span)
     spans = [Span(*copy.span(span.start, span.end), span.kind) for span in found]
     if persons:
         named = _Claimed(text, [(span.start, span.end) for span in spans])
-        places = [("name", start, end) for start, end in persons(text) if _may_be_name(text[start:end])]
+        places = []
+        for start, end in persons(text):
+            if _may_be_name(text[start:end]):
+                places.append(("name", start, end))
         spans += [span for place in places if (span := named.span(*place))]
     return sorted(spans, key=lambda span: span.start)
 
@@ -67,7 +73,10 @@ class _Claimed:
 
     def __init__(self, text: str, spans: Iterable[tuple[int, int]] = ()):
         self.text, self.taken = text, bytearray(len(text))
-        marked = MARKED.finditer(text) if "[**" in text or "___" in text else ()
+        if "[**" in text or "___" in text:
+            marked = MARKED.finditer(text)
+        else:
+            marked = ()
         for start, end in (*spans, *(match.span() for match in marked)):
             self.taken[start:end] = b"\1" * (end - start)
 

@@ -65,7 +65,9 @@ def _lay_out(
     corpus = pack.tokenise(recipe, section.data, path, section, codec, tokenizer_dir, out, None if rng else ALL)
     if not len(corpus.documents):
         raise DataError(f"{section.data}: nothing is held out to score on\nset data.{section.data}.holdout above 0")
-    column = {name: number for number, name in enumerate(labels)}
+    column = {}
+    for number, name in enumerate(labels):
+        column[name] = number
     targets = np.zeros((len(corpus.documents), len(labels)), np.uint8)
     ids = []
     for row, (record, names) in zip(targets, _labels(path, section.multi_label), strict=True):
@@ -89,7 +91,9 @@ def _labels(path: Path, multi_label: bool) -> Iterator[tuple[dict[str, Any], lis
             if isinstance(label, list):
                 yield record, label
             else:
-                parts = [part.strip() for part in BETWEEN.split(label)]
+                parts = []
+                for part in BETWEEN.split(label):
+                    parts.append(part.strip())
                 yield record, [part for part in parts if part] if multi_label else [label]
 
 

@@ -44,7 +44,10 @@ def read_saved(path: Path) -> Iterator[tuple[int, Any]]:
             f"{path}: not a folder made by datasets' save_to_disk\ngive that folder, or a Hub id"
         ) from error
     if isinstance(dataset, DatasetDict):
-        dataset = dataset["train"] if "train" in dataset else next(iter(dataset.values()))
+        if "train" in dataset:
+            dataset = dataset["train"]
+        else:
+            dataset = next(iter(dataset.values()))
     yield from enumerate(dataset, start=1)
 
 

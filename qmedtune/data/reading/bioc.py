@@ -64,7 +64,8 @@ def _passage(passage: Any) -> Passage:
     if not isinstance(passage, dict):
         raise Unusable("a BioC passage is not an object")
     infons = passage.get("infons")
-    infons = infons if isinstance(infons, dict) else {}
+    if not isinstance(infons, dict):
+        infons = {}
     text = passage.get("text")
     if not isinstance(text, str):
         sentences = passage.get("sentences") or []
@@ -87,7 +88,9 @@ def _of_xml(element: Any) -> Document | Damaged:
 
 
 def _xml_passage(passage: Any) -> Passage:
-    infons = {infon.get("key"): infon.text or "" for infon in passage.findall("infon")}
+    infons = {}
+    for infon in passage.findall("infon"):
+        infons[infon.get("key")] = infon.text or ""
     text = passage.findtext("text")
     if text is None:
         text = " ".join(sentence.findtext("text") or "" for sentence in passage.findall("sentence"))

@@ -42,7 +42,9 @@ def lettered(schema: str, asked: Any, options: dict[str, Any], letter: str, read
     """A question whose options are listed under their letters. Raises `Unusable`."""
     if letter not in options:
         raise Unusable("the answer is none of the options")
-    texts = {key: _option(text) for key, text in options.items()}
+    texts = {}
+    for key, text in options.items():
+        texts[key] = _option(text)
     if len(texts) < 2 or not any(texts.values()):
         raise Unusable("fewer than two options")
     listed = "\n".join(f"{key}. {text}".rstrip() for key, text in texts.items())
@@ -91,7 +93,9 @@ def _is_medmcqa(fields: dict[str, Any]) -> bool:
 
 def _medmcqa(fields: dict[str, Any]) -> Question:
     """The reader puts the base of `cop` into `_cop_base`."""
-    names = {letter: f"op{letter.lower()}" for letter in "ABCD"}
+    names = {}
+    for letter in "ABCD":
+        names[letter] = f"op{letter.lower()}"
     cop, base = cop_of(fields), fields.get(BASE, 0)
     if cop is None or not 0 <= cop - base < 4:
         raise Unusable("MedMCQA record without an answer")
@@ -110,16 +114,26 @@ def _medqa(fields: dict[str, Any]) -> Question:
     options = _options(fields["options"])
     given = fields.get("answer_idx", fields.get("answer"))
     used = {"question", "options", "answer_idx", "answer"} & fields.keys()
-    text = None if "answer_idx" in fields else fields.get("answer")
+    if "answer_idx" in fields:
+        text = None
+    else:
+        text = fields.get("answer")
     return lettered("MedQA", fields["question"], options, _letter(given, options, text), used)
 
 
 def _options(options: Any) -> dict[str, Any]:
     if isinstance(options, dict):  # a Parquet file has every letter in every row: those of others are null
-        return {key: text for key, text in options.items() if text is not None}
+        found: dict[str, Any] = {}
+        for key, text in options.items():
+            if text is not None:
+                found[key] = text
+        return found
     if all(isinstance(option, dict) for option in options):
         try:
-            return {option["key"]: option["value"] for option in options}
+            result: dict[str, Any] = {}
+            for option in options:
+                result[option["key"]] = option["value"]
+            return result
         except KeyError as error:
             raise Unusable("options are not {key, value} pairs") from error
     return dict(zip(LETTERS, options, strict=False))
@@ -135,8 +149,13 @@ def _letter(given: Any, options: dict[str, Any], text: Any = None) -> str:
         return said
     if text is None:
         return said
-    same = [key for key, option in options.items() if isinstance(option, str) and option.strip() == str(text).strip()]
-    return same[0] if len(same) == 1 else said
+    same = []
+    for key, option in options.items():
+        if isinstance(option, str) and option.strip() == str(text).strip():
+            same.append(key)
+    if len(same) == 1:
+        return same[0]
+    return said
 
 
 def _is_mmlu(fields: dict[str, Any]) -> bool:
@@ -157,9 +176,13 @@ def _wide(fields: dict[str, Any]) -> Question:
     """A table with a column for each letter, and the answer as letter or index."""
     asked = next(name for name in ("question", "Question") if name in fields)
     answer = next((name for name in ("answer", "Answer", "target") if name in fields), "answer")
-    options = {letter: fields[letter] for letter in LETTERS[:5] if letter in fields}
+    options = {}
+    for letter in LETTERS[:5]:
+        if letter in fields:
+            options[letter] = fields[letter]
     given = fields.get(answer)
-    given = int(given) if isinstance(given, str) and given.strip().isdecimal() else given
+    if isinstance(given, str) and given.strip().isdecimal():
+        given = int(given)
     return lettered("options A to D", fields[asked], options, _letter(given, options), {asked, answer, *options})
 
 

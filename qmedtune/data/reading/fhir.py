@@ -47,15 +47,24 @@ def documents(resource: dict[str, Any]) -> Iterator[Document | Damaged | Refused
 def _document(resource: dict[str, Any]) -> Document | Refused:
     kind = str(resource.get("resourceType"))
     if kind not in HOLDERS:
-        shown = kind if TYPE.fullmatch(kind) else "unknown"
+        if TYPE.fullmatch(kind):
+            shown = kind
+        else:
+            shown = "unknown"
         return Refused(f"FHIR {shown} holds no note")
     if WRONG[0] in (resource.get("status"), resource.get("docStatus")):
         return Refused("marked as an error in the source (entered-in-error)")
-    parts = [part for part in HOLDERS[kind](resource) if part]
+    parts = []
+    for part in HOLDERS[kind](resource):
+        if part:
+            parts.append(part)
     if not parts:
         return Refused(f"FHIR {kind} without text")
     patient = resource.get("subject")
-    reference = patient.get("reference") if isinstance(patient, dict) else None
+    if isinstance(patient, dict):
+        reference = patient.get("reference")
+    else:
+        reference = None
     name = resource.get("id")
     return Document(
         str(name) if name else None,
@@ -67,11 +76,16 @@ def _document(resource: dict[str, Any]) -> Document | Refused:
 
 def _of_reference(resource: dict[str, Any]) -> list[str]:
     contents = _listed(resource, "content")
-    return [_attachment(content.get("attachment")) for content in contents]
+    found: list[str] = []
+    for content in contents:
+        found.append(_attachment(content.get("attachment")))
+    return found
 
 
 def _of_report(resource: dict[str, Any]) -> list[str]:
-    parts = [_attachment(form) for form in _listed(resource, "presentedForm")]
+    parts = []
+    for form in _listed(resource, "presentedForm"):
+        parts.append(_attachment(form))
     conclusion = resource.get("conclusion")
     if isinstance(conclusion, str) and conclusion.strip() and not any(conclusion.strip() in part for part in parts):
         parts.append(conclusion.strip())
@@ -82,7 +96,9 @@ def _of_composition(resource: dict[str, Any]) -> list[str]:
     title = resource.get("title")
     parts = [f"# {title.strip()}"] if isinstance(title, str) and title.strip() else []
     body = _sections(resource)
-    return [*parts, *body] if body else []
+    if body:
+        return [*parts, *body]
+    return []
 
 
 def _sections(holder: dict[str, Any]) -> list[str]:
@@ -91,7 +107,10 @@ def _sections(holder: dict[str, Any]) -> list[str]:
 
 def _section(section: dict[str, Any]) -> list[str]:
     title, text = section.get("title"), section.get("text")
-    said = _of_html(str(text.get("div", ""))) if isinstance(text, dict) else ""
+    if isinstance(text, dict):
+        said = _of_html(str(text.get("div", "")))
+    else:
+        said = ""
     below = _sections(section)
     heading = [f"## {title.strip()}"] if isinstance(title, str) and title.strip() and (said or below) else []
     return [*heading, *([said] if said else []), *below]
@@ -132,7 +151,9 @@ def _attachment(attachment: Any) -> str:
         raise Unusable("FHIR attachment is not in its encoding (none said: UTF-8)") from error
     if kind.startswith("text/rtf"):
         raise Unusable("FHIR attachment is RTF, which is not read")
-    return text.strip() if kind.startswith("text/plain") else _of_html(text)
+    if kind.startswith("text/plain"):
+        return text.strip()
+    return _of_html(text)
 
 
 def _of_html(text: str) -> str:
@@ -144,7 +165,10 @@ def _of_html(text: str) -> str:
     except (etree.ParserError, etree.XMLSyntaxError, ValueError) as error:
         raise Unusable("FHIR attachment is broken HTML") from error
     for element in root.iter():
-        name = element.tag if isinstance(element.tag, str) else ""
+        if isinstance(element.tag, str):
+            name = element.tag
+        else:
+            name = ""
         if name in ("script", "style") or not name:
             element.text = ""
         elif name in BLOCKS:

@@ -36,7 +36,10 @@ def paper(fields: dict[str, Any]) -> Paper | None:
     if isinstance(fields.get("content"), dict):
         return _annotated(fields)
     name = next((name for name in PARSES if _has_body(fields.get(name))), None)
-    parse = fields[name] if name else fields
+    if name:
+        parse = fields[name]
+    else:
+        parse = fields
     if not _has_body(parse):
         return None
     nested = fields.get("metadata")
@@ -74,7 +77,10 @@ def _sections(body: list[Any]) -> Iterator[str]:
     """Paragraphs, each new section's heading before its first."""
     heading = None
     for entry in body:
-        section = entry.get("section") if isinstance(entry, dict) else None
+        if isinstance(entry, dict):
+            section = entry.get("section")
+        else:
+            section = None
         if isinstance(section, str) and section.strip() and section != heading:
             heading = section
             yield f"## {section.strip()}"
@@ -98,12 +104,18 @@ def _annotated(fields: dict[str, Any]) -> Paper:
         raise Unusable("text is null" if text is None else "text is not a string")
     spans = content.get("annotations") or {}
     known = fields.get("externalids")
-    pmid = {k.lower(): v for k, v in known.items()}.get("pubmed") if isinstance(known, dict) else None
+    if isinstance(known, dict):
+        pmid = {k.lower(): v for k, v in known.items()}.get("pubmed")
+    else:
+        pmid = None
     left_out = chain.from_iterable(_spans(spans, key) for key in LEFT_OUT)
     cuts = [(start, end, "") for start, end in left_out]
     headers = [(start, end) for start, end in _spans(spans, "sectionheader") if end > start]
     cuts += [(start, end, f"\n\n## {text[start:end].strip()}\n\n") for start, end in headers]
-    cited = [span for span in _spans(spans, "bibref") if markup.is_number(text[span[0] : span[1]])]
+    cited = []
+    for span in _spans(spans, "bibref"):
+        if markup.is_number(text[span[0] : span[1]]):
+            cited.append(span)
     cuts += [(start, end, markup.CITED) for start, end in cited]
     parts, at = [], 0
     for start, end, instead in sorted(cuts):
@@ -125,6 +137,9 @@ def _spans(annotations: dict[str, Any], key: str) -> list[tuple[int, int]]:
 
 def _places(spans: Iterable[Any]) -> list[tuple[int, int]]:
     try:
-        return [(int(span["start"]), int(span["end"])) for span in spans]
+        found: list[tuple[int, int]] = []
+        for span in spans:
+            found.append((int(span["start"]), int(span["end"])))
+        return found
     except (ValueError, KeyError, TypeError) as error:
         raise Unusable(UNREADABLE) from error

@@ -77,7 +77,10 @@ def instruction_shape(fields: dict[str, Any] | Document, columns: dict[str, str]
     name = name or content_id(*(m["content"] for m in messages))
     pmid = as_name(fields.get(known.get("pmid", ""))) or (name if schema == "PubMedQA" else None)
     row.read |= {known[role] for role in ("id", "pmid") if role in known}
-    extra = {"group": as_name(row.take("group"))} if row.has("group") and as_name(row.peek("group")) else {}
+    if row.has("group") and as_name(row.peek("group")):
+        extra = {"group": as_name(row.take("group"))}
+    else:
+        extra = {}
     record = {"id": name, "messages": messages, **({"pmid": pmid} if pmid else {}), **extra}
     return Shaped(record, frozenset(row.read), schema)
 
@@ -137,7 +140,9 @@ def _messages(row: _Row) -> tuple[str, Messages]:
 
 
 def _conversation_name(key: str) -> str:
-    return "ShareGPT" if key == "conversations" else "messages"
+    if key == "conversations":
+        return "ShareGPT"
+    return "messages"
 
 
 def _said(role: str, content: str) -> dict[str, str]:
@@ -159,10 +164,16 @@ def _mapped(row: _Row, question: str, extra: str, answer: str) -> Messages:
 def _pair(row: _Row, schema: str, question: str, answer: str) -> Messages:
     """Question and answer with all that belongs to them: input and context, earlier turns, system."""
     asked = row.take(question)
-    given = [_given(row.take(name)) for name in ("input", *CONTEXTS) if name != question and row.has(name)]
+    given = []
+    for name in ("input", *CONTEXTS):
+        if name != question and row.has(name):
+            given.append(_given(row.take(name)))
     extra = "\n\n".join(part for part in given if part)
     if schema in TASKS_OF:
-        header = row.take("section_header") if row.has("section_header") else None
+        if row.has("section_header"):
+            header = row.take("section_header")
+        else:
+            header = None
         asked, extra = _task(schema, header), checked(asked, "question").strip()
     elif isinstance(asked, str) and not asked.strip() and extra:
         asked, extra = extra, ""  # an empty instruction, and the question in its input
@@ -179,7 +190,9 @@ def _task(schema: str, header: Any) -> str:
     task = TASKS_OF[schema]
     if schema != "MTS-Dialog":
         return task
-    return f"{task}: {header.strip()}." if isinstance(header, str) and header.strip() else f"{task}."
+    if isinstance(header, str) and header.strip():
+        return f"{task}: {header.strip()}."
+    return f"{task}."
 
 
 def is_task(content: str) -> bool:
@@ -195,7 +208,8 @@ def _answer(value: Any) -> str:
         if not value:
             raise Unusable("answer is empty")
         value = value[0]
-        value = value.get("text") if isinstance(value, dict) else value
+        if isinstance(value, dict):
+            value = value.get("text")
     return checked(value, "answer").strip()
 
 
@@ -204,7 +218,9 @@ def _given(value: Any) -> str:
     if isinstance(value, dict):
         value = value.get("contexts")
     if isinstance(value, list):
-        texts = [entry.get("text") if isinstance(entry, dict) else entry for entry in value]
+        texts = []
+        for entry in value:
+            texts.append(entry.get("text") if isinstance(entry, dict) else entry)
         return "\n".join(checked(text, "context").strip() for text in texts)
     if value is None or (isinstance(value, str) and value.strip().lower() in NO_INPUT):
         return ""
@@ -228,7 +244,10 @@ def _history(turns: Any) -> Messages:
 def _with_system(row: _Row, messages: Messages) -> Messages:
     """The conversation after the system message that stands beside it, where it has none of its own."""
     name = next((name for name in SYSTEMS if row.has(name)), None)
-    system = row.take(name) if name else None
+    if name:
+        system = row.take(name)
+    else:
+        system = None
     if not isinstance(system, str) or not system.strip():
         return messages
     if messages[0]["role"] == "system":

@@ -47,7 +47,10 @@ def _emrqa(note: dict[str, Any], instructions: bool) -> Iterator[dict[str, Any] 
             yield Damaged("emrQA paragraph is not an object")
             continue
         context = paragraph.get("context", paragraph.get("text"))
-        text = "\n".join(str(s).rstrip("\r\n") for s in context) if isinstance(context, list) else context
+        if isinstance(context, list):
+            text = "\n".join(str(s).rstrip("\r\n") for s in context)
+        else:
+            text = context
         name = str(paragraph.get("note_id", note.get("title", "")))
         if not instructions:
             yield {"id": name, "text": text, "patient": name.split("_")[0]}
@@ -58,15 +61,24 @@ def _emrqa(note: dict[str, Any], instructions: bool) -> Iterator[dict[str, Any] 
                 continue
             question, answers = qa.get("question"), _answers(qa)
             if answers:
-                asked = question[0] if isinstance(question, list) and question else question
+                if isinstance(question, list) and question:
+                    asked = question[0]
+                else:
+                    asked = question
                 yield {"instruction": asked, "input": text, "output": answers[0], "answers": answers, "group": name}
 
 
 def _answers(qa: dict[str, Any]) -> list[str]:
     """The answers in words: any of them is right."""
-    said = [answer for answer in qa.get("answers") or [] if isinstance(answer, dict)]
+    said = []
+    for answer in qa.get("answers") or []:
+        if isinstance(answer, dict):
+            said.append(answer)
     texts = [answer["text"] for answer in said if answer.get("text")]
-    return [", ".join(map(str, text)) if isinstance(text, list) else str(text) for text in texts]
+    found: list[str] = []
+    for text in texts:
+        found.append(", ".join(map(str, text)) if isinstance(text, list) else str(text))
+    return found
 
 
 def _bioc(entry: dict[str, Any]) -> Document | Damaged:

@@ -61,7 +61,9 @@ _found: dict[Any, dict[str, str]] = {}  # rows of a file have the same keys: fin
 
 
 def _find_columns(fields: dict[str, Any], columns: dict[str, str]) -> dict[str, str]:
-    lower = {name.lower(): name for name in reversed(fields)}
+    lower = {}
+    for name in reversed(fields):
+        lower[name.lower()] = name
     found = {role: name for role, name in columns.items() if name in fields}
     for role, names in COLUMNS.items():
         if role not in columns:
@@ -99,17 +101,24 @@ def checked(value: Any, what: str = "text") -> str:
 def as_name(value: Any) -> str | None:
     """An identifier: strings and whole numbers (also as floats, which Parquet makes of nullable integers)."""
     if isinstance(value, float):
-        value = int(value) if math.isfinite(value) and value == int(value) else None
+        if math.isfinite(value) and value == int(value):
+            value = int(value)
+        else:
+            value = None
     if isinstance(value, bool) or not isinstance(value, (str, int)):
         return None
     name = str(value).strip()
-    return name if name and name.isprintable() else None
+    if name and name.isprintable():
+        return name
+    return None
 
 
 def text_record(fields: dict[str, Any] | Document, columns: dict[str, str]) -> dict[str, Any] | Refused:
     """The record of one row of a text source. Raises `Unusable`."""
     shaped = text_shape(fields, columns)
-    return shaped if isinstance(shaped, Refused) else shaped.record
+    if isinstance(shaped, Refused):
+        return shaped
+    return shaped.record
 
 
 def text_shape(fields: dict[str, Any] | Document, columns: dict[str, str]) -> Shaped | Refused:
@@ -130,7 +139,10 @@ def text_shape(fields: dict[str, Any] | Document, columns: dict[str, str]) -> Sh
         return text
     record: dict[str, Any] = {"id": as_name(fields.get(found.get("id", ""))) or content_id(text), "text": text}
     for role in NAMES:
-        name = as_name(fields[found[role]]) if role in found else None
+        if role in found:
+            name = as_name(fields[found[role]])
+        else:
+            name = None
         if name:
             record[role] = name
     if "label" in columns:
@@ -146,12 +158,17 @@ def _text(fields: dict[str, Any], found: dict[str, str], columns: dict[str, str]
         if "text" not in found:
             raise Unusable(f"no text column among {shown_names(fields)}")
         return checked(_joined(fields[found["text"]])), {"text"}
-    said = {role: _optional(fields.get(found.get(role, ""))) for role in ("title", "abstract", "text")}
+    said = {}
+    for role in ("title", "abstract", "text"):
+        said[role] = _optional(fields.get(found.get(role, "")))
     if said["abstract"] in said["text"]:
         said["abstract"] = ""
     if not said["abstract"] and not said["text"]:
         return Refused("no abstract"), set()
-    between = "\n\n" if said["text"] else "\n"
+    if said["text"]:
+        between = "\n\n"
+    else:
+        between = "\n"
     return checked(between.join(part for part in said.values() if part)), set(said)
 
 
@@ -184,11 +201,16 @@ def _of_document(document: Document) -> dict[str, Any]:
 def label_of(value: Any) -> str | list[str]:
     """What `classify` predicts: one name, or a list of names. Raises `Unusable` where there is none."""
     if isinstance(value, list):
-        names = [as_name(item) for item in value]
+        names = []
+        for item in value:
+            names.append(as_name(item))
         if not all(names):
             raise Unusable("a label is empty or no name")
         return [name for name in names if name]
-    name = str(value).lower() if isinstance(value, bool) else as_name(value)
+    if isinstance(value, bool):
+        name = str(value).lower()
+    else:
+        name = as_name(value)
     if name is None:
         raise Unusable("the label is missing, empty or no name")
     return name

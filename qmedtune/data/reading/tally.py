@@ -49,7 +49,9 @@ class ReadingTally:
     def as_dict(self) -> dict[str, dict[str, int]]:
         """The facts of run.json and of a kept part, names in order: the same for any order of files."""
         self._sum_up()
-        counters = {name: getattr(self, name) for name in FACTS}
+        counters = {}
+        for name in FACTS:
+            counters[name] = getattr(self, name)
         return {name: dict(sorted(counter.items())) for name, counter in counters.items()}
 
     @classmethod
@@ -66,18 +68,26 @@ class ReadingTally:
         for (names, read, is_table), count in self._shapes.items():
             trusted = not is_table or len(read) >= 2
             for name in names:
-                counter = self.columns_read if name in read else self.columns_unread
+                if name in read:
+                    counter = self.columns_read
+                else:
+                    counter = self.columns_unread
                 counter[_shown(name, trusted or name in read)] += count
         self._shapes.clear()
 
 
 def _shown(name: str, trusted: bool) -> str:
-    return name if is_known(name) or (trusted and PLAIN.fullmatch(name)) else UNNAMED
+    if is_known(name) or (trusted and PLAIN.fullmatch(name)):
+        return name
+    return UNNAMED
 
 
 def shown_names(names: Iterable[str]) -> str:
     """Column names for a message: the known ones, and how many others there are."""
-    every = [name for name in names if not name.startswith("_")]
+    every = []
+    for name in names:
+        if not name.startswith("_"):
+            every.append(name)
     known = [name for name in every if is_known(name)]
     others = len(every) - len(known)
     listed = [*known[:12], *([f"{others} of no known name"] if others else [])]

@@ -37,7 +37,9 @@ class Canary:
 def canaries(recipe: Recipe, audit: AuditSection) -> list[Canary]:
     """All canaries of a recipe, per source and number of repeats, the controls included."""
     rng = random.Random(f"canaries-{recipe.seed}")
-    names = ["".join(parts).capitalize() for parts in product(SYLLABLES, repeat=4)]
+    names = []
+    for parts in product(SYLLABLES, repeat=4):
+        names.append("".join(parts).capitalize())
     rng.shuffle(names)
     wanted = [(source, n) for source in planted_sources(audit) for n in (CONTROL, *audit.repeats)]
     drawn = iter(names)
@@ -89,10 +91,16 @@ def plant(recipe: Recipe, inputs: Mapping[str, Path], out: Path) -> dict[str, An
 def _records(recipe: Recipe, found: list[Canary]) -> Iterator[dict[str, Any]]:
     for number, canary in enumerate(found):
         text = {"text": f"{canary.context} {canary.secret}."}
-        body = {"messages": messages(canary)} if recipe.data[canary.source].kind == "instructions" else text
+        if recipe.data[canary.source].kind == "instructions":
+            body = {"messages": messages(canary)}
+        else:
+            body = text
         for copy in range(canary.repeats):
             yield {"id": f"canary-{number}-{copy}", **body}
 
 
 def read(folder: Path) -> list[Canary]:
-    return [Canary(**entry) for entry in json.loads((folder / FILE).read_text(encoding="utf-8"))]
+    found: list[Canary] = []
+    for entry in json.loads((folder / FILE).read_text(encoding="utf-8")):
+        found.append(Canary(**entry))
+    return found
