@@ -66,7 +66,10 @@ def build(items: list[Item]) -> Index:
     by_key: dict[int, list[tuple[bytes, int, int]]] = {}
     for key, (phrase, holders) in zip(keys.tolist(), found.items(), strict=True):
         by_key.setdefault(key, []).extend((phrase, number, words) for number, words in holders)
-    pmids = {item.pmid: number for number, item in reversed(list(enumerate(items))) if item.pmid}
+    pmids = {}
+    for number, item in reversed(list(enumerate(items))):
+        if item.pmid:
+            pmids[item.pmid] = number
     return Index(items, by_key, pmids, bitmap, too_short)
 
 

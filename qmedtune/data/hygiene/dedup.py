@@ -63,7 +63,9 @@ class Bands:
         wanted = math.ceil(16 * self.num * num_texts / PARTITION_BYTES)
         self.num_partitions = min(max(1, wanted), MOST_PARTITIONS)
         folder.mkdir()
-        self.files = [(folder / f"{number:05d}").open("wb") for number in range(self.num_partitions)]
+        self.files = []
+        for number in range(self.num_partitions):
+            self.files.append((folder / f"{number:05d}").open("wb"))
 
     def add(self, hashes: np.ndarray, bounds: np.ndarray, first: int) -> None:
         """Sketch a batch of texts numbered from `first`; texts with too few windows of their own stay out."""

@@ -149,7 +149,9 @@ def _make_part(pool: Pool, source: SourceSection, files: list[Path], part: Path,
     for name in ARRAYS:
         table[name] = getattr(staged, name)
     np.save(part.with_suffix(".npy"), table)
-    lists = {name: getattr(staged, name) for name in ("hits", "deleted", "rejects", "cleaned")}
+    lists = {}
+    for name in ("hits", "deleted", "rejects", "cleaned"):
+        lists[name] = getattr(staged, name)
     lists |= {"identifiers": staged.identifiers.as_dict(), "reading": staged.reading.as_dict()}
     lists |= {"sha256": _hashes(part)}
     for path in _files(part)[:-1]:
@@ -184,9 +186,15 @@ def _kept_part(part: Path, work: IO[bytes]) -> Staged | None:
     staged, table = Staged(), np.load(part.with_suffix(".npy"))
     for name in ARRAYS:
         getattr(staged, name).frombytes(table[name].tobytes())
-    staged.hits = [(record, item, words) for record, item, words in lists["hits"]]
-    staged.deleted = [(record, tuple(pmids)) for record, pmids in lists["deleted"]]
-    staged.rejects = [(file, line, reason, kind) for file, line, reason, kind in lists["rejects"]]
+    staged.hits = []
+    for record, item, words in lists["hits"]:
+        staged.hits.append((record, item, words))
+    staged.deleted = []
+    for record, pmids in lists["deleted"]:
+        staged.deleted.append((record, tuple(pmids)))
+    staged.rejects = []
+    for file, line, reason, kind in lists["rejects"]:
+        staged.rejects.append((file, line, reason, kind))
     staged.cleaned = Counter(lists["cleaned"])
     staged.identifiers = phi.Tally.from_dict(lists["identifiers"])
     staged.reading = ReadingTally.from_dict(lists["reading"])

@@ -65,8 +65,10 @@ class Staged:
         first = len(self)
         for name in ARRAYS:
             getattr(self, name).extend(getattr(other, name))
-        self.hits += [(first + record, item, words) for record, item, words in other.hits]
-        self.deleted += [(first + record, pmids) for record, pmids in other.deleted]
+        for record, item, words in other.hits:
+            self.hits.append((first + record, item, words))
+        for record, pmids in other.deleted:
+            self.deleted.append((first + record, pmids))
         self.rejects += other.rejects
         self.identifiers.merge(other.identifiers)
         self.reading.merge(other.reading)
@@ -122,7 +124,9 @@ class Treatment:
             lines.append(self._remember(item, texts[-1], staged))
         if self.index.items:
             found = decontaminate.search(self.index, texts, pmids, every=self.hygiene.contaminated != "drop")
-            staged.hits = [(hit.record, hit.item, hit.words) for hit in found]
+            staged.hits = []
+            for hit in found:
+                staged.hits.append((hit.record, hit.item, hit.words))
         return lines, staged
 
     def _problem(self, record: dict[str, Any], staged: Staged) -> Damaged | Refused | None:

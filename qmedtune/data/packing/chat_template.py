@@ -235,7 +235,10 @@ class _Plan:
         messages = []
         for message in conversation:
             messages.append(_merged(message))
-        places = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        places = []
+        for i, message in enumerate(messages):
+            if message["role"] == "assistant":
+                places.append(i)
         asks = not places or places[-1] != len(messages) - 1
         calls: list[Call] = [(messages, asks)]
         for place in places:

@@ -128,7 +128,9 @@ class Frame:
         for token in self.codec.special_tokens:
             if token in self.end_mark:
                 marks.append(token)
-        named = {self.codec.vocabulary[token] for token in marks}
+        named = set()
+        for token in marks:
+            named.add(self.codec.vocabulary[token])
         return frozenset({*named, self.codec.eos_id, document_borders(self.codec).end})
 
     def answer_ids(self, context: str, text: str) -> list[int]:
@@ -148,7 +150,10 @@ class Frame:
             safe.append(self._safe(messages))
         if self.template.source:
             return chat_template.split(self.template.chat, safe)
-        return [self.template._segments(messages) for messages in safe]
+        found: list[Segments] = []
+        for messages in safe:
+            found.append(self.template._segments(messages))
+        return found
 
     def _safe(self, messages: Conversation) -> list[Message]:
         found: list[Message] = []
@@ -194,7 +199,10 @@ class Frame:
 
     def _framed(self, texts: list[_Text]) -> list[Framed]:
         if self.template.apart == "segment":
-            return [_by_segment(self.codec, text) for text in texts]
+            result: list[Framed] = []
+            for text in texts:
+                result.append(_by_segment(self.codec, text))
+            return result
         pieces = []
         for text in texts:
             pieces.append(text.pieces())
@@ -265,7 +273,9 @@ def _by_segment(codec: Codec, text: _Text) -> Framed:
     for start, _ in text.spans:
         loud.add(start)
     parts = zip(edges, edges[1:], strict=False)
-    encoded = [(start in loud, codec.encode([text.text[start:end]], markers=True)[0]) for start, end in parts]
+    encoded = []
+    for start, end in parts:
+        encoded.append((start in loud, codec.encode([text.text[start:end]], markers=True)[0]))
     return _joined([Framed(ids, [int(supervised)] * len(ids)) for supervised, ids in encoded])
 
 

@@ -36,14 +36,18 @@ class Target:
 def targets(section: CptSection | PretrainSection, lengths: Mapping[str, np.ndarray]) -> dict[str, Target]:
     """Tokens to draw from each source (`lengths`: kept tokens per document). Raises DataError for an empty source."""
     kept = {}
-    for name, lens in lengths.items():
-        kept[name] = int(lens.sum())
+    for name, per_document in lengths.items():
+        kept[name] = int(per_document.sum())
     empty = [name for name, total in kept.items() if total == 0]
     if empty:
         raise DataError(f"mix: {', '.join(empty)} has no training text left\nlook at rejects.jsonl and `holdout`")
     by_document = section.unit == "documents"
-    weights = {name: section.mix[name] * (kept[name] / len(lengths[name]) if by_document else 1) for name in kept}
-    share = {name: weight / sum(weights.values()) for name, weight in weights.items()}
+    weights = {}
+    for name in kept:
+        weights[name] = section.mix[name] * (kept[name] / len(lengths[name]) if by_document else 1)
+    share = {}
+    for name, weight in weights.items():
+        share[name] = weight / sum(weights.values())
     cap = section.max_repeats
     if section.epochs is not None:
         total = section.epochs * sum(kept.values())
@@ -52,8 +56,12 @@ def targets(section: CptSection | PretrainSection, lengths: Mapping[str, np.ndar
         total, cap = kept[main] / share[main], cap or AUTO_MAX_REPEATS
     else:
         total = section.tokens
-    wanted = {name: share[name] * total for name in share}
-    most = {name: kept[name] * cap if cap else float("inf") for name in kept}
+    wanted = {}
+    for name in share:
+        wanted[name] = share[name] * total
+    most = {}
+    for name in kept:
+        most[name] = kept[name] * cap if cap else float("inf")
     found: dict[str, Target] = {}
     for n in share:
         found[n] = Target(share[n], min(wanted[n], most[n]), wanted[n] > most[n])

@@ -62,10 +62,9 @@ def pack_stage(
     section = recipe.stages[index].section
     assert isinstance(section.seq_len, int) and not isinstance(section, ClassifySection)
     codec = load_codec(tokenizer_dir)
-    corpora = [
-        tokenise(recipe, name, inputs[name] / "train.jsonl", section, codec, tokenizer_dir, out)
-        for name in recipe.stages[index].sources
-    ]
+    corpora = []
+    for name in recipe.stages[index].sources:
+        corpora.append(tokenise(recipe, name, inputs[name] / "train.jsonl", section, codec, tokenizer_dir, out))
     facts: dict[str, Any] = {}
     if isinstance(section, SftSection):
         _check_truncation(section, corpora)
@@ -81,7 +80,9 @@ def pack_stage(
     else:
         plan = _mixture(section, corpora, rng)
     facts = write_rows(recipe, corpora, section, plan, rng, out) | facts
-    kinds = {name: recipe.data[name].kind for name in facts["mixture"]}
+    kinds = {}
+    for name in facts["mixture"]:
+        kinds[name] = recipe.data[name].kind
     for name, found in fertility(codec, {name: inputs[name] for name in kinds}, kinds).items():
         facts["mixture"][name]["fertility"] = found
     return facts
@@ -194,12 +195,19 @@ def _mixture(section: CptSection | PretrainSection, corpora: list[Corpus], rng: 
     usable = {}
     for corpus in corpora:
         usable[corpus.name] = np.flatnonzero(corpus.draws)
-    lengths = {corpus.name: corpus.draws[usable[corpus.name]] for corpus in corpora}
+    lengths = {}
+    for corpus in corpora:
+        lengths[corpus.name] = corpus.draws[usable[corpus.name]]
     wanted = mix.targets(section, lengths)
-    picks = [usable[name][mix.draw(lengths[name], wanted[name].tokens, rng)] for name in lengths]
+    picks = []
+    for name in lengths:
+        picks.append(usable[name][mix.draw(lengths[name], wanted[name].tokens, rng)])
     order = mix.interleave([len(pick) for pick in picks], rng)
     source = np.repeat(np.arange(len(picks), dtype=np.int16), [len(pick) for pick in picks])[order]
-    capped = [name for name, target in wanted.items() if target.capped]
+    capped = []
+    for name, target in wanted.items():
+        if target.capped:
+            capped.append(name)
     for name in capped:
         ui.warn(f"mix: {name} is capped by max_repeats, its share of the mixture falls short")
     return Draws(source, np.concatenate(picks)[order], {n: t.share for n, t in wanted.items()}, capped)
@@ -341,10 +349,14 @@ class PackedRows:
         shards = []
         for name in meta["shards"]:
             shards.append(folder / name)
-        self._tokens = [shard_array(shard, "tokens") for shard in shards]
+        self._tokens = []
+        for shard in shards:
+            self._tokens.append(shard_array(shard, "tokens"))
         # Until 0.1 the mask held the weight itself, in steps of 1/255.
         self._prompt_weight: float | None = meta.get("prompt_weight")
-        self._masks = [shard_array(shard, "mask") for shard in shards]
+        self._masks = []
+        for shard in shards:
+            self._masks.append(shard_array(shard, "mask"))
 
     def __len__(self) -> int:
         return len(self._bounds) - 1

@@ -32,7 +32,9 @@ def documents(packed: PackedRows, folders: Mapping[str, Path], n: int) -> list[d
     for document in {int(piece[0]) for row in rows for piece in packed.pieces(row)}:
         source, number = packed.record_of(document)
         wanted[source].add(number)
-    names = {source: _record_ids(folders[source], numbers) for source, numbers in wanted.items()}
+    names = {}
+    for source, numbers in wanted.items():
+        names[source] = _record_ids(folders[source], numbers)
     found: list[dict[str, Any]] = []
     for row in rows:
         found.append({"documents": list(_documents(packed, names, row))})

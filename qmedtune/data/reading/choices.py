@@ -99,7 +99,9 @@ def _medmcqa(fields: dict[str, Any]) -> Question:
     cop, base = cop_of(fields), fields.get(BASE, 0)
     if cop is None or not 0 <= cop - base < 4:
         raise Unusable("MedMCQA record without an answer")
-    options = {letter: fields.get(name) for letter, name in names.items()}
+    options = {}
+    for letter, name in names.items():
+        options[letter] = fields.get(name)
     return lettered(
         "MedMCQA", fields.get("question"), options, LETTERS[cop - base], {"question", "cop", *names.values()}
     )

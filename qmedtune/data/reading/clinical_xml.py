@@ -62,7 +62,10 @@ def read_n2c2(path: Path) -> Iterator[xml_files.Item]:
     if xml_files.declares_entities(root.getroottree()):
         yield 1, Damaged("XML declares entities")
         return
-    records = [element for element in root.iter(*RECORDS) if _text_of(element) is not None]
+    records = []
+    for element in root.iter(*RECORDS):
+        if _text_of(element) is not None:
+            records.append(element)
     for number, element in enumerate(records or [root], start=1):
         yield number, _note(element, path.stem, number if records else None)
 

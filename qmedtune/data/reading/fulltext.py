@@ -109,14 +109,20 @@ def _annotated(fields: dict[str, Any]) -> Paper:
     else:
         pmid = None
     left_out = chain.from_iterable(_spans(spans, key) for key in LEFT_OUT)
-    cuts = [(start, end, "") for start, end in left_out]
-    headers = [(start, end) for start, end in _spans(spans, "sectionheader") if end > start]
+    cuts = []
+    for start, end in left_out:
+        cuts.append((start, end, ""))
+    headers = []
+    for start, end in _spans(spans, "sectionheader"):
+        if end > start:
+            headers.append((start, end))
     cuts += [(start, end, f"\n\n## {text[start:end].strip()}\n\n") for start, end in headers]
     cited = []
     for span in _spans(spans, "bibref"):
         if markup.is_number(text[span[0] : span[1]]):
             cited.append(span)
-    cuts += [(start, end, markup.CITED) for start, end in cited]
+    for start, end in cited:
+        cuts.append((start, end, markup.CITED))
     parts, at = [], 0
     for start, end, instead in sorted(cuts):
         if start >= at:

@@ -90,7 +90,9 @@ class _Row:
 
     def __init__(self, fields: dict[str, Any], columns: dict[str, str]):
         self.fields, self.columns = fields, columns
-        self.names = {name.lower(): name for name in reversed(fields)}
+        self.names = {}
+        for name in reversed(fields):
+            self.names[name.lower()] = name
         self.read: set[str] = set()
 
     def has(self, *names: str) -> bool:
@@ -111,7 +113,9 @@ class _Row:
 
 def _messages(row: _Row) -> tuple[str, Messages]:
     """(schema, conversation). Raises `Unusable`."""
-    mapped = [row.columns.get(role) for role in ("instruction", "input", "output")]
+    mapped = []
+    for role in ("instruction", "input", "output"):
+        mapped.append(row.columns.get(role))
     if mapped[0] or mapped[2]:
         return "columns", _mapped(row, mapped[0] or "instruction", mapped[1] or "input", mapped[2] or "output")
     for name in UNSUPPORTED:

@@ -60,5 +60,8 @@ def is_known(name: str) -> bool:
     for part in SPLIT.split(name.strip()):
         if part:
             parts.append(part.lower())
-    words = [part for part in parts if not part.isdecimal()]
+    words = []
+    for part in parts:
+        if not part.isdecimal():
+            words.append(part)
     return bool(words) and len(name) <= 40 and len(parts) <= 5 and all(part in WORDS for part in words)

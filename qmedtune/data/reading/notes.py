@@ -74,7 +74,10 @@ def _answers(qa: dict[str, Any]) -> list[str]:
     for answer in qa.get("answers") or []:
         if isinstance(answer, dict):
             said.append(answer)
-    texts = [answer["text"] for answer in said if answer.get("text")]
+    texts = []
+    for answer in said:
+        if answer.get("text"):
+            texts.append(answer["text"])
     found: list[str] = []
     for text in texts:
         found.append(", ".join(map(str, text)) if isinstance(text, list) else str(text))

@@ -162,7 +162,9 @@ class LatestFirst:
         rows: list[list[Any]] = []
         for number, item in read_pubmed(path):
             if isinstance(item, dict):
-                self.deleted += [pmid for pmid in item["deleted"] if pmid]
+                for pmid in item["deleted"]:
+                    if pmid:
+                        self.deleted.append(pmid)
             else:
                 rows.append(_row(number, item))
             if len(rows) == self.BLOCK:

@@ -64,7 +64,10 @@ def _find_columns(fields: dict[str, Any], columns: dict[str, str]) -> dict[str, 
     lower = {}
     for name in reversed(fields):
         lower[name.lower()] = name
-    found = {role: name for role, name in columns.items() if name in fields}
+    found = {}
+    for role, name in columns.items():
+        if name in fields:
+            found[role] = name
     for role, names in COLUMNS.items():
         if role not in columns:
             match = next((lower[name] for name in names if name in lower), None)

@@ -115,7 +115,10 @@ def reading_order(source: SourceSection) -> list[Path]:
     formats = []
     for file in files:
         formats.append(format_of(file, source.format))
-    pubmed = [file for file, format in zip(files, formats, strict=True) if format == "pubmed"]
+    pubmed = []
+    for file, format in zip(files, formats, strict=True):
+        if format == "pubmed":
+            pubmed.append(file)
     return [*reversed(pubmed), *(file for file, format in zip(files, formats, strict=True) if format != "pubmed")]
 
 

@@ -52,7 +52,10 @@ class ReadingTally:
         counters = {}
         for name in FACTS:
             counters[name] = getattr(self, name)
-        return {name: dict(sorted(counter.items())) for name, counter in counters.items()}
+        found: dict[str, dict[str, int]] = {}
+        for name, counter in counters.items():
+            found[name] = dict(sorted(counter.items()))
+        return found
 
     @classmethod
     def from_dict(cls, kept: dict[str, Any]) -> ReadingTally:
@@ -88,7 +91,10 @@ def shown_names(names: Iterable[str]) -> str:
     for name in names:
         if not name.startswith("_"):
             every.append(name)
-    known = [name for name in every if is_known(name)]
+    known = []
+    for name in every:
+        if is_known(name):
+            known.append(name)
     others = len(every) - len(known)
     listed = [*known[:12], *([f"{others} of no known name"] if others else [])]
     return ", ".join(listed) or "no column"
