@@ -20,6 +20,7 @@ from qmedtune.data.hygiene import decontaminate, dedup
 from qmedtune.data.hygiene.benchmarks import benchmark_items
 from qmedtune.data.hygiene.first_pass import in_batches, stage_source
 from qmedtune.data.hygiene.per_record import Staged, phi_mode, text_of
+from qmedtune.data.reading.document import Record
 from qmedtune.data.reading.listing import by_extension, list_source
 from qmedtune.data.reading.rejects import Rejects
 from qmedtune.errors import DataError
@@ -106,7 +107,7 @@ class _Texts:
     def __len__(self) -> int:
         return self.firsts[-1]
 
-    def record(self, number: int) -> dict[str, Any]:
+    def record(self, number: int) -> Record:
         which = bisect_right(self.firsts, number) - 1
         self.files[which].seek(int(self.starts[which][number - self.firsts[which]]))
         return json.loads(self.files[which].readline())
@@ -153,7 +154,7 @@ def _mark_near_duplicates(
     return {"of_earlier_sources": int((like[later] < num_earlier).sum()), "examples": pairs}
 
 
-def _asked_alike(one: dict[str, Any], other: dict[str, Any], threshold: float) -> bool:
+def _asked_alike(one: Record, other: Record, threshold: float) -> bool:
     """Whether two instruction records that are alike as a whole also ask and answer alike: of several questions about
     one long note nine words in ten are the note. Always true of texts."""
     if not (_has_input(one) or _has_input(other)):
@@ -162,11 +163,11 @@ def _asked_alike(one: dict[str, Any], other: dict[str, Any], threshold: float) -
     return len(said & said_there) >= threshold * len(said | said_there)
 
 
-def _has_input(record: dict[str, Any]) -> bool:
+def _has_input(record: Record) -> bool:
     return any("input" in message for message in record.get("messages", ()))
 
 
-def _words(record: dict[str, Any]) -> set[str]:
+def _words(record: Record) -> set[str]:
     """Of all messages, without what they are about (`input`)."""
     return set(" ".join(message["content"] for message in record["messages"]).lower().split())
 

@@ -178,7 +178,7 @@ def text_rows(tokenizer: Any, path: Path, max_tokens: int) -> tuple[list[dict[st
         raise DataError(
             f"{path}: {rejects.counts['rejected']} damaged records ({reason})\nmend the file: all are counted"
         )
-    documents = encode_texts(codec_of(tokenizer), [{"text": text} for text in texts], None)
+    documents = encode_texts(codec_of(tokenizer), [{"id": "", "text": text} for text in texts], None)
     rows: list[dict[str, np.ndarray]] = []
     for document in documents:
         rows += _windows(np.array(document.ids, dtype=np.int64), max_tokens)

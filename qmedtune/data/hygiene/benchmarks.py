@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qmedtune.data.hygiene.decontaminate import Item
+from qmedtune.data.reading.document import Fields
 from qmedtune.errors import DataError
 from qmedtune.recipe import Recipe, TaskSection
 
@@ -137,14 +138,14 @@ def _preset(name: str) -> Iterator[Item]:
             yield _item(name, f"{configuration}/{where}" if len(preset.configurations) > 1 else where, fields)
 
 
-def _flat(fields: dict[str, Any]) -> dict[str, Any]:
+def _flat(fields: Fields) -> Fields:
     """PubMedQA as the Hub has it: `pubid`, and the passages one level down."""
     if "pubid" not in fields or not isinstance(fields.get("context"), dict):
         return fields
     return {"question": fields["question"], "contexts": fields["context"]["contexts"], "pmid": fields["pubid"]}
 
 
-def _item(task: str, name: str, fields: dict[str, Any]) -> Item:
+def _item(task: str, name: str, fields: Fields) -> Item:
     """Questions and passages by the names that benchmarks use; a file without any of them counts as text."""
     fields = _flat(fields)
     texts = [text for key in (*QUESTIONS, *PASSAGES) for text in _strings(fields.get(key))]

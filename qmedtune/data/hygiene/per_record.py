@@ -13,18 +13,19 @@ import signal
 import threading
 from array import array
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from qmedtune.data.hygiene import decontaminate, language, phi, presidio, secret, surrogates
 from qmedtune.data.hygiene.clean import clean
+from qmedtune.data.reading.document import Record
 from qmedtune.data.reading.rejects import Damaged, Refused, kind_of
 from qmedtune.data.reading.sources import VERSIONED, Deleted, Item, PmidSet
 from qmedtune.data.reading.tally import ReadingTally
@@ -129,11 +130,11 @@ class Treatment:
                 staged.hits.append((hit.record, hit.item, hit.words))
         return lines, staged
 
-    def _problem(self, record: dict[str, Any], staged: Staged) -> Damaged | Refused | None:
+    def _problem(self, record: Record, staged: Staged) -> Damaged | Refused | None:
         """Clean a record in place; why it cannot be used, if so."""
         before = text_of(record)
         if self.hygiene.clean:
-            _clean(record, self.source.kind)
+            change_texts(record, partial(clean, kind=self.source.kind))
         text = text_of(record)
         if text != before:
             staged.cleaned.update(records=1, characters=max(0, len(before) - len(text)))
@@ -154,24 +155,28 @@ class Treatment:
                 return Refused(f"language {found} is not among hygiene.languages")
         return None
 
-    def _identifiers(self, record: dict[str, Any], tally: phi.Tally) -> Refused | None:
+    def _identifiers(self, record: Record, tally: phi.Tally) -> Refused | None:
         """Count (under `redact` replace, under `refuse` refuse) the identifiers of a record."""
         if self.phi == "off":
             return None
         patient, found = record.get("patient", record["id"]), False
-        for holder, key in _texts(record):
-            text = holder[key]
+
+        def treated(text: str) -> str:
+            nonlocal found
             spans = phi.find(text, self.persons)
             tally.add(text, spans)
             found |= bool(spans)
             if spans and self.phi == "redact":
-                holder[key] = surrogates.redact(text, spans, patient, self.secret, self.hygiene.shift_dates)
+                return surrogates.redact(text, spans, patient, self.secret, self.hygiene.shift_dates)
+            return text
+
+        change_texts(record, treated)
         tally.records += found
         if found and self.phi == "refuse":
             return Refused("holds identifiers (phi: refuse)")
         return None
 
-    def _remember(self, record: dict[str, Any], text: str, staged: Staged) -> bytes:
+    def _remember(self, record: Record, text: str, staged: Staged) -> bytes:
         content = digest(" ".join(text.lower().split()))
         if self.source.split_by == "patient":
             group = record["patient"]
@@ -195,28 +200,23 @@ def phi_mode(recipe: Recipe, name: str) -> str:
     return source.phi or (recipe.hygiene.phi if clinical else "off")
 
 
-def _texts(record: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
-    """(holder, key) of every text of a record."""
+def change_texts(record: Record, change: Callable[[str], str]) -> None:
+    """Put `change` of each text of a record in its place."""
     if "text" in record:
-        yield record, "text"
+        record["text"] = change(record["text"])
     for message in record.get("messages", ()):
         for key in message:
             if key != "role":
-                yield (message, key)
+                message[key] = change(message[key])
 
 
-def _clean(record: dict[str, Any], kind: str) -> None:
-    for holder, key in _texts(record):
-        holder[key] = clean(holder[key], kind)
-
-
-def _is_empty(record: dict[str, Any]) -> bool:
+def _is_empty(record: Record) -> bool:
     if "text" in record:
         return not record["text"]
     return not all(message["content"] for message in record["messages"])
 
 
-def text_of(record: dict[str, Any]) -> str:
+def text_of(record: Record) -> str:
     """All words of a record, for hashing and for search."""
     if "text" in record:
         return record["text"]

@@ -19,6 +19,7 @@ from qmedtune import ui
 from qmedtune.data.packing import pack
 from qmedtune.data.packing.ledger import Draws
 from qmedtune.data.packing.tokens import Codec, load_codec
+from qmedtune.data.reading.document import Record
 from qmedtune.errors import DataError
 from qmedtune.recipe import ClassifySection, Recipe
 
@@ -83,7 +84,7 @@ def _lay_out(
     return pack.write_rows(recipe, [corpus], section, plan, rng or np.random.default_rng(0), out, whole=True)
 
 
-def _labels(path: Path, multi_label: bool) -> Iterator[tuple[dict[str, Any], list[str]]]:
+def _labels(path: Path, multi_label: bool) -> Iterator[tuple[Record, list[str]]]:
     """Every record with its labels."""
     with path.open(encoding="utf-8") as file:
         for record in map(json.loads, file):

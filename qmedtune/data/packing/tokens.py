@@ -26,6 +26,7 @@ from tokenizers import Tokenizer
 from qmedtune import store
 from qmedtune.data.packing.borders import document_borders
 from qmedtune.data.packing.templates import Template, special
+from qmedtune.data.reading.document import Record
 from qmedtune.errors import DataError
 
 SHARD_BYTES = 32 << 20  # of jsonl, on average; about 8 M tokens
@@ -187,7 +188,7 @@ class Encoded:
         return 0
 
 
-def encode_texts(codec: Codec, records: list[dict[str, Any]], limit: int | None) -> list[Encoded]:
+def encode_texts(codec: Codec, records: list[Record], limit: int | None) -> list[Encoded]:
     """Documents of a text source; `limit` truncates (chunking: truncate), None keeps everything."""
     borders = document_borders(codec)
     if borders.start is None:
@@ -202,7 +203,7 @@ def encode_texts(codec: Codec, records: list[dict[str, Any]], limit: int | None)
 
 
 def encode_conversations(
-    codec: Codec, records: list[dict[str, Any]], template: Template, prompt_weight: float, limit: int
+    codec: Codec, records: list[Record], template: Template, prompt_weight: float, limit: int
 ) -> list[Encoded]:
     """Conversations, right-truncated to `limit` tokens; `kept` is 0 where no response token would be left."""
     from qmedtune.data.packing.framing import frame_of
@@ -228,7 +229,7 @@ def write_shards(
     path: Path,
     folder: Path,
     name: str,
-    encode: Callable[[list[dict]], list[Encoded]],
+    encode: Callable[[list[Record]], list[Encoded]],
     progress: Callable[[int], None],
     max_tokens: int | None = None,
     encoding: str = "",
@@ -320,7 +321,7 @@ def _groups(lines: Iterable[bytes], limit_bytes: int) -> Iterator[list[bytes]]:
 
 
 def _write_shard(
-    shard: Path, lines: Iterable[bytes], encode: Callable[[list[dict]], list[Encoded]],
+    shard: Path, lines: Iterable[bytes], encode: Callable[[list[Record]], list[Encoded]],
     progress: Callable[[int], None], max_tokens: int | None,
 ) -> None:  # fmt: skip
     tokens, mask, rows, done = bytearray(), bytearray(), [], 0

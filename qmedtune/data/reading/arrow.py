@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from qmedtune.data.reading.document import Fields
 from qmedtune.data.reading.files import in_archive, open_bytes
 from qmedtune.data.reading.rejects import Unread
 from qmedtune.data.reading.row_formats import Row
@@ -51,7 +52,7 @@ def read_saved(path: Path) -> Iterator[tuple[int, Any]]:
     yield from enumerate(dataset, start=1)
 
 
-def read_hub(name: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_hub(name: str) -> Iterator[tuple[int, Fields]]:
     """Rows of a Hub dataset's `train` split, streamed. `name`: `owner/dataset:configuration@revision`, the
     last two as wanted."""
     from datasets import load_dataset

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qmedtune.data.reading import xml_files
-from qmedtune.data.reading.document import Document
+from qmedtune.data.reading.document import Document, Fields
 from qmedtune.data.reading.files import text_lines
 from qmedtune.data.reading.rejects import Damaged, Unusable
 
@@ -53,7 +53,7 @@ def _mark(passage: Passage) -> str:
     return "## " if passage.kind in HEADINGS else ""
 
 
-def of_json(entry: dict[str, Any]) -> Document:
+def of_json(entry: Fields) -> Document:
     """The document of a JSON object with `passages`. Raises `Unusable`."""
     found = document(entry.get("id"), [_passage(passage) for passage in entry["passages"]])
     pmid = found.pmid or entry.get("pmid")

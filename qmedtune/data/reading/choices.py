@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from qmedtune.data.reading.document import Fields
 from qmedtune.data.reading.medmcqa import BASE, cop_of
 from qmedtune.data.reading.records import checked
 from qmedtune.data.reading.rejects import Unusable
@@ -30,7 +31,7 @@ class Question:
     letter: str = ""
 
 
-def question(fields: dict[str, Any]) -> Question | None:
+def question(fields: Fields) -> Question | None:
     """The question in a row, None where the row is none of these shapes. Raises `Unusable`."""
     for holds, shape in SHAPES:
         if holds(fields):
@@ -38,7 +39,7 @@ def question(fields: dict[str, Any]) -> Question | None:
     return None
 
 
-def lettered(schema: str, asked: Any, options: dict[str, Any], letter: str, read: set[str]) -> Question:
+def lettered(schema: str, asked: Any, options: dict[str, object], letter: str, read: set[str]) -> Question:
     """A question whose options are listed under their letters. Raises `Unusable`."""
     if letter not in options:
         raise Unusable("the answer is none of the options")
@@ -64,11 +65,11 @@ def _option(value: Any) -> str:
 # ---- PubMedQA --------------------------------------------------------------------------------------------------------
 
 
-def _is_pubmedqa(fields: dict[str, Any]) -> bool:
+def _is_pubmedqa(fields: Fields) -> bool:
     return "QUESTION" in fields or ("final_decision" in fields and isinstance(fields.get("context"), dict))
 
 
-def _pubmedqa(fields: dict[str, Any]) -> Question:
+def _pubmedqa(fields: Fields) -> Question:
     """The authors' QUESTION and CONTEXTS, or the Hub's question and context.contexts."""
     if "QUESTION" in fields:
         asked, contexts, read = fields["QUESTION"], fields.get("CONTEXTS"), {"QUESTION", "CONTEXTS", "final_decision"}
@@ -87,11 +88,11 @@ def _pubmedqa(fields: dict[str, Any]) -> Question:
 # ---- options by letter -----------------------------------------------------------------------------------------------
 
 
-def _is_medmcqa(fields: dict[str, Any]) -> bool:
+def _is_medmcqa(fields: Fields) -> bool:
     return "opa" in fields
 
 
-def _medmcqa(fields: dict[str, Any]) -> Question:
+def _medmcqa(fields: Fields) -> Question:
     """The reader puts the base of `cop` into `_cop_base`."""
     names = {}
     for letter in "ABCD":
@@ -107,11 +108,11 @@ def _medmcqa(fields: dict[str, Any]) -> Question:
     )
 
 
-def _is_medqa(fields: dict[str, Any]) -> bool:
+def _is_medqa(fields: Fields) -> bool:
     return "question" in fields and isinstance(fields.get("options"), (dict, list))
 
 
-def _medqa(fields: dict[str, Any]) -> Question:
+def _medqa(fields: Fields) -> Question:
     """Options as a mapping, as [{key, value}] or as a list of texts; the answer as a letter, a text or an index."""
     options = _options(fields["options"])
     given = fields.get("answer_idx", fields.get("answer"))
@@ -123,16 +124,16 @@ def _medqa(fields: dict[str, Any]) -> Question:
     return lettered("MedQA", fields["question"], options, _letter(given, options, text), used)
 
 
-def _options(options: Any) -> dict[str, Any]:
+def _options(options: Any) -> dict[str, object]:
     if isinstance(options, dict):  # a Parquet file has every letter in every row: those of others are null
-        found: dict[str, Any] = {}
+        found: dict[str, object] = {}
         for key, text in options.items():
             if text is not None:
                 found[key] = text
         return found
     if all(isinstance(option, dict) for option in options):
         try:
-            result: dict[str, Any] = {}
+            result: dict[str, object] = {}
             for option in options:
                 result[option["key"]] = option["value"]
             return result
@@ -141,7 +142,7 @@ def _options(options: Any) -> dict[str, Any]:
     return dict(zip(LETTERS, options, strict=False))
 
 
-def _letter(given: Any, options: dict[str, Any], text: Any = None) -> str:
+def _letter(given: Any, options: dict[str, object], text: Any = None) -> str:
     """The letter of an answer: itself, the one at its index, or that of the only option with its text."""
     letters = list(options)
     if isinstance(given, int) and not isinstance(given, bool) and 0 <= given < len(letters):
@@ -160,21 +161,21 @@ def _letter(given: Any, options: dict[str, Any], text: Any = None) -> str:
     return said
 
 
-def _is_mmlu(fields: dict[str, Any]) -> bool:
+def _is_mmlu(fields: Fields) -> bool:
     return "question" in fields and isinstance(fields.get("choices"), list) and "answer" in fields
 
 
-def _mmlu(fields: dict[str, Any]) -> Question:
+def _mmlu(fields: Fields) -> Question:
     options = dict(zip(LETTERS, fields["choices"], strict=False))
     letter = _letter(fields["answer"], options, fields["answer"])
     return lettered("MMLU", fields["question"], options, letter, {"question", "choices", "answer"})
 
 
-def _is_wide(fields: dict[str, Any]) -> bool:
+def _is_wide(fields: Fields) -> bool:
     return {"A", "B", "C", "D"} <= fields.keys() and bool({"question", "Question"} & fields.keys())
 
 
-def _wide(fields: dict[str, Any]) -> Question:
+def _wide(fields: Fields) -> Question:
     """A table with a column for each letter, and the answer as letter or index."""
     asked = next(name for name in ("question", "Question") if name in fields)
     answer = next((name for name in ("answer", "Answer", "target") if name in fields), "answer")
@@ -188,6 +189,6 @@ def _wide(fields: dict[str, Any]) -> Question:
     return lettered("options A to D", fields[asked], options, _letter(given, options), {asked, answer, *options})
 
 
-SHAPES: tuple[tuple[Callable[[dict[str, Any]], bool], Callable[[dict[str, Any]], Question]], ...] = (
+SHAPES: tuple[tuple[Callable[[Fields], bool], Callable[[Fields], Question]], ...] = (
     (_is_pubmedqa, _pubmedqa), (_is_medmcqa, _medmcqa), (_is_medqa, _medqa), (_is_mmlu, _mmlu), (_is_wide, _wide),
 )  # fmt: skip

@@ -18,11 +18,12 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
+from qmedtune.data.reading.document import Fields
 from qmedtune.data.reading.files import ARCHIVE_ERRORS, BROKEN_ARCHIVE, MAX_RECORD_BYTES, open_bytes, text_lines_of
 from qmedtune.data.reading.names import is_known
 from qmedtune.data.reading.rejects import Damaged, Unread
 
-Row = tuple[int, dict[str, Any] | Damaged]
+Row = tuple[int, Fields | Damaged]
 
 SAMPLE_BYTES = 1 << 20
 SAMPLE_ROWS = 50
@@ -331,7 +332,7 @@ def _recurs(names: list[str], row: list[str]) -> bool:
     return cells != names and any(a and a == b for a, b in zip(names, cells, strict=False))
 
 
-def _named(header: list[str], row: list[str] | Damaged) -> dict[str, Any] | Damaged:
+def _named(header: list[str], row: list[str] | Damaged) -> Fields | Damaged:
     if isinstance(row, Damaged):
         return row
     if len(row) != len(header):

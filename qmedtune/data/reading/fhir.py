@@ -17,7 +17,7 @@ from typing import Any
 from lxml import etree, html  # pyright: ignore[reportAttributeAccessIssue]
 
 from qmedtune.data.reading import markup
-from qmedtune.data.reading.document import Document
+from qmedtune.data.reading.document import Document, Fields
 from qmedtune.data.reading.rejects import Damaged, Refused, Unusable
 
 TYPE = re.compile(r"[A-Za-z]{1,40}")
@@ -27,7 +27,7 @@ CHARSET = re.compile(r"charset=\"?([\w-]+)", re.IGNORECASE)
 BLOCKS = frozenset(("p", "div", "li", "tr", "br", "h1", "h2", "h3", "h4", "h5", "h6", "table", "ul", "ol", "section"))
 
 
-def documents(resource: dict[str, Any]) -> Iterator[Document | Damaged | Refused]:
+def documents(resource: Fields) -> Iterator[Document | Damaged | Refused]:
     """The documents of one resource; of a Bundle, those of its entries."""
     if isinstance(resource.get("resource"), dict):
         resource = resource["resource"]
@@ -44,7 +44,7 @@ def documents(resource: dict[str, Any]) -> Iterator[Document | Damaged | Refused
         yield Damaged(str(error))
 
 
-def _document(resource: dict[str, Any]) -> Document | Refused:
+def _document(resource: Fields) -> Document | Refused:
     kind = str(resource.get("resourceType"))
     if kind not in HOLDERS:
         if TYPE.fullmatch(kind):
@@ -74,7 +74,7 @@ def _document(resource: dict[str, Any]) -> Document | Refused:
     )
 
 
-def _of_reference(resource: dict[str, Any]) -> list[str]:
+def _of_reference(resource: Fields) -> list[str]:
     contents = _listed(resource, "content")
     found: list[str] = []
     for content in contents:
@@ -82,7 +82,7 @@ def _of_reference(resource: dict[str, Any]) -> list[str]:
     return found
 
 
-def _of_report(resource: dict[str, Any]) -> list[str]:
+def _of_report(resource: Fields) -> list[str]:
     parts = []
     for form in _listed(resource, "presentedForm"):
         parts.append(_attachment(form))
@@ -92,7 +92,7 @@ def _of_report(resource: dict[str, Any]) -> list[str]:
     return parts
 
 
-def _of_composition(resource: dict[str, Any]) -> list[str]:
+def _of_composition(resource: Fields) -> list[str]:
     title = resource.get("title")
     parts = [f"# {title.strip()}"] if isinstance(title, str) and title.strip() else []
     body = _sections(resource)
@@ -101,11 +101,11 @@ def _of_composition(resource: dict[str, Any]) -> list[str]:
     return []
 
 
-def _sections(holder: dict[str, Any]) -> list[str]:
+def _sections(holder: Fields) -> list[str]:
     return list(chain.from_iterable(_section(section) for section in _listed(holder, "section")))
 
 
-def _section(section: dict[str, Any]) -> list[str]:
+def _section(section: Fields) -> list[str]:
     title, text = section.get("title"), section.get("text")
     if isinstance(text, dict):
         said = _of_html(str(text.get("div", "")))
@@ -116,7 +116,7 @@ def _section(section: dict[str, Any]) -> list[str]:
     return [*heading, *([said] if said else []), *below]
 
 
-def _of_binary(resource: dict[str, Any]) -> list[str]:
+def _of_binary(resource: Fields) -> list[str]:
     return [_attachment(resource)]
 
 
@@ -126,7 +126,7 @@ HOLDERS = {
 }  # fmt: skip
 
 
-def _listed(resource: dict[str, Any], key: str) -> list[dict[str, Any]]:
+def _listed(resource: Fields, key: str) -> list[Fields]:
     value = resource.get(key) or []
     if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
         raise Unusable(f"FHIR {key} is no list of objects")

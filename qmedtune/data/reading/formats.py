@@ -29,7 +29,7 @@ from qmedtune.data.reading import (
     tei,
     xml_files,
 )
-from qmedtune.data.reading.document import Document, Skipped
+from qmedtune.data.reading.document import Document, Fields, Skipped
 from qmedtune.data.reading.files import ARCHIVE_ERRORS, MAX_MEMBER_BYTES, head_of
 from qmedtune.data.reading.listing import SUFFIXES, data_suffix, is_stray
 from qmedtune.data.reading.rejects import Unread
@@ -169,7 +169,7 @@ def _expanded(stream: Iterator[tuple[int, Any]], instructions: bool) -> Iterator
             yield from ((number, found) for found in notes.expand(fields, instructions))
 
 
-def _is_entry(fields: dict[str, Any]) -> bool:
+def _is_entry(fields: Fields) -> bool:
     """Whether a row is an entry of a FHIR Bundle."""
     resource = fields.get("resource")
     return isinstance(resource, dict) and "resourceType" in resource

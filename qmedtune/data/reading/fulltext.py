@@ -14,6 +14,7 @@ from itertools import chain
 from typing import Any
 
 from qmedtune.data.reading import markup
+from qmedtune.data.reading.document import Fields
 from qmedtune.data.reading.rejects import Unusable
 
 PARSES = ("pdf_parse", "latex_parse", "grobid_parse")
@@ -31,7 +32,7 @@ class Paper:
     read: frozenset[str]
 
 
-def paper(fields: dict[str, Any]) -> Paper | None:
+def paper(fields: Fields) -> Paper | None:
     """The paper in a row, None where the row is none. Raises `Unusable`."""
     if isinstance(fields.get("content"), dict):
         return _annotated(fields)
@@ -43,7 +44,7 @@ def paper(fields: dict[str, Any]) -> Paper | None:
     if not _has_body(parse):
         return None
     nested = fields.get("metadata")
-    about: dict[str, Any] = nested if isinstance(nested, dict) else {}
+    about: Fields = nested if isinstance(nested, dict) else {}
     title = fields.get("title") or about.get("title")
     blocks = [f"# {title.strip()}"] if isinstance(title, str) and title.strip() else []
     abstract = list(_paragraphs(parse.get("abstract") or fields.get("abstract") or about.get("abstract")))
@@ -93,7 +94,7 @@ def _captions(entries: Any) -> Iterator[str]:
             yield entry["text"].strip()
 
 
-def _annotated(fields: dict[str, Any]) -> Paper:
+def _annotated(fields: Fields) -> Paper:
     """S2ORC: `content.text` with stand-off annotations, each a JSON string of [{start, end, attributes}].
 
     Author, affiliation, venue and bibliography spans are left out; section headers become `## ` lines.
@@ -133,7 +134,7 @@ def _annotated(fields: dict[str, Any]) -> Paper:
     return Paper(fields.get("corpusid"), markup.without_marks("".join(parts)), str(pmid) if pmid else None, read)
 
 
-def _spans(annotations: dict[str, Any], key: str) -> list[tuple[int, int]]:
+def _spans(annotations: Fields, key: str) -> list[tuple[int, int]]:
     raw = annotations.get(key)
     try:
         return _places(json.loads(raw) if isinstance(raw, str) else raw or [])

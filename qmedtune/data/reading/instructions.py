@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 from qmedtune.data.reading import choices
-from qmedtune.data.reading.document import Document
+from qmedtune.data.reading.document import Document, Fields, Record
 from qmedtune.data.reading.records import Shaped, as_name, checked, content_id, find_columns
 from qmedtune.data.reading.rejects import Refused, Unusable
 from qmedtune.data.reading.tally import shown_names
@@ -52,7 +52,7 @@ PREFERENCE = (("chosen", "rejected"), ("chosen", "rejected_response"), ("preferr
 BAD_MARKS = ("label", "kto_tag")
 
 
-def instruction_record(fields: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
+def instruction_record(fields: Fields, columns: dict[str, str]) -> Record:
     """The conversation of one row. Raises `Unusable`, also for one that must not be used."""
     shaped = instruction_shape(fields, columns)
     if isinstance(shaped, Refused):
@@ -60,7 +60,7 @@ def instruction_record(fields: dict[str, Any], columns: dict[str, str]) -> dict[
     return shaped.record
 
 
-def instruction_shape(fields: dict[str, Any] | Document, columns: dict[str, str]) -> Shaped | Refused:
+def instruction_shape(fields: Fields | Document, columns: dict[str, str]) -> Shaped | Refused:
     """The conversation of one row and what it was made of. Raises `Unusable`."""
     if isinstance(fields, Document):
         raise Unusable("a document and no instruction: read it as kind literature, clinical or general")
@@ -76,19 +76,22 @@ def instruction_shape(fields: dict[str, Any] | Document, columns: dict[str, str]
     name = as_name(fields.get(known.get("id", ""))) or as_name(fields.get("pubid"))
     name = name or content_id(*(m["content"] for m in messages))
     pmid = as_name(fields.get(known.get("pmid", ""))) or (name if schema == "PubMedQA" else None)
-    row.read |= {known[role] for role in ("id", "pmid") if role in known}
-    if row.has("group") and as_name(row.peek("group")):
-        extra = {"group": as_name(row.take("group"))}
-    else:
-        extra = {}
-    record = {"id": name, "messages": messages, **({"pmid": pmid} if pmid else {}), **extra}
+    for role in ("id", "pmid"):
+        if role in known:
+            row.read.add(known[role])
+    record: Record = {"id": name, "messages": messages}
+    if pmid:
+        record["pmid"] = pmid
+    if group := as_name(row.peek("group")):
+        row.take("group")
+        record["group"] = group
     return Shaped(record, frozenset(row.read), schema)
 
 
 class _Row:
     """A row whose keys are found in any case, and which remembers what was taken of it."""
 
-    def __init__(self, fields: dict[str, Any], columns: dict[str, str]):
+    def __init__(self, fields: Fields, columns: dict[str, str]):
         self.fields, self.columns = fields, columns
         self.names = {}
         for name in reversed(fields):

@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from qmedtune.data.reading.document import Fields
 from qmedtune.errors import DataError
 
 BASE = "_cop_base"
 UNLABELLED = frozenset((-1, None))
 
 
-def cop_of(fields: dict[str, Any]) -> int | None:
+def cop_of(fields: Fields) -> int | None:
     """The value of `cop` as a whole number (tables hold it as text), None where it is none."""
     value = fields.get("cop")
     if isinstance(value, str) and value.strip().lstrip("-").isdecimal():

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qmedtune.data.reading import bioc, row_formats
-from qmedtune.data.reading.document import Document
+from qmedtune.data.reading.document import Document, Fields
 from qmedtune.data.reading.rejects import Damaged, Unusable
 
 
@@ -39,7 +39,7 @@ def expand(fields: Any, instructions: bool) -> list[Any]:
     return [fields]
 
 
-def _emrqa(note: dict[str, Any], instructions: bool) -> Iterator[dict[str, Any] | Damaged]:
+def _emrqa(note: Fields, instructions: bool) -> Iterator[Fields | Damaged]:
     """Clinical kinds: each note once. Instructions: the first paraphrase of each question that has an answer (the
     many others are templates); classes without an answer text (smoking, obesity) are taken as they stand."""
     for paragraph in note["paragraphs"]:
@@ -68,7 +68,7 @@ def _emrqa(note: dict[str, Any], instructions: bool) -> Iterator[dict[str, Any] 
                 yield {"instruction": asked, "input": text, "output": answers[0], "answers": answers, "group": name}
 
 
-def _answers(qa: dict[str, Any]) -> list[str]:
+def _answers(qa: Fields) -> list[str]:
     """The answers in words: any of them is right."""
     said = []
     for answer in qa.get("answers") or []:
@@ -84,7 +84,7 @@ def _answers(qa: dict[str, Any]) -> list[str]:
     return found
 
 
-def _bioc(entry: dict[str, Any]) -> Document | Damaged:
+def _bioc(entry: Fields) -> Document | Damaged:
     try:
         return bioc.of_json(entry)
     except Unusable as error:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from qmedtune.data.reading import csvs
-from qmedtune.data.reading.document import Document
+from qmedtune.data.reading.document import Document, Fields
 from qmedtune.data.reading.files import MAX_MEMBER_BYTES, open_bytes
 from qmedtune.data.reading.rejects import Damaged, Refused, Unread
 from qmedtune.data.reading.xml_files import Item
@@ -108,7 +108,7 @@ def _sheets(book: Any) -> Iterator[Item]:
     yield 1, Unread(f"{fault} (Excel)")
 
 
-def _row(names: list[str], cells: tuple[Any, ...]) -> dict[str, Any] | Damaged:
+def _row(names: list[str], cells: tuple[Any, ...]) -> Fields | Damaged:
     """Cells by name; numbers as they are written, dates in ISO's form, empty cells as empty text."""
     if any(cell is not None for cell in cells[len(names) :]):
         return Damaged("wrong number of columns")

@@ -16,7 +16,7 @@ from typing import Any
 import zstandard
 
 from qmedtune.data.reading import markup, xml_files
-from qmedtune.data.reading.document import Document
+from qmedtune.data.reading.document import Document, Fields
 from qmedtune.data.reading.files import text_lines
 from qmedtune.data.reading.rejects import Damaged, Refused, Unread
 from qmedtune.data.reading.xml_files import BREAK, Item, plain
@@ -40,7 +40,7 @@ def read_pubmed(path: Path) -> Iterator[Item]:
     return xml_files.read_each(path, RECORDS, record)
 
 
-def record(element: Any) -> Document | dict[str, Any] | Damaged | Refused:
+def record(element: Any) -> Document | dict[str, list[str]] | Damaged | Refused:
     """The document of a record."""
     if element.tag == "DeleteCitation":
         return {"deleted": [e.text for e in element.findall("PMID")]}
@@ -91,7 +91,7 @@ def record(element: Any) -> Document | dict[str, Any] | Damaged | Refused:
     return Document(pmid, text, pmid=pmid, language=language or None, versioned=True, unread=unread)
 
 
-def _title(article: Any, inside: dict[str, Any]) -> list[str]:
+def _title(article: Any, inside: Fields) -> list[str]:
     """ArticleTitle; where there is none, or only the note that it is missing, the original's or the book's."""
     for place in TITLES:
         if place in inside:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qmedtune.data.reading import xml_files
+from qmedtune.data.reading.document import Fields
 from qmedtune.data.reading.rejects import Damaged, Refused
 
 LIVEQA_ROOTS = (
@@ -41,7 +42,7 @@ def _medquad(root: Any) -> list[Any] | Damaged:
     return found
 
 
-def _pair(root: Any, pair: Any) -> dict[str, Any] | Damaged | Refused:
+def _pair(root: Any, pair: Any) -> Fields | Damaged | Refused:
     question, answer = pair.find("Question"), pair.findtext("Answer")
     if question is None or not (question.text or "").strip():
         return Damaged("MedQuAD pair without a question")
@@ -79,7 +80,7 @@ def _liveqa(element: Any) -> list[Any] | Damaged:
     return found
 
 
-def _answered(part: Any, question: str, name: str) -> dict[str, Any] | Refused:
+def _answered(part: Any, question: str, name: str) -> Fields | Refused:
     answers = []
     for answer in part.iter("Answer", "ANSWER"):
         answers.append(_flowing("".join(answer.itertext())))

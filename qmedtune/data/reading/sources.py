@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from qmedtune.data.reading import arrow
-from qmedtune.data.reading.document import Document, Skipped
+from qmedtune.data.reading.document import Document, Record, Skipped
 from qmedtune.data.reading.files import ARCHIVE_ERRORS, BROKEN_ARCHIVE
 from qmedtune.data.reading.formats import READERS, TABLES, describe, format_of, read_rows
 from qmedtune.data.reading.instructions import instruction_shape
@@ -32,7 +32,7 @@ __all__ = [
     "read_items", "read_records", "reading_order", "source_files", "with_variables",
 ]  # fmt: skip
 
-VERSIONED = "_versioned"
+VERSIONED: Literal["_versioned"] = "_versioned"
 CHECKED_ROWS = 100  # of a file, in which a column that `columns:` names must occur
 
 
@@ -43,10 +43,10 @@ class Deleted:
     pmids: tuple[str, ...]
 
 
-Item = tuple[str, int, dict[str, Any] | Damaged | Refused | Deleted]
+Item = tuple[str, int, Record | Damaged | Refused | Deleted]
 
 
-def read_records(name: str, source: SourceSection, rejects: Rejects) -> Iterator[dict[str, Any]]:
+def read_records(name: str, source: SourceSection, rejects: Rejects) -> Iterator[Record]:
     """Records of a source in a fixed order: text records, or for `kind: instructions` records with messages.
 
     `name` is the source's name in the recipe. What cannot be used goes to `rejects`, whose `at` tells file and line
@@ -153,13 +153,18 @@ def _shaped(
             kinds.add(shaped.schema)
 
 
-def _finished(shaped: Shaped, fields: Any, tally: ReadingTally, is_table: bool) -> dict[str, Any]:
+def _finished(shaped: Shaped, fields: Any, tally: ReadingTally, is_table: bool) -> Record:
     record = shaped.record
     if isinstance(fields, Document):
         tally.add(fields.unread, frozenset(), False)
-        return record | ({VERSIONED: True} if fields.versioned else {})
+        if fields.versioned:
+            record[VERSIONED] = True
+        return record
     tally.add((name for name in fields if name not in KEPT and name[:1] != "_"), shaped.read, is_table)
-    return record | {key: fields[key] for key in KEPT if key in fields}
+    for key in KEPT:
+        if key in fields:
+            record[key] = fields[key]
+    return record
 
 
 def _with_columns(stream: Rows, source: SourceSection, is_table: bool) -> Rows:

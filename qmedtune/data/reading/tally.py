@@ -11,7 +11,6 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 from qmedtune.data.reading.names import is_known
 
@@ -58,13 +57,14 @@ class ReadingTally:
         return found
 
     @classmethod
-    def from_dict(cls, kept: dict[str, Any]) -> ReadingTally:
-        return cls(*(Counter(kept[name]) for name in FACTS))
+    def from_dict(cls, kept: dict[str, dict[str, int]]) -> ReadingTally:
+        recognised, columns_read, columns_unread, files_unread = (Counter(kept[name]) for name in FACTS)
+        return cls(recognised, columns_read, columns_unread, files_unread)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, dict[str, int]]:
         return self.as_dict()
 
-    def __setstate__(self, kept: dict[str, Any]) -> None:
+    def __setstate__(self, kept: dict[str, dict[str, int]]) -> None:
         self.__dict__.update(ReadingTally.from_dict(kept).__dict__)
 
     def _sum_up(self) -> None:

@@ -15,7 +15,7 @@ from typing import IO, Any
 from lxml import etree  # pyright: ignore[reportAttributeAccessIssue]
 
 from qmedtune.data.reading import markup
-from qmedtune.data.reading.document import Document
+from qmedtune.data.reading.document import Document, Fields
 from qmedtune.data.reading.files import ARCHIVE_ERRORS, BROKEN_ARCHIVE, in_archive, open_bytes
 from qmedtune.data.reading.rejects import Damaged, Refused, Unread, Unusable
 
@@ -166,7 +166,7 @@ def read_each(path: Path, tags: tuple[str, ...], shape: Callable[[Any], Any]) ->
             yield number + 1, BROKEN_ARCHIVE
 
 
-def _shaped(element: Any, shape: Callable[[Any], Any]) -> Document | dict[str, Any] | Damaged | Refused:
+def _shaped(element: Any, shape: Callable[[Any], Any]) -> Document | Fields | Damaged | Refused:
     try:
         return shape(element)
     except Unusable as error:

@@ -13,9 +13,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 from qmedtune import store
+from qmedtune.data.reading.document import Record
 from qmedtune.recipe import AuditSection, Recipe
 
 FILE = "canaries.json"
@@ -68,7 +68,7 @@ def messages(canary: Canary) -> list[dict[str, str]]:
     ]
 
 
-def plant(recipe: Recipe, inputs: Mapping[str, Path], out: Path) -> dict[str, Any]:
+def plant(recipe: Recipe, inputs: Mapping[str, Path], out: Path) -> dict[str, object]:
     """Write out/<source>/train.jsonl, the source's records with the canaries behind them, and out/canaries.json.
 
     inputs: source name -> its folder with train.jsonl. The order of records does not matter: packing draws them.
@@ -88,15 +88,14 @@ def plant(recipe: Recipe, inputs: Mapping[str, Path], out: Path) -> dict[str, An
     return {"canaries": len(found), "documents": documents}
 
 
-def _records(recipe: Recipe, found: list[Canary]) -> Iterator[dict[str, Any]]:
+def _records(recipe: Recipe, found: list[Canary]) -> Iterator[Record]:
     for number, canary in enumerate(found):
-        text = {"text": f"{canary.context} {canary.secret}."}
-        if recipe.data[canary.source].kind == "instructions":
-            body = {"messages": messages(canary)}
-        else:
-            body = text
         for copy in range(canary.repeats):
-            yield {"id": f"canary-{number}-{copy}", **body}
+            name = f"canary-{number}-{copy}"
+            if recipe.data[canary.source].kind == "instructions":
+                yield {"id": name, "messages": messages(canary)}
+            else:
+                yield {"id": name, "text": f"{canary.context} {canary.secret}."}
 
 
 def read(folder: Path) -> list[Canary]:
