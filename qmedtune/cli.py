@@ -19,9 +19,11 @@ import typer
 from qmedtune import __version__
 from qmedtune.commands import ablate as cli_ablate
 from qmedtune.commands import bench as cli_bench
+from qmedtune.commands import compare as cli_compare
 from qmedtune.commands import fetch as cli_fetch
 from qmedtune.commands import model as cli_model
 from qmedtune.commands import run as cli_run
+from qmedtune.commands import watch as cli_watch
 from qmedtune.errors import QmedtuneError
 
 UsageError: Any = typer.BadParameter.__bases__[0]  # click's, which newer typers carry inside
@@ -40,10 +42,12 @@ COMMANDS = {
     "plan": cli_run.plan,
     "data": cli_run.data,
     "report": cli_run.report,
+    "runs": cli_watch.runs,
+    "watch": cli_watch.watch,
     "erase": cli_run.erase,
     "ablate": cli_ablate.ablate,
     "eval": cli_model.evaluate,
-    "compare": cli_model.compare,
+    "compare": cli_compare.compare,
     "predict": cli_model.predict,
     "chat": cli_model.chat,
     "merge": cli_model.merge,
@@ -82,7 +86,9 @@ def main() -> None:
 def invoke(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit code; what went wrong is on stderr."""
     from qmedtune.interrupt import Stopped, stop
+    from qmedtune.process import prepare
 
+    prepare()
     words = [word for word in arguments if word != "--debug"] or ["--help"]
     if "--offline" in words:  # read once, when huggingface_hub is imported: nothing here has done so yet
         os.environ["HF_HUB_OFFLINE"] = "1"

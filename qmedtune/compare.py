@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import torch
 
@@ -26,10 +25,14 @@ from qmedtune.evaluation.measure import adding, best_option
 from qmedtune.evaluation.open_model import OpenModel, Quantization, locate, open_model
 from qmedtune.evaluation.scoring import choice_logprobs, prompt_texts
 from qmedtune.recipe import TaskSection
+from qmedtune.results import Chosen, Development, HeadToHead
 from qmedtune.tasks import Item, Task, check_twice, load_task
 from qmedtune.tasks.shots import with_examples
 
 DEV_SHARE, MAX_DEV = 0.25, 100
+
+Answers = dict[str, dict[str, list[bool]]]
+"""By task and model, whether each item was answered rightly."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +66,8 @@ class Asked:
     offline: bool = False
 
 
-def compare_models(asked: Asked, out: Path | None = None) -> dict[str, Any]:
-    """{"models": {name: {task: setting and score}}, "duels": [...], "claims": [one sentence per other model]}.
+def compare_models(asked: Asked, out: Path | None = None) -> HeadToHead:
+    """How each model was asked and what it reached, the duels, and one sentence per other model.
 
     out: a folder for compare.json and, per task, <task>.items.jsonl (id and right or wrong per model; no text).
     """
@@ -72,8 +75,8 @@ def compare_models(asked: Asked, out: Path | None = None) -> dict[str, Any]:
         raise RecipeError("compare: one model has nothing to be compared with\nname two or more")
     check_twice("compare", list(asked.models))
     splits = [_split(section, asked.seed) for section in asked.tasks]
-    answers: dict[str, dict[str, list[bool]]] = {split.section.label: {} for split in splits}
-    models: dict[str, dict[str, Any]] = {}
+    answers: Answers = {split.section.label: {} for split in splits}
+    models: dict[str, dict[str, Chosen]] = {}
     for name in asked.models:
         opened = open_model(locate(name, offline=asked.offline), asked.quantization)
         models[name] = {}
@@ -81,19 +84,23 @@ def compare_models(asked: Asked, out: Path | None = None) -> dict[str, Any]:
             setting, dev = _chosen(opened, split, asked)
             right = _right(opened, split, split.scored, setting, asked.seed)
             answers[split.section.label][name] = right
-            models[name][split.section.label] = _facts(setting, dev, right, split)
+            models[name][split.section.label] = _reached(setting, dev, right)
         del opened
         gc.collect()
         torch.cuda.empty_cache()
-    reference = asked.models[0]
-    found = verdict.duels(answers, reference)
-    claims = []
-    for name in asked.models[1:]:
-        claims.append(verdict.claim([duel for duel in found if duel.model == name]))
-    result = {"reference": reference, "models": models, "duels": [duel.facts() for duel in found], "claims": claims}
+    result = _judged(asked, answers, models)
     if out is not None:
         _write(out, splits, answers, result)
     return result
+
+
+def _judged(asked: Asked, answers: Answers, models: dict[str, dict[str, Chosen]]) -> HeadToHead:
+    reference, *others = asked.models
+    found = verdict.duels(answers, reference)
+    claims: list[str] = []
+    for name in others:
+        claims.append(verdict.claim([duel for duel in found if duel.model == name]))
+    return HeadToHead(reference=reference, models=models, duels=[duel.entry() for duel in found], claims=claims)
 
 
 def _split(section: TaskSection, seed: int) -> Split:
@@ -108,55 +115,79 @@ def _split(section: TaskSection, seed: int) -> Split:
             f"compare: {section.task} has {len(task.items)} items\n16 are needed: a quarter chooses prompts"
         )
     dev = set(Random(f"compare {seed}").sample(range(len(task.items)), count))
-    chosen = tuple(item for index, item in enumerate(task.items) if index in dev)
+    chosen: list[Item] = []
+    others: list[Item] = []
+    for index, item in enumerate(task.items):
+        (chosen if index in dev else others).append(item)
     groups = {item.group for item in chosen if item.group is not None}
-    scored = [item for index, item in enumerate(task.items) if index not in dev and item.group not in groups]
-    return Split(task, section, chosen, tuple(scored))
+    scored = [item for item in others if item.group not in groups]
+    return Split(task, section, tuple(chosen), tuple(scored))
 
 
-def _chosen(opened: OpenModel, split: Split, asked: Asked) -> tuple[Setting, dict[str, float]]:
+def _chosen(opened: OpenModel, split: Split, asked: Asked) -> tuple[Setting, Development]:
     """The setting that answers most development items rightly (the earlier one on a tie), and what each reached."""
-    names = [templates.load(name, opened.location.base) for name in asked.templates]
-    settings = [Setting(t, k) for t in [opened.template, *names] for k in asked.shots]
-    reached = []
-    for setting in settings:
+    reached: dict[str, float] = {}
+    best, highest = None, -1.0
+    for setting in _settings(opened, asked):
         right = _right(opened, split, split.dev, setting, asked.seed)
-        reached.append(sum(right) / len(right))
-    best = max(range(len(settings)), key=lambda index: (reached[index], -index))
-    told = {f"{s.template.name}, {s.shots} shots": r for s, r in zip(settings, reached, strict=True)}
-    return settings[best], told
+        share = sum(right) / len(right)
+        reached[f"{setting.template.name}, {setting.shots} shots"] = share
+        if share > highest:
+            best, highest = setting, share
+    assert best is not None
+    return best, Development(items=len(split.dev), accuracy=reached)
+
+
+def _settings(opened: OpenModel, asked: Asked) -> Iterator[Setting]:
+    """The template of its training first."""
+    named = [templates.load(name, opened.location.base) for name in asked.templates]
+    for template in (opened.template, *named):
+        for shots in asked.shots:
+            yield Setting(template, shots)
 
 
 def _right(opened: OpenModel, split: Split, items: Sequence[Item], setting: Setting, seed: int) -> list[bool]:
-    order = Random(f"{seed}").sample(list(split.dev), len(split.dev))
-    section = split.section.model_copy(update={"shots": setting.shots})
-    asked = [with_examples(item, order, section, split.task.write, True) for item in items] if setting.shots else items
+    """Per item whether the most likely option is the right one."""
+    asked = _with_shots(split, items, setting, seed)
     prompts = prompt_texts(opened.tokenizer, setting.template, [item.messages for item in asked])
+    options = [item.options for item in items]
     title = f"{opened.location.name}: {split.section.label}, {setting.template.name}, {setting.shots} shots"
     with ui.stage(title, total=len(items), unit="items") as bar:
-        options = [item.options for item in items]
         found = choice_logprobs(opened.model, opened.tokenizer, prompts, options, progress=adding(bar))
-    return [best_option(score.sums, item.id) == item.gold for score, item in zip(found, items, strict=True)]
+    right: list[bool] = []
+    for score, item in zip(found, items, strict=True):
+        right.append(best_option(score.sums, item.id) == item.gold)
+    return right
 
 
-def _facts(setting: Setting, dev: dict[str, float], right: list[bool], split: Split) -> dict[str, Any]:
-    return {
-        "template": setting.template.name,
-        "shots": setting.shots,
-        "dev": {"items": len(split.dev), "accuracy": dev},
-        "accuracy": sum(right) / len(right),
-        "ci95": list(statistics.wilson(sum(right), len(right))),
-        "n": len(right),
-    }
+def _with_shots(split: Split, items: Sequence[Item], setting: Setting, seed: int) -> Sequence[Item]:
+    """The items, each behind examples from the development items where the setting asks for some."""
+    if not setting.shots:
+        return items
+    order = Random(f"{seed}").sample(list(split.dev), len(split.dev))
+    section = split.section.model_copy(update={"shots": setting.shots})
+    return [with_examples(item, order, section, split.task.write, True) for item in items]
 
 
-def _write(out: Path, splits: list[Split], answers: dict[str, dict[str, list[bool]]], result: dict[str, Any]) -> None:
+def _reached(setting: Setting, dev: Development, right: list[bool]) -> Chosen:
+    return Chosen(
+        template=setting.template.name,
+        shots=setting.shots,
+        dev=dev,
+        accuracy=sum(right) / len(right),
+        ci95=statistics.wilson(sum(right), len(right)),
+        n=len(right),
+    )
+
+
+def _write(out: Path, splits: list[Split], answers: Answers, result: HeadToHead) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for split in splits:
-        rows = answers[split.section.label]
-        lines = []
+        text = ""
         for index, item in enumerate(split.scored):
-            lines.append({"id": item.id, **{name: right[index] for name, right in rows.items()}})
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            line: dict[str, str | bool] = {"id": item.id}
+            for name, right in answers[split.section.label].items():
+                line[name] = right[index]
+            text += json.dumps(line, ensure_ascii=False) + "\n"
         store.write_atomic(out / f"{split.section.label}.items.jsonl", text)
-    store.write_json(out / "compare.json", result)
+    store.write_json(out / "compare.json", result.as_json())

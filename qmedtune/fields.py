@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -24,6 +24,12 @@ SourceFormat = Literal[
 Language = Literal[
     "en", "de", "fr", "es", "it", "pt", "nl", "sv", "da", "pl", "zh", "ja", "ko", "ru", "ar", "el", "he", "th", "hi",
 ]  # fmt: skip
+
+
+def later(default: Any) -> Any:
+    """The field of a key that came after 0.2: at its default it stands in no key and no record, so that what was made
+    before it stays finished."""
+    return Field(default, exclude_if=lambda value: value == default)
 
 
 class Section(BaseModel):

@@ -11,7 +11,19 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from qmedtune.fields import Auto, Fraction, Language, Name, Positive, Rate, Section, SourceFormat, SourceKind, Weight
+from qmedtune.fields import (
+    Auto,
+    Fraction,
+    Language,
+    Name,
+    Positive,
+    Rate,
+    Section,
+    SourceFormat,
+    SourceKind,
+    Weight,
+    later,
+)
 
 
 class ShapeSection(Section):
@@ -51,6 +63,10 @@ class AdapterSection(Section):
     targets: Literal["all-linear"] | list[str] = "all-linear"
     rslora: bool = False
     train_embeddings: bool | Auto = "auto"
+
+
+# Keys of a source that packing reads, and reading does not.
+PACKED_AS = {"template", "chunking", "overlap", "max_tokens"}
 
 
 class SourceSection(Section):
@@ -297,11 +313,20 @@ class TaskSection(Section):
     shots: Annotated[int, Field(ge=0, le=32)] = 0
     shot_seeds: Annotated[int, Field(ge=3, le=20)] = 3
     shots_from: str | None = None
+    prompts: Literal["own", "me_llama"] = later("own")  # who words the questions
+    extraction: Literal["stated", "me_llama"] = later("stated")  # how a generated answer is read
 
     @property
     def label(self) -> str:
-        """The name of its scores and files: a task may be there zero-shot and few-shot."""
-        return f"{self.task}-{self.shots}shot" if self.shots else self.task
+        """The name of its scores and files: a task may be there zero-shot and few-shot, in several words."""
+        parts = [self.task]
+        if self.prompts != "own":
+            parts.append(self.prompts)
+        if self.extraction != "stated":
+            parts.append(f"{self.extraction}_reading")
+        if self.shots:
+            parts.append(f"{self.shots}shot")
+        return "-".join(parts)
 
 
 class EvaluateSection(Section):

@@ -13,13 +13,12 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
-from qmedtune import base, claims, heartbeat, hub, keys, peak, plan, preflight, record, store, ui
+from qmedtune import base, claims, heartbeat, hub, keys, peak, preflight, record, store, ui
 from qmedtune.data.hygiene import secret
 from qmedtune.data.hygiene.per_record import phi_mode
 from qmedtune.disk import owner_only
@@ -27,11 +26,12 @@ from qmedtune.errors import MergeRefused, QmedtuneError, RecipeError, RunError
 from qmedtune.interrupt import Stopped, stop
 from qmedtune.planning import room
 from qmedtune.planning.machine import this_machine
-from qmedtune.planning.resolve import refuse_half_on_cpu
+from qmedtune.planning.resolve import refuse_half_on_cpu, resolve
 from qmedtune.planning.shapes import base_facts
 from qmedtune.recipe import Recipe
+from qmedtune.results import Run
 from qmedtune.smoke import smoke as smoked
-from qmedtune.steps import Step, steps_of
+from qmedtune.steps import Step, inputs_of, key_of, steps_of, upstream_of
 
 
 def run(
@@ -44,7 +44,7 @@ def run(
     smoke: bool = False,
     time_limit_s: float | None = None,
     siblings: Sequence[Path] = (),
-) -> dict[str, Any]:
+) -> Run:
     """Run (or resume) a recipe in the folder `out`; returns the content of run.json.
 
     `until` names the last step or stage to run. Steps with equal keys are taken from `siblings`, other run folders.
@@ -52,7 +52,7 @@ def run(
     """
     claims.check(out)
     asked = smoked(recipe) if smoke else recipe
-    resolved, choices = plan.resolve(asked)
+    resolved, choices = resolve(asked)
     claims.check_inputs(resolved, out)
     redacts = any(phi_mode(resolved, name) == "redact" for name in resolved.used_sources())
     if redacts:
@@ -60,7 +60,7 @@ def run(
     hashes = store.HashCache(out / ".hashes.json")
     steps = steps_of(resolved, asked, hashes)
     chosen = _chosen(steps, until)
-    source = source_of(resolved, offline)
+    source = base.of_recipe(resolved, offline=offline)
     sealed = _sealed(steps, source.digest, out)
     if len(sealed) == len(steps) and (finished := _finished(recipe_text, out)):
         return finished
@@ -79,11 +79,11 @@ def run(
             for leftover in place.glob(f".*{store.PART}"):  # of writes that were killed
                 leftover.unlink()
         hashes.save()
-        notes = record.Notes(resolved, recipe_text, choices, offline=offline)
         done: dict[str, store.Seal] = {}
+        notes = record.Notes(resolved, recipe_text, choices, offline, source, steps, done)
         with ui.run_progress([*(step.name for step in chosen), "report"]) as shown, heartbeat.beating(out):
             try:
-                record.write(out, notes, steps, sealed, source, "running")  # whatever the attempt before has said
+                record.write(out, replace(notes, done=sealed), "running")  # whatever the attempt before has said
                 refused = None
                 for step in chosen:
                     try:
@@ -94,16 +94,16 @@ def run(
                         refused = _refused(error, step, resolved, out)
                         notes = replace(notes, refused=refused)
                     with _told(step.name, out):
-                        record.write(out, notes, steps, done, source, "running")
+                        record.write(out, notes, "running")
                 if refused:
                     raise refused.error
                 with _told("report", out), shown.step("report"):
                     complete = "finished" if len(chosen) == len(steps) else "stopped"
-                    result = record.finish(out, notes, steps, done, source, complete)
+                    result = record.finish(out, notes, complete)
             except BaseException as error:
                 with suppress(OSError):  # on a full disk; what happened is raised all the same
                     status = "stopped" if isinstance(error, Stopped) else "failed"
-                    record.write(out, notes, steps, done, source, status, error)
+                    record.write(out, notes, status, error)
                     record.render(out)
                 raise
         return result
@@ -151,12 +151,6 @@ def _check_start(recipe: Recipe, source: base.Base, to_do: Sequence[Step]) -> No
             preflight.check_evaluation(recipe, None)
     elif any(step.kind != "data" for step in to_do):
         preflight.check_start(recipe, source.make(), scored=scored)
-
-
-def source_of(recipe: Recipe, offline: bool) -> base.Base:
-    shape_only = recipe.stages[0].kind == "pretrain"
-    found = base.identify(recipe.model, offline=offline, shape_only=shape_only)
-    return replace(found, make=cache(found.make))  # it hashes what it gives, and every other step asks for it
 
 
 def _do(
@@ -207,29 +201,6 @@ def _told(what: str, out: Path) -> Iterator[None]:
         ) from error
 
 
-def key_of(step: Step, model_digest: str, done: dict[str, store.Seal]) -> str:
-    """What the step's folder depends on, as one hash."""
-    digests = inputs_of(step, model_digest, done)
-    return store.sha256_json({"step": step.name, "section": step.section, "inputs": digests, "code": keys.CODE})
-
-
-def inputs_of(step: Step, model_digest: str, done: dict[str, store.Seal]) -> dict[str, str]:
-    """The digest of everything that the step reads."""
-    owners = {name: owner_of(path) for name, path in step.needs.items()}
-    return {name: model_digest if owner == "base" else done[owner].digest for name, owner in owners.items()}
-
-
-def owner_of(path: str) -> str:
-    """`01-cpt/adapter` is made by the step `01-cpt`, `data/notes` by `data/notes`."""
-    parts = path.split("/")
-    return "/".join(parts[:2]) if parts[0] == "data" else parts[0]
-
-
-def upstream_of(step: Step) -> set[str]:
-    """The steps whose folders it reads."""
-    return {owner_of(path) for path in step.needs.values()} - {"base"}
-
-
 def _inputs(step: Step, model: base.Base, out: Path) -> dict[str, Path]:
     """Where the step finds what it needs. A built-in base is made for the first step that needs one: sources come
     before, and a fault in a file is told before minutes of pretraining."""
@@ -272,16 +243,16 @@ def _sealed(steps: list[Step], model_digest: str, out: Path) -> dict[str, store.
     return done
 
 
-def _finished(recipe_text: str, out: Path) -> dict[str, Any] | None:
+def _finished(recipe_text: str, out: Path) -> Run | None:
     """run.json of a run that ended with this recipe and has its reports."""
-    result = record.read(out)
-    if not result or not record.is_whole(result):
+    found = record.read(out)
+    if found is None or not record.is_whole(found):
         return None
     # Version 0.1 kept the text with its comments.
-    if result["recipe_sha256"] not in map(record.text_sha256, (record.shown_text(recipe_text), recipe_text)):
+    if found.recipe_sha256 not in (record.text_sha256(record.shown_text(recipe_text)), record.text_sha256(recipe_text)):
         return None
     there = all((out / name).is_file() for name in record.REPORTS)
-    return result if result["status"] == "finished" and there else None
+    return found if found.finished and there else None
 
 
 def _chosen(steps: list[Step], until: str | None) -> list[Step]:

@@ -13,7 +13,8 @@ from conftest import MICRO, MicroRun
 
 from qmedtune import audit, plan, store
 from qmedtune import model as models
-from qmedtune.data.packing.tokens import encode_conversations, encode_texts, load_codec
+from qmedtune.data.packing.conversations import encode_conversations
+from qmedtune.data.packing.tokens import encode_texts, load_codec
 from qmedtune.data.synthetic import canaries
 from qmedtune.errors import RecipeError, RunError
 from qmedtune.evaluation.scoring import encode_choice
@@ -136,10 +137,11 @@ def test_what_was_learnt_by_heart_is_found_and_controls_are_not(recipe, micro_ru
         optimizer.step()
         optimizer.zero_grad()
     contexts = [canary.context for canary in found]
-    rows = {row["repeats"]: row for row in audit.measure(resolved, model.eval(), tokenizer, found, contexts, "test")}
-    assert (rows[4]["exposure"], rows[4]["extracted"]) == (5.0, 3)
-    assert rows[0]["extracted"] == rows[1]["extracted"] == 0
-    assert rows[0]["exposure"] < 3.5 and rows[1]["exposure"] < 3.5  # 3 canaries: chance is 1.4 +- 0.8
+    measured = audit.measure(resolved, model.eval(), tokenizer, found, contexts, "test")
+    rows = {row.repeats: row for row in measured}
+    assert (rows[4].exposure, rows[4].extracted) == (5.0, 3)
+    assert rows[0].extracted == rows[1].extracted == 0
+    assert rows[0].exposure < 3.5 and rows[1].exposure < 3.5  # 3 canaries: chance is 1.4 +- 0.8
 
 
 # ------------------------------------------------------------------------------------------------------------- limits
@@ -147,6 +149,7 @@ def test_what_was_learnt_by_heart_is_found_and_controls_are_not(recipe, micro_ru
 
 def judged(recipe: Recipe, folder: Path, **limits) -> dict:
     row = {"source": "notes", "repeats": 16, "canaries": 8, "exposure": 5.0, "highest": 7.0, "extracted": 2}
+    row |= {"passes": 1.0, "masked": False}
     store.write_json(folder / "audit.json", {"stages": {"01-cpt": [{**row, "repeats": 0}, row]}, "references": 127})
     assert recipe.audit is not None
     limited = recipe.model_copy(update={"audit": recipe.audit.model_copy(update=limits)})
@@ -196,11 +199,14 @@ def test_the_shipped_recipe_sees_repeats_and_nothing_in_masked_prompts(tmp_path)
     """Two minutes: what is planted often is learnt by heart, what carries no loss is not."""
     loaded = load_recipe(MICRO.parent / "audit.yaml")
     result = run(loaded.recipe, loaded.text, tmp_path / "run", offline=True, until="audit")
-    stages = result["audit"]["stages"]
-    found = {(stage, r["source"], r["repeats"]): r for stage, rows in stages.items() for r in rows}
+    assert result.audit is not None
+    found = {}
+    for stage, rows in result.audit.stages.items():
+        for row in rows:
+            found[stage, row.source, row.repeats] = row
     often = found["01-cpt", "notes", 16]
-    assert often["exposure"] > found["01-cpt", "notes", 1]["exposure"] > found["01-cpt", "notes", 0]["exposure"]
-    assert often["extracted"] >= 6 and found["01-cpt", "notes", 0]["extracted"] == 0
+    assert often.exposure > found["01-cpt", "notes", 1].exposure > found["01-cpt", "notes", 0].exposure
+    assert often.extracted >= 6 and found["01-cpt", "notes", 0].extracted == 0
     for repeats in (0, 1, 4, 16):
         row = found["02-sft", "instructions", repeats]
-        assert row["masked"] and row["extracted"] == 0 and row["exposure"] < 3.0  # 8 canaries: chance is 1.4 +- 0.5
+        assert row.masked and row.extracted == 0 and row.exposure < 3.0  # 8 canaries: chance is 1.4 +- 0.5

@@ -11,9 +11,9 @@ from conftest import MICRO
 from plan_against_runs import AUDIT, CLASSIFY
 
 from qmedtune import peak, store
+from qmedtune.batches import FEWEST_STEPS, MIN_STEPS, batch_rows, steps_in, too_few_steps
 from qmedtune.parsing.loader import load_recipe
 from qmedtune.plan import make_plan
-from qmedtune.planning.batches import FEWEST_STEPS, MIN_STEPS, batch_rows, steps_in, too_few_steps
 from qmedtune.planning.estimate import Estimate, Measured
 from qmedtune.planning.resolve import resolve
 from qmedtune.planning.rows import planned
@@ -81,9 +81,9 @@ def test_the_run_takes_the_steps_that_the_plan_says(tmp_path: Path):
     loaded = load_recipe(tmp_path / "mine.yaml")
     planned = make_plan(loaded.recipe)["stages"][0]
     result = run(loaded.recipe, loaded.text, tmp_path / "run", offline=True, until="01-cpt")
-    stage = result["stages"][0]
-    assert stage["batch"] == planned["batch"] == 1 and stage["steps"] >= MIN_STEPS
-    assert stage["steps"] == pytest.approx(planned["steps"], rel=0.15)
+    stage = result.stages[0]
+    assert stage.batch == planned["batch"] == 1 and stage.steps >= MIN_STEPS
+    assert stage.steps == pytest.approx(planned["steps"], rel=0.15)
 
 
 def test_a_peak_is_what_came_after_the_reset():

@@ -18,9 +18,10 @@ from qmedtune import interrupt, plan, store, train, ui
 from qmedtune import model as models
 from qmedtune.data.packing.pack import PackedRows
 from qmedtune.errors import RunError
+from qmedtune.modeling import collation, loss
 from qmedtune.parsing.loader import load_recipe
 from qmedtune.recipe import Recipe
-from qmedtune.training import checkpoints, loss, trainer
+from qmedtune.training import checkpoints, trainer
 
 # TRL's own tolerances for trajectories that must be equal but for rounding: the largest difference of the loss, and the
 # mean of the signed differences, which catches a one-sided bias.
@@ -193,7 +194,7 @@ def test_an_evaluation_in_the_middle_leaves_gradients_alone(micro_run: MicroRun,
     model = models.attach_adapter(base, recipe.adapter, [], continued=True)
     models.install_kernels(model, "auto")
     rows = train.PackedRows(micro_run.inputs()["tokens"])
-    batch = trainer.collate([rows[i] for i in range(4)], pad_id=0)
+    batch = collation.collate([rows[i] for i in range(4)], pad_id=0)
     del batch["lengths"]
     with torch.no_grad():  # B starts at zero, which would hide wrong gradients of A
         for name, weights in trainer.trainable(model).items():
@@ -286,11 +287,11 @@ def test_each_stage_keeps_the_step_that_is_best_at_what_it_is_for(tmp_path: Path
     settings = ["validate.keep_best=true", "validate.every=2", "stages[1].sft.batch=2", "stages[0].cpt.tokens=1500"]
     loaded = load_recipe(MICRO, settings)
     result = run(loaded.recipe, loaded.text, tmp_path / "run", offline=True, until="02-sft")
-    cpt, sft = result["stages"]
-    assert (cpt["kept_step"], cpt["kept_by"]) == (2, ["literature", "notes"])
-    assert sft["kept_step"] == sft["steps"] > 4 and sft["kept_by"] == ["instructions"]
-    added = next(choice for choice in result["resolved"] if choice["key"] == "validate.on")
-    assert added["value"] == "literature, notes, instructions" and "held-out instructions" in added["why"]
+    cpt, sft = result.stages
+    assert (cpt.kept_step, cpt.kept_by) == (2, ["literature", "notes"])
+    assert sft.kept_step == sft.steps > 4 and sft.kept_by == ["instructions"]
+    added = next(choice for choice in result.resolved if choice.key == "validate.on")
+    assert added.value == "literature, notes, instructions" and "held-out instructions" in added.why
     assert "(best by instructions)" in str(stages(result).rows)
 
 

@@ -21,9 +21,10 @@ from typing import Any
 from qmedtune import ui
 from qmedtune.bench import data_memory
 from qmedtune.bench import data_peers as peers
+from qmedtune.bench.result import Result, Row
 from qmedtune.data.hygiene import decontaminate, dedup
 from qmedtune.data.packing import mix
-from qmedtune.data.packing.tokens import BATCH_BYTES, Codec, encode_texts, load_codec, shard_array, write_shards
+from qmedtune.data.packing.tokens import BATCH_BYTES, encode_texts, shard_array, write_shards
 from qmedtune.data.reading import jats, xml_files
 from qmedtune.data.synthetic import world
 from qmedtune.errors import RecipeError
@@ -37,7 +38,6 @@ CONTENDERS = {
 }
 ON_REQUEST = {"memory": "peak memory of reading to packing over the size of the corpus: ours (minutes)"}
 SEQ_LEN = 1024
-VOCABULARY = 8000
 TEXT_CHARACTERS = 1500
 SEED = 5
 
@@ -54,7 +54,7 @@ class Run:
 def bench_data(
     cases: list[str] | None = None, rounds: int = 3, corpus: Path | None = None, num_texts: int = 4000,
     sizes_mb: list[int] | None = None,
-) -> dict[str, Any]:  # fmt: skip
+) -> Result:  # fmt: skip
     """{"bench", "device", "versions", "rows"}; rows: case, contender, value (s), unit, ratio (seconds of the case's
     first contender over this one's: above 1 is faster than it), mb_per_s, recall where there is one.
 
@@ -78,7 +78,7 @@ def bench_data(
     return {"bench": "data", "device": device_name(), "versions": versions(), "not_installed": missing, "rows": rows}
 
 
-def render(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+def render(result: Result) -> tuple[list[str], list[list[str]]]:
     """Columns and rows for a table."""
     rows = [
         [r["case"], r["contender"], f"{r['value']:.2f} {r['unit']}", f"{r['mb_per_s']:.1f}",
@@ -88,7 +88,7 @@ def render(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return ["case", "contender", "median or peak", "MB/s", "ratio to first", "recall"], rows
 
 
-def _measure(case: str, size_bytes: int, runs: list[Run], rounds: int) -> list[dict[str, Any]]:
+def _measure(case: str, size_bytes: int, runs: list[Run], rounds: int) -> list[Row]:
     seconds: dict[str, list[float]] = {run.name: [] for run in runs}
     recall: dict[str, float | None] = {}
     for _ in range(rounds):
@@ -141,7 +141,7 @@ def _bytes(texts: list[str]) -> int:
 
 def _tokenise(texts: list[str], folder: Path) -> tuple[int, list[Run]]:
     folder.mkdir()
-    codec = train_tokenizer(texts, folder / "tokenizer")
+    codec = data_memory.train_tokenizer(texts, folder / "tokenizer")
     source = folder / "train.jsonl"
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
 
@@ -161,19 +161,6 @@ def _tokenise(texts: list[str], folder: Path) -> tuple[int, list[Run]]:
     if peers.installed("trl"):
         runs.append(Run("datasets + trl", peers.tokenise_with_trl(texts, codec.backend, SEQ_LEN)))
     return _bytes(texts), runs
-
-
-def train_tokenizer(texts: list[str], folder: Path) -> Codec:
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=["<s>", "</s>"], show_progress=False)
-    tokenizer.train_from_iterator(texts[:1000], trainer)
-    folder.mkdir()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
-    return load_codec(folder)
 
 
 def _batches(texts: list[str]) -> Iterator[list[str]]:

@@ -11,10 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import sqrt
 from statistics import NormalDist
-from typing import Any, Literal
+from typing import Literal
 
 from qmedtune.ablation.effects import holm
 from qmedtune.evaluation import statistics
+from qmedtune.results import DuelEntry
 
 SIGNIFICANCE, POWER = 0.05, 0.8
 
@@ -44,14 +45,19 @@ class Duel:
     verdict: Verdict
     detectable: float
 
-    def facts(self) -> dict[str, Any]:
-        return {**asdict(self), "ci95": list(self.ci95), "test": "McNemar exact, Holm", "ci95_method": "Tango score"}
+    def entry(self) -> DuelEntry:
+        """As compare.json holds it."""
+        return DuelEntry(**asdict(self), test="McNemar exact, Holm", ci95_method="Tango score")
 
 
 def duels(answers: Mapping[str, Mapping[str, Right]], reference: str) -> list[Duel]:
     """Every other model against `reference`. answers: {task: {model: right or wrong per item}}."""
-    pairs = [(task, model) for task, found in answers.items() for model in found if model != reference]
-    paired = [statistics.mcnemar(answers[task][reference], answers[task][model]) for task, model in pairs]
+    pairs, paired = [], []
+    for task, found in answers.items():
+        for model in found:
+            if model != reference:
+                pairs.append((task, model))
+                paired.append(statistics.mcnemar(found[reference], found[model]))
     adjusted = holm([each.p_value for each in paired])
     made = []
     for (task, model), each, p_holm in zip(pairs, paired, adjusted, strict=True):
@@ -113,5 +119,6 @@ def claim(found: Sequence[Duel]) -> str:
 def _told(duel: Duel) -> str:
     low, high = duel.ci95
     change = f"{duel.difference:+.3f}, 95 % {low:+.3f} to {high:+.3f}, n {duel.n:,}"
-    shown = f", could show {duel.detectable:.3f}" if duel.verdict == "tie" else ""
-    return f"{duel.task} ({change}{shown})"
+    if duel.verdict == "tie":
+        change += f", could show {duel.detectable:.3f}"
+    return f"{duel.task} ({change})"

@@ -6,6 +6,12 @@ version keeps what it lacks. Everything that an earlier version did not write is
 Deliberately absent: composing (record.py), rendering (reporting/), computing anything but sums and look-ups.
 """
 
+from qmedtune.results.duels import (
+    Chosen,
+    Development,
+    DuelEntry,
+    HeadToHead,
+)
 from qmedtune.results.ledgers import (
     Classes,
     Cleaned,
@@ -43,6 +49,7 @@ from qmedtune.results.stages import (
     Attention,
     Classification,
     Kernels,
+    Logged,
     Loss,
     Memory,
     Model,
@@ -50,11 +57,22 @@ from qmedtune.results.stages import (
     Trained,
     Validation,
 )
+from qmedtune.results.sweep import (
+    Ablation,
+    ArmDifference,
+    ArmEntry,
+    Comparisons,
+    Item,
+    Judged,
+    Measure,
+    Ratio,
+)
 from qmedtune.results.typed import (
     Facts,
     Interval,
     Json,
     Number,
+    Told,
 )
 from qmedtune.results.whole_run import (
     Choice,
@@ -64,24 +82,36 @@ from qmedtune.results.whole_run import (
 )
 
 __all__ = [
+    "Ablation",
     "Adapter",
+    "ArmDifference",
+    "ArmEntry",
     "Attention",
     "Audit",
     "Change",
     "Choice",
+    "Chosen",
     "Classes",
     "Classification",
     "Cleaned",
+    "Comparisons",
+    "Development",
     "Difference",
+    "DuelEntry",
     "Evaluation",
     "Exposure",
     "Facts",
     "Fertility",
+    "HeadToHead",
     "Identifiers",
     "Interval",
+    "Item",
     "Json",
+    "Judged",
     "Kernels",
+    "Logged",
     "Loss",
+    "Measure",
     "Memory",
     "Merge",
     "Model",
@@ -95,6 +125,7 @@ __all__ = [
     "Part",
     "Probe",
     "Provenance",
+    "Ratio",
     "Records",
     "Run",
     "Score",
@@ -106,6 +137,7 @@ __all__ = [
     "Task",
     "Text",
     "Tokens",
+    "Told",
     "Trained",
     "Validation",
 ]

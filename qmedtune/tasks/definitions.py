@@ -39,6 +39,12 @@ DEFINITIONS = {
     "bertscore": "mean F1 of BERTScore with the encoder and layer that are named, no baseline, no idf weights",
 }
 
+# Ways of reading a generated answer besides extract.py's, by `extraction`.
+READINGS = {
+    "me_llama": "answers read as Me-LLaMA's evaluation script reads them: the first option in the list whose letter or "
+    "words are anywhere in the answer (DDI-2013: the only one)"
+}
+
 
 def definition(metric: str, task: str) -> str:
     """The sentence for a task's metric."""

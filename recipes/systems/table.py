@@ -34,9 +34,12 @@ STAGE_KEYS = (
     "seq_len", "batch", "lr", "schedule", "warmup", "min_lr_ratio", "horizon_ratio", "weight_decay", "betas",
     "adam_eps", "max_grad_norm", "epochs", "tokens", "loss_on", "packing", "class_weights",
 )  # fmt: skip
+ADAPTER_KEYS = ("r", "alpha", "dropout", "targets", "rslora")
+HYGIENE_KEYS = ("decontaminate", "clean", "languages", "min_characters", "max_characters", "shift_dates")
 # What is so in every recipe and no key of one.
 ALWAYS = {"documents": "isolated, several in a row", "bos": "each document"}
 NO_INPUT = {"medalpaca": "an empty heading"}  # template -> what it prints where a record has no input
+MMLU_SUBJECTS = {"mmlu": "all subjects", "mmlu_medical": "six subjects", "mmlu_meditron": "nine subjects"}
 NOWHERE = "not in the repository"
 
 INTRODUCTION = """\
@@ -59,7 +62,9 @@ This page is generated: `python recipes/systems/table.py --write`.
 DEPARTURES = """\
 Every key of training in which a recipe's effective value, defaults included, is not the original's, from
 `originals.yml` beside this page; `?` is what nobody can tell. All recipes keep documents apart in attention and begin
-each with the tokenizer's first token, unlike originals that join them.
+each with the tokenizer's first token, unlike originals that join them. Behind a colon stands a line, of a PDF a page.
+Me-LLaMA's repository holds no trainer; its lab's public one (BIDS-Xu-Lab/LLMindcraft, commit 26581f0) has the same
+distinctive numbers and is cited as likely: that it was used is not proven.
 """
 CLOSED = (
     "ChatGPT, GPT-4", "none: closed", "not released", "none", "not told", "not told", "their interface", "none", "–",
@@ -183,7 +188,8 @@ def warmup(stage: StageSection) -> str:
 
 @cache
 def originals() -> dict[str, dict[str, Any]]:
-    """originals.yml: {system: {"repository": owner/name, key: [value or null, where it stands]}}."""
+    """originals.yml: {system: {"repository": owner/name, key: [value or null, where it stands]}}; under `all` what
+    every system did that has no line of its own for it."""
     return yaml.safe_load((HERE / "originals.yml").read_text(encoding="utf-8"))
 
 
@@ -191,18 +197,47 @@ def effective(recipe: Recipe) -> dict[str, Any]:
     """What a recipe trains with, defaults included, by the keys of originals.yml."""
     found: dict[str, Any] = {"model.quantization": recipe.model.quantization}
     if not all(stage.full for stage in recipe.stages):
-        found |= {f"adapter.{key}": getattr(recipe.adapter, key) for key in ("r", "alpha", "dropout", "targets")}
+        found |= {f"adapter.{key}": getattr(recipe.adapter, key) for key in ADAPTER_KEYS}
     found |= {f"hygiene.dedup.{key}": getattr(recipe.hygiene.dedup, key) for key in ("exact", "near")}
-    found["hygiene.decontaminate"] = recipe.hygiene.decontaminate
+    found |= {f"hygiene.{key}": getattr(recipe.hygiene, key) for key in HYGIENE_KEYS}
+    found["hygiene.phi"] = recipe.hygiene.phi if recipe.hygiene.phi == "redact" else "no text is changed"
+    found |= texts(recipe)
     instructions = [recipe.data[name] for name in recipe.used_sources() if recipe.data[name].kind == "instructions"]
     if instructions:
         held = sorted({source.holdout for source in instructions})
         found["data.holdout"] = held[0] if len(held) == 1 else held
         found["data.no_input"] = NO_INPUT.get(str(instructions[0].template), "no heading")
+        found |= conversations(recipe)
     found |= {"validate.keep_best": recipe.validation.keep_best, **ALWAYS}
     for name, stage in zip(recipe.stage_names(), recipe.stages, strict=True):
         found |= {f"{name}.{key}": value for key, value in stage_values(stage).items()}
+    for task in recipe.evaluate.sections:
+        if task.task in MMLU_SUBJECTS:
+            found["evaluate.mmlu"] = MMLU_SUBJECTS[task.task]
     return found
+
+
+def texts(recipe: Recipe) -> dict[str, str]:
+    """How the texts of pretraining are cut into rows, and what is held out of each; nothing where there are none."""
+    mixed = [stage.section.mix for stage in recipe.stages if isinstance(stage.section, MixSection)]
+    if not mixed:
+        return {}
+    names = [name for name, weight in mixed[0].items() if weight > 0]
+    chunking = dict.fromkeys(recipe.data[name].chunking for name in names)
+    held = [f"{recipe.data[name].holdout:g} of {name}" for name in names]
+    return {"data.chunking": ", ".join(chunking), "data.text_holdout": ", ".join(held)}
+
+
+def conversations(recipe: Recipe) -> dict[str, str]:
+    """What becomes of conversations: the white space around a turn, what exceeds a row, the heading of an answer."""
+    tuned = [stage.sft for stage in recipe.stages if stage.sft]
+    allowed = max(section.max_truncated_fraction for section in tuned)
+    learnt = "learnt" if all(section.loss_on == "all" for section in tuned) else "not learnt"
+    return {
+        "data.white_space": "taken off the ends of every turn",
+        "data.cut_records": f"no end token, up to {allowed:.0%} of a source",
+        "data.answer_header": learnt,
+    }
 
 
 def stage_values(stage: StageSection) -> dict[str, Any]:
@@ -217,11 +252,11 @@ def departs(name: str, recipe: Recipe) -> list[tuple[str, ...]]:
     facts = originals()[name]
     rows = []
     for key, here in effective(recipe).items():
-        there, where = facts[key]
+        there, where = facts[key] if key in facts else originals()["all"][key]
         if there is None and (here is None or where != NOWHERE):  # no horizon of its own on either side
             continue
         if said(here) != said(there):
-            place = where if where.startswith(("likely", NOWHERE)) else f"{facts['repository']} {where}"
+            place = where if where == NOWHERE or " " in where else f"{facts['repository']} {where}"
             rows.append((SYSTEMS[name], f"`{key}`", said(here), "?" if there is None else said(there), place))
     return rows
 

@@ -25,7 +25,7 @@ from tokenizers import Tokenizer
 
 from qmedtune import store
 from qmedtune.data.packing.borders import document_borders
-from qmedtune.data.packing.templates import Template, special
+from qmedtune.data.packing.templates import special
 from qmedtune.data.reading.document import Record
 from qmedtune.errors import DataError
 
@@ -200,29 +200,6 @@ def encode_texts(codec: Codec, records: list[Record], limit: int | None) -> list
         whole = [*start, *ids, borders.end]
         documents.append(Encoded(whole, None, len(whole) if limit is None else min(len(whole), limit)))
     return documents
-
-
-def encode_conversations(
-    codec: Codec, records: list[Record], template: Template, prompt_weight: float, limit: int
-) -> list[Encoded]:
-    """Conversations, right-truncated to `limit` tokens; `kept` is 0 where no response token would be left."""
-    from qmedtune.data.packing.framing import frame_of
-
-    framed = frame_of(template, codec).train([record["messages"] for record in records])
-    quiet = {0.0: 0, 1.0: FULL_WEIGHT}.get(prompt_weight, PROMPT_MARK)
-    found: list[Encoded] = []
-    for each in framed:
-        found.append(_weighted(each.ids, each.supervised, quiet, limit))
-    return found
-
-
-def _weighted(ids: list[int], supervised: list[int], quiet: int, limit: int) -> Encoded:
-    mask = []
-    for loud in supervised:
-        mask.append(FULL_WEIGHT if loud else quiet)
-    mask[0] = 0  # nothing predicts it
-    kept = min(len(ids), limit)
-    return Encoded(ids, mask, kept if FULL_WEIGHT in mask[1:kept] else 0)
 
 
 def write_shards(
