@@ -36,6 +36,7 @@ from qmedtune.merging.tensors import row_blocks, write_safetensors
 from qmedtune.model import DTYPES
 from qmedtune.model_stack import EMBEDDING, HEAD, INDEX, adapters_in
 from qmedtune.recipe import MergeSection, ModelSection, Recipe
+from qmedtune.results import Merge
 
 # Written by the merge itself, or meaningless for a merged model; everything else that describes a model is copied.
 COPIED = (
@@ -102,18 +103,19 @@ def merge(job: MergeJob, out: Path) -> dict[str, Any]:
         peft_reads = helpers.submit(read_updates, job.adapters, opened.model)
         writer = _Writer(job, opened, updates, _stays_tied(opened, updates), out, pool, disk)
         hashes, rounding, proof = _write_and_prove(writer, transformers_reads, peft_reads)
-    return {
-        "base": job.section.base,
-        "dtype": job.section.dtype,
+    found = Merge(
+        base=job.section.base,
+        dtype=job.section.dtype,
+        modules=updates.modules,
+        adapters=len(job.adapters),
+        tied=writer.tied,
+        warnings=_warnings(job, rounding, proof),
+        sha256=next(iter(hashes.values())) if len(hashes) == 1 else store.sha256_json(hashes),
+        seconds=round(time.monotonic() - started, 2),
         **rounding,
-        "modules": updates.modules,
-        "adapters": len(job.adapters),
-        "tied": writer.tied,
         **proof,
-        "warnings": _warnings(job, rounding, proof),
-        "sha256": next(iter(hashes.values())) if len(hashes) == 1 else store.sha256_json(hashes),
-        "seconds": round(time.monotonic() - started, 2),
-    }
+    )
+    return found.as_json()
 
 
 def _check_copies(job: MergeJob, updates: Updates, opened: DiskLlama) -> None:

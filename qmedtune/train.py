@@ -39,6 +39,7 @@ from qmedtune.planning.machine import this_machine
 from qmedtune.planning.memory import peak_bytes
 from qmedtune.planning.shapes import base_facts
 from qmedtune.recipe import Recipe
+from qmedtune.results import Trained
 from qmedtune.training import checkpoints
 from qmedtune.training.card import check_card
 from qmedtune.training.checkpoints import BEST, METRICS
@@ -105,7 +106,7 @@ def train_stage(
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return facts
+    return Trained.model_validate(facts).as_json()
 
 
 def quiet_libraries() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from builders import unknown_keys
 from conftest import MICRO
-from test_train import stop_after
+from stages import stop_after
 
 from qmedtune import interrupt, store
 from qmedtune.errors import RecipeError, RunError

@@ -3,8 +3,8 @@
 import re
 
 import pytest
+from builders import folders, pack_recipe, packed
 from real_tokenizers import tokenizer
-from test_pack import folders, packed, recipe
 from toy_tokenizers import byte_level, save
 
 from qmedtune.data.packing import tokens
@@ -21,7 +21,7 @@ def tokenizer_dir(tmp_path):
 
 def test_responses_are_marked_and_borders_named(tmp_path, tokenizer_dir):
     stage = {"sft": {"data": "chats", "epochs": 1, "seq_len": 256}}
-    made = recipe([stage], chats={"template": "question_answer"})
+    made = pack_recipe([stage], chats={"template": "question_answer"})
     _, rows = packed(tmp_path, made, tokenizer_dir, folders(tmp_path, chats=[CHAT, CHAT]))
     tokenizer = tokens.load_codec(tokenizer_dir).backend
     plain = show(rows, tokenizer, 5, color=False)
@@ -34,7 +34,9 @@ def test_responses_are_marked_and_borders_named(tmp_path, tokenizer_dir):
 
 def test_cuts_are_told(tmp_path, tokenizer_dir):
     stage = {"cpt": {"mix": {"notes": 1}, "epochs": 1, "seq_len": 16}}
-    _, rows = packed(tmp_path, recipe([stage], notes={}), tokenizer_dir, folders(tmp_path, notes=["aspirin " * 20]))
+    _, rows = packed(
+        tmp_path, pack_recipe([stage], notes={}), tokenizer_dir, folders(tmp_path, notes=["aspirin " * 20])
+    )
     text = show(rows, tokens.load_codec(tokenizer_dir).backend, 9, color=False)
     assert "goes on" in text.splitlines()[1]
     assert "from token 16" in text

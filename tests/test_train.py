@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import MICRO, MicroRun
 from safetensors.torch import load_file
+from stages import losses, stop_after
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from qmedtune import interrupt, plan, store, train, ui
@@ -32,11 +33,6 @@ FP32 = ("model.compute_dtype=float32",)
 def micro(*settings: str) -> Recipe:
     recipe, _ = plan.resolve(load_recipe(MICRO, settings).recipe)
     return recipe
-
-
-def losses(out: Path) -> list[float]:
-    lines = [json.loads(line) for line in (out / train.METRICS).read_text().splitlines()]
-    return [line["loss"] for line in lines if "loss" in line]
 
 
 def trained(out: Path) -> dict[str, torch.Tensor]:
@@ -76,18 +72,6 @@ def test_kernels_on_and_off_give_equal_trajectories(
 ):
     monkeypatch.setattr(models, "install_kernels", lambda model, mode: {})
     assert_equal_trajectories(run_stage(micro_run, tmp_path / "out"), losses(whole))
-
-
-def stop_after(step: int) -> Callable:
-    """Raise the flag that SIGTERM raises, once this optimiser step is done."""
-    original = train.Loop.on_step_end
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == step:
-            interrupt.stop.signal = 15
-        original(self, args, state, control, **kwargs)
-
-    return on_step_end
 
 
 def test_a_loss_spike_is_logged_and_told(

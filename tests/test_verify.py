@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import MICRO, MicroRun
-from test_train import stop_after
+from stages import stop_after
 
 from qmedtune import cli
 from qmedtune.errors import RecipeError, RunError

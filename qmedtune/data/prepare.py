@@ -25,6 +25,7 @@ from qmedtune.data.reading.listing import by_extension, list_source
 from qmedtune.data.reading.rejects import Rejects
 from qmedtune.errors import DataError
 from qmedtune.recipe import Recipe, SourceSection
+from qmedtune.results import Source
 from qmedtune.store import sha256_file
 
 HASHES = "hashes.npy"
@@ -54,7 +55,8 @@ def prepare_source(recipe: Recipe, name: str, inputs: Mapping[str, Path], out: P
         _distribute(work, fate, held_out, train, heldout)
     work.unlink()
     np.save(out / HASHES, np.unique(np.array(staged.content, dtype=np.uint64)[fate == KEPT]))
-    return _facts(recipe, name, rejects, staged, fate, held_out, out) | found
+    ledger = _facts(recipe, name, rejects, staged, fate, held_out, out) | found
+    return Source.model_validate(ledger).as_json()
 
 
 # ---- between the passes ----------------------------------------------------------------------------------------------

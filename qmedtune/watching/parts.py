@@ -13,6 +13,7 @@ from qmedtune.reporting.blocks import PALETTE, card, html_table, section
 from qmedtune.reporting.cells import Table
 from qmedtune.reporting.charts import Html, esc
 from qmedtune.reporting.facts import base_name, outcome, warnings_of
+from qmedtune.reporting.head import tiles
 from qmedtune.reporting.headline import headline
 from qmedtune.ui import Progress
 from qmedtune.units import clock, count, duration
@@ -61,8 +62,10 @@ def runs_parts(found: list[Seen]) -> Parts:
 
 
 def run_parts(seen: Seen, stages: dict[str, Stage]) -> Parts:
+    result = tiles(seen.run) if seen.status == "finished" else ""
     return {
         "head": _head(seen),
+        "result": result,
         "curves": _curves(seen, stages),
         "steps": section("Steps", card("", _steps(seen))),
         "warnings": section("Warnings", _warnings(seen, stages)),

@@ -22,6 +22,7 @@ from qmedtune.data.packing.tokens import Codec, load_codec
 from qmedtune.data.reading.document import Record
 from qmedtune.errors import DataError
 from qmedtune.recipe import ClassifySection, Recipe
+from qmedtune.results import Packing
 
 TARGETS, LABELS, IDS, HELD_OUT = "targets.npy", "labels.json", "ids.json", "heldout"
 BETWEEN = re.compile(r"[,;]")
@@ -54,7 +55,7 @@ def pack_classes(
     facts["tokens"]["supervised"] = facts["documents_drawn"]  # one prediction per document
     if cut := facts["records"]["truncated"]:
         ui.warn(f"{section.data}: {cut:,} of {classes['documents']:,} documents are cut at seq_len {section.seq_len}")
-    return facts | {"classes": {**classes, "unknown": unknown}}
+    return Packing.model_validate(facts | {"classes": {**classes, "unknown": unknown}}).as_json()
 
 
 def _lay_out(

@@ -43,6 +43,7 @@ from qmedtune.recipe import (
     SourceSection,
     TrainSection,
 )
+from qmedtune.results import Packing
 
 IGNORED = -100
 CLEANING = "instructions"  # the kind of text that per_record.py cleans conversations as
@@ -85,7 +86,7 @@ def pack_stage(
         kinds[name] = recipe.data[name].kind
     for name, found in fertility(codec, {name: inputs[name] for name in kinds}, kinds).items():
         facts["mixture"][name]["fertility"] = found
-    return facts
+    return Packing.model_validate(facts).as_json()
 
 
 def stage_template(recipe: Recipe, index: int, tokenizer_dir: Path) -> Template:
