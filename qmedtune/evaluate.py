@@ -27,7 +27,7 @@ from qmedtune.disk import owner_only
 from qmedtune.errors import RecipeError
 from qmedtune.evaluation import precision
 from qmedtune.evaluation.measure import Measured, Settings, measure_model, text_rows
-from qmedtune.evaluation.open_model import Quantization, fingerprint, locate, open_model
+from qmedtune.evaluation.open_model import Quantization, check_template, fingerprint, locate, open_model
 from qmedtune.evaluation.scoring import BATCH_TOKENS, max_positions
 from qmedtune.evaluation.summary import overlap_result, task_result, write_items
 from qmedtune.model_files import read_json
@@ -275,6 +275,7 @@ def evaluate_model(
     """
     sections, texts = parse_tasks(tasks, data, limit)
     location = locate(name, base=base, template=template, offline=offline)
+    check_template(location)
     loaded = [load_task(section, seed, location.world) for section in sections]
     settings = Settings(location.template, generate, batch_tokens)
 

@@ -42,7 +42,7 @@ def losses(out: Path) -> list[float]:
 
 def stop_after(step: int) -> Callable:
     """Raise the flag that SIGTERM raises, once this optimiser step is done."""
-    original = train.Loop.on_step_end
+    original = train.StageCallback.on_step_end
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == step:

@@ -130,7 +130,7 @@ def test_a_hub_snapshot_in_the_cache_comes_before_the_table(cache):
         ({"config.json": "{"}, "not JSON"),
         ({"config.json": json.dumps({"model_type": "llama", "num_attention_heads": 4})}, "hidden_size"),
         ({"readme.md": ""}, "no config.json"),
-        ({"config.json": json.dumps(config()), "model.safetensors": "\x01" * 40}, "not a safetensors file"),
+        ({"config.json": json.dumps(config()), "model.safetensors": "\x01" * 40}, "damaged safetensors file"),
     ],
 )
 def test_a_folder_that_is_no_llama_says_so(tmp_path, files, says):

@@ -16,10 +16,14 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import TypeAdapter, ValidationError
+
 from qmedtune.data.hygiene.clean import clean
 from qmedtune.data.packing import chat_template
 from qmedtune.data.packing.chat_template import ChatSource, Message, Segments
 from qmedtune.errors import DataError, RecipeError
+from qmedtune.model_files import read_json
+from qmedtune.model_settings import read_settings
 
 FILE = "template.json"
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -281,21 +285,25 @@ def save(template: Template, folder: Path) -> None:
 
 def _read(path: Path) -> Template:
     """A saved template. Those of qmedtune 0.1 tell no version; they tokenised every segment by itself."""
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        if "version" not in fields:
-            fields = _of_version_1(fields)
-        version = fields["version"]
-        tokens = tuple((name, token) for name, token in fields.get("tokens", ()))
-        found = Template(**{**fields, "stop": tuple(fields.get("stop", ())), "tokens": tokens})
-    except (ValueError, TypeError, AttributeError) as error:
-        allowed = ", ".join(Template.__dataclass_fields__)
-        raise DataError(f"{path}: not a template ({type(error).__name__})\nallowed keys: {allowed}") from error
-    if version not in (1, VERSION):
+    allowed = ", ".join(Template.__dataclass_fields__)
+    fields = read_json(path)
+    if "version" in fields:
+        fields = fields
+    else:
+        fields = _of_version_1(fields)
+    if unknown := sorted(fields.keys() - Template.__dataclass_fields__.keys()):
+        raise DataError(f"{path}: not a template (unknown key {unknown[0][:80]!r})\nallowed keys: {allowed}")
+    if fields["version"] not in (1, VERSION):
         raise DataError(
-            f"{path}: version {version!r}; this qmedtune reads 1 and {VERSION}\n"
+            f"{path}: version {str(fields['version'])[:20]!r}; this qmedtune reads 1 and {VERSION}\n"
             "update qmedtune, or name the template that the model was trained with (--template)"
         )
+    try:
+        found = TypeAdapter(Template).validate_python(fields)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "name"
+        raise DataError(f"{path}: not a template (`{where}`: {first['msg']})\nallowed keys: {allowed}") from None
     _check_forms(path, found)
     return found
 
@@ -320,32 +328,43 @@ def _check_forms(path: Path, template: Template) -> None:
     }
     for key, parts in wanted.items():
         form = getattr(template, key)
-        if isinstance(form, str):
-            found = re.findall(r"{[^}]*}", form)
-        else:
-            found = None
-        if found is None or sorted(found) != parts:
+        found = re.findall(r"{[^}]*}", form)
+        if sorted(found) != parts or form.count("{") != len(parts) or form.count("}") != len(parts):
             raise DataError(
                 f"{path}: `{key}` must be text with {' and '.join(parts) or 'no {...}'}, each once\n"
                 "mend it, or name a template of qmedtune"
             )
-    if any(not isinstance(getattr(template, key), str) for key in ("answer", "end", "between", "lead")):
-        raise DataError(f"{path}: `answer`, `lead`, `end` and `between` must be text\nmend it")
 
 
 def chat_source(tokenizer_dir: Path) -> str | None:
     """The Jinja source of a tokenizer's chat template, None where it has none."""
     own = tokenizer_dir / "chat_template.jinja"
     if own.is_file():
-        return own.read_text(encoding="utf-8")
-    config = tokenizer_dir / "tokenizer_config.json"
-    if config.is_file():
-        found = json.loads(config.read_text(encoding="utf-8")).get("chat_template")
+        return _text(own)
+    path = tokenizer_dir / "tokenizer_config.json"
+    if path.is_file():
+        found = read_settings(path).get("chat_template")
     else:
         found = None
     if isinstance(found, list):
-        found = next((entry["template"] for entry in found if entry["name"] == "default"), None)
+        named = []
+        for entry in found:
+            if isinstance(entry, dict) and entry.get("name") == "default":
+                named.append(entry)
+        if named:
+            found = named[0].get("template")
+        else:
+            found = None
+    if found is not None and not isinstance(found, str):
+        raise RecipeError(f"{path}: chat_template is no text\nmend it, or name a template of qmedtune")
     return found
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: not UTF-8\nname a template of qmedtune, or mend the file") from error
 
 
 def _of_tokenizer(tokenizer_dir: Path | None) -> Template:
@@ -360,7 +379,7 @@ def _of_tokenizer(tokenizer_dir: Path | None) -> Template:
         )
     file = tokenizer_dir / "tokenizer_config.json"
     if file.is_file():
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = read_settings(file)
     else:
         config = {}
     named = {}

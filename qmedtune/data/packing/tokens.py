@@ -28,6 +28,7 @@ from qmedtune.data.packing.borders import document_borders
 from qmedtune.data.packing.templates import special
 from qmedtune.data.reading.document import Record
 from qmedtune.errors import DataError
+from qmedtune.model_settings import check_tokenizer_file, read_settings
 
 SHARD_BYTES = 32 << 20  # of jsonl, on average; about 8 M tokens
 BATCH_BYTES = 2 << 20  # of jsonl per call of the tokenizer: enough to keep all cores busy, little to hold
@@ -133,12 +134,12 @@ def _load_codec(tokenizer_dir: Path, _changed: tuple[int, ...]) -> Codec:
             f"{tokenizer_dir}: no tokenizer.json in this folder\n"
             "save the tokenizer in the fast format: AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         )
-    backend = Tokenizer.from_file(str(file))
+    backend = _backend(file)
     backend.no_truncation()
     backend.no_padding()
     config_file = tokenizer_dir / "tokenizer_config.json"
     if config_file.is_file():
-        config = json.loads(config_file.read_text(encoding="utf-8"))
+        config = read_settings(config_file)
     else:
         config = {}
     eos = special(config, "eos_token") or next((t for t in ("</s>", "<|end_of_text|>") if backend.token_to_id(t)), "")
@@ -158,11 +159,25 @@ def _load_codec(tokenizer_dir: Path, _changed: tuple[int, ...]) -> Codec:
     return Codec(backend, backend.token_to_id(bos) if bos else None, eos_id, eos, pad_id)
 
 
+def _backend(file: Path) -> Tokenizer:
+    """What the library of the tokenizers raises of a hostile file is a plain Exception, or a panic of its own kind,
+    which is no Exception at all."""
+    check_tokenizer_file(file)
+    try:
+        return Tokenizer.from_file(str(file))
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise DataError(
+            f"{file}: cannot be read as a tokenizer ({str(error)[:120]})\nfetch or copy the model folder again"
+        ) from error
+
+
 def _check_fits(backend: Tokenizer, folder: Path) -> None:
     """DataError where the tokenizer yields ids that the model beside it has no embedding for: it is another model's."""
     config = folder / "config.json"
     if config.is_file():
-        rows = json.loads(config.read_text(encoding="utf-8")).get("vocab_size")
+        rows = read_settings(config).get("vocab_size")
     else:
         rows = None
     if rows and backend.get_vocab_size() > rows:
