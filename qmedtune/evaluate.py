@@ -54,9 +54,9 @@ def evaluate_stage(recipe: Recipe, inputs: dict[str, Path], out: Path) -> dict[s
     tasks = [load_task(section, recipe.seed, world_of(recipe)) for section in recipe.evaluate.sections]
     window = document_window(inputs["base"])
     held_out = {s: WholeDocuments(PackedRows(inputs["validation"] / s), window) for s in recipe.evaluate.perplexity}
-    settings = _settings(recipe, inputs)
+    settings = settings_of(recipe, inputs)
     check_prompts(models.load_tokenizer(inputs["base"]), settings.template, tasks)
-    taken = precision.decide(recipe, _delivered_dtype(inputs))
+    taken = precision.decide(recipe, delivered_dtype(inputs))
     measured = {}
     for contender in contenders(recipe, inputs, taken):
         model, tokenizer = open_contender(recipe, contender)
@@ -156,7 +156,7 @@ def check_prompts(tokenizer: Any, template: templates.Template, tasks: list[Task
         frame.ask([item.messages for item in task.asked])
 
 
-def _settings(recipe: Recipe, inputs: dict[str, Path]) -> Settings:
+def settings_of(recipe: Recipe, inputs: dict[str, Path]) -> Settings:
     asked = recipe.evaluate.template or inputs.get("template")
     template = templates.load(asked, inputs["base"]) if asked else templates.default(None, inputs["base"])
     rows, seq_len = recipe.evaluate.batch, recipe.stages[-1].section.seq_len
@@ -216,7 +216,7 @@ def _cast(model: Any, dtype: torch.dtype) -> None:
         parameter.data = parameter.data.to(dtype)
 
 
-def _delivered_dtype(inputs: dict[str, Path]) -> str | None:
+def delivered_dtype(inputs: dict[str, Path]) -> str | None:
     """What a folder that is delivered as it was trained, without a merge, is stored in; None: `merge.dtype`."""
     if "adapter-1" in inputs:
         return None

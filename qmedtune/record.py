@@ -149,6 +149,7 @@ def compose(
         "merge": _merge(notes, facts),
         "audit": facts.get("audit"),
         "evaluation": facts.get("evaluation"),
+        **({"against": facts["against"]} if "against" in facts else {}),
         "steps": [_step(step, done) for step in steps],
         "warnings": [f"{name}: {w}" for name, f in facts.items() for w in f.get("warnings", [])],
         "resolved": notes.choices,

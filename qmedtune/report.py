@@ -12,7 +12,7 @@ from pathlib import Path
 import yaml
 
 from qmedtune import disk
-from qmedtune.reporting import live, tables
+from qmedtune.reporting import duels, live, tables
 from qmedtune.reporting import page as report_html
 from qmedtune.reporting.facts import ALL, Metrics, base_name, comparisons, outcome, precision_words
 from qmedtune.reporting.page import DISCLAIMER
@@ -56,6 +56,8 @@ def markdown(run: dict, metrics: Metrics) -> str:
         _section(tables.evaluation(run)),
         _section(tables.perplexity(run)),
         _section_if_any(tables.quantisation(run)),
+        _section_if_any(duels.head_to_head(run)),
+        "\n".join(f"- {_plain(sentence)}" for sentence in duels.claims(run)),
         _section_if_any(tables.classification(run)),
         _section(tables.audit(run)) if run.get("audit") else "",
         _section(tables.stages(run)),

@@ -1,6 +1,6 @@
 """The list of steps that a recipe becomes, in order; run.py runs it.
 
-    data/<source> ... -> data/NN-kind ... -> NN-kind ... -> audit -> merged -> evaluation
+    data/<source> ... -> data/NN-kind ... -> NN-kind ... -> audit -> merged -> evaluation -> against
 
 All data comes before the first training step: what is wrong with it must not show after days.
 Each step names what it needs, what its key depends on (keys.py) and the function that does it. No torch is imported
@@ -18,7 +18,7 @@ from qmedtune import keys, store
 from qmedtune.recipe import Recipe, StageSection
 from qmedtune.training.shared_base import SharedBase
 
-WITHOUT_BASE = ("fold", "merge", "audit", "evaluation")
+WITHOUT_BASE = ("fold", "merge", "audit", "evaluation", "against")
 Work = Callable[[Recipe, dict[str, Path], Path], dict[str, Any]]
 
 
@@ -57,6 +57,8 @@ def steps_of(recipe: Recipe, asked: Recipe, hashes: store.HashCache) -> list[Ste
         steps.append(_merge_step(recipe, start, adapters, template))
     if recipe.evaluate.tasks or recipe.evaluate.perplexity:
         steps.append(_evaluation_step(recipe, start, adapters, template, hashes))
+    if recipe.evaluate.against:
+        steps.append(_against_step(recipe, start, adapters, template, hashes))
     return [_without_base(step, shared) if step.kind in WITHOUT_BASE else step for step in steps]
 
 
@@ -204,17 +206,34 @@ def _evaluation_step(
 
         return evaluate_stage(recipe, inputs, out)
 
+    needs = _compared(recipe, start, adapters, template)
+    needs |= {"validation": "data/validation"} if recipe.evaluate.perplexity else {}
+    if recipe.hygiene.contaminated == "split":
+        needs |= {f"data-{name}": f"data/{name}" for name in recipe.used_sources()}
+    return Step("evaluation", "evaluation", keys.evaluation_section(recipe, hashes), needs, work, resumes=True)
+
+
+def _against_step(
+    recipe: Recipe, start: str, adapters: list[str], template: str | None, hashes: store.HashCache
+) -> Step:
+    def work(recipe: Recipe, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
+        from qmedtune.against import against_stage
+
+        return against_stage(recipe, inputs, out)
+
+    needs = _compared(recipe, start, adapters, template)
+    return Step("against", "against", keys.against_section(recipe, hashes), needs, work, resumes=True)
+
+
+def _compared(recipe: Recipe, start: str, adapters: list[str], template: str | None) -> dict[str, str]:
+    """What base and result of the run are made of."""
     origin = f"{recipe.stage_names()[0]}/model" if recipe.stages[0].kind == "pretrain" else "base"
     needs = {"base": start, "merged": "merged" if adapters else start, **_numbered(adapters)}
     if start == origin and not adapters:  # from scratch, and nothing after it: compared is what it began as
         needs["untrained"] = "base"
     elif start != origin:  # a folded base has learnt already: compared is the first
         needs["origin"] = origin
-    needs |= {"template": template} if template else {}
-    needs |= {"validation": "data/validation"} if recipe.evaluate.perplexity else {}
-    if recipe.hygiene.contaminated == "split":
-        needs |= {f"data-{name}": f"data/{name}" for name in recipe.used_sources()}
-    return Step("evaluation", "evaluation", keys.evaluation_section(recipe, hashes), needs, work, resumes=True)
+    return needs | ({"template": template} if template else {})
 
 
 def _numbered(adapters: list[str]) -> dict[str, str]:

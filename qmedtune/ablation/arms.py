@@ -206,7 +206,8 @@ def _asked_with(template: str) -> Edit:
 
 def _prune_validation(tree: Tree, recipe: Recipe) -> None:
     """Validate on nothing that this arm alone does not train on: its best weights are those for what it learns. The
-    audit belongs to the recipe's own run."""
+    audit and the head-to-head belong to the recipe's own run."""
+    tree["evaluate"].pop("against", None)
     trained = {name for stage in tree["stages"] for name in _read(stage[_kind(stage)])}
     dropped = {name for stage in recipe.stages for name in stage.sources} - trained
     tree["validate"]["on"] = [name for name in tree["validate"]["on"] if name not in dropped]

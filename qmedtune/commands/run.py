@@ -48,9 +48,11 @@ def run(
 
 
 def _show_run(facts: dict[str, Any], folder: Path) -> None:
+    from qmedtune.reporting import duels
     from qmedtune.reporting import tables as report_tables
 
     _show(report_tables.evaluation(facts), report_tables.perplexity(facts), report_tables.classification(facts))
+    _show(duels.head_to_head(facts))
     print(f"{facts['name']}: {facts['status']}. Report: {folder / 'report.html'}")
     if facts["status"] == "finished" and facts["merge"]:
         print(f"Talk to it: qmedtune chat {folder}")

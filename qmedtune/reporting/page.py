@@ -9,7 +9,7 @@ Deliberately does not: read files, compute results, or run scripts.
 import re
 from collections.abc import Sequence
 
-from qmedtune.reporting import tables
+from qmedtune.reporting import duels, tables
 from qmedtune.reporting.charts import (
     Html,
     Mark,
@@ -51,6 +51,7 @@ def page(run: dict, metrics: Metrics) -> str:
     sections = (
         _header(run),
         section("What it learned", _evaluation(run)),
+        section("Head to head", _head_to_head(run)) if run.get("against") else "",
         section("Memorisation", card("", html_table(tables.audit(run)))) if run.get("audit") else "",
         section("Training", _training(run, metrics)),
         section("Data", _data(run)),
@@ -73,6 +74,11 @@ def document(title: str, sections: Sequence[str], written: str) -> str:
         + f"\n<footer>{esc(DISCLAIMER)}<br>{esc(written)}</footer>"
         "</main></body></html>\n"
     )
+
+
+def _head_to_head(run: dict) -> Html:
+    said = "".join(f"<li>{esc(sentence)}</li>" for sentence in duels.claims(run))
+    return Html(f"<ul>{said}</ul>" + card("", html_table(duels.head_to_head(run))))
 
 
 def _header(run: dict) -> Html:
