@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -23,6 +22,7 @@ from qmedtune.interrupt import stop
 from qmedtune.parsing import checks
 from qmedtune.parsing.loader import LoadedRecipe, show_path
 from qmedtune.recipe import Recipe
+from qmedtune.results import Ablation, Provenance, Run
 
 RESULT, TABLE, DIFFERENCES = "ablation.json", "ablation.csv", "differences.csv"
 FIGURE, REPORT = "ablation.svg", "report.html"
@@ -36,7 +36,7 @@ def ablate(
     seeds: list[int] | None = None,
     offline: bool = False,
     time_limit_s: float | None = None,
-) -> dict[str, Any]:
+) -> Ablation:
     """Run (or go on with) all arms below `out`; returns the content of ablation.json.
 
     Seeds come one after the other, all arms on each, so that an interrupted sweep compares whole arms; the folders
@@ -63,15 +63,18 @@ def ablate(
 
 
 def _run_all(arms: list[Arm], seeds: list[int], out: Path, offline: bool) -> None:
-    todo = [(seed, arm) for seed in seeds for arm in arms if arm.recipe]
-    for number, (seed, arm) in enumerate(todo, start=1):
-        assert arm.recipe is not None
-        ui.note(f"{number} of {len(todo)}: {arm.name}, seed {seed} ({arm.change})")
-        recipe = derive.with_seed(arm.recipe, seed)
-        text = yaml.safe_dump(recipe.model_dump(mode="json", by_alias=True, exclude_defaults=True), sort_keys=False)
-        folder = results.run_folder(out, arm, seed)
-        siblings = [results.run_folder(out, other, seed) for other in arms if other.recipe and other is not arm]
-        run.run(recipe, text, folder, offline=offline, siblings=siblings)
+    trained = [arm for arm in arms if arm.recipe]
+    number, total = 0, len(seeds) * len(trained)
+    for seed in seeds:
+        for arm in trained:
+            assert arm.recipe is not None
+            number += 1
+            ui.note(f"{number} of {total}: {arm.name}, seed {seed} ({arm.change})")
+            recipe = derive.with_seed(arm.recipe, seed)
+            tree = recipe.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+            folder = results.run_folder(out, arm, seed)
+            siblings = [results.run_folder(out, other, seed) for other in trained if other is not arm]
+            run.run(recipe, yaml.safe_dump(tree, sort_keys=False), folder, offline=offline, siblings=siblings)
 
 
 def _check(recipe: Recipe, resolved: Recipe, arms: list[Arm]) -> None:
@@ -89,66 +92,88 @@ def _check(recipe: Recipe, resolved: Recipe, arms: list[Arm]) -> None:
         )
     for index, stage in enumerate(resolved.stages):
         if (wish.corpora or wish.replay) and stage.cpt and stage.cpt.tokens == "auto":
+            given = "epochs" if stage.cpt.epochs else "auto"
             raise RecipeError(
-                f"stages[{index}].cpt.tokens: {'epochs' if stage.cpt.epochs else 'auto'} would give each mixture of "
+                f"stages[{index}].cpt.tokens: {given} would give each mixture of "
                 "`ablate.corpora` and `ablate.replay` another number of tokens\ngive a number, such as tokens: 300000"
             )
     for arm in arms:
-        for path, text in checks.contradictions(arm.recipe) if arm.recipe else ():
-            raise RecipeError(f"ablate: the arm {arm.name} cannot run: {show_path(path)}: {text}")
+        if arm.recipe is not None:
+            for path, text in checks.contradictions(arm.recipe):
+                raise RecipeError(f"ablate: the arm {arm.name} cannot run: {show_path(path)}: {text}")
 
 
-def _write(loaded: LoadedRecipe, arms: list[Arm], seeds: list[int], out: Path, status: str) -> dict[str, Any]:
+def _write(loaded: LoadedRecipe, arms: list[Arm], seeds: list[int], out: Path, status: str) -> Ablation:
     found = results.collect(out, arms, seeds)
+    runs = _runs(arms, seeds, out)
     text = record.shown_text(loaded.text)
-    result: dict[str, Any] = {
-        "name": loaded.recipe.name,
-        "status": status,
-        "recipe_sha256": record.text_sha256(text),
-        "seeds": seeds,
-        **results.summarise(found),
-        "chance": _chance(arms, seeds, out),
-        "seconds": _seconds(arms, seeds, out),
-        "notes": _unequal(found),
-        "recipe_text": text,
-        "provenance": {"qmedtune": __version__, "versions": record.versions(), "device": record.device_name()},
-    }
-    store.write_json(out / RESULT, result)
+    compared = results.summarise(found)
+    result = Ablation(
+        name=loaded.recipe.name,
+        status=status,
+        recipe_sha256=record.text_sha256(text),
+        seeds=seeds,
+        reference=compared.reference,
+        arms=compared.arms,
+        differences=compared.differences,
+        perplexity_ratios=compared.perplexity_ratios,
+        chance=_chance(runs),
+        seconds=_seconds(runs),
+        notes=_unequal(found),
+        recipe_text=text,
+        provenance=Provenance(qmedtune=__version__, versions=record.versions(), device=record.device_name()),
+    )
+    store.write_json(out / RESULT, result.as_json())
     store.write_atomic(out / TABLE, results.table_csv(result))
     store.write_atomic(out / DIFFERENCES, results.differences_csv(result))
-    if result["arms"]:
-        store.write_atomic(out / FIGURE, figure(result, result["chance"]))
+    if result.arms:
+        store.write_atomic(out / FIGURE, figure(result, result.chance))
     store.write_atomic(out / REPORT, page.page(result))
     return result
 
 
-def _runs(arms: list[Arm], seeds: list[int], out: Path) -> list[dict[str, Any]]:
-    folders = [results.run_folder(out, arm, seed) for seed in seeds for arm in arms if arm.recipe]
-    return [found for folder in folders if (found := record.read(folder))]
+def _runs(arms: list[Arm], seeds: list[int], out: Path) -> list[Run]:
+    """Those that are there, finished or not."""
+    runs: list[Run] = []
+    for seed in seeds:
+        for arm in arms:
+            found = record.read(results.run_folder(out, arm, seed)) if arm.recipe else None
+            if found is not None:
+                runs.append(found)
+    return runs
 
 
-def _seconds(arms: list[Arm], seeds: list[int], out: Path) -> float:
+def _seconds(runs: list[Run]) -> float:
     """Of all steps made, a step that several arms share counted once."""
-    steps = {
-        step["key"]: step["seconds"] for found in _runs(arms, seeds, out) for step in found["steps"] if "key" in step
-    }
-    return round(sum(seconds or 0 for seconds in steps.values()), 1)
+    steps: dict[str, float] = {}
+    for found in runs:
+        for step in found.steps:
+            if step.key is not None:
+                steps[step.key] = step.seconds or 0
+    return round(sum(steps.values()), 1)
 
 
-def _chance(arms: list[Arm], seeds: list[int], out: Path) -> float | None:
+def _chance(runs: list[Run]) -> float | None:
     """What guessing gives, where all tasks agree on it."""
-    tasks = [t for found in _runs(arms, seeds, out) for t in ((found["evaluation"] or {}).get("tasks") or {}).values()]
-    values = {round(task["final"].get("chance", -1), 6) for task in tasks}
-    return values.pop() if len(values) == 1 and min(values) >= 0 else None
+    values: set[float | None] = set()
+    for found in runs:
+        for task in found.scored.tasks.values():
+            chance = task.final.chance if task.final else None
+            values.add(None if chance is None else round(chance, 6))
+    return values.pop() if len(values) == 1 else None
 
 
 def _unequal(found: list[results.ArmResult]) -> list[str]:
     """Arms that trained on other numbers of tokens than the rest, where documents or caps did not allow equality."""
-    cpt = {result.arm.name: _cpt_tokens(result) for result in found}
-    trained = {name: tokens for name, tokens in cpt.items() if tokens}
+    trained: dict[str, int] = {}
+    for result in found:
+        tokens = _cpt_tokens(result)
+        if tokens:
+            trained[result.arm.name] = tokens
     if not trained or max(trained.values()) <= (1 + UNEQUAL) * min(trained.values()):
         return []
-    return [f"cpt did not see equal numbers of tokens: {', '.join(f'{n} {t:,}' for n, t in trained.items())}"]
+    told = ", ".join(f"{name} {tokens:,}" for name, tokens in trained.items())
+    return [f"cpt did not see equal numbers of tokens: {told}"]
 
 
 def _cpt_tokens(result: results.ArmResult) -> int:

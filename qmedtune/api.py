@@ -38,9 +38,10 @@ def run_recipe(
     """
     from qmedtune import run
 
-    return run.run(
+    found = run.run(
         recipe.recipe, recipe.text, Path(out), until=until, offline=offline, smoke=smoke, time_limit_s=time_limit_s
     )
+    return found.as_json()
 
 
 def plan_recipe(recipe: LoadedRecipe, out: Path | str | None = None) -> dict[str, Any]:

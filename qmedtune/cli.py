@@ -22,6 +22,7 @@ from qmedtune.commands import bench as cli_bench
 from qmedtune.commands import fetch as cli_fetch
 from qmedtune.commands import model as cli_model
 from qmedtune.commands import run as cli_run
+from qmedtune.commands import watch as cli_watch
 from qmedtune.errors import QmedtuneError
 
 UsageError: Any = typer.BadParameter.__bases__[0]  # click's, which newer typers carry inside
@@ -40,6 +41,8 @@ COMMANDS = {
     "plan": cli_run.plan,
     "data": cli_run.data,
     "report": cli_run.report,
+    "runs": cli_watch.runs,
+    "watch": cli_watch.watch,
     "erase": cli_run.erase,
     "ablate": cli_ablate.ablate,
     "eval": cli_model.evaluate,

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -15,6 +16,20 @@ from typing import TYPE_CHECKING, Any
 from qmedtune import __version__, store
 from qmedtune.errors import MergeRefused, QmedtuneError
 from qmedtune.recipe import Recipe
+from qmedtune.results import (
+    Adapter,
+    Audit,
+    Choice,
+    Evaluation,
+    HeadToHead,
+    Merge,
+    Provenance,
+    Run,
+    Source,
+    Stage,
+    StepEntry,
+    Told,
+)
 
 if TYPE_CHECKING:
     from qmedtune.base import Base
@@ -33,26 +48,36 @@ class Refused:
     error: MergeRefused
     path: str | None
 
-    @property
-    def facts(self) -> dict[str, Any]:
-        return {"path": self.path, "status": "refused", "error": str(self.error), **self.error.facts}
-
 
 @dataclass(frozen=True)
 class Notes:
-    """What is known before the first step: the resolved recipe, its text, the choices made for `auto`. And of the run
-    so far what no seal tells: the merge that was refused."""
+    """What a run knows of itself: the resolved recipe, its text, the choices made for `auto`, its base and its steps,
+    with the seals of those that are done. And what no seal tells: the merge that was refused."""
 
     recipe: Recipe
     text: str
     choices: list[dict[str, Any]]
     offline: bool
+    source: Base
+    steps: list[Step]
+    done: dict[str, store.Seal]
     refused: Refused | None = None
+
+    def facts(self, name: str) -> dict[str, Any]:
+        """Of a step that is done, without what only keys are explained from."""
+        facts = dict(self.done[name].facts)
+        for key in INTERNAL:
+            facts.pop(key, None)
+        return facts
 
 
 def code_versions() -> dict[str, str | None]:
     """What an answer or a score can depend on besides model, data and options: in keys of what is resumed."""
-    return {"qmedtune": __version__, **{name: found for name, found in versions().items() if name in SCORING}}
+    found: dict[str, str | None] = {"qmedtune": __version__}
+    for name, version in versions().items():
+        if name in SCORING:
+            found[name] = version
+    return found
 
 
 def text_sha256(text: str) -> str:
@@ -71,59 +96,55 @@ def shown_text(recipe_text: str) -> str:
         return recipe_text
 
 
-def read(out: Path) -> dict[str, Any] | None:
+def read(out: Path) -> Run | None:
     """run.json, or None where there is none or it was damaged (it is composed again from the seals)."""
     try:
-        found = json.loads((out / RUN).read_text(encoding="utf-8"))
+        return Run.model_validate(json.loads((out / RUN).read_text(encoding="utf-8")))
     except (OSError, ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) else None
 
 
-def write(
-    out: Path,
-    notes: Notes,
-    steps: list[Step],
-    done: dict[str, store.Seal],
-    source: Base,
-    status: str,
-    error: BaseException | None = None,
-) -> dict[str, Any]:
+def write(out: Path, notes: Notes, status: str, error: BaseException | None = None) -> Run:
     """Compose run.json from what is sealed so far."""
-    result = compose(out, notes, steps, done, source, status)
+    run = compose(notes, status)
+    if "against" in notes.done:
+        run = run.model_copy(update={"against": HeadToHead.model_validate(notes.facts("against"))})
     if error is not None and status == "failed":
         # Only our own messages are known to hold no text of a record.
-        result["error"] = str(error) if isinstance(error, QmedtuneError) else type(error).__name__
-    _write_metrics(out, steps, done)
-    result = json.loads(json.dumps(result))  # as it is read again: lists for tuples
-    result |= {"sha256": store.sha256_json(result)}
-    store.write_json(out / RUN, result)
-    return result
+        said = str(error) if isinstance(error, QmedtuneError) else type(error).__name__
+        run = run.model_copy(update={"error": said})
+    _write_metrics(out, notes)
+    run = run.model_copy(update={"sha256": own_sha256(run)})
+    store.write_json(out / RUN, run.as_json())
+    return run
 
 
-def is_whole(run: Any) -> bool:
-    """Whether run.json holds what was written: its own hash is the last entry."""
-    if not isinstance(run, dict):
-        return False
-    return run.get("sha256") == store.sha256_json({key: value for key, value in run.items() if key != "sha256"})
+def own_sha256(run: Run) -> str:
+    """Of run.json without its last entry, which is this hash."""
+    content = run.as_json()
+    content.pop("sha256", None)
+    return store.sha256_json(content)
 
 
-def finish(
-    out: Path, notes: Notes, steps: list[Step], done: dict[str, store.Seal], source: Base, status: str
-) -> dict[str, Any]:
+def is_whole(run: Run) -> bool:
+    """Whether run.json holds what was written."""
+    return run.sha256 == own_sha256(run)
+
+
+def finish(out: Path, notes: Notes, status: str) -> Run:
     """The last write: run.json, evaluation.json, report.html, report.md and the model card of merged/."""
     from qmedtune.report import model_card
 
     for name in REPORTS:  # of an earlier recipe: killed below, a run must not pass for finished with them
         (out / name).unlink(missing_ok=True)
-    result = write(out, notes, steps, done, source, status)
-    if "evaluation" in done:
+    run = write(out, notes, status)
+    if "evaluation" in notes.done:
         scores = (out / "evaluation" / "evaluation.json").read_text(encoding="utf-8")
         store.write_atomic(out / "evaluation.json", scores)
-    if "merged" in done:
-        store.write_atomic(out / "merged" / store.RENDERED, model_card(result))
+    if "merged" in notes.done:
+        store.write_atomic(out / "merged" / store.RENDERED, model_card(run))
     render(out)
-    return result
+    return run
 
 
 def render(out: Path) -> None:
@@ -132,82 +153,88 @@ def render(out: Path) -> None:
     write_report(out)
 
 
-def compose(
-    out: Path, notes: Notes, steps: list[Step], done: dict[str, store.Seal], source: Base, status: str
-) -> dict[str, Any]:
-    facts = {name: _facts(sealed) for name, sealed in done.items()}
+def compose(notes: Notes, status: str) -> Run:
+    """All but the last two entries, `error` and `sha256`."""
     recipe, text = notes.recipe, shown_text(notes.text)
-    stages = recipe.stage_names()
-    return {
-        "name": recipe.name,
-        "status": status,
-        "recipe_sha256": text_sha256(text),
-        "seed": recipe.seed,
-        "offline": notes.offline,
-        "stages": [_stage(name, steps, done, facts, out) for name in stages],
-        "data": {n: facts[f"data/{n}"] for n in recipe.data if f"data/{n}" in done},
-        "merge": _merge(notes, facts),
-        "audit": facts.get("audit"),
-        "evaluation": facts.get("evaluation"),
-        **({"against": facts["against"]} if "against" in facts else {}),
-        "steps": [_step(step, done) for step in steps],
-        "warnings": [f"{name}: {w}" for name, f in facts.items() for w in f.get("warnings", [])],
-        "resolved": notes.choices,
-        "recipe": recipe.model_dump(mode="json", by_alias=True),
-        "recipe_text": text,
-        "provenance": _provenance(source, facts),
-    }
+    return Run(
+        name=recipe.name,
+        status=status,
+        recipe_sha256=text_sha256(text),
+        seed=recipe.seed,
+        offline=notes.offline,
+        stages=[_stage(notes, name) for name in recipe.stage_names()],
+        data=_data(notes),
+        merge=_merge(notes),
+        audit=Audit.model_validate(notes.facts("audit")) if "audit" in notes.done else None,
+        evaluation=Evaluation.model_validate(notes.facts("evaluation")) if "evaluation" in notes.done else None,
+        steps=[_step(notes, step) for step in notes.steps],
+        warnings=list(_warnings(notes)),
+        resolved=[Choice.model_validate(choice) for choice in notes.choices],
+        recipe=recipe.model_dump(mode="json", by_alias=True),
+        recipe_text=text,
+        provenance=_provenance(notes.source),
+    )
 
 
-def _facts(sealed: store.Seal) -> dict[str, Any]:
-    """The facts of a step without what only keys are explained from."""
-    return {key: value for key, value in sealed.facts.items() if key not in INTERNAL}
+def _data(notes: Notes) -> dict[str, Source]:
+    found: dict[str, Source] = {}
+    for name in notes.recipe.data:
+        if f"data/{name}" in notes.done:
+            found[name] = Source.model_validate(notes.facts(f"data/{name}"))
+    return found
 
 
-def _merge(notes: Notes, facts: dict[str, dict]) -> dict[str, Any] | None:
-    if "merged" in facts:
-        return {"path": "merged", "status": "sealed", **facts["merged"]}
+def _merge(notes: Notes) -> Merge | None:
+    if "merged" in notes.done:
+        return Merge.model_validate({"path": "merged", "status": "sealed", **notes.facts("merged")})
     if notes.refused is None:
         return None
-    section = notes.recipe.merge
-    return {"base": section.base, "dtype": section.dtype, **notes.refused.facts}
+    section, refused = notes.recipe.merge, notes.refused
+    known = {"path": refused.path, "status": "refused", "base": section.base, "dtype": section.dtype}
+    return Merge.model_validate({**known, "error": str(refused.error), **refused.error.facts})
 
 
-def _stage(
-    name: str, steps: list[Step], done: dict[str, store.Seal], facts: dict[str, dict], out: Path
-) -> dict[str, Any]:
-    kind = next(step.kind for step in steps if step.name == name)
-    if name not in done:
-        return {"name": name, "kind": kind, "status": "to do"}
-    sealed = done[name]
-    entry = {"name": name, "kind": kind, "status": "sealed", "key": sealed.key, **facts[name]}
+def _stage(notes: Notes, name: str) -> Stage:
+    kind = next(step.kind for step in notes.steps if step.name == name)
+    if name not in notes.done:
+        return Stage(name=name, kind=kind, status="to do")
+    sealed = notes.done[name]
+    entry = {**notes.facts(name), "name": name, "kind": kind, "status": "sealed", "key": sealed.key}
     weights = "adapter/adapter_model.safetensors"
     if weights in sealed.files:
-        entry["adapter"] = {"path": f"{name}/adapter", "sha256": sealed.files[weights]["sha256"]}
-    return entry
+        entry["adapter"] = Adapter(path=f"{name}/adapter", sha256=sealed.files[weights]["sha256"])
+    return Stage.model_validate(entry)
 
 
-def _step(step: Step, done: dict[str, store.Seal]) -> dict[str, Any]:
-    sealed = done.get(step.name)
+def _step(notes: Notes, step: Step) -> StepEntry:
+    sealed = notes.done.get(step.name)
     if sealed is None:
-        return {"name": step.name, "kind": step.kind, "status": "to do"}
-    seconds = sealed.facts.get("seconds")
-    return {"name": step.name, "kind": step.kind, "status": "sealed", "seconds": seconds, "key": sealed.key}
+        return StepEntry(name=step.name, kind=step.kind, status="to do")
+    seconds = Told.model_validate(sealed.facts).seconds
+    return StepEntry(name=step.name, kind=step.kind, status="sealed", seconds=seconds, key=sealed.key)
 
 
-def _provenance(source: Base, facts: dict[str, dict]) -> dict[str, Any]:
-    return {
-        "qmedtune": __version__,
-        "versions": versions(),
-        "python": platform.python_version(),
+def _warnings(notes: Notes) -> Iterator[str]:
+    """Of all steps, in the order in which they were done."""
+    for name in notes.done:
+        for warning in Told.model_validate(notes.facts(name)).warnings:
+            yield f"{name}: {warning}"
+
+
+def _provenance(source: Base) -> Provenance:
+    system = os.uname()
+    return Provenance(
+        qmedtune=__version__,
+        versions=versions(),
+        python=platform.python_version(),
         # platform.platform() would start `uname -p`: a run starts no child process.
-        "platform": "-".join((os.uname().sysname, os.uname().release, os.uname().machine)),
-        "device": device_name(),
-        "base": source.name,
-        "base_revision": source.revision,
-        "base_sha256": source.digest,
-        "git": _git(),
-    }
+        platform=f"{system.sysname}-{system.release}-{system.machine}",
+        device=device_name(),
+        base=source.name,
+        base_revision=source.revision,
+        base_sha256=source.digest,
+        git=_git(),
+    )
 
 
 def versions() -> dict[str, str | None]:
@@ -226,8 +253,12 @@ def device_name() -> str:
     if torch is not None and torch.cuda.is_available():
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "cpu")
+    if not info.is_file():
+        return "cpu"
+    for line in info.read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return "cpu"
 
 
 def _git() -> str | None:
@@ -242,11 +273,13 @@ def _git() -> str | None:
     return ref.read_text().strip() if ref.is_file() else None
 
 
-def _write_metrics(out: Path, steps: list[Step], done: dict[str, store.Seal]) -> None:
+def _write_metrics(out: Path, notes: Notes) -> None:
     """metrics.jsonl of the run: the stages' own, in order, with a stage in progress as far as it is."""
-    parts = []
-    for step in steps:
-        folder = out / step.name if step.name in done else store.building_of(out / step.name, out)
+    parts: list[str] = []
+    for step in notes.steps:
+        folder = out / step.name
+        if step.name not in notes.done:
+            folder = store.building_of(folder, out)
         if (folder / METRICS).is_file():
             parts.append((folder / METRICS).read_text(encoding="utf-8"))
     if parts:

@@ -7,16 +7,18 @@ Deliberately does not: verify hashes (store.py), recompute results, or show text
 """
 
 import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import yaml
 
 from qmedtune import disk
-from qmedtune.reporting import duels, live, tables
+from qmedtune.reporting import duels, live, score_tables, tables
 from qmedtune.reporting import page as report_html
-from qmedtune.reporting.facts import ALL, Metrics, base_name, comparisons, outcome, precision_words
+from qmedtune.reporting.cells import Table
+from qmedtune.reporting.facts import Metrics, base_name, outcome, precision_words, wholes
 from qmedtune.reporting.page import DISCLAIMER
-from qmedtune.reporting.tables import Table
+from qmedtune.results import Run, Score
 
 STAGE_WORDS = {
     "cpt": "continual pretraining",
@@ -32,81 +34,98 @@ PHI_WORDS = {
 }
 
 
-def write_report(run_dir: Path) -> dict:
+def write_report(run_dir: Path) -> dict[str, int]:
     """Write report.html and report.md into `run_dir`; returns their names and sizes in bytes."""
     run = live.read_run(run_dir)
     metrics = live.read_metrics(run_dir, run)
-    written = {
-        "report.html": report_html.page(run, metrics),
-        "report.md": markdown(run, metrics),
-    }
+    written = {"report.html": report_html.page(run, metrics), "report.md": markdown(run, metrics)}
+    sizes: dict[str, int] = {}
     for name, text in written.items():
         disk.write_atomic(run_dir / name, text)
-    return {name: len(text.encode()) for name, text in written.items()}
+        sizes[name] = len(text.encode())
+    return sizes
 
 
-def markdown(run: dict, metrics: Metrics) -> str:
+def markdown(run: Run, metrics: Metrics) -> str:
     """The report as text: the same tables as the page, without charts."""
-    warnings = [f"- {_plain(text)}" for text in run.get("warnings", [])] or ["None."]
-    left_out = f"{metrics.left_out:,} lines or losses of metrics.jsonl are unreadable or not finite."
-    parts = [
-        f"# {_plain(run['name'])}",
-        f"{_plain(outcome(run))}",
-        f"Status: {run['status']}. Base: {_plain(base_name(run))}.",
-        _section(tables.evaluation(run)),
-        _section(tables.perplexity(run)),
-        _section_if_any(tables.quantisation(run)),
-        _section_if_any(duels.head_to_head(run)),
-        "\n".join(f"- {_plain(sentence)}" for sentence in duels.claims(run)),
-        _section_if_any(tables.classification(run)),
-        _section(tables.audit(run)) if run.get("audit") else "",
-        _section(tables.stages(run)),
-        left_out if metrics.left_out else "",
-        _section(tables.mixture(run)),
-        _section(tables.tokens(run)),
-        _section(tables.records(run)),
-        _section(tables.reading(run)),
-        _section(tables.findings(run)),
-        _section(tables.merge(run)),
-        _section(tables.steps(run)),
-        "## Warnings\n\n" + "\n".join(warnings),
-        _section(tables.choices(run)) if run.get("resolved") else "",
-        _section(tables.provenance(run)),
-        f"## Recipe\n\n{_fenced(run['recipe_text'])}" if run.get("recipe_text") else "",
-        DISCLAIMER,
-    ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return _joined(_markdown_parts(run, metrics))
 
 
-def model_card(run: dict) -> str:
+def _joined(parts: Iterable[str]) -> str:
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _markdown_parts(run: Run, metrics: Metrics) -> Iterator[str]:
+    yield f"# {_plain(run.name)}"
+    yield _plain(outcome(run))
+    yield f"Status: {run.status}. Base: {_plain(base_name(run))}."
+    yield _section(score_tables.evaluation(run))
+    yield _section(score_tables.perplexity(run))
+    yield _section_if_any(score_tables.quantisation(run))
+    if run.against is not None:
+        yield _section(duels.head_to_head(run.against))
+        yield _listed(duels.claims(run.against))
+    yield _section_if_any(score_tables.classification(run))
+    if run.audit is not None:
+        yield _section(score_tables.audit(run))
+    yield _section(tables.stages(run))
+    if metrics.left_out:
+        yield f"{metrics.left_out:,} lines or losses of metrics.jsonl are unreadable or not finite."
+    yield _section(tables.mixture(run))
+    yield _section(tables.tokens(run))
+    yield _section(tables.records(run))
+    yield _section(tables.reading(run))
+    yield _section(tables.findings(run))
+    yield _section(tables.merge(run))
+    yield _section(tables.steps(run))
+    yield "## Warnings\n\n" + _listed(run.warnings)
+    yield _section_if_any(tables.choices(run))
+    yield _section(tables.provenance(run))
+    if run.recipe_text:
+        yield f"## Recipe\n\n{_fenced(run.recipe_text)}"
+    yield DISCLAIMER
+
+
+def _listed(warnings: list[str]) -> str:
+    if not warnings:
+        return "None."
+    return "\n".join(f"- {_plain(text)}" for text in warnings)
+
+
+# ---- the model card --------------------------------------------------------------------------------------------------
+
+
+def model_card(run: Run) -> str:
     """README.md of the merged model: YAML front matter, then what it is, how it was made, how sure, and its limits.
 
     Meant to be shared: a base that is a local folder is named by its last part, and no path appears.
     """
-    clinical = [name for name, source in run.get("data", {}).items() if source.get("kind") == "clinical"]
-    parts = [
-        f"---\n{yaml.safe_dump(_front_matter(run), sort_keys=False, allow_unicode=True)}---",
-        f"# {_plain(run['name'])}",
-        f"{_plain(base_name(run))}, adapted to medicine with qmedtune: {_plain(_procedure(run))}. "
-        f"{_plain(outcome(run)) if run['status'] == 'finished' else ''}".strip(),
-        "## Data\n\n" + _markdown_table(tables.sources(run)),
-        _markdown_table(tables.records(run)),
-        "## Training\n\n" + _markdown_table(tables.stages(run)),
-        _markdown_table(tables.mixture(run)),
-        "## Merge\n\n" + _markdown_table(tables.merge(run)),
-        "## Evaluation\n\n" + _markdown_table(tables.evaluation(run)),
-        _markdown_table(tables.perplexity(run)),
-        _markdown_table(tables.quantisation(run)),
-        _section(tables.audit(run)) if run.get("audit") else "",
-        "## Use\n\n" + _use(run),
-        "## Limits\n\n" + "\n".join(f"- {line}" for line in _limits(run, clinical)),
-        f"Recipe sha256: `{run.get('recipe_sha256', 'unknown')}`, seed {run.get('seed', 'unknown')}.",
-    ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return _joined(_card_parts(run))
 
 
-def _use(run: dict) -> str:
-    name = (run.get("evaluation") or {}).get("template")
+def _card_parts(run: Run) -> Iterator[str]:
+    front = yaml.safe_dump(_front_matter(run), sort_keys=False, allow_unicode=True)
+    made = f"{_plain(base_name(run))}, adapted to medicine with qmedtune: {_plain(_procedure(run))}."
+    yield f"---\n{front}---"
+    yield f"# {_plain(run.name)}"
+    yield f"{made} {_plain(outcome(run))}" if run.finished else made
+    yield "## Data\n\n" + _markdown_table(tables.sources(run))
+    yield _markdown_table(tables.records(run))
+    yield "## Training\n\n" + _markdown_table(tables.stages(run))
+    yield _markdown_table(tables.mixture(run))
+    yield "## Merge\n\n" + _markdown_table(tables.merge(run))
+    yield "## Evaluation\n\n" + _markdown_table(score_tables.evaluation(run))
+    yield _markdown_table(score_tables.perplexity(run))
+    yield _markdown_table(score_tables.quantisation(run))
+    if run.audit is not None:
+        yield _section(score_tables.audit(run))
+    yield "## Use\n\n" + _use(run)
+    yield "## Limits\n\n" + "\n".join(f"- {line}" for line in _limits(run))
+    yield f"Recipe sha256: `{run.recipe_sha256}`, seed {run.seed}."
+
+
+def _use(run: Run) -> str:
+    name = run.scored.template
     form = f" (`{_plain(name)}`)" if name else ""
     ask = "`apply_chat_template(..., add_generation_prompt=True)`"
     return (
@@ -115,61 +134,68 @@ def _use(run: dict) -> str:
     )
 
 
-def _front_matter(run: dict) -> dict:
-    base, scored = base_name(run), [c for c in comparisons(run) if c.part == ALL and c.final is not None]
-    facts: dict = {"library_name": "transformers", "pipeline_tag": "text-generation", "language": ["en"]}
+def _front_matter(run: Run) -> dict[str, object]:
+    """As the Hub reads it."""
+    base = base_name(run)
+    front: dict[str, object] = {"library_name": "transformers", "pipeline_tag": "text-generation", "language": ["en"]}
     if "/" in base:  # a Hub id; anything else is no link for the Hub
-        facts |= {"base_model": base, "base_model_relation": "finetune"}
-    facts |= {"license": "other", "license_name": "base-model-and-data-terms"}
-    facts["tags"] = ["medical", "qlora", "qmedtune", *(stage["kind"] for stage in run.get("stages", []))]
-    if scored:
-        words = precision_words(run)
-        results = [
+        front |= {"base_model": base, "base_model_relation": "finetune"}
+    front |= {"license": "other", "license_name": "base-model-and-data-terms"}
+    front["tags"] = ["medical", "qlora", "qmedtune", *(stage.kind for stage in run.stages)]
+    words = precision_words(run)
+    results: list[dict[str, object]] = []
+    for whole, final in wholes(run):
+        results.append(
             {
                 "task": {"type": "question-answering"},
-                "dataset": {"name": c.task, "type": c.task},
-                "metrics": [_front_metric(c.final.value, words)],
+                "dataset": {"name": whole.task, "type": whole.task},
+                "metrics": [_front_metric(final, words)],
             }
-            for c in scored
-            if c.final is not None
-        ]
-        facts["model-index"] = [{"name": run["name"], "results": results}]
-    return facts
+        )
+    if results:
+        front["model-index"] = [{"name": run.name, "results": results}]
+    return front
 
 
-def _front_metric(value: float, words: str) -> dict:
-    metric: dict = {"type": "accuracy", "value": round(value, 4)}
-    return {**metric, "name": f"accuracy, {words}"} if words else metric
+def _front_metric(final: Score, words: str) -> dict[str, object]:
+    metric: dict[str, object] = {"type": "accuracy", "value": round(final.value, 4)}
+    if words:
+        metric["name"] = f"accuracy, {words}"
+    return metric
 
 
-def _procedure(run: dict) -> str:
-    kinds = [STAGE_WORDS.get(str(stage["kind"]), str(stage["kind"])) for stage in run.get("stages", [])]
-    quantized = run.get("recipe", {}).get("model", {}).get("quantization") == "nf4"
-    how = " as LoRA over an NF4 base" if quantized else ""
-    return (", then ".join(kinds) if kinds else "no training stage") + how
+def _procedure(run: Run) -> str:
+    kinds = [STAGE_WORDS.get(stage.kind, stage.kind) for stage in run.stages]
+    stages = ", then ".join(kinds) or "no training stage"
+    return f"{stages} as LoRA over an NF4 base" if run.quantised else stages
 
 
-def _weakest_phi(recipe: dict, names: list[str]) -> str:
-    """What was at least done about identifiers in all of these sources; each may say so itself."""
-    general = recipe.get("hygiene", {}).get("phi", "off")
-    sources = recipe.get("data", {})
-    return min((sources.get(name, {}).get("phi") or general for name in names), key=list(PHI_WORDS).index)
-
-
-def _limits(run: dict, clinical: list[str]) -> list[str]:
-    lines = [DISCLAIMER, "Scores hold for the items that were asked, not for patients, other languages or other sites."]
+def _limits(run: Run) -> Iterator[str]:
+    clinical = [name for name, source in run.data.items() if source.kind == "clinical"]
+    yield DISCLAIMER
+    yield "Scores hold for the items that were asked, not for patients, other languages or other sites."
     if clinical:
-        phi = _weakest_phi(run.get("recipe", {}), clinical)
-        lines += [
+        phi = weakest_phi(run, clinical)
+        yield (
             f"Trained on clinical notes ({_plain(', '.join(clinical))}). {PHI_WORDS[phi]} Finding identifiers by "
-            "program misses some: this is no de-identification under HIPAA, Safe Harbor or otherwise.",
+            "program misses some: this is no de-identification under HIPAA, Safe Harbor or otherwise."
+        )
+        yield (
             "A language model can repeat text it was trained on. Treat these weights as you must treat the notes: "
-            "share them only where the terms of the data allow it.",
-        ]
+            "share them only where the terms of the data allow it."
+        )
     else:
-        lines.append("A language model can repeat text it was trained on: the terms of the data apply to the weights.")
-    lines.append("The licence of the base model and the terms of every source above apply.")
-    return lines
+        yield "A language model can repeat text it was trained on: the terms of the data apply to the weights."
+    yield "The licence of the base model and the terms of every source above apply."
+
+
+def weakest_phi(run: Run, sources: list[str]) -> str:
+    """What was at least done about identifiers in all of these sources; each may say so itself."""
+    order = list(PHI_WORDS)
+    return min((run.phi_of(name) for name in sources), key=order.index)
+
+
+# ---- Markdown --------------------------------------------------------------------------------------------------------
 
 
 def _section(table: Table) -> str:
@@ -183,8 +209,8 @@ def _section_if_any(table: Table) -> str:
 def _markdown_table(table: Table) -> str:
     if not table.rows:
         return table.note
-    lines = [table.columns, tuple("---" for _ in table.columns), *table.rows]
-    drawn = "\n".join(_markdown_row(line) for line in lines)
+    border = ("---",) * len(table.columns)
+    drawn = "\n".join(_markdown_row(line) for line in (table.columns, border, *table.rows))
     return f"{drawn}\n\n{table.note}" if table.note else drawn
 
 
@@ -194,7 +220,7 @@ def _markdown_row(cells: tuple[str, ...]) -> str:
 
 def _plain(text: str) -> str:
     """Text that Markdown shows as it is: no tags, no cell borders, no line breaks."""
-    shown = str(text).replace("\\", "\\\\").replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
+    shown = text.replace("\\", "\\\\").replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
     for sign in "*_`[]":
         shown = shown.replace(sign, f"\\{sign}")
     return " ".join(shown.split())

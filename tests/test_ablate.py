@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from builders import make_run, write_run
 from conftest import MICRO, ROOT
 
 from qmedtune import plan, store
@@ -24,6 +25,7 @@ from qmedtune.ablation.figure import figure
 from qmedtune.errors import RecipeError
 from qmedtune.parsing import checks
 from qmedtune.parsing.loader import load_recipe
+from qmedtune.results import Ablation, Evaluation, Score, Scores, Stage, Task, Text, Tokens
 
 FLAGSHIP = ROOT / "recipes" / "cpt_then_sft.yaml"
 ALL = (
@@ -209,56 +211,67 @@ def fake(name: str, change: str, treats: float, adverse: float, texts: list[floa
 
 
 @pytest.fixture(scope="module")
-def result() -> dict:
+def result() -> Ablation:
     found = [
         fake("base", "no training", 0.05, 0.05, [1.86, 1.86, 1.86]),
         fake("sft<&", "sft alone", 0.05, 0.05, [1.9, 1.95, 1.92]),
         fake("whole", "the whole recipe", 0.99, 0.98, [2.0, 2.1, 2.05]),
     ]
-    extra = {"name": "a <b>", "status": "finished", "seeds": [1, 2, 3], "seconds": 61.0, "notes": ["n"], "chance": 0.05}
-    return results.summarise(found) | extra | {"recipe_text": "name: <x>"}
+    compared = results.summarise(found)
+    return Ablation(
+        name="a <b>",
+        status="finished",
+        seeds=[1, 2, 3],
+        reference=compared.reference,
+        arms=compared.arms,
+        differences=compared.differences,
+        perplexity_ratios=compared.perplexity_ratios,
+        chance=0.05,
+        seconds=61.0,
+        notes=["n"],
+        recipe_text="name: <x>",
+    )
 
 
-def write_run(folder: Path, right: dict[str, list[bool]], perplexity: float) -> None:
+def write_arm(folder: Path, right: dict[str, list[bool]], perplexity: float) -> None:
     """A finished run as far as an ablation reads it; several answers per item are draws of examples."""
-    (folder / "evaluation").mkdir(parents=True)
-    items = [
-        {"id": name, "facet": name[0], "base": {"correct": False}, "final": {"generation": {"correct": correct}}}
-        for name, draws in right.items()
-        for correct in draws
-    ]
-    lines = "\n".join(json.dumps(item) for item in items)
-    (folder / "evaluation" / "facts.items.jsonl").write_text(lines + "\n")
-    score = {"metric": "accuracy", "accuracy": 0.5}
-    facts = {"base": score, "final": score, "facets": {"a": {}, "b": {}}}
-    hoc = {label: {"metric": "f1", "f1": 0.25} for label in ("base", "final")}
-    texts = {"notes": {"base": 9.0, "final": perplexity, "tokens": 5}}
-    stages = [{"name": "01-cpt", "tokens": {"trained": 100}}]
-    run = {"status": "finished", "evaluation": {"tasks": {"facts": facts, "hoc": hoc}, "perplexity": texts}}
-    (folder / "run.json").write_text(json.dumps(run | {"stages": stages}))
+    lines = []
+    for name, draws in right.items():
+        for correct in draws:
+            answers = {"base": {"correct": False}, "final": {"generation": {"correct": correct}}}
+            lines.append(json.dumps({"id": name, "facet": name[0], **answers}))
+    accuracy = Score.model_validate({"metric": "accuracy", "accuracy": 0.5})
+    f1 = Score.model_validate({"metric": "f1", "f1": 0.25})
+    facts = Task(base=accuracy, final=accuracy, facets={"a": Scores(), "b": Scores()})
+    texts = {"notes": Text(base=9.0, final=perplexity, tokens=5)}
+    evaluation = Evaluation(tasks={"facts": facts, "hoc": Task(base=f1, final=f1)}, perplexity=texts)
+    stage = Stage(name="01-cpt", kind="cpt", status="sealed", tokens=Tokens(trained=100))
+    write_run(folder, make_run(evaluation=evaluation, stages=[stage]), [])
+    (folder / "evaluation").mkdir()
+    (folder / "evaluation" / "facts.items.jsonl").write_text("\n".join(lines) + "\n")
 
 
 def test_runs_are_paired_by_the_ids_of_their_items(tmp_path):
     arm = Arm("cpt", "the whole recipe", load_recipe(MICRO).recipe)
     arms = [Arm("base", "no training", None), arm]
-    write_run(results.run_folder(tmp_path, arm, 1), {"a1": [True, False], "b1": [True], "a2": [False]}, 4.0)
-    write_run(results.run_folder(tmp_path, arm, 2), {"b1": [False], "a1": [True, True], "a9": [True]}, 1.0)
+    write_arm(results.run_folder(tmp_path, arm, 1), {"a1": [True, False], "b1": [True], "a2": [False]}, 4.0)
+    write_arm(results.run_folder(tmp_path, arm, 2), {"b1": [False], "a1": [True, True], "a9": [True]}, 1.0)
     base, final = results.collect(tmp_path, arms, [1, 2, 3])
     assert final.seeds == [1, 2] and final.scores["facts"].tolist() == [[0.5, 1.0], [1.0, 0.0]]
     assert final.scores["facts: a"].tolist() == [[0.5], [1.0]] and final.metrics == {"hoc": [0.25, 0.25]}
     assert base.scores["facts"].tolist() == [[0, 0], [0, 0]] and base.perplexity == {"notes": [9.0, 9.0]}
-    cpt = results.summarise([base, final])["arms"][1]
-    assert cpt["perplexity"]["notes"]["mean"] == pytest.approx(2.0) and cpt["scores"]["hoc"]["ci95"] == [0.25, 0.25]
+    cpt = results.summarise([base, final]).arms[1]
+    assert cpt.perplexity["notes"].mean == pytest.approx(2.0) and cpt.scores["hoc"].ci95 == (0.25, 0.25)
 
 
 def test_differences_are_told_from_noise(result):
-    assert result["reference"] == "whole"
-    found = {(d["score"], d["first"], d["second"]): d for d in result["differences"]}
-    assert found["facts", "base", "sft<&"]["within_noise"]
-    assert not found["facts", "base", "whole"]["within_noise"]
-    assert found["facts", "base", "whole"]["difference"] > 0.8
-    ratio = next(r for r in result["perplexity_ratios"] if r["arm"] == "base")
-    assert ratio["ratio"] < 1 and not ratio["within_noise"]
+    assert result.reference == "whole"
+    found = {(each.score, each.first, each.second): each for each in result.differences}
+    assert found["facts", "base", "sft<&"].within_noise
+    assert not found["facts", "base", "whole"].within_noise
+    assert found["facts", "base", "whole"].difference > 0.8
+    ratio = next(each for each in result.perplexity_ratios if each.arm == "base")
+    assert ratio.ratio < 1 and not ratio.within_noise
 
 
 def test_csv_files(result):

@@ -196,11 +196,14 @@ def test_the_shipped_recipe_sees_repeats_and_nothing_in_masked_prompts(tmp_path)
     """Two minutes: what is planted often is learnt by heart, what carries no loss is not."""
     loaded = load_recipe(MICRO.parent / "audit.yaml")
     result = run(loaded.recipe, loaded.text, tmp_path / "run", offline=True, until="audit")
-    stages = result["audit"]["stages"]
-    found = {(stage, r["source"], r["repeats"]): r for stage, rows in stages.items() for r in rows}
+    assert result.audit is not None
+    found = {}
+    for stage, rows in result.audit.stages.items():
+        for row in rows:
+            found[stage, row.source, row.repeats] = row
     often = found["01-cpt", "notes", 16]
-    assert often["exposure"] > found["01-cpt", "notes", 1]["exposure"] > found["01-cpt", "notes", 0]["exposure"]
-    assert often["extracted"] >= 6 and found["01-cpt", "notes", 0]["extracted"] == 0
+    assert often.exposure > found["01-cpt", "notes", 1].exposure > found["01-cpt", "notes", 0].exposure
+    assert often.extracted >= 6 and found["01-cpt", "notes", 0].extracted == 0
     for repeats in (0, 1, 4, 16):
         row = found["02-sft", "instructions", repeats]
-        assert row["masked"] and row["extracted"] == 0 and row["exposure"] < 3.0  # 8 canaries: chance is 1.4 +- 0.5
+        assert row.masked and row.extracted == 0 and row.exposure < 3.0  # 8 canaries: chance is 1.4 +- 0.5

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from builders import make_run
 from llama_folders import llama3_folder, write_adapter
 from sklearn.metrics import roc_auc_score
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -24,6 +25,7 @@ from qmedtune.evaluation import measure, precision, scoring, statistics
 from qmedtune.planning.machine import card_of
 from qmedtune.recipe import Recipe, SourceSection
 from qmedtune.reporting.facts import ALL, comparisons
+from qmedtune.results import Evaluation
 
 REAL = Path(os.environ.get("QMEDTUNE_REAL_DATA", Path(__file__).parents[2] / "shared" / "data"))
 MEDQA = {"question": "Which drug?", "options": {"A": "aspirin", "B": "insulin"}, "answer_idx": "B"}
@@ -305,7 +307,7 @@ def test_zero_shot_and_few_shot_side_by_side_base_against_final(folder, evaluate
     assert change["value"] == pytest.approx(few["final"]["accuracy"] - few["base"]["accuracy"])
     low, high = change["ci95"]
     assert low <= change["value"] + 1e-9 and change["value"] <= high + 1e-9
-    told = {(c.task, c.part): c for c in comparisons({"evaluation": {"tasks": found}})}
+    told = {(c.task, c.part): c for c in comparisons(make_run(evaluation=Evaluation.model_validate({"tasks": found})))}
     assert ("facts-2shot", ALL) in told and told["facts-2shot", ALL].final.n == 20
 
 

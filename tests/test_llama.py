@@ -18,6 +18,7 @@ from qmedtune import plan
 from qmedtune.errors import RecipeError
 from qmedtune.model_stack import INDEX
 from qmedtune.parsing.loader import load_recipe
+from qmedtune.results import Run
 from qmedtune.run import run
 
 DRUGS = ("metformin", "lisinopril", "aspirin", "warfarin", "ibuprofen", "insulin", "heparin", "digoxin")
@@ -73,7 +74,7 @@ def recipe_file(folder: Path, base: Path, **stage: object) -> Path:
     return path
 
 
-def run_file(path: Path) -> tuple[dict, Path]:
+def run_file(path: Path) -> tuple[Run, Path]:
     loaded, out = load_recipe(path), path.parent / "run"
     return run(loaded.recipe, loaded.text, out, offline=True), out
 
@@ -84,11 +85,11 @@ def test_a_llama_folder_goes_through_the_whole_run(tmp_path: Path, write_folder:
 
     base = write_folder(tmp_path / "base")
     result, out = run_file(recipe_file(tmp_path, base))
-    assert result["status"] == "finished"
-    cpt, sft = result["stages"]
-    assert cpt["loss"]["last"] < cpt["loss"]["first"] and sft["loss"]["last"] < sft["loss"]["first"]
-    assert cpt["tokens"]["read"] == cpt["tokens"]["kept"] + cpt["tokens"]["dropped"]
-    assert result["merge"]["kl"] <= 1e-4
+    assert result.finished and result.merge is not None
+    cpt, sft = result.stages
+    assert cpt.loss.last < cpt.loss.first and sft.loss.last < sft.loss.first
+    assert cpt.tokens.read == cpt.tokens.kept + cpt.tokens.dropped
+    assert result.merge.kl <= 1e-4
     items = [json.loads(line) for line in (out / "evaluation" / "medqa.items.jsonl").read_text().splitlines()]
     assert len(items) == 8
     merged = AutoModelForCausalLM.from_pretrained(out / "merged")
@@ -108,9 +109,9 @@ def test_a_llama_folder_goes_through_the_whole_run(tmp_path: Path, write_folder:
 def test_stacked_and_folded_adapters_merge_to_what_was_trained(tmp_path: Path, adapter: str):
     base = llama3_folder(tmp_path / "base")
     result, out = run_file(recipe_file(tmp_path, base, adapter=adapter, train_embeddings=False))
-    assert result["status"] == "finished" and result["merge"]["kl"] <= 1e-4
+    assert result.finished and result.merge.kl <= 1e-4
     assert (out / "02-sft" / "adapter" / "adapter_model.safetensors").is_file()
-    first, second = (stage["adapter"]["sha256"] for stage in result["stages"])
+    first, second = (stage.adapter.sha256 for stage in result.stages)
     assert first != second
     assert (out / "02-sft-base").is_dir() == (adapter == "merge_then_new")
 

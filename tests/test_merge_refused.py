@@ -10,6 +10,7 @@ import merge_rounding
 import peft
 import pytest
 import torch
+from builders import make_run
 from conftest import MICRO
 from transformers import AutoModelForCausalLM
 
@@ -19,6 +20,7 @@ from qmedtune.errors import MergeRefused
 from qmedtune.evaluation.open_model import locate
 from qmedtune.parsing.loader import load_recipe
 from qmedtune.reporting import tables
+from qmedtune.results import Merge
 from qmedtune.run import run
 
 QUICK = ["stages[0].cpt.tokens=1000", "stages[1].sft.epochs=0.2", "evaluate.tasks[0].limit=4"]
@@ -75,7 +77,7 @@ def test_the_same_recipe_without_the_limit_goes_on_from_there(refused, tmp_path)
     folder = Path(shutil.copytree(refused[0], tmp_path / "run"))
     before = (folder / "02-sft" / store.SEAL).read_bytes()
     facts = go(folder)
-    assert facts["status"] == "finished" and facts["merge"]["status"] == "sealed"
+    assert facts.finished and facts.merge.status == "sealed"
     assert (folder / "02-sft" / store.SEAL).read_bytes() == before, "nothing is trained again"
     assert verify.verify(folder)["folders"] > 5
 
@@ -133,7 +135,7 @@ OF_0_1 = {
 
 
 def test_merges_of_version_0_1_are_shown():
-    shown = dict(tables.merge({"merge": OF_0_1}).rows)
+    shown = dict(tables.merge(make_run(merge=Merge.model_validate(OF_0_1))).rows)
     assert shown["KL divergence, merged against the same base + adapters"] == "4e-06"
     assert "Largest weight error, relative to its norm" in shown and "Rounding" not in shown
 
@@ -141,6 +143,6 @@ def test_merges_of_version_0_1_are_shown():
 def test_a_loss_is_warned_of():
     facts = {**OF_0_1, "rounding": "nearest", "rounding_seed": None, "rounding_why": "as stated", "lost": 0.17}
     facts |= {"elements": 1000, "violations": 0, "swallowed": 0.9, "warnings": ["nearest rounding lost 17.0%"]}
-    table = tables.merge({"merge": facts})
+    table = tables.merge(make_run(merge=Merge.model_validate(facts)))
     assert dict(table.rows)["Rounding"] == "nearest: as stated" and table.note == "nearest rounding lost 17.0%"
     assert dict(table.rows)["Lost of the change by rounding (KL)"] == "17.000%"

@@ -94,8 +94,8 @@ def test_what_the_llama_notebook_downloads_is_what_its_recipe_reads(tmp_path: Pa
     monkeypatch.setenv("DATA", str(tmp_path / "data"))
     base = llama3_folder(tmp_path / "base")
     loaded = load_recipe(ROOT / "recipes" / "llama3_1b_colab_t4.yaml", [f"model.base={base}"])
-    facts = run(loaded.recipe, loaded.text, tmp_path / "run", until="data", offline=True)
-    kept = {name: source["records"]["kept"] for name, source in facts["data"].items()}
+    found = run(loaded.recipe, loaded.text, tmp_path / "run", until="data", offline=True)
+    kept = {name: source.records.kept for name, source in found.data.items()}
     assert kept["literature"] >= 180 and kept["general"] >= 300 and kept["instructions"] >= 60
 
 

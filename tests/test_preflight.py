@@ -231,7 +231,7 @@ def test_nothing_wrong_is_refused(place: Path):
     plan = make_plan(loaded.recipe)
     assert all(source["sampled"] for source in plan["data"])
     result = run(loaded.recipe, loaded.text, place / "out", offline=True)
-    assert result["status"] == "finished"
+    assert result.finished
 
 
 def test_all_data_comes_before_the_first_training_step(place: Path):

@@ -60,7 +60,7 @@ def test_names_in_paths_and_comments_stay_out_of_the_run_folder(clinical_run):
         for secret in (b"hunter2", b"Dr. Bell", b"hf_aBc", b"her own file", b"MRN 4482913"):
             assert secret not in text, (path, secret)
     run = record.read(clinical_run)
-    assert run and run["recipe_sha256"] == record.text_sha256(run["recipe_text"])
+    assert run and run.recipe_sha256 == record.text_sha256(run.recipe_text)
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,7 @@
 `python tests/test_report.py DIR` writes that synthetic run and its report to DIR, to be looked at in a browser.
 """
 
-import json
 import math
-import random
 import re
 import sys
 import time
@@ -14,119 +12,15 @@ from pathlib import Path
 
 import pytest
 import yaml
+from builders import make_evaluation, make_metrics, make_run, make_score, make_scores, make_task, write_run
 
-from qmedtune.evaluation.statistics import wilson
-from qmedtune.report import markdown, model_card, write_report
+from qmedtune.errors import RunError
+from qmedtune.report import markdown, model_card, weakest_phi, write_report
 from qmedtune.reporting import page as report_html
-from qmedtune.reporting import tables
+from qmedtune.reporting import score_tables
 from qmedtune.reporting.charts import MAX_POINTS, Series, line_chart, nice_ticks
-from qmedtune.reporting.facts import Metrics, comparisons, outcome, precision_of, read_metrics, read_score
-
-SOURCES = {"literature": "literature", "notes": "clinical", "general": "general", "instructions": "instructions"}
-
-
-def scored(accuracy: float, n: int, chance: float = 0.05, unparsed: int | None = None) -> dict:
-    low, high = wilson(round(accuracy * n), n)
-    score = {"metric": "accuracy", "accuracy": accuracy, "ci95": [low, high], "n": n, "chance": chance, "truncated": 0}
-    if unparsed is not None:
-        said = round(accuracy * n) - unparsed
-        score["generation"] = {"metric": "accuracy", "accuracy": said / n, "ci95": list(wilson(said, n)), "n": n,
-                               "unparsed": unparsed, "cut": 0}  # fmt: skip
-    return score
-
-
-def compared(base: dict, final: dict, p: float, gained: int, lost: int) -> dict:
-    change = final["accuracy"] - base["accuracy"]
-    return {"base": base, "final": final, "difference": {"value": change, "ci95": [change - 0.06, change + 0.06]},
-            "paired": {"test": "McNemar exact", "gained": gained, "lost": lost, "p": p}}  # fmt: skip
-
-
-def synthetic_run() -> dict:
-    """A made-up run.json with every part that the report knows. No figure in it was measured."""
-    mixture = {
-        "literature": {"share": 0.401, "asked_share": 0.4, "tokens": 240_600, "repeats": 3.02},
-        "notes": {"share": 0.399, "tokens": 239_400, "repeats": 2.97},
-        "general": {"share": 0.2, "tokens": 120_000, "repeats": 1.0},
-    }
-    cpt = {
-        "name": "01-cpt", "kind": "cpt", "status": "sealed", "seconds": 71.4, "key": "c1" * 32,
-        "tokens": {"read": 212_044, "kept": 211_380, "split": 10_020, "dropped": 664, "supervised": 598_212,
-                   "trained": 600_000},
-        "mixture": mixture, "adapter": {"path": "01-cpt/adapter", "sha256": "9f" * 32},
-        "loss": {"first": 4.812, "last": 1.377}, "steps": 600, "kept_step": 550,
-        "tokens_per_s": 8630.0, "peak_memory_bytes": 1_240_000_000,
-    }  # fmt: skip
-    sft = {
-        "name": "02-sft", "kind": "sft", "status": "sealed", "seconds": 24.9, "key": "5f" * 32,
-        "tokens": {"read": 88_310, "kept": 88_310, "split": 4_410, "dropped": 0, "supervised": 19_208,
-                   "trained": 264_930},
-        "mixture": {"instructions": {"share": 1.0, "tokens": 264_930, "repeats": 3.0}},
-        "adapter": {"path": "02-sft/adapter", "sha256": "ab" * 32},
-        "loss": {"first": 2.204, "last": 0.613}, "tokens_per_s": 7120.0, "peak_memory_bytes": 1_310_000_000,
-    }  # fmt: skip
-    facts = compared(scored(0.055, 240, unparsed=9), scored(0.8125, 240, unparsed=2), 3e-41, 185, 3)
-    facts["generation"] = {"paired": {"test": "McNemar exact", "gained": 170, "lost": 4, "p": 1e-39}}
-    facts["facets"] = {
-        "treats": compared(scored(0.05, 120), scored(0.825, 120), 1e-20, 94, 1),
-        "adverse effect": compared(scored(0.06, 120), scored(0.80, 120), 1e-20, 91, 2),
-    }
-    pubmedqa = compared(scored(0.53, 200, 1 / 3), scored(0.555, 200, 1 / 3), 0.43, 21, 16)
-    records = {"read": 1200, "kept": 1184, "rejected": 3, "duplicates": 9, "contaminated": 4, "refused": 0}
-    return {
-        "name": "cpt_then_sft", "status": "finished", "recipe_sha256": "1d" * 32, "seed": 17, "offline": True,
-        "stages": [cpt, sft],
-        "data": {name: {"records": records, "sha256": "77" * 32, "kind": kind, "held_out": 58,
-                        "reasons": {"no text": 3},
-                        "near_duplicates": 5, "contamination": {"facts": {"items": 240, "found": ["a", "b"]}},
-                        "phi": {"mode": "report", "classes": {"date": 41}} if kind == "clinical" else {},
-                         "license": "Apache-2.0",
-                        "terms": "patient data, site agreement" if kind == "clinical" else None}
-                 for name, kind in SOURCES.items()},
-        "merge": {"path": "merged", "base": "full16", "modules": 21, "kl": 1.43e-5, "top1": 0.9993, "dtype": "bfloat16",
-                  "max_abs_logit_diff": 0.078, "sha256": "e0" * 32, "shift_from_nf4": {"kl": 8.7e-4, "top1": 0.987}},
-        "evaluation": {
-            "tasks": {"facts": facts, "pubmedqa": pubmedqa},
-            "perplexity": {"literature": {"base": 61.4, "final": 7.92}, "notes": {"base": 118.2, "final": 6.05},
-                           "general": {"base": 5.31, "final": 5.44}},
-        },
-        "steps": [{"name": name, "status": "sealed", "seconds": seconds, "key": "aa"} for name, seconds in
-                  [("base", 148.2), ("data", 3.1), ("01-cpt", 71.4), ("02-sft", 24.9), ("merge", 2.6),
-                   ("evaluate", 18.8), ("report", 0.2)]],
-        "warnings": ["triton is not used on a CPU: the reference kernels ran",
-                     "stages[1].sft.lr 2e-5 is a full-parameter value; LoRA usually needs 1e-4 to 4e-4"],
-        "resolved": [{"key": "stages[0].cpt.seq_len", "value": 256, "why": "95% of the records fit"},
-                     {"key": "stages[0].cpt.lr", "value": 0.002, "why": "builtin:tiny, LoRA r=32"},
-                     {"key": "model.compute_dtype", "value": "float32", "why": "no GPU"}],
-        "recipe": {"model": {"base": "builtin:tiny", "quantization": "nf4"}, "hygiene": {"phi": "report"}},
-        "recipe_text": "name: cpt_then_sft\nseed: 17\nstages:\n  - cpt: {mix: {literature: 8, notes: 8, general: 4}}\n"
-                       "  - sft: {data: instructions, epochs: 3}\n",
-        "provenance": {"versions": {"qmedtune": "0.1.0", "python": "3.11.9", "torch": "2.13.0+cpu",
-                                    "transformers": "5.23.0", "peft": "0.21.2", "bitsandbytes": "0.50.2"},
-                       "device": "cpu, 2 cores", "base_revision": None, "base_sha256": "b4" * 32,
-                       "git": "d611782"},
-    }  # fmt: skip
-
-
-def synthetic_metrics() -> list[dict]:
-    """Log lines of two stages with a validation every 50 steps: exponential decay with noise."""
-    dice, lines = random.Random(0), []
-    for stage, steps, start, end in (("01-cpt", 600, 4.8, 1.35), ("02-sft", 150, 2.2, 0.6)):
-        for step in range(1, steps + 1):
-            mean = end + (start - end) * math.exp(-5 * step / steps)
-            lines.append({"stage": stage, "step": step, "loss": mean + dice.gauss(0, 0.12), "grad_norm": 0.8,
-                          "lr": 2e-3, "tokens": step * 1000, "tokens_per_s": 8600.0, "memory": 10**9})  # fmt: skip
-            if step % 50 == 0:
-                lines.append({"stage": stage, "step": step, "validation": {
-                    "literature": mean + 0.12 + dice.gauss(0, 0.02),
-                    "notes": mean - 0.18 + dice.gauss(0, 0.02)}})  # fmt: skip
-    return lines
-
-
-def write_run(folder: Path, run: dict, lines: list[dict]) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "run.json").write_text(json.dumps(run))
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return folder
+from qmedtune.reporting.facts import Metrics, comparisons, outcome, precision_of, read_metrics
+from qmedtune.results import Difference, Evaluation, Pair, Run, Scores, Stage, StepEntry, Task, Validation
 
 
 class Page(HTMLParser):
@@ -159,14 +53,14 @@ class Page(HTMLParser):
             self.text += data
 
 
-def rendered(tmp_path: Path, run: dict, lines: list[dict] | None = None) -> Page:
-    write_report(write_run(tmp_path, run, synthetic_metrics() if lines is None else lines))
+def rendered(tmp_path: Path, run: Run, lines: list[dict] | None = None) -> Page:
+    write_report(write_run(tmp_path, run, make_metrics() if lines is None else lines))
     return Page((tmp_path / "report.html").read_text())
 
 
 def test_page_tells_the_figures(tmp_path):
-    page = rendered(tmp_path, synthetic_run())
-    for figure in ("0.06 (0.03–0.09)", "0.81 (0.76–0.86)", "+0.76 (+0.70 to +0.82)", "p < 0.001; 185 gained, 3 lost",
+    page = rendered(tmp_path, make_run())
+    for figure in ("0.06 (0.03–0.09)", "0.81 (0.76–0.86)", "+0.76 (+0.69 to +0.81)", "p < 0.001; 185 gained, 3 lost",
                    "facts: generated answers", "unreadable answers 9 → 2", "chance 0.33", "61.4", "−87.1%", "600,000",
                    "211,380", "3.02×", "550 kept of 600", "16-bit base", "1.4e-05", "0.00087", "1,184",
                    "site agreement",
@@ -177,7 +71,7 @@ def test_page_tells_the_figures(tmp_path):
 
 
 def test_page_needs_nothing_else(tmp_path):
-    page = rendered(tmp_path, synthetic_run())
+    page = rendered(tmp_path, make_run())
     assert not {"script", "link", "img", "iframe"} & {tag for tag, _ in page.tags}
     links = [value for _, attrs in page.tags for key, value in attrs.items() if key in ("src", "href", "xlink:href")]
     assert links == ["#warnings-and-choices"]
@@ -197,10 +91,11 @@ def test_every_value_is_escaped(tmp_path):
             return [poison(inner, key) for inner in value]
         return value + evil if isinstance(value, str) and key not in ("phi", "status", "metric") else value
 
-    run = poison(synthetic_run())
-    run["recipe_sha256"] = "1d" * 32  # stands in code, where nothing but hexadecimal digits occurs
-    run["data"] = {evil: run["data"]["notes"]}
-    run["evaluation"]["tasks"] = {evil: run["evaluation"]["tasks"]["facts"]}
+    raw = poison(make_run().as_json())
+    raw["recipe_sha256"] = "1d" * 32  # stands in code, where nothing but hexadecimal digits occurs
+    raw["data"] = {evil: raw["data"]["notes"]}
+    raw["evaluation"]["tasks"] = {evil: raw["evaluation"]["tasks"]["facts"]}
+    run = Run.model_validate(raw)
     page = rendered(tmp_path, run)
     assert evil in page.text and "script" not in {tag for tag, _ in page.tags}
     assert all("onload" not in attrs for _, attrs in page.tags)
@@ -209,41 +104,37 @@ def test_every_value_is_escaped(tmp_path):
 
 
 def test_gain_within_noise_is_called_so(tmp_path):
-    run = synthetic_run()
+    run = make_run()
     facts, *_, pubmedqa = comparisons(run)
     assert (facts.verdict, pubmedqa.verdict) == ("better", "noise")
     assert "rose from 0.06 to 0.81 (240 items)" in outcome(run)
     assert "pubmedqa did not change beyond noise: 0.53 → 0.56" in outcome(run)
-    assert "within noise (p = 0.430; 21 gained, 16 lost)" in rendered(tmp_path, run).text
+    assert "within noise (p = 0.511; 21 gained, 16 lost)" in rendered(tmp_path, run).text
 
 
-def test_verdict_without_paired_test_goes_by_intervals():
-    def verdict(base, final, **more):
-        task = {"base": {"accuracy": 0.5, "ci95": base}, "final": {"accuracy": 0.6, "ci95": final}, **more}
-        return comparisons({"evaluation": {"tasks": {"t": task}}})[0].verdict
+def test_a_metric_without_a_paired_test_goes_by_the_interval_of_its_change():
+    def verdict(value, interval):
+        scores = make_scores(make_score(0.5, 100), make_score(0.6, 100), 20, 10)
+        change = Difference(value=value, ci95=interval)
+        task = Task(base=scores.base, final=scores.final, difference=change)
+        return comparisons(make_run(evaluation=Evaluation(tasks={"t": task})))[0].verdict
 
-    assert verdict([0.4, 0.55], [0.56, 0.7]) == "better"
-    assert verdict([0.4, 0.57], [0.56, 0.7]) == "noise"
-    assert verdict([0.4, 0.55], None) == ""
-    assert verdict([0.4, 0.55], [0.56, 0.7], difference={"value": 0.1, "ci95": [-0.01, 0.2]}) == "noise"
-    assert verdict([0.4, 0.57], [0.56, 0.7], difference={"value": 0.1, "ci95": [0.01, 0.2]}) == "better"
+    assert verdict(0.1, (0.01, 0.2)) == "better" and verdict(-0.1, (-0.2, -0.01)) == "worse"
+    assert verdict(0.1, (-0.01, 0.2)) == "noise" and verdict(0.1, None) == ""
 
 
 def test_outcome_of_worse_run_is_not_sold():
-    run = synthetic_run()
-    facts = run["evaluation"]["tasks"]["facts"]
-    facts["base"], facts["final"] = facts["final"], facts["base"]
+    evaluation = make_evaluation()
+    facts = make_task(make_score(0.8125, 240), make_score(0.055, 240), 3, 185)
+    run = make_run(evaluation=evaluation.model_copy(update={"tasks": {"facts": facts}}))
     assert "fell from 0.81 to 0.06" in outcome(run)
     assert "rose on general (5.31 → 5.44)" in outcome(run)
 
 
 def test_stopped_run_says_what_is_missing(tmp_path):
-    run = synthetic_run()
-    for part in ("warnings", "resolved"):
-        del run[part]
-    run["merge"] = run["evaluation"] = None
-    run["stages"][1] = {"name": "02-sft", "kind": "sft", "status": "to do"}
-    lines = [line for line in synthetic_metrics() if line["stage"] == "01-cpt"]
+    stages = [make_run().stages[0], Stage(name="02-sft", kind="sft", status="to do")]
+    run = make_run(stages=stages, warnings=[], resolved=[], merge=None, evaluation=None)
+    lines = [line for line in make_metrics() if line["stage"] == "01-cpt"]
     page = rendered(tmp_path, run, lines)
     for said in (
         "No loss was logged for 02-sft",
@@ -257,13 +148,19 @@ def test_stopped_run_says_what_is_missing(tmp_path):
 
 
 def test_failed_run_before_any_stage(tmp_path):
-    run = {"name": "r", "status": "failed", "stages": [], "error": "RunError",
-           "steps": [{"name": "data", "status": "sealed", "seconds": 1.0, "key": "a"},
-                     {"name": "01-cpt", "status": "to do"}]}  # fmt: skip
+    steps = [StepEntry(name="data", status="sealed", seconds=1.0, key="a"), StepEntry(name="01-cpt", status="to do")]
+    run = Run(name="r", status="failed", steps=steps, error="RunError")
     page = rendered(tmp_path, run, [])
     assert "failed in 01-cpt (RunError)" in page.text
     assert "No stage was trained" in page.text and "No data was read" in page.text
     assert model_card(run).count("No task was scored") == 1
+
+
+def test_a_run_json_that_is_none_is_said_to_be(tmp_path):
+    (tmp_path / "run.json").write_text('{"name": "r", "status": "finished", "seed": "Dr. Bell"}')
+    with pytest.raises(RunError, match=r"seed: .*integer") as caught:
+        write_report(tmp_path)
+    assert "Bell" not in str(caught.value)
 
 
 def test_metrics_of_killed_and_resumed_run(tmp_path):
@@ -281,34 +178,39 @@ def test_metrics_of_killed_and_resumed_run(tmp_path):
 
 
 def test_sealed_validation_is_drawn_without_metrics(tmp_path):
-    run = synthetic_run()
-    run["stages"][0]["validation"] = [{"step": 50, "literature": 3.0}, {"step": 100, "literature": 2.0}]
+    cpt, sft = make_run().stages
+    losses = [{"step": 50, "literature": 3.0}, {"step": 100, "literature": 2.0}]
+    cpt = cpt.model_copy(update={"validation": [Validation.model_validate(each) for each in losses]})
+    run = make_run(stages=[cpt, sft])
     page = rendered(tmp_path, run, [])
     assert "held-out literature" in page.text and "No loss was logged for 02-sft" in page.text
 
 
 def test_model_card_is_valid_and_keeps_paths_to_itself():
-    run = synthetic_run()
-    run["recipe"]["model"]["base"] = "/srv/secret/models/Llama-3.2-1B/"
-    card = model_card(run)
+    def on(base):
+        return make_run(recipe={"model": {"base": base, "quantization": "nf4"}, "hygiene": {"phi": "report"}})
+
+    card = model_card(on("/srv/secret/models/Llama-3.2-1B/"))
     front = yaml.safe_load(card.split("---\n")[1])
     assert front["model-index"][0]["results"][0]["metrics"] == [{"type": "accuracy", "value": 0.8125}]
     assert "base_model" not in front and "secret" not in card and "Llama-3.2-1B" in card
     for said in ("Not a medical device", "no de-identification", "can repeat text", "patient data, site agreement",
                  "left in place", "continual pretraining, then supervised fine-tuning as LoRA"):  # fmt: skip
         assert said in card, said
-    run["recipe"]["model"]["base"] = "meta-llama/Llama-3.1-8B"
-    assert yaml.safe_load(model_card(run).split("---\n")[1])["base_model"] == "meta-llama/Llama-3.1-8B"
+    assert (
+        yaml.safe_load(model_card(on("meta-llama/Llama-3.1-8B")).split("---\n")[1])["base_model"]
+        == "meta-llama/Llama-3.1-8B"
+    )
 
 
 def test_markdown_tables_are_rectangular():
-    text = markdown(synthetic_run(), Metrics())
+    text = markdown(make_run(), Metrics())
     for block in re.findall(r"(?:^\|.*\n)+", text, flags=re.M):
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}) == 1
 
 
 def test_rendering_again_gives_the_same_bytes_in_a_second(tmp_path):
-    write_run(tmp_path, synthetic_run(), synthetic_metrics() * 20)
+    write_run(tmp_path, make_run(), make_metrics() * 20)
     start = time.process_time()
     sizes = write_report(tmp_path)
     assert time.process_time() - start < 1.0
@@ -333,28 +235,20 @@ def test_chart_keeps_ends_and_drops_excess_points():
     assert len(places) <= MAX_POINTS + 1 and places[-1] == "1000.0 1000.0"
 
 
-def test_score_forms():
-    assert str(read_score({"mean": 0.5, "ci95": [0.4, 0.6]})) == "0.50 (0.40–0.60)"
-    assert str(read_score(0.25)) == "0.25" and read_score(None) is None
-
-
-if __name__ == "__main__":
-    print(write_report(write_run(Path(sys.argv[1]), synthetic_run(), synthetic_metrics())))
-
-
 def test_the_card_tells_the_weakest_treatment_of_identifiers():
-    from qmedtune.report import _weakest_phi
+    sources = {"a": {"phi": None}, "b": {"phi": "off"}, "c": {"phi": "redact"}}
+    run = make_run(recipe={"hygiene": {"phi": "refuse"}, "data": sources})
+    assert weakest_phi(run, ["a"]) == "refuse" and weakest_phi(run, ["a", "c"]) == "redact"
+    assert weakest_phi(run, ["a", "b", "c"]) == "off"
 
-    recipe = {"hygiene": {"phi": "refuse"}, "data": {"a": {"phi": None}, "b": {"phi": "off"}, "c": {"phi": "redact"}}}
-    assert _weakest_phi(recipe, ["a"]) == "refuse" and _weakest_phi(recipe, ["a", "c"]) == "redact"
-    assert _weakest_phi(recipe, ["a", "b", "c"]) == "off"
 
-
-def in_precision(**facts) -> dict:
-    run = synthetic_run()
-    run["evaluation"] |= facts
-    run["evaluation"]["perplexity"]["notes"] |= {"base": 20.0, "final": 15.2, "nf4": {"base": 26.0, "final": 15.34}}
-    return run
+def in_precision(**facts) -> Run:
+    evaluation = make_evaluation(**facts)
+    notes = evaluation.perplexity["notes"].model_copy(
+        update={"base": 20.0, "final": 15.2, "nf4": Pair(base=26.0, final=15.34)}
+    )
+    texts = {**evaluation.perplexity, "notes": notes}
+    return make_run(evaluation=evaluation.model_copy(update={"perplexity": texts}))
 
 
 def test_the_precision_of_scores_stands_in_headline_tables_figures_and_card(tmp_path):
@@ -369,25 +263,35 @@ def test_the_precision_of_scores_stands_in_headline_tables_figures_and_card(tmp_
     assert f"In {said}." in card
     scored_in = {"nf4": "NF4, as trained, not as delivered", "float16": "float16, as trained"}
     for weights, words in scored_in.items():
-        assert precision_of({"precision": "nf4", "weights": weights}) == words
-    assert precision_of({"precision": "nf4"}) == "NF4, as trained" and precision_of({}) == ""
+        assert precision_of(Evaluation(precision="nf4", weights=weights)) == words
+    assert precision_of(Evaluation(precision="nf4")) == "NF4, as trained" and precision_of(Evaluation()) == ""
 
 
 def test_what_quantisation_cost_and_training_repaired_is_a_line_of_its_own():
-    [row] = tables.quantisation(in_precision(precision="delivered", weights="bfloat16")).rows
+    [row] = score_tables.quantisation(in_precision(precision="delivered", weights="bfloat16")).rows
     assert row[:4] == ("notes", "+30.0%", "−41.0%", "−24.0%")
     assert float(row[4]) == pytest.approx(math.log(26 / 15.34) - math.log(20 / 15.2), abs=6e-4)
-    assert tables.quantisation(synthetic_run()).rows == []
+    assert score_tables.quantisation(make_run()).rows == []
 
 
 def test_a_score_no_better_than_the_commonest_answer_is_said_to_be_no_knowledge():
-    pubmedqa = compared(scored(0.40, 500), scored(0.58, 500), 1e-9, 130, 40)
-    for model in ("base", "final"):
-        pubmedqa[model]["majority"] = 0.56
-    run = {"status": "finished", "evaluation": {"tasks": {"pubmedqa": pubmedqa}}}
+    def compared_with_commonest(final: float) -> Run:
+        scores: Scores = make_scores(make_score(0.40, 500), make_score(final, 500), 130, 40)
+        models = {}
+        for label in ("base", "final"):
+            score = scores.of(label)
+            assert score is not None
+            models[label] = score.model_copy(update={"majority": 0.56})
+        task = Task(**models, difference=scores.difference, paired=scores.paired)
+        return make_run(evaluation=Evaluation(tasks={"pubmedqa": task}))
+
+    run = compared_with_commonest(0.58)
     [whole] = comparisons(run)
     assert whole.verdict == "better" and "not beyond always the commonest answer (0.56)" in whole.reading
     assert "not beyond always the commonest answer" in outcome(run)
-    assert tables.evaluation(run).rows[0][4] == "0.56"
-    pubmedqa["final"] |= {"accuracy": 0.7, "ci95": [0.66, 0.74]}
-    assert "commonest" not in comparisons(run)[0].reading
+    assert score_tables.evaluation(run).rows[0][4] == "0.56"
+    assert "commonest" not in comparisons(compared_with_commonest(0.7))[0].reading
+
+
+if __name__ == "__main__":
+    print(write_report(write_run(Path(sys.argv[1]), make_run(), make_metrics())))

@@ -81,9 +81,9 @@ def test_the_run_takes_the_steps_that_the_plan_says(tmp_path: Path):
     loaded = load_recipe(tmp_path / "mine.yaml")
     planned = make_plan(loaded.recipe)["stages"][0]
     result = run(loaded.recipe, loaded.text, tmp_path / "run", offline=True, until="01-cpt")
-    stage = result["stages"][0]
-    assert stage["batch"] == planned["batch"] == 1 and stage["steps"] >= MIN_STEPS
-    assert stage["steps"] == pytest.approx(planned["steps"], rel=0.15)
+    stage = result.stages[0]
+    assert stage.batch == planned["batch"] == 1 and stage.steps >= MIN_STEPS
+    assert stage.steps == pytest.approx(planned["steps"], rel=0.15)
 
 
 def test_a_peak_is_what_came_after_the_reset():

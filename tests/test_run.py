@@ -23,7 +23,7 @@ from qmedtune.smoke import smoke
 TRAINED = ("01-cpt", "02-sft")
 
 
-def run_micro(out: Path, *settings: str, **options) -> dict:
+def run_micro(out: Path, *settings: str, **options) -> Run:
     loaded = load_recipe(MICRO, settings)
     return run(loaded.recipe, loaded.text, out, offline=True, **options)
 
@@ -43,7 +43,7 @@ def digests(out: Path) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("finished") / "run"
-    assert run_micro(out)["status"] == "finished"
+    assert run_micro(out).finished
     return out
 
 
@@ -93,7 +93,7 @@ def test_the_token_ledger_adds_up(finished: Path):
 def test_a_finished_run_changes_nothing(copy: Path):
     run_micro(copy)
     before = contents(copy)
-    assert run_micro(copy)["status"] == "finished"
+    assert run_micro(copy).finished
     assert contents(copy) == before
 
 
@@ -102,14 +102,14 @@ def test_a_damaged_run_json_is_written_again(copy: Path, text: str):
     """Also one that still says `finished`: a flipped bit elsewhere must not be shown as a result."""
     whole = json.loads((copy / "run.json").read_text())
     (copy / "run.json").write_text(text if text != "{}" else json.dumps({**whole, "seed": 18}))
-    assert run_micro(copy)["status"] == "finished"
+    assert run_micro(copy).finished
     assert json.loads((copy / "run.json").read_text())["seed"] == whole["seed"]
 
 
 def test_one_sft_key_makes_sft_and_what_follows_again(copy: Path):
     before = digests(copy)
     result = run_micro(copy, "stages[1].sft.lr=7e-4")
-    assert result["status"] == "finished"
+    assert result.finished
     after = digests(copy)
     changed = {name for name in before if before[name] != after[name]}
     assert changed == {"02-sft", "merged", "evaluation"}
@@ -176,7 +176,7 @@ def test_status_names_what_is_stale_and_why(finished: Path):
 
 def test_until_stops_after_a_step_and_the_rest_follows(tmp_path: Path, finished: Path):
     result = run_micro(tmp_path / "run", until="cpt")
-    assert result["status"] == "stopped" and not (tmp_path / "run" / "02-sft").exists()
+    assert result.status == "stopped" and not (tmp_path / "run" / "02-sft").exists()
     run_micro(tmp_path / "run")
     assert digests(tmp_path / "run") == digests(finished)
 
@@ -228,7 +228,7 @@ def test_two_runs_on_one_folder(copy: Path):
     (copy / "run.json").unlink()
     with store.lock(copy), pytest.raises(RunError, match=rf"already running \(pid {os.getpid()}\)"):
         run_micro(copy)
-    assert run_micro(copy)["status"] == "finished"
+    assert run_micro(copy).finished
 
 
 def test_the_time_limit_seals_and_the_next_run_goes_on(tmp_path: Path, finished: Path):

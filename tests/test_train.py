@@ -286,11 +286,11 @@ def test_each_stage_keeps_the_step_that_is_best_at_what_it_is_for(tmp_path: Path
     settings = ["validate.keep_best=true", "validate.every=2", "stages[1].sft.batch=2", "stages[0].cpt.tokens=1500"]
     loaded = load_recipe(MICRO, settings)
     result = run(loaded.recipe, loaded.text, tmp_path / "run", offline=True, until="02-sft")
-    cpt, sft = result["stages"]
-    assert (cpt["kept_step"], cpt["kept_by"]) == (2, ["literature", "notes"])
-    assert sft["kept_step"] == sft["steps"] > 4 and sft["kept_by"] == ["instructions"]
-    added = next(choice for choice in result["resolved"] if choice["key"] == "validate.on")
-    assert added["value"] == "literature, notes, instructions" and "held-out instructions" in added["why"]
+    cpt, sft = result.stages
+    assert (cpt.kept_step, cpt.kept_by) == (2, ["literature", "notes"])
+    assert sft.kept_step == sft.steps > 4 and sft.kept_by == ["instructions"]
+    added = next(choice for choice in result.resolved if choice.key == "validate.on")
+    assert added.value == "literature, notes, instructions" and "held-out instructions" in added.why
     assert "(best by instructions)" in str(stages(result).rows)
 
 

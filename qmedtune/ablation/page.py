@@ -5,13 +5,14 @@ Deliberately does not: read runs or compute (results.py); the arms' own reports 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
-from qmedtune.ablation.figure import figure
+from qmedtune.ablation import figure
+from qmedtune.reporting.cells import UNKNOWN, Table
 from qmedtune.reporting.charts import Html, esc
+from qmedtune.reporting.facts import MINUS
 from qmedtune.reporting.page import card, document, html_table, section
-from qmedtune.reporting.tables import Table
+from qmedtune.results import Ablation, ArmDifference, ArmEntry, Measure, Ratio
 from qmedtune.units import digits3, duration
 
 METHOD = (
@@ -22,47 +23,53 @@ METHOD = (
 )
 
 
-def tables(result: dict[str, Any]) -> list[Table]:
+def tables(result: Ablation) -> list[Table]:
     """The table of arms and the differences from the whole recipe."""
-    return [_arms_table(result), *([_noise_table(result)] if result["reference"] else [])]
+    arms = _arms_table(result)
+    if result.reference is None:
+        return [arms]
+    return [arms, _noise_table(result, result.reference)]
 
 
-def _arms_table(result: dict[str, Any]) -> Table:
-    arms = result["arms"]
-    scores = list(dict.fromkeys(name for arm in arms for name in arm["scores"]))
-    texts = list(dict.fromkeys(name for arm in arms for name in arm["perplexity"]))
-    rows = [_arm_row(arm, scores, texts) for arm in arms]
+def _arms_table(result: Ablation) -> Table:
+    scores = figure.names_of(result.arms, "scores")
+    texts = figure.names_of(result.arms, "perplexity")
+    rows = [_arm_row(arm, scores, texts) for arm in result.arms]
     columns = ("Arm", *scores, *(f"perplexity {name}" for name in texts), "Seeds", "What differs")
     return Table("Arms", columns, rows, METHOD if rows else "No arm has finished yet.")
 
 
-def _arm_row(arm: dict[str, Any], scores: Sequence[str], texts: Sequence[str]) -> tuple[str, ...]:
-    cells = [_cell(arm["scores"].get(name), "{:.2f}".format) for name in scores]
-    cells += [_cell(arm["perplexity"].get(name), digits3) for name in texts]
-    return (arm["arm"], *cells, str(len(arm["seeds"])), arm["change"])
+def _arm_row(arm: ArmEntry, scores: Sequence[str], texts: Sequence[str]) -> tuple[str, ...]:
+    cells = [arm.arm]
+    for name in scores:
+        cells.append(_cell(arm.scores.get(name), _two_decimals))
+    for name in texts:
+        cells.append(_cell(arm.perplexity.get(name), digits3))
+    return (*cells, str(len(arm.seeds)), arm.change)
 
 
-def _cell(entry: dict[str, Any] | None, shown: Any) -> str:
-    if entry is None:
-        return "–"
-    interval = f" ({shown(entry['ci95'][0])}–{shown(entry['ci95'][1])})" if entry["ci95"] else ""
-    return shown(entry["mean"]) + interval
+def _two_decimals(value: float) -> str:
+    return f"{value:.2f}"
 
 
-def _noise_table(result: dict[str, Any]) -> Table:
-    reference = result["reference"]
-    rows = []
-    for entry in result["differences"]:
-        if reference in (entry["first"], entry["second"]):
-            sign = 1 if entry["first"] == reference else -1
-            other = entry["second"] if sign == 1 else entry["first"]
-            change = f"{round(sign * entry['difference'], 2) + 0.0:+.2f}".replace("-", "−")  # no −0.00
-            p = "p < 0.001" if entry["p_holm"] < 0.001 else f"p = {entry['p_holm']:.3f}"
-            rows.append((other, entry["score"], change, p, "within noise" if entry["within_noise"] else "beyond noise"))
-    for entry in result["perplexity_ratios"]:
-        interval = " ({:.2f}–{:.2f})".format(*entry["ci95"]) if entry["ci95"] else ""
-        noise = "within noise" if entry["within_noise"] else "beyond noise"
-        rows.append((entry["arm"], f"perplexity {entry['text']}", f"× {entry['ratio']:.2f}", interval.strip(), noise))
+def _cell(measure: Measure | None, shown: Callable[[float], str]) -> str:
+    if measure is None:
+        return UNKNOWN
+    if measure.ci95 is None:
+        return shown(measure.mean)
+    low, high = measure.ci95
+    return f"{shown(measure.mean)} ({shown(low)}–{shown(high)})"
+
+
+def _noise_table(result: Ablation, reference: str) -> Table:
+    rows: list[tuple[str, ...]] = []
+    for each in result.differences:
+        if each.first == reference:
+            rows.append(_difference_row(each, each.second, each.difference))
+        elif each.second == reference:
+            rows.append(_difference_row(each, each.first, -each.difference))
+    for ratio in result.perplexity_ratios:
+        rows.append(_ratio_row(ratio))
     note = (
         f"Against {reference}, the whole recipe; a perplexity is beyond noise when its interval over seeds, not "
         "corrected for the number of arms, leaves out 1. All pairs of arms are in differences.csv."
@@ -70,25 +77,45 @@ def _noise_table(result: dict[str, Any]) -> Table:
     return Table("Differences", ("Arm", "Measure", "Change", "Evidence", "Reading"), rows, note)
 
 
-def page(result: dict[str, Any]) -> str:
+def _difference_row(each: ArmDifference, other: str, difference: float) -> tuple[str, ...]:
+    change = f"{round(difference, 2) + 0.0:+.2f}".replace("-", MINUS)  # no −0.00
+    p = "p < 0.001" if each.p_holm < 0.001 else f"p = {each.p_holm:.3f}"
+    return (other, each.score, change, p, _reading(each.within_noise))
+
+
+def _ratio_row(ratio: Ratio) -> tuple[str, ...]:
+    interval = "({:.2f}–{:.2f})".format(*ratio.ci95) if ratio.ci95 else ""
+    return (ratio.arm, f"perplexity {ratio.text}", f"× {ratio.ratio:.2f}", interval, _reading(ratio.within_noise))
+
+
+def _reading(within_noise: bool) -> str:
+    return "within noise" if within_noise else "beyond noise"
+
+
+def page(result: Ablation) -> str:
     """The whole page of an ablation."""
     arms, *rest = tables(result)
-    seconds = duration(result["seconds"])
-    seeds = ", ".join(map(str, result["seeds"]))
-    words = f"{len(result['arms'])} arms, seeds {seeds}; {seconds} of work, steps that arms share counted once."
-    header = Html(
-        f'<header><div class="eyebrow">qmedtune ablate <span class="status {esc(result["status"])}">'
-        f"{esc(result['status'])}</span></div><h1>{esc(result['name'])}</h1>"
-        f'<p class="outcome">{esc(words)}</p></header>'
+    sections = [_header(result)]
+    if result.notes:
+        notes = "".join(f"<li>{esc(note)}</li>" for note in result.notes)
+        sections.append(Html(f'<div class="callout"><ul>{notes}</ul></div>'))
+    drawn = html_table(arms)
+    if result.arms:
+        drawn = Html(f'<div class="scroll">{figure.figure(result, result.chance)}</div>{drawn}')
+    sections.append(section("Arms", card("", drawn)))
+    for table in rest:
+        sections.append(section(table.title, card("", html_table(table))))
+    recipe = Html(f"<details><summary>The recipe</summary><pre>{esc(result.recipe_text)}</pre></details>")
+    sections.append(section("How to do it again", card("", recipe)))
+    return document(result.name, sections, "Written by qmedtune from ablation.json.")
+
+
+def _header(result: Ablation) -> Html:
+    seeds = ", ".join(str(seed) for seed in result.seeds)
+    work = f"{duration(result.seconds)} of work, steps that arms share counted once."
+    status = esc(result.status)
+    return Html(
+        f'<header><div class="eyebrow">qmedtune ablate <span class="status {status}">{status}</span></div>'
+        f"<h1>{esc(result.name)}</h1>"
+        f'<p class="outcome">{len(result.arms)} arms, seeds {seeds}; {work}</p></header>'
     )
-    notes = "".join(f"<li>{esc(note)}</li>" for note in result["notes"])
-    recipe = Html(f"<details><summary>The recipe</summary><pre>{esc(result['recipe_text'])}</pre></details>")
-    drawn = Html(f'<div class="scroll">{figure(result, result["chance"])}</div>') if result["arms"] else Html("")
-    sections = (
-        header,
-        Html(f'<div class="callout"><ul>{notes}</ul></div>') if notes else "",
-        section("Arms", card("", Html(drawn + html_table(arms)))),
-        *(section(table.title, card("", html_table(table))) for table in rest),
-        section("How to do it again", card("", recipe)),
-    )
-    return document(result["name"], sections, "Written by qmedtune from ablation.json.")

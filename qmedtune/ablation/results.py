@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from qmedtune import record
 from qmedtune.ablation import effects
 from qmedtune.ablation.arms import Arm
+from qmedtune.results import ArmDifference, ArmEntry, Comparisons, Item, Measure, Ratio, Run
 
 Answers = dict[str, float]
 """Item id -> 1.0 right, 0.0 wrong; the mean over draws where a task was asked with several draws of examples."""
@@ -55,60 +54,93 @@ def run_folder(out: Path, arm: Arm, seed: int) -> Path:
 def read_run(folder: Path, label: str) -> Measured | None:
     """What `label` (base or final) of a finished run did; None for a run that is not finished."""
     run = record.read(folder)
-    if not run or run["status"] != "finished":
+    if run is None or not run.finished:
         return None
-    evaluation = run["evaluation"] or {"tasks": {}, "perplexity": {}}
     answers: dict[str, Answers] = {}
-    metrics = {}
-    for task, found in evaluation["tasks"].items():
-        if found[label]["metric"] != "accuracy":
-            metrics[task] = found[label][found[label]["metric"]]
+    metrics: dict[str, float] = {}
+    for name, task in run.scored.tasks.items():
+        score = task.of(label)
+        assert score is not None
+        if score.metric != "accuracy":
+            metrics[name] = score.value
             continue
-        file = folder / "evaluation" / f"{task}.items.jsonl"
-        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        answers[task] = _answers(rows, label)
-        for facet in found.get("facets", {}):
-            answers[f"{task}: {facet}"] = _answers([row for row in rows if row.get("facet") == facet], label)
-    texts = {source: entry[label] for source, entry in evaluation["perplexity"].items()}
-    tokens = {stage["name"]: stage["tokens"]["trained"] for stage in run["stages"]} if label == "final" else {}
-    return Measured(answers, metrics, texts, tokens)
+        items = read_items(folder / "evaluation" / f"{name}.items.jsonl")
+        answers[name] = _answers(items, label)
+        for facet in task.facets:
+            answers[f"{name}: {facet}"] = _answers([item for item in items if item.facet == facet], label)
+    return Measured(answers, metrics, _perplexities(run, label), _trained(run, label))
 
 
-def _answers(rows: list[dict[str, Any]], label: str) -> Answers:
+def read_items(path: Path) -> list[Item]:
+    return [Item.model_validate_json(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _perplexities(run: Run, label: str) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for source, text in run.scored.perplexity.items():
+        value = text.base if label == "base" else text.final
+        assert value is not None
+        found[source] = value
+    return found
+
+
+def _trained(run: Run, label: str) -> dict[str, int]:
+    """Tokens by stage; the base was trained on none."""
+    found: dict[str, int] = {}
+    if label == "final":
+        for stage in run.stages:
+            found[stage.name] = stage.tokens.trained or 0
+    return found
+
+
+def _answers(items: Sequence[Item], label: str) -> Answers:
     asked: dict[str, list[bool]] = {}
-    for row in rows:
-        given = row[label]
-        asked.setdefault(row["id"], []).append(
-            given["correct"] if "correct" in given else given["generation"]["correct"]
-        )
-    return {item: sum(right) / len(right) for item, right in asked.items()}
+    for item in items:
+        asked.setdefault(item.id, []).append(item.of(label).is_right)
+    answers: Answers = {}
+    for name, right in asked.items():
+        answers[name] = sum(right) / len(right)
+    return answers
 
 
 def collect(out: Path, arms: Sequence[Arm], seeds: Sequence[int]) -> list[ArmResult]:
     """The arms that have a finished run, in order. The base is what the first other arm compared itself with."""
     first = next(arm for arm in arms if arm.recipe)
-    found = {}
+    found: dict[str, dict[int, Measured]] = {}
+    measured: list[Measured] = []
     for arm in arms:
         source, label = (arm, "final") if arm.recipe else (first, "base")
-        runs = {seed: read_run(run_folder(out, source, seed), label) for seed in seeds}
-        found[arm.name] = {seed: run for seed, run in runs.items() if run}
-    shared = _shared_items([run for runs in found.values() for run in runs.values()])
+        runs: dict[int, Measured] = {}
+        for seed in seeds:
+            run = read_run(run_folder(out, source, seed), label)
+            if run is not None:
+                runs[seed] = run
+        found[arm.name] = runs
+        measured += runs.values()
+    shared = _shared_items(measured)
     return [_over_seeds(arm, found[arm.name], shared) for arm in arms if found[arm.name]]
 
 
-def _shared_items(runs: list[Measured]) -> dict[str, list[str]]:
+def _shared_items(runs: Sequence[Measured]) -> dict[str, list[str]]:
     """Ids that every run answered, per score: a `limit` may have drawn others for another seed."""
-    names = dict.fromkeys(name for run in runs for name in run.answers)
-    shared = {}
-    for name in names:
-        answered = [set(run.answers.get(name, {})) for run in runs]
-        shared[name] = sorted(set.intersection(*answered))
+    answered: dict[str, set[str]] = {}
+    for run in runs:
+        for name, answers in run.answers.items():
+            answered.setdefault(name, set(answers))
+    shared: dict[str, list[str]] = {}
+    for name, items in answered.items():
+        for run in runs:
+            items &= run.answers.get(name, {}).keys()
+        shared[name] = sorted(items)
     return shared
 
 
 def _over_seeds(arm: Arm, runs: dict[int, Measured], shared: dict[str, list[str]]) -> ArmResult:
     measured = list(runs.values())
-    scores = {name: _scores_of(name, items, measured) for name, items in shared.items() if items}
+    scores: dict[str, np.ndarray] = {}
+    for name, items in shared.items():
+        if items:
+            scores[name] = _scores_of(name, items, measured)
     metrics = _by_name([run.metrics for run in measured])
     texts = _by_name([run.perplexity for run in measured])
     return ArmResult(arm, list(runs), scores, metrics, texts, measured[0].trained_tokens)
@@ -116,7 +148,7 @@ def _over_seeds(arm: Arm, runs: dict[int, Measured], shared: dict[str, list[str]
 
 def _scores_of(name: str, items: Sequence[str], runs: Sequence[Measured]) -> np.ndarray:
     """[seeds, items] of a task or facet."""
-    rows = []
+    rows: list[list[float]] = []
     for run in runs:
         answers = run.answers[name]
         rows.append([answers[item] for item in items])
@@ -125,7 +157,7 @@ def _scores_of(name: str, items: Sequence[str], runs: Sequence[Measured]) -> np.
 
 def _by_name(figures: Sequence[dict[str, float]]) -> dict[str, list[float]]:
     """The figures of several seeds, side by side under the names that the first has."""
-    found = {}
+    found: dict[str, list[float]] = {}
     for name in figures[0]:
         found[name] = [each[name] for each in figures]
     return found
@@ -134,110 +166,154 @@ def _by_name(figures: Sequence[dict[str, float]]) -> dict[str, list[float]]:
 # ---- the result ------------------------------------------------------------------------------------------------------
 
 
-def summarise(results: list[ArmResult]) -> dict[str, Any]:
-    """{"reference", "arms", "differences"}: what ablation.json, the table, the figure and the CSV files are made of."""
-    reference = next((result.arm.name for result in results if result.arm.is_reference), None)
-    return {
-        "reference": reference,
-        "arms": [_arm(result) for result in results],
-        "differences": list(_differences(results)),
-        "perplexity_ratios": list(_ratios(results, reference)),
-    }
+def summarise(results: Sequence[ArmResult]) -> Comparisons:
+    """What the table, the figure and the CSV files are made of."""
+    whole = reference_of(results)
+    return Comparisons(
+        reference=whole.arm.name if whole else None,
+        arms=[_arm(result) for result in results],
+        differences=list(_differences(results)),
+        perplexity_ratios=list(_ratios(results, whole)) if whole else [],
+    )
 
 
-def _arm(result: ArmResult) -> dict[str, Any]:
-    scores: dict[str, Any] = {name: _score(array) for name, array in result.scores.items()}
-    scores |= {name: _over(values) for name, values in result.metrics.items()}
-    return {
-        "arm": result.arm.name,
-        "change": result.arm.change,
-        "seeds": result.seeds,
-        "scores": scores,
-        "perplexity": {source: _over(values, ratio=True) for source, values in result.perplexity.items()},
-        "trained_tokens": result.trained_tokens,
-    }
+def reference_of(results: Sequence[ArmResult]) -> ArmResult | None:
+    """The whole recipe, which single changes are compared with."""
+    for result in results:
+        if result.arm.is_reference:
+            return result
+    return None
 
 
-def _score(array: np.ndarray) -> dict[str, Any]:
-    low, high = effects.mean_interval(array)
+def _arm(result: ArmResult) -> ArmEntry:
+    scores: dict[str, Measure] = {}
+    for name, array in result.scores.items():
+        scores[name] = _score(array)
+    for name, values in result.metrics.items():
+        scores[name] = _over(values)
+    perplexity: dict[str, Measure] = {}
+    for source, values in result.perplexity.items():
+        perplexity[source] = _over(values, ratio=True)
+    return ArmEntry(
+        arm=result.arm.name,
+        change=result.arm.change,
+        seeds=result.seeds,
+        scores=scores,
+        perplexity=perplexity,
+        trained_tokens=result.trained_tokens,
+    )
+
+
+def _score(array: np.ndarray) -> Measure:
     by_seed = [round(value, 5) for value in array.mean(axis=1).tolist()]
-    return {"mean": float(array.mean()), "ci95": [low, high], "by_seed": by_seed, "items": array.shape[1]}
+    return Measure(
+        mean=float(array.mean()), ci95=effects.mean_interval(array), by_seed=by_seed, items=int(array.shape[1])
+    )
 
 
-def _over(values: list[float], ratio: bool = False) -> dict[str, Any]:
-    interval = effects.seeds_interval(values, ratio)
-    return {"mean": effects.centre(values, ratio), "ci95": interval and list(interval), "by_seed": values}
+def _over(values: list[float], ratio: bool = False) -> Measure:
+    return Measure(mean=effects.centre(values, ratio), ci95=effects.seeds_interval(values, ratio), by_seed=list(values))
 
 
-def _differences(results: list[ArmResult]) -> Iterator[dict[str, Any]]:
+@dataclass(frozen=True)
+class _Pair:
+    """Two arms and the seeds that both have."""
+
+    first: ArmResult
+    second: ArmResult
+    seeds: list[int]
+
+    def rows(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """The scores of both, [seeds, items]."""
+        return _rows(self.first, name, self.seeds), _rows(self.second, name, self.seeds)
+
+
+def _differences(results: Sequence[ArmResult]) -> Iterator[ArmDifference]:
     """Every pair of arms on every score, on the seeds that both have; p values adjusted within a score."""
     pairs = list(_pairs(results))
-    for name in dict.fromkeys(name for result in results for name in result.scores):
-        tables = [(_rows(first, name, seeds), _rows(second, name, seeds)) for first, second, seeds in pairs]
-        p_values = [effects.paired_p(first, second) for first, second in tables]
+    for name in _score_names(results):
+        p_values: list[float] = []
+        changes: list[float] = []
+        for pair in pairs:
+            first, second = pair.rows(name)
+            p_values.append(effects.paired_p(first, second))
+            changes.append(float(second.mean() - first.mean()))
         adjusted = effects.holm(p_values)
-        for (first, second, _), (a, b), p, p_holm in zip(pairs, tables, p_values, adjusted, strict=True):
-            yield {
-                "score": name,
-                "first": first.arm.name,
-                "second": second.arm.name,
-                "difference": float(b.mean() - a.mean()),
-                "p": p,
-                "p_holm": p_holm,
-                "within_noise": p_holm >= effects.SIGNIFICANCE,
-            }
+        for pair, change, p, p_holm in zip(pairs, changes, p_values, adjusted, strict=True):
+            yield ArmDifference(
+                score=name,
+                first=pair.first.arm.name,
+                second=pair.second.arm.name,
+                difference=change,
+                p=p,
+                p_holm=p_holm,
+                within_noise=p_holm >= effects.SIGNIFICANCE,
+            )
 
 
-def _pairs(results: list[ArmResult]) -> Iterator[tuple[ArmResult, ArmResult, list[int]]]:
-    """Two arms and the seeds that both have."""
+def _score_names(results: Sequence[ArmResult]) -> list[str]:
+    names: dict[str, None] = {}
+    for result in results:
+        names |= dict.fromkeys(result.scores)
+    return list(names)
+
+
+def _pairs(results: Sequence[ArmResult]) -> Iterator[_Pair]:
     for first, second in combinations(results, 2):
-        if seeds := [seed for seed in first.seeds if seed in second.seeds]:
-            yield first, second, seeds
+        seeds = [seed for seed in first.seeds if seed in second.seeds]
+        if seeds:
+            yield _Pair(first, second, seeds)
 
 
-def _rows(result: ArmResult, name: str, seeds: list[int]) -> np.ndarray:
+def _rows(result: ArmResult, name: str, seeds: Sequence[int]) -> np.ndarray:
     return result.scores[name][[result.seeds.index(seed) for seed in seeds]]
 
 
-def _ratios(results: list[ArmResult], reference: str | None) -> Iterator[dict[str, Any]]:
-    """Perplexity of each arm over the reference's, paired by seed; not adjusted for their number."""
-    whole = next((result for result in results if result.arm.name == reference), None)
-    for result in results if whole else []:
-        seeds = [seed for seed in result.seeds if whole and seed in whole.seeds]
-        if whole is None or result is whole or not seeds:
+def _ratios(results: Sequence[ArmResult], whole: ArmResult) -> Iterator[Ratio]:
+    """Perplexity of each arm over that of the whole recipe, paired by seed; not adjusted for their number."""
+    for result in results:
+        seeds = [seed for seed in result.seeds if seed in whole.seeds]
+        if result is whole or not seeds:
             continue
         for source, values in result.perplexity.items():
-            ratios = [values[result.seeds.index(s)] / whole.perplexity[source][whole.seeds.index(s)] for s in seeds]
+            ratios: list[float] = []
+            for seed in seeds:
+                reference = whole.perplexity[source][whole.seeds.index(seed)]
+                ratios.append(values[result.seeds.index(seed)] / reference)
             found = _over(ratios, ratio=True)
-            noise = found["ci95"] is None or found["ci95"][0] <= 1 <= found["ci95"][1]
-            yield {"text": source, "arm": result.arm.name, "ratio": found["mean"], "ci95": found["ci95"],
-                   "within_noise": noise}  # fmt: skip
+            is_noise = found.ci95 is None or found.ci95[0] <= 1 <= found.ci95[1]
+            yield Ratio(text=source, arm=result.arm.name, ratio=found.mean, ci95=found.ci95, within_noise=is_noise)
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
-def table_csv(result: dict[str, Any]) -> str:
+def table_csv(result: Comparisons) -> str:
     """One line per arm and measure. `by_seed` holds the seeds' own values, in the order of `seeds`."""
     columns = ("arm", "change", "kind", "measure", "mean", "ci95_low", "ci95_high", "items", "seeds", "by_seed")
-    rows = []
-    for arm in result["arms"]:
-        for kind, found in (("score", arm["scores"]), ("perplexity", arm["perplexity"])):
-            for name, entry in found.items():
-                low, high = entry["ci95"] or (None, None)
-                seeds, values = " ".join(map(str, arm["seeds"])), " ".join(f"{v:.5g}" for v in entry["by_seed"])
-                figures = [_figure(entry["mean"]), _figure(low), _figure(high), entry.get("items")]
-                rows.append((arm["arm"], arm["change"], kind, name, *figures, seeds, values))
+    rows: list[Sequence[object]] = []
+    for arm in result.arms:
+        for name, measure in arm.scores.items():
+            rows.append(_csv_row(arm, "score", name, measure))
+        for name, measure in arm.perplexity.items():
+            rows.append(_csv_row(arm, "perplexity", name, measure))
     return _csv(columns, rows)
 
 
-def differences_csv(result: dict[str, Any]) -> str:
+def _csv_row(arm: ArmEntry, kind: str, name: str, measure: Measure) -> Sequence[object]:
+    low, high = measure.ci95 or (None, None)
+    figures = (_figure(measure.mean), _figure(low), _figure(high), measure.items)
+    seeds = " ".join(str(seed) for seed in arm.seeds)
+    by_seed = " ".join(f"{value:.5g}" for value in measure.by_seed)
+    return (arm.arm, arm.change, kind, name, *figures, seeds, by_seed)
+
+
+def differences_csv(result: Comparisons) -> str:
     columns = ("score", "first", "second", "difference", "p", "p_holm", "within_noise")
-    rows = []
-    for entry in result["differences"]:
-        figures = [_figure(entry[name]) for name in ("difference", "p", "p_holm")]
-        words = (entry["score"], entry["first"], entry["second"])
-        rows.append((*words, *figures, str(entry["within_noise"]).lower()))
+    rows: list[Sequence[object]] = []
+    for each in result.differences:
+        figures = (_figure(each.difference), _figure(each.p), _figure(each.p_holm))
+        rows.append((each.score, each.first, each.second, *figures, str(each.within_noise).lower()))
     return _csv(columns, rows)
 
 
@@ -245,7 +321,7 @@ def _figure(value: float | None) -> str:
     return "" if value is None else f"{value:.5g}"
 
 
-def _csv(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+def _csv(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)

@@ -47,7 +47,7 @@ def ablate(
     folder = run_folder(loaded, out)
     result = sweep.ablate(loaded, folder, seeds=seeds, offline=offline, time_limit_s=time_limit)  # type: ignore[arg-type]
     if as_json:
-        return emit(result)
+        return emit(result.as_json())
     for table in page.tables(result):
         if table.rows:
             ui.table(table.title, table.columns, table.rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,6 +25,8 @@ from qmedtune.commands.common import (
 
 if TYPE_CHECKING:
     from qmedtune.parsing.loader import LoadedRecipe
+    from qmedtune.reporting.cells import Table
+    from qmedtune.results import Run
 
 
 def run(
@@ -41,23 +44,26 @@ def run(
     from qmedtune import run as spine
 
     folder = out or (Path("runs") / f"{loaded.recipe.name}-smoke" if smoke else run_folder(loaded, out))
-    facts = spine.run(
+    found = spine.run(
         loaded.recipe, loaded.text, folder, until=until, offline=offline, smoke=smoke, time_limit_s=time_limit
     )
-    emit(facts) if as_json else _show_run(facts, folder)
+    emit(found.as_json()) if as_json else _show_run(found, folder)
 
 
-def _show_run(facts: dict[str, Any], folder: Path) -> None:
-    from qmedtune.reporting import duels
-    from qmedtune.reporting import tables as report_tables
+def _show_run(found: Run, folder: Path) -> None:
+    from qmedtune.reporting import duels, score_tables
 
-    _show(report_tables.evaluation(facts), report_tables.perplexity(facts), report_tables.classification(facts))
-    _show(duels.head_to_head(facts))
-    print(f"{facts['name']}: {facts['status']}. Report: {folder / 'report.html'}")
-    if facts["status"] == "finished" and facts["merge"]:
+    _show(score_tables.evaluation(found), score_tables.perplexity(found), score_tables.classification(found))
+    if found.against is not None:
+        _show(duels.head_to_head(found.against))
+    print(f"{found.name}: {found.status}. Report: {folder / 'report.html'}")
+    if not found.finished:
+        return
+    if found.merge is not None:
         print(f"Talk to it: qmedtune chat {folder}")
-    models = [stage["model"]["path"] for stage in facts["stages"] if "model" in stage]
-    if facts["status"] == "finished" and not facts["merge"] and models:
+        return
+    models = [stage.model.path for stage in found.stages if stage.model is not None]
+    if models:
         print(f"No adapter was trained, so nothing was merged: the model is {folder / models[-1]}")
 
 
@@ -110,14 +116,22 @@ def data(
     from qmedtune import run as spine
     from qmedtune.reporting import tables as report_tables
 
-    facts = spine.run(loaded.recipe, loaded.text, folder, until="data", offline=offline)
+    found = spine.run(loaded.recipe, loaded.text, folder, until="data", offline=offline)
     if as_json:
-        return emit(facts["data"])
-    from qmedtune import store
+        return emit(found.as_json()["data"])
+    _show(report_tables.records(found), report_tables.reading(found), report_tables.findings(found))
+    _show(*_packed_tables(folder, loaded.recipe.stage_names()))
 
-    packed = {name: store.read_seal(folder / "data" / name) for name in loaded.recipe.stage_names()}
-    ledgers = [report_tables.packing(name, seal.facts.get("mixture", {})) for name, seal in packed.items() if seal]
-    _show(report_tables.records(facts), report_tables.reading(facts), report_tables.findings(facts), *ledgers)
+
+def _packed_tables(folder: Path, stages: list[str]) -> Iterator[Table]:
+    from qmedtune import store
+    from qmedtune.reporting import tables as report_tables
+    from qmedtune.results import Packing
+
+    for name in stages:
+        sealed = store.read_seal(folder / "data" / name)
+        if sealed is not None:
+            yield report_tables.packing(name, Packing.model_validate(sealed.facts).mixture)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ MAX_POINTS = 400  # per line: more is invisible at 1000 pixels and only makes th
 SMOOTHING_WINDOW = 1 / 25  # of the drawn points: a centred mean, which unlike a running one does not lag
 
 Points = Sequence[tuple[float, float]]
+Bar = tuple[str, float, str, int]
+"""Label, value, text at the end, color."""
 
 
 class Html(str):
@@ -69,33 +71,61 @@ SHARES = Axis((0, 0.25, 0.5, 0.75, 1))
 def nice_ticks(low: float, high: float, wanted: int = 5) -> list[float]:
     """Round figures (1, 2 or 5 times a power of ten apart) that cover [low, high]."""
     span = (high - low) or abs(high) or 1.0
-    raw = span / wanted
-    power = 10 ** math.floor(math.log10(raw))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * 0.999)
+    step = _round_step(span / wanted)
     first = math.floor(low / step + 1e-9)
     last = math.ceil(high / step - 1e-9)
     return [round(index * step, 12) for index in range(first, max(last, first + 1) + 1)]
 
 
+def _round_step(raw: float) -> float:
+    """The next of 1, 2, 5 and 10 times a power of ten."""
+    power = 10 ** math.floor(math.log10(raw))
+    for factor in (1, 2, 5):
+        if factor * power >= raw * 0.999:
+            return factor * power
+    return 10 * power
+
+
+@dataclass(frozen=True)
+class _Plane:
+    """Where a value lies in a drawing of 1000 x 1000, the origin above on the left."""
+
+    x_low: float
+    x_high: float
+    y_low: float
+    y_high: float
+
+    def x(self, value: float) -> float:
+        return 1000 * (value - self.x_low) / (self.x_high - self.x_low)
+
+    def y(self, value: float) -> float:
+        return 1000 * (self.y_high - value) / (self.y_high - self.y_low)
+
+    def places(self, points: Points) -> list[tuple[float, float]]:
+        return [(self.x(x), self.y(y)) for x, y in points]
+
+
 def line_chart(series: Sequence[Series], x_label: str, y_label: str) -> Html:
     """Lines over a common grid, with a legend. Series without points are left out."""
     series = [line for line in series if line.points]
-    xs = [x for line in series for x, _ in line.points]
-    ys = [y for line in series for _, y in line.points]
-    y_ticks = nice_ticks(min(ys), max(ys))
-    x_low, x_high = 0, max(*xs, 1)
-    y_low, y_high = y_ticks[0], y_ticks[-1]
-    x_ticks = [tick for tick in nice_ticks(x_low, x_high) if x_low <= tick <= x_high and tick == int(tick)]
-
-    def at(x: float, y: float) -> tuple[float, float]:
-        return 1000 * (x - x_low) / (x_high - x_low), 1000 * (y_high - y) / (y_high - y_low)
-
-    grid = "".join(f'<path class="grid" d="M0 {at(x_low, tick)[1]:.1f}H1000"/>' for tick in y_ticks)
-    lines = ""
+    xs: list[float] = []
+    ys: list[float] = []
     for line in series:
-        lines += _line(line, [at(*point) for point in _thinned(line.points)])
-    y_text = "".join(f'<span style="top:{at(x_low, t)[1] / 10:.2f}%">{_tick(t)}</span>' for t in y_ticks)
-    x_text = "".join(f'<span style="left:{at(t, y_low)[0] / 10:.2f}%">{_tick(t)}</span>' for t in x_ticks)
+        for x, y in line.points:
+            xs.append(x)
+            ys.append(y)
+    x_high = max(*xs, 1)
+    y_ticks = nice_ticks(min(ys), max(ys))
+    plane = _Plane(0, x_high, y_ticks[0], y_ticks[-1])
+    grid, lines, y_text, x_text = "", "", "", ""
+    for tick in y_ticks:
+        grid += f'<path class="grid" d="M0 {plane.y(tick):.1f}H1000"/>'
+        y_text += f'<span style="top:{plane.y(tick) / 10:.2f}%">{_tick(tick)}</span>'
+    for line in series:
+        lines += _line(line, plane.places(_thinned(line.points)))
+    for tick in nice_ticks(0, x_high):
+        if 0 <= tick <= x_high and tick == int(tick):
+            x_text += f'<span style="left:{plane.x(tick) / 10:.2f}%">{_tick(tick)}</span>'
     summary = ", ".join(f"{line.label} {line.points[0][1]:.3f} to {line.points[-1][1]:.3f}" for line in series)
     return Html(
         f'<figure class="chart">{legend([(line.label, line.color) for line in series])}'
@@ -107,26 +137,30 @@ def line_chart(series: Sequence[Series], x_label: str, y_label: str) -> Html:
 
 
 def _line(line: Series, places: list[tuple[float, float]]) -> str:
+    drawn = f'<path class="line s{line.color}" d="{_path(places)}"/>'
     if line.dots or len(places) == 1:
-        dots = "".join(
-            f'<path class="dot s{line.color}" d="M{x:.1f} {y:.1f}h0"><title>{esc(line.label)}, step {step:g}: '
-            f"{value:.3f}</title></path>"
-            for (x, y), (step, value) in zip(places, _thinned(line.points), strict=True)
-        )
-        return f'<path class="line s{line.color}" d="{_path(places)}"/>{dots}'
+        return drawn + _dots(line, places)
     if len(places) < 50:
-        return f'<path class="line s{line.color}" d="{_path(places)}"/>'
-    raw, smooth = _path(places), _path(_smoothed(places))
-    return f'<path class="raw s{line.color}" d="{raw}"/><path class="line s{line.color}" d="{smooth}"/>'
+        return drawn
+    smooth = f'<path class="line s{line.color}" d="{_path(_smoothed(places))}"/>'
+    return f'<path class="raw s{line.color}" d="{_path(places)}"/>{smooth}'
+
+
+def _dots(line: Series, places: list[tuple[float, float]]) -> str:
+    dots = ""
+    for (x, y), (step, value) in zip(places, _thinned(line.points), strict=True):
+        title = f"<title>{esc(line.label)}, step {step:g}: {value:.3f}</title>"
+        dots += f'<path class="dot s{line.color}" d="M{x:.1f} {y:.1f}h0">{title}</path>'
+    return dots
 
 
 def _smoothed(places: list[tuple[float, float]]) -> list[tuple[float, float]]:
     """Means over the points around each, fewer of them at the ends."""
     reach = round(len(places) * SMOOTHING_WINDOW / 2)
-    smooth = []
+    smooth: list[tuple[float, float]] = []
     for index, (x, _) in enumerate(places):
         window = places[max(0, index - reach) : index + reach + 1]
-        smooth.append((x, sum(y for _, y in window) / len(window)))
+        smooth.append((x, _middle(window)[1]))
     return smooth
 
 
@@ -139,44 +173,62 @@ def _thinned(points: Points) -> Points:
     stretch = math.ceil(len(points) / MAX_POINTS)
     if stretch == 1:
         return points
-    parts = [points[i : i + stretch] for i in range(0, len(points) - 1, stretch)]
-    return [*(_middle(part) for part in parts), points[-1]]
+    thinned: list[tuple[float, float]] = []
+    for start in range(0, len(points) - 1, stretch):
+        thinned.append(_middle(points[start : start + stretch]))
+    return [*thinned, points[-1]]
 
 
 def _middle(points: Points) -> tuple[float, float]:
-    return sum(x for x, _ in points) / len(points), sum(y for _, y in points) / len(points)
+    x_sum, y_sum = 0.0, 0.0
+    for x, y in points:
+        x_sum += x
+        y_sum += y
+    return x_sum / len(points), y_sum / len(points)
 
 
 def _tick(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:g}"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:g}"
 
 
 def legend(labels: Sequence[tuple[str, int]], tick: str = "") -> Html:
     """Coloured keys above a chart; `tick` names the thin line, where there is one."""
-    keys = "".join(f'<span><i class="key c{color}"></i>{esc(label)}</span>' for label, color in labels)
-    line = f'<span><i class="key tick-key c0"></i>{esc(tick)}</span>' if tick else ""
-    return Html(f'<div class="legend">{keys}{line}</div>')
+    keys = ""
+    for label, color in labels:
+        keys += f'<span><i class="key c{color}"></i>{esc(label)}</span>'
+    if tick:
+        keys += f'<span><i class="key tick-key c0"></i>{esc(tick)}</span>'
+    return Html(f'<div class="legend">{keys}</div>')
 
 
 def log_axis(values: Sequence[float]) -> Axis:
     """A logarithmic axis with 1, 2, 5, 10 ... around the values."""
-    powers = range(math.floor(math.log10(min(values))), math.ceil(math.log10(max(values))) + 1)
-    ticks = [factor * 10.0**power for power in powers for factor in (1, 2, 5)]
-    first = max(i for i, tick in enumerate(ticks) if tick <= min(values))
-    last = min(i for i, tick in enumerate(ticks) if tick >= max(values))
+    low, high = min(values), max(values)
+    ticks: list[float] = []
+    for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1):
+        for factor in (1, 2, 5):
+            ticks.append(factor * 10.0**power)
+    first, last = 0, len(ticks) - 1
+    while ticks[first + 1] <= low:
+        first += 1
+    while ticks[last - 1] >= high:
+        last -= 1
     return Axis(ticks[first : max(last, first + 1) + 1], log=True)
 
 
 def dumbbells(rows: Sequence[tuple[str, Sequence[Mark], str]], axis: Axis = SHARES) -> Html:
     """One row per score, (label, marks, text at the end), on a common axis: dots, with bars for their intervals."""
-    body = ""
+    body, ticks = "", ""
     for label, marks, text in rows:
         track = "".join(_mark(mark, axis) for mark in marks)
         body += (
             f'<div class="db-row"><span class="db-label">{esc(label)}</span>'
             f'<span class="db-track">{track}</span><span class="db-value">{esc(text)}</span></div>'
         )
-    ticks = "".join(f'<span style="left:{axis.percent(tick):.2f}%">{_tick(tick)}</span>' for tick in axis.ticks)
+    for tick in axis.ticks:
+        ticks += f'<span style="left:{axis.percent(tick):.2f}%">{_tick(tick)}</span>'
     ruler = f'<div class="db-row db-axis"><span></span><span class="db-ticks">{ticks}</span><span></span></div>'
     return Html(f'<figure class="dumbbells">{body}{ruler}</figure>')
 
@@ -195,20 +247,20 @@ def _mark(mark: Mark, axis: Axis) -> str:
 
 def stacked_bar(parts: Sequence[tuple[str, float, int]]) -> Html:
     """Shares of a whole: (label, share, color); shares add up to 1."""
-    cells = "".join(
-        f'<i class="c{color}" style="width:{100 * share:.2f}%" title="{esc(label)}: {share:.1%}"></i>'
-        for label, share, color in parts
-    )
+    cells = ""
+    for label, share, color in parts:
+        cells += f'<i class="c{color}" style="width:{100 * share:.2f}%" title="{esc(label)}: {share:.1%}"></i>'
     return Html(f'<div class="stack">{cells}</div>')
 
 
-def bars(rows: Sequence[tuple[str, float, str, int]]) -> Html:
-    """Horizontal bars from zero: (label, value, text at the end, color)."""
+def bars(rows: Sequence[Bar]) -> Html:
+    """Horizontal bars from zero."""
     longest = max((value for _, value, _, _ in rows), default=0) or 1
-    body = "".join(
-        f'<div class="bar-row"><span class="bar-label">{esc(label)}</span><span class="bar-track">'
-        f'<i class="c{color}" style="width:{100 * value / longest:.2f}%"></i></span>'
-        f'<span class="bar-value">{esc(text)}</span></div>'
-        for label, value, text, color in rows
-    )
+    body = ""
+    for label, value, text, color in rows:
+        body += (
+            f'<div class="bar-row"><span class="bar-label">{esc(label)}</span><span class="bar-track">'
+            f'<i class="c{color}" style="width:{100 * value / longest:.2f}%"></i></span>'
+            f'<span class="bar-value">{esc(text)}</span></div>'
+        )
     return Html(f'<figure class="bars">{body}</figure>')

@@ -1,4 +1,4 @@
-"""What a run says about itself, read for the report: scores with their intervals, verdicts, loss curves, one outcome.
+"""What a run says about itself, read for the report: comparisons with their verdicts, loss curves, one outcome.
 
 `run.json` is the source, `metrics.jsonl` gives the curves. A run that stopped early lacks parts; every function here
 returns None or something empty for those, and the report says so in words.
@@ -6,39 +6,22 @@ returns None or something empty for those, and the report says so in words.
 Deliberately does not: format pages, recompute results, or read anything but those two files.
 """
 
-import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+from pydantic import ValidationError
+
+from qmedtune.results import Evaluation, Interval, Logged, Number, Paired, Run, Score, Scores, Stage, Task
 from qmedtune.units import digits3
 
 SIGNIFICANCE = 0.05
 ALL, GENERATED = "all", "generated answers"
+MINUS = "−"
 
-Points = list[tuple[int, float]]  # (optimiser step, loss in nats per token)
-
-
-@dataclass(frozen=True)
-class Score:
-    """The main metric of a task, 0 to 1, with its 95% interval; what is not known is None."""
-
-    value: float
-    low: float | None = None
-    high: float | None = None
-    n: int | None = None
-    chance: float | None = None
-    majority: float | None = None  # what always the commonest answer would score
-    ties: int | None = None  # items whose best two options are nearer than the precision can tell
-    unparsed: int | None = None  # generated answers that could not be read, counted as wrong
-
-    def __str__(self) -> str:
-        return f"{self.value:.2f}" + (f" ({self.interval()})" if self.low is not None else "")
-
-    def interval(self) -> str:
-        return "" if self.low is None else f"{self.low:.2f}–{self.high:.2f}"
+Points = list[tuple[int, Number]]  # (optimiser step, loss in nats per token)
+Losses = dict[int, Number]  # by optimiser step
 
 
 @dataclass(frozen=True)
@@ -55,237 +38,305 @@ class Comparison:
 
     @property
     def label(self) -> str:
-        return self.task if self.part == ALL else f"{self.task}: {self.part}"
+        if self.part == ALL:
+            return self.task
+        return f"{self.task}: {self.part}"
+
+    @property
+    def scores(self) -> list[Score]:
+        """Those that are known, the final one first."""
+        return [score for score in (self.final, self.base) if score is not None]
 
 
 @dataclass
 class Curve:
     """Loss of one stage; the validation curves are keyed by source."""
 
-    train: Points = field(default_factory=list)
-    validation: dict[str, Points] = field(default_factory=dict)
+    train: Points = field(default_factory=list[tuple[int, Number]])
+    validation: dict[str, Points] = field(default_factory=dict[str, Points])
 
 
 @dataclass
 class Metrics:
-    curves: dict[str, Curve] = field(default_factory=dict)
+    curves: dict[str, Curve] = field(default_factory=dict[str, Curve])
     left_out: int = 0  # lines that are no JSON object (a kill in mid-line) or hold a loss that is not finite
 
 
-def read_score(entry: Any) -> Score | None:
-    """A score from `{"metric", <metric>, "ci95": [low, high], "n", ...}`, `{"mean", "ci95"}` or a bare number."""
-    if entry is None:
-        return None
-    if not isinstance(entry, Mapping):
-        return Score(float(entry))
-    low, high = entry.get("ci95") or (None, None)
-    metric = entry.get("metric", "accuracy")
-    value = entry[metric] if metric in entry else entry["mean"]
-    known = {name: entry.get(name) for name in ("n", "chance", "majority", "ties", "unparsed")}
-    return Score(float(value), low, high, **known)
+# ---- scores ----------------------------------------------------------------------------------------------------------
 
 
-def comparisons(run: dict) -> list[Comparison]:
+def score_text(score: Score) -> str:
+    """`0.81 (0.76–0.86)`, without the interval where there is none."""
+    if score.ci95 is None:
+        return f"{score.value:.2f}"
+    return f"{score.value:.2f} ({interval_text(score.ci95)})"
+
+
+def interval_text(interval: Interval) -> str:
+    low, high = interval
+    return f"{low:.2f}–{high:.2f}"
+
+
+def comparisons(run: Run) -> list[Comparison]:
     """Every task as a whole, by generated answers where they were judged beside the options, and by facet."""
-    found = []
-    for name, task in (run.get("evaluation") or {}).get("tasks", {}).items():
-        metric = next((task[model].get("metric") for model in ("final", "base") if model in task), None)
-        title = name if metric in (None, "accuracy") else f"{name} ({metric})"
+    found: list[Comparison] = []
+    for name, task in run.scored.tasks.items():
+        title = _title(name, task)
         found.append(_compare(title, ALL, task))
-        if generated := _generated(task):
-            found.append(_compare(title, GENERATED, generated))
-        found += [_compare(title, facet, entry) for facet, entry in task.get("facets", {}).items()]
-        found += [_compare(title, f"{part} items", entry) for part, entry in task.get("overlap", {}).items()]
+        written = _generated(task)
+        if written is not None:
+            found.append(_compare(title, GENERATED, written))
+        for facet, scores in task.facets.items():
+            found.append(_compare(title, facet, scores))
+        for part, scores in task.overlap.items():
+            found.append(_compare(title, f"{part} items", scores))
     return found
 
 
-def _generated(task: dict) -> dict:
-    models = {model: task[model]["generation"] for model in ("base", "final") if "generation" in task.get(model, {})}
-    return models | task.get("generation", {})
+def wholes(run: Run) -> list[tuple[Comparison, Score]]:
+    """The tasks as wholes whose result was scored, with that score."""
+    found: list[tuple[Comparison, Score]] = []
+    for each in comparisons(run):
+        if each.part == ALL and each.final is not None:
+            found.append((each, each.final))
+    return found
 
 
-def _compare(task: str, part: str, entry: dict) -> Comparison:
-    base, final = read_score(entry.get("base")), read_score(entry.get("final"))
-    if base is None or final is None:
+def _title(name: str, task: Task) -> str:
+    """The task, with its metric where that is not accuracy."""
+    score = task.final or task.base
+    if score is None or score.metric == "accuracy":
+        return name
+    return f"{name} ({score.metric})"
+
+
+def _generated(task: Task) -> Scores | None:
+    """What the models wrote, compared; None where no answers were asked for beside the options."""
+    base = task.base.generation if task.base else None
+    final = task.final.generation if task.final else None
+    if base is None and final is None:
+        return None
+    if task.generation is None:
+        return Scores(base=base, final=final)
+    return Scores(base=base, final=final, difference=task.generation.difference, paired=task.generation.paired)
+
+
+def _compare(task: str, part: str, scores: Scores) -> Comparison:
+    base, final, difference = scores.base, scores.final, scores.difference
+    if base is None or final is None or difference is None:
         return Comparison(task, part, base, final)
-    difference = entry.get("difference") or {"value": final.value - base.value, "ci95": None}
-    change = f"{difference['value']:+.2f}"
-    if difference["ci95"]:
-        change += " ({:+.2f} to {:+.2f})".format(*difference["ci95"])
-    clear, reading = _evidence(entry.get("paired"), difference["ci95"], base, final)
-    verdict = "" if clear is None else "noise" if not clear else "better" if difference["value"] > 0 else "worse"
-    if base.unparsed is not None:
+    change = f"{difference.value:+.2f}"
+    if difference.ci95 is not None:
+        low, high = difference.ci95
+        change += f" ({low:+.2f} to {high:+.2f})"
+    clear, reading = _evidence(scores.paired, difference.ci95)
+    if base.unparsed is not None and final.unparsed is not None:
         reading += f"; unreadable answers {base.unparsed:,} → {final.unparsed:,}"
     if guess := no_knowledge(final):
         reading += f"; {guess}"
-    return Comparison(task, part, base, final, change.replace("-", "−"), verdict, reading)
+    verdict = _verdict(clear, difference.value)
+    return Comparison(task, part, base, final, change.replace("-", MINUS), verdict, reading)
+
+
+def _verdict(clear: bool | None, difference: Number) -> str:
+    if clear is None:
+        return ""
+    if not clear:
+        return "noise"
+    return "better" if difference > 0 else "worse"
 
 
 def no_knowledge(score: Score) -> str:
     """In words, where the interval does not leave what always the commonest answer scores behind: .58 on PubMedQA,
     where .55 of the answers are yes, is no knowledge yet."""
-    if score.majority is None or score.low is None or score.low > score.majority:
+    if score.majority is None or score.ci95 is None or score.ci95[0] > score.majority:
         return ""
     return f"not beyond always the commonest answer ({score.majority:.2f})"
 
 
-def precision_words(run: dict) -> str:
+def precision_words(run: Run) -> str:
     """In which precision base and final were scored; empty for runs that do not say."""
-    return precision_of(run.get("evaluation") or {})
+    return precision_of(run.scored)
 
 
-def precision_of(evaluation: Mapping[str, Any]) -> str:
-    name, weights = evaluation.get("precision"), evaluation.get("weights")
+def precision_of(evaluation: Evaluation) -> str:
+    name, weights = evaluation.precision, evaluation.weights
     if weights is None:  # a run of version 0.1
         return {"nf4": "NF4, as trained", "full16": "16 bit"}.get(str(name), "")
+    if name == "nf4" and weights == "nf4":
+        return "NF4, as trained, not as delivered"
     if name == "nf4":
-        return "NF4, as trained, not as delivered" if weights == "nf4" else f"{weights}, as trained"
-    return f"{weights}, as delivered" if name == "delivered" else str(weights)
+        return f"{weights}, as trained"
+    if name == "delivered":
+        return f"{weights}, as delivered"
+    return weights
 
 
-def _evidence(
-    paired: dict | None, ci95: tuple[float, float] | None, base: Score, final: Score
-) -> tuple[bool | None, str]:
+def _evidence(paired: Paired | None, ci95: Interval | None) -> tuple[bool | None, str]:
     """Whether base and final differ beyond noise (None: cannot be told), by the best test there is, and in words."""
-    if paired:
-        p = paired["p"] if "p" in paired else paired["p_value"]
-        clear, words = p < SIGNIFICANCE, f"{_p_value(p)}; {paired['gained']:,} gained, {paired['lost']:,} lost"
-    elif ci95:
-        clear, words = not ci95[0] <= 0 <= ci95[1], "interval of the change"
-        words += " excludes 0" if clear else " holds 0"
-    elif base.low is not None and base.high is not None and final.low is not None and final.high is not None:
-        clear = final.low > base.high or final.high < base.low
-        words = "intervals apart" if clear else "intervals overlap"
+    if paired is not None:
+        clear = paired.p_value < SIGNIFICANCE
+        words = f"{_p_value(paired.p_value)}; {paired.gained:,} gained, {paired.lost:,} lost"
+    elif ci95 is not None:
+        clear = not ci95[0] <= 0 <= ci95[1]
+        words = "interval of the change " + ("excludes 0" if clear else "holds 0")
     else:
         return None, "no interval"
-    return clear, words if clear else f"within noise ({words})"
+    if clear:
+        return True, words
+    return False, f"within noise ({words})"
 
 
-def _p_value(p: float) -> str:
-    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+def _p_value(p: Number) -> str:
+    if p < 0.001:
+        return "p < 0.001"
+    return f"p = {p:.3f}"
 
 
-def perplexities(run: dict) -> dict[str, tuple[float | None, float | None]]:
-    """Base and final perplexity per kind of text."""
-    found = (run.get("evaluation") or {}).get("perplexity", {})
-    return {source: (entry.get("base"), entry.get("final")) for source, entry in found.items()}
-
-
-def nf4_perplexities(run: dict) -> dict[str, tuple[float, float]]:
-    """Base and final in NF4, as trained, where they were measured beside the delivered ones."""
-    found = (run.get("evaluation") or {}).get("perplexity", {})
-    return {source: (entry["nf4"]["base"], entry["nf4"]["final"]) for source, entry in found.items() if "nf4" in entry}
+# ---- curves ----------------------------------------------------------------------------------------------------------
 
 
 def read_metrics(path: Path) -> Metrics:
     """Curves from metrics.jsonl."""
-    return parse_metrics(path.read_text(encoding="utf-8").splitlines() if path.exists() else [])
+    if not path.exists():
+        return Metrics()
+    return parse_metrics(path.read_text(encoding="utf-8").splitlines())
 
 
 def parse_metrics(lines: Iterable[str]) -> Metrics:
     """Curves from the lines of metrics.jsonl. Steps that a resumed run did again count once, by their last line."""
     metrics = Metrics()
-    train: dict[str, dict[int, float]] = {}
-    validation: dict[str, dict[str, dict[int, float]]] = {}
+    train: dict[str, Losses] = {}
+    validation: dict[str, dict[str, Losses]] = {}
     for line in lines:
         try:
-            entry = json.loads(line)
-            stage, step = entry["stage"], int(entry["step"])
-        except (json.JSONDecodeError, KeyError, TypeError):
+            entry = Logged.model_validate_json(line)
+        except ValidationError:
             metrics.left_out += 1
             continue
-        losses = [(train.setdefault(stage, {}), entry["loss"])] if entry.get("loss") is not None else []
-        for source, loss in (entry.get("validation") or {}).items():
-            losses.append((validation.setdefault(stage, {}).setdefault(source, {}), loss))
-        for points, loss in losses:
-            if loss is not None and math.isfinite(loss):
-                points[step] = loss
-            else:
-                metrics.left_out += 1
-    for stage in [*train, *(name for name in validation if name not in train)]:
-        by_source = {source: sorted(points.items()) for source, points in validation.get(stage, {}).items()}
-        metrics.curves[stage] = Curve(sorted(train.get(stage, {}).items()), by_source)
+        if entry.loss is not None:
+            _put(train.setdefault(entry.stage, {}), entry.step, entry.loss, metrics)
+        for source, loss in (entry.validation or {}).items():
+            by_source = validation.setdefault(entry.stage, {})
+            _put(by_source.setdefault(source, {}), entry.step, loss, metrics)
+    for stage in dict.fromkeys([*train, *validation]):
+        curve = Curve(sorted(train.get(stage, {}).items()))
+        for source, losses in validation.get(stage, {}).items():
+            curve.validation[source] = sorted(losses.items())
+        metrics.curves[stage] = curve
     return metrics
 
 
-def curves(run: dict, metrics: Metrics) -> dict[str, Curve]:
+def _put(losses: Losses, step: int, loss: Number | None, metrics: Metrics) -> None:
+    if loss is not None and math.isfinite(loss):
+        losses[step] = loss
+    else:
+        metrics.left_out += 1
+
+
+def curves(run: Run, metrics: Metrics) -> dict[str, Curve]:
     """One curve per stage of the run; validation from run.json where metrics.jsonl has none."""
-    found = {}
-    for stage in run.get("stages", []):
-        curve = metrics.curves.get(stage["name"], Curve())
+    found: dict[str, Curve] = {}
+    for stage in run.stages:
+        curve = metrics.curves.get(stage.name, Curve())
         if not curve.validation:
             curve = Curve(curve.train, _sealed_validation(stage))
         if curve.train or curve.validation:
-            found[stage["name"]] = curve
+            found[stage.name] = curve
     return found
 
 
-def _sealed_validation(stage: dict) -> dict[str, Points]:
+def _sealed_validation(stage: Stage) -> dict[str, Points]:
     by_source: dict[str, Points] = {}
-    for entry in stage.get("validation") or []:
-        for source, loss in entry.items():
-            if source != "step" and isinstance(loss, int | float) and math.isfinite(loss):
-                by_source.setdefault(source, []).append((entry["step"], loss))
+    for entry in stage.validation:
+        for source, loss in entry.losses.items():
+            if loss is not None and math.isfinite(loss):
+                by_source.setdefault(source, []).append((entry.step, loss))
     return by_source
 
 
-def _at(run: dict) -> str:
-    """The first step that is not sealed, in words."""
-    left = [step["name"] for step in run.get("steps", []) if step["status"] != "sealed"]
-    return f" in {left[0]}" if left else ""
+# ---- in words --------------------------------------------------------------------------------------------------------
 
 
-def outcome(run: dict) -> str:
+def outcome(run: Run) -> str:
     """One or two plain sentences: what came out of the run, or why there is nothing to tell."""
-    if run["status"] == "failed":
-        why = f" ({run['error']})" if run.get("error") else ""
+    if run.status == "failed":
+        why = f" ({run.error})" if run.error else ""
         return f"The run failed{_at(run)}{why}; what was sealed before stands and is shown here."
-    if run["status"] == "running":
+    if run.status == "running":
         return f"The run is under way{_at(run)}: this page shows what is sealed and measured so far."
-    if run["status"] == "stopped":
+    if run.status == "stopped":
         return f"The run was stopped{_at(run)}: the same command goes on from there. Shown is what is there so far."
-    told = [sentence for sentence in (_tasks_sentence(run), _perplexity_sentence(run)) if sentence]
-    if told and (words := precision_words(run)):
+    told = [_tasks_sentence(run), _perplexity_sentence(run)]
+    if any(told) and (words := precision_words(run)):
         told.append(_sentence(f"scored in {words}"))
-    return " ".join(told) or "The run finished without an evaluation: there are no scores to tell."
+    return " ".join(filter(None, told)) or "The run finished without an evaluation: there are no scores to tell."
 
 
-def _tasks_sentence(run: dict) -> str:
-    parts = []
-    for whole in (c for c in comparisons(run) if c.part == ALL and c.final is not None):
-        assert whole.final is not None
-        name, final = whole.task, f"{whole.final.value:.2f}"
-        metric = "score" if name.endswith(")") else "accuracy"
-        items = f" ({whole.final.n:,} items)" if whole.final.n else ""
-        if whole.base is None:
-            parts.append(f"{metric} on {name} is {final}{items}")
-        elif whole.verdict == "noise":
-            parts.append(f"{metric} on {name} did not change beyond noise: {whole.base.value:.2f} → {final}{items}")
-        else:
-            verb = "rose" if whole.final.value > whole.base.value else "fell"
-            guess = f", {words}" if (words := no_knowledge(whole.final)) else ""
-            parts.append(f"{metric} on {name} {verb} from {whole.base.value:.2f} to {final}{items}{guess}")
+def _at(run: Run) -> str:
+    """The first step that is not sealed, in words."""
+    for step in run.steps:
+        if not step.is_sealed:
+            return f" in {step.name}"
+    return ""
+
+
+def _tasks_sentence(run: Run) -> str:
+    parts = [_task_words(whole, final) for whole, final in wholes(run)]
     return _sentence("; ".join(parts))
 
 
-def _perplexity_sentence(run: dict) -> str:
-    both = {s: (b, f) for s, (b, f) in perplexities(run).items() if b is not None and f is not None}
-    fell = [f"{s} ({digits3(b)} → {digits3(f)})" for s, (b, f) in both.items() if f < b]
-    rose = [f"{s} ({digits3(b)} → {digits3(f)})" for s, (b, f) in both.items() if f >= b]
-    parts = [f"fell on {_join(fell)}" if fell else "", f"rose on {_join(rose)}" if rose else ""]
-    return _sentence("perplexity " + " and ".join(part for part in parts if part)) if both else ""
+def _task_words(whole: Comparison, final: Score) -> str:
+    name, metric = whole.task, "score" if whole.task.endswith(")") else "accuracy"
+    items = f" ({final.n:,} items)" if final.n else ""
+    if whole.base is None:
+        return f"{metric} on {name} is {final.value:.2f}{items}"
+    before, after = f"{whole.base.value:.2f}", f"{final.value:.2f}{items}"
+    if whole.verdict == "noise":
+        return f"{metric} on {name} did not change beyond noise: {before} → {after}"
+    verb = "rose" if final.value > whole.base.value else "fell"
+    guess = no_knowledge(final)
+    return f"{metric} on {name} {verb} from {before} to {after}{f', {guess}' if guess else ''}"
+
+
+def _perplexity_sentence(run: Run) -> str:
+    fell: list[str] = []
+    rose: list[str] = []
+    for source, base, final in both_perplexities(run):
+        side = fell if final < base else rose
+        side.append(f"{source} ({digits3(base)} → {digits3(final)})")
+    parts: list[str] = []
+    if fell:
+        parts.append(f"fell on {_join(fell)}")
+    if rose:
+        parts.append(f"rose on {_join(rose)}")
+    if not parts:
+        return ""
+    return _sentence("perplexity " + " and ".join(parts))
+
+
+def both_perplexities(run: Run) -> Iterator[tuple[str, Number, Number]]:
+    """Source, base and final, where both were measured."""
+    for source, text in run.scored.perplexity.items():
+        if text.base is not None and text.final is not None:
+            yield source, text.base, text.final
 
 
 def _join(words: list[str]) -> str:
-    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]
+    if len(words) == 1:
+        return words[0]
+    return ", ".join(words[:-1]) + " and " + words[-1]
 
 
 def _sentence(text: str) -> str:
-    return text[:1].upper() + text[1:] + "." if text else ""
+    if not text:
+        return ""
+    return text[:1].upper() + text[1:] + "."
 
 
-def base_name(run: dict) -> str:
+def base_name(run: Run) -> str:
     """The base as it may be shown to others: a Hub id or `builtin:` name as it is, of a local path the last part."""
-    base = str(run.get("recipe", {}).get("model", {}).get("base", "unknown base"))
-    is_path = base.startswith(("/", "~", ".")) or "\\" in base
-    return base.rstrip("/\\").replace("\\", "/").rsplit("/", 1)[-1] if is_path else base
+    base = run.base or "unknown base"
+    if base.startswith(("/", "~", ".")) or "\\" in base:
+        return base.rstrip("/\\").replace("\\", "/").rsplit("/", 1)[-1]
+    return base

@@ -6,38 +6,48 @@ until then. What it logs meanwhile lies where it is built. Deliberately not here
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
+
+from pydantic import ValidationError
 
 from qmedtune import heartbeat
+from qmedtune.errors import RunError
 from qmedtune.reporting.facts import Metrics, parse_metrics
+from qmedtune.results import Run
 from qmedtune.store import building_of
 
 METRICS, RUN = "metrics.jsonl", "run.json"
 
 
-def read_run(folder: Path) -> dict[str, Any]:
-    """run.json as it stands, with the status that holds: a run whose process is gone does not go on as `running`."""
-    run = json.loads((folder / RUN).read_text(encoding="utf-8"))
-    return run | {"status": heartbeat.life(folder, run["status"]).status}
+def read_run(folder: Path) -> Run:
+    """run.json as it stands, with the status that holds: a run whose process is gone does not go on as `running`.
+    RunError where it is damaged."""
+    try:
+        run = Run.model_validate_json((folder / RUN).read_text(encoding="utf-8"))
+    except ValidationError as error:
+        fault = error.errors(include_input=False, include_url=False)[0]
+        place = ".".join(str(part) for part in fault["loc"])
+        raise RunError(
+            f"{folder / RUN}: {place}: {fault['msg']}\nthe `qmedtune run` that made it composes it again from its steps"
+        ) from None
+    return run.model_copy(update={"status": heartbeat.life(folder, run.status).status})
 
 
-def metrics_files(folder: Path, run: dict[str, Any]) -> list[Path]:
+def metrics_files(folder: Path, run: Run) -> list[Path]:
     """The metrics of the run in order: of the whole where it has ended, else of each stage where it lies."""
-    if run["status"] == "finished":
+    if run.finished:
         return [folder / METRICS]
-    found = []
-    for stage in run.get("stages", []):
-        place = folder / stage["name"]
-        if stage["status"] != "sealed":
+    found: list[Path] = []
+    for stage in run.stages:
+        place = folder / stage.name
+        if stage.status != "sealed":
             place = building_of(place, folder)
         if (place / METRICS).is_file():
             found.append(place / METRICS)
     return found or [folder / METRICS]
 
 
-def read_metrics(folder: Path, run: dict[str, Any]) -> Metrics:
+def read_metrics(folder: Path, run: Run) -> Metrics:
     """Curves of all stages, the one under way included."""
     lines: list[str] = []
     for path in metrics_files(folder, run):

@@ -7,10 +7,12 @@ Deliberately does not: read files, compute results, or run scripts.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from qmedtune.reporting import duels, tables
+from qmedtune.reporting import duels, score_tables, tables
+from qmedtune.reporting.cells import UNKNOWN, Table
 from qmedtune.reporting.charts import (
+    Bar,
     Html,
     Mark,
     Series,
@@ -23,19 +25,19 @@ from qmedtune.reporting.charts import (
     stacked_bar,
 )
 from qmedtune.reporting.facts import (
-    ALL,
     Comparison,
     Curve,
     Metrics,
     base_name,
     comparisons,
     curves,
+    interval_text,
     outcome,
-    perplexities,
     precision_words,
+    wholes,
 )
 from qmedtune.reporting.style import CSS
-from qmedtune.reporting.tables import Table
+from qmedtune.results import HeadToHead, Number, Run, Score, Stage
 from qmedtune.units import count, digits3, duration, size
 
 PALETTE = 8
@@ -46,21 +48,29 @@ DISCLAIMER = (
 )
 
 
-def page(run: dict, metrics: Metrics) -> str:
+def page(run: Run, metrics: Metrics) -> str:
     """The whole page."""
-    sections = (
-        _header(run),
-        section("What it learned", _evaluation(run)),
-        section("Head to head", _head_to_head(run)) if run.get("against") else "",
-        section("Memorisation", card("", html_table(tables.audit(run)))) if run.get("audit") else "",
+    sections = [_header(run), section("What it learned", _evaluation(run))]
+    if run.against is not None:
+        sections.append(section("Head to head", _head_to_head(run.against)))
+    if run.audit is not None:
+        sections.append(section("Memorisation", card("", html_table(score_tables.audit(run)))))
+    sections += [
         section("Training", _training(run, metrics)),
         section("Data", _data(run)),
         section("Merge", card("", html_table(tables.merge(run)))),
         section("Time and memory", _cost(run)),
         section("Warnings and choices", _choices(run)),
         section("How to do it again", _provenance(run)),
-    )
-    return document(run["name"], sections, "Written by qmedtune from run.json and metrics.jsonl.")
+    ]
+    return document(run.name, sections, "Written by qmedtune from run.json and metrics.jsonl.")
+
+
+def _head_to_head(found: HeadToHead) -> Html:
+    said = ""
+    for sentence in duels.claims(found):
+        said += f"<li>{esc(sentence)}</li>"
+    return Html(f"<ul>{said}</ul>" + card("", html_table(duels.head_to_head(found))))
 
 
 def document(title: str, sections: Sequence[str], written: str) -> str:
@@ -76,24 +86,30 @@ def document(title: str, sections: Sequence[str], written: str) -> str:
     )
 
 
-def _head_to_head(run: dict) -> Html:
-    said = "".join(f"<li>{esc(sentence)}</li>" for sentence in duels.claims(run))
-    return Html(f"<ul>{said}</ul>" + card("", html_table(duels.head_to_head(run))))
+# ---- head ------------------------------------------------------------------------------------------------------------
 
 
-def _header(run: dict) -> Html:
-    status = esc(run["status"])
-    facts = [f"base {base_name(run)}", *(stage["name"] for stage in run.get("stages", []))]
-    facts += [run["provenance"]["device"]] if "device" in run.get("provenance", {}) else []
-    seconds = sum(step.get("seconds") or 0 for step in run.get("steps", []))
-    facts += [duration(seconds)] if seconds else []
-    facts += [f"seed {run['seed']}"] if "seed" in run else []
-    meta = " ".join(f"<span>{esc(fact)}</span>" for fact in facts)
+def _header(run: Run) -> Html:
+    status = esc(run.status)
+    meta = " ".join(f"<span>{esc(fact)}</span>" for fact in _meta(run))
     return Html(
         f'<header><div class="eyebrow">qmedtune run <span class="status {status}">{status}</span></div>'
-        f'<h1>{esc(run["name"])}</h1><p class="outcome">{_together(outcome(run))}</p><div class="meta">{meta}</div>'
+        f'<h1>{esc(run.name)}</h1><p class="outcome">{_together(outcome(run))}</p><div class="meta">{meta}</div>'
         f"{_warning_callout(run)}{_tiles(run)}</header>"
     )
+
+
+def _meta(run: Run) -> Iterator[str]:
+    yield f"base {base_name(run)}"
+    for stage in run.stages:
+        yield stage.name
+    if run.provenance.device is not None:
+        yield run.provenance.device
+    seconds = sum(step.seconds or 0 for step in run.steps)
+    if seconds:
+        yield duration(seconds)
+    if run.seed is not None:
+        yield f"seed {run.seed}"
 
 
 def _together(text: str) -> Html:
@@ -101,8 +117,8 @@ def _together(text: str) -> Html:
     return esc(text.replace(" → ", "\u00a0→\u00a0"))
 
 
-def _warning_callout(run: dict) -> str:
-    number = len(run.get("warnings", []))
+def _warning_callout(run: Run) -> str:
+    number = len(run.warnings)
     if not number:
         return ""
     word = "1 warning" if number == 1 else f"{number} warnings"
@@ -111,163 +127,220 @@ def _warning_callout(run: dict) -> str:
     )
 
 
-def _tiles(run: dict) -> str:
-    words = precision_words(run)
-    cells = [_score_tile(c, words) for c in comparisons(run) if c.part == ALL and c.final is not None]
-    for source, (base, final) in perplexities(run).items():
-        if final is not None:
-            cells.append(_perplexity_tile(source, base, final, words))
-    trained = sum(stage.get("tokens", {}).get("trained") or 0 for stage in run.get("stages", []))
-    if trained:
-        cells.append(_tile("Tokens trained", esc(count(trained)), _stage_words(run)))
+def _tiles(run: Run) -> str:
+    cells = list(_tile_cells(run))
+    if not cells:
+        return ""
     columns = {5: 5, 6: 3, 9: 3}.get(len(cells), min(len(cells), 4))  # rows without gaps, as far as that goes
-    return f'<div class="tiles" style="--columns:{columns}">{"".join(cells)}</div>' if cells else ""
+    return f'<div class="tiles" style="--columns:{columns}">{"".join(cells)}</div>'
 
 
-def _stage_words(run: dict) -> str:
-    parts = ((stage["kind"], stage.get("tokens", {}).get("trained")) for stage in run.get("stages", []))
-    return ", ".join(f"{count(tokens)} {kind}" for kind, tokens in parts if tokens)
+def _tile_cells(run: Run) -> Iterator[Html]:
+    words = precision_words(run)
+    for whole, final in wholes(run):
+        yield _score_tile(whole, final, words)
+    for source, text in run.scored.perplexity.items():
+        if text.final is not None:
+            yield _perplexity_tile(source, text.base, text.final, words)
+    trained = sum(stage.tokens.trained or 0 for stage in run.stages)
+    if trained:
+        yield _tile("Tokens trained", esc(count(trained)), _stage_words(run))
 
 
-def _score_tile(c: Comparison, words: str) -> Html:
-    assert c.final is not None
-    before = f'<span class="from">{c.base.value:.2f} → </span>' if c.base else ""
-    tone = {"better": "good", "worse": "poor", "noise": "quiet"}.get(c.verdict, "")
-    task, _, metric = c.task.removesuffix(")").partition(" (")
-    items = f", {c.final.n:,} items" if c.final.n else ""
-    sure = f"95% {c.final.interval()}" if c.final.low is not None else "no interval"
-    chance = "" if (at := _chance(c)) is None else f"chance {at:.2f}"
-    common = "" if c.final.majority is None else f"commonest answer {c.final.majority:.2f}"
-    small = (f"{metric or 'accuracy'}{items}", words, sure, chance, common)
-    return _tile(task, Html(f'{before}<span class="{tone}">{c.final.value:.2f}</span>'), *small)
+def _stage_words(run: Run) -> str:
+    parts: list[str] = []
+    for stage in run.stages:
+        if stage.tokens.trained:
+            parts.append(f"{count(stage.tokens.trained)} {stage.kind}")
+    return ", ".join(parts)
 
 
-def _perplexity_tile(source: str, base: float | None, final: float, words: str) -> Html:
+def _score_tile(whole: Comparison, final: Score, words: str) -> Html:
+    task, _, metric = whole.task.removesuffix(")").partition(" (")
+    small = [metric or "accuracy", words]
+    if final.n:
+        small[0] += f", {final.n:,} items"
+    small.append("no interval" if final.ci95 is None else f"95% {interval_text(final.ci95)}")
+    chance = _chance(whole)
+    if chance is not None:
+        small.append(f"chance {chance:.2f}")
+    if final.majority is not None:
+        small.append(f"commonest answer {final.majority:.2f}")
+    before = f'<span class="from">{whole.base.value:.2f} → </span>' if whole.base else ""
+    tone = {"better": "good", "worse": "poor", "noise": "quiet"}.get(whole.verdict, "")
+    return _tile(task, Html(f'{before}<span class="{tone}">{final.value:.2f}</span>'), *small)
+
+
+def _perplexity_tile(source: str, base: Number | None, final: Number, words: str) -> Html:
     if base is None:
         return _tile(source, esc(f"{final:.2f}"), "perplexity", words, "base not measured")
     tone = "good" if final < base else "quiet"
     big = Html(f'<span class="from">{digits3(base)} → </span><span class="{tone}">{digits3(final)}</span>')
-    return _tile(source, big, f"perplexity, {tables.change(base, final)}", words, "lower is better")
+    return _tile(source, big, f"perplexity, {score_tables.change(base, final)}", words, "lower is better")
 
 
 def _tile(name: str, big: Html, *small: str) -> Html:
-    lines = Html("<br>".join(esc(line) for line in small if line))
+    lines = "<br>".join(esc(line) for line in small if line)
     return Html(
         f'<div class="tile"><div class="name">{esc(name)}</div><div class="big">{big}</div>'
         f'<div class="small">{lines}</div></div>'
     )
 
 
-def _evaluation(run: dict) -> Html:
-    rows = []
-    for c in comparisons(run):
-        scores = (("base", c.base, 0), ("final", c.final, 3))
-        marks = [Mark(name, score.value, score.low, score.high, color) for name, score, color in scores if score]
+# ---- what it learned -------------------------------------------------------------------------------------------------
+
+
+def _evaluation(run: Run) -> Html:
+    scores = Html(_scores_figure(run) + html_table(score_tables.evaluation(run)))
+    texts = Html(_perplexity_figure(run) + html_table(score_tables.perplexity(run)))
+    cards = card(_in_precision("Scores", run), scores) + card(_in_precision("Perplexity", run), texts)
+    for table in (score_tables.quantisation(run), score_tables.classification(run)):
+        if table.rows:
+            cards += card(table.title, html_table(table))
+    return Html(cards)
+
+
+def _scores_figure(run: Run) -> str:
+    rows: list[tuple[str, list[Mark], str]] = []
+    chance_known = False
+    for each in comparisons(run):
+        marks = _score_marks(each)
         text = " → ".join(f"{mark.value:.2f}" for mark in marks)
-        chance = [] if (at := _chance(c)) is None else [Mark("chance", at, None, None, 0, tick=True)]
-        rows.append((c.label, [*chance, *marks], text))
-    known = any(_chance(c) is not None for c in comparisons(run))
-    keys = legend([("base", 0), ("final", 3)], "chance" if known else "")
-    figure = f"{keys}{dumbbells(rows)}<br>" if rows else ""
-    scores = card(_in_precision("Scores", run), Html(figure + html_table(tables.evaluation(run))))
-    classes = tables.classification(run)
-    classified = card(classes.title, html_table(classes)) if classes.rows else ""
-    texts = _perplexity_figure(run) + html_table(tables.perplexity(run))
-    perplexity = card(_in_precision("Perplexity", run), Html(texts))
-    lost = tables.quantisation(run)
-    quantised = card(lost.title, html_table(lost)) if lost.rows else ""
-    return Html(scores + perplexity + quantised + classified)
+        chance = _chance(each)
+        if chance is not None:
+            chance_known = True
+            marks.insert(0, Mark("chance", chance, None, None, 0, tick=True))
+        rows.append((each.label, marks, text))
+    if not rows:
+        return ""
+    keys = legend([("base", 0), ("final", 3)], "chance" if chance_known else "")
+    return f"{keys}{dumbbells(rows)}<br>"
 
 
-def _in_precision(title: str, run: dict) -> str:
-    return f"{title}, {words}" if (words := precision_words(run)) else title
+def _score_marks(each: Comparison) -> list[Mark]:
+    marks: list[Mark] = []
+    for name, score, color in (("base", each.base, 0), ("final", each.final, 3)):
+        if score is not None:
+            low, high = score.ci95 or (None, None)
+            marks.append(Mark(name, score.value, low, high, color))
+    return marks
 
 
-def _chance(c: Comparison) -> float | None:
-    return next((score.chance for score in (c.final, c.base) if score is not None), None)
+def _in_precision(title: str, run: Run) -> str:
+    words = precision_words(run)
+    return f"{title}, {words}" if words else title
 
 
-def _perplexity_figure(run: dict) -> str:
-    rows = []
-    for source, (base, final) in perplexities(run).items():
-        found = [(name, value, color) for name, value, color in (("base", base, 0), ("final", final, 3)) if value]
-        marks = [Mark(name, value, None, None, color) for name, value, color in found]
+def _chance(each: Comparison) -> Number | None:
+    """Of the first score that is known, the final one first."""
+    return each.scores[0].chance if each.scores else None
+
+
+def _perplexity_figure(run: Run) -> str:
+    rows: list[tuple[str, list[Mark], str]] = []
+    values: list[float] = []
+    for source, text in run.scored.perplexity.items():
+        marks: list[Mark] = []
+        for name, value, color in (("base", text.base, 0), ("final", text.final, 3)):
+            if value:
+                marks.append(Mark(name, value, None, None, color))
+                values.append(value)
         rows.append((source, marks, " → ".join(digits3(mark.value) for mark in marks)))
-    values = [mark.value for _, marks, _ in rows for mark in marks]
+    if not values:
+        return ""
     keys = legend([("base", 0), ("final", 3)])
-    return f"{keys}{dumbbells(rows, log_axis(values))}<br>" if values else ""
+    return f"{keys}{dumbbells(rows, log_axis(values))}<br>"
 
 
-def _training(run: dict, metrics: Metrics) -> Html:
+# ---- training, data, cost --------------------------------------------------------------------------------------------
+
+
+def _training(run: Run, metrics: Metrics) -> Html:
     drawn = curves(run, metrics)
-    charts = [card(name, _loss_chart(run, curve)) for name, curve in drawn.items()]
-    missing = [stage["name"] for stage in run.get("stages", []) if stage["name"] not in drawn]
-    said = f'<p class="note">No loss was logged for {esc(", ".join(missing))}.</p>' if missing else ""
+    charts = "".join(card(name, _loss_chart(run, curve)) for name, curve in drawn.items())
+    parts = [f'<div class="pair">{charts}</div>'] if charts else []
+    missing = [stage.name for stage in run.stages if stage.name not in drawn]
+    if missing:
+        parts.append(_missing(f"No loss was logged for {', '.join(missing)}."))
     if metrics.left_out:
-        said += (
-            f'<p class="note">{metrics.left_out:,} lines or losses of metrics.jsonl are unreadable or not finite.</p>'
-        )
-    charts_html = f'<div class="pair">{"".join(charts)}</div>' if charts else ""
-    return Html(charts_html + said + card("", html_table(tables.stages(run))))
+        parts.append(_missing(f"{metrics.left_out:,} lines or losses of metrics.jsonl are unreadable or not finite."))
+    parts.append(card("", html_table(tables.stages(run))))
+    return Html("".join(parts))
 
 
-def _loss_chart(run: dict, curve: Curve) -> Html:
+def _loss_chart(run: Run, curve: Curve) -> Html:
     series = [Series("training", curve.train, 0)]
     for source, points in curve.validation.items():
         series.append(Series(f"held-out {source}", points, _color(run, source), dots=True))
     return line_chart(series, "optimiser step", "loss, nats per token")
 
 
-def _color(run: dict, source: str) -> int:
+def _color(run: Run, source: str) -> int:
     """The colour of a source is the same wherever it is drawn: its place in `data`."""
-    names = list(run.get("data", {}))
-    return 1 + (names.index(source) if source in names else len(names)) % PALETTE
+    names = list(run.data)
+    place = names.index(source) if source in names else len(names)
+    return 1 + place % PALETTE
 
 
-def _data(run: dict) -> Html:
-    cards = []
-    for stage in run.get("stages", []):
-        parts = stage.get("mixture") or {}
-        if parts:
-            labels = [(f"{source} {part['share']:.0%}", _color(run, source)) for source, part in parts.items()]
-            bar = stacked_bar([(source, part["share"], _color(run, source)) for source, part in parts.items()])
-            cards.append(card(f"Mixture of {stage['name']}", Html(bar + legend(labels) + _mixture(run, stage))))
-    mixtures = f'<div class="pair">{"".join(cards)}</div>' if cards else ""
-    ledgers = [tables.records(run), tables.tokens(run)]
-    ledgers += [table for table in (tables.reading(run), tables.findings(run), tables.sources(run)) if table.rows]
-    return Html(mixtures + "".join(card(table.title, html_table(table)) for table in ledgers))
+def _data(run: Run) -> Html:
+    mixtures = "".join(_mixture_card(run, stage) for stage in run.stages if stage.mixture)
+    parts = [f'<div class="pair">{mixtures}</div>'] if mixtures else []
+    for table in (tables.records(run), tables.tokens(run)):
+        parts.append(card(table.title, html_table(table)))
+    for table in (tables.reading(run), tables.findings(run), tables.sources(run)):
+        if table.rows:
+            parts.append(card(table.title, html_table(table)))
+    return Html("".join(parts))
 
 
-def _mixture(run: dict, stage: dict) -> Html:
-    whole = tables.mixture({"stages": [stage]})
-    return html_table(Table(whole.title, whole.columns[1:], [row[1:] for row in whole.rows], whole.note))
+def _mixture_card(run: Run, stage: Stage) -> Html:
+    bar: list[tuple[str, float, int]] = []
+    labels: list[tuple[str, int]] = []
+    for source, part in stage.mixture.items():
+        color = _color(run, source)
+        bar.append((source, part.share, color))
+        labels.append((f"{source} {part.share:.0%}", color))
+    table = html_table(tables.mixture_of(stage))
+    return card(f"Mixture of {stage.name}", Html(stacked_bar(bar) + legend(labels) + table))
 
 
-def _cost(run: dict) -> Html:
-    timed = [step for step in run.get("steps", []) if step.get("seconds") is not None]
-    rows = [(step["name"], step["seconds"], duration(step["seconds"]), 1) for step in timed]
-    memory = [
-        (stage["name"], stage["peak_memory_bytes"], size(stage["peak_memory_bytes"]), 7)
-        for stage in run.get("stages", [])
-        if stage.get("peak_memory_bytes")
-    ]
-    time_card = card("Time per step", bars(rows) if rows else _missing("No step was timed."))
+def _cost(run: Run) -> Html:
+    times: list[Bar] = []
+    for step in run.steps:
+        if step.seconds is not None:
+            times.append((step.name, step.seconds, duration(step.seconds), 1))
+    memory: list[Bar] = []
+    for stage in run.stages:
+        if stage.peak_memory_bytes:
+            memory.append((stage.name, stage.peak_memory_bytes, size(stage.peak_memory_bytes), 7))
+    time_card = card("Time per step", bars(times) if times else _missing("No step was timed."))
     memory_card = card("Peak memory per stage", bars(memory) if memory else _missing("Not measured."))
     return Html(f'<div class="pair">{time_card}{memory_card}</div>')
 
 
-def _choices(run: dict) -> Html:
-    warnings = "".join(f"<li>{esc(text)}</li>" for text in run.get("warnings", []))
-    told = f'<div class="callout"><ul>{warnings}</ul></div>' if warnings else '<p class="note">No warnings.</p>'
+# ---- what to be careful about, and how to do it again ----------------------------------------------------------------
+
+
+def _choices(run: Run) -> Html:
+    told = _missing("No warnings.")
+    if run.warnings:
+        lines = "".join(f"<li>{esc(text)}</li>" for text in run.warnings)
+        told = Html(f'<div class="callout"><ul>{lines}</ul></div>')
     chosen = tables.choices(run)
-    return Html(told + (card(chosen.title, html_table(chosen)) if chosen.rows else ""))
+    if not chosen.rows:
+        return told
+    return Html(told + card(chosen.title, html_table(chosen)))
 
 
-def _provenance(run: dict) -> Html:
-    text = run.get("recipe_text", "")
-    recipe = f"<details><summary>The recipe</summary><pre>{esc(text)}</pre></details>"
+def _provenance(run: Run) -> Html:
     facts = card("Provenance", html_table(tables.provenance(run)))
-    return Html(facts + (card("", Html(recipe)) if text else ""))
+    if not run.recipe_text:
+        return facts
+    recipe = Html(f"<details><summary>The recipe</summary><pre>{esc(run.recipe_text)}</pre></details>")
+    return Html(facts + card("", recipe))
+
+
+# ---- parts of a page -------------------------------------------------------------------------------------------------
 
 
 def section(title: str, body: Html) -> Html:
@@ -278,7 +351,8 @@ def section(title: str, body: Html) -> Html:
 
 def card(title: str, body: Html) -> Html:
     """A box within a section; without a title where there is nothing to tell it from."""
-    return Html(f'<div class="card">{f"<h3>{esc(title)}</h3>" if title else ""}{body}</div>')
+    heading = f"<h3>{esc(title)}</h3>" if title else ""
+    return Html(f'<div class="card">{heading}{body}</div>')
 
 
 def _missing(text: str) -> Html:
@@ -289,28 +363,37 @@ def html_table(table: Table) -> Html:
     """The table, or its note where it has no rows."""
     if not table.rows:
         return _missing(table.note)
-    kinds = []
+    kinds: list[str] = []
     for position in range(len(table.columns)):
         kinds.append(_kind(position, [row[position] for row in table.rows]))
-
-    def cells(row: Sequence[str], tag: str) -> str:
-        shown = (Html(f"<code>{esc(cell)}</code>") if DIGEST.fullmatch(cell) else cell for cell in row)
-        return "".join(f'<{tag} class="{kind}">{esc(cell)}</{tag}>' for cell, kind in zip(shown, kinds, strict=True))
-
-    body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in table.rows)
+    head = _cells(table.columns, kinds, "th")
+    body = "".join(f"<tr>{_cells(row, kinds, 'td')}</tr>" for row in table.rows)
     note = f'<p class="table-note">{esc(table.note)}</p>' if table.note else ""
-    head = f"<thead><tr>{cells(table.columns, 'th')}</tr></thead>"
-    return Html(f'<div class="scroll"><table>{head}<tbody>{body}</tbody></table></div>{note}')
+    return Html(f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{note}')
+
+
+def _cells(row: Sequence[str], kinds: Sequence[str], tag: str) -> str:
+    cells = ""
+    for cell, kind in zip(row, kinds, strict=True):
+        shown = esc(cell)
+        if DIGEST.fullmatch(cell):
+            shown = f"<code>{shown}</code>"
+        cells += f'<{tag} class="{kind}">{shown}</{tag}>'
+    return cells
 
 
 def _kind(position: int, cells: list[str]) -> str:
     """How a column is set: n figures to the right, s short words in one line, w wide text, t other text."""
     longest = max(map(len, cells))
-    if (
-        position > 0
-        and longest < 40
-        and set(cells) != {"–"}
-        and all(cell[:1].isdigit() or cell[:1] in "+-−–" for cell in cells)
-    ):
+    if position > 0 and longest < 40 and _are_figures(cells):
         return "n"
-    return "s" if longest <= 16 else "w" if longest > 30 else "t"
+    if longest <= 16:
+        return "s"
+    return "w" if longest > 30 else "t"
+
+
+def _are_figures(cells: list[str]) -> bool:
+    """Cells that begin with a digit, a sign or the dash of what is not known; not dashes alone."""
+    if set(cells) == {UNKNOWN}:
+        return False
+    return all(cell[:1].isdigit() or cell[:1] in "+-−–" for cell in cells)

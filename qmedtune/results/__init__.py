@@ -6,6 +6,11 @@ version keeps what it lacks. Everything that an earlier version did not write is
 Deliberately absent: composing (record.py), rendering (reporting/), computing anything but sums and look-ups.
 """
 
+from qmedtune.results.duels import (
+    Contestant,
+    Duel,
+    HeadToHead,
+)
 from qmedtune.results.ledgers import (
     Classes,
     Cleaned,
@@ -43,6 +48,7 @@ from qmedtune.results.stages import (
     Attention,
     Classification,
     Kernels,
+    Logged,
     Loss,
     Memory,
     Model,
@@ -50,11 +56,22 @@ from qmedtune.results.stages import (
     Trained,
     Validation,
 )
+from qmedtune.results.sweep import (
+    Ablation,
+    ArmDifference,
+    ArmEntry,
+    Comparisons,
+    Item,
+    Judged,
+    Measure,
+    Ratio,
+)
 from qmedtune.results.typed import (
     Facts,
     Interval,
     Json,
     Number,
+    Told,
 )
 from qmedtune.results.whole_run import (
     Choice,
@@ -64,7 +81,10 @@ from qmedtune.results.whole_run import (
 )
 
 __all__ = [
+    "Ablation",
     "Adapter",
+    "ArmDifference",
+    "ArmEntry",
     "Attention",
     "Audit",
     "Change",
@@ -72,16 +92,24 @@ __all__ = [
     "Classes",
     "Classification",
     "Cleaned",
+    "Comparisons",
+    "Contestant",
     "Difference",
+    "Duel",
     "Evaluation",
     "Exposure",
     "Facts",
     "Fertility",
+    "HeadToHead",
     "Identifiers",
     "Interval",
+    "Item",
     "Json",
+    "Judged",
     "Kernels",
+    "Logged",
     "Loss",
+    "Measure",
     "Memory",
     "Merge",
     "Model",
@@ -95,6 +123,7 @@ __all__ = [
     "Part",
     "Probe",
     "Provenance",
+    "Ratio",
     "Records",
     "Run",
     "Score",
@@ -106,6 +135,7 @@ __all__ = [
     "Task",
     "Text",
     "Tokens",
+    "Told",
     "Trained",
     "Validation",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from pydantic import model_serializer
+from pydantic import Field, model_serializer
 
 from qmedtune.results.typed import Facts, Interval, Number
 
@@ -13,9 +13,10 @@ from qmedtune.results.typed import Facts, Interval, Number
 class Score(Facts):
     """The metrics of a task, 0 to 1, the main one (`metric`) with its 95 % interval. Metrics stand under their own
     names (tasks/definitions.py says what each counts). majority: what always the commonest answer would score; ties:
-    items whose best options are nearer than the precision can tell; unparsed: answers that could not be read."""
+    items whose best options are nearer than the precision can tell; unparsed: answers that could not be read; prompts,
+    extraction: whose words and whose reading, where not ours."""
 
-    __pydantic_extra__: dict[str, Number] = {}
+    __pydantic_extra__: dict[str, Number] = Field(init=False)  # pyright: ignore[reportIncompatibleVariableOverride]
 
     metric: str = "accuracy"
     definition: str | None = None
@@ -30,6 +31,8 @@ class Score(Facts):
     truncated: int | None = None
     shots: int | None = None
     shots_from: str | None = None
+    prompts: str | None = None
+    extraction: str | None = None
     chance: Number | None = None
     majority: Number | None = None
     per_character: Number | None = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pydantic import Field
+
 from qmedtune.results.ledgers import Part, Tokens
 from qmedtune.results.typed import Facts, Interval, Number
 
@@ -30,13 +32,22 @@ class Loss(Facts):
 class Validation(Facts):
     """One validation: the step, and beside it a loss per source (nats per token; None: it was not finite)."""
 
-    __pydantic_extra__: dict[str, Number | None] = {}
+    __pydantic_extra__: dict[str, Number | None] = Field(init=False)  # pyright: ignore[reportIncompatibleVariableOverride]
 
     step: int
 
     @property
     def losses(self) -> dict[str, Number | None]:
         return self.__pydantic_extra__
+
+
+class Logged(Facts):
+    """A line of metrics.jsonl: a loss, or the losses of a validation by source, or something else that was said."""
+
+    stage: str
+    step: int
+    loss: Number | None = None
+    validation: dict[str, Number | None] | None = None
 
 
 class Memory(Facts):

@@ -23,6 +23,7 @@ class Facts(BaseModel):
 
 
 class Told(Facts):
-    """Of any step: what it warns of."""
+    """Of any step: what it warns of, and how long it took."""
 
     warnings: list[str] = []
+    seconds: Number | None = None

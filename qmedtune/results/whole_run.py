@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import JsonValue
 
+from qmedtune.results.duels import HeadToHead
 from qmedtune.results.ledgers import Source
 from qmedtune.results.proofs import Audit, Merge
 from qmedtune.results.scores import Evaluation
@@ -60,6 +61,7 @@ class Run(Facts):
     merge: Merge | None = None
     audit: Audit | None = None
     evaluation: Evaluation | None = None
+    against: HeadToHead | None = None
     steps: list[StepEntry] = []
     warnings: list[str] = []
     resolved: list[Choice] = []
@@ -76,3 +78,32 @@ class Run(Facts):
     @property
     def sealed_steps(self) -> list[StepEntry]:
         return [step for step in self.steps if step.is_sealed]
+
+    @property
+    def scored(self) -> Evaluation:
+        """The evaluation, an empty one where nothing was scored."""
+        return self.evaluation or Evaluation()
+
+    @property
+    def base(self) -> str | None:
+        """`model.base` of the recipe."""
+        base = self._asked("model", "base")
+        return base if isinstance(base, str) else None
+
+    @property
+    def quantised(self) -> bool:
+        """Whether training ran over an NF4 base."""
+        return self._asked("model", "quantization") == "nf4"
+
+    def phi_of(self, source: str) -> str:
+        """What the recipe has done about identifiers in a source, which may say so itself."""
+        return str(self._asked("data", source, "phi") or self._asked("hygiene", "phi") or "off")
+
+    def _asked(self, *path: str) -> JsonValue:
+        """A key of the recipe; None where it is not there."""
+        found: JsonValue = self.recipe
+        for key in path:
+            if not isinstance(found, dict):
+                return None
+            found = found.get(key)
+        return found

@@ -1,0 +1,87 @@
+"""One line on a run: where it is, why it ended, or what came out. For lists, where the report has its sentences."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from qmedtune.heartbeat import Life
+from qmedtune.reporting.facts import both_perplexities, wholes
+from qmedtune.results import Run
+from qmedtune.ui import Progress
+from qmedtune.units import clock, digits3
+
+FEW = 2  # so many scores are named one by one; of more, verdicts are counted
+GOES_ON = "the same command goes on"
+
+
+def headline(run: Run, life: Life) -> str:
+    """Names and figures; an error is named by its first line, which holds no text of records."""
+    if life.status == "running":
+        return _under_way(life.beat.progress) if life.beat else "under way"
+    if life.status == "failed":
+        return (run.error or "failed").splitlines()[0]
+    if life.status == "stopped":
+        word = "killed" if life.killed else "stopped"
+        where = f" in {left}" if (left := next_step(run)) else ""
+        return f"{word}{where}; {GOES_ON}"
+    return result(run)
+
+
+def next_step(run: Run) -> str | None:
+    """The first step that is not sealed."""
+    for step in run.steps:
+        if not step.is_sealed:
+            return step.name
+    return None
+
+
+def _under_way(progress: Progress) -> str:
+    parts = [progress.step or "beginning"]
+    if progress.total:
+        parts.append(f"{min(progress.completed / progress.total, 1.0):.0%}")
+    if progress.note:
+        parts.append(progress.note)
+    left = progress.run_left_s or progress.left_s
+    if left is not None:
+        parts.append(f"{clock(left)} left")
+    return ", ".join(parts)
+
+
+def result(run: Run) -> str:
+    """`facts 0.06 → 0.81; perplexity fell on 3 of 3 texts`, or counts of verdicts where there are many tasks."""
+    parts = [part for part in (_tasks(run), _texts(run)) if part]
+    return "; ".join(parts) or "finished without an evaluation"
+
+
+def _tasks(run: Run) -> str:
+    found = wholes(run)
+    if len(found) > FEW:
+        return verdicts([whole.verdict for whole, _ in found])
+    told: list[str] = []
+    for whole, final in found:
+        before = f"{whole.base.value:.2f} → " if whole.base else ""
+        noise = " (within noise)" if whole.verdict == "noise" else ""
+        told.append(f"{whole.task} {before}{final.value:.2f}{noise}")
+    return ", ".join(told)
+
+
+def verdicts(found: list[str]) -> str:
+    """`18 better, 1 worse, 1 within noise`"""
+    counted = Counter(found)
+    words = {"better": "better", "worse": "worse", "noise": "within noise", "": "not compared"}
+    told: list[str] = []
+    for verdict, word in words.items():
+        if counted[verdict]:
+            told.append(f"{counted[verdict]} {word}")
+    return ", ".join(told)
+
+
+def _texts(run: Run) -> str:
+    pairs = list(both_perplexities(run))
+    if not pairs:
+        return ""
+    if len(pairs) == 1:
+        [(name, base, final)] = pairs
+        return f"perplexity of {name} {digits3(base)} → {digits3(final)}"
+    fell = [name for name, base, final in pairs if final < base]
+    return f"perplexity fell on {len(fell)} of {len(pairs)} texts"
