@@ -39,7 +39,7 @@ def recipe_of(folder: Path, models: str, task: str = FACTS):
 
 def made(folder: Path, models: str, task: str = FACTS) -> dict:
     loaded = recipe_of(folder, models, task)
-    return run(loaded.recipe, loaded.text, folder / "run", offline=True)
+    return run(loaded.recipe, loaded.text, folder / "run", offline=True).as_json()
 
 
 def test_a_run_tells_its_result_against_each_model_in_report_and_run_json(tmp_path):
