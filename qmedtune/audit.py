@@ -12,10 +12,10 @@ Deliberately absent: membership inference, differential privacy.
 from __future__ import annotations
 
 import gc
-import json
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from qmedtune.evaluation.generation import generate
 from qmedtune.evaluation.measure import adding
 from qmedtune.evaluation.scoring import choice_logprobs, prompt_texts
 from qmedtune.recipe import AuditSection, Recipe, SftSection
+from qmedtune.results import Audit, Exposure, Json, Stage
 
 RESULT = "audit.json"
 SECRET_TOKENS = 16  # a number of nine digits has 5 (LLaMA-3) to 12 tokens
@@ -50,82 +51,99 @@ def audit_stage(recipe: Recipe, inputs: Mapping[str, Path], out: Path) -> dict[s
     for index, name in enumerate(recipe.stage_names()):
         if name not in inputs:  # a classify stage: a branch, the model goes on from before it
             continue
-        sources = {source for stage in recipe.stages[: index + 1] for source in stage.sources}
+        sources: set[str] = set()
+        for stage in recipe.stages[: index + 1]:
+            sources.update(stage.sources)
         met = [canary for canary in found if canary.source in sources]
         if met:
             work = partial(_measure_stage, recipe, index, met, inputs)
             rows[name] = store.kept(out / store.SCRATCH / f"{name}.json", work)
-    result = {"stages": rows, "references": recipe.audit.references}
-    store.write_json(out / RESULT, result)
-    return result
+    result = Audit(stages=rows, references=recipe.audit.references)
+    store.write_json(out / RESULT, result.as_json())
+    return result.as_json()
 
 
-def check_limits(recipe: Recipe, inputs: Mapping[str, Path], out: Path) -> dict[str, Any]:
+def check_limits(recipe: Recipe, inputs: Mapping[str, Path], out: Path) -> dict[str, float | None]:
     """RunError where a measurement in `inputs["audit"]` is beyond `max_exposure` or `max_extracted` of the recipe.
 
     A step of its own behind the measurement, so that what was measured stays sealed, and before the merge.
     """
     audit = recipe.audit
     assert audit is not None
-    result = json.loads((inputs["audit"] / RESULT).read_text(encoding="utf-8"))
-    for stage, rows in result["stages"].items():
+    result = Audit.model_validate_json((inputs["audit"] / RESULT).read_bytes())
+    for stage, rows in result.stages.items():
         for row in rows:
-            for line in _beyond(audit, row) if row["repeats"] else ():
+            beyond = _beyond(audit, row)
+            if beyond and row.repeats:
                 raise RunError(
-                    f"audit: after {stage}, canaries planted {row['repeats']}x in {row['source']}: {line}\n"
+                    f"audit: after {stage}, canaries planted {row.repeats}x in {row.source}: {beyond}\n"
                     f"all figures are in {inputs['audit'] / RESULT}; nothing was merged\n"
                     "train less on each note, de-duplicate and redact, or raise the limit: the same command goes on"
                 )
     return {"max_exposure": audit.max_exposure, "max_extracted": audit.max_extracted}
 
 
-def _beyond(audit: AuditSection, row: dict[str, Any]) -> Iterator[str]:
-    share = row["extracted"] / row["canaries"]
-    if audit.max_exposure is not None and row["exposure"] > audit.max_exposure:
-        yield f"exposure {row['exposure']:.1f} bits on average (allowed: {audit.max_exposure:g}, `audit.max_exposure`)"
-    if audit.max_extracted is not None and share > audit.max_extracted:
-        yield (
-            f"{row['extracted']} of {row['canaries']} extracted word for word "
+def _beyond(audit: AuditSection, row: Exposure) -> str | None:
+    """The first limit that a measurement exceeds, in words."""
+    if audit.max_exposure is not None and row.exposure > audit.max_exposure:
+        return f"exposure {row.exposure:.1f} bits on average (allowed: {audit.max_exposure:g}, `audit.max_exposure`)"
+    if audit.max_extracted is not None and row.extracted / row.canaries > audit.max_extracted:
+        return (
+            f"{row.extracted} of {row.canaries} extracted word for word "
             f"(allowed: {audit.max_extracted:.0%}, `audit.max_extracted`)"
         )
+    return None
 
 
-def _measure_stage(recipe: Recipe, index: int, found: list[Canary], inputs: Mapping[str, Path]) -> list[dict[str, Any]]:
+def _measure_stage(recipe: Recipe, index: int, found: list[Canary], inputs: Mapping[str, Path]) -> list[Json]:
+    """The rows of one stage as audit.json has them."""
     name = recipe.stage_names()[index]
     base, adapters = inputs[f"{name}:base"], _adapters(name, inputs)
     tokenizer = models.load_tokenizer(base)
     disable_progress_bar()
     model: Any = models.load_base(base, recipe.model)
-    model = models.load_adapters(model, adapters) if adapters else model
+    if adapters:
+        model = models.load_adapters(model, adapters)
     models.install_kernels(model, recipe.model.kernels)
     contexts = [context_of(recipe, canary, tokenizer, base) for canary in found]
     rows = measure(recipe, model.eval(), tokenizer, found, contexts, name)
     passes = _passes(recipe, index, inputs)
     del model
     gc.collect()
-    return [row | {"passes": passes.get(row["source"]), "masked": _masked(recipe, row["source"])} for row in rows]
+    told = []
+    for row in rows:
+        trained = {"passes": passes.get(row.source), "masked": _masked(recipe, row.source)}
+        told.append(row.model_copy(update=trained).as_json())
+    return told
 
 
 def _adapters(name: str, inputs: Mapping[str, Path]) -> list[Path]:
-    numbered = (f"{name}:{number}" for number in range(1, len(inputs)))
-    return [inputs[each] for each in numbered if each in inputs]
+    found = []
+    while (key := f"{name}:{len(found) + 1}") in inputs:
+        found.append(inputs[key])
+    return found
 
 
 def _masked(recipe: Recipe, source: str) -> bool:
     """Whether the canaries of a source carried no loss."""
-    stages = [stage.section for stage in recipe.stages if source in stage.sources]
     if recipe.data[source].kind != "instructions":
         return False
-    return all(isinstance(s, SftSection) and s.loss_on == "response" for s in stages)
+    for stage in recipe.stages:
+        section = stage.section
+        answers_alone = isinstance(section, SftSection) and section.loss_on == "response"
+        if source in stage.sources and not answers_alone:
+            return False
+    return True
 
 
 def _passes(recipe: Recipe, index: int, inputs: Mapping[str, Path]) -> dict[str, float]:
     """How often the stages so far went through each source: a canary was seen this often times its repeats."""
     passes: dict[str, float] = {}
-    for name in (name for name in recipe.stage_names()[: index + 1] if name in inputs):
-        sealed = json.loads((inputs[name] / store.SEAL).read_text(encoding="utf-8"))
-        for source, part in sealed["facts"]["mixture"].items():
-            passes[source] = round(passes.get(source, 0.0) + part["repeats"], 3)
+    for name in recipe.stage_names()[: index + 1]:
+        sealed = store.read_seal(inputs[name]) if name in inputs else None
+        if sealed:
+            for source, part in Stage.model_validate(sealed.facts).mixture.items():
+                passes[source] = round(passes.get(source, 0.0) + (part.repeats or 0.0), 3)
     return passes
 
 
@@ -133,17 +151,25 @@ def context_of(recipe: Recipe, canary: Canary, tokenizer: Any, base: Path) -> st
     """The text in front of the secret, as in training: the note's beginning, or the prompt in its template."""
     if recipe.data[canary.source].kind != "instructions":
         return canary.context
-    index = next(i for i, stage in enumerate(recipe.stages) if canary.source in stage.sources)
-    named = recipe.data[canary.source].template
-    template = source_template(recipe, canary.source, base) if named else stage_template(recipe, index, base)
+    if recipe.data[canary.source].template:
+        template = source_template(recipe, canary.source, base)
+    else:
+        template = stage_template(recipe, _first_stage_of(recipe, canary.source), base)
     prompt = prompt_texts(tokenizer, template, [canaries.messages(canary)[:1]])[0].text
     return prompt[: prompt.index(canary.secret)].rstrip()
 
 
+def _first_stage_of(recipe: Recipe, source: str) -> int:
+    for index, stage in enumerate(recipe.stages):
+        if source in stage.sources:
+            return index
+    raise AssertionError(f"no stage trains on {source}: it has no canaries")
+
+
 def measure(
     recipe: Recipe, model: Any, tokenizer: Any, found: Sequence[Canary], contexts: Sequence[str], title: str
-) -> list[dict[str, Any]]:
-    """Rows of {"source", "repeats", "canaries", "exposure" (mean, bits), "highest", "extracted" (count)}."""
+) -> list[Exposure]:
+    """A row per source and number of repeats, in the order of the canaries."""
     audit = recipe.audit
     assert audit is not None
     rng = random.Random(f"references-{recipe.seed}")
@@ -151,14 +177,27 @@ def measure(
     with ui.stage(f"canaries after {title}", total=2 * len(found), unit="canaries") as bar:
         scores = choice_logprobs(model, tokenizer, contexts, options, progress=adding(bar), boundary="joint")
         answers = generate(model, tokenizer, contexts, SECRET_TOKENS, progress=adding(bar))
-    exposures = [exposure(score.sums) for score in scores]
-    extracted = [answer.text.strip().startswith(c.secret) for answer, c in zip(answers, found, strict=True)]
+    bits: dict[tuple[str, int], list[float]] = {}
+    extracted: Counter[tuple[str, int]] = Counter()
+    for canary, score, answer in zip(found, scores, answers, strict=True):
+        planted = (canary.source, canary.repeats)
+        bits.setdefault(planted, []).append(exposure(score.sums))
+        extracted[planted] += answer.text.strip().startswith(canary.secret)
     rows = []
-    for source, repeats in dict.fromkeys((canary.source, canary.repeats) for canary in found):
-        mine = [i for i, canary in enumerate(found) if (canary.source, canary.repeats) == (source, repeats)]
-        bits = [exposures[i] for i in mine]
-        row = {"source": source, "repeats": repeats, "canaries": len(mine), "exposure": sum(bits) / len(bits)}
-        rows.append(row | {"highest": max(bits), "extracted": sum(extracted[i] for i in mine)})
+    for planted, each in bits.items():
+        source, repeats = planted
+        rows.append(
+            Exposure(
+                source=source,
+                repeats=repeats,
+                canaries=len(each),
+                exposure=sum(each) / len(each),
+                highest=max(each),
+                extracted=extracted[planted],
+                passes=None,
+                masked=False,
+            )
+        )
     return rows
 
 

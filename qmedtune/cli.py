@@ -19,6 +19,7 @@ import typer
 from qmedtune import __version__
 from qmedtune.commands import ablate as cli_ablate
 from qmedtune.commands import bench as cli_bench
+from qmedtune.commands import compare as cli_compare
 from qmedtune.commands import fetch as cli_fetch
 from qmedtune.commands import model as cli_model
 from qmedtune.commands import run as cli_run
@@ -46,7 +47,7 @@ COMMANDS = {
     "erase": cli_run.erase,
     "ablate": cli_ablate.ablate,
     "eval": cli_model.evaluate,
-    "compare": cli_model.compare,
+    "compare": cli_compare.compare,
     "predict": cli_model.predict,
     "chat": cli_model.chat,
     "merge": cli_model.merge,

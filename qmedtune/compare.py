@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import torch
 
@@ -27,10 +26,14 @@ from qmedtune.evaluation.measure import adding, best_option
 from qmedtune.evaluation.open_model import OpenModel, Quantization, locate, open_model
 from qmedtune.evaluation.scoring import choice_logprobs, prompt_texts
 from qmedtune.recipe import TaskSection
+from qmedtune.results import Chosen, Development, HeadToHead
 from qmedtune.tasks import Item, Task, check_twice, load_task
 from qmedtune.tasks.shots import with_examples
 
 DEV_SHARE, MAX_DEV, MIN_DEV = 0.25, 100, 4
+
+Answers = dict[str, dict[str, list[bool]]]
+"""By task and model, whether each item was answered rightly."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,10 @@ class Setting:
 
     template: templates.Template
     shots: int
+
+    @property
+    def words(self) -> str:
+        return f"{self.template.name}, {self.shots} shots"
 
 
 @dataclass(frozen=True)
@@ -87,15 +94,24 @@ class Asked:
 
 @dataclass(frozen=True)
 class Outcome:
-    """models: {name: {task: setting and score}}; answers: right or wrong per task, model and scored item."""
+    """What the models answered. models: how each was asked and what it reached, by name and task."""
 
-    models: dict[str, dict[str, Any]]
-    answers: dict[str, dict[str, list[bool]]]
     splits: tuple[Split, ...]
+    models: dict[str, dict[str, Chosen]]
+    answers: Answers
 
 
-def compare_models(asked: Asked, out: Path | None = None) -> dict[str, Any]:
-    """{"reference", "models": {name: {task: setting and score}}, "duels", "claims": [one sentence per other model]}.
+@dataclass(frozen=True)
+class Player:
+    """A model that is loaded, and the rules that it plays by."""
+
+    name: str
+    opened: OpenModel
+    rules: Rules
+
+
+def compare_models(asked: Asked, out: Path | None = None) -> HeadToHead:
+    """How each model was asked and what it reached, the duels, and one sentence per other model.
 
     out: a folder for compare.json and, per task, <task>.items.jsonl (id and right or wrong per model; no text).
     """
@@ -103,15 +119,13 @@ def compare_models(asked: Asked, out: Path | None = None) -> dict[str, Any]:
         raise RecipeError("compare: one model has nothing to be compared with\nname two or more")
     check_twice("compare", list(asked.models))
     splits = [split(load_task(section, asked.seed), section, asked.seed) for section in asked.tasks]
-    entrants = []
-    for name in asked.models:
-        entrants.append(Entrant(name, partial(_opened, name, asked)))
+    entrants = [Entrant(name, partial(_opened, name, asked)) for name in asked.models]
     outcome = meet(entrants, splits, Rules(asked.shots, asked.templates, asked.seed))
-    reference = asked.models[0]
-    result = told(outcome, [(name, reference) for name in asked.models[1:]])
+    reference, *others = asked.models
+    result = judged(outcome, [(name, reference) for name in others], {"reference": reference})
     if out is not None:
-        write(out, outcome, {"reference": reference, **result})
-    return {"reference": reference, **result}
+        write(out, outcome, result)
+    return result
 
 
 def _opened(name: str, asked: Asked) -> OpenModel:
@@ -120,34 +134,39 @@ def _opened(name: str, asked: Asked) -> OpenModel:
 
 def meet(entrants: Sequence[Entrant], splits: Sequence[Split], rules: Rules) -> Outcome:
     """Every model answers every task's scored items, asked as suits it. One is loaded at a time."""
-    answers: dict[str, dict[str, list[bool]]] = {part.section.label: {} for part in splits}
-    models: dict[str, dict[str, Any]] = {}
+    answers: Answers = {part.section.label: {} for part in splits}
+    models: dict[str, dict[str, Chosen]] = {}
     for entrant in entrants:
-        opened = entrant.open()
+        player = Player(entrant.name, entrant.open(), rules)
         models[entrant.name] = {}
         for part in splits:
-            setting, dev = _chosen(entrant, opened, part, rules)
-            right = _right(entrant, opened, part.scored, Asking(part, setting, rules))
+            setting, dev = _chosen(player, part)
+            right = _right(player, part, part.scored, setting)
             answers[part.section.label][entrant.name] = right
-            models[entrant.name][part.section.label] = _facts(setting, dev, right, part)
-        del opened
+            models[entrant.name][part.section.label] = _reached(setting, dev, right)
+        del player
         gc.collect()
         torch.cuda.empty_cache()
-    return Outcome(models, answers, tuple(splits))
+    return Outcome(tuple(splits), models, answers)
 
 
-def told(outcome: Outcome, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    """{"models", "duels", "claims"}: of each pair the first model against the second, and a sentence."""
+def judged(outcome: Outcome, pairs: Sequence[tuple[str, str]], known: dict[str, str]) -> HeadToHead:
+    """Of each pair the first model against the second. known: who is held against whom, `reference` or `subject`."""
     found = verdict.paired_duels(outcome.answers, pairs)
-    claims = []
+    claims: list[str] = []
     for pair in pairs:
         claims.append(verdict.claim([duel for duel in found if (duel.model, duel.reference) == pair]))
-    return {"models": outcome.models, "duels": [duel.facts() for duel in found], "claims": claims}
+    duels = [duel.entry() for duel in found]
+    return HeadToHead(models=outcome.models, duels=duels, claims=claims, **known)
 
 
 def comparable(task: Task) -> bool:
     """Whether its answers are right or wrong choices, and enough of them to choose prompts by and to score."""
-    return task.metric == "accuracy" and bool(task.items[0].options) and _dev_count(task) >= MIN_DEV
+    return _is_choice(task) and _dev_count(task) >= MIN_DEV
+
+
+def _is_choice(task: Task) -> bool:
+    return task.metric == "accuracy" and bool(task.items[0].options)
 
 
 def _dev_count(task: Task) -> int:
@@ -156,7 +175,7 @@ def _dev_count(task: Task) -> int:
 
 def split(task: Task, section: TaskSection, seed: int) -> Split:
     """A task without examples of its own, as development and scored items. RecipeError where it cannot be compared."""
-    if task.metric != "accuracy" or not task.items[0].options:
+    if not _is_choice(task):
         raise RecipeError(
             f"compare: {section.task} is no choice between options\nallowed: tasks whose metric is accuracy"
         )
@@ -166,81 +185,91 @@ def split(task: Task, section: TaskSection, seed: int) -> Split:
             f"compare: {section.task} has {len(task.items)} items\n16 are needed: a quarter chooses prompts"
         )
     dev = set(Random(f"compare {seed}").sample(range(len(task.items)), count))
-    chosen = tuple(item for index, item in enumerate(task.items) if index in dev)
+    chosen: list[Item] = []
+    others: list[Item] = []
+    for index, item in enumerate(task.items):
+        (chosen if index in dev else others).append(item)
     groups = {item.group for item in chosen if item.group is not None}
-    scored = [item for index, item in enumerate(task.items) if index not in dev and item.group not in groups]
-    return Split(task, section, chosen, tuple(scored))
+    scored = [item for item in others if item.group not in groups]
+    return Split(task, section, tuple(chosen), tuple(scored))
 
 
-@dataclass(frozen=True)
-class Asking:
-    """One task, asked in one way."""
-
-    part: Split
-    setting: Setting
-    rules: Rules
-
-    @property
-    def words(self) -> str:
-        return f"{self.part.section.label}, {self.setting.template.name}, {self.setting.shots} shots"
-
-
-def _chosen(entrant: Entrant, opened: OpenModel, part: Split, rules: Rules) -> tuple[Setting, dict[str, float]]:
+def _chosen(player: Player, part: Split) -> tuple[Setting, Development]:
     """The setting that answers most development items rightly (the earlier one on a tie), and what each reached."""
-    own = opened.template
-    others = [templates.load(name, opened.location.base) for name in rules.templates]
-    settings = []
-    for template in [own, *(other for other in others if other.name != own.name)]:
-        settings += [Setting(template, shots) for shots in rules.shots]
-    reached = []
-    for setting in settings:
-        right = _right(entrant, opened, part.dev, Asking(part, setting, rules))
-        reached.append(sum(right) / len(right))
-    best = max(range(len(settings)), key=lambda index: (reached[index], -index))
-    names = [f"{setting.template.name}, {setting.shots} shots" for setting in settings]
-    return settings[best], dict(zip(names, reached, strict=True))
+    reached: dict[str, float] = {}
+    best, highest = None, -1.0
+    for setting in _settings(player):
+        right = _right(player, part, part.dev, setting)
+        share = sum(right) / len(right)
+        reached[setting.words] = share
+        if share > highest:
+            best, highest = setting, share
+    assert best is not None
+    return best, Development(items=len(part.dev), accuracy=reached)
 
 
-def _right(entrant: Entrant, opened: OpenModel, items: Sequence[Item], asking: Asking) -> list[bool]:
-    """Per item whether the model's best option is the right one; kept where the rules name a folder."""
-    work = partial(_answered, entrant, opened, items, asking)
-    if asking.rules.kept is None:
+def _settings(player: Player) -> Iterator[Setting]:
+    """The template of its training first, each template once."""
+    found = {player.opened.template.name: player.opened.template}
+    for name in player.rules.templates:
+        template = templates.load(name, player.opened.location.base)
+        found.setdefault(template.name, template)
+    for template in found.values():
+        for shots in player.rules.shots:
+            yield Setting(template, shots)
+
+
+def _right(player: Player, part: Split, items: Sequence[Item], setting: Setting) -> list[bool]:
+    """Per item whether the most likely option is the right one; kept where the rules name a folder."""
+    work = partial(_answered, player, part, items, setting)
+    if player.rules.kept is None:
         return work()
-    name = store.sha256_json([entrant.name, asking.words, [item.id for item in items]])[:16]
-    return store.kept(asking.rules.kept / f"{name}.json", work)
+    asked = [player.name, part.section.label, setting.words, [item.id for item in items]]
+    return store.kept(player.rules.kept / f"{store.sha256_json(asked)[:16]}.json", work)
 
 
-def _answered(entrant: Entrant, opened: OpenModel, items: Sequence[Item], asking: Asking) -> list[bool]:
-    part, shots, seed = asking.part, asking.setting.shots, asking.rules.seed
+def _answered(player: Player, part: Split, items: Sequence[Item], setting: Setting) -> list[bool]:
+    asked = _with_shots(part, items, setting, player.rules.seed)
+    tokenizer = player.opened.tokenizer
+    prompts = prompt_texts(tokenizer, setting.template, [item.messages for item in asked])
+    options = [item.options for item in items]
+    with ui.stage(f"{player.name}: {part.section.label}, {setting.words}", total=len(items), unit="items") as bar:
+        found = choice_logprobs(player.opened.model, tokenizer, prompts, options, progress=adding(bar))
+    right: list[bool] = []
+    for score, item in zip(found, items, strict=True):
+        right.append(best_option(score.sums, item.id) == item.gold)
+    return right
+
+
+def _with_shots(part: Split, items: Sequence[Item], setting: Setting, seed: int) -> Sequence[Item]:
+    """The items, each behind examples from the development items where the setting asks for some."""
+    if not setting.shots:
+        return items
     order = Random(f"{seed}").sample(list(part.dev), len(part.dev))
-    section = part.section.model_copy(update={"shots": shots})
-    asked = [with_examples(item, order, section, part.task.write, True) for item in items] if shots else items
-    prompts = prompt_texts(opened.tokenizer, asking.setting.template, [item.messages for item in asked])
-    with ui.stage(f"{entrant.name}: {asking.words}", total=len(items), unit="items") as bar:
-        options = [item.options for item in items]
-        found = choice_logprobs(opened.model, opened.tokenizer, prompts, options, progress=adding(bar))
-    return [best_option(score.sums, item.id) == item.gold for score, item in zip(found, items, strict=True)]
+    section = part.section.model_copy(update={"shots": setting.shots})
+    return [with_examples(item, order, section, part.task.write, True) for item in items]
 
 
-def _facts(setting: Setting, dev: Mapping[str, float], right: list[bool], part: Split) -> dict[str, Any]:
-    return {
-        "template": setting.template.name,
-        "shots": setting.shots,
-        "dev": {"items": len(part.dev), "accuracy": dict(dev)},
-        "accuracy": sum(right) / len(right),
-        "ci95": list(statistics.wilson(sum(right), len(right))),
-        "n": len(right),
-    }
+def _reached(setting: Setting, dev: Development, right: list[bool]) -> Chosen:
+    return Chosen(
+        template=setting.template.name,
+        shots=setting.shots,
+        dev=dev,
+        accuracy=sum(right) / len(right),
+        ci95=statistics.wilson(sum(right), len(right)),
+        n=len(right),
+    )
 
 
-def write(out: Path, outcome: Outcome, result: dict[str, Any]) -> None:
+def write(out: Path, outcome: Outcome, result: HeadToHead) -> None:
     """compare.json and per task <task>.items.jsonl: ids, and right or wrong per model."""
     out.mkdir(parents=True, exist_ok=True)
     for part in outcome.splits:
-        rows = outcome.answers[part.section.label]
-        lines = []
+        text = ""
         for index, item in enumerate(part.scored):
-            lines.append({"id": item.id, **{name: right[index] for name, right in rows.items()}})
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            line: dict[str, str | bool] = {"id": item.id}
+            for name, right in outcome.answers[part.section.label].items():
+                line[name] = right[index]
+            text += json.dumps(line, ensure_ascii=False) + "\n"
         store.write_atomic(out / f"{part.section.label}.items.jsonl", text)
-    store.write_json(out / "compare.json", result)
+    store.write_json(out / "compare.json", result.as_json())

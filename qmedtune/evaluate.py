@@ -28,12 +28,14 @@ from qmedtune.errors import RecipeError
 from qmedtune.evaluation import precision
 from qmedtune.evaluation.measure import Measured, Settings, measure_model, text_rows
 from qmedtune.evaluation.open_model import Quantization, fingerprint, locate, open_model
-from qmedtune.evaluation.scoring import BATCH_TOKENS, Rows, max_positions
+from qmedtune.evaluation.scoring import BATCH_TOKENS, max_positions
 from qmedtune.evaluation.summary import overlap_result, task_result, write_items
 from qmedtune.model_stack import read_json
 from qmedtune.recipe import Recipe, SourceSection, TaskSection
+from qmedtune.results import Evaluation, Merge, Pair, Text
 from qmedtune.steps import adapters_in
 from qmedtune.tasks import BUILTIN_TASKS, Task, check_twice, load_task, world_of
+from qmedtune.training.collation import Rows
 
 TEXTS = "perplexity"
 FORMAT = 4  # of what is kept with `out`: an evaluation in an older one is made again
@@ -53,7 +55,9 @@ def evaluate_stage(recipe: Recipe, inputs: dict[str, Path], out: Path) -> dict[s
     """
     tasks = [load_task(section, recipe.seed, world_of(recipe)) for section in recipe.evaluate.sections]
     window = document_window(inputs["base"])
-    held_out = {s: WholeDocuments(PackedRows(inputs["validation"] / s), window) for s in recipe.evaluate.perplexity}
+    held_out = {}
+    for source in recipe.evaluate.perplexity:
+        held_out[source] = WholeDocuments(PackedRows(inputs["validation"] / source), window)
     settings = settings_of(recipe, inputs)
     check_prompts(models.load_tokenizer(inputs["base"]), settings.template, tasks)
     taken = precision.decide(recipe, delivered_dtype(inputs))
@@ -64,41 +68,51 @@ def evaluate_stage(recipe: Recipe, inputs: dict[str, Path], out: Path) -> dict[s
             model, tokenizer, contender.label, tasks, held_out, settings, out / store.SCRATCH
         )
         del model  # or two are held while the next is loaded: 2 x 16 GB for an 8B base in 16 bit
-    result = write_results(tasks, measured, recipe.seed, out, _overlapping(inputs))
-    result |= taken.facts(recipe.evaluate.precision)
-    result |= {"template": settings.template.name, "window_tokens": window}
+    found = write_results(tasks, measured, recipe.seed, out, _overlapping(inputs))
+    how = taken.facts(recipe.evaluate.precision) | {"template": settings.template.name, "window_tokens": window}
+    found = found.model_copy(update=how)
     if taken.name == "delivered" and precision.trained(recipe).quantised and "adapter-1" in inputs:
-        _nf4_beside(recipe, inputs, held_out, settings, out / store.SCRATCH, result)
-    result["warnings"] = _warnings(inputs, taken, result)
-    store.write_json(out / "evaluation.json", result)
-    return result
+        beside = _nf4_beside(recipe, inputs, held_out, settings, out / store.SCRATCH)
+        texts = {}
+        for source, text in found.perplexity.items():
+            texts[source] = text.model_copy(update={"nf4": beside[source]})
+        found = found.model_copy(update={"perplexity": texts})
+    found = found.model_copy(update={"warnings": _warnings(inputs, taken, found)})
+    store.write_json(out / "evaluation.json", found.as_json())
+    return found.as_json()
 
 
 def _nf4_beside(
-    recipe: Recipe, inputs: dict[str, Path], held_out: Mapping[str, Rows], settings: Settings, folder: Path,
-    result: dict[str, Any],
-) -> None:  # fmt: skip
-    """Perplexity of base and result in NF4, as trained, into `result`: what quantisation costs, what training only
+    recipe: Recipe, inputs: dict[str, Path], held_out: Mapping[str, Rows], settings: Settings, folder: Path
+) -> dict[str, Pair]:
+    """Perplexity of base and result in NF4, as trained, per source: what quantisation costs, what training only
     repaired. Texts alone: they cost seconds, where tasks would cost the evaluation again."""
     if not held_out:
-        return
+        return {}
+    found = {}
     for contender in contenders(recipe, inputs, precision.trained(recipe)):
         model, tokenizer = open_contender(recipe, contender)
         label = f"{contender.label}-nf4"
-        found = measure_model(model, tokenizer, label, [], held_out, settings, folder).perplexity
-        for source, text in found.items():
-            result["perplexity"][source].setdefault("nf4", {})[contender.label] = text.perplexity
+        found[contender.label] = measure_model(model, tokenizer, label, [], held_out, settings, folder).perplexity
         del model
+    pairs = {}
+    for source in held_out:
+        base, final = found["base"][source], found["final"][source]
+        pairs[source] = Pair(base=base.perplexity, final=final.perplexity)
+    return pairs
 
 
-def _warnings(inputs: dict[str, Path], taken: precision.Precision, result: dict[str, Any]) -> list[str]:
+def _warnings(inputs: dict[str, Path], taken: precision.Precision, found: Evaluation) -> list[str]:
+    warned = []
     sealed = store.read_seal(inputs["merged"]) if "merged" in inputs else None
-    told = [precision.shift_warning(sealed.facts) if sealed else None]
-    told += [f"scored in NF4, not as delivered: {taken.why}" if taken.why else None]
-    for source, text in result["perplexity"].items():
-        if "nf4" in text:
-            told.append(precision.quantisation_note(source, text["base"], text["nf4"], text["final"]))
-    return [line for line in told if line]
+    if sealed and (shift := precision.shift_warning(Merge.model_validate(sealed.facts))):
+        warned.append(shift)
+    if taken.why:
+        warned.append(f"scored in NF4, not as delivered: {taken.why}")
+    for source, text in found.perplexity.items():
+        if text.nf4 and (note := precision.quantisation_note(source, text, text.nf4)):
+            warned.append(note)
+    return warned
 
 
 def document_window(base: Path) -> int:
@@ -112,16 +126,17 @@ def _overlapping(inputs: dict[str, Path]) -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
     for name, folder in inputs.items():
         sealed = store.read_seal(folder) if name.startswith("data-") else None
-        for task, entry in (sealed.facts["contamination"] if sealed else {}).items():
-            found.setdefault(task, set()).update(entry["found"])
+        if sealed:
+            for task, entry in sealed.facts["contamination"].items():
+                found.setdefault(task, set()).update(entry["found"])
     return found
 
 
 def write_results(
     tasks: list[Task], measured: dict[str, Measured], seed: int, out: Path,
     overlapping: Mapping[str, set[str]] = {},  # noqa: B006 - nothing changes it
-) -> dict[str, Any]:  # fmt: skip
-    """Write <task>.items.jsonl below `out`; {"tasks": scores per task, "perplexity": per source}.
+) -> Evaluation:  # fmt: skip
+    """Write <task>.items.jsonl below `out`; scores per task, perplexity per source.
 
     overlapping: ids per benchmark that stand in training text; such a task is scored in two parts as well.
     """
@@ -129,24 +144,30 @@ def write_results(
     for task in tasks:
         rows = {label: found.tasks[task.name] for label, found in measured.items()}
         write_items(out / f"{task.name}.items.jsonl", task, rows)
-        scores[task.name] = task_result(task, rows, seed)
+        found = task_result(task, rows, seed)
         known = overlapping.get(task.name.partition("-")[0])  # of pubmedqa-3shot: pubmedqa; None: it was not looked for
         if known is not None:
-            scores[task.name]["overlap"] = overlap_result(task, rows, seed, known)
+            found = found.model_copy(update={"overlap": overlap_result(task, rows, seed, known)})
+        scores[task.name] = found
     first = next(iter(measured.values())).perplexity
     texts = {source: _text_result(source, measured) for source in first}
-    return {"tasks": scores, "perplexity": texts}
+    return Evaluation(tasks=scores, perplexity=texts)
 
 
-def _text_result(source: str, measured: dict[str, Measured]) -> dict[str, Any]:
-    """Perplexity of each model over `tokens` of text; `ends`: mean log p (nats) of the `marks` that close it."""
-    found = {label: each.perplexity[source] for label, each in measured.items()}
-    result: dict[str, Any] = {label: each.perplexity for label, each in found.items()}
-    one = next(iter(found.values()))
-    result |= {"tokens": one.tokens, "marks": one.marks}
-    if one.marks:
-        result["ends"] = {label: round(-each.mark_nll / each.marks, 4) for label, each in found.items()}
-    return result
+def _text_result(source: str, measured: dict[str, Measured]) -> Text:
+    """Perplexity of each model over one source's held-out text."""
+    perplexities, ends = {}, {}
+    tokens = marks = 0
+    for label, each in measured.items():
+        found = each.perplexity[source]
+        perplexities[label] = found.perplexity
+        tokens, marks = found.tokens, found.marks  # the same for all: they read the same rows
+        if marks:
+            ends[label] = round(-found.mark_nll / marks, 4)
+    result = Text(**perplexities, tokens=tokens, marks=marks)
+    if not marks:
+        return result
+    return result.model_copy(update={"ends": Pair(**ends)})
 
 
 def check_prompts(tokenizer: Any, template: templates.Template, tasks: list[Task]) -> None:
@@ -197,9 +218,10 @@ def open_contender(recipe: Recipe, contender: Contender) -> tuple[Any, Any]:
     taken = contender.taken
     stored = taken.computed_in if taken.quantised else taken.weights
     section = recipe.model.model_copy(update={"compute_dtype": stored})
+    model: Any
     if contender.random:  # no base to compare with: chance is what random weights reach
         torch.manual_seed(recipe.seed)
-        model: Any = models.from_scratch(contender.folder, section)
+        model = models.from_scratch(contender.folder, section)
     else:
         model = models.load_base(contender.folder, section, quantize=taken.quantised)
     if contender.random or taken.computed_in != stored:
@@ -260,14 +282,15 @@ def evaluate_model(
         check_prompts(models.load_tokenizer(location.base), location.template, loaded)
         opened = open_model(location, quantization)
         window = min(max_positions(opened.model), WINDOW_TOKENS)
-        read = {str(path): text_rows(opened.tokenizer, path, window) for path in texts}
-        rows = {path: rows for path, (rows, _) in read.items()}
+        rows, sizes = {}, {}
+        for path in texts:
+            rows[str(path)], sizes[str(path)] = text_rows(opened.tokenizer, path, window)
         found = measure_model(opened.model, opened.tokenizer, "model", loaded, rows, settings, folder / store.SCRATCH)
         result: dict[str, Any] = {"model": name, "template": location.template.name}
         result |= {"quantization": opened.quantization, "computed_in": opened.computed_in}
         result["weights"] = "nf4" if opened.quantization == "nf4" else opened.computed_in
-        result |= write_results(loaded, {"model": found}, seed, folder)
-        for path, (_, size) in read.items():
+        result |= write_results(loaded, {"model": found}, seed, folder).as_json()
+        for path, size in sizes.items():
             result["perplexity"][path]["bits_per_byte"] = found.perplexity[path].nll / math.log(2) / size
         store.write_json(folder / "evaluation.json", result)
         return result
@@ -277,7 +300,10 @@ def evaluate_model(
             return work(Path(folder))
     asked = [section.model_dump() for section in sections]
     files = [fingerprint(path) for path in (location.base, *location.adapters, *texts)]
-    prompts = [[i.id, i.messages, i.options, task.write(i)] for task in loaded for i in task.asked]
+    prompts = []
+    for task in loaded:
+        for item in task.asked:
+            prompts.append([item.id, item.messages, item.options, task.write(item)])
     given = [asked, files, prompts, asdict(location.template), quantization, generate, seed]
     key = store.sha256_json([FORMAT, given, record.code_versions()])
     return _sealed(out, key, work)

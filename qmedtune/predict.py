@@ -32,15 +32,16 @@ from qmedtune.interrupt import stop
 from qmedtune.model_stack import read_json
 from qmedtune.recipe import SourceSection
 from qmedtune.record import code_versions
-from qmedtune.tasks.items import field_names, item_id
+from qmedtune.tasks.items import Fields, field_names, item_id
 
 WINDOW = 128  # records between two writes: what a kill can cost
 FORMATS = ("jsonl", "json", "csv", "tsv", "parquet")
 QUESTION_COLUMNS = ("instruction", "question", "prompt", "query", "text", "transcription")
-COLUMNS = ("id", "answer", "ended", "tokens", "error")
+COLUMNS: tuple[str, ...] = ("id", "answer", "ended", "tokens", "error")
 
 Record = tuple[str, list[dict[str, str]] | Damaged]
 Row = dict[str, Any]
+"""One line of the answers' file, and of what a dry run tells."""
 
 
 def predict(
@@ -56,7 +57,7 @@ def predict(
     batch_tokens: int = BATCH_TOKENS,
     quantization: Quantization | None = None,
     offline: bool = False,
-) -> dict[str, Any]:
+) -> Row:
     """Answer every record of a CSV, TSV, JSON, JSON-lines or Parquet file; `out` is CSV by its name, else JSON lines.
 
     column: the field that holds the question (default: the first of QUESTION_COLUMNS, or `messages`)
@@ -159,7 +160,7 @@ def _records(file: Path, column: str | None, instruction: str | None) -> Iterato
             yield item_id(where, fields), Damaged(str(error))
 
 
-def _check_columns(fields: dict[str, Any], column: str | None, where: str) -> None:
+def _check_columns(fields: Fields, column: str | None, where: str) -> None:
     if column is not None and column not in fields:
         raise RecipeError(f"--column: {where} has no column {column!r}\ncolumns there: {field_names(fields)}")
     if column is None and "messages" not in fields and not _question_column(fields):
@@ -169,11 +170,14 @@ def _check_columns(fields: dict[str, Any], column: str | None, where: str) -> No
         )
 
 
-def _question_column(fields: dict[str, Any]) -> str | None:
-    return next((name for name in QUESTION_COLUMNS if name in fields), None)
+def _question_column(fields: Fields) -> str | None:
+    for name in QUESTION_COLUMNS:
+        if name in fields:
+            return name
+    return None
 
 
-def _messages(fields: dict[str, Any], column: str | None, instruction: str | None) -> list[dict[str, str]]:
+def _messages(fields: Fields, column: str | None, instruction: str | None) -> list[dict[str, str]]:
     """The conversation to continue. Raises `Unusable` with a reason that quotes nothing."""
     if column is None and isinstance(fields.get("messages"), list):
         return [_message(message) for message in _until_question(fields["messages"])]
@@ -181,16 +185,20 @@ def _messages(fields: dict[str, Any], column: str | None, instruction: str | Non
     text = checked(fields.get(str(name)), "question").strip()
     if instruction:
         return [{"role": "user", "content": instruction, "input": text}]
+    message = {"role": "user", "content": text}
     given = fields.get("input")
-    extra = {"input": given.strip()} if name == "instruction" and isinstance(given, str) and given.strip() else {}
-    return [{"role": "user", "content": text, **extra}]
+    if name == "instruction" and isinstance(given, str) and given.strip():
+        message["input"] = given.strip()
+    return [message]
 
 
 def _until_question(messages: list[Any]) -> list[Any]:
-    last = max((i for i, m in enumerate(messages) if isinstance(m, dict) and m.get("role") == "user"), default=-1)
-    if last < 0:
-        raise Unusable("no user message")
-    return messages[: last + 1]
+    """The conversation without what follows the user's last message."""
+    for count in range(len(messages), 0, -1):
+        message = messages[count - 1]
+        if isinstance(message, dict) and message.get("role") == "user":
+            return messages[:count]
+    raise Unusable("no user message")
 
 
 def _message(message: Any) -> dict[str, str]:
@@ -203,14 +211,21 @@ def _message(message: Any) -> dict[str, str]:
 
 
 def _answers(opened: OpenModel, records: list[Record], max_new_tokens: int, batch_tokens: int) -> list[Row]:
-    rows: list[Row] = [{"id": name, "answer": None} for name, _ in records]
-    good = [(row, messages) for row, (_, messages) in zip(rows, records, strict=True) if isinstance(messages, list)]
-    prompts = prompt_texts(opened.tokenizer, opened.template, [messages for _, messages in good])
+    rows: list[Row] = []
+    asked: list[Row] = []  # those of the rows that have a question
+    conversations = []
+    for name, messages in records:
+        row: Row = {"id": name, "answer": None}
+        rows.append(row)
+        if isinstance(messages, Damaged):
+            row["error"] = messages.reason
+        else:
+            asked.append(row)
+            conversations.append(messages)
+    prompts = prompt_texts(opened.tokenizer, opened.template, conversations)
     answers = generate(opened.model, opened.tokenizer, prompts, max_new_tokens, batch_tokens=batch_tokens)
-    for (row, _), answer in zip(good, answers, strict=True):
+    for row, answer in zip(asked, answers, strict=True):
         row |= {"answer": answer.text, "ended": answer.ended, "tokens": answer.tokens, "truncated": answer.truncated}
-    for row, (_, damaged) in zip(rows, records, strict=True):
-        row |= {"error": damaged.reason} if isinstance(damaged, Damaged) else {}
     return rows
 
 
@@ -224,7 +239,8 @@ def _write_rows(
         stop.graceful(),
     ):
         while window := list(islice(questions, WINDOW)):
-            file.writelines(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in answer(window))
+            for row in answer(window):
+                file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
             bar.update(bar.completed + len(window))
@@ -271,7 +287,7 @@ def _whole(line: bytes, key: str, part: Path, number: int) -> Row:
     return row
 
 
-def _publish(part: Path, rows: BinaryIO, out: Path, ids: Iterable[str]) -> dict[str, Any]:
+def _publish(part: Path, rows: BinaryIO, out: Path, ids: Iterable[str]) -> Row:
     """Give the rows their final form and name; counts of what they hold.
 
     ids: of the records of the input, in order. RunError where the rows are not theirs, one for one.
@@ -281,11 +297,12 @@ def _publish(part: Path, rows: BinaryIO, out: Path, ids: Iterable[str]) -> dict[
     rows.seek(0)
     rows.readline()
     with _new_file(temporary) as file:
-        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore") if out.suffix.lower() == ".csv" else None
-        if writer:
+        writer = None
+        if out.suffix.lower() == ".csv":
+            writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
             writer.writeheader()
         for line, name in zip_longest(rows, ids):
-            row = json.loads(line) if line else {}
+            row: Row = json.loads(line) if line else {}
             if row.get("id") != name:
                 raise RunError(
                     f"{part}: row {counts['records'] + 1} is not of the record that stands there in the input\n"
@@ -295,7 +312,10 @@ def _publish(part: Path, rows: BinaryIO, out: Path, ids: Iterable[str]) -> dict[
             counts.update(
                 truncated=row.get("truncated", False), cut=row.get("ended") == "length", tokens=row.get("tokens", 0)
             )
-            writer.writerow(row) if writer else file.write(line.decode())
+            if writer:
+                writer.writerow(row)
+            else:
+                file.write(line.decode())
         file.flush()
         os.fsync(file.fileno())
     store.rename(temporary, out)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from qmedtune import __version__, store
 from qmedtune.errors import MergeRefused, QmedtuneError
@@ -21,7 +21,7 @@ from qmedtune.results import (
     Audit,
     Choice,
     Evaluation,
-    HeadToHead,
+    Facts,
     Merge,
     Provenance,
     Run,
@@ -34,6 +34,8 @@ from qmedtune.results import (
 if TYPE_CHECKING:
     from qmedtune.base import Base
     from qmedtune.run import Step
+
+Found = TypeVar("Found", bound=Facts)
 
 RUN, METRICS, REPORTS = "run.json", "metrics.jsonl", ("report.html", "report.md")
 PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "trl", "datasets", "accelerate", "numpy")
@@ -165,8 +167,8 @@ def compose(notes: Notes, status: str) -> Run:
         stages=[_stage(notes, name) for name in recipe.stage_names()],
         data=_data(notes),
         merge=_merge(notes),
-        audit=Audit.model_validate(notes.facts("audit")) if "audit" in notes.done else None,
-        evaluation=Evaluation.model_validate(notes.facts("evaluation")) if "evaluation" in notes.done else None,
+        audit=_of_step(notes, "audit", Audit),
+        evaluation=_of_step(notes, "evaluation", Evaluation),
         steps=[_step(notes, step) for step in notes.steps],
         warnings=list(_warnings(notes)),
         resolved=[Choice.model_validate(choice) for choice in notes.choices],
@@ -174,6 +176,13 @@ def compose(notes: Notes, status: str) -> Run:
         recipe_text=text,
         provenance=_provenance(notes.source),
     )
+
+
+def _of_step(notes: Notes, name: str, model: type[Found]) -> Found | None:
+    """What a step has found, None where it is not done."""
+    if name not in notes.done:
+        return None
+    return model.model_validate(notes.facts(name))
 
 
 def _data(notes: Notes) -> dict[str, Source]:
@@ -270,7 +279,9 @@ def _git() -> str | None:
     if not text.startswith("ref: "):
         return text
     ref = head.parent / text.removeprefix("ref: ")
-    return ref.read_text().strip() if ref.is_file() else None
+    if not ref.is_file():
+        return None
+    return ref.read_text().strip()
 
 
 def _write_metrics(out: Path, notes: Notes) -> None:

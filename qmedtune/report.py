@@ -125,8 +125,9 @@ def _card_parts(run: Run) -> Iterator[str]:
 
 
 def _use(run: Run) -> str:
-    name = run.scored.template
-    form = f" (`{_plain(name)}`)" if name else ""
+    form = ""
+    if run.scored.template:
+        form = f" (`{_plain(run.scored.template)}`)"
     ask = "`apply_chat_template(..., add_generation_prompt=True)`"
     return (
         f"Ask with the tokenizer's chat template{form}, {ask}: it gives the tokens of the training. The marks that end "
@@ -167,7 +168,9 @@ def _front_metric(final: Score, words: str) -> dict[str, object]:
 def _procedure(run: Run) -> str:
     kinds = [STAGE_WORDS.get(stage.kind, stage.kind) for stage in run.stages]
     stages = ", then ".join(kinds) or "no training stage"
-    return f"{stages} as LoRA over an NF4 base" if run.quantised else stages
+    if run.quantised:
+        return f"{stages} as LoRA over an NF4 base"
+    return stages
 
 
 def _limits(run: Run) -> Iterator[str]:
@@ -203,7 +206,9 @@ def _section(table: Table) -> str:
 
 
 def _section_if_any(table: Table) -> str:
-    return _section(table) if table.rows else ""
+    if not table.rows:
+        return ""
+    return _section(table)
 
 
 def _markdown_table(table: Table) -> str:
@@ -211,7 +216,9 @@ def _markdown_table(table: Table) -> str:
         return table.note
     border = ("---",) * len(table.columns)
     drawn = "\n".join(_markdown_row(line) for line in (table.columns, border, *table.rows))
-    return f"{drawn}\n\n{table.note}" if table.note else drawn
+    if table.note:
+        return f"{drawn}\n\n{table.note}"
+    return drawn
 
 
 def _markdown_row(cells: tuple[str, ...]) -> str:

@@ -41,10 +41,10 @@ from qmedtune.training.card import check_card
 from qmedtune.training.checkpoints import BEST, METRICS
 from qmedtune.training.classify import attach_head, document_nll, score
 from qmedtune.training.confirm import confirm
-from qmedtune.training.loss import token_nll
+from qmedtune.training.loss import rows_nll
 from qmedtune.training.machine import as_begun, out_of_memory
 from qmedtune.training.shared_base import SharedBase
-from qmedtune.training.trainer import QTrainer, collate, number, supervised_weight, trainer_arguments
+from qmedtune.training.trainer import QTrainer, number, trainer_arguments
 
 # A loss this many times the median of so many steps before it is logged as a spike.
 SPIKE, SPIKE_WINDOW = 2.0, 50
@@ -209,18 +209,15 @@ def _finish(model: Any, tokenizer: Any, full: bool, base_name: str, out: Path) -
         models.save_adapter(model, out / "adapter", base_name)
 
 
-@torch.no_grad()
 def mean_loss(model: Any, rows: PackedRows, pad_id: int, batch: int) -> float:
     """Mean next-token loss (nats per supervised token) over packed rows, documents isolated from each other."""
     was_training = model.training
     model.eval()
-    device = next(model.parameters()).device
+    batches = [range(start, min(start + batch, len(rows))) for start in range(0, len(rows), batch)]
     total, count = 0.0, 0.0
-    for start in range(0, len(rows), batch):
-        picked = collate([rows[i] for i in range(start, min(start + batch, len(rows)))], pad_id)
-        picked.pop("lengths")
-        count += supervised_weight(picked)
-        total += float(token_nll(model, **{name: x.to(device) for name, x in picked.items()}))
+    for found in rows_nll(model, rows, batches, pad_id):
+        total += found.total()
+        count += found.weight
     model.train(was_training)
     return total / max(1.0, count)
 

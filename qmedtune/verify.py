@@ -18,7 +18,7 @@ from qmedtune.record import INTERNAL, METRICS, RUN, is_whole, text_sha256
 from qmedtune.report import markdown, model_card
 from qmedtune.reporting import page as report_html
 from qmedtune.reporting.facts import read_metrics
-from qmedtune.results import Run
+from qmedtune.results import Merge, Run
 
 MAX_NAMED = 4
 Seals = dict[str, store.Seal]
@@ -152,8 +152,8 @@ def _entries(run: Run) -> dict[str, dict[str, Any]]:
         found[stage.name] = stage.as_json()
     for name, source in run.data.items():
         found[f"data/{name}"] = source.as_json()
-    found["merged"] = run.merge.as_json() if run.merge else {}
-    found["evaluation"] = run.evaluation.as_json() if run.evaluation else {}
+    found["merged"] = (run.merge or Merge()).as_json()
+    found["evaluation"] = run.scored.as_json()
     return found
 
 

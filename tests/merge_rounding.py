@@ -139,9 +139,10 @@ def _scores(folder: Path, found: Found, world: str, scratch: Path) -> dict[str, 
     parts = scratch / "scores"
     settings = Settings(template, generate=False, batch_tokens=4096)
     measured = measure_model(model, load_tokenizer(folder), "model", [task], {}, settings, parts)
-    scores = write_results([task], {"model": measured}, found.seed, parts)["tasks"]["facts"]["model"]
+    scores = write_results([task], {"model": measured}, found.seed, parts).tasks["facts"].model
+    assert scores is not None
     shutil.rmtree(parts)
-    return scores
+    return scores.as_json()
 
 
 def markdown(rows: list[Row]) -> str:

@@ -136,10 +136,11 @@ def test_what_was_learnt_by_heart_is_found_and_controls_are_not(recipe, micro_ru
         optimizer.step()
         optimizer.zero_grad()
     contexts = [canary.context for canary in found]
-    rows = {row["repeats"]: row for row in audit.measure(resolved, model.eval(), tokenizer, found, contexts, "test")}
-    assert (rows[4]["exposure"], rows[4]["extracted"]) == (5.0, 3)
-    assert rows[0]["extracted"] == rows[1]["extracted"] == 0
-    assert rows[0]["exposure"] < 3.5 and rows[1]["exposure"] < 3.5  # 3 canaries: chance is 1.4 +- 0.8
+    measured = audit.measure(resolved, model.eval(), tokenizer, found, contexts, "test")
+    rows = {row.repeats: row for row in measured}
+    assert (rows[4].exposure, rows[4].extracted) == (5.0, 3)
+    assert rows[0].extracted == rows[1].extracted == 0
+    assert rows[0].exposure < 3.5 and rows[1].exposure < 3.5  # 3 canaries: chance is 1.4 +- 0.8
 
 
 # ------------------------------------------------------------------------------------------------------------- limits
@@ -147,6 +148,7 @@ def test_what_was_learnt_by_heart_is_found_and_controls_are_not(recipe, micro_ru
 
 def judged(recipe: Recipe, folder: Path, **limits) -> dict:
     row = {"source": "notes", "repeats": 16, "canaries": 8, "exposure": 5.0, "highest": 7.0, "extracted": 2}
+    row |= {"passes": 1.0, "masked": False}
     store.write_json(folder / "audit.json", {"stages": {"01-cpt": [{**row, "repeats": 0}, row]}, "references": 127})
     assert recipe.audit is not None
     limited = recipe.model_copy(update={"audit": recipe.audit.model_copy(update=limits)})

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from qmedtune import model as models
 from qmedtune.bench import context, load, shapes, train, train_worker
 from qmedtune.bench.job import job_of
+from qmedtune.bench.result import Measurement
 from qmedtune.errors import RecipeError
 from qmedtune.recipe import ModelSection
 
@@ -79,18 +80,18 @@ def test_rounds_turn_around():
 
 
 def test_results_are_told_with_losses_and_absences():
-    measured = {
-        "tokens_per_s": 50.0, "all_tokens_per_s": 60.0, "cpu_s": 1.0, "first_step_s": 1.0, "peak_memory_bytes": 2**30,
-        "host_bytes": 2**30, "losses": [2.0, 1.0], "gradient_cosine": 0.9999, "loss_gap": 0.001,
-    }  # fmt: skip
-    slower = {**measured, "tokens_per_s": 25.0, "cpu_s": 1.5}
+    measured = Measurement(
+        tokens_per_s=50.0, all_tokens_per_s=60.0, cpu_s=1.0, first_step_s=1.0, peak_memory_bytes=2**30,
+        host_bytes=2**30, losses=[2.0, 1.0], gradient_cosine=0.9999, loss_gap=0.001,
+    )  # fmt: skip
+    slower = measured.model_copy(update={"tokens_per_s": 25.0, "cpu_s": 1.5})
     job = job_of("tiny", {})
     rows = [
         train._row(job, "trl", [measured] * 3, [measured] * 3),
         train._row(job, "qmedtune", [slower, measured, slower], [measured] * 3),
-        train._row(job, "unsloth", [{"absent": "not installed"}], [measured]),
+        train._row(job, "unsloth", [Measurement(absent="not installed")], [measured]),
     ]
-    columns, cells = train.render({"bench": "train", "rows": rows})
+    columns, cells = train.render({"bench": "train", "device": "", "versions": {}, "rows": rows})
     assert [len(row) for row in cells] == [len(columns)] * 3
     assert cells[0][1:3] == ["50", "1.00 (1.00 to 1.00)"] and cells[1][2] == "0.50 (0.50 to 1.00)"
     assert rows[1]["cpu_ratio"] == pytest.approx(0.667, abs=1e-3) and cells[2][-1] == "not installed"
@@ -134,7 +135,7 @@ def test_what_lacked_time_is_measured_by_the_next_call(tmp_path, monkeypatch):
         "tokens_per_s": 50.0, "all_tokens_per_s": 60.0, "cpu_s": 1.0, "first_step_s": 1.0, "peak_memory_bytes": 1,
         "host_bytes": 1, "losses": [2.0],
     }  # fmt: skip
-    monkeypatch.setattr(train, "_run", lambda job, name, *rest: calls.append(name) or dict(found))
+    monkeypatch.setattr(train, "_run", lambda job, name, *rest: calls.append(name) or Measurement(**found))
     job, results = job_of("1b", {}), tmp_path / "deep" / "raw.json"
     first = train.bench_train(job, ["trl", "qmedtune"], 2, results, time_limit_s=1.0)
     assert calls == [] and all("no time was left" in row["absent"] for row in first["rows"])
@@ -160,7 +161,7 @@ def test_each_contender_runs_at_the_setting_it_is_fastest_with(tmp_path, monkeyp
     def run(job, name, *rest):
         calls.append((name, job.micro_batch, job.checkpointing, job.steps))
         speed = speeds.get(calls[-1][:3])
-        return {"tokens_per_s": speed, **FIGURES} if speed else {"absent": "failed: CUDA out of memory"}
+        return Measurement(tokens_per_s=speed, **FIGURES) if speed else Measurement(absent="failed: CUDA out of memory")
 
     monkeypatch.setattr(train, "_run", run)
     job, results = job_of("1b", {"rows": 4}), tmp_path / "raw.json"
@@ -182,7 +183,7 @@ def test_each_contender_runs_at_the_setting_it_is_fastest_with(tmp_path, monkeyp
 
 def test_a_search_that_lacked_time_goes_on_in_the_next_call(tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(train, "_run", lambda *_: calls.append(1) or {"tokens_per_s": 1.0, **FIGURES})
+    monkeypatch.setattr(train, "_run", lambda *_: calls.append(1) or Measurement(tokens_per_s=1.0, **FIGURES))
     job, results = job_of("1b", {"rows": 6}), tmp_path / "raw.json"
     first = train.bench_train(job, ["qmedtune"], 1, results, time_limit_s=1.0, best=True)
     assert not calls and first["rows"][0]["setting"] is None and "no time was left" in first["rows"][0]["absent"]
@@ -195,9 +196,9 @@ def test_within_a_budget_the_plan_decides_and_rows_that_were_made_fewer_do_not_c
 
     def run(job, name, *rest):
         if name == "unsloth":
-            return {"absent": "failed: the first call after a driver update"}
+            return Measurement(absent="failed: the first call after a driver update")
         found = {"tokens_per_s": float(job.micro_batch), "micro_batch": min(job.micro_batch, 2), **FIGURES}
-        return found | {"layers": {"cheap": 4, "recompute": 12}}
+        return Measurement(**found, layers={"cheap": 4, "recompute": 12})
 
     monkeypatch.setattr(train, "_run", run)
     monkeypatch.setattr(train, "_absent", lambda name: "")

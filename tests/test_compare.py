@@ -107,13 +107,13 @@ def test_models_are_asked_the_same_items_and_development_items_are_never_scored(
     lines = [json.loads(line) for line in (tmp_path / "choice.items.jsonl").read_text().splitlines()]
     assert len(lines) == 30 and all(set(line) == {"id", *names} for line in lines)
     for name in names:
-        facts = found["models"][name]["choice"]
-        assert facts["n"] == 30 and facts["dev"]["items"] == 10 and len(facts["dev"]["accuracy"]) >= 2
-        assert facts["accuracy"] == pytest.approx(sum(line[name] for line in lines) / 30)
-        best = facts["dev"]["accuracy"][f"{facts['template']}, {facts['shots']} shots"]
-        assert best == max(facts["dev"]["accuracy"].values())
-    assert json.loads((tmp_path / "compare.json").read_text()) == found
-    assert len(found["claims"]) == 1 and len(found["duels"]) == 1
+        facts = found.models[name]["choice"]
+        assert facts.n == 30 and facts.dev.items == 10 and len(facts.dev.accuracy) >= 2
+        assert facts.accuracy == pytest.approx(sum(line[name] for line in lines) / 30)
+        best = facts.dev.accuracy[f"{facts.template}, {facts.shots} shots"]
+        assert best == max(facts.dev.accuracy.values())
+    assert json.loads((tmp_path / "compare.json").read_text()) == found.as_json()
+    assert len(found.claims) == 1 and len(found.duels) == 1
 
 
 def test_what_cannot_be_compared_is_refused(models):

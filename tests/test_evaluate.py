@@ -25,7 +25,7 @@ from qmedtune.evaluation import measure, precision, scoring, statistics
 from qmedtune.planning.machine import card_of
 from qmedtune.recipe import Recipe, SourceSection
 from qmedtune.reporting.facts import ALL, comparisons
-from qmedtune.results import Evaluation
+from qmedtune.results import Evaluation, Merge, Pair, Shift
 
 REAL = Path(os.environ.get("QMEDTUNE_REAL_DATA", Path(__file__).parents[2] / "shared" / "data"))
 MEDQA = {"question": "Which drug?", "options": {"A": "aspirin", "B": "insulin"}, "answer_idx": "B"}
@@ -200,12 +200,13 @@ def test_what_does_not_fit_the_card_is_scored_in_nf4_and_says_so(folder):
 
 
 def test_a_large_shift_between_trained_and_delivered_is_a_warning():
-    assert precision.shift_warning({"shift_from_nf4": {"kl": 0.28, "top1": 0.69}})
-    assert precision.shift_warning({"shift_from_nf4": {"kl": 0.01, "top1": 0.96}}) is None
-    assert precision.shift_warning({"shift_from_nf4": None}) is None
-    told = precision.quantisation_note("notes", 20.0, {"base": 26.0, "final": 15.34}, 15.2)
+    assert precision.shift_warning(Merge(shift_from_nf4=Shift(kl=0.28, top1=0.69)))
+    assert precision.shift_warning(Merge(shift_from_nf4=Shift(kl=0.01, top1=0.96))) is None
+    assert precision.shift_warning(Merge(shift_from_nf4=None)) is None
+    delivered = Pair(base=20.0, final=15.2)
+    told = precision.quantisation_note("notes", delivered, Pair(base=26.0, final=15.34))
     assert told == "notes: perplexity -41% in NF4 but -24% delivered: the rest repaired quantisation"
-    assert precision.quantisation_note("notes", 20.0, {"base": 20.4, "final": 15.4}, 15.2) is None
+    assert precision.quantisation_note("notes", delivered, Pair(base=20.4, final=15.4)) is None
 
 
 def test_documents_are_read_whole_and_every_token_once(folder):

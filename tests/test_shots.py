@@ -159,12 +159,14 @@ def test_scores_are_means_over_draws_with_their_spread(tmp_path):
     path = write(tmp_path / "q.jsonl", [question(n) for n in range(4)])
     task = load_task(TaskSection(task="medqa", path=str(path), shots=1), seed=0)
     rows = judged([1, 1, 0, 0]) + judged([1, 1, 1, 1]) + judged([0, 1, 1, 1])
-    found = summary.task_result(task, {"model": rows}, seed=0)["model"]
-    assert (found["accuracy"], found["draws"], found["sd_of_draws"]) == (0.75, [0.5, 1.0, 0.75], 0.25)
-    assert (found["n"], found["shots"], found["per_character"]) == (4, 1, 0.75)
-    assert found["ci95"] == list(statistics.wilson(3, 4))
-    nothing = summary.task_result(task, {"model": judged([0] * 12)}, seed=0)["model"]
-    assert nothing["ci95"] == list(statistics.wilson(0, 4)) and nothing["ci95"][1] > 0.4
+    found = summary.task_result(task, {"model": rows}, seed=0).model
+    assert found is not None
+    assert (found.value, found.draws, found.sd_of_draws) == (0.75, [0.5, 1.0, 0.75], 0.25)
+    assert (found.n, found.shots, found.per_character) == (4, 1, 0.75)
+    assert found.ci95 == statistics.wilson(3, 4)
+    nothing = summary.task_result(task, {"model": judged([0] * 12)}, seed=0).model
+    assert nothing is not None and nothing.ci95 is not None
+    assert nothing.ci95 == statistics.wilson(0, 4) and nothing.ci95[1] > 0.4
 
 
 def test_paired_over_draws_uses_the_items_means(tmp_path):
@@ -172,8 +174,9 @@ def test_paired_over_draws_uses_the_items_means(tmp_path):
     task = load_task(TaskSection(task="medqa", path=str(path), shots=1), seed=0)
     base, final = judged([0, 0, 0, 0] * 3), judged([1, 1, 1, 0] * 3)
     found = summary.task_result(task, {"base": base, "final": final}, seed=0)
-    assert found["difference"]["value"] == 0.75 and found["difference"]["ci95"][0] > 0
-    assert "paired" not in found  # three answers per item are not three items
+    assert found.difference is not None and found.difference.ci95 is not None
+    assert found.difference.value == 0.75 and found.difference.ci95[0] > 0
+    assert "paired" not in found.as_json()  # three answers per item are not three items
 
 
 def test_pairs_of_one_premise_are_no_examples_and_no_independent_evidence(tmp_path):
@@ -193,12 +196,13 @@ def test_pairs_of_one_premise_are_no_examples_and_no_independent_evidence(tmp_pa
         for row, item, r in zip(judged([0] * 12), task.items, right, strict=True)
     ]
     found = summary.task_result(task, {"base": rows, "final": rows}, seed=0)
-    assert (found["final"]["accuracy"], found["final"]["groups"], found["final"]["n"]) == (0.5, 4, 12)
-    assert (found["final"]["chance"], found["final"]["majority"]) == (pytest.approx(1 / 3), pytest.approx(1 / 3))
-    assert found["final"]["ci95"] == [0, 1] and "paired" not in found
+    assert found.final is not None
+    assert (found.final.value, found.final.groups, found.final.n) == (0.5, 4, 12)
+    assert (found.final.chance, found.final.majority) == (pytest.approx(1 / 3), pytest.approx(1 / 3))
+    assert found.final.ci95 == (0, 1) and "paired" not in found.as_json()
     none = [row | task.judge(item, None) for row, item in zip(rows, task.items, strict=True)]
-    nothing = summary.task_result(task, {"model": none}, seed=0)["model"]
-    assert nothing["ci95"] == list(statistics.wilson(0, 4))
+    nothing = summary.task_result(task, {"model": none}, seed=0).model
+    assert nothing is not None and nothing.ci95 == statistics.wilson(0, 4)
 
 
 # ---- other metrics ---------------------------------------------------------------------------------------------------

@@ -156,9 +156,9 @@ def test_a_part_of_one_outcome_has_no_auroc(tmp_path, capfd):
         for item, odds in zip(task.items, (0.9, 0.4, 0.6, 0.1), strict=True)
     ]
     parts = summary.overlap_result(task, {"model": rows}, 0, {"0", "1"})
-    assert parts.keys() == {"overlapping"} and parts["overlapping"]["model"]["auroc"] == 1
+    assert parts.keys() == {"overlapping"} and parts["overlapping"].as_json()["model"]["auroc"] == 1
     assert "no auroc of the 2 clean items" in capfd.readouterr().err
-    whole = summary.task_result(task, {"model": rows}, 0)["model"]
+    whole = summary.task_result(task, {"model": rows}, 0).as_json()["model"]
     assert whole["auroc"] == 1 and "per_character" not in whole and "groups" not in whole
 
 

@@ -20,7 +20,7 @@ from qmedtune.data.packing.pack import PackedRows
 from qmedtune.errors import RunError
 from qmedtune.parsing.loader import load_recipe
 from qmedtune.recipe import Recipe
-from qmedtune.training import checkpoints, loss, trainer
+from qmedtune.training import checkpoints, collation, loss, trainer
 
 # TRL's own tolerances for trajectories that must be equal but for rounding: the largest difference of the loss, and the
 # mean of the signed differences, which catches a one-sided bias.
@@ -193,7 +193,7 @@ def test_an_evaluation_in_the_middle_leaves_gradients_alone(micro_run: MicroRun,
     model = models.attach_adapter(base, recipe.adapter, [], continued=True)
     models.install_kernels(model, "auto")
     rows = train.PackedRows(micro_run.inputs()["tokens"])
-    batch = trainer.collate([rows[i] for i in range(4)], pad_id=0)
+    batch = collation.collate([rows[i] for i in range(4)], pad_id=0)
     del batch["lengths"]
     with torch.no_grad():  # B starts at zero, which would hide wrong gradients of A
         for name, weights in trainer.trainable(model).items():

@@ -281,3 +281,49 @@ def test_the_script_names_no_other_host():
     folder = ROOT / "qmedtune" / "watching"
     for name in ("watch.js", "watch.css"):
         assert not re.search(r"https?://|//[a-z]+\.", (folder / name).read_text(encoding="utf-8")), name
+
+
+# ---- runs beside each other ------------------------------------------------------------------------------------------
+
+
+def answered(run: Path, right: list[bool], gold: str = "yes") -> None:
+    folder = run / "evaluation"
+    folder.mkdir()
+    lines = []
+    for number, correct in enumerate(right):
+        row = {"id": f"q{number}", "gold": gold, "base": {"correct": False}, "final": {"correct": correct}}
+        lines.append(json.dumps(row) + "\n")
+    (folder / "facts.items.jsonl").write_text("".join(lines))
+
+
+def test_runs_beside_each_other(tmp_path: Path, capsys: pytest.CaptureFixture):
+    recipe = make_run().recipe | {"stages": [{"cpt": {"lr": 2e-4}}, {"sft": {"epochs": 3}}]}
+    other = json.loads(json.dumps(recipe))
+    other["stages"][0]["cpt"]["lr"] = 1e-3
+    first, second = a_run(tmp_path / "first", recipe=recipe), a_run(tmp_path / "second", recipe=other, seed=18)
+    answered(first, [True] * 10 + [False] * 30)
+    answered(second, [True] * 30)  # ten items fewer
+    words = ["compare", str(first), str(second)]
+    assert cli.invoke([*words, "--out", str(tmp_path / "both"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["settings"] == [{"key": "stages[0].cpt.lr", "values": [2e-4, 1e-3]}]
+    assert found["made_with"] == [{"key": "seed", "values": [17, 18]}]
+    [duel] = found["duels"]
+    assert (duel["n"], duel["gained"], duel["lost"], duel["verdict"]) == (30, 20, 0, "win")
+    assert duel["p_value"] == pytest.approx(2 * 0.5**20)
+    assert json.loads((tmp_path / "both" / "compare.json").read_text()) == found
+    html = (tmp_path / "both" / "compare.html").read_text()
+    assert "second against first: better on facts." in html and "01-cpt: held-out literature" in html
+    assert cli.invoke(words) == 0
+    assert "stages[0].cpt.lr" in capsys.readouterr().out
+    assert cli.invoke([words[0], words[1]]) == 2 and cli.invoke([words[0], words[1], words[1]]) == 2
+    assert cli.invoke([words[0], words[1], str(tmp_path / "none")]) == 2
+
+
+def test_items_of_one_number_but_another_answer_are_not_shared(tmp_path: Path, capsys: pytest.CaptureFixture):
+    first, second = a_run(tmp_path / "first"), a_run(tmp_path / "second")
+    answered(first, [True] * 4)
+    answered(second, [True] * 4, gold="no")
+    assert cli.invoke(["compare", str(first), str(second), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["duels"] == [] and [task["items"] for task in found["scores"]] == [None, None]

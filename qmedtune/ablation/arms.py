@@ -39,18 +39,28 @@ def arms_of(recipe: Recipe, resolved: Recipe) -> list[Arm]:
     Where single changes are asked for, the whole recipe is an arm too: it is what they are compared with.
     """
     wish = recipe.ablate or AblateSection()
-    arms = [Arm(BASE, "no training", None)] if "base" in wish.arms else []
-    arms += [arm for kinds in wish.arms if kinds != "base" for arm in _stage_arms(recipe, kinds, wish.corpora)]
+    arms: list[Arm] = []
+    if BASE in wish.arms:
+        arms.append(Arm(BASE, "no training", None))
+    for kinds in wish.arms:
+        if kinds != BASE:
+            arms += _stage_arms(recipe, kinds, wish.corpora)
     changes = list(_changes(recipe, resolved, wish))
     if changes and not any(arm.is_reference for arm in arms):
         arms.append(_arm(recipe, "recipe", WHOLE))
-    return arms + [_arm(recipe, name, change, edit) for name, change, edit in changes]
+    for name, change, edit in changes:
+        arms.append(_arm(recipe, name, change, edit))
+    return arms
 
 
 def seeds_of(recipe: Recipe, seeds: list[int] | None = None) -> list[int]:
     """`seeds` where they were given on the command line, else those of the recipe."""
+    if seeds:
+        return seeds
     wish = (recipe.ablate or AblateSection()).seeds
-    return seeds or (wish if isinstance(wish, list) else [recipe.seed + offset for offset in range(wish)])
+    if isinstance(wish, list):
+        return wish
+    return list(range(recipe.seed, recipe.seed + wish))
 
 
 def with_seed(recipe: Recipe, seed: int) -> Recipe:
@@ -73,10 +83,14 @@ def _stage_arms(recipe: Recipe, kinds: str, corpora: list[str]) -> Iterator[Arm]
         yield _arm(recipe, kinds, change, _stages(kinds), _template_of_training(recipe))
         return
     for corpus in corpora:
-        alone = "" if corpus == "both" else f"cpt on {corpus} alone"
-        change = ", ".join(part for part in (alone, "" if whole else f"{kinds} alone") if part) or WHOLE
-        name = kinds.replace("cpt", f"cpt-{corpus}")
-        edits = [_corpus(recipe, corpus)] if alone else []
+        changes: list[str] = []
+        edits: list[Edit] = []
+        if corpus != "both":
+            changes.append(f"cpt on {corpus} alone")
+            edits.append(_corpus(recipe, corpus))
+        if not whole:
+            changes.append(f"{kinds} alone")
+        name, change = kinds.replace("cpt", f"cpt-{corpus}"), ", ".join(changes) or WHOLE
         yield _arm(recipe, name, change, *edits, _stages(kinds), _template_of_training(recipe))
 
 
@@ -101,7 +115,10 @@ def _word(template: str) -> str:
 
 
 def _kind(stage: Tree) -> str:
-    return next(kind for kind, section in stage.items() if section is not None)
+    for kind, section in stage.items():
+        if section is not None:
+            return kind
+    raise AssertionError("a stage has a kind")
 
 
 def _left_out(kinds: str) -> set[str]:
@@ -113,7 +130,9 @@ def _stages(kinds: str) -> Edit:
 
     def edit(tree: Tree) -> None:
         dropped = _left_out(kinds)
-        tree["stages"] = [stage for stage in tree["stages"] if _kind(stage) not in dropped]
+        for stage in list(tree["stages"]):
+            if _kind(stage) in dropped:
+                tree["stages"].remove(stage)
         first = tree["stages"][0]
         if first[_kind(first)].get("adapter") in ("new", "merge_then_new"):  # nothing is left to go on from
             first[_kind(first)]["adapter"] = "continue"
@@ -126,42 +145,60 @@ def _template_of_training(recipe: Recipe) -> Edit:
 
     def edit(tree: Tree) -> None:
         tuned = [stage.sft for stage in recipe.stages if stage.sft]
-        if tuned and not any(_kind(stage) == "sft" for stage in tree["stages"]):
+        kinds = [_kind(stage) for stage in tree["stages"]]
+        if tuned and "sft" not in kinds:
             tree["evaluate"]["template"] = recipe.evaluate.template or recipe.data[tuned[-1].sources[0]].template
 
     return edit
 
 
 def _corpora(recipe: Recipe, mix: dict[str, float]) -> list[str]:
-    return [name for name, weight in mix.items() if weight > 0 and recipe.data[name].kind != "general"]
+    """The sources of a mixture that are no replay."""
+    names: list[str] = []
+    for name, weight in mix.items():
+        if weight > 0 and recipe.data[name].kind != "general":
+            names.append(name)
+    return names
+
+
+def _pretraining(tree: Tree) -> Iterator[Tree]:
+    """The sections of the cpt stages."""
+    for stage in tree["stages"]:
+        if _kind(stage) == "cpt":
+            yield stage["cpt"]
+
+
+def _total(mix: dict[str, float], names: list[str]) -> float:
+    return sum(mix[name] for name in names)
 
 
 def _corpus(recipe: Recipe, corpus: str) -> Edit:
     """One corpus takes the share of all: the same tokens, the same replay."""
 
     def edit(tree: Tree) -> None:
-        for stage in tree["stages"]:
-            if _kind(stage) == "cpt":
-                mix = stage["cpt"]["mix"]
-                names = _corpora(recipe, mix)
-                total = sum(mix[name] for name in names)
-                rest = {name: weight for name, weight in mix.items() if name not in names}
-                stage["cpt"]["mix"] = {corpus: total, **rest}
+        for section in _pretraining(tree):
+            mix = section["mix"]
+            names = _corpora(recipe, mix)
+            one = {corpus: _total(mix, names)}
+            for name, weight in mix.items():
+                if name not in names:
+                    one[name] = weight
+            section["mix"] = one
 
     return edit
 
 
 def _replay(recipe: Recipe, share: float) -> Edit:
     def edit(tree: Tree) -> None:
-        for stage in tree["stages"]:
-            if _kind(stage) == "cpt":
-                mix = stage["cpt"]["mix"]
-                names = _corpora(recipe, mix)
-                replayed = [name for name in mix if name not in names]
-                weights = [mix[name] for name in replayed]
-                parts = [w / sum(weights) if sum(weights) else 1 / len(weights) for w in weights]
-                total = sum(mix[name] for name in names) * share / (1 - share)
-                mix |= {name: total * part for name, part in zip(replayed, parts, strict=True)}
+        for section in _pretraining(tree):
+            mix = section["mix"]
+            names = _corpora(recipe, mix)
+            replayed = [name for name in mix if name not in names]
+            before = _total(mix, replayed)
+            total = _total(mix, names) * share / (1 - share)
+            for name in replayed:
+                part = mix[name] / before if before else 1 / len(replayed)
+                mix[name] = total * part
 
     return edit
 
@@ -208,8 +245,11 @@ def _prune_validation(tree: Tree, recipe: Recipe) -> None:
     """Validate on nothing that this arm alone does not train on: its best weights are those for what it learns. The
     audit and the head-to-head belong to the recipe's own run."""
     tree["evaluate"].pop("against", None)
-    trained = {name for stage in tree["stages"] for name in _read(stage[_kind(stage)])}
-    dropped = {name for stage in recipe.stages for name in stage.sources} - trained
+    dropped: set[str] = set()
+    for stage in recipe.stages:
+        dropped.update(stage.sources)
+    for stage in tree["stages"]:
+        dropped.difference_update(_read(stage[_kind(stage)]))
     tree["validate"]["on"] = [name for name in tree["validate"]["on"] if name not in dropped]
     taught = all(_kind(stage) == "sft" for stage in tree["stages"])  # its instructions are added by themselves
     tree["validate"]["keep_best"] &= taught or bool(tree["validate"]["on"])
@@ -218,4 +258,6 @@ def _prune_validation(tree: Tree, recipe: Recipe) -> None:
 def _read(section: Tree) -> list[str]:
     if "mix" in section:
         return [name for name, weight in section["mix"].items() if weight > 0]
-    return [section["data"]] if isinstance(section["data"], str) else section["data"]
+    if isinstance(section["data"], str):
+        return [section["data"]]
+    return section["data"]

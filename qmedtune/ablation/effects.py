@@ -33,11 +33,19 @@ def standard_error(scores: np.ndarray) -> tuple[float, float]:
     from above (it counts their interaction twice). Degrees of freedom: Satterthwaite (1946). One seed: items alone.
     """
     seeds, items = scores.shape
-    by_item = scores.mean(axis=0).var(ddof=1) / items if items > 1 else 0.0
-    by_seed = scores.mean(axis=1).var(ddof=1) / seeds if seeds > 1 else 0.0
+    by_item, by_seed = _variance_of_mean(scores.mean(axis=0)), _variance_of_mean(scores.mean(axis=1))
     total = by_item + by_seed
     parts = by_item**2 / max(1, items - 1) + by_seed**2 / max(1, seeds - 1)
-    return sqrt(total), total**2 / parts if parts else float(max(1, items - 1))
+    if not parts:  # all scores are equal
+        return sqrt(total), float(max(1, items - 1))
+    return sqrt(total), total**2 / parts
+
+
+def _variance_of_mean(values: np.ndarray) -> float:
+    """Of independent values; 0 where one alone tells nothing of it."""
+    if len(values) < 2:
+        return 0.0
+    return values.var(ddof=1) / len(values)
 
 
 def mean_interval(scores: np.ndarray) -> Interval:
@@ -48,7 +56,9 @@ def mean_interval(scores: np.ndarray) -> Interval:
     """
     p = float(scores.mean())
     error, df = standard_error(scores)
-    answers = p * (1 - p) / error**2 if error else scores.shape[1]
+    answers = scores.shape[1]
+    if error:
+        answers = p * (1 - p) / error**2
     return _wilson(p, min(answers, scores.size), t_quantile(df))
 
 
@@ -65,15 +75,22 @@ def seeds_interval(values: Sequence[float], ratio: bool = False) -> Interval | N
     """
     if len(values) < 2:
         return None
-    found = np.log(values) if ratio else np.asarray(values, dtype=np.float64)
-    half = t_quantile(len(values) - 1) * found.std(ddof=1) / sqrt(len(values))
-    low, high = found.mean() - half, found.mean() + half
-    return (exp(low), exp(high)) if ratio else (float(low), float(high))
+    if ratio:
+        low, high = _t_interval(np.log(values))
+        return exp(low), exp(high)
+    return _t_interval(np.asarray(values, dtype=np.float64))
+
+
+def _t_interval(values: np.ndarray) -> Interval:
+    half = t_quantile(len(values) - 1) * values.std(ddof=1) / sqrt(len(values))
+    return float(values.mean() - half), float(values.mean() + half)
 
 
 def centre(values: Sequence[float], ratio: bool = False) -> float:
     """The mean that `seeds_interval` is around: geometric for `ratio`."""
-    return exp(sum(map(log, values)) / len(values)) if ratio else float(np.mean(values))
+    if ratio:
+        return exp(sum(map(log, values)) / len(values))
+    return float(np.mean(values))
 
 
 def paired_p(first: np.ndarray, second: np.ndarray) -> float:

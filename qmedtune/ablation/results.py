@@ -72,7 +72,10 @@ def read_run(folder: Path, label: str) -> Measured | None:
 
 
 def read_items(path: Path) -> list[Item]:
-    return [Item.model_validate_json(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    items: list[Item] = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        items.append(Item.model_validate_json(line))
+    return items
 
 
 def _perplexities(run: Run, label: str) -> dict[str, float]:

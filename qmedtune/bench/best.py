@@ -10,43 +10,48 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 from qmedtune.bench.job import Job
+from qmedtune.bench.result import Measurement, Try
 
 STEPS, WARMUP_STEPS = 5, 2  # of a try
 
 
-def best_job(
-    job: Job, measure: Callable[[Job], dict[str, Any]], *, plans: bool = False
-) -> tuple[Job | None, list[dict[str, Any]]]:
+def best_job(job: Job, measure: Callable[[Job], Measurement], *, plans: bool = False) -> tuple[Job | None, list[Try]]:
     """(`job` at its fastest setting, what was tried). None where time ran out first; `job` itself where every setting
-    failed. `measure` gives `tokens_per_s` (and `micro_batch`, where memory ran out and it was made smaller), or
-    `absent` and perhaps `later`, of a job. `plans`: the contender decides itself what is recomputed."""
-    tried: list[dict[str, Any]] = []
+    failed. A measurement has another `micro_batch` than its job's where memory ran out and it was made smaller.
+    `plans`: the contender decides itself what is recomputed."""
+    tried: list[Try] = []
     for checkpointing in (job.checkpointing,) if plans else (True, False):
         for micro_batch in _sizes(job.rows):
-            setting = {"micro_batch": micro_batch, "checkpointing": checkpointing}
-            found = measure(replace(job, **setting, steps=STEPS, warmup_steps=WARMUP_STEPS))
-            if "later" in found:
+            setting = replace(job, micro_batch=micro_batch, checkpointing=checkpointing)
+            found = measure(replace(setting, steps=STEPS, warmup_steps=WARMUP_STEPS))
+            if found.later:
                 return None, tried
-            tried.append({**setting, **_outcome(found, micro_batch)})
-            if "out of memory" in (tried[-1]["failed"] or "").lower():  # more rows need more
+            tried.append(_outcome(found, setting))
+            if "out of memory" in (tried[-1].failed or "").lower():  # more rows need more
                 break
-    good = [each for each in tried if each["tokens_per_s"]]
-    if not good:
+    fastest = None
+    for each in tried:
+        if each.tokens_per_s and (fastest is None or each.tokens_per_s > (fastest.tokens_per_s or 0)):
+            fastest = each
+    if fastest is None:
         return job, tried
-    fastest = max(good, key=lambda each: each["tokens_per_s"])
-    return replace(job, micro_batch=fastest["micro_batch"], checkpointing=fastest["checkpointing"]), tried
+    return replace(job, micro_batch=fastest.micro_batch, checkpointing=fastest.checkpointing), tried
 
 
-def _outcome(found: dict[str, Any], micro_batch: int) -> dict[str, Any]:
-    if (smaller := found.get("micro_batch", micro_batch)) != micro_batch:
-        return {"tokens_per_s": None, "failed": f"out of memory: it went on with {smaller} rows at a time"}
-    return {"tokens_per_s": found.get("tokens_per_s"), "failed": found.get("absent")}
+def _outcome(found: Measurement, job: Job) -> Try:
+    speed, failed = found.tokens_per_s, found.absent
+    if found.micro_batch not in (None, job.micro_batch):
+        speed, failed = None, f"out of memory: it went on with {found.micro_batch} rows at a time"
+    return Try(micro_batch=job.micro_batch, checkpointing=job.checkpointing, tokens_per_s=speed, failed=failed)
 
 
 def _sizes(rows: int) -> list[int]:
     """1, 2, 4 ... and all rows of a step; only what divides them, for peers accumulate whole micro-batches."""
-    powers = [2**power for power in range(rows.bit_length())]
-    return [size for size in powers if rows % size == 0 and size < rows] + [rows]
+    sizes = []
+    size = 1
+    while size < rows and rows % size == 0:
+        sizes.append(size)
+        size *= 2
+    return [*sizes, rows]

@@ -16,11 +16,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from qmedtune import ui
 from qmedtune.bench import shapes
 from qmedtune.bench.job import Job
+from qmedtune.bench.result import Result, Row
 from qmedtune.bench.train import TIME_LIMIT_S, all_versions, write_results
 from qmedtune.errors import RunError
 from qmedtune.planning import memory
@@ -39,7 +39,7 @@ def bench_context(
     results: Path | None = None,
     time_limit_s: float = TIME_LIMIT_S,
     models: Path | None = None,
-) -> dict[str, Any]:
+) -> Result:
     """`{"bench", "device", "versions", "job", "rows"}`, a row per budget: `value` tokens (None where nothing was
     measured), `predicted` by the memory plan, `tried` lengths and whether they fit; `settled` is False where time ran
     out before. With `results`, what was tried is kept and not tried again. RunError where the process fails."""
@@ -64,7 +64,7 @@ def bench_context(
     }
 
 
-def _row(job: Job, gib: float, tried: dict[str, bool], settled: bool) -> dict[str, Any]:
+def _row(job: Job, gib: float, tried: dict[str, bool], settled: bool) -> Row:
     fitting = [int(length) for length, fits in tried.items() if fits]
     return {
         "case": f"{gib:g} GiB", "contender": "qmedtune", "value": max(fitting) if fitting else None, "unit": "tokens",
@@ -205,7 +205,7 @@ def _fits(step: Callable[[int], None], length: int, gib: float) -> bool:
     return True
 
 
-def render(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+def render(result: Result) -> tuple[list[str], list[list[str]]]:
     """Columns and rows for ui.table."""
     rows = []
     for row in result["rows"]:

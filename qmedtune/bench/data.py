@@ -21,6 +21,7 @@ from typing import Any
 from qmedtune import ui
 from qmedtune.bench import data_memory
 from qmedtune.bench import data_peers as peers
+from qmedtune.bench.result import Result, Row
 from qmedtune.data.hygiene import decontaminate, dedup
 from qmedtune.data.packing import mix
 from qmedtune.data.packing.tokens import BATCH_BYTES, Codec, encode_texts, load_codec, shard_array, write_shards
@@ -54,7 +55,7 @@ class Run:
 def bench_data(
     cases: list[str] | None = None, rounds: int = 3, corpus: Path | None = None, num_texts: int = 4000,
     sizes_mb: list[int] | None = None,
-) -> dict[str, Any]:  # fmt: skip
+) -> Result:  # fmt: skip
     """{"bench", "device", "versions", "rows"}; rows: case, contender, value (s), unit, ratio (seconds of the case's
     first contender over this one's: above 1 is faster than it), mb_per_s, recall where there is one.
 
@@ -78,7 +79,7 @@ def bench_data(
     return {"bench": "data", "device": device_name(), "versions": versions(), "not_installed": missing, "rows": rows}
 
 
-def render(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+def render(result: Result) -> tuple[list[str], list[list[str]]]:
     """Columns and rows for a table."""
     rows = [
         [r["case"], r["contender"], f"{r['value']:.2f} {r['unit']}", f"{r['mb_per_s']:.1f}",
@@ -88,7 +89,7 @@ def render(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return ["case", "contender", "median or peak", "MB/s", "ratio to first", "recall"], rows
 
 
-def _measure(case: str, size_bytes: int, runs: list[Run], rounds: int) -> list[dict[str, Any]]:
+def _measure(case: str, size_bytes: int, runs: list[Run], rounds: int) -> list[Row]:
     seconds: dict[str, list[float]] = {run.name: [] for run in runs}
     recall: dict[str, float | None] = {}
     for _ in range(rounds):

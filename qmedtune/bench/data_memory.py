@@ -14,8 +14,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
+from qmedtune.bench.result import Row
 from qmedtune.errors import RunError
 
 SIZES_MB = (64, 256, 1024)
@@ -25,12 +25,12 @@ MB = 1_000_000
 KIB = 1024  # Linux counts ru_maxrss in these
 
 
-def memory_rows(sizes_mb: list[int], folder: Path) -> list[dict[str, Any]]:
+def memory_rows(sizes_mb: list[int], folder: Path) -> list[Row]:
     """One row per size: `value` is the peak of the process and of all its workers, in MB. RunError where one fails."""
     return [_row(size, folder / str(size)) for size in sizes_mb]
 
 
-def _row(size_mb: int, folder: Path) -> dict[str, Any]:
+def _row(size_mb: int, folder: Path) -> Row:
     folder.mkdir(parents=True)
     texts = make_corpus(folder / "corpus.jsonl", size_mb * MB)
     started = time.perf_counter()
@@ -63,7 +63,7 @@ def make_corpus(path: Path, size_bytes: int) -> int:
     return number
 
 
-def measure(folder: Path) -> dict[str, Any]:
+def measure(folder: Path) -> Row:
     """Prepare and pack the corpus of a folder; peak bytes, with those of the workers, and the counts."""
     from qmedtune.bench.data import train_tokenizer
     from qmedtune.data.hygiene.per_record import worker_count

@@ -14,12 +14,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
 
 import numpy as np
 import torch
 
 from qmedtune import ui
+from qmedtune.bench.result import Result, Row
 from qmedtune.data.packing.framing import Asked
 from qmedtune.errors import RecipeError
 from qmedtune.evaluation.harness import harness_model
@@ -59,15 +59,16 @@ def bench_eval(
     rounds: int = 3,
     limit: int | None = None,
     contenders: Sequence[str] = tuple(CONTENDERS),
-) -> dict[str, Any]:
+) -> Result:
     """Measure; returns {"bench", "device", "versions", "rows"}: `value` in questions per second (median of rounds).
 
     tasks: `facts`, `pubmedqa=FILE` ..., each also as `facts-3shot`. `ratio` is over the harness at the same batch,
     `over_default` over its default, each the median over rounds; `max_difference` in nats against the harness.
     Raises RecipeError for an unknown contender, and where lm-evaluation-harness is absent and asked for.
     """
-    if unknown := [c for c in contenders if c not in CONTENDERS]:
-        raise RecipeError(f"bench eval: no contender {unknown[0]!r}\nallowed: {', '.join(CONTENDERS)}")
+    for contender in contenders:
+        if contender not in CONTENDERS:
+            raise RecipeError(f"bench eval: no contender {contender!r}\nallowed: {', '.join(CONTENDERS)}")
     if find_spec("lm_eval") is None and set(contenders) - {"qmedtune"}:
         raise RecipeError(
             "bench eval: lm-evaluation-harness is not installed\n"
@@ -87,7 +88,8 @@ def bench_eval(
                     seconds, scores[contender] = _timed(_work(contender, opened, case))
                     runs[contender].append(seconds)
                     bar.update(bar.completed + 1, note=f"{name}, {contender}")
-            rows += [_row(name, case, contender, runs, scores) for contender in contenders]
+            for contender in contenders:
+                rows.append(_row(name, case, contender, runs, scores))
     return {"bench": "eval", "device": device_name(), "versions": versions(), "rows": rows}
 
 
@@ -101,15 +103,16 @@ def _case(opened: OpenModel, name: str, limit: int | None) -> Case:
     items = loaded.asked
     prompts = prompt_texts(opened.tokenizer, opened.template, [item.messages for item in items])
     room = opened.model.config.max_position_embeddings
-    pairs = zip(prompts, items, strict=True)
-    encoded = [encode_choice(opened.tokenizer, p, item.options, room, "joint") for p, item in pairs]
-    if cut := sum(choice.truncated for choice in encoded):
+    costs, cut = [], 0
+    for prompt, item in zip(prompts, items, strict=True):
+        encoded = encode_choice(opened.tokenizer, prompt, item.options, room, "joint")
+        costs.append(encoded.cost_tokens)
+        cut += encoded.truncated
+    if cut:
         ui.note(f"{name}: {cut} prompts are longer than the model's {room} positions; each contender cuts its own way")
-    costs = [choice.cost_tokens for choice in encoded]
     budget, batches = BATCH * sum(costs) // len(costs), 0
     for part in parts(items, prompts):
-        group = [costs[i] for i in part]
-        batches += len(list(padded_batches(group, budget)))
+        batches += len(list(padded_batches([costs[index] for index in part], budget)))
     return Case(loaded, prompts, budget, batches)
 
 
@@ -118,8 +121,10 @@ def _work(contender: str, opened: OpenModel, case: Case) -> Callable[[], Scores]
         return lambda: _ours(opened, case)
     model = harness_model(opened, 1 if contender == "lm-eval-default" else BATCH, "joint")
     instance = import_module("lm_eval.api.instance").Instance
-    pairs = [(p.text, option) for p, item in zip(case.prompts, case.items, strict=True) for option in item.options]
-    requests = [instance("loglikelihood", {}, pair, number) for number, pair in enumerate(pairs)]
+    requests = []
+    for prompt, item in zip(case.prompts, case.items, strict=True):
+        for option in item.options:
+            requests.append(instance("loglikelihood", {}, (prompt.text, option), len(requests)))
     return lambda: _by_item(model.loglikelihood(requests, disable_tqdm=True), case)
 
 
@@ -151,11 +156,9 @@ def _timed(work: Callable[[], Scores]) -> tuple[float, Scores]:
     return time.perf_counter() - start, scores
 
 
-def _row(
-    name: str, case: Case, contender: str, runs: dict[str, list[float]], scores: dict[str, Scores]
-) -> dict[str, Any]:
+def _row(name: str, case: Case, contender: str, runs: dict[str, list[float]], scores: dict[str, Scores]) -> Row:
     seconds = runs[contender]
-    row: dict[str, Any] = {
+    row: Row = {
         "case": name.partition("=")[0],
         "contender": contender,
         "value": round(len(case.items) / statistics.median(seconds), 1),
@@ -164,20 +167,23 @@ def _row(
         "questions": len(case.items),
         "what": CONTENDERS[contender],
     }
-    row |= {"rows_per_batch": round(len(case.items) / case.batches, 1)} if contender == "qmedtune" else {}
+    if contender == "qmedtune":
+        row["rows_per_batch"] = round(len(case.items) / case.batches, 1)
     for key, other in (("ratio", "lm-eval"), ("over_default", "lm-eval-default")):
-        pairs = zip(runs.get(other, []), seconds, strict=False)
-        row[key] = round(statistics.median(theirs / ours for theirs, ours in pairs), 2) if other in runs else None
+        row[key] = None
+        if other in runs:
+            pairs = zip(runs[other], seconds, strict=True)
+            row[key] = round(statistics.median(theirs / ours for theirs, ours in pairs), 2)
     if "lm-eval" in scores:
-        apart = [
-            np.abs(np.array(a) - np.array(b)).max() for a, b in zip(scores[contender], scores["lm-eval"], strict=True)
-        ]
-        choices = [np.argmax(a) == np.argmax(b) for a, b in zip(scores[contender], scores["lm-eval"], strict=True)]
-        row |= {"max_difference": round(float(max(apart)), 5), "same_choice": float(np.mean(choices))}
+        apart, same = 0.0, 0
+        for ours, theirs in zip(scores[contender], scores["lm-eval"], strict=True):
+            apart = max(apart, float(np.abs(np.array(ours) - np.array(theirs)).max()))
+            same += int(np.argmax(ours) == np.argmax(theirs))
+        row |= {"max_difference": round(apart, 5), "same_choice": same / len(case.items)}
     return row
 
 
-def render(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+def render(result: Result) -> tuple[list[str], list[list[str]]]:
     """Columns and rows for ui.table."""
     columns = ["case", "contender", "questions/s", "over lm-eval", "over its default", "same choice", ""]
     rows = []

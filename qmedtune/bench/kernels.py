@@ -19,6 +19,7 @@ import time
 from functools import cache
 from pathlib import Path
 
+from qmedtune.bench.result import Result, Row
 from qmedtune.bench.static import static_rows
 from qmedtune.errors import RunError
 
@@ -36,7 +37,7 @@ def bench_kernels(
     quick: bool = False,
     only: str = "",
     time_limit_s: float = TIME_LIMIT_S,
-) -> dict:
+) -> Result:
     """{"bench", "device", "versions", "rows"} of the bench JSON.
 
     static: compile for every architecture and read the machine code; needs no GPU; `failures` lists broken limits.
@@ -59,10 +60,13 @@ def bench_kernels(
     return _result(rows)
 
 
-def failures(result: dict) -> list[str]:
+def failures(result: Result) -> list[str]:
     """One line per broken limit of a static result."""
-    rows = [row for row in result["rows"] if row.get("failures")]
-    return [f"{row['kernel']} on {row['target']}: {failure}" for row in rows for failure in row["failures"]]
+    found = []
+    for row in result["rows"]:
+        for failure in row.get("failures", ()):
+            found.append(f"{row['kernel']} on {row['target']}: {failure}")
+    return found
 
 
 def versions() -> dict[str, str]:
@@ -82,11 +86,13 @@ def sources() -> str:
     """A fingerprint of the kernels' code: results belong to it."""
     spec = importlib.util.find_spec("qmedtune_kernels")
     assert spec and spec.origin
-    files = sorted(Path(spec.origin).parent.glob("*.py"))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+    code = hashlib.sha256()
+    for file in sorted(Path(spec.origin).parent.glob("*.py")):
+        code.update(file.read_bytes())
+    return code.hexdigest()[:16]
 
 
-def _result(rows: list[dict]) -> dict:
+def _result(rows: list[Row]) -> Result:
     import torch
 
     _add_ratios(rows)
@@ -100,21 +106,21 @@ def _result(rows: list[dict]) -> dict:
     }  # fmt: skip
 
 
-def _resume(out: Path | None) -> list[dict]:
+def _resume(out: Path | None) -> list[Row]:
     """Rows of an earlier run with the same device and versions; ours only of the same sources."""
     import torch
 
     if out is None or not out.exists():
         return []
     earlier = json.loads(out.read_text())
-    installed = {name: found for name, found in earlier["versions"].items() if name != "driver"}
-    if earlier["device"] != torch.cuda.get_device_name() or installed != versions():
+    earlier["versions"].pop("driver", None)
+    if earlier["device"] != torch.cuda.get_device_name() or earlier["versions"] != versions():
         return []
     same = earlier.get("sources") == sources()
     return [row for row in earlier["rows"] if "value" in row and (same or row["contender"] not in OURS)]
 
 
-def _measure_in_a_process(task: dict, rows: list[dict], out: Path | None) -> list[dict]:
+def _measure_in_a_process(task: Row, rows: list[Row], out: Path | None) -> list[Row]:
     from qmedtune.bench.contenders import PACKAGES
 
     contender = task["contender"]
@@ -124,7 +130,10 @@ def _measure_in_a_process(task: dict, rows: list[dict], out: Path | None) -> lis
     if task["seconds"] <= 0:
         return [*rows, {"kernel": "all", "contender": contender, "skipped": "time limit"}]
     rows = [row for row in rows if row["contender"] != contender or "value" in row]
-    done = [[row["kernel"], row["shape"]] for row in rows if row["contender"] == contender]
+    done = []
+    for row in rows:
+        if row["contender"] == contender:
+            done.append([row["kernel"], row["shape"]])
     command = [sys.executable, "-m", "qmedtune.bench.kernels", json.dumps({**task, "done": done})]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert child.stdout
@@ -142,27 +151,38 @@ def _measure_in_a_process(task: dict, rows: list[dict], out: Path | None) -> lis
     return rows
 
 
-def _add_ratios(rows: list[dict]) -> None:
+def _add_ratios(rows: list[Row]) -> None:
     """ratio: the best other contender's time over the row's; of_limit: the limit's time over the row's, where the limit
     was timed, else the roofline's: the larger share of the best copy bandwidth and of the best bare cuBLAS rate."""
-    groups: dict[tuple[str, str], list[dict]] = {}
+    groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         if "value" in row:
             groups.setdefault((row["kernel"].split(":")[0], row["shape"]), []).append(row)
-    limits = [row for row in rows if row["contender"] == "limit" and "value" in row]
-    bandwidth = max((row["gb_per_s"] for row in limits), default=0.0)
-    rate = max((row["tflops"] for row in limits), default=0.0)
+    bandwidth = rate = 0.0
+    for row in rows:
+        if row["contender"] == "limit" and "value" in row:
+            bandwidth = max(bandwidth, row["gb_per_s"])
+            rate = max(rate, row["tflops"])
     for group in groups.values():
-        limit = next((row["value"] for row in group if row["contender"] == "limit"), None)
-        for row in group:
-            others = [o["value"] for o in group if o["contender"] not in ("limit", row["contender"])]
-            row["ratio"] = round(min(others) / row["value"], 3) if others else None
-            row["of_limit"] = round(limit / row["value"], 3) if limit else None
-            if not limit and bandwidth and rate:
-                row["of_limit"] = round(max(row["gb_per_s"] / bandwidth, row["tflops"] / rate), 3)
+        _compare(group, bandwidth, rate)
 
 
-def _child(task: dict) -> None:
+def _compare(group: list[Row], bandwidth: float, rate: float) -> None:
+    """The contenders of one kernel and shape. bandwidth: GB/s; rate: TFLOP/s; 0 where no limit was timed."""
+    times = {row["contender"]: row["value"] for row in group}
+    limit = times.pop("limit", None)
+    for row in group:
+        others = [value for contender, value in times.items() if contender != row["contender"]]
+        row["ratio"] = row["of_limit"] = None
+        if others:
+            row["ratio"] = round(min(others) / row["value"], 3)
+        if limit:
+            row["of_limit"] = round(limit / row["value"], 3)
+        elif bandwidth and rate:
+            row["of_limit"] = round(max(row["gb_per_s"] / bandwidth, row["tflops"] / rate), 3)
+
+
+def _child(task: Row) -> None:
     """Measure one contender, a JSON line per row on stdout."""
     import torch
 
@@ -184,7 +204,7 @@ def _child(task: dict) -> None:
         torch.cuda.empty_cache()
 
 
-def _timed(case) -> dict:
+def _timed(case) -> Row:
     seconds, spread = measure(case)
     row = {"value": round(seconds * 1e6, 3), "unit": "us", "spread": round(spread, 4)}
     row |= {"gb_per_s": round(case.bytes / seconds / 1e9, 1), "tflops": round(case.flops / seconds / 1e12, 2)}

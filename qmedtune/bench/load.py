@@ -22,6 +22,7 @@ from typing import Any
 
 from qmedtune import ui
 from qmedtune.bench import shapes
+from qmedtune.bench.result import Result, Row
 from qmedtune.bench.shapes import SHAPES
 from qmedtune.bench.train import all_versions
 from qmedtune.errors import RecipeError, RunError
@@ -38,7 +39,7 @@ RANK, SEQ_LEN = 16, 4096
 
 def bench_load(
     shape: str = "tiny", cases: tuple[str, ...] = tuple(CASES), rounds: int = 3, scratch: Path | None = None
-) -> dict[str, Any]:
+) -> Result:
     """Measure; returns `{"bench", "device", "versions", "job", "rows"}`, a row per case, of medians: `value` is the
     seconds until the base is ready, `next_stage_s` until the next stage has it, `checkpoint_s` what a checkpoint of
     `checkpoint_bytes` takes. `host_bytes` is the highest anonymous memory while loading above that before,
@@ -46,15 +47,17 @@ def bench_load(
     where loading fails."""
     if shape not in SHAPES:
         raise RecipeError(f"bench load: no shape {shape!r}\nallowed: {', '.join(SHAPES)}")
-    if unknown := [case for case in cases if case not in CASES]:
-        raise RecipeError(f"bench load: no case {unknown[0]!r}\nallowed: {', '.join(CASES)}")
+    for case in cases:
+        if case not in CASES:
+            raise RecipeError(f"bench load: no case {case!r}\nallowed: {', '.join(CASES)}")
     rows = []
     with tempfile.TemporaryDirectory(dir=scratch) as folder, ui.stage("bench load", len(cases) * rounds, "runs") as bar:
         for case in cases:
             base = Path(folder) / case
             for made in Path(folder).iterdir():
                 shutil.rmtree(made)
-            (shapes.write_model if case == "16-bit" else shapes.write_nf4_model)(SHAPES[shape], base)
+            write = shapes.write_nf4_model if case == "nf4" else shapes.write_model
+            write(SHAPES[shape], base)
             found = []
             for _ in range(rounds):
                 found.append(_measure(base))
@@ -64,7 +67,7 @@ def bench_load(
     return {"bench": "load", "device": this_machine().name, "versions": all_versions(), "job": job, "rows": rows}
 
 
-def _row(case: str, shape: str, base: Path, found: list[dict[str, float]]) -> dict[str, Any]:
+def _row(case: str, shape: str, base: Path, found: list[dict[str, float]]) -> Row:
     sizes = [path.stat().st_size for path in base.glob("*.safetensors")]
     seconds = [f["seconds"] for f in found]
     waits = {}
@@ -154,21 +157,16 @@ def _checkpoint(model: Any, folder: Path) -> dict[str, float]:
         return {"checkpoint_s": seconds, "checkpoint_bytes": sum(p.stat().st_size for p in made.iterdir())}
 
 
-def render(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+def render(result: Result) -> tuple[list[str], list[list[str]]]:
     """Columns and rows for ui.table."""
-    rows = [
-        [
-            row["case"],
-            f"{row['value']:.1f}",
-            f"{row['spread'][0]:.1f} to {row['spread'][1]:.1f}",
-            f"{row['next_stage_s']:.2f}",
-            f"{row['checkpoint_s']:.2f} ({row['checkpoint_bytes'] / 1e6:.0f} MB)",
-            f"{row['host_bytes'] / 2**30:.2f} GiB",
-            f"{row['largest_shard_bytes'] / 2**30:.2f} GiB",
-            f"{row['weight_bytes'] / 2**30:.2f} GiB",
-        ]
-        for row in result["rows"]
-    ]
+    rows = []
+    for row in result["rows"]:
+        low, high = row["spread"]
+        cells = [row["case"], f"{row['value']:.1f}", f"{low:.1f} to {high:.1f}", f"{row['next_stage_s']:.2f}"]
+        cells.append(f"{row['checkpoint_s']:.2f} ({row['checkpoint_bytes'] / 1e6:.0f} MB)")
+        for name in ("host_bytes", "largest_shard_bytes", "weight_bytes"):
+            cells.append(f"{row[name] / 2**30:.2f} GiB")
+        rows.append(cells)
     return ["case", "seconds", "spread", "next stage", "checkpoint", "host memory", "largest shard", "weights"], rows
 
 

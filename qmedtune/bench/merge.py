@@ -20,10 +20,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from qmedtune import ui
 from qmedtune.bench import shapes
+from qmedtune.bench.result import Result, Row
 from qmedtune.bench.shapes import SHAPES
 from qmedtune.errors import RecipeError, RunError
 from qmedtune.record import device_name, versions
@@ -44,7 +45,7 @@ PROOF = ("kl", "lost", "elements", "violations", "rounding")
 
 def bench_merge(
     shape: str = "1.1b", contenders: tuple[str, ...] = tuple(CONTENDERS), rounds: int = 3, scratch: Path | None = None
-) -> dict[str, Any]:
+) -> Result:
     """Measure; returns `{"bench", "device", "versions", "job", "rows"}`, one row per contender: `value` is the median
     of seconds over the rounds, `ratio` the median over rounds of its seconds over the first contender's of that round,
     `peak_anonymous_bytes` the largest (anonymous memory: what the kernel cannot take back; imports included).
@@ -53,9 +54,10 @@ def bench_merge(
     """
     if shape not in SHAPES:
         raise RecipeError(f"bench merge: no shape {shape!r}\nallowed: {', '.join(SHAPES)}")
-    if unknown := [c for c in contenders if c not in CONTENDERS]:
-        raise RecipeError(f"bench merge: no contender {unknown[0]!r}\nallowed: {', '.join(CONTENDERS)}")
-    measured: dict[str, list[dict[str, Any]]] = {c: [] for c in contenders}
+    for contender in contenders:
+        if contender not in CONTENDERS:
+            raise RecipeError(f"bench merge: no contender {contender!r}\nallowed: {', '.join(CONTENDERS)}")
+    measured: dict[str, list[Row]] = {c: [] for c in contenders}
     with tempfile.TemporaryDirectory(dir=scratch) as folder, ui.stage("bench merge", None, "runs") as bar:
         base, adapter = Path(folder) / "base", Path(folder) / "adapter"
         weight_bytes = shapes.write_model(SHAPES[shape], base)
@@ -64,12 +66,14 @@ def bench_merge(
             for contender in contenders:
                 measured[contender].append(_measure(contender, base, adapter, Path(folder) / "out"))
                 bar.update(number * len(contenders) + contenders.index(contender) + 1, note=contender)
-    rows = [_row(contender, shape, found, measured[contenders[0]]) for contender, found in measured.items()]
+    rows = []
+    for contender, found in measured.items():
+        rows.append(_row(contender, shape, found, measured[contenders[0]]))
     job = {"shape": shape, "weight_bytes": weight_bytes, "r": RANK, "rounds": rounds}
     return {"bench": "merge", "device": device_name(), "versions": versions(), "job": job, "rows": rows}
 
 
-def _row(contender: str, shape: str, found: list[dict[str, Any]], first: list[dict[str, Any]]) -> dict[str, Any]:
+def _row(contender: str, shape: str, found: list[Row], first: list[Row]) -> Row:
     seconds = [f["seconds"] for f in found]
     return {
         "case": "merge",
@@ -86,31 +90,18 @@ def _row(contender: str, shape: str, found: list[dict[str, Any]], first: list[di
     }
 
 
-def render(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+def render(result: Result) -> tuple[list[str], list[list[str]]]:
     """Columns and rows of the table for people."""
-    columns = [
-        "contender",
-        "seconds",
-        "spread",
-        "CPU seconds",
-        f"x {result['rows'][0]['contender']}",
-        "anonymous memory",
-    ]
-    rows = [
-        [
-            row["contender"],
-            f"{row['value']:.2f}",
-            f"{row['spread'][0]:.2f} to {row['spread'][1]:.2f}",
-            f"{row['cpu_s']:.1f}",
-            f"{row['ratio']:.2f}",
-            f"{row['peak_anonymous_bytes'] / 1e6:.0f} MB",
-        ]
-        for row in result["rows"]
-    ]
-    return columns, rows
+    first = result["rows"][0]["contender"]
+    rows = []
+    for row in result["rows"]:
+        low, high = row["spread"]
+        cells = [row["contender"], f"{row['value']:.2f}", f"{low:.2f} to {high:.2f}", f"{row['cpu_s']:.1f}"]
+        rows.append([*cells, f"{row['ratio']:.2f}", f"{row['peak_anonymous_bytes'] / 1e6:.0f} MB"])
+    return ["contender", "seconds", "spread", "CPU seconds", f"x {first}", "anonymous memory"], rows
 
 
-def _measure(contender: str, base: Path, adapter: Path, out: Path) -> dict[str, Any]:
+def _measure(contender: str, base: Path, adapter: Path, out: Path) -> Row:
     """One contender in a process of its own; it leaves its figures in a file beside the output."""
     os.sync()
     time.sleep(SETTLE_S)
@@ -146,9 +137,7 @@ def _write_adapter(tensors_of_base: Mapping[str, tuple[int, ...]], folder: Path)
 # ------------------------------------------------------------------------------------------------- in its own process
 
 
-def merge_with_qmedtune(
-    base: Path, adapter: Path, out: Path, quantization: Literal["none", "nf4"] = "none"
-) -> dict[str, Any]:
+def merge_with_qmedtune(base: Path, adapter: Path, out: Path, quantization: Literal["none", "nf4"] = "none") -> Row:
     from qmedtune.merge import MergeJob, merge
     from qmedtune.recipe import MergeSection, ModelSection
 
@@ -158,7 +147,7 @@ def merge_with_qmedtune(
     return {key: facts[key] for key in PROOF}
 
 
-def merge_with_peft(base: Path, adapter: Path, out: Path) -> dict[str, Any]:
+def merge_with_peft(base: Path, adapter: Path, out: Path) -> Row:
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -168,7 +157,7 @@ def merge_with_peft(base: Path, adapter: Path, out: Path) -> dict[str, Any]:
     return {}
 
 
-def copy(base: Path, adapter: Path, out: Path) -> dict[str, Any]:
+def copy(base: Path, adapter: Path, out: Path) -> Row:
     subprocess.run(["cp", "-r", str(base), str(out)], check=True)
     return {}
 

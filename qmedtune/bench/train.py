@@ -15,21 +15,22 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from qmedtune import ui
 from qmedtune.bench.best import best_job
 from qmedtune.bench.job import Job
+from qmedtune.bench.result import Measurement, Result, Row, Try
 from qmedtune.bench.shapes import SHAPES, tensors_of
 from qmedtune.errors import RecipeError
 from qmedtune.planning.machine import this_machine
 from qmedtune.record import versions
+from qmedtune.results import Json
 
 CONTENDERS = {
     "torch-loop": "a bare PyTorch loop: dequantised bf16 linears, naive LoRA, AdamW; no trainer around it",
@@ -53,14 +54,38 @@ CONTENDERS = {
 }
 NEEDS = {"unsloth": "unsloth", "axolotl": "axolotl", "trl-liger": "liger_kernel"}
 # A CPU has no kernels to leave out, and torch.compile would compile for minutes there.
-GPU_ONLY = ("trl-compiled", *(name for name in CONTENDERS if name.startswith("without-")))
+GPU_ONLY = (
+    "trl-compiled", "without-linears", "without-norms", "without-rope", "without-swiglu", "without-loss",
+    "without-varlen",
+)  # fmt: skip
 AS_THEY_COME = ("trl",)  # what it shows is the defaults
 REFERENCE = "fp32"
 # Dense bf16 (T4: fp16) TFLOP/s of the data sheets, what utilisation is quoted of.
 SHEET_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "4090": 165, "3090": 71, "T4": 65}
 TIME_LIMIT_S = 540.0  # of a call; what is missing then is measured by the next, where results are kept
-NO_TIME = {"absent": "no time was left: run again with --results", "later": True}
+NO_TIME = Measurement(absent="no time was left: run again with --results", later=True)
 SHORTEST_S = 20.0  # no contender is begun with less time left
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a call may use. results: file in which measurements are kept; models: folder for the random model; best:
+    each contender at its fastest setting (best.py)."""
+
+    rounds: int = 3
+    results: Path | None = None
+    time_limit_s: float = TIME_LIMIT_S
+    models: Path | None = None
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A contender's job; None where time ran out while its fastest setting was looked for. `tried`: None where no
+    setting was looked for."""
+
+    job: Job | None
+    tried: list[Try] | None = None
 
 
 def bench_train(
@@ -71,39 +96,20 @@ def bench_train(
     time_limit_s: float = TIME_LIMIT_S,
     models: Path | None = None,
     best: bool = False,
-) -> dict[str, Any]:
+) -> Result:
     """Measure; returns `{"bench", "device", "versions", "job", "rows"}` with one row per contender: `value` is the
     median over rounds of supervised tokens/s (after the warm-up steps), `ratio` the median over rounds of this
     contender's speed over the first contender's in the same round. With `results`, finished measurements are kept
     there and not made again; with `models`, the random model too. `best`: each contender at its fastest setting
     (best.py), `setting` and `tried` in its row. Raises RecipeError for an unknown contender."""
-    if unknown := [c for c in contenders if c not in CONTENDERS]:
-        raise RecipeError(f"bench train: no contender {unknown[0]!r}\nallowed: {', '.join(CONTENDERS)}")
+    for name in contenders:
+        if name not in CONTENDERS:
+            raise RecipeError(f"bench train: no contender {name!r}\nallowed: {', '.join(CONTENDERS)}")
     if job.steps <= job.warmup_steps:
         raise RecipeError(f"bench train: {job.steps} steps, of which {job.warmup_steps} warm up\ngive more --steps")
-    kept, deadline = Kept(results), time.monotonic() + time_limit_s
+    limits = Limits(rounds, results, time_limit_s, models, best)
     with tempfile.TemporaryDirectory() as scratch, ui.stage("bench train", None, "runs") as bar:
-
-        def once(one: Job, name: str, number: int = 0) -> dict[str, Any]:
-            bar.update(bar.completed + 1, note=name)
-            left = deadline - time.monotonic()
-            return kept.measurement(
-                one, name, number, lambda: measure(one, name, Path(scratch), models or Path(scratch), left)
-            )
-
-        searched = [name for name in contenders if best and name not in AS_THEY_COME]
-        chosen: dict[str, tuple[Job | None, list[dict[str, Any]]]] = dict.fromkeys(contenders, (job, []))
-        for name in searched:
-            plans = job.memory_gib is not None and name.startswith(("qmedtune", "without-"))
-            chosen[name] = best_job(job, partial(once, name=name), plans=plans)
-        measured: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}
-        for number, name in _turns(contenders, rounds):
-            at = chosen[name][0]
-            if all("tokens_per_s" in m for m in measured[name]):
-                measured[name].append(once(at, name, number) if at else NO_TIME)
-    rows = [_row(chosen[name][0] or job, name, found, measured[contenders[0]]) for name, found in measured.items()]
-    if best:
-        rows = [row | _setting(*chosen[row["contender"]]) if row["contender"] in searched else row for row in rows]
+        rows = _rows(job, contenders, limits, _Runs(limits, Path(scratch), bar))
     return {
         "bench": "train",
         "device": this_machine().name,
@@ -113,25 +119,68 @@ def bench_train(
     }
 
 
+def _rows(job: Job, contenders: Sequence[str], limits: Limits, runs: _Runs) -> list[Row]:
+    chosen = {name: Chosen(job) for name in contenders}
+    for name in contenders:
+        if limits.best and name not in AS_THEY_COME:
+            plans = job.memory_gib is not None and name.startswith(("qmedtune", "without-"))
+            chosen[name] = Chosen(*best_job(job, partial(runs.once, name), plans=plans))
+    measured: dict[str, list[Measurement]] = {name: [] for name in contenders}
+    for number, name in _turns(contenders, limits.rounds):
+        at = chosen[name].job
+        if measured[name] and measured[name][-1].absent:
+            continue  # what failed once, or has no time, is not begun again
+        measured[name].append(NO_TIME if at is None else runs.once(name, at, number))
+    rows = []
+    for name, found in measured.items():
+        row = _row(chosen[name].job or job, name, found, measured[contenders[0]])
+        rows.append(row | _setting(chosen[name]))
+    return rows
+
+
+class _Runs:
+    """Measurements of one call, each made once and kept where there is a file for them."""
+
+    def __init__(self, limits: Limits, scratch: Path, bar: ui.Stage):
+        self.kept, self.bar = Kept(limits.results), bar
+        self.scratch, self.models = scratch, limits.models or scratch
+        self.deadline = time.monotonic() + limits.time_limit_s
+
+    def once(self, name: str, job: Job, number: int = 0) -> Measurement:
+        self.bar.update(self.bar.completed + 1, note=name)
+        left = self.deadline - time.monotonic()
+        return self.kept.measurement(job, name, number, partial(measure, job, name, self.scratch, self.models, left))
+
+
 def all_versions() -> dict[str, str | None]:
     """Of the libraries, of the peers that are installed, and of the driver."""
-    peers = ("flash-attn", "liger-kernel", "unsloth", "unsloth_zoo", "axolotl")
-    found = {name: version(name) for name in peers if find_spec(name.replace("-", "_"))}
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout if this_machine().is_gpu else ""
-    return versions() | found | ({"driver": driver.splitlines()[0]} if driver.strip() else {})
+    found = versions()
+    for name in ("flash-attn", "liger-kernel", "unsloth", "unsloth_zoo", "axolotl"):
+        if find_spec(name.replace("-", "_")):
+            found[name] = version(name)
+    if this_machine().is_gpu:
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
+        if driver:
+            found["driver"] = driver.splitlines()[0]
+    return found
 
 
 def _turns(names: Sequence[str], rounds: int) -> list[tuple[int, str]]:
     """(round, contender), the order reversed in every second round: a machine that grows slower favours nobody."""
-    return [(number, name) for number in range(rounds) for name in (names[::-1] if number % 2 else names)]
+    turns = []
+    for number in range(rounds):
+        order = names[::-1] if number % 2 else names
+        for name in order:
+            turns.append((number, name))
+    return turns
 
 
 def _mark(job: Job, contender: str) -> str:
     return json.dumps([contender, this_machine().name, asdict(job)])
 
 
-def write_results(known: dict[str, Any], path: Path | None) -> None:
+def write_results(known: Mapping[str, object], path: Path | None) -> None:
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(known, indent=1) + "\n")
@@ -142,30 +191,35 @@ class Kept:
 
     def __init__(self, path: Path | None):
         self.path = path
-        self.known: dict[str, list[dict[str, Any]]] = json.loads(path.read_text()) if path and path.is_file() else {}
+        self.known: dict[str, list[Json]] = {}
+        if path and path.is_file():
+            self.known = json.loads(path.read_text())
 
-    def measurement(self, job: Job, name: str, number: int, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def measurement(self, job: Job, name: str, number: int, make: Callable[[], Measurement]) -> Measurement:
         """The one of this number, made if it is not there; what only lacked time is not kept."""
         known = self.known.setdefault(_mark(job, name), [])
         if len(known) > number:
-            return known[number]
+            return Measurement.model_validate(known[number])
         found = make()
-        if "later" not in found:
-            known.append(found)
+        if not found.later:
+            known.append(found.as_json())
             write_results(self.known, self.path)
         return found
 
 
-def _setting(job: Job | None, tried: list[dict[str, Any]]) -> dict[str, Any]:
-    chosen = {"micro_batch": job.micro_batch, "checkpointing": job.checkpointing} if job else None
-    return {"setting": chosen, "tried": tried}
+def _setting(chosen: Chosen) -> Row:
+    if chosen.tried is None:
+        return {}
+    setting = None
+    if chosen.job:
+        setting = {"micro_batch": chosen.job.micro_batch, "checkpointing": chosen.job.checkpointing}
+    return {"setting": setting, "tried": [each.as_json() for each in chosen.tried]}
 
 
-def measure(job: Job, contender: str, scratch: Path, models: Path, seconds: float) -> dict[str, Any]:
-    """One run of a contender in its own process, compared with the fp32 loop's where the shape is small. `absent`
-    says why there are no figures; `later` marks what only lacked time."""
+def measure(job: Job, contender: str, scratch: Path, models: Path, seconds: float) -> Measurement:
+    """One run of a contender in its own process, compared with the fp32 loop's where the shape is small."""
     if why := _absent(contender):
-        return {"absent": why}
+        return Measurement(absent=why)
     if seconds < SHORTEST_S:
         return NO_TIME
     scratch = scratch / f"{job.steps} steps"  # a reference is of so many
@@ -173,30 +227,34 @@ def measure(job: Job, contender: str, scratch: Path, models: Path, seconds: floa
     if job.shape == "tiny" and not (scratch / f"{REFERENCE}.json").is_file():
         _run(job, REFERENCE, scratch, models, seconds)
     found = _run(job, contender, scratch, models, seconds)
-    if job.shape == "tiny" and "tokens_per_s" in found:
-        found |= _against_reference(scratch, contender)
+    if job.shape == "tiny" and found.tokens_per_s is not None:
+        return found.model_copy(update=_against_reference(scratch, contender))
     return found
 
 
 def _absent(contender: str) -> str:
     if contender in NEEDS and find_spec(NEEDS[contender]) is None:
         return f"{NEEDS[contender]} is not installed"
-    return "it needs a GPU" if contender in GPU_ONLY and not this_machine().is_gpu else ""
+    if contender in GPU_ONLY and not this_machine().is_gpu:
+        return "it needs a GPU"
+    return ""
 
 
-def _run(job: Job, contender: str, scratch: Path, models: Path, seconds: float) -> dict[str, Any]:
+def _run(job: Job, contender: str, scratch: Path, models: Path, seconds: float) -> Measurement:
     target = scratch / f"{contender}.json"
     target.unlink(missing_ok=True)
-    first = f"import {NEEDS[contender]}; " if contender == "unsloth" else ""  # before what it patches
-    program = f"{first}from qmedtune.bench.train_worker import main; main()"
+    program = "from qmedtune.bench.train_worker import main; main()"
+    if contender == "unsloth":  # it patches what is imported after it
+        program = f"import unsloth; {program}"
     command = [sys.executable, "-c", program, contender, json.dumps(asdict(job)), str(models), str(target)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
     except subprocess.TimeoutExpired:
-        return {"absent": f"not finished within {seconds:.0f} s", "later": True}
+        return Measurement(absent=f"not finished within {seconds:.0f} s", later=True)
     if done.returncode != 0 or not target.is_file():
-        return {"absent": "failed: " + (done.stderr.strip().splitlines() or ["no message"])[-1][:300]}
-    return json.loads(target.read_text())
+        said = done.stderr.strip().splitlines() or ["no message"]
+        return Measurement(absent=f"failed: {said[-1][:300]}")
+    return Measurement.model_validate_json(target.read_bytes())
 
 
 def _against_reference(scratch: Path, contender: str) -> dict[str, float]:
@@ -204,79 +262,98 @@ def _against_reference(scratch: Path, contender: str) -> dict[str, float]:
     import torch
     from safetensors.torch import load_file
 
-    ours, theirs = (load_file(scratch / f"{name}.gradient.safetensors") for name in (contender, REFERENCE))
+    gradients, losses = [], []
+    for name in (contender, REFERENCE):
+        gradients.append(load_file(scratch / f"{name}.gradient.safetensors"))
+        losses.append(Measurement.model_validate_json((scratch / f"{name}.json").read_bytes()).losses)
+    ours, theirs = gradients
     assert ours.keys() == theirs.keys(), f"{contender} trains other adapters than {REFERENCE}"
     flat = []
-    for found in (ours, theirs):
+    for found in gradients:
         flat.append(torch.cat([found[name].flatten().double() for name in sorted(found)]))
-    losses = [json.loads((scratch / f"{name}.json").read_text())["losses"] for name in (contender, REFERENCE)]
+    gap = max(abs(mine - other) for mine, other in zip(*losses, strict=True))
     return {
         "gradient_cosine": round(float(torch.nn.functional.cosine_similarity(flat[0], flat[1], dim=0)), 6),
-        "loss_gap": round(max(abs(a - b) for a, b in zip(*losses, strict=True)), 5),
+        "loss_gap": round(gap, 5),
     }
 
 
 # ------------------------------------------------------------------------------------------------------ what is told
 
+MEDIANS = ("first_step_s", "load_s", "data_share")
+PEAKS = ("peak_memory_bytes", "reserved_bytes", "device_bytes", "host_bytes", "host_anonymous_bytes")
+OF_THE_LAST = ("gradient_cosine", "loss_gap", "layers", "card")
 
-def _row(job: Job, contender: str, measured: list[dict[str, Any]], first: list[dict[str, Any]]) -> dict[str, Any]:
-    row: dict[str, Any] = {"case": contender, "contender": contender, "unit": "tokens/s", "what": CONTENDERS[contender]}
-    good = [m for m in measured if "tokens_per_s" in m]
+
+def _row(job: Job, contender: str, measured: list[Measurement], first: list[Measurement]) -> Row:
+    row: Row = {"case": contender, "contender": contender, "unit": "tokens/s", "what": CONTENDERS[contender]}
+    good, speeds = [], []
+    for found in measured:
+        if found.tokens_per_s is not None:
+            good.append(found)
+            speeds.append(found.tokens_per_s)
     if not good:
-        return {**row, "value": None, "ratio": None, "absent": measured[-1]["absent"] if measured else "not measured"}
-    speeds = [m["tokens_per_s"] for m in good]
-    both = [(m, f) for m, f in zip(measured, first, strict=False) if "tokens_per_s" in m and "tokens_per_s" in f]
-    pairs = [m["tokens_per_s"] / f["tokens_per_s"] for m, f in both]
-    steady = ("first_step_s", "load_s", "data_share")
-    highest = ("peak_memory_bytes", "reserved_bytes", "device_bytes", "host_bytes", "host_anonymous_bytes")
-    told = ("gradient_cosine", "loss_gap", "layers", "card")
-    figures: dict[str, Any] = {}
-    for key in steady:
-        if key in good[0]:
-            figures[key] = round(statistics.median(m[key] for m in good), 4)
-    for key in highest:
-        if key in good[0]:
-            figures[key] = max(m[key] for m in good)
+        why = measured[-1].absent if measured else "not measured"
+        return {**row, "value": None, "ratio": None, "absent": why}
+    row |= {"value": round(statistics.median(speeds), 1), "spread": [round(min(speeds), 1), round(max(speeds), 1)]}
+    row |= {"rounds": len(good)} | _ratios(measured, first)
+    for name in MEDIANS:
+        if name in good[0].model_fields_set:
+            row[name] = round(statistics.median(getattr(found, name) for found in good), 4)
+    for name in PEAKS:
+        if name in good[0].model_fields_set:
+            row[name] = max(getattr(found, name) for found in good)
+    for name in OF_THE_LAST:
+        if name in good[-1].model_fields_set:
+            row[name] = getattr(good[-1], name)
+    row |= utilisation(job, statistics.median(found.all_tokens_per_s for found in good))
+    return row | {"loss": {"first": good[0].losses[0], "last": good[0].losses[-1]}}
+
+
+def _ratios(measured: list[Measurement], first: list[Measurement]) -> Row:
+    """Speed over the first contender's, round by round. cpu_ratio: by CPU seconds a step in place of the clock; on a
+    CPU it tells how far other processes were in the way."""
+    by_clock, by_cpu = [], []
+    for found, other in zip(measured, first, strict=False):
+        if found.tokens_per_s is not None and other.tokens_per_s is not None:
+            by_clock.append(found.tokens_per_s / other.tokens_per_s)
+            by_cpu.append(other.cpu_s / found.cpu_s)
+    if not by_clock:
+        return {"ratio": None, "ratio_spread": None, "cpu_ratio": None}
     return {
-        **row,
-        "value": round(statistics.median(speeds), 1),
-        "spread": [round(min(speeds), 1), round(max(speeds), 1)],
-        "rounds": len(good),
-        "ratio": round(statistics.median(pairs), 3) if pairs else None,
-        "ratio_spread": [round(min(pairs), 3), round(max(pairs), 3)] if pairs else None,
-        # By CPU seconds a step in place of the clock: on a CPU, how far other processes were in the way.
-        "cpu_ratio": round(statistics.median(f["cpu_s"] / m["cpu_s"] for m, f in both), 3) if pairs else None,
-        **figures,
-        **{key: good[-1][key] for key in told if key in good[-1]},
-        **utilisation(job, statistics.median(m["all_tokens_per_s"] for m in good)),
-        "loss": {"first": good[0]["losses"][0], "last": good[0]["losses"][-1]},
+        "ratio": round(statistics.median(by_clock), 3),
+        "ratio_spread": [round(min(by_clock), 3), round(max(by_clock), 3)],
+        "cpu_ratio": round(statistics.median(by_cpu), 3),
     }
 
 
 def utilisation(job: Job, tokens_per_s: float) -> dict[str, float]:
     """TFLOP/s of the model, and their share of the card's data sheet: 4 for each weight that is multiplied and token
     (forward and input gradients; what is recomputed is not counted)."""
-    sizes = {name: size for name, size in tensors_of(SHAPES[job.shape]).items() if len(size) > 1}
-    weights = sum(rows * columns for name, (rows, columns) in sizes.items() if "embed_tokens" not in name)
-    if "lm_head.weight" not in sizes:  # tied: the head multiplies by the embedding
-        rows, columns = sizes["model.embed_tokens.weight"]
-        weights += rows * columns
+    sizes = tensors_of(SHAPES[job.shape])
+    weights = 0
+    for name, size in sizes.items():
+        looked_up = name == "model.embed_tokens.weight" and "lm_head.weight" in sizes  # tied, it is the head too
+        if len(size) > 1 and not looked_up:
+            weights += size[0] * size[1]
     tflops = 4 * weights * tokens_per_s / 1e12
-    sheet = next((peak for name, peak in SHEET_TFLOPS.items() if name in this_machine().name), None)
-    return {"tflops": round(tflops, 3), **({"utilisation": round(tflops / sheet, 4)} if sheet else {})}
+    for card, sheet in SHEET_TFLOPS.items():
+        if card in this_machine().name:
+            return {"tflops": round(tflops, 3), "utilisation": round(tflops / sheet, 4)}
+    return {"tflops": round(tflops, 3)}
 
 
-def setting_words(row: dict[str, Any]) -> str:
+def setting_words(row: Row) -> str:
     """What follows a contender's description: the setting that `--best` found for a row, "" where none was searched."""
     if not row.get("setting"):
         return ""
-    all_layers = {"all": "recomputed" if row["setting"]["checkpointing"] else "kept"}
-    layers = {str(count): way for way, count in row["layers"].items()} if "layers" in row else all_layers
-    words = ", ".join(f"{n} {w}" for n, w in layers.items())
+    words = "all recomputed" if row["setting"]["checkpointing"] else "all kept"
+    if "layers" in row:
+        words = ", ".join(f"{count} {way}" for way, count in row["layers"].items())
     return f"; at its best: {row['setting']['micro_batch']} rows at a time, layers {words}"
 
 
-def render(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+def render(result: Result) -> tuple[list[str], list[list[str]]]:
     """Columns and rows for ui.table."""
     columns = ["contender", "tokens/s", "ratio", "first step", "peak memory", "loss", "to fp32", ""]
     rows = []
@@ -284,10 +361,14 @@ def render(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         if row["value"] is None:
             rows.append([row["contender"], *["-"] * 6, row["absent"]])
             continue
-        memory, loss = f"{row['peak_memory_bytes'] / 2**30:.2f} GiB", row["loss"]
-        ratio = "-" if row["ratio"] is None else "{:.2f} ({:.2f} to {:.2f})".format(row["ratio"], *row["ratio_spread"])
-        cells = [f"{row['value']:,.0f}", ratio, f"{row['first_step_s']:.1f} s", memory]
-        near = f"cos {row['gradient_cosine']:.4f}, loss ±{row['loss_gap']:.3f}" if "loss_gap" in row else ""
-        what = row["what"] + setting_words(row)
-        rows.append([row["contender"], *cells, f"{loss['first']:.3f} -> {loss['last']:.3f}", near, what])
+        ratio, near = "-", ""
+        if row["ratio"] is not None:
+            low, high = row["ratio_spread"]
+            ratio = f"{row['ratio']:.2f} ({low:.2f} to {high:.2f})"
+        if "loss_gap" in row:
+            near = f"cos {row['gradient_cosine']:.4f}, loss ±{row['loss_gap']:.3f}"
+        loss = f"{row['loss']['first']:.3f} -> {row['loss']['last']:.3f}"
+        memory = f"{row['peak_memory_bytes'] / 2**30:.2f} GiB"
+        cells = [f"{row['value']:,.0f}", ratio, f"{row['first_step_s']:.1f} s", memory, loss, near]
+        rows.append([row["contender"], *cells, row["what"] + setting_words(row)])
     return columns, rows

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qmedtune.commands.common import JsonOption, TimeLimitOption, emit
+
+if TYPE_CHECKING:
+    from qmedtune.bench.result import Result
 
 ContendersOption = Annotated[
     str | None, typer.Option("--contenders", metavar="A,B", help="Names, the reference first; default: all.")
@@ -145,7 +148,7 @@ def evaluation(
     _show(bench_evaluate, bench_evaluate.bench_eval(model, tasks.split(","), rounds, limit, names), as_json)
 
 
-def _show_rows(facts: dict[str, Any], columns: tuple[str, ...]) -> None:
+def _show_rows(facts: Result, columns: tuple[str, ...]) -> None:
     from qmedtune import ui
 
     rows = []
@@ -159,9 +162,9 @@ def _names(asked: str | None, module: ModuleType) -> list[str]:
     return asked.split(",") if asked else list(module.CONTENDERS)
 
 
-def _show(module: ModuleType, result: dict[str, Any], as_json: bool) -> None:
+def _show(module: ModuleType, result: Result, as_json: bool) -> None:
     if as_json:
-        return emit(result)
+        return emit(dict(result))
     from qmedtune import ui
 
     columns, rows = module.render(result)

@@ -1,8 +1,7 @@
-"""Commands about models: eval, compare, predict, chat, merge. A model is a run, a folder, or a Hub id."""
+"""Commands about models: eval, predict, chat, merge. A model is a run, a folder, or a Hub id."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
@@ -111,60 +110,6 @@ def evaluate(
         seed=seed, offline=offline,
     )  # fmt: skip
     emit(facts) if as_json else _show_scores(model, facts)
-
-
-def compare(
-    models: Annotated[
-        list[str], typer.Argument(metavar="MODEL...", help="The first is what the others are held against.")
-    ],
-    tasks: Annotated[str, typer.Option(metavar="A,B=FILE", help="pubmedqa=FILE, medqa=FILE, facts ...")],
-    shots: Annotated[str, typer.Option(metavar="0,3", help="Numbers of examples that each model may choose.")] = "0",
-    templates: Annotated[
-        str, typer.Option(metavar="A,B", help="Templates that each model may choose besides its own.")
-    ] = "",
-    limit: Annotated[int | None, typer.Option(min=16, help="At most this many items of each task.")] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", metavar="DIR", help="Keep compare.json and the items here.")
-    ] = None,
-    quantization: PrecisionOption = Precision.none,
-    seed: Annotated[int, typer.Option(min=0, help="Draws the development items and the examples.")] = 17,
-    offline: OfflineOption = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Compare models fairly: the prompt chosen per model, the same items, corrected tests, one sentence to claim."""
-    from qmedtune.compare import Asked, compare_models
-    from qmedtune.evaluate import named_file
-    from qmedtune.recipe import TaskSection
-
-    sections = []
-    for entry in tasks.split(","):
-        name, path = named_file(entry, None)
-        sections.append(TaskSection(task=name, path=path, limit=limit))
-    chosen = quantization.value if quantization else None
-    if not re.fullmatch(r"\d{1,2}(,\d{1,2})*", shots):
-        raise typer.BadParameter(f"--shots: got {shots!r}; allowed: numbers with commas between, 0,3")
-    numbers = tuple(int(number) for number in shots.split(","))
-    named = tuple(name for name in templates.split(",") if name)
-    asked = Asked(tuple(models), tuple(sections), numbers, named, seed, chosen, offline)
-    found = compare_models(asked, out)
-    emit(found) if as_json else _show_duels(found)
-
-
-def _show_duels(found: dict[str, Any]) -> None:
-    from qmedtune import ui
-
-    rows = []
-    for duel in found["duels"]:
-        low, high = duel["ci95"]
-        scores = [found["models"][name][duel["task"]] for name in (found["reference"], duel["model"])]
-        asked = " / ".join(f"{score['template']}, {score['shots']} shots" for score in scores)
-        both = " → ".join(f"{score['accuracy']:.3f}" for score in scores)
-        change = f"{duel['difference']:+.3f} ({low:+.3f} to {high:+.3f})"
-        rows.append((duel["model"], duel["task"], both, change, f"{duel['p_holm']:.3f}", duel["verdict"], asked))
-    columns = ("model", "task", "accuracy", "difference, 95 %", "p (Holm)", "verdict", "asked with")
-    ui.table(f"against {found['reference']}", columns, rows)
-    for sentence in found["claims"]:
-        ui.note(sentence)
 
 
 def _show_scores(model: str, facts: dict[str, Any]) -> None:

@@ -39,15 +39,21 @@ class Shared:
 def common_tokens(prompts: Sequence[list[int]]) -> int:
     """Length of the beginning that all prompts share; each keeps at least one token of its own."""
     first, last = min(prompts), max(prompts)  # in dictionary order, what these two share all others share
-    same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
-    return min(same, min(map(len, prompts)) - 1)
+    most = min(len(prompt) for prompt in prompts) - 1
+    for place in range(most):
+        if first[place] != last[place]:
+            return place
+    return most
 
 
 @torch.no_grad()
 def read_shared(model: PreTrainedModel, prompts: Sequence[list[int]]) -> Shared | None:
     """Read the common beginning of at least two prompts; None where it is too small a part of them."""
-    count = common_tokens(prompts) if len(prompts) > 1 else 0
-    if count < MIN_SHARED_TOKENS or count * len(prompts) < MIN_SHARED_PART * sum(map(len, prompts)):
+    if len(prompts) < 2:
+        return None
+    count = common_tokens(prompts)
+    total = sum(len(prompt) for prompt in prompts)
+    if count < MIN_SHARED_TOKENS or count * len(prompts) < MIN_SHARED_PART * total:
         return None
     cache = DynamicCache(config=model.config)
     ids = torch.tensor([prompts[0][:count]], device=model.device)
@@ -70,7 +76,9 @@ def prefill(model: PreTrainedModel, prompts: list[list[int]], shared: Shared | N
     """Read a batch of prompts behind what they share (all of it a beginning of each)."""
     skip = shared.tokens if shared else 0
     passes = [_read(model, part, shared) for part in _passes(model, prompts, skip)]
-    return passes[0] if len(passes) == 1 else _joined(passes)
+    if len(passes) == 1:
+        return passes[0]
+    return _joined(passes)
 
 
 def _passes(model: PreTrainedModel, prompts: list[list[int]], skip: int) -> list[list[list[int]]]:
@@ -78,25 +86,33 @@ def _passes(model: PreTrainedModel, prompts: list[list[int]], skip: int) -> list
     if model.device.type != "cpu":
         return [prompts]
     parts: list[list[list[int]]] = []
+    longest = 0  # tokens of the last part's longest prompt
     for prompt in prompts:
-        longest = max(map(len, [*(parts[-1] if parts else []), prompt])) - skip
+        longest = max(longest, len(prompt) - skip)
         if parts and (len(parts[-1]) + 1) * longest <= CPU_PASS_TOKENS:
             parts[-1].append(prompt)
         else:
             parts.append([prompt])
+            longest = len(prompt) - skip
     return parts
 
 
 def _read(model: PreTrainedModel, prompts: list[list[int]], shared: Shared | None) -> Prefix:
     """One pass over prompts, left-padded."""
     skip = shared.tokens if shared else 0
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
-    width = int(lengths.max())
-    ids = torch.tensor([[0] * (width - len(prompt)) + prompt[skip:] for prompt in prompts], device=model.device)
+    sizes = [len(prompt) for prompt in prompts]
+    width = max(sizes)
+    padded = []
+    for prompt in prompts:
+        padded.append([0] * (width - len(prompt)) + prompt[skip:])
+    ids = torch.tensor(padded, device=model.device)
+    lengths = torch.tensor(sizes, device=model.device)
     own = torch.arange(width - skip, device=model.device) >= (width - lengths)[:, None]
     mask = torch.cat([own.new_ones(len(prompts), skip), own], dim=-1)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, skip:]
-    cache = _repeated(shared.cache, len(prompts)) if shared else DynamicCache(config=model.config)
+    cache = DynamicCache(config=model.config)
+    if shared:
+        cache = _repeated(shared.cache, len(prompts))
     last = hidden_states(model, ids, mask, positions, cache)[:, -1]
     check_numbers(last)
     return Prefix(cache, mask, lengths, last)
@@ -106,13 +122,21 @@ def _joined(passes: list[Prefix]) -> Prefix:
     """Several passes as one batch, padded on the left: what is read next (options, an answer's tokens) is read once."""
     width = max(part.mask.shape[1] for part in passes)
     cache = passes[0].cache
-    for layer, *others in zip(*(part.cache.layers for part in passes), strict=True):
-        for name in ("keys", "values"):
-            states = [getattr(part, name) for part in (layer, *others)]
-            padded = [F.pad(state, (0, 0, width - state.shape[2], 0)) for state in states]
-            setattr(layer, name, torch.cat(padded))
-    mask = torch.cat([F.pad(part.mask, (width - part.mask.shape[1], 0)) for part in passes])
-    return Prefix(cache, mask, torch.cat([p.lengths for p in passes]), torch.cat([p.last for p in passes]))
+    for place in range(len(cache.layers)):
+        keys, values = [], []
+        for part in passes:
+            layer: Any = part.cache.layers[place]
+            missing = width - layer.keys.shape[2]
+            keys.append(F.pad(layer.keys, (0, 0, missing, 0)))
+            values.append(F.pad(layer.values, (0, 0, missing, 0)))
+        joined: Any = cache.layers[place]
+        joined.keys, joined.values = torch.cat(keys), torch.cat(values)
+    masks, lengths, last = [], [], []
+    for part in passes:
+        masks.append(F.pad(part.mask, (width - part.mask.shape[1], 0)))
+        lengths.append(part.lengths)
+        last.append(part.last)
+    return Prefix(cache, torch.cat(masks), torch.cat(lengths), torch.cat(last))
 
 
 def check_numbers(values: torch.Tensor) -> None:
@@ -151,7 +175,9 @@ def hidden_states(
 
 def causal_model(model: Any) -> Any:
     """The causal language model inside a PEFT wrapper (its adapters live in the layers), or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    if hasattr(model, "get_base_model"):
+        return model.get_base_model()
+    return model
 
 
 def compute_dtype(model: PreTrainedModel) -> torch.dtype:
@@ -182,8 +208,10 @@ def exact_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
     bias = getattr(head, "bias", None)
     rows = max(1, HEAD_ELEMENTS // head.weight.shape[1])
     states = hidden.float()
-    parts = [F.linear(states, part.to(hidden.dtype).float()) for part in head.weight.split(rows)]
-    logits = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
+    parts = []
+    for part in head.weight.split(rows):
+        parts.append(F.linear(states, part.to(hidden.dtype).float()))
+    logits = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
     return logits if bias is None else logits + bias.float()
 
 

@@ -56,9 +56,12 @@ class Ending:
         if tokens[-1] in self.eos:
             return "eos"
         # the last token can only have completed a stop string within this many tokens (a character has <= 4 bytes)
-        reach = 4 * max(map(len, self.stop), default=0) + 8
+        longest = max((len(stop) for stop in self.stop), default=0)
+        reach = 4 * longest + 8
         text = self._decode(tokens[-reach:])
-        return None if self._stopped(text, begins=len(tokens) <= reach) is None else "stop"
+        if self._stopped(text, begins=len(tokens) <= reach) is None:
+            return None
+        return "stop"
 
     def text(self, tokens: list[int]) -> str:
         text = self._decode([token for token in tokens if token not in self.eos])
@@ -68,8 +71,12 @@ class Ending:
     def _stopped(self, text: str, begins: bool) -> int | None:
         """Where the first stop string is. A blank line before an answer's first word ends nothing."""
         first = len(text) - len(text.lstrip()) if begins else 0
-        places = [text.find(stop, 0 if stop.strip() else first) for stop in self.stop]
-        return min((place for place in places if place >= 0), default=None)
+        places = []
+        for stop in self.stop:
+            place = text.find(stop, 0 if stop.strip() else first)
+            if place >= 0:
+                places.append(place)
+        return min(places, default=None)
 
     def _decode(self, tokens: list[int]) -> str:
         return str(self.tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
@@ -79,13 +86,16 @@ def ending(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str | Asked], stop: Sequence[str]
 ) -> Ending:
     """End tokens of the tokenizer, of the model (LLaMA-3 lists several) and of the template; stop strings likewise."""
-    named = [tokenizer.eos_token_id, getattr(model.generation_config, "eos_token_id", None)]
-    eos = {token for name in named for token in (name if isinstance(name, list) else [name])}
-    asked = next((prompt for prompt in prompts if isinstance(prompt, Asked)), None)
-    if asked is not None:
-        eos, stop = eos | asked.ends, list(dict.fromkeys([*stop, *asked.stop]))
-    ids = frozenset(token for token in eos if isinstance(token, int))
-    return Ending(tokenizer, ids, tuple(stop), asked.lead if asked else "")
+    eos: set[int] = set()
+    for named in (tokenizer.eos_token_id, getattr(model.generation_config, "eos_token_id", None)):
+        for token in named if isinstance(named, list) else [named]:
+            if isinstance(token, int):
+                eos.add(token)
+    for prompt in prompts:
+        if isinstance(prompt, Asked):  # all of them are of one template
+            both = dict.fromkeys([*stop, *prompt.stop])
+            return Ending(tokenizer, frozenset(eos | prompt.ends), tuple(both), prompt.lead)
+    return Ending(tokenizer, frozenset(eos), tuple(stop))
 
 
 def generate(
@@ -101,17 +111,22 @@ def generate(
     end = ending(model, tokenizer, prompts, stop)
     room = max_positions(model) - max_new_tokens
     marks = codec_of(tokenizer).special_ids
-    rows = [fit(row, room, marks) for row in encode(tokenizer, prompts)]
+    rows, cut, costs = [], [], []
+    for ids in encode(tokenizer, prompts):
+        row, truncated = fit(ids, room, marks)
+        rows.append(row)
+        cut.append(truncated)
+        costs.append(len(row) + max_new_tokens)
     answers: dict[int, Answer] = {}
-    shared = read_shared(model, [row for row, _ in rows]) if rows else None
-    for batch in padded_batches([len(row) + max_new_tokens for row, _ in rows], batch_tokens):
-        for position, tokens, ended in _decode(model, [rows[i][0] for i in batch], max_new_tokens, end, shared):
+    shared = read_shared(model, rows)
+    for batch in padded_batches(costs, batch_tokens):
+        for position, tokens, ended in _decode(model, [rows[index] for index in batch], max_new_tokens, end, shared):
             if ended:
-                i = batch[position]
-                answers[i] = Answer(end.text(tokens), len(tokens), ended, rows[i][1])
+                index = batch[position]
+                answers[index] = Answer(end.text(tokens), len(tokens), ended, cut[index])
         if progress:
             progress(len(batch))
-    return [answers[i] for i in range(len(rows))]
+    return [answers[index] for index in range(len(rows))]
 
 
 def stream(
@@ -141,8 +156,12 @@ def stream(
 def settled(text: str, stop: Sequence[str]) -> str:
     """The part of a growing text that later tokens cannot change."""
     text = text.rstrip("\ufffd")
-    held = (size for s in stop for size in range(len(s) - 1, 0, -1) if text.endswith(s[:size]))
-    return text[: len(text) - max(held, default=0)].rstrip()
+    held = 0  # characters that may be the beginning of a stop string
+    for string in stop:
+        for size in range(held + 1, len(string)):
+            if text.endswith(string[:size]):
+                held = size
+    return text[: len(text) - held].rstrip()
 
 
 def _decode(
@@ -154,14 +173,18 @@ def _decode(
         prefix = prefill(model, prompts, shared)
     logits = next_logits(model, prefix.last)
     mask, positions, cache = prefix.mask, prefix.lengths, prefix.cache
-    live, rows = list(range(len(prompts))), [list[int]() for _ in prompts]
+    live = list(range(len(prompts)))
+    rows: list[list[int]] = [[] for _ in prompts]
     for step in range(1, max_new_tokens + 1):
         new, keep = logits.argmax(-1), []
         for place, token in enumerate(new.tolist()):
             tokens = rows[live[place]]
             tokens.append(token)
-            ended = end.reason(tokens) or ("length" if step == max_new_tokens else None)
-            keep += [] if ended else [place]
+            ended = end.reason(tokens)
+            if not ended and step == max_new_tokens:
+                ended = "length"
+            if not ended:
+                keep.append(place)
             yield live[place], tokens, ended
         if not keep:
             return

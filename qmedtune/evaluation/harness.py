@@ -33,6 +33,8 @@ from qmedtune.tasks import BUILTIN_TASKS, FILE_TASKS, Task, check_twice, load_ta
 from qmedtune.tasks.items import records
 
 PREFIX = "qmedtune_"
+HarnessScores = dict[str, int | float | str]
+"""What the harness tells of one task: metrics, and its alias."""
 # What the harness and its templates raise where a file lacks what a task asks for
 MISFITS = (LookupError, TypeError, ValueError, StopIteration, TemplateError)
 
@@ -57,24 +59,31 @@ def evaluate_with_harness(
     Raises RecipeError where lm_eval is not installed or knows no such task.
     """
     _require_harness()
-    ours = [task for task in tasks if task in BUILTIN_TASKS or ("=" in task and task.partition("=")[0] in FILE_TASKS)]
     check_twice("--harness", [task.partition("=")[0] for task in tasks])
-    own = [load_task(_section(task), seed) for task in ours]
-    shipped = [task for task in tasks if task not in ours]
+    own, shipped = [], []
+    for task in tasks:
+        if _is_ours(task):
+            own.append(load_task(_section(task), seed))
+        else:
+            shipped.append(task)
     opened = open_model(locate(name, base=base, template=template, offline=offline), quantization)
-    results: dict[str, Any] = {}
+    found: dict[str, HarnessScores] = {}
     with TemporaryDirectory() as folder:
         if own:
             names = [write_harness_task(Path(folder), task, opened) for task in own]
-            found = run_harness(opened, names, Path(folder), limit=limit, batch=batch, seed=seed)
-            results |= {task.removeprefix(PREFIX): scores for task, scores in found["results"].items()}
+            found |= run_harness(opened, names, Path(folder), limit=limit, batch=batch, seed=seed)["results"]
         if shipped:
-            results |= run_harness(opened, shipped, None, chat=chat, limit=limit, batch=batch, seed=seed)["results"]
-    return {
-        "harness": version("lm_eval"),
-        "template": opened.template.name,
-        "tasks": {task: scores for task, found in results.items() if (scores := _scores(found))},
-    }
+            found |= run_harness(opened, shipped, None, chat=chat, limit=limit, batch=batch, seed=seed)["results"]
+    scores = {}
+    for task, each in found.items():
+        if numbers := _numbers(each):  # a group's entry has none
+            scores[task.removeprefix(PREFIX)] = numbers
+    return {"harness": version("lm_eval"), "template": opened.template.name, "tasks": scores}
+
+
+def _is_ours(task: str) -> bool:
+    name, given, _ = task.partition("=")
+    return task in BUILTIN_TASKS or (bool(given) and name in FILE_TASKS)
 
 
 def _require_harness() -> None:
@@ -133,19 +142,26 @@ def run_harness(
     """
     lm_eval, tasks_module = import_module("lm_eval"), import_module("lm_eval.tasks")
     manager = tasks_module.TaskManager(include_path=str(folder) if folder else None, include_defaults=folder is None)
-    unknown = [task for task in tasks if task.partition("=")[0] not in manager.all_tasks]
-    if unknown:
-        raise RecipeError(
-            f"--harness: lm-evaluation-harness has no task {unknown[0]!r}\nlist them: lm_eval --tasks list"
-        )
+    for task in tasks:
+        if task.partition("=")[0] not in manager.all_tasks:
+            raise RecipeError(f"--harness: lm-evaluation-harness has no task {task!r}\nlist them: lm_eval --tasks list")
     if chat:
         opened.tokenizer.chat_template = frame_of(opened.template, codec_of(opened.tokenizer)).template.jinja()
     model = harness_model(opened, batch, boundary if folder else "joint")
-    chosen = [_on_file(task) if "=" in task else task for task in tasks]
-    seeds = {f"{name}_seed": seed for name in ("random", "numpy_random", "torch_random", "fewshot_random")}
+    chosen = []
+    for task in tasks:
+        chosen.append(_on_file(task) if "=" in task else task)
     try:
-        found: Any = lm_eval.simple_evaluate(
-            model=model, tasks=chosen, task_manager=manager, limit=limit, apply_chat_template=chat, **seeds
+        return lm_eval.simple_evaluate(
+            model=model,
+            tasks=chosen,
+            task_manager=manager,
+            limit=limit,
+            apply_chat_template=chat,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
         )
     except MISFITS as error:
         files = ", ".join(task for task in tasks if "=" in task)
@@ -156,10 +172,9 @@ def run_harness(
             f"--harness {files}: the harness cannot make its questions of a file ({missing})\n"
             "give it the fields that the task's own data set has"
         ) from error
-    return found
 
 
-def _on_file(task: str) -> dict[str, Any]:
+def _on_file(task: str) -> dict[str, object]:
     """A task of the harness with a local file in place of its data set, whichever split it asks for."""
     name, _, path = task.partition("=")
     if not Path(path).is_file():
@@ -201,6 +216,6 @@ def harness_model(opened: OpenModel, batch: int, boundary: Boundary) -> Any:
     return made(pretrained=causal_model(opened.model), tokenizer=opened.tokenizer, batch_size=batch, add_bos_token=True)
 
 
-def _scores(result: dict[str, Any]) -> dict[str, float]:
+def _numbers(scores: HarnessScores) -> dict[str, float]:
     """`acc,none` -> `acc`: the filter's name is dropped where there is only the usual one."""
-    return {key.removesuffix(",none"): value for key, value in result.items() if isinstance(value, int | float)}
+    return {key.removesuffix(",none"): value for key, value in scores.items() if isinstance(value, int | float)}

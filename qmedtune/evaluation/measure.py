@@ -31,21 +31,22 @@ from qmedtune.evaluation.scoring import (
     ChoiceScores,
     Perplexity,
     Progress,
-    Rows,
     choice_logprobs,
     perplexity,
     prompt_texts,
 )
 from qmedtune.recipe import SourceSection
 from qmedtune.tasks import Item, Task
+from qmedtune.tasks.items import Judgement
+from qmedtune.training.collation import Rows
 
 PART = 256  # questions between two writes
 # Options nearer than this are a tie in that dtype: fp32 may order them otherwise. Of 236 questions (SmolLM2) bfloat16
 # moved the gap of the best two by .054 nats (standard deviation; 97.5 % by less than .124), and 8 choices, all of a gap
 # below .09, were others than in fp32 (2026-11). float16 has 8 times its resolution.
 TIE_NATS = {torch.float32: 1e-4, torch.float16: 0.016, torch.bfloat16: 0.125}
-Row = dict[str, Any]
-"""Everything that is kept of one item for one model."""
+Row = Judgement
+"""Everything that is kept of one item for one model: its judgement, and how it was found."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def measure_model(
     """All tasks and texts. Each result is written below `folder` at once and read from there when it is there."""
     marks = codec_of(tokenizer).special_ids
 
-    def text(source: str) -> dict[str, Any]:
+    def text(source: str) -> dict[str, float]:
         with ui.stage(f"perplexity of {Path(source).name}, {label}") as bar:
             return asdict(perplexity(model, held_out[source], settings.batch_tokens, adding(bar), marks))
 
@@ -85,10 +86,12 @@ def measure_model(
     for task in tasks:
         parts_folder = folder / f"{label}-{task.name}"
         done[task.name] = measure(model, tokenizer, task, settings, f"{task.name}, {label}", parts_folder)
-    # A source may be a path, which must not lead out of the folder.
-    files = {source: folder / f"{label}-perplexity-{store.sha256_json(source)[:16]}.json" for source in held_out}
-    texts = {source: store.kept(file, partial(text, source)) for source, file in files.items()}
-    return Measured(done, {source: Perplexity(**found) for source, found in texts.items()})
+    texts = {}
+    for source in held_out:
+        # A source may be a path, which must not lead out of the folder.
+        file = folder / f"{label}-perplexity-{store.sha256_json(source)[:16]}.json"
+        texts[source] = Perplexity(**store.kept(file, partial(text, source)))
+    return Measured(done, texts)
 
 
 def measure(model: Any, tokenizer: Any, task: Task, settings: Settings, title: str, folder: Path) -> list[Row]:
@@ -99,8 +102,10 @@ def measure(model: Any, tokenizer: Any, task: Task, settings: Settings, title: s
     ways = bool(asked[0].options) + (settings.generate or not asked[0].options)
     with ui.stage(title, total=len(asked) * ways, unit="answers") as bar:
         for number, part in enumerate(parts(asked, prompts)):
-            items, texts = [asked[i] for i in part], [prompts[i] for i in part]
-            done, work = bar.completed, partial(_score, model, tokenizer, task, items, texts, settings, adding(bar))
+            items = [asked[index] for index in part]
+            texts = [prompts[index] for index in part]
+            done = bar.completed
+            work = partial(_score, model, tokenizer, task, items, texts, settings, adding(bar))
             for index, row in zip(part, store.kept(folder / f"{number:05d}.json", work), strict=True):
                 rows[index] = row
             bar.update(done + len(part) * ways)
@@ -112,7 +117,11 @@ def parts(asked: Sequence[Item], prompts: Sequence[Asked]) -> list[list[int]]:
     groups: dict[tuple[str, ...], list[int]] = {}
     for index in sorted(range(len(asked)), key=lambda i: -len(prompts[i].ids)):
         groups.setdefault(asked[index].shots, []).append(index)
-    return [group[start : start + PART] for group in groups.values() for start in range(0, len(group), PART)]
+    found = []
+    for group in groups.values():
+        for start in range(0, len(group), PART):
+            found.append(group[start : start + PART])
+    return found
 
 
 def _score(
@@ -146,7 +155,7 @@ def _choice_row(task: Task, item: Item, score: ChoiceScores, resolution: float) 
     return {
         **task.judge(item, best),
         "normalised": task.judge(item, normalised),
-        "logprobs": [round(s, 5) for s in sums],
+        "logprobs": [round(value, 5) for value in sums],
         "confidence": round(float(weights.max() / weights.sum()), 5),
         "tie": gap(sums) <= resolution,
     }
@@ -155,8 +164,11 @@ def _choice_row(task: Task, item: Item, score: ChoiceScores, resolution: float) 
 def best_option(values: Sequence[float], item_id: str) -> int:
     """Index of the largest value. Equal ones are drawn from by the item's id: no place in the list is favoured, and
     every model and every run draws alike."""
-    equal = [index for index, value in enumerate(values) if value == max(values)]
-    return equal[0] if len(equal) == 1 else Random(f"tie {item_id}").choice(equal)
+    best = max(values)
+    equal = [index for index, value in enumerate(values) if value == best]
+    if len(equal) == 1:
+        return equal[0]
+    return Random(f"tie {item_id}").choice(equal)
 
 
 def gap(values: Sequence[float]) -> float:
@@ -172,24 +184,21 @@ def text_rows(tokenizer: Any, path: Path, max_tokens: int) -> tuple[list[dict[st
     the first is predicted once. Damaged records raise DataError.
     """
     rejects = Rejects(path.name)
-    texts = [r["text"] for r in read_records(path.name, SourceSection(path=str(path), kind="general"), rejects)]
+    texts = []
+    for record in read_records(path.name, SourceSection(path=str(path), kind="general"), rejects):
+        texts.append(record["text"])
     if rejects.counts["rejected"]:
         reason = rejects.reasons.most_common(1)[0][0]
         raise DataError(
             f"{path}: {rejects.counts['rejected']} damaged records ({reason})\nmend the file: all are counted"
         )
     documents = encode_texts(codec_of(tokenizer), [{"text": text} for text in texts], None)
-    rows: list[dict[str, np.ndarray]] = []
+    rows = []
     for document in documents:
-        rows += _windows(np.array(document.ids, dtype=np.int64), max_tokens)
+        ids = np.array(document.ids, dtype=np.int64)
+        for start in range(0, len(ids) - 1, max_tokens - 1):
+            window = ids[start : start + max_tokens]
+            labels = window.copy()
+            labels[0] = -100
+            rows.append({"input_ids": window, "labels": labels, "position_ids": np.arange(len(window))})
     return rows, sum(len(text.encode()) for text in texts)
-
-
-def _windows(ids: np.ndarray, max_tokens: int) -> list[dict[str, np.ndarray]]:
-    return [_row(ids[start : start + max_tokens]) for start in range(0, len(ids) - 1, max_tokens - 1)]
-
-
-def _row(ids: np.ndarray) -> dict[str, np.ndarray]:
-    labels = ids.copy()
-    labels[0] = -100
-    return {"input_ids": ids, "labels": labels, "position_ids": np.arange(len(ids))}

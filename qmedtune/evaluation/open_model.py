@@ -91,8 +91,8 @@ def _of_run(name: str, folder: Path) -> Location:
         )
     # In full: the weights are read anyway, and a bit that flipped under an unchanged time is seen by nothing else.
     check_intact(merged if merged.name == "merged" else merged.parent, full=True)
-    stages = sorted(path for path in folder.glob("[0-9][0-9]-*") if (path / templates.FILE).is_file())
-    template = templates.load(stages[-1]) if stages else _template_beside(merged)
+    saved = sorted(folder.glob(f"[0-9][0-9]-*/{templates.FILE}"))
+    template = templates.load(saved[-1].parent) if saved else _template_beside(merged)
     return Location(name, "run", merged, (), template, world_of(Recipe.model_validate(run["recipe"])))
 
 
@@ -116,9 +116,15 @@ def _of_adapter(name: str, folder: Path, base: str | None, offline: bool) -> Loc
     bases.check_base(folder, below)
     if store.read_seal(folder.parent):  # the adapter of a run's stage
         check_intact(folder.parent, full=True)
-    saved = [place for place in (folder, folder.parent) if (place / templates.FILE).is_file()]
-    template = templates.load(saved[0]) if saved else _template_beside(below)
-    return Location(name, "adapter", below, (folder,), template)
+    return Location(name, "adapter", below, (folder,), _template_of_adapter(folder, below))
+
+
+def _template_of_adapter(folder: Path, base: Path) -> templates.Template:
+    """What it was trained with: beside it, or beside its stage; else the base's."""
+    for place in (folder, folder.parent):
+        if (place / templates.FILE).is_file():
+            return templates.load(place)
+    return _template_beside(base)
 
 
 def _base_folder(name: str, offline: bool) -> Path:
@@ -134,8 +140,14 @@ def _template_beside(folder: Path) -> templates.Template:
 
 def fingerprint(path: Path) -> list[Any]:
     """Names, sizes and times of a file or of a model folder's files: a changed model is another evaluation."""
-    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file())
-    return [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in files]
+    files = [path]
+    if path.is_dir():
+        files = sorted(each for each in path.iterdir() if each.is_file())
+    found = []
+    for file in files:
+        stat = file.stat()
+        found.append([str(file), stat.st_size, stat.st_mtime_ns])
+    return found
 
 
 def open_model(location: Location, quantization: Quantization | None = None) -> OpenModel:

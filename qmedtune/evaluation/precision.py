@@ -9,13 +9,14 @@ Deliberately absent: loading (evaluate.py), torch.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 from qmedtune import units
 from qmedtune.planning.fit import budget_bytes
 from qmedtune.planning.machine import Machine, this_machine
 from qmedtune.planning.shapes import BYTES_OF, base_facts
 from qmedtune.recipe import Recipe
+from qmedtune.results import Merge, Pair
 
 Name = Literal["delivered", "nf4", "full16"]
 
@@ -41,10 +42,12 @@ class Precision:
     def quantised(self) -> bool:
         return self.weights == "nf4"
 
-    def facts(self, asked: Name) -> dict[str, Any]:
+    def facts(self, asked: Name) -> dict[str, str | None]:
         """For evaluation.json: {"precision", "weights", "computed_in", "why"}, and `asked` where that is another."""
         found = {"precision": self.name, "weights": self.weights, "computed_in": self.computed_in, "why": self.why}
-        return found | ({"asked": asked} if asked != self.name else {})
+        if asked != self.name:
+            found["asked"] = asked
+        return found
 
 
 def decide(recipe: Recipe, dtype: str | None = None, machine: Machine | None = None) -> Precision:
@@ -80,20 +83,28 @@ def computed_in(weights: str, machine: Machine) -> str:
     return "float32" if weights == "float16" and not machine.is_gpu else weights
 
 
-def shift_warning(merge_facts: dict[str, Any]) -> str | None:
+def shift_warning(merge: Merge) -> str | None:
     """In words, where the delivered model is far from the NF4 model that was trained."""
-    shift = merge_facts.get("shift_from_nf4") or {}
-    if not shift or (shift["kl"] <= LARGE_SHIFT_KL and shift["top1"] >= SMALL_SHARE_TOP1):
+    shift = merge.shift_from_nf4
+    if shift is None or shift.kl is None or shift.top1 is None:
+        return None
+    if shift.kl <= LARGE_SHIFT_KL and shift.top1 >= SMALL_SHARE_TOP1:
         return None
     return (
-        f"the delivered model is far from the NF4 model that was trained (KL {shift['kl']:.2g}, same top token "
-        f"{shift['top1']:.0%}): judge it by its own scores, and see what training only repaired of NF4's loss"
+        f"the delivered model is far from the NF4 model that was trained (KL {shift.kl:.2g}, same top token "
+        f"{shift.top1:.0%}): judge it by its own scores, and see what training only repaired of NF4's loss"
     )
 
 
-def quantisation_note(source: str, base: float, nf4: dict[str, float], final: float) -> str | None:
-    """A warning where NF4 makes training look much better than what is delivered: perplexities of one source."""
-    in_nf4, delivered = nf4["final"] / nf4["base"] - 1, final / base - 1
+def quantisation_note(source: str, delivered_in: Pair, trained_in: Pair) -> str | None:
+    """A warning where NF4 makes training look much better than what is delivered. Perplexities of one source, in the
+    precision that is delivered and in NF4."""
+    in_nf4, delivered = _change(trained_in), _change(delivered_in)
     if in_nf4 >= 0 or in_nf4 > delivered - 0.05:
         return None
     return f"{source}: perplexity {in_nf4:+.0%} in NF4 but {delivered:+.0%} delivered: the rest repaired quantisation"
+
+
+def _change(perplexity: Pair) -> float:
+    assert perplexity.base is not None and perplexity.final is not None, "a run scores both"
+    return perplexity.final / perplexity.base - 1

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -33,7 +33,8 @@ from qmedtune.evaluation.forward import (
     prefill,
     read_shared,
 )
-from qmedtune.training.loss import label_nll
+from qmedtune.training.collation import Rows
+from qmedtune.training.loss import rows_nll
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -60,20 +61,30 @@ class Choice:
     @property
     def cost_tokens(self) -> int:
         """Tokens that a forward pass reads at most (the last token of an option is only predicted)."""
-        return len(self.prompt) + sum(len(option) - 1 for option in self.options)
+        options = sum(len(option) for option in self.options)
+        return len(self.prompt) + options - len(self.options)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str | Asked]) -> list[list[int]]:
     """Token ids: those that training begins with; of a text, as a document's, behind the mark that opens documents."""
     codec = codec_of(tokenizer)
     start = document_borders(codec).start
-    plain = iter(codec.encode([prompt for prompt in prompts if isinstance(prompt, str)], markers=True))
-    return [_opened(next(plain), start, codec) if isinstance(p, str) else list(p.ids) for p in prompts]
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    plain = iter(codec.encode(texts, markers=True))  # one call: a tokenizer reads a batch in parallel
+    encoded = []
+    for prompt in prompts:
+        if isinstance(prompt, str):
+            encoded.append(_opened(next(plain), start, codec))
+        else:
+            encoded.append(list(prompt.ids))
+    return encoded
 
 
 def _opened(row: list[int], start: int | None, codec: Codec) -> list[int]:
     """Behind `start`, but where the text spells a mark of its own there."""
-    return row if start is None or (row and row[0] in codec.special_ids) else [start, *row]
+    if start is None or (row and row[0] in codec.special_ids):
+        return row
+    return [start, *row]
 
 
 def prompt_texts(
@@ -101,20 +112,34 @@ def encode_choice(
         start = encode(tokenizer, [prompt])[0]
         tails = _tails(tokenizer, prompt, options)
     else:
-        text = prompt if isinstance(prompt, str) else prompt.text
-        start, *wholes = encode(tokenizer, [text.rstrip(), *(text + option for option in options)])
-        tails = [whole[len(start) :] for whole in wholes]
-    if not all(tails):
-        option = options[[bool(tail) for tail in tails].index(False)]
-        raise DataError(f"option {option!r} adds no token behind its prompt: it is empty or only white space")
-    kept, truncated = fit(start, max_tokens - max(map(len, tails)), codec_of(tokenizer).special_ids)
+        start, tails = _joint(tokenizer, prompt, options)
+    for option, tail in zip(options, tails, strict=True):
+        if not tail:
+            raise DataError(f"option {option!r} adds no token behind its prompt: it is empty or only white space")
+    longest = max(len(tail) for tail in tails)
+    kept, truncated = fit(start, max_tokens - longest, codec_of(tokenizer).special_ids)
     return Choice(kept, tails, truncated)
 
 
 def _tails(tokenizer: PreTrainedTokenizerBase, prompt: str | Asked, options: Sequence[str]) -> list[list[int]]:
     if isinstance(prompt, str):
         return codec_of(tokenizer).encode(list(options), markers=True)
-    return [prompt.answer(option) if option.strip() else [] for option in options]
+    tails = []
+    for option in options:
+        tails.append(prompt.answer(option) if option.strip() else [])
+    return tails
+
+
+def _joint(
+    tokenizer: PreTrainedTokenizerBase, prompt: str | Asked, options: Sequence[str]
+) -> tuple[list[int], list[list[int]]]:
+    """(tokens of the prompt without the white space at its end, those that each option adds)."""
+    text = prompt if isinstance(prompt, str) else prompt.text
+    texts = [text.rstrip()]
+    for option in options:
+        texts.append(text + option)
+    start, *wholes = encode(tokenizer, texts)
+    return start, [whole[len(start) :] for whole in wholes]
 
 
 def fit(prompt: list[int], room_tokens: int, marks: frozenset[int]) -> tuple[list[int], bool]:
@@ -124,7 +149,9 @@ def fit(prompt: list[int], room_tokens: int, marks: frozenset[int]) -> tuple[lis
     """
     if len(prompt) <= room_tokens:
         return prompt, False
-    head = prompt[:1] if prompt[0] in marks else []
+    head = []
+    if prompt[0] in marks:
+        head = prompt[:1]
     if room_tokens <= len(head):
         raise DataError("an answer is as long as the model's positions: no room is left for its prompt")
     return head + prompt[len(prompt) - room_tokens + len(head) :], True
@@ -164,22 +191,29 @@ def choice_logprobs(
     """Log-likelihood of every option of every prompt, in the order given. `boundary`: see `encode_choice`."""
     assert not model.training
     room = max_positions(model)
-    items = [encode_choice(tokenizer, p, o, room, boundary) for p, o in zip(prompts, options, strict=True)]
-    sums: list[list[float]] = [[] for _ in items]
-    shared = read_shared(model, [item.prompt for item in items]) if items else None
+    items = []
+    for prompt, texts in zip(prompts, options, strict=True):
+        items.append(encode_choice(tokenizer, prompt, texts, room, boundary))
+    shared = read_shared(model, [item.prompt for item in items])
+    found: dict[int, ChoiceScores] = {}
     for batch in padded_batches([item.cost_tokens for item in items], batch_tokens):
-        for index, scores in zip(batch, _score(model, [items[i] for i in batch], shared), strict=True):
-            sums[index] = scores
+        sums = _score(model, [items[index] for index in batch], shared)
+        for index, values in zip(batch, sums, strict=True):
+            found[index] = _choice_scores(values, options[index], truncated=items[index].truncated)
         if progress:
             progress(len(batch))
-    found = []
-    for each, texts, item in zip(sums, options, items, strict=True):
-        per_character = [value / len(text) for value, text in zip(each, texts, strict=True)]
-        found.append(ChoiceScores(each, per_character, item.truncated))
-    return found
+    return [found[index] for index in range(len(items))]
+
+
+def _choice_scores(sums: list[float], options: Sequence[str], *, truncated: bool) -> ChoiceScores:
+    per_character = []
+    for value, option in zip(sums, options, strict=True):
+        per_character.append(value / len(option))
+    return ChoiceScores(sums, per_character, truncated)
 
 
 def _score(model: PreTrainedModel, batch: list[Choice], shared: Shared | None) -> list[list[float]]:
+    """log p of every option of every item: first tokens from the prompts' pass, the others from one pass more."""
     prefix = prefill(model, [item.prompt for item in batch], shared)
     logits = exact_logits(model, prefix.last)
     check_numbers(logits[:, 0])
@@ -190,9 +224,11 @@ def _score(model: PreTrainedModel, batch: list[Choice], shared: Shared | None) -
         sums.append(first[row, torch.tensor(tokens, device=first.device)])
     trees = [option_tree(item.options) for item in batch]
     if any(tree.tokens for tree in trees):
-        rest = _tree_logprobs(model, prefix, trees, max(map(len, sums)))
-        sums = [s + r[: len(s)] for s, r in zip(sums, rest, strict=True)]
-    return [s.tolist() for s in sums]
+        num_options = max(len(item.options) for item in batch)
+        rest = _tree_logprobs(model, prefix, trees, num_options)
+        for row, item in enumerate(batch):
+            sums[row] = sums[row] + rest[row, : len(item.options)]
+    return [values.tolist() for values in sums]
 
 
 @dataclass(frozen=True)
@@ -210,30 +246,42 @@ class OptionTree:
 
 def option_tree(options: Sequence[Sequence[int]]) -> OptionTree:
     """Share what options have in common ("It treats ..."): every distinct beginning is read once."""
-    nodes: dict[tuple[int, ...], int] = {}
-    edges = []
+    nodes: dict[tuple[int, ...], int] = {}  # beginning of an option -> node that reads its last token
+    tree = OptionTree(tokens=[], depths=[], ancestors=[], edges=[])
     for index, option in enumerate(options):
+        above: list[int] = []
         for size in range(1, len(option)):
-            node = nodes.setdefault(tuple(option[:size]), len(nodes))
-            edges.append((node, option[size], index))
-    ancestors = []
-    for path in nodes:
-        ancestors.append([nodes[path[:size]] for size in range(1, len(path) + 1)])
-    return OptionTree([path[-1] for path in nodes], [len(path) - 1 for path in nodes], ancestors, edges)
+            path = tuple(option[:size])
+            if path not in nodes:
+                nodes[path] = len(nodes)
+                tree.tokens.append(path[-1])
+                tree.depths.append(size - 1)
+                tree.ancestors.append([*above, nodes[path]])
+            above.append(nodes[path])
+            tree.edges.append((nodes[path], option[size], index))
+    return tree
 
 
 def _tree_logprobs(model: PreTrainedModel, prefix: Prefix, trees: list[OptionTree], num_options: int) -> torch.Tensor:
     """Summed log p of the second and later tokens of every option: float32 [B, num_options]."""
     device, width = prefix.mask.device, max(len(tree.tokens) for tree in trees)
-    ids = torch.tensor([tree.tokens + [0] * (width - len(tree.tokens)) for tree in trees], device=device)
-    depths = torch.tensor([tree.depths + [0] * (width - len(tree.depths)) for tree in trees], device=device)
+    # Filled on the CPU and moved once: a tensor made on a GPU element by element waits for it each time.
+    ids = torch.zeros(len(trees), width, dtype=torch.int64)
+    depths = torch.zeros_like(ids)
     seen = torch.zeros(len(trees), width, width, dtype=torch.bool)
+    edges = []
     for row, tree in enumerate(trees):
+        size = len(tree.tokens)
+        ids[row, :size] = torch.tensor(tree.tokens, dtype=torch.int64)
+        depths[row, :size] = torch.tensor(tree.depths, dtype=torch.int64)
         for node, ancestors in enumerate(tree.ancestors):
             seen[row, node, ancestors] = True
-    mask = torch.cat([prefix.mask[:, None, :].expand(-1, width, -1), seen.to(device)], dim=-1)[:, None]
-    hidden = hidden_states(model, ids, mask, prefix.lengths[:, None] + depths, prefix.cache)
-    edges = [(row, *edge) for row, tree in enumerate(trees) for edge in tree.edges]
+        for edge in tree.edges:
+            edges.append((row, *edge))
+    prompts = prefix.mask[:, None, :].expand(-1, width, -1)
+    mask = torch.cat([prompts, seen.to(device)], dim=-1)[:, None]
+    positions = prefix.lengths[:, None] + depths.to(device)
+    hidden = hidden_states(model, ids.to(device), mask, positions, prefix.cache)
     rows, nodes, targets, options = torch.tensor(edges, device=device).unbind(-1)
     logprobs = _token_logprobs(model, hidden[rows, nodes], targets)
     sums = torch.zeros(len(trees), num_options, device=device)
@@ -267,15 +315,6 @@ class Perplexity:
     mark_nll: float = 0.0
 
 
-class Rows(Protocol):
-    """Packed rows: PackedRows, or a list of the same dictionaries."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> dict[str, np.ndarray]: ...
-
-
-@torch.no_grad()
 def perplexity(
     model: PreTrainedModel,
     rows: Rows,
@@ -286,40 +325,25 @@ def perplexity(
     """Token-weighted perplexity of packed rows ({"input_ids", "labels", "position_ids"} per row, labels unshifted).
 
     Documents in a row are isolated by their restarting positions; a label of -100 is not counted, and one of `marks`
-    (ids of special tokens) is counted apart.
+    (ids of special tokens) is counted apart. DataError where nothing is to be predicted.
     """
     assert not model.training
-    sums = torch.zeros(2, dtype=torch.float64)
-    counts = torch.zeros(2, dtype=torch.int64)
+    nll, mark_nll = 0.0, 0.0
+    tokens, num_marks = 0, 0
     special = torch.tensor(sorted(marks), dtype=torch.int64, device=model.device)
-    lengths = [len(rows[i]["input_ids"]) for i in range(len(rows))]
-    for batch in padded_batches(lengths, batch_tokens):
-        padded = padded_rows([rows[i] for i in batch], model.device)
-        found = label_nll(model, **padded)
-        check_numbers(found)
-        labels = padded["labels"][:, 1:]
-        is_mark = torch.isin(labels[labels != -100], special)
-        for kind, chosen in enumerate((~is_mark, is_mark)):
-            sums[kind] += found[chosen].double().sum().cpu()
-            counts[kind] += int(chosen.sum())
+    lengths = []
+    for index in range(len(rows)):
+        lengths.append(len(rows[index]["input_ids"]))
+    for found in rows_nll(model, rows, padded_batches(lengths, batch_tokens)):
+        check_numbers(found.nll)
+        is_mark = torch.isin(found.labels, special)
+        values = found.nll.double()  # fp32 sums of 10^6 tokens would be off in the fourth digit
+        mark_nll += values[is_mark].sum().item()
+        nll += values[~is_mark].sum().item()
+        num_marks += int(is_mark.sum())
+        tokens += int((~is_mark).sum())
         if progress:
-            progress(sum(lengths[i] for i in batch))
-    (nll, mark_nll), (tokens, count) = sums.tolist(), counts.tolist()
+            progress(sum(lengths[index] for index in found.rows))
     if not tokens:
         raise DataError("no token to predict in the held-out rows: hold out more text (`holdout`)")
-    return Perplexity(float(np.exp(nll / tokens)), nll, tokens, count, mark_nll)
-
-
-def padded_rows(rows: list[dict[str, np.ndarray]], device: torch.device) -> dict[str, torch.Tensor]:
-    """Rows as right-padded int64 tensors [B, T]; padding (documents of one token) predicts nothing."""
-    width = max(len(row["input_ids"]) for row in rows)
-
-    def table(key: str, fill: int) -> torch.Tensor:
-        padded = [np.pad(row[key], (0, width - len(row[key])), constant_values=fill) for row in rows]
-        return torch.from_numpy(np.stack(padded)).to(device)
-
-    return {
-        "input_ids": table("input_ids", 0),
-        "labels": table("labels", -100),
-        "position_ids": table("position_ids", 0),
-    }
+    return Perplexity(float(np.exp(nll / tokens)), nll, tokens, num_marks, mark_nll)

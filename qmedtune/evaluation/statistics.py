@@ -33,7 +33,12 @@ def wilson(correct: float, n: int, confidence: float = 0.95) -> Interval:
     p = correct / n
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z * sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return (centre - half if correct else 0.0), (centre + half if correct < n else 1.0)
+    low, high = centre - half, centre + half
+    if correct == 0:  # exactly 0 and 1, which rounding would miss
+        low = 0.0
+    if correct == n:
+        high = 1.0
+    return low, high
 
 
 def tango(gained: int, lost: int, n: int, confidence: float = 0.95) -> Interval:
@@ -71,7 +76,10 @@ def _edge(rejected: Callable[[float], bool], inside: float, outside: float) -> f
         return outside
     for _ in range(60):
         middle = (inside + outside) / 2
-        inside, outside = (inside, middle) if rejected(middle) else (middle, outside)
+        if rejected(middle):
+            outside = middle
+        else:
+            inside = middle
     return inside
 
 
@@ -91,13 +99,14 @@ def bootstrap(
     assert n > 0
     generator = np.random.default_rng(seed)
     members = _members(groups) if groups is not None else None
-
-    def drawn() -> np.ndarray:
+    scores = []
+    for _ in range(resamples):
         if members is None:
-            return generator.integers(0, n, n)
-        return np.concatenate([members[group] for group in generator.integers(0, len(members), len(members))])
-
-    scores = [statistic(drawn()) for _ in range(resamples)]
+            drawn = generator.integers(0, n, n)
+        else:
+            places = generator.integers(0, len(members), len(members))
+            drawn = np.concatenate([members[place] for place in places])
+        scores.append(statistic(drawn))
     low, high = np.nanquantile(scores, [0.5 - confidence / 2, 0.5 + confidence / 2])
     return float(low), float(high)
 
@@ -127,9 +136,10 @@ class Paired:
 
 def mcnemar(before: Sequence[bool], after: Sequence[bool]) -> Paired:
     """Exact two-sided McNemar test (McNemar 1947): a sign test on the items that changed; p = 1 when none did."""
-    assert len(before) == len(after)
-    gained = sum(not b and a for b, a in zip(before, after, strict=True))
-    lost = sum(b and not a for b, a in zip(before, after, strict=True))
+    gained = lost = 0
+    for was_right, is_right in zip(before, after, strict=True):
+        gained += is_right and not was_right
+        lost += was_right and not is_right
     changed = gained + lost
     tail = sum(comb(changed, k) for k in range(min(gained, lost) + 1))
     return Paired(gained, lost, min(1.0, 2 * tail / 2**changed))
@@ -182,5 +192,8 @@ def expected_calibration_error(confidences: Sequence[float], correct: Sequence[b
     confidence, hit = np.asarray(confidences, dtype=np.float64), np.asarray(correct, dtype=np.float64)
     assert len(confidence) == len(hit) > 0
     index = np.minimum((confidence * bins).astype(int), bins - 1)
-    gaps = [abs(hit[index == b].sum() - confidence[index == b].sum()) for b in range(bins)]
-    return float(sum(gaps) / len(confidence))
+    total = 0.0
+    for number in range(bins):
+        inside = index == number
+        total += abs(hit[inside].sum() - confidence[inside].sum())
+    return float(total / len(confidence))

@@ -18,9 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from qmedtune import store, ui
+from qmedtune import results, store, ui
 from qmedtune.evaluation import statistics
 from qmedtune.evaluation.measure import Row
+from qmedtune.results import Change, Difference, Paired, Score, Scores
 from qmedtune.tasks import Item, Task
 from qmedtune.tasks.definitions import READINGS, definition
 
@@ -31,31 +32,49 @@ ModelRows = dict[str, list[Row]]
 """Rows per model: `base` and `final` in a run, `model` where one is evaluated; of all draws, one after the other."""
 Draws = list[list[Row]]
 """Rows (or the judgements in them) per draw of examples; one draw where there are none."""
+Facts = dict[str, object]
+"""Some fields of a Score."""
 
 
-def summarise(task: Task, items: Sequence[Item], draws: Draws, seed: int) -> dict[str, Any]:
+def summarise(task: Task, items: Sequence[Item], draws: Draws, seed: int) -> Score:
     """The scores of one model. Items with options: by log-likelihood, and under `generation` what the model writes."""
-    rows = [row for draw in draws for row in draw]
     generated, groups = _generations(draws), _groups(items)
-    facts = {"truncated": sum(row["truncated"] for row in rows)}
-    if task.draws:
-        facts |= {"shots": len(task.draws[0][0].shots), "shots_from": task.shots_from}
+    facts = _how_asked(task, draws)
     if not items[0].options:
-        return _generated_scores(task, generated, groups, seed) | facts
-    result = _scores(task, draws, groups, seed) | facts | _without_a_model(task, items)
+        return _generated_score(task, generated, groups, seed).model_copy(update=facts)
+    facts |= _without_a_model(task, items) | _calibration(draws)
     if task.metric != "auroc":  # of log odds, which no length divides
-        result["per_character"] = _mean(task, _column(draws, "normalised"))
-    confidences, correct = [row["confidence"] for row in rows], [row["correct"] for row in rows]
-    result["ece"] = statistics.expected_calibration_error(confidences, correct)
-    result["ties"] = sum(row.get("tie", False) for row in rows)
-    if not generated:
-        return result
-    written = _generated_scores(task, generated, groups, seed)
-    common = {"majority": result["majority"]} if "majority" in result else {}
-    return result | {"generation": written | common}
+        facts["per_character"] = _mean(task, _column(draws, "normalised"))
+    if generated:
+        written = _generated_score(task, generated, groups, seed)
+        if "majority" in facts:
+            written = written.model_copy(update={"majority": facts["majority"]})
+        facts["generation"] = written
+    return _score(task, draws, groups, seed).model_copy(update=facts)
 
 
-def _without_a_model(task: Task, items: Sequence[Item]) -> dict[str, float]:
+def _how_asked(task: Task, draws: Draws) -> Facts:
+    """truncated: prompts, of all draws, whose beginning was cut; examples and where they are from."""
+    truncated = 0
+    for draw in draws:
+        truncated += sum(row["truncated"] for row in draw)
+    if not task.draws:
+        return {"truncated": truncated}
+    return {"truncated": truncated, "shots": len(task.draws[0][0].shots), "shots_from": task.shots_from}
+
+
+def _calibration(draws: Draws) -> Facts:
+    """Of answers by log-likelihood, all draws together. ece: expected calibration error, 0 to 1."""
+    confidences, correct, ties = [], [], 0
+    for draw in draws:
+        for row in draw:
+            confidences.append(row["confidence"])
+            correct.append(row["correct"])
+            ties += row.get("tie", False)
+    return {"ece": statistics.expected_calibration_error(confidences, correct), "ties": ties}
+
+
+def _without_a_model(task: Task, items: Sequence[Item]) -> Facts:
     """What guessing reaches, and what always the commonest right answer (a letter, yes, a sentence) would."""
     if task.metric != "accuracy":
         return {}
@@ -67,12 +86,16 @@ def _without_a_model(task: Task, items: Sequence[Item]) -> dict[str, float]:
 def _groups(items: Sequence[Item]) -> statistics.Groups | None:
     """What each item was taken from (itself, where it names nothing); None where no two or all share it."""
     groups = [item.group or f"item {index}" for index, item in enumerate(items)]
-    return groups if 1 < len(set(groups)) < len(groups) else None
+    if not 1 < len(set(groups)) < len(groups):
+        return None
+    return groups
 
 
 def _generations(draws: Draws) -> Draws:
     """What was judged of the written answers; nothing where none were asked for."""
-    return _column(draws, "generation") if "generation" in draws[0][0] else []
+    if "generation" not in draws[0][0]:
+        return []
+    return _column(draws, "generation")
 
 
 def _column(draws: Draws, key: str) -> list[list[Any]]:
@@ -87,19 +110,22 @@ def _at(draws: Draws, indices: Sequence[int] | np.ndarray) -> Draws:
     """The rows at these places, draw by draw."""
     found = []
     for draw in draws:
-        found.append([draw[i] for i in indices])
+        found.append([draw[index] for index in indices])
     return found
 
 
-def _generated_scores(task: Task, draws: Draws, groups: statistics.Groups | None, seed: int) -> dict[str, Any]:
+def _generated_score(task: Task, draws: Draws, groups: statistics.Groups | None, seed: int) -> Score:
     """unparsed: answers that could not be read (judged as wrong); cut: answers that had not ended by themselves."""
-    answers = [answer for draw in draws for answer in draw]
-    unparsed = sum(not answer["parsed"] for answer in answers)
-    cut = sum(answer["ended"] == "length" for answer in answers)
-    scores = _scores(task, draws, groups, seed) | {"unparsed": unparsed, "cut": cut}
-    if task.extraction != "stated":
-        scores |= {"extraction": task.extraction, "definition": f"{scores['definition']}; {READINGS[task.extraction]}"}
-    return scores
+    unparsed = cut = 0
+    for draw in draws:
+        for answer in draw:
+            unparsed += not answer["parsed"]
+            cut += answer["ended"] == "length"
+    score = _score(task, draws, groups, seed).model_copy(update={"unparsed": unparsed, "cut": cut})
+    if task.extraction == "stated":
+        return score
+    meant = f"{score.definition}; {READINGS[task.extraction]}"
+    return score.model_copy(update={"extraction": task.extraction, "definition": meant})
 
 
 def _metric(task: Task, judgements: list[Row]) -> float:
@@ -111,23 +137,24 @@ def _mean(task: Task, draws: Draws) -> float:
     return fmean(_metric(task, draw) for draw in draws)
 
 
-def _scores(task: Task, draws: Draws, groups: statistics.Groups | None, seed: int) -> dict[str, Any]:
+def _score(task: Task, draws: Draws, groups: statistics.Groups | None, seed: int) -> Score:
     """The task's metrics, the main one with its 95 % interval. `groups`: how many there are, where items share them."""
     each = [task.aggregate(draw) for draw in draws]
-    scores: dict[str, Any] = {}
+    found: Facts = {"metric": task.metric, "definition": definition(task.metric, task.name.partition("-")[0])}
     for name in each[0]:
-        scores[name] = fmean(found[name] for found in each)
+        found[name] = fmean(metrics[name] for metrics in each)
     if task.metric != "accuracy":
-        scores["mean"] = scores[task.metric]
+        found["mean"] = found[task.metric]
     if len(draws) > 1:
-        values = [found[task.metric] for found in each]
-        scores |= {"draws": values, "sd_of_draws": stdev(values)}
+        values = [metrics[task.metric] for metrics in each]
+        found |= {"draws": values, "sd_of_draws": stdev(values)}
     interval, method = _interval(task, draws, groups, seed)
-    facts = {"ci95": list(interval), "ci95_method": method, "n": len(draws[0])}
-    facts |= {"groups": len(set(groups))} if groups else {}
-    facts |= {"prompts": task.prompts} if task.prompts != "own" else {}
-    meant = definition(task.metric, task.name.partition("-")[0])
-    return {"metric": task.metric, "definition": meant, **scores, **facts}
+    found |= {"ci95": interval, "ci95_method": method, "n": len(draws[0])}
+    if groups:
+        found["groups"] = len(set(groups))
+    if task.prompts != "own":
+        found["prompts"] = task.prompts
+    return Score.model_validate(found)
 
 
 def _interval(task: Task, draws: Draws, groups: statistics.Groups | None, seed: int) -> tuple[statistics.Interval, str]:
@@ -149,7 +176,9 @@ def _interval(task: Task, draws: Draws, groups: statistics.Groups | None, seed: 
 
 def _size(draws: Draws, groups: statistics.Groups | None) -> int:
     """How much independent evidence there is: items, or groups of them."""
-    return len(draws[0]) if groups is None else len(set(groups))
+    if groups is None:
+        return len(draws[0])
+    return len(set(groups))
 
 
 def _bootstrap_name(groups: statistics.Groups | None) -> str:
@@ -169,9 +198,7 @@ def statistic(task: Task, draws: Draws) -> statistics.Statistic:
     return lambda indices: _mean(task, _at(draws, indices))
 
 
-def compare(
-    task: Task, base: Draws, final: Draws, seed: int, groups: statistics.Groups | None = None
-) -> dict[str, Any]:
+def compare(task: Task, base: Draws, final: Draws, seed: int, groups: statistics.Groups | None = None) -> Change:
     """Paired on the same items: the difference with its interval always, McNemar where independent answers are right
     or wrong; there Tango's score interval, else the bootstrap.
 
@@ -193,57 +220,66 @@ def compare(
             size = _size(base, groups)
             low, high = statistics.tango(0, 0, size)
             interval, method = (value + low, value + high), f"{TANGO}, no change in {size} {_units(groups)}"
-    result: dict[str, Any] = {"difference": {"value": value, "ci95": list(interval), "ci95_method": method}}
-    if paired is not None:
-        result["paired"] = {"test": "McNemar exact", **asdict(paired)}
-    return result
+    difference = Difference(value=value, ci95=interval, ci95_method=method)
+    if paired is None:
+        return Change(difference=difference)
+    return Change(difference=difference, paired=Paired(test="McNemar exact", **asdict(paired)))
 
 
-def task_result(task: Task, measured: ModelRows, seed: int) -> dict[str, Any]:
+def task_result(task: Task, measured: ModelRows, seed: int) -> results.Task:
     """`base` and `final` (or the one model that was measured) for the task and each of its facets."""
-    result = _entry(task, list(range(len(task.items))), measured, seed)
     places: dict[str, list[int]] = {}
     for index, item in enumerate(task.items):
         if item.facet:
             places.setdefault(item.facet, []).append(index)
-    if len(places) > 1:
-        result["facets"] = {facet: _entry(task, indices, measured, seed) for facet, indices in places.items()}
-    return result
+    whole = _scores_of(task, range(len(task.items)), measured, seed)
+    found = results.Task.model_validate(whole.as_json())
+    if len(places) < 2:
+        return found
+    facets = {facet: _scores_of(task, indices, measured, seed) for facet, indices in places.items()}
+    return found.model_copy(update={"facets": facets})
 
 
-def overlap_result(task: Task, measured: ModelRows, seed: int, known: set[str]) -> dict[str, Any]:
+def overlap_result(task: Task, measured: ModelRows, seed: int, known: set[str]) -> dict[str, Scores]:
     """The task's scores on the items that no training text holds (`clean`) and on those that some does.
 
     A part in which the metric is undefined (AUROC of one outcome) is left out, and said.
     """
-    parts = {"clean": [i for i, item in enumerate(task.items) if item.id not in known]}
-    parts["overlapping"] = [i for i, item in enumerate(task.items) if item.id in known]
+    parts: dict[str, list[int]] = {"clean": [], "overlapping": []}
+    for index, item in enumerate(task.items):
+        parts["overlapping" if item.id in known else "clean"].append(index)
     scored = {}
     for part, indices in parts.items():
         if indices and _defined(task, indices, next(iter(measured.values()))):
-            scored[part] = _entry(task, indices, measured, seed)
+            scored[part] = _scores_of(task, indices, measured, seed)
         elif indices:
             ui.note(f"{task.name}: no {task.metric} of the {len(indices)} {part} items alone: they have one outcome")
     return scored
 
 
-def _defined(task: Task, indices: list[int], rows: list[Row]) -> bool:
-    draw = _at([rows], indices)
-    return isfinite(_mean(task, draw if task.items[0].options else _generations(draw)))
+def _defined(task: Task, indices: Sequence[int], rows: list[Row]) -> bool:
+    draws = _at([rows], indices)
+    if not task.items[0].options:
+        draws = _generations(draws)
+    return isfinite(_mean(task, draws))
 
 
-def _entry(task: Task, indices: list[int], measured: ModelRows, seed: int) -> dict[str, Any]:
-    items = [task.items[i] for i in indices]
+def _scores_of(task: Task, indices: Sequence[int], measured: ModelRows, seed: int) -> Scores:
+    """Each model's scores on some of the items, and where there are two what changed."""
+    items = [task.items[index] for index in indices]
     draws = {label: _at(_per_draw(task, rows), indices) for label, rows in measured.items()}
-    result: dict[str, Any] = {label: summarise(task, items, part, seed) for label, part in draws.items()}
+    found: Facts = {}
+    for label, part in draws.items():
+        found[label] = summarise(task, items, part, seed)
     if draws.keys() >= {"base", "final"}:
-        said = {label: _generations(part) for label, part in draws.items()}
-        main = draws if items[0].options else said
         groups = _groups(items)
-        result |= compare(task, main["base"], main["final"], seed, groups)
-        if items[0].options and said["base"]:
-            result["generation"] = compare(task, said["base"], said["final"], seed, groups)
-    return result
+        written = {label: _generations(part) for label, part in draws.items()}
+        judged = draws if items[0].options else written
+        change = compare(task, judged["base"], judged["final"], seed, groups)
+        found |= {name: getattr(change, name) for name in change.model_fields_set}
+        if items[0].options and written["base"]:
+            found["generation"] = compare(task, written["base"], written["final"], seed, groups)
+    return Scores.model_validate(found)
 
 
 def _per_draw(task: Task, rows: list[Row]) -> Draws:
@@ -256,8 +292,14 @@ def write_items(path: Path, task: Task, measured: ModelRows) -> None:
     """One line per question: id, gold label, examples, and per model prediction and scores. Never text of a source."""
     lines = []
     for index, item in enumerate(task.asked):
-        line: dict[str, Any] = {"id": item.id, **({"facet": item.facet} if item.facet else {})}
-        line |= {"draw": index // len(task.items), "shots": list(item.shots)} if task.draws else {}
-        line |= {"gold": item.options[item.gold]} if item.options else {}
-        lines.append(json.dumps(line | {label: rows[index] for label, rows in measured.items()}, ensure_ascii=False))
+        line: Facts = {"id": item.id}
+        if item.facet:
+            line["facet"] = item.facet
+        if task.draws:
+            line |= {"draw": index // len(task.items), "shots": list(item.shots)}
+        if item.options:
+            line["gold"] = item.options[item.gold]
+        for label, rows in measured.items():
+            line[label] = rows[index]
+        lines.append(json.dumps(line, ensure_ascii=False))
     store.write_atomic(path, "\n".join(lines) + "\n")

@@ -11,10 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import sqrt
 from statistics import NormalDist
-from typing import Any, Literal
+from typing import Literal
 
 from qmedtune.ablation.effects import holm
 from qmedtune.evaluation import statistics
+from qmedtune.results import DuelEntry
 
 SIGNIFICANCE, POWER = 0.05, 0.8
 
@@ -44,24 +45,30 @@ class Duel:
     verdict: Verdict
     detectable: float
 
-    def facts(self) -> dict[str, Any]:
-        return {**asdict(self), "ci95": list(self.ci95), "test": "McNemar exact, Holm", "ci95_method": "Tango score"}
+    def entry(self) -> DuelEntry:
+        """As compare.json holds it."""
+        return DuelEntry(**asdict(self), test="McNemar exact, Holm", ci95_method="Tango score")
 
 
 Answers = Mapping[str, Mapping[str, Right]]
-"""{task: {model: right or wrong per item}}"""
+"""By task and model, whether each item was answered rightly."""
 
 
 def duels(answers: Answers, reference: str) -> list[Duel]:
     """Every other model against `reference`."""
-    models = dict.fromkeys(model for found in answers.values() for model in found)
+    models: dict[str, None] = {}
+    for found in answers.values():
+        models |= dict.fromkeys(found)
     return paired_duels(answers, [(model, reference) for model in models if model != reference])
 
 
 def paired_duels(answers: Answers, pairs: Sequence[tuple[str, str]]) -> list[Duel]:
     """On every task the first model of each pair against the second; Holm's correction is over all of it."""
-    met = [(task, model, reference) for task in answers for model, reference in pairs]
-    paired = [statistics.mcnemar(answers[task][reference], answers[task][model]) for task, model, reference in met]
+    met, paired = [], []
+    for task, found in answers.items():
+        for model, reference in pairs:
+            met.append((task, model, reference))
+            paired.append(statistics.mcnemar(found[reference], found[model]))
     adjusted = holm([each.p_value for each in paired])
     made = []
     for (task, model, reference), each, p_holm in zip(met, paired, adjusted, strict=True):
@@ -124,5 +131,6 @@ def claim(found: Sequence[Duel]) -> str:
 def _told(duel: Duel) -> str:
     low, high = duel.ci95
     change = f"{duel.difference:+.3f}, 95 % {low:+.3f} to {high:+.3f}, n {duel.n:,}"
-    shown = f", could show {duel.detectable:.3f}" if duel.verdict == "tie" else ""
-    return f"{duel.task} ({change}{shown})"
+    if duel.verdict == "tie":
+        change += f", could show {duel.detectable:.3f}"
+    return f"{duel.task} ({change})"

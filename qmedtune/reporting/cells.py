@@ -3,7 +3,9 @@
 Deliberately does not: know HTML, Markdown, or a run.
 """
 
-from dataclasses import dataclass, field
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
 
 from qmedtune.results import Number
 from qmedtune.units import count, duration, size
@@ -22,34 +24,42 @@ class Table:
     rows: list[Row] = field(default_factory=list[Row])
     note: str = ""
 
+    def or_say(self, missing: str) -> Table:
+        """With this note in place of its own where it has no rows."""
+        if self.rows:
+            return self
+        return replace(self, note=missing)
 
-def counted(value: Number | None) -> str:
-    return UNKNOWN if value is None else count(value)
+
+def shown(value: Number | None, form: str, unit: str = "") -> str:
+    """The value as a format specification writes it."""
+    if value is None:
+        return UNKNOWN
+    return f"{format(value, form)}{unit}"
 
 
 def exact(value: int | None) -> str:
-    return UNKNOWN if value is None else f"{value:,.0f}"
-
-
-def percent(value: Number | None) -> str:
-    return UNKNOWN if value is None else f"{value:.1%}"
-
-
-def percent2(value: Number | None) -> str:
-    return UNKNOWN if value is None else f"{value:.2%}"
-
-
-def two_digits(value: Number | None) -> str:
-    return UNKNOWN if value is None else f"{value:.2g}"
-
-
-def size_cell(value: int | None) -> str:
-    return size(value) if value else UNKNOWN
-
-
-def time_cell(seconds: Number | None) -> str:
-    return UNKNOWN if seconds is None else duration(seconds)
+    return shown(value, ",")
 
 
 def three_decimals(value: Number | None) -> str:
-    return UNKNOWN if value is None else f"{value:.3f}"
+    return shown(value, ".3f")
+
+
+def counted(value: Number | None) -> str:
+    """Short: `600k`."""
+    if value is None:
+        return UNKNOWN
+    return count(value)
+
+
+def size_cell(value: int | None) -> str:
+    if not value:
+        return UNKNOWN
+    return size(value)
+
+
+def time_cell(seconds: Number | None) -> str:
+    if seconds is None:
+        return UNKNOWN
+    return duration(seconds)

@@ -112,13 +112,18 @@ def _title(name: str, task: Task) -> str:
 
 def _generated(task: Task) -> Scores | None:
     """What the models wrote, compared; None where no answers were asked for beside the options."""
-    base = task.base.generation if task.base else None
-    final = task.final.generation if task.final else None
+    base, final = _written(task.base), _written(task.final)
     if base is None and final is None:
         return None
     if task.generation is None:
         return Scores(base=base, final=final)
     return Scores(base=base, final=final, difference=task.generation.difference, paired=task.generation.paired)
+
+
+def _written(score: Score | None) -> Score | None:
+    if score is None:
+        return None
+    return score.generation
 
 
 def _compare(task: str, part: str, scores: Scores) -> Comparison:
@@ -179,7 +184,7 @@ def _evidence(paired: Paired | None, ci95: Interval | None) -> tuple[bool | None
         words = f"{_p_value(paired.p_value)}; {paired.gained:,} gained, {paired.lost:,} lost"
     elif ci95 is not None:
         clear = not ci95[0] <= 0 <= ci95[1]
-        words = "interval of the change " + ("excludes 0" if clear else "holds 0")
+        words = "interval of the change excludes 0" if clear else "interval of the change holds 0"
     else:
         return None, "no interval"
     if clear:
@@ -261,8 +266,10 @@ def _sealed_validation(stage: Stage) -> dict[str, Points]:
 def outcome(run: Run) -> str:
     """One or two plain sentences: what came out of the run, or why there is nothing to tell."""
     if run.status == "failed":
-        why = f" ({run.error})" if run.error else ""
-        return f"The run failed{_at(run)}{why}; what was sealed before stands and is shown here."
+        failed = f"The run failed{_at(run)}"
+        if run.error:
+            failed += f" ({run.error})"
+        return f"{failed}; what was sealed before stands and is shown here."
     if run.status == "running":
         return f"The run is under way{_at(run)}: this page shows what is sealed and measured so far."
     if run.status == "stopped":
@@ -287,16 +294,20 @@ def _tasks_sentence(run: Run) -> str:
 
 
 def _task_words(whole: Comparison, final: Score) -> str:
-    name, metric = whole.task, "score" if whole.task.endswith(")") else "accuracy"
-    items = f" ({final.n:,} items)" if final.n else ""
+    metric = "score" if whole.task.endswith(")") else "accuracy"
+    what, after = f"{metric} on {whole.task}", f"{final.value:.2f}"
+    if final.n:
+        after += f" ({final.n:,} items)"
     if whole.base is None:
-        return f"{metric} on {name} is {final.value:.2f}{items}"
-    before, after = f"{whole.base.value:.2f}", f"{final.value:.2f}{items}"
+        return f"{what} is {after}"
+    before = f"{whole.base.value:.2f}"
     if whole.verdict == "noise":
-        return f"{metric} on {name} did not change beyond noise: {before} → {after}"
+        return f"{what} did not change beyond noise: {before} → {after}"
     verb = "rose" if final.value > whole.base.value else "fell"
-    guess = no_knowledge(final)
-    return f"{metric} on {name} {verb} from {before} to {after}{f', {guess}' if guess else ''}"
+    told = f"{what} {verb} from {before} to {after}"
+    if guess := no_knowledge(final):
+        told += f", {guess}"
+    return told
 
 
 def _perplexity_sentence(run: Run) -> str:

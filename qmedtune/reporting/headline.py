@@ -21,9 +21,11 @@ def headline(run: Run, life: Life) -> str:
     if life.status == "failed":
         return (run.error or "failed").splitlines()[0]
     if life.status == "stopped":
-        word = "killed" if life.killed else "stopped"
-        where = f" in {left}" if (left := next_step(run)) else ""
-        return f"{word}{where}; {GOES_ON}"
+        told = "killed" if life.killed else "stopped"
+        left = next_step(run)
+        if left is not None:
+            told += f" in {left}"
+        return f"{told}; {GOES_ON}"
     return result(run)
 
 
@@ -59,9 +61,12 @@ def _tasks(run: Run) -> str:
         return verdicts([whole.verdict for whole, _ in found])
     told: list[str] = []
     for whole, final in found:
-        before = f"{whole.base.value:.2f} → " if whole.base else ""
-        noise = " (within noise)" if whole.verdict == "noise" else ""
-        told.append(f"{whole.task} {before}{final.value:.2f}{noise}")
+        figures = f"{final.value:.2f}"
+        if whole.base is not None:
+            figures = f"{whole.base.value:.2f} → {figures}"
+        if whole.verdict == "noise":
+            figures += " (within noise)"
+        told.append(f"{whole.task} {figures}")
     return ", ".join(told)
 
 

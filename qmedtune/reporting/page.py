@@ -160,15 +160,20 @@ def _score_tile(whole: Comparison, final: Score, words: str) -> Html:
     small = [metric or "accuracy", words]
     if final.n:
         small[0] += f", {final.n:,} items"
-    small.append("no interval" if final.ci95 is None else f"95% {interval_text(final.ci95)}")
+    if final.ci95 is None:
+        small.append("no interval")
+    else:
+        small.append(f"95% {interval_text(final.ci95)}")
     chance = _chance(whole)
     if chance is not None:
         small.append(f"chance {chance:.2f}")
     if final.majority is not None:
         small.append(f"commonest answer {final.majority:.2f}")
-    before = f'<span class="from">{whole.base.value:.2f} → </span>' if whole.base else ""
     tone = {"better": "good", "worse": "poor", "noise": "quiet"}.get(whole.verdict, "")
-    return _tile(task, Html(f'{before}<span class="{tone}">{final.value:.2f}</span>'), *small)
+    big = f'<span class="{tone}">{final.value:.2f}</span>'
+    if whole.base is not None:
+        big = f'<span class="from">{whole.base.value:.2f} → </span>{big}'
+    return _tile(task, Html(big), *small)
 
 
 def _perplexity_tile(source: str, base: Number | None, final: Number, words: str) -> Html:
@@ -228,12 +233,16 @@ def _score_marks(each: Comparison) -> list[Mark]:
 
 def _in_precision(title: str, run: Run) -> str:
     words = precision_words(run)
-    return f"{title}, {words}" if words else title
+    if not words:
+        return title
+    return f"{title}, {words}"
 
 
 def _chance(each: Comparison) -> Number | None:
     """Of the first score that is known, the final one first."""
-    return each.scores[0].chance if each.scores else None
+    if not each.scores:
+        return None
+    return each.scores[0].chance
 
 
 def _perplexity_figure(run: Run) -> str:
@@ -258,7 +267,7 @@ def _perplexity_figure(run: Run) -> str:
 def _training(run: Run, metrics: Metrics) -> Html:
     drawn = curves(run, metrics)
     charts = "".join(card(name, _loss_chart(run, curve)) for name, curve in drawn.items())
-    parts = [f'<div class="pair">{charts}</div>'] if charts else []
+    parts = [_side_by_side(charts)]
     missing = [stage.name for stage in run.stages if stage.name not in drawn]
     if missing:
         parts.append(_missing(f"No loss was logged for {', '.join(missing)}."))
@@ -266,6 +275,12 @@ def _training(run: Run, metrics: Metrics) -> Html:
         parts.append(_missing(f"{metrics.left_out:,} lines or losses of metrics.jsonl are unreadable or not finite."))
     parts.append(card("", html_table(tables.stages(run))))
     return Html("".join(parts))
+
+
+def _side_by_side(cards: str) -> str:
+    if not cards:
+        return ""
+    return f'<div class="pair">{cards}</div>'
 
 
 def _loss_chart(run: Run, curve: Curve) -> Html:
@@ -277,14 +292,13 @@ def _loss_chart(run: Run, curve: Curve) -> Html:
 
 def _color(run: Run, source: str) -> int:
     """The colour of a source is the same wherever it is drawn: its place in `data`."""
-    names = list(run.data)
-    place = names.index(source) if source in names else len(names)
-    return 1 + place % PALETTE
+    names = [*run.data, source]  # itself last, where it is none of them
+    return 1 + names.index(source) % PALETTE
 
 
 def _data(run: Run) -> Html:
     mixtures = "".join(_mixture_card(run, stage) for stage in run.stages if stage.mixture)
-    parts = [f'<div class="pair">{mixtures}</div>'] if mixtures else []
+    parts = [_side_by_side(mixtures)]
     for table in (tables.records(run), tables.tokens(run)):
         parts.append(card(table.title, html_table(table)))
     for table in (tables.reading(run), tables.findings(run), tables.sources(run)):
@@ -313,9 +327,15 @@ def _cost(run: Run) -> Html:
     for stage in run.stages:
         if stage.peak_memory_bytes:
             memory.append((stage.name, stage.peak_memory_bytes, size(stage.peak_memory_bytes), 7))
-    time_card = card("Time per step", bars(times) if times else _missing("No step was timed."))
-    memory_card = card("Peak memory per stage", bars(memory) if memory else _missing("Not measured."))
-    return Html(f'<div class="pair">{time_card}{memory_card}</div>')
+    time_card = card("Time per step", _bars_or(times, "No step was timed."))
+    memory_card = card("Peak memory per stage", _bars_or(memory, "Not measured."))
+    return Html(_side_by_side(time_card + memory_card))
+
+
+def _bars_or(rows: list[Bar], missing: str) -> Html:
+    if not rows:
+        return _missing(missing)
+    return bars(rows)
 
 
 # ---- what to be careful about, and how to do it again ----------------------------------------------------------------
@@ -351,8 +371,9 @@ def section(title: str, body: Html) -> Html:
 
 def card(title: str, body: Html) -> Html:
     """A box within a section; without a title where there is nothing to tell it from."""
-    heading = f"<h3>{esc(title)}</h3>" if title else ""
-    return Html(f'<div class="card">{heading}{body}</div>')
+    if title:
+        body = Html(f"<h3>{esc(title)}</h3>{body}")
+    return Html(f'<div class="card">{body}</div>')
 
 
 def _missing(text: str) -> Html:

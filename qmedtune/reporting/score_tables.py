@@ -39,7 +39,9 @@ def evaluation(run: Run) -> Table:
 
 
 def _score(score: Score | None) -> str:
-    return UNKNOWN if score is None else score_text(score)
+    if score is None:
+        return UNKNOWN
+    return score_text(score)
 
 
 def _commonest(scores: list[Score]) -> str:
@@ -73,13 +75,16 @@ def _methods_of(task: Task) -> Iterator[str]:
 
 
 def _asked_in(run: Run) -> str:
-    name = run.scored.template
-    return f"Asked in the template {name}. " if name else ""
+    if not run.scored.template:
+        return ""
+    return f"Asked in the template {run.scored.template}. "
 
 
 def _scored_in(run: Run) -> str:
     words = precision_words(run)
-    return f"In {words}. " if words else ""
+    if not words:
+        return ""
+    return f"In {words}. "
 
 
 def perplexity(run: Run) -> Table:
@@ -93,22 +98,25 @@ def perplexity(run: Run) -> Table:
             rows.append(_perplexity_row(f"{source}, in NF4 as trained", text.nf4.base, text.nf4.final))
     if not rows:
         return Table("Perplexity", columns, [], "No perplexity was measured in this run.")
+    note = f"{_scored_in(run)}Per token of held-out text, lower is better. "
     window = run.scored.window_tokens
-    windows = f"Whole documents, in windows of {window:,} tokens where they are longer. " if window else ""
-    note = (
-        f"{_scored_in(run)}Per token of held-out text, lower is better. {windows}"
-        "Point estimates: no interval is computed."
-    )
+    if window:
+        note += f"Whole documents, in windows of {window:,} tokens where they are longer. "
+    note += "Point estimates: no interval is computed."
     return Table("Perplexity", columns, rows, note)
 
 
 def _perplexity_row(source: str, base: Number | None, final: Number | None) -> Row:
-    changed = change(base, final) if base and final else UNKNOWN
+    changed = UNKNOWN
+    if base and final:
+        changed = change(base, final)
     return (source, _perplexity(base), _perplexity(final), changed)
 
 
 def _perplexity(value: Number | None) -> str:
-    return UNKNOWN if value is None else digits3(value)
+    if value is None:
+        return UNKNOWN
+    return digits3(value)
 
 
 def change(before: Number, after: Number) -> str:
@@ -167,11 +175,17 @@ def audit(run: Run) -> Table:
 
 
 def _exposure_row(stage: str, row: Exposure) -> Row:
-    trained_on = UNKNOWN if row.passes is None else f"{row.repeats * row.passes:.0f}×"
+    source, copies, trained_on = row.source, "never (control)", UNKNOWN
+    if row.masked:
+        source += ", masked prompts"
+    if row.repeats:
+        copies = f"{row.repeats}×"
+    if row.passes is not None:
+        trained_on = f"{row.repeats * row.passes:.0f}×"
     return (
         stage,
-        f"{row.source}, masked prompts" if row.masked else row.source,
-        f"{row.repeats}×" if row.repeats else "never (control)",
+        source,
+        copies,
         trained_on,
         f"{row.exposure:.1f} bits",
         f"{row.extracted} of {row.canaries}",

@@ -114,6 +114,10 @@ code, pre { font: 13px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu San
 pre { overflow-x: auto; margin: 12px 0 0; padding: 14px 16px; background: var(--faint); border-radius: 10px; }
 details summary { cursor: pointer; font-weight: 600; font-size: 15px; }
 footer { margin-top: 64px; padding-top: 18px; border-top: 1px solid var(--rule); color: var(--soft); font-size: 14px; }
+.legend-list { list-style: none; margin: 0 0 18px; padding: 0; }
+.legend-list li { margin: 6px 0; color: var(--soft); font-size: 15px; }
+.legend-list b { color: var(--ink); font-weight: 600; }
+.legend-list .status { font-size: 13px; margin: 0 6px 0 10px; }
 @media (max-width: 640px) {
   main { padding: 30px 16px 48px; }
   h1 { font-size: 27px; } .outcome { font-size: 18px; } h2 { margin-top: 44px; }

@@ -7,18 +7,7 @@ from collections.abc import Iterator
 
 from pydantic import JsonValue
 
-from qmedtune.reporting.cells import (
-    UNKNOWN,
-    Row,
-    Table,
-    counted,
-    exact,
-    percent,
-    percent2,
-    size_cell,
-    time_cell,
-    two_digits,
-)
+from qmedtune.reporting.cells import UNKNOWN, Row, Table, counted, exact, shown, size_cell, time_cell
 from qmedtune.results import Loss, Merge, Number, Part, Run, Shift, Source, Stage, Tokens
 
 
@@ -36,12 +25,10 @@ def stages(run: Run) -> Table:
                 counted(stage.tokens_per_s),
                 size_cell(stage.peak_memory_bytes),
                 time_cell(stage.seconds),
-                stage.adapter.sha256[:12] if stage.adapter else UNKNOWN,
+                _adapter(stage),
             )
         )
-    if not rows:
-        return Table("Stages", columns, [], "No stage was trained.")
-    return Table("Stages", columns, rows, _waited(run))
+    return Table("Stages", columns, rows, _waited(run)).or_say("No stage was trained.")
 
 
 def _waited(run: Run) -> str:
@@ -66,14 +53,12 @@ def tokens(run: Run) -> Table:
     for stage in run.stages:
         if stage.tokens.trained is not None:
             rows.append(_ledger_row(stage.name, stage.tokens))
-    if not rows:
-        return Table("Token ledger", columns, [], "No stage has a token ledger.")
     note = (
         "Read: tokens of the records. Kept: what is left after cuts. Dropped: read less kept. Trained: tokens that "
         "went through the model, repeats included; supervised: those with a loss; split: those that continue, in "
         "another row, a document begun before."
     )
-    return Table("Token ledger", columns, rows, note)
+    return Table("Token ledger", columns, rows, note).or_say("No stage has a token ledger.")
 
 
 def _ledger_row(stage: str, ledger: Tokens) -> Row:
@@ -102,7 +87,7 @@ def packing(stage: str, mixture: dict[str, Part]) -> Table:
                     exact(part.dropped),
                     exact(part.tokens),
                     exact(part.never_sampled),
-                    UNKNOWN if part.repeats is None else f"{part.repeats:.2f}",
+                    shown(part.repeats, ".2f"),
                     f"{part.fertility.tokens_per_word:.2f}",
                     f"{part.fertility.share_of_words_whole:.0%}",
                 )
@@ -116,15 +101,15 @@ def mixture(run: Run) -> Table:
         for row in mixture_of(stage).rows:
             rows.append((stage.name, *row))
     columns = ("Stage", "Source", "Asked", "Realised", "Tokens", "Repeats")
-    return Table("Mixture", columns, rows, "Shares of tokens." if rows else "No stage has a mixture.")
+    return Table("Mixture", columns, rows, "Shares of tokens.").or_say("No stage has a mixture.")
 
 
 def mixture_of(stage: Stage) -> Table:
     """That of one stage."""
     rows: list[Row] = []
     for source, part in stage.mixture.items():
-        repeats = UNKNOWN if part.repeats is None else f"{part.repeats:.2f}×"
-        rows.append((source, percent(part.asked_share), percent(part.share), exact(part.tokens), repeats))
+        repeats = shown(part.repeats, ".2f", "×")
+        rows.append((source, shown(part.asked_share, ".1%"), shown(part.share, ".1%"), exact(part.tokens), repeats))
     return Table("Mixture", ("Source", "Asked", "Realised", "Tokens", "Repeats"), rows, "Shares of tokens.")
 
 
@@ -146,8 +131,8 @@ def records(run: Run) -> Table:
             )
         )
     columns = ("Source", "Kind", "Read", "Kept", "Rejected", "Duplicates", "Contaminated", "Refused", "Held out")
-    note = "Held out: the part of kept that is never trained on." if rows else "No data was read."
-    return Table("Record ledger", columns, rows, note)
+    note = "Held out: the part of kept that is never trained on."
+    return Table("Record ledger", columns, rows, note).or_say("No data was read.")
 
 
 def reading(run: Run) -> Table:
@@ -169,7 +154,7 @@ def findings(run: Run) -> Table:
     for name, source in run.data.items():
         for what, number in _findings_of(source):
             rows.append((name, what, exact(number)))
-    return Table("Findings", ("Source", "What", "Count"), rows, "" if rows else "Nothing to report.")
+    return Table("Findings", ("Source", "What", "Count"), rows).or_say("Nothing to report.")
 
 
 def _findings_of(source: Source) -> Iterator[tuple[str, int]]:
@@ -194,17 +179,27 @@ def sources(run: Run) -> Table:
     return Table("Licences and terms", ("Source", "Kind", "Licence", "Terms"), rows)
 
 
+def _adapter(stage: Stage) -> str:
+    if stage.adapter is None:
+        return UNKNOWN
+    return stage.adapter.sha256[:12]
+
+
 def _steps(stage: Stage) -> str:
     if stage.steps is None:
         return UNKNOWN
-    told = f" (best by {', '.join(stage.kept_by)})" if stage.kept_by else ""
-    if stage.kept_step in (None, stage.steps):
-        return f"{stage.steps:,}{told}"
-    return f"{stage.kept_step:,} kept of {stage.steps:,}{told}"
+    told = f"{stage.steps:,}"
+    if stage.kept_step not in (None, stage.steps):
+        told = f"{stage.kept_step:,} kept of {told}"
+    if stage.kept_by:
+        told += f" (best by {', '.join(stage.kept_by)})"
+    return told
 
 
 def _first_last(loss: Loss | None) -> str:
-    return UNKNOWN if loss is None else f"{loss.first:.3f} → {loss.last:.3f}"
+    if loss is None:
+        return UNKNOWN
+    return f"{loss.first:.3f} → {loss.last:.3f}"
 
 
 # ---- merge, cost, provenance -----------------------------------------------------------------------------------------
@@ -237,29 +232,31 @@ def _merge_rows(found: Merge) -> Iterator[Row]:
     yield "Elements that are not base + adapters", exact(found.violations)
     yield "Adapters folded in", exact(found.adapters)
     yield "Modules changed", exact(found.modules)
-    yield "Lost of the change by rounding (KL)", UNKNOWN if found.lost is None else f"{found.lost:.3%}"
-    yield "Changed elements that rounding left as they were", percent2(found.swallowed)
-    yield "KL divergence, merged against the same base + adapters", two_digits(found.kl)
-    yield "Same top token", percent2(found.top1)
-    yield "Largest logit difference", two_digits(found.max_abs_logit_diff)
-    yield "Largest weight error, relative to its norm", two_digits(found.max_weight_error)
-    yield "KL divergence from the NF4 model that was trained", two_digits(shift.kl)
-    yield "Same top token as the NF4 model", percent2(shift.top1)
+    yield "Lost of the change by rounding (KL)", shown(found.lost, ".3%")
+    yield "Changed elements that rounding left as they were", shown(found.swallowed, ".2%")
+    yield "KL divergence, merged against the same base + adapters", shown(found.kl, ".2g")
+    yield "Same top token", shown(found.top1, ".2%")
+    yield "Largest logit difference", shown(found.max_abs_logit_diff, ".2g")
+    yield "Largest weight error, relative to its norm", shown(found.max_weight_error, ".2g")
+    yield "KL divergence from the NF4 model that was trained", shown(shift.kl, ".2g")
+    yield "Same top token as the NF4 model", shown(shift.top1, ".2%")
     yield "sha256", found.sha256 or UNKNOWN
 
 
 def _rounding(found: Merge) -> str:
     if found.rounding is None:  # runs of version 0.1
         return UNKNOWN
-    seed = "" if found.rounding_seed is None else f", seed {found.rounding_seed}"
-    return f"{found.rounding}{seed}: {found.rounding_why}"
+    how = found.rounding
+    if found.rounding_seed is not None:
+        how += f", seed {found.rounding_seed}"
+    return f"{how}: {found.rounding_why}"
 
 
 def steps(run: Run) -> Table:
     rows: list[Row] = []
     for step in run.steps:
         rows.append((step.name, step.status, time_cell(step.seconds)))
-    return Table("Steps", ("Step", "Status", "Time"), rows, "" if rows else "No step was recorded.")
+    return Table("Steps", ("Step", "Status", "Time"), rows).or_say("No step was recorded.")
 
 
 def choices(run: Run) -> Table:

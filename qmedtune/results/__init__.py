@@ -7,8 +7,9 @@ Deliberately absent: composing (record.py), rendering (reporting/), computing an
 """
 
 from qmedtune.results.duels import (
-    Contestant,
-    Duel,
+    Chosen,
+    Development,
+    DuelEntry,
     HeadToHead,
 )
 from qmedtune.results.ledgers import (
@@ -89,13 +90,14 @@ __all__ = [
     "Audit",
     "Change",
     "Choice",
+    "Chosen",
     "Classes",
     "Classification",
     "Cleaned",
     "Comparisons",
-    "Contestant",
+    "Development",
     "Difference",
-    "Duel",
+    "DuelEntry",
     "Evaluation",
     "Exposure",
     "Facts",

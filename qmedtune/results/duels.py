@@ -1,19 +1,19 @@
-"""Results of the head-to-head: how each model was asked, what it scored, and what that allows to say."""
+"""Results of a fair comparison of models: the content of compare.json."""
 
 from __future__ import annotations
 
-from qmedtune.results.typed import Facts, Interval, Number, Told
+from qmedtune.results.typed import Facts, Interval, Number
 
 
 class Development(Facts):
-    """accuracy: of each way of asking, on `items` that are not scored."""
+    """How a setting was chosen. accuracy: what each reached on the development items."""
 
     items: int
-    accuracy: dict[str, Number] = {}
+    accuracy: dict[str, Number]
 
 
-class Contestant(Facts):
-    """One model on one task: the way of asking that it chose, and its share of right answers."""
+class Chosen(Facts):
+    """How one model was asked in one task, and what it reached on the items that are scored."""
 
     template: str
     shots: int
@@ -23,9 +23,8 @@ class Contestant(Facts):
     n: int
 
 
-class Duel(Facts):
-    """`model` against `reference` on one task; difference: above 0 where `model` is better. p_holm: corrected over all
-    duels; detectable: the difference that so many items show in four of five draws."""
+class DuelEntry(Facts):
+    """`model` against `reference` on one task. detectable: the difference that so many items could have shown."""
 
     task: str
     model: str
@@ -39,17 +38,19 @@ class Duel(Facts):
     p_holm: Number
     verdict: str
     detectable: Number
-    test: str = ""
-    ci95_method: str = ""
+    test: str
+    ci95_method: str
 
 
-class HeadToHead(Told):
-    """subject: the model that is held against all others. models: by name and task; claims: a sentence per model;
-    left_out: tasks that cannot be compared."""
+class HeadToHead(Facts):
+    """models: by name and task. reference: the model that all others are held against; in a run instead the `subject`,
+    which is held against all others. claims: one sentence for each of the others; left_out: tasks that cannot be
+    compared."""
 
-    subject: str
-    models: dict[str, dict[str, Contestant]]
-    duels: list[Duel]
+    reference: str | None = None
+    subject: str | None = None
+    models: dict[str, dict[str, Chosen]]
+    duels: list[DuelEntry]
     claims: list[str]
     left_out: list[str] = []
     precision: str | None = None
@@ -57,4 +58,5 @@ class HeadToHead(Told):
     computed_in: str | None = None
     why: str | None = None
     asked: str | None = None
+    seconds: Number | None = None
     host_peak_bytes: int | None = None

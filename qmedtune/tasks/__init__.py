@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from difflib import get_close_matches
 from pathlib import Path
 
 from qmedtune import ui
@@ -16,7 +15,7 @@ from qmedtune.data.synthetic import outcomes
 from qmedtune.errors import RecipeError
 from qmedtune.recipe import Recipe, TaskSection
 from qmedtune.tasks import choice, findings, free_text, labels, me_llama, shots
-from qmedtune.tasks.items import Item, Task, checked_items, with_metric
+from qmedtune.tasks.items import Item, Task, allowed, checked_items, with_metric
 
 __all__ = ["BUILTIN_TASKS", "FILE_TASKS", "Item", "Task", "check_twice", "load_task", "read_items", "world_of"]
 
@@ -67,18 +66,26 @@ def load_task(section: TaskSection, seed: int, world: str = "tiny") -> Task:
     every = me_llama.ask(section, every)
     task = make(section.task, checked_items(section.task, where, every, section.limit, seed))
     task = replace(me_llama.read(section, task), name=section.label)
-    task = free_text.with_bertscore(task, section.bertscore) if section.bertscore else task
-    task = with_metric(task, section.metric) if section.metric else task
+    if section.bertscore:
+        task = free_text.with_bertscore(task, section.bertscore)
+    if section.metric:
+        task = with_metric(task, section.metric)
     if not section.shots:
         return task
     examples = shots.shot_files(section)
-    pool = me_llama.ask(section, read_items(section.task, examples)) if examples else every
-    return shots.with_shots(task, section, pool, examples[0].name if examples else None, seed)
+    if examples is None:
+        return shots.with_shots(task, section, every, None, seed)
+    pool = me_llama.ask(section, read_items(section.task, examples))
+    return shots.with_shots(task, section, pool, examples[0].name, seed)
 
 
 def world_of(recipe: Recipe) -> str:
     """The built-in world that a recipe's data come from; `tiny` for recipes on other data."""
-    return next((outcomes.locate(path)[0].name for path in recipe.paths() if path.startswith("builtin:")), "tiny")
+    for path in recipe.paths():
+        if path.startswith("builtin:"):
+            world, _ = outcomes.locate(path)
+            return world.name
+    return "tiny"
 
 
 def check_twice(option: str, names: Sequence[str]) -> None:
@@ -91,9 +98,7 @@ def check_twice(option: str, names: Sequence[str]) -> None:
 def _check_name(section: TaskSection) -> None:
     if section.task not in FILE_TASKS:
         known = [*BUILTIN_TASKS, *FILE_TASKS]
-        close = get_close_matches(section.task, known, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise RecipeError(f"evaluate.tasks: {section.task!r} is unknown\n{hint}allowed: {', '.join(known)}")
+        raise RecipeError(f"evaluate.tasks: {section.task!r} is unknown\n{allowed(section.task, known)}")
     if section.path is None:
         raise RecipeError(
             f"evaluate.tasks: {section.task} is read from a file\nwrite {{task: {section.task}, path: FILE}}"
@@ -103,12 +108,14 @@ def _check_name(section: TaskSection) -> None:
 def read_items(task: str, files: list[Path]) -> list[Item]:
     """The items of a benchmark's files, under the ids that its scores have. DataError."""
     read, _ = FILE_TASKS[task]
-    found = [read(file) for file in files]
-    if empty := sum(not items for items in found):
+    if len(files) == 1:
+        return read(files[0])
+    found, empty = [], 0
+    for file in files:
+        items = read(file)
+        empty += not items
+        for item in items:
+            found.append(replace(item, id=f"{file.stem}/{item.id}"))  # subjects of MMLU number their items alike
+    if empty:
         ui.note(f"{task}: {empty} of {len(files)} files hold no question of this task and are left out")
-    return [_named(item, file, files) for file, items in zip(files, found, strict=True) for item in items]
-
-
-def _named(item: Item, file: Path, files: list[Path]) -> Item:
-    """An item of a benchmark that is one file, or one of several (the subjects of MMLU): then with the file's name."""
-    return item if len(files) == 1 else replace(item, id=f"{file.stem}/{item.id}")
+    return found

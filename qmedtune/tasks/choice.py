@@ -23,7 +23,7 @@ from qmedtune.data.reading.rejects import Unusable
 from qmedtune.data.synthetic import world as worlds
 from qmedtune.errors import DataError
 from qmedtune.tasks.extract import extract_choice
-from qmedtune.tasks.items import Item, Judgement, Task, field_names, item_id, records, text_field
+from qmedtune.tasks.items import Fields, Item, Judgement, Task, field_names, item_id, records, text_field
 
 LETTERS = "ABCDEFGHIJ"
 # The six subjects of MultiMedQA (Singhal et al. 2023); the others measure what a medical model may forget.
@@ -43,7 +43,10 @@ DECISIONS = ("yes", "no", "maybe")
 
 def choice_task(name: str, items: tuple[Item, ...]) -> Task:
     """Accuracy over items with options; by log-likelihood and, where asked for, by generation."""
-    longest = max(len(text) for item in items for text in (*item.options, *item.texts))
+    longest = 0
+    for item in items:
+        for text in (*item.options, *item.texts):
+            longest = max(longest, len(text))
     length = min(64, 8 + longest // 2)  # an English token has 4 characters, a drug name's about 2
     return Task(name, items, "accuracy", {"accuracy": "correct"}, _parse, _judge, _accuracy, max_new_tokens=length)
 
@@ -96,8 +99,8 @@ def _test_set(path: Path, items: list[Item]) -> list[Item]:
     """The items of the test set where a file holds all of it and others: by the authors' `test_ground_truth.json`
     beside it, else by the published list of the 500."""
     beside = path.parent / GROUND_TRUTH
-    listed = json.loads(beside.read_text(encoding="utf-8") if beside.is_file() else PUBMEDQA_TEST.read_text())
-    wanted = {str(name) for name in listed}
+    published = beside if beside.is_file() else PUBMEDQA_TEST
+    wanted = {str(name) for name in json.loads(published.read_text(encoding="utf-8"))}
     found = [item for item in items if item.id in wanted]
     if len(found) < len(wanted) or len(found) == len(items):
         return items
@@ -135,17 +138,16 @@ def medmcqa(path: Path) -> list[Item]:
 def mmlu(path: Path) -> list[Item]:
     """A subject's CSV as published (no header; question, four options, letter), one with a header or with indices, or
     the Hub's rows of question, choices, answer, subject. Subjects are facets."""
-    rows = _mmlu_table(path) if plain_suffix(path) == ".csv" else records(path)
-    return [_mmlu_row(path, where, fields) for where, fields in rows]
+    items = []
+    for where, fields in _mmlu_table(path) if plain_suffix(path) == ".csv" else records(path):
+        facet = fields.get("subject")
+        if not isinstance(facet, str) or not facet:
+            facet = _subject(path)
+        items.append(replace(_lettered(where, fields), facet=facet))
+    return items
 
 
-def _mmlu_row(path: Path, where: str, fields: dict[str, Any]) -> Item:
-    subject = fields.get("subject")
-    facet = subject if isinstance(subject, str) and subject else _subject(path)
-    return replace(_lettered(where, fields), facet=facet)
-
-
-def _mmlu_table(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _mmlu_table(path: Path) -> Iterator[tuple[str, Fields]]:
     """Rows of a subject's table as question, choices and answer (an index)."""
     with open_bytes(path) as raw, io.TextIOWrapper(raw, "utf-8-sig", newline="") as file:
         reader = csv.reader(file, strict=True)
@@ -156,7 +158,8 @@ def _mmlu_table(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             if number == 0 and row[0].strip().lower() == "question":
                 continue
             asked, *texts, answer = row
-            index = int(answer) if answer.strip().isdecimal() else LETTERS.find(answer.strip() or "?")
+            answer = answer.strip()
+            index = int(answer) if answer.isdecimal() else LETTERS.find(answer or "?")
             if not 0 <= index < len(texts):
                 raise DataError(f"{where}: the answer is none of the options\nallowed: a letter, or an index from 0")
             yield where, {"question": asked, "choices": texts, "answer": index}
@@ -185,9 +188,9 @@ def arc(path: Path) -> list[Item]:
     """ARC's JSON lines: question {stem, choices [{text, label}]} (authors) or text and choices {text, label} (Hub)."""
     items = []
     for where, fields in records(path):
-        asked: Any = fields.get("question")
-        nested = isinstance(asked, dict)
-        stem, choices = (asked.get("stem"), asked.get("choices")) if nested else (asked, fields.get("choices"))
+        stem, choices = fields.get("question"), fields.get("choices")
+        if isinstance(stem, dict):
+            stem, choices = stem.get("stem"), stem.get("choices")
         options = _labelled(where, choices)
         answer = text_field(where, fields, "answerKey")
         item = _lettered(where, {"question": stem, "options": options, "answer_idx": answer})
@@ -215,12 +218,14 @@ def choice(path: Path) -> list[Item]:
         listed = dict(zip(LETTERS, options, strict=False))
         answer = fields.get("answer")
         item = _lettered(where, {"question": fields.get("question"), "options": listed, "answer_idx": answer})
-        facet = text_field(where, fields, "facet") if "facet" in fields else None
-        items.append(replace(item, id=item_id(where, fields), facet=facet))
+        item = replace(item, id=item_id(where, fields))
+        if "facet" in fields:
+            item = replace(item, facet=text_field(where, fields, "facet"))
+        items.append(item)
     return items
 
 
-def _question(where: str, fields: dict[str, Any]) -> Question:
+def _question(where: str, fields: Fields) -> Question:
     try:
         asked = question(fields)
     except Unusable as error:
@@ -230,13 +235,15 @@ def _question(where: str, fields: dict[str, Any]) -> Question:
     return asked
 
 
-def _lettered(where: str, fields: dict[str, Any]) -> Item:
+def _lettered(where: str, fields: Fields) -> Item:
     """An item whose options are listed in the prompt and answered by letter."""
     asked = _question(where, fields)
     if not asked.options:
         raise DataError(f"{where}: no question with options and answer\nfields here: {field_names(fields)}")
-    letters = tuple(letter for letter, _ in asked.options)
-    texts = tuple(text or EMPTY for _, text in asked.options)
+    letters, texts = [], []
+    for letter, text in asked.options:
+        letters.append(letter)
+        texts.append(text or EMPTY)
     stated = str(fields.get("question", fields.get("Question"))).strip()
     gold = letters.index(asked.letter)
-    return Item(item_id(where, fields), asked.messages[:1], gold, letters, texts, stated=(stated,))
+    return Item(item_id(where, fields), asked.messages[:1], gold, tuple(letters), tuple(texts), stated=(stated,))

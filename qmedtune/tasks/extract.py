@@ -104,21 +104,29 @@ class Options:
     """The options of one question, as patterns."""
 
     def __init__(self, options: Sequence[str], texts: Sequence[str]):
-        self.letters = [option.upper() for option in options] if texts else []
+        self.letters: list[str] = []
+        if texts:
+            self.letters = [option.upper() for option in options]
         self.words = [_plain(text) for text in (texts or options)]
+        self.letter = "|".join(map(re.escape, self.letters))  # one of them, in a pattern; "" where there are none
+        self.longest_first = sorted((word for word in self.words if word), key=len, reverse=True)
 
     @cached_property
     def word_pattern(self) -> str:
         """One group per option's text; longer ones first, so that "insulin glargine" is not insulin."""
-        order = sorted(range(len(self.words)), key=lambda i: -len(self.words[i]))
-        parts = [f"(?P<w{i}>{_flexible(self.words[i])}{_after(self.words[i])})" for i in order if self.words[i]]
-        return "(?:" + "|".join(parts) + ")"
+        by_length: list[tuple[int, str]] = []
+        for number, word in enumerate(self.words):
+            if word:
+                by_length.append((len(word), f"(?P<w{number}>{_flexible(word)}{_after(word)})"))
+        by_length.sort(key=lambda each: -each[0])
+        return "(?:" + "|".join(part for _, part in by_length) + ")"
 
     @cached_property
     def at(self) -> re.Pattern[str]:
         """An option where it is expected: a letter with a sign behind it, or the text."""
-        letters = "|".join(map(re.escape, self.letters))
-        by_letter = rf"(?:option\s+)?(?P<letter>{letters}){AFTER_LETTER}|(?P<bare>{letters})(?=\s+)|" if letters else ""
+        by_letter = ""
+        if self.letters:
+            by_letter = rf"(?:option\s+)?(?P<letter>{self.letter}){AFTER_LETTER}|(?P<bare>{self.letter})(?=\s+)|"
         return re.compile(rf"{by_letter}(?:the\s+|an?\s+)?{self.word_pattern}", re.I)
 
     @cached_property
@@ -128,25 +136,27 @@ class Options:
     @cached_property
     def several(self) -> re.Pattern[str]:
         """ "yes, no or maybe", "A, B", "(A) or (B)": two or more options with nothing but signs between them."""
-        letters = "|".join(map(re.escape, self.letters))
-        ordered = [w for w in sorted(self.words, key=len, reverse=True) if w]
+        words, last_words = [], []
+        for word in self.longest_first:
+            words.append(_flexible(word))
+            last_words.append(_flexible(word) + _after(word))
         lettered = r"(?:\s*\([A-Za-z]\))?"
-        one = rf"(?<!\w)(?:{'|'.join(map(_flexible, ordered))})(?!\w){lettered}"
-        end = rf"(?<!\w)(?:{'|'.join(_flexible(w) + _after(w) for w in ordered)})(?!\w){lettered}"
+        one = rf"(?<!\w)(?:{'|'.join(words)})(?!\w){lettered}"
+        end = rf"(?<!\w)(?:{'|'.join(last_words)})(?!\w){lettered}"
         article = r"(?:the\s+|an?\s+)?"
         by_word = rf"{one}(?:{BETWEEN}{article}{one})*{BETWEEN}{article}{end}"
-        if not letters:
+        if not self.letters:
             return re.compile(by_word, re.I)
-        letter = rf"(?<!\w)[(\[]?(?-i:{letters})(?!\w)[)\].]?"
-        last = rf"[(\[]?(?-i:{letters})(?=[)\].:,;]|\s*[/|]|\s*$|\s*\n|\s+(?:and|or|are|both|is)\b)[)\]]?"
+        letter = rf"(?<!\w)[(\[]?(?-i:{self.letter})(?!\w)[)\].]?"
+        last = rf"[(\[]?(?-i:{self.letter})(?=[)\].:,;]|\s*[/|]|\s*$|\s*\n|\s+(?:and|or|are|both|is)\b)[)\]]?"
         by_letter = rf"{letter}(?:{BETWEEN}{last})+"
         return re.compile(rf"(?:{by_letter}|{by_word})", re.I)
 
     @cached_property
     def named(self) -> re.Pattern[str]:
         """Each option in a row of them."""
-        words = "|".join(_flexible(w) for w in sorted(self.words, key=len, reverse=True) if w)
-        letters = "".join(rf"|(?<!\w){re.escape(letter)}(?!\w)" for letter in self.letters)
+        words = "|".join(map(_flexible, self.longest_first))
+        letters = rf"|(?<!\w)(?:{self.letter})(?!\w)" if self.letters else ""
         return re.compile(rf"(?<!\w)(?:{words})(?!\w){letters}", re.I)
 
     @cached_property
@@ -162,8 +172,7 @@ class Options:
     @cached_property
     def judged(self) -> re.Pattern[str]:
         """An option, or a menu, that something may be said of."""
-        letters = "|".join(map(re.escape, self.letters))
-        by_letter = rf"(?<![\w'])(?-i:(?P<letter>{letters}))|" if letters else ""
+        by_letter = rf"(?<![\w'])(?-i:(?P<letter>{self.letter}))|" if self.letters else ""
         return re.compile(rf"{by_letter}{MENU}|(?<!\w){self.word_pattern}", re.I)
 
     def of(self, match: re.Match[str]) -> int:
@@ -172,12 +181,17 @@ class Options:
         letter = found.get("letter") or found.get("bare")
         if letter:
             return self.letters.index(letter.upper())
-        return next(int(name[1:]) for name, text in found.items() if name[0] == "w" and text)
+        for name, text in found.items():
+            if text and name.startswith("w"):
+                return int(name.removeprefix("w"))
+        raise AssertionError("the pattern has a group for each option")
 
     def begins(self, text: str) -> int | None:
         """The longest option text that `text` begins with."""
         match = self.beginning.match(text)
-        return self.of(match) if match else None
+        if match is None:
+            return None
+        return self.of(match)
 
 
 @lru_cache(maxsize=64)
@@ -194,7 +208,9 @@ def extract_choice(answer: str, options: Sequence[str], texts: Sequence[str] = (
     text = _without_menus(_first_answer(_without_marks(answer)), known)
     stated = [*_leading(text, known), *_cued(text, known), *_called_right(text, known), *_alone(text, known)]
     found = {each.option for each in _unrevised(text, stated, known)} or _mentioned(text, known)
-    return found.pop() if len(found) == 1 and SEVERAL not in found else None
+    if len(found) != 1 or SEVERAL in found:
+        return None
+    return found.pop()
 
 
 def _plain(text: str) -> str:
@@ -207,7 +223,9 @@ def _flexible(word: str) -> str:
 
 
 def _after(word: str) -> str:
-    return AFTER_WORD if len(word) <= EVERYDAY_CHARS and word.isalpha() else r"(?!\w)"
+    if len(word) <= EVERYDAY_CHARS and word.isalpha():
+        return AFTER_WORD
+    return r"(?!\w)"
 
 
 # ---- what is cut away -----------------------------------------------------------------------------------------------
@@ -221,42 +239,52 @@ def _without_marks(answer: str) -> str:
 
 def _first_answer(text: str) -> str:
     """Up to an invented next question: a heading, or a line that asks and is followed by a list of options."""
-    lines, kept = text.split("\n"), []
+    lines = text.split("\n")
+    begun = False
     for number, line in enumerate(lines):
-        begun = any(part.strip() for part in kept)
-        if begun and (NEXT_QUESTION.match(line) or (_asks(line) and _listed(lines[number + 1 :]))):
-            break
-        kept.append(line)
-    return "\n".join(kept)
-
-
-def _asks(line: str) -> bool:
-    return line.rstrip().endswith("?")
+        asks = line.rstrip().endswith("?") and _listed(lines[number + 1 :])
+        if begun and (asks or NEXT_QUESTION.match(line)):
+            return "\n".join(lines[:number])
+        begun = begun or bool(line.strip())
+    return text
 
 
 def _listed(lines: list[str]) -> bool:
-    following = [line for line in lines if line.strip()][:2]
-    return len(following) == 2 and all(LIST_LETTER.match(line) for line in following)
+    """Whether the first two lines that are not empty are options."""
+    options = 0
+    for line in lines:
+        if line.strip():
+            if not LIST_LETTER.match(line):
+                return False
+            options += 1
+        if options == 2:
+            return True
+    return False
 
 
 def _without_menus(text: str, known: Options) -> str:
     """The text with a mark in place of each list of options: lines, parts of one line, words in a row."""
     lines = text.split("\n")
     listed = [_line_option(line, known) for line in lines]
-    menu = len({option for option in listed if option is not None}) > 1
-    listed = [_cut_line(lines, listed, number, known) for number in range(len(lines))]
-    lines = [MENU if menu and option is not None else line for line, option in zip(lines, listed, strict=True)]
-    lines = [MENU if _inline_menu(line, known) else line for line in lines]
-    return _mark_series("\n".join(lines), known)
+    is_list = len(set(listed) - {None}) > 1
+    kept = []
+    for number, line in enumerate(lines):
+        in_list = is_list and _cut_line(lines, listed, number, known) is not None
+        kept.append(MENU if in_list or _inline_menu(line, known) else line)
+    return _mark_series("\n".join(kept), known)
 
 
 def _line_option(line: str, known: Options) -> int | None:
     """The option that a line begins with by letter, or that it is."""
     if known.letters and (match := LIST_LETTER.match(line)):
-        letter = match["letter"].upper()
-        return known.letters.index(letter) if letter in known.letters else None
-    words = _plain(re.sub(BULLET, "", line))
-    return known.words.index(words) if words in known.words and words else None
+        return _place(known.letters, match["letter"].upper())
+    return _place(known.words, _plain(re.sub(BULLET, "", line)))
+
+
+def _place(known: list[str], word: str) -> int | None:
+    if not word or word not in known:
+        return None
+    return known.index(word)
 
 
 def _cut_line(lines: list[str], listed: list[int | None], number: int, known: Options) -> int | None:
@@ -264,14 +292,15 @@ def _cut_line(lines: list[str], listed: list[int | None], number: int, known: Op
     letter = lines[number].strip().upper()
     if listed[number] is None and number and listed[number - 1] is not None and letter in known.letters:
         option = known.letters.index(letter)
-        return option if option not in listed else None
+        return None if option in listed else option
     return listed[number]
 
 
 def _inline_menu(line: str, known: Options) -> bool:
     """Two or more letters, each with its own text behind it, in one line."""
     found = re.finditer(r"(?<!\w)[(\[]?(?P<letter>[A-Za-z])\s*[)\].:=]\s*", line)
-    own, expected = set(), {match.end() for match in CUE.finditer(line)}
+    expected = {match.end() for match in CUE.finditer(line)}
+    own = set()
     for match in found:
         letter = match["letter"].upper()
         if match.start("letter") in expected or match.start() in expected:
@@ -311,7 +340,9 @@ def _read(text: str, start: int, known: Options) -> list[Stated]:
     if IS_WRONG.match(text, _past_text(text, end, known)):
         return []
     stated = [Stated(option, start, end)]
-    beside = known.begins(text[end : end + 400]) if groups.get("letter") else None
+    beside = None
+    if groups.get("letter"):
+        beside = known.begins(text[end : end + 400])
     if beside is not None and known.words[beside] != known.words[option]:
         stated.append(Stated(beside, start, end))
     return stated
@@ -331,14 +362,17 @@ def _leading(text: str, known: Options) -> list[Stated]:
     found = [each for each in found if each.option != SEVERAL]
     if found or text[start : start + 1] == MENU:
         return found
-    alone = text.strip(" \t\r\n()[].:,;")
-    return [Stated(known.letters.index(alone.upper()), 0, 1)] if alone.upper() in known.letters else []
+    alone = _place(known.letters, text.strip(" \t\r\n()[].:,;").upper())
+    if alone is None:
+        return []
+    return [Stated(alone, 0, 1)]
 
 
 def _cued(text: str, known: Options) -> Iterator[Stated]:
     for pattern in (CUE, CHOSEN):
         for match in pattern.finditer(text):
-            found, denied = _read(text, match.end(), known), match.groupdict().get("denied")
+            found = _read(text, match.end(), known)
+            denied = match.groupdict().get("denied")
             if denied and (instead := INSTEAD.match(text, match.end())):
                 yield from _read(text, instead.end(), known)
             if not denied or any(each.option == SEVERAL for each in found):
@@ -351,10 +385,12 @@ def _cued(text: str, known: Options) -> Iterator[Stated]:
 def _called_right(text: str, known: Options) -> Iterator[Stated]:
     """ "Therefore, C is correct", "option B would be the best"; a menu called right states several."""
     for match in known.judged.finditer(text):
-        letter = match.groupdict().get("letter")
-        end = _past_text(text, match.end(), known) if letter else match.end()
-        invented = LETTER_TEXT.match(text, match.end()) if letter else None
-        called = IS_RIGHT.match(text, end) or (invented and IS_RIGHT.match(text, invented.end()))
+        called = IS_RIGHT.match(text, match.end())
+        if match.groupdict().get("letter"):
+            called = IS_RIGHT.match(text, _past_text(text, match.end(), known))
+            invented = LETTER_TEXT.match(text, match.end())
+            if not called and invented:
+                called = IS_RIGHT.match(text, invented.end())
         if not called or DENIED_BEFORE.search(text, 0, match.start()):
             continue
         option = SEVERAL if match.group() == MENU else known.of(match)
@@ -378,23 +414,31 @@ def _unrevised(text: str, stated: list[Stated], known: Options) -> list[Stated]:
     ordered = sorted(stated, key=lambda each: each.start)
     kept: list[Stated] = []
     for each in ordered:
-        sentence = text[: each.start]
         others = [old for old in kept if old.option != each.option]
-        said = REVISED.search(sentence) if others else None
-        if said and said.start() >= others[-1].end and said.group(1).casefold() not in known.words:
+        if others and _takes_back(text[: each.start], others[-1], known):
             kept = [old for old in kept if old.option == each.option]
         kept.append(each)
     return kept
 
 
+def _takes_back(text: str, stated: Stated, known: Options) -> bool:
+    """Whether the text ends in words that take back what it stated before them."""
+    said = REVISED.search(text)
+    return bool(said) and said.start() >= stated.end and said.group(1).casefold() not in known.words
+
+
 def _mentioned(text: str, known: Options) -> set[int]:
     """The only option that is named at all, where the answer is one short sentence or a sentence ends with it."""
-    matches = [m for m in known.anywhere.finditer(text) if len(m.group()) >= MENTION_CHARS]
-    found = {known.of(match) for match in matches}
+    found = set()
+    ends = False
+    for match in known.anywhere.finditer(text):
+        if len(match.group()) < MENTION_CHARS:
+            continue
+        if DENIED_BEFORE.search(text, 0, match.start()) or IS_WRONG.match(text, match.end()):
+            return set()
+        found.add(known.of(match))
+        ends = ends or bool(re.match(r"\s*(?:[.!]|$|\n)", text[match.end() :]))
     if len(found) != 1 or known.words.count(known.words[next(iter(found))]) != 1:
         return set()
-    if any(DENIED_BEFORE.search(text, 0, m.start()) or IS_WRONG.match(text, m.end()) for m in matches):
-        return set()
     short = len(text.split()) <= SHORT_ANSWER_WORDS
-    ends = any(re.match(r"\s*(?:[.!]|$|\n)", text[match.end() :]) for match in matches)
     return found if short or ends else set()

@@ -12,14 +12,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import numpy as np
 from lxml import etree  # pyright: ignore[reportAttributeAccessIssue]
 
 from qmedtune.errors import DataError
-from qmedtune.tasks.items import Item, Judgement, Task, item_id, records, require, sklearn_metrics, text_field
+from qmedtune.tasks.items import Fields, Item, Judgement, Task, item_id, records, require, sklearn_metrics, text_field
 
 HALLMARKS = (
     "sustaining proliferative signaling",
@@ -71,14 +70,16 @@ def hoc(path: Path) -> list[Item]:
 def _hallmarks(where: str, labels: Any) -> set[str]:
     if not isinstance(labels, (list, str)):
         raise DataError(f"{where}: field `labels` is no list and no text\nallowed: {'; '.join(HALLMARKS)}")
-    names = re.split("[;,]", labels) if isinstance(labels, str) else labels
+    names = labels
+    if isinstance(labels, str):
+        names = re.split("[;,]", labels)
     gold = {str(name).strip().lower() for name in names} - {"", "none", "nan"}
     if not gold <= set(HALLMARKS):
         raise DataError(f"{where}: a label of `labels` is no hallmark\nallowed: {'; '.join(HALLMARKS)}")
     return gold
 
 
-def _abstracts(rows: list[tuple[str, dict[str, Any]]]) -> list[tuple[str, dict[str, Any]]]:
+def _abstracts(rows: list[tuple[str, Fields]]) -> list[tuple[str, Fields]]:
     """Sentences `123_s4` as one row per abstract 123: their texts in order, and the labels of any of them."""
     found: dict[str, tuple[str, list[str], set[str]]] = {}
     for where, fields in rows:
@@ -86,10 +87,10 @@ def _abstracts(rows: list[tuple[str, dict[str, Any]]]) -> list[tuple[str, dict[s
         _, sentences, labels = found.setdefault(name, (where, [], set()))
         sentences.append(text_field(where, fields, "sentence1"))
         labels |= _hallmarks(where, fields.get("labels") or "")
-    return [
-        (where, {"id": name, "text": " ".join(sentences), "labels": sorted(labels)})
-        for name, (where, sentences, labels) in found.items()
-    ]
+    abstracts = []
+    for name, (where, sentences, labels) in found.items():
+        abstracts.append((where, {"id": name, "text": " ".join(sentences), "labels": sorted(labels)}))
+    return abstracts
 
 
 def hoc_task(name: str, items: tuple[Item, ...]) -> Task:
@@ -111,7 +112,9 @@ def _write_hallmarks(item: Item) -> str:
 def _parse_hallmarks(answer: str, item: Item) -> frozenset[str] | None:
     said = " ".join(answer.lower().replace("signalling", "signaling").replace("tumour", "tumor").split())
     found = frozenset(hallmark for hallmark in HALLMARKS if hallmark in said)
-    return found if found or NONE.search(said) else None
+    if not found and not NONE.search(said):
+        return None
+    return found
 
 
 def _judge_hallmarks(item: Item, prediction: frozenset[str] | None) -> Judgement:
@@ -125,22 +128,25 @@ def _hallmark_scores(judgements: list[Judgement]) -> dict[str, float]:
     table = sklearn_metrics().multilabel_confusion_matrix(gold, predicted)
     right, wrong = table[:, 1, 1], table[:, 0, 1] + table[:, 1, 0]
     each = _f1(right, wrong)
-    there = {label: float(f) for label, f, has in zip(HALLMARKS, each, gold.T, strict=True) if has.any()}
-    return {
-        "macro_f1": fmean(there.values()) if there else float("nan"),
+    there = gold.any(0)
+    scores = {
+        "macro_f1": float(each[there].mean()) if there.any() else float("nan"),
         "macro_f1_all": float(each.mean()),
         "micro_f1": float(_f1(right.sum(), wrong.sum())),
-        "exact_match": sum(j["correct"] for j in judgements) / len(judgements),
-        **{f"f1 {label}": f for label, f in there.items()},
+        "exact_match": sum(judgement["correct"] for judgement in judgements) / len(judgements),
     }
+    for place in np.flatnonzero(there):
+        scores[f"f1 {HALLMARKS[place]}"] = float(each[place])
+    return scores
 
 
 def _indicators(judgements: list[Judgement], side: str) -> np.ndarray:
     """Which hallmarks each judgement has on one side: bool [judgements, hallmarks]."""
-    rows = []
-    for judgement in judgements:
-        rows.append([label in judgement[side] for label in HALLMARKS])
-    return np.array(rows)
+    table = np.zeros((len(judgements), len(HALLMARKS)), bool)
+    for row, judgement in enumerate(judgements):
+        for label in judgement[side]:
+            table[row, HALLMARKS.index(label)] = True
+    return table
 
 
 def _f1(right: np.ndarray, wrong: np.ndarray) -> np.ndarray:
@@ -169,8 +175,11 @@ def i2b2_2012(path: Path) -> list[Item]:
         if kind in ENTITY_TYPES:
             start = _start(text, event, f"{path}:{event.sourceline}")
             gold.setdefault(text.count("\n", 0, start), []).append((kind, plain_words(str(event.get("text")))))
-    lines = [(number, line.strip()) for number, line in enumerate(text.split("\n")) if line.strip()]
-    return [_entity_item(path.stem, number, line, gold.get(number, [])) for number, line in lines]
+    items = []
+    for number, line in enumerate(text.split("\n")):
+        if line.strip():
+            items.append(_entity_item(path.stem, number, line.strip(), gold.get(number, [])))
+    return items
 
 
 def _start(text: str, event: Any, where: str) -> int:
@@ -216,8 +225,9 @@ def _write_entities(item: Item) -> str:
 
 def _parse_entities(answer: str, item: Item) -> tuple[tuple[str, str], ...] | None:
     pairs = re.findall(rf"^[\s*\-]*({'|'.join(ENTITY_TYPES)})\s*:\s*(.+?)\s*$", answer, re.IGNORECASE | re.MULTILINE)
-    found = tuple((kind.lower(), plain_words(words)) for kind, words in pairs)
-    return found if found or NONE.search(answer) else None
+    if not pairs and not NONE.search(answer):
+        return None
+    return tuple((kind.lower(), plain_words(words)) for kind, words in pairs)
 
 
 def plain_words(text: str) -> str:
@@ -231,9 +241,11 @@ def _judge_entities(item: Item, prediction: tuple[tuple[str, str], ...] | None) 
 
 
 def _entity_scores(judgements: list[Judgement]) -> dict[str, float]:
-    hits = sum(judgement["true_positives"] for judgement in judgements)
-    extra = sum(judgement["false_positives"] for judgement in judgements)
-    missed = sum(judgement["misses"] for judgement in judgements)
+    hits = extra = missed = 0
+    for judgement in judgements:
+        hits += judgement["true_positives"]
+        extra += judgement["false_positives"]
+        missed += judgement["misses"]
     precision, recall = hits / max(1, hits + extra), hits / max(1, hits + missed)
     f1 = 2 * hits / max(1, 2 * hits + extra + missed)
     return {"entity_f1": f1, "precision": precision, "recall": recall}

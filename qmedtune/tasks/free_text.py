@@ -25,6 +25,7 @@ from qmedtune.data.reading.row_formats import read_jsonl
 from qmedtune.errors import DataError, RecipeError
 from qmedtune.tasks.items import (
     NO_YES,
+    Fields,
     Item,
     Judgement,
     Task,
@@ -101,7 +102,9 @@ def _as_me_llama(gold: str, said: str) -> Judgement:
         return {"me_llama_exact": float(right == answer), "me_llama": float(right == answer)}
     common = len(set(right) & set(answer))
     precision, recall = common / len(answer), common / len(right)
-    f1 = 2 * precision * recall / (precision + recall) if common else 0.0
+    f1 = 0.0
+    if common:
+        f1 = 2 * precision * recall / (precision + recall)
     return {"me_llama_exact": float(right == answer), "me_llama": f1}
 
 
@@ -110,8 +113,10 @@ def _characters(text: str) -> list[str]:
 
 
 def _token_f1(gold: list[str], said: list[str]) -> float:
+    if not gold and not said:
+        return 1.0
     common = (Counter(gold) & Counter(said)).total()
-    return 2 * common / (len(gold) + len(said)) if gold or said else 1.0
+    return 2 * common / (len(gold) + len(said))
 
 
 # ---- summaries -------------------------------------------------------------------------------------------------------
@@ -129,10 +134,13 @@ def answers(path: Path) -> list[Item]:
     for where, fields in records(path):
         asked, answer = conversation(where, fields)
         group = as_name(fields.get("group") or fields.get("encounter_id"))
-        stated = tuple(m.get("input") or m["content"] for m in asked if m["role"] == "user")
+        stated = []
+        for message in asked:
+            if message["role"] == "user":
+                stated.append(message.get("input") or message["content"])
         if asked[-1].get("input") and not is_task(asked[-1]["content"]):
-            stated = (*stated, asked[-1]["content"])
-        items.append(Item(item_id(where, fields), asked, answer, group=group, stated=stated))
+            stated.append(asked[-1]["content"])
+        items.append(Item(item_id(where, fields), asked, answer, group=group, stated=tuple(stated)))
     return items
 
 
@@ -143,15 +151,16 @@ def bioasq_yesno(path: Path) -> list[Item]:
         if fields.get("type") != "yesno":
             continue
         asked, _ = conversation(where, fields)
-        gold = label_field(where, {"exact_answer": _first(fields.get("exact_answer"))}, "exact_answer", NO_YES)
+        value = fields.get("exact_answer")
+        if isinstance(value, list) and value:
+            value = value[0]
+        gold = label_field(where, {"exact_answer": value}, "exact_answer", NO_YES)
         question = {**asked[-1], "content": f"{asked[-1]['content']} Answer yes or no."}
-        stated = tuple(text for text in (asked[-1]["content"], asked[-1].get("input", "")) if text)
-        items.append(Item(item_id(where, fields), (question,), gold, NO_YES, stated=stated))
+        stated = [asked[-1]["content"]]
+        if snippets := asked[-1].get("input"):
+            stated.append(snippets)
+        items.append(Item(item_id(where, fields), (question,), gold, NO_YES, stated=tuple(stated)))
     return items
-
-
-def _first(value: Any) -> Any:
-    return value[0] if isinstance(value, list) and value else value
 
 
 def pubmed_summaries(path: Path) -> list[Item]:
@@ -160,9 +169,9 @@ def pubmed_summaries(path: Path) -> list[Item]:
     items = []
     for where, fields in rows:
         if isinstance(fields.get("article_text"), list) and isinstance(fields.get("abstract_text"), list):
-            joined = {name: " ".join(map(str, fields[f"{name}_text"])) for name in ("article", "abstract")}
-            joined["abstract"] = SENTENCE_MARK.sub("", joined["abstract"])
-            fields = {"id": fields.get("article_id"), **joined}
+            article = " ".join(map(str, fields["article_text"]))
+            abstract = SENTENCE_MARK.sub("", " ".join(map(str, fields["abstract_text"])))
+            fields = {"id": fields.get("article_id"), "article": article, "abstract": abstract}
         items.append(_summary_item(where, fields, SUMMARY_COLUMNS[:1]))
     return items
 
@@ -177,22 +186,24 @@ def radiology_summaries(path: Path) -> list[Item]:
     text = text_of(path.read_bytes())
     if isinstance(text, Damaged):
         raise DataError(f"{path}: {text.reason}\nfetch the file again")
+    found = {}
     heads = list(SECTION.finditer(text))
-    ends = [head.start() for head in heads[1:]] + [len(text)]
-    found = {h[1].strip().lower(): text[h.end() : end].strip() for h, end in zip(heads, ends, strict=True)}
+    for number, head in enumerate(heads):
+        end = heads[number + 1].start() if number + 1 < len(heads) else len(text)
+        found[head[1].strip().lower()] = text[head.end() : end].strip()
     if not found.get("findings") or not found.get("impression"):
         return []
     return [_summary_item(f"{path}:1", {"id": path.stem, **found}, SUMMARY_COLUMNS[1:2])]
 
 
-def _summary_item(where: str, fields: dict[str, Any], known: tuple[tuple[str, str], ...]) -> Item:
-    columns = next((pair for pair in known if set(pair) <= fields.keys()), None)
-    if columns is None:
-        allowed = "; ".join(" and ".join(pair) for pair in known)
-        raise DataError(f"{where}: no known pair of text and summary\nallowed fields: {allowed}")
-    text, summary = (text_field(where, fields, column) for column in columns)
-    content = f"Write the {columns[1]} of this text." if columns[1] != "summary" else "Summarise this text."
-    return Item(item_id(where, fields), ({"role": "user", "content": content, "input": text},), summary)
+def _summary_item(where: str, fields: Fields, known: tuple[tuple[str, str], ...]) -> Item:
+    for source, target in known:
+        if source in fields and target in fields:
+            text, summary = text_field(where, fields, source), text_field(where, fields, target)
+            content = "Summarise this text." if target == "summary" else f"Write the {target} of this text."
+            return Item(item_id(where, fields), ({"role": "user", "content": content, "input": text},), summary)
+    pairs = "; ".join(" and ".join(pair) for pair in known)
+    raise DataError(f"{where}: no known pair of text and summary\nallowed fields: {pairs}")
 
 
 def summary_task(name: str, items: tuple[Item, ...]) -> Task:
@@ -203,9 +214,14 @@ def summary_task(name: str, items: tuple[Item, ...]) -> Task:
 
 
 def _judge_summary(item: Item, prediction: str | None) -> Judgement:
-    stemmed, plain = (_rouge(stem).score(item.gold, prediction or "") for stem in (True, False))
-    scores = {name: round(stemmed[name].fmeasure, 6) for name in ROUGE}
-    return scores | {name: round(plain[kind].fmeasure, 6) for name, kind in UNSTEMMED.items()}
+    said = prediction or ""
+    stemmed, plain = _rouge(True).score(item.gold, said), _rouge(False).score(item.gold, said)
+    scores = {}
+    for name in ROUGE:
+        scores[name] = round(stemmed[name].fmeasure, 6)
+    for name, kind in UNSTEMMED.items():
+        scores[name] = round(plain[kind].fmeasure, 6)
+    return scores
 
 
 @lru_cache(maxsize=2)
@@ -222,7 +238,9 @@ def with_bertscore(task: Task, encoder: str) -> Task:
     name. An empty answer scores 0.
     """
     require("bert_score", extra="bertscore")
-    folder, _, layer = encoder.rpartition(":") if encoder.rpartition(":")[2].isdigit() else (encoder, "", "")
+    folder, _, layer = encoder.rpartition(":")
+    if not layer.isdigit():
+        folder, layer = encoder, ""
     if "rougeL" not in task.metrics:
         raise RecipeError(f"evaluate.tasks: {task.name} has no summaries\nbertscore is for summaries")
     if not any(Path(folder).glob("*.safetensors")):
@@ -237,10 +255,10 @@ def with_bertscore(task: Task, encoder: str) -> Task:
 
 def _known_layer(name: str) -> int:
     table: dict[str, int] = import_module("bert_score.utils").model2layers
-    layer = next((layer for model, layer in table.items() if model.rpartition("/")[2] == name), None)
-    if layer is None:
-        raise RecipeError(f"bertscore: no layer is known for {name}\nadd it: FOLDER:LAYER")
-    return layer
+    for model, layer in table.items():
+        if model.rpartition("/")[2] == name:
+            return layer
+    raise RecipeError(f"bertscore: no layer is known for {name}\nadd it: FOLDER:LAYER")
 
 
 def _bertscore(folder: str, layer: int, prediction: str | None, gold: str) -> float:

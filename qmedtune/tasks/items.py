@@ -7,7 +7,7 @@ Deliberately absent: models and tokens (evaluation/), which file is which split 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from importlib import import_module
@@ -25,6 +25,8 @@ from qmedtune.data.reading.tally import shown_names
 from qmedtune.errors import DataError, RecipeError
 
 Message = dict[str, str]
+Fields = dict[str, Any]
+"""One record of a benchmark as its file has it: column or key -> value, unchecked."""
 Judgement = dict[str, Any]
 """What is kept of one answer: numbers and labels, JSON-safe, never text of a source."""
 
@@ -59,8 +61,13 @@ class Item:
     @property
     def leaks(self) -> tuple[str, ...]:
         """The texts of the item that training text must not hold."""
-        asked = (m.get("input") or m["content"] for m in self.messages if m["role"] == "user")
-        return self.stated or tuple(asked)
+        if self.stated:
+            return self.stated
+        asked = []
+        for message in self.messages:
+            if message["role"] == "user":
+                asked.append(message.get("input") or message["content"])
+        return tuple(asked)
 
 
 @dataclass(frozen=True)
@@ -94,28 +101,36 @@ class Task:
     @property
     def asked(self) -> list[Item]:
         """What the model is asked, draw after draw."""
-        return [item for draw in self.draws for item in draw] or list(self.items)
+        asked: list[Item] = []
+        for draw in self.draws:
+            asked += draw
+        return asked or list(self.items)
 
 
 def written(item: Item) -> str:
     """The right answer as the training data writes it: "C. Metformin", "yes", the reference text."""
     if item.texts:
         return f"{item.options[item.gold]}. {item.texts[item.gold]}"
-    return item.options[item.gold] if item.options else item.gold
+    if item.options:
+        return item.options[item.gold]
+    return item.gold
 
 
 def with_metric(task: Task, name: str) -> Task:
     """The task with another of its metrics as the main one."""
     if name not in task.metrics:
-        close = get_close_matches(name, task.metrics, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise RecipeError(
-            f"evaluate.tasks: {task.name} has no metric {name!r}\n{hint}allowed: {', '.join(task.metrics)}"
-        )
+        raise RecipeError(f"evaluate.tasks: {task.name} has no metric {name!r}\n{allowed(name, list(task.metrics))}")
     return replace(task, metric=name)
 
 
-def records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def allowed(name: str, known: Sequence[str]) -> str:
+    """For a message about an unknown name: the one that may be meant, and all there are."""
+    close = get_close_matches(name, known, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{hint}allowed: {', '.join(known)}"
+
+
+def records(path: Path) -> Iterator[tuple[str, Fields]]:
     """("file:line", fields) of every record of a file of records (JSON, tables, Parquet ...), read as sources are.
     DataError at the first bad one."""
     format = format_of(path, "auto")
@@ -124,7 +139,7 @@ def records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     yield from checked_rows(path, READERS[format](path))
 
 
-def checked_rows(path: Path, rows: Iterator[Row]) -> Iterator[tuple[str, dict[str, Any]]]:
+def checked_rows(path: Path, rows: Iterator[Row]) -> Iterator[tuple[str, Fields]]:
     """Rows of a reader with their "file:line"; DataError at the first damaged one."""
     for line, fields in rows:
         if isinstance(fields, Refused):
@@ -134,30 +149,34 @@ def checked_rows(path: Path, rows: Iterator[Row]) -> Iterator[tuple[str, dict[st
         yield f"{path}:{line}", fields
 
 
-def text_field(where: str, fields: dict[str, Any], name: str) -> str:
+def text_field(where: str, fields: Fields, name: str) -> str:
     """A field that must be text. The error names the field and never quotes the record."""
     value = fields.get(name)
     if not isinstance(value, str) or not value.strip():
-        state = "missing" if name not in fields else "empty" if value in ("", None) else "not text"
+        state = "not text"
+        if name not in fields:
+            state = "missing"
+        elif value in ("", None):
+            state = "empty"
         raise DataError(f"{where}: field `{name}` is {state}\nfields here: {field_names(fields)}")
     return value.strip()
 
 
-def field_names(fields: dict[str, Any]) -> str:
+def field_names(fields: Fields) -> str:
     """Column names for a message. The first line of a file without header is data: only known names are shown."""
     known = shown_names(fields)
-    return (
-        known if not known[0].isdigit() and known != "no column" else f"none with a name that is known ({len(fields)})"
-    )
+    if known[0].isdigit() or known == "no column":
+        return f"none with a name that is known ({len(fields)})"
+    return known
 
 
-def label_field(where: str, fields: dict[str, Any], name: str, allowed: tuple[str, ...]) -> int:
-    """Index of a field's value among `allowed`, compared without case."""
+def label_field(where: str, fields: Fields, name: str, labels: tuple[str, ...]) -> int:
+    """Index of a field's value among `labels`, compared without case."""
     value = text_field(where, fields, name).casefold()
-    labels = [label.casefold() for label in allowed]
-    if value not in labels:
-        raise DataError(f"{where}: `{name}` is none of the labels\nallowed: {', '.join(allowed)}")
-    return labels.index(value)
+    for index, label in enumerate(labels):
+        if label.casefold() == value:
+            return index
+    raise DataError(f"{where}: `{name}` is none of the labels\nallowed: {', '.join(labels)}")
 
 
 def require(module: str, extra: str = "metrics") -> None:
@@ -171,7 +190,7 @@ def sklearn_metrics() -> Any:
     return import_module("sklearn.metrics")
 
 
-def conversation(where: str, fields: dict[str, Any]) -> tuple[tuple[Message, ...], str]:
+def conversation(where: str, fields: Fields) -> tuple[tuple[Message, ...], str]:
     """The question as the training data words it, and its answer: both sides of a record in a known schema."""
     try:
         *question, answer = instruction_record(fields, {})["messages"]
@@ -180,10 +199,12 @@ def conversation(where: str, fields: dict[str, Any]) -> tuple[tuple[Message, ...
     return tuple(question), answer["content"]
 
 
-def item_id(where: str, fields: dict[str, Any]) -> str:
+def item_id(where: str, fields: Fields) -> str:
     """The record's own name, else its line."""
-    names = (as_name(fields.get(key)) for key in ("id", "_key", "pmid", "pubid", "pairID", "realid"))
-    return next((name for name in names if name), f"line-{where.rpartition(':')[2]}")
+    for key in ("id", "_key", "pmid", "pubid", "pairID", "realid"):
+        if name := as_name(fields.get(key)):
+            return name
+    return f"line-{where.rpartition(':')[2]}"
 
 
 def checked_items(name: str, path: Path, items: list[Item], limit: int | None, seed: int) -> tuple[Item, ...]:
@@ -197,4 +218,5 @@ def checked_items(name: str, path: Path, items: list[Item], limit: int | None, s
         seen.add(item.id)
     if limit is None or limit >= len(items):
         return tuple(items)
-    return tuple(items[i] for i in sorted(Random(seed).sample(range(len(items)), limit)))
+    drawn = Random(seed).sample(range(len(items)), limit)
+    return tuple(items[place] for place in sorted(drawn))

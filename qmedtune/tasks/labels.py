@@ -11,7 +11,6 @@ import re
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from lxml import etree  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -23,6 +22,7 @@ from qmedtune.tasks.choice import choice_task
 from qmedtune.tasks.extract import extract_choice
 from qmedtune.tasks.items import (
     NO_YES,
+    Fields,
     Item,
     Judgement,
     Message,
@@ -37,9 +37,10 @@ from qmedtune.tasks.items import (
 
 NLI = ("entailment", "contradiction", "neutral")
 DDI = ("DDI-false", "DDI-advise", "DDI-effect", "DDI-int", "DDI-mechanism")
-HUB_NLI = ("entailment", "neutral", "contradiction")  # as SNLI, MultiNLI and MedNLI number them on the Hub
+HUB_NLI = {"0": "entailment", "1": "neutral", "2": "contradiction"}  # as SNLI, MultiNLI and MedNLI have it on the Hub
 NLI_COLUMNS = (("sentence1", "sentence2", "gold_label"), ("premise", "hypothesis", "label"))
 NLI_COLUMNS += (("supp_set", "conclusion", "label"),)  # BioNLI as its authors have it
+OUTCOMES = {"1": "yes", "0": "no", "true": "yes", "false": "no"}
 BIONLI = {"pos": "entailment", "neg": "contradiction"}
 
 
@@ -59,7 +60,9 @@ def macro_f1_task(name: str, items: tuple[Item, ...]) -> Task:
 
 def decision_task(name: str, items: tuple[Item, ...]) -> Task:
     """PubMedQA, which is asked without the extra too: macro F1 beside accuracy only where scikit-learn is installed."""
-    return accuracy_task(name, items) if find_spec("sklearn") else choice_task(name, items)
+    if find_spec("sklearn"):
+        return accuracy_task(name, items)
+    return choice_task(name, items)
 
 
 def ddi_task(name: str, items: tuple[Item, ...]) -> Task:
@@ -88,7 +91,8 @@ def _task(name: str, items: tuple[Item, ...], metric: str, positive: tuple[str, 
     require("sklearn")
     longest = max(len(label) for label in items[0].options)
     metrics: dict[str, str | None] = {"accuracy": "correct", "macro_f1": None}
-    metrics |= {"positive_f1": None} if positive else {}
+    if positive:
+        metrics["positive_f1"] = None
     scores = partial(_scores, items[0].options, positive)
     return Task(name, items, metric, metrics, _parse, _judge, scores, max_new_tokens=8 + longest // 2)
 
@@ -105,26 +109,32 @@ def _judge(item: Item, prediction: int | None) -> Judgement:
 def _scores(labels: tuple[str, ...], positive: tuple[str, ...], judgements: list[Judgement]) -> dict[str, float]:
     """A label that no item has does not count: of 200 drawn notes of 40 specialties all right would not be 1."""
     number = {label: index for index, label in enumerate(labels)}
-    gold = [number[j["gold"]] for j in judgements]
-    predicted = [number.get(j["prediction"], -1) for j in judgements]  # -1, a missing answer, is no label
+    gold, predicted = [], []
+    for judgement in judgements:
+        gold.append(number[judgement["gold"]])
+        predicted.append(number.get(judgement["prediction"], -1))  # -1, a missing answer, is no label
+    f1 = partial(sklearn_metrics().f1_score, gold, predicted, zero_division=0)
+    scores = {"accuracy": _accuracy(judgements), "macro_f1": float(f1(labels=sorted(set(gold)), average="macro"))}
+    if positive:
+        counted = [number[label] for label in positive]
+        scores["positive_f1"] = float(f1(labels=counted, average="micro"))
+    return scores
 
-    def f1(counted: list[int], average: str) -> float:
-        found = sklearn_metrics().f1_score(gold, predicted, labels=counted, average=average, zero_division=0)
-        return float(found)
 
-    accuracy = sum(j["correct"] for j in judgements) / len(judgements)
-    scores = {"accuracy": accuracy, "macro_f1": f1(sorted(set(gold)), "macro")}
-    return scores | ({"positive_f1": f1([number[label] for label in positive], "micro")} if positive else {})
+def _accuracy(judgements: list[Judgement]) -> float:
+    return sum(judgement["correct"] for judgement in judgements) / len(judgements)
 
 
 def _auroc(judgements: list[Judgement]) -> dict[str, float]:
     """nan for a resample in which only one outcome occurs."""
-    gold = [j["gold"] == "yes" for j in judgements]
-    accuracy = sum(j["correct"] for j in judgements) / len(judgements)
-    if not 0 < sum(gold) < len(gold):
-        return {"auroc": float("nan"), "accuracy": accuracy}
-    area = sklearn_metrics().roc_auc_score(gold, [_score(j) for j in judgements])
-    return {"auroc": float(area), "accuracy": accuracy}
+    gold, scores = [], []
+    for judgement in judgements:
+        gold.append(judgement["gold"] == "yes")
+        scores.append(_score(judgement))
+    area = float("nan")
+    if 0 < sum(gold) < len(gold):
+        area = float(sklearn_metrics().roc_auc_score(gold, scores))
+    return {"auroc": area, "accuracy": _accuracy(judgements)}
 
 
 def _score(judgement: Judgement) -> float:
@@ -142,10 +152,10 @@ def nli(path: Path) -> list[Item]:
     Hub's 0, 1, 2 for entailment, neutral and contradiction)."""
     rows = _by_name(list(records(path)))
     used = {str(fields.get("gold_label", fields.get("label"))).casefold() for _, fields in rows}
-    labels = tuple(label for label in NLI if label != "neutral" or "neutral" in used)
+    labels = NLI if "neutral" in used else NLI[:2]
     items = []
     for where, fields in rows:
-        first, second, label = next((c for c in NLI_COLUMNS if c[0] in fields), NLI_COLUMNS[0])
+        first, second, label = _nli_columns(fields)
         premise, hypothesis = text_field(where, fields, first), text_field(where, fields, second)
         content = f"Does the premise entail the hypothesis? Answer {_listed(labels)}."
         question = _question(content, f"Premise: {premise}\nHypothesis: {hypothesis}")
@@ -155,15 +165,27 @@ def nli(path: Path) -> list[Item]:
     return items
 
 
-def _by_name(rows: list[tuple[str, dict[str, Any]]]) -> list[tuple[str, dict[str, Any]]]:
+def _nli_columns(fields: Fields) -> tuple[str, str, str]:
+    for columns in NLI_COLUMNS:
+        if columns[0] in fields:
+            return columns
+    return NLI_COLUMNS[0]
+
+
+def _by_name(rows: list[tuple[str, Fields]]) -> list[tuple[str, Fields]]:
     """Rows with labels by name, where the file has the Hub's numbers."""
-    numbers = {str(fields.get("label")) for _, fields in rows}
-    if rows and numbers <= BIONLI.keys():
-        return [(where, {**fields, "label": BIONLI[fields["label"]]}) for where, fields in rows]
-    if not rows or not numbers <= {"0", "1", "2"}:
+    used = {str(fields.get("label")) for _, fields in rows}
+    if used <= BIONLI.keys():
+        names = BIONLI
+    elif used <= HUB_NLI.keys():
+        ui.note("labels 0, 1, 2 are read as entailment, neutral, contradiction, the order of the Hub's NLI sets")
+        names = HUB_NLI
+    else:
         return rows
-    ui.note("labels 0, 1, 2 are read as entailment, neutral, contradiction, the order of the Hub's NLI sets")
-    return [(where, {**fields, "label": HUB_NLI[int(fields["label"])]}) for where, fields in rows]
+    named = []
+    for where, fields in rows:
+        named.append((where, {**fields, "label": names[str(fields["label"])]}))
+    return named
 
 
 def ddi2013(path: Path) -> list[Item]:
@@ -177,10 +199,9 @@ def ddi2013(path: Path) -> list[Item]:
         return _ddi_xml(path)
     items = []
     for where, fields in records(path):
-        sentence = text_field(where, fields, "sentence")
-        items.append(
-            Item(item_id(where, fields), _ddi_question(sentence), label_field(where, fields, "label", DDI), DDI)
-        )
+        question = _ddi_question(text_field(where, fields, "sentence"))
+        gold = label_field(where, fields, "label", DDI)
+        items.append(Item(item_id(where, fields), question, gold, DDI))
     return items
 
 
@@ -200,10 +221,12 @@ def _ddi_xml(path: Path) -> list[Item]:
         for pair in sentence.iter("pair"):
             where = f"{path}:{pair.sourceline}"
             first, second = pair.get("e1"), pair.get("e2")
-            if pair.get("ddi") == "true" and pair.get("type") is None:
+            label = DDI[0]
+            if pair.get("ddi") == "true":
+                label = f"DDI-{pair.get('type')}"
+            if label == "DDI-None":
                 ui.note(f"{path.name}: an interaction without its type (one of the training set has none) is left out")
                 continue
-            label = f"DDI-{pair.get('type') if pair.get('ddi') == 'true' else 'false'}"
             if first not in spans or second not in spans or label not in DDI:
                 raise DataError(f"{where}: a pair names an unknown drug or type\nallowed types: {', '.join(DDI)}")
             question = _ddi_question(_masked(text, [spans[first], spans[second]]))
@@ -232,10 +255,10 @@ def mtsamples(path: Path) -> list[Item]:
     The published file has 33 notes without text: such rows are left out and counted on screen.
     """
     rows = list(records(path))
-    label, text = (
-        ("medical_specialty", "transcription") if rows and "medical_specialty" in rows[0][1] else ("label", "text")
-    )
-    full = [(where, fields) for where, fields in rows if str(fields.get(text) or "").strip()]
+    label, text = "label", "text"
+    if rows and "medical_specialty" in rows[0][1]:
+        label, text = "medical_specialty", "transcription"
+    full = [row for row in rows if str(row[1].get(text) or "").strip()]
     if rows and not full:
         text_field(*rows[0], text)
     if len(full) < len(rows):
@@ -247,9 +270,8 @@ def mtsamples(path: Path) -> list[Item]:
     items = []
     for where, fields in full:
         question = _question(content, text_field(where, fields, text))
-        items.append(
-            Item(f"line-{where.rpartition(':')[2]}", question, label_field(where, fields, label, labels), labels)
-        )
+        gold = label_field(where, fields, label, labels)
+        items.append(Item(f"line-{where.rpartition(':')[2]}", question, gold, labels))
     return items
 
 
@@ -257,9 +279,11 @@ def outcome(path: Path) -> list[Item]:
     """A yes/no outcome per text: {"text", "label": yes | no | 1 | 0, "question"?, "patient"?} (mortality ...)."""
     items = []
     for where, fields in records(path):
-        asked = text_field(where, fields, "question") if "question" in fields else "Does the outcome occur?"
-        value = {"1": "yes", "0": "no", "true": "yes", "false": "no"}.get(str(fields.get("label")).strip().lower())
-        gold = label_field(where, {**fields, "label": value or fields.get("label")}, "label", NO_YES)
+        asked = "Does the outcome occur?"
+        if "question" in fields:
+            asked = text_field(where, fields, "question")
+        value = OUTCOMES.get(str(fields.get("label")).strip().lower(), fields.get("label"))
+        gold = label_field(where, {**fields, "label": value}, "label", NO_YES)
         question = _question(f"{asked} Answer yes or no.", text_field(where, fields, "text"))
         patient = as_name(fields.get("patient"))
         items.append(Item(item_id(where, fields), question, gold, NO_YES, group=patient))

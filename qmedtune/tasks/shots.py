@@ -28,7 +28,10 @@ WORDS = {"test": ("test",), "dev": ("dev", "val", "valid", "validation"), "train
 def split_of(name: str) -> str | None:
     """The split that a file's or folder's name says: `mli_dev_v1.jsonl` -> dev."""
     words = re.split(r"[^a-z]+", name.lower())
-    return next((split for split, names in WORDS.items() if set(names) & set(words)), None)
+    for split, names in WORDS.items():
+        if not set(names).isdisjoint(words):
+            return split
+    return None
 
 
 def split_files(path: str, split: str | None) -> list[Path]:
@@ -40,10 +43,13 @@ def split_files(path: str, split: str | None) -> list[Path]:
     files = [file for file in every if file.name != GROUND_TRUTH] or every
     if not folder.is_dir():
         return files
-    said = {file: _split_below(folder, file) for file in files}
-    found = [file for file in files if said[file] == (split or "test")]
-    if not found and (split or any(said.values())):
-        there = ", ".join(sorted({name for name in said.values() if name})) or "none that is named after a split"
+    splits: dict[str | None, list[Path]] = {}
+    for file in files:
+        splits.setdefault(_split_below(folder, file), []).append(file)
+    found = splits.get(split or "test", [])
+    named = sorted(name for name in splits if name)
+    if not found and (split or named):
+        there = ", ".join(named) or "none that is named after a split"
         raise DataError(f"{folder}: no file of the split `{split or 'test'}`\nsplits there: {there}")
     level = min((len(file.parts) for file in found), default=0)
     return [file for file in found if len(file.parts) == level] or files
@@ -54,15 +60,20 @@ def _folder(path: str) -> Path:
 
 
 def _split_below(folder: Path, file: Path) -> str | None:
-    names = file.relative_to(folder).parts
-    return next((split for name in reversed(names) if (split := split_of(name))), None)
+    for name in reversed(file.relative_to(folder).parts):
+        if split := split_of(name):
+            return split
+    return None
 
 
 def shot_files(section: TaskSection) -> list[Path] | None:
     """Files that examples are drawn from; None: the task's own."""
     if section.shots_from:
-        return split_files(section.shots_from, "train" if _has_split(section.shots_from, "train") else None)
-    for split in ("dev", "train") if section.task.startswith("mmlu") else ("train", "dev"):
+        named = _has_split(section.shots_from, "train")
+        return split_files(section.shots_from, "train" if named else None)
+    # MMLU's five development questions a subject are its published examples; its training file is another benchmark's.
+    preferred = ("dev", "train") if section.task.startswith("mmlu") else ("train", "dev")
+    for split in preferred:
         if section.path and split != (section.split or "test") and _has_split(section.path, split):
             return split_files(section.path, split)
     return None
@@ -70,7 +81,9 @@ def shot_files(section: TaskSection) -> list[Path] | None:
 
 def _has_split(path: str, split: str) -> bool:
     folder = _folder(path)
-    return folder.is_dir() and any(_split_below(folder, f) == split for f in folder.rglob("*") if f.is_file())
+    if not folder.is_dir():
+        return False
+    return any(path.is_file() and _split_below(folder, path) == split for path in folder.rglob("*"))
 
 
 def with_shots(task: Task, section: TaskSection, pool: Sequence[Item], source: str | None, seed: int) -> Task:
@@ -82,7 +95,10 @@ def with_shots(task: Task, section: TaskSection, pool: Sequence[Item], source: s
     draws = []
     for draw in range(section.shot_seeds):
         order = Random(f"{seed}-{draw}").sample(list(pool), len(pool))
-        draws.append(tuple(with_examples(item, order, section, task.write, source is None) for item in task.items))
+        asked = []
+        for item in task.items:
+            asked.append(with_examples(item, order, section, task.write, source is None))
+        draws.append(tuple(asked))
     name = source or "the task's own items, never the item itself"
     return replace(task, name=section.label, draws=tuple(draws), shots_from=name)
 

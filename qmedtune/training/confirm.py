@@ -24,7 +24,8 @@ from qmedtune.planning.memory import Setup
 from qmedtune.planning.shapes import BaseFacts, base_facts
 from qmedtune.recipe import Recipe
 from qmedtune.training import activations, checkpoints
-from qmedtune.training.trainer import QTrainer, Rows
+from qmedtune.training.collation import Rows
+from qmedtune.training.trainer import QTrainer
 
 TRIES = 4
 OVER = 0.1  # of the budget: how much less is tried after running out, when nothing could be measured

@@ -1,4 +1,4 @@
-"""The next-token loss over packed rows, without the full logits, for training, validation and perplexity alike.
+"""Next-token cross entropy of packed rows without full logits, for training, validation and perplexity alike.
 
 Under a frozen head it is qmedtune_kernels' (two products); where the head is trained, chunks of positions through
 torch's own cross entropy, recomputed in backward, on CUDA TRL's fused LM head (chunks of vocabulary in Triton).
@@ -6,6 +6,8 @@ torch's own cross entropy, recomputed in backward, on CUDA TRL's fused LM head (
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from qmedtune.evaluation.forward import causal_model
 from qmedtune.training.attention import packed_inputs
+from qmedtune.training.collation import Rows, collate, supervised_weight
 
 # Logits held at once on the CPU: 2**24 fp32 values are 64 MiB.
 MAX_LOGITS = 2**24
@@ -44,6 +47,40 @@ def label_nll(model: Any, input_ids: Tensor, labels: Tensor, position_ids: Tenso
         picked = picked.to(torch.get_autocast_dtype(kind))
     head = causal_model(model).get_output_embeddings()
     return head_nll(picked, head.weight.to(picked.dtype), targets, getattr(head, "kernels", "auto"))
+
+
+@dataclass(frozen=True)
+class RowsNll:
+    """One batch of rows, measured. nll: fp32 [N], nats, of the N labels that are predicted; labels: int64 [N], their
+    ids; scale: fp32 [N] where the labels have weights; weight: what the batch's sum is divided by."""
+
+    rows: Sequence[int]
+    nll: Tensor
+    labels: Tensor
+    scale: Tensor | None
+    weight: float
+
+    def total(self) -> float:
+        """Summed loss in nats, as training sums it."""
+        return float(self.nll.sum() if self.scale is None else (self.nll * self.scale).sum())
+
+
+def rows_nll(model: Any, rows: Rows, batches: Iterable[Sequence[int]], pad_id: int = 0) -> Iterator[RowsNll]:
+    """Negative log-likelihoods of packed rows, a batch of row numbers at a time, documents isolated from each other.
+
+    Validation and perplexity both sum these. Call it with the model in eval mode.
+    """
+    device = next(model.parameters()).device
+    for batch in batches:
+        collated = collate([rows[i] for i in batch], pad_id)
+        labels = collated["labels"].to(device)
+        with torch.no_grad():
+            nll = label_nll(model, collated["input_ids"].to(device), labels, collated["position_ids"].to(device))
+        targets = labels[:, 1:]
+        wanted = targets != -100
+        weights = collated.get("weights")
+        scale = None if weights is None else weights.to(device)[:, 1:][wanted]
+        yield RowsNll(batch, nll, targets[wanted], scale, supervised_weight(collated))
 
 
 def packed_hidden(model: Any, input_ids: Tensor, position_ids: Tensor) -> Tensor:

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlencode, urlsplit
 
+from qmedtune.compare_runs import compare, sides
 from qmedtune.errors import QmedtuneError
+from qmedtune.reporting.compare_page import page as compare_page
 from qmedtune.reporting.page import page as report_page
 from qmedtune.reporting.style import CSS
 from qmedtune.watching.access import SECURITY, Guard, is_own_page
@@ -170,13 +172,15 @@ class Site:
         return Response(200, (json.dumps(piece._asdict()).encode() + b"\n" for piece in pieces), LINES)
 
     def _compare(self, request: Request) -> Response:
-        chosen = []
+        folders = []
         for name in request.query.get("run", []):
             if seen := self.shelf.named(name):
-                chosen.append(seen)
-        if len(chosen) < 2:
+                folders.append(seen.folder)
+        try:
+            runs = sides(folders)
+            return page(compare_page(compare(runs), runs))
+        except QmedtuneError:
             return page(message_page("Compare", "Tick two runs or more in the list."))
-        return page(message_page("Compare", ", ".join(seen.name for seen in chosen)))
 
 
 class _Watched:

@@ -1,0 +1,104 @@
+"""`qmedtune compare`: runs by what they hold, or models by asking them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qmedtune.commands.common import JsonOption, OfflineOption, emit
+from qmedtune.commands.model import Precision, PrecisionOption
+
+if TYPE_CHECKING:
+    from qmedtune.results import HeadToHead
+
+
+def compare(
+    names: Annotated[
+        list[str], typer.Argument(metavar="RUN|MODEL...", help="The first is what the others are held against.")
+    ],
+    tasks: Annotated[
+        str | None, typer.Option(metavar="A,B=FILE", help="Ask models: pubmedqa=FILE, medqa=FILE, facts ...")
+    ] = None,
+    shots: Annotated[str, typer.Option(metavar="0,3", help="Numbers of examples that each model may choose.")] = "0",
+    templates: Annotated[
+        str, typer.Option(metavar="A,B", help="Templates that each model may choose besides its own.")
+    ] = "",
+    limit: Annotated[int | None, typer.Option(min=16, help="At most this many items of each task.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Keep compare.json, and the page or the items, here.")
+    ] = None,
+    quantization: PrecisionOption = Precision.none,
+    seed: Annotated[int, typer.Option(min=0, help="Draws the development items and the examples.")] = 17,
+    offline: OfflineOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Runs: what differs, curves, paired tests. With --tasks models: each asked in the prompt that suits it."""
+    if tasks is None:
+        return _compare_runs([Path(name) for name in names], out, as_json)
+    from qmedtune.compare import Asked, compare_models
+    from qmedtune.evaluate import named_file
+    from qmedtune.recipe import TaskSection
+
+    sections = []
+    for entry in tasks.split(","):
+        name, path = named_file(entry, None)
+        sections.append(TaskSection(task=name, path=path, limit=limit))
+    chosen = quantization.value if quantization else None
+    if not re.fullmatch(r"\d{1,2}(,\d{1,2})*", shots):
+        raise typer.BadParameter(f"--shots: got {shots!r}; allowed: numbers with commas between, 0,3")
+    numbers = tuple(int(number) for number in shots.split(","))
+    named = tuple(name for name in templates.split(",") if name)
+    asked = Asked(tuple(names), tuple(sections), numbers, named, seed, chosen, offline)
+    found = compare_models(asked, out)
+    emit(found.as_json()) if as_json else _show_duels(found)
+
+
+def _compare_runs(folders: list[Path], out: Path | None, as_json: bool) -> None:
+    from qmedtune import store, ui
+    from qmedtune.compare_runs import compare as compare_runs
+    from qmedtune.compare_runs import sides
+    from qmedtune.reporting import compare_page as page
+
+    runs = sides(folders)
+    result = compare_runs(runs)
+    facts = result.model_dump(mode="json")
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        store.write_json(out / "compare.json", facts)
+        store.write_atomic(out / "compare.html", page.page(result, runs))
+    if as_json:
+        return emit(facts)
+    tables = [
+        page.settings_table("Settings that differ", result.settings, result, ""),
+        page.settings_table("Made with", result.made_with, result, ""),
+        page.training_table(result),
+        page.perplexity_table(result),
+        page.scores_table(result),
+        page.tests_table(result),
+    ]
+    for table in tables:
+        if table.rows:
+            ui.table(table.title, table.columns, table.rows)
+    print("\n".join(page.sentences(result)))
+    if out is not None:
+        print(f"The page, with curves: {out / 'compare.html'}")
+
+
+def _show_duels(found: HeadToHead) -> None:
+    from qmedtune import ui
+
+    rows: list[tuple[str, ...]] = []
+    for duel in found.duels:
+        low, high = duel.ci95
+        scores = [found.models[name][duel.task] for name in (found.reference, duel.model)]
+        asked = " / ".join(f"{score.template}, {score.shots} shots" for score in scores)
+        both = " → ".join(f"{score.accuracy:.3f}" for score in scores)
+        change = f"{duel.difference:+.3f} ({low:+.3f} to {high:+.3f})"
+        rows.append((duel.model, duel.task, both, change, f"{duel.p_holm:.3f}", duel.verdict, asked))
+    columns = ("model", "task", "accuracy", "difference, 95 %", "p (Holm)", "verdict", "asked with")
+    ui.table(f"against {found.reference}", columns, rows)
+    for sentence in found.claims:
+        ui.note(sentence)
