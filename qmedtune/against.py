@@ -37,8 +37,8 @@ def against_stage(recipe: Recipe, inputs: dict[str, Path], out: Path) -> dict[st
     rules = compare.Rules(_shots(recipe), (template.name,), recipe.seed, out / store.SCRATCH)
     outcome = compare.meet(entrants, splits, rules)
     pairs = [(FINAL, entrant.name) for entrant in entrants if entrant.name != FINAL]
-    result = compare.judged(outcome, pairs, {"subject": FINAL})
-    result = result.model_copy(update={"left_out": left_out, **taken.facts(recipe.evaluate.precision)})
+    how = {"subject": FINAL, "left_out": left_out, **taken.facts(recipe.evaluate.precision)}
+    result = compare.judged(outcome, pairs).model_copy(update=how)
     compare.write(out, outcome, result)
     return result.as_json()
 

@@ -122,7 +122,8 @@ def compare_models(asked: Asked, out: Path | None = None) -> HeadToHead:
     entrants = [Entrant(name, partial(_opened, name, asked)) for name in asked.models]
     outcome = meet(entrants, splits, Rules(asked.shots, asked.templates, asked.seed))
     reference, *others = asked.models
-    result = judged(outcome, [(name, reference) for name in others], {"reference": reference})
+    result = judged(outcome, [(name, reference) for name in others])
+    result = result.model_copy(update={"reference": reference})
     if out is not None:
         write(out, outcome, result)
     return result
@@ -150,14 +151,14 @@ def meet(entrants: Sequence[Entrant], splits: Sequence[Split], rules: Rules) -> 
     return Outcome(tuple(splits), models, answers)
 
 
-def judged(outcome: Outcome, pairs: Sequence[tuple[str, str]], known: dict[str, str]) -> HeadToHead:
-    """Of each pair the first model against the second. known: who is held against whom, `reference` or `subject`."""
+def judged(outcome: Outcome, pairs: Sequence[tuple[str, str]]) -> HeadToHead:
+    """Of each pair the first model against the second."""
     found = verdict.paired_duels(outcome.answers, pairs)
     claims: list[str] = []
     for pair in pairs:
         claims.append(verdict.claim([duel for duel in found if (duel.model, duel.reference) == pair]))
     duels = [duel.entry() for duel in found]
-    return HeadToHead(models=outcome.models, duels=duels, claims=claims, **known)
+    return HeadToHead(models=outcome.models, duels=duels, claims=claims)
 
 
 def comparable(task: Task) -> bool:

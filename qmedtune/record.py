@@ -22,6 +22,7 @@ from qmedtune.results import (
     Choice,
     Evaluation,
     Facts,
+    HeadToHead,
     Merge,
     Provenance,
     Run,

@@ -47,8 +47,8 @@ class HeadToHead(Facts):
     which is held against all others. claims: one sentence for each of the others; left_out: tasks that cannot be
     compared."""
 
-    reference: str | None = None
-    subject: str | None = None
+    reference: str = ""
+    subject: str = ""
     models: dict[str, dict[str, Chosen]]
     duels: list[DuelEntry]
     claims: list[str]
