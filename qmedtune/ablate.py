@@ -12,7 +12,7 @@ from pathlib import Path
 
 import yaml
 
-from qmedtune import __version__, claims, plan, record, run, store, ui
+from qmedtune import __version__, claims, record, run, store, ui
 from qmedtune.ablation import arms as derive
 from qmedtune.ablation import page, results
 from qmedtune.ablation.arms import Arm
@@ -21,6 +21,7 @@ from qmedtune.errors import RecipeError
 from qmedtune.interrupt import stop
 from qmedtune.parsing import checks
 from qmedtune.parsing.loader import LoadedRecipe, show_path
+from qmedtune.planning.resolve import resolve
 from qmedtune.recipe import Recipe
 from qmedtune.results import Ablation, Provenance, Run
 
@@ -46,7 +47,7 @@ def ablate(
     """
     claims.check(out)
     recipe = loaded.recipe
-    resolved, _ = plan.resolve(recipe)
+    resolved, _ = resolve(recipe)
     claims.check_inputs(resolved, out)
     arms = derive.arms_of(recipe, resolved)
     _check(recipe, resolved, arms)

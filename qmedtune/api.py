@@ -1,20 +1,26 @@
-"""The Python interface: a recipe, a run, scores and a merge, as four functions that return plain data.
+"""The Python interface: a recipe, a run, scores and a merge, as functions that return plain data.
 
     import qmedtune
 
     recipe = qmedtune.load_recipe("recipes/cpt_then_sft.yaml")
     facts = qmedtune.run_recipe(recipe, "runs/cpt_then_sft")
 
-Each is what the command of the same verb calls. `load_recipe` and `evaluate_model` are those of parsing/loader.py and
-evaluate.py; `import qmedtune` brings none of them until it is used. Deliberately not here: anything a recipe can say.
+Each is what the command of the same verb calls, in a process prepared as the command's is (process.py). `load_recipe`
+is that of parsing/loader.py; `import qmedtune` brings none of them until it is used. Deliberately not here: anything a
+recipe can say.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from qmedtune.parsing.loader import LoadedRecipe
+from qmedtune.process import prepare
+
+if TYPE_CHECKING:
+    from qmedtune.recipe import TaskSection
 
 
 def run_recipe(
@@ -38,6 +44,7 @@ def run_recipe(
     """
     from qmedtune import run
 
+    prepare()
     found = run.run(
         recipe.recipe, recipe.text, Path(out), until=until, offline=offline, smoke=smoke, time_limit_s=time_limit_s
     )
@@ -51,7 +58,40 @@ def plan_recipe(recipe: LoadedRecipe, out: Path | str | None = None) -> dict[str
     """
     from qmedtune.plan import make_plan
 
+    prepare()
     return make_plan(recipe.recipe, Path(out) if out else None)
+
+
+def evaluate_model(
+    name: str,
+    tasks: Sequence[str | TaskSection],
+    *,
+    data: Path | None = None,
+    base: str | None = None,
+    template: str | None = None,
+    out: Path | None = None,
+    limit: int | None = None,
+    generate: bool = True,
+    batch_tokens: int | None = None,
+    quantization: Literal["nf4", "none"] | None = None,
+    seed: int = 17,
+    offline: bool = False,
+) -> dict[str, Any]:
+    """Score a base, a finished run, an adapter folder (with `base`) or a merged model.
+
+    tasks: each `task` (read from `data` unless built in), `task=FILE`, or a TaskSection with a split, a metric or
+        examples of its own; `perplexity` takes a file of texts. `limit` and `data` are for the tasks that are strings.
+    out: folder for <out>/evaluation/; with it a killed evaluation is continued and a finished one is not repeated.
+    Returns {"model", "template", "quantization", "tasks": {name: {"model": scores}}, "perplexity": {file: ...}}; texts
+    also in bits per byte, which unlike perplexity compares models of different tokenizers.
+    """
+    prepare()
+    from qmedtune import evaluate
+
+    return evaluate.evaluate_model(
+        name, tasks, data=data, base=base, template=template, out=out, limit=limit, generate=generate,
+        batch_tokens=batch_tokens or evaluate.BATCH_TOKENS, quantization=quantization, seed=seed, offline=offline,
+    )  # fmt: skip
 
 
 def merge_adapters(
@@ -74,7 +114,8 @@ def merge_adapters(
     is there already or `model` has no adapter, RunError where the proof fails: what was written is then in
     `<out>.refused`.
     """
-    from qmedtune.commands.merge import merge_into
+    prepare()
+    from qmedtune.merge_folder import merge_into
     from qmedtune.recipe import MergeSection, VerifySection
 
     section = MergeSection(base=onto, dtype=dtype, rounding=rounding, verify=VerifySection(max_kl=max_kl))

@@ -1,27 +1,31 @@
 """Where a run starts: a local or Hub base, a GGUF file, a base that was fetched, or a tiny one pretrained on first use.
 
-A tiny base is itself a run of this project: one `pretrain` stage over the built-in general corpus, in the user's
-cache folder. Its identity is the hash of what makes it (generator, shape, constants), so a finished run stays
-finished when the cache is emptied.
+A tiny base is itself a run of this project (builtin_base.py), in the user's cache folder. Its identity is the hash of
+what makes it (generator, shape, constants), so a finished run stays finished when the cache is emptied. Deliberately
+not here: making one. That is a run, which stands floors above, and is handed in by `made_by`.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 from qmedtune import fetch, gguf_folder, gguf_header, store, ui
 from qmedtune.errors import RecipeError
-from qmedtune.model_stack import ADAPTER_TENSORS, read_json
+from qmedtune.model_files import read_json
+from qmedtune.model_stack import ADAPTER_TENSORS
 from qmedtune.recipe import ModelSection, Recipe
 
 BUILTIN = "builtin:"
 TRAINED_ON = "trained_on.json"
+
+Maker = Callable[[str, Path], None]  # makes the base of a name in a folder
+_makers: list[Maker] = []
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,13 @@ def identify(section: ModelSection, *, offline: bool, shape_only: bool = False) 
     digest = store.sha256_json({path.name: value for path, value in found.items()})
     revision = section.revision or (folder.name if folder.parent.name == "snapshots" else None)
     return Base(section.base, digest, lambda: folder, revision)
+
+
+def of_recipe(recipe: Recipe, *, offline: bool) -> Base:
+    """The base that a recipe starts from; what its `make` gives is found, and hashed, once."""
+    shape_only = recipe.stages[0].kind == "pretrain"
+    found = identify(recipe.model, offline=offline, shape_only=shape_only)
+    return replace(found, make=cache(found.make))
 
 
 def note_base(adapter: Path, name: str, folder: Path, earlier: Sequence[Path], quantization: str) -> None:
@@ -203,6 +214,11 @@ def blank_folder(name: str) -> Path:
     return store.cache_root() / "blanks" / builtin_folder(name).name
 
 
+def made_by(maker: Maker) -> None:
+    """Say who makes a built-in base that is not there; `process.prepare` does at every start of this program."""
+    _makers[:] = [maker]
+
+
 def _made(name: str, folder: Path) -> Path:
     """The built-in base's model folder, pretrained now if it is not in the cache."""
     stage = folder / "01-pretrain"
@@ -212,63 +228,7 @@ def _made(name: str, folder: Path) -> Path:
         if not store.intact(stage, full=True):
             if store.retire(stage, folder):
                 ui.warn(f"{name} was damaged in {folder}; it is made again")
-            _make(name, folder)
+            if not _makers:
+                raise RecipeError(f"model.base: {name} is not made on this machine yet\nmake it: qmedtune run RECIPE")
+            _makers[0](name, folder)
     return stage / "model"
-
-
-def _make(name: str, folder: Path) -> None:
-    from qmedtune.run import run
-
-    ui.note(f"{name} is made once and kept in {folder}")
-    blank = blank_folder(name)
-    _write_blank(name, blank)
-    recipe = pretraining_recipe(name, blank)
-    text = json.dumps(recipe.model_dump(mode="json", by_alias=True), indent=1)
-    run(recipe, text, folder, offline=True)
-
-
-def _write_blank(name: str, folder: Path) -> None:
-    """config.json and tokenizer of a model that does not exist yet; what an interrupted or damaged cache holds of them
-    is replaced by the same bytes."""
-    from qmedtune import tiny
-
-    tokenizer = tiny.build_tokenizer(tiny.world_of(name))
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save_pretrained(str(folder))
-    for path in folder.iterdir():
-        store.fsync_path(path)
-    store.write_json(folder / "config.json", tiny.config_dict(tiny.vocab_size(tokenizer)))
-
-
-def pretraining_recipe(name: str, blank: Path) -> Recipe:
-    """The recipe of a built-in base, with nothing left to `auto`."""
-    from qmedtune.tiny import DEFAULTS
-
-    constants = DEFAULTS[name].pretraining
-    corpus = "builtin:general" if name == "builtin:tiny" else f"{name}/general"
-    stage: dict[str, Any] = {
-        "mix": {"general": 1.0},
-        "tokens": constants.tokens,
-        "seq_len": constants.seq_len,
-        "batch": constants.batch_rows,
-        "micro_batch": constants.batch_rows,
-        "lr": constants.lr,
-        "embedding_lr": constants.lr,
-        "warmup": {"ratio": constants.warmup_ratio},
-        "min_lr_ratio": constants.min_lr_ratio,
-        "max_grad_norm": constants.max_grad_norm,
-        "betas": list(constants.betas),
-        "weight_decay": constants.weight_decay,
-        "gradient_checkpointing": False,
-        "optimizer": "adamw",
-    }
-    return Recipe.model_validate(
-        {
-            "name": name.replace(":", "-"),
-            "seed": constants.seed,
-            "model": {"base": str(blank), "quantization": "none"},
-            "data": {"general": {"path": corpus, "kind": "general", "holdout": 0.0}},
-            "hygiene": {"dedup": {"exact": False, "near": False}, "decontaminate": "off", "phi": "off"},
-            "stages": [{"pretrain": stage}],
-        }
-    )

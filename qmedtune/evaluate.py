@@ -30,12 +30,12 @@ from qmedtune.evaluation.measure import Measured, Settings, measure_model, text_
 from qmedtune.evaluation.open_model import Quantization, fingerprint, locate, open_model
 from qmedtune.evaluation.scoring import BATCH_TOKENS, max_positions
 from qmedtune.evaluation.summary import overlap_result, task_result, write_items
-from qmedtune.model_stack import read_json
+from qmedtune.model_files import read_json
+from qmedtune.model_stack import adapters_in
+from qmedtune.modeling.collation import Rows
 from qmedtune.recipe import Recipe, SourceSection, TaskSection
 from qmedtune.results import Evaluation, Merge, Pair, Text
-from qmedtune.steps import adapters_in
 from qmedtune.tasks import BUILTIN_TASKS, Task, check_twice, load_task, world_of
-from qmedtune.training.collation import Rows
 
 TEXTS = "perplexity"
 FORMAT = 4  # of what is kept with `out`: an evaluation in an older one is made again

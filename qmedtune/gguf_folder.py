@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 from qmedtune import gguf_header, store, ui, units
 from qmedtune.errors import DoesNotFit, QmedtuneError, RecipeError
 from qmedtune.gguf_header import Header, refuse
+from qmedtune.llama_shape import BYTES_OF
+from qmedtune.peak import host_memory_bytes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -100,12 +102,9 @@ def _license(header: Header) -> str:
 
 def _check_room(header: Header, folder: Path) -> None:
     """transformers holds the unpacked tensors twice for a moment: as read, and in the model."""
-    from qmedtune.planning.machine import this_machine
-    from qmedtune.planning.shapes import BYTES_OF
-
     elements = sum(prod(tensor.shape) for tensor in header.tensors.values())
     needed = elements * BYTES_OF[header.stored_dtype]
-    there = this_machine().host_bytes
+    there = host_memory_bytes()
     if 2 * needed > there:
         raise DoesNotFit(
             f"{header.path}: unpacking takes {units.size(2 * needed)} of memory, there are {units.size(there)}\n"

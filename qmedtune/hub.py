@@ -9,50 +9,11 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from qmedtune import ui
 from qmedtune.errors import RecipeError
-from qmedtune.model_stack import json_value, read_model
+from qmedtune.model_stack import read_model
 from qmedtune.recipe import ModelSection
-
-PICKLED = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
-# Settings that name Python code to import (PEFT imports the module `megatron_core` where `megatron_config` is given).
-CODE_KEYS = {
-    "config.json": "auto_map", "tokenizer_config.json": "auto_map", "processor_config.json": "auto_map",
-    "generation_config.json": "auto_map", "adapter_config.json": "megatron_config",
-}  # fmt: skip
-
-
-def check_folder(folder: Path) -> None:
-    """Refuse a model folder that would unpickle or execute something, or that points out of itself."""
-    weights = sorted(folder.glob("*.safetensors"))
-    pickled = sorted(p.name for pattern in PICKLED for p in folder.glob(pattern) if p.name != "training_args.bin")
-    if pickled and not weights:
-        raise RecipeError(
-            f"{folder}: weights are pickled ({pickled[0]}); loading them could run code\n"
-            "allowed: *.safetensors; convert the model, or take a revision that has them"
-        )
-    if not weights:
-        raise RecipeError(f"{folder}: no *.safetensors in this folder\ngive a folder with config.json and weights")
-    for name, key in CODE_KEYS.items():
-        path = folder / name
-        if path.is_file() and _names(json_value(path), key):
-            raise RecipeError(f"{path}: `{key}` asks for remote code, which is never run\nuse a LLaMA-family model")
-    here = folder.resolve()
-    inside = [here]
-    if here.parent.name == "snapshots":  # the Hub's cache: files are links to ../../blobs
-        inside.append(here.parent.parent / "blobs")
-    for path in folder.iterdir():
-        if path.is_symlink() and not any(path.resolve().is_relative_to(root) for root in inside):
-            raise RecipeError(f"{path}: a link out of the model folder\ncopy the file into the folder")
-
-
-def _names(value: Any, key: str) -> bool:
-    """Whether `key` is set anywhere in a configuration: those of parts lie in it (`text_config`)."""
-    if isinstance(value, dict):
-        return bool(value.get(key)) or any(_names(part, key) for part in value.values())
-    return isinstance(value, list) and any(_names(part, key) for part in value)
 
 
 def resolve_base(section: ModelSection, *, offline: bool, shape_only: bool = False) -> Path:

@@ -10,13 +10,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from qmedtune import __version__, store
+from qmedtune import store
 from qmedtune.errors import DataError
-from qmedtune.recipe import Recipe, SourceSection, StageSection, TaskSection
-
-# Raise when a step would write something else from the same inputs; the release alone does not invalidate a run.
-FORMAT = 3  # 3: conversations are framed as one text, documents by the marks of documents
-CODE = f"qmedtune-{__version__.rpartition('.')[0]}-format-{FORMAT}"
+from qmedtune.recipe import PACKED_AS, Recipe, SourceSection, StageSection, TaskSection
+from qmedtune.versions import CODE as CODE
 
 # Raise when scores of the same models would differ: 2 = perplexity over whole documents, heads in fp32; 3 =
 # answers that state exactly one option; 4 = asked with the tokens of training, end marks apart from perplexity.
@@ -24,7 +21,6 @@ EVALUATION_FORMAT = 4
 
 PACKING = ("mix", "unit", "tokens", "epochs", "max_repeats", "data", "loss_on", "seq_len", "max_truncated_fraction")
 PACKING += ("packing", "multi_label")
-PACKED_AS = {"template", "chunking", "overlap", "max_tokens"}  # of a source: what packing reads, and reading does not
 # Keys that came later, with the value that means what stages did before: runs made then stay finished.
 SINCE_0_2 = {"adam_eps": 1e-8, "lora": None, "class_weights": "none", "min_steps": 1}
 BY_MACHINE = ("micro_batch", "gradient_checkpointing", "optimizer")

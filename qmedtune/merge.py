@@ -1,7 +1,7 @@
 """Fold adapters into a model folder, tensor by tensor, and prove it before anything is renamed.
 
 W + sum of scale * B @ A is added in fp32 and rounded once, to the nearest number or stochastically (rounding.py).
-Memory is a few blocks of 2 MB whatever the model; the sharding is the base's. The proof (merging/verify.py) holds every
+Memory is a few blocks of 2 MB whatever the model; the sharding is the base's. The proof (merging/proof.py) holds every
 element of what was written against base + adapters, read by transformers and PEFT.
 Deliberately does not re-quantise (PEFT on 4-bit layers does, and loses the update), and does not rename: store.py does.
 """
@@ -24,18 +24,18 @@ from torch import Tensor
 
 from qmedtune import store, ui
 from qmedtune.base import check_chain
+from qmedtune.data.packing.framing import write_template
 from qmedtune.errors import RecipeError, RunError
 from qmedtune.merging.disk_llama import DiskLlama, open_llama
 from qmedtune.merging.lora_files import LowRank, Updates, read_adapters
 from qmedtune.merging.parallel import in_fp32, in_order, workers
+from qmedtune.merging.proof import PROBE_TOKENS, Proof, Reference, check_readings
 from qmedtune.merging.reference import ReadModel, read_base, read_updates
 from qmedtune.merging.rounding import Rounding
 from qmedtune.merging.tensors import row_blocks, write_safetensors
-from qmedtune.merging.verify import PROBE_TOKENS, Proof, Reference, check_readings
 from qmedtune.model import DTYPES
-from qmedtune.model_stack import EMBEDDING, HEAD, INDEX
+from qmedtune.model_stack import EMBEDDING, HEAD, INDEX, adapters_in
 from qmedtune.recipe import MergeSection, ModelSection, Recipe
-from qmedtune.steps import adapters_in
 
 # Written by the merge itself, or meaningless for a merged model; everything else that describes a model is copied.
 COPIED = (
@@ -310,16 +310,6 @@ def _copy_descriptions(base: Path, out: Path, template: Path | None) -> None:
             shutil.copyfile(path, out / path.name)
     if template is not None:
         write_template(out, template)
-
-
-def write_template(out: Path, template: Path) -> None:
-    """The template of training becomes the tokenizer's only chat template, and stays readable as template.json."""
-    from qmedtune.data.packing import framing, templates
-
-    trained = templates.load(template)
-    templates.save(trained, out)
-    if (out / "tokenizer.json").is_file():
-        framing.publish(framing.frame_in(trained, out), out)
 
 
 def validation_ids(folder: Path) -> np.ndarray | None:

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from qmedtune.errors import RecipeError
+from qmedtune.llama_shape import facts_from_config
 from qmedtune.model_stack import parameters, read_adapter, read_model
-from qmedtune.planning.shapes import facts_from_config
 from qmedtune.recipe import AdapterSection, ModelSection
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def load_base(
     """
     from transformers import AutoModelForCausalLM
 
-    import qmedtune.training.attention  # noqa: F401 - registers `varlen` with transformers
+    import qmedtune.modeling.attention  # noqa: F401 - registers `varlen` with transformers
 
     stored = read_model(folder).quantised
     dtype = DTYPES[section.compute_dtype]
@@ -161,7 +161,7 @@ def from_scratch(folder: Path, section: ModelSection, *, attention: str = SCORIN
     master weights, everything trainable."""
     from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-    import qmedtune.training.attention  # noqa: F401 - registers `varlen` with transformers
+    import qmedtune.modeling.attention  # noqa: F401 - registers `varlen` with transformers
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if (shape := section.shape) is not None:
@@ -176,7 +176,7 @@ def from_scratch(folder: Path, section: ModelSection, *, attention: str = SCORIN
 
 def install_kernels(model: PeftModel, mode: str) -> dict[str, Any]:
     """Let qmedtune's own operations run the linears, LoRA and norms; says which path each takes and why."""
-    from qmedtune.training import fused
+    from qmedtune.modeling import fused
 
     return fused.install(model, mode)
 
@@ -186,7 +186,7 @@ def dequantize_linears(model: Any, dtype: torch.dtype) -> int:
     from bitsandbytes.nn import Linear4bit
     from qmedtune_kernels import nf4
 
-    from qmedtune.training.fused import nf4_weight
+    from qmedtune.modeling.fused import nf4_weight
 
     found: list[tuple[str, Any]] = [(name, m) for name, m in model.named_modules() if isinstance(m, Linear4bit)]
     for name, module in found:

@@ -3,12 +3,11 @@
 `plan`, `run`, `merge`, `predict`, `chat` and `eval` all ask here first, so that what one of them refuses the others do
 not load. A folder passes when transformers and PEFT would read from it what its configuration says, each tensor once
 and in a floating-point type: they themselves fill what is missing with random numbers and skip what they do not know.
-Deliberately not here: links and code in folders (hub.py), which base an adapter was trained on (base.py).
+Deliberately not here: links and code in folders (model_files.py), which base an adapter was trained on (base.py).
 """
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,11 +18,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from safetensors import SafetensorError, safe_open
 
 from qmedtune.errors import RecipeError
+from qmedtune.llama_shape import BaseFacts, facts_from_config
+from qmedtune.model_files import check_folder, read_json, refuse
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-    from qmedtune.planning.shapes import BaseFacts
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_CONFIG, ADAPTER_TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -31,7 +31,6 @@ PREFIX = "base_model.model."
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 ENDS = (EMBEDDING, HEAD)
 FLOATS = ("F32", "F16", "BF16")
-MAX_JSON_BYTES = 64 << 20  # an index of 1,000 shards has 10 MB
 MAX_LAYERS = 1000  # the deepest LLaMA has 126
 # Buffers of old checkpoints that transformers computes itself and skips.
 SPARE = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
@@ -50,6 +49,22 @@ HARMLESS = frozenset({
 PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")
 CAUSAL = "CAUSAL_LM"
 FITS = "use it with the base that it was trained on"
+
+
+@dataclass(frozen=True)
+class ModelStack:
+    """A model as it lies on the disk: a base, the adapters that are applied to it in this order, and the folder with
+    template.json that it was trained to speak with, if there is one."""
+
+    base: Path
+    adapters: tuple[Path, ...] = ()
+    template: Path | None = None
+
+
+def adapters_in(inputs: Mapping[str, Path]) -> list[Path]:
+    """The adapters among a step's inputs, in the order of training."""
+    count = sum(name.startswith("adapter-") for name in inputs)
+    return [inputs[f"adapter-{number}"] for number in range(1, count + 1)]
 
 
 @dataclass(frozen=True)
@@ -98,31 +113,7 @@ class AdapterFolder:
     copies: Mapping[str, str]
 
 
-def refuse(place: Path, what: str, then: str = "fetch or copy the folder again") -> NoReturn:
-    raise RecipeError(f"{place}: {what}\n{then}")
-
-
 # ---- files -----------------------------------------------------------------------------------------------------------
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """An object. RecipeError for anything else, however deep or long."""
-    value = json_value(path)
-    if not isinstance(value, dict):
-        refuse(path, f"holds a {type(value).__name__}, not an object with keys")
-    return value
-
-
-def json_value(path: Path) -> Any:
-    """Whatever a JSON file holds. RecipeError where it is none, or too long or deep for a configuration."""
-    if not path.is_file():
-        refuse(path, "no such file", "give a folder as transformers or PEFT writes it")
-    if path.stat().st_size > MAX_JSON_BYTES:
-        refuse(path, f"has {path.stat().st_size:,} bytes, which no configuration has")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise RecipeError(f"{path}: not JSON ({type(error).__name__})\nfetch or copy the folder again") from error
 
 
 def headers(path: Path) -> dict[str, Stored]:
@@ -183,9 +174,6 @@ def _shards(folder: Path, index: Path) -> dict[str, Stored]:
 
 def read_model(folder: Path) -> ModelFolder:
     """Read and judge a model folder. RecipeError for what is no whole LLaMA."""
-    from qmedtune.hub import check_folder
-    from qmedtune.planning.shapes import facts_from_config
-
     if (folder / ADAPTER_CONFIG).is_file():  # transformers would go on with the base that this file names
         refuse(folder, "holds an adapter, not a model", f"merge it: qmedtune merge {folder}")
     check_folder(folder)
@@ -292,7 +280,6 @@ def read_adapter(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> Adapter
 
     Raises RecipeError naming the file, setting, tensor or module that does not fit.
     """
-    from qmedtune.hub import check_folder
 
     if not (folder / ADAPTER_CONFIG).is_file() and (folder / "config.json").is_file():
         refuse(folder, "holds a whole model, not an adapter", "give the folder with adapter_config.json")

@@ -6,6 +6,7 @@ Deliberately not here: GPU memory, which torch counts itself.
 
 from __future__ import annotations
 
+import os
 import resource
 from contextlib import suppress
 from pathlib import Path
@@ -26,3 +27,13 @@ def resident_bytes() -> int:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def host_memory_bytes() -> int:
+    """RAM that this process may use: the machine's, or its control group's limit."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        limit = Path(path).read_text().strip() if Path(path).is_file() else "max"
+        if limit.isdigit():
+            total = min(total, int(limit))
+    return total

@@ -2,7 +2,7 @@
 
 Loads no weights and no torch, reads a few records per source, answers in under 3 s. Everything that is predicted or
 sampled is marked; what is sealed is told exactly. A card or data that are not on this machine are planned for all the
-same, and said to be absent. Deliberately not here: drawing (plan_view.py).
+same, and said to be absent. Deliberately not here: drawing (planning/view.py).
 """
 
 from __future__ import annotations
@@ -12,17 +12,18 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from qmedtune import base, fetch, gguf_folder, preflight, store, units
+from qmedtune import base, fetch, gguf_folder, preflight, step_status, store, units
+from qmedtune.batches import batch_rows, steps_in, too_few_steps
 from qmedtune.errors import DataError, DoesNotFit, QmedtuneError
+from qmedtune.llama_shape import BaseFacts
 from qmedtune.planning import fit, memory, room, rows, speed
-from qmedtune.planning.batches import batch_rows, steps_in, too_few_steps
 from qmedtune.planning.estimate import Estimate, Measured, count_with, estimate_source
 from qmedtune.planning.machine import CARDS_GIB, GIB, Machine, card_of, this_machine
 from qmedtune.planning.memory import Setup
 from qmedtune.planning.resolve import refuse_half_on_cpu, resolve
 from qmedtune.planning.rows import Tokens
 from qmedtune.planning.sample import Sample, sample_source
-from qmedtune.planning.shapes import BaseFacts, base_facts
+from qmedtune.planning.shapes import base_facts
 from qmedtune.recipe import Recipe
 
 __all__ = ["BaseFacts", "base_facts", "make_plan", "resolve"]
@@ -271,10 +272,8 @@ def _status(
         return todo, []
     if size > HASHED_BYTES and not (run_dir and (run_dir / ".hashes.json").is_file()):
         return todo, [f"{units.size(size)} of data were never hashed here: every step is taken as to do"]
-    from qmedtune.planning import status
-
     try:
-        return status.status(recipe, run_dir or Path("runs") / recipe.name), []
+        return step_status.status(recipe, run_dir or Path("runs") / recipe.name), []
     except QmedtuneError as error:
         return todo, [str(error).splitlines()[0]]
 

@@ -29,7 +29,7 @@ from qmedtune.evaluation.generation import generate
 from qmedtune.evaluation.open_model import OpenModel, Quantization, fingerprint, locate, open_model
 from qmedtune.evaluation.scoring import BATCH_TOKENS, fit, max_positions, prompt_texts
 from qmedtune.interrupt import stop
-from qmedtune.model_stack import read_json
+from qmedtune.model_files import read_json
 from qmedtune.recipe import SourceSection
 from qmedtune.record import code_versions
 from qmedtune.tasks.items import Fields, field_names, item_id

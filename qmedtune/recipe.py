@@ -65,6 +65,10 @@ class AdapterSection(Section):
     train_embeddings: bool | Auto = "auto"
 
 
+# Keys of a source that packing reads, and reading does not.
+PACKED_AS = {"template", "chunking", "overlap", "max_tokens"}
+
+
 class SourceSection(Section):
     """One named corpus. `path` takes files, folders, globs, `builtin:...` and `${VARIABLE}`s."""
 

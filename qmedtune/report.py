@@ -15,9 +15,9 @@ import yaml
 from qmedtune import disk
 from qmedtune.reporting import duels, live, score_tables, tables
 from qmedtune.reporting import page as report_html
+from qmedtune.reporting.blocks import DISCLAIMER
 from qmedtune.reporting.cells import Table
-from qmedtune.reporting.facts import Metrics, base_name, outcome, precision_words, wholes
-from qmedtune.reporting.page import DISCLAIMER
+from qmedtune.reporting.facts import Metrics, base_name, outcome, precision_words, warnings_of, wholes
 from qmedtune.results import Run, Score
 
 STAGE_WORDS = {
@@ -78,7 +78,7 @@ def _markdown_parts(run: Run, metrics: Metrics) -> Iterator[str]:
     yield _section(tables.findings(run))
     yield _section(tables.merge(run))
     yield _section(tables.steps(run))
-    yield "## Warnings\n\n" + _listed(run.warnings)
+    yield "## Warnings\n\n" + _listed(warnings_of(run))
     yield _section_if_any(tables.choices(run))
     yield _section(tables.provenance(run))
     if run.recipe_text:

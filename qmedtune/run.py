@@ -13,13 +13,12 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
-from qmedtune import base, claims, heartbeat, hub, keys, peak, plan, preflight, record, store, ui
+from qmedtune import base, claims, heartbeat, hub, keys, peak, preflight, record, store, ui
 from qmedtune.data.hygiene import secret
 from qmedtune.data.hygiene.per_record import phi_mode
 from qmedtune.disk import owner_only
@@ -27,12 +26,12 @@ from qmedtune.errors import MergeRefused, QmedtuneError, RecipeError, RunError
 from qmedtune.interrupt import Stopped, stop
 from qmedtune.planning import room
 from qmedtune.planning.machine import this_machine
-from qmedtune.planning.resolve import refuse_half_on_cpu
+from qmedtune.planning.resolve import refuse_half_on_cpu, resolve
 from qmedtune.planning.shapes import base_facts
 from qmedtune.recipe import Recipe
 from qmedtune.results import Run
 from qmedtune.smoke import smoke as smoked
-from qmedtune.steps import Step, steps_of
+from qmedtune.steps import Step, inputs_of, key_of, steps_of, upstream_of
 
 
 def run(
@@ -53,7 +52,7 @@ def run(
     """
     claims.check(out)
     asked = smoked(recipe) if smoke else recipe
-    resolved, choices = plan.resolve(asked)
+    resolved, choices = resolve(asked)
     claims.check_inputs(resolved, out)
     redacts = any(phi_mode(resolved, name) == "redact" for name in resolved.used_sources())
     if redacts:
@@ -61,7 +60,7 @@ def run(
     hashes = store.HashCache(out / ".hashes.json")
     steps = steps_of(resolved, asked, hashes)
     chosen = _chosen(steps, until)
-    source = source_of(resolved, offline)
+    source = base.of_recipe(resolved, offline=offline)
     sealed = _sealed(steps, source.digest, out)
     if len(sealed) == len(steps) and (finished := _finished(recipe_text, out)):
         return finished
@@ -158,12 +157,6 @@ def _check_start(recipe: Recipe, source: base.Base, to_do: Sequence[Step], offli
         preflight.check_start(recipe, source.make(), scored=scored)
 
 
-def source_of(recipe: Recipe, offline: bool) -> base.Base:
-    shape_only = recipe.stages[0].kind == "pretrain"
-    found = base.identify(recipe.model, offline=offline, shape_only=shape_only)
-    return replace(found, make=cache(found.make))  # it hashes what it gives, and every other step asks for it
-
-
 def _do(
     step: Step,
     recipe: Recipe,
@@ -210,29 +203,6 @@ def _told(what: str, out: Path) -> Iterator[None]:
         raise RunError(
             f"{what}: {said}\nwhat is sealed stays; free space or fix the permission, then give the same command again"
         ) from error
-
-
-def key_of(step: Step, model_digest: str, done: dict[str, store.Seal]) -> str:
-    """What the step's folder depends on, as one hash."""
-    digests = inputs_of(step, model_digest, done)
-    return store.sha256_json({"step": step.name, "section": step.section, "inputs": digests, "code": keys.CODE})
-
-
-def inputs_of(step: Step, model_digest: str, done: dict[str, store.Seal]) -> dict[str, str]:
-    """The digest of everything that the step reads."""
-    owners = {name: owner_of(path) for name, path in step.needs.items()}
-    return {name: model_digest if owner == "base" else done[owner].digest for name, owner in owners.items()}
-
-
-def owner_of(path: str) -> str:
-    """`01-cpt/adapter` is made by the step `01-cpt`, `data/notes` by `data/notes`."""
-    parts = path.split("/")
-    return "/".join(parts[:2]) if parts[0] == "data" else parts[0]
-
-
-def upstream_of(step: Step) -> set[str]:
-    """The steps whose folders it reads."""
-    return {owner_of(path) for path in step.needs.values()} - {"base"}
 
 
 def _inputs(step: Step, model: base.Base, out: Path) -> dict[str, Path]:

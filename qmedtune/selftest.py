@@ -17,8 +17,8 @@ from torch import Tensor
 
 from qmedtune import model as models
 from qmedtune.errors import RunError
+from qmedtune.modeling.loss import token_nll
 from qmedtune.recipe import AdapterSection, MergeSection, ModelSection
-from qmedtune.training.loss import token_nll
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 512, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -110,7 +110,7 @@ def _decode(bench: Bench) -> float:
     from bitsandbytes.nn import Linear4bit
     from qmedtune_kernels import nf4
 
-    from qmedtune.training.fused import nf4_weight
+    from qmedtune.modeling.fused import nf4_weight
 
     # Widths that are multiples of 64: on others bitsandbytes 0.50.2's CPU kernel takes wrong scales itself.
     linear: Any = Linear4bit(384, 128, bias=False, quant_type="nf4", compress_statistics=True).to(models.device())

@@ -9,13 +9,14 @@ here: a step brings what it needs. Deliberately absent: running, sealing, resumi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from qmedtune import keys, store
-from qmedtune.recipe import Recipe, StageSection
+from qmedtune.lineage import StackInRun, final_model, lineage_of
+from qmedtune.recipe import Recipe
 from qmedtune.training.shared_base import SharedBase
 
 WITHOUT_BASE = ("fold", "merge", "audit", "evaluation", "against")
@@ -41,41 +42,46 @@ def steps_of(recipe: Recipe, asked: Recipe, hashes: store.HashCache) -> list[Ste
     steps = [_source_step(recipe, name, hashes) for name in sources]
     steps += _validation_step(recipe) + _planting_step(recipe)
     steps += [_tokens_step(recipe, index) for index in range(len(recipe.stages))]
-    start, adapters, template, shared = "base", [], None, SharedBase()
-    trained: dict[str, tuple[str, list[str]]] = {}
-    for index, name in enumerate(recipe.stage_names()):
-        stage = recipe.stages[index]
-        if folds(stage, adapters):
-            steps.append(_fold_step(recipe, f"{name}-base", start, adapters))
-            start, adapters = f"{name}-base", []
-        steps.append(_training_step(recipe, asked, index, start, adapters, shared))
-        start, adapters = after(stage, name, start, adapters)
-        trained |= {name: (start, adapters)} if stage.kind != "classify" else {}
-        template = name if stage.kind == "sft" else template
+    shared = SharedBase()
+    trained: dict[str, StackInRun] = {}
+    for index, stage in enumerate(lineage_of(recipe)):
+        if stage.folds_into is not None:
+            steps.append(_fold_step(recipe, stage.folds_into, stage.before))
+        steps.append(_training_step(recipe, asked, index, stage.start, shared))
+        if recipe.stages[index].kind != "classify":
+            trained[stage.name] = stage.after
+    final = final_model(recipe)
     steps += _audit_steps(recipe, trained)
-    if adapters:
-        steps.append(_merge_step(recipe, start, adapters, template))
+    if final.adapters:
+        steps.append(_merge_step(recipe, final))
     if recipe.evaluate.tasks or recipe.evaluate.perplexity:
-        steps.append(_evaluation_step(recipe, start, adapters, template, hashes))
+        steps.append(_evaluation_step(recipe, final, hashes))
     if recipe.evaluate.against:
-        steps.append(_against_step(recipe, start, adapters, template, hashes))
+        steps.append(_against_step(recipe, final, hashes))
     return [_without_base(step, shared) if step.kind in WITHOUT_BASE else step for step in steps]
 
 
-def folds(stage: StageSection, adapters: list[str]) -> bool:
-    """Whether the earlier adapters are folded into a 16-bit base, named `<stage>-base`, before this stage."""
-    return stage.section.adapter in ("merge_then_new", "none") and bool(adapters)
+def key_of(step: Step, model_digest: str, done: dict[str, store.Seal]) -> str:
+    """What the step's folder depends on, as one hash."""
+    digests = inputs_of(step, model_digest, done)
+    return store.sha256_json({"step": step.name, "section": step.section, "inputs": digests, "code": keys.CODE})
 
 
-def after(stage: StageSection, name: str, start: str, adapters: list[str]) -> tuple[str, list[str]]:
-    """The base and the adapters, in order, that make up the model after this stage, as `step/subfolder`. A classify
-    stage is a branch: what follows goes on from before it."""
-    if stage.kind == "classify":
-        return start, adapters
-    if stage.full:
-        return f"{name}/model", []
-    kept = adapters[:-1] if stage.section.adapter == "continue" else adapters
-    return start, [*kept, f"{name}/adapter"]
+def inputs_of(step: Step, model_digest: str, done: dict[str, store.Seal]) -> dict[str, str]:
+    """The digest of everything that the step reads."""
+    owners = {name: owner_of(path) for name, path in step.needs.items()}
+    return {name: model_digest if owner == "base" else done[owner].digest for name, owner in owners.items()}
+
+
+def owner_of(path: str) -> str:
+    """`01-cpt/adapter` is made by the step `01-cpt`, `data/notes` by `data/notes`."""
+    parts = path.split("/")
+    return "/".join(parts[:2]) if parts[0] == "data" else parts[0]
+
+
+def upstream_of(step: Step) -> set[str]:
+    """The steps whose folders it reads."""
+    return {owner_of(path) for path in step.needs.values()} - {"base"}
 
 
 def _without_base(step: Step, shared: SharedBase) -> Step:
@@ -125,7 +131,7 @@ def _planting_step(recipe: Recipe) -> list[Step]:
     return [Step("data/planted", "data", keys.audit_section(recipe), needs, work)]
 
 
-def _audit_steps(recipe: Recipe, trained: dict[str, tuple[str, list[str]]]) -> list[Step]:
+def _audit_steps(recipe: Recipe, trained: dict[str, StackInRun]) -> list[Step]:
     """What the canaries give away after each stage, and, where there are limits, whether that is too much."""
 
     def measure(recipe: Recipe, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
@@ -141,9 +147,9 @@ def _audit_steps(recipe: Recipe, trained: dict[str, tuple[str, list[str]]]) -> l
     if recipe.audit is None:
         return []
     needs = {"planted": "data/planted"}
-    for name, (start, adapters) in trained.items():
-        needs |= {name: name, f"{name}:base": start}
-        needs |= {f"{name}:{number}": path for number, path in enumerate(adapters, start=1)}
+    for name, model in trained.items():
+        needs |= {name: name, f"{name}:base": model.base}
+        needs |= {f"{name}:{number}": path for number, path in enumerate(model.adapters, start=1)}
     steps = [Step("audit", "audit", keys.audit_section(recipe), needs, measure, resumes=True)]
     limits = recipe.audit.model_dump(mode="json", include={"max_exposure", "max_extracted"}, exclude_none=True)
     return steps + ([Step("audit-limits", "audit", limits, {"audit": "audit"}, judge)] if limits else [])
@@ -165,82 +171,76 @@ def _tokens_step(recipe: Recipe, index: int) -> Step:
     return Step(f"data/{recipe.stage_names()[index]}", "data", section, needs, work, resumes=True)
 
 
-def _training_step(
-    recipe: Recipe, asked: Recipe, index: int, start: str, adapters: list[str], shared: SharedBase
-) -> Step:
+def _training_step(recipe: Recipe, asked: Recipe, index: int, start: StackInRun, shared: SharedBase) -> Step:
     def work(recipe: Recipe, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
         from qmedtune.train import train_stage
 
         return train_stage(recipe, index, inputs, out, shared)
 
     name = recipe.stage_names()[index]
-    needs = {"base": start, "tokens": f"data/{name}", **_numbered(adapters)}
+    needs = {"base": start.base, "tokens": f"data/{name}", **_numbered(start.adapters)}
     if recipe.validation.on and not recipe.stages[index].classify:
         needs["validation"] = "data/validation"
     section = keys.training_section(recipe, asked, index)
     return Step(name, recipe.stages[index].kind, section, needs, work, resumes=True)
 
 
-def _fold_step(recipe: Recipe, name: str, start: str, adapters: list[str]) -> Step:
+def _fold_step(recipe: Recipe, name: str, model: StackInRun) -> Step:
     def work(recipe: Recipe, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
         from qmedtune.merge import merge_stage
 
         return merge_stage(recipe, inputs, out)
 
-    return Step(name, "fold", keys.merge_section(recipe), {"base": start, **_numbered(adapters)}, work)
+    return Step(name, "fold", keys.merge_section(recipe), {"base": model.base, **_numbered(model.adapters)}, work)
 
 
-def _merge_step(recipe: Recipe, start: str, adapters: list[str], template: str | None) -> Step:
-    step = _fold_step(recipe, "merged", start, adapters)
-    needs = {**step.needs, **({"template": template} if template else {})}
+def _merge_step(recipe: Recipe, model: StackInRun) -> Step:
+    step = _fold_step(recipe, "merged", model)
+    needs = dict(step.needs)
+    if model.template:
+        needs["template"] = model.template
     if recipe.evaluate.perplexity or recipe.validation.on:
         needs["validation"] = "data/validation"
     return Step("merged", "merge", step.section, needs, step.work)
 
 
-def _evaluation_step(
-    recipe: Recipe, start: str, adapters: list[str], template: str | None, hashes: store.HashCache
-) -> Step:
+def _evaluation_step(recipe: Recipe, model: StackInRun, hashes: store.HashCache) -> Step:
     def work(recipe: Recipe, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
         from qmedtune.evaluate import evaluate_stage
 
         return evaluate_stage(recipe, inputs, out)
 
-    needs = _compared(recipe, start, adapters, template)
-    needs |= {"validation": "data/validation"} if recipe.evaluate.perplexity else {}
+    needs = _compared(recipe, model)
+    if recipe.evaluate.perplexity:
+        needs["validation"] = "data/validation"
     if recipe.hygiene.contaminated == "split":
         needs |= {f"data-{name}": f"data/{name}" for name in recipe.used_sources()}
     return Step("evaluation", "evaluation", keys.evaluation_section(recipe, hashes), needs, work, resumes=True)
 
 
-def _against_step(
-    recipe: Recipe, start: str, adapters: list[str], template: str | None, hashes: store.HashCache
-) -> Step:
+def _against_step(recipe: Recipe, model: StackInRun, hashes: store.HashCache) -> Step:
     def work(recipe: Recipe, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
         from qmedtune.against import against_stage
 
         return against_stage(recipe, inputs, out)
 
-    needs = _compared(recipe, start, adapters, template)
+    needs = _compared(recipe, model)
     return Step("against", "against", keys.against_section(recipe, hashes), needs, work, resumes=True)
 
 
-def _compared(recipe: Recipe, start: str, adapters: list[str], template: str | None) -> dict[str, str]:
+def _compared(recipe: Recipe, model: StackInRun) -> dict[str, str]:
     """What base and result of the run are made of."""
     origin = f"{recipe.stage_names()[0]}/model" if recipe.stages[0].kind == "pretrain" else "base"
-    needs = {"base": start, "merged": "merged" if adapters else start, **_numbered(adapters)}
-    if start == origin and not adapters:  # from scratch, and nothing after it: compared is what it began as
+    merged = "merged" if model.adapters else model.base
+    needs = {"base": model.base, "merged": merged, **_numbered(model.adapters)}
+    if model.base == origin and not model.adapters:  # from scratch, and nothing after it: compared is what it began as
         needs["untrained"] = "base"
-    elif start != origin:  # a folded base has learnt already: compared is the first
+    elif model.base != origin:  # a folded base has learnt already: compared is the first
         needs["origin"] = origin
-    return needs | ({"template": template} if template else {})
+    if model.template:
+        needs["template"] = model.template
+    return needs
 
 
-def _numbered(adapters: list[str]) -> dict[str, str]:
+def _numbered(adapters: Sequence[str]) -> dict[str, str]:
     return {f"adapter-{number}": path for number, path in enumerate(adapters, start=1)}
-
-
-def adapters_in(inputs: dict[str, Path]) -> list[Path]:
-    """Back from `_numbered`: the adapters among a step's inputs, in the order of training."""
-    count = sum(name.startswith("adapter-") for name in inputs)
-    return [inputs[f"adapter-{number}"] for number in range(1, count + 1)]

@@ -24,25 +24,27 @@ from transformers.utils import logging as transformers_logging
 from qmedtune import model as models
 from qmedtune import peak, store, ui
 from qmedtune.base import name_of_base, note_base
+from qmedtune.batches import batch_rows, steps_in, too_few_steps
 from qmedtune.data.packing import templates
 from qmedtune.data.packing.classes import LabelledRows
+from qmedtune.data.packing.framing import write_template
 from qmedtune.data.packing.pack import PackedRows
 from qmedtune.errors import RunError
 from qmedtune.interrupt import stop
-from qmedtune.planning.batches import batch_rows, steps_in, too_few_steps
+from qmedtune.model_stack import adapters_in
+from qmedtune.modeling import activations
+from qmedtune.modeling.loss import rows_nll
 from qmedtune.planning.fit import numerics_of, setup_of
 from qmedtune.planning.machine import this_machine
 from qmedtune.planning.memory import peak_bytes
 from qmedtune.planning.shapes import base_facts
 from qmedtune.recipe import Recipe
-from qmedtune.steps import adapters_in
-from qmedtune.training import activations, checkpoints
+from qmedtune.training import checkpoints
 from qmedtune.training.card import check_card
 from qmedtune.training.checkpoints import BEST, METRICS
 from qmedtune.training.classify import attach_head, document_nll, score
 from qmedtune.training.confirm import confirm
-from qmedtune.training.loss import rows_nll
-from qmedtune.training.machine import as_begun, out_of_memory
+from qmedtune.training.resume import as_begun, out_of_memory
 from qmedtune.training.shared_base import SharedBase
 from qmedtune.training.trainer import QTrainer, number, trainer_arguments
 
@@ -202,9 +204,7 @@ def _finish(model: Any, tokenizer: Any, full: bool, base_name: str, out: Path) -
         model.to(torch.bfloat16).save_pretrained(str(out / "model"))
         tokenizer.save_pretrained(str(out / "model"))
         if (out / templates.FILE).is_file():
-            from qmedtune import merge
-
-            merge.write_template(out / "model", out)
+            write_template(out / "model", out)
     else:
         models.save_adapter(model, out / "adapter", base_name)
 

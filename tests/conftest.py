@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from qmedtune.process import prepare
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as qmedtune sets it; tests may load torch first
+prepare()  # as the command line does, before a test loads torch
 ROOT = Path(__file__).parent.parent
 MICRO = ROOT / "recipes" / "micro.yaml"
 

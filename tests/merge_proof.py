@@ -32,10 +32,10 @@ from qmedtune.merge import MergeJob, merge
 from qmedtune.merging.disk_llama import DiskLlama, open_llama
 from qmedtune.merging.lora_files import LowRank, Updates, read_adapters
 from qmedtune.merging.parallel import workers
+from qmedtune.merging.proof import Proof, Reference, check_readings
 from qmedtune.merging.reference import read_base, read_updates
 from qmedtune.merging.rounding import Rounding
 from qmedtune.merging.tensors import open_weights
-from qmedtune.merging.verify import Proof, Reference, check_readings
 from qmedtune.model import DTYPES
 from qmedtune.model_stack import INDEX, SINGLE
 from qmedtune.recipe import MergeSection, ModelSection

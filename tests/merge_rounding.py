@@ -26,12 +26,12 @@ import torch
 from merge_proof import scaled_copy, write_page
 from torch import Tensor
 
-from qmedtune.commands.merge import Found, adapters_of_run
 from qmedtune.data.packing import templates
 from qmedtune.data.packing.pack import PackedRows
 from qmedtune.evaluate import write_results
 from qmedtune.evaluation.measure import Settings, measure_model
 from qmedtune.merge import MergeJob, merge
+from qmedtune.merge_folder import Found, adapters_of_run
 from qmedtune.model import load_tokenizer
 from qmedtune.recipe import MergeSection, Recipe, TaskSection
 from qmedtune.tasks import load_task, world_of
@@ -113,14 +113,14 @@ def measure(job: Measurement, scratch: Path) -> Iterator[Row]:
     shortest = min(len(rows[0]) for rows in texts.values())
     probe = np.stack([rows[0][: min(shortest, PROBE_TOKENS)].numpy() for rows in texts.values()])
     model = found.model.model_copy(update={"quantization": "none"})  # the shift from NF4 is another question
-    yield Row("", "base", nll_of(found.base, texts), scores(found.base))
+    yield Row("", "base", nll_of(found.stack.base, texts), scores(found.stack.base))
     for factor in job.factors:
         name = "as trained" if factor == 1 else f"x {factor:g}"
-        adapters = [scaled_copy(path, scratch / f"{factor}-{n}", factor) for n, path in enumerate(found.adapters)]
+        adapters = [scaled_copy(path, scratch / f"{factor}-{n}", factor) for n, path in enumerate(found.stack.adapters)]
         for form, (section, seed) in job.forms.items():
             out = scratch / "merged"
             out.mkdir()
-            merging = MergeJob(found.base, adapters, section, model, seed, probe, found.template)
+            merging = MergeJob(found.stack.base, adapters, section, model, seed, probe, found.stack.template)
             told = merge(merging, out)
             told |= scores(out)
             row = Row(name, form, nll_of(out, texts), told)
@@ -134,7 +134,8 @@ def _scores(folder: Path, found: Found, world: str, scratch: Path) -> dict[str, 
     from transformers import AutoModelForCausalLM
 
     task = load_task(TaskSection(task="facts"), found.seed, world)
-    template = templates.load(found.template) if found.template else templates.default(None, found.base)
+    stack = found.stack
+    template = templates.load(stack.template) if stack.template else templates.default(None, stack.base)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     parts = scratch / "scores"
     settings = Settings(template, generate=False, batch_tokens=4096)

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qmedtune.errors import RecipeError
+from qmedtune.modeling import attention, cpu_attention
+from qmedtune.modeling.loss import token_nll
 from qmedtune.planning.numerics import check_attention
-from qmedtune.training import attention, cpu_attention
-from qmedtune.training.loss import token_nll
 
 CONFIG = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -13,7 +13,8 @@ from conftest import MICRO, MicroRun
 
 from qmedtune import audit, plan, store
 from qmedtune import model as models
-from qmedtune.data.packing.tokens import encode_conversations, encode_texts, load_codec
+from qmedtune.data.packing.conversations import encode_conversations
+from qmedtune.data.packing.tokens import encode_texts, load_codec
 from qmedtune.data.synthetic import canaries
 from qmedtune.errors import RecipeError, RunError
 from qmedtune.evaluation.scoring import encode_choice

@@ -116,7 +116,7 @@ def test_adapters_are_named_alike_by_everybody():
 
 def test_what_is_left_out_takes_its_reference():
     """The functions exist under these names where fused.py calls them, and each has a `path`."""
-    from qmedtune.training import fused
+    from qmedtune.modeling import fused
 
     for names in train_worker.ABLATED.values():
         for dotted in names:

@@ -382,12 +382,7 @@ def test_values_that_are_no_numbers_are_refused(cache, tmp_path):
 
 
 def test_too_little_memory_is_said_before(cache, tmp_path, monkeypatch):
-    from dataclasses import replace
-
-    from qmedtune.planning import machine
-
-    here = machine.this_machine()
-    monkeypatch.setattr(machine, "this_machine", lambda: replace(here, host_bytes=1000))
+    monkeypatch.setattr(gguf_folder, "host_memory_bytes", lambda: 1000)
     path = write(tmp_path / "x.gguf", tensors_of(small_model(len(WORDS))), TOKENIZER)
     with pytest.raises(DoesNotFit, match="unpacking takes"):
         folder_of(path)

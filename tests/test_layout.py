@@ -9,7 +9,9 @@ import sys
 import tomllib
 from pathlib import Path
 
+import house
 import pytest
+from importlinter.cli import lint_imports
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted((ROOT / "qmedtune").rglob("*.py")) + sorted((ROOT / "kernels" / "torch-ext").rglob("*.py"))
@@ -73,6 +75,55 @@ def test_light_modules_import_nothing_heavy():
     code += f"print([name for name in {HEAVY!r} if name in sys.modules])"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert answer.stdout.strip() == "[]"
+
+
+def test_floors_hold_and_nothing_imports_in_a_circle():
+    """By our own count, lazy imports included, and by the contract in pyproject.toml."""
+    graph = house.graph_of(house.modules_of())
+    assert house.circles(graph) == []
+    assert house.upward(graph) == []
+    assert house.without_floor(graph) == []
+    assert lint_imports(config_filename=str(ROOT / "pyproject.toml"), no_cache=True) == 0
+
+
+def test_circles_and_climbing_imports_are_found(tmp_path):
+    package = tmp_path / "qmedtune"
+    (package / "data").mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "data" / "__init__.py").write_text("def late():\n    from qmedtune import run\n")
+    (package / "run.py").write_text("from qmedtune.data import late\n")
+    (package / "ui.py").write_text("import typing\nif typing.TYPE_CHECKING:\n    import qmedtune.run\n")
+    (package / "unplaced.py").write_text("rows = [[y for y in x] for x in ()]\n")
+    modules = house.modules_of(package)
+    graph = house.graph_of(modules)
+    assert house.circles(graph) == [["qmedtune.data", "qmedtune.run"]]
+    assert house.upward(graph) == ["qmedtune.data:2 imports qmedtune.run"]
+    assert house.without_floor(graph) == ["qmedtune.unplaced"]
+    assert house.density_of(modules).nested == 1
+
+
+def test_text_is_no_denser_than_allowed(capsys):
+    assert house.problems() == []
+
+
+# Files of other projects that the text names.
+FOREIGN = {"vital_measure.py", "convert_hf_to_gguf.py", "preprocess_instruct.py", "evaluation/evaluate.py"}
+
+
+@pytest.mark.parametrize("place", ["qmedtune", "docs", "README.md", "CONTRIBUTING.md", "SECURITY.md"])
+def test_source_files_named_in_prose_exist(place):
+    known = set()
+    for folder in ("qmedtune", "kernels", "tests", "examples"):
+        known |= {f"/{relative(path)}" for path in (ROOT / folder).rglob("*.py")}
+    texts = [path for path in (ROOT / place).rglob("*") if path.suffix in (".py", ".md")] or [ROOT / place]
+    lost = []
+    for path in texts:
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            for named in re.findall(r"(?<![\w*./-])[\w./-]*\w\.py\b", line):
+                there = any(other.endswith(f"/{named}") for other in known)
+                if not there and named not in FOREIGN and named.rpartition("/")[2] not in FOREIGN:
+                    lost.append(f"{relative(path)}:{number} {named}")
+    assert lost == []
 
 
 def test_every_package_is_packed():

@@ -10,10 +10,10 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qmedtune import model as models
+from qmedtune.llama_shape import facts_from_config
+from qmedtune.modeling import activations, attention, fused
 from qmedtune.planning import memory
-from qmedtune.planning.shapes import facts_from_config
 from qmedtune.recipe import AdapterSection
-from qmedtune.training import activations, attention, fused
 
 SHAPE = {
     "hidden_size": 512, "intermediate_size": 1792, "num_attention_heads": 8, "num_key_value_heads": 2,

@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 
 from qmedtune.errors import DoesNotFit
+from qmedtune.llama_shape import facts_from_config
 from qmedtune.planning import memory
-from qmedtune.planning.activations import choose_activation_plan, slowdown
+from qmedtune.planning.layers import choose_activation_plan, slowdown
 from qmedtune.planning.machine import GIB, card_of
 from qmedtune.planning.memory import (
     RUN_BYTES,
@@ -28,7 +29,7 @@ from qmedtune.planning.memory import (
     step_memory,
     weight_bytes,
 )
-from qmedtune.planning.shapes import base_facts, facts_from_config
+from qmedtune.planning.shapes import base_facts
 from qmedtune.recipe import ModelSection
 from qmedtune.training.confirm import settle
 
@@ -162,7 +163,7 @@ RESIDENT = """
     from transformers import LlamaConfig, LlamaForCausalLM
     from qmedtune import model as models
     from qmedtune.training import trainer
-    from qmedtune.training.loss import token_nll
+    from qmedtune.modeling.loss import token_nll
     from qmedtune.recipe import AdapterSection
 
     def resident():

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qmedtune.errors import MergeRefused, RecipeError, RunError
 from qmedtune.merge import MergeJob, merge, validation_ids
-from qmedtune.merging import verify as merge_verify
+from qmedtune.merging import proof as merge_proof
 from qmedtune.merging.disk_llama import open_llama
 from qmedtune.merging.lora_files import read_adapters
 from qmedtune.merging.streamed import Streamed, logits_of, streamed_model
@@ -235,7 +235,7 @@ def test_streamed_model_equals_transformers(shape, request, tmp_path):
 
 def test_divergence_is_kl_of_the_two_distributions():
     p, q = torch.randn(2, 20, 50, generator=torch.Generator().manual_seed(0)), torch.zeros(2, 20, 50)
-    figures = merge_verify.divergence(p, q)
+    figures = merge_proof.divergence(p, q)
     each = torch.distributions.kl_divergence(
         torch.distributions.Categorical(logits=p.double()), torch.distributions.Categorical(logits=q.double())
     )
@@ -475,6 +475,6 @@ def test_no_probe_without_sources(tmp_path):
 
 def test_large_models_are_proved_on_fewer_tokens():
     ids = np.arange(4 * 100).reshape(4, 100)
-    assert torch.equal(merge_verify.probe(ids, 10**6, 500), torch.from_numpy(ids))
-    assert torch.equal(merge_verify.probe(ids, 10**9, 500), torch.from_numpy(ids[:, :7]))
-    assert merge_verify.probe(None, 10**9, 500).numel() == 30
+    assert torch.equal(merge_proof.probe(ids, 10**6, 500), torch.from_numpy(ids))
+    assert torch.equal(merge_proof.probe(ids, 10**9, 500), torch.from_numpy(ids[:, :7]))
+    assert merge_proof.probe(None, 10**9, 500).numel() == 30

@@ -15,9 +15,9 @@ from conftest import MICRO
 from transformers import AutoModelForCausalLM
 
 from qmedtune import cli, store, verify
-from qmedtune.commands.merge import adapters_of_run
 from qmedtune.errors import MergeRefused
 from qmedtune.evaluation.open_model import locate
+from qmedtune.merge_folder import adapters_of_run
 from qmedtune.parsing.loader import load_recipe
 from qmedtune.reporting import tables
 from qmedtune.results import Merge

@@ -18,9 +18,9 @@ from qmedtune.base import identify, note_base
 from qmedtune.data.packing.tokens import load_codec
 from qmedtune.errors import DataError, RecipeError
 from qmedtune.evaluation.open_model import locate
-from qmedtune.hub import check_folder
+from qmedtune.llama_shape import facts_from_config
+from qmedtune.model_files import check_folder
 from qmedtune.model_stack import ADAPTER_TENSORS, parameters
-from qmedtune.planning.shapes import facts_from_config
 from qmedtune.recipe import ModelSection
 
 RECIPE = """\

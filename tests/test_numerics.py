@@ -15,6 +15,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from qmedtune import model as models
 from qmedtune import train
 from qmedtune.errors import RecipeError
+from qmedtune.llama_shape import facts_from_config
+from qmedtune.modeling.attention import varlen
+from qmedtune.modeling.loss import token_nll
 from qmedtune.parsing.loader import load_recipe
 from qmedtune.plan import make_plan
 from qmedtune.planning import fit
@@ -22,11 +25,8 @@ from qmedtune.planning.machine import GIB, Machine, card_of, this_machine
 from qmedtune.planning.memory import Setup, full_kept_bytes_per_token
 from qmedtune.planning.numerics import numerics
 from qmedtune.planning.resolve import refuse_half_on_cpu, resolve
-from qmedtune.planning.shapes import facts_from_config
 from qmedtune.recipe import ModelSection
 from qmedtune.run import run
-from qmedtune.training.attention import varlen
-from qmedtune.training.loss import token_nll
 from qmedtune.training.trainer import QTrainer
 
 CPU = replace(this_machine(), kind="cpu", capability=None, bf16=True, present=True)

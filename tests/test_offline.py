@@ -58,12 +58,40 @@ def test_kernels_cannot_be_fetched_and_telemetry_is_off(tmp_path: Path):
     """bitsandbytes would download compiled code through Hugging Face's `kernels` if that can be imported."""
     (tmp_path / "kernels.py").write_text("def get_kernel(*args, **kwargs):\n    raise SystemExit('fetched')\n")
     asked = (
-        "import qmedtune, os, importlib.util as u\n"
+        "import os, importlib.util as u\n"
+        "import qmedtune.process\n"
+        "qmedtune.process.prepare()\n"
         "print(u.find_spec('kernels'), os.environ['HF_HUB_DISABLE_TELEMETRY'])"
     )
     command = [sys.executable, "-c", asked]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
     assert done.stdout.split() == ["None", "1"]
+
+
+def test_importing_the_package_leaves_the_host_process_alone(tmp_path: Path):
+    """Its environment, modules, logging, signals and warnings; the public functions prepare the process when called."""
+    (tmp_path / "kernels.py").write_text("")
+    asked = (
+        "import logging, os, signal, sys, warnings\n"
+        "names = ('bitsandbytes.backends.cpu.ops', 'transformers', '')\n"
+        "def state():\n"
+        "    levels = [logging.getLogger(name).level for name in names]\n"
+        "    handlers = [signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)]\n"
+        "    return dict(os.environ), levels, handlers, list(warnings.filters), sys.excepthook\n"
+        "before = state()\n"
+        "import qmedtune, kernels\n"
+        "from qmedtune import QmedtuneError, evaluate_model, load_recipe, merge_adapters, plan_recipe, run_recipe\n"
+        "assert state() == before and kernels is not None\n"
+        "try:\n"
+        "    merge_adapters('absent', 'out')\n"
+        "except QmedtuneError:\n"
+        "    pass\n"
+        "print(os.environ['HF_HUB_DISABLE_TELEMETRY'], os.environ['OMP_WAIT_POLICY'])"
+    )
+    alone = {name: value for name, value in os.environ.items() if not name.startswith(("OMP", "PYTORCH", "HF_"))}
+    command = [sys.executable, "-c", asked]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=alone)
+    assert done.stdout.split() == ["1", "PASSIVE"], done.stderr
 
 
 def test_offline_reaches_the_libraries_before_they_are_imported(tmp_path: Path):

@@ -11,9 +11,9 @@ from conftest import MICRO
 from plan_against_runs import AUDIT, CLASSIFY
 
 from qmedtune import peak, store
+from qmedtune.batches import FEWEST_STEPS, MIN_STEPS, batch_rows, steps_in, too_few_steps
 from qmedtune.parsing.loader import load_recipe
 from qmedtune.plan import make_plan
-from qmedtune.planning.batches import FEWEST_STEPS, MIN_STEPS, batch_rows, steps_in, too_few_steps
 from qmedtune.planning.estimate import Estimate, Measured
 from qmedtune.planning.resolve import resolve
 from qmedtune.planning.rows import planned

@@ -15,10 +15,10 @@ from test_train import stop_after
 from qmedtune import interrupt, store
 from qmedtune.errors import RecipeError, RunError
 from qmedtune.parsing.loader import load_recipe
-from qmedtune.planning.status import status
 from qmedtune.results import Run
 from qmedtune.run import run
 from qmedtune.smoke import smoke
+from qmedtune.step_status import status
 
 TRAINED = ("01-cpt", "02-sft")
 
@@ -156,7 +156,7 @@ def test_a_damaged_built_in_base_is_made_again(finished: Path, tmp_path: Path, c
     shutil.copytree(made, tmp_path / "bases" / made.name)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QMEDTUNE_CACHE", str(tmp_path))
-        patch.setattr(base, "_make", lambda name, folder: shutil.copytree(made / "01-pretrain", folder / "01-pretrain"))
+        patch.setattr(base, "_makers", [lambda name, at: shutil.copytree(made / "01-pretrain", at / "01-pretrain")])
         weights = base.builtin_folder("builtin:micro") / "01-pretrain" / "model" / "model.safetensors"
         before, times = weights.read_bytes(), weights.stat()
         flip(weights)

@@ -8,10 +8,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from qmedtune.data.packing.conversations import encode_conversations
 from qmedtune.data.packing.templates import TEMPLATES
-from qmedtune.data.packing.tokens import encode_conversations, load_codec
+from qmedtune.data.packing.tokens import load_codec
 from qmedtune.errors import DataError, RunError
-from qmedtune.evaluation import forward, generation, measure, scoring
+from qmedtune.evaluation import generation, measure, scoring
+from qmedtune.modeling import forward
 
 TEXT = [
     "What does bacedax treat? It treats asthma. It causes nausea and dry mouth.",

@@ -18,9 +18,10 @@ from qmedtune import interrupt, plan, store, train, ui
 from qmedtune import model as models
 from qmedtune.data.packing.pack import PackedRows
 from qmedtune.errors import RunError
+from qmedtune.modeling import collation, loss
 from qmedtune.parsing.loader import load_recipe
 from qmedtune.recipe import Recipe
-from qmedtune.training import checkpoints, collation, loss, trainer
+from qmedtune.training import checkpoints, trainer
 
 # TRL's own tolerances for trajectories that must be equal but for rounding: the largest difference of the loss, and the
 # mean of the signed differences, which catches a one-sided bias.

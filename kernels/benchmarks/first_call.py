@@ -172,7 +172,7 @@ def attention(call: Call) -> None:
     import torch
     from torch.nn.attention.varlen import varlen_attn
 
-    from qmedtune.training import attention as ours
+    from qmedtune.modeling import attention as ours
 
     length, heads = (64, 4) if call.dry else (16384, 32)
     q, k, v = (torch.randn(1, h, length, 64, device=call.device).to(half()) for h in (heads, heads // 4, heads // 4))
@@ -213,8 +213,8 @@ def _trained(call: Call, job: Any, contender: str) -> dict[str, Any]:
 
     from qmedtune.bench import shapes
     from qmedtune.bench.train import _run
+    from qmedtune.llama_shape import facts_from_config
     from qmedtune.planning import memory
-    from qmedtune.planning.shapes import facts_from_config
 
     models = Path(os.environ.get("SCRATCH", "/tmp")) / "qmedtune-first-call"
     models.mkdir(exist_ok=True)

@@ -259,7 +259,7 @@ def _train(mode: str, steps: int, device: torch.device) -> list[float]:
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from qmedtune.training import fused
+    from qmedtune.modeling import fused
 
     torch.manual_seed(0)
     config = LlamaConfig(

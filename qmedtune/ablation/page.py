@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from qmedtune.ablation import figure
+from qmedtune.reporting.blocks import card, document, html_table, section
 from qmedtune.reporting.cells import UNKNOWN, Table
 from qmedtune.reporting.charts import Html, esc
 from qmedtune.reporting.facts import MINUS
-from qmedtune.reporting.page import card, document, html_table, section
 from qmedtune.results import Ablation, ArmDifference, ArmEntry, Measure, Ratio
 from qmedtune.units import digits3, duration
 

@@ -1,7 +1,7 @@
 """Who is measured by `bench kernels`, and on what: one function per kernel, returning a timed call for each contender.
 
 Imported in a process of its own per contender, because Unsloth patches torch and transformers globally.
-Deliberately not here: timing (bench_kernels.py), any choice of ours by timing (dispatch.py ships a table).
+Deliberately not here: timing (kernels.py), any choice of ours by timing (dispatch.py ships a table).
 """
 
 from __future__ import annotations

@@ -23,9 +23,10 @@ from qmedtune.bench.job import Job
 from qmedtune.bench.result import Result, Row
 from qmedtune.bench.train import TIME_LIMIT_S, all_versions, write_results
 from qmedtune.errors import RunError
+from qmedtune.llama_shape import BaseFacts, facts_from_config
 from qmedtune.planning import memory
 from qmedtune.planning.machine import this_machine
-from qmedtune.planning.shapes import BaseFacts, facts_from_config
+from qmedtune.process import prepare
 
 UNIT = 1024  # tokens
 LONGEST = 1024 * UNIT
@@ -131,6 +132,7 @@ def _probes(
 
 
 def main() -> None:
+    prepare()
     task, scratch = json.loads(sys.argv[1]), Path(sys.argv[2])
     job, deadline = Job(**task["job"]), time.monotonic() + task["seconds"]
     step = _step_of(job, scratch)
@@ -160,9 +162,10 @@ def _step_of(job: Job, scratch: Path) -> Callable[[int], None]:
     import torch
 
     from qmedtune.bench import train_worker
+    from qmedtune.modeling import activations
+    from qmedtune.modeling.loss import token_nll
     from qmedtune.train import quiet_libraries
-    from qmedtune.training import activations, trainer
-    from qmedtune.training.loss import token_nll
+    from qmedtune.training import trainer
 
     quiet_libraries()
     model = train_worker.adapted(job, train_worker.model_folder(job, scratch), "auto")

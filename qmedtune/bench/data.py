@@ -24,7 +24,7 @@ from qmedtune.bench import data_peers as peers
 from qmedtune.bench.result import Result, Row
 from qmedtune.data.hygiene import decontaminate, dedup
 from qmedtune.data.packing import mix
-from qmedtune.data.packing.tokens import BATCH_BYTES, Codec, encode_texts, load_codec, shard_array, write_shards
+from qmedtune.data.packing.tokens import BATCH_BYTES, encode_texts, shard_array, write_shards
 from qmedtune.data.reading import jats, xml_files
 from qmedtune.data.synthetic import world
 from qmedtune.errors import RecipeError
@@ -38,7 +38,6 @@ CONTENDERS = {
 }
 ON_REQUEST = {"memory": "peak memory of reading to packing over the size of the corpus: ours (minutes)"}
 SEQ_LEN = 1024
-VOCABULARY = 8000
 TEXT_CHARACTERS = 1500
 SEED = 5
 
@@ -142,7 +141,7 @@ def _bytes(texts: list[str]) -> int:
 
 def _tokenise(texts: list[str], folder: Path) -> tuple[int, list[Run]]:
     folder.mkdir()
-    codec = train_tokenizer(texts, folder / "tokenizer")
+    codec = data_memory.train_tokenizer(texts, folder / "tokenizer")
     source = folder / "train.jsonl"
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
 
@@ -162,19 +161,6 @@ def _tokenise(texts: list[str], folder: Path) -> tuple[int, list[Run]]:
     if peers.installed("trl"):
         runs.append(Run("datasets + trl", peers.tokenise_with_trl(texts, codec.backend, SEQ_LEN)))
     return _bytes(texts), runs
-
-
-def train_tokenizer(texts: list[str], folder: Path) -> Codec:
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=["<s>", "</s>"], show_progress=False)
-    tokenizer.train_from_iterator(texts[:1000], trainer)
-    folder.mkdir()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
-    return load_codec(folder)
 
 
 def _batches(texts: list[str]) -> Iterator[list[str]]:

@@ -16,11 +16,13 @@ import time
 from pathlib import Path
 
 from qmedtune.bench.result import Row
+from qmedtune.data.packing.tokens import Codec, load_codec
 from qmedtune.errors import RunError
 
 SIZES_MB = (64, 256, 1024)
 WORDS, TEXT_WORDS, COPIES = 5_000, 220, 0.05
 SEED = 11
+VOCABULARY = 8000
 MB = 1_000_000
 KIB = 1024  # Linux counts ru_maxrss in these
 
@@ -65,7 +67,6 @@ def make_corpus(path: Path, size_bytes: int) -> int:
 
 def measure(folder: Path) -> Row:
     """Prepare and pack the corpus of a folder; peak bytes, with those of the workers, and the counts."""
-    from qmedtune.bench.data import train_tokenizer
     from qmedtune.data.hygiene.per_record import worker_count
     from qmedtune.data.packing.pack import pack_stage
     from qmedtune.data.prepare import prepare_source
@@ -89,6 +90,20 @@ def measure(folder: Path) -> Row:
         "peak_bytes": _peak(resource.RUSAGE_SELF) + of_workers, "prepare_bytes": prepared, "worker_bytes": of_workers,
         "workers": workers, "records": records, "tokens": facts["tokens"]["trained"],
     }  # fmt: skip
+
+
+def train_tokenizer(texts: list[str], folder: Path) -> Codec:
+    """A byte-level BPE of VOCABULARY tokens, from the first 1,000 texts."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=["<s>", "</s>"], show_progress=False)
+    tokenizer.train_from_iterator(texts[:1000], trainer)
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
+    return load_codec(folder)
 
 
 def _peak(who: int) -> int:

@@ -3,7 +3,7 @@
 One process per contender (Unsloth patches globally), rows appended to a file as they are measured, so an interrupted
 run goes on where it stopped; rows of our kernels count only for the sources they were measured with. Each row: CUDA
 graph over rotating buffers (cold L2), median of 25 replays.
-Deliberately not here: what is timed (bench_contenders.py), the gate without a GPU (bench_static.py).
+Deliberately not here: what is timed (contenders.py), the gate without a GPU (static.py).
 """
 
 from __future__ import annotations

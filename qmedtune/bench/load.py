@@ -27,6 +27,7 @@ from qmedtune.bench.shapes import SHAPES
 from qmedtune.bench.train import all_versions
 from qmedtune.errors import RecipeError, RunError
 from qmedtune.planning.machine import this_machine
+from qmedtune.process import prepare
 
 CASES = {
     "16-bit": "bf16 shards, quantised to NF4 while they are read",
@@ -98,6 +99,7 @@ def _measure(base: Path) -> dict[str, float]:
 
 
 def main() -> None:
+    prepare()
     import torch
     import transformers.models.llama.modeling_llama  # noqa: F401
 

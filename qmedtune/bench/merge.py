@@ -27,6 +27,7 @@ from qmedtune.bench import shapes
 from qmedtune.bench.result import Result, Row
 from qmedtune.bench.shapes import SHAPES
 from qmedtune.errors import RecipeError, RunError
+from qmedtune.process import prepare
 from qmedtune.record import device_name, versions
 
 CONTENDERS = {
@@ -185,6 +186,7 @@ def _anonymous_bytes() -> int:
 
 
 def main() -> None:
+    prepare()
     contender, *paths = sys.argv[1:]
     base, adapter, out = map(Path, paths)
     if contender != "cp":  # what it imports, before the clock starts

@@ -3,7 +3,7 @@
 `triton.compile` takes a target, and Triton's wheel carries cuobjdump and nvdisasm: registers, spills, shared memory and
 SASS instructions per weight element are facts of the binary. Limits come from issue bandwidth:
 an H200 issues 128 lanes a clock and SM and must decode 7.4 elements, so ten instructions an element leave head-room.
-Deliberately not here: anything about time. A kernel that passes can still be slow; bench_kernels.py measures.
+Deliberately not here: anything about time. A kernel that passes can still be slow; kernels.py measures.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Every contender trains the same random-weight LLaMA from the same adapter on the
 own (Unsloth patches its peers), in turns, several rounds; what is quoted are ratios within a round. Speed stands beside
 correctness: on the tiny shape the loss curve and the adapters' first gradient are compared with an fp32 loop's.
 Contenders whose package is absent are listed as absent, not skipped silently. Deliberately not here: what each
-contender does (train_worker.py, train_peers.py), the longest context (context.py).
+contender does (train_process.py, train_worker.py, train_peers.py), the longest context (context.py).
 """
 
 from __future__ import annotations
@@ -243,7 +243,7 @@ def _absent(contender: str) -> str:
 def _run(job: Job, contender: str, scratch: Path, models: Path, seconds: float) -> Measurement:
     target = scratch / f"{contender}.json"
     target.unlink(missing_ok=True)
-    program = "from qmedtune.bench.train_worker import main; main()"
+    program = "from qmedtune.bench.train_process import main; main()"
     if contender == "unsloth":  # it patches what is imported after it
         program = f"import unsloth; {program}"
     command = [sys.executable, "-c", program, contender, json.dumps(asdict(job)), str(models), str(target)]

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import functools
 import inspect
-import json
 import re
 import resource
 import shutil
 import subprocess
-import sys
 import time
 import zlib
 from collections.abc import Callable
@@ -29,7 +27,6 @@ from qmedtune.bench import shapes
 from qmedtune.bench.job import Job
 from qmedtune.bench.merge import _anonymous_bytes
 from qmedtune.recipe import AdapterSection, CptSection, ModelSection, WarmupSection
-from qmedtune.train import quiet_libraries
 
 DTYPE = torch.bfloat16
 Row = dict[str, np.ndarray]
@@ -158,9 +155,9 @@ def adapted(job: Job, folder: Path, kernels: str, attention: str = "auto") -> An
 
 def layers_of(job: Job) -> dict[str, int]:
     """Layers by way: as the memory plan chooses within a stated budget, else all kept or all recomputed."""
+    from qmedtune.llama_shape import facts_from_config
     from qmedtune.planning import fit, memory
     from qmedtune.planning.machine import card_of
-    from qmedtune.planning.shapes import facts_from_config
 
     facts = facts_from_config(job.shape, shapes.config_of(shapes.SHAPES[job.shape]), "shape")
     setup = memory.Setup(
@@ -174,7 +171,7 @@ def layers_of(job: Job) -> dict[str, int]:
 
 def qmedtune(job: Job, folder: Path, clock: Clock, kernels: str, attention: str = "auto") -> None:
     from qmedtune import model as models
-    from qmedtune.training import activations
+    from qmedtune.modeling import activations
     from qmedtune.training.trainer import QTrainer, trainer_arguments
 
     model, section = adapted(job, folder, kernels, attention), section_of(job)
@@ -220,7 +217,7 @@ def by_reference(operation: Callable) -> Callable:
 
 def ablated(job: Job, folder: Path, clock: Clock, left_out: str) -> None:
     """qmedtune with one operation by its plain reference: replaced in this process alone."""
-    from qmedtune.training import fused, loss
+    from qmedtune.modeling import fused, loss
 
     for dotted in ABLATED.get(left_out, ()):
         place, _, name = dotted.rpartition(".")
@@ -229,17 +226,6 @@ def ablated(job: Job, folder: Path, clock: Clock, left_out: str) -> None:
     if left_out == "without-loss":
         loss.head_nll = lambda hidden, weight, targets, path: loss._chunked_nll(hidden, weight, targets)
     qmedtune(job, folder, clock, "auto", "sdpa" if left_out == "without-varlen" else "auto")
-
-
-def run(contender: str, job: Job, folder: Path, clock: Clock) -> None:
-    from qmedtune.bench import train_peers
-
-    if contender.startswith("without-"):
-        ablated(job, folder, clock, contender)
-    elif contender.startswith("qmedtune"):
-        qmedtune(job, folder, clock, "reference" if contender.endswith("reference") else "auto")
-    else:
-        train_peers.PEERS[contender](job, folder, clock)
 
 
 # ------------------------------------------------------------------------------------------------------- what is told
@@ -296,18 +282,3 @@ def figures(job: Job, clock: Clock) -> dict[str, Any]:
         **card_state(),
         **clock.more,
     }
-
-
-def main() -> None:
-    contender, text, models, target = sys.argv[1:5]
-    job = Job(**json.loads(text))
-    quiet_libraries()
-    folder = model_folder(job, Path(models))
-    limit_memory(job.memory_gib)
-    clock = Clock(job)
-    run(contender, job, folder, clock)
-    if clock.gradient:
-        from safetensors.torch import save_file
-
-        save_file(clock.gradient, Path(target).with_suffix(".gradient.safetensors"))
-    Path(target).write_text(json.dumps(figures(job, clock)))

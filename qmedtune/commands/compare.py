@@ -60,7 +60,7 @@ def _compare_runs(folders: list[Path], out: Path | None, as_json: bool) -> None:
     from qmedtune import store, ui
     from qmedtune.compare_runs import compare as compare_runs
     from qmedtune.compare_runs import sides
-    from qmedtune.reporting import compare_page as page
+    from qmedtune.watching import compare_page as page
 
     runs = sides(folders)
     result = compare_runs(runs)

@@ -251,7 +251,7 @@ def merge(
     as_json: JsonOption = False,
 ) -> None:
     """Fold adapters into the base, proven before anything is renamed."""
-    from qmedtune.commands.merge import merge_into
+    from qmedtune.merge_folder import merge_into
     from qmedtune.recipe import MergeSection, VerifySection
 
     if max_kl is not None and not max_kl > 0:

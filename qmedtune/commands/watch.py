@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from qmedtune.commands.common import JsonOption, emit
+from qmedtune.interrupt import Stopped
 
 FolderArgument = Annotated[Path, typer.Argument(metavar="[FOLDER]", help="The folder that holds the runs.")]
 RUNS = Path("runs")
@@ -49,4 +50,7 @@ def watch(
     from qmedtune.watching.watch import Watching
     from qmedtune.watching.watch import watch as serve
 
-    serve(Watching(target, host, port, clinical_text), lambda line: print(line, flush=True))
+    try:
+        serve(Watching(target, host, port, clinical_text), lambda line: print(line, flush=True))
+    except Stopped as stopped:  # Ctrl-C is how it ends
+        raise typer.Exit(stopped.exit_code) from None

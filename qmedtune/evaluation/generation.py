@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from qmedtune.data.packing.framing import Asked, codec_of
-from qmedtune.evaluation.forward import (
+from qmedtune.evaluation.scoring import BATCH_TOKENS, Progress, encode, fit, padded_batches
+from qmedtune.modeling.forward import (
     Shared,
     hidden_states,
     max_positions,
@@ -22,7 +23,6 @@ from qmedtune.evaluation.forward import (
     prefill,
     read_shared,
 )
-from qmedtune.evaluation.scoring import BATCH_TOKENS, Progress, encode, fit, padded_batches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

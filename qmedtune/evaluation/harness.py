@@ -25,9 +25,9 @@ from jinja2 import TemplateError
 from qmedtune.data.packing.framing import codec_of, frame_of
 from qmedtune.data.reading.files import plain_suffix
 from qmedtune.errors import DataError, QmedtuneError, RecipeError
-from qmedtune.evaluation.forward import causal_model
 from qmedtune.evaluation.open_model import OpenModel, Quantization, locate, open_model
 from qmedtune.evaluation.scoring import Boundary, prompt_texts
+from qmedtune.modeling.forward import causal_model
 from qmedtune.recipe import TaskSection
 from qmedtune.tasks import BUILTIN_TASKS, FILE_TASKS, Task, check_twice, load_task
 from qmedtune.tasks.items import records

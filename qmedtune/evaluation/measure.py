@@ -25,7 +25,6 @@ from qmedtune.data.packing.tokens import encode_texts
 from qmedtune.data.reading.rejects import Rejects
 from qmedtune.data.reading.sources import read_records
 from qmedtune.errors import DataError
-from qmedtune.evaluation.forward import compute_dtype
 from qmedtune.evaluation.generation import generate
 from qmedtune.evaluation.scoring import (
     ChoiceScores,
@@ -35,10 +34,11 @@ from qmedtune.evaluation.scoring import (
     perplexity,
     prompt_texts,
 )
+from qmedtune.modeling.collation import Rows
+from qmedtune.modeling.forward import compute_dtype
 from qmedtune.recipe import SourceSection
 from qmedtune.tasks import Item, Task
 from qmedtune.tasks.items import Judgement
-from qmedtune.training.collation import Rows
 
 PART = 256  # questions between two writes
 # Options nearer than this are a tie in that dtype: fp32 may order them otherwise. Of 236 questions (SmolLM2) bfloat16

@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from qmedtune import units
+from qmedtune.llama_shape import BYTES_OF
 from qmedtune.planning.fit import budget_bytes
 from qmedtune.planning.machine import Machine, this_machine
-from qmedtune.planning.shapes import BYTES_OF, base_facts
+from qmedtune.planning.shapes import base_facts
 from qmedtune.recipe import Recipe
 from qmedtune.results import Merge, Pair
 

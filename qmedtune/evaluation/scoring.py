@@ -23,7 +23,8 @@ from qmedtune.data.packing.framing import Asked, codec_of, frame_of
 from qmedtune.data.packing.templates import Template
 from qmedtune.data.packing.tokens import Codec
 from qmedtune.errors import DataError
-from qmedtune.evaluation.forward import (
+from qmedtune.modeling.collation import Rows
+from qmedtune.modeling.forward import (
     Prefix,
     Shared,
     check_numbers,
@@ -33,8 +34,7 @@ from qmedtune.evaluation.forward import (
     prefill,
     read_shared,
 )
-from qmedtune.training.collation import Rows
-from qmedtune.training.loss import rows_nll
+from qmedtune.modeling.loss import rows_nll
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -244,7 +244,7 @@ def _paths(recipe: Recipe) -> Iterator[Finding]:
 
 def _pickled(base: Path) -> Iterator[Finding]:
     """A folder of pickled weights alone would pass for a bare shape to pretrain from."""
-    from qmedtune.hub import PICKLED
+    from qmedtune.model_files import PICKLED
 
     found = sorted(path.name for pattern in PICKLED for path in base.glob(pattern)) if base.is_dir() else []
     if found and not any(base.glob("*.safetensors")):

@@ -76,7 +76,8 @@ def count_with(
 def framed_lengths(tokenizer_dir: Path, source: SourceSection, records: list[dict[str, Any]]) -> list[int]:
     """Tokens of each record as packing makes them: framed by its template, nothing cut."""
     from qmedtune.data.packing import templates
-    from qmedtune.data.packing.tokens import encode_conversations, encode_texts, load_codec
+    from qmedtune.data.packing.conversations import encode_conversations
+    from qmedtune.data.packing.tokens import encode_texts, load_codec
 
     codec = load_codec(tokenizer_dir)
     if source.kind != "instructions":

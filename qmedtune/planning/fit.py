@@ -11,11 +11,11 @@ from itertools import product
 
 from qmedtune import units
 from qmedtune.errors import DoesNotFit
-from qmedtune.planning import activations, memory
+from qmedtune.llama_shape import LINEARS, BaseFacts
+from qmedtune.planning import layers, memory
 from qmedtune.planning.machine import CARDS_GIB, GIB, Machine
 from qmedtune.planning.memory import Setup
 from qmedtune.planning.numerics import Numerics, numerics
-from qmedtune.planning.shapes import LINEARS, BaseFacts
 from qmedtune.recipe import LayersSection, Recipe, TrainSection
 
 # Decoding NF4 costs as much as multiplying by it with this many tokens (2.5 bytes per weight written and read back,
@@ -118,7 +118,7 @@ def with_layers(facts: BaseFacts, setup: Setup, machine: Machine, budget: float)
         return replace(setup, checkpointing=True)
     try:
         allowed = memory.WAYS if machine.is_gpu else memory.WAYS[:3]
-        plan = activations.choose_activation_plan(facts, kept, room, allowed)
+        plan = layers.choose_activation_plan(facts, kept, room, allowed)
     except DoesNotFit:
         return replace(kept, ways=(0, 0, 0, facts.layers)) if machine.is_gpu else replace(setup, checkpointing=True)
     return replace(setup, checkpointing=True) if plan.recompute == facts.layers else replace(kept, ways=plan.ways)
@@ -127,7 +127,7 @@ def with_layers(facts: BaseFacts, setup: Setup, machine: Machine, budget: float)
 def relative_time(facts: BaseFacts, setup: Setup, machine: Machine) -> float:
     """Time per token in forward passes over the frozen weights: forward and input gradients are 2, recomputing makes
     it 3 (LoRA needs no weight gradients); each pass pays the decoding of NF4 once per micro-batch."""
-    passes = 2 * activations.slowdown(facts, setup)
+    passes = 2 * layers.slowdown(facts, setup)
     return passes * (1 + DECODE_TOKENS[machine.kind] / setup.tokens) + OPTIMIZER_COST[setup.optimizer]
 
 

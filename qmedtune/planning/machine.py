@@ -15,6 +15,8 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
+from qmedtune.peak import host_memory_bytes
+
 GIB = 1024**3
 # The sizes in which cards are sold, GiB: T4/4080 16, 3090/4090/L4 24, A100 40/80, A6000/L40S 48, H200 141 (140 usable).
 CARDS_GIB = (8, 12, 16, 24, 32, 40, 48, 80, 96, 140, 180)
@@ -118,16 +120,6 @@ def _card_by_torch(host: Machine) -> Machine | None:
         bf16=capability >= 8.0,
         capability=capability,
     )
-
-
-def host_memory_bytes() -> int:
-    """RAM that this process may use: the machine's, or its control group's limit."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        limit = Path(path).read_text().strip() if Path(path).is_file() else "max"
-        if limit.isdigit():
-            total = min(total, int(limit))
-    return total
 
 
 def _cores() -> int:

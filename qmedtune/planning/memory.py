@@ -2,7 +2,7 @@
 
 The parts follow what model.py, fused.py, loss.py and trainer.py allocate; each constant names its source. GPU figures
 are predictions that no GPU has confirmed yet; the saved activations were counted on the CPU (tests/test_memory.py).
-Deliberately not here: choosing settings (resolve.py), and the choice per layer (activations.py).
+Deliberately not here: choosing settings (resolve.py), and the choice per layer (layers.py).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
 
-from qmedtune.planning.shapes import BYTES_OF, LINEARS, BaseFacts
+from qmedtune.llama_shape import BYTES_OF, LINEARS, BaseFacts
 
 MIB, GIB = 1024**2, 1024**3
 
@@ -40,7 +40,7 @@ HOST_BASE_BYTES = {"cpu": 600 * MIB, "cuda": int(1.8 * GIB)}
 RUN_BYTES = 300 * MIB
 
 
-# Offloaded layers pass this many tokens at a time through their MLP (training/activations.py).
+# Offloaded layers pass this many tokens at a time through their MLP (modeling/activations.py).
 TILE_TOKENS = 4096
 WAYS = ("keep", "cheap", "recompute", "offload")
 
@@ -121,7 +121,7 @@ def attention_elements(facts: BaseFacts, attention: str) -> int:
     """Elements per token that attention keeps for its backward pass: q, k, v and the output, which o_proj reads.
 
     transformers' sdpa with a mask (isolated documents need one) first repeats k and v to all heads, and so does varlen
-    where its kernel takes as many of them as of queries (training/attention.py).
+    where its kernel takes as many of them as of queries (modeling/attention.py).
     """
     query, key = facts.heads * facts.head_dim, facts.kv_heads * facts.head_dim
     repeated = attention in ("sdpa", "eager") or (attention == "varlen" and varlen_repeats())

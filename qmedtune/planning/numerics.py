@@ -1,6 +1,6 @@
 """What a stage computes in and attends with: decided here once, for the planner and for the trainer. No torch.
 
-Deliberately not here: whether the libraries beside torch are installed in the run's own process (training/attention.py
+Deliberately not here: whether the libraries beside torch are installed in the run's own process (modeling/attention.py
 only runs what was decided), and what fits (fit.py).
 """
 

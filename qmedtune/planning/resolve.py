@@ -11,13 +11,15 @@ from __future__ import annotations
 from typing import Any, TypeVar
 
 from qmedtune import units
+from qmedtune.batches import MIN_STEPS
 from qmedtune.errors import RecipeError
-from qmedtune.planning import activations, fit
-from qmedtune.planning.batches import MIN_STEPS
+from qmedtune.llama_shape import BaseFacts
+from qmedtune.planning import fit
+from qmedtune.planning.layers import slowdown
 from qmedtune.planning.machine import Machine, this_machine
 from qmedtune.planning.memory import WAYS, Setup, trained_parameters
 from qmedtune.planning.numerics import why_dtype
-from qmedtune.planning.shapes import BaseFacts, base_facts
+from qmedtune.planning.shapes import base_facts
 from qmedtune.recipe import LayersSection, Recipe, Section, SftSection, StageSection, WarmupSection
 
 Proposals = dict[str, tuple[Any, str]]
@@ -250,7 +252,7 @@ def _memory(facts: BaseFacts, recipe: Recipe, index: int, machine: Machine) -> P
 def _layers(facts: BaseFacts, setup: Setup) -> tuple[bool | LayersSection, str]:
     """What becomes of each layer's activations."""
     if setup.ways is not None:
-        cost = activations.slowdown(facts, setup) - 1
+        cost = slowdown(facts, setup) - 1
         why = (
             f"the fastest mix over {facts.layers} layers that fits; about {cost:.0%} more time than keeping everything"
         )

@@ -14,10 +14,12 @@ from pathlib import Path
 from qmedtune import ui, units
 from qmedtune.disk import below, unmounted_drive
 from qmedtune.errors import DataError, DoesNotFit, RecipeError
+from qmedtune.lineage import final_model, lineage_of
+from qmedtune.llama_shape import BaseFacts
 from qmedtune.planning import fit, memory
 from qmedtune.planning.machine import this_machine
 from qmedtune.planning.memory import Setup
-from qmedtune.planning.shapes import BaseFacts, base_facts
+from qmedtune.planning.shapes import base_facts
 from qmedtune.recipe import Recipe, SourceSection
 
 # Text is about four times its compressed size; a token of biomedical English has at least three bytes (4.4 characters
@@ -76,20 +78,16 @@ def check_writable(out: Path) -> None:
 
 def kept_of(recipe: Recipe, text: int, tokens: int) -> memory.Kept:
     """What a resolved recipe leaves on disk, with so many bytes of prepared text and tokens packed."""
-    from qmedtune.steps import after, folds
-
-    start, adapters, folded = "base", [], 0
-    for name, stage in zip(recipe.stage_names(), recipe.stages, strict=True):
-        if folds(stage, adapters):
-            start, adapters, folded = f"{name}-base", [], folded + 1
-        start, adapters = after(stage, name, start, adapters)
+    folded = 0
+    for stage in lineage_of(recipe):
+        folded += stage.folds_into is not None
     return memory.Kept(
         recipe.save.keep,
         recipe.merge.dtype,
         text,
         tokens,
         folded=folded,
-        merged=bool(adapters),
+        merged=bool(final_model(recipe).adapters),
         best=recipe.validation.keep_best,
     )
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from qmedtune.batches import batch_rows, steps_in
 from qmedtune.data.packing import mix
 from qmedtune.data.packing.pack import draw_tokens, shared_tokens
 from qmedtune.data.synthetic import canaries
-from qmedtune.planning.batches import batch_rows, steps_in
 from qmedtune.planning.estimate import Measured
 from qmedtune.recipe import ClassifySection, CptSection, MixSection, PretrainSection, Recipe, SftSection
 

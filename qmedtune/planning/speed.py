@@ -8,12 +8,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from qmedtune.planning.activations import slowdown
+from qmedtune.llama_shape import BaseFacts
 from qmedtune.planning.fit import DECODE_TOKENS
+from qmedtune.planning.layers import slowdown
 from qmedtune.planning.machine import GIB, Machine
 from qmedtune.planning.memory import Setup
 from qmedtune.planning.numerics import numerics
-from qmedtune.planning.shapes import BaseFacts
 from qmedtune.recipe import ModelSection
 
 # Matrix throughput that cards reach with dense bf16 (T4: fp16), TFLOP/s: the achievable figures of the kernel notes.

@@ -49,6 +49,7 @@ class Mark:
     high: float | None
     color: int
     tick: bool = False
+    ring: bool = False  # drawn as a ring, which is seen around a dot of the same value
 
 
 @dataclass(frozen=True)
@@ -132,8 +133,32 @@ def line_chart(series: Sequence[Series], x_label: str, y_label: str) -> Html:
         f'<div class="plot"><div class="ys">{y_text}</div>'
         f'<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" role="img" aria-label="{esc(y_label)}: '
         f'{esc(summary)}">{grid}{lines}</svg><div class="xs">{x_text}</div></div>'
-        f'<div class="axes"><span>{esc(y_label)} ↑</span><span>{esc(x_label)} →</span></div></figure>'
+        f'<div class="axes"><span>{esc(y_label)} ↑</span><span>{esc(x_label)} →</span></div>{_values(series)}</figure>'
     )
+
+
+def _values(series: Sequence[Series]) -> str:
+    """The figures of each line, for those who cannot point at it."""
+    rows = ""
+    for line in series:
+        values = [y for _, y in line.points]
+        cells = ""
+        for value in (values[0], min(values), max(values), values[-1]):
+            cells += f'<td class="n">{_figure(value)}</td>'
+        rows += f'<tr><th scope="row">{esc(line.label)}</th><td class="n">{len(values):,}</td>{cells}</tr>'
+    head = "".join(
+        f'<th scope="col" class="n">{word}</th>' for word in ("Points", "First", "Lowest", "Highest", "Last")
+    )
+    return (
+        f'<details class="values"><summary>Values</summary><table><caption class="unseen">Values of the chart</caption>'
+        f'<thead><tr><th scope="col">Line</th>{head}</tr></thead><tbody>{rows}</tbody></table></details>'
+    )
+
+
+def _figure(value: float) -> str:
+    if value and abs(value) < 0.01:
+        return f"{value:.2e}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3f}"
 
 
 def _line(line: Series, places: list[tuple[float, float]]) -> str:
@@ -223,9 +248,11 @@ def dumbbells(rows: Sequence[tuple[str, Sequence[Mark], str]], axis: Axis = SHAR
     body, ticks = "", ""
     for label, marks, text in rows:
         track = "".join(_mark(mark, axis) for mark in marks)
+        said = ", ".join(f"{mark.label} {mark.value:.3g}" for mark in marks)
         body += (
             f'<div class="db-row"><span class="db-label">{esc(label)}</span>'
-            f'<span class="db-track">{track}</span><span class="db-value">{esc(text)}</span></div>'
+            f'<span class="db-track" role="img" aria-label="{esc(said)}">{track}</span>'
+            f'<span class="db-value">{esc(text)}</span></div>'
         )
     for tick in axis.ticks:
         ticks += f'<span style="left:{axis.percent(tick):.2f}%">{_tick(tick)}</span>'
@@ -241,16 +268,16 @@ def _mark(mark: Mark, axis: Axis) -> str:
         left, right = axis.percent(mark.low), axis.percent(mark.high)
         whisker = f'<i class="whisker c{mark.color}" style="left:{left:.2f}%;width:{right - left:.2f}%"></i>'
     place = f"left:{axis.percent(mark.value):.2f}%"
-    shape = "tick" if mark.tick else "mark"
+    shape = "tick" if mark.tick else "mark ring" if mark.ring else "mark"
     return f'{whisker}<i class="{shape} c{mark.color}" style="{place}" title="{esc(title)}"></i>'
 
 
 def stacked_bar(parts: Sequence[tuple[str, float, int]]) -> Html:
     """Shares of a whole: (label, share, color); shares add up to 1."""
-    cells = ""
+    cells, said = "", ", ".join(f"{label} {share:.1%}" for label, share, _ in parts)
     for label, share, color in parts:
         cells += f'<i class="c{color}" style="width:{100 * share:.2f}%" title="{esc(label)}: {share:.1%}"></i>'
-    return Html(f'<div class="stack">{cells}</div>')
+    return Html(f'<div class="stack" role="img" aria-label="{esc(said)}">{cells}</div>')
 
 
 def bars(rows: Sequence[Bar]) -> Html:

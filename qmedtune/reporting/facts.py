@@ -7,7 +7,7 @@ Deliberately does not: format pages, recompute results, or read anything but tho
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +18,8 @@ from qmedtune.units import digits3
 
 SIGNIFICANCE = 0.05
 ALL, GENERATED = "all", "generated answers"
+FEW = 3  # so many scores or texts are told one by one; of more, verdicts are counted
+DROPPED = 0.01  # a share of dropped tokens that is worth a warning
 MINUS = "−"
 
 Points = list[tuple[int, Number]]  # (optimiser step, loss in nats per token)
@@ -41,6 +43,11 @@ class Comparison:
         if self.part == ALL:
             return self.task
         return f"{self.task}: {self.part}"
+
+    @property
+    def chance(self) -> Number | None:
+        """Of the first score that is known, the final one first."""
+        return self.scores[0].chance if self.scores else None
 
     @property
     def scores(self) -> list[Score]:
@@ -280,6 +287,27 @@ def outcome(run: Run) -> str:
     return " ".join(filter(None, told)) or "The run finished without an evaluation: there are no scores to tell."
 
 
+def warnings_of(run: Run) -> list[str]:
+    """What the steps warned of, and what of the figures nobody should overlook: tokens that were read and not trained
+    on."""
+    found = list(run.warnings)
+    for stage in run.stages:
+        share = dropped_share(stage)
+        if share is not None and share >= DROPPED:
+            found.append(
+                f"{stage.name}: {share:.0%} of the tokens read were dropped ({stage.tokens.dropped:,} of "
+                f"{stage.tokens.read:,}): documents were longer than a row and were cut"
+            )
+    return found
+
+
+def dropped_share(stage: Stage) -> float | None:
+    """Of the tokens that were read for a stage; None where no ledger says."""
+    if not stage.tokens.read or stage.tokens.dropped is None:
+        return None
+    return stage.tokens.dropped / stage.tokens.read
+
+
 def _at(run: Run) -> str:
     """The first step that is not sealed, in words."""
     for step in run.steps:
@@ -289,8 +317,23 @@ def _at(run: Run) -> str:
 
 
 def _tasks_sentence(run: Run) -> str:
-    parts = [_task_words(whole, final) for whole, final in wholes(run)]
+    scored = wholes(run)
+    if len(scored) > FEW:
+        counted = verdicts([whole.verdict for whole, _ in scored])
+        return _sentence(f"of {len(scored)} tasks: {counted}")
+    parts = [_task_words(whole, final) for whole, final in scored]
     return _sentence("; ".join(parts))
+
+
+def verdicts(found: Sequence[str]) -> str:
+    """`18 better, 1 worse, 1 within noise`"""
+    words = {"better": "better", "worse": "worse", "noise": "within noise", "": "not compared"}
+    told: list[str] = []
+    for verdict, word in words.items():
+        number = sum(each == verdict for each in found)
+        if number:
+            told.append(f"{number} {word}")
+    return ", ".join(told)
 
 
 def _task_words(whole: Comparison, final: Score) -> str:
@@ -316,6 +359,8 @@ def _perplexity_sentence(run: Run) -> str:
     for source, base, final in both_perplexities(run):
         side = fell if final < base else rose
         side.append(f"{source} ({digits3(base)} → {digits3(final)})")
+    if len(fell) + len(rose) > FEW:
+        return _sentence(f"perplexity fell on {len(fell)} of {len(fell) + len(rose)} texts")
     parts: list[str] = []
     if fell:
         parts.append(f"fell on {_join(fell)}")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 from qmedtune.heartbeat import Life
-from qmedtune.reporting.facts import both_perplexities, wholes
+from qmedtune.reporting.facts import both_perplexities, verdicts, wholes
 from qmedtune.results import Run
 from qmedtune.ui import Progress
 from qmedtune.units import clock, digits3
@@ -67,17 +65,6 @@ def _tasks(run: Run) -> str:
         if whole.verdict == "noise":
             figures += " (within noise)"
         told.append(f"{whole.task} {figures}")
-    return ", ".join(told)
-
-
-def verdicts(found: list[str]) -> str:
-    """`18 better, 1 worse, 1 within noise`"""
-    counted = Counter(found)
-    words = {"better": "better", "worse": "worse", "noise": "within noise", "": "not compared"}
-    told: list[str] = []
-    for verdict, word in words.items():
-        if counted[verdict]:
-            told.append(f"{counted[verdict]} {word}")
     return ", ".join(told)
 
 

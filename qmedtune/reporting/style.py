@@ -4,13 +4,14 @@ Colours are those of Okabe and Ito (2008), told apart with any kind of colour vi
 Deliberately absent: fonts, scripts and images from anywhere.
 """
 
+LIGHT = """--page: #f7f6f3; --card: #ffffff; --ink: #1c2430; --soft: #5c6675; --rule: #e3e0da; --faint: #efede8;
+  --accent: #00705a; --accent-soft: #e2f1ec; --warn: #8a5300; --warn-soft: #fcf1dc; --bad: #a8321f;
+  --bad-soft: #fbe9e5; --c0: #7d8794; --c1: #0b6fb0; --c2: #cf5a00; --c3: #00866a; --c4: #a8568a; --c5: #b38600;
+  --c6: #2a8cc0; --c7: #6b5fb5; --c8: #7a6a55;"""
 CSS = """
 :root {
   color-scheme: light dark;
-  --page: #f7f6f3; --card: #ffffff; --ink: #1c2430; --soft: #5c6675; --rule: #e3e0da; --faint: #efede8;
-  --accent: #00705a; --accent-soft: #e2f1ec; --warn: #8a5300; --warn-soft: #fcf1dc; --bad: #a8321f;
-  --bad-soft: #fbe9e5; --c0: #9aa4b1; --c1: #0b6fb0; --c2: #cf5a00; --c3: #00866a; --c4: #a8568a; --c5: #b38600;
-  --c6: #3f9fd0; --c7: #6b5fb5; --c8: #7a6a55;
+  LIGHT
 }
 @media (prefers-color-scheme: dark) {
   :root {
@@ -43,7 +44,12 @@ a { color: inherit; text-decoration-color: var(--c0); text-underline-offset: 3px
 .callout { background: var(--warn-soft); color: var(--warn); border-radius: 10px; padding: 12px 16px; margin: 20px 0 0;
   font-size: 15px; }
 .callout ul { margin: 4px 0 0; padding-left: 20px; }
-.tiles { display: grid; grid-template-columns: repeat(var(--columns), minmax(0, 1fr)); gap: 14px; margin: 30px 0 0; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(215px, 1fr)); gap: 14px; margin: 14px 0 0; }
+header > .tiles:first-of-type, .callout + .tiles { margin-top: 30px; }
+header > details { margin-top: 14px; }
+.contents { display: flex; flex-wrap: wrap; gap: 6px 20px; margin: 34px 0 0; padding: 14px 0; font-size: 14.5px;
+  border-top: 1px solid var(--rule); border-bottom: 1px solid var(--rule); }
+.unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
 .tile, .card { background: var(--card); border: 1px solid var(--rule); border-radius: 14px; }
 .tile { padding: 16px 18px 14px; }
 .tile .name { color: var(--soft); font-size: 14px; overflow-wrap: anywhere; }
@@ -63,7 +69,7 @@ figure { margin: 0; }
 .plot svg { display: block; width: 100%; height: 100%; overflow: visible; }
 .plot path { fill: none; vector-effect: non-scaling-stroke; }
 .grid { stroke: var(--rule); stroke-width: 1; }
-.raw { stroke-width: 1; opacity: .35; }
+.raw { stroke-width: 1; opacity: .5; }
 .line { stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; }
 .dot { stroke-width: 7; stroke-linecap: round; }
 .ys span, .xs span, .db-ticks span { position: absolute; color: var(--soft); font-size: 12px; line-height: 1;
@@ -84,9 +90,11 @@ figure { margin: 0; }
 .db-value, .bar-value { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .db-track { position: relative; height: 34px; background: linear-gradient(var(--rule), var(--rule)) center/100% 1px
   no-repeat; }
-.whisker { position: absolute; top: 14px; height: 6px; border-radius: 3px; opacity: .32; min-width: 2px; }
+.whisker { position: absolute; top: 16px; height: 2px; border-radius: 1px; min-width: 2px; }
 .mark { position: absolute; top: 11px; width: 12px; height: 12px; border-radius: 50%; transform: translateX(-50%);
   box-shadow: 0 0 0 2px var(--card); z-index: 1; }
+.mark.ring { top: 9px; width: 16px; height: 16px; background: none; border: 3px solid; box-shadow: none; z-index: 2; }
+.ring.c0 { border-color: var(--c0); }
 .tick { position: absolute; top: 8px; width: 2px; height: 18px; transform: translateX(-50%); }
 .bars { display: grid; grid-template-columns: minmax(0, max-content) 1fr max-content; gap: 0 16px; }
 .bars .bar-row { display: contents; }
@@ -99,20 +107,25 @@ figure { margin: 0; }
 .bar-track i { display: block; height: 100%; border-radius: 5px; min-width: 2px; }
 .scroll { overflow-x: auto; margin: 0 -4px; padding: 0 4px; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; font-variant-numeric: tabular-nums; }
-th { text-align: left; color: var(--soft); font-weight: 500; font-size: 13px; padding: 0 18px 8px 0;
+thead th { text-align: left; color: var(--soft); font-weight: 500; font-size: 13px; padding: 0 18px 8px 0;
   vertical-align: bottom; }
-td { border-top: 1px solid var(--rule); padding: 8px 18px 8px 0; vertical-align: top; }
+td, tbody th { border-top: 1px solid var(--rule); padding: 8px 18px 8px 0; vertical-align: top; text-align: left; }
+tbody th { font-weight: 400; }
 th:last-child, td:last-child { padding-right: 0; }
-td code { font-size: 12.5px; word-break: break-all; }
-td.s { white-space: nowrap; }
-td.t:first-child { min-width: 170px; }
-td.w { min-width: 230px; overflow-wrap: anywhere; }
+td code, th code { font-size: 12.5px; word-break: break-all; }
+td.s, tbody th.s { white-space: nowrap; }
+tbody th.t { min-width: 170px; }
+td.w, tbody th.w { min-width: 230px; overflow-wrap: anywhere; }
 td.n, th.n { text-align: right; white-space: nowrap; }
 td.n + td:not(.n), th.n + th:not(.n) { padding-left: 14px; }
 .table-note { color: var(--soft); font-size: 13.5px; margin: 12px 0 0; max-width: 92ch; }
 code, pre { font: 13px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 pre { overflow-x: auto; margin: 12px 0 0; padding: 14px 16px; background: var(--faint); border-radius: 10px; }
 details summary { cursor: pointer; font-weight: 600; font-size: 15px; }
+details[open] > summary { margin-bottom: 8px; }
+details.values { margin-top: 10px; }
+details.values summary { font-weight: 400; font-size: 13px; color: var(--soft); }
+:focus-visible { outline: 2px solid var(--c1); outline-offset: 2px; }
 footer { margin-top: 64px; padding-top: 18px; border-top: 1px solid var(--rule); color: var(--soft); font-size: 14px; }
 .legend-list { list-style: none; margin: 0 0 18px; padding: 0; }
 .legend-list li { margin: 6px 0; color: var(--soft); font-size: 15px; }
@@ -121,22 +134,39 @@ footer { margin-top: 64px; padding-top: 18px; border-top: 1px solid var(--rule);
 @media (max-width: 640px) {
   main { padding: 30px 16px 48px; }
   h1 { font-size: 27px; } .outcome { font-size: 18px; } h2 { margin-top: 44px; }
-  .tiles { grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 10px; }
-  .tile { padding: 12px 14px; } .tile .big { font-size: 21px; } .tile:last-child:nth-child(odd) { grid-column: 1 / -1; }
+  .tiles { grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 10px; }
+  .tile { padding: 12px 14px; } .tile .big { font-size: 19px; }
   .card { padding: 16px; } .plot { height: 200px; }
   .pair { grid-template-columns: minmax(0, 1fr); }
   .db-row { grid-template-columns: 1fr auto; gap: 0 12px; padding: 4px 0; }
   .db-track, .db-ticks { grid-column: 1 / -1; grid-row: 2; }
   .db-axis > span:not(.db-ticks) { display: none; }
   .db-track, .db-ticks { margin: 0 8px; }
+  .many, .many tbody, .many tr { display: block; }
+  .many thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+  .many tr { padding: 10px 0; border-top: 1px solid var(--rule); }
+  .many tbody tr:first-child { border-top: 0; padding-top: 0; }
+  .many tbody th, .many td { display: block; border: 0; padding: 2px 0; min-width: 0; white-space: normal; }
+  .many tbody th { font-weight: 600; }
+  .many td { display: flex; justify-content: space-between; gap: 16px; text-align: right; }
+  .many td::before { content: attr(data-column); color: var(--soft); text-align: left; flex: none; }
+  .many td.n + td:not(.n) { padding-left: 0; }
 }
 @media print {
-  :root { --page: #fff; --card: #fff; --ink: #000; --soft: #444; --rule: #ccc; --faint: #f2f2f2; }
+  :root { color-scheme: light; LIGHT }
+  :root { --page: #fff; --ink: #000; --soft: #444; --rule: #ccc; --faint: #f2f2f2; }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
-  body { font-size: 11pt; } main { max-width: none; padding: 0; }
+  body { font-size: 10pt; } main { max-width: none; padding: 0; }
+  .tiles { grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); } .tile .big { font-size: 15pt; }
+  .contents { display: none; } footer { margin-top: 24px; break-before: avoid; }
   .tile, figure, tr { break-inside: avoid; } h2, h3, .legend { break-after: avoid; } h2 { margin-top: 32px; }
-  .scroll { overflow: visible; } table { font-size: 8.5pt; } td, th { padding-right: 9px; } td.w { min-width: 0; }
+  .scroll { overflow: visible; } table { font-size: 8.5pt; } td, th { padding-right: 9px; }
+  td.w, tbody th.w { min-width: 90px; } .pair table { font-size: 7.5pt; } .pair td, .pair th { padding-right: 5px; }
+  .many td.n, .many thead th, .many tbody th { white-space: normal; min-width: 0; } .card { padding: 14px 16px; }
+  .plot { height: 170px; } .pair { grid-template-columns: 1fr 1fr; } h2 { margin-top: 26px; }
   @page { margin: 14mm; }
-  details > *:not(summary) { display: block; }
+  details::details-content { content-visibility: visible; display: block; block-size: auto; }
+  details.values { display: none; }
+  pre { white-space: pre-wrap; overflow-wrap: anywhere; }
 }
-"""
+""".replace("LIGHT", LIGHT)

@@ -4,7 +4,7 @@ The texts are those of src/preprocess_instruct.py of BIDS-Xu-Lab/Me-LLaMA (MIT, 
 src/tasks/vital_measure.py there. Two of the twelve are not in that repository: BioNLI is asked as MedNLI with its two
 labels, and entities with the prompt that the lab published before (ChatGPT_MTSamples.ipynb of
 BIDS-Xu-Lab/Clinical_Entity_Recognition_Using_GPT_models, commit fc374c5): likely, not proven.
-Deliberately absent: white space around a prompt (a turn never has any: data/templates.py), BARTScore.
+Deliberately absent: white space around a prompt (a turn never has any: data/packing/templates.py), BARTScore.
 """
 
 from __future__ import annotations

@@ -21,9 +21,9 @@ from qmedtune import model as models
 from qmedtune import store
 from qmedtune.data.packing.classes import HELD_OUT, IDS, LABELS, LabelledRows
 from qmedtune.evaluation.statistics import auroc, average_precision, bootstrap
+from qmedtune.modeling.collation import collate
+from qmedtune.modeling.loss import packed_hidden
 from qmedtune.recipe import ClassifySection
-from qmedtune.training.collation import collate
-from qmedtune.training.loss import packed_hidden
 
 HEAD, ITEMS, SCORES = "head.safetensors", "heldout.items.jsonl", "heldout.scores.safetensors"
 RESAMPLES = 200  # of the patients, for the interval: 1,000 would take minutes where there are 1,000 labels

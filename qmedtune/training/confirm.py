@@ -17,14 +17,16 @@ import torch
 
 from qmedtune import units
 from qmedtune.errors import DoesNotFit
+from qmedtune.llama_shape import BaseFacts
+from qmedtune.modeling import activations
+from qmedtune.modeling.collation import Rows
 from qmedtune.planning import fit, memory
-from qmedtune.planning.activations import choose_activation_plan
+from qmedtune.planning.layers import choose_activation_plan
 from qmedtune.planning.machine import Machine, this_machine
 from qmedtune.planning.memory import Setup
-from qmedtune.planning.shapes import BaseFacts, base_facts
+from qmedtune.planning.shapes import base_facts
 from qmedtune.recipe import Recipe
-from qmedtune.training import activations, checkpoints
-from qmedtune.training.collation import Rows
+from qmedtune.training import checkpoints
 from qmedtune.training.trainer import QTrainer
 
 TRIES = 4

@@ -28,10 +28,10 @@ from trl import SFTConfig, SFTTrainer
 from qmedtune import store, ui
 from qmedtune.errors import DataError, RunError
 from qmedtune.model import EMBEDDINGS, trainable
+from qmedtune.modeling.collation import Rows, collate, supervised_weight
+from qmedtune.modeling.loss import token_nll
 from qmedtune.recipe import TrainSection, WarmupSection
 from qmedtune.training import checkpoints
-from qmedtune.training.collation import Rows, collate, supervised_weight
-from qmedtune.training.loss import token_nll
 
 
 def number(value: Any) -> Any:
@@ -277,7 +277,7 @@ def trainer_arguments(
 
     `autocast` is None where nothing is cast: fp32, or fp32 adapters on a base in bf16. "bfloat16" and "float16" cast
     the fp32 weights of a full stage for its products; "float16" scales the loss, for adapters too.
-    `checkpointing`: transformers' own, for layers that are not ours (training/activations.py).
+    `checkpointing`: transformers' own, for layers that are not ours (modeling/activations.py).
     """
     arguments = SFTConfig(
         output_dir=str(stage / store.SCRATCH),

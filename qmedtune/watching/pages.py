@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from urllib.parse import urlencode
 
+from qmedtune.reporting.blocks import DISCLAIMER
 from qmedtune.reporting.charts import Html, esc
-from qmedtune.reporting.page import DISCLAIMER
 from qmedtune.watching.live import Parts
 from qmedtune.watching.parts import address, pill
 from qmedtune.watching.rows import Wish

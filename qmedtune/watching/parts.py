@@ -9,11 +9,12 @@ import time
 from urllib.parse import quote
 
 from qmedtune.reporting import tables
+from qmedtune.reporting.blocks import PALETTE, card, html_table, section
 from qmedtune.reporting.cells import Table
 from qmedtune.reporting.charts import Html, esc
-from qmedtune.reporting.facts import base_name, outcome
+from qmedtune.reporting.facts import base_name, outcome, warnings_of
+from qmedtune.reporting.head import tiles
 from qmedtune.reporting.headline import headline
-from qmedtune.reporting.page import PALETTE, card, html_table, section
 from qmedtune.ui import Progress
 from qmedtune.units import clock, count, duration
 from qmedtune.watching.curves import Stage, loss_chart, small_charts
@@ -61,8 +62,10 @@ def runs_parts(found: list[Seen]) -> Parts:
 
 
 def run_parts(seen: Seen, stages: dict[str, Stage]) -> Parts:
+    result = tiles(seen.run) if seen.status == "finished" else ""
     return {
         "head": _head(seen),
+        "result": result,
         "curves": _curves(seen, stages),
         "steps": section("Steps", card("", _steps(seen))),
         "warnings": section("Warnings", _warnings(seen, stages)),
@@ -154,7 +157,7 @@ def _steps(seen: Seen) -> Html:
 
 
 def _warnings(seen: Seen, stages: dict[str, Stage]) -> Html:
-    told = dict.fromkeys(seen.run.warnings)
+    told = dict.fromkeys(warnings_of(seen.run))
     for name, stage in stages.items():
         told |= dict.fromkeys(f"{name}: {warning}" for warning in stage.warnings)
     if not told:

@@ -16,8 +16,8 @@ from qmedtune import base, store
 from qmedtune.data.packing.pack import IGNORED, PackedRows
 from qmedtune.data.packing.tokens import load_codec
 from qmedtune.recipe import ModelSection
+from qmedtune.reporting.blocks import card
 from qmedtune.reporting.charts import Html, esc, legend
-from qmedtune.reporting.page import card
 from qmedtune.results import Run, Source
 from qmedtune.terminal import printable
 from qmedtune.watching.parts import source_colors

@@ -18,11 +18,11 @@ from urllib.parse import parse_qs, unquote, urlencode, urlsplit
 
 from qmedtune.compare_runs import compare, sides
 from qmedtune.errors import QmedtuneError
-from qmedtune.reporting.compare_page import page as compare_page
 from qmedtune.reporting.page import page as report_page
 from qmedtune.reporting.style import CSS
 from qmedtune.watching.access import SECURITY, Guard, is_own_page
 from qmedtune.watching.asking import Pair
+from qmedtune.watching.compare_page import page as compare_page
 from qmedtune.watching.curves import Follower
 from qmedtune.watching.live import Live
 from qmedtune.watching.pages import ask_page, list_page, message_page, rows_page, run_page

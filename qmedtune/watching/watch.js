@@ -12,16 +12,13 @@ let tag = "";
 let lastAnswer = Date.now();
 
 function keepState(element) {
-  const open = new Map();
-  for (const part of element.querySelectorAll("details[id]")) open.set(part.id, part.open);
+  const open = [...element.querySelectorAll("details")].map((part) => part.open);
   const ticked = new Set();
   for (const box of element.querySelectorAll("input[type=checkbox]:checked")) ticked.add(box.value);
   const focused = element.contains(document.activeElement) ? document.activeElement.id : "";
   return () => {
-    for (const [id, wasOpen] of open) {
-      const part = document.getElementById(id);
-      if (part) part.open = wasOpen;
-    }
+    const parts = [...element.querySelectorAll("details")];
+    if (parts.length === open.length) parts.forEach((part, place) => (part.open = open[place]));
     for (const box of element.querySelectorAll("input[type=checkbox]")) box.checked = ticked.has(box.value);
     if (focused) document.getElementById(focused)?.focus();
   };

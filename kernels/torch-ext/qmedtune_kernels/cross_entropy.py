@@ -4,7 +4,7 @@ A frozen head needs no gradient of its own, so the gradient of a token's loss in
 pass, while its logits are at hand: logits = h W^T, then (softmax - onehot) W. Recomputing them in the backward pass, as
 the usual chunked losses do, multiplies a third time (3 % of a step of an 8B model).
 A few rows at a time: on a GPU a kernel turns fp32 logits into loss and gradient in two passes; on a CPU the rows of a
-piece stay in the cache. Deliberately not here: a trained head (training/loss.py), label smoothing, soft caps.
+piece stay in the cache. Deliberately not here: a trained head (modeling/loss.py), label smoothing, soft caps.
 """
 
 # Triton's annotations type kernels as plain functions of tl.constexpr:

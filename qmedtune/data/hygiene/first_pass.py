@@ -17,13 +17,14 @@ from typing import IO, Any
 import numpy as np
 import zstandard
 
-from qmedtune import keys, store, ui
+from qmedtune import store, ui
 from qmedtune.data.hygiene import decontaminate, phi
 from qmedtune.data.hygiene.per_record import ARRAYS, Pool, Staged, worker_count
 from qmedtune.data.reading.rejects import KINDS, Rejects
 from qmedtune.data.reading.sources import VERSIONED, Deleted, Item, PmidSet, read_items, reading_order
 from qmedtune.data.reading.tally import ReadingTally
-from qmedtune.recipe import Recipe, SourceSection
+from qmedtune.recipe import PACKED_AS, Recipe, SourceSection
+from qmedtune.versions import CODE
 
 BATCH_RECORDS = 256
 PART_BYTES = 64 << 20
@@ -119,9 +120,9 @@ def _parts(files: list[Path]) -> list[list[Path]]:
 
 def _treatment_digest(recipe: Recipe, name: str, items: list[decontaminate.Item]) -> str:
     """Of all that a part depends on beside its files."""
-    source = recipe.data[name].model_dump(mode="json", exclude={"path", "license", "terms", *keys.PACKED_AS, "holdout"})
+    source = recipe.data[name].model_dump(mode="json", exclude={"path", "license", "terms", *PACKED_AS, "holdout"})
     hygiene = recipe.hygiene.model_dump(mode="json", exclude={"dedup", "max_bad_fraction"})
-    return store.sha256_json([source, hygiene, [asdict(item) for item in items], recipe.seed, keys.CODE])
+    return store.sha256_json([source, hygiene, [asdict(item) for item in items], recipe.seed, CODE])
 
 
 def _part_name(treatment: str, files: list[Path]) -> str:

@@ -386,3 +386,11 @@ def modelfile(frame: Frame, model: str) -> str:
     marks = [str(frame.codec.backend.id_to_token(token)) for token in sorted(frame.ends)]
     lines += [f"PARAMETER stop {json.dumps(mark)}" for mark in dict.fromkeys([*marks, *frame.template.stop])]
     return "\n".join([*lines, "PARAMETER temperature 0", ""])
+
+
+def write_template(out: Path, template: Path) -> None:
+    """The template of training becomes the tokenizer's only chat template, and stays readable as template.json."""
+    trained = templates.load(template)
+    templates.save(trained, out)
+    if (out / "tokenizer.json").is_file():
+        publish(frame_in(trained, out), out)

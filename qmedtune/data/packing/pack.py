@@ -17,7 +17,9 @@ from typing import Any
 import numpy as np
 
 from qmedtune import store, ui
+from qmedtune.batches import batch_rows
 from qmedtune.data.packing import borders, framing, mix, templates
+from qmedtune.data.packing.conversations import encode_conversations
 from qmedtune.data.packing.fertility import fertility
 from qmedtune.data.packing.ledger import Corpus, Draws, packing_facts
 from qmedtune.data.packing.templates import Template
@@ -26,14 +28,12 @@ from qmedtune.data.packing.tokens import (
     KEPT,
     LENGTH,
     Codec,
-    encode_conversations,
     encode_texts,
     load_codec,
     shard_array,
     write_shards,
 )  # fmt: skip
 from qmedtune.errors import DataError
-from qmedtune.planning.batches import batch_rows
 from qmedtune.recipe import (
     ClassifySection,
     CptSection,

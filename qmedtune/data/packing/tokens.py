@@ -25,7 +25,7 @@ from tokenizers import Tokenizer
 
 from qmedtune import store
 from qmedtune.data.packing.borders import document_borders
-from qmedtune.data.packing.templates import Template, special
+from qmedtune.data.packing.templates import special
 from qmedtune.errors import DataError
 
 SHARD_BYTES = 32 << 20  # of jsonl, on average; about 8 M tokens
@@ -168,24 +168,6 @@ def encode_texts(codec: Codec, records: list[dict[str, Any]], limit: int | None)
         whole = [*start, *ids, borders.end]
         documents.append(Encoded(whole, None, len(whole) if limit is None else min(len(whole), limit)))
     return documents
-
-
-def encode_conversations(
-    codec: Codec, records: list[dict[str, Any]], template: Template, prompt_weight: float, limit: int
-) -> list[Encoded]:
-    """Conversations, right-truncated to `limit` tokens; `kept` is 0 where no response token would be left."""
-    from qmedtune.data.packing.framing import frame_of
-
-    framed = frame_of(template, codec).train([record["messages"] for record in records])
-    quiet = {0.0: 0, 1.0: FULL_WEIGHT}.get(prompt_weight, PROMPT_MARK)
-    return [_weighted(each.ids, each.supervised, quiet, limit) for each in framed]
-
-
-def _weighted(ids: list[int], supervised: list[int], quiet: int, limit: int) -> Encoded:
-    mask = [FULL_WEIGHT if loud else quiet for loud in supervised]
-    mask[0] = 0  # nothing predicts it
-    kept = min(len(ids), limit)
-    return Encoded(ids, mask, kept if FULL_WEIGHT in mask[1:kept] else 0)
 
 
 def write_shards(

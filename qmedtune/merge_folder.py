@@ -17,9 +17,10 @@ from qmedtune import store
 from qmedtune.data.packing.templates import FILE
 from qmedtune.errors import MergeRefused, RecipeError
 from qmedtune.evaluation.open_model import check_intact, locate
+from qmedtune.lineage import BASE, final_model
+from qmedtune.model_stack import ModelStack
 from qmedtune.planning.machine import this_machine
 from qmedtune.recipe import MergeSection, ModelSection, Recipe
-from qmedtune.steps import after, folds
 
 SEED = 17  # of stochastic rounding, where no recipe states one
 AGAIN = "the adapters are as they were: give the same command again, to another disk if it is refused again"
@@ -39,7 +40,8 @@ def merge_into(
     folder = Path(name).expanduser()
     is_run = (folder / "run.json").is_file()
     found = adapters_of_run(folder, offline) if is_run else adapter_of_folder(name, folder, base, offline)
-    job = MergeJob(found.base, found.adapters, section, found.model, found.seed, template=found.template)
+    stack = found.stack
+    job = MergeJob(stack.base, stack.adapters, section, found.model, found.seed, template=stack.template)
     staging = out.with_name(f".{out.name}.part")
     with store.lock(staging):  # a second merge to the same place leaves
         shutil.rmtree(staging / "merged", ignore_errors=True)  # of a killed attempt; never anything that was finished
@@ -54,7 +56,7 @@ def merge_into(
         except BaseException:
             shutil.rmtree(staging)  # not whole: of no use
             raise
-        key = store.sha256_json([str(found.base), *map(str, found.adapters), section.model_dump()])
+        key = store.sha256_json([str(stack.base), *map(str, stack.adapters), section.model_dump()])
         store.seal(staging / "merged", key, facts)
         store.rename(staging / "merged", out)
         shutil.rmtree(staging)
@@ -63,33 +65,26 @@ def merge_into(
 
 @dataclass(frozen=True)
 class Found:
-    """What is to be merged: adapters in order, onto which base, and how that was trained."""
+    """What is to be merged, and how it was trained."""
 
     model: ModelSection
-    base: Path
-    adapters: list[Path]
-    template: Path | None
+    stack: ModelStack
     seed: int
 
 
 def adapters_of_run(folder: Path, offline: bool) -> Found:
     """What the run's own merge folds: the adapters since the last full model, and the template of the last sft."""
     recipe = Recipe.model_validate(json.loads((folder / "run.json").read_text(encoding="utf-8"))["recipe"])
-    place, names = "base", []
-    for name, stage in zip(recipe.stage_names(), recipe.stages, strict=True):
-        if folds(stage, names):
-            place, names = f"{name}-base", []
-        place, names = after(stage, name, place, names)
-    adapters = [folder / name for name in names]
-    for adapter in adapters:
-        if not adapter.is_dir():
-            raise RecipeError(f"{folder}: stage {adapter.parent.name} is not finished\ncontinue it with `qmedtune run`")
-        check_intact(adapter.parent, full=True)
-    templates = [path.parent for path in sorted(folder.glob(f"[0-9][0-9]-sft/{FILE}"))]
-    found = folder / place
-    if place == "base":
-        found = bases.identify(recipe.model, offline=offline).make()
-    return Found(recipe.model, found, adapters, templates[-1] if templates else None, recipe.seed)
+    final = final_model(recipe)
+    for name in final.adapters:
+        stage = (folder / name).parent
+        if not (folder / name).is_dir():
+            raise RecipeError(f"{folder}: stage {stage.name} is not finished\ncontinue it with `qmedtune run`")
+        check_intact(stage, full=True)
+    base = folder / final.base
+    if final.base == BASE:
+        base = bases.identify(recipe.model, offline=offline).make()
+    return Found(recipe.model, final.located(folder, base), recipe.seed)
 
 
 def adapter_of_folder(name: str, folder: Path, base: str | None, offline: bool) -> Found:
@@ -101,4 +96,5 @@ def adapter_of_folder(name: str, folder: Path, base: str | None, offline: bool) 
     templates = [place for place in (folder, folder.parent) if (place / FILE).is_file()]
     quantization = bases.trained_quantization(folder) or "nf4"
     model = ModelSection(base=str(location.base), compute_dtype=this_machine().compute_dtype, quantization=quantization)
-    return Found(model, location.base, list(location.adapters), templates[0] if templates else None, SEED)
+    template = templates[0] if templates else None
+    return Found(model, ModelStack(location.base, location.adapters, template), SEED)

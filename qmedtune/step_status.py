@@ -7,17 +7,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qmedtune import keys, plan, store
+from qmedtune import base, keys, store
+from qmedtune.planning.resolve import resolve
 from qmedtune.recipe import Recipe
-from qmedtune.run import Step, inputs_of, key_of, source_of, steps_of, upstream_of
+from qmedtune.steps import Step, inputs_of, key_of, steps_of, upstream_of
 
 
 def status(recipe: Recipe, out: Path, *, offline: bool = True) -> list[dict[str, str]]:
     """For `plan`: each step as {name, status: cached | stale | to do, why}. Loads nothing, writes nothing to `out`."""
-    resolved, _ = plan.resolve(recipe)
+    resolved, _ = resolve(recipe)
     hashes = store.HashCache(out / ".hashes.json")
     steps = steps_of(resolved, recipe, hashes)
-    digest = source_of(resolved, offline).digest
+    digest = base.of_recipe(resolved, offline=offline).digest
     done: dict[str, store.Seal] = {}
     return [{"name": step.name, **_state(step, digest, done, out)} for step in steps]
 

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama as llama
 
-from qmedtune.evaluation.forward import causal_model
-from qmedtune.training.activations import recomputed, tiled
+from qmedtune.modeling.activations import recomputed, tiled
+from qmedtune.modeling.forward import causal_model
 
 Layer = Any  # an nn.Module whose attributes (PEFT's, bitsandbytes') a type checker cannot see
 
@@ -267,7 +267,7 @@ class LlamaAttention(llama.LlamaAttention):
 
 class LlamaDecoderLayer(llama.LlamaDecoderLayer):
     """Keeps the original's name: FSDP wraps by it. Subclassing makes transformers add checkpointing to `forward`.
-    `way`: what becomes of the layer's activations (training/activations.py)."""
+    `way`: what becomes of the layer's activations (modeling/activations.py)."""
 
     kernels: str
     way = "keep"

@@ -16,9 +16,9 @@ from qmedtune_kernels.cross_entropy import frozen_head_nll
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from qmedtune.evaluation.forward import causal_model
-from qmedtune.training.attention import packed_inputs
-from qmedtune.training.collation import Rows, collate, supervised_weight
+from qmedtune.modeling.attention import packed_inputs
+from qmedtune.modeling.collation import Rows, collate, supervised_weight
+from qmedtune.modeling.forward import causal_model
 
 # Logits held at once on the CPU: 2**24 fp32 values are 64 MiB.
 MAX_LOGITS = 2**24

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 from pydantic import JsonValue
 
 from qmedtune.compare_runs import Result, Scored, Setting, Side, held_out_sources, stage_names
+from qmedtune.reporting.blocks import PALETTE, card, document, html_table, section
 from qmedtune.reporting.cells import Row, Table
 from qmedtune.reporting.charts import Axis, Html, Mark, Series, dumbbells, esc, legend, line_chart, log_axis
-from qmedtune.reporting.page import PALETTE, card, document, html_table, section
 from qmedtune.results import Number
 from qmedtune.units import digits3, duration, size
 

@@ -19,9 +19,9 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from qmedtune.errors import RecipeError
+from qmedtune.modeling import cpu_attention
 from qmedtune.planning.numerics import TAKE_BOUNDS
 from qmedtune.planning.numerics import VARLEN as NAME
-from qmedtune.training import cpu_attention
 
 
 def packed_inputs(attention: str, input_ids: Tensor, position_ids: Tensor) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """What becomes of a layer's activations until its backward pass: kept, partly remade, recomputed, offloaded.
 
-fused.py's decoder layers ask here, layer by layer; planning/activations.py says which layer goes which way. "cheap"
+fused.py's decoder layers ask here, layer by layer; planning/layers.py says which layer goes which way. "cheap"
 (norm outputs and the SwiGLU product are remade) is done where those are used, in fused.py.
 Deliberately not here: the choice, and models whose layers are not ours (they take transformers' checkpointing).
 """

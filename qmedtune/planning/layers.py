@@ -2,7 +2,7 @@
 
 Four ways, all layers being alike: keep everything; make elementwise results again (norm outputs, the SwiGLU product);
 recompute the whole layer from its input; move that input to pinned host memory and recompute. Pure functions over
-budgets; training/activations.py does what is chosen here. Times are modelled, not measured.
+budgets; modeling/activations.py does what is chosen here. Times are modelled, not measured.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from itertools import combinations
 
 from qmedtune import units
 from qmedtune.errors import DoesNotFit
+from qmedtune.llama_shape import BaseFacts
 from qmedtune.planning.memory import (
     TILE_TOKENS,
     WAYS,
@@ -21,7 +22,6 @@ from qmedtune.planning.memory import (
     layers_by_way,
     offloaded_bytes,
 )
-from qmedtune.planning.shapes import BaseFacts
 
 # FLOPs done in the time of one byte of memory traffic: achievable matrix throughput over achievable bandwidth, 184 on
 # H200, 174 on RTX 4090, 149 on A100, 93 on T4 (the limits of the kernel notes, section 7).

@@ -1,0 +1,76 @@
+"""Which model each stage of a recipe starts from and leaves behind: said once, for the steps of a run, its plan of disk
+space, and a later merge of the run.
+
+A stage trains an adapter on the model before it, or a whole model; earlier adapters are sometimes folded into a new
+base first. Deliberately not here: the steps themselves (steps.py), and where a base lies (base.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from qmedtune.model_stack import ModelStack
+from qmedtune.recipe import Recipe, StageSection
+
+BASE = "base"  # stands for the recipe's own base among the folders of a run
+
+
+@dataclass(frozen=True)
+class StackInRun:
+    """A model as folders of a run, `step/subfolder`; `template` is the step that holds template.json."""
+
+    base: str = BASE
+    adapters: tuple[str, ...] = ()
+    template: str | None = None
+
+    def located(self, run: Path, base: Path) -> ModelStack:
+        """The same as paths below the folder `run`; `base` is where the recipe's base lies."""
+        start = base if self.base == BASE else run / self.base
+        adapters = tuple(run / adapter for adapter in self.adapters)
+        return ModelStack(start, adapters, None if self.template is None else run / self.template)
+
+
+@dataclass(frozen=True)
+class StageLineage:
+    """One stage: what it is trained on and what is there after it. Where `folds_into` names a step, that step folds the
+    adapters of `before` into a 16-bit base, and the stage starts from it."""
+
+    name: str
+    before: StackInRun
+    start: StackInRun
+    after: StackInRun
+    folds_into: str | None
+
+
+def lineage_of(recipe: Recipe) -> list[StageLineage]:
+    """Every stage of a recipe, in order."""
+    stages = []
+    model = StackInRun()
+    for name, stage in zip(recipe.stage_names(), recipe.stages, strict=True):
+        before = model
+        folds_into = f"{name}-base" if _folds(stage, before) else None
+        start = before if folds_into is None else replace(before, base=folds_into, adapters=())
+        model = _after(stage, name, start)
+        stages.append(StageLineage(name, before, start, model, folds_into))
+    return stages
+
+
+def final_model(recipe: Recipe) -> StackInRun:
+    """What the whole recipe trains: the model that is merged and scored."""
+    return lineage_of(recipe)[-1].after
+
+
+def _folds(stage: StageSection, before: StackInRun) -> bool:
+    return stage.section.adapter in ("merge_then_new", "none") and bool(before.adapters)
+
+
+def _after(stage: StageSection, name: str, start: StackInRun) -> StackInRun:
+    """A classify stage is a branch: what follows goes on from before it."""
+    if stage.kind == "classify":
+        return start
+    template = name if stage.kind == "sft" else start.template
+    if stage.full:
+        return StackInRun(f"{name}/model", (), template)
+    kept = start.adapters[:-1] if stage.section.adapter == "continue" else start.adapters
+    return StackInRun(start.base, (*kept, f"{name}/adapter"), template)
