@@ -27,14 +27,14 @@ from qmedtune.disk import owner_only
 from qmedtune.errors import RecipeError
 from qmedtune.evaluation import precision
 from qmedtune.evaluation.measure import Measured, Settings, measure_model, text_rows
-from qmedtune.evaluation.open_model import Quantization, fingerprint, locate, open_model
+from qmedtune.evaluation.open_model import Quantization, check_template, fingerprint, locate, open_model
 from qmedtune.evaluation.scoring import BATCH_TOKENS, max_positions
 from qmedtune.evaluation.summary import overlap_result, task_result, write_items
 from qmedtune.model_files import read_json
 from qmedtune.model_stack import adapters_in
 from qmedtune.modeling.collation import Rows
 from qmedtune.recipe import Recipe, SourceSection, TaskSection
-from qmedtune.results import Evaluation, Merge, Pair, Text
+from qmedtune.results import Evaluation, Merge, Pair, Source, Text
 from qmedtune.tasks import BUILTIN_TASKS, Task, check_twice, load_task, world_of
 
 TEXTS = "perplexity"
@@ -127,8 +127,8 @@ def _overlapping(inputs: dict[str, Path]) -> dict[str, set[str]]:
     for name, folder in inputs.items():
         sealed = store.read_seal(folder) if name.startswith("data-") else None
         if sealed:
-            for task, entry in sealed.facts["contamination"].items():
-                found.setdefault(task, set()).update(entry["found"])
+            for task, overlap in Source.model_validate(sealed.facts).contamination.items():
+                found.setdefault(task, set()).update(overlap.found)
     return found
 
 
@@ -275,6 +275,7 @@ def evaluate_model(
     """
     sections, texts = parse_tasks(tasks, data, limit)
     location = locate(name, base=base, template=template, offline=offline)
+    check_template(location)
     loaded = [load_task(section, seed, location.world) for section in sections]
     settings = Settings(location.template, generate, batch_tokens)
 
