@@ -34,7 +34,7 @@ from qmedtune.model_files import read_json
 from qmedtune.model_stack import adapters_in
 from qmedtune.modeling.collation import Rows
 from qmedtune.recipe import Recipe, SourceSection, TaskSection
-from qmedtune.results import Evaluation, Merge, Pair, Text
+from qmedtune.results import Evaluation, Merge, Pair, Source, Text
 from qmedtune.tasks import BUILTIN_TASKS, Task, check_twice, load_task, world_of
 
 TEXTS = "perplexity"
@@ -127,8 +127,8 @@ def _overlapping(inputs: dict[str, Path]) -> dict[str, set[str]]:
     for name, folder in inputs.items():
         sealed = store.read_seal(folder) if name.startswith("data-") else None
         if sealed:
-            for task, entry in sealed.facts["contamination"].items():
-                found.setdefault(task, set()).update(entry["found"])
+            for task, overlap in Source.model_validate(sealed.facts).contamination.items():
+                found.setdefault(task, set()).update(overlap.found)
     return found
 
 
