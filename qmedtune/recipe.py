@@ -336,6 +336,7 @@ class EvaluateSection(Section):
     generate: bool = True
     batch: Positive | Auto = "auto"
     template: str | None = None  # to ask with; default: the one of training
+    against: list[str] = later([])  # models that the result is held against, as `qmedtune compare` does
 
     @property
     def sections(self) -> list[TaskSection]:
