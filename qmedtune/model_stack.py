@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from safetensors import SafetensorError, safe_open
 
@@ -123,11 +123,8 @@ def headers(path: Path) -> dict[str, Stored]:
         refuse(path, "no such file", "it is missing from its folder; fetch or copy that again")
     try:
         with safe_open(path, framework="numpy") as file:
-            found: dict[str, Stored] = {}
-            for name in file.keys():  # noqa: SIM118 - no mapping
-                tensor: Any = file.get_slice(name)
-                found[name] = Stored(path.name, tensor.get_dtype(), tuple(tensor.get_shape()))
-            return found
+            found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            return {n: Stored(path.name, s.get_dtype(), tuple(s.get_shape())) for n, s in found.items()}
     except (SafetensorError, OSError) as error:
         raise RecipeError(
             f"{path}: a damaged safetensors file ({error})\n"
@@ -157,13 +154,11 @@ def _stored_twice(folder: Path) -> list[str]:
 
 
 def _shards(folder: Path, index: Path) -> dict[str, Stored]:
-    weight_map: Any = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
+    named = read_json(index).get("weight_map")
+    if not isinstance(named, dict) or not named:
         refuse(index, "not an index of shards (no readable `weight_map`)")
-    named = cast(dict[str, Any], weight_map)
-    for file in named.values():
-        if not isinstance(file, str) or Path(file).name != file:
-            refuse(index, f"names the shard {file!r} outside its folder", "use a model folder without that")
+    if outside := [file for file in named.values() if not isinstance(file, str) or Path(file).name != file]:
+        refuse(index, f"names the shard {outside[0]!r} outside its folder", "use a model folder without that")
     found: dict[str, Stored] = {}
     for file in sorted(set(named.values())):
         inside = headers(folder / file)
@@ -199,7 +194,7 @@ def read_model(folder: Path) -> ModelFolder:
 def _is_quantised(folder: Path, config: Mapping[str, Any]) -> bool:
     if (stored := config.get("quantization_config")) is None:
         return False
-    method = cast(dict[str, Any], stored).get("quant_method") if isinstance(stored, dict) else None
+    method = stored.get("quant_method") if isinstance(stored, dict) else None
     if method != "bitsandbytes":
         what = f"its weights are quantised by {method or 'an unknown method'}"
         refuse(folder, what, "allowed: bitsandbytes, or better the 16-bit original (training quantises it itself)")
@@ -357,7 +352,7 @@ def _check_values(path: Path, raw: Mapping[str, Any]) -> None:
         refuse(path, f"lora_alpha: {str(alpha)[:40]!r}", "allowed: a number")
     for key in ("target_modules", "exclude_modules", "modules_to_save"):
         value = raw.get(key)
-        is_list = isinstance(value, list) and all(isinstance(each, str) for each in cast(list[Any], value))
+        is_list = isinstance(value, list) and all(isinstance(each, str) for each in value)
         if value is not None and not is_list and not (isinstance(value, str) and key != "modules_to_save"):
             refuse(path, f"{key}: {str(value)[:60]!r}", "allowed: a list of names")
     for key in ("rank_pattern", "alpha_pattern"):
@@ -404,8 +399,7 @@ class _Reading:
         from peft.tuners.tuners_utils import check_target_module_exists
 
         targets, linears = self.config.target_modules, linears_of(self.shapes)
-        hits: Callable[[LoraConfig, str], object] = check_target_module_exists  # pyright: ignore[reportUnknownVariableType]
-        found = [module for module in linears if targets and hits(self.config, module)]
+        found = [m for m in linears if targets and check_target_module_exists(self.config, m)]
         for target in sorted(targets) if isinstance(targets, set) else ():
             if not any(f".{module}".endswith(f".{target}") for module in linears):
                 refuse(self.folder, f"its target {target} is no linear layer of the base", FITS)
@@ -416,9 +410,7 @@ class _Reading:
     def low_rank(self, module: str) -> LowRankFacts:
         from peft.utils.other import get_pattern_key
 
-        config: Any = self.config  # PEFT leaves the types of both patterns open
-        ranks: dict[str, int] = config.rank_pattern or {}
-        alphas: dict[str, float] = config.alpha_pattern or {}
+        ranks, alphas = self.config.rank_pattern or {}, self.config.alpha_pattern or {}
         rank = ranks.get(get_pattern_key(list(ranks), module), self.config.r)
         alpha = alphas.get(get_pattern_key(list(alphas), module), self.config.lora_alpha)
         rows, columns = self.shapes[f"{module}.weight"]
@@ -441,7 +433,7 @@ class _Reading:
     def doubles(self) -> set[str]:
         """The insides of PEFT's wrapper around trained embeddings, which it stores once more where the vocabulary was
         resized, and does not read."""
-        found: set[str] = set()
+        found = set()
         for name in ENDS:
             if not any(self.listed(name)):
                 continue
