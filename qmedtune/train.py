@@ -105,11 +105,8 @@ def train_stage(
         note_base(out / "adapter", trained_on, inputs["base"], below, recipe.model.quantization)
     if stage.full:
         facts["model"] = {"path": f"{name}/model"}
-    del (
-        trainer,
-        model,
-        callback,
-    )  # which know each other: only a collection frees them, and the next stage needs the room
+    # They know each other: only a collection frees them, and the next stage needs the room.
+    del trainer, model, callback
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

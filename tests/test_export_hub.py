@@ -18,10 +18,13 @@ from pathlib import Path
 
 import pytest
 from conftest import MICRO
+from llama_cpp import LlamaCpp
 
+from qmedtune.export import ExportJob, export
 from qmedtune.parsing.loader import load_recipe
 from qmedtune.run import run
 
+QUICK = ["evaluate.tasks=[]", "evaluate.perplexity=[]", "adapter.train_embeddings=false", "adapter.rslora=true"]
 TERMS = "data.notes.terms=invented notes; models may be published"
 
 
@@ -90,7 +93,7 @@ def endpoint() -> Iterator[str]:
 def closed_run(own_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run on clinical notes of which nobody said that a model may be published."""
     folder = tmp_path_factory.mktemp("run") / "micro"
-    loaded = load_recipe(MICRO, ["evaluate.tasks=[]", "evaluate.perplexity=[]"])
+    loaded = load_recipe(MICRO, QUICK)
     run(loaded.recipe, loaded.text, folder, offline=True)
     return folder
 
@@ -98,11 +101,29 @@ def closed_run(own_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.fixture(scope="module")
 def open_run(closed_run: Path) -> Path:
     """The same, with terms that allow it: nothing is trained again for that."""
-    loaded = load_recipe(MICRO, ["evaluate.tasks=[]", "evaluate.perplexity=[]", TERMS])
+    loaded = load_recipe(MICRO, [*QUICK, TERMS])
     folder = closed_run.with_name("open")
     subprocess.run(["cp", "-rp", str(closed_run), str(folder)], check=True)
     run(loaded.recipe, loaded.text, folder, offline=True)
     return folder
+
+
+def test_the_adapter_of_a_run_as_gguf_for_llama_cpp(closed_run: Path, tmp_path: Path):
+    """Trained with rsLoRA; over the base's own file it is the merged model's."""
+    facts = export(ExportJob(str(closed_run), tmp_path / "adapter", "gguf-adapter", offline=True))
+    base = next((Path(os.environ["QMEDTUNE_CACHE"]) / "bases").glob("micro-*")) / "01-pretrain" / "model"
+    export(ExportJob(str(base), tmp_path / "base", "gguf", "f32"))
+    export(ExportJob(str(closed_run), tmp_path / "merged", "gguf", "f32"))
+    assert facts["proof"]["alpha"] == pytest.approx(8 * 2) and facts["proof"]["kl"] < 1e-9
+    with LlamaCpp(next((tmp_path / "merged").glob("*.gguf"))) as merged:
+        ids = merged.tokenize("### Instruction:\nWhat does volusev treat?")
+        expected = merged.logits(ids)
+    with LlamaCpp(next((tmp_path / "base").glob("*.gguf"))) as reads:
+        bare = reads.logits(ids)
+        reads.use_adapter(next((tmp_path / "adapter").glob("*.gguf")))
+        found = reads.logits(ids)
+    rounded = abs(found - expected).max()  # the merged model is in bfloat16
+    assert rounded < 0.1 < abs(bare - expected).max()
 
 
 def push(run_folder: Path, endpoint: str, *more: str, repo: str = "lab/m") -> subprocess.CompletedProcess[str]:
