@@ -1,4 +1,4 @@
-"""`qmedtune export --as hub` against a local endpoint: what is sent, and what is refused before anything is.
+"""`qmedtune export` of a whole run: its adapter on llama.cpp, and what goes to the Hub, or is refused, at a local endpoint.
 
 The endpoint speaks as much of the Hub's protocol as an upload needs and is no Hub: it is here to see what would leave
 the machine. The client is huggingface_hub's own, in a process that is allowed to open connections.
