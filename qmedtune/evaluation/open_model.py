@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from qmedtune import base as bases
-from qmedtune import hub, record, store, ui
+from qmedtune import hub, local_names, record, store, ui
 from qmedtune.data.packing import templates
 from qmedtune.errors import RecipeError, RunError
 from qmedtune.model_stack import named_base, read_adapter, read_model
@@ -128,6 +128,12 @@ def _template_of_adapter(folder: Path, base: Path) -> templates.Template:
 
 
 def _base_folder(name: str, offline: bool) -> Path:
+    if not name.startswith(bases.BUILTIN):
+        local_names.check(name, "model")
+        if Path(name).suffix in (".yaml", ".yml"):
+            raise RecipeError(
+                f"{name}: is a recipe, no model\ngive the run that it made, such as runs/{Path(name).stem}"
+            )
     return bases.identify(ModelSection(base=name), offline=offline).make()
 
 
@@ -152,11 +158,10 @@ def fingerprint(path: Path) -> list[Any]:
 
 def open_model(location: Location, quantization: Quantization | None = None) -> OpenModel:
     """Load it for scoring. Default precision: NF4 under an adapter (as trained), 16 bit for whole models."""
-    from transformers.utils.logging import disable_progress_bar
-
     from qmedtune import model as models
+    from qmedtune.modeling.quiet import quiet_libraries
 
-    disable_progress_bar()
+    quiet_libraries()
 
     dtype = this_machine().compute_dtype
     precision = quantization or ("nf4" if location.adapters else "none")
