@@ -34,8 +34,10 @@ from qmedtune.merging.reference import ReadModel, read_base, read_updates
 from qmedtune.merging.rounding import Rounding
 from qmedtune.merging.tensors import row_blocks, write_safetensors
 from qmedtune.model import DTYPES
+from qmedtune.model_settings import ATTENTION
 from qmedtune.model_stack import EMBEDDING, HEAD, INDEX, adapters_in
 from qmedtune.recipe import MergeSection, ModelSection, Recipe
+from qmedtune.results import Merge
 
 # Written by the merge itself, or meaningless for a merged model; everything else that describes a model is copied.
 COPIED = (
@@ -102,18 +104,19 @@ def merge(job: MergeJob, out: Path) -> dict[str, Any]:
         peft_reads = helpers.submit(read_updates, job.adapters, opened.model)
         writer = _Writer(job, opened, updates, _stays_tied(opened, updates), out, pool, disk)
         hashes, rounding, proof = _write_and_prove(writer, transformers_reads, peft_reads)
-    return {
-        "base": job.section.base,
-        "dtype": job.section.dtype,
+    found = Merge(
+        base=job.section.base,
+        dtype=job.section.dtype,
+        modules=updates.modules,
+        adapters=len(job.adapters),
+        tied=writer.tied,
+        warnings=_warnings(job, rounding, proof),
+        sha256=next(iter(hashes.values())) if len(hashes) == 1 else store.sha256_json(hashes),
+        seconds=round(time.monotonic() - started, 2),
         **rounding,
-        "modules": updates.modules,
-        "adapters": len(job.adapters),
-        "tied": writer.tied,
         **proof,
-        "warnings": _warnings(job, rounding, proof),
-        "sha256": next(iter(hashes.values())) if len(hashes) == 1 else store.sha256_json(hashes),
-        "seconds": round(time.monotonic() - started, 2),
-    }
+    )
+    return found.as_json()
 
 
 def _check_copies(job: MergeJob, updates: Updates, opened: DiskLlama) -> None:
@@ -242,7 +245,10 @@ class _Writer:
 
             for file, shapes in shards.items():
                 (self.out / file).unlink(missing_ok=True)  # an earlier attempt may still be mapped
-                hashes[file] = put(self.out / file, shapes, blocks=in_order(self.pool, jobs(shapes)))
+                try:
+                    hashes[file] = put(self.out / file, shapes, blocks=in_order(self.pool, jobs(shapes)))
+                except RunError as error:
+                    raise RunError(f"{self.job.base / file}: {error}") from error
         if len(shards) > 1:
             files = {name: file for file, shapes in shards.items() for name in shapes}
             index = {"metadata": {"total_size": elements * self.job.dtype.itemsize}, "weight_map": files}
@@ -299,7 +305,8 @@ def merged_block(source: Tensor, low_rank: Sequence[LowRank], rows: slice, round
 def _write_config(source: Path, out: Path, dtype: str, tied: bool) -> None:
     """The base's config.json with the new dtype and tying; `torch_dtype` too, which readers before 2025 look for."""
     config = json.loads(source.read_text(encoding="utf-8"))
-    config.pop("_name_or_path", None)
+    for key in ("_name_or_path", *ATTENTION):  # whoever loads it decides
+        config.pop(key, None)
     config |= {"dtype": dtype, "torch_dtype": dtype, "tie_word_embeddings": tied}
     (out / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -307,6 +314,8 @@ def _write_config(source: Path, out: Path, dtype: str, tied: bool) -> None:
 def _copy_descriptions(base: Path, out: Path, template: Path | None) -> None:
     for pattern in COPIED:
         for path in sorted(base.glob(pattern)):
+            if not path.is_file():  # a folder LICENSES/, say
+                continue
             shutil.copyfile(path, out / path.name)
     if template is not None:
         write_template(out, template)

@@ -16,12 +16,13 @@ from torch import nn
 
 from qmedtune.errors import RecipeError
 from qmedtune.llama_shape import facts_from_config
+from qmedtune.model_settings import check_tokenizer_file, judged, read_settings
 from qmedtune.model_stack import parameters, read_adapter, read_model
 from qmedtune.recipe import AdapterSection, ModelSection
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 EMBEDDINGS = ("embed_tokens", "lm_head")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -35,9 +36,7 @@ def device() -> torch.device:
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer with a pad token. Padding never enters a loss (labels say what is trained), so the choice of pad
     token cannot mask an end token even where a tokenizer has only its eos to offer."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    tokenizer = _opened(folder)
     if tokenizer.eos_token_id is None:
         raise RecipeError(f"{folder}: the tokenizer names no eos token\nset it in tokenizer_config.json")
     if tokenizer.pad_token_id is None:
@@ -46,6 +45,43 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         tokenizer.pad_token = next((t for t in spare if t in vocabulary), tokenizer.eos_token)
     tokenizer.padding_side = "right"
     return tokenizer
+
+
+def _opened(folder: Path) -> Any:
+    """RecipeError for what the library raises of a hostile file: of any kind, and a panic is not even an Exception."""
+    from transformers import AutoTokenizer
+
+    settings = folder / "tokenizer_config.json"
+    if settings.is_file():
+        read_settings(settings)
+    if (folder / "tokenizer.json").is_file():
+        check_tokenizer_file(folder / "tokenizer.json")
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:
+        what = f"tokenizer.json or its settings cannot be read ({type(error).__name__})"
+        raise RecipeError(f"{folder}: {what}\nfetch or copy the model folder again") from error
+
+
+def llama_config(folder: Path) -> LlamaConfig:
+    """config.json as transformers' configuration: the settings that are judged, and no others (model_settings.py)."""
+    from transformers import LlamaConfig
+
+    path = folder / "config.json"
+    said = judged(path, read_settings(path))
+    try:
+        return LlamaConfig.from_dict(said)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise RecipeError(f"{path}: transformers cannot use it ({error!s:.160})\nfetch the model again") from error
+
+
+def check_finite(model: nn.Module, folder: Path, part: str = "") -> None:
+    """RecipeError where a weight is no number: of a damaged file, or of a training that diverged."""
+    for name, parameter in model.named_parameters():
+        if part in name and parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
+            raise RecipeError(f"{folder}: {name} has values that are no numbers\ntake an earlier checkpoint of it")
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: Any, folder: Path) -> None:
@@ -119,6 +155,7 @@ def load_base(
     quantize_now: Any = {"quantization_config": _quantization(section, dtype)} if four_bit and not stored else {}
     found: Any = AutoModelForCausalLM.from_pretrained(
         folder,
+        config=llama_config(folder),
         dtype=dtype,
         **quantize_now,
         device_map={"": device()},
@@ -135,6 +172,7 @@ def load_base(
         dequantize_linears(model, dtype)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
+    check_finite(model, folder)
     return model
 
 
@@ -159,11 +197,11 @@ CONFIG_KEYS = {
 def from_scratch(folder: Path, section: ModelSection, *, attention: str = SCORING_ATTENTION) -> PreTrainedModel:
     """A randomly initialised model of the folder's config.json, with the recipe's own widths where it gives them; fp32
     master weights, everything trainable."""
-    from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
     import qmedtune.modeling.attention  # noqa: F401 - registers `varlen` with transformers
 
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config = llama_config(folder)
     if (shape := section.shape) is not None:
         given = {**shape.model_dump(exclude_none=True), "kv_heads": shape.kv_heads or shape.heads}
         widths = {CONFIG_KEYS[name]: value for name, value in given.items()}
@@ -261,6 +299,8 @@ def load_adapters(model: PreTrainedModel, folders: Sequence[Path]) -> PeftModel:
     peft_model: Any = PeftModel.from_pretrained(model, str(first), adapter_name=adapter_name(1))
     for number, folder in enumerate(rest, start=2):
         peft_model.load_adapter(str(folder), adapter_name=adapter_name(number))
+    for number, folder in enumerate(folders, start=1):
+        check_finite(peft_model, folder, f".{adapter_name(number)}.")
     peft_model.base_model.set_adapter(list(peft_model.peft_config))
     for parameter in peft_model.parameters():
         parameter.requires_grad_(False)

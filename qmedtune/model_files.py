@@ -1,12 +1,13 @@
 """What is read of a model folder before it is judged: JSON of bounded size, and what is never accepted in one.
 
-Pickled weights, code to import and links out of the folder are refused, always. Deliberately not here: whether
-configuration and tensors belong together (model_stack.py), and downloads (hub.py).
+Pickled weights, links out of the folder and pipes are refused, always. Deliberately not here: what settings may say
+(model_settings.py), whether they and the tensors belong together (model_stack.py), and downloads (hub.py).
 """
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,11 +15,7 @@ from qmedtune.errors import RecipeError
 
 MAX_JSON_BYTES = 64 << 20  # an index of 1,000 shards has 10 MB
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
-# Settings that name Python code to import (PEFT imports the module `megatron_core` where `megatron_config` is given).
-CODE_KEYS = {
-    "config.json": "auto_map", "tokenizer_config.json": "auto_map", "processor_config.json": "auto_map",
-    "generation_config.json": "auto_map", "adapter_config.json": "megatron_config",
-}  # fmt: skip
+MOST_FILES = 10_000  # a model of 1,000 shards has about as many files
 
 
 def refuse(place: Path, what: str, then: str = "fetch or copy the folder again") -> NoReturn:
@@ -56,21 +53,25 @@ def check_folder(folder: Path) -> None:
         )
     if not weights:
         raise RecipeError(f"{folder}: no *.safetensors in this folder\ngive a folder with config.json and weights")
-    for name, key in CODE_KEYS.items():
-        path = folder / name
-        if path.is_file() and _names(json_value(path), key):
-            raise RecipeError(f"{path}: `{key}` asks for remote code, which is never run\nuse a LLaMA-family model")
+    check_links(folder)
+
+
+def check_links(folder: Path) -> None:
+    """Refuse links out of a model folder, also below it (transformers reads `additional_chat_templates/`), and what is
+    neither file nor folder: a pipe would be waited for for ever."""
     here = folder.resolve()
     inside = [here]
     if here.parent.name == "snapshots":  # the Hub's cache: files are links to ../../blobs
         inside.append(here.parent.parent / "blobs")
-    for path in folder.iterdir():
-        if path.is_symlink() and not any(path.resolve().is_relative_to(root) for root in inside):
-            raise RecipeError(f"{path}: a link out of the model folder\ncopy the file into the folder")
+    for number, path in enumerate(folder.rglob("*")):
+        if number > MOST_FILES:
+            refuse(folder, f"has more than {MOST_FILES:,} files", "give the folder of one model")
+        if path.is_symlink() and not any(_real(path).is_relative_to(root) for root in inside):
+            refuse(path, "a link out of the model folder", "copy the file into the folder")
+        if not path.is_file() and not path.is_dir():
+            refuse(path, "neither a file nor a folder", "remove it, or copy the file into the folder")
 
 
-def _names(value: Any, key: str) -> bool:
-    """Whether `key` is set anywhere in a configuration: those of parts lie in it (`text_config`)."""
-    if isinstance(value, dict):
-        return bool(value.get(key)) or any(_names(part, key) for part in value.values())
-    return isinstance(value, list) and any(_names(part, key) for part in value)
+def _real(path: Path) -> Path:
+    """`Path.resolve` raises where a link leads to itself."""
+    return Path(os.path.realpath(path))

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from qmedtune.errors import RecipeError
 from qmedtune.llama_shape import BaseFacts, facts_from_config
 from qmedtune.model_files import check_folder, read_json, refuse
+from qmedtune.model_settings import check_all, check_pattern, read_settings
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -31,7 +32,6 @@ PREFIX = "base_model.model."
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 ENDS = (EMBEDDING, HEAD)
 FLOATS = ("F32", "F16", "BF16")
-MAX_LAYERS = 1000  # the deepest LLaMA has 126
 # Buffers of old checkpoints that transformers computes itself and skips.
 SPARE = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 # Settings of peft 0.21 that are read here or change nothing once an adapter is trained. Each other one that is set
@@ -48,6 +48,7 @@ HARMLESS = frozenset({
 # Initialisations that leave the base's weights as they are (pissa, olora, loftq, corda and lora_ga change them).
 PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")
 CAUSAL = "CAUSAL_LM"
+MOST_PATH = 4096  # characters of a path on Linux
 FITS = "use it with the base that it was trained on"
 
 
@@ -119,7 +120,7 @@ class AdapterFolder:
 def headers(path: Path) -> dict[str, Stored]:
     """The tensors of a safetensors file. RecipeError where there is no file, or a damaged one."""
     if not path.is_file():  # a folder or a pipe of that name is none
-        refuse(path, "no such file", "the folder is incomplete; fetch or copy it again")
+        refuse(path, "no such file", "it is missing from its folder; fetch or copy that again")
     try:
         with safe_open(path, framework="numpy") as file:
             found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no mapping
@@ -127,7 +128,7 @@ def headers(path: Path) -> dict[str, Stored]:
     except (SafetensorError, OSError) as error:
         raise RecipeError(
             f"{path}: a damaged safetensors file ({error})\n"
-            "it is truncated or its header was changed; fetch or copy it again"
+            "it is truncated or its header was changed; fetch or copy it again (a Git LFS pointer: git lfs pull)"
         ) from error
 
 
@@ -177,34 +178,17 @@ def read_model(folder: Path) -> ModelFolder:
     if (folder / ADAPTER_CONFIG).is_file():  # transformers would go on with the base that this file names
         refuse(folder, "holds an adapter, not a model", f"merge it: qmedtune merge {folder}")
     check_folder(folder)
-    config = read_json(folder / "config.json")
-    _check_numbers(folder, config)
+    check_all(folder)
+    config = read_settings(folder / "config.json")
     shapes = parameters(facts_from_config(str(folder), config, "config.json"), config)
     stored = stored_tensors(folder)
     quantised = _is_quantised(folder, config)
     model = ModelFolder(folder, config, stored, shapes, quantised, _stored_twice(folder))
-    if not quantised:  # a quantised file holds packed bytes and scales under names of its own
+    if quantised:
+        _check_packed(model)
+    else:
         _check_tensors(model)
     return model
-
-
-NUMBERS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
-OPTIONAL = ("num_key_value_heads", "head_dim", "max_position_embeddings")
-
-
-def _check_numbers(folder: Path, config: Mapping[str, Any]) -> None:
-    """Widths are numbers above 0; the rest of the shape is checked against the tensors."""
-    for key in (*NUMBERS, *OPTIONAL):
-        value = config.get(key)
-        if value is None and (key in OPTIONAL or key not in config):
-            continue  # what is required and missing is named by facts_from_config
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
-            refuse(folder / "config.json", f"{key} is {str(value)[:40]!r}", "allowed: a whole number above 0")
-    if config.get("num_hidden_layers", 1) > MAX_LAYERS:
-        refuse(folder / "config.json", f"asks for {config['num_hidden_layers']:,} layers", f"allowed: to {MAX_LAYERS}")
-    for key in ("attn_implementation", "_attn_implementation"):
-        if "/" in str(config.get(key, "")):  # transformers takes it for a Hub repository with code
-            refuse(folder / "config.json", f"{key} names code to fetch, which is never run", "remove the setting")
 
 
 def _is_quantised(folder: Path, config: Mapping[str, Any]) -> bool:
@@ -245,16 +229,54 @@ def _check_tensors(model: ModelFolder) -> None:
     for name, tensor in model.stored.items():
         if SPARE.fullmatch(name):
             continue
-        if (expected := model.shapes.get(name)) is None:
-            refuse(
-                model.folder, f"tensor {name[:80]!r} is none of a LLaMA's", "give the folder of a LLaMA causal model"
-            )
-        if tensor.shape != expected:
-            what = f"{name} has the shape {list(tensor.shape)}, config.json asks for {list(expected)}"
-            refuse(model.folder, what, again)
-        if tensor.dtype not in FLOATS:
-            what = f"{name} is stored as {tensor.dtype}"
-            refuse(model.folder, what, "allowed: F32, F16, BF16; convert the model, or fetch its 16-bit original")
+        if name not in model.shapes:
+            _refuse_foreign(model, name)
+        _check_one(model, name, tensor)
+
+
+def _refuse_foreign(model: ModelFolder, name: str) -> NoReturn:
+    refuse(model.folder, f"tensor {name[:80]!r} is none of a LLaMA's", "give the folder of a LLaMA causal model")
+
+
+def _check_one(model: ModelFolder, name: str, tensor: Stored) -> None:
+    """In the shape that config.json asks for, in a floating-point type."""
+    place, expected = model.folder / tensor.file, model.shapes[name]
+    if tensor.shape != expected:
+        what = f"{name} has the shape {list(tensor.shape)}, config.json asks for {list(expected)}"
+        refuse(place, what, "fetch the model again")
+    if tensor.dtype not in FLOATS:
+        what = f"{name} is stored as {tensor.dtype}"
+        refuse(place, what, "allowed: F32, F16, BF16; convert the model, or fetch its 16-bit original")
+
+
+# What bitsandbytes stores beside a packed tensor, and whose name that begins with.
+BESIDE = re.compile(r"(?P<owner>.+\.weight)\.(absmax|quant_map|nested_\w+|quant_state\.bitsandbytes__\w+)")
+BESIDE_8_BIT = re.compile(r"(?P<owner>.+)\.(SCB|weight_format)")
+
+
+def _check_packed(model: ModelFolder) -> None:
+    """A file of bitsandbytes holds packed bytes and, under names of their own, what unpacks them."""
+    packed: set[str] = set()
+    for name in model.stored:
+        if beside := BESIDE.fullmatch(name):
+            packed.add(beside["owner"])
+        elif beside := BESIDE_8_BIT.fullmatch(name):
+            packed.add(f"{beside['owner']}.weight")
+    if not packed:
+        what = "config.json says that bitsandbytes has quantised it, and no tensor is"
+        refuse(model.folder, what, "fetch the folder again, or remove `quantization_config`")
+    kept = {name: tensor for name, tensor in model.stored.items() if name in model.shapes and name not in packed}
+    known = model.shapes.keys()
+    for name in model.stored:
+        belongs = name in known or BESIDE.fullmatch(name) or BESIDE_8_BIT.fullmatch(name) or SPARE.fullmatch(name)
+        if not belongs:
+            _refuse_foreign(model, name)
+    if foreign := sorted(packed - known):
+        _refuse_foreign(model, foreign[0])
+    if lost := [name for name in _needed(model) if name not in model.stored]:
+        refuse(model.folder, f"tensor {lost[0]} is missing (of {len(lost)})", "fetch the model again")
+    for name, tensor in kept.items():
+        _check_one(model, name, tensor)
 
 
 def _needed(model: ModelFolder) -> Iterator[str]:
@@ -270,7 +292,7 @@ def _needed(model: ModelFolder) -> Iterator[str]:
 def named_base(folder: Path) -> str:
     """The base that an adapter names. RecipeError where it names none."""
     named = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
-    if not isinstance(named, str) or not named:
+    if not isinstance(named, str) or not named or len(named) > MOST_PATH or not named.isprintable():
         refuse(folder, "does not say which base it was trained on", "give it: --base FOLDER_OR_HUB_ID")
     return named
 
@@ -286,6 +308,7 @@ def read_adapter(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> Adapter
     if not (folder / ADAPTER_CONFIG).is_file() and not any(folder.glob("adapter_model.*")):
         refuse(folder, "holds no adapter", "give the folder with adapter_config.json")
     check_folder(folder)
+    check_all(folder)
     config = _adapter_config(folder)
     reading = _Reading(folder, config, headers(folder / ADAPTER_TENSORS), shapes)
     low_rank = {module: reading.low_rank(module) for module in reading.targeted()}
@@ -333,8 +356,33 @@ def _check_values(path: Path, raw: Mapping[str, Any]) -> None:
         if value is not None and not is_list and not (isinstance(value, str) and key != "modules_to_save"):
             refuse(path, f"{key}: {str(value)[:60]!r}", "allowed: a list of names")
     for key in ("rank_pattern", "alpha_pattern"):
-        if not isinstance(raw.get(key) or {}, dict):
-            refuse(path, f"{key}: {str(raw[key])[:60]!r}", "allowed: numbers by module")
+        said = raw.get(key) or {}
+        if not isinstance(said, dict) or not all(_is_number(value) for value in said.values()):
+            refuse(path, f"{key}: {str(said)[:60]!r}", "allowed: numbers above 0 by module")
+    layers = raw.get("layers_to_transform")
+    if layers is not None and not _are_counts(layers if isinstance(layers, list) else [layers]):
+        refuse(path, f"layers_to_transform: {str(layers)[:60]!r}", "allowed: numbers of layers")
+    for pattern in _patterns(raw):
+        check_pattern(path, pattern)
+
+
+def _is_number(value: Any) -> bool:
+    return not isinstance(value, bool) and isinstance(value, int | float) and 0 < value < 2**20
+
+
+def _are_counts(values: Sequence[Any]) -> bool:
+    return all(isinstance(value, int) and not isinstance(value, bool) and value >= 0 for value in values)
+
+
+def _patterns(raw: Mapping[str, Any]) -> Iterator[str]:
+    """What PEFT takes for a regular expression."""
+    for key in ("target_modules", "exclude_modules"):
+        if isinstance(raw.get(key), str):
+            yield raw[key]
+    layers = raw.get("layers_pattern") or []
+    yield from layers if isinstance(layers, list) else [layers]
+    for key in ("rank_pattern", "alpha_pattern"):
+        yield from raw.get(key) or {}
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from qmedtune.data.reading.sources import READERS, format_of, source_files
 from qmedtune.disk import owner_only
 from qmedtune.errors import RecipeError, RunError
 from qmedtune.evaluation.generation import generate
-from qmedtune.evaluation.open_model import OpenModel, Quantization, fingerprint, locate, open_model
+from qmedtune.evaluation.open_model import OpenModel, Quantization, check_template, fingerprint, locate, open_model
 from qmedtune.evaluation.scoring import BATCH_TOKENS, fit, max_positions, prompt_texts
 from qmedtune.interrupt import stop
 from qmedtune.model_files import read_json
@@ -68,6 +68,7 @@ def predict(
     file = _one_file(data)
     _check_new(out)
     location = locate(name, base=base, template=template, offline=offline)
+    check_template(location)
     part = out.with_name(out.name + ".part")
     paths = [fingerprint(path) for path in (location.base, *location.adapters, file)]
     asked = [repr(location.template), column, instruction, max_new_tokens, quantization]
@@ -117,6 +118,7 @@ def dry_run(
     """
     file = _one_file(asked.data)
     location = locate(name, base=base, template=template, offline=offline)
+    check_template(location)
     frame = frame_in(location.template, location.base)
     positions = read_json(location.base / "config.json")["max_position_embeddings"]
     room = positions - min(max_new_tokens, positions // 2)

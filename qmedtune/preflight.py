@@ -76,7 +76,8 @@ def with_messages(template: templates.Template, messages: Messages, where: str, 
         frame.ask([plain[:-1] if answered else plain])
     except (DataError, RecipeError) as error:
         roles = ", ".join(message["role"] for message in plain[:6])
-        raise type(error)(f"{error}\n{where}: with a conversation of {roles}") from error
+        place = f"{folder}: " if template.source else ""
+        raise type(error)(f"{place}{error}\n{where}: with a conversation of {roles}") from error
 
 
 def shapes(conversations: Iterable[Messages]) -> list[Messages]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qmedtune.evaluation import statistics
+from qmedtune.recipe import Recipe
 from qmedtune.results import (
     Adapter,
     Change,
@@ -54,6 +55,43 @@ def unknown_keys(value: object, place: str = "") -> list[str]:
         for part in value:
             found += unknown_keys(part, place)
     return found
+
+
+# ---- recipes ---------------------------------------------------------------------------------------------------------
+
+
+def make_recipe(
+    data: dict[str, Any], stages: list[dict[str, Any]], base: str = "builtin:tiny", **sections: Any
+) -> Recipe:
+    """Checked as a file is; `sections` are those of a recipe, `model` beside its base."""
+    model = {"base": base, **sections.pop("model", {})}
+    return Recipe.model_validate({"name": "t", "model": model, "data": data, "stages": stages, **sections})
+
+
+def pack_recipe(stages: list[dict[str, Any]], seed: int = 3, **data: Any) -> Recipe:
+    """Of sources that are packed without being read: notes, chats, literature and general say their kind."""
+    kinds = {**KINDS, "chats": "instructions"}
+    sources = {name: {"path": "unused", "kind": kinds[name], **section} for name, section in data.items()}
+    return make_recipe(sources, stages, seed=seed)
+
+
+def folders(tmp_path, **records):
+    made = {}
+    for name, rows in records.items():
+        made[name] = tmp_path / name
+        made[name].mkdir(parents=True)
+        lines = [json.dumps({"id": str(i), **({"text": r} if isinstance(r, str) else r)}) for i, r in enumerate(rows)]
+        for file in ("train.jsonl", "heldout.jsonl"):
+            (made[name] / file).write_text("".join(line + "\n" for line in lines))
+    return made
+
+
+def packed(tmp_path, recipe, tokenizer_dir, inputs, index=0):
+    from qmedtune.data.packing.pack import PackedRows, pack_stage
+
+    out = tmp_path / f"packed-{len(list(tmp_path.iterdir()))}"
+    out.mkdir()
+    return pack_stage(recipe, index, tokenizer_dir, inputs, out), PackedRows(out)
 
 
 # ---- a run -----------------------------------------------------------------------------------------------------------

@@ -60,3 +60,28 @@ def micro_run(own_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Micr
     run(loaded.recipe, loaded.text, folder, offline=True, until="data/01-cpt")
     base = next((own_cache / "bases").glob("micro-*")) / "01-pretrain" / "model"
     return MicroRun(folder, base)
+
+
+@pytest.fixture(scope="session")
+def hard_run(micro_run: MicroRun) -> MicroRun:
+    """The micro run with both stages packed for stages.HARD."""
+    from stages import HARD
+
+    from qmedtune.parsing.loader import load_recipe
+    from qmedtune.run import run
+
+    loaded = load_recipe(MICRO, HARD)
+    folder = micro_run.folder.with_name("hard")
+    run(loaded.recipe, loaded.text, folder, offline=True, until="data")
+    return MicroRun(folder, micro_run.base)
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(hard_run: MicroRun, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Both of its stages, trained in one go."""
+    from stages import train_hard
+
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    train_hard(hard_run, 0, folder / "cpt")
+    train_hard(hard_run, 1, folder / "sft", **{"adapter-1": folder / "cpt" / "adapter"})
+    return [folder / "cpt", folder / "sft"]

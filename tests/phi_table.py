@@ -1,6 +1,6 @@
 """What the search for identifiers finds, by class: `python tests/phi_table.py` prints the table of docs/privacy.md.
 
-Of the hand-made cases (phi_cases.py), of generated names (test_phi_hard.py) and numbers (test_phi.py). All of them are
+Of the hand-made cases (phi_cases.py), of generated names and numbers (phi_generated.py). All of them are
 invented by the people who wrote the patterns: on a hospital's own notes expect less.
 """
 
@@ -15,8 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 from phi_cases import FOUND, KEPT
-from test_phi import planted
-from test_phi_hard import named
+from phi_generated import named, planted
 
 from qmedtune.data.hygiene import phi
 

@@ -7,12 +7,12 @@ import re
 from pathlib import Path
 
 import pytest
+from builders import make_recipe
 
 from qmedtune.data.hygiene import decontaminate
 from qmedtune.data.hygiene.benchmarks import benchmark_items
 from qmedtune.data.hygiene.decontaminate import Item, build, search
 from qmedtune.errors import DataError
-from qmedtune.recipe import Recipe
 
 REAL = Path(os.environ.get("QMEDTUNE_REAL_DATA", Path(__file__).parents[2] / "shared" / "data"))
 VOCABULARY = [f"{a}{b}{c}" for a in "bdgklmnprst" for b in "aeiou" for c in ("ne", "ra", "tol", "mic", "x")]
@@ -83,11 +83,8 @@ def test_overlap_names_items_for_a_split_evaluation():
 
 
 def recipe(**sections):
-    return Recipe.model_validate({
-        "name": "t", "model": {"base": "builtin:tiny"},
-        "data": {"a": {"path": "builtin:literature", "kind": "literature"}},
-        "stages": [{"cpt": {"mix": {"a": 1}}}], **sections,
-    })  # fmt: skip
+    data = sections.pop("data", {"a": {"path": "builtin:literature", "kind": "literature"}})
+    return make_recipe(data, [{"cpt": {"mix": {"a": 1}}}], **sections)
 
 
 SCHEMAS = {

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from builders import make_run
+from builders import make_recipe, make_run
 from llama_folders import llama3_folder, write_adapter
 from sklearn.metrics import roc_auc_score
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -48,17 +48,14 @@ def folder(tmp_path_factory) -> Path:
 
 
 def recipe(root: Path, tasks: list | None = None, merge: dict | None = None, **section) -> Recipe:
-    return Recipe.model_validate(
-        {
-            "name": "x",
-            "model": {"base": str(root / "base"), "compute_dtype": "float32"},
-            "data": {
-                "notes": {"path": "builtin:micro/notes", "kind": "clinical", "split_by": "patient", "holdout": 0.3}
-            },
-            "stages": [{"cpt": {"mix": {"notes": 1.0}, "seq_len": 64}}],
-            "merge": merge or {},
-            "evaluate": {"tasks": tasks or ["facts"], "perplexity": ["notes"], "batch": 16, **section},
-        }
+    notes = {"path": "builtin:micro/notes", "kind": "clinical", "split_by": "patient", "holdout": 0.3}
+    return make_recipe(
+        {"notes": notes},
+        [{"cpt": {"mix": {"notes": 1.0}, "seq_len": 64}}],
+        str(root / "base"),
+        model={"compute_dtype": "float32"},
+        merge=merge or {},
+        evaluate={"tasks": tasks or ["facts"], "perplexity": ["notes"], "batch": 16, **section},
     )
 
 

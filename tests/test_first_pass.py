@@ -11,23 +11,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from builders import make_recipe
 
 from qmedtune import store
 from qmedtune.data.hygiene import first_pass, per_record
 from qmedtune.data.prepare import prepare_source
 from qmedtune.errors import RunError
 from qmedtune.interrupt import Interrupted
-from qmedtune.recipe import Recipe, SourceSection
+from qmedtune.recipe import SourceSection
 
 PARTS = ("train.jsonl", "heldout.jsonl", "rejects.jsonl", "hashes.npy")
 
 
 def recipe(path, kind="clinical", hygiene=None, **settings):
-    return Recipe.model_validate({
-        "name": "t", "model": {"base": "builtin:tiny"}, **settings,
-        "data": {"notes": {"path": str(path), "kind": kind}}, "hygiene": {"phi": "redact", **(hygiene or {})},
-        "stages": [{"cpt": {"mix": {"notes": 1}}}],
-    })  # fmt: skip
+    source, stages = {"path": str(path), "kind": kind}, [{"cpt": {"mix": {"notes": 1}}}]
+    return make_recipe({"notes": source}, stages, hygiene={"phi": "redact", **(hygiene or {})}, **settings)
 
 
 def make(recipe, out):

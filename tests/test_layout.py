@@ -160,3 +160,12 @@ def test_no_code_loads_pickles_or_remote_code():
     bad = "import pickle\nload(x, trust_remote_code=True)\neval('1')\ntorch.load(x)\nnp.load(x, allow_pickle=True)"
     named = ["pickle", "trust_remote_code", "eval", "torch.load", "np.load"]
     assert [what for _, what in dangers(ast.parse(bad))] == named
+
+
+def test_no_test_module_imports_another():
+    """What several of them need lies in a module that holds no tests: builders.py, stages.py, phi_generated.py."""
+    found = []
+    for path in sorted((ROOT / "tests").glob("*.py")):
+        if re.search(r"^(from|import) test_", path.read_text(encoding="utf-8"), flags=re.MULTILINE):
+            found.append(path.name)
+    assert found == []

@@ -19,7 +19,7 @@ from qmedtune.data.packing.tokens import load_codec
 from qmedtune.errors import DataError, RecipeError
 from qmedtune.evaluation.open_model import locate
 from qmedtune.llama_shape import facts_from_config
-from qmedtune.model_files import check_folder
+from qmedtune.model_settings import check_all
 from qmedtune.model_stack import ADAPTER_TENSORS, parameters
 from qmedtune.recipe import ModelSection
 
@@ -244,7 +244,7 @@ def test_an_adapter_that_names_code_is_refused(place):
     folder = model_folder(place / "adapter")
     (folder / "adapter_config.json").write_text(json.dumps({"megatron_config": {"x": 1}, "megatron_core": "evil"}))
     with pytest.raises(RecipeError, match="`megatron_config` asks for remote code, which is never run"):
-        check_folder(folder)
+        check_all(folder)
 
 
 def adapter_of(base, path, below=()):

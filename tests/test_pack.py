@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from builders import folders, pack_recipe, packed
 from toy_tokenizers import byte_level, save, sentencepiece
 
 from qmedtune import store
@@ -13,7 +14,6 @@ from qmedtune.data.hygiene.clean import clean
 from qmedtune.data.packing import mix, templates, tokens
 from qmedtune.data.packing.pack import IGNORED, PackedRows, pack_stage, pack_validation
 from qmedtune.errors import DataError
-from qmedtune.recipe import Recipe
 
 TOKENIZERS = {"byte_level": byte_level, "sentencepiece": sentencepiece}
 WORDS = [
@@ -36,39 +36,14 @@ WORDS = [
 ]
 
 
-def recipe(stages, seed=3, **data):
-    kinds = {"notes": "clinical", "chats": "instructions", "literature": "literature", "general": "general"}
-    sources = {name: {"path": "unused", "kind": kinds[name], **section} for name, section in data.items()}
-    return Recipe.model_validate(
-        {"name": "t", "seed": seed, "model": {"base": "builtin:tiny"}, "data": sources, "stages": stages}
-    )
-
-
 def texts(count, seed, longest=120):
     rng = random.Random(seed)
     return [" ".join(rng.choices(WORDS, k=rng.randint(1, longest))) for _ in range(count)]
 
 
-def folders(tmp_path, **records):
-    made = {}
-    for name, rows in records.items():
-        made[name] = tmp_path / name
-        made[name].mkdir(parents=True)
-        lines = [json.dumps({"id": str(i), **({"text": r} if isinstance(r, str) else r)}) for i, r in enumerate(rows)]
-        for file in ("train.jsonl", "heldout.jsonl"):
-            (made[name] / file).write_text("".join(line + "\n" for line in lines))
-    return made
-
-
 @pytest.fixture(params=TOKENIZERS)
 def tokenizer_dir(request, tmp_path):
     return save(TOKENIZERS[request.param](), tmp_path / "tokenizer")
-
-
-def packed(tmp_path, recipe, tokenizer_dir, inputs, index=0):
-    out = tmp_path / f"packed-{len(list(tmp_path.iterdir()))}"
-    out.mkdir()
-    return pack_stage(recipe, index, tokenizer_dir, inputs, out), PackedRows(out)
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
@@ -112,7 +87,7 @@ def corpora(tmp_path):
 
 
 def test_identities_of_the_cpt_ledger(tmp_path, tokenizer_dir, corpora):
-    made = recipe([CPT], literature={}, notes={}, general={})
+    made = pack_recipe([CPT], literature={}, notes={}, general={})
     facts, rows = packed(tmp_path, made, tokenizer_dir, corpora)
     codec = tokens.load_codec(tokenizer_dir)
     for name, entry in facts["mixture"].items():
@@ -136,21 +111,21 @@ def test_identities_of_the_cpt_ledger(tmp_path, tokenizer_dir, corpora):
 
 
 def test_fertility_is_told_per_source_and_quotes_no_notes(tmp_path, tokenizer_dir, corpora):
-    facts, _ = packed(tmp_path, recipe([CPT], literature={}, notes={}, general={}), tokenizer_dir, corpora)
+    facts, _ = packed(tmp_path, pack_recipe([CPT], literature={}, notes={}, general={}), tokenizer_dir, corpora)
     told = {name: entry["fertility"] for name, entry in facts["mixture"].items()}
     assert all(entry["tokens_per_word"] >= 1 and 0 <= entry["share_of_words_whole"] <= 1 for entry in told.values())
     assert told["literature"]["most_split"] and told["notes"]["most_split"] == []
 
 
 def test_realised_mixture_is_the_asked_one(tmp_path, tokenizer_dir, corpora):
-    made = recipe([CPT], literature={}, notes={}, general={})
+    made = pack_recipe([CPT], literature={}, notes={}, general={})
     facts, _ = packed(tmp_path, made, tokenizer_dir, corpora)
     for name, share in {"literature": 0.75, "notes": 0.05, "general": 0.2}.items():
         assert facts["mixture"][name]["share"] == pytest.approx(share, abs=0.005)
 
 
 def test_every_pass_is_whole_before_the_next(tmp_path, tokenizer_dir, corpora):
-    made = recipe([CPT], literature={}, notes={}, general={})
+    made = pack_recipe([CPT], literature={}, notes={}, general={})
     _, rows = packed(tmp_path, made, tokenizer_dir, corpora)
     times = np.zeros(rows.num_documents, np.int64)
     lengths = np.zeros(rows.num_documents, np.int64)
@@ -167,7 +142,7 @@ def test_every_pass_is_whole_before_the_next(tmp_path, tokenizer_dir, corpora):
 
 def test_order_hangs_on_the_seed_alone(tmp_path, tokenizer_dir, corpora):
     one, two, other = (
-        packed(tmp_path, recipe([CPT], seed=s, literature={}, notes={}, general={}), tokenizer_dir, corpora)[1]
+        packed(tmp_path, pack_recipe([CPT], seed=s, literature={}, notes={}, general={}), tokenizer_dir, corpora)[1]
         for s in (1, 1, 2)
     )
     same = [np.array_equal(one[i]["input_ids"], two[i]["input_ids"]) for i in range(len(one))]
@@ -176,7 +151,7 @@ def test_order_hangs_on_the_seed_alone(tmp_path, tokenizer_dir, corpora):
 
 
 def test_sources_are_spread_over_the_whole_stage(tmp_path, tokenizer_dir, corpora):
-    made = recipe([CPT], literature={}, notes={}, general={})
+    made = pack_recipe([CPT], literature={}, notes={}, general={})
     _, rows = packed(tmp_path, made, tokenizer_dir, corpora)
     quarter = len(rows) // 4
     for part in range(4):
@@ -189,25 +164,27 @@ def test_sources_are_spread_over_the_whole_stage(tmp_path, tokenizer_dir, corpor
 
 def test_caps_and_documents_as_unit(tmp_path, tokenizer_dir, corpora):
     section = {**CPT["cpt"], "tokens": 150_000, "max_repeats": 1}
-    facts, _ = packed(tmp_path, recipe([{"cpt": section}], literature={}, notes={}, general={}), tokenizer_dir, corpora)
+    facts, _ = packed(
+        tmp_path, pack_recipe([{"cpt": section}], literature={}, notes={}, general={}), tokenizer_dir, corpora
+    )
     assert "literature" in facts["capped"]
     assert facts["mixture"]["literature"]["repeats"] == 1
     section = {"mix": {"literature": 1, "general": 1}, "unit": "documents", "tokens": 90_000, "seq_len": 128}
-    facts, _ = packed(tmp_path, recipe([{"cpt": section}], literature={}, general={}), tokenizer_dir, corpora)
+    facts, _ = packed(tmp_path, pack_recipe([{"cpt": section}], literature={}, general={}), tokenizer_dir, corpora)
     draws = [entry["draws"] for entry in facts["mixture"].values()]
     assert draws[0] == pytest.approx(draws[1], rel=0.1)
 
 
 def test_auto_budget_is_one_pass_of_the_main_source(tmp_path, tokenizer_dir, corpora):
     section = {"mix": {"literature": 15, "notes": 1}, "tokens": "auto", "seq_len": 128}
-    facts, _ = packed(tmp_path, recipe([{"cpt": section}], literature={}, notes={}), tokenizer_dir, corpora)
+    facts, _ = packed(tmp_path, pack_recipe([{"cpt": section}], literature={}, notes={}), tokenizer_dir, corpora)
     assert facts["mixture"]["literature"]["repeats"] == 1
 
 
 @pytest.mark.parametrize("chunking", ["truncate", "window"])
 def test_other_chunkings_account_for_what_they_leave(tmp_path, tokenizer_dir, corpora, chunking):
     section = {"mix": {"literature": 1}, "epochs": 2, "seq_len": 64}
-    made = recipe([{"cpt": section}], literature={"chunking": chunking})
+    made = pack_recipe([{"cpt": section}], literature={"chunking": chunking})
     facts, rows = packed(tmp_path, made, tokenizer_dir, corpora)
     entry = facts["mixture"]["literature"]
     assert entry["read"] == entry["kept"] + entry["dropped"]
@@ -219,7 +196,9 @@ def test_other_chunkings_account_for_what_they_leave(tmp_path, tokenizer_dir, co
 def test_a_budget_counts_windows_not_the_documents_they_are_cut_from(tmp_path, tokenizer_dir, budget):
     """PMC-LLaMA's reading: each epoch takes one random window of each paper, each time another."""
     inputs = folders(tmp_path, literature=[" ".join(random.Random(i).choices(WORDS, k=400)) for i in range(40)])
-    made = recipe([{"cpt": {"mix": {"literature": 1}, "seq_len": 64, **budget}}], literature={"chunking": "window"})
+    made = pack_recipe(
+        [{"cpt": {"mix": {"literature": 1}, "seq_len": 64, **budget}}], literature={"chunking": "window"}
+    )
     facts, rows = packed(tmp_path, made, tokenizer_dir, inputs)
     asked = budget.get("tokens", 3 * 40 * 64)
     assert abs(facts["tokens"]["trained"] - asked) <= 64
@@ -230,14 +209,14 @@ def test_a_budget_counts_windows_not_the_documents_they_are_cut_from(tmp_path, t
 
 def test_a_cap_takes_whole_documents_and_the_same_ones_each_time(tmp_path, tokenizer_dir, corpora):
     section = {"cpt": {"mix": {"literature": 1, "notes": 1}, "epochs": 2, "seq_len": 64}}
-    made = recipe([section], literature={"max_tokens": 900}, notes={})
+    made = pack_recipe([section], literature={"max_tokens": 900}, notes={})
     facts, rows = packed(tmp_path, made, tokenizer_dir, corpora)
     entry = facts["mixture"]["literature"]
     once = entry["kept"] - entry["beyond_cap"]
     assert 500 < once <= 900 and facts["mixture"]["notes"]["beyond_cap"] == 0
     assert entry["read"] == entry["kept"] + entry["dropped"] and entry["kept"] == entry["seen"] + entry["never_sampled"]
     assert entry["tokens"] > once and entry["seen"] == once  # repeated, but never beyond the chosen documents
-    again = recipe([section], literature={"max_tokens": 900}, notes={})
+    again = pack_recipe([section], literature={"max_tokens": 900}, notes={})
     (tmp_path / "again").mkdir()
     assert pack_stage(again, 0, tokenizer_dir, corpora, tmp_path / "again") == facts
 
@@ -245,7 +224,7 @@ def test_a_cap_takes_whole_documents_and_the_same_ones_each_time(tmp_path, token
 def test_a_cap_holds_for_instructions_and_is_never_empty(tmp_path, tokenizer_dir):
     inputs = folders(tmp_path, chats=chats(50, 1))
     for cap in (400, 1):
-        made = recipe([{"sft": {"data": "chats", "epochs": 2, "seq_len": 2048}}], chats={"max_tokens": cap})
+        made = pack_recipe([{"sft": {"data": "chats", "epochs": 2, "seq_len": 2048}}], chats={"max_tokens": cap})
         out = tmp_path / str(cap)
         out.mkdir()
         facts = pack_stage(made, 0, tokenizer_dir, inputs, out)
@@ -255,14 +234,14 @@ def test_a_cap_holds_for_instructions_and_is_never_empty(tmp_path, tokenizer_dir
 
 def test_an_empty_source_is_named(tmp_path, tokenizer_dir):
     inputs = folders(tmp_path, literature=[])
-    made = recipe([{"cpt": {"mix": {"literature": 1}, "tokens": 100, "seq_len": 64}}], literature={})
+    made = pack_recipe([{"cpt": {"mix": {"literature": 1}, "tokens": 100, "seq_len": 64}}], literature={})
     with pytest.raises(DataError, match="literature has no training text left"):
         packed(tmp_path, made, tokenizer_dir, inputs)
 
 
 def test_a_killed_tokenisation_goes_on_at_its_shard(tmp_path, tokenizer_dir, corpora, monkeypatch):
     monkeypatch.setattr(tokens, "SHARD_BYTES", 20_000)
-    made = recipe([CPT], literature={}, notes={}, general={})
+    made = pack_recipe([CPT], literature={}, notes={}, general={})
     whole, _ = packed(tmp_path, made, tokenizer_dir, corpora)
     out = tmp_path / "interrupted"
     out.mkdir()
@@ -305,7 +284,7 @@ def test_mask_is_response_and_end_token_of_every_turn(tmp_path, tokenizer_dir, n
     template, codec = templates.load(name), tokens.load_codec(tokenizer_dir)
     made = chats(167, len(name))
     inputs = folders(tmp_path, chats=made)
-    facts, rows = packed(tmp_path, recipe([SFT], chats={"template": name}), tokenizer_dir, inputs)
+    facts, rows = packed(tmp_path, pack_recipe([SFT], chats={"template": name}), tokenizer_dir, inputs)
     assert facts["template"] == name
     found = {}
     for row in range(len(rows)):
@@ -335,7 +314,7 @@ def test_training_sees_the_tokens_of_the_generation_prompt(tmp_path, tokenizer_d
     codec = tokens.load_codec(tokenizer_dir)
     chat = chats(1, 5)[0]["messages"][:2]
     inputs = folders(tmp_path, chats=[{"messages": chat}])
-    _, rows = packed(tmp_path, recipe([SFT], chats={"template": "alpaca"}), tokenizer_dir, inputs)
+    _, rows = packed(tmp_path, pack_recipe([SFT], chats={"template": "alpaca"}), tokenizer_dir, inputs)
     prompt = templates.load("alpaca").prompt([{"role": "user", "content": codec.defuse(chat[0]["content"])}])
     expected = [codec.bos_id, *codec.encode([prompt], markers=True)[0]]
     item = rows[0]
@@ -353,13 +332,13 @@ def test_spelled_special_tokens_stay_text(tmp_path, tokenizer_dir):
 def test_loss_on_all_and_weighted_prompts(tmp_path, tokenizer_dir):
     inputs = folders(tmp_path, chats=chats(20, 1))
     section = {**SFT["sft"], "loss_on": "all"}
-    facts, rows = packed(tmp_path, recipe([{"sft": section}], chats={"template": "alpaca"}), tokenizer_dir, inputs)
+    facts, rows = packed(tmp_path, pack_recipe([{"sft": section}], chats={"template": "alpaca"}), tokenizer_dir, inputs)
     assert facts["tokens"]["supervised"] == facts["tokens"]["trained"] - facts["pieces"]
     section = {**SFT["sft"], "loss_on": 0.1}
-    _, rows = packed(tmp_path, recipe([{"sft": section}], chats={"template": "alpaca"}), tokenizer_dir, inputs)
+    _, rows = packed(tmp_path, pack_recipe([{"sft": section}], chats={"template": "alpaca"}), tokenizer_dir, inputs)
     assert set(np.unique(rows[0]["weights"])) == {np.float32(0), np.float32(0.1), np.float32(1)}
     section = {**SFT["sft"], "loss_on": 0.001}
-    _, rows = packed(tmp_path, recipe([{"sft": section}], chats={"template": "alpaca"}), tokenizer_dir, inputs)
+    _, rows = packed(tmp_path, pack_recipe([{"sft": section}], chats={"template": "alpaca"}), tokenizer_dir, inputs)
     assert set(np.unique(rows[0]["weights"])) == {np.float32(0), np.float32(0.001), np.float32(1)}
 
 
@@ -371,27 +350,27 @@ def test_truncation_is_counted_and_lost_responses_are_dropped(tmp_path, tokenize
     records = [{"messages": m} for m in ([long_question, answer], [question, long_answer], [question, answer])]
     inputs = folders(tmp_path, chats=records)
     section = {"data": "chats", "epochs": 1, "seq_len": 128, "max_truncated_fraction": 1.0}
-    made = recipe([{"sft": section}], chats={"template": "question_answer"})
+    made = pack_recipe([{"sft": section}], chats={"template": "question_answer"})
     facts, rows = packed(tmp_path, made, tokenizer_dir, inputs)
     assert facts["records"] == {"read": 3, "truncated": 2, "dropped": 1}
     assert facts["tokens"]["read"] == facts["tokens"]["kept"] + facts["tokens"]["dropped"]
     assert rows.lengths().sum() == facts["tokens"]["trained"] == facts["tokens"]["kept"]
     with pytest.raises(DataError, match="2 of 3 records exceed seq_len 128"):
         strict = {**section, "max_truncated_fraction": 0.05}
-        packed(tmp_path, recipe([{"sft": strict}], chats={"template": "question_answer"}), tokenizer_dir, inputs)
+        packed(tmp_path, pack_recipe([{"sft": strict}], chats={"template": "question_answer"}), tokenizer_dir, inputs)
 
 
 def test_epochs_of_sft_are_whole(tmp_path, tokenizer_dir):
     inputs = folders(tmp_path, chats=chats(50, 1))
     section = {**SFT["sft"], "epochs": 2.5}
-    facts, _ = packed(tmp_path, recipe([{"sft": section}], chats={"template": "alpaca"}), tokenizer_dir, inputs)
+    facts, _ = packed(tmp_path, pack_recipe([{"sft": section}], chats={"template": "alpaca"}), tokenizer_dir, inputs)
     assert facts["documents_drawn"] == 125
 
 
 @pytest.mark.parametrize("shard_bytes", [32 << 20, 300])
 def test_validation_is_packed_once_up_to_its_limit(tmp_path, tokenizer_dir, corpora, monkeypatch, shard_bytes):
     monkeypatch.setattr(tokens, "SHARD_BYTES", shard_bytes)
-    made = recipe([CPT], literature={}, notes={}, general={})
+    made = pack_recipe([CPT], literature={}, notes={}, general={})
     sections = {"validation": made.validation.model_copy(update={"on": ["notes", "general"], "max_tokens": 500})}
     out = tmp_path / "validation"
     facts = pack_validation(made.model_copy(update=sections), tokenizer_dir, corpora, out)
@@ -440,7 +419,7 @@ def test_packed_documents_do_not_see_each_other(attention, mode):
 def test_overlapping_chunks_hold_every_token_and_share_the_stated_part(tmp_path, tokenizer_dir, overlap):
     inputs = folders(tmp_path, literature=texts(40, 5, longest=400))
     section = {"mix": {"literature": 1}, "epochs": 1, "seq_len": 64}
-    made = recipe([{"cpt": section}], literature={"chunking": "overlap", "overlap": overlap})
+    made = pack_recipe([{"cpt": section}], literature={"chunking": "overlap", "overlap": overlap})
     facts, rows = packed(tmp_path, made, tokenizer_dir, inputs)
     entry, shared = facts["mixture"]["literature"], int(64 * overlap)
     assert entry["overlapped"] > 0 and entry["tokens"] == entry["kept"] + entry["overlapped"]
@@ -458,8 +437,8 @@ def test_without_packing_each_row_is_a_record_and_batches_hold_like_lengths(tmp_
     inputs = folders(tmp_path, chats=chats(210, 8))
     sft = {"data": "chats", "epochs": 2, "seq_len": 2048, "batch": 4}
     data = {"chats": {"template": "chatml"}}
-    plain, packed_rows = packed(tmp_path, recipe([{"sft": sft}], **data), tokenizer_dir, inputs)
-    facts, rows = packed(tmp_path, recipe([{"sft": {**sft, "packing": False}}], **data), tokenizer_dir, inputs)
+    plain, packed_rows = packed(tmp_path, pack_recipe([{"sft": sft}], **data), tokenizer_dir, inputs)
+    facts, rows = packed(tmp_path, pack_recipe([{"sft": {**sft, "packing": False}}], **data), tokenizer_dir, inputs)
     assert facts["tokens"] == plain["tokens"] and len(packed_rows) < len(rows) == facts["documents_drawn"] == 420
     assert all(len(rows.pieces(row)) == 1 for row in range(len(rows)))
     lengths = rows.lengths()[:420].reshape(-1, 4)
@@ -472,7 +451,7 @@ def test_a_changed_record_costs_the_shard_that_holds_it(tmp_path, tokenizer_dir,
     monkeypatch.setattr(tokens, "SHARD_BYTES", 4_000)
     many = texts(300, 9)
     changed = [*many[:100], "another one", *many[101:], "and one more"]
-    made = recipe([{"cpt": {"mix": {"literature": 1}, "epochs": 1, "seq_len": 64}}], literature={})
+    made = pack_recipe([{"cpt": {"mix": {"literature": 1}, "epochs": 1, "seq_len": 64}}], literature={})
     run, encoded, encode = tmp_path / "run", [], tokens.encode_texts
     out = run / "data" / "01-cpt"
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 from browser import Tab, chromium, tab
 from conftest import MICRO
-from test_watch import a_run, serving
+from watched import a_run, serving
 
 from qmedtune.heartbeat import is_held
 

@@ -3,84 +3,18 @@
 import json
 import random
 import re
-import string
 import subprocess
 import sys
 from datetime import date
 
 import pytest
 from conftest import MICRO
+from phi_generated import CONTEXT, planted
 
 from qmedtune.data.hygiene import phi, surrogates
 from qmedtune.data.prepare import prepare_source
 from qmedtune.recipe import Recipe
 
-CONTEXT = ("Patient seen in clinic. ", "Assessment: stable, BP 120/80, HR 72. ", "Given 2 x 500 mg daily for 10 days. ")
-
-
-def digits(rng, count):
-    return "".join(rng.choices(string.digits, k=count))
-
-
-def number(rng):
-    area, middle, last = (str(rng.randint(200, 999)), str(rng.randint(200, 999)), digits(rng, 4))
-    return rng.choice(
-        [
-            f"({area}) {middle}-{last}",
-            f"{area}-{middle}-{last}",
-            f"{area}.{middle}.{last}",
-            f"+1 {area} {middle} {last}",
-        ]
-    )
-
-
-def day(rng):
-    months = ["January", "Feb", "March", "Apr", "May", "June", "Jul", "August", "Sept", "October", "Nov", "December"]
-    y, m, d = rng.randint(1930, 2025), rng.randint(1, 12), rng.randint(1, 28)
-    name = months[m - 1]
-    return rng.choice(
-        [f"{m:02d}/{d:02d}/{y}", f"{m}/{d}/{y % 100:02d}", f"{y}-{m:02d}-{d:02d}", f"{name} {d}, {y}",
-         f"{d} {name} {y}", f"{d:02d}-{name[:3]}-{y}", f"{name} {d}th", f"{d:02d}.{m:02d}.{y}"]
-    )  # fmt: skip
-
-
-def code(rng, low=6, high=10):
-    letters = "".join(rng.choices(string.ascii_uppercase, k=rng.randint(0, 2)))
-    return letters + digits(rng, rng.randint(low, high))
-
-
-def vin(rng):
-    allowed = "ABCDEFGHJKLMNPRSTUVWXYZ0123456789"
-    return "1H" + "".join(rng.choices(allowed, k=13)) + digits(rng, 2)
-
-
-# class -> (sentence with {}, maker)
-MADE = {
-    "phone": (["Phone: {}", "call him at {} today", "tel {}", "contact {}."], number),
-    "fax": (["Fax: {}", "fax number {}", "Fax {}"], number),
-    "email": (["write to {}", "e-mail: {}"], lambda r: f"{code(r).lower()}.x@mail{r.randint(1, 9)}.example.org"),
-    "ssn": (
-        ["SSN {}", "social security number {}", "({})"],
-        lambda r: f"{r.randint(100, 899)}-{r.randint(10, 99)}-{digits(r, 4)}",
-    ),
-    "mrn": (["MRN: {}", "MRN {}", "medical record number {}", "Med rec no. {}", "Unit No: {}", "MRN# {}"], code),
-    "url": (["see {}", "portal ({})"], lambda r: f"https://{code(r).lower()}.example.com/p/{digits(r, 4)}"),
-    "ip": (["from {}", "host {}"], lambda r: ".".join(str(r.randint(1, 254)) for _ in range(4))),
-    "date": (["on {}", "Admitted {}.", "DOB: {}", "seen {}"], day),
-    "age_over_89": (
-        ["a {}-year-old woman", "{} y/o male", "{} year old", "aged {}"],
-        lambda r: str(r.randint(90, 109)),
-    ),
-    "zip": (
-        ["Boston, MA {}", "ZIP {}", "zip code: {}"],
-        lambda r: r.choice([digits(r, 5), f"{digits(r, 5)}-{digits(r, 4)}"]),
-    ),
-    "account": (["Account number: {}", "acct# {}", "Account {}"], code),
-    "license": (["License no. {}", "driver's license {}", "DEA number {}", "NPI: {}"], code),
-    "vehicle": (["VIN {}", "his car ({})"], vin),
-    "device": (["serial number {}", "device ID: {}", "S/N {}", "pacemaker serial no. {}"], code),
-    "health_plan": (["Member ID: {}", "policy number {}", "Medicare no. {}", "subscriber # {}"], code),
-}
 DISTRACTORS = [
     "Parkinson disease", "Graves disease", "Crohn's disease", "Hodgkin lymphoma", "Bell palsy", "Cushing syndrome",
     "Warfarin 5 mg", "Foley catheter", "Babinski sign", "Apgar 8/9", "BP 120/80", "T 98.6", "Hgb 12.4", "WBC 10,500",
@@ -90,19 +24,6 @@ DISTRACTORS = [
     "Patient: alert and oriented", "Dr. notified", "12 hours", "2.5 x 3.0 cm", "25 gauge needle", "group A strep",
     "case discussed", "unit of blood", "serial troponins", "lot of pain", "plan 24 h observation", "age 45",
 ]  # fmt: skip
-
-
-def planted(count, seed):
-    """(text, start, end, class): one identifier in a sentence between sentences without any."""
-    rng = random.Random(seed)
-    for _ in range(count):
-        kind = rng.choice(list(MADE))
-        forms, make = MADE[kind]
-        value = make(rng)
-        before, after = rng.choice(forms).split("{}")
-        text = rng.choice(CONTEXT) + before + value + after
-        start = len(text) - len(after) - len(value)
-        yield text + " " + rng.choice(CONTEXT), start, start + len(value), kind
 
 
 def test_recall_on_ten_thousand_structured_identifiers():

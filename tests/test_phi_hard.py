@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from phi_cases import FOUND, KEPT
+from phi_generated import named
 
 from qmedtune.data.hygiene import phi, recognisers
 from qmedtune.data.hygiene.plain import plain
@@ -38,30 +39,6 @@ def test_look_alikes_are_kept():
 
 
 # ---- generated ------------------------------------------------------------------------------------------------------
-
-FIRST = (
-    """Jane Maria José Chukwuemeka Siobhán Wei-Ling Anneke Nguyễn Łukasz Ruth Olga Иван Ξένια Sam J. Mary-Ann""".split()
-)
-LAST = (
-    "Doe|García|O'Leary-Jones|Okafor|van der Berg|Müller|Żółkowski|Bell|White|Graves|Parkinson|Smith|Al-Rashid|Petrov|"
-    "Иванова|Παππάς|de la Cruz|McDonald|St. John|Ng|Young|Achterberg|Björnsdóttir|Nakamura"
-).split("|")
-FORMS = (
-    "Dr. {name} notified of results|seen by Dr. {name}, cardiology|Mrs. {last} denies pain|PATIENT NAME: {caps}|"
-    "Patient Name: {comma}|PATIENT NAME: {caps_comma}|Patient Name:\t{name}|Patient Name:\n{name}\nAge: 44|ATTENDING: {caps}|"
-    "Attending Physician: {name}, MD|DICTATED BY: {caps}|Electronically signed by {name}, RN|Next of kin: {name}|"
-    "DR. {caps_last} WAS PAGED|Mr.\u00a0{last} is stable|Surgeon: {name}\nAnesthesia: general|{name}, MD"
-).split("|")
-
-
-def named(rng: random.Random) -> tuple[str, str]:
-    first, last = rng.choice(FIRST), rng.choice(LAST)
-    form = rng.choice(FORMS)
-    key = form[form.index("{") + 1 : form.index("}")]
-    whole = f"{first} {last}"
-    values = {"name": whole, "last": last, "caps": whole.upper(), "comma": f"{last}, {first}"}
-    values |= {"caps_comma": f"{last}, {first}".upper(), "caps_last": last.upper()}
-    return form.format(**values), values[key]
 
 
 def test_generated_names_are_whole_and_never_half():

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from builders import make_recipe
 
 from qmedtune import plan, store, tiny
 from qmedtune.base import builtin_folder
@@ -46,8 +47,7 @@ def recipe(base="meta-llama/Llama-3.1-8B", cpt=None, sft=None, **keys):
         "questions": {"path": f"{where}instructions", "kind": "instructions"},
     }
     stages = [{"cpt": {"mix": {"literature": 1.0}, **(cpt or {})}}, {"sft": {"data": "questions", **(sft or {})}}]
-    model = {"base": base, **keys.pop("model", {})}
-    return Recipe.model_validate({"name": "x", "model": model, "data": data, "stages": stages, **keys})
+    return make_recipe(data, stages, base, **keys)
 
 
 @pytest.fixture
@@ -130,7 +130,7 @@ def test_a_hub_snapshot_in_the_cache_comes_before_the_table(cache):
         ({"config.json": "{"}, "not JSON"),
         ({"config.json": json.dumps({"model_type": "llama", "num_attention_heads": 4})}, "hidden_size"),
         ({"readme.md": ""}, "no config.json"),
-        ({"config.json": json.dumps(config()), "model.safetensors": "\x01" * 40}, "not a safetensors file"),
+        ({"config.json": json.dumps(config()), "model.safetensors": "\x01" * 40}, "damaged safetensors file"),
     ],
 )
 def test_a_folder_that_is_no_llama_says_so(tmp_path, files, says):

@@ -5,22 +5,19 @@ import random
 import time
 
 import pytest
+from builders import make_recipe
 
 from qmedtune.data.hygiene.clean import clean
 from qmedtune.data.prepare import prepare_source
 from qmedtune.errors import DataError
-from qmedtune.recipe import Recipe
 
 SECRET = "Zebedee Quill"
 
 
 def recipe(path, kind="literature", hygiene=None, evaluate=None, **source):
-    return Recipe.model_validate({
-        "name": "t", "model": {"base": "builtin:tiny"},
-        "data": {name: {"path": str(path), "kind": kind, **source} for name in ("one", "two")},
-        "hygiene": hygiene or {}, "evaluate": evaluate or {},
-        "stages": [{"cpt": {"mix": {"one": 1}}}],
-    })  # fmt: skip
+    source = {"path": str(path), "kind": kind, **source}
+    stages = [{"cpt": {"mix": {"one": 1}}}]
+    return make_recipe({"one": source, "two": source}, stages, hygiene=hygiene or {}, evaluate=evaluate or {})
 
 
 def prepare(tmp_path, recipe, name="one", **inputs):

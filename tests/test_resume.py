@@ -11,88 +11,27 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import MICRO, MicroRun
-from safetensors.torch import load_file
-from test_train import losses, stop_after
+from stages import assert_same, losses, stop_after, train_hard
 
-from qmedtune import interrupt, plan, store, train
+from qmedtune import interrupt, store, train
 from qmedtune.errors import RunError
 from qmedtune.parsing.loader import load_recipe
-from qmedtune.recipe import Recipe
 from qmedtune.training import checkpoints, trainer
 
-# Dropout draws random numbers in every step; two micro-batches accumulate; sources are read several times; the
-# best weights are put back at the end.
-HARD = (
-    "adapter.dropout=0.1",
-    "stages[0].cpt.micro_batch=2",
-    "stages[1].sft.micro_batch=8",
-    "stages[0].cpt.tokens=2500",
-    "data.literature.max_records=30",
-    "data.instructions.max_records=60",
-    "stages[1].sft.epochs=1.5",
-    "validate.keep_best=true",
-    "validate.every=2",
-    "save.every=3",
-)
 
-
-def hard() -> Recipe:
-    recipe, _ = plan.resolve(load_recipe(MICRO, HARD).recipe)
-    return recipe
-
-
-def train_stage(micro_run: MicroRun, index: int, out: Path, **adapters: Path) -> dict:
-    out.mkdir(exist_ok=True)
-    stage = ("01-cpt", "02-sft")[index]
-    return train.train_stage(hard(), index, micro_run.inputs(stage, **adapters), out)
-
-
-def outcome(out: Path) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
-    """Losses, gradient norms and weights."""
-    norms = [line["grad_norm"] for line in train._lines(out / train.METRICS) if "loss" in line]
-    return losses(out), norms, load_file(out / "adapter" / "adapter_model.safetensors")
-
-
-def assert_same(a: Path, b: Path) -> None:
-    (losses_a, norms_a, weights_a), (losses_b, norms_b, weights_b) = outcome(a), outcome(b)
-    assert losses_a == losses_b and norms_a == norms_b
-    assert weights_a.keys() == weights_b.keys()
-    for name, weights in weights_a.items():
-        assert torch.equal(weights, weights_b[name]), name
-
-
-@pytest.fixture(scope="module")
-def packed(micro_run: MicroRun) -> MicroRun:
-    """The micro run with both stages packed for HARD."""
-    from qmedtune.run import run
-
-    loaded = load_recipe(MICRO, HARD)
-    folder = micro_run.folder.with_name("hard")
-    run(loaded.recipe, loaded.text, folder, offline=True, until="data")
-    return MicroRun(folder, micro_run.base)
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(packed: MicroRun, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    train_stage(packed, 0, folder / "cpt")
-    train_stage(packed, 1, folder / "sft", **{"adapter-1": folder / "cpt" / "adapter"})
-    return [folder / "cpt", folder / "sft"]
-
-
-def check_stop(packed: MicroRun, uninterrupted: list[Path], index: int, steps: list[int], tmp_path: Path) -> None:
+def check_stop(hard_run: MicroRun, uninterrupted: list[Path], index: int, steps: list[int], tmp_path: Path) -> None:
     """Stop after each of `steps`, one after the other, in one attempt; then finish it."""
     adapters = {"adapter-1": uninterrupted[0] / "adapter"} if index else {}
     out = tmp_path / "-".join(map(str, [index, *steps]))
     for step in steps:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(train.Loop, "on_step_end", stop_after(step))
+            patch.setattr(train.StageCallback, "on_step_end", stop_after(step))
             with pytest.raises(interrupt.Interrupted):
-                train_stage(packed, index, out, **adapters)
+                train_hard(hard_run, index, out, **adapters)
         interrupt.stop.signal = None
         found = checkpoints.last_intact(out)
         assert found and checkpoints.step_of(found) == step
-    train_stage(packed, index, out, **adapters)
+    train_hard(hard_run, index, out, **adapters)
     assert_same(out, uninterrupted[index])
 
 
@@ -100,16 +39,16 @@ def num_steps(out: Path) -> int:
     return len(losses(out))
 
 
-def test_stopped_in_either_stage(packed: MicroRun, uninterrupted: list[Path], tmp_path: Path):
-    check_stop(packed, uninterrupted, 0, [2, 5], tmp_path)
-    check_stop(packed, uninterrupted, 1, [num_steps(uninterrupted[1]) - 1], tmp_path)
+def test_stopped_in_either_stage(hard_run: MicroRun, uninterrupted: list[Path], tmp_path: Path):
+    check_stop(hard_run, uninterrupted, 0, [2, 5], tmp_path)
+    check_stop(hard_run, uninterrupted, 1, [num_steps(uninterrupted[1]) - 1], tmp_path)
 
 
 @pytest.mark.slow
-def test_stopped_at_every_step(packed: MicroRun, uninterrupted: list[Path], tmp_path: Path):
+def test_stopped_at_every_step(hard_run: MicroRun, uninterrupted: list[Path], tmp_path: Path):
     for index, out in enumerate(uninterrupted):
         for step in range(1, num_steps(out)):
-            check_stop(packed, uninterrupted, index, [step], tmp_path)
+            check_stop(hard_run, uninterrupted, index, [step], tmp_path)
 
 
 def poison(step: int, value: float, place: str, patch: pytest.MonkeyPatch) -> None:
@@ -128,29 +67,29 @@ def poison(step: int, value: float, place: str, patch: pytest.MonkeyPatch) -> No
     patch.setattr(trainer.QTrainer, "_accumulate", accumulate)
 
 
-def check_poison(packed: MicroRun, step: int, value: float, place: str, out: Path) -> None:
+def check_poison(hard_run: MicroRun, step: int, value: float, place: str, out: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         poison(step, value, place, patch)
         with pytest.raises(RunError, match=rf"step {step}: {place}.* is (nan|inf); no update.*learning rate.*batch"):
-            train_stage(packed, 0, out)
+            train_hard(hard_run, 0, out)
     found = checkpoints.last_intact(out)
     assert (checkpoints.step_of(found) if found else 0) == (step - 1) // 3 * 3
     assert len(losses(out)) == step - 1
 
 
-def test_a_gradient_that_is_not_finite_stops_before_the_update(packed: MicroRun, tmp_path: Path):
-    check_poison(packed, 5, float("inf"), "gradient norm", tmp_path / "out")
+def test_a_gradient_that_is_not_finite_stops_before_the_update(hard_run: MicroRun, tmp_path: Path):
+    check_poison(hard_run, 5, float("inf"), "gradient norm", tmp_path / "out")
 
 
 @pytest.mark.slow
-def test_fifty_poisoned_steps(packed: MicroRun, uninterrupted: list[Path], tmp_path: Path):
+def test_fifty_poisoned_steps(hard_run: MicroRun, uninterrupted: list[Path], tmp_path: Path):
     rng = random.Random(7)
     for number in range(50):
         step = rng.randint(1, num_steps(uninterrupted[0]))
         value = rng.choice([float("nan"), float("inf"), float("-inf")])
         place = rng.choice(["loss", "gradient norm"])
-        check_poison(packed, step, abs(value), place, tmp_path / str(number))
-        train_stage(packed, 0, tmp_path / str(number))
+        check_poison(hard_run, step, abs(value), place, tmp_path / str(number))
+        train_hard(hard_run, 0, tmp_path / str(number))
         assert_same(tmp_path / str(number), uninterrupted[0])
 
 

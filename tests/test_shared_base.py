@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import MICRO, MicroRun
-from test_resume import assert_same, hard, packed, uninterrupted  # noqa: F401  (fixtures)
+from stages import assert_same, hard
 
 from qmedtune import model as models
 from qmedtune import train
@@ -34,14 +34,14 @@ def section(base: Path, **changes) -> ModelSection:
 
 
 def test_two_stages_on_one_base_give_the_bits_of_two_loads(
-    packed: MicroRun, uninterrupted: list[Path], loads: list[Path], tmp_path: Path  # noqa: F811
-):  # fmt: skip
+    hard_run: MicroRun, uninterrupted: list[Path], loads: list[Path], tmp_path: Path
+):
     loads.clear()
     shared = SharedBase()
     for index, out in enumerate((tmp_path / "cpt", tmp_path / "sft")):
         out.mkdir()
         adapters = {"adapter-1": tmp_path / "cpt" / "adapter"} if index else {}
-        inputs = packed.inputs(("01-cpt", "02-sft")[index], **adapters)
+        inputs = hard_run.inputs(("01-cpt", "02-sft")[index], **adapters)
         train.train_stage(hard(), index, inputs, out, shared)
         assert_same(out, uninterrupted[index])
     assert len(loads) == 1

@@ -8,9 +8,10 @@ import stat
 import string
 
 import pytest
+from builders import make_recipe
 from hypothesis import given
 from hypothesis import strategies as st
-from test_phi import planted
+from phi_generated import planted
 
 from qmedtune import keys, store
 from qmedtune.data.hygiene import phi, secret, surrogates
@@ -113,12 +114,10 @@ def recipe(tmp_path, seed: int = 17) -> Recipe:
         for i in range(40)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return Recipe.model_validate({
-        "name": "t", "seed": seed, "model": {"base": "builtin:micro"},
-        "hygiene": {"phi": "redact", "dedup": {"near": False}},
-        "data": {"notes": {"path": str(path), "kind": "clinical", "split_by": "patient"}},
-        "stages": [{"cpt": {"mix": {"notes": 1}, "tokens": 2000}}],
-    })  # fmt: skip
+    source = {"path": str(path), "kind": "clinical", "split_by": "patient"}
+    stages = [{"cpt": {"mix": {"notes": 1}, "tokens": 2000}}]
+    hygiene = {"phi": "redact", "dedup": {"near": False}}
+    return make_recipe({"notes": source}, stages, "builtin:micro", seed=seed, hygiene=hygiene)
 
 
 def test_the_secret_is_in_the_key_of_the_data_and_the_seed_gives_nothing_away(place):

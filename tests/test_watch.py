@@ -11,25 +11,21 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from builders import make_evaluation, make_metrics, make_run, make_score, make_task, write_run
 from conftest import ROOT, MicroRun
+from watched import a_run, serving
 
 from qmedtune import cli, heartbeat, store, ui
 from qmedtune.errors import RecipeError
 from qmedtune.results import Evaluation, Stage, StepEntry
 from qmedtune.watching.access import Guard
 from qmedtune.watching.runs import Shelf, lines
-from qmedtune.watching.watch import Watching, address_of, open_server
+from qmedtune.watching.watch import Watching, open_server
 
 EVIL = "<script>alert('x')</script>"
-
-
-def a_run(folder: Path, status: str = "finished", **more) -> Path:
-    return write_run(folder, make_run(status=status, **more), make_metrics())
 
 
 def test_a_run_that_says_it_runs_is_believed_as_long_as_its_lock_is_held(tmp_path: Path):
@@ -138,20 +134,6 @@ def test_the_report_of_a_run_under_way_has_the_curve_of_its_stage(tmp_path: Path
 
 
 # ---- the server ------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def serving(folder: Path, **options) -> Iterator[str]:
-    """The address of a server of this process."""
-    server = open_server(Watching(folder, port=0, **options))
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-    thread.start()
-    try:
-        yield address_of(server)
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 def get(address: str, path: str, method: str = "GET", body: bytes | None = None, **headers: str):

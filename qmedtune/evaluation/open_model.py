@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from qmedtune import base as bases
 from qmedtune import hub, local_names, record, store, ui
 from qmedtune.data.packing import templates
-from qmedtune.errors import RecipeError, RunError
+from qmedtune.errors import DataError, RecipeError, RunError
 from qmedtune.model_stack import named_base, read_adapter, read_model
 from qmedtune.planning.machine import this_machine
 from qmedtune.recipe import ModelSection, Recipe
@@ -81,6 +81,17 @@ def locate(name: str, *, base: str | None = None, template: str | None = None, o
     return replace(found, template=asked)
 
 
+def check_template(location: Location) -> None:
+    """A tokenizer's own template is rendered once: what it cannot do is said with its folder, before weights are read.
+    RecipeError or DataError."""
+    if not location.template.source:
+        return
+    try:
+        location.template.render([{"role": "user", "content": "?"}])
+    except (RecipeError, DataError) as error:
+        raise type(error)(f"{location.base}: its chat template cannot be used\n{error}") from error
+
+
 def _of_run(name: str, folder: Path) -> Location:
     run = json.loads((folder / record.RUN).read_text(encoding="utf-8"))
     merged = _whole_model(folder, run)
@@ -112,7 +123,7 @@ def check_intact(folder: Path, *, full: bool) -> None:
 
 def _of_adapter(name: str, folder: Path, base: str | None, offline: bool) -> Location:
     named = base or named_base(folder)
-    below = (None if base else bases.base_in_run(folder, named)) or _base_folder(named, offline)
+    below = (None if base else bases.base_in_run(folder, named)) or _base_of(folder, named, base is not None, offline)
     bases.check_base(folder, below)
     if store.read_seal(folder.parent):  # the adapter of a run's stage
         check_intact(folder.parent, full=True)
@@ -125,6 +136,18 @@ def _template_of_adapter(folder: Path, base: Path) -> templates.Template:
         if (place / templates.FILE).is_file():
             return templates.load(place)
     return _template_beside(base)
+
+
+def _base_of(adapter: Path, named: str, given: bool, offline: bool) -> Path:
+    """The base that an adapter names, or that --base gives for it. RecipeError names the adapter too."""
+    try:
+        return _base_folder(named, offline)
+    except RecipeError as error:
+        if given:
+            raise
+        raise RecipeError(
+            f"{adapter}: its base {named[:80]!r} is not here\n{error}\nor give it: --base MODEL"
+        ) from error
 
 
 def _base_folder(name: str, offline: bool) -> Path:
@@ -161,8 +184,8 @@ def open_model(location: Location, quantization: Quantization | None = None) -> 
     from qmedtune import model as models
     from qmedtune.modeling.quiet import quiet_libraries
 
+    check_template(location)
     quiet_libraries()
-
     dtype = this_machine().compute_dtype
     precision = quantization or ("nf4" if location.adapters else "none")
     section = ModelSection(base=str(location.base), quantization=precision, compute_dtype=dtype)

@@ -19,7 +19,7 @@ from qmedtune.errors import RecipeError
 from qmedtune.merging.nf4_roundtrip import nf4_roundtrip
 from qmedtune.merging.parallel import Apply
 from qmedtune.merging.tensors import Weights, map_stored
-from qmedtune.model import DTYPES
+from qmedtune.model import DTYPES, llama_config
 from qmedtune.model_stack import EMBEDDING, HEAD, read_model
 from qmedtune.recipe import ModelSection
 
@@ -60,13 +60,13 @@ class DiskLlama:
 def open_llama(folder: Path) -> DiskLlama:
     """Open a LLaMA folder without loading it. Raises RecipeError for other architectures, quantised weights, missing
     or misshapen tensors, damaged files."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     read = read_model(folder)
     if read.quantised:
         raise RecipeError(f"{folder}: these weights are quantised\nmerging needs the 16-bit (or fp32) weights")
     with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig.from_pretrained(folder))
+        model = LlamaForCausalLM(llama_config(folder))
     weights = map_stored(folder, read.stored)
     tied = _are_tied(weights, model.config.tie_word_embeddings)
     return DiskLlama(folder, model, weights, read.shapes, read.linears, tied)

@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from qmedtune.errors import RecipeError
+from qmedtune.errors import RecipeError, RunError
 from qmedtune.merging.tensors import Weights, open_file
 from qmedtune.model_stack import ADAPTER_TENSORS, PREFIX, AdapterFolder, read_adapter
 
@@ -60,7 +61,14 @@ def read_adapters(folders: Sequence[Path], shapes: Shapes) -> Updates:
 
 def _add(updates: Updates, adapter: AdapterFolder, tensors: Weights) -> None:
     for module, facts in adapter.low_rank.items():
-        a, b = (tensors[f"{PREFIX}{module}.lora_{part}.weight"].float() for part in "AB")
+        a, b = (_finite(adapter, tensors, f"{PREFIX}{module}.lora_{part}.weight").float() for part in "AB")
         updates.low_rank.setdefault(f"{module}.weight", []).append(LowRank(a, b, facts.scale))
-    updates.full.update({name: tensors[PREFIX + name] for name in adapter.full})
+    updates.full.update({name: _finite(adapter, tensors, PREFIX + name) for name in adapter.full})
     updates.copies.update({name: tensors[stored] for name, stored in adapter.copies.items()})
+
+
+def _finite(adapter: AdapterFolder, tensors: Weights, name: str) -> Tensor:
+    if not bool(torch.isfinite(tensors[name]).all()):
+        place = adapter.folder / ADAPTER_TENSORS
+        raise RunError(f"{place}: {name} is not finite\nits training diverged: take an earlier checkpoint of it")
+    return tensors[name]

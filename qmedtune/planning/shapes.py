@@ -7,6 +7,8 @@ LLaMA-family models by Hub id, so that `plan` answers offline). Deliberately not
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache, lru_cache
@@ -16,6 +18,8 @@ from typing import Any
 from qmedtune import fetch, gguf_folder, gguf_header, store
 from qmedtune.errors import RecipeError
 from qmedtune.llama_shape import BUILTIN_VOCAB, BaseFacts, facts_from_config
+from qmedtune.model_settings import read_settings
+from qmedtune.model_stack import Stored, stored_tensors
 from qmedtune.recipe import ModelSection
 
 
@@ -129,17 +133,12 @@ def _from_folder(name: str, folder: Path, source: str) -> BaseFacts:
         raise RecipeError(
             f"model.base: {folder} has no config.json\ngive the folder that holds config.json and weights"
         )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RecipeError(f"{path}: not JSON ({error})\nfetch the model again") from error
-    shards = sorted(folder.glob("*.safetensors"))
-    missing = _missing_shards(folder)
-    if missing and shards:
-        raise RecipeError(
-            f"{folder}: {len(missing)} weight files are missing, first {missing[0]}\nfetch the model again"
-        )
-    sizes = [shard.stat().st_size for shard in shards]
+    config = read_settings(path)
+    if not any(folder.glob("*.safetensors*")):  # pickled weights are refused where they would be read
+        return facts_from_config(name, config, source, folder=str(folder))
+    stored = stored_tensors(folder)
+    shards = {tensor.file for tensor in stored.values()}
+    sizes = [(folder / shard).stat().st_size for shard in shards]
     return facts_from_config(
         name,
         config,
@@ -147,28 +146,14 @@ def _from_folder(name: str, folder: Path, source: str) -> BaseFacts:
         folder=str(folder),
         measured_bytes=sum(sizes) or None,
         largest_shard_bytes=max(sizes, default=None),
-        stored_dtype=_stored_dtype(shards[0]) if shards else None,
+        stored_dtype=_most_stored(stored),
     )
 
 
-def _missing_shards(folder: Path) -> list[str]:
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return []
-    named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    return sorted(name for name in named if not (folder / name).is_file())
-
-
-def _stored_dtype(shard: Path) -> str | None:
-    """dtype of the largest tensor of a safetensors file, from its header (8-byte length, then JSON)."""
-    with shard.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        try:
-            header = json.loads(file.read(min(length, 100_000_000)))
-        except ValueError as error:
-            raise RecipeError(
-                f"{shard}: not a safetensors file\n"
-                "fetch the model again: `git lfs pull` where Git left a Git LFS pointer, `hf download` else"
-            ) from error
-    tensors = [entry for name, entry in header.items() if name != "__metadata__"]
-    return max(tensors, key=lambda t: t["data_offsets"][1] - t["data_offsets"][0])["dtype"] if tensors else None
+def _most_stored(stored: Mapping[str, Stored]) -> str | None:
+    """dtype of the largest tensor, in safetensors' spelling."""
+    largest, dtype = 0, None
+    for tensor in stored.values():
+        if (size := math.prod(tensor.shape)) > largest:
+            largest, dtype = size, tensor.dtype
+    return dtype

@@ -10,12 +10,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from qmedtune.data.reading.document import Fields
 from qmedtune.data.reading.files import in_archive, open_bytes
 from qmedtune.data.reading.rejects import Unread
 from qmedtune.data.reading.row_formats import Row
 from qmedtune.errors import DataError
 
 BATCH_ROWS = 1024
+MAX_GROUP_BYTES = 2 << 30  # of one column of one row group, unpacked; writers make groups of some 100 MB
+# Of a batch, at worst: a column with a dictionary can repeat its longest entry in every row.
+MAX_BATCH_BYTES = 1 << 30
 
 
 def read_parquet(path: Path) -> Iterator[Row]:
@@ -26,11 +30,28 @@ def read_parquet(path: Path) -> Iterator[Row]:
     number = 0
     try:
         with parquet.ParquetFile(open_bytes(path) if in_archive(path) else path) as file:
-            for batch in file.iter_batches(batch_size=BATCH_ROWS):
+            rows = _batch_rows(file.metadata)
+            if rows == 0:
+                yield 1, Unread(f"Parquet column longer than {MAX_GROUP_BYTES >> 30} GiB unpacked")
+                return
+            for batch in file.iter_batches(batch_size=rows):
                 yield from enumerate(batch.to_pylist(), start=number + 1)
                 number += len(batch)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError):
         yield number + 1, Unread("Parquet file is truncated or corrupt")
+
+
+def _batch_rows(metadata: Any) -> int:
+    """Rows that can be unpacked at once whatever the pages hold; 0: not even one."""
+    rows = BATCH_ROWS
+    for group in range(metadata.num_row_groups):
+        for column in range(metadata.num_columns):
+            chunk = metadata.row_group(group).column(column)
+            if chunk.total_uncompressed_size > MAX_GROUP_BYTES:
+                return 0
+            if chunk.has_dictionary_page:
+                rows = min(rows, MAX_BATCH_BYTES // max(1, chunk.total_uncompressed_size))
+    return max(1, rows)
 
 
 def read_saved(path: Path) -> Iterator[tuple[int, Any]]:
@@ -44,11 +65,14 @@ def read_saved(path: Path) -> Iterator[tuple[int, Any]]:
             f"{path}: not a folder made by datasets' save_to_disk\ngive that folder, or a Hub id"
         ) from error
     if isinstance(dataset, DatasetDict):
-        dataset = dataset["train"] if "train" in dataset else next(iter(dataset.values()))
+        if "train" in dataset:
+            dataset = dataset["train"]
+        else:
+            dataset = next(iter(dataset.values()))
     yield from enumerate(dataset, start=1)
 
 
-def read_hub(name: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_hub(name: str) -> Iterator[tuple[int, Fields]]:
     """Rows of a Hub dataset's `train` split, streamed. `name`: `owner/dataset:configuration@revision`, the
     last two as wanted."""
     from datasets import load_dataset

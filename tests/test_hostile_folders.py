@@ -1,0 +1,207 @@
+"""Hostile model and adapter folders (hostile_folders.py) given to the commands: nothing runs, nothing loads in silence,
+and each refusal names the folder in at most six lines, in bounded time and memory.
+
+Here each folder meets one command, another one each; `pytest -m slow` gives every folder to every command, and
+`python tests/test_hostile_folders.py` prints what became of them by group, as docs/attacks.md has it.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from attack import Attacker, Outcome
+from hostile_folders import ADAPTERS, MODELS, OWNED, Case, make
+
+COMMANDS = ("plan", "run", "eval", "predict", "chat", "merge")
+OF_ADAPTERS = ("eval", "predict", "chat", "merge")
+SECONDS = 30  # of a refusal; a template that does not end takes ten, the rest under one
+BYTES = 1 << 30  # of a process that holds PyTorch and a tiny model: 0.5 GB
+RECIPE = """\
+name: attacked
+model: {{base: {base}}}
+data: {{asked: {{path: builtin:micro/instructions, kind: instructions, max_records: 30, template: {template}}}}}
+stages: [{{sft: {{data: asked, epochs: 1}}}}]
+evaluate: {{tasks: []}}
+"""
+JINJA = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% if m['role'] == 'assistant' %}{{ eos_token }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Good:
+    """The folders that the cases are made from."""
+
+    model: Path
+    adapter: Path
+
+
+def good_folders(base: Path, out: Path) -> Good:
+    """A whole model with two templates, and a plain LoRA on it with numbers in both halves."""
+    import shutil
+
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from qmedtune.data.packing import templates
+
+    model, adapter = out / "good", out / "good-adapter"
+    model.mkdir(parents=True)
+    for path in base.iterdir():
+        if path.suffix in (".json", ".safetensors") and path.name != "seal.json":
+            shutil.copyfile(path, model / path.name)
+    (model / "chat_template.jinja").write_text(JINJA)
+    templates.save(templates.load("alpaca"), model)
+    torch.manual_seed(1)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM")
+    trained = get_peft_model(AutoModelForCausalLM.from_pretrained(model), config)
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.01)
+    trained.save_pretrained(adapter)
+    return Good(model, adapter)
+
+
+def words_of(command: str, case: Case, folder: Path, good: Good, here: Path) -> list[str]:
+    """The command line that gives the folder to a command."""
+    here.mkdir(parents=True, exist_ok=True)
+    (here / "questions.jsonl").write_text('{"instruction": "What is aspirin?"}\n')
+    (here / "r.yaml").write_text(
+        RECIPE.format(base=folder, template="chat" if case.asked and "plan" in case.asked else "alpaca")
+    )
+    is_adapter = case in ADAPTERS
+    base = ["--base", str(good.model)] if is_adapter and "base" not in case.name.split() else []
+    if command == "merge":
+        adapter = folder if is_adapter else good.adapter
+        onto = base if is_adapter else ["--base", str(folder)]
+        return ["merge", str(adapter), *onto, "--out", str(here / "merged"), "--offline"]
+    return {
+        "plan": ["plan", str(here / "r.yaml")],
+        "run": ["run", str(here / "r.yaml"), "--out", str(here / "run"), "--offline"],
+        "eval": ["eval", str(folder), "--tasks", "facts", "--limit", "16", *base, "--offline"],
+        "predict": ["predict", str(folder), "--data", str(here / "questions.jsonl"), "--out", str(here / "a.jsonl"),
+                    "--max-new-tokens", "4", *base, "--offline"],
+        "chat": ["chat", str(folder), *base, "--offline"],
+    }[command]  # fmt: skip
+
+
+def complaints(case: Case, outcome: Outcome, folder: Path, here: Path) -> list[str]:
+    """What did not hold."""
+    found = [f"executed {event}" for event in outcome.executed]
+    if any(place.joinpath(OWNED).exists() for place in (folder, here, Path.cwd())):
+        found.append("code of the folder has run")
+    if outcome.code == 0 and not case.harmless:
+        found.append("loaded in silence")
+    if outcome.code != 0:
+        found += refusal_complaints(outcome, folder.name)
+    if outcome.seconds > SECONDS or outcome.peak_bytes > BYTES:
+        found.append(f"took {outcome.seconds:.0f} s and {outcome.peak_bytes >> 20} MiB")
+    return found
+
+
+def refusal_complaints(outcome: Outcome, name: str) -> list[str]:
+    said, found = " ".join(outcome.lines), []
+    if outcome.code not in (1, 2, 3, 4):
+        found.append(f"exit code {outcome.code}")
+    if not 1 <= len(outcome.lines) <= 6:
+        found.append(f"{len(outcome.lines)} lines")
+    if "--debug" in said or "Traceback" in outcome.said:
+        found.append("an error without words")
+    if name not in said:
+        found.append("the folder is not named")
+    if "\x1b" in outcome.said:
+        found.append("colours of the folder reach the terminal")
+    return found
+
+
+def ask(attacker: Attacker, case: Case, command: str, good: Good, out: Path) -> tuple[Outcome, list[str]]:
+    folder = out / case.folder
+    if not folder.exists():
+        make(case, good.adapter if case in ADAPTERS else good.model, out)
+    here = out / "here" / case.folder / command
+    words = words_of(command, case, folder, good, here)
+    outcome = attacker(words, here, typed="What is aspirin?\n", hostile=folder)
+    return outcome, complaints(case, outcome, folder, here)
+
+
+def commands_of(case: Case) -> tuple[str, ...]:
+    return case.asked or (OF_ADAPTERS if case in ADAPTERS else COMMANDS)
+
+
+def one_command(case: Case) -> str:
+    """Another one for each case; what is harmless is answered, which is quicker than trained."""
+    possible = commands_of(case)
+    return "predict" if case.harmless else possible[[*MODELS, *ADAPTERS].index(case) % len(possible)]
+
+
+@pytest.fixture(scope="module")
+def good(micro_run, tmp_path_factory: pytest.TempPathFactory) -> Good:
+    return good_folders(micro_run.base, tmp_path_factory.mktemp("good"))
+
+
+@pytest.fixture(scope="module")
+def attacker() -> Iterator[Attacker]:
+    with Attacker() as found:
+        yield found
+
+
+def test_names_and_numbers_of_the_cases():
+    names = [case.folder for case in (*MODELS, *ADAPTERS)]
+    assert len(names) == len(set(names)) >= 200
+
+
+@pytest.mark.parametrize("command", OF_ADAPTERS)
+def test_the_good_folders_are_used(command, good, attacker, tmp_path):
+    untouched = Case("good", command, lambda folder: None, harmless=True)
+    outcome, found = ask(attacker, untouched, command, good, tmp_path)
+    assert outcome.code == 0 and not found, outcome.said
+
+
+@pytest.mark.parametrize("case", [*MODELS, *ADAPTERS], ids=lambda case: case.folder)
+def test_a_hostile_folder_is_refused_or_does_no_harm(case, good, attacker, tmp_path):
+    outcome, found = ask(attacker, case, one_command(case), good, tmp_path)
+    assert not found, f"{one_command(case)}: {found}\n{outcome.said[-1500:]}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [*MODELS, *ADAPTERS], ids=lambda case: case.folder)
+def test_every_command_refuses_it(case, good, attacker, tmp_path):
+    for command in commands_of(case):
+        outcome, found = ask(attacker, case, command, good, tmp_path)
+        assert not found, f"{command}: {found}\n{outcome.said[-1500:]}"
+
+
+def table(base: Path) -> None:
+    """Every folder and every command, by group."""
+    counts: dict[str, Counter] = {}
+    with tempfile.TemporaryDirectory() as place, Attacker() as attacker:
+        good = good_folders(base, Path(place))
+        for case in (*MODELS, *ADAPTERS):
+            for command in commands_of(case):
+                outcome, found = ask(attacker, case, command, good, Path(place))
+                row = counts.setdefault(case.group, Counter())
+                row["asked"] += 1
+                row["executed"] += bool(outcome.executed)
+                row["refused"] += outcome.code != 0
+                row["did no harm"] += outcome.code == 0 and not found
+                row["held"] += not found
+                for each in found:
+                    print(f"{case.folder}, {command}: {each}", file=sys.stderr)
+            counts[case.group]["folders"] += 1
+    columns = ("folders", "asked", "refused", "did no harm", "executed", "held")
+    print("| group | " + " | ".join(columns) + " |\n|" + " --- |" * 7)
+    for group, row in counts.items():
+        print(f"| {group} | " + " | ".join(str(row[column]) for column in columns) + " |")
+
+
+if __name__ == "__main__":
+    table(Path(sys.argv[1]))
