@@ -32,7 +32,7 @@ from qmedtune.evaluation.generation import generate
 from qmedtune.evaluation.measure import adding
 from qmedtune.evaluation.scoring import choice_logprobs, prompt_texts
 from qmedtune.recipe import AuditSection, Recipe, SftSection
-from qmedtune.results import Audit, Exposure, Json, Stage
+from qmedtune.results import Audit, Exposure, Json, Trained
 
 RESULT = "audit.json"
 SECRET_TOKENS = 16  # a number of nine digits has 5 (LLaMA-3) to 12 tokens
@@ -142,7 +142,7 @@ def _passes(recipe: Recipe, index: int, inputs: Mapping[str, Path]) -> dict[str,
     for name in recipe.stage_names()[: index + 1]:
         sealed = store.read_seal(inputs[name]) if name in inputs else None
         if sealed:
-            for source, part in Stage.model_validate(sealed.facts).mixture.items():
+            for source, part in Trained.model_validate(sealed.facts).mixture.items():
                 passes[source] = round(passes.get(source, 0.0) + (part.repeats or 0.0), 3)
     return passes
 

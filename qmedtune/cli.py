@@ -20,6 +20,7 @@ from qmedtune import __version__
 from qmedtune.commands import ablate as cli_ablate
 from qmedtune.commands import bench as cli_bench
 from qmedtune.commands import compare as cli_compare
+from qmedtune.commands import export as cli_export
 from qmedtune.commands import fetch as cli_fetch
 from qmedtune.commands import model as cli_model
 from qmedtune.commands import run as cli_run
@@ -51,6 +52,7 @@ COMMANDS = {
     "predict": cli_model.predict,
     "chat": cli_model.chat,
     "merge": cli_model.merge,
+    "export": cli_export.export,
     "fetch": cli_fetch.fetch,
     "doctor": cli_run.doctor,
     "selftest": cli_run.selftest,

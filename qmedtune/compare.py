@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -29,7 +30,7 @@ from qmedtune.results import Chosen, Development, HeadToHead
 from qmedtune.tasks import Item, Task, check_twice, load_task
 from qmedtune.tasks.shots import with_examples
 
-DEV_SHARE, MAX_DEV = 0.25, 100
+DEV_SHARE, MAX_DEV, MIN_DEV = 0.25, 100, 4
 
 Answers = dict[str, dict[str, list[bool]]]
 """By task and model, whether each item was answered rightly."""
@@ -42,6 +43,10 @@ class Setting:
     template: templates.Template
     shots: int
 
+    @property
+    def words(self) -> str:
+        return f"{self.template.name}, {self.shots} shots"
+
 
 @dataclass(frozen=True)
 class Split:
@@ -51,6 +56,27 @@ class Split:
     section: TaskSection
     dev: tuple[Item, ...]
     scored: tuple[Item, ...]
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """A model that takes part: its name, and what loads it."""
+
+    name: str
+    open: Callable[[], OpenModel]
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What every model may choose from: numbers of examples, and templates besides its own.
+
+    kept: a folder in which answers are kept at once, so that what was killed goes on where it was
+    """
+
+    shots: tuple[int, ...] = (0,)
+    templates: tuple[str, ...] = ()
+    seed: int = 17
+    kept: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +92,24 @@ class Asked:
     offline: bool = False
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What the models answered. models: how each was asked and what it reached, by name and task."""
+
+    splits: tuple[Split, ...]
+    models: dict[str, dict[str, Chosen]]
+    answers: Answers
+
+
+@dataclass(frozen=True)
+class Player:
+    """A model that is loaded, and the rules that it plays by."""
+
+    name: str
+    opened: OpenModel
+    rules: Rules
+
+
 def compare_models(asked: Asked, out: Path | None = None) -> HeadToHead:
     """How each model was asked and what it reached, the duels, and one sentence per other model.
 
@@ -74,43 +118,70 @@ def compare_models(asked: Asked, out: Path | None = None) -> HeadToHead:
     if len(asked.models) < 2:
         raise RecipeError("compare: one model has nothing to be compared with\nname two or more")
     check_twice("compare", list(asked.models))
-    splits = [_split(section, asked.seed) for section in asked.tasks]
-    answers: Answers = {split.section.label: {} for split in splits}
-    models: dict[str, dict[str, Chosen]] = {}
-    for name in asked.models:
-        opened = open_model(locate(name, offline=asked.offline), asked.quantization)
-        models[name] = {}
-        for split in splits:
-            setting, dev = _chosen(opened, split, asked)
-            right = _right(opened, split, split.scored, setting, asked.seed)
-            answers[split.section.label][name] = right
-            models[name][split.section.label] = _reached(setting, dev, right)
-        del opened
-        gc.collect()
-        torch.cuda.empty_cache()
-    result = _judged(asked, answers, models)
+    splits = [split(load_task(section, asked.seed), section, asked.seed) for section in asked.tasks]
+    entrants = [Entrant(name, partial(_opened, name, asked)) for name in asked.models]
+    outcome = meet(entrants, splits, Rules(asked.shots, asked.templates, asked.seed))
+    reference, *others = asked.models
+    result = judged(outcome, [(name, reference) for name in others])
+    result = result.model_copy(update={"reference": reference})
     if out is not None:
-        _write(out, splits, answers, result)
+        write(out, outcome, result)
     return result
 
 
-def _judged(asked: Asked, answers: Answers, models: dict[str, dict[str, Chosen]]) -> HeadToHead:
-    reference, *others = asked.models
-    found = verdict.duels(answers, reference)
+def _opened(name: str, asked: Asked) -> OpenModel:
+    return open_model(locate(name, offline=asked.offline), asked.quantization)
+
+
+def meet(entrants: Sequence[Entrant], splits: Sequence[Split], rules: Rules) -> Outcome:
+    """Every model answers every task's scored items, asked as suits it. One is loaded at a time."""
+    answers: Answers = {part.section.label: {} for part in splits}
+    models: dict[str, dict[str, Chosen]] = {}
+    for entrant in entrants:
+        player = Player(entrant.name, entrant.open(), rules)
+        models[entrant.name] = {}
+        for part in splits:
+            setting, dev = _chosen(player, part)
+            right = _right(player, part, part.scored, setting)
+            answers[part.section.label][entrant.name] = right
+            models[entrant.name][part.section.label] = _reached(setting, dev, right)
+        del player
+        gc.collect()
+        torch.cuda.empty_cache()
+    return Outcome(tuple(splits), models, answers)
+
+
+def judged(outcome: Outcome, pairs: Sequence[tuple[str, str]]) -> HeadToHead:
+    """Of each pair the first model against the second."""
+    found = verdict.paired_duels(outcome.answers, pairs)
     claims: list[str] = []
-    for name in others:
-        claims.append(verdict.claim([duel for duel in found if duel.model == name]))
-    return HeadToHead(reference=reference, models=models, duels=[duel.entry() for duel in found], claims=claims)
+    for pair in pairs:
+        claims.append(verdict.claim([duel for duel in found if (duel.model, duel.reference) == pair]))
+    duels = [duel.entry() for duel in found]
+    return HeadToHead(models=outcome.models, duels=duels, claims=claims)
 
 
-def _split(section: TaskSection, seed: int) -> Split:
-    task = load_task(section, seed)
-    if task.metric != "accuracy" or not task.items[0].options:
+def comparable(task: Task) -> bool:
+    """Whether its answers are right or wrong choices, and enough of them to choose prompts by and to score."""
+    return _is_choice(task) and _dev_count(task) >= MIN_DEV
+
+
+def _is_choice(task: Task) -> bool:
+    return task.metric == "accuracy" and bool(task.items[0].options)
+
+
+def _dev_count(task: Task) -> int:
+    return min(MAX_DEV, round(DEV_SHARE * len(task.items)))
+
+
+def split(task: Task, section: TaskSection, seed: int) -> Split:
+    """A task without examples of its own, as development and scored items. RecipeError where it cannot be compared."""
+    if not _is_choice(task):
         raise RecipeError(
             f"compare: {section.task} is no choice between options\nallowed: tasks whose metric is accuracy"
         )
-    count = min(MAX_DEV, round(DEV_SHARE * len(task.items)))
-    if count < 4:
+    count = _dev_count(task)
+    if count < MIN_DEV:
         raise RecipeError(
             f"compare: {section.task} has {len(task.items)} items\n16 are needed: a quarter chooses prompts"
         )
@@ -124,49 +195,60 @@ def _split(section: TaskSection, seed: int) -> Split:
     return Split(task, section, tuple(chosen), tuple(scored))
 
 
-def _chosen(opened: OpenModel, split: Split, asked: Asked) -> tuple[Setting, Development]:
+def _chosen(player: Player, part: Split) -> tuple[Setting, Development]:
     """The setting that answers most development items rightly (the earlier one on a tie), and what each reached."""
     reached: dict[str, float] = {}
     best, highest = None, -1.0
-    for setting in _settings(opened, asked):
-        right = _right(opened, split, split.dev, setting, asked.seed)
+    for setting in _settings(player):
+        right = _right(player, part, part.dev, setting)
         share = sum(right) / len(right)
-        reached[f"{setting.template.name}, {setting.shots} shots"] = share
+        reached[setting.words] = share
         if share > highest:
             best, highest = setting, share
     assert best is not None
-    return best, Development(items=len(split.dev), accuracy=reached)
+    return best, Development(items=len(part.dev), accuracy=reached)
 
 
-def _settings(opened: OpenModel, asked: Asked) -> Iterator[Setting]:
-    """The template of its training first."""
-    named = [templates.load(name, opened.location.base) for name in asked.templates]
-    for template in (opened.template, *named):
-        for shots in asked.shots:
+def _settings(player: Player) -> Iterator[Setting]:
+    """The template of its training first, each template once."""
+    found = {player.opened.template.name: player.opened.template}
+    for name in player.rules.templates:
+        template = templates.load(name, player.opened.location.base)
+        found.setdefault(template.name, template)
+    for template in found.values():
+        for shots in player.rules.shots:
             yield Setting(template, shots)
 
 
-def _right(opened: OpenModel, split: Split, items: Sequence[Item], setting: Setting, seed: int) -> list[bool]:
-    """Per item whether the most likely option is the right one."""
-    asked = _with_shots(split, items, setting, seed)
-    prompts = prompt_texts(opened.tokenizer, setting.template, [item.messages for item in asked])
+def _right(player: Player, part: Split, items: Sequence[Item], setting: Setting) -> list[bool]:
+    """Per item whether the most likely option is the right one; kept where the rules name a folder."""
+    work = partial(_answered, player, part, items, setting)
+    if player.rules.kept is None:
+        return work()
+    asked = [player.name, part.section.label, setting.words, [item.id for item in items]]
+    return store.kept(player.rules.kept / f"{store.sha256_json(asked)[:16]}.json", work)
+
+
+def _answered(player: Player, part: Split, items: Sequence[Item], setting: Setting) -> list[bool]:
+    asked = _with_shots(part, items, setting, player.rules.seed)
+    tokenizer = player.opened.tokenizer
+    prompts = prompt_texts(tokenizer, setting.template, [item.messages for item in asked])
     options = [item.options for item in items]
-    title = f"{opened.location.name}: {split.section.label}, {setting.template.name}, {setting.shots} shots"
-    with ui.stage(title, total=len(items), unit="items") as bar:
-        found = choice_logprobs(opened.model, opened.tokenizer, prompts, options, progress=adding(bar))
+    with ui.stage(f"{player.name}: {part.section.label}, {setting.words}", total=len(items), unit="items") as bar:
+        found = choice_logprobs(player.opened.model, tokenizer, prompts, options, progress=adding(bar))
     right: list[bool] = []
     for score, item in zip(found, items, strict=True):
         right.append(best_option(score.sums, item.id) == item.gold)
     return right
 
 
-def _with_shots(split: Split, items: Sequence[Item], setting: Setting, seed: int) -> Sequence[Item]:
+def _with_shots(part: Split, items: Sequence[Item], setting: Setting, seed: int) -> Sequence[Item]:
     """The items, each behind examples from the development items where the setting asks for some."""
     if not setting.shots:
         return items
-    order = Random(f"{seed}").sample(list(split.dev), len(split.dev))
-    section = split.section.model_copy(update={"shots": setting.shots})
-    return [with_examples(item, order, section, split.task.write, True) for item in items]
+    order = Random(f"{seed}").sample(list(part.dev), len(part.dev))
+    section = part.section.model_copy(update={"shots": setting.shots})
+    return [with_examples(item, order, section, part.task.write, True) for item in items]
 
 
 def _reached(setting: Setting, dev: Development, right: list[bool]) -> Chosen:
@@ -180,14 +262,15 @@ def _reached(setting: Setting, dev: Development, right: list[bool]) -> Chosen:
     )
 
 
-def _write(out: Path, splits: list[Split], answers: Answers, result: HeadToHead) -> None:
+def write(out: Path, outcome: Outcome, result: HeadToHead) -> None:
+    """compare.json and per task <task>.items.jsonl: ids, and right or wrong per model."""
     out.mkdir(parents=True, exist_ok=True)
-    for split in splits:
+    for part in outcome.splits:
         text = ""
-        for index, item in enumerate(split.scored):
+        for index, item in enumerate(part.scored):
             line: dict[str, str | bool] = {"id": item.id}
-            for name, right in answers[split.section.label].items():
+            for name, right in outcome.answers[part.section.label].items():
                 line[name] = right[index]
             text += json.dumps(line, ensure_ascii=False) + "\n"
-        store.write_atomic(out / f"{split.section.label}.items.jsonl", text)
+        store.write_atomic(out / f"{part.section.label}.items.jsonl", text)
     store.write_json(out / "compare.json", result.as_json())

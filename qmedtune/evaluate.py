@@ -34,7 +34,7 @@ from qmedtune.model_files import read_json
 from qmedtune.model_stack import adapters_in
 from qmedtune.modeling.collation import Rows
 from qmedtune.recipe import Recipe, SourceSection, TaskSection
-from qmedtune.results import Evaluation, Merge, Pair, Text
+from qmedtune.results import Evaluation, Merge, Pair, Source, Text
 from qmedtune.tasks import BUILTIN_TASKS, Task, check_twice, load_task, world_of
 
 TEXTS = "perplexity"
@@ -58,9 +58,9 @@ def evaluate_stage(recipe: Recipe, inputs: dict[str, Path], out: Path) -> dict[s
     held_out = {}
     for source in recipe.evaluate.perplexity:
         held_out[source] = WholeDocuments(PackedRows(inputs["validation"] / source), window)
-    settings = _settings(recipe, inputs)
+    settings = settings_of(recipe, inputs)
     check_prompts(models.load_tokenizer(inputs["base"]), settings.template, tasks)
-    taken = precision.decide(recipe, _delivered_dtype(inputs))
+    taken = precision.decide(recipe, delivered_dtype(inputs))
     measured = {}
     for contender in contenders(recipe, inputs, taken):
         model, tokenizer = open_contender(recipe, contender)
@@ -127,8 +127,8 @@ def _overlapping(inputs: dict[str, Path]) -> dict[str, set[str]]:
     for name, folder in inputs.items():
         sealed = store.read_seal(folder) if name.startswith("data-") else None
         if sealed:
-            for task, entry in sealed.facts["contamination"].items():
-                found.setdefault(task, set()).update(entry["found"])
+            for task, overlap in Source.model_validate(sealed.facts).contamination.items():
+                found.setdefault(task, set()).update(overlap.found)
     return found
 
 
@@ -177,7 +177,7 @@ def check_prompts(tokenizer: Any, template: templates.Template, tasks: list[Task
         frame.ask([item.messages for item in task.asked])
 
 
-def _settings(recipe: Recipe, inputs: dict[str, Path]) -> Settings:
+def settings_of(recipe: Recipe, inputs: dict[str, Path]) -> Settings:
     asked = recipe.evaluate.template or inputs.get("template")
     template = templates.load(asked, inputs["base"]) if asked else templates.default(None, inputs["base"])
     rows, seq_len = recipe.evaluate.batch, recipe.stages[-1].section.seq_len
@@ -238,7 +238,7 @@ def _cast(model: Any, dtype: torch.dtype) -> None:
         parameter.data = parameter.data.to(dtype)
 
 
-def _delivered_dtype(inputs: dict[str, Path]) -> str | None:
+def delivered_dtype(inputs: dict[str, Path]) -> str | None:
     """What a folder that is delivered as it was trained, without a merge, is stored in; None: `merge.dtype`."""
     if "adapter-1" in inputs:
         return None

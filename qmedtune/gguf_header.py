@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mmap
 import struct
+from collections.abc import Collection
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -96,11 +97,21 @@ def read_header(path: Path) -> Header:
     return header
 
 
+def read_arrays(path: Path, keys: Collection[str]) -> dict[str, list[Any]]:
+    """Arrays of the metadata, whole, by key; those that are not there are left out. RecipeError for a damaged file."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        reader = _Reader(path, data, keys)
+        reader.header()
+    return reader.arrays
+
+
 class _Reader:
     """Walks the header; every read is checked against the file's end."""
 
-    def __init__(self, path: Path, data: mmap.mmap):
-        self.path, self.data, self.at = path, data, 0
+    def __init__(self, path: Path, data: mmap.mmap, wanted: Collection[str] = ()):
+        self.path, self.data, self.at, self.wanted = path, data, 0, wanted
+        self.key = ""
+        self.arrays: dict[str, list[Any]] = {}
 
     def header(self) -> Header:
         if self.data[:4] != MAGIC:
@@ -112,7 +123,10 @@ class _Reader:
             what = "is written for big-endian machines" if turned else f"is GGUF version {version}"
             refuse(self.path, what, f"allowed: little-endian files of version {VERSIONS[0]} or {VERSIONS[1]}")
         tensors, entries = self.take("Q"), self.take("Q")
-        metadata = {self.string(): self.value(self.take("I")) for _ in range(entries)}
+        metadata: dict[str, Any] = {}
+        for _ in range(entries):
+            self.key = self.string()
+            metadata[self.key] = self.value(self.take("I"))
         return Header(self.path, metadata, self.table(tensors, metadata))
 
     def take(self, format: str) -> Any:
@@ -139,13 +153,18 @@ class _Reader:
             return self.string()
         if kind != ARRAY:
             refuse(self.path, f"has metadata of the unknown type {kind}")
-        return self.skip_array()
+        return self.array()
 
-    def skip_array(self) -> int:
-        """Walk over an array; its length."""
+    def array(self) -> int:
+        """Walk over an array, and keep it where it is wanted; its length."""
         kind, length = self.take("I"), self.take("Q")
         if length > MAX_ARRAY or kind not in (*SCALARS, STRING):
             refuse(self.path, f"has an array of {length:,} entries of type {kind} in its header")
+        if self.key in self.wanted:
+            self.arrays[self.key] = [
+                self.string() if kind == STRING else self.take(SCALARS[kind]) for _ in range(length)
+            ]
+            return length
         if kind in SCALARS:
             self.at += struct.calcsize(SCALARS[kind]) * length
             return length

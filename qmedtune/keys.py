@@ -154,8 +154,8 @@ def tokens_section(recipe: Recipe, index: int) -> dict[str, Any]:
 
 
 def training_section(recipe: Recipe, asked: Recipe, index: int) -> dict[str, Any]:
-    stage, wish = recipe.stages[index].section, asked.stages[index].section
-    training = stage.model_dump(mode="json") | {k: getattr(wish, k) for k in BY_MACHINE}
+    stage, requested = recipe.stages[index].section, asked.stages[index].section
+    training = stage.model_dump(mode="json") | {k: getattr(requested, k) for k in BY_MACHINE}
     model = recipe.model.model_dump(mode="json") | {k: getattr(asked.model, k) for k in MODEL_BY_MACHINE}
     training = {k: v for k, v in training.items() if k not in PACKING and SINCE_0_2.get(k, ...) != v}
     return {
@@ -181,9 +181,28 @@ def merge_section(recipe: Recipe) -> dict[str, Any]:
 
 
 def evaluation_section(recipe: Recipe, hashes: store.HashCache) -> dict[str, Any]:
-    section = recipe.evaluate.model_dump(mode="json", exclude={"batch"})
+    section = recipe.evaluate.model_dump(mode="json", exclude={"batch", "against"})
     section |= {"format": EVALUATION_FORMAT, "merge_dtype": recipe.merge.dtype}
     return {"evaluate": section, "seed": recipe.seed, "benchmarks": benchmarks(recipe.evaluate.sections, hashes)}
+
+
+def against_section(recipe: Recipe, hashes: store.HashCache) -> dict[str, Any]:
+    section = recipe.evaluate.model_dump(mode="json", include={"tasks", "precision", "template"})
+    models = [[name, *_model_marks(Path(name).expanduser())] for name in recipe.evaluate.against]
+    section |= {"against": models, "merge_dtype": recipe.merge.dtype}
+    return {"evaluate": section, "seed": recipe.seed, "benchmarks": benchmarks(recipe.evaluate.sections, hashes)}
+
+
+def _model_marks(path: Path) -> list[list[Any]]:
+    """Names, sizes and times of a model folder's weights and of what it is asked with; of a GGUF its own. Nothing for
+    what lies elsewhere (a Hub id): its name stands for it."""
+    if path.is_file():
+        return [[path.name, path.stat().st_size, path.stat().st_mtime_ns]]
+    found = []
+    for pattern in ("*.safetensors", "merged/*.safetensors", "*template.json", "tokenizer*.json"):
+        for file in sorted(path.glob(pattern)):
+            found.append([str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns])
+    return found
 
 
 def difference(old: Any, new: Any, where: str = "") -> str:

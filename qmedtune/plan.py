@@ -25,6 +25,7 @@ from qmedtune.planning.rows import Tokens
 from qmedtune.planning.sample import Sample, sample_source
 from qmedtune.planning.shapes import base_facts
 from qmedtune.recipe import Recipe
+from qmedtune.results import Packing
 
 __all__ = ["BaseFacts", "base_facts", "make_plan", "resolve"]
 
@@ -213,8 +214,9 @@ def _sealed_tokens(recipe: Recipe, index: int, run_dir: Path | None, steps: list
     sealed = store.read_seal(run_dir / name)
     if sealed is None:
         return None
-    section, made = recipe.stages[index].section, sealed.facts["rows"]
-    return Tokens(sealed.facts["tokens"]["trained"], made, batch_rows(section, made), steps_in(section, made), 0.0)
+    section, packed = recipe.stages[index].section, Packing.model_validate(sealed.facts)
+    rows, trained = packed.rows, packed.tokens.trained or 0
+    return Tokens(trained, rows, batch_rows(section, rows), steps_in(section, rows), 0.0)
 
 
 def _is_cached(steps: list[dict[str, str]], name: str) -> bool:

@@ -22,6 +22,7 @@ from qmedtune.results import (
     Choice,
     Evaluation,
     Facts,
+    HeadToHead,
     Merge,
     Provenance,
     Run,
@@ -109,6 +110,8 @@ def read(out: Path) -> Run | None:
 def write(out: Path, notes: Notes, status: str, error: BaseException | None = None) -> Run:
     """Compose run.json from what is sealed so far."""
     run = compose(notes, status)
+    if "against" in notes.done:
+        run = run.model_copy(update={"against": HeadToHead.model_validate(notes.facts("against"))})
     if error is not None and status == "failed":
         # Only our own messages are known to hold no text of a record.
         said = str(error) if isinstance(error, QmedtuneError) else type(error).__name__

@@ -13,7 +13,7 @@ from pathlib import Path
 import yaml
 
 from qmedtune import disk
-from qmedtune.reporting import live, score_tables, tables
+from qmedtune.reporting import duels, live, score_tables, tables
 from qmedtune.reporting import page as report_html
 from qmedtune.reporting.blocks import DISCLAIMER
 from qmedtune.reporting.cells import Table
@@ -62,6 +62,9 @@ def _markdown_parts(run: Run, metrics: Metrics) -> Iterator[str]:
     yield _section(score_tables.evaluation(run))
     yield _section(score_tables.perplexity(run))
     yield _section_if_any(score_tables.quantisation(run))
+    if run.against is not None:
+        yield _section(duels.head_to_head(run.against))
+        yield _listed(duels.claims(run.against))
     yield _section_if_any(score_tables.classification(run))
     if run.audit is not None:
         yield _section(score_tables.audit(run))

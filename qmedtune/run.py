@@ -68,7 +68,7 @@ def run(
     names = [step.name for step in to_do]
     source.check()
     claims.check_steps(out, names)
-    _check_start(resolved, source, to_do)
+    _check_start(resolved, source, to_do, offline)
     room.check_writable(out)
     room.check(resolved, out, names)
     with _told("run", out), _private(resolved, out), store.lock(out), stop.watching(time_limit_s):
@@ -141,11 +141,15 @@ def _refused(error: QmedtuneError, step: Step, recipe: Recipe, out: Path) -> rec
     return record.Refused(told, kept.name if kept else None)
 
 
-def _check_start(recipe: Recipe, source: base.Base, to_do: Sequence[Step]) -> None:
+def _check_start(recipe: Recipe, source: base.Base, to_do: Sequence[Step], offline: bool) -> None:
     """What must be right before the first step, ahead of writing anything. A built-in base is right by itself."""
     if any(step.kind != "data" for step in to_do):
         refuse_half_on_cpu(recipe, this_machine())
     scored = any(step.name == "evaluation" for step in to_do)
+    if any(step.name == "against" for step in to_do):
+        from qmedtune import against
+
+        against.check(recipe, offline)
     if base_facts(recipe.model).builtin:
         if scored:
             preflight.check_evaluation(recipe, None)

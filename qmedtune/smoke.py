@@ -37,7 +37,7 @@ def smoke(recipe: Recipe, builtin: str = "builtin:tiny") -> Recipe:
     # What was chosen for the recipe's card (float16 on a T4, flash attention) need not run on this machine.
     base = {"base": builtin, "revision": None, "shape": None, **dict.fromkeys(MODEL_BY_MACHINE, "auto")}
     scored = [name for name in recipe.evaluate.perplexity if name in texts]
-    evaluate = {"tasks": ["facts"] if recipe.evaluate.tasks else [], "perplexity": scored}
+    evaluate = {"tasks": ["facts"] if recipe.evaluate.tasks else [], "perplexity": scored, "against": []}
     return recipe.model_copy(
         update={
             "memory": "auto",

@@ -1,6 +1,6 @@
 """The list of steps that a recipe becomes, in order; run.py runs it.
 
-    data/<source> ... -> data/NN-kind ... -> NN-kind ... -> audit -> merged -> evaluation
+    data/<source> ... -> data/NN-kind ... -> NN-kind ... -> audit -> merged -> evaluation -> against
 
 All data comes before the first training step: what is wrong with it must not show after days.
 Each step names what it needs, what its key depends on (keys.py) and the function that does it. No torch is imported
@@ -19,7 +19,7 @@ from qmedtune.lineage import StackInRun, final_model, lineage_of
 from qmedtune.recipe import Recipe
 from qmedtune.training.shared_base import SharedBase
 
-WITHOUT_BASE = ("fold", "merge", "audit", "evaluation")
+WITHOUT_BASE = ("fold", "merge", "audit", "evaluation", "against")
 Work = Callable[[Recipe, dict[str, Path], Path], dict[str, Any]]
 
 
@@ -56,6 +56,8 @@ def steps_of(recipe: Recipe, asked: Recipe, hashes: store.HashCache) -> list[Ste
         steps.append(_merge_step(recipe, final))
     if recipe.evaluate.tasks or recipe.evaluate.perplexity:
         steps.append(_evaluation_step(recipe, final, hashes))
+    if recipe.evaluate.against:
+        steps.append(_against_step(recipe, final, hashes))
     return [_without_base(step, shared) if step.kind in WITHOUT_BASE else step for step in steps]
 
 
@@ -208,6 +210,26 @@ def _evaluation_step(recipe: Recipe, model: StackInRun, hashes: store.HashCache)
 
         return evaluate_stage(recipe, inputs, out)
 
+    needs = _compared(recipe, model)
+    if recipe.evaluate.perplexity:
+        needs["validation"] = "data/validation"
+    if recipe.hygiene.contaminated == "split":
+        needs |= {f"data-{name}": f"data/{name}" for name in recipe.used_sources()}
+    return Step("evaluation", "evaluation", keys.evaluation_section(recipe, hashes), needs, work, resumes=True)
+
+
+def _against_step(recipe: Recipe, model: StackInRun, hashes: store.HashCache) -> Step:
+    def work(recipe: Recipe, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
+        from qmedtune.against import against_stage
+
+        return against_stage(recipe, inputs, out)
+
+    needs = _compared(recipe, model)
+    return Step("against", "against", keys.against_section(recipe, hashes), needs, work, resumes=True)
+
+
+def _compared(recipe: Recipe, model: StackInRun) -> dict[str, str]:
+    """What base and result of the run are made of."""
     origin = f"{recipe.stage_names()[0]}/model" if recipe.stages[0].kind == "pretrain" else "base"
     merged = "merged" if model.adapters else model.base
     needs = {"base": model.base, "merged": merged, **_numbered(model.adapters)}
@@ -217,11 +239,7 @@ def _evaluation_step(recipe: Recipe, model: StackInRun, hashes: store.HashCache)
         needs["origin"] = origin
     if model.template:
         needs["template"] = model.template
-    if recipe.evaluate.perplexity:
-        needs["validation"] = "data/validation"
-    if recipe.hygiene.contaminated == "split":
-        needs |= {f"data-{name}": f"data/{name}" for name in recipe.used_sources()}
-    return Step("evaluation", "evaluation", keys.evaluation_section(recipe, hashes), needs, work, resumes=True)
+    return needs
 
 
 def _numbered(adapters: Sequence[str]) -> dict[str, str]:

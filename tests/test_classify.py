@@ -140,7 +140,7 @@ def test_what_the_text_tells_is_learnt(micro_run, notes_adapter: Path, tmp_path:
 
 def stop_after(step: int):
     """Raise the flag that SIGTERM raises, once this optimiser step is done."""
-    original = train.Loop.on_step_end
+    original = train.StageCallback.on_step_end
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == step:
@@ -157,7 +157,7 @@ def test_a_stopped_stage_goes_on_to_the_same_weights(micro_run, packed, notes_ad
     (tmp_path / "halves").mkdir()
     whole = trained(micro_run, packed, tmp_path / "whole", notes_adapter, **keys)
     with monkeypatch.context() as patch:
-        patch.setattr(train.Loop, "on_step_end", stop_after(2))
+        patch.setattr(train.StageCallback, "on_step_end", stop_after(2))
         with pytest.raises(interrupt.Interrupted):
             trained(micro_run, packed, tmp_path / "halves", notes_adapter, **keys)
     monkeypatch.setattr(interrupt.stop, "signal", None)

@@ -134,9 +134,9 @@ def test_scores_say_how_they_were_made(tmp_path):
     row = {**task.judge(task.items[0], 1), "normalised": task.judge(task.items[0], 1), "confidence": 0.9}
     row |= {"truncated": False, "generation": {**task.judge(task.items[0], 1), "parsed": True, "ended": "eos"}}
     scores = summary.summarise(task, task.items, [[row]], seed=0)
-    assert scores["prompts"] == "me_llama" and scores["generation"]["extraction"] == "me_llama"
-    assert "anywhere in the answer" in scores["generation"]["definition"]
-    assert "anywhere in the answer" not in scores["definition"]
+    assert scores.prompts == "me_llama" and scores.generation and scores.generation.extraction == "me_llama"
+    assert "anywhere in the answer" in str(scores.generation.definition)
+    assert "anywhere in the answer" not in str(scores.definition)
 
 
 def test_other_tasks_have_no_such_prompts():

@@ -277,23 +277,23 @@ def settled(measurements, budget=20 * GIB, setup=QLORA):
 
 def test_a_measured_step_within_the_budget_changes_nothing():
     facts, applied = settled([18 * GIB])
-    assert applied == facts["said"] == [] and facts["measured_bytes"] == 18 * GIB
-    assert facts["layers"] == {"recompute": 32} and facts["predicted_bytes"] == peak_bytes(LLAMA_8B, QLORA, gpu=True)
+    assert applied == facts.said == [] and facts.measured_bytes == 18 * GIB
+    assert facts.layers == {"recompute": 32} and facts.predicted_bytes == peak_bytes(LLAMA_8B, QLORA, gpu=True)
 
 
 @pytest.mark.parametrize("first", [21 * GIB, None])
 def test_a_measured_step_beyond_the_budget_tightens_the_layers(first):
     setup = replace(QLORA, seq_len=8192, checkpointing=False)
     facts, applied = settled([first, 19 * GIB], setup=setup)
-    assert len(applied) == len(facts["said"]) == 1 and sum(applied[0].values()) == 32
-    assert ("ran out of memory" if first is None else "took 21.0 GiB of 20.0 GiB") in facts["said"][0]
-    assert 0 < applied[0]["keep"] < 32 and facts["measured_bytes"] == 19 * GIB
+    assert len(applied) == len(facts.said) == 1 and sum(applied[0].values()) == 32
+    assert ("ran out of memory" if first is None else "took 21.0 GiB of 20.0 GiB") in facts.said[0]
+    assert 0 < applied[0]["keep"] < 32 and facts.measured_bytes == 19 * GIB
 
 
 def test_tightening_ends():
     facts, applied = settled([None] * 9, setup=replace(QLORA, seq_len=65_536))
-    assert 0 < len(applied) <= 4 and facts["measured_bytes"] is None
-    assert facts["layers"]["offload"] > 0
+    assert 0 < len(applied) <= 4 and facts.measured_bytes is None
+    assert facts.layers["offload"] > 0
 
 
 def test_whole_layer_checkpointing_keeps_only_the_stream():

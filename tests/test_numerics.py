@@ -82,7 +82,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, set]:
     """dtypes inside the real trainer: what q_proj gives in training and in evaluation mode, weights, gradients, and
     optimiser states."""
     found: dict[str, set] = {name: set() for name in ("products", "validation", "weights", "gradients", "states")}
-    accumulate, save = QTrainer._accumulate, train.Loop.on_step_end
+    accumulate, save = QTrainer._accumulate, train.StageCallback.on_step_end
 
     def accumulated(self, model, inputs, supervised):
         loss = accumulate(self, model, inputs, supervised)
@@ -107,7 +107,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, set]:
         return loaded
 
     monkeypatch.setattr(QTrainer, "_accumulate", accumulated)
-    monkeypatch.setattr(train.Loop, "on_step_end", ended)
+    monkeypatch.setattr(train.StageCallback, "on_step_end", ended)
     monkeypatch.setattr(models, "load_full", watched(models.load_full))
     monkeypatch.setattr(models, "from_scratch", watched(models.from_scratch))
     return found

@@ -20,11 +20,11 @@ def hook(event, args):
 sys.addaudithook(hook)
 if sys.argv[2] == "stopped":  # as by SIGTERM, in the fourth optimiser step
     from qmedtune import interrupt, train
-    original = train.Loop.on_step_end
+    original = train.StageCallback.on_step_end
     def on_step_end(self, args, state, control, **given):
         interrupt.stop.signal = 15 if state.global_step == 4 else interrupt.stop.signal
         original(self, args, state, control, **given)
-    train.Loop.on_step_end = on_step_end
+    train.StageCallback.on_step_end = on_step_end
 from qmedtune.cli import invoke
 code = invoke(sys.argv[3:])
 open(sys.argv[1], "w").write(json.dumps({"events": events, "code": code}))

@@ -25,7 +25,7 @@ def check_stop(hard_run: MicroRun, uninterrupted: list[Path], index: int, steps:
     out = tmp_path / "-".join(map(str, [index, *steps]))
     for step in steps:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(train.Loop, "on_step_end", stop_after(step))
+            patch.setattr(train.StageCallback, "on_step_end", stop_after(step))
             with pytest.raises(interrupt.Interrupted):
                 train_hard(hard_run, index, out, **adapters)
         interrupt.stop.signal = None

@@ -122,7 +122,7 @@ def test_one_sft_key_makes_sft_and_what_follows_again(copy: Path):
 def test_an_attempt_that_is_edited_away_is_put_aside_and_told(tmp_path: Path, capfd):
     """Stopped in 01-cpt, its rate edited: it begins anew and says why (test_store: it comes back with the old rate)."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(interrupt.Interrupted):
-        patch.setattr("qmedtune.train.Loop.on_step_end", stop_after(4))
+        patch.setattr("qmedtune.train.StageCallback.on_step_end", stop_after(4))
         run_micro(tmp_path, until="01-cpt")
     interrupt.stop.signal = None
     attempt = tmp_path / ".building" / "01-cpt" / store.SCRATCH / "checkpoint-4"

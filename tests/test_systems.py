@@ -209,7 +209,7 @@ def test_smoke_keeps_what_can_be_wrong_in_a_recipe(name: str):
 
 def test_the_cheapest_runs_through_on_the_micro_world(tmp_path: Path):
     made = smoke(recipe("alpacare"), "builtin:micro")
-    result = run(made, "", tmp_path / "run", offline=True)
+    result = run(made, "", tmp_path / "run", offline=True).as_json()
     assert result["status"] == "finished" and result["merge"]["kl"] < 1e-4
     assert result["evaluation"]["tasks"]["facts"]["final"]["n"] > 0
     assert result["evaluation"]["template"] == "stanford_alpaca"
@@ -228,7 +228,7 @@ def tiny_base():
 def test_each_smoke_run_ends_within_90_seconds(name: str, tiny_base: Path, tmp_path: Path):
     loaded = load_recipe(FOLDER / f"{name}.yaml")
     started = time.monotonic()
-    result = run(loaded.recipe, loaded.text, tmp_path / "run", offline=True, smoke=True)
+    result = run(loaded.recipe, loaded.text, tmp_path / "run", offline=True, smoke=True).as_json()
     seconds = time.monotonic() - started
     print(f"{name}: {seconds:.0f} s")
     assert result["status"] == "finished" and seconds < 90

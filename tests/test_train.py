@@ -78,7 +78,7 @@ def test_a_loss_spike_is_logged_and_told(
     micro_run: MicroRun, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(train, "SPIKE_WINDOW", 3)
-    original, spiked = train.Loop.on_log, losses(whole)
+    original, spiked = train.StageCallback.on_log, losses(whole)
     spiked[8] *= 3
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -86,7 +86,7 @@ def test_a_loss_spike_is_logged_and_told(
             logs = {**logs, "loss": spiked[8]}
         original(self, args, state, control, logs, **kwargs)
 
-    monkeypatch.setattr(train.Loop, "on_log", on_log)
+    monkeypatch.setattr(train.StageCallback, "on_log", on_log)
     facts = train.train_stage(micro(*FP32), 0, micro_run.inputs(), tmp_path)
     assert losses(tmp_path) == spiked
     assert len(facts["warnings"]) == 1 and facts["warnings"][0].startswith(f"step 9: loss {spiked[8]:.3f} is a spike")
@@ -98,7 +98,7 @@ def test_a_resumed_stage_is_bit_identical(
 ):
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(train.Loop, "on_step_end", stop_after(step))
+        patch.setattr(train.StageCallback, "on_step_end", stop_after(step))
         with pytest.raises(interrupt.Interrupted):
             run_stage(micro_run, out)
     interrupt.stop.signal = None
@@ -119,11 +119,11 @@ def test_trained_weights_stay_fp32_across_a_resume(
         return original(self, model, inputs, num_items_in_batch)
 
     monkeypatch.setattr(trainer.QTrainer, "training_step", spy)
-    monkeypatch.setattr(train.Loop, "on_step_end", stop_after(2))
+    monkeypatch.setattr(train.StageCallback, "on_step_end", stop_after(2))
     with pytest.raises(interrupt.Interrupted):
         train.train_stage(micro("model.compute_dtype=bfloat16"), 0, micro_run.inputs(), tmp_path)
     interrupt.stop.signal = None
-    monkeypatch.setattr(train.Loop, "on_step_end", stop_after(4))
+    monkeypatch.setattr(train.StageCallback, "on_step_end", stop_after(4))
     with pytest.raises(interrupt.Interrupted):
         train.train_stage(micro("model.compute_dtype=bfloat16"), 0, micro_run.inputs(), tmp_path)
     interrupt.stop.signal = None
@@ -283,14 +283,14 @@ def test_weights_that_are_not_finite_are_not_sealed(
     micro_run: MicroRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """After the last update there is no loss any more that would tell."""
-    original = train.Loop.on_step_end
+    original = train.StageCallback.on_step_end
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == self.steps:
             next(iter(trainer.trainable(self.trainer.trained_model).values())).data[0] = float("inf")
         original(self, args, state, control, **kwargs)
 
-    monkeypatch.setattr(train.Loop, "on_step_end", on_step_end)
+    monkeypatch.setattr(train.StageCallback, "on_step_end", on_step_end)
     with pytest.raises(RunError, match=r"01-cpt: .* is not finite after step \d+; the stage was not sealed"):
         run_stage(micro_run, tmp_path, "validate.on=[]")
 
@@ -328,7 +328,7 @@ def halfway(micro_run: MicroRun, tmp_path_factory: pytest.TempPathFactory) -> Pa
     """A stage stopped after step 6 with sealed checkpoints 5 and 6."""
     out = tmp_path_factory.mktemp("halfway") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.Loop, "on_step_end", stop_after(6))
+        patch.setattr(train.StageCallback, "on_step_end", stop_after(6))
         with pytest.raises(interrupt.Interrupted):
             run_stage(micro_run, out)
     interrupt.stop.signal = None

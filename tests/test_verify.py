@@ -105,7 +105,7 @@ def test_a_run_that_is_interrupted_in_its_second_stage_passes(tmp_path, monkeypa
     """metrics.jsonl then goes on behind what is sealed."""
     command = ["run", str(MICRO), "--out", str(tmp_path / "run"), "--offline"]
     assert cli.invoke([*command, "--until", "01-cpt"]) == 0
-    monkeypatch.setattr("qmedtune.train.Loop.on_step_end", stop_after(1))
+    monkeypatch.setattr("qmedtune.train.StageCallback.on_step_end", stop_after(1))
     assert cli.invoke([*command, "--until", "02-sft"]) == 143
     stages = [json.loads(line)["stage"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert set(stages) == {"01-cpt", "02-sft"}

@@ -243,7 +243,8 @@ def _asked_with(template: str) -> Edit:
 
 def _prune_validation(tree: Tree, recipe: Recipe) -> None:
     """Validate on nothing that this arm alone does not train on: its best weights are those for what it learns. The
-    audit belongs to the recipe's own run."""
+    audit and the head-to-head belong to the recipe's own run."""
+    tree["evaluate"].pop("against", None)
     dropped: set[str] = set()
     for stage in recipe.stages:
         dropped.update(stage.sources)

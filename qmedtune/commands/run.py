@@ -51,9 +51,11 @@ def run(
 
 
 def _show_run(found: Run, folder: Path) -> None:
-    from qmedtune.reporting import score_tables
+    from qmedtune.reporting import duels, score_tables
 
     _show(score_tables.evaluation(found), score_tables.perplexity(found), score_tables.classification(found))
+    if found.against is not None:
+        _show(duels.head_to_head(found.against))
     print(f"{found.name}: {found.status}. Report: {folder / 'report.html'}")
     if not found.finished:
         return

@@ -20,6 +20,7 @@ from qmedtune.data.hygiene import decontaminate, dedup
 from qmedtune.data.hygiene.benchmarks import benchmark_items
 from qmedtune.data.hygiene.first_pass import in_batches, stage_source
 from qmedtune.data.hygiene.per_record import Staged, phi_mode, text_of
+from qmedtune.data.reading.document import Record
 from qmedtune.data.reading.listing import by_extension, list_source
 from qmedtune.data.reading.rejects import Rejects
 from qmedtune.errors import DataError
@@ -66,7 +67,10 @@ def _fates(
     inputs: Mapping[str, Path], work: Path, shown: int,
 ) -> tuple[np.ndarray, dict[str, Any]]:  # fmt: skip
     """What becomes of every staged record, and what was found of benchmarks and near duplicates."""
-    content = np.frombuffer(staged.content, np.uint64) if len(staged) else np.zeros(0, np.uint64)
+    if len(staged):
+        content = np.frombuffer(staged.content, np.uint64)
+    else:
+        content = np.zeros(0, np.uint64)
     fate = np.where(superseded, DUPLICATE, KEPT).astype(np.uint8)
     if recipe.hygiene.dedup.exact:
         left = np.flatnonzero(fate == KEPT)
@@ -77,7 +81,10 @@ def _fates(
             if (folder / HASHES).is_file():
                 fate[np.isin(content, np.load(folder / HASHES))] = DUPLICATE
     generic = decontaminate.given_back([(item, words) for _, item, words in staged.hits], len(content))
-    hits = [hit for hit in staged.hits if hit[1] not in generic and fate[hit[0]] == KEPT]
+    hits = []
+    for hit in staged.hits:
+        if hit[1] not in generic and fate[hit[0]] == KEPT:
+            hits.append(hit)
     if recipe.hygiene.contaminated == "drop":
         fate[[record for record, _, _ in hits]] = CONTAMINATED
     found: dict[str, Any] = {"contamination": decontaminate.overlap(items, hits, generic)}
@@ -102,7 +109,7 @@ class _Texts:
     def __len__(self) -> int:
         return self.firsts[-1]
 
-    def record(self, number: int) -> dict[str, Any]:
+    def record(self, number: int) -> Record:
         which = bisect_right(self.firsts, number) - 1
         self.files[which].seek(int(self.starts[which][number - self.firsts[which]]))
         return json.loads(self.files[which].readline())
@@ -141,13 +148,15 @@ def _mark_near_duplicates(
         if not _asked_alike(texts.record(number), texts.record(int(like[number])), threshold):
             like[number] = -1
     later = np.flatnonzero(like >= 0)
-    pairs = [[texts.id(int(n)), texts.id(int(like[n]))] for n in later[:shown]]
+    pairs = []
+    for n in later[:shown]:
+        pairs.append([texts.id(int(n)), texts.id(int(like[n]))])
     texts.close()
     fate[np.flatnonzero(fate == KEPT)[later - num_earlier]] = NEAR_DUPLICATE
     return {"of_earlier_sources": int((like[later] < num_earlier).sum()), "examples": pairs}
 
 
-def _asked_alike(one: dict[str, Any], other: dict[str, Any], threshold: float) -> bool:
+def _asked_alike(one: Record, other: Record, threshold: float) -> bool:
     """Whether two instruction records that are alike as a whole also ask and answer alike: of several questions about
     one long note nine words in ten are the note. Always true of texts."""
     if not (_has_input(one) or _has_input(other)):
@@ -156,11 +165,11 @@ def _asked_alike(one: dict[str, Any], other: dict[str, Any], threshold: float) -
     return len(said & said_there) >= threshold * len(said | said_there)
 
 
-def _has_input(record: dict[str, Any]) -> bool:
+def _has_input(record: Record) -> bool:
     return any("input" in message for message in record.get("messages", ()))
 
 
-def _words(record: dict[str, Any]) -> set[str]:
+def _words(record: Record) -> set[str]:
     """Of all messages, without what they are about (`input`)."""
     return set(" ".join(message["content"] for message in record["messages"]).lower().split())
 
@@ -176,7 +185,10 @@ def _check_damage(recipe: Recipe, name: str, rejects: Rejects, num_sound: int) -
     limit = recipe.hygiene.max_bad_fraction
     if rejects.unread and limit < 1:
         file, line, reason = rejects.unread[0]
-        others = f" (and {len(rejects.unread) - 1:,} more like it)" if len(rejects.unread) > 1 else ""
+        if len(rejects.unread) > 1:
+            others = f" (and {len(rejects.unread) - 1:,} more like it)"
+        else:
+            others = ""
         raise DataError(
             f"{file}:{line}: {reason}{others}\nwhat follows there is not read, and how many records that is cannot be "
             "told: mend the file\nto go on without: hygiene: {max_bad_fraction: 1}"

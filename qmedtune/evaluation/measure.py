@@ -192,7 +192,7 @@ def text_rows(tokenizer: Any, path: Path, max_tokens: int) -> tuple[list[dict[st
         raise DataError(
             f"{path}: {rejects.counts['rejected']} damaged records ({reason})\nmend the file: all are counted"
         )
-    documents = encode_texts(codec_of(tokenizer), [{"text": text} for text in texts], None)
+    documents = encode_texts(codec_of(tokenizer), [{"id": "", "text": text} for text in texts], None)
     rows = []
     for document in documents:
         ids = np.array(document.ids, dtype=np.int64)

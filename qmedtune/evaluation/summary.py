@@ -58,9 +58,12 @@ def _how_asked(task: Task, draws: Draws) -> Facts:
     truncated = 0
     for draw in draws:
         truncated += sum(row["truncated"] for row in draw)
+    found: Facts = {"truncated": truncated}
+    if task.prompts != "own":
+        found["prompts"] = task.prompts
     if not task.draws:
-        return {"truncated": truncated}
-    return {"truncated": truncated, "shots": len(task.draws[0][0].shots), "shots_from": task.shots_from}
+        return found
+    return found | {"shots": len(task.draws[0][0].shots), "shots_from": task.shots_from}
 
 
 def _calibration(draws: Draws) -> Facts:

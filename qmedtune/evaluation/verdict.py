@@ -50,17 +50,28 @@ class Duel:
         return DuelEntry(**asdict(self), test="McNemar exact, Holm", ci95_method="Tango score")
 
 
-def duels(answers: Mapping[str, Mapping[str, Right]], reference: str) -> list[Duel]:
-    """Every other model against `reference`. answers: {task: {model: right or wrong per item}}."""
-    pairs, paired = [], []
+Answers = Mapping[str, Mapping[str, Right]]
+"""By task and model, whether each item was answered rightly."""
+
+
+def duels(answers: Answers, reference: str) -> list[Duel]:
+    """Every other model against `reference`."""
+    models: dict[str, None] = {}
+    for found in answers.values():
+        models |= dict.fromkeys(found)
+    return paired_duels(answers, [(model, reference) for model in models if model != reference])
+
+
+def paired_duels(answers: Answers, pairs: Sequence[tuple[str, str]]) -> list[Duel]:
+    """On every task the first model of each pair against the second; Holm's correction is over all of it."""
+    met, paired = [], []
     for task, found in answers.items():
-        for model in found:
-            if model != reference:
-                pairs.append((task, model))
-                paired.append(statistics.mcnemar(found[reference], found[model]))
+        for model, reference in pairs:
+            met.append((task, model, reference))
+            paired.append(statistics.mcnemar(found[reference], found[model]))
     adjusted = holm([each.p_value for each in paired])
     made = []
-    for (task, model), each, p_holm in zip(pairs, paired, adjusted, strict=True):
+    for (task, model, reference), each, p_holm in zip(met, paired, adjusted, strict=True):
         n, changed = len(answers[task][model]), each.gained + each.lost
         difference = (each.gained - each.lost) / n
         made.append(
@@ -76,7 +87,7 @@ def duels(answers: Mapping[str, Mapping[str, Right]], reference: str) -> list[Du
                 p_value=each.p_value,
                 p_holm=p_holm,
                 verdict=_verdict(difference, p_holm),
-                detectable=detectable(changed / n, n, len(pairs)),
+                detectable=detectable(changed / n, n, len(met)),
             )
         )
     return made
@@ -108,7 +119,8 @@ def _z(probability: float) -> float:
 def claim(found: Sequence[Duel]) -> str:
     """One sentence about one model against the reference."""
     model, reference = found[0].model, found[0].reference
-    parts = [f"{model} against {reference}, prompts chosen per model, on the same items of {len(found)} tasks:"]
+    tasks = "1 task" if len(found) == 1 else f"{len(found)} tasks"
+    parts = [f"{model} against {reference}, prompts chosen per model, on the same items of {tasks}:"]
     for verdict, words in (("win", "better on"), ("lose", "worse on"), ("tie", "no difference shown on")):
         told = [_told(duel) for duel in found if duel.verdict == verdict]
         if told:

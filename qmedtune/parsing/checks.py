@@ -144,6 +144,8 @@ def _held_out(recipe: Recipe) -> Iterator[Finding]:
                 yield (*path, index), f"nothing of {name} is held out; set data.{name}.holdout above 0"
     if recipe.validation.keep_best:
         yield from _judged(recipe)
+    if recipe.evaluate.against and not recipe.evaluate.tasks:
+        yield ("evaluate", "against"), "there is nothing to compare on; name tasks: evaluate: {tasks: [...]}"
 
 
 def _judged(recipe: Recipe) -> Iterator[Finding]:

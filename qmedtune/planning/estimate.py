@@ -12,10 +12,10 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from qmedtune.data.reading.document import Record
 from qmedtune.planning.sample import Sample, characters
 from qmedtune.recipe import SourceSection
 
@@ -25,7 +25,7 @@ CHARS_PER_TOKEN = {"large": 4.4, "small": 3.6, "tiny": 1.7}
 ASSUMED_SPREAD = 0.15
 SAMPLE_CHARACTERS = 400_000  # tokenised per source: a third of a second on one core
 
-Lengths = Callable[[list[dict[str, Any]]], list[int]]  # records -> tokens of each, with bos and eos
+Lengths = Callable[[list[Record]], list[int]]  # records -> tokens of each, with bos and eos
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def count_with(
     return Counting(lambda records: [2 + round(len(_text(r, source)) / ratio) for r in records], ASSUMED_SPREAD)
 
 
-def framed_lengths(tokenizer_dir: Path, source: SourceSection, records: list[dict[str, Any]]) -> list[int]:
+def framed_lengths(tokenizer_dir: Path, source: SourceSection, records: list[Record]) -> list[int]:
     """Tokens of each record as packing makes them: framed by its template, nothing cut."""
     from qmedtune.data.packing import templates
     from qmedtune.data.packing.conversations import encode_conversations
@@ -102,13 +102,13 @@ def estimate_source(sample: Sample, source: SourceSection, counting: Counting) -
     return Measured(found, lengths)
 
 
-def tokenised_part(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def tokenised_part(records: list[Record]) -> list[Record]:
     """Every so-manieth record, so that all together have at most SAMPLE_CHARACTERS."""
     every = max(1, math.ceil(sum(map(characters, records)) / SAMPLE_CHARACTERS))
     return records[::every]
 
 
-def _text(record: dict[str, Any], source: SourceSection) -> str:
+def _text(record: Record, source: SourceSection) -> str:
     """What is trained on: the text, or the conversation in its template (`plain` where it is the tokenizer's own)."""
     if "messages" not in record:
         return record["text"]

@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from qmedtune.data.reading.document import Record
 from qmedtune.recipe import SourceSection
 
 SECONDS = 0.3  # of reading per source
@@ -35,7 +36,7 @@ class Sample:
     when all was read): records of all files, before hold-out and limits. `trained_share`: what of them is not held out.
     `read_bytes`: the files' sizes."""
 
-    records: list[dict[str, Any]]
+    records: list[Record]
     damaged: Counter[str]
     total: float
     spread: float
@@ -53,8 +54,8 @@ class Sample:
 class _Look:
     """The first records of one file, and how many it has in all, +- `spread`."""
 
-    records: list[dict[str, Any]] = field(default_factory=list)
-    damaged: Counter[str] = field(default_factory=Counter)
+    records: list[Record] = field(default_factory=list[Record])
+    damaged: Counter[str] = field(default_factory=Counter[str])
     total: float = 0.0
     spread: float = 0.0
 
@@ -139,7 +140,7 @@ def _shaped(fields: Any, source: SourceSection) -> Any:
     return shape(fields, source.columns)
 
 
-def characters(record: dict[str, Any]) -> int:
+def characters(record: Record) -> int:
     """Of a record's text, or of its messages."""
     if "messages" not in record:
         return len(record["text"])

@@ -6,7 +6,7 @@ to be careful about, and how to do it again. Every value is escaped; a content s
 Deliberately does not: read files, compute results, or run scripts.
 """
 
-from qmedtune.reporting import score_tables, tables
+from qmedtune.reporting import duels, score_tables, tables
 from qmedtune.reporting.blocks import MANY_ROWS, PALETTE, card, document, html_table, missing, section
 from qmedtune.reporting.charts import (
     Bar,
@@ -23,7 +23,7 @@ from qmedtune.reporting.charts import (
 )
 from qmedtune.reporting.facts import ALL, Comparison, Curve, Metrics, comparisons, curves, precision_words, warnings_of
 from qmedtune.reporting.head import header
-from qmedtune.results import Run, Stage
+from qmedtune.results import HeadToHead, Run, Stage
 from qmedtune.units import digits3, duration, size
 
 FEW_WARNINGS = 12  # of more the rest is folded
@@ -32,6 +32,8 @@ FEW_WARNINGS = 12  # of more the rest is folded
 def page(run: Run, metrics: Metrics) -> str:
     """The whole page."""
     sections = [header(run), section("What it learned", _evaluation(run))]
+    if run.against is not None:
+        sections.append(section("Head to head", _head_to_head(run.against)))
     if run.audit is not None:
         sections.append(section("Memorisation", card("", html_table(score_tables.audit(run)))))
     sections += [
@@ -43,6 +45,13 @@ def page(run: Run, metrics: Metrics) -> str:
         section("How to do it again", _provenance(run)),
     ]
     return document(run.name, sections, "Written by qmedtune from run.json and metrics.jsonl.")
+
+
+def _head_to_head(found: HeadToHead) -> Html:
+    said = ""
+    for sentence in duels.claims(found):
+        said += f"<li>{esc(sentence)}</li>"
+    return Html(f"<ul>{said}</ul>" + card("", html_table(duels.head_to_head(found))))
 
 
 # ---- what it learned -------------------------------------------------------------------------------------------------

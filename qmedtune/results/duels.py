@@ -43,9 +43,20 @@ class DuelEntry(Facts):
 
 
 class HeadToHead(Facts):
-    """models: by name and task. claims: one sentence for each model but the reference."""
+    """models: by name and task. reference: the model that all others are held against; in a run instead the `subject`,
+    which is held against all others. claims: one sentence for each of the others; left_out: tasks that cannot be
+    compared."""
 
-    reference: str
+    reference: str = ""
+    subject: str = ""
     models: dict[str, dict[str, Chosen]]
     duels: list[DuelEntry]
     claims: list[str]
+    left_out: list[str] = []
+    precision: str | None = None
+    weights: str | None = None
+    computed_in: str | None = None
+    why: str | None = None
+    asked: str | None = None
+    seconds: Number | None = None
+    host_peak_bytes: int | None = None

@@ -13,7 +13,8 @@ from qmedtune.results.typed import Facts, Interval, Number
 class Score(Facts):
     """The metrics of a task, 0 to 1, the main one (`metric`) with its 95 % interval. Metrics stand under their own
     names (tasks/definitions.py says what each counts). majority: what always the commonest answer would score; ties:
-    items whose best options are nearer than the precision can tell; unparsed: answers that could not be read."""
+    items whose best options are nearer than the precision can tell; unparsed: answers that could not be read; prompts,
+    extraction: whose words and whose reading, where not ours."""
 
     __pydantic_extra__: dict[str, Number] = Field(init=False)  # pyright: ignore[reportIncompatibleVariableOverride]
 

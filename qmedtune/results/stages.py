@@ -47,7 +47,10 @@ class Logged(Facts):
     stage: str
     step: int
     loss: Number | None = None
+    tokens: int | None = None
+    tokens_per_s: Number | None = None
     validation: dict[str, Number | None] | None = None
+    warning: str | None = None
 
 
 class Memory(Facts):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import JsonValue
 
+from qmedtune.results.duels import HeadToHead
 from qmedtune.results.ledgers import Source
 from qmedtune.results.proofs import Audit, Merge
 from qmedtune.results.scores import Evaluation
@@ -60,6 +61,7 @@ class Run(Facts):
     merge: Merge | None = None
     audit: Audit | None = None
     evaluation: Evaluation | None = None
+    against: HeadToHead | None = None
     steps: list[StepEntry] = []
     warnings: list[str] = []
     resolved: list[Choice] = []

@@ -24,7 +24,7 @@ Maker = Callable[[str, tuple[Item, ...]], Task]
 
 BUILTIN_TASKS = ("facts",)
 FILE_TASKS: dict[str, tuple[Reader, Maker]] = {
-    "pubmedqa": (choice.pubmedqa, labels.decision_task),
+    "pubmedqa": (choice.pubmedqa, labels.accuracy_task),
     "medqa": (choice.medqa, choice.choice_task),
     "medmcqa": (choice.medmcqa, choice.choice_task),
     "mmlu": (choice.mmlu, choice.choice_task),
@@ -51,7 +51,7 @@ FILE_TASKS: dict[str, tuple[Reader, Maker]] = {
     "liveqa": (free_text.answers, free_text.summary_task),
     "medicationqa": (free_text.answers, free_text.summary_task),
     "bioasq": (free_text.answers, free_text.summary_task),
-    "bioasq_yesno": (free_text.bioasq_yesno, labels.decision_task),
+    "bioasq_yesno": (free_text.bioasq_yesno, labels.accuracy_task),
 }
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from lxml import etree  # pyright: ignore[reportAttributeAccessIssue]
 
 from qmedtune.errors import DataError
-from qmedtune.tasks.items import Fields, Item, Judgement, Task, item_id, records, require, sklearn_metrics, text_field
+from qmedtune.tasks.items import Fields, Item, Judgement, Task, item_id, records, sklearn_metrics, text_field
 
 HALLMARKS = (
     "sustaining proliferative signaling",
@@ -95,7 +95,6 @@ def _abstracts(rows: list[tuple[str, Fields]]) -> list[tuple[str, Fields]]:
 
 def hoc_task(name: str, items: tuple[Item, ...]) -> Task:
     """F1 per hallmark and their mean, over the hallmarks that occur."""
-    require("sklearn")
     if not any(item.gold for item in items):
         raise DataError(f"task {name}: no item has a hallmark, so there is no F1\ngive the whole split")
     metrics: dict[str, str | None] = {"macro_f1": None, "macro_f1_all": None, "micro_f1": None}

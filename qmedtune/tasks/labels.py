@@ -2,14 +2,13 @@
 
 The labels are the options, so they are scored by log-likelihood and read out of generated answers like any choice.
 An answer without a label counts as an error of every kind of score: it lowers recall and is no label of its own.
-Metrics are scikit-learn's (extra `metrics`).
+Metrics are scikit-learn's.
 """
 
 from __future__ import annotations
 
 import re
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 
 from lxml import etree  # pyright: ignore[reportAttributeAccessIssue]
@@ -18,7 +17,6 @@ from qmedtune import ui
 from qmedtune.data.reading.files import plain_suffix
 from qmedtune.data.reading.records import as_name
 from qmedtune.errors import DataError
-from qmedtune.tasks.choice import choice_task
 from qmedtune.tasks.extract import extract_choice
 from qmedtune.tasks.items import (
     NO_YES,
@@ -30,7 +28,6 @@ from qmedtune.tasks.items import (
     item_id,
     label_field,
     records,
-    require,
     sklearn_metrics,
     text_field,
 )
@@ -58,13 +55,6 @@ def macro_f1_task(name: str, items: tuple[Item, ...]) -> Task:
     return _task(name, items, "macro_f1")
 
 
-def decision_task(name: str, items: tuple[Item, ...]) -> Task:
-    """PubMedQA, which is asked without the extra too: macro F1 beside accuracy only where scikit-learn is installed."""
-    if find_spec("sklearn"):
-        return accuracy_task(name, items)
-    return choice_task(name, items)
-
-
 def ddi_task(name: str, items: tuple[Item, ...]) -> Task:
     """Macro F1 over all five labels, and the shared task's micro F1 over the four kinds of interaction. DataError for
     one label only."""
@@ -81,14 +71,12 @@ def _check_labels(name: str, items: tuple[Item, ...]) -> None:
 
 def auroc_task(name: str, items: tuple[Item, ...]) -> Task:
     """Area under the ROC curve of log p(yes) - log p(no); of the answers themselves where they are generated."""
-    require("sklearn")
     if len({item.gold for item in items}) < 2:
         raise DataError(f"task {name}: all items have the same outcome, so there is no ROC curve\ngive the whole split")
     return Task(name, items, "auroc", {"auroc": None, "accuracy": "correct"}, _parse, _judge, _auroc)
 
 
 def _task(name: str, items: tuple[Item, ...], metric: str, positive: tuple[str, ...] = ()) -> Task:
-    require("sklearn")
     longest = max(len(label) for label in items[0].options)
     metrics: dict[str, str | None] = {"accuracy": "correct", "macro_f1": None}
     if positive:

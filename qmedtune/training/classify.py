@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from qmedtune import model as models
 from qmedtune import store
 from qmedtune.data.packing.classes import HELD_OUT, IDS, LABELS, LabelledRows
-from qmedtune.evaluation.statistics import auroc, average_precision, bootstrap
+from qmedtune.evaluation.statistics import auroc, bootstrap
 from qmedtune.modeling.collation import collate
 from qmedtune.modeling.loss import packed_hidden
 from qmedtune.recipe import ClassifySection
@@ -159,24 +159,35 @@ def result(targets: np.ndarray, scores: np.ndarray, patients: list[str], seed: i
 
     def macro(documents: np.ndarray) -> float:
         areas = [auroc(scores[documents, label], right[documents, label]) for label in range(right.shape[1])]
-        return float(np.nanmean(areas)) if np.isfinite(areas).any() else float("nan")
+        if not np.isfinite(areas).any():
+            return float("nan")
+        return float(np.nanmean(areas))
 
     _, patient_of = np.unique(patients, return_inverse=True)
     documents_of = np.split(np.argsort(patient_of, kind="stable"), np.cumsum(np.bincount(patient_of))[:-1])
     interval = bootstrap(
         lambda drawn: macro(np.concatenate([documents_of[i] for i in drawn])), len(documents_of), RESAMPLES, seed
     )
-    everything = macro(np.arange(len(right)))
     counts = {"n": len(right), "patients": len(documents_of), "scored_labels": int(both.sum())}
-    auprc = float(np.mean([average_precision(scores[:, i], right[:, i]) for i in range(right.shape[1])]))
-    return {"auroc": everything, "auprc": auprc, "ci95": list(interval), **counts}
+    return {**_areas(right, scores), "ci95": list(interval), **counts}
+
+
+def _areas(right: np.ndarray, scores: np.ndarray) -> dict[str, float]:
+    """{"auroc", "auprc"}, means over labels that occur and are absent. right: bool, scores: [documents, labels]."""
+    from sklearn import metrics  # a second to import, and only `classify` stages need it
+
+    roc, precision_recall = [], []
+    for label in range(right.shape[1]):
+        roc.append(metrics.roc_auc_score(right[:, label], scores[:, label]))
+        precision_recall.append(metrics.average_precision_score(right[:, label], scores[:, label]))
+    return {"auroc": float(np.mean(roc)), "auprc": float(np.mean(precision_recall))}
 
 
 def _write(out: Path, targets: np.ndarray, scores: np.ndarray, labels: list[str], ids: list[str]) -> None:
     lines = []
     for name, right, row in zip(ids, targets, scores, strict=True):
-        gold = [label for label, is_right in zip(labels, right, strict=True) if is_right]
-        best = {labels[i]: round(float(row[i]), 4) for i in np.argsort(-row)[:5]}
+        gold = [labels[place] for place in np.flatnonzero(right)]
+        best = {labels[place]: round(float(row[place]), 4) for place in np.argsort(-row)[:5]}
         lines.append(json.dumps({"id": name, "gold": gold, "highest": best}, ensure_ascii=False))
     store.write_atomic(out / ITEMS, "\n".join(lines) + "\n")
     store.write_json(out / LABELS, labels)

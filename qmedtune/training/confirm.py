@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from qmedtune.planning.machine import Machine, this_machine
 from qmedtune.planning.memory import Setup
 from qmedtune.planning.shapes import base_facts
 from qmedtune.recipe import Recipe
+from qmedtune.results import Memory
 from qmedtune.training import checkpoints
 from qmedtune.training.trainer import QTrainer
 
@@ -33,11 +35,11 @@ TRIES = 4
 OVER = 0.1  # of the budget: how much less is tried after running out, when nothing could be measured
 
 
-def confirm(recipe: Recipe, index: int, trainer: QTrainer, rows: Rows) -> dict[str, Any]:
-    """Measure stage `index` before it starts; returns facts for the report, {} on a CPU. What was changed is said."""
+def confirm(recipe: Recipe, index: int, trainer: QTrainer, rows: Rows) -> Memory:
+    """Measure the GPU memory of stage `index` before it starts; nothing on a CPU. What was changed is in `said`."""
     machine = this_machine()
     if not torch.cuda.is_available() or recipe.stages[index].full:
-        return {}
+        return Memory()
     budget = fit.budget_bytes(machine, recipe)
     if recipe.memory != "auto":
         torch.cuda.set_per_process_memory_fraction(min(1.0, budget / machine.memory_bytes))
@@ -48,9 +50,7 @@ def confirm(recipe: Recipe, index: int, trainer: QTrainer, rows: Rows) -> dict[s
         used = peak_of_a_micro_step(trainer, rows)
         return None if used is None else used + int(states) + memory.CUDA_CONTEXT_BYTES
 
-    return settle(
-        facts, setup, machine, budget, measure, lambda counts: activations.set_ways(trainer.trained_model, counts)
-    )
+    return settle(facts, setup, machine, budget, measure, partial(activations.set_ways, trainer.trained_model))
 
 
 def settle(
@@ -60,10 +60,11 @@ def settle(
     budget: int,
     measure: Callable[[], int | None],
     apply: Callable[[dict[str, int]], None],
-) -> dict[str, Any]:
+) -> Memory:
     """Tighten the layers' treatment until `measure()` (bytes; None: out of memory) is within `budget`, TRIES times at
     most: then the trainer's own halving of micro-batches has to do. `apply` takes layer counts by way."""
-    predicted, said = memory.peak_bytes(facts, setup, gpu=machine.is_gpu), []
+    predicted = memory.peak_bytes(facts, setup, gpu=machine.is_gpu)
+    said: list[str] = []
     measured = measure()
     for _ in range(TRIES):
         if measured is not None and measured <= budget:
@@ -73,13 +74,15 @@ def settle(
         if tighter is None:
             said.append("no sparer treatment of the layers is left; micro-batches are halved where memory runs out")
             break
-        took = "ran out of memory" if measured is None else f"took {units.size(measured)} of {units.size(budget)}"
+        took = "ran out of memory"
+        if measured is not None:
+            took = f"took {units.size(measured)} of {units.size(budget)}"
         setup, counts = tighter, memory.layers_by_way(facts, tighter)
         said.append(f"the measured micro-step {took}: layers now {_words(counts)}")
         apply(counts)
         measured = measure()
     counts = {way: n for way, n in memory.layers_by_way(facts, setup).items() if n}
-    return {"predicted_bytes": predicted, "measured_bytes": measured, "layers": counts, "said": said}
+    return Memory(predicted_bytes=predicted, measured_bytes=measured, layers=counts, said=said)
 
 
 def _tighter(facts: BaseFacts, setup: Setup, over: float) -> Setup | None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -18,15 +17,18 @@ from qmedtune.planning.machine import this_machine
 from qmedtune.planning.shapes import base_facts
 from qmedtune.recipe import Recipe, TrainSection
 
+MadeWith = dict[str, str | int]
+"""Settings that this machine chose, as a checkpoint's seal holds them."""
 
-def as_begun(recipe: Recipe, index: int, checkpoint: Path | None) -> tuple[TrainSection, dict[str, Any], list[str]]:
+
+def resume_settings(recipe: Recipe, index: int, checkpoint: Path | None) -> tuple[TrainSection, MadeWith, list[str]]:
     """The stage's section, what this machine chose for it, and what of that differs from the checkpoint's making.
 
     `auto` may choose otherwise than where the attempt began (another card). An optimiser's states fit no other one, so
     the checkpoint's is kept; the rest only changes rounding, and is said.
     """
     section, model = recipe.stages[index].section, recipe.model
-    now = {
+    now: MadeWith = {
         "optimizer": section.optimizer,
         "compute_dtype": model.compute_dtype,
         "attention": model.attention,
@@ -38,23 +40,22 @@ def as_begun(recipe: Recipe, index: int, checkpoint: Path | None) -> tuple[Train
         return section, now, []
     section = section.model_copy(update={"optimizer": before["optimizer"]})
     differing = [f"{name} {before[name]} there, {now[name]} here" for name in now if before[name] != now[name]]
-    kept = "; the checkpoint's optimizer is kept" if before["optimizer"] != now["optimizer"] else ""
-    said = f"goes on from a checkpoint made elsewhere ({', '.join(differing)}){kept}: not bit-identical to one run"
-    ui.warn(said)
-    return section, {**now, "optimizer": before["optimizer"]}, [said]
+    kept = ""
+    if before["optimizer"] != now["optimizer"]:
+        kept = "; the checkpoint's optimizer is kept"
+    warning = f"goes on from a checkpoint made elsewhere ({', '.join(differing)}){kept}: not bit-identical to one run"
+    ui.warn(warning)
+    return section, {**now, "optimizer": before["optimizer"]}, [warning]
 
 
 def out_of_memory(recipe: Recipe, index: int, step: int) -> RunError:
     """With one row at a time there is no room: what to change, cheapest first, and what each frees."""
     facts, here = base_facts(recipe.model), this_machine()
     setup = replace(fit.setup_of(recipe, index, here), micro_batch=1)
-    frees = fit.remedies(facts, setup, gpu=here.is_gpu)[:3]
-    return RunError(
-        "\n".join(
-            [
-                f"{recipe.stage_names()[index]}, step {step}: out of memory with one row at a time",
-                "sealed checkpoints are kept; remedies, cheapest first:",
-                *(f"  {text} frees {units.size(size)}" for text, size in frees),
-            ]
-        )
-    )
+    lines = [
+        f"{recipe.stage_names()[index]}, step {step}: out of memory with one row at a time",
+        "sealed checkpoints are kept; remedies, cheapest first:",
+    ]
+    for text, size in fit.remedies(facts, setup, gpu=here.is_gpu)[:3]:
+        lines.append(f"  {text} frees {units.size(size)}")
+    return RunError("\n".join(lines))

@@ -103,7 +103,7 @@ class QTrainer(SFTTrainer):
         self.stage = Path(str(args.output_dir)).parent
         self.trained_model: Any = model
         self.micro_batch = number(section.micro_batch)
-        self.said: list[str] = []  # what happened in the step in hand, for the log
+        self.warnings: list[str] = []  # of the step in hand, for the log
         self.tokens_seen = 0
         self.data_seconds = 0.0  # waited for rows in all
         self.save_seconds: list[float] = []  # each checkpoint
@@ -209,9 +209,9 @@ class QTrainer(SFTTrainer):
         if self.micro_batch == 1:
             raise torch.OutOfMemoryError("one row at a time")
         before, self.micro_batch = self.micro_batch, self.micro_batch // 2
-        said = f"out of memory: micro-batch {before} -> {self.micro_batch} rows, same batch, same optimiser step"
-        self.said.append(said)
-        ui.warn(said)
+        warning = f"out of memory: micro-batch {before} -> {self.micro_batch} rows, same batch, same optimiser step"
+        self.warnings.append(warning)
+        ui.warn(warning)
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         norm: Any = super()._get_grad_norm(model, grad_norm)

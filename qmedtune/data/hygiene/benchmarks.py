@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qmedtune.data.hygiene.decontaminate import Item
+from qmedtune.data.reading.document import Fields
 from qmedtune.errors import DataError
 from qmedtune.recipe import Recipe, TaskSection
 
@@ -53,12 +54,17 @@ def chosen_tasks(recipe: Recipe) -> list[TaskSection]:
     wanted = recipe.hygiene.decontaminate
     if wanted == "off":
         return []
-    once = {(task.task, task.path, task.split): task for task in recipe.evaluate.sections}
+    once = {}
+    for task in recipe.evaluate.sections:
+        once[(task.task, task.path, task.split)] = task
     tasks = list(once.values())  # few-shot asks the same items
     if wanted == "evaluation":
         return tasks
     known = {name: TaskSection(task=name) for name in PRESETS} | {task.task: task for task in tasks}
-    return [known.get(name, TaskSection(task=Path(name).stem, path=name)) for name in wanted]
+    found: list[TaskSection] = []
+    for name in wanted:
+        found.append(known.get(name, TaskSection(task=Path(name).stem, path=name)))
+    return found
 
 
 def benchmark_items(recipe: Recipe) -> list[Item]:
@@ -106,7 +112,10 @@ def _items(recipe: Recipe, task: TaskSection) -> Iterator[Item]:
 def _facts(recipe: Recipe) -> Iterator[Item]:
     from qmedtune.data.synthetic import world
 
-    found = [world.locate(path)[0] for path in recipe.paths() if path.startswith("builtin:")]
+    found = []
+    for path in recipe.paths():
+        if path.startswith("builtin:"):
+            found.append(world.locate(path)[0])
     for where in {one.name: one for one in found}.values():
         for fact in world.facts_items(where):
             yield Item("facts", fact["id"], (fact["question"],))
@@ -129,14 +138,14 @@ def _preset(name: str) -> Iterator[Item]:
             yield _item(name, f"{configuration}/{where}" if len(preset.configurations) > 1 else where, fields)
 
 
-def _flat(fields: dict[str, Any]) -> dict[str, Any]:
+def _flat(fields: Fields) -> Fields:
     """PubMedQA as the Hub has it: `pubid`, and the passages one level down."""
     if "pubid" not in fields or not isinstance(fields.get("context"), dict):
         return fields
     return {"question": fields["question"], "contexts": fields["context"]["contexts"], "pmid": fields["pubid"]}
 
 
-def _item(task: str, name: str, fields: dict[str, Any]) -> Item:
+def _item(task: str, name: str, fields: Fields) -> Item:
     """Questions and passages by the names that benchmarks use; a file without any of them counts as text."""
     fields = _flat(fields)
     texts = [text for key in (*QUESTIONS, *PASSAGES) for text in _strings(fields.get(key))]
@@ -149,4 +158,10 @@ def _item(task: str, name: str, fields: dict[str, Any]) -> Item:
 def _strings(value: Any) -> list[str]:
     if isinstance(value, str):
         return [value]
-    return [text for text in value if isinstance(text, str)] if isinstance(value, list) else []
+    if isinstance(value, list):
+        found: list[str] = []
+        for text in value:
+            if isinstance(text, str):
+                found.append(text)
+        return found
+    return []

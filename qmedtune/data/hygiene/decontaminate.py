@@ -66,7 +66,10 @@ def build(items: list[Item]) -> Index:
     by_key: dict[int, list[tuple[bytes, int, int]]] = {}
     for key, (phrase, holders) in zip(keys.tolist(), found.items(), strict=True):
         by_key.setdefault(key, []).extend((phrase, number, words) for number, words in holders)
-    pmids = {item.pmid: number for number, item in reversed(list(enumerate(items))) if item.pmid}
+    pmids = {}
+    for number, item in reversed(list(enumerate(items))):
+        if item.pmid:
+            pmids[item.pmid] = number
     return Index(items, by_key, pmids, bitmap, too_short)
 
 
@@ -75,7 +78,11 @@ def _phrases(text: str) -> list[tuple[bytes, int]]:
     words = WORD.findall(ngrams.lower_bytes(text))
     grouped = (words[start : start + NUM_WORDS] for start in range(max(1, len(words) - NUM_WORDS + 1)))
     joined = ((b"".join(group), len(group)) for group in grouped)
-    return [(phrase, count) for phrase, count in joined if len(phrase) >= MIN_LETTERS]
+    found: list[tuple[bytes, int]] = []
+    for phrase, count in joined:
+        if len(phrase) >= MIN_LETTERS:
+            found.append((phrase, count))
+    return found
 
 
 @dataclass(frozen=True)
@@ -96,7 +103,10 @@ def search(index: Index, texts: Sequence[str], pmids: Sequence[str | None], ever
     places = np.flatnonzero(index.bitmap[hashes >> np.uint64(40)])
     owners = np.searchsorted(batch.bounds, places, side="right") - 1
     for place, owner, key in zip(places.tolist(), owners.tolist(), hashes[places].tolist(), strict=True):
-        known = None if every else best.get((owner, 0))
+        if every:
+            known = None
+        else:
+            known = best.get((owner, 0))
         if known is not None and known.words == NUM_WORDS:
             continue
         for phrase, item, words in index.phrases.get(key, ()):
@@ -115,7 +125,11 @@ def search(index: Index, texts: Sequence[str], pmids: Sequence[str | None], ever
 def given_back(hits: list[tuple[int, int]], num_records: int) -> set[int]:
     """Items whose short question (hits of fewer than 8 words: (item, words)) is a phrase of the language."""
     counts = Counter(item for item, words in hits if 0 < words < GENERIC_WORDS)
-    return {item for item, count in counts.items() if count > max(20, GENERIC_SHARE * num_records)}
+    found: set[int] = set()
+    for item, count in counts.items():
+        if count > max(20, GENERIC_SHARE * num_records):
+            found.add(item)
+    return found
 
 
 def overlap(items: Sequence[Item], hits: list[tuple[int, int, int]], generic: set[int]) -> dict[str, Any]:

@@ -63,7 +63,9 @@ class Bands:
         wanted = math.ceil(16 * self.num * num_texts / PARTITION_BYTES)
         self.num_partitions = min(max(1, wanted), MOST_PARTITIONS)
         folder.mkdir()
-        self.files = [(folder / f"{number:05d}").open("wb") for number in range(self.num_partitions)]
+        self.files = []
+        for number in range(self.num_partitions):
+            self.files.append((folder / f"{number:05d}").open("wb"))
 
     def add(self, hashes: np.ndarray, bounds: np.ndarray, first: int) -> None:
         """Sketch a batch of texts numbered from `first`; texts with too few windows of their own stay out."""
@@ -92,7 +94,10 @@ class Bands:
             table = table[np.lexsort((table[:, 1], table[:, 0]))]
             same = np.flatnonzero(table[1:, 0] == table[:-1, 0])
             starts = np.flatnonzero(np.concatenate([[True], table[1:, 0] != table[:-1, 0]]))
-            first = starts[np.searchsorted(starts, same, side="right") - 1] if len(same) else same
+            if len(same):
+                first = starts[np.searchsorted(starts, same, side="right") - 1]
+            else:
+                first = same
             number = table[:, 1].astype(np.int64)
             earlier, later = np.concatenate([number[same], number[first]]), np.tile(number[same + 1], 2)
             path.unlink()
@@ -159,4 +164,6 @@ def jaccard(a: np.ndarray, b: np.ndarray) -> float:
 
 def _set(values: np.ndarray) -> np.ndarray:
     values = np.sort(values)
-    return values[np.concatenate([[True], values[1:] != values[:-1]])] if len(values) else values
+    if len(values):
+        return values[np.concatenate([[True], values[1:] != values[:-1]])]
+    return values

@@ -40,7 +40,10 @@ def stage_source(
     """
     source, staged, files = recipe.data[name], Staged(), reading_order(recipe.data[name])
     whole = source.max_records is not None or source.format == "huggingface"  # a dataset's files are no records
-    parts = [files] if whole else _parts(files)
+    if whole:
+        parts = [files]
+    else:
+        parts = _parts(files)
     pool = Pool(recipe, name, items, worker_count(recipe.workers, files))
     with work.open("wb") as file, pool, ui.stage(f"read {name}", None, "records") as bar:
         for piece in (
@@ -115,7 +118,9 @@ def _parts(files: list[Path]) -> list[list[Path]]:
         if zlib.crc32(file.name.encode()) * PART_BYTES < bytes_ << 32 or size >= 2 * PART_BYTES:
             groups.append(group)
             group, size = [], 0
-    return [*groups, group] if group or not groups else groups
+    if group or not groups:
+        return [*groups, group]
+    return groups
 
 
 def _treatment_digest(recipe: Recipe, name: str, items: list[decontaminate.Item]) -> str:
@@ -145,7 +150,9 @@ def _make_part(pool: Pool, source: SourceSection, files: list[Path], part: Path,
     for name in ARRAYS:
         table[name] = getattr(staged, name)
     np.save(part.with_suffix(".npy"), table)
-    lists = {name: getattr(staged, name) for name in ("hits", "deleted", "rejects", "cleaned")}
+    lists = {}
+    for name in ("hits", "deleted", "rejects", "cleaned"):
+        lists[name] = getattr(staged, name)
     lists |= {"identifiers": staged.identifiers.as_dict(), "reading": staged.reading.as_dict()}
     lists |= {"sha256": _hashes(part)}
     for path in _files(part)[:-1]:
@@ -155,14 +162,19 @@ def _make_part(pool: Pool, source: SourceSection, files: list[Path], part: Path,
 
 
 def _hashes(part: Path) -> list[str]:
-    return [store.sha256_file(path) for path in _files(part)[:-1]]
+    found: list[str] = []
+    for path in _files(part)[:-1]:
+        found.append(store.sha256_file(path))
+    return found
 
 
 def _lists_of(part: Path) -> dict[str, Any] | None:
     """What the .json of a part holds; None where it, or a file beside it, is missing or damaged."""
     lists = store.read_checked(part.with_suffix(".json"))
     try:
-        return lists if lists and lists["sha256"] == _hashes(part) else None
+        if lists and lists["sha256"] == _hashes(part):
+            return lists
+        return None
     except OSError:
         return None
 
@@ -175,9 +187,15 @@ def _kept_part(part: Path, work: IO[bytes]) -> Staged | None:
     staged, table = Staged(), np.load(part.with_suffix(".npy"))
     for name in ARRAYS:
         getattr(staged, name).frombytes(table[name].tobytes())
-    staged.hits = [(record, item, words) for record, item, words in lists["hits"]]
-    staged.deleted = [(record, tuple(pmids)) for record, pmids in lists["deleted"]]
-    staged.rejects = [(file, line, reason, kind) for file, line, reason, kind in lists["rejects"]]
+    staged.hits = []
+    for record, item, words in lists["hits"]:
+        staged.hits.append((record, item, words))
+    staged.deleted = []
+    for record, pmids in lists["deleted"]:
+        staged.deleted.append((record, tuple(pmids)))
+    staged.rejects = []
+    for file, line, reason, kind in lists["rejects"]:
+        staged.rejects.append((file, line, reason, kind))
     staged.cleaned = Counter(lists["cleaned"])
     staged.identifiers = phi.Tally.from_dict(lists["identifiers"])
     staged.reading = ReadingTally.from_dict(lists["reading"])

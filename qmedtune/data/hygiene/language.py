@@ -53,14 +53,20 @@ def detect(text: str) -> str | None:
     (best, count), (_, second) = (*Counter(code for _, code in known).most_common(2), ("", 0), ("", 0))[:2]
     if len({word for word, code in known if code == best}) < LEAST_DISTINCT:
         return None
-    return best if count >= LEAST_SHARE * len(words) and count >= LEAST_LEAD * second else None
+    if count >= LEAST_SHARE * len(words) and count >= LEAST_LEAD * second:
+        return best
+    return None
 
 
 def _script(head: str) -> str | None:
     """The language that a script stands for, where it makes up half of the letters; Japanese mixes two scripts."""
     letters = sum(map(str.isalpha, head))
-    counts = {code: len(pattern.findall(head)) for code, pattern in LETTERS.items()}
+    counts = {}
+    for code, pattern in LETTERS.items():
+        counts[code] = len(pattern.findall(head))
     if counts["ja"] > letters / 10:
         return "ja"
     best = max(counts, key=lambda code: counts[code])
-    return best if letters and counts[best] > letters / 2 else None
+    if letters and counts[best] > letters / 2:
+        return best
+    return None

@@ -36,7 +36,9 @@ class Letters:
 
 def letters(texts: Sequence[str]) -> Letters:
     """Normalise a batch of texts."""
-    encoded = [lower_bytes(text) for text in texts]
+    encoded = []
+    for text in texts:
+        encoded.append(lower_bytes(text))
     raw = np.frombuffer(b"\x00".join(encoded) + b"\x00", np.uint8)
     places = np.flatnonzero(_KEEP[raw])
     ends = np.cumsum([len(e) + 1 for e in encoded])

@@ -13,18 +13,19 @@ import signal
 import threading
 from array import array
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from qmedtune.data.hygiene import decontaminate, language, phi, presidio, secret, surrogates
 from qmedtune.data.hygiene.clean import clean
+from qmedtune.data.reading.document import Record
 from qmedtune.data.reading.rejects import Damaged, Refused, kind_of
 from qmedtune.data.reading.sources import VERSIONED, Deleted, Item, PmidSet
 from qmedtune.data.reading.tally import ReadingTally
@@ -65,8 +66,10 @@ class Staged:
         first = len(self)
         for name in ARRAYS:
             getattr(self, name).extend(getattr(other, name))
-        self.hits += [(first + record, item, words) for record, item, words in other.hits]
-        self.deleted += [(first + record, pmids) for record, pmids in other.deleted]
+        for record, item, words in other.hits:
+            self.hits.append((first + record, item, words))
+        for record, pmids in other.deleted:
+            self.deleted.append((first + record, pmids))
         self.rejects += other.rejects
         self.identifiers.merge(other.identifiers)
         self.reading.merge(other.reading)
@@ -89,9 +92,18 @@ class Treatment:
         self.source, self.hygiene = recipe.data[name], recipe.hygiene
         self.index = decontaminate.build(items)
         self.phi = phi_mode(recipe, name)
-        self.secret = secret.load() if self.phi == "redact" else b""
-        model = self.hygiene.presidio if self.phi != "off" else None
-        self.persons = presidio.person_finder(model) if model else None
+        if self.phi == "redact":
+            self.secret = secret.load()
+        else:
+            self.secret = b""
+        if self.phi != "off":
+            model = self.hygiene.presidio
+        else:
+            model = None
+        if model:
+            self.persons = presidio.person_finder(model)
+        else:
+            self.persons = None
 
     def __call__(self, batch: list[Item]) -> tuple[list[bytes], Staged]:
         """The lines of a batch's sound records, and what is to be remembered of them."""
@@ -100,7 +112,10 @@ class Treatment:
             if isinstance(item, Deleted):
                 staged.deleted.append((len(staged), item.pmids))
                 continue
-            why = item if isinstance(item, (Damaged, Refused)) else self._problem(item, staged)
+            if isinstance(item, (Damaged, Refused)):
+                why = item
+            else:
+                why = self._problem(item, staged)
             if why:
                 staged.rejects.append((file, line, why.reason, kind_of(why)))
                 continue
@@ -110,14 +125,16 @@ class Treatment:
             lines.append(self._remember(item, texts[-1], staged))
         if self.index.items:
             found = decontaminate.search(self.index, texts, pmids, every=self.hygiene.contaminated != "drop")
-            staged.hits = [(hit.record, hit.item, hit.words) for hit in found]
+            staged.hits = []
+            for hit in found:
+                staged.hits.append((hit.record, hit.item, hit.words))
         return lines, staged
 
-    def _problem(self, record: dict[str, Any], staged: Staged) -> Damaged | Refused | None:
+    def _problem(self, record: Record, staged: Staged) -> Damaged | Refused | None:
         """Clean a record in place; why it cannot be used, if so."""
         before = text_of(record)
         if self.hygiene.clean:
-            _clean(record, self.source.kind)
+            change_texts(record, partial(clean, kind=self.source.kind))
         text = text_of(record)
         if text != before:
             staged.cleaned.update(records=1, characters=max(0, len(before) - len(text)))
@@ -138,24 +155,33 @@ class Treatment:
                 return Refused(f"language {found} is not among hygiene.languages")
         return None
 
-    def _identifiers(self, record: dict[str, Any], tally: phi.Tally) -> Refused | None:
+    def _identifiers(self, record: Record, tally: phi.Tally) -> Refused | None:
         """Count (under `redact` replace, under `refuse` refuse) the identifiers of a record."""
         if self.phi == "off":
             return None
         patient, found = record.get("patient", record["id"]), False
-        for holder, key in _texts(record):
-            text = holder[key]
+
+        def treated(text: str) -> str:
+            nonlocal found
             spans = phi.find(text, self.persons)
             tally.add(text, spans)
             found |= bool(spans)
             if spans and self.phi == "redact":
-                holder[key] = surrogates.redact(text, spans, patient, self.secret, self.hygiene.shift_dates)
-        tally.records += found
-        return Refused("holds identifiers (phi: refuse)") if found and self.phi == "refuse" else None
+                return surrogates.redact(text, spans, patient, self.secret, self.hygiene.shift_dates)
+            return text
 
-    def _remember(self, record: dict[str, Any], text: str, staged: Staged) -> bytes:
+        change_texts(record, treated)
+        tally.records += found
+        if found and self.phi == "refuse":
+            return Refused("holds identifiers (phi: refuse)")
+        return None
+
+    def _remember(self, record: Record, text: str, staged: Staged) -> bytes:
         content = digest(" ".join(text.lower().split()))
-        group = record["patient"] if self.source.split_by == "patient" else record.get("group")
+        if self.source.split_by == "patient":
+            group = record["patient"]
+        else:
+            group = record.get("group")
         held_out, versioned = record.pop("held_out", None), record.pop(VERSIONED, False)
         staged.content.append(content)
         staged.group.append(digest(group) if group else content)
@@ -174,26 +200,23 @@ def phi_mode(recipe: Recipe, name: str) -> str:
     return source.phi or (recipe.hygiene.phi if clinical else "off")
 
 
-def _texts(record: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
-    """(holder, key) of every text of a record."""
+def change_texts(record: Record, change: Callable[[str], str]) -> None:
+    """Put `change` of each text of a record in its place."""
     if "text" in record:
-        yield record, "text"
+        record["text"] = change(record["text"])
     for message in record.get("messages", ()):
-        yield from ((message, key) for key in message if key != "role")
+        for key in message:
+            if key != "role":
+                message[key] = change(message[key])
 
 
-def _clean(record: dict[str, Any], kind: str) -> None:
-    for holder, key in _texts(record):
-        holder[key] = clean(holder[key], kind)
-
-
-def _is_empty(record: dict[str, Any]) -> bool:
+def _is_empty(record: Record) -> bool:
     if "text" in record:
         return not record["text"]
     return not all(message["content"] for message in record["messages"])
 
 
-def text_of(record: dict[str, Any]) -> str:
+def text_of(record: Record) -> str:
     """All words of a record, for hashing and for search."""
     if "text" in record:
         return record["text"]

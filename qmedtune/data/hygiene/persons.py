@@ -188,7 +188,10 @@ def _matches(pattern: re.Pattern[str], text: str, starts: Iterable[int]) -> Iter
 def _short_labels(lowered: str) -> Iterator[int]:
     """Where the words before a colon begin that are labels."""
     for place in places((":", "=", "name\n", "name#", "nombre\n"), lowered):
-        end = place if lowered[place] in ":=" else lowered.find("e", place) + 1
+        if lowered[place] in ":=":
+            end = place
+        else:
+            end = lowered.find("e", place) + 1
         word = _LAST_WORD.search(lowered, max(0, end - 50), end)
         if word and word[1] in SHORT_WORDS:
             yield word.start(1)
@@ -198,7 +201,9 @@ def find_hospitals(text: str) -> Iterator[Place]:
     """(start, end) of named hospitals, clinics and homes in a plain copy."""
     for match in HOSPITAL.finditer(text):
         start = _take_back(text, match.start(), inside=True)
-        words = [word.lower().strip(".,") for word in text[start : match.start()].split()]
+        words = []
+        for word in text[start : match.start()].split():
+            words.append(word.lower().strip(".,"))
         named = [word for word in words if word not in GENERAL and word not in INSIDE]
         if named or " of " in match[0]:
             yield start if words else match.start() + 1, match.end()
@@ -302,12 +307,16 @@ def _next_word(text: str, end: int, comma: bool) -> int | None:
         return end + 3
     if comma and text[end : end + 1] == "," and text[end + 1 : end + 2] not in (",", "\n", ""):
         at = end + 1 + (text[end + 1] == " ")
-        return at if at < len(text) and text[at].isalpha() else None
+        if at < len(text) and text[at].isalpha():
+            return at
+        return None
     if text[end : end + 1] == " ":
         return end + 1
     if text[end - 1] == "." and text[end : end + 1].isalpha():
         return end  # J.K. Rowling
-    return end + 1 if text[end : end + 2] == "-\n" else None
+    if text[end : end + 2] == "-\n":
+        return end + 1
+    return None
 
 
 def _take_back(text: str, end: int, *, inside: bool = False) -> int:
@@ -335,7 +344,10 @@ def _take_back(text: str, end: int, *, inside: bool = False) -> int:
     # What a name cannot begin with: small words, and blanks.
     while start < end and (text[start] == " " or text[start].islower() or text[start] == "&"):
         cut = text.find(" ", start, end)
-        start = end if cut < 0 else cut + 1
+        if cut < 0:
+            start = end
+        else:
+            start = cut + 1
     return start
 
 

@@ -41,12 +41,22 @@ def find(text: str, persons: Finder | None = None) -> list[Span]:
     """
     copy = plain(text)
     claimed = _Claimed(copy.text)
-    found = [span for place in _found(copy.text) if (span := claimed.span(*place))]
-    spans = [Span(*copy.span(span.start, span.end), span.kind) for span in found]
+    found = []
+    for place in _found(copy.text):
+        if span := claimed.span(*place):
+            found.append(span)
+    spans = []
+    for span in found:
+        spans.append(Span(*copy.span(span.start, span.end), span.kind))
     if persons:
         named = _Claimed(text, [(span.start, span.end) for span in spans])
-        places = [("name", start, end) for start, end in persons(text) if _may_be_name(text[start:end])]
-        spans += [span for place in places if (span := named.span(*place))]
+        places = []
+        for start, end in persons(text):
+            if _may_be_name(text[start:end]):
+                places.append(("name", start, end))
+        for place in places:
+            if span := named.span(*place):
+                spans.append(span)
     return sorted(spans, key=lambda span: span.start)
 
 
@@ -58,8 +68,10 @@ def _found(text: str) -> Iterator[tuple[str, int, int]]:
             start, end = match.span("value" if "value" in recogniser.pattern.groupindex else 0)
             if plausible(recogniser.kind, match, text[start:end], text[end : end + 16]):
                 yield recogniser.kind, start, end
-    yield from (("hospital", start, end) for start, end in find_hospitals(text))
-    yield from (("name", start, end) for start, end in find_names(text, lowered))
+    for start, end in find_hospitals(text):
+        yield ("hospital", start, end)
+    for start, end in find_names(text, lowered):
+        yield ("name", start, end)
 
 
 class _Claimed:
@@ -67,7 +79,10 @@ class _Claimed:
 
     def __init__(self, text: str, spans: Iterable[tuple[int, int]] = ()):
         self.text, self.taken = text, bytearray(len(text))
-        marked = MARKED.finditer(text) if "[**" in text or "___" in text else ()
+        if "[**" in text or "___" in text:
+            marked = MARKED.finditer(text)
+        else:
+            marked = ()
         for start, end in (*spans, *(match.span() for match in marked)):
             self.taken[start:end] = b"\1" * (end - start)
 

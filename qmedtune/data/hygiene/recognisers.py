@@ -391,10 +391,15 @@ def _is_dated(match: re.Match[str], value: str) -> bool:
 
 def is_card(value: str) -> bool:
     """13 to 19 digits that begin as a payment card's do and pass Luhn's check (ISO/IEC 7812-1)."""
-    digits = [int(c) for c in value if c.isdigit()]
+    digits = []
+    for c in value:
+        if c.isdigit():
+            digits.append(int(c))
     if not 13 <= len(digits) <= 19 or digits[0] not in (2, 3, 4, 5, 6) or len(set(digits)) < 2:
         return False
-    doubled = [digit * 2 - 9 * (digit > 4) for digit in digits[-2::-2]]
+    doubled = []
+    for digit in digits[-2::-2]:
+        doubled.append(digit * 2 - 9 * (digit > 4))
     return (sum(digits[-1::-2]) + sum(doubled)) % 10 == 0
 
 

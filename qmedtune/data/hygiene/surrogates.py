@@ -46,8 +46,13 @@ def redact(text: str, spans: list[Span], patient: str, seed: Secret, shift_dates
 
 def _bytes(secret: Secret, *parts: object) -> bytes:
     """64 bytes of a keyed hash; the lengths of the parts are hashed too, so that no two lists of parts are one."""
-    key = secret if isinstance(secret, bytes) else str(secret).encode()
-    encoded = [str(part).encode("utf-8", "surrogatepass") for part in parts]
+    if isinstance(secret, bytes):
+        key = secret
+    else:
+        key = str(secret).encode()
+    encoded = []
+    for part in parts:
+        encoded.append(str(part).encode("utf-8", "surrogatepass"))
     framed = b"".join(len(part).to_bytes(4, "big") + part for part in encoded)
     return hashlib.blake2b(framed, key=key, digest_size=64).digest()
 
@@ -59,7 +64,9 @@ def _stand_in(value: str, kind: str, patient: str, seed: Secret, shift_dates: bo
         return f"{_word(_bytes(seed, patient, kind, ' '.join(value.lower().split())))} Hospital"
     if kind == "age_over_89":
         rest = re.sub(r"^[\d]+", "", value)  # `94F` says also that it is a woman
-        return f"over 89 {rest}" if rest != value and rest else "over 89"
+        if rest != value and rest:
+            return f"over 89 {rest}"
+        return "over 89"
     if kind == "date":
         return (_shifted(value, patient, seed) if shift_dates else None) or "[date]"
     if kind in BRACKETED:
@@ -78,7 +85,11 @@ def _name_word(patient: str, seed: Secret, match: re.Match[str]) -> str:
     if word.islower() and word in ("van", "von", "der", "den", "de", "la", "del", "di", "da", "bin", "al", "el"):
         return word
     made = _word(_bytes(seed, patient, "name", word.lower()))
-    return made.upper() if word.isupper() else made.lower() if word.islower() else made
+    if word.isupper():
+        return made.upper()
+    if word.islower():
+        return made.lower()
+    return made
 
 
 def _word(random: bytes) -> str:
@@ -104,7 +115,10 @@ def _enciphered(value: str, key: tuple[object, ...]) -> str:
     injective because p, a Feistel network on the numbers below the count of values, is.
     """
     shape = "".join("0" if c.isdigit() else "A" if c.isupper() else "a" if c.isalpha() else c for c in value)
-    radices = [10 if c == "0" else 26 for c in shape if c in "0Aa"]
+    radices = []
+    for c in shape:
+        if c in "0Aa":
+            radices.append(10 if c == "0" else 26)
     size, number = 1, 0
     for digit, radix in zip(_digits(value), radices, strict=True):
         number, size = number * radix + digit, size * radix
@@ -138,7 +152,10 @@ def _permuted(number: int, size: int, hashed: partial[bytes], *, backwards: bool
     """A keyed permutation of range(size): a balanced Feistel network on the next even number of bits, walked until the
     result is below `size` (at most 4 steps on average)."""
     half = max(1, (max(1, (size - 1).bit_length()) + 1) // 2)
-    rounds = range(ROUNDS - 1, -1, -1) if backwards else range(ROUNDS)
+    if backwards:
+        rounds = range(ROUNDS - 1, -1, -1)
+    else:
+        rounds = range(ROUNDS)
     while True:
         left, right = divmod(number, 1 << half)
         for index in rounds:
@@ -165,13 +182,29 @@ def _shifted(value: str, patient: str, seed: Secret) -> str | None:
         return None
     days = 1 + int.from_bytes(_bytes(seed, patient, "shift")[:8], "big") % MAX_SHIFT_DAYS
     year_first = match[1] is not None
-    year, month, day = (match[1], match[3], match[4]) if year_first else (match[8], match[5], match[7])
-    century = 0 if len(year) == 4 else 2000 if int(year) < 50 else 1900
+    if year_first:
+        year, month, day = (match[1], match[3], match[4])
+    else:
+        year, month, day = (match[8], match[5], match[7])
+    if len(year) == 4:
+        century = 0
+    elif int(year) < 50:
+        century = 2000
+    else:
+        century = 1900
     try:
         moved = date(century + int(year), int(month), int(day)) - timedelta(days=days)
     except (ValueError, OverflowError):
         return None
-    mark = match[2] if year_first else match[6]
-    shown = f"{moved.year:04d}" if len(year) == 4 else f"{moved.year % 100:02d}"
+    if year_first:
+        mark = match[2]
+    else:
+        mark = match[6]
+    if len(year) == 4:
+        shown = f"{moved.year:04d}"
+    else:
+        shown = f"{moved.year % 100:02d}"
     ours = (shown, f"{moved.month:02d}", f"{moved.day:02d}")
-    return mark.join(ours) if year_first else mark.join((*ours[1:], shown))
+    if year_first:
+        return mark.join(ours)
+    return mark.join((*ours[1:], shown))

@@ -36,7 +36,10 @@ class Borders:
 
 def document_borders(codec: Codec) -> Borders:
     """The marks of documents for a tokenizer."""
-    bos = codec.backend.id_to_token(codec.bos_id) if codec.bos_id is not None else None
+    if codec.bos_id is not None:
+        bos = codec.backend.id_to_token(codec.bos_id)
+    else:
+        bos = None
     end = codec.eos_token
     if end in TURN_MARKS:
         end = next((mark for mark in DOCUMENT_ENDS if _is_special(codec, mark)), end)
@@ -51,7 +54,10 @@ def document_borders(codec: Codec) -> Borders:
 
 def _of_end(codec: Codec, end: str) -> str:
     if end == codec.eos_token:
-        closes = "closes turns, and no other mark is known" if end in TURN_MARKS else "closes them"
+        if end in TURN_MARKS:
+            closes = "closes turns, and no other mark is known"
+        else:
+            closes = "closes them"
         return f"eos {end} {closes}"
     return f"eos {codec.eos_token} closes turns, so {end} closes documents"
 
@@ -63,5 +69,8 @@ def _is_special(codec: Codec, mark: str) -> bool:
 def described(codec: Codec) -> dict[str, str | None]:
     """{"start", "end", "why"} with the marks as text, for `plan`, `data show` and run.json."""
     borders = document_borders(codec)
-    start = codec.backend.id_to_token(borders.start) if borders.start is not None else None
+    if borders.start is not None:
+        start = codec.backend.id_to_token(borders.start)
+    else:
+        start = None
     return {"start": start, "end": codec.backend.id_to_token(borders.end), "why": borders.why}

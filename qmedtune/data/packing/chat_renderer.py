@@ -73,7 +73,9 @@ def _broken(why: str) -> Callable[..., str]:
 
 def _reply(render: Callable[..., str], calls: list[Any], first: dict[str, Any]) -> dict[str, Any]:
     try:
-        texts = [render(messages=m, add_generation_prompt=ask, **first["tokens"]) for m, ask in calls]
+        texts = []
+        for m, ask in calls:
+            texts.append(render(messages=m, add_generation_prompt=ask, **first["tokens"]))
     except Refused as error:
         words = str(error)
         own = words in first["source"]

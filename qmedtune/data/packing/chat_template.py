@@ -186,7 +186,10 @@ def form(source: ChatSource) -> Form:
     if not before.startswith(prompt):
         raise DataError(REWRITES)
     opening = before[len(prompt) :]
-    header = opening.rstrip(" ") if prompt == plain else ""
+    if prompt == plain:
+        header = opening.rstrip(" ")
+    else:
+        header = ""
     return Form(prompt, header, opening[len(header) :], end.rstrip())
 
 
@@ -197,17 +200,25 @@ def split(source: ChatSource, conversations: Sequence[Sequence[Message]]) -> lis
     template shows it as it was asked for: templates that change earlier turns (they strip reasoning) train the last
     answer alone. DataError where not even that one follows its own prompt.
     """
-    plans = [_Plan.of(messages) for messages in conversations]
+    plans = []
+    for messages in conversations:
+        plans.append(_Plan.of(messages))
     calls = list(chain.from_iterable(plan.calls for plan in plans))
     texts = iter(renderer(source).render(calls))
     found = form(source)
-    return [_segments(plan, found, list(islice(texts, len(plan.calls)))) for plan in plans]
+    result: list[Segments] = []
+    for plan in plans:
+        result.append(_segments(plan, found, list(islice(texts, len(plan.calls)))))
+    return result
 
 
 def _merged(message: Message) -> Message:
     """Chat templates know no `input`."""
     given = message.get("input")
-    content = f"{message['content']}\n\n{given}" if given else message["content"]
+    if given:
+        content = f"{message['content']}\n\n{given}"
+    else:
+        content = message["content"]
     return {"role": message["role"], "content": content}
 
 
@@ -221,8 +232,13 @@ class _Plan:
 
     @classmethod
     def of(cls, conversation: Sequence[Message]) -> _Plan:
-        messages = [_merged(message) for message in conversation]
-        places = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        messages = []
+        for message in conversation:
+            messages.append(_merged(message))
+        places = []
+        for i, message in enumerate(messages):
+            if message["role"] == "assistant":
+                places.append(i)
         asks = not places or places[-1] != len(messages) - 1
         calls: list[Call] = [(messages, asks)]
         for place in places:
@@ -242,7 +258,9 @@ def _segments(plan: _Plan, found: Form, texts: list[str]) -> Segments:
         if span is not None and span[0] >= done:
             segments += [(whole[done : span[0]], False), (whole[slice(*span)], True)]
             done = span[1]
-    return [*segments, (whole[done:], False)] if whole[done:] else segments
+    if whole[done:]:
+        return [*segments, (whole[done:], False)]
+    return segments
 
 
 def _answer_span(whole: str, prompt: str, until: str, answer: str, last: bool) -> tuple[int, int] | None:

@@ -19,6 +19,7 @@ from qmedtune import ui
 from qmedtune.data.packing import pack
 from qmedtune.data.packing.ledger import Draws
 from qmedtune.data.packing.tokens import Codec, load_codec
+from qmedtune.data.reading.document import Record
 from qmedtune.errors import DataError
 from qmedtune.recipe import ClassifySection, Recipe
 from qmedtune.results import Packing
@@ -66,7 +67,9 @@ def _lay_out(
     corpus = pack.tokenise(recipe, section.data, path, section, codec, tokenizer_dir, out, None if rng else ALL)
     if not len(corpus.documents):
         raise DataError(f"{section.data}: nothing is held out to score on\nset data.{section.data}.holdout above 0")
-    column = {name: number for number, name in enumerate(labels)}
+    column = {}
+    for number, name in enumerate(labels):
+        column[name] = number
     targets = np.zeros((len(corpus.documents), len(labels)), np.uint8)
     ids = []
     for row, (record, names) in zip(targets, _labels(path, section.multi_label), strict=True):
@@ -82,7 +85,7 @@ def _lay_out(
     return pack.write_rows(recipe, [corpus], section, plan, rng or np.random.default_rng(0), out, whole=True)
 
 
-def _labels(path: Path, multi_label: bool) -> Iterator[tuple[dict[str, Any], list[str]]]:
+def _labels(path: Path, multi_label: bool) -> Iterator[tuple[Record, list[str]]]:
     """Every record with its labels."""
     with path.open(encoding="utf-8") as file:
         for record in map(json.loads, file):
@@ -90,7 +93,9 @@ def _labels(path: Path, multi_label: bool) -> Iterator[tuple[dict[str, Any], lis
             if isinstance(label, list):
                 yield record, label
             else:
-                parts = [part.strip() for part in BETWEEN.split(label)]
+                parts = []
+                for part in BETWEEN.split(label):
+                    parts.append(part.strip())
                 yield record, [part for part in parts if part] if multi_label else [label]
 
 

@@ -27,11 +27,15 @@ def held_characters(codec: Codec, prompts: Iterable[str], gap: str = "") -> int:
     limit = min(REACH, *(len(text) for text in texts))
     held = _fewest(codec, texts, gap, list(BEGINNINGS), range(limit))
     others = _from_vocabulary(codec, texts[0][-limit:], held)
-    return _fewest(codec, texts, gap, others, range(held, limit)) if others else held
+    if others:
+        return _fewest(codec, texts, gap, others, range(held, limit))
+    return held
 
 
 def _fewest(codec: Codec, texts: list[str], gap: str, beginnings: list[str], choices: range) -> int:
-    whole = [_answered(codec, text + gap, beginnings) for text in texts]
+    whole = []
+    for text in texts:
+        whole.append(_answered(codec, text + gap, beginnings))
     for held in choices:
         alone = codec.encode([text[: len(text) - held] for text in texts], markers=True)
         if all(_opens(ids, rows) for ids, rows in zip(alone, whole, strict=True)):
@@ -50,7 +54,9 @@ def _opens(ids: list[int], rows: list[list[int]]) -> bool:
 def _from_vocabulary(codec: Codec, ending: str, held: int) -> list[str]:
     """What follows the last characters of `ending`, more of them than are held already, in tokens that begin with them
     and go on with a letter or digit."""
-    suffixes = [ending[-size:] for size in range(held + 1, len(ending) + 1)]
+    suffixes = []
+    for size in range(held + 1, len(ending) + 1):
+        suffixes.append(ending[-size:])
     spelled = [*_byte_level(suffixes), *(suffix.replace(" ", "▁") for suffix in suffixes)]
     return list(dict.fromkeys(_beginning_with(codec, tuple(dict.fromkeys(spelled)))))
 
@@ -66,4 +72,7 @@ def _beginning_with(codec: Codec, suffixes: tuple[str, ...]) -> Iterator[str]:
 
 def _byte_level(texts: list[str]) -> list[str]:
     """How byte-level vocabularies spell these texts: blanks and line ends have letters of their own there."""
-    return [text.replace(" ", "Ġ").replace("\n", "Ċ").replace("\t", "ĉ") for text in texts]
+    found: list[str] = []
+    for text in texts:
+        found.append(text.replace(" ", "Ġ").replace("\n", "Ċ").replace("\t", "ĉ"))
+    return found

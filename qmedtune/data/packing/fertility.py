@@ -25,9 +25,10 @@ SHOWN_WORDS = 10
 def fertility(codec: Codec, folders: Mapping[str, Path], kinds: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     """Per source, over the first half MB of its train.jsonl: words, tokens_per_word, characters_per_token,
     share_of_words_whole (one token), share_unknown, and `most_split`: [word, tokens] (not for clinical sources)."""
-    return {
-        name: _of(codec, _sample(folder / "train.jsonl"), kinds[name] != "clinical") for name, folder in folders.items()
-    }
+    found: dict[str, dict[str, Any]] = {}
+    for name, folder in folders.items():
+        found[name] = _of(codec, _sample(folder / "train.jsonl"), kinds[name] != "clinical")
+    return found
 
 
 def _sample(path: Path) -> list[str]:
@@ -68,10 +69,15 @@ def _tokens_within_text(codec: Codec, words: list[str]) -> list[int]:
     """
     [before] = codec.encode(["x"], markers=False)
     encoded = codec.encode([f"x {word}" for word in words], markers=False)
-    return [len(ids) - len(before) for ids in encoded]
+    found: list[int] = []
+    for ids in encoded:
+        found.append(len(ids) - len(before))
+    return found
 
 
 def _unknown_id(codec: Codec) -> int | None:
     """The id that stands for text without a token, if there is one: byte-level tokenizers have none."""
     token = getattr(codec.backend.model, "unk_token", None)
-    return codec.backend.token_to_id(token) if token else None
+    if token:
+        return codec.backend.token_to_id(token)
+    return None

@@ -87,14 +87,21 @@ class Frame:
 
     def train(self, conversations: Sequence[Conversation]) -> list[Framed]:
         """Every conversation as it is trained, with its end-of-sequence mark. Each ends with an answer."""
-        texts = [self._text(segments, closed=True) for segments in self._segments(conversations)]
+        texts = []
+        for segments in self._segments(conversations):
+            texts.append(self._text(segments, closed=True))
         return self._framed(texts)
 
     def ask(self, conversations: Sequence[Conversation]) -> list[Asked]:
         """Every conversation as it is asked, up to its next answer. Each ends with a question."""
-        texts = [self._text(segments, closed=False) for segments in self._segments(conversations)]
+        texts = []
+        for segments in self._segments(conversations):
+            texts.append(self._text(segments, closed=False))
         framed = self._framed(texts)
-        return [Asked(own.ids, text.text, self) for own, text in zip(framed, texts, strict=True)]
+        found: list[Asked] = []
+        for own, text in zip(framed, texts, strict=True):
+            found.append(Asked(own.ids, text.text, self))
+        return found
 
     def asked_text(self, text: str) -> Asked:
         """What asks with a text that `ask` made before: for tools that hand on text alone."""
@@ -103,18 +110,27 @@ class Frame:
     @cached_property
     def lead(self) -> str:
         """What opens an answer's text behind what is asked."""
-        return chat_template.form(self.template.chat).lead if self.template.source else self.template.lead
+        if self.template.source:
+            return chat_template.form(self.template.chat).lead
+        return self.template.lead
 
     @cached_property
     def end_mark(self) -> str:
         """What closes an answer's text, before any end-of-sequence token."""
-        return chat_template.form(self.template.chat).end if self.template.source else self.template.end
+        if self.template.source:
+            return chat_template.form(self.template.chat).end
+        return self.template.end
 
     @cached_property
     def ends(self) -> frozenset[int]:
         """Ids that end an answer: the tokens of the template's end mark, eos, and the end of a document."""
-        marks = [token for token in self.codec.special_tokens if token in self.end_mark]
-        named = {self.codec.vocabulary[token] for token in marks}
+        marks = []
+        for token in self.codec.special_tokens:
+            if token in self.end_mark:
+                marks.append(token)
+        named = set()
+        for token in marks:
+            named.add(self.codec.vocabulary[token])
         return frozenset({*named, self.codec.eos_id, document_borders(self.codec).end})
 
     def answer_ids(self, context: str, text: str) -> list[int]:
@@ -129,16 +145,27 @@ class Frame:
     # ---- text
 
     def _segments(self, conversations: Sequence[Conversation]) -> list[Segments]:
-        safe = [self._safe(messages) for messages in conversations]
+        safe = []
+        for messages in conversations:
+            safe.append(self._safe(messages))
         if self.template.source:
             return chat_template.split(self.template.chat, safe)
-        return [self.template._segments(messages) for messages in safe]
+        found: list[Segments] = []
+        for messages in safe:
+            found.append(self.template._segments(messages))
+        return found
 
     def _safe(self, messages: Conversation) -> list[Message]:
-        return [self._defused(message) for message in self.template.cleaned(messages)]
+        found: list[Message] = []
+        for message in self.template.cleaned(messages):
+            found.append(self._defused(message))
+        return found
 
     def _defused(self, message: Message) -> Message:
-        return {key: value if key == "role" else self.codec.defuse(value) for key, value in message.items()}
+        found = {}
+        for key, value in message.items():
+            found[key] = value if key == "role" else self.codec.defuse(value)
+        return found
 
     def _closing(self) -> str:
         """What follows an answer's words at once."""
@@ -148,7 +175,9 @@ class Frame:
     def _turn_eos(self) -> str:
         """The end-of-sequence token, where a template of qmedtune ends every answer with it."""
         own = self.template.eos == "turn" and not self.template.source
-        return self.codec.eos_token if own else ""
+        if own:
+            return self.codec.eos_token
+        return ""
 
     def _text(self, segments: Segments, closed: bool) -> _Text:
         """The segments as one text with the marks that a template of qmedtune leaves to the tokenizer."""
@@ -170,15 +199,26 @@ class Frame:
 
     def _framed(self, texts: list[_Text]) -> list[Framed]:
         if self.template.apart == "segment":
-            return [_by_segment(self.codec, text) for text in texts]
-        pieces = [text.pieces() for text in texts]
+            result: list[Framed] = []
+            for text in texts:
+                result.append(_by_segment(self.codec, text))
+            return result
+        pieces = []
+        for text in texts:
+            pieces.append(text.pieces())
         encoded = iter(self._encoded(list(chain.from_iterable(pieces))))
-        return [_joined(list(islice(encoded, len(some)))) for some in pieces]
+        found: list[Framed] = []
+        for some in pieces:
+            found.append(_joined(list(islice(encoded, len(some)))))
+        return found
 
     def _encoded(self, pieces: list[_Piece]) -> list[Framed]:
         """Each piece behind its context, in one call of the tokenizer; what joins its context by itself."""
         found = self.codec.encode_spans([piece.context + piece.text for piece in pieces])
-        return [self._cut(piece, *both) for piece, both in zip(pieces, found, strict=True)]
+        result: list[Framed] = []
+        for piece, both in zip(pieces, found, strict=True):
+            result.append(self._cut(piece, *both))
+        return result
 
     def _cut(self, piece: _Piece, ids: list[int], starts: list[int]) -> Framed:
         """The ids behind those of the context, which must be what they are alone: else an anchor is in its place."""
@@ -188,7 +228,10 @@ class Frame:
                 break
             before, known = anchor, _ids(self.codec, anchor)
             [(ids, starts)] = self.codec.encode_spans([before + piece.text])
-        until = len(before) + piece.loud if piece.loud else 0
+        if piece.loud:
+            until = len(before) + piece.loud
+        else:
+            until = 0
         return Framed(ids[len(known) :], [int(start < until) for start in starts[len(known) :]])
 
 
@@ -211,10 +254,10 @@ class _Text:
     def pieces(self) -> list[_Piece]:
         starts = [0, *(start for start, _ in self.spans if start)]
         ends = dict(self.spans)
-        return [
-            _Piece(self.text[max(0, a - CONTEXT) : a], self.text[a:b], ends.get(a, a) - a)
-            for a, b in zip(starts, [*starts[1:], len(self.text)], strict=True)
-        ]
+        found: list[_Piece] = []
+        for a, b in zip(starts, [*starts[1:], len(self.text)], strict=True):
+            found.append(_Piece(self.text[max(0, a - CONTEXT) : a], self.text[a:b], ends.get(a, a) - a))
+        return found
 
 
 def _joined(parts: list[Framed]) -> Framed:
@@ -226,15 +269,21 @@ def _joined(parts: list[Framed]) -> Framed:
 def _by_segment(codec: Codec, text: _Text) -> Framed:
     """As qmedtune 0.1 encoded: every segment by itself, and its end-of-sequence mark as an id."""
     edges = sorted({0, len(text.text), *chain.from_iterable(text.spans)})
-    loud = {start for start, _ in text.spans}
+    loud = set()
+    for start, _ in text.spans:
+        loud.add(start)
     parts = zip(edges, edges[1:], strict=False)
-    encoded = [(start in loud, codec.encode([text.text[start:end]], markers=True)[0]) for start, end in parts]
+    encoded = []
+    for start, end in parts:
+        encoded.append((start in loud, codec.encode([text.text[start:end]], markers=True)[0]))
     return _joined([Framed(ids, [int(supervised)] * len(ids)) for supervised, ids in encoded])
 
 
 @lru_cache(maxsize=256)
 def _ids(codec: Codec, context: str) -> list[int]:
-    return codec.encode_spans([context])[0][0] if context else []
+    if context:
+        return codec.encode_spans([context])[0][0]
+    return []
 
 
 # ---- a template's form for one tokenizer -----------------------------------------------------------------------------
@@ -287,10 +336,16 @@ def check_padding(codec: Codec) -> None:
 
 def fit(template: Template, codec: Codec) -> Template:
     """The template with all that hangs on the tokenizer written into its texts; still a template, and plain text."""
-    bos = codec.backend.id_to_token(codec.bos_id) if codec.bos_id is not None else ""
+    if codec.bos_id is not None:
+        bos = codec.backend.id_to_token(codec.bos_id)
+    else:
+        bos = ""
     if template.source:
         end = chat_template.form(template.chat).end
-        final = "" if _is_mark(codec, end) else codec.eos_token
+        if _is_mark(codec, end):
+            final = ""
+        else:
+            final = codec.eos_token
         return replace(template, final=final)
     if template.apart == "segment":
         return replace(template, bos=bos)
@@ -305,10 +360,20 @@ def _is_mark(codec: Codec, end: str) -> bool:
 def _closed(template: Template, codec: Codec) -> Template:
     """With bos, but not before a text that opens with it, and with eos, but not after an end mark that is eos."""
     borders = document_borders(codec)
-    bos = codec.backend.id_to_token(borders.start) if borders.start is not None else ""
-    own = codec.backend.id_to_token(codec.bos_id) if codec.bos_id is not None else ""
-    opens = all(form.startswith(own) for form in (template.system, template.opening + template.user)) if own else False
-    bos = "" if opens else bos
+    if borders.start is not None:
+        bos = codec.backend.id_to_token(borders.start)
+    else:
+        bos = ""
+    if codec.bos_id is not None:
+        own = codec.backend.id_to_token(codec.bos_id)
+    else:
+        own = ""
+    if own:
+        opens = all(form.startswith(own) for form in (template.system, template.opening + template.user))
+    else:
+        opens = False
+    if opens:
+        bos = ""
     if template.end.strip() == codec.eos_token:
         return replace(template, bos=bos, eos="never")
     if template.eos == "document":
@@ -335,7 +400,9 @@ def _puts_a_space(codec: Codec) -> bool:
 
 def _held(template: Template, codec: Codec) -> Template:
     """With the end of what is asked left to the answer where it may join it."""
-    users = [template.user.format(content=tail) for tail in TAILS]
+    users = []
+    for tail in TAILS:
+        users.append(template.user.format(content=tail))
     held = held_characters(codec, [user + template.answer for user in users], template.lead)
     kept = len(template.answer) - held
     if held == 0 or kept < 0:
@@ -360,12 +427,17 @@ def publish(frame: Frame, folder: Path) -> None:
     known = _json(folder / GENERATION)
     named = known.get("eos_token_id", [])
     ends = {*(named if isinstance(named, list) else [named]), *frame.ends} - {None}
-    bos = {} if frame.codec.bos_id is None else {"bos_token_id": frame.codec.bos_id}
+    if frame.codec.bos_id is None:
+        bos = {}
+    else:
+        bos = {"bos_token_id": frame.codec.bos_id}
     _write_json(folder / GENERATION, bos | known | {"eos_token_id": sorted(ends)})
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if path.is_file():
+        return json.loads(path.read_text(encoding="utf-8"))
+    return {}
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
@@ -383,8 +455,11 @@ def modelfile(frame: Frame, model: str) -> str:
         [asked] = frame.ask([[{"role": "user", "content": "{{ .Prompt }}"}]])
         text = asked.text.removeprefix(frame.template.bos or "")  # Ollama puts bos there itself
         lines.append(f'TEMPLATE """{text}"""')
-    marks = [str(frame.codec.backend.id_to_token(token)) for token in sorted(frame.ends)]
-    lines += [f"PARAMETER stop {json.dumps(mark)}" for mark in dict.fromkeys([*marks, *frame.template.stop])]
+    marks = []
+    for token in sorted(frame.ends):
+        marks.append(str(frame.codec.backend.id_to_token(token)))
+    for mark in dict.fromkeys([*marks, *frame.template.stop]):
+        lines.append(f"PARAMETER stop {json.dumps(mark)}")
     return "\n".join([*lines, "PARAMETER temperature 0", ""])
 
 

@@ -57,7 +57,10 @@ def packing_facts(
         here = per_source == number
         trained = int(pieces[here, 2].sum())
         masked = bool(corpus.documents[:, SUPERVISED].any())
-        supervised = int((corpus.documents[:, SUPERVISED] * times).sum()) if masked else trained - int(here.sum())
+        if masked:
+            supervised = int((corpus.documents[:, SUPERVISED] * times).sum())
+        else:
+            supervised = trained - int(here.sum())
         assert trained == int(drawn[mine].sum())
         mixture[corpus.name] = {
             "share": trained / trained_total, "asked_share": plan.share[corpus.name], "tokens": trained,

@@ -35,13 +35,19 @@ class Target:
 
 def targets(section: CptSection | PretrainSection, lengths: Mapping[str, np.ndarray]) -> dict[str, Target]:
     """Tokens to draw from each source (`lengths`: kept tokens per document). Raises DataError for an empty source."""
-    kept = {name: int(array.sum()) for name, array in lengths.items()}
+    kept = {}
+    for name, per_document in lengths.items():
+        kept[name] = int(per_document.sum())
     empty = [name for name, total in kept.items() if total == 0]
     if empty:
         raise DataError(f"mix: {', '.join(empty)} has no training text left\nlook at rejects.jsonl and `holdout`")
     by_document = section.unit == "documents"
-    weights = {name: section.mix[name] * (kept[name] / len(lengths[name]) if by_document else 1) for name in kept}
-    share = {name: weight / sum(weights.values()) for name, weight in weights.items()}
+    weights = {}
+    for name in kept:
+        weights[name] = section.mix[name] * (kept[name] / len(lengths[name]) if by_document else 1)
+    share = {}
+    for name, weight in weights.items():
+        share[name] = weight / sum(weights.values())
     cap = section.max_repeats
     if section.epochs is not None:
         total = section.epochs * sum(kept.values())
@@ -50,16 +56,25 @@ def targets(section: CptSection | PretrainSection, lengths: Mapping[str, np.ndar
         total, cap = kept[main] / share[main], cap or AUTO_MAX_REPEATS
     else:
         total = section.tokens
-    wanted = {name: share[name] * total for name in share}
-    most = {name: kept[name] * cap if cap else float("inf") for name in kept}
-    return {n: Target(share[n], min(wanted[n], most[n]), wanted[n] > most[n]) for n in share}
+    wanted = {}
+    for name in share:
+        wanted[name] = share[name] * total
+    most = {}
+    for name in kept:
+        most[name] = kept[name] * cap if cap else float("inf")
+    found: dict[str, Target] = {}
+    for n in share:
+        found[n] = Target(share[n], min(wanted[n], most[n]), wanted[n] > most[n])
+    return found
 
 
 def draw(lengths: np.ndarray, tokens: float, rng: np.random.Generator) -> np.ndarray:
     """Document numbers of one source, in order: whole shuffled passes, then a part of one, nearest to `tokens`."""
     total = int(lengths.sum())
     passes = int(tokens // total)
-    picks = [rng.permutation(len(lengths)) for _ in range(passes)]
+    picks = []
+    for _ in range(passes):
+        picks.append(rng.permutation(len(lengths)))
     last = rng.permutation(len(lengths))
     reached = np.cumsum(lengths[last]) - (tokens - passes * total)
     part = int(np.argmin(np.abs(np.concatenate([[passes * total - tokens], reached]))))
@@ -69,7 +84,10 @@ def draw(lengths: np.ndarray, tokens: float, rng: np.random.Generator) -> np.nda
 
 def interleave(counts: Sequence[int], rng: np.random.Generator) -> np.ndarray:
     """A merged order of several sequences, each spread evenly: an index into their concatenation."""
-    places = [(np.arange(n) + rng.random(n)) / n for n in counts if n]
+    places = []
+    for n in counts:
+        if n:
+            places.append((np.arange(n) + rng.random(n)) / n)
     return np.argsort(np.concatenate(places), kind="stable")
 
 

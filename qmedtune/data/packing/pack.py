@@ -63,10 +63,9 @@ def pack_stage(
     section = recipe.stages[index].section
     assert isinstance(section.seq_len, int) and not isinstance(section, ClassifySection)
     codec = load_codec(tokenizer_dir)
-    corpora = [
-        tokenise(recipe, name, inputs[name] / "train.jsonl", section, codec, tokenizer_dir, out)
-        for name in recipe.stages[index].sources
-    ]
+    corpora = []
+    for name in recipe.stages[index].sources:
+        corpora.append(tokenise(recipe, name, inputs[name] / "train.jsonl", section, codec, tokenizer_dir, out))
     facts: dict[str, Any] = {}
     if isinstance(section, SftSection):
         _check_truncation(section, corpora)
@@ -82,7 +81,9 @@ def pack_stage(
     else:
         plan = _mixture(section, corpora, rng)
     facts = write_rows(recipe, corpora, section, plan, rng, out) | facts
-    kinds = {name: recipe.data[name].kind for name in facts["mixture"]}
+    kinds = {}
+    for name in facts["mixture"]:
+        kinds[name] = recipe.data[name].kind
     for name, found in fertility(codec, {name: inputs[name] for name in kinds}, kinds).items():
         facts["mixture"][name]["fertility"] = found
     return Packing.model_validate(facts).as_json()
@@ -91,7 +92,9 @@ def pack_stage(
 def stage_template(recipe: Recipe, index: int, tokenizer_dir: Path) -> Template:
     """The template of an SFT stage: that of its first source. Says so where the others have another."""
     names = recipe.stages[index].sources
-    found = {name: source_template(recipe, name, tokenizer_dir) for name in names}
+    found = {}
+    for name in names:
+        found[name] = source_template(recipe, name, tokenizer_dir)
     first = found[names[0]]
     if any(template != first for template in found.values()):
         ui.warn(f"{recipe.stage_names()[index]}: several templates; {first.name} of {names[0]} is used after training")
@@ -117,19 +120,33 @@ def tokenise(
     assert isinstance(section.seq_len, int)
     if source.kind == "instructions":
         template = source_template(recipe, name, tokenizer_dir)
-        weight = prompt_weight(section.loss_on) if isinstance(section, SftSection) else 0.0
+        if isinstance(section, SftSection):
+            weight = prompt_weight(section.loss_on)
+        else:
+            weight = 0.0
         encode = partial(encode_conversations, codec, template=template, prompt_weight=weight, limit=section.seq_len)
         how = [framing.VERSION, asdict(template), weight, section.seq_len]
     else:
         cuts = source.chunking == "truncate" or isinstance(section, ClassifySection)
-        limit = section.seq_len if cuts else None
+        if cuts:
+            limit = section.seq_len
+        else:
+            limit = None
         encode, how = partial(encode_texts, codec, limit=limit), [borders.described(codec), limit]
     encoding = store.sha256_json([*how, store.sha256_file(tokenizer_dir / "tokenizer.json"), codec.eos_token])
     with ui.stage(f"tokenise {name}", None, "documents") as progress:
         shards = write_shards(path, out / "tokens", name, encode, progress.update, max_tokens, encoding)
-    arrays = [shard_array(shard, "documents") for shard in shards]
-    documents = np.concatenate([a for a in arrays if a is not None]) if arrays else np.zeros((0, 3), np.int64)
-    cap = source.max_tokens if max_tokens is None else None
+    arrays = []
+    for shard in shards:
+        arrays.append(shard_array(shard, "documents"))
+    if arrays:
+        documents = np.concatenate([a for a in arrays if a is not None])
+    else:
+        documents = np.zeros((0, 3), np.int64)
+    if max_tokens is None:
+        cap = source.max_tokens
+    else:
+        cap = None
     return Corpus(name, shards, documents, draw_tokens(source, documents[:, KEPT], section.seq_len, cap, recipe.seed))
 
 
@@ -146,7 +163,9 @@ def draw_tokens(source: SourceSection, kept: np.ndarray, seq_len: int, cap: int 
     if source.chunking == "overlap":
         shared = shared_tokens(source, seq_len)
         return taken + shared * (mix.chunk_counts(taken, seq_len, shared) - 1)
-    return np.minimum(taken, seq_len) if source.chunking == "window" else taken
+    if source.chunking == "window":
+        return np.minimum(taken, seq_len)
+    return taken
 
 
 def shared_tokens(source: SourceSection, seq_len: int) -> int:
@@ -156,7 +175,9 @@ def shared_tokens(source: SourceSection, seq_len: int) -> int:
 
 def prompt_weight(loss_on: str | float) -> float:
     """`response` -> 0, `all` -> 1, a number -> itself: the loss weight of prompt tokens."""
-    return {"response": 0.0, "all": 1.0}[loss_on] if isinstance(loss_on, str) else float(loss_on)
+    if isinstance(loss_on, str):
+        return {"response": 0.0, "all": 1.0}[loss_on]
+    return float(loss_on)
 
 
 def _check_truncation(section: SftSection, corpora: list[Corpus]) -> None:
@@ -172,13 +193,22 @@ def _check_truncation(section: SftSection, corpora: list[Corpus]) -> None:
 
 
 def _mixture(section: CptSection | PretrainSection, corpora: list[Corpus], rng: np.random.Generator) -> Draws:
-    usable = {corpus.name: np.flatnonzero(corpus.draws) for corpus in corpora}
-    lengths = {corpus.name: corpus.draws[usable[corpus.name]] for corpus in corpora}
+    usable = {}
+    for corpus in corpora:
+        usable[corpus.name] = np.flatnonzero(corpus.draws)
+    lengths = {}
+    for corpus in corpora:
+        lengths[corpus.name] = corpus.draws[usable[corpus.name]]
     wanted = mix.targets(section, lengths)
-    picks = [usable[name][mix.draw(lengths[name], wanted[name].tokens, rng)] for name in lengths]
+    picks = []
+    for name in lengths:
+        picks.append(usable[name][mix.draw(lengths[name], wanted[name].tokens, rng)])
     order = mix.interleave([len(pick) for pick in picks], rng)
     source = np.repeat(np.arange(len(picks), dtype=np.int16), [len(pick) for pick in picks])[order]
-    capped = [name for name, target in wanted.items() if target.capped]
+    capped = []
+    for name, target in wanted.items():
+        if target.capped:
+            capped.append(name)
     for name in capped:
         ui.warn(f"mix: {name} is capped by max_repeats, its share of the mixture falls short")
     return Draws(source, np.concatenate(picks)[order], {n: t.share for n, t in wanted.items()}, capped)
@@ -186,13 +216,17 @@ def _mixture(section: CptSection | PretrainSection, corpora: list[Corpus], rng: 
 
 def epochs(count: float, corpora: list[Corpus], rng: np.random.Generator) -> Draws:
     """Every usable record once per epoch, all sources shuffled together; a last part of an epoch where asked."""
-    usable = [np.flatnonzero(corpus.draws) for corpus in corpora]
+    usable = []
+    for corpus in corpora:
+        usable.append(np.flatnonzero(corpus.draws))
     source = np.repeat(np.arange(len(usable)), [len(u) for u in usable])
     document = np.concatenate(usable)
     if not len(document):
         raise DataError("sft: no record with a response is left\nlook at rejects.jsonl and raise `seq_len`")
     whole, part = divmod(count, 1)
-    orders = [rng.permutation(len(document)) for _ in range(int(whole))]
+    orders = []
+    for _ in range(int(whole)):
+        orders.append(rng.permutation(len(document)))
     orders.append(rng.permutation(len(document))[: round(part * len(document))])
     order = np.concatenate(orders)
     total = sum(int(c.draws.sum()) for c in corpora)
@@ -258,7 +292,9 @@ def _table(corpora: list[Corpus]) -> np.ndarray:
         assert documents is not None
         ends = np.cumsum(documents[:, LENGTH])
         parts.append(np.stack([np.full(len(ends), number), ends - documents[:, LENGTH], documents[:, LENGTH]], axis=1))
-    return np.concatenate(parts) if parts else np.zeros((0, 3), np.int64)
+    if parts:
+        return np.concatenate(parts)
+    return np.zeros((0, 3), np.int64)
 
 
 def pack_validation(recipe: Recipe, tokenizer_dir: Path, inputs: Mapping[str, Path], out: Path) -> dict[str, Any]:
@@ -287,8 +323,13 @@ def pack_validation(recipe: Recipe, tokenizer_dir: Path, inputs: Mapping[str, Pa
 
 
 def _reader_of(recipe: Recipe, name: str) -> TrainSection:
-    stages = [stage.section for stage in recipe.stages if name in stage.sources]
-    return stages[0] if stages else recipe.stages[0].section
+    stages = []
+    for stage in recipe.stages:
+        if name in stage.sources:
+            stages.append(stage.section)
+    if stages:
+        return stages[0]
+    return recipe.stages[0].section
 
 
 class PackedRows:
@@ -306,11 +347,17 @@ class PackedRows:
         self._pieces = np.load(folder / "pieces.npy", mmap_mode="r")
         self._bounds = np.load(folder / "rows.npy", mmap_mode="r")
         self._documents = np.load(folder / "documents.npy", mmap_mode="r")
-        shards = [folder / name for name in meta["shards"]]
-        self._tokens = [shard_array(shard, "tokens") for shard in shards]
+        shards = []
+        for name in meta["shards"]:
+            shards.append(folder / name)
+        self._tokens = []
+        for shard in shards:
+            self._tokens.append(shard_array(shard, "tokens"))
         # Until 0.1 the mask held the weight itself, in steps of 1/255.
         self._prompt_weight: float | None = meta.get("prompt_weight")
-        self._masks = [shard_array(shard, "mask") for shard in shards]
+        self._masks = []
+        for shard in shards:
+            self._masks.append(shard_array(shard, "mask"))
 
     def __len__(self) -> int:
         return len(self._bounds) - 1
@@ -361,7 +408,10 @@ class PackedRows:
 
     def _loss_weights(self, mask: np.ndarray) -> np.ndarray:
         """Of each token, float32."""
-        part = mask / FULL_WEIGHT if self._prompt_weight is None else np.float32(self._prompt_weight)
+        if self._prompt_weight is None:
+            part = mask / FULL_WEIGHT
+        else:
+            part = np.float32(self._prompt_weight)
         return np.where(mask == FULL_WEIGHT, 1.0, np.where(mask > 0, part, 0.0)).astype(np.float32)
 
     def _piece(self, document: int, start: int, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -369,7 +419,10 @@ class PackedRows:
         where = slice(first + start, first + start + length)
         tokens, mask = self._tokens[shard], self._masks[shard]
         assert tokens is not None
-        weights = np.full(length, FULL_WEIGHT, np.uint8) if mask is None else mask[where].copy()
+        if mask is None:
+            weights = np.full(length, FULL_WEIGHT, np.uint8)
+        else:
+            weights = mask[where].copy()
         weights[0] = 0
         return tokens[where].astype(np.int64), weights, np.arange(length)
 
@@ -395,4 +448,7 @@ class WholeDocuments:
 def windows(document: int, length: int, max_tokens: int) -> list[tuple[int, int, int]]:
     """(document, start, length) of each window; a document of one token predicts nothing and has none."""
     starts = range(0, length - 1, max_tokens - 1)
-    return [(document, start, min(max_tokens, length - start)) for start in starts]
+    found: list[tuple[int, int, int]] = []
+    for start in starts:
+        found.append((document, start, min(max_tokens, length - start)))
+    return found

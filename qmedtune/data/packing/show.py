@@ -32,14 +32,23 @@ def documents(packed: PackedRows, folders: Mapping[str, Path], n: int) -> list[d
     for document in {int(piece[0]) for row in rows for piece in packed.pieces(row)}:
         source, number = packed.record_of(document)
         wanted[source].add(number)
-    names = {source: _record_ids(folders[source], numbers) for source, numbers in wanted.items()}
-    return [{"documents": list(_documents(packed, names, row))} for row in rows]
+    names = {}
+    for source, numbers in wanted.items():
+        names[source] = _record_ids(folders[source], numbers)
+    found: list[dict[str, Any]] = []
+    for row in rows:
+        found.append({"documents": list(_documents(packed, names, row))})
+    return found
 
 
 def _record_ids(folder: Path, numbers: set[int]) -> dict[int, str | None]:
     with (folder / "train.jsonl").open(encoding="utf-8") as file:
         lines = islice(enumerate(file), max(numbers, default=-1) + 1)
-        return {number: json.loads(line).get("id") for number, line in lines if number in numbers}
+        found: dict[int, str | None] = {}
+        for number, line in lines:
+            if number in numbers:
+                found[number] = json.loads(line).get("id")
+        return found
 
 
 def _documents(packed: PackedRows, names: dict[str, dict[int, str | None]], row: int) -> Iterator[dict[str, Any]]:
@@ -97,4 +106,6 @@ def _text(ids: np.ndarray, supervised: np.ndarray, tokenizer: Decoder, color: bo
 
 
 def _paint(text: str, style: str, color: bool) -> str:
-    return f"{style}{text}{PLAIN}" if color else text
+    if color:
+        return f"{style}{text}{PLAIN}"
+    return text

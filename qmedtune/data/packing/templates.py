@@ -78,15 +78,23 @@ class Template:
 
     def cleaned(self, messages: Sequence[Message]) -> list[Message]:
         """The messages as the run's cleaning left those of its data. White space around a turn is never part of it."""
-        return [self._cleaned_message(message) for message in messages]
+        found: list[Message] = []
+        for message in messages:
+            found.append(self._cleaned_message(message))
+        return found
 
     def _cleaned_message(self, message: Message) -> Message:
-        return {key: self._clean(key, value) for key, value in message.items()}
+        found = {}
+        for key, value in message.items():
+            found[key] = self._clean(key, value)
+        return found
 
     def _clean(self, key: str, value: str) -> str:
         if key not in ("content", "input"):
             return value
-        return clean(value, self.cleaning) if self.cleaning else value.strip()
+        if self.cleaning:
+            return clean(value, self.cleaning)
+        return value.strip()
 
     def render(self, messages: Sequence[Message]) -> Segments:
         """(text, supervised) in order; supervised segments are responses with their end marker.
@@ -98,7 +106,9 @@ class Template:
             return self._segments(messages)
         [segments] = chat_template.split(self.chat, [messages])
         bos = dict(self.tokens).get("bos_token", "")
-        return [(segments[0][0].removeprefix(bos), False), *segments[1:]] if segments else []
+        if segments:
+            return [(segments[0][0].removeprefix(bos), False), *segments[1:]]
+        return []
 
     def _segments(self, messages: Sequence[Message]) -> Segments:
         segments: Segments = []
@@ -111,27 +121,41 @@ class Template:
             else:
                 pending += self._before_answer(message, first=position == 0)
         asks = not messages or messages[-1]["role"] != "assistant"
-        return [*segments, (pending + self.answer, False)] if asks else segments
+        if asks:
+            return [*segments, (pending + self.answer, False)]
+        return segments
 
     def prompt(self, messages: Sequence[Message], eos_token: str = "") -> str:
         """The text to continue when the next response is wanted. `eos_token` closes earlier responses."""
-        eos = eos_token if self.eos == "turn" and not self.source else ""
+        if self.eos == "turn" and not self.source:
+            eos = eos_token
+        else:
+            eos = ""
         return "".join(text + eos * supervised for text, supervised in self.render(messages))
 
     def _before_answer(self, message: Message, first: bool) -> str:
         given = message.get("input", "")
         if message["role"] == "system":
             return self.system.format(content=message["content"])
-        opening = (self.opening_input if given else self.opening) if first else ""
-        form = self.user_input if given else self.user
+        opening, form = self.opening, self.user
+        if given:
+            opening, form = self.opening_input, self.user_input
+        if not first:
+            opening = ""
         return opening + form.format(content=message["content"], input=given)
 
     def jinja(self) -> str:
         """The same template as a Jinja chat template, for the merged model's tokenizer."""
         if self.source:
             return chat_template.frozen(self.source)
-        eos = " + eos_token" if self.eos == "turn" else ""
-        bos = "{{ bos_token }}" if self.bos is None else f"{{{{- {json.dumps(self.bos)} }}}}"
+        if self.eos == "turn":
+            eos = " + eos_token"
+        else:
+            eos = ""
+        if self.bos is None:
+            bos = "{{ bos_token }}"
+        else:
+            bos = f"{{{{- {json.dumps(self.bos)} }}}}"
         return (
             bos + "{%- for message in messages %}"
             "{%- set given = message['input'] if message['input'] is defined and message['input'] else '' %}"
@@ -220,11 +244,17 @@ def load(name: str | Path, tokenizer_dir: Path | None = None) -> Template:
         return _of_tokenizer(tokenizer_dir)
     if name in TEMPLATES:
         return TEMPLATES[str(name)]
-    path = Path(name) / FILE if Path(name).is_dir() else Path(name)
+    if Path(name).is_dir():
+        path = Path(name) / FILE
+    else:
+        path = Path(name)
     if path.is_file() and path.suffix == ".json":
         return _read(path)
     close = get_close_matches(str(name), [*TEMPLATES, "chat"], n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
+    if close:
+        hint = f"did you mean {close[0]!r}? "
+    else:
+        hint = ""
     raise RecipeError(
         f"template: {str(name)!r} is unknown\n{hint}allowed: {', '.join(TEMPLATES)}, chat, or a template.json"
     )
@@ -233,14 +263,19 @@ def load(name: str | Path, tokenizer_dir: Path | None = None) -> Template:
 def default(name: str | None, tokenizer_dir: Path) -> Template:
     """The template of a source that may name none: then the tokenizer's own chat template, else `plain`."""
     if name is None:
-        name = "chat" if chat_source(tokenizer_dir) else "plain"
+        if chat_source(tokenizer_dir):
+            name = "chat"
+        else:
+            name = "plain"
     return load(name, tokenizer_dir)
 
 
 def for_base(template: Template) -> Template:
     """As it asks a model that was trained on no template: in `plain`, examples are parted by a blank line alone, which
     then ends an answer too (such a model never learnt where one ends); an end token between them would end the text."""
-    return replace(template, eos="never", stop=("\n\n",)) if template.name == "plain" else template
+    if template.name == "plain":
+        return replace(template, eos="never", stop=("\n\n",))
+    return template
 
 
 def save(template: Template, folder: Path) -> None:
@@ -252,7 +287,10 @@ def _read(path: Path) -> Template:
     """A saved template. Those of qmedtune 0.1 tell no version; they tokenised every segment by itself."""
     allowed = ", ".join(Template.__dataclass_fields__)
     fields = read_json(path)
-    fields = fields if "version" in fields else _of_version_1(fields)
+    if "version" in fields:
+        fields = fields
+    else:
+        fields = _of_version_1(fields)
     if unknown := sorted(fields.keys() - Template.__dataclass_fields__.keys()):
         raise DataError(f"{path}: not a template (unknown key {unknown[0][:80]!r})\nallowed keys: {allowed}")
     if fields["version"] not in (1, VERSION):
@@ -271,7 +309,10 @@ def _read(path: Path) -> Template:
 
 
 def _of_version_1(fields: dict[str, Any]) -> dict[str, Any]:
-    kept = {key: value for key, value in fields.items() if key not in ("bos", "eos_token")}
+    kept = {}
+    for key, value in fields.items():
+        if key not in ("bos", "eos_token"):
+            kept[key] = value
     tokens = [["bos_token", fields.get("bos", "")], ["eos_token", fields.get("eos_token", "")]]
     return kept | {"apart": "segment", "tokens": tokens if fields.get("source") else [], "version": 1}
 
@@ -301,10 +342,19 @@ def chat_source(tokenizer_dir: Path) -> str | None:
     if own.is_file():
         return _text(own)
     path = tokenizer_dir / "tokenizer_config.json"
-    found = read_settings(path).get("chat_template") if path.is_file() else None
+    if path.is_file():
+        found = read_settings(path).get("chat_template")
+    else:
+        found = None
     if isinstance(found, list):
-        named = [entry for entry in found if isinstance(entry, dict) and entry.get("name") == "default"]
-        found = named[0].get("template") if named else None
+        named = []
+        for entry in found:
+            if isinstance(entry, dict) and entry.get("name") == "default":
+                named.append(entry)
+        if named:
+            found = named[0].get("template")
+        else:
+            found = None
     if found is not None and not isinstance(found, str):
         raise RecipeError(f"{path}: chat_template is no text\nmend it, or name a template of qmedtune")
     return found
@@ -318,22 +368,32 @@ def _text(path: Path) -> str:
 
 
 def _of_tokenizer(tokenizer_dir: Path | None) -> Template:
-    source = chat_source(tokenizer_dir) if tokenizer_dir else None
+    if tokenizer_dir:
+        source = chat_source(tokenizer_dir)
+    else:
+        source = None
     if tokenizer_dir is None or source is None:
         raise RecipeError(
             f"template: chat: the tokenizer in {tokenizer_dir} has no chat template of its own\n"
             f"allowed: {', '.join(TEMPLATES)}"
         )
     file = tokenizer_dir / "tokenizer_config.json"
-    config = read_settings(file) if file.is_file() else {}
-    named = {key: special(config, key) for key in SPECIAL}
+    if file.is_file():
+        config = read_settings(file)
+    else:
+        config = {}
+    named = {}
+    for key in SPECIAL:
+        named[key] = special(config, key)
     return Template("chat", source=source, tokens=tuple((key, token) for key, token in named.items() if token))
 
 
 def special(config: dict[str, Any], key: str) -> str:
     """A special token's text out of tokenizer_config.json, where it is a string, an object or null."""
     value = config.get(key)
-    return value["content"] if isinstance(value, dict) else value or ""
+    if isinstance(value, dict):
+        return value["content"]
+    return value or ""
 
 
 def check(template: Template, vocabulary: Container[str]) -> None:
@@ -346,7 +406,10 @@ def check(template: Template, vocabulary: Container[str]) -> None:
         return
     found = chat_template.form(template.chat)
     own = dict(template.tokens)
-    ends = [own[key] for key in ("bos_token", "eos_token") if key in own]
+    ends = []
+    for key in ("bos_token", "eos_token"):
+        if key in own:
+            ends.append(own[key])
     if missing := [mark for mark in (*ends, *MARK.findall(found.prompt + found.end)) if mark not in vocabulary]:
         raise RecipeError(
             f"template: {template.name} does not fit this model: its tokenizer has no token {missing[0]!r}\n"

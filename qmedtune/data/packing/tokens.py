@@ -26,6 +26,7 @@ from tokenizers import Tokenizer
 from qmedtune import store
 from qmedtune.data.packing.borders import document_borders
 from qmedtune.data.packing.templates import special
+from qmedtune.data.reading.document import Record
 from qmedtune.errors import DataError
 from qmedtune.model_settings import check_tokenizer_file, read_settings
 
@@ -50,13 +51,19 @@ class Codec:
     def encode(self, texts: Sequence[str], markers: bool) -> list[list[int]]:
         """Token ids without bos and eos. Special tokens spelled in the text count only with `markers`."""
         self.backend.encode_special_tokens = not markers
-        return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+        found: list[list[int]] = []
+        for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False):
+            found.append(encoding.ids)
+        return found
 
     def encode_spans(self, texts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
         """(ids, the character that each token begins at) per text; special tokens spelled in it count."""
         self.backend.encode_special_tokens = False
         encoded = self.backend.encode_batch(texts, add_special_tokens=False)
-        return [(found.ids, _starts(found)) for found in encoded]
+        result: list[tuple[list[int], list[int]]] = []
+        for found in encoded:
+            result.append((found.ids, _starts(found)))
+        return result
 
     @cached_property
     def special_tokens(self) -> frozenset[str]:
@@ -73,7 +80,10 @@ class Codec:
     @cached_property
     def marker_pattern(self) -> re.Pattern[str]:
         """Matches every token that is no piece of text, for `defuse`: special tokens, and others added like them."""
-        names = [token.content for token in self.backend.get_added_tokens_decoder().values() if _is_marker(token)]
+        names = []
+        for token in self.backend.get_added_tokens_decoder().values():
+            if _is_marker(token):
+                names.append(token.content)
         return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or r"(?!)")
 
     def defuse(self, content: str) -> str:
@@ -88,7 +98,10 @@ class Codec:
 
 
 def _starts(encoding: Any) -> list[int]:
-    return [start for start, _ in encoding.offsets]
+    found: list[int] = []
+    for start, _ in encoding.offsets:
+        found.append(start)
+    return found
 
 
 def _is_marker(token: Any) -> bool:
@@ -107,7 +120,9 @@ def _broken(text: str, normalizer: Any, pattern: re.Pattern[str], mark: str) -> 
 
 def load_codec(tokenizer_dir: Path) -> Codec:
     """The tokenizer of a model folder. Raises DataError where it has no tokenizer.json or no eos token."""
-    files = [tokenizer_dir / name for name in ("tokenizer.json", "tokenizer_config.json", "config.json")]
+    files = []
+    for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
+        files.append(tokenizer_dir / name)
     return _load_codec(tokenizer_dir, tuple(file.stat().st_mtime_ns for file in files if file.is_file()))
 
 
@@ -123,15 +138,24 @@ def _load_codec(tokenizer_dir: Path, _changed: tuple[int, ...]) -> Codec:
     backend.no_truncation()
     backend.no_padding()
     config_file = tokenizer_dir / "tokenizer_config.json"
-    config = read_settings(config_file) if config_file.is_file() else {}
+    if config_file.is_file():
+        config = read_settings(config_file)
+    else:
+        config = {}
     eos = special(config, "eos_token") or next((t for t in ("</s>", "<|end_of_text|>") if backend.token_to_id(t)), "")
-    eos_id = backend.token_to_id(eos) if eos else None
+    if eos:
+        eos_id = backend.token_to_id(eos)
+    else:
+        eos_id = None
     if eos_id is None:
         raise DataError(f"{tokenizer_dir}: the tokenizer names no eos_token\nset it in tokenizer_config.json")
     bos = special(config, "bos_token")
     _check_fits(backend, tokenizer_dir)
     pad = special(config, "pad_token")
-    pad_id = backend.token_to_id(pad) if pad else None
+    if pad:
+        pad_id = backend.token_to_id(pad)
+    else:
+        pad_id = None
     return Codec(backend, backend.token_to_id(bos) if bos else None, eos_id, eos, pad_id)
 
 
@@ -152,7 +176,10 @@ def _backend(file: Path) -> Tokenizer:
 def _check_fits(backend: Tokenizer, folder: Path) -> None:
     """DataError where the tokenizer yields ids that the model beside it has no embedding for: it is another model's."""
     config = folder / "config.json"
-    rows = read_settings(config).get("vocab_size") if config.is_file() else None
+    if config.is_file():
+        rows = read_settings(config).get("vocab_size")
+    else:
+        rows = None
     if rows and backend.get_vocab_size() > rows:
         raise DataError(
             f"{folder}: the tokenizer has {backend.get_vocab_size()} tokens, the model only {rows} embeddings\n"
@@ -171,13 +198,18 @@ class Encoded:
     @property
     def supervised(self) -> int:
         """How many of the kept tokens have a loss weight that the mask states; 0 without a mask."""
-        return sum(weight > 0 for weight in self.mask[1 : self.kept]) if self.mask else 0
+        if self.mask:
+            return sum(weight > 0 for weight in self.mask[1 : self.kept])
+        return 0
 
 
-def encode_texts(codec: Codec, records: list[dict[str, Any]], limit: int | None) -> list[Encoded]:
+def encode_texts(codec: Codec, records: list[Record], limit: int | None) -> list[Encoded]:
     """Documents of a text source; `limit` truncates (chunking: truncate), None keeps everything."""
     borders = document_borders(codec)
-    start = [] if borders.start is None else [borders.start]
+    if borders.start is None:
+        start = []
+    else:
+        start = [borders.start]
     documents = []
     for ids in codec.encode([record["text"] for record in records], markers=False):
         whole = [*start, *ids, borders.end]
@@ -189,7 +221,7 @@ def write_shards(
     path: Path,
     folder: Path,
     name: str,
-    encode: Callable[[list[dict]], list[Encoded]],
+    encode: Callable[[list[Record]], list[Encoded]],
     progress: Callable[[int], None],
     max_tokens: int | None = None,
     encoding: str = "",
@@ -257,7 +289,10 @@ def _digest(path: Path, part: _Part, encoding: str) -> str:
 
 def _files(shard: Path) -> list[Path]:
     """In the order in which they are written. Only shards with prompts have a mask."""
-    return [_file(shard, what) for what in ("mask", "tokens", "documents")]
+    found: list[Path] = []
+    for what in ("mask", "tokens", "documents"):
+        found.append(_file(shard, what))
+    return found
 
 
 def _file(shard: Path, what: str) -> Path:
@@ -278,7 +313,7 @@ def _groups(lines: Iterable[bytes], limit_bytes: int) -> Iterator[list[bytes]]:
 
 
 def _write_shard(
-    shard: Path, lines: Iterable[bytes], encode: Callable[[list[dict]], list[Encoded]],
+    shard: Path, lines: Iterable[bytes], encode: Callable[[list[Record]], list[Encoded]],
     progress: Callable[[int], None], max_tokens: int | None,
 ) -> None:  # fmt: skip
     tokens, mask, rows, done = bytearray(), bytearray(), [], 0
@@ -288,7 +323,8 @@ def _write_shard(
             documents = _upto(documents, max_tokens - len(tokens) // ID_BYTES)
         tokens += _flat([d.ids for d in documents], np.uint32).tobytes()
         mask += _flat([d.mask for d in documents if d.mask is not None], np.uint8).tobytes()
-        rows += [(len(d.ids), d.kept, d.supervised) for d in documents]
+        for d in documents:
+            rows.append((len(d.ids), d.kept, d.supervised))
         done += len(batch)
         progress(done)
         if max_tokens is not None and len(tokens) >= max_tokens * ID_BYTES:
@@ -316,4 +352,6 @@ def _flat(lists: list[list[int]], dtype: Any) -> np.ndarray:
 def shard_array(shard: Path, what: str) -> np.ndarray | None:
     """`tokens`, `documents` or `mask` of a shard as a memory map; None where the shard has none."""
     file = _file(shard, what)
-    return np.load(file, mmap_mode="r") if file.is_file() else None
+    if file.is_file():
+        return np.load(file, mmap_mode="r")
+    return None

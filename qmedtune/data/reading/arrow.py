@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from qmedtune.data.reading.document import Fields
 from qmedtune.data.reading.files import MAX_RECORD_BYTES, in_archive, open_bytes
 from qmedtune.data.reading.rejects import Damaged, Unread
 from qmedtune.data.reading.row_formats import Row
@@ -50,7 +51,7 @@ def read_parquet(path: Path) -> Iterator[Row]:
         yield number + 1, Unread("Parquet file is truncated or corrupt")
 
 
-def _is_long(row: dict[str, Any]) -> bool:
+def _is_long(row: Fields) -> bool:
     """As a line of JSON lines would be (files.py)."""
     return sum(len(value) for value in row.values() if isinstance(value, str | bytes)) > MAX_RECORD_BYTES
 
@@ -88,11 +89,14 @@ def read_saved(path: Path) -> Iterator[tuple[int, Any]]:
             f"{path}: not a folder made by datasets' save_to_disk\ngive that folder, or a Hub id"
         ) from error
     if isinstance(dataset, DatasetDict):
-        dataset = dataset["train"] if "train" in dataset else next(iter(dataset.values()))
+        if "train" in dataset:
+            dataset = dataset["train"]
+        else:
+            dataset = next(iter(dataset.values()))
     yield from enumerate(dataset, start=1)
 
 
-def read_hub(name: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_hub(name: str) -> Iterator[tuple[int, Fields]]:
     """Rows of a Hub dataset's `train` split, streamed. `name`: `owner/dataset:configuration@revision`, the
     last two as wanted."""
     from datasets import load_dataset

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qmedtune.data.reading import xml_files
-from qmedtune.data.reading.document import Document
+from qmedtune.data.reading.document import Document, Fields
 from qmedtune.data.reading.files import text_lines
 from qmedtune.data.reading.rejects import Damaged, Unusable
 
@@ -53,7 +53,7 @@ def _mark(passage: Passage) -> str:
     return "## " if passage.kind in HEADINGS else ""
 
 
-def of_json(entry: dict[str, Any]) -> Document:
+def of_json(entry: Fields) -> Document:
     """The document of a JSON object with `passages`. Raises `Unusable`."""
     found = document(entry.get("id"), [_passage(passage) for passage in entry["passages"]])
     pmid = found.pmid or entry.get("pmid")
@@ -64,7 +64,8 @@ def _passage(passage: Any) -> Passage:
     if not isinstance(passage, dict):
         raise Unusable("a BioC passage is not an object")
     infons = passage.get("infons")
-    infons = infons if isinstance(infons, dict) else {}
+    if not isinstance(infons, dict):
+        infons = {}
     text = passage.get("text")
     if not isinstance(text, str):
         sentences = passage.get("sentences") or []
@@ -87,7 +88,9 @@ def _of_xml(element: Any) -> Document | Damaged:
 
 
 def _xml_passage(passage: Any) -> Passage:
-    infons = {infon.get("key"): infon.text or "" for infon in passage.findall("infon")}
+    infons = {}
+    for infon in passage.findall("infon"):
+        infons[infon.get("key")] = infon.text or ""
     text = passage.findtext("text")
     if text is None:
         text = " ".join(sentence.findtext("text") or "" for sentence in passage.findall("sentence"))

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from qmedtune.data.reading.document import Fields
 from qmedtune.data.reading.medmcqa import BASE, cop_of
 from qmedtune.data.reading.records import checked
 from qmedtune.data.reading.rejects import Unusable
@@ -30,7 +31,7 @@ class Question:
     letter: str = ""
 
 
-def question(fields: dict[str, Any]) -> Question | None:
+def question(fields: Fields) -> Question | None:
     """The question in a row, None where the row is none of these shapes. Raises `Unusable`."""
     for holds, shape in SHAPES:
         if holds(fields):
@@ -38,11 +39,13 @@ def question(fields: dict[str, Any]) -> Question | None:
     return None
 
 
-def lettered(schema: str, asked: Any, options: dict[str, Any], letter: str, read: set[str]) -> Question:
+def lettered(schema: str, asked: Any, options: dict[str, object], letter: str, read: set[str]) -> Question:
     """A question whose options are listed under their letters. Raises `Unusable`."""
     if letter not in options:
         raise Unusable("the answer is none of the options")
-    texts = {key: _option(text) for key, text in options.items()}
+    texts = {}
+    for key, text in options.items():
+        texts[key] = _option(text)
     if len(texts) < 2 or not any(texts.values()):
         raise Unusable("fewer than two options")
     listed = "\n".join(f"{key}. {text}".rstrip() for key, text in texts.items())
@@ -62,11 +65,11 @@ def _option(value: Any) -> str:
 # ---- PubMedQA --------------------------------------------------------------------------------------------------------
 
 
-def _is_pubmedqa(fields: dict[str, Any]) -> bool:
+def _is_pubmedqa(fields: Fields) -> bool:
     return "QUESTION" in fields or ("final_decision" in fields and isinstance(fields.get("context"), dict))
 
 
-def _pubmedqa(fields: dict[str, Any]) -> Question:
+def _pubmedqa(fields: Fields) -> Question:
     """The authors' QUESTION and CONTEXTS, or the Hub's question and context.contexts."""
     if "QUESTION" in fields:
         asked, contexts, read = fields["QUESTION"], fields.get("CONTEXTS"), {"QUESTION", "CONTEXTS", "final_decision"}
@@ -85,47 +88,61 @@ def _pubmedqa(fields: dict[str, Any]) -> Question:
 # ---- options by letter -----------------------------------------------------------------------------------------------
 
 
-def _is_medmcqa(fields: dict[str, Any]) -> bool:
+def _is_medmcqa(fields: Fields) -> bool:
     return "opa" in fields
 
 
-def _medmcqa(fields: dict[str, Any]) -> Question:
+def _medmcqa(fields: Fields) -> Question:
     """The reader puts the base of `cop` into `_cop_base`."""
-    names = {letter: f"op{letter.lower()}" for letter in "ABCD"}
+    names = {}
+    for letter in "ABCD":
+        names[letter] = f"op{letter.lower()}"
     cop, base = cop_of(fields), fields.get(BASE, 0)
     if cop is None or not 0 <= cop - base < 4:
         raise Unusable("MedMCQA record without an answer")
-    options = {letter: fields.get(name) for letter, name in names.items()}
+    options = {}
+    for letter, name in names.items():
+        options[letter] = fields.get(name)
     return lettered(
         "MedMCQA", fields.get("question"), options, LETTERS[cop - base], {"question", "cop", *names.values()}
     )
 
 
-def _is_medqa(fields: dict[str, Any]) -> bool:
+def _is_medqa(fields: Fields) -> bool:
     return "question" in fields and isinstance(fields.get("options"), (dict, list))
 
 
-def _medqa(fields: dict[str, Any]) -> Question:
+def _medqa(fields: Fields) -> Question:
     """Options as a mapping, as [{key, value}] or as a list of texts; the answer as a letter, a text or an index."""
     options = _options(fields["options"])
     given = fields.get("answer_idx", fields.get("answer"))
     used = {"question", "options", "answer_idx", "answer"} & fields.keys()
-    text = None if "answer_idx" in fields else fields.get("answer")
+    if "answer_idx" in fields:
+        text = None
+    else:
+        text = fields.get("answer")
     return lettered("MedQA", fields["question"], options, _letter(given, options, text), used)
 
 
-def _options(options: Any) -> dict[str, Any]:
+def _options(options: Any) -> dict[str, object]:
     if isinstance(options, dict):  # a Parquet file has every letter in every row: those of others are null
-        return {key: text for key, text in options.items() if text is not None}
+        found: dict[str, object] = {}
+        for key, text in options.items():
+            if text is not None:
+                found[key] = text
+        return found
     if all(isinstance(option, dict) for option in options):
         try:
-            return {option["key"]: option["value"] for option in options}
+            result: dict[str, object] = {}
+            for option in options:
+                result[option["key"]] = option["value"]
+            return result
         except KeyError as error:
             raise Unusable("options are not {key, value} pairs") from error
     return dict(zip(LETTERS, options, strict=False))
 
 
-def _letter(given: Any, options: dict[str, Any], text: Any = None) -> str:
+def _letter(given: Any, options: dict[str, object], text: Any = None) -> str:
     """The letter of an answer: itself, the one at its index, or that of the only option with its text."""
     letters = list(options)
     if isinstance(given, int) and not isinstance(given, bool) and 0 <= given < len(letters):
@@ -135,34 +152,43 @@ def _letter(given: Any, options: dict[str, Any], text: Any = None) -> str:
         return said
     if text is None:
         return said
-    same = [key for key, option in options.items() if isinstance(option, str) and option.strip() == str(text).strip()]
-    return same[0] if len(same) == 1 else said
+    same = []
+    for key, option in options.items():
+        if isinstance(option, str) and option.strip() == str(text).strip():
+            same.append(key)
+    if len(same) == 1:
+        return same[0]
+    return said
 
 
-def _is_mmlu(fields: dict[str, Any]) -> bool:
+def _is_mmlu(fields: Fields) -> bool:
     return "question" in fields and isinstance(fields.get("choices"), list) and "answer" in fields
 
 
-def _mmlu(fields: dict[str, Any]) -> Question:
+def _mmlu(fields: Fields) -> Question:
     options = dict(zip(LETTERS, fields["choices"], strict=False))
     letter = _letter(fields["answer"], options, fields["answer"])
     return lettered("MMLU", fields["question"], options, letter, {"question", "choices", "answer"})
 
 
-def _is_wide(fields: dict[str, Any]) -> bool:
+def _is_wide(fields: Fields) -> bool:
     return {"A", "B", "C", "D"} <= fields.keys() and bool({"question", "Question"} & fields.keys())
 
 
-def _wide(fields: dict[str, Any]) -> Question:
+def _wide(fields: Fields) -> Question:
     """A table with a column for each letter, and the answer as letter or index."""
     asked = next(name for name in ("question", "Question") if name in fields)
     answer = next((name for name in ("answer", "Answer", "target") if name in fields), "answer")
-    options = {letter: fields[letter] for letter in LETTERS[:5] if letter in fields}
+    options = {}
+    for letter in LETTERS[:5]:
+        if letter in fields:
+            options[letter] = fields[letter]
     given = fields.get(answer)
-    given = int(given) if isinstance(given, str) and given.strip().isdecimal() else given
+    if isinstance(given, str) and given.strip().isdecimal():
+        given = int(given)
     return lettered("options A to D", fields[asked], options, _letter(given, options), {asked, answer, *options})
 
 
-SHAPES: tuple[tuple[Callable[[dict[str, Any]], bool], Callable[[dict[str, Any]], Question]], ...] = (
+SHAPES: tuple[tuple[Callable[[Fields], bool], Callable[[Fields], Question]], ...] = (
     (_is_pubmedqa, _pubmedqa), (_is_medmcqa, _medmcqa), (_is_medqa, _medqa), (_is_mmlu, _mmlu), (_is_wide, _wide),
 )  # fmt: skip

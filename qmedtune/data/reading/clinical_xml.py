@@ -62,7 +62,10 @@ def read_n2c2(path: Path) -> Iterator[xml_files.Item]:
     if xml_files.declares_entities(root.getroottree()):
         yield 1, Damaged("XML declares entities")
         return
-    records = [element for element in root.iter(*RECORDS) if _text_of(element) is not None]
+    records = []
+    for element in root.iter(*RECORDS):
+        if _text_of(element) is not None:
+            records.append(element)
     for number, element in enumerate(records or [root], start=1):
         yield number, _note(element, path.stem, number if records else None)
 
@@ -75,8 +78,14 @@ def _note(element: Any, stem: str, number: int | None) -> Document | Damaged:
     text = _text_of(element)
     if text is None:
         return Damaged("XML with no TEXT of a note")
-    name = stem if number is None else f"{stem}-{element.get('ID') or element.get('id') or number}"
-    patient = re.match(r"(\d+)[-_]", stem) if number is None else None
+    if number is None:
+        name = stem
+    else:
+        name = f"{stem}-{element.get('ID') or element.get('id') or number}"
+    if number is None:
+        patient = re.match(r"(\d+)[-_]", stem)
+    else:
+        patient = None
     unread = tuple(sorted({xml_files.local(child) for child in element} & {"TAGS", "PHI", "ANNOTATIONS"}))
     return Document(name, text.strip("\r\n"), patient=patient[1] if patient else None, unread=unread)
 
@@ -97,7 +106,10 @@ def _cda(root: Any) -> Document | Damaged | Refused:
     parts = [f"# {' '.join(title.split())}"] if title and title.strip() else []
     for section in root.iter(f"{CDA}section"):
         heading, text = section.findtext(f"{CDA}title"), section.find(f"{CDA}text")
-        said = _narrative(text) if text is not None else ""
+        if text is not None:
+            said = _narrative(text)
+        else:
+            said = ""
         if said:
             parts += [f"## {' '.join(heading.split())}"] if heading and heading.strip() else []
             parts.append(said)
@@ -106,12 +118,17 @@ def _cda(root: Any) -> Document | Damaged | Refused:
         return Refused(f"C-CDA document without a narrative section{' (a file is embedded)' if embedded else ''}")
     patient = root.find(f"{CDA}recordTarget/{CDA}patientRole/{CDA}id")
     name = root.find(f"{CDA}id")
-    unread = ("entry",) if next(root.iter(f"{CDA}entry"), None) is not None else ()
+    if next(root.iter(f"{CDA}entry"), None) is not None:
+        unread = ("entry",)
+    else:
+        unread = ()
     return Document(_id(name), "\n\n".join(parts), patient=_id(patient), unread=unread)
 
 
 def _id(element: Any) -> str | None:
-    return None if element is None else element.get("extension") or element.get("root")
+    if element is None:
+        return None
+    return element.get("extension") or element.get("root")
 
 
 def _narrative(text: Any) -> str:

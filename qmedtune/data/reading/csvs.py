@@ -18,11 +18,12 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
+from qmedtune.data.reading.document import Fields
 from qmedtune.data.reading.files import ARCHIVE_ERRORS, BROKEN_ARCHIVE, MAX_RECORD_BYTES, open_bytes, text_lines_of
 from qmedtune.data.reading.names import is_known
 from qmedtune.data.reading.rejects import Damaged, Unread
 
-Row = tuple[int, dict[str, Any] | Damaged]
+Row = tuple[int, Fields | Damaged]
 
 SAMPLE_BYTES = 1 << 20
 SAMPLE_ROWS = 50
@@ -46,7 +47,10 @@ class Dialect:
 
     def __str__(self) -> str:
         ends = {"\n": "LF", "\r": "CR"}[self.line_end]
-        quoting = "" if self.quoted else ", quotes as text"
+        if self.quoted:
+            quoting = ""
+        else:
+            quoting = ", quotes as text"
         return f"separator {SHOWN.get(self.delimiter, self.delimiter)}, {self.encoding}, line ends {ends}{quoting}"
 
     @property
@@ -58,7 +62,7 @@ class Dialect:
 
 
 @dataclass(frozen=True)
-class Wish:
+class Requested:
     """What the recipe says about a table. known: names of columns that it expects beside the known ones."""
 
     delimiter: str | None = None
@@ -69,25 +73,33 @@ class Wish:
 # ---- finding out -----------------------------------------------------------------------------------------------------
 
 
-def find_dialect(path: Path, wish: Wish) -> Dialect:
+def find_dialect(path: Path, requested: Requested) -> Dialect:
     """How the file is written, by its first MiB."""
     with open_bytes(path) as file:
         head = file.read(SAMPLE_BYTES)
-    encoding = wish.encoding or find_encoding(head)
+    encoding = requested.encoding or find_encoding(head)
     text = codecs.getincrementaldecoder(encoding)("replace").decode(head).removeprefix("\ufeff")
     bare = QUOTED.sub("", text)
-    line_end = "\r" if bare.count("\r") > 2 * bare.count("\n") else "\n"
+    if bare.count("\r") > 2 * bare.count("\n"):
+        line_end = "\r"
+    else:
+        line_end = "\n"
     text = text.replace("\r\n", "\n").replace("\r", "\n")
-    found = Dialect(wish.delimiter or ",", encoding, line_end)
+    found = Dialect(requested.delimiter or ",", encoding, line_end)
     first, _, rest = text.partition("\n")
     if said := SEPARATOR_LINE.match(first.encode()):
-        return _quoting(replace(found, delimiter=wish.delimiter or said[1].decode(), first_line=2), rest)
-    if wish.delimiter:
+        return _quoting(replace(found, delimiter=requested.delimiter or said[1].decode(), first_line=2), rest)
+    if requested.delimiter:
         return _quoting(found, text)
-    usual = "\t" if path.name.lower().removesuffix(".gz").removesuffix(".zst").endswith(".tsv") else ","
+    if path.name.lower().removesuffix(".gz").removesuffix(".zst").endswith(".tsv"):
+        usual = "\t"
+    else:
+        usual = ","
     candidates = [usual, *(d for d in DELIMITERS if d != usual)]
-    tried = [_quoting(replace(found, delimiter=d), text) for d in candidates]
-    return max(tried, key=lambda dialect: _fit(dialect, text, wish.known))
+    tried = []
+    for d in candidates:
+        tried.append(_quoting(replace(found, delimiter=d), text))
+    return max(tried, key=lambda dialect: _fit(dialect, text, requested.known))
 
 
 def find_encoding(head: bytes) -> str:
@@ -96,13 +108,17 @@ def find_encoding(head: bytes) -> str:
         if head.startswith(mark):
             return encoding
     if head.count(0) > len(head) // 4:
-        return "utf-16-le" if head[1::2].count(0) > head[::2].count(0) else "utf-16-be"
+        if head[1::2].count(0) > head[::2].count(0):
+            return "utf-16-le"
+        return "utf-16-be"
     if head.isascii():
         return "utf-8"
     if _is_utf8(head):
         return "utf-8"
     good = sum(not line.isascii() and _is_utf8(line) for line in head.splitlines())
-    return "utf-8" if good else "cp1252"
+    if good:
+        return "utf-8"
+    return "cp1252"
 
 
 def _is_utf8(data: bytes) -> bool:
@@ -124,7 +140,9 @@ def _quoting(dialect: Dialect, text: str) -> Dialect:
     if dialect.delimiter not in "\t|":
         return dialect
     bare = replace(dialect, quoted=False)
-    return bare if _share(_sample(dialect, text)) < _share(_sample(bare, text)) == 1 else dialect
+    if _share(_sample(dialect, text)) < _share(_sample(bare, text)) == 1:
+        return bare
+    return dialect
 
 
 def _sample(dialect: Dialect, text: str) -> list[list[str]]:
@@ -177,7 +195,10 @@ class _Recoded(io.RawIOBase):
             data = self._file.read(1 << 16)
             text = self._decode(data, not data)
             if self._old_end and text:
-                again = text[1:] if self._was_return and text[0] == "\n" else text
+                if self._was_return and text[0] == "\n":
+                    again = text[1:]
+                else:
+                    again = text
                 self._was_return = text[-1] == "\r"
                 text = again.replace("\r\n", "\n").replace("\r", "\n")
             self._left = text.encode("utf-8", "surrogateescape")
@@ -213,23 +234,26 @@ class _Lines:
         raise StopIteration
 
 
-def read_table(path: Path, wish: Wish) -> Iterator[Row]:
+def read_table(path: Path, requested: Requested) -> Iterator[Row]:
     """Rows of a file with a header; quoted fields may hold newlines. `line` is the row's first line."""
     try:
-        dialect = find_dialect(path, wish)
+        dialect = find_dialect(path, requested)
     except UnicodeError:
-        yield 1, Unread(f"not {wish.encoding}, which `encoding:` says")
+        yield 1, Unread(f"not {requested.encoding}, which `encoding:` says")
         return
     except ARCHIVE_ERRORS:
         yield 1, BROKEN_ARCHIVE
         return
     with open_bytes(path) as file:
         plain = dialect.encoding == "utf-8" and dialect.line_end == "\n"
-        stream = file if plain else io.BufferedReader(_Recoded(file, dialect))
-        yield from _rows(_Lines(text_lines_of(stream)), dialect, wish)
+        if plain:
+            stream = file
+        else:
+            stream = io.BufferedReader(_Recoded(file, dialect))
+        yield from _rows(_Lines(text_lines_of(stream)), dialect, requested)
 
 
-def _rows(source: _Lines, dialect: Dialect, wish: Wish) -> Iterator[Row]:
+def _rows(source: _Lines, dialect: Dialect, requested: Requested) -> Iterator[Row]:
     """The first rows are held back until they show whether the header is one."""
     stream = _split(source, dialect)
     header = next(stream, None)
@@ -242,7 +266,7 @@ def _rows(source: _Lines, dialect: Dialect, wish: Wish) -> Iterator[Row]:
         return
     names = [name.strip() for name in names]
     first = list(islice(stream, SAMPLE_ROWS))
-    fault = _fault(names, [row for _, row in first if isinstance(row, list)], wish)
+    fault = _fault(names, [row for _, row in first if isinstance(row, list)], requested)
     if fault:
         yield line, Unread(f"{fault} ({dialect})")
         return
@@ -275,7 +299,10 @@ def _split(source: _Lines, dialect: Dialect) -> Iterator[tuple[int, list[str] | 
 
 def header_fault(names: list[str], known: frozenset[str] = frozenset()) -> str:
     """Why a first row cannot be a header, "" where it can. Only known names are told."""
-    lower = [name.lower() for name in names if name]
+    lower = []
+    for name in names:
+        if name:
+            lower.append(name.lower())
     twice = next((name for name in lower if lower.count(name) > 1), None)
     if twice is not None:
         return f"the header names a column twice ({twice if is_known(twice) else 'of no known name'})"
@@ -284,29 +311,35 @@ def header_fault(names: list[str], known: frozenset[str] = frozenset()) -> str:
     return ""
 
 
-def _fault(names: list[str], rows: list[list[str]], wish: Wish) -> str:
+def _fault(names: list[str], rows: list[list[str]], requested: Requested) -> str:
     """Why a header cannot be one, by itself and by the rows below it."""
-    if fault := header_fault(names, wish.known):
+    if fault := header_fault(names, requested.known):
         return fault
     if any(_recurs(names, row) for row in rows):
         return f"the first line is no header: a cell of it stands in its own column again ({len(names)} columns)"
-    counts = {len(row) for row in rows}
+    counts = set()
+    for row in rows:
+        counts.add(len(row))
     if counts and len(names) not in counts:
         return f"the header has {len(names)} columns and the rows have {', '.join(map(str, sorted(counts)[:3]))}"
     return ""
 
 
 def _recurs(names: list[str], row: list[str]) -> bool:
-    cells = [cell.strip() for cell in row]
+    cells = []
+    for cell in row:
+        cells.append(cell.strip())
     return cells != names and any(a and a == b for a, b in zip(names, cells, strict=False))
 
 
-def _named(header: list[str], row: list[str] | Damaged) -> dict[str, Any] | Damaged:
+def _named(header: list[str], row: list[str] | Damaged) -> Fields | Damaged:
     if isinstance(row, Damaged):
         return row
     if len(row) != len(header):
         return Damaged("wrong number of columns")
-    fields = {name or f"column{i}": value for i, (name, value) in enumerate(zip(header, row, strict=True))}
+    fields = {}
+    for i, (name, value) in enumerate(zip(header, row, strict=True)):
+        fields[name or f"column{i}"] = value
     if all(name == value.strip() for name, value in zip(header, row, strict=True)):
         return Damaged("the header stands here again")
     return fields

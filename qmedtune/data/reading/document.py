@@ -1,9 +1,28 @@
-"""The one thing that readers of formats that are no table give."""
+"""What readers give (a row's fields, or a document), and the record that is made of it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, Required, TypedDict
+
+# A row as its file has it: columns or keys of anyone's naming, values as they were parsed. Whoever takes a value out
+# of it checks it first (records.py, instructions.py, choices.py): nothing is known of what a file holds.
+Fields = dict[str, Any]
+
+
+class Record(TypedDict, total=False):
+    """One record of a source, a line of its train.jsonl: `id` always, and either `text` or `messages`."""
+
+    id: Required[str]
+    text: str
+    messages: list[dict[str, str]]  # role, content, and of a user's perhaps input
+    patient: str
+    pmid: str
+    group: str  # what may not be parted by the split into training and held-out
+    language: str
+    label: str | list[str]
+    held_out: bool  # where the source itself says so
+    _versioned: bool  # of PubMed, until versions are sorted out: a newer one of the same id replaces it
 
 
 class Document(NamedTuple):

@@ -17,7 +17,7 @@ from typing import Any
 from lxml import etree, html  # pyright: ignore[reportAttributeAccessIssue]
 
 from qmedtune.data.reading import markup
-from qmedtune.data.reading.document import Document
+from qmedtune.data.reading.document import Document, Fields
 from qmedtune.data.reading.rejects import Damaged, Refused, Unusable
 
 TYPE = re.compile(r"[A-Za-z]{1,40}")
@@ -27,7 +27,7 @@ CHARSET = re.compile(r"charset=\"?([\w-]+)", re.IGNORECASE)
 BLOCKS = frozenset(("p", "div", "li", "tr", "br", "h1", "h2", "h3", "h4", "h5", "h6", "table", "ul", "ol", "section"))
 
 
-def documents(resource: dict[str, Any]) -> Iterator[Document | Damaged | Refused]:
+def documents(resource: Fields) -> Iterator[Document | Damaged | Refused]:
     """The documents of one resource; of a Bundle, those of its entries."""
     if isinstance(resource.get("resource"), dict):
         resource = resource["resource"]
@@ -44,18 +44,27 @@ def documents(resource: dict[str, Any]) -> Iterator[Document | Damaged | Refused
         yield Damaged(str(error))
 
 
-def _document(resource: dict[str, Any]) -> Document | Refused:
+def _document(resource: Fields) -> Document | Refused:
     kind = str(resource.get("resourceType"))
     if kind not in HOLDERS:
-        shown = kind if TYPE.fullmatch(kind) else "unknown"
+        if TYPE.fullmatch(kind):
+            shown = kind
+        else:
+            shown = "unknown"
         return Refused(f"FHIR {shown} holds no note")
     if WRONG[0] in (resource.get("status"), resource.get("docStatus")):
         return Refused("marked as an error in the source (entered-in-error)")
-    parts = [part for part in HOLDERS[kind](resource) if part]
+    parts = []
+    for part in HOLDERS[kind](resource):
+        if part:
+            parts.append(part)
     if not parts:
         return Refused(f"FHIR {kind} without text")
     patient = resource.get("subject")
-    reference = patient.get("reference") if isinstance(patient, dict) else None
+    if isinstance(patient, dict):
+        reference = patient.get("reference")
+    else:
+        reference = None
     name = resource.get("id")
     return Document(
         str(name) if name else None,
@@ -65,39 +74,49 @@ def _document(resource: dict[str, Any]) -> Document | Refused:
     )
 
 
-def _of_reference(resource: dict[str, Any]) -> list[str]:
+def _of_reference(resource: Fields) -> list[str]:
     contents = _listed(resource, "content")
-    return [_attachment(content.get("attachment")) for content in contents]
+    found: list[str] = []
+    for content in contents:
+        found.append(_attachment(content.get("attachment")))
+    return found
 
 
-def _of_report(resource: dict[str, Any]) -> list[str]:
-    parts = [_attachment(form) for form in _listed(resource, "presentedForm")]
+def _of_report(resource: Fields) -> list[str]:
+    parts = []
+    for form in _listed(resource, "presentedForm"):
+        parts.append(_attachment(form))
     conclusion = resource.get("conclusion")
     if isinstance(conclusion, str) and conclusion.strip() and not any(conclusion.strip() in part for part in parts):
         parts.append(conclusion.strip())
     return parts
 
 
-def _of_composition(resource: dict[str, Any]) -> list[str]:
+def _of_composition(resource: Fields) -> list[str]:
     title = resource.get("title")
     parts = [f"# {title.strip()}"] if isinstance(title, str) and title.strip() else []
     body = _sections(resource)
-    return [*parts, *body] if body else []
+    if body:
+        return [*parts, *body]
+    return []
 
 
-def _sections(holder: dict[str, Any]) -> list[str]:
+def _sections(holder: Fields) -> list[str]:
     return list(chain.from_iterable(_section(section) for section in _listed(holder, "section")))
 
 
-def _section(section: dict[str, Any]) -> list[str]:
+def _section(section: Fields) -> list[str]:
     title, text = section.get("title"), section.get("text")
-    said = _of_html(str(text.get("div", ""))) if isinstance(text, dict) else ""
+    if isinstance(text, dict):
+        said = _of_html(str(text.get("div", "")))
+    else:
+        said = ""
     below = _sections(section)
     heading = [f"## {title.strip()}"] if isinstance(title, str) and title.strip() and (said or below) else []
     return [*heading, *([said] if said else []), *below]
 
 
-def _of_binary(resource: dict[str, Any]) -> list[str]:
+def _of_binary(resource: Fields) -> list[str]:
     return [_attachment(resource)]
 
 
@@ -107,7 +126,7 @@ HOLDERS = {
 }  # fmt: skip
 
 
-def _listed(resource: dict[str, Any], key: str) -> list[dict[str, Any]]:
+def _listed(resource: Fields, key: str) -> list[Fields]:
     value = resource.get(key) or []
     if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
         raise Unusable(f"FHIR {key} is no list of objects")
@@ -132,7 +151,9 @@ def _attachment(attachment: Any) -> str:
         raise Unusable("FHIR attachment is not in its encoding (none said: UTF-8)") from error
     if kind.startswith("text/rtf"):
         raise Unusable("FHIR attachment is RTF, which is not read")
-    return text.strip() if kind.startswith("text/plain") else _of_html(text)
+    if kind.startswith("text/plain"):
+        return text.strip()
+    return _of_html(text)
 
 
 def _of_html(text: str) -> str:
@@ -144,7 +165,10 @@ def _of_html(text: str) -> str:
     except (etree.ParserError, etree.XMLSyntaxError, ValueError) as error:
         raise Unusable("FHIR attachment is broken HTML") from error
     for element in root.iter():
-        name = element.tag if isinstance(element.tag, str) else ""
+        if isinstance(element.tag, str):
+            name = element.tag
+        else:
+            name = ""
         if name in ("script", "style") or not name:
             element.text = ""
         elif name in BLOCKS:

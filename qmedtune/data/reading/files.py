@@ -32,8 +32,13 @@ def open_bytes(path: Path) -> IO[bytes]:
     a browser has unpacked keeps its name). `archive.zip/member` is read out of its archive."""
     archive = _zip_of(path)
     if path.suffix.lower() not in (".gz", ".zst"):
-        return _member(archive, path) if archive else path.open("rb")
-    stream = io.BufferedReader(cast(io.RawIOBase, _member(archive, path))) if archive else path.open("rb")
+        if archive:
+            return _member(archive, path)
+        return path.open("rb")
+    if archive:
+        stream = io.BufferedReader(cast(io.RawIOBase, _member(archive, path)))
+    else:
+        stream = path.open("rb")
     head = stream.peek(4)[:4]
     if head.startswith(GZIP):
         return cast(IO[bytes], _closing(gzip.GzipFile(fileobj=stream), stream))
@@ -67,12 +72,16 @@ def in_archive(path: Path) -> bool:
 
 def plain_suffix(path: Path) -> str:
     """`.xml` for `a.xml.gz`: the extension below the compression, in lower case."""
-    suffixes = [s.lower() for s in path.suffixes]
+    suffixes = []
+    for s in path.suffixes:
+        suffixes.append(s.lower())
     if suffixes and suffixes[-1] in (".gz", ".zst"):
         suffixes.pop()
     if len(suffixes) > 1 and suffixes[-2:] == [".tar"]:
         return ".tar"
-    return suffixes[-1] if suffixes else ""
+    if suffixes:
+        return suffixes[-1]
+    return ""
 
 
 def lines(path: Path) -> Iterator[tuple[int, bytes | Damaged]]:

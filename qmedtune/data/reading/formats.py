@@ -29,7 +29,7 @@ from qmedtune.data.reading import (
     tei,
     xml_files,
 )
-from qmedtune.data.reading.document import Document, Skipped
+from qmedtune.data.reading.document import Document, Fields, Skipped
 from qmedtune.data.reading.files import ARCHIVE_ERRORS, MAX_MEMBER_BYTES, head_of
 from qmedtune.data.reading.listing import SUFFIXES, data_suffix, is_stray
 from qmedtune.data.reading.rejects import Unread
@@ -61,21 +61,28 @@ def format_of(file: Path, format: str) -> str:
     if suffix == ".zip" and format not in ("docx", "xlsx"):
         return "zip"
     if format in JSON_SCHEMAS and suffix != ".xml":
-        return "jsonl" if suffix in (".jsonl", ".ndjson") else "json"
+        if suffix in (".jsonl", ".ndjson"):
+            return "jsonl"
+        return "json"
     if format == "bioc":
         return "bioc_xml"
     if format not in ("auto", *JSON_SCHEMAS):
         return format
     known = SUFFIXES.get(suffix)
     if known is None:
-        below = f" below {file.suffix}" if file.suffix in (".gz", ".zst") else ""
+        if file.suffix in (".gz", ".zst"):
+            below = f" below {file.suffix}"
+        else:
+            below = ""
         raise DataError(
             f"{file}: unknown extension {suffix or '(none)'}{below}\n"
             f"allowed: {', '.join(SUFFIXES)}, also .gz and .zst; or name the `format:`"
         )
     if known == "xml":
         return _xml(file)
-    return _text(file) if known == "text" else known
+    if known == "text":
+        return _text(file)
+    return known
 
 
 def _xml(file: Path) -> str:
@@ -92,7 +99,9 @@ def _xml(file: Path) -> str:
         return known[root.name]
     if root.name in questions.LIVEQA_ROOTS:
         return "liveqa"
-    return "n2c2" if clinical_xml.holds_text(file) else "jats"
+    if clinical_xml.holds_text(file):
+        return "n2c2"
+    return "jats"
 
 
 def _text(file: Path) -> str:
@@ -107,13 +116,15 @@ def _text(file: Path) -> str:
     if bioc.STARTS.match(head):
         return "pubtator"
     is_table = head.startswith((b"\xff\xfe", b"\xfe\xff")) and csvs.is_header(head)  # Excel's "Unicode text"
-    return "tsv" if is_table else "text"
+    if is_table:
+        return "tsv"
+    return "text"
 
 
 def read_rows(file: Path, source: SourceSection, format: str) -> Iterator[tuple[int, Any]]:
     """Rows and documents of a file in a known format, with what the recipe says of its kind."""
     if format in ("csv", "tsv"):
-        yield from csvs.read_table(file, wish_of(source))
+        yield from csvs.read_table(file, requested_of(source))
     elif format == "text":
         yield from _documents(row_formats.read_text(file, source.encoding))
     elif format == "mimic_cxr":
@@ -130,15 +141,15 @@ def _documents(stream: Iterator[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
         yield number, Document(**fields) if isinstance(fields, dict) else fields
 
 
-def wish_of(source: SourceSection) -> csvs.Wish:
-    return csvs.Wish(source.delimiter, source.encoding, frozenset(source.columns.values()))
+def requested_of(source: SourceSection) -> csvs.Requested:
+    return csvs.Requested(source.delimiter, source.encoding, frozenset(source.columns.values()))
 
 
 def describe(file: Path, source: SourceSection, format: str) -> str:
     """What a file was recognised as, in words."""
     if format in ("csv", "tsv"):
         try:
-            return f"{format} ({csvs.find_dialect(file, wish_of(source))})"
+            return f"{format} ({csvs.find_dialect(file, requested_of(source))})"
         except (*ARCHIVE_ERRORS, OSError, UnicodeError):
             return format
     if format == "text" and source.encoding:
@@ -152,12 +163,13 @@ def _expanded(stream: Iterator[tuple[int, Any]], instructions: bool) -> Iterator
         if not isinstance(fields, dict):
             yield number, fields
         elif "resourceType" in fields or _is_entry(fields):
-            yield from ((number, found) for found in fhir.documents(fields))
+            for found in fhir.documents(fields):
+                yield (number, found)
         else:
             yield from ((number, found) for found in notes.expand(fields, instructions))
 
 
-def _is_entry(fields: dict[str, Any]) -> bool:
+def _is_entry(fields: Fields) -> bool:
     """Whether a row is an entry of a FHIR Bundle."""
     resource = fields.get("resource")
     return isinstance(resource, dict) and "resourceType" in resource

@@ -14,6 +14,7 @@ from itertools import chain
 from typing import Any
 
 from qmedtune.data.reading import markup
+from qmedtune.data.reading.document import Fields
 from qmedtune.data.reading.rejects import Unusable
 
 PARSES = ("pdf_parse", "latex_parse", "grobid_parse")
@@ -31,16 +32,19 @@ class Paper:
     read: frozenset[str]
 
 
-def paper(fields: dict[str, Any]) -> Paper | None:
+def paper(fields: Fields) -> Paper | None:
     """The paper in a row, None where the row is none. Raises `Unusable`."""
     if isinstance(fields.get("content"), dict):
         return _annotated(fields)
     name = next((name for name in PARSES if _has_body(fields.get(name))), None)
-    parse = fields[name] if name else fields
+    if name:
+        parse = fields[name]
+    else:
+        parse = fields
     if not _has_body(parse):
         return None
     nested = fields.get("metadata")
-    about: dict[str, Any] = nested if isinstance(nested, dict) else {}
+    about: Fields = nested if isinstance(nested, dict) else {}
     title = fields.get("title") or about.get("title")
     blocks = [f"# {title.strip()}"] if isinstance(title, str) and title.strip() else []
     abstract = list(_paragraphs(parse.get("abstract") or fields.get("abstract") or about.get("abstract")))
@@ -74,7 +78,10 @@ def _sections(body: list[Any]) -> Iterator[str]:
     """Paragraphs, each new section's heading before its first."""
     heading = None
     for entry in body:
-        section = entry.get("section") if isinstance(entry, dict) else None
+        if isinstance(entry, dict):
+            section = entry.get("section")
+        else:
+            section = None
         if isinstance(section, str) and section.strip() and section != heading:
             heading = section
             yield f"## {section.strip()}"
@@ -87,7 +94,7 @@ def _captions(entries: Any) -> Iterator[str]:
             yield entry["text"].strip()
 
 
-def _annotated(fields: dict[str, Any]) -> Paper:
+def _annotated(fields: Fields) -> Paper:
     """S2ORC: `content.text` with stand-off annotations, each a JSON string of [{start, end, attributes}].
 
     Author, affiliation, venue and bibliography spans are left out; section headers become `## ` lines.
@@ -98,13 +105,25 @@ def _annotated(fields: dict[str, Any]) -> Paper:
         raise Unusable("text is null" if text is None else "text is not a string")
     spans = content.get("annotations") or {}
     known = fields.get("externalids")
-    pmid = {k.lower(): v for k, v in known.items()}.get("pubmed") if isinstance(known, dict) else None
+    if isinstance(known, dict):
+        pmid = {k.lower(): v for k, v in known.items()}.get("pubmed")
+    else:
+        pmid = None
     left_out = chain.from_iterable(_spans(spans, key) for key in LEFT_OUT)
-    cuts = [(start, end, "") for start, end in left_out]
-    headers = [(start, end) for start, end in _spans(spans, "sectionheader") if end > start]
+    cuts = []
+    for start, end in left_out:
+        cuts.append((start, end, ""))
+    headers = []
+    for start, end in _spans(spans, "sectionheader"):
+        if end > start:
+            headers.append((start, end))
     cuts += [(start, end, f"\n\n## {text[start:end].strip()}\n\n") for start, end in headers]
-    cited = [span for span in _spans(spans, "bibref") if markup.is_number(text[span[0] : span[1]])]
-    cuts += [(start, end, markup.CITED) for start, end in cited]
+    cited = []
+    for span in _spans(spans, "bibref"):
+        if markup.is_number(text[span[0] : span[1]]):
+            cited.append(span)
+    for start, end in cited:
+        cuts.append((start, end, markup.CITED))
     parts, at = [], 0
     for start, end, instead in sorted(cuts):
         if start >= at:
@@ -115,7 +134,7 @@ def _annotated(fields: dict[str, Any]) -> Paper:
     return Paper(fields.get("corpusid"), markup.without_marks("".join(parts)), str(pmid) if pmid else None, read)
 
 
-def _spans(annotations: dict[str, Any], key: str) -> list[tuple[int, int]]:
+def _spans(annotations: Fields, key: str) -> list[tuple[int, int]]:
     raw = annotations.get(key)
     try:
         return _places(json.loads(raw) if isinstance(raw, str) else raw or [])
@@ -125,6 +144,9 @@ def _spans(annotations: dict[str, Any], key: str) -> list[tuple[int, int]]:
 
 def _places(spans: Iterable[Any]) -> list[tuple[int, int]]:
     try:
-        return [(int(span["start"]), int(span["end"])) for span in spans]
+        found: list[tuple[int, int]] = []
+        for span in spans:
+            found.append((int(span["start"]), int(span["end"])))
+        return found
     except (ValueError, KeyError, TypeError) as error:
         raise Unusable(UNREADABLE) from error

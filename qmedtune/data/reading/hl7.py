@@ -91,7 +91,10 @@ def _begin(number: int, segment: str) -> _Message | None:
         return None
     separator, marks = segment[3], segment[4:8]
     fields = segment.split(separator)
-    control = fields[9] if len(fields) > 9 else ""
+    if len(fields) > 9:
+        control = fields[9]
+    else:
+        control = ""
     return _Message(number, separator, marks[1], marks[2], control.strip())
 
 
@@ -128,10 +131,14 @@ def _unescaped(text: str, message: _Message) -> str:
 
 
 def _reports(message: _Message) -> Iterator[tuple[int, Document | Refused]]:
-    texts = [text for report in message.reports if (text := "\n".join(report).strip())]
+    texts = []
+    for report in message.reports:
+        if text := "\n".join(report).strip():
+            texts.append(text)
     if not texts:
         yield message.number, Refused("HL7 message without text")
     for index, text in enumerate(texts, start=1):
         name = message.control or f"message-{message.number}"
-        name = name if len(texts) == 1 else f"{name}-{index}"
+        if len(texts) != 1:
+            name = f"{name}-{index}"
         yield message.number, Document(name, text, patient=message.patient, unread=tuple(sorted(message.unread)))

@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 from qmedtune.data.reading import choices
-from qmedtune.data.reading.document import Document
+from qmedtune.data.reading.document import Document, Fields, Record
 from qmedtune.data.reading.records import Shaped, as_name, checked, content_id, find_columns
 from qmedtune.data.reading.rejects import Refused, Unusable
 from qmedtune.data.reading.tally import shown_names
@@ -52,7 +52,7 @@ PREFERENCE = (("chosen", "rejected"), ("chosen", "rejected_response"), ("preferr
 BAD_MARKS = ("label", "kto_tag")
 
 
-def instruction_record(fields: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
+def instruction_record(fields: Fields, columns: dict[str, str]) -> Record:
     """The conversation of one row. Raises `Unusable`, also for one that must not be used."""
     shaped = instruction_shape(fields, columns)
     if isinstance(shaped, Refused):
@@ -60,7 +60,7 @@ def instruction_record(fields: dict[str, Any], columns: dict[str, str]) -> dict[
     return shaped.record
 
 
-def instruction_shape(fields: dict[str, Any] | Document, columns: dict[str, str]) -> Shaped | Refused:
+def instruction_shape(fields: Fields | Document, columns: dict[str, str]) -> Shaped | Refused:
     """The conversation of one row and what it was made of. Raises `Unusable`."""
     if isinstance(fields, Document):
         raise Unusable("a document and no instruction: read it as kind literature, clinical or general")
@@ -76,18 +76,26 @@ def instruction_shape(fields: dict[str, Any] | Document, columns: dict[str, str]
     name = as_name(fields.get(known.get("id", ""))) or as_name(fields.get("pubid"))
     name = name or content_id(*(m["content"] for m in messages))
     pmid = as_name(fields.get(known.get("pmid", ""))) or (name if schema == "PubMedQA" else None)
-    row.read |= {known[role] for role in ("id", "pmid") if role in known}
-    extra = {"group": as_name(row.take("group"))} if row.has("group") and as_name(row.peek("group")) else {}
-    record = {"id": name, "messages": messages, **({"pmid": pmid} if pmid else {}), **extra}
+    for role in ("id", "pmid"):
+        if role in known:
+            row.read.add(known[role])
+    record: Record = {"id": name, "messages": messages}
+    if pmid:
+        record["pmid"] = pmid
+    if group := as_name(row.peek("group")):
+        row.take("group")
+        record["group"] = group
     return Shaped(record, frozenset(row.read), schema)
 
 
 class _Row:
     """A row whose keys are found in any case, and which remembers what was taken of it."""
 
-    def __init__(self, fields: dict[str, Any], columns: dict[str, str]):
+    def __init__(self, fields: Fields, columns: dict[str, str]):
         self.fields, self.columns = fields, columns
-        self.names = {name.lower(): name for name in reversed(fields)}
+        self.names = {}
+        for name in reversed(fields):
+            self.names[name.lower()] = name
         self.read: set[str] = set()
 
     def has(self, *names: str) -> bool:
@@ -108,7 +116,9 @@ class _Row:
 
 def _messages(row: _Row) -> tuple[str, Messages]:
     """(schema, conversation). Raises `Unusable`."""
-    mapped = [row.columns.get(role) for role in ("instruction", "input", "output")]
+    mapped = []
+    for role in ("instruction", "input", "output"):
+        mapped.append(row.columns.get(role))
     if mapped[0] or mapped[2]:
         return "columns", _mapped(row, mapped[0] or "instruction", mapped[1] or "input", mapped[2] or "output")
     for name in UNSUPPORTED:
@@ -137,7 +147,9 @@ def _messages(row: _Row) -> tuple[str, Messages]:
 
 
 def _conversation_name(key: str) -> str:
-    return "ShareGPT" if key == "conversations" else "messages"
+    if key == "conversations":
+        return "ShareGPT"
+    return "messages"
 
 
 def _said(role: str, content: str) -> dict[str, str]:
@@ -159,10 +171,16 @@ def _mapped(row: _Row, question: str, extra: str, answer: str) -> Messages:
 def _pair(row: _Row, schema: str, question: str, answer: str) -> Messages:
     """Question and answer with all that belongs to them: input and context, earlier turns, system."""
     asked = row.take(question)
-    given = [_given(row.take(name)) for name in ("input", *CONTEXTS) if name != question and row.has(name)]
+    given = []
+    for name in ("input", *CONTEXTS):
+        if name != question and row.has(name):
+            given.append(_given(row.take(name)))
     extra = "\n\n".join(part for part in given if part)
     if schema in TASKS_OF:
-        header = row.take("section_header") if row.has("section_header") else None
+        if row.has("section_header"):
+            header = row.take("section_header")
+        else:
+            header = None
         asked, extra = _task(schema, header), checked(asked, "question").strip()
     elif isinstance(asked, str) and not asked.strip() and extra:
         asked, extra = extra, ""  # an empty instruction, and the question in its input
@@ -179,7 +197,9 @@ def _task(schema: str, header: Any) -> str:
     task = TASKS_OF[schema]
     if schema != "MTS-Dialog":
         return task
-    return f"{task}: {header.strip()}." if isinstance(header, str) and header.strip() else f"{task}."
+    if isinstance(header, str) and header.strip():
+        return f"{task}: {header.strip()}."
+    return f"{task}."
 
 
 def is_task(content: str) -> bool:
@@ -195,7 +215,8 @@ def _answer(value: Any) -> str:
         if not value:
             raise Unusable("answer is empty")
         value = value[0]
-        value = value.get("text") if isinstance(value, dict) else value
+        if isinstance(value, dict):
+            value = value.get("text")
     return checked(value, "answer").strip()
 
 
@@ -204,7 +225,9 @@ def _given(value: Any) -> str:
     if isinstance(value, dict):
         value = value.get("contexts")
     if isinstance(value, list):
-        texts = [entry.get("text") if isinstance(entry, dict) else entry for entry in value]
+        texts = []
+        for entry in value:
+            texts.append(entry.get("text") if isinstance(entry, dict) else entry)
         return "\n".join(checked(text, "context").strip() for text in texts)
     if value is None or (isinstance(value, str) and value.strip().lower() in NO_INPUT):
         return ""
@@ -228,7 +251,10 @@ def _history(turns: Any) -> Messages:
 def _with_system(row: _Row, messages: Messages) -> Messages:
     """The conversation after the system message that stands beside it, where it has none of its own."""
     name = next((name for name in SYSTEMS if row.has(name)), None)
-    system = row.take(name) if name else None
+    if name:
+        system = row.take(name)
+    else:
+        system = None
     if not isinstance(system, str) or not system.strip():
         return messages
     if messages[0]["role"] == "system":

@@ -93,9 +93,14 @@ def article(root: Any) -> Document | Damaged | Refused:
     text = "\n\n".join(block for block in _parts(root, meta) if block)
     if not text:
         raise Unusable("article without text")
-    ids = {e.get("pub-id-type"): (e.text or "").strip() for e in meta.findall("article-id")}
+    ids = {}
+    for e in meta.findall("article-id"):
+        ids[e.get("pub-id-type")] = (e.text or "").strip()
     pmcid = ids.get("pmc") or ids.get("pmcid") or ids.get("pmcaid")
-    name = f"PMC{pmcid.removeprefix('PMC')}" if pmcid else ids.get("pmid") or ids.get("doi") or ""
+    if pmcid:
+        name = f"PMC{pmcid.removeprefix('PMC')}"
+    else:
+        name = ids.get("pmid") or ids.get("doi") or ""
     return Document(name, text, pmid=ids.get("pmid"), unread=unread)
 
 
@@ -116,7 +121,10 @@ def _prune(root: Any) -> tuple[str, ...]:
 
     Done once per document in libxml2, so that a paragraph's text is one call.
     """
-    unread = {"back"} if root.find("back") is not None else set()
+    if root.find("back") is not None:
+        unread = {"back"}
+    else:
+        unread = set()
     for part in PARTS:
         for element in root.iterfind(part):
             xml_files.name_entities(element)

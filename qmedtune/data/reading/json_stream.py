@@ -14,9 +14,10 @@ import re
 from collections.abc import Iterator
 from typing import IO, Any
 
+from qmedtune.data.reading.document import Fields
 from qmedtune.data.reading.rejects import Damaged, Unread, Unusable
 
-Row = tuple[int, dict[str, Any] | Damaged]
+Row = tuple[int, Fields | Damaged]
 
 CHUNK_BYTES = 1 << 20
 MAX_ELEMENT_CHARS = 16 << 20
@@ -41,7 +42,7 @@ def _no_constant(name: str) -> None:
     raise Unusable("NaN or Infinity in JSON")
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> Fields:
     fields = dict(pairs)
     if len(fields) < len(pairs):
         raise Unusable("duplicate key in JSON")
@@ -64,7 +65,7 @@ def parse_json(text: str) -> Any | Damaged:
         return Damaged("broken JSON")
 
 
-def as_fields(value: Any) -> dict[str, Any] | Damaged:
+def as_fields(value: Any) -> Fields | Damaged:
     """A row must be an object."""
     if isinstance(value, (dict, Damaged)):
         return value
@@ -261,7 +262,7 @@ def _whole(window: Window, found: Iterator[Row]) -> Iterator[Row]:
         yield window.line, Unread("text after the end of the JSON array or object; not read from here on")
 
 
-def _of_object(value: dict[str, Any]) -> Iterator[Row]:
+def _of_object(value: Fields) -> Iterator[Row]:
     """The rows of an object that has been read: those of its list, its members where all are objects, or itself."""
     lists = [value[key] for key in CONTAINERS if isinstance(value.get(key), list)]
     if lists and not isinstance(value.get("passages"), list):
@@ -285,7 +286,7 @@ def _key(window: Window) -> str | Unread:
 def _parts(window: Window, top: bool = False) -> Iterator[Row]:
     """An object that is too long or damaged, whose `{` has been passed, as objects of one element of its list each;
     with `top` the elements themselves. One without a list of records cannot be taken apart: one `Damaged`."""
-    said: dict[str, Any] = {}
+    said: Fields = {}
     taken, reason = False, f"a JSON document longer than {MAX_ELEMENT_CHARS >> 20} MiB"
     start = window.line
     while (mark := window.peek()) not in ("}", ""):

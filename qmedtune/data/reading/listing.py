@@ -66,7 +66,9 @@ def list_source(source: SourceSection) -> Listing:
     """The files of a source and what is left out. Raises DataError for what cannot be data."""
     if all(path.startswith(BUILTIN) for path in source.paths) or hub_dataset(source):
         return Listing(())
-    found = [_expand(with_variables(path), source.format) for path in source.paths]
+    found = []
+    for path in source.paths:
+        found.append(_expand(with_variables(path), source.format))
     files = tuple(chain.from_iterable(listing.files for listing in found))
     for file in files:
         _check_file(file)
@@ -82,7 +84,9 @@ def hub_dataset(source: SourceSection) -> str | None:
     """A Hub id: `format: huggingface`, one `owner/name`, and no such folder here."""
     if source.format != "huggingface" or not isinstance(source.path, str) or Path(source.path).exists():
         return None
-    return source.path if HUB_ID.match(source.path) else None
+    if HUB_ID.match(source.path):
+        return source.path
+    return None
 
 
 def with_variables(path: str) -> str:
@@ -104,7 +108,9 @@ def with_variables(path: str) -> str:
 
 def data_suffix(file: Path) -> str:
     """The extension that says what a file is, below compression."""
-    return ".tgz" if file.suffix.lower() == ".tgz" else plain_suffix(file)
+    if file.suffix.lower() == ".tgz":
+        return ".tgz"
+    return plain_suffix(file)
 
 
 def is_stray(file: Path) -> bool:
@@ -121,9 +127,15 @@ def _expand(path: str, format: str) -> Listing:
     if here.is_dir():
         return _folder(here, format)
     matches = sorted(Path(match) for match in glob.glob(path, recursive=True))
-    files = [file for file in matches if file.is_file()]
+    files = []
+    for file in matches:
+        if file.is_file():
+            files.append(file)
     if not files:
-        what = "nothing matches this pattern" if glob.has_magic(path) else "no such file or folder"
+        if glob.has_magic(path):
+            what = "nothing matches this pattern"
+        else:
+            what = "no such file or folder"
         advice = unmounted_drive(here) or "give a file, a folder or a pattern such as /data/pmc/**/*.nxml"
         raise DataError(f"{path}: {what}\n{advice}")
     return _chosen(files, format, path)
@@ -138,7 +150,10 @@ def _chosen(files: list[Path], format: str, where: str) -> Listing:
     """Which of the files of a folder or pattern are data. Raises DataError where none is."""
     if format == "huggingface":
         return Listing(tuple(files))
-    data = [file for file in files if not is_stray(file)]
+    data = []
+    for file in files:
+        if not is_stray(file):
+            data.append(file)
     if format == "mimic_cxr":
         data = [file for file in data if CXR_REPORT.fullmatch(file.name)]
     elif format == "auto":
@@ -148,7 +163,10 @@ def _chosen(files: list[Path], format: str, where: str) -> Listing:
         data = [file for file in data if data_suffix(file) in suffixes] or data
     if not data:
         seen = ", ".join(sorted(by_extension(tuple(files)))[:8]) or "it is empty"
-        allowed = "reports are s<digits>.txt" if format == "mimic_cxr" else ", ".join(SUFFIXES)
+        if format == "mimic_cxr":
+            allowed = "reports are s<digits>.txt"
+        else:
+            allowed = ", ".join(SUFFIXES)
         raise DataError(f"{where}: no readable file in this folder ({seen})\nallowed: {allowed}, also .gz and .zst")
     taken = set(data)
     return Listing(tuple(data), tuple(file for file in files if file not in taken))

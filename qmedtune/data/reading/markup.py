@@ -71,7 +71,9 @@ def without_marks(text: str) -> str:
 
 def lines_and_cells(text: str) -> str:
     """The lines that are not empty, with the spaces in them collapsed; tabs part the cells of a table's row."""
-    lines = [_cells(line) for line in text.split("\n")]
+    lines = []
+    for line in text.split("\n"):
+        lines.append(_cells(line))
     return "\n".join(line for line in lines if line)
 
 
@@ -123,7 +125,9 @@ def resolve(root: Any, citation: tuple[str, str] | None = None) -> None:
 
 def _words(element: Any) -> str:
     """All text of an element; most have no children, and then it is one attribute."""
-    return "".join(element.itertext()) if len(element) else element.text or ""
+    if len(element):
+        return "".join(element.itertext())
+    return element.text or ""
 
 
 def _become(element: Any, text: str) -> None:
@@ -135,7 +139,10 @@ def _become(element: Any, text: str) -> None:
 
 def _script(element: Any, is_raised: bool) -> None:
     earlier, parent, after = element.getprevious(), element.getparent(), element.tail
-    before = parent.text if earlier is None else earlier.tail
+    if earlier is None:
+        before = parent.text
+    else:
+        before = earlier.tail
     if before and after and not len(element) and not _touches(before[-1]) and not after[0].isdecimal():
         return  # CO2 and m2: two thirds of all, told without looking further
     said = _words(element).strip()
@@ -169,13 +176,18 @@ def _before(element: Any) -> str:
     while True:
         earlier = element.getprevious()
         while earlier is not None:
-            text = "".join(earlier.itertext()) if not earlier.tail and isinstance(earlier.tag, str) else earlier.tail
+            if not earlier.tail and isinstance(earlier.tag, str):
+                text = "".join(earlier.itertext())
+            else:
+                text = earlier.tail
             if text:
                 return text[-1]
             earlier = earlier.getprevious()
         parent = element.getparent()
         if parent is None or parent.text:
-            return parent.text[-1] if parent is not None else ""
+            if parent is not None:
+                return parent.text[-1]
+            return ""
         if parent.tag not in INLINE:
             return ""
         element = parent
@@ -188,7 +200,10 @@ def _after(element: Any) -> str:
             return element.tail[0]
         later, parent = element.getnext(), element.getparent()
         if later is not None:
-            text = "".join(later.itertext()) if later.tag in INLINE else ""
+            if later.tag in INLINE:
+                text = "".join(later.itertext())
+            else:
+                text = ""
             return text[:1]
         if parent is None or parent.tag not in INLINE:
             return ""
@@ -200,17 +215,28 @@ def _after(element: Any) -> str:
 
 def _math(element: Any) -> str:
     """A formula in one line: `10^9`, `x_1^2`, `(a + b)/2`, `sqrt(2)`."""
-    name = element.tag.rpartition("}")[2] if isinstance(element.tag, str) else ""
+    if isinstance(element.tag, str):
+        name = element.tag.rpartition("}")[2]
+    else:
+        name = ""
     if name == "semantics" and len(element):
         return _math(element[0])
     if name in ("annotation", "annotation-xml", ""):
         return ""
-    parts = [_math(child) for child in element if isinstance(child.tag, str)]
+    parts = []
+    for child in element:
+        if isinstance(child.tag, str):
+            parts.append(_math(child))
     if not parts:
         return " ".join((element.text or "").split())
     form = FORMS.get(name)
     if form and len(parts) >= form.count("{"):
-        held = [_grouped(part) for part in parts] if name != "msqrt" else [" ".join(parts)]
+        if name != "msqrt":
+            held = []
+            for part in parts:
+                held.append(_grouped(part))
+        else:
+            held = [" ".join(parts)]
         return form.format(*held)
     if name == "mtr":
         return ", ".join(parts)
@@ -238,4 +264,6 @@ def _row(parts: list[str]) -> str:
 
 def _grouped(part: str) -> str:
     """Brackets around what is more than one sign or number."""
-    return part if re.fullmatch(r"[^\W_]+(?:\.\d+)?|[-−+]?\d+(?:[.,]\d+)?|\(.*\)|.", part) else f"({part})"
+    if re.fullmatch(r"[^\W_]+(?:\.\d+)?|[-−+]?\d+(?:[.,]\d+)?|\(.*\)|.", part):
+        return part
+    return f"({part})"

@@ -10,20 +10,23 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from qmedtune.data.reading.document import Fields
 from qmedtune.errors import DataError
 
 BASE = "_cop_base"
 UNLABELLED = frozenset((-1, None))
 
 
-def cop_of(fields: dict[str, Any]) -> int | None:
+def cop_of(fields: Fields) -> int | None:
     """The value of `cop` as a whole number (tables hold it as text), None where it is none."""
     value = fields.get("cop")
     if isinstance(value, str) and value.strip().lstrip("-").isdecimal():
         return int(value)
     if isinstance(value, float) and value == value // 1:
         return int(value)
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    return None
 
 
 def answer_base(path: Path, answers: set[int | None]) -> int:
@@ -34,7 +37,9 @@ def answer_base(path: Path, answers: set[int | None]) -> int:
         )
     if {0, 4} <= answers or not answers & {0, 4}:
         raise DataError(f"{path}: cannot tell whether `cop` counts from 0 or from 1\ngive the whole split")
-    return 1 if 4 in answers else 0
+    if 4 in answers:
+        return 1
+    return 0
 
 
 def with_answer_base(path: Path, read: Callable[[], Iterator[tuple[int, Any]]]) -> Iterator[tuple[int, Any]]:

@@ -56,6 +56,12 @@ SPLIT = re.compile(r"[\s_.:/()-]+|(?<=[a-z])(?=[A-Z])|(?<=[A-Za-z])(?=\d)|(?<=\d
 @lru_cache(maxsize=4096)
 def is_known(name: str) -> bool:
     """Whether a name is made of known words only (numbers between them allowed), so that it is a name and not data."""
-    parts = [part.lower() for part in SPLIT.split(name.strip()) if part]
-    words = [part for part in parts if not part.isdecimal()]
+    parts = []
+    for part in SPLIT.split(name.strip()):
+        if part:
+            parts.append(part.lower())
+    words = []
+    for part in parts:
+        if not part.isdecimal():
+            words.append(part)
     return bool(words) and len(name) <= 40 and len(parts) <= 5 and all(part in WORDS for part in words)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qmedtune.data.reading import bioc, row_formats
-from qmedtune.data.reading.document import Document
+from qmedtune.data.reading.document import Document, Fields
 from qmedtune.data.reading.rejects import Damaged, Unusable
 
 
@@ -39,7 +39,7 @@ def expand(fields: Any, instructions: bool) -> list[Any]:
     return [fields]
 
 
-def _emrqa(note: dict[str, Any], instructions: bool) -> Iterator[dict[str, Any] | Damaged]:
+def _emrqa(note: Fields, instructions: bool) -> Iterator[Fields | Damaged]:
     """Clinical kinds: each note once. Instructions: the first paraphrase of each question that has an answer (the
     many others are templates); classes without an answer text (smoking, obesity) are taken as they stand."""
     for paragraph in note["paragraphs"]:
@@ -47,7 +47,10 @@ def _emrqa(note: dict[str, Any], instructions: bool) -> Iterator[dict[str, Any] 
             yield Damaged("emrQA paragraph is not an object")
             continue
         context = paragraph.get("context", paragraph.get("text"))
-        text = "\n".join(str(s).rstrip("\r\n") for s in context) if isinstance(context, list) else context
+        if isinstance(context, list):
+            text = "\n".join(str(s).rstrip("\r\n") for s in context)
+        else:
+            text = context
         name = str(paragraph.get("note_id", note.get("title", "")))
         if not instructions:
             yield {"id": name, "text": text, "patient": name.split("_")[0]}
@@ -58,18 +61,30 @@ def _emrqa(note: dict[str, Any], instructions: bool) -> Iterator[dict[str, Any] 
                 continue
             question, answers = qa.get("question"), _answers(qa)
             if answers:
-                asked = question[0] if isinstance(question, list) and question else question
+                if isinstance(question, list) and question:
+                    asked = question[0]
+                else:
+                    asked = question
                 yield {"instruction": asked, "input": text, "output": answers[0], "answers": answers, "group": name}
 
 
-def _answers(qa: dict[str, Any]) -> list[str]:
+def _answers(qa: Fields) -> list[str]:
     """The answers in words: any of them is right."""
-    said = [answer for answer in qa.get("answers") or [] if isinstance(answer, dict)]
-    texts = [answer["text"] for answer in said if answer.get("text")]
-    return [", ".join(map(str, text)) if isinstance(text, list) else str(text) for text in texts]
+    said = []
+    for answer in qa.get("answers") or []:
+        if isinstance(answer, dict):
+            said.append(answer)
+    texts = []
+    for answer in said:
+        if answer.get("text"):
+            texts.append(answer["text"])
+    found: list[str] = []
+    for text in texts:
+        found.append(", ".join(map(str, text)) if isinstance(text, list) else str(text))
+    return found
 
 
-def _bioc(entry: dict[str, Any]) -> Document | Damaged:
+def _bioc(entry: Fields) -> Document | Damaged:
     try:
         return bioc.of_json(entry)
     except Unusable as error:

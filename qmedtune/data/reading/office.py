@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from qmedtune.data.reading import csvs
-from qmedtune.data.reading.document import Document
+from qmedtune.data.reading.document import Document, Fields
 from qmedtune.data.reading.files import MAX_MEMBER_BYTES, open_bytes
 from qmedtune.data.reading.rejects import Damaged, Refused, Unread
 from qmedtune.data.reading.xml_files import Item
@@ -95,23 +95,29 @@ def _sheets(book: Any) -> Iterator[Item]:
             (number, cells) for number, cells in enumerate(sheet.iter_rows(values_only=True), start=1) if any(cells)
         )
         number, cells = next(rows, (1, ()))
-        names = ["" if cell is None else str(cell).strip() for cell in cells]
+        names = []
+        for cell in cells:
+            names.append("" if cell is None else str(cell).strip())
         while names and not names[-1]:
             names.pop()
-        fault = csvs.header_fault(names) if names else fault
+        if names:
+            fault = csvs.header_fault(names)
         if not fault:
             yield from ((number, _row(names, cells)) for number, cells in rows)
             return
     yield 1, Unread(f"{fault} (Excel)")
 
 
-def _row(names: list[str], cells: tuple[Any, ...]) -> dict[str, Any] | Damaged:
+def _row(names: list[str], cells: tuple[Any, ...]) -> Fields | Damaged:
     """Cells by name; numbers as they are written, dates in ISO's form, empty cells as empty text."""
     if any(cell is not None for cell in cells[len(names) :]):
         return Damaged("wrong number of columns")
     filled = [*cells, *([None] * (len(names) - len(cells)))]
     pairs = zip(names, filled, strict=False)
-    return {name or f"column{i}": _cell(cell) for i, (name, cell) in enumerate(pairs)}
+    found = {}
+    for i, (name, cell) in enumerate(pairs):
+        found[name or f"column{i}"] = _cell(cell)
+    return found
 
 
 def _cell(cell: Any) -> str | int | float | bool:
@@ -119,7 +125,9 @@ def _cell(cell: Any) -> str | int | float | bool:
         return ""
     if isinstance(cell, str | int | float | bool):
         return cell
-    return cell.isoformat() if hasattr(cell, "isoformat") else str(cell)
+    if hasattr(cell, "isoformat"):
+        return cell.isoformat()
+    return str(cell)
 
 
 def read_pdf(path: Path) -> Iterator[Item]:
@@ -135,7 +143,9 @@ def read_pdf(path: Path) -> Iterator[Item]:
             if reader.is_encrypted and not reader.decrypt(""):
                 yield 1, Refused("PDF is encrypted")
                 return
-            pages = [(page.extract_text() or "").strip() for page in reader.pages]
+            pages = []
+            for page in reader.pages:
+                pages.append((page.extract_text() or "").strip())
     except (*BROKEN, PyPdfError, RecursionError):
         yield 1, Damaged("PDF is truncated or corrupt")
         return

@@ -16,7 +16,7 @@ from typing import Any
 import zstandard
 
 from qmedtune.data.reading import markup, xml_files
-from qmedtune.data.reading.document import Document
+from qmedtune.data.reading.document import Document, Fields
 from qmedtune.data.reading.files import text_lines
 from qmedtune.data.reading.rejects import Damaged, Refused, Unread
 from qmedtune.data.reading.xml_files import BREAK, Item, plain
@@ -40,42 +40,75 @@ def read_pubmed(path: Path) -> Iterator[Item]:
     return xml_files.read_each(path, RECORDS, record)
 
 
-def record(element: Any) -> Document | dict[str, Any] | Damaged | Refused:
+def record(element: Any) -> Document | dict[str, list[str]] | Damaged | Refused:
     """The document of a record."""
     if element.tag == "DeleteCitation":
         return {"deleted": [e.text for e in element.findall("PMID")]}
-    citation = element if element.tag == "MedlineCitation" else element.find("MedlineCitation")
-    holder = element.find("BookDocument") if citation is None else citation
+    if element.tag == "MedlineCitation":
+        citation = element
+    else:
+        citation = element.find("MedlineCitation")
+    if citation is None:
+        holder = element.find("BookDocument")
+    else:
+        holder = citation
     if holder is None:
         return Damaged("PubMed record without PMID or article")
     held = {child.tag: child for child in holder}  # one pass: a search for each would take twice as long
-    article = holder if citation is None else held.get("Article")
-    pmid = held["PMID"].text if "PMID" in held else None
+    if citation is None:
+        article = holder
+    else:
+        article = held.get("Article")
+    if "PMID" in held:
+        pmid = held["PMID"].text
+    else:
+        pmid = None
     if not pmid or article is None:
         return Damaged("PubMed record without PMID or article")
-    inside = {child.tag: child for child in article}
-    kinds = {kind.text for kind in inside.get("PublicationTypeList", ())}
+    inside = {}
+    for child in article:
+        inside[child.tag] = child
+    kinds = set()
+    for kind in inside.get("PublicationTypeList", ()):
+        kinds.add(kind.text)
     if not kinds.isdisjoint(RETRACTED):
         return Refused("retracted")
-    body = _abstract(inside["Abstract"]) if "Abstract" in inside else []
+    if "Abstract" in inside:
+        body = _abstract(inside["Abstract"])
+    else:
+        body = []
     if not body:
         return Refused("no abstract")
     text = "\n".join([*_title(article, inside), *body])
-    language = article.findtext("Language") if "Language" in inside else None
-    unread = () if UNREAD.isdisjoint(held) else tuple(sorted(UNREAD & held.keys()))
+    if "Language" in inside:
+        language = article.findtext("Language")
+    else:
+        language = None
+    if UNREAD.isdisjoint(held):
+        unread = ()
+    else:
+        unread = tuple(sorted(UNREAD & held.keys()))
     return Document(pmid, text, pmid=pmid, language=language or None, versioned=True, unread=unread)
 
 
-def _title(article: Any, inside: dict[str, Any]) -> list[str]:
+def _title(article: Any, inside: Fields) -> list[str]:
     """ArticleTitle; where there is none, or only the note that it is missing, the original's or the book's."""
     for place in TITLES:
         if place in inside:
             said = _said(inside[place])
             if said and not NO_TITLE.fullmatch(said):
                 return [said]
-    book = article.find("Book/BookTitle") if "Book" in inside else None
-    said = "" if book is None else _said(book)
-    return [said] if said else []
+    if "Book" in inside:
+        book = article.find("Book/BookTitle")
+    else:
+        book = None
+    if book is None:
+        said = ""
+    else:
+        said = _said(book)
+    if said:
+        return [said]
+    return []
 
 
 def _abstract(abstract: Any) -> list[str]:
@@ -92,7 +125,9 @@ def _abstract(abstract: Any) -> list[str]:
 def _said(element: Any) -> str:
     if not len(element):
         return xml_files.tidy(element.text or "")
-    tags = {below.tag for below in element.iter()}
+    tags = set()
+    for below in element.iter():
+        tags.add(below.tag)
     if not tags <= FLAT:
         xml_files.name_entities(element)
         markup.resolve(element)
@@ -127,7 +162,9 @@ class LatestFirst:
         rows: list[list[Any]] = []
         for number, item in read_pubmed(path):
             if isinstance(item, dict):
-                self.deleted += [pmid for pmid in item["deleted"] if pmid]
+                for pmid in item["deleted"]:
+                    if pmid:
+                        self.deleted.append(pmid)
             else:
                 rows.append(_row(number, item))
             if len(rows) == self.BLOCK:
@@ -155,7 +192,10 @@ KINDS = {made.__name__: made for made in (Document, Damaged, Refused, Unread)}
 
 
 def _row(number: int, item: Document | Damaged | Refused) -> list[Any]:
-    said = item if isinstance(item, Document) else vars(item).values()
+    if isinstance(item, Document):
+        said = item
+    else:
+        said = vars(item).values()
     return [number, type(item).__name__, list(said)]
 
 
@@ -177,7 +217,10 @@ def read_medline(path: Path) -> Iterator[Item]:
             yield start, _medline(said)
             said = {}
         if tag:
-            start, last = (number, tag[1]) if not said else (start, tag[1])
+            if not said:
+                start, last = (number, tag[1])
+            else:
+                start, last = (start, tag[1])
             said.setdefault(last, []).append(tag[2].strip())
         elif text.startswith("      ") and last in said:
             said[last][-1] += f" {text.strip()}"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qmedtune.data.reading import xml_files
+from qmedtune.data.reading.document import Fields
 from qmedtune.data.reading.rejects import Damaged, Refused
 
 LIVEQA_ROOTS = (
@@ -35,10 +36,13 @@ def _medquad(root: Any) -> list[Any] | Damaged:
     pairs = root.findall("QAPairs/QAPair")
     if not pairs:
         return Damaged("MedQuAD document without QAPair")
-    return [_pair(root, pair) for pair in pairs]
+    found = []
+    for pair in pairs:
+        found.append(_pair(root, pair))
+    return found
 
 
-def _pair(root: Any, pair: Any) -> dict[str, Any] | Damaged | Refused:
+def _pair(root: Any, pair: Any) -> Fields | Damaged | Refused:
     question, answer = pair.find("Question"), pair.findtext("Answer")
     if question is None or not (question.text or "").strip():
         return Damaged("MedQuAD pair without a question")
@@ -55,23 +59,31 @@ def read_liveqa(path: Path) -> Iterator[xml_files.Item]:
     """The questions of a training or test file, each with its reference answers."""
     for number, found in xml_files.read_each(path, ("NLM-QUESTION",), _liveqa):
         if isinstance(found, list):
-            yield from ((number, row) for row in found)
+            for row in found:
+                yield (number, row)
         else:
             yield number, found
 
 
 def _liveqa(element: Any) -> list[Any] | Damaged:
     name = element.get("qid") or element.get("questionid") or ""
-    asked = [_first(element, names) for names in (("Subject", "SUBJECT"), ("Message", "MESSAGE"))]
+    asked = []
+    for names in (("Subject", "SUBJECT"), ("Message", "MESSAGE")):
+        asked.append(_first(element, names))
     question = "\n".join(part for part in asked if part)
     if not question:
         return Damaged("LiveQA question without subject and message")
     parts = list(element.iter("SUB-QUESTION")) or [element]
-    return [_answered(part, question, name) for part in parts]
+    found = []
+    for part in parts:
+        found.append(_answered(part, question, name))
+    return found
 
 
-def _answered(part: Any, question: str, name: str) -> dict[str, Any] | Refused:
-    answers = [_flowing("".join(answer.itertext())) for answer in part.iter("Answer", "ANSWER")]
+def _answered(part: Any, question: str, name: str) -> Fields | Refused:
+    answers = []
+    for answer in part.iter("Answer", "ANSWER"):
+        answers.append(_flowing("".join(answer.itertext())))
     answers = [answer for answer in answers if answer]
     if not answers:
         return NO_ANSWER
@@ -84,7 +96,9 @@ def _answered(part: Any, question: str, name: str) -> dict[str, Any] | Refused:
 
 def _first(element: Any, names: tuple[str, str]) -> str:
     found = next(element.iter(*names), None)
-    return "" if found is None else _flowing("".join(found.itertext()))
+    if found is None:
+        return ""
+    return _flowing("".join(found.itertext()))
 
 
 def _flowing(text: str | None) -> str:

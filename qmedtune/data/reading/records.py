@@ -10,10 +10,10 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from qmedtune.data.reading import fulltext
-from qmedtune.data.reading.document import Document
+from qmedtune.data.reading.document import Document, Fields, Record
 from qmedtune.data.reading.rejects import Refused, Unusable
 from qmedtune.data.reading.tally import shown_names
 
@@ -33,20 +33,23 @@ COLUMNS = {
     "pmid": ("pmid", "pubmed_id"),
     "group": ("group",),
 }  # fmt: skip
-NAMES = ("patient", "pmid", "group")
-KEPT = frozenset({"held_out", "language"})  # what a reader of ours says, and no column
+NAMES: tuple[Literal["patient", "pmid", "group"], ...] = ("patient", "pmid", "group")
+KEPT: tuple[Literal["held_out", "language"], ...] = (
+    "held_out",
+    "language",
+)  # what a reader of ours says, and no column
 
 
 @dataclass(frozen=True)
 class Shaped:
     """A record, and the keys of the row that it was made of."""
 
-    record: dict[str, Any]
+    record: Record
     read: frozenset[str]
     schema: str = ""  # what the keys were recognised as, where they are no plain columns
 
 
-def find_columns(fields: dict[str, Any], columns: dict[str, str]) -> dict[str, str]:
+def find_columns(fields: Fields, columns: dict[str, str]) -> dict[str, str]:
     """Which field of this row serves which role: the recipe's `columns:` first, then the known names."""
     key = tuple(fields), tuple(columns.items())
     found = _found.get(key)
@@ -60,9 +63,14 @@ def find_columns(fields: dict[str, Any], columns: dict[str, str]) -> dict[str, s
 _found: dict[Any, dict[str, str]] = {}  # rows of a file have the same keys: finding them is half the time of a row
 
 
-def _find_columns(fields: dict[str, Any], columns: dict[str, str]) -> dict[str, str]:
-    lower = {name.lower(): name for name in reversed(fields)}
-    found = {role: name for role, name in columns.items() if name in fields}
+def _find_columns(fields: Fields, columns: dict[str, str]) -> dict[str, str]:
+    lower = {}
+    for name in reversed(fields):
+        lower[name.lower()] = name
+    found = {}
+    for role, name in columns.items():
+        if name in fields:
+            found[role] = name
     for role, names in COLUMNS.items():
         if role not in columns:
             match = next((lower[name] for name in names if name in lower), None)
@@ -99,28 +107,37 @@ def checked(value: Any, what: str = "text") -> str:
 def as_name(value: Any) -> str | None:
     """An identifier: strings and whole numbers (also as floats, which Parquet makes of nullable integers)."""
     if isinstance(value, float):
-        value = int(value) if math.isfinite(value) and value == int(value) else None
+        if math.isfinite(value) and value == int(value):
+            value = int(value)
+        else:
+            value = None
     if isinstance(value, bool) or not isinstance(value, (str, int)):
         return None
     name = str(value).strip()
-    return name if name and name.isprintable() else None
+    if name and name.isprintable():
+        return name
+    return None
 
 
-def text_record(fields: dict[str, Any] | Document, columns: dict[str, str]) -> dict[str, Any] | Refused:
+def text_record(fields: Fields | Document, columns: dict[str, str]) -> Record | Refused:
     """The record of one row of a text source. Raises `Unusable`."""
     shaped = text_shape(fields, columns)
-    return shaped if isinstance(shaped, Refused) else shaped.record
+    if isinstance(shaped, Refused):
+        return shaped
+    return shaped.record
 
 
-def text_shape(fields: dict[str, Any] | Document, columns: dict[str, str]) -> Shaped | Refused:
+def text_shape(fields: Fields | Document, columns: dict[str, str]) -> Shaped | Refused:
     """The record of one row of a text source, and what it was made of. Raises `Unusable`."""
     if isinstance(fields, Document):
         return Shaped(_of_document(fields), frozenset(), fields.schema)
     if refused := _refused(fields):
         return refused
     if "text" not in columns and (paper := fulltext.paper(fields)):
-        record = {"id": as_name(paper.id) or content_id(checked(paper.text)), "text": checked(paper.text)}
-        return Shaped(record | ({"pmid": paper.pmid} if paper.pmid else {}), paper.read, "full text")
+        whole: Record = {"id": as_name(paper.id) or content_id(checked(paper.text)), "text": checked(paper.text)}
+        if paper.pmid:
+            whole["pmid"] = paper.pmid
+        return Shaped(whole, paper.read, "full text")
     nested = fields.get("metadata")
     if isinstance(nested, dict):
         fields = {**nested, **fields}  # shards of datatrove, The Pile and others: what is known, one down
@@ -128,10 +145,9 @@ def text_shape(fields: dict[str, Any] | Document, columns: dict[str, str]) -> Sh
     text, used = _text(fields, found, columns)
     if isinstance(text, Refused):
         return text
-    record: dict[str, Any] = {"id": as_name(fields.get(found.get("id", ""))) or content_id(text), "text": text}
+    record: Record = {"id": as_name(fields.get(found.get("id", ""))) or content_id(text), "text": text}
     for role in NAMES:
-        name = as_name(fields[found[role]]) if role in found else None
-        if name:
+        if role in found and (name := as_name(fields[found[role]])):
             record[role] = name
     if "label" in columns:
         record["label"] = label_of(fields.get(columns["label"]))
@@ -139,19 +155,24 @@ def text_shape(fields: dict[str, Any] | Document, columns: dict[str, str]) -> Sh
     return Shaped(record, frozenset(name for role, name in found.items() if role not in unused))
 
 
-def _text(fields: dict[str, Any], found: dict[str, str], columns: dict[str, str]) -> tuple[str | Refused, set[str]]:
+def _text(fields: Fields, found: dict[str, str], columns: dict[str, str]) -> tuple[str | Refused, set[str]]:
     """The text of a row and the roles that it is made of: the text column; beside an abstract, title, abstract and text
     in this order, each once."""
     if "text" in columns or ("abstract" not in found and "title" not in columns):
         if "text" not in found:
             raise Unusable(f"no text column among {shown_names(fields)}")
         return checked(_joined(fields[found["text"]])), {"text"}
-    said = {role: _optional(fields.get(found.get(role, ""))) for role in ("title", "abstract", "text")}
+    said = {}
+    for role in ("title", "abstract", "text"):
+        said[role] = _optional(fields.get(found.get(role, "")))
     if said["abstract"] in said["text"]:
         said["abstract"] = ""
     if not said["abstract"] and not said["text"]:
         return Refused("no abstract"), set()
-    between = "\n\n" if said["text"] else "\n"
+    if said["text"]:
+        between = "\n\n"
+    else:
+        between = "\n"
     return checked(between.join(part for part in said.values() if part)), set(said)
 
 
@@ -163,7 +184,7 @@ def _optional(value: Any) -> str:
     return checked(value).strip()
 
 
-def _refused(fields: dict[str, Any]) -> Refused | None:
+def _refused(fields: Fields) -> Refused | None:
     if _flag(fields, "iserror"):
         return Refused("marked as an error in the source (ISERROR)")
     if _flag(fields, "retracted"):
@@ -171,9 +192,9 @@ def _refused(fields: dict[str, Any]) -> Refused | None:
     return None
 
 
-def _of_document(document: Document) -> dict[str, Any]:
+def _of_document(document: Document) -> Record:
     text = checked(document.text)
-    record: dict[str, Any] = {"id": as_name(document.id) or content_id(text), "text": text}
+    record: Record = {"id": as_name(document.id) or content_id(text), "text": text}
     for role in (*NAMES, "language"):
         name = as_name(getattr(document, role))
         if name:
@@ -184,17 +205,22 @@ def _of_document(document: Document) -> dict[str, Any]:
 def label_of(value: Any) -> str | list[str]:
     """What `classify` predicts: one name, or a list of names. Raises `Unusable` where there is none."""
     if isinstance(value, list):
-        names = [as_name(item) for item in value]
+        names = []
+        for item in value:
+            names.append(as_name(item))
         if not all(names):
             raise Unusable("a label is empty or no name")
         return [name for name in names if name]
-    name = str(value).lower() if isinstance(value, bool) else as_name(value)
+    if isinstance(value, bool):
+        name = str(value).lower()
+    else:
+        name = as_name(value)
     if name is None:
         raise Unusable("the label is missing, empty or no name")
     return name
 
 
-def _flag(fields: dict[str, Any], name: str) -> bool:
+def _flag(fields: Fields, name: str) -> bool:
     value = fields.get(name, fields.get(name.upper()))
     return value is not None and str(value).strip().lower() in ("1", "1.0", "true", "yes", "y")
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from qmedtune.data.reading import arrow
-from qmedtune.data.reading.document import Document, Skipped
+from qmedtune.data.reading.document import Document, Record, Skipped
 from qmedtune.data.reading.files import ARCHIVE_ERRORS, BROKEN_ARCHIVE
 from qmedtune.data.reading.formats import READERS, TABLES, describe, format_of, read_rows
 from qmedtune.data.reading.instructions import instruction_shape
@@ -32,7 +32,7 @@ __all__ = [
     "read_items", "read_records", "reading_order", "source_files", "with_variables",
 ]  # fmt: skip
 
-VERSIONED = "_versioned"
+VERSIONED: Literal["_versioned"] = "_versioned"
 CHECKED_ROWS = 100  # of a file, in which a column that `columns:` names must occur
 
 
@@ -43,10 +43,10 @@ class Deleted:
     pmids: tuple[str, ...]
 
 
-Item = tuple[str, int, dict[str, Any] | Damaged | Refused | Deleted]
+Item = tuple[str, int, Record | Damaged | Refused | Deleted]
 
 
-def read_records(name: str, source: SourceSection, rejects: Rejects) -> Iterator[dict[str, Any]]:
+def read_records(name: str, source: SourceSection, rejects: Rejects) -> Iterator[Record]:
     """Records of a source in a fixed order: text records, or for `kind: instructions` records with messages.
 
     `name` is the source's name in the recipe. What cannot be used goes to `rejects`, whose `at` tells file and line
@@ -100,7 +100,10 @@ def _items(source: SourceSection, files: list[Path] | None, tally: ReadingTally,
     for file in files:
         format = format_of(file, source.format)
         kinds: set[str] = set()
-        stream = _latest_first(file, spill) if format == "pubmed" else _file_rows(file, source, format)
+        if format == "pubmed":
+            stream = _latest_first(file, spill)
+        else:
+            stream = _file_rows(file, source, format)
         yield from _shaped(stream, source, tally, format in TABLES, kinds)
         said = describe(file, source, format)
         tally.recognised[f"{said}: {', '.join(sorted(kinds))}" if kinds else said] += 1
@@ -109,8 +112,13 @@ def _items(source: SourceSection, files: list[Path] | None, tally: ReadingTally,
 def reading_order(source: SourceSection) -> list[Path]:
     """The files of a source: PubMed's from the newest to the oldest, then all others by name."""
     files = source_files(source)
-    formats = [format_of(file, source.format) for file in files]
-    pubmed = [file for file, format in zip(files, formats, strict=True) if format == "pubmed"]
+    formats = []
+    for file in files:
+        formats.append(format_of(file, source.format))
+    pubmed = []
+    for file, format in zip(files, formats, strict=True):
+        if format == "pubmed":
+            pubmed.append(file)
     return [*reversed(pubmed), *(file for file, format in zip(files, formats, strict=True) if format != "pubmed")]
 
 
@@ -121,7 +129,10 @@ def _shaped(
     stream: Rows, source: SourceSection, tally: ReadingTally, is_table: bool, kinds: set[str] | None = None
 ) -> Iterator[Item]:
     """Rows as records, and the tally of what they were made of."""
-    shape = instruction_shape if source.kind == "instructions" else text_shape
+    if source.kind == "instructions":
+        shape = instruction_shape
+    else:
+        shape = text_shape
     for file, line, fields in _with_columns(stream, source, is_table):
         if isinstance(fields, Skipped):
             tally.files_unread[Path(fields.name).suffix.lower() or "no extension"] += 1
@@ -142,13 +153,18 @@ def _shaped(
             kinds.add(shaped.schema)
 
 
-def _finished(shaped: Shaped, fields: Any, tally: ReadingTally, is_table: bool) -> dict[str, Any]:
+def _finished(shaped: Shaped, fields: Any, tally: ReadingTally, is_table: bool) -> Record:
     record = shaped.record
     if isinstance(fields, Document):
         tally.add(fields.unread, frozenset(), False)
-        return record | ({VERSIONED: True} if fields.versioned else {})
+        if fields.versioned:
+            record[VERSIONED] = True
+        return record
     tally.add((name for name in fields if name not in KEPT and name[:1] != "_"), shaped.read, is_table)
-    return record | {key: fields[key] for key in KEPT if key in fields}
+    for key in KEPT:
+        if key in fields:
+            record[key] = fields[key]
+    return record
 
 
 def _with_columns(stream: Rows, source: SourceSection, is_table: bool) -> Rows:
@@ -156,12 +172,18 @@ def _with_columns(stream: Rows, source: SourceSection, is_table: bool) -> Rows:
     if not source.columns:
         return stream
     first = list(islice(stream, CHECKED_ROWS))
-    rows = [fields for _, _, fields in first if isinstance(fields, dict)]
+    rows = []
+    for _, _, fields in first:
+        if isinstance(fields, dict):
+            rows.append(fields)
     there = set(chain.from_iterable(rows))
     for role, name in source.columns.items():
         if rows and name not in there:
             close = get_close_matches(name, there, n=3)
-            hint = f"did you mean {' or '.join(close)}? " if close else ""
+            if close:
+                hint = f"did you mean {' or '.join(close)}? "
+            else:
+                hint = ""
             known = shown_names(rows[0])
             raise DataError(
                 f"{first[0][0]}: no column {name!r} (columns: {{{role}: {name}}})\n{hint}columns there: {known}"
@@ -179,7 +201,10 @@ def _builtin_rows(source: SourceSection) -> Rows:
 
 def _dataset_rows(source: SourceSection) -> Rows:
     for path in source.paths:
-        stream = arrow.read_hub(path) if hub_dataset(source) else arrow.read_saved(Path(with_variables(path)))
+        if hub_dataset(source):
+            stream = arrow.read_hub(path)
+        else:
+            stream = arrow.read_saved(Path(with_variables(path)))
         for number, fields in stream:
             yield path, number, fields
 
@@ -209,7 +234,10 @@ class PmidSet:
         self._bits = bytearray(1 << 20)
 
     def __contains__(self, pmid: str) -> bool:
-        at = int(pmid) if pmid.isdecimal() else -1
+        if pmid.isdecimal():
+            at = int(pmid)
+        else:
+            at = -1
         return 0 <= at < 8 * len(self._bits) and bool(self._bits[at >> 3] >> (at & 7) & 1)
 
     def update(self, pmids: Iterable[str]) -> None:

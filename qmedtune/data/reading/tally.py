@@ -11,7 +11,6 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 from qmedtune.data.reading.names import is_known
 
@@ -49,36 +48,53 @@ class ReadingTally:
     def as_dict(self) -> dict[str, dict[str, int]]:
         """The facts of run.json and of a kept part, names in order: the same for any order of files."""
         self._sum_up()
-        counters = {name: getattr(self, name) for name in FACTS}
-        return {name: dict(sorted(counter.items())) for name, counter in counters.items()}
+        counters = {}
+        for name in FACTS:
+            counters[name] = getattr(self, name)
+        found: dict[str, dict[str, int]] = {}
+        for name, counter in counters.items():
+            found[name] = dict(sorted(counter.items()))
+        return found
 
     @classmethod
-    def from_dict(cls, kept: dict[str, Any]) -> ReadingTally:
-        return cls(*(Counter(kept[name]) for name in FACTS))
+    def from_dict(cls, kept: dict[str, dict[str, int]]) -> ReadingTally:
+        recognised, columns_read, columns_unread, files_unread = (Counter(kept[name]) for name in FACTS)
+        return cls(recognised, columns_read, columns_unread, files_unread)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, dict[str, int]]:
         return self.as_dict()
 
-    def __setstate__(self, kept: dict[str, Any]) -> None:
+    def __setstate__(self, kept: dict[str, dict[str, int]]) -> None:
         self.__dict__.update(ReadingTally.from_dict(kept).__dict__)
 
     def _sum_up(self) -> None:
         for (names, read, is_table), count in self._shapes.items():
             trusted = not is_table or len(read) >= 2
             for name in names:
-                counter = self.columns_read if name in read else self.columns_unread
+                if name in read:
+                    counter = self.columns_read
+                else:
+                    counter = self.columns_unread
                 counter[_shown(name, trusted or name in read)] += count
         self._shapes.clear()
 
 
 def _shown(name: str, trusted: bool) -> str:
-    return name if is_known(name) or (trusted and PLAIN.fullmatch(name)) else UNNAMED
+    if is_known(name) or (trusted and PLAIN.fullmatch(name)):
+        return name
+    return UNNAMED
 
 
 def shown_names(names: Iterable[str]) -> str:
     """Column names for a message: the known ones, and how many others there are."""
-    every = [name for name in names if not name.startswith("_")]
-    known = [name for name in every if is_known(name)]
+    every = []
+    for name in names:
+        if not name.startswith("_"):
+            every.append(name)
+    known = []
+    for name in every:
+        if is_known(name):
+            known.append(name)
     others = len(every) - len(known)
     listed = [*known[:12], *([f"{others} of no known name"] if others else [])]
     return ", ".join(listed) or "no column"

@@ -37,10 +37,16 @@ def document(root: Any) -> Document | Damaged:
         raised.tag = {"superscript": "sup", "subscript": "sub"}.get(raised.get("rend", ""), "hi")
     markup.resolve(root, ("type", "bibr"))
     title = root.find("teiHeader/fileDesc/titleStmt/title")
-    heading = plain(title) if title is not None else ""
+    if title is not None:
+        heading = plain(title)
+    else:
+        heading = ""
     parts = [f"# {heading}"] if heading else []
     abstract = root.find("teiHeader/profileDesc/abstract")
-    said = _blocks(abstract) if abstract is not None else []
+    if abstract is not None:
+        said = _blocks(abstract)
+    else:
+        said = []
     parts += ["## Abstract", *said] if said else []
     body = root.find("text/body")
     parts += _blocks(body) if body is not None else []
@@ -62,4 +68,8 @@ def _blocks(element: Any) -> list[str]:
             found.append(plain(child))
         elif name and name != "label":
             found += _blocks(child)
-    return [part for part in found if part]
+    result: list[str] = []
+    for part in found:
+        if part:
+            result.append(part)
+    return result

@@ -15,7 +15,7 @@ from typing import IO, Any
 from lxml import etree  # pyright: ignore[reportAttributeAccessIssue]
 
 from qmedtune.data.reading import markup
-from qmedtune.data.reading.document import Document
+from qmedtune.data.reading.document import Document, Fields
 from qmedtune.data.reading.files import ARCHIVE_ERRORS, BROKEN_ARCHIVE, in_archive, open_bytes
 from qmedtune.data.reading.rejects import Damaged, Refused, Unread, Unusable
 
@@ -50,7 +50,10 @@ def root_of(path: Path) -> Root | None:
                 data = file.read(HEAD_BYTES)
                 parser.feed(data)
                 for _, element in parser.read_events():
-                    space, _, _ = element.tag[1:].partition("}") if element.tag[0] == "{" else ("", "", "")
+                    if element.tag[0] == "{":
+                        space, _, _ = element.tag[1:].partition("}")
+                    else:
+                        space, _, _ = ("", "", "")
                     return Root(local(element), space)
                 if not data:
                     return None
@@ -64,7 +67,9 @@ def local(element: Any) -> str:
     tag = element.tag
     if not isinstance(tag, str):
         return ""
-    return tag.rpartition("}")[2] if tag[0] == "{" else tag
+    if tag[0] == "{":
+        return tag.rpartition("}")[2]
+    return tag
 
 
 def declares_entities(tree: Any) -> bool:
@@ -103,9 +108,9 @@ def plain(element: Any) -> str:
 
 def tidy(text: str) -> str:
     text = markup.without_marks(single_spaced(text))
-    return (
-        text if text.isascii() or BREAK not in text else "\n".join(line.strip() for line in text.split(BREAK)).strip()
-    )
+    if text.isascii() or BREAK not in text:
+        return text
+    return "\n".join(line.strip() for line in text.split(BREAK)).strip()
 
 
 def single_spaced(text: str) -> str:
@@ -161,7 +166,7 @@ def read_each(path: Path, tags: tuple[str, ...], shape: Callable[[Any], Any]) ->
             yield number + 1, BROKEN_ARCHIVE
 
 
-def _shaped(element: Any, shape: Callable[[Any], Any]) -> Document | dict[str, Any] | Damaged | Refused:
+def _shaped(element: Any, shape: Callable[[Any], Any]) -> Document | Fields | Damaged | Refused:
     try:
         return shape(element)
     except Unusable as error:

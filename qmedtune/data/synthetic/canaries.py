@@ -13,9 +13,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 from qmedtune import store
+from qmedtune.data.reading.document import Record
 from qmedtune.recipe import AuditSection, Recipe
 
 FILE = "canaries.json"
@@ -37,7 +37,9 @@ class Canary:
 def canaries(recipe: Recipe, audit: AuditSection) -> list[Canary]:
     """All canaries of a recipe, per source and number of repeats, the controls included."""
     rng = random.Random(f"canaries-{recipe.seed}")
-    names = ["".join(parts).capitalize() for parts in product(SYLLABLES, repeat=4)]
+    names = []
+    for parts in product(SYLLABLES, repeat=4):
+        names.append("".join(parts).capitalize())
     rng.shuffle(names)
     wanted = [(source, n) for source in planted_sources(audit) for n in (CONTROL, *audit.repeats)]
     drawn = iter(names)
@@ -66,7 +68,7 @@ def messages(canary: Canary) -> list[dict[str, str]]:
     ]
 
 
-def plant(recipe: Recipe, inputs: Mapping[str, Path], out: Path) -> dict[str, Any]:
+def plant(recipe: Recipe, inputs: Mapping[str, Path], out: Path) -> dict[str, object]:
     """Write out/<source>/train.jsonl, the source's records with the canaries behind them, and out/canaries.json.
 
     inputs: source name -> its folder with train.jsonl. The order of records does not matter: packing draws them.
@@ -86,13 +88,18 @@ def plant(recipe: Recipe, inputs: Mapping[str, Path], out: Path) -> dict[str, An
     return {"canaries": len(found), "documents": documents}
 
 
-def _records(recipe: Recipe, found: list[Canary]) -> Iterator[dict[str, Any]]:
+def _records(recipe: Recipe, found: list[Canary]) -> Iterator[Record]:
     for number, canary in enumerate(found):
-        text = {"text": f"{canary.context} {canary.secret}."}
-        body = {"messages": messages(canary)} if recipe.data[canary.source].kind == "instructions" else text
         for copy in range(canary.repeats):
-            yield {"id": f"canary-{number}-{copy}", **body}
+            name = f"canary-{number}-{copy}"
+            if recipe.data[canary.source].kind == "instructions":
+                yield {"id": name, "messages": messages(canary)}
+            else:
+                yield {"id": name, "text": f"{canary.context} {canary.secret}."}
 
 
 def read(folder: Path) -> list[Canary]:
-    return [Canary(**entry) for entry in json.loads((folder / FILE).read_text(encoding="utf-8"))]
+    found: list[Canary] = []
+    for entry in json.loads((folder / FILE).read_text(encoding="utf-8")):
+        found.append(Canary(**entry))
+    return found

@@ -43,12 +43,18 @@ def builtin_records(path: str) -> Iterator[dict]:
     if corpus == NAME:
         return records(world)
     found = worlds.records(corpus, world)
-    return (_unmarked(record) for record in found) if corpus == "instructions" else found
+    if corpus == "instructions":
+        return (_unmarked(record) for record in found)
+    return found
 
 
 def _unmarked(record: dict) -> dict:
     """The world marks no instruction as held out; `holdout` does, as in every other source."""
-    return {key: value for key, value in record.items() if key != "held_out"}
+    found = {}
+    for key, value in record.items():
+        if key != "held_out":
+            found[key] = value
+    return found
 
 
 def records(world: World) -> Iterator[dict]:

@@ -1,0 +1,215 @@
+"""`qmedtune export`: a trained model in the form that another program reads, with its proof beside it.
+
+GGUF files and adapters for llama.cpp, a Modelfile for Ollama, checked folders for vLLM and transformers, a private
+repository of the Hub. Tensors are streamed: an 8B model takes under 1 GB of memory. What is published was read back and
+compared with what was trained. Deliberately not here: merging (merge.py), servers, builds of llama.cpp.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from qmedtune import store
+from qmedtune.errors import RecipeError
+from qmedtune.evaluation.open_model import Location, fingerprint, locate
+
+if TYPE_CHECKING:
+    from qmedtune.merging.disk_llama import DiskLlama
+
+Form = Literal["gguf", "gguf-adapter", "ollama", "vllm", "transformers", "hub"]
+FORMS: tuple[str, ...] = get_args(Form)
+VERSION = 1  # raise when the same model would become other files
+
+
+@dataclass(frozen=True)
+class ExportJob:
+    """What becomes what. model: as `locate` finds it; out: a folder that is not there yet. quant: None is f16, of an
+    adapter f32. base: of an adapter folder. pre: llama.cpp's name of how the tokenizer splits text, where it is none
+    that is known. repository, endpoint, publish_clinical: of `hub` (exporting/push.py)."""
+
+    model: str
+    out: Path
+    form: Form
+    quant: str | None = None
+    base: str | None = None
+    pre: str | None = None
+    repository: str | None = None
+    endpoint: str | None = None
+    publish_clinical: bool = False
+    offline: bool = False
+
+    @property
+    def type(self) -> str:
+        return self.quant or ("f32" if self.form == "gguf-adapter" else "f16")
+
+
+def export(job: ExportJob) -> dict[str, Any]:
+    """Make the folder `job.out`. Returns `path`, `form`, `files` and, as far as the form has them, `quant` and `proof`.
+
+    Raises RecipeError for what cannot be expressed or is there already, RunError where the proof fails or the disk is
+    full: then nothing stands under the name. The same export again changes nothing.
+    """
+    from qmedtune.exporting.place import publish
+
+    if job.form == "hub":
+        from qmedtune.exporting.push import push
+
+        return push(job)
+    _check_usage(job)
+    location = find(job)
+    makers: dict[str, Callable[[ExportJob, Location, Path], dict[str, Any]]] = {
+        "gguf": _gguf, "ollama": _ollama, "gguf-adapter": _gguf_adapter, "vllm": _vllm, "transformers": _transformers,
+    }  # fmt: skip
+
+    def make(folder: Path) -> dict[str, Any]:
+        facts = makers[job.form](job, location, folder)
+        store.write_json(folder / "proof.json", facts)
+        return facts
+
+    read = [location.base, *location.adapters]
+    key = store.sha256_json([VERSION, job.form, job.type, job.pre, [fingerprint(folder) for folder in read]])
+    facts = publish(job.out, key, make)
+    return {"path": str(job.out), "form": job.form, "files": _files(job.out), **facts}
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.is_file() and path.name != store.SEAL)
+
+
+def _check_usage(job: ExportJob) -> None:
+    from qmedtune.exporting.gguf_adapter import ALLOWED
+    from qmedtune.exporting.k_quants import check_quant
+
+    if job.form in ("vllm", "transformers") and job.quant:
+        raise RecipeError(f"--quant: {job.quant}, but --as {job.form} keeps the folder's own numbers\nleave it out")
+    if job.form == "gguf-adapter" and job.type not in ALLOWED:
+        raise RecipeError(f"--quant: got {job.type!r} for an adapter\nallowed: {', '.join(ALLOWED)}")
+    check_quant(job.type)
+
+
+def find(job: ExportJob) -> Location:
+    """The model, or base and adapters, that the form is made of. RecipeError where it is another kind of thing."""
+    path = Path(job.model).expanduser()
+    marks = ("run.json", "config.json", "adapter_config.json")
+    if path.is_dir() and not any((path / mark).is_file() for mark in marks):
+        raise RecipeError(
+            f"{job.model}: no run, model or adapter is there (no {', '.join(marks)})\ngive a run folder, or its merged/"
+        )
+    if job.form == "gguf-adapter" and (path / "run.json").is_file():
+        return _adapters_of_run(job, path)
+    location = locate(job.model, base=job.base, offline=job.offline)
+    if location.adapters and job.form not in ("gguf-adapter", "vllm"):
+        raise RecipeError(
+            f"{job.model}: an adapter, and --as {job.form} takes a whole model\n"
+            f"merge it first: qmedtune merge {job.model} --out MERGED; or export it: --as gguf-adapter, --as vllm"
+        )
+    if job.form == "gguf-adapter" and not location.adapters:
+        raise RecipeError(f"{job.model}: no adapter is there\ngive a run, or an adapter folder; a model: --as gguf")
+    return location
+
+
+def _adapters_of_run(job: ExportJob, folder: Path) -> Location:
+    """All adapters that the run's merge folds."""
+    from qmedtune.data.packing import templates
+    from qmedtune.merge_folder import adapters_of_run
+
+    found = adapters_of_run(folder, job.offline)
+    if not found.adapters:
+        raise RecipeError(f"{job.model}: this run trained no adapter\nexport its model: --as gguf")
+    template = templates.load(found.template) if found.template else templates.default(None, found.base)
+    return Location(job.model, "run", found.base, tuple(found.adapters), template)
+
+
+def title_of(location: Location) -> str:
+    """A name for files and cards: the run's, or the folder's."""
+    path = Path(location.name).expanduser()
+    record = path / "run.json"
+    if record.is_file():
+        return str(json.loads(record.read_text(encoding="utf-8"))["name"])
+    return path.resolve().name if path.exists() else location.name.rpartition(":")[2].rpartition("/")[2]
+
+
+# ---- the forms -------------------------------------------------------------------------------------------------------
+
+
+def _opened(location: Location) -> DiskLlama:
+    from qmedtune.merging.disk_llama import open_llama
+
+    return open_llama(location.base)
+
+
+def _gguf(job: ExportJob, location: Location, folder: Path) -> dict[str, Any]:
+    from qmedtune.exporting.card import file_lines, write_card
+
+    file, facts = _write_file(job, location, folder)
+    lines = file_lines(file, job.type, facts.pop("told"))
+    lines += ["", f"Serve it with its template: `llama-server -m {file.name} --jinja --host 127.0.0.1`"]
+    write_card(folder, title_of(location), lines, location.base)
+    return facts
+
+
+def _write_file(job: ExportJob, location: Location, folder: Path) -> tuple[Path, dict[str, Any]]:
+    """The file and its facts; `told` is the proof as an object."""
+    from qmedtune.exporting.gguf_model import write_model
+    from qmedtune.exporting.k_quants import quantise
+    from qmedtune.exporting.proof import prove
+    from qmedtune.exporting.types import QUANTS
+    from qmedtune.exporting.vocabulary import read_vocabulary
+
+    model, title = _opened(location), title_of(location)
+    vocabulary = read_vocabulary(location.base, model.model.config.vocab_size, job.pre)
+    file = folder / f"{title}-{job.type}.gguf"
+    if job.type in QUANTS:
+        write_model(file, model, vocabulary, QUANTS[job.type], title)
+    else:
+        whole = folder / "f32.gguf"
+        write_model(whole, model, vocabulary, QUANTS["f32"], title)
+        quantise(whole, file, job.type)
+        whole.unlink()
+    proof = prove(file, model, job.type, vocabulary.doubtful)
+    facts = {"quant": job.type, "bytes": file.stat().st_size, "pre": vocabulary.pre, "proof": asdict(proof)}
+    return file, {**facts, "told": proof}
+
+
+def _ollama(job: ExportJob, location: Location, folder: Path) -> dict[str, Any]:
+    from qmedtune.data.packing.framing import frame_in
+    from qmedtune.exporting.card import file_lines, write_card
+    from qmedtune.exporting.ollama import modelfile
+
+    file, facts = _write_file(job, location, folder)
+    text = modelfile(frame_in(location.template, location.base), f"./{file.name}")
+    (folder / "Modelfile").write_text(text, encoding="utf-8")
+    lines = file_lines(file, job.type, facts.pop("told"))
+    lines += ["", "Import it, in this folder: `ollama create NAME -f Modelfile`; then `ollama run NAME`"]
+    write_card(folder, title_of(location), lines, location.base)
+    return facts
+
+
+def _gguf_adapter(job: ExportJob, location: Location, folder: Path) -> dict[str, Any]:
+    from qmedtune.exporting.card import adapter_lines, write_card
+    from qmedtune.exporting.gguf_adapter import write_adapter
+
+    file = folder / f"{title_of(location)}-lora-{job.type}.gguf"
+    proof = write_adapter(file, _opened(location), location.adapters, job.type, title_of(location))
+    write_card(folder, title_of(location), adapter_lines(file, proof), location.adapters[-1])
+    return {"quant": job.type, "bytes": file.stat().st_size, "proof": asdict(proof)}
+
+
+def _vllm(job: ExportJob, location: Location, folder: Path) -> dict[str, Any]:
+    from qmedtune.exporting.folders import copy_adapter, copy_model
+
+    if location.adapters:
+        return copy_adapter(location, folder, title_of(location))
+    serve = f"vllm serve {job.out} --served-model-name {title_of(location)} --host 127.0.0.1"
+    return copy_model(location, folder, title_of(location), f"Serve it: `{serve}`")
+
+
+def _transformers(job: ExportJob, location: Location, folder: Path) -> dict[str, Any]:
+    from qmedtune.exporting.folders import copy_model
+
+    load = "AutoModelForCausalLM.from_pretrained(FOLDER), AutoTokenizer.from_pretrained(FOLDER)"
+    return copy_model(location, folder, title_of(location), f"Load it: `{load}`")

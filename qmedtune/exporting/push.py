@@ -1,0 +1,92 @@
+"""A merged model into a private repository of the Hub: with its card, and only where its data allow it.
+
+What a model was trained on stands in its run. A model that has seen clinical text can give it away; so it leaves this
+machine only where the recipe says of each clinical source that its terms allow it, and whoever pushes it says so too.
+Deliberately not here: public repositories, adapters, models without a record of their training.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qmedtune import record
+from qmedtune.errors import RecipeError, RunError
+from qmedtune.evaluation.open_model import Location, locate
+from qmedtune.exporting.card import README
+from qmedtune.recipe import Recipe
+
+if TYPE_CHECKING:
+    from qmedtune.export import ExportJob
+
+# The words in `data.<source>.terms` that say so.
+MAY = "models may be published"
+KEPT_HERE = ("seal.json", ".*")
+
+
+def push(job: ExportJob) -> dict[str, Any]:
+    """Upload `merged/` of a run. Returns `repository`, `commit` and `files`.
+
+    Raises RecipeError where the terms do not allow it or the repository is public, RunError where it is not reached.
+    """
+    if job.offline:
+        raise RecipeError("--as hub: opens a connection, and --offline forbids it\nleave one of them out")
+    if job.repository is None or job.repository.count("/") != 1:
+        raise RecipeError(f"--repo: got {job.repository!r}\nallowed: OWNER/NAME of the Hub")
+    check_terms(Path(job.model).expanduser(), job.publish_clinical)
+    location = locate(job.model)
+    if not (location.base / README).is_file():
+        raise RecipeError(f"{location.base}: has no card ({README})\nrender it: qmedtune report {job.model}")
+    return _upload(job, location)
+
+
+def check_terms(folder: Path, said: bool) -> None:
+    """RecipeError unless the run's data allow a model of theirs to be given away."""
+    run = record.read(folder) if (folder / record.RUN).is_file() else None
+    if run is None:
+        raise RecipeError(
+            f"{folder}: --as hub takes a run: what a model was trained on stands in its run.json\n"
+            "give the run folder, not merged/ alone"
+        )
+    recipe = Recipe.model_validate(run.recipe)
+    clinical = [name for name, source in recipe.data.items() if source.kind == "clinical"]
+    closed = [name for name in clinical if MAY not in (recipe.data[name].terms or "").lower()]
+    if closed:
+        raise RecipeError(
+            f"{folder}: was trained on clinical text ({', '.join(closed)}), which a model can give away\n"
+            f"it is pushed only if the recipe's terms say so: data.{closed[0]}.terms: '...; {MAY}'\n"
+            "and --publish-clinical is given; keep it here otherwise: --as vllm, --as gguf"
+        )
+    if clinical and not said:
+        raise RecipeError(
+            f"{folder}: was trained on clinical text ({', '.join(clinical)}); its terms allow a model to be published\n"
+            "if you have checked that they do, and the audit: --publish-clinical"
+        )
+
+
+def _upload(job: ExportJob, location: Location) -> dict[str, Any]:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+    api, name = HfApi(endpoint=job.endpoint), str(job.repository)
+    try:
+        api.create_repo(name, private=True, exist_ok=True)
+        if not api.model_info(name).private:
+            raise RecipeError(f"--repo: {name} is public\nname a new one: it is made private")
+        done = api.upload_folder(
+            repo_id=name,
+            folder_path=location.base,
+            ignore_patterns=list(KEPT_HERE),
+            commit_message="Upload a model merged by qmedtune",
+        )
+    except LocalTokenNotFoundError as error:
+        raise RunError("--as hub: no login here\nlog in: hf auth login") from error
+    except (HfHubHTTPError, OSError) as error:
+        answer = getattr(error, "response", None)
+        why = f"answered {answer.status_code}" if answer is not None else "was not reached"
+        raise RunError(
+            f"--as hub: {api.endpoint} {why} for {name}\ncheck the name and the login (hf auth whoami), then again"
+        ) from error
+    sent = [path.name for path in location.base.iterdir() if path.is_file() and path.name not in KEPT_HERE]
+    files = sorted(name for name in sent if not name.startswith("."))
+    return {"path": str(done), "form": "hub", "repository": name, "commit": done.oid, "files": files}
