@@ -154,8 +154,8 @@ def tokens_section(recipe: Recipe, index: int) -> dict[str, Any]:
 
 
 def training_section(recipe: Recipe, asked: Recipe, index: int) -> dict[str, Any]:
-    stage, wish = recipe.stages[index].section, asked.stages[index].section
-    training = stage.model_dump(mode="json") | {k: getattr(wish, k) for k in BY_MACHINE}
+    stage, requested = recipe.stages[index].section, asked.stages[index].section
+    training = stage.model_dump(mode="json") | {k: getattr(requested, k) for k in BY_MACHINE}
     model = recipe.model.model_dump(mode="json") | {k: getattr(asked.model, k) for k in MODEL_BY_MACHINE}
     training = {k: v for k, v in training.items() if k not in PACKING and SINCE_0_2.get(k, ...) != v}
     return {

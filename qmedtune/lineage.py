@@ -45,7 +45,7 @@ class StageLineage:
 
 def lineage_of(recipe: Recipe) -> list[StageLineage]:
     """Every stage of a recipe, in order."""
-    stages = []
+    stages: list[StageLineage] = []
     model = StackInRun()
     for name, stage in zip(recipe.stage_names(), recipe.stages, strict=True):
         before = model

@@ -7,7 +7,7 @@ Deliberately absent: dotted import paths, plug-ins, remote code. Every key here 
 from __future__ import annotations
 
 import codecs
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
 from pydantic import Field, field_validator, model_validator
 
@@ -182,7 +182,7 @@ class TrainSection(Section):
     @field_validator("betas", mode="before")
     @classmethod
     def _pair(cls, value: object) -> object:
-        return tuple(value) if isinstance(value, list) else value
+        return tuple(cast(list[object], value)) if isinstance(value, list) else value
 
 
 class MixSection(TrainSection):

@@ -60,7 +60,8 @@ def train_hard(micro_run: MicroRun, index: int, out: Path, **adapters: Path) -> 
 
 def outcome(out: Path) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
     """Losses, gradient norms and weights."""
-    norms = [line["grad_norm"] for line in train._lines(out / train.METRICS) if "loss" in line]
+    lines = [json.loads(line) for line in (out / train.METRICS).read_text(encoding="utf-8").splitlines()]
+    norms = [line["grad_norm"] for line in lines if "loss" in line]
     return losses(out), norms, load_file(out / "adapter" / "adapter_model.safetensors")
 
 

@@ -23,6 +23,8 @@ from qmedtune.planning.shapes import base_facts
 from qmedtune.recipe import LayersSection, Recipe, Section, SftSection, StageSection, WarmupSection
 
 Proposals = dict[str, tuple[Any, str]]
+Decisions = list[dict[str, Any]]
+"""Each {"key", "value", "why"}, as run.json and the plan hold it."""
 S = TypeVar("S", bound=Section)
 
 # Base size in parameters -> tokens per row. PMC-LLaMA and Meditron-7B trained on 2048; small bases meet small machines.
@@ -33,14 +35,14 @@ STEP_TOKENS = {"cpt": 32_768, "sft": 16_384, "pretrain": 32_768, "classify": 16_
 LARGE = 30e9  # from here QLoRA's own recipe halves the learning rate (Dettmers et al. 2023: 2e-4 to 13B, 1e-4 from 33B)
 
 
-def resolve(recipe: Recipe, machine: Machine | None = None) -> tuple[Recipe, list[dict[str, Any]]]:
+def resolve(recipe: Recipe, machine: Machine | None = None) -> tuple[Recipe, Decisions]:
     """The recipe without `auto` (see above for what stays) and the decisions as {"key", "value", "why"}.
 
     `machine` defaults to this one. Raises DoesNotFit when a stage cannot fit, RecipeError when the base is unknown.
     """
     machine = machine or this_machine()
     facts = base_facts(recipe.model)
-    decisions: list[dict[str, Any]] = []
+    decisions: Decisions = []
     model = _fill(recipe.model, "model", _dtype(machine), decisions)
     adapter = _fill(recipe.adapter, "adapter", _embeddings(recipe, facts), decisions)
     recipe = _judge_instructions(recipe, decisions)
@@ -51,7 +53,7 @@ def resolve(recipe: Recipe, machine: Machine | None = None) -> tuple[Recipe, lis
     return recipe.model_copy(update={"evaluate": evaluate}), decisions
 
 
-def _judge_instructions(recipe: Recipe, decisions: list[dict[str, Any]]) -> Recipe:
+def _judge_instructions(recipe: Recipe, decisions: Decisions) -> Recipe:
     """With `keep_best`, validate on the instructions of each sft stage: their loss says which of its steps is best."""
     if not recipe.validation.keep_best:
         return recipe
@@ -65,7 +67,7 @@ def _judge_instructions(recipe: Recipe, decisions: list[dict[str, Any]]) -> Reci
     return recipe.model_copy(update={"validation": recipe.validation.model_copy(update={"on": on})})
 
 
-def _fill(section: S, where: str, proposals: Proposals, decisions: list[dict[str, Any]]) -> S:
+def _fill(section: S, where: str, proposals: Proposals, decisions: Decisions) -> S:
     """Replace the fields that are `auto`, and note each with its reason."""
     chosen = {key: value for key, (value, _) in proposals.items() if getattr(section, key) == "auto"}
     for key, value in chosen.items():
@@ -74,7 +76,7 @@ def _fill(section: S, where: str, proposals: Proposals, decisions: list[dict[str
     return section.model_copy(update=chosen) if chosen else section
 
 
-def _stage(recipe: Recipe, index: int, facts: BaseFacts, machine: Machine, decisions: list) -> Recipe:
+def _stage(recipe: Recipe, index: int, facts: BaseFacts, machine: Machine, decisions: Decisions) -> Recipe:
     stage = recipe.stages[index]
     where = f"stages[{index}].{stage.kind}"
     on_builtin_text = all(_paths_are_builtin(recipe, name) for name in stage.sources)

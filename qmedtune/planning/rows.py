@@ -113,7 +113,7 @@ def _rows(recipe: Recipe, index: int, draws: Mapping[str, Drawn], wanted: Mappin
     if isinstance(section, SftSection) and not section.packing:
         return documents
     share = min(1.0, SIMULATED_DOCUMENTS / max(documents, 1.0))
-    parts = []
+    parts: list[np.ndarray] = []
     for name, lengths in used.items():
         drawn = rng.choice(lengths, max(1, round(share * wanted[name] / means[name])))
         parts.append(_chunked(recipe, name, drawn, seq_len))

@@ -54,8 +54,8 @@ class Sample:
 class _Look:
     """The first records of one file, and how many it has in all, +- `spread`."""
 
-    records: list[Record] = field(default_factory=list)
-    damaged: Counter[str] = field(default_factory=Counter)
+    records: list[Record] = field(default_factory=list[Record])
+    damaged: Counter[str] = field(default_factory=Counter[str])
     total: float = 0.0
     spread: float = 0.0
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from qmedtune.units import count, duration, size
 
@@ -49,7 +49,7 @@ def _data(plan: dict[str, Any]) -> Table:
 
 
 def _stages(plan: dict[str, Any]) -> Table:
-    rows = []
+    rows: list[list[str]] = []
     for s in plan["stages"]:
         rows.append(
             [
@@ -102,7 +102,8 @@ def _decisions(plan: dict[str, Any]) -> Table:
 
 def _value(value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{key} {_value(inner)}" for key, inner in value.items())
+        named = cast(dict[str, Any], value)
+        return ", ".join(f"{key} {_value(inner)}" for key, inner in named.items())
     return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
