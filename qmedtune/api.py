@@ -14,13 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from qmedtune.parsing.loader import LoadedRecipe
 from qmedtune.process import prepare
-
-if TYPE_CHECKING:
-    from qmedtune.recipe import TaskSection
+from qmedtune.recipe import TaskSection
 
 
 def run_recipe(

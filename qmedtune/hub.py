@@ -19,7 +19,7 @@ from qmedtune.recipe import ModelSection
 def resolve_base(section: ModelSection, *, offline: bool, shape_only: bool = False) -> Path:
     """The local folder of a base that is not built in; downloads a Hub id unless `offline`, with `shape_only` no
     weights: config and tokenizer are all that `pretrain` takes of it."""
-    local = Path(section.base).expanduser()
+    local = Path(os.path.expanduser(section.base))
     if local.is_dir():
         _judge(local)
         return local

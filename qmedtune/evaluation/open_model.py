@@ -8,6 +8,7 @@ run is opened as its merged model, which holds all of them).
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -63,7 +64,7 @@ def locate(name: str, *, base: str | None = None, template: str | None = None, o
     `base` is the base of an adapter folder (default: what its config names); `template` overrides the saved one.
     Raises RecipeError where there is no such model or no template of that name.
     """
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if (path / record.RUN).is_file():
         found = _of_run(name, path)
     elif (path / "adapter_config.json").is_file():

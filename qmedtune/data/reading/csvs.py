@@ -62,7 +62,7 @@ class Dialect:
 
 
 @dataclass(frozen=True)
-class Wish:
+class Requested:
     """What the recipe says about a table. known: names of columns that it expects beside the known ones."""
 
     delimiter: str | None = None
@@ -73,11 +73,11 @@ class Wish:
 # ---- finding out -----------------------------------------------------------------------------------------------------
 
 
-def find_dialect(path: Path, wish: Wish) -> Dialect:
+def find_dialect(path: Path, requested: Requested) -> Dialect:
     """How the file is written, by its first MiB."""
     with open_bytes(path) as file:
         head = file.read(SAMPLE_BYTES)
-    encoding = wish.encoding or find_encoding(head)
+    encoding = requested.encoding or find_encoding(head)
     text = codecs.getincrementaldecoder(encoding)("replace").decode(head).removeprefix("\ufeff")
     bare = QUOTED.sub("", text)
     if bare.count("\r") > 2 * bare.count("\n"):
@@ -85,11 +85,11 @@ def find_dialect(path: Path, wish: Wish) -> Dialect:
     else:
         line_end = "\n"
     text = text.replace("\r\n", "\n").replace("\r", "\n")
-    found = Dialect(wish.delimiter or ",", encoding, line_end)
+    found = Dialect(requested.delimiter or ",", encoding, line_end)
     first, _, rest = text.partition("\n")
     if said := SEPARATOR_LINE.match(first.encode()):
-        return _quoting(replace(found, delimiter=wish.delimiter or said[1].decode(), first_line=2), rest)
-    if wish.delimiter:
+        return _quoting(replace(found, delimiter=requested.delimiter or said[1].decode(), first_line=2), rest)
+    if requested.delimiter:
         return _quoting(found, text)
     if path.name.lower().removesuffix(".gz").removesuffix(".zst").endswith(".tsv"):
         usual = "\t"
@@ -99,7 +99,7 @@ def find_dialect(path: Path, wish: Wish) -> Dialect:
     tried = []
     for d in candidates:
         tried.append(_quoting(replace(found, delimiter=d), text))
-    return max(tried, key=lambda dialect: _fit(dialect, text, wish.known))
+    return max(tried, key=lambda dialect: _fit(dialect, text, requested.known))
 
 
 def find_encoding(head: bytes) -> str:
@@ -234,12 +234,12 @@ class _Lines:
         raise StopIteration
 
 
-def read_table(path: Path, wish: Wish) -> Iterator[Row]:
+def read_table(path: Path, requested: Requested) -> Iterator[Row]:
     """Rows of a file with a header; quoted fields may hold newlines. `line` is the row's first line."""
     try:
-        dialect = find_dialect(path, wish)
+        dialect = find_dialect(path, requested)
     except UnicodeError:
-        yield 1, Unread(f"not {wish.encoding}, which `encoding:` says")
+        yield 1, Unread(f"not {requested.encoding}, which `encoding:` says")
         return
     except ARCHIVE_ERRORS:
         yield 1, BROKEN_ARCHIVE
@@ -250,10 +250,10 @@ def read_table(path: Path, wish: Wish) -> Iterator[Row]:
             stream = file
         else:
             stream = io.BufferedReader(_Recoded(file, dialect))
-        yield from _rows(_Lines(text_lines_of(stream)), dialect, wish)
+        yield from _rows(_Lines(text_lines_of(stream)), dialect, requested)
 
 
-def _rows(source: _Lines, dialect: Dialect, wish: Wish) -> Iterator[Row]:
+def _rows(source: _Lines, dialect: Dialect, requested: Requested) -> Iterator[Row]:
     """The first rows are held back until they show whether the header is one."""
     stream = _split(source, dialect)
     header = next(stream, None)
@@ -266,7 +266,7 @@ def _rows(source: _Lines, dialect: Dialect, wish: Wish) -> Iterator[Row]:
         return
     names = [name.strip() for name in names]
     first = list(islice(stream, SAMPLE_ROWS))
-    fault = _fault(names, [row for _, row in first if isinstance(row, list)], wish)
+    fault = _fault(names, [row for _, row in first if isinstance(row, list)], requested)
     if fault:
         yield line, Unread(f"{fault} ({dialect})")
         return
@@ -311,9 +311,9 @@ def header_fault(names: list[str], known: frozenset[str] = frozenset()) -> str:
     return ""
 
 
-def _fault(names: list[str], rows: list[list[str]], wish: Wish) -> str:
+def _fault(names: list[str], rows: list[list[str]], requested: Requested) -> str:
     """Why a header cannot be one, by itself and by the rows below it."""
-    if fault := header_fault(names, wish.known):
+    if fault := header_fault(names, requested.known):
         return fault
     if any(_recurs(names, row) for row in rows):
         return f"the first line is no header: a cell of it stands in its own column again ({len(names)} columns)"

@@ -124,7 +124,7 @@ def _text(file: Path) -> str:
 def read_rows(file: Path, source: SourceSection, format: str) -> Iterator[tuple[int, Any]]:
     """Rows and documents of a file in a known format, with what the recipe says of its kind."""
     if format in ("csv", "tsv"):
-        yield from csvs.read_table(file, wish_of(source))
+        yield from csvs.read_table(file, requested_of(source))
     elif format == "text":
         yield from _documents(row_formats.read_text(file, source.encoding))
     elif format == "mimic_cxr":
@@ -141,15 +141,15 @@ def _documents(stream: Iterator[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
         yield number, Document(**fields) if isinstance(fields, dict) else fields
 
 
-def wish_of(source: SourceSection) -> csvs.Wish:
-    return csvs.Wish(source.delimiter, source.encoding, frozenset(source.columns.values()))
+def requested_of(source: SourceSection) -> csvs.Requested:
+    return csvs.Requested(source.delimiter, source.encoding, frozenset(source.columns.values()))
 
 
 def describe(file: Path, source: SourceSection, format: str) -> str:
     """What a file was recognised as, in words."""
     if format in ("csv", "tsv"):
         try:
-            return f"{format} ({csvs.find_dialect(file, wish_of(source))})"
+            return f"{format} ({csvs.find_dialect(file, requested_of(source))})"
         except (*ARCHIVE_ERRORS, OSError, UnicodeError):
             return format
     if format == "text" and source.encoding:

@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 
 from qmedtune.data.reading import csvs, json_stream
-from qmedtune.data.reading.csvs import Wish
+from qmedtune.data.reading.csvs import Requested
 from qmedtune.data.reading.files import (
     ARCHIVE_ERRORS,
     BROKEN_ARCHIVE,
@@ -66,9 +66,9 @@ def _is_jsonl(path: Path) -> bool:
     return isinstance(text, str) and isinstance(parse_json(text), dict)
 
 
-def read_csv(path: Path, wish: Wish = Wish()) -> Iterator[Row]:  # noqa: B008 - frozen
+def read_csv(path: Path, requested: Requested = Requested()) -> Iterator[Row]:  # noqa: B008 - frozen
     """Rows of a table with a header, in whatever way it is separated, encoded and quoted (see csvs.py)."""
-    return csvs.read_table(path, wish)
+    return csvs.read_table(path, requested)
 
 
 def read_text(path: Path, encoding: str | None = None) -> Iterator[Row]:
