@@ -117,7 +117,10 @@ def _adapters_of_run(job: ExportJob, folder: Path) -> Location:
     from qmedtune.data.packing import templates
     from qmedtune.merge_folder import adapters_of_run
 
-    stack = adapters_of_run(folder, job.offline).stack
+    found = adapters_of_run(folder, job.offline)
+    if found.shares:
+        raise RecipeError(f"{job.model}: its merge weighs the stages (merge.weights), adapters do not\n--as gguf")
+    stack = found.stack
     if not stack.adapters:
         raise RecipeError(f"{job.model}: this run trained no adapter\nexport its model: --as gguf")
     template = templates.load(stack.template) if stack.template else templates.default(None, stack.base)

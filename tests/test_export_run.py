@@ -1,4 +1,4 @@
-"""`qmedtune export` of a whole run: its adapter on llama.cpp, and what goes to the Hub, or is refused, at a local endpoint.
+"""Whole runs: merged by weights, their adapter on llama.cpp, and what goes to the Hub, or is refused, by an endpoint here.
 
 The endpoint speaks as much of the Hub's protocol as an upload needs and is no Hub: it is here to see what would leave
 the machine. The client is huggingface_hub's own, in a process that is allowed to open connections.
@@ -20,8 +20,12 @@ import pytest
 from conftest import MICRO
 from llama_cpp import LlamaCpp
 
+from qmedtune import store
+from qmedtune.errors import RecipeError
 from qmedtune.export import ExportJob, export
+from qmedtune.merge_folder import merge_into
 from qmedtune.parsing.loader import load_recipe
+from qmedtune.recipe import MergeSection
 from qmedtune.run import run
 
 QUICK = ["evaluate.tasks=[]", "evaluate.perplexity=[]", "adapter.train_embeddings=false", "adapter.rslora=true"]
@@ -101,11 +105,27 @@ def closed_run(own_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.fixture(scope="module")
 def open_run(closed_run: Path) -> Path:
     """The same, with terms that allow it: nothing is trained again for that."""
-    loaded = load_recipe(MICRO, [*QUICK, TERMS])
+    loaded = load_recipe(MICRO, [*QUICK, TERMS, "merge.weights={01-cpt: 0.5}"])
     folder = closed_run.with_name("open")
     subprocess.run(["cp", "-rp", str(closed_run), str(folder)], check=True)
     run(loaded.recipe, loaded.text, folder, offline=True)
     return folder
+
+
+def test_a_run_merges_its_stages_by_weight(closed_run: Path, open_run: Path, tmp_path: Path):
+    told = json.loads((open_run / "run.json").read_text())
+    assert told["merge"]["weights"] == {"01-cpt": 0.5, "02-sft": 1.0} and told["merge"]["violations"] == 0
+    assert "weights" not in json.loads((closed_run / "run.json").read_text())["merge"]
+    again = merge_into(str(closed_run), tmp_path / "again", MergeSection(weights={"01-cpt": 0.5}), offline=True)
+    file = "model.safetensors"
+    assert again["sha256"] == told["merge"]["sha256"] == store.sha256_file(open_run / "merged" / file)
+    first = merge_into(str(closed_run), tmp_path / "first", MergeSection(weights={"02-sft": 0}), offline=True)
+    alone = merge_into(str(closed_run / "01-cpt" / "adapter"), tmp_path / "alone", MergeSection(), offline=True)
+    assert first["sha256"] == alone["sha256"], "nothing of the second stage is left"
+    with pytest.raises(RecipeError, match="its merge weighs the stages"):
+        export(ExportJob(str(open_run), tmp_path / "adapter", "gguf-adapter", offline=True))
+    with pytest.raises(RecipeError, match="no adapter of stage '03-x' is merged"):
+        merge_into(str(closed_run), tmp_path / "x", MergeSection(weights={"03-x": 1}), offline=True)
 
 
 def test_the_adapter_of_a_run_as_gguf_for_llama_cpp(closed_run: Path, tmp_path: Path):
