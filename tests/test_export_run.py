@@ -1,4 +1,4 @@
-"""Whole runs: merged by weights, their adapter on llama.cpp, and what goes to the Hub, or is refused, by an endpoint here.
+"""Whole runs: merged by weights, their adapter on llama.cpp, and what goes to the Hub, or is refused, at an endpoint.
 
 The endpoint speaks as much of the Hub's protocol as an upload needs and is no Hub: it is here to see what would leave
 the machine. The client is huggingface_hub's own, in a process that is allowed to open connections.
