@@ -53,7 +53,7 @@ def evaluate_stage(recipe: Recipe, inputs: dict[str, Path], out: Path) -> dict[s
     Writes <task>.items.jsonl and evaluation.json below `out`, where an interrupted evaluation is continued; returns
     the content of evaluation.json.
     """
-    tasks = [load_task(section, recipe.seed, world_of(recipe)) for section in recipe.evaluate.sections]
+    tasks = [load_task(section, recipe.items_seed, world_of(recipe)) for section in recipe.evaluate.sections]
     window = document_window(inputs["base"])
     held_out = {}
     for source in recipe.evaluate.perplexity:

@@ -194,7 +194,7 @@ def evaluation_section(recipe: Recipe, hashes: store.HashCache) -> dict[str, Any
 
 
 def against_section(recipe: Recipe, hashes: store.HashCache) -> dict[str, Any]:
-    section = recipe.evaluate.model_dump(mode="json", include={"tasks", "precision", "template"})
+    section = recipe.evaluate.model_dump(mode="json", include={"tasks", "precision", "template", "items_seed"})
     models = [[name, *_model_marks(Path(name).expanduser())] for name in recipe.evaluate.against]
     section |= {"against": models, "merge_dtype": recipe.merge.dtype}
     return {"evaluate": section, "seed": recipe.seed, "benchmarks": benchmarks(recipe.evaluate.sections, hashes)}
