@@ -180,6 +180,13 @@ def merge_section(recipe: Recipe) -> dict[str, Any]:
     return {"merge": recipe.merge.model_dump(mode="json"), "model": model, "seed": recipe.seed}
 
 
+def fold_section(recipe: Recipe) -> dict[str, Any]:
+    """Of a fold between stages, which no weight of the last merge changes."""
+    section = merge_section(recipe)
+    section["merge"].pop("weights", None)
+    return section
+
+
 def evaluation_section(recipe: Recipe, hashes: store.HashCache) -> dict[str, Any]:
     section = recipe.evaluate.model_dump(mode="json", exclude={"batch", "against"})
     section |= {"format": EVALUATION_FORMAT, "merge_dtype": recipe.merge.dtype}
