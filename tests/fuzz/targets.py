@@ -6,6 +6,7 @@ A target writes the bytes where its parser expects them and calls it as the comm
 
 from __future__ import annotations
 
+import base64
 import gzip
 import io
 import json
@@ -234,6 +235,12 @@ def made(path: Callable[[], Path]) -> Callable[[], bytes]:
     return lambda: path().read_bytes()
 
 
+# Found: a member of a zip archive without a name, on which zipfile's own `is_dir` raises.
+NO_NAME = base64.b64decode(
+    "UEsDBBQAAAAAAFcPfl3umE3aVwB3YXMgc2VlbiBpbiBjbGluaWMgb24gIn0KUEsBAhQDFAAAAAAAVw9+Xe6YTdpXAAAAVwAAAAcA"
+    "AAAAAAAAAAAAAIABAABdAAAuanNvbmxQSwUGAAAAAAEAAQA1AAAAbGxsbGxsbGxsbGyUjGxsbGxsbGxsbGxsbGxsbGxsbGxsbGxs"
+    "bGxsbGxsbGxsbGxsbGxsbGxsbGxsbGxsbGxsbGxsbGxsbGxsbGxsbGxsbHwAFIABAA=="
+)
 TARGETS: dict[str, Target] = {
     "recipe": Target(recipe, (RECIPE, b"name: x\nmodel: {base: builtin:micro}\n", b"a: &a [*a]\n")),
     "jsonl": Target(reader("a.jsonl"), (LINES, b'{"text": "\\ud800"}\n', b"\xef\xbb\xbf" + LINES)),
@@ -247,7 +254,7 @@ TARGETS: dict[str, Target] = {
     "parquet": Target(reader("a.parquet"), (table(),)),
     "tar": Target(reader("a.tar"), (tarred(),)),
     "tar.gz": Target(reader("a.tar.gz"), (gzip.compress(tarred()),)),
-    "zip": Target(reader("a.zip"), (zipped(),)),
+    "zip": Target(reader("a.zip"), (zipped(), NO_NAME)),
     "identifiers": Target(identifiers, (NOTE, TEXT.encode())),
     "safetensors": Target(header, (b'{"a":{"dtype":"F32","shape":[4,4],"data_offsets":[0,64]}}', b"{}")),
     "config": Target(model_file("config.json"), (b"",)),
