@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from qmedtune import ui
+from qmedtune import local_names, ui
 from qmedtune.errors import RecipeError
 from qmedtune.model_stack import read_model
 from qmedtune.recipe import ModelSection
@@ -23,11 +23,7 @@ def resolve_base(section: ModelSection, *, offline: bool, shape_only: bool = Fal
     if local.is_dir():
         _judge(local)
         return local
-    if local.is_absolute() or section.base.startswith((".", "~")) or section.base.count("/") != 1:
-        raise RecipeError(
-            f"model.base: no folder {section.base!r} here, and it is not a Hub id\n"
-            "allowed: a folder with config.json and weights, a *.gguf, builtin:tiny, builtin:smollm2, or owner/name"
-        )
+    local_names.check(section.base, "model.base")
     folder = _download(section, offline=offline, shape_only=shape_only)
     if not shape_only:
         _judge(folder)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from qmedtune.lineage import parts_of
 from qmedtune.parsing.grammar import did_you_mean
 from qmedtune.parsing.strict_yaml import KeyPath
 from qmedtune.recipe import ClassifySection, Recipe, SftSection, TaskSection
@@ -64,6 +65,17 @@ def _merging(recipe: Recipe) -> Iterator[Finding]:
         yield ("merge", "base"), f"got nf4, but model.quantization is {quantization}; allowed with it: full16"
     if section.rounding == "stochastic" and section.dtype == "float32":
         yield ("merge", "rounding"), "got stochastic; float32 keeps every update: allowed with it: auto, nearest"
+    allowed = [part.stage for part in parts_of(recipe)]
+    for name in section.weights:
+        if name in allowed:
+            continue
+        folded = "is folded into the base that later stages are trained on, or " if name in recipe.stage_names() else ""
+        yield (
+            ("merge", "weights", name),
+            f"{folded}is no stage whose adapter is merged; allowed: {', '.join(allowed) or 'none'}",
+        )
+    if section.weights and recipe.evaluate.precision == "nf4":
+        yield ("evaluate", "precision"), "nf4 scores the adapters as trained, without merge.weights: allowed: delivered"
 
 
 def contradictions(recipe: Recipe) -> Iterator[Finding]:

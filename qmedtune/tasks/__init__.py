@@ -105,7 +105,8 @@ def _check_name(section: TaskSection) -> None:
         raise RecipeError(f"evaluate.tasks: {section.task!r} is unknown\n{allowed(section.task, known)}")
     if section.path is None:
         raise RecipeError(
-            f"evaluate.tasks: {section.task} is read from a file\nwrite {{task: {section.task}, path: FILE}}"
+            f"evaluate.tasks: {section.task} is read from a file\n"
+            f"in a recipe: {{task: {section.task}, path: FILE}}; on the command line: --tasks {section.task}=FILE"
         )
 
 
