@@ -14,7 +14,7 @@ sys.path.append(str(Path(__file__).parent / "fuzz"))
 import fuzz
 from targets import TARGETS, run, seeds
 
-ROUNDS = 60
+ROUNDS = 20
 
 
 @pytest.mark.parametrize("name", TARGETS)
