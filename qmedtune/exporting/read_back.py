@@ -1,8 +1,8 @@
 """A GGUF file as a program finds it: tensors in transformers' order, and the tokenizer that its metadata describe.
 
 What is proven of an export is read from the file by this, not by what wrote it: the header by the reader that judges
-GGUF bases, values by the library `gguf`, the order of rows from the definition of the rotation, merges from the scores.
-Deliberately not here: the comparison (proof.py).
+GGUF bases, quantised values by the library `gguf`, the order of rows from the definition of the rotation, merges from
+the scores. Deliberately not here: the comparison (proof.py).
 """
 
 from __future__ import annotations

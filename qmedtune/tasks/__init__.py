@@ -14,7 +14,7 @@ from qmedtune import ui
 from qmedtune.data.synthetic import outcomes
 from qmedtune.errors import RecipeError
 from qmedtune.recipe import Recipe, TaskSection
-from qmedtune.tasks import choice, expert, findings, free_text, labels, me_llama, shots
+from qmedtune.tasks import choice, expert, findings, free_text, labels, me_llama, safety, shots
 from qmedtune.tasks.items import Item, Task, allowed, checked_items, with_metric
 
 __all__ = ["BUILTIN_TASKS", "FILE_TASKS", "Item", "Task", "check_twice", "load_task", "read_items", "world_of"]
@@ -56,6 +56,7 @@ FILE_TASKS: dict[str, tuple[Reader, Maker]] = {
     "medicationqa": (free_text.answers, free_text.summary_task),
     "bioasq": (free_text.answers, free_text.summary_task),
     "bioasq_yesno": (free_text.bioasq_yesno, labels.accuracy_task),
+    "safety": (safety.requests, safety.safety_task),
 }
 
 
