@@ -2,7 +2,7 @@
 
 A tiny base is itself a run of this project (builtin_base.py), in the user's cache folder. Its identity is the hash of
 what makes it (generator, shape, constants), so a finished run stays finished when the cache is emptied. Deliberately
-not here: making one. That is a run, which stands floors above, and is handed in by `made_by`.
+not here: making one. That is a run, which stands floors above, and is handed in through makers.py.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from qmedtune import fetch, gguf_folder, gguf_header, store, ui
+from qmedtune import fetch, gguf_folder, gguf_header, makers, store, ui
 from qmedtune.errors import RecipeError
 from qmedtune.model_files import read_json
 from qmedtune.model_stack import ADAPTER_TENSORS
@@ -24,9 +24,6 @@ from qmedtune.recipe import ModelSection, Recipe
 
 BUILTIN = "builtin:"
 TRAINED_ON = "trained_on.json"
-
-Maker = Callable[[str, Path], None]  # makes the base of a name in a folder
-_makers: list[Maker] = []
 
 
 @dataclass(frozen=True)
@@ -215,11 +212,6 @@ def blank_folder(name: str) -> Path:
     return store.cache_root() / "blanks" / builtin_folder(name).name
 
 
-def made_by(maker: Maker) -> None:
-    """Say who makes a built-in base that is not there; `process.prepare` does at every start of this program."""
-    _makers[:] = [maker]
-
-
 def _made(name: str, folder: Path) -> Path:
     """The built-in base's model folder, pretrained now if it is not in the cache."""
     stage = folder / "01-pretrain"
@@ -229,7 +221,8 @@ def _made(name: str, folder: Path) -> Path:
         if not store.intact(stage, full=True):
             if store.retire(stage, folder):
                 ui.warn(f"{name} was damaged in {folder}; it is made again")
-            if not _makers:
+            make = makers.maker()
+            if make is None:
                 raise RecipeError(f"model.base: {name} is not made on this machine yet\nmake it: qmedtune run RECIPE")
-            _makers[0](name, folder)
+            make(name, folder)
     return stage / "model"

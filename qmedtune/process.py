@@ -12,7 +12,7 @@ import os
 import sys
 from pathlib import Path
 
-from qmedtune import base
+from qmedtune import makers
 
 
 def prepare() -> None:
@@ -36,7 +36,7 @@ def prepare() -> None:
     sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
-    base.made_by(_make_base)
+    makers.made_by(_make_base)
 
 
 def _make_base(name: str, folder: Path) -> None:

@@ -52,13 +52,14 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture(scope="session")
 def micro_run(own_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> MicroRun:
+    from qmedtune import base as bases
     from qmedtune.parsing.loader import load_recipe
     from qmedtune.run import run
 
     folder = tmp_path_factory.mktemp("micro") / "run"
     loaded = load_recipe(MICRO)
     run(loaded.recipe, loaded.text, folder, offline=True, until="data/01-cpt")
-    base = next((own_cache / "bases").glob("micro-*")) / "01-pretrain" / "model"
+    base = bases.builtin_folder("builtin:micro") / "01-pretrain" / "model"
     return MicroRun(folder, base)
 
 

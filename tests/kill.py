@@ -42,7 +42,10 @@ class Tally:
 
 
 def preload() -> None:
-    """Import what a run imports, without starting a thread."""
+    """Prepare the process and import what a run imports, without starting a thread."""
+    from qmedtune import process
+
+    process.prepare()
     import qmedtune.data.packing.pack
     import qmedtune.data.prepare
     import qmedtune.evaluate

@@ -150,13 +150,13 @@ def raises(error: Exception):
 
 def test_a_damaged_built_in_base_is_made_again(finished: Path, tmp_path: Path, capfd):
     """A flipped bit that leaves size and time alone is seen when the base is about to be trained on."""
-    from qmedtune import base
+    from qmedtune import base, makers
 
     made = base.builtin_folder("builtin:micro")
     shutil.copytree(made, tmp_path / "bases" / made.name)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QMEDTUNE_CACHE", str(tmp_path))
-        patch.setattr(base, "_makers", [lambda name, at: shutil.copytree(made / "01-pretrain", at / "01-pretrain")])
+        patch.setattr(makers, "_makers", [lambda name, at: shutil.copytree(made / "01-pretrain", at / "01-pretrain")])
         weights = base.builtin_folder("builtin:micro") / "01-pretrain" / "model" / "model.safetensors"
         before, times = weights.read_bytes(), weights.stat()
         flip(weights)

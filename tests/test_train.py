@@ -70,7 +70,7 @@ def test_equal_settings_give_equal_trajectories(micro_run: MicroRun, whole: Path
 def test_kernels_on_and_off_give_equal_trajectories(
     micro_run: MicroRun, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(models, "install_kernels", lambda model, mode: {})
+    monkeypatch.setattr(models, "install_kernels", lambda model, mode: {"mode": "reference"})
     assert_equal_trajectories(run_stage(micro_run, tmp_path / "out"), losses(whole))
 
 

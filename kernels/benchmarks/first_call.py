@@ -218,7 +218,8 @@ def _trained(call: Call, job: Any, contender: str) -> dict[str, Any]:
 
     models = Path(os.environ.get("SCRATCH", "/tmp")) / "qmedtune-first-call"
     models.mkdir(exist_ok=True)
-    found = _run(job, contender, call.out, models, 60.0 * (20 if call.dry else 1))
+    measured = _run(job, contender, call.out, models, 60.0 * (20 if call.dry else 1))
+    found = measured.model_dump(mode="json", exclude_none=True)
     for path in call.out.glob(f"{contender}.*"):
         path.unlink()
     kept = {key: value for key, value in found.items() if key not in ("losses", "checkpoints")}
