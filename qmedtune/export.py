@@ -117,7 +117,7 @@ def _adapters_of_run(job: ExportJob, folder: Path) -> Location:
     from qmedtune.data.packing import templates
     from qmedtune.merge_folder import adapters_of_run
 
-    found = adapters_of_run(folder, job.offline)
+    found = adapters_of_run(folder, job.offline).stack
     if not found.adapters:
         raise RecipeError(f"{job.model}: this run trained no adapter\nexport its model: --as gguf")
     template = templates.load(found.template) if found.template else templates.default(None, found.base)
