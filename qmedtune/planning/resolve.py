@@ -19,12 +19,12 @@ from qmedtune.planning.layers import slowdown
 from qmedtune.planning.machine import Machine, this_machine
 from qmedtune.planning.memory import WAYS, Setup, trained_parameters
 from qmedtune.planning.numerics import why_dtype
+from qmedtune.planning.plan_facts import Decision
 from qmedtune.planning.shapes import base_facts
 from qmedtune.recipe import LayersSection, Recipe, Section, SftSection, StageSection, WarmupSection
 
 Proposals = dict[str, tuple[Any, str]]
-Decisions = list[dict[str, Any]]
-"""Each {"key", "value", "why"}, as run.json and the plan hold it."""
+Decisions = list[Decision]
 S = TypeVar("S", bound=Section)
 
 # Base size in parameters -> tokens per row. PMC-LLaMA and Meditron-7B trained on 2048; small bases meet small machines.
