@@ -235,7 +235,7 @@ def evaluation_section(recipe: Recipe, hashes: store.HashCache) -> MadeFrom:
 
 
 def against_section(recipe: Recipe, hashes: store.HashCache) -> MadeFrom:
-    section = recipe.evaluate.model_dump(mode="json", include={"tasks", "precision", "template"})
+    section = recipe.evaluate.model_dump(mode="json", include={"tasks", "precision", "template", "items_seed"})
     models: list[list[object]] = []
     for name in recipe.evaluate.against:
         models.append([name, *_model_marks(Path(name).expanduser())])

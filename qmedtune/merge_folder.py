@@ -7,6 +7,7 @@ the merge itself (merge.py), several runs at once, weighting of adapters.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,7 @@ def merge_into(
 
     if out.exists():
         raise RecipeError(f"--out: {out} is there already\nmove it away, or give another name")
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     is_run = (folder / "run.json").is_file()
     found = adapters_of_run(folder, offline) if is_run else adapter_of_folder(name, folder, base, offline)
     stack = found.stack

@@ -336,6 +336,7 @@ class EvaluateSection(Section):
     generate: bool = True
     batch: Positive | Auto = "auto"
     template: str | None = None  # to ask with; default: the one of training
+    items_seed: Annotated[int, Field(ge=0, lt=2**32)] | None = later(None)  # draws items and examples; None: `seed`
     against: list[str] = later([])  # models that the result is held against, as `qmedtune compare` does
 
     @property
@@ -399,6 +400,12 @@ class Recipe(Section):
     evaluate: EvaluateSection = EvaluateSection()
     audit: AuditSection | None = None
     ablate: AblateSection | None = None
+
+    @property
+    def items_seed(self) -> int:
+        """What draws the items of a `limit` and the examples before questions."""
+        chosen = self.evaluate.items_seed
+        return self.seed if chosen is None else chosen
 
     def stage_names(self) -> list[str]:
         """`01-cpt`, `02-sft` ...: the names of stage folders and of `run.json` entries."""

@@ -91,6 +91,8 @@ class Stage:
         parts: list[str] = []
         if self.total:
             parts.append(f"{min(self.completed / self.total, 1.0):.0%}")
+        if self.note:
+            parts.append(self.note)
         if self.loss is not None:
             parts.append(f"loss {self.loss:.3f}")
         left = self.left_s()
@@ -104,8 +106,6 @@ class Stage:
             parts.append(f"{count(self.completed)} of {count(self.total)} {self.unit}")
         elif self.completed:
             parts.append(f"{count(self.completed)} {self.unit}")
-        if self.note:
-            parts.append(self.note)
         if self.lr is not None:
             parts.append(f"lr {self.lr:.1e}")
         return parts
@@ -143,6 +143,7 @@ class Run:
     finished: frozenset[str] = frozenset()
     active: Step | None = None
     started_s: float = field(default_factory=_now)
+    tokens: Mapping[str, float] = field(default_factory=dict)  # to train in each step, once they are known
 
     @contextmanager
     def step(self, name: str) -> Iterator[Step]:
@@ -168,6 +169,14 @@ class Run:
     def _leave(self, name: str, ended: str, seconds: float | None, summary: str) -> None:
         _leave_line(name, ended, seconds, summary, max(map(len, self.steps)), self.label(name))
 
+    def _training_left_s(self, waiting: list[str]) -> float | None:
+        """Of the active stage and those after it, at the speed of the active one; None where none trains."""
+        stages = _shown.stages
+        if self.active is None or self.active.name not in self.tokens or not stages or not stages[0].units_per_s:
+            return None
+        later = sum(self.tokens.get(name, 0.0) for name in waiting if name != self.active.name)
+        return (stages[0].left_s() or 0.0) + later / stages[0].units_per_s
+
     def label(self, name: str) -> str:
         """`3/7 01-cpt`"""
         return f"{self.steps.index(name) + 1}/{len(self.steps)} {name}"
@@ -175,6 +184,8 @@ class Run:
     def left_s(self) -> float | None:
         """Seconds to the end, by the active stage's rate and `expected_s` of the rest; None while unknown."""
         waiting = [name for name in self.steps if name not in self.finished]
+        if not self.expected_s:
+            return self._training_left_s(waiting)
         if self.active is None or any(name not in self.expected_s for name in waiting):
             return None
         active_left = self.expected_s[self.active.name] - (_now() - self.active.started_s)
@@ -403,7 +414,8 @@ def _run_line(run: Run, step: Step) -> Line:
     line.append((f" {clock(_now() - run.started_s)} elapsed", "dim"))
     left = run.left_s()
     if left is not None:
-        line.append((f", about {clock(left)} left", "dim"))
+        what = "left" if run.expected_s else "of training left"  # evaluation and merge are not in it
+        line.append((f", about {clock(left)} {what}", "dim"))
     return line
 
 

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -250,15 +251,13 @@ def _task(here: KeyPath, task: TaskSection, builtin: list[str], from_file: list[
 
 def _paths(recipe: Recipe) -> Iterator[Finding]:
     """Paths that cannot be right wherever the recipe runs; whether files are there is for the data steps to say."""
-    if _is_windows(recipe.model.base):
-        yield ("model", "base"), WINDOWS_HINT
-    yield from _pickled(Path(recipe.model.base).expanduser())
+    if problem := _unusable(recipe.model.base):
+        yield ("model", "base"), problem
+        return
+    yield from _pickled(Path(os.path.expanduser(recipe.model.base)))
     for name, source in recipe.data.items():
         for path in source.paths:
-            if _is_windows(path):
-                problem = WINDOWS_HINT
-            else:
-                problem = _builtin(path) or _extension(path, source.format)
+            problem = _unusable(path) or _builtin(path) or _extension(path, source.format)
             if problem:
                 yield ("data", name, "path"), problem
 
@@ -278,6 +277,15 @@ def _pickled(base: Path) -> Iterator[Finding]:
             "(allowed: *.safetensors; convert the model)"
         )
         yield ("model", "base"), text
+
+
+def _unusable(path: str) -> str:
+    """What no file system takes, and homes of users who are not here."""
+    if "\0" in path:
+        return "a path cannot hold a zero byte"
+    if path.startswith("~") and os.path.expanduser(path) == path:
+        return f"there is no user {path[1:].partition('/')[0]!r} here (write the whole path)"
+    return WINDOWS_HINT if _is_windows(path) else ""
 
 
 def _is_windows(path: str) -> bool:
@@ -305,7 +313,7 @@ def _extension(path: str, format: str) -> str:
     suffix = plain_suffix(Path(path))
     if format != "auto" or path.startswith("builtin:") or not re.fullmatch(r"\.\w+", suffix) or suffix in SUFFIXES:
         return ""
-    if Path(path).expanduser().is_dir():
+    if Path(os.path.expanduser(path)).is_dir():
         return ""
     allowed = ", ".join(SUFFIXES)
     return f"no reader for {suffix} files (allowed: {allowed}, also .gz and .zst); convert, or name the `format`"
