@@ -116,9 +116,6 @@ class AdapterFolder:
     copies: Mapping[str, str]
 
 
-# ---- files -----------------------------------------------------------------------------------------------------------
-
-
 def headers(path: Path) -> dict[str, Stored]:
     """The tensors of a safetensors file. RecipeError where there is no file, or a damaged one."""
     if not path.is_file():  # a folder or a pipe of that name is none
@@ -176,9 +173,6 @@ def _shards(folder: Path, index: Path) -> dict[str, Stored]:
     return found
 
 
-# ---- models ----------------------------------------------------------------------------------------------------------
-
-
 def read_model(folder: Path) -> ModelFolder:
     """Read and judge a model folder. RecipeError for what is no whole LLaMA."""
     if (folder / ADAPTER_CONFIG).is_file():  # transformers would go on with the base that this file names
@@ -225,11 +219,7 @@ def parameters(facts: BaseFacts, config: Mapping[str, Any]) -> dict[str, tuple[i
 
 def linears_of(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
     """Names of the linear layers, among them the head: what has two dimensions and is no embedding."""
-    found: list[str] = []
-    for name, shape in shapes.items():
-        if len(shape) == 2 and name != EMBEDDING:
-            found.append(name.removesuffix(".weight"))
-    return found
+    return [name.removesuffix(".weight") for name, shape in shapes.items() if len(shape) == 2 and name != EMBEDDING]
 
 
 def _check_tensors(model: ModelFolder) -> None:
@@ -297,9 +287,6 @@ def _check_complete(model: ModelFolder) -> None:
             lost.append(name)
     if lost:
         refuse(model.folder, f"tensor {lost[0]} is missing (of {len(lost)})", "fetch the model again")
-
-
-# ---- adapters --------------------------------------------------------------------------------------------------------
 
 
 def named_base(folder: Path) -> str:
@@ -412,10 +399,7 @@ class _Reading:
         from peft.tuners.tuners_utils import check_target_module_exists
 
         targets, linears = self.config.target_modules, linears_of(self.shapes)
-        found: list[str] = []
-        for module in linears:
-            if targets and check_target_module_exists(self.config, module):
-                found.append(module)
+        found = [module for module in linears if targets and check_target_module_exists(self.config, module)]
         if isinstance(targets, set):
             for target in sorted(targets):
                 if not any(f".{module}".endswith(f".{target}") for module in linears):

@@ -19,6 +19,7 @@ from typing import TypedDict
 from qmedtune.disk import PART, check_room, discard, fsync_path, link, lock, lock_file, rename, write_atomic, write_json
 from qmedtune.errors import RunError
 from qmedtune.hashes import HashCache, kept, read_checked, sha256_file, sha256_json, write_checked
+from qmedtune.model_files import JsonObject
 from qmedtune.results import Json
 
 __all__ = [
@@ -59,7 +60,7 @@ class Seal:
 
     key: str
     digest: str
-    facts: Mapping[str, object]
+    facts: JsonObject
     files: Mapping[str, Sealed]
 
 
@@ -81,7 +82,7 @@ def seal(folder: Path, key: str, facts: Mapping[str, object]) -> Seal:
         if path.name not in VOLATILE:
             stable[name] = files[name]["sha256"]
         fsync_path(path)
-    result = Seal(key, sha256_json(stable), facts, files)
+    result = Seal(key, sha256_json(stable), dict(facts), files)
     content = {"key": key, "digest": result.digest, "facts": facts, "files": files}
     for sub in sorted((p for p in folder.rglob("*") if p.is_dir()), reverse=True):
         fsync_path(sub)
