@@ -13,12 +13,12 @@ import re
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
 from qmedtune import store
 from qmedtune.disk import below
 from qmedtune.errors import RecipeError
 from qmedtune.recipe import Recipe, SourceSection, TaskSection
+from qmedtune.results import Json
 
 MARK = ".qmedtune"
 MADE_BY = {"made_by": "qmedtune", "folder": "run", "format": 1}
@@ -69,9 +69,11 @@ def is_ours(out: Path) -> bool:
     return (out / ".lock").is_file() and any(next(out.glob(pattern), None) for pattern in STEPS)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> Json:
+    if not path.is_file():
+        return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -110,13 +112,16 @@ def _inputs(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """(key, path) of everything local that a recipe reads."""
     for name in recipe.used_sources():
         source = recipe.data[name]
-        yield from ((f"data.{name}.path", path) for path in _paths(source))
+        for path in _paths(source):
+            yield f"data.{name}.path", path
         if source.template and Path(source.template).is_file():
             yield f"data.{name}.template", source.template
     tasks = [task for task in recipe.evaluate.tasks if isinstance(task, TaskSection)]
     for number, task in enumerate(tasks):
-        given = (("path", task.path), ("shots_from", task.shots_from))
-        yield from ((f"evaluate.tasks[{number}].{key}", path) for key, path in given if path)
+        if task.path:
+            yield f"evaluate.tasks[{number}].path", task.path
+        if task.shots_from:
+            yield f"evaluate.tasks[{number}].shots_from", task.shots_from
     if Path(recipe.model.base).exists():
         yield "model.base", recipe.model.base
 

@@ -12,7 +12,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict
 
 from qmedtune import __version__, store
 from qmedtune.planning import machine
@@ -29,10 +29,54 @@ LOW_DISK_BYTES = 10 * machine.GIB  # a merged 1B model, its adapters, checkpoint
 LOW_HOST_BYTES = 8 * machine.GIB  # merging and evaluating a 1B model in 16 bit beside the Python libraries
 
 
-def examine(folder: Path = Path()) -> dict[str, Any]:
+class Cpu(TypedDict):
+    name: str
+    cores: int
+    features: list[str]
+
+
+class Gpu(TypedDict):
+    """The card as the driver and torch see it. Where torch was built for CUDA and no card is there, the last two."""
+
+    name: NotRequired[str]
+    memory_bytes: NotRequired[int]
+    free_bytes: NotRequired[int]
+    capability: NotRequired[float | None]
+    bf16: NotRequired[bool]
+    torch_cuda: str | None
+    usable: bool
+
+
+class Version(TypedDict):
+    installed: str | None
+    tested: str | None
+
+
+class Examined(TypedDict):
+    """What `qmedtune doctor --json` prints."""
+
+    qmedtune: str
+    python: str
+    system: str
+    cpu: Cpu
+    host_memory_bytes: int
+    free_disk_bytes: int
+    gpu: Gpu | None
+    versions: dict[str, Version]
+    kernels: dict[str, str]
+    folders: dict[str, str]
+    offline: bool
+    hub_login: bool
+    advice: list[str]
+
+
+def examine(folder: Path = Path()) -> Examined:
     """Everything as plain data. `folder`: where runs would be written. Imports torch (seconds)."""
     here = machine.this_machine()
-    facts: dict[str, Any] = {
+    found: dict[str, Version] = {}
+    for name, installed in versions().items():
+        found[name] = {"installed": installed, "tested": TESTED.get(name)}
+    facts: Examined = {
         "qmedtune": __version__,
         "python": platform.python_version(),
         "system": "-".join((os.uname().sysname, os.uname().release, os.uname().machine)),
@@ -40,13 +84,15 @@ def examine(folder: Path = Path()) -> dict[str, Any]:
         "host_memory_bytes": here.host_bytes,
         "free_disk_bytes": _free_disk_bytes(folder),
         "gpu": _gpu(here),
-        "versions": {name: {"installed": found, "tested": TESTED.get(name)} for name, found in versions().items()},
+        "versions": found,
         "kernels": _kernels(),
         "folders": folders(),
         "offline": os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"),
         "hub_login": _hub_login(),
+        "advice": [],
     }
-    return {**facts, "advice": list(advice(facts))}
+    facts["advice"] += advice(facts)
+    return facts
 
 
 def cpu_features() -> list[str]:
@@ -58,8 +104,11 @@ def cpu_features() -> list[str]:
 
 def _cpu_name() -> str:
     path = Path("/proc/cpuinfo")
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()
 
 
 def _free_disk_bytes(folder: Path) -> int:
@@ -67,7 +116,7 @@ def _free_disk_bytes(folder: Path) -> int:
     return shutil.disk_usage(there).free
 
 
-def _gpu(here: machine.Machine) -> dict[str, Any] | None:
+def _gpu(here: machine.Machine) -> Gpu | None:
     """The card as the driver and torch see it; the two can differ, and then `advice` says what to do."""
     import torch
 
@@ -107,7 +156,7 @@ def _hub_login() -> bool:
     return bool(os.environ.get("HF_TOKEN")) or Path(HF_TOKEN_PATH).is_file()
 
 
-def advice(facts: dict[str, Any]) -> Iterator[str]:
+def advice(facts: Examined) -> Iterator[str]:
     """One line for each thing that stands in the way or slows a run down, with what to do."""
     gpu = facts["gpu"]
     if gpu is None:
@@ -119,9 +168,10 @@ def advice(facts: dict[str, Any]) -> Iterator[str]:
     unused = facts["kernels"]["lora"].removeprefix("reference: ")
     if gpu and gpu["usable"] and unused != facts["kernels"]["lora"]:
         yield f"this card runs plain PyTorch instead of the kernels: {unused}"
-    differing = [
-        n for n, v in facts["versions"].items() if v["tested"] and (v["installed"] or "").split("+")[0] != v["tested"]
-    ]
+    differing: list[str] = []
+    for name, version in facts["versions"].items():
+        if version["tested"] and (version["installed"] or "").split("+")[0] != version["tested"]:
+            differing.append(name)
     if differing:
         yield f"not the tested versions: {', '.join(differing)}; the tested set: pip install -c constraints.txt -e ."
     if facts["free_disk_bytes"] < LOW_DISK_BYTES:
@@ -134,10 +184,12 @@ def advice(facts: dict[str, Any]) -> Iterator[str]:
         yield "this Python is newer than the tested ones (3.11 to 3.13)"
 
 
-def rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
+def rows(facts: Examined) -> list[tuple[str, str]]:
     """The facts as (what, value) lines for people."""
     gpu = facts["gpu"]
-    card = "none" if gpu is None else f"{gpu.get('name', 'present')}, usable: {'yes' if gpu['usable'] else 'no'}"
+    card = "none"
+    if gpu is not None:
+        card = f"{gpu.get('name', 'present')}, usable: {'yes' if gpu['usable'] else 'no'}"
     if gpu and "memory_bytes" in gpu:
         kind = "bfloat16" if gpu["bf16"] else "float16"
         card += f", {size(gpu['memory_bytes'])} ({size(gpu['free_bytes'])} free), sm_{gpu['capability']}, {kind}"
@@ -149,14 +201,16 @@ def rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("disk free", size(facts["free_disk_bytes"])),
         ("GPU", card),
     ]
-    lines += [(name, _version_text(found)) for name, found in facts["versions"].items()]
-    lines += [(f"kernel {name}", path) for name, path in facts["kernels"].items()]
+    for name, version in facts["versions"].items():
+        lines.append((name, _version_text(version)))
+    for name, path in facts["kernels"].items():
+        lines.append((f"kernel {name}", path))
     lines += facts["folders"].items()
     lines.append(("network", "HF_HUB_OFFLINE is set: nothing is downloaded" if facts["offline"] else "not restricted"))
     return lines
 
 
-def _version_text(found: dict[str, str | None]) -> str:
+def _version_text(found: Version) -> str:
     if found["installed"] is None:
         return f"not installed (tested: {found['tested']})" if found["tested"] else "not installed"
     same = found["tested"] is None or found["installed"].split("+")[0] == found["tested"]

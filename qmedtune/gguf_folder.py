@@ -21,6 +21,7 @@ from qmedtune import gguf_header, store, ui, units
 from qmedtune.errors import DoesNotFit, QmedtuneError, RecipeError
 from qmedtune.gguf_header import Header, refuse
 from qmedtune.llama_shape import BYTES_OF
+from qmedtune.model_files import JsonObject
 from qmedtune.peak import host_memory_bytes
 
 if TYPE_CHECKING:
@@ -172,7 +173,7 @@ def _check(header: Header, model: Any, tokenizer: PreTrainedTokenizerBase) -> No
             refuse(header.path, f"tensor {name} has values that are no numbers")
 
 
-def config_of(header: Header) -> dict[str, Any]:
+def config_of(header: Header) -> JsonObject:
     """The shape in the spelling of config.json, from the header alone."""
     heads = header.number("attention.head_count")
     embedding = header.tensors["token_embd.weight"]
@@ -202,7 +203,7 @@ def _theta(header: Header) -> float:
 
 def _set_rope(header: Header, config: PretrainedConfig) -> None:
     """The stretching of positions, which transformers 5.23 does not take over from a GGUF file."""
-    settings: dict[str, Any] = {"rope_type": "default", "rope_theta": _theta(header)}
+    settings: JsonObject = {"rope_type": "default", "rope_theta": _theta(header)}
     if header.metadata.get("llama.rope.scaling.type") == "linear":
         settings |= {"rope_type": "linear", "factor": float(header.metadata.get("llama.rope.scaling.factor", 1.0))}
     if tensor := header.tensors.get("rope_freqs.weight"):
@@ -210,7 +211,7 @@ def _set_rope(header: Header, config: PretrainedConfig) -> None:
     config.rope_parameters = settings
 
 
-def _llama3(header: Header, tensor: gguf_header.Tensor, config: PretrainedConfig) -> dict[str, Any]:
+def _llama3(header: Header, tensor: gguf_header.Tensor, config: PretrainedConfig) -> JsonObject:
     """LLaMA 3.1's setting that gives the file's factors (one per rotated pair, fp32). RecipeError for other factors."""
     import numpy as np
 
@@ -223,7 +224,7 @@ def _llama3(header: Header, tensor: gguf_header.Tensor, config: PretrainedConfig
     return settings
 
 
-def _factors(config: PretrainedConfig, settings: dict[str, Any]) -> np.ndarray:
+def _factors(config: PretrainedConfig, settings: JsonObject) -> np.ndarray:
     """By how much transformers divides each frequency under `settings`."""
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS

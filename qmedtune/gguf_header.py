@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from qmedtune.errors import RecipeError
 
+Metadata = dict[str, Any]  # numbers, text and lists, as the file's own type codes say
 SUFFIX = ".gguf"
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)  # version 1 counted tensors in 32 bits and was replaced within weeks, in August 2023
@@ -50,7 +51,7 @@ class Header:
     """What the file says of itself. `metadata` holds scalars and strings; of arrays only their length."""
 
     path: Path
-    metadata: dict[str, Any]
+    metadata: Metadata
     tensors: dict[str, Tensor]
 
     def number(self, key: str, default: int | None = None) -> int:
@@ -123,7 +124,7 @@ class _Reader:
             what = "is written for big-endian machines" if turned else f"is GGUF version {version}"
             refuse(self.path, what, f"allowed: little-endian files of version {VERSIONS[0]} or {VERSIONS[1]}")
         tensors, entries = self.take("Q"), self.take("Q")
-        metadata: dict[str, Any] = {}
+        metadata: Metadata = {}
         for _ in range(entries):
             self.key = self.string()
             metadata[self.key] = self.value(self.take("I"))
@@ -173,7 +174,7 @@ class _Reader:
             self.at += size
         return length
 
-    def table(self, count: int, metadata: dict[str, Any]) -> dict[str, Tensor]:
+    def table(self, count: int, metadata: Metadata) -> dict[str, Tensor]:
         entries = [self.entry() for _ in range(count)]
         alignment = metadata.get("general.alignment", ALIGNMENT)
         if not isinstance(alignment, int) or alignment < 1:

@@ -7,6 +7,7 @@ on `auto`) enters as the user wrote it, so that a sealed stage stays valid on an
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from qmedtune.versions import CODE as CODE
 # answers that state exactly one option; 4 = asked with the tokens of training, end marks apart from perplexity.
 EVALUATION_FORMAT = 4
 
+MadeFrom = Mapping[str, object]
+"""Plain JSON: what a step is made from."""
+
 PACKING = ("mix", "unit", "tokens", "epochs", "max_repeats", "data", "loss_on", "seq_len", "max_truncated_fraction")
 PACKING += ("packing", "multi_label")
 # Keys that came later, with the value that means what stages did before: runs made then stay finished.
@@ -27,12 +31,15 @@ BY_MACHINE = ("micro_batch", "gradient_checkpointing", "optimizer")
 MODEL_BY_MACHINE = ("compute_dtype", "kernels", "attention")
 
 
-def source_section(recipe: Recipe, name: str, hashes: store.HashCache) -> dict[str, Any]:
+def source_section(recipe: Recipe, name: str, hashes: store.HashCache) -> MadeFrom:
     source = recipe.data[name]
-    section = source.model_dump(mode="json", exclude={"license", "terms", *PACKED_AS})
-    result = {"source": section, "hygiene": recipe.hygiene.model_dump(mode="json"), "seed": recipe.seed}
-    result["files"] = fingerprint(source, hashes)
-    result |= _identifiers(recipe, name)
+    result: dict[str, object] = {
+        "source": source.model_dump(mode="json", exclude={"license", "terms", *PACKED_AS}),
+        "hygiene": recipe.hygiene.model_dump(mode="json"),
+        "seed": recipe.seed,
+        "files": fingerprint(source, hashes),
+        **_identifiers(recipe, name),
+    }
     if recipe.hygiene.decontaminate != "off":
         from qmedtune.data.hygiene.benchmarks import chosen_tasks
 
@@ -40,7 +47,7 @@ def source_section(recipe: Recipe, name: str, hashes: store.HashCache) -> dict[s
     return result
 
 
-def _identifiers(recipe: Recipe, name: str) -> dict[str, Any]:
+def _identifiers(recipe: Recipe, name: str) -> MadeFrom:
     """What finds identifiers and what stands in for them, where the text that is kept depends on it."""
     from qmedtune.data.hygiene import phi, secret, surrogates
     from qmedtune.data.hygiene.per_record import phi_mode
@@ -48,10 +55,13 @@ def _identifiers(recipe: Recipe, name: str) -> dict[str, Any]:
     mode = phi_mode(recipe, name)
     if mode not in ("redact", "refuse"):
         return {}
-    found: dict[str, Any] = {"recognisers": phi.VERSION}
-    if mode == "redact":
-        found |= {"surrogates": surrogates.VERSION, "secret": secret.fingerprint(secret.load())}
-    return found
+    if mode == "refuse":
+        return {"recognisers": phi.VERSION}
+    return {
+        "recognisers": phi.VERSION,
+        "surrogates": surrogates.VERSION,
+        "secret": secret.fingerprint(secret.load()),
+    }
 
 
 def fingerprint(source: SourceSection, hashes: store.HashCache) -> list[list[str]]:
@@ -61,14 +71,21 @@ def fingerprint(source: SourceSection, hashes: store.HashCache) -> list[list[str
     """
     from qmedtune.data.reading.sources import hub_dataset, source_files
 
-    if any(p.startswith("builtin:") for p in source.paths):
-        made_by = ["world.py", *(["outcomes.py"] if any(p.endswith("outcomes") for p in source.paths) else [])]
-        return [["builtin", hashes.sha256(Path(__file__).parent / "data" / "synthetic" / name)] for name in made_by]
+    marks: list[list[str]] = []
+    if any(path.startswith("builtin:") for path in source.paths):
+        made_by = ["world.py"]
+        if any(path.endswith("outcomes") for path in source.paths):
+            made_by.append("outcomes.py")
+        for name in made_by:
+            marks.append(["builtin", hashes.sha256(Path(__file__).parent / "data" / "synthetic" / name)])
+        return marks
     if dataset := hub_dataset(source):
         return [[dataset, _commit(dataset, hashes)]]
     files = source_files(source)
     shared = os.path.commonpath([path.absolute().parent for path in files])
-    return [[path.absolute().relative_to(shared).as_posix(), hashes.sha256(path)] for path in files]
+    for path in files:
+        marks.append([path.absolute().relative_to(shared).as_posix(), hashes.sha256(path)])
+    return marks
 
 
 def _commit(dataset: str, hashes: store.HashCache) -> str:
@@ -87,14 +104,19 @@ def _commit(dataset: str, hashes: store.HashCache) -> str:
 
 def benchmarks(tasks: list[TaskSection], hashes: store.HashCache) -> list[list[str]]:
     """[task, sha256 of each of its files] of what corpora are checked against, or models are scored on."""
-    rows = []
+    rows: list[list[str]] = []
     for task in tasks:
+        row = [task.task]
         if task.path is None:  # built in, or a public benchmark, which the code names with its split
             made_by = "synthetic/world.py" if task.task == "facts" else "hygiene/benchmarks.py"
-            rows.append([task.task, hashes.sha256(Path(__file__).parent / "data" / made_by)])
+            row.append(hashes.sha256(Path(__file__).parent / "data" / made_by))
         else:
-            paths = [task.path, *([task.shots_from] if task.shots_from else [])]
-            rows.append([task.task, *(hashes.sha256(file) for path in paths for file in _benchmark_files(path))])
+            files = _benchmark_files(task.path)
+            if task.shots_from:
+                files = files + _benchmark_files(task.shots_from)
+            for file in files:
+                row.append(hashes.sha256(file))
+        rows.append(row)
     return rows
 
 
@@ -110,8 +132,12 @@ def _benchmark_files(path: str) -> list[Path]:
 
 def _template_files(recipe: Recipe, names: list[str]) -> dict[str, str]:
     """sha256 of the templates that are files, by source."""
-    paths = {name: Path(recipe.data[name].template or "") for name in names}
-    return {name: store.sha256_file(path) for name, path in paths.items() if path.is_file()}
+    found: dict[str, str] = {}
+    for name in names:
+        path = Path(recipe.data[name].template or "")
+        if path.is_file():
+            found[name] = store.sha256_file(path)
+    return found
 
 
 def sources_compared_with(recipe: Recipe, name: str) -> list[str]:
@@ -127,40 +153,62 @@ def sources_compared_with(recipe: Recipe, name: str) -> list[str]:
     def asks(source: str) -> bool:
         return recipe.data[source].kind == "instructions"
 
-    earlier = used[: used.index(name)]
-    return [other for other in earlier if other not in labelled and asks(other) == asks(name)]
+    compared: list[str] = []
+    for other in used[: used.index(name)]:
+        if other not in labelled and asks(other) == asks(name):
+            compared.append(other)
+    return compared
 
 
-def validation_section(recipe: Recipe) -> dict[str, Any]:
+def validation_section(recipe: Recipe) -> MadeFrom:
     names = sorted({*recipe.validation.on, *recipe.evaluate.perplexity})
-    readers = [[stage.section.seq_len, sorted(stage.sources), _loss_on(stage)] for stage in recipe.stages]
-    sources = {n: recipe.data[n].model_dump(mode="json", include={"template", "chunking"}) for n in names}
-    section = {"max_tokens": recipe.validation.max_tokens, "sources": sources, "stages": readers}
-    return section | {"templates": _template_files(recipe, names)}
+    readers: list[object] = []
+    for stage in recipe.stages:
+        readers.append([stage.section.seq_len, sorted(stage.sources), _loss_on(stage)])
+    sources: dict[str, object] = {}
+    for name in names:
+        sources[name] = recipe.data[name].model_dump(mode="json", include={"template", "chunking"})
+    return {
+        "max_tokens": recipe.validation.max_tokens,
+        "sources": sources,
+        "stages": readers,
+        "templates": _template_files(recipe, names),
+    }
 
 
 def _loss_on(stage: StageSection) -> str | float | None:
     return stage.sft.loss_on if stage.sft else None
 
 
-def tokens_section(recipe: Recipe, index: int) -> dict[str, Any]:
+def tokens_section(recipe: Recipe, index: int) -> MadeFrom:
     stage = recipe.stages[index]
-    packing = {k: v for k, v in stage.section.model_dump(mode="json").items() if k in PACKING}
-    sources = {n: recipe.data[n].model_dump(mode="json", include=PACKED_AS) for n in stage.sources}
+    packing: dict[str, object] = {}
+    for key, value in stage.section.model_dump(mode="json").items():
+        if key in PACKING:
+            packing[key] = value
     if stage.sft and not stage.sft.packing:
         packing |= {"batch": stage.sft.batch, "min_steps": stage.sft.min_steps}  # which records share one
+    sources: dict[str, object] = {}
+    for name in stage.sources:
+        sources[name] = recipe.data[name].model_dump(mode="json", include=PACKED_AS)
     templates = _template_files(recipe, stage.sources)
     return {"packing": packing, "sources": sources, "templates": templates, "seed": recipe.seed}
 
 
-def training_section(recipe: Recipe, asked: Recipe, index: int) -> dict[str, Any]:
+def training_section(recipe: Recipe, asked: Recipe, index: int) -> MadeFrom:
     stage, requested = recipe.stages[index].section, asked.stages[index].section
-    training = stage.model_dump(mode="json") | {k: getattr(requested, k) for k in BY_MACHINE}
-    model = recipe.model.model_dump(mode="json") | {k: getattr(asked.model, k) for k in MODEL_BY_MACHINE}
-    training = {k: v for k, v in training.items() if k not in PACKING and SINCE_0_2.get(k, ...) != v}
+    training: dict[str, object] = {}
+    for key, value in stage.model_dump(mode="json").items():
+        if key in BY_MACHINE:
+            value = getattr(requested, key)
+        if key not in PACKING and SINCE_0_2.get(key, ...) != value:
+            training[key] = value
+    model: dict[str, object] = {}
+    for key, value in recipe.model.model_dump(mode="json", exclude={"base", "revision"}).items():
+        model[key] = getattr(asked.model, key) if key in MODEL_BY_MACHINE else value
     return {
         "training": training,
-        "model": {k: v for k, v in model.items() if k not in ("base", "revision")},
+        "model": model,
         "adapter": recipe.adapter_of(index).model_dump(mode="json"),
         "validate": recipe.validation.model_dump(mode="json"),
         "seed": recipe.seed,
@@ -168,34 +216,35 @@ def training_section(recipe: Recipe, asked: Recipe, index: int) -> dict[str, Any
     }
 
 
-def audit_section(recipe: Recipe) -> dict[str, Any]:
+def audit_section(recipe: Recipe) -> MadeFrom:
     """Limits judge what was measured; they do not change it."""
     assert recipe.audit is not None
     audit = recipe.audit.model_dump(mode="json", exclude={"max_exposure", "max_extracted"})
     return {"audit": audit, "seed": recipe.seed}
 
 
-def merge_section(recipe: Recipe) -> dict[str, Any]:
+def merge_section(recipe: Recipe) -> MadeFrom:
     model = recipe.model.model_dump(mode="json", include={"quantization", "double_quantization"})
     return {"merge": recipe.merge.model_dump(mode="json"), "model": model, "seed": recipe.seed}
 
 
-def fold_section(recipe: Recipe) -> dict[str, Any]:
+def fold_section(recipe: Recipe) -> MadeFrom:
     """Of a fold between stages, which no weight of the last merge changes."""
-    section = merge_section(recipe)
-    section["merge"].pop("weights", None)
-    return section
+    merge = recipe.merge.model_dump(mode="json", exclude={"weights"})
+    return {**merge_section(recipe), "merge": merge}
 
 
-def evaluation_section(recipe: Recipe, hashes: store.HashCache) -> dict[str, Any]:
+def evaluation_section(recipe: Recipe, hashes: store.HashCache) -> MadeFrom:
     section = recipe.evaluate.model_dump(mode="json", exclude={"batch", "against"})
     section |= {"format": EVALUATION_FORMAT, "merge_dtype": recipe.merge.dtype}
     return {"evaluate": section, "seed": recipe.seed, "benchmarks": benchmarks(recipe.evaluate.sections, hashes)}
 
 
-def against_section(recipe: Recipe, hashes: store.HashCache) -> dict[str, Any]:
+def against_section(recipe: Recipe, hashes: store.HashCache) -> MadeFrom:
     section = recipe.evaluate.model_dump(mode="json", include={"tasks", "precision", "template", "items_seed"})
-    models = [[name, *_model_marks(Path(name).expanduser())] for name in recipe.evaluate.against]
+    models: list[list[object]] = []
+    for name in recipe.evaluate.against:
+        models.append([name, *_model_marks(Path(name).expanduser())])
     section |= {"against": models, "merge_dtype": recipe.merge.dtype}
     return {"evaluate": section, "seed": recipe.seed, "benchmarks": benchmarks(recipe.evaluate.sections, hashes)}
 

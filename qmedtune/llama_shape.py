@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from qmedtune.errors import RecipeError
+from qmedtune.model_files import JsonObject
 
 BYTES_OF = {"float32": 4, "float16": 2, "bfloat16": 2, "F32": 4, "F16": 2, "BF16": 2}
 # About how many rows the built-in bases' embeddings have, until they are made (their tokenizers are trained first).
@@ -84,7 +84,7 @@ class BaseFacts:
 
 def facts_from_config(
     name: str,
-    config: dict[str, Any],
+    config: JsonObject,
     source: str,
     *,
     folder: str | None = None,

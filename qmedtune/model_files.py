@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from qmedtune.errors import RecipeError
 
+JsonObject = dict[str, Any]  # of a file that others wrote: anything, until it is judged
 MAX_JSON_BYTES = 64 << 20  # an index of 1,000 shards has 10 MB
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 MOST_FILES = 10_000  # a model of 1,000 shards has about as many files
@@ -22,7 +23,7 @@ def refuse(place: Path, what: str, then: str = "fetch or copy the folder again")
     raise RecipeError(f"{place}: {what}\n{then}")
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> JsonObject:
     """An object. RecipeError for anything else, however deep or long."""
     value = json_value(path)
     if not isinstance(value, dict):

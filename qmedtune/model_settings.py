@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, NoReturn
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qmedtune.errors import RecipeError
-from qmedtune.model_files import read_json
+from qmedtune.model_files import JsonObject, read_json
 
 MOST_LAYERS = 1000  # the deepest LLaMA has 126
 # Settings that name code to import. PEFT imports the module `megatron_core` where `megatron_config` is given.
@@ -168,7 +168,7 @@ def check_all(folder: Path) -> None:
             read_settings(folder / name)
 
 
-def read_settings(path: Path) -> dict[str, Any]:
+def read_settings(path: Path) -> JsonObject:
     """A configuration file, judged. RecipeError where it is missing, no object, or says what is refused."""
     said = read_json(path)
     check_settings(path, said)
@@ -193,7 +193,7 @@ def check_settings(path: Path, said: Mapping[str, Any]) -> None:
         _validated(path, kind, said)
 
 
-def judged(path: Path, said: Mapping[str, Any]) -> dict[str, Any]:
+def judged(path: Path, said: Mapping[str, Any]) -> JsonObject:
     """The settings of a config.json that are handed to transformers, as they stand there."""
     _validated(path, Llama, said)
     kept = {key: said[key] for key in Llama.model_fields if key in said and key != "num_labels"}

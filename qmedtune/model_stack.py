@@ -64,8 +64,10 @@ class ModelStack:
 
 def adapters_in(inputs: Mapping[str, Path]) -> list[Path]:
     """The adapters among a step's inputs, in the order of training."""
-    count = sum(name.startswith("adapter-") for name in inputs)
-    return [inputs[f"adapter-{number}"] for number in range(1, count + 1)]
+    adapters: list[Path] = []
+    while (path := inputs.get(f"adapter-{len(adapters) + 1}")) is not None:
+        adapters.append(path)
+    return adapters
 
 
 @dataclass(frozen=True)
@@ -114,17 +116,17 @@ class AdapterFolder:
     copies: Mapping[str, str]
 
 
-# ---- files -----------------------------------------------------------------------------------------------------------
-
-
 def headers(path: Path) -> dict[str, Stored]:
     """The tensors of a safetensors file. RecipeError where there is no file, or a damaged one."""
     if not path.is_file():  # a folder or a pipe of that name is none
         refuse(path, "no such file", "it is missing from its folder; fetch or copy that again")
     try:
         with safe_open(path, framework="numpy") as file:
-            found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-            return {n: Stored(path.name, s.get_dtype(), tuple(s.get_shape())) for n, s in found.items()}
+            found: dict[str, Stored] = {}
+            for name in file.keys():  # noqa: SIM118 - no mapping
+                part = file.get_slice(name)
+                found[name] = Stored(path.name, part.get_dtype(), tuple(part.get_shape()))
+            return found
     except (SafetensorError, OSError) as error:
         raise RecipeError(
             f"{path}: a damaged safetensors file ({error})\n"
@@ -157,8 +159,9 @@ def _shards(folder: Path, index: Path) -> dict[str, Stored]:
     named = read_json(index).get("weight_map")
     if not isinstance(named, dict) or not named:
         refuse(index, "not an index of shards (no readable `weight_map`)")
-    if outside := [file for file in named.values() if not isinstance(file, str) or Path(file).name != file]:
-        refuse(index, f"names the shard {outside[0]!r} outside its folder", "use a model folder without that")
+    for file in named.values():
+        if not isinstance(file, str) or Path(file).name != file:
+            refuse(index, f"names the shard {file!r} outside its folder", "use a model folder without that")
     found: dict[str, Stored] = {}
     for file in sorted(set(named.values())):
         inside = headers(folder / file)
@@ -168,9 +171,6 @@ def _shards(folder: Path, index: Path) -> dict[str, Stored]:
     if lost := sorted(named.keys() - found.keys()):
         refuse(folder / named[lost[0]], f"tensor {lost[0]} is missing, though {INDEX} names it")
     return found
-
-
-# ---- models ----------------------------------------------------------------------------------------------------------
 
 
 def read_model(folder: Path) -> ModelFolder:
@@ -223,9 +223,7 @@ def linears_of(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
 
 
 def _check_tensors(model: ModelFolder) -> None:
-    again = "fetch the model again"
-    if lost := [name for name in _needed(model) if name not in model.stored]:
-        refuse(model.folder, f"tensor {lost[0]} is missing (of {len(lost)})", again)
+    _check_complete(model)
     for name, tensor in model.stored.items():
         if SPARE.fullmatch(name):
             continue
@@ -265,7 +263,6 @@ def _check_packed(model: ModelFolder) -> None:
     if not packed:
         what = "config.json says that bitsandbytes has quantised it, and no tensor is"
         refuse(model.folder, what, "fetch the folder again, or remove `quantization_config`")
-    kept = {name: tensor for name, tensor in model.stored.items() if name in model.shapes and name not in packed}
     known = model.shapes.keys()
     for name in model.stored:
         belongs = name in known or BESIDE.fullmatch(name) or BESIDE_8_BIT.fullmatch(name) or SPARE.fullmatch(name)
@@ -273,20 +270,23 @@ def _check_packed(model: ModelFolder) -> None:
             _refuse_foreign(model, name)
     if foreign := sorted(packed - known):
         _refuse_foreign(model, foreign[0])
-    if lost := [name for name in _needed(model) if name not in model.stored]:
+    _check_complete(model)
+    for name, tensor in model.stored.items():
+        if name in known and name not in packed:
+            _check_one(model, name, tensor)
+
+
+def _check_complete(model: ModelFolder) -> None:
+    """All parameters are there; of tied ends one is enough, under either name."""
+    other_end: dict[str, str] = {}
+    if model.config.get("tie_word_embeddings", False):
+        other_end = {EMBEDDING: HEAD, HEAD: EMBEDDING}
+    lost: list[str] = []
+    for name in model.shapes:
+        if name not in model.stored and other_end.get(name) not in model.stored:
+            lost.append(name)
+    if lost:
         refuse(model.folder, f"tensor {lost[0]} is missing (of {len(lost)})", "fetch the model again")
-    for name, tensor in kept.items():
-        _check_one(model, name, tensor)
-
-
-def _needed(model: ModelFolder) -> Iterator[str]:
-    """All, but of tied ends only one (under either name)."""
-    tied = bool(model.config.get("tie_word_embeddings", False))
-    ends = {EMBEDDING: HEAD, HEAD: EMBEDDING} if tied else {}
-    return (name for name in model.shapes if ends.get(name) not in model.stored)
-
-
-# ---- adapters --------------------------------------------------------------------------------------------------------
 
 
 def named_base(folder: Path) -> str:
@@ -399,10 +399,11 @@ class _Reading:
         from peft.tuners.tuners_utils import check_target_module_exists
 
         targets, linears = self.config.target_modules, linears_of(self.shapes)
-        found = [m for m in linears if targets and check_target_module_exists(self.config, m)]
-        for target in sorted(targets) if isinstance(targets, set) else ():
-            if not any(f".{module}".endswith(f".{target}") for module in linears):
-                refuse(self.folder, f"its target {target} is no linear layer of the base", FITS)
+        found = [module for module in linears if targets and check_target_module_exists(self.config, module)]
+        if isinstance(targets, set):
+            for target in sorted(targets):
+                if not any(f".{module}".endswith(f".{target}") for module in linears):
+                    refuse(self.folder, f"its target {target} is no linear layer of the base", FITS)
         if not found and not self.config.modules_to_save:
             refuse(self.folder, f"its target_modules ({targets}) hit no module of the base", FITS)
         return found
@@ -433,7 +434,7 @@ class _Reading:
     def doubles(self) -> set[str]:
         """The insides of PEFT's wrapper around trained embeddings, which it stores once more where the vocabulary was
         resized, and does not read."""
-        found = set()
+        found: set[str] = set()
         for name in ENDS:
             if not any(self.listed(name)):
                 continue
@@ -449,8 +450,9 @@ class _Reading:
 
         A head tied to a trained embedding goes unlisted.
         """
-        parts = {f"{PREFIX}{module}.lora_{part}.weight" for module in low_rank for part in "AB"}
-        left = self.stored.keys() - parts - set(copies.values()) - self.doubles()
+        left = self.stored.keys() - set(copies.values()) - self.doubles()
+        for module in low_rank:
+            left -= {f"{PREFIX}{module}.lora_A.weight", f"{PREFIX}{module}.lora_B.weight"}
         names = [stored.removeprefix(PREFIX) for stored in sorted(left)]
         for name in names:
             if name not in self.shapes or not (name in ENDS or any(self.listed(name))):
@@ -470,7 +472,11 @@ class _Reading:
         ends of names: `norm` is also every `input_layernorm`."""
         parts = name.split(".")[:-1]
         places = [".".join(parts[:length]) for length in range(1, len(parts) + 1)]
-        return [module for module in self.config.modules_to_save or () if _means(module, places)]
+        meant: list[str] = []
+        for module in self.config.modules_to_save or ():
+            if any(place.endswith(module) for place in places):
+                meant.append(module)
+        return meant
 
     def check(self, name: str, expected: tuple[int, ...]) -> None:
         """The tensor is there, in this shape, in a floating-point type."""
@@ -490,7 +496,3 @@ class _Reading:
             then = "give the base that was resized to that with --base (transformers: resize_token_embeddings)"
             refuse(self.folder, f"{what}{expected[0]}", then)
         refuse(self.folder, f"{PREFIX}{name} has the shape {list(given)}, the base asks for {list(expected)}", FITS)
-
-
-def _means(module: str, places: Sequence[str]) -> bool:
-    return any(place.endswith(module) for place in places)

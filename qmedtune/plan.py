@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from qmedtune import base, fetch, gguf_folder, preflight, step_status, store, units
 from qmedtune.batches import batch_rows, steps_in, too_few_steps
@@ -20,6 +20,15 @@ from qmedtune.planning import fit, memory, room, rows, speed
 from qmedtune.planning.estimate import Estimate, Measured, count_with, estimate_source
 from qmedtune.planning.machine import CARDS_GIB, GIB, Machine, card_of, this_machine
 from qmedtune.planning.memory import Setup
+from qmedtune.planning.plan_facts import (
+    Decision,
+    Plan,
+    PlannedBase,
+    PlannedMachine,
+    PlannedSource,
+    PlannedStage,
+    PlannedStep,
+)
 from qmedtune.planning.resolve import refuse_half_on_cpu, resolve
 from qmedtune.planning.rows import Tokens
 from qmedtune.planning.sample import Sample, sample_source
@@ -34,11 +43,10 @@ BUILTIN_BYTES = 9  # of prepared text per token of the built-in world: whole wor
 HASHED_BYTES = 256 * 1024**2
 
 
-def make_plan(recipe: Recipe, run_dir: Path | None = None) -> dict[str, Any]:
+def make_plan(recipe: Recipe, run_dir: Path | None = None) -> Plan:
     """Plan `recipe` (as loaded, with its `auto`s) for the machine it is meant for; `run_dir` adds what is cached.
 
-    Returns plain data: {"recipe", "base", "machine", "decisions", "data", "steps", "stages", "host", "disk",
-    "seconds", "notes"}. Raises DoesNotFit (exit 4) for GPU memory, host memory or disk, RecipeError for an unknown
+    Raises DoesNotFit (exit 4) for GPU memory, host memory or disk, RecipeError for an unknown
     base, and what preflight.py finds in base, tokenizer, templates, evaluation files and a sample of each source.
     Sources that are absent here are told in "data" and "notes", not raised.
     """
@@ -48,35 +56,40 @@ def make_plan(recipe: Recipe, run_dir: Path | None = None) -> dict[str, Any]:
     folder = _tokenizer_folder(facts)
     samples, missing = _samples(resolved)
     unchecked = _checked(resolved, facts, folder, samples)
-    measured = {name: _measured(resolved, facts, folder, name, sample) for name, sample in samples.items()}
-    measured |= {name: Measured(Estimate(0, 0, 0.0, missing=why)) for name, why in missing.items()}
-    if folder is not None:
-        preflight.check_truncation(resolved, measured, samples)
+    measured = _measure_sources(resolved, facts, folder, samples, missing)
     estimates = {name: measured[name].estimate for name in resolved.used_sources()}
     steps, notes = _status(recipe, run_dir, machine, estimates)
-    stages = [
-        _stage(resolved, facts, machine, index, measured, run_dir, steps) for index in range(len(resolved.stages))
-    ]
-    setups = [fit.setup_of(resolved, index, machine) for index in range(len(resolved.stages))]
-    taken = [replace(setup, micro_batch=stage["micro_batch"]) for setup, stage in zip(setups, stages, strict=True)]
+    stages: list[PlannedStage] = []
+    setups: list[Setup] = []
+    taken: list[Setup] = []  # with micro-batches no larger than the batch
+    for index in range(len(resolved.stages)):
+        stage = _stage(resolved, facts, machine, index, measured, run_dir, steps)
+        setup = fit.setup_of(resolved, index, machine)
+        stages.append(stage)
+        setups.append(setup)
+        taken.append(replace(setup, micro_batch=stage["micro_batch"]))
     host = room.host_phases(facts, taken, gpu=machine.is_gpu)
-    disk = _disk(resolved, facts, setups, estimates, stages)
-    merging = 0.0 if _is_cached(steps, "merged") else speed.merge_seconds(facts)
-    plan = {
+    disk = _disk(resolved, facts, setups, estimates)
+    seconds = sum(stage["seconds"] or 0.0 for stage in stages)
+    if not _is_cached(steps, "merged"):
+        seconds += speed.merge_seconds(facts)
+    borders = _borders(folder)
+    base_told = {**asdict(facts), "parameters": facts.parameters, "bytes": facts.file_bytes}
+    plan: Plan = {
         "recipe": recipe.name,
-        "base": {**asdict(facts), "parameters": facts.parameters, "bytes": facts.file_bytes},
-        "machine": asdict(machine),
+        "base": cast(PlannedBase, base_told),
+        "machine": cast(PlannedMachine, asdict(machine)),
         "decisions": decisions,
-        "data": [{"source": name, **asdict(estimate)} for name, estimate in estimates.items()],
+        "data": [cast(PlannedSource, {"source": name, **asdict(found)}) for name, found in estimates.items()],
         "steps": steps,
         "stages": stages,
         "host": {"parts": host, "needed_bytes": max(host.values()), "there_bytes": machine.host_bytes},
         "disk": {"parts": disk, "needed_bytes": sum(disk.values()), "free_bytes": room.free_bytes(run_dir or Path())},
-        "seconds": sum(stage["seconds"] or 0.0 for stage in stages) + merging,
-        "borders": _borders(folder),
+        "seconds": seconds,
+        "borders": borders,
         "notes": [*_notes(machine, facts, estimates), *_length_notes(resolved, facts), *_few(facts, stages)],
     }
-    plan["notes"] += [*unchecked, *_border_notes(plan["borders"]), *notes]
+    plan["notes"] += [*unchecked, *_border_notes(borders), *notes]
     _check_room(plan, present=machine.present)
     return plan
 
@@ -84,7 +97,7 @@ def make_plan(recipe: Recipe, run_dir: Path | None = None) -> dict[str, Any]:
 # ---- the machine -----------------------------------------------------------------------------------------------------
 
 
-def _for_its_machine(recipe: Recipe, facts: BaseFacts) -> tuple[Recipe, list[dict[str, Any]], Machine]:
+def _for_its_machine(recipe: Recipe, facts: BaseFacts) -> tuple[Recipe, list[Decision], Machine]:
     """The resolved recipe and the machine it is planned for: this one; without a GPU here, for a base that wants one,
     the card that `memory:` states, else the smallest standard card that fits."""
     here = this_machine()
@@ -108,7 +121,7 @@ def _for_its_machine(recipe: Recipe, facts: BaseFacts) -> tuple[Recipe, list[dic
 
 
 def _notes(machine: Machine, facts: BaseFacts, estimates: Mapping[str, Estimate]) -> list[str]:
-    notes = []
+    notes: list[str] = []
     if not machine.present:
         notes.append(f"no GPU on this machine: planned for {machine.name}; a run here would use the CPU")
     if machine.is_gpu:
@@ -122,7 +135,9 @@ def _notes(machine: Machine, facts: BaseFacts, estimates: Mapping[str, Estimate]
         notes.append(
             f"{facts.name} is pretrained first, once on this machine: about {units.duration(seconds)} (assumed)"
         )
-    notes += [f"{name}: not found here ({e.missing})" for name, e in estimates.items() if e.missing]
+    for name, estimate in estimates.items():
+        if estimate.missing:
+            notes.append(f"{name}: not found here ({estimate.missing})")
     return notes
 
 
@@ -136,11 +151,30 @@ def _on_its_way(facts: BaseFacts) -> str:
 
 
 def _length_notes(recipe: Recipe, facts: BaseFacts) -> list[str]:
-    lengths = {
-        name: int(stage.section.seq_len) for name, stage in zip(recipe.stage_names(), recipe.stages, strict=True)
-    }
     beyond = f"is beyond the {facts.max_positions} positions that {facts.name} was made for"
-    return [f"{name}: seq_len {length} {beyond}" for name, length in lengths.items() if length > facts.max_positions]
+    notes: list[str] = []
+    for name, stage in zip(recipe.stage_names(), recipe.stages, strict=True):
+        length = int(stage.section.seq_len)
+        if length > facts.max_positions:
+            notes.append(f"{name}: seq_len {length} {beyond}")
+    return notes
+
+
+def _measure_sources(
+    recipe: Recipe, facts: BaseFacts, folder: Path | None, samples: Mapping[str, Sample], missing: Mapping[str, str]
+) -> dict[str, Measured]:
+    """The tokens of each source; none of those that are `missing`, with the reason."""
+    measured: dict[str, Measured] = {}
+    for name, sample in samples.items():
+        source = recipe.data[name]
+        builtin_text = all(path.startswith("builtin:") for path in source.paths)
+        counting = count_with(folder, facts.vocab, source, builtin_base=facts.builtin, builtin_text=builtin_text)
+        measured[name] = estimate_source(sample, source, counting)
+    for name, why in missing.items():
+        measured[name] = Measured(Estimate(0, 0, 0.0, missing=why))
+    if folder is not None:
+        preflight.check_truncation(recipe, measured, samples)
+    return measured
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
@@ -186,27 +220,25 @@ def _checked(recipe: Recipe, facts: BaseFacts, folder: Path | None, samples: Map
     return preflight.check_evaluation(recipe, folder, within_bytes=preflight.PARSED_BYTES)
 
 
-def _measured(recipe: Recipe, facts: BaseFacts, folder: Path | None, name: str, sample: Sample) -> Measured:
-    source = recipe.data[name]
-    builtin_text = all(path.startswith("builtin:") for path in source.paths)
-    counting = count_with(folder, facts.vocab, source, builtin_base=facts.builtin, builtin_text=builtin_text)
-    return estimate_source(sample, source, counting)
-
-
-def _few(facts: BaseFacts, stages: list[dict[str, Any]]) -> list[str]:
+def _few(facts: BaseFacts, stages: list[PlannedStage]) -> list[str]:
     """Stages with too few steps to learn from; the built-in bases are made to be taught in few."""
-    counted = [stage for stage in stages if stage["trained"] and not facts.builtin]
-    return [said for stage in counted if (said := too_few_steps(stage["name"], stage["steps"]))]
+    if facts.builtin:
+        return []
+    notes: list[str] = []
+    for stage in stages:
+        if stage["trained"] and (note := too_few_steps(stage["name"], stage["steps"])):
+            notes.append(note)
+    return notes
 
 
 def _tokenizer_folder(facts: BaseFacts) -> Path | None:
-    if not facts.builtin:
-        return Path(facts.folder) if facts.folder else None
-    folder = base.blank_folder(facts.name)
-    return folder if folder.is_dir() else None
+    if facts.builtin:
+        folder = base.blank_folder(facts.name)
+        return folder if folder.is_dir() else None
+    return Path(facts.folder) if facts.folder else None
 
 
-def _sealed_tokens(recipe: Recipe, index: int, run_dir: Path | None, steps: list[dict[str, str]]) -> Tokens | None:
+def _sealed_tokens(recipe: Recipe, index: int, run_dir: Path | None, steps: list[PlannedStep]) -> Tokens | None:
     """The exact ledger of a stage whose packing is sealed and current."""
     name = f"data/{recipe.stage_names()[index]}"
     if run_dir is None or not _is_cached(steps, name):
@@ -219,7 +251,7 @@ def _sealed_tokens(recipe: Recipe, index: int, run_dir: Path | None, steps: list
     return Tokens(trained, rows, batch_rows(section, rows), steps_in(section, rows), 0.0)
 
 
-def _is_cached(steps: list[dict[str, str]], name: str) -> bool:
+def _is_cached(steps: list[PlannedStep], name: str) -> bool:
     return any(step["name"] == name and step["status"] == "cached" for step in steps)
 
 
@@ -228,22 +260,28 @@ def _is_cached(steps: list[dict[str, str]], name: str) -> bool:
 
 def _stage(
     recipe: Recipe, facts: BaseFacts, machine: Machine, index: int, measured: Mapping[str, Measured],
-    run_dir: Path | None, steps: list[dict[str, str]],
-) -> dict[str, Any]:  # fmt: skip
+    run_dir: Path | None, steps: list[PlannedStep],
+) -> PlannedStage:  # fmt: skip
     name, section = recipe.stage_names()[index], recipe.stages[index].section
     setup = fit.setup_of(recipe, index, machine)
     tokens = _sealed_tokens(recipe, index, run_dir, steps) or rows.planned(recipe, index, measured)
-    setup = replace(setup, micro_batch=min(setup.micro_batch, tokens.batch)) if tokens.rows else setup
+    if tokens.rows:
+        setup = replace(setup, micro_batch=min(setup.micro_batch, tokens.batch))
     timed = speed.last_tokens_per_s(run_dir, name)
     tokens_per_s = timed or speed.tokens_per_s(facts, setup, machine)
     parts = memory.step_memory(facts, setup, gpu=machine.is_gpu)
     return {
         "name": name,
         "kind": recipe.stages[index].kind,
-        **asdict(tokens),
+        "trained": tokens.trained,
+        "rows": tokens.rows,
+        "batch": tokens.batch,
+        "steps": tokens.steps,
+        "spread": tokens.spread,
+        "note": tokens.note,
         "seq_len": setup.seq_len,
         "micro_batch": setup.micro_batch,
-        "lr": section.lr,
+        "lr": float(section.lr),
         "dtype": setup.compute_dtype,
         "attention": setup.attention,
         "trained_parameters": memory.trained_parameters(facts, setup),
@@ -261,14 +299,16 @@ def _seconds(tokens: Tokens, tokens_per_s: float, *, cached: bool) -> float | No
     """None while nobody knows how many tokens there are."""
     if cached:
         return 0.0
-    return round(tokens.trained / tokens_per_s, 1) if tokens.trained else None
+    if not tokens.trained:
+        return None
+    return round(tokens.trained / tokens_per_s, 1)
 
 
 def _status(
     recipe: Recipe, run_dir: Path | None, machine: Machine, estimates: Mapping[str, Estimate]
-) -> tuple[list[dict[str, str]], list[str]]:
-    """Each step as {name, status, why}, and what could not be told."""
-    todo = [{"name": name, "status": "to do", "why": ""} for name in recipe.stage_names()]
+) -> tuple[list[PlannedStep], list[str]]:
+    """Each step with its state, and what could not be told."""
+    todo: list[PlannedStep] = [{"name": name, "status": "to do", "why": ""} for name in recipe.stage_names()]
     size = sum(estimate.read_bytes for estimate in estimates.values())
     if not machine.present or any(estimate.missing for estimate in estimates.values()):
         return todo, []
@@ -283,16 +323,17 @@ def _status(
 # ---- room ------------------------------------------------------------------------------------------------------------
 
 
-def _disk(
-    recipe: Recipe, facts: BaseFacts, setups: list[Setup], estimates: Mapping[str, Estimate], stages: list[dict]
-) -> dict[str, int]:
-    built_in = sum(BUILTIN_BYTES * e.tokens for e in estimates.values() if not e.read_bytes)
-    text = sum(room.text_bytes(recipe.data[name]) for name in estimates) + built_in
-    packed = sum(measured.tokens for measured in estimates.values())
+def _disk(recipe: Recipe, facts: BaseFacts, setups: list[Setup], estimates: Mapping[str, Estimate]) -> dict[str, int]:
+    text = packed = 0
+    for name, estimate in estimates.items():
+        text += room.text_bytes(recipe.data[name])
+        if not estimate.read_bytes:
+            text += BUILTIN_BYTES * estimate.tokens
+        packed += estimate.tokens
     return memory.disk_bytes(facts, setups, room.kept_of(recipe, text, packed))
 
 
-def _check_room(plan: dict[str, Any], *, present: bool) -> None:
+def _check_room(plan: Plan, *, present: bool) -> None:
     """Host memory and disk; GPU memory was checked when the recipe was resolved. A machine that is only planned for
     is not judged by this one's RAM and disk."""
     host, disk = plan["host"], plan["disk"]

@@ -10,11 +10,10 @@ a finished run does nothing. No torch is imported here: a step brings what it ne
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 
@@ -131,7 +130,9 @@ def _private(recipe: Recipe, out: Path) -> AbstractContextManager[None]:
 
 def _without(step: Step, name: str) -> Step:
     """The step without one of its inputs: base + adapters can be scored where there is no merged model."""
-    return replace(step, needs={key: path for key, path in step.needs.items() if path != name})
+    needs = dict(step.needs)
+    needs.pop(name, None)
+    return replace(step, needs=needs)
 
 
 def _refused(error: QmedtuneError, step: Step, recipe: Recipe, out: Path) -> record.Refused:
@@ -200,8 +201,8 @@ def _do(
         with hub.closed() if step.kind != "data" else nullcontext():  # datasets of the Hub are read by data steps
             facts = step.work(recipe, inputs, building)
         took = {"seconds": round(time.monotonic() - started, 2), "host_peak_bytes": peak.resident_bytes()}
-        facts |= {**took, "section": made_from}
-        return store.publish(building, folder, out, key, facts)
+        found = {**facts, **took, "section": made_from}
+        return store.publish(building, folder, out, key, found)
 
 
 @contextmanager
@@ -219,7 +220,10 @@ def _told(what: str, out: Path) -> Iterator[None]:
 def _inputs(step: Step, model: base.Base, out: Path) -> dict[str, Path]:
     """Where the step finds what it needs. A built-in base is made for the first step that needs one: sources come
     before, and a fault in a file is told before minutes of pretraining."""
-    return {name: model.make() if path == "base" else out / path for name, path in step.needs.items()}
+    inputs: dict[str, Path] = {}
+    for name, path in step.needs.items():
+        inputs[name] = model.make() if path == "base" else out / path
+    return inputs
 
 
 def _check_inputs(step: Step, done: dict[str, store.Seal], out: Path) -> None:
@@ -232,7 +236,7 @@ def _check_inputs(step: Step, done: dict[str, store.Seal], out: Path) -> None:
             )
 
 
-def _explain(step: Step, made_from: dict[str, Any], key: str, folder: Path, out: Path) -> None:
+def _explain(step: Step, made_from: Mapping[str, object], key: str, folder: Path, out: Path) -> None:
     """Say why a sealed folder, or an interrupted attempt, is not good enough any more; both are kept in .history/."""
     attempt = store.attempt_of(store.building_of(folder, out))
     if attempt and attempt[0] != key:
@@ -252,22 +256,25 @@ def _sealed(steps: list[Step], model_digest: str, out: Path) -> dict[str, store.
     """The steps that are sealed with the key that they would be made with now."""
     done: dict[str, store.Seal] = {}
     for step in steps:
-        if upstream_of(step) <= done.keys():
-            sealed = store.intact(out / step.name, key_of(step, model_digest, done))
-            done |= {step.name: sealed} if sealed else {}
+        if not upstream_of(step) <= done.keys():
+            continue
+        if sealed := store.intact(out / step.name, key_of(step, model_digest, done)):
+            done[step.name] = sealed
     return done
 
 
 def _finished(recipe_text: str, out: Path) -> Run | None:
     """run.json of a run that ended with this recipe and has its reports."""
     found = record.read(out)
-    if found is None or not record.is_whole(found):
+    if found is None or not record.is_whole(found) or not found.finished:
         return None
     # Version 0.1 kept the text with its comments.
     if found.recipe_sha256 not in (record.text_sha256(record.shown_text(recipe_text)), record.text_sha256(recipe_text)):
         return None
-    there = all((out / name).is_file() for name in record.REPORTS)
-    return found if found.finished and there else None
+    for name in record.REPORTS:
+        if not (out / name).is_file():
+            return None
+    return found
 
 
 def _chosen(steps: list[Step], until: str | None) -> list[Step]:
@@ -278,8 +285,14 @@ def _chosen(steps: list[Step], until: str | None) -> list[Step]:
         data = {step.name for step in steps if step.kind == "data"}
         return [step for step in steps if step.name in data and upstream_of(step) <= data]
     wanted = {"merge": "merged", "eval": "evaluation", "evaluate": "evaluation"}.get(until, until)
-    matches = [i for i, s in enumerate(steps) if wanted in (s.name, s.kind, s.name.partition("-")[2])]
-    if not matches:
-        names = ", ".join(dict.fromkeys(["data", *(s.name for s in steps if s.kind != "data")]))
-        raise RecipeError(f"--until: no step {until!r} in this recipe\nallowed: {names}")
-    return steps[: matches[-1] + 1]
+    last = None
+    for number, step in enumerate(steps, start=1):
+        if wanted in (step.name, step.kind, step.name.partition("-")[2]):
+            last = number
+    if last is None:
+        names = {"data": None}
+        for step in steps:
+            if step.kind != "data":
+                names[step.name] = None
+        raise RecipeError(f"--until: no step {until!r} in this recipe\nallowed: {', '.join(names)}")
+    return steps[:last]

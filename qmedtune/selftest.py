@@ -10,7 +10,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -20,14 +20,21 @@ from qmedtune.errors import RunError
 from qmedtune.modeling.loss import token_nll
 from qmedtune.recipe import AdapterSection, MergeSection, ModelSection
 
-SHAPE: dict[str, Any] = {
-    "vocab_size": 512, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 256,
-}  # fmt: skip
+VOCAB = 512
 SEED = 17
 # ||a - b|| / ||b|| that two orders of summation may differ by: about 4 roundings of the compute dtype (2**-8, 2**-11).
 LIMITS = {"float32": 2e-5, "float16": 2e-3, "bfloat16": 1.6e-2}
 Check = Callable[["Bench"], float]
+
+
+class Checked(TypedDict):
+    """One check: `measured` and `limit` are relative differences unless its name says more."""
+
+    check: str
+    measured: float
+    limit: float
+    ok: bool
+    dtype: str
 
 
 class Bench:
@@ -39,7 +46,7 @@ class Bench:
         self.adapter = AdapterSection(r=8, alpha=16, train_embeddings=False)
         _write_base(folder / "base")
         generator = torch.Generator().manual_seed(SEED)
-        self.ids = torch.randint(1, SHAPE["vocab_size"], (4, 64), generator=generator).to(models.device())
+        self.ids = torch.randint(1, VOCAB, (4, 64), generator=generator).to(models.device())
 
     def model(self, kernels: str = "auto") -> Any:
         """NF4 base with a LoRA whose B is not zero, always the same weights."""
@@ -68,7 +75,7 @@ class Bench:
         return token_nll(model, ids, ids.masked_fill(positions == 0, -100), positions)
 
 
-def selftest() -> Iterator[dict[str, Any]]:
+def selftest() -> Iterator[Checked]:
     """One row per check: `check`, `measured`, `limit` (both relative differences unless the name says more), `ok`."""
     from qmedtune.modeling.quiet import quiet_libraries
     from qmedtune.planning.machine import this_machine
@@ -82,7 +89,7 @@ def selftest() -> Iterator[dict[str, Any]]:
             yield {"check": name, "measured": measured, "limit": limit, "ok": measured <= limit, "dtype": dtype}
 
 
-def raise_if_failed(rows: list[dict[str, Any]]) -> None:
+def raise_if_failed(rows: list[Checked]) -> None:
     """RunError that names what is not equal."""
     wrong = [row["check"] for row in rows if not row["ok"]]
     if wrong:
@@ -97,7 +104,16 @@ def _write_base(folder: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(SEED)
-    model: Any = LlamaForCausalLM(LlamaConfig(**SHAPE))
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+    )
+    model: Any = LlamaForCausalLM(config)
     model.to(torch.bfloat16).save_pretrained(folder)
 
 

@@ -23,15 +23,19 @@ def smoke(recipe: Recipe, builtin: str = "builtin:tiny") -> Recipe:
     kinds = Counter(source.kind for source in recipe.data.values())
     labelled = {stage.classify.data for stage in recipe.stages if stage.classify}
     where = "builtin:" if builtin == "builtin:tiny" else f"{builtin}/"
-    data = {
-        name: _source(source, kinds[source.kind], where + ("outcomes" if name in labelled else BUILTIN[source.kind]))
-        for name, source in recipe.data.items()
-    }
-    texts = [name for name, source in recipe.data.items() if source.kind != "instructions" and name not in labelled]
+    data: dict[str, SourceSection] = {}
+    texts: list[str] = []
+    for name, source in recipe.data.items():
+        corpus = "outcomes" if name in labelled else BUILTIN[source.kind]
+        data[name] = _source(source, kinds[source.kind], where + corpus)
+        if source.kind != "instructions" and name not in labelled:
+            texts.append(name)
     on = [name for name in recipe.validation.on if name not in labelled]
     validate = {"on": on, "keep_best": recipe.validation.keep_best and bool(on)}
-    hygiene: dict[str, object] = {"decontaminate": "off" if recipe.hygiene.decontaminate == "off" else "evaluation"}
-    hygiene |= {"languages": "any", "min_characters": 0, "max_characters": None, "presidio": None}  # made for real text
+    # Limits that are made for real text.
+    hygiene: dict[str, object] = {"languages": "any", "min_characters": 0, "max_characters": None, "presidio": None}
+    if recipe.hygiene.decontaminate != "off":
+        hygiene["decontaminate"] = "evaluation"
     if max(kinds.values()) > 1:  # sources of one kind get the same text: all but the first would be duplicates
         hygiene["dedup"] = recipe.hygiene.dedup.model_copy(update={"exact": False, "near": False})
     # What was chosen for the recipe's card (float16 on a T4, flash attention) need not run on this machine.
@@ -68,8 +72,8 @@ def _stage(stage: StageSection) -> StageSection:
     section = stage.section
     update: dict[str, object] = dict.fromkeys(("seq_len", "batch", "micro_batch", "lr", "embedding_lr"), "auto")
     update |= {"warmup": "auto", "optimizer": "auto", "min_steps": "auto", "horizon_steps": None}
-    epochs = 4.0 if stage.kind == "classify" else 1.0
-    update |= {"tokens": TOKENS, "epochs": None} if isinstance(section, MixSection) else {"epochs": epochs}
-    if not isinstance(section, MixSection):
-        update["seq_len"] = SEQ_LEN
+    if isinstance(section, MixSection):
+        update |= {"tokens": TOKENS, "epochs": None}
+    else:
+        update |= {"seq_len": SEQ_LEN, "epochs": 4.0 if stage.kind == "classify" else 1.0}
     return stage.model_copy(update={stage.kind: section.model_copy(update=update)})

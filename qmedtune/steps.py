@@ -9,10 +9,9 @@ here: a step brings what it needs. Deliberately absent: running, sealing, resumi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from qmedtune import keys, store
 from qmedtune.lineage import StackInRun, final_model, lineage_of, parts_of
@@ -20,7 +19,10 @@ from qmedtune.recipe import Recipe
 from qmedtune.training.shared_base import SharedBase
 
 WITHOUT_BASE = ("fold", "merge", "audit", "evaluation", "against")
-Work = Callable[[Recipe, dict[str, Path], Path], dict[str, Any]]
+Inputs = dict[str, Path]
+Found = Mapping[str, object]
+"""What a step found out, as its seal keeps it: plain JSON."""
+Work = Callable[[Recipe, Inputs, Path], Found]
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Step:
 
     name: str
     kind: str
-    section: dict[str, Any]
+    section: keys.MadeFrom
     needs: dict[str, str]
     work: Work
     resumes: bool = False
@@ -38,10 +40,12 @@ class Step:
 
 def steps_of(recipe: Recipe, asked: Recipe, hashes: store.HashCache) -> list[Step]:
     """The list. `recipe` is resolved, `asked` is what the user wrote (keys must not depend on the machine)."""
-    sources = recipe.used_sources()
-    steps = [_source_step(recipe, name, hashes) for name in sources]
+    steps: list[Step] = []
+    for name in recipe.used_sources():
+        steps.append(_source_step(recipe, name, hashes))
     steps += _validation_step(recipe) + _planting_step(recipe)
-    steps += [_tokens_step(recipe, index) for index in range(len(recipe.stages))]
+    for index in range(len(recipe.stages)):
+        steps.append(_tokens_step(recipe, index))
     shared = SharedBase()
     trained: dict[str, StackInRun] = {}
     for index, stage in enumerate(lineage_of(recipe)):
@@ -58,7 +62,10 @@ def steps_of(recipe: Recipe, asked: Recipe, hashes: store.HashCache) -> list[Ste
         steps.append(_evaluation_step(recipe, final, hashes))
     if recipe.evaluate.against:
         steps.append(_against_step(recipe, final, hashes))
-    return [_without_base(step, shared) if step.kind in WITHOUT_BASE else step for step in steps]
+    for place, step in enumerate(steps):
+        if step.kind in WITHOUT_BASE:
+            steps[place] = _without_base(step, shared)
+    return steps
 
 
 def key_of(step: Step, model_digest: str, done: dict[str, store.Seal]) -> str:
@@ -69,14 +76,19 @@ def key_of(step: Step, model_digest: str, done: dict[str, store.Seal]) -> str:
 
 def inputs_of(step: Step, model_digest: str, done: dict[str, store.Seal]) -> dict[str, str]:
     """The digest of everything that the step reads."""
-    owners = {name: owner_of(path) for name, path in step.needs.items()}
-    return {name: model_digest if owner == "base" else done[owner].digest for name, owner in owners.items()}
+    digests: dict[str, str] = {}
+    for name, path in step.needs.items():
+        owner = owner_of(path)
+        digests[name] = model_digest if owner == "base" else done[owner].digest
+    return digests
 
 
 def owner_of(path: str) -> str:
     """`01-cpt/adapter` is made by the step `01-cpt`, `data/notes` by `data/notes`."""
     parts = path.split("/")
-    return "/".join(parts[:2]) if parts[0] == "data" else parts[0]
+    if parts[0] == "data":
+        return "/".join(parts[:2])
+    return parts[0]
 
 
 def upstream_of(step: Step) -> set[str]:
@@ -87,7 +99,7 @@ def upstream_of(step: Step) -> set[str]:
 def _without_base(step: Step, shared: SharedBase) -> Step:
     """The step, begun when the base that training shares is given up: it needs the room."""
 
-    def work(recipe: Recipe, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
+    def work(recipe: Recipe, inputs: Inputs, out: Path) -> Found:
         shared.drop()
         return step.work(recipe, inputs, out)
 
@@ -95,7 +107,7 @@ def _without_base(step: Step, shared: SharedBase) -> Step:
 
 
 def _source_step(recipe: Recipe, name: str, hashes: store.HashCache) -> Step:
-    def work(recipe: Recipe, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
+    def work(recipe: Recipe, inputs: Inputs, out: Path) -> Found:
         from qmedtune.data.prepare import prepare_source
 
         return prepare_source(recipe, name, inputs, out)
@@ -107,39 +119,45 @@ def _source_step(recipe: Recipe, name: str, hashes: store.HashCache) -> Step:
 
 
 def _validation_step(recipe: Recipe) -> list[Step]:
-    names = [n for n in recipe.data if n in {*recipe.validation.on, *recipe.evaluate.perplexity}]
+    needs = {"base": "base"}
+    for name in recipe.data:
+        if name in recipe.validation.on or name in recipe.evaluate.perplexity:
+            needs[name] = f"data/{name}"
+    if len(needs) == 1:
+        return []
 
-    def work(recipe: Recipe, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
+    def work(recipe: Recipe, inputs: Inputs, out: Path) -> Found:
         from qmedtune.data.packing.pack import pack_validation
 
         return pack_validation(recipe, inputs["base"], inputs, out)
 
-    section = keys.validation_section(recipe)
-    needs = {"base": "base", **{name: f"data/{name}" for name in names}}
-    return [Step("data/validation", "data", section, needs, work, resumes=True)] if names else []
+    return [Step("data/validation", "data", keys.validation_section(recipe), needs, work, resumes=True)]
 
 
 def _planting_step(recipe: Recipe) -> list[Step]:
-    def work(recipe: Recipe, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
+    def work(recipe: Recipe, inputs: Inputs, out: Path) -> Found:
         from qmedtune.data.synthetic.canaries import plant
 
         return plant(recipe, inputs, out)
 
     if recipe.audit is None:
         return []
-    needs = {name: f"data/{name}" for name in (recipe.audit.source, recipe.audit.prompts) if name}
+    needs: dict[str, str] = {}
+    for name in (recipe.audit.source, recipe.audit.prompts):
+        if name:
+            needs[name] = f"data/{name}"
     return [Step("data/planted", "data", keys.audit_section(recipe), needs, work)]
 
 
 def _audit_steps(recipe: Recipe, trained: dict[str, StackInRun]) -> list[Step]:
     """What the canaries give away after each stage, and, where there are limits, whether that is too much."""
 
-    def measure(recipe: Recipe, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
+    def measure(recipe: Recipe, inputs: Inputs, out: Path) -> Found:
         from qmedtune.audit import audit_stage
 
         return audit_stage(recipe, inputs, out)
 
-    def judge(recipe: Recipe, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
+    def judge(recipe: Recipe, inputs: Inputs, out: Path) -> Found:
         from qmedtune.audit import check_limits
 
         return check_limits(recipe, inputs, out)
@@ -149,30 +167,36 @@ def _audit_steps(recipe: Recipe, trained: dict[str, StackInRun]) -> list[Step]:
     needs = {"planted": "data/planted"}
     for name, model in trained.items():
         needs |= {name: name, f"{name}:base": model.base}
-        needs |= {f"{name}:{number}": path for number, path in enumerate(model.adapters, start=1)}
+        for number, path in enumerate(model.adapters, start=1):
+            needs[f"{name}:{number}"] = path
     steps = [Step("audit", "audit", keys.audit_section(recipe), needs, measure, resumes=True)]
     limits = recipe.audit.model_dump(mode="json", include={"max_exposure", "max_extracted"}, exclude_none=True)
-    return steps + ([Step("audit-limits", "audit", limits, {"audit": "audit"}, judge)] if limits else [])
+    if limits:
+        steps.append(Step("audit-limits", "audit", limits, {"audit": "audit"}, judge))
+    return steps
 
 
 def _tokens_step(recipe: Recipe, index: int) -> Step:
-    def work(recipe: Recipe, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
+    def work(recipe: Recipe, inputs: Inputs, out: Path) -> Found:
         from qmedtune.data.packing.classes import pack_classes
         from qmedtune.data.packing.pack import pack_stage
 
         pack = pack_classes if recipe.stages[index].classify else pack_stage
         return pack(recipe, index, inputs["base"], inputs, out)
 
-    planted = {recipe.audit.source, recipe.audit.prompts} if recipe.audit else set()
-    sources = recipe.stages[index].sources
-    needs = {name: f"data/planted/{name}" if name in planted else f"data/{name}" for name in sources}
+    planted: set[str | None] = set()
+    if recipe.audit:
+        planted = {recipe.audit.source, recipe.audit.prompts}
+    needs: dict[str, str] = {}
+    for name in recipe.stages[index].sources:
+        needs[name] = f"data/planted/{name}" if name in planted else f"data/{name}"
     needs["base"] = "base"  # for its tokenizer, which no stage changes
     section = keys.tokens_section(recipe, index)
     return Step(f"data/{recipe.stage_names()[index]}", "data", section, needs, work, resumes=True)
 
 
 def _training_step(recipe: Recipe, asked: Recipe, index: int, start: StackInRun, shared: SharedBase) -> Step:
-    def work(recipe: Recipe, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
+    def work(recipe: Recipe, inputs: Inputs, out: Path) -> Found:
         from qmedtune.train import train_stage
 
         return train_stage(recipe, index, inputs, out, shared)
@@ -186,7 +210,7 @@ def _training_step(recipe: Recipe, asked: Recipe, index: int, start: StackInRun,
 
 
 def _fold_step(recipe: Recipe, name: str, model: StackInRun) -> Step:
-    def work(recipe: Recipe, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
+    def work(recipe: Recipe, inputs: Inputs, out: Path) -> Found:
         from qmedtune.merge import merge_stage
 
         return merge_stage(recipe, inputs, out)
@@ -195,7 +219,7 @@ def _fold_step(recipe: Recipe, name: str, model: StackInRun) -> Step:
 
 
 def _merge_step(recipe: Recipe, model: StackInRun) -> Step:
-    def weighed(recipe: Recipe, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
+    def weighed(recipe: Recipe, inputs: Inputs, out: Path) -> Found:
         from qmedtune.merge import weighed_merge_stage
 
         return weighed_merge_stage(recipe, inputs, out)
@@ -213,7 +237,7 @@ def _merge_step(recipe: Recipe, model: StackInRun) -> Step:
 
 
 def _evaluation_step(recipe: Recipe, model: StackInRun, hashes: store.HashCache) -> Step:
-    def work(recipe: Recipe, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
+    def work(recipe: Recipe, inputs: Inputs, out: Path) -> Found:
         from qmedtune.evaluate import evaluate_stage
 
         return evaluate_stage(recipe, inputs, out)
@@ -222,12 +246,13 @@ def _evaluation_step(recipe: Recipe, model: StackInRun, hashes: store.HashCache)
     if recipe.evaluate.perplexity:
         needs["validation"] = "data/validation"
     if recipe.hygiene.contaminated == "split":
-        needs |= {f"data-{name}": f"data/{name}" for name in recipe.used_sources()}
+        for name in recipe.used_sources():
+            needs[f"data-{name}"] = f"data/{name}"
     return Step("evaluation", "evaluation", keys.evaluation_section(recipe, hashes), needs, work, resumes=True)
 
 
 def _against_step(recipe: Recipe, model: StackInRun, hashes: store.HashCache) -> Step:
-    def work(recipe: Recipe, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
+    def work(recipe: Recipe, inputs: Inputs, out: Path) -> Found:
         from qmedtune.against import against_stage
 
         return against_stage(recipe, inputs, out)
@@ -238,9 +263,12 @@ def _against_step(recipe: Recipe, model: StackInRun, hashes: store.HashCache) ->
 
 def _compared(recipe: Recipe, model: StackInRun) -> dict[str, str]:
     """What base and result of the run are made of."""
-    origin = f"{recipe.stage_names()[0]}/model" if recipe.stages[0].kind == "pretrain" else "base"
-    merged = "merged" if model.adapters else model.base
-    needs = {"base": model.base, "merged": merged, **_numbered(model.adapters)}
+    origin = "base"
+    if recipe.stages[0].kind == "pretrain":
+        origin = f"{recipe.stage_names()[0]}/model"
+    needs = {"base": model.base, "merged": model.base, **_numbered(model.adapters)}
+    if model.adapters:
+        needs["merged"] = "merged"
     if model.base == origin and not model.adapters:  # from scratch, and nothing after it: compared is what it began as
         needs["untrained"] = "base"
     elif model.base != origin:  # a folded base has learnt already: compared is the first
@@ -251,4 +279,8 @@ def _compared(recipe: Recipe, model: StackInRun) -> dict[str, str]:
 
 
 def _numbered(adapters: Sequence[str]) -> dict[str, str]:
-    return {f"adapter-{number}": path for number, path in enumerate(adapters, start=1)}
+    """The inputs that model_stack.adapters_in reads."""
+    needs: dict[str, str] = {}
+    for number, path in enumerate(adapters, start=1):
+        needs[f"adapter-{number}"] = path
+    return needs

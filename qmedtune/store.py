@@ -11,14 +11,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from qmedtune.disk import PART, check_room, discard, fsync_path, link, lock, lock_file, rename, write_atomic, write_json
 from qmedtune.errors import RunError
 from qmedtune.hashes import HashCache, kept, read_checked, sha256_file, sha256_json, write_checked
+from qmedtune.model_files import JsonObject
+from qmedtune.results import Json
 
 __all__ = [
     "PART",
@@ -44,14 +46,22 @@ REFUSED = ".refused"  # ending of a folder whose proof has failed: kept, and nev
 RENDERED = "README.md"
 
 
+class Sealed(TypedDict):
+    """One file of a sealed folder, as seal.json holds it."""
+
+    sha256: str
+    size: int
+    mtime_ns: int
+
+
 @dataclass(frozen=True)
 class Seal:
     """What seal.json holds. `digest` names the content: equal digests mean equal bytes in all non-volatile files."""
 
     key: str
     digest: str
-    facts: dict[str, Any]
-    files: dict[str, dict[str, Any]]
+    facts: JsonObject
+    files: Mapping[str, Sealed]
 
 
 def content_files(folder: Path) -> list[Path]:
@@ -60,18 +70,19 @@ def content_files(folder: Path) -> list[Path]:
     return sorted(p for p in found if p.relative_to(folder).parts[0] != SCRATCH)
 
 
-def seal(folder: Path, key: str, facts: dict[str, Any]) -> Seal:
+def seal(folder: Path, key: str, facts: Mapping[str, object]) -> Seal:
     """Hash and fsync everything below `folder`, then write seal.json last."""
     for leftover in folder.rglob(f".*{PART}"):
         leftover.unlink()
-    files = {}
+    files: dict[str, Sealed] = {}
+    stable: dict[str, str] = {}
     for path in content_files(folder):
-        stat = path.stat()
-        entry = {"sha256": sha256_file(path), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-        files[path.relative_to(folder).as_posix()] = entry
+        stat, name = path.stat(), path.relative_to(folder).as_posix()
+        files[name] = {"sha256": sha256_file(path), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+        if path.name not in VOLATILE:
+            stable[name] = files[name]["sha256"]
         fsync_path(path)
-    stable = {name: f["sha256"] for name, f in files.items() if Path(name).name not in VOLATILE}
-    result = Seal(key, sha256_json(stable), facts, files)
+    result = Seal(key, sha256_json(stable), dict(facts), files)
     content = {"key": key, "digest": result.digest, "facts": facts, "files": files}
     for sub in sorted((p for p in folder.rglob("*") if p.is_dir()), reverse=True):
         fsync_path(sub)
@@ -110,7 +121,10 @@ def damage(folder: Path, sealed: Seal, *, full: bool) -> list[str]:
 
 def without(sealed: Seal, names: Collection[str]) -> Seal:
     """A seal that does not ask for these files."""
-    return replace(sealed, files={name: entry for name, entry in sealed.files.items() if name not in names})
+    files = dict(sealed.files)
+    for name in names:
+        files.pop(name, None)
+    return replace(sealed, files=files)
 
 
 def intact(folder: Path, key: str | None = None, *, full: bool = False) -> Seal | None:
@@ -191,7 +205,7 @@ def borrow(folder: Path, root: Path, key: str, siblings: Iterable[Path]) -> Seal
     return None
 
 
-def begin(folder: Path, root: Path, key: str, section: dict[str, Any], *, keep_partial: bool) -> Path:
+def begin(folder: Path, root: Path, key: str, section: Mapping[str, object], *, keep_partial: bool) -> Path:
     """The folder to build `folder` in. With `keep_partial` an earlier attempt with the same key is continued; one with
     another key goes to `.history/`, from where it comes back when its key is asked for again. `section` says what it
     is made from, for `attempt_of`."""
@@ -220,7 +234,7 @@ def _put_aside(building: Path, folder: Path, root: Path, keep_partial: bool) -> 
         shutil.rmtree(building)
 
 
-def attempt_of(building: Path) -> tuple[str, dict[str, Any]] | None:
+def attempt_of(building: Path) -> tuple[str, Json] | None:
     """Key and section of an unfinished folder; None where there is none, or it was begun by nobody."""
     try:
         stamp = json.loads((building / STAMP).read_text(encoding="utf-8"))
@@ -241,7 +255,7 @@ def _retired_attempt(building: Path, root: Path, key: str) -> Path | None:
     return max(found, key=lambda path: path.stat().st_mtime_ns, default=None)
 
 
-def publish(building: Path, folder: Path, root: Path, key: str, facts: dict[str, Any]) -> Seal:
+def publish(building: Path, folder: Path, root: Path, key: str, facts: Mapping[str, object]) -> Seal:
     """Seal `building` and rename it to `folder`; what stood there goes to `.history/`."""
     sealed = seal(building, key, facts)
     _move_into_place(building, folder, root)

@@ -62,11 +62,16 @@ class Stage:
             self.units_per_s = before + RATE_SMOOTHING * (latest - before)
             self.updated_s = now
         self.completed = completed
-        self.first_loss = loss if self.first_loss is None else self.first_loss
-        self.loss = self.loss if loss is None else loss
-        self.tokens_per_s = self.tokens_per_s if tokens_per_s is None else tokens_per_s
-        self.lr = self.lr if lr is None else lr
-        self.note = self.note if note is None else note
+        if loss is not None:
+            self.loss = loss
+        if self.first_loss is None:
+            self.first_loss = loss
+        if tokens_per_s is not None:
+            self.tokens_per_s = tokens_per_s
+        if lr is not None:
+            self.lr = lr
+        if note is not None:
+            self.note = note
         if now - self.printed_s >= PLAIN_EVERY_S and not terminal.is_live():
             self.printed_s = now
             terminal.write(f"    {self.title}: " + ", ".join(self.figures()))
@@ -83,28 +88,40 @@ class Stage:
 
     def figures(self) -> list[str]:
         """What the moving line says, most important first: a narrow terminal drops the last ones."""
+        parts: list[str] = []
+        if self.total:
+            parts.append(f"{min(self.completed / self.total, 1.0):.0%}")
+        if self.note:
+            parts.append(self.note)
+        if self.loss is not None:
+            parts.append(f"loss {self.loss:.3f}")
         left = self.left_s()
-        amount = count(self.completed) + (f" of {count(self.total)}" if self.total else "")
-        parts = [
-            f"{min(self.completed / self.total, 1.0):.0%}" if self.total else None,
-            self.note,
-            None if self.loss is None else f"loss {self.loss:.3f}",
-            clock(self.elapsed_s()) if left is None else f"{clock(left)} left",
-            None if self.tokens_per_s is None else f"{self.tokens_per_s:,.0f} tokens/s",
-            f"{amount} {self.unit}" if self.total or self.completed else None,
-            None if self.lr is None else f"lr {self.lr:.1e}",
-        ]
-        return [part for part in parts if part]
+        if left is None:
+            parts.append(clock(self.elapsed_s()))
+        else:
+            parts.append(f"{clock(left)} left")
+        if self.tokens_per_s is not None:
+            parts.append(f"{self.tokens_per_s:,.0f} tokens/s")
+        if self.total:
+            parts.append(f"{count(self.completed)} of {count(self.total)} {self.unit}")
+        elif self.completed:
+            parts.append(f"{count(self.completed)} {self.unit}")
+        if self.lr is not None:
+            parts.append(f"lr {self.lr:.1e}")
+        return parts
 
     def summary(self) -> str:
         """What stays when it has ended: `500k tokens, loss 3.214 → 1.234, 8,700 tokens/s`."""
-        parts = [
-            f"{count(self.completed)} {self.unit}" if self.completed else None,
-            None if self.loss is None else f"loss {self.first_loss:.3f} → {self.loss:.3f}",
-            None if self.tokens_per_s is None else f"{self.tokens_per_s:,.0f} tokens/s",
-            self.note,
-        ]
-        return ", ".join(part for part in parts if part)
+        parts: list[str] = []
+        if self.completed:
+            parts.append(f"{count(self.completed)} {self.unit}")
+        if self.loss is not None:
+            parts.append(f"loss {self.first_loss:.3f} → {self.loss:.3f}")
+        if self.tokens_per_s is not None:
+            parts.append(f"{self.tokens_per_s:,.0f} tokens/s")
+        if self.note:
+            parts.append(self.note)
+        return ", ".join(parts)
 
 
 @dataclass
@@ -209,14 +226,11 @@ _warned: set[str] = set()
 def progress() -> Progress:
     """What is on now. May be called from any thread: what it reads is replaced, never mutated."""
     run, stages = _shown.run, _shown.stages
-    step = run.active if run else None
-    found = Progress(
-        steps=run.steps if run else (),
-        finished=tuple(sorted(run.finished)) if run else (),
-        step=step.name if step else None,
-        step_s=_now() - step.started_s if step else None,
-        run_left_s=run.left_s() if run and step else None,
-    )
+    found = Progress()
+    if run:
+        found = replace(found, steps=run.steps, finished=tuple(sorted(run.finished)))
+    if run and (step := run.active):
+        found = replace(found, step=step.name, step_s=_now() - step.started_s, run_left_s=run.left_s())
     if not stages:
         return found
     innermost = stages[-1]
@@ -322,13 +336,17 @@ def _is_figure(cell: str) -> bool:
 def _plain_table(title: str, columns: Sequence[str], cells: list[list[str]], right: list[bool]) -> list[str]:
     lines = [columns, *cells]
     widths = [_width(lines, place) for place in range(len(columns))]
-
-    def line(row: Sequence[str]) -> str:
-        parts = zip(row, widths, right, strict=True)
-        return "  ".join(cell.rjust(wide) if is_right else cell.ljust(wide) for cell, wide, is_right in parts).rstrip()
-
+    aligned = [_aligned(row, widths, right) for row in lines]
     ruler = "  ".join("-" * wide for wide in widths)
-    return [*([title] if title else []), line(columns), ruler, *map(line, cells)]
+    shown = [aligned[0], ruler, *aligned[1:]]
+    return [title, *shown] if title else shown
+
+
+def _aligned(row: Sequence[str], widths: Sequence[int], right: Sequence[bool]) -> str:
+    parts: list[str] = []
+    for cell, wide, is_right in zip(row, widths, right, strict=True):
+        parts.append(cell.rjust(wide) if is_right else cell.ljust(wide))
+    return "  ".join(parts).rstrip()
 
 
 def _width(lines: Sequence[Sequence[str]], place: int) -> int:
@@ -344,10 +362,16 @@ def _say(text: str, style: str, mark: str, plain_mark: str) -> None:
 
 def _leave_line(name: str, ended: str, seconds: float | None, summary: str, name_width: int, label: str) -> None:
     """The line that stays when a step or a lone stage has ended. `label` stands for `name` in plain text."""
-    took = "" if seconds is None else duration(seconds)
+    took = ""
+    if seconds is not None:
+        took = duration(seconds)
     if not terminal.is_live():
-        when = f" {'in' if ended == 'done' else 'after'} {took}" if took else ""
-        terminal.write(f"{label}: {ended}{when}" + (f", {summary}" if summary else ""))
+        line = f"{label}: {ended}"
+        if took:
+            line += f" {'in' if ended == 'done' else 'after'} {took}"
+        if summary:
+            line += f", {summary}"
+        terminal.write(line)
         return
     mark, style = MARKS[ended]
     quiet = "dim" if ended == "cached" else ""
@@ -359,11 +383,18 @@ def _moving_lines() -> list[Line]:
     """The live region: the run and its innermost stage. Called by the drawing thread: changes nothing."""
     run, stages = _shown.run, _shown.stages
     step = run.active if run else None
-    lines = [_run_line(run, step)] if run and step else []
+    lines: list[Line] = []
+    if run and step:
+        lines.append(_run_line(run, step))
     if not stages:
         return lines
     title = stages[-1].title + "  "
-    lead = f"{_spinner()}{title}" if not lines else "  " if step and step.name == stages[-1].title else f"  {title}"
+    if not lines:
+        lead = f"{_spinner()}{title}"
+    elif step and step.name == stages[-1].title:
+        lead = "  "
+    else:
+        lead = f"  {title}"
     return [*lines, _stage_line(stages[-1], lead)]
 
 
@@ -374,14 +405,18 @@ def _spinner() -> str:
 def _run_line(run: Run, step: Step) -> Line:
     line: Line = [(_spinner(), "cyan"), (f"{run.label(step.name)}  ", "bold")]
     for name in run.steps:
-        done, active = name in run.finished, name == step.name
-        line.append(("● ", "green") if done else ("◉ ", "cyan") if active else ("○ ", "dim"))
+        if name in run.finished:
+            line.append(("● ", "green"))
+        elif name == step.name:
+            line.append(("◉ ", "cyan"))
+        else:
+            line.append(("○ ", "dim"))
     line.append((f" {clock(_now() - run.started_s)} elapsed", "dim"))
     left = run.left_s()
-    if left is None:
-        return line
-    what = "left" if run.expected_s else "of training left"  # evaluation and merge are not in it
-    return [*line, (f", about {clock(left)} {what}", "dim")]
+    if left is not None:
+        what = "left" if run.expected_s else "of training left"  # evaluation and merge are not in it
+        line.append((f", about {clock(left)} {what}", "dim"))
+    return line
 
 
 def _stage_line(stage: Stage, lead: str) -> Line:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from qmedtune import __version__, store, ui
 from qmedtune.erase import erased
@@ -18,7 +17,7 @@ from qmedtune.record import INTERNAL, METRICS, RUN, is_whole, text_sha256
 from qmedtune.report import markdown, model_card
 from qmedtune.reporting import page as report_html
 from qmedtune.reporting.facts import read_metrics
-from qmedtune.results import Merge, Run
+from qmedtune.results import Json, Merge, Run
 
 MAX_NAMED = 4
 Seals = dict[str, store.Seal]
@@ -100,7 +99,7 @@ def _added(folder: Path, sealed: store.Seal) -> Iterator[str]:
 
 def _consistent(sealed: store.Seal) -> bool:
     """The manifest still hashes to the digest beside it."""
-    stable: dict[str, Any] = {}
+    stable: Json = {}
     for name, entry in sealed.files.items():
         if Path(name).name not in store.VOLATILE:
             stable[name] = entry["sha256"]
@@ -145,9 +144,9 @@ def _run_problems(folder: Path, run: Run, seals: Seals) -> Iterator[str]:
         yield f"{RUN}: sha256 differs"
 
 
-def _entries(run: Run) -> dict[str, dict[str, Any]]:
+def _entries(run: Run) -> dict[str, Json]:
     """What run.json tells of each step, by the name of the step."""
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, Json] = {}
     for stage in run.stages:
         found[stage.name] = stage.as_json()
     for name, source in run.data.items():
@@ -157,7 +156,7 @@ def _entries(run: Run) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _differing(entry: dict[str, Any], sealed: store.Seal) -> Iterator[str]:
+def _differing(entry: Json, sealed: store.Seal) -> Iterator[str]:
     for key, value in sealed.facts.items():
         if key not in INTERNAL and entry.get(key) != value:
             yield key

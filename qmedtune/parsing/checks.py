@@ -15,7 +15,7 @@ from typing import Any
 
 from qmedtune.lineage import parts_of
 from qmedtune.parsing.grammar import did_you_mean
-from qmedtune.parsing.strict_yaml import KeyPath
+from qmedtune.parsing.strict_yaml import KeyPath, Tree
 from qmedtune.recipe import ClassifySection, Recipe, SftSection, TaskSection
 
 Finding = tuple[KeyPath, str]
@@ -25,7 +25,7 @@ WINDOWS_PATH = re.compile(r"[A-Za-z]:[\\/\x00-\x1f]|\\\\")  # "C:\notes" in doub
 WINDOWS_HINT = "a Windows path; under WSL drive C: is /mnt/c, with forward slashes; elsewhere give the folder there"
 
 
-def references(tree: dict[str, Any]) -> Iterator[Finding]:
+def references(tree: Tree) -> Iterator[Finding]:
     """Every use of a source name that `data:` does not have, whatever else is wrong with the recipe."""
     known = list(_mapping(tree.get("data")))
     for path, name in _named_sources(tree):
@@ -34,27 +34,31 @@ def references(tree: dict[str, Any]) -> Iterator[Finding]:
             yield path, f'no source "{name}" in `data`{did_you_mean(name, known)} (sources: {sources})'
 
 
-def _named_sources(tree: dict[str, Any]) -> Iterator[tuple[KeyPath, Any]]:
+def _named_sources(tree: Tree) -> Iterator[tuple[KeyPath, Any]]:
     stages = tree.get("stages")
     for index, stage in enumerate(stages if isinstance(stages, list) else []):
         for kind, section in _mapping(stage).items():
             here: KeyPath = ("stages", index, kind)
-            yield from (((*here, "mix", name), name) for name in _mapping(_mapping(section).get("mix")))
+            for name in _mapping(_mapping(section).get("mix")):
+                yield (*here, "mix", name), name
             yield from _items((*here, "data"), _mapping(section).get("data"))
     yield from _items(("validate", "on"), _mapping(tree.get("validate")).get("on"))
     yield from _items(("evaluate", "perplexity"), _mapping(tree.get("evaluate")).get("perplexity"))
-    yield from ((("audit", key), _mapping(tree.get("audit")).get(key)) for key in ("source", "prompts"))
-    corpora = _items(("ablate", "corpora"), _mapping(tree.get("ablate")).get("corpora"))
-    yield from ((path, name) for path, name in corpora if name != "both")
+    for key in ("source", "prompts"):
+        yield ("audit", key), _mapping(tree.get("audit")).get(key)
+    for path, name in _items(("ablate", "corpora"), _mapping(tree.get("ablate")).get("corpora")):
+        if name != "both":
+            yield path, name
 
 
-def _mapping(value: Any) -> dict[str, Any]:
+def _mapping(value: Any) -> Tree:
     return value if isinstance(value, dict) else {}
 
 
 def _items(path: KeyPath, value: Any) -> Iterator[tuple[KeyPath, Any]]:
     if isinstance(value, list):
-        yield from (((*path, index), item) for index, item in enumerate(value))
+        for index, item in enumerate(value):
+            yield (*path, index), item
     elif value is not None:
         yield path, value
 
@@ -175,10 +179,12 @@ def _taken_names(recipe: Recipe) -> Iterator[Finding]:
     """Names that would share a folder or a file: sources with the run's own data/ steps, tasks with each other."""
     for name in recipe.data.keys() & {"validation", "planted", *recipe.stage_names()}:
         yield ("data", name), f'"{name}" is the name of a folder that the run makes in data/; call the source otherwise'
-    names = [task if isinstance(task, str) else task.label for task in recipe.evaluate.tasks]
-    for index, name in enumerate(names):
-        if name in names[:index]:
+    taken: set[str] = set()
+    for index, task in enumerate(recipe.evaluate.tasks):
+        name = task if isinstance(task, str) else task.label
+        if name in taken:
             yield ("evaluate", "tasks", index), f"{name} is there twice; give all its files as one path or pattern"
+        taken.add(name)
 
 
 def _unknown_names(recipe: Recipe) -> Iterator[Finding]:
@@ -186,16 +192,22 @@ def _unknown_names(recipe: Recipe) -> Iterator[Finding]:
     from qmedtune.tasks import BUILTIN_TASKS, FILE_TASKS
 
     templates = [*TEMPLATES, "chat"]
-    named: list[tuple[KeyPath, str | None]] = [(("data", n, "template"), s.template) for n, s in recipe.data.items()]
-    named.append((("evaluate", "template"), recipe.evaluate.template))
-    named += [(("ablate", "template", i), t) for i, t in enumerate(recipe.ablate.template if recipe.ablate else [])]
-    for path, template in named:
+    for path, template in _named_templates(recipe):
         if template is not None and template not in templates and not template.endswith(".json"):
             hint = did_you_mean(template, templates)
             listed = f"(templates: {', '.join(templates)}, or a template.json)"
             yield path, f'no template "{template}"{hint} {listed}'
     for index, task in enumerate(recipe.evaluate.sections):
         yield from _task(("evaluate", "tasks", index), task, list(BUILTIN_TASKS), list(FILE_TASKS))
+
+
+def _named_templates(recipe: Recipe) -> Iterator[tuple[KeyPath, str | None]]:
+    for name, source in recipe.data.items():
+        yield ("data", name, "template"), source.template
+    yield ("evaluate", "template"), recipe.evaluate.template
+    if recipe.ablate:
+        for index, template in enumerate(recipe.ablate.template):
+            yield ("ablate", "template", index), template
 
 
 def _ablation(recipe: Recipe) -> Iterator[Finding]:
@@ -211,12 +223,18 @@ def _ablation(recipe: Recipe) -> Iterator[Finding]:
         if getattr(recipe.ablate, key) and (len(mixes) != 1 or mixes[0].unit != "tokens"):
             yield ("ablate", key), "needs exactly one cpt stage, with `unit: tokens`"
             return
-    sources = [name for mix in mixes for name, weight in mix.mix.items() if weight > 0]
-    corpora = [name for name in sources if recipe.data[name].kind != "general"]
+    corpora: list[str] = []
+    has_general = False
+    for mix in mixes:
+        for name, weight in mix.mix.items():
+            if recipe.data[name].kind != "general" and weight > 0:
+                corpora.append(name)
+            else:
+                has_general = True
     for index, name in enumerate(recipe.ablate.corpora):
         if name not in [*corpora, "both"]:
             yield ("ablate", "corpora", index), f"got {name}; allowed: {', '.join(corpora)} (of the cpt mix) or both"
-    if any(recipe.ablate.replay) and not [name for mix in mixes for name in mix.mix if name not in corpora]:
+    if any(recipe.ablate.replay) and not has_general:
         yield ("ablate", "replay"), "no source of kind: general in the cpt mix to replay"
 
 
@@ -260,10 +278,15 @@ def _pickled(base: Path) -> Iterator[Finding]:
     """A folder of pickled weights alone would pass for a bare shape to pretrain from."""
     from qmedtune.model_files import PICKLED
 
-    found = sorted(path.name for pattern in PICKLED for path in base.glob(pattern)) if base.is_dir() else []
-    if found and not any(base.glob("*.safetensors")):
+    if not base.is_dir() or any(base.glob("*.safetensors")):
+        return
+    found: list[str] = []
+    for pattern in PICKLED:
+        found += [path.name for path in base.glob(pattern)]
+    if found:
         text = (
-            f"weights are pickled ({found[0]}); loading them could run code (allowed: *.safetensors; convert the model)"
+            f"weights are pickled ({min(found)}); loading them could run code "
+            "(allowed: *.safetensors; convert the model)"
         )
         yield ("model", "base"), text
 
@@ -285,8 +308,9 @@ def _builtin(path: str) -> str:
     from qmedtune.data.synthetic.outcomes import CORPORA
     from qmedtune.data.synthetic.world import SIZES
 
-    known = [*(f"builtin:{corpus}" for corpus in CORPORA)]
-    known += [f"builtin:{world}/{corpus}" for world in SIZES for corpus in CORPORA]
+    known = [f"builtin:{corpus}" for corpus in CORPORA]
+    for world in SIZES:
+        known += [f"builtin:{world}/{corpus}" for corpus in CORPORA]
     if not path.startswith("builtin:") or path in known:
         return ""
     listed = ", ".join(known[: len(CORPORA)])

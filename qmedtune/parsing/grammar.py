@@ -6,14 +6,13 @@ the models. Deliberately not here: any knowledge of single keys.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
-from typing import Any
 
-from qmedtune.parsing.strict_yaml import KeyPath
+from qmedtune.parsing.strict_yaml import KeyPath, Tree
 from qmedtune.recipe import Recipe
 
-Schema = dict[str, Any]
+Schema = Tree
 
 
 @cache
@@ -43,23 +42,31 @@ def _options(schema: Schema) -> list[Schema]:
     """The alternatives of a schema, references followed; a plain schema is its own only one."""
     while "$ref" in schema:
         schema = json_schema()["$defs"][schema["$ref"].rpartition("/")[2]]
-    if "anyOf" in schema:
-        return [option for part in schema["anyOf"] for option in _options(part)]
-    return [schema]
+    if "anyOf" not in schema:
+        return [schema]
+    options: list[Schema] = []
+    for part in schema["anyOf"]:
+        options += _options(part)
+    return options
 
 
 def _named(schema: Schema) -> Schema | None:
     """The schema of the values of a mapping with free names, such as `data:` or `mix:`."""
-    patterns = list(schema.get("patternProperties", {}).values())
+    for pattern in schema.get("patternProperties", {}).values():
+        return pattern
     extra = schema.get("additionalProperties")
-    return patterns[0] if patterns else extra if isinstance(extra, dict) else None
+    return extra if isinstance(extra, dict) else None
 
 
 def schemas_at(path: KeyPath) -> list[Schema]:
     """The alternatives that the schema allows at `path`; empty where the path is unknown."""
     options = _options(json_schema())
     for key in path:
-        options = [leaf for option in options for child in [_child(option, key)] if child for leaf in _options(child)]
+        deeper: list[Schema] = []
+        for option in options:
+            if child := _child(option, key):
+                deeper += _options(child)
+        options = deeper
     return options
 
 
@@ -72,78 +79,121 @@ def _child(schema: Schema, key: str | int) -> Schema | None:
 
 def keys_at(path: KeyPath) -> list[str]:
     """The keys of the section at `path`."""
-    return [key for option in schemas_at(path) for key in option.get("properties", {})]
+    keys: list[str] = []
+    for option in schemas_at(path):
+        keys += option.get("properties", {})
+    return keys
 
 
 def words_at(path: KeyPath) -> list[str]:
     """The fixed words that may stand at `path`."""
-    return [str(word) for option in schemas_at(path) for word in [*option.get("enum", []), option.get("const", "")]]
+    words: list[str] = []
+    for option in schemas_at(path):
+        for word in option.get("enum", []):
+            words.append(str(word))
+        words.append(str(option.get("const", "")))
+    return words
 
 
 def homes_of(key: str) -> list[str]:
     """The sections that have `key`, as people write them: `stages[].cpt`."""
-    sections = [".".join(path[:-1]).replace(".[]", "[]") for path in key_paths() if path[-1] == key]
-    return [section or "the top level" for section in sections]
+    homes: list[str] = []
+    for path in key_paths():
+        if path[-1] == key:
+            section = ".".join(path[:-1]).replace(".[]", "[]")
+            homes.append(section or "the top level")
+    return homes
 
 
 def allowed(path: KeyPath) -> str:
     """What may stand at `path`, in words: `a number in (0, 1] or auto`."""
-    words = [_describe(option) for option in schemas_at(path)]
-    return _either(dict.fromkeys(word for word in words if word))
+    return _any_of(schemas_at(path))
+
+
+def _any_of(options: Iterable[Schema]) -> str:
+    """Each in words, once."""
+    words: list[str] = []
+    for option in options:
+        word = _describe(option)
+        if word and word not in words:
+            words.append(word)
+    return _either(words)
 
 
 def _describe(schema: Schema) -> str:
     if "enum" in schema:
-        return _either(str(value) for value in schema["enum"])
+        return _either([str(value) for value in schema["enum"]])
     if "const" in schema:
-        return str(schema["const"]).lower() if isinstance(schema["const"], bool) else str(schema["const"])
-    kind = schema.get("type")
-    if kind in ("integer", "number"):
-        return _interval(schema, "a whole number" if kind == "integer" else "a number")
-    if kind == "string":
-        return "letters, digits, `_`, `-`, `.` (first a letter or digit)" if "pattern" in schema else "text"
-    if kind == "array":
-        return _list_of(schema)
-    if kind == "object":
-        return _section(schema)
-    return {"boolean": "true or false"}.get(str(kind), "")
+        word = str(schema["const"])
+        return word.lower() if isinstance(schema["const"], bool) else word
+    match schema.get("type"):
+        case "integer":
+            return _interval(schema, "a whole number")
+        case "number":
+            return _interval(schema, "a number")
+        case "string" if "pattern" in schema:
+            return "letters, digits, `_`, `-`, `.` (first a letter or digit)"
+        case "string":
+            return "text"
+        case "array":
+            return _list_of(schema)
+        case "object":
+            return _section(schema)
+        case "boolean":
+            return "true or false"
+        case _:
+            return ""
 
 
 def _interval(schema: Schema, noun: str) -> str:
     low, high = schema.get("minimum"), schema.get("maximum")
     above, below = schema.get("exclusiveMinimum"), schema.get("exclusiveMaximum")
-    left = f"({above:.10g}" if above is not None else f"[{low:.10g}" if low is not None else "("
-    right = f"{below:.10g})" if below is not None else f"{high:g}]" if high is not None else ")"
-    if left != "(" and right != ")":
+    left = right = from_here = ""
+    if above is not None:
+        left, from_here = f"({above:.10g}", f" above {above:g}"
+    elif low is not None:
+        left, from_here = f"[{low:.10g}", f" from {low:g} up"
+    if below is not None:
+        right = f"{below:.10g})"
+    elif high is not None:
+        right = f"{high:g}]"
+    if left and right:
         return f"{noun} in {left}, {right}"
-    return f"{noun} above {above:g}" if above is not None else f"{noun} from {low:g} up" if low is not None else noun
+    return noun + from_here
 
 
 def _list_of(schema: Schema) -> str:
     if "prefixItems" in schema:
         return f"a list of {len(schema['prefixItems'])} numbers"
-    return f"a list of {_either(_describe(option) for option in _options(schema['items']))}"
+    return f"a list of {_any_of(_options(schema['items']))}"
 
 
 def _section(schema: Schema) -> str:
     if (named := _named(schema)) is not None:
-        return f"names with {_either(_describe(option) for option in _options(named))} each"
+        return f"names with {_any_of(_options(named))} each"
     keys = list(schema.get("properties", {}))
-    return "a section with " + ", ".join(keys[:4]) + (" ..." if len(keys) > 4 else "")
+    shown = "a section with " + ", ".join(keys[:4])
+    return f"{shown} ..." if len(keys) > 4 else shown
 
 
-def _either(words: Iterable[str]) -> str:
-    *first, last = list(words) or [""]
-    return f"{', '.join(first)} or {last}" if first else last
+def _either(words: Sequence[str]) -> str:
+    """`a, b or c`."""
+    if len(words) < 2:
+        return "".join(words)
+    return f"{', '.join(words[:-1])} or {words[-1]}"
 
 
 def nearest(word: str, known: Iterable[str]) -> list[str]:
     """The known words at the smallest edit distance, if that is small enough to be a slip of the hand."""
-    distances = {candidate: edit_distance(word.lower(), candidate.lower()) for candidate in known}
-    best = min(distances.values(), default=99)
-    if best > max(1, min(3, len(word) // 2)):
-        return []
-    return [candidate for candidate, distance in distances.items() if distance == best]
+    best = max(1, min(3, len(word) // 2))
+    found: dict[str, None] = {}
+    for candidate in known:
+        distance = edit_distance(word.lower(), candidate.lower())
+        if distance < best:
+            best, found = distance, {}
+        if distance == best:
+            found[candidate] = None
+    return list(found)
 
 
 def edit_distance(a: str, b: str) -> int:
@@ -165,4 +215,6 @@ def edit_distance(a: str, b: str) -> int:
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`; did you mean `a` or `b`?`, or nothing."""
     found = nearest(word, known)
-    return f"; did you mean {_either(f'`{name}`' for name in found)}?" if found else ""
+    if not found:
+        return ""
+    return f"; did you mean {_either([f'`{name}`' for name in found])}?"

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from qmedtune.errors import RecipeError
 from qmedtune.parsing import checks, grammar, strict_yaml
-from qmedtune.parsing.strict_yaml import Document, KeyPath, Problem
+from qmedtune.parsing.strict_yaml import Document, KeyPath, Problem, Tree
 from qmedtune.recipe import Recipe
 
 MAX_LINES = 6
@@ -55,9 +55,12 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> LoadedRecipe
         for override in overrides:
             _apply(override, document, places)
     recipe = _validate(document, places)
-    text += "".join(f"{strict_yaml.OVERRIDE}{override}\n" for override in overrides)
-    warnings = tuple(places.line_of(path, text) for path, text in sorted(checks.doubts(recipe), key=str))
-    return LoadedRecipe(recipe, text, path, hashlib.sha256(text.encode()).hexdigest(), warnings)
+    for override in overrides:
+        text += f"{strict_yaml.OVERRIDE}{override}\n"
+    warnings: list[str] = []
+    for where, doubt in sorted(checks.doubts(recipe), key=str):
+        warnings.append(places.line_of(where, doubt))
+    return LoadedRecipe(recipe, text, path, hashlib.sha256(text.encode()).hexdigest(), tuple(warnings))
 
 
 @dataclass(frozen=True)
@@ -70,24 +73,45 @@ class Places:
 
     def line_of(self, path: KeyPath, text: str, line: int = 0) -> str:
         """`recipes/x.yaml:14 stages[0].cpt.lr: text`, printable and on one line."""
-        sources = [self.overridden[path[:n]] for n in range(len(path), 0, -1) if path[:n] in self.overridden]
-        if sources:
-            return _one_line(f"--set {sources[0]}: {text}")
-        place = f"{self.file}:{number}" if (number := line or self.nearest(path)) else self.file
-        return _one_line(f"{place} {show_path(path)}: {text}" if path else f"{place}: {text}")
+        for above in _upwards(path):
+            if above in self.overridden:
+                return _one_line(f"--set {self.overridden[above]}: {text}")
+        place = self.file
+        if number := line or self.nearest(path):
+            place = f"{place}:{number}"
+        if path:
+            place = f"{place} {show_path(path)}"
+        return _one_line(f"{place}: {text}")
 
     def nearest(self, path: KeyPath) -> int:
-        return next((self.lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in self.lines), 0)
+        """The line of the path or of the nearest section around it; 0 where neither was written."""
+        for above in _upwards(path):
+            if above in self.lines:
+                return self.lines[above]
+        return 0
+
+
+def _upwards(path: KeyPath) -> Iterator[KeyPath]:
+    """A path and the sections around it, the outermost last."""
+    for length in range(len(path), 0, -1):
+        yield path[:length]
 
 
 def show_path(path: KeyPath) -> str:
     """`("stages", 0, "cpt", "lr")` as `stages[0].cpt.lr`."""
-    return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path).lstrip(".")
+    shown = ""
+    for key in path:
+        shown += f"[{key}]" if isinstance(key, int) else f".{key}"
+    return shown.lstrip(".")
 
 
 def _one_line(text: str) -> str:
-    flat = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return flat if len(flat) <= MAX_LINE_CHARS else flat[: MAX_LINE_CHARS - 4] + " ..."
+    flat = ""
+    for character in text:
+        flat += character if character.isprintable() else character.encode("unicode_escape").decode()
+    if len(flat) <= MAX_LINE_CHARS:
+        return flat
+    return flat[: MAX_LINE_CHARS - 4] + " ..."
 
 
 def _read(path: Path) -> str:
@@ -109,21 +133,25 @@ def _read(path: Path) -> str:
 
 def _unreadable(path: Path, error: OSError) -> str:
     if isinstance(error, IsADirectoryError):
-        found = sorted(p.name for p in path.glob("*.yaml"))
-        return f"a folder; give the recipe file{f', for example {path / found[0]}' if found else ''}"
+        found = sorted(path.glob("*.yaml"))
+        example = f", for example {path / found[0].name}" if found else ""
+        return f"a folder; give the recipe file{example}"
     if isinstance(error, FileNotFoundError):
-        beside = [str(p) for p in (*path.parent.glob("*.yaml"), *Path("recipes").glob("*.yaml"))]
-        by_name = {Path(p).stem: p for p in beside}
-        near = [by_name[name] for name in grammar.nearest(path.stem, by_name)]
-        listed = f"did you mean {near[0]}?" if near else f"recipes here: {', '.join(sorted(set(beside))[:4]) or 'none'}"
-        return f"no such file; {listed}"
+        beside = [*path.parent.glob("*.yaml"), *Path("recipes").glob("*.yaml")]
+        by_name = {recipe.stem: str(recipe) for recipe in beside}
+        if near := grammar.nearest(path.stem, by_name):
+            return f"no such file; did you mean {by_name[near[0]]}?"
+        listed = sorted({str(recipe) for recipe in beside})
+        return f"no such file; recipes here: {', '.join(listed[:4]) or 'none'}"
     return f"cannot be read ({error.strerror})"
 
 
 def _apply(override: str, document: Document, places: Places) -> None:
     """Put the value of one `--set` into the tree. Sections on the way are made; list items must exist."""
     key, equals, text = override.partition("=")
-    steps = [int(index) if index else name for name, index in re.findall(r"([^.\[\]]+)|\[(\d{1,6})\]", key.strip())]
+    steps: list[str | int] = []
+    for name, index in re.findall(r"([^.\[\]]+)|\[(\d{1,6})\]", key.strip()):
+        steps.append(int(index) if index else name)
     if not (override.isprintable() and equals and steps):
         raise RecipeError(_one_line(f"--set {override}: allowed: key.path=value, e.g. stages[0].cpt.lr=1e-4"))
     value = strict_yaml.parse(text)
@@ -159,25 +187,30 @@ def _next_step(here: Any, steps: list[str | int]) -> tuple[str | int, list[str |
 def _no_item(path: KeyPath, here: Any) -> str:
     if isinstance(here, list):
         return f"{show_path(path)} is a list of {len(here)}; the first item is {show_path((*path, 0))}"
-    hint = "" if grammar.schemas_at(path) else grammar.did_you_mean(str(path[-1]), grammar.keys_at(path[:-1]))
+    hint = ""
+    if not grammar.schemas_at(path):
+        hint = grammar.did_you_mean(str(path[-1]), grammar.keys_at(path[:-1]))
     return f"{show_path(path)} is no list{hint}"
 
 
 def _validate(document: Document, places: Places) -> Recipe:
     """The recipe, or RecipeError with every problem of syntax, schema and references at once."""
     problems = list(document.problems)
+    findings: list[checks.Finding] = []
     recipe, unread = None, 0
     if isinstance(document.data, dict):
         try:
             recipe = Recipe.model_validate(document.data)
         except ValidationError as error:
-            problems += [Problem(path, 0, text) for path, text in _schema_problems(error, document.data)]
+            findings += _schema_problems(error, document.data)
             unread = max(0, error.error_count() - MAX_PROBLEMS)
-        problems += [Problem(path, 0, text) for path, text in checks.references(document.data)]
+        findings += checks.references(document.data)
     elif not problems:
         problems.append(Problem((), 1, "a recipe is a mapping of sections (`name: ...`, `model: ...`, `data: ...`)"))
-    if recipe is not None and not problems:
-        problems += [Problem(path, 0, text) for path, text in checks.contradictions(recipe)]
+    if recipe is not None and not problems and not findings:
+        findings += checks.contradictions(recipe)
+    for path, text in findings:
+        problems.append(Problem(path, 0, text))
     if recipe is None or problems:
         raise RecipeError(_listed(problems, places, unread))
     return recipe
@@ -185,7 +218,9 @@ def _validate(document: Document, places: Places) -> Recipe:
 
 def _listed(problems: list[Problem], places: Places, unread: int = 0) -> str:
     """One line per key, in the order of the file, at most six lines; `unread`: how many more were not looked into."""
-    first = {problem.path or (problem.line,): problem for problem in reversed(problems)}
+    first: dict[object, Problem] = {}
+    for problem in problems:
+        first.setdefault(problem.path or problem.line, problem)
     ordered = sorted(first.values(), key=lambda p: (p.line or places.nearest(p.path), show_path(p.path)))
     lines = [places.line_of(problem.path, problem.text, problem.line) for problem in ordered]
     if len(lines) > MAX_LINES:
@@ -193,7 +228,7 @@ def _listed(problems: list[Problem], places: Places, unread: int = 0) -> str:
     return "\n".join(lines)
 
 
-def _schema_problems(error: ValidationError, tree: dict[str, Any]) -> Iterator[tuple[KeyPath, str]]:
+def _schema_problems(error: ValidationError, tree: Tree) -> Iterator[tuple[KeyPath, str]]:
     """Pydantic's findings at key paths of the tree: one per path, and none that a deeper one explains."""
     found: dict[KeyPath, str] = {}
     for item in error.errors(include_url=False)[:MAX_PROBLEMS]:
@@ -201,15 +236,22 @@ def _schema_problems(error: ValidationError, tree: dict[str, Any]) -> Iterator[t
         if item["type"] == "missing":
             path = (*path, item["loc"][-1])
         found.setdefault(path, _explain(item, path, value))
-    mistyped = {(*path[:-1], near[0]) for path in found if _is_unknown(path) and len(near := _near_keys(path)) == 1}
-    above = {path[:length] for path in found for length in range(len(path))}
+    above: set[KeyPath] = set()
+    mistyped: set[KeyPath] = set()
+    for path in found:
+        if path:
+            above.update([(), *_upwards(path[:-1])])
+        if _is_unknown(path) and len(near := _near_keys(path)) == 1:
+            mistyped.add((*path[:-1], near[0]))
     for path, text in found.items():
         if path not in above and not (text.startswith("missing") and path in mistyped):
             yield path, text
 
 
 def _has(node: Any, key: str | int) -> bool:
-    return key in node if isinstance(node, dict) else isinstance(node, list) and key in range(len(node))
+    if isinstance(node, dict):
+        return key in node
+    return isinstance(node, list) and key in range(len(node))
 
 
 def _locate(tree: Any, loc: tuple[str | int, ...]) -> tuple[KeyPath, Any]:
@@ -232,7 +274,9 @@ def _explain(item: Any, path: KeyPath, value: Any) -> str:
         return str(item["ctx"]["error"])
     if item["loc"][-1] == "[key]":
         return "a name is made of letters, digits, `_`, `-`, `.`, begins with a letter or digit, and has at most 80"
-    hint = grammar.did_you_mean(value, grammar.words_at(path)) if isinstance(value, str) else ""
+    hint = ""
+    if isinstance(value, str):
+        hint = grammar.did_you_mean(value, grammar.words_at(path))
     return f"got {_shown(value)}; allowed: {grammar.allowed(path)}{hint}"
 
 

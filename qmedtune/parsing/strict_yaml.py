@@ -16,6 +16,7 @@ import yaml
 from yaml import events as ev
 
 KeyPath = tuple[str | int, ...]
+Tree = dict[str, Any]  # a mapping of YAML or JSON as it was read, before anything has judged it
 
 MAX_BYTES = 256 * 1024  # the longest shipped recipe has 4 kB
 MAX_DEPTH = 16  # a recipe nests at most 6 deep
@@ -124,8 +125,8 @@ def _sequence(events: Iterator[ev.Event], path: KeyPath, document: Document) -> 
     return items
 
 
-def _mapping(events: Iterator[ev.Event], path: KeyPath, document: Document) -> dict[str, Any]:
-    values: dict[str, Any] = {}
+def _mapping(events: Iterator[ev.Event], path: KeyPath, document: Document) -> Tree:
+    values: Tree = {}
     while not isinstance(event := next(events), ev.MappingEndEvent):
         key = _key(event, path, document)
         here = (*path, key)

@@ -68,9 +68,22 @@ def count_with(
     if tokenizer_dir is not None and (tokenizer_dir / "tokenizer.json").is_file():
         return Counting(lambda records: framed_lengths(tokenizer_dir, source, records), 0.0)
     if builtin_base and builtin_text:  # every word and mark of the built-in world is one token
-        return Counting(lambda records: [2 + len(re.findall(r"\w+|[^\w\s]", _text(r, source))) for r in records], 0.05)
-    ratio = CHARS_PER_TOKEN["tiny" if builtin_base else "large" if vocab > 100_000 else "small"]
-    return Counting(lambda records: [2 + round(len(_text(r, source)) / ratio) for r in records], ASSUMED_SPREAD)
+        return Counting(lambda records: _word_lengths(source, records), 0.05)
+    if builtin_base:
+        ratio = CHARS_PER_TOKEN["tiny"]
+    elif vocab > 100_000:
+        ratio = CHARS_PER_TOKEN["large"]
+    else:
+        ratio = CHARS_PER_TOKEN["small"]
+    return Counting(lambda records: _assumed_lengths(source, ratio, records), ASSUMED_SPREAD)
+
+
+def _word_lengths(source: SourceSection, records: list[Record]) -> list[int]:
+    return [2 + len(re.findall(r"\w+|[^\w\s]", _text(record, source))) for record in records]
+
+
+def _assumed_lengths(source: SourceSection, ratio: float, records: list[Record]) -> list[int]:
+    return [2 + round(len(_text(record, source)) / ratio) for record in records]
 
 
 def framed_lengths(tokenizer_dir: Path, source: SourceSection, records: list[Record]) -> list[int]:

@@ -7,7 +7,6 @@ Deliberately not here: the prediction itself (memory.py).
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import product
 
 from qmedtune import units
 from qmedtune.errors import DoesNotFit
@@ -61,10 +60,11 @@ def setup_of(recipe: Recipe, index: int, machine: Machine) -> Setup:
     (micro-batch, checkpointing, optimiser) stands at its smallest."""
     section, stages = recipe.stages[index].section, recipe.stages
     full = stages[index].full
-    stacked = [stage.section.adapter == "new" for stage in stages[1 : index + 1]]
     headed = section.adapter == "frozen"  # a head alone is trained: its few thousand weights are not counted
+    frozen = int(headed)
+    for stage in stages[1 : index + 1]:
+        frozen += stage.section.adapter == "new"
     adapter = recipe.adapter_of(index)
-    targets = adapter.targets
     decided = numerics_of(recipe, index, machine)
     return Setup(
         seq_len=int(section.seq_len),
@@ -77,9 +77,9 @@ def setup_of(recipe: Recipe, index: int, machine: Machine) -> Setup:
         quantized=recipe.model.quantization == "nf4",
         double_quantization=recipe.model.double_quantization,
         rank=0 if headed else adapter.r,
-        targets=LINEARS if targets == "all-linear" else tuple(targets),
+        targets=LINEARS if adapter.targets == "all-linear" else tuple(adapter.targets),
         train_embeddings=adapter.train_embeddings is True and not full,
-        frozen_adapters=sum(stacked) + headed,
+        frozen_adapters=frozen,
         full=full,
         attention=decided.attention,
     )
@@ -95,13 +95,31 @@ def ways_of(section: TrainSection) -> tuple[int, int, int, int] | None:
 
 def options(section: TrainSection, smallest: Setup, machine: Machine) -> list[Setup]:
     """Every micro-batch and optimiser that the section's explicit values allow; checkpointing as in `smallest`."""
+    if section.optimizer != "auto":
+        optimizers = (section.optimizer,)
+    elif machine.is_gpu:
+        optimizers = ("adamw", "adamw_8bit", "paged_adamw_8bit")
+    else:
+        optimizers = ("adamw",)
+    found: list[Setup] = []
+    for rows in _micro_batches(section, smallest, machine):
+        for optimizer in optimizers:
+            found.append(replace(smallest, micro_batch=rows, optimizer=optimizer))
+    return found
+
+
+def _micro_batches(section: TrainSection, smallest: Setup, machine: Machine) -> list[int]:
+    """The stated number of rows; else powers of two, and the whole batch, while more of them still gain speed."""
     batch = int(section.batch)
-    rows = [2**i for i in range(batch.bit_length()) if 2**i <= batch] + [batch]
-    allowed = [n for n in rows if n == 1 or n * smallest.seq_len <= ENOUGH_TOKENS[machine.kind]]
-    micro = allowed if section.micro_batch == "auto" else [min(section.micro_batch, batch)]
-    automatic = ("adamw", "adamw_8bit", "paged_adamw_8bit") if machine.is_gpu else ("adamw",)
-    optimizers = automatic if section.optimizer == "auto" else (section.optimizer,)
-    return [replace(smallest, micro_batch=n, optimizer=o) for n, o in product(sorted(set(micro)), optimizers)]
+    if section.micro_batch != "auto":
+        return [min(section.micro_batch, batch)]
+    allowed = {1}
+    rows = 2
+    while rows <= batch:
+        allowed.add(rows)
+        rows *= 2
+    allowed.add(batch)
+    return sorted(rows for rows in allowed if rows == 1 or rows * smallest.seq_len <= ENOUGH_TOKENS[machine.kind])
 
 
 def with_layers(facts: BaseFacts, setup: Setup, machine: Machine, budget: float) -> Setup:
@@ -114,14 +132,19 @@ def with_layers(facts: BaseFacts, setup: Setup, machine: Machine, budget: float)
     room = passing + (budget - memory.peak_bytes(facts, kept, gpu=machine.is_gpu)) / share
     if room >= passing:
         return kept
+    recomputed = replace(setup, checkpointing=True)
     if setup.full:
-        return replace(setup, checkpointing=True)
+        return recomputed
+    allowed = memory.WAYS if machine.is_gpu else memory.WAYS[:3]
     try:
-        allowed = memory.WAYS if machine.is_gpu else memory.WAYS[:3]
         plan = layers.choose_activation_plan(facts, kept, room, allowed)
     except DoesNotFit:
-        return replace(kept, ways=(0, 0, 0, facts.layers)) if machine.is_gpu else replace(setup, checkpointing=True)
-    return replace(setup, checkpointing=True) if plan.recompute == facts.layers else replace(kept, ways=plan.ways)
+        if machine.is_gpu:
+            return replace(kept, ways=(0, 0, 0, facts.layers))
+        return recomputed
+    if plan.recompute == facts.layers:
+        return recomputed
+    return replace(kept, ways=plan.ways)
 
 
 def relative_time(facts: BaseFacts, setup: Setup, machine: Machine) -> float:
@@ -134,60 +157,80 @@ def relative_time(facts: BaseFacts, setup: Setup, machine: Machine) -> float:
 def choose(facts: BaseFacts, recipe: Recipe, index: int, machine: Machine) -> Choice:
     """The fastest setup of stage `index` that fits. DoesNotFit names the three cheapest remedies."""
     budget, section = budget_bytes(machine, recipe), recipe.stages[index].section
-    setups = options(section, setup_of(recipe, index, machine), machine)
-    if section.gradient_checkpointing == "auto":
-        setups = [with_layers(facts, setup, machine, FILLED * budget) for setup in setups]
-    peaks = {setup: memory.peak_bytes(facts, setup, gpu=machine.is_gpu) for setup in setups}
-    roomy = [setup for setup, peak in peaks.items() if peak <= FILLED * budget]
+    roomy: list[tuple[float, int, Setup]] = []
+    crowded: list[tuple[int, Setup]] = []
+    for setup in options(section, setup_of(recipe, index, machine), machine):
+        if section.gradient_checkpointing == "auto":
+            setup = with_layers(facts, setup, machine, FILLED * budget)
+        peak = memory.peak_bytes(facts, setup, gpu=machine.is_gpu)
+        if peak <= FILLED * budget:
+            roomy.append((relative_time(facts, setup, machine), peak, setup))
+        else:
+            crowded.append((peak, setup))
     if roomy:
-        best = min(roomy, key=lambda setup: (relative_time(facts, setup, machine), peaks[setup]))
-    else:
-        best = min(peaks, key=lambda setup: peaks[setup])
-    if peaks[best] > budget:
-        raise DoesNotFit(_does_not_fit(facts, recipe, index, best, peaks[best], budget, machine))
-    return Choice(best, peaks[best], budget)
+        _, peak, setup = min(roomy, key=lambda option: option[:2])
+        return Choice(setup, peak, budget)
+    peak, setup = min(crowded, key=lambda option: option[0])
+    if peak > budget:
+        raise DoesNotFit(_does_not_fit(facts, recipe, index, Choice(setup, peak, budget), machine))
+    return Choice(setup, peak, budget)
 
 
 def remedies(facts: BaseFacts, setup: Setup, *, gpu: bool) -> list[tuple[str, int]]:
     """What could be changed and the bytes it frees, from what costs nothing but time to what changes the result."""
     widest = setup.element_bytes == 4 and (gpu or not setup.full)  # a CPU trains all parameters in fp32 (numerics.py)
     changes = [
-        ("gradient_checkpointing: true", {"checkpointing": True, "ways": None}),
-        ("micro_batch: 1", {"micro_batch": 1}),
-        (
-            f"gradient_checkpointing: {{offload: {facts.layers}}}",
-            {"ways": (0, 0, 0, facts.layers)} if gpu and not setup.full else {},
-        ),
-        ("optimizer: paged_adamw_8bit", {"optimizer": "paged_adamw_8bit"} if gpu else {}),
-        ("model.quantization: nf4", {"quantized": True} if gpu else {}),
-        ("model.double_quantization: true", {"double_quantization": True}),
-        ("model.compute_dtype: bfloat16", {"compute_dtype": "bfloat16"} if widest else {}),
-        ("adapter.train_embeddings: false", {"train_embeddings": False}),
-        (f"seq_len: {setup.seq_len // 2}", {"seq_len": setup.seq_len // 2}),
-        (f"adapter.r: {max(setup.rank // 2, 1)}", {"rank": max(setup.rank // 2, 1)}),
+        ("gradient_checkpointing: true", replace(setup, checkpointing=True, ways=None)),
+        ("micro_batch: 1", replace(setup, micro_batch=1)),
+    ]
+    if gpu and not setup.full:
+        offloaded = replace(setup, ways=(0, 0, 0, facts.layers))
+        changes.append((f"gradient_checkpointing: {{offload: {facts.layers}}}", offloaded))
+    if gpu:
+        changes.append(("optimizer: paged_adamw_8bit", replace(setup, optimizer="paged_adamw_8bit")))
+        changes.append(("model.quantization: nf4", replace(setup, quantized=True)))
+    changes.append(("model.double_quantization: true", replace(setup, double_quantization=True)))
+    if widest:
+        changes.append(("model.compute_dtype: bfloat16", replace(setup, compute_dtype="bfloat16")))
+    rank, length = max(setup.rank // 2, 1), setup.seq_len // 2
+    changes += [
+        ("adapter.train_embeddings: false", replace(setup, train_embeddings=False)),
+        (f"seq_len: {length}", replace(setup, seq_len=length)),
+        (f"adapter.r: {rank}", replace(setup, rank=rank)),
     ]
     now = memory.peak_bytes(facts, setup, gpu=gpu)
-    freed = [(text, now - memory.peak_bytes(facts, replace(setup, **change), gpu=gpu)) for text, change in changes]
-    return [(text, size) for text, size in freed if size > 0]
+    found: list[tuple[str, int]] = []
+    for text, changed in changes:
+        freed = now - memory.peak_bytes(facts, changed, gpu=gpu)
+        if freed > 0:
+            found.append((text, freed))
+    return found
 
 
-def _does_not_fit(
-    facts: BaseFacts, recipe: Recipe, index: int, setup: Setup, peak: int, budget: int, machine: Machine
-) -> str:
-    missing = peak - budget
-    useful = [(text, size) for text, size in remedies(facts, setup, gpu=machine.is_gpu) if size >= 0.02 * missing]
-    enough = [remedy for remedy in useful if remedy[1] >= missing]
-    ordered = (enough + sorted((r for r in useful if r[1] < missing), key=lambda r: -r[1]))[:3]
-    larger = [gib for gib in CARDS_GIB if peak <= gib * GIB]
-    where = f"a card of {larger[0]} GiB" if larger else "several cards"
-    if len(ordered) < 3:
-        ordered.append(("a smaller base: this much is missing;", missing))
-    return "\n".join(
-        [
-            f"{recipe.stage_names()[index]} of {facts.name} does not fit: {units.size(peak)} predicted, "
-            f"{units.size(budget)} there ({machine.name})",
-            f"at its smallest: {setup.micro_batch} x {setup.seq_len} tokens, {setup.optimizer}, "
-            f"checkpointing {'on' if setup.checkpointing or setup.ways else 'off'}; it would fit {where}; remedies:",
-            *(f"  {text} frees {units.size(size)}" for text, size in ordered[:3]),
-        ]
-    )
+def _does_not_fit(facts: BaseFacts, recipe: Recipe, index: int, smallest: Choice, machine: Machine) -> str:
+    setup, missing = smallest.setup, smallest.peak_bytes - smallest.budget_bytes
+    enough: list[tuple[str, int]] = []
+    too_little: list[tuple[str, int]] = []
+    for text, freed in remedies(facts, setup, gpu=machine.is_gpu):
+        if freed >= missing:
+            enough.append((text, freed))
+        elif freed >= 0.02 * missing:
+            too_little.append((text, freed))
+    too_little.sort(key=lambda remedy: -remedy[1])
+    named = (enough + too_little)[:3]
+    if len(named) < 3:
+        named.append(("a smaller base: this much is missing;", missing))
+    where = "several cards"
+    for gib in reversed(CARDS_GIB):
+        if smallest.peak_bytes <= gib * GIB:
+            where = f"a card of {gib} GiB"
+    checkpointing = "on" if setup.checkpointing or setup.ways else "off"
+    lines = [
+        f"{recipe.stage_names()[index]} of {facts.name} does not fit: {units.size(smallest.peak_bytes)} predicted, "
+        f"{units.size(smallest.budget_bytes)} there ({machine.name})",
+        f"at its smallest: {setup.micro_batch} x {setup.seq_len} tokens, {setup.optimizer}, "
+        f"checkpointing {checkpointing}; it would fit {where}; remedies:",
+    ]
+    for text, freed in named:
+        lines.append(f"  {text} frees {units.size(freed)}")
+    return "\n".join(lines)

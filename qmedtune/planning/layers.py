@@ -72,8 +72,13 @@ def extra_forwards(facts: BaseFacts, setup: Setup) -> dict[str, float]:
 
 def _tiles(facts: BaseFacts, setup: Setup) -> float:
     """Over long rows an offloaded layer makes its MLP once more, a tile at a time: its share of the forward pass."""
-    mlp = sum(facts.linear_shapes[name][0] * facts.linear_shapes[name][1] for name in MLP)
-    return facts.layers * mlp / facts.linear_parameters if setup.tokens > TILE_TOKENS else 0.0
+    if setup.tokens <= TILE_TOKENS:
+        return 0.0
+    mlp = 0
+    for name in MLP:
+        inputs, outputs = facts.linear_shapes[name]
+        mlp += inputs * outputs
+    return facts.layers * mlp / facts.linear_parameters
 
 
 def slowdown(facts: BaseFacts, setup: Setup) -> float:
@@ -92,13 +97,16 @@ def choose_activation_plan(
     the best mix uses at most two of the `allowed` ways, up to one layer's rounding. DoesNotFit when no mix fits.
     """
     extra = extra_forwards(facts, setup)
-    costs = sorted((_time(counts, extra), _bytes(facts, setup, counts), counts) for counts in _mixes(facts, allowed))
-    for _, device_bytes, counts in costs:
+    costs: list[tuple[float, int, Counts]] = []
+    for counts in _mixes(facts, allowed):
+        costs.append((_time(counts, extra), _bytes(facts, setup, counts), counts))
+    for _, device_bytes, counts in sorted(costs):
         if device_bytes <= budget_bytes:
             return _plan(facts, setup, counts)
+    least = min(device_bytes for _, device_bytes, _ in costs)
     raise DoesNotFit(
         f"activations of {setup.micro_batch} x {setup.seq_len} tokens on {facts.name} need "
-        f"{units.size(min(cost[1] for cost in costs))} at least; {units.size(round(budget_bytes))} are left for them\n"
+        f"{units.size(least)} at least; {units.size(round(budget_bytes))} are left for them\n"
         "remedy: a shorter seq_len"
     )
 

@@ -79,15 +79,21 @@ class Setup:
 
 def adapter_parameters(facts: BaseFacts, rank: int, targets: tuple[str, ...] = LINEARS) -> int:
     """LoRA parameters: r x (inputs + outputs) per target and layer."""
-    return facts.layers * rank * sum(sum(facts.linear_shapes[t]) for t in targets if t in facts.linear_shapes)
+    widths = 0
+    for target in targets:
+        if target in facts.linear_shapes:
+            widths += sum(facts.linear_shapes[target])
+    return facts.layers * rank * widths
 
 
 def trained_parameters(facts: BaseFacts, setup: Setup) -> int:
     """Adapters, plus whole copies of embed_tokens and lm_head (PEFT copies both, tied or not) when these train."""
     if setup.full:
         return facts.parameters
-    embeddings = 2 * facts.vocab * facts.hidden if setup.train_embeddings else 0
-    return adapter_parameters(facts, setup.rank, setup.targets) + embeddings
+    trained = adapter_parameters(facts, setup.rank, setup.targets)
+    if setup.train_embeddings:
+        trained += 2 * facts.vocab * facts.hidden
+    return trained
 
 
 def weight_bytes(facts: BaseFacts, setup: Setup, *, gpu: bool) -> dict[str, int]:
@@ -96,7 +102,9 @@ def weight_bytes(facts: BaseFacts, setup: Setup, *, gpu: bool) -> dict[str, int]
     there."""
     rest = facts.parameters - facts.linear_parameters
     if setup.full:
-        copies = facts.linear_parameters * setup.element_bytes if setup.element_bytes < 4 else 0
+        copies = 0
+        if setup.element_bytes < 4:
+            copies = facts.linear_parameters * setup.element_bytes
         return {"weights (fp32)": 4 * facts.parameters, "weights (16-bit copies)": copies}
     if not (gpu and setup.quantized):
         return {f"weights ({setup.compute_dtype})": facts.parameters * setup.element_bytes}
@@ -143,8 +151,9 @@ def full_kept_bytes_per_token(facts: BaseFacts, setup: Setup) -> int:
     """The same of transformers' own layer, which full stages train. In fp32: each norm's input and its scaled input
     4 h, two rstd, one log-sum-exp per head. In elements: what the linears read (under autocast q, k, v, gate and up
     cast an input each, else one copy per norm) and attention; gate, its SiLU, up and product 4 I."""
-    inputs = 5 * facts.hidden if setup.element_bytes < 4 else 2 * facts.hidden
-    wide = inputs + attention_elements(facts, setup.attention) + 4 * facts.intermediate + score_elements(facts, setup)
+    read = 5 if setup.element_bytes < 4 else 2
+    wide = read * facts.hidden + attention_elements(facts, setup.attention)
+    wide += 4 * facts.intermediate + score_elements(facts, setup)
     return wide * setup.element_bytes + 4 * (4 * facts.hidden + 2 + facts.heads)
 
 
@@ -158,25 +167,31 @@ def kept_bytes_per_token(facts: BaseFacts, setup: Setup) -> int:
     if setup.full:
         return full_kept_bytes_per_token(facts, setup)
     wide = 4 * facts.hidden + attention_elements(facts, setup.attention) + 3 * facts.intermediate
-    lora = len(setup.targets) * setup.rank
-    dropped = 6 * facts.hidden + facts.intermediate if setup.dropout else 0
-    wide += 4 * facts.hidden if setup.dropout else 0
-    return (wide + lora + score_elements(facts, setup)) * setup.element_bytes + 4 * (2 + facts.heads) + dropped
+    wide += len(setup.targets) * setup.rank + score_elements(facts, setup)
+    dropped = 0
+    if setup.dropout:
+        wide += 4 * facts.hidden
+        dropped = 6 * facts.hidden + facts.intermediate
+    return wide * setup.element_bytes + 4 * (2 + facts.heads) + dropped
 
 
 def held_bytes_per_token(facts: BaseFacts, setup: Setup) -> dict[str, int]:
     """What a layer of each way holds on the device between its passes: everything; without norm outputs and product
     (which dropout keeps in another form); its input; nothing."""
     kept, stream = kept_bytes_per_token(facts, setup), facts.hidden * setup.stream_bytes
-    remade = 0 if setup.dropout or setup.full else (2 * facts.hidden + facts.intermediate) * setup.element_bytes
-    return {"keep": kept, "cheap": kept - remade, "recompute": stream, "offload": 0}
+    cheap = kept
+    if not (setup.dropout or setup.full):
+        cheap -= (2 * facts.hidden + facts.intermediate) * setup.element_bytes
+    return {"keep": kept, "cheap": cheap, "recompute": stream, "offload": 0}
 
 
 def layers_by_way(facts: BaseFacts, setup: Setup) -> dict[str, int]:
     """How many layers go which way."""
     if setup.ways is not None:
         return dict(zip(WAYS, setup.ways, strict=True))
-    return dict.fromkeys(WAYS, 0) | {"recompute" if setup.checkpointing else "keep": facts.layers}
+    counts: dict[str, int] = dict.fromkeys(WAYS, 0)
+    counts["recompute" if setup.checkpointing else "keep"] = facts.layers
+    return counts
 
 
 def backward_bytes_per_token(facts: BaseFacts, setup: Setup) -> int:
@@ -190,9 +205,14 @@ def working_bytes(facts: BaseFacts, setup: Setup, counts: dict[str, int]) -> int
     held = held_bytes_per_token(facts, setup)
     if setup.tokens > TILE_TOKENS and counts["offload"] == facts.layers:
         return tiled_bytes(facts, setup)
-    redone = max((held["keep"] - (held["cheap"] if w == "cheap" else 0) for w in WAYS[1:] if counts[w]), default=0)
-    fetched = 2 * held["recompute"] if counts["offload"] else 0
-    return setup.tokens * (backward_bytes_per_token(facts, setup) + redone + fetched)
+    per_token = backward_bytes_per_token(facts, setup)
+    if counts["recompute"] or counts["offload"]:
+        per_token += held["keep"]
+    elif counts["cheap"]:
+        per_token += held["keep"] - held["cheap"]
+    if counts["offload"]:
+        per_token += 2 * held["recompute"]
+    return setup.tokens * per_token
 
 
 def tiled_bytes(facts: BaseFacts, setup: Setup) -> int:
@@ -206,14 +226,16 @@ def tiled_bytes(facts: BaseFacts, setup: Setup) -> int:
 def activation_bytes(facts: BaseFacts, setup: Setup) -> dict[str, int]:
     """Saved activations, and the working set of the layer that is being differentiated."""
     held, counts = held_bytes_per_token(facts, setup), layers_by_way(facts, setup)
-    layers = sum(counts[way] * held[way] for way in WAYS)
-    mask = setup.seq_len if setup.attention == "sdpa" else 0  # one boolean mask for all layers
-    ends = 3 * held["recompute"]  # embedding output, last residual, last norm
+    per_token = 3 * held["recompute"]  # embedding output, last residual, last norm
+    for way in WAYS:
+        per_token += counts[way] * held[way]
+    if setup.attention == "sdpa":
+        per_token += setup.seq_len  # one boolean mask for all layers
     copies, whole = adapter_copy_bytes(facts, setup), counts["keep"] + counts["cheap"]
-    return {
-        "activations": setup.tokens * (layers + ends + mask) + whole * copies,
-        "layer workspace": working_bytes(facts, setup, counts) + (copies if whole < facts.layers else 0),
-    }
+    workspace = working_bytes(facts, setup, counts)
+    if whole < facts.layers:
+        workspace += copies
+    return {"activations": setup.tokens * per_token + whole * copies, "layer workspace": workspace}
 
 
 def offloaded_bytes(facts: BaseFacts, setup: Setup) -> int:
@@ -259,26 +281,33 @@ def step_memory(facts: BaseFacts, setup: Setup, *, gpu: bool) -> dict[str, int]:
     gone by then, because the allocator keeps its block.
     """
     trained = trained_parameters(facts, setup)
-    frozen = setup.frozen_adapters * adapter_parameters(facts, setup.rank, setup.targets)
-    adapters = 0 if setup.full else 4 * (trained + frozen)
+    adapters = 0
+    if not setup.full:
+        frozen = setup.frozen_adapters * adapter_parameters(facts, setup.rank, setup.targets)
+        adapters = 4 * (trained + frozen)
     passing = {
         **activation_bytes(facts, setup),
         "loss": loss_bytes(facts, setup, gpu=gpu),
         "dequantised weights": scratch_bytes(facts, setup, gpu=gpu),
     }
-    standing = {
+    parts = {
         **weight_bytes(facts, setup, gpu=gpu),
         "adapters (fp32)": adapters,
         "gradients (fp32)": 4 * trained,
         "optimiser": int(OPTIMIZER_BYTES[setup.optimizer] * trained),
-    }
-    base = CUDA_CONTEXT_BYTES if gpu else HOST_BASE_BYTES["cpu"] + RUN_BYTES
-    parts = {
-        **standing,
         **passing,
-        "allocator": int(FRAGMENTATION["cuda" if gpu else "cpu"] * sum(passing.values())),
-        "CUDA context" if gpu else "Python and libraries": base,
     }
+    if gpu:
+        parts["allocator"] = int(FRAGMENTATION["cuda"] * sum(passing.values()))
+        parts["CUDA context"] = CUDA_CONTEXT_BYTES
+    else:
+        parts["allocator"] = int(FRAGMENTATION["cpu"] * sum(passing.values()))
+        parts["Python and libraries"] = HOST_BASE_BYTES["cpu"] + RUN_BYTES
+    return _present(parts)
+
+
+def _present(parts: dict[str, int]) -> dict[str, int]:
+    """The parts that take anything."""
     return {name: size for name, size in parts.items() if size}
 
 
@@ -289,16 +318,23 @@ def peak_bytes(facts: BaseFacts, setup: Setup, *, gpu: bool) -> int:
 def host_memory(facts: BaseFacts, setup: Setup, *, gpu: bool, merge: bool) -> dict[str, int]:
     """Host RAM by phase, in bytes: loading (one shard at a time on a GPU), training, merging (one tensor at a time,
     in fp32 with its delta and its 16-bit result)."""
-    base = HOST_BASE_BYTES["cuda" if gpu else "cpu"] + RUN_BYTES
     shard = facts.largest_shard_bytes or min(facts.file_bytes, 5 * 10**9)  # shards of the Hub are at most 5 GB
-    linear = facts.hidden * facts.intermediate
-    largest = max(linear, facts.vocab * facts.hidden if setup.train_embeddings else 0)
-    paged = OPTIMIZER_BYTES["adamw_8bit"] * trained_parameters(facts, setup)
-    phases = {
-        "loading": base + shard if gpu else base + facts.parameters * setup.element_bytes + shard,
-        "training": base + int(paged) + offloaded_bytes(facts, setup) if gpu else peak_bytes(facts, setup, gpu=False),
-    }
-    return phases | ({"merging": base + (4 + 4 + 2) * largest} if merge else {})
+    if gpu:
+        base = HOST_BASE_BYTES["cuda"] + RUN_BYTES
+        paged = OPTIMIZER_BYTES["adamw_8bit"] * trained_parameters(facts, setup)
+        loading = base + shard
+        training = base + int(paged) + offloaded_bytes(facts, setup)
+    else:
+        base = HOST_BASE_BYTES["cpu"] + RUN_BYTES
+        loading = base + facts.parameters * setup.element_bytes + shard
+        training = peak_bytes(facts, setup, gpu=False)
+    phases = {"loading": loading, "training": training}
+    if merge:
+        largest = facts.hidden * facts.intermediate
+        if setup.train_embeddings:
+            largest = max(largest, facts.vocab * facts.hidden)
+        phases["merging"] = base + (4 + 4 + 2) * largest
+    return phases
 
 
 @dataclass(frozen=True)
@@ -319,23 +355,34 @@ def disk_bytes(facts: BaseFacts, setups: list[Setup], kept: Kept) -> dict[str, i
     """Disk of a run by parts, in bytes: prepared text, packed tokens (int32 + mask), checkpoints (weights, 8-bit or
     fp32 states; one more is being written), adapters (fp32) and models (16 bit) of stages, bases into which earlier
     adapters are folded, the merged model, and the base if it has to be fetched."""
-
-    def checkpoint(setup: Setup) -> float:
+    checkpoint = 0.0
+    largest = adapters = models = 0
+    trains_embeddings = False
+    for setup in setups:
+        trained = trained_parameters(facts, setup)
         states = 8.0 if setup.optimizer == "adamw" else OPTIMIZER_BYTES["adamw_8bit"]
-        return (4 + states) * trained_parameters(facts, setup)
-
-    untied = facts.vocab * facts.hidden if facts.tied and any(s.train_embeddings for s in setups) else 0
-    model = (facts.parameters + untied) * BYTES_OF[kept.dtype]
-    trained = [trained_parameters(facts, setup) for setup in setups]
-    parts = {
-        "base (download)": 0 if facts.folder or facts.builtin else facts.file_bytes,
-        "prepared text": kept.text_bytes,
-        "packed tokens": 5 * kept.tokens,
-        "checkpoints": int((kept.checkpoints + 1) * max(map(checkpoint, setups))),
-        "best weights": (kept.checkpoints + 1) * 4 * max(trained) if kept.best else 0,
-        "adapters": sum(4 * n for n, setup in zip(trained, setups, strict=True) if not setup.full),
-        "stage models": sum(2 * facts.parameters for setup in setups if setup.full),
-        "folded bases": kept.folded * model,
-        "merged model": model if kept.merged else 0,
-    }
-    return {name: size for name, size in parts.items() if size}
+        checkpoint = max(checkpoint, (4 + states) * trained)
+        largest = max(largest, trained)
+        if setup.full:
+            models += 2 * facts.parameters
+        else:
+            adapters += 4 * trained
+        trains_embeddings |= setup.train_embeddings
+    written = facts.parameters
+    if facts.tied and trains_embeddings:  # merged, the head has weights of its own
+        written += facts.vocab * facts.hidden
+    model = written * BYTES_OF[kept.dtype]
+    parts: dict[str, int] = {}
+    if not (facts.folder or facts.builtin):
+        parts["base (download)"] = facts.file_bytes
+    parts["prepared text"] = kept.text_bytes
+    parts["packed tokens"] = 5 * kept.tokens
+    parts["checkpoints"] = int((kept.checkpoints + 1) * checkpoint)
+    if kept.best:
+        parts["best weights"] = (kept.checkpoints + 1) * 4 * largest
+    parts["adapters"] = adapters
+    parts["stage models"] = models
+    parts["folded bases"] = kept.folded * model
+    if kept.merged:
+        parts["merged model"] = model
+    return _present(parts)

@@ -19,12 +19,12 @@ from qmedtune.planning.layers import slowdown
 from qmedtune.planning.machine import Machine, this_machine
 from qmedtune.planning.memory import WAYS, Setup, trained_parameters
 from qmedtune.planning.numerics import why_dtype
+from qmedtune.planning.plan_facts import Decision
 from qmedtune.planning.shapes import base_facts
 from qmedtune.recipe import LayersSection, Recipe, Section, SftSection, StageSection, WarmupSection
 
 Proposals = dict[str, tuple[Any, str]]
-Decisions = list[dict[str, Any]]
-"""Each {"key", "value", "why"}, as run.json and the plan hold it."""
+Decisions = list[Decision]
 S = TypeVar("S", bound=Section)
 
 # Base size in parameters -> tokens per row. PMC-LLaMA and Meditron-7B trained on 2048; small bases meet small machines.
@@ -57,8 +57,13 @@ def _judge_instructions(recipe: Recipe, decisions: Decisions) -> Recipe:
     """With `keep_best`, validate on the instructions of each sft stage: their loss says which of its steps is best."""
     if not recipe.validation.keep_best:
         return recipe
-    named = [name for stage in recipe.stages if stage.sft for name in stage.sources]
-    added = [n for n in dict.fromkeys(named) if n not in recipe.validation.on and recipe.data[n].holdout > 0]
+    added: list[str] = []
+    for stage in recipe.stages:
+        if not stage.sft:
+            continue
+        for name in stage.sources:
+            if name not in added and name not in recipe.validation.on and recipe.data[name].holdout > 0:
+                added.append(name)
     if not added:
         return recipe
     why = f"keep_best: {', '.join(added)} added, because an sft stage's best step goes by held-out instructions"
@@ -69,24 +74,33 @@ def _judge_instructions(recipe: Recipe, decisions: Decisions) -> Recipe:
 
 def _fill(section: S, where: str, proposals: Proposals, decisions: Decisions) -> S:
     """Replace the fields that are `auto`, and note each with its reason."""
-    chosen = {key: value for key, (value, _) in proposals.items() if getattr(section, key) == "auto"}
-    for key, value in chosen.items():
+    chosen: dict[str, object] = {}
+    for key, (value, why) in proposals.items():
+        if getattr(section, key) != "auto":
+            continue
+        chosen[key] = value
         shown = value.model_dump(exclude_none=True) if isinstance(value, Section) else value
-        decisions.append({"key": f"{where}.{key}", "value": shown, "why": proposals[key][1]})
-    return section.model_copy(update=chosen) if chosen else section
+        decisions.append({"key": f"{where}.{key}", "value": shown, "why": why})
+    if not chosen:
+        return section
+    return section.model_copy(update=chosen)
 
 
 def _stage(recipe: Recipe, index: int, facts: BaseFacts, machine: Machine, decisions: Decisions) -> Recipe:
     stage = recipe.stages[index]
     where = f"stages[{index}].{stage.kind}"
     on_builtin_text = all(_paths_are_builtin(recipe, name) for name in stage.sources)
-    proposals = _tiny_stage(facts, stage, on_builtin_text) if facts.builtin else _real_stage(facts, recipe, index)
+    if facts.builtin:
+        proposals = _tiny_stage(facts, stage, on_builtin_text)
+    else:
+        proposals = _real_stage(facts, recipe, index)
     section = _fill(stage.section, where, proposals, decisions)
     recipe = _with_stage(recipe, index, section)
     section = _fill(section, where, _fewest_steps(section, tuned=facts.builtin and on_builtin_text), decisions)
-    batch = (
-        _real_batch(int(section.seq_len), stage.kind) if not facts.builtin else _tiny_batch(facts, section, stage.kind)
-    )
+    if facts.builtin:
+        batch = _tiny_batch(facts, section, stage.kind)
+    else:
+        batch = _real_batch(int(section.seq_len), stage.kind)
     section = _fill(section, where, batch, decisions)
     recipe = _with_stage(recipe, index, section)
     _check_layers(facts, section.gradient_checkpointing, where)
@@ -195,7 +209,14 @@ def _embeddings(recipe: Recipe, facts: BaseFacts) -> Proposals:
 
 
 def _evaluation_batch(facts: BaseFacts) -> Proposals:
-    rows = 64 if facts.builtin else 16 if facts.parameters < 2e9 else 8 if facts.parameters < LARGE else 4
+    if facts.builtin:
+        rows = 64
+    elif facts.parameters < 2e9:
+        rows = 16
+    elif facts.parameters < LARGE:
+        rows = 8
+    else:
+        rows = 4
     return {"batch": (rows, f"sequences scored at once on a base of {units.count(facts.parameters)} parameters")}
 
 

@@ -32,8 +32,7 @@ GPU_PARAMETERS = 0.5e9
 
 def free_bytes(place: Path) -> int:
     """Of the disk that holds `place`, or will."""
-    existing = next(folder for folder in (place.absolute(), *place.absolute().parents) if folder.exists())
-    return shutil.disk_usage(existing).free
+    return shutil.disk_usage(_existing(place)).free
 
 
 def refuse_too_little(parts: Mapping[str, int], there_bytes: int, free: int) -> None:
@@ -41,10 +40,12 @@ def refuse_too_little(parts: Mapping[str, int], there_bytes: int, free: int) -> 
     needed = sum(parts.values()) - there_bytes
     if needed <= free:
         return
-    largest = sorted(parts.items(), key=lambda part: -part[1])[:3]
+    largest: list[str] = []
+    for name, size in sorted(parts.items(), key=lambda part: -part[1])[:3]:
+        largest.append(f"{name} {units.size(size)}")
     raise DoesNotFit(
         f"the run needs {units.size(needed)} of disk ({needed:,} bytes), {units.size(free)} are free ({free:,} bytes)\n"
-        f"largest: {', '.join(f'{name} {units.size(size)}' for name, size in largest)}\n"
+        f"largest: {', '.join(largest)}\n"
         "remedy: free space (results of earlier recipes lie in the run's .history/), another --out, save.keep: 1"
     )
 
@@ -63,17 +64,25 @@ def check_writable(out: Path) -> None:
     """RecipeError where the run folder could not be made or written, or would go with a Colab machine."""
     if advice := unmounted_drive(out):
         raise RecipeError(f"--out: {out} would be lost with this machine\n{advice}")
-    existing = next(p for p in (out, *out.absolute().parents) if p.exists())
+    existing = _existing(out)
     if not existing.is_dir() or not os.access(existing, os.W_OK):
+        why = "read-only" if existing.is_dir() else "a file"
         raise RecipeError(
-            f"--out: cannot write to {out} ({existing} is {'read-only' if existing.is_dir() else 'a file'})\n"
-            "give a folder that you may write to with --out"
+            f"--out: cannot write to {out} ({existing} is {why})\ngive a folder that you may write to with --out"
         )
-    if link := next((path for path in below(out) if path.is_symlink()), None):
-        raise RecipeError(
-            f"--out: {link} is a link; what is written through it would land elsewhere\n"
-            "a run folder holds no links, but may itself be one: move the whole folder, or give another with --out"
-        )
+    for path in below(out):
+        if path.is_symlink():
+            raise RecipeError(
+                f"--out: {path} is a link; what is written through it would land elsewhere\n"
+                "a run folder holds no links, but may itself be one: move the whole folder, or give another with --out"
+            )
+
+
+def _existing(place: Path) -> Path:
+    """The nearest of a path and the folders above it that is there."""
+    while not place.exists():
+        place = place.absolute().parent
+    return place
 
 
 def kept_of(recipe: Recipe, text: int, tokens: int) -> memory.Kept:
@@ -113,7 +122,7 @@ def check(recipe: Recipe, out: Path, to_do: Collection[str]) -> None:
         "folded bases": any(name.endswith("-base") for name in to_do),
         "merged model": "merged" in to_do,
     }
-    begun = sum(map(_file_bytes, below(out / ".building")))
+    begun = sum(_file_bytes(path) for path in below(out / ".building"))
     refuse_too_little({name: size for name, size in parts.items() if needed[name]}, begun, free_bytes(out))
 
 
@@ -152,4 +161,8 @@ def text_bytes(source: SourceSection) -> int:
         files = source_files(source)
     except DataError:  # reading it says so, and better
         return 0
-    return sum(file.stat().st_size * (UNPACKED if file.suffix in COMPRESSED else 1) for file in files)
+    size = 0
+    for file in files:
+        unpacked = UNPACKED if file.suffix in COMPRESSED else 1
+        size += file.stat().st_size * unpacked
+    return size

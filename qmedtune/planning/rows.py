@@ -51,10 +51,16 @@ def planned(recipe: Recipe, index: int, measured: Mapping[str, Measured]) -> Tok
     """Stage `index` of a resolved recipe. Sources without an estimate are named in the note."""
     stage = recipe.stages[index]
     section = stage.section
-    held = {name: measured[name] for name in stage.sources}
-    absent = [name for name, found in held.items() if not found.estimate.tokens]
-    spread = max((found.estimate.spread for found in held.values()), default=0.0)
-    draws = {name: _draws(recipe, index, name, found) for name, found in held.items() if name not in absent}
+    draws: dict[str, Drawn] = {}
+    absent: list[str] = []
+    spread = 0.0
+    for name in stage.sources:
+        found = measured[name]
+        spread = max(spread, found.estimate.spread)
+        if found.estimate.tokens:
+            draws[name] = _draws(recipe, index, name, found)
+        else:
+            absent.append(name)
     if isinstance(section, SftSection | ClassifySection):
         wanted = {name: float(section.epochs) * drawn.tokens for name, drawn in draws.items()}
     elif absent:
@@ -62,21 +68,28 @@ def planned(recipe: Recipe, index: int, measured: Mapping[str, Measured]) -> Tok
         wanted, draws, spread = {"all": float(tokens)}, {"all": Drawn(np.full(1, int(section.seq_len)))}, 0.0
     else:
         wanted = _targets(section, draws)
-        budget_is_stated = section.tokens != "auto" and sum(wanted.values()) > 0.99 * section.tokens
-        spread = 0.02 if budget_is_stated else spread
+        if section.tokens != "auto" and sum(wanted.values()) > 0.99 * section.tokens:
+            spread = 0.02  # the budget is stated, and there is enough
     trained = round(sum(wanted.values()))
-    rows = round(_rows(recipe, index, draws, wanted)) if trained else 0
+    rows = steps = 0
+    if trained:
+        rows = round(_rows(recipe, index, draws, wanted))
+    if rows:
+        steps = steps_in(section, rows)
     note = f"without {', '.join(absent)}" if absent else ""
-    return Tokens(trained, rows, batch_rows(section, rows), steps_in(section, rows) if rows else 0, spread, note)
+    return Tokens(trained, rows, batch_rows(section, rows), steps, spread, note)
 
 
 def _targets(section: MixSection, draws: Mapping[str, Drawn]) -> dict[str, float]:
     """Tokens of each source in the mixture. By documents, a weight is one of documents `times` as long as they are."""
     assert isinstance(section, CptSection | PretrainSection)
+    lengths: dict[str, np.ndarray] = {}
+    weights: dict[str, float] = {}
+    for name, drawn in draws.items():
+        lengths[name] = drawn.lengths * drawn.times
+        weights[name] = section.mix[name] / drawn.times
     if section.unit == "documents":
-        weights = {name: section.mix[name] / drawn.times for name, drawn in draws.items()}
         section = section.model_copy(update={"mix": weights})
-    lengths = {name: drawn.lengths * drawn.times for name, drawn in draws.items()}
     return {name: target.tokens for name, target in mix.targets(section, lengths).items()}
 
 
@@ -88,10 +101,12 @@ def _draws(recipe: Recipe, index: int, name: str, found: Measured) -> Drawn:
     lengths = np.resize(found.lengths, round(records / times))
     lengths = np.concatenate([lengths, _planted(recipe, name)])
     seq_len = int(section.seq_len)
-    cut = source.kind == "instructions" or source.chunking == "truncate" or isinstance(section, ClassifySection)
-    kept = np.minimum(lengths, seq_len) if cut else lengths
-    most = None if source.max_tokens is None else max(1, int(source.max_tokens / times))
-    return Drawn(draw_tokens(source, kept, seq_len, most, recipe.seed), times)
+    if source.kind == "instructions" or source.chunking == "truncate" or isinstance(section, ClassifySection):
+        lengths = np.minimum(lengths, seq_len)
+    most = None
+    if source.max_tokens is not None:
+        most = max(1, int(source.max_tokens / times))
+    return Drawn(draw_tokens(source, lengths, seq_len, most, recipe.seed), times)
 
 
 def _planted(recipe: Recipe, name: str) -> np.ndarray:
@@ -106,21 +121,23 @@ def _rows(recipe: Recipe, index: int, draws: Mapping[str, Drawn], wanted: Mappin
     """Rows that the drawn documents fill: the packer's over some of them, scaled up."""
     section, rng = recipe.stages[index].section, np.random.default_rng(0)
     seq_len = int(section.seq_len)
-    total = sum(wanted.values())
-    used = {name: drawn.lengths[drawn.lengths > 0] for name, drawn in draws.items()}
-    means = {name: max(1.0, float(lengths.mean())) for name, lengths in used.items()}
-    documents = sum(wanted[name] / means[name] for name in draws)
+    used: dict[str, np.ndarray] = {}
+    wanted_documents: dict[str, float] = {}
+    for name, drawn in draws.items():
+        used[name] = drawn.lengths[drawn.lengths > 0]
+        wanted_documents[name] = wanted[name] / max(1.0, float(used[name].mean()))
+    documents = sum(wanted_documents.values())
     if isinstance(section, SftSection) and not section.packing:
         return documents
     share = min(1.0, SIMULATED_DOCUMENTS / max(documents, 1.0))
     parts: list[np.ndarray] = []
     for name, lengths in used.items():
-        drawn = rng.choice(lengths, max(1, round(share * wanted[name] / means[name])))
+        drawn = rng.choice(lengths, max(1, round(share * wanted_documents[name])))
         parts.append(_chunked(recipe, name, drawn, seq_len))
     mixed = rng.permutation(np.concatenate(parts))
     whole = isinstance(section, SftSection | ClassifySection)
     rows = len(mix.fill_rows(mixed, seq_len, split=not whole).bounds) - 1
-    return rows * total / float(mixed.sum())
+    return rows * sum(wanted.values()) / float(mixed.sum())
 
 
 def _chunked(recipe: Recipe, name: str, drawn: np.ndarray, seq_len: int) -> np.ndarray:

@@ -63,26 +63,41 @@ class _Look:
 def sample_source(source: SourceSection, most: int | None = None) -> Sample:
     """Raises what reading raises: DataError for absent or unreadable files. What has no files (built in, or a dataset
     of the Hub) is read whole, or its first `most` records."""
-    from qmedtune.data.reading.rejects import Rejects
-    from qmedtune.data.reading.sources import read_records, source_files
+    from qmedtune.data.reading.sources import source_files
 
     files = source_files(source)
     if not files:
-        records = list(islice(read_records("", source, Rejects("")), most))
-        kept = [record for record in records if not record.get("held_out")]
-        marked = any("held_out" in record for record in records)  # the built-in world says itself what is held out
-        return Sample(kept, Counter(), len(kept), 0.0, 1.0 if marked else 1 - source.holdout)
+        return _sample_without_files(source, most)
     sizes = [file.stat().st_size for file in files]
     picked = sorted({round(i * (len(files) - 1) / max(FILES - 1, 1)) for i in range(FILES)})
-    looks = [_look(files[i], source, SECONDS / len(picked)) for i in picked]
+    records: list[Record] = []
     damaged: Counter[str] = Counter()
-    for look in looks:
+    total, looked_at, spread = 0.0, 0, 0.0
+    for i in picked:
+        look = _look(files[i], source, SECONDS / len(picked))
+        records += look.records
         damaged.update(look.damaged)
-    whole = len(picked) == len(files) and not any(look.spread for look in looks)
-    spread = 0.0 if whole else max(look.spread for look in looks) + (0.1 if len(picked) < len(files) else 0.0)
-    total = sum(look.total for look in looks) * sum(sizes) / max(1, sum(sizes[i] for i in picked))
-    records = [record for look in looks for record in look.records]
+        total += look.total
+        looked_at += sizes[i]
+        spread = max(spread, look.spread)
+    if len(picked) < len(files):
+        spread += 0.1
+    total = total * sum(sizes) / max(1, looked_at)
     return Sample(records, damaged, total, spread, 1 - source.holdout, len(files), sum(sizes))
+
+
+def _sample_without_files(source: SourceSection, most: int | None) -> Sample:
+    from qmedtune.data.reading.rejects import Rejects
+    from qmedtune.data.reading.sources import read_records
+
+    trained_share = 1 - source.holdout
+    kept: list[Record] = []
+    for record in islice(read_records("", source, Rejects("")), most):
+        if "held_out" in record:  # the built-in world says itself what is held out
+            trained_share = 1.0
+        if not record.get("held_out"):
+            kept.append(record)
+    return Sample(kept, Counter(), len(kept), 0.0, trained_share)
 
 
 def _look(file: Path, source: SourceSection, seconds: float) -> _Look:
@@ -94,12 +109,13 @@ def _look(file: Path, source: SourceSection, seconds: float) -> _Look:
         look.total = len(look.records)
         if ended:
             return look
-    lines = _lines(file) if format in LINE_FORMATS and line > 20 else 0.0
-    if lines:
-        look.total, look.spread = len(look.records) * max(lines / line, 1.0), 0.2 if file.suffix == ".gz" else 0.1
+    if format in LINE_FORMATS and line > 20 and (lines := _lines(file)):
+        look.total = len(look.records) * max(lines / line, 1.0)
+        look.spread = 0.2 if file.suffix == ".gz" else 0.1
         return look
-    sizes = [characters(record) for record in look.records]
-    mean = sum(sizes) / len(sizes) if sizes else GUESSED_CHARACTERS
+    mean = GUESSED_CHARACTERS
+    if look.records:
+        mean = sum(characters(record) for record in look.records) / len(look.records)
     look.total, look.spread = file.stat().st_size * TEXT_PER_BYTE.get(format, 1.0) / mean, GUESSED_SPREAD
     return look
 
@@ -144,7 +160,10 @@ def characters(record: Record) -> int:
     """Of a record's text, or of its messages."""
     if "messages" not in record:
         return len(record["text"])
-    return sum(len(message["content"]) + len(message.get("input", "")) for message in record["messages"])
+    length = 0
+    for message in record["messages"]:
+        length += len(message["content"]) + len(message.get("input", ""))
+    return length
 
 
 def _lines(file: Path) -> float:

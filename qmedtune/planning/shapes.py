@@ -14,11 +14,11 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any
 
 from qmedtune import fetch, gguf_folder, gguf_header, store
 from qmedtune.errors import RecipeError
 from qmedtune.llama_shape import BUILTIN_VOCAB, BaseFacts, facts_from_config
+from qmedtune.model_files import JsonObject
 from qmedtune.model_settings import read_settings
 from qmedtune.model_stack import Stored, stored_tensors
 from qmedtune.recipe import ModelSection
@@ -73,7 +73,7 @@ def _unknown(base: str) -> str:
 
 
 @cache
-def _table() -> dict[str, Any]:
+def _table() -> JsonObject:
     return json.loads(Path(__file__).with_name("shapes.json").read_text(encoding="utf-8"))
 
 

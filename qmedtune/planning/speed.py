@@ -52,9 +52,19 @@ def machine_flops(machine: Machine, setup: Setup) -> float:
     """Assumed FLOP/s of a training step."""
     if not machine.is_gpu:
         return CORE_GFLOPS[setup.compute_dtype] * 1e9 * machine.cores
-    named = [tflops for name, tflops in CARD_TFLOPS.items() if name in machine.name]
-    usual = next(tflops for gib, tflops in TFLOPS_BY_GIB if machine.memory_bytes <= gib * GIB)
-    return STEP_EFFICIENCY * 1e12 * (named[0] if named else usual if machine.bf16 else FP16_TFLOPS)
+    return STEP_EFFICIENCY * 1e12 * _card_tflops(machine)
+
+
+def _card_tflops(machine: Machine) -> float:
+    for name, tflops in CARD_TFLOPS.items():
+        if name in machine.name:
+            return tflops
+    if not machine.bf16:
+        return FP16_TFLOPS
+    for gib, tflops in TFLOPS_BY_GIB[:-1]:
+        if machine.memory_bytes <= gib * GIB:
+            return tflops
+    return TFLOPS_BY_GIB[-1][1]
 
 
 def tokens_per_s(facts: BaseFacts, setup: Setup, machine: Machine) -> float:
@@ -83,10 +93,16 @@ def last_tokens_per_s(run_dir: Path | None, stage: str) -> float | None:
     """The median of the last 50 logged steps of a stage in this run folder; None when there are none."""
     if run_dir is None:
         return None
-    name = f"{stage}/metrics.jsonl"
-    path = next((p for p in (run_dir / name, run_dir / ".building" / name) if p.is_file()), None)
-    if path is None:
+    path = run_dir / stage / "metrics.jsonl"
+    if not path.is_file():
+        path = run_dir / ".building" / stage / "metrics.jsonl"
+    if not path.is_file():
         return None
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-    speeds = [s for line in lines[-50:] if (s := json.loads(line).get("tokens_per_s"))]
-    return sorted(speeds)[len(speeds) // 2] if speeds else None
+    whole = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+    speeds: list[float] = []
+    for line in whole[-50:]:
+        if speed := json.loads(line).get("tokens_per_s"):
+            speeds.append(speed)
+    if not speeds:
+        return None
+    return sorted(speeds)[len(speeds) // 2]

@@ -1,0 +1,110 @@
+"""What a plan holds, as `qmedtune plan --json` writes it: the names and types of every figure.
+
+Dictionaries with stated keys, because a plan is plain data for other programs. Bytes, seconds, tokens and steps are
+counted; a `spread` is a share that the figure may be off by. Deliberately not here: how anything is found (plan.py).
+"""
+
+from __future__ import annotations
+
+from typing import TypedDict
+
+from pydantic import JsonValue
+
+
+class Decision(TypedDict):
+    """What an `auto` of the recipe became, with the reason in one sentence."""
+
+    key: str
+    value: JsonValue
+    why: str
+
+
+class PlannedBase(TypedDict):
+    """What a reader of the plan needs of the base; all fields of llama_shape.BaseFacts stand beside these."""
+
+    name: str
+    source: str
+    parameters: int
+    bytes: int
+
+
+class PlannedMachine(TypedDict):
+    """The same of planning.machine.Machine."""
+
+    kind: str
+    name: str
+    memory_bytes: int
+    host_bytes: int
+
+
+class PlannedSource(TypedDict):
+    """planning.estimate.Estimate of one source."""
+
+    source: str
+    records: int
+    tokens: int
+    spread: float
+    num_files: int
+    read_bytes: int
+    missing: str
+    sampled: int
+
+
+class PlannedStep(TypedDict):
+    name: str
+    status: str
+    why: str
+
+
+class PlannedStage(TypedDict):
+    """A stage: planning.rows.Tokens, how it is trained, its predicted memory by parts and its time (None where nobody
+    knows how many tokens there are). `measured`: the speed is this run folder's own."""
+
+    name: str
+    kind: str
+    trained: int
+    rows: int
+    batch: int
+    steps: int
+    spread: float
+    note: str
+    seq_len: int
+    micro_batch: int
+    lr: float | str
+    dtype: str
+    attention: str
+    trained_parameters: int
+    memory: dict[str, int]
+    peak_bytes: int
+    budget_bytes: int
+    frees: list[tuple[str, int]]
+    tokens_per_s: float
+    measured: bool
+    seconds: float | None
+
+
+class HostRoom(TypedDict):
+    parts: dict[str, int]
+    needed_bytes: int
+    there_bytes: int
+
+
+class DiskRoom(TypedDict):
+    parts: dict[str, int]
+    needed_bytes: int
+    free_bytes: int
+
+
+class Plan(TypedDict):
+    recipe: str
+    base: PlannedBase
+    machine: PlannedMachine
+    decisions: list[Decision]
+    data: list[PlannedSource]
+    steps: list[PlannedStep]
+    stages: list[PlannedStage]
+    host: HostRoom
+    disk: DiskRoom
+    seconds: float
+    borders: dict[str, str | None] | None
+    notes: list[str]
