@@ -70,10 +70,8 @@ def _check_labels(name: str, items: tuple[Item, ...]) -> None:
 
 
 def _same_gold(items: tuple[Item, ...]) -> bool:
-    for item in items:
-        if item.gold != items[0].gold:
-            return False
-    return True
+    golds = [item.gold for item in items]
+    return golds.count(golds[0]) == len(golds)
 
 
 def auroc_task(name: str, items: tuple[Item, ...]) -> Task:
