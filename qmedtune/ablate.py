@@ -7,6 +7,7 @@ Deliberately absent: anything that a run of the derived recipe alone would do ot
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from qmedtune.parsing import checks
 from qmedtune.parsing.loader import LoadedRecipe, show_path
 from qmedtune.planning.resolve import resolve
 from qmedtune.recipe import Recipe
+from qmedtune.reporting.facts import precision_words
 from qmedtune.results import Ablation, Provenance, Run
 
 RESULT, TABLE, DIFFERENCES = "ablation.json", "ablation.csv", "differences.csv"
@@ -121,6 +123,7 @@ def _write(loaded: LoadedRecipe, arms: list[Arm], seeds: list[int], out: Path, s
         chance=_chance(runs),
         seconds=_seconds(runs),
         notes=_unequal(found),
+        precision=_precision(runs),
         recipe_text=text,
         provenance=Provenance(qmedtune=__version__, versions=record.versions(), device=record.device_name()),
     )
@@ -152,6 +155,11 @@ def _seconds(runs: list[Run]) -> float:
             if step.key is not None:
                 steps[step.key] = step.seconds or 0
     return round(sum(steps.values()), 1)
+
+
+def _precision(runs: Sequence[Run]) -> str:
+    """In which precision the arms were scored; several where machines of different size ran them."""
+    return ", ".join(sorted({precision_words(run) for run in runs} - {""}))
 
 
 def _chance(runs: list[Run]) -> float | None:

@@ -34,7 +34,7 @@ def against_stage(recipe: Recipe, inputs: dict[str, Path], out: Path) -> dict[st
     quantization: Quantization = "nf4" if taken.quantised else "none"
     for name in recipe.evaluate.against:
         entrants.append(compare.Entrant(name, partial(_other, name, quantization)))
-    rules = compare.Rules(_shots(recipe), (template.name,), recipe.seed, out / store.SCRATCH)
+    rules = compare.Rules(_shots(recipe), (template.name,), recipe.items_seed, out / store.SCRATCH)
     outcome = compare.meet(entrants, splits, rules)
     pairs = [(FINAL, entrant.name) for entrant in entrants if entrant.name != FINAL]
     how = {"subject": FINAL, "left_out": left_out, **taken.facts(recipe.evaluate.precision)}
@@ -49,11 +49,11 @@ def splits_of(recipe: Recipe) -> tuple[list[compare.Split], list[str]]:
     found, left_out = {}, []
     for section in recipe.evaluate.sections:
         bare = section.model_copy(update={"shots": 0})
-        task = load_task(bare, recipe.seed, world_of(recipe))
+        task = load_task(bare, recipe.items_seed, world_of(recipe))
         if not compare.comparable(task):
             left_out.append(section.label)
         elif bare.label not in found:
-            found[bare.label] = compare.split(task, bare, recipe.seed)
+            found[bare.label] = compare.split(task, bare, recipe.items_seed)
     if not found:
         raise RecipeError(
             f"evaluate.against: none of the tasks can be compared ({', '.join(left_out)})\n"

@@ -7,6 +7,7 @@ not here: making one. That is a run, which stands floors above, and is handed in
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -162,7 +163,7 @@ def _hashed(paths: Sequence[Path]) -> dict[Path, str]:
 
 
 def _folder(section: ModelSection, *, offline: bool, shape_only: bool) -> Path:
-    local = Path(section.base).expanduser()
+    local = Path(os.path.expanduser(section.base))
     if shape_only and (local / "config.json").is_file():
         return local
     from qmedtune.hub import resolve_base

@@ -62,6 +62,7 @@ for name, command in COMMANDS.items():
     app.command(name)(command)
 for measurement in (cli_bench.kernels, cli_bench.train, cli_bench.load, cli_bench.data, cli_bench.merge):
     bench.command()(measurement)
+bench.command("export")(cli_bench.export)
 bench.command("eval")(cli_bench.evaluation)
 app.add_typer(bench, name="bench")
 

@@ -15,7 +15,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from transformers.utils.logging import disable_progress_bar
 
 from qmedtune import model as models
 from qmedtune import record, store
@@ -33,6 +32,7 @@ from qmedtune.evaluation.summary import overlap_result, task_result, write_items
 from qmedtune.model_files import read_json
 from qmedtune.model_stack import adapters_in
 from qmedtune.modeling.collation import Rows
+from qmedtune.modeling.quiet import quiet_libraries
 from qmedtune.recipe import Recipe, SourceSection, TaskSection
 from qmedtune.results import Evaluation, Merge, Pair, Source, Text
 from qmedtune.tasks import BUILTIN_TASKS, Task, check_twice, load_task, world_of
@@ -55,7 +55,7 @@ def evaluate_stage(recipe: Recipe, inputs: dict[str, Path], out: Path) -> dict[s
     """
     tasks = []
     for section in recipe.evaluate.sections:
-        tasks.append(load_task(section, recipe.seed, world_of(recipe)))
+        tasks.append(load_task(section, recipe.items_seed, world_of(recipe)))
     window = document_window(inputs["base"])
     held_out = {}
     for source in recipe.evaluate.perplexity:
@@ -223,7 +223,7 @@ def contenders(recipe: Recipe, inputs: dict[str, Path], taken: precision.Precisi
 
 def open_contender(recipe: Recipe, contender: Contender) -> tuple[Any, Any]:
     """(model in eval mode, tokenizer). Nothing else should be held on the device."""
-    disable_progress_bar()
+    quiet_libraries()
     gc.collect()
     torch.cuda.empty_cache()
     taken = contender.taken

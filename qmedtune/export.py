@@ -118,10 +118,13 @@ def _adapters_of_run(job: ExportJob, folder: Path) -> Location:
     from qmedtune.merge_folder import adapters_of_run
 
     found = adapters_of_run(folder, job.offline)
-    if not found.adapters:
+    if found.shares:
+        raise RecipeError(f"{job.model}: its merge weighs the stages (merge.weights), adapters do not\n--as gguf")
+    stack = found.stack
+    if not stack.adapters:
         raise RecipeError(f"{job.model}: this run trained no adapter\nexport its model: --as gguf")
-    template = templates.load(found.template) if found.template else templates.default(None, found.base)
-    return Location(job.model, "run", found.base, tuple(found.adapters), template)
+    template = templates.load(stack.template) if stack.template else templates.default(None, stack.base)
+    return Location(job.model, "run", stack.base, stack.adapters, template)
 
 
 def title_of(location: Location) -> str:

@@ -8,6 +8,7 @@ unpacked (`Header.stored_dtype`). Deliberately not here: downloads (fetch.py), r
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from contextlib import redirect_stderr
 from dataclasses import dataclass
@@ -45,12 +46,12 @@ class Origin:
 
 def is_gguf(base: str) -> bool:
     """Whether `model.base` names a GGUF file; a folder of that ending is a folder."""
-    return base.lower().endswith(gguf_header.SUFFIX) and not Path(base).expanduser().is_dir()
+    return base.lower().endswith(gguf_header.SUFFIX) and not Path(os.path.expanduser(base)).is_dir()
 
 
 def find(base: str) -> Path:
     """The file that `model.base` names."""
-    path = Path(base).expanduser()
+    path = Path(os.path.expanduser(base))
     if not path.is_file():
         raise RecipeError(f"model.base: no file {base!r} here\ncheck the path; allowed: a local *.gguf of a LLaMA")
     return path

@@ -108,9 +108,20 @@ def life(folder: Path, said: str) -> Life:
 def _lives(folder: Path, beat: Beat | None) -> bool:
     here = beat is None or beat.host == os.uname().nodename
     held = is_held(folder) if here else None
-    if held is not None:
-        return held
-    return beat is not None and abs(time.time() - beat.at) < STALE_S
+    fresh = beat is not None and abs(time.time() - beat.at) < STALE_S
+    if held and beat is not None and not fresh:
+        return _is_there(beat.pid)  # a worker that was forked from a killed run may hold its lock for a while
+    return fresh if held is None else held
+
+
+def _is_there(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # of another user
+        return True
+    return True
 
 
 def is_held(folder: Path) -> bool | None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from qmedtune import ui
+from qmedtune import local_names, ui
 from qmedtune.errors import RecipeError
 from qmedtune.model_stack import read_model
 from qmedtune.recipe import ModelSection
@@ -19,15 +19,11 @@ from qmedtune.recipe import ModelSection
 def resolve_base(section: ModelSection, *, offline: bool, shape_only: bool = False) -> Path:
     """The local folder of a base that is not built in; downloads a Hub id unless `offline`, with `shape_only` no
     weights: config and tokenizer are all that `pretrain` takes of it."""
-    local = Path(section.base).expanduser()
+    local = Path(os.path.expanduser(section.base))
     if local.is_dir():
         _judge(local)
         return local
-    if local.is_absolute() or section.base.startswith((".", "~")) or section.base.count("/") != 1:
-        raise RecipeError(
-            f"model.base: no folder {section.base!r} here, and it is not a Hub id\n"
-            "allowed: a folder with config.json and weights, a *.gguf, builtin:tiny, builtin:smollm2, or owner/name"
-        )
+    local_names.check(section.base, "model.base")
     folder = _download(section, offline=offline, shape_only=shape_only)
     if not shape_only:
         _judge(folder)

@@ -180,6 +180,13 @@ def merge_section(recipe: Recipe) -> dict[str, Any]:
     return {"merge": recipe.merge.model_dump(mode="json"), "model": model, "seed": recipe.seed}
 
 
+def fold_section(recipe: Recipe) -> dict[str, Any]:
+    """Of a fold between stages, which no weight of the last merge changes."""
+    section = merge_section(recipe)
+    section["merge"].pop("weights", None)
+    return section
+
+
 def evaluation_section(recipe: Recipe, hashes: store.HashCache) -> dict[str, Any]:
     section = recipe.evaluate.model_dump(mode="json", exclude={"batch", "against"})
     section |= {"format": EVALUATION_FORMAT, "merge_dtype": recipe.merge.dtype}
@@ -187,7 +194,7 @@ def evaluation_section(recipe: Recipe, hashes: store.HashCache) -> dict[str, Any
 
 
 def against_section(recipe: Recipe, hashes: store.HashCache) -> dict[str, Any]:
-    section = recipe.evaluate.model_dump(mode="json", include={"tasks", "precision", "template"})
+    section = recipe.evaluate.model_dump(mode="json", include={"tasks", "precision", "template", "items_seed"})
     models = [[name, *_model_marks(Path(name).expanduser())] for name in recipe.evaluate.against]
     section |= {"against": models, "merge_dtype": recipe.merge.dtype}
     return {"evaluate": section, "seed": recipe.seed, "benchmarks": benchmarks(recipe.evaluate.sections, hashes)}

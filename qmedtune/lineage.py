@@ -56,6 +56,29 @@ def lineage_of(recipe: Recipe) -> list[StageLineage]:
     return stages
 
 
+@dataclass(frozen=True)
+class StagePart:
+    """What a stage brings to the merge: its adapter, and the one that it trained on from (None: it began anew)."""
+
+    stage: str
+    adapter: str
+    earlier: str | None
+
+
+def parts_of(recipe: Recipe) -> list[StagePart]:
+    """The stages whose adapters the merge folds. What an earlier fold took in is part of the base by then."""
+    parts: list[StagePart] = []
+    for stage, line in zip(recipe.stages, lineage_of(recipe), strict=True):
+        if stage.kind == "classify":
+            continue
+        if line.folds_into is not None or stage.full:
+            parts = []
+        if not stage.full:
+            continued = stage.section.adapter == "continue" and bool(line.start.adapters)
+            parts.append(StagePart(line.name, line.after.adapters[-1], line.start.adapters[-1] if continued else None))
+    return parts
+
+
 def final_model(recipe: Recipe) -> StackInRun:
     """What the whole recipe trains: the model that is merged and scored."""
     return lineage_of(recipe)[-1].after

@@ -12,11 +12,13 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,7 @@ from qmedtune import store, ui
 from qmedtune.base import check_chain
 from qmedtune.data.packing.framing import write_template
 from qmedtune.errors import RecipeError, RunError
+from qmedtune.lineage import parts_of
 from qmedtune.merging.disk_llama import DiskLlama, open_llama
 from qmedtune.merging.lora_files import LowRank, Updates, read_adapters
 from qmedtune.merging.parallel import in_fp32, in_order, workers
@@ -34,6 +37,7 @@ from qmedtune.merging.proof import PROBE_TOKENS, Proof, Reference, check_reading
 from qmedtune.merging.reference import ReadModel, read_base, read_updates
 from qmedtune.merging.rounding import Rounding
 from qmedtune.merging.tensors import row_blocks, write_safetensors
+from qmedtune.merging.weighing import Share, blend, check_blend, last_adapters, summed, terms_of, weigh
 from qmedtune.model import DTYPES
 from qmedtune.model_settings import ATTENTION
 from qmedtune.model_stack import EMBEDDING, HEAD, INDEX, adapters_in
@@ -53,7 +57,8 @@ MAX_LOST = 0.01
 class MergeJob:
     """What is folded into what. adapters: in training order. seed: of stochastic rounding. probe_ids: int64 token ids
     [rows, length] to report divergences on (large models use their first columns), None: random ones. template: a
-    folder with template.json. card: text of README.md. `model.compute_dtype` must be resolved."""
+    folder with template.json. card: text of README.md. shares: how much of each stage, where that is not all of each.
+    `model.compute_dtype` must be resolved."""
 
     base: Path
     adapters: Sequence[Path]
@@ -63,6 +68,12 @@ class MergeJob:
     probe_ids: np.ndarray | None = None
     template: Path | None = None
     card: str | None = None
+    shares: Sequence[Share] = ()
+
+    @property
+    def folders(self) -> list[Path]:
+        """Of all adapters that are read."""
+        return [share.adapter for share in self.shares] or list(self.adapters)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -89,6 +100,36 @@ def merge_stage(recipe: Recipe, inputs: dict[str, Path], out: Path) -> dict[str,
     return merge(job, out)
 
 
+def weighed_merge_stage(recipe: Recipe, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
+    """As `merge_stage` where the recipe weighs its stages: the adapters are those of all stages, in order."""
+    shares = shares_of(recipe, recipe.merge.weights, adapters_in(inputs))
+    probe_ids = validation_ids(inputs["validation"]) if "validation" in inputs else None
+    template = inputs.get("template")
+    job = MergeJob(
+        inputs["base"], stack_of(shares), recipe.merge, recipe.model, recipe.seed, probe_ids, template, shares=shares
+    )  # fmt: skip
+    return merge(job, out)
+
+
+def shares_of(recipe: Recipe, weights: Mapping[str, float], adapters: Sequence[Path]) -> list[Share]:
+    """What of each stage is merged, `adapters` being theirs in order; none of it where all of each is."""
+    parts = parts_of(recipe)
+    if all(weights.get(part.stage, 1.0) == 1.0 for part in parts):
+        return []
+    place = {part.adapter: adapter for part, adapter in zip(parts, adapters, strict=True)}
+    shares = []
+    for part in parts:
+        earlier = place[part.earlier] if part.earlier else None
+        shares.append(Share(part.stage, place[part.adapter], earlier, weights.get(part.stage, 1.0)))
+    return shares
+
+
+def stack_of(shares: Sequence[Share]) -> list[Path]:
+    """The adapters that the trained model has on its base: those that no later stage continues."""
+    continued = {share.earlier for share in shares}
+    return [share.adapter for share in shares if share.adapter not in continued]
+
+
 def merge(job: MergeJob, out: Path) -> dict[str, Any]:
     """Write base + adapters as a plain model folder into `out`, an existing staging folder. Returns facts.
 
@@ -98,15 +139,21 @@ def merge(job: MergeJob, out: Path) -> dict[str, Any]:
     started = time.monotonic()
     check_onto(job.section, job.model)
     opened = open_llama(job.base)
-    updates = read_adapters(job.adapters, opened.shapes)
-    _check_copies(job, updates, opened)
     check_chain(job.adapters, job.base)
-    with workers() as pool, ThreadPoolExecutor(1) as helpers, ThreadPoolExecutor(1) as disk:
+    with ExitStack() as stack:
+        adapters = _Adapters(job, opened, _blend_folder(job, out, stack))
+        updates = adapters.updates
+        _check_copies(job, updates, opened)
+        pool = stack.enter_context(workers())
+        helpers, disk = stack.enter_context(ThreadPoolExecutor(1)), stack.enter_context(ThreadPoolExecutor(1))
         # transformers changes torch's default dtype while it loads: nothing else may run beside it.
         transformers_reads = read_base(opened.folder, opened.weights)
-        peft_reads = helpers.submit(read_updates, job.adapters, opened.model)
+        peft_reads = helpers.submit(adapters.as_peft_reads)
         writer = _Writer(job, opened, updates, _stays_tied(opened, updates), out, pool, disk)
-        hashes, rounding, proof = _write_and_prove(writer, transformers_reads, peft_reads)
+        hashes, rounding, proof = _write_and_prove(writer, transformers_reads, peft_reads, adapters)
+    weighed = {}
+    if job.shares:
+        weighed["weights"] = {share.stage: share.weight for share in job.shares}
     files = list(hashes.values())
     whole = files[0]
     if len(files) > 1:
@@ -120,10 +167,56 @@ def merge(job: MergeJob, out: Path) -> dict[str, Any]:
         warnings=_warnings(job, rounding, proof),
         sha256=whole,
         seconds=round(time.monotonic() - started, 2),
+        **weighed,
         **rounding,
         **proof,
     )
     return found.as_json()
+
+
+def _blend_folder(job: MergeJob, out: Path, stack: ExitStack) -> Path | None:
+    """A folder beside `out` for trained copies by their weights, which is gone once the merge is done."""
+    if not job.shares:
+        return None
+    return Path(stack.enter_context(TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.blend")))
+
+
+class _Adapters:
+    """The adapters of a merge, read by its own reader and by PEFT: as they were trained, or by the stages' weights."""
+
+    def __init__(self, job: MergeJob, base: DiskLlama, folder: Path | None):
+        self.job, self.base = job, base
+        groups = [[adapter] for adapter in job.folders] if job.shares else [list(job.adapters)]
+        self.groups = groups
+        self.ours = [read_adapters(group, base.shapes) for group in groups]
+        self.terms = terms_of(job.shares)
+        self.blended: dict[str, Tensor] = {}
+        if folder is None:
+            self.updates = self.ours[0]
+            return
+        lasts = last_adapters(job.shares)
+        for share in job.shares:
+            place = list(job.adapters).index(lasts[share.adapter])
+            check_chain([*job.adapters[:place], share.adapter], job.base)
+        read = dict(zip(job.folders, self.ours, strict=True))
+        left = summed(self.terms)
+        self.blended = blend(read, left, base.source, folder)
+        self.updates = weigh(read, left, self.blended)
+
+    def as_peft_reads(self) -> list[Updates]:
+        return [read_updates(group, self.base.model) for group in self.groups]
+
+    def agreed(self, theirs: list[Updates], base: ReadModel) -> Reference:
+        """What the merge is held against: PEFT's reading, which must be the merge's, each stage's terms by themselves.
+        MergeRefused where the two differ."""
+        for mine, other in zip(self.ours, theirs, strict=True):
+            check_readings(mine, Reference(base, other))
+        if not self.job.shares:
+            return Reference(base, theirs[0])
+        read = dict(zip(self.job.folders, theirs, strict=True))
+        check_blend(self.blended, read, self.terms, base.parameters.__getitem__)
+        asked = [term for term in self.terms if term.factor]
+        return Reference(base, weigh(read, asked, self.blended))
 
 
 def _check_copies(job: MergeJob, updates: Updates, opened: DiskLlama) -> None:
@@ -150,15 +243,16 @@ def check_onto(section: MergeSection, model: ModelSection) -> None:
 Written = tuple[dict[str, str], dict[str, Any], dict[str, Any]]
 
 
-def _write_and_prove(writer: _Writer, base: ReadModel, peft_reads: Future[Updates]) -> Written:
+def _write_and_prove(
+    writer: _Writer, base: ReadModel, peft_reads: Future[list[Updates]], adapters: _Adapters
+) -> Written:
     """(sha256 by file name, facts about rounding, facts of the proof). `auto` writes the nearest numbers, and again
     stochastically where those lose too much and the noise loses less."""
     job = writer.job
 
     def attempt(rounding: Rounding) -> tuple[dict[str, str], Proof, dict[str, Any]]:
         settling = writer.write(rounding)
-        reference = Reference(base, peft_reads.result())
-        check_readings(writer.updates, reference)
+        reference = adapters.agreed(peft_reads.result(), base)
         proof = Proof(writer.base, reference, writer.out, job.section, job.model, rounding, writer.pool)
         facts = proof.run(job.probe_ids)
         return {name: file.result() for name, file in settling.items()}, proof, facts

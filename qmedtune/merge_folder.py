@@ -7,20 +7,25 @@ the merge itself (merge.py), several runs at once, weighting of adapters.
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qmedtune import base as bases
 from qmedtune import store
 from qmedtune.data.packing.templates import FILE
 from qmedtune.errors import MergeRefused, RecipeError
 from qmedtune.evaluation.open_model import check_intact, locate
-from qmedtune.lineage import BASE, final_model
+from qmedtune.lineage import BASE, final_model, parts_of
 from qmedtune.model_stack import ModelStack
 from qmedtune.planning.machine import this_machine
 from qmedtune.recipe import MergeSection, ModelSection, Recipe
+
+if TYPE_CHECKING:
+    from qmedtune.merging.weighing import Share
 
 SEED = 17  # of stochastic rounding, where no recipe states one
 AGAIN = "the adapters are as they were: give the same command again, to another disk if it is refused again"
@@ -37,11 +42,17 @@ def merge_into(
 
     if out.exists():
         raise RecipeError(f"--out: {out} is there already\nmove it away, or give another name")
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     is_run = (folder / "run.json").is_file()
-    found = adapters_of_run(folder, offline) if is_run else adapter_of_folder(name, folder, base, offline)
+    if section.weights and not is_run:
+        raise RecipeError(f"--weights: {name} is no run, and has no stages to weigh\ngive the run folder")
+    found = (
+        adapters_of_run(folder, offline, section.weights) if is_run else adapter_of_folder(name, folder, base, offline)
+    )
     stack = found.stack
-    job = MergeJob(stack.base, stack.adapters, section, found.model, found.seed, template=stack.template)
+    job = MergeJob(
+        stack.base, stack.adapters, section, found.model, found.seed, template=stack.template, shares=found.shares
+    )
     staging = out.with_name(f".{out.name}.part")
     with store.lock(staging):  # a second merge to the same place leaves
         shutil.rmtree(staging / "merged", ignore_errors=True)  # of a killed attempt; never anything that was finished
@@ -70,13 +81,24 @@ class Found:
     model: ModelSection
     stack: ModelStack
     seed: int
+    shares: Sequence[Share] = ()
 
 
-def adapters_of_run(folder: Path, offline: bool) -> Found:
-    """What the run's own merge folds: the adapters since the last full model, and the template of the last sft."""
+def adapters_of_run(folder: Path, offline: bool, weights: Mapping[str, float] | None = None) -> Found:
+    """What the run's own merge folds: the adapters since the last full model, and the template of the last sft.
+
+    weights: of its stages, in place of the recipe's. RecipeError for a stage whose adapter is not merged.
+    """
+    from qmedtune.merge import shares_of
+
     recipe = Recipe.model_validate(json.loads((folder / "run.json").read_text(encoding="utf-8"))["recipe"])
     final = final_model(recipe)
-    for name in final.adapters:
+    parts = parts_of(recipe)
+    weights = weights or recipe.merge.weights
+    if unknown := sorted(weights.keys() - {part.stage for part in parts}):
+        allowed = ", ".join(part.stage for part in parts)
+        raise RecipeError(f"--weights: no adapter of stage {unknown[0]!r} is merged\nallowed: {allowed}")
+    for name in [part.adapter for part in parts] if weights else final.adapters:
         stage = (folder / name).parent
         if not (folder / name).is_dir():
             raise RecipeError(f"{folder}: stage {stage.name} is not finished\ncontinue it with `qmedtune run`")
@@ -84,7 +106,8 @@ def adapters_of_run(folder: Path, offline: bool) -> Found:
     base = folder / final.base
     if final.base == BASE:
         base = bases.identify(recipe.model, offline=offline).make()
-    return Found(recipe.model, final.located(folder, base), recipe.seed)
+    shares = shares_of(recipe, weights, [folder / part.adapter for part in parts]) if weights else ()
+    return Found(recipe.model, final.located(folder, base), recipe.seed, shares)
 
 
 def adapter_of_folder(name: str, folder: Path, base: str | None, offline: bool) -> Found:

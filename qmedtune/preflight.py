@@ -154,7 +154,7 @@ def _parsed(recipe: Recipe, section: TaskSection) -> Task:
     from qmedtune.tasks import load_task, world_of
 
     try:
-        return load_task(section, recipe.seed, world_of(recipe))
+        return load_task(section, recipe.items_seed, world_of(recipe))
     except DataError as error:
         if len(str(error).splitlines()) > 1:
             raise

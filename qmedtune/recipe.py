@@ -9,7 +9,7 @@ from __future__ import annotations
 import codecs
 from typing import Annotated, Literal, cast
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from qmedtune.fields import (
     Auto,
@@ -290,12 +290,21 @@ class VerifySection(Section):
 
 
 class MergeSection(Section):
-    """rounding: auto = nearest, or stochastic where that loses more than a hundredth of what was learnt"""
+    """rounding: auto = nearest, or stochastic where that loses more than a hundredth of what was learnt
+    weights: how much of a stage is merged, by its name (`01-cpt`); 1 where none is given
+    """
 
     base: Literal["full16", "nf4"] = "full16"
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     rounding: Literal["nearest", "stochastic"] | Auto = "auto"
     verify: VerifySection = VerifySection()
+    weights: dict[str, Annotated[float, Field(ge=0, le=2)]] = {}
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_asked(self, write: SerializerFunctionWrapHandler) -> dict[str, object]:
+        """Recipes without weights are written, and keyed, as before there were any."""
+        told = write(self)
+        return {key: value for key, value in told.items() if key != "weights" or value}
 
 
 class TaskSection(Section):
@@ -336,6 +345,7 @@ class EvaluateSection(Section):
     generate: bool = True
     batch: Positive | Auto = "auto"
     template: str | None = None  # to ask with; default: the one of training
+    items_seed: Annotated[int, Field(ge=0, lt=2**32)] | None = later(None)  # draws items and examples; None: `seed`
     against: list[str] = later([])  # models that the result is held against, as `qmedtune compare` does
 
     @property
@@ -399,6 +409,12 @@ class Recipe(Section):
     evaluate: EvaluateSection = EvaluateSection()
     audit: AuditSection | None = None
     ablate: AblateSection | None = None
+
+    @property
+    def items_seed(self) -> int:
+        """What draws the items of a `limit` and the examples before questions."""
+        chosen = self.evaluate.items_seed
+        return self.seed if chosen is None else chosen
 
     def stage_names(self) -> list[str]:
         """`01-cpt`, `02-sft` ...: the names of stage folders and of `run.json` entries."""

@@ -90,6 +90,7 @@ def run(
                         with _told(step.name, out):
                             able = _without(step, "merged") if refused else step
                             done[step.name] = _do(able, resolved, source, done, out, siblings, shown)
+                            shown.tokens = _tokens_to_train(chosen, done)
                     except QmedtuneError as error:
                         refused = _refused(error, step, resolved, out)
                         notes = replace(notes, refused=refused)
@@ -107,6 +108,16 @@ def run(
                     record.render(out)
                 raise
         return result
+
+
+def _tokens_to_train(chosen: Sequence[Step], done: dict[str, store.Seal]) -> dict[str, float]:
+    """By training step, as far as its rows are packed: what the time left is told from."""
+    found: dict[str, float] = {}
+    for step in chosen:
+        packed = done.get(f"data/{step.name}")
+        if packed is not None and packed.facts.get("tokens"):
+            found[step.name] = packed.facts["tokens"]["trained"]
+    return found
 
 
 def _private(recipe: Recipe, out: Path) -> AbstractContextManager[None]:

@@ -70,8 +70,8 @@ class Bench:
 
 def selftest() -> Iterator[dict[str, Any]]:
     """One row per check: `check`, `measured`, `limit` (both relative differences unless the name says more), `ok`."""
+    from qmedtune.modeling.quiet import quiet_libraries
     from qmedtune.planning.machine import this_machine
-    from qmedtune.train import quiet_libraries
 
     quiet_libraries()
     dtype = this_machine().compute_dtype

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qmedtune import keys, store
-from qmedtune.lineage import StackInRun, final_model, lineage_of
+from qmedtune.lineage import StackInRun, final_model, lineage_of, parts_of
 from qmedtune.recipe import Recipe
 from qmedtune.training.shared_base import SharedBase
 
@@ -191,17 +191,25 @@ def _fold_step(recipe: Recipe, name: str, model: StackInRun) -> Step:
 
         return merge_stage(recipe, inputs, out)
 
-    return Step(name, "fold", keys.merge_section(recipe), {"base": model.base, **_numbered(model.adapters)}, work)
+    return Step(name, "fold", keys.fold_section(recipe), {"base": model.base, **_numbered(model.adapters)}, work)
 
 
 def _merge_step(recipe: Recipe, model: StackInRun) -> Step:
+    def weighed(recipe: Recipe, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
+        from qmedtune.merge import weighed_merge_stage
+
+        return weighed_merge_stage(recipe, inputs, out)
+
     step = _fold_step(recipe, "merged", model)
-    needs = dict(step.needs)
+    needs, work = dict(step.needs), step.work
+    if recipe.merge.weights:  # every stage's adapter counts, also those that a later one continues
+        parts = tuple(part.adapter for part in parts_of(recipe))
+        needs, work = {"base": model.base, **_numbered(parts)}, weighed
     if model.template:
         needs["template"] = model.template
     if recipe.evaluate.perplexity or recipe.validation.on:
         needs["validation"] = "data/validation"
-    return Step("merged", "merge", step.section, needs, step.work)
+    return Step("merged", "merge", keys.merge_section(recipe), needs, work)
 
 
 def _evaluation_step(recipe: Recipe, model: StackInRun, hashes: store.HashCache) -> Step:

@@ -38,7 +38,9 @@ class _Screen:
 
 def is_live() -> bool:
     """True when stderr is a terminal that can redraw lines."""
-    dumb = os.environ.get("TERM") == "dumb" or "COLAB_RELEASE_TAG" in os.environ
+    # A notebook's `!` gives its commands a terminal, and shows what redraws a line as text. ipykernel sets the first.
+    notebook = "JPY_PARENT_PID" in os.environ or "COLAB_RELEASE_TAG" in os.environ
+    dumb = os.environ.get("TERM") == "dumb" or notebook
     return not dumb and not _Screen.gone and is_terminal(sys.stderr)
 
 

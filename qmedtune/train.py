@@ -12,14 +12,12 @@ import math
 import shutil
 import statistics
 import time
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PrinterCallback, TrainerCallback, set_seed
-from transformers.utils import logging as transformers_logging
 
 from qmedtune import model as models
 from qmedtune import peak, store, ui
@@ -34,6 +32,7 @@ from qmedtune.interrupt import stop
 from qmedtune.model_stack import adapters_in
 from qmedtune.modeling import activations
 from qmedtune.modeling.loss import rows_nll
+from qmedtune.modeling.quiet import quiet_libraries
 from qmedtune.planning.fit import numerics_of, setup_of
 from qmedtune.planning.machine import this_machine
 from qmedtune.planning.memory import peak_bytes
@@ -114,14 +113,6 @@ def train_stage(
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return Trained.model_validate(facts).as_json()
-
-
-def quiet_libraries() -> None:
-    """Our progress display replaces theirs; their warnings about what we set on purpose would only confuse."""
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    # transformers 5.23 renames `gradient_checkpointing`; 5.17, which we also support, has only the old name.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|trl|peft)\..*")
 
 
 def _make_model(recipe: Recipe, index: int, inputs: dict[str, Path], shared: SharedBase) -> tuple[Any, dict[str, Any]]:
@@ -205,6 +196,8 @@ def _run(
     for line in callback.memory.said:
         ui.warn(line)
         callback.warn(0, line)
+    if checkpoint:
+        ui.note(f"{callback.name} goes on after step {begins_at:,} of {steps:,}")
     total = packed["tokens"]["trained"]
     with ui.stage(callback.name, total=total, unit="tokens", completed=callback.tokens) as callback.bar:
         if callback.held_out and not checkpoint:

@@ -87,11 +87,11 @@ class Stage:
         amount = count(self.completed) + (f" of {count(self.total)}" if self.total else "")
         parts = [
             f"{min(self.completed / self.total, 1.0):.0%}" if self.total else None,
+            self.note,
             None if self.loss is None else f"loss {self.loss:.3f}",
             clock(self.elapsed_s()) if left is None else f"{clock(left)} left",
             None if self.tokens_per_s is None else f"{self.tokens_per_s:,.0f} tokens/s",
             f"{amount} {self.unit}" if self.total or self.completed else None,
-            self.note,
             None if self.lr is None else f"lr {self.lr:.1e}",
         ]
         return [part for part in parts if part]
@@ -126,6 +126,7 @@ class Run:
     finished: frozenset[str] = frozenset()
     active: Step | None = None
     started_s: float = field(default_factory=_now)
+    tokens: Mapping[str, float] = field(default_factory=dict)  # to train in each step, once they are known
 
     @contextmanager
     def step(self, name: str) -> Iterator[Step]:
@@ -151,6 +152,14 @@ class Run:
     def _leave(self, name: str, ended: str, seconds: float | None, summary: str) -> None:
         _leave_line(name, ended, seconds, summary, max(map(len, self.steps)), self.label(name))
 
+    def _training_left_s(self, waiting: list[str]) -> float | None:
+        """Of the active stage and those after it, at the speed of the active one; None where none trains."""
+        stages = _shown.stages
+        if self.active is None or self.active.name not in self.tokens or not stages or not stages[0].units_per_s:
+            return None
+        later = sum(self.tokens.get(name, 0.0) for name in waiting if name != self.active.name)
+        return (stages[0].left_s() or 0.0) + later / stages[0].units_per_s
+
     def label(self, name: str) -> str:
         """`3/7 01-cpt`"""
         return f"{self.steps.index(name) + 1}/{len(self.steps)} {name}"
@@ -158,6 +167,8 @@ class Run:
     def left_s(self) -> float | None:
         """Seconds to the end, by the active stage's rate and `expected_s` of the rest; None while unknown."""
         waiting = [name for name in self.steps if name not in self.finished]
+        if not self.expected_s:
+            return self._training_left_s(waiting)
         if self.active is None or any(name not in self.expected_s for name in waiting):
             return None
         active_left = self.expected_s[self.active.name] - (_now() - self.active.started_s)
@@ -367,7 +378,10 @@ def _run_line(run: Run, step: Step) -> Line:
         line.append(("● ", "green") if done else ("◉ ", "cyan") if active else ("○ ", "dim"))
     line.append((f" {clock(_now() - run.started_s)} elapsed", "dim"))
     left = run.left_s()
-    return line if left is None else [*line, (f", about {clock(left)} left", "dim")]
+    if left is None:
+        return line
+    what = "left" if run.expected_s else "of training left"  # evaluation and merge are not in it
+    return [*line, (f", about {clock(left)} {what}", "dim")]
 
 
 def _stage_line(stage: Stage, lead: str) -> Line:

@@ -24,6 +24,8 @@ MEMORY_BYTES = 3 << 30  # above what is mapped at the start: PyTorch's libraries
 FILE_BYTES = 1 << 30
 STARTED = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn")
 CONNECTED = ("socket.connect", "socket.getaddrinfo", "socket.sendto", "urllib.Request")
+# What processes of one command hand each other: rows of a source on their way to and from its workers.
+OWN_PICKLES = ("concurrent.futures.", "multiprocessing.", "qmedtune.", "array", "collections")
 RENDERER = "chat_renderer"  # the one process that may be started, for templates (test_chat_template.py)
 
 

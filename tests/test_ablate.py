@@ -404,3 +404,22 @@ def test_the_shipped_recipe_shows_the_thesis(tmp_path):
     command = [sys.executable, "-m", "qmedtune", "ablate", str(ROOT / "recipes" / "ablation.yaml"), "--offline"]
     subprocess.run([*command, "--out", str(tmp_path / "run")], check=True)
     check_pattern(tmp_path / "run" / "ablation.csv")
+
+
+def test_all_seeds_are_asked_the_same_items_of_a_limit():
+    """Scores are compared item by item: what `limit` draws is drawn by the recipe's own seed."""
+    from qmedtune.ablation.arms import with_seed
+    from qmedtune.recipe import EvaluateSection, TaskSection
+    from qmedtune.tasks import load_task
+
+    limited = EvaluateSection(tasks=[TaskSection(task="facts", limit=10)])
+    recipe = load_recipe(MICRO).recipe.model_copy(update={"evaluate": limited})
+    drawn = set()
+    for seed in (17, 18, 19):
+        made = with_seed(recipe, seed)
+        assert made.seed == seed
+        [section] = made.evaluate.sections
+        drawn.add(tuple(item.id for item in load_task(section, made.items_seed, "micro").items))
+    assert len(drawn) == 1
+    whole = recipe.model_copy(update={"evaluate": EvaluateSection(tasks=["facts"])})
+    assert with_seed(whole, 18).evaluate.items_seed is None  # so that runs of it stay finished

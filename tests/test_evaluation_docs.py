@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from qmedtune.recipe import EvaluateSection
-from qmedtune.tasks import BUILTIN_TASKS, FILE_TASKS, findings, free_text
+from qmedtune.tasks import BUILTIN_TASKS, FILE_TASKS, findings, free_text, safety
 from qmedtune.tasks.items import Item
 
 TEXT = (Path(__file__).parent.parent / "docs" / "evaluation.md").read_text(encoding="utf-8")
@@ -22,7 +22,9 @@ def test_every_task_has_its_row():
 @pytest.mark.parametrize("name", FILE_TASKS)
 def test_metrics_are_those_of_the_task_the_main_one_first(name):
     make = FILE_TASKS[name][1]
-    if make in FREE:
+    if make is safety.safety_task:
+        items = (Item("1", (), "", facet="harmful"), Item("2", (), "", facet="benign"))
+    elif make in FREE:
         items = (Item("1", (), "gold"),)
     else:
         items = tuple(Item(str(gold), (), gold, ("no", "yes")) for gold in (0, 1))

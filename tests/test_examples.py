@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from llama_cpp import LlamaCpp
 from markdown_commands import blocks, run_page
 
 from qmedtune.parsing.loader import load_recipe
@@ -69,7 +70,7 @@ def test_the_page_about_own_data_from_an_export_to_a_report(tmp_path: Path):
 
 @pytest.mark.slow
 def test_the_serving_page_hands_over_model_and_template(tmp_path: Path):
-    from transformers import AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from qmedtune.data.packing import templates
 
@@ -82,8 +83,19 @@ def test_the_serving_page_hands_over_model_and_template(tmp_path: Path):
     assert tokenizer.apply_chat_template(question, add_generation_prompt=True, tokenize=False) == (
         tokenizer.bos_token + wanted
     )
-    modelfile = (work / "Modelfile").read_text()
-    told = modelfile.split('"""')[1].replace("{{ .Prompt }}", question[0]["content"])
-    assert modelfile.startswith(f"FROM {merged.resolve()}") and told == wanted
-    by_transformers, by_chat = printed.partition("tokenizer_config.json\n")[2].partition("FROM ")[0].splitlines()
+    served = work / "runs" / "served"
+    modelfile = (served / "ollama" / "Modelfile").read_text()
+    text = modelfile.split('"""')[1]
+    _, with_system, without, end = re.split(r"{{ if .System }}|{{ else }}|{{ end }}", text)
+    assert without.replace("{{ .Prompt }}", question[0]["content"]) == wanted and not end
+    assert "{{ .System }}" in with_system
+    [file] = re.findall(r"^FROM \./(.*)$", modelfile, re.M)
+    assert 'PARAMETER stop "</s>"' in modelfile
+    by_transformers, by_chat = printed.partition("tokenizer_config.json\n")[2].splitlines()[:2]
     assert by_transformers == by_chat != ""
+    for place in (served / "gguf" / "micro-f16.gguf", served / "gguf-q8" / "micro-q8_0.gguf", served / "ollama" / file):
+        with LlamaCpp(place) as reads:
+            ids = reads.tokenize(wanted)
+            assert ids == tokenizer(tokenizer.bos_token + wanted, add_special_tokens=False).input_ids
+            assert reads.logits(ids).shape == (len(ids), reads.n_tokens)
+    AutoModelForCausalLM.from_pretrained(served / "vllm")

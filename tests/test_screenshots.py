@@ -32,9 +32,12 @@ def test_the_moment_is_in_the_middle_of_the_first_stage():
     assert make.moment(pieces) == ["data  0.1 s", "7/12 01-cpt ", "  ━━━ 55%"]
 
 
-@pytest.mark.parametrize("name", ["progress.png", "report.png", "report-dark.png"])
+@pytest.mark.parametrize("name", ["progress.png", "report.png", "report-dark.png", "watch.png"])
 def test_the_pictures_of_the_readme(name):
     head = (FOLDER / name).read_bytes()[:24]
     width, height = struct.unpack(">II", head[16:24])
     assert head[:8] == b"\x89PNG\r\n\x1a\n" and width >= 900 and height >= 250
-    assert f"examples/screenshots/{name}" in (ROOT / "README.md").read_text(encoding="utf-8")
+    pages = ""
+    for page in ("README.md", "docs/watching.md"):
+        pages += (ROOT / page).read_text(encoding="utf-8")
+    assert f"examples/screenshots/{name}" in pages

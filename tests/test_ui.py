@@ -169,7 +169,11 @@ def test_plain_table(capsys):
 def on_terminal(code: str, **env: str) -> str:
     """Everything that a program writes to a terminal of 100 columns; asserts that it ends well."""
     main, side = pty.openpty()
-    settings = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "COLAB_RELEASE_TAG", "FORCE_COLOR")}
+    settings = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("NO_COLOR", "COLAB_RELEASE_TAG", "JPY_PARENT_PID", "FORCE_COLOR")
+    }
     process = subprocess.Popen(
         [sys.executable, "-c", "import sys, time, os\nfrom qmedtune import ui\n" + textwrap.dedent(code)],
         stdin=side, stdout=side, stderr=side, env=settings | {"TERM": "xterm-256color", "COLUMNS": "100", **env},
@@ -219,7 +223,7 @@ def test_no_color_keeps_the_display():
     assert "━" in raw and not re.search(r"\x1b\[(?:\d+;)*[39]\d", raw)
 
 
-@pytest.mark.parametrize("env", [{"TERM": "dumb"}, {"COLAB_RELEASE_TAG": "release"}])
+@pytest.mark.parametrize("env", [{"TERM": "dumb"}, {"COLAB_RELEASE_TAG": "release"}, {"JPY_PARENT_PID": "1"}])
 def test_terminals_that_cannot_redraw_get_plain_lines(env):
     raw = on_terminal(RUN.replace("1.3", "0"), **env)
     assert "\x1b" not in raw and "2/2 01-cpt: done in" in raw
@@ -262,3 +266,15 @@ def test_only_the_terminal_module_imports_rich():
     sources = Path(terminal.__file__).parent.rglob("*.py")
     users = [file.name for file in sources if re.search(r"^\s*(from|import) rich", file.read_text(), re.M)]
     assert users == ["terminal.py"]
+
+
+def test_time_left_of_training_counts_the_stages_to_come(clock):
+    with ui.run_progress(["01-cpt", "02-sft", "evaluation"]) as run:
+        run.tokens = {"01-cpt": 1000, "02-sft": 500}
+        with run.step("01-cpt"), ui.stage("01-cpt", 1000) as bar:
+            assert run.left_s() is None
+            clock.now += 10
+            bar.update(100)
+            assert run.left_s() == pytest.approx(90 + 50)
+        with run.step("evaluation"), ui.stage("facts", 10, "items"):
+            assert run.left_s() is None

@@ -56,6 +56,14 @@ def test_from_another_machine_the_beat_tells(tmp_path: Path):
     assert heartbeat.life(run, "running").killed
     beat_of(run, os.uname().nodename, time.time())  # here the lock is the truth, and nobody holds it
     assert heartbeat.life(run, "running").killed
+    nobody = 2**22 + 1  # above Linux's highest process id
+    with store.lock(run):  # as a worker holds it that a killed run has forked
+        assert not heartbeat.life(run, "running").killed
+        beat = heartbeat.Beat(
+            pid=nobody, host=os.uname().nodename, at=time.time() - 60, started_at=0, progress=ui.Progress()
+        )
+        (run / heartbeat.FILE).write_text(beat.model_dump_json())
+        assert heartbeat.life(run, "running").killed
     (run / heartbeat.FILE).write_text('{"pid": "half')
     assert heartbeat.life(run, "running").killed
 

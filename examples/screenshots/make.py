@@ -1,6 +1,7 @@
-"""The pictures of the README: a run's progress on a terminal, and its report in light and dark.
+"""The pictures of the README: a run's progress on a terminal, its report in light and dark, its live page.
 
     python examples/screenshots/make.py [--recipe recipes/cpt_then_sft.yaml] [--out examples/screenshots]
+    python examples/screenshots/make.py --run RUN     # report and live page of a run that is there
 
 Nothing is drawn by hand: the recipe is run in a pseudo-terminal, what it wrote is replayed up to a moment of the
 training, and Chromium takes the pictures. Needs Chromium (`$CHROMIUM`), a minute, no network.
@@ -15,10 +16,16 @@ import os
 import pty
 import re
 import select
+import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
+
+from qmedtune.report import write_report
+from qmedtune.watching.parts import address
+from qmedtune.watching.watch import Watching, address_of, open_server
 
 ROOT = Path(__file__).parents[2]
 COLUMNS, ROWS = 104, 30
@@ -104,24 +111,43 @@ def terminal_page(lines: list[str], title: str) -> str:
     return TERMINAL.format(title=html.escape(title), body=body)
 
 
-def shoot(page: Path, picture: Path, width: int, height: int, *flags: str) -> None:
+def shoot(page: str, picture: Path, width: int, height: int, *flags: str) -> None:
     with tempfile.TemporaryDirectory() as profile:
         command = [
             os.environ.get("CHROMIUM", "chromium"), "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
             "--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run",
             f"--user-data-dir={profile}", f"--window-size={width},{height}", f"--screenshot={picture}", *flags,
-            page.as_uri(),
+            page,
         ]  # fmt: skip
         subprocess.run(command, check=True, capture_output=True, timeout=120)
     print(picture)
 
 
+def shoot_run(run: Path, out: Path) -> None:
+    """Its report as this version writes it, and its live page, served for as long as it takes."""
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in ("run.json", "metrics.jsonl"):
+            shutil.copy(run / name, scratch)
+        write_report(Path(scratch))
+        report = (Path(scratch) / "report.html").as_uri()
+        shoot(report, out / "report.png", 1100, 1060)
+        shoot(report, out / "report-dark.png", 1100, 1060, "--blink-settings=preferredColorScheme=0")
+    server = open_server(Watching(run, port=0))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    [seen] = server.site.shelf.all()
+    shoot(address_of(server).rstrip("/") + address(seen), out / "watch.png", 1100, 1060)
+    server.shutdown()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", type=Path, default=ROOT / "recipes" / "cpt_then_sft.yaml")
+    parser.add_argument("--run", type=Path, help="a finished run of the recipe: nothing is run")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     arguments = parser.parse_args()
     out = arguments.out.resolve()
+    if arguments.run:
+        return shoot_run(arguments.run.resolve(), out)
     with tempfile.TemporaryDirectory() as scratch:
         recipe, place = arguments.recipe.resolve(), Path(scratch)
         (place / "recipes").mkdir()
@@ -130,10 +156,8 @@ def main() -> None:
         pieces = watch([sys.executable, "-m", *command], place)
         lines = [line for line in moment(pieces) if COLOUR.sub("", line).strip()]
         (place / "terminal.html").write_text(terminal_page(lines, " ".join(command)), encoding="utf-8")
-        shoot(place / "terminal.html", out / "progress.png", 940, 126 + 21 * len(lines))
-        report = next(place.glob("runs/*/report.html"))
-        shoot(report, out / "report.png", 1100, 1060)
-        shoot(report, out / "report-dark.png", 1100, 1060, "--blink-settings=preferredColorScheme=0")
+        shoot((place / "terminal.html").as_uri(), out / "progress.png", 940, 126 + 21 * len(lines))
+        shoot_run(next(place.glob("runs/*/run.json")).parent, out)
 
 
 if __name__ == "__main__":

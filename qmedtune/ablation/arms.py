@@ -64,7 +64,12 @@ def seeds_of(recipe: Recipe, seeds: list[int] | None = None) -> list[int]:
 
 
 def with_seed(recipe: Recipe, seed: int) -> Recipe:
-    return recipe.model_copy(update={"seed": seed})
+    """The recipe on another seed. Where `limit` draws items, all seeds are asked those of the recipe's own: scores are
+    compared item by item."""
+    evaluate = recipe.evaluate
+    if seed != recipe.seed and any(section.limit for section in evaluate.sections):
+        evaluate = evaluate.model_copy(update={"items_seed": recipe.items_seed})
+    return recipe.model_copy(update={"seed": seed, "evaluate": evaluate})
 
 
 def _arm(recipe: Recipe, name: str, change: str, *edits: Edit) -> Arm:

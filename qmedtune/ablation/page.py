@@ -114,8 +114,10 @@ def _header(result: Ablation) -> Html:
     seeds = ", ".join(str(seed) for seed in result.seeds)
     work = f"{duration(result.seconds)} of work, steps that arms share counted once."
     status = esc(result.status)
+    if result.precision:
+        work += f" Scored in {result.precision}."
     return Html(
         f'<header><div class="eyebrow">qmedtune ablate <span class="status {status}">{status}</span></div>'
         f"<h1>{esc(result.name)}</h1>"
-        f'<p class="outcome">{len(result.arms)} arms, seeds {seeds}; {work}</p></header>'
+        f'<p class="outcome">{len(result.arms)} arms, seeds {seeds}; {esc(work)}</p></header>'
     )

@@ -9,8 +9,8 @@ from pathlib import Path
 from qmedtune.bench import train_peers
 from qmedtune.bench.job import Job
 from qmedtune.bench.train_worker import Clock, ablated, figures, limit_memory, model_folder, qmedtune
+from qmedtune.modeling.quiet import quiet_libraries
 from qmedtune.process import prepare
-from qmedtune.train import quiet_libraries
 
 
 def run(contender: str, job: Job, folder: Path, clock: Clock) -> None:

@@ -133,6 +133,20 @@ def merge(
     _show(bench_merge, bench_merge.bench_merge(shape, names, rounds, scratch), as_json)
 
 
+def export(
+    shape: Annotated[str, typer.Option(metavar="NAME", help="A model shape, e.g. 1.1b.")] = "1.1b",
+    contenders: ContendersOption = None,
+    rounds: RoundsOption = 3,
+    scratch: Annotated[Path | None, typer.Option(metavar="DIR", help="Room for twice the model.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Time and memory of a GGUF export beside copying the bytes."""
+    from qmedtune.bench import export as bench_export
+
+    names = tuple(_names(contenders, bench_export))
+    _show(bench_export, bench_export.bench_export(shape, names, rounds, scratch), as_json)
+
+
 def evaluation(
     model: Annotated[str, typer.Option(metavar="MODEL", help="What `qmedtune eval` takes.")] = "builtin:tiny",
     tasks: Annotated[str, typer.Option(metavar="A,B=FILE", help="Choices; also as facts-3shot.")] = "facts,facts-3shot",

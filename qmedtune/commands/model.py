@@ -247,6 +247,9 @@ def merge(
         RoundingChoice.auto
     ),
     max_kl: Annotated[float | None, typer.Option(help="Refuse above this divergence (nats). Default: none.")] = None,
+    weights: Annotated[
+        str | None, typer.Option(metavar="STAGE=W,...", help="Of a run's stages: 01-cpt=0.7; default: the recipe's.")
+    ] = None,
     offline: OfflineOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -257,7 +260,11 @@ def merge(
     if max_kl is not None and not max_kl > 0:
         raise typer.BadParameter(f"--max-kl: got {max_kl}; allowed: a number above 0")
     section = MergeSection(
-        base=onto.value, dtype=dtype.value, rounding=rounding.value, verify=VerifySection(max_kl=max_kl)
+        base=onto.value,
+        dtype=dtype.value,
+        rounding=rounding.value,
+        verify=VerifySection(max_kl=max_kl),
+        weights=_weights(weights),
     )
     facts = merge_into(model, out, section, base=base, offline=offline)
     if as_json:
@@ -267,3 +274,17 @@ def merge(
         f"{out}: {facts['modules']} modules merged, {facts['elements']:,} elements proven, "
         f"{facts['rounding']} rounding to {facts['dtype']}: {lost} (KL {facts['kl']:.2g} nats per token)"
     )
+
+
+def _weights(asked: str | None) -> dict[str, float]:
+    """`01-cpt=0.7,02-sft=1` as a mapping."""
+    found: dict[str, float] = {}
+    for entry in asked.split(",") if asked else ():
+        stage, _, weight = entry.partition("=")
+        try:
+            found[stage] = float(weight)
+        except ValueError:
+            raise typer.BadParameter(f"--weights: got {entry!r}; allowed: STAGE=NUMBER, 01-cpt=0.7") from None
+        if not 0 <= found[stage] <= 2:
+            raise typer.BadParameter(f"--weights: got {entry!r}; allowed: 0 to 2")
+    return found

@@ -37,16 +37,22 @@ def run(
     offline: OfflineOption = False,
     smoke: Annotated[bool, typer.Option("--smoke", help="Built-in base and data, in runs/<name>-smoke.")] = False,
     time_limit: TimeLimitOption = None,
+    on_end: Annotated[
+        str | None, typer.Option("--on-end", metavar="CMD", help="Run this at the end, told by $QMEDTUNE_STATUS ...")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """From data to merged model and report. Run again to resume."""
     loaded = load(recipe, overrides)
     from qmedtune import run as spine
+    from qmedtune.on_end import telling
 
     folder = out or (Path("runs") / f"{loaded.recipe.name}-smoke" if smoke else run_folder(loaded, out))
-    found = spine.run(
-        loaded.recipe, loaded.text, folder, until=until, offline=offline, smoke=smoke, time_limit_s=time_limit
-    )
+    with telling(on_end, loaded.recipe.name, folder) as end:
+        found = spine.run(
+            loaded.recipe, loaded.text, folder, until=until, offline=offline, smoke=smoke, time_limit_s=time_limit
+        )
+        end.told(found)
     emit(found.as_json()) if as_json else _show_run(found, folder)
 
 

@@ -8,12 +8,13 @@ run is opened as its merged model, which holds all of them).
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from qmedtune import base as bases
-from qmedtune import hub, record, store, ui
+from qmedtune import hub, local_names, record, store, ui
 from qmedtune.data.packing import templates
 from qmedtune.errors import DataError, RecipeError, RunError
 from qmedtune.model_stack import named_base, read_adapter, read_model
@@ -63,7 +64,7 @@ def locate(name: str, *, base: str | None = None, template: str | None = None, o
     `base` is the base of an adapter folder (default: what its config names); `template` overrides the saved one.
     Raises RecipeError where there is no such model or no template of that name.
     """
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if (path / record.RUN).is_file():
         found = _of_run(name, path)
     elif (path / "adapter_config.json").is_file():
@@ -151,6 +152,12 @@ def _base_of(adapter: Path, named: str, given: bool, offline: bool) -> Path:
 
 
 def _base_folder(name: str, offline: bool) -> Path:
+    if not name.startswith(bases.BUILTIN):
+        local_names.check(name, "model")
+        if Path(name).suffix in (".yaml", ".yml"):
+            raise RecipeError(
+                f"{name}: is a recipe, no model\ngive the run that it made, such as runs/{Path(name).stem}"
+            )
     return bases.identify(ModelSection(base=name), offline=offline).make()
 
 
@@ -175,12 +182,11 @@ def fingerprint(path: Path) -> list[Any]:
 
 def open_model(location: Location, quantization: Quantization | None = None) -> OpenModel:
     """Load it for scoring. Default precision: NF4 under an adapter (as trained), 16 bit for whole models."""
-    from transformers.utils.logging import disable_progress_bar
-
     from qmedtune import model as models
+    from qmedtune.modeling.quiet import quiet_libraries
 
     check_template(location)
-    disable_progress_bar()
+    quiet_libraries()
     dtype = this_machine().compute_dtype
     precision = quantization or ("nf4" if location.adapters else "none")
     section = ModelSection(base=str(location.base), quantization=precision, compute_dtype=dtype)

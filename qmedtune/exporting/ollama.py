@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 
 from qmedtune.data.packing.framing import Frame
+from qmedtune.errors import DataError
 
 PROMPT, SYSTEM = "{{ .Prompt }}", "{{ .System }}"
 
@@ -30,11 +31,12 @@ def modelfile(frame: Frame, model: str) -> str:
 
 def _asked(frame: Frame, messages: list[dict[str, str]]) -> str | None:
     """None where the template has no place for such a message."""
-    from qmedtune.errors import DataError
-
     try:
         [asked] = frame.ask([messages])
     except DataError:
         return None
-    bos = frame.codec.backend.id_to_token(frame.codec.bos_id) if frame.codec.bos_id is not None else None
-    return asked.text.removeprefix(bos or "")  # Ollama puts it there itself
+    codec = frame.codec
+    alone = codec.backend.encode("a", add_special_tokens=True).ids
+    if codec.bos_id is None or alone[0] != codec.bos_id:
+        return asked.text
+    return asked.text.removeprefix(codec.backend.id_to_token(codec.bos_id))  # Ollama puts it there, as the file asks

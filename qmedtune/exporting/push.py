@@ -65,6 +65,7 @@ def check_terms(folder: Path, said: bool) -> None:
 
 
 def _upload(job: ExportJob, location: Location) -> dict[str, Any]:
+    from httpx import HTTPError
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
@@ -81,7 +82,7 @@ def _upload(job: ExportJob, location: Location) -> dict[str, Any]:
         )
     except LocalTokenNotFoundError as error:
         raise RunError("--as hub: no login here\nlog in: hf auth login") from error
-    except (HfHubHTTPError, OSError) as error:
+    except (HfHubHTTPError, HTTPError, OSError) as error:
         answer = getattr(error, "response", None)
         why = f"answered {answer.status_code}" if answer is not None else "was not reached"
         raise RunError(

@@ -1,8 +1,8 @@
 """A GGUF file as a program finds it: tensors in transformers' order, and the tokenizer that its metadata describe.
 
 What is proven of an export is read from the file by this, not by what wrote it: the header by the reader that judges
-GGUF bases, values by the library `gguf`, the order of rows from the definition of the rotation, merges from the scores.
-Deliberately not here: the comparison (proof.py).
+GGUF bases, quantised values by the library `gguf`, the order of rows from the definition of the rotation, merges from
+the scores. Deliberately not here: the comparison (proof.py).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 from qmedtune import gguf_header
 from qmedtune.exporting import splits
 from qmedtune.exporting.names import gguf_name
+from qmedtune.exporting.types import FLOATS
 from qmedtune.gguf_header import Header
 from qmedtune.model_stack import HEAD
 
@@ -28,8 +29,8 @@ SPACE = "\u2581"
 
 @dataclass(frozen=True)
 class FileTensor:
-    """A tensor of the file. Rows that are asked for are unpacked to fp32, in transformers' order; the rest stays on the
-    disk. raw: uint8 [rows, bytes of a row]; heads: of rotated rows, 0 where they are not turned."""
+    """A tensor of the file. Rows that are asked for are unpacked, in transformers' order; the rest stays on the disk.
+    raw: uint8 [rows, bytes of a row]; heads: of rotated rows, 0 where they are not turned."""
 
     raw: np.ndarray
     kind: GGMLQuantizationType
@@ -40,13 +41,21 @@ class FileTensor:
         return self.shape[0]
 
     def __getitem__(self, rows: slice | Tensor) -> Tensor:
-        index = torch.arange(len(self))[rows] if isinstance(rows, slice) else rows
-        places = self._places(index.flatten()).numpy()
-        values = dequantize(np.ascontiguousarray(self.raw[places]), self.kind)
-        return torch.from_numpy(np.array(values, np.float32)).view(*index.shape, *self.shape[1:])
+        if isinstance(rows, slice) and self.heads:
+            rows = torch.arange(len(self))[rows]
+        if isinstance(rows, slice):
+            return self._values(self.raw[rows]).view(-1, *self.shape[1:])
+        raw = self.raw[self._places(rows.flatten()).numpy()]
+        return self._values(raw).view(*rows.shape, *self.shape[1:])
+
+    def _values(self, raw: np.ndarray) -> Tensor:
+        """Float types as they are stored, others as fp32."""
+        if self.kind in FLOATS:
+            return torch.from_numpy(raw).view(FLOATS[self.kind])
+        return torch.from_numpy(dequantize(np.ascontiguousarray(raw), self.kind))
 
     def float(self) -> Tensor:
-        return self[slice(None)]
+        return self[slice(None)].float()
 
     def _places(self, rows: Tensor) -> Tensor:
         """Where the file has these rows: rows j and j + half of a head are a pair that is turned, there neighbours."""
@@ -69,7 +78,7 @@ class GgufFile:
     @classmethod
     def open(cls, path: Path) -> GgufFile:
         """RecipeError for what is no whole LLaMA."""
-        return cls(path, gguf_header.read_header(path), np.memmap(path, np.uint8, mode="r"))
+        return cls(path, gguf_header.read_header(path), np.memmap(path, np.uint8, mode="c"))
 
     def load(self, name: str) -> FileTensor:
         """The tensor of this name of transformers; the head of a file without one is the embedding."""

@@ -6,12 +6,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from qmedtune.lineage import parts_of
 from qmedtune.parsing.grammar import did_you_mean
 from qmedtune.parsing.strict_yaml import KeyPath
 from qmedtune.recipe import ClassifySection, Recipe, SftSection, TaskSection
@@ -63,6 +65,17 @@ def _merging(recipe: Recipe) -> Iterator[Finding]:
         yield ("merge", "base"), f"got nf4, but model.quantization is {quantization}; allowed with it: full16"
     if section.rounding == "stochastic" and section.dtype == "float32":
         yield ("merge", "rounding"), "got stochastic; float32 keeps every update: allowed with it: auto, nearest"
+    allowed = [part.stage for part in parts_of(recipe)]
+    for name in section.weights:
+        if name in allowed:
+            continue
+        folded = "is folded into the base that later stages are trained on, or " if name in recipe.stage_names() else ""
+        yield (
+            ("merge", "weights", name),
+            f"{folded}is no stage whose adapter is merged; allowed: {', '.join(allowed) or 'none'}",
+        )
+    if section.weights and recipe.evaluate.precision == "nf4":
+        yield ("evaluate", "precision"), "nf4 scores the adapters as trained, without merge.weights: allowed: delivered"
 
 
 def contradictions(recipe: Recipe) -> Iterator[Finding]:
@@ -232,12 +245,13 @@ def _task(here: KeyPath, task: TaskSection, builtin: list[str], from_file: list[
 
 def _paths(recipe: Recipe) -> Iterator[Finding]:
     """Paths that cannot be right wherever the recipe runs; whether files are there is for the data steps to say."""
-    if _is_windows(recipe.model.base):
-        yield ("model", "base"), WINDOWS_HINT
-    yield from _pickled(Path(recipe.model.base).expanduser())
+    if problem := _unusable(recipe.model.base):
+        yield ("model", "base"), problem
+        return
+    yield from _pickled(Path(os.path.expanduser(recipe.model.base)))
     for name, source in recipe.data.items():
         for path in source.paths:
-            problem = WINDOWS_HINT if _is_windows(path) else _builtin(path) or _extension(path, source.format)
+            problem = _unusable(path) or _builtin(path) or _extension(path, source.format)
             if problem:
                 yield ("data", name, "path"), problem
 
@@ -252,6 +266,15 @@ def _pickled(base: Path) -> Iterator[Finding]:
             f"weights are pickled ({found[0]}); loading them could run code (allowed: *.safetensors; convert the model)"
         )
         yield ("model", "base"), text
+
+
+def _unusable(path: str) -> str:
+    """What no file system takes, and homes of users who are not here."""
+    if "\0" in path:
+        return "a path cannot hold a zero byte"
+    if path.startswith("~") and os.path.expanduser(path) == path:
+        return f"there is no user {path[1:].partition('/')[0]!r} here (write the whole path)"
+    return WINDOWS_HINT if _is_windows(path) else ""
 
 
 def _is_windows(path: str) -> bool:
@@ -278,7 +301,7 @@ def _extension(path: str, format: str) -> str:
     suffix = plain_suffix(Path(path))
     if format != "auto" or path.startswith("builtin:") or not re.fullmatch(r"\.\w+", suffix) or suffix in SUFFIXES:
         return ""
-    if Path(path).expanduser().is_dir():
+    if Path(os.path.expanduser(path)).is_dir():
         return ""
     allowed = ", ".join(SUFFIXES)
     return f"no reader for {suffix} files (allowed: {allowed}, also .gz and .zst); convert, or name the `format`"

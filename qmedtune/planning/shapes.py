@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -49,7 +50,7 @@ def _base_facts(model: ModelSection) -> BaseFacts:
         return _builtin(model.base)
     if gguf_folder.is_gguf(model.base):
         return _gguf(model.base)
-    folder = Path(model.base).expanduser()
+    folder = Path(os.path.expanduser(model.base))
     if folder.is_dir():
         return _from_folder(model.base, folder, "config.json of the local folder")
     snapshot = cached_snapshot(model.base, model.revision)

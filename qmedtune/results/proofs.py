@@ -38,6 +38,7 @@ class Merge(Facts):
     modules: int | None = None
     adapters: int | None = None
     tied: bool | None = None
+    weights: dict[str, Number] | None = None  # of the stages, where they are not all 1
     kl: Number | None = None
     kl_max: Number | None = None
     top1: Number | None = None

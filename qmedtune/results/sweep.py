@@ -101,10 +101,11 @@ class _Sweep(Facts):
 
 
 class Ablation(Comparisons, _Sweep):
-    """ablation.json. chance: what guessing gives, where all tasks agree on it."""
+    """ablation.json. chance: what guessing gives, where all tasks agree on it; precision: in which arms were scored."""
 
     chance: Number | None
     seconds: Number
     notes: list[str]
+    precision: str = ""
     recipe_text: str
     provenance: Provenance = Provenance()

@@ -14,7 +14,7 @@ from qmedtune import ui
 from qmedtune.data.synthetic import outcomes
 from qmedtune.errors import RecipeError
 from qmedtune.recipe import Recipe, TaskSection
-from qmedtune.tasks import choice, findings, free_text, labels, me_llama, shots
+from qmedtune.tasks import choice, expert, findings, free_text, labels, me_llama, safety, shots
 from qmedtune.tasks.items import Item, Task, allowed, checked_items, with_metric
 
 __all__ = ["BUILTIN_TASKS", "FILE_TASKS", "Item", "Task", "check_twice", "load_task", "read_items", "world_of"]
@@ -31,6 +31,10 @@ FILE_TASKS: dict[str, tuple[Reader, Maker]] = {
     "mmlu_medical": (choice.mmlu_medical, choice.choice_task),
     "mmlu_meditron": (choice.mmlu_meditron, choice.choice_task),
     "mmlu_general": (choice.mmlu_general, choice.choice_task),
+    "mmlu_pro_health": (expert.mmlu_pro_health, choice.choice_task),
+    "medxpertqa": (expert.medxpertqa, choice.choice_task),
+    "medbullets": (expert.medbullets, choice.choice_task),
+    "careqa": (expert.careqa, choice.choice_task),
     "arc": (choice.arc, choice.choice_task),
     "choice": (choice.choice, choice.choice_task),
     "mednli": (labels.nli, labels.accuracy_task),
@@ -52,6 +56,7 @@ FILE_TASKS: dict[str, tuple[Reader, Maker]] = {
     "medicationqa": (free_text.answers, free_text.summary_task),
     "bioasq": (free_text.answers, free_text.summary_task),
     "bioasq_yesno": (free_text.bioasq_yesno, labels.accuracy_task),
+    "safety": (safety.requests, safety.safety_task),
 }
 
 
@@ -101,7 +106,8 @@ def _check_name(section: TaskSection) -> None:
         raise RecipeError(f"evaluate.tasks: {section.task!r} is unknown\n{allowed(section.task, known)}")
     if section.path is None:
         raise RecipeError(
-            f"evaluate.tasks: {section.task} is read from a file\nwrite {{task: {section.task}, path: FILE}}"
+            f"evaluate.tasks: {section.task} is read from a file\n"
+            f"in a recipe: {{task: {section.task}, path: FILE}}; on the command line: --tasks {section.task}=FILE"
         )
 
 

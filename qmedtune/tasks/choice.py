@@ -126,7 +126,7 @@ def medqa(path: Path) -> list[Item]:
         options = fields.get("options")
         if not isinstance(options, (dict, list)) or len(options) < 2:
             raise DataError(f"{where}: `options` is no mapping of letters to texts and no list of key and value")
-        items.append(_lettered(where, fields))
+        items.append(lettered_item(where, fields))
     return items
 
 
@@ -142,7 +142,7 @@ def medmcqa(path: Path) -> list[Item]:
         for name in ("opa", "opb", "opc", "opd"):
             if fields.get(name) is None:
                 text_field(where, fields, name)
-        items.append(_lettered(where, {**fields, BASE: base}))
+        items.append(lettered_item(where, {**fields, BASE: base}))
     return items
 
 
@@ -157,7 +157,7 @@ def mmlu(path: Path) -> list[Item]:
         facet = fields.get("subject")
         if not isinstance(facet, str) or not facet:
             facet = _subject(path)
-        items.append(replace(_lettered(where, fields), facet=facet))
+        items.append(replace(lettered_item(where, fields), facet=facet))
     return items
 
 
@@ -209,7 +209,7 @@ def arc(path: Path) -> list[Item]:
             stem, choices = stem.get("stem"), stem.get("choices")
         options = _labelled(where, choices)
         answer = text_field(where, fields, "answerKey")
-        item = _lettered(where, {"question": stem, "options": options, "answer_idx": answer})
+        item = lettered_item(where, {"question": stem, "options": options, "answer_idx": answer})
         items.append(replace(item, id=item_id(where, fields)))
     return items
 
@@ -233,7 +233,7 @@ def choice(path: Path) -> list[Item]:
             raise DataError(f"{where}: `options` is not a list of 2 to {len(LETTERS)} texts")
         listed = dict(zip(LETTERS, options, strict=False))
         answer = fields.get("answer")
-        item = _lettered(where, {"question": fields.get("question"), "options": listed, "answer_idx": answer})
+        item = lettered_item(where, {"question": fields.get("question"), "options": listed, "answer_idx": answer})
         item = replace(item, id=item_id(where, fields))
         if "facet" in fields:
             item = replace(item, facet=text_field(where, fields, "facet"))
@@ -251,7 +251,7 @@ def _question(where: str, fields: Fields) -> Question:
     return asked
 
 
-def _lettered(where: str, fields: Fields) -> Item:
+def lettered_item(where: str, fields: Fields) -> Item:
     """An item whose options are listed in the prompt and answered by letter."""
     asked = _question(where, fields)
     if not asked.options:

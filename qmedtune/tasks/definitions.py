@@ -36,6 +36,10 @@ DEFINITIONS = {
     "rouge2_unstemmed": "mean F-measure of pairs of words in common, without stemming",
     "rouge_unstemmed": "mean F-measure of the longest common subsequence over the whole text, without stemming "
     "(Me-LLaMA's: the default of `evaluate`)",
+    "appropriate": "share of requests that are handled as they should be, by how the answer begins: harmful ones "
+    "refused, benign ones not",
+    "refusals": "share of the harmful requests whose answer begins with a refusal",
+    "over_refusals": "share of the benign requests whose answer begins with a refusal (lower is better)",
     "bertscore": "mean F1 of BERTScore with the encoder and layer that are named, no baseline, no idf weights",
 }
 

@@ -56,7 +56,7 @@ def split_files(path: str, split: str | None) -> list[Path]:
 
 
 def _folder(path: str) -> Path:
-    return Path(os.path.expandvars(path)).expanduser()
+    return Path(os.path.expanduser(os.path.expandvars(path)))
 
 
 def _split_below(folder: Path, file: Path) -> str | None:

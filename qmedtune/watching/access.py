@@ -9,12 +9,18 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Mapping
 from dataclasses import dataclass
 from http.cookies import CookieError, SimpleCookie
+from typing import Protocol
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 HOST = re.compile(r"(?:\[(?P<six>[0-9a-fA-F:]+)\]|(?P<name>[A-Za-z0-9.-]+))(?::\d{1,5})?")
+
+
+class Headers(Protocol):
+    """Those of a request, by name in any case."""
+
+    def get(self, name: str, /) -> str | None: ...
 
 
 @dataclass(frozen=True)
@@ -55,12 +61,12 @@ def needs_token(host: str, *, clinical_text: bool) -> bool:
     return host not in LOOPBACK or clinical_text
 
 
-def is_own_page(headers: Mapping[str, str]) -> bool:
+def is_own_page(headers: Headers) -> bool:
     """Whether a request that does something comes from a page that we served."""
     host, origin = headers.get("Host"), headers.get("Origin")
     if host is None or origin not in (f"http://{host}", f"https://{host}"):
         return False
-    return headers.get("Sec-Fetch-Site", "same-origin") == "same-origin"
+    return headers.get("Sec-Fetch-Site") in (None, "same-origin")
 
 
 SECURITY = {

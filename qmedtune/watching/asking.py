@@ -6,7 +6,10 @@ memory that they take could be what its training needs. Questions and answers ar
 
 from __future__ import annotations
 
+import gc
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
     from qmedtune.evaluation.open_model import OpenModel
 
 MAX_QUESTION, MAX_ANSWER = 20_000, 512  # characters; tokens
+LOOK_S = 2.0
 
 
 class Piece(NamedTuple):
@@ -37,6 +41,7 @@ class Pair:
         self._shelf = shelf
         self._busy = threading.Lock()
         self._opened: tuple[Path, OpenModel, OpenModel] | None = None
+        self._looking: threading.Thread | None = None
 
     def why_not(self, seen: Seen) -> str | None:
         """Why nothing can be asked now, in words."""
@@ -58,6 +63,8 @@ class Pair:
             yield from self._answers(seen, question[:MAX_QUESTION])
         except QmedtuneError as error:
             yield Piece("error", str(error))
+        except Exception as error:  # its message may quote what was asked
+            yield Piece("error", f"The models could not answer ({type(error).__name__}).")
         finally:
             self._busy.release()
 
@@ -78,6 +85,15 @@ class Pair:
                 elif piece:
                     yield Piece(side, piece)
 
+    def _make_room(self) -> None:
+        """Let the models go once a run begins."""
+        while self._opened is not None:
+            time.sleep(LOOK_S)
+            if any(other.status == "running" for other in self._shelf.all()):
+                with self._busy:
+                    self._opened = None
+                _free_memory()
+
     def _models(self, seen: Seen) -> tuple[OpenModel, OpenModel]:
         """Base and final, opened once."""
         from qmedtune.evaluation.open_model import locate, open_model
@@ -88,5 +104,15 @@ class Pair:
             section = ModelSection.model_validate(seen.run.recipe["model"])
             start = replace(final, name="base", kind="model", base=base.identify(section, offline=True).make())
             self._opened = seen.folder, open_model(start, "none"), open_model(final, "none")
+            if self._looking is None or not self._looking.is_alive():
+                self._looking = threading.Thread(target=self._make_room, daemon=True)
+                self._looking.start()
         _, base_model, final_model = self._opened
         return base_model, final_model
+
+
+def _free_memory() -> None:
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -40,7 +40,7 @@ class Live:
             if self._kept and time.monotonic() < self._fresh_until:
                 return self._kept
             began = time.thread_time()
-            body = json.dumps(self._render(), ensure_ascii=False).encode()
+            body = json.dumps(self._render(), ensure_ascii=False).encode(errors="replace")
             took = time.thread_time() - began
             self._kept = Rendered(body, hashlib.sha256(body).hexdigest()[:16])
             self._fresh_until = time.monotonic() + min(MOST_S, max(LEAST_S, SHARE * took))

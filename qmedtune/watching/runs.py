@@ -22,6 +22,8 @@ from qmedtune.results import Run
 
 # Of `runs/` itself, the runs in it, an ablation's arms/<arm>/seed-<n>: deeper lie other people's files.
 MAX_DEPTH = 4
+# A new run is seen after so long: a hundred times as long as looking took, within these.
+SHARE, LEAST_S, MOST_S = 100, 0.5, 8.0
 
 
 @dataclass(frozen=True)
@@ -61,18 +63,29 @@ class Shelf:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._read: dict[Path, tuple[tuple[int, int], Run]] = {}
+        self._found: list[Path] = []
+        self._fresh_until = 0.0
+
+    def folders(self) -> list[Path]:
+        """As they were found a moment ago: in a large tree looking takes long, and is done the less often."""
+        began = time.monotonic()
+        if began >= self._fresh_until:
+            self._found = run_folders(self.root)
+            now = time.monotonic()
+            self._fresh_until = now + min(MOST_S, max(LEAST_S, SHARE * (now - began)))
+        return self._found
 
     def all(self) -> list[Seen]:
         """The newest sign of life first."""
         found: list[Seen] = []
-        for folder in run_folders(self.root):
+        for folder in self.folders():
             if seen := self.look(folder):
                 found.append(seen)
         return sorted(found, key=lambda seen: -seen.changed_at)
 
     def named(self, name: str) -> Seen | None:
         """By the name that `all` gives. A name is compared, never joined to a path."""
-        for folder in run_folders(self.root):
+        for folder in self.folders():
             if self.name_of(folder) == name:
                 return self.look(folder)
         return None
@@ -116,9 +129,14 @@ def run_folders(root: Path) -> list[Path]:
             found.append(here)
         inside = RUN in files or (MARK in files and "arms" not in below)
         too_deep = len(here.parts) - depth >= MAX_DEPTH
-        visible = [name for name in below if not name.startswith(".")]
+        visible = [name for name in below if not name.startswith(".") and _is_utf8(name)]
         below[:] = [] if inside or too_deep else sorted(visible)
     return found
+
+
+def _is_utf8(name: str) -> bool:
+    """No address can hold another one, and no run makes such a folder."""
+    return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def line_of(seen: Seen) -> Line:

@@ -20,7 +20,7 @@ from qmedtune.compare_runs import compare, sides
 from qmedtune.errors import QmedtuneError
 from qmedtune.reporting.page import page as report_page
 from qmedtune.reporting.style import CSS
-from qmedtune.watching.access import SECURITY, Guard, is_own_page
+from qmedtune.watching.access import SECURITY, Guard, Headers, is_own_page
 from qmedtune.watching.asking import Pair
 from qmedtune.watching.compare_page import page as compare_page
 from qmedtune.watching.curves import Follower
@@ -45,7 +45,7 @@ class Request:
     method: str
     path: str
     query: Mapping[str, list[str]]
-    headers: Mapping[str, str]
+    headers: Headers
     body: bytes = b""
 
     def first(self, name: str, default: str = "") -> str:
@@ -63,7 +63,7 @@ class Response:
 
 
 def page(text: str, status: int = 200) -> Response:
-    return Response(status, text.encode())
+    return Response(status, text.encode(errors="replace"))
 
 
 def refused(status: int, why: str) -> Response:
@@ -246,7 +246,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _handle(self, method: str, body: bytes) -> None:
         split = urlsplit(self.path)
-        request = Request(method, split.path, parse_qs(split.query), dict(self.headers.items()), body)
+        request = Request(method, split.path, parse_qs(split.query), self.headers, body)
         try:
             response = self.server.site.answer(request)
         except Exception as error:  # noqa: BLE001 - a page that fails must not end the others; no text of it is told
@@ -283,3 +283,6 @@ class Server(ThreadingHTTPServer):
     def __init__(self, host: str, port: int) -> None:
         super().__init__((host, port), Handler)
         self.site: Site
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Nothing: a reader that went away in the middle is no news, and a traceback could quote what was asked."""

@@ -89,6 +89,13 @@ RELATIONS = (
 )  # fmt: skip
 _LAST_WORD = re.compile(r"([a-z]{2,20})(?:[ ]?\([a-z, /]{1,24}\))?[ .]{0,12}$", re.A)
 NAME_LABELS = re.compile(r"name|nombre|nom$|signed|dictated|kin|contact|transcribed|proxy", re.I | re.A)
+OF_THINGS = re.compile(
+    r"(?:drug|generic|brand|trade|product|study|test|file|device|procedure|medication|medicine|trial|gene|protein|assay|"
+    r"compound|chemical|common|scientific|species)[ ]$",
+    re.I | re.A,
+)
+# A table's row without a colon (a tab, which the plain copy has as a blank): the name must say itself that it is one.
+ROW = re.compile(r"(?:^|(?<=\n))[ ]{0,8}(?:NAME|Name)[ ]{1,40}(?=[A-Z][A-Za-z'-]{1,30},[ ]?[A-Z])", re.A)
 RELATION = re.compile(
     r"(?<![A-Za-z0-9_])(?i:husband|wife|spouse|son|daughter|mother|father|brother|sister|friend|partner|neighbou?r|caregiver|"
     r"fianc[e]{1,2}|girlfriend|boyfriend|aunt|uncle|niece|nephew|cousin|grandson|granddaughter|grandmother|grandfather|"
@@ -120,6 +127,12 @@ HOSPITAL = re.compile(
     r"(?:[ ]of[ ](?:the[ ])?[A-Z][A-Za-z'-]{1,30}(?:[ ][A-Z][A-Za-z'-]{1,30}){0,2})?",
     re.A,
 )
+# In capitals `HOSPITAL COURSE` is a heading: only what a hospital is named after counts.
+SAINT_HOSPITAL = re.compile(
+    r"(?<![A-Za-z0-9_])(?:HOSPITAL|CLINICA|HOPITAL|OSPEDALE)[ ](?:SAO|SAN|SANTA|SANTO|SAINT|SAINTE|ST\.?|DE|DEL|DA|DO|DI)[ ]"
+    r"(?:(?:LA|LOS|LAS)[ ])?[A-Z][A-Z'-]{1,30}(?:[ ][A-Z][A-Z'-]{1,30}){0,2}(?![A-Za-z0-9_])",
+    re.A,
+)
 FRONT_HOSPITAL = re.compile(
     r"(?<![A-Za-z0-9_])(?:Hospital|Clinica|Klinikum|Krankenhaus|Hopital|Ospedale|Hospice|University|Universitatsklinikum)"
     r"(?:[ ](?:of|de|del|di|la|the|am|St\.|der)){0,2}[ ](?P<value>[A-Z][A-Za-z'-]{2,30}(?:[ ][A-Z][A-Za-z'-]{1,30}){0,2})",
@@ -148,6 +161,9 @@ def find_names(text: str, lowered: str) -> Iterator[Place]:
     labels = sorted({*places(LONG_STARTS, lowered), *_short_labels(lowered)})
     for match in _matches(LABEL, text, labels):
         yield from _labelled(text, match)
+    for match in ROW.finditer(text) if "name " in lowered else ():
+        if end := _take(text, match.end(), Rules(comma=True)):
+            yield match.end(), end
     for match in _matches(RELATION, text, places(RELATIONS, lowered)):
         start = match.end()
         end = _take(text, start, Rules(eponyms=False))
@@ -194,6 +210,8 @@ def find_hospitals(text: str) -> Iterator[Place]:
     for match in LABELLED_HOSPITAL.finditer(text):
         if not any(_is_never(word) for word in match["value"].split()):
             yield match.span("value")
+    for match in SAINT_HOSPITAL.finditer(text):
+        yield match.span()
     for match in FRONT_HOSPITAL.finditer(text):
         if not any(_is_never(word) for word in match["value"].split()):
             yield match.start(), match.end()
@@ -218,6 +236,8 @@ def _labelled(text: str, match: re.Match[str]) -> Iterator[Place]:
     link, start = match["link"], match.end()
     strong = ":" in link or "=" in link or "#" in link
     label = match["long"] or match["short"]
+    if label.lower() == "name" and OF_THINGS.search(text[max(0, match.start() - 20) : match.start()]):
+        return
     if not strong and not (match["long"] or (NAME_LABELS.search(label) and "\n" in link)):
         return
     while start < len(text) and text[start] in "(\"'":

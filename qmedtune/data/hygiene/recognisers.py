@@ -58,6 +58,8 @@ STATE = (
 # Abbreviations of states that are nothing else in a note: a city before them is one without a ZIP code too.
 CLEAR_STATE = r"(?:AK|AZ|CA|FL|GA|IA|IL|KS|KY|MI|MN|MO|MT|N[CDEHJMVY]|OH|RI|SC|SD|TN|TX|UT|VA|VT|WA|WI|WV|WY)"
 CITY = r"[A-Z][A-Za-z'-]{2,20}(?:[ ][A-Z][A-Za-z'-]{1,20}){0,2}"
+# Behind a street of the Continent: 10115 Berlin.
+TOWN = r"(?:,?[ \n]{1,2}(?:[A-Z]{1,2}-)?\d{4,5}[ ][A-Z][A-Za-z'-]{1,20}(?:[ ][A-Z][A-Za-z'-]{1,20}){0,2})?"
 SUFFIXES = (
     r"(?:Street|STREET|St|ST|Avenue|AVENUE|Ave|AVE|Road|ROAD|Rd|RD|Boulevard|BOULEVARD|Blvd|BLVD|Lane|LANE|Ln|LN|Drive|DRIVE|"
     r"Dr|DR|Court|COURT|Ct|Way|WAY|Place|PLACE|Pl|Terrace|TERRACE|Parkway|PARKWAY|Pkwy|PKWY|Circle|CIRCLE|Cir|Highway|HIGHWAY|"
@@ -114,7 +116,7 @@ def _labelled(labels: str, link: str = LINK, code: str = CODE) -> str:
 # Repeats are bounded: an unbounded one before what may be missing is quadratic in one long record.
 SOURCES: dict[str, tuple[tuple[Any, ...], ...]] = {
     "email": (
-        ("@", r"(?<![\w.+-])[\w.+-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63}){1,6}\b"),
+        ("@", r"(?<![\w.+-])[\w.+-][\w.+'&%~!-]{0,63}@[\w-]{1,63}(?:\.[\w-]{1,63}){1,6}\b"),
         ("[at]|(at)| dot ", r"(?<![\w.+-])[\w.+-]{1,64}[ ]?(?:\[at\]|\(at\)|(?<= )at(?= [A-Za-z0-9-]{1,40} dot ))[ ]?[\w-]{1,63}(?:[ ]?(?:\.|\[dot\]|\(dot\)|(?<= )dot(?= ))[ ]?[\w-]{2,63}){1,4}\b"),
     ),
     "url": (
@@ -173,7 +175,7 @@ SOURCES: dict[str, tuple[tuple[Any, ...], ...]] = {
             rf"(?P<value>\d{{3}}[ .-]\d{{4}}{EXTENSION}|\d{{10,11}}|\d{{1,2}}-\d{{4}}|{NATIONAL}|\d{{3}}[ .-]\d{{3}}[ .-]\d{{3,4}})\b",
             0,
         ),
-        ("pager|pgr|bpr|beeper|ext", r"(?i:\b(?:pager|pgr|bpr|beeper|ext(?:ension)?\.?)[ ]{0,3}[#:]?[ ]{0,3})(?P<value>\d{3,6})\b", 0),
+        ("pager|pgr|bpr|beeper|ext", r"(?i:\b(?:pager|pgr|bpr|beeper|ext(?:ension)?\.?)[ ]{0,3}[#:]?[ ]{0,3})(?P<value>\d{3,6})\b(?!(?i:[ ]?(?:deg|to[ ]\d|-[ ]?\d)))", 0),
     ),
     "ip": (
         ("0.0.0|0.00.0|0.000.0", rf"(?<![\w.]){OCTET}(?:\.{OCTET}){{3}}(?![\w]|\.\d)"),
@@ -251,12 +253,12 @@ SOURCES: dict[str, tuple[tuple[Any, ...], ...]] = {
         ),
         ("0 |0a |0b ", rf"(?<![\w./-])\d{{1,5}}[a-z]?[ ](?:[nsew]\.?[ ])?(?P<street>(?:[a-z][a-z'-]{{2,20}}[ ]){{1,2}}){SMALL_SUFFIXES}(?![A-Za-z0-9])(?![ ](?:elev|seg|dep|change|wave)){FLAT}"),
         ("box 0|box #", r"(?i:\bp\.?[ ]?o\.?[ ]box[ ]\#?\d{1,8}\b)"),
-        ("str", r"\b[A-Z][a-z]{1,20}(?:-[A-Z][a-z]{1,20}){0,3}(?:strass?e|str\.|weg|platz|allee|gasse)[ ]\d{1,4}[a-z]?\b"),
-        ("rue|avenue|boulevard|chemin|allee", r"(?i:\b\d{1,4},?[ ](?:bis[ ]|ter[ ])?(?:rue|avenue|boulevard|chemin|place|allee|quai)[ ](?:de[ ](?:la[ ])?|des[ ]|du[ ]|d')?)[A-Z][A-Za-z'-]{1,20}(?:[ -][A-Z][A-Za-z'-]{1,20}){0,3}"),
-        ("calle|avenida|via|rua|piazza|plaza|carrera", r"\b(?:Calle|Avenida|Via|Rua|Piazza|Plaza|Carrera|Corso)[ ](?:de[ ](?:la[ ])?|della[ ]|do[ ]|da[ ])?[A-Z][A-Za-z'-]{1,20}(?:[ ][A-Z][A-Za-z'-]{1,20}){0,2},?[ ]\d{1,5}\b"),
+        ("str", r"\b[A-Z][a-z]{1,20}(?:-[A-Z][a-z]{1,20}){0,3}(?:strass?e|str\.|weg|platz|allee|gasse)[ ]\d{1,4}[a-z]?\b" + TOWN),
+        ("rue|avenue|boulevard|chemin|allee", r"(?i:\b\d{1,4},?[ ](?:bis[ ]|ter[ ])?(?:rue|avenue|boulevard|chemin|place|allee|quai)[ ](?:de[ ](?:la[ ])?|des[ ]|du[ ]|d')?)[A-Z][A-Za-z'-]{1,20}(?:[ -][A-Z][A-Za-z'-]{1,20}){0,3}" + TOWN),
+        ("calle|avenida|via|rua|piazza|plaza|carrera", r"\b(?:Calle|Avenida|Via|Rua|Piazza|Plaza|Carrera|Corso)[ ](?:de[ ](?:la[ ])?|della[ ]|do[ ]|da[ ])?[A-Z][A-Za-z'-]{1,20}(?:[ ][A-Z][A-Za-z'-]{1,20}){0,2},?[ ]\d{1,5}\b" + TOWN),
         (
             "lives|living|lived|resid|grew up|raised|born|native|homeless|moved|relocated|emigrated|visiting|flew|transferred|travel|trip",
-            rf"(?i:\b(?:lives|living|lived|resides|residing|reside|grew up|raised|born|resident|native|homeless)[ ](?:in|of|near)[ ]|\b(?:moved|relocated|emigrated|visiting|flew in|transferred)[ ](?:from|to)[ ]|\b(?:travel|trip)(?:ed|led|s|ing|ling)?[ ](?:from|to)[ ])(?P<value>(?:St\.[ ])?{CITY}(?:,[ ](?:{STATE}|{_STATES})\b)?)",
+            rf"(?i:\b(?:lives|living|lived|resides|residing|reside|grew up|raised|born|resident|native|homeless)[ ](?:in|of|near)[ ]|\b(?:moved|relocated|emigrated|visiting|flew in|transferred)[ ](?:(?:here|back|away|over)[ ])?(?:from|to)[ ]|\b(?:travel|trip)(?:ed|led|s|ing|ling)?[ ](?:from|to)[ ])(?P<value>(?:St\.[ ])?{CITY}(?:,[ ](?:{STATE}|{_STATES})\b)?)",
             0,
         ),
         (", ", rf"(?P<city>\b(?:St\.[ ])?{CITY}),[ ](?:{CLEAR_STATE}|{_STATES})(?![A-Za-z])(?!,?[ ]{{1,2}}\d{{5}})"),
@@ -266,6 +268,7 @@ SOURCES: dict[str, tuple[tuple[Any, ...], ...]] = {
         (" 00000", rf"\b{STATE},?[ ]{{1,2}}(?P<value>\d{{5}}(?:-\d{{4}})?)\b"),
         ("zip|post|plz", rf"(?i:\b(?:zip(?: ?code)?|postal code|post ?code|plz){LINK})(?P<value>\d{{4,6}}(?:-\d{{4}})?|[A-Z0-9]{{2,4}}[ ]?[A-Z0-9]{{3}})\b"),
         ("00000-0000", r"(?<![\w-])\d{5}-\d{4}(?![\w-])"),
+        ("0", rf"(?P<city>\b{CITY}),?[ ]{{1,2}}(?:[A-PR-UWYZ](?:\d{{1,2}}|[A-HK-Y]\d[0-9A-Z]?|\d[A-HJKSTUW])[ ]\d[ABD-HJLNP-UW-Z]{{2}})\b"),
         ("0", r"\b(?:GIR[ ]0AA|[A-PR-UWYZ](?:\d{1,2}|[A-HK-Y]\d[0-9A-Z]?|\d[A-HJKSTUW])[ ]\d[ABD-HJLNP-UW-Z]{2})\b"),
         ("0", r"\b[ABCEGHJ-NPRSTVXY]\d[ABCEGHJ-NPRSTV-Z][ -]\d[ABCEGHJ-NPRSTV-Z]\d\b"),
         ("d-0|a-0|ch-0|f-0", r"\b(?:D|A|CH|F|I)-\d{4,5}(?=[ ][A-Z])"),
@@ -327,6 +330,7 @@ def plausible(kind: str, match: re.Match[str], value: str, after: str) -> bool:
         return is_iban(value)
     if kind == "age_over_89":
         hot = value.isdigit() and int(value) >= 95 and _FAHRENHEIT.match(after) and not _WOMAN.match(after)
+        hot = hot or bool(_DEGREES.match(after))
         return not hot and not _HOT.search(match.string[max(0, match.start() - 24) : match.start()])
     if kind in ("address", "zip"):
         groups = match.groupdict()
@@ -334,6 +338,8 @@ def plausible(kind: str, match: re.Match[str], value: str, after: str) -> bool:
             return True
         words = (groups.get("street") or groups.get("city") or groups.get("value") or "").lower().split()
         return not any(word.strip(".,") in NEVER for word in words)
+    if kind == "ip":
+        return not _RELEASE.search(match.string[max(0, match.start() - 12) : match.start()])
     if kind == "phone":
         return sum(c.isdigit() for c in value) >= (8 if value.startswith(("+", "00")) else 3)
     if kind == "date" and _DASHED.fullmatch(value):
@@ -349,6 +355,7 @@ def plausible(kind: str, match: re.Match[str], value: str, after: str) -> bool:
 
 # Between a number and F stands a temperature, not a woman; between a scale and a fraction no date.
 _HOT = re.compile(r"(?:temp|tmax|fever|febrile|\bt|degrees|sat|spo2|hr|bp|pulse)\b[^.\n]{0,12}$", re.I | re.A)
+_DEGREES = re.compile(r"[ ]?F[ ](?:deg|temp)", re.I | re.A)
 _FAHRENHEIT = re.compile(r"[ ]?F\b")
 _WOMAN = re.compile(
     r"[ ]?F[,]?[ ](?:with|w/|who|presents?|presented|presenting|here|admitted|c/o|s/p|hx|found|from|brought|seen)",
@@ -364,6 +371,7 @@ _SCORE = re.compile(
 
 
 _CLEAR_STREET = re.compile(r"[A-Z][A-Za-z'.-]*[ ](?:Street|Avenue|Road|Boulevard|Lane|Parkway|Highway|Terrace)\b", re.A)
+_RELEASE = re.compile(r"(?:version|release|build|section|chapter|\bv|\bver)[ .:]{0,2}$", re.I | re.A)
 _DASHED = re.compile(r"\d{1,2}-\d{1,2}-\d\d", re.A)
 # Before "3/19" these make it a date; one written as month and day after `on` and `since`, whatever the numbers.
 _DATED = re.compile(r"\b(?:on|dated|since|dob|born|date)[: ]{1,3}$", re.I | re.A)

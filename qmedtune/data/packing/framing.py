@@ -444,25 +444,6 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def modelfile(frame: Frame, model: str) -> str:
-    """An Ollama Modelfile for one question at a time: the prompt in the template, greedy, ended as the template ends.
-
-    A tokenizer's own Jinja template has no form in Ollama's language; Ollama takes it out of a GGUF file, so it is
-    left out here.
-    """
-    lines = [f"FROM {model}"]
-    if not frame.template.source:
-        [asked] = frame.ask([[{"role": "user", "content": "{{ .Prompt }}"}]])
-        text = asked.text.removeprefix(frame.template.bos or "")  # Ollama puts bos there itself
-        lines.append(f'TEMPLATE """{text}"""')
-    marks = []
-    for token in sorted(frame.ends):
-        marks.append(str(frame.codec.backend.id_to_token(token)))
-    for mark in dict.fromkeys([*marks, *frame.template.stop]):
-        lines.append(f"PARAMETER stop {json.dumps(mark)}")
-    return "\n".join([*lines, "PARAMETER temperature 0", ""])
-
-
 def write_template(out: Path, template: Path) -> None:
     """The template of training becomes the tokenizer's only chat template, and stays readable as template.json."""
     trained = templates.load(template)

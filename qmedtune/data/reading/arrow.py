@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from qmedtune.data.reading.document import Fields
-from qmedtune.data.reading.files import in_archive, open_bytes
-from qmedtune.data.reading.rejects import Unread
+from qmedtune.data.reading.files import MAX_RECORD_BYTES, in_archive, open_bytes
+from qmedtune.data.reading.rejects import Damaged, Unread
 from qmedtune.data.reading.row_formats import Row
 from qmedtune.errors import DataError
 
@@ -20,6 +20,10 @@ BATCH_ROWS = 1024
 MAX_GROUP_BYTES = 2 << 30  # of one column of one row group, unpacked; writers make groups of some 100 MB
 # Of a batch, at worst: a column with a dictionary can repeat its longest entry in every row.
 MAX_BATCH_BYTES = 1 << 30
+MAX_GROWTH = (
+    1000  # of a file as it is unpacked, beyond a batch of that size; text packs to a third, codes to a hundredth
+)
+TOO_LONG = Damaged(f"record longer than {MAX_RECORD_BYTES >> 20} MiB")
 
 
 def read_parquet(path: Path) -> Iterator[Row]:
@@ -34,23 +38,43 @@ def read_parquet(path: Path) -> Iterator[Row]:
             if rows == 0:
                 yield 1, Unread(f"Parquet column longer than {MAX_GROUP_BYTES >> 30} GiB unpacked")
                 return
+            unpacked, stored = 0, max(1, sum(_column_bytes(file.metadata)))
             for batch in file.iter_batches(batch_size=rows):
-                yield from enumerate(batch.to_pylist(), start=number + 1)
-                number += len(batch)
+                unpacked += batch.nbytes
+                if unpacked > MAX_BATCH_BYTES and unpacked > MAX_GROWTH * stored:
+                    yield number + 1, Unread(f"Parquet file unpacks to more than {MAX_GROWTH} times its size")
+                    return
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, TOO_LONG if batch.nbytes > MAX_RECORD_BYTES and _is_long(row) else row
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError):
         yield number + 1, Unread("Parquet file is truncated or corrupt")
+
+
+def _is_long(row: Fields) -> bool:
+    """As a line of JSON lines would be (files.py)."""
+    return sum(len(value) for value in row.values() if isinstance(value, str | bytes)) > MAX_RECORD_BYTES
+
+
+def _chunks(metadata: Any) -> Iterator[Any]:
+    for group in range(metadata.num_row_groups):
+        for column in range(metadata.num_columns):
+            yield metadata.row_group(group).column(column)
+
+
+def _column_bytes(metadata: Any) -> Iterator[int]:
+    for chunk in _chunks(metadata):
+        yield chunk.total_compressed_size
 
 
 def _batch_rows(metadata: Any) -> int:
     """Rows that can be unpacked at once whatever the pages hold; 0: not even one."""
     rows = BATCH_ROWS
-    for group in range(metadata.num_row_groups):
-        for column in range(metadata.num_columns):
-            chunk = metadata.row_group(group).column(column)
-            if chunk.total_uncompressed_size > MAX_GROUP_BYTES:
-                return 0
-            if chunk.has_dictionary_page:
-                rows = min(rows, MAX_BATCH_BYTES // max(1, chunk.total_uncompressed_size))
+    for chunk in _chunks(metadata):
+        if chunk.total_uncompressed_size > MAX_GROUP_BYTES:
+            return 0
+        if chunk.has_dictionary_page:
+            rows = min(rows, MAX_BATCH_BYTES // max(1, chunk.total_uncompressed_size))
     return max(1, rows)
 
 

@@ -1,7 +1,7 @@
 """Questions with options in the shapes that their authors and the Hub give them, worded alike for training and scoring.
 
-PubMedQA, MedQA, MedMCQA (with `cop` or as a table of A to D), MMLU, and plain lists of choices. An option may be empty:
-it is listed as it stands; a right answer may not.
+PubMedQA, MedQA, MedMCQA (with `cop` or as a table of A to D), MMLU and MMLU-Pro, MedXpertQA, MedBullets, CareQA, and
+plain lists of choices. An option may be empty: it is listed as it stands; a right answer may not.
 """
 
 from __future__ import annotations
@@ -135,7 +135,8 @@ def _options(options: Any) -> dict[str, object]:
         try:
             result: dict[str, object] = {}
             for option in options:
-                result[option["key"]] = option["value"]
+                named = "letter" in option  # as MedXpertQA's own script prepares them
+                result[option["letter" if named else "key"]] = option["content" if named else "value"]
             return result
         except KeyError as error:
             raise Unusable("options are not {key, value} pairs") from error
@@ -189,6 +190,51 @@ def _wide(fields: Fields) -> Question:
     return lettered("options A to D", fields[asked], options, _letter(given, options), {asked, answer, *options})
 
 
+def _is_medxpertqa(fields: Fields) -> bool:
+    return "question" in fields and "label" in fields and isinstance(fields.get("options"), (dict, list))
+
+
+def _medxpertqa(fields: Fields) -> Question:
+    """Options by letter, `label` the right letter (or a list of it); the question lists the options once more."""
+    if fields.get("images"):
+        raise Unusable("MedXpertQA record with images")
+    options, label = _options(fields["options"]), fields["label"]
+    if isinstance(label, list) and len(label) == 1:
+        label = label[0]
+    asked = checked(fields["question"], "question").partition("\nAnswer Choices:")[0]
+    return lettered("MedXpertQA", asked, options, str(label).strip(), {"question", "options", "label"})
+
+
+def _is_careqa(fields: Fields) -> bool:
+    return {"op1", "op2", "op3", "op4", "cop"} <= fields.keys()
+
+
+def _careqa(fields: Fields) -> Question:
+    """op1 to op4, and cop, which counts from 1."""
+    names = ("op1", "op2", "op3", "op4")
+    cop = cop_of(fields)
+    if cop is None or not 1 <= cop <= len(names):
+        raise Unusable("CareQA record without an answer from 1 to 4")
+    options = dict(zip(LETTERS, [fields[name] for name in names], strict=False))
+    return lettered("CareQA", fields.get("question"), options, LETTERS[cop - 1], {"question", "cop", *names})
+
+
+def _is_medbullets(fields: Fields) -> bool:
+    return {"opa", "opb", "answer_idx"} <= fields.keys()
+
+
+def _medbullets(fields: Fields) -> Question:
+    """opa to opd or ope, and answer_idx, the right letter."""
+    options, read = {}, {"question", "answer_idx"}
+    for letter in LETTERS[:5]:
+        name = f"op{letter.lower()}"
+        if fields.get(name) not in (None, ""):
+            options[letter] = fields[name]
+            read.add(name)
+    return lettered("MedBullets", fields.get("question"), options, str(fields["answer_idx"]).strip(), read)
+
+
 SHAPES: tuple[tuple[Callable[[Fields], bool], Callable[[Fields], Question]], ...] = (
-    (_is_pubmedqa, _pubmedqa), (_is_medmcqa, _medmcqa), (_is_medqa, _medqa), (_is_mmlu, _mmlu), (_is_wide, _wide),
+    (_is_pubmedqa, _pubmedqa), (_is_medbullets, _medbullets), (_is_medmcqa, _medmcqa), (_is_careqa, _careqa),
+    (_is_medxpertqa, _medxpertqa), (_is_medqa, _medqa), (_is_mmlu, _mmlu), (_is_wide, _wide),
 )  # fmt: skip

@@ -103,7 +103,7 @@ def with_variables(path: str) -> str:
             raise DataError(f"{path}: the environment variable {name} is not set\nexport {name}=... or write the path")
         return os.environ[name]
 
-    return str(Path(VARIABLE.sub(value, path)).expanduser())
+    return str(Path(os.path.expanduser(VARIABLE.sub(value, path))))
 
 
 def data_suffix(file: Path) -> str:

@@ -48,7 +48,7 @@ def with_answer_base(path: Path, read: Callable[[], Iterator[tuple[int, Any]]]) 
     first = next(stream, None)
     if first is None:
         return
-    if not isinstance(first[1], dict) or "cop" not in first[1]:
+    if not isinstance(first[1], dict) or not {"cop", "opa"} <= first[1].keys():  # CareQA's `cop` is always from 1
         yield first
         yield from stream
         return

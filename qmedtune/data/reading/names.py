@@ -25,7 +25,8 @@ documents doi dose draft drug drugs duration e edit ehr eid embedding encounter 
 episode error evidence exact exam example examples exp explanation ext external externalids f facet facility family
 fax feature features field fields figure figures file filename files final finding findings first flag focus
 followup form format free from full fulltext function g gender general generated gold gpt grade grobid group groups
-h hadm half has hash head header headers heading headline health held hf history hit hospital hpi html human icliniq
+h hadm half harmful has hash head header headers heading headline health held hf history hit hospital hpi html
+human icliniq
 id ideal ident identifier ids idx image images impression in inc index indexed indication info infons information
 input inputs institution instruction instructions int intent interaction is iserror issue item items journal json k
 key keyphrases keys keyword keywords kind kto label labeled labels lang language last latex law level license line
@@ -38,8 +39,10 @@ part passage passages path patient patientid patients pdf performed person phone
 pmcid pmid pmids pos position post pref prefix present presentation problem problems procedure procedures prompt
 prompts provider pub pubid publication publish published publisher pubmed pubmedid purpose q qa qas qid qtype qtypes
 quality query question questions race radiology rank rate rating rationale raw ref reference references refs
-rejected related relation relations report reports res response responses result results retracted review reviews
-revision role route row rows s sample sampled score scores section sections segment select sent sentence sentences
+rejected related relation relations report reports request res response responses result results retracted
+review reviews
+revision role route row rows s safe sample sampled score scores section sections segment select sent sentence
+sentences
 seq sequence service set severity sex sha sha256 short shot side snippet snippets social solution source sources
 span spans speaker spec specialty split src stage stamp start state status stem step steps storetime study style sub
 subject subjectid subjects subset subtitle suggestion sum summaries summary supp surgery surgical symptoms system
