@@ -139,7 +139,9 @@ def _hook(executed: list[str], hostile: Path | None):
     root = str(hostile) if hostile else None
 
     def hook(event: str, given: tuple) -> None:
-        if event in STARTED and RENDERER not in str(given) or event in CONNECTED or event == "pickle.find_class":
+        started = event in STARTED and RENDERER not in str(given)
+        unpickled = event == "pickle.find_class" and not str(given[0]).startswith(OWN_PICKLES)
+        if started or unpickled or event in CONNECTED:
             executed.append(f"{event} {given!s:.120}")
         elif event == "exec" and root and getattr(given[0], "co_filename", "").startswith(root):
             executed.append(f"exec {given[0].co_filename}")

@@ -63,6 +63,40 @@ def test_loss_and_gradients_equal_those_of_a_mask(models, rows):
         torch.testing.assert_close(grads[name], grad, rtol=1e-4, atol=1e-5)
 
 
+def test_packages_are_looked_up_once_for_all_layers(monkeypatch):
+    """On a GPU each layer and pass asks whether FlashAttention is there: a look-up on the disk takes as long as 24
+    small operations. The tensors only say that they are on one; torch's own kernel is not reached."""
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    asked, reached = [], []
+    monkeypatch.setattr(attention, "find_spec", asked.append)
+    monkeypatch.setattr(attention, "_torch", lambda query, *_: reached.append(query.shape) or query)
+    attention._has_flash.cache_clear()
+    rows = torch.zeros(1, 2, 4, 8).as_subclass(OnGpu)
+    bounds = torch.tensor([0, 4], dtype=torch.int32)
+    for _ in range(32):
+        attention.varlen(None, rows, rows, rows, None, cu_seq_lens_q=bounds, max_length_q=4)
+    attention._has_flash.cache_clear()
+    assert len(reached) == 32 and asked == ["flash_attn"]
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_keys_are_given_to_the_kernel_as_they_are(kv_heads, monkeypatch):
+    """Not repeated to all heads: at 32 heads and 8 of keys that would take four times their memory."""
+    given = []
+
+    def kernel(query, key, value, *_, **options):
+        given.append((key.shape, value.shape, options["enable_gqa"]))
+        return query
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
+    query, key = torch.zeros(6, 4, 8), torch.zeros(6, kv_heads, 8)
+    attention._torch(query, key, key, torch.tensor([0, 6], dtype=torch.int32), 6, None)
+    assert given == [((6, kv_heads, 8), (6, kv_heads, 8), kv_heads != 4)]
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_no_document_sees_another(models, rows, training):
     model = models[1].train(training)

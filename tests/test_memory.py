@@ -9,7 +9,6 @@ import pytest
 
 from qmedtune.errors import DoesNotFit
 from qmedtune.llama_shape import facts_from_config
-from qmedtune.planning import memory
 from qmedtune.planning.layers import choose_activation_plan, slowdown
 from qmedtune.planning.machine import GIB, card_of
 from qmedtune.planning.memory import (
@@ -212,13 +211,9 @@ def test_predicted_peak_of_a_cpu_step_is_the_resident_memory():
 # ---- the choice per layer --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("torch", "repeated"), [("2.11.0", True), ("2.12.1+cu130", False), ("2.13.0", False)])
-def test_an_older_torch_repeats_keys_and_values(torch, repeated, monkeypatch):
-    monkeypatch.setattr(memory, "version", lambda name: torch)
-    memory.varlen_repeats.cache_clear()
-    heads, kv_heads = (32, 32) if repeated else (32, 8)
-    assert attention_elements(LLAMA_8B, "varlen") == 2 * 128 * (heads + kv_heads)
-    memory.varlen_repeats.cache_clear()
+@pytest.mark.parametrize(("attention", "kv_heads"), [("varlen", 8), ("sdpa", 32)])
+def test_only_attention_with_a_mask_repeats_keys_and_values(attention, kv_heads):
+    assert attention_elements(LLAMA_8B, attention) == 2 * 128 * (32 + kv_heads)
 
 
 def test_more_memory_never_makes_the_step_slower():

@@ -19,6 +19,8 @@ def hook(event, args):
         events.append([event, str(args[0])[:80]])
 sys.addaudithook(hook)
 if sys.argv[2] == "stopped":  # as by SIGTERM, in the fourth optimiser step
+    from qmedtune.process import prepare
+    prepare()  # as the command line does first
     from qmedtune import interrupt, train
     original = train.StageCallback.on_step_end
     def on_step_end(self, args, state, control, **given):
@@ -31,12 +33,23 @@ open(sys.argv[1], "w").write(json.dumps({"events": events, "code": code}))
 """
 
 
+def with_kernels(folder: Path) -> Path:
+    """Hugging Face's `kernels` as if it were installed: bitsandbytes fetches compiled code through it."""
+    info = folder / "kernels-0.11.1.dist-info"
+    info.mkdir(parents=True, exist_ok=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.11.1\n")
+    fetched = "import socket\ndef __getattr__(name):\n    socket.create_connection(('kernels.invalid', 443))\n"
+    (folder / "kernels.py").write_text(fetched)
+    return folder
+
+
 def watched_run(tmp_path: Path, how: str, *arguments: str) -> dict:
     target = tmp_path / "events.json"
     command = [sys.executable, "-c", WATCHED, str(target), how, *arguments]
     # As on a user's machine: with these set the libraries are quiet by themselves, and nothing would be shown.
     quiet = ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "DISABLE_TELEMETRY", "DO_NOT_TRACK", "CI")
     environment = {name: value for name, value in os.environ.items() if name not in quiet}
+    environment["PYTHONPATH"] = str(with_kernels(tmp_path / "site"))
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
     assert target.is_file(), done.stderr[-2000:]
     return json.loads(target.read_text()) | {"stderr": done.stderr}

@@ -109,7 +109,7 @@ def published(publish, tmp_path, monkeypatch):
         monkeypatch.setattr(publish, name, copy)
     (tmp_path / "results").mkdir()
     file = tmp_path / "results" / "test-gpu.json"
-    installed = {"torch": "2.11.0"}
+    installed = {"torch": "2.12.0"}
     result = {
         "device": "Test GPU", "capability": "sm_90", "sources": bench.sources(),
         "versions": {**installed, "driver": "580"}, "rows": [row(16, "qmedtune", 2), row(16, "cublas", 5)],

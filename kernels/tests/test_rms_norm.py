@@ -61,6 +61,25 @@ def test_add_forward_and_backward(dtype, path, device):
 
 
 @pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("used", ["the norm", "the sum"])
+def test_only_one_result_of_add_is_used(used, path, device):
+    """Behind the last layer nobody else reads the sum."""
+    x, residual, dy = draw((3, 5, 96), torch.bfloat16, device, 3)
+    weight = (1 + 0.1 * torch.randn(96, device=device)).bfloat16().requires_grad_()
+    x.requires_grad_()
+    residual.requires_grad_()
+    y, total = add_rms_norm(x, residual, weight, 1e-5, path)
+    if used == "the sum":
+        total.backward(dy)
+        assert torch.equal(x.grad, dy) and torch.equal(residual.grad, dy) and weight.grad is None
+        return
+    y.backward(dy)
+    _, wanted_dx, wanted_dw = exact(x.detach(), residual.detach(), weight.detach(), 1e-5, dy, None)
+    assert relative_error(x.grad, wanted_dx) <= 4e-3 and relative_error(weight.grad, wanted_dw) <= 4e-3
+    assert torch.equal(x.grad, residual.grad)
+
+
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rounds_like_transformers(dtype, path, device):
     module = LlamaRMSNorm(128, 1e-5).to(device, dtype)

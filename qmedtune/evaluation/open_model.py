@@ -71,6 +71,8 @@ def locate(name: str, *, base: str | None = None, template: str | None = None, o
         found = _of_adapter(name, path, base, offline)
     else:
         folder = _base_folder(name, offline)
+        if store.read_seal(folder):  # a merged model, named by its own folder
+            check_intact(folder, full=True)
         found = Location(name, "model", folder, (), _template_beside(folder))
     if template is None:
         return found

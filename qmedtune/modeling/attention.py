@@ -9,7 +9,6 @@ Registered with transformers under a new name; nothing of it is replaced. Delibe
 from __future__ import annotations
 
 import functools
-import inspect
 from importlib.util import find_spec
 from typing import Any
 
@@ -93,14 +92,6 @@ def _has_flash() -> bool:
     return find_spec("flash_attn") is not None
 
 
-@functools.cache
-def _takes_groups() -> bool:
-    """Whether torch's kernel takes fewer heads of keys than of queries: from 2.12 on."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    return "enable_gqa" in inspect.signature(varlen_attn).parameters
-
-
 def _flash(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scale: float | None) -> Tensor:
     from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
 
@@ -111,11 +102,9 @@ def _torch(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: i
     from torch.nn.attention.varlen import varlen_attn
 
     grouped = query.shape[1] != key.shape[1]
-    if grouped and not _takes_groups():
-        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
-        grouped = False
-    call = functools.partial(varlen_attn, query, key, value, bounds, bounds, longest, longest, scale=scale)
-    output = call(window_size=(-1, 0), enable_gqa=True) if grouped else call(window_size=(-1, 0))
+    output = varlen_attn(
+        query, key, value, bounds, bounds, longest, longest, scale=scale, window_size=(-1, 0), enable_gqa=grouped
+    )
     assert isinstance(output, Tensor)
     return output
 

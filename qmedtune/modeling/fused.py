@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama as llama
 
+from qmedtune.modeling import residual
 from qmedtune.modeling.activations import recomputed, tiled
 from qmedtune.modeling.forward import causal_model
 
@@ -58,6 +59,8 @@ def install(model: nn.Module, mode: str = "auto") -> dict:
     for module in model.modules():
         if type(module) in REPLACED.values():
             setattr(module, "kernels", dispatch.mode(mode))  # noqa: B010
+        if isinstance(module, llama.LlamaModel):
+            residual.chain(module)
     if (head := causal_model(model).get_output_embeddings()) is not None:  # a classifier has none
         setattr(head, "kernels", dispatch.mode(mode))  # noqa: B010 - read by loss.py
     own = Counter(_obstacle(group) for group in groups)
@@ -125,10 +128,16 @@ def nf4_weight(linear: Any) -> NF4Weight:
     """The tensors of a bitsandbytes `Linear4bit`; FSDP may store the bytes under another dtype."""
     state = linear.weight.quant_state
     nested = state.state2
-    packed, shape = linear.weight.data.view(torch.uint8), tuple(state.shape)
-    if not nested:
-        return NF4Weight(packed, state.absmax, state.blocksize, shape)
-    return NF4Weight(packed, state.absmax, state.blocksize, shape, nested.code, nested.absmax, state.offset)
+    # Checked when first seen and after a move; not kept itself: it would hold the memory of weights that moved away.
+    place = linear.weight.data_ptr(), state.absmax.data_ptr()
+    weight = NF4Weight(
+        packed=linear.weight.data.view(torch.uint8), absmax=state.absmax, blocksize=state.blocksize,
+        shape=tuple(state.shape), code2=nested.code if nested else None, absmax2=nested.absmax if nested else None,
+        offset=state.offset if nested else None, trusted=vars(linear).get("checked_at") == place,
+    )  # fmt: skip
+    assert weight.checked
+    linear.checked_at = place
+    return weight
 
 
 def _is_nf4(linear: Layer) -> bool:
@@ -238,9 +247,15 @@ def linear(x: Tensor, projections: Sequence[Layer], path: str, remake: Remake | 
 
 
 class LlamaRMSNorm(llama.LlamaRMSNorm):
+    """`prepared`: what the layer before has normed already, in one kernel with its residual add (residual.py)."""
+
     kernels: str
+    prepared: residual.Prepared | None = None
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        prepared, self.prepared = self.prepared, None
+        if prepared is not None and prepared.belongs_to(hidden_states):
+            return prepared.normed
         return rms_norm(hidden_states, self.weight, self.variance_epsilon, self.kernels)
 
 
@@ -307,7 +322,7 @@ class LlamaDecoderLayer(llama.LlamaDecoderLayer):
         normed, total = add_rms_norm(attended, hidden_states, second.weight, second.variance_epsilon, self.kernels)
         if self.way == "offload":
             return total + tiled(self.mlp, normed)
-        return total + self.mlp(normed, self._remake(second, total))
+        return residual.add(self, self.mlp(normed, self._remake(second, total)), total)
 
     def _remake(self, norm: Any, x: Tensor) -> Remake | None:
         """How to make norm(x) again, where this layer's cheap results are not kept; x is, for the norm's gradient."""

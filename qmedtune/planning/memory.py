@@ -8,9 +8,6 @@ Deliberately not here: choosing settings (resolve.py), and the choice per layer 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
-from importlib.metadata import version
-from importlib.util import find_spec
 
 from qmedtune.llama_shape import BYTES_OF, LINEARS, BaseFacts
 
@@ -110,21 +107,13 @@ def weight_bytes(facts: BaseFacts, setup: Setup, *, gpu: bool) -> dict[str, int]
     }
 
 
-@cache
-def varlen_repeats() -> bool:
-    """torch's own kernel for variable lengths, before 2.12; found without importing torch."""
-    major, minor = version("torch").split(".")[:2]
-    return (int(major), int(minor)) < (2, 12) and find_spec("flash_attn") is None
-
-
 def attention_elements(facts: BaseFacts, attention: str) -> int:
     """Elements per token that attention keeps for its backward pass: q, k, v and the output, which o_proj reads.
 
-    transformers' sdpa with a mask (isolated documents need one) first repeats k and v to all heads, and so does varlen
-    where its kernel takes as many of them as of queries (modeling/attention.py).
+    transformers' sdpa with a mask (isolated documents need one) first repeats k and v to all heads; varlen does not.
     """
     query, key = facts.heads * facts.head_dim, facts.kv_heads * facts.head_dim
-    repeated = attention in ("sdpa", "eager") or (attention == "varlen" and varlen_repeats())
+    repeated = attention in ("sdpa", "eager")
     return 2 * query + 2 * (query if repeated else key)
 
 

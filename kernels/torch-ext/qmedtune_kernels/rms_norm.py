@@ -68,10 +68,13 @@ class _AddRMSNorm(torch.autograd.Function):
             y, rstd = reference(total, weight, eps)
         ctx.save_for_backward(total, weight, rstd)
         ctx.triton_path = triton_path
+        ctx.set_materialize_grads(False)  # behind the last layer nobody else reads the sum: no zeros to be added
         return y, total
 
     @staticmethod
-    def backward(ctx, dy: Tensor, ds: Tensor):
+    def backward(ctx, dy: Tensor | None, ds: Tensor | None):
+        if dy is None:
+            return ds, ds, None, None, None
         dx, dw = _backward(ctx, dy, ds, ctx.needs_input_grad[2])
         return dx, dx, dw, None, None
 

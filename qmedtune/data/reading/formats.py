@@ -180,7 +180,9 @@ def _members(file: Path, source: SourceSection) -> Iterator[tuple[int, Any]]:
     number = 0
     try:
         with zipfile.ZipFile(file) as archive:
-            inside = sorted((m for m in archive.infolist() if not m.is_dir()), key=lambda member: member.filename)
+            inside = sorted(
+                (m for m in archive.infolist() if m.filename and not m.is_dir()), key=lambda member: member.filename
+            )
         for member in inside:
             path = file / member.filename
             if is_stray(path) or data_suffix(path) not in SUFFIXES or data_suffix(path) in (".zip", ".tar", ".tgz"):
