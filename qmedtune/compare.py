@@ -118,8 +118,12 @@ def compare_models(asked: Asked, out: Path | None = None) -> HeadToHead:
     if len(asked.models) < 2:
         raise RecipeError("compare: one model has nothing to be compared with\nname two or more")
     check_twice("compare", list(asked.models))
-    splits = [split(load_task(section, asked.seed), section, asked.seed) for section in asked.tasks]
-    entrants = [Entrant(name, partial(_opened, name, asked)) for name in asked.models]
+    splits: list[Split] = []
+    for section in asked.tasks:
+        splits.append(split(load_task(section, asked.seed), section, asked.seed))
+    entrants: list[Entrant] = []
+    for name in asked.models:
+        entrants.append(Entrant(name, partial(_opened, name, asked)))
     outcome = meet(entrants, splits, Rules(asked.shots, asked.templates, asked.seed))
     reference, *others = asked.models
     result = judged(outcome, [(name, reference) for name in others])
@@ -156,7 +160,8 @@ def judged(outcome: Outcome, pairs: Sequence[tuple[str, str]]) -> HeadToHead:
     found = verdict.paired_duels(outcome.answers, pairs)
     claims: list[str] = []
     for pair in pairs:
-        claims.append(verdict.claim([duel for duel in found if (duel.model, duel.reference) == pair]))
+        own = [duel for duel in found if (duel.model, duel.reference) == pair]
+        claims.append(verdict.claim(own))
     duels = [duel.entry() for duel in found]
     return HeadToHead(models=outcome.models, duels=duels, claims=claims)
 
@@ -188,9 +193,14 @@ def split(task: Task, section: TaskSection, seed: int) -> Split:
     dev = set(Random(f"compare {seed}").sample(range(len(task.items)), count))
     chosen: list[Item] = []
     others: list[Item] = []
+    groups = set[str]()
     for index, item in enumerate(task.items):
-        (chosen if index in dev else others).append(item)
-    groups = {item.group for item in chosen if item.group is not None}
+        if index not in dev:
+            others.append(item)
+            continue
+        chosen.append(item)
+        if item.group is not None:
+            groups.add(item.group)
     scored = [item for item in others if item.group not in groups]
     return Split(task, section, tuple(chosen), tuple(scored))
 

@@ -9,21 +9,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, JsonValue
 
 from qmedtune.errors import RecipeError
 from qmedtune.evaluation import verdict
-from qmedtune.reporting.facts import Metrics
+from qmedtune.reporting.facts import Curve, Metrics
 from qmedtune.reporting.headline import headline
 from qmedtune.reporting.live import read_metrics
-from qmedtune.results import DuelEntry, Interval, Json, Number, Run, Score, Stage
+from qmedtune.results import DuelEntry, Evaluation, Interval, Json, Number, Run, Score, Stage, Text
 from qmedtune.watching.runs import Seen, Shelf
 
 # Differ between any two runs, or are told elsewhere.
 NO_SETTING = ("name",)
+# Of a stage, in the order of the table.
+FIGURES = ("tokens trained", "last loss", "tokens per second", "seconds", "peak memory")
 Answers = dict[str, tuple[str, bool]]
 """By item: its gold answer, and whether the model gave it."""
 
@@ -94,6 +96,20 @@ class Side:
     def run(self) -> Run:
         return self.seen.run
 
+    @property
+    def evaluation(self) -> Evaluation:
+        """Empty where nothing was evaluated."""
+        return self.run.evaluation or Evaluation()
+
+    def curve(self, stage: str) -> Curve:
+        """Without points where the run has no such stage."""
+        return self.metrics.curves.get(stage, Curve())
+
+    def score(self, task: str, model: str) -> Score | None:
+        if task not in self.evaluation.tasks:
+            return None
+        return self.evaluation.tasks[task].of(model)
+
 
 def are_runs(names: Sequence[str]) -> bool:
     """Whether all of these are run folders."""
@@ -102,10 +118,13 @@ def are_runs(names: Sequence[str]) -> bool:
 
 def sides(folders: Sequence[Path]) -> list[Side]:
     """RecipeError where a folder is named twice or holds no run."""
-    if len({folder.resolve() for folder in folders}) < max(2, len(folders)):
+    places = set[Path]()
+    short = set[str]()
+    for folder in folders:
+        places.add(folder.resolve())
+        short.add(folder.resolve().name)
+    if len(places) < max(2, len(folders)):
         raise RecipeError("compare: name two runs or more, each once")
-    short = [folder.resolve().name for folder in folders]
-    unique = len(set(short)) == len(short)
     found = []
     for folder in folders:
         seen = Shelf(folder).look(folder)
@@ -114,7 +133,9 @@ def sides(folders: Sequence[Path]) -> list[Side]:
                 f"{folder}: no run in this folder (it has no run.json)\n"
                 "see what is there: qmedtune runs; models are compared with --tasks"
             )
-        name = folder.resolve().name if unique else str(folder)
+        name = str(folder)
+        if len(short) == len(folders):
+            name = folder.resolve().name
         found.append(Side(name, seen, read_metrics(folder, seen.run)))
     return found
 
@@ -123,19 +144,25 @@ def compare(runs: Sequence[Side]) -> Result:
     """All that can be told of these runs side by side."""
     answers = _answers(runs)
     reference = runs[0].name
-    compared = []
+    compared, recipes, made_with = [], [], []
     for side in runs:
         told = headline(side.run, side.seen.life)
         compared.append(Compared(name=side.name, folder=str(side.seen.folder), status=side.seen.status, headline=told))
+        recipes.append(_flat(side.run.recipe))
+        made_with.append(_made_with(side.run))
+    duels = []
+    if answers:
+        for duel in verdict.duels(answers, reference):
+            duels.append(duel.entry())
     return Result(
         reference=reference,
         runs=compared,
-        settings=_differing([_flat(side.run.recipe) for side in runs]),
-        made_with=_differing([_made_with(side.run) for side in runs]),
+        settings=_differing(recipes),
+        made_with=_differing(made_with),
         training=list(_training(runs)),
         scores=list(_scores(runs, answers)),
         perplexity=list(_perplexities(runs)),
-        duels=[duel.entry() for duel in verdict.duels(answers, reference)] if answers else [],
+        duels=duels,
     )
 
 
@@ -144,17 +171,18 @@ def compare(runs: Sequence[Side]) -> Result:
 
 def _flat(value: JsonValue, prefix: str = "") -> Json:
     """{"stages[0].cpt.lr": 0.0002, ...}, by the names that `--set` takes."""
-    parts: list[tuple[str, JsonValue]] = []
-    if isinstance(value, dict) and value:
-        parts = [(f"{prefix}.{key}" if prefix else key, inner) for key, inner in value.items()]
-    elif isinstance(value, list) and any(isinstance(inner, dict) for inner in value):
-        parts = [(f"{prefix}[{place}]", inner) for place, inner in enumerate(value)]
-    if not parts:
-        return {prefix: value}
     found: Json = {}
-    for key, inner in parts:
-        found |= _flat(inner, key)
-    return found
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            found |= _flat(inner, f"{prefix}.{key}".lstrip("."))
+    elif isinstance(value, list) and _holds_sections(value):
+        for place, inner in enumerate(value):
+            found |= _flat(inner, f"{prefix}[{place}]")
+    return found or {prefix: value}
+
+
+def _holds_sections(values: list[JsonValue]) -> bool:
+    return any(isinstance(value, dict) for value in values)
 
 
 def _made_with(run: Run) -> Json:
@@ -173,7 +201,8 @@ def _differing(each: Sequence[Json]) -> list[Setting]:
         keys |= dict.fromkeys(settings)
     for key in keys:
         values = [settings.get(key) for settings in each]
-        if key not in NO_SETTING and any(value != values[0] for value in values):
+        same = values.count(values[0]) == len(values)
+        if key not in NO_SETTING and not same:
             found.append(Setting(key=key, values=values))
     return found
 
@@ -183,27 +212,41 @@ def _differing(each: Sequence[Json]) -> list[Setting]:
 
 def stage_names(runs: Sequence[Side]) -> list[str]:
     """Of all runs, each once."""
-    found: dict[str, None] = {}
+    found: list[str] = []
     for side in runs:
-        found |= dict.fromkeys(stage.name for stage in side.run.stages)
-    return list(found)
+        for stage in side.run.stages:
+            if stage.name not in found:
+                found.append(stage.name)
+    return found
 
 
 def _training(runs: Sequence[Side]) -> Iterator[Training]:
     for name in stage_names(runs):
-        stages = [_stage(side.run, name) for side in runs]
-        figures = {
-            "tokens trained": [stage.tokens.trained if stage else None for stage in stages],
-            "last loss": [stage.loss.last if stage and stage.loss else None for stage in stages],
-            "tokens per second": [stage.tokens_per_s if stage else None for stage in stages],
-            "seconds": [stage.seconds if stage else None for stage in stages],
-            "peak memory": [stage.peak_memory_bytes if stage else None for stage in stages],
-        }
-        for source in held_out_sources(runs, name):
-            figures[f"lowest held-out loss, {source}"] = [_lowest(side, name, source) for side in runs]
-        for what, values in figures.items():
-            if any(value is not None for value in values):
+        each = [_figures(side, name) for side in runs]
+        held_out = [_lowest_of(source) for source in held_out_sources(runs, name)]
+        for what in (*FIGURES, *held_out):
+            values = [figures.get(what) for figures in each]
+            if values.count(None) < len(values):
                 yield Training(stage=name, what=what, values=values)
+
+
+def _figures(side: Side, name: str) -> dict[str, Number | None]:
+    """Those that the run has of this stage."""
+    found: dict[str, Number | None] = {}
+    stage = _stage(side.run, name)
+    if stage is not None:
+        told = (stage.tokens.trained, None, stage.tokens_per_s, stage.seconds, stage.peak_memory_bytes)
+        found |= zip(FIGURES, told, strict=True)
+        if stage.loss is not None:
+            found["last loss"] = stage.loss.last
+    for source, points in side.curve(name).validation.items():
+        losses = [loss for _, loss in points]
+        found[_lowest_of(source)] = min(losses, default=None)
+    return found
+
+
+def _lowest_of(source: str) -> str:
+    return f"lowest held-out loss, {source}"
 
 
 def _stage(run: Run, name: str) -> Stage | None:
@@ -217,15 +260,8 @@ def held_out_sources(runs: Sequence[Side], stage: str) -> list[str]:
     """Of all runs, each once."""
     found: dict[str, None] = {}
     for side in runs:
-        curve = side.metrics.curves.get(stage)
-        found |= dict.fromkeys(curve.validation if curve else ())
+        found |= dict.fromkeys(side.curve(stage).validation)
     return list(found)
-
-
-def _lowest(side: Side, stage: str, source: str) -> float | None:
-    curve = side.metrics.curves.get(stage)
-    points = curve.validation.get(source, []) if curve else []
-    return min((loss for _, loss in points), default=None)
 
 
 # ---- scores ----------------------------------------------------------------------------------------------------------
@@ -234,40 +270,67 @@ def _lowest(side: Side, stage: str, source: str) -> float | None:
 def _tasks(runs: Sequence[Side]) -> list[str]:
     found: dict[str, None] = {}
     for side in runs:
-        found |= dict.fromkeys(side.run.evaluation.tasks if side.run.evaluation else ())
+        found |= dict.fromkeys(side.evaluation.tasks)
     return list(found)
-
-
-def _final(side: Side, task: str, model: str = "final") -> Score | None:
-    scores = side.run.evaluation.tasks.get(task) if side.run.evaluation else None
-    return scores.of(model) if scores else None
 
 
 def _scores(runs: Sequence[Side], answers: dict[str, dict[str, list[bool]]]) -> Iterator[Scored]:
     for task in _tasks(runs):
-        finals = [_final(side, task) for side in runs]
-        bases = [_final(side, task, "base") for side in runs]
-        known = next((score for score in (*finals, *bases) if score), None)
-        shared = answers.get(task, {})
+        finals = _Column.of(runs, task, "final")
+        bases = _Column.of(runs, task, "base")
+        items = None
+        for answered in answers.get(task, {}).values():
+            items = len(answered)  # the same for every run
         yield Scored(
             name=task,
-            metric=known.metric if known else "",
-            values=[score.value if score else None for score in finals],
-            ci95=[score.ci95 if score else None for score in finals],
-            n=[score.n if score else None for score in finals],
-            base=[score.value if score else None for score in bases],
-            items=len(next(iter(shared.values()))) if shared else None,
+            metric=finals.metric or bases.metric,
+            values=finals.values,
+            ci95=finals.ci95,
+            n=finals.n,
+            base=bases.values,
+            items=items,
         )
+
+
+@dataclass
+class _Column:
+    """A task of one model of every run; None where a run has no such score."""
+
+    metric: str = ""
+    values: list[Number | None] = field(default_factory=list[Number | None])
+    ci95: list[Interval | None] = field(default_factory=list[Interval | None])
+    n: list[int | None] = field(default_factory=list[int | None])
+
+    @classmethod
+    def of(cls, runs: Sequence[Side], task: str, model: str) -> _Column:
+        found = cls()
+        for side in runs:
+            found.add(side.score(task, model))
+        return found
+
+    def add(self, score: Score | None) -> None:
+        if score is None:
+            self.values.append(None)
+            self.ci95.append(None)
+            self.n.append(None)
+            return
+        self.metric = self.metric or score.metric
+        self.values.append(score.value)
+        self.ci95.append(score.ci95)
+        self.n.append(score.n)
 
 
 def _perplexities(runs: Sequence[Side]) -> Iterator[Scored]:
     names: dict[str, None] = {}
     for side in runs:
-        names |= dict.fromkeys(side.run.evaluation.perplexity if side.run.evaluation else ())
+        names |= dict.fromkeys(side.evaluation.perplexity)
     for name in names:
-        texts = [side.run.evaluation.perplexity.get(name) if side.run.evaluation else None for side in runs]
-        finals = [text.final if text else None for text in texts]
-        bases = [text.base if text else None for text in texts]
+        finals: list[Number | None] = []
+        bases: list[Number | None] = []
+        for side in runs:
+            text = side.evaluation.perplexity.get(name, Text())
+            finals.append(text.final)
+            bases.append(text.base)
         yield Scored(name=name, metric="perplexity", values=finals, base=bases)
 
 
@@ -300,7 +363,7 @@ def _shared(each: Sequence[Answers]) -> list[str]:
 
 def _items(side: Side, task: str) -> Answers:
     """Empty where the run has no such items, or they are no right or wrong (a mean over draws, a summary)."""
-    score = _final(side, task)
+    score = side.score(task, "final")
     path = side.seen.folder / "evaluation" / f"{task}.items.jsonl"
     if score is None or score.metric != "accuracy" or score.draws or not path.is_file():
         return {}
@@ -308,6 +371,7 @@ def _items(side: Side, task: str) -> Answers:
     for line in path.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         given = row["final"]
-        right = given["correct"] if "correct" in given else given["generation"]["correct"]
-        found[row["id"]] = str(row.get("gold")), bool(right)
+        if "correct" not in given:
+            given = given["generation"]
+        found[row["id"]] = str(row.get("gold")), bool(given["correct"])
     return found

@@ -53,7 +53,9 @@ def evaluate_stage(recipe: Recipe, inputs: dict[str, Path], out: Path) -> dict[s
     Writes <task>.items.jsonl and evaluation.json below `out`, where an interrupted evaluation is continued; returns
     the content of evaluation.json.
     """
-    tasks = [load_task(section, recipe.items_seed, world_of(recipe)) for section in recipe.evaluate.sections]
+    tasks = []
+    for section in recipe.evaluate.sections:
+        tasks.append(load_task(section, recipe.items_seed, world_of(recipe)))
     window = document_window(inputs["base"])
     held_out = {}
     for source in recipe.evaluate.perplexity:
@@ -104,9 +106,10 @@ def _nf4_beside(
 
 def _warnings(inputs: dict[str, Path], taken: precision.Precision, found: Evaluation) -> list[str]:
     warned = []
-    sealed = store.read_seal(inputs["merged"]) if "merged" in inputs else None
-    if sealed and (shift := precision.shift_warning(Merge.model_validate(sealed.facts))):
-        warned.append(shift)
+    if "merged" in inputs:
+        sealed = store.read_seal(inputs["merged"])
+        if sealed and (shift := precision.shift_warning(Merge.model_validate(sealed.facts))):
+            warned.append(shift)
     if taken.why:
         warned.append(f"scored in NF4, not as delivered: {taken.why}")
     for source, text in found.perplexity.items():
@@ -125,7 +128,9 @@ def _overlapping(inputs: dict[str, Path]) -> dict[str, set[str]]:
     """Per task, items that some source holds: of `data-<source>` folders, there with `contaminated: split`."""
     found: dict[str, set[str]] = {}
     for name, folder in inputs.items():
-        sealed = store.read_seal(folder) if name.startswith("data-") else None
+        if not name.startswith("data-"):
+            continue
+        sealed = store.read_seal(folder)
         if sealed:
             for task, overlap in Source.model_validate(sealed.facts).contamination.items():
                 found.setdefault(task, set()).update(overlap.found)
@@ -149,8 +154,9 @@ def write_results(
         if known is not None:
             found = found.model_copy(update={"overlap": overlap_result(task, rows, seed, known)})
         scores[task.name] = found
-    first = next(iter(measured.values())).perplexity
-    texts = {source: _text_result(source, measured) for source in first}
+    texts = {}
+    for source in next(iter(measured.values())).perplexity:
+        texts[source] = _text_result(source, measured)
     return Evaluation(tasks=scores, perplexity=texts)
 
 
@@ -179,11 +185,16 @@ def check_prompts(tokenizer: Any, template: templates.Template, tasks: list[Task
 
 def settings_of(recipe: Recipe, inputs: dict[str, Path]) -> Settings:
     asked = recipe.evaluate.template or inputs.get("template")
-    template = templates.load(asked, inputs["base"]) if asked else templates.default(None, inputs["base"])
+    if asked:
+        template = templates.load(asked, inputs["base"])
+    else:
+        template = templates.default(None, inputs["base"])
+    if "template" in inputs:
+        template = replace(template, cleaning=templates.load(inputs["template"]).cleaning)
+    else:
+        template = templates.for_base(template)
     rows, seq_len = recipe.evaluate.batch, recipe.stages[-1].section.seq_len
     assert isinstance(rows, int) and isinstance(seq_len, int), "evaluate_stage takes a resolved recipe"
-    trained = templates.load(inputs["template"]) if "template" in inputs else None
-    template = replace(template, cleaning=trained.cleaning) if trained else templates.for_base(template)
     return Settings(template, recipe.evaluate.generate, rows * seq_len)
 
 
@@ -216,7 +227,9 @@ def open_contender(recipe: Recipe, contender: Contender) -> tuple[Any, Any]:
     gc.collect()
     torch.cuda.empty_cache()
     taken = contender.taken
-    stored = taken.computed_in if taken.quantised else taken.weights
+    stored = taken.weights
+    if taken.quantised:
+        stored = taken.computed_in
     section = recipe.model.model_copy(update={"compute_dtype": stored})
     model: Any
     if contender.random:  # no base to compare with: chance is what random weights reach
@@ -244,7 +257,9 @@ def delivered_dtype(inputs: dict[str, Path]) -> str | None:
         return None
     config = read_json(inputs["base"] / "config.json")
     stored = config.get("dtype") or config.get("torch_dtype")
-    return stored if stored in models.DTYPES else None
+    if stored not in models.DTYPES:
+        return None
+    return stored
 
 
 # ---- any one model ---------------------------------------------------------------------------------------------------
@@ -289,7 +304,9 @@ def evaluate_model(
         found = measure_model(opened.model, opened.tokenizer, "model", loaded, rows, settings, folder / store.SCRATCH)
         result: dict[str, Any] = {"model": name, "template": location.template.name}
         result |= {"quantization": opened.quantization, "computed_in": opened.computed_in}
-        result["weights"] = "nf4" if opened.quantization == "nf4" else opened.computed_in
+        result["weights"] = opened.computed_in
+        if opened.quantization == "nf4":
+            result["weights"] = "nf4"
         result |= write_results(loaded, {"model": found}, seed, folder).as_json()
         for path, size in sizes.items():
             result["perplexity"][path]["bits_per_byte"] = found.perplexity[path].nll / math.log(2) / size
@@ -343,7 +360,9 @@ def parse_tasks(
 def named_file(entry: str, data: Path | None) -> tuple[str, str | None]:
     """`pubmedqa=FILE` -> its two parts; the file is `data` where none is named and the task is read from one."""
     name, _, given = entry.partition("=")
-    return name, given or (str(data) if data and name not in BUILTIN_TASKS else None)
+    if given or name in BUILTIN_TASKS or not data:
+        return name, given or None
+    return name, str(data)
 
 
 def _required(path: str | None, name: str) -> str:

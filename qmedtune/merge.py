@@ -9,6 +9,7 @@ Deliberately does not re-quantise (PEFT on 4-bit layers does, and loses the upda
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -90,7 +91,9 @@ class MergeJob:
 def merge_stage(recipe: Recipe, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
     """The step of a run. inputs: base, adapter-1 ... adapter-N, and where there are any: template, validation."""
     adapters = adapters_in(inputs)
-    probe_ids = validation_ids(inputs["validation"]) if "validation" in inputs else None
+    probe_ids = None
+    if "validation" in inputs:
+        probe_ids = validation_ids(inputs["validation"])
     job = MergeJob(
         inputs["base"], adapters, recipe.merge, recipe.model, recipe.seed, probe_ids, inputs.get("template")
     )  # fmt: skip
@@ -141,13 +144,20 @@ def merge(job: MergeJob, out: Path) -> dict[str, Any]:
         adapters = _Adapters(job, opened, _blend_folder(job, out, stack))
         updates = adapters.updates
         _check_copies(job, updates, opened)
-        pool, helpers, disk = (stack.enter_context(each) for each in (workers(), *map(ThreadPoolExecutor, (1, 1))))
+        pool = stack.enter_context(workers())
+        helpers, disk = stack.enter_context(ThreadPoolExecutor(1)), stack.enter_context(ThreadPoolExecutor(1))
         # transformers changes torch's default dtype while it loads: nothing else may run beside it.
         transformers_reads = read_base(opened.folder, opened.weights)
         peft_reads = helpers.submit(adapters.as_peft_reads)
         writer = _Writer(job, opened, updates, _stays_tied(opened, updates), out, pool, disk)
         hashes, rounding, proof = _write_and_prove(writer, transformers_reads, peft_reads, adapters)
-    weighed = {"weights": {share.stage: share.weight for share in job.shares}} if job.shares else {}
+    weighed = {}
+    if job.shares:
+        weighed["weights"] = {share.stage: share.weight for share in job.shares}
+    files = list(hashes.values())
+    whole = files[0]
+    if len(files) > 1:
+        whole = store.sha256_json(hashes)
     found = Merge(
         base=job.section.base,
         dtype=job.section.dtype,
@@ -155,7 +165,7 @@ def merge(job: MergeJob, out: Path) -> dict[str, Any]:
         adapters=len(job.adapters),
         tied=writer.tied,
         warnings=_warnings(job, rounding, proof),
-        sha256=next(iter(hashes.values())) if len(hashes) == 1 else store.sha256_json(hashes),
+        sha256=whole,
         seconds=round(time.monotonic() - started, 2),
         **weighed,
         **rounding,
@@ -269,8 +279,11 @@ def _write_and_prove(
 
 
 def _rounding_facts(rounding: Rounding, why: str) -> dict[str, Any]:
+    name = "nearest"
+    if rounding.stochastic:
+        name = "stochastic"
     return {
-        "rounding": "stochastic" if rounding.stochastic else "nearest",
+        "rounding": name,
         "rounding_seed": rounding.seed,
         "rounding_why": why,
     }
@@ -324,10 +337,14 @@ class _Writer:
     def _weights(self, rounding: Rounding, put: Callable[..., Future[str]]) -> dict[str, Future[str]]:
         """All weight files, sharded as the base's, and their index."""
         shards = self._shards()
-        elements = sum(torch.Size(shape).numel() for shapes in shards.values() for shape in shapes.values())
+        elements, file_of = 0, {}
+        for file, shapes in shards.items():
+            for name, shape in shapes.items():
+                elements += math.prod(shape)
+                file_of[name] = file
         store.check_room(self.out, elements * self.job.dtype.itemsize, "the merged weights")
         hashes = {}
-        with ui.stage("merging", total=sum(map(len, shards.values())), unit="tensors") as shown:
+        with ui.stage("merging", total=len(file_of), unit="tensors") as shown:
 
             def jobs(names: Iterable[str]) -> Iterator[Callable[[], Tensor]]:
                 for name in names:
@@ -341,15 +358,16 @@ class _Writer:
                 except RunError as error:
                     raise RunError(f"{self.job.base / file}: {error}") from error
         if len(shards) > 1:
-            files = {name: file for file, shapes in shards.items() for name in shapes}
-            index = {"metadata": {"total_size": elements * self.job.dtype.itemsize}, "weight_map": files}
+            index = {"metadata": {"total_size": elements * self.job.dtype.itemsize}, "weight_map": file_of}
             store.write_json(self.out / INDEX, index)
         return hashes
 
     def _blocks(self, name: str, rounding: Rounding) -> Iterator[Callable[[], Tensor]]:
         source, low_rank = self._source(name), self.updates.low_rank.get(name, ())
         changed = bool(low_rank) or name in self.updates.full
-        how = rounding if changed else Rounding(rounding.dtype)  # noise is for what training changed
+        how = Rounding(rounding.dtype)
+        if changed:  # noise is for what training changed
+            how = rounding
         for rows in row_blocks(self.base.shapes[name]):
             yield partial(merged_block, source, low_rank, rows, how, name)
 
@@ -357,8 +375,9 @@ class _Writer:
         """What the low-rank updates of a weight are added to."""
         if name in self.updates.full:
             return self.updates.full[name]
-        onto_nf4 = self.job.section.base == "nf4"
-        return self.base.nf4(name, self.job.model, self.pool.map) if onto_nf4 else self.base.source(name)
+        if self.job.section.base == "nf4":
+            return self.base.nf4(name, self.job.model, self.pool.map)
+        return self.base.source(name)
 
     def _shards(self) -> dict[str, dict[str, tuple[int, ...]]]:
         """File name -> tensors with shapes. Of tied ends the embedding is written; one that was tied goes beside the
@@ -372,7 +391,9 @@ class _Writer:
 
 def _metadata(rounding: Rounding) -> dict[str, str]:
     """With noise the file says how to draw it again."""
-    return {"rounding": "stochastic", "rounding_seed": str(rounding.seed)} if rounding.stochastic else {}
+    if not rounding.stochastic:
+        return {}
+    return {"rounding": "stochastic", "rounding_seed": str(rounding.seed)}
 
 
 def merged_block(source: Tensor, low_rank: Sequence[LowRank], rows: slice, rounding: Rounding, name: str) -> Tensor:
@@ -419,7 +440,9 @@ def validation_ids(folder: Path) -> np.ndarray | None:
     sources = sorted(path for path in folder.iterdir() if path.is_dir())
     rows = [_first_ids(PackedRows(source), PROBE_TOKENS // len(sources)) for source in sources]
     length = min(map(len, rows), default=0)
-    return np.stack([row[:length] for row in rows]) if length >= 16 else None
+    if length < 16:
+        return None
+    return np.stack([row[:length] for row in rows])
 
 
 def _first_ids(rows: Any, tokens: int) -> np.ndarray:

@@ -73,9 +73,11 @@ def train_stage(
     check_card(peak_bytes(base_facts(recipe.model), setup_of(recipe, index, machine), gpu=machine.is_gpu), machine)
     model, facts = _make_model(recipe, index, inputs, shared or SharedBase())
     models.check_tokenizer(tokenizer, model, inputs["base"])
-    rows = LabelledRows(inputs["tokens"]) if stage.classify else PackedRows(inputs["tokens"])
-    if stage.classify and isinstance(rows, LabelledRows):
+    if stage.classify:
+        rows = LabelledRows(inputs["tokens"])
         attach_head(model, rows, stage.classify)
+    else:
+        rows = PackedRows(inputs["tokens"])
     packed = json.loads((inputs["tokens"] / store.SEAL).read_text())["facts"]
     callback = StageCallback(
         name, out, validation_rows(recipe, inputs.get("validation")), tokenizer.pad_token_id, recipe
@@ -99,8 +101,9 @@ def train_stage(
         for place, adapter in enumerate(list(model.peft_config)[:-1], start=1):
             models.save_adapter(model, out / f"earlier-{place}", trained_on, adapter)
     if not stage.full and stage.section.adapter != "frozen":
-        earlier = adapters_in(inputs)
-        below = earlier[:-1] if stage.section.adapter == "continue" else earlier
+        below = adapters_in(inputs)
+        if stage.section.adapter == "continue":
+            below = below[:-1]
         note_base(out / "adapter", trained_on, inputs["base"], below, recipe.model.quantization)
     if stage.full:
         facts["model"] = {"path": f"{name}/model"}
@@ -117,7 +120,9 @@ def _make_model(recipe: Recipe, index: int, inputs: dict[str, Path], shared: Sha
     attention = numerics_of(recipe, index, this_machine()).attention
     if stage.full:
         shared.drop()
-        load = models.from_scratch if stage.kind == "pretrain" else models.load_full
+        load = models.load_full
+        if stage.kind == "pretrain":
+            load = models.from_scratch
         model = load(inputs["base"], recipe.model, attention=attention)
         return model, {"attention": models.attention_facts(model)}
     base = shared.load(inputs["base"], recipe.model, attention=attention)
@@ -153,18 +158,25 @@ def _run(
     section, made_with, warnings = resume_settings(recipe, index, checkpoint)
     steps, batch = steps_in(section, len(rows)), batch_rows(section, len(rows))
     section = section.model_copy(update={"batch": batch, "micro_batch": min(number(section.micro_batch), batch)})
-    few = None if base_facts(recipe.model).builtin else too_few_steps(callback.name, steps)
+    few = None
+    if not base_facts(recipe.model).builtin:
+        few = too_few_steps(callback.name, steps)
     if few and not checkpoint:
         ui.warn(few)
         warnings = [*warnings, few]
-    save_every = max(20, steps // 10) if recipe.save.every == "auto" else recipe.save.every
+    save_every = recipe.save.every
+    if save_every == "auto":
+        save_every = max(20, steps // 10)
     decided = numerics_of(recipe, index, this_machine())
+    autocast = None
+    if decided.autocast or decided.scaled:
+        autocast = decided.dtype
     arguments = trainer_arguments(
         out,
         section,
         seed=recipe.seed,
         save_every=save_every,
-        autocast=decided.dtype if decided.autocast or decided.scaled else None,
+        autocast=autocast,
         deterministic=recipe.deterministic,
         checkpointing=recipe.stages[index].full and section.gradient_checkpointing is True,
     )
@@ -175,7 +187,9 @@ def _run(
     callback.begin(trainer, steps)
     checkpoints.go_back(out, checkpoint)
     callback.rewind()
-    begins_at = checkpoints.step_of(checkpoint) if checkpoint else 0
+    begins_at, resumed_from = 0, None
+    if checkpoint:
+        begins_at, resumed_from = checkpoints.step_of(checkpoint), str(checkpoint)
     for warning in warnings:
         callback.warn(begins_at, warning)
     callback.memory = confirm(recipe, index, trainer, rows)
@@ -190,7 +204,7 @@ def _run(
             callback.validate(0)  # where the curve begins: what training changes is seen from its first step on
         try:
             with stop.graceful():
-                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+                trainer.train(resume_from_checkpoint=resumed_from)
         except torch.OutOfMemoryError as error:
             raise out_of_memory(recipe, index, trainer.state.global_step + 1) from error
         if trainer.state.global_step < steps:
@@ -244,7 +258,9 @@ class StageCallback(TrainerCallback):
     def begin(self, trainer: QTrainer, steps: int) -> None:
         self.trainer, self.steps = trainer, steps
         every = self.recipe.validation.every
-        self.every = max(10, steps // 5) if every == "auto" else every
+        if every == "auto":
+            every = max(10, steps // 5)
+        self.every = every
         self._marked = (time.monotonic(), 0)
 
     def rewind(self) -> None:
@@ -274,8 +290,9 @@ class StageCallback(TrainerCallback):
         self.tokens = self.trainer.tokens_seen
         self._marked = (now, self.tokens)
         speed = (self.tokens - before[1]) / max(1e-9, now - before[0])
-        # Not finite where fp16's loss scale was too high: that update was skipped. JSON has no infinity.
-        norm = logs["grad_norm"] if math.isfinite(logs["grad_norm"]) else None
+        norm = logs["grad_norm"]
+        if not math.isfinite(norm):
+            norm = None  # fp16's loss scale was too high: that update was skipped. JSON has no infinity
         line: dict[str, object] = {"step": state.global_step, "loss": logs["loss"], "grad_norm": norm}
         line |= {"lr": logs["learning_rate"], "tokens": self.tokens, "tokens_per_s": round(speed, 1)}
         self.write({**line, "memory": peak_memory_bytes()})
@@ -331,10 +348,11 @@ class StageCallback(TrainerCallback):
         """
         best, kept = math.inf, None
         for found in self.validation:
-            losses = [found.losses[source] for source in found.losses]
-            if not found.step or not self.judges or None in losses:
+            if not found.step or not self.judges or None in found.losses.values():
                 continue
-            total = sum(found.losses[source] or 0.0 for source in self.judges)
+            total = 0.0
+            for source in self.judges:
+                total += found.losses[source] or 0.0
             if total < best:
                 best, kept = total, found.step
         return kept
@@ -357,18 +375,24 @@ class StageCallback(TrainerCallback):
                 speeds.append(line.tokens_per_s)
             if line.warning is not None:
                 warnings.append(line.warning)
-        kept = self._kept_step() if self.recipe.validation.keep_best else None
+        kept, kept_by, step_s = None, [], None
+        if self.recipe.validation.keep_best:
+            kept = self._kept_step()
+        if kept:
+            kept_by = self.judges
+        if trainer.step_seconds:
+            step_s = round(statistics.median(trainer.step_seconds), 3)
         return {
             "steps": self.steps,
             "batch": trainer.section.batch,
             "kept_step": kept or self.steps,
-            "kept_by": self.judges if kept else [],
+            "kept_by": kept_by,
             "loss": {"first": self.losses[0], "last": self.losses[-1]},
             "tokens_per_s": round(sorted(speeds)[len(speeds) // 2], 1),
             "train_seconds": round(seconds, 2),
             "data_share": round(trainer.data_seconds / max(seconds, 1e-9), 5),
             "slowest_save_s": round(max(trainer.save_seconds, default=0.0), 3),
-            "step_s": round(statistics.median(trainer.step_seconds), 3) if trainer.step_seconds else None,
+            "step_s": step_s,
             "peak_memory_bytes": peak_memory_bytes(),
             "memory": self.memory,
             "micro_batch": trainer.micro_batch,
@@ -384,4 +408,6 @@ def logged(path: Path) -> list[Logged]:
 
 def peak_memory_bytes() -> int:
     """Of this stage: peak allocated memory of the GPU, or the peak resident size of this process on a CPU."""
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak.resident_bytes()
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return peak.resident_bytes()

@@ -67,7 +67,8 @@ def read_run(folder: Path, label: str) -> Measured | None:
         items = read_items(folder / "evaluation" / f"{name}.items.jsonl")
         answers[name] = _answers(items, label)
         for facet in task.facets:
-            answers[f"{name}: {facet}"] = _answers([item for item in items if item.facet == facet], label)
+            of_facet = [item for item in items if item.facet == facet]
+            answers[f"{name}: {facet}"] = _answers(of_facet, label)
     return Measured(answers, metrics, _perplexities(run, label), _trained(run, label))
 
 
@@ -81,7 +82,9 @@ def read_items(path: Path) -> list[Item]:
 def _perplexities(run: Run, label: str) -> dict[str, float]:
     found: dict[str, float] = {}
     for source, text in run.scored.perplexity.items():
-        value = text.base if label == "base" else text.final
+        value = text.final
+        if label == "base":
+            value = text.base
         assert value is not None
         found[source] = value
     return found
@@ -112,7 +115,9 @@ def collect(out: Path, arms: Sequence[Arm], seeds: Sequence[int]) -> list[ArmRes
     found: dict[str, dict[int, Measured]] = {}
     measured: list[Measured] = []
     for arm in arms:
-        source, label = (arm, "final") if arm.recipe else (first, "base")
+        source, label = arm, "final"
+        if not arm.recipe:
+            source, label = first, "base"
         runs: dict[int, Measured] = {}
         for seed in seeds:
             run = read_run(run_folder(out, source, seed), label)
@@ -121,7 +126,11 @@ def collect(out: Path, arms: Sequence[Arm], seeds: Sequence[int]) -> list[ArmRes
         found[arm.name] = runs
         measured += runs.values()
     shared = _shared_items(measured)
-    return [_over_seeds(arm, found[arm.name], shared) for arm in arms if found[arm.name]]
+    results: list[ArmResult] = []
+    for arm in arms:
+        if found[arm.name]:
+            results.append(_over_seeds(arm, found[arm.name], shared))
+    return results
 
 
 def _shared_items(runs: Sequence[Measured]) -> dict[str, list[str]]:
@@ -171,13 +180,13 @@ def _by_name(figures: Sequence[dict[str, float]]) -> dict[str, list[float]]:
 
 def summarise(results: Sequence[ArmResult]) -> Comparisons:
     """What the table, the figure and the CSV files are made of."""
+    arms = [_arm(result) for result in results]
+    differences = list(_differences(results))
     whole = reference_of(results)
-    return Comparisons(
-        reference=whole.arm.name if whole else None,
-        arms=[_arm(result) for result in results],
-        differences=list(_differences(results)),
-        perplexity_ratios=list(_ratios(results, whole)) if whole else [],
-    )
+    if not whole:
+        return Comparisons(reference=None, arms=arms, differences=differences, perplexity_ratios=[])
+    ratios = list(_ratios(results, whole))
+    return Comparisons(reference=whole.arm.name, arms=arms, differences=differences, perplexity_ratios=ratios)
 
 
 def reference_of(results: Sequence[ArmResult]) -> ArmResult | None:
@@ -321,7 +330,9 @@ def differences_csv(result: Comparisons) -> str:
 
 
 def _figure(value: float | None) -> str:
-    return "" if value is None else f"{value:.5g}"
+    if value is None:
+        return ""
+    return f"{value:.5g}"
 
 
 def _csv(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

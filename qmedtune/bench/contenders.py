@@ -36,7 +36,9 @@ class Timed:
 
 
 def half() -> torch.dtype:
-    return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
+    if torch.cuda.get_device_capability() >= (8, 0):
+        return torch.bfloat16
+    return torch.float16
 
 
 def quantize(n: int, k: int):
@@ -57,15 +59,18 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 def cases(contender: str, quick: bool) -> Iterator[Timed]:
     """Everything that this contender can do; `quick` keeps one shape of each."""
-    linears = LINEARS[2:3] if quick else LINEARS
+    linears, few, many = LINEARS, ROWS, (4096, 8192)
+    if quick:
+        linears, few, many = LINEARS[2:3], (16, 256), (4096,)
     for name, n, k in linears:
         yield from dequantize(contender, name, n, k)
-        for m in (16, 256) if quick else ROWS:
+        for m in few:
             yield from multiply(contender, name, n, k, m)
-    for m in (4096,) if quick else (4096, 8192):
+    for m in many:
         yield from layer(contender, m)
         yield from norms(contender, m, 4096)
-        yield from (Timed(*row) for row in elementwise(contender, m, half(), "cuda"))
+        for row in elementwise(contender, m, half(), "cuda"):
+            yield Timed(*row)
 
 
 # --------------------------------------------------------------------- NF4
@@ -88,12 +93,18 @@ def dequantize(contender: str, name: str, n: int, k: int) -> Iterator[Timed]:
             packed, state, weight = quantize(n, k)
             out = torch.full((n, k), float("nan"), dtype=half(), device="cuda")
             result = call(packed, state, weight, out)
-            return relative_error(out if result is None else result, nf4.dequantize_reference(weight, half()))
+            if result is None:
+                result = out
+            return relative_error(result, nf4.dequantize_reference(weight, half()))
 
-        return Timed(kernel, shape, setup, moved, error=error if exact else None)
+        if not exact:
+            return Timed(kernel, shape, setup, moved)
+        return Timed(kernel, shape, setup, moved, error=error)
 
     if contender == "qmedtune":
-        decodes = ["gather"] + (["shuffle"] if torch.cuda.get_device_capability() >= (8, 0) else [])
+        decodes = ["gather"]
+        if torch.cuda.get_device_capability() >= (8, 0):
+            decodes.append("shuffle")
         for decode in decodes:
             yield timed(f"dequantize:{decode}", lambda p, s, w, out, d=decode: nf4.dequantize(w, half(), out, d))
     elif contender == "bitsandbytes":
@@ -120,16 +131,22 @@ def multiply(contender: str, name: str, n: int, k: int, m: int) -> Iterator[Time
     capable = torch.cuda.get_device_capability() >= (8, 0)
 
     def timed(kernel: str, call: Callable, backward: bool = False) -> Timed:
+        width = k
+        if backward:
+            width = n
+
         def setup():
             packed, state, weight = quantize(n, k)
-            x = torch.randn(m, n if backward else k, dtype=half(), device="cuda")
+            x = torch.randn(m, width, dtype=half(), device="cuda")
             return lambda: call(x, packed, state, weight)
 
         def error() -> float:
             packed, state, weight = quantize(n, k)
-            x = torch.randn(m, n if backward else k, dtype=half(), device="cuda")
+            x = torch.randn(m, width, dtype=half(), device="cuda")
             w = nf4.dequantize_reference(weight, torch.float32).double()
-            return relative_error(call(x, packed, state, weight), x.double() @ (w if backward else w.t()))
+            if not backward:
+                w = w.t()
+            return relative_error(call(x, packed, state, weight), x.double() @ w)
 
         return Timed(kernel, f"{name} {n}x{k} M={m}", setup, moved, flops, error)
 
@@ -140,7 +157,9 @@ def multiply(contender: str, name: str, n: int, k: int, m: int) -> Iterator[Time
         if m <= 4:
             yield timed("matmul:few_rows", lambda x, p, s, w: matmul.matmul(x, w, path="few_rows"))
     elif contender == "cublas":
-        decode = "shuffle" if capable else "gather"  # the faster one, whatever is trusted yet
+        decode = "gather"
+        if capable:
+            decode = "shuffle"  # the faster one, whatever is trusted yet
         wide = lambda w, x: nf4.dequantize_stack((w,), x.dtype, decode)  # noqa: E731
         yield timed("matmul", lambda x, p, s, w: F.linear(x, wide(w, x)))
         yield timed("matmul backward", lambda x, p, s, w: x @ wide(w, x), True)
@@ -167,8 +186,10 @@ def layer(contender: str, m: int, rank: int = 16) -> Iterator[Timed]:
     """q/k/v, o, gate/up, down of Llama-3.1-8B, forward and forward + backward, r = 16."""
     if contender not in ("qmedtune", "cublas", "limit", "unsloth"):
         return
-    flops = sum(2.0 * m * sum(widths) * k for widths, k in GROUPS)
-    moved = sum(0.5159 * sum(widths) * k + 2 * m * (sum(widths) + k) for widths, k in GROUPS)
+    flops, moved = 0.0, 0.0
+    for widths, k in GROUPS:
+        flops += 2.0 * m * sum(widths) * k
+        moved += 0.5159 * sum(widths) * k + 2 * m * (sum(widths) + k)
     linear = {"qmedtune": _grouped, "cublas": _one_by_one, "limit": _bare, "unsloth": _unsloth}[contender]
     for kernel in ("lora layer forward", "lora layer forward+backward"):
 
@@ -188,25 +209,29 @@ def layer(contender: str, m: int, rank: int = 16) -> Iterator[Timed]:
 
             return run
 
-        yield Timed(kernel, f"M={m} r={rank}", setup, moved, flops * (2 if kernel.endswith("backward") else 1))
+        passes = 1
+        if kernel.endswith("backward"):
+            passes = 2
+        yield Timed(kernel, f"M={m} r={rank}", setup, moved, flops * passes)
 
 
 def _adapters(widths: tuple[int, ...], k: int, rank: int) -> list[tuple[Tensor, Tensor]]:
-    return [
-        (
-            torch.randn(rank, k, device="cuda").div_(k**0.5).requires_grad_(),
-            torch.randn(n, rank, device="cuda").requires_grad_(),
-        )
-        for n in widths
-    ]
+    pairs = []
+    for n in widths:
+        a = torch.randn(rank, k, device="cuda").div_(k**0.5).requires_grad_()
+        b = torch.randn(n, rank, device="cuda").requires_grad_()
+        pairs.append((a, b))
+    return pairs
 
 
 def _grouped(widths: tuple[int, ...], k: int, rank: int) -> Callable[[Tensor], tuple[Tensor, ...]]:
     from qmedtune_kernels import Adapter, lora
 
     weights = tuple(quantize(n, k)[2] for n in widths)
-    starts = [sum(widths[:i]) for i in range(len(widths))]
-    pairs = [Adapter(a, b, 2.0, start) for (a, b), start in zip(_adapters(widths, k, rank), starts, strict=True)]
+    pairs, start = [], 0
+    for n, (a, b) in zip(widths, _adapters(widths, k, rank), strict=True):
+        pairs.append(Adapter(a, b, 2.0, start))
+        start += n
     return lambda x: lora.linear(x, weights, pairs).split(widths, dim=-1)
 
 

@@ -44,7 +44,9 @@ def bench_context(
     """`{"bench", "device", "versions", "job", "rows"}`, a row per budget: `value` tokens (None where nothing was
     measured), `predicted` by the memory plan, `tried` lengths and whether they fit; `settled` is False where time ran
     out before. With `results`, what was tried is kept and not tried again. RunError where the process fails."""
-    known: dict[str, dict[str, bool]] = json.loads(results.read_text()) if results and results.is_file() else {}
+    known: dict[str, dict[str, bool]] = {}
+    if results and results.is_file():
+        known = json.loads(results.read_text())
     marks = {gib: json.dumps([this_machine().name, job.shape, job.r, gib]) for gib in budgets_gib}
     settled = set()
     if this_machine().is_gpu:
@@ -68,7 +70,7 @@ def bench_context(
 def _row(job: Job, gib: float, tried: dict[str, bool], settled: bool) -> Row:
     fitting = [int(length) for length, fits in tried.items() if fits]
     return {
-        "case": f"{gib:g} GiB", "contender": "qmedtune", "value": max(fitting) if fitting else None, "unit": "tokens",
+        "case": f"{gib:g} GiB", "contender": "qmedtune", "value": max(fitting, default=None), "unit": "tokens",
         "predicted": predicted(job, gib), "tried": tried, "settled": settled,
     }  # fmt: skip
 
@@ -94,9 +96,15 @@ def longest_that(works: Callable[[int], bool], limit: int, guess: int, resolutio
     `resolution` less; 0 if for none. `guess` is where the search begins."""
     good, bad, n = 0, limit + 1, max(1, min(guess, limit))
     while bad - good > max(1, good // resolution):
-        good, bad = (n, bad) if works(n) else (good, n)
-        up, down = min(limit, good + max(1, good // 8)), bad - max(1, bad // 8)
-        n = up if bad > limit else down if not good else (good + bad) // 2
+        if works(n):
+            good = n
+        else:
+            bad = n
+        n = (good + bad) // 2
+        if bad > limit:
+            n = min(limit, good + max(1, good // 8))
+        elif not good:
+            n = bad - max(1, bad // 8)
     return good
 
 
@@ -212,7 +220,11 @@ def render(result: Result) -> tuple[list[str], list[list[str]]]:
     """Columns and rows for ui.table."""
     rows = []
     for row in result["rows"]:
-        longest = "not measured" if row["value"] is None else f"{row['value']:,}{'' if row['settled'] else ' or more'}"
+        longest = "not measured"
+        if row["value"] is not None:
+            longest = f"{row['value']:,}"
+            if not row["settled"]:
+                longest += " or more"
         rows.append([row["case"], longest, f"{row['predicted']:,}"])
     return ["memory", "longest row (tokens)", "predicted"], rows
 

@@ -8,6 +8,7 @@ ratio within a round. Peers that are not installed are left out and named. The c
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import random
 import statistics
@@ -61,8 +62,9 @@ def bench_data(
     sizes_mb: of the corpora of the case `memory`, which runs on request only. Raises RecipeError for an unknown case.
     """
     chosen = cases or list(CONTENDERS)
-    if unknown := [case for case in chosen if case not in CONTENDERS | ON_REQUEST]:
-        raise RecipeError(f"bench data: no case {unknown[0]!r}\nallowed: {', '.join(CONTENDERS | ON_REQUEST)}")
+    for case in chosen:
+        if case not in CONTENDERS | ON_REQUEST:
+            raise RecipeError(f"bench data: no case {case!r}\nallowed: {', '.join(CONTENDERS | ON_REQUEST)}")
     texts = _corpus(corpus, num_texts)
     makers = {"tokenise": _tokenise, "jats": _jats, "near": _near, "decontaminate": _decontaminate}
     rows = []
@@ -80,32 +82,38 @@ def bench_data(
 
 def render(result: Result) -> tuple[list[str], list[list[str]]]:
     """Columns and rows for a table."""
-    rows = [
-        [r["case"], r["contender"], f"{r['value']:.2f} {r['unit']}", f"{r['mb_per_s']:.1f}",
-         "" if r["ratio"] is None else f"{r['ratio']:.2f}", "" if r["recall"] is None else f"{r['recall']:.3f}"]
-        for r in result["rows"]
-    ]  # fmt: skip
+    rows = []
+    for found in result["rows"]:
+        ratio, recall = "", ""
+        if found["ratio"] is not None:
+            ratio = f"{found['ratio']:.2f}"
+        if found["recall"] is not None:
+            recall = f"{found['recall']:.3f}"
+        value, speed = f"{found['value']:.2f} {found['unit']}", f"{found['mb_per_s']:.1f}"
+        rows.append([found["case"], found["contender"], value, speed, ratio, recall])
     return ["case", "contender", "median or peak", "MB/s", "ratio to first", "recall"], rows
 
 
 def _measure(case: str, size_bytes: int, runs: list[Run], rounds: int) -> list[Row]:
     seconds: dict[str, list[float]] = {run.name: [] for run in runs}
-    recall: dict[str, float | None] = {}
+    recall: dict[str, float] = {}
     for _ in range(rounds):
         for run in runs:
             gc.collect()
             started = time.perf_counter()
             result = run.work()
             seconds[run.name].append(time.perf_counter() - started)
-            recall[run.name] = run.quality(result) if run.quality else None
+            if run.quality:
+                recall[run.name] = run.quality(result)
     first = seconds[runs[0].name]
     rows = []
     for run in runs:
         taken = seconds[run.name]
+        ratios = [a / b for a, b in zip(first, taken, strict=True)]
         rows.append({
             "case": case, "contender": run.name, "value": statistics.median(taken), "unit": "s",
-            "ratio": statistics.median(a / b for a, b in zip(first, taken, strict=True)),
-            "mb_per_s": size_bytes / 1e6 / statistics.median(taken), "recall": recall[run.name],
+            "ratio": statistics.median(ratios),
+            "mb_per_s": size_bytes / 1e6 / statistics.median(taken), "recall": recall.get(run.name),
         })  # fmt: skip
     return rows
 
@@ -113,22 +121,26 @@ def _measure(case: str, size_bytes: int, runs: list[Run], rounds: int) -> list[R
 def _corpus(path: Path | None, num_texts: int) -> list[str]:
     if path is not None:
         with path.open(encoding="utf-8") as file:
-            return [json.loads(line)["text"] for _, line in zip(range(num_texts), file, strict=False)]
+            return [json.loads(line)["text"] for line in itertools.islice(file, num_texts)]
     rng = random.Random(SEED)
-    invented = [
-        f"{a}{b}{c}" for a in "bdfgklmnprstvz" for b in ("a", "ero", "ino", "uli") for c in ("n", "st", "mab", "ic")
-    ]
-    sentences = [
-        record["text"] for name in ("literature", "general") for record in world.records(name, world.make_world())
-    ]
+    syllables = itertools.product("bdfgklmnprstvz", ("a", "ero", "ino", "uli"), ("n", "st", "mab", "ic"))
+    invented = ["".join(parts) for parts in syllables]
+    sentences = []
+    for name in ("literature", "general"):
+        for record in world.records(name, world.make_world()):
+            sentences.append(record["text"])
     return [_text(rng, sentences, invented) for _ in range(num_texts)]
 
 
 def _text(rng: random.Random, sentences: list[str], invented: list[str]) -> str:
     parts, size = [], 0
     while size < TEXT_CHARACTERS:
-        parts.append(rng.choice(sentences) if rng.random() < 0.2 else " ".join(rng.choices(invented, k=12)) + ".")
-        size += len(parts[-1])
+        if rng.random() < 0.2:
+            sentence = rng.choice(sentences)
+        else:
+            sentence = " ".join(rng.choices(invented, k=12)) + "."
+        parts.append(sentence)
+        size += len(sentence)
     return " ".join(parts)
 
 
@@ -143,10 +155,12 @@ def _tokenise(texts: list[str], folder: Path) -> tuple[int, list[Run]]:
     folder.mkdir()
     codec = data_memory.train_tokenizer(texts, folder / "tokenizer")
     source = folder / "train.jsonl"
-    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    with source.open("w", encoding="utf-8") as file:
+        for text in texts:
+            file.write(json.dumps({"text": text}) + "\n")
 
     def alone() -> None:
-        for batch in _batches(texts):
+        for batch in _batches(texts, max(1, BATCH_BYTES // TEXT_CHARACTERS)):
             codec.backend.encode_batch_fast(batch, add_special_tokens=False)
 
     def ours() -> None:
@@ -163,14 +177,16 @@ def _tokenise(texts: list[str], folder: Path) -> tuple[int, list[Run]]:
     return _bytes(texts), runs
 
 
-def _batches(texts: list[str]) -> Iterator[list[str]]:
-    size = max(1, BATCH_BYTES // TEXT_CHARACTERS)
-    return (texts[i : i + size] for i in range(0, len(texts), size))
+def _batches(texts: list[str], size: int) -> Iterator[list[str]]:
+    for start in range(0, len(texts), size):
+        yield texts[start : start + size]
 
 
 def _jats(texts: list[str], folder: Path) -> tuple[int, list[Run]]:
     folder.mkdir()
-    paths = [_write_article(texts[i : i + 20], folder / f"{i}.nxml") for i in range(0, min(len(texts), 2000), 20)]
+    paths = []
+    for number, paragraphs in enumerate(_batches(texts[:2000], 20)):
+        paths.append(_write_article(paragraphs, folder / f"{number}.nxml"))
 
     def alone() -> None:
         from lxml import etree  # type: ignore[attr-defined]
@@ -206,9 +222,13 @@ META = (
 
 
 def _write_article(paragraphs: list[str], path: Path) -> Path:
-    pieces = [f"{p[i : i + 300]} {MARKS}" for p in paragraphs for i in range(0, len(p), 300)]
-    grouped = ["".join(pieces[i : i + 3]) for i in range(0, len(pieces), 3)]
-    body = "".join(f"<sec><title>Part</title><p>{text}</p></sec>" for text in grouped)
+    pieces = []
+    for text in paragraphs:
+        for start in range(0, len(text), 300):
+            pieces.append(f"{text[start : start + 300]} {MARKS}")
+    body = ""
+    for three in _batches(pieces, 3):
+        body += f"<sec><title>Part</title><p>{''.join(three)}</p></sec>"
     path.write_text(
         f'<article xmlns:xlink="x"><front><article-meta>{META}</article-meta></front><body>{body}</body>'
         f"<back><ref-list>{REFERENCE * 50}</ref-list></back></article>"
@@ -222,13 +242,10 @@ def _near(texts: list[str], folder: Path) -> tuple[int, list[Run]]:
     copies = [_edited(text, rng) for text in texts[: len(texts) // 10]]
     both = [*texts, *copies]
 
-    def batches() -> Iterator[list[str]]:
-        size = dedup.BATCH_TEXTS
-        return (both[i : i + size] for i in range(0, len(both), size))
-
     def ours() -> list[bool]:
         place = Path(tempfile.mkdtemp(dir=folder)) / "bands"
-        return (dedup.near_duplicates(batches(), both.__getitem__, 0.8, place) >= 0).tolist()
+        batches = _batches(both, dedup.BATCH_TEXTS)
+        return (dedup.near_duplicates(batches, both.__getitem__, 0.8, place) >= 0).tolist()
 
     def recall(found: list[bool]) -> float:
         return sum(found[len(texts) :]) / len(copies)
@@ -254,17 +271,23 @@ def _invented_question(rng: random.Random) -> str:
 def _decontaminate(texts: list[str], folder: Path) -> tuple[int, list[Run]]:
     rng = random.Random(SEED)
     items = [_invented_question(rng) for _ in range(400)]
-    planted = [f"{text[:500]} {item} {text[500:]}" for text, item in zip(texts, items, strict=False)]
-    both = [*planted, *texts[len(planted) :]]
-    index = decontaminate.build([decontaminate.Item("t", str(i), (item,)) for i, item in enumerate(items)])
+    both, indexed = list(texts), []
+    num_planted = min(len(texts), len(items))
+    for place, item in enumerate(items):
+        indexed.append(decontaminate.Item("t", str(place), (item,)))
+        if place < num_planted:
+            both[place] = f"{texts[place][:500]} {item} {texts[place][500:]}"
+    index = decontaminate.build(indexed)
 
     def ours() -> set[int]:
-        starts = range(0, len(both), 256)
-        found = ((s, decontaminate.search(index, both[s : s + 256], [None] * len(both[s : s + 256]))) for s in starts)
-        return {start + hit.record for start, hits in found for hit in hits}
+        found = set()
+        for number, batch in enumerate(_batches(both, 256)):
+            for hit in decontaminate.search(index, batch, [None] * len(batch)):
+                found.add(256 * number + hit.record)
+        return found
 
     def recall(found: set[int]) -> float:
-        return len(found & set(range(len(planted)))) / len(planted)
+        return len(found & set(range(num_planted))) / num_planted
 
     runs = [Run("qmedtune", ours, recall)]
     if peers.installed("lm_eval"):

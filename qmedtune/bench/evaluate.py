@@ -81,12 +81,12 @@ def bench_eval(
     with ui.stage("bench eval", len(tasks) * rounds * len(contenders), "runs") as bar:
         for name in tasks:
             case = _case(opened, name, limit)
-            runs: dict[str, list[float]] = {contender: [] for contender in contenders}
+            runs: dict[str, list[float]] = {}
             scores: dict[str, Scores] = {}
             for _ in range(rounds):
                 for contender in contenders:
                     seconds, scores[contender] = _timed(_work(contender, opened, case))
-                    runs[contender].append(seconds)
+                    runs.setdefault(contender, []).append(seconds)
                     bar.update(bar.completed + 1, note=f"{name}, {contender}")
             for contender in contenders:
                 rows.append(_row(name, case, contender, runs, scores))
@@ -96,9 +96,7 @@ def bench_eval(
 def _case(opened: OpenModel, name: str, limit: int | None) -> Case:
     task, _, path = name.partition("=")
     task, _, shots = task.partition("-")
-    section = TaskSection(
-        task=task, path=path or None, limit=limit, shots=int(shots.removesuffix("shot")) if shots else 0
-    )
+    section = TaskSection(task=task, path=path or None, limit=limit, shots=int(shots.removesuffix("shot") or 0))
     loaded = load_task(section, seed=0)
     items = loaded.asked
     prompts = prompt_texts(opened.tokenizer, opened.template, [item.messages for item in items])
@@ -119,7 +117,10 @@ def _case(opened: OpenModel, name: str, limit: int | None) -> Case:
 def _work(contender: str, opened: OpenModel, case: Case) -> Callable[[], Scores]:
     if contender == "qmedtune":
         return lambda: _ours(opened, case)
-    model = harness_model(opened, 1 if contender == "lm-eval-default" else BATCH, "joint")
+    batch = BATCH
+    if contender == "lm-eval-default":
+        batch = 1
+    model = harness_model(opened, batch, "joint")
     instance = import_module("lm_eval.api.instance").Instance
     requests = []
     for prompt, item in zip(case.prompts, case.items, strict=True):
@@ -188,7 +189,13 @@ def render(result: Result) -> tuple[list[str], list[list[str]]]:
     columns = ["case", "contender", "questions/s", "over lm-eval", "over its default", "same choice", ""]
     rows = []
     for row in result["rows"]:
-        ratios = ["-" if row[key] is None else f"{row[key]:.2f}" for key in ("ratio", "over_default")]
-        same = f"{row['same_choice']:.3f}" if "same_choice" in row else "-"
+        ratios, same = [], "-"
+        for key in ("ratio", "over_default"):
+            if row[key] is None:
+                ratios.append("-")
+            else:
+                ratios.append(f"{row[key]:.2f}")
+        if "same_choice" in row:
+            same = f"{row['same_choice']:.3f}"
         rows.append([row["case"], row["contender"], f"{row['value']:,.1f}", *ratios, same, row["what"]])
     return columns, rows

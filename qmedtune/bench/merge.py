@@ -58,14 +58,15 @@ def bench_merge(
     for contender in contenders:
         if contender not in CONTENDERS:
             raise RecipeError(f"bench merge: no contender {contender!r}\nallowed: {', '.join(CONTENDERS)}")
-    measured: dict[str, list[Row]] = {c: [] for c in contenders}
+    measured: dict[str, list[Row]] = {}
     with tempfile.TemporaryDirectory(dir=scratch) as folder, ui.stage("bench merge", None, "runs") as bar:
         base, adapter = Path(folder) / "base", Path(folder) / "adapter"
         weight_bytes = shapes.write_model(SHAPES[shape], base)
         _write_adapter(shapes.tensors_of(SHAPES[shape]), adapter)
         for number in range(rounds):
             for contender in contenders:
-                measured[contender].append(_measure(contender, base, adapter, Path(folder) / "out"))
+                found = _measure(contender, base, adapter, Path(folder) / "out")
+                measured.setdefault(contender, []).append(found)
                 bar.update(number * len(contenders) + contenders.index(contender) + 1, note=contender)
     rows = []
     for contender, found in measured.items():
@@ -75,20 +76,28 @@ def bench_merge(
 
 
 def _row(contender: str, shape: str, found: list[Row], first: list[Row]) -> Row:
-    seconds = [f["seconds"] for f in found]
-    return {
+    seconds, ratios, cpu_s, peaks = [], [], [], []
+    for own, other in zip(found, first, strict=True):
+        seconds.append(own["seconds"])
+        ratios.append(own["seconds"] / other["seconds"])
+        cpu_s.append(own["cpu_s"])
+        peaks.append(own["peak_anonymous_bytes"])
+    row: Row = {
         "case": "merge",
         "shape": shape,
         "contender": contender,
         "what": CONTENDERS[contender],
         "value": statistics.median(seconds),
         "unit": "s",
-        "ratio": statistics.median(s / f["seconds"] for s, f in zip(seconds, first, strict=True)),
+        "ratio": statistics.median(ratios),
         "spread": [min(seconds), max(seconds)],
-        "cpu_s": statistics.median(f["cpu_s"] for f in found),
-        "peak_anonymous_bytes": max(f["peak_anonymous_bytes"] for f in found),
-        **{key: found[-1][key] for key in PROOF if key in found[-1]},
+        "cpu_s": statistics.median(cpu_s),
+        "peak_anonymous_bytes": max(peaks),
     }
+    for key in PROOF:
+        if key in found[-1]:
+            row[key] = found[-1][key]
+    return row
 
 
 def render(result: Result) -> tuple[list[str], list[list[str]]]:

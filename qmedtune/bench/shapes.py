@@ -7,6 +7,7 @@ test can load: 8 billion parameters take 6 GB and no time to quantise. Deliberat
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -62,15 +63,20 @@ def write_model(shape: Mapping[str, int], base: Path) -> int:
                 part = (rows.stop - rows.start, *size[1:])
                 start = (number * 7919 + rows.start) % 2**16  # the same pool of numbers, never the same tensor
                 values = noise[start : start + torch.Size(part).numel()].view(part)
-                yield values if len(size) > 1 else torch.ones_like(values)
+                if len(size) == 1:  # of a norm
+                    values = torch.ones_like(values)
+                yield values
 
     shards = _sharded(shapes)
-    files = {n: f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i, s in enumerate(shards) for n in s}
+    files: dict[str, str] = {}
     with ThreadPoolExecutor(1) as disk, ThreadPoolExecutor(1) as hasher:
         put = partial(write_safetensors, dtype=torch.bfloat16, disk=disk, hasher=hasher)
-        for names in shards:
-            file = SINGLE if len(shards) == 1 else files[next(iter(names))]
+        for number, names in enumerate(shards, start=1):
+            file = SINGLE
+            if len(shards) > 1:
+                file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             put(base / file, names, blocks=blocks(names))
+            files |= dict.fromkeys(names, file)
     if len(shards) > 1:
         store.write_json(base / INDEX, {"metadata": {}, "weight_map": files})
     return sum(path.stat().st_size for path in base.glob("*.safetensors"))
@@ -102,18 +108,21 @@ def tensors_of(shape: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
     linears |= {"self_attn.o": (hidden, hidden), "mlp.gate": (inner, hidden), "mlp.up": (inner, hidden)}
     linears |= {"mlp.down": (hidden, inner)}
     for layer in range(shape["layers"]):
-        shapes |= {f"model.layers.{layer}.{name}_proj.weight": size for name, size in linears.items()}
+        for name, size in linears.items():
+            shapes[f"model.layers.{layer}.{name}_proj.weight"] = size
         for norm in ("input_layernorm", "post_attention_layernorm"):
             shapes[f"model.layers.{layer}.{norm}.weight"] = (hidden,)
-    head = {} if shape.get("tied") else {"lm_head.weight": (shape["vocab"], hidden)}
-    return shapes | {"model.norm.weight": (hidden,), **head}
+    shapes["model.norm.weight"] = (hidden,)
+    if not shape.get("tied"):
+        shapes["lm_head.weight"] = (shape["vocab"], hidden)
+    return shapes
 
 
 def _sharded(shapes: Mapping[str, tuple[int, ...]]) -> list[dict[str, tuple[int, ...]]]:
     shards: list[dict[str, tuple[int, ...]]] = [{}]
     held_bytes = 0
     for name, size in shapes.items():
-        bytes_ = 2 * size[0] * (size[1] if len(size) > 1 else 1)
+        bytes_ = 2 * math.prod(size)
         if held_bytes + bytes_ > SHARD_BYTES:
             shards.append({})
             held_bytes = 0
@@ -142,14 +151,19 @@ def write_nf4_model(shape: Mapping[str, int], folder: Path) -> int:
     )
     files: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, size in tensors_of(shape).items():
-        layer = f"layer-{int(name.split('.')[2]):03d}" if ".layers." in name else "ends"
+        layer = "ends"
+        if ".layers." in name:
+            layer = f"layer-{int(name.split('.')[2]):03d}"
         files.setdefault(f"model-{layer}.safetensors", {})[name] = size
     places = {}
     for file, names in files.items():
         tensors: dict[str, torch.Tensor] = {}
         for name, size in names.items():
             start = len(places) + len(tensors)
-            tensors |= _nf4_tensors(name, size, pools[0], start) if "_proj" in name else {name: _plain(size, pools[1])}
+            if "_proj" in name:
+                tensors |= _nf4_tensors(name, size, pools[0], start)
+            else:
+                tensors[name] = _plain(size, pools[1])
         save_file(tensors, folder / file, metadata={"format": "pt"})
         places |= dict.fromkeys(tensors, file)
     store.write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": places})

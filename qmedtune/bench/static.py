@@ -14,6 +14,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def cases() -> Iterator[Case]:
     products in fp16 and fp32 too."""
     ampere = ARCHITECTURES[1:]
     for nested in (True, False):
-        label = "nested" if nested else "flat"
+        label = _scales(nested)
         words = {"WORDS": 8, "ROWS": 16, "STEPS": 4, "NESTED": nested}
         yield Case(
             f"dequantize shuffle {label}", "nf4._dequantize_words", words, elements=32,
@@ -84,6 +85,12 @@ def cases() -> Iterator[Case]:
     yield Case("rope", "rope._rotate", heads, num_warps=2, wide=True, fp_fusion=False)
 
 
+def _scales(nested: bool) -> str:
+    if nested:
+        return "nested"
+    return "flat"
+
+
 def _matmul(
     direction: str, rows: int, nested: bool, architectures: tuple[int, ...], dtype: str = "",
     ragged: tuple[str, ...] = (),
@@ -97,9 +104,16 @@ def _matmul(
     if forward:
         constants["BIAS"] = False
     elements = tile["BN"] * tile["BK"] / (32 * warps)
-    words = ("matmul", direction, dtype, f"M<={rows}", "nested" if nested else "flat", "ragged" if ragged else "")
-    label = " ".join(filter(None, words))
-    limit = LOOP_LIMIT if forward and rows == 16 and dtype != "fp32" else None
+    words = ["matmul", direction]
+    if dtype:
+        words.append(dtype)
+    words += [f"M<={rows}", _scales(nested)]
+    if ragged:
+        words.append("ragged")
+    label = " ".join(words)
+    limit = None
+    if forward and rows == 16 and dtype != "fp32":
+        limit = LOOP_LIMIT
     return Case(
         label, f"matmul._{direction}", constants, warps, stages, elements, loop=True, limit=limit,
         architectures=architectures, tensor_cores=dtype != "fp32", types={"out": "*fp32"}, dtype=dtype,
@@ -118,7 +132,9 @@ def _norms(columns: int) -> Iterator[Case]:
 
     for add in (False, True):
         constants = {"BLOCK": columns, "ADD": add, "EMULATE": False}
-        label, warps = ("add_" if add else "") + "rms_norm", rms_norm.num_warps(columns)
+        label, warps = "rms_norm", rms_norm.num_warps(columns)
+        if add:
+            label = "add_rms_norm"
         yield Case(f"{label} forward {columns}", "rms_norm._forward", constants, warps, wide=True)
         yield Case(f"{label} backward {columns}", "rms_norm._backward_rows", constants, warps, wide=True)
     yield Case(f"rms_norm dweight {columns}", "rms_norm._dweight_partial", {"BLOCK": 1024, "EMULATE": False})
@@ -146,19 +162,25 @@ def compile_case(case: Case, arch: int):
     if "DECODE" in constants:
         how = _torch_dtype(case.dtype), "POST" in constants
         constants["DECODE"], most = tiles.decode(arch, *how), tiles.registers(arch, constants["BM"], *how)
-    half = "*" + (case.dtype or ("fp16" if arch < 80 else "bf16"))
-    scales = {"absmax": "*u8" if constants.get("NESTED") else "*fp32"}
-    types = {**TYPES, **scales, **case.types}
-    signature = {
-        argument: "constexpr" if argument in constants
-        else types.get(argument, half if argument.endswith("_ptr") or argument in ("out", "bias") else "i32")
-        for argument in kernel.arg_names
-    }  # fmt: skip
-    aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i, (argument, type_) in enumerate(signature.items())
-        if (type_.startswith("*") or type_ == "i32") and argument not in case.ragged
-    }
+    dtype, scales = case.dtype, "*fp32"
+    if not dtype:
+        dtype = "bf16"
+        if arch < 80:
+            dtype = "fp16"
+    if constants.get("NESTED"):
+        scales = "*u8"
+    types = {**TYPES, "absmax": scales, **case.types}
+    signature, aligned = {}, {}
+    for place, argument in enumerate(kernel.arg_names):
+        type_ = "i32"
+        if argument.endswith("_ptr") or argument in ("out", "bias"):
+            type_ = f"*{dtype}"
+        type_ = types.get(argument, type_)
+        if argument in constants:
+            type_ = "constexpr"
+        signature[argument] = type_
+        if (type_.startswith("*") or type_ == "i32") and argument not in case.ragged:
+            aligned[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     options = {
         "num_warps": case.num_warps, "num_stages": case.num_stages, "maxnreg": most,
@@ -175,10 +197,9 @@ def disassemble(compiled) -> tuple[int, int, str]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage, sass = (
-            subprocess.run([*command, file.name], capture_output=True, text=True, check=True).stdout
-            for command in ([tools / "cuobjdump", "--dump-resource-usage"], [tools / "nvdisasm", "-c"])
-        )
+        read = partial(subprocess.run, capture_output=True, text=True, check=True)
+        usage = read([tools / "cuobjdump", "--dump-resource-usage", file.name]).stdout
+        sass = read([tools / "nvdisasm", "-c", file.name]).stdout
     match = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
     assert match, usage
     return int(match[1]), int(match[2]) + int(match[3]), sass
@@ -193,16 +214,19 @@ def instructions(sass: str, loop: bool) -> Counter[str]:
             labels[label[1]] = len(found)
         elif match := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)\s*(.*?);", line):
             found.append((match[1], match[2]))
-    spans = [
-        (labels[target[0]], i + 1)
-        for i, (opcode, operands) in enumerate(found)
-        if opcode.startswith("BRA") and (target := re.search(r"\.L_x_\d+", operands)) and labels.get(target[0], i) < i
-    ]
+    first, last = 0, 0
+    for place, (opcode, operands) in enumerate(found):
+        target = re.search(r"\.L_x_\d+", operands)
+        if opcode.startswith("BRA") and target:
+            begins = labels.get(target[0], place)
+            if begins < place and place + 1 - begins > last - first:
+                first, last = begins, place + 1
     if loop:
-        assert spans, "no loop found"
-        first, last = max(spans, key=lambda span: span[1] - span[0])
+        assert last, "no loop found"
         found = found[first:last]
-    return Counter(opcode for opcode, _ in found if opcode != "NOP")
+    counts = Counter(opcode for opcode, _ in found)
+    del counts["NOP"]
+    return counts
 
 
 def measure(case: Case, arch: int) -> dict:

@@ -130,7 +130,10 @@ def _rows(job: Job, contenders: Sequence[str], limits: Limits, runs: _Runs) -> l
         at = chosen[name].job
         if measured[name] and measured[name][-1].absent:
             continue  # what failed once, or has no time, is not begun again
-        measured[name].append(NO_TIME if at is None else runs.once(name, at, number))
+        if at is None:
+            measured[name].append(NO_TIME)
+        else:
+            measured[name].append(runs.once(name, at, number))
     rows = []
     for name, found in measured.items():
         row = _row(chosen[name].job or job, name, found, measured[contenders[0]])
@@ -170,7 +173,9 @@ def _turns(names: Sequence[str], rounds: int) -> list[tuple[int, str]]:
     """(round, contender), the order reversed in every second round: a machine that grows slower favours nobody."""
     turns = []
     for number in range(rounds):
-        order = names[::-1] if number % 2 else names
+        order = names
+        if number % 2:
+            order = names[::-1]
         for name in order:
             turns.append((number, name))
     return turns
@@ -270,7 +275,8 @@ def _against_reference(scratch: Path, contender: str) -> dict[str, float]:
     assert ours.keys() == theirs.keys(), f"{contender} trains other adapters than {REFERENCE}"
     flat = []
     for found in gradients:
-        flat.append(torch.cat([found[name].flatten().double() for name in sorted(found)]))
+        parts = [found[name].flatten().double() for name in sorted(found)]
+        flat.append(torch.cat(parts))
     gap = max(abs(mine - other) for mine, other in zip(*losses, strict=True))
     return {
         "gradient_cosine": round(float(torch.nn.functional.cosine_similarity(flat[0], flat[1], dim=0)), 6),
@@ -293,7 +299,9 @@ def _row(job: Job, contender: str, measured: list[Measurement], first: list[Meas
             good.append(found)
             speeds.append(found.tokens_per_s)
     if not good:
-        why = measured[-1].absent if measured else "not measured"
+        why = "not measured"
+        if measured:
+            why = measured[-1].absent
         return {**row, "value": None, "ratio": None, "absent": why}
     row |= {"value": round(statistics.median(speeds), 1), "spread": [round(min(speeds), 1), round(max(speeds), 1)]}
     row |= {"rounds": len(good)} | _ratios(measured, first)
@@ -347,7 +355,9 @@ def setting_words(row: Row) -> str:
     """What follows a contender's description: the setting that `--best` found for a row, "" where none was searched."""
     if not row.get("setting"):
         return ""
-    words = "all recomputed" if row["setting"]["checkpointing"] else "all kept"
+    words = "all kept"
+    if row["setting"]["checkpointing"]:
+        words = "all recomputed"
     if "layers" in row:
         words = ", ".join(f"{count} {way}" for way, count in row["layers"].items())
     return f"; at its best: {row['setting']['micro_batch']} rows at a time, layers {words}"

@@ -72,8 +72,10 @@ class Clock(TrainerCallback):
 
     def keep_gradient(self, model: nn.Module) -> None:
         if self.job.shape == "tiny" and not self.gradient:
-            named = [(adapter_key(name), p) for name, p in model.named_parameters() if p.grad is not None]
-            self.gradient = {key: p.grad.float().cpu().clone() for key, p in named if key and p.grad is not None}
+            for name, parameter in model.named_parameters():
+                key = adapter_key(name)
+                if key and parameter.grad is not None:
+                    self.gradient[key] = parameter.grad.float().cpu().clone()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.begin()
@@ -92,7 +94,9 @@ class Clock(TrainerCallback):
 def adapter_key(name: str) -> str:
     """`0.q_proj.A` from a parameter name of PEFT's or of the bare loop's; "" for anything else."""
     found = re.search(r"layers\.(\d+)\.\w+\.(\w+_proj)\.(?:lora_)?([ABab])(?:\.|$)", name)
-    return f"{found[1]}.{found[2]}.{found[3].upper()}" if found else ""
+    if not found:
+        return ""
+    return f"{found[1]}.{found[2]}.{found[3].upper()}"
 
 
 @torch.no_grad()
@@ -101,7 +105,9 @@ def seed_adapters(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if key := adapter_key(name):
             generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
-            scale = parameter.shape[1] ** -0.5 if key.endswith("A") else 0.01
+            scale = 0.01
+            if key.endswith("A"):
+                scale = parameter.shape[1] ** -0.5
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
 
 
@@ -111,10 +117,13 @@ def model_folder(job: Job, models: Path) -> Path:
     folder = models / job.shape.replace(":", "-")
     if (folder / "tokenizer.json").is_file():
         return folder
+    write = shapes.write_nf4_model
+    if job.shape in shapes.SMALL:
+        write = shapes.write_model
     from qmedtune import tiny
 
     shutil.rmtree(folder, ignore_errors=True)  # of a call that was cut
-    (shapes.write_model if job.shape in shapes.SMALL else shapes.write_nf4_model)(shapes.SHAPES[job.shape], folder)
+    write(shapes.SHAPES[job.shape], folder)
     tiny.build_tokenizer(tiny.world_of("builtin:micro")).save_pretrained(str(folder))
     return folder
 
@@ -221,11 +230,16 @@ def ablated(job: Job, folder: Path, clock: Clock, left_out: str) -> None:
 
     for dotted in ABLATED.get(left_out, ()):
         place, _, name = dotted.rpartition(".")
-        owner = getattr(fused, place) if place else fused
+        owner = fused
+        if place:
+            owner = getattr(fused, place)
         setattr(owner, name, by_reference(getattr(owner, name)))
     if left_out == "without-loss":
         loss.head_nll = lambda hidden, weight, targets, path: loss._chunked_nll(hidden, weight, targets)
-    qmedtune(job, folder, clock, "auto", "sdpa" if left_out == "without-varlen" else "auto")
+    attention = "auto"
+    if left_out == "without-varlen":
+        attention = "sdpa"
+    qmedtune(job, folder, clock, "auto", attention)
 
 
 # ------------------------------------------------------------------------------------------------------- what is told
@@ -269,7 +283,8 @@ def figures(job: Job, clock: Clock) -> dict[str, Any]:
     rows = packed_rows(job, shapes.SHAPES[job.shape]["vocab"])
     labels = [int((row["labels"][1:] != -100).sum()) for row in rows[job.warmup_steps * job.rows :]]
     supervised = sum(labels) / len(labels)
-    per_step, cpu_s = (float(np.median(np.diff(marks)[job.warmup_steps :])) for marks in (clock.marks, clock.cpu))
+    per_step = float(np.median(steps[job.warmup_steps :]))
+    cpu_s = float(np.median(np.diff(clock.cpu)[job.warmup_steps :]))
     return {
         "tokens_per_s": job.rows * supervised / per_step,
         "all_tokens_per_s": job.rows * job.seq_len / per_step,

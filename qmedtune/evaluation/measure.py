@@ -22,6 +22,7 @@ from qmedtune import store, ui
 from qmedtune.data.packing.framing import Asked, codec_of
 from qmedtune.data.packing.templates import Template
 from qmedtune.data.packing.tokens import encode_texts
+from qmedtune.data.reading.document import Record
 from qmedtune.data.reading.rejects import Rejects
 from qmedtune.data.reading.sources import read_records
 from qmedtune.errors import DataError
@@ -127,9 +128,12 @@ def parts(asked: Sequence[Item], prompts: Sequence[Asked]) -> list[list[int]]:
 def _score(
     model: Any, tokenizer: Any, task: Task, items: list[Item], prompts: list[Asked], settings: Settings, done: Progress
 ) -> list[Row]:
-    rows: list[Row] = [{"truncated": False} for _ in items]
+    rows: list[Row] = []
+    options = []
+    for item in items:
+        rows.append({"truncated": False})
+        options.append(item.options)
     if items[0].options:
-        options = [item.options for item in items]
         scores = choice_logprobs(model, tokenizer, prompts, options, settings.batch_tokens, done)
         resolution = TIE_NATS[compute_dtype(model)]
         for row, item, score in zip(rows, items, scores, strict=True):
@@ -165,7 +169,10 @@ def best_option(values: Sequence[float], item_id: str) -> int:
     """Index of the largest value. Equal ones are drawn from by the item's id: no place in the list is favoured, and
     every model and every run draws alike."""
     best = max(values)
-    equal = [index for index, value in enumerate(values) if value == best]
+    equal = []
+    for index, value in enumerate(values):
+        if value == best:
+            equal.append(index)
     if len(equal) == 1:
         return equal[0]
     return Random(f"tie {item_id}").choice(equal)
@@ -184,21 +191,22 @@ def text_rows(tokenizer: Any, path: Path, max_tokens: int) -> tuple[list[dict[st
     the first is predicted once. Damaged records raise DataError.
     """
     rejects = Rejects(path.name)
-    texts = []
+    texts: list[Record] = []
+    num_bytes = 0
     for record in read_records(path.name, SourceSection(path=str(path), kind="general"), rejects):
-        texts.append(record["text"])
+        texts.append({"id": "", "text": record["text"]})
+        num_bytes += len(record["text"].encode())
     if rejects.counts["rejected"]:
         reason = rejects.reasons.most_common(1)[0][0]
         raise DataError(
             f"{path}: {rejects.counts['rejected']} damaged records ({reason})\nmend the file: all are counted"
         )
-    documents = encode_texts(codec_of(tokenizer), [{"id": "", "text": text} for text in texts], None)
     rows = []
-    for document in documents:
+    for document in encode_texts(codec_of(tokenizer), texts, None):
         ids = np.array(document.ids, dtype=np.int64)
         for start in range(0, len(ids) - 1, max_tokens - 1):
             window = ids[start : start + max_tokens]
             labels = window.copy()
             labels[0] = -100
             rows.append({"input_ids": window, "labels": labels, "position_ids": np.arange(len(window))})
-    return rows, sum(len(text.encode()) for text in texts)
+    return rows, num_bytes

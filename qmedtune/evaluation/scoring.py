@@ -61,8 +61,10 @@ class Choice:
     @property
     def cost_tokens(self) -> int:
         """Tokens that a forward pass reads at most (the last token of an option is only predicted)."""
-        options = sum(len(option) for option in self.options)
-        return len(self.prompt) + options - len(self.options)
+        tokens = len(self.prompt)
+        for option in self.options:
+            tokens += len(option) - 1
+        return tokens
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str | Asked]) -> list[list[int]]:
@@ -113,10 +115,11 @@ def encode_choice(
         tails = _tails(tokenizer, prompt, options)
     else:
         start, tails = _joint(tokenizer, prompt, options)
+    longest = 0
     for option, tail in zip(options, tails, strict=True):
         if not tail:
             raise DataError(f"option {option!r} adds no token behind its prompt: it is empty or only white space")
-    longest = max(len(tail) for tail in tails)
+        longest = max(longest, len(tail))
     kept, truncated = fit(start, max_tokens - longest, codec_of(tokenizer).special_ids)
     return Choice(kept, tails, truncated)
 
@@ -126,7 +129,10 @@ def _tails(tokenizer: PreTrainedTokenizerBase, prompt: str | Asked, options: Seq
         return codec_of(tokenizer).encode(list(options), markers=True)
     tails = []
     for option in options:
-        tails.append(prompt.answer(option) if option.strip() else [])
+        tail: list[int] = []
+        if option.strip():
+            tail = prompt.answer(option)
+        tails.append(tail)
     return tails
 
 
@@ -134,7 +140,9 @@ def _joint(
     tokenizer: PreTrainedTokenizerBase, prompt: str | Asked, options: Sequence[str]
 ) -> tuple[list[int], list[list[int]]]:
     """(tokens of the prompt without the white space at its end, those that each option adds)."""
-    text = prompt if isinstance(prompt, str) else prompt.text
+    text = prompt
+    if not isinstance(text, str):
+        text = text.text
     texts = [text.rstrip()]
     for option in options:
         texts.append(text + option)
@@ -191,12 +199,15 @@ def choice_logprobs(
     """Log-likelihood of every option of every prompt, in the order given. `boundary`: see `encode_choice`."""
     assert not model.training
     room = max_positions(model)
-    items = []
+    items, kept, costs = [], [], []
     for prompt, texts in zip(prompts, options, strict=True):
-        items.append(encode_choice(tokenizer, prompt, texts, room, boundary))
-    shared = read_shared(model, [item.prompt for item in items])
+        item = encode_choice(tokenizer, prompt, texts, room, boundary)
+        items.append(item)
+        kept.append(item.prompt)
+        costs.append(item.cost_tokens)
+    shared = read_shared(model, kept)
     found: dict[int, ChoiceScores] = {}
-    for batch in padded_batches([item.cost_tokens for item in items], batch_tokens):
+    for batch in padded_batches(costs, batch_tokens):
         sums = _score(model, [items[index] for index in batch], shared)
         for index, values in zip(batch, sums, strict=True):
             found[index] = _choice_scores(values, options[index], truncated=items[index].truncated)
@@ -218,13 +229,16 @@ def _score(model: PreTrainedModel, batch: list[Choice], shared: Shared | None) -
     logits = exact_logits(model, prefix.last)
     check_numbers(logits[:, 0])
     first = logits.log_softmax(-1)
-    sums = []
+    sums, trees = [], []
+    num_options, num_later = 0, 0
     for row, item in enumerate(batch):
         tokens = [option[0] for option in item.options]
         sums.append(first[row, torch.tensor(tokens, device=first.device)])
-    trees = [option_tree(item.options) for item in batch]
-    if any(tree.tokens for tree in trees):
-        num_options = max(len(item.options) for item in batch)
+        tree = option_tree(item.options)
+        trees.append(tree)
+        num_options = max(num_options, len(item.options))
+        num_later += len(tree.tokens)
+    if num_later:
         rest = _tree_logprobs(model, prefix, trees, num_options)
         for row, item in enumerate(batch):
             sums[row] = sums[row] + rest[row, : len(item.options)]

@@ -57,7 +57,8 @@ def _how_asked(task: Task, draws: Draws) -> Facts:
     """truncated: prompts, of all draws, whose beginning was cut; examples and where they are from."""
     truncated = 0
     for draw in draws:
-        truncated += sum(row["truncated"] for row in draw)
+        for row in draw:
+            truncated += row["truncated"]
     found: Facts = {"truncated": truncated}
     if task.prompts != "own":
         found["prompts"] = task.prompts
@@ -81,9 +82,12 @@ def _without_a_model(task: Task, items: Sequence[Item]) -> Facts:
     """What guessing reaches, and what always the commonest right answer (a letter, yes, a sentence) would."""
     if task.metric != "accuracy":
         return {}
-    answers = Counter(item.options[item.gold] for item in items)
-    chance = float(np.mean([1 / len(item.options) for item in items]))
-    return {"chance": chance, "majority": answers.most_common(1)[0][1] / len(items)}
+    answers, chances = Counter[str](), []
+    for item in items:
+        answers[item.options[item.gold]] += 1
+        chances.append(1 / len(item.options))
+    [(_, commonest)] = answers.most_common(1)
+    return {"chance": float(np.mean(chances)), "majority": commonest / len(items)}
 
 
 def _groups(items: Sequence[Item]) -> statistics.Groups | None:
@@ -189,7 +193,9 @@ def _bootstrap_name(groups: statistics.Groups | None) -> str:
 
 
 def _units(groups: statistics.Groups | None) -> str:
-    return "items" if groups is None else "groups"
+    if groups is None:
+        return "items"
+    return "groups"
 
 
 def statistic(task: Task, draws: Draws) -> statistics.Statistic:
@@ -239,7 +245,9 @@ def task_result(task: Task, measured: ModelRows, seed: int) -> results.Task:
     found = results.Task.model_validate(whole.as_json())
     if len(places) < 2:
         return found
-    facets = {facet: _scores_of(task, indices, measured, seed) for facet, indices in places.items()}
+    facets = {}
+    for facet, indices in places.items():
+        facets[facet] = _scores_of(task, indices, measured, seed)
     return found.model_copy(update={"facets": facets})
 
 
@@ -248,11 +256,15 @@ def overlap_result(task: Task, measured: ModelRows, seed: int, known: set[str]) 
 
     A part in which the metric is undefined (AUROC of one outcome) is left out, and said.
     """
-    parts: dict[str, list[int]] = {"clean": [], "overlapping": []}
+    clean: list[int] = []
+    overlapping: list[int] = []
     for index, item in enumerate(task.items):
-        parts["overlapping" if item.id in known else "clean"].append(index)
+        if item.id in known:
+            overlapping.append(index)
+        else:
+            clean.append(index)
     scored = {}
-    for part, indices in parts.items():
+    for part, indices in (("clean", clean), ("overlapping", overlapping)):
         if indices and _defined(task, indices, next(iter(measured.values()))):
             scored[part] = _scores_of(task, indices, measured, seed)
         elif indices:
@@ -270,16 +282,21 @@ def _defined(task: Task, indices: Sequence[int], rows: list[Row]) -> bool:
 def _scores_of(task: Task, indices: Sequence[int], measured: ModelRows, seed: int) -> Scores:
     """Each model's scores on some of the items, and where there are two what changed."""
     items = [task.items[index] for index in indices]
-    draws = {label: _at(_per_draw(task, rows), indices) for label, rows in measured.items()}
+    draws: dict[str, Draws] = {}
+    written: dict[str, Draws] = {}
     found: Facts = {}
-    for label, part in draws.items():
-        found[label] = summarise(task, items, part, seed)
+    for label, rows in measured.items():
+        draws[label] = _at(_per_draw(task, rows), indices)
+        written[label] = _generations(draws[label])
+        found[label] = summarise(task, items, draws[label], seed)
     if draws.keys() >= {"base", "final"}:
         groups = _groups(items)
-        written = {label: _generations(part) for label, part in draws.items()}
-        judged = draws if items[0].options else written
+        judged = written
+        if items[0].options:
+            judged = draws
         change = compare(task, judged["base"], judged["final"], seed, groups)
-        found |= {name: getattr(change, name) for name in change.model_fields_set}
+        for name in change.model_fields_set:
+            found[name] = getattr(change, name)
         if items[0].options and written["base"]:
             found["generation"] = compare(task, written["base"], written["final"], seed, groups)
     return Scores.model_validate(found)

@@ -58,7 +58,11 @@ class Wrong:
 
     def tolerance(self, value: Tensor) -> Tensor:
         """How far rounding may take a number: half a unit, stochastically a whole one; fp32 sums differ by some."""
-        units = 4.0 if self.rounding.dtype == torch.float32 else 1.0 if self.rounding.stochastic else 0.505
+        units = 0.505
+        if self.rounding.dtype == torch.float32:
+            units = 4.0
+        elif self.rounding.stochastic:
+            units = 1.0
         return unit(value.abs(), self.rounding.dtype) * units
 
 
@@ -74,7 +78,9 @@ def place_of(name: str) -> str:
     if found is None:
         return name
     layer, module, part = found.groups()
-    return f"{'the bias of ' if part == 'bias' else ''}{module} of layer {layer}"
+    if part == "bias":
+        module = f"the bias of {module}"
+    return f"{module} of layer {layer}"
 
 
 def diagnose(check: ElementCheck, name: str, load: Callable[[str], Tensor]) -> str:
@@ -96,17 +102,20 @@ def diagnose(check: ElementCheck, name: str, load: Callable[[str], Tensor]) -> s
 def _wrong_rows(check: ElementCheck, name: str, weight: Tensor) -> Wrong:
     found: list[Tensor] = []
     masks: list[Tensor] = []
+    kept = 0
     for rows in row_blocks(tuple(weight.shape)):
         bad = check.faulty(name, rows, weight, in_fp32(weight[rows]))
         if bad is not None:
             bad = _matrix(bad)
             there = bad.any(1).nonzero()[:, 0]
-            masks += [bad[there]] if sum(map(len, masks)) < MAX_ROWS else []
+            if kept < MAX_ROWS:
+                masks.append(bad[there])
+                kept += len(there)
             found.append(there + rows.start)
     all_rows = torch.cat(found)
     rows, bad = all_rows[:MAX_ROWS], torch.cat(masks)[:MAX_ROWS]
     expected, tally = check.expected[name], check.tallies[name]
-    of_weight, written = (_matrix(values[rows]) for values in (weight, check.written[name]))
+    of_weight, written = _matrix(weight[rows]), _matrix(check.written[name][rows])
     delta = _delta(expected, rows, of_weight)
     expected.forget()
     return Wrong(
@@ -115,7 +124,9 @@ def _wrong_rows(check: ElementCheck, name: str, weight: Tensor) -> Wrong:
 
 
 def _matrix(values: Tensor) -> Tensor:
-    return values if values.dim() > 1 else values[:, None]
+    if values.dim() > 1:
+        return values
+    return values[:, None]
 
 
 def _delta(expected: Expected, rows: Tensor, weight: Tensor) -> Tensor:
@@ -133,7 +144,9 @@ def _where(wrong: Wrong) -> str:
     if wrong.violations <= FEW_ELEMENTS or wrong.all_rows > min(MAX_ROWS, total // 2) or total <= 1:
         return ""
     together = last - first + 1 == wrong.all_rows
-    return f", in rows {first} to {last}" if together and last > first else f", in {wrong.all_rows} of {total} rows"
+    if together and last > first:
+        return f", in rows {first} to {last}"
+    return f", in {wrong.all_rows} of {total} rows"
 
 
 def _damaged(wrong: Wrong, others: Others, load: Callable[[str], Tensor]) -> str | None:
@@ -154,23 +167,31 @@ def _left_out(wrong: Wrong, others: Others, load: Callable[[str], Tensor]) -> st
     if not updates:
         return None
     if wrong.agrees(base):
-        return "as if its adapter was skipped" if len(updates) == 1 else "as if its adapters were skipped"
+        if len(updates) == 1:
+            return "as if its adapter was skipped"
+        return "as if its adapters were skipped"
     for number, update in enumerate(updates, start=1):
         own = update.scale * (update.b[wrong.rows].double() @ update.a.double())
         if len(updates) > 1 and wrong.agrees(base + wrong.delta - own):
             return f"as if adapter {number} of {len(updates)} was left out"
-    return "as if it was merged twice" if wrong.agrees(base + 2 * wrong.delta) else None
+    if wrong.agrees(base + 2 * wrong.delta):
+        return "as if it was merged twice"
+    return None
 
 
 def _scaled(wrong: Wrong, others: Others, load: Callable[[str], Tensor]) -> str | None:
     """All of the update, or of the weight, times one number."""
     base = wrong.weight.double()
-    moved = wrong.delta if wrong.expected.low_rank else base
-    start = base if wrong.expected.low_rank else torch.zeros_like(base)
+    start, moved = torch.zeros_like(base), base
+    if wrong.expected.low_rank:
+        start, moved = base, wrong.delta
     middle = _factor(wrong, start, moved)
     if middle is None:
         return None
-    factor = next((c for c in (middle, round(middle, 2)) if wrong.agrees(start + c * moved)), 1.0)
+    factor = 1.0
+    for candidate in (round(middle, 2), middle):  # the exact one, where both agree
+        if wrong.agrees(start + candidate * moved):
+            factor = candidate
     if abs(factor - 1) < 1e-3:
         return None
     if not wrong.expected.low_rank:
@@ -192,7 +213,9 @@ def _factor(wrong: Wrong, start: Tensor, moved: Tensor) -> float | None:
         return None
     low = float(ends.amin(0).sort().values[int(0.998 * (ends.shape[1] - 1))])
     high = float(ends.amax(0).sort().values[math.ceil(0.002 * (ends.shape[1] - 1))])
-    return (low + high) / 2 if low <= high + 1e-3 * abs(high) else None
+    if low > high + 1e-3 * abs(high):
+        return None
+    return (low + high) / 2
 
 
 def _turned(wrong: Wrong, others: Others, load: Callable[[str], Tensor]) -> str | None:
@@ -205,7 +228,9 @@ def _turned(wrong: Wrong, others: Others, load: Callable[[str], Tensor]) -> str 
     if wrong.agrees(wrong.weight.double() + turned):
         return "as if its update was transposed"
     whole = load(wrong.expected.name)
-    return "as if its base was transposed" if wrong.agrees(whole[:, wrong.rows].T.double() + wrong.delta) else None
+    if wrong.agrees(whole[:, wrong.rows].T.double() + wrong.delta):
+        return "as if its base was transposed"
+    return None
 
 
 def _from_elsewhere(wrong: Wrong, others: Others, load: Callable[[str], Tensor]) -> str | None:

@@ -12,6 +12,7 @@ Deliberately not done in 16 bit: the rounding of activations alone is larger tha
 from __future__ import annotations
 
 import json
+import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -74,7 +75,9 @@ class Loss:
 
 def probe(ids: np.ndarray | None, parameters: int, vocab: int) -> Tensor:
     """Token ids [rows, length]: the given ones, else random ones (seed 17), as many as a model of this size affords."""
-    tokens = PROBE_TOKENS if parameters < LARGE else PROBE_TOKENS_LARGE
+    tokens = PROBE_TOKENS
+    if parameters >= LARGE:
+        tokens = PROBE_TOKENS_LARGE
     if ids is None:
         return torch.randint(0, vocab, (2, tokens // 2), generator=torch.Generator().manual_seed(PROBE_SEED))
     return torch.from_numpy(np.asarray(ids, dtype=np.int64))[:, : max(1, tokens // len(ids))]
@@ -94,7 +97,9 @@ def divergence(reference: Tensor, other: Tensor) -> Divergence:
 
 
 def loss_of(kl: float, kl_of_base: float) -> Loss:
-    return Loss(kl / kl_of_base if kl_of_base >= SMALLEST_CHANGE else None, kl_of_base)
+    if kl_of_base < SMALLEST_CHANGE:
+        return Loss(None, kl_of_base)
+    return Loss(kl / kl_of_base, kl_of_base)
 
 
 class Proof:
@@ -115,8 +120,12 @@ class Proof:
         """The values of NF4 come from own code (nf4_roundtrip.py): bitsandbytes, some hundred times as slow, reads the
         smallest weight a second time."""
         shapes = self.base.shapes
-        weights = [f"{name}.weight" for name in self.base.linears if f"{name}.weight" != HEAD]
-        name = min(weights, key=lambda weight: (torch.Size(shapes[weight]).numel(), weight))
+        by_size: list[tuple[int, str]] = []
+        for linear in self.base.linears:
+            name = f"{linear}.weight"
+            if name != HEAD:
+                by_size.append((math.prod(shapes[name]), name))
+        _, name = min(by_size)
         dtype = DTYPES[self.model.compute_dtype]
         weight = self.reference.base.parameters[name].to(dtype).contiguous()
         state = bnb.quantize_4bit(
@@ -133,11 +142,15 @@ class Proof:
     @property
     def load(self) -> Load:
         """Base weights that updates are added to."""
-        return self.nf4 if self.section.base == "nf4" else from_parameters(self.reference.base.parameters)
+        if self.section.base == "nf4":
+            return self.nf4
+        return from_parameters(self.reference.base.parameters)
 
     def weight(self, name: str) -> Tensor:
         full = self.reference.updates.full
-        return full[name] if name in full else self.load(name)
+        if name in full:
+            return full[name]
+        return self.load(name)
 
     def run(self, probe_ids: np.ndarray | None) -> dict[str, Any]:
         """The facts. Raises MergeRefused where anything is not as it must be."""
@@ -154,26 +167,35 @@ class Proof:
         loss = loss_of(figures.kl, divergence(reference, bare).kl)
         self._refuse_limit(figures)
         total = check.total()
-        shift = {"nf4": figures, "full16": divergence(trained, ours) if trained is not None else None}
-        found = shift[self.section.base]
+        swallowed, shift = None, None
+        if total.changed:
+            swallowed = total.swallowed / total.changed
+        if self.section.base == "nf4":
+            shift = asdict(figures)
+        elif trained is not None:
+            shift = asdict(divergence(trained, ours))
+        origin = "random token ids"
+        if probe_ids is not None:
+            origin = "held-out text"
         return {
             **asdict(figures),
             **asdict(loss),
             "elements": total.elements,
             "violations": total.violations,
-            "swallowed": total.swallowed / total.changed if total.changed else None,
-            "shift_from_nf4": asdict(found) if found else None,
-            "probe": {"tokens": ids.numel(), "from": "held-out text" if probe_ids is not None else "random token ids"},
+            "swallowed": swallowed,
+            "shift_from_nf4": shift,
+            "probe": {"tokens": ids.numel(), "from": origin},
         }
 
     def _expected(self) -> dict[str, Expected]:
         updates = self.reference.updates
-        names = [name for name in self.written.parameters if name != HEAD or not self.written.tied]
         changed = {name: self.load(name) for name in updates.full}
-        return {
-            name: Expected(name, tuple(updates.low_rank.get(name, ())), changed.get(name))
-            for name in names
-        }  # fmt: skip
+        found: dict[str, Expected] = {}
+        for name in self.written.parameters:
+            if name == HEAD and self.written.tied:
+                continue
+            found[name] = Expected(name, tuple(updates.low_rank.get(name, ())), changed.get(name))
+        return found
 
     def _logits(self, ids: Tensor, check: ElementCheck) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Of base + adapters, the bare base, the merged model and the NF4 model that was trained, side by side. The
@@ -181,21 +203,28 @@ class Proof:
         skeleton, updates, apply = self.base.model, self.reference.updates, self.pool.map
 
         def visit(name: str, rows: slice, weight: Tensor, block: Tensor) -> None:
-            check.block(EMBEDDING if name not in check.expected else name, rows, weight, block)
+            if name not in check.expected:
+                name = EMBEDDING
+            check.block(name, rows, weight, block)
 
         sources = [Streamed(self.load, updates, True, visit, apply)]
         sources += [Streamed(from_parameters(self.written.parameters), apply=apply)]
         if self.model.quantization == "nf4" and self.section.base != "nf4":
             sources += [Streamed(self.nf4, updates, apply=apply)]
         models = [streamed_model(skeleton, source) for source in sources]
-        layers = sum(len(model.model.layers) for model in models)
-        with ui.stage("proving the merge", total=layers, unit="layers") as shown:
-            for layer in [layer for model in models for layer in model.model.layers]:
+        layers = []
+        for model in models:
+            layers += model.model.layers
+        with ui.stage("proving the merge", total=len(layers), unit="layers") as shown:
+            for layer in layers:
                 layer.register_forward_hook(lambda *_: shown.update(shown.completed + 1))
             found = logits_of_all(models, ids, sources)
-        (reference, bare), (ours, _), *trained = found
+        (reference, bare), (ours, _), *others = found
         assert bare is not None
-        return reference, bare, ours, trained[0][0] if trained else None
+        trained = None
+        if others:
+            [(trained, _)] = others
+        return reference, bare, ours, trained
 
     def _check_rest(self, check: ElementCheck) -> None:
         """Embedding, norms and biases: no linear layer has brought them."""
@@ -208,12 +237,18 @@ class Proof:
         list(self.pool.map(one, check.rest()))
 
     def _refuse_violations(self, check: ElementCheck) -> None:
-        bad = {name: tally for name, tally in check.tallies.items() if tally.violations}
-        if not bad:
+        count, worst, share = 0, "", 0.0
+        for name, tally in check.tallies.items():
+            if tally.violations:
+                count += 1
+                if tally.violations / tally.elements > share:
+                    worst, share = name, tally.violations / tally.elements
+        if not count:
             return
-        worst = max(bad, key=lambda name: bad[name].violations / bad[name].elements)
-        tally, count, reason = bad[worst], len(bad), diagnose(check, worst, self.weight)
-        others = f" ({count} of {len(check.tallies)} tensors differ)" if count > 1 else ""
+        tally, reason = check.tallies[worst], diagnose(check, worst, self.weight)
+        others = ""
+        if count > 1:
+            others = f" ({count} of {len(check.tallies)} tensors differ)"
         raise MergeRefused(
             f"{place_of(worst)} is not base + adapters rounded to {self.section.dtype}: "
             f"{tally.violations:,} of {tally.elements:,} elements differ, {reason}{others}",
@@ -236,8 +271,9 @@ class Proof:
         check = ElementCheck(rounding, self._expected(), self.written.parameters)
 
         def rounded(name: str) -> Tensor:
-            known = EMBEDDING if name not in check.expected else name
-            return _round(check.expected[known], self.weight(known), rounding)
+            if name not in check.expected:
+                name = EMBEDDING
+            return _round(check.expected[name], self.weight(name), rounding)
 
         apply = self.pool.map
         sources = [Streamed(self.load, self.reference.updates, True, None, apply), Streamed(rounded, apply=apply)]
@@ -277,8 +313,9 @@ def check_files(folder: Path, dtype: str, written: ReadModel) -> None:
         named = set(weight_map.values())
         if SINGLE in files:
             raise MergeRefused(f"{SINGLE} and {INDEX} are both there: programs differ in which one they read", {})
-        if stale := sorted(name for name, file in weights.files.items() if weight_map.get(name) != file):
-            raise MergeRefused(f"{INDEX} is stale: it does not lead to {place_of(stale[0])} ({stale[0]})", {})
+        for name, file in sorted(weights.files.items()):
+            if weight_map.get(name) != file:
+                raise MergeRefused(f"{INDEX} is stale: it does not lead to {place_of(name)} ({name})", {})
     if extra := sorted(files - named):
         raise MergeRefused(f"{extra[0]} is among the weights, and nothing names it", {})
     if written.unexpected:
@@ -291,8 +328,8 @@ def check_files(folder: Path, dtype: str, written: ReadModel) -> None:
 def check_tie(folder: Path, reference: Reference, written: ReadModel) -> None:
     """Ends are tied in the published model if, and only if, they are one matrix in base + adapters."""
     updates = reference.updates
-    trained = [end in updates.low_rank or end in updates.full for end in (EMBEDDING, HEAD)]
-    one = reference.base.tied and not any(trained)
+    trained = updates.low_rank.keys() | updates.full.keys()
+    one = reference.base.tied and trained.isdisjoint((EMBEDDING, HEAD))
     if reference.base.tied and EMBEDDING in updates.full and HEAD in updates.full:
         one = torch.equal(updates.full[EMBEDDING], updates.full[HEAD])
     if written.tied and not one:

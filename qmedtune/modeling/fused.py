@@ -41,7 +41,8 @@ def install(model: nn.Module, mode: str = "auto") -> dict:
     or "reference". Returns facts for the report: the path of each operation and why, the number of modules of each
     kind, and the linears that keep their own forward, with the reason.
     """
-    dtype, device = next((p.dtype, p.device) for p in _norm_weights(model))
+    norm = next(_norm_weights(model))
+    dtype, device = norm.dtype, norm.device
     dispatch.uses_triton(device, mode)
     counts: Counter[str] = Counter()
     for module in list(model.modules()):
@@ -50,7 +51,9 @@ def install(model: nn.Module, mode: str = "auto") -> dict:
             module.__class__ = ours
         if isinstance(module, ModulesToSaveWrapper):
             _compute_in(dtype, module)
-    groups = [group for module in model.modules() for group in _groups(module)]
+    groups: list[list[Layer]] = []
+    for module in model.modules():
+        groups += _groups(module)
     for group in groups:
         stack_rows(group)
     for module in model.modules():
@@ -60,7 +63,8 @@ def install(model: nn.Module, mode: str = "auto") -> dict:
             residual.chain(module)
     if (head := causal_model(model).get_output_embeddings()) is not None:  # a classifier has none
         setattr(head, "kernels", dispatch.mode(mode))  # noqa: B010 - read by loss.py
-    own = Counter(reason for group in groups if (reason := _obstacle(group)))
+    own = Counter(_obstacle(group) for group in groups)
+    del own[""]  # those that our function computes
     paths = dispatch.describe(device, mode)
     return {"mode": dispatch.mode(mode), "paths": paths, "modules": dict(counts), "own_forward": dict(own)}
 
@@ -85,17 +89,19 @@ def _norm_weights(model: Layer) -> Iterator[Tensor]:
 
 
 def _base(module: Layer) -> Layer:
-    return module.get_base_layer() if isinstance(module, LoraLayer) else module
+    if isinstance(module, LoraLayer):
+        return module.get_base_layer()
+    return module
 
 
 def stack_rows(projections: Sequence[Layer]) -> None:
     """Lay the plain frozen weights of projections that read one input behind each other in memory."""
-    weights = [_base(projection).weight for projection in projections]
-    if any(
-        type(_base(projection)) is not nn.Linear or weight.requires_grad
-        for projection, weight in zip(projections, weights, strict=True)
-    ):
-        return
+    weights: list[Tensor] = []
+    for projection in projections:
+        base = _base(projection)
+        if type(base) is not nn.Linear or base.weight.requires_grad:
+            return
+        weights.append(base.weight)
     joined = torch.cat([weight.data for weight in weights])
     start = 0
     for weight in weights:
@@ -107,12 +113,12 @@ def stack_rows(projections: Sequence[Layer]) -> None:
 def _adjacent(weights: Sequence[Tensor]) -> Tensor | None:
     """The weights as one [sum N, K] view, if they still lie behind each other."""
     first = weights[0]
-    end = first.data_ptr()
+    end, rows = first.data_ptr(), 0
     for weight in weights:
         if weight.data_ptr() != end or not weight.is_contiguous():
             return None
         end += weight.numel() * weight.element_size()
-    rows = sum(weight.shape[0] for weight in weights)
+        rows += weight.shape[0]
     if first.storage_offset() + rows * first.shape[1] > first.untyped_storage().nbytes() // first.element_size():
         return None
     return first.detach().as_strided((rows, first.shape[1]), (first.shape[1], 1))
@@ -146,16 +152,18 @@ def _weight(linears: Sequence[Layer]) -> Tensor | tuple[NF4Weight, ...]:
     """The frozen weights of `linears` as one operand; the caller has seen that `_obstacle` is ""."""
     if _is_nf4(linears[0]):
         return tuple(nf4_weight(linear) for linear in linears)
-    weight = linears[0].weight if len(linears) == 1 else _adjacent([linear.weight for linear in linears])
+    if len(linears) == 1:
+        return linears[0].weight
+    weight = _adjacent([linear.weight for linear in linears])
     assert weight is not None
     return weight
 
 
 def _bias(linears: Sequence[Layer]) -> Tensor | None:
-    biases = [linear.bias for linear in linears]
-    if biases[0] is None:
-        return None
-    return biases[0] if len(biases) == 1 else torch.cat(biases)
+    first = linears[0].bias
+    if first is None or len(linears) == 1:
+        return first
+    return torch.cat([linear.bias for linear in linears])
 
 
 def _obstacle(projections: Sequence[Layer]) -> str:
@@ -168,11 +176,15 @@ def _obstacle(projections: Sequence[Layer]) -> str:
         if isinstance(layer, LoraLayer):
             if layer.merged and layer.disable_adapters:
                 return "merged and disabled: PEFT unmerges in its own forward"
-            if any(name in layer.lora_variant or layer.lora_B[name].bias is not None for name in _active(layer)):
-                return "a LoRA variant"
-    if len({base.bias is None for base in bases}) > 1:
-        return "some have a bias, some not"
-    if all(_is_nf4(base) for base in bases):
+            for name in _active(layer):
+                if name in layer.lora_variant or layer.lora_B[name].bias is not None:
+                    return "a LoRA variant"
+    num_nf4 = 0
+    for base in bases:
+        if (base.bias is None) != (bases[0].bias is None):
+            return "some have a bias, some not"
+        num_nf4 += _is_nf4(base)
+    if num_nf4 == len(bases):
         return ""
     for base in bases:
         if type(base) is not nn.Linear:
@@ -191,20 +203,26 @@ def _active(module: Layer) -> list[str]:
     return [name for name in module.active_adapters if name in module.lora_A]
 
 
-def _drops(module: Layer) -> bool:
-    return module.training and any(_dropout(module, name) for name in _active(module))
+def _drops(modules: Sequence[Layer]) -> bool:
+    for module in modules:
+        for name in _active(module):
+            if _dropout(module, name):
+                return True
+    return False
 
 
 def _dropout(module: Layer, name: str) -> float:
     dropout = module.lora_dropout[name]
-    return dropout.p if module.training and isinstance(dropout, nn.Dropout) else 0.0
+    if module.training and isinstance(dropout, nn.Dropout):
+        return dropout.p
+    return 0.0
 
 
 def linear(x: Tensor, projections: Sequence[Layer], path: str, remake: Remake | None = None) -> Tensor:
     """The projections of one x [..., K], side by side along the last dimension of the result. `remake` says how to
     make x again instead of keeping it; linears that keep their own forward keep x."""
     obstacle = _obstacle(projections)
-    if len(projections) > 1 and (obstacle or any(_drops(projection) for projection in projections)):
+    if len(projections) > 1 and (obstacle or _drops(projections)):
         return torch.cat([linear(x, [projection], path, remake) for projection in projections], dim=-1)
     if obstacle:
         return projections[0](x)
@@ -249,7 +267,9 @@ class LlamaMLP(llama.LlamaMLP):
         if self.config.hidden_act != "silu":
             gate, up = gate_up.chunk(2, dim=-1)
             return linear(self.act_fn(gate) * up, [self.down_proj], self.kernels)
-        again = Remake(functools.partial(swiglu, path=self.kernels), (gate_up,)) if remake is not None else None
+        again = None
+        if remake is not None:
+            again = Remake(functools.partial(swiglu, path=self.kernels), (gate_up,))
         return linear(swiglu(gate_up, self.kernels), [self.down_proj], self.kernels, again)
 
 
@@ -264,18 +284,21 @@ class LlamaAttention(llama.LlamaAttention):
         qkv = linear(hidden_states, [self.q_proj, self.k_proj, self.v_proj], self.kernels, remake)
         heads = self.config.num_attention_heads
         kv_heads = self.config.num_key_value_heads or heads
-        cos, sin = (angles.to(qkv.dtype) for angles in position_embeddings)  # under autocast they are fp32
-        parts = rotary_qkv(qkv, cos, sin, heads, kv_heads, self.kernels)
-        query, key, value = (part.transpose(1, 2) for part in parts)
+        cos, sin = position_embeddings
+        cos, sin = cos.to(qkv.dtype), sin.to(qkv.dtype)  # under autocast they are fp32
+        query, key, value = rotary_qkv(qkv, cos, sin, heads, kv_heads, self.kernels)
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(
             str(self.config._attn_implementation), llama.eager_attention_forward
         )
+        dropout = 0.0
+        if self.training:
+            dropout = self.attention_dropout
         output, weights = attention(
-            self, query, key, value, attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0, scaling=self.scaling, **kwargs,
-        )  # fmt: skip
+            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
+        )
         return linear(output.reshape(*shape, -1), [self.o_proj], self.kernels), weights
 
 

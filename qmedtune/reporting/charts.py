@@ -26,7 +26,9 @@ class Html(str):
 
 def esc(value: object) -> Html:
     """The value as text of a page; `Html` passes through."""
-    return value if isinstance(value, Html) else Html(html.escape(str(value)))
+    if isinstance(value, Html):
+        return value
+    return Html(html.escape(str(value)))
 
 
 @dataclass(frozen=True)
@@ -61,9 +63,10 @@ class Axis:
 
     def percent(self, value: float) -> float:
         """Where `value` lies between the ends, 0 to 100."""
-        scale = math.log10 if self.log else float
-        low, high = scale(self.ticks[0]), scale(self.ticks[-1])
-        return 100 * (scale(value) - low) / (high - low)
+        low, high = self.ticks[0], self.ticks[-1]
+        if self.log:
+            value, low, high = math.log10(value), math.log10(low), math.log10(high)
+        return 100 * (value - low) / (high - low)
 
 
 SHARES = Axis((0, 0.25, 0.5, 0.75, 1))
@@ -119,17 +122,21 @@ def line_chart(series: Sequence[Series], x_label: str, y_label: str) -> Html:
     y_ticks = nice_ticks(min(ys), max(ys))
     plane = _Plane(0, x_high, y_ticks[0], y_ticks[-1])
     grid, lines, y_text, x_text = "", "", "", ""
+    keys: list[tuple[str, int]] = []
+    told: list[str] = []
     for tick in y_ticks:
         grid += f'<path class="grid" d="M0 {plane.y(tick):.1f}H1000"/>'
         y_text += f'<span style="top:{plane.y(tick) / 10:.2f}%">{_tick(tick)}</span>'
     for line in series:
         lines += _line(line, plane.places(_thinned(line.points)))
+        keys.append((line.label, line.color))
+        told.append(f"{line.label} {line.points[0][1]:.3f} to {line.points[-1][1]:.3f}")
     for tick in nice_ticks(0, x_high):
         if 0 <= tick <= x_high and tick == int(tick):
             x_text += f'<span style="left:{plane.x(tick) / 10:.2f}%">{_tick(tick)}</span>'
-    summary = ", ".join(f"{line.label} {line.points[0][1]:.3f} to {line.points[-1][1]:.3f}" for line in series)
+    summary = ", ".join(told)
     return Html(
-        f'<figure class="chart">{legend([(line.label, line.color) for line in series])}'
+        f'<figure class="chart">{legend(keys)}'
         f'<div class="plot"><div class="ys">{y_text}</div>'
         f'<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" role="img" aria-label="{esc(y_label)}: '
         f'{esc(summary)}">{grid}{lines}</svg><div class="xs">{x_text}</div></div>'
@@ -146,9 +153,9 @@ def _values(series: Sequence[Series]) -> str:
         for value in (values[0], min(values), max(values), values[-1]):
             cells += f'<td class="n">{_figure(value)}</td>'
         rows += f'<tr><th scope="row">{esc(line.label)}</th><td class="n">{len(values):,}</td>{cells}</tr>'
-    head = "".join(
-        f'<th scope="col" class="n">{word}</th>' for word in ("Points", "First", "Lowest", "Highest", "Last")
-    )
+    head = ""
+    for word in ("Points", "First", "Lowest", "Highest", "Last"):
+        head += f'<th scope="col" class="n">{word}</th>'
     return (
         f'<details class="values"><summary>Values</summary><table><caption class="unseen">Values of the chart</caption>'
         f'<thead><tr><th scope="col">Line</th>{head}</tr></thead><tbody>{rows}</tbody></table></details>'
@@ -158,7 +165,9 @@ def _values(series: Sequence[Series]) -> str:
 def _figure(value: float) -> str:
     if value and abs(value) < 0.01:
         return f"{value:.2e}"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3f}"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.3f}"
 
 
 def _line(line: Series, places: list[tuple[float, float]]) -> str:
@@ -247,8 +256,12 @@ def dumbbells(rows: Sequence[tuple[str, Sequence[Mark], str]], axis: Axis = SHAR
     """One row per score, (label, marks, text at the end), on a common axis: dots, with bars for their intervals."""
     body, ticks = "", ""
     for label, marks, text in rows:
-        track = "".join(_mark(mark, axis) for mark in marks)
-        said = ", ".join(f"{mark.label} {mark.value:.3g}" for mark in marks)
+        track = ""
+        values: list[str] = []
+        for mark in marks:
+            track += _mark(mark, axis)
+            values.append(f"{mark.label} {mark.value:.3g}")
+        said = ", ".join(values)
         body += (
             f'<div class="db-row"><span class="db-label">{esc(label)}</span>'
             f'<span class="db-track" role="img" aria-label="{esc(said)}">{track}</span>'
@@ -268,16 +281,22 @@ def _mark(mark: Mark, axis: Axis) -> str:
         left, right = axis.percent(mark.low), axis.percent(mark.high)
         whisker = f'<i class="whisker c{mark.color}" style="left:{left:.2f}%;width:{right - left:.2f}%"></i>'
     place = f"left:{axis.percent(mark.value):.2f}%"
-    shape = "tick" if mark.tick else "mark ring" if mark.ring else "mark"
+    shape = "mark"
+    if mark.tick:
+        shape = "tick"
+    elif mark.ring:
+        shape = "mark ring"
     return f'{whisker}<i class="{shape} c{mark.color}" style="{place}" title="{esc(title)}"></i>'
 
 
 def stacked_bar(parts: Sequence[tuple[str, float, int]]) -> Html:
     """Shares of a whole: (label, share, color); shares add up to 1."""
-    cells, said = "", ", ".join(f"{label} {share:.1%}" for label, share, _ in parts)
+    cells = ""
+    shares: list[str] = []
     for label, share, color in parts:
+        shares.append(f"{label} {share:.1%}")
         cells += f'<i class="c{color}" style="width:{100 * share:.2f}%" title="{esc(label)}: {share:.1%}"></i>'
-    return Html(f'<div class="stack" role="img" aria-label="{esc(said)}">{cells}</div>')
+    return Html(f'<div class="stack" role="img" aria-label="{esc(", ".join(shares))}">{cells}</div>')
 
 
 def bars(rows: Sequence[Bar]) -> Html:

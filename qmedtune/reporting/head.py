@@ -30,7 +30,8 @@ MANY_TILES = 8  # scores and perplexities; of more there is one tile of counts, 
 
 def header(run: Run) -> Html:
     status = esc(run.status)
-    meta = " ".join(f"<span>{esc(fact)}</span>" for fact in _meta(run))
+    facts = [f"<span>{esc(fact)}</span>" for fact in _meta(run)]
+    meta = " ".join(facts)
     return Html(
         f'<header><div class="eyebrow">qmedtune run <span class="status {status}">{status}</span></div>'
         f'<h1>{esc(run.name)}</h1><p class="outcome">{_together(outcome(run))}</p><div class="meta">{meta}</div>'
@@ -57,7 +58,9 @@ def _warning_callout(run: Run) -> str:
     number = len(warnings_of(run))
     if not number:
         return ""
-    word = "1 warning" if number == 1 else f"{number} warnings"
+    word = "1 warning"
+    if number > 1:
+        word = f"{number} warnings"
     return (
         f'<div class="callout"><a href="#warnings-and-choices">{word}</a> to read before these figures are used.</div>'
     )
@@ -74,7 +77,9 @@ def tiles(run: Run) -> str:
 
 
 def _grid(cells: Sequence[Html]) -> str:
-    return f'<div class="tiles">{"".join(cells)}</div>' if cells else ""
+    if not cells:
+        return ""
+    return f'<div class="tiles">{"".join(cells)}</div>'
 
 
 def _score_tiles(run: Run) -> Iterator[Html]:
@@ -90,29 +95,38 @@ def _counted_tiles(run: Run) -> Iterator[Html]:
     scored = wholes(run)
     words = precision_words(run)
     if scored:
-        better = sum(whole.verdict == "better" for whole, _ in scored)
+        found = [whole.verdict for whole, _ in scored]
+        better = found.count("better")
         big = Html(f'<span class="good">{better}</span><span class="from"> of {len(scored)}</span>')
-        yield _tile("Tasks better", big, verdicts([whole.verdict for whole, _ in scored]), words)
-    texts = list(both_perplexities(run))
+        yield _tile("Tasks better", big, verdicts(found), words)
+    fell = texts = 0
+    for _, base, final in both_perplexities(run):
+        texts += 1
+        fell += final < base
     if texts:
-        fell = sum(final < base for _, base, final in texts)
-        big = Html(f'<span class="good">{fell}</span><span class="from"> of {len(texts)}</span>')
+        big = Html(f'<span class="good">{fell}</span><span class="from"> of {texts}</span>')
         yield _tile("Texts with lower perplexity", big, words)
 
 
 def _cost_tiles(run: Run) -> Iterator[Html]:
-    trained = sum(stage.tokens.trained or 0 for stage in run.stages)
+    trained, peak = 0, 0
+    for stage in run.stages:
+        trained += stage.tokens.trained or 0
+        peak = max(peak, stage.peak_memory_bytes or 0)
+    seconds, on_gpu = 0.0, 0.0
+    for step in run.steps:
+        seconds += step.seconds or 0
+        if step.kind != "data":  # one GPU for all the others, whether it is busy or not
+            on_gpu += step.seconds or 0
+    hours, memory_of = "", "of the process, no GPU"
+    if _has_gpu(run):
+        hours, memory_of = f"{on_gpu / 3600:.1f} GPU-hours", "of the GPU"
     if trained:
         yield _tile("Tokens trained", esc(count(trained)), _stage_words(run))
-    seconds = sum(step.seconds or 0 for step in run.steps)
     if seconds:
-        # One GPU for all but the data steps, whether it is busy or not.
-        on_gpu = sum(step.seconds or 0 for step in run.steps if step.kind != "data")
-        small = [f"{on_gpu / 3600:.1f} GPU-hours"] if _has_gpu(run) else []
-        yield _tile("Time", esc(duration(seconds)), *small, f"{len(run.steps)} steps")
-    peaks = [stage.peak_memory_bytes for stage in run.stages if stage.peak_memory_bytes]
-    if peaks:
-        yield _tile("Peak memory", esc(size(max(peaks))), "of the GPU" if _has_gpu(run) else "of the process, no GPU")
+        yield _tile("Time", esc(duration(seconds)), hours, f"{len(run.steps)} steps")
+    if peak:
+        yield _tile("Peak memory", esc(size(peak)), memory_of)
 
 
 def _has_gpu(run: Run) -> bool:
@@ -129,30 +143,44 @@ def _loss_tiles(run: Run) -> Iterator[Html]:
             shares.append((share, stage.name))
     if shares:
         worst, name = max(shares)
-        tone = "poor" if worst >= DROPPED else "quiet"
+        tone = "quiet"
+        if worst >= DROPPED:
+            tone = "poor"
         yield _tile(
             "Tokens dropped", _toned(f"{worst:.1%}", tone), f"of those read for {name}", "the most of any stage"
         )
-    looked = [source.phi for source in run.data.values() if source.phi.mode not in (None, "off")]
-    if looked:
-        found = sum(phi.identifiers for phi in looked)
-        records = sum(phi.records for phi in looked)
-        modes = ", ".join(sorted({phi.mode or "" for phi in looked}))
-        tone = "poor" if found else "quiet"
-        yield _tile("Identifiers found", _toned(f"{found:,}", tone), f"in {records:,} records", f"phi: {modes}")
+    yield from _identifiers_tile(run)
     yield from _contamination_tile(run)
+
+
+def _identifiers_tile(run: Run) -> Iterator[Html]:
+    found, records, modes = 0, 0, set[str]()
+    for source in run.data.values():
+        if source.phi.mode in (None, "off"):
+            continue
+        found += source.phi.identifiers
+        records += source.phi.records
+        modes.add(source.phi.mode)
+    tone = "quiet"
+    if found:
+        tone = "poor"
+    if modes:
+        how = f"phi: {', '.join(sorted(modes))}"
+        yield _tile("Identifiers found", _toned(f"{found:,}", tone), f"in {records:,} records", how)
 
 
 def _contamination_tile(run: Run) -> Iterator[Html]:
     """An item that several sources hold counts once."""
-    looked, items = 0, set[tuple[str, str]]()
+    looked, left_out, items = 0, 0, set[tuple[str, str]]()
     for source in run.data.values():
+        left_out += source.records.contaminated or 0
         for task, overlap in source.contamination.items():
             looked = max(looked, overlap.items)
             items |= {(task, item) for item in overlap.found}
     if looked:
-        left_out = sum(source.records.contaminated or 0 for source in run.data.values())
-        tone = "poor" if items else "quiet"
+        tone = "quiet"
+        if items:
+            tone = "poor"
         small = ("in the text of the sources", f"{left_out:,} records left out for it")
         yield _tile("Benchmark items found", _toned(f"{len(items):,}", tone), *small)
 
@@ -192,7 +220,9 @@ def _score_tile(whole: Comparison, final: Score, words: str) -> Html:
 def _perplexity_tile(source: str, base: Number | None, final: Number, words: str) -> Html:
     if base is None:
         return _tile(source, esc(f"{final:.2f}"), "perplexity", words, "base not measured")
-    tone = "good" if final < base else "quiet"
+    tone = "quiet"
+    if final < base:
+        tone = "good"
     big = Html(f'<span class="from">{digits3(base)} → </span><span class="{tone}">{digits3(final)}</span>')
     return _tile(source, big, f"perplexity, {score_tables.change(base, final)}", words, "lower is better")
 

@@ -56,7 +56,9 @@ def _parse(answer: str, item: Item) -> int | None:
 
 
 def _judge(item: Item, prediction: int | None) -> Judgement:
-    chosen = None if prediction is None else item.options[prediction]
+    chosen = None
+    if prediction is not None:
+        chosen = item.options[prediction]
     return {"prediction": chosen, "correct": prediction == item.gold}
 
 
@@ -81,14 +83,19 @@ def pubmedqa(path: Path) -> list[Item]:
     of pubid, question, context and final_decision. Of a file with all 1,000 questions the 500 of the test set."""
     items = []
     for where, fields in records(path):
-        text_field(where, fields, "question" if "pubid" in fields else "QUESTION")
+        column = "QUESTION"
+        if "pubid" in fields:
+            column = "question"
+        text_field(where, fields, column)
         asked = _question(where, fields)
         answer = asked.messages[1]["content"]
         if answer not in DECISIONS:
             raise DataError(f"{where}: `final_decision` is none of the options\nallowed: {', '.join(DECISIONS)}")
         name, said = item_id(where, fields), fields.get("CONTEXTS") or fields["context"]["contexts"]
         stated = (fields.get("QUESTION") or fields["question"], *said)
-        pmid = name if name.isdecimal() else None
+        pmid = None
+        if name.isdecimal():
+            pmid = name
         items.append(
             Item(name, asked.messages[:1], DECISIONS.index(answer), DECISIONS, stated=tuple(stated), pmid=pmid)
         )
@@ -99,7 +106,9 @@ def _test_set(path: Path, items: list[Item]) -> list[Item]:
     """The items of the test set where a file holds all of it and others: by the authors' `test_ground_truth.json`
     beside it, else by the published list of the 500."""
     beside = path.parent / GROUND_TRUTH
-    published = beside if beside.is_file() else PUBMEDQA_TEST
+    published = PUBMEDQA_TEST
+    if beside.is_file():
+        published = beside
     wanted = {str(name) for name in json.loads(published.read_text(encoding="utf-8"))}
     found = [item for item in items if item.id in wanted]
     if len(found) < len(wanted) or len(found) == len(items):
@@ -124,7 +133,9 @@ def medqa(path: Path) -> list[Item]:
 def medmcqa(path: Path) -> list[Item]:
     """Records with opa..opd and cop, which counts from 1 in the authors' files and from 0 on the Hub."""
     rows = list(records(path))
-    base = answer_base(path, {cop_of(fields) for _, fields in rows}) if rows else 0
+    if not rows:
+        return []
+    base = answer_base(path, {cop_of(fields) for _, fields in rows})
     items = []
     for where, fields in rows:
         text_field(where, fields, "question")
@@ -139,7 +150,10 @@ def mmlu(path: Path) -> list[Item]:
     """A subject's CSV as published (no header; question, four options, letter), one with a header or with indices, or
     the Hub's rows of question, choices, answer, subject. Subjects are facets."""
     items = []
-    for where, fields in _mmlu_table(path) if plain_suffix(path) == ".csv" else records(path):
+    rows = records(path)
+    if plain_suffix(path) == ".csv":
+        rows = _mmlu_table(path)
+    for where, fields in rows:
         facet = fields.get("subject")
         if not isinstance(facet, str) or not facet:
             facet = _subject(path)
@@ -159,7 +173,9 @@ def _mmlu_table(path: Path) -> Iterator[tuple[str, Fields]]:
                 continue
             asked, *texts, answer = row
             answer = answer.strip()
-            index = int(answer) if answer.isdecimal() else LETTERS.find(answer or "?")
+            index = LETTERS.find(answer or "?")
+            if answer.isdecimal():
+                index = int(answer)
             if not 0 <= index < len(texts):
                 raise DataError(f"{where}: the answer is none of the options\nallowed: a letter, or an index from 0")
             yield where, {"question": asked, "choices": texts, "answer": index}

@@ -109,7 +109,8 @@ class Options:
             self.letters = [option.upper() for option in options]
         self.words = [_plain(text) for text in (texts or options)]
         self.letter = "|".join(map(re.escape, self.letters))  # one of them, in a pattern; "" where there are none
-        self.longest_first = sorted((word for word in self.words if word), key=len, reverse=True)
+        named = [word for word in self.words if word]
+        self.longest_first = sorted(named, key=len, reverse=True)
 
     @cached_property
     def word_pattern(self) -> str:
@@ -156,7 +157,9 @@ class Options:
     def named(self) -> re.Pattern[str]:
         """Each option in a row of them."""
         words = "|".join(map(_flexible, self.longest_first))
-        letters = rf"|(?<!\w)(?:{self.letter})(?!\w)" if self.letters else ""
+        letters = ""
+        if self.letters:
+            letters = rf"|(?<!\w)(?:{self.letter})(?!\w)"
         return re.compile(rf"(?<!\w)(?:{words})(?!\w){letters}", re.I)
 
     @cached_property
@@ -172,7 +175,9 @@ class Options:
     @cached_property
     def judged(self) -> re.Pattern[str]:
         """An option, or a menu, that something may be said of."""
-        by_letter = rf"(?<![\w'])(?-i:(?P<letter>{self.letter}))|" if self.letters else ""
+        by_letter = ""
+        if self.letters:
+            by_letter = rf"(?<![\w'])(?-i:(?P<letter>{self.letter}))|"
         return re.compile(rf"{by_letter}{MENU}|(?<!\w){self.word_pattern}", re.I)
 
     def of(self, match: re.Match[str]) -> int:
@@ -270,7 +275,9 @@ def _without_menus(text: str, known: Options) -> str:
     kept = []
     for number, line in enumerate(lines):
         in_list = is_list and _cut_line(lines, listed, number, known) is not None
-        kept.append(MENU if in_list or _inline_menu(line, known) else line)
+        if in_list or _inline_menu(line, known):
+            line = MENU
+        kept.append(line)
     return _mark_series("\n".join(kept), known)
 
 
@@ -292,7 +299,9 @@ def _cut_line(lines: list[str], listed: list[int | None], number: int, known: Op
     letter = lines[number].strip().upper()
     if listed[number] is None and number and listed[number - 1] is not None and letter in known.letters:
         option = known.letters.index(letter)
-        return None if option in listed else option
+        if option in listed:
+            return None
+        return option
     return listed[number]
 
 
@@ -314,8 +323,12 @@ def _mark_series(text: str, known: Options) -> str:
     """Several different options in a row are a menu, unless something is said of them: then they stay, as several."""
 
     def mark(match: re.Match[str]) -> str:
-        named = {m.group().casefold().strip("()[] ") for m in known.named.finditer(match.group())}
-        return MENU if len(named) > 1 else match.group()
+        named = set()
+        for option in known.named.finditer(match.group()):
+            named.add(option.group().casefold().strip("()[] "))
+        if len(named) > 1:
+            return MENU
+        return match.group()
 
     return known.several.sub(mark, text)
 
@@ -350,7 +363,9 @@ def _read(text: str, start: int, known: Options) -> list[Stated]:
 
 def _past_text(text: str, end: int, known: Options) -> int:
     match = known.behind.match(text, end)
-    return match.end() if match else end
+    if not match:
+        return end
+    return match.end()
 
 
 def _leading(text: str, known: Options) -> list[Stated]:
@@ -358,7 +373,11 @@ def _leading(text: str, known: Options) -> list[Stated]:
     if re.match(r"[AQ]\s*:\s", text[start:]) and CUE.search(text, start, start + 60):
         return []  # "A: The correct answer is C": the A of question and answer
     begun = OPENED.match(text, start)
-    found = _read(text, begun.end() if begun else start, known) or _read(text, start, known)
+    found = []
+    if begun:
+        found = _read(text, begun.end(), known)
+    if not found:
+        found = _read(text, start, known)
     found = [each for each in found if each.option != SEVERAL]
     if found or text[start : start + 1] == MENU:
         return found
@@ -393,14 +412,19 @@ def _called_right(text: str, known: Options) -> Iterator[Stated]:
                 called = IS_RIGHT.match(text, invented.end())
         if not called or DENIED_BEFORE.search(text, 0, match.start()):
             continue
-        option = SEVERAL if match.group() == MENU else known.of(match)
+        option = SEVERAL
+        if match.group() != MENU:
+            option = known.of(match)
         yield Stated(option, match.start(), match.end())
 
 
 def _alone(text: str, known: Options) -> Iterator[Stated]:
     """Lines, and where options are words sentences, that are an option and nothing else."""
     start = 0
-    for part in re.split(r"\n" if known.letters else r"[\n.;!]", text):
+    ends = r"[\n.;!]"
+    if known.letters:
+        ends = r"\n"
+    for part in re.split(ends, text):
         words = part.strip(" \t()[].:;,!-")
         if words.upper() in known.letters:
             yield Stated(known.letters.index(words.upper()), start, start + len(part))
@@ -441,4 +465,6 @@ def _mentioned(text: str, known: Options) -> set[int]:
     if len(found) != 1 or known.words.count(known.words[next(iter(found))]) != 1:
         return set()
     short = len(text.split()) <= SHORT_ANSWER_WORDS
-    return found if short or ends else set()
+    if not short and not ends:
+        return set()
+    return found

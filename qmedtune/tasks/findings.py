@@ -110,10 +110,10 @@ def _write_hallmarks(item: Item) -> str:
 
 def _parse_hallmarks(answer: str, item: Item) -> frozenset[str] | None:
     said = " ".join(answer.lower().replace("signalling", "signaling").replace("tumour", "tumor").split())
-    found = frozenset(hallmark for hallmark in HALLMARKS if hallmark in said)
+    found = [hallmark for hallmark in HALLMARKS if hallmark in said]
     if not found and not NONE.search(said):
         return None
-    return found
+    return frozenset(found)
 
 
 def _judge_hallmarks(item: Item, prediction: frozenset[str] | None) -> Judgement:
@@ -128,8 +128,11 @@ def _hallmark_scores(judgements: list[Judgement]) -> dict[str, float]:
     right, wrong = table[:, 1, 1], table[:, 0, 1] + table[:, 1, 0]
     each = _f1(right, wrong)
     there = gold.any(0)
+    mean = float("nan")
+    if there.any():
+        mean = float(each[there].mean())
     scores = {
-        "macro_f1": float(each[there].mean()) if there.any() else float("nan"),
+        "macro_f1": mean,
         "macro_f1_all": float(each.mean()),
         "micro_f1": float(_f1(right.sum(), wrong.sum())),
         "exact_match": sum(judgement["correct"] for judgement in judgements) / len(judgements),
@@ -200,7 +203,11 @@ def _entity_item(note: str, number: int, line: str, gold: list[tuple[str, str]])
 
 def marks_drugs(items: Sequence[Item]) -> bool:
     """Whether the files have drugs as a type of their own; i2b2-2012 as published has none."""
-    return any(kind == "drug" for item in items for kind, _ in item.gold)
+    for item in items:
+        for kind, _ in item.gold:
+            if kind == "drug":
+                return True
+    return False
 
 
 def with_drugs_asked(items: list[Item]) -> list[Item]:

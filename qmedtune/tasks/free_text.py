@@ -70,7 +70,7 @@ def emrqa(path: Path) -> list[Item]:
 
 def question_task(name: str, items: tuple[Item, ...]) -> Task:
     """Token F1 first, exact match and both as Me-LLaMA counts them beside it; all means over items."""
-    metrics: dict[str, str | None] = {name: name for name in ANSWER_METRICS}
+    metrics: dict[str, str | None] = dict(zip(ANSWER_METRICS, ANSWER_METRICS, strict=True))
     return Task(name, items, "token_f1", metrics, _said, _judge_answer, _means, 64, _write_answer)
 
 
@@ -165,7 +165,9 @@ def bioasq_yesno(path: Path) -> list[Item]:
 
 def pubmed_summaries(path: Path) -> list[Item]:
     """article and abstract, or the authors' lines of article_text and abstract_text (sentences, in <S> marks)."""
-    rows = records(path) if path.suffix != ".txt" else checked_rows(path, read_jsonl(path))
+    rows = records(path)
+    if path.suffix == ".txt":
+        rows = checked_rows(path, read_jsonl(path))
     items = []
     for where, fields in rows:
         if isinstance(fields.get("article_text"), list) and isinstance(fields.get("abstract_text"), list):
@@ -188,8 +190,8 @@ def radiology_summaries(path: Path) -> list[Item]:
         raise DataError(f"{path}: {text.reason}\nfetch the file again")
     found = {}
     heads = list(SECTION.finditer(text))
-    for number, head in enumerate(heads):
-        end = heads[number + 1].start() if number + 1 < len(heads) else len(text)
+    ends = [head.start() for head in heads[1:]] + [len(text)]
+    for head, end in zip(heads, ends, strict=False):
         found[head[1].strip().lower()] = text[head.end() : end].strip()
     if not found.get("findings") or not found.get("impression"):
         return []
@@ -200,7 +202,9 @@ def _summary_item(where: str, fields: Fields, known: tuple[tuple[str, str], ...]
     for source, target in known:
         if source in fields and target in fields:
             text, summary = text_field(where, fields, source), text_field(where, fields, target)
-            content = "Summarise this text." if target == "summary" else f"Write the {target} of this text."
+            content = f"Write the {target} of this text."
+            if target == "summary":
+                content = "Summarise this text."
             return Item(item_id(where, fields), ({"role": "user", "content": content, "input": text},), summary)
     pairs = "; ".join(" and ".join(pair) for pair in known)
     raise DataError(f"{where}: no known pair of text and summary\nallowed fields: {pairs}")
@@ -209,7 +213,8 @@ def _summary_item(where: str, fields: Fields, known: tuple[tuple[str, str], ...]
 def summary_task(name: str, items: tuple[Item, ...]) -> Task:
     """ROUGE-L first, ROUGE-1 and ROUGE-2 beside it, all also without stemming; means over items of the F-measure."""
     require("rouge_score")
-    metrics: dict[str, str | None] = {name: name for name in ("rougeL", "rouge1", "rouge2", *UNSTEMMED)}
+    names = ("rougeL", "rouge1", "rouge2", *UNSTEMMED)
+    metrics: dict[str, str | None] = dict(zip(names, names, strict=True))
     return Task(name, items, "rougeL", metrics, _said, _judge_summary, _means, max_new_tokens=256)
 
 
@@ -245,7 +250,10 @@ def with_bertscore(task: Task, encoder: str) -> Task:
         raise RecipeError(f"evaluate.tasks: {task.name} has no summaries\nbertscore is for summaries")
     if not any(Path(folder).glob("*.safetensors")):
         raise RecipeError(f"bertscore: {folder} is no local folder with safetensors\ngive one, fetched before")
-    depth = int(layer) if layer else _known_layer(Path(folder).name)
+    if layer:
+        depth = int(layer)
+    else:
+        depth = _known_layer(Path(folder).name)
 
     def judge(item: Item, prediction: str | None) -> Judgement:
         return {**task.judge(item, prediction), "bertscore": _bertscore(folder, depth, prediction, item.gold)}

@@ -63,21 +63,26 @@ def ddi_task(name: str, items: tuple[Item, ...]) -> Task:
 
 
 def _check_labels(name: str, items: tuple[Item, ...]) -> None:
-    if len(items) > 1 and len({item.gold for item in items}) < 2:
+    if len(items) > 1 and _same_gold(items):
         raise DataError(
             f"task {name}: all {len(items)} items have the same label, so an F1 says nothing\ngive the whole split"
         )
 
 
+def _same_gold(items: tuple[Item, ...]) -> bool:
+    golds = [item.gold for item in items]
+    return golds.count(golds[0]) == len(golds)
+
+
 def auroc_task(name: str, items: tuple[Item, ...]) -> Task:
     """Area under the ROC curve of log p(yes) - log p(no); of the answers themselves where they are generated."""
-    if len({item.gold for item in items}) < 2:
+    if _same_gold(items):
         raise DataError(f"task {name}: all items have the same outcome, so there is no ROC curve\ngive the whole split")
     return Task(name, items, "auroc", {"auroc": None, "accuracy": "correct"}, _parse, _judge, _auroc)
 
 
 def _task(name: str, items: tuple[Item, ...], metric: str, positive: tuple[str, ...] = ()) -> Task:
-    longest = max(len(label) for label in items[0].options)
+    longest = len(max(items[0].options, key=len))
     metrics: dict[str, str | None] = {"accuracy": "correct", "macro_f1": None}
     if positive:
         metrics["positive_f1"] = None
@@ -90,7 +95,9 @@ def _parse(answer: str, item: Item) -> int | None:
 
 
 def _judge(item: Item, prediction: int | None) -> Judgement:
-    chosen = None if prediction is None else item.options[prediction]
+    chosen = None
+    if prediction is not None:
+        chosen = item.options[prediction]
     return {"prediction": chosen, "gold": item.options[item.gold], "correct": prediction == item.gold}
 
 
@@ -139,8 +146,10 @@ def nli(path: Path) -> list[Item]:
     """MedNLI's JSON lines (sentence1, sentence2, gold_label), or premise, hypothesis and label (BioNLI: two labels; the
     Hub's 0, 1, 2 for entailment, neutral and contradiction)."""
     rows = _by_name(list(records(path)))
-    used = {str(fields.get("gold_label", fields.get("label"))).casefold() for _, fields in rows}
-    labels = NLI if "neutral" in used else NLI[:2]
+    labels = NLI[:2]
+    for _, fields in rows:
+        if str(fields.get("gold_label", fields.get("label"))).casefold() == "neutral":
+            labels = NLI
     items = []
     for where, fields in rows:
         first, second, label = _nli_columns(fields)
@@ -181,8 +190,9 @@ def ddi2013(path: Path) -> list[Item]:
 
     The authors' `Test for DrugNER task` holds pairs without their interactions: such files have no item.
     """
-    if any("drugner" in part.lower() for part in path.parts):
-        return []
+    for part in path.parts:
+        if "drugner" in part.lower():
+            return []
     if plain_suffix(path) == ".xml":
         return _ddi_xml(path)
     items = []
@@ -205,7 +215,9 @@ def _ddi_xml(path: Path) -> list[Item]:
     items = []
     for sentence in root.iter("sentence"):
         text = sentence.get("text") or ""
-        spans = {entity.get("id"): _span(entity.get("charOffset")) for entity in sentence.iter("entity")}
+        spans = {}
+        for entity in sentence.iter("entity"):
+            spans[entity.get("id")] = _span(entity.get("charOffset"))
         for pair in sentence.iter("pair"):
             where = f"{path}:{pair.sourceline}"
             first, second = pair.get("e1"), pair.get("e2")
@@ -225,8 +237,10 @@ def _ddi_xml(path: Path) -> list[Item]:
 
 def _span(offsets: str | None) -> tuple[int, int]:
     """`3-9` or `3-9;14-20` (a drug in two parts): first and last character, both included."""
-    numbers = [int(number) for number in re.findall(r"\d+", offsets or "")]
-    return (numbers[0], numbers[-1]) if numbers else (-1, -1)
+    numbers = re.findall(r"\d+", offsets or "")
+    if not numbers:
+        return -1, -1
+    return int(numbers[0]), int(numbers[-1])
 
 
 def _masked(text: str, spans: list[tuple[int, int]]) -> str:
@@ -246,12 +260,17 @@ def mtsamples(path: Path) -> list[Item]:
     label, text = "label", "text"
     if rows and "medical_specialty" in rows[0][1]:
         label, text = "medical_specialty", "transcription"
-    full = [row for row in rows if str(row[1].get(text) or "").strip()]
+    full: list[tuple[str, Fields]] = []
+    specialties = set[str]()
+    for where, fields in rows:
+        if str(fields.get(text) or "").strip():
+            full.append((where, fields))
+            specialties.add(text_field(where, fields, label))
     if rows and not full:
         text_field(*rows[0], text)
     if len(full) < len(rows):
         ui.note(f"{path.name}: {len(rows) - len(full)} notes without text are left out")
-    labels = tuple(sorted({text_field(where, fields, label) for where, fields in full}))
+    labels = tuple(sorted(specialties))
     if len(labels) < 2:
         raise DataError(f"{path}: fewer than two labels in `{label}`\ngive the whole table of notes")
     content = f"Which medical specialty is this note from? Answer {_listed(labels)}."

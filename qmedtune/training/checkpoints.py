@@ -42,12 +42,14 @@ def save(
     """
     scratch = stage / store.SCRATCH
     tensors, described = states
-    needed = sum(t.nbytes for t in [*weights.values(), *tensors.values()]) + OTHER_FILES_BYTES
+    needed = OTHER_FILES_BYTES
+    for tensor in (*weights.values(), *tensors.values()):
+        needed += tensor.nbytes
     store.check_room(scratch, needed, f"checkpoint {step}")
     partial = scratch / "checkpoint.partial"
     shutil.rmtree(partial, ignore_errors=True)  # of a killed save
     partial.mkdir(parents=True)
-    save_file({name: t.detach().contiguous() for name, t in weights.items()}, partial / WEIGHTS)
+    save_file(_plain(weights), partial / WEIGHTS)
     save_file(tensors, partial / STATES)
     store.write_json(partial / STATE, described)
     trainer_state.save_to_json(str(partial / TRAINER_STATE))
@@ -60,14 +62,25 @@ def save(
     store.discard(folder)  # one that is there was damaged, and passed over
     store.rename(partial, folder)
     intact = sealed(stage)
-    for old in [*(path for path in found(stage) if path not in intact), *superseded(intact, folder, keep)]:
-        store.discard(old)
+    for path in found(stage):
+        if path not in intact:
+            store.discard(path)
+    for path in superseded(intact, folder, keep):
+        store.discard(path)
     return folder
+
+
+def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """As safetensors takes them."""
+    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
 
 
 def found(stage: Path) -> list[Path]:
     """All checkpoints, oldest first."""
-    numbered = (p for p in (stage / store.SCRATCH).glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit())
+    numbered = []
+    for path in (stage / store.SCRATCH).glob("checkpoint-*"):
+        if path.name.rpartition("-")[2].isdigit():
+            numbered.append(path)
     return sorted(numbered, key=step_of)
 
 
@@ -82,8 +95,13 @@ def step_of(checkpoint: Path) -> int:
 
 def superseded(checkpoints: list[Path], newest: Path, keep: int) -> list[Path]:
     """What may go once `newest` is sealed. Those of later steps go first: they were damaged, and passed over."""
-    later = [p for p in checkpoints if step_of(p) > step_of(newest)]
-    return later + [p for p in checkpoints if p not in later][:-keep]
+    later, others = [], []
+    for path in checkpoints:
+        if step_of(path) > step_of(newest):
+            later.append(path)
+        else:
+            others.append(path)
+    return later + others[:-keep]
 
 
 def last_intact(stage: Path) -> Path | None:
@@ -101,8 +119,10 @@ def go_back(stage: Path, checkpoint: Path | None) -> None:
     best.unlink(missing_ok=True)
     if checkpoint and (checkpoint / BEST).is_file():
         link(checkpoint / BEST, best)
-    kept = checkpoint / METRICS if checkpoint else None
-    store.write_atomic(stage / METRICS, kept.read_text(encoding="utf-8") if kept and kept.is_file() else "")
+    lines = ""
+    if checkpoint and (checkpoint / METRICS).is_file():
+        lines = (checkpoint / METRICS).read_text(encoding="utf-8")
+    store.write_atomic(stage / METRICS, lines)
 
 
 # ------------------------------------------------------------------------------------------------- what is in a folder
@@ -111,7 +131,7 @@ def go_back(stage: Path, checkpoint: Path | None) -> None:
 def save_trained(model: torch.nn.Module, path: Path) -> None:
     """Everything trainable, exactly, under its parameter name. Complete under `path`, or not there."""
     partial = path.with_name(f"{path.name}.partial")
-    save_file({name: p.detach().contiguous() for name, p in trainable(model).items()}, partial)
+    save_file(_plain(trainable(model)), partial)
     store.rename(partial, path)
 
 
@@ -131,10 +151,13 @@ def states_of(optimizer: Any, scheduler: Any, scaler: Any) -> tuple[dict[str, Te
     tensors = random_states()
     plain = _take_tensors(whole["state"], "optimizer", tensors)
     numpy_state: Any = np.random.get_state()
+    scale = None
+    if scaler:
+        scale = scaler.state_dict()
     return _unshared(tensors), {
         "optimizer": {"param_groups": whole["param_groups"], "state": plain},
         "scheduler": scheduler.state_dict(),
-        "scaler": scaler.state_dict() if scaler else None,
+        "scaler": scale,
         "random": {"python": random.getstate(), "numpy": [*numpy_state[:1], numpy_state[1].tolist(), *numpy_state[2:]]},
     }
 
@@ -144,19 +167,25 @@ def _take_tensors(value: Any, name: str, into: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
         into[name] = value.detach().contiguous()
         return {TENSOR: name}
-    return {k: _take_tensors(v, f"{name}.{k}", into) for k, v in value.items()} if isinstance(value, dict) else value
+    if not isinstance(value, dict):
+        return value
+    return {key: _take_tensors(inner, f"{name}.{key}", into) for key, inner in value.items()}
 
 
 def _put_tensors(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     if not isinstance(value, dict):
         return value
-    return tensors[value[TENSOR]] if TENSOR in value else {k: _put_tensors(v, tensors) for k, v in value.items()}
+    if TENSOR in value:
+        return tensors[value[TENSOR]]
+    return {key: _put_tensors(inner, tensors) for key, inner in value.items()}
 
 
 def random_states() -> dict[str, Tensor]:
     """Torch's generators: uint8 tensors."""
     states = {"random.cpu": torch.get_rng_state()}
-    return states | ({"random.cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+    if torch.cuda.is_available():
+        states["random.cuda"] = torch.cuda.get_rng_state()
+    return states
 
 
 def set_random_states(states: Mapping[str, Tensor]) -> None:
@@ -193,8 +222,12 @@ def load_random(checkpoint: Path) -> None:
     version, numbers, gauss = kept["python"]
     random.setstate((version, tuple(numbers), gauss))
     np.random.set_state(tuple(kept["numpy"]))
+    states = {}
     with safe_open(checkpoint / STATES, framework="pt") as file:
-        set_random_states({name: file.get_tensor(name) for name in file.keys() if name.startswith("random.")})  # noqa: SIM118
+        for name in file.keys():  # noqa: SIM118
+            if name.startswith("random."):
+                states[name] = file.get_tensor(name)
+    set_random_states(states)
 
 
 def _described(checkpoint: Path) -> dict[str, Any]:

@@ -39,7 +39,9 @@ class Head(nn.Module):
         self.linear = nn.Linear(hidden, targets.shape[1])
         self.multi_label = multi_label
         self.register_buffer("targets", torch.from_numpy(targets), persistent=False)
-        weights = class_weights(targets, multi_label) if balanced else np.ones(targets.shape[1])
+        weights = np.ones(targets.shape[1])
+        if balanced:
+            weights = class_weights(targets, multi_label)
         self.register_buffer("weights", torch.from_numpy(weights).float(), persistent=False)
         nn.init.zeros_(self.linear.weight)  # begins at chance whatever the hidden states are
         nn.init.zeros_(self.linear.bias)
@@ -108,17 +110,21 @@ def score(model: Any, tokens: Path, pad_id: int, batch: int, seed: int, out: Pat
     for start in range(0, len(rows), batch):
         picked = collate([rows[i] for i in range(start, min(start + batch, len(rows)))], pad_id)
         picked.pop("lengths")
-        found = last_token_logits(model, **{name: x.to(models.device()) for name, x in picked.items()})
+        on_device = {name: values.to(models.device()) for name, values in picked.items()}
+        found = last_token_logits(model, **on_device)
         documents = picked["labels"][picked["labels"] != -100].numpy()
         logits[documents] = found.float().cpu().numpy()
     if not model.head.multi_label:  # against the other labels, so that one document's scores compare with another's
         logits -= logits.max(1, keepdims=True)
         logits -= np.log(np.exp(logits).sum(1, keepdims=True))
     known = np.flatnonzero(rows.targets.sum(1))
-    ids = json.loads((tokens / HELD_OUT / IDS).read_text(encoding="utf-8"))
-    _write(out, rows.targets, logits, labels, [name for name, _ in ids])
+    names, patient_of = [], []
+    for name, patient in json.loads((tokens / HELD_OUT / IDS).read_text(encoding="utf-8")):
+        names.append(name)
+        patient_of.append(patient)
+    _write(out, rows.targets, logits, labels, names)
     save_file({"weight": model.head.linear.weight.detach(), "bias": model.head.linear.bias.detach()}, out / HEAD)
-    patients = [ids[i][1] for i in known]
+    patients = [patient_of[place] for place in known]
     found = result(rows.targets[known], logits[known], patients, seed)
     return found | decided(rows.targets[known], logits[known], multi_label=model.head.multi_label)
 
@@ -127,14 +133,21 @@ def decided(targets: np.ndarray, scores: np.ndarray, *, multi_label: bool) -> di
     """{"micro_f1", "macro_f1", "accuracy"} of the labels that are chosen: the highest, or with `multi_label` all above
     a probability of one half. Macro over the labels that occur; accuracy: all labels of a document right."""
     right = targets.astype(bool)
-    chosen = scores > 0 if multi_label else np.arange(scores.shape[1]) == scores.argmax(1)[:, None]
+    chosen = np.arange(scores.shape[1]) == scores.argmax(1)[:, None]
+    if multi_label:
+        chosen = scores > 0
     hits, wrong = (right & chosen).sum(0), (right ^ chosen).sum(0)
     each = 2 * hits / np.maximum(2 * hits + wrong, 1)
     there = right.any(0)
+    macro_f1, accuracy = 0.0, 0.0
+    if there.any():
+        macro_f1 = float(each[there].mean())
+    if len(right):
+        accuracy = float((right == chosen).all(1).mean())
     return {
         "micro_f1": float(2 * hits.sum() / max(1, 2 * hits.sum() + wrong.sum())),
-        "macro_f1": float(each[there].mean()) if there.any() else 0.0,
-        "accuracy": float((right == chosen).all(1).mean()) if len(right) else 0.0,
+        "macro_f1": macro_f1,
+        "accuracy": accuracy,
     }
 
 

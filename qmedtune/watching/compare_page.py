@@ -44,7 +44,9 @@ def _header(result: Result) -> Html:
             f'<li>{key}<b>{esc(run.name)}</b><span class="status {esc(run.status)}">{esc(run.status)}</span> '
             f"{esc(run.headline)}</li>"
         )
-    told = "".join(f'<p class="outcome">{esc(line)}</p>' for line in sentences(result))
+    told = ""
+    for line in sentences(result):
+        told += f'<p class="outcome">{esc(line)}</p>'
     return Html(
         f'<header><div class="eyebrow">qmedtune compare</div><h1>{len(result.runs)} runs</h1>{told}'
         f'<ul class="legend-list">{lines}</ul></header>'
@@ -76,12 +78,17 @@ def scores_table(result: Result) -> Table:
     rows: list[Row] = []
     for scored in result.scores:
         values = [_share(value) for value in scored.values]
-        rows.append((_titled(scored), *values, "–" if scored.items is None else f"{scored.items:,}"))
-    names = [run.name for run in result.runs]
-    note = (
-        "Final models. Shared: items that all runs answered, with the same gold answer; the tests below are on those."
-    )
-    return Table("Scores", ("Task", *names, "Shared items"), rows, note if rows else "No task was scored.")
+        shared = "–"
+        if scored.items is not None:
+            shared = f"{scored.items:,}"
+        rows.append((_titled(scored), *values, shared))
+    note = "No task was scored."
+    if rows:
+        note = (
+            "Final models. Shared: items that all runs answered, with the same gold answer; the tests below are on "
+            "those."
+        )
+    return Table("Scores", ("Task", *_names(result), "Shared items"), rows, note)
 
 
 def tests_table(result: Result) -> Table:
@@ -92,36 +99,47 @@ def tests_table(result: Result) -> Table:
         changed = f"{duel.gained:,} / {duel.lost:,}"
         rows.append((duel.model, duel.task, change, changed, f"{duel.p_holm:.3f}", WORDS[duel.verdict]))
     columns = ("Run", "Task", "Difference, 95%", "Gained / lost", "p (Holm)", "Reading")
-    note = (
-        f"Against {result.reference}, paired on the shared items: Tango's interval, exact McNemar test, Holm's "
-        "correction over all rows. No difference shown is no proof of equality."
-    )
-    return Table("Paired tests", columns, rows, note if rows else "No items are shared: nothing can be tested.")
+    note = "No items are shared: nothing can be tested."
+    if rows:
+        note = (
+            f"Against {result.reference}, paired on the shared items: Tango's interval, exact McNemar test, Holm's "
+            "correction over all rows. No difference shown is no proof of equality."
+        )
+    return Table("Paired tests", columns, rows, note)
 
 
 def perplexity_table(result: Result) -> Table:
     rows: list[Row] = []
     for scored in result.perplexity:
-        values = ["–" if value is None else digits3(value) for value in scored.values]
+        values = [_perplexity_of(value) for value in scored.values]
         rows.append((scored.name, *values))
-    return Table(
-        "Perplexity", ("Text", *(run.name for run in result.runs)), rows, "Of the final models; lower is better."
-    )
+    return Table("Perplexity", ("Text", *_names(result)), rows, "Of the final models; lower is better.")
 
 
 def training_table(result: Result) -> Table:
     rows: list[Row] = []
     for each in result.training:
-        rows.append((each.stage, each.what, *(_figure(each.what, value) for value in each.values)))
-    columns = ("Stage", "What", *(run.name for run in result.runs))
-    return Table("Training", columns, rows, "" if rows else "No stage was trained.")
+        values = [_figure(each.what, value) for value in each.values]
+        rows.append((each.stage, each.what, *values))
+    note = ""
+    if not rows:
+        note = "No stage was trained."
+    return Table("Training", ("Stage", "What", *_names(result)), rows, note)
 
 
 def settings_table(title: str, found: Sequence[Setting], result: Result, same: str) -> Table:
     rows: list[Row] = []
     for setting in found:
-        rows.append((setting.key, *(written(value) for value in setting.values)))
-    return Table(title, ("Key", *(run.name for run in result.runs)), rows, "" if rows else same)
+        values = [written(value) for value in setting.values]
+        rows.append((setting.key, *values))
+    note = ""
+    if not rows:
+        note = same
+    return Table(title, ("Key", *_names(result)), rows, note)
+
+
+def _names(result: Result) -> list[str]:
+    return [run.name for run in result.runs]
 
 
 def written(value: JsonValue) -> str:
@@ -130,21 +148,37 @@ def written(value: JsonValue) -> str:
         return "–"
     if isinstance(value, bool):
         return str(value).lower()
+    parts: list[str] = []
     if isinstance(value, list):
-        return ", ".join(written(inner) for inner in value)
+        for inner in value:
+            parts.append(written(inner))
+        return ", ".join(parts)
     if isinstance(value, dict):
-        return ", ".join(f"{key} {written(inner)}" for key, inner in value.items())
+        for key, inner in value.items():
+            parts.append(f"{key} {written(inner)}")
+        return ", ".join(parts)
     text = str(value)
-    is_hash = len(text) == 64 and set(text) <= set("0123456789abcdef")
-    return text[:12] if is_hash else text
+    if len(text) == 64 and set(text) <= set("0123456789abcdef"):  # a SHA-256
+        return text[:12]
+    return text
 
 
 def _titled(scored: Scored) -> str:
-    return scored.name if scored.metric in ("", "accuracy") else f"{scored.name} ({scored.metric})"
+    if scored.metric in ("", "accuracy"):
+        return scored.name
+    return f"{scored.name} ({scored.metric})"
 
 
 def _share(value: Number | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
+    if value is None:
+        return "–"
+    return f"{value:.3f}"
+
+
+def _perplexity_of(value: Number | None) -> str:
+    if value is None:
+        return "–"
+    return digits3(value)
 
 
 def _figure(what: str, value: Number | None) -> str:
@@ -154,7 +188,9 @@ def _figure(what: str, value: Number | None) -> str:
         return duration(value)
     if what == "peak memory":
         return size(value)
-    return f"{value:.3f}" if "loss" in what else f"{value:,.0f}"
+    if "loss" in what:
+        return f"{value:.3f}"
+    return f"{value:,.0f}"
 
 
 # ---- figures ---------------------------------------------------------------------------------------------------------
@@ -164,8 +200,9 @@ def _scores(result: Result) -> Html:
     rows: list[tuple[str, list[Mark], str]] = []
     for scored in result.scores:
         rows.append((_titled(scored), _marks(result, scored), ""))
-    keys = _legend(result)
-    figure = f"{keys}{dumbbells(rows, SHARES)}<br>" if rows else ""
+    figure = ""
+    if rows:
+        figure = f"{_legend(result)}{dumbbells(rows, SHARES)}<br>"
     scores = card("Scores", Html(figure + html_table(scores_table(result))))
     tests = card("Paired tests", html_table(tests_table(result)))
     return Html(scores + tests + _perplexity(result))
@@ -204,22 +241,24 @@ def _curves(runs: Sequence[Side], result: Result) -> Html:
     for name in stage_names(runs):
         lines: list[Series] = []
         for place, side in enumerate(runs):
-            curve = side.metrics.curves.get(name)
-            lines.append(Series(side.name, curve.train if curve else [], color(place)))
+            lines.append(Series(side.name, side.curve(name).train, color(place)))
         cards += _chart(f"{name}: training", lines)
         for source in held_out_sources(runs, name):
             dots: list[Series] = []
             for place, side in enumerate(runs):
-                curve = side.metrics.curves.get(name)
-                dots.append(Series(side.name, curve.validation.get(source, []) if curve else [], color(place), True))
+                points = side.curve(name).validation.get(source, [])
+                dots.append(Series(side.name, points, color(place), True))
             cards += _chart(f"{name}: held-out {source}", dots)
-    charts = f'<div class="pair">{cards}</div>' if cards else ""
-    return Html(charts + card("", html_table(training_table(result))))
+    if cards:
+        cards = f'<div class="pair">{cards}</div>'
+    return Html(cards + card("", html_table(training_table(result))))
 
 
 def _chart(title: str, lines: list[Series]) -> str:
     drawn = [line for line in lines if line.points]
-    return card(title, line_chart(drawn, "optimiser step", "loss, nats per token")) if drawn else ""
+    if not drawn:
+        return ""
+    return card(title, line_chart(drawn, "optimiser step", "loss, nats per token"))
 
 
 def _settings(result: Result) -> Html:
