@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qmedtune.parsing.loader import LoadedRecipe
+from qmedtune.planning.plan_facts import Plan
 from qmedtune.process import prepare
 from qmedtune.recipe import TaskSection
 
@@ -49,7 +50,7 @@ def run_recipe(
     return found.as_json()
 
 
-def plan_recipe(recipe: LoadedRecipe, out: Path | str | None = None) -> dict[str, Any]:
+def plan_recipe(recipe: LoadedRecipe, out: Path | str | None = None) -> Plan:
     """What a run would cost: stages, tokens, steps, bytes of memory and disk, seconds; loads no weights.
 
     out: a run folder, whose finished steps cost nothing. Raises DoesNotFit where memory or disk cannot do.

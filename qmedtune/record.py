@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from qmedtune import __version__, store
 from qmedtune.errors import MergeRefused, QmedtuneError
+from qmedtune.planning.plan_facts import Decision
 from qmedtune.recipe import Recipe
 from qmedtune.results import (
     Adapter,
@@ -59,7 +60,7 @@ class Notes:
 
     recipe: Recipe
     text: str
-    choices: list[dict[str, Any]]
+    choices: Sequence[Decision]
     offline: bool
     source: Base
     steps: list[Step]

@@ -39,4 +39,5 @@ def _asked(frame: Frame, messages: list[dict[str, str]]) -> str | None:
     alone = codec.backend.encode("a", add_special_tokens=True).ids
     if codec.bos_id is None or alone[0] != codec.bos_id:
         return asked.text
-    return asked.text.removeprefix(codec.backend.id_to_token(codec.bos_id))  # Ollama puts it there, as the file asks
+    bos = codec.backend.id_to_token(codec.bos_id) or ""
+    return asked.text.removeprefix(bos)  # Ollama puts it there, as the file asks

@@ -52,7 +52,7 @@ def add(layer: Any, x: Tensor, total: Tensor) -> Tensor:
 def _next_norm(layer: Any, x: Tensor, total: Tensor) -> Any:
     """The norm that reads this layer's sum, or None where it has to be computed in its own place."""
     norm, after = getattr(layer, "following", (None, None))
-    if not hasattr(norm, "prepared") or not (layer.training and torch.is_grad_enabled()):
+    if norm is None or not hasattr(norm, "prepared") or not (layer.training and torch.is_grad_enabled()):
         return None
     if _recomputed(layer) or (after is not None and _recomputed(after)):
         return None
