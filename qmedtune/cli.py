@@ -140,6 +140,7 @@ def _report(error: Any) -> int:
 
 def _origin(error: BaseException) -> str:
     """Where our own code was. Messages of foreign exceptions are not shown: they can quote clinical text."""
+    package = Path(__file__).parent
     frames = traceback.extract_tb(error.__traceback__)
-    ours = [frame for frame in frames if "qmedtune" in Path(frame.filename).parts] or frames
+    ours = [frame for frame in frames if Path(frame.filename).is_relative_to(package)] or frames
     return f"{Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else "an unknown place"

@@ -139,11 +139,11 @@ def merge(job: MergeJob, out: Path) -> dict[str, Any]:
     started = time.monotonic()
     check_onto(job.section, job.model)
     opened = open_llama(job.base)
-    check_chain(job.adapters, job.base)
     with ExitStack() as stack:
         adapters = _Adapters(job, opened, _blend_folder(job, out, stack))
         updates = adapters.updates
         _check_copies(job, updates, opened)
+        check_chain(job.adapters, job.base)
         pool = stack.enter_context(workers())
         helpers, disk = stack.enter_context(ThreadPoolExecutor(1)), stack.enter_context(ThreadPoolExecutor(1))
         # transformers changes torch's default dtype while it loads: nothing else may run beside it.

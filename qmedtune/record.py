@@ -189,9 +189,11 @@ def _of_step(notes: Notes, name: str, model: type[Found]) -> Found | None:
 
 def _data(notes: Notes) -> dict[str, Source]:
     found: dict[str, Source] = {}
-    for name in notes.recipe.data:
+    for name, source in notes.recipe.data.items():
         if f"data/{name}" in notes.done:
-            found[name] = Source.model_validate(notes.facts(f"data/{name}"))
+            # Licence and terms change no byte of the data, so a source that is sealed may have been given others since.
+            stated = {"license": source.license, "terms": source.terms}
+            found[name] = Source.model_validate({**notes.facts(f"data/{name}"), **stated})
     return found
 
 

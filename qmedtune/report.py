@@ -189,6 +189,9 @@ def _limits(run: Run) -> Iterator[str]:
         )
     else:
         yield "A language model can repeat text it was trained on: the terms of the data apply to the weights."
+    for name, source in run.data.items():
+        if source.terms:
+            yield f"Terms of {_plain(name)}: {_plain(source.terms)}."
     yield "The licence of the base model and the terms of every source above apply."
 
 

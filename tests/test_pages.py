@@ -34,8 +34,8 @@ def browser():
 
 
 def start(out: Path) -> subprocess.Popen:
-    """A run of a few dozen steps, with a checkpoint every fifth."""
-    words = ["run", str(MICRO), "--out", str(out), "--offline", "--set", "stages[0].cpt.tokens=10000"]
+    """A run that trains for ten seconds or more, with a checkpoint every fifth step: the page asks every few."""
+    words = ["run", str(MICRO), "--out", str(out), "--offline", "--set", "stages[0].cpt.tokens=40000"]
     with out.with_suffix(".log").open("ab") as log:
         return subprocess.Popen([sys.executable, "-m", "qmedtune", *words], stdout=log, stderr=log)
 
