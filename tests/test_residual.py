@@ -4,43 +4,9 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from small_llama import assert_close, step, tiny
 
 from qmedtune.modeling import activations, fused, residual
-
-CONFIG = {
-    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "vocab_size": 101, "max_position_embeddings": 64,
-}  # fmt: skip
-
-
-def tiny(dtype: torch.dtype = torch.float32):
-    """A random LLaMA with a random r=4 adapter on all linears, fp32 masters, frozen weights in `dtype`."""
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**CONFIG)).to(dtype)
-    model = get_peft_model(model, LoraConfig(r=4, lora_alpha=12, target_modules="all-linear"))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    return model
-
-
-def step(model, ids: torch.Tensor, **inputs):
-    model.zero_grad()
-    loss = model(input_ids=ids, labels=ids, **inputs).loss
-    loss.backward()
-    grads = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
-    return loss.detach(), grads
-
-
-def assert_close(actual, expected, tolerance: float):
-    assert actual.keys() == expected.keys()
-    for name, value in expected.items():
-        error = (actual[name].double() - value.double()).norm() / value.double().norm()
-        assert error <= tolerance, f"{name}: {error:.2e}"
 
 
 @pytest.fixture
@@ -54,7 +20,7 @@ def layers_of(model):
 
 def installed(joined: bool, **options):
     """A model of three layers with our forwards; not `joined`: each sum is made before it is normed."""
-    model = tiny(**options)
+    model = tiny(num_hidden_layers=3, **options)
     fused.install(model)
     if not joined:
         for layer in layers_of(model):
@@ -147,5 +113,5 @@ def test_a_copy_prepares_for_its_own_norms_and_the_state_dict_stays(ids):
     again = copy.deepcopy(model)
     assert layers_of(again)[0].following[0] is layers_of(again)[1].input_layernorm
     assert layers_of(again)[2].following[0] is again.base_model.model.model.norm
-    assert again.state_dict().keys() == tiny().state_dict().keys()
+    assert again.state_dict().keys() == tiny(num_hidden_layers=3).state_dict().keys()
     assert float(step(again, ids)[0]) == pytest.approx(float(step(model, ids)[0]), rel=1e-6)
