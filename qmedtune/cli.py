@@ -88,10 +88,12 @@ def main() -> None:
 
 def invoke(arguments: Sequence[str]) -> int:
     """Run one command line and return its exit code; what went wrong is on stderr."""
+    from qmedtune import ui
     from qmedtune.interrupt import Stopped, stop
     from qmedtune.process import prepare
 
     prepare()
+    ui.forget_warnings()
     words = [word for word in arguments if word != "--debug"] or ["--help"]
     if "--offline" in words:  # read once, when huggingface_hub is imported: nothing here has done so yet
         os.environ["HF_HUB_OFFLINE"] = "1"

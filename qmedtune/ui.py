@@ -297,8 +297,13 @@ def note(text: str) -> None:
     _say(text, "", "", "")
 
 
+def forget_warnings() -> None:
+    """What was warned of is warned of again: a new command begins in this process."""
+    _warned.clear()
+
+
 def warn(text: str) -> None:
-    """One yellow line; the same text is shown once per process."""
+    """One yellow line; the same text is shown once per command."""
     if text not in _warned:
         _warned.add(text)
         _say(text, "yellow", "! ", "warning: ")

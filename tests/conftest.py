@@ -36,6 +36,14 @@ class MicroRun:
         return {**fixed, "validation": self.folder / "data" / "validation", **more}
 
 
+@pytest.fixture(autouse=True)
+def warned_anew():
+    """Each test hears the warnings that are shown once per command, whatever ran before it in this process."""
+    from qmedtune import ui
+
+    ui.forget_warnings()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory):
     """Built-in bases of the tests are made in, and stay in, a folder of this test session."""

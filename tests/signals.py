@@ -31,7 +31,7 @@ def start(out: Path, *options: str, slow_step: bool = False) -> int:
     from qmedtune import cli, ui
     from qmedtune.training import trainer
 
-    ui._warned.clear()
+    ui.forget_warnings()
     if slow_step:
         original = trainer.QTrainer.training_step
 

@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from toy_tokenizers import byte_level, save
 
-from qmedtune import cli, ui
+from qmedtune import cli
 from qmedtune.base import identify, note_base
 from qmedtune.data.packing.tokens import load_codec
 from qmedtune.errors import DataError, RecipeError
@@ -125,7 +125,6 @@ def place(tmp_path, monkeypatch):
     folder = tmp_path / "work"
     folder.mkdir()
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(ui, "_warned", set())
     return folder
 
 
@@ -377,7 +376,6 @@ def test_a_real_llama_without_a_gpu_is_warned_about(monkeypatch, capsys):
     from qmedtune.recipe import ModelSection, Recipe
 
     on_a_machine(monkeypatch, kind="cpu", host_bytes=2**35)
-    monkeypatch.setattr(ui, "_warned", set())
     facts = base_facts(ModelSection(base="meta-llama/Llama-3.2-1B"))
     stage = {"sft": {"data": "questions", "seq_len": 64, "batch": 1, "micro_batch": 1}}
     data = {"questions": {"path": "x", "kind": "instructions"}}

@@ -12,7 +12,7 @@ from builders import unknown_keys
 from conftest import MICRO
 from stages import stop_after
 
-from qmedtune import interrupt, store
+from qmedtune import interrupt, store, ui
 from qmedtune.errors import RecipeError, RunError
 from qmedtune.parsing.loader import load_recipe
 from qmedtune.results import Run
@@ -206,7 +206,7 @@ def test_a_flipped_bit_in_a_sealed_file_is_found_and_made_again(copy: Path, fini
 
 
 @pytest.mark.slow
-def test_a_flipped_bit_in_every_sealed_file_is_found_and_made_again(copy: Path, finished: Path, capfd, monkeypatch):
+def test_a_flipped_bit_in_every_sealed_file_is_found_and_made_again(copy: Path, finished: Path, capfd):
     """Manifests too. Digests leave metrics.jsonl and facts out, which carry times."""
     before, silent = digests(finished), []
     files = [path for path in copy.rglob("*") if path.is_file() and path.stat().st_size]
@@ -214,7 +214,7 @@ def test_a_flipped_bit_in_every_sealed_file_is_found_and_made_again(copy: Path, 
     sealed = [name for name in names if "/" in name and name != "merged/README.md" and not name.startswith(".")]
     assert len(sealed) > 50
     for name in sealed:
-        monkeypatch.setattr("qmedtune.ui._warned", set())
+        ui.forget_warnings()
         flip(copy / name)
         run_micro(copy)
         said = capfd.readouterr().err

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from stages import losses, stop_after
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from qmedtune import interrupt, plan, store, train, ui
+from qmedtune import interrupt, plan, store, train
 from qmedtune import model as models
 from qmedtune.data.packing.pack import PackedRows
 from qmedtune.errors import RunError
@@ -337,8 +337,7 @@ def halfway(micro_run: MicroRun, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_passed_over(halfway: Path, tmp_path: Path, damage: str, capfd, monkeypatch):
-    monkeypatch.setattr(ui, "_warned", set())  # each warning is shown once by a process
+def test_a_damaged_checkpoint_is_passed_over(halfway: Path, tmp_path: Path, damage: str, capfd):
     shutil.copytree(halfway, tmp_path / "out")
     DAMAGES[damage](tmp_path / "out" / store.SCRATCH / "checkpoint-6")
     found = checkpoints.last_intact(tmp_path / "out")
