@@ -12,6 +12,7 @@ from typing import Annotated, Literal, cast
 from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from qmedtune.fields import (
+    CLINICAL_FORMATS,
     Auto,
     Fraction,
     Language,
@@ -93,6 +94,16 @@ class SourceSection(Section):
     def paths(self) -> list[str]:
         """`path` as a list."""
         return [self.path] if isinstance(self.path, str) else self.path
+
+    @property
+    def is_clinical(self) -> bool:
+        """Whether its text is of patients, by its kind or by a format that nothing else has."""
+        return self.kind == "clinical" or self.format in CLINICAL_FORMATS
+
+    @property
+    def may_identify(self) -> bool:
+        """Whether its text can name patients: it is clinical, or the recipe has identifiers looked for in it."""
+        return self.is_clinical or self.phi not in (None, "off")
 
     @field_validator("delimiter")
     @classmethod

@@ -26,6 +26,13 @@ from qmedtune.results.ledgers import (
     Source,
     Tokens,
 )
+from qmedtune.results.privacy import (
+    Privacy,
+    Remembered,
+    Scan,
+    Terms,
+    TextFolder,
+)
 from qmedtune.results.proofs import (
     Audit,
     Exposure,
@@ -123,11 +130,14 @@ __all__ = [
     "Pair",
     "Paired",
     "Part",
+    "Privacy",
     "Probe",
     "Provenance",
     "Ratio",
     "Records",
+    "Remembered",
     "Run",
+    "Scan",
     "Score",
     "Scores",
     "Shift",
@@ -135,7 +145,9 @@ __all__ = [
     "Stage",
     "StepEntry",
     "Task",
+    "Terms",
     "Text",
+    "TextFolder",
     "Tokens",
     "Told",
     "Trained",

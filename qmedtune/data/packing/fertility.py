@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,15 @@ SAMPLE_BYTES = 1 << 19
 SHOWN_WORDS = 10
 
 
-def fertility(codec: Codec, folders: Mapping[str, Path], kinds: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+def fertility(codec: Codec, folders: Mapping[str, Path], quiet: Collection[str] = ()) -> dict[str, dict[str, Any]]:
     """Per source, over the first half MB of its train.jsonl: words, tokens_per_word, characters_per_token,
-    share_of_words_whole (one token), share_unknown, and `most_split`: [word, tokens] (not for clinical sources)."""
+    share_of_words_whole (one token), share_unknown, and `most_split`: [word, tokens].
+
+    quiet: sources whose words are not told: what is split most in notes are names.
+    """
     found: dict[str, dict[str, Any]] = {}
     for name, folder in folders.items():
-        found[name] = _of(codec, _sample(folder / "train.jsonl"), kinds[name] != "clinical")
+        found[name] = _of(codec, _sample(folder / "train.jsonl"), name not in quiet)
     return found
 
 

@@ -81,10 +81,9 @@ def pack_stage(
     else:
         plan = _mixture(section, corpora, rng)
     facts = write_rows(recipe, corpora, section, plan, rng, out) | facts
-    kinds = {}
-    for name in facts["mixture"]:
-        kinds[name] = recipe.data[name].kind
-    for name, found in fertility(codec, {name: inputs[name] for name in kinds}, kinds).items():
+    folders = {name: inputs[name] for name in facts["mixture"]}
+    quiet = [name for name in folders if recipe.data[name].may_identify]
+    for name, found in fertility(codec, folders, quiet).items():
         facts["mixture"][name]["fertility"] = found
     return Packing.model_validate(facts).as_json()
 
