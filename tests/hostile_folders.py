@@ -107,11 +107,6 @@ def unix_socket(folder: Path) -> None:
 
 # ---- the good ones ---------------------------------------------------------------------------------------------------
 
-JINJA = (
-    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% if m['role'] == 'assistant' %}{{ eos_token }}"
-    "{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
-)
-
 
 @dataclass(frozen=True)
 class Good:
@@ -133,8 +128,9 @@ def good_folders(base: Path, out: Path) -> Good:
     for path in base.iterdir():
         if path.suffix in (".json", ".safetensors") and path.name != "seal.json":
             shutil.copyfile(path, model / path.name)
-    (model / "chat_template.jinja").write_text(JINJA)
-    templates.save(templates.load("alpaca"), model)
+    asked = templates.load("alpaca")
+    (model / "chat_template.jinja").write_text(asked.jinja())
+    templates.save(asked, model)
     torch.manual_seed(1)
     config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM")
     trained = get_peft_model(AutoModelForCausalLM.from_pretrained(model), config)

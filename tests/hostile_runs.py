@@ -17,6 +17,7 @@ from typing import Any
 from hostile_folders import both, gone, link, pipe, put
 
 from qmedtune import record, store
+from qmedtune.data.packing import templates
 from qmedtune.results import Run
 
 Change = Callable[[Path], object]
@@ -45,13 +46,16 @@ def good_run(packed: Path, model: Path, adapter: Path, out: Path) -> Path:
 
     shutil.copytree(packed, out)
     shutil.copytree(model, out / "merged")
-    shutil.copytree(adapter, out / "01-cpt" / "adapter")
+    for stage in ("01-cpt", "02-sft"):
+        shutil.copytree(adapter, out / stage / "adapter")
     (out / "merged" / "README.md").unlink(missing_ok=True)
     assert weights_sha256(out / "merged")
-    facts = {"kind": "cpt", "seconds": 1.0, "warnings": []}
-    store.seal(out / "01-cpt", "c" * 64, facts)
+    templates.save(templates.load("alpaca"), out / "02-sft")
+    store.seal(out / "01-cpt", "c" * 64, {"kind": "cpt", "seconds": 1.0, "warnings": []})
+    store.seal(out / "02-sft", "e" * 64, {"kind": "sft", "seconds": 1.0, "warnings": []})
     store.seal(out / "merged", "d" * 64, {"seconds": 1.0, "warnings": []})
     rewritten(status="finished")(out)
+    record.render(out)
     return out
 
 
@@ -142,7 +146,7 @@ RUNS = [
     RunCase("a seal with names elsewhere", resealed("merged", elsewhere), ("verify", *MODELS[:3])),
     RunCase("a seal that is deep", put("merged/seal.json", "[" * 200_000), ("verify", *MODELS[:3])),
     RunCase("a seal that is a pipe", pipe("merged/seal.json"), ("verify",)),
-    RunCase("a seal without types", put("01-cpt/seal.json", '{"files": 5, "sha256": "x"}'), ("verify", "merge")),
+    RunCase("a seal without types", put("02-sft/seal.json", '{"files": 5, "sha256": "x"}'), ("verify", "merge")),
     RunCase("weights that are a pipe", both(pipe("merged/model.safetensors")), ("verify", *MODELS[:3])),
     RunCase("weights in another folder", link("merged/model.safetensors", "/etc/passwd"), ("verify", *MODELS[:3])),
     RunCase("a pickle beside the weights", both(put("merged/pytorch_model.bin", b"\x80\x04x"), sealed_anew), ()),

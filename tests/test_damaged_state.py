@@ -51,7 +51,8 @@ def test_a_flipped_bit_is_refused_by_every_command_that_reads_it(
     (tmp_path / "q.jsonl").write_text('{"instruction": "What is aspirin?"}\n')
     run = Path(shutil.copytree(good, tmp_path / "run"))
     flip(run / "merged" / "model.safetensors")
-    flip(run / "01-cpt" / "adapter" / "adapter_model.safetensors")
+    for stage in ("01-cpt", "02-sft"):
+        flip(run / stage / "adapter" / "adapter_model.safetensors")
     for model in (run, run / "merged", run / "01-cpt" / "adapter"):
         for words in (
             ["eval", str(model), *FACTS],
