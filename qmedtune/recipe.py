@@ -300,6 +300,11 @@ class MergeSection(Section):
     verify: VerifySection = VerifySection()
     weights: dict[str, Annotated[float, Field(ge=0, le=2)]] = {}
 
+    @property
+    def weighs(self) -> bool:
+        """Weights that are all 1 say the same as none."""
+        return any(weight != 1.0 for weight in self.weights.values())
+
     @model_serializer(mode="wrap")
     def _without_what_is_not_asked(self, write: SerializerFunctionWrapHandler) -> dict[str, object]:
         """Recipes without weights are written, and keyed, as before there were any."""
