@@ -12,6 +12,10 @@ from qmedtune.results.duels import (
     DuelEntry,
     HeadToHead,
 )
+from qmedtune.results.exports import (
+    Exported,
+    ExportProof,
+)
 from qmedtune.results.ledgers import (
     Classes,
     Cleaned,
@@ -31,6 +35,7 @@ from qmedtune.results.proofs import (
     Exposure,
     Merge,
     Probe,
+    Proven,
     Shift,
 )
 from qmedtune.results.scores import (
@@ -99,6 +104,8 @@ __all__ = [
     "Difference",
     "DuelEntry",
     "Evaluation",
+    "ExportProof",
+    "Exported",
     "Exposure",
     "Facts",
     "Fertility",
@@ -124,6 +131,7 @@ __all__ = [
     "Paired",
     "Part",
     "Probe",
+    "Proven",
     "Provenance",
     "Ratio",
     "Records",
