@@ -18,6 +18,7 @@ from qmedtune import keys, store
 from qmedtune.lineage import BASE, StackInRun, final_model, lineage_of, parts_of, place_in
 from qmedtune.model_stack import ModelStack
 from qmedtune.recipe import Recipe
+from qmedtune.results import Facts
 from qmedtune.training.shared_base import SharedBase
 
 if TYPE_CHECKING:
@@ -39,9 +40,8 @@ class Inputs:
         return self.models[MODEL]
 
 
-Found = Mapping[str, object]
-"""What a step found out, as its seal keeps it: plain JSON."""
-Work = Callable[[Recipe, Inputs, Path], Found]
+Work = Callable[[Recipe, Inputs, Path], Facts]
+"""Writes below the folder and returns what it found out."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def upstream_of(step: Step) -> set[str]:
 def _without_base(step: Step, shared: SharedBase) -> Step:
     """The step, begun when the base that training shares is given up: it needs the room."""
 
-    def work(recipe: Recipe, inputs: Inputs, out: Path) -> Found:
+    def work(recipe: Recipe, inputs: Inputs, out: Path) -> Facts:
         shared.drop()
         return step.work(recipe, inputs, out)
 
@@ -158,7 +158,7 @@ def _without_base(step: Step, shared: SharedBase) -> Step:
 
 
 def _source_step(recipe: Recipe, name: str, hashes: store.HashCache) -> Step:
-    def work(recipe: Recipe, inputs: Inputs, out: Path) -> Found:
+    def work(recipe: Recipe, inputs: Inputs, out: Path) -> Facts:
         from qmedtune.data.prepare import prepare_source
 
         return prepare_source(recipe, name, inputs.folders, out)
@@ -177,7 +177,7 @@ def _validation_step(recipe: Recipe) -> list[Step]:
     if len(needs) == 1:
         return []
 
-    def work(recipe: Recipe, inputs: Inputs, out: Path) -> Found:
+    def work(recipe: Recipe, inputs: Inputs, out: Path) -> Facts:
         from qmedtune.data.packing.pack import pack_validation
 
         return pack_validation(recipe, inputs.folders["base"], inputs.folders, out)
@@ -186,7 +186,7 @@ def _validation_step(recipe: Recipe) -> list[Step]:
 
 
 def _planting_step(recipe: Recipe) -> list[Step]:
-    def work(recipe: Recipe, inputs: Inputs, out: Path) -> Found:
+    def work(recipe: Recipe, inputs: Inputs, out: Path) -> Facts:
         from qmedtune.data.synthetic.canaries import plant
 
         return plant(recipe, inputs.folders, out)
@@ -203,7 +203,7 @@ def _planting_step(recipe: Recipe) -> list[Step]:
 def _audit_steps(recipe: Recipe, trained: dict[str, StackInRun]) -> list[Step]:
     """What the canaries give away after each stage, and, where there are limits, whether that is too much."""
 
-    def measure(recipe: Recipe, inputs: Inputs, out: Path) -> Found:
+    def measure(recipe: Recipe, inputs: Inputs, out: Path) -> Facts:
         from qmedtune.audit import StageToAudit, audit_stage
 
         stages: dict[str, StageToAudit] = {}
@@ -211,7 +211,7 @@ def _audit_steps(recipe: Recipe, trained: dict[str, StackInRun]) -> list[Step]:
             stages[name] = StageToAudit(inputs.folders[name], model)
         return audit_stage(recipe, inputs.folders["planted"], stages, out)
 
-    def judge(recipe: Recipe, inputs: Inputs, out: Path) -> Found:
+    def judge(recipe: Recipe, inputs: Inputs, out: Path) -> Facts:
         from qmedtune.audit import check_limits
 
         return check_limits(recipe, inputs.folders["audit"])
@@ -231,7 +231,7 @@ def _audit_steps(recipe: Recipe, trained: dict[str, StackInRun]) -> list[Step]:
 
 
 def _tokens_step(recipe: Recipe, index: int) -> Step:
-    def work(recipe: Recipe, inputs: Inputs, out: Path) -> Found:
+    def work(recipe: Recipe, inputs: Inputs, out: Path) -> Facts:
         from qmedtune.data.packing.classes import pack_classes
         from qmedtune.data.packing.pack import pack_stage
 
@@ -250,7 +250,7 @@ def _tokens_step(recipe: Recipe, index: int) -> Step:
 
 
 def _training_step(recipe: Recipe, asked: Recipe, index: int, start: StackInRun, shared: SharedBase) -> Step:
-    def work(recipe: Recipe, inputs: Inputs, out: Path) -> Found:
+    def work(recipe: Recipe, inputs: Inputs, out: Path) -> Facts:
         from qmedtune.train import StageInputs, train_stage
 
         folders = inputs.folders
@@ -267,20 +267,20 @@ def _training_step(recipe: Recipe, asked: Recipe, index: int, start: StackInRun,
 
 
 def _fold_step(recipe: Recipe, name: str, model: StackInRun) -> Step:
-    def work(recipe: Recipe, inputs: Inputs, out: Path) -> Found:
+    def work(recipe: Recipe, inputs: Inputs, out: Path) -> Facts:
         from qmedtune.merge import merge_stage
 
-        return merge_stage(recipe, inputs.model, out, inputs.folders.get("validation")).as_json()
+        return merge_stage(recipe, inputs.model, out, inputs.folders.get("validation"))
 
     models = {MODEL: replace(model, template=None)}  # a base to train on, which nobody speaks to
     return Step(name, "fold", keys.fold_section(recipe), {}, work, models=models)
 
 
 def _merge_step(recipe: Recipe, model: StackInRun) -> Step:
-    def weighed(recipe: Recipe, inputs: Inputs, out: Path) -> Found:
+    def weighed(recipe: Recipe, inputs: Inputs, out: Path) -> Facts:
         from qmedtune.merge import weighed_merge_stage
 
-        return weighed_merge_stage(recipe, inputs.model, out, inputs.folders.get("validation")).as_json()
+        return weighed_merge_stage(recipe, inputs.model, out, inputs.folders.get("validation"))
 
     step = replace(_fold_step(recipe, "merged", model), kind="merge", section=keys.merge_section(recipe))
     if recipe.evaluate.perplexity or recipe.validation.on:
@@ -292,7 +292,7 @@ def _merge_step(recipe: Recipe, model: StackInRun) -> Step:
 
 
 def _evaluation_step(recipe: Recipe, model: StackInRun, hashes: store.HashCache) -> Step:
-    def work(recipe: Recipe, inputs: Inputs, out: Path) -> Found:
+    def work(recipe: Recipe, inputs: Inputs, out: Path) -> Facts:
         from qmedtune.evaluate import evaluate_stage
 
         return evaluate_stage(recipe, _compared(inputs), out)
@@ -308,7 +308,7 @@ def _evaluation_step(recipe: Recipe, model: StackInRun, hashes: store.HashCache)
 
 
 def _against_step(recipe: Recipe, model: StackInRun, hashes: store.HashCache) -> Step:
-    def work(recipe: Recipe, inputs: Inputs, out: Path) -> Found:
+    def work(recipe: Recipe, inputs: Inputs, out: Path) -> Facts:
         from qmedtune.against import against_stage
 
         return against_stage(recipe, _compared(inputs), out)

@@ -63,14 +63,14 @@ def packed(micro_run, tmp_path_factory) -> Path:
     split = {False: [], True: []}
     for record in outcomes.builtin_records("builtin:micro/outcomes"):
         split[record["held_out"]].append((record["text"], record["label"]))
-    facts = pack_classes(recipe(), 1, micro_run.base, records(folder, split[False], split[True]), out)
+    facts = pack_classes(recipe(), 1, micro_run.base, records(folder, split[False], split[True]), out).as_json()
     store.seal(out, "test", facts)
     return out
 
 
 def trained(micro_run, packed: Path, out: Path, earlier: Path, **keys: object) -> dict:
     inputs = train.StageInputs(ModelStack(micro_run.base, (earlier,)), packed)
-    return train.train_stage(recipe(**keys), 1, inputs, out)
+    return train.train_stage(recipe(**keys), 1, inputs, out).as_json()
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,9 @@ def test_what_the_text_tells_is_learnt(micro_run, notes_adapter: Path, tmp_path:
         (tmp_path / name).mkdir()
     inputs = records(tmp_path / "in", [note() for _ in range(80)], [note() for _ in range(40)])
     keys = {"multi_label": multi_label, "epochs": 5, "batch": 2, "lr": 3e-3}
-    store.seal(tmp_path / "packed", "t", pack_classes(recipe(**keys), 1, micro_run.base, inputs, tmp_path / "packed"))
+    store.seal(
+        tmp_path / "packed", "t", pack_classes(recipe(**keys), 1, micro_run.base, inputs, tmp_path / "packed").as_json()
+    )
     facts = trained(micro_run, tmp_path / "packed", tmp_path / "out", notes_adapter, **keys)
     found = facts["classification"]
     assert found["auroc"] > 0.75 and found["ci95"][0] > 0.65 and found["scored_labels"] == 3
@@ -185,7 +187,7 @@ def test_labels_are_those_of_training_and_unknown_ones_are_counted(micro_run, tm
     (tmp_path / "out").mkdir()
     rows = [("a note", "b, a"), ("a note too", "c"), ("a third", ["a"])]
     inputs = records(tmp_path / "in", rows, [("held", "a;c"), ("out", "z")])
-    facts = pack_classes(recipe(multi_label=True), 1, micro_run.base, inputs, tmp_path / "out")
+    facts = pack_classes(recipe(multi_label=True), 1, micro_run.base, inputs, tmp_path / "out").as_json()
     assert json.loads((tmp_path / "out" / LABELS).read_text()) == ["a", "b", "c"]
     assert np.load(tmp_path / "out" / "targets.npy").tolist() == [[1, 1, 0], [0, 0, 1], [1, 0, 0]]
     assert np.load(tmp_path / "out" / HELD_OUT / "targets.npy").tolist() == [[1, 0, 1], [0, 0, 0]]

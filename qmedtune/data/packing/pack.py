@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -43,16 +42,14 @@ from qmedtune.recipe import (
     SourceSection,
     TrainSection,
 )
-from qmedtune.results import Packing
+from qmedtune.results import HeldOut, Packing, Part
 
 IGNORED = -100
 CLEANING = "instructions"  # the kind of text that per_record.py cleans conversations as
 META = "packed.json"
 
 
-def pack_stage(
-    recipe: Recipe, index: int, tokenizer_dir: Path, inputs: Mapping[str, Path], out: Path
-) -> dict[str, Any]:
+def pack_stage(recipe: Recipe, index: int, tokenizer_dir: Path, inputs: Mapping[str, Path], out: Path) -> Packing:
     """Tokenise the sources of stage `index` (from 0) and lay out its rows below `out`. Returns the ledger.
 
     An SFT stage's template goes to `out/template.json`, for generation to use the very one of training.
@@ -66,27 +63,29 @@ def pack_stage(
     corpora = []
     for name in recipe.stages[index].sources:
         corpora.append(tokenise(recipe, name, inputs[name] / "train.jsonl", section, codec, tokenizer_dir, out))
-    facts: dict[str, Any] = {}
+    template = None
     if isinstance(section, SftSection):
         _check_truncation(section, corpora)
         template = stage_template(recipe, index, tokenizer_dir)
         templates.save(template, out)
-        facts = {"template": template.name}
-    else:
-        facts = {"borders": borders.described(codec)}
     rng = np.random.default_rng([recipe.seed, index])
     if isinstance(section, SftSection):
         assert not isinstance(section.epochs, str)
         plan = epochs(section.epochs, corpora, rng)
     else:
         plan = _mixture(section, corpora, rng)
-    facts = write_rows(recipe, corpora, section, plan, rng, out) | facts
-    kinds = {}
-    for name in facts["mixture"]:
-        kinds[name] = recipe.data[name].kind
-    for name, found in fertility(codec, {name: inputs[name] for name in kinds}, kinds).items():
-        facts["mixture"][name]["fertility"] = found
-    return Packing.model_validate(facts).as_json()
+    packed = write_rows(recipe, corpora, section, plan, rng, out)
+    kinds: dict[str, str] = {}
+    folders: dict[str, Path] = {}
+    for name in packed.mixture:
+        kinds[name], folders[name] = recipe.data[name].kind, inputs[name]
+    mixture: dict[str, Part] = {}
+    for name, found in fertility(codec, folders, kinds).items():
+        mixture[name] = packed.mixture[name].model_copy(update={"fertility": found})
+    packed = packed.model_copy(update={"mixture": mixture})
+    if template is not None:
+        return packed.model_copy(update={"template": template.name})
+    return packed.model_copy(update={"borders": borders.described(codec)})
 
 
 def stage_template(recipe: Recipe, index: int, tokenizer_dir: Path) -> Template:
@@ -236,8 +235,8 @@ def epochs(count: float, corpora: list[Corpus], rng: np.random.Generator) -> Dra
 def write_rows(
     recipe: Recipe, corpora: list[Corpus], section: TrainSection, plan: Draws,
     rng: np.random.Generator, out: Path, whole: bool = False,
-) -> dict[str, Any]:  # fmt: skip
-    """Packs the draws, writes pieces, rows, the document table and packed.json; returns the facts.
+) -> Packing:  # fmt: skip
+    """Packs the draws, writes pieces, rows, the document table and packed.json; returns the ledger.
 
     whole: documents are not split over rows, as in SFT.
     """
@@ -297,14 +296,14 @@ def _table(corpora: list[Corpus]) -> np.ndarray:
     return np.zeros((0, 3), np.int64)
 
 
-def pack_validation(recipe: Recipe, tokenizer_dir: Path, inputs: Mapping[str, Path], out: Path) -> dict[str, Any]:
+def pack_validation(recipe: Recipe, tokenizer_dir: Path, inputs: Mapping[str, Path], out: Path) -> HeldOut:
     """Held-out text of every source that is validated on, each packed once into `out/<source>/`.
 
     At most `validate.max_tokens` each, in file order; rows as long as those of the stage that trains on the source
-    (else of the first stage). Returns facts per source.
+    (else of the first stage).
     """
     codec = load_codec(tokenizer_dir)
-    facts = {}
+    packed: dict[str, Packing] = {}
     for name in dict.fromkeys([*recipe.validation.on, *recipe.evaluate.perplexity]):
         path, folder = inputs[name] / "heldout.jsonl", out / name
         limit = recipe.validation.max_tokens
@@ -318,8 +317,8 @@ def pack_validation(recipe: Recipe, tokenizer_dir: Path, inputs: Mapping[str, Pa
         plan = Draws(np.zeros(len(usable), np.int64), usable, {name: 1.0}, [])
         if recipe.data[name].chunking == "overlap":
             corpus = replace(corpus, draws=corpus.kept)  # perplexity counts each token once
-        facts[name] = write_rows(recipe, [corpus], section, plan, np.random.default_rng(0), folder, whole=True)
-    return facts
+        packed[name] = write_rows(recipe, [corpus], section, plan, np.random.default_rng(0), folder, whole=True)
+    return HeldOut.model_validate(packed)
 
 
 def _reader_of(recipe: Recipe, name: str) -> TrainSection:
