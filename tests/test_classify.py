@@ -222,8 +222,8 @@ def test_the_macro_average_leaves_out_labels_that_all_or_none_have():
     targets = np.array([[1, 0, 1], [0, 0, 1], [1, 0, 1], [0, 0, 1]], np.uint8)
     scores = np.array([[2.0, 1, 0], [1.0, 2, 0], [4.0, 3, 0], [3.0, 4, 0]])
     found = result(targets, scores, list("abcd"), seed=0)
-    assert (found["auroc"], found["scored_labels"], found["n"]) == (0.75, 1, 4)
-    assert result(targets[:, 1:], scores[:, 1:], list("abcd"), seed=0)["auroc"] is None
+    assert (found.auroc, found.scored_labels, found.n) == (0.75, 1, 4)
+    assert result(targets[:, 1:], scores[:, 1:], list("abcd"), seed=0).auroc is None
 
 
 def test_the_interval_counts_patients_not_their_notes():
@@ -236,8 +236,8 @@ def test_the_interval_counts_patients_not_their_notes():
     )
     once = result(targets, scores, [str(i) for i in range(40)], seed=0)
     many = result(np.repeat(targets, 10, 0), np.repeat(scores, 10, 0), [str(i // 10) for i in range(400)], seed=0)
-    assert many["auroc"] == pytest.approx(once["auroc"]) and (many["n"], many["patients"]) == (400, 40)
-    width = [found["ci95"][1] - found["ci95"][0] for found in (once, many)]
+    assert many.auroc == pytest.approx(once.auroc) and (many.n, many.patients) == (400, 40)
+    width = [found.ci95[1] - found.ci95[0] for found in (once, many)]
     assert width[0] == pytest.approx(width[1], rel=0.25)
 
 
@@ -327,7 +327,7 @@ def test_auprc_and_f1_are_scikit_learns():
     generator = np.random.default_rng(5)
     targets, scores = (generator.random((80, 4)) < 0.3).astype(np.uint8), generator.integers(-4, 5, (80, 4)) / 2
     found = classify.result(targets, scores, [str(i) for i in range(80)], 0)
-    assert found["auprc"] == pytest.approx(metrics.average_precision_score(targets, scores, average="macro"))
+    assert found.auprc == pytest.approx(metrics.average_precision_score(targets, scores, average="macro"))
     chosen = classify.decided(targets, scores, multi_label=True)
     for average in ("micro", "macro"):
         theirs = metrics.f1_score(targets, scores > 0, average=average, zero_division=0)
