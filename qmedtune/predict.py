@@ -265,7 +265,8 @@ def _answers(opened: OpenModel, records: list[Record], max_new_tokens: int, batc
     prompts = prompt_texts(opened.tokenizer, opened.template, conversations)
     answers = generate(opened.model, opened.tokenizer, prompts, max_new_tokens, batch_tokens=batch_tokens)
     for row, answer in zip(asked, answers, strict=True):
-        row |= {"answer": answer.text, "ended": answer.ended, "tokens": answer.tokens, "truncated": answer.truncated}
+        row["answer"], row["ended"] = answer.text, answer.ended
+        row["tokens"], row["truncated"] = answer.tokens, answer.truncated
     return rows
 
 

@@ -415,7 +415,7 @@ class StageCallback(TrainerCallback):
             step_s = round(statistics.median(trainer.step_seconds), 3)
         return Trained(
             steps=self.steps,
-            batch=trainer.section.batch,
+            batch=number(trainer.section.batch),
             kept_step=kept or self.steps,
             kept_by=kept_by,
             loss=Loss(first=self.losses[0], last=self.losses[-1]),

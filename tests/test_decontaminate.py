@@ -210,7 +210,7 @@ def test_split_keeps_the_text_and_scores_the_benchmark_in_two_parts(tmp_path):
     store.publish(building, tmp_path / "a", tmp_path, "key", facts)
     assert facts["records"]["kept"] == 1 and facts["contamination"]["medqa"]["found"] == ["line-2", "line-4"]
     task = load_task(made.evaluate.tasks[0], 0)
-    known = _overlapping({"data-a": tmp_path / "a", "base": tmp_path})["medqa"]
+    known = _overlapping([tmp_path / "a"])["medqa"]
     rows = [
         {"correct": right, "truncated": False, "normalised": {"correct": right}, "confidence": 0.5, "tie": False}
         for right in (False, True, True, True)

@@ -271,7 +271,7 @@ def _ledger(
     if mode != "off":
         identifiers = staged.identifiers.facts(mode)
     reading = staged.reading.as_dict()
-    reading["files_unread"] = dict(sorted((staged.reading.files_unread + by_extension(listing.unread)).items()))
+    files_unread = staged.reading.files_unread + by_extension(listing.unread)
     return Source(
         records=records,
         near_duplicates=near,
@@ -282,7 +282,10 @@ def _ledger(
         terms=source.terms,
         files=len(listing.files),
         reasons=dict(rejects.reasons),
-        **reading,
+        recognised=reading["recognised"],
+        columns_read=reading["columns_read"],
+        columns_unread=reading["columns_unread"],
+        files_unread=dict(sorted(files_unread.items())),
         cleaned=Cleaned(records=staged.cleaned["records"], characters=staged.cleaned["characters"]),
         phi=identifiers,
         warnings=[],

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,14 +59,7 @@ def learning_rate_factor(section: TrainSection, total_steps: int):
     return factor
 
 
-class Group(TypedDict):
-    """Parameters that share a learning rate, as torch's optimisers take them."""
-
-    params: list[torch.nn.Parameter]
-    lr: float
-
-
-def parameter_groups(model: torch.nn.Module, section: TrainSection) -> list[Group]:
+def parameter_groups(model: torch.nn.Module, section: TrainSection) -> list[dict[str, Any]]:
     """Adapters and embeddings apart, since embeddings take another learning rate."""
     embeddings: list[torch.nn.Parameter] = []
     rest: list[torch.nn.Parameter] = []
@@ -75,7 +68,7 @@ def parameter_groups(model: torch.nn.Module, section: TrainSection) -> list[Grou
             embeddings.append(parameter)
         else:
             rest.append(parameter)
-    groups: list[Group] = []
+    groups: list[dict[str, Any]] = []  # torch's form
     if rest:
         groups.append({"params": rest, "lr": section.lr})
     if embeddings:
