@@ -156,8 +156,10 @@ def _score_rows(scores: ModelScores) -> Iterator[tuple[str, ...]]:
 
 
 def _score_row(title: str, score: Score) -> tuple[str, ...]:
-    low, high = score.ci95
-    interval = f"{low:.3f} to {high:.3f}"
+    interval = ""
+    if score.ci95 is not None:
+        low, high = score.ci95
+        interval = f"{low:.3f} to {high:.3f}"
     return title, score.metric, f"{score.value:.3f}", interval, f"{score.n:,}", ", ".join(_notes(score))
 
 
