@@ -38,7 +38,6 @@ class NF4Weight:
 
     packed: uint8, ceil(N K / 2) elements in any shape. absmax: fp32 [blocks], or uint8 [blocks] when nested, with
     code2 fp32 [256], absmax2 fp32 [ceil(blocks / 256)] and offset fp32 []. blocksize: a power of two from 32 to 4096.
-    trusted: the caller has had these tensors checked before.
     """
 
     packed: Tensor
@@ -48,7 +47,6 @@ class NF4Weight:
     code2: Tensor | None = None
     absmax2: Tensor | None = None
     offset: Tensor | None = None
-    trusted: bool = False
 
     @property
     def nested(self) -> bool:
@@ -57,8 +55,7 @@ class NF4Weight:
     @cached_property
     def checked(self) -> bool:
         """True; ValueError on tensors that do not fit together. Looked at once: a training step asks per product."""
-        if not self.trusted:
-            check(self)
+        check(self)
         return True
 
 
