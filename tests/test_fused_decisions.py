@@ -177,3 +177,17 @@ def test_a_copy_decides_for_itself(ids):
     again, same = step(model, ids)
     assert again == loss
     assert all(torch.equal(same[name], grad) for name, grad in grads.items())
+
+
+def test_the_low_rank_factors_of_one_input_lie_together_and_are_saved_apart(tmp_path):
+    model = tiny()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    fused.install(model)
+    attention = model.base_model.model.model.layers[0].self_attn
+    q, k = attention.q_proj.lora_A["default"].weight, attention.k_proj.lora_A["default"].weight
+    assert k.data_ptr() == q.data_ptr() + q.numel() * q.element_size()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    model.save_pretrained(tmp_path)
+    saved = (tmp_path / "adapter_model.safetensors").stat().st_size
+    factors = sum(p.numel() * 4 for name, p in model.named_parameters() if "lora_" in name)
+    assert factors < saved < factors + 20_000

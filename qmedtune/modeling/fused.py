@@ -99,40 +99,38 @@ def _base(module: Layer) -> Layer:
 
 
 def stack_rows(projections: Sequence[Layer]) -> None:
-    """Lay the plain frozen weights of projections that read one input behind each other in memory."""
+    """Lay what projections of one input multiply it with behind each other in memory: plain frozen weights, and the A
+    of each of their adapters."""
+    if len(projections) < 2:
+        return
     weights: list[Tensor] = []
     for projection in projections:
         base = _base(projection)
-        if type(base) is not nn.Linear or base.weight.requires_grad:
-            return
-        weights.append(base.weight)
-    joined = torch.cat([weight.data for weight in weights])
-    start = 0
-    for weight in weights:
-        rows = weight.shape[0]
-        weight.data = joined[start : start + rows]
-        start += rows
+        if type(base) is nn.Linear and not base.weight.requires_grad:
+            weights.append(base.weight)
+    if len(weights) == len(projections):
+        lora.lay_together(weights)
+    for name in _shared_adapters(projections):
+        factors = [projection.lora_A[name].weight for projection in projections]
+        if len({(factor.dtype, factor.device) for factor in factors}) == 1:
+            lora.lay_together(factors)
 
 
-def _adjacent(weights: Sequence[Tensor]) -> Tensor | None:
-    """The weights as one [sum N, K] view, if they still lie behind each other."""
-    first = weights[0]
-    end, rows = first.data_ptr(), 0
-    for weight in weights:
-        if weight.data_ptr() != end or not weight.is_contiguous():
-            return None
-        end += weight.numel() * weight.element_size()
-        rows += weight.shape[0]
-    if first.storage_offset() + rows * first.shape[1] > first.untyped_storage().nbytes() // first.element_size():
-        return None
-    return first.detach().as_strided((rows, first.shape[1]), (first.shape[1], 1))
+def _shared_adapters(projections: Sequence[Layer]) -> list[str]:
+    """Names of the adapters that each of several projections has."""
+    if not all(isinstance(projection, LoraLayer) for projection in projections):
+        return []
+    names = set(projections[0].lora_A)
+    for projection in projections[1:]:
+        names &= set(projection.lora_A)
+    return sorted(names)
 
 
 def nf4_weight(linear: Any) -> NF4Weight:
     """The tensors of a bitsandbytes `Linear4bit`; FSDP may store the bytes under another dtype."""
     parameter = linear.weight
     state = parameter.quant_state
-    # Described and checked when first seen and after a move; kept with the parameter, whose successor is described anew.
+    # Described and checked when first seen and after a move; kept with the parameter: its successor is seen first again.
     place = parameter.data_ptr(), state.absmax.data_ptr()
     kept = vars(parameter).get(DESCRIBED)
     if kept is not None and kept[0] == place:
@@ -162,7 +160,7 @@ def _weight(linears: Sequence[Layer]) -> Tensor | tuple[NF4Weight, ...]:
         return tuple(nf4_weight(linear) for linear in linears)
     if len(linears) == 1:
         return linears[0].weight
-    weight = _adjacent([linear.weight for linear in linears])
+    weight = lora.adjacent([linear.weight for linear in linears])
     assert weight is not None
     return weight
 
@@ -199,7 +197,7 @@ def _obstacle(projections: Sequence[Layer]) -> str:
             return f"a {type(base).__name__} in another format than NF4"
         if base.weight.requires_grad:
             return "trained weights"
-    if len(bases) > 1 and _adjacent([base.weight for base in bases]) is None:
+    if len(bases) > 1 and lora.adjacent([base.weight for base in bases]) is None:
         return "weights were moved apart after installation"
     return ""
 
