@@ -7,6 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from qmedtune_kernels import Adapter, dispatch, lora, nf4
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 HERE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

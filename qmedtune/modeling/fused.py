@@ -130,7 +130,7 @@ def nf4_weight(linear: Any) -> NF4Weight:
     """The tensors of a bitsandbytes `Linear4bit`; FSDP may store the bytes under another dtype."""
     parameter = linear.weight
     state = parameter.quant_state
-    # Described and checked when first seen and after a move; kept with the parameter: its successor is seen first again.
+    # Described and checked when first seen and after a move; kept with the parameter: a successor is new.
     place = parameter.data_ptr(), state.absmax.data_ptr()
     kept = vars(parameter).get(DESCRIBED)
     if kept is not None and kept[0] == place:
