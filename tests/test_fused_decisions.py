@@ -123,15 +123,13 @@ def test_what_changes_after_a_step_counts_in_the_next(ids, change):
 
 
 def test_dropout_counts_from_the_step_on_in_which_the_model_trains(ids):
-    ours = tiny(dropout=0.3).eval()
-    fused.install(ours)
-    stock = copy.deepcopy(ours)
+    model = tiny(dropout=0.3).eval()
+    fused.install(model)
     with torch.no_grad():
-        assert torch.equal(ours(input_ids=ids).logits, stock(input_ids=ids).logits)
-        torch.manual_seed(1)
-        trains = ours.train()(input_ids=ids).logits
-        assert not torch.equal(trains, stock(input_ids=ids).logits)
-        assert torch.equal(ours.eval()(input_ids=ids).logits, stock(input_ids=ids).logits)
+        scored = model(input_ids=ids).logits
+        trained = model.train()(input_ids=ids).logits
+        assert (trained - scored).abs().max() > 1e-3
+        assert torch.equal(model.eval()(input_ids=ids).logits, scored)
 
 
 def test_quantised_weights_are_checked_once_and_again_after_they_changed(ids, monkeypatch):

@@ -139,8 +139,11 @@ def lay_together(tensors: Sequence[Tensor]) -> None:
 
 def stack_a(adapters: Sequence[Adapter], dtype: torch.dtype) -> Tensor:
     """[R, K]: s_i A_i on top of each other. The scaling is folded in before rounding, so it costs no pass over Y."""
-    scalings = {adapter.scaling for adapter in adapters}
-    together = adjacent([adapter.a for adapter in adapters]) if len(scalings) == 1 else None
+    together = None
+    if len(adapters) == 1:
+        together = adapters[0].a.detach()
+    elif len({adapter.scaling for adapter in adapters}) == 1:
+        together = adjacent([adapter.a for adapter in adapters])
     if together is not None:  # one operation in place of three
         a = together.float()
         return torch.mul(a, adapters[0].scaling, out=torch.empty_like(a, dtype=dtype))
