@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from qmedtune import record, store
 from qmedtune.errors import RecipeError
-from qmedtune.evaluation.open_model import Location, fingerprint, locate
+from qmedtune.evaluation.open_model import Location, check_template, fingerprint, locate
 from qmedtune.results import Exported, ExportProof
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ def export(job: ExportJob) -> Exported:
         return push(job)
     _check_usage(job)
     location = find(job)
+    check_template(location)
     makers: dict[str, Callable[[ExportJob, Location, Path], Exported]] = {
         "gguf": _gguf, "ollama": _ollama, "gguf-adapter": _gguf_adapter, "vllm": _vllm, "transformers": _transformers,
     }  # fmt: skip
