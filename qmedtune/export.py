@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
 from qmedtune import record, store
-from qmedtune.errors import RecipeError
+from qmedtune.errors import RecipeError, RunError
 from qmedtune.evaluation.open_model import Location, check_template, fingerprint, locate
 from qmedtune.results import Exported, ExportProof
 
@@ -71,7 +71,12 @@ def export(job: ExportJob) -> Exported:
     }  # fmt: skip
 
     def make(folder: Path) -> Exported:
-        made = makers[job.form](job, location, folder)
+        try:
+            made = makers[job.form](job, location, folder)
+        except (RecipeError, RunError) as error:
+            if job.model in str(error):
+                raise
+            raise type(error)(f"{job.model}: {error}") from error
         store.write_json(folder / "proof.json", made.as_json())
         return made
 
