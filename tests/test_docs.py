@@ -6,6 +6,7 @@ running text, every command and option that is named must exist.
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 import subprocess
@@ -132,6 +133,22 @@ def with_blocks() -> list:
 @pytest.mark.parametrize("page", with_blocks())
 def test_blocks_for_the_shell_are_run(page: Path, tmp_path: Path):
     run_page(page, tmp_path)
+
+
+def test_the_way_to_the_trainer_is_the_one_that_is_told():
+    """Files and functions of docs/how_it_works.md, in the order in which they call each other."""
+    page = (ROOT / "docs" / "how_it_works.md").read_text(encoding="utf-8")
+    told = re.findall(r"^  ([\w/]+\.py): (\w+)", page, re.M)
+    assert len(told) == 6
+    bodies = []
+    for file, name in told:
+        tree = ast.parse((ROOT / "qmedtune" / file).read_text(encoding="utf-8"))
+        found = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == name]
+        assert found, (file, name)
+        bodies.append(" ".join([ast.unparse(node) for node in found]))
+    calls = ["spine.run(", "_do(", "step.work(", "train_stage(", "_run(", "trainer.train("]
+    for body, call in zip(bodies, calls, strict=True):
+        assert call in body, call
 
 
 # --------------------------------------------------------------------------------------------------------- the site
