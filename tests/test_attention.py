@@ -12,6 +12,7 @@ from qmedtune.modeling import attention, cpu_attention
 from qmedtune.modeling.loss import token_nll
 from qmedtune.planning import memory
 from qmedtune.planning.numerics import check_attention
+from qmedtune.results import Attention, Kernels
 
 CONFIG = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -167,12 +168,12 @@ def test_what_a_gpu_could_do_faster_stands_in_the_report(monkeypatch):
     from qmedtune import model as models
 
     broken = "reference: the first kernel did not run (RuntimeError: PTX JIT failed)"
-    facts = {"kernels": {"paths": {"lora": broken, "rope": broken}}, "attention": {"name": "sdpa", "why": "a mask"}}
-    assert models.fallbacks(facts) == [] == models.fallbacks({})
+    kernels, masked = Kernels(mode="auto", paths={"lora": broken, "rope": broken}), Attention(name="sdpa", why="a mask")
+    assert models.fallbacks(kernels, masked) == [] == models.fallbacks(None, masked)
     monkeypatch.setattr(models, "device", lambda: torch.device("cuda"))
-    assert models.fallbacks(facts) == [f"kernels: {broken}", "attention: sdpa (a mask)"]
-    asked = {"kernels": {"paths": {"lora": "reference: asked for"}}, "attention": {"name": "varlen", "why": ""}}
-    assert models.fallbacks(asked) == []
+    assert models.fallbacks(kernels, masked) == [f"kernels: {broken}", "attention: sdpa (a mask)"]
+    asked = Kernels(mode="reference", paths={"lora": "reference: asked for"})
+    assert models.fallbacks(asked, Attention(name="varlen", why="")) == []
 
 
 # ----------------------------------------------------------------------------------------------------------- on a CPU

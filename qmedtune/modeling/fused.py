@@ -31,16 +31,17 @@ from transformers.models.llama import modeling_llama as llama
 from qmedtune.modeling import residual
 from qmedtune.modeling.activations import recomputed, tiled
 from qmedtune.modeling.forward import causal_model
+from qmedtune.results import Kernels
 
 Layer = Any  # an nn.Module whose attributes (PEFT's, bitsandbytes') a type checker cannot see
 DESCRIBED = "described"  # attribute of an NF4 parameter: (where its tensors lie, its NF4Weight)
 
 
-def install(model: nn.Module, mode: str = "auto") -> dict:
+def install(model: nn.Module, mode: str = "auto") -> Kernels:
     """Put the kernels under every LLaMA module of `model` (bare or PEFT-wrapped), in place.
 
     Call it after attaching adapters. mode: "auto" (dispatch.py decides), "triton" (ValueError where Triton cannot run)
-    or "reference". Returns facts for the report: the path of each operation and why, the number of modules of each
+    or "reference". Returns what the report tells: the path of each operation and why, the number of modules of each
     kind, and the linears that keep their own forward, with the reason.
     """
     norm = next(_norm_weights(model))
@@ -70,7 +71,7 @@ def install(model: nn.Module, mode: str = "auto") -> dict:
     own = Counter(_obstacle(group) for group in groups)
     del own[""]  # those that our function computes
     paths = dispatch.describe(device, mode)
-    return {"mode": dispatch.mode(mode), "paths": paths, "modules": dict(counts), "own_forward": dict(own)}
+    return Kernels(mode=dispatch.mode(mode), paths=paths, modules=dict(counts), own_forward=dict(own))
 
 
 def _groups(module: Layer) -> list[list[Layer]]:
