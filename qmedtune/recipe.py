@@ -285,13 +285,31 @@ class SaveSection(Section):
     keep: Annotated[int, Field(ge=1)] = 2
 
 
+DEVELOPMENT = 0.5  # of the items, where there is something to choose and the recipe names no share
+
+
 class VerifySection(Section):
     max_kl: Annotated[float, Field(gt=0)] | None = None  # nats per token; the proof itself has no threshold
+
+
+class SweepSection(Section):
+    """Shares of the other model that are tried, and the rule that chooses one, all on `evaluate.development`.
+
+    choose: the highest mean score of the tasks by log-likelihood, or by the answers that are written; or the lowest
+        mean log perplexity of the texts that are not of kind general. Equal ones: the least general loss
+    max_general_loss: how far the perplexity of texts of kind general may rise over the base's; .05 is 5 %
+    """
+
+    shares: Annotated[list[Fraction], Field(min_length=2)] = Field([0, 0.25, 0.5, 0.75, 1], alias="lambda")
+    choose: Literal["tasks", "answers", "perplexity"] = "tasks"
+    max_general_loss: Annotated[float, Field(gt=0)] | None = None
 
 
 class MergeSection(Section):
     """rounding: auto = nearest, or stochastic where that loses more than a hundredth of what was learnt
     weights: how much of a stage is merged, by its name (`01-cpt`); 1 where none is given
+    with: a model of the same base (a run, a folder, a Hub id) that the result is mixed with, by `method` (linear where
+        none is given), at a share `lambda` (0: the plain merge, 1: the other model; .5), or at the best of a `sweep`
     """
 
     base: Literal["full16", "nf4"] = "full16"
@@ -299,6 +317,10 @@ class MergeSection(Section):
     rounding: Literal["nearest", "stochastic"] | Auto = "auto"
     verify: VerifySection = VerifySection()
     weights: dict[str, Annotated[float, Field(ge=0, le=2)]] = {}
+    other: str | None = later(None, alias="with")
+    method: Literal["linear", "slerp", "task_arithmetic"] | None = later(None)
+    share: Fraction | None = later(None, alias="lambda")
+    sweep: SweepSection | None = later(None)
 
     @model_serializer(mode="wrap")
     def _without_what_is_not_asked(self, write: SerializerFunctionWrapHandler) -> dict[str, object]:
@@ -347,6 +369,7 @@ class EvaluateSection(Section):
     template: str | None = None  # to ask with; default: the one of training
     items_seed: Annotated[int, Field(ge=0, lt=2**32)] | None = later(None)  # draws items and examples; None: `seed`
     against: list[str] = later([])  # models that the result is held against, as `qmedtune compare` does
+    development: Annotated[float, Field(gt=0, le=0.9)] | None = later(None)  # share that choices are made on, not scores
 
     @property
     def sections(self) -> list[TaskSection]:
@@ -374,13 +397,14 @@ class AuditSection(Section):
 class AblateSection(Section):
     """Arms of `qmedtune ablate`: `arms` times `corpora`; each value of the other lists is one change to the recipe.
 
+    arms: `merge` is the recipe with the model that `merge.with` names, all others are without it
     corpora: sources of the cpt mix, each alone at the same number of tokens, or `both`: all of them as in the recipe
     replay: share of `kind: general` in the tokens of cpt, the other weights keeping their ratio
     r: alpha keeps its ratio to r; lr_factor: times every learning rate; template: asked with, not trained with
     seeds: so many, from the recipe's seed on, or a list
     """
 
-    arms: list[Literal["base", "sft", "cpt", "cpt+sft"]] = ["base", "sft", "cpt", "cpt+sft"]
+    arms: list[Literal["base", "sft", "cpt", "cpt+sft", "merge"]] = ["base", "sft", "cpt", "cpt+sft"]
     corpora: list[str] = []
     replay: list[Annotated[float, Field(ge=0, lt=1)]] = []
     adapter: list[Literal["continue", "merge_then_new", "new"]] = []
@@ -415,6 +439,13 @@ class Recipe(Section):
         """What draws the items of a `limit` and the examples before questions."""
         chosen = self.evaluate.items_seed
         return self.seed if chosen is None else chosen
+
+    @property
+    def development(self) -> float:
+        """The share of items and held-out texts that are not scored at the end, since a choice is made on them."""
+        if self.evaluate.development is not None:
+            return self.evaluate.development
+        return DEVELOPMENT if self.merge.sweep else 0.0
 
     def stage_names(self) -> list[str]:
         """`01-cpt`, `02-sft` ...: the names of stage folders and of `run.json` entries."""

@@ -30,8 +30,11 @@ from qmedtune.results.proofs import (
     Audit,
     Exposure,
     Merge,
+    MixedWith,
     Probe,
     Shift,
+    Sweep,
+    SweepPoint,
 )
 from qmedtune.results.scores import (
     Change,
@@ -114,6 +117,7 @@ __all__ = [
     "Measure",
     "Memory",
     "Merge",
+    "MixedWith",
     "Model",
     "NearDuplicates",
     "Number",
@@ -134,6 +138,8 @@ __all__ = [
     "Source",
     "Stage",
     "StepEntry",
+    "Sweep",
+    "SweepPoint",
     "Task",
     "Text",
     "Tokens",
