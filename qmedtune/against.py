@@ -13,7 +13,7 @@ from typing import Any
 from qmedtune import compare, store, ui
 from qmedtune.data.packing import templates
 from qmedtune.errors import RecipeError
-from qmedtune.evaluate import Contender, contenders, delivered_dtype, open_contender, settings_of
+from qmedtune.evaluate import Compared, Contender, contenders, delivered_dtype, open_contender, settings_of
 from qmedtune.evaluation import precision
 from qmedtune.evaluation.open_model import Location, OpenModel, Quantization, locate, open_model
 from qmedtune.recipe import Recipe
@@ -22,14 +22,14 @@ from qmedtune.tasks import load_task, world_of
 FINAL = "final"
 
 
-def against_stage(recipe: Recipe, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
-    """`inputs` as of `evaluate_stage`. Writes compare.json and <task>.items.jsonl below `out`, where an interrupted
-    comparison goes on; returns {"subject", "models", "duels", "claims", "left_out", "precision"}."""
+def against_stage(recipe: Recipe, inputs: Compared, out: Path) -> dict[str, Any]:
+    """Writes compare.json and <task>.items.jsonl below `out`, where an interrupted comparison goes on; returns
+    {"subject", "models", "duels", "claims", "left_out", "precision"}."""
     splits, left_out = splits_of(recipe)
-    taken = precision.decide(recipe, delivered_dtype(inputs))
-    template = settings_of(recipe, inputs).template
+    taken = precision.decide(recipe, delivered_dtype(inputs.trained))
+    template = settings_of(recipe, inputs.trained).template
     entrants = []
-    for contender in contenders(recipe, inputs, taken):
+    for contender in contenders(inputs, taken):
         entrants.append(compare.Entrant(contender.label, partial(_own, recipe, contender, template)))
     quantization: Quantization = "nf4" if taken.quantised else "none"
     for name in recipe.evaluate.against:
@@ -79,8 +79,8 @@ def _shots(recipe: Recipe) -> tuple[int, ...]:
 def _own(recipe: Recipe, contender: Contender, template: templates.Template) -> OpenModel:
     """Base or result of the run, with the template that suits it: the base's own, that of training."""
     model, tokenizer = open_contender(recipe, contender)
-    asked = template if contender.label == FINAL else templates.for_base(templates.default(None, contender.folder))
-    location = Location(contender.label, "model", contender.folder, (), asked, world_of(recipe))
+    asked = template if contender.label == FINAL else templates.for_base(templates.default(None, contender.stack.base))
+    location = Location(contender.label, "model", contender.stack.base, (), asked, world_of(recipe))
     taken = contender.taken
     return OpenModel(location, model, tokenizer, "nf4" if taken.quantised else "none", taken.computed_in)
 

@@ -227,6 +227,8 @@ def merge_section(recipe: Recipe) -> MadeFrom:
     """The rule of a sweep is not in it: what it chose is the sweep's, which the merge then reads."""
     model = recipe.model.model_dump(mode="json", include={"quantization", "double_quantization"})
     merge = recipe.merge.model_dump(mode="json", exclude={"sweep"})
+    if not recipe.merge.weighs:
+        merge.pop("weights", None)
     made_from: dict[str, object] = {"merge": merge, "model": model, "seed": recipe.seed}
     if recipe.merge.other is not None:
         made_from["with"] = _model_marks(Path(recipe.merge.other).expanduser())

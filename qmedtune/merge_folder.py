@@ -19,7 +19,7 @@ from qmedtune import store
 from qmedtune.data.packing.templates import FILE
 from qmedtune.errors import MergeRefused, RecipeError
 from qmedtune.evaluation.open_model import check_intact, locate
-from qmedtune.lineage import BASE, final_model, parts_of
+from qmedtune.lineage import final_model, parts_of
 from qmedtune.model_stack import ModelStack
 from qmedtune.planning.machine import this_machine
 from qmedtune.recipe import MergeSection, ModelSection, Recipe
@@ -50,9 +50,7 @@ def merge_into(
         adapters_of_run(folder, offline, section.weights) if is_run else adapter_of_folder(name, folder, base, offline)
     )
     stack = found.stack
-    job = MergeJob(
-        stack.base, stack.adapters, section, found.model, found.seed, template=stack.template, shares=found.shares
-    )
+    job = MergeJob(stack, section, found.model, found.seed, shares=found.shares)
     staging = out.with_name(f".{out.name}.part")
     with store.lock(staging):  # a second merge to the same place leaves
         shutil.rmtree(staging / "merged", ignore_errors=True)  # of a killed attempt; never anything that was finished
@@ -103,11 +101,13 @@ def adapters_of_run(folder: Path, offline: bool, weights: Mapping[str, float] | 
         if not (folder / name).is_dir():
             raise RecipeError(f"{folder}: stage {stage.name} is not finished\ncontinue it with `qmedtune run`")
         check_intact(stage, full=True)
-    base = folder / final.base
-    if final.base == BASE:
-        base = bases.identify(recipe.model, offline=offline).make()
+
+    def base() -> Path:
+        return bases.identify(recipe.model, offline=offline).make()
+
+    stack = final.located(folder, base)
     shares = shares_of(recipe, weights, [folder / part.adapter for part in parts]) if weights else ()
-    return Found(recipe.model, final.located(folder, base), recipe.seed, shares)
+    return Found(recipe.model, stack, recipe.seed, shares)
 
 
 def adapter_of_folder(name: str, folder: Path, base: str | None, offline: bool) -> Found:
@@ -117,7 +117,7 @@ def adapter_of_folder(name: str, folder: Path, base: str | None, offline: bool) 
             f"{name}: neither a run nor an adapter folder (adapter_config.json)\nthere is nothing to merge"
         )
     templates = [place for place in (folder, folder.parent) if (place / FILE).is_file()]
-    quantization = bases.trained_quantization(folder) or "nf4"
+    quantization = bases.quantization_of(location.stack)
     model = ModelSection(base=str(location.base), compute_dtype=this_machine().compute_dtype, quantization=quantization)
     template = templates[0] if templates else None
     return Found(model, ModelStack(location.base, location.adapters, template), SEED)

@@ -17,7 +17,7 @@ from torch import nn
 from qmedtune.errors import RecipeError
 from qmedtune.llama_shape import facts_from_config
 from qmedtune.model_settings import check_tokenizer_file, judged, read_settings
-from qmedtune.model_stack import parameters, read_adapter, read_model
+from qmedtune.model_stack import ModelStack, parameters, read_adapter, read_model
 from qmedtune.recipe import AdapterSection, ModelSection
 
 if TYPE_CHECKING:
@@ -174,6 +174,30 @@ def load_base(
         parameter.requires_grad_(False)
     check_finite(model, folder)
     return model
+
+
+def load_stack(
+    stack: ModelStack, section: ModelSection, *, quantize: bool | None = None, computed_in: str | None = None
+) -> Any:
+    """A base with its adapters and our kernels in eval mode, all frozen: what is scored, asked and audited.
+
+    Weights are held in `section.compute_dtype`, or in NF4 as `load_base` decides, and multiplied in `computed_in`
+    (default: the same), for machines that have no instructions for what the weights are stored in. Raises RecipeError
+    for folders that read_model and read_adapter refuse.
+    """
+    model: Any = load_base(stack.base, section, quantize=quantize)
+    if computed_in is not None and computed_in != section.compute_dtype:
+        cast_weights(model, DTYPES[computed_in])
+    if stack.adapters:
+        model = load_adapters(model, stack.adapters)
+    install_kernels(model, section.kernels)
+    return model.eval()
+
+
+def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
+    """Parameters alone: rotary frequencies are buffers, and stay fp32."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 def load_full(folder: Path, section: ModelSection, *, attention: str = SCORING_ATTENTION) -> PreTrainedModel:

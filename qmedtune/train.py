@@ -29,7 +29,7 @@ from qmedtune.data.packing.framing import write_template
 from qmedtune.data.packing.pack import PackedRows
 from qmedtune.errors import RunError
 from qmedtune.interrupt import stop
-from qmedtune.model_stack import adapters_in
+from qmedtune.model_stack import ModelStack
 from qmedtune.modeling import activations
 from qmedtune.modeling.loss import rows_nll
 from qmedtune.modeling.quiet import quiet_libraries
@@ -52,15 +52,24 @@ from qmedtune.training.trainer import QTrainer, number, trainer_arguments
 SPIKE, SPIKE_WINDOW = 2.0, 50
 
 
+@dataclass(frozen=True)
+class StageInputs:
+    """What a stage reads. start: the model before it; tokens: folder of packed rows; validation: folder of packed rows
+    per source."""
+
+    start: ModelStack
+    tokens: Path
+    validation: Path | None = None
+
+
 def train_stage(
-    recipe: Recipe, index: int, inputs: dict[str, Path], out: Path, shared: SharedBase | None = None
+    recipe: Recipe, index: int, inputs: StageInputs, out: Path, shared: SharedBase | None = None
 ) -> dict[str, Any]:
     """Run stage `index` (0-based) of a resolved recipe, on the base that `shared` holds or loads (its own without one).
 
-    `inputs`: `base` (model folder), `tokens` (packed rows), `validation` (folder of packed rows per source, may be
-    absent), `adapter-1` ... (earlier adapters in order). Writes `out/adapter` (or `out/model` where all parameters are
-    trained), `out/template.json` for SFT, the head and its scores for `classify`, and `out/metrics.jsonl`; returns the
-    facts of run.json's stage entry. An earlier attempt in `out` is continued from its last intact checkpoint.
+    Writes `out/adapter` (or `out/model` where all parameters are trained), `out/template.json` for SFT, the head and
+    its scores for `classify`, and `out/metrics.jsonl`; returns the facts of run.json's stage entry. An earlier attempt
+    in `out` is continued from its last intact checkpoint.
     """
     stage, name = recipe.stages[index], recipe.stage_names()[index]
     set_seed(recipe.seed + index)
@@ -68,43 +77,42 @@ def train_stage(
     peak.reset()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    tokenizer: Any = models.load_tokenizer(inputs["base"])
+    start, tokens = inputs.start, inputs.tokens
+    tokenizer: Any = models.load_tokenizer(start.base)
     machine = this_machine()
     check_card(peak_bytes(base_facts(recipe.model), setup_of(recipe, index, machine), gpu=machine.is_gpu), machine)
-    model, facts = _make_model(recipe, index, inputs, shared or SharedBase())
-    models.check_tokenizer(tokenizer, model, inputs["base"])
+    model, facts = _make_model(recipe, index, start, shared or SharedBase())
+    models.check_tokenizer(tokenizer, model, start.base)
     if stage.classify:
-        rows = LabelledRows(inputs["tokens"])
+        rows = LabelledRows(tokens)
         attach_head(model, rows, stage.classify)
     else:
-        rows = PackedRows(inputs["tokens"])
-    packed = json.loads((inputs["tokens"] / store.SEAL).read_text())["facts"]
-    callback = StageCallback(
-        name, out, validation_rows(recipe, inputs.get("validation")), tokenizer.pad_token_id, recipe
-    )
+        rows = PackedRows(tokens)
+    packed = json.loads((tokens / store.SEAL).read_text())["facts"]
+    callback = StageCallback(name, out, validation_rows(recipe, inputs.validation), tokenizer.pad_token_id, recipe)
     callback.judges = [source for source in recipe.judged_by(index) if source in callback.held_out]
     started = time.monotonic()
     trainer = _run(recipe, index, model, tokenizer, rows, packed, callback, out)
     facts |= callback.facts(trainer, time.monotonic() - started)
     facts["warnings"] += models.fallbacks(facts)
     facts |= {"kind": stage.kind, "tokens": packed["tokens"], "mixture": packed["mixture"]}
-    if (template := inputs["tokens"] / templates.FILE).is_file():
+    if (template := tokens / templates.FILE).is_file():
         shutil.copyfile(template, out / templates.FILE)
     if stage.classify:
         with trainer.compute_loss_context_manager():
-            found = score(model, inputs["tokens"], tokenizer.pad_token_id, trainer.micro_batch, recipe.seed, out)
+            found = score(model, tokens, tokenizer.pad_token_id, trainer.micro_batch, recipe.seed, out)
         facts |= {"classification": packed["classes"] | found}
-    trained_on = name_of_base(recipe.model.base, inputs["base"], inputs["tokens"].parent.parent)
+    trained_on = name_of_base(recipe.model.base, start.base, tokens.parent.parent)
     if stage.section.adapter != "frozen":
         _finish(model, tokenizer, stage.full, trained_on, out)
     if stage.classify and stage.classify.train_earlier:
         for place, adapter in enumerate(list(model.peft_config)[:-1], start=1):
             models.save_adapter(model, out / f"earlier-{place}", trained_on, adapter)
     if not stage.full and stage.section.adapter != "frozen":
-        below = adapters_in(inputs)
+        below = start.adapters
         if stage.section.adapter == "continue":
             below = below[:-1]
-        note_base(out / "adapter", trained_on, inputs["base"], below, recipe.model.quantization)
+        note_base(out / "adapter", trained_on, start.base, below, recipe.model.quantization)
     if stage.full:
         facts["model"] = {"path": f"{name}/model"}
     # They know each other: only a collection frees them, and the next stage needs the room.
@@ -115,7 +123,7 @@ def train_stage(
     return Trained.model_validate(facts).as_json()
 
 
-def _make_model(recipe: Recipe, index: int, inputs: dict[str, Path], shared: SharedBase) -> tuple[Any, dict[str, Any]]:
+def _make_model(recipe: Recipe, index: int, start: ModelStack, shared: SharedBase) -> tuple[Any, dict[str, Any]]:
     stage = recipe.stages[index]
     attention = numerics_of(recipe, index, this_machine()).attention
     if stage.full:
@@ -123,13 +131,12 @@ def _make_model(recipe: Recipe, index: int, inputs: dict[str, Path], shared: Sha
         load = models.load_full
         if stage.kind == "pretrain":
             load = models.from_scratch
-        model = load(inputs["base"], recipe.model, attention=attention)
+        model = load(start.base, recipe.model, attention=attention)
         return model, {"attention": models.attention_facts(model)}
-    base = shared.load(inputs["base"], recipe.model, attention=attention)
+    base = shared.load(start.base, recipe.model, attention=attention)
     set_seed(recipe.seed + index)  # whatever loading has drawn
-    earlier = adapters_in(inputs)
     continued = stage.section.adapter in ("continue", "frozen")  # attach_head freezes what is frozen
-    model = models.attach_adapter(base, recipe.adapter_of(index), earlier, continued=continued)
+    model = models.attach_adapter(base, recipe.adapter_of(index), start.adapters, continued=continued)
     kernels = models.install_kernels(model, recipe.model.kernels)
     return model, {
         "kernels": kernels,

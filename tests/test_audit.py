@@ -153,7 +153,7 @@ def judged(recipe: Recipe, folder: Path, **limits) -> dict:
     store.write_json(folder / "audit.json", {"stages": {"01-cpt": [{**row, "repeats": 0}, row]}, "references": 127})
     assert recipe.audit is not None
     limited = recipe.model_copy(update={"audit": recipe.audit.model_copy(update=limits)})
-    return audit.check_limits(limited, {"audit": folder}, folder)
+    return audit.check_limits(limited, folder)
 
 
 def test_limits_name_stage_row_and_figure(recipe, tmp_path):

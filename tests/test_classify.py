@@ -21,6 +21,7 @@ from qmedtune.data.synthetic import outcomes
 from qmedtune.data.synthetic.world import make_world
 from qmedtune.errors import DataError, RecipeError
 from qmedtune.evaluation.statistics import auroc
+from qmedtune.model_stack import ModelStack
 from qmedtune.parsing.loader import load_recipe
 from qmedtune.plan import make_plan
 from qmedtune.planning.resolve import resolve
@@ -68,7 +69,7 @@ def packed(micro_run, tmp_path_factory) -> Path:
 
 
 def trained(micro_run, packed: Path, out: Path, earlier: Path, **keys: object) -> dict:
-    inputs = {"base": micro_run.base, "tokens": packed, "adapter-1": earlier}
+    inputs = train.StageInputs(ModelStack(micro_run.base, (earlier,)), packed)
     return train.train_stage(recipe(**keys), 1, inputs, out)
 
 

@@ -22,6 +22,7 @@ from qmedtune.data.reading.rejects import Rejects
 from qmedtune.data.reading.sources import read_records
 from qmedtune.errors import DataError, RecipeError
 from qmedtune.evaluation import measure, precision, scoring, statistics
+from qmedtune.model_stack import ModelStack
 from qmedtune.planning.machine import card_of
 from qmedtune.recipe import Recipe, SourceSection
 from qmedtune.reporting.facts import ALL, comparisons
@@ -59,14 +60,9 @@ def recipe(root: Path, tasks: list | None = None, merge: dict | None = None, **s
     )
 
 
-def inputs(root: Path) -> dict[str, Path]:
-    return {
-        "base": root / "base",
-        "adapter-1": root / "stage" / "adapter",
-        "merged": root / "merged",
-        "template": root / "stage",
-        "validation": root / "validation",
-    }
+def inputs(root: Path) -> evaluate.Compared:
+    trained = ModelStack(root / "base", (root / "stage" / "adapter",), root / "stage")
+    return evaluate.Compared(trained, merged=root / "merged", validation=root / "validation")
 
 
 def items(path: Path) -> list[dict]:
@@ -166,22 +162,22 @@ def test_nf4_stands_beside_what_is_delivered_and_is_what_nf4_alone_gives(folder,
 
 def test_without_a_merged_folder_the_base_and_its_adapters_are_scored_in_the_merge_dtype(folder, tmp_path):
     """A refused merge: the scores are those of a real merge of the same adapter, up to 16 bit."""
-    without = {name: path for name, path in inputs(folder).items() if name != "merged"}
+    without = replace(inputs(folder), merged=None)
     asked = recipe(folder, merge={"dtype": "float32"})
     result = evaluate.evaluate_stage(asked, without, tmp_path)
     assert (result["precision"], result["weights"]) == ("delivered", "float32")
     out = tmp_path / "made"
     out.mkdir()
-    merge([folder / "base", folder / "stage" / "adapter"], out, asked)
+    merge(without.trained, out, asked)
     alone = text_perplexity(loaded(out, torch.float32), folder)
     assert result["perplexity"]["notes"]["final"] == pytest.approx(alone, rel=1e-4)
 
 
-def merge(parts: list[Path], out: Path, asked: Recipe) -> None:
+def merge(stack: ModelStack, out: Path, asked: Recipe) -> None:
     from qmedtune.merge import MergeJob
     from qmedtune.merge import merge as fold
 
-    fold(MergeJob(parts[0], parts[1:], asked.merge, asked.model), out)
+    fold(MergeJob(stack, asked.merge, asked.model), out)
 
 
 def test_what_does_not_fit_the_card_is_scored_in_nf4_and_says_so(folder):

@@ -149,11 +149,12 @@ def _write_adapter(tensors_of_base: Mapping[str, tuple[int, ...]], folder: Path)
 
 def merge_with_qmedtune(base: Path, adapter: Path, out: Path, quantization: Literal["none", "nf4"] = "none") -> Row:
     from qmedtune.merge import MergeJob, merge
+    from qmedtune.model_stack import ModelStack
     from qmedtune.recipe import MergeSection, ModelSection
 
     out.mkdir()
     model = ModelSection(base=str(base), quantization=quantization, compute_dtype="bfloat16")
-    facts = merge(MergeJob(base, [adapter], MergeSection(), model), out)
+    facts = merge(MergeJob(ModelStack(base, (adapter,)), MergeSection(), model), out)
     return {key: facts[key] for key in PROOF}
 
 

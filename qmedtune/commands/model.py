@@ -53,7 +53,7 @@ class Dtype(StrEnum):
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A run, an adapter or model folder, or a Hub id.")]
 BaseOption = Annotated[str | None, typer.Option(metavar="MODEL", help="Base of an adapter folder.")]
 TemplateOption = Annotated[str | None, typer.Option(metavar="NAME", help="Instead of the one it was trained with.")]
-PrecisionOption = Annotated[Precision | None, typer.Option(help="Default: nf4 under an adapter, else 16 bit.")]
+PrecisionOption = Annotated[Precision | None, typer.Option(help="Default: as its adapter was trained, else 16 bit.")]
 
 
 def evaluate(
