@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from qmedtune import store, ui
 from qmedtune.data.packing.pack import WholeDocuments
 from qmedtune.evaluate import (
+    Compared,
     Contender,
     check_prompts,
     contenders,
@@ -29,13 +30,15 @@ from qmedtune.evaluation import choosing, halves, precision
 from qmedtune.evaluation.measure import Measured, Settings, measure_model
 from qmedtune.evaluation.scoring import Perplexity
 from qmedtune.evaluation.summary import write_items
-from qmedtune.merge import job_of, merge
+from qmedtune.merge import merge
+from qmedtune.merging.sibling import Mixing
+from qmedtune.mixed_merge import SWEEP, job_of, sibling_of
 from qmedtune.model import load_tokenizer
+from qmedtune.model_stack import ModelStack
 from qmedtune.recipe import Recipe
 from qmedtune.results import Sweep, SweepPoint
 from qmedtune.tasks import Task
 
-FILE = "sweep.json"
 BASE = "base"
 
 
@@ -44,7 +47,9 @@ class _Measuring:
     """How each point is measured, and where what was measured is kept."""
 
     recipe: Recipe
-    inputs: Mapping[str, Path]
+    trained: ModelStack
+    mixing: Mixing
+    inputs: Compared
     tasks: list[Task]
     texts: Mapping[str, WholeDocuments]
     settings: Settings
@@ -60,7 +65,7 @@ class _Measuring:
         return asdict(found)
 
     def base(self) -> Measured:
-        first = contenders(self.recipe, dict(self.inputs), self.taken)[0]
+        first = contenders(self.inputs, self.taken)[0]
         return _measured(store.kept(self.folder / f"{BASE}.json", lambda: self.of(first)))
 
     def at(self, share: float) -> Measured:
@@ -71,9 +76,10 @@ class _Measuring:
             merged = self.folder / f"{label}-merged"
             shutil.rmtree(merged, ignore_errors=True)  # of an attempt that was killed
             merged.mkdir(parents=True)
-            merge(job_of(self.recipe, self.inputs, share), merged)
+            mixing = replace(self.mixing, share=share)
+            merge(job_of(self.recipe, self.trained, mixing, self.inputs.validation), merged)
             try:
-                return self.of(Contender(label, merged, (), self.taken))
+                return self.of(Contender(label, ModelStack(merged), self.taken))
             finally:
                 shutil.rmtree(merged)
 
@@ -92,18 +98,21 @@ def _measured(kept: Mapping[str, Any]) -> Measured:
     return Measured(kept["tasks"], texts)
 
 
-def sweep_stage(recipe: Recipe, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
-    """The step of a run. inputs: as of `merge_stage` and `evaluate_stage`. Writes sweep.json and <task>.items.jsonl
-    below `out`, where an interrupted sweep goes on; returns the content of sweep.json."""
+def sweep_stage(recipe: Recipe, trained: ModelStack, inputs: Compared, out: Path) -> dict[str, Any]:
+    """The step of a run. trained: with the adapters that the merge reads. Writes sweep.json and <task>.items.jsonl below
+    `out`, where an interrupted sweep goes on; returns the content of sweep.json."""
     assert recipe.merge.sweep is not None
     tasks = halves.development_tasks(recipe)
     texts: dict[str, WholeDocuments] = {}
-    if "validation" in inputs:
-        texts = halves.texts_of(recipe, inputs["validation"], document_window(inputs["base"]), "development")
-    settings = settings_of(recipe, inputs)
-    check_prompts(load_tokenizer(inputs["base"]), settings.template, tasks)
-    taken = precision.decide(recipe, delivered_dtype(inputs))
-    measuring = _Measuring(recipe, inputs, tasks, texts, settings, taken, out / store.SCRATCH)
+    if inputs.validation is not None:
+        texts = halves.texts_of(recipe, inputs.validation, document_window(trained.base), "development")
+    settings = settings_of(recipe, trained)
+    check_prompts(load_tokenizer(trained.base), settings.template, tasks)
+    taken = precision.decide(recipe, delivered_dtype(trained))
+    mixing = sibling_of(recipe, inputs.origin or trained.base, 0.0)
+    measuring = _Measuring(
+        recipe, trained, mixing, inputs, tasks, texts, settings, taken, out / store.SCRATCH
+    )  # fmt: skip
     rule = choosing.rule_of(recipe, tasks)
     measured = {BASE: measuring.base()}
     points: list[SweepPoint] = []
@@ -130,7 +139,7 @@ def sweep_stage(recipe: Recipe, inputs: dict[str, Path], out: Path) -> dict[str,
     for task in tasks:
         rows = {label: each.tasks[task.name] for label, each in measured.items()}
         write_items(out / f"{task.name}.items.jsonl", task, rows)
-    store.write_json(out / FILE, result.as_json())
+    store.write_json(out / SWEEP, result.as_json())
     return result.as_json()
 
 

@@ -20,6 +20,7 @@ from qmedtune.data.packing.templates import FILE
 from qmedtune.errors import RecipeError
 from qmedtune.evaluation.open_model import locate
 from qmedtune.merging.disk_llama import DiskLlama, open_llama
+from qmedtune.merging.methods import Method
 from qmedtune.model import load_tokenizer
 from qmedtune.model_stack import EMBEDDING, HEAD
 
@@ -44,6 +45,16 @@ class Sibling:
     folder: Path
     template: Path | None
     run: Path | None = None
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """How much of another model comes into a merge, and how. cosine: see `check_alike`."""
+
+    sibling: Sibling
+    method: Method
+    share: float
+    cosine: float
 
 
 def find(name: str, *, offline: bool) -> Sibling:
