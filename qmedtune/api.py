@@ -118,4 +118,4 @@ def merge_adapters(
     from qmedtune.recipe import MergeSection, VerifySection
 
     section = MergeSection(base=onto, dtype=dtype, rounding=rounding, verify=VerifySection(max_kl=max_kl))
-    return merge_into(str(model), Path(out), section, base=base, offline=offline)
+    return merge_into(str(model), Path(out), section, base=base, offline=offline).as_json()

@@ -42,7 +42,7 @@ from qmedtune.model import DTYPES
 from qmedtune.model_settings import ATTENTION
 from qmedtune.model_stack import EMBEDDING, HEAD, INDEX, ModelStack
 from qmedtune.recipe import MergeSection, ModelSection, Recipe
-from qmedtune.results import Merge
+from qmedtune.results import Merge, Proven
 
 # Written by the merge itself, or meaningless for a merged model; everything else that describes a model is copied.
 COPIED = (
@@ -85,12 +85,12 @@ class MergeJob:
         return Rounding(self.dtype, self.seed)
 
 
-def merge_stage(recipe: Recipe, stack: ModelStack, out: Path, validation: Path | None = None) -> dict[str, Any]:
+def merge_stage(recipe: Recipe, stack: ModelStack, out: Path, validation: Path | None = None) -> Merge:
     """The step of a run. validation: folder of packed rows per source, which the proof reports divergences on."""
     return merge(MergeJob(stack, recipe.merge, recipe.model, recipe.seed, validation_ids(validation)), out)
 
 
-def weighed_merge_stage(recipe: Recipe, stack: ModelStack, out: Path, validation: Path | None = None) -> dict[str, Any]:
+def weighed_merge_stage(recipe: Recipe, stack: ModelStack, out: Path, validation: Path | None = None) -> Merge:
     """As `merge_stage` where the recipe weighs its stages: the adapters are those of all stages, in order."""
     shares = shares_of(recipe, recipe.merge.weights, stack.adapters)
     kept = replace(stack, adapters=stack_of(shares))
@@ -117,8 +117,8 @@ def stack_of(shares: Sequence[Share]) -> tuple[Path, ...]:
     return tuple(share.adapter for share in shares if share.adapter not in continued)
 
 
-def merge(job: MergeJob, out: Path) -> dict[str, Any]:
-    """Write base + adapters as a plain model folder into `out`, an existing staging folder. Returns facts.
+def merge(job: MergeJob, out: Path) -> Merge:
+    """Write base + adapters as a plain model folder into `out`, an existing staging folder.
 
     Raises RecipeError for folders that do not fit together, RunError where a file is damaged or a weight is not finite:
     then `out` must not be used; MergeRefused where the proof fails: `out` is complete, and wrong.
@@ -138,28 +138,28 @@ def merge(job: MergeJob, out: Path) -> dict[str, Any]:
         transformers_reads = read_base(opened.folder, opened.weights)
         peft_reads = helpers.submit(adapters.as_peft_reads)
         writer = _Writer(job, opened, updates, _stays_tied(opened, updates), out, pool, disk)
-        hashes, rounding, proof = _write_and_prove(writer, transformers_reads, peft_reads, adapters)
-    weighed = {}
-    if job.shares:
-        weighed["weights"] = {share.stage: share.weight for share in job.shares}
-    files = list(hashes.values())
+        written = _write_and_prove(writer, transformers_reads, peft_reads, adapters)
+    files = list(written.hashes.values())
     whole = files[0]
     if len(files) > 1:
-        whole = store.sha256_json(hashes)
+        whole = store.sha256_json(written.hashes)
     found = Merge(
         base=job.section.base,
         dtype=job.section.dtype,
+        rounding=written.rounding.name,
+        rounding_seed=written.rounding.seed,
+        rounding_why=written.why,
         modules=updates.modules,
         adapters=len(folded),
         tied=writer.tied,
-        warnings=_warnings(job, rounding, proof),
+        warnings=_warnings(job, written),
         sha256=whole,
         seconds=round(time.monotonic() - started, 2),
-        **weighed,
-        **rounding,
-        **proof,
+        **written.proven.as_json(),
     )
-    return found.as_json()
+    if job.shares:
+        found = found.model_copy(update={"weights": {share.stage: share.weight for share in job.shares}})
+    return found
 
 
 def _blend_folder(job: MergeJob, out: Path, stack: ExitStack) -> Path | None:
@@ -229,63 +229,58 @@ def check_onto(section: MergeSection, model: ModelSection) -> None:
         raise RecipeError("merge.rounding: stochastic, but float32 keeps every update\nallowed with it: auto, nearest")
 
 
-Written = tuple[dict[str, str], dict[str, Any], dict[str, Any]]
+@dataclass(frozen=True)
+class Written:
+    """A merged folder as it was written and proven. hashes: sha256 by file name; why: it was rounded so."""
+
+    hashes: dict[str, str]
+    rounding: Rounding
+    proven: Proven
+    why: str = "as stated"
 
 
 def _write_and_prove(
     writer: _Writer, base: ReadModel, peft_reads: Future[list[Updates]], adapters: _Adapters
 ) -> Written:
-    """(sha256 by file name, facts about rounding, facts of the proof). `auto` writes the nearest numbers, and again
-    stochastically where those lose too much and the noise loses less."""
+    """`auto` writes the nearest numbers, and again stochastically where those lose too much and noise loses less."""
     job = writer.job
 
-    def attempt(rounding: Rounding) -> tuple[dict[str, str], Proof, dict[str, Any]]:
+    def attempt(rounding: Rounding) -> tuple[Written, Proof]:
         settling = writer.write(rounding)
         reference = adapters.agreed(peft_reads.result(), base)
         proof = Proof(writer.base, reference, writer.out, job.section, job.model, rounding, writer.pool)
-        facts = proof.run(job.probe_ids)
-        return {name: file.result() for name, file in settling.items()}, proof, facts
+        proven = proof.run(job.probe_ids)
+        hashes: dict[str, str] = {}
+        for name, file in settling.items():
+            hashes[name] = file.result()
+        return Written(hashes, rounding, proven), proof
 
     if job.section.rounding == "stochastic":
-        hashes, _, facts = attempt(job.stochastic)
-        return hashes, _rounding_facts(job.stochastic, "as stated"), facts
-    hashes, proof, facts = attempt(job.nearest)
+        return attempt(job.stochastic)[0]
+    written, proof = attempt(job.nearest)
     if job.section.rounding == "nearest":
-        return hashes, _rounding_facts(job.nearest, "as stated"), facts
-    lost = facts["lost"] or 0.0
+        return written
+    lost = written.proven.lost or 0.0
     if lost <= MAX_LOST or job.dtype == torch.float32:
-        why = f"it loses {lost:.2%} of the change, up to 1 % is fine"
-        return hashes, _rounding_facts(job.nearest, why), facts
+        return replace(written, why=f"it loses {lost:.2%} of the change, up to 1 % is fine")
     other = proof.lost_by(job.stochastic, job.probe_ids) or 0.0
     del proof  # it maps the files that are written anew
     if other >= lost:
         why = f"it loses {lost:.1%} of the change, stochastic rounding {other:.1%}; a wider merge.dtype keeps it"
-        return hashes, _rounding_facts(job.nearest, why), facts
+        return replace(written, why=why)
     why = f"to the nearest number {lost:.1%} of the change would be lost, so {other:.1%}"
     ui.note(f"merge.rounding: auto took stochastic: {why}")
-    hashes, _, facts = attempt(job.stochastic)
-    return hashes, _rounding_facts(job.stochastic, why), facts
+    return replace(attempt(job.stochastic)[0], why=why)
 
 
-def _rounding_facts(rounding: Rounding, why: str) -> dict[str, Any]:
-    name = "nearest"
-    if rounding.stochastic:
-        name = "stochastic"
-    return {
-        "rounding": name,
-        "rounding_seed": rounding.seed,
-        "rounding_why": why,
-    }
-
-
-def _warnings(job: MergeJob, rounding: dict[str, Any], proof: dict[str, Any]) -> list[str]:
-    lost = proof["lost"] or 0.0
+def _warnings(job: MergeJob, written: Written) -> list[str]:
+    lost = written.proven.lost or 0.0
     if lost <= MAX_LOST:
         return []
     keeps = "merge.rounding: stochastic, or a wider merge.dtype, may keep"
-    if rounding["rounding"] == "stochastic":
+    if written.rounding.stochastic:
         keeps = "a wider merge.dtype keeps"
-    return [f"{rounding['rounding']} rounding to {job.section.dtype} lost {lost:.1%} of the change (KL): {keeps} more"]
+    return [f"{written.rounding.name} rounding to {job.section.dtype} lost {lost:.1%} of the change (KL): {keeps} more"]
 
 
 def _stays_tied(base: DiskLlama, updates: Updates) -> bool:

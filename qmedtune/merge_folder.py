@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qmedtune import base as bases
 from qmedtune import store
@@ -23,6 +23,7 @@ from qmedtune.lineage import final_model, parts_of
 from qmedtune.model_stack import ModelStack
 from qmedtune.planning.machine import this_machine
 from qmedtune.recipe import MergeSection, ModelSection, Recipe
+from qmedtune.results import Merge
 
 if TYPE_CHECKING:
     from qmedtune.merging.weighing import Share
@@ -31,12 +32,10 @@ SEED = 17  # of stochastic rounding, where no recipe states one
 AGAIN = "the adapters are as they were: give the same command again, to another disk if it is refused again"
 
 
-def merge_into(
-    name: str, out: Path, section: MergeSection, *, base: str | None = None, offline: bool = False
-) -> dict[str, Any]:
+def merge_into(name: str, out: Path, section: MergeSection, *, base: str | None = None, offline: bool = False) -> Merge:
     """Merge a run folder or an adapter folder (`base`: what it was trained on, default: what its config names).
 
-    Returns the facts of merge.merge and `path`. Raises RecipeError where `out` exists or `name` has no adapter.
+    Raises RecipeError where `out` exists or `name` has no adapter.
     """
     from qmedtune.merge import MergeJob, merge
 
@@ -56,7 +55,7 @@ def merge_into(
         shutil.rmtree(staging / "merged", ignore_errors=True)  # of a killed attempt; never anything that was finished
         (staging / "merged").mkdir()
         try:
-            facts = merge(job, staging / "merged")
+            merged = merge(job, staging / "merged")
         except MergeRefused as error:
             kept = store.keep_refused(staging / "merged", out, str(error))
             shutil.rmtree(staging)
@@ -66,10 +65,10 @@ def merge_into(
             shutil.rmtree(staging)  # not whole: of no use
             raise
         key = store.sha256_json([str(stack.base), *map(str, stack.adapters), section.model_dump()])
-        store.seal(staging / "merged", key, facts)
+        store.seal(staging / "merged", key, merged.as_json())
         store.rename(staging / "merged", out)
         shutil.rmtree(staging)
-    return {"path": str(out), **facts}
+    return merged.model_copy(update={"path": str(out)})
 
 
 @dataclass(frozen=True)

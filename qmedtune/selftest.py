@@ -167,7 +167,7 @@ def _merged(bench: Bench) -> float:
     out = bench.folder / "merged"
     out.mkdir()
     job = MergeJob(ModelStack(bench.folder / "base", (bench.folder / "adapter",)), MergeSection(), bench.section)
-    return float(merge(job, out)["violations"])
+    return float(merge(job, out).violations or 0)
 
 
 CHECKS: list[tuple[str, Check, float | None]] = [  # name, check, what it may differ by (None: LIMITS)

@@ -271,7 +271,7 @@ def _fold_step(recipe: Recipe, name: str, model: StackInRun) -> Step:
     def work(recipe: Recipe, inputs: Inputs, out: Path) -> Found:
         from qmedtune.merge import merge_stage
 
-        return merge_stage(recipe, inputs.model, out, inputs.folders.get("validation"))
+        return merge_stage(recipe, inputs.model, out, inputs.folders.get("validation")).as_json()
 
     models = {MODEL: replace(model, template=None)}  # a base to train on, which nobody speaks to
     return Step(name, "fold", keys.fold_section(recipe), {}, work, models=models)
@@ -304,7 +304,7 @@ def _merge_step(recipe: Recipe, model: StackInRun) -> Step:
     def weighed(recipe: Recipe, inputs: Inputs, out: Path) -> Found:
         from qmedtune.merge import weighed_merge_stage
 
-        return weighed_merge_stage(recipe, inputs.model, out, inputs.folders.get("validation"))
+        return weighed_merge_stage(recipe, inputs.model, out, inputs.folders.get("validation")).as_json()
 
     def mixed(recipe: Recipe, inputs: Inputs, out: Path) -> Found:
         from qmedtune.mixed_merge import mixed_merge_stage

@@ -537,7 +537,7 @@ def right_cases(base: Path, adapters: dict[str, list[Path]]) -> Iterator[Case]:
 
 def merged_by_product(case: Case, folder: Path) -> tuple[Merged, dict[str, Any]]:
     folder.mkdir(parents=True)
-    facts = merge(case.job, folder)
+    facts = merge(case.job, folder).as_json()
     opened = open_llama(case.base)
     return Merged(case, folder, opened, read_adapters(case.adapters, opened.shapes)), facts
 
@@ -550,7 +550,7 @@ def prove(merged: Merged) -> dict[str, Any]:
         proof = Proof(
             merged.opened, Reference(base, updates), merged.folder, case.section, case.job.model, merged.rounding, pool
         )
-        return proof.run(TOKENS)
+        return proof.run(TOKENS).as_json()
 
 
 def accept(cases: Sequence[Case], scratch: Path, orders: int) -> Iterator[Row]:

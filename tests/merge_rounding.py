@@ -122,7 +122,7 @@ def measure(job: Measurement, scratch: Path) -> Iterator[Row]:
         for form, (section, seed) in job.forms.items():
             out = scratch / "merged"
             out.mkdir()
-            told = merge(MergeJob(replace(found.stack, adapters=adapters), section, model, seed, probe), out)
+            told = merge(MergeJob(replace(found.stack, adapters=adapters), section, model, seed, probe), out).as_json()
             told |= scores(out)
             row = Row(name, form, nll_of(out, texts), told)
             print(f"{name}, {form}: lost {told['lost']}, violations {told['violations']}", file=sys.stderr)

@@ -54,7 +54,8 @@ def adapter3(llama3, tmp_path_factory) -> Path:
 
 def run(folder: Path, adapters: list[Path], out: Path, model: ModelSection = MODEL, **section) -> dict:
     out.mkdir()
-    return merge(MergeJob(ModelStack(folder, tuple(adapters)), MergeSection(**section), model, probe_ids=IDS), out)
+    job = MergeJob(ModelStack(folder, tuple(adapters)), MergeSection(**section), model, probe_ids=IDS)
+    return merge(job, out).as_json()
 
 
 def logits(model) -> torch.Tensor:
@@ -421,10 +422,10 @@ def test_pickled_adapter_and_links_out_of_the_folder_are_refused(llama3, adapter
 
 def test_random_probe_where_there_is_no_text(llama3, adapter3, tmp_path):
     (tmp_path / "merged").mkdir()
-    facts = merge(
+    found = merge(
         MergeJob(ModelStack(llama3, (adapter3,)), MergeSection(), MODEL, card="# card\n"), tmp_path / "merged"
     )
-    assert facts["probe"] == {"tokens": 512, "from": "random token ids"}
+    assert found.as_json()["probe"] == {"tokens": 512, "from": "random token ids"}
     assert (tmp_path / "merged" / "README.md").read_text() == "# card\n"
 
 

@@ -146,7 +146,7 @@ def job(folder, adapters, **section) -> MergeJob:
 
 def merged(job: MergeJob, out: Path) -> dict:
     out.mkdir()
-    return merge(job, out)
+    return merge(job, out).as_json()
 
 
 def test_a_stochastic_file_says_how_to_draw_its_noise(base, adapters, tmp_path):

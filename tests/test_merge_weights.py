@@ -37,7 +37,7 @@ def merged(base: Path, shares: list[Share], out: Path, dtype: str = "float32") -
     section = MergeSection(dtype=dtype)  # type: ignore[arg-type]
     stack = ModelStack(base, merging.stack_of(shares))
     facts = merging.merge(merging.MergeJob(stack, section, MODEL, shares=shares), out)
-    return facts, load_file(out / "model.safetensors")
+    return facts.as_json(), load_file(out / "model.safetensors")
 
 
 def update_of(adapter: Path, name: str, scale: float = 2.0) -> torch.Tensor:

@@ -25,7 +25,7 @@ from transformers import TrainerCallback
 
 from qmedtune.bench import shapes
 from qmedtune.bench.job import Job
-from qmedtune.bench.merge import _anonymous_bytes
+from qmedtune.bench.rounds import anonymous_bytes
 from qmedtune.recipe import AdapterSection, CptSection, ModelSection, WarmupSection
 
 DTYPE = torch.bfloat16
@@ -68,7 +68,7 @@ class Clock(TrainerCallback):
             torch.cuda.synchronize()
         self.marks.append(time.perf_counter())
         self.cpu.append(time.process_time())
-        self.anonymous = max(self.anonymous, _anonymous_bytes())
+        self.anonymous = max(self.anonymous, anonymous_bytes())
 
     def keep_gradient(self, model: nn.Module) -> None:
         if self.job.shape == "tiny" and not self.gradient:

@@ -266,13 +266,15 @@ def merge(
         verify=VerifySection(max_kl=max_kl),
         weights=_weights(weights),
     )
-    facts = merge_into(model, out, section, base=base, offline=offline)
+    merged = merge_into(model, out, section, base=base, offline=offline)
     if as_json:
-        return emit(facts)
-    lost = "nothing to lose" if facts["lost"] is None else f"{facts['lost']:.2%} of the change lost"
+        return emit(merged.as_json())
+    lost = "nothing to lose"
+    if merged.lost is not None:
+        lost = f"{merged.lost:.2%} of the change lost"
     print(
-        f"{out}: {facts['modules']} modules merged, {facts['elements']:,} elements proven, "
-        f"{facts['rounding']} rounding to {facts['dtype']}: {lost} (KL {facts['kl']:.2g} nats per token)"
+        f"{out}: {merged.modules} modules merged, {merged.elements:,} elements proven, "
+        f"{merged.rounding} rounding to {merged.dtype}: {lost} (KL {merged.kl:.2g} nats per token)"
     )
 
 

@@ -12,6 +12,10 @@ from qmedtune.results.duels import (
     DuelEntry,
     HeadToHead,
 )
+from qmedtune.results.exports import (
+    Exported,
+    ExportProof,
+)
 from qmedtune.results.ledgers import (
     Classes,
     Cleaned,
@@ -32,6 +36,7 @@ from qmedtune.results.proofs import (
     Merge,
     MixedWith,
     Probe,
+    Proven,
     Shift,
     Sweep,
     SweepPoint,
@@ -102,6 +107,8 @@ __all__ = [
     "Difference",
     "DuelEntry",
     "Evaluation",
+    "ExportProof",
+    "Exported",
     "Exposure",
     "Facts",
     "Fertility",
@@ -128,6 +135,7 @@ __all__ = [
     "Paired",
     "Part",
     "Probe",
+    "Proven",
     "Provenance",
     "Ratio",
     "Records",
