@@ -34,7 +34,7 @@ from qmedtune.modeling.collation import Rows
 from qmedtune.modeling.quiet import quiet_libraries
 from qmedtune.recipe import Recipe, SourceSection, TaskSection
 from qmedtune.results import Evaluation, Merge, Pair, Source, Text
-from qmedtune.tasks import BUILTIN_TASKS, Task, check_twice, load_task, world_of
+from qmedtune.tasks import BUILTIN_TASKS, Task, check_twice, load_task
 
 TEXTS = "perplexity"
 FORMAT = 5  # of what is kept with `out`: an evaluation in an older one is made again

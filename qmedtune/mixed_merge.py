@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from qmedtune.evaluation import halves
 from qmedtune.merge import MergeJob, merge, shares_of, stack_of, validation_ids
 from qmedtune.merging.sibling import Mixing, check_alike, find
 from qmedtune.model_stack import ModelStack
@@ -35,6 +36,15 @@ def mixed_merge_stage(recipe: Recipe, trained: ModelStack, out: Path, folders: M
         return merged
     told = {"sweep": found.sweep, "sweep_base": found.sweep_base, "chosen": found.chosen, "rule": found.rule}
     return merged.model_copy(update={**told, "development": found.development})
+
+
+def check(recipe: Recipe, base: Path, offline: bool) -> None:
+    """Before anything is trained: the other model is there and fits (a Hub id is fetched now), and there are items and
+    texts for both, a sweep and the scores. RecipeError."""
+    assert recipe.merge.other is not None
+    check_alike(base, find(recipe.merge.other, offline=offline))
+    if recipe.merge.sweep is not None:
+        halves.development_tasks(recipe)
 
 
 def sibling_of(recipe: Recipe, base: Path, share: float) -> Mixing:

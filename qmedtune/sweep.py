@@ -99,8 +99,8 @@ def _measured(kept: Mapping[str, Any]) -> Measured:
 
 
 def sweep_stage(recipe: Recipe, trained: ModelStack, inputs: Compared, out: Path) -> dict[str, Any]:
-    """The step of a run. trained: with the adapters that the merge reads. Writes sweep.json and <task>.items.jsonl below
-    `out`, where an interrupted sweep goes on; returns the content of sweep.json."""
+    """The step of a run. trained: with the adapters that the merge reads. Writes sweep.json and <task>.items.jsonl
+    below `out`, where an interrupted sweep goes on; returns the content of sweep.json."""
     assert recipe.merge.sweep is not None
     tasks = halves.development_tasks(recipe)
     texts: dict[str, WholeDocuments] = {}
