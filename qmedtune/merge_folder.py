@@ -19,7 +19,7 @@ from qmedtune import store
 from qmedtune.data.packing.templates import FILE
 from qmedtune.errors import MergeRefused, RecipeError
 from qmedtune.evaluation.open_model import check_intact, locate
-from qmedtune.lineage import final_model, parts_of
+from qmedtune.lineage import BASE, final_model, parts_of
 from qmedtune.model_stack import ModelStack
 from qmedtune.planning.machine import this_machine
 from qmedtune.recipe import MergeSection, ModelSection, Recipe

@@ -340,8 +340,8 @@ def host_memory(facts: BaseFacts, setup: Setup, *, gpu: bool, merge: bool) -> di
 @dataclass(frozen=True)
 class Kept:
     """What of a run stays on disk besides its stages: `checkpoints` at a time, the merged model and `folded` bases in
-    `dtype`, `text_bytes` of prepared text, `tokens` packed, the best weights where they are kept. swept: a mix at a time
-    is written, scored and deleted."""
+    `dtype`, `text_bytes` of prepared text, `tokens` packed, the best weights where they are kept. swept: a mix at a
+    time is written, scored and deleted."""
 
     checkpoints: int
     dtype: str
