@@ -1,4 +1,4 @@
-"""`merge.with`: formulas by hand and by mergekit, endpoints bit for bit, the proof, and unequal parts refused by name."""
+"""`merge.with`: formulas by hand and by mergekit, endpoints bit for bit, the proof, unequal parts refused by name."""
 
 from __future__ import annotations
 

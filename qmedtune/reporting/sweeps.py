@@ -42,8 +42,8 @@ def table(found: Merge) -> Table:
 def _note(found: Merge) -> str:
     share = found.development or 0.0
     return (
-        f"Rule: {found.rule}. Measured on {share:.0%} of the items and held-out texts; the scores of this run are taken "
-        "on the others."
+        f"Rule: {found.rule}. Measured on {share:.0%} of the items and held-out texts; the scores of this run are "
+        "taken on the others."
     )
 
 
