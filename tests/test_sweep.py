@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from qmedtune.recipe import Recipe
 from qmedtune.reporting import sweeps
 from qmedtune.results import Merge, Run, SweepPoint
 from qmedtune.run import run
+from qmedtune.tasks import load_task
 
 SIBLING = ("name=sibling", "stages=[{sft: {data: instructions, epochs: 1, batch: 16}}]", "evaluate.perplexity=[]",
            "validate.on=[]", "evaluate.tasks=[{task: facts, limit: 6}]")  # fmt: skip
@@ -58,17 +60,15 @@ def test_without_a_share_everything_is_scored():
     assert recipe.development == 0 and len(task.items) == 20
 
 
-def test_what_was_taken_from_one_thing_stays_together(tmp_path: Path):
-    rows = []
-    for number in range(40):
-        row = {"id": str(number), "question": f"Question {number}?", "options": {"A": "yes", "B": "no"}, "answer": "A"}
-        rows.append(json.dumps({**row, "group": f"note {number // 4}"}))
-    (tmp_path / "q.jsonl").write_text("\n".join(rows))
-    overrides = [f"evaluate.tasks=[{{task: choice, path: {tmp_path / 'q.jsonl'}}}]", "evaluate.development=0.5"]
-    recipe = load_recipe(MICRO, overrides).recipe
-    [development], [scored] = halves.development_tasks(recipe), halves.scored_tasks(recipe)
-    notes = {item.group or item.id for item in development.items}
-    assert not notes & {item.group or item.id for item in scored.items}
+def test_what_was_taken_from_one_thing_stays_together():
+    recipe = load_recipe(MICRO, ["evaluate.development=0.5"]).recipe
+    task = load_task(recipe.evaluate.sections[0], 1, "micro")
+    notes = [replace(item, group=f"note {number // 4}") for number, item in enumerate(task.items)]
+    abstracts = [replace(item, id=f"{item.id}-2", pmid=f"{number // 3}") for number, item in enumerate(task.items)]
+    whole = replace(task, items=(*notes, *abstracts))
+    development, scored = (halves.part_of(whole, recipe, part) for part in ("development", "scored"))
+    units = {item.group or item.pmid for item in development.items}
+    assert units and not units & {item.group or item.pmid for item in scored.items}
     assert len(development.items) + len(scored.items) == 40
 
 

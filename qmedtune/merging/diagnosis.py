@@ -237,7 +237,7 @@ def _turned(wrong: Wrong, others: Others, load: Callable[[str], Source]) -> str 
 def _from_elsewhere(wrong: Wrong, others: Others, load: Callable[[str], Source]) -> str | None:
     """Another tensor, another one's update, or another one's base."""
     for name, weight, delta in others():
-        weight, place = _matrix(weight).double(), place_of(name)
+        weight, delta, place = _matrix(weight).double(), _matrix(delta), place_of(name)
         if wrong.agrees(weight + delta):
             return f"as if it was {place}"
         if wrong.expected.low_rank and wrong.agrees(wrong.weight.double() + delta):
