@@ -309,7 +309,7 @@ def _merge_step(recipe: Recipe, model: StackInRun) -> Step:
     def mixed(recipe: Recipe, inputs: Inputs, out: Path) -> Found:
         from qmedtune.mixed_merge import mixed_merge_stage
 
-        return mixed_merge_stage(recipe, inputs.model, out, inputs.folders)
+        return mixed_merge_stage(recipe, inputs.model, out, inputs.folders).as_json()
 
     step = replace(_fold_step(recipe, "merged", model), kind="merge", section=keys.merge_section(recipe))
     if recipe.evaluate.perplexity or recipe.validation.on:
