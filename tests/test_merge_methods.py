@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import shutil
@@ -126,18 +125,36 @@ def test_every_tensor_is_what_the_formula_says(method: str, size: float, base: P
         assert (merged.on_sphere or 0) > 10 if size == 0.5 else merged.on_sphere is not None
 
 
-def test_mergekit_mixes_alike(base: Path, adapter: Path, tmp_path: Path):
-    """mergekit's own functions as an oracle, where it is installed."""
-    if importlib.util.find_spec("mergekit") is None:
-        pytest.skip("mergekit is not installed: pip install mergekit")
+@pytest.mark.parametrize("size", [0.02, 0.5])
+@pytest.mark.parametrize("method", ["linear", "slerp", "task_arithmetic"])
+def test_mergekit_mixes_alike(method: str, size: float, base: Path, adapter: Path, tmp_path: Path):
+    """Its own functions as an oracle, where it is installed (CONTRIBUTING.md has the command)."""
+    pytest.importorskip("mergekit.merge_methods.batching")
+    other = sibling_of(base, tmp_path / "other", size)
+    _, found = mixed(base, adapter, other, tmp_path / "out", {"method": method, "share": 0.4})
+    start, theirs = load_file(base / WEIGHTS), load_file(other / WEIGHTS)
+    for name, tensor in found.items():
+        ours = trained(base, adapter, name), theirs[name].double()
+        expected = by_mergekit(method, 0.4, start[name].double(), *ours)
+        assert (tensor.double() - expected).abs().max() < 2e-6, name
+
+
+def by_mergekit(method: str, share: float, base: torch.Tensor, one: torch.Tensor, two: torch.Tensor) -> torch.Tensor:
+    """mergekit 0.1.5: what it makes of a trained tensor and another one of the same base."""
+    from mergekit.merge_methods.base import TensorEntry, TensorGroup
+    from mergekit.merge_methods.generalized_task_arithmetic import GeneralizedTaskArithmeticMerge
     from mergekit.merge_methods.slerp import slerp
 
-    other = sibling_of(base, tmp_path / "other", 0.5)
-    _, found = mixed(base, adapter, other, tmp_path / "out", {"method": "slerp", "share": 0.4})
-    theirs = load_file(other / WEIGHTS)
-    for name, tensor in found.items():
-        expected = slerp(0.4, trained(base, adapter, name).numpy(), theirs[name].double().numpy())
-        assert (tensor.double() - torch.as_tensor(expected)).abs().max() < 2e-6, name
+    if method == "slerp":
+        return slerp(torch.tensor([share]).double(), one[None], two[None])[0]
+    weights = {"one": 1.0, "two": share}
+    start, normalize = base, False
+    if method == "linear":  # the same sum of changes, of which the weights add up to 1
+        weights = {"one": 1 - share, "two": share}
+    group = TensorGroup((TensorEntry("base", start, True), TensorEntry("one", one), TensorEntry("two", two)))
+    rule = GeneralizedTaskArithmeticMerge(None, None, False, False, "sum", None, None)
+    asked = {"weight": weights, "lambda": 1.0, "normalize": normalize, "int8_mask": False, "rescale": False}
+    return rule.merge_group(group, **asked)
 
 
 # ---- endpoints -------------------------------------------------------------------------------------------------------
