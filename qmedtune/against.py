@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from qmedtune import compare, store, ui
 from qmedtune.data.packing import templates
@@ -17,12 +16,13 @@ from qmedtune.evaluate import Compared, Contender, contenders, delivered_dtype, 
 from qmedtune.evaluation import halves, precision
 from qmedtune.evaluation.open_model import Location, OpenModel, Quantization, locate, open_model
 from qmedtune.recipe import Recipe
+from qmedtune.results import HeadToHead
 from qmedtune.tasks import load_task, world_of
 
 FINAL = "final"
 
 
-def against_stage(recipe: Recipe, inputs: Compared, out: Path) -> dict[str, Any]:
+def against_stage(recipe: Recipe, inputs: Compared, out: Path) -> HeadToHead:
     """Writes compare.json and <task>.items.jsonl below `out`, where an interrupted comparison goes on; returns
     {"subject", "models", "duels", "claims", "left_out", "precision"}."""
     splits, left_out = splits_of(recipe)
@@ -40,7 +40,7 @@ def against_stage(recipe: Recipe, inputs: Compared, out: Path) -> dict[str, Any]
     how = {"subject": FINAL, "left_out": left_out, **taken.facts(recipe.evaluate.precision)}
     result = compare.judged(outcome, pairs).model_copy(update=how)
     compare.write(out, outcome, result)
-    return result.as_json()
+    return result
 
 
 def splits_of(recipe: Recipe) -> tuple[list[compare.Split], list[str]]:

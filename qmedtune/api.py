@@ -90,7 +90,7 @@ def evaluate_model(
     return evaluate.evaluate_model(
         name, tasks, data=data, base=base, template=template, out=out, limit=limit, generate=generate,
         batch_tokens=batch_tokens or evaluate.BATCH_TOKENS, quantization=quantization, seed=seed, offline=offline,
-    )  # fmt: skip
+    ).as_json()  # fmt: skip
 
 
 def merge_adapters(

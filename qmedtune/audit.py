@@ -34,7 +34,7 @@ from qmedtune.evaluation.measure import adding
 from qmedtune.evaluation.scoring import choice_logprobs, prompt_texts
 from qmedtune.model_stack import ModelStack
 from qmedtune.recipe import AuditSection, Recipe, SftSection
-from qmedtune.results import Audit, Exposure, Json, Trained
+from qmedtune.results import Audit, AuditLimits, Exposure, Json, Trained
 
 RESULT = "audit.json"
 SECRET_TOKENS = 16  # a number of nine digits has 5 (LLaMA-3) to 12 tokens
@@ -48,11 +48,11 @@ class StageToAudit:
     model: ModelStack
 
 
-def audit_stage(recipe: Recipe, planted: Path, trained: Mapping[str, StageToAudit], out: Path) -> dict[str, Any]:
+def audit_stage(recipe: Recipe, planted: Path, trained: Mapping[str, StageToAudit], out: Path) -> Audit:
     """Measure a resolved recipe's canaries after every stage that trained on them, or followed one that did.
 
     planted: folder with canaries.json. trained: stages by name. Writes audit.json below `out`, where an interrupted
-    audit is continued stage by stage; returns {"stages": {stage: [row]}, "references"}, a row per source and repeats.
+    audit is continued stage by stage.
     """
     assert recipe.audit is not None
     found = canaries.read(planted)
@@ -69,10 +69,10 @@ def audit_stage(recipe: Recipe, planted: Path, trained: Mapping[str, StageToAudi
             rows[name] = store.kept(out / store.SCRATCH / f"{name}.json", work)
     result = Audit(stages=rows, references=recipe.audit.references)
     store.write_json(out / RESULT, result.as_json())
-    return result.as_json()
+    return result
 
 
-def check_limits(recipe: Recipe, audited: Path) -> dict[str, float | None]:
+def check_limits(recipe: Recipe, audited: Path) -> AuditLimits:
     """RunError where a measurement in the folder `audited` is beyond `max_exposure` or `max_extracted` of the recipe.
 
     A step of its own behind the measurement, so that what was measured stays sealed, and before the merge.
@@ -89,7 +89,7 @@ def check_limits(recipe: Recipe, audited: Path) -> dict[str, float | None]:
                     f"all figures are in {audited / RESULT}; nothing was merged\n"
                     "train less on each note, de-duplicate and redact, or raise the limit: the same command goes on"
                 )
-    return {"max_exposure": audit.max_exposure, "max_extracted": audit.max_extracted}
+    return AuditLimits(max_exposure=audit.max_exposure, max_extracted=audit.max_extracted)
 
 
 def _beyond(audit: AuditSection, row: Exposure) -> str | None:

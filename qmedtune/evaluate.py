@@ -33,7 +33,7 @@ from qmedtune.model_stack import ModelStack
 from qmedtune.modeling.collation import Rows
 from qmedtune.modeling.quiet import quiet_libraries
 from qmedtune.recipe import Recipe, SourceSection, TaskSection
-from qmedtune.results import Evaluation, Merge, Pair, Source, Text
+from qmedtune.results import Evaluation, Merge, ModelScores, Pair, Source, Text
 from qmedtune.tasks import BUILTIN_TASKS, Task, check_twice, load_task
 
 TEXTS = "perplexity"
@@ -63,12 +63,11 @@ class Compared:
         return self.untrained or self.origin or self.trained.base
 
 
-def evaluate_stage(recipe: Recipe, inputs: Compared, out: Path) -> dict[str, Any]:
+def evaluate_stage(recipe: Recipe, inputs: Compared, out: Path) -> Evaluation:
     """Base against final of a resolved recipe, in the precision that precision.py decides.
 
     Delivered is the merged folder; without one, the base plus its adapters in the merge's dtype.
-    Writes <task>.items.jsonl and evaluation.json below `out`, where an interrupted evaluation is continued; returns
-    the content of evaluation.json.
+    Writes <task>.items.jsonl and evaluation.json below `out`, where an interrupted evaluation is continued.
     """
     tasks = halves.scored_tasks(recipe)
     stack = inputs.trained
@@ -97,7 +96,7 @@ def evaluate_stage(recipe: Recipe, inputs: Compared, out: Path) -> dict[str, Any
         found = found.model_copy(update={"perplexity": texts})
     found = found.model_copy(update={"warnings": _warnings(inputs, taken, found)})
     store.write_json(out / "evaluation.json", found.as_json())
-    return found.as_json()
+    return found
 
 
 def _nf4_beside(
@@ -289,14 +288,13 @@ def evaluate_model(
     quantization: Quantization | None = None,
     seed: int = 17,
     offline: bool = False,
-) -> dict[str, Any]:
+) -> ModelScores:
     """Score a base, a finished run, an adapter folder (with `base`) or a merged model.
 
     tasks: each `task` (read from `data` unless built in), `task=FILE`, or a TaskSection with a split, a metric or
         examples of its own; `perplexity` takes a file of texts. `limit` and `data` are for the tasks that are strings.
     out: folder for <out>/evaluation/; with it a killed evaluation is continued and a finished one is not repeated.
-    Returns {"model", "template", "quantization", "tasks": {name: {"model": scores}}, "perplexity": {file: ...}}; texts
-    also in bits per byte, which unlike perplexity compares models of different tokenizers.
+    Texts are scored in bits per byte too, which unlike perplexity compares models of different tokenizers.
     """
     sections, texts = parse_tasks(tasks, data, limit)
     location = locate(name, base=base, template=template, offline=offline)
@@ -304,7 +302,7 @@ def evaluate_model(
     loaded = [load_task(section, seed, location.world) for section in sections]
     settings = Settings(location.template, generate, batch_tokens)
 
-    def work(folder: Path) -> dict[str, Any]:
+    def work(folder: Path) -> ModelScores:
         check_prompts(models.load_tokenizer(location.base), location.template, loaded)
         opened = open_model(location, quantization)
         window = min(max_positions(opened.model), WINDOW_TOKENS)
@@ -312,15 +310,24 @@ def evaluate_model(
         for path in texts:
             rows[str(path)], sizes[str(path)] = text_rows(opened.tokenizer, path, window)
         found = measure_model(opened.model, opened.tokenizer, "model", loaded, rows, settings, folder / store.SCRATCH)
-        result: dict[str, Any] = {"model": name, "template": location.template.name}
-        result |= {"quantization": opened.quantization, "computed_in": opened.computed_in}
-        result["weights"] = opened.computed_in
+        scores = write_results(loaded, {"model": found}, seed, folder)
+        weights = opened.computed_in
         if opened.quantization == "nf4":
-            result["weights"] = "nf4"
-        result |= write_results(loaded, {"model": found}, seed, folder).as_json()
-        for path, size in sizes.items():
-            result["perplexity"][path]["bits_per_byte"] = found.perplexity[path].nll / math.log(2) / size
-        store.write_json(folder / "evaluation.json", result)
+            weights = "nf4"
+        perplexity: dict[str, Text] = {}
+        for path, text in scores.perplexity.items():
+            bits = found.perplexity[path].nll / math.log(2) / sizes[path]
+            perplexity[path] = text.model_copy(update={"bits_per_byte": bits})
+        result = ModelScores(
+            model=name,
+            template=location.template.name,
+            quantization=opened.quantization,
+            computed_in=opened.computed_in,
+            weights=weights,
+            tasks=scores.tasks,
+            perplexity=perplexity,
+        )
+        store.write_json(folder / "evaluation.json", result.as_json())
         return result
 
     if out is None:
@@ -337,7 +344,7 @@ def evaluate_model(
     return _sealed(out, key, work)
 
 
-def _sealed(out: Path, key: str, work: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+def _sealed(out: Path, key: str, work: Callable[[Path], ModelScores]) -> ModelScores:
     """The facts of <out>/evaluation: as they are when sealed with this key, else made or continued now."""
     folder = out / "evaluation"
     store.check_stamped(folder)
@@ -345,8 +352,8 @@ def _sealed(out: Path, key: str, work: Callable[[Path], dict[str, Any]]) -> dict
         sealed = store.intact(folder, key) or store.complete(folder, out, key)
         if sealed is None:
             building = store.begin(folder, out, key, {}, keep_partial=True)
-            sealed = store.publish(building, folder, out, key, work(building))
-        return sealed.facts
+            sealed = store.publish(building, folder, out, key, work(building).as_json())
+        return ModelScores.model_validate(sealed.facts)
 
 
 def parse_tasks(

@@ -19,6 +19,7 @@ from qmedtune.llama_shape import facts_from_config
 from qmedtune.model_settings import check_tokenizer_file, judged, read_settings
 from qmedtune.model_stack import ModelStack, parameters, read_adapter, read_model
 from qmedtune.recipe import AdapterSection, ModelSection
+from qmedtune.results import Attention, Kernels
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -106,7 +107,7 @@ def _quantization(section: ModelSection, dtype: torch.dtype) -> Any:
     )
 
 
-def attention_facts(model: Any) -> dict[str, str]:
+def attention_facts(model: Any) -> Attention:
     """Which attention a model trains with and why, for the report."""
     name = str(model.config._attn_implementation)
     why = {
@@ -118,17 +119,19 @@ def attention_facts(model: Any) -> dict[str, str]:
     }[name]
     if name == "sdpa" and device().type == "cuda":
         why += "; the kernels for variable lengths need compute capability 8.0 and 16 bit, or sdpa was stated"
-    return {"name": name, "why": why}
+    return Attention(name=name, why=why)
 
 
-def fallbacks(facts: dict[str, Any]) -> list[str]:
+def fallbacks(kernels: Kernels | None, attention: Attention) -> list[str]:
     """What a stage did on a GPU in a slower way than the GPU could, and was not asked to: for the report."""
-    if device().type == "cpu" or "kernels" not in facts:
+    if device().type == "cpu" or kernels is None:
         return []
-    reference = {path for path in facts["kernels"]["paths"].values() if path.startswith("reference")}
-    told = [f"kernels: {path}" for path in sorted(reference) if not path.endswith("asked for")]
-    if facts["attention"]["name"] == "sdpa":
-        told.append(f"attention: sdpa ({facts['attention']['why']})")
+    told: list[str] = []
+    for path in sorted(set(kernels.paths.values())):
+        if path.startswith("reference") and not path.endswith("asked for"):
+            told.append(f"kernels: {path}")
+    if attention.name == "sdpa":
+        told.append(f"attention: sdpa ({attention.why})")
     return told
 
 
@@ -236,7 +239,7 @@ def from_scratch(folder: Path, section: ModelSection, *, attention: str = SCORIN
     return model.to(device())
 
 
-def install_kernels(model: PeftModel, mode: str) -> dict[str, Any]:
+def install_kernels(model: PeftModel, mode: str) -> Kernels:
     """Let qmedtune's own operations run the linears, LoRA and norms; says which path each takes and why."""
     from qmedtune.modeling import fused
 

@@ -205,10 +205,9 @@ def _do(
         started = time.monotonic()
         peak.reset()
         with hub.closed() if step.kind != "data" else nullcontext():  # datasets of the Hub are read by data steps
-            facts = step.work(recipe, inputs, building)
+            found = step.work(recipe, inputs, building)
         took = {"seconds": round(time.monotonic() - started, 2), "host_peak_bytes": peak.resident_bytes()}
-        found = {**facts, **took, "section": made_from}
-        return store.publish(building, folder, out, key, found)
+        return store.publish(building, folder, out, key, {**found.as_json(), **took, "section": made_from})
 
 
 @contextmanager

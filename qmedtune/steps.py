@@ -18,6 +18,7 @@ from qmedtune import keys, store
 from qmedtune.lineage import BASE, StackInRun, final_model, lineage_of, parts_of, place_in
 from qmedtune.model_stack import ModelStack
 from qmedtune.recipe import Recipe
+from qmedtune.results import Facts
 from qmedtune.training.shared_base import SharedBase
 
 if TYPE_CHECKING:
@@ -39,9 +40,8 @@ class Inputs:
         return self.models[MODEL]
 
 
-Found = Mapping[str, object]
-"""What a step found out, as its seal keeps it: plain JSON."""
-Work = Callable[[Recipe, Inputs, Path], Found]
+Work = Callable[[Recipe, Inputs, Path], Facts]
+"""Writes below the folder and returns what it found out."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def upstream_of(step: Step) -> set[str]:
 def _without_base(step: Step, shared: SharedBase) -> Step:
     """The step, begun when the base that training shares is given up: it needs the room."""
 
-    def work(recipe: Recipe, inputs: Inputs, out: Path) -> Found:
+    def work(recipe: Recipe, inputs: Inputs, out: Path) -> Facts:
         shared.drop()
         return step.work(recipe, inputs, out)
 
@@ -159,7 +159,7 @@ def _without_base(step: Step, shared: SharedBase) -> Step:
 
 
 def _source_step(recipe: Recipe, name: str, hashes: store.HashCache) -> Step:
-    def work(recipe: Recipe, inputs: Inputs, out: Path) -> Found:
+    def work(recipe: Recipe, inputs: Inputs, out: Path) -> Facts:
         from qmedtune.data.prepare import prepare_source
 
         return prepare_source(recipe, name, inputs.folders, out)
@@ -178,7 +178,7 @@ def _validation_step(recipe: Recipe) -> list[Step]:
     if len(needs) == 1:
         return []
 
-    def work(recipe: Recipe, inputs: Inputs, out: Path) -> Found:
+    def work(recipe: Recipe, inputs: Inputs, out: Path) -> Facts:
         from qmedtune.data.packing.pack import pack_validation
 
         return pack_validation(recipe, inputs.folders["base"], inputs.folders, out)
@@ -187,7 +187,7 @@ def _validation_step(recipe: Recipe) -> list[Step]:
 
 
 def _planting_step(recipe: Recipe) -> list[Step]:
-    def work(recipe: Recipe, inputs: Inputs, out: Path) -> Found:
+    def work(recipe: Recipe, inputs: Inputs, out: Path) -> Facts:
         from qmedtune.data.synthetic.canaries import plant
 
         return plant(recipe, inputs.folders, out)
@@ -204,7 +204,7 @@ def _planting_step(recipe: Recipe) -> list[Step]:
 def _audit_steps(recipe: Recipe, trained: dict[str, StackInRun]) -> list[Step]:
     """What the canaries give away after each stage, and, where there are limits, whether that is too much."""
 
-    def measure(recipe: Recipe, inputs: Inputs, out: Path) -> Found:
+    def measure(recipe: Recipe, inputs: Inputs, out: Path) -> Facts:
         from qmedtune.audit import StageToAudit, audit_stage
 
         stages: dict[str, StageToAudit] = {}
@@ -212,7 +212,7 @@ def _audit_steps(recipe: Recipe, trained: dict[str, StackInRun]) -> list[Step]:
             stages[name] = StageToAudit(inputs.folders[name], model)
         return audit_stage(recipe, inputs.folders["planted"], stages, out)
 
-    def judge(recipe: Recipe, inputs: Inputs, out: Path) -> Found:
+    def judge(recipe: Recipe, inputs: Inputs, out: Path) -> Facts:
         from qmedtune.audit import check_limits
 
         return check_limits(recipe, inputs.folders["audit"])
@@ -232,7 +232,7 @@ def _audit_steps(recipe: Recipe, trained: dict[str, StackInRun]) -> list[Step]:
 
 
 def _tokens_step(recipe: Recipe, index: int) -> Step:
-    def work(recipe: Recipe, inputs: Inputs, out: Path) -> Found:
+    def work(recipe: Recipe, inputs: Inputs, out: Path) -> Facts:
         from qmedtune.data.packing.classes import pack_classes
         from qmedtune.data.packing.pack import pack_stage
 
@@ -251,7 +251,7 @@ def _tokens_step(recipe: Recipe, index: int) -> Step:
 
 
 def _training_step(recipe: Recipe, asked: Recipe, index: int, start: StackInRun, shared: SharedBase) -> Step:
-    def work(recipe: Recipe, inputs: Inputs, out: Path) -> Found:
+    def work(recipe: Recipe, inputs: Inputs, out: Path) -> Facts:
         from qmedtune.train import StageInputs, train_stage
 
         folders = inputs.folders
@@ -268,10 +268,10 @@ def _training_step(recipe: Recipe, asked: Recipe, index: int, start: StackInRun,
 
 
 def _fold_step(recipe: Recipe, name: str, model: StackInRun) -> Step:
-    def work(recipe: Recipe, inputs: Inputs, out: Path) -> Found:
+    def work(recipe: Recipe, inputs: Inputs, out: Path) -> Facts:
         from qmedtune.merge import merge_stage
 
-        return merge_stage(recipe, inputs.model, out, inputs.folders.get("validation")).as_json()
+        return merge_stage(recipe, inputs.model, out, inputs.folders.get("validation"))
 
     models = {MODEL: replace(model, template=None)}  # a base to train on, which nobody speaks to
     return Step(name, "fold", keys.fold_section(recipe), {}, work, models=models)
@@ -301,10 +301,10 @@ def _adapters_merged(recipe: Recipe, model: StackInRun) -> tuple[str, ...]:
 
 
 def _merge_step(recipe: Recipe, model: StackInRun) -> Step:
-    def weighed(recipe: Recipe, inputs: Inputs, out: Path) -> Found:
+    def weighed(recipe: Recipe, inputs: Inputs, out: Path) -> Facts:
         from qmedtune.merge import weighed_merge_stage
 
-        return weighed_merge_stage(recipe, inputs.model, out, inputs.folders.get("validation")).as_json()
+        return weighed_merge_stage(recipe, inputs.model, out, inputs.folders.get("validation"))
 
     def mixed(recipe: Recipe, inputs: Inputs, out: Path) -> Found:
         from qmedtune.mixed_merge import mixed_merge_stage
@@ -324,7 +324,7 @@ def _merge_step(recipe: Recipe, model: StackInRun) -> Step:
 
 
 def _evaluation_step(recipe: Recipe, model: StackInRun, hashes: store.HashCache) -> Step:
-    def work(recipe: Recipe, inputs: Inputs, out: Path) -> Found:
+    def work(recipe: Recipe, inputs: Inputs, out: Path) -> Facts:
         from qmedtune.evaluate import evaluate_stage
 
         return evaluate_stage(recipe, _compared(recipe, inputs), out)
@@ -340,7 +340,7 @@ def _evaluation_step(recipe: Recipe, model: StackInRun, hashes: store.HashCache)
 
 
 def _against_step(recipe: Recipe, model: StackInRun, hashes: store.HashCache) -> Step:
-    def work(recipe: Recipe, inputs: Inputs, out: Path) -> Found:
+    def work(recipe: Recipe, inputs: Inputs, out: Path) -> Facts:
         from qmedtune.against import against_stage
 
         return against_stage(recipe, _compared(recipe, inputs), out)

@@ -141,3 +141,10 @@ class Audit(Facts):
     references: int
     seconds: Number | None = None
     host_peak_bytes: int | None = None
+
+
+class AuditLimits(Facts):
+    """What an audit was held against: bits, and a share of the canaries; None: no limit."""
+
+    max_exposure: Number | None
+    max_extracted: Number | None
