@@ -278,7 +278,7 @@ def _fold_step(recipe: Recipe, name: str, model: StackInRun) -> Step:
 
 
 def _sweep_step(recipe: Recipe, model: StackInRun, hashes: store.HashCache) -> list[Step]:
-    def work(recipe: Recipe, inputs: Inputs, out: Path) -> Found:
+    def work(recipe: Recipe, inputs: Inputs, out: Path) -> Facts:
         from qmedtune.sweep import sweep_stage
 
         return sweep_stage(recipe, inputs.model, _compared(recipe, inputs), out)
@@ -306,10 +306,10 @@ def _merge_step(recipe: Recipe, model: StackInRun) -> Step:
 
         return weighed_merge_stage(recipe, inputs.model, out, inputs.folders.get("validation"))
 
-    def mixed(recipe: Recipe, inputs: Inputs, out: Path) -> Found:
+    def mixed(recipe: Recipe, inputs: Inputs, out: Path) -> Facts:
         from qmedtune.mixed_merge import mixed_merge_stage
 
-        return mixed_merge_stage(recipe, inputs.model, out, inputs.folders).as_json()
+        return mixed_merge_stage(recipe, inputs.model, out, inputs.folders)
 
     step = replace(_fold_step(recipe, "merged", model), kind="merge", section=keys.merge_section(recipe))
     if recipe.evaluate.perplexity or recipe.validation.on:
@@ -317,7 +317,8 @@ def _merge_step(recipe: Recipe, model: StackInRun) -> Step:
     step = replace(step, models={MODEL: replace(model, adapters=_adapters_merged(recipe, model))})
     if recipe.merge.other is None:
         return replace(step, work=weighed) if recipe.merge.weighs else step
-    folders = dict(step.folders)
+    folders = {**_beside_the_model(recipe, model), **step.folders}
+    del folders["merged"]
     if recipe.merge.sweep is not None:
         folders["sweep"] = "sweep"
     return replace(step, folders=folders, work=mixed)

@@ -98,9 +98,9 @@ def _measured(kept: Mapping[str, Any]) -> Measured:
     return Measured(kept["tasks"], texts)
 
 
-def sweep_stage(recipe: Recipe, trained: ModelStack, inputs: Compared, out: Path) -> dict[str, Any]:
+def sweep_stage(recipe: Recipe, trained: ModelStack, inputs: Compared, out: Path) -> Sweep:
     """The step of a run. trained: with the adapters that the merge reads. Writes sweep.json and <task>.items.jsonl
-    below `out`, where an interrupted sweep goes on; returns the content of sweep.json."""
+    below `out`, where an interrupted sweep goes on."""
     assert recipe.merge.sweep is not None
     tasks = halves.development_tasks(recipe)
     texts: dict[str, WholeDocuments] = {}
@@ -140,7 +140,7 @@ def sweep_stage(recipe: Recipe, trained: ModelStack, inputs: Compared, out: Path
         rows = {label: each.tasks[task.name] for label, each in measured.items()}
         write_items(out / f"{task.name}.items.jsonl", task, rows)
     store.write_json(out / SWEEP, result.as_json())
-    return result.as_json()
+    return result
 
 
 def _share(point: SweepPoint) -> float:

@@ -63,11 +63,6 @@ class MergeSection(Section):
         """Weights that are all 1 say the same as none."""
         return any(weight != 1.0 for weight in self.weights.values())
 
-    @property
-    def weighs(self) -> bool:
-        """Weights that are all 1 say the same as none."""
-        return any(weight != 1.0 for weight in self.weights.values())
-
     @model_serializer(mode="wrap")
     def _without_what_is_not_asked(self, write: SerializerFunctionWrapHandler) -> dict[str, object]:
         """Recipes without weights are written, and keyed, as before there were any."""
