@@ -88,6 +88,12 @@ def trained_quantization(adapter: Path) -> Literal["nf4", "none"] | None:
     return known.get("quantization") if known else None
 
 
+def trained_on_sha256(adapter: Path) -> str | None:
+    """Of the weights that an adapter was trained on; None where it does not say."""
+    known = _trained_on(adapter)
+    return known["sha256"] if known else None
+
+
 def _trained_on(adapter: Path) -> dict[str, Any] | None:
     """What `note_base` wrote; None where it wrote nothing. RecipeError where it was changed since."""
     path = adapter / TRAINED_ON
