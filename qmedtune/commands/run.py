@@ -85,19 +85,27 @@ def plan(
     recipe: RecipeArgument,
     out: OutOption = None,
     overrides: SetOption = [],  # noqa: B006
+    full: Annotated[bool, typer.Option("--full", help="Every figure, and why each `auto` became what it did.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Stages, tokens, memory, disk and time, before anything runs. Exit code 4: it cannot fit."""
+    """What a run will take, before anything runs: fits or not, time, disk. Exit code 4: it cannot fit."""
     loaded = load(recipe, overrides)
     from qmedtune.plan import make_plan
+    from qmedtune.planning import verdict
     from qmedtune.planning.view import render_plan
+    from qmedtune.terminal import wrapped
 
     facts = make_plan(loaded.recipe, run_folder(loaded, out))
     if as_json:
         return emit(facts)
-    tables, closing = render_plan(facts)
-    _show(*tables)
-    print("\n".join(closing))
+    print("\n".join(wrapped(f"{facts['recipe']} {verdict.verdict(facts)}")))
+    if full:
+        tables, closing = render_plan(facts)
+        _show(*tables)
+        return print("\n".join(closing))
+    steps, lines = verdict.screen(facts)
+    _show(steps)
+    print("\n".join([*lines, f"everything else: qmedtune plan {recipe} --full"]))
 
 
 def data(
