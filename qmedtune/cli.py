@@ -7,10 +7,13 @@ Deliberately absent: logic, and every import that takes time (`--help` answers i
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,15 +29,26 @@ from qmedtune.commands import model as cli_model
 from qmedtune.commands import recipe as cli_recipe
 from qmedtune.commands import run as cli_run
 from qmedtune.commands import watch as cli_watch
+from qmedtune.commands.examples import epilog
 from qmedtune.errors import QmedtuneError
 
+LIBRARIES = (
+    "transformers",
+    "datasets",
+    "huggingface_hub",
+    "accelerate",
+    "peft",
+    "trl",
+    "torch",
+    "lm_eval",
+    "bitsandbytes",
+)
 UsageError: Any = typer.BadParameter.__bases__[0]  # click's, which newer typers carry inside
 
 app = typer.Typer(
     help="Turn an open LLaMA into a medical one on a single GPU: one recipe, from a 4-bit base to a merged model.",
     epilog="First run, without network or GPU: qmedtune run recipes/cpt_then_sft.yaml",
     context_settings={"help_option_names": ["-h", "--help"]},
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
@@ -61,7 +75,7 @@ COMMANDS = {
     "schema": cli_run.schema,
 }
 for name, command in COMMANDS.items():
-    app.command(name)(command)
+    app.command(name, epilog=epilog(name))(command)
 for measurement in (cli_bench.kernels, cli_bench.train, cli_bench.load, cli_bench.data, cli_bench.merge):
     bench.command()(measurement)
 bench.command("export")(cli_bench.export)
@@ -100,7 +114,7 @@ def invoke(arguments: Sequence[str]) -> int:
     if "--offline" in words:  # read once, when huggingface_hub is imported: nothing here has done so yet
         os.environ["HF_HUB_OFFLINE"] = "1"
     try:
-        with stop.watching(None):
+        with _library_noise_off("--debug" in arguments), stop.watching(None):
             code = app(args=words, prog_name="qmedtune", standalone_mode=False)
             sys.stdout.flush()
         return code if isinstance(code, int) else 0
@@ -111,6 +125,23 @@ def invoke(arguments: Sequence[str]) -> int:
         if "--debug" in arguments:
             _show_traceback()
         return _report(error)
+
+
+@contextmanager
+def _library_noise_off(debug: bool) -> Iterator[None]:
+    """What libraries warn of about their own future, or about what is set here on purpose, is none of a user's
+    business; what a user should know is said by `ui.warn`. `--debug` shows it."""
+    if debug:
+        yield
+        return
+    for name in ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY", "HF_HUB_VERBOSITY"):  # read when they are imported
+        os.environ.setdefault(name, "error")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")  # of processes that clean text
+    for library in LIBRARIES:
+        logging.getLogger(library).setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _show_traceback() -> None:

@@ -21,6 +21,7 @@ from qmedtune.commands.common import (
     load,
     run_folder,
     wants_colour,
+    warn_of_neighbour,
 )
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ def run(
     from qmedtune.on_end import telling
 
     folder = out or (Path("runs") / f"{loaded.recipe.name}-smoke" if smoke else run_folder(loaded, out))
+    if out is not None:
+        warn_of_neighbour(out, loaded.recipe.name)
     with telling(on_end, loaded.recipe.name, folder) as end:
         found = spine.run(
             loaded.recipe, loaded.text, folder, until=until, offline=offline, smoke=smoke, time_limit_s=time_limit
@@ -158,6 +161,20 @@ class Shown:
     as_json: bool
 
 
+def _stage_named(asked: str | None, stages: list[str]) -> str:
+    """A stage by its name (`02-sft`), its number or its kind where it is the only one of it; default: the first."""
+    if asked is None:
+        return stages[0]
+    found: list[str] = []
+    for stage in stages:
+        number, _, kind = stage.partition("-")
+        if asked in (stage, number, number.lstrip("0"), kind):
+            found.append(stage)
+    if len(found) != 1:
+        raise typer.BadParameter(f"--stage: got {asked!r}; allowed: {', '.join(found or stages)}")
+    return found[0]
+
+
 def _show_packed(loaded: LoadedRecipe, folder: Path, asked: Shown) -> None:
     from qmedtune import base, store
     from qmedtune.data.packing import borders
@@ -167,10 +184,11 @@ def _show_packed(loaded: LoadedRecipe, folder: Path, asked: Shown) -> None:
     from qmedtune.errors import RecipeError
 
     recipe = loaded.recipe
-    packed = folder / "data" / (asked.stage or recipe.stage_names()[0])
+    packed = folder / "data" / _stage_named(asked.stage, recipe.stage_names())
     sealed = store.read_seal(packed)
     if sealed is None:
-        raise RecipeError(f"{packed}: nothing is packed here\nmake it with: qmedtune data RECIPE")
+        given = "" if folder == run_folder(loaded, None) else f" --out {folder}"
+        raise RecipeError(f"{packed}: nothing is packed here\nmake it with: qmedtune data {loaded.path}{given}")
     rows = PackedRows(packed)
     source = base.identify(recipe.model, offline=asked.offline)
     codec = load_codec(source.make())
