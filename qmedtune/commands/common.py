@@ -48,8 +48,8 @@ def run_folder(loaded: LoadedRecipe, out: Path | None) -> Path:
 
 
 def warn_of_neighbour(out: Path, name: str) -> None:
-    """A new run folder whose name is a slip of the hand away from an unfinished run of the same recipe, `name`: it would
-    begin anew instead of going on. Names that differ in numbers are no slip."""
+    """A new run folder whose name is a slip of the hand away from an unfinished run of the same recipe, `name`: it
+    would begin anew instead of going on. Names that differ in numbers are no slip."""
     from qmedtune import record, ui
     from qmedtune.parsing.grammar import nearest
 
