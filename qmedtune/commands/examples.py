@@ -26,7 +26,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     ),
     "predict": (
         "qmedtune predict runs/mine --data questions.csv --out answers.csv",
-        'qmedtune predict runs/mine --data notes.csv --column text --instruction "Summarise this." --out sums.jsonl',
+        'qmedtune predict runs/mine --data notes.csv --instruction "Summarise this." --out sums.jsonl',
     ),
     "chat": ("qmedtune chat runs/mine", "echo 'What does aspirin treat?' | qmedtune chat runs/mine --offline"),
     "merge": (
