@@ -16,10 +16,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, zip_longest
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any, BinaryIO, NotRequired, TextIO, TypedDict
 
 from qmedtune import store, ui
-from qmedtune.data.packing.framing import Asked, Frame, codec_of, frame_in, frame_of
+from qmedtune.data.packing.framing import Asked as FramedQuestion
+from qmedtune.data.packing.framing import Frame, codec_of, frame_in, frame_of
 from qmedtune.data.reading.records import checked
 from qmedtune.data.reading.rejects import Damaged, Unusable
 from qmedtune.data.reading.sources import READERS, format_of, source_files
@@ -30,9 +31,10 @@ from qmedtune.evaluation.open_model import OpenModel, Quantization, check_templa
 from qmedtune.evaluation.scoring import BATCH_TOKENS, max_positions
 from qmedtune.evaluation.shorten import Fitted, fitted
 from qmedtune.interrupt import stop
-from qmedtune.model_files import read_json
+from qmedtune.model_files import JsonObject, read_json
 from qmedtune.recipe import SourceSection
 from qmedtune.record import code_versions
+from qmedtune.results import Facts
 from qmedtune.tasks.items import Fields, field_names, item_id
 
 WINDOW = 128  # records between two writes: what a kill can cost
@@ -44,8 +46,50 @@ QUESTION_COLUMNS = ("instruction", "question", "prompt", "query", "text", "trans
 COLUMNS: tuple[str, ...] = ("id", "answer", "ended", "tokens", "error")
 
 Record = tuple[str, list[dict[str, str]] | Damaged]
-Row = dict[str, Any]
-"""One line of the answers' file, and of what a dry run tells."""
+
+
+class Row(TypedDict):
+    """One line of the answers' file. ended: eos, stop or length; truncated: the question was cut."""
+
+    id: str
+    answer: str | None
+    error: NotRequired[str]
+    ended: NotRequired[str]
+    tokens: NotRequired[int]
+    truncated: NotRequired[bool]
+
+
+class Predicted(Facts):
+    """How many records were read, answered, damaged, had their question truncated or their answer cut; tokens: of all
+    answers."""
+
+    records: int
+    answered: int
+    damaged: int
+    truncated: int
+    cut: int
+    tokens: int
+    out: str
+    template: str
+    max_new_tokens: int
+
+
+class Asked(Facts):
+    """A record as the model would be asked it. end: ids, stop: strings that end an answer. error: why it is not."""
+
+    id: str
+    error: str | None = None
+    ids: list[int] = []
+    end: list[int] = []
+    stop: list[str] = []
+    truncated: bool = False
+
+
+class DryRun(Facts):
+    """What `predict` would ask."""
+
+    records: list[Asked]
+    template: str
 
 
 def predict(
@@ -61,14 +105,13 @@ def predict(
     batch_tokens: int = BATCH_TOKENS,
     quantization: Quantization | None = None,
     offline: bool = False,
-) -> Row:
+) -> Predicted:
     """Answer every record of a CSV, TSV, JSON, JSON-lines or Parquet file; `out` is CSV by its name, else JSON lines.
 
     column: the field that holds the question (default: the first of QUESTION_COLUMNS, or `messages`)
     instruction: asked about every record; the column's text is then its input ("Summarise this note.")
-    Rows: {"id", "answer", "ended": "eos|stop|length", "tokens", "error"}; a damaged record has an error and no answer.
-    A record that is too long for the model loses its middle (shorten.py) and is counted as truncated.
-    Returns counts. Given again when `out` is made, it does nothing. RecipeError where `out` is something else.
+    A damaged record has an error and no answer; one that is too long for the model loses its middle (shorten.py) and
+    counts as truncated. Given again when `out` is made, it does nothing. RecipeError where `out` is something else.
     """
     file = _one_file(data)
     _check_name(out)
@@ -93,17 +136,18 @@ def predict(
             return _answers(opened, records, length, batch_tokens)
 
         _write_rows(rows, islice(questions, done, None), answer, done)
-        told = {"template": location.template.name, "max_new_tokens": length}
-        return _publish(part, rows, Answers(out, key, told), (name for name, _ in _records(file, column, instruction)))
+        made = Made(out, key, location.template.name, length)
+        return _publish(part, rows, made, (name for name, _ in _records(file, column, instruction)))
 
 
 @dataclass(frozen=True)
-class Answers:
+class Made:
     """The file that is made, the key of what makes it, and what is told of it besides its counts."""
 
     out: Path
     key: str
-    told: Row
+    template: str = ""
+    max_new_tokens: int = 0
 
     @property
     def seal(self) -> Path:
@@ -111,15 +155,16 @@ class Answers:
         return self.out.with_name(self.out.name + SEAL)
 
 
-def _made_before(out: Path, key: str) -> Row | None:
+def _made_before(out: Path, key: str) -> Predicted | None:
     """The counts of answers that the same command made and nobody changed since; None where there are none."""
-    seal = Answers(out, key, {}).seal
+    seal = Made(out, key).seal
     if not out.is_file() or not seal.is_file():
         return None
     try:
         found = json.loads(seal.read_text(encoding="utf-8"))
-        same = found["key"] == key and found["sha256"] == store.sha256_file(out)
-        return dict(found["facts"]) if same else None
+        if found["key"] != key or found["sha256"] != store.sha256_file(out):
+            return None
+        return Predicted.model_validate(found["facts"])
     except (ValueError, LookupError, TypeError):  # not what was written: then it says nothing
         return None
 
@@ -157,12 +202,8 @@ def dry_run(
     template: str | None = None,
     max_new_tokens: int = 256,
     offline: bool = False,
-) -> dict[str, Any]:
-    """What `predict` would ask, token for token; no weights are read.
-
-    Returns {"records": [{"id", "ids", "end", "stop", "truncated"}], "template"}: `end` ids and `stop` strings end an
-    answer; a damaged record has an error instead.
-    """
+) -> DryRun:
+    """What `predict` would ask, token for token; no weights are read."""
     file = _one_file(asked.data)
     location = locate(name, base=base, template=template, offline=offline)
     check_template(location)
@@ -170,19 +211,19 @@ def dry_run(
     positions = read_json(location.base / "config.json")["max_position_embeddings"]
     room = positions - min(max_new_tokens, positions // 2)
     records = [_would_ask(frame, room, record) for record in _records(file, asked.column, asked.instruction)]
-    return {"records": records, "template": location.template.name}
+    return DryRun(records=records, template=location.template.name)
 
 
-def _would_ask(frame: Frame, room: int, record: Record) -> Row:
+def _would_ask(frame: Frame, room: int, record: Record) -> Asked:
     name, messages = record
     if isinstance(messages, Damaged):
-        return {"id": name, "error": messages.reason}
+        return Asked(id=name, error=messages.reason)
     [found] = _fitted(frame, [messages], room)
     if found is None:
-        return {"id": name, "error": NO_ROOM}
+        return Asked(id=name, error=NO_ROOM)
     asked = found.asked
     ends, stop = sorted(asked.ends), list(asked.stop)
-    return {"id": name, "ids": asked.ids, "end": ends, "stop": stop, "truncated": not found.whole}
+    return Asked(id=name, ids=asked.ids, end=ends, stop=stop, truncated=not found.whole)
 
 
 def _one_file(data: Path) -> Path:
@@ -276,7 +317,7 @@ def _answers(opened: OpenModel, records: list[Record], max_new_tokens: int, batc
             conversations.append(messages)
     room = max_positions(opened.model) - max_new_tokens
     frame = frame_of(opened.template, codec_of(opened.tokenizer))
-    prompts: list[Asked] = []
+    prompts: list[FramedQuestion] = []
     whose: list[Row] = []
     for row, one in zip(asked, _fitted(frame, conversations, room), strict=True):
         if one is None:
@@ -287,7 +328,7 @@ def _answers(opened: OpenModel, records: list[Record], max_new_tokens: int, batc
         whose.append(row)
     answers = generate(opened.model, opened.tokenizer, prompts, max_new_tokens, batch_tokens=batch_tokens)
     for row, answer in zip(whose, answers, strict=True):
-        row |= {"answer": answer.text, "ended": answer.ended, "tokens": answer.tokens}
+        row["answer"], row["ended"], row["tokens"] = answer.text, answer.ended, answer.tokens
     return rows
 
 
@@ -350,7 +391,7 @@ def _continue(part: Path, file: BinaryIO, key: str) -> int:
     return done
 
 
-def _whole(line: bytes, key: str, part: Path, number: int) -> Row:
+def _whole(line: bytes, key: str, part: Path, number: int) -> JsonObject:
     """A line of `part`. RunError where it is not what was written."""
     try:
         row = json.loads(line)
@@ -364,12 +405,12 @@ def _whole(line: bytes, key: str, part: Path, number: int) -> Row:
     return row
 
 
-def _publish(part: Path, rows: BinaryIO, answers: Answers, ids: Iterable[str]) -> Row:
+def _publish(part: Path, rows: BinaryIO, made: Made, ids: Iterable[str]) -> Predicted:
     """Give the rows their final form and name; counts of what they hold.
 
     ids: of the records of the input, in order. RunError where the rows are not theirs, one for one.
     """
-    out = answers.out
+    out = made.out
     counts: Counter[str] = Counter(records=0, answered=0, damaged=0, truncated=0, cut=0, tokens=0)
     temporary = out.with_name(out.name + ".tmp")
     rows.seek(0)
@@ -380,8 +421,8 @@ def _publish(part: Path, rows: BinaryIO, answers: Answers, ids: Iterable[str]) -
             writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
             writer.writeheader()
         for line, name in zip_longest(rows, ids):
-            row: Row = json.loads(line) if line else {}
-            if row.get("id") != name:
+            row: Row | None = json.loads(line) if line else None
+            if row is None or row.get("id") != name:
                 raise RunError(
                     f"{part}: row {counts['records'] + 1} is not of the record that stands there in the input\n"
                     "the input changed, or the file was edited; remove it and give the same command again"
@@ -396,9 +437,9 @@ def _publish(part: Path, rows: BinaryIO, answers: Answers, ids: Iterable[str]) -
                 file.write(line.decode())
         file.flush()
         os.fsync(file.fileno())
-    facts: Row = {**counts, "out": str(out), **answers.told}
-    sealed = {"key": answers.key, "sha256": store.sha256_file(temporary), "facts": facts}
-    store.write_json(answers.seal, sealed)
+    facts = Predicted(**counts, out=str(out), template=made.template, max_new_tokens=made.max_new_tokens)
+    sealed = {"key": made.key, "sha256": store.sha256_file(temporary), "facts": facts.model_dump(mode="json")}
+    store.write_json(made.seal, sealed)
     store.rename(temporary, out)
     part.unlink()
     return facts

@@ -37,7 +37,7 @@ def opened(stage) -> OpenModel:
 
 def ask(stage: Path, data: Path, out: Path, **options) -> dict:
     options = {"base": str(stage / "base"), "max_new_tokens": 8, "offline": True, **options}
-    return predict.predict(str(stage / "stage" / "adapter"), data, out, **options)
+    return predict.predict(str(stage / "stage" / "adapter"), data, out, **options).as_json()
 
 
 def jsonl(path: Path, records: list[dict]) -> Path:
@@ -182,13 +182,13 @@ def test_of_a_record_that_is_too_long_the_middle_goes_and_the_instruction_stays(
     data = jsonl(tmp_path / "q.jsonl", [{"id": "a", "note": LONG}, {"id": "b", "note": "short"}])
     asked = predict.Questions(data, "note", "Summarise this note.")
     where = {"base": str(stage / "base"), "offline": True}
-    cut, whole = predict.dry_run(str(stage / "stage" / "adapter"), asked, max_new_tokens=8, **where)["records"]
+    cut, whole = predict.dry_run(str(stage / "stage" / "adapter"), asked, max_new_tokens=8, **where).records
     tokenizer = open_model(locate(str(stage / "stage" / "adapter"), base=str(stage / "base"), offline=True)).tokenizer
-    text, short = tokenizer.decode(cut["ids"]), tokenizer.decode(whole["ids"])
-    assert cut["truncated"] and not whole["truncated"]
+    text, short = tokenizer.decode(cut.ids), tokenizer.decode(whole.ids)
+    assert cut.truncated and not whole.truncated
     before, after = short.split("short")
     assert text.startswith(before + "START") and text.endswith("END" + after) and "[...]" in text
-    assert 0.9 * 504 <= len(cut["ids"]) <= 504
+    assert 0.9 * 504 <= len(cut.ids) <= 504
     facts = ask(stage, data, tmp_path / "a.jsonl", column="note", instruction="Summarise this note.")
     assert facts["truncated"] == 1 and facts["answered"] == 2
 
