@@ -30,6 +30,7 @@ from qmedtune.commands import recipe as cli_recipe
 from qmedtune.commands import run as cli_run
 from qmedtune.commands import watch as cli_watch
 from qmedtune.commands.examples import epilog
+from qmedtune.commands.mistakes import usage_lines
 from qmedtune.errors import QmedtuneError
 
 LIBRARIES = (
@@ -124,7 +125,7 @@ def invoke(arguments: Sequence[str]) -> int:
     except (Exception, Stopped) as error:
         if "--debug" in arguments:
             _show_traceback()
-        return _report(error)
+        return _report(error, words)
 
 
 @contextmanager
@@ -152,7 +153,7 @@ def _show_traceback() -> None:
     sys.stderr.write(printable(traceback.format_exc()))
 
 
-def _report(error: Any) -> int:
+def _report(error: Any, words: Sequence[str]) -> int:
     """Show an error in at most six lines; its exit code."""
     from qmedtune import ui
     from qmedtune.interrupt import Stopped
@@ -164,7 +165,7 @@ def _report(error: Any) -> int:
             ui.error_panel(str(error).splitlines()[:6])
         return error.exit_code
     if isinstance(error, UsageError):
-        ui.error_panel([error.format_message(), f"see: {error.ctx.command_path if error.ctx else 'qmedtune'} --help"])
+        ui.error_panel(usage_lines(error.format_message(), words, [*COMMANDS, "bench"])[:6])
         return 2
     if isinstance(error, OSError) and error.strerror:
         ui.error_panel([f"{error.filename or 'input/output'}: {error.strerror}", "nothing that was sealed is lost"])

@@ -124,7 +124,7 @@ def data(
 ) -> None:
     """The data steps alone, with their ledger; `data show` prints what is trained on."""
     *show, recipe = words
-    if show not in ([], ["show"]):
+    if show not in ([], ["show"]) or (words == ["show"] and not Path(recipe).exists()):
         raise typer.BadParameter(f"got {' '.join(words)!r}; allowed: data RECIPE, data show RECIPE")
     loaded = load(Path(recipe), overrides)
     folder = run_folder(loaded, out)
@@ -230,7 +230,7 @@ def erase(
 ) -> None:
     """Remove all text from a run folder; weights, figures and seals stay and can still be verified."""
     if not text:
-        raise typer.BadParameter("say what is to be erased\nallowed: --text")
+        raise typer.BadParameter(f"say what is to be erased: qmedtune erase {run_dir} --text")
     from qmedtune import verify as checking
     from qmedtune.erase import erase as remove
 

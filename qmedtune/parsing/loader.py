@@ -142,6 +142,8 @@ def _unreadable(path: Path, error: OSError) -> str:
         example = f", for example {path / found[0].name}" if found else ""
         return f"a folder; give the recipe file{example}"
     if isinstance(error, FileNotFoundError):
+        if re.match(r"\w+:/", str(path)):
+            return "recipes are files on this machine; fetch it first"
         beside = [*path.parent.glob("*.yaml"), *Path("recipes").glob("*.yaml")]
         by_name = {recipe.stem: str(recipe) for recipe in beside}
         if near := grammar.nearest(path.stem, by_name):
@@ -303,6 +305,9 @@ def _unknown(path: KeyPath) -> str:
         return f"unknown key here{hint}; `{key}` belongs in {' or '.join(homes[:3])}"
     if hint:
         return f"unknown key{hint}"
+    ours = grammar.OTHER_NAMES.get(key.lower(), "")
+    if homes := grammar.homes_of(ours):
+        return f"unknown key; here it is `{ours}`, in {' or '.join(homes[:3])}"
     return f"unknown key; allowed: {', '.join(known)}"
 
 
