@@ -17,7 +17,7 @@ from qmedtune.tasks import load_task
 
 ROOT = Path(__file__).parent.parent
 CPU = Machine("cpu", "a CPU", 24 * GIB, 24 * GIB, 2, True)
-TWICE = ["evaluate.tasks=[{task: facts, limit: 40}]"]
+ONCE, TWICE = ([f"evaluate.tasks=[{{task: facts, limit: {limit}}}]"] for limit in (10, 20))
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_what_is_read_and_written_is_that_of_the_questions(micro_run, without_gp
 
 
 def test_more_questions_take_longer_and_no_written_answers_less(micro_run, without_gpu, tmp_path):
-    once, twice = planned(), planned(TWICE)
+    once, twice = planned(ONCE), planned(TWICE)
     chosen = planned([*TWICE, "evaluate.generate=false"])
     [[first], [second], [third]] = [found["evaluation"]["tasks"] for found in (once, twice, chosen)]
     assert second["read"] == pytest.approx(2 * first["read"], rel=0.1) and third["written"] == 0
@@ -64,12 +64,12 @@ def test_more_questions_take_longer_and_no_written_answers_less(micro_run, witho
 
 
 def test_examples_before_questions_are_read_once(micro_run, tmp_path):
-    recipe = load_recipe(MICRO, ["evaluate.tasks=[{task: facts, limit: 20, shots: 3, shot_seeds: 2}]"]).recipe
+    recipe = load_recipe(MICRO, ["evaluate.tasks=[{task: facts, limit: 20, shots: 3, shot_seeds: 3}]"]).recipe
     task = load_task(recipe.evaluate.sections[0], recipe.seed, "micro")
     frame = frame_in(preflight.asked_with(recipe, micro_run.base), micro_run.base)
     found = scoring.reading(task, lambda item: frame.ask([item.messages])[0].ids, generate=True)
     every = sum(len(frame.ask([item.messages])[0].ids) for item in task.asked)
-    assert found.questions == 40 and found.answer_read < 0.6 * every
+    assert found.questions == 60 and found.answer_read < 0.6 * every
 
 
 def test_what_is_cached_takes_no_time(micro_run, without_gpu, monkeypatch):
@@ -105,7 +105,7 @@ def test_the_head_to_head_and_the_audit_are_said_to_be_untimed(micro_run, withou
 def test_writing_on_a_card_waits_for_its_memory(without_gpu):
     facts = base_facts(load_recipe(ROOT / "recipes" / "llama3_8b_24gb.yaml").recipe.model)
     small, large = (speed.scoring_pace(facts, card_of(gib), "bfloat16", "bfloat16") for gib in (24, 80))
-    assert small.step(1) > 1.4 * large.step(1)
+    assert small.step(1) > large.step(1)
     assert small.step(1) == pytest.approx(small.step(8), rel=1e-6)  # 8 answers at once cost no more than one
     assert small.step(1) > 16e9 / small.bytes_per_s > 0
     in_nf4 = speed.scoring_pace(facts, card_of(24), "bfloat16", "nf4")
