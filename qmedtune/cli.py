@@ -7,6 +7,7 @@ Deliberately absent: logic, and every import that takes time (`--help` answers i
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
@@ -32,7 +33,9 @@ from qmedtune.commands import watch as cli_watch
 from qmedtune.commands.examples import epilog
 from qmedtune.commands.mistakes import usage_lines
 from qmedtune.errors import QmedtuneError
+from qmedtune.local_names import is_utf8
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
 LIBRARIES = (
     "transformers",
     "datasets",
@@ -114,6 +117,9 @@ def invoke(arguments: Sequence[str]) -> int:
     words = [word for word in arguments if word != "--debug"] or ["--help"]
     if "--offline" in words:  # read once, when huggingface_hub is imported: nothing here has done so yet
         os.environ["HF_HUB_OFFLINE"] = "1"
+    if unreadable := [word for word in words if not is_utf8(word)]:
+        ui.error_panel([f"{ascii(unreadable[0])}: this name is not UTF-8", "rename the file or folder, then again"])
+        return 2
     try:
         with _library_noise_off("--debug" in arguments), stop.watching(None):
             code = app(args=words, prog_name="qmedtune", standalone_mode=False)
@@ -168,7 +174,14 @@ def _report(error: Any, words: Sequence[str]) -> int:
         ui.error_panel(usage_lines(error.format_message(), words, [*COMMANDS, "bench"])[:6])
         return 2
     if isinstance(error, OSError) and error.strerror:
-        ui.error_panel([f"{error.filename or 'input/output'}: {error.strerror}", "nothing that was sealed is lost"])
+        advice = "nothing that was sealed is lost"
+        if error.errno in FULL:
+            advice = f"make room, then give the same command again; {advice}"
+        ui.error_panel([f"{error.filename or 'input/output'}: {error.strerror}", advice])
+        return 1
+    if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":  # of NumPy, of weights: no error number
+        where = f"a file could not be read or written ({type(error).__name__} at {_origin(error)})"
+        ui.error_panel([where, "is the disk full? nothing that was sealed is lost: give the same command again"])
         return 1
     ui.error_panel([f"{type(error).__name__} at {_origin(error)}", "run again with --debug for the traceback"])
     return 1

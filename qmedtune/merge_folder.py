@@ -6,7 +6,6 @@ the merge itself (merge.py), several runs at once, weighting of adapters.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -15,14 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qmedtune import base as bases
-from qmedtune import store
+from qmedtune import record, store
 from qmedtune.data.packing.templates import FILE
 from qmedtune.errors import MergeRefused, RecipeError
 from qmedtune.evaluation.open_model import check_intact, locate
 from qmedtune.lineage import final_model, parts_of
 from qmedtune.model_stack import ModelStack
 from qmedtune.planning.machine import this_machine
-from qmedtune.recipe import MergeSection, ModelSection, Recipe
+from qmedtune.recipe import MergeSection, ModelSection
 from qmedtune.results import Merge
 
 if TYPE_CHECKING:
@@ -88,7 +87,7 @@ def adapters_of_run(folder: Path, offline: bool, weights: Mapping[str, float] | 
     """
     from qmedtune.merge import shares_of
 
-    recipe = Recipe.model_validate(json.loads((folder / "run.json").read_text(encoding="utf-8"))["recipe"])
+    recipe = record.recipe_of(record.load(folder), folder)
     final = final_model(recipe)
     parts = parts_of(recipe)
     weights = weights or recipe.merge.weights

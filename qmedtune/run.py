@@ -125,8 +125,8 @@ def _tokens_to_train(chosen: Sequence[Step], done: dict[str, store.Seal]) -> dic
 
 
 def _private(recipe: Recipe, out: Path) -> AbstractContextManager[None]:
-    """Where a source is clinical, what the run writes is its owner's alone."""
-    if all(phi_mode(recipe, name) == "off" and recipe.data[name].kind != "clinical" for name in recipe.used_sources()):
+    """Where a source can name patients, what the run writes is its owner's alone."""
+    if not any(recipe.data[name].may_identify for name in recipe.used_sources()):
         return nullcontext()
     with suppress(FileNotFoundError):
         out.chmod(0o700)
