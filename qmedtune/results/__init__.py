@@ -34,6 +34,7 @@ from qmedtune.results.proofs import (
     Shift,
 )
 from qmedtune.results.scores import (
+    Bin,
     Change,
     Difference,
     Evaluation,
@@ -88,6 +89,7 @@ __all__ = [
     "ArmEntry",
     "Attention",
     "Audit",
+    "Bin",
     "Change",
     "Choice",
     "Chosen",
