@@ -24,7 +24,7 @@ MadeFrom = Mapping[str, object]
 """Plain JSON: what a step is made from."""
 
 PACKING = ("mix", "unit", "tokens", "epochs", "max_repeats", "data", "loss_on", "seq_len", "max_truncated_fraction")
-PACKING += ("packing", "multi_label")
+PACKING += ("packing", "multi_label", "validation")
 # Keys that came later, with the value that means what stages did before: runs made then stay finished.
 SINCE_0_2 = {"adam_eps": 1e-8, "lora": None, "class_weights": "none", "min_steps": 1}
 BY_MACHINE = ("micro_batch", "gradient_checkpointing", "optimizer")

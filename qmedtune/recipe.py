@@ -228,6 +228,8 @@ class ClassifySection(TrainSection):
     class_weights: Literal["none", "balanced"] = "none"  # balanced: as often wrong, as rare (n / (classes x count))
     multi_label: bool = False  # a label is a list, or a text with `,` or `;` between labels
     train_earlier: bool = False  # with `adapter: new`: the stages' adapters below it are trained too
+    # Share of the training patients that is set apart: weights with the lowest loss on it are kept; 0: the last ones.
+    validation: Annotated[float, Field(ge=0, lt=1)] = later(0.0)
 
     @property
     def sources(self) -> list[str]:
