@@ -204,6 +204,8 @@
     Object.assign(state, { task: number, facet: -1, outcome: "all", first: 0 });
     const shown = task(), both = hasOptions(shown) && hasWritten(shown);
     state.by = hasOptions(shown) ? "options" : "written";
+    field("search").value = "";
+    field("ties").checked = field("unread").checked = false;
     field("by-label").hidden = !both;
     choices("by", [["options", "the likelier option"], ["written", "what was written"]], state.by);
     field("facet-label").hidden = shown.facets.length < 2;
