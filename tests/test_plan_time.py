@@ -17,7 +17,7 @@ from qmedtune.tasks import load_task
 
 ROOT = Path(__file__).parent.parent
 CPU = Machine("cpu", "a CPU", 24 * GIB, 24 * GIB, 2, True)
-TWICE = ["evaluate.tasks=[{task: facts, limit: 40}]"]
+ONCE, TWICE = ([f"evaluate.tasks=[{{task: facts, limit: {limit}}}]"] for limit in (10, 20))
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_what_is_read_and_written_is_that_of_the_questions(micro_run, without_gp
 
 
 def test_more_questions_take_longer_and_no_written_answers_less(micro_run, without_gpu, tmp_path):
-    once, twice = planned(), planned(TWICE)
+    once, twice = planned(ONCE), planned(TWICE)
     chosen = planned([*TWICE, "evaluate.generate=false"])
     [[first], [second], [third]] = [found["evaluation"]["tasks"] for found in (once, twice, chosen)]
     assert second["read"] == pytest.approx(2 * first["read"], rel=0.1) and third["written"] == 0
