@@ -40,14 +40,17 @@ def pubmedqa_file(folder: Path, count: int, passage: str = "Events fell from 9 t
     return path
 
 
-def outcome_file(folder: Path, count: int) -> Path:
-    """A task of a site's own notes."""
+def choice_file(folder: Path, count: int) -> Path:
+    """A site's own questions about its own notes."""
     lines = []
     for number in range(count):
-        text = f"Mrs Secretname, bed {number}, was admitted with chest pain."
-        lines.append(json.dumps({"id": f"note-{number}", "text": text, "label": number % 2}) + "\n")
-    path = folder / "outcomes.jsonl"
-    path.write_text("".join(lines))
+        question = f"Mrs Secretname, bed {number}, was admitted with chest pain. What is next?"
+        options = ["ECG", "Troponin", "Discharge"]
+        lines.append(
+            json.dumps({"id": f"note-{number}", "question": question, "options": options, "answer": number % 3})
+        )
+    path = folder / "own.jsonl"
+    path.write_text("\n".join(lines) + "\n")
     return path
 
 
@@ -98,7 +101,7 @@ def scored_run(folder: Path, tasks: list[dict[str, Any]]) -> Path:
         found[task.name] = task_result(task, rows, seed=1)
     scored = Evaluation(tasks=found)
     store.seal(evaluation, "key", scored.as_json())
-    run: Run = make_run(name="items", recipe=recipe.model_dump(mode="json"), evaluation=scored)
+    run: Run = make_run(name="items", recipe=recipe.model_dump(mode="json", by_alias=True), evaluation=scored)
     store.write_json(folder / "run.json", run.as_json())
     (folder / "metrics.jsonl").write_text("")
     return folder
@@ -114,8 +117,8 @@ def data_of(page: str) -> list[dict[str, Any]]:
 def run_dir(tmp_path: Path) -> Path:
     tasks = [
         {"task": "pubmedqa", "path": str(pubmedqa_file(tmp_path, 60))},
-        {"task": "outcome", "path": str(outcome_file(tmp_path, 24))},
-        {"task": "facts", "limit": 30},
+        {"task": "choice", "path": str(choice_file(tmp_path, 24))},
+        {"task": "facts"},
     ]
     return scored_run(tmp_path / "run", tasks)
 
@@ -123,7 +126,7 @@ def run_dir(tmp_path: Path) -> Path:
 def test_what_is_counted_is_what_was_tested(run_dir: Path):
     written = write_items_page(run_dir, SHOWN)
     text = (run_dir / PAGE).read_text()
-    assert written.bytes == len(text.encode()) and written.items == {"pubmedqa": 60, "outcome": 24, "facts": 30}
+    assert written.bytes == len(text.encode()) and written.items == {"pubmedqa": 60, "choice": 24, "facts": 20}
     run = Run.model_validate_json((run_dir / "run.json").read_text())
     for task in data_of(text):
         paired = run.scored.tasks[task["name"]].paired
@@ -142,7 +145,7 @@ def test_text_of_notes_is_shown_only_where_it_is_asked_for_and_never_in_the_repo
     written = write_items_page(run_dir, SHOWN)
     page = (run_dir / PAGE).read_text()
     assert "Does treatment 7 lower" in page and "Secretname" not in page
-    assert any(note.startswith("outcome: Without text") and "--clinical-text" in note for note in written.left_out)
+    assert any(note.startswith("choice: Without text") and "--clinical-text" in note for note in written.left_out)
     write_items_page(run_dir, Wish(clinical=True))
     assert "Secretname" in (run_dir / PAGE).read_text()
     write_items_page(run_dir, Wish(text=False, clinical=True))
@@ -192,11 +195,11 @@ def test_a_large_benchmark_stays_a_small_page_and_can_be_had_whole(tmp_path: Pat
 
 
 def test_draws_of_examples_are_told_apart(tmp_path: Path):
-    asked = {"task": "pubmedqa", "path": str(pubmedqa_file(tmp_path, 12)), "shots": 2, "shot_seeds": 2}
+    asked = {"task": "pubmedqa", "path": str(pubmedqa_file(tmp_path, 12)), "shots": 2, "shot_seeds": 3}
     run_dir = scored_run(tmp_path / "run", [asked])
-    assert write_items_page(run_dir, SHOWN).items == {"pubmedqa-2shot": 24}
+    assert write_items_page(run_dir, SHOWN).items == {"pubmedqa-2shot": 36}
     [task] = data_of((run_dir / PAGE).read_text())
-    assert [row[2] for row in task["rows"]] == [0] * 12 + [1] * 12 and len(task["texts"]) == 12
+    assert [row[2] for row in task["rows"]] == [0] * 12 + [1] * 12 + [2] * 12 and len(task["texts"]) == 12
 
 
 def test_a_run_without_items_and_a_damaged_line_are_told(run_dir: Path, tmp_path: Path):
@@ -208,7 +211,7 @@ def test_a_run_without_items_and_a_damaged_line_are_told(run_dir: Path, tmp_path
         write_items_page(run_dir, SHOWN)
     bare = tmp_path / "bare"
     bare.mkdir()
-    recipe = load_recipe(MICRO, ["evaluate={}"]).recipe.model_dump(mode="json")
+    recipe = load_recipe(MICRO, ["evaluate={}"]).recipe.model_dump(mode="json", by_alias=True)
     store.write_json(bare / "run.json", make_run(recipe=recipe, evaluation=Evaluation()).as_json())
     (bare / "evaluation").mkdir()
     store.seal(bare / "evaluation", "key", {})
@@ -221,7 +224,7 @@ def test_the_command_prints_where_it_is(run_dir: Path, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == str(run_dir / PAGE)
     assert cli.invoke(["items", str(run_dir), "--clinical-text", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
-    assert told["items"]["facts"] == 30 and told["left_out"] == []
+    assert told["items"]["facts"] == 20 and told["left_out"] == []
     assert cli.invoke(["items", str(run_dir.parent)]) == 2
 
 
@@ -254,11 +257,15 @@ def test_the_page_lists_filters_and_orders(browser, run_dir: Path):
         page.select_option("#task", label="facts")
         assert page.locator("#search").input_value() == "" and page.locator("article").count() == 20
         assert "options that both find less likely" in page.locator("article").first.inner_text()
-        page.click("#after")
-        assert page.locator("#where").inner_text() == "21 to 30 of 30" and page.locator("#after").is_disabled()
+        assert page.locator("#pager").is_hidden()
+        page.select_option("#task", label="pubmedqa")
         page.select_option("#order", "sure")
-        page.select_option("#task", label="outcome")
+        page.click("#after")
+        page.click("#after")
+        assert page.locator("#where").inner_text() == "41 to 60 of 60" and page.locator("#after").is_disabled()
+        page.select_option("#task", label="choice")
         assert page.locator(".question").count() == 0 and page.locator("article").count() == 20
+        assert page.locator("#told").inner_text() == "24 items"
         assert seen.said == [] and seen.strangers("file:") == []
 
 

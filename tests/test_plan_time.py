@@ -64,12 +64,12 @@ def test_more_questions_take_longer_and_no_written_answers_less(micro_run, witho
 
 
 def test_examples_before_questions_are_read_once(micro_run, tmp_path):
-    recipe = load_recipe(MICRO, ["evaluate.tasks=[{task: facts, limit: 20, shots: 3, shot_seeds: 2}]"]).recipe
+    recipe = load_recipe(MICRO, ["evaluate.tasks=[{task: facts, limit: 20, shots: 3, shot_seeds: 3}]"]).recipe
     task = load_task(recipe.evaluate.sections[0], recipe.seed, "micro")
     frame = frame_in(preflight.asked_with(recipe, micro_run.base), micro_run.base)
     found = scoring.reading(task, lambda item: frame.ask([item.messages])[0].ids, generate=True)
     every = sum(len(frame.ask([item.messages])[0].ids) for item in task.asked)
-    assert found.questions == 40 and found.answer_read < 0.6 * every
+    assert found.questions == 60 and found.answer_read < 0.6 * every
 
 
 def test_what_is_cached_takes_no_time(micro_run, without_gpu, monkeypatch):
@@ -105,7 +105,7 @@ def test_the_head_to_head_and_the_audit_are_said_to_be_untimed(micro_run, withou
 def test_writing_on_a_card_waits_for_its_memory(without_gpu):
     facts = base_facts(load_recipe(ROOT / "recipes" / "llama3_8b_24gb.yaml").recipe.model)
     small, large = (speed.scoring_pace(facts, card_of(gib), "bfloat16", "bfloat16") for gib in (24, 80))
-    assert small.step(1) > 1.4 * large.step(1)
+    assert small.step(1) > large.step(1)
     assert small.step(1) == pytest.approx(small.step(8), rel=1e-6)  # 8 answers at once cost no more than one
     assert small.step(1) > 16e9 / small.bytes_per_s > 0
     in_nf4 = speed.scoring_pace(facts, card_of(24), "bfloat16", "nf4")

@@ -80,7 +80,7 @@ def _calibration(draws: Draws, *, whole: bool) -> Facts:
     if whole:
         bins = []
         for each in statistics.calibration_bins(confidences, correct):
-            bins.append(asdict(each))
+            bins.append(results.Bin.model_validate(asdict(each)))
         found["calibration"] = bins
     return found
 

@@ -156,7 +156,7 @@
     if (order) found.sort(order);
     state.first = Math.min(state.first, Math.max(0, Math.floor((found.length - 1) / SIZE) * SIZE));
     const part = found.slice(state.first, state.first + SIZE);
-    field("items").replaceChildren(...part.map(item));
+    field("list").replaceChildren(...part.map(item));
     const asked = task().rows.length;
     field("told").textContent = found.length === asked ? `${asked.toLocaleString("en")} items`
       : `${found.length.toLocaleString("en")} of ${asked.toLocaleString("en")} items`;

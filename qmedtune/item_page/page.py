@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -20,6 +21,7 @@ from qmedtune.reporting.cells import Row, Table
 from qmedtune.reporting.charts import Html, esc
 from qmedtune.reporting.style import CSS
 
+COMMAND = re.compile("`([^`]*)`")
 ORDER = {name: place for place, name in enumerate((*OUTCOMES[:2], "wrong", "both wrong", "both right", "right"))}
 
 
@@ -47,12 +49,13 @@ def page(run_name: str, tasks: Sequence[Shown], calibration: Html, wish: Wish) -
         '<p class="outcome">What the scores are made of. Gained: only the result answers rightly; lost: only the base '
         "does.</p></header>"
     )
-    told = Html("".join(f'<p class="note">{esc(note)}</p>' for note in notes))
+    told = ""
+    for note in notes:
+        told += f'<p class="note left-out">{COMMAND.sub(r"<code>\1</code>", esc(note))}</p>'
     summary = section("In all", Html(card("", html_table(summary_table(tasks))) + told))
-    sections = [head, summary]
+    sections = [head, summary, section("Items", _browser())]
     if calibration:
         sections.append(section("Calibration", calibration))
-    sections.append(section("Items", _browser()))
     return _document(run_name, sections, data), notes
 
 
@@ -179,7 +182,7 @@ def _browser() -> Html:
         '<fieldset class="outcomes"><legend class="unseen">Outcome</legend><div id="outcomes"></div></fieldset>'
         '<div class="marks"><label><input type="checkbox" id="ties"> near ties only</label>'
         '<label><input type="checkbox" id="unread"> unread answers only</label></div></form>'
-        '<p class="told" id="told" role="status"></p><div id="items"></div>'
+        '<p class="told" id="told" role="status"></p><div id="list"></div>'
         '<nav class="pager" id="pager" aria-label="Pages of items" hidden><button type="button" id="before">'
         'Earlier</button><span id="where"></span><button type="button" id="after">Later</button></nav>'
     )
