@@ -51,7 +51,8 @@ def page(run_name: str, tasks: Sequence[Shown], calibration: Html, wish: Wish) -
     )
     told = ""
     for note in notes:
-        told += f'<p class="note left-out">{COMMAND.sub(r"<code>\1</code>", esc(note))}</p>'
+        shown = COMMAND.sub(r"<code>\1</code>", esc(note))
+        told += f'<p class="note left-out">{shown}</p>'
     summary = section("In all", Html(card("", html_table(summary_table(tasks))) + told))
     sections = [head, summary, section("Items", _browser())]
     if calibration:

@@ -93,8 +93,9 @@ def _diagram(name: str, curves: list[tuple[str, int, list[Bin]]]) -> Html:
     up = ""
     for tick in (0, 0.25, 0.5, 0.75, 1):
         up += f'<span style="top:{100 - 100 * tick:g}%">{tick:g}</span>'
+    known = legend(keys, "right as often as sure")
     return Html(
-        f'<figure class="chart">{legend(keys, "right as often as sure")}<div class="plot square"><div class="ys">{up}</div>'
+        f'<figure class="chart">{known}<div class="plot square"><div class="ys">{up}</div>'
         f'<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" role="img" aria-label="Accuracy of {esc(name)} by '
         f'confidence: {esc(told)}">{grid}<path class="line ideal" d="M0 1000L1000 0"/>{lines}</svg>{points}'
         f'<div class="xs">{ticks}</div></div><div class="axes"><span>share that is right ↑</span>'
