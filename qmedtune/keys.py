@@ -17,8 +17,9 @@ from qmedtune.recipe import PACKED_AS, Recipe, SourceSection, StageSection, Task
 from qmedtune.versions import CODE as CODE
 
 # Raise when scores of the same models would differ: 2 = perplexity over whole documents, heads in fp32; 3 =
-# answers that state exactly one option; 4 = asked with the tokens of training, end marks apart from perplexity.
-EVALUATION_FORMAT = 4
+# answers that state exactly one option; 4 = asked with the tokens of training, end marks apart from perplexity; 5 =
+# bins of calibration, answers in more tags and keys.
+EVALUATION_FORMAT = 5
 
 MadeFrom = Mapping[str, object]
 """Plain JSON: what a step is made from."""

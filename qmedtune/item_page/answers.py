@@ -117,7 +117,8 @@ def read_task(path: Path, name: str, metric: str) -> Asked:
 def _answer(row: Json, metric: str) -> Answer:
     written, written_value = _written(row.get("generation"), metric)
     if "logprobs" not in row:
-        assert written_value is not None
+        if written_value is None:
+            raise KeyError("generation")
         return Answer(written_value, written=written, written_value=written_value)
     return Answer(
         float(bool(row["correct"])),

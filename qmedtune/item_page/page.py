@@ -35,7 +35,9 @@ class Shown:
 
 def page(run_name: str, tasks: Sequence[Shown], calibration: Html, wish: Wish) -> tuple[str, list[str]]:
     """(the page, what was left out of it and how it is got)."""
-    total = sum(len({item.id for item in each.asked.items}) for each in tasks)
+    total = 0
+    for each in tasks:
+        total += len({item.id for item in each.asked.items})
     shortener = Shortener(total, whole=wish.whole)
     data = [_data(each, shortener) for each in tasks]
     notes = [f"{each.asked.name}: {each.questions.why}" for each in tasks if each.questions.why]

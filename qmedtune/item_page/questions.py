@@ -24,6 +24,7 @@ PUBLIC = frozenset(
     )
 )  # fmt: skip
 PAGE_BYTES = 180_000  # of text on the page, so that it stays below 300 kB
+CUT = " …"
 SHORTEST, LONGEST = 240, 1500  # characters of one item
 
 
@@ -88,7 +89,7 @@ class Shortener:
 
     def __init__(self, num_items: int, *, whole: bool) -> None:
         self.whole, self.cut, self.left_out = whole, 0, 0
-        self._each = min(LONGEST, max(SHORTEST, PAGE_BYTES // max(num_items, 1)))
+        self._each = min(LONGEST, max(SHORTEST, PAGE_BYTES // max(num_items, 1) - len(CUT.encode())))
         self._room = PAGE_BYTES
 
     def of(self, item: Item) -> list[str] | None:
@@ -115,4 +116,4 @@ class Shortener:
 def _cut(text: str, room: int) -> str:
     if len(text) <= room:
         return text
-    return text[:room].rstrip() + " …"
+    return text[:room].rstrip() + CUT
