@@ -29,7 +29,7 @@ from qmedtune.data.packing.framing import write_template
 from qmedtune.data.packing.pack import PackedRows
 from qmedtune.errors import RunError
 from qmedtune.interrupt import stop
-from qmedtune.model_stack import adapters_in
+from qmedtune.model_stack import ModelStack
 from qmedtune.modeling import activations
 from qmedtune.modeling.loss import rows_nll
 from qmedtune.modeling.quiet import quiet_libraries
@@ -38,7 +38,18 @@ from qmedtune.planning.machine import this_machine
 from qmedtune.planning.memory import peak_bytes
 from qmedtune.planning.shapes import base_facts
 from qmedtune.recipe import Recipe
-from qmedtune.results import Logged, Memory, Trained, Validation
+from qmedtune.results import (
+    Attention,
+    Classification,
+    Kernels,
+    Logged,
+    Loss,
+    Memory,
+    Model,
+    Packing,
+    Trained,
+    Validation,
+)
 from qmedtune.training import checkpoints
 from qmedtune.training.card import check_card
 from qmedtune.training.checkpoints import BEST, METRICS
@@ -52,15 +63,24 @@ from qmedtune.training.trainer import QTrainer, number, trainer_arguments
 SPIKE, SPIKE_WINDOW = 2.0, 50
 
 
+@dataclass(frozen=True)
+class StageInputs:
+    """What a stage reads. start: the model before it; tokens: folder of packed rows; validation: folder of packed rows
+    per source."""
+
+    start: ModelStack
+    tokens: Path
+    validation: Path | None = None
+
+
 def train_stage(
-    recipe: Recipe, index: int, inputs: dict[str, Path], out: Path, shared: SharedBase | None = None
-) -> dict[str, Any]:
+    recipe: Recipe, index: int, inputs: StageInputs, out: Path, shared: SharedBase | None = None
+) -> Trained:
     """Run stage `index` (0-based) of a resolved recipe, on the base that `shared` holds or loads (its own without one).
 
-    `inputs`: `base` (model folder), `tokens` (packed rows), `validation` (folder of packed rows per source, may be
-    absent), `adapter-1` ... (earlier adapters in order). Writes `out/adapter` (or `out/model` where all parameters are
-    trained), `out/template.json` for SFT, the head and its scores for `classify`, and `out/metrics.jsonl`; returns the
-    facts of run.json's stage entry. An earlier attempt in `out` is continued from its last intact checkpoint.
+    Writes `out/adapter` (or `out/model` where all parameters are trained), `out/template.json` for SFT, the head and
+    its scores for `classify`, and `out/metrics.jsonl`. An earlier attempt in `out` is continued from its last intact
+    checkpoint.
     """
     stage, name = recipe.stages[index], recipe.stage_names()[index]
     set_seed(recipe.seed + index)
@@ -68,56 +88,71 @@ def train_stage(
     peak.reset()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    tokenizer: Any = models.load_tokenizer(inputs["base"])
+    start, tokens = inputs.start, inputs.tokens
+    tokenizer: Any = models.load_tokenizer(start.base)
     machine = this_machine()
     check_card(peak_bytes(base_facts(recipe.model), setup_of(recipe, index, machine), gpu=machine.is_gpu), machine)
-    model, facts = _make_model(recipe, index, inputs, shared or SharedBase())
-    models.check_tokenizer(tokenizer, model, inputs["base"])
+    built = _make_model(recipe, index, start, shared or SharedBase())
+    model = built.model
+    models.check_tokenizer(tokenizer, model, start.base)
     if stage.classify:
-        rows = LabelledRows(inputs["tokens"])
+        rows = LabelledRows(tokens)
         attach_head(model, rows, stage.classify)
     else:
-        rows = PackedRows(inputs["tokens"])
-    packed = json.loads((inputs["tokens"] / store.SEAL).read_text())["facts"]
-    callback = StageCallback(
-        name, out, validation_rows(recipe, inputs.get("validation")), tokenizer.pad_token_id, recipe
-    )
+        rows = PackedRows(tokens)
+    packed = Packing.model_validate(json.loads((tokens / store.SEAL).read_text())["facts"])
+    callback = StageCallback(name, out, validation_rows(recipe, inputs.validation), tokenizer.pad_token_id, recipe)
     callback.judges = [source for source in recipe.judged_by(index) if source in callback.held_out]
     if stage.classify and stage.classify.validation:
         callback.choose_by_documents(stage.classify.data, LabelledRows(inputs["tokens"] / VALIDATION))
     started = time.monotonic()
     trainer = _run(recipe, index, model, tokenizer, rows, packed, callback, out)
-    facts |= callback.facts(trainer, time.monotonic() - started)
-    facts["warnings"] += models.fallbacks(facts)
-    facts |= {"kind": stage.kind, "tokens": packed["tokens"], "mixture": packed["mixture"]}
-    if (template := inputs["tokens"] / templates.FILE).is_file():
+    trained = callback.trained(stage.kind, trainer, time.monotonic() - started)
+    warnings = [*trained.warnings, *models.fallbacks(built.kernels, built.attention)]
+    told: dict[str, object] = {"attention": built.attention, "warnings": warnings}
+    told |= {"tokens": packed.tokens, "mixture": packed.mixture}
+    if built.kernels is not None:
+        told |= {"kernels": built.kernels, "layers": built.layers}
+    if (template := tokens / templates.FILE).is_file():
         shutil.copyfile(template, out / templates.FILE)
     if stage.classify:
         with trainer.compute_loss_context_manager():
-            found = score(model, inputs["tokens"], tokenizer.pad_token_id, trainer.micro_batch, recipe.seed, out)
-        facts |= {"classification": packed["classes"] | found}
-    trained_on = name_of_base(recipe.model.base, inputs["base"], inputs["tokens"].parent.parent)
+            found = score(model, tokens, tokenizer.pad_token_id, trainer.micro_batch, recipe.seed, out)
+        assert packed.classes is not None
+        told["classification"] = Classification(**packed.classes.as_json(), **found.as_json())
+    trained_on = name_of_base(recipe.model.base, start.base, tokens.parent.parent)
     if stage.section.adapter != "frozen":
         _finish(model, tokenizer, stage.full, trained_on, out)
     if stage.classify and stage.classify.train_earlier:
         for place, adapter in enumerate(list(model.peft_config)[:-1], start=1):
             models.save_adapter(model, out / f"earlier-{place}", trained_on, adapter)
     if not stage.full and stage.section.adapter != "frozen":
-        below = adapters_in(inputs)
+        below = start.adapters
         if stage.section.adapter == "continue":
             below = below[:-1]
-        note_base(out / "adapter", trained_on, inputs["base"], below, recipe.model.quantization)
+        note_base(out / "adapter", trained_on, start.base, below, recipe.model.quantization)
     if stage.full:
-        facts["model"] = {"path": f"{name}/model"}
+        told["model"] = Model(path=f"{name}/model")
     # They know each other: only a collection frees them, and the next stage needs the room.
-    del trainer, model, callback
+    del trainer, model, built, callback
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return Trained.model_validate(facts).as_json()
+    return trained.model_copy(update=told)
 
 
-def _make_model(recipe: Recipe, index: int, inputs: dict[str, Path], shared: SharedBase) -> tuple[Any, dict[str, Any]]:
+@dataclass(frozen=True)
+class Built:
+    """A model to train, and how it computes. layers: how many are treated in which way; kernels, layers: only where an
+    adapter is trained."""
+
+    model: Any
+    attention: Attention
+    kernels: Kernels | None = None
+    layers: dict[str, int] | None = None
+
+
+def _make_model(recipe: Recipe, index: int, start: ModelStack, shared: SharedBase) -> Built:
     stage = recipe.stages[index]
     attention = numerics_of(recipe, index, this_machine()).attention
     if stage.full:
@@ -125,19 +160,15 @@ def _make_model(recipe: Recipe, index: int, inputs: dict[str, Path], shared: Sha
         load = models.load_full
         if stage.kind == "pretrain":
             load = models.from_scratch
-        model = load(inputs["base"], recipe.model, attention=attention)
-        return model, {"attention": models.attention_facts(model)}
-    base = shared.load(inputs["base"], recipe.model, attention=attention)
+        model = load(start.base, recipe.model, attention=attention)
+        return Built(model, models.attention_facts(model))
+    base = shared.load(start.base, recipe.model, attention=attention)
     set_seed(recipe.seed + index)  # whatever loading has drawn
-    earlier = adapters_in(inputs)
     continued = stage.section.adapter in ("continue", "frozen")  # attach_head freezes what is frozen
-    model = models.attach_adapter(base, recipe.adapter_of(index), earlier, continued=continued)
+    model = models.attach_adapter(base, recipe.adapter_of(index), start.adapters, continued=continued)
     kernels = models.install_kernels(model, recipe.model.kernels)
-    return model, {
-        "kernels": kernels,
-        "attention": models.attention_facts(model),
-        "layers": activations.install(model, number(stage.section.gradient_checkpointing)),
-    }
+    layers = activations.install(model, number(stage.section.gradient_checkpointing))
+    return Built(model, models.attention_facts(model), kernels, layers)
 
 
 def validation_rows(recipe: Recipe, folder: Path | None) -> dict[str, PackedRows]:
@@ -152,7 +183,7 @@ def _run(
     model: Any,
     tokenizer: Any,
     rows: PackedRows,
-    packed: dict[str, Any],
+    packed: Packing,
     callback: StageCallback,
     out: Path,
 ) -> QTrainer:
@@ -200,7 +231,7 @@ def _run(
         callback.warn(0, line)
     if checkpoint:
         ui.note(f"{callback.name} goes on after step {begins_at:,} of {steps:,}")
-    total = packed["tokens"]["trained"]
+    total = packed.tokens.trained
     with ui.stage(callback.name, total=total, unit="tokens", completed=callback.tokens) as callback.bar:
         if callback.held_out and not checkpoint:
             callback.validate(0)  # where the curve begins: what training changes is seen from its first step on
@@ -290,7 +321,7 @@ class StageCallback(TrainerCallback):
 
     def write(self, line: dict[str, object]) -> None:
         with (self.out / METRICS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"stage": self.name, **line}) + "\n")
+            file.write(json.dumps({"stage": self.name, **line, "time": round(time.time(), 1)}) + "\n")
 
     def warn(self, step: int, said: str) -> None:
         """Into the metrics, and from there into the report; it stays when the stage is stopped and resumed."""
@@ -385,8 +416,8 @@ class StageCallback(TrainerCallback):
                     "its training diverged: try a lower lr, or max_grad_norm below 1.0"
                 )
 
-    def facts(self, trainer: QTrainer, seconds: float) -> dict[str, object]:
-        """Fields of results.Trained. `seconds` of wall time, of the training alone."""
+    def trained(self, kind: str, trainer: QTrainer, seconds: float) -> Trained:
+        """What was measured. `seconds` of wall time, of the training alone."""
         speeds, warnings = [], []
         for line in logged(self.out / METRICS):
             if line.tokens_per_s is not None:
@@ -400,23 +431,24 @@ class StageCallback(TrainerCallback):
             kept_by = self.judges
         if trainer.step_seconds:
             step_s = round(statistics.median(trainer.step_seconds), 3)
-        return {
-            "steps": self.steps,
-            "batch": trainer.section.batch,
-            "kept_step": kept or self.steps,
-            "kept_by": kept_by,
-            "loss": {"first": self.losses[0], "last": self.losses[-1]},
-            "tokens_per_s": round(sorted(speeds)[len(speeds) // 2], 1),
-            "train_seconds": round(seconds, 2),
-            "data_share": round(trainer.data_seconds / max(seconds, 1e-9), 5),
-            "slowest_save_s": round(max(trainer.save_seconds, default=0.0), 3),
-            "step_s": step_s,
-            "peak_memory_bytes": peak_memory_bytes(),
-            "memory": self.memory,
-            "micro_batch": trainer.micro_batch,
-            "validation": self.validation,
-            "warnings": warnings,
-        }
+        return Trained(
+            steps=self.steps,
+            batch=number(trainer.section.batch),
+            kept_step=kept or self.steps,
+            kept_by=kept_by,
+            loss=Loss(first=self.losses[0], last=self.losses[-1]),
+            tokens_per_s=round(sorted(speeds)[len(speeds) // 2], 1),
+            train_seconds=round(seconds, 2),
+            data_share=round(trainer.data_seconds / max(seconds, 1e-9), 5),
+            slowest_save_s=round(max(trainer.save_seconds, default=0.0), 3),
+            step_s=step_s,
+            peak_memory_bytes=peak_memory_bytes(),
+            memory=self.memory,
+            micro_batch=trainer.micro_batch,
+            validation=self.validation,
+            warnings=warnings,
+            kind=kind,
+        )
 
 
 def logged(path: Path) -> list[Logged]:
