@@ -104,7 +104,7 @@ def train_stage(
     callback = StageCallback(name, out, validation_rows(recipe, inputs.validation), tokenizer.pad_token_id, recipe)
     callback.judges = [source for source in recipe.judged_by(index) if source in callback.held_out]
     if stage.classify and stage.classify.validation:
-        callback.choose_by_documents(stage.classify.data, LabelledRows(inputs["tokens"] / VALIDATION))
+        callback.choose_by_documents(stage.classify.data, LabelledRows(tokens / VALIDATION))
     started = time.monotonic()
     trainer = _run(recipe, index, model, tokenizer, rows, packed, callback, out)
     trained = callback.trained(stage.kind, trainer, time.monotonic() - started)

@@ -407,14 +407,17 @@ def test_one_patient_cannot_be_set_apart(micro_run, tmp_path: Path):
 
 
 def test_the_weights_with_the_lowest_validation_loss_are_kept(micro_run, notes_adapter: Path, tmp_path: Path):
-    """A rate at which the head overshoots: later epochs are not the best, and what is scored are the kept weights."""
+    """Later epochs are not the best, and what is scored are the kept weights."""
     for name in ("in", "packed", "out"):
         (tmp_path / name).mkdir()
-    keys = {"validation": 0.25, "epochs": 5, "batch": 2, "lr": 0.3, "adapter": "frozen", "class_weights": "balanced"}
+    keys = {"validation": 0.25, "epochs": 5, "batch": 2, "lr": 2.0, "adapter": "frozen", "class_weights": "balanced"}
+    keys |= {"schedule": "constant", "warmup": "{ratio: 1.0}"}  # small steps learn, then larger ones overshoot
     inputs = noted(tmp_path / "in", 20)
-    packing = pack_classes(recipe(**keys), 1, micro_run.base, inputs, tmp_path / "packed")
+    asked = recipe("validate={}", **keys)  # at the end of each epoch
+    packing = pack_classes(asked, 1, micro_run.base, inputs, tmp_path / "packed")
     store.seal(tmp_path / "packed", "t", packing.as_json())
-    facts = trained(micro_run, tmp_path / "packed", tmp_path / "out", notes_adapter, **keys)
+    stage_inputs = train.StageInputs(ModelStack(micro_run.base, (notes_adapter,)), tmp_path / "packed")
+    facts = train.train_stage(asked, 1, stage_inputs, tmp_path / "out").as_json()
     losses = {found["step"]: found["outcome"] for found in facts["validation"] if found["step"]}
     assert len(losses) >= 5 and facts["kept_by"] == ["outcome"]
     assert facts["kept_step"] == min(losses, key=losses.__getitem__) and len(set(losses.values())) > 1
