@@ -410,7 +410,7 @@ def test_the_weights_with_the_lowest_validation_loss_are_kept(micro_run, notes_a
     """Later epochs are not the best, and what is scored are the kept weights."""
     for name in ("in", "packed", "out"):
         (tmp_path / name).mkdir()
-    keys = {"validation": 0.25, "epochs": 5, "batch": 2, "lr": 2.0, "adapter": "frozen", "class_weights": "balanced"}
+    keys = {"validation": 0.25, "epochs": 5, "batch": 2, "lr": 1.0, "adapter": "frozen", "class_weights": "balanced"}
     keys |= {"schedule": "constant", "warmup": "{ratio: 1.0}"}  # small steps learn, then larger ones overshoot
     inputs = noted(tmp_path / "in", 20)
     asked = recipe("validate={}", **keys)  # at the end of each epoch
