@@ -88,6 +88,12 @@ def trained_quantization(adapter: Path) -> Literal["nf4", "none"] | None:
     return known.get("quantization") if known else None
 
 
+def trained_on_sha256(adapter: Path) -> str | None:
+    """Of the weights that an adapter was trained on; None where it does not say."""
+    known = _trained_on(adapter)
+    return known["sha256"] if known else None
+
+
 def _trained_on(adapter: Path) -> dict[str, Any] | None:
     """What `note_base` wrote; None where it wrote nothing. RecipeError where it was changed since."""
     path = adapter / TRAINED_ON
@@ -179,12 +185,13 @@ def _folder(section: ModelSection, *, offline: bool, shape_only: bool) -> Path:
 def _fetched(name: str, source: fetch.Packed) -> Base:
     """A base that `qmedtune fetch` brings."""
 
-    def folder() -> Path:
-        if found := gguf_folder.ready(source.gguf_sha256):
+    def folder(full: bool = False) -> Path:
+        if found := gguf_folder.ready(source.gguf_sha256, full=full):
             return found
         raise RecipeError(fetch.missing(name))
 
-    return Base(name, gguf_folder.digest(source.gguf_sha256), folder, check=folder)
+    # Hashed before it is read: a bit that flips under an unchanged time is seen by nothing else.
+    return Base(name, gguf_folder.digest(source.gguf_sha256), lambda: folder(full=True), check=folder)
 
 
 def _gguf(name: str) -> Base:
@@ -227,8 +234,9 @@ def _made(name: str, folder: Path) -> Path:
         return stage / "model"
     with store.lock(folder.with_name(f".{folder.name}.making"), wait=True):  # another run may be making it right now
         if not store.intact(stage, full=True):
-            if store.retire(stage, folder):
+            if stage.exists():
                 ui.warn(f"{name} was damaged in {folder}; it is made again")
+                store.discard(stage)
             make = makers.maker()
             if make is None:
                 raise RecipeError(f"model.base: {name} is not made on this machine yet\nmake it: qmedtune run RECIPE")

@@ -182,10 +182,15 @@ def _check_questions(recipe: Recipe, folder: Path, section: TaskSection, questio
 
 
 def asked_with(recipe: Recipe, folder: Path) -> templates.Template:
-    """The template that evaluation asks with: the recipe's, else that of the last sft stage, else the tokenizer's."""
+    """The template that evaluation asks with: the recipe's, else that of the last sft stage, else that of the model
+    which is mixed in (as far as it is here), else the tokenizer's."""
     if recipe.evaluate.template:
         return templates.load(recipe.evaluate.template, folder)
     learnt = [stage.sft.sources[0] for stage in recipe.stages if stage.sft]
+    if not learnt and recipe.merge.other is not None and Path(recipe.merge.other).expanduser().exists():
+        from qmedtune.evaluation.open_model import locate
+
+        return locate(recipe.merge.other, offline=True).template
     return templates.default(recipe.data[learnt[-1]].template if learnt else None, folder)
 
 

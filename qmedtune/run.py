@@ -125,8 +125,8 @@ def _tokens_to_train(chosen: Sequence[Step], done: dict[str, store.Seal]) -> dic
 
 
 def _private(recipe: Recipe, out: Path) -> AbstractContextManager[None]:
-    """Where a source is clinical, what the run writes is its owner's alone."""
-    if all(phi_mode(recipe, name) == "off" and recipe.data[name].kind != "clinical" for name in recipe.used_sources()):
+    """Where a source can name patients, what the run writes is its owner's alone."""
+    if not any(recipe.data[name].may_identify for name in recipe.used_sources()):
         return nullcontext()
     with suppress(FileNotFoundError):
         out.chmod(0o700)
@@ -167,6 +167,10 @@ def _check_start(recipe: Recipe, source: base.Base, to_do: Sequence[Step], offli
         from qmedtune import against
 
         against.check(recipe, offline)
+    if recipe.merge.other is not None and any(step.kind in ("sweep", "merge") for step in to_do):
+        from qmedtune import mixed_merge
+
+        mixed_merge.check(recipe, source.make(), offline)
     if base_facts(recipe.model).builtin:
         if scored:
             preflight.check_evaluation(recipe, None)
