@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qmedtune import disk
-from qmedtune.erase import erased
+from qmedtune import disk, privacy
 from qmedtune.errors import RunError
 from qmedtune.evaluation.open_model import check_intact
 from qmedtune.item_page.answers import read_task
@@ -35,7 +34,7 @@ def write_items_page(run_dir: Path, wish: Wish) -> Written:
     """RUN/items.html. RunError where the run has scored no items, or they are not as they were sealed."""
     run = read_run(run_dir)
     folder = run_dir / "evaluation"
-    if not erased(run_dir):
+    if not privacy.erased(run_dir).files:
         check_intact(folder, full=False)
     recipe = Recipe.model_validate(run.recipe)
     sections = {section.label: section for section in recipe.evaluate.sections}
