@@ -34,7 +34,7 @@ CAUSAL = "CAUSAL_LM"
 
 
 def read_lora(path: Path) -> LoraConfig:
-    """The adapter_config.json of a plain LoRA. RecipeError names the setting that cannot be used and what is allowed."""
+    """The adapter_config.json of a plain LoRA. RecipeError names the setting that cannot be used, and what can be."""
     from peft import LoraConfig
 
     raw = read_json(path)

@@ -155,17 +155,23 @@ def _refused(error: QmedtuneError, step: Step, recipe: Recipe, out: Path) -> rec
 
 def _check_start(recipe: Recipe, source: base.Base, to_do: Sequence[Step], offline: bool) -> None:
     """What must be right before the first step, ahead of writing anything. A built-in base is right by itself."""
-    if any(step.kind != "data" for step in to_do):
+    names: set[str] = set()
+    kinds: set[str] = set()
+    for step in to_do:
+        names.add(step.name)
+        kinds.add(step.kind)
+    beyond_data = bool(kinds - {"data"})
+    if beyond_data:
         refuse_half_on_cpu(recipe, this_machine())
-    scored = any(step.name == "evaluation" for step in to_do)
-    if any(step.name == "against" for step in to_do):
+    scored = "evaluation" in names
+    if "against" in names:
         from qmedtune import against
 
         against.check(recipe, offline)
     if base_facts(recipe.model).builtin:
         if scored:
             preflight.check_evaluation(recipe, None)
-    elif any(step.kind != "data" for step in to_do):
+    elif beyond_data:
         preflight.check_start(recipe, source.make(), scored=scored)
 
 
