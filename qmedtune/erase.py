@@ -13,10 +13,10 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from qmedtune import claims, store
 from qmedtune.errors import RunError
+from qmedtune.results import Facts
 
 NOTE = "erased.json"
 # Folders that hold text whatever their files are called: unfinished and earlier work.
@@ -27,8 +27,16 @@ TEXT_FOLDER = "data"
 TEXT_NAMES = ("*.items.jsonl", "rejects.jsonl", "*.txt.gz", "samples*.jsonl", "audit*.jsonl")
 
 
-def erase(out: Path) -> dict[str, Any]:
-    """Remove all text from a run folder. Returns {"files", "bytes", "folders"}; RunError where a run is at work there.
+class Erased(Facts):
+    """How much was removed: files and their bytes, and the folders of unfinished work."""
+
+    files: int
+    bytes: int
+    folders: list[str]
+
+
+def erase(out: Path) -> Erased:
+    """Remove all text from a run folder. RunError where a run is at work there.
 
     Killed half-way, the same command finishes it: the note is written first and names everything that goes.
     """
@@ -48,7 +56,7 @@ def erase(out: Path) -> dict[str, Any]:
     left = [name for name in WORK if (out / name).exists()]
     if left:
         raise RunError(f"{out / left[0]}: could not be removed\nremove it by hand, then give the same command again")
-    return {"files": len(gone), "bytes": size, "folders": [name for name in WORK if name not in left]}
+    return Erased(files=len(gone), bytes=size, folders=[name for name in WORK if name not in left])
 
 
 def erased(out: Path) -> set[str]:

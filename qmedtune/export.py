@@ -7,7 +7,6 @@ compared with what was trained. Deliberately not here: merging (merge.py), serve
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 from qmedtune import store
 from qmedtune.errors import RecipeError
 from qmedtune.evaluation.open_model import Location, fingerprint, locate
+from qmedtune.record import read_run
 from qmedtune.results import Exported, ExportProof
 
 if TYPE_CHECKING:
@@ -135,9 +135,8 @@ def _adapters_of_run(job: ExportJob, folder: Path) -> Location:
 def title_of(location: Location) -> str:
     """A name for files and cards: the run's, or the folder's."""
     path = Path(location.name).expanduser()
-    record = path / "run.json"
-    if record.is_file():
-        return str(json.loads(record.read_text(encoding="utf-8"))["name"])
+    if (path / "run.json").is_file():
+        return read_run(path).name
     return path.resolve().name if path.exists() else location.name.rpartition(":")[2].rpartition("/")[2]
 
 

@@ -6,7 +6,6 @@ the merge itself (merge.py), several runs at once, weighting of adapters.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qmedtune import base as bases
-from qmedtune import store
+from qmedtune import record, store
 from qmedtune.data.packing.templates import FILE
 from qmedtune.errors import MergeRefused, RecipeError
 from qmedtune.evaluation.open_model import check_intact, locate
@@ -88,7 +87,7 @@ def adapters_of_run(folder: Path, offline: bool, weights: Mapping[str, float] | 
     """
     from qmedtune.merge import shares_of
 
-    recipe = Recipe.model_validate(json.loads((folder / "run.json").read_text(encoding="utf-8"))["recipe"])
+    recipe = Recipe.model_validate(record.read_run(folder).recipe)
     final = final_model(recipe)
     parts = parts_of(recipe)
     weights = weights or recipe.merge.weights

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from qmedtune import __version__, store
-from qmedtune.errors import MergeRefused, QmedtuneError
+from qmedtune.errors import MergeRefused, QmedtuneError, RecipeError
 from qmedtune.planning.plan_facts import Decision
 from qmedtune.recipe import Recipe
 from qmedtune.results import (
@@ -106,6 +106,14 @@ def read(out: Path) -> Run | None:
         return Run.model_validate(json.loads((out / RUN).read_text(encoding="utf-8")))
     except (OSError, ValueError, RecursionError):
         return None
+
+
+def read_run(folder: Path) -> Run:
+    """run.json of a run that was named. RecipeError where it is damaged."""
+    run = read(folder)
+    if run is None:
+        raise RecipeError(f"{folder / RUN}: damaged\n`qmedtune run` composes it again from what is sealed")
+    return run
 
 
 def write(out: Path, notes: Notes, status: str, error: BaseException | None = None) -> Run:

@@ -28,7 +28,7 @@ from qmedtune.planning.machine import this_machine
 from qmedtune.planning.resolve import refuse_half_on_cpu, resolve
 from qmedtune.planning.shapes import base_facts
 from qmedtune.recipe import Recipe
-from qmedtune.results import Run
+from qmedtune.results import Packing, Run
 from qmedtune.smoke import smoke as smoked
 from qmedtune.steps import Step, inputs_of, key_of, steps_of, upstream_of
 
@@ -114,8 +114,11 @@ def _tokens_to_train(chosen: Sequence[Step], done: dict[str, store.Seal]) -> dic
     found: dict[str, float] = {}
     for step in chosen:
         packed = done.get(f"data/{step.name}")
-        if packed is not None and packed.facts.get("tokens"):
-            found[step.name] = packed.facts["tokens"]["trained"]
+        if packed is None:
+            continue
+        tokens = Packing.model_validate(packed.facts).tokens.trained
+        if tokens:
+            found[step.name] = tokens
     return found
 
 

@@ -7,7 +7,6 @@ run is opened as its merged model, which holds all of them).
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from qmedtune.errors import DataError, RecipeError, RunError
 from qmedtune.model_stack import ModelStack, named_base, read_adapter, read_model
 from qmedtune.planning.machine import this_machine
 from qmedtune.recipe import ModelSection, Recipe
+from qmedtune.results import Run
 from qmedtune.tasks import world_of
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def check_template(location: Location) -> None:
 
 
 def _of_run(name: str, folder: Path) -> Location:
-    run = json.loads((folder / record.RUN).read_text(encoding="utf-8"))
+    run = record.read_run(folder)
     merged = _whole_model(folder, run)
     if not (merged / "config.json").is_file():
         raise RecipeError(
@@ -111,13 +111,18 @@ def _of_run(name: str, folder: Path) -> Location:
     check_intact(merged if merged.name == "merged" else merged.parent, full=True)
     saved = sorted(folder.glob(f"[0-9][0-9]-*/{templates.FILE}"))
     template = templates.load(saved[-1].parent) if saved else _template_beside(merged)
-    return Location(name, "run", merged, (), template, world_of(Recipe.model_validate(run["recipe"])))
+    return Location(name, "run", merged, (), template, world_of(Recipe.model_validate(run.recipe)))
 
 
-def _whole_model(folder: Path, run: dict[str, Any]) -> Path:
+def _whole_model(folder: Path, run: Run) -> Path:
     """`merged`, or the last stage's own model where a finished run trained no adapter that could be merged."""
-    own = [folder / stage["model"]["path"] for stage in run.get("stages", []) if "model" in stage]
-    return own[-1] if own and run.get("status") == "finished" and not run.get("merge") else folder / "merged"
+    own = None
+    for stage in run.stages:
+        if stage.model is not None:
+            own = folder / stage.model.path
+    if own is not None and run.finished and run.merge is None:
+        return own
+    return folder / "merged"
 
 
 def check_intact(folder: Path, *, full: bool) -> None:
