@@ -199,12 +199,13 @@ def _folder(section: ModelSection, *, offline: bool, shape_only: bool) -> Path:
 def _fetched(name: str, source: fetch.Packed) -> Base:
     """A base that `qmedtune fetch` brings."""
 
-    def folder() -> Path:
-        if found := gguf_folder.ready(source.gguf_sha256):
+    def folder(full: bool = False) -> Path:
+        if found := gguf_folder.ready(source.gguf_sha256, full=full):
             return found
         raise RecipeError(fetch.missing(name))
 
-    return Base(name, gguf_folder.digest(source.gguf_sha256), folder, check=folder)
+    # Hashed before it is read: a bit that flips under an unchanged time is seen by nothing else.
+    return Base(name, gguf_folder.digest(source.gguf_sha256), lambda: folder(full=True), check=folder)
 
 
 def _gguf(name: str) -> Base:
@@ -247,8 +248,9 @@ def _made(name: str, folder: Path) -> Path:
         return stage / "model"
     with store.lock(folder.with_name(f".{folder.name}.making"), wait=True):  # another run may be making it right now
         if not store.intact(stage, full=True):
-            if store.retire(stage, folder):
+            if stage.exists():
                 ui.warn(f"{name} was damaged in {folder}; it is made again")
+                store.discard(stage)
             make = makers.maker()
             if make is None:
                 raise RecipeError(f"model.base: {name} is not made on this machine yet\nmake it: qmedtune run RECIPE")

@@ -21,7 +21,7 @@ from qmedtune.evaluation.open_model import check_intact, locate
 from qmedtune.lineage import final_model, parts_of
 from qmedtune.model_stack import ModelStack
 from qmedtune.planning.machine import this_machine
-from qmedtune.recipe import MergeSection, ModelSection, Recipe
+from qmedtune.recipe import MergeSection, ModelSection
 from qmedtune.results import Merge
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def adapters_of_run(folder: Path, offline: bool, weights: Mapping[str, float] | 
     """
     from qmedtune.merge import shares_of
 
-    recipe = Recipe.model_validate(record.read_run(folder).recipe)
+    recipe = record.recipe_of(record.load(folder), folder)
     final = final_model(recipe)
     parts = parts_of(recipe)
     weights = weights or recipe.merge.weights

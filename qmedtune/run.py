@@ -17,7 +17,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from qmedtune import base, claims, heartbeat, hub, keys, peak, preflight, record, store, ui
+from qmedtune import base, claims, heartbeat, hub, keys, peak, preflight, record, store, track, ui
 from qmedtune.data.hygiene import secret
 from qmedtune.data.hygiene.per_record import phi_mode
 from qmedtune.disk import owner_only
@@ -67,6 +67,7 @@ def run(
     names = [step.name for step in to_do]
     source.check()
     claims.check_steps(out, names)
+    track.check(resolved)
     _check_start(resolved, source, to_do, offline)
     room.check_writable(out)
     room.check(resolved, out, names)
@@ -80,7 +81,11 @@ def run(
         hashes.save()
         done: dict[str, store.Seal] = {}
         notes = record.Notes(resolved, recipe_text, choices, offline, source, steps, done)
-        with ui.run_progress([*(step.name for step in chosen), "report"]) as shown, heartbeat.beating(out):
+        with (
+            ui.run_progress([*(step.name for step in chosen), "report"]) as shown,
+            heartbeat.beating(out),
+            track.following(resolved, out),
+        ):
             try:
                 record.write(out, replace(notes, done=sealed), "running")  # whatever the attempt before has said
                 refused = None
@@ -123,8 +128,8 @@ def _tokens_to_train(chosen: Sequence[Step], done: dict[str, store.Seal]) -> dic
 
 
 def _private(recipe: Recipe, out: Path) -> AbstractContextManager[None]:
-    """Where a source is clinical, what the run writes is its owner's alone."""
-    if all(phi_mode(recipe, name) == "off" and recipe.data[name].kind != "clinical" for name in recipe.used_sources()):
+    """Where a source can name patients, what the run writes is its owner's alone."""
+    if not any(recipe.data[name].may_identify for name in recipe.used_sources()):
         return nullcontext()
     with suppress(FileNotFoundError):
         out.chmod(0o700)

@@ -310,7 +310,7 @@ class StageCallback(TrainerCallback):
 
     def write(self, line: dict[str, object]) -> None:
         with (self.out / METRICS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"stage": self.name, **line}) + "\n")
+            file.write(json.dumps({"stage": self.name, **line, "time": round(time.time(), 1)}) + "\n")
 
     def warn(self, step: int, said: str) -> None:
         """Into the metrics, and from there into the report; it stays when the stage is stopped and resumed."""

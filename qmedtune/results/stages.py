@@ -46,6 +46,7 @@ class Logged(Facts):
 
     stage: str
     step: int
+    time: Number | None = None  # seconds since 1970; lines of 0.1 have none
     loss: Number | None = None
     tokens: int | None = None
     tokens_per_s: Number | None = None

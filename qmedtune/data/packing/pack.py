@@ -75,12 +75,10 @@ def pack_stage(recipe: Recipe, index: int, tokenizer_dir: Path, inputs: Mapping[
     else:
         plan = _mixture(section, corpora, rng)
     packed = write_rows(recipe, corpora, section, plan, rng, out)
-    kinds: dict[str, str] = {}
-    folders: dict[str, Path] = {}
-    for name in packed.mixture:
-        kinds[name], folders[name] = recipe.data[name].kind, inputs[name]
+    folders = {name: inputs[name] for name in packed.mixture}
+    quiet = [name for name in folders if recipe.data[name].may_identify]
     mixture: dict[str, Part] = {}
-    for name, found in fertility(codec, folders, kinds).items():
+    for name, found in fertility(codec, folders, quiet).items():
         mixture[name] = packed.mixture[name].model_copy(update={"fertility": found})
     packed = packed.model_copy(update={"mixture": mixture})
     if template is not None:
