@@ -95,6 +95,14 @@ def trained_quantization(adapter: Path) -> Literal["nf4", "none"] | None:
     return known.quantization
 
 
+def trained_on_sha256(adapter: Path) -> str | None:
+    """Of the weights that an adapter was trained on; None where it does not say."""
+    known = _trained_on(adapter)
+    if known is None:
+        return None
+    return known.sha256
+
+
 class TrainedOn(Facts):
     """trained_on.json: the base and the hash of its weights, the hashes of the adapters below, in order. quantization:
     not said by version 0.1."""

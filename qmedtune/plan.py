@@ -74,6 +74,8 @@ def make_plan(recipe: Recipe, run_dir: Path | None = None) -> Plan:
     seconds = sum(stage["seconds"] or 0.0 for stage in stages)
     if not _is_cached(steps, "merged"):
         seconds += speed.merge_seconds(facts)
+    if resolved.merge.sweep is not None and not _is_cached(steps, "sweep"):
+        seconds += len(resolved.merge.sweep.shares) * speed.merge_seconds(facts)
     borders = _borders(folder)
     base_told = {**asdict(facts), "parameters": facts.parameters, "bytes": facts.file_bytes}
     plan: Plan = {

@@ -179,14 +179,21 @@ def _check_questions(recipe: Recipe, folder: Path, section: TaskSection, questio
 
 
 def asked_with(recipe: Recipe, folder: Path) -> templates.Template:
-    """The template that evaluation asks with: the recipe's, else that of the last sft stage, else the tokenizer's."""
+    """The template that evaluation asks with: the recipe's, else that of the last sft stage, else that of the model
+    which is mixed in (as far as it is here), else the tokenizer's."""
     if recipe.evaluate.template:
         return templates.load(recipe.evaluate.template, folder)
     learnt = None
     for stage in recipe.stages:
         if stage.sft:
-            learnt = recipe.data[stage.sft.sources[0]].template
-    return templates.default(learnt, folder)
+            learnt = stage.sft.sources[0]
+    if learnt is not None:
+        return templates.default(recipe.data[learnt].template, folder)
+    if recipe.merge.other is not None and Path(recipe.merge.other).expanduser().exists():
+        from qmedtune.evaluation.open_model import locate
+
+        return locate(recipe.merge.other, offline=True).template
+    return templates.default(None, folder)
 
 
 def _left_out(section: TaskSection, room: int) -> str:

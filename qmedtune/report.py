@@ -13,7 +13,7 @@ from pathlib import Path
 import yaml
 
 from qmedtune import disk
-from qmedtune.reporting import duels, live, privacy, score_tables, tables
+from qmedtune.reporting import duels, live, privacy, score_tables, sweeps, tables
 from qmedtune.reporting import page as report_html
 from qmedtune.reporting.blocks import DISCLAIMER
 from qmedtune.reporting.cells import Table
@@ -77,6 +77,8 @@ def _markdown_parts(run: Run, metrics: Metrics) -> Iterator[str]:
     yield _section(tables.reading(run))
     yield _section(tables.findings(run))
     yield _section(tables.merge(run))
+    if run.merge is not None:
+        yield _section_if_any(sweeps.table(run.merge))
     yield _section(tables.steps(run))
     yield "## Warnings\n\n" + _listed(warnings_of(run))
     yield from _privacy(run)
@@ -125,6 +127,8 @@ def _card_parts(run: Run) -> Iterator[str]:
     yield "## Training\n\n" + _markdown_table(tables.stages(run))
     yield _markdown_table(tables.mixture(run))
     yield "## Merge\n\n" + _markdown_table(tables.merge(run))
+    if run.merge is not None and run.merge.sweep:
+        yield _markdown_table(sweeps.table(run.merge))
     yield "## Evaluation\n\n" + _markdown_table(score_tables.evaluation(run))
     yield _markdown_table(score_tables.perplexity(run))
     yield _markdown_table(score_tables.quantisation(run))

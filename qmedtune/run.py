@@ -176,6 +176,10 @@ def _check_start(recipe: Recipe, source: base.Base, to_do: Sequence[Step], offli
         from qmedtune import against
 
         against.check(recipe, offline)
+    if recipe.merge.other is not None and any(step.kind in ("sweep", "merge") for step in to_do):
+        from qmedtune import mixed_merge
+
+        mixed_merge.check(recipe, source.make(), offline)
     if base_facts(recipe.model).builtin:
         if scored:
             preflight.check_evaluation(recipe, None)

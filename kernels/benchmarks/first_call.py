@@ -224,7 +224,8 @@ def layers(call: Call) -> None:
         ("offloaded", {"memory_gib": OFFLOADS_GIB[call.dry]}),  # the plan, given so little
     ):
         _trained(call, f"long {what}", deep, long | way, "qmedtune")
-    by_rows(call, 4, (shallow, deep), peers[:1] if call.dry else peers)
+    if not call.dry:
+        by_rows(call, 4, (shallow, deep), peers)
 
 
 # Budgets within which every layer has to be offloaded: of eight layers at 8B widths and 32k tokens (18 GiB recompute

@@ -17,7 +17,7 @@ TOLD = {
     "attention": ("as trained",),
     "layers": (
         "qmedtune, 1 rows at a time, tiny", "trl-tuned, 1 rows at a time, tiny-9-layers", "long kept",
-        "long recomputed", "long offloaded", "qmedtune, 4 rows at a time, one layer",
+        "long recomputed", "long offloaded", "qmedtune, 1 rows at a time, one layer",
     ),
 }  # fmt: skip
 
