@@ -100,7 +100,9 @@ def train_stage(
         attach_head(model, rows, stage.classify)
     else:
         rows = PackedRows(tokens)
-    packed = Packing.model_validate(json.loads((tokens / store.SEAL).read_text())["facts"])
+    sealed = store.read_seal(tokens)
+    assert sealed is not None, "run.py has hashed it just now"
+    packed = Packing.model_validate(sealed.facts)
     callback = StageCallback(name, out, validation_rows(recipe, inputs.validation), tokenizer.pad_token_id, recipe)
     callback.judges = [source for source in recipe.judged_by(index) if source in callback.held_out]
     if stage.classify and stage.classify.validation:

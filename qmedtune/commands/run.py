@@ -157,6 +157,7 @@ def _show_packed(loaded: LoadedRecipe, folder: Path, asked: Shown) -> None:
     from qmedtune.data.packing.show import documents, show
     from qmedtune.data.packing.tokens import load_codec
     from qmedtune.errors import RecipeError
+    from qmedtune.results import Packing
 
     recipe = loaded.recipe
     packed = folder / "data" / (asked.stage or recipe.stage_names()[0])
@@ -166,13 +167,13 @@ def _show_packed(loaded: LoadedRecipe, folder: Path, asked: Shown) -> None:
     rows = PackedRows(packed)
     source = base.identify(recipe.model, offline=asked.offline)
     codec = load_codec(source.make())
-    told = {"template": sealed.facts.get("template"), "borders": borders.described(codec)}
+    template, told_borders = Packing.model_validate(sealed.facts).template, borders.described(codec)
     if asked.as_json:
         planted = {recipe.audit.source, recipe.audit.prompts} if recipe.audit else set()
         folders = {name: folder / "data" / ("planted" if name in planted else "") / name for name in rows.sources}
-        return emit(told | {"rows": documents(rows, folders, asked.count)})
-    template = told["template"]
-    print(f"conversations in template {template}" if template else f"documents: {told['borders']['why']}")
+        shown = documents(rows, folders, asked.count)
+        return emit({"template": template, "borders": told_borders, "rows": shown})
+    print(f"conversations in template {template}" if template else f"documents: {told_borders['why']}")
     print(show(rows, codec.backend, asked.count, color=wants_colour()))
 
 

@@ -96,6 +96,14 @@ class Classification(Facts):
     accuracy: Number | None = None
 
 
+class Checkpoint(Facts):
+    """What the seal of a checkpoint tells. made_with: settings that the machine chose."""
+
+    step: int
+    tokens: int
+    made_with: dict[str, str | int] = {}
+
+
 class Adapter(Facts):
     path: str
     sha256: str
