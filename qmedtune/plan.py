@@ -365,6 +365,8 @@ def _times(
             times["merging"] += speed.merge_seconds(facts)
     if final_model(recipe).adapters and not _is_cached(steps, "merged"):
         times["merging"] += speed.merge_seconds(facts)
+    if recipe.merge.sweep is not None and not _is_cached(steps, "sweep"):
+        times["merging"] += len(recipe.merge.sweep.shares) * speed.merge_seconds(facts)
     if evaluation is not None and not _is_cached(steps, "evaluation"):
         times["evaluation"] = evaluation["seconds"]
     if any(times.values()):
@@ -382,6 +384,8 @@ def _scoring_notes(recipe: Recipe, evaluation: PlannedEvaluation | None) -> list
         untimed.append("evaluate.against")
     if recipe.audit:
         untimed.append("audit")
+    if recipe.merge.sweep is not None:
+        untimed.append("scores of merge.sweep")
     if untimed:
         notes.append(f"not timed: {', '.join(untimed)}")
     return notes

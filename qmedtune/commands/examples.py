@@ -13,6 +13,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "report": ("qmedtune report runs/mine", "qmedtune report runs/mine --verify"),
     "runs": ("qmedtune runs", "qmedtune runs /data/runs --json"),
     "watch": ("qmedtune watch", "qmedtune watch runs/mine --port 8700"),
+    "items": ("qmedtune items runs/mine", "qmedtune items runs/mine --no-text"),
     "erase": ("qmedtune erase runs/mine --text",),
     "ablate": ("qmedtune ablate recipes/ablation.yaml", "qmedtune ablate mine.yaml --seeds 17,18"),
     "eval": (
