@@ -274,33 +274,33 @@ def delivered_dtype(trained: ModelStack) -> str | None:
 # ---- any one model ---------------------------------------------------------------------------------------------------
 
 
-def evaluate_model(
-    name: str,
-    tasks: Sequence[str | TaskSection],
-    *,
-    data: Path | None = None,
-    base: str | None = None,
-    template: str | None = None,
-    out: Path | None = None,
-    limit: int | None = None,
-    generate: bool = True,
-    batch_tokens: int = BATCH_TOKENS,
-    quantization: Quantization | None = None,
-    seed: int = 17,
-    offline: bool = False,
-) -> ModelScores:
-    """Score a base, a finished run, an adapter folder (with `base`) or a merged model.
+@dataclass(frozen=True)
+class ModelJob:
+    """One model and what it is asked; `qmedtune.evaluate_model` says what each is."""
 
-    tasks: each `task` (read from `data` unless built in), `task=FILE`, or a TaskSection with a split, a metric or
-        examples of its own; `perplexity` takes a file of texts. `limit` and `data` are for the tasks that are strings.
-    out: folder for <out>/evaluation/; with it a killed evaluation is continued and a finished one is not repeated.
-    Texts are scored in bits per byte too, which unlike perplexity compares models of different tokenizers.
-    """
-    sections, texts = parse_tasks(tasks, data, limit)
-    location = locate(name, base=base, template=template, offline=offline)
+    name: str
+    tasks: Sequence[str | TaskSection]
+    data: Path | None = None
+    base: str | None = None
+    template: str | None = None
+    out: Path | None = None
+    limit: int | None = None
+    generate: bool = True
+    batch_tokens: int | None = None
+    quantization: Quantization | None = None
+    seed: int = 17
+    offline: bool = False
+
+
+def evaluate_model(job: ModelJob) -> ModelScores:
+    """Score a base, a finished run, an adapter folder (with its base) or a merged model. Texts are scored in bits per
+    byte too, which unlike perplexity compares models of different tokenizers."""
+    seed, quantization = job.seed, job.quantization
+    sections, texts = parse_tasks(job.tasks, job.data, job.limit)
+    location = locate(job.name, base=job.base, template=job.template, offline=job.offline)
     check_template(location)
     loaded = [load_task(section, seed, location.world) for section in sections]
-    settings = Settings(location.template, generate, batch_tokens)
+    settings = Settings(location.template, job.generate, job.batch_tokens or BATCH_TOKENS)
 
     def work(folder: Path) -> ModelScores:
         check_prompts(models.load_tokenizer(location.base), location.template, loaded)
@@ -319,7 +319,7 @@ def evaluate_model(
             bits = found.perplexity[path].nll / math.log(2) / sizes[path]
             perplexity[path] = text.model_copy(update={"bits_per_byte": bits})
         result = ModelScores(
-            model=name,
+            model=job.name,
             template=location.template.name,
             quantization=opened.quantization,
             computed_in=opened.computed_in,
@@ -330,7 +330,7 @@ def evaluate_model(
         store.write_json(folder / "evaluation.json", result.as_json())
         return result
 
-    if out is None:
+    if job.out is None:
         with TemporaryDirectory() as folder:
             return work(Path(folder))
     asked = [section.model_dump() for section in sections]
@@ -339,9 +339,9 @@ def evaluate_model(
     for task in loaded:
         for item in task.asked:
             prompts.append([item.id, item.messages, item.options, task.write(item)])
-    given = [asked, files, prompts, asdict(location.template), quantization, generate, seed]
+    given = [asked, files, prompts, asdict(location.template), quantization, job.generate, seed]
     key = store.sha256_json([FORMAT, given, record.code_versions()])
-    return _sealed(out, key, work)
+    return _sealed(job.out, key, work)
 
 
 def _sealed(out: Path, key: str, work: Callable[[Path], ModelScores]) -> ModelScores:

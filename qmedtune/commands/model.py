@@ -104,7 +104,7 @@ def evaluate(
             offline=offline,
         )  # fmt: skip
         return emit(found.as_json()) if as_json else _show_harness(found)
-    from qmedtune.evaluate import TEXTS, evaluate_model, named_file
+    from qmedtune.evaluate import TEXTS, ModelJob, evaluate_model, named_file
     from qmedtune.recipe import TaskSection
 
     asked: list[str | TaskSection] = []
@@ -116,10 +116,11 @@ def evaluate(
             extraction=extraction.value,
         )  # fmt: skip
         asked.append(entry if name == TEXTS else section)
-    scores = evaluate_model(
+    job = ModelJob(
         model, asked, data=data, base=base, template=template, out=out, generate=generate, quantization=chosen,
         seed=seed, offline=offline,
     )  # fmt: skip
+    scores = evaluate_model(job)
     emit(scores.as_json()) if as_json else _show_scores(scores)
 
 

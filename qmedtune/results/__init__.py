@@ -52,6 +52,7 @@ from qmedtune.results.proofs import (
     SweepPoint,
 )
 from qmedtune.results.scores import (
+    Bin,
     Change,
     Difference,
     Evaluation,
@@ -67,6 +68,7 @@ from qmedtune.results.stages import (
     Adapter,
     Areas,
     Attention,
+    Checkpoint,
     Classification,
     Kernels,
     Logged,
@@ -109,8 +111,10 @@ __all__ = [
     "ArmEntry",
     "Attention",
     "Audit",
+    "Bin",
     "AuditLimits",
     "Change",
+    "Checkpoint",
     "Choice",
     "Chosen",
     "Classes",
