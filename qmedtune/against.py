@@ -17,12 +17,13 @@ from qmedtune.evaluate import Contender, contenders, delivered_dtype, open_conte
 from qmedtune.evaluation import precision
 from qmedtune.evaluation.open_model import Location, OpenModel, Quantization, locate, open_model
 from qmedtune.recipe import Recipe
+from qmedtune.resolved import ResolvedRecipe
 from qmedtune.tasks import load_task, world_of
 
 FINAL = "final"
 
 
-def against_stage(recipe: Recipe, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
+def against_stage(recipe: ResolvedRecipe, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
     """`inputs` as of `evaluate_stage`. Writes compare.json and <task>.items.jsonl below `out`, where an interrupted
     comparison goes on; returns {"subject", "models", "duels", "claims", "left_out", "precision"}."""
     splits, left_out = splits_of(recipe)

@@ -34,6 +34,7 @@ from qmedtune.model_stack import adapters_in
 from qmedtune.modeling.collation import Rows
 from qmedtune.modeling.quiet import quiet_libraries
 from qmedtune.recipe import Recipe, SourceSection, TaskSection
+from qmedtune.resolved import ResolvedRecipe
 from qmedtune.results import Evaluation, Merge, Pair, Source, Text
 from qmedtune.tasks import BUILTIN_TASKS, Task, check_twice, load_task, world_of
 
@@ -43,7 +44,7 @@ DOCUMENT_TOKENS = 8192  # an 8B LLaMA in 16 bit holds .5 GB of one layer's activ
 WINDOW_TOKENS = 2048  # of texts without a packing: 131,072 positions of LLaMA-3.2 would not fit a card
 
 
-def evaluate_stage(recipe: Recipe, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
+def evaluate_stage(recipe: ResolvedRecipe, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
     """Base against final of a resolved recipe, in the precision that precision.py decides.
 
     `inputs`: `base`, `adapter-1` ..., and where there are any `merged`, `template` (folder with template.json),
@@ -183,7 +184,7 @@ def check_prompts(tokenizer: Any, template: templates.Template, tasks: list[Task
         frame.ask([item.messages for item in task.asked])
 
 
-def settings_of(recipe: Recipe, inputs: dict[str, Path]) -> Settings:
+def settings_of(recipe: ResolvedRecipe, inputs: dict[str, Path]) -> Settings:
     asked = recipe.evaluate.template or inputs.get("template")
     if asked:
         template = templates.load(asked, inputs["base"])
@@ -193,9 +194,7 @@ def settings_of(recipe: Recipe, inputs: dict[str, Path]) -> Settings:
         template = replace(template, cleaning=templates.load(inputs["template"]).cleaning)
     else:
         template = templates.for_base(template)
-    rows, seq_len = recipe.evaluate.batch, recipe.stages[-1].section.seq_len
-    assert isinstance(rows, int) and isinstance(seq_len, int), "evaluate_stage takes a resolved recipe"
-    return Settings(template, recipe.evaluate.generate, rows * seq_len)
+    return Settings(template, recipe.evaluate.generate, recipe.evaluate.batch * recipe.stages[-1].section.seq_len)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 Auto = Literal["auto"]
 Positive = Annotated[int, Field(gt=0)]
@@ -32,5 +32,5 @@ def later(default: Any) -> Any:
     return Field(default, exclude_if=lambda value: value == default)
 
 
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+class Section(BaseModel, extra="forbid", frozen=True, strict=True, allow_inf_nan=False):
+    """One mapping of a recipe. Keyword arguments of the class, because type checkers read `frozen` there alone."""

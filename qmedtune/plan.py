@@ -34,6 +34,7 @@ from qmedtune.planning.rows import Tokens
 from qmedtune.planning.sample import Sample, sample_source
 from qmedtune.planning.shapes import base_facts
 from qmedtune.recipe import Recipe
+from qmedtune.resolved import ResolvedRecipe
 from qmedtune.results import Packing
 
 __all__ = ["BaseFacts", "base_facts", "make_plan", "resolve"]
@@ -64,7 +65,7 @@ def make_plan(recipe: Recipe, run_dir: Path | None = None) -> Plan:
     taken: list[Setup] = []  # with micro-batches no larger than the batch
     for index in range(len(resolved.stages)):
         stage = _stage(resolved, facts, machine, index, measured, run_dir, steps)
-        setup = fit.setup_of(resolved, index, machine)
+        setup = fit.setup_of(resolved, index)
         stages.append(stage)
         setups.append(setup)
         taken.append(replace(setup, micro_batch=stage["micro_batch"]))
@@ -97,16 +98,16 @@ def make_plan(recipe: Recipe, run_dir: Path | None = None) -> Plan:
 # ---- the machine -----------------------------------------------------------------------------------------------------
 
 
-def _for_its_machine(recipe: Recipe, facts: BaseFacts) -> tuple[Recipe, list[Decision], Machine]:
+def _for_its_machine(recipe: Recipe, facts: BaseFacts) -> tuple[ResolvedRecipe, list[Decision], Machine]:
     """The resolved recipe and the machine it is planned for: this one; without a GPU here, for a base that wants one,
     the card that `memory:` states, else the smallest standard card that fits."""
     here = this_machine()
-    wants_gpu = not facts.builtin and (facts.parameters >= room.GPU_PARAMETERS or recipe.memory != "auto")
+    wants_gpu = not facts.builtin and (facts.parameters >= room.GPU_PARAMETERS or recipe.memory_gib is not None)
     if here.is_gpu or not wants_gpu:
         return *resolve(recipe, here), here
     bf16 = recipe.model.compute_dtype != "float16"
-    if recipe.memory != "auto":
-        card = card_of(recipe.memory, bf16=bf16)
+    if recipe.memory_gib is not None:
+        card = card_of(recipe.memory_gib, bf16=bf16)
         return *resolve(recipe, card), card
     for gib in CARDS_GIB[:-1]:
         card = card_of(gib, bf16=bf16)
@@ -114,7 +115,7 @@ def _for_its_machine(recipe: Recipe, facts: BaseFacts) -> tuple[Recipe, list[Dec
             resolved, decisions = resolve(recipe, card)
         except DoesNotFit:
             continue
-        if not any(fit.choose(facts, resolved, i, card).tight for i in range(len(resolved.stages))):
+        if not any(fit.choose(facts, fit.draft_of(resolved, i), card).tight for i in range(len(resolved.stages))):
             return resolved, decisions, card
     largest = card_of(CARDS_GIB[-1], bf16=bf16)
     return *resolve(recipe, largest), largest
@@ -150,18 +151,18 @@ def _on_its_way(facts: BaseFacts) -> str:
     return f"shape from the {facts.source}, {units.size(facts.file_bytes)} to fetch"
 
 
-def _length_notes(recipe: Recipe, facts: BaseFacts) -> list[str]:
+def _length_notes(recipe: ResolvedRecipe, facts: BaseFacts) -> list[str]:
     beyond = f"is beyond the {facts.max_positions} positions that {facts.name} was made for"
     notes: list[str] = []
     for name, stage in zip(recipe.stage_names(), recipe.stages, strict=True):
-        length = int(stage.section.seq_len)
+        length = stage.section.seq_len
         if length > facts.max_positions:
             notes.append(f"{name}: seq_len {length} {beyond}")
     return notes
 
 
 def _measure_sources(
-    recipe: Recipe, facts: BaseFacts, folder: Path | None, samples: Mapping[str, Sample], missing: Mapping[str, str]
+    recipe: ResolvedRecipe, facts: BaseFacts, folder: Path | None, samples: Mapping[str, Sample], missing: Mapping[str, str]
 ) -> dict[str, Measured]:
     """The tokens of each source; none of those that are `missing`, with the reason."""
     measured: dict[str, Measured] = {}
@@ -238,7 +239,7 @@ def _tokenizer_folder(facts: BaseFacts) -> Path | None:
     return Path(facts.folder) if facts.folder else None
 
 
-def _sealed_tokens(recipe: Recipe, index: int, run_dir: Path | None, steps: list[PlannedStep]) -> Tokens | None:
+def _sealed_tokens(recipe: ResolvedRecipe, index: int, run_dir: Path | None, steps: list[PlannedStep]) -> Tokens | None:
     """The exact ledger of a stage whose packing is sealed and current."""
     name = f"data/{recipe.stage_names()[index]}"
     if run_dir is None or not _is_cached(steps, name):
@@ -259,11 +260,11 @@ def _is_cached(steps: list[PlannedStep], name: str) -> bool:
 
 
 def _stage(
-    recipe: Recipe, facts: BaseFacts, machine: Machine, index: int, measured: Mapping[str, Measured],
+    recipe: ResolvedRecipe, facts: BaseFacts, machine: Machine, index: int, measured: Mapping[str, Measured],
     run_dir: Path | None, steps: list[PlannedStep],
 ) -> PlannedStage:  # fmt: skip
     name, section = recipe.stage_names()[index], recipe.stages[index].section
-    setup = fit.setup_of(recipe, index, machine)
+    setup = fit.setup_of(recipe, index)
     tokens = _sealed_tokens(recipe, index, run_dir, steps) or rows.planned(recipe, index, measured)
     if tokens.rows:
         setup = replace(setup, micro_batch=min(setup.micro_batch, tokens.batch))
@@ -281,7 +282,7 @@ def _stage(
         "note": tokens.note,
         "seq_len": setup.seq_len,
         "micro_batch": setup.micro_batch,
-        "lr": float(section.lr),
+        "lr": section.lr,
         "dtype": setup.compute_dtype,
         "attention": setup.attention,
         "trained_parameters": memory.trained_parameters(facts, setup),

@@ -1,6 +1,7 @@
 """The recipe: what a run is, as frozen models. One class per section, in the order in which people write them.
 
-Reading YAML (line numbers, suggestions, `--set`) is in loader.py; turning `auto` into numbers is in plan.py.
+Reading YAML (line numbers, suggestions, `--set`) is in parsing/loader.py; turning `auto` into numbers is in
+planning/resolve.py, which leaves the types of resolved.py.
 Deliberately absent: dotted import paths, plug-ins, remote code. Every key here has a reader (tests/test_recipe.py).
 """
 
@@ -155,7 +156,7 @@ class LayersSection(Section):
 
 
 class TrainSection(Section):
-    """What all training stages share. `auto` is resolved per base by plan.py, which prints value and reason."""
+    """What all training stages share. `auto` is resolved per base; `plan` prints value and reason."""
 
     seq_len: Annotated[int, Field(ge=16)] | Auto = "auto"
     batch: Positive | Auto = "auto"
@@ -193,6 +194,11 @@ class MixSection(TrainSection):
     tokens: Positive | Auto = "auto"
     epochs: Annotated[float, Field(gt=0)] | None = None
     max_repeats: Annotated[float, Field(gt=0)] | None = None
+
+    @property
+    def budget(self) -> int | None:
+        """Tokens to train on; None where packing counts the text first."""
+        return None if self.tokens == "auto" else self.tokens
 
     @model_validator(mode="after")
     def _positive_total(self) -> MixSection:
@@ -279,10 +285,18 @@ class ValidateSection(Section):
     keep_best: bool = False
     max_tokens: Positive = 20_000
 
+    def interval(self, steps: int) -> int:
+        """Optimiser steps from one validation to the next, in a stage of `steps`."""
+        return max(10, steps // 5) if self.every == "auto" else self.every
+
 
 class SaveSection(Section):
     every: Positive | Auto = "auto"
     keep: Annotated[int, Field(ge=1)] = 2
+
+    def interval(self, steps: int) -> int:
+        """Optimiser steps from one checkpoint to the next, in a stage of `steps`."""
+        return max(20, steps // 10) if self.every == "auto" else self.every
 
 
 class VerifySection(Section):
@@ -409,6 +423,11 @@ class Recipe(Section):
     evaluate: EvaluateSection = EvaluateSection()
     audit: AuditSection | None = None
     ablate: AblateSection | None = None
+
+    @property
+    def memory_gib(self) -> float | None:
+        """What training may take; None: all that the card has."""
+        return None if self.memory == "auto" else self.memory
 
     @property
     def items_seed(self) -> int:

@@ -28,6 +28,7 @@ from qmedtune.planning.machine import this_machine
 from qmedtune.planning.resolve import refuse_half_on_cpu, resolve
 from qmedtune.planning.shapes import base_facts
 from qmedtune.recipe import Recipe
+from qmedtune.resolved import ResolvedRecipe
 from qmedtune.results import Run
 from qmedtune.smoke import smoke as smoked
 from qmedtune.steps import Step, inputs_of, key_of, steps_of, upstream_of
@@ -153,7 +154,7 @@ def _refused(error: QmedtuneError, step: Step, recipe: Recipe, out: Path) -> rec
     return record.Refused(told, kept.name if kept else None)
 
 
-def _check_start(recipe: Recipe, source: base.Base, to_do: Sequence[Step], offline: bool) -> None:
+def _check_start(recipe: ResolvedRecipe, source: base.Base, to_do: Sequence[Step], offline: bool) -> None:
     """What must be right before the first step, ahead of writing anything. A built-in base is right by itself."""
     if any(step.kind != "data" for step in to_do):
         refuse_half_on_cpu(recipe, this_machine())
@@ -171,7 +172,7 @@ def _check_start(recipe: Recipe, source: base.Base, to_do: Sequence[Step], offli
 
 def _do(
     step: Step,
-    recipe: Recipe,
+    recipe: ResolvedRecipe,
     model: base.Base,
     done: dict[str, store.Seal],
     out: Path,

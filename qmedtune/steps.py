@@ -16,13 +16,14 @@ from pathlib import Path
 from qmedtune import keys, store
 from qmedtune.lineage import StackInRun, final_model, lineage_of, parts_of
 from qmedtune.recipe import Recipe
+from qmedtune.resolved import ResolvedRecipe
 from qmedtune.training.shared_base import SharedBase
 
 WITHOUT_BASE = ("fold", "merge", "audit", "evaluation", "against")
 Inputs = dict[str, Path]
 Found = Mapping[str, object]
 """What a step found out, as its seal keeps it: plain JSON."""
-Work = Callable[[Recipe, Inputs, Path], Found]
+Work = Callable[[ResolvedRecipe, Inputs, Path], Found]
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Step:
     resumes: bool = False
 
 
-def steps_of(recipe: Recipe, asked: Recipe, hashes: store.HashCache) -> list[Step]:
+def steps_of(recipe: ResolvedRecipe, asked: Recipe, hashes: store.HashCache) -> list[Step]:
     """The list. `recipe` is resolved, `asked` is what the user wrote (keys must not depend on the machine)."""
     steps: list[Step] = []
     for name in recipe.used_sources():
@@ -99,15 +100,15 @@ def upstream_of(step: Step) -> set[str]:
 def _without_base(step: Step, shared: SharedBase) -> Step:
     """The step, begun when the base that training shares is given up: it needs the room."""
 
-    def work(recipe: Recipe, inputs: Inputs, out: Path) -> Found:
+    def work(recipe: ResolvedRecipe, inputs: Inputs, out: Path) -> Found:
         shared.drop()
         return step.work(recipe, inputs, out)
 
     return replace(step, work=work)
 
 
-def _source_step(recipe: Recipe, name: str, hashes: store.HashCache) -> Step:
-    def work(recipe: Recipe, inputs: Inputs, out: Path) -> Found:
+def _source_step(recipe: ResolvedRecipe, name: str, hashes: store.HashCache) -> Step:
+    def work(recipe: ResolvedRecipe, inputs: Inputs, out: Path) -> Found:
         from qmedtune.data.prepare import prepare_source
 
         return prepare_source(recipe, name, inputs, out)
@@ -118,7 +119,7 @@ def _source_step(recipe: Recipe, name: str, hashes: store.HashCache) -> Step:
     return Step(f"data/{name}", "data", section, needs, work, resumes=True)
 
 
-def _validation_step(recipe: Recipe) -> list[Step]:
+def _validation_step(recipe: ResolvedRecipe) -> list[Step]:
     needs = {"base": "base"}
     for name in recipe.data:
         if name in recipe.validation.on or name in recipe.evaluate.perplexity:
@@ -126,7 +127,7 @@ def _validation_step(recipe: Recipe) -> list[Step]:
     if len(needs) == 1:
         return []
 
-    def work(recipe: Recipe, inputs: Inputs, out: Path) -> Found:
+    def work(recipe: ResolvedRecipe, inputs: Inputs, out: Path) -> Found:
         from qmedtune.data.packing.pack import pack_validation
 
         return pack_validation(recipe, inputs["base"], inputs, out)
@@ -134,8 +135,8 @@ def _validation_step(recipe: Recipe) -> list[Step]:
     return [Step("data/validation", "data", keys.validation_section(recipe), needs, work, resumes=True)]
 
 
-def _planting_step(recipe: Recipe) -> list[Step]:
-    def work(recipe: Recipe, inputs: Inputs, out: Path) -> Found:
+def _planting_step(recipe: ResolvedRecipe) -> list[Step]:
+    def work(recipe: ResolvedRecipe, inputs: Inputs, out: Path) -> Found:
         from qmedtune.data.synthetic.canaries import plant
 
         return plant(recipe, inputs, out)
@@ -149,15 +150,15 @@ def _planting_step(recipe: Recipe) -> list[Step]:
     return [Step("data/planted", "data", keys.audit_section(recipe), needs, work)]
 
 
-def _audit_steps(recipe: Recipe, trained: dict[str, StackInRun]) -> list[Step]:
+def _audit_steps(recipe: ResolvedRecipe, trained: dict[str, StackInRun]) -> list[Step]:
     """What the canaries give away after each stage, and, where there are limits, whether that is too much."""
 
-    def measure(recipe: Recipe, inputs: Inputs, out: Path) -> Found:
+    def measure(recipe: ResolvedRecipe, inputs: Inputs, out: Path) -> Found:
         from qmedtune.audit import audit_stage
 
         return audit_stage(recipe, inputs, out)
 
-    def judge(recipe: Recipe, inputs: Inputs, out: Path) -> Found:
+    def judge(recipe: ResolvedRecipe, inputs: Inputs, out: Path) -> Found:
         from qmedtune.audit import check_limits
 
         return check_limits(recipe, inputs, out)
@@ -176,8 +177,8 @@ def _audit_steps(recipe: Recipe, trained: dict[str, StackInRun]) -> list[Step]:
     return steps
 
 
-def _tokens_step(recipe: Recipe, index: int) -> Step:
-    def work(recipe: Recipe, inputs: Inputs, out: Path) -> Found:
+def _tokens_step(recipe: ResolvedRecipe, index: int) -> Step:
+    def work(recipe: ResolvedRecipe, inputs: Inputs, out: Path) -> Found:
         from qmedtune.data.packing.classes import pack_classes
         from qmedtune.data.packing.pack import pack_stage
 
@@ -195,8 +196,8 @@ def _tokens_step(recipe: Recipe, index: int) -> Step:
     return Step(f"data/{recipe.stage_names()[index]}", "data", section, needs, work, resumes=True)
 
 
-def _training_step(recipe: Recipe, asked: Recipe, index: int, start: StackInRun, shared: SharedBase) -> Step:
-    def work(recipe: Recipe, inputs: Inputs, out: Path) -> Found:
+def _training_step(recipe: ResolvedRecipe, asked: Recipe, index: int, start: StackInRun, shared: SharedBase) -> Step:
+    def work(recipe: ResolvedRecipe, inputs: Inputs, out: Path) -> Found:
         from qmedtune.train import train_stage
 
         return train_stage(recipe, index, inputs, out, shared)
@@ -209,8 +210,8 @@ def _training_step(recipe: Recipe, asked: Recipe, index: int, start: StackInRun,
     return Step(name, recipe.stages[index].kind, section, needs, work, resumes=True)
 
 
-def _fold_step(recipe: Recipe, name: str, model: StackInRun) -> Step:
-    def work(recipe: Recipe, inputs: Inputs, out: Path) -> Found:
+def _fold_step(recipe: ResolvedRecipe, name: str, model: StackInRun) -> Step:
+    def work(recipe: ResolvedRecipe, inputs: Inputs, out: Path) -> Found:
         from qmedtune.merge import merge_stage
 
         return merge_stage(recipe, inputs, out)
@@ -218,8 +219,8 @@ def _fold_step(recipe: Recipe, name: str, model: StackInRun) -> Step:
     return Step(name, "fold", keys.fold_section(recipe), {"base": model.base, **_numbered(model.adapters)}, work)
 
 
-def _merge_step(recipe: Recipe, model: StackInRun) -> Step:
-    def weighed(recipe: Recipe, inputs: Inputs, out: Path) -> Found:
+def _merge_step(recipe: ResolvedRecipe, model: StackInRun) -> Step:
+    def weighed(recipe: ResolvedRecipe, inputs: Inputs, out: Path) -> Found:
         from qmedtune.merge import weighed_merge_stage
 
         return weighed_merge_stage(recipe, inputs, out)
@@ -236,8 +237,8 @@ def _merge_step(recipe: Recipe, model: StackInRun) -> Step:
     return Step("merged", "merge", keys.merge_section(recipe), needs, work)
 
 
-def _evaluation_step(recipe: Recipe, model: StackInRun, hashes: store.HashCache) -> Step:
-    def work(recipe: Recipe, inputs: Inputs, out: Path) -> Found:
+def _evaluation_step(recipe: ResolvedRecipe, model: StackInRun, hashes: store.HashCache) -> Step:
+    def work(recipe: ResolvedRecipe, inputs: Inputs, out: Path) -> Found:
         from qmedtune.evaluate import evaluate_stage
 
         return evaluate_stage(recipe, inputs, out)
@@ -251,8 +252,8 @@ def _evaluation_step(recipe: Recipe, model: StackInRun, hashes: store.HashCache)
     return Step("evaluation", "evaluation", keys.evaluation_section(recipe, hashes), needs, work, resumes=True)
 
 
-def _against_step(recipe: Recipe, model: StackInRun, hashes: store.HashCache) -> Step:
-    def work(recipe: Recipe, inputs: Inputs, out: Path) -> Found:
+def _against_step(recipe: ResolvedRecipe, model: StackInRun, hashes: store.HashCache) -> Step:
+    def work(recipe: ResolvedRecipe, inputs: Inputs, out: Path) -> Found:
         from qmedtune.against import against_stage
 
         return against_stage(recipe, inputs, out)
@@ -261,7 +262,7 @@ def _against_step(recipe: Recipe, model: StackInRun, hashes: store.HashCache) ->
     return Step("against", "against", keys.against_section(recipe, hashes), needs, work, resumes=True)
 
 
-def _compared(recipe: Recipe, model: StackInRun) -> dict[str, str]:
+def _compared(recipe: ResolvedRecipe, model: StackInRun) -> dict[str, str]:
     """What base and result of the run are made of."""
     origin = "base"
     if recipe.stages[0].kind == "pretrain":

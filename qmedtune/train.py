@@ -33,11 +33,11 @@ from qmedtune.model_stack import adapters_in
 from qmedtune.modeling import activations
 from qmedtune.modeling.loss import rows_nll
 from qmedtune.modeling.quiet import quiet_libraries
-from qmedtune.planning.fit import numerics_of, setup_of
+from qmedtune.planning.fit import setup_of
 from qmedtune.planning.machine import this_machine
 from qmedtune.planning.memory import peak_bytes
 from qmedtune.planning.shapes import base_facts
-from qmedtune.recipe import Recipe
+from qmedtune.resolved import ResolvedRecipe
 from qmedtune.results import Logged, Memory, Trained, Validation
 from qmedtune.training import checkpoints
 from qmedtune.training.card import check_card
@@ -46,14 +46,14 @@ from qmedtune.training.classify import attach_head, document_nll, score
 from qmedtune.training.confirm import confirm
 from qmedtune.training.resume import out_of_memory, resume_settings
 from qmedtune.training.shared_base import SharedBase
-from qmedtune.training.trainer import QTrainer, number, trainer_arguments
+from qmedtune.training.trainer import QTrainer, trainer_arguments
 
 # A loss this many times the median of so many steps before it is logged as a spike.
 SPIKE, SPIKE_WINDOW = 2.0, 50
 
 
 def train_stage(
-    recipe: Recipe, index: int, inputs: dict[str, Path], out: Path, shared: SharedBase | None = None
+    recipe: ResolvedRecipe, index: int, inputs: dict[str, Path], out: Path, shared: SharedBase | None = None
 ) -> dict[str, Any]:
     """Run stage `index` (0-based) of a resolved recipe, on the base that `shared` holds or loads (its own without one).
 
@@ -70,7 +70,7 @@ def train_stage(
         torch.cuda.reset_peak_memory_stats()
     tokenizer: Any = models.load_tokenizer(inputs["base"])
     machine = this_machine()
-    check_card(peak_bytes(base_facts(recipe.model), setup_of(recipe, index, machine), gpu=machine.is_gpu), machine)
+    check_card(peak_bytes(base_facts(recipe.model), setup_of(recipe, index), gpu=machine.is_gpu), machine)
     model, facts = _make_model(recipe, index, inputs, shared or SharedBase())
     models.check_tokenizer(tokenizer, model, inputs["base"])
     if stage.classify:
@@ -115,9 +115,9 @@ def train_stage(
     return Trained.model_validate(facts).as_json()
 
 
-def _make_model(recipe: Recipe, index: int, inputs: dict[str, Path], shared: SharedBase) -> tuple[Any, dict[str, Any]]:
+def _make_model(recipe: ResolvedRecipe, index: int, inputs: dict[str, Path], shared: SharedBase) -> tuple[Any, dict[str, Any]]:
     stage = recipe.stages[index]
-    attention = numerics_of(recipe, index, this_machine()).attention
+    attention = stage.numerics.attention
     if stage.full:
         shared.drop()
         load = models.load_full
@@ -134,18 +134,18 @@ def _make_model(recipe: Recipe, index: int, inputs: dict[str, Path], shared: Sha
     return model, {
         "kernels": kernels,
         "attention": models.attention_facts(model),
-        "layers": activations.install(model, number(stage.section.gradient_checkpointing)),
+        "layers": activations.install(model, stage.section.gradient_checkpointing),
     }
 
 
-def validation_rows(recipe: Recipe, folder: Path | None) -> dict[str, PackedRows]:
+def validation_rows(recipe: ResolvedRecipe, folder: Path | None) -> dict[str, PackedRows]:
     if folder is None:
         return {}
     return {source: PackedRows(folder / source) for source in recipe.validation.on}
 
 
 def _run(
-    recipe: Recipe,
+    recipe: ResolvedRecipe,
     index: int,
     model: Any,
     tokenizer: Any,
@@ -157,17 +157,14 @@ def _run(
     checkpoint = checkpoints.last_intact(out)
     section, made_with, warnings = resume_settings(recipe, index, checkpoint)
     steps, batch = steps_in(section, len(rows)), batch_rows(section, len(rows))
-    section = section.model_copy(update={"batch": batch, "micro_batch": min(number(section.micro_batch), batch)})
+    section = section.model_copy(update={"batch": batch, "micro_batch": min(section.micro_batch, batch)})
     few = None
     if not base_facts(recipe.model).builtin:
         few = too_few_steps(callback.name, steps)
     if few and not checkpoint:
         ui.warn(few)
         warnings = [*warnings, few]
-    save_every = recipe.save.every
-    if save_every == "auto":
-        save_every = max(20, steps // 10)
-    decided = numerics_of(recipe, index, this_machine())
+    decided = recipe.stages[index].numerics
     autocast = None
     if decided.autocast or decided.scaled:
         autocast = decided.dtype
@@ -175,7 +172,7 @@ def _run(
         out,
         section,
         seed=recipe.seed,
-        save_every=save_every,
+        save_every=recipe.save.interval(steps),
         autocast=autocast,
         deterministic=recipe.deterministic,
         checkpointing=recipe.stages[index].full and section.gradient_checkpointing is True,
@@ -246,7 +243,7 @@ class StageCallback(TrainerCallback):
     out: Path
     held_out: dict[str, PackedRows]
     pad_id: int
-    recipe: Recipe
+    recipe: ResolvedRecipe
     bar: Any = None
     tokens: int = 0
     memory: Memory = Memory()  # noqa: RUF009 - frozen
@@ -257,10 +254,7 @@ class StageCallback(TrainerCallback):
 
     def begin(self, trainer: QTrainer, steps: int) -> None:
         self.trainer, self.steps = trainer, steps
-        every = self.recipe.validation.every
-        if every == "auto":
-            every = max(10, steps // 5)
-        self.every = every
+        self.every = self.recipe.validation.interval(steps)
         self._marked = (time.monotonic(), 0)
 
     def rewind(self) -> None:

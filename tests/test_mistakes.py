@@ -381,6 +381,6 @@ def test_a_real_llama_without_a_gpu_is_warned_about(monkeypatch, capsys):
     data = {"questions": {"path": "x", "kind": "instructions"}}
     model = {"base": facts.name, "compute_dtype": "bfloat16"}
     recipe = Recipe.model_validate({"name": "x", "model": model, "data": data, "stages": [stage]})
-    room._check_machine(facts, [fit.setup_of(recipe, 0, room.this_machine())])
+    room._check_machine(facts, [fit.setup_of(recipe, 0)])
     said = capsys.readouterr().err
     assert "1.24B parameters on a CPU takes days" in said and "T4 GPU" in said and "--smoke" in said

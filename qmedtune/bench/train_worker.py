@@ -26,7 +26,8 @@ from transformers import TrainerCallback
 from qmedtune.bench import shapes
 from qmedtune.bench.job import Job
 from qmedtune.bench.merge import _anonymous_bytes
-from qmedtune.recipe import AdapterSection, CptSection, ModelSection, WarmupSection
+from qmedtune.recipe import AdapterSection, ModelSection, WarmupSection
+from qmedtune.resolved import ResolvedCpt
 
 DTYPE = torch.bfloat16
 Row = dict[str, np.ndarray]
@@ -131,11 +132,12 @@ def model_folder(job: Job, models: Path) -> Path:
 # ----------------------------------------------------------------------------------------------------------- qmedtune
 
 
-def section_of(job: Job) -> CptSection:
-    return CptSection(
+def section_of(job: Job) -> ResolvedCpt:
+    return ResolvedCpt(
         mix={"bench": 1.0},
         seq_len=job.seq_len,
         batch=job.rows,
+        min_steps=1,
         micro_batch=job.micro_batch,
         lr=job.lr,
         embedding_lr=job.lr,

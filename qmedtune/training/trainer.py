@@ -30,20 +30,13 @@ from qmedtune.errors import DataError, RunError
 from qmedtune.model import EMBEDDINGS, trainable
 from qmedtune.modeling.collation import Rows, collate, supervised_weight
 from qmedtune.modeling.loss import token_nll
-from qmedtune.recipe import TrainSection, WarmupSection
+from qmedtune.resolved import ResolvedTraining
 from qmedtune.training import checkpoints
 
 
-def number(value: Any) -> Any:
-    """A value that plan.resolve must have filled in."""
-    assert value != "auto", "the recipe was not resolved"
-    return value
-
-
-def learning_rate_factor(section: TrainSection, total_steps: int):
+def learning_rate_factor(section: ResolvedTraining, total_steps: int):
     """Step -> factor on the peak learning rate: linear warm-up, then the schedule down to `min_lr_ratio`, reached at
     the horizon (which may lie beyond the last step, or before it). A warm-up ratio is one of the horizon."""
-    assert isinstance(section.warmup, WarmupSection)
     horizon = section.horizon_steps or max(1, round(total_steps * (section.horizon_ratio or 1)))
     warmup = section.warmup.steps if section.warmup.steps is not None else round((section.warmup.ratio or 0) * horizon)
     floor = section.min_lr_ratio
@@ -58,7 +51,7 @@ def learning_rate_factor(section: TrainSection, total_steps: int):
     return factor
 
 
-def parameter_groups(model: torch.nn.Module, section: TrainSection) -> list[dict[str, Any]]:
+def parameter_groups(model: torch.nn.Module, section: ResolvedTraining) -> list[dict[str, Any]]:
     """Adapters and embeddings apart, since embeddings take another learning rate."""
     embeddings, rest = [], []
     for name, parameter in trainable(model).items():
@@ -70,10 +63,10 @@ def parameter_groups(model: torch.nn.Module, section: TrainSection) -> list[dict
     return [group for group in groups if group["params"]]
 
 
-def make_optimizer(model: torch.nn.Module, section: TrainSection) -> torch.optim.Optimizer:
+def make_optimizer(model: torch.nn.Module, section: ResolvedTraining) -> torch.optim.Optimizer:
     groups = parameter_groups(model, section)
     options = {"betas": section.betas, "eps": section.adam_eps, "weight_decay": section.weight_decay}
-    if section.optimizer in ("auto", "adamw"):
+    if section.optimizer == "adamw":
         return torch.optim.AdamW(groups, fused=True, **options)
     import bitsandbytes as bnb
 
@@ -82,7 +75,7 @@ def make_optimizer(model: torch.nn.Module, section: TrainSection) -> torch.optim
 
 
 class QTrainer(SFTTrainer):
-    """The one subclass of the project. `section` is resolved: no `auto` in it. `nll` is what a micro-batch's summed
+    """The one subclass of the project. `nll` is what a micro-batch's summed
     loss is computed by, from the model and the collated arrays."""
 
     nll: Callable[..., Tensor] = staticmethod(token_nll)
@@ -92,7 +85,7 @@ class QTrainer(SFTTrainer):
         model: Any,
         args: SFTConfig,
         rows: Rows,
-        section: TrainSection,
+        section: ResolvedTraining,
         tokenizer: Any,
         keep: int,
         made_with: dict[str, Any],
@@ -102,7 +95,7 @@ class QTrainer(SFTTrainer):
         self.section, self.keep, self.made_with = section, keep, made_with
         self.stage = Path(str(args.output_dir)).parent
         self.trained_model: Any = model
-        self.micro_batch = number(section.micro_batch)
+        self.micro_batch = section.micro_batch
         self.warnings: list[str] = []  # of the step in hand, for the log
         self.tokens_seen = 0
         self.data_seconds = 0.0  # waited for rows in all
@@ -265,7 +258,7 @@ def exact_sums() -> None:
 
 def trainer_arguments(
     stage: Path,
-    section: TrainSection,
+    section: ResolvedTraining,
     *,
     seed: int,
     save_every: int,
@@ -281,10 +274,10 @@ def trainer_arguments(
     """
     arguments = SFTConfig(
         output_dir=str(stage / store.SCRATCH),
-        per_device_train_batch_size=number(section.batch),
+        per_device_train_batch_size=section.batch,
         gradient_accumulation_steps=1,  # QTrainer loops over micro-batches itself
         num_train_epochs=1,  # packing laid out all epochs
-        learning_rate=float(number(section.lr)),
+        learning_rate=section.lr,
         max_grad_norm=section.max_grad_norm,
         gradient_checkpointing=checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},

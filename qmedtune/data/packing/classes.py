@@ -21,7 +21,7 @@ from qmedtune.data.packing.ledger import Draws
 from qmedtune.data.packing.tokens import Codec, load_codec
 from qmedtune.data.reading.document import Record
 from qmedtune.errors import DataError
-from qmedtune.recipe import ClassifySection, Recipe
+from qmedtune.resolved import ResolvedClassify, ResolvedRecipe
 from qmedtune.results import Packing
 
 TARGETS, LABELS, IDS, HELD_OUT = "targets.npy", "labels.json", "ids.json", "heldout"
@@ -30,7 +30,7 @@ ALL = 2**62  # of the tokens held out: all are scored, whatever cap holds in tra
 
 
 def pack_classes(
-    recipe: Recipe, index: int, tokenizer_dir: Path, inputs: Mapping[str, Path], out: Path
+    recipe: ResolvedRecipe, index: int, tokenizer_dir: Path, inputs: Mapping[str, Path], out: Path
 ) -> dict[str, Any]:
     """Lay out the documents of classify stage `index` below `out`, the held-out ones below `out/heldout`.
 
@@ -39,7 +39,7 @@ def pack_classes(
     Raises DataError for fewer than two labels and where nothing is held out.
     """
     section = recipe.stages[index].classify
-    assert section is not None and isinstance(section.seq_len, int)
+    assert section is not None, "a stage of another kind"
     codec, folder = load_codec(tokenizer_dir), inputs[section.data]
     labels = sorted({name for _, names in _labels(folder / "train.jsonl", section.multi_label) for name in names})
     if len(labels) < 2:
@@ -59,7 +59,7 @@ def pack_classes(
 
 
 def _lay_out(
-    recipe: Recipe, section: ClassifySection, codec: Codec, tokenizer_dir: Path, path: Path, out: Path,
+    recipe: ResolvedRecipe, section: ResolvedClassify, codec: Codec, tokenizer_dir: Path, path: Path, out: Path,
     labels: list[str], rng: np.random.Generator | None,
 ) -> dict[str, Any]:  # fmt: skip
     """Pack one file: all of it once in its order for scoring, `epochs` shuffled passes where there is a generator."""
@@ -80,7 +80,6 @@ def _lay_out(
     everything = np.arange(len(corpus.documents))
     plan = Draws(np.zeros(len(everything), np.int64), everything, {section.data: 1.0}, [])
     if rng is not None:
-        assert not isinstance(section.epochs, str)
         plan = pack.epochs(section.epochs, [corpus], rng)
     return pack.write_rows(recipe, [corpus], section, plan, rng or np.random.default_rng(0), out, whole=True)
 
