@@ -48,7 +48,7 @@ def splits_of(recipe: Recipe) -> tuple[list[compare.Split], list[str]]:
     """The recipe's tasks that can be compared, each once and zero-shot; and the labels of those that cannot.
     RecipeError where none is left."""
     found, left_out = {}, []
-    for section in recipe.evaluate.sections:
+    for section in recipe.evaluate.tasks:
         bare = section.model_copy(update={"shots": 0})
         task = load_task(bare, recipe.items_seed, world_of(recipe))
         if not compare.comparable(task):
@@ -74,7 +74,7 @@ def check(recipe: Recipe, offline: bool) -> None:
 
 def _shots(recipe: Recipe) -> tuple[int, ...]:
     """None, and every number of examples that a task of the recipe asks for."""
-    return tuple(sorted({0, *(section.shots for section in recipe.evaluate.sections)}))
+    return tuple(sorted({0, *(section.shots for section in recipe.evaluate.tasks)}))
 
 
 def _own(recipe: Recipe, contender: Contender, template: templates.Template) -> OpenModel:

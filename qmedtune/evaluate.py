@@ -55,7 +55,7 @@ def evaluate_stage(recipe: ResolvedRecipe, inputs: dict[str, Path], out: Path) -
     the content of evaluation.json.
     """
     tasks = []
-    for section in recipe.evaluate.sections:
+    for section in recipe.evaluate.tasks:
         tasks.append(load_task(section, recipe.items_seed, world_of(recipe)))
     window = document_window(inputs["base"])
     held_out = {}

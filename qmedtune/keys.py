@@ -237,7 +237,7 @@ def fold_section(recipe: Recipe) -> MadeFrom:
 def evaluation_section(recipe: Recipe, hashes: store.HashCache) -> MadeFrom:
     section = recipe.evaluate.model_dump(mode="json", exclude={"batch", "against"})
     section |= {"format": EVALUATION_FORMAT, "merge_dtype": recipe.merge.dtype}
-    return {"evaluate": section, "seed": recipe.seed, "benchmarks": benchmarks(recipe.evaluate.sections, hashes)}
+    return {"evaluate": section, "seed": recipe.seed, "benchmarks": benchmarks(recipe.evaluate.tasks, hashes)}
 
 
 def against_section(recipe: Recipe, hashes: store.HashCache) -> MadeFrom:
@@ -246,7 +246,7 @@ def against_section(recipe: Recipe, hashes: store.HashCache) -> MadeFrom:
     for name in recipe.evaluate.against:
         models.append([name, *_model_marks(Path(name).expanduser())])
     section |= {"against": models, "merge_dtype": recipe.merge.dtype}
-    return {"evaluate": section, "seed": recipe.seed, "benchmarks": benchmarks(recipe.evaluate.sections, hashes)}
+    return {"evaluate": section, "seed": recipe.seed, "benchmarks": benchmarks(recipe.evaluate.tasks, hashes)}
 
 
 def _model_marks(path: Path) -> list[list[Any]]:

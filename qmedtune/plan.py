@@ -168,8 +168,7 @@ def _measure_sources(
     measured: dict[str, Measured] = {}
     for name, sample in samples.items():
         source = recipe.data[name]
-        builtin_text = all(path.startswith("builtin:") for path in source.paths)
-        counting = count_with(folder, facts.vocab, source, builtin_base=facts.builtin, builtin_text=builtin_text)
+        counting = count_with(folder, facts.vocab, source, builtin_base=facts.builtin, builtin_text=source.is_builtin)
         measured[name] = estimate_source(sample, source, counting)
     for name, why in missing.items():
         measured[name] = Measured(Estimate(0, 0, 0.0, missing=why))

@@ -138,7 +138,7 @@ def check_evaluation(recipe: Recipe, folder: Path | None, *, within_bytes: int |
     rendered; returns what was left.
     """
     left, room = [], within_bytes or 0
-    for section in recipe.evaluate.sections:
+    for section in recipe.evaluate.tasks:
         if within_bytes is not None:
             if why := _left_out(section, room):
                 left.append(why)

@@ -10,7 +10,14 @@ from __future__ import annotations
 import codecs
 from typing import Annotated, Literal, cast
 
-from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    field_serializer,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from qmedtune.fields import (
     Auto,
@@ -94,6 +101,11 @@ class SourceSection(Section):
     def paths(self) -> list[str]:
         """`path` as a list."""
         return [self.path] if isinstance(self.path, str) else self.path
+
+    @property
+    def is_builtin(self) -> bool:
+        """All of it is text of the built-in world."""
+        return all(path.startswith("builtin:") for path in self.paths)
 
     @field_validator("delimiter")
     @classmethod
@@ -353,7 +365,7 @@ class TaskSection(Section):
 
 
 class EvaluateSection(Section):
-    tasks: list[str | TaskSection] = []
+    tasks: list[TaskSection] = []  # in a recipe, a task of which nothing is said may stand as its bare name
     perplexity: list[str] = []
     precision: Literal["delivered", "nf4", "full16"] = "delivered"  # of base and result: as merged, as trained, 16 bit
     generate: bool = True
@@ -362,10 +374,24 @@ class EvaluateSection(Section):
     items_seed: Annotated[int, Field(ge=0, lt=2**32)] | None = later(None)  # draws items and examples; None: `seed`
     against: list[str] = later([])  # models that the result is held against, as `qmedtune compare` does
 
-    @property
-    def sections(self) -> list[TaskSection]:
-        """`tasks`, the bare names among them as sections too."""
-        return [TaskSection(task=task) if isinstance(task, str) else task for task in self.tasks]
+    @field_validator("tasks", mode="before", json_schema_input_type=list[str | TaskSection])
+    @classmethod
+    def _bare_names(cls, value: object) -> object:
+        if not isinstance(value, list):
+            return value
+        sections: list[object] = []
+        for task in cast(list[object], value):
+            sections.append({"task": task} if isinstance(task, str) else task)
+        return sections
+
+    @field_serializer("tasks", mode="wrap")
+    def _as_written(self, tasks: list[TaskSection], write: SerializerFunctionWrapHandler) -> list[object]:
+        """Bare names again, so that keys and records are what they were when sections were made later."""
+        told: list[object] = write(tasks)
+        for place, task in enumerate(tasks):
+            if task == TaskSection(task=task.task):
+                told[place] = task.task
+        return told
 
 
 class AuditSection(Section):

@@ -68,7 +68,7 @@ def with_seed(recipe: Recipe, seed: int) -> Recipe:
     """The recipe on another seed. Where `limit` draws items, all seeds are asked those of the recipe's own: scores are
     compared item by item."""
     evaluate = recipe.evaluate
-    if seed != recipe.seed and any(section.limit for section in evaluate.sections):
+    if seed != recipe.seed and any(section.limit for section in evaluate.tasks):
         evaluate = evaluate.model_copy(update={"items_seed": recipe.items_seed})
     return recipe.model_copy(update={"seed": seed, "evaluate": evaluate})
 

@@ -115,7 +115,7 @@ def _stage(
 ) -> tuple[Recipe, Numerics]:
     stage = recipe.stages[index]
     where = f"stages[{index}].{stage.kind}"
-    on_builtin_text = all(_paths_are_builtin(recipe, name) for name in stage.sources)
+    on_builtin_text = all(recipe.data[name].is_builtin for name in stage.sources)
     if facts.builtin:
         proposals = _tiny_stage(facts, stage, on_builtin_text)
     else:
@@ -141,10 +141,6 @@ def _with_stage(recipe: Recipe, index: int, section: Section) -> Recipe:
     stages = list(recipe.stages)
     stages[index] = stages[index].model_copy(update={stages[index].kind: section})
     return recipe.model_copy(update={"stages": stages})
-
-
-def _paths_are_builtin(recipe: Recipe, name: str) -> bool:
-    return all(path.startswith("builtin:") for path in recipe.data[name].paths)
 
 
 # ---- decided by recipe and base --------------------------------------------------------------------------------------
