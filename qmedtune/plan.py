@@ -162,7 +162,11 @@ def _length_notes(recipe: ResolvedRecipe, facts: BaseFacts) -> list[str]:
 
 
 def _measure_sources(
-    recipe: ResolvedRecipe, facts: BaseFacts, folder: Path | None, samples: Mapping[str, Sample], missing: Mapping[str, str]
+    recipe: ResolvedRecipe,
+    facts: BaseFacts,
+    folder: Path | None,
+    samples: Mapping[str, Sample],
+    missing: Mapping[str, str],
 ) -> dict[str, Measured]:
     """The tokens of each source; none of those that are `missing`, with the reason."""
     measured: dict[str, Measured] = {}

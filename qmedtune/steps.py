@@ -200,7 +200,7 @@ def _training_step(recipe: ResolvedRecipe, asked: Recipe, index: int, start: Sta
     def work(recipe: ResolvedRecipe, inputs: Inputs, out: Path) -> Found:
         from qmedtune.train import train_stage
 
-        return train_stage(recipe, index, inputs, out, shared)
+        return train_stage(recipe, index, inputs, out, shared=shared)
 
     name = recipe.stage_names()[index]
     needs = {"base": start.base, "tokens": f"data/{name}", **_numbered(start.adapters)}

@@ -37,7 +37,7 @@ from qmedtune.planning.fit import setup_of
 from qmedtune.planning.machine import this_machine
 from qmedtune.planning.memory import peak_bytes
 from qmedtune.planning.shapes import base_facts
-from qmedtune.resolved import ResolvedRecipe
+from qmedtune.resolved import ResolvedRecipe, ResolvedStage
 from qmedtune.results import Logged, Memory, Trained, Validation
 from qmedtune.training import checkpoints
 from qmedtune.training.card import check_card
@@ -46,14 +46,43 @@ from qmedtune.training.classify import attach_head, document_nll, score
 from qmedtune.training.confirm import confirm
 from qmedtune.training.resume import out_of_memory, resume_settings
 from qmedtune.training.shared_base import SharedBase
-from qmedtune.training.trainer import QTrainer, trainer_arguments
+from qmedtune.training.trainer import Material, QTrainer, trainer_arguments
 
 # A loss this many times the median of so many steps before it is logged as a spike.
 SPIKE, SPIKE_WINDOW = 2.0, 50
 
 
+@dataclass(frozen=True)
+class TrainingJob:
+    """Stage `index` (0-based) of a resolved recipe, the folders that it reads, and the one that it writes."""
+
+    recipe: ResolvedRecipe
+    index: int
+    inputs: dict[str, Path]
+    out: Path
+
+    @property
+    def stage(self) -> ResolvedStage:
+        return self.recipe.stages[self.index]
+
+    @property
+    def name(self) -> str:
+        return self.recipe.stage_names()[self.index]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What is trained and on what: `packed` is the seal of the packed rows, `facts` say how the model computes."""
+
+    model: Any
+    tokenizer: Any
+    rows: PackedRows
+    packed: dict[str, Any]
+    facts: dict[str, Any]
+
+
 def train_stage(
-    recipe: ResolvedRecipe, index: int, inputs: dict[str, Path], out: Path, shared: SharedBase | None = None
+    recipe: ResolvedRecipe, index: int, inputs: dict[str, Path], out: Path, *, shared: SharedBase | None = None
 ) -> dict[str, Any]:
     """Run stage `index` (0-based) of a resolved recipe, on the base that `shared` holds or loads (its own without one).
 
@@ -62,7 +91,39 @@ def train_stage(
     trained), `out/template.json` for SFT, the head and its scores for `classify`, and `out/metrics.jsonl`; returns the
     facts of run.json's stage entry. An earlier attempt in `out` is continued from its last intact checkpoint.
     """
-    stage, name = recipe.stages[index], recipe.stage_names()[index]
+    job = TrainingJob(recipe, index, inputs, out)
+    loaded = _load(job, shared or SharedBase())
+    callback = _callback(job, loaded)
+    started = time.monotonic()
+    checkpoint = checkpoints.last_intact(out)
+    trainer = _trainer(job, loaded, callback, checkpoint)
+    total = loaded.packed["tokens"]["trained"]
+    with ui.stage(job.name, total=total, unit="tokens", completed=callback.tokens) as callback.bar:
+        if callback.held_out and checkpoint is None:
+            callback.validate(0)  # where the curve begins: what training changes is seen from its first step on
+        try:
+            with stop.graceful():
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory(recipe, index, trainer.state.global_step + 1) from error
+        if trainer.state.global_step < callback.steps:
+            stop.raise_if_requested()
+    assert callback.tokens == total, "tokens trained differ from the packing ledger"
+    callback.restore_best(loaded.model)
+    facts = loaded.facts | callback.facts(trainer, time.monotonic() - started)
+    facts["warnings"] += models.fallbacks(facts)
+    facts |= _results(job, loaded, trainer)
+    # They know each other: only a collection frees them, and the next stage needs the room.
+    del trainer, loaded, callback
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return Trained.model_validate(facts).as_json()
+
+
+def _load(job: TrainingJob, shared: SharedBase) -> Loaded:
+    """Model, tokenizer and rows of the stage, in a process made ready for it."""
+    recipe, index, inputs = job.recipe, job.index, job.inputs
     set_seed(recipe.seed + index)
     quiet_libraries()
     peak.reset()
@@ -71,52 +132,19 @@ def train_stage(
     tokenizer: Any = models.load_tokenizer(inputs["base"])
     machine = this_machine()
     check_card(peak_bytes(base_facts(recipe.model), setup_of(recipe, index), gpu=machine.is_gpu), machine)
-    model, facts = _make_model(recipe, index, inputs, shared or SharedBase())
+    model, facts = _make_model(job, shared)
     models.check_tokenizer(tokenizer, model, inputs["base"])
-    if stage.classify:
+    if job.stage.classify:
         rows = LabelledRows(inputs["tokens"])
-        attach_head(model, rows, stage.classify)
+        attach_head(model, rows, job.stage.classify)
     else:
         rows = PackedRows(inputs["tokens"])
     packed = json.loads((inputs["tokens"] / store.SEAL).read_text())["facts"]
-    callback = StageCallback(
-        name, out, validation_rows(recipe, inputs.get("validation")), tokenizer.pad_token_id, recipe
-    )
-    callback.judges = [source for source in recipe.judged_by(index) if source in callback.held_out]
-    started = time.monotonic()
-    trainer = _run(recipe, index, model, tokenizer, rows, packed, callback, out)
-    facts |= callback.facts(trainer, time.monotonic() - started)
-    facts["warnings"] += models.fallbacks(facts)
-    facts |= {"kind": stage.kind, "tokens": packed["tokens"], "mixture": packed["mixture"]}
-    if (template := inputs["tokens"] / templates.FILE).is_file():
-        shutil.copyfile(template, out / templates.FILE)
-    if stage.classify:
-        with trainer.compute_loss_context_manager():
-            found = score(model, inputs["tokens"], tokenizer.pad_token_id, trainer.micro_batch, recipe.seed, out)
-        facts |= {"classification": packed["classes"] | found}
-    trained_on = name_of_base(recipe.model.base, inputs["base"], inputs["tokens"].parent.parent)
-    if stage.section.adapter != "frozen":
-        _finish(model, tokenizer, stage.full, trained_on, out)
-    if stage.classify and stage.classify.train_earlier:
-        for place, adapter in enumerate(list(model.peft_config)[:-1], start=1):
-            models.save_adapter(model, out / f"earlier-{place}", trained_on, adapter)
-    if not stage.full and stage.section.adapter != "frozen":
-        below = adapters_in(inputs)
-        if stage.section.adapter == "continue":
-            below = below[:-1]
-        note_base(out / "adapter", trained_on, inputs["base"], below, recipe.model.quantization)
-    if stage.full:
-        facts["model"] = {"path": f"{name}/model"}
-    # They know each other: only a collection frees them, and the next stage needs the room.
-    del trainer, model, callback
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    return Trained.model_validate(facts).as_json()
+    return Loaded(model, tokenizer, rows, packed, facts)
 
 
-def _make_model(recipe: ResolvedRecipe, index: int, inputs: dict[str, Path], shared: SharedBase) -> tuple[Any, dict[str, Any]]:
-    stage = recipe.stages[index]
+def _make_model(job: TrainingJob, shared: SharedBase) -> tuple[Any, dict[str, Any]]:
+    recipe, stage, inputs = job.recipe, job.stage, job.inputs
     attention = stage.numerics.attention
     if stage.full:
         shared.drop()
@@ -126,10 +154,10 @@ def _make_model(recipe: ResolvedRecipe, index: int, inputs: dict[str, Path], sha
         model = load(inputs["base"], recipe.model, attention=attention)
         return model, {"attention": models.attention_facts(model)}
     base = shared.load(inputs["base"], recipe.model, attention=attention)
-    set_seed(recipe.seed + index)  # whatever loading has drawn
+    set_seed(recipe.seed + job.index)  # whatever loading has drawn
     earlier = adapters_in(inputs)
     continued = stage.section.adapter in ("continue", "frozen")  # attach_head freezes what is frozen
-    model = models.attach_adapter(base, recipe.adapter_of(index), earlier, continued=continued)
+    model = models.attach_adapter(base, recipe.adapter_of(job.index), earlier, continued=continued)
     kernels = models.install_kernels(model, recipe.model.kernels)
     return model, {
         "kernels": kernels,
@@ -144,49 +172,47 @@ def validation_rows(recipe: ResolvedRecipe, folder: Path | None) -> dict[str, Pa
     return {source: PackedRows(folder / source) for source in recipe.validation.on}
 
 
-def _run(
-    recipe: ResolvedRecipe,
-    index: int,
-    model: Any,
-    tokenizer: Any,
-    rows: PackedRows,
-    packed: dict[str, Any],
-    callback: StageCallback,
-    out: Path,
-) -> QTrainer:
-    checkpoint = checkpoints.last_intact(out)
+def _callback(job: TrainingJob, loaded: Loaded) -> StageCallback:
+    held_out = validation_rows(job.recipe, job.inputs.get("validation"))
+    callback = StageCallback(job.name, job.out, held_out, loaded.tokenizer.pad_token_id, job.recipe)
+    callback.judges = [source for source in job.recipe.judged_by(job.index) if source in held_out]
+    return callback
+
+
+def _trainer(job: TrainingJob, loaded: Loaded, callback: StageCallback, checkpoint: Path | None) -> QTrainer:
+    """The trainer at the step of `checkpoint`, and `callback` with it; what is to be warned of is told by then."""
+    recipe, index, rows = job.recipe, job.index, loaded.rows
     section, made_with, warnings = resume_settings(recipe, index, checkpoint)
     steps, batch = steps_in(section, len(rows)), batch_rows(section, len(rows))
     section = section.model_copy(update={"batch": batch, "micro_batch": min(section.micro_batch, batch)})
     few = None
     if not base_facts(recipe.model).builtin:
-        few = too_few_steps(callback.name, steps)
+        few = too_few_steps(job.name, steps)
     if few and not checkpoint:
         ui.warn(few)
         warnings = [*warnings, few]
-    decided = recipe.stages[index].numerics
+    decided = job.stage.numerics
     autocast = None
     if decided.autocast or decided.scaled:
         autocast = decided.dtype
     arguments = trainer_arguments(
-        out,
+        job.out,
         section,
         seed=recipe.seed,
         save_every=recipe.save.interval(steps),
         autocast=autocast,
         deterministic=recipe.deterministic,
-        checkpointing=recipe.stages[index].full and section.gradient_checkpointing is True,
+        checkpointing=job.stage.full and section.gradient_checkpointing is True,
     )
-    trainer = QTrainer(model, arguments, rows, section, tokenizer, recipe.save.keep, made_with, [callback])
+    material = Material(loaded.model, loaded.tokenizer, rows, section)
+    trainer = QTrainer(material, arguments, [callback], keep=recipe.save.keep, made_with=made_with)
     trainer.remove_callback(PrinterCallback)
-    if recipe.stages[index].classify:
+    if job.stage.classify:
         trainer.nll = document_nll
     callback.begin(trainer, steps)
-    checkpoints.go_back(out, checkpoint)
+    checkpoints.go_back(job.out, checkpoint)
     callback.rewind()
-    begins_at, resumed_from = 0, None
-    if checkpoint:
-        begins_at, resumed_from = checkpoints.step_of(checkpoint), str(checkpoint)
+    begins_at = checkpoints.step_of(checkpoint) if checkpoint else 0
     for warning in warnings:
         callback.warn(begins_at, warning)
     callback.memory = confirm(recipe, index, trainer, rows)
@@ -194,32 +220,44 @@ def _run(
         ui.warn(line)
         callback.warn(0, line)
     if checkpoint:
-        ui.note(f"{callback.name} goes on after step {begins_at:,} of {steps:,}")
-    total = packed["tokens"]["trained"]
-    with ui.stage(callback.name, total=total, unit="tokens", completed=callback.tokens) as callback.bar:
-        if callback.held_out and not checkpoint:
-            callback.validate(0)  # where the curve begins: what training changes is seen from its first step on
-        try:
-            with stop.graceful():
-                trainer.train(resume_from_checkpoint=resumed_from)
-        except torch.OutOfMemoryError as error:
-            raise out_of_memory(recipe, index, trainer.state.global_step + 1) from error
-        if trainer.state.global_step < steps:
-            stop.raise_if_requested()
-    assert callback.tokens == total, "tokens trained differ from the packing ledger"
-    callback.restore_best(model)
+        ui.note(f"{job.name} goes on after step {begins_at:,} of {steps:,}")
     return trainer
 
 
-def _finish(model: Any, tokenizer: Any, full: bool, base_name: str, out: Path) -> None:
-    """Leave only what the stage is for: the adapter (or the model), its template, the metrics."""
-    if full:
-        model.to(torch.bfloat16).save_pretrained(str(out / "model"))
-        tokenizer.save_pretrained(str(out / "model"))
-        if (out / templates.FILE).is_file():
-            write_template(out / "model", out)
-    else:
-        models.save_adapter(model, out / "adapter", base_name)
+def _results(job: TrainingJob, loaded: Loaded, trainer: QTrainer) -> dict[str, Any]:
+    """Leave only what the stage is for: adapter, model or head, template and metrics. Returns what is told of it."""
+    recipe, stage, inputs, out = job.recipe, job.stage, job.inputs, job.out
+    model, tokenizer, packed = loaded.model, loaded.tokenizer, loaded.packed
+    facts: dict[str, Any] = {"kind": stage.kind, "tokens": packed["tokens"], "mixture": packed["mixture"]}
+    if (template := inputs["tokens"] / templates.FILE).is_file():
+        shutil.copyfile(template, out / templates.FILE)
+    if stage.classify:
+        with trainer.compute_loss_context_manager():
+            found = score(model, inputs["tokens"], tokenizer.pad_token_id, trainer.micro_batch, recipe.seed, out)
+        facts["classification"] = packed["classes"] | found
+    trained_on = name_of_base(recipe.model.base, inputs["base"], inputs["tokens"].parent.parent)
+    if stage.full:
+        _save_model(model, tokenizer, out)
+        facts["model"] = {"path": f"{job.name}/model"}
+        return facts
+    if stage.section.adapter != "frozen":
+        models.save_adapter(model, out / "adapter", trained_on)
+    if stage.classify and stage.classify.train_earlier:
+        for place, adapter in enumerate(list(model.peft_config)[:-1], start=1):
+            models.save_adapter(model, out / f"earlier-{place}", trained_on, adapter)
+    if stage.section.adapter != "frozen":
+        below = adapters_in(inputs)
+        if stage.section.adapter == "continue":
+            below = below[:-1]
+        note_base(out / "adapter", trained_on, inputs["base"], below, recipe.model.quantization)
+    return facts
+
+
+def _save_model(model: Any, tokenizer: Any, out: Path) -> None:
+    model.to(torch.bfloat16).save_pretrained(str(out / "model"))
+    tokenizer.save_pretrained(str(out / "model"))
+    if (out / templates.FILE).is_file():
+        write_template(out / "model", out)
 
 
 def mean_loss(model: Any, rows: PackedRows, pad_id: int, batch: int) -> float:

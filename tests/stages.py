@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from qmedtune import interrupt, plan, train
 from qmedtune.parsing.loader import load_recipe
-from qmedtune.recipe import Recipe
+from qmedtune.resolved import ResolvedRecipe
 
 # Dropout draws random numbers in every step; two micro-batches accumulate; sources are read several times; the
 # best weights are put back at the end.
@@ -30,7 +30,7 @@ HARD = (
 )
 
 
-def hard() -> Recipe:
+def hard() -> ResolvedRecipe:
     recipe, _ = plan.resolve(load_recipe(MICRO, HARD).recipe)
     return recipe
 

@@ -150,7 +150,8 @@ def test_a_quantised_base_leaves_the_adapter_exact(micro_run: MicroRun, tmp_path
         tmp_path, section, seed=0, save_every=10, autocast=None, deterministic=False, checkpointing=False
     )
     rows = PackedRows(micro_run.inputs()["tokens"])
-    trainer.QTrainer(model, arguments, rows, section, models.load_tokenizer(micro_run.base), 1, {}, [])
+    material = trainer.Material(model, models.load_tokenizer(micro_run.base), rows, section)
+    trainer.QTrainer(material, arguments, [])
     assert all(torch.equal(p, before[name]) for name, p in models.trainable(model).items())
 
 

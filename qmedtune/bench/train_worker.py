@@ -183,7 +183,7 @@ def layers_of(job: Job) -> dict[str, int]:
 def qmedtune(job: Job, folder: Path, clock: Clock, kernels: str, attention: str = "auto") -> None:
     from qmedtune import model as models
     from qmedtune.modeling import activations
-    from qmedtune.training.trainer import QTrainer, trainer_arguments
+    from qmedtune.training.trainer import Material, QTrainer, trainer_arguments
 
     model, section = adapted(job, folder, kernels, attention), section_of(job)
     clock.more["layers"] = layers_of(job)
@@ -198,7 +198,7 @@ def qmedtune(job: Job, folder: Path, clock: Clock, kernels: str, attention: str 
         checkpointing=False,
     )
     rows = packed_rows(job, model.config.vocab_size)
-    trainer = QTrainer(model, arguments, rows, section, models.load_tokenizer(folder), 1, {}, [clock])
+    trainer = QTrainer(Material(model, models.load_tokenizer(folder), rows, section), arguments, [clock])
     trainer.train()
     clock.more["micro_batch"] = trainer.micro_batch
     clock.more["data_share"] = trainer.data_seconds / (clock.marks[-1] - clock.marks[0])

@@ -21,7 +21,9 @@ MadeWith = dict[str, str | int]
 """Settings that this machine chose, as a checkpoint's seal holds them."""
 
 
-def resume_settings(recipe: ResolvedRecipe, index: int, checkpoint: Path | None) -> tuple[ResolvedTraining, MadeWith, list[str]]:
+def resume_settings(
+    recipe: ResolvedRecipe, index: int, checkpoint: Path | None
+) -> tuple[ResolvedTraining, MadeWith, list[str]]:
     """The stage's section, what this machine chose for it, and what of that differs from the checkpoint's making.
 
     `auto` may choose otherwise than where the attempt began (another card). An optimiser's states fit no other one, so

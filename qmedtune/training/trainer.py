@@ -9,8 +9,9 @@ run); checkpoints are checkpoints.py's: the trained weights alone, sealed, nothi
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -74,25 +75,34 @@ def make_optimizer(model: torch.nn.Module, section: ResolvedTraining) -> torch.o
     return kind(groups, **options)
 
 
+@dataclass(frozen=True)
+class Material:
+    """What is trained, on which rows, and how: `section` says batch, micro-batch, rates and optimiser."""
+
+    model: Any
+    tokenizer: Any
+    rows: Rows
+    section: ResolvedTraining
+
+
 class QTrainer(SFTTrainer):
-    """The one subclass of the project. `nll` is what a micro-batch's summed
-    loss is computed by, from the model and the collated arrays."""
+    """The one subclass of the project. `nll` is what a micro-batch's summed loss is computed by, from the model and the
+    collated arrays."""
 
     nll: Callable[..., Tensor] = staticmethod(token_nll)
 
     def __init__(
         self,
-        model: Any,
+        material: Material,
         args: SFTConfig,
-        rows: Rows,
-        section: ResolvedTraining,
-        tokenizer: Any,
-        keep: int,
-        made_with: dict[str, Any],
         callbacks: list[TrainerCallback],
+        *,
+        keep: int = 1,
+        made_with: Mapping[str, str | int] | None = None,
     ):
         """`keep` checkpoints stay; `made_with` is told in each of them."""
-        self.section, self.keep, self.made_with = section, keep, made_with
+        model, tokenizer, rows, section = material.model, material.tokenizer, material.rows, material.section
+        self.section, self.keep, self.made_with = section, keep, dict(made_with or {})
         self.stage = Path(str(args.output_dir)).parent
         self.trained_model: Any = model
         self.micro_batch = section.micro_batch

@@ -287,7 +287,9 @@ def _table(corpora: list[Corpus]) -> np.ndarray:
     return np.zeros((0, 3), np.int64)
 
 
-def pack_validation(recipe: ResolvedRecipe, tokenizer_dir: Path, inputs: Mapping[str, Path], out: Path) -> dict[str, Any]:
+def pack_validation(
+    recipe: ResolvedRecipe, tokenizer_dir: Path, inputs: Mapping[str, Path], out: Path
+) -> dict[str, Any]:
     """Held-out text of every source that is validated on, each packed once into `out/<source>/`.
 
     At most `validate.max_tokens` each, in file order; rows as long as those of the stage that trains on the source
