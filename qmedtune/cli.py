@@ -23,6 +23,7 @@ from qmedtune.commands import compare as cli_compare
 from qmedtune.commands import export as cli_export
 from qmedtune.commands import fetch as cli_fetch
 from qmedtune.commands import model as cli_model
+from qmedtune.commands import recipe as cli_recipe
 from qmedtune.commands import run as cli_run
 from qmedtune.commands import watch as cli_watch
 from qmedtune.errors import QmedtuneError
@@ -56,6 +57,7 @@ COMMANDS = {
     "fetch": cli_fetch.fetch,
     "doctor": cli_run.doctor,
     "selftest": cli_run.selftest,
+    "recipe": cli_recipe.recipe,
     "schema": cli_run.schema,
 }
 for name, command in COMMANDS.items():

@@ -32,5 +32,7 @@ def later(default: Any) -> Any:
     return Field(default, exclude_if=lambda value: value == default)
 
 
-class Section(BaseModel, extra="forbid", frozen=True, strict=True, allow_inf_nan=False):
-    """One mapping of a recipe. Keyword arguments of the class, because type checkers read `frozen` there alone."""
+class Section(
+    BaseModel, extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+):  # as arguments of the class, where type checkers read `frozen`
+    """Strict, and the text below a field is its description in the JSON Schema."""

@@ -9,7 +9,9 @@ Deliberately does not: know what a run or a stage is (see ui.py). A terminal tha
 
 import os
 import re
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -58,6 +60,12 @@ def write(text: str) -> None:
     if not _Screen.gone and sys.stderr is not None and not sys.stderr.closed:
         with _terminal_may_go():
             print(printable(text), file=sys.stderr, flush=True)
+
+
+def wrapped(text: str, indent: int = 0) -> list[str]:
+    """Lines of a sentence for stdout: as wide as the terminal, at most 100 columns, less `indent`."""
+    columns = min(shutil.get_terminal_size().columns, 100)
+    return textwrap.wrap(text, columns - indent, break_long_words=False, break_on_hyphens=False)
 
 
 def printable(text: str) -> str:

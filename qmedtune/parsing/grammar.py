@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
+from typing import cast
 
 from qmedtune.parsing.strict_yaml import KeyPath, Tree
 from qmedtune.recipe import Recipe
@@ -19,7 +20,23 @@ Schema = Tree
 def json_schema() -> Schema:
     """The JSON Schema of a recipe, as editors read it."""
     schema = Recipe.model_json_schema(by_alias=True)
+    _on_one_line(schema)
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def _on_one_line(node: object) -> None:
+    """Descriptions are broken where the source is; editors break them where they like."""
+    if isinstance(node, list):
+        for item in cast(list[object], node):
+            _on_one_line(item)
+    if not isinstance(node, dict):
+        return
+    section = cast(dict[str, object], node)
+    text = section.get("description")
+    if isinstance(text, str):
+        section["description"] = " ".join(text.split())
+    for child in section.values():
+        _on_one_line(child)
 
 
 def key_paths() -> list[tuple[str, ...]]:
