@@ -71,7 +71,7 @@ def evaluate_stage(recipe: ResolvedRecipe, inputs: dict[str, Path], out: Path) -
             model, tokenizer, contender.label, tasks, held_out, settings, out / store.SCRATCH
         )
         del model  # or two are held while the next is loaded: 2 x 16 GB for an 8B base in 16 bit
-    found = write_results(tasks, measured, recipe.seed, out, _overlapping(inputs))
+    found = write_results(tasks, measured, recipe.seed, out, overlapping=_overlapping(inputs))
     how = taken.facts(recipe.evaluate.precision) | {"template": settings.template.name, "window_tokens": window}
     found = found.model_copy(update=how)
     if taken.name == "delivered" and precision.trained(recipe).quantised and "adapter-1" in inputs:
@@ -140,7 +140,7 @@ def _overlapping(inputs: dict[str, Path]) -> dict[str, set[str]]:
 
 def write_results(
     tasks: list[Task], measured: dict[str, Measured], seed: int, out: Path,
-    overlapping: Mapping[str, set[str]] = {},  # noqa: B006 - nothing changes it
+    *, overlapping: Mapping[str, set[str]] = {},  # noqa: B006 - nothing changes it
 ) -> Evaluation:  # fmt: skip
     """Write <task>.items.jsonl below `out`; scores per task, perplexity per source.
 

@@ -180,7 +180,7 @@ def layers_of(job: Job) -> dict[str, int]:
     return {way: count for way, count in memory.layers_by_way(facts, setup).items() if count}
 
 
-def qmedtune(job: Job, folder: Path, clock: Clock, kernels: str, attention: str = "auto") -> None:
+def qmedtune(job: Job, folder: Path, clock: Clock, kernels: str, *, attention: str = "auto") -> None:
     from qmedtune import model as models
     from qmedtune.modeling import activations
     from qmedtune.training.trainer import Material, QTrainer, trainer_arguments
@@ -241,7 +241,7 @@ def ablated(job: Job, folder: Path, clock: Clock, left_out: str) -> None:
     attention = "auto"
     if left_out == "without-varlen":
         attention = "sdpa"
-    qmedtune(job, folder, clock, "auto", attention)
+    qmedtune(job, folder, clock, "auto", attention=attention)
 
 
 # ------------------------------------------------------------------------------------------------------- what is told

@@ -143,7 +143,7 @@ def _mark_near_duplicates(
     texts.append(work, (np.cumsum(size) - size)[fate == KEPT])
     bands = work.with_name("bands")
     shutil.rmtree(bands, ignore_errors=True)  # of an attempt that was killed here
-    like = dedup.near_duplicates(texts.batches(), texts.text, threshold, bands, num_earlier)
+    like = dedup.near_duplicates(texts.batches(), texts.text, threshold, bands, num_given=num_earlier)
     for number in np.flatnonzero(like >= 0).tolist():
         if not _asked_alike(texts.record(number), texts.record(int(like[number])), threshold):
             like[number] = -1

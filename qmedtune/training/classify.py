@@ -179,7 +179,10 @@ def result(targets: np.ndarray, scores: np.ndarray, patients: list[str], seed: i
     _, patient_of = np.unique(patients, return_inverse=True)
     documents_of = np.split(np.argsort(patient_of, kind="stable"), np.cumsum(np.bincount(patient_of))[:-1])
     interval = bootstrap(
-        lambda drawn: macro(np.concatenate([documents_of[i] for i in drawn])), len(documents_of), RESAMPLES, seed
+        lambda drawn: macro(np.concatenate([documents_of[i] for i in drawn])),
+        len(documents_of),
+        resamples=RESAMPLES,
+        seed=seed,
     )
     counts = {"n": len(right), "patients": len(documents_of), "scored_labels": int(both.sum())}
     return {**_areas(right, scores), "ci95": list(interval), **counts}
