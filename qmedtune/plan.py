@@ -8,7 +8,7 @@ same, and said to be absent. Deliberately not here: drawing (planning/view.py).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -44,6 +44,16 @@ BUILTIN_BYTES = 9  # of prepared text per token of the built-in world: whole wor
 HASHED_BYTES = 256 * 1024**2
 
 
+@dataclass(frozen=True)
+class Subject:
+    """What is planned: a resolved recipe on its base, for a machine; `run_dir` may hold a part of it already."""
+
+    recipe: ResolvedRecipe
+    facts: BaseFacts
+    machine: Machine
+    run_dir: Path | None
+
+
 def make_plan(recipe: Recipe, run_dir: Path | None = None) -> Plan:
     """Plan `recipe` (as loaded, with its `auto`s) for the machine it is meant for; `run_dir` adds what is cached.
 
@@ -57,14 +67,15 @@ def make_plan(recipe: Recipe, run_dir: Path | None = None) -> Plan:
     folder = _tokenizer_folder(facts)
     samples, missing = _samples(resolved)
     unchecked = _checked(resolved, facts, folder, samples)
-    measured = _measure_sources(resolved, facts, folder, samples, missing)
+    subject = Subject(resolved, facts, machine, run_dir)
+    measured = _measure_sources(subject, folder, samples, missing)
     estimates = {name: measured[name].estimate for name in resolved.used_sources()}
     steps, notes = _status(recipe, run_dir, machine, estimates)
     stages: list[PlannedStage] = []
     setups: list[Setup] = []
     taken: list[Setup] = []  # with micro-batches no larger than the batch
     for index in range(len(resolved.stages)):
-        stage = _stage(resolved, facts, machine, index, measured, run_dir, steps)
+        stage = _stage(subject, index, measured, steps)
         setup = fit.setup_of(resolved, index)
         stages.append(stage)
         setups.append(setup)
@@ -162,13 +173,10 @@ def _length_notes(recipe: ResolvedRecipe, facts: BaseFacts) -> list[str]:
 
 
 def _measure_sources(
-    recipe: ResolvedRecipe,
-    facts: BaseFacts,
-    folder: Path | None,
-    samples: Mapping[str, Sample],
-    missing: Mapping[str, str],
+    subject: Subject, folder: Path | None, samples: Mapping[str, Sample], missing: Mapping[str, str]
 ) -> dict[str, Measured]:
     """The tokens of each source; none of those that are `missing`, with the reason."""
+    recipe, facts = subject.recipe, subject.facts
     measured: dict[str, Measured] = {}
     for name, sample in samples.items():
         source = recipe.data[name]
@@ -262,10 +270,8 @@ def _is_cached(steps: list[PlannedStep], name: str) -> bool:
 # ---- stages ----------------------------------------------------------------------------------------------------------
 
 
-def _stage(
-    recipe: ResolvedRecipe, facts: BaseFacts, machine: Machine, index: int, measured: Mapping[str, Measured],
-    run_dir: Path | None, steps: list[PlannedStep],
-) -> PlannedStage:  # fmt: skip
+def _stage(subject: Subject, index: int, measured: Mapping[str, Measured], steps: list[PlannedStep]) -> PlannedStage:
+    recipe, facts, machine, run_dir = subject.recipe, subject.facts, subject.machine, subject.run_dir
     name, section = recipe.stage_names()[index], recipe.stages[index].section
     setup = fit.setup_of(recipe, index)
     tokens = _sealed_tokens(recipe, index, run_dir, steps) or rows.planned(recipe, index, measured)

@@ -233,7 +233,9 @@ def _results(job: TrainingJob, loaded: Loaded, trainer: QTrainer) -> dict[str, A
         shutil.copyfile(template, out / templates.FILE)
     if stage.classify:
         with trainer.compute_loss_context_manager():
-            found = score(model, inputs["tokens"], tokenizer.pad_token_id, trainer.micro_batch, recipe.seed, out)
+            found = score(
+                model, inputs["tokens"], out, pad_id=tokenizer.pad_token_id, batch=trainer.micro_batch, seed=recipe.seed
+            )
         facts["classification"] = packed["classes"] | found
     trained_on = name_of_base(recipe.model.base, inputs["base"], inputs["tokens"].parent.parent)
     if stage.full:

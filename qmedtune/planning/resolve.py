@@ -58,9 +58,11 @@ def resolve(recipe: Recipe, machine: Machine | None = None) -> tuple[ResolvedRec
     recipe = _judge_instructions(recipe, decisions)
     recipe = recipe.model_copy(update={"model": model, "adapter": adapter})
     decided: list[Numerics] = []
-    for index in range(len(recipe.stages)):
-        recipe, computes = _stage(recipe, index, facts, machine, decisions)
-        decided.append(computes)
+    for index, stage in enumerate(recipe.stages):
+        recipe = _by_base(recipe, index, facts, decisions)
+        seq_len = int(recipe.stages[index].section.seq_len)
+        decided.append(numerics(recipe.model, full=stage.full, seq_len=seq_len, machine=machine))
+        recipe = _by_machine(fit.Draft(recipe, index, decided[index]), facts, machine, decisions)
     evaluate = _fill(recipe.evaluate, "evaluate", _evaluation_batch(facts), decisions)
     return _typed(recipe.model_copy(update={"evaluate": evaluate}), decided), decisions
 
@@ -110,9 +112,8 @@ def _fill(section: S, where: str, proposals: Proposals, decisions: Decisions) ->
     return section.model_copy(update=chosen)
 
 
-def _stage(
-    recipe: Recipe, index: int, facts: BaseFacts, machine: Machine, decisions: Decisions
-) -> tuple[Recipe, Numerics]:
+def _by_base(recipe: Recipe, index: int, facts: BaseFacts, decisions: Decisions) -> Recipe:
+    """Stage `index` with what follows from the recipe and its base: lengths, rates, epochs and batch."""
     stage = recipe.stages[index]
     where = f"stages[{index}].{stage.kind}"
     on_builtin_text = all(recipe.data[name].is_builtin for name in stage.sources)
@@ -128,13 +129,18 @@ def _stage(
     else:
         batch = _real_batch(int(section.seq_len), stage.kind)
     section = _fill(section, where, batch, decisions)
-    recipe = _with_stage(recipe, index, section)
     _check_layers(facts, section.gradient_checkpointing, where)
-    decided = numerics(recipe.model, full=stage.full, seq_len=int(section.seq_len), machine=machine)
+    return _with_stage(recipe, index, section)
+
+
+def _by_machine(draft: fit.Draft, facts: BaseFacts, machine: Machine, decisions: Decisions) -> Recipe:
+    """The same stage with what follows from the machine: micro-batch, checkpointing and optimiser."""
+    stage, decided = draft.recipe.stages[draft.index], draft.numerics
+    where = f"stages[{draft.index}].{stage.kind}"
     if stage.full:
         decisions.append({"key": f"{where} computes in", "value": decided.dtype, "why": why_dtype(decided, machine)})
-    section = _fill(section, where, _memory(facts, fit.Draft(recipe, index, decided), machine), decisions)
-    return _with_stage(recipe, index, section), decided
+    section = _fill(stage.section, where, _memory(facts, draft, machine), decisions)
+    return _with_stage(draft.recipe, draft.index, section)
 
 
 def _with_stage(recipe: Recipe, index: int, section: Section) -> Recipe:

@@ -97,7 +97,7 @@ def document_nll(model: Any, input_ids: Tensor, labels: Tensor, position_ids: Te
 
 
 @torch.no_grad()
-def score(model: Any, tokens: Path, pad_id: int, batch: int, seed: int, out: Path) -> dict[str, Any]:
+def score(model: Any, tokens: Path, out: Path, *, pad_id: int, batch: int, seed: int) -> dict[str, Any]:
     """AUROC on the held-out documents of a packed classify stage, macro over the labels that occur and do not.
 
     Writes one line per document below `out` (id, labels, five highest scores; no text), all scores (fp32, so that every

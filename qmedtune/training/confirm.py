@@ -50,7 +50,8 @@ def confirm(recipe: ResolvedRecipe, index: int, trainer: QTrainer, rows: Rows) -
         used = peak_of_a_micro_step(trainer, rows)
         return None if used is None else used + int(states) + memory.CUDA_CONTEXT_BYTES
 
-    return settle(facts, setup, machine, budget, measure, partial(activations.set_ways, trainer.trained_model))
+    apply = partial(activations.set_ways, trainer.trained_model)
+    return settle(facts, setup, machine, budget, measure=measure, apply=apply)
 
 
 def settle(
@@ -58,6 +59,7 @@ def settle(
     setup: Setup,
     machine: Machine,
     budget: int,
+    *,
     measure: Callable[[], int | None],
     apply: Callable[[dict[str, int]], None],
 ) -> Memory:

@@ -237,9 +237,10 @@ class QTrainer(SFTTrainer):
         started = time.perf_counter()
         states = checkpoints.states_of(self.optimizer, self.lr_scheduler, self.accelerator.scaler)
         facts = {"tokens": self.tokens_seen, "made_with": self.made_with}
-        weights = trainable(self.trained_model)
+        weights, step = trainable(self.trained_model), self.state.global_step
         self.state.log_history.clear()  # metrics.jsonl has it all; this would grow with every step
-        checkpoints.save(self.stage, self.state.global_step, weights, states, self.state, facts, self.keep)
+        checkpoint = checkpoints.Checkpoint(step, weights, states, self.state, facts)
+        checkpoints.save(self.stage, checkpoint, keep=self.keep)
         self.save_seconds.append(time.perf_counter() - started)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
