@@ -131,8 +131,24 @@ def test_a_namespace_changes_nothing(tmp_path):
     ],
 )
 def test_publishers_own_formats_are_named_as_such(tmp_path, data, reason):
-    _, (other,), _ = read(tmp_path / "a.xml", data)
+    _, (other,), tally = read(tmp_path / "a.xml", data)
     assert reason in other.reason
+    if "front" not in reason:
+        assert tally["recognised"] == {"XML of no known format (not read)": 1}
+
+
+def test_answers_of_an_archive_count_from_where_its_rows_do(tmp_path):
+    rows = []
+    for answer in (1, 2, 4):
+        rows.append({"question": "Which bird?", "opa": "owl", "opb": "tit", "opc": "jay", "opd": "gull", "cop": answer})
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    plain, _, _ = read(tmp_path / "dev.jsonl", text, kind="instructions")
+    packed, _, _ = read(
+        tmp_path / "dev.zip", zipped({"LICENSE": b"All.", "dev.jsonl": text.encode()}), kind="instructions"
+    )
+    assert len(packed) == 3 and "owl" in str(plain[0])
+    without_id = [{**row, "id": ""} for row in packed]
+    assert without_id == [{**row, "id": ""} for row in plain]
 
 
 # ---- PubMed ----------------------------------------------------------------------------------------------------------
@@ -357,6 +373,9 @@ def test_zip_archives_are_read_in_place(tmp_path):
     records, others, tally = read(tmp_path / "a.zip", zipped(members))
     assert [r["text"] for r in records] == ["# Barn owls\n\nThree.", "one", "two"] and not others
     assert tally["files_unread"] == {".jpg": 1, ".txt": 1, "no extension": 1}
+    assert tally["recognised"] == {
+        "zip": 1, "in a zip: csv (separator ,, utf-8, line ends LF)": 1, "in a zip: jsonl": 1, "in a zip: jats": 1,
+    }  # fmt: skip
     assert [path.name for path in tmp_path.iterdir()] == ["a.zip"]
     _, (other,), _ = read(tmp_path / "b.zip", zipped(members)[:-40])
     assert isinstance(other, Unread)

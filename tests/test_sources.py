@@ -536,6 +536,7 @@ def test_truncated_gzip_keeps_what_came_before(tmp_path):
     [
         (with_doctype('<!ENTITY a "ha"><!ENTITY b "&a;&a;&a;&a;&a;">'), "XML declares entities"),
         (JATS[:700], "broken XML"),
+        ('<?xml version="1.0" encoding="klingon"?><article/>', "XML is not in the encoding that it declares (line 1)"),
         ("<article><front/></article>", "JATS without article-meta"),
         ("<html><body/></html>", "XML is not a JATS article"),
     ],
@@ -544,6 +545,13 @@ def test_damaged_articles(tmp_path, text, reason):
     rejects = Rejects("s")
     assert read(write(tmp_path / "a.nxml", text), rejects=rejects) == []
     assert next(iter(rejects.reasons)).startswith(reason)
+
+
+def test_an_article_in_another_encoding_than_it_declares_is_named(tmp_path):
+    (tmp_path / "a.nxml").write_bytes("<article>\n<front>é</front></article>".encode("latin-1"))
+    rejects = Rejects("s")
+    assert read(tmp_path / "a.nxml", rejects=rejects) == []
+    assert rejects.reasons == {"XML is not in the encoding that it declares (line 2)": 1}
 
 
 def test_external_entities_are_never_read(tmp_path):

@@ -18,6 +18,15 @@ ContendersOption = Annotated[
 ]
 STATIC_COLUMNS = ("kernel", "target", "regs", "spills", "shared", "ins_per_element")
 MEASURED_COLUMNS = ("kernel", "shape", "contender", "value", "unit", "ratio", "of_limit", "skipped")
+
+
+def _made(context: typer.Context, folder: Path | None) -> Path | None:
+    """The folder of `--scratch`, made where it is missing; not while a shell completes the line."""
+    if folder is not None and not context.resilient_parsing:
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 RoundsOption = Annotated[int, typer.Option(min=1, help="Rounds, contenders in turn; medians are told.")]
 
 
@@ -103,7 +112,7 @@ def load(
     shape: Annotated[str, typer.Option(metavar="NAME", help="tiny, 1b, 1.1b, 8b, 13b or 70b.")] = "tiny",
     cases: Annotated[str, typer.Option(metavar="A,B", help="16-bit, nf4.")] = "16-bit,nf4",
     rounds: RoundsOption = 3,
-    scratch: Annotated[Path | None, typer.Option(metavar="DIR", help="Room for the model.")] = None,
+    scratch: Annotated[Path | None, typer.Option(metavar="DIR", callback=_made, help="Room for the model.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """How long a GPU waits: for the base, the next stage, a checkpoint."""
@@ -135,7 +144,9 @@ def merge(
     shape: Annotated[str, typer.Option(metavar="NAME", help="A model shape, e.g. 1.1b.")] = "1.1b",
     contenders: ContendersOption = None,
     rounds: RoundsOption = 3,
-    scratch: Annotated[Path | None, typer.Option(metavar="DIR", help="Room for twice the model.")] = None,
+    scratch: Annotated[
+        Path | None, typer.Option(metavar="DIR", callback=_made, help="Room for twice the model.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Time and memory of a merge beside PEFT's."""
@@ -149,7 +160,9 @@ def export(
     shape: Annotated[str, typer.Option(metavar="NAME", help="A model shape, e.g. 1.1b.")] = "1.1b",
     contenders: ContendersOption = None,
     rounds: RoundsOption = 3,
-    scratch: Annotated[Path | None, typer.Option(metavar="DIR", help="Room for twice the model.")] = None,
+    scratch: Annotated[
+        Path | None, typer.Option(metavar="DIR", callback=_made, help="Room for twice the model.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Time and memory of a GGUF export beside copying the bytes."""

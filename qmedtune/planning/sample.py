@@ -122,14 +122,14 @@ def _look(file: Path, source: SourceSection, seconds: float) -> _Look:
 
 def _read(file: Path, source: SourceSection, format: str, seconds: float, look: _Look) -> tuple[int, bool]:
     """Fill `look` from the file's head; the last line read, and whether the file ended there."""
-    from qmedtune.data.reading.document import Skipped
+    from qmedtune.data.reading.document import Recognised, Skipped
     from qmedtune.data.reading.formats import read_rows
     from qmedtune.data.reading.rejects import Refused, Unusable
 
     line, seen, began, started = 0, 0, time.thread_time(), time.monotonic()
     for line, fields in islice(read_rows(file, source, format), RECORDS_PER_FILE):  # noqa: B007 - the last one counts
         seen += 1
-        if isinstance(fields, Skipped):
+        if isinstance(fields, (Skipped, Recognised)):
             continue
         try:
             record = _shaped(fields, source)

@@ -47,3 +47,10 @@ class Skipped:
     """Stands in a stream for a member of an archive that is not read: its name counts by extension in the ledger."""
 
     name: str
+
+
+@dataclass(frozen=True)
+class Recognised:
+    """Stands in a stream before what a member of an archive holds: what it was taken for, in words for the ledger."""
+
+    format: str

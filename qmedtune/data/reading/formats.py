@@ -29,7 +29,7 @@ from qmedtune.data.reading import (
     tei,
     xml_files,
 )
-from qmedtune.data.reading.document import Document, Fields, Skipped
+from qmedtune.data.reading.document import Document, Fields, Recognised, Skipped
 from qmedtune.data.reading.files import ARCHIVE_ERRORS, MAX_MEMBER_BYTES, head_of
 from qmedtune.data.reading.listing import SUFFIXES, data_suffix, is_stray
 from qmedtune.data.reading.rejects import Unread
@@ -46,6 +46,12 @@ READERS: dict[str, Reader] = {
     "hl7": hl7.read_hl7, "medquad": questions.read_medquad, "liveqa": questions.read_liveqa, "docx": office.read_docx,
     "xlsx": office.read_xlsx, "pdf": office.read_pdf,
 }  # fmt: skip
+UNKNOWN = "unknown XML"  # read as JATS, whose reader says what is wrong with it
+READERS[UNKNOWN] = jats.read_jats
+DESCRIPTIONS = {
+    "pdf": "pdf (text only: its layout, tables and images are lost)",
+    UNKNOWN: "XML of no known format (not read)",
+}
 # Schemas in JSON or JSON lines, told apart by their keys; naming them only skips the guess from the extension.
 JSON_SCHEMAS = ("s2orc", "cord19", "bioc", "emrqa", "pubmedqa", "medqa", "medmcqa", "fhir", "bioasq")
 TABLES = ("csv", "tsv", "xlsx")
@@ -86,9 +92,11 @@ def format_of(file: Path, format: str) -> str:
 
 
 def _xml(file: Path) -> str:
-    """By the root; others than the known ones are read (and rejected) as JATS."""
+    """By the root; `unknown` for others than the known ones."""
     root = xml_files.root_of(file)
-    if root is None or root.name in ("article", *jats.SETS):
+    if root is None:
+        return UNKNOWN
+    if root.name in ("article", *jats.SETS):
         return "jats"
     if root.name in pubmed.SETS:
         return "pubmed"
@@ -101,7 +109,7 @@ def _xml(file: Path) -> str:
         return "liveqa"
     if clinical_xml.holds_text(file):
         return "n2c2"
-    return "jats"
+    return UNKNOWN
 
 
 def _text(file: Path) -> str:
@@ -154,7 +162,7 @@ def describe(file: Path, source: SourceSection, format: str) -> str:
             return format
     if format == "text" and source.encoding:
         return f"text ({source.encoding})"
-    return {"pdf": "pdf (text only: its layout, tables and images are lost)"}.get(format, format)
+    return DESCRIPTIONS.get(format, format)
 
 
 def _expanded(stream: Iterator[tuple[int, Any]], instructions: bool) -> Iterator[tuple[int, Any]]:
@@ -190,6 +198,7 @@ def _members(file: Path, source: SourceSection) -> Iterator[tuple[int, Any]]:
             elif member.file_size > MAX_MEMBER_BYTES:
                 yield number + 1, Unread(f"member of a zip archive longer than {MAX_MEMBER_BYTES >> 20} MiB unpacked")
             else:
+                yield number, Recognised(f"in a zip: {describe(path, source, format_of(path, source.format))}")
                 for found in _member(path, source):
                     number += 1
                     yield number, found

@@ -8,7 +8,6 @@ ledger); raised numbers, formulas and citations as markup.py says.
 from __future__ import annotations
 
 import gzip
-import io
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +17,7 @@ from qmedtune.data.reading import markup, xml_files
 from qmedtune.data.reading.document import Document
 from qmedtune.data.reading.files import MAX_MEMBER_BYTES, head_of
 from qmedtune.data.reading.rejects import Damaged, Refused, Unread, Unusable
-from qmedtune.data.reading.xml_files import local, plain
+from qmedtune.data.reading.xml_files import local, text_of
 
 SKIPPED = frozenset(
     ("tex-math", "object-id", "label", "graphic", "alt-text", "long-desc", "fn-group", "table", "ref-list", "back")
@@ -29,6 +28,9 @@ NESTED = frozenset(
     ("fig", "fig-group", "table-wrap", "table-wrap-group", "list", "def-list", "disp-quote", "boxed-text", "media")
     + ("supplementary-material", "verse-group", "statement", "speech")
 )
+HEADINGS = ("", "# ", "## ", "### ", "#### ", "##### ", "###### ")  # by depth; at 0 it is a caption's, and a paragraph
+TEXTS = frozenset(("disp-formula", "preformat", "code", "term"))
+Block = tuple[str, str]  # what is written before a heading or paragraph, and its text as it stands
 RETRACTED = "retraction-forward"
 HOLDS = "holds-blocks"  # set on paragraphs that have block containers in them
 SETS = ("pmc-articleset", "articles", "OAI-PMH")
@@ -72,7 +74,7 @@ def _members(path: Path) -> Iterator[xml_files.Item]:
             if member.size > MAX_MEMBER_BYTES:
                 yield number, Unread(f"member longer than {MAX_MEMBER_BYTES >> 20} MiB")
             else:
-                yield number, xml_files.read_whole(io.BytesIO(data.read()), article)
+                yield number, xml_files.read_whole(data.read(), article)
 
 
 def article(root: Any) -> Document | Damaged | Refused:
@@ -90,7 +92,7 @@ def article(root: Any) -> Document | Damaged | Refused:
     if root.get("article-type") == "retraction" or any(r.get("related-article-type") == RETRACTED for r in related):
         return Refused("retracted")
     unread = _prune(root)
-    text = "\n\n".join(block for block in _parts(root, meta) if block)
+    text = _written(_blocks(root, meta))
     if not text:
         raise Unusable("article without text")
     ids = {}
@@ -104,15 +106,30 @@ def article(root: Any) -> Document | Damaged | Refused:
     return Document(name, text, pmid=ids.get("pmid"), unread=unread)
 
 
-def _parts(root: Any, meta: Any) -> list[str]:
+def _blocks(root: Any, meta: Any) -> list[Block]:
+    """Headings and paragraphs in document order, each once."""
+    blocks: list[Block] = []
     title = meta.find("title-group/article-title")
-    blocks = [f"# {plain(title)}"] if title is not None else []
+    if title is not None:
+        blocks.append(("# ", text_of(title)))
     for abstract in meta.findall("abstract"):
-        blocks += ["## Abstract", *_blocks(abstract, 2)] if abstract.find("title") is None else _blocks(abstract, 2)
+        if abstract.find("title") is None:
+            blocks.append(("## ", "Abstract"))
+        _collect(abstract, 2, blocks)
     for part in (root.find("body"), root.find("floats-group"), root.find("floats-wrap")):
         if part is not None:
-            blocks += _blocks(part, 1)
+            _collect(part, 1, blocks)
     return blocks
+
+
+def _written(blocks: list[Block]) -> str:
+    """All blocks that say something, with an empty line between them."""
+    texts = xml_files.tidy_all([text for _, text in blocks])
+    said = []
+    for (before, _), text in zip(blocks, texts, strict=True):
+        if text:
+            said.append(before + text)
+    return "\n\n".join(said)
 
 
 def _prune(root: Any) -> tuple[str, ...]:
@@ -141,47 +158,40 @@ def _prune(root: Any) -> tuple[str, ...]:
     return tuple(sorted(unread))
 
 
-def _text(element: Any, nested: list[Any]) -> str:
-    """Text of a paragraph in reading order; block containers in it are collected for later."""
-    if element.get(HOLDS) is None:
-        return plain(element)
-    parts: list[str] = []
-    _walk(element, parts, nested)
-    return xml_files.tidy("".join(parts))
-
-
-def _walk(element: Any, parts: list[str], nested: list[Any]) -> None:
-    parts.append(element.text or "")
-    for child in element:
-        if local(child) in NESTED:
-            nested.append(child)
-        else:
-            _walk(child, parts, nested)
-        parts.append(child.tail or "")
-
-
-def _blocks(element: Any, depth: int) -> list[str]:
-    """Headings and paragraphs below `element`, in order, each once."""
-    found: list[str] = []
-    _collect(element, depth, found)
-    return found
-
-
-def _collect(element: Any, depth: int, found: list[str]) -> None:
+def _collect(element: Any, depth: int, blocks: list[Block]) -> None:
     """Appends to one list: a generator for each level would pass every paragraph up through all of them."""
     for child in element:
         name = local(child)
         if name == "p":
-            nested: list[Any] = []
-            found.append(_text(child, nested))
-            for container in nested:
-                _collect(container, depth, found)
+            if child.get(HOLDS) is None:
+                blocks.append(("", text_of(child)))
+            else:
+                _collect_holding(child, depth, blocks)
         elif name == "sec":
-            _collect(child, depth + 1, found)
+            _collect(child, depth + 1, blocks)
         elif name == "title":
-            heading = plain(child)
-            found.append(f"{'#' * min(depth, 6)} {heading}" if heading and depth else heading)
-        elif name in ("disp-formula", "preformat", "code", "term"):
-            found.append(plain(child))
+            blocks.append((HEADINGS[min(depth, 6)], text_of(child)))
+        elif name in TEXTS:
+            blocks.append(("", text_of(child)))
         elif name and name not in SKIPPED:
-            _collect(child, 0 if name in NESTED or name == "caption" else depth, found)
+            _collect(child, 0 if name in NESTED or name == "caption" else depth, blocks)
+
+
+def _collect_holding(paragraph: Any, depth: int, blocks: list[Block]) -> None:
+    """A paragraph with block containers in it: its own text first, then theirs."""
+    parts: list[str] = []
+    containers: list[Any] = []
+    _walk(paragraph, parts, containers)
+    blocks.append(("", "".join(parts)))
+    for container in containers:
+        _collect(container, depth, blocks)
+
+
+def _walk(element: Any, parts: list[str], containers: list[Any]) -> None:
+    parts.append(element.text or "")
+    for child in element:
+        if local(child) in NESTED:
+            containers.append(child)
+        else:
+            _walk(child, parts, containers)
+        parts.append(child.tail or "")

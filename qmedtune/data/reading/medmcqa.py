@@ -45,11 +45,16 @@ def answer_base(path: Path, answers: set[int | None]) -> int:
 def with_answer_base(path: Path, read: Callable[[], Iterator[tuple[int, Any]]]) -> Iterator[tuple[int, Any]]:
     """The rows of a file; of MedMCQA with the base of `cop` as a field. Such a file is read twice to know it."""
     stream = read()
-    first = next(stream, None)
-    if first is None:
+    head: list[tuple[int, Any]] = []  # to the first row: before it stands what an archive's members are
+    for found in stream:
+        head.append(found)
+        if isinstance(found[1], dict):
+            break
+    if not head:
         return
-    if not isinstance(first[1], dict) or not {"cop", "opa"} <= first[1].keys():  # CareQA's `cop` is always from 1
-        yield first
+    first = head[-1][1]
+    if not isinstance(first, dict) or not {"cop", "opa"} <= first.keys():  # CareQA's `cop` is always from 1
+        yield from head
         yield from stream
         return
     base = answer_base(path, {cop_of(fields) for _, fields in read() if isinstance(fields, dict)})

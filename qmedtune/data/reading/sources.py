@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qmedtune.data.reading import arrow
-from qmedtune.data.reading.document import Document, Record, Skipped
+from qmedtune.data.reading.document import Document, Recognised, Record, Skipped
 from qmedtune.data.reading.files import ARCHIVE_ERRORS, BROKEN_ARCHIVE
 from qmedtune.data.reading.formats import READERS, TABLES, describe, format_of, read_rows
 from qmedtune.data.reading.instructions import instruction_shape
@@ -136,6 +136,9 @@ def _shaped(
     for file, line, fields in _with_columns(stream, source, is_table):
         if isinstance(fields, Skipped):
             tally.files_unread[Path(fields.name).suffix.lower() or "no extension"] += 1
+            continue
+        if isinstance(fields, Recognised):
+            tally.recognised[fields.format] += 1
             continue
         if isinstance(fields, (Damaged, Refused, Deleted)):
             yield file, line, fields
