@@ -8,13 +8,14 @@ from qmedtune.errors import RecipeError
 
 
 def test_every_case_has_ours_and_its_reference():
-    result = bench_data.bench_data(cases=["near", "decontaminate", "jats"], rounds=1, num_texts=200)
+    result = bench_data.bench_data(cases=["near", "decontaminate", "jats", "pubmed"], rounds=1, num_texts=200)
     assert result["bench"] == "data"
     found = {(row["case"], row["contender"]): row for row in result["rows"]}
     assert {("near", "qmedtune"), ("decontaminate", "qmedtune"), ("jats", "lxml"), ("jats", "qmedtune")} <= set(found)
     assert found["near", "qmedtune"]["recall"] >= 0.99
     assert found["decontaminate", "qmedtune"]["recall"] == 1
-    assert found["jats", "lxml"]["ratio"] == 1
+    assert found["jats", "lxml"]["ratio"] == found["pubmed", "lxml"]["ratio"] == 1
+    assert ("pubmed", "qmedtune") in found
     assert all(row["value"] > 0 for row in result["rows"])
     assert ("near", "datasketch") in found or not installed("datasketch")
     columns, rows = bench_data.render(result)

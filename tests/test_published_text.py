@@ -83,6 +83,14 @@ def test_what_markup_means_survives(tmp_path, source):
     assert text == f"# Barn owls\n\n{PARAGRAPHS[source]}"
 
 
+@pytest.mark.parametrize("source", [*PARAGRAPHS, "as <![CDATA[" + BIBR.format(7) + "]]> is", f"a[{BIBR.format(8)}]"])
+def test_citations_marked_before_parsing_change_nothing(tmp_path, source):
+    """An article that holds CDATA is parsed as it stands: every citation is then found in the tree."""
+    marked = text_of(tmp_path / "a.nxml", jats(f"<p>{source}</p>"))
+    assert marked == text_of(tmp_path / "b.nxml", jats(f"<p>{source}</p><p><![CDATA[]]></p>"))
+    assert "as <![CDATA[" not in source or "<xref" in marked
+
+
 def test_captions_of_media_and_supplements_are_read(tmp_path):
     body = (
         "<p>Before.</p><media><caption><title>Film.</title><p>A hunt.</p></caption></media>"
