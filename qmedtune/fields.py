@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 Auto = Literal["auto"]
 Positive = Annotated[int, Field(gt=0)]
@@ -32,7 +32,9 @@ def later(default: Any) -> Any:
     return Field(default, exclude_if=lambda value: value == default)
 
 
-class Section(
-    BaseModel, extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-):  # as arguments of the class, where type checkers read `frozen`
+class Section(BaseModel):
     """Strict, and the text below a field is its description in the JSON Schema."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )

@@ -5,6 +5,9 @@ Its JSON is that of the recipe with the same values. Deliberately not here: what
 over real text, the intervals of validation and saving), and how a value is chosen.
 """
 
+# Fields are narrowed and lose their default `auto`: sound, because sections are frozen and are built by name alone.
+# pyright: reportIncompatibleVariableOverride=false, reportGeneralTypeIssues=false
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -111,5 +114,5 @@ class ResolvedRecipe(Recipe):
 
     model: ResolvedModel
     adapter: ResolvedAdapter
-    stages: list[ResolvedStage]  # pyright: ignore[reportIncompatibleVariableOverride] - frozen: nothing is appended
+    stages: list[ResolvedStage]
     evaluate: ResolvedEvaluate

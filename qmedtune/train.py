@@ -110,7 +110,7 @@ def train_stage(
             stop.raise_if_requested()
     assert callback.tokens == total, "tokens trained differ from the packing ledger"
     callback.restore_best(loaded.model)
-    facts = loaded.facts | callback.facts(trainer, time.monotonic() - started)
+    facts: dict[str, Any] = {**loaded.facts, **callback.facts(trainer, time.monotonic() - started)}
     facts["warnings"] += models.fallbacks(facts)
     facts |= _results(job, loaded, trainer)
     # They know each other: only a collection frees them, and the next stage needs the room.

@@ -7,7 +7,6 @@ from typing import Annotated, Literal, cast
 from pydantic import (
     Field,
     SerializerFunctionWrapHandler,
-    field_serializer,
     field_validator,
     model_serializer,
 )
@@ -73,6 +72,13 @@ class TaskSection(Section):
     extraction: Literal["stated", "me_llama"] = later("stated")
     """How a generated answer is read: what it states, or as the script of Me-LLaMA does."""
 
+    @model_serializer(mode="wrap")
+    def _as_written(self, write: SerializerFunctionWrapHandler) -> dict[str, object] | str:
+        """Its bare name where nothing else is said: in keys and records as it stands in recipes."""
+        if self == TaskSection(task=self.task):
+            return self.task
+        return write(self)
+
     @property
     def label(self) -> str:
         """The name of its scores and files: a task may be there zero-shot and few-shot, in several words."""
@@ -116,15 +122,6 @@ class EvaluateSection(Section):
         for task in cast(list[object], value):
             sections.append({"task": task} if isinstance(task, str) else task)
         return sections
-
-    @field_serializer("tasks", mode="wrap")
-    def _as_written(self, tasks: list[TaskSection], write: SerializerFunctionWrapHandler) -> list[object]:
-        """Bare names again, so that keys and records are what they were when sections were made later."""
-        told: list[object] = write(tasks)
-        for place, task in enumerate(tasks):
-            if task == TaskSection(task=task.task):
-                told[place] = task.task
-        return told
 
 
 class AuditSection(Section):
