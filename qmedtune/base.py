@@ -19,7 +19,7 @@ from typing import Any, Literal
 from qmedtune import fetch, gguf_folder, gguf_header, makers, store, ui
 from qmedtune.errors import RecipeError
 from qmedtune.model_files import read_json
-from qmedtune.model_stack import ADAPTER_TENSORS
+from qmedtune.model_stack import ADAPTER_TENSORS, ModelStack
 from qmedtune.recipe import ModelSection, Recipe
 
 BUILTIN = "builtin:"
@@ -72,6 +72,14 @@ def note_base(adapter: Path, name: str, folder: Path, earlier: Sequence[Path], q
     below = [store.sha256_file(path / ADAPTER_TENSORS) for path in earlier]
     facts = {"base": name, "sha256": weights_sha256(folder), "adapters_below": below, "quantization": quantization}
     store.write_json(adapter / TRAINED_ON, facts)
+
+
+def quantization_of(stack: ModelStack) -> Literal["nf4", "none"]:
+    """The precision that a model is opened in where nobody states one: that of its training, NF4 where its adapters do
+    not say (other tools' do not, and QLoRA's are most of them); 16 bit for a whole model."""
+    if not stack.adapters:
+        return "none"
+    return trained_quantization(stack.adapters[-1]) or "nf4"
 
 
 def trained_quantization(adapter: Path) -> Literal["nf4", "none"] | None:

@@ -132,9 +132,9 @@ def _private(recipe: Recipe, out: Path) -> AbstractContextManager[None]:
 
 def _without(step: Step, name: str) -> Step:
     """The step without one of its inputs: base + adapters can be scored where there is no merged model."""
-    needs = dict(step.needs)
-    needs.pop(name, None)
-    return replace(step, needs=needs)
+    folders = dict(step.folders)
+    folders.pop(name, None)
+    return replace(step, folders=folders)
 
 
 def _refused(error: QmedtuneError, step: Step, recipe: Recipe, out: Path) -> record.Refused:
@@ -198,7 +198,9 @@ def _do(step: Step, attempt: Attempt) -> store.Seal:
         return sealed
     made_from = {**step.section, "inputs": inputs_of(step, model.digest, done)}
     _explain(step, made_from, key, out)
-    inputs = _inputs(step, model, out)
+    # A built-in base is made for the first step that reads one: sources come before, and a fault in a file is told
+    # before minutes of pretraining.
+    inputs = step.located(out, model.make)
     _check_inputs(step, done, out)
     stop.raise_if_requested()
     building = store.begin(folder, out, key, made_from, keep_partial=step.resumes)
@@ -206,10 +208,9 @@ def _do(step: Step, attempt: Attempt) -> store.Seal:
         started = time.monotonic()
         peak.reset()
         with hub.closed() if step.kind != "data" else nullcontext():  # datasets of the Hub are read by data steps
-            facts = step.work(attempt.recipe, inputs, building)
+            found = step.work(attempt.recipe, inputs, building)
         took = {"seconds": round(time.monotonic() - started, 2), "host_peak_bytes": peak.resident_bytes()}
-        found = {**facts, **took, "section": made_from}
-        return store.publish(building, folder, out, key, found)
+        return store.publish(building, folder, out, key, {**found.as_json(), **took, "section": made_from})
 
 
 @contextmanager
@@ -222,15 +223,6 @@ def _told(what: str, out: Path) -> Iterator[None]:
         raise RunError(
             f"{what}: {said}\nwhat is sealed stays; free space or fix the permission, then give the same command again"
         ) from error
-
-
-def _inputs(step: Step, model: base.Base, out: Path) -> dict[str, Path]:
-    """Where the step finds what it needs. A built-in base is made for the first step that needs one: sources come
-    before, and a fault in a file is told before minutes of pretraining."""
-    inputs: dict[str, Path] = {}
-    for name, path in step.needs.items():
-        inputs[name] = model.make() if path == "base" else out / path
-    return inputs
 
 
 def _check_inputs(step: Step, done: dict[str, store.Seal], out: Path) -> None:

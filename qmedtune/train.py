@@ -29,7 +29,7 @@ from qmedtune.data.packing.framing import write_template
 from qmedtune.data.packing.pack import PackedRows
 from qmedtune.errors import RunError
 from qmedtune.interrupt import stop
-from qmedtune.model_stack import adapters_in
+from qmedtune.model_stack import ModelStack
 from qmedtune.modeling import activations
 from qmedtune.modeling.loss import rows_nll
 from qmedtune.modeling.quiet import quiet_libraries
@@ -38,7 +38,18 @@ from qmedtune.planning.machine import this_machine
 from qmedtune.planning.memory import peak_bytes
 from qmedtune.planning.shapes import base_facts
 from qmedtune.resolved import ResolvedRecipe, ResolvedStage
-from qmedtune.results import Logged, Memory, Trained, Validation
+from qmedtune.results import (
+    Attention,
+    Classification,
+    Kernels,
+    Logged,
+    Loss,
+    Memory,
+    Model,
+    Packing,
+    Trained,
+    Validation,
+)
 from qmedtune.training import checkpoints
 from qmedtune.training.card import check_card
 from qmedtune.training.checkpoints import BEST, METRICS
@@ -53,12 +64,22 @@ SPIKE, SPIKE_WINDOW = 2.0, 50
 
 
 @dataclass(frozen=True)
+class StageInputs:
+    """What a stage reads. start: the model before it; tokens: folder of packed rows; validation: folder of packed rows
+    per source."""
+
+    start: ModelStack
+    tokens: Path
+    validation: Path | None = None
+
+
+@dataclass(frozen=True)
 class TrainingJob:
-    """Stage `index` (0-based) of a resolved recipe, the folders that it reads, and the one that it writes."""
+    """Stage `index` (0-based) of a resolved recipe, what it reads, and the folder that it writes."""
 
     recipe: ResolvedRecipe
     index: int
-    inputs: dict[str, Path]
+    inputs: StageInputs
     out: Path
 
     @property
@@ -71,33 +92,42 @@ class TrainingJob:
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """What is trained and on what: `packed` is the seal of the packed rows, `facts` say how the model computes."""
+class Built:
+    """A model to train, and how it computes. layers: how many are treated in which way; kernels, layers: only where an
+    adapter is trained."""
 
     model: Any
+    attention: Attention
+    kernels: Kernels | None = None
+    layers: dict[str, int] | None = None
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What is trained, and the rows that it is trained on with their ledger."""
+
+    built: Built
     tokenizer: Any
     rows: PackedRows
-    packed: dict[str, Any]
-    facts: dict[str, Any]
+    packed: Packing
 
 
 def train_stage(
-    recipe: ResolvedRecipe, index: int, inputs: dict[str, Path], out: Path, *, shared: SharedBase | None = None
-) -> dict[str, Any]:
+    recipe: ResolvedRecipe, index: int, inputs: StageInputs, out: Path, *, shared: SharedBase | None = None
+) -> Trained:
     """Run stage `index` (0-based) of a resolved recipe, on the base that `shared` holds or loads (its own without one).
 
-    `inputs`: `base` (model folder), `tokens` (packed rows), `validation` (folder of packed rows per source, may be
-    absent), `adapter-1` ... (earlier adapters in order). Writes `out/adapter` (or `out/model` where all parameters are
-    trained), `out/template.json` for SFT, the head and its scores for `classify`, and `out/metrics.jsonl`; returns the
-    facts of run.json's stage entry. An earlier attempt in `out` is continued from its last intact checkpoint.
+    Writes `out/adapter` (or `out/model` where all parameters are trained), `out/template.json` for SFT, the head and
+    its scores for `classify`, and `out/metrics.jsonl`. An earlier attempt in `out` is continued from its last intact
+    checkpoint.
     """
     job = TrainingJob(recipe, index, inputs, out)
     loaded = _load(job, shared or SharedBase())
-    callback = _callback(job, loaded)
+    callback = _callback(job, loaded.tokenizer.pad_token_id)
     started = time.monotonic()
     checkpoint = checkpoints.last_intact(out)
     trainer = _trainer(job, loaded, callback, checkpoint)
-    total = loaded.packed["tokens"]["trained"]
+    total = loaded.packed.tokens.trained
     with ui.stage(job.name, total=total, unit="tokens", completed=callback.tokens) as callback.bar:
         if callback.held_out and checkpoint is None:
             callback.validate(0)  # where the curve begins: what training changes is seen from its first step on
@@ -109,61 +139,56 @@ def train_stage(
         if trainer.state.global_step < callback.steps:
             stop.raise_if_requested()
     assert callback.tokens == total, "tokens trained differ from the packing ledger"
-    callback.restore_best(loaded.model)
-    facts: dict[str, Any] = {**loaded.facts, **callback.facts(trainer, time.monotonic() - started)}
-    facts["warnings"] += models.fallbacks(facts)
-    facts |= _results(job, loaded, trainer)
+    callback.restore_best(loaded.built.model)
+    trained = callback.trained(job.stage.kind, trainer, time.monotonic() - started)
+    trained = _finish(job, loaded, trainer, trained)
     # They know each other: only a collection frees them, and the next stage needs the room.
     del trainer, loaded, callback
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return Trained.model_validate(facts).as_json()
+    return trained
 
 
 def _load(job: TrainingJob, shared: SharedBase) -> Loaded:
     """Model, tokenizer and rows of the stage, in a process made ready for it."""
-    recipe, index, inputs = job.recipe, job.index, job.inputs
-    set_seed(recipe.seed + index)
+    recipe, base, tokens = job.recipe, job.inputs.start.base, job.inputs.tokens
+    set_seed(recipe.seed + job.index)
     quiet_libraries()
     peak.reset()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    tokenizer: Any = models.load_tokenizer(inputs["base"])
+    tokenizer: Any = models.load_tokenizer(base)
     machine = this_machine()
-    check_card(peak_bytes(base_facts(recipe.model), setup_of(recipe, index), gpu=machine.is_gpu), machine)
-    model, facts = _make_model(job, shared)
-    models.check_tokenizer(tokenizer, model, inputs["base"])
+    check_card(peak_bytes(base_facts(recipe.model), setup_of(recipe, job.index), gpu=machine.is_gpu), machine)
+    built = _make_model(job, shared)
+    models.check_tokenizer(tokenizer, built.model, base)
     if job.stage.classify:
-        rows = LabelledRows(inputs["tokens"])
-        attach_head(model, rows, job.stage.classify)
+        rows = LabelledRows(tokens)
+        attach_head(built.model, rows, job.stage.classify)
     else:
-        rows = PackedRows(inputs["tokens"])
-    packed = json.loads((inputs["tokens"] / store.SEAL).read_text())["facts"]
-    return Loaded(model, tokenizer, rows, packed, facts)
+        rows = PackedRows(tokens)
+    packed = Packing.model_validate(json.loads((tokens / store.SEAL).read_text())["facts"])
+    return Loaded(built, tokenizer, rows, packed)
 
 
-def _make_model(job: TrainingJob, shared: SharedBase) -> tuple[Any, dict[str, Any]]:
-    recipe, stage, inputs = job.recipe, job.stage, job.inputs
+def _make_model(job: TrainingJob, shared: SharedBase) -> Built:
+    recipe, stage, start = job.recipe, job.stage, job.inputs.start
     attention = stage.numerics.attention
     if stage.full:
         shared.drop()
         load = models.load_full
         if stage.kind == "pretrain":
             load = models.from_scratch
-        model = load(inputs["base"], recipe.model, attention=attention)
-        return model, {"attention": models.attention_facts(model)}
-    base = shared.load(inputs["base"], recipe.model, attention=attention)
+        model = load(start.base, recipe.model, attention=attention)
+        return Built(model, models.attention_facts(model))
+    base = shared.load(start.base, recipe.model, attention=attention)
     set_seed(recipe.seed + job.index)  # whatever loading has drawn
-    earlier = adapters_in(inputs)
     continued = stage.section.adapter in ("continue", "frozen")  # attach_head freezes what is frozen
-    model = models.attach_adapter(base, recipe.adapter_of(job.index), earlier, continued=continued)
+    model = models.attach_adapter(base, recipe.adapter_of(job.index), start.adapters, continued=continued)
     kernels = models.install_kernels(model, recipe.model.kernels)
-    return model, {
-        "kernels": kernels,
-        "attention": models.attention_facts(model),
-        "layers": activations.install(model, stage.section.gradient_checkpointing),
-    }
+    layers = activations.install(model, stage.section.gradient_checkpointing)
+    return Built(model, models.attention_facts(model), kernels, layers)
 
 
 def validation_rows(recipe: ResolvedRecipe, folder: Path | None) -> dict[str, PackedRows]:
@@ -172,9 +197,9 @@ def validation_rows(recipe: ResolvedRecipe, folder: Path | None) -> dict[str, Pa
     return {source: PackedRows(folder / source) for source in recipe.validation.on}
 
 
-def _callback(job: TrainingJob, loaded: Loaded) -> StageCallback:
-    held_out = validation_rows(job.recipe, job.inputs.get("validation"))
-    callback = StageCallback(job.name, job.out, held_out, loaded.tokenizer.pad_token_id, job.recipe)
+def _callback(job: TrainingJob, pad_id: int) -> StageCallback:
+    held_out = validation_rows(job.recipe, job.inputs.validation)
+    callback = StageCallback(job.name, job.out, held_out, pad_id, job.recipe)
     callback.judges = [source for source in job.recipe.judged_by(job.index) if source in held_out]
     return callback
 
@@ -204,7 +229,7 @@ def _trainer(job: TrainingJob, loaded: Loaded, callback: StageCallback, checkpoi
         deterministic=recipe.deterministic,
         checkpointing=job.stage.full and section.gradient_checkpointing is True,
     )
-    material = Material(loaded.model, loaded.tokenizer, rows, section)
+    material = Material(loaded.built.model, loaded.tokenizer, rows, section)
     trainer = QTrainer(material, arguments, [callback], keep=recipe.save.keep, made_with=made_with)
     trainer.remove_callback(PrinterCallback)
     if job.stage.classify:
@@ -224,35 +249,29 @@ def _trainer(job: TrainingJob, loaded: Loaded, callback: StageCallback, checkpoi
     return trainer
 
 
-def _results(job: TrainingJob, loaded: Loaded, trainer: QTrainer) -> dict[str, Any]:
-    """Leave only what the stage is for: adapter, model or head, template and metrics. Returns what is told of it."""
-    recipe, stage, inputs, out = job.recipe, job.stage, job.inputs, job.out
-    model, tokenizer, packed = loaded.model, loaded.tokenizer, loaded.packed
-    facts: dict[str, Any] = {"kind": stage.kind, "tokens": packed["tokens"], "mixture": packed["mixture"]}
-    if (template := inputs["tokens"] / templates.FILE).is_file():
+def _finish(job: TrainingJob, loaded: Loaded, trainer: QTrainer, trained: Trained) -> Trained:
+    """Leave only what the stage is for: adapter, model or head, its template, the metrics. Returns the whole result."""
+    stage, out, tokens, packed = job.stage, job.out, job.inputs.tokens, loaded.packed
+    built, tokenizer = loaded.built, loaded.tokenizer
+    warnings = [*trained.warnings, *models.fallbacks(built.kernels, built.attention)]
+    told: dict[str, object] = {"attention": built.attention, "warnings": warnings}
+    told |= {"tokens": packed.tokens, "mixture": packed.mixture}
+    if built.kernels is not None:
+        told |= {"kernels": built.kernels, "layers": built.layers}
+    if (template := tokens / templates.FILE).is_file():
         shutil.copyfile(template, out / templates.FILE)
     if stage.classify:
+        pad_id, batch = tokenizer.pad_token_id, trainer.micro_batch
         with trainer.compute_loss_context_manager():
-            found = score(
-                model, inputs["tokens"], out, pad_id=tokenizer.pad_token_id, batch=trainer.micro_batch, seed=recipe.seed
-            )
-        facts["classification"] = packed["classes"] | found
-    trained_on = name_of_base(recipe.model.base, inputs["base"], inputs["tokens"].parent.parent)
+            found = score(built.model, tokens, out, pad_id=pad_id, batch=batch, seed=job.recipe.seed)
+        assert packed.classes is not None
+        told["classification"] = Classification(**packed.classes.as_json(), **found.as_json())
     if stage.full:
-        _save_model(model, tokenizer, out)
-        facts["model"] = {"path": f"{job.name}/model"}
-        return facts
-    if stage.section.adapter != "frozen":
-        models.save_adapter(model, out / "adapter", trained_on)
-    if stage.classify and stage.classify.train_earlier:
-        for place, adapter in enumerate(list(model.peft_config)[:-1], start=1):
-            models.save_adapter(model, out / f"earlier-{place}", trained_on, adapter)
-    if stage.section.adapter != "frozen":
-        below = adapters_in(inputs)
-        if stage.section.adapter == "continue":
-            below = below[:-1]
-        note_base(out / "adapter", trained_on, inputs["base"], below, recipe.model.quantization)
-    return facts
+        _save_model(built.model, tokenizer, out)
+        told["model"] = Model(path=f"{job.name}/model")
+    else:
+        _save_adapters(job, built.model)
+    return trained.model_copy(update=told)
 
 
 def _save_model(model: Any, tokenizer: Any, out: Path) -> None:
@@ -260,6 +279,22 @@ def _save_model(model: Any, tokenizer: Any, out: Path) -> None:
     tokenizer.save_pretrained(str(out / "model"))
     if (out / templates.FILE).is_file():
         write_template(out / "model", out)
+
+
+def _save_adapters(job: TrainingJob, model: Any) -> None:
+    """The trained adapter with what it was trained on, and the earlier ones where these were trained too."""
+    stage, start, out = job.stage, job.inputs.start, job.out
+    trained_on = name_of_base(job.recipe.model.base, start.base, job.inputs.tokens.parent.parent)
+    if stage.section.adapter != "frozen":
+        models.save_adapter(model, out / "adapter", trained_on)
+    if stage.classify and stage.classify.train_earlier:
+        for place, adapter in enumerate(list(model.peft_config)[:-1], start=1):
+            models.save_adapter(model, out / f"earlier-{place}", trained_on, adapter)
+    if stage.section.adapter != "frozen":
+        below = start.adapters
+        if stage.section.adapter == "continue":
+            below = below[:-1]
+        note_base(out / "adapter", trained_on, start.base, below, job.recipe.model.quantization)
 
 
 def mean_loss(model: Any, rows: PackedRows, pad_id: int, batch: int) -> float:
@@ -401,8 +436,8 @@ class StageCallback(TrainerCallback):
                     "its training diverged: try a lower lr, or max_grad_norm below 1.0"
                 )
 
-    def facts(self, trainer: QTrainer, seconds: float) -> dict[str, object]:
-        """Fields of results.Trained. `seconds` of wall time, of the training alone."""
+    def trained(self, kind: str, trainer: QTrainer, seconds: float) -> Trained:
+        """What was measured. `seconds` of wall time, of the training alone."""
         speeds, warnings = [], []
         for line in logged(self.out / METRICS):
             if line.tokens_per_s is not None:
@@ -416,23 +451,24 @@ class StageCallback(TrainerCallback):
             kept_by = self.judges
         if trainer.step_seconds:
             step_s = round(statistics.median(trainer.step_seconds), 3)
-        return {
-            "steps": self.steps,
-            "batch": trainer.section.batch,
-            "kept_step": kept or self.steps,
-            "kept_by": kept_by,
-            "loss": {"first": self.losses[0], "last": self.losses[-1]},
-            "tokens_per_s": round(sorted(speeds)[len(speeds) // 2], 1),
-            "train_seconds": round(seconds, 2),
-            "data_share": round(trainer.data_seconds / max(seconds, 1e-9), 5),
-            "slowest_save_s": round(max(trainer.save_seconds, default=0.0), 3),
-            "step_s": step_s,
-            "peak_memory_bytes": peak_memory_bytes(),
-            "memory": self.memory,
-            "micro_batch": trainer.micro_batch,
-            "validation": self.validation,
-            "warnings": warnings,
-        }
+        return Trained(
+            steps=self.steps,
+            batch=trainer.section.batch,
+            kept_step=kept or self.steps,
+            kept_by=kept_by,
+            loss=Loss(first=self.losses[0], last=self.losses[-1]),
+            tokens_per_s=round(sorted(speeds)[len(speeds) // 2], 1),
+            train_seconds=round(seconds, 2),
+            data_share=round(trainer.data_seconds / max(seconds, 1e-9), 5),
+            slowest_save_s=round(max(trainer.save_seconds, default=0.0), 3),
+            step_s=step_s,
+            peak_memory_bytes=peak_memory_bytes(),
+            memory=self.memory,
+            micro_batch=trainer.micro_batch,
+            validation=self.validation,
+            warnings=warnings,
+            kind=kind,
+        )
 
 
 def logged(path: Path) -> list[Logged]:

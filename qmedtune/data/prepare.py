@@ -13,7 +13,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 
@@ -26,7 +26,7 @@ from qmedtune.data.reading.listing import by_extension, list_source
 from qmedtune.data.reading.rejects import Rejects
 from qmedtune.errors import DataError
 from qmedtune.recipe import Recipe, SourceSection
-from qmedtune.results import Source
+from qmedtune.results import Cleaned, Identifiers, NearDuplicates, Overlap, Records, Source
 from qmedtune.store import sha256_file
 
 HASHES = "hashes.npy"
@@ -34,8 +34,8 @@ KEPT, DUPLICATE, NEAR_DUPLICATE, CONTAMINATED = 0, 1, 2, 3
 EXAMPLES = 3
 
 
-def prepare_source(recipe: Recipe, name: str, inputs: Mapping[str, Path], out: Path) -> dict[str, Any]:
-    """Write train.jsonl, heldout.jsonl and rejects.jsonl of source `name` below `out`; return facts with the ledger.
+def prepare_source(recipe: Recipe, name: str, inputs: Mapping[str, Path], out: Path) -> Source:
+    """Write train.jsonl, heldout.jsonl and rejects.jsonl of source `name` below `out`; return the ledger.
 
     inputs: folders of earlier sources; their records are duplicates here, near ones too. Always: read = kept +
     rejected + duplicates + contaminated + refused. Raises DataError when more than `hygiene.max_bad_fraction` of the
@@ -53,8 +53,11 @@ def prepare_source(recipe: Recipe, name: str, inputs: Mapping[str, Path], out: P
     _distribute(task, fate, held_out)
     task.work.unlink()
     np.save(out / HASHES, np.unique(np.array(staged.content, dtype=np.uint64)[fate == KEPT]))
-    ledger = _facts(task, rejects, staged, Ends(fate, held_out)) | found
-    return Source.model_validate(ledger).as_json()
+    ledger = _ledger(task, rejects, staged, Ends(fate, held_out))
+    ledger = ledger.model_copy(update={"contamination": found.contamination})
+    if found.near is not None:
+        ledger = ledger.model_copy(update={"near": found.near})
+    return ledger
 
 
 @dataclass(frozen=True)
@@ -87,9 +90,17 @@ class Ends:
 # ---- between the passes ----------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Found:
+    """Benchmark items by task, and near duplicates where these were looked for."""
+
+    contamination: dict[str, Overlap]
+    near: NearDuplicates | None
+
+
 def _fates(
     task: Preparation, staged: Staged, superseded: np.ndarray, items: list[decontaminate.Item]
-) -> tuple[np.ndarray, dict[str, Any]]:
+) -> tuple[np.ndarray, Found]:
     """What becomes of every staged record, and what was found of benchmarks and near duplicates."""
     hygiene = task.recipe.hygiene
     if len(staged):
@@ -112,10 +123,10 @@ def _fates(
             hits.append(hit)
     if hygiene.contaminated == "drop":
         fate[[record for record, _, _ in hits]] = CONTAMINATED
-    found: dict[str, Any] = {"contamination": decontaminate.overlap(items, hits, generic)}
+    contamination, near = decontaminate.overlap(items, hits, generic), None
     if hygiene.dedup.near and (fate == KEPT).any():
-        found["near"] = _mark_near_duplicates(task, hygiene.dedup.near, staged, fate)
-    return fate, found
+        near = _mark_near_duplicates(task, hygiene.dedup.near, staged, fate)
+    return fate, Found(contamination, near)
 
 
 class _Texts:
@@ -154,7 +165,7 @@ class _Texts:
             file.close()
 
 
-def _mark_near_duplicates(task: Preparation, threshold: float, staged: Staged, fate: np.ndarray) -> dict[str, Any]:
+def _mark_near_duplicates(task: Preparation, threshold: float, staged: Staged, fate: np.ndarray) -> NearDuplicates:
     """Mark records like an earlier one, of this source or of an earlier source. Returns how many were like one of the
     latter, and the ids of some pairs."""
     shown = EXAMPLES if phi_mode(task.recipe, task.name) == "off" else 0  # ids of notes are identifiers themselves
@@ -177,7 +188,7 @@ def _mark_near_duplicates(task: Preparation, threshold: float, staged: Staged, f
         pairs.append([texts.id(int(n)), texts.id(int(like[n]))])
     texts.close()
     fate[np.flatnonzero(fate == KEPT)[later - num_earlier]] = NEAR_DUPLICATE
-    return {"of_earlier_sources": int((like[later] < num_earlier).sum()), "examples": pairs}
+    return NearDuplicates(of_earlier_sources=int((like[later] < num_earlier).sum()), examples=pairs)
 
 
 def _asked_alike(one: Record, other: Record, threshold: float) -> bool:
@@ -264,25 +275,40 @@ def _distribute(task: Preparation, fate: np.ndarray, held_out: np.ndarray) -> No
                 (kept_back if held else trained).write(line)
 
 
-def _facts(task: Preparation, rejects: Rejects, staged: Staged, ends: Ends) -> dict[str, Any]:
+def _ledger(task: Preparation, rejects: Rejects, staged: Staged, ends: Ends) -> Source:
     source, fate = task.source, ends.fate
     near = int((fate == NEAR_DUPLICATE).sum())
-    records = {
-        "read": len(fate) + sum(rejects.counts.values()),
-        "kept": int((fate == KEPT).sum()),
-        "rejected": rejects.counts["rejected"],
-        "duplicates": int((fate == DUPLICATE).sum()) + near + rejects.counts["duplicates"],
-        "contaminated": int((fate == CONTAMINATED).sum()),
-        "refused": rejects.counts["refused"],
-    }
-    assert records["read"] == sum(count for key, count in records.items() if key != "read")
+    records = Records(
+        read=len(fate) + sum(rejects.counts.values()),
+        kept=int((fate == KEPT).sum()),
+        rejected=rejects.counts["rejected"],
+        duplicates=int((fate == DUPLICATE).sum()) + near + rejects.counts["duplicates"],
+        contaminated=int((fate == CONTAMINATED).sum()),
+        refused=rejects.counts["refused"],
+    )
+    parts = records.model_dump(exclude={"read"})
+    assert records.read == sum(parts.values())
     mode, listing = phi_mode(task.recipe, task.name), list_source(source)
+    identifiers = Identifiers()
+    if mode != "off":
+        identifiers = staged.identifiers.facts(mode)
     reading = staged.reading.as_dict()
-    reading["files_unread"] = dict(sorted((staged.reading.files_unread + by_extension(listing.unread)).items()))
-    return {
-        "records": records, "near_duplicates": near, "held_out": int((ends.held_out & (fate == KEPT)).sum()),
-        "sha256": sha256_file(task.out / "train.jsonl"), "kind": source.kind, "license": source.license,
-        "terms": source.terms, "files": len(listing.files), "reasons": dict(rejects.reasons), **reading,
-        "cleaned": {what: staged.cleaned[what] for what in ("records", "characters")},
-        "phi": staged.identifiers.facts(mode) if mode != "off" else {}, "warnings": [],
-    }  # fmt: skip
+    files_unread = staged.reading.files_unread + by_extension(listing.unread)
+    return Source(
+        records=records,
+        near_duplicates=near,
+        held_out=int((ends.held_out & (fate == KEPT)).sum()),
+        sha256=sha256_file(task.out / "train.jsonl"),
+        kind=source.kind,
+        license=source.license,
+        terms=source.terms,
+        files=len(listing.files),
+        reasons=dict(rejects.reasons),
+        recognised=reading["recognised"],
+        columns_read=reading["columns_read"],
+        columns_unread=reading["columns_unread"],
+        files_unread=dict(sorted(files_unread.items())),
+        cleaned=Cleaned(records=staged.cleaned["records"], characters=staged.cleaned["characters"]),
+        phi=identifiers,
+        warnings=[],
+    )

@@ -17,7 +17,7 @@ from qmedtune import base as bases
 from qmedtune import hub, local_names, record, store, ui
 from qmedtune.data.packing import templates
 from qmedtune.errors import DataError, RecipeError, RunError
-from qmedtune.model_stack import named_base, read_adapter, read_model
+from qmedtune.model_stack import ModelStack, named_base, read_adapter, read_model
 from qmedtune.planning.machine import this_machine
 from qmedtune.recipe import ModelSection, Recipe
 from qmedtune.tasks import world_of
@@ -41,6 +41,10 @@ class Location:
     adapters: tuple[Path, ...]
     template: templates.Template
     world: str = "tiny"
+
+    @property
+    def stack(self) -> ModelStack:
+        return ModelStack(self.base, self.adapters)
 
 
 @dataclass(frozen=True)
@@ -183,22 +187,19 @@ def fingerprint(path: Path) -> list[Any]:
 
 
 def open_model(location: Location, quantization: Quantization | None = None) -> OpenModel:
-    """Load it for scoring. Default precision: NF4 under an adapter (as trained), 16 bit for whole models."""
+    """Load it for scoring. Default precision: `bases.quantization_of`."""
     from qmedtune import model as models
     from qmedtune.modeling.quiet import quiet_libraries
 
     check_template(location)
     quiet_libraries()
     dtype = this_machine().compute_dtype
-    precision = quantization or ("nf4" if location.adapters else "none")
+    precision = quantization or bases.quantization_of(location.stack)
     section = ModelSection(base=str(location.base), quantization=precision, compute_dtype=dtype)
     for adapter in location.adapters:  # before the base is read, which takes minutes for a large one
         read_adapter(adapter, read_model(location.base).shapes)
     with hub.closed():
         tokenizer = models.load_tokenizer(location.base)
-        model = models.load_base(location.base, section)
+        model = models.load_stack(location.stack, section)
         models.check_tokenizer(tokenizer, model, location.base)
-        if location.adapters:
-            model = models.load_adapters(model, location.adapters)
-        models.install_kernels(model, section.kernels)  # type: ignore[arg-type]
-    return OpenModel(location, model.eval(), tokenizer, precision, dtype)
+    return OpenModel(location, model, tokenizer, precision, dtype)

@@ -9,7 +9,7 @@ run); checkpoints are checkpoints.py's: the trained weights alone, sealed, nothi
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +33,7 @@ from qmedtune.modeling.collation import Rows, collate, supervised_weight
 from qmedtune.modeling.loss import token_nll
 from qmedtune.resolved import ResolvedTraining
 from qmedtune.training import checkpoints
+from qmedtune.training.resume import MadeWith
 
 
 def learning_rate_factor(section: ResolvedTraining, total_steps: int):
@@ -54,14 +55,19 @@ def learning_rate_factor(section: ResolvedTraining, total_steps: int):
 
 def parameter_groups(model: torch.nn.Module, section: ResolvedTraining) -> list[dict[str, Any]]:
     """Adapters and embeddings apart, since embeddings take another learning rate."""
-    embeddings, rest = [], []
+    embeddings: list[torch.nn.Parameter] = []
+    rest: list[torch.nn.Parameter] = []
     for name, parameter in trainable(model).items():
         if any(module in EMBEDDINGS for module in name.split(".")):
             embeddings.append(parameter)
         else:
             rest.append(parameter)
-    groups = [{"params": rest, "lr": section.lr}, {"params": embeddings, "lr": section.embedding_lr}]
-    return [group for group in groups if group["params"]]
+    groups: list[dict[str, Any]] = []  # torch's form
+    if rest:
+        groups.append({"params": rest, "lr": section.lr})
+    if embeddings:
+        groups.append({"params": embeddings, "lr": section.embedding_lr})
+    return groups
 
 
 def make_optimizer(model: torch.nn.Module, section: ResolvedTraining) -> torch.optim.Optimizer:
@@ -98,11 +104,11 @@ class QTrainer(SFTTrainer):
         callbacks: list[TrainerCallback],
         *,
         keep: int = 1,
-        made_with: Mapping[str, str | int] | None = None,
+        made_with: MadeWith | None = None,
     ):
         """`keep` checkpoints stay; `made_with` is told in each of them."""
         model, tokenizer, rows, section = material.model, material.tokenizer, material.rows, material.section
-        self.section, self.keep, self.made_with = section, keep, dict(made_with or {})
+        self.section, self.keep, self.made_with = section, keep, made_with or {}
         self.stage = Path(str(args.output_dir)).parent
         self.trained_model: Any = model
         self.micro_batch = section.micro_batch

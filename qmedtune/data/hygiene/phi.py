@@ -11,13 +11,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 from qmedtune.data.hygiene.persons import find_hospitals, find_names
 from qmedtune.data.hygiene.plain import plain
 from qmedtune.data.hygiene.presidio import Finder
 from qmedtune.data.hygiene.recognisers import DIGITS, MARKED, RECOGNISERS, plausible
 from qmedtune.data.hygiene.words import EPONYMS, NEVER
+from qmedtune.results import Identifiers
 
 EXAMPLES = 3
 VERSION = 2  # of what is found: part of the key of data that is redacted or refused by it
@@ -133,15 +133,12 @@ class Tally:
             shown = self.examples.setdefault(kind, [])
             shown += [form for form in forms if form not in shown][: EXAMPLES - len(shown)]
 
-    def as_dict(self) -> dict[str, Any]:
-        return {"classes": dict(self.classes), "records": self.records, "examples": self.examples}
-
-    @classmethod
-    def from_dict(cls, value: dict[str, Any]) -> Tally:
-        return cls(Counter(value["classes"]), value["records"], value["examples"])
-
-    def facts(self, mode: str) -> dict[str, Any]:
-        return {
-            "mode": mode, "records": self.records, "identifiers": self.classes.total(),
-            "classes": dict(self.classes), "shapes": self.examples, "note": STANDS_FOR,
-        }  # fmt: skip
+    def facts(self, mode: str) -> Identifiers:
+        return Identifiers(
+            mode=mode,
+            records=self.records,
+            identifiers=self.classes.total(),
+            classes=dict(self.classes),
+            shapes=self.examples,
+            note=STANDS_FOR,
+        )
