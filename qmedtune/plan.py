@@ -218,7 +218,9 @@ def _samples(recipe: Recipe) -> tuple[dict[str, Sample], dict[str, str]]:
     return samples, missing
 
 
-def _checked(recipe: Recipe, facts: BaseFacts, folder: Path | None, samples: Mapping[str, Sample]) -> list[str]:
+def _checked(
+    recipe: ResolvedRecipe, facts: BaseFacts, folder: Path | None, samples: Mapping[str, Sample]
+) -> list[str]:
     """Raise what a run would stumble over; returns what could not be looked at."""
     preflight.check_damage(recipe, samples)
     if folder is None:
