@@ -7,13 +7,14 @@ compared with what was trained. Deliberately not here: merging (merge.py), serve
 
 from __future__ import annotations
 
-import json
+import re
+import shlex
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
-from qmedtune import store
+from qmedtune import record, store
 from qmedtune.errors import RecipeError
 from qmedtune.evaluation.open_model import Location, fingerprint, locate
 from qmedtune.results import Exported, ExportProof
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 Form = Literal["gguf", "gguf-adapter", "ollama", "vllm", "transformers", "hub"]
 FORMS: tuple[str, ...] = get_args(Form)
 VERSION = 1  # raise when the same model would become other files
+NO_NAME = re.compile(r"[^\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -135,10 +137,16 @@ def _adapters_of_run(job: ExportJob, folder: Path) -> Location:
 def title_of(location: Location) -> str:
     """A name for files and cards: the run's, or the folder's."""
     path = Path(location.name).expanduser()
-    record = path / "run.json"
-    if record.is_file():
-        return str(json.loads(record.read_text(encoding="utf-8"))["name"])
-    return path.resolve().name if path.exists() else location.name.rpartition(":")[2].rpartition("/")[2]
+    if (path / record.RUN).is_file():
+        return _plain_name(record.load(path).name)
+    if path.exists():
+        return _plain_name(path.resolve().name)
+    return _plain_name(location.name.rpartition(":")[2].rpartition("/")[2])
+
+
+def _plain_name(name: str) -> str:
+    """As it may stand in file names, commands and headings: run.json or a folder may say anything."""
+    return NO_NAME.sub("-", name)[:80].strip("-.") or "model"
 
 
 # ---- the forms -------------------------------------------------------------------------------------------------------
@@ -218,12 +226,13 @@ def _gguf_adapter(job: ExportJob, location: Location, folder: Path) -> Exported:
 
 
 def _vllm(job: ExportJob, location: Location, folder: Path) -> Exported:
+    from qmedtune.exporting.card import code
     from qmedtune.exporting.folders import copy_adapter, copy_model
 
     if location.adapters:
         return Exported(proof=copy_adapter(location, folder, title_of(location)))
-    serve = f"vllm serve {job.out} --served-model-name {title_of(location)} --host 127.0.0.1"
-    return Exported(proof=copy_model(location, folder, title_of(location), f"Serve it: `{serve}`"))
+    serve = f"vllm serve {shlex.quote(str(job.out))} --served-model-name {title_of(location)} --host 127.0.0.1"
+    return Exported(proof=copy_model(location, folder, title_of(location), f"Serve it: {code(serve)}"))
 
 
 def _transformers(job: ExportJob, location: Location, folder: Path) -> Exported:

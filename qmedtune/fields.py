@@ -19,6 +19,8 @@ SourceFormat = Literal[
     "medquad", "liveqa", "docx", "xlsx", "pdf", "huggingface",
 ]  # fmt: skip
 
+# Formats in which nothing but text of patients is written.
+CLINICAL_FORMATS = ("mimic_cxr", "n2c2", "ccda", "fhir", "hl7", "emrqa")
 
 # What data/hygiene/language.py tells apart.
 Language = Literal[
@@ -26,10 +28,10 @@ Language = Literal[
 ]  # fmt: skip
 
 
-def later(default: Any) -> Any:
+def later(default: Any, *, alias: str | None = None) -> Any:
     """The field of a key that came after 0.2: at its default it stands in no key and no record, so that what was made
-    before it stays finished."""
-    return Field(default, exclude_if=lambda value: value == default)
+    before it stays finished. alias: its name in recipes, where that is a word of Python."""
+    return Field(default, alias=alias, exclude_if=lambda value: value == default)
 
 
 class Section(BaseModel):

@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from qmedtune.errors import RecipeError
+from qmedtune.local_names import is_utf8
 
 JsonObject = dict[str, Any]  # of a file that others wrote: anything, until it is judged
 MAX_JSON_BYTES = 64 << 20  # an index of 1,000 shards has 10 MB
@@ -43,6 +44,20 @@ def json_value(path: Path) -> Any:
         raise RecipeError(f"{path}: not JSON ({type(error).__name__})\nfetch or copy the folder again") from error
 
 
+def as_object(value: object) -> JsonObject | None:
+    """The value of a foreign JSON file, if it is an object."""
+    if isinstance(value, dict):
+        return cast(JsonObject, value)
+    return None
+
+
+def as_list(value: object) -> list[Any] | None:
+    """The value of a foreign JSON file, if it is a list."""
+    if isinstance(value, list):
+        return cast(list[Any], value)
+    return None
+
+
 def check_folder(folder: Path) -> None:
     """Refuse a model folder that would unpickle or execute something, or that points out of itself."""
     weights = sorted(folder.glob("*.safetensors"))
@@ -69,6 +84,8 @@ def check_links(folder: Path) -> None:
             refuse(folder, f"has more than {MOST_FILES:,} files", "give the folder of one model")
         if path.is_symlink() and not any(_real(path).is_relative_to(root) for root in inside):
             refuse(path, "a link out of the model folder", "copy the file into the folder")
+        if not is_utf8(path.name):
+            raise RecipeError(f"{folder}: the name of {ascii(path.name)} is not UTF-8\nrename or remove that file")
         if not path.is_file() and not path.is_dir():
             refuse(path, "neither a file nor a folder", "remove it, or copy the file into the folder")
 

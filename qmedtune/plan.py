@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import cast
 
-from qmedtune import base, fetch, gguf_folder, preflight, step_status, store, units
+from qmedtune import base, fetch, gguf_folder, preflight, step_status, store, track, units
 from qmedtune.batches import batch_rows, steps_in, too_few_steps
 from qmedtune.errors import DataError, DoesNotFit, QmedtuneError
 from qmedtune.llama_shape import BaseFacts
@@ -61,6 +61,7 @@ def make_plan(recipe: Recipe, run_dir: Path | None = None) -> Plan:
     base, and what preflight.py finds in base, tokenizer, templates, evaluation files and a sample of each source.
     Sources that are absent here are told in "data" and "notes", not raised.
     """
+    track.check(recipe)
     facts = base_facts(recipe.model)
     resolved, decisions, machine = _for_its_machine(recipe, facts)
     refuse_half_on_cpu(resolved, machine)
@@ -85,6 +86,8 @@ def make_plan(recipe: Recipe, run_dir: Path | None = None) -> Plan:
     seconds = sum(stage["seconds"] or 0.0 for stage in stages)
     if not _is_cached(steps, "merged"):
         seconds += speed.merge_seconds(facts)
+    if resolved.merge.sweep is not None and not _is_cached(steps, "sweep"):
+        seconds += len(resolved.merge.sweep.shares) * speed.merge_seconds(facts)
     borders = _borders(folder)
     base_told = {**asdict(facts), "parameters": facts.parameters, "bytes": facts.file_bytes}
     plan: Plan = {
@@ -218,9 +221,7 @@ def _samples(recipe: Recipe) -> tuple[dict[str, Sample], dict[str, str]]:
     return samples, missing
 
 
-def _checked(
-    recipe: ResolvedRecipe, facts: BaseFacts, folder: Path | None, samples: Mapping[str, Sample]
-) -> list[str]:
+def _checked(recipe: ResolvedRecipe, facts: BaseFacts, folder: Path | None, samples: Mapping[str, Sample]) -> list[str]:
     """Raise what a run would stumble over; returns what could not be looked at."""
     preflight.check_damage(recipe, samples)
     if folder is None:

@@ -53,7 +53,10 @@ def check_templates(recipe: ResolvedRecipe, folder: Path, samples: Mapping[str, 
     for _, name in taught(recipe):
         template = templates.default(recipe.data[name].template, folder)
         found = samples[name].records if name in samples else []
-        for messages in [_QUESTION, *shapes(record["messages"] for record in found)]:
+        conversations: list[Messages] = []
+        for record in found:
+            conversations.append(record["messages"])
+        for messages in (_QUESTION, *shapes(conversations)):
             with_messages(template, messages, f"data.{name}.template", folder)
 
 
@@ -61,7 +64,8 @@ def taught(recipe: ResolvedRecipe) -> Iterator[tuple[ResolvedSft, str]]:
     """Each instruction source of each sft stage."""
     for stage in recipe.stages:
         if stage.sft:
-            yield from ((stage.sft, name) for name in stage.sft.sources)
+            for name in stage.sft.sources:
+                yield stage.sft, name
 
 
 def with_messages(template: templates.Template, messages: Messages, where: str, folder: Path) -> None:
@@ -86,8 +90,13 @@ def shapes(conversations: Iterable[Messages]) -> list[Messages]:
     an input stands apart."""
     found: dict[tuple, Messages] = {}
     for messages in conversations:
-        roles = tuple(message["role"] for message in messages)[: 2 * MOST_TURNS + 1]
-        found.setdefault((roles, any(message.get("input") for message in messages)), messages)
+        roles: list[str] = []
+        has_input = False
+        for message in messages:
+            roles.append(message["role"])
+            has_input = has_input or bool(message.get("input"))
+        shape = tuple(roles[: 2 * MOST_TURNS + 1])
+        found.setdefault((shape, has_input), messages)
     return list(found.values())
 
 
@@ -171,11 +180,21 @@ def _check_questions(recipe: Recipe, folder: Path, section: TaskSection, questio
 
 
 def asked_with(recipe: Recipe, folder: Path) -> templates.Template:
-    """The template that evaluation asks with: the recipe's, else that of the last sft stage, else the tokenizer's."""
+    """The template that evaluation asks with: the recipe's, else that of the last sft stage, else that of the model
+    which is mixed in (as far as it is here), else the tokenizer's."""
     if recipe.evaluate.template:
         return templates.load(recipe.evaluate.template, folder)
-    learnt = [stage.sft.sources[0] for stage in recipe.stages if stage.sft]
-    return templates.default(recipe.data[learnt[-1]].template if learnt else None, folder)
+    learnt = None
+    for stage in recipe.stages:
+        if stage.sft:
+            learnt = stage.sft.sources[0]
+    if learnt is not None:
+        return templates.default(recipe.data[learnt].template, folder)
+    if recipe.merge.other is not None and Path(recipe.merge.other).expanduser().exists():
+        from qmedtune.evaluation.open_model import locate
+
+        return locate(recipe.merge.other, offline=True).template
+    return templates.default(None, folder)
 
 
 def _left_out(section: TaskSection, room: int) -> str:
@@ -202,8 +221,13 @@ def check_start(recipe: ResolvedRecipe, folder: Path, *, scored: bool) -> None:
     check_base(recipe, folder)
     check_tokenizer(folder)
     load_tokenizer(folder)
-    spoken = sorted({name for _, name in taught(recipe)})
-    check_templates(recipe, folder, {name: sample_source(recipe.data[name], ASKED_ITEMS) for name in spoken})
+    spoken: set[str] = set()
+    for _, name in taught(recipe):
+        spoken.add(name)
+    samples: dict[str, Sample] = {}
+    for name in sorted(spoken):
+        samples[name] = sample_source(recipe.data[name], ASKED_ITEMS)
+    check_templates(recipe, folder, samples)
     if scored:
         check_evaluation(recipe, folder)
 

@@ -8,11 +8,11 @@ Deliberately absent: dotted import paths, plug-ins, remote code. Every key here 
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from qmedtune.fields import Auto, Name, Section
+from qmedtune.fields import Auto, Name, Section, later
 from qmedtune.sections.data import PACKED_AS, DedupSection, HygieneSection, SourceSection
 from qmedtune.sections.model import AdapterSection, ModelSection, ShapeSection
 from qmedtune.sections.results import (
@@ -20,6 +20,7 @@ from qmedtune.sections.results import (
     AuditSection,
     EvaluateSection,
     MergeSection,
+    SweepSection,
     TaskSection,
     VerifySection,
 )
@@ -59,12 +60,15 @@ __all__ = [
     "ShapeSection",
     "SourceSection",
     "StageSection",
+    "SweepSection",
     "TaskSection",
     "TrainSection",
     "ValidateSection",
     "VerifySection",
     "WarmupSection",
 ]
+
+DEVELOPMENT = 0.5  # of the items, where there is something to choose and the recipe names no share
 
 
 class Recipe(Section):
@@ -96,6 +100,9 @@ class Recipe(Section):
     """Loss on held-out text while a stage trains."""
     save: SaveSection = SaveSection()
     """Checkpoints, from which an interrupted stage goes on."""
+    track: Literal["tensorboard", "trackio"] | None = later(None)
+    """Also write the curves for this tracker, into a folder of the run with its name (`pip install
+    'qmedtune[tensorboard]'`): figures alone, nothing leaves the machine."""
     merge: MergeSection = MergeSection()
     """How adapters are folded into the base."""
     evaluate: EvaluateSection = EvaluateSection()
@@ -115,6 +122,13 @@ class Recipe(Section):
         """What draws the items of a `limit` and the examples before questions."""
         chosen = self.evaluate.items_seed
         return self.seed if chosen is None else chosen
+
+    @property
+    def development(self) -> float:
+        """The share of items and held-out texts that are not scored at the end, since a choice is made on them."""
+        if self.evaluate.development is not None:
+            return self.evaluate.development
+        return DEVELOPMENT if self.merge.sweep else 0.0
 
     def stage_names(self) -> list[str]:
         """`01-cpt`, `02-sft` ...: the names of stage folders and of `run.json` entries."""

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from qmedtune import base, claims, heartbeat, hub, keys, peak, preflight, record, store, ui
+from qmedtune import base, claims, heartbeat, hub, keys, peak, preflight, record, store, track, ui
 from qmedtune.data.hygiene import secret
 from qmedtune.data.hygiene.per_record import phi_mode
 from qmedtune.disk import owner_only
@@ -29,7 +29,7 @@ from qmedtune.planning.resolve import refuse_half_on_cpu, resolve
 from qmedtune.planning.shapes import base_facts
 from qmedtune.recipe import Recipe
 from qmedtune.resolved import ResolvedRecipe
-from qmedtune.results import Run
+from qmedtune.results import Packing, Run
 from qmedtune.smoke import smoke as smoked
 from qmedtune.steps import Step, inputs_of, key_of, steps_of, upstream_of
 
@@ -68,6 +68,7 @@ def run(
     names = [step.name for step in to_do]
     source.check()
     claims.check_steps(out, names)
+    track.check(resolved)
     _check_start(resolved, source, to_do, offline)
     room.check_writable(out)
     room.check(resolved, out, names)
@@ -81,7 +82,11 @@ def run(
         hashes.save()
         done: dict[str, store.Seal] = {}
         notes = record.Notes(resolved, recipe_text, choices, offline, source, steps, done)
-        with ui.run_progress([*(step.name for step in chosen), "report"]) as shown, heartbeat.beating(out):
+        with (
+            ui.run_progress([*(step.name for step in chosen), "report"]) as shown,
+            heartbeat.beating(out),
+            track.following(resolved, out),
+        ):
             attempt = Attempt(resolved, source, out, siblings, done, shown)
             try:
                 record.write(out, replace(notes, done=sealed), "running")  # whatever the attempt before has said
@@ -116,14 +121,17 @@ def _tokens_to_train(chosen: Sequence[Step], done: dict[str, store.Seal]) -> dic
     found: dict[str, float] = {}
     for step in chosen:
         packed = done.get(f"data/{step.name}")
-        if packed is not None and packed.facts.get("tokens"):
-            found[step.name] = packed.facts["tokens"]["trained"]
+        if packed is None:
+            continue
+        tokens = Packing.model_validate(packed.facts).tokens.trained
+        if tokens:
+            found[step.name] = tokens
     return found
 
 
 def _private(recipe: Recipe, out: Path) -> AbstractContextManager[None]:
-    """Where a source is clinical, what the run writes is its owner's alone."""
-    if all(phi_mode(recipe, name) == "off" and recipe.data[name].kind != "clinical" for name in recipe.used_sources()):
+    """Where a source can name patients, what the run writes is its owner's alone."""
+    if not any(recipe.data[name].may_identify for name in recipe.used_sources()):
         return nullcontext()
     with suppress(FileNotFoundError):
         out.chmod(0o700)
@@ -157,17 +165,27 @@ def _refused(error: QmedtuneError, step: Step, recipe: Recipe, out: Path) -> rec
 
 def _check_start(recipe: ResolvedRecipe, source: base.Base, to_do: Sequence[Step], offline: bool) -> None:
     """What must be right before the first step, ahead of writing anything. A built-in base is right by itself."""
-    if any(step.kind != "data" for step in to_do):
+    names: set[str] = set()
+    kinds: set[str] = set()
+    for step in to_do:
+        names.add(step.name)
+        kinds.add(step.kind)
+    beyond_data = bool(kinds - {"data"})
+    if beyond_data:
         refuse_half_on_cpu(recipe, this_machine())
-    scored = any(step.name == "evaluation" for step in to_do)
-    if any(step.name == "against" for step in to_do):
+    scored = "evaluation" in names
+    if "against" in names:
         from qmedtune import against
 
         against.check(recipe, offline)
+    if recipe.merge.other is not None and any(step.kind in ("sweep", "merge") for step in to_do):
+        from qmedtune import mixed_merge
+
+        mixed_merge.check(recipe, source.make(), offline)
     if base_facts(recipe.model).builtin:
         if scored:
             preflight.check_evaluation(recipe, None)
-    elif any(step.kind != "data" for step in to_do):
+    elif beyond_data:
         preflight.check_start(recipe, source.make(), scored=scored)
 
 

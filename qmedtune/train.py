@@ -168,7 +168,9 @@ def _load(job: TrainingJob, shared: SharedBase) -> Loaded:
         attach_head(built.model, rows, job.stage.classify)
     else:
         rows = PackedRows(tokens)
-    packed = Packing.model_validate(json.loads((tokens / store.SEAL).read_text())["facts"])
+    sealed = store.read_seal(tokens)
+    assert sealed is not None, "run.py has hashed it just now"
+    packed = Packing.model_validate(sealed.facts)
     return Loaded(built, tokenizer, rows, packed)
 
 
@@ -346,7 +348,7 @@ class StageCallback(TrainerCallback):
 
     def write(self, line: dict[str, object]) -> None:
         with (self.out / METRICS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"stage": self.name, **line}) + "\n")
+            file.write(json.dumps({"stage": self.name, **line, "time": round(time.time(), 1)}) + "\n")
 
     def warn(self, step: int, said: str) -> None:
         """Into the metrics, and from there into the report; it stays when the stage is stopped and resumed."""

@@ -44,7 +44,7 @@ def test_cuts_are_told(tmp_path, tokenizer_dir):
 
 def test_fertility_gives_figures_and_no_clinical_words(tmp_path, tokenizer_dir):
     inputs = folders(tmp_path, notes=["headache pyelonephritis"] * 9, literature=["headache pyelonephritis"] * 9)
-    report = fertility(tokens.load_codec(tokenizer_dir), inputs, {"notes": "clinical", "literature": "literature"})
+    report = fertility(tokens.load_codec(tokenizer_dir), inputs, ["notes"])
     assert report["notes"].most_split == []
     assert report["literature"].most_split[0][0] == "pyelonephritis"
     assert report["notes"].words == 18
@@ -60,7 +60,7 @@ def test_fertility_counts_the_tokens_that_words_have_in_running_text(tmp_path, k
     """Against the tokens of the whole text that lie on each word, by the tokenizer's own offsets."""
     codec = tokens.load_codec(tokenizer(kind))
     inputs = folders(tmp_path, literature=[NOTE])
-    report = fertility(codec, inputs, {"literature": "literature"})["literature"]
+    report = fertility(codec, inputs)["literature"]
     ends = [end for start, end in codec.backend.encode(f"x {NOTE}", add_special_tokens=False).offsets if end > start]
     words = [match.span() for match in re.finditer(r"[^\W\d_]+", f"x {NOTE}")][1:]
     held = [sum(start < end <= stop for end in set(ends)) for start, stop in words]

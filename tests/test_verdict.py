@@ -20,8 +20,8 @@ from conftest import ROOT
 from llama_folders import llama3_folder
 
 from qmedtune.ablate import ablate
+from qmedtune.api import evaluate_model
 from qmedtune.compare import Asked, compare_models
-from qmedtune.evaluate import evaluate_model
 from qmedtune.evaluation import verdict
 from qmedtune.parsing.loader import load_recipe
 from qmedtune.recipe import TaskSection

@@ -157,6 +157,7 @@ def _show_packed(loaded: LoadedRecipe, folder: Path, asked: Shown) -> None:
     from qmedtune.data.packing.show import documents, show
     from qmedtune.data.packing.tokens import load_codec
     from qmedtune.errors import RecipeError
+    from qmedtune.results import Packing
 
     recipe = loaded.recipe
     packed = folder / "data" / (asked.stage or recipe.stage_names()[0])
@@ -166,13 +167,13 @@ def _show_packed(loaded: LoadedRecipe, folder: Path, asked: Shown) -> None:
     rows = PackedRows(packed)
     source = base.identify(recipe.model, offline=asked.offline)
     codec = load_codec(source.make())
-    told = {"template": sealed.facts.get("template"), "borders": borders.described(codec)}
+    template, told_borders = Packing.model_validate(sealed.facts).template, borders.described(codec)
     if asked.as_json:
         planted = {recipe.audit.source, recipe.audit.prompts} if recipe.audit else set()
         folders = {name: folder / "data" / ("planted" if name in planted else "") / name for name in rows.sources}
-        return emit(told | {"rows": documents(rows, folders, asked.count)})
-    template = told["template"]
-    print(f"conversations in template {template}" if template else f"documents: {told['borders']['why']}")
+        shown = documents(rows, folders, asked.count)
+        return emit({"template": template, "borders": told_borders, "rows": shown})
+    print(f"conversations in template {template}" if template else f"documents: {told_borders['why']}")
     print(show(rows, codec.backend, asked.count, color=wants_colour()))
 
 
@@ -205,11 +206,15 @@ def erase(
     """Remove all text from a run folder; weights, figures and seals stay and can still be verified."""
     if not text:
         raise typer.BadParameter("say what is to be erased\nallowed: --text")
+    from qmedtune import erase as erasing
+    from qmedtune import ui
     from qmedtune import verify as checking
-    from qmedtune.erase import erase as remove
 
-    checking.check_is_run(run_dir)
-    facts = remove(run_dir)
+    for run in erasing.runs_in(run_dir):
+        checking.check_is_run(run)
+    facts = erasing.erase(run_dir)
+    if facts["elsewhere"]:
+        ui.warn(f"{facts['elsewhere']} of these files have another name outside of {run_dir}: their text stays there")
     if as_json:
         return emit(facts)
     print(f"{run_dir}: {facts['files']} files with text erased ({facts['bytes']:,} bytes), .history and .building too")

@@ -98,7 +98,7 @@ def _encoded_otherwise(folder: Path) -> str | None:
     """The first text of which transformers' tokenizer makes other ids than training did."""
     from transformers import AutoTokenizer
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(str(folder))
+    tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     codec = load_codec(folder)
     codec.backend.encode_special_tokens = False
     texts = probe_texts(sorted(codec.special_tokens))
@@ -112,7 +112,7 @@ def _encoded_otherwise(folder: Path) -> str | None:
 def _check_template(location: Location, folder: Path) -> None:
     from transformers import AutoTokenizer
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(str(folder))
+    tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     [asked] = frame_in(location.template, folder).ask([list(QUESTION)])
     text = tokenizer.apply_chat_template(list(QUESTION), add_generation_prompt=True, tokenize=False)
     if text != asked.text:

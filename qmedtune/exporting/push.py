@@ -14,7 +14,6 @@ from qmedtune import record
 from qmedtune.errors import RecipeError, RunError
 from qmedtune.evaluation.open_model import Location, locate
 from qmedtune.exporting.card import README
-from qmedtune.recipe import Recipe
 from qmedtune.results import Exported
 
 if TYPE_CHECKING:
@@ -49,8 +48,8 @@ def check_terms(folder: Path, said: bool) -> None:
             f"{folder}: --as hub takes a run: what a model was trained on stands in its run.json\n"
             "give the run folder, not merged/ alone"
         )
-    recipe = Recipe.model_validate(run.recipe)
-    clinical = [name for name, source in recipe.data.items() if source.kind == "clinical"]
+    recipe = record.recipe_of(run, folder)
+    clinical = [name for name, source in recipe.data.items() if source.may_identify]
     closed = [name for name in clinical if MAY not in (recipe.data[name].terms or "").lower()]
     if closed:
         raise RecipeError(

@@ -99,6 +99,7 @@ def kept_of(recipe: Recipe, text: int, tokens: int) -> memory.Kept:
         folded=folded,
         merged=bool(final_model(recipe).adapters),
         best=recipe.validation.keep_best,
+        swept=recipe.merge.sweep is not None,
     )
 
 
@@ -120,6 +121,7 @@ def check(recipe: ResolvedRecipe, out: Path, to_do: Collection[str]) -> None:
         "adapters": training,
         "stage models": training,
         "folded bases": any(name.endswith("-base") for name in to_do),
+        "mix of the sweep": "sweep" in to_do,
         "merged model": "merged" in to_do,
     }
     begun = sum(_file_bytes(path) for path in below(out / ".building"))

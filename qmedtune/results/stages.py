@@ -46,6 +46,7 @@ class Logged(Facts):
 
     stage: str
     step: int
+    time: Number | None = None  # seconds since 1970; lines of 0.1 have none
     loss: Number | None = None
     tokens: int | None = None
     tokens_per_s: Number | None = None
@@ -92,6 +93,14 @@ class Classification(Facts):
     micro_f1: Number | None = None
     macro_f1: Number | None = None
     accuracy: Number | None = None
+
+
+class Checkpoint(Facts):
+    """What the seal of a checkpoint tells. made_with: settings that the machine chose."""
+
+    step: int
+    tokens: int
+    made_with: dict[str, str | int] = {}
 
 
 class Adapter(Facts):

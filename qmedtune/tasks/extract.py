@@ -122,12 +122,18 @@ class Options:
         by_length.sort(key=lambda each: -each[0])
         return "(?:" + "|".join(part for _, part in by_length) + ")"
 
+    def _where_lettered(self, pattern: str) -> str:
+        """A part of a pattern that options without letters lack."""
+        if not self.letters:
+            return ""
+        return pattern
+
     @cached_property
     def at(self) -> re.Pattern[str]:
         """An option where it is expected: a letter with a sign behind it, or the text."""
-        by_letter = ""
-        if self.letters:
-            by_letter = rf"(?:option\s+)?(?P<letter>{self.letter}){AFTER_LETTER}|(?P<bare>{self.letter})(?=\s+)|"
+        by_letter = self._where_lettered(
+            rf"(?:option\s+)?(?P<letter>{self.letter}){AFTER_LETTER}|(?P<bare>{self.letter})(?=\s+)|"
+        )
         return re.compile(rf"{by_letter}(?:the\s+|an?\s+)?{self.word_pattern}", re.I)
 
     @cached_property
@@ -157,9 +163,7 @@ class Options:
     def named(self) -> re.Pattern[str]:
         """Each option in a row of them."""
         words = "|".join(map(_flexible, self.longest_first))
-        letters = ""
-        if self.letters:
-            letters = rf"|(?<!\w)(?:{self.letter})(?!\w)"
+        letters = self._where_lettered(rf"|(?<!\w)(?:{self.letter})(?!\w)")
         return re.compile(rf"(?<!\w)(?:{words})(?!\w){letters}", re.I)
 
     @cached_property

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from itertools import chain
 from pathlib import Path
 
@@ -22,11 +22,14 @@ SAMPLE_BYTES = 1 << 19
 SHOWN_WORDS = 10
 
 
-def fertility(codec: Codec, folders: Mapping[str, Path], kinds: Mapping[str, str]) -> dict[str, Fertility]:
-    """Per source, over the first half MB of its train.jsonl. `most_split` stays empty for clinical sources."""
+def fertility(codec: Codec, folders: Mapping[str, Path], quiet: Collection[str] = ()) -> dict[str, Fertility]:
+    """Per source, over the first half MB of its train.jsonl.
+
+    quiet: sources whose words are not told (`most_split`): what is split most in notes are names.
+    """
     found: dict[str, Fertility] = {}
     for name, folder in folders.items():
-        found[name] = _of(codec, _sample(folder / "train.jsonl"), kinds[name] != "clinical")
+        found[name] = _of(codec, _sample(folder / "train.jsonl"), name not in quiet)
     return found
 
 

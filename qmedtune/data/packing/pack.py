@@ -8,7 +8,7 @@ loss would predict it from its neighbour. Padding and batching are the trainer's
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -68,12 +68,10 @@ def pack_stage(
     else:
         plan = _mixture(section, corpora, rng)
     packed = write_rows(recipe, corpora, section, plan, rng, out)
-    kinds: dict[str, str] = {}
-    folders: dict[str, Path] = {}
-    for name in packed.mixture:
-        kinds[name], folders[name] = recipe.data[name].kind, inputs[name]
+    folders = {name: inputs[name] for name in packed.mixture}
+    quiet = [name for name in folders if recipe.data[name].may_identify]
     mixture: dict[str, Part] = {}
-    for name, found in fertility(codec, folders, kinds).items():
+    for name, found in fertility(codec, folders, quiet).items():
         mixture[name] = packed.mixture[name].model_copy(update={"fertility": found})
     packed = packed.model_copy(update={"mixture": mixture})
     if template is not None:
@@ -449,14 +447,17 @@ class PackedRows:
 class WholeDocuments:
     """The documents behind packed rows, each from its beginning: a text is judged with all that stands before it, not
     in rows of the training length. Longer ones come in windows that begin with the last token of the one before, so
-    that every token but the first is predicted once. Items are as those of PackedRows."""
+    that every token but the first is predicted once. Items are as those of PackedRows. documents: those that are read;
+    None: all of which the rows hold a part."""
 
-    def __init__(self, rows: PackedRows, max_tokens: int):
+    def __init__(self, rows: PackedRows, max_tokens: int, documents: Iterable[int] | None = None):
         self._rows = rows
         lengths = rows.document_lengths()
+        if documents is None:
+            documents = rows.drawn_documents()
         self._windows: list[tuple[int, int, int]] = []
-        for document in rows.drawn_documents().tolist():
-            self._windows += windows(document, int(lengths[document]), max_tokens)
+        for document in documents:
+            self._windows += windows(int(document), int(lengths[document]), max_tokens)
 
     def __len__(self) -> int:
         return len(self._windows)
