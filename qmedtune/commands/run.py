@@ -198,6 +198,29 @@ def report(
         print("\n".join(str(run_dir / name) for name in facts))
 
 
+def items(
+    run_dir: RunArgument,
+    whole: Annotated[bool, typer.Option("--whole", help="All of every text, however large the page is.")] = False,
+    text: Annotated[bool, typer.Option("--text/--no-text", help="Questions and options as they were asked.")] = True,
+    clinical_text: Annotated[
+        bool, typer.Option("--clinical-text", help="Also of benchmarks that may hold patients' words.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """A local page of the items: gained, lost, near ties, confidence; readable by you alone."""
+    from qmedtune import verify as checking
+    from qmedtune.item_page.make import write_items_page
+    from qmedtune.item_page.questions import Wish
+
+    checking.check_is_run(run_dir)
+    written = write_items_page(run_dir, Wish(text, clinical_text, whole))
+    if as_json:
+        return emit(written.as_json())
+    for note in written.left_out:
+        print(note)
+    print(written.path)
+
+
 def erase(
     run_dir: RunArgument,
     text: Annotated[bool, typer.Option("--text", help="Remove all text of the sources.")] = False,

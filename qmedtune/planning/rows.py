@@ -63,7 +63,10 @@ def planned(recipe: ResolvedRecipe, index: int, measured: Mapping[str, Measured]
         else:
             absent.append(name)
     if isinstance(section, SftSection | ClassifySection):
-        wanted = {name: section.epochs * drawn.tokens for name, drawn in draws.items()}
+        passes = section.epochs
+        if isinstance(section, ClassifySection):
+            passes *= 1 - section.validation
+        wanted = {name: passes * drawn.tokens for name, drawn in draws.items()}
     elif absent:
         wanted, draws, spread = {"all": float(section.budget or 0)}, {"all": Drawn(np.full(1, section.seq_len))}, 0.0
     else:
