@@ -107,7 +107,8 @@ def make_plan(recipe: Recipe, run_dir: Path | None = None) -> Plan:
         "borders": borders,
         "notes": [*_notes(machine, facts, estimates), *_length_notes(resolved, facts), *_few(facts, stages)],
     }
-    plan["notes"] += [*benchmarks.left, *_scoring_notes(resolved, evaluation), *_border_notes(borders), *notes]
+    plan["notes"] += [*_mixed_notes(resolved), *benchmarks.left, *_scoring_notes(resolved, evaluation)]
+    plan["notes"] += [*_border_notes(borders), *notes]
     _check_room(plan, present=machine.present)
     return plan
 
@@ -157,6 +158,15 @@ def _notes(machine: Machine, facts: BaseFacts, estimates: Mapping[str, Estimate]
         if estimate.missing:
             notes.append(f"{name}: not found here ({estimate.missing})")
     return notes
+
+
+def _mixed_notes(recipe: Recipe) -> list[str]:
+    other = recipe.merge.other
+    if other is None or other.startswith(base.BUILTIN) or Path(other).expanduser().exists():
+        return []
+    return [
+        f"merge.with: {other} is no folder here: a run has to be made before, a Hub id is fetched when this one starts"
+    ]
 
 
 def _on_its_way(facts: BaseFacts) -> str:
