@@ -27,6 +27,7 @@ from qmedtune.planning.numerics import numerics
 from qmedtune.planning.resolve import refuse_half_on_cpu, resolve
 from qmedtune.recipe import ModelSection
 from qmedtune.run import run
+from qmedtune.training import checkpoints
 from qmedtune.training.trainer import QTrainer
 
 CPU = replace(this_machine(), kind="cpu", capability=None, bf16=True, present=True)
@@ -114,7 +115,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, set]:
 
 
 def losses(out: Path) -> list[float]:
-    lines = map(json.loads, (out / train.METRICS).read_text().splitlines())
+    lines = map(json.loads, (out / checkpoints.METRICS).read_text().splitlines())
     return [line["loss"] for line in lines if "loss" in line]
 
 
