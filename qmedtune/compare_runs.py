@@ -124,7 +124,7 @@ def sides(folders: Sequence[Path]) -> list[Side]:
         places.add(folder.resolve())
         short.add(folder.resolve().name)
     if len(places) < max(2, len(folders)):
-        raise RecipeError("compare: name two runs or more, each once")
+        raise RecipeError("compare: name two runs or more, each once\nsee what is there: qmedtune runs")
     found = []
     for folder in folders:
         seen = Shelf(folder).look(folder)

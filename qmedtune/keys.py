@@ -17,14 +17,15 @@ from qmedtune.recipe import PACKED_AS, Recipe, SourceSection, StageSection, Task
 from qmedtune.versions import CODE as CODE
 
 # Raise when scores of the same models would differ: 2 = perplexity over whole documents, heads in fp32; 3 =
-# answers that state exactly one option; 4 = asked with the tokens of training, end marks apart from perplexity.
-EVALUATION_FORMAT = 4
+# answers that state exactly one option; 4 = asked with the tokens of training, end marks apart from perplexity; 5 =
+# bins of calibration, answers in more tags and keys.
+EVALUATION_FORMAT = 5
 
 MadeFrom = Mapping[str, object]
 """Plain JSON: what a step is made from."""
 
 PACKING = ("mix", "unit", "tokens", "epochs", "max_repeats", "data", "loss_on", "seq_len", "max_truncated_fraction")
-PACKING += ("packing", "multi_label")
+PACKING += ("packing", "multi_label", "validation")
 # Keys that came later, with the value that means what stages did before: runs made then stay finished.
 SINCE_0_2 = {"adam_eps": 1e-8, "lora": None, "class_weights": "none", "min_steps": 1}
 BY_MACHINE = ("micro_batch", "gradient_checkpointing", "optimizer")

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qmedtune.data.packing import templates
 from qmedtune.errors import DataError, RecipeError
+from qmedtune.planning import scoring
 from qmedtune.planning.estimate import Measured
 from qmedtune.planning.sample import Sample
 from qmedtune.recipe import Recipe, SftSection, TaskSection
@@ -139,24 +141,34 @@ def surely_above(found: int, of: int, allowed: float, *, whole: bool) -> bool:
     return (middle - width) / (1 + SURE**2 / of) > allowed
 
 
-def check_evaluation(recipe: Recipe, folder: Path | None, *, within_bytes: int | None = None) -> list[str]:
+@dataclass(frozen=True)
+class Benchmarks:
+    """What was parsed, and for each that was not the reason."""
+
+    tasks: list[Task]
+    left: list[str]
+
+
+def check_evaluation(recipe: Recipe, folder: Path | None, *, within_bytes: int | None = None) -> Benchmarks:
     """Every evaluation file parses, and its questions can be asked with the template (where the tokenizer is here).
 
     With `within_bytes` (`plan`) files that are not here or beyond it are not parsed, and ASKED_ITEMS questions are
-    rendered; returns what was left.
+    rendered.
     """
-    left, room = [], within_bytes or 0
+    found = Benchmarks([], [])
+    room = within_bytes or 0
     for section in recipe.evaluate.sections:
         if within_bytes is not None:
             if why := _left_out(section, room):
-                left.append(why)
+                found.left.append(why)
                 continue
             room -= _file_bytes(section)
         task = _parsed(recipe, section)
+        found.tasks.append(task)
         if folder is not None:
             items = list(task.asked)[: None if within_bytes is None else ASKED_ITEMS]
             _check_questions(recipe, folder, section, [item.messages for item in items])
-    return left
+    return found
 
 
 def _parsed(recipe: Recipe, section: TaskSection) -> Task:
@@ -194,6 +206,18 @@ def asked_with(recipe: Recipe, folder: Path) -> templates.Template:
 
         return locate(recipe.merge.other, offline=True).template
     return templates.default(None, folder)
+
+
+def asking(recipe: Recipe, folder: Path | None, *, builtin: bool) -> scoring.Ids:
+    """What a question makes the model read: as the evaluation frames it, where the tokenizer is here; else words, each
+    a token of the tiny bases (`builtin`) and TOKENS_PER_WORD of others."""
+    if folder is None:
+        per_word = 1.0 if builtin else scoring.TOKENS_PER_WORD
+        return lambda item: scoring.words_of(item, per_word)
+    from qmedtune.data.packing.framing import frame_in
+
+    frame = frame_in(asked_with(recipe, folder), folder)
+    return lambda item: frame.ask([item.messages])[0].ids
 
 
 def _left_out(section: TaskSection, room: int) -> str:

@@ -16,6 +16,7 @@ from qmedtune import disk
 from qmedtune.reporting import duels, live, privacy, score_tables, sweeps, tables
 from qmedtune.reporting import page as report_html
 from qmedtune.reporting.blocks import DISCLAIMER
+from qmedtune.reporting.calibration import calibration_table
 from qmedtune.reporting.cells import Table
 from qmedtune.reporting.facts import Metrics, base_name, outcome, precision_words, warnings_of, wholes
 from qmedtune.results import Run, Score
@@ -62,6 +63,7 @@ def _markdown_parts(run: Run, metrics: Metrics) -> Iterator[str]:
     yield _section(score_tables.evaluation(run))
     yield _section(score_tables.perplexity(run))
     yield _section_if_any(score_tables.quantisation(run))
+    yield _section_if_any(calibration_table(run))
     if run.against is not None:
         yield _section(duels.head_to_head(run.against))
         yield _listed(duels.claims(run.against))

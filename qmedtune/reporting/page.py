@@ -6,7 +6,7 @@ to be careful about, and how to do it again. Every value is escaped; a content s
 Deliberately does not: read files, compute results, or run scripts.
 """
 
-from qmedtune.reporting import duels, privacy, score_tables, sweeps, tables
+from qmedtune.reporting import calibration, duels, privacy, score_tables, sweeps, tables
 from qmedtune.reporting.blocks import MANY_ROWS, PALETTE, card, document, html_table, missing, section
 from qmedtune.reporting.charts import (
     Bar,
@@ -32,6 +32,8 @@ FEW_WARNINGS = 12  # of more the rest is folded
 def page(run: Run, metrics: Metrics) -> str:
     """The whole page."""
     sections = [header(run), section("What it learned", _evaluation(run))]
+    if drawn := calibration.calibration(run):
+        sections.append(section("Calibration", drawn))
     if run.against is not None:
         sections.append(section("Head to head", _head_to_head(run.against)))
     if run.audit is not None:

@@ -52,6 +52,7 @@ from qmedtune.results.proofs import (
     SweepPoint,
 )
 from qmedtune.results.scores import (
+    Bin,
     Change,
     Difference,
     Evaluation,
@@ -110,6 +111,7 @@ __all__ = [
     "ArmEntry",
     "Attention",
     "Audit",
+    "Bin",
     "AuditLimits",
     "Change",
     "Checkpoint",

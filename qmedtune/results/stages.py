@@ -87,6 +87,7 @@ class Classification(Facts):
     documents: int
     held_out: int
     unknown: int
+    validation: int | None = None
     auroc: Number | None
     auprc: Number | None = None
     ci95: Interval | None = None

@@ -19,9 +19,11 @@ from functools import cached_property, lru_cache
 # ---- the text, without what is no answer ----------------------------------------------------------------------------
 
 # How answers are marked up, as words that the patterns below know. First: an opened tag, key or box names an answer.
+TAG = r"(?:final_?|my_?)?(?:answer|choice|option|decision|label|prediction|final)"
 MARKED = (
-    (re.compile(r"\\boxed\s*\{|<\s*(?:final_?)?(?:answer|choice)\s*>", re.I), " answer: "),
-    (re.compile(r"</\s*(?:final_?)?(?:answer|choice)\s*>", re.I), " \n"),
+    (re.compile(rf"\\boxed\s*\{{|<\s*{TAG}\s*>", re.I), " answer: "),
+    (re.compile(rf"</\s*{TAG}\s*>", re.I), " \n"),
+    (re.compile(r"</?\s*(?:b|strong|i|em|u|p|br|span|code|pre)\s*/?>", re.I), " "),
     (re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s*\{|\\[()\[\]]"), " "),
     (re.compile(r"[*`$\"\u201c\u201d{}#>]|_|(?<!\w)'+|'+(?!\w)"), " "),
 )
@@ -42,8 +44,8 @@ FILLER = (
 )
 FILLER += r"either|both|neither|(?-i:an?)(?=\s+\w)|the|that|:|-)"
 CUE = re.compile(
-    rf"\b{NOUN}\b(?:\s+(?:to|for|of|here|in|among|from|given|based)\b[^.:\n]{{0,90}}?|\s*\([^)\n]{{0,20}}\))?"
-    rf"\s*(?:\b{COPULA}(?!\w)|[:=-]|'s\b)[ \t\n]*(?P<denied>not\b|n't\b)?"
+    rf"\b{NOUN}\b(?:\s+(?:idx|index|key|letter))?(?:\s+(?:to|for|of|here|in|among|from|given|based)\b[^.:\n]{{0,90}}?|\s*\([^)\n]{{0,20}}\))?"
+    rf"\s*(?:\b{COPULA}(?!\w)|[:=\u2013\u2014-]|'s\b)[ \t\n]*(?P<denied>not\b|n't\b)?"
     rf"(?:[ \t\n]*\b{FILLER}(?!\w)|[ \t\n]*[:(\[]+)*[ \t\n(\[]*",
     re.I,
 )
