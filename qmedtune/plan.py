@@ -22,6 +22,7 @@ from qmedtune.planning import fit, memory, room, rows, scoring, speed
 from qmedtune.planning.estimate import Estimate, Measured, count_with, estimate_source
 from qmedtune.planning.machine import CARDS_GIB, GIB, Machine, card_of, this_machine
 from qmedtune.planning.memory import Setup
+from qmedtune.planning.missing import what_is_missing
 from qmedtune.planning.plan_facts import (
     Decision,
     Plan,
@@ -92,6 +93,7 @@ def make_plan(recipe: Recipe, run_dir: Path | None = None) -> Plan:
         "evaluation": evaluation,
         "times": times,
         "seconds": sum(times.values()),
+        "missing": what_is_missing(resolved, facts, estimates, evaluation["unknown"] if evaluation else ()),
         "borders": borders,
         "notes": [*_notes(machine, facts, estimates), *_length_notes(resolved, facts), *_few(facts, stages)],
     }
