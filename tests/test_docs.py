@@ -71,7 +71,7 @@ def wrong_with(command: str) -> str:
     while words and words[0] in getattr(group, "commands", {}):
         group = group.commands[words.pop(0)]  # type: ignore[attr-defined]
     if group is PROGRAM:
-        return "" if words[0] in ("ask", "...") else f"no command {words[0]}"
+        return "" if words[0] == "COMMAND" else f"no command {words[0]}"
     known = {"--help"}
     for child in [group, *getattr(group, "commands", {}).values()]:
         for parameter in child.params:
