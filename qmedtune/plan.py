@@ -8,22 +8,26 @@ same, and said to be absent. Deliberately not here: drawing (planning/view.py).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import cast
 
 from qmedtune import base, fetch, gguf_folder, preflight, step_status, store, track, units
 from qmedtune.batches import batch_rows, steps_in, too_few_steps
 from qmedtune.errors import DataError, DoesNotFit, QmedtuneError
+from qmedtune.evaluation import precision
+from qmedtune.lineage import final_model, lineage_of
 from qmedtune.llama_shape import BaseFacts
-from qmedtune.planning import fit, memory, room, rows, speed
+from qmedtune.planning import fit, memory, room, rows, scoring, speed
 from qmedtune.planning.estimate import Estimate, Measured, count_with, estimate_source
 from qmedtune.planning.machine import CARDS_GIB, GIB, Machine, card_of, this_machine
 from qmedtune.planning.memory import Setup
+from qmedtune.planning.missing import what_is_missing
 from qmedtune.planning.plan_facts import (
     Decision,
     Plan,
     PlannedBase,
+    PlannedEvaluation,
     PlannedMachine,
     PlannedSource,
     PlannedStage,
@@ -34,13 +38,25 @@ from qmedtune.planning.rows import Tokens
 from qmedtune.planning.sample import Sample, sample_source
 from qmedtune.planning.shapes import base_facts
 from qmedtune.recipe import Recipe
+from qmedtune.resolved import ResolvedRecipe
 from qmedtune.results import Packing
+from qmedtune.tasks import Task
 
 __all__ = ["BaseFacts", "base_facts", "make_plan", "resolve"]
 
 BUILTIN_BYTES = 9  # of prepared text per token of the built-in world: whole words, with ids and JSON around them
 # Files larger than this in sum are not hashed for the sake of a plan; then the data stages' status is unknown.
 HASHED_BYTES = 256 * 1024**2
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is planned: a resolved recipe on its base, for a machine; `run_dir` may hold a part of it already."""
+
+    recipe: ResolvedRecipe
+    facts: BaseFacts
+    machine: Machine
+    run_dir: Path | None
 
 
 def make_plan(recipe: Recipe, run_dir: Path | None = None) -> Plan:
@@ -56,24 +72,24 @@ def make_plan(recipe: Recipe, run_dir: Path | None = None) -> Plan:
     refuse_half_on_cpu(resolved, machine)
     folder = _tokenizer_folder(facts)
     samples, missing = _samples(resolved)
-    unchecked = _checked(resolved, facts, folder, samples)
-    measured = _measure_sources(resolved, facts, folder, samples, missing)
+    benchmarks = _checked(resolved, facts, folder, samples)
+    subject = Subject(resolved, facts, machine, run_dir)
+    measured = _measure_sources(subject, folder, samples, missing)
     estimates = {name: measured[name].estimate for name in resolved.used_sources()}
     steps, notes = _status(recipe, run_dir, machine, estimates)
     stages: list[PlannedStage] = []
     setups: list[Setup] = []
     taken: list[Setup] = []  # with micro-batches no larger than the batch
     for index in range(len(resolved.stages)):
-        stage = _stage(resolved, facts, machine, index, measured, run_dir, steps)
-        setup = fit.setup_of(resolved, index, machine)
+        stage = _stage(subject, index, measured, steps)
+        setup = fit.setup_of(resolved, index)
         stages.append(stage)
         setups.append(setup)
         taken.append(replace(setup, micro_batch=stage["micro_batch"]))
     host = room.host_phases(facts, taken, gpu=machine.is_gpu)
     disk = _disk(resolved, facts, setups, estimates)
-    seconds = sum(stage["seconds"] or 0.0 for stage in stages)
-    if not _is_cached(steps, "merged"):
-        seconds += speed.merge_seconds(facts)
+    evaluation = _evaluation(resolved, facts, machine, folder, benchmarks.tasks, estimates)
+    times = _times(resolved, facts, steps, stages, evaluation)
     borders = _borders(folder)
     base_told = {**asdict(facts), "parameters": facts.parameters, "bytes": facts.file_bytes}
     plan: Plan = {
@@ -86,11 +102,15 @@ def make_plan(recipe: Recipe, run_dir: Path | None = None) -> Plan:
         "stages": stages,
         "host": {"parts": host, "needed_bytes": max(host.values()), "there_bytes": machine.host_bytes},
         "disk": {"parts": disk, "needed_bytes": sum(disk.values()), "free_bytes": room.free_bytes(run_dir or Path())},
-        "seconds": seconds,
+        "evaluation": evaluation,
+        "times": times,
+        "seconds": sum(times.values()),
+        "missing": what_is_missing(resolved, facts, estimates, evaluation["unknown"] if evaluation else ()),
         "borders": borders,
         "notes": [*_notes(machine, facts, estimates), *_length_notes(resolved, facts), *_few(facts, stages)],
     }
-    plan["notes"] += [*unchecked, *_border_notes(borders), *notes]
+    plan["notes"] += [*_mixed_notes(resolved), *benchmarks.left, *_scoring_notes(resolved, evaluation)]
+    plan["notes"] += [*_border_notes(borders), *notes]
     _check_room(plan, present=machine.present)
     return plan
 
@@ -98,16 +118,16 @@ def make_plan(recipe: Recipe, run_dir: Path | None = None) -> Plan:
 # ---- the machine -----------------------------------------------------------------------------------------------------
 
 
-def _for_its_machine(recipe: Recipe, facts: BaseFacts) -> tuple[Recipe, list[Decision], Machine]:
+def _for_its_machine(recipe: Recipe, facts: BaseFacts) -> tuple[ResolvedRecipe, list[Decision], Machine]:
     """The resolved recipe and the machine it is planned for: this one; without a GPU here, for a base that wants one,
     the card that `memory:` states, else the smallest standard card that fits."""
     here = this_machine()
-    wants_gpu = not facts.builtin and (facts.parameters >= room.GPU_PARAMETERS or recipe.memory != "auto")
+    wants_gpu = not facts.builtin and (facts.parameters >= room.GPU_PARAMETERS or recipe.memory_gib is not None)
     if here.is_gpu or not wants_gpu:
         return *resolve(recipe, here), here
     bf16 = recipe.model.compute_dtype != "float16"
-    if recipe.memory != "auto":
-        card = card_of(recipe.memory, bf16=bf16)
+    if recipe.memory_gib is not None:
+        card = card_of(recipe.memory_gib, bf16=bf16)
         return *resolve(recipe, card), card
     for gib in CARDS_GIB[:-1]:
         card = card_of(gib, bf16=bf16)
@@ -115,7 +135,7 @@ def _for_its_machine(recipe: Recipe, facts: BaseFacts) -> tuple[Recipe, list[Dec
             resolved, decisions = resolve(recipe, card)
         except DoesNotFit:
             continue
-        if not any(fit.choose(facts, resolved, i, card).tight for i in range(len(resolved.stages))):
+        if not any(fit.choose(facts, fit.draft_of(resolved, i), card).tight for i in range(len(resolved.stages))):
             return resolved, decisions, card
     largest = card_of(CARDS_GIB[-1], bf16=bf16)
     return *resolve(recipe, largest), largest
@@ -142,6 +162,15 @@ def _notes(machine: Machine, facts: BaseFacts, estimates: Mapping[str, Estimate]
     return notes
 
 
+def _mixed_notes(recipe: Recipe) -> list[str]:
+    other = recipe.merge.other
+    if other is None or other.startswith(base.BUILTIN) or Path(other).expanduser().exists():
+        return []
+    return [
+        f"merge.with: {other} is no folder here: a run has to be made before, a Hub id is fetched when this one starts"
+    ]
+
+
 def _on_its_way(facts: BaseFacts) -> str:
     """What has to happen before it is there."""
     if fetch.packed(facts.name):
@@ -151,25 +180,25 @@ def _on_its_way(facts: BaseFacts) -> str:
     return f"shape from the {facts.source}, {units.size(facts.file_bytes)} to fetch"
 
 
-def _length_notes(recipe: Recipe, facts: BaseFacts) -> list[str]:
+def _length_notes(recipe: ResolvedRecipe, facts: BaseFacts) -> list[str]:
     beyond = f"is beyond the {facts.max_positions} positions that {facts.name} was made for"
     notes: list[str] = []
     for name, stage in zip(recipe.stage_names(), recipe.stages, strict=True):
-        length = int(stage.section.seq_len)
+        length = stage.section.seq_len
         if length > facts.max_positions:
             notes.append(f"{name}: seq_len {length} {beyond}")
     return notes
 
 
 def _measure_sources(
-    recipe: Recipe, facts: BaseFacts, folder: Path | None, samples: Mapping[str, Sample], missing: Mapping[str, str]
+    subject: Subject, folder: Path | None, samples: Mapping[str, Sample], missing: Mapping[str, str]
 ) -> dict[str, Measured]:
     """The tokens of each source; none of those that are `missing`, with the reason."""
+    recipe, facts = subject.recipe, subject.facts
     measured: dict[str, Measured] = {}
     for name, sample in samples.items():
         source = recipe.data[name]
-        builtin_text = all(path.startswith("builtin:") for path in source.paths)
-        counting = count_with(folder, facts.vocab, source, builtin_base=facts.builtin, builtin_text=builtin_text)
+        counting = count_with(folder, facts.vocab, source, builtin_base=facts.builtin, builtin_text=source.is_builtin)
         measured[name] = estimate_source(sample, source, counting)
     for name, why in missing.items():
         measured[name] = Measured(Estimate(0, 0, 0.0, missing=why))
@@ -207,18 +236,20 @@ def _samples(recipe: Recipe) -> tuple[dict[str, Sample], dict[str, str]]:
     return samples, missing
 
 
-def _checked(recipe: Recipe, facts: BaseFacts, folder: Path | None, samples: Mapping[str, Sample]) -> list[str]:
-    """Raise what a run would stumble over; returns what could not be looked at."""
+def _checked(
+    recipe: ResolvedRecipe, facts: BaseFacts, folder: Path | None, samples: Mapping[str, Sample]
+) -> preflight.Benchmarks:
+    """Raise what a run would stumble over; returns the benchmarks, and what could not be looked at."""
     preflight.check_damage(recipe, samples)
-    if folder is None:
-        left = preflight.check_evaluation(recipe, None, within_bytes=preflight.PARSED_BYTES)
-        here = "the base's tokenizer is not here: templates and lengths are not checked"
-        return left if facts.builtin else [here, *left]
-    if not facts.builtin:
-        preflight.check_base(recipe, folder)
-    preflight.check_tokenizer(folder)
-    preflight.check_templates(recipe, folder, samples)
-    return preflight.check_evaluation(recipe, folder, within_bytes=preflight.PARSED_BYTES)
+    if folder is not None:
+        if not facts.builtin:
+            preflight.check_base(recipe, folder)
+        preflight.check_tokenizer(folder)
+        preflight.check_templates(recipe, folder, samples)
+    found = preflight.check_evaluation(recipe, folder, within_bytes=preflight.PARSED_BYTES)
+    if folder is None and not facts.builtin:
+        found.left.insert(0, "the base's tokenizer is not here: templates and lengths are not checked")
+    return found
 
 
 def _few(facts: BaseFacts, stages: list[PlannedStage]) -> list[str]:
@@ -239,7 +270,7 @@ def _tokenizer_folder(facts: BaseFacts) -> Path | None:
     return Path(facts.folder) if facts.folder else None
 
 
-def _sealed_tokens(recipe: Recipe, index: int, run_dir: Path | None, steps: list[PlannedStep]) -> Tokens | None:
+def _sealed_tokens(recipe: ResolvedRecipe, index: int, run_dir: Path | None, steps: list[PlannedStep]) -> Tokens | None:
     """The exact ledger of a stage whose packing is sealed and current."""
     name = f"data/{recipe.stage_names()[index]}"
     if run_dir is None or not _is_cached(steps, name):
@@ -259,12 +290,10 @@ def _is_cached(steps: list[PlannedStep], name: str) -> bool:
 # ---- stages ----------------------------------------------------------------------------------------------------------
 
 
-def _stage(
-    recipe: Recipe, facts: BaseFacts, machine: Machine, index: int, measured: Mapping[str, Measured],
-    run_dir: Path | None, steps: list[PlannedStep],
-) -> PlannedStage:  # fmt: skip
+def _stage(subject: Subject, index: int, measured: Mapping[str, Measured], steps: list[PlannedStep]) -> PlannedStage:
+    recipe, facts, machine, run_dir = subject.recipe, subject.facts, subject.machine, subject.run_dir
     name, section = recipe.stage_names()[index], recipe.stages[index].section
-    setup = fit.setup_of(recipe, index, machine)
+    setup = fit.setup_of(recipe, index)
     tokens = _sealed_tokens(recipe, index, run_dir, steps) or rows.planned(recipe, index, measured)
     if tokens.rows:
         setup = replace(setup, micro_batch=min(setup.micro_batch, tokens.batch))
@@ -282,7 +311,7 @@ def _stage(
         "note": tokens.note,
         "seq_len": setup.seq_len,
         "micro_batch": setup.micro_batch,
-        "lr": float(section.lr),
+        "lr": section.lr,
         "dtype": setup.compute_dtype,
         "attention": setup.attention,
         "trained_parameters": memory.trained_parameters(facts, setup),
@@ -319,6 +348,67 @@ def _status(
         return step_status.status(recipe, run_dir or Path("runs") / recipe.name), []
     except QmedtuneError as error:
         return todo, [str(error).splitlines()[0]]
+
+
+# ---- scores and time ----------------------------------------------------------------------------------------------
+
+
+def _evaluation(
+    recipe: Recipe, facts: BaseFacts, machine: Machine, folder: Path | None, tasks: list[Task],
+    estimates: Mapping[str, Estimate],
+) -> PlannedEvaluation | None:  # fmt: skip
+    if not recipe.evaluate.tasks and not recipe.evaluate.perplexity:
+        return None
+    ids = preflight.asking(recipe, folder, builtin=facts.builtin)
+    readings: list[scoring.Reading] = []
+    for task in tasks:
+        readings.append(scoring.reading(task, ids, generate=recipe.evaluate.generate))
+    taken = precision.decide(recipe, machine=machine)
+    scored = scoring.Scored(taken.name, taken.weights, taken.computed_in, taken.why)
+    return scoring.planned(recipe, facts, machine, scored, scoring.Found(readings, estimates))
+
+
+def _times(
+    recipe: Recipe, facts: BaseFacts, steps: list[PlannedStep], stages: list[PlannedStage],
+    evaluation: PlannedEvaluation | None,
+) -> dict[str, float]:  # fmt: skip
+    """Seconds that are left, by what they go to. What is cached takes none. The base is loaded once for all stages that
+    train on it, and once for every fold."""
+    times = {"loading": 0.0, "training": 0.0, "merging": 0.0, "evaluation": 0.0}
+    for stage, line in zip(stages, lineage_of(recipe), strict=True):
+        if _is_cached(steps, stage["name"]):
+            continue
+        times["training"] += speed.STAGE_SECONDS + (stage["seconds"] or 0.0)
+        if not times["loading"] or line.folds_into:
+            times["loading"] += speed.load_seconds(facts)
+        if line.folds_into:
+            times["merging"] += speed.merge_seconds(facts)
+    if final_model(recipe).adapters and not _is_cached(steps, "merged"):
+        times["merging"] += speed.merge_seconds(facts)
+    if recipe.merge.sweep is not None and not _is_cached(steps, "sweep"):
+        times["merging"] += len(recipe.merge.sweep.shares) * speed.merge_seconds(facts)
+    if evaluation is not None and not _is_cached(steps, "evaluation"):
+        times["evaluation"] = evaluation["seconds"]
+    if any(times.values()):
+        times["loading"] += speed.START_SECONDS
+    return times
+
+
+def _scoring_notes(recipe: Recipe, evaluation: PlannedEvaluation | None) -> list[str]:
+    """What the scores are of where it is not what the recipe asks for, and what takes time that is not told."""
+    notes: list[str] = []
+    if evaluation and evaluation["why"]:
+        notes.append(f"scores will be those of the NF4 model, not of what is delivered: {evaluation['why']}")
+    untimed: list[str] = []
+    if recipe.evaluate.against:
+        untimed.append("evaluate.against")
+    if recipe.audit:
+        untimed.append("audit")
+    if recipe.merge.sweep is not None:
+        untimed.append("scores of merge.sweep")
+    if untimed:
+        notes.append(f"not timed: {', '.join(untimed)}")
+    return notes
 
 
 # ---- room ------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """The recipe: what a run is, as frozen models. Its sections are in sections/, in the order in which people write them.
 
 Below each key stands what it is for: editors (`qmedtune schema`), `qmedtune recipe KEY` and docs/recipe.md show it.
-Reading YAML (line numbers, suggestions, `--set`) is in loader.py; turning `auto` into numbers is in plan.py.
+Reading YAML (line numbers, suggestions, `--set`) is in parsing/loader.py; turning `auto` into numbers is in
+planning/resolve.py, which leaves the types of resolved.py.
 Deliberately absent: dotted import paths, plug-ins, remote code. Every key here has a reader (tests/test_recipe.py).
 """
 
@@ -19,6 +20,7 @@ from qmedtune.sections.results import (
     AuditSection,
     EvaluateSection,
     MergeSection,
+    SweepSection,
     TaskSection,
     VerifySection,
 )
@@ -58,12 +60,15 @@ __all__ = [
     "ShapeSection",
     "SourceSection",
     "StageSection",
+    "SweepSection",
     "TaskSection",
     "TrainSection",
     "ValidateSection",
     "VerifySection",
     "WarmupSection",
 ]
+
+DEVELOPMENT = 0.5  # of the items, where there is something to choose and the recipe names no share
 
 
 class Recipe(Section):
@@ -108,10 +113,22 @@ class Recipe(Section):
     """Arms of `qmedtune ablate`."""
 
     @property
+    def memory_gib(self) -> float | None:
+        """What training may take; None: all that the card has."""
+        return None if self.memory == "auto" else self.memory
+
+    @property
     def items_seed(self) -> int:
         """What draws the items of a `limit` and the examples before questions."""
         chosen = self.evaluate.items_seed
         return self.seed if chosen is None else chosen
+
+    @property
+    def development(self) -> float:
+        """The share of items and held-out texts that are not scored at the end, since a choice is made on them."""
+        if self.evaluate.development is not None:
+            return self.evaluate.development
+        return DEVELOPMENT if self.merge.sweep else 0.0
 
     def stage_names(self) -> list[str]:
         """`01-cpt`, `02-sft` ...: the names of stage folders and of `run.json` entries."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 
 from qmedtune.keys import MODEL_BY_MACHINE
-from qmedtune.recipe import MixSection, Recipe, SourceSection, StageSection
+from qmedtune.recipe import MergeSection, MixSection, Recipe, SourceSection, StageSection, TaskSection
 
 BUILTIN = {"literature": "literature", "clinical": "notes", "general": "general", "instructions": "instructions"}
 RECORDS = 300  # of the built-in instructions, shared by all sources of that kind
@@ -41,7 +41,8 @@ def smoke(recipe: Recipe, builtin: str = "builtin:tiny") -> Recipe:
     # What was chosen for the recipe's card (float16 on a T4, flash attention) need not run on this machine.
     base = {"base": builtin, "revision": None, "shape": None, **dict.fromkeys(MODEL_BY_MACHINE, "auto")}
     scored = [name for name in recipe.evaluate.perplexity if name in texts]
-    evaluate = {"tasks": ["facts"] if recipe.evaluate.tasks else [], "perplexity": scored, "against": []}
+    tasks = [TaskSection(task="facts")] if recipe.evaluate.tasks else []
+    evaluate = {"tasks": tasks, "perplexity": scored, "against": []}
     return recipe.model_copy(
         update={
             "memory": "auto",
@@ -51,6 +52,7 @@ def smoke(recipe: Recipe, builtin: str = "builtin:tiny") -> Recipe:
             "stages": [_stage(stage) for stage in recipe.stages],
             "validation": recipe.validation.model_copy(update=validate),
             "evaluate": recipe.evaluate.model_copy(update=evaluate),
+            "merge": _merge(recipe.merge, builtin),
         }
     )
 
@@ -66,6 +68,13 @@ def _source(source: SourceSection, alike: int, path: str) -> SourceSection:
         split_by="patient" if source.kind == "clinical" else "record",
         max_records=limit,
     )
+
+
+def _merge(section: MergeSection, builtin: str) -> MergeSection:
+    """The model that is mixed in belongs to the real base: the built-in base, untrained, stands for it."""
+    if section.other is None:
+        return section
+    return section.model_copy(update={"other": builtin})
 
 
 def _stage(stage: StageSection) -> StageSection:

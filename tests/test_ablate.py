@@ -109,7 +109,7 @@ def test_seeds():
 
 
 WRONG = [
-    ("ablate={arms: [base, sftt]}", "allowed: base, sft, cpt or cpt.sft; did you mean `sft`"),
+    ("ablate={arms: [base, sftt]}", "allowed: base, sft, cpt, cpt.sft or merge; did you mean `sft`"),
     ("ablate={corpora: [literatur]}", 'no source "literatur" in `data`; did you mean `literature`'),
     ("ablate={corpora: [general]}", r"allowed: literature, notes \(of the cpt mix\) or both"),
     ("ablate={replay: [1.0]}", "replay"),
@@ -418,7 +418,7 @@ def test_all_seeds_are_asked_the_same_items_of_a_limit():
     for seed in (17, 18, 19):
         made = with_seed(recipe, seed)
         assert made.seed == seed
-        [section] = made.evaluate.sections
+        [section] = made.evaluate.tasks
         drawn.add(tuple(item.id for item in load_task(section, made.items_seed, "micro").items))
     assert len(drawn) == 1
     whole = recipe.model_copy(update={"evaluate": EvaluateSection(tasks=["facts"])})

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from qmedtune.recipe import AblateSection, Recipe
+from qmedtune.resolved import ResolvedRecipe
 
 Tree = dict[str, Any]
 Edit = Callable[[Tree], None]
 
-BASE = "base"
+BASE, MERGE = "base", "merge"
 WHOLE = "the whole recipe"
 
 
@@ -33,7 +34,7 @@ class Arm:
         return self.change == WHOLE
 
 
-def arms_of(recipe: Recipe, resolved: Recipe) -> list[Arm]:
+def arms_of(recipe: Recipe, resolved: ResolvedRecipe) -> list[Arm]:
     """All arms in the order of the table. `resolved` is the recipe without `auto`, which factors need.
 
     Where single changes are asked for, the whole recipe is an arm too: it is what they are compared with.
@@ -43,7 +44,9 @@ def arms_of(recipe: Recipe, resolved: Recipe) -> list[Arm]:
     if BASE in wish.arms:
         arms.append(Arm(BASE, "no training", None))
     for kinds in wish.arms:
-        if kinds != BASE:
+        if kinds == MERGE:
+            arms.append(_arm(recipe, MERGE, WHOLE))
+        elif kinds != BASE:
             arms += _stage_arms(recipe, kinds, wish.corpora)
     changes = list(_changes(recipe, resolved, wish))
     if changes and not any(arm.is_reference for arm in arms):
@@ -67,7 +70,7 @@ def with_seed(recipe: Recipe, seed: int) -> Recipe:
     """The recipe on another seed. Where `limit` draws items, all seeds are asked those of the recipe's own: scores are
     compared item by item."""
     evaluate = recipe.evaluate
-    if seed != recipe.seed and any(section.limit for section in evaluate.sections):
+    if seed != recipe.seed and any(section.limit for section in evaluate.tasks):
         evaluate = evaluate.model_copy(update={"items_seed": recipe.items_seed})
     return recipe.model_copy(update={"seed": seed, "evaluate": evaluate})
 
@@ -82,10 +85,11 @@ def _arm(recipe: Recipe, name: str, change: str, *edits: Edit) -> Arm:
 
 
 def _stage_arms(recipe: Recipe, kinds: str, corpora: list[str]) -> Iterator[Arm]:
-    whole = not _left_out(kinds) & {stage.kind for stage in recipe.stages}
+    mixed = recipe.merge.other is not None
+    whole = not mixed and not _left_out(kinds) & {stage.kind for stage in recipe.stages}
     if kinds == "sft" or not corpora:
         change = WHOLE if whole else f"{kinds} alone"
-        yield _arm(recipe, kinds, change, _stages(kinds), _template_of_training(recipe))
+        yield _arm(recipe, kinds, change, _stages(kinds), _template_of_training(recipe), _unmixed(recipe))
         return
     for corpus in corpora:
         changes: list[str] = []
@@ -96,10 +100,10 @@ def _stage_arms(recipe: Recipe, kinds: str, corpora: list[str]) -> Iterator[Arm]
         if not whole:
             changes.append(f"{kinds} alone")
         name, change = kinds.replace("cpt", f"cpt-{corpus}"), ", ".join(changes) or WHOLE
-        yield _arm(recipe, name, change, *edits, _stages(kinds), _template_of_training(recipe))
+        yield _arm(recipe, name, change, *edits, _stages(kinds), _template_of_training(recipe), _unmixed(recipe))
 
 
-def _changes(recipe: Recipe, resolved: Recipe, wish: AblateSection) -> Iterator[tuple[str, str, Edit]]:
+def _changes(recipe: Recipe, resolved: ResolvedRecipe, wish: AblateSection) -> Iterator[tuple[str, str, Edit]]:
     for share in wish.replay:
         yield f"replay-{share:g}", f"{share:.0%} replay", _replay(recipe, share)
     for way in wish.adapter:
@@ -141,6 +145,18 @@ def _stages(kinds: str) -> Edit:
         first = tree["stages"][0]
         if first[_kind(first)].get("adapter") in ("new", "merge_then_new"):  # nothing is left to go on from
             first[_kind(first)]["adapter"] = "continue"
+
+    return edit
+
+
+def _unmixed(recipe: Recipe) -> Edit:
+    """Without another model, and scored on the items of the arm that has one."""
+
+    def edit(tree: Tree) -> None:
+        for key in ("with", "method", "lambda", "sweep"):
+            tree["merge"].pop(key, None)
+        if recipe.development:
+            tree["evaluate"]["development"] = recipe.development
 
     return edit
 
@@ -228,12 +244,11 @@ def _rank(r: int) -> Edit:
     return edit
 
 
-def _rates(resolved: Recipe, factor: float) -> Edit:
+def _rates(resolved: ResolvedRecipe, factor: float) -> Edit:
     def edit(tree: Tree) -> None:
         for stage, known in zip(tree["stages"], resolved.stages, strict=True):
             if known.kind != "pretrain":
                 lr, embedding_lr = known.section.lr, known.section.embedding_lr
-                assert not isinstance(lr, str) and not isinstance(embedding_lr, str)
                 stage[known.kind] |= {"lr": lr * factor, "embedding_lr": embedding_lr * factor}
 
     return edit

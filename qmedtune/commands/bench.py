@@ -27,6 +27,8 @@ def _made(context: typer.Context, folder: Path | None) -> Path | None:
     return folder
 
 
+ShapeOption = Annotated[str, typer.Option("--shape", metavar="NAME", help="A model shape, e.g. 1.1b.")]
+RoomOption = Annotated[Path | None, typer.Option("--scratch", metavar="DIR", help="Room for twice the model.")]
 RoundsOption = Annotated[int, typer.Option(min=1, help="Rounds, contenders in turn; medians are told.")]
 
 
@@ -93,9 +95,19 @@ def train(
     limit = time_limit or bench_train.TIME_LIMIT_S
     if context:
         budgets = [float(gib) for gib in context.split(",")]
-        return _show(bench_context, bench_context.bench_context(job, budgets, results, limit, scratch), as_json)
+        return _show(
+            bench_context,
+            bench_context.bench_context(job, budgets, results=results, time_limit_s=limit, models=scratch),
+            as_json,
+        )
     names = _names(contenders, bench_train)
-    _show(bench_train, bench_train.bench_train(job, names, rounds, results, limit, scratch, best), as_json)
+    _show(
+        bench_train,
+        bench_train.bench_train(
+            job, names, rounds=rounds, results=results, time_limit_s=limit, models=scratch, best=best
+        ),
+        as_json,
+    )
 
 
 def load(
@@ -124,40 +136,38 @@ def data(
     from qmedtune.bench import data as bench_data
 
     sizes_mb = [int(size) for size in sizes.split(",")]
-    facts = bench_data.bench_data(cases.split(",") if cases else None, rounds, corpus, sizes_mb=sizes_mb)
+    facts = bench_data.bench_data(
+        cases=cases.split(",") if cases else None, rounds=rounds, corpus=corpus, sizes_mb=sizes_mb
+    )
     _show(bench_data, facts, as_json)
 
 
 def merge(
-    shape: Annotated[str, typer.Option(metavar="NAME", help="A model shape, e.g. 1.1b.")] = "1.1b",
+    shape: ShapeOption = "1.1b",
     contenders: ContendersOption = None,
     rounds: RoundsOption = 3,
-    scratch: Annotated[
-        Path | None, typer.Option(metavar="DIR", callback=_made, help="Room for twice the model.")
-    ] = None,
+    scratch: RoomOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Time and memory of a merge beside PEFT's."""
-    from qmedtune.bench import merge as bench_merge
+    from qmedtune.bench import merge as measured
 
-    names = tuple(_names(contenders, bench_merge))
-    _show(bench_merge, bench_merge.bench_merge(shape, names, rounds, scratch), as_json)
+    names = tuple(_names(contenders, measured))
+    _show(measured, measured.bench_merge(shape, names, rounds, scratch), as_json)
 
 
 def export(
-    shape: Annotated[str, typer.Option(metavar="NAME", help="A model shape, e.g. 1.1b.")] = "1.1b",
+    shape: ShapeOption = "1.1b",
     contenders: ContendersOption = None,
     rounds: RoundsOption = 3,
-    scratch: Annotated[
-        Path | None, typer.Option(metavar="DIR", callback=_made, help="Room for twice the model.")
-    ] = None,
+    scratch: RoomOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Time and memory of a GGUF export beside copying the bytes."""
-    from qmedtune.bench import export as bench_export
+    from qmedtune.bench import export as measured
 
-    names = tuple(_names(contenders, bench_export))
-    _show(bench_export, bench_export.bench_export(shape, names, rounds, scratch), as_json)
+    names = tuple(_names(contenders, measured))
+    _show(measured, measured.bench_export(shape, names, rounds, scratch), as_json)
 
 
 def evaluation(
@@ -172,7 +182,11 @@ def evaluation(
     from qmedtune.bench import evaluate as bench_evaluate
 
     names = _names(contenders, bench_evaluate)
-    _show(bench_evaluate, bench_evaluate.bench_eval(model, tasks.split(","), rounds, limit, names), as_json)
+    _show(
+        bench_evaluate,
+        bench_evaluate.bench_eval(model=model, tasks=tasks.split(","), rounds=rounds, limit=limit, contenders=names),
+        as_json,
+    )
 
 
 def _show_rows(facts: Result, columns: tuple[str, ...]) -> None:

@@ -21,6 +21,7 @@ from qmedtune.planning.machine import this_machine
 from qmedtune.planning.memory import Setup
 from qmedtune.planning.shapes import base_facts
 from qmedtune.recipe import Recipe, SourceSection
+from qmedtune.resolved import ResolvedRecipe
 
 # Text is about four times its compressed size; a token of biomedical English has at least three bytes (4.4 characters
 # in large vocabularies, 3.6 in those of 32k).
@@ -87,9 +88,11 @@ def _existing(place: Path) -> Path:
 
 def kept_of(recipe: Recipe, text: int, tokens: int) -> memory.Kept:
     """What a resolved recipe leaves on disk, with so many bytes of prepared text and tokens packed."""
-    folded = 0
-    for stage in lineage_of(recipe):
-        folded += stage.folds_into is not None
+    folded, best = 0, recipe.validation.keep_best
+    for line, stage in zip(lineage_of(recipe), recipe.stages, strict=True):
+        folded += line.folds_into is not None
+        if stage.classify and stage.classify.validation:
+            best = True
     return memory.Kept(
         recipe.save.keep,
         recipe.merge.dtype,
@@ -97,15 +100,15 @@ def kept_of(recipe: Recipe, text: int, tokens: int) -> memory.Kept:
         tokens,
         folded=folded,
         merged=bool(final_model(recipe).adapters),
-        best=recipe.validation.keep_best,
+        best=best,
+        swept=recipe.merge.sweep is not None,
     )
 
 
-def check(recipe: Recipe, out: Path, to_do: Collection[str]) -> None:
+def check(recipe: ResolvedRecipe, out: Path, to_do: Collection[str]) -> None:
     """Before a run of a resolved recipe: room for the steps that are not sealed yet. Raises DoesNotFit."""
     facts = base_facts(recipe.model)
-    here = this_machine()
-    setups = [fit.setup_of(recipe, index, here) for index in range(len(recipe.stages))]
+    setups = [fit.setup_of(recipe, index) for index in range(len(recipe.stages))]
     training = any(name in to_do for name in recipe.stage_names())
     if training:
         _check_machine(facts, setups)
@@ -120,6 +123,7 @@ def check(recipe: Recipe, out: Path, to_do: Collection[str]) -> None:
         "adapters": training,
         "stage models": training,
         "folded bases": any(name.endswith("-base") for name in to_do),
+        "mix of the sweep": "sweep" in to_do,
         "merged model": "merged" in to_do,
     }
     begun = sum(_file_bytes(path) for path in below(out / ".building"))

@@ -48,8 +48,11 @@ class Logged(Facts):
     step: int
     time: Number | None = None  # seconds since 1970; lines of 0.1 have none
     loss: Number | None = None
+    grad_norm: Number | None = None
+    lr: Number | None = None
     tokens: int | None = None
     tokens_per_s: Number | None = None
+    memory: int | None = None
     validation: dict[str, Number | None] | None = None
     warning: str | None = None
 
@@ -84,6 +87,7 @@ class Classification(Facts):
     documents: int
     held_out: int
     unknown: int
+    validation: int | None = None
     auroc: Number | None
     auprc: Number | None = None
     ci95: Interval | None = None
@@ -93,6 +97,14 @@ class Classification(Facts):
     micro_f1: Number | None = None
     macro_f1: Number | None = None
     accuracy: Number | None = None
+
+
+class Checkpoint(Facts):
+    """What the seal of a checkpoint tells. made_with: settings that the machine chose."""
+
+    step: int
+    tokens: int
+    made_with: dict[str, str | int] = {}
 
 
 class Adapter(Facts):

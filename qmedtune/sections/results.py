@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+)
 
 from qmedtune.fields import Auto, Fraction, Positive, Section, later
 
@@ -17,8 +22,22 @@ class VerifySection(Section):
     does."""
 
 
+class SweepSection(Section):
+    """Shares of the other model that are tried, and the rule that chooses one, on items that are not scored at the
+    end."""
+
+    shares: Annotated[list[Fraction], Field(min_length=2)] = Field([0, 0.25, 0.5, 0.75, 1], alias="lambda")
+    """Shares that are tried; each costs a merge and an evaluation on `evaluate.development`."""
+    choose: Literal["tasks", "answers", "perplexity"] = "tasks"
+    """What the best share has: the highest mean score of the tasks by log-likelihood, the highest by the answers that
+    are written, or the lowest mean log perplexity of the texts that are not of kind general. Of equal ones that with
+    the least general loss."""
+    max_general_loss: Annotated[float, Field(gt=0)] | None = None
+    """How far the perplexity of texts of kind general may rise over the base's: 0.05 is 5 %; without it any rise."""
+
+
 class MergeSection(Section):
-    """How adapters are folded into the base."""
+    """How adapters are folded into the base, and what the result is mixed with."""
 
     base: Literal["full16", "nf4"] = "full16"
     """Into what: the 16-bit base, or its dequantised NF4 values, which training saw."""
@@ -32,6 +51,17 @@ class MergeSection(Section):
     weights: dict[str, Annotated[float, Field(ge=0, le=2)]] = {}
     """How much of a stage is merged, by its name: `{01-cpt: 0.7}`; 1 where none is given. To weigh new knowledge
     against old."""
+    other: str | None = later(None, alias="with")
+    """Another model of the same base that the result is mixed with: a run, a folder or a Hub id. Give the base's
+    instruct sibling to bring instruction following back after continual pretraining."""
+    method: Literal["linear", "slerp", "task_arithmetic"] | None = later(None)
+    """How the two are mixed; without it `linear`. `slerp` keeps the length of weights, `task_arithmetic` adds the other
+    model's change of the base to that of the adapters."""
+    share: Fraction | None = later(None, alias="lambda")
+    """How much of the other model: 0 is the plain merge, 1 the other model (`task_arithmetic`: its whole change);
+    without it 0.5."""
+    sweep: SweepSection | None = later(None)
+    """Several shares, of which the best is delivered, in place of `lambda`."""
 
     @property
     def weighs(self) -> bool:
@@ -72,6 +102,13 @@ class TaskSection(Section):
     extraction: Literal["stated", "me_llama"] = later("stated")
     """How a generated answer is read: what it states, or as the script of Me-LLaMA does."""
 
+    @model_serializer(mode="wrap")
+    def _as_written(self, write: SerializerFunctionWrapHandler) -> dict[str, object] | str:
+        """Its bare name where nothing else is said: in keys and records as it stands in recipes."""
+        if self == TaskSection(task=self.task):
+            return self.task
+        return write(self)
+
     @property
     def label(self) -> str:
         """The name of its scores and files: a task may be there zero-shot and few-shot, in several words."""
@@ -88,7 +125,7 @@ class TaskSection(Section):
 class EvaluateSection(Section):
     """What base and result are asked, on the same items."""
 
-    tasks: list[str | TaskSection] = []
+    tasks: list[TaskSection] = []
     """Benchmarks: names, or sections with the file."""
     perplexity: list[str] = []
     """Sources whose held-out text is scored. Name `general` too, to see what was forgotten."""
@@ -105,11 +142,24 @@ class EvaluateSection(Section):
     items."""
     against: list[str] = later([])
     """Models that the result is held against, as `qmedtune compare` does: folders or Hub ids."""
+    development: Annotated[float, Field(gt=0, le=0.9)] | None = later(None)
+    """Share of the items and held-out texts that choices are made on, and that are not scored at the end; without it
+    half where `merge.sweep` chooses, else none."""
 
     @property
     def sections(self) -> list[TaskSection]:
-        """`tasks`, the bare names among them as sections too."""
-        return [TaskSection(task=task) if isinstance(task, str) else task for task in self.tasks]
+        """`tasks`."""
+        return self.tasks
+
+    @field_validator("tasks", mode="before", json_schema_input_type=list[str | TaskSection])
+    @classmethod
+    def _bare_names(cls, value: object) -> object:
+        if not isinstance(value, list):
+            return value
+        sections: list[object] = []
+        for task in cast(list[object], value):
+            sections.append({"task": task} if isinstance(task, str) else task)
+        return sections
 
 
 class AuditSection(Section):
@@ -134,8 +184,8 @@ class AuditSection(Section):
 class AblateSection(Section):
     """Arms of `qmedtune ablate`: `arms` times `corpora`; each value of the other lists is one change to the recipe."""
 
-    arms: list[Literal["base", "sft", "cpt", "cpt+sft"]] = ["base", "sft", "cpt", "cpt+sft"]
-    """Which stages an arm has."""
+    arms: list[Literal["base", "sft", "cpt", "cpt+sft", "merge"]] = ["base", "sft", "cpt", "cpt+sft"]
+    """Which stages an arm has; `merge` is the recipe mixed with `merge.with`, which all other arms leave out."""
     corpora: list[str] = []
     """Sources of the cpt mix, each alone at the same number of tokens, or `both`: all of them as in the recipe."""
     replay: list[Annotated[float, Field(ge=0, lt=1)]] = []

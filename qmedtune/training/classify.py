@@ -98,16 +98,9 @@ def document_nll(model: Any, input_ids: Tensor, labels: Tensor, position_ids: Te
 
 
 @torch.no_grad()
-def score(model: Any, tokens: Path, pad_id: int, batch: int, seed: int, out: Path) -> Areas:
-    """AUROC on the held-out documents of a packed classify stage, macro over the labels that occur and do not.
-
-    Writes one line per document below `out` (id, labels, five highest scores; no text), all scores (fp32, so that every
-    figure can be computed again) and the head with its labels. Documents whose label training never saw are left out,
-    and counted in the stage's `classes`.
-    """
-    rows, labels = LabelledRows(tokens / HELD_OUT), json.loads((tokens / LABELS).read_text(encoding="utf-8"))
+def _logits(model: Any, rows: LabelledRows, pad_id: int, batch: int) -> np.ndarray:
+    """Of every document, fp32 [documents, labels]. The model is in eval mode."""
     logits = np.zeros(rows.targets.shape, np.float32)
-    model.eval()
     for start in range(0, len(rows), batch):
         picked = collate([rows[i] for i in range(start, min(start + batch, len(rows)))], pad_id)
         picked.pop("lengths")
@@ -115,6 +108,34 @@ def score(model: Any, tokens: Path, pad_id: int, batch: int, seed: int, out: Pat
         found = last_token_logits(model, **on_device)
         documents = picked["labels"][picked["labels"] != -100].numpy()
         logits[documents] = found.float().cpu().numpy()
+    return logits
+
+
+def validation_loss(model: Any, rows: LabelledRows, pad_id: int, batch: int) -> float:
+    """Mean loss of the documents set apart, in nats, all errors counting alike whatever the training weighs (as
+    aryopg/clinical_peft chooses by). Documents of a label that training never saw are left out."""
+    was_training = model.training
+    model.eval()
+    known = np.flatnonzero(rows.targets.sum(1))
+    logits = torch.from_numpy(_logits(model, rows, pad_id, batch)[known]).double()
+    targets = torch.from_numpy(rows.targets[known])
+    model.train(was_training)
+    if model.head.multi_label:
+        return float(F.binary_cross_entropy_with_logits(logits, targets.double()))
+    return float(F.cross_entropy(logits, targets.argmax(1)))
+
+
+@torch.no_grad()
+def score(model: Any, tokens: Path, out: Path, *, pad_id: int, batch: int, seed: int) -> Areas:
+    """AUROC on the held-out documents of a packed classify stage, macro over the labels that occur and do not.
+
+    Writes one line per document below `out` (id, labels, five highest scores; no text), all scores (fp32, so that every
+    figure can be computed again) and the head with its labels. Documents whose label training never saw are left out,
+    and counted in the stage's `classes`.
+    """
+    rows, labels = LabelledRows(tokens / HELD_OUT), json.loads((tokens / LABELS).read_text(encoding="utf-8"))
+    model.eval()
+    logits = _logits(model, rows, pad_id, batch)
     if not model.head.multi_label:  # against the other labels, so that one document's scores compare with another's
         logits -= logits.max(1, keepdims=True)
         logits -= np.log(np.exp(logits).sum(1, keepdims=True))
@@ -175,7 +196,10 @@ def result(targets: np.ndarray, scores: np.ndarray, patients: list[str], seed: i
     _, patient_of = np.unique(patients, return_inverse=True)
     documents_of = np.split(np.argsort(patient_of, kind="stable"), np.cumsum(np.bincount(patient_of))[:-1])
     interval = bootstrap(
-        lambda drawn: macro(np.concatenate([documents_of[i] for i in drawn])), len(documents_of), RESAMPLES, seed
+        lambda drawn: macro(np.concatenate([documents_of[i] for i in drawn])),
+        len(documents_of),
+        resamples=RESAMPLES,
+        seed=seed,
     )
     mean_roc, mean_precision_recall = _areas(right, scores)
     return Areas(

@@ -80,7 +80,7 @@ def _pipelines() -> Iterator[Planted]:
         yield Planted("a wait for too few groups", work, arch, kernel, wait, "cp.async.wait_group 9;")
         yield Planted("a commit out of the loop", work, arch, kernel, commit, "", -1)
         yield Planted("a stage too few", work, arch, kernel, stage, r"setp.ge.s32\1, \2;", -1)
-        yield Planted("a stage not loaded ahead", work, arch, kernel, stage, r"setp.gt.s32\1, 7;")
+        yield Planted("a stage not loaded ahead", work, arch, kernel, stage, r"setp.gt.s32\1, 99;")
     for what, pattern, instead in (
         ("no fence for the async proxy", r"fence\.proxy\.async\.shared::cta;", ""),
         ("no wgmma.fence", r"wgmma\.fence\.sync\.aligned;", ""),
