@@ -46,6 +46,8 @@ def good_run(packed: Path, model: Path, adapter: Path, out: Path) -> Path:
     from qmedtune.base import weights_sha256
 
     shutil.copytree(packed, out)
+    for later in (*out.glob("0*-*"), out / "merged", out / "evaluation"):  # of a run that went on
+        shutil.rmtree(later, ignore_errors=True)
     shutil.copytree(model, out / "merged")
     for stage in ("01-cpt", "02-sft"):
         shutil.copytree(adapter, out / stage / "adapter")
