@@ -105,7 +105,7 @@ def scored_run(folder: Path, tasks: list[dict[str, Any]]) -> Path:
     evaluation = folder / "evaluation"
     evaluation.mkdir(parents=True)
     found = {}
-    for section in recipe.evaluate.sections:
+    for section in recipe.evaluate.tasks:
         task = load_task(section, recipe.items_seed, "micro")
         rows = rows_of(task) if task.items[0].options else written_rows(task)
         write_items(evaluation / f"{task.name}.items.jsonl", task, rows)
