@@ -77,7 +77,7 @@ def test_each_plans_without_data_base_or_card(name: str):
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_texts_are_the_users_own(name: str):
     for source in recipe(name).data.values():
-        for path in [source.path] if isinstance(source.path, str) else source.path:
+        for path in source.paths:
             assert path.startswith("${")
 
 
@@ -127,7 +127,7 @@ def test_each_reads_records_in_the_form_in_which_they_are_published(name: str, t
     for variable in ("DATA", "MEADOW"):
         monkeypatch.setenv(variable, str(tmp_path))
     for source_name, source in recipe(name).data.items():
-        for path in [source.path] if isinstance(source.path, str) else source.path:
+        for path in source.paths:
             put(re.sub(r"\$\{\w+\}", str(tmp_path), path).replace("/**/", "/").replace("*", "x"))
             rejects = Rejects(source_name)
             found = list(read_records(source_name, source.model_copy(update={"path": path}), rejects))
@@ -279,6 +279,7 @@ def test_no_key_of_training_is_left_out():
         ("meditron", "stages[0].cpt.adam_eps=1e-8", "01-cpt.adam_eps"),
         ("medalpaca", "adapter.r=16", "adapter.r"),
         ("clinical_llama", "stages[1].classify.class_weights=none", "02-classify.class_weights"),
+        ("clinical_llama", "stages[1].classify.validation=0", "02-classify.keeps"),
         ("gatortrongpt", "stages[0].pretrain.max_grad_norm=0.5", "01-pretrain.max_grad_norm"),
         ("me_llama", "stages[0].cpt.weight_decay=0", "01-cpt.weight_decay"),
         ("pmc_llama", "stages[0].cpt.weight_decay=0.1", "01-cpt.weight_decay"),

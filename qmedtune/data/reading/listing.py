@@ -64,7 +64,7 @@ def source_files(source: SourceSection) -> list[Path]:
 
 def list_source(source: SourceSection) -> Listing:
     """The files of a source and what is left out. Raises DataError for what cannot be data."""
-    if all(path.startswith(BUILTIN) for path in source.paths) or hub_dataset(source):
+    if source.is_builtin or hub_dataset(source):
         return Listing(())
     found = []
     for path in source.paths:
@@ -104,6 +104,11 @@ def with_variables(path: str) -> str:
         return os.environ[name]
 
     return str(Path(os.path.expanduser(VARIABLE.sub(value, path))))
+
+
+def unset_variables(path: str) -> list[str]:
+    """The variables in `path` that the environment does not have."""
+    return [name for name in VARIABLE.findall(path) if name not in os.environ]
 
 
 def data_suffix(file: Path) -> str:
