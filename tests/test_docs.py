@@ -52,7 +52,7 @@ def commands_in(text: str) -> Iterator[str]:
     for block in fences:
         for line in block.replace("\\\n", " ").splitlines():
             yield from re.findall(r"(?:^|[|&;] *)(qmedtune [^|&;#]+)", line.strip())
-    yield from re.findall(r"`(qmedtune [^`]+)`", re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S))
+    yield from re.findall(r"`(qmedtune\s[^`]+)`", re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S))
 
 
 def words_of(command: str) -> list[str]:
@@ -71,7 +71,7 @@ def wrong_with(command: str) -> str:
     while words and words[0] in getattr(group, "commands", {}):
         group = group.commands[words.pop(0)]  # type: ignore[attr-defined]
     if group is PROGRAM:
-        return "" if words[0] in ("ask", "...") else f"no command {words[0]}"
+        return "" if words[0] == "COMMAND" else f"no command {words[0]}"
     known = {"--help"}
     for child in [group, *getattr(group, "commands", {}).values()]:
         for parameter in child.params:
@@ -132,21 +132,21 @@ def with_blocks() -> list:
 
 @pytest.mark.parametrize("page", with_blocks())
 def test_blocks_for_the_shell_are_run(page: Path, tmp_path: Path):
-    run_page(page, tmp_path)
+    run_page(page, tmp_path, timeout_s=1800)
 
 
 def test_the_way_to_the_trainer_is_the_one_that_is_told():
     """Files and functions of docs/how_it_works.md, in the order in which they call each other."""
     page = (ROOT / "docs" / "how_it_works.md").read_text(encoding="utf-8")
     told = re.findall(r"^  ([\w/]+\.py): (\w+)", page, re.M)
-    assert len(told) == 6
+    assert len(told) == 5
     bodies = []
     for file, name in told:
         tree = ast.parse((ROOT / "qmedtune" / file).read_text(encoding="utf-8"))
         found = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == name]
         assert found, (file, name)
         bodies.append(" ".join([ast.unparse(node) for node in found]))
-    calls = ["spine.run(", "_do(", "step.work(", "train_stage(", "_run(", "trainer.train("]
+    calls = ["spine.run(", "_do(", "step.work(", "train_stage(", "trainer.train("]
     for body, call in zip(bodies, calls, strict=True):
         assert call in body, call
 
@@ -181,7 +181,6 @@ def address(site: Path) -> Iterator[str]:
 def test_every_page_is_in_the_menu():
     menu = pages_of(yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"])
     assert {page.name for page in DOCS} | {"SECURITY.md"} <= set(menu)
-    assert {f"examples/{page.name}" for page in EXAMPLES} <= set(menu)
 
 
 def test_the_site_names_nothing_that_lies_elsewhere(site: Path):
