@@ -88,15 +88,17 @@ def content_files(folder: Path) -> list[Path]:
     return sorted(p for p in found if p.relative_to(folder).parts[0] != SCRATCH)
 
 
-def seal(folder: Path, key: str, facts: Mapping[str, object]) -> Seal:
-    """Hash and fsync everything below `folder`, then write seal.json last."""
+def seal(folder: Path, key: str, facts: Mapping[str, object], known: Mapping[str, str] = {}) -> Seal:  # noqa: B006
+    """Hash and fsync everything below `folder`, then write seal.json last. known: sha256 by name, of files that were
+    hashed while they were written, and read back since."""
     for leftover in folder.rglob(f".*{PART}"):
         leftover.unlink()
     files: dict[str, Sealed] = {}
     stable: dict[str, str] = {}
     for path in content_files(folder):
         stat, name = path.stat(), path.relative_to(folder).as_posix()
-        files[name] = {"sha256": sha256_file(path), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+        sha256 = known.get(name) or sha256_file(path)
+        files[name] = {"sha256": sha256, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
         if path.name not in VOLATILE:
             stable[name] = files[name]["sha256"]
         fsync_path(path)
