@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from qmedtune import base, store, tiny, ui
+from qmedtune import base, peers, store, tiny, ui
 from qmedtune.recipe import Recipe
 from qmedtune.run import run
 
@@ -21,7 +21,8 @@ def make(name: str, folder: Path) -> None:
     _write_blank(name, blank)
     recipe = pretraining_recipe(name, blank)
     text = json.dumps(recipe.model_dump(mode="json", by_alias=True), indent=1)
-    run(recipe, text, folder, offline=True)
+    with peers.alone():
+        run(recipe, text, folder, offline=True)
 
 
 def _write_blank(name: str, folder: Path) -> None:

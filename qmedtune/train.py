@@ -12,6 +12,7 @@ import math
 import shutil
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import torch
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from qmedtune import model as models
-from qmedtune import peak, store, ui
+from qmedtune import peak, peers, store, ui
 from qmedtune.base import name_of_base, note_base
 from qmedtune.batches import batch_rows, steps_in, too_few_steps
 from qmedtune.data.packing import templates
@@ -28,6 +29,7 @@ from qmedtune.data.packing.classes import LabelledRows
 from qmedtune.data.packing.framing import write_template
 from qmedtune.data.packing.pack import PackedRows
 from qmedtune.errors import RunError
+from qmedtune.group import ALONE, Group
 from qmedtune.interrupt import stop
 from qmedtune.model_stack import adapters_in
 from qmedtune.modeling import activations
@@ -48,6 +50,7 @@ from qmedtune.training.resume import out_of_memory, resume_settings
 from qmedtune.training.shared_base import SharedBase
 from qmedtune.training.trainer import QTrainer, number, trainer_arguments
 
+FOLLOWER_SEED = 1_000_003  # apart from every seed + index of a recipe, for the random numbers of dropout
 # A loss this many times the median of so many steps before it is logged as a spike.
 SPIKE, SPIKE_WINDOW = 2.0, 50
 
@@ -63,28 +66,15 @@ def train_stage(
     facts of run.json's stage entry. An earlier attempt in `out` is continued from its last intact checkpoint.
     """
     stage, name = recipe.stages[index], recipe.stage_names()[index]
-    set_seed(recipe.seed + index)
-    quiet_libraries()
-    peak.reset()
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    tokenizer: Any = models.load_tokenizer(inputs["base"])
-    machine = this_machine()
-    check_card(peak_bytes(base_facts(recipe.model), setup_of(recipe, index, machine), gpu=machine.is_gpu), machine)
-    model, facts = _make_model(recipe, index, inputs, shared or SharedBase())
-    models.check_tokenizer(tokenizer, model, inputs["base"])
-    if stage.classify:
-        rows = LabelledRows(inputs["tokens"])
-        attach_head(model, rows, stage.classify)
-    else:
-        rows = PackedRows(inputs["tokens"])
-    packed = json.loads((inputs["tokens"] / store.SEAL).read_text())["facts"]
+    group = peers.call(recipe, index, inputs, out)
+    made = _make(recipe, index, inputs, shared or SharedBase())
+    model, tokenizer, packed, facts = made.model, made.tokenizer, made.packed, made.facts
     callback = StageCallback(
-        name, out, validation_rows(recipe, inputs.get("validation")), tokenizer.pad_token_id, recipe
+        name, out, validation_rows(recipe, inputs.get("validation")), tokenizer.pad_token_id, recipe, group
     )
     callback.judges = [source for source in recipe.judged_by(index) if source in callback.held_out]
     started = time.monotonic()
-    trainer = _run(recipe, index, model, tokenizer, rows, packed, callback, out)
+    trainer = _run(recipe, index, made, callback, out)
     facts |= callback.facts(trainer, time.monotonic() - started)
     facts["warnings"] += models.fallbacks(facts)
     facts |= {"kind": stage.kind, "tokens": packed["tokens"], "mixture": packed["mixture"]}
@@ -108,11 +98,62 @@ def train_stage(
     if stage.full:
         facts["model"] = {"path": f"{name}/model"}
     # They know each other: only a collection frees them, and the next stage needs the room.
-    del trainer, model, callback
+    del trainer, model, callback, made
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return Trained.model_validate(facts).as_json()
+
+
+def follow_stage(
+    recipe: Recipe, index: int, inputs: dict[str, Path], out: Path, shared: SharedBase, group: Group,
+    ready: Callable[[], None],
+) -> None:  # fmt: skip
+    """Train along with the process that runs `train_stage` with the same arguments; nothing is written. `ready` is
+    called when there is nothing left to do before the first step."""
+    made = _make(recipe, index, inputs, shared)
+    set_up = _set_up(recipe, index, made, out, FollowerCallback(group))
+    if set_up.checkpoint is None:
+        torch.manual_seed(recipe.seed + index + FOLLOWER_SEED * group.rank)  # of dropout: other rows, other masks
+    ready()
+    _agree(group, set_up)
+    set_up.trainer.train(resume_from_checkpoint=set_up.checkpoint and str(set_up.checkpoint))
+    del made, set_up
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What is trained, on what. `facts`: of run.json, as far as they are known."""
+
+    model: Any
+    tokenizer: Any
+    rows: PackedRows
+    packed: dict[str, Any]
+    facts: dict[str, Any]
+
+
+def _make(recipe: Recipe, index: int, inputs: dict[str, Path], shared: SharedBase) -> _Made:
+    stage = recipe.stages[index]
+    set_seed(recipe.seed + index)
+    quiet_libraries()
+    peak.reset()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    tokenizer: Any = models.load_tokenizer(inputs["base"])
+    machine = this_machine()
+    check_card(peak_bytes(base_facts(recipe.model), setup_of(recipe, index, machine), gpu=machine.is_gpu), machine)
+    model, facts = _make_model(recipe, index, inputs, shared)
+    models.check_tokenizer(tokenizer, model, inputs["base"])
+    if stage.classify:
+        rows = LabelledRows(inputs["tokens"])
+        attach_head(model, rows, stage.classify)
+    else:
+        rows = PackedRows(inputs["tokens"])
+    packed = json.loads((inputs["tokens"] / store.SEAL).read_text())["facts"]
+    return _Made(model, tokenizer, rows, packed, facts)
 
 
 def _make_model(recipe: Recipe, index: int, inputs: dict[str, Path], shared: SharedBase) -> tuple[Any, dict[str, Any]]:
@@ -144,23 +185,28 @@ def validation_rows(recipe: Recipe, folder: Path | None) -> dict[str, PackedRows
     return {source: PackedRows(folder / source) for source in recipe.validation.on}
 
 
-def _run(
-    recipe: Recipe,
-    index: int,
-    model: Any,
-    tokenizer: Any,
-    rows: PackedRows,
-    packed: dict[str, Any],
-    callback: StageCallback,
-    out: Path,
-) -> QTrainer:
+@dataclass(frozen=True)
+class _SetUp:
+    """A trainer, and where it begins: at the checkpoint where there is one."""
+
+    trainer: QTrainer
+    steps: int
+    checkpoint: Path | None
+    warnings: list[str]
+
+    @property
+    def begins_at(self) -> int:
+        return checkpoints.step_of(self.checkpoint) if self.checkpoint else 0
+
+
+def _set_up(recipe: Recipe, index: int, made: _Made, out: Path, callback: StageCallback | FollowerCallback) -> _SetUp:
     checkpoint = checkpoints.last_intact(out)
     section, made_with, warnings = resume_settings(recipe, index, checkpoint)
-    steps, batch = steps_in(section, len(rows)), batch_rows(section, len(rows))
+    steps, batch = steps_in(section, len(made.rows)), batch_rows(section, len(made.rows))
     section = section.model_copy(update={"batch": batch, "micro_batch": min(number(section.micro_batch), batch)})
     few = None
     if not base_facts(recipe.model).builtin:
-        few = too_few_steps(callback.name, steps)
+        few = too_few_steps(recipe.stage_names()[index], steps)
     if few and not checkpoint:
         ui.warn(few)
         warnings = [*warnings, few]
@@ -180,37 +226,55 @@ def _run(
         deterministic=recipe.deterministic,
         checkpointing=recipe.stages[index].full and section.gradient_checkpointing is True,
     )
-    trainer = QTrainer(model, arguments, rows, section, tokenizer, recipe.save.keep, made_with, [callback])
+    keep = recipe.save.keep
+    trainer = QTrainer(
+        made.model, arguments, made.rows, section, made.tokenizer, keep, made_with, [callback], callback.group
+    )
     trainer.remove_callback(PrinterCallback)
     if recipe.stages[index].classify:
         trainer.nll = document_nll
-    callback.begin(trainer, steps)
+    callback.steps = steps
+    return _SetUp(trainer, steps, checkpoint, warnings)
+
+
+def _agree(group: Group, set_up: _SetUp) -> None:
+    """Raises RunError where the processes would not begin at the same step: a folder that they do not share."""
+    if not group.same(set_up.begins_at):
+        raise RunError(
+            "the processes of this run see different checkpoints\n"
+            "the run folder must be one that all of them share: --out on a common file system"
+        )
+
+
+def _run(recipe: Recipe, index: int, made: _Made, callback: StageCallback, out: Path) -> QTrainer:
+    set_up = _set_up(recipe, index, made, out, callback)
+    trainer, steps, checkpoint, begins_at = set_up.trainer, set_up.steps, set_up.checkpoint, set_up.begins_at
+    callback.begin(trainer)
     checkpoints.go_back(out, checkpoint)
     callback.rewind()
-    begins_at, resumed_from = 0, None
-    if checkpoint:
-        begins_at, resumed_from = checkpoints.step_of(checkpoint), str(checkpoint)
-    for warning in warnings:
+    for warning in set_up.warnings:
         callback.warn(begins_at, warning)
-    callback.memory = confirm(recipe, index, trainer, rows)
+    callback.memory = confirm(recipe, index, trainer, made.rows)
     for line in callback.memory.said:
         ui.warn(line)
         callback.warn(0, line)
     if checkpoint:
         ui.note(f"{callback.name} goes on after step {begins_at:,} of {steps:,}")
-    total = packed["tokens"]["trained"]
+    total = made.packed["tokens"]["trained"]
     with ui.stage(callback.name, total=total, unit="tokens", completed=callback.tokens) as callback.bar:
         if callback.held_out and not checkpoint:
             callback.validate(0)  # where the curve begins: what training changes is seen from its first step on
+        peers.wait(callback.group)
+        _agree(callback.group, set_up)
         try:
             with stop.graceful():
-                trainer.train(resume_from_checkpoint=resumed_from)
+                trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         except torch.OutOfMemoryError as error:
             raise out_of_memory(recipe, index, trainer.state.global_step + 1) from error
         if trainer.state.global_step < steps:
             stop.raise_if_requested()
     assert callback.tokens == total, "tokens trained differ from the packing ledger"
-    callback.restore_best(model)
+    callback.restore_best(made.model)
     return trainer
 
 
@@ -239,6 +303,18 @@ def mean_loss(model: Any, rows: PackedRows, pad_id: int, batch: int) -> float:
 
 
 @dataclass
+class FollowerCallback(TrainerCallback):
+    """Trainer callback of a process that trains along: it stops when the one that leads does."""
+
+    group: Group
+    steps: int = 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.group.any(False) and state.global_step < self.steps:
+            control.should_training_stop = True
+
+
+@dataclass
 class StageCallback(TrainerCallback):
     """Trainer callback of one stage: logs metrics, validates, keeps the best weights, stops when asked."""
 
@@ -247,6 +323,8 @@ class StageCallback(TrainerCallback):
     held_out: dict[str, PackedRows]
     pad_id: int
     recipe: Recipe
+    group: Group = ALONE
+    steps: int = 0
     bar: Any = None
     tokens: int = 0
     memory: Memory = Memory()  # noqa: RUF009 - frozen
@@ -255,11 +333,11 @@ class StageCallback(TrainerCallback):
     judges: list[str] = field(default_factory=list)
     _marked: tuple[float, int] = (0.0, 0)
 
-    def begin(self, trainer: QTrainer, steps: int) -> None:
-        self.trainer, self.steps = trainer, steps
+    def begin(self, trainer: QTrainer) -> None:
+        self.trainer = trainer
         every = self.recipe.validation.every
         if every == "auto":
-            every = max(10, steps // 5)
+            every = max(10, self.steps // 5)
         self.every = every
         self._marked = (time.monotonic(), 0)
 
@@ -314,7 +392,7 @@ class StageCallback(TrainerCallback):
         return [f"loss {loss:.3f} is a spike (median before: {usual:.3f})"]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if stop.requested and state.global_step < self.steps:
+        if self.group.any(stop.requested) and state.global_step < self.steps:
             control.should_save = control.should_training_stop = True
 
     def validate(self, step: int) -> None:
