@@ -8,28 +8,28 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from qmedtune import compare, store, ui
 from qmedtune.data.packing import templates
 from qmedtune.errors import RecipeError
-from qmedtune.evaluate import Contender, contenders, delivered_dtype, open_contender, settings_of
+from qmedtune.evaluate import Compared, Contender, contenders, delivered_dtype, open_contender, settings_of
 from qmedtune.evaluation import precision
 from qmedtune.evaluation.open_model import Location, OpenModel, Quantization, locate, open_model
 from qmedtune.recipe import Recipe
+from qmedtune.results import HeadToHead
 from qmedtune.tasks import load_task, world_of
 
 FINAL = "final"
 
 
-def against_stage(recipe: Recipe, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
-    """`inputs` as of `evaluate_stage`. Writes compare.json and <task>.items.jsonl below `out`, where an interrupted
-    comparison goes on; returns {"subject", "models", "duels", "claims", "left_out", "precision"}."""
+def against_stage(recipe: Recipe, inputs: Compared, out: Path) -> HeadToHead:
+    """Writes compare.json and <task>.items.jsonl below `out`, where an interrupted comparison goes on; returns
+    {"subject", "models", "duels", "claims", "left_out", "precision"}."""
     splits, left_out = splits_of(recipe)
-    taken = precision.decide(recipe, delivered_dtype(inputs))
-    template = settings_of(recipe, inputs).template
+    taken = precision.decide(recipe, delivered_dtype(inputs.trained))
+    template = settings_of(recipe, inputs.trained).template
     entrants = []
-    for contender in contenders(recipe, inputs, taken):
+    for contender in contenders(inputs, taken):
         entrants.append(compare.Entrant(contender.label, partial(_own, recipe, contender, template)))
     quantization: Quantization = "nf4" if taken.quantised else "none"
     for name in recipe.evaluate.against:
@@ -40,7 +40,7 @@ def against_stage(recipe: Recipe, inputs: dict[str, Path], out: Path) -> dict[st
     how = {"subject": FINAL, "left_out": left_out, **taken.facts(recipe.evaluate.precision)}
     result = compare.judged(outcome, pairs).model_copy(update=how)
     compare.write(out, outcome, result)
-    return result.as_json()
+    return result
 
 
 def splits_of(recipe: Recipe) -> tuple[list[compare.Split], list[str]]:
@@ -79,8 +79,8 @@ def _shots(recipe: Recipe) -> tuple[int, ...]:
 def _own(recipe: Recipe, contender: Contender, template: templates.Template) -> OpenModel:
     """Base or result of the run, with the template that suits it: the base's own, that of training."""
     model, tokenizer = open_contender(recipe, contender)
-    asked = template if contender.label == FINAL else templates.for_base(templates.default(None, contender.folder))
-    location = Location(contender.label, "model", contender.folder, (), asked, world_of(recipe))
+    asked = template if contender.label == FINAL else templates.for_base(templates.default(None, contender.stack.base))
+    location = Location(contender.label, "model", contender.stack.base, (), asked, world_of(recipe))
     taken = contender.taken
     return OpenModel(location, model, tokenizer, "nf4" if taken.quantised else "none", taken.computed_in)
 

@@ -90,7 +90,7 @@ def evaluate_model(
     return evaluate.evaluate_model(
         name, tasks, data=data, base=base, template=template, out=out, limit=limit, generate=generate,
         batch_tokens=batch_tokens or evaluate.BATCH_TOKENS, quantization=quantization, seed=seed, offline=offline,
-    )  # fmt: skip
+    ).as_json()  # fmt: skip
 
 
 def merge_adapters(
@@ -118,4 +118,4 @@ def merge_adapters(
     from qmedtune.recipe import MergeSection, VerifySection
 
     section = MergeSection(base=onto, dtype=dtype, rounding=rounding, verify=VerifySection(max_kl=max_kl))
-    return merge_into(str(model), Path(out), section, base=base, offline=offline)
+    return merge_into(str(model), Path(out), section, base=base, offline=offline).as_json()

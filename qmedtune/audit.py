@@ -16,6 +16,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,56 +32,64 @@ from qmedtune.errors import RunError
 from qmedtune.evaluation.generation import generate
 from qmedtune.evaluation.measure import adding
 from qmedtune.evaluation.scoring import choice_logprobs, prompt_texts
+from qmedtune.model_stack import ModelStack
 from qmedtune.recipe import AuditSection, Recipe, SftSection
-from qmedtune.results import Audit, Exposure, Json, Trained
+from qmedtune.results import Audit, AuditLimits, Exposure, Json, Trained
 
 RESULT = "audit.json"
 SECRET_TOKENS = 16  # a number of nine digits has 5 (LLaMA-3) to 12 tokens
 
 
-def audit_stage(recipe: Recipe, inputs: Mapping[str, Path], out: Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class StageToAudit:
+    """The folder of a stage and the model after it."""
+
+    folder: Path
+    model: ModelStack
+
+
+def audit_stage(recipe: Recipe, planted: Path, trained: Mapping[str, StageToAudit], out: Path) -> Audit:
     """Measure a resolved recipe's canaries after every stage that trained on them, or followed one that did.
 
-    `inputs`: `planted` (folder with canaries.json), and per stage `<stage>` (its folder), `<stage>:base` and
-    `<stage>:1` ... (the adapters of the model after it). Writes audit.json below `out`, where an interrupted audit is
-    continued stage by stage; returns {"stages": {stage: [row]}, "references"}, a row per source and repeats.
+    planted: folder with canaries.json. trained: stages by name. Writes audit.json below `out`, where an interrupted
+    audit is continued stage by stage.
     """
     assert recipe.audit is not None
-    found = canaries.read(inputs["planted"])
+    found = canaries.read(planted)
     rows = {}
     for index, name in enumerate(recipe.stage_names()):
-        if name not in inputs:  # a classify stage: a branch, the model goes on from before it
+        if name not in trained:  # a classify stage: a branch, the model goes on from before it
             continue
         sources: set[str] = set()
         for stage in recipe.stages[: index + 1]:
             sources.update(stage.sources)
         met = [canary for canary in found if canary.source in sources]
         if met:
-            work = partial(_measure_stage, recipe, index, met, inputs)
+            work = partial(_measure_stage, recipe, index, met, trained)
             rows[name] = store.kept(out / store.SCRATCH / f"{name}.json", work)
     result = Audit(stages=rows, references=recipe.audit.references)
     store.write_json(out / RESULT, result.as_json())
-    return result.as_json()
+    return result
 
 
-def check_limits(recipe: Recipe, inputs: Mapping[str, Path], out: Path) -> dict[str, float | None]:
-    """RunError where a measurement in `inputs["audit"]` is beyond `max_exposure` or `max_extracted` of the recipe.
+def check_limits(recipe: Recipe, audited: Path) -> AuditLimits:
+    """RunError where a measurement in the folder `audited` is beyond `max_exposure` or `max_extracted` of the recipe.
 
     A step of its own behind the measurement, so that what was measured stays sealed, and before the merge.
     """
     audit = recipe.audit
     assert audit is not None
-    result = Audit.model_validate_json((inputs["audit"] / RESULT).read_bytes())
+    result = Audit.model_validate_json((audited / RESULT).read_bytes())
     for stage, rows in result.stages.items():
         for row in rows:
             beyond = _beyond(audit, row)
             if beyond and row.repeats:
                 raise RunError(
                     f"audit: after {stage}, canaries planted {row.repeats}x in {row.source}: {beyond}\n"
-                    f"all figures are in {inputs['audit'] / RESULT}; nothing was merged\n"
+                    f"all figures are in {audited / RESULT}; nothing was merged\n"
                     "train less on each note, de-duplicate and redact, or raise the limit: the same command goes on"
                 )
-    return {"max_exposure": audit.max_exposure, "max_extracted": audit.max_extracted}
+    return AuditLimits(max_exposure=audit.max_exposure, max_extracted=audit.max_extracted)
 
 
 def _beyond(audit: AuditSection, row: Exposure) -> str | None:
@@ -95,33 +104,23 @@ def _beyond(audit: AuditSection, row: Exposure) -> str | None:
     return None
 
 
-def _measure_stage(recipe: Recipe, index: int, found: list[Canary], inputs: Mapping[str, Path]) -> list[Json]:
+def _measure_stage(recipe: Recipe, index: int, found: list[Canary], trained: Mapping[str, StageToAudit]) -> list[Json]:
     """The rows of one stage as audit.json has them."""
     name = recipe.stage_names()[index]
-    base, adapters = inputs[f"{name}:base"], _adapters(name, inputs)
-    tokenizer = models.load_tokenizer(base)
+    stack = trained[name].model
+    tokenizer = models.load_tokenizer(stack.base)
     disable_progress_bar()
-    model: Any = models.load_base(base, recipe.model)
-    if adapters:
-        model = models.load_adapters(model, adapters)
-    models.install_kernels(model, recipe.model.kernels)
-    contexts = [context_of(recipe, canary, tokenizer, base) for canary in found]
-    rows = measure(recipe, model.eval(), tokenizer, found, contexts, name)
-    passes = _passes(recipe, index, inputs)
+    model = models.load_stack(stack, recipe.model)
+    contexts = [context_of(recipe, canary, tokenizer, stack.base) for canary in found]
+    rows = measure(recipe, model, tokenizer, found, contexts, name)
+    passes = _passes(recipe, index, trained)
     del model
     gc.collect()
     told = []
     for row in rows:
-        trained = {"passes": passes.get(row.source), "masked": _masked(recipe, row.source)}
-        told.append(row.model_copy(update=trained).as_json())
+        seen = {"passes": passes.get(row.source), "masked": _masked(recipe, row.source)}
+        told.append(row.model_copy(update=seen).as_json())
     return told
-
-
-def _adapters(name: str, inputs: Mapping[str, Path]) -> list[Path]:
-    found = []
-    while (key := f"{name}:{len(found) + 1}") in inputs:
-        found.append(inputs[key])
-    return found
 
 
 def _masked(recipe: Recipe, source: str) -> bool:
@@ -136,11 +135,13 @@ def _masked(recipe: Recipe, source: str) -> bool:
     return True
 
 
-def _passes(recipe: Recipe, index: int, inputs: Mapping[str, Path]) -> dict[str, float]:
+def _passes(recipe: Recipe, index: int, trained: Mapping[str, StageToAudit]) -> dict[str, float]:
     """How often the stages so far went through each source: a canary was seen this often times its repeats."""
     passes: dict[str, float] = {}
     for name in recipe.stage_names()[: index + 1]:
-        sealed = store.read_seal(inputs[name]) if name in inputs else None
+        if name not in trained:
+            continue
+        sealed = store.read_seal(trained[name].folder)
         if sealed:
             for source, part in Trained.model_validate(sealed.facts).mixture.items():
                 passes[source] = round(passes.get(source, 0.0) + (part.repeats or 0.0), 3)

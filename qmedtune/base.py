@@ -19,7 +19,7 @@ from typing import Any, Literal
 from qmedtune import fetch, gguf_folder, gguf_header, makers, store, ui
 from qmedtune.errors import RecipeError
 from qmedtune.model_files import read_json
-from qmedtune.model_stack import ADAPTER_TENSORS
+from qmedtune.model_stack import ADAPTER_TENSORS, ModelStack
 from qmedtune.recipe import ModelSection, Recipe
 
 BUILTIN = "builtin:"
@@ -72,6 +72,14 @@ def note_base(adapter: Path, name: str, folder: Path, earlier: Sequence[Path], q
     below = [store.sha256_file(path / ADAPTER_TENSORS) for path in earlier]
     facts = {"base": name, "sha256": weights_sha256(folder), "adapters_below": below, "quantization": quantization}
     store.write_json(adapter / TRAINED_ON, facts)
+
+
+def quantization_of(stack: ModelStack) -> Literal["nf4", "none"]:
+    """The precision that a model is opened in where nobody states one: that of its training, NF4 where its adapters do
+    not say (other tools' do not, and QLoRA's are most of them); 16 bit for a whole model."""
+    if not stack.adapters:
+        return "none"
+    return trained_quantization(stack.adapters[-1]) or "nf4"
 
 
 def trained_quantization(adapter: Path) -> Literal["nf4", "none"] | None:
@@ -171,12 +179,13 @@ def _folder(section: ModelSection, *, offline: bool, shape_only: bool) -> Path:
 def _fetched(name: str, source: fetch.Packed) -> Base:
     """A base that `qmedtune fetch` brings."""
 
-    def folder() -> Path:
-        if found := gguf_folder.ready(source.gguf_sha256):
+    def folder(full: bool = False) -> Path:
+        if found := gguf_folder.ready(source.gguf_sha256, full=full):
             return found
         raise RecipeError(fetch.missing(name))
 
-    return Base(name, gguf_folder.digest(source.gguf_sha256), folder, check=folder)
+    # Hashed before it is read: a bit that flips under an unchanged time is seen by nothing else.
+    return Base(name, gguf_folder.digest(source.gguf_sha256), lambda: folder(full=True), check=folder)
 
 
 def _gguf(name: str) -> Base:
@@ -219,8 +228,9 @@ def _made(name: str, folder: Path) -> Path:
         return stage / "model"
     with store.lock(folder.with_name(f".{folder.name}.making"), wait=True):  # another run may be making it right now
         if not store.intact(stage, full=True):
-            if store.retire(stage, folder):
+            if stage.exists():
                 ui.warn(f"{name} was damaged in {folder}; it is made again")
+                store.discard(stage)
             make = makers.maker()
             if make is None:
                 raise RecipeError(f"model.base: {name} is not made on this machine yet\nmake it: qmedtune run RECIPE")

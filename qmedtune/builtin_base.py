@@ -9,13 +9,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from qmedtune import base, peers, store, tiny, ui
+from qmedtune import base, claims, peers, store, tiny, ui
 from qmedtune.recipe import Recipe
 from qmedtune.run import run
 
 
 def make(name: str, folder: Path) -> None:
     """Pretrain the built-in base `name` in `folder`, whose lock is held (base.py)."""
+    _clear(folder)
     ui.note(f"{name} is made once and kept in {folder}")
     blank = base.blank_folder(name)
     _write_blank(name, blank)
@@ -23,6 +24,15 @@ def make(name: str, folder: Path) -> None:
     text = json.dumps(recipe.model_dump(mode="json", by_alias=True), indent=1)
     with peers.alone():
         run(recipe, text, folder, offline=True)
+
+
+def _clear(folder: Path) -> None:
+    """Of a cache that was cut or cleaned, what is not whole goes: all of it can be made again. An attempt goes on."""
+    if folder.exists() and not claims.is_ours(folder):
+        store.discard(folder)
+    for place in (*folder.glob("data/*"), folder / "01-pretrain"):
+        if place.exists() and not store.intact(place, full=True):
+            store.discard(place)
 
 
 def _write_blank(name: str, folder: Path) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from qmedtune import store
 from qmedtune.disk import below
 from qmedtune.errors import RecipeError
+from qmedtune.local_names import is_utf8
 from qmedtune.recipe import Recipe, SourceSection, TaskSection
 from qmedtune.results import Json
 
@@ -34,7 +35,7 @@ WRITTEN = ("train.jsonl", "rejects.jsonl", "run.json", "report.md", "report.html
 
 def check(out: Path) -> None:
     """RecipeError where `out` holds files and is no run folder. Changes nothing."""
-    if any("\ud800" <= character <= "\udfff" for character in str(out)):
+    if not is_utf8(str(out)):
         raise RecipeError(f"--out: {ascii(str(out))} is not UTF-8\ngive a folder whose name is")
     if not out.is_dir():
         return

@@ -7,6 +7,7 @@ Deliberately absent: logic, and every import that takes time (`--help` answers i
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
@@ -27,7 +28,9 @@ from qmedtune.commands import recipe as cli_recipe
 from qmedtune.commands import run as cli_run
 from qmedtune.commands import watch as cli_watch
 from qmedtune.errors import QmedtuneError
+from qmedtune.local_names import is_utf8
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
 UsageError: Any = typer.BadParameter.__bases__[0]  # click's, which newer typers carry inside
 
 app = typer.Typer(
@@ -99,6 +102,9 @@ def invoke(arguments: Sequence[str]) -> int:
     words = [word for word in arguments if word != "--debug"] or ["--help"]
     if "--offline" in words:  # read once, when huggingface_hub is imported: nothing here has done so yet
         os.environ["HF_HUB_OFFLINE"] = "1"
+    if unreadable := [word for word in words if not is_utf8(word)]:
+        ui.error_panel([f"{ascii(unreadable[0])}: this name is not UTF-8", "rename the file or folder, then again"])
+        return 2
     try:
         with stop.watching(None):
             code = app(args=words, prog_name="qmedtune", standalone_mode=False)
@@ -136,7 +142,14 @@ def _report(error: Any) -> int:
         ui.error_panel([error.format_message(), f"see: {error.ctx.command_path if error.ctx else 'qmedtune'} --help"])
         return 2
     if isinstance(error, OSError) and error.strerror:
-        ui.error_panel([f"{error.filename or 'input/output'}: {error.strerror}", "nothing that was sealed is lost"])
+        advice = "nothing that was sealed is lost"
+        if error.errno in FULL:
+            advice = f"make room, then give the same command again; {advice}"
+        ui.error_panel([f"{error.filename or 'input/output'}: {error.strerror}", advice])
+        return 1
+    if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":  # of NumPy, of weights: no error number
+        where = f"a file could not be read or written ({type(error).__name__} at {_origin(error)})"
+        ui.error_panel([where, "is the disk full? nothing that was sealed is lost: give the same command again"])
         return 1
     ui.error_panel([f"{type(error).__name__} at {_origin(error)}", "run again with --debug for the traceback"])
     return 1

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, JsonValue
 
+from qmedtune import record
 from qmedtune.errors import RecipeError
 from qmedtune.evaluation import verdict
 from qmedtune.reporting.facts import Curve, Metrics
@@ -133,6 +134,7 @@ def sides(folders: Sequence[Path]) -> list[Side]:
                 f"{folder}: no run in this folder (it has no run.json)\n"
                 "see what is there: qmedtune runs; models are compared with --tasks"
             )
+        record.load(folder)  # one that cannot be read is listed by `runs`, and not compared with
         name = str(folder)
         if len(short) == len(folders):
             name = folder.resolve().name

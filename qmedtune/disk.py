@@ -89,6 +89,13 @@ def owner_only() -> Iterator[None]:
         os.umask(before)
 
 
+def read_plain(path: Path) -> str:
+    """Text of a file that may be anybody's. OSError where it is no plain file: a pipe would be waited for for ever."""
+    if not path.is_file():
+        raise FileNotFoundError(errno.ENOENT, "no plain file", str(path))
+    return path.read_text(encoding="utf-8")
+
+
 def write_json(path: Path, value: Any) -> None:
     write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 

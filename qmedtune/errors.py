@@ -3,7 +3,9 @@
 Each class carries the process exit code of the command line. Programmer errors stay `AssertionError`s.
 """
 
-from typing import Any
+from collections.abc import Mapping
+
+Counted = Mapping[str, float | str | None]
 
 
 class QmedtuneError(ValueError):
@@ -22,7 +24,7 @@ class MergeRefused(RunError):
     """The proof of a merge has failed. `facts`: what was counted by then, for run.json. Whoever catches it knows where
     the candidate is kept and which command goes on, and adds both."""
 
-    def __init__(self, message: str, facts: dict[str, Any]) -> None:
+    def __init__(self, message: str, facts: Counted) -> None:
         super().__init__(message)
         self.facts = facts
 

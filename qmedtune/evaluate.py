@@ -30,50 +30,67 @@ from qmedtune.evaluation.open_model import Quantization, check_template, fingerp
 from qmedtune.evaluation.scoring import BATCH_TOKENS, max_positions
 from qmedtune.evaluation.summary import overlap_result, task_result, write_items
 from qmedtune.model_files import read_json
-from qmedtune.model_stack import adapters_in
+from qmedtune.model_stack import ModelStack
 from qmedtune.modeling.collation import Rows
 from qmedtune.modeling.quiet import quiet_libraries
 from qmedtune.recipe import Recipe, SourceSection, TaskSection
-from qmedtune.results import Evaluation, Merge, Pair, Source, Text
+from qmedtune.results import Evaluation, Merge, ModelScores, Pair, Source, Text
 from qmedtune.tasks import BUILTIN_TASKS, Task, check_twice, load_task, world_of
 
 TEXTS = "perplexity"
-FORMAT = 4  # of what is kept with `out`: an evaluation in an older one is made again
+FORMAT = 5  # of what is kept with `out`: an evaluation in an older one is made again
 DOCUMENT_TOKENS = 8192  # an 8B LLaMA in 16 bit holds .5 GB of one layer's activations for so many
 WINDOW_TOKENS = 2048  # of texts without a packing: 131,072 positions of LLaMA-3.2 would not fit a card
 
 
-def evaluate_stage(recipe: Recipe, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Compared:
+    """The two models of a run and the texts for both. trained: what the stages left; merged: what of it is delivered,
+    None: it was refused. It is compared with its own base, or with `origin` where earlier adapters are folded into
+    that, or, trained from scratch, with random weights of the shape of the folder `untrained`. validation: folder of
+    packed held-out rows per source; sources: data folders whose benchmark items are scored apart."""
+
+    trained: ModelStack
+    merged: Path | None = None
+    origin: Path | None = None
+    untrained: Path | None = None
+    validation: Path | None = None
+    sources: Sequence[Path] = ()
+
+    @property
+    def first(self) -> Path:
+        return self.untrained or self.origin or self.trained.base
+
+
+def evaluate_stage(recipe: Recipe, inputs: Compared, out: Path) -> Evaluation:
     """Base against final of a resolved recipe, in the precision that precision.py decides.
 
-    `inputs`: `base`, `adapter-1` ..., and where there are any `merged`, `template` (folder with template.json),
-    `validation` (folder of packed held-out rows per source) and `origin` (what is compared, if `base` is folded) or
-    `untrained` (the folder that `base` was trained from scratch after: random weights of its shape are compared).
     Delivered is the merged folder; without one, the base plus its adapters in the merge's dtype.
-    Writes <task>.items.jsonl and evaluation.json below `out`, where an interrupted evaluation is continued; returns
-    the content of evaluation.json.
+    Writes <task>.items.jsonl and evaluation.json below `out`, where an interrupted evaluation is continued.
     """
     tasks = []
     for section in recipe.evaluate.sections:
         tasks.append(load_task(section, recipe.items_seed, world_of(recipe)))
-    window = document_window(inputs["base"])
+    stack = inputs.trained
+    window = document_window(stack.base)
     held_out = {}
     for source in recipe.evaluate.perplexity:
-        held_out[source] = WholeDocuments(PackedRows(inputs["validation"] / source), window)
-    settings = settings_of(recipe, inputs)
-    check_prompts(models.load_tokenizer(inputs["base"]), settings.template, tasks)
-    taken = precision.decide(recipe, delivered_dtype(inputs))
+        assert inputs.validation is not None, "steps.py packs the texts of evaluate.perplexity"
+        held_out[source] = WholeDocuments(PackedRows(inputs.validation / source), window)
+    settings = settings_of(recipe, stack)
+    check_prompts(models.load_tokenizer(stack.base), settings.template, tasks)
+    taken = precision.decide(recipe, delivered_dtype(stack))
     measured = {}
-    for contender in contenders(recipe, inputs, taken):
+    for contender in contenders(inputs, taken):
         model, tokenizer = open_contender(recipe, contender)
         measured[contender.label] = measure_model(
             model, tokenizer, contender.label, tasks, held_out, settings, out / store.SCRATCH
         )
         del model  # or two are held while the next is loaded: 2 x 16 GB for an 8B base in 16 bit
-    found = write_results(tasks, measured, recipe.seed, out, _overlapping(inputs))
+    found = write_results(tasks, measured, recipe.seed, out, _overlapping(inputs.sources))
     how = taken.facts(recipe.evaluate.precision) | {"template": settings.template.name, "window_tokens": window}
     found = found.model_copy(update=how)
-    if taken.name == "delivered" and precision.trained(recipe).quantised and "adapter-1" in inputs:
+    if taken.name == "delivered" and precision.trained(recipe).quantised and stack.adapters:
         beside = _nf4_beside(recipe, inputs, held_out, settings, out / store.SCRATCH)
         texts = {}
         for source, text in found.perplexity.items():
@@ -81,18 +98,18 @@ def evaluate_stage(recipe: Recipe, inputs: dict[str, Path], out: Path) -> dict[s
         found = found.model_copy(update={"perplexity": texts})
     found = found.model_copy(update={"warnings": _warnings(inputs, taken, found)})
     store.write_json(out / "evaluation.json", found.as_json())
-    return found.as_json()
+    return found
 
 
 def _nf4_beside(
-    recipe: Recipe, inputs: dict[str, Path], held_out: Mapping[str, Rows], settings: Settings, folder: Path
+    recipe: Recipe, inputs: Compared, held_out: Mapping[str, Rows], settings: Settings, folder: Path
 ) -> dict[str, Pair]:
     """Perplexity of base and result in NF4, as trained, per source: what quantisation costs, what training only
     repaired. Texts alone: they cost seconds, where tasks would cost the evaluation again."""
     if not held_out:
         return {}
     found = {}
-    for contender in contenders(recipe, inputs, precision.trained(recipe)):
+    for contender in contenders(inputs, precision.trained(recipe)):
         model, tokenizer = open_contender(recipe, contender)
         label = f"{contender.label}-nf4"
         found[contender.label] = measure_model(model, tokenizer, label, [], held_out, settings, folder).perplexity
@@ -104,10 +121,10 @@ def _nf4_beside(
     return pairs
 
 
-def _warnings(inputs: dict[str, Path], taken: precision.Precision, found: Evaluation) -> list[str]:
+def _warnings(inputs: Compared, taken: precision.Precision, found: Evaluation) -> list[str]:
     warned = []
-    if "merged" in inputs:
-        sealed = store.read_seal(inputs["merged"])
+    if inputs.merged is not None:
+        sealed = store.read_seal(inputs.merged)
         if sealed and (shift := precision.shift_warning(Merge.model_validate(sealed.facts))):
             warned.append(shift)
     if taken.why:
@@ -124,12 +141,10 @@ def document_window(base: Path) -> int:
     return min(int(config["max_position_embeddings"]), DOCUMENT_TOKENS)
 
 
-def _overlapping(inputs: dict[str, Path]) -> dict[str, set[str]]:
-    """Per task, items that some source holds: of `data-<source>` folders, there with `contaminated: split`."""
+def _overlapping(sources: Sequence[Path]) -> dict[str, set[str]]:
+    """Per task, items that some source holds; sources are given with `contaminated: split`."""
     found: dict[str, set[str]] = {}
-    for name, folder in inputs.items():
-        if not name.startswith("data-"):
-            continue
+    for folder in sources:
         sealed = store.read_seal(folder)
         if sealed:
             for task, overlap in Source.model_validate(sealed.facts).contamination.items():
@@ -183,14 +198,14 @@ def check_prompts(tokenizer: Any, template: templates.Template, tasks: list[Task
         frame.ask([item.messages for item in task.asked])
 
 
-def settings_of(recipe: Recipe, inputs: dict[str, Path]) -> Settings:
-    asked = recipe.evaluate.template or inputs.get("template")
+def settings_of(recipe: Recipe, trained: ModelStack) -> Settings:
+    asked = recipe.evaluate.template or trained.template
     if asked:
-        template = templates.load(asked, inputs["base"])
+        template = templates.load(asked, trained.base)
     else:
-        template = templates.default(None, inputs["base"])
-    if "template" in inputs:
-        template = replace(template, cleaning=templates.load(inputs["template"]).cleaning)
+        template = templates.default(None, trained.base)
+    if trained.template:
+        template = replace(template, cleaning=templates.load(trained.template).cleaning)
     else:
         template = templates.for_base(template)
     rows, seq_len = recipe.evaluate.batch, recipe.stages[-1].section.seq_len
@@ -200,25 +215,21 @@ def settings_of(recipe: Recipe, inputs: dict[str, Path]) -> Settings:
 
 @dataclass(frozen=True)
 class Contender:
-    """One of the two models of a run: a folder with adapters on it (none: the folder alone), in a precision.
-    random: untrained weights of the folder's shape."""
+    """One of the two models of a run, in a precision. random: untrained weights of its base's shape."""
 
     label: str
-    folder: Path
-    adapters: tuple[Path, ...]
+    stack: ModelStack
     taken: precision.Precision
     random: bool = False
 
 
-def contenders(recipe: Recipe, inputs: dict[str, Path], taken: precision.Precision) -> list[Contender]:
+def contenders(inputs: Compared, taken: precision.Precision) -> list[Contender]:
     """Base and final. Not in NF4, the merged folder stands for base + adapters where it is there."""
-    first = inputs.get("untrained", inputs.get("origin", inputs["base"]))
-    merged = inputs.get("merged")
+    final, merged = inputs.trained, inputs.merged
     if taken.name != "nf4" and merged is not None and (merged / "config.json").is_file():
-        final = Contender("final", merged, (), taken)
-    else:
-        final = Contender("final", inputs["base"], tuple(adapters_in(inputs)), taken)
-    return [Contender("base", first, (), taken, "untrained" in inputs), final]
+        final = ModelStack(merged)
+    base = Contender("base", ModelStack(inputs.first), taken, inputs.untrained is not None)
+    return [base, Contender("final", final, taken)]
 
 
 def open_contender(recipe: Recipe, contender: Contender) -> tuple[Any, Any]:
@@ -231,31 +242,23 @@ def open_contender(recipe: Recipe, contender: Contender) -> tuple[Any, Any]:
     if taken.quantised:
         stored = taken.computed_in
     section = recipe.model.model_copy(update={"compute_dtype": stored})
-    model: Any
-    if contender.random:  # no base to compare with: chance is what random weights reach
-        torch.manual_seed(recipe.seed)
-        model = models.from_scratch(contender.folder, section)
-    else:
-        model = models.load_base(contender.folder, section, quantize=taken.quantised)
-    if contender.random or taken.computed_in != stored:
-        _cast(model, models.DTYPES[taken.computed_in])
-    if contender.adapters:
-        model = models.load_adapters(model, contender.adapters)
+    base = contender.stack.base
+    tokenizer = models.load_tokenizer(base)
+    if not contender.random:
+        stack, computed_in = contender.stack, taken.computed_in
+        return models.load_stack(stack, section, quantize=taken.quantised, computed_in=computed_in), tokenizer
+    torch.manual_seed(recipe.seed)  # no base to compare with: chance is what random weights reach
+    model: Any = models.from_scratch(base, section)
+    models.cast_weights(model, models.DTYPES[taken.computed_in])
     models.install_kernels(model, section.kernels)
-    return model.eval(), models.load_tokenizer(contender.folder)
+    return model.eval(), tokenizer
 
 
-def _cast(model: Any, dtype: torch.dtype) -> None:
-    """Parameters alone: rotary frequencies are buffers, and stay fp32."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-
-
-def delivered_dtype(inputs: dict[str, Path]) -> str | None:
+def delivered_dtype(trained: ModelStack) -> str | None:
     """What a folder that is delivered as it was trained, without a merge, is stored in; None: `merge.dtype`."""
-    if "adapter-1" in inputs:
+    if trained.adapters:
         return None
-    config = read_json(inputs["base"] / "config.json")
+    config = read_json(trained.base / "config.json")
     stored = config.get("dtype") or config.get("torch_dtype")
     if stored not in models.DTYPES:
         return None
@@ -279,14 +282,13 @@ def evaluate_model(
     quantization: Quantization | None = None,
     seed: int = 17,
     offline: bool = False,
-) -> dict[str, Any]:
+) -> ModelScores:
     """Score a base, a finished run, an adapter folder (with `base`) or a merged model.
 
     tasks: each `task` (read from `data` unless built in), `task=FILE`, or a TaskSection with a split, a metric or
         examples of its own; `perplexity` takes a file of texts. `limit` and `data` are for the tasks that are strings.
     out: folder for <out>/evaluation/; with it a killed evaluation is continued and a finished one is not repeated.
-    Returns {"model", "template", "quantization", "tasks": {name: {"model": scores}}, "perplexity": {file: ...}}; texts
-    also in bits per byte, which unlike perplexity compares models of different tokenizers.
+    Texts are scored in bits per byte too, which unlike perplexity compares models of different tokenizers.
     """
     sections, texts = parse_tasks(tasks, data, limit)
     location = locate(name, base=base, template=template, offline=offline)
@@ -294,7 +296,7 @@ def evaluate_model(
     loaded = [load_task(section, seed, location.world) for section in sections]
     settings = Settings(location.template, generate, batch_tokens)
 
-    def work(folder: Path) -> dict[str, Any]:
+    def work(folder: Path) -> ModelScores:
         check_prompts(models.load_tokenizer(location.base), location.template, loaded)
         opened = open_model(location, quantization)
         window = min(max_positions(opened.model), WINDOW_TOKENS)
@@ -302,15 +304,24 @@ def evaluate_model(
         for path in texts:
             rows[str(path)], sizes[str(path)] = text_rows(opened.tokenizer, path, window)
         found = measure_model(opened.model, opened.tokenizer, "model", loaded, rows, settings, folder / store.SCRATCH)
-        result: dict[str, Any] = {"model": name, "template": location.template.name}
-        result |= {"quantization": opened.quantization, "computed_in": opened.computed_in}
-        result["weights"] = opened.computed_in
+        scores = write_results(loaded, {"model": found}, seed, folder)
+        weights = opened.computed_in
         if opened.quantization == "nf4":
-            result["weights"] = "nf4"
-        result |= write_results(loaded, {"model": found}, seed, folder).as_json()
-        for path, size in sizes.items():
-            result["perplexity"][path]["bits_per_byte"] = found.perplexity[path].nll / math.log(2) / size
-        store.write_json(folder / "evaluation.json", result)
+            weights = "nf4"
+        perplexity: dict[str, Text] = {}
+        for path, text in scores.perplexity.items():
+            bits = found.perplexity[path].nll / math.log(2) / sizes[path]
+            perplexity[path] = text.model_copy(update={"bits_per_byte": bits})
+        result = ModelScores(
+            model=name,
+            template=location.template.name,
+            quantization=opened.quantization,
+            computed_in=opened.computed_in,
+            weights=weights,
+            tasks=scores.tasks,
+            perplexity=perplexity,
+        )
+        store.write_json(folder / "evaluation.json", result.as_json())
         return result
 
     if out is None:
@@ -327,7 +338,7 @@ def evaluate_model(
     return _sealed(out, key, work)
 
 
-def _sealed(out: Path, key: str, work: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+def _sealed(out: Path, key: str, work: Callable[[Path], ModelScores]) -> ModelScores:
     """The facts of <out>/evaluation: as they are when sealed with this key, else made or continued now."""
     folder = out / "evaluation"
     store.check_stamped(folder)
@@ -335,8 +346,8 @@ def _sealed(out: Path, key: str, work: Callable[[Path], dict[str, Any]]) -> dict
         sealed = store.intact(folder, key) or store.complete(folder, out, key)
         if sealed is None:
             building = store.begin(folder, out, key, {}, keep_partial=True)
-            sealed = store.publish(building, folder, out, key, work(building))
-        return sealed.facts
+            sealed = store.publish(building, folder, out, key, work(building).as_json())
+        return ModelScores.model_validate(sealed.facts)
 
 
 def parse_tasks(

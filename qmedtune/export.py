@@ -7,22 +7,26 @@ compared with what was trained. Deliberately not here: merging (merge.py), serve
 
 from __future__ import annotations
 
-import json
+import re
+import shlex
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
-from qmedtune import store
+from qmedtune import record, store
 from qmedtune.errors import RecipeError
 from qmedtune.evaluation.open_model import Location, fingerprint, locate
+from qmedtune.results import Exported, ExportProof
 
 if TYPE_CHECKING:
+    from qmedtune.exporting.proof import Proof
     from qmedtune.merging.disk_llama import DiskLlama
 
 Form = Literal["gguf", "gguf-adapter", "ollama", "vllm", "transformers", "hub"]
 FORMS: tuple[str, ...] = get_args(Form)
 VERSION = 1  # raise when the same model would become other files
+NO_NAME = re.compile(r"[^\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -47,8 +51,8 @@ class ExportJob:
         return self.quant or ("f32" if self.form == "gguf-adapter" else "f16")
 
 
-def export(job: ExportJob) -> dict[str, Any]:
-    """Make the folder `job.out`. Returns `path`, `form`, `files` and, as far as the form has them, `quant` and `proof`.
+def export(job: ExportJob) -> Exported:
+    """Make the folder `job.out`.
 
     Raises RecipeError for what cannot be expressed or is there already, RunError where the proof fails or the disk is
     full: then nothing stands under the name. The same export again changes nothing.
@@ -61,19 +65,19 @@ def export(job: ExportJob) -> dict[str, Any]:
         return push(job)
     _check_usage(job)
     location = find(job)
-    makers: dict[str, Callable[[ExportJob, Location, Path], dict[str, Any]]] = {
+    makers: dict[str, Callable[[ExportJob, Location, Path], Exported]] = {
         "gguf": _gguf, "ollama": _ollama, "gguf-adapter": _gguf_adapter, "vllm": _vllm, "transformers": _transformers,
     }  # fmt: skip
 
-    def make(folder: Path) -> dict[str, Any]:
-        facts = makers[job.form](job, location, folder)
-        store.write_json(folder / "proof.json", facts)
-        return facts
+    def make(folder: Path) -> Exported:
+        made = makers[job.form](job, location, folder)
+        store.write_json(folder / "proof.json", made.as_json())
+        return made
 
-    read = [location.base, *location.adapters]
-    key = store.sha256_json([VERSION, job.form, job.type, job.pre, [fingerprint(folder) for folder in read]])
-    facts = publish(job.out, key, make)
-    return {"path": str(job.out), "form": job.form, "files": _files(job.out), **facts}
+    read = [fingerprint(folder) for folder in (location.base, *location.adapters)]
+    key = store.sha256_json([VERSION, job.form, job.type, job.pre, read])
+    made = publish(job.out, key, make)
+    return made.model_copy(update={"path": str(job.out), "form": job.form, "files": _files(job.out)})
 
 
 def _files(folder: Path) -> list[str]:
@@ -123,17 +127,26 @@ def _adapters_of_run(job: ExportJob, folder: Path) -> Location:
     stack = found.stack
     if not stack.adapters:
         raise RecipeError(f"{job.model}: this run trained no adapter\nexport its model: --as gguf")
-    template = templates.load(stack.template) if stack.template else templates.default(None, stack.base)
+    if stack.template:
+        template = templates.load(stack.template)
+    else:
+        template = templates.default(None, stack.base)
     return Location(job.model, "run", stack.base, stack.adapters, template)
 
 
 def title_of(location: Location) -> str:
     """A name for files and cards: the run's, or the folder's."""
     path = Path(location.name).expanduser()
-    record = path / "run.json"
-    if record.is_file():
-        return str(json.loads(record.read_text(encoding="utf-8"))["name"])
-    return path.resolve().name if path.exists() else location.name.rpartition(":")[2].rpartition("/")[2]
+    if (path / record.RUN).is_file():
+        return _plain_name(record.load(path).name)
+    if path.exists():
+        return _plain_name(path.resolve().name)
+    return _plain_name(location.name.rpartition(":")[2].rpartition("/")[2])
+
+
+def _plain_name(name: str) -> str:
+    """As it may stand in file names, commands and headings: run.json or a folder may say anything."""
+    return NO_NAME.sub("-", name)[:80].strip("-.") or "model"
 
 
 # ---- the forms -------------------------------------------------------------------------------------------------------
@@ -145,18 +158,30 @@ def _opened(location: Location) -> DiskLlama:
     return open_llama(location.base)
 
 
-def _gguf(job: ExportJob, location: Location, folder: Path) -> dict[str, Any]:
+def _gguf(job: ExportJob, location: Location, folder: Path) -> Exported:
     from qmedtune.exporting.card import file_lines, write_card
 
-    file, facts = _write_file(job, location, folder)
-    lines = file_lines(file, job.type, facts.pop("told"))
-    lines += ["", f"Serve it with its template: `llama-server -m {file.name} --jinja --host 127.0.0.1`"]
+    file = _write_file(job, location, folder)
+    lines = file_lines(file.path, job.type, file.proof)
+    lines += ["", f"Serve it with its template: `llama-server -m {file.path.name} --jinja --host 127.0.0.1`"]
     write_card(folder, title_of(location), lines, location.base)
-    return facts
+    return file.exported(job)
 
 
-def _write_file(job: ExportJob, location: Location, folder: Path) -> tuple[Path, dict[str, Any]]:
-    """The file and its facts; `told` is the proof as an object."""
+@dataclass(frozen=True)
+class File:
+    """A GGUF file. pre: llama.cpp's name of how it splits text."""
+
+    path: Path
+    pre: str
+    proof: Proof
+
+    def exported(self, job: ExportJob) -> Exported:
+        proof = ExportProof(**asdict(self.proof))
+        return Exported(quant=job.type, bytes=self.path.stat().st_size, pre=self.pre, proof=proof)
+
+
+def _write_file(job: ExportJob, location: Location, folder: Path) -> File:
     from qmedtune.exporting.gguf_model import write_model
     from qmedtune.exporting.k_quants import quantise
     from qmedtune.exporting.proof import prove
@@ -165,54 +190,53 @@ def _write_file(job: ExportJob, location: Location, folder: Path) -> tuple[Path,
 
     model, title = _opened(location), title_of(location)
     vocabulary = read_vocabulary(location.base, model.model.config.vocab_size, job.pre)
-    file = folder / f"{title}-{job.type}.gguf"
+    path = folder / f"{title}-{job.type}.gguf"
     if job.type in QUANTS:
-        write_model(file, model, vocabulary, QUANTS[job.type], title)
+        write_model(path, model, vocabulary, QUANTS[job.type], title)
     else:
         whole = folder / "f32.gguf"
         write_model(whole, model, vocabulary, QUANTS["f32"], title)
-        quantise(whole, file, job.type)
+        quantise(whole, path, job.type)
         whole.unlink()
-    proof = prove(file, model, job.type, vocabulary.doubtful)
-    facts = {"quant": job.type, "bytes": file.stat().st_size, "pre": vocabulary.pre, "proof": asdict(proof)}
-    return file, {**facts, "told": proof}
+    return File(path, vocabulary.pre, prove(path, model, job.type, vocabulary.doubtful))
 
 
-def _ollama(job: ExportJob, location: Location, folder: Path) -> dict[str, Any]:
+def _ollama(job: ExportJob, location: Location, folder: Path) -> Exported:
     from qmedtune.data.packing.framing import frame_in
     from qmedtune.exporting.card import file_lines, write_card
     from qmedtune.exporting.ollama import modelfile
 
-    file, facts = _write_file(job, location, folder)
-    text = modelfile(frame_in(location.template, location.base), f"./{file.name}")
+    file = _write_file(job, location, folder)
+    text = modelfile(frame_in(location.template, location.base), f"./{file.path.name}")
     (folder / "Modelfile").write_text(text, encoding="utf-8")
-    lines = file_lines(file, job.type, facts.pop("told"))
+    lines = file_lines(file.path, job.type, file.proof)
     lines += ["", "Import it, in this folder: `ollama create NAME -f Modelfile`; then `ollama run NAME`"]
     write_card(folder, title_of(location), lines, location.base)
-    return facts
+    return file.exported(job)
 
 
-def _gguf_adapter(job: ExportJob, location: Location, folder: Path) -> dict[str, Any]:
+def _gguf_adapter(job: ExportJob, location: Location, folder: Path) -> Exported:
     from qmedtune.exporting.card import adapter_lines, write_card
     from qmedtune.exporting.gguf_adapter import write_adapter
 
     file = folder / f"{title_of(location)}-lora-{job.type}.gguf"
     proof = write_adapter(file, _opened(location), location.adapters, job.type, title_of(location))
     write_card(folder, title_of(location), adapter_lines(file, proof), location.adapters[-1])
-    return {"quant": job.type, "bytes": file.stat().st_size, "proof": asdict(proof)}
+    return Exported(quant=job.type, bytes=file.stat().st_size, proof=ExportProof(**asdict(proof)))
 
 
-def _vllm(job: ExportJob, location: Location, folder: Path) -> dict[str, Any]:
+def _vllm(job: ExportJob, location: Location, folder: Path) -> Exported:
+    from qmedtune.exporting.card import code
     from qmedtune.exporting.folders import copy_adapter, copy_model
 
     if location.adapters:
-        return copy_adapter(location, folder, title_of(location))
-    serve = f"vllm serve {job.out} --served-model-name {title_of(location)} --host 127.0.0.1"
-    return copy_model(location, folder, title_of(location), f"Serve it: `{serve}`")
+        return Exported(proof=copy_adapter(location, folder, title_of(location)))
+    serve = f"vllm serve {shlex.quote(str(job.out))} --served-model-name {title_of(location)} --host 127.0.0.1"
+    return Exported(proof=copy_model(location, folder, title_of(location), f"Serve it: {code(serve)}"))
 
 
-def _transformers(job: ExportJob, location: Location, folder: Path) -> dict[str, Any]:
+def _transformers(job: ExportJob, location: Location, folder: Path) -> Exported:
     from qmedtune.exporting.folders import copy_model
 
     load = "AutoModelForCausalLM.from_pretrained(FOLDER), AutoTokenizer.from_pretrained(FOLDER)"
-    return copy_model(location, folder, title_of(location), f"Load it: `{load}`")
+    return Exported(proof=copy_model(location, folder, title_of(location), f"Load it: `{load}`"))

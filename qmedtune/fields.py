@@ -19,6 +19,8 @@ SourceFormat = Literal[
     "medquad", "liveqa", "docx", "xlsx", "pdf", "huggingface",
 ]  # fmt: skip
 
+# Formats in which nothing but text of patients is written.
+CLINICAL_FORMATS = ("mimic_cxr", "n2c2", "ccda", "fhir", "hl7", "emrqa")
 
 # What data/hygiene/language.py tells apart.
 Language = Literal[

@@ -93,8 +93,9 @@ class _Member:
 
     def train(self, job: Job, number: int) -> None:
         from qmedtune.group import Group
+        from qmedtune.model_stack import ModelStack
         from qmedtune.recipe import Recipe
-        from qmedtune.train import follow_stage
+        from qmedtune.training.start import Followed, StageInputs, follow_stage
 
         def ready() -> None:
             self.store.set(f"ready/{number}/{self.rank}", "")
@@ -102,9 +103,10 @@ class _Member:
                 peers.join(self.store, self.rank, self.size)
                 self.grouped = True
 
-        inputs = {name: Path(path) for name, path in job.inputs.items()}
-        recipe = Recipe.model_validate(job.recipe)
-        follow_stage(recipe, job.index, inputs, Path(job.out), self.shared, Group(self.rank, self.size), ready)
+        folders = {name: Path(path) for name, path in job.folders.items()}
+        inputs = StageInputs(ModelStack(folders["base"], tuple(map(Path, job.adapters))), folders["tokens"])
+        told = Followed(Recipe.model_validate(job.recipe), job.index, inputs, folders["out"])
+        follow_stage(told, self.shared, Group(self.rank, self.size), ready)
 
 
 if __name__ == "__main__":

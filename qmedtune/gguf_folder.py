@@ -83,8 +83,9 @@ def converted(path: Path, sha256: str, origin: Origin | None = None) -> Path:
     with store.lock(folder.with_name(f".{folder.name}.making"), wait=True):  # another run may be making it right now
         if found := ready(sha256, full=True):
             return found
-        if store.retire(folder, folder.parent):
+        if folder.exists():
             ui.warn(f"{folder} was damaged; it is made again")
+            store.discard(folder)
         header = gguf_header.read_header(path)
         _check_room(header, folder)
         building = folder.with_name(f".{folder.name}.building")

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from qmedtune.disk import write_atomic, write_json
+from qmedtune.disk import read_plain, write_atomic, write_json
 
 CHUNK_BYTES = 1 << 20
 SETTLED_S = 2.0
@@ -54,9 +54,9 @@ def write_checked(path: Path, value: Any) -> Any:
 def read_checked(path: Path) -> Any:
     """What `write_checked` wrote; None where there is nothing, or it was damaged."""
     try:
-        held = json.loads(path.read_text(encoding="utf-8"))
+        held = json.loads(read_plain(path))
         return held["value"] if held["sha256"] == sha256_json(held["value"]) else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
@@ -115,7 +115,7 @@ def _nameless(path: Path) -> str:
 def _entries(path: Path) -> dict[str, list]:
     """What is remembered; of a damaged file the entries that are whole. Those of version 0.1 held paths: dropped."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(read_plain(path))
     except (OSError, ValueError, RecursionError):
         return {}
     entries = found.items() if isinstance(found, dict) else ()

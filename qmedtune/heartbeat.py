@@ -21,6 +21,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from qmedtune import ui
+from qmedtune.disk import read_plain
 
 FILE = "heartbeat.json"
 EVERY_S = 3.0
@@ -87,7 +88,7 @@ def _write(folder: Path, started_at: float) -> None:
 def read(folder: Path) -> Beat | None:
     """The last beat; None where there is none (a run of version 0.1, or one that ended)."""
     try:
-        return Beat.model_validate_json((folder / FILE).read_text(encoding="utf-8"))
+        return Beat.model_validate_json(read_plain(folder / FILE))
     except (OSError, ValueError, ValidationError):
         return None
 

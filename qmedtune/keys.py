@@ -225,7 +225,10 @@ def audit_section(recipe: Recipe) -> MadeFrom:
 
 def merge_section(recipe: Recipe) -> MadeFrom:
     model = recipe.model.model_dump(mode="json", include={"quantization", "double_quantization"})
-    return {"merge": recipe.merge.model_dump(mode="json"), "model": model, "seed": recipe.seed}
+    merge = recipe.merge.model_dump(mode="json")
+    if not recipe.merge.weighs:
+        merge.pop("weights", None)
+    return {"merge": merge, "model": model, "seed": recipe.seed}
 
 
 def fold_section(recipe: Recipe) -> MadeFrom:

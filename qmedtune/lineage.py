@@ -7,6 +7,7 @@ base first. Deliberately not here: the steps themselves (steps.py), and where a 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,11 +25,18 @@ class StackInRun:
     adapters: tuple[str, ...] = ()
     template: str | None = None
 
-    def located(self, run: Path, base: Path) -> ModelStack:
-        """The same as paths below the folder `run`; `base` is where the recipe's base lies."""
-        start = base if self.base == BASE else run / self.base
+    def located(self, run: Path, base: Callable[[], Path]) -> ModelStack:
+        """The same as paths below the folder `run`; `base` gives the recipe's base, and is asked only where needed."""
+        start = place_in(run, self.base, base)
         adapters = tuple(run / adapter for adapter in self.adapters)
         return ModelStack(start, adapters, None if self.template is None else run / self.template)
+
+
+def place_in(run: Path, path: str, base: Callable[[], Path]) -> Path:
+    """Where `step/subfolder` of the folder `run` lies; `base` stands for the recipe's base and is made only then."""
+    if path == BASE:
+        return base()
+    return run / path
 
 
 @dataclass(frozen=True)

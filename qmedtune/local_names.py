@@ -19,6 +19,11 @@ FILES = (".yaml", ".yml", ".json", ".jsonl", ".csv", ".gguf", ".safetensors", ".
 NAMED = 4
 
 
+def is_utf8(name: str) -> bool:
+    """Whether a name can be written down: what the system hands over for other bytes are halves of characters."""
+    return not any("\ud800" <= character <= "\udfff" for character in name)
+
+
 def looks_local(name: str) -> bool:
     """Whether a name is a path by its form, its ending, or the folder that it begins with being here."""
     if not HUB_ID.fullmatch(name):

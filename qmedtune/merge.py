@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -40,9 +40,9 @@ from qmedtune.merging.tensors import row_blocks, write_safetensors
 from qmedtune.merging.weighing import Share, blend, check_blend, last_adapters, summed, terms_of, weigh
 from qmedtune.model import DTYPES
 from qmedtune.model_settings import ATTENTION
-from qmedtune.model_stack import EMBEDDING, HEAD, INDEX, adapters_in
+from qmedtune.model_stack import EMBEDDING, HEAD, INDEX, ModelStack
 from qmedtune.recipe import MergeSection, ModelSection, Recipe
-from qmedtune.results import Merge
+from qmedtune.results import Merge, Proven
 
 # Written by the merge itself, or meaningless for a merged model; everything else that describes a model is copied.
 COPIED = (
@@ -55,25 +55,22 @@ MAX_LOST = 0.01
 
 @dataclass(frozen=True)
 class MergeJob:
-    """What is folded into what. adapters: in training order. seed: of stochastic rounding. probe_ids: int64 token ids
-    [rows, length] to report divergences on (large models use their first columns), None: random ones. template: a
-    folder with template.json. card: text of README.md. shares: how much of each stage, where that is not all of each.
-    `model.compute_dtype` must be resolved."""
+    """The adapters of `stack` are folded into its base. seed: of stochastic rounding. probe_ids: int64 token ids
+    [rows, length] to report divergences on (large models use their first columns), None: random ones. card: text of
+    README.md. shares: how much of each stage, where that is not all of each. `model.compute_dtype` must be resolved."""
 
-    base: Path
-    adapters: Sequence[Path]
+    stack: ModelStack
     section: MergeSection
     model: ModelSection
     seed: int = 17
     probe_ids: np.ndarray | None = None
-    template: Path | None = None
     card: str | None = None
     shares: Sequence[Share] = ()
 
     @property
     def folders(self) -> list[Path]:
         """Of all adapters that are read."""
-        return [share.adapter for share in self.shares] or list(self.adapters)
+        return [share.adapter for share in self.shares] or list(self.stack.adapters)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -88,27 +85,17 @@ class MergeJob:
         return Rounding(self.dtype, self.seed)
 
 
-def merge_stage(recipe: Recipe, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
-    """The step of a run. inputs: base, adapter-1 ... adapter-N, and where there are any: template, validation."""
-    adapters = adapters_in(inputs)
-    probe_ids = None
-    if "validation" in inputs:
-        probe_ids = validation_ids(inputs["validation"])
-    job = MergeJob(
-        inputs["base"], adapters, recipe.merge, recipe.model, recipe.seed, probe_ids, inputs.get("template")
-    )  # fmt: skip
-    return merge(job, out)
+def merge_stage(recipe: Recipe, stack: ModelStack, out: Path, validation: Path | None = None) -> Merge:
+    """The step of a run. validation: folder of packed rows per source, which the proof reports divergences on."""
+    return merge(MergeJob(stack, recipe.merge, recipe.model, recipe.seed, validation_ids(validation)), out)
 
 
-def weighed_merge_stage(recipe: Recipe, inputs: dict[str, Path], out: Path) -> dict[str, Any]:
+def weighed_merge_stage(recipe: Recipe, stack: ModelStack, out: Path, validation: Path | None = None) -> Merge:
     """As `merge_stage` where the recipe weighs its stages: the adapters are those of all stages, in order."""
-    shares = shares_of(recipe, recipe.merge.weights, adapters_in(inputs))
-    probe_ids = validation_ids(inputs["validation"]) if "validation" in inputs else None
-    template = inputs.get("template")
-    job = MergeJob(
-        inputs["base"], stack_of(shares), recipe.merge, recipe.model, recipe.seed, probe_ids, template, shares=shares
-    )  # fmt: skip
-    return merge(job, out)
+    shares = shares_of(recipe, recipe.merge.weights, stack.adapters)
+    kept = replace(stack, adapters=stack_of(shares))
+    probe_ids = validation_ids(validation)
+    return merge(MergeJob(kept, recipe.merge, recipe.model, recipe.seed, probe_ids, shares=shares), out)
 
 
 def shares_of(recipe: Recipe, weights: Mapping[str, float], adapters: Sequence[Path]) -> list[Share]:
@@ -124,54 +111,55 @@ def shares_of(recipe: Recipe, weights: Mapping[str, float], adapters: Sequence[P
     return shares
 
 
-def stack_of(shares: Sequence[Share]) -> list[Path]:
+def stack_of(shares: Sequence[Share]) -> tuple[Path, ...]:
     """The adapters that the trained model has on its base: those that no later stage continues."""
     continued = {share.earlier for share in shares}
-    return [share.adapter for share in shares if share.adapter not in continued]
+    return tuple(share.adapter for share in shares if share.adapter not in continued)
 
 
-def merge(job: MergeJob, out: Path) -> dict[str, Any]:
-    """Write base + adapters as a plain model folder into `out`, an existing staging folder. Returns facts.
+def merge(job: MergeJob, out: Path) -> Merge:
+    """Write base + adapters as a plain model folder into `out`, an existing staging folder.
 
     Raises RecipeError for folders that do not fit together, RunError where a file is damaged or a weight is not finite:
     then `out` must not be used; MergeRefused where the proof fails: `out` is complete, and wrong.
     """
     started = time.monotonic()
     check_onto(job.section, job.model)
-    opened = open_llama(job.base)
+    base, folded = job.stack.base, job.stack.adapters
+    opened = open_llama(base)
     with ExitStack() as stack:
         adapters = _Adapters(job, opened, _blend_folder(job, out, stack))
         updates = adapters.updates
         _check_copies(job, updates, opened)
-        check_chain(job.adapters, job.base)
+        check_chain(folded, base)
         pool = stack.enter_context(workers())
         helpers, disk = stack.enter_context(ThreadPoolExecutor(1)), stack.enter_context(ThreadPoolExecutor(1))
         # transformers changes torch's default dtype while it loads: nothing else may run beside it.
         transformers_reads = read_base(opened.folder, opened.weights)
         peft_reads = helpers.submit(adapters.as_peft_reads)
         writer = _Writer(job, opened, updates, _stays_tied(opened, updates), out, pool, disk)
-        hashes, rounding, proof = _write_and_prove(writer, transformers_reads, peft_reads, adapters)
-    weighed = {}
-    if job.shares:
-        weighed["weights"] = {share.stage: share.weight for share in job.shares}
-    files = list(hashes.values())
+        written = _write_and_prove(writer, transformers_reads, peft_reads, adapters)
+    files = list(written.hashes.values())
     whole = files[0]
     if len(files) > 1:
-        whole = store.sha256_json(hashes)
+        whole = store.sha256_json(written.hashes)
     found = Merge(
         base=job.section.base,
         dtype=job.section.dtype,
+        rounding=written.rounding.name,
+        rounding_seed=written.rounding.seed,
+        rounding_why=written.why,
         modules=updates.modules,
-        adapters=len(job.adapters),
+        adapters=len(folded),
         tied=writer.tied,
-        warnings=_warnings(job, rounding, proof),
+        warnings=_warnings(job, written),
         sha256=whole,
         seconds=round(time.monotonic() - started, 2),
-        **weighed,
-        **rounding,
-        **proof,
+        **written.proven.as_json(),
     )
-    return found.as_json()
+    if job.shares:
+        found = found.model_copy(update={"weights": {share.stage: share.weight for share in job.shares}})
+    return found
 
 
 def _blend_folder(job: MergeJob, out: Path, stack: ExitStack) -> Path | None:
@@ -186,7 +174,7 @@ class _Adapters:
 
     def __init__(self, job: MergeJob, base: DiskLlama, folder: Path | None):
         self.job, self.base = job, base
-        groups = [[adapter] for adapter in job.folders] if job.shares else [list(job.adapters)]
+        groups = [[adapter] for adapter in job.folders] if job.shares else [list(job.stack.adapters)]
         self.groups = groups
         self.ours = [read_adapters(group, base.shapes) for group in groups]
         self.terms = terms_of(job.shares)
@@ -196,8 +184,8 @@ class _Adapters:
             return
         lasts = last_adapters(job.shares)
         for share in job.shares:
-            place = list(job.adapters).index(lasts[share.adapter])
-            check_chain([*job.adapters[:place], share.adapter], job.base)
+            place = job.stack.adapters.index(lasts[share.adapter])
+            check_chain([*job.stack.adapters[:place], share.adapter], job.stack.base)
         read = dict(zip(job.folders, self.ours, strict=True))
         left = summed(self.terms)
         self.blended = blend(read, left, base.source, folder)
@@ -221,10 +209,11 @@ class _Adapters:
 
 def _check_copies(job: MergeJob, updates: Updates, opened: DiskLlama) -> None:
     """An adapter brings its base's embeddings along where PEFT stored them: they must be this base's."""
+    adapters = ", ".join(map(str, job.stack.adapters))
     for name, copy in updates.copies.items():
         if not torch.equal(copy, opened.source(name).to(copy.dtype)):
             raise RecipeError(
-                f"{', '.join(map(str, job.adapters))}: holds a copy of {name} that is not that of {opened.folder}\n"
+                f"{adapters}: holds a copy of {name} that is not that of {opened.folder}\n"
                 "its vocabulary was resized or trained apart: give the base as it was then with --base"
             )
 
@@ -240,63 +229,58 @@ def check_onto(section: MergeSection, model: ModelSection) -> None:
         raise RecipeError("merge.rounding: stochastic, but float32 keeps every update\nallowed with it: auto, nearest")
 
 
-Written = tuple[dict[str, str], dict[str, Any], dict[str, Any]]
+@dataclass(frozen=True)
+class Written:
+    """A merged folder as it was written and proven. hashes: sha256 by file name; why: it was rounded so."""
+
+    hashes: dict[str, str]
+    rounding: Rounding
+    proven: Proven
+    why: str = "as stated"
 
 
 def _write_and_prove(
     writer: _Writer, base: ReadModel, peft_reads: Future[list[Updates]], adapters: _Adapters
 ) -> Written:
-    """(sha256 by file name, facts about rounding, facts of the proof). `auto` writes the nearest numbers, and again
-    stochastically where those lose too much and the noise loses less."""
+    """`auto` writes the nearest numbers, and again stochastically where those lose too much and noise loses less."""
     job = writer.job
 
-    def attempt(rounding: Rounding) -> tuple[dict[str, str], Proof, dict[str, Any]]:
+    def attempt(rounding: Rounding) -> tuple[Written, Proof]:
         settling = writer.write(rounding)
         reference = adapters.agreed(peft_reads.result(), base)
         proof = Proof(writer.base, reference, writer.out, job.section, job.model, rounding, writer.pool)
-        facts = proof.run(job.probe_ids)
-        return {name: file.result() for name, file in settling.items()}, proof, facts
+        proven = proof.run(job.probe_ids)
+        hashes: dict[str, str] = {}
+        for name, file in settling.items():
+            hashes[name] = file.result()
+        return Written(hashes, rounding, proven), proof
 
     if job.section.rounding == "stochastic":
-        hashes, _, facts = attempt(job.stochastic)
-        return hashes, _rounding_facts(job.stochastic, "as stated"), facts
-    hashes, proof, facts = attempt(job.nearest)
+        return attempt(job.stochastic)[0]
+    written, proof = attempt(job.nearest)
     if job.section.rounding == "nearest":
-        return hashes, _rounding_facts(job.nearest, "as stated"), facts
-    lost = facts["lost"] or 0.0
+        return written
+    lost = written.proven.lost or 0.0
     if lost <= MAX_LOST or job.dtype == torch.float32:
-        why = f"it loses {lost:.2%} of the change, up to 1 % is fine"
-        return hashes, _rounding_facts(job.nearest, why), facts
+        return replace(written, why=f"it loses {lost:.2%} of the change, up to 1 % is fine")
     other = proof.lost_by(job.stochastic, job.probe_ids) or 0.0
     del proof  # it maps the files that are written anew
     if other >= lost:
         why = f"it loses {lost:.1%} of the change, stochastic rounding {other:.1%}; a wider merge.dtype keeps it"
-        return hashes, _rounding_facts(job.nearest, why), facts
+        return replace(written, why=why)
     why = f"to the nearest number {lost:.1%} of the change would be lost, so {other:.1%}"
     ui.note(f"merge.rounding: auto took stochastic: {why}")
-    hashes, _, facts = attempt(job.stochastic)
-    return hashes, _rounding_facts(job.stochastic, why), facts
+    return replace(attempt(job.stochastic)[0], why=why)
 
 
-def _rounding_facts(rounding: Rounding, why: str) -> dict[str, Any]:
-    name = "nearest"
-    if rounding.stochastic:
-        name = "stochastic"
-    return {
-        "rounding": name,
-        "rounding_seed": rounding.seed,
-        "rounding_why": why,
-    }
-
-
-def _warnings(job: MergeJob, rounding: dict[str, Any], proof: dict[str, Any]) -> list[str]:
-    lost = proof["lost"] or 0.0
+def _warnings(job: MergeJob, written: Written) -> list[str]:
+    lost = written.proven.lost or 0.0
     if lost <= MAX_LOST:
         return []
     keeps = "merge.rounding: stochastic, or a wider merge.dtype, may keep"
-    if rounding["rounding"] == "stochastic":
+    if written.rounding.stochastic:
         keeps = "a wider merge.dtype keeps"
-    return [f"{rounding['rounding']} rounding to {job.section.dtype} lost {lost:.1%} of the change (KL): {keeps} more"]
+    return [f"{written.rounding.name} rounding to {job.section.dtype} lost {lost:.1%} of the change (KL): {keeps} more"]
 
 
 def _stays_tied(base: DiskLlama, updates: Updates) -> bool:
@@ -328,8 +312,9 @@ class _Writer:
                 write_safetensors, dtype=self.job.dtype, metadata=_metadata(rounding), disk=self.disk, hasher=hasher
             )
             settling = self._weights(rounding, put)
-        _write_config(self.job.base / "config.json", self.out, self.job.section.dtype, self.tied)
-        _copy_descriptions(self.job.base, self.out, self.job.template)
+        stack = self.job.stack
+        _write_config(stack.base / "config.json", self.out, self.job.section.dtype, self.tied)
+        _copy_descriptions(stack, self.out)
         if self.job.card is not None:
             (self.out / "README.md").write_text(self.job.card, encoding="utf-8")
         return settling
@@ -356,7 +341,7 @@ class _Writer:
                 try:
                     hashes[file] = put(self.out / file, shapes, blocks=in_order(self.pool, jobs(shapes)))
                 except RunError as error:
-                    raise RunError(f"{self.job.base / file}: {error}") from error
+                    raise RunError(f"{self.job.stack.base / file}: {error}") from error
         if len(shards) > 1:
             index = {"metadata": {"total_size": elements * self.job.dtype.itemsize}, "weight_map": file_of}
             store.write_json(self.out / INDEX, index)
@@ -423,20 +408,22 @@ def _write_config(source: Path, out: Path, dtype: str, tied: bool) -> None:
     (out / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _copy_descriptions(base: Path, out: Path, template: Path | None) -> None:
+def _copy_descriptions(stack: ModelStack, out: Path) -> None:
     for pattern in COPIED:
-        for path in sorted(base.glob(pattern)):
+        for path in sorted(stack.base.glob(pattern)):
             if not path.is_file():  # a folder LICENSES/, say
                 continue
             shutil.copyfile(path, out / path.name)
-    if template is not None:
-        write_template(out, template)
+    if stack.template is not None:
+        write_template(out, stack.template)
 
 
-def validation_ids(folder: Path) -> np.ndarray | None:
+def validation_ids(folder: Path | None) -> np.ndarray | None:
     """Held-out ids for the proof, a row for each packed source, all as long as the shortest; None below 16 columns."""
     from qmedtune.data.packing.pack import PackedRows
 
+    if folder is None:
+        return None
     sources = sorted(path for path in folder.iterdir() if path.is_dir())
     rows = [_first_ids(PackedRows(source), PROBE_TOKENS // len(sources)) for source in sources]
     length = min(map(len, rows), default=0)

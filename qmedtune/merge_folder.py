@@ -6,23 +6,23 @@ the merge itself (merge.py), several runs at once, weighting of adapters.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qmedtune import base as bases
-from qmedtune import store
+from qmedtune import record, store
 from qmedtune.data.packing.templates import FILE
 from qmedtune.errors import MergeRefused, RecipeError
 from qmedtune.evaluation.open_model import check_intact, locate
-from qmedtune.lineage import BASE, final_model, parts_of
+from qmedtune.lineage import final_model, parts_of
 from qmedtune.model_stack import ModelStack
 from qmedtune.planning.machine import this_machine
-from qmedtune.recipe import MergeSection, ModelSection, Recipe
+from qmedtune.recipe import MergeSection, ModelSection
+from qmedtune.results import Merge
 
 if TYPE_CHECKING:
     from qmedtune.merging.weighing import Share
@@ -31,12 +31,10 @@ SEED = 17  # of stochastic rounding, where no recipe states one
 AGAIN = "the adapters are as they were: give the same command again, to another disk if it is refused again"
 
 
-def merge_into(
-    name: str, out: Path, section: MergeSection, *, base: str | None = None, offline: bool = False
-) -> dict[str, Any]:
+def merge_into(name: str, out: Path, section: MergeSection, *, base: str | None = None, offline: bool = False) -> Merge:
     """Merge a run folder or an adapter folder (`base`: what it was trained on, default: what its config names).
 
-    Returns the facts of merge.merge and `path`. Raises RecipeError where `out` exists or `name` has no adapter.
+    Raises RecipeError where `out` exists or `name` has no adapter.
     """
     from qmedtune.merge import MergeJob, merge
 
@@ -50,15 +48,13 @@ def merge_into(
         adapters_of_run(folder, offline, section.weights) if is_run else adapter_of_folder(name, folder, base, offline)
     )
     stack = found.stack
-    job = MergeJob(
-        stack.base, stack.adapters, section, found.model, found.seed, template=stack.template, shares=found.shares
-    )
+    job = MergeJob(stack, section, found.model, found.seed, shares=found.shares)
     staging = out.with_name(f".{out.name}.part")
     with store.lock(staging):  # a second merge to the same place leaves
         shutil.rmtree(staging / "merged", ignore_errors=True)  # of a killed attempt; never anything that was finished
         (staging / "merged").mkdir()
         try:
-            facts = merge(job, staging / "merged")
+            merged = merge(job, staging / "merged")
         except MergeRefused as error:
             kept = store.keep_refused(staging / "merged", out, str(error))
             shutil.rmtree(staging)
@@ -68,10 +64,10 @@ def merge_into(
             shutil.rmtree(staging)  # not whole: of no use
             raise
         key = store.sha256_json([str(stack.base), *map(str, stack.adapters), section.model_dump()])
-        store.seal(staging / "merged", key, facts)
+        store.seal(staging / "merged", key, merged.as_json())
         store.rename(staging / "merged", out)
         shutil.rmtree(staging)
-    return {"path": str(out), **facts}
+    return merged.model_copy(update={"path": str(out)})
 
 
 @dataclass(frozen=True)
@@ -91,7 +87,7 @@ def adapters_of_run(folder: Path, offline: bool, weights: Mapping[str, float] | 
     """
     from qmedtune.merge import shares_of
 
-    recipe = Recipe.model_validate(json.loads((folder / "run.json").read_text(encoding="utf-8"))["recipe"])
+    recipe = record.recipe_of(record.load(folder), folder)
     final = final_model(recipe)
     parts = parts_of(recipe)
     weights = weights or recipe.merge.weights
@@ -103,11 +99,13 @@ def adapters_of_run(folder: Path, offline: bool, weights: Mapping[str, float] | 
         if not (folder / name).is_dir():
             raise RecipeError(f"{folder}: stage {stage.name} is not finished\ncontinue it with `qmedtune run`")
         check_intact(stage, full=True)
-    base = folder / final.base
-    if final.base == BASE:
-        base = bases.identify(recipe.model, offline=offline).make()
+
+    def base() -> Path:
+        return bases.identify(recipe.model, offline=offline).make()
+
+    stack = final.located(folder, base)
     shares = shares_of(recipe, weights, [folder / part.adapter for part in parts]) if weights else ()
-    return Found(recipe.model, final.located(folder, base), recipe.seed, shares)
+    return Found(recipe.model, stack, recipe.seed, shares)
 
 
 def adapter_of_folder(name: str, folder: Path, base: str | None, offline: bool) -> Found:
@@ -117,7 +115,7 @@ def adapter_of_folder(name: str, folder: Path, base: str | None, offline: bool) 
             f"{name}: neither a run nor an adapter folder (adapter_config.json)\nthere is nothing to merge"
         )
     templates = [place for place in (folder, folder.parent) if (place / FILE).is_file()]
-    quantization = bases.trained_quantization(folder) or "nf4"
+    quantization = bases.quantization_of(location.stack)
     model = ModelSection(base=str(location.base), compute_dtype=this_machine().compute_dtype, quantization=quantization)
     template = templates[0] if templates else None
     return Found(model, ModelStack(location.base, location.adapters, template), SEED)

@@ -17,8 +17,9 @@ from torch import nn
 from qmedtune.errors import RecipeError
 from qmedtune.llama_shape import facts_from_config
 from qmedtune.model_settings import check_tokenizer_file, judged, read_settings
-from qmedtune.model_stack import parameters, read_adapter, read_model
+from qmedtune.model_stack import ModelStack, parameters, read_adapter, read_model
 from qmedtune.recipe import AdapterSection, ModelSection
+from qmedtune.results import Attention, Kernels
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -106,7 +107,7 @@ def _quantization(section: ModelSection, dtype: torch.dtype) -> Any:
     )
 
 
-def attention_facts(model: Any) -> dict[str, str]:
+def attention_facts(model: Any) -> Attention:
     """Which attention a model trains with and why, for the report."""
     name = str(model.config._attn_implementation)
     why = {
@@ -118,17 +119,19 @@ def attention_facts(model: Any) -> dict[str, str]:
     }[name]
     if name == "sdpa" and device().type == "cuda":
         why += "; the kernels for variable lengths need compute capability 8.0 and 16 bit, or sdpa was stated"
-    return {"name": name, "why": why}
+    return Attention(name=name, why=why)
 
 
-def fallbacks(facts: dict[str, Any]) -> list[str]:
+def fallbacks(kernels: Kernels | None, attention: Attention) -> list[str]:
     """What a stage did on a GPU in a slower way than the GPU could, and was not asked to: for the report."""
-    if device().type == "cpu" or "kernels" not in facts:
+    if device().type == "cpu" or kernels is None:
         return []
-    reference = {path for path in facts["kernels"]["paths"].values() if path.startswith("reference")}
-    told = [f"kernels: {path}" for path in sorted(reference) if not path.endswith("asked for")]
-    if facts["attention"]["name"] == "sdpa":
-        told.append(f"attention: sdpa ({facts['attention']['why']})")
+    told: list[str] = []
+    for path in sorted(set(kernels.paths.values())):
+        if path.startswith("reference") and not path.endswith("asked for"):
+            told.append(f"kernels: {path}")
+    if attention.name == "sdpa":
+        told.append(f"attention: sdpa ({attention.why})")
     return told
 
 
@@ -176,6 +179,30 @@ def load_base(
     return model
 
 
+def load_stack(
+    stack: ModelStack, section: ModelSection, *, quantize: bool | None = None, computed_in: str | None = None
+) -> Any:
+    """A base with its adapters and our kernels in eval mode, all frozen: what is scored, asked and audited.
+
+    Weights are held in `section.compute_dtype`, or in NF4 as `load_base` decides, and multiplied in `computed_in`
+    (default: the same), for machines that have no instructions for what the weights are stored in. Raises RecipeError
+    for folders that read_model and read_adapter refuse.
+    """
+    model: Any = load_base(stack.base, section, quantize=quantize)
+    if computed_in is not None and computed_in != section.compute_dtype:
+        cast_weights(model, DTYPES[computed_in])
+    if stack.adapters:
+        model = load_adapters(model, stack.adapters)
+    install_kernels(model, section.kernels)
+    return model.eval()
+
+
+def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
+    """Parameters alone: rotary frequencies are buffers, and stay fp32."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
 def load_full(folder: Path, section: ModelSection, *, attention: str = SCORING_ATTENTION) -> PreTrainedModel:
     """The folder's weights as fp32 master weights, everything trainable: for stages without an adapter."""
     if read_model(folder).quantised:
@@ -212,7 +239,7 @@ def from_scratch(folder: Path, section: ModelSection, *, attention: str = SCORIN
     return model.to(device())
 
 
-def install_kernels(model: PeftModel, mode: str) -> dict[str, Any]:
+def install_kernels(model: PeftModel, mode: str) -> Kernels:
     """Let qmedtune's own operations run the linears, LoRA and norms; says which path each takes and why."""
     from qmedtune.modeling import fused
 

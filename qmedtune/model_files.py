@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from qmedtune.errors import RecipeError
+from qmedtune.local_names import is_utf8
 
 JsonObject = dict[str, Any]  # of a file that others wrote: anything, until it is judged
 MAX_JSON_BYTES = 64 << 20  # an index of 1,000 shards has 10 MB
@@ -69,6 +70,8 @@ def check_links(folder: Path) -> None:
             refuse(folder, f"has more than {MOST_FILES:,} files", "give the folder of one model")
         if path.is_symlink() and not any(_real(path).is_relative_to(root) for root in inside):
             refuse(path, "a link out of the model folder", "copy the file into the folder")
+        if not is_utf8(path.name):
+            raise RecipeError(f"{folder}: the name of {ascii(path.name)} is not UTF-8\nrename or remove that file")
         if not path.is_file() and not path.is_dir():
             refuse(path, "neither a file nor a folder", "remove it, or copy the file into the folder")
 

@@ -62,14 +62,6 @@ class ModelStack:
     template: Path | None = None
 
 
-def adapters_in(inputs: Mapping[str, Path]) -> list[Path]:
-    """The adapters among a step's inputs, in the order of training."""
-    adapters: list[Path] = []
-    while (path := inputs.get(f"adapter-{len(adapters) + 1}")) is not None:
-        adapters.append(path)
-    return adapters
-
-
 @dataclass(frozen=True)
 class Stored:
     """One tensor as a file's header describes it. `dtype` in safetensors' spelling."""

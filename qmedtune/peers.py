@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -31,6 +31,7 @@ from qmedtune.record import versions
 if TYPE_CHECKING:
     from qmedtune.group import Group
     from qmedtune.recipe import Recipe
+    from qmedtune.training.start import StageInputs
 
 POLL_S = 0.05
 # How long one waits for the others in a step: longer than the longest validation. That a process has ended is seen by
@@ -45,10 +46,10 @@ TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR
 class Job:
     """One training stage for the others, or (`end`) the exit code of the run."""
 
-    recipe: Mapping[str, Any] = field(default_factory=dict)
+    recipe: Mapping[str, object] = field(default_factory=dict)
     index: int = 0
-    inputs: Mapping[str, str] = field(default_factory=dict)
-    out: str = ""
+    folders: Mapping[str, str] = field(default_factory=dict)
+    adapters: Sequence[str] = ()
     end: int | None = None
 
 
@@ -129,14 +130,16 @@ _peers: Peers | None = None
 _alone = False
 
 
-def call(recipe: Recipe, index: int, inputs: Mapping[str, Path], out: Path) -> Group:
+def call(recipe: Recipe, index: int, inputs: StageInputs, out: Path) -> Group:
     """The group that trains stage `index` of a resolved recipe; this process alone where there are no others."""
     from qmedtune.group import ALONE
 
     if _peers is None or _alone:
         return ALONE
-    folders = {name: str(path.resolve()) for name, path in inputs.items()}
-    return _peers.call(Job(recipe.model_dump(mode="json", by_alias=True), index, folders, str(out.resolve())))
+    start = inputs.start
+    folders = {"out": str(out.resolve()), "base": str(start.base.resolve()), "tokens": str(inputs.tokens.resolve())}
+    adapters = [str(adapter.resolve()) for adapter in start.adapters]
+    return _peers.call(Job(recipe.model_dump(mode="json", by_alias=True), index, folders, adapters))
 
 
 def wait(group: Group) -> None:

@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import cast
 
-from qmedtune import base, fetch, gguf_folder, preflight, step_status, store, units
+from qmedtune import base, fetch, gguf_folder, preflight, step_status, store, track, units
 from qmedtune.batches import batch_rows, steps_in, too_few_steps
 from qmedtune.errors import DataError, DoesNotFit, QmedtuneError
 from qmedtune.llama_shape import BaseFacts
@@ -50,6 +50,7 @@ def make_plan(recipe: Recipe, run_dir: Path | None = None) -> Plan:
     base, and what preflight.py finds in base, tokenizer, templates, evaluation files and a sample of each source.
     Sources that are absent here are told in "data" and "notes", not raised.
     """
+    track.check(recipe)
     facts = base_facts(recipe.model)
     resolved, decisions, machine = _for_its_machine(recipe, facts)
     refuse_half_on_cpu(resolved, machine)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice, zip_longest
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any, BinaryIO, NotRequired, TextIO, TypedDict
 
 from qmedtune import store, ui
 from qmedtune.data.packing.framing import Frame, frame_in
@@ -29,9 +29,10 @@ from qmedtune.evaluation.generation import generate
 from qmedtune.evaluation.open_model import OpenModel, Quantization, check_template, fingerprint, locate, open_model
 from qmedtune.evaluation.scoring import BATCH_TOKENS, fit, max_positions, prompt_texts
 from qmedtune.interrupt import stop
-from qmedtune.model_files import read_json
+from qmedtune.model_files import JsonObject, read_json
 from qmedtune.recipe import SourceSection
 from qmedtune.record import code_versions
+from qmedtune.results import Facts
 from qmedtune.tasks.items import Fields, field_names, item_id
 
 WINDOW = 128  # records between two writes: what a kill can cost
@@ -40,8 +41,50 @@ QUESTION_COLUMNS = ("instruction", "question", "prompt", "query", "text", "trans
 COLUMNS: tuple[str, ...] = ("id", "answer", "ended", "tokens", "error")
 
 Record = tuple[str, list[dict[str, str]] | Damaged]
-Row = dict[str, Any]
-"""One line of the answers' file, and of what a dry run tells."""
+
+
+class Row(TypedDict):
+    """One line of the answers' file. ended: eos, stop or length; truncated: the question was cut."""
+
+    id: str
+    answer: str | None
+    error: NotRequired[str]
+    ended: NotRequired[str]
+    tokens: NotRequired[int]
+    truncated: NotRequired[bool]
+
+
+class Predicted(Facts):
+    """How many records were read, answered, damaged, had their question truncated or their answer cut; tokens: of all
+    answers."""
+
+    records: int
+    answered: int
+    damaged: int
+    truncated: int
+    cut: int
+    tokens: int
+    out: str
+    template: str
+    max_new_tokens: int
+
+
+class Asked(Facts):
+    """A record as the model would be asked it. end: ids, stop: strings that end an answer. error: why it is not."""
+
+    id: str
+    error: str | None = None
+    ids: list[int] = []
+    end: list[int] = []
+    stop: list[str] = []
+    truncated: bool = False
+
+
+class DryRun(Facts):
+    """What `predict` would ask."""
+
+    records: list[Asked]
+    template: str
 
 
 def predict(
@@ -57,13 +100,12 @@ def predict(
     batch_tokens: int = BATCH_TOKENS,
     quantization: Quantization | None = None,
     offline: bool = False,
-) -> Row:
+) -> Predicted:
     """Answer every record of a CSV, TSV, JSON, JSON-lines or Parquet file; `out` is CSV by its name, else JSON lines.
 
     column: the field that holds the question (default: the first of QUESTION_COLUMNS, or `messages`)
     instruction: asked about every record; the column's text is then its input ("Summarise this note.")
-    Rows: {"id", "answer", "ended": "eos|stop|length", "tokens", "error"}; a damaged record has an error and no answer.
-    Returns counts and speed. Raises RecipeError where `out` exists or belongs to another prediction.
+    A damaged record has an error and no answer. Raises RecipeError where `out` exists or belongs to another prediction.
     """
     file = _one_file(data)
     _check_new(out)
@@ -84,8 +126,8 @@ def predict(
             return _answers(opened, records, length, batch_tokens)
 
         _write_rows(rows, islice(questions, done, None), answer, done)
-        facts = _publish(part, rows, out, (name for name, _ in _records(file, column, instruction)))
-    return facts | {"template": location.template.name, "max_new_tokens": length}
+        counts = _publish(part, rows, out, (name for name, _ in _records(file, column, instruction)))
+    return Predicted(**counts, out=str(out), template=location.template.name, max_new_tokens=length)
 
 
 def _check_new(out: Path) -> None:
@@ -110,12 +152,8 @@ def dry_run(
     template: str | None = None,
     max_new_tokens: int = 256,
     offline: bool = False,
-) -> dict[str, Any]:
-    """What `predict` would ask, token for token; no weights are read.
-
-    Returns {"records": [{"id", "ids", "end", "stop", "truncated"}], "template"}: `end` ids and `stop` strings end an
-    answer; a damaged record has an error instead.
-    """
+) -> DryRun:
+    """What `predict` would ask, token for token; no weights are read."""
     file = _one_file(asked.data)
     location = locate(name, base=base, template=template, offline=offline)
     check_template(location)
@@ -123,16 +161,16 @@ def dry_run(
     positions = read_json(location.base / "config.json")["max_position_embeddings"]
     room = positions - min(max_new_tokens, positions // 2)
     records = [_would_ask(frame, room, record) for record in _records(file, asked.column, asked.instruction)]
-    return {"records": records, "template": location.template.name}
+    return DryRun(records=records, template=location.template.name)
 
 
-def _would_ask(frame: Frame, room: int, record: Record) -> Row:
+def _would_ask(frame: Frame, room: int, record: Record) -> Asked:
     name, messages = record
     if isinstance(messages, Damaged):
-        return {"id": name, "error": messages.reason}
+        return Asked(id=name, error=messages.reason)
     [asked] = frame.ask([messages])
     ids, cut = fit(asked.ids, room, frame.codec.special_ids)
-    return {"id": name, "ids": ids, "end": sorted(asked.ends), "stop": list(asked.stop), "truncated": cut}
+    return Asked(id=name, ids=ids, end=sorted(asked.ends), stop=list(asked.stop), truncated=cut)
 
 
 def _one_file(data: Path) -> Path:
@@ -227,7 +265,8 @@ def _answers(opened: OpenModel, records: list[Record], max_new_tokens: int, batc
     prompts = prompt_texts(opened.tokenizer, opened.template, conversations)
     answers = generate(opened.model, opened.tokenizer, prompts, max_new_tokens, batch_tokens=batch_tokens)
     for row, answer in zip(asked, answers, strict=True):
-        row |= {"answer": answer.text, "ended": answer.ended, "tokens": answer.tokens, "truncated": answer.truncated}
+        row["answer"], row["ended"] = answer.text, answer.ended
+        row["tokens"], row["truncated"] = answer.tokens, answer.truncated
     return rows
 
 
@@ -275,7 +314,7 @@ def _continue(part: Path, file: BinaryIO, key: str) -> int:
     return done
 
 
-def _whole(line: bytes, key: str, part: Path, number: int) -> Row:
+def _whole(line: bytes, key: str, part: Path, number: int) -> JsonObject:
     """A line of `part`. RunError where it is not what was written."""
     try:
         row = json.loads(line)
@@ -289,7 +328,7 @@ def _whole(line: bytes, key: str, part: Path, number: int) -> Row:
     return row
 
 
-def _publish(part: Path, rows: BinaryIO, out: Path, ids: Iterable[str]) -> Row:
+def _publish(part: Path, rows: BinaryIO, out: Path, ids: Iterable[str]) -> dict[str, int]:
     """Give the rows their final form and name; counts of what they hold.
 
     ids: of the records of the input, in order. RunError where the rows are not theirs, one for one.
@@ -304,8 +343,8 @@ def _publish(part: Path, rows: BinaryIO, out: Path, ids: Iterable[str]) -> Row:
             writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
             writer.writeheader()
         for line, name in zip_longest(rows, ids):
-            row: Row = json.loads(line) if line else {}
-            if row.get("id") != name:
+            row: Row | None = json.loads(line) if line else None
+            if row is None or row.get("id") != name:
                 raise RunError(
                     f"{part}: row {counts['records'] + 1} is not of the record that stands there in the input\n"
                     "the input changed, or the file was edited; remove it and give the same command again"
@@ -322,7 +361,7 @@ def _publish(part: Path, rows: BinaryIO, out: Path, ids: Iterable[str]) -> Row:
         os.fsync(file.fileno())
     store.rename(temporary, out)
     part.unlink()
-    return {**counts, "out": str(out)}
+    return dict(counts)
 
 
 def _new_file(path: Path) -> TextIO:

@@ -7,11 +7,11 @@ Deliberately absent: dotted import paths, plug-ins, remote code. Every key here 
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from qmedtune.fields import Auto, Name, Section
+from qmedtune.fields import Auto, Name, Section, later
 from qmedtune.sections.data import PACKED_AS, DedupSection, HygieneSection, SourceSection
 from qmedtune.sections.model import AdapterSection, ModelSection, ShapeSection
 from qmedtune.sections.results import (
@@ -95,6 +95,9 @@ class Recipe(Section):
     """Loss on held-out text while a stage trains."""
     save: SaveSection = SaveSection()
     """Checkpoints, from which an interrupted stage goes on."""
+    track: Literal["tensorboard", "trackio"] | None = later(None)
+    """Also write the curves for this tracker, into a folder of the run with its name (`pip install
+    'qmedtune[tensorboard]'`): figures alone, nothing leaves the machine."""
     merge: MergeSection = MergeSection()
     """How adapters are folded into the base."""
     evaluate: EvaluateSection = EvaluateSection()

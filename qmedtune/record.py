@@ -13,8 +13,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from qmedtune import __version__, store
-from qmedtune.errors import MergeRefused, QmedtuneError
+from pydantic import ValidationError
+
+from qmedtune import __version__, privacy, store
+from qmedtune.disk import read_plain
+from qmedtune.errors import MergeRefused, QmedtuneError, RecipeError
+from qmedtune.model_files import read_json
 from qmedtune.planning.plan_facts import Decision
 from qmedtune.recipe import Recipe
 from qmedtune.results import (
@@ -103,9 +107,35 @@ def shown_text(recipe_text: str) -> str:
 def read(out: Path) -> Run | None:
     """run.json, or None where there is none or it was damaged (it is composed again from the seals)."""
     try:
-        return Run.model_validate(json.loads((out / RUN).read_text(encoding="utf-8")))
+        return Run.model_validate(json.loads(read_plain(out / RUN)))
     except (OSError, ValueError, RecursionError):
         return None
+
+
+def load(folder: Path) -> Run:
+    """run.json of a folder that a user names. RecipeError where it is none, or was damaged."""
+    path = folder / RUN
+    try:
+        return Run.model_validate(read_json(path))
+    except ValidationError as error:
+        raise RecipeError(f"{path}: {_fault(error)}\n`qmedtune run` composes it again from its steps") from None
+
+
+def recipe_of(run: Run, folder: Path) -> Recipe:
+    """The resolved recipe of a run. RecipeError where it is none."""
+    try:
+        return Recipe.model_validate(run.recipe)
+    except ValidationError as error:
+        raise RecipeError(
+            f"{folder / RUN}: recipe: {_fault(error)}\n`qmedtune run` composes it again from its steps"
+        ) from None
+
+
+def _fault(error: ValidationError) -> str:
+    """The first, by its place: without the value, which can be text."""
+    fault = error.errors(include_input=False, include_url=False)[0]
+    place = ".".join(str(part) for part in fault["loc"])
+    return f"{place}: {fault['msg']}"
 
 
 def write(out: Path, notes: Notes, status: str, error: BaseException | None = None) -> Run:
@@ -118,6 +148,12 @@ def write(out: Path, notes: Notes, status: str, error: BaseException | None = No
         said = str(error) if isinstance(error, QmedtuneError) else type(error).__name__
         run = run.model_copy(update={"error": said})
     _write_metrics(out, notes)
+    return write_with_privacy(out, run)
+
+
+def write_with_privacy(out: Path, run: Run) -> Run:
+    """Write run.json with what the folder holds of text by now, and its hash."""
+    run = run.model_copy(update={"privacy": privacy.of(out, run)})
     run = run.model_copy(update={"sha256": own_sha256(run)})
     store.write_json(out / RUN, run.as_json())
     return run
@@ -158,7 +194,7 @@ def render(out: Path) -> None:
 
 
 def compose(notes: Notes, status: str) -> Run:
-    """All but the last two entries, `error` and `sha256`."""
+    """All but `privacy`, which hangs on the folder, and the last two entries, `error` and `sha256`."""
     recipe, text = notes.recipe, shown_text(notes.text)
     return Run(
         name=recipe.name,
@@ -296,6 +332,6 @@ def _write_metrics(out: Path, notes: Notes) -> None:
         if step.name not in notes.done:
             folder = store.building_of(folder, out)
         if (folder / METRICS).is_file():
-            parts.append((folder / METRICS).read_text(encoding="utf-8"))
+            parts.append((folder / METRICS).read_text(encoding="utf-8", errors="replace"))
     if parts:
         store.write_atomic(out / METRICS, "".join(parts))

@@ -13,7 +13,7 @@ from pathlib import Path
 import yaml
 
 from qmedtune import disk
-from qmedtune.reporting import duels, live, score_tables, tables
+from qmedtune.reporting import duels, live, privacy, score_tables, tables
 from qmedtune.reporting import page as report_html
 from qmedtune.reporting.blocks import DISCLAIMER
 from qmedtune.reporting.cells import Table
@@ -58,7 +58,7 @@ def _joined(parts: Iterable[str]) -> str:
 def _markdown_parts(run: Run, metrics: Metrics) -> Iterator[str]:
     yield f"# {_plain(run.name)}"
     yield _plain(outcome(run))
-    yield f"Status: {run.status}. Base: {_plain(base_name(run))}."
+    yield f"Status: {_plain(run.status)}. Base: {_plain(base_name(run))}."
     yield _section(score_tables.evaluation(run))
     yield _section(score_tables.perplexity(run))
     yield _section_if_any(score_tables.quantisation(run))
@@ -79,11 +79,22 @@ def _markdown_parts(run: Run, metrics: Metrics) -> Iterator[str]:
     yield _section(tables.merge(run))
     yield _section(tables.steps(run))
     yield "## Warnings\n\n" + _listed(warnings_of(run))
+    yield from _privacy(run)
     yield _section_if_any(tables.choices(run))
     yield _section(tables.provenance(run))
     if run.recipe_text:
         yield f"## Recipe\n\n{_fenced(run.recipe_text)}"
     yield DISCLAIMER
+
+
+def _privacy(run: Run) -> Iterator[str]:
+    """Nothing of runs that were made before it was told."""
+    if run.privacy is None:
+        return
+    yield "## Privacy"
+    yield _listed(privacy.summary(run.privacy))
+    for table in privacy.tables(run, run.privacy):
+        yield f"### {table.title}\n\n{_markdown_table(table)}"
 
 
 def _listed(warnings: list[str]) -> str:
@@ -121,7 +132,7 @@ def _card_parts(run: Run) -> Iterator[str]:
         yield _section(score_tables.audit(run))
     yield "## Use\n\n" + _use(run)
     yield "## Limits\n\n" + "\n".join(f"- {line}" for line in _limits(run))
-    yield f"Recipe sha256: `{run.recipe_sha256}`, seed {run.seed}."
+    yield f"Recipe sha256: {_plain(str(run.recipe_sha256))}, seed {run.seed}."
 
 
 def _use(run: Run) -> str:
@@ -174,7 +185,7 @@ def _procedure(run: Run) -> str:
 
 
 def _limits(run: Run) -> Iterator[str]:
-    clinical = [name for name, source in run.data.items() if source.kind == "clinical"]
+    clinical = [name for name in run.data if run.may_identify(name)]
     yield DISCLAIMER
     yield "Scores hold for the items that were asked, not for patients, other languages or other sites."
     if clinical:
@@ -205,7 +216,7 @@ def weakest_phi(run: Run, sources: list[str]) -> str:
 
 
 def _section(table: Table) -> str:
-    return f"## {table.title}\n\n{_markdown_table(table)}"
+    return f"## {_plain(table.title)}\n\n{_markdown_table(table)}"
 
 
 def _section_if_any(table: Table) -> str:
@@ -215,12 +226,13 @@ def _section_if_any(table: Table) -> str:
 
 
 def _markdown_table(table: Table) -> str:
+    note = _plain(table.note)
     if not table.rows:
-        return table.note
+        return note
     border = ("---",) * len(table.columns)
     drawn = "\n".join(_markdown_row(line) for line in (table.columns, border, *table.rows))
-    if table.note:
-        return f"{drawn}\n\n{table.note}"
+    if note:
+        return f"{drawn}\n\n{note}"
     return drawn
 
 
@@ -229,9 +241,9 @@ def _markdown_row(cells: tuple[str, ...]) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text that Markdown shows as it is: no tags, no cell borders, no line breaks."""
+    """Text that Markdown shows as it is: no tags, no cell borders, no line breaks, no code, no rule or heading."""
     shown = text.replace("\\", "\\\\").replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
-    for sign in "*_`[]":
+    for sign in "*_`[]~#":
         shown = shown.replace(sign, f"\\{sign}")
     return " ".join(shown.split())
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from qmedtune import base, claims, heartbeat, hub, keys, peak, preflight, record, store, ui
+from qmedtune import base, claims, heartbeat, hub, keys, peak, preflight, record, store, track, ui
 from qmedtune.data.hygiene import secret
 from qmedtune.data.hygiene.per_record import phi_mode
 from qmedtune.disk import owner_only
@@ -67,6 +67,7 @@ def run(
     names = [step.name for step in to_do]
     source.check()
     claims.check_steps(out, names)
+    track.check(resolved)
     _check_start(resolved, source, to_do, offline)
     room.check_writable(out)
     room.check(resolved, out, names)
@@ -80,7 +81,11 @@ def run(
         hashes.save()
         done: dict[str, store.Seal] = {}
         notes = record.Notes(resolved, recipe_text, choices, offline, source, steps, done)
-        with ui.run_progress([*(step.name for step in chosen), "report"]) as shown, heartbeat.beating(out):
+        with (
+            ui.run_progress([*(step.name for step in chosen), "report"]) as shown,
+            heartbeat.beating(out),
+            track.following(resolved, out),
+        ):
             try:
                 record.write(out, replace(notes, done=sealed), "running")  # whatever the attempt before has said
                 refused = None
@@ -120,8 +125,8 @@ def _tokens_to_train(chosen: Sequence[Step], done: dict[str, store.Seal]) -> dic
 
 
 def _private(recipe: Recipe, out: Path) -> AbstractContextManager[None]:
-    """Where a source is clinical, what the run writes is its owner's alone."""
-    if all(phi_mode(recipe, name) == "off" and recipe.data[name].kind != "clinical" for name in recipe.used_sources()):
+    """Where a source can name patients, what the run writes is its owner's alone."""
+    if not any(recipe.data[name].may_identify for name in recipe.used_sources()):
         return nullcontext()
     with suppress(FileNotFoundError):
         out.chmod(0o700)
@@ -130,9 +135,9 @@ def _private(recipe: Recipe, out: Path) -> AbstractContextManager[None]:
 
 def _without(step: Step, name: str) -> Step:
     """The step without one of its inputs: base + adapters can be scored where there is no merged model."""
-    needs = dict(step.needs)
-    needs.pop(name, None)
-    return replace(step, needs=needs)
+    folders = dict(step.folders)
+    folders.pop(name, None)
+    return replace(step, folders=folders)
 
 
 def _refused(error: QmedtuneError, step: Step, recipe: Recipe, out: Path) -> record.Refused:
@@ -191,7 +196,9 @@ def _do(
         return sealed
     made_from = {**step.section, "inputs": inputs_of(step, model.digest, done)}
     _explain(step, made_from, key, folder, out)
-    inputs = _inputs(step, model, out)
+    # A built-in base is made for the first step that reads one: sources come before, and a fault in a file is told
+    # before minutes of pretraining.
+    inputs = step.located(out, model.make)
     _check_inputs(step, done, out)
     stop.raise_if_requested()
     building = store.begin(folder, out, key, made_from, keep_partial=step.resumes)
@@ -199,10 +206,9 @@ def _do(
         started = time.monotonic()
         peak.reset()
         with hub.closed() if step.kind != "data" else nullcontext():  # datasets of the Hub are read by data steps
-            facts = step.work(recipe, inputs, building)
+            found = step.work(recipe, inputs, building)
         took = {"seconds": round(time.monotonic() - started, 2), "host_peak_bytes": peak.resident_bytes()}
-        found = {**facts, **took, "section": made_from}
-        return store.publish(building, folder, out, key, found)
+        return store.publish(building, folder, out, key, {**found.as_json(), **took, "section": made_from})
 
 
 @contextmanager
@@ -215,15 +221,6 @@ def _told(what: str, out: Path) -> Iterator[None]:
         raise RunError(
             f"{what}: {said}\nwhat is sealed stays; free space or fix the permission, then give the same command again"
         ) from error
-
-
-def _inputs(step: Step, model: base.Base, out: Path) -> dict[str, Path]:
-    """Where the step finds what it needs. A built-in base is made for the first step that needs one: sources come
-    before, and a fault in a file is told before minutes of pretraining."""
-    inputs: dict[str, Path] = {}
-    for name, path in step.needs.items():
-        inputs[name] = model.make() if path == "base" else out / path
-    return inputs
 
 
 def _check_inputs(step: Step, done: dict[str, store.Seal], out: Path) -> None:

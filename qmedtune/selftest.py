@@ -17,6 +17,7 @@ from torch import Tensor
 
 from qmedtune import model as models
 from qmedtune.errors import RunError
+from qmedtune.model_stack import ModelStack
 from qmedtune.modeling.loss import token_nll
 from qmedtune.recipe import AdapterSection, MergeSection, ModelSection
 
@@ -165,8 +166,8 @@ def _merged(bench: Bench) -> float:
     models.save_adapter(bench.model(), bench.folder / "adapter", "selftest")
     out = bench.folder / "merged"
     out.mkdir()
-    job = MergeJob(bench.folder / "base", [bench.folder / "adapter"], MergeSection(), bench.section)
-    return float(merge(job, out)["violations"])
+    job = MergeJob(ModelStack(bench.folder / "base", (bench.folder / "adapter",)), MergeSection(), bench.section)
+    return float(merge(job, out).violations or 0)
 
 
 CHECKS: list[tuple[str, Check, float | None]] = [  # name, check, what it may differ by (None: LIMITS)

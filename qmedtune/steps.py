@@ -9,33 +9,84 @@ here: a step brings what it needs. Deliberately absent: running, sealing, resumi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qmedtune import keys, store
-from qmedtune.lineage import StackInRun, final_model, lineage_of, parts_of
+from qmedtune.lineage import BASE, StackInRun, final_model, lineage_of, parts_of, place_in
+from qmedtune.model_stack import ModelStack
 from qmedtune.recipe import Recipe
+from qmedtune.results import Facts
 from qmedtune.training.shared_base import SharedBase
 
+if TYPE_CHECKING:
+    from qmedtune.evaluate import Compared
+
 WITHOUT_BASE = ("fold", "merge", "audit", "evaluation", "against")
-Inputs = dict[str, Path]
-Found = Mapping[str, object]
-"""What a step found out, as its seal keeps it: plain JSON."""
-Work = Callable[[Recipe, Inputs, Path], Found]
+MODEL = ""  # names the one model of a step among `Step.models`
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a step reads, as it lies on the disk: by the names of its `folders` and of its `models`."""
+
+    folders: dict[str, Path]
+    models: dict[str, ModelStack]
+
+    @property
+    def model(self) -> ModelStack:
+        return self.models[MODEL]
+
+
+Work = Callable[[Recipe, Inputs, Path], Facts]
+"""Writes below the folder and returns what it found out."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """`needs` maps what the work calls an input to `step` or `step/subfolder`; `base` is the model folder.
-    With `resumes` an interrupted attempt is continued instead of thrown away."""
+    """`folders` maps what the work calls an input to `step` or `step/subfolder`, `base` being the recipe's base;
+    `models` are read as wholes. With `resumes` an interrupted attempt is continued instead of thrown away."""
 
     name: str
     kind: str
     section: keys.MadeFrom
-    needs: dict[str, str]
+    folders: dict[str, str]
     work: Work
     resumes: bool = False
+    models: Mapping[str, StackInRun] = field(default_factory=dict)
+
+    @property
+    def needs(self) -> dict[str, str]:
+        """Every folder that is read, under the name that it has in the step's key and in its seal."""
+        found = dict(self.folders)
+        for name, model in self.models.items():
+            found |= _in_key(name, model)
+        return found
+
+    def located(self, out: Path, base: Callable[[], Path]) -> Inputs:
+        """The inputs of a run in the folder `out`; `base` gives the recipe's base, and is asked only where needed."""
+        folders: dict[str, Path] = {}
+        for name, path in self.folders.items():
+            folders[name] = place_in(out, path, base)
+        models: dict[str, ModelStack] = {}
+        for name, model in self.models.items():
+            models[name] = model.located(out, base)
+        return Inputs(folders, models)
+
+
+def _in_key(name: str, model: StackInRun) -> dict[str, str]:
+    """Keys of finished runs hold these names; nothing reads a model from them."""
+    base, adapter = f"{name}:base", f"{name}:"
+    if name == MODEL:
+        base, adapter = "base", "adapter-"
+    found = {base: model.base}
+    for number, path in enumerate(model.adapters, start=1):
+        found[f"{adapter}{number}"] = path
+    if model.template:
+        found["template"] = model.template
+    return found
 
 
 def steps_of(recipe: Recipe, asked: Recipe, hashes: store.HashCache) -> list[Step]:
@@ -99,7 +150,7 @@ def upstream_of(step: Step) -> set[str]:
 def _without_base(step: Step, shared: SharedBase) -> Step:
     """The step, begun when the base that training shares is given up: it needs the room."""
 
-    def work(recipe: Recipe, inputs: Inputs, out: Path) -> Found:
+    def work(recipe: Recipe, inputs: Inputs, out: Path) -> Facts:
         shared.drop()
         return step.work(recipe, inputs, out)
 
@@ -107,10 +158,10 @@ def _without_base(step: Step, shared: SharedBase) -> Step:
 
 
 def _source_step(recipe: Recipe, name: str, hashes: store.HashCache) -> Step:
-    def work(recipe: Recipe, inputs: Inputs, out: Path) -> Found:
+    def work(recipe: Recipe, inputs: Inputs, out: Path) -> Facts:
         from qmedtune.data.prepare import prepare_source
 
-        return prepare_source(recipe, name, inputs, out)
+        return prepare_source(recipe, name, inputs.folders, out)
 
     earlier = keys.sources_compared_with(recipe, name)
     section = keys.source_section(recipe, name, hashes)
@@ -126,19 +177,19 @@ def _validation_step(recipe: Recipe) -> list[Step]:
     if len(needs) == 1:
         return []
 
-    def work(recipe: Recipe, inputs: Inputs, out: Path) -> Found:
+    def work(recipe: Recipe, inputs: Inputs, out: Path) -> Facts:
         from qmedtune.data.packing.pack import pack_validation
 
-        return pack_validation(recipe, inputs["base"], inputs, out)
+        return pack_validation(recipe, inputs.folders["base"], inputs.folders, out)
 
     return [Step("data/validation", "data", keys.validation_section(recipe), needs, work, resumes=True)]
 
 
 def _planting_step(recipe: Recipe) -> list[Step]:
-    def work(recipe: Recipe, inputs: Inputs, out: Path) -> Found:
+    def work(recipe: Recipe, inputs: Inputs, out: Path) -> Facts:
         from qmedtune.data.synthetic.canaries import plant
 
-        return plant(recipe, inputs, out)
+        return plant(recipe, inputs.folders, out)
 
     if recipe.audit is None:
         return []
@@ -152,24 +203,27 @@ def _planting_step(recipe: Recipe) -> list[Step]:
 def _audit_steps(recipe: Recipe, trained: dict[str, StackInRun]) -> list[Step]:
     """What the canaries give away after each stage, and, where there are limits, whether that is too much."""
 
-    def measure(recipe: Recipe, inputs: Inputs, out: Path) -> Found:
-        from qmedtune.audit import audit_stage
+    def measure(recipe: Recipe, inputs: Inputs, out: Path) -> Facts:
+        from qmedtune.audit import StageToAudit, audit_stage
 
-        return audit_stage(recipe, inputs, out)
+        stages: dict[str, StageToAudit] = {}
+        for name, model in inputs.models.items():
+            stages[name] = StageToAudit(inputs.folders[name], model)
+        return audit_stage(recipe, inputs.folders["planted"], stages, out)
 
-    def judge(recipe: Recipe, inputs: Inputs, out: Path) -> Found:
+    def judge(recipe: Recipe, inputs: Inputs, out: Path) -> Facts:
         from qmedtune.audit import check_limits
 
-        return check_limits(recipe, inputs, out)
+        return check_limits(recipe, inputs.folders["audit"])
 
     if recipe.audit is None:
         return []
-    needs = {"planted": "data/planted"}
+    folders = {"planted": "data/planted"}
+    models: dict[str, StackInRun] = {}
     for name, model in trained.items():
-        needs |= {name: name, f"{name}:base": model.base}
-        for number, path in enumerate(model.adapters, start=1):
-            needs[f"{name}:{number}"] = path
-    steps = [Step("audit", "audit", keys.audit_section(recipe), needs, measure, resumes=True)]
+        folders[name] = name
+        models[name] = replace(model, template=None)  # the audit writes its prompts as its recipe says
+    steps = [Step("audit", "audit", keys.audit_section(recipe), folders, measure, resumes=True, models=models)]
     limits = recipe.audit.model_dump(mode="json", include={"max_exposure", "max_extracted"}, exclude_none=True)
     if limits:
         steps.append(Step("audit-limits", "audit", limits, {"audit": "audit"}, judge))
@@ -177,12 +231,12 @@ def _audit_steps(recipe: Recipe, trained: dict[str, StackInRun]) -> list[Step]:
 
 
 def _tokens_step(recipe: Recipe, index: int) -> Step:
-    def work(recipe: Recipe, inputs: Inputs, out: Path) -> Found:
+    def work(recipe: Recipe, inputs: Inputs, out: Path) -> Facts:
         from qmedtune.data.packing.classes import pack_classes
         from qmedtune.data.packing.pack import pack_stage
 
         pack = pack_classes if recipe.stages[index].classify else pack_stage
-        return pack(recipe, index, inputs["base"], inputs, out)
+        return pack(recipe, index, inputs.folders["base"], inputs.folders, out)
 
     planted: set[str | None] = set()
     if recipe.audit:
@@ -196,91 +250,104 @@ def _tokens_step(recipe: Recipe, index: int) -> Step:
 
 
 def _training_step(recipe: Recipe, asked: Recipe, index: int, start: StackInRun, shared: SharedBase) -> Step:
-    def work(recipe: Recipe, inputs: Inputs, out: Path) -> Found:
-        from qmedtune.train import train_stage
+    def work(recipe: Recipe, inputs: Inputs, out: Path) -> Facts:
+        from qmedtune.train import StageInputs, train_stage
 
-        return train_stage(recipe, index, inputs, out, shared)
+        folders = inputs.folders
+        reads = StageInputs(inputs.model, folders["tokens"], folders.get("validation"))
+        return train_stage(recipe, index, reads, out, shared)
 
     name = recipe.stage_names()[index]
-    needs = {"base": start.base, "tokens": f"data/{name}", **_numbered(start.adapters)}
+    folders = {"tokens": f"data/{name}"}
     if recipe.validation.on and not recipe.stages[index].classify:
-        needs["validation"] = "data/validation"
+        folders["validation"] = "data/validation"
     section = keys.training_section(recipe, asked, index)
-    return Step(name, recipe.stages[index].kind, section, needs, work, resumes=True)
+    models = {MODEL: replace(start, template=None)}  # its own template comes with the tokens
+    return Step(name, recipe.stages[index].kind, section, folders, work, resumes=True, models=models)
 
 
 def _fold_step(recipe: Recipe, name: str, model: StackInRun) -> Step:
-    def work(recipe: Recipe, inputs: Inputs, out: Path) -> Found:
+    def work(recipe: Recipe, inputs: Inputs, out: Path) -> Facts:
         from qmedtune.merge import merge_stage
 
-        return merge_stage(recipe, inputs, out)
+        return merge_stage(recipe, inputs.model, out, inputs.folders.get("validation"))
 
-    return Step(name, "fold", keys.fold_section(recipe), {"base": model.base, **_numbered(model.adapters)}, work)
+    models = {MODEL: replace(model, template=None)}  # a base to train on, which nobody speaks to
+    return Step(name, "fold", keys.fold_section(recipe), {}, work, models=models)
 
 
 def _merge_step(recipe: Recipe, model: StackInRun) -> Step:
-    def weighed(recipe: Recipe, inputs: Inputs, out: Path) -> Found:
+    def weighed(recipe: Recipe, inputs: Inputs, out: Path) -> Facts:
         from qmedtune.merge import weighed_merge_stage
 
-        return weighed_merge_stage(recipe, inputs, out)
+        return weighed_merge_stage(recipe, inputs.model, out, inputs.folders.get("validation"))
 
-    step = _fold_step(recipe, "merged", model)
-    needs, work = dict(step.needs), step.work
-    if recipe.merge.weights:  # every stage's adapter counts, also those that a later one continues
-        parts = tuple(part.adapter for part in parts_of(recipe))
-        needs, work = {"base": model.base, **_numbered(parts)}, weighed
-    if model.template:
-        needs["template"] = model.template
+    step = replace(_fold_step(recipe, "merged", model), kind="merge", section=keys.merge_section(recipe))
     if recipe.evaluate.perplexity or recipe.validation.on:
-        needs["validation"] = "data/validation"
-    return Step("merged", "merge", keys.merge_section(recipe), needs, work)
+        step = replace(step, folders={"validation": "data/validation"})
+    if not recipe.merge.weighs:
+        return replace(step, models={MODEL: model})
+    parts = tuple(part.adapter for part in parts_of(recipe))  # each stage's counts, also what a later one continues
+    return replace(step, models={MODEL: replace(model, adapters=parts)}, work=weighed)
 
 
 def _evaluation_step(recipe: Recipe, model: StackInRun, hashes: store.HashCache) -> Step:
-    def work(recipe: Recipe, inputs: Inputs, out: Path) -> Found:
+    def work(recipe: Recipe, inputs: Inputs, out: Path) -> Facts:
         from qmedtune.evaluate import evaluate_stage
 
-        return evaluate_stage(recipe, inputs, out)
+        return evaluate_stage(recipe, _compared(inputs), out)
 
-    needs = _compared(recipe, model)
+    folders = _beside_the_model(recipe, model)
     if recipe.evaluate.perplexity:
-        needs["validation"] = "data/validation"
+        folders["validation"] = "data/validation"
     if recipe.hygiene.contaminated == "split":
         for name in recipe.used_sources():
-            needs[f"data-{name}"] = f"data/{name}"
-    return Step("evaluation", "evaluation", keys.evaluation_section(recipe, hashes), needs, work, resumes=True)
+            folders[f"{SOURCE}{name}"] = f"data/{name}"
+    section = keys.evaluation_section(recipe, hashes)
+    return Step("evaluation", "evaluation", section, folders, work, resumes=True, models={MODEL: model})
 
 
 def _against_step(recipe: Recipe, model: StackInRun, hashes: store.HashCache) -> Step:
-    def work(recipe: Recipe, inputs: Inputs, out: Path) -> Found:
+    def work(recipe: Recipe, inputs: Inputs, out: Path) -> Facts:
         from qmedtune.against import against_stage
 
-        return against_stage(recipe, inputs, out)
+        return against_stage(recipe, _compared(inputs), out)
 
-    needs = _compared(recipe, model)
-    return Step("against", "against", keys.against_section(recipe, hashes), needs, work, resumes=True)
+    section, folders = keys.against_section(recipe, hashes), _beside_the_model(recipe, model)
+    return Step("against", "against", section, folders, work, resumes=True, models={MODEL: model})
 
 
-def _compared(recipe: Recipe, model: StackInRun) -> dict[str, str]:
-    """What base and result of the run are made of."""
-    origin = "base"
+SOURCE = "data-"
+
+
+def _compared(inputs: Inputs) -> Compared:
+    """The folders of `_beside_the_model` and the model that they lie beside."""
+    from qmedtune.evaluate import Compared
+
+    folders, sources = inputs.folders, []
+    for name, folder in folders.items():
+        if name.startswith(SOURCE):
+            sources.append(folder)
+    return Compared(
+        trained=inputs.model,
+        merged=folders.get("merged"),
+        origin=folders.get("origin"),
+        untrained=folders.get("untrained"),
+        validation=folders.get("validation"),
+        sources=sources,
+    )
+
+
+def _beside_the_model(recipe: Recipe, model: StackInRun) -> dict[str, str]:
+    """What the trained model and its beginning are scored as, where that is not `model` itself."""
+    origin = BASE
     if recipe.stages[0].kind == "pretrain":
         origin = f"{recipe.stage_names()[0]}/model"
-    needs = {"base": model.base, "merged": model.base, **_numbered(model.adapters)}
+    folders = {"merged": model.base}
     if model.adapters:
-        needs["merged"] = "merged"
+        folders["merged"] = "merged"
     if model.base == origin and not model.adapters:  # from scratch, and nothing after it: compared is what it began as
-        needs["untrained"] = "base"
+        folders["untrained"] = BASE
     elif model.base != origin:  # a folded base has learnt already: compared is the first
-        needs["origin"] = origin
-    if model.template:
-        needs["template"] = model.template
-    return needs
-
-
-def _numbered(adapters: Sequence[str]) -> dict[str, str]:
-    """The inputs that model_stack.adapters_in reads."""
-    needs: dict[str, str] = {}
-    for number, path in enumerate(adapters, start=1):
-        needs[f"adapter-{number}"] = path
-    return needs
+        folders["origin"] = origin
+    return folders

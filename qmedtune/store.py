@@ -14,9 +14,22 @@ import shutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from stat import S_ISREG
 from typing import TypedDict
 
-from qmedtune.disk import PART, check_room, discard, fsync_path, link, lock, lock_file, rename, write_atomic, write_json
+from qmedtune.disk import (
+    PART,
+    check_room,
+    discard,
+    fsync_path,
+    link,
+    lock,
+    lock_file,
+    read_plain,
+    rename,
+    write_atomic,
+    write_json,
+)
 from qmedtune.errors import RunError
 from qmedtune.hashes import HashCache, kept, read_checked, sha256_file, sha256_json, write_checked
 from qmedtune.model_files import JsonObject
@@ -93,12 +106,17 @@ def seal(folder: Path, key: str, facts: Mapping[str, object]) -> Seal:
 def read_seal(folder: Path) -> Seal | None:
     """The seal of a finished folder; None where there is none or it is unreadable."""
     try:
-        data = json.loads((folder / SEAL).read_text(encoding="utf-8"))
-        if data.pop("sha256") != sha256_json(data):
+        data = json.loads(read_plain(folder / SEAL))
+        if data.pop("sha256") != sha256_json(data) or not all(map(_is_below, data["files"])):
             return None
         return Seal(data["key"], data["digest"], data["facts"], data["files"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
+
+
+def _is_below(name: str) -> bool:
+    """Whether a name leads to something inside of the folder that it is joined to."""
+    return not name.startswith("/") and ".." not in name.split("/")
 
 
 def damage(folder: Path, sealed: Seal, *, full: bool) -> list[str]:
@@ -108,7 +126,9 @@ def damage(folder: Path, sealed: Seal, *, full: bool) -> list[str]:
         path = folder / name
         try:
             stat = path.stat()
-            if stat.st_size != entry["size"]:
+            if not S_ISREG(stat.st_mode):
+                problems.append(f"{name}: no plain file")
+            elif stat.st_size != entry["size"]:
                 problems.append(f"{name}: {stat.st_size} bytes, sealed with {entry['size']}")
             elif (full or stat.st_mtime_ns != entry["mtime_ns"]) and sha256_file(path) != entry["sha256"]:
                 problems.append(f"{name}: sha256 differs")
@@ -237,9 +257,9 @@ def _put_aside(building: Path, folder: Path, root: Path, keep_partial: bool) -> 
 def attempt_of(building: Path) -> tuple[str, Json] | None:
     """Key and section of an unfinished folder; None where there is none, or it was begun by nobody."""
     try:
-        stamp = json.loads((building / STAMP).read_text(encoding="utf-8"))
+        stamp = json.loads(read_plain(building / STAMP))
         return stamp["key"], stamp["section"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 

@@ -10,14 +10,14 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from qmedtune import __version__, store, ui
-from qmedtune.erase import erased
+from qmedtune import __version__, privacy, store, ui
 from qmedtune.errors import RecipeError, RunError
 from qmedtune.record import INTERNAL, METRICS, RUN, is_whole, text_sha256
 from qmedtune.report import markdown, model_card
 from qmedtune.reporting import page as report_html
 from qmedtune.reporting.facts import read_metrics
 from qmedtune.results import Json, Merge, Run
+from qmedtune.results.privacy import HELD
 
 MAX_NAMED = 4
 Seals = dict[str, store.Seal]
@@ -35,7 +35,7 @@ def check_is_run(folder: Path) -> None:
 def verify(folder: Path) -> dict[str, int]:
     """{"folders", "files"}: how many were checked, and, where `erase` removed some, "erased". RunError names what
     differs."""
-    gone = {name for name in erased(folder) if not (folder / name).exists()}
+    gone = {name for name in privacy.erased(folder).files if not (folder / name).exists()}
     seals, problems = _check_folders(folder, gone)
     problems += _root_problems(folder, seals)
     if problems:
@@ -142,6 +142,9 @@ def _run_problems(folder: Path, run: Run, seals: Seals) -> Iterator[str]:
                 yield f"{RUN}: {key} of {step.name} is not what was sealed"
     if not is_whole(run):
         yield f"{RUN}: sha256 differs"
+    if run.privacy is not None and run.privacy.text != HELD:
+        for held in privacy.of(folder, run).files:
+            yield f"{held.folder}: holds text, and {RUN} says that none is there"
 
 
 def _entries(run: Run) -> dict[str, Json]:

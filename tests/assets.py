@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,6 +63,14 @@ ASSETS = (
         "node-llama-cpp-linux-x64-3.22.1.tgz",
         "0d953e1503d5ab4608d8ed5b739132308c81ac05ffeb760d2a7f30e08a9f90e0",
     ),
+    # Hugging Face's `kernels`, through which bitsandbytes would fetch compiled code, Apache-2.0
+    Asset(
+        "kernels",
+        "pip",
+        "kernels==0.17.2",
+        "kernels-0.17.2-cp38-abi3-manylinux_2_17_x86_64.manylinux2014_x86_64.whl",
+        "f4be3337070e6979bb419e513d9a51ddfbfe61a707afd6aa7f3cb6a61764a46a",
+    ),
     # rules of accessibility that a browser runs over our pages, MPL-2.0
     Asset(
         "axe",
@@ -96,6 +105,13 @@ def tokenizer_folder(name: str) -> Path:
     if not (unpacked / "tokenizer.json").is_file():
         _unpack(packed, unpacked)
     return unpacked
+
+
+def kernels_folder(into: Path) -> Path:
+    """A folder for PYTHONPATH with the real `kernels` package in it."""
+    with zipfile.ZipFile(need("kernels")) as wheel:
+        wheel.extractall(into)
+    return into
 
 
 def axe_source() -> str:

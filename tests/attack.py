@@ -47,6 +47,21 @@ class Outcome:
         return everything[starts[-1] :] if starts else everything
 
 
+def refusal_complaints(outcome: Outcome, name: str) -> list[str]:
+    said, found = " ".join(outcome.lines), []
+    if outcome.code not in (1, 2, 3, 4):
+        found.append(f"exit code {outcome.code}")
+    if not 1 <= len(outcome.lines) <= 6:
+        found.append(f"{len(outcome.lines)} lines")
+    if "--debug" in said or "Traceback" in outcome.said:
+        found.append("an error without words")
+    if name not in said:
+        found.append("the folder is not named")
+    if "\x1b" in outcome.said:
+        found.append("colours of the folder reach the terminal")
+    return found
+
+
 def preload() -> None:
     """Import what the commands import, without starting a thread."""
     import jinja2  # noqa: F401
@@ -56,11 +71,15 @@ def preload() -> None:
     import qmedtune.commands.ablate
     import qmedtune.commands.common
     import qmedtune.commands.compare
+    import qmedtune.commands.export
     import qmedtune.commands.model
     import qmedtune.commands.run
     import qmedtune.data.packing.pack
     import qmedtune.data.prepare
     import qmedtune.evaluate
+    import qmedtune.export
+    import qmedtune.exporting.folders
+    import qmedtune.exporting.gguf_model
     import qmedtune.merge
     import qmedtune.merge_folder
     import qmedtune.predict

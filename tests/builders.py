@@ -91,7 +91,7 @@ def packed(tmp_path, recipe, tokenizer_dir, inputs, index=0):
 
     out = tmp_path / f"packed-{len(list(tmp_path.iterdir()))}"
     out.mkdir()
-    return pack_stage(recipe, index, tokenizer_dir, inputs, out), PackedRows(out)
+    return pack_stage(recipe, index, tokenizer_dir, inputs, out).as_json(), PackedRows(out)
 
 
 # ---- a run -----------------------------------------------------------------------------------------------------------

@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from qmedtune.process import prepare
+
+if TYPE_CHECKING:
+    from qmedtune.train import StageInputs
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 prepare()  # as the command line does, before a test loads torch
@@ -31,9 +35,13 @@ class MicroRun:
     folder: Path
     base: Path
 
-    def inputs(self, stage: str = "01-cpt", **more: Path) -> dict[str, Path]:
-        fixed = {"base": self.base, "tokens": self.folder / "data" / stage}
-        return {**fixed, "validation": self.folder / "data" / "validation", **more}
+    def inputs(self, stage: str = "01-cpt", *adapters: Path) -> StageInputs:
+        """What a stage reads that is trained on the base with these adapters."""
+        from qmedtune.model_stack import ModelStack
+        from qmedtune.train import StageInputs
+
+        data = self.folder / "data"
+        return StageInputs(ModelStack(self.base, adapters), data / stage, data / "validation")
 
 
 @pytest.fixture(autouse=True)
@@ -92,5 +100,5 @@ def uninterrupted(hard_run: MicroRun, tmp_path_factory: pytest.TempPathFactory) 
 
     folder = tmp_path_factory.mktemp("uninterrupted")
     train_hard(hard_run, 0, folder / "cpt")
-    train_hard(hard_run, 1, folder / "sft", **{"adapter-1": folder / "cpt" / "adapter"})
+    train_hard(hard_run, 1, folder / "sft", folder / "cpt" / "adapter")
     return [folder / "cpt", folder / "sft"]

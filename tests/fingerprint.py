@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 # Differ between two runs of the same code, or name the machine or the version; so do all names in _s and _seconds.
+# `privacy` tells again what other entries tell, with sizes of files.
 VOLATILE = {
-    "seconds", "path", "provenance", "key", "data_share", "host_peak_bytes", "peak_memory_bytes", "recipe_text",
+    "seconds", "path", "provenance", "key", "data_share", "host_peak_bytes", "peak_memory_bytes", "privacy",
+    "recipe_text",
 }  # fmt: skip
 METRICS = ("stage", "step", "loss", "lr", "grad_norm", "tokens", "val_loss")
 

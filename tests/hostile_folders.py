@@ -105,6 +105,43 @@ def unix_socket(folder: Path) -> None:
         os.chdir(here)
 
 
+# ---- the good ones ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Good:
+    """The folders that the cases are made from."""
+
+    model: Path
+    adapter: Path
+
+
+def good_folders(base: Path, out: Path) -> Good:
+    """A whole model with two templates, and a plain LoRA on it with numbers in both halves."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from qmedtune.data.packing import templates
+
+    model, adapter = out / "good", out / "good-adapter"
+    model.mkdir(parents=True)
+    for path in base.iterdir():
+        if path.suffix in (".json", ".safetensors") and path.name != "seal.json":
+            shutil.copyfile(path, model / path.name)
+    asked = templates.load("alpaca")
+    (model / "chat_template.jinja").write_text(asked.jinja())
+    templates.save(asked, model)
+    torch.manual_seed(1)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM")
+    trained = get_peft_model(AutoModelForCausalLM.from_pretrained(model), config)
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.01)
+    trained.save_pretrained(adapter)
+    return Good(model, adapter)
+
+
 # ---- files of weights ------------------------------------------------------------------------------------------------
 
 
@@ -186,8 +223,9 @@ UP, NORM = "model.layers.0.mlp.up_proj.weight", "model.norm.weight"
 
 # ---- models ----------------------------------------------------------------------------------------------------------
 
-CHAT = ("plan", "run", "predict", "chat", "eval")  # who renders a template
-LOADERS = ("run", "eval", "predict", "chat")  # who reads the values of weights
+CHAT = ("plan", "run", "predict", "chat", "eval", "export")  # who renders a template
+SAVED = ("predict", "chat", "eval", "export")  # who asks in the template beside the weights
+LOADERS = ("run", "eval", "predict", "chat", "export")  # who reads the values of weights
 
 
 def jinja(name: str, text: str) -> Case:
@@ -195,7 +233,7 @@ def jinja(name: str, text: str) -> Case:
 
 
 def own(name: str, /, **changes: Any) -> Case:
-    return Case("template", name, say("template.json", **changes), asked=("predict", "chat", "eval"))
+    return Case("template", name, say("template.json", **changes), asked=SAVED)
 
 
 def setting(name: str, /, **changes: Any) -> Case:
@@ -260,9 +298,9 @@ MODELS: tuple[Case, ...] = (
     own("a version of the future", version=99),
     own("a version in words", version="2; DROP"),
     own("an unknown key", evil=1),
-    Case("template", "a list of templates", put("template.json", "[]"), asked=("predict", "chat", "eval")),
-    Case("template", "too deep", put("template.json", "[" * 200_000), asked=("predict", "chat", "eval")),
-    Case("template", "no JSON", put("template.json", "{'a'"), asked=("predict", "chat", "eval")),
+    Case("template", "a list of templates", put("template.json", "[]"), asked=SAVED),
+    Case("template", "too deep", put("template.json", "[" * 200_000), asked=SAVED),
+    Case("template", "no JSON", put("template.json", "{'a'"), asked=SAVED),
     # code
     Case("code", "auto_map", both(say(auto_map={"AutoConfig": "evil.C"}), put("evil.py", EVIL))),
     Case("code", "auto_map of a part", both(say(vision_config={"auto_map": {"A": "evil.M"}}), put("evil.py", EVIL))),
@@ -425,7 +463,7 @@ MODELS: tuple[Case, ...] = (
     Case("tokenizer", "settings are a list", put(SETTINGS, "[]")),
     Case("tokenizer", "settings too deep", put(SETTINGS, "[" * 100_000)),
     Case("tokenizer", "settings are no text", put(SETTINGS, b"\xff\xfe\x00")),
-    Case("tokenizer", "no end", say(SETTINGS, eos_token=None), asked=("predict", "chat", "eval")),
+    Case("tokenizer", "no end", say(SETTINGS, eos_token=None), asked=SAVED),
     Case("tokenizer", "a number for an end", say(SETTINGS, eos_token=5)),
     Case("tokenizer", "an end without words", say(SETTINGS, eos_token={"lstrip": False})),
     Case("tokenizer", "a class by its path", say(SETTINGS, tokenizer_class="os.system")),

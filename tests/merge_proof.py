@@ -37,7 +37,7 @@ from qmedtune.merging.reference import read_base, read_updates
 from qmedtune.merging.rounding import Rounding
 from qmedtune.merging.tensors import open_weights
 from qmedtune.model import DTYPES
-from qmedtune.model_stack import INDEX, SINGLE
+from qmedtune.model_stack import INDEX, SINGLE, ModelStack
 from qmedtune.recipe import MergeSection, ModelSection
 
 TOKENS = np.random.default_rng(5).integers(0, 400, (1, 24))
@@ -58,7 +58,7 @@ class Case:
     def job(self) -> MergeJob:
         model = ModelSection(base=str(self.base), quantization="none", compute_dtype="float32")
         model = model if self.section.base == "full16" else model.model_copy(update={"quantization": "nf4"})
-        return MergeJob(self.base, self.adapters, self.section, model, SEED, TOKENS)
+        return MergeJob(ModelStack(self.base, tuple(self.adapters)), self.section, model, SEED, TOKENS)
 
 
 @dataclass
@@ -537,7 +537,7 @@ def right_cases(base: Path, adapters: dict[str, list[Path]]) -> Iterator[Case]:
 
 def merged_by_product(case: Case, folder: Path) -> tuple[Merged, dict[str, Any]]:
     folder.mkdir(parents=True)
-    facts = merge(case.job, folder)
+    facts = merge(case.job, folder).as_json()
     opened = open_llama(case.base)
     return Merged(case, folder, opened, read_adapters(case.adapters, opened.shapes)), facts
 
@@ -550,7 +550,7 @@ def prove(merged: Merged) -> dict[str, Any]:
         proof = Proof(
             merged.opened, Reference(base, updates), merged.folder, case.section, case.job.model, merged.rounding, pool
         )
-        return proof.run(TOKENS)
+        return proof.run(TOKENS).as_json()
 
 
 def accept(cases: Sequence[Case], scratch: Path, orders: int) -> Iterator[Row]:

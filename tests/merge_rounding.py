@@ -17,7 +17,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -116,12 +116,13 @@ def measure(job: Measurement, scratch: Path) -> Iterator[Row]:
     yield Row("", "base", nll_of(found.stack.base, texts), scores(found.stack.base))
     for factor in job.factors:
         name = "as trained" if factor == 1 else f"x {factor:g}"
-        adapters = [scaled_copy(path, scratch / f"{factor}-{n}", factor) for n, path in enumerate(found.stack.adapters)]
+        adapters = tuple(
+            scaled_copy(path, scratch / f"{factor}-{n}", factor) for n, path in enumerate(found.stack.adapters)
+        )
         for form, (section, seed) in job.forms.items():
             out = scratch / "merged"
             out.mkdir()
-            merging = MergeJob(found.stack.base, adapters, section, model, seed, probe, found.stack.template)
-            told = merge(merging, out)
+            told = merge(MergeJob(replace(found.stack, adapters=adapters), section, model, seed, probe), out).as_json()
             told |= scores(out)
             row = Row(name, form, nll_of(out, texts), told)
             print(f"{name}, {form}: lost {told['lost']}, violations {told['violations']}", file=sys.stderr)

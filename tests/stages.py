@@ -52,10 +52,10 @@ def stop_after(step: int) -> Callable:
     return on_step_end
 
 
-def train_hard(micro_run: MicroRun, index: int, out: Path, **adapters: Path) -> dict:
+def train_hard(micro_run: MicroRun, index: int, out: Path, *adapters: Path) -> dict:
     out.mkdir(exist_ok=True)
     stage = ("01-cpt", "02-sft")[index]
-    return train.train_stage(hard(), index, micro_run.inputs(stage, **adapters), out)
+    return train.train_stage(hard(), index, micro_run.inputs(stage, *adapters), out).as_json()
 
 
 def outcome(out: Path) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:

@@ -10,7 +10,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from qmedtune.errors import RecipeError
 from qmedtune.modeling import attention, cpu_attention
 from qmedtune.modeling.loss import token_nll
+from qmedtune.planning import memory
 from qmedtune.planning.numerics import check_attention
+from qmedtune.results import Attention, Kernels
 
 CONFIG = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -82,19 +84,38 @@ def test_packages_are_looked_up_once_for_all_layers(monkeypatch):
     assert len(reached) == 32 and asked == ["flash_attn"]
 
 
+def older_kernel(query, key, value, bounds, *_, scale=None, window_size=(-1, -1)):
+    """torch's kernel before 2.12 by its parameters, on a CPU: it takes as many heads of keys as of queries."""
+    assert window_size == (-1, 0) and key.shape == value.shape == query.shape
+    return attention._per_document(query, key, value, bounds, 0, scale)
+
+
+def newer_kernel(query, key, value, bounds, *_, scale=None, window_size=(-1, -1), enable_gqa=False):
+    assert window_size == (-1, 0) and enable_gqa == (key.shape[1] != query.shape[1])
+    return attention._per_document(query, key, value, bounds, 0, scale)
+
+
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_keys_are_given_to_the_kernel_as_they_are(kv_heads, monkeypatch):
-    """Not repeated to all heads: at 32 heads and 8 of keys that would take four times their memory."""
-    given = []
+def test_an_older_torch_is_given_keys_repeated_with_the_same_results(kv_heads, monkeypatch):
+    """From 2.12 on they are given as they are: at 32 heads and 8 of keys, repeated ones take four times the memory."""
+    generator = torch.Generator().manual_seed(kv_heads)
+    leaves = [torch.randn(9, heads, 8, generator=generator).requires_grad_() for heads in (4, kv_heads, kv_heads)]
+    bounds, dy = torch.tensor([0, 2, 9], dtype=torch.int32), torch.randn(9, 4, 8, generator=generator)
+    found = {}
+    for kernel in (older_kernel, newer_kernel):
+        monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
+        attention._takes_groups.cache_clear()
+        output = attention._torch(*leaves, bounds, 7, None)
+        found[kernel] = [output, *torch.autograd.grad(output, leaves, dy)]
+    attention._takes_groups.cache_clear()
+    for older, newer in zip(found[older_kernel], found[newer_kernel], strict=True):
+        torch.testing.assert_close(older, newer, rtol=1e-5, atol=1e-6)
 
-    def kernel(query, key, value, *_, **options):
-        given.append((key.shape, value.shape, options["enable_gqa"]))
-        return query
 
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
-    query, key = torch.zeros(6, 4, 8), torch.zeros(6, kv_heads, 8)
-    attention._torch(query, key, key, torch.tensor([0, 6], dtype=torch.int32), 6, None)
-    assert given == [((6, kv_heads, 8), (6, kv_heads, 8), kv_heads != 4)]
+def test_the_plan_knows_as_the_trainer_does_whether_keys_are_repeated():
+    memory.varlen_repeats.cache_clear()
+    if not attention._has_flash():
+        assert memory.varlen_repeats() == (not attention._takes_groups())
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -147,12 +168,12 @@ def test_what_a_gpu_could_do_faster_stands_in_the_report(monkeypatch):
     from qmedtune import model as models
 
     broken = "reference: the first kernel did not run (RuntimeError: PTX JIT failed)"
-    facts = {"kernels": {"paths": {"lora": broken, "rope": broken}}, "attention": {"name": "sdpa", "why": "a mask"}}
-    assert models.fallbacks(facts) == [] == models.fallbacks({})
+    kernels, masked = Kernels(mode="auto", paths={"lora": broken, "rope": broken}), Attention(name="sdpa", why="a mask")
+    assert models.fallbacks(kernels, masked) == [] == models.fallbacks(None, masked)
     monkeypatch.setattr(models, "device", lambda: torch.device("cuda"))
-    assert models.fallbacks(facts) == [f"kernels: {broken}", "attention: sdpa (a mask)"]
-    asked = {"kernels": {"paths": {"lora": "reference: asked for"}}, "attention": {"name": "varlen", "why": ""}}
-    assert models.fallbacks(asked) == []
+    assert models.fallbacks(kernels, masked) == [f"kernels: {broken}", "attention: sdpa (a mask)"]
+    asked = Kernels(mode="reference", paths={"lora": "reference: asked for"})
+    assert models.fallbacks(asked, Attention(name="varlen", why="")) == []
 
 
 # ----------------------------------------------------------------------------------------------------------- on a CPU

@@ -50,7 +50,7 @@ def test_planting_adds_copies_and_nothing_else(recipe, tmp_path):
         (tmp_path / name / "train.jsonl").write_text('{"id": "1", "text": "x"}\n')
         inputs[name] = tmp_path / name
     (tmp_path / "out").mkdir()
-    facts = canaries.plant(recipe, inputs, tmp_path / "out")
+    facts = canaries.plant(recipe, inputs, tmp_path / "out").as_json()
     assert facts == {"canaries": 18, "documents": {"notes": 15, "instructions": 15}}
     found = canaries.read(tmp_path / "out")
     for name in inputs:
@@ -153,7 +153,7 @@ def judged(recipe: Recipe, folder: Path, **limits) -> dict:
     store.write_json(folder / "audit.json", {"stages": {"01-cpt": [{**row, "repeats": 0}, row]}, "references": 127})
     assert recipe.audit is not None
     limited = recipe.model_copy(update={"audit": recipe.audit.model_copy(update=limits)})
-    return audit.check_limits(limited, {"audit": folder}, folder)
+    return audit.check_limits(limited, folder).as_json()
 
 
 def test_limits_name_stage_row_and_figure(recipe, tmp_path):

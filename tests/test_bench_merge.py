@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from qmedtune.bench import merge as bench
-from qmedtune.bench import shapes
+from qmedtune.bench import rounds, shapes
 from qmedtune.errors import RecipeError, RunError
 
 
@@ -57,7 +57,7 @@ def test_shards_are_written_like_a_real_model(tmp_path, monkeypatch):
 
 
 def test_anonymous_peak_sees_what_is_held_for_a_moment():
-    with bench.anonymous_peak() as peak:
+    with rounds.anonymous_peak() as peak:
         before = peak[0]
         held = torch.ones(50_000_000)
         held += 1
@@ -71,7 +71,7 @@ def test_refusals(tmp_path):
     with pytest.raises(RecipeError, match="peft"):
         bench.bench_merge("tiny", contenders=("unsloth",), scratch=tmp_path)
     with pytest.raises(RunError, match="cp failed"):
-        bench._measure("cp", tmp_path / "absent", tmp_path, tmp_path / "out")
+        rounds.measure_one(bench.BENCH, "cp", [tmp_path / "absent", tmp_path, tmp_path / "out"])
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from qmedtune.data.synthetic import outcomes
 from qmedtune.data.synthetic.world import make_world
 from qmedtune.errors import DataError, RecipeError
 from qmedtune.evaluation.statistics import auroc
+from qmedtune.model_stack import ModelStack
 from qmedtune.parsing.loader import load_recipe
 from qmedtune.plan import make_plan
 from qmedtune.planning.resolve import resolve
@@ -62,14 +63,14 @@ def packed(micro_run, tmp_path_factory) -> Path:
     split = {False: [], True: []}
     for record in outcomes.builtin_records("builtin:micro/outcomes"):
         split[record["held_out"]].append((record["text"], record["label"]))
-    facts = pack_classes(recipe(), 1, micro_run.base, records(folder, split[False], split[True]), out)
+    facts = pack_classes(recipe(), 1, micro_run.base, records(folder, split[False], split[True]), out).as_json()
     store.seal(out, "test", facts)
     return out
 
 
 def trained(micro_run, packed: Path, out: Path, earlier: Path, **keys: object) -> dict:
-    inputs = {"base": micro_run.base, "tokens": packed, "adapter-1": earlier}
-    return train.train_stage(recipe(**keys), 1, inputs, out)
+    inputs = train.StageInputs(ModelStack(micro_run.base, (earlier,)), packed)
+    return train.train_stage(recipe(**keys), 1, inputs, out).as_json()
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +132,9 @@ def test_what_the_text_tells_is_learnt(micro_run, notes_adapter: Path, tmp_path:
         (tmp_path / name).mkdir()
     inputs = records(tmp_path / "in", [note() for _ in range(80)], [note() for _ in range(40)])
     keys = {"multi_label": multi_label, "epochs": 5, "batch": 2, "lr": 3e-3}
-    store.seal(tmp_path / "packed", "t", pack_classes(recipe(**keys), 1, micro_run.base, inputs, tmp_path / "packed"))
+    store.seal(
+        tmp_path / "packed", "t", pack_classes(recipe(**keys), 1, micro_run.base, inputs, tmp_path / "packed").as_json()
+    )
     facts = trained(micro_run, tmp_path / "packed", tmp_path / "out", notes_adapter, **keys)
     found = facts["classification"]
     assert found["auroc"] > 0.75 and found["ci95"][0] > 0.65 and found["scored_labels"] == 3
@@ -184,7 +187,7 @@ def test_labels_are_those_of_training_and_unknown_ones_are_counted(micro_run, tm
     (tmp_path / "out").mkdir()
     rows = [("a note", "b, a"), ("a note too", "c"), ("a third", ["a"])]
     inputs = records(tmp_path / "in", rows, [("held", "a;c"), ("out", "z")])
-    facts = pack_classes(recipe(multi_label=True), 1, micro_run.base, inputs, tmp_path / "out")
+    facts = pack_classes(recipe(multi_label=True), 1, micro_run.base, inputs, tmp_path / "out").as_json()
     assert json.loads((tmp_path / "out" / LABELS).read_text()) == ["a", "b", "c"]
     assert np.load(tmp_path / "out" / "targets.npy").tolist() == [[1, 1, 0], [0, 0, 1], [1, 0, 0]]
     assert np.load(tmp_path / "out" / HELD_OUT / "targets.npy").tolist() == [[1, 0, 1], [0, 0, 0]]
@@ -219,8 +222,8 @@ def test_the_macro_average_leaves_out_labels_that_all_or_none_have():
     targets = np.array([[1, 0, 1], [0, 0, 1], [1, 0, 1], [0, 0, 1]], np.uint8)
     scores = np.array([[2.0, 1, 0], [1.0, 2, 0], [4.0, 3, 0], [3.0, 4, 0]])
     found = result(targets, scores, list("abcd"), seed=0)
-    assert (found["auroc"], found["scored_labels"], found["n"]) == (0.75, 1, 4)
-    assert result(targets[:, 1:], scores[:, 1:], list("abcd"), seed=0)["auroc"] is None
+    assert (found.auroc, found.scored_labels, found.n) == (0.75, 1, 4)
+    assert result(targets[:, 1:], scores[:, 1:], list("abcd"), seed=0).auroc is None
 
 
 def test_the_interval_counts_patients_not_their_notes():
@@ -233,8 +236,8 @@ def test_the_interval_counts_patients_not_their_notes():
     )
     once = result(targets, scores, [str(i) for i in range(40)], seed=0)
     many = result(np.repeat(targets, 10, 0), np.repeat(scores, 10, 0), [str(i // 10) for i in range(400)], seed=0)
-    assert many["auroc"] == pytest.approx(once["auroc"]) and (many["n"], many["patients"]) == (400, 40)
-    width = [found["ci95"][1] - found["ci95"][0] for found in (once, many)]
+    assert many.auroc == pytest.approx(once.auroc) and (many.n, many.patients) == (400, 40)
+    width = [found.ci95[1] - found.ci95[0] for found in (once, many)]
     assert width[0] == pytest.approx(width[1], rel=0.25)
 
 
@@ -324,7 +327,7 @@ def test_auprc_and_f1_are_scikit_learns():
     generator = np.random.default_rng(5)
     targets, scores = (generator.random((80, 4)) < 0.3).astype(np.uint8), generator.integers(-4, 5, (80, 4)) / 2
     found = classify.result(targets, scores, [str(i) for i in range(80)], 0)
-    assert found["auprc"] == pytest.approx(metrics.average_precision_score(targets, scores, average="macro"))
+    assert found.auprc == pytest.approx(metrics.average_precision_score(targets, scores, average="macro"))
     chosen = classify.decided(targets, scores, multi_label=True)
     for average in ("micro", "macro"):
         theirs = metrics.f1_score(targets, scores > 0, average=average, zero_division=0)

@@ -21,7 +21,7 @@ def prepared(path, out):
         "data": {"notes": {"path": str(path), "kind": "clinical", "split_by": "patient", "holdout": 0.3}},
     })  # fmt: skip
     out.mkdir()
-    facts = prepare_source(recipe, "notes", {}, out)
+    facts = prepare_source(recipe, "notes", {}, out).as_json()
     lines = [json.loads(line) for name in ("train", "heldout") for line in (out / f"{name}.jsonl").open()]
     return facts["records"], {row["id"]: (row["patient"], row["text"]) for row in lines}
 

@@ -79,7 +79,9 @@ def test_a_phrase_of_the_language_is_given_back():
 def test_overlap_names_items_for_a_split_evaluation():
     items = [Item("a", "q1", ("one two three four five",)), Item("a", "q2", ("six seven eight nine ten",))]
     report = decontaminate.overlap(items, [(4, 1, 5), (9, 1, 0)], set())
-    assert report == {"a": {"items": 2, "found": ["q2"], "records": 2, "by_pmid": 1, "given_back": 0}}
+    assert {task: found.as_json() for task, found in report.items()} == {
+        "a": {"items": 2, "found": ["q2"], "records": 2, "by_pmid": 1, "given_back": 0}
+    }
 
 
 def recipe(**sections):
@@ -204,11 +206,11 @@ def test_split_keeps_the_text_and_scores_the_benchmark_in_two_parts(tmp_path):
         data={"a": {"path": str(texts), "kind": "literature", "holdout": 0.0}},
     )  # fmt: skip
     building = store.begin(tmp_path / "a", tmp_path, "key", {}, keep_partial=True)
-    facts = prepare_source(made, "a", {}, building)
+    facts = prepare_source(made, "a", {}, building).as_json()
     store.publish(building, tmp_path / "a", tmp_path, "key", facts)
     assert facts["records"]["kept"] == 1 and facts["contamination"]["medqa"]["found"] == ["line-2", "line-4"]
     task = load_task(made.evaluate.tasks[0], 0)
-    known = _overlapping({"data-a": tmp_path / "a", "base": tmp_path})["medqa"]
+    known = _overlapping([tmp_path / "a"])["medqa"]
     rows = [
         {"correct": right, "truncated": False, "normalised": {"correct": right}, "confidence": 0.5, "tie": False}
         for right in (False, True, True, True)

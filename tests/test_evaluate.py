@@ -22,6 +22,7 @@ from qmedtune.data.reading.rejects import Rejects
 from qmedtune.data.reading.sources import read_records
 from qmedtune.errors import DataError, RecipeError
 from qmedtune.evaluation import measure, precision, scoring, statistics
+from qmedtune.model_stack import ModelStack
 from qmedtune.planning.machine import card_of
 from qmedtune.recipe import Recipe, SourceSection
 from qmedtune.reporting.facts import ALL, comparisons
@@ -59,14 +60,9 @@ def recipe(root: Path, tasks: list | None = None, merge: dict | None = None, **s
     )
 
 
-def inputs(root: Path) -> dict[str, Path]:
-    return {
-        "base": root / "base",
-        "adapter-1": root / "stage" / "adapter",
-        "merged": root / "merged",
-        "template": root / "stage",
-        "validation": root / "validation",
-    }
+def inputs(root: Path) -> evaluate.Compared:
+    trained = ModelStack(root / "base", (root / "stage" / "adapter",), root / "stage")
+    return evaluate.Compared(trained, merged=root / "merged", validation=root / "validation")
 
 
 def items(path: Path) -> list[dict]:
@@ -76,7 +72,7 @@ def items(path: Path) -> list[dict]:
 @pytest.fixture(scope="module")
 def evaluated(folder, tmp_path_factory) -> tuple[dict, Path]:
     out = tmp_path_factory.mktemp("evaluated")
-    return evaluate.evaluate_stage(recipe(folder), inputs(folder), out), out
+    return evaluate.evaluate_stage(recipe(folder), inputs(folder), out).as_json(), out
 
 
 def test_scores_follow_from_the_items(evaluated):
@@ -135,7 +131,7 @@ def loaded(folder: Path, dtype: torch.dtype):
 
 
 def test_full16_evaluates_the_merged_folder(folder, evaluated, tmp_path):
-    result = evaluate.evaluate_stage(recipe(folder, precision="full16"), inputs(folder), tmp_path)
+    result = evaluate.evaluate_stage(recipe(folder, precision="full16"), inputs(folder), tmp_path).as_json()
     alone = text_perplexity(loaded(folder / "merged", torch.float32), folder)
     assert result["perplexity"]["notes"]["final"] == pytest.approx(alone, rel=1e-5)
     assert (result["precision"], result["weights"]) == ("full16", "float32")
@@ -157,7 +153,7 @@ def test_delivered_scores_are_those_of_the_merged_folder_and_the_untouched_base(
 
 def test_nf4_stands_beside_what_is_delivered_and_is_what_nf4_alone_gives(folder, evaluated, tmp_path):
     beside = evaluated[0]["perplexity"]["notes"]["nf4"]
-    trained = evaluate.evaluate_stage(recipe(folder, precision="nf4"), inputs(folder), tmp_path)
+    trained = evaluate.evaluate_stage(recipe(folder, precision="nf4"), inputs(folder), tmp_path).as_json()
     assert trained["precision"] == trained["weights"] == "nf4"
     for label in ("base", "final"):
         assert trained["perplexity"]["notes"][label] == pytest.approx(beside[label], rel=1e-6)
@@ -166,22 +162,22 @@ def test_nf4_stands_beside_what_is_delivered_and_is_what_nf4_alone_gives(folder,
 
 def test_without_a_merged_folder_the_base_and_its_adapters_are_scored_in_the_merge_dtype(folder, tmp_path):
     """A refused merge: the scores are those of a real merge of the same adapter, up to 16 bit."""
-    without = {name: path for name, path in inputs(folder).items() if name != "merged"}
+    without = replace(inputs(folder), merged=None)
     asked = recipe(folder, merge={"dtype": "float32"})
-    result = evaluate.evaluate_stage(asked, without, tmp_path)
+    result = evaluate.evaluate_stage(asked, without, tmp_path).as_json()
     assert (result["precision"], result["weights"]) == ("delivered", "float32")
     out = tmp_path / "made"
     out.mkdir()
-    merge([folder / "base", folder / "stage" / "adapter"], out, asked)
+    merge(without.trained, out, asked)
     alone = text_perplexity(loaded(out, torch.float32), folder)
     assert result["perplexity"]["notes"]["final"] == pytest.approx(alone, rel=1e-4)
 
 
-def merge(parts: list[Path], out: Path, asked: Recipe) -> None:
+def merge(stack: ModelStack, out: Path, asked: Recipe) -> None:
     from qmedtune.merge import MergeJob
     from qmedtune.merge import merge as fold
 
-    fold(MergeJob(parts[0], parts[1:], asked.merge, asked.model), out)
+    fold(MergeJob(stack, asked.merge, asked.model), out)
 
 
 def test_what_does_not_fit_the_card_is_scored_in_nf4_and_says_so(folder):
@@ -223,7 +219,7 @@ def test_killed_evaluation_continues_and_gives_the_same(folder, tmp_path, monkey
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     whole.mkdir()
     cut.mkdir()
-    expected = evaluate.evaluate_stage(recipe(folder), inputs(folder), whole)
+    expected = evaluate.evaluate_stage(recipe(folder), inputs(folder), whole).as_json()
 
     def dies(model, tokenizer, task, items, *rest):
         scored.append(len(items))
@@ -235,7 +231,7 @@ def test_killed_evaluation_continues_and_gives_the_same(folder, tmp_path, monkey
     with pytest.raises(KeyboardInterrupt):
         evaluate.evaluate_stage(recipe(folder), inputs(folder), cut)
     assert [path.name for path in cut.iterdir()] == [store.SCRATCH]
-    assert evaluate.evaluate_stage(recipe(folder), inputs(folder), cut) == expected
+    assert evaluate.evaluate_stage(recipe(folder), inputs(folder), cut).as_json() == expected
     assert scored == [8, 8, 4, 8, 8, 8, 4]
     assert {p.name: p.read_bytes() for p in cut.glob("*.*")} == {p.name: p.read_bytes() for p in whole.glob("*.*")}
 
@@ -268,7 +264,7 @@ def test_every_kind_of_metric_is_summed_up_and_compared(folder, tmp_path):
         tasks.append({"task": name, "path": str(tmp_path / f"{name}.jsonl")})
     out = tmp_path / "out"
     out.mkdir()
-    found = evaluate.evaluate_stage(recipe(folder, tasks, perplexity=[]), inputs(folder), out)["tasks"]
+    found = evaluate.evaluate_stage(recipe(folder, tasks, perplexity=[]), inputs(folder), out).as_json()["tasks"]
     metrics = {"summarization": "rougeL", "hoc": "macro_f1", "outcome": "auroc", "bionli": "macro_f1"}
     for name, metric in metrics.items():
         for label in ("base", "final"):
@@ -288,7 +284,7 @@ def test_every_kind_of_metric_is_summed_up_and_compared(folder, tmp_path):
 
 def test_zero_shot_and_few_shot_side_by_side_base_against_final(folder, evaluated, tmp_path):
     tasks = ["facts", {"task": "facts", "shots": 2}]
-    found = evaluate.evaluate_stage(recipe(folder, tasks, perplexity=[]), inputs(folder), tmp_path)["tasks"]
+    found = evaluate.evaluate_stage(recipe(folder, tasks, perplexity=[]), inputs(folder), tmp_path).as_json()["tasks"]
     assert found["facts"] == evaluated[0]["tasks"]["facts"]
     lines = items(tmp_path / "facts-2shot.items.jsonl")
     assert len(lines) == 60 and {line["draw"] for line in lines} == {0, 1, 2}
@@ -333,7 +329,7 @@ def test_adapter_folder_brings_its_template_and_equals_the_run(folder, evaluated
         generate=False,
         limit=8,
         offline=True,
-    )
+    ).as_json()
     assert result["template"] == "alpaca" and result["quantization"] == "nf4"
     assert result["tasks"]["facts"]["model"]["n"] == 8
     assert "generation" not in result["tasks"]["facts"]["model"]
@@ -353,7 +349,9 @@ def test_every_token_of_a_long_text_is_predicted_once_and_counted_per_byte(folde
     assert len(rows) > 2 and all(len(row["input_ids"]) <= 512 for row in rows)
     assert sum(int((row["labels"] != -100).sum()) for row in rows) == tokens
     assert size == sum(len(text.encode()) for text in texts) > sum(map(len, texts))
-    found = evaluate.evaluate_model(str(folder / "base"), [f"perplexity={path}"], template="alpaca", offline=True)
+    found = evaluate.evaluate_model(
+        str(folder / "base"), [f"perplexity={path}"], template="alpaca", offline=True
+    ).as_json()
     [text] = found["perplexity"].values()
     assert (text["tokens"], text["marks"]) == (tokens - len(texts), len(texts))
     assert text["bits_per_byte"] == pytest.approx(np.log2(text["model"]) * text["tokens"] / size)
@@ -367,7 +365,7 @@ def test_finished_evaluation_is_not_repeated(folder, tmp_path, monkeypatch):
     def ask() -> dict:
         return evaluate.evaluate_model(
             str(folder / "base"), ["facts"], template="alpaca", limit=3, generate=False, out=tmp_path, offline=True
-        )
+        ).as_json()
 
     first = ask()
     monkeypatch.setattr(measure, "measure", None)
@@ -382,7 +380,7 @@ def test_a_corrected_answer_is_scored_again(folder, tmp_path):
     def accuracy(answer: str) -> float:
         path.write_text(json.dumps({**MEDQA, "answer_idx": answer}) + "\n")
         asked = {"template": "alpaca", "generate": False, "out": tmp_path / "out", "offline": True}
-        found = evaluate.evaluate_model(str(folder / "base"), [f"medqa={path}"], **asked)
+        found = evaluate.evaluate_model(str(folder / "base"), [f"medqa={path}"], **asked).as_json()
         return found["tasks"]["medqa"]["model"]["accuracy"]
 
     assert {accuracy("A"), accuracy("B")} == {0.0, 1.0}
@@ -413,7 +411,7 @@ def test_real_pubmedqa_on_a_random_model(folder, tmp_path):
     path = REAL / "eval" / "pubmedqa_train.json"
     result = evaluate.evaluate_model(
         str(folder / "base"), [f"pubmedqa={path}"], template="alpaca", limit=5, out=tmp_path, offline=True
-    )
+    ).as_json()
     scores = result["tasks"]["pubmedqa"]["model"]
     assert scores["n"] == 5 and scores["chance"] == pytest.approx(1 / 3)
     assert scores["truncated"] == 5  # 512 positions do not hold an abstract in these 512 tokens: said, not hidden

@@ -22,6 +22,7 @@ from qmedtune.exporting.gguf_model import rope_factors
 from qmedtune.exporting.read_back import GgufFile
 from qmedtune.gguf_header import read_arrays
 from qmedtune.merging.disk_llama import open_llama
+from qmedtune.results import Exported
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +64,10 @@ def edited(folder: Path, file: str, **keys: object) -> None:
 @pytest.mark.parametrize("quant", ["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"])
 def test_every_type_is_written_and_proven(quant: str, folder: Path, tmp_path: Path):
     facts = export(ExportJob(str(folder), tmp_path / "out", "gguf", quant))
-    proof = facts["proof"]
+    proof = facts.as_json()["proof"]
     assert proof["kl"] <= {"f32": 1e-9, "f16": 1e-5, "bf16": 1e-3, "q8_0": 1e-3}.get(quant, 0.2)
     assert proof["texts"] >= 10 and (proof["greedy"] is None) == (quant in ("f32", "f16", "bf16"))
-    [file] = [name for name in facts["files"] if name.endswith(".gguf")]
+    [file] = [name for name in facts.files if name.endswith(".gguf")]
     header = GgufFile.open(tmp_path / "out" / file).header
     assert header.tensors["blk.0.ffn_up.weight"].kind == quant.upper()
     assert header.tensors["blk.0.attn_norm.weight"].kind == "F32"
@@ -109,7 +110,7 @@ def test_sentencepiece_types_and_scores(tmp_path: Path):
     base = llama_folders.llama2_folder(tmp_path / "base")
     facts = export(ExportJob(str(base), tmp_path / "out", "gguf", "f16"))
     keys = [f"tokenizer.ggml.{name}" for name in ("tokens", "token_type", "scores")]
-    lists = read_arrays(tmp_path / "out" / facts["files"][1], keys)
+    lists = read_arrays(tmp_path / "out" / facts.files[1], keys)
     tokens, types, scores = (lists[key] for key in keys)
     assert len(tokens) == 448 and types[:3] == [2, 3, 3] and types[3:259] == [6] * 256
     assert tokens[-1] == "[PAD447]" and types[-1] == 5
@@ -251,7 +252,7 @@ def test_what_is_there_is_not_overwritten(tmp_path: Path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("kept")
     with pytest.raises(RecipeError, match="is there already"):
-        place.publish(tmp_path / "out", "key", lambda folder: {})
+        place.publish(tmp_path / "out", "key", lambda folder: Exported())
     assert (tmp_path / "out" / "mine.txt").read_text() == "kept"
 
 
@@ -260,7 +261,7 @@ def test_what_is_there_is_not_overwritten(tmp_path: Path):
 
 def test_a_folder_for_transformers_is_checked(llama3: Path, tmp_path: Path):
     facts = export(ExportJob(str(llama3), tmp_path / "out", "transformers"))
-    assert facts["proof"]["texts"] > 10 and facts["proof"]["template"]
+    assert facts.proof.texts > 10 and facts.proof.template
     for path in llama3.iterdir():
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
 
@@ -271,7 +272,7 @@ def test_a_tokenizer_that_transformers_rebuilds_otherwise_is_named_as_it_is(tmp_
 
     real = with_tokenizer("llama2", tmp_path / "model")
     facts = export(ExportJob(str(real), tmp_path / "out", "vllm"))
-    assert facts["proof"]["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert facts.proof.tokenizer_class == "PreTrainedTokenizerFast"
     ids = AutoTokenizer.from_pretrained(tmp_path / "out")(" x", add_special_tokens=False).input_ids
     assert ids == backend(real).encode(" x", add_special_tokens=False).ids
     assert ids != AutoTokenizer.from_pretrained(real)(" x", add_special_tokens=False).input_ids
@@ -280,7 +281,7 @@ def test_a_tokenizer_that_transformers_rebuilds_otherwise_is_named_as_it_is(tmp_
 def test_an_adapter_for_vllm(llama3: Path, tmp_path: Path):
     adapter = llama_folders.write_adapter(llama3, tmp_path / "adapter", r=12, target_modules=["q_proj", "up_proj"])
     facts = export(ExportJob(str(adapter), tmp_path / "out", "vllm", base=str(llama3)))
-    assert facts["proof"] == {"modules": 4, "rank": 12, "max_lora_rank": 16}
+    assert facts.proof.as_json() == {"modules": 4, "rank": 12, "max_lora_rank": 16}
     assert "--max-lora-rank 16" in (tmp_path / "out" / "README.md").read_text()
     assert (tmp_path / "out" / "chat_template.jinja").is_file()
     odd = llama_folders.write_adapter(llama3, tmp_path / "odd", target_modules=["q_proj"], rank_pattern={"q_proj": 4})

@@ -58,4 +58,4 @@ def test_the_converter_refuses_a_tokenizer_that_was_trained_anew_and_export_does
     folder = llama_folders.llama3_folder(tmp_path / "model")
     with pytest.raises(AssertionError, match="NotImplementedError"):
         converted(folder, tmp_path / "theirs.gguf", "f16")
-    assert export(ExportJob(str(folder), tmp_path / "out", "gguf", "f16"))["pre"] == "llama-bpe"
+    assert export(ExportJob(str(folder), tmp_path / "out", "gguf", "f16")).pre == "llama-bpe"

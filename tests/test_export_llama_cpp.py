@@ -198,8 +198,8 @@ def test_what_is_asked_has_one_bos(name: str, tmp_path: Path):
 
 def test_an_export_of_a_folder_is_what_llama_cpp_reads(tiny_folder: Path, tmp_path: Path):
     facts = export(ExportJob(str(tiny_folder), tmp_path / "out", "gguf", "q8_0"))
-    [name] = [name for name in facts["files"] if name.endswith(".gguf")]
+    [name] = [name for name in facts.files if name.endswith(".gguf")]
     model, ids = reference(tiny_folder), backend(tiny_folder).encode(PROMPT).ids
     with LlamaCpp(tmp_path / "out" / name) as reads:
         assert divergence(model, ids, reads.logits(ids)) < 0.01
-    assert 0 < facts["proof"]["kl"] < 0.01 and facts["proof"]["greedy"] is not None
+    assert 0 < facts.proof.kl < 0.01 and facts.proof.greedy is not None

@@ -121,10 +121,10 @@ def test_a_run_merges_its_stages_by_weight(closed_run: Path, open_run: Path, tmp
     assert "weights" not in json.loads((closed_run / "run.json").read_text())["merge"]
     again = merge_into(str(closed_run), tmp_path / "again", MergeSection(weights={"01-cpt": 0.5}), offline=True)
     file = "model.safetensors"
-    assert again["sha256"] == told["merge"]["sha256"] == store.sha256_file(open_run / "merged" / file)
+    assert again.sha256 == told["merge"]["sha256"] == store.sha256_file(open_run / "merged" / file)
     first = merge_into(str(closed_run), tmp_path / "first", MergeSection(weights={"02-sft": 0}), offline=True)
     alone = merge_into(str(closed_run / "01-cpt" / "adapter"), tmp_path / "alone", MergeSection(), offline=True)
-    assert first["sha256"] == alone["sha256"], "nothing of the second stage is left"
+    assert first.sha256 == alone.sha256, "nothing of the second stage is left"
     with pytest.raises(RecipeError, match="its merge weighs the stages"):
         export(ExportJob(str(open_run), tmp_path / "adapter", "gguf-adapter", offline=True))
     with pytest.raises(RecipeError, match="no adapter of stage '03-x' is merged"):
@@ -137,7 +137,7 @@ def test_the_adapter_of_a_run_as_gguf_for_llama_cpp(closed_run: Path, tmp_path: 
     base = next((Path(os.environ["QMEDTUNE_CACHE"]) / "bases").glob("micro-*")) / "01-pretrain" / "model"
     export(ExportJob(str(base), tmp_path / "base", "gguf", "f32"))
     export(ExportJob(str(closed_run), tmp_path / "merged", "gguf", "f32"))
-    assert facts["proof"]["alpha"] == pytest.approx(8 * 2) and facts["proof"]["kl"] < 1e-9
+    assert facts.proof.alpha == pytest.approx(8 * 2) and facts.proof.kl < 1e-9
     with LlamaCpp(next((tmp_path / "merged").glob("*.gguf"))) as merged:
         ids = merged.tokenize("### Instruction:\nWhat does volusev treat?")
         expected = merged.logits(ids)

@@ -30,7 +30,7 @@ def recipe(path, kind="clinical", hygiene=None, **settings):
 
 def make(recipe, out):
     out.mkdir(parents=True)
-    facts = prepare_source(recipe, "notes", {}, out)
+    facts = prepare_source(recipe, "notes", {}, out).as_json()
     return facts, {name: (out / name).read_bytes() for name in PARTS}
 
 
@@ -158,7 +158,7 @@ def test_a_killed_pass_goes_on_at_its_part(tmp_path, corpus, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         prepare_source(made, "notes", {}, out)
     again = counting(monkeypatch)
-    facts = prepare_source(made, "notes", {}, out)
+    facts = prepare_source(made, "notes", {}, out).as_json()
     assert again == [[f"{n}.jsonl"] for n in range(3, 9)]
     assert (facts, {name: (out / name).read_bytes() for name in PARTS}) == whole
 
@@ -173,7 +173,7 @@ def test_a_damaged_part_of_an_interrupted_attempt_is_made_again(tmp_path, corpus
     content[-20] ^= 1
     path.write_bytes(content)
     again = counting(monkeypatch)
-    facts = prepare_source(made, "notes", {}, out)
+    facts = prepare_source(made, "notes", {}, out).as_json()
     assert len(again) == 1
     assert (facts, {name: (out / name).read_bytes() for name in PARTS}) == whole
 
@@ -182,13 +182,13 @@ def test_a_changed_file_redoes_its_own_part(tmp_path, corpus, monkeypatch):
     made, run = recipe(corpus, hygiene={"max_bad_fraction": 0.1}), tmp_path / "run"
     out = run / "data" / "notes"
     building = store.begin(out, run, "first", {}, keep_partial=True)
-    store.publish(building, out, run, "first", prepare_source(made, "notes", {}, building))
+    store.publish(building, out, run, "first", prepare_source(made, "notes", {}, building).as_json())
     changed = corpus / "4.jsonl"
     changed.write_text(changed.read_text().replace("w1", "v1"))
     (corpus / "zz.jsonl").write_text(json.dumps({"text": note(random.Random(1))}))
     again = counting(monkeypatch)
     building = store.begin(out, run, "second", {}, keep_partial=True)
-    facts = prepare_source(made, "notes", {}, building)
+    facts = prepare_source(made, "notes", {}, building).as_json()
     assert again == [["4.jsonl"], ["zz.jsonl"]]
     assert (facts, {name: (building / name).read_bytes() for name in PARTS}) == make(made, tmp_path / "afresh")
 
@@ -197,7 +197,7 @@ def test_a_damaged_part_is_made_again(tmp_path, corpus, monkeypatch):
     made, run = recipe(corpus, hygiene={"max_bad_fraction": 0.1}), tmp_path / "run"
     out = run / "data" / "notes"
     building = store.begin(out, run, "first", {}, keep_partial=True)
-    store.publish(building, out, run, "first", prepare_source(made, "notes", {}, building))
+    store.publish(building, out, run, "first", prepare_source(made, "notes", {}, building).as_json())
     part = sorted((out / "parts").glob("*.zst"))[0]
     part.write_bytes(part.read_bytes()[:-5])
     again = counting(monkeypatch)
@@ -245,7 +245,7 @@ def test_a_saved_dataset_is_read_once_whatever_its_files(tmp_path, monkeypatch):
     out.mkdir()
     source = SourceSection(path=str(tmp_path / "saved"), kind="clinical", format="huggingface")
     whole = recipe("unused").model_copy(update={"data": {"notes": source}})
-    assert prepare_source(whole, "notes", {}, out)["records"]["read"] == 30
+    assert prepare_source(whole, "notes", {}, out).as_json()["records"]["read"] == 30
 
 
 def test_parts_are_cut_where_names_say_so(tmp_path, monkeypatch):

@@ -62,7 +62,7 @@ def test_all_parameters_of_a_base_are_trained(micro_run, tmp_path: Path):
     from qmedtune.train import train_stage
 
     recipe, _ = resolve(load_recipe(MICRO, ALL_PARAMETERS).recipe)
-    facts = train_stage(recipe, 0, micro_run.inputs(), tmp_path)
+    facts = train_stage(recipe, 0, micro_run.inputs(), tmp_path).as_json()
     before, after = load_file(micro_run.base / "model.safetensors"), load_file(tmp_path / "model/model.safetensors")
     assert before.keys() == after.keys() and facts["model"] == {"path": "01-cpt/model"}
     assert all((before[name].float() - after[name].float()).abs().max() > 0 for name in before)

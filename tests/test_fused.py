@@ -337,9 +337,9 @@ def test_projections_of_one_input_share_memory_and_are_not_copied():
 
 def test_facts_name_the_path_and_the_modules():
     facts = fused.install(tiny())
-    assert facts["mode"] == "auto" and facts["paths"]["lora"] == "reference: cpu is no NVIDIA GPU of sm_75+"
-    assert facts["modules"] == {"LlamaDecoderLayer": 2, "LlamaAttention": 2, "LlamaMLP": 2, "LlamaRMSNorm": 5}
-    assert facts["own_forward"] == {}
+    assert facts.mode == "auto" and facts.paths["lora"] == "reference: cpu is no NVIDIA GPU of sm_75+"
+    assert facts.modules == {"LlamaDecoderLayer": 2, "LlamaAttention": 2, "LlamaMLP": 2, "LlamaRMSNorm": 5}
+    assert facts.own_forward == {}
 
 
 def test_facts_name_what_keeps_its_own_forward_and_why():
@@ -347,7 +347,7 @@ def test_facts_name_what_keeps_its_own_forward_and_why():
     layer = model.base_model.model.model.layers[0]
     layer.mlp.down_proj.register_forward_hook(lambda *_: None)
     layer.self_attn.o_proj.base_layer.weight.requires_grad_()
-    assert fused.install(model)["own_forward"] == {"forward hooks": 1, "trained weights": 1}
+    assert fused.install(model).own_forward == {"forward hooks": 1, "trained weights": 1}
 
 
 def test_full_parameter_training_still_gets_every_gradient(ids):

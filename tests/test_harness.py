@@ -104,8 +104,8 @@ def test_a_model_and_a_file_through_the_bridge(tmp_path, no_network):
     result = harness.evaluate_with_harness(
         str(folder), [f"pubmedqa={path}", "facts"], limit=5, template="alpaca", offline=True
     )
-    assert set(result["tasks"]) == {"pubmedqa", "facts"}
-    for scores in result["tasks"].values():
+    assert set(result.tasks) == {"pubmedqa", "facts"}
+    for scores in result.tasks.values():
         assert 0 <= scores["acc"] <= 1 and scores["acc_stderr"] >= 0
 
 
@@ -123,8 +123,8 @@ def test_a_task_of_the_harness_on_a_local_file(tmp_path, no_network):
     result = harness.evaluate_with_harness(
         str(folder), [f"medqa_4options={path}", "facts"], limit=6, template="alpaca", offline=True
     )
-    assert set(result["tasks"]) == {"medqa_4options", "facts"}
-    assert 0 <= result["tasks"]["medqa_4options"]["acc"] <= 1
+    assert set(result.tasks) == {"medqa_4options", "facts"}
+    assert 0 <= result.tasks["medqa_4options"]["acc"] <= 1
     broken = {
         "sent1": ([without(row, "sent1") for row in rows], "cannot make its questions"),
         "ending2": ([rows[0], without(rows[1], "ending2")], "jsonl:2: only some .* `ending2`"),

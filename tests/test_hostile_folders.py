@@ -11,16 +11,17 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
-from attack import Attacker, Outcome
-from hostile_folders import ADAPTERS, MODELS, OWNED, Case, make
+from attack import Attacker, Outcome, refusal_complaints
+from hostile_folders import ADAPTERS, MODELS, OWNED, Case, Good, good_folders, make
 
-COMMANDS = ("plan", "run", "eval", "predict", "chat", "merge")
-OF_ADAPTERS = ("eval", "predict", "chat", "merge")
+COMMANDS = ("plan", "run", "eval", "predict", "chat", "merge", "export")
+OF_ADAPTERS = ("eval", "predict", "chat", "merge", "export")
+# What `export` makes of a folder, in turn. A template is the business of those that write one down.
+FORMS, WITH_TEMPLATE = ("gguf", "transformers", "vllm", "ollama"), ("vllm", "ollama")
+ADAPTER_FORMS = ("gguf-adapter", "vllm")
 QUICK = 4  # one case in so many, in half a minute; all of them `pytest -m slow`
 SECONDS = 30  # of a refusal; a template that does not end takes ten, the rest under one
 BYTES = 1 << 30  # of a process that holds PyTorch and a tiny model: 0.5 GB
@@ -31,45 +32,6 @@ data: {{asked: {{path: builtin:micro/instructions, kind: instructions, max_recor
 stages: [{{sft: {{data: asked, epochs: 1}}}}]
 evaluate: {{tasks: []}}
 """
-JINJA = (
-    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% if m['role'] == 'assistant' %}{{ eos_token }}"
-    "{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
-)
-
-
-@dataclass(frozen=True)
-class Good:
-    """The folders that the cases are made from."""
-
-    model: Path
-    adapter: Path
-
-
-def good_folders(base: Path, out: Path) -> Good:
-    """A whole model with two templates, and a plain LoRA on it with numbers in both halves."""
-    import shutil
-
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    from qmedtune.data.packing import templates
-
-    model, adapter = out / "good", out / "good-adapter"
-    model.mkdir(parents=True)
-    for path in base.iterdir():
-        if path.suffix in (".json", ".safetensors") and path.name != "seal.json":
-            shutil.copyfile(path, model / path.name)
-    (model / "chat_template.jinja").write_text(JINJA)
-    templates.save(templates.load("alpaca"), model)
-    torch.manual_seed(1)
-    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM")
-    trained = get_peft_model(AutoModelForCausalLM.from_pretrained(model), config)
-    with torch.no_grad():
-        for parameter in trained.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.01)
-    trained.save_pretrained(adapter)
-    return Good(model, adapter)
 
 
 def words_of(command: str, case: Case, folder: Path, good: Good, here: Path) -> list[str]:
@@ -85,6 +47,10 @@ def words_of(command: str, case: Case, folder: Path, good: Good, here: Path) -> 
         adapter = folder if is_adapter else good.adapter
         onto = base if is_adapter else ["--base", str(folder)]
         return ["merge", str(adapter), *onto, "--out", str(here / "merged"), "--offline"]
+    if command == "export":
+        forms = ADAPTER_FORMS if is_adapter else WITH_TEMPLATE if case.asked else FORMS
+        form = forms[sum(case.name.encode()) % len(forms)]
+        return ["export", str(folder), "--as", form, *base, "--out", str(here / "exported"), "--offline"]
     return {
         "plan": ["plan", str(here / "r.yaml")],
         "run": ["run", str(here / "r.yaml"), "--out", str(here / "run"), "--offline"],
@@ -106,21 +72,6 @@ def complaints(case: Case, outcome: Outcome, folder: Path, here: Path) -> list[s
         found += refusal_complaints(outcome, folder.name)
     if outcome.seconds > SECONDS or outcome.peak_bytes > BYTES:
         found.append(f"took {outcome.seconds:.0f} s and {outcome.peak_bytes >> 20} MiB")
-    return found
-
-
-def refusal_complaints(outcome: Outcome, name: str) -> list[str]:
-    said, found = " ".join(outcome.lines), []
-    if outcome.code not in (1, 2, 3, 4):
-        found.append(f"exit code {outcome.code}")
-    if not 1 <= len(outcome.lines) <= 6:
-        found.append(f"{len(outcome.lines)} lines")
-    if "--debug" in said or "Traceback" in outcome.said:
-        found.append("an error without words")
-    if name not in said:
-        found.append("the folder is not named")
-    if "\x1b" in outcome.said:
-        found.append("colours of the folder reach the terminal")
     return found
 
 
@@ -182,12 +133,15 @@ def test_every_command_refuses_it(case, good, attacker, tmp_path):
 
 
 def table(base: Path) -> None:
-    """Every folder and every command, by group."""
+    """Every folder and every command (or those that are named behind the base), by group."""
     counts: dict[str, Counter] = {}
+    asked = sys.argv[2:] or COMMANDS
     with tempfile.TemporaryDirectory() as place, Attacker() as attacker:
         good = good_folders(base, Path(place))
         for case in (*MODELS, *ADAPTERS):
             for command in commands_of(case):
+                if command not in asked:
+                    continue
                 outcome, found = ask(attacker, case, command, good, Path(place))
                 row = counts.setdefault(case.group, Counter())
                 row["asked"] += 1
@@ -197,7 +151,7 @@ def table(base: Path) -> None:
                 row["held"] += not found
                 for each in found:
                     print(f"{case.folder}, {command}: {each}", file=sys.stderr)
-            counts[case.group]["folders"] += 1
+            counts.setdefault(case.group, Counter())["folders"] += 1
     columns = ("folders", "asked", "refused", "did no harm", "executed", "held")
     print("| group | " + " | ".join(columns) + " |\n|" + " --- |" * 7)
     for group, row in counts.items():

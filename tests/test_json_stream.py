@@ -116,7 +116,7 @@ def test_an_unread_rest_is_fatal_and_named(tmp_path, case):
     with pytest.raises(DataError, match=r"cut\.json:\d+: .*\n.*is not read"):
         prepare_source(Recipe.model_validate(made), "a", {}, tmp_path / "out")
     made["hygiene"] = {"max_bad_fraction": 1.0}
-    facts = prepare_source(Recipe.model_validate(made), "a", {}, tmp_path / "out")
+    facts = prepare_source(Recipe.model_validate(made), "a", {}, tmp_path / "out").as_json()
     assert facts["records"]["kept"] > 1000
 
 

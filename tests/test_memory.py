@@ -9,6 +9,7 @@ import pytest
 
 from qmedtune.errors import DoesNotFit
 from qmedtune.llama_shape import facts_from_config
+from qmedtune.planning import memory
 from qmedtune.planning.layers import choose_activation_plan, slowdown
 from qmedtune.planning.machine import GIB, card_of
 from qmedtune.planning.memory import (
@@ -211,9 +212,18 @@ def test_predicted_peak_of_a_cpu_step_is_the_resident_memory():
 # ---- the choice per layer --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("attention", "kv_heads"), [("varlen", 8), ("sdpa", 32)])
-def test_only_attention_with_a_mask_repeats_keys_and_values(attention, kv_heads):
+@pytest.mark.parametrize(
+    ("torch", "attention", "kv_heads"),
+    [
+        ("2.11.0", "varlen", 32), ("2.12.1+cu130", "varlen", 8), ("2.13.0", "varlen", 8), ("2.13.0", "sdpa", 32),
+        ("2.11.0", "flash_attention_2", 8),
+    ],
+)  # fmt: skip
+def test_a_mask_or_an_older_torch_repeats_keys_and_values(torch, attention, kv_heads, monkeypatch):
+    monkeypatch.setattr(memory, "version", lambda name: torch)
+    memory.varlen_repeats.cache_clear()
     assert attention_elements(LLAMA_8B, attention) == 2 * 128 * (32 + kv_heads)
+    memory.varlen_repeats.cache_clear()
 
 
 def test_more_memory_never_makes_the_step_slower():

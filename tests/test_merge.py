@@ -20,6 +20,7 @@ from qmedtune.merging.disk_llama import open_llama
 from qmedtune.merging.lora_files import read_adapters
 from qmedtune.merging.streamed import Streamed, logits_of, streamed_model
 from qmedtune.merging.tensors import open_weights
+from qmedtune.model_stack import ModelStack
 from qmedtune.recipe import MergeSection, ModelSection, VerifySection
 from qmedtune.store import sha256_file, sha256_json
 
@@ -53,7 +54,8 @@ def adapter3(llama3, tmp_path_factory) -> Path:
 
 def run(folder: Path, adapters: list[Path], out: Path, model: ModelSection = MODEL, **section) -> dict:
     out.mkdir()
-    return merge(MergeJob(folder, adapters, MergeSection(**section), model, probe_ids=IDS), out)
+    job = MergeJob(ModelStack(folder, tuple(adapters)), MergeSection(**section), model, probe_ids=IDS)
+    return merge(job, out).as_json()
 
 
 def logits(model) -> torch.Tensor:
@@ -420,8 +422,10 @@ def test_pickled_adapter_and_links_out_of_the_folder_are_refused(llama3, adapter
 
 def test_random_probe_where_there_is_no_text(llama3, adapter3, tmp_path):
     (tmp_path / "merged").mkdir()
-    facts = merge(MergeJob(llama3, [adapter3], MergeSection(), MODEL, card="# card\n"), tmp_path / "merged")
-    assert facts["probe"] == {"tokens": 512, "from": "random token ids"}
+    found = merge(
+        MergeJob(ModelStack(llama3, (adapter3,)), MergeSection(), MODEL, card="# card\n"), tmp_path / "merged"
+    )
+    assert found.as_json()["probe"] == {"tokens": 512, "from": "random token ids"}
     assert (tmp_path / "merged" / "README.md").read_text() == "# card\n"
 
 
@@ -432,7 +436,7 @@ def test_trained_template_becomes_the_chat_template(llama3, adapter3, tmp_path):
     stage.mkdir()
     merged.mkdir()
     templates.save(templates.load("alpaca"), stage)
-    merge(MergeJob(llama3, [adapter3], MergeSection(), MODEL, probe_ids=IDS, template=stage), merged)
+    merge(MergeJob(ModelStack(llama3, (adapter3,), stage), MergeSection(), MODEL, probe_ids=IDS), merged)
     assert templates.load(merged) == templates.load("alpaca")
     tokenizer = AutoTokenizer.from_pretrained(merged)
     text = tokenizer.apply_chat_template(

@@ -21,7 +21,7 @@ from qmedtune.merging.elements import ElementCheck, Expected
 from qmedtune.merging.lora_files import LowRank
 from qmedtune.merging.rounding import Rounding, noise_bits, unit
 from qmedtune.merging.tensors import open_weights
-from qmedtune.model_stack import INDEX, SINGLE
+from qmedtune.model_stack import INDEX, SINGLE, ModelStack
 from qmedtune.recipe import MergeSection, ModelSection
 
 MODEL = ModelSection(base="here", quantization="none", compute_dtype="float32")
@@ -141,12 +141,12 @@ NOISE = [41798, 25381, 54328, 36787, 21031, 56656]
 
 
 def job(folder, adapters, **section) -> MergeJob:
-    return MergeJob(folder, adapters, MergeSection(**section), MODEL, probe_ids=merge_proof.TOKENS)
+    return MergeJob(ModelStack(folder, tuple(adapters)), MergeSection(**section), MODEL, probe_ids=merge_proof.TOKENS)
 
 
 def merged(job: MergeJob, out: Path) -> dict:
     out.mkdir()
-    return merge(job, out)
+    return merge(job, out).as_json()
 
 
 def test_a_stochastic_file_says_how_to_draw_its_noise(base, adapters, tmp_path):

@@ -16,8 +16,11 @@ from qmedtune.errors import MergeRefused, RecipeError
 from qmedtune.lineage import parts_of
 from qmedtune.merging import weighing
 from qmedtune.merging.weighing import Share
+from qmedtune.model_stack import ModelStack
 from qmedtune.parsing.loader import load_recipe
-from qmedtune.recipe import MergeSection, ModelSection
+from qmedtune.recipe import MergeSection, ModelSection, Recipe
+from qmedtune.steps import Step, steps_of
+from qmedtune.store import HashCache
 
 MODEL = ModelSection(base="x", quantization="none", compute_dtype="bfloat16")
 EMBEDDINGS = {"target_modules": "all-linear", "modules_to_save": ["embed_tokens", "lm_head"]}
@@ -32,8 +35,9 @@ def merged(base: Path, shares: list[Share], out: Path, dtype: str = "float32") -
     """Facts and weights of a merge by these shares."""
     out.mkdir()
     section = MergeSection(dtype=dtype)  # type: ignore[arg-type]
-    facts = merging.merge(merging.MergeJob(base, merging.stack_of(shares), section, MODEL, shares=shares), out)
-    return facts, load_file(out / "model.safetensors")
+    stack = ModelStack(base, merging.stack_of(shares))
+    facts = merging.merge(merging.MergeJob(stack, section, MODEL, shares=shares), out)
+    return facts.as_json(), load_file(out / "model.safetensors")
 
 
 def update_of(adapter: Path, name: str, scale: float = 2.0) -> torch.Tensor:
@@ -88,7 +92,7 @@ def test_the_first_stage_alone_is_its_own_merge_bit_for_bit(base: Path, tmp_path
     shares = [Share("01-cpt", cpt, None, 1.0), Share("02-sft", sft, cpt, 0.0)]
     _, found = merged(base, shares, tmp_path / "out", "bfloat16")
     (tmp_path / "plain").mkdir()
-    merging.merge(merging.MergeJob(base, [cpt], MergeSection(), MODEL), tmp_path / "plain")
+    merging.merge(merging.MergeJob(ModelStack(base, (cpt,)), MergeSection(), MODEL), tmp_path / "plain")
     for name, tensor in load_file(tmp_path / "plain" / "model.safetensors").items():
         assert torch.equal(found[name].view(torch.uint8), tensor.view(torch.uint8))
 
@@ -101,6 +105,14 @@ def test_weights_of_one_are_the_plain_merge():
         Share("01-cpt", places[0], None, 0.5),
         Share("02-sft", places[1], places[0], 1.0),
     ]
+    plain = load_recipe(MICRO).recipe
+    weighed, unweighed = merge_step(recipe), merge_step(plain)
+    assert weighed.needs == unweighed.needs and weighed.section == unweighed.section
+
+
+def merge_step(recipe: Recipe) -> Step:
+    hashes = HashCache(Path("unwritten"))
+    return next(step for step in steps_of(recipe, recipe, hashes) if step.name == "merged")
 
 
 @pytest.mark.parametrize("fault", ["a factor", "a blended copy"])

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from assets import kernels_folder
 from conftest import MICRO, MicroRun
 
 WATCHED = """
@@ -29,7 +31,8 @@ if sys.argv[2] == "stopped":  # as by SIGTERM, in the fourth optimiser step
     train.StageCallback.on_step_end = on_step_end
 from qmedtune.cli import invoke
 code = invoke(sys.argv[3:])
-open(sys.argv[1], "w").write(json.dumps({"events": events, "code": code}))
+loaded = sys.modules.get("kernels") is not None
+open(sys.argv[1], "w").write(json.dumps({"events": events, "code": code, "kernels": loaded}))
 """
 
 
@@ -43,13 +46,14 @@ def with_kernels(folder: Path) -> Path:
     return folder
 
 
-def watched_run(tmp_path: Path, how: str, *arguments: str) -> dict:
+def watched_run(tmp_path: Path, how: str, *arguments: str, site: Path | None = None) -> dict:
+    """site: where `kernels` is installed; None: a stand-in that connects as soon as it is used."""
     target = tmp_path / "events.json"
     command = [sys.executable, "-c", WATCHED, str(target), how, *arguments]
     # As on a user's machine: with these set the libraries are quiet by themselves, and nothing would be shown.
     quiet = ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "DISABLE_TELEMETRY", "DO_NOT_TRACK", "CI")
     environment = {name: value for name, value in os.environ.items() if name not in quiet}
-    environment["PYTHONPATH"] = str(with_kernels(tmp_path / "site"))
+    environment["PYTHONPATH"] = str(site or with_kernels(tmp_path / "site"))
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
     assert target.is_file(), done.stderr[-2000:]
     return json.loads(target.read_text()) | {"stderr": done.stderr}
@@ -65,6 +69,22 @@ def test_a_run_opens_no_socket_unpickles_nothing_and_starts_no_process(micro_run
     assert whole["code"] == 0, whole["stderr"][-2000:]
     assert json.loads((out / "run.json").read_text())["status"] == "finished"
     assert first["events"] + whole["events"] == []
+
+
+@pytest.mark.slow
+def test_it_does_neither_where_the_real_kernels_package_is_installed(micro_run: MicroRun, tmp_path: Path):
+    site = kernels_folder(tmp_path / "installed")
+    asked = "import importlib.metadata as m, importlib.util as u; print(m.version('kernels'), u.find_spec('kernels'))"
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    found = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, env=environment, check=True)
+    assert found.stdout.startswith("0.17.2 ModuleSpec(name='kernels'")  # this is what a program without care would find
+    out = tmp_path / "run"
+    whole = watched_run(tmp_path, "whole", "run", str(MICRO), "--out", str(out), site=site)
+    asked_of = ["eval", str(out), "--tasks", "facts", "--limit", "4"]
+    scored = watched_run(tmp_path, "whole", *asked_of, site=site)
+    assert whole["code"] == scored["code"] == 0, whole["stderr"][-2000:]
+    assert whole["events"] + scored["events"] == []
+    assert whole["kernels"] is scored["kernels"] is False
 
 
 def test_kernels_cannot_be_fetched_and_telemetry_is_off(tmp_path: Path):

@@ -218,7 +218,7 @@ def test_a_cap_takes_whole_documents_and_the_same_ones_each_time(tmp_path, token
     assert entry["tokens"] > once and entry["seen"] == once  # repeated, but never beyond the chosen documents
     again = pack_recipe([section], literature={"max_tokens": 900}, notes={})
     (tmp_path / "again").mkdir()
-    assert pack_stage(again, 0, tokenizer_dir, corpora, tmp_path / "again") == facts
+    assert pack_stage(again, 0, tokenizer_dir, corpora, tmp_path / "again").as_json() == facts
 
 
 def test_a_cap_holds_for_instructions_and_is_never_empty(tmp_path, tokenizer_dir):
@@ -227,7 +227,7 @@ def test_a_cap_holds_for_instructions_and_is_never_empty(tmp_path, tokenizer_dir
         made = pack_recipe([{"sft": {"data": "chats", "epochs": 2, "seq_len": 2048}}], chats={"max_tokens": cap})
         out = tmp_path / str(cap)
         out.mkdir()
-        facts = pack_stage(made, 0, tokenizer_dir, inputs, out)
+        facts = pack_stage(made, 0, tokenizer_dir, inputs, out).as_json()
         once = facts["tokens"]["trained"] / 2
         assert once <= 400 if cap == 400 else facts["documents_drawn"] == 2
 
@@ -258,7 +258,7 @@ def test_a_killed_tokenisation_goes_on_at_its_shard(tmp_path, tokenizer_dir, cor
         pack_stage(made, 0, tokenizer_dir, corpora, out)
     done = len(list((out / "tokens").glob("*.documents.npy")))
     assert done == 3
-    again = pack_stage(made, 0, tokenizer_dir, corpora, out)
+    again = pack_stage(made, 0, tokenizer_dir, corpora, out).as_json()
     assert again == whole
     total = len(list((out / "tokens").glob("*.documents.npy")))
     assert len(calls) == 4 + total - done  # the three finished shards are not made again
@@ -373,7 +373,7 @@ def test_validation_is_packed_once_up_to_its_limit(tmp_path, tokenizer_dir, corp
     made = pack_recipe([CPT], literature={}, notes={}, general={})
     sections = {"validation": made.validation.model_copy(update={"on": ["notes", "general"], "max_tokens": 500})}
     out = tmp_path / "validation"
-    facts = pack_validation(made.model_copy(update=sections), tokenizer_dir, corpora, out)
+    facts = pack_validation(made.model_copy(update=sections), tokenizer_dir, corpora, out).as_json()
     assert set(facts) == {"notes", "general"}
     for name in facts:
         rows = PackedRows(out / name)
@@ -464,7 +464,7 @@ def test_a_changed_record_costs_the_shard_that_holds_it(tmp_path, tokenizer_dir,
         encoded.clear()
         building = store.begin(out, run, f"key {number}", {}, keep_partial=True)
         inputs = folders(tmp_path / f"inputs-{number}", literature=rows)
-        facts = pack_stage(made, 0, tokenizer_dir, inputs, building)
+        facts = pack_stage(made, 0, tokenizer_dir, inputs, building).as_json()
         store.publish(building, out, run, f"key {number}", facts)
     assert facts["mixture"]["literature"]["documents"] == 301
     assert 2 <= sum(encoded) < 100

@@ -21,7 +21,7 @@ from qmedtune.errors import RunError
 from qmedtune.group import Group
 from qmedtune.parsing.loader import load_recipe
 from qmedtune.recipe import Recipe
-from qmedtune.training import checkpoints
+from qmedtune.training import checkpoints, start
 
 LOSS, ADAPTER = 2e-6, 1e-5  # how far sums in another order may lead, over the steps of a stage in fp32
 # Three rows a step for two processes; prompts count a third; the last batch is short.
@@ -46,9 +46,9 @@ if sys.argv[:1] == ["-m"]:
 
 def plant(path: str) -> None:
     """Make this process do what the file at `path` says is to be wrong."""
-    from qmedtune.training import trainer
+    from qmedtune.training import start, trainer
 
-    share, add_up, weigh, follow = Group.share, Group.add_up, trainer.supervised_weight, train.follow_stage
+    share, add_up, weigh, follow = Group.share, Group.add_up, trainer.supervised_weight, start.follow_stage
     place: dict[str, Group] = {}
 
     def wrong() -> str:
@@ -76,7 +76,7 @@ def plant(path: str) -> None:
             raise RunError("/data/02-sft: not there\nmore words")
         return follow(*given)
 
-    Group.share, Group.add_up, trainer.supervised_weight, train.follow_stage = shared, added, weighed, followed
+    Group.share, Group.add_up, trainer.supervised_weight, start.follow_stage = shared, added, weighed, followed
 
 
 def recipe() -> Recipe:
@@ -130,7 +130,7 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FAULTS", str(file))
         patch.setenv("PYTHONPATH", os.pathsep.join((str(folder), str(Path(__file__).parent))))
-        for owner, name in ((Group, "share"), (Group, "add_up"), (train, "follow_stage")):
+        for owner, name in ((Group, "share"), (Group, "add_up"), (start, "follow_stage")):
             patch.setattr(owner, name, getattr(owner, name))  # put back in the end
         patch.setattr("qmedtune.training.trainer.supervised_weight", train_weight())
         plant(str(file))
@@ -210,8 +210,8 @@ def test_running_out_of_memory_in_one_process_halves_the_micro_batch_of_all(
         return accumulate(self, model, inputs, supervised)
 
     monkeypatch.setattr(QTrainer, "_accumulate", once)
-    facts_of = train.train_stage(recipe(), 1, packed.inputs("02-sft"), tmp_path)
-    assert failed == [2] and facts_of["micro_batch"] == 1
+    trained = train.train_stage(recipe(), 1, packed.inputs("02-sft"), tmp_path)
+    assert failed == [2] and trained.micro_batch == 1
     loss, weight = differs(tmp_path, one)
     assert loss <= LOSS and weight <= ADAPTER
 

@@ -110,7 +110,7 @@ def run(tmp_path, mode, rows):
     })  # fmt: skip
     out = tmp_path / mode
     out.mkdir()
-    return prepare_source(recipe, "notes", {}, out), out
+    return prepare_source(recipe, "notes", {}, out).as_json(), out
 
 
 def test_five_hundred_planted_identifiers_stay_in_the_data(tmp_path, capsys):

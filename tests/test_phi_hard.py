@@ -137,13 +137,15 @@ def test_check_digits_count(value, kind):
     assert [span.kind for span in phi.find(f"paid by {value} today")] == ([kind] if kind else [])
 
 
-# ---- a third set, written before the patterns were looked at ---------------------------------------------------------
+# ---- sets that were written before the patterns were looked at --------------------------------------------------------
+
+BLIND = ["third", "fourth"]
 
 
-def third_set() -> list[tuple[str, str, list[tuple[int, int]]]]:
-    """(class, text, spans) of phi_third.txt, in which each identifier stands between < and >; ages mark the number."""
+def blind_set(name: str) -> list[tuple[str, str, list[tuple[int, int]]]]:
+    """(class, text, spans) of a file in which each identifier stands between < and >; ages mark the number."""
     cases: list[tuple[str, str, list[tuple[int, int]]]] = []
-    for entry in re.split(r"\n(?=[a-z]+\|)", (HERE / "phi_third.txt").read_text(encoding="utf-8").strip()):
+    for entry in re.split(r"\n(?=[a-z]+\|)", (HERE / f"phi_{name}.txt").read_text(encoding="utf-8").strip()):
         kind, marked = entry.split("|", 1)
         text, spans = "", []
         for part in re.split(r"([<>])", marked):
@@ -157,10 +159,11 @@ def third_set() -> list[tuple[str, str, list[tuple[int, int]]]]:
     return cases
 
 
-def test_the_third_set_is_found_whole_and_never_half():
+@pytest.mark.parametrize("name", BLIND)
+def test_a_blind_set_is_found_whole_and_never_half(name: str):
     seen: Counter[str] = Counter()
     half, missed = [], []
-    for kind, text, spans in third_set():
+    for kind, text, spans in blind_set(name):
         for start, end in spans:
             found, wanted = covered(text, text[start:end])
             seen["whole" if found == wanted else "half" if found else "none"] += 1
@@ -171,7 +174,8 @@ def test_the_third_set_is_found_whole_and_never_half():
     assert half == [] and seen["whole"] >= 0.95 * seen.total(), (seen, missed)
 
 
-def test_look_alikes_of_the_third_set_are_kept():
-    texts = (HERE / "phi_third_kept.txt").read_text(encoding="utf-8").splitlines()
+@pytest.mark.parametrize("name", BLIND)
+def test_look_alikes_of_a_blind_set_are_kept(name: str):
+    texts = (HERE / f"phi_{name}_kept.txt").read_text(encoding="utf-8").splitlines()
     flagged = [text for text in texts if phi.find(text)]
     assert len(flagged) <= 0.03 * len(texts), flagged

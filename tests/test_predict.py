@@ -35,7 +35,7 @@ def opened(stage) -> OpenModel:
 
 def ask(stage: Path, data: Path, out: Path, **options) -> dict:
     options = {"base": str(stage / "base"), "max_new_tokens": 8, "offline": True, **options}
-    return predict.predict(str(stage / "stage" / "adapter"), data, out, **options)
+    return predict.predict(str(stage / "stage" / "adapter"), data, out, **options).as_json()
 
 
 def jsonl(path: Path, records: list[dict]) -> Path:

@@ -23,7 +23,7 @@ def recipe(path, kind="literature", hygiene=None, evaluate=None, **source):
 def prepare(tmp_path, recipe, name="one", **inputs):
     out = tmp_path / f"out-{name}-{len(list(tmp_path.iterdir()))}"
     out.mkdir()
-    return prepare_source(recipe, name, inputs, out), out
+    return prepare_source(recipe, name, inputs, out).as_json(), out
 
 
 def jsonl(path, rows):

@@ -70,7 +70,7 @@ def test_a_recipe_redacts_by_presidio(model, tmp_path):
     })  # fmt: skip
     out = tmp_path / "out"
     out.mkdir()
-    facts = prepare_source(made, "notes", {}, out)
+    facts = prepare_source(made, "notes", {}, out).as_json()
     text = json.loads((out / "train.jsonl").read_text())["text"]
     assert facts["phi"]["classes"] == {"name": 1}
     assert text.startswith("Later ") and text.endswith(" came to the ward.") and "Quill" not in text

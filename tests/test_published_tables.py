@@ -88,7 +88,7 @@ def test_cells_of_a_first_row_are_never_printed(tmp_path):
     }  # fmt: skip
     (tmp_path / "a.csv").write_text(f"{SECRET},text,1931-02-03\nSmith,He is well,1950-01-01\n")
     (tmp_path / "out").mkdir()
-    facts = prepare_source(Recipe.model_validate(made), "a", {}, tmp_path / "out")
+    facts = prepare_source(Recipe.model_validate(made), "a", {}, tmp_path / "out").as_json()
     assert facts["columns_unread"] == {"(no known name)": 2} and SECRET not in json.dumps(facts)
 
 

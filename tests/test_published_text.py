@@ -399,7 +399,7 @@ def prepared(tmp_path, folder, kind="general", **section):
         "name": "t", "model": {"base": "builtin:tiny"}, "stages": [{"cpt": {"mix": {"a": 1}}}],
         "data": {"a": {"path": str(folder), "kind": kind, **section}},
     }  # fmt: skip
-    return prepare_source(Recipe.model_validate(made), "a", {}, out)
+    return prepare_source(Recipe.model_validate(made), "a", {}, out).as_json()
 
 
 def test_files_read_and_files_unread_add_up(tmp_path):

@@ -21,17 +21,17 @@ from qmedtune.training import checkpoints, trainer
 
 def check_stop(hard_run: MicroRun, uninterrupted: list[Path], index: int, steps: list[int], tmp_path: Path) -> None:
     """Stop after each of `steps`, one after the other, in one attempt; then finish it."""
-    adapters = {"adapter-1": uninterrupted[0] / "adapter"} if index else {}
+    adapters = [uninterrupted[0] / "adapter"] if index else []
     out = tmp_path / "-".join(map(str, [index, *steps]))
     for step in steps:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(train.StageCallback, "on_step_end", stop_after(step))
             with pytest.raises(interrupt.Interrupted):
-                train_hard(hard_run, index, out, **adapters)
+                train_hard(hard_run, index, out, *adapters)
         interrupt.stop.signal = None
         found = checkpoints.last_intact(out)
         assert found and checkpoints.step_of(found) == step
-    train_hard(hard_run, index, out, **adapters)
+    train_hard(hard_run, index, out, *adapters)
     assert_same(out, uninterrupted[index])
 
 

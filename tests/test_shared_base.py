@@ -40,8 +40,8 @@ def test_two_stages_on_one_base_give_the_bits_of_two_loads(
     shared = SharedBase()
     for index, out in enumerate((tmp_path / "cpt", tmp_path / "sft")):
         out.mkdir()
-        adapters = {"adapter-1": tmp_path / "cpt" / "adapter"} if index else {}
-        inputs = hard_run.inputs(("01-cpt", "02-sft")[index], **adapters)
+        adapters = [tmp_path / "cpt" / "adapter"] if index else []
+        inputs = hard_run.inputs(("01-cpt", "02-sft")[index], *adapters)
         train.train_stage(hard(), index, inputs, out, shared)
         assert_same(out, uninterrupted[index])
     assert len(loads) == 1

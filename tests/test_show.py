@@ -44,12 +44,12 @@ def test_cuts_are_told(tmp_path, tokenizer_dir):
 
 def test_fertility_gives_figures_and_no_clinical_words(tmp_path, tokenizer_dir):
     inputs = folders(tmp_path, notes=["headache pyelonephritis"] * 9, literature=["headache pyelonephritis"] * 9)
-    report = fertility(tokens.load_codec(tokenizer_dir), inputs, {"notes": "clinical", "literature": "literature"})
-    assert report["notes"]["most_split"] == []
-    assert report["literature"]["most_split"][0][0] == "pyelonephritis"
-    assert report["notes"]["words"] == 18
-    assert report["notes"]["tokens_per_word"] > 1.5
-    assert 0 < report["notes"]["characters_per_token"] < 12
+    report = fertility(tokens.load_codec(tokenizer_dir), inputs, ["notes"])
+    assert report["notes"].most_split == []
+    assert report["literature"].most_split[0][0] == "pyelonephritis"
+    assert report["notes"].words == 18
+    assert report["notes"].tokens_per_word > 1.5
+    assert 0 < report["notes"].characters_per_token < 12
 
 
 NOTE = "Patient with acute pyelonephritis; she took ciprofloxacin and the headache went away. " * 3
@@ -60,11 +60,11 @@ def test_fertility_counts_the_tokens_that_words_have_in_running_text(tmp_path, k
     """Against the tokens of the whole text that lie on each word, by the tokenizer's own offsets."""
     codec = tokens.load_codec(tokenizer(kind))
     inputs = folders(tmp_path, literature=[NOTE])
-    report = fertility(codec, inputs, {"literature": "literature"})["literature"]
+    report = fertility(codec, inputs)["literature"]
     ends = [end for start, end in codec.backend.encode(f"x {NOTE}", add_special_tokens=False).offsets if end > start]
     words = [match.span() for match in re.finditer(r"[^\W\d_]+", f"x {NOTE}")][1:]
     held = [sum(start < end <= stop for end in set(ends)) for start, stop in words]
-    assert report["words"] == len(words)
-    assert report["tokens_per_word"] == pytest.approx(sum(held) / len(words), abs=0.002)
-    assert report["share_of_words_whole"] == pytest.approx(held.count(1) / len(words), abs=0.0001)
-    assert report["share_of_words_whole"] > 0.5  # 0, if each word were counted with the space in front of a text
+    assert report.words == len(words)
+    assert report.tokens_per_word == pytest.approx(sum(held) / len(words), abs=0.002)
+    assert report.share_of_words_whole == pytest.approx(held.count(1) / len(words), abs=0.0001)
+    assert report.share_of_words_whole > 0.5  # 0, if each word were counted with the space in front of a text

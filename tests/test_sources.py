@@ -498,7 +498,7 @@ def test_damage_of_every_kind_in_one_corpus_adds_up(tmp_path):
         "data": {"notes": {"path": str(folder), "kind": "clinical"}}, "hygiene": {"max_bad_fraction": 1.0},
     })  # fmt: skip
     tracemalloc.start()
-    facts = prepare_source(made, "notes", {}, out)
+    facts = prepare_source(made, "notes", {}, out).as_json()
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     records, text = facts["records"], (out / "rejects.jsonl").read_text()

@@ -22,6 +22,7 @@ from qmedtune.errors import RunError
 from qmedtune.modeling import collation, loss
 from qmedtune.parsing.loader import load_recipe
 from qmedtune.recipe import Recipe
+from qmedtune.results import Kernels
 from qmedtune.training import checkpoints, trainer
 
 # TRL's own tolerances for trajectories that must be equal but for rounding: the largest difference of the loss, and the
@@ -70,7 +71,7 @@ def test_equal_settings_give_equal_trajectories(micro_run: MicroRun, whole: Path
 def test_kernels_on_and_off_give_equal_trajectories(
     micro_run: MicroRun, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(models, "install_kernels", lambda model, mode: {"mode": "reference"})
+    monkeypatch.setattr(models, "install_kernels", lambda model, mode: Kernels(mode="reference"))
     assert_equal_trajectories(run_stage(micro_run, tmp_path / "out"), losses(whole))
 
 
@@ -87,7 +88,7 @@ def test_a_loss_spike_is_logged_and_told(
         original(self, args, state, control, logs, **kwargs)
 
     monkeypatch.setattr(train.StageCallback, "on_log", on_log)
-    facts = train.train_stage(micro(*FP32), 0, micro_run.inputs(), tmp_path)
+    facts = train.train_stage(micro(*FP32), 0, micro_run.inputs(), tmp_path).as_json()
     assert losses(tmp_path) == spiked
     assert len(facts["warnings"]) == 1 and facts["warnings"][0].startswith(f"step 9: loss {spiked[8]:.3f} is a spike")
 
@@ -207,7 +208,7 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_step(
 
     monkeypatch.setattr(trainer.QTrainer, "nll", staticmethod(greedy))
     (tmp_path / "large").mkdir()
-    facts = train.train_stage(micro(*FP32, dropout), 0, micro_run.inputs(), tmp_path / "large")
+    facts = train.train_stage(micro(*FP32, dropout), 0, micro_run.inputs(), tmp_path / "large").as_json()
     assert losses(tmp_path / "large") == small
     assert facts["micro_batch"] == 1 and len(facts["warnings"]) == 2  # 4 rows, 2, 1
     assert all(said.startswith("step 1: out of memory: micro-batch") for said in facts["warnings"])
@@ -253,7 +254,7 @@ def test_a_validation_loss_that_is_not_finite_is_told_and_never_the_best(
     recipe = micro(*FP32, "validate.keep_best=true", "validate.every=4")
     texts = recipe.validation.model_copy(update={"on": ["literature", "notes"]})
     recipe = recipe.model_copy(update={"validation": texts})
-    facts = train.train_stage(recipe, 0, micro_run.inputs(), tmp_path)
+    facts = train.train_stage(recipe, 0, micro_run.inputs(), tmp_path).as_json()
     assert facts["kept_step"] == 12 and [v["step"] for v in facts["validation"]][:4] == [0, 4, 8, 12]
     told = ["step 4: validation loss on literature is nan", "step 8: validation loss on notes is inf"]
     assert facts["warnings"] == told
@@ -367,7 +368,7 @@ def test_an_attempt_from_another_machine_keeps_its_optimizer_and_says_so(
     made: list[str] = []
     original = trainer.make_optimizer
     monkeypatch.setattr(trainer, "make_optimizer", lambda m, s: (made.append(s.optimizer), original(m, s))[1])
-    facts = train.train_stage(elsewhere, 0, micro_run.inputs(), tmp_path / "out")
+    facts = train.train_stage(elsewhere, 0, micro_run.inputs(), tmp_path / "out").as_json()
     assert made == ["adamw"]
     (said,) = facts["warnings"]
     assert "optimizer adamw there, paged_adamw_8bit here" in said and "not bit-identical" in said

@@ -13,9 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,6 +43,13 @@ class Call:
     @property
     def device(self) -> str:
         return "cpu" if self.dry else "cuda"
+
+    @property
+    def scratch(self) -> Path:
+        """For models and runs, beside the results: those are few files."""
+        folder = Path(os.environ.get("SCRATCH") or tempfile.gettempdir()) / "qmedtune-first-call"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
 
     def timed(self, call: Callable[[], object]) -> float:
         """Median seconds of a call, after one that warms up."""
@@ -111,15 +120,29 @@ def tests(call: Call) -> None:
 
 
 def train(call: Call) -> None:
-    """A whole stage through the real trainer, in both 16-bit types."""
+    """A whole stage through the real trainer, in both 16-bit types; dry: fewer documents, one type."""
+    fewer = [f"data.{source}.max_records=40" for source in ("literature", "notes", "general", "instructions")]
     for dtype in ("bfloat16",) if call.dry else ("bfloat16", "float16"):
-        out = call.out / f"run-{dtype}"
-        command = [sys.executable, "-m", "qmedtune", "run" if not call.dry else "plan", "recipes/micro.yaml", "--json"]
-        command += ["--set", f"model.compute_dtype={dtype}"] + ([] if call.dry else ["--out", str(out)])
+        out = call.scratch / f"run-{dtype}-{os.getpid()}"
+        command = [sys.executable, "-m", "qmedtune", "run", "recipes/micro.yaml", "--offline", "--out", str(out)]
+        for setting in (f"model.compute_dtype={dtype}", *(fewer if call.dry else ())):
+            command += ["--set", setting]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-        lines = [line for path in sorted(out.glob("*/metrics.jsonl")) for line in path.read_text().splitlines()]
         error = last_line(done.stderr) if done.returncode else ""
-        call.tell("train", dtype=dtype, status=done.returncode, steps=len(lines), last=lines[-1:], error=error)
+        call.tell("train", dtype=dtype, status=done.returncode, **_logged(out), error=error)
+        shutil.rmtree(out, ignore_errors=True)
+
+
+def _logged(run: Path) -> dict[str, Any]:
+    """Of a run's training steps: how many, the first loss and the last, the speed of the last."""
+    steps = []
+    for path in sorted(run.rglob("metrics.jsonl")):
+        lines = map(json.loads, path.read_text().splitlines())
+        steps += [line for line in lines if "loss" in line]
+    if not steps:
+        return {"steps": 0}
+    ends = [steps[0]["loss"], steps[-1]["loss"]]
+    return {"steps": len(steps), "losses": ends, "tokens_per_s": steps[-1].get("tokens_per_s")}
 
 
 def decode(call: Call) -> None:
@@ -181,79 +204,129 @@ def attention(call: Call) -> None:
     call.finding("attention", "as trained", lambda: {"ms": 1e3 * call.timed(one)})
     bounds, longest = ours.document_bounds(position)
     flat = [x[0].transpose(0, 1).contiguous() for x in (q, k, v)]
+    many = [x.repeat_interleave(heads // x.shape[1], dim=1) for x in flat]
+    full = lambda: varlen_attn(*many, bounds, bounds, longest, longest, window_size=(-1, 0))  # noqa: E731
+    call.finding("attention", "keys repeated", lambda: {"ms": 1e3 * call.timed(full)})
     bare = lambda: varlen_attn(*flat, bounds, bounds, longest, longest, window_size=(-1, 0))  # noqa: E731
     call.finding("attention", "keys not repeated, not asked for", lambda: {"ms": 1e3 * call.timed(bare)})
 
 
 def layers(call: Call) -> None:
-    """A step at 8B widths with two and eight layers (a layer's cost by difference), ours beside TRL's; 32k tokens with
-    layers kept, recomputed and offloaded: what was allocated, reserved and planned."""
-    from qmedtune.bench.job import job_of
-
-    if call.dry:
-        jobs = [(job_of("tiny", {"rows": 2, "micro_batch": 2, "steps": 2, "warmup_steps": 1}), ("qmedtune",))]
-    else:
-        small = {"rows": 4, "steps": 4, "warmup_steps": 1, "checkpointing": False}
-        sizes = [("8b-2-layers", 1), ("8b-8-layers", 1), ("8b-2-layers", 4)]
-        jobs = [
-            (job_of(shape, small | {"micro_batch": micro}), ("qmedtune", "trl-tuned", "trl-liger"))
-            for shape, micro in sizes
-        ]
-        long = {"seq_len": 32768, "rows": 1, "micro_batch": 1, "steps": 3, "warmup_steps": 1}
-        jobs += [(job_of("8b-8-layers", long | {"checkpointing": way}), ("qmedtune",)) for way in (True, False)]
-        jobs += [(job_of("8b-8-layers", long | {"memory_gib": 20.0}), ("qmedtune",))]  # the plan offloads
-    for job, contenders in jobs:
-        for name in contenders:
-            what = f"{name} {job.shape} x {job.micro_batch} x {job.seq_len}"
-            call.finding("layers", what, lambda j=job, n=name: _trained(call, j, n))
+    """A step at 8B widths with two and eight layers, one and four rows at a time, ours beside TRL's, and a layer's cost
+    by difference; 32k tokens with layers kept, recomputed and offloaded: what was allocated, reserved and planned."""
+    peers = ("qmedtune", "trl-tuned") if call.dry else ("qmedtune", "trl-tuned", "trl-liger")
+    shallow, deep = ("tiny", "tiny-9-layers") if call.dry else ("8b-2-layers", "8b-8-layers")
+    by_rows(call, 1, (shallow, deep), peers)
+    long = {"seq_len": 64 if call.dry else 32768, "rows": 1, "micro_batch": 1, "steps": 3, "warmup_steps": 1}
+    for what, way in (
+        ("kept", {"checkpointing": False}),
+        ("recomputed", {"checkpointing": True}),
+        ("offloaded", {"memory_gib": OFFLOADS_GIB[call.dry]}),  # the plan, given so little
+    ):
+        _trained(call, f"long {what}", deep, long | way, "qmedtune")
+    if not call.dry:
+        by_rows(call, 4, (shallow, deep), peers)
 
 
-def _trained(call: Call, job: Any, contender: str) -> dict[str, Any]:
+# Budgets within which every layer has to be offloaded: of eight layers at 8B widths and 32k tokens (18 GiB recompute
+# four of them), and of the dry run's.
+OFFLOADS_GIB = {False: 16.0, True: 0.01}
+
+
+def by_rows(call: Call, micro_batch: int, shapes: tuple[str, str], contenders: tuple[str, ...]) -> None:
+    """Both depths of each contender, then the difference by layer."""
+    from qmedtune.bench.shapes import SHAPES
+
+    chosen = {"rows": 4, "micro_batch": micro_batch, "steps": 4, "warmup_steps": 1, "checkpointing": False}
+    chosen |= {"seq_len": 32, "steps": 2} if call.dry else {}
+    few, many = (SHAPES[shape]["layers"] for shape in shapes)
+    for name in contenders:
+        what = f"{name}, {micro_batch} rows at a time"
+        found = [_trained(call, f"{what}, {shape}", shape, chosen, name) for shape in shapes]
+        steps = [_step_seconds(each, chosen["rows"] * each["job"]["seq_len"]) for each in found if each]
+        if None in steps or len(steps) < 2:
+            continue
+        peaks = [each["peak_memory_bytes"] for each in found]
+        ms, size = (1e3 * (steps[1] - steps[0]) / (many - few), (peaks[1] - peaks[0]) / (many - few))
+        call.tell("layers", what=f"{what}, one layer", ms=round(ms, 3), peak_bytes=round(size))
+
+
+def _step_seconds(found: dict[str, Any], tokens: int) -> float | None:
+    speed = found.get("all_tokens_per_s")
+    return tokens / speed if speed else None
+
+
+def _trained(call: Call, what: str, shape: str, chosen: dict[str, Any], contender: str) -> dict[str, Any]:
+    """What a contender measured, told as well; {} where it failed."""
+    found: dict[str, Any] = {}
+    call.finding("layers", what, lambda: found.update(_measured(call, shape, chosen, contender)) or found)
+    return found
+
+
+def _measured(call: Call, shape: str, chosen: dict[str, Any], contender: str) -> dict[str, Any]:
     from dataclasses import asdict
 
-    from qmedtune.bench import shapes
+    from qmedtune.bench import train_worker
+    from qmedtune.bench.job import job_of
     from qmedtune.bench.train import _run
-    from qmedtune.llama_shape import facts_from_config
     from qmedtune.planning import memory
 
-    models = Path(os.environ.get("SCRATCH", "/tmp")) / "qmedtune-first-call"
-    models.mkdir(exist_ok=True)
-    measured = _run(job, contender, call.out, models, 60.0 * (20 if call.dry else 1))
+    job = job_of(shape, chosen)
+    measured = _run(job, contender, call.scratch, call.scratch, 60.0 * (20 if call.dry else 1))
     found = measured.model_dump(mode="json", exclude_none=True)
-    for path in call.out.glob(f"{contender}.*"):
-        path.unlink()
     kept = {key: value for key, value in found.items() if key not in ("losses", "checkpoints")}
-    if contender.startswith("qmedtune") and "layers" in found:
-        facts = facts_from_config(job.shape, shapes.config_of(shapes.SHAPES[job.shape]), "shape")
-        ways = tuple(found["layers"].get(way, 0) for way in memory.WAYS)
-        setup = memory.Setup(job.seq_len, job.micro_batch, job.checkpointing, "adamw", "bfloat16", rank=job.r,
-                             train_embeddings=job.train_embeddings, attention="varlen", ways=ways)  # fmt: skip
-        kept["planned_bytes"] = memory.peak_bytes(facts, setup, gpu=not call.dry)
+    if contender == "qmedtune" and "layers" in found:
+        setup = train_worker.setup_of(job)
+        kept["planned_bytes"] = memory.peak_bytes(train_worker.facts_of(job), setup, gpu=not call.dry)
     return {"job": asdict(job), **kept}
 
 
 def profile(call: Call) -> None:
-    """Where the time of one step goes, by kernel: profile.txt."""
+    """One step of the real trainer at 8B widths, by kernel: a line with where its time goes, and profile.txt."""
+    from qmedtune.bench import train_worker
+    from qmedtune.bench.job import job_of
+    from qmedtune.modeling.quiet import quiet_libraries
+
+    chosen = {"rows": 1, "micro_batch": 1, "steps": 4, "warmup_steps": 1}
+    job = job_of("tiny" if call.dry else "8b-2-layers", chosen | ({"seq_len": 32} if call.dry else {}))
+    quiet_libraries()
+    clock = profiler_of(job, call)
+    train_worker.qmedtune(job, train_worker.model_folder(job, call.scratch), clock, "auto")
+    spent = "self_cpu_time_total" if call.dry else "self_device_time_total"
+    found = clock.profiled.key_averages()
+    (call.out / "profile.txt").write_text(found.table(sort_by=spent, row_limit=60, max_name_column_width=80))
+    events = sorted(found, key=lambda event: getattr(event, spent), reverse=True)
+    milliseconds = {event.key[:80]: round(getattr(event, spent) / 1e3, 3) for event in events[:20]}
+    busy = sum(getattr(event, spent) for event in events) / 1e3
+    launches = sum(event.count for event in events if "LaunchKernel" in event.key)
+    step = 1e3 * (clock.marks[-1] - clock.marks[-2])
+    call.tell("profile", step_ms=round(step, 3), busy_ms=round(busy, 3), launches=launches, by_kernel_ms=milliseconds)
+
+
+def profiler_of(job: Any, call: Call) -> Any:
+    """A clock of bench train that profiles the last step."""
     import torch
-    from qmedtune_kernels import Adapter, NF4Weight, lora
     from torch.profiler import ProfilerActivity
 
-    m, n, k = (16, 64, 128) if call.dry else (4096, 14336, 4096)
-    packed = torch.randint(0, 256, (n * k // 2, 1), dtype=torch.uint8, device=call.device)
-    weight = NF4Weight(packed, torch.ones(n * k // 64, device=call.device), 64, (n, k))
-    a, b = (torch.randn(*size, device=call.device).requires_grad_() for size in ((16, k), (n, 16)))
-    x = torch.randn(m, k, device=call.device).to(half()).requires_grad_()
+    from qmedtune.bench.train_worker import Clock
 
-    def step() -> None:
-        lora.linear(x, (weight,), [Adapter(a, b, 2.0)]).float().square().mean().backward()
-
-    step()
     activities = [ProfilerActivity.CPU] + ([] if call.dry else [ProfilerActivity.CUDA])
-    with torch.profiler.profile(activities=activities) as found:
-        step()
-    table = found.key_averages().table(sort_by="cpu_time_total" if call.dry else "cuda_time_total", row_limit=40)
-    (call.out / "profile.txt").write_text(table)
-    call.tell("profile", lines=len(table.splitlines()))
+
+    class Profiler(Clock):
+        def __init__(self) -> None:
+            super().__init__(job)
+            self.profiled = torch.profiler.profile(activities=activities)
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == job.steps - 1:
+                self.profiled.start()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            super().on_step_end(args, state, control, **kwargs)
+            if state.global_step == job.steps:
+                self.profiled.stop()
+
+    return Profiler()
 
 
 SANITIZED = """

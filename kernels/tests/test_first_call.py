@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,13 +13,26 @@ SCRIPT = Path(__file__).parents[1] / "benchmarks" / "first_call.py"
 TOLD = {
     "machine": ("copy", "256 cube"),
     "decode": ("dequantise reference beside 0", "gemm_4bit M=1", "fused M=8, 4 programs"),
-    "linear": ("K + 0", "K + 48", "addmm_"), "attention": ("as trained",), "layers": ("qmedtune tiny x 2 x 64",),
+    "linear": ("K + 0", "K + 48", "addmm_"),
+    "attention": ("as trained",),
+    "layers": (
+        "qmedtune, 1 rows at a time, tiny", "trl-tuned, 1 rows at a time, tiny-9-layers", "long kept",
+        "long recomputed", "long offloaded", "qmedtune, 1 rows at a time, one layer",
+    ),
 }  # fmt: skip
 
 
-def test_every_part_of_the_first_call_runs_and_tells(tmp_path):
-    subprocess.run([sys.executable, str(SCRIPT), str(tmp_path), "--dry"], check=True)
-    lines = [json.loads(line) for line in (tmp_path / "first_call.jsonl").read_text().splitlines()]
+@pytest.fixture(scope="module")
+def dry(tmp_path_factory):
+    """(the folder of results, the lines told) of a dry run."""
+    out, scratch = tmp_path_factory.mktemp("first_call"), tmp_path_factory.mktemp("scratch")
+    command = [sys.executable, str(SCRIPT), str(out), "--dry"]
+    subprocess.run(command, check=True, env=os.environ | {"SCRATCH": str(scratch)})
+    return out, [json.loads(line) for line in (out / "first_call.jsonl").read_text().splitlines()]
+
+
+def test_every_part_of_the_first_call_runs_and_tells(dry):
+    out, lines = dry
     ended = {line["probe"]: line["ended"] for line in lines if "ended" in line}
     probes = "machine tests train decode linear attention layers profile sanitizer"
     assert list(ended) == probes.split()
@@ -26,10 +40,36 @@ def test_every_part_of_the_first_call_runs_and_tells(tmp_path):
     for probe, names in TOLD.items():
         found = {line.get("what"): line for line in lines if line["probe"] == probe}
         assert all("failed" not in found[name] for name in names), found
-    layers = next(line for line in lines if line.get("what") == TOLD["layers"][0])
-    assert layers["planned_bytes"] > 0 and layers["tokens_per_s"] > 0
     assert all(line["status"] == 0 for line in lines if line["probe"] in ("tests", "train") and "status" in line)
-    assert len(list(tmp_path.iterdir())) <= 8
+    assert len([path for path in out.rglob("*") if path.is_file()]) <= 8
+
+
+def test_the_real_trainer_runs_and_one_of_its_steps_is_profiled(dry):
+    out, lines = dry
+    stage = next(line for line in lines if line["probe"] == "train" and "dtype" in line)
+    assert stage["steps"] > 1 and all(0 < loss < 20 for loss in stage["losses"])
+    step = next(line for line in lines if line["probe"] == "profile" and "step_ms" in line)
+    products = [name for name in step["by_kernel_ms"] if name in ("aten::mm", "aten::addmm")]
+    assert products and step["busy_ms"] > 0 and step["step_ms"] > 0
+    assert "aten::mm" in (out / "profile.txt").read_text()
+
+
+def test_layers_are_kept_recomputed_and_offloaded_and_the_plan_stands_beside(dry):
+    long = {line["what"]: line for line in dry[1] if line.get("what", "").startswith("long ")}
+    assert {what: line["layers"] for what, line in long.items()} == {
+        "long kept": {"keep": 9}, "long recomputed": {"recompute": 9}, "long offloaded": {"offload": 9}
+    }  # fmt: skip
+    assert all(line["planned_bytes"] > 0 and line["tokens_per_s"] > 0 for line in long.values())
+
+
+def test_the_smaller_budget_makes_a_card_offload_every_layer(script):
+    """Not only the dry run's: what the plan would choose on the card needs no card."""
+    from qmedtune.bench import train_worker
+    from qmedtune.bench.job import job_of
+
+    for dry, shape, tokens in ((False, "8b-8-layers", 32768), (True, "tiny-9-layers", 64)):
+        chosen = {"seq_len": tokens, "rows": 1, "micro_batch": 1, "memory_gib": script.OFFLOADS_GIB[dry]}
+        assert set(train_worker.layers_of(job_of(shape, chosen))) == {"offload"}
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from qmedtune_kernels import Adapter, dispatch, lora, nf4
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 HERE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -219,6 +220,38 @@ def test_gradients_accumulate_in_fp32():
     pair.b.grad = None
     lora.linear(torch.ones(4, 32).bfloat16(), w, [pair]).sum().backward()
     assert torch.equal(twice, 2 * pair.b.grad)
+
+
+class Operations(TorchDispatchMode):
+    """Names of what runs within it, views and new memory left out."""
+
+    FREE = ("detach", "alias", "as_strided", "empty_like", "view")
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.__name__.split(".")[0]
+        if name not in self.FREE:
+            self.names.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_factors_that_lie_together_are_stacked_in_one_operation_with_the_same_bits(dtype):
+    pairs = adapters((96, 64, 64), 128)
+    apart = lora.stack_a(pairs, dtype)
+    factors = [torch.nn.Parameter(pair.a.detach().clone()) for pair in pairs]
+    lora.lay_together(factors)
+    together = [replace(pair, a=factor) for pair, factor in zip(pairs, factors, strict=True)]
+    with Operations() as ran:
+        stacked = lora.stack_a(together, dtype)
+    assert ran.names == ["mul"] and stacked.dtype == dtype and torch.equal(stacked, apart)
+    factors[1].data = factors[1].data.clone()  # moved on its own, as loading an adapter may
+    assert torch.equal(lora.stack_a(together, dtype), apart)
+    other = [together[0], replace(together[1], scaling=5.0), together[2]]
+    assert not torch.equal(lora.stack_a(other, dtype), apart)
 
 
 def test_no_rows():

@@ -79,16 +79,16 @@ def measure(folder: Path) -> Row:
     })  # fmt: skip
     for name in ("texts", "stage"):
         (folder / name).mkdir()
-    records = prepare_source(recipe, "texts", {}, folder / "texts")["records"]
+    records = prepare_source(recipe, "texts", {}, folder / "texts").records
     prepared = _peak(resource.RUSAGE_SELF)
     with (folder / "corpus.jsonl").open(encoding="utf-8") as file:
         train_tokenizer([json.loads(line)["text"] for line, _ in zip(file, range(1000), strict=False)], folder / "t")
-    facts = pack_stage(recipe, 0, folder / "t", {"texts": folder / "texts"}, folder / "stage")
+    packed = pack_stage(recipe, 0, folder / "t", {"texts": folder / "texts"}, folder / "stage")
     workers = worker_count("auto", [folder / "corpus.jsonl"])
     of_workers = _peak(resource.RUSAGE_CHILDREN) * workers if workers > 1 else 0
     return {
         "peak_bytes": _peak(resource.RUSAGE_SELF) + of_workers, "prepare_bytes": prepared, "worker_bytes": of_workers,
-        "workers": workers, "records": records, "tokens": facts["tokens"]["trained"],
+        "workers": workers, "records": records.as_json(), "tokens": packed.tokens.trained,
     }  # fmt: skip
 
 

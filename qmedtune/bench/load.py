@@ -103,7 +103,7 @@ def main() -> None:
     import torch
     import transformers.models.llama.modeling_llama  # noqa: F401
 
-    from qmedtune.bench.merge import anonymous_peak
+    from qmedtune.bench.rounds import anonymous_peak
     from qmedtune.planning.machine import this_machine
     from qmedtune.planning.numerics import numerics
     from qmedtune.recipe import ModelSection

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 SHAPES: dict[str, dict[str, int]] = {
     "tiny": {"hidden": 256, "intermediate": 704, "layers": 3, "heads": 4, "kv_heads": 2, "vocab": 1536},
+    "tiny-9-layers": {"hidden": 256, "intermediate": 704, "layers": 9, "heads": 4, "kv_heads": 2, "vocab": 1536},
     "builtin:smollm2": {
         "hidden": 576,
         "intermediate": 1536,
@@ -39,7 +40,8 @@ SHAPES: dict[str, dict[str, int]] = {
     "13b": {"hidden": 5120, "intermediate": 13824, "layers": 40, "heads": 40, "kv_heads": 40, "vocab": 32000},
     "70b": {"hidden": 8192, "intermediate": 28672, "layers": 80, "heads": 64, "kv_heads": 8, "vocab": 128256},
 }
-SMALL = ("tiny", "builtin:smollm2")  # trained on CPUs, where not every contender reads NF4: written in 16 bit
+# Trained on CPUs, where not every contender reads NF4: written in 16 bit.
+SMALL = ("tiny", "tiny-9-layers", "builtin:smollm2")
 SHARD_BYTES = 5_000_000_000
 POSITIONS = 131_072  # as Llama 3.1: long rows must not be refused
 

@@ -21,8 +21,6 @@ from typing import Any
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 LOOP_LIMIT = 6.0  # fused matmul, instructions per weight element of the K loop at the smallest tile
 DEQUANTIZE_LIMIT = 9.2
-# sm_120 takes 9.7; at 1.8 TB/s and 170 processors it needs 1.8 elements a clock, not 7.4
-DEQUANTIZE_LIMITS = {120: 10.0}
 # Largest shared memory of a block, CUDA C++ programming guide, table of compute capabilities
 SHARED_KIB = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 
@@ -39,7 +37,6 @@ class Case:
     elements: float | None = None
     loop: bool = False
     limit: float | None = None
-    limits: dict[int, float] = field(default_factory=dict)  # of architectures that have their own
     architectures: tuple[int, ...] = ARCHITECTURES
     tensor_cores: bool = False
     fp_fusion: bool = True
@@ -58,7 +55,7 @@ def cases() -> Iterator[Case]:
         words = {"WORDS": 8, "ROWS": 16, "STEPS": 4, "NESTED": nested}
         yield Case(
             f"dequantize shuffle {label}", "nf4._dequantize_words", words, elements=32,
-            limit=DEQUANTIZE_LIMIT, limits=DEQUANTIZE_LIMITS, architectures=ampere, fp_fusion=False,
+            limit=DEQUANTIZE_LIMIT, architectures=ampere, fp_fusion=False,
         )  # fmt: skip
         pairs = {"HALF": 32, "ROWS": 64, "STEPS": 1, "NESTED": nested, "EMULATE": False}
         yield Case(f"dequantize gather {label}", "nf4._dequantize_pairs", pairs, elements=32, fp_fusion=False)
@@ -248,9 +245,8 @@ def _failures(case: Case, row: dict, counts: Counter[str], arch: int) -> Iterato
         yield f"{row['spills']} bytes spilled"
     if row["shared"] > 1024 * SHARED_KIB[arch]:
         yield f"{row['shared']} bytes of shared memory, limit {SHARED_KIB[arch]} KiB"
-    limit = case.limits.get(arch, case.limit)
-    if limit and per_element > limit:
-        yield f"{per_element} instructions per element, limit {limit}"
+    if case.limit and per_element > case.limit:
+        yield f"{per_element} instructions per element, limit {case.limit}"
     if case.tensor_cores and not re.search(r"\b(HMMA|HGMMA|UTCHMMA|UTCMMA|OMMA)", names):
         yield "no tensor-core instruction"
     if case.loop and counts["LDGSTS.E"] > 0.25 * (case.elements or 0):

@@ -25,7 +25,7 @@ from transformers import TrainerCallback
 
 from qmedtune.bench import shapes
 from qmedtune.bench.job import Job
-from qmedtune.bench.merge import _anonymous_bytes
+from qmedtune.bench.rounds import anonymous_bytes
 from qmedtune.recipe import AdapterSection, CptSection, ModelSection, WarmupSection
 
 DTYPE = torch.bfloat16
@@ -68,7 +68,7 @@ class Clock(TrainerCallback):
             torch.cuda.synchronize()
         self.marks.append(time.perf_counter())
         self.cpu.append(time.process_time())
-        self.anonymous = max(self.anonymous, _anonymous_bytes())
+        self.anonymous = max(self.anonymous, anonymous_bytes())
 
     def keep_gradient(self, model: nn.Module) -> None:
         if self.job.shape == "tiny" and not self.gradient:
@@ -162,20 +162,34 @@ def adapted(job: Job, folder: Path, kernels: str, attention: str = "auto") -> An
     return model
 
 
-def layers_of(job: Job) -> dict[str, int]:
-    """Layers by way: as the memory plan chooses within a stated budget, else all kept or all recomputed."""
+def facts_of(job: Job) -> Any:
+    """What the planner reads of the job's shape."""
     from qmedtune.llama_shape import facts_from_config
+
+    return facts_from_config(job.shape, shapes.config_of(shapes.SHAPES[job.shape]), "shape")
+
+
+def setup_of(job: Job) -> Any:
+    """The planner's view of qmedtune's run: within a stated budget with the layers it chooses, else all layers kept or
+    all recomputed."""
     from qmedtune.planning import fit, memory
     from qmedtune.planning.machine import card_of
 
-    facts = facts_from_config(job.shape, shapes.config_of(shapes.SHAPES[job.shape]), "shape")
+    facts = facts_of(job)
     setup = memory.Setup(
         job.seq_len, job.micro_batch, job.checkpointing, "adamw", "bfloat16", rank=job.r,
         train_embeddings=job.train_embeddings, attention="varlen",
     )  # fmt: skip
     if job.memory_gib:
         setup = fit.with_layers(facts, setup, card_of(job.memory_gib), fit.FILLED * job.memory_gib * 2**30)
-    return {way: count for way, count in memory.layers_by_way(facts, setup).items() if count}
+    return setup
+
+
+def layers_of(job: Job) -> dict[str, int]:
+    """Layers by way, of `setup_of`."""
+    from qmedtune.planning import memory
+
+    return {way: count for way, count in memory.layers_by_way(facts_of(job), setup_of(job)).items() if count}
 
 
 def qmedtune(job: Job, folder: Path, clock: Clock, kernels: str, attention: str = "auto") -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qmedtune.commands.common import JsonOption, OfflineOption, emit
+
+if TYPE_CHECKING:
+    from qmedtune.results import Exported
 
 
 class FormChoice(StrEnum):
@@ -48,16 +51,18 @@ def export(
     job = ExportJob(
         model, out or Path(), form.value, quant, base, pre, repo, endpoint, publish_clinical, offline
     )  # fmt: skip
-    facts = run_export(job)
-    emit(facts) if as_json else _show(facts)
+    made = run_export(job)
+    emit(made.as_json()) if as_json else _show(made)
 
 
-def _show(facts: dict[str, Any]) -> None:
-    print(facts["path"])
-    for name in facts["files"]:
+def _show(made: Exported) -> None:
+    print(made.path)
+    for name in made.files:
         print(f"  {name}")
-    proof = facts.get("proof", {})
-    if "kl" in proof:
-        print(f"proof: KL {proof['kl']:.2e} nats per token, same most likely token {proof['top1']:.1%}")
-    if proof.get("texts") is not None:
-        print(f"proof: token ids equal on {proof['texts']} texts")
+    proof = made.proof
+    if proof is None:
+        return
+    if proof.kl is not None:
+        print(f"proof: KL {proof.kl:.2e} nats per token, same most likely token {proof.top1:.1%}")
+    if proof.texts is not None:
+        print(f"proof: token ids equal on {proof.texts} texts")

@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qmedtune.commands.common import JsonOption, OfflineOption, emit
+
+if TYPE_CHECKING:
+    from qmedtune.evaluation.harness import HarnessScores
+    from qmedtune.predict import DryRun
+    from qmedtune.results import ModelScores, Score, Scores
 
 
 class Precision(StrEnum):
@@ -53,7 +58,7 @@ class Dtype(StrEnum):
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A run, an adapter or model folder, or a Hub id.")]
 BaseOption = Annotated[str | None, typer.Option(metavar="MODEL", help="Base of an adapter folder.")]
 TemplateOption = Annotated[str | None, typer.Option(metavar="NAME", help="Instead of the one it was trained with.")]
-PrecisionOption = Annotated[Precision | None, typer.Option(help="Default: nf4 under an adapter, else 16 bit.")]
+PrecisionOption = Annotated[Precision | None, typer.Option(help="Default: as its adapter was trained, else 16 bit.")]
 
 
 def evaluate(
@@ -92,7 +97,7 @@ def evaluate(
             model, harness.split(","), limit=limit, base=base, template=template, quantization=chosen, seed=seed,
             offline=offline,
         )  # fmt: skip
-        return emit(found) if as_json else _show_harness(found)
+        return emit(found.as_json()) if as_json else _show_harness(found)
     from qmedtune.evaluate import TEXTS, evaluate_model, named_file
     from qmedtune.recipe import TaskSection
 
@@ -105,70 +110,78 @@ def evaluate(
             extraction=extraction.value,
         )  # fmt: skip
         asked.append(entry if name == TEXTS else section)
-    facts = evaluate_model(
+    scores = evaluate_model(
         model, asked, data=data, base=base, template=template, out=out, generate=generate, quantization=chosen,
         seed=seed, offline=offline,
     )  # fmt: skip
-    emit(facts) if as_json else _show_scores(model, facts)
+    emit(scores.as_json()) if as_json else _show_scores(scores)
 
 
-def _show_scores(model: str, facts: dict[str, Any]) -> None:
+def _show_scores(scores: ModelScores) -> None:
     from qmedtune import ui
 
-    weights = f"NF4 computed in {facts['computed_in']}" if facts["weights"] == "nf4" else facts["weights"]
-    title = f"{model}, template {facts['template']}, {weights}"
-    ui.table(title, ("task", "metric", "value", "95 % interval", "items", "notes"), list(_score_rows(facts)))
+    weights = scores.weights
+    if weights == "nf4":
+        weights = f"NF4 computed in {scores.computed_in}"
+    title = f"{scores.model}, template {scores.template}, {weights}"
+    ui.table(title, ("task", "metric", "value", "95 % interval", "items", "notes"), list(_score_rows(scores)))
 
 
-def _show_harness(facts: dict[str, Any]) -> None:
+def _show_harness(found: HarnessScores) -> None:
     from qmedtune import ui
 
-    rows = [
-        (task, metric, f"{value:.4f}", f"{scores.get(metric + '_stderr', float('nan')):.4f}")
-        for task, scores in facts["tasks"].items()
-        for metric, value in scores.items()
-        if not metric.endswith("_stderr")
-    ]
-    ui.table(f"lm-evaluation-harness {facts['harness']}", ("task", "metric", "value", "standard error"), rows)
+    rows: list[tuple[str, ...]] = []
+    for task, scores in found.tasks.items():
+        for metric, value in scores.items():
+            if metric.endswith("_stderr"):
+                continue
+            error = scores.get(f"{metric}_stderr", float("nan"))
+            rows.append((task, metric, f"{value:.4f}", f"{error:.4f}"))
+    ui.table(f"lm-evaluation-harness {found.harness}", ("task", "metric", "value", "standard error"), rows)
 
 
-def _score_rows(facts: dict[str, Any]) -> Iterator[tuple[str, ...]]:
-    for task, found in facts["tasks"].items():
-        parts = {task: found, **{f"{task}: {facet}": part for facet, part in found.get("facets", {}).items()}}
-        for name, part in parts.items():
-            yield _score_row(name, part["model"])
-            if generated := part["model"].get("generation"):
-                yield _score_row(f"{name}, written", generated)
-    for text, found in facts["perplexity"].items():
-        bits = f"{found['bits_per_byte']:.3f} bits per byte"
-        yield text, "perplexity", f"{found['model']:.2f}", "", f"{found['tokens']:,} tokens", bits
+def _score_rows(scores: ModelScores) -> Iterator[tuple[str, ...]]:
+    for name, task in scores.tasks.items():
+        parts: dict[str, Scores] = {name: task}
+        for facet, part in task.facets.items():
+            parts[f"{name}: {facet}"] = part
+        for title, part in parts.items():
+            assert part.model is not None, "one model was measured"
+            yield _score_row(title, part.model)
+            if part.model.generation is not None:
+                yield _score_row(f"{title}, written", part.model.generation)
+    for path, text in scores.perplexity.items():
+        bits = f"{text.bits_per_byte:.3f} bits per byte"
+        yield path, "perplexity", f"{text.model:.2f}", "", f"{text.tokens:,} tokens", bits
 
 
-def _score_row(name: str, scores: dict[str, Any]) -> tuple[str, ...]:
-    low, high = scores["ci95"]
-    value, interval = f"{scores[scores['metric']]:.3f}", f"{low:.3f} to {high:.3f}"
-    return name, scores["metric"], value, interval, f"{scores['n']:,}", ", ".join(_notes(scores))
+def _score_row(title: str, score: Score) -> tuple[str, ...]:
+    interval = ""
+    if score.ci95 is not None:
+        low, high = score.ci95
+        interval = f"{low:.3f} to {high:.3f}"
+    return title, score.metric, f"{score.value:.3f}", interval, f"{score.n:,}", ", ".join(_notes(score))
 
 
-def _notes(scores: dict[str, Any]) -> Iterator[str]:
-    if "chance" in scores:
-        yield f"chance {scores['chance']:.2f}"
-    if "majority" in scores:
-        yield f"commonest answer {scores['majority']:.2f}"
-    if scores.get("ties"):
-        yield f"{scores['ties']} ties"
-    if "ece" in scores:
-        yield f"ECE {scores['ece']:.2f}"
-    if "draws" in scores:
-        yield f"{len(scores['draws'])} draws of examples, SD {scores['sd_of_draws']:.3f}"
-    if scores.get("unparsed"):
-        yield f"{scores['unparsed']:,} unreadable"
-    if scores.get("cut") and scores["metric"] != "accuracy":
-        yield f"{scores['cut']:,} answers cut"
-    if scores.get("groups"):
-        yield f"{scores['groups']:,} groups"
-    if scores.get("truncated"):
-        yield f"{scores['truncated']:,} prompts cut"
+def _notes(score: Score) -> Iterator[str]:
+    if score.chance is not None:
+        yield f"chance {score.chance:.2f}"
+    if score.majority is not None:
+        yield f"commonest answer {score.majority:.2f}"
+    if score.ties:
+        yield f"{score.ties} ties"
+    if score.ece is not None:
+        yield f"ECE {score.ece:.2f}"
+    if score.draws is not None:
+        yield f"{len(score.draws)} draws of examples, SD {score.sd_of_draws:.3f}"
+    if score.unparsed:
+        yield f"{score.unparsed:,} unreadable"
+    if score.cut and score.metric != "accuracy":
+        yield f"{score.cut:,} answers cut"
+    if score.groups:
+        yield f"{score.groups:,} groups"
+    if score.truncated:
+        yield f"{score.truncated:,} prompts cut"
 
 
 def predict(
@@ -195,28 +208,32 @@ def predict(
         found = predictions.dry_run(
             model, asked, base=base, template=template, max_new_tokens=max_new_tokens, offline=offline
         )
-        return emit(found) if as_json else _show_asked(model, found)
+        return emit(found.as_json()) if as_json else _show_asked(model, found)
     if out is None:
         raise typer.BadParameter("--out FILE is needed, or --dry-run")
 
-    facts = predictions.predict(
+    done = predictions.predict(
         model, data, out, column=column, instruction=instruction, base=base, template=template,
         max_new_tokens=max_new_tokens, quantization=quantization.value if quantization else None, offline=offline,
     )  # fmt: skip
-    emit(facts) if as_json else print(", ".join(f"{key} {value}" for key, value in facts.items()))
+    told = done.as_json()
+    emit(told) if as_json else print(", ".join(f"{key} {value}" for key, value in told.items()))
 
 
-def _show_asked(model: str, found: dict[str, Any]) -> None:
+def _show_asked(model: str, found: DryRun) -> None:
     """Counts alone: the tokens spell the records."""
     from qmedtune import ui
 
-    rows = [
-        (record["id"], record["error"], "", "")
-        if "error" in record
-        else (record["id"], f"{len(record['ids']):,}", "yes" if record["truncated"] else "no", f"{record['end']}")
-        for record in found["records"]
-    ]
-    ui.table(f"{model}, template {found['template']}", ("record", "tokens asked", "cut", "end ids"), rows)
+    rows: list[tuple[str, ...]] = []
+    for record in found.records:
+        if record.error is not None:
+            rows.append((record.id, record.error, "", ""))
+            continue
+        cut = "no"
+        if record.truncated:
+            cut = "yes"
+        rows.append((record.id, f"{len(record.ids):,}", cut, f"{record.end}"))
+    ui.table(f"{model}, template {found.template}", ("record", "tokens asked", "cut", "end ids"), rows)
 
 
 def chat(
@@ -266,13 +283,15 @@ def merge(
         verify=VerifySection(max_kl=max_kl),
         weights=_weights(weights),
     )
-    facts = merge_into(model, out, section, base=base, offline=offline)
+    merged = merge_into(model, out, section, base=base, offline=offline)
     if as_json:
-        return emit(facts)
-    lost = "nothing to lose" if facts["lost"] is None else f"{facts['lost']:.2%} of the change lost"
+        return emit(merged.as_json())
+    lost = "nothing to lose"
+    if merged.lost is not None:
+        lost = f"{merged.lost:.2%} of the change lost"
     print(
-        f"{out}: {facts['modules']} modules merged, {facts['elements']:,} elements proven, "
-        f"{facts['rounding']} rounding to {facts['dtype']}: {lost} (KL {facts['kl']:.2g} nats per token)"
+        f"{out}: {merged.modules} modules merged, {merged.elements:,} elements proven, "
+        f"{merged.rounding} rounding to {merged.dtype}: {lost} (KL {merged.kl:.2g} nats per token)"
     )
 
 

@@ -214,11 +214,15 @@ def erase(
     """Remove all text from a run folder; weights, figures and seals stay and can still be verified."""
     if not text:
         raise typer.BadParameter("say what is to be erased\nallowed: --text")
+    from qmedtune import erase as erasing
+    from qmedtune import ui
     from qmedtune import verify as checking
-    from qmedtune.erase import erase as remove
 
-    checking.check_is_run(run_dir)
-    facts = remove(run_dir)
+    for run in erasing.runs_in(run_dir):
+        checking.check_is_run(run)
+    facts = erasing.erase(run_dir)
+    if facts["elsewhere"]:
+        ui.warn(f"{facts['elsewhere']} of these files have another name outside of {run_dir}: their text stays there")
     if as_json:
         return emit(facts)
     print(f"{run_dir}: {facts['files']} files with text erased ({facts['bytes']:,} bytes), .history and .building too")

@@ -11,8 +11,9 @@ import json
 import shutil
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 
@@ -25,7 +26,7 @@ from qmedtune.data.reading.listing import by_extension, list_source
 from qmedtune.data.reading.rejects import Rejects
 from qmedtune.errors import DataError
 from qmedtune.recipe import Recipe, SourceSection
-from qmedtune.results import Source
+from qmedtune.results import Cleaned, Identifiers, NearDuplicates, Overlap, Records, Source
 from qmedtune.store import sha256_file
 
 HASHES = "hashes.npy"
@@ -33,8 +34,8 @@ KEPT, DUPLICATE, NEAR_DUPLICATE, CONTAMINATED = 0, 1, 2, 3
 EXAMPLES = 3
 
 
-def prepare_source(recipe: Recipe, name: str, inputs: Mapping[str, Path], out: Path) -> dict[str, Any]:
-    """Write train.jsonl, heldout.jsonl and rejects.jsonl of source `name` below `out`; return facts with the ledger.
+def prepare_source(recipe: Recipe, name: str, inputs: Mapping[str, Path], out: Path) -> Source:
+    """Write train.jsonl, heldout.jsonl and rejects.jsonl of source `name` below `out`; return the ledger.
 
     inputs: folders of earlier sources; their records are duplicates here, near ones too. Always: read = kept +
     rejected + duplicates + contaminated + refused. Raises DataError when more than `hygiene.max_bad_fraction` of the
@@ -55,17 +56,28 @@ def prepare_source(recipe: Recipe, name: str, inputs: Mapping[str, Path], out: P
         _distribute(work, fate, held_out, train, heldout)
     work.unlink()
     np.save(out / HASHES, np.unique(np.array(staged.content, dtype=np.uint64)[fate == KEPT]))
-    ledger = _facts(recipe, name, rejects, staged, fate, held_out, out) | found
-    return Source.model_validate(ledger).as_json()
+    ledger = _ledger(recipe, name, rejects, staged, fate, held_out, out)
+    ledger = ledger.model_copy(update={"contamination": found.contamination})
+    if found.near is not None:
+        ledger = ledger.model_copy(update={"near": found.near})
+    return ledger
 
 
 # ---- between the passes ----------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Found:
+    """Benchmark items by task, and near duplicates where these were looked for."""
+
+    contamination: dict[str, Overlap]
+    near: NearDuplicates | None
+
+
 def _fates(
     recipe: Recipe, staged: Staged, superseded: np.ndarray, items: list[decontaminate.Item],
     inputs: Mapping[str, Path], work: Path, shown: int,
-) -> tuple[np.ndarray, dict[str, Any]]:  # fmt: skip
+) -> tuple[np.ndarray, Found]:  # fmt: skip
     """What becomes of every staged record, and what was found of benchmarks and near duplicates."""
     if len(staged):
         content = np.frombuffer(staged.content, np.uint64)
@@ -87,10 +99,10 @@ def _fates(
             hits.append(hit)
     if recipe.hygiene.contaminated == "drop":
         fate[[record for record, _, _ in hits]] = CONTAMINATED
-    found: dict[str, Any] = {"contamination": decontaminate.overlap(items, hits, generic)}
+    contamination, near = decontaminate.overlap(items, hits, generic), None
     if recipe.hygiene.dedup.near and (fate == KEPT).any():
-        found["near"] = _mark_near_duplicates(recipe.hygiene.dedup.near, staged, fate, inputs, work, shown)
-    return fate, found
+        near = _mark_near_duplicates(recipe.hygiene.dedup.near, staged, fate, inputs, work, shown)
+    return fate, Found(contamination, near)
 
 
 class _Texts:
@@ -131,7 +143,7 @@ class _Texts:
 
 def _mark_near_duplicates(
     threshold: float, staged: Staged, fate: np.ndarray, inputs: Mapping[str, Path], work: Path, shown: int
-) -> dict[str, Any]:
+) -> NearDuplicates:
     """Mark records like an earlier one, of this source or of an earlier source. Returns how many were like one of the
     latter, and the ids of `shown` pairs."""
     texts = _Texts()
@@ -153,7 +165,7 @@ def _mark_near_duplicates(
         pairs.append([texts.id(int(n)), texts.id(int(like[n]))])
     texts.close()
     fate[np.flatnonzero(fate == KEPT)[later - num_earlier]] = NEAR_DUPLICATE
-    return {"of_earlier_sources": int((like[later] < num_earlier).sum()), "examples": pairs}
+    return NearDuplicates(of_earlier_sources=int((like[later] < num_earlier).sum()), examples=pairs)
 
 
 def _asked_alike(one: Record, other: Record, threshold: float) -> bool:
@@ -239,27 +251,42 @@ def _distribute(work: Path, fate: np.ndarray, held_out: np.ndarray, train: IO[by
                 (heldout if held else train).write(line)
 
 
-def _facts(
+def _ledger(
     recipe: Recipe, name: str, rejects: Rejects, staged: Staged, fate: np.ndarray, held_out: np.ndarray, out: Path
-) -> dict[str, Any]:
+) -> Source:
     source = recipe.data[name]
     near = int((fate == NEAR_DUPLICATE).sum())
-    records = {
-        "read": len(fate) + sum(rejects.counts.values()),
-        "kept": int((fate == KEPT).sum()),
-        "rejected": rejects.counts["rejected"],
-        "duplicates": int((fate == DUPLICATE).sum()) + near + rejects.counts["duplicates"],
-        "contaminated": int((fate == CONTAMINATED).sum()),
-        "refused": rejects.counts["refused"],
-    }
-    assert records["read"] == sum(count for key, count in records.items() if key != "read")
+    records = Records(
+        read=len(fate) + sum(rejects.counts.values()),
+        kept=int((fate == KEPT).sum()),
+        rejected=rejects.counts["rejected"],
+        duplicates=int((fate == DUPLICATE).sum()) + near + rejects.counts["duplicates"],
+        contaminated=int((fate == CONTAMINATED).sum()),
+        refused=rejects.counts["refused"],
+    )
+    parts = records.model_dump(exclude={"read"})
+    assert records.read == sum(parts.values())
     mode, listing = phi_mode(recipe, name), list_source(source)
+    identifiers = Identifiers()
+    if mode != "off":
+        identifiers = staged.identifiers.facts(mode)
     reading = staged.reading.as_dict()
-    reading["files_unread"] = dict(sorted((staged.reading.files_unread + by_extension(listing.unread)).items()))
-    return {
-        "records": records, "near_duplicates": near, "held_out": int((held_out & (fate == KEPT)).sum()),
-        "sha256": sha256_file(out / "train.jsonl"), "kind": source.kind, "license": source.license,
-        "terms": source.terms, "files": len(listing.files), "reasons": dict(rejects.reasons), **reading,
-        "cleaned": {what: staged.cleaned[what] for what in ("records", "characters")},
-        "phi": staged.identifiers.facts(mode) if mode != "off" else {}, "warnings": [],
-    }  # fmt: skip
+    files_unread = staged.reading.files_unread + by_extension(listing.unread)
+    return Source(
+        records=records,
+        near_duplicates=near,
+        held_out=int((held_out & (fate == KEPT)).sum()),
+        sha256=sha256_file(out / "train.jsonl"),
+        kind=source.kind,
+        license=source.license,
+        terms=source.terms,
+        files=len(listing.files),
+        reasons=dict(rejects.reasons),
+        recognised=reading["recognised"],
+        columns_read=reading["columns_read"],
+        columns_unread=reading["columns_unread"],
+        files_unread=dict(sorted(files_unread.items())),
+        cleaned=Cleaned(records=staged.cleaned["records"], characters=staged.cleaned["characters"]),
+        phi=identifiers,
+        warnings=[],
+    )

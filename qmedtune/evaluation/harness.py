@@ -27,14 +27,26 @@ from qmedtune.data.reading.files import plain_suffix
 from qmedtune.errors import DataError, QmedtuneError, RecipeError
 from qmedtune.evaluation.open_model import OpenModel, Quantization, locate, open_model
 from qmedtune.evaluation.scoring import Boundary, prompt_texts
+from qmedtune.model_files import JsonObject
 from qmedtune.modeling.forward import causal_model
 from qmedtune.recipe import TaskSection
+from qmedtune.results import Facts, Number
 from qmedtune.tasks import BUILTIN_TASKS, FILE_TASKS, Task, check_twice, load_task
 from qmedtune.tasks.items import records
 
 PREFIX = "qmedtune_"
-HarnessScores = dict[str, int | float | str]
+OfHarness = dict[str, int | float | str]
 """What the harness tells of one task: metrics, and its alias."""
+
+
+class HarnessScores(Facts):
+    """harness: its version; tasks: by name, each metric and, under `<metric>_stderr`, its standard error."""
+
+    harness: str
+    template: str
+    tasks: dict[str, dict[str, Number]]
+
+
 # What the harness and its templates raise where a file lacks what a task asks for
 MISFITS = (LookupError, TypeError, ValueError, StopIteration, TemplateError)
 
@@ -51,11 +63,10 @@ def evaluate_with_harness(
     quantization: Quantization | None = None,
     seed: int = 17,
     offline: bool = False,
-) -> dict[str, Any]:
+) -> HarnessScores:
     """Score a model on harness tasks (on their data, or `task=FILE`) and on `task=FILE` benchmarks of ours.
 
     chat: wrap the harness's own prompts into the trained template (files of ours are always wrapped).
-    Returns {"harness": version, "template", "tasks": {task: {metric: value}}}, each metric with its `_stderr`.
     Raises RecipeError where lm_eval is not installed or knows no such task.
     """
     _require_harness()
@@ -67,7 +78,7 @@ def evaluate_with_harness(
         else:
             shipped.append(task)
     opened = open_model(locate(name, base=base, template=template, offline=offline), quantization)
-    found: dict[str, HarnessScores] = {}
+    found: dict[str, OfHarness] = {}
     with TemporaryDirectory() as folder:
         if own:
             names = [write_harness_task(Path(folder), task, opened) for task in own]
@@ -78,7 +89,7 @@ def evaluate_with_harness(
     for task, each in found.items():
         if numbers := _numbers(each):  # a group's entry has none
             scores[task.removeprefix(PREFIX)] = numbers
-    return {"harness": version("lm_eval"), "template": opened.template.name, "tasks": scores}
+    return HarnessScores(harness=version("lm_eval"), template=opened.template.name, tasks=scores)
 
 
 def _is_ours(task: str) -> bool:
@@ -135,7 +146,7 @@ def run_harness(
     seed: int,
     chat: bool = False,
     boundary: Boundary = "segment",
-) -> dict[str, Any]:
+) -> JsonObject:
     """`simple_evaluate` on the loaded model; `folder` holds local tasks, None means the harness's own.
 
     boundary: how prompts and options of local tasks are tokenised; the harness's own are always `joint`.
@@ -216,6 +227,6 @@ def harness_model(opened: OpenModel, batch: int, boundary: Boundary) -> Any:
     return made(pretrained=causal_model(opened.model), tokenizer=opened.tokenizer, batch_size=batch, add_bos_token=True)
 
 
-def _numbers(scores: HarnessScores) -> dict[str, float]:
+def _numbers(scores: OfHarness) -> dict[str, float]:
     """`acc,none` -> `acc`: the filter's name is dropped where there is only the usual one."""
     return {key.removesuffix(",none"): value for key, value in scores.items() if isinstance(value, int | float)}

@@ -7,7 +7,6 @@ run is opened as its merged model, which holds all of them).
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,9 +16,10 @@ from qmedtune import base as bases
 from qmedtune import hub, local_names, record, store, ui
 from qmedtune.data.packing import templates
 from qmedtune.errors import DataError, RecipeError, RunError
-from qmedtune.model_stack import named_base, read_adapter, read_model
+from qmedtune.model_stack import ModelStack, named_base, read_adapter, read_model
 from qmedtune.planning.machine import this_machine
-from qmedtune.recipe import ModelSection, Recipe
+from qmedtune.recipe import ModelSection
+from qmedtune.results import Run
 from qmedtune.tasks import world_of
 
 if TYPE_CHECKING:
@@ -41,6 +41,10 @@ class Location:
     adapters: tuple[Path, ...]
     template: templates.Template
     world: str = "tiny"
+
+    @property
+    def stack(self) -> ModelStack:
+        return ModelStack(self.base, self.adapters)
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,7 @@ def check_template(location: Location) -> None:
 
 
 def _of_run(name: str, folder: Path) -> Location:
-    run = json.loads((folder / record.RUN).read_text(encoding="utf-8"))
+    run = record.load(folder)
     merged = _whole_model(folder, run)
     if not (merged / "config.json").is_file():
         raise RecipeError(
@@ -107,13 +111,21 @@ def _of_run(name: str, folder: Path) -> Location:
     check_intact(merged if merged.name == "merged" else merged.parent, full=True)
     saved = sorted(folder.glob(f"[0-9][0-9]-*/{templates.FILE}"))
     template = templates.load(saved[-1].parent) if saved else _template_beside(merged)
-    return Location(name, "run", merged, (), template, world_of(Recipe.model_validate(run["recipe"])))
+    return Location(name, "run", merged, (), template, world_of(record.recipe_of(run, folder)))
 
 
-def _whole_model(folder: Path, run: dict[str, Any]) -> Path:
+def _whole_model(folder: Path, run: Run) -> Path:
     """`merged`, or the last stage's own model where a finished run trained no adapter that could be merged."""
-    own = [folder / stage["model"]["path"] for stage in run.get("stages", []) if "model" in stage]
-    return own[-1] if own and run.get("status") == "finished" and not run.get("merge") else folder / "merged"
+    own: list[str] = []
+    for stage in run.stages:
+        if stage.model is not None:
+            own.append(stage.model.path)
+    if not own or not run.finished or run.merge is not None:
+        return folder / "merged"
+    found = folder / own[-1]
+    if not found.resolve().is_relative_to(folder.resolve()):
+        raise RecipeError(f"{folder / record.RUN}: its model {own[-1][:80]!r} lies outside of the run\ncopy it again")
+    return found
 
 
 def check_intact(folder: Path, *, full: bool) -> None:
@@ -183,22 +195,19 @@ def fingerprint(path: Path) -> list[Any]:
 
 
 def open_model(location: Location, quantization: Quantization | None = None) -> OpenModel:
-    """Load it for scoring. Default precision: NF4 under an adapter (as trained), 16 bit for whole models."""
+    """Load it for scoring. Default precision: `bases.quantization_of`."""
     from qmedtune import model as models
     from qmedtune.modeling.quiet import quiet_libraries
 
     check_template(location)
     quiet_libraries()
     dtype = this_machine().compute_dtype
-    precision = quantization or ("nf4" if location.adapters else "none")
+    precision = quantization or bases.quantization_of(location.stack)
     section = ModelSection(base=str(location.base), quantization=precision, compute_dtype=dtype)
     for adapter in location.adapters:  # before the base is read, which takes minutes for a large one
         read_adapter(adapter, read_model(location.base).shapes)
     with hub.closed():
         tokenizer = models.load_tokenizer(location.base)
-        model = models.load_base(location.base, section)
+        model = models.load_stack(location.stack, section)
         models.check_tokenizer(tokenizer, model, location.base)
-        if location.adapters:
-            model = models.load_adapters(model, location.adapters)
-        models.install_kernels(model, section.kernels)  # type: ignore[arg-type]
-    return OpenModel(location, model.eval(), tokenizer, precision, dtype)
+    return OpenModel(location, model, tokenizer, precision, dtype)

@@ -6,6 +6,7 @@ here: figures that were not measured.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from qmedtune import store, units
@@ -13,6 +14,7 @@ from qmedtune.exporting.gguf_adapter import AdapterProof
 from qmedtune.exporting.proof import GREEDY_TOKENS, Proof
 
 README = "README.md"
+MAX_CARD_BYTES = 1 << 20
 PROOF = "proof.json"
 
 
@@ -20,8 +22,19 @@ def write_card(folder: Path, title: str, lines: list[str], model: Path) -> None:
     """README.md of an export: title, lines, and the card of the model folder below them."""
     text = f"# {title}\n\n" + "\n".join(lines) + "\n"
     if (model / README).is_file():
-        text += f"\n---\n\n{(model / README).read_text(encoding='utf-8')}"
+        with (model / README).open("rb") as file:  # it may be anybody's, and of any length
+            below = file.read(MAX_CARD_BYTES).decode("utf-8", "replace")
+        text += f"\n---\n\n{below}"
     store.write_atomic(folder / README, text)
+
+
+def code(text: str) -> str:
+    """A code span of Markdown that nothing in it can close."""
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    ticks = "`" * (longest + 1)
+    if longest:
+        return f"{ticks} {text} {ticks}"
+    return f"{ticks}{text}{ticks}"
 
 
 def file_lines(file: Path, quant: str, proof: Proof) -> list[str]:

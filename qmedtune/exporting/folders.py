@@ -24,6 +24,7 @@ from qmedtune.exporting.proof import probe_texts
 from qmedtune.merging.disk_llama import open_llama
 from qmedtune.merging.reference import read_model as read_by_transformers
 from qmedtune.model_stack import ADAPTER_CONFIG, ADAPTER_TENSORS, read_adapter, read_model
+from qmedtune.results import ExportProof
 
 LEFT = (store.SEAL, README)  # the card is written anew, with the model's below it
 QUESTION = ({"role": "user", "content": "What does it treat?"},)
@@ -31,7 +32,7 @@ QUESTION = ({"role": "user", "content": "What does it treat?"},)
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
-def copy_model(location: Location, folder: Path, title: str, serve: str) -> dict[str, Any]:
+def copy_model(location: Location, folder: Path, title: str, serve: str) -> ExportProof:
     """A model folder, checked. Raises RunError where transformers reads something else than there is."""
     source = location.base
     open_llama(source)  # 16-bit or fp32 weights of a LLaMA
@@ -39,23 +40,25 @@ def copy_model(location: Location, folder: Path, title: str, serve: str) -> dict
     store.check_room(folder, sum(path.stat().st_size for path in files), "the copy")
     for path in files:
         shutil.copyfile(path, folder / path.name)
-    proof: dict[str, Any] = {"tensors": _check_weights(source, folder), "template": False}
+    proof = ExportProof(tensors=_check_weights(source, folder), template=False)
     if _encoded_otherwise(folder):
-        proof["tokenizer_class"] = _name_the_class(folder)
-    proof["texts"] = _check_tokenizer(folder)
+        proof = proof.model_copy(update={"tokenizer_class": _name_the_class(folder)})
+    proof = proof.model_copy(update={"texts": _check_tokenizer(folder)})
+    asked = "without a chat template"
     if location.template.source or (folder / "chat_template.jinja").is_file():
         _check_template(location, folder)
-        proof["template"] = True
+        proof = proof.model_copy(update={"template": True})
+        asked = "asked with the trained template"
     lines = [
         "A copy that was read back as transformers reads it, and compared with what was trained:",
         "",
-        f"- {proof['tensors']} tensors equal bit by bit; token ids equal on {proof['texts']} texts",
-        f"- {'asked with the trained template' if proof['template'] else 'without a chat template'}",
+        f"- {proof.tensors} tensors equal bit by bit; token ids equal on {proof.texts} texts",
+        f"- {asked}",
         "",
         serve,
     ]
     write_card(folder, title, lines, source)
-    return {"proof": proof}
+    return proof
 
 
 def _check_weights(source: Path, folder: Path) -> int:
@@ -95,7 +98,7 @@ def _encoded_otherwise(folder: Path) -> str | None:
     """The first text of which transformers' tokenizer makes other ids than training did."""
     from transformers import AutoTokenizer
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(str(folder))
+    tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     codec = load_codec(folder)
     codec.backend.encode_special_tokens = False
     texts = probe_texts(sorted(codec.special_tokens))
@@ -109,7 +112,7 @@ def _encoded_otherwise(folder: Path) -> str | None:
 def _check_template(location: Location, folder: Path) -> None:
     from transformers import AutoTokenizer
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(str(folder))
+    tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     [asked] = frame_in(location.template, folder).ask([list(QUESTION)])
     text = tokenizer.apply_chat_template(list(QUESTION), add_generation_prompt=True, tokenize=False)
     if text != asked.text:
@@ -121,7 +124,7 @@ def _check_template(location: Location, folder: Path) -> None:
 # ---- an adapter as it is ---------------------------------------------------------------------------------------------
 
 
-def copy_adapter(location: Location, folder: Path, title: str) -> dict[str, Any]:
+def copy_adapter(location: Location, folder: Path, title: str) -> ExportProof:
     """The PEFT adapter for `vllm serve --enable-lora`. RecipeError for one that vLLM does not read."""
     [source] = location.adapters
     adapter = read_adapter(source, read_model(location.base).shapes)
@@ -144,4 +147,4 @@ def copy_adapter(location: Location, folder: Path, title: str) -> dict[str, Any]
         f"`{command} --chat-template FOLDER/chat_template.jinja --host 127.0.0.1`",
     ]
     write_card(folder, title, lines, source)
-    return {"proof": {"modules": len(adapter.low_rank), "rank": adapter.config.r, "max_lora_rank": rank}}
+    return ExportProof(modules=len(adapter.low_rank), rank=adapter.config.r, max_lora_rank=rank)

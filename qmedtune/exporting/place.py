@@ -9,16 +9,16 @@ import errno
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from qmedtune import store, ui
 from qmedtune.errors import RecipeError, RunError
+from qmedtune.results import Exported
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-def publish(out: Path, key: str, make: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
-    """The facts that `make(folder)` returns, once the folder is at `out`. RecipeError where something else is there,
+def publish(out: Path, key: str, make: Callable[[Path], Exported]) -> Exported:
+    """What `make(folder)` returns, once the folder is at `out`. RecipeError where something else is there,
     RunError where the disk is full."""
     if out.exists():
         return _again(out, key)
@@ -29,8 +29,8 @@ def publish(out: Path, key: str, make: Callable[[Path], dict[str, Any]]) -> dict
         shutil.rmtree(folder, ignore_errors=True)  # of a killed attempt
         folder.mkdir(parents=True)
         try:
-            facts = make(folder)
-            store.seal(folder, key, facts)
+            made = make(folder)
+            store.seal(folder, key, made.as_json())
             store.rename(folder, out)
         except OSError as error:
             if error.errno not in FULL:
@@ -40,12 +40,12 @@ def publish(out: Path, key: str, make: Callable[[Path], dict[str, Any]]) -> dict
             ) from error
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-    return facts
+    return made
 
 
-def _again(out: Path, key: str) -> dict[str, Any]:
+def _again(out: Path, key: str) -> Exported:
     sealed = store.intact(out, key, full=True) if out.is_dir() else None
     if sealed is None:
         raise RecipeError(f"--out: {out} is there already, and is not this export\nmove it away, or give another name")
     ui.note(f"{out} is this export already: nothing was changed")
-    return sealed.facts
+    return Exported.model_validate(sealed.facts)

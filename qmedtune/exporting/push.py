@@ -8,13 +8,13 @@ Deliberately not here: public repositories, adapters, models without a record of
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qmedtune import record
 from qmedtune.errors import RecipeError, RunError
 from qmedtune.evaluation.open_model import Location, locate
 from qmedtune.exporting.card import README
-from qmedtune.recipe import Recipe
+from qmedtune.results import Exported
 
 if TYPE_CHECKING:
     from qmedtune.export import ExportJob
@@ -24,8 +24,8 @@ MAY = "models may be published"
 KEPT_HERE = ("seal.json", ".*")
 
 
-def push(job: ExportJob) -> dict[str, Any]:
-    """Upload `merged/` of a run. Returns `repository`, `commit` and `files`.
+def push(job: ExportJob) -> Exported:
+    """Upload `merged/` of a run.
 
     Raises RecipeError where the terms do not allow it or the repository is public, RunError where it is not reached.
     """
@@ -48,8 +48,8 @@ def check_terms(folder: Path, said: bool) -> None:
             f"{folder}: --as hub takes a run: what a model was trained on stands in its run.json\n"
             "give the run folder, not merged/ alone"
         )
-    recipe = Recipe.model_validate(run.recipe)
-    clinical = [name for name, source in recipe.data.items() if source.kind == "clinical"]
+    recipe = record.recipe_of(run, folder)
+    clinical = [name for name, source in recipe.data.items() if source.may_identify]
     closed = [name for name in clinical if MAY not in (recipe.data[name].terms or "").lower()]
     if closed:
         raise RecipeError(
@@ -64,7 +64,7 @@ def check_terms(folder: Path, said: bool) -> None:
         )
 
 
-def _upload(job: ExportJob, location: Location) -> dict[str, Any]:
+def _upload(job: ExportJob, location: Location) -> Exported:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError
 
@@ -89,4 +89,4 @@ def _upload(job: ExportJob, location: Location) -> dict[str, Any]:
         ) from error
     sent = [path.name for path in location.base.iterdir() if path.is_file() and path.name not in KEPT_HERE]
     files = sorted(name for name in sent if not name.startswith("."))
-    return {"path": str(done), "form": "hub", "repository": name, "commit": done.oid, "files": files}
+    return Exported(path=str(done), form="hub", repository=name, commit=done.oid, files=files)

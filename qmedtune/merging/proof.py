@@ -16,7 +16,6 @@ import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import bitsandbytes.functional as bnb
 import numpy as np
@@ -37,6 +36,7 @@ from qmedtune.merging.tensors import open_weights, row_blocks
 from qmedtune.model import DTYPES
 from qmedtune.model_stack import EMBEDDING, HEAD, INDEX, SINGLE
 from qmedtune.recipe import MergeSection, ModelSection
+from qmedtune.results import Probe, Proven, Shift
 
 PROBE_SEED = 17
 # Of a large model each token costs a fiftieth of the merge; what is gated does not depend on them.
@@ -152,8 +152,8 @@ class Proof:
             return full[name]
         return self.load(name)
 
-    def run(self, probe_ids: np.ndarray | None) -> dict[str, Any]:
-        """The facts. Raises MergeRefused where anything is not as it must be."""
+    def run(self, probe_ids: np.ndarray | None) -> Proven:
+        """What it counts. Raises MergeRefused where anything is not as it must be."""
         check_files(self.merged, self.section.dtype, self.written)
         check_tie(self.merged, self.reference, self.written)
         if self.section.base == "nf4":
@@ -171,21 +171,21 @@ class Proof:
         if total.changed:
             swallowed = total.swallowed / total.changed
         if self.section.base == "nf4":
-            shift = asdict(figures)
+            shift = Shift(**asdict(figures))
         elif trained is not None:
-            shift = asdict(divergence(trained, ours))
+            shift = Shift(**asdict(divergence(trained, ours)))
         origin = "random token ids"
         if probe_ids is not None:
             origin = "held-out text"
-        return {
+        return Proven(
             **asdict(figures),
             **asdict(loss),
-            "elements": total.elements,
-            "violations": total.violations,
-            "swallowed": swallowed,
-            "shift_from_nf4": shift,
-            "probe": {"tokens": ids.numel(), "from": origin},
-        }
+            elements=total.elements,
+            violations=total.violations,
+            swallowed=swallowed,
+            shift_from_nf4=shift,
+            probe=Probe.model_validate({"tokens": ids.numel(), "from": origin}),
+        )
 
     def _expected(self) -> dict[str, Expected]:
         updates = self.reference.updates

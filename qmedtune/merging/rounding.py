@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -35,6 +36,13 @@ class Rounding:
     @property
     def stochastic(self) -> bool:
         return self.seed is not None
+
+    @property
+    def name(self) -> Literal["nearest", "stochastic"]:
+        """As `merge.rounding` spells it."""
+        if self.stochastic:
+            return "stochastic"
+        return "nearest"
 
     def __call__(self, block: Tensor, name: str, first: int) -> Tensor:
         """`block`, fp32 and changed in place, as `dtype`. first: index of its first element in tensor `name`, flat."""

@@ -9,6 +9,7 @@ Registered with transformers under a new name; nothing of it is replaced. Delibe
 from __future__ import annotations
 
 import functools
+import inspect
 from importlib.util import find_spec
 from typing import Any
 
@@ -92,6 +93,14 @@ def _has_flash() -> bool:
     return find_spec("flash_attn") is not None
 
 
+@functools.cache
+def _takes_groups() -> bool:
+    """Whether torch's kernel takes fewer heads of keys than of queries: from 2.12 on."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
 def _flash(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scale: float | None) -> Tensor:
     from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
 
@@ -101,9 +110,14 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: i
 def _torch(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scale: float | None) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    grouped = query.shape[1] != key.shape[1]
+    groups = query.shape[1] // key.shape[1]
+    options: dict[str, bool] = {}
+    if groups > 1 and _takes_groups():
+        options["enable_gqa"] = True
+    elif groups > 1:
+        key, value = (part.repeat_interleave(groups, dim=1) for part in (key, value))
     output = varlen_attn(
-        query, key, value, bounds, bounds, longest, longest, scale=scale, window_size=(-1, 0), enable_gqa=grouped
+        query, key, value, bounds, bounds, longest, longest, scale=scale, window_size=(-1, 0), **options
     )
     assert isinstance(output, Tensor)
     return output

@@ -1,8 +1,8 @@
 """Puts `qmedtune_kernels` under a loaded LLaMA: grouped q/k/v and gate/up linears with LoRA, and norms.
 
 Only the instances of this model change class, to subclasses with another `forward`; no library is patched. Parameters,
-their names and the state dict stay, so PEFT saves, loads and merges as before. What an adapter does (active, disabled,
-merged, dropout) is read at every call.
+their names and the state dict stay, so PEFT saves, loads and merges as before. How a group of linears is computed is
+decided once, and again when its adapters (active, disabled, merged), hooks, mode or weights have changed.
 Deliberately not here: loading, quantising, attention itself (transformers' attention interface), the loss.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,15 +31,17 @@ from transformers.models.llama import modeling_llama as llama
 from qmedtune.modeling import residual
 from qmedtune.modeling.activations import recomputed, tiled
 from qmedtune.modeling.forward import causal_model
+from qmedtune.results import Kernels
 
 Layer = Any  # an nn.Module whose attributes (PEFT's, bitsandbytes') a type checker cannot see
+DESCRIBED = "described"  # attribute of an NF4 parameter: (where its tensors lie, its NF4Weight)
 
 
-def install(model: nn.Module, mode: str = "auto") -> dict:
+def install(model: nn.Module, mode: str = "auto") -> Kernels:
     """Put the kernels under every LLaMA module of `model` (bare or PEFT-wrapped), in place.
 
     Call it after attaching adapters. mode: "auto" (dispatch.py decides), "triton" (ValueError where Triton cannot run)
-    or "reference". Returns facts for the report: the path of each operation and why, the number of modules of each
+    or "reference". Returns what the report tells: the path of each operation and why, the number of modules of each
     kind, and the linears that keep their own forward, with the reason.
     """
     norm = next(_norm_weights(model))
@@ -59,6 +62,8 @@ def install(model: nn.Module, mode: str = "auto") -> dict:
     for module in model.modules():
         if type(module) in REPLACED.values():
             setattr(module, "kernels", dispatch.mode(mode))  # noqa: B010
+        if isinstance(module, Grouped):
+            module.decided = {}
         if isinstance(module, llama.LlamaModel):
             residual.chain(module)
     if (head := causal_model(model).get_output_embeddings()) is not None:  # a classifier has none
@@ -66,7 +71,7 @@ def install(model: nn.Module, mode: str = "auto") -> dict:
     own = Counter(_obstacle(group) for group in groups)
     del own[""]  # those that our function computes
     paths = dispatch.describe(device, mode)
-    return {"mode": dispatch.mode(mode), "paths": paths, "modules": dict(counts), "own_forward": dict(own)}
+    return Kernels(mode=dispatch.mode(mode), paths=paths, modules=dict(counts), own_forward=dict(own))
 
 
 def _groups(module: Layer) -> list[list[Layer]]:
@@ -95,48 +100,50 @@ def _base(module: Layer) -> Layer:
 
 
 def stack_rows(projections: Sequence[Layer]) -> None:
-    """Lay the plain frozen weights of projections that read one input behind each other in memory."""
+    """Lay what projections of one input multiply it with behind each other in memory: plain frozen weights, and the A
+    of each of their adapters."""
+    if len(projections) < 2:
+        return
     weights: list[Tensor] = []
     for projection in projections:
         base = _base(projection)
-        if type(base) is not nn.Linear or base.weight.requires_grad:
-            return
-        weights.append(base.weight)
-    joined = torch.cat([weight.data for weight in weights])
-    start = 0
-    for weight in weights:
-        rows = weight.shape[0]
-        weight.data = joined[start : start + rows]
-        start += rows
+        if type(base) is nn.Linear and not base.weight.requires_grad:
+            weights.append(base.weight)
+    if len(weights) == len(projections):
+        lora.lay_together(weights)
+    for name in _shared_adapters(projections):
+        factors = [projection.lora_A[name].weight for projection in projections]
+        if len({(factor.dtype, factor.device) for factor in factors}) == 1:
+            lora.lay_together(factors)
 
 
-def _adjacent(weights: Sequence[Tensor]) -> Tensor | None:
-    """The weights as one [sum N, K] view, if they still lie behind each other."""
-    first = weights[0]
-    end, rows = first.data_ptr(), 0
-    for weight in weights:
-        if weight.data_ptr() != end or not weight.is_contiguous():
-            return None
-        end += weight.numel() * weight.element_size()
-        rows += weight.shape[0]
-    if first.storage_offset() + rows * first.shape[1] > first.untyped_storage().nbytes() // first.element_size():
-        return None
-    return first.detach().as_strided((rows, first.shape[1]), (first.shape[1], 1))
+def _shared_adapters(projections: Sequence[Layer]) -> list[str]:
+    """Names of the adapters that each of several projections has."""
+    if not all(isinstance(projection, LoraLayer) for projection in projections):
+        return []
+    names = set(projections[0].lora_A)
+    for projection in projections[1:]:
+        names &= set(projection.lora_A)
+    return sorted(names)
 
 
 def nf4_weight(linear: Any) -> NF4Weight:
     """The tensors of a bitsandbytes `Linear4bit`; FSDP may store the bytes under another dtype."""
-    state = linear.weight.quant_state
+    parameter = linear.weight
+    state = parameter.quant_state
+    # Described and checked when first seen and after a move; kept with the parameter: a successor is new.
+    place = parameter.data_ptr(), state.absmax.data_ptr()
+    kept = vars(parameter).get(DESCRIBED)
+    if kept is not None and kept[0] == place:
+        return kept[1]
     nested = state.state2
-    # Checked when first seen and after a move; not kept itself: it would hold the memory of weights that moved away.
-    place = linear.weight.data_ptr(), state.absmax.data_ptr()
     weight = NF4Weight(
-        packed=linear.weight.data.view(torch.uint8), absmax=state.absmax, blocksize=state.blocksize,
+        packed=parameter.data.view(torch.uint8), absmax=state.absmax, blocksize=state.blocksize,
         shape=tuple(state.shape), code2=nested.code if nested else None, absmax2=nested.absmax if nested else None,
-        offset=state.offset if nested else None, trusted=vars(linear).get("checked_at") == place,
+        offset=state.offset if nested else None,
     )  # fmt: skip
     assert weight.checked
-    linear.checked_at = place
+    setattr(parameter, DESCRIBED, (place, weight))
     return weight
 
 
@@ -154,7 +161,7 @@ def _weight(linears: Sequence[Layer]) -> Tensor | tuple[NF4Weight, ...]:
         return tuple(nf4_weight(linear) for linear in linears)
     if len(linears) == 1:
         return linears[0].weight
-    weight = _adjacent([linear.weight for linear in linears])
+    weight = lora.adjacent([linear.weight for linear in linears])
     assert weight is not None
     return weight
 
@@ -167,7 +174,7 @@ def _bias(linears: Sequence[Layer]) -> Tensor | None:
 
 
 def _obstacle(projections: Sequence[Layer]) -> str:
-    """Why these layers are not computed together by our function, or "": asked at every call, reported at install."""
+    """Why these layers are not computed together by our function, or ""."""
     bases = [_base(projection) for projection in projections]
     for layer in (*projections, *bases):
         if layer._forward_hooks or layer._forward_pre_hooks or "_hf_hook" in vars(layer):
@@ -191,7 +198,7 @@ def _obstacle(projections: Sequence[Layer]) -> str:
             return f"a {type(base).__name__} in another format than NF4"
         if base.weight.requires_grad:
             return "trained weights"
-    if len(bases) > 1 and _adjacent([base.weight for base in bases]) is None:
+    if len(bases) > 1 and lora.adjacent([base.weight for base in bases]) is None:
         return "weights were moved apart after installation"
     return ""
 
@@ -203,44 +210,112 @@ def _active(module: Layer) -> list[str]:
     return [name for name in module.active_adapters if name in module.lora_A]
 
 
-def _drops(modules: Sequence[Layer]) -> bool:
-    for module in modules:
-        for name in _active(module):
-            if _dropout(module, name):
-                return True
-    return False
+@dataclass(frozen=True)
+class Placed:
+    """An adapter that a group applies, by PEFT's modules: their weights are read at each call. start: its first output
+    column; drop: PEFT's dropout before it, where it is one and this layer trains."""
+
+    a: Layer
+    b: Layer
+    scaling: dict[str, float]
+    name: str
+    start: int
+    drop: nn.Dropout | None
+
+    def adapter(self) -> Adapter:
+        return Adapter(self.a.weight, self.b.weight, self.scaling[self.name], self.start)
+
+    @property
+    def drops(self) -> float:
+        return 0.0 if self.drop is None else self.drop.p
 
 
-def _dropout(module: Layer, name: str) -> float:
-    dropout = module.lora_dropout[name]
-    if module.training and isinstance(dropout, nn.Dropout):
-        return dropout.p
-    return 0.0
+@dataclass(frozen=True)
+class Decided:
+    """How a group of projections is computed, found once and again when `state` is no longer theirs: asking PEFT and
+    bitsandbytes at each call took 190 us a layer and pass, comparing takes 20 (one core, NF4, seven adapters)."""
+
+    state: list[object]
+    obstacle: str
+    bases: list[Layer]
+    placed: list[Placed]
 
 
-def linear(x: Tensor, projections: Sequence[Layer], path: str, remake: Remake | None = None) -> Tensor:
+def _state(projections: Sequence[Layer]) -> list[object]:
+    """What a decision hangs on, cheap to make and to compare: the modules, their hooks and modes, the adapters that
+    there are and that apply, and where the weights lie."""
+    seen: list[object] = []
+    for layer in projections:
+        own = base = vars(layer)
+        if isinstance(layer, LoraLayer):
+            base = vars(own["_modules"]["base_layer"])
+            active = own["_active_adapter"]
+            seen.append(active if isinstance(active, str) else tuple(active))
+            seen += own["_modules"]["lora_A"]._modules.items()
+            seen += (own["_disable_adapters"], *own["merged_adapters"], len(own["lora_variant"]))
+        weight = base["_parameters"].get("weight")
+        if weight is not None:
+            seen += (id(weight), weight.data_ptr(), weight.requires_grad)
+        hooked = own["_forward_hooks"] or own["_forward_pre_hooks"] or base["_forward_hooks"]
+        managed = base["_forward_pre_hooks"] or "_hf_hook" in own or "_hf_hook" in base
+        seen += (layer, own["training"], bool(hooked or managed))
+    return seen
+
+
+def _decide(projections: Sequence[Layer]) -> Decided:
+    placed, start = [], 0
+    bases = [_base(projection) for projection in projections]
+    for layer, base in zip(projections, bases, strict=True):
+        for name in _active(layer):
+            dropout = layer.lora_dropout[name]
+            drop = dropout if layer.training and isinstance(dropout, nn.Dropout) else None
+            placed.append(Placed(layer.lora_A[name], layer.lora_B[name], layer.scaling, name, start, drop))
+        start += base.out_features
+    return Decided(_state(projections), _obstacle(projections), bases, placed)
+
+
+def read_together(module: Layer, names: tuple[str, ...], x: Tensor, remake: Remake | None = None) -> Tensor:
+    """The projections `names` of one of our modules, side by side; see `linear`. What is decided is kept with it."""
+    projections = [module._modules[name] for name in names]
+    kept = vars(module)["decided"]
+    found = kept.get(names)
+    if found is None or found.state != _state(projections):
+        found = kept[names] = _decide(projections)
+    return linear(x, projections, module.kernels, remake, found)
+
+
+def linear(
+    x: Tensor, projections: Sequence[Layer], path: str, remake: Remake | None = None, found: Decided | None = None
+) -> Tensor:
     """The projections of one x [..., K], side by side along the last dimension of the result. `remake` says how to
     make x again instead of keeping it; linears that keep their own forward keep x."""
-    obstacle = _obstacle(projections)
-    if len(projections) > 1 and (obstacle or _drops(projections)):
+    found = found or _decide(projections)
+    dropped = [placed for placed in found.placed if placed.drops]
+    if len(projections) > 1 and (found.obstacle or dropped):
         return torch.cat([linear(x, [projection], path, remake) for projection in projections], dim=-1)
-    if obstacle:
+    if found.obstacle:
         return projections[0](x)
-    bases = [_base(projection) for projection in projections]
-    adapters, dropped, start = [], [], 0
-    for projection, base in zip(projections, bases, strict=True):
-        for name in _active(projection):
-            a, b = projection.lora_A[name].weight, projection.lora_B[name].weight
-            adapter = Adapter(a, b, projection.scaling[name], start)
-            if p := _dropout(projection, name):
-                dropped.append((adapter, p))
-            else:
-                adapters.append(adapter)
-        start += base.out_features
-    y = lora.linear(x, _weight(bases), adapters, _bias(bases), path, remake)
-    for adapter, p in dropped:
-        y = y + lora.linear(F.dropout(x, p), None, [adapter], path=path)
+    adapters = [placed.adapter() for placed in found.placed if not placed.drops]
+    y = lora.linear(x, _weight(found.bases), adapters, _bias(found.bases), path, remake)
+    for placed in dropped:
+        y = y + lora.linear(F.dropout(x, placed.drops), None, [placed.adapter()], path=path)
     return y
+
+
+class Grouped(nn.Module):
+    """What our modules with projections share: the decisions about them, dropped when they are moved."""
+
+    kernels: str
+    decided: dict[tuple[str, ...], Decided]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """What was described of NF4 weights would hold the memory that they leave."""
+        self.decided.clear()
+        for module in self.modules():
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    vars(parameter).pop(DESCRIBED, None)
+        return super()._apply(fn, recurse)
 
 
 # --------------------------------------------------- LLaMA's forwards (transformers 5, modeling_llama)
@@ -259,29 +334,25 @@ class LlamaRMSNorm(llama.LlamaRMSNorm):
         return rms_norm(hidden_states, self.weight, self.variance_epsilon, self.kernels)
 
 
-class LlamaMLP(llama.LlamaMLP):
-    kernels: str
-
+class LlamaMLP(Grouped, llama.LlamaMLP):
     def forward(self, x: Tensor, remake: Remake | None = None) -> Tensor:
-        gate_up = linear(x, [self.gate_proj, self.up_proj], self.kernels, remake)
+        gate_up = read_together(self, ("gate_proj", "up_proj"), x, remake)
         if self.config.hidden_act != "silu":
             gate, up = gate_up.chunk(2, dim=-1)
-            return linear(self.act_fn(gate) * up, [self.down_proj], self.kernels)
+            return read_together(self, ("down_proj",), self.act_fn(gate) * up)
         again = None
         if remake is not None:
             again = Remake(functools.partial(swiglu, path=self.kernels), (gate_up,))
-        return linear(swiglu(gate_up, self.kernels), [self.down_proj], self.kernels, again)
+        return read_together(self, ("down_proj",), swiglu(gate_up, self.kernels), again)
 
 
-class LlamaAttention(llama.LlamaAttention):
-    kernels: str
-
+class LlamaAttention(Grouped, llama.LlamaAttention):
     def forward(
         self, hidden_states, position_embeddings: Any = None, attention_mask=None, past_key_values=None,
         remake: Remake | None = None, **kwargs,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         shape = hidden_states.shape[:-1]
-        qkv = linear(hidden_states, [self.q_proj, self.k_proj, self.v_proj], self.kernels, remake)
+        qkv = read_together(self, ("q_proj", "k_proj", "v_proj"), hidden_states, remake)
         heads = self.config.num_attention_heads
         kv_heads = self.config.num_key_value_heads or heads
         cos, sin = position_embeddings
@@ -299,7 +370,7 @@ class LlamaAttention(llama.LlamaAttention):
         output, weights = attention(
             self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
         )
-        return linear(output.reshape(*shape, -1), [self.o_proj], self.kernels), weights
+        return read_together(self, ("o_proj",), output.reshape(*shape, -1)), weights
 
 
 class LlamaDecoderLayer(llama.LlamaDecoderLayer):

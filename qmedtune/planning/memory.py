@@ -8,6 +8,9 @@ Deliberately not here: choosing settings (resolve.py), and the choice per layer 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
+from importlib.util import find_spec
 
 from qmedtune.llama_shape import BYTES_OF, LINEARS, BaseFacts
 
@@ -115,13 +118,22 @@ def weight_bytes(facts: BaseFacts, setup: Setup, *, gpu: bool) -> dict[str, int]
     }
 
 
+@cache
+def varlen_repeats() -> bool:
+    """Whether variable lengths are left to a kernel that takes as many heads of keys as of queries: torch's own before
+    2.12 (modeling/attention.py). Found without importing torch."""
+    major, minor = version("torch").split(".")[:2]
+    return (int(major), int(minor)) < (2, 12) and find_spec("flash_attn") is None
+
+
 def attention_elements(facts: BaseFacts, attention: str) -> int:
     """Elements per token that attention keeps for its backward pass: q, k, v and the output, which o_proj reads.
 
-    transformers' sdpa with a mask (isolated documents need one) first repeats k and v to all heads; varlen does not.
+    transformers' sdpa with a mask (isolated documents need one) first repeats k and v to all heads, and so does varlen
+    on an older torch.
     """
     query, key = facts.heads * facts.head_dim, facts.kv_heads * facts.head_dim
-    repeated = attention in ("sdpa", "eager")
+    repeated = attention in ("sdpa", "eager") or (attention == "varlen" and varlen_repeats())
     return 2 * query + 2 * (query if repeated else key)
 
 

@@ -5,8 +5,10 @@ Assumptions, marked as such wherever they are shown; `qmedtune bench train` meas
 
 from __future__ import annotations
 
-import json
+from contextlib import suppress
 from pathlib import Path
+
+from pydantic import ValidationError
 
 from qmedtune.llama_shape import BaseFacts
 from qmedtune.planning.fit import DECODE_TOKENS
@@ -15,6 +17,7 @@ from qmedtune.planning.machine import GIB, Machine
 from qmedtune.planning.memory import Setup
 from qmedtune.planning.numerics import numerics
 from qmedtune.recipe import ModelSection
+from qmedtune.results import Logged
 
 # Matrix throughput that cards reach with dense bf16 (T4: fp16), TFLOP/s: the achievable figures of the kernel notes.
 CARD_TFLOPS = {
@@ -98,11 +101,12 @@ def last_tokens_per_s(run_dir: Path | None, stage: str) -> float | None:
         path = run_dir / ".building" / stage / "metrics.jsonl"
     if not path.is_file():
         return None
-    whole = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
     speeds: list[float] = []
-    for line in whole[-50:]:
-        if speed := json.loads(line).get("tokens_per_s"):
-            speeds.append(speed)
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines()[-200:]:
+        with suppress(ValidationError):  # cut by a kill, or damaged
+            if speed := Logged.model_validate_json(line).tokens_per_s:
+                speeds.append(speed)
+    speeds = speeds[-50:]
     if not speeds:
         return None
     return sorted(speeds)[len(speeds) // 2]

@@ -210,9 +210,9 @@ def _p_value(p: Number) -> str:
 
 def read_metrics(path: Path) -> Metrics:
     """Curves from metrics.jsonl."""
-    if not path.exists():
+    if not path.is_file():
         return Metrics()
-    return parse_metrics(path.read_text(encoding="utf-8").splitlines())
+    return parse_metrics(path.read_text(encoding="utf-8", errors="replace").splitlines())
 
 
 def parse_metrics(lines: Iterable[str]) -> Metrics:

@@ -23,7 +23,7 @@ def read_run(folder: Path) -> Run:
     """run.json as it stands, with the status that holds: a run whose process is gone does not go on as `running`.
     RunError where it is damaged."""
     try:
-        run = Run.model_validate_json((folder / RUN).read_text(encoding="utf-8"))
+        run = Run.model_validate_json((folder / RUN).read_bytes())
     except ValidationError as error:
         fault = error.errors(include_input=False, include_url=False)[0]
         place = ".".join(str(part) for part in fault["loc"])
@@ -52,5 +52,5 @@ def read_metrics(folder: Path, run: Run) -> Metrics:
     lines: list[str] = []
     for path in metrics_files(folder, run):
         if path.is_file():
-            lines += path.read_text(encoding="utf-8").splitlines()
+            lines += path.read_text(encoding="utf-8", errors="replace").splitlines()
     return parse_metrics(lines)

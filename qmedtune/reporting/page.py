@@ -6,7 +6,7 @@ to be careful about, and how to do it again. Every value is escaped; a content s
 Deliberately does not: read files, compute results, or run scripts.
 """
 
-from qmedtune.reporting import duels, score_tables, tables
+from qmedtune.reporting import duels, privacy, score_tables, tables
 from qmedtune.reporting.blocks import MANY_ROWS, PALETTE, card, document, html_table, missing, section
 from qmedtune.reporting.charts import (
     Bar,
@@ -23,7 +23,7 @@ from qmedtune.reporting.charts import (
 )
 from qmedtune.reporting.facts import ALL, Comparison, Curve, Metrics, comparisons, curves, precision_words, warnings_of
 from qmedtune.reporting.head import header
-from qmedtune.results import HeadToHead, Run, Stage
+from qmedtune.results import HeadToHead, Privacy, Run, Stage
 from qmedtune.units import digits3, duration, size
 
 FEW_WARNINGS = 12  # of more the rest is folded
@@ -42,8 +42,10 @@ def page(run: Run, metrics: Metrics) -> str:
         section("Merge", card("", html_table(tables.merge(run)))),
         section("Time and memory", _cost(run)),
         section("Warnings and choices", _choices(run)),
-        section("How to do it again", _provenance(run)),
     ]
+    if run.privacy is not None:
+        sections.append(section("Privacy", _privacy(run, run.privacy)))
+    sections.append(section("How to do it again", _provenance(run)))
     return document(run.name, sections, "Written by qmedtune from run.json and metrics.jsonl.")
 
 
@@ -158,7 +160,10 @@ def _data(run: Run) -> Html:
     parts = [_side_by_side(mixtures)]
     for table in (tables.records(run), tables.tokens(run)):
         parts.append(card(table.title, html_table(table)))
-    for table in (tables.reading(run), tables.findings(run), tables.sources(run)):
+    shown = [tables.reading(run), tables.findings(run)]
+    if run.privacy is None:  # where it is told, terms stand there
+        shown.append(tables.sources(run))
+    for table in shown:
         if table.rows:
             parts.append(card(table.title, html_table(table)))
     return Html("".join(parts))
@@ -209,6 +214,13 @@ def _choices(run: Run) -> Html:
     if not chosen.rows:
         return told
     return Html(told + card(chosen.title, html_table(chosen)))
+
+
+def _privacy(run: Run, found: Privacy) -> Html:
+    cards = card("", Html(_listed(privacy.summary(found))))
+    for table in privacy.tables(run, found):
+        cards += card(table.title, html_table(table))
+    return Html(cards)
 
 
 def _listed(lines: list[str]) -> str:

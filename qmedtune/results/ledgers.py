@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pydantic import Field
+
 from qmedtune.results.typed import Facts, Number
 
 
@@ -156,3 +158,20 @@ class Packing(Facts):
     template: str | None = None
     borders: dict[str, str | None] | None = None
     classes: Classes | None = None
+
+
+class HeldOut(Facts):
+    """The packed held-out text, by source: what the step `data/validation` finds."""
+
+    __pydantic_extra__: dict[str, Packing] = Field(init=False)  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    @property
+    def sources(self) -> dict[str, Packing]:
+        return self.__pydantic_extra__
+
+
+class Planted(Facts):
+    """canaries: how many; documents: by source, the records that hold them."""
+
+    canaries: int
+    documents: dict[str, int]

@@ -23,6 +23,22 @@ class Probe(Facts):
     origin: str = Field(default="", validation_alias="from", serialization_alias="from")
 
 
+class Proven(Facts):
+    """What the proof of a merge counted, once it has passed (`Merge` says what each is)."""
+
+    kl: Number
+    kl_max: Number
+    top1: Number
+    max_abs_logit_diff: Number
+    lost: Number | None
+    kl_of_base: Number
+    elements: int
+    violations: int
+    swallowed: Number | None
+    shift_from_nf4: Shift | None
+    probe: Probe
+
+
 class Merge(Facts):
     """The merge and its proof. kl, top1: published file against base + adapters. violations: elements that are not base
     + adapters; swallowed: share of the changed elements that rounding left as they were; lost: of the change, by KL."""
@@ -82,3 +98,10 @@ class Audit(Facts):
     references: int
     seconds: Number | None = None
     host_peak_bytes: int | None = None
+
+
+class AuditLimits(Facts):
+    """What an audit was held against: bits, and a share of the canaries; None: no limit."""
+
+    max_exposure: Number | None
+    max_extracted: Number | None

@@ -143,3 +143,10 @@ class Evaluation(Facts):
     warnings: list[str] = []
     seconds: Number | None = None
     host_peak_bytes: int | None = None
+
+
+class ModelScores(Evaluation):
+    """Scores of one model that was named: what `qmedtune eval` returns and keeps. quantization: nf4 or none."""
+
+    model: str
+    quantization: str

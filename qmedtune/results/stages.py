@@ -46,6 +46,7 @@ class Logged(Facts):
 
     stage: str
     step: int
+    time: Number | None = None  # seconds since 1970; lines of 0.1 have none
     loss: Number | None = None
     tokens: int | None = None
     tokens_per_s: Number | None = None
@@ -62,9 +63,22 @@ class Memory(Facts):
     said: list[str] = []
 
 
+class Areas(Facts):
+    """Means over the labels that occur and are absent (None: no label can be scored); ci95: of auroc, over patients."""
+
+    auroc: Number | None
+    auprc: Number | None
+    ci95: Interval | None
+    n: int
+    patients: int
+    scored_labels: int
+    micro_f1: Number | None = None
+    macro_f1: Number | None = None
+    accuracy: Number | None = None
+
+
 class Classification(Facts):
-    """Of a classify stage, on held-out documents: areas (means over labels; None: no label can be scored), their 95 %
-    interval over patients, and F1 of the labels that are chosen."""
+    """Of a classify stage, on held-out documents: its labels, areas, and F1 of the labels that are chosen."""
 
     labels: int
     documents: int

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pydantic import JsonValue
 
+from qmedtune.fields import CLINICAL_FORMATS
 from qmedtune.results.duels import HeadToHead
 from qmedtune.results.ledgers import Source
+from qmedtune.results.privacy import Privacy
 from qmedtune.results.proofs import Audit, Merge
 from qmedtune.results.scores import Evaluation
 from qmedtune.results.stages import Stage
@@ -64,6 +66,7 @@ class Run(Facts):
     against: HeadToHead | None = None
     steps: list[StepEntry] = []
     warnings: list[str] = []
+    privacy: Privacy | None = None
     resolved: list[Choice] = []
     recipe: Json = {}
     recipe_text: str = ""
@@ -98,6 +101,12 @@ class Run(Facts):
     def phi_of(self, source: str) -> str:
         """What the recipe has done about identifiers in a source, which may say so itself."""
         return str(self._asked("data", source, "phi") or self._asked("hygiene", "phi") or "off")
+
+    def may_identify(self, source: str) -> bool:
+        """Whether a source's text can name patients: by its kind or format, or because that was looked for."""
+        found = self.data.get(source, Source())
+        known = found.kind == "clinical" or found.phi.mode not in (None, "off")
+        return known or self._asked("data", source, "format") in CLINICAL_FORMATS
 
     def _asked(self, *path: str) -> JsonValue:
         """A key of the recipe; None where it is not there."""

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from qmedtune.fields import Fraction, Language, Positive, Section, SourceFormat, SourceKind
+from qmedtune.fields import CLINICAL_FORMATS, Fraction, Language, Positive, Section, SourceFormat, SourceKind
 
 # Keys of a source that packing reads, and reading does not.
 PACKED_AS = {"template", "chunking", "overlap", "max_tokens"}
@@ -60,6 +60,16 @@ class SourceSection(Section):
     def paths(self) -> list[str]:
         """`path` as a list."""
         return [self.path] if isinstance(self.path, str) else self.path
+
+    @property
+    def is_clinical(self) -> bool:
+        """Whether its text is of patients, by its kind or by a format that nothing else has."""
+        return self.kind == "clinical" or self.format in CLINICAL_FORMATS
+
+    @property
+    def may_identify(self) -> bool:
+        """Whether its text can name patients: it is clinical, or the recipe has identifiers looked for in it."""
+        return self.is_clinical or self.phi not in (None, "off")
 
     @field_validator("delimiter")
     @classmethod

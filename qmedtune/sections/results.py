@@ -33,6 +33,11 @@ class MergeSection(Section):
     """How much of a stage is merged, by its name: `{01-cpt: 0.7}`; 1 where none is given. To weigh new knowledge
     against old."""
 
+    @property
+    def weighs(self) -> bool:
+        """Weights that are all 1 say the same as none."""
+        return any(weight != 1.0 for weight in self.weights.values())
+
     @model_serializer(mode="wrap")
     def _without_what_is_not_asked(self, write: SerializerFunctionWrapHandler) -> dict[str, object]:
         """Recipes without weights are written, and keyed, as before there were any."""

@@ -11,8 +11,9 @@ import json
 import random
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -32,26 +33,56 @@ TENSOR = "tensor of states.safetensors"
 OTHER_FILES_BYTES = 1 << 20  # state.json (optimiser groups, Python's and numpy's generators), trainer_state.json, seal
 
 
+class Generators(TypedDict):
+    """Random states, as `random` and numpy give them."""
+
+    python: Any
+    numpy: list[Any]
+
+
+class OptimizerState(TypedDict):
+    """As torch gives it, with names in the place of tensors."""
+
+    param_groups: Any
+    state: Any
+
+
+class Plain(TypedDict):
+    """state.json. scheduler, scaler: as torch gives them."""
+
+    optimizer: OptimizerState
+    scheduler: Any
+    scaler: Any
+    random: Generators
+
+
+@dataclass(frozen=True)
+class States:
+    """What a training goes on from, beside its weights: tensors by name, and all that is none."""
+
+    tensors: dict[str, Tensor]
+    plain: Plain
+
+
 def save(
-    stage: Path, step: int, weights: Mapping[str, Tensor], states: tuple[dict[str, Tensor], dict[str, Any]],
-    trainer_state: Any, facts: dict[str, Any], keep: int,
+    stage: Path, step: int, weights: Mapping[str, Tensor], states: States, trainer_state: Any,
+    facts: Mapping[str, object], keep: int,
 ) -> Path:  # fmt: skip
     """Seal a checkpoint of `stage` (the folder being built), then drop all but the newest `keep` intact ones.
 
     `states` are those of `states_of`. RunError where the disk has no room for it: what was sealed before stays.
     """
     scratch = stage / store.SCRATCH
-    tensors, described = states
     needed = OTHER_FILES_BYTES
-    for tensor in (*weights.values(), *tensors.values()):
+    for tensor in (*weights.values(), *states.tensors.values()):
         needed += tensor.nbytes
     store.check_room(scratch, needed, f"checkpoint {step}")
     partial = scratch / "checkpoint.partial"
     shutil.rmtree(partial, ignore_errors=True)  # of a killed save
     partial.mkdir(parents=True)
     save_file(_plain(weights), partial / WEIGHTS)
-    save_file(tensors, partial / STATES)
-    store.write_json(partial / STATE, described)
+    save_file(states.tensors, partial / STATES)
+    store.write_json(partial / STATE, states.plain)
     trainer_state.save_to_json(str(partial / TRAINER_STATE))
     if (stage / METRICS).is_file():
         shutil.copyfile(stage / METRICS, partial / METRICS)
@@ -145,8 +176,8 @@ def load_trained(model: torch.nn.Module, path: Path) -> None:
             parameter.copy_(saved[name])
 
 
-def states_of(optimizer: Any, scheduler: Any, scaler: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Optimiser, schedule, loss scale (None without fp16) and random states, as tensors by name and plain data."""
+def states_of(optimizer: Any, scheduler: Any, scaler: Any) -> States:
+    """Of an optimiser, its schedule, the loss scale (None without fp16) and the random generators, as they are now."""
     whole = optimizer.state_dict()
     tensors = random_states()
     plain = _take_tensors(whole["state"], "optimizer", tensors)
@@ -154,12 +185,13 @@ def states_of(optimizer: Any, scheduler: Any, scaler: Any) -> tuple[dict[str, Te
     scale = None
     if scaler:
         scale = scaler.state_dict()
-    return _unshared(tensors), {
+    described: Plain = {
         "optimizer": {"param_groups": whole["param_groups"], "state": plain},
         "scheduler": scheduler.state_dict(),
         "scaler": scale,
         "random": {"python": random.getstate(), "numpy": [*numpy_state[:1], numpy_state[1].tolist(), *numpy_state[2:]]},
     }
+    return States(_unshared(tensors), described)
 
 
 def _take_tensors(value: Any, name: str, into: dict[str, Tensor]) -> Any:
@@ -230,5 +262,5 @@ def load_random(checkpoint: Path) -> None:
     set_random_states(states)
 
 
-def _described(checkpoint: Path) -> dict[str, Any]:
+def _described(checkpoint: Path) -> Plain:
     return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))

@@ -24,6 +24,7 @@ from qmedtune.evaluation.statistics import auroc, bootstrap
 from qmedtune.modeling.collation import collate
 from qmedtune.modeling.loss import packed_hidden
 from qmedtune.recipe import ClassifySection
+from qmedtune.results import Areas
 
 HEAD, ITEMS, SCORES = "head.safetensors", "heldout.items.jsonl", "heldout.scores.safetensors"
 RESAMPLES = 200  # of the patients, for the interval: 1,000 would take minutes where there are 1,000 labels
@@ -97,7 +98,7 @@ def document_nll(model: Any, input_ids: Tensor, labels: Tensor, position_ids: Te
 
 
 @torch.no_grad()
-def score(model: Any, tokens: Path, pad_id: int, batch: int, seed: int, out: Path) -> dict[str, Any]:
+def score(model: Any, tokens: Path, pad_id: int, batch: int, seed: int, out: Path) -> Areas:
     """AUROC on the held-out documents of a packed classify stage, macro over the labels that occur and do not.
 
     Writes one line per document below `out` (id, labels, five highest scores; no text), all scores (fp32, so that every
@@ -126,7 +127,8 @@ def score(model: Any, tokens: Path, pad_id: int, batch: int, seed: int, out: Pat
     save_file({"weight": model.head.linear.weight.detach(), "bias": model.head.linear.bias.detach()}, out / HEAD)
     patients = [patient_of[place] for place in known]
     found = result(rows.targets[known], logits[known], patients, seed)
-    return found | decided(rows.targets[known], logits[known], multi_label=model.head.multi_label)
+    chosen = decided(rows.targets[known], logits[known], multi_label=model.head.multi_label)
+    return found.model_copy(update=chosen)
 
 
 def decided(targets: np.ndarray, scores: np.ndarray, *, multi_label: bool) -> dict[str, float]:
@@ -151,23 +153,17 @@ def decided(targets: np.ndarray, scores: np.ndarray, *, multi_label: bool) -> di
     }
 
 
-def result(targets: np.ndarray, scores: np.ndarray, patients: list[str], seed: int) -> dict[str, Any]:
-    """{"auroc", "auprc", "ci95", "n", "patients", "scored_labels"}; both areas are None where no label both occurs and
-    is absent, and means over those that do; `ci95` is of the first.
+def result(targets: np.ndarray, scores: np.ndarray, patients: list[str], seed: int) -> Areas:
+    """Both areas are None where no label both occurs and is absent, and means over those that do.
 
     The interval resamples patients with all their documents: notes of one patient are not independent.
     """
     right = targets.astype(bool)
     both = right.any(0) & ~right.all(0)
     if not both.any():
-        return {
-            "auroc": None,
-            "auprc": None,
-            "ci95": None,
-            "n": len(targets),
-            "patients": len(set(patients)),
-            "scored_labels": 0,
-        }
+        return Areas(
+            auroc=None, auprc=None, ci95=None, n=len(targets), patients=len(set(patients)), scored_labels=0
+        )  # fmt: skip
     right, scores = right[:, both], scores[:, both]
 
     def macro(documents: np.ndarray) -> float:
@@ -181,19 +177,26 @@ def result(targets: np.ndarray, scores: np.ndarray, patients: list[str], seed: i
     interval = bootstrap(
         lambda drawn: macro(np.concatenate([documents_of[i] for i in drawn])), len(documents_of), RESAMPLES, seed
     )
-    counts = {"n": len(right), "patients": len(documents_of), "scored_labels": int(both.sum())}
-    return {**_areas(right, scores), "ci95": list(interval), **counts}
+    mean_roc, mean_precision_recall = _areas(right, scores)
+    return Areas(
+        auroc=mean_roc,
+        auprc=mean_precision_recall,
+        ci95=interval,
+        n=len(right),
+        patients=len(documents_of),
+        scored_labels=int(both.sum()),
+    )
 
 
-def _areas(right: np.ndarray, scores: np.ndarray) -> dict[str, float]:
-    """{"auroc", "auprc"}, means over labels that occur and are absent. right: bool, scores: [documents, labels]."""
+def _areas(right: np.ndarray, scores: np.ndarray) -> tuple[float, float]:
+    """(AUROC, AUPRC), means over labels that occur and are absent. right: bool, scores: [documents, labels]."""
     from sklearn import metrics  # a second to import, and only `classify` stages need it
 
     roc, precision_recall = [], []
     for label in range(right.shape[1]):
         roc.append(metrics.roc_auc_score(right[:, label], scores[:, label]))
         precision_recall.append(metrics.average_precision_score(right[:, label], scores[:, label]))
-    return {"auroc": float(np.mean(roc)), "auprc": float(np.mean(precision_recall))}
+    return float(np.mean(roc)), float(np.mean(precision_recall))
 
 
 def _write(out: Path, targets: np.ndarray, scores: np.ndarray, labels: list[str], ids: list[str]) -> None:

@@ -33,6 +33,7 @@ from qmedtune.modeling.collation import Rows, collate, supervised_weight
 from qmedtune.modeling.loss import token_nll
 from qmedtune.recipe import TrainSection, WarmupSection
 from qmedtune.training import checkpoints
+from qmedtune.training.resume import MadeWith
 
 
 def number(value: Any) -> Any:
@@ -61,14 +62,19 @@ def learning_rate_factor(section: TrainSection, total_steps: int):
 
 def parameter_groups(model: torch.nn.Module, section: TrainSection) -> list[dict[str, Any]]:
     """Adapters and embeddings apart, since embeddings take another learning rate."""
-    embeddings, rest = [], []
+    embeddings: list[torch.nn.Parameter] = []
+    rest: list[torch.nn.Parameter] = []
     for name, parameter in trainable(model).items():
         if any(module in EMBEDDINGS for module in name.split(".")):
             embeddings.append(parameter)
         else:
             rest.append(parameter)
-    groups = [{"params": rest, "lr": section.lr}, {"params": embeddings, "lr": section.embedding_lr}]
-    return [group for group in groups if group["params"]]
+    groups: list[dict[str, Any]] = []  # torch's form
+    if rest:
+        groups.append({"params": rest, "lr": section.lr})
+    if embeddings:
+        groups.append({"params": embeddings, "lr": section.embedding_lr})
+    return groups
 
 
 def make_optimizer(model: torch.nn.Module, section: TrainSection) -> torch.optim.Optimizer:
@@ -96,7 +102,7 @@ class QTrainer(SFTTrainer):
         section: TrainSection,
         tokenizer: Any,
         keep: int,
-        made_with: dict[str, Any],
+        made_with: MadeWith,
         callbacks: list[TrainerCallback],
         group: Group = ALONE,
     ):

@@ -18,7 +18,7 @@ from qmedtune.data.packing.tokens import load_codec
 from qmedtune.recipe import ModelSection
 from qmedtune.reporting.blocks import card
 from qmedtune.reporting.charts import Html, esc, legend
-from qmedtune.results import Run, Source
+from qmedtune.results import Run
 from qmedtune.terminal import printable
 from qmedtune.watching.parts import source_colors
 from qmedtune.watching.runs import Seen
@@ -36,11 +36,12 @@ class Wish:
     clinical: bool = False
 
 
-def is_clinical(source: Source | None) -> bool:
-    """A source that nobody described counts as clinical."""
+def is_clinical(run: Run, name: str) -> bool:
+    """Whether its text can name patients. A source that nobody described counts as one that can."""
+    source = run.data.get(name)
     if source is None or source.kind is None:
         return True
-    return source.kind == "clinical" or source.phi.mode not in (None, "off")
+    return run.may_identify(name)
 
 
 def packed_stages(seen: Seen) -> list[str]:
@@ -108,7 +109,7 @@ class _Texts:
         self._decoder: Any = load_codec(base.identify(section, offline=True).make()).backend
 
     def of(self, source: str, ids: np.ndarray, mask: np.ndarray) -> str:
-        if is_clinical(self._run.data.get(source)) and not self._wish.clinical:
+        if is_clinical(self._run, source) and not self._wish.clinical:
             return '<p class="note">Clinical text: not shown. (qmedtune watch --clinical-text shows it.)</p>'
         shown, at = "", 0
         for learnt, group in itertools.groupby(mask.tolist()):

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from qmedtune import heartbeat
 from qmedtune.claims import MARK
 from qmedtune.errors import RecipeError
+from qmedtune.local_names import is_utf8
 from qmedtune.record import RUN
 from qmedtune.reporting.headline import headline
 from qmedtune.results import Run
@@ -114,7 +115,7 @@ class Shelf:
         kept = self._read.get(folder)
         if kept and kept[0] == stamp:
             return kept[1]
-        run = Run.model_validate_json((folder / RUN).read_text(encoding="utf-8"))
+        run = Run.model_validate_json((folder / RUN).read_bytes())
         self._read[folder] = stamp, run
         return run
 
@@ -129,14 +130,10 @@ def run_folders(root: Path) -> list[Path]:
             found.append(here)
         inside = RUN in files or (MARK in files and "arms" not in below)
         too_deep = len(here.parts) - depth >= MAX_DEPTH
-        visible = [name for name in below if not name.startswith(".") and _is_utf8(name)]
+        # No address can hold a name that is not UTF-8, and no run makes such a folder.
+        visible = [name for name in below if not name.startswith(".") and is_utf8(name)]
         below[:] = [] if inside or too_deep else sorted(visible)
     return found
-
-
-def _is_utf8(name: str) -> bool:
-    """No address can hold another one, and no run makes such a folder."""
-    return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def line_of(seen: Seen) -> Line:

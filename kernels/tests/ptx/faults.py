@@ -18,15 +18,17 @@ from .work import Sizes, Work, all_work, multiplied, multiplied_backward, perfor
 
 RAGGED = Sizes(33, n=100, k=512, bias=True)
 FEW = Sizes(9, n=100, k=512, bias=True)
-WORK = {
-    "forward 64": Work("forward 64", lambda: multiplied(RAGGED)),
-    "forward 16": Work("forward 16", lambda: multiplied(FEW)),
-    "backward 64": Work("backward 64", lambda: multiplied_backward(Sizes(33, n=500, k=192))),
-    "backward 16": Work("backward 16", lambda: multiplied_backward(Sizes(9, n=500, k=192))),
-    "split": Work("split", lambda: multiplied(Sizes(9, 100, 1024, bias=True)), processors=16),
-    "many scales": Work("many scales", lambda: multiplied(Sizes(16, 300, 512))),
-    "few rows": Work("few rows", lambda: multiplied(Sizes(3, 40, 512, dtype=torch.float16), "few_rows")),
+# No processors to fill: the contraction is not split, and the loops have the steps that show a wait or a stage too few.
+WHOLE = {
+    "forward 64": lambda: multiplied(RAGGED),
+    "forward 16": lambda: multiplied(FEW),
+    "backward 64": lambda: multiplied_backward(Sizes(33, n=500, k=192)),
+    "backward 16": lambda: multiplied_backward(Sizes(9, n=1000, k=192)),
+    "many scales": lambda: multiplied(Sizes(16, 300, 512)),
+    "few rows": lambda: multiplied(Sizes(3, 40, 512, dtype=torch.float16), "few_rows"),
 }
+WORK = {name: Work(name, run, processors=0) for name, run in WHOLE.items()}
+WORK["split"] = Work("split", lambda: multiplied(Sizes(9, 100, 1024, bias=True)), processors=16)
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def _pipelines() -> Iterator[Planted]:
         yield Planted("a wait for too few groups", work, arch, kernel, wait, "cp.async.wait_group 9;")
         yield Planted("a commit out of the loop", work, arch, kernel, commit, "", -1)
         yield Planted("a stage too few", work, arch, kernel, stage, r"setp.ge.s32\1, \2;", -1)
-        yield Planted("a stage not loaded ahead", work, arch, kernel, stage, r"setp.gt.s32\1, 7;")
+        yield Planted("a stage not loaded ahead", work, arch, kernel, stage, r"setp.gt.s32\1, 99;")
     for what, pattern, instead in (
         ("no fence for the async proxy", r"fence\.proxy\.async\.shared::cta;", ""),
         ("no wgmma.fence", r"wgmma\.fence\.sync\.aligned;", ""),

@@ -133,4 +133,3 @@ def _launch(kernel: Any, device: Device, executed: Executed, grid: tuple[int, ..
     executed.kernels.append(name)
     hazards = execute(parse(text), compiled, kernel.arg_names, bound, grid)
     executed.hazards += [f"{name}: {hazard}" for hazard in hazards]
-

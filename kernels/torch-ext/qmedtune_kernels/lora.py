@@ -114,10 +114,38 @@ def _wide_product_transposed(dy: Tensor, weight: tuple[NF4Weight, ...], a: Tenso
     return wide @ stacked, dxa
 
 
+def adjacent(tensors: Sequence[Tensor]) -> Tensor | None:
+    """Contiguous [n_i, K] tensors of one dtype as one [sum n_i, K] view, where they lie behind each other in memory."""
+    first = tensors[0]
+    end, rows = first.data_ptr(), 0
+    for tensor in tensors:
+        if tensor.data_ptr() != end or tensor.dtype != first.dtype or not tensor.is_contiguous():
+            return None
+        end += tensor.numel() * tensor.element_size()
+        rows += tensor.shape[0]
+    if first.storage_offset() + rows * first.shape[1] > first.untyped_storage().nbytes() // first.element_size():
+        return None
+    return first.detach().as_strided((rows, first.shape[1]), (first.shape[1], 1))
+
+
+def lay_together(tensors: Sequence[Tensor]) -> None:
+    """Move the data of [n_i, K] tensors of one dtype into one buffer, so that `adjacent` finds them."""
+    joined = torch.cat([tensor.detach() for tensor in tensors])
+    start = 0
+    for tensor in tensors:
+        tensor.data = joined[start : start + tensor.shape[0]]
+        start += tensor.shape[0]
+
+
 def stack_a(adapters: Sequence[Adapter], dtype: torch.dtype) -> Tensor:
     """[R, K]: s_i A_i on top of each other. The scaling is folded in before rounding, so it costs no pass over Y."""
-    if len(adapters) == 1:  # one operation in place of three
-        a = adapters[0].a.detach().float()
+    together = None
+    if len(adapters) == 1:
+        together = adapters[0].a.detach()
+    elif len({adapter.scaling for adapter in adapters}) == 1:
+        together = adjacent([adapter.a for adapter in adapters])
+    if together is not None:  # one operation in place of three
+        a = together.float()
         return torch.mul(a, adapters[0].scaling, out=torch.empty_like(a, dtype=dtype))
     stacked = torch.cat([adapter.a.detach() for adapter in adapters]).float()
     return _scale_rows(stacked, [(adapter.scaling, adapter.a.shape[0]) for adapter in adapters]).to(dtype)

@@ -38,7 +38,6 @@ class NF4Weight:
 
     packed: uint8, ceil(N K / 2) elements in any shape. absmax: fp32 [blocks], or uint8 [blocks] when nested, with
     code2 fp32 [256], absmax2 fp32 [ceil(blocks / 256)] and offset fp32 []. blocksize: a power of two from 32 to 4096.
-    trusted: the caller has had these tensors checked before.
     """
 
     packed: Tensor
@@ -48,7 +47,6 @@ class NF4Weight:
     code2: Tensor | None = None
     absmax2: Tensor | None = None
     offset: Tensor | None = None
-    trusted: bool = False
 
     @property
     def nested(self) -> bool:
@@ -57,8 +55,7 @@ class NF4Weight:
     @cached_property
     def checked(self) -> bool:
         """True; ValueError on tensors that do not fit together. Looked at once: a training step asks per product."""
-        if not self.trusted:
-            check(self)
+        check(self)
         return True
 
 
@@ -236,22 +233,22 @@ def _dequantize_words(
     first = (tl.program_id(0) - row * chunks) * (ROWS * STEPS)
     words, pairs = packed.to(tl.pointer_type(tl.int32)), out.to(tl.pointer_type(tl.int32))
     table = tl.full([ROWS, WORDS], 0, tl.int64) + code.to(tl.int64)
+    column = first + tl.arange(0, ROWS)
+    block = row * row_blocks + column
+    start = row * (out_stride // 2) + column * (WORDS * 4)
+    # Steps are constants apart, which loads and stores take for nothing; an address of its own costs four instructions.
+    word_ptrs = words + block[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
+    pair_ptrs = pairs + start[:, None] + tl.arange(0, WORDS * 4)[None, :]
     for step in tl.static_range(STEPS):
-        column = first + step * ROWS + tl.arange(0, ROWS)
-        block = row * row_blocks + column
-        mask = column < row_blocks
-        w = tl.load(
-            words + block[:, None] * WORDS + tl.arange(0, WORDS)[None, :],
-            mask=mask[:, None], other=0, eviction_policy="evict_first",
-        )  # fmt: skip
-        s = tl.broadcast_to(block_scale(absmax, code2, absmax2, offset, block, mask, NESTED)[:, None], [ROWS, WORDS])
+        mask = column + step * ROWS < row_blocks
+        w = tl.load(word_ptrs + step * ROWS * WORDS, mask=mask[:, None], other=0, eviction_policy="evict_first")
+        s = block_scale(absmax, code2, absmax2, offset, block + step * ROWS, mask, NESTED)
         p0, p1, p2, p3 = tl.inline_asm_elementwise(
-            ASM, "=r,=r,=r,=r,r,f,l", [w, s, table],
+            ASM, "=r,=r,=r,=r,r,f,l", [w, tl.broadcast_to(s[:, None], [ROWS, WORDS]), table],
             dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
         )  # fmt: skip
         y = tl.reshape(tl.join(tl.join(p0, p2), tl.join(p1, p3)), [ROWS, WORDS * 4])
-        start = row * (out_stride // 2) + column * (WORDS * 4)
-        tl.store(pairs + start[:, None] + tl.arange(0, WORDS * 4)[None, :], y, mask=mask[:, None])
+        tl.store(pair_ptrs + step * ROWS * (WORDS * 4), y, mask=mask[:, None])
 
 
 @triton.jit

@@ -11,12 +11,12 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
 from qmedtune.data.hygiene import ngrams
+from qmedtune.results import Overlap
 
 NUM_WORDS = 13
 PROBE = 16  # bytes looked up at every position of the corpus; what follows is compared only where they occur
@@ -132,19 +132,36 @@ def given_back(hits: list[tuple[int, int]], num_records: int) -> set[int]:
     return found
 
 
-def overlap(items: Sequence[Item], hits: list[tuple[int, int, int]], generic: set[int]) -> dict[str, Any]:
+def overlap(items: Sequence[Item], hits: list[tuple[int, int, int]], generic: set[int]) -> dict[str, Overlap]:
     """Per task: items checked, items found in this source (by id, so that an evaluation can be split), hits by kind.
 
     hits: (record, item, words); 0 words mean the PMID. No text, only ids of the public benchmark.
     """
-    report: dict[str, Any] = {}
+    counted: dict[str, _Counted] = {}
     for number, item in enumerate(items):
-        entry = report.setdefault(item.task, {"items": 0, "found": [], "records": 0, "by_pmid": 0, "given_back": 0})
-        entry["items"] += 1
-        entry["given_back"] += number in generic
-    for item in sorted({item for _, item, _ in hits}):
-        report[items[item].task]["found"].append(items[item].id)
+        entry = counted.setdefault(item.task, _Counted())
+        entry.items += 1
+        entry.given_back += number in generic
+    hit: set[int] = set()
     for _, item, words in hits:
-        report[items[item].task]["records"] += 1
-        report[items[item].task]["by_pmid"] += words == 0
-    return report
+        hit.add(item)
+        entry = counted[items[item].task]
+        entry.records += 1
+        entry.by_pmid += words == 0
+    for item in sorted(hit):
+        counted[items[item].task].found.append(items[item].id)
+    found: dict[str, Overlap] = {}
+    for task, entry in counted.items():
+        found[task] = Overlap(**asdict(entry))
+    return found
+
+
+@dataclass
+class _Counted:
+    """The figures of an `Overlap` while they are counted."""
+
+    items: int = 0
+    found: list[str] = field(default_factory=list)
+    records: int = 0
+    by_pmid: int = 0
+    given_back: int = 0

@@ -12,10 +12,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TypeVar
 
 import numpy as np
 import zstandard
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from qmedtune import store, ui
 from qmedtune.data.hygiene import decontaminate, phi
@@ -96,7 +97,10 @@ def _limited(stream: Iterable[Item], limit: int | None) -> Iterator[Item]:
             return
 
 
-def in_batches(items: Iterable[Any], size: int = BATCH_RECORDS) -> Iterator[list[Any]]:
+Each = TypeVar("Each")
+
+
+def in_batches(items: Iterable[Each], size: int = BATCH_RECORDS) -> Iterator[list[Each]]:
     """Lists of `size` items (itertools.batched is Python 3.12)."""
     source = iter(items)
     while batch := list(islice(source, size)):
@@ -150,15 +154,33 @@ def _make_part(pool: Pool, source: SourceSection, files: list[Path], part: Path,
     for name in ARRAYS:
         table[name] = getattr(staged, name)
     np.save(part.with_suffix(".npy"), table)
-    lists = {}
-    for name in ("hits", "deleted", "rejects", "cleaned"):
-        lists[name] = getattr(staged, name)
-    lists |= {"identifiers": staged.identifiers.as_dict(), "reading": staged.reading.as_dict()}
-    lists |= {"sha256": _hashes(part)}
+    lists = PartLists(
+        hits=staged.hits,
+        deleted=staged.deleted,
+        rejects=staged.rejects,
+        cleaned=staged.cleaned,
+        identifiers=staged.identifiers,
+        reading=staged.reading.as_dict(),
+        sha256=_hashes(part),
+    )
     for path in _files(part)[:-1]:
         store.fsync_path(path)
-    store.write_checked(part.with_suffix(".json"), lists)
+    store.write_checked(part.with_suffix(".json"), lists.model_dump(mode="json"))
     return staged
+
+
+class PartLists(BaseModel):
+    """The .json of a part: what `Staged` remembers beside its arrays, and the hashes of the part's other files."""
+
+    model_config = ConfigDict(frozen=True)
+
+    hits: list[tuple[int, int, int]]
+    deleted: list[tuple[int, tuple[str, ...]]]
+    rejects: list[tuple[str, int, str, str]]
+    cleaned: Counter[str]
+    identifiers: phi.Tally
+    reading: dict[str, dict[str, int]]
+    sha256: list[str]
 
 
 def _hashes(part: Path) -> list[str]:
@@ -168,14 +190,17 @@ def _hashes(part: Path) -> list[str]:
     return found
 
 
-def _lists_of(part: Path) -> dict[str, Any] | None:
+def _lists_of(part: Path) -> PartLists | None:
     """What the .json of a part holds; None where it, or a file beside it, is missing or damaged."""
-    lists = store.read_checked(part.with_suffix(".json"))
+    found = store.read_checked(part.with_suffix(".json"))
+    if found is None:
+        return None
     try:
-        if lists and lists["sha256"] == _hashes(part):
+        lists = PartLists.model_validate(found)
+        if lists.sha256 == _hashes(part):
             return lists
         return None
-    except OSError:
+    except (OSError, ValidationError):
         return None
 
 
@@ -187,18 +212,9 @@ def _kept_part(part: Path, work: IO[bytes]) -> Staged | None:
     staged, table = Staged(), np.load(part.with_suffix(".npy"))
     for name in ARRAYS:
         getattr(staged, name).frombytes(table[name].tobytes())
-    staged.hits = []
-    for record, item, words in lists["hits"]:
-        staged.hits.append((record, item, words))
-    staged.deleted = []
-    for record, pmids in lists["deleted"]:
-        staged.deleted.append((record, tuple(pmids)))
-    staged.rejects = []
-    for file, line, reason, kind in lists["rejects"]:
-        staged.rejects.append((file, line, reason, kind))
-    staged.cleaned = Counter(lists["cleaned"])
-    staged.identifiers = phi.Tally.from_dict(lists["identifiers"])
-    staged.reading = ReadingTally.from_dict(lists["reading"])
+    staged.hits, staged.deleted, staged.rejects = lists.hits, lists.deleted, lists.rejects
+    staged.cleaned, staged.identifiers = lists.cleaned, lists.identifiers
+    staged.reading = ReadingTally.from_dict(lists.reading)
     with _records(part).open("rb") as raw:
         zstandard.ZstdDecompressor().copy_stream(raw, work)
     return staged

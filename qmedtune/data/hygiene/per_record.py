@@ -196,8 +196,7 @@ class Treatment:
 def phi_mode(recipe: Recipe, name: str) -> str:
     """What is done about identifiers in a source: what it says, else `hygiene.phi` where its text is clinical."""
     source = recipe.data[name]
-    clinical = source.kind == "clinical" or source.format in ("emrqa", "mimic_cxr")
-    return source.phi or (recipe.hygiene.phi if clinical else "off")
+    return source.phi or (recipe.hygiene.phi if source.is_clinical else "off")
 
 
 def change_texts(record: Record, change: Callable[[str], str]) -> None:

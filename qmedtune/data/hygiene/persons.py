@@ -39,7 +39,8 @@ EPONYM = re.compile(
 TITLE = re.compile(
     r"(?<![A-Za-z0-9_])(?:(?P<title>Drs?|DRS?|Mrs?|MRS?|Ms|MS|Miss|MISS|Prof|PROF|Professor|Doctor|DOCTOR|Rev|Herr|Frau|Mme|"
     r"Monsieur|Madame|Sra?|Dra|Do[nc]a?|Dott|Capt|Captain|Sgt|Lt|Judge|Father|Pastor|Rabbi|Sister|Nurse|Dear)|"
-    r"(?P<small>drs?|mrs?|ms|miss|prof|professor))(?:\.[ ]{0,3}\n?[ ]{0,3}|[ ]{1,3}\n?[ ]{0,3}|\n)(?=[A-Za-z])",
+    r"(?P<small>drs?|mrs?|ms|miss|prof|professor))(?:\.[ ]{0,3}\n?[ ]{0,3}|[ ]{1,3}\n?[ ]{0,3}|\n)"
+    r"(?:(?:med|dent|phil|rer|nat|habil|univ|vet|h\.[ ]?c|sc)\.[ ]{0,2}){0,4}(?=[A-Za-z])",
     re.A,
 )
 # Titles that are also words, or initials: their name must begin with a capital and be no other word.
@@ -55,7 +56,9 @@ _ROLES = (
     r"name[ ]of[ ]patient|attending[ ]physician|attending[ ](?:md|provider|surgeon|of[ ]record)|"
     r"(?:referring|primary[ ]care|ordering|admitting|supervising|consulting|treating)[ ](?:physician|provider|md|surgeon)|"
     rf"(?:{'|'.join(_DONE_BY)})[ ]by|next[ ]of[ ]kin|emergency[ ]contact|health[ ]care[ ]proxy|nok|"
-    r"responsible[ ]party|guarantor"
+    r"responsible[ ]party|guarantor|legal[ ]guardian|power[ ]of[ ]attorney|health[ ]care[ ]agent|middle[ ]name|preferred[ ]name|"
+    r"family[ ]doctor|general[ ]practitioner|account[ ]holder|policy[ ]?holder|(?:1st|2nd|first|second)[ ]assistant|"
+    r"(?:scrub|circulating)[ ]nurse|familienname|nachname|vorname"
 )
 _SHORT_ROLES = (
     r"name|patient|pt|attending|surgeon|assistant|anesthesiologist|resident|fellow|intern|physician|provider|author|nurse|"
@@ -63,12 +66,19 @@ _SHORT_ROLES = (
     r"proxy|hcp|contact|guardian|mother|father|husband|wife|son|daughter|brother|sister|spouse|partner|from|to|cc|re|client|"
     r"signature|signed|dictator|nombre|paciente|nom|patientin|arzt|hausarzt|medecin|subscriber|insured|employee|donor|"
     r"recipient|claimant|witness|reviewer|doctor|scribe|oncologist|hospitalist|dentist|technologist|technician|operator|"
-    r"circulator|scrub|caregiver|poa|dpoa|friend|midwife|coordinator|student|sincerely|regards"
+    r"circulator|scrub|caregiver|poa|dpoa|friend|midwife|coordinator|student|sincerely|regards|veteran|alias|aka|nickname|pat|"
+    r"paziente|pacjent|pacjentka|pacient|pasient|patsient|potilas|utente|medico|lekarz|arts|huisarts|lege|lakare|naam|nome|"
+    r"cognome|navn|namn|apellidos?|prenom|imie|nazwisko"
 )
 # A label and its colon; a long one may do without, or have a dash, a line end or several spaces instead.
 LABEL = re.compile(
     rf"(?<![A-Za-z0-9_])(?:(?P<long>(?i:{_ROLES}))|(?P<short>(?i:{_SHORT_ROLES})))(?:[ ]?\([A-Za-z, /]{1, 24}\))?"
-    r"(?P<link>[ .]{0,12}(?:(?:(?<=incerely)|(?<=egards)),[ ]{0,3}\n?[ ]{0,3}|[:=#][ ]{0,40}\n?[ ]{0,40}|-[ ]{1,3}|\n[ ]{0,40}|[ ]{1,3}))(?=[A-Za-z(\"'])",
+    r"(?P<link>\.{3,40}[ ]{0,20}|[ .]{0,12}(?:(?:(?<=incerely)|(?<=egards)),[ ]{0,3}\n?[ ]{0,3}|[:=#][ ]{0,40}\n?[ ]{0,40}|-[ ]{1,3}|\n[ ]{0,40}|[ ]{1,3}))(?=[A-Za-z(\"'])",
+    re.A,
+)
+# Between a label and a name; a letter or two, so only there: `Patient: mw. J. de Wit`.
+TITLE_BEHIND = re.compile(
+    r"(?i:mw|mevr|mevrouw|dhr|herr|frau|hr|fr|mme|mlle|sig|sigra|sra?|pan|pani|mrs?|ms|dr|prof)(?:\.[ ]{0,2}|[ ])(?=[A-Z])",
     re.A,
 )
 # Where a long label may begin, and the last word before the colon of a short one.
@@ -76,6 +86,9 @@ LONG_STARTS = (
     "patient name", "patient's name", "pt name", "pt. name", "full name", "first name", "last name", "given name", "family name", "maiden name", "surname",
     "name of patient", "attending", "referring", "primary care", "ordering", "admitting", "supervising", "consulting",
     "treating", "next of kin", "emergency contact", "health care proxy", "nok", "responsible party", "guarantor",
+    "legal guardian", "power of attorney", "health care agent", "middle name", "preferred name", "family doctor",
+    "general practitioner", "account holder", "policy holder", "policyholder", "1st assistant", "2nd assistant",
+    "first assistant", "second assistant", "scrub nurse", "circulating nurse", "familienname", "nachname", "vorname",
     *(f"{done} by" for done in _DONE_BY), "sincerely,", "regards,",
 )  # fmt: skip
 SHORT_WORDS = frozenset(_SHORT_ROLES.split("|"))
@@ -88,7 +101,10 @@ RELATIONS = (
     "contact", "cardiologist", "oncologist", "neurologist", "urologist", "nephrologist", "radiologist", "anesthesiologist",
 )  # fmt: skip
 _LAST_WORD = re.compile(r"([a-z]{2,20})(?:[ ]?\([a-z, /]{1,24}\))?[ .]{0,12}$", re.A)
-NAME_LABELS = re.compile(r"name|nombre|nom$|signed|dictated|kin|contact|transcribed|proxy", re.I | re.A)
+NAME_LABELS = re.compile(
+    r"name|nombre|nom$|nome$|naam|navn|namn|apellido|prenom|imie|nazwisko|alias|aka|signed|dictated|kin|contact|transcribed|proxy",
+    re.I | re.A,
+)
 OF_THINGS = re.compile(
     r"(?:drug|generic|brand|trade|product|study|test|file|device|procedure|medication|medicine|trial|gene|protein|assay|"
     r"compound|chemical|common|scientific|species)[ ]$",
@@ -96,6 +112,16 @@ OF_THINGS = re.compile(
 )
 # A table's row without a colon (a tab, which the plain copy has as a blank): the name must say itself that it is one.
 ROW = re.compile(r"(?:^|(?<=\n))[ ]{0,8}(?:NAME|Name)[ ]{1,40}(?=[A-Z][A-Za-z'-]{1,30},[ ]?[A-Z])", re.A)
+# A chart's `Pt. DOE, JANE seen`: in capitals and with a comma, before small letters.
+CHARTED = re.compile(
+    r"(?<![A-Za-z0-9_])(?:Pt|Patient|Veteran|Resident|Client)\.?[ ](?P<value>[A-Z][A-Z'-]{1,30},[ ][A-Z][A-Z'-]{1,30}(?:[ ][A-Z]\.?)?)(?=[ ][a-z])",
+    re.A,
+)
+NEWBORN = re.compile(
+    r"(?<![A-Za-z0-9_])(?:(?i:baby)[ ](?i:boy|girl)|(?i:infant|baby|newborn)[ ]of)[ ](?=[A-Z][A-Za-z])", re.A
+)
+# Behind a first name in the same line: alone, MI is a myocardial infarction.
+MIDDLE = re.compile(r"(?i:name)[^\n]{1,60}[ ]MI:[ ]{1,3}(?P<value>[A-Z])(?![A-Za-z0-9])", re.A)
 RELATION = re.compile(
     r"(?<![A-Za-z0-9_])(?i:husband|wife|spouse|son|daughter|mother|father|brother|sister|friend|partner|neighbou?r|caregiver|"
     r"fianc[e]{1,2}|girlfriend|boyfriend|aunt|uncle|niece|nephew|cousin|grandson|granddaughter|grandmother|grandfather|"
@@ -123,6 +149,7 @@ HOSPITAL = re.compile(
     r"Nursing[ ](?:Center|Facility|and[ ]Rehab(?:ilitation)?(?:[ ]Center)?)|Rehab(?:ilitation)?(?:[ ](?:Center|Hospital))?|"
     r"Hospice|Infirmary|Sanatorium|Assisted[ ]Living|Care[ ](?:Center|Centre|Home)|Senior[ ](?:Living|Care|Center)|Group[ ]Home|Retirement[ ]Village|Health[ ](?:System|Center|Centre|Care)|"
     r"Healthcare|HEALTHCARE|Surgery[ ]Center|Cancer[ ](?:Center|Institute)|Heart[ ](?:Center|Institute)|Manor|"
+    r"HEALTH[ ](?:SYSTEM|CENTER|CENTRE|NETWORK)|NHS[ ](?:Foundation[ ])?Trust|HCS|VAMC|CBOC|"
     r"Retirement[ ](?:Home|Community)|Skilled[ ]Nursing(?:[ ]Facility)?|Klinikum|Krankenhaus)(?![A-Za-z0-9_])"
     r"(?:[ ]of[ ](?:the[ ])?[A-Z][A-Za-z'-]{1,30}(?:[ ][A-Z][A-Za-z'-]{1,30}){0,2})?",
     re.A,
@@ -139,7 +166,8 @@ FRONT_HOSPITAL = re.compile(
     re.A,
 )
 LABELLED_HOSPITAL = re.compile(
-    r"(?<![A-Za-z0-9_])(?:OSH|Hospital|HOSPITAL|Facility|FACILITY|SNF|Rehab)[ ]?(?:\(|:[ ]{1,8})"
+    r"(?<![A-Za-z0-9_])(?:(?:OSH|Hospital|HOSPITAL|Facility|FACILITY|SNF|Rehab)[ ]?(?:\(|:[ ]{1,8})|"
+    r"(?i:accepting|receiving|transferring|sending|referring|admitting)[ ](?i:facility|hospital)[ ]{0,2}[:-][ ]{1,8})"
     r"(?P<value>[A-Z][A-Za-z.'-]{2,30}(?:[ ][A-Z][A-Za-z'-]{1,30}){0,3})(?![A-Za-z0-9_:])",
     re.A,
 )
@@ -174,6 +202,12 @@ def find_names(text: str, lowered: str) -> Iterator[Place]:
         words = text[start : match.start()].split()
         if words and (match[0].startswith(",") or len(words) > 1):
             yield start, match.start()
+    for match in (*CHARTED.finditer(text), *(MIDDLE.finditer(text) if " MI:" in text else ())):
+        if not any(_is_never(word) for word in re.split(r"[, ]+", match["value"])):
+            yield match.span("value")
+    for match in _matches(NEWBORN, text, places(("baby ", "infant of", "newborn of"), lowered)):
+        if end := _take(text, match.end(), Rules(eponyms=False)):
+            yield match.end(), end
     for match in _matches(PATIENT, text, places(("patient ", "pt "), lowered)):
         if not any(_is_never(word) for word in match["value"].split()):
             yield match.span("value")
@@ -187,8 +221,8 @@ def _matches(pattern: re.Pattern[str], text: str, starts: Iterable[int]) -> Iter
 
 def _short_labels(lowered: str) -> Iterator[int]:
     """Where the words before a colon begin that are labels."""
-    for place in places((":", "=", "name\n", "name#", "nombre\n"), lowered):
-        if lowered[place] in ":=":
+    for place in places((":", "=", "...", "name\n", "name#", "nombre\n"), lowered):
+        if lowered[place] in ":=.":
             end = place
         else:
             end = lowered.find("e", place) + 1
@@ -208,7 +242,8 @@ def find_hospitals(text: str) -> Iterator[Place]:
         if named or " of " in match[0]:
             yield start if words else match.start() + 1, match.end()
     for match in LABELLED_HOSPITAL.finditer(text):
-        if not any(_is_never(word) for word in match["value"].split()):
+        named = [word for word in match["value"].split() if word.lower() not in GENERAL]
+        if named and not any(_is_never(word) for word in named):
             yield match.span("value")
     for match in SAINT_HOSPITAL.finditer(text):
         yield match.span()
@@ -234,7 +269,7 @@ def _titled(text: str, match: re.Match[str]) -> Iterator[Place]:
 def _labelled(text: str, match: re.Match[str]) -> Iterator[Place]:
     """What follows a label. Behind a long label a dash, a line end or a space is enough; a short one needs its colon."""
     link, start = match["link"], match.end()
-    strong = ":" in link or "=" in link or "#" in link
+    strong = ":" in link or "=" in link or "#" in link or "..." in link
     label = match["long"] or match["short"]
     if label.lower() == "name" and OF_THINGS.search(text[max(0, match.start() - 20) : match.start()]):
         return
@@ -242,6 +277,8 @@ def _labelled(text: str, match: re.Match[str]) -> Iterator[Place]:
         return
     while start < len(text) and text[start] in "(\"'":
         start += 1
+    if title := TITLE_BEHIND.match(text, start):
+        start = title.end()
     named = bool(NAME_LABELS.search(label)) or bool(match["long"])
     end = _take(text, start, Rules(comma=True, small=strong and named, eponyms=named))
     if not end or re.match(
@@ -310,6 +347,8 @@ def _next_word(text: str, end: int, comma: bool) -> int | None:
         if at < len(text) and text[at].isalpha():
             return at
         return None
+    if text[end : end + 2] == '" ':
+        return end + 2  # "Bunny" Hargreaves
     if text[end : end + 1] == " ":
         return end + 1
     if text[end - 1] == "." and text[end : end + 1].isalpha():

@@ -11,16 +11,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
+from qmedtune.data.hygiene.abroad import labelled
 from qmedtune.data.hygiene.persons import find_hospitals, find_names
 from qmedtune.data.hygiene.plain import plain
 from qmedtune.data.hygiene.presidio import Finder
 from qmedtune.data.hygiene.recognisers import DIGITS, MARKED, RECOGNISERS, plausible
 from qmedtune.data.hygiene.words import EPONYMS, NEVER
+from qmedtune.results import Identifiers
 
 EXAMPLES = 3
-VERSION = 2  # of what is found: part of the key of data that is redacted or refused by it
+VERSION = 3  # of what is found: part of the key of data that is redacted or refused by it
 STANDS_FOR = "help for a reviewer, not de-identification to the Safe Harbor standard"
 
 
@@ -48,14 +49,14 @@ def find(text: str, persons: Finder | None = None) -> list[Span]:
     spans = []
     for span in found:
         spans.append(Span(*copy.span(span.start, span.end), span.kind))
-    if persons:
+    places = list(labelled(text))
+    for start, end in persons(text) if persons else ():
+        if _may_be_name(text[start:end]):
+            places.append((start, end))
+    if places:
         named = _Claimed(text, [(span.start, span.end) for span in spans])
-        places = []
-        for start, end in persons(text):
-            if _may_be_name(text[start:end]):
-                places.append(("name", start, end))
-        for place in places:
-            if span := named.span(*place):
+        for start, end in places:
+            if span := named.span("name", start, end):
                 spans.append(span)
     return sorted(spans, key=lambda span: span.start)
 
@@ -133,15 +134,12 @@ class Tally:
             shown = self.examples.setdefault(kind, [])
             shown += [form for form in forms if form not in shown][: EXAMPLES - len(shown)]
 
-    def as_dict(self) -> dict[str, Any]:
-        return {"classes": dict(self.classes), "records": self.records, "examples": self.examples}
-
-    @classmethod
-    def from_dict(cls, value: dict[str, Any]) -> Tally:
-        return cls(Counter(value["classes"]), value["records"], value["examples"])
-
-    def facts(self, mode: str) -> dict[str, Any]:
-        return {
-            "mode": mode, "records": self.records, "identifiers": self.classes.total(),
-            "classes": dict(self.classes), "shapes": self.examples, "note": STANDS_FOR,
-        }  # fmt: skip
+    def facts(self, mode: str) -> Identifiers:
+        return Identifiers(
+            mode=mode,
+            records=self.records,
+            identifiers=self.classes.total(),
+            classes=dict(self.classes),
+            shapes=self.examples,
+            note=STANDS_FOR,
+        )

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from qmedtune.data.hygiene.abroad import ABROAD
 from qmedtune.data.hygiene.anchors import places
 from qmedtune.data.hygiene.words import NEVER
 
@@ -68,18 +69,18 @@ SUFFIXES = (
 SMALL_SUFFIXES = r"(?:street|st|avenue|ave|road|rd|boulevard|blvd|lane|ln|drive|parkway|pkwy|hwy|highway)"
 FLAT = r"(?:[,.]?[ ]{1,2}(?i:apt|apartment|suite|ste|unit|flat|room|rm|floor|\#)\.?[ ]?\#?[ ]?[A-Za-z0-9]{1,6}(?![A-Za-z0-9]))?"
 # What may stand between a label and its value: "number", "no.", "#", ":", "is", in any sensible order; also a line end.
-LINK = r"(?:[ ]{0,10}(?:\b(?:numbers?|num|no|nr|id|ident(?:ifier)?|code|is|was)\b\.?|[#:=(])){0,5}[ ]{0,20}(?:(?<=[:#])\n[ ]{0,20})?"
+LINK = r"(?:[ ]?\([A-Za-z0-9 ,/]{1,20}\))?(?:[ ]{0,10}(?:\b(?:numbers?|num|no|nr|id|ident(?:ifier)?|code|is|was)\b\.?|[#:=(])){0,5}[ ]{0,20}(?:(?<=[:#])\n[ ]{0,20})?"
 # The same where a plain space would be too little: after `unit`, `plan`, `group` stands mostly something else.
 STRONG_LINK = r"(?:[ ]{0,10}(?:\b(?:numbers?|num|no|nr|id|ident(?:ifier)?|code)\b\.?|[#:=])){1,5}[ ]{0,20}(?:(?<=[:#])\n[ ]{0,20})?"
 # At least two digits; letters, dots, dashes and slashes in between.
 CODE = (
     r"(?P<value>(?:[A-Z]{1,2}[ ](?=\d{4}))?(?=[A-Za-z./-]{0,29}\d[A-Za-z./-]{0,28}\d)[A-Za-z0-9][A-Za-z0-9./-]{2,28}[A-Za-z0-9]"
-    r"|\d{3}[ ]\d{3}[ ]\d{3,4}(?!\d)|\d{2}[ ]\d{2}[ ]\d{2,4}(?!\d))"
+    r"|(?:[A-Z][ ])?\d{3}[ ]\d{3}(?:[ ]\d{3,4})?(?!\d)|\d{2}[ ]\d{2}[ ]\d{2,4}(?!\d))"
 )
 LONG_CODE = r"(?P<value>(?=[A-Za-z./-]{0,12}(?:\d[A-Za-z./-]{0,3}){6})[A-Za-z0-9][A-Za-z0-9./-]{4,28}[A-Za-z0-9])"
 EXTENSION = r"(?:,?[ ]?(?:x|ext\.?|extension)[ ]?\#?\d{1,6})?"
 NUMBER = rf"(?:\+?1[ .-]?)?(?:\(\d{{3}}\)[ -]?|\d{{3}}[ ./-])\d{{3}}[ .-]\d{{4}}{EXTENSION}"
-ABROAD = r"(?:\+|\b00)[1-9]\d{0,2}(?:[ ./-]{0,2}\(?\d{1,5}\)?){2,6}"
+FOREIGN = r"(?:\+|(?<!\))\b00)[1-9]\d{0,2}(?:[ ./-]{0,2}\(?\d{1,5}\)?){2,6}"
 # Of a country that writes a leading zero: 020 7946 0991, 0161 496 0000, 01632 960001, 06 12 34 56 78.
 NATIONAL = r"\(?0\d{1,4}\)?(?:[ ./-]\d{2,5}){2,4}|\(?0\d{2,5}\)?[ /-]\d{5,8}"
 CALLED = (
@@ -102,6 +103,7 @@ DONE = (
     r"colonoscopy|mammogram|echo(?:cardiogram)?|mri|ct|cxr|ekg|ecg|eeg|emg|egd|pap|dexa|labs?|pet|biopsy|surgery|cath|stress|"
     r"visit|appt|appointment|admi(?:ssion|tted)|discharged?|clinic|scan|x-?ray|ultrasound|endoscopy|vaccine|vaccination|shot|"
     r"booster|a1c|procedure|transfusion|dialysis|chemo|cycle|lmp|edd|last|seen|until|through|thru|due|scheduled|"
+    r"doa|dod|doi|adm|mon(?:day)?|tues?(?:day)?|wed(?:nesday)?|thu(?:rs?)?(?:day)?|fri(?:day)?|saturday|sunday|"
     r"follow-?up|f/u|returned?|started|stopped|begun|since|on|dated|dob|born|date|d/c|dc'd"
 )
 
@@ -138,7 +140,7 @@ SOURCES: dict[str, tuple[tuple[Any, ...], ...]] = {
         ),
         ("nino|national ins|ni ", r"\b[A-CEGHJ-PR-TW-Z][A-CEGHJ-NPR-TW-Z](?:[ ]?\d{2}){3}[ ]?[A-D]\b"),
     ),
-    "fax": (("fax", rf"(?i:\bfax{LINK})(?P<value>{NUMBER}|{ABROAD}|{NATIONAL}|\d{{3}}[.-]\d{{4}}|\d{{10}})\b"),),
+    "fax": (("fax", rf"(?i:\bfax{LINK})(?P<value>{NUMBER}|{FOREIGN}|{NATIONAL}|\d{{3}}[.-]\d{{4}}|\d{{10}})\b"),),
     "date": (
         ("0000-|0000/|0000.", rf"(?<![\w.])(?<!\w-){YEAR}([-/.]){DAY}\1{DAY}(?:{CLOCK}(?![A-Za-z0-9])|(?=T\d))"),
         ("/0|-0|.0", rf"(?<![\w./])(?<!\d-){DAY}([-/.]){DAY}\1(?:{YEAR}|'?\d\d)(?![A-Za-z0-9])(?!\1\d)(?!\.\d)"),
@@ -167,7 +169,7 @@ SOURCES: dict[str, tuple[tuple[Any, ...], ...]] = {
         ("000-0000|000.0000|000 0000", rf"(?<![\w-])(?<!\d\.){NUMBER}\b"),
         ("000-0000000", r"(?<![\w.-])\d{3}-\d{7}(?![\w-])", 0),
         ("x0000", r"(?<=[ ])x\d{4,5}(?![\w.%])", 0),
-        ("+0|000", rf"(?<![\w+-]){ABROAD}\b", 0),
+        ("+0|000", rf"(?<![\w+-]){FOREIGN}\b", 0),
         ("0 0|0-0|0/0|0.0", rf"(?<![\w./+-])(?:{NATIONAL})\b(?![./-]\d)"),
         (
             "phone|tel|ph|cell|mobile|pager|pgr|bpr|callback|beeper|call|contact|reach|home|work|office|voicemail|text|handy",
@@ -210,9 +212,9 @@ SOURCES: dict[str, tuple[tuple[Any, ...], ...]] = {
     ),
     "account": (
         (
-            "acc|encounter|visit|invoice|specimen|order|requisition|confirmation",
+            "acc|har|episode|encounter|visit|invoice|specimen|order|requisition|confirmation",
             _labelled(
-                r"account|acct\.?|encounter(?=[ ](?:no|number|\#|id)|[ ]?[#:])|visit(?=[ ](?:id|no|number|\#))|invoice|accession|"
+                r"account|acct\.?|(?:har|episode)(?=[ ](?:no|number|\#|id)|[ ]?[#:])|encounter(?=[ ](?:no|number|\#|id)|[ ]?[#:])|visit(?=[ ](?:id|no|number|\#))|invoice|accession|"
                 r"specimen(?=[ ](?:id|no|number|\#))|order(?=[ ](?:id|no|number|\#))|requisition|confirmation"
             ),
             0,
@@ -312,7 +314,14 @@ def _recogniser(kind: str, needs: str, source: str, back: int | None = None) -> 
     return Recogniser(kind, tuple(needs.split("|")), re.compile(source, re.A), back)
 
 
-RECOGNISERS = [_recogniser(kind, *entry) for kind, entries in SOURCES.items() for entry in entries]
+def _all() -> Iterator[Recogniser]:
+    """In the order of precedence: what only other countries write goes before its class."""
+    for kind, entries in SOURCES.items():
+        for entry in (*ABROAD.get(kind, ()), *entries):
+            yield _recogniser(kind, *entry)
+
+
+RECOGNISERS = list(_all())
 DIGITS = str.maketrans("123456789", "0" * 9)
 LABELLED_CODES = frozenset({"mrn", "account", "health_plan", "device", "license", "other_number"})
 UNIT_LIKE = re.compile(r"[a-z.-]+\d\d", re.I)
@@ -374,7 +383,7 @@ _CLEAR_STREET = re.compile(r"[A-Z][A-Za-z'.-]*[ ](?:Street|Avenue|Road|Boulevard
 _RELEASE = re.compile(r"(?:version|release|build|section|chapter|\bv|\bver)[ .:]{0,2}$", re.I | re.A)
 _DASHED = re.compile(r"\d{1,2}-\d{1,2}-\d\d", re.A)
 # Before "3/19" these make it a date; one written as month and day after `on` and `since`, whatever the numbers.
-_DATED = re.compile(r"\b(?:on|dated|since|dob|born|date)[: ]{1,3}$", re.I | re.A)
+_DATED = re.compile(r"\b(?:on|dated|since|dob|born|date|doa|dod)[: ]{1,3}$", re.I | re.A)
 _DONE = re.compile(
     rf"\b(?:(?:{DONE})(?:[ ](?:on|in|of|from|was|done))?|last[ ][a-z0-9]{{2,20}}(?:[ ]on)?)[: (]{{1,3}}$", re.I | re.A
 )

@@ -15,7 +15,7 @@ import stat
 from contextlib import suppress
 from pathlib import Path
 
-from qmedtune.disk import fsync_path, write_json
+from qmedtune.disk import fsync_path, read_plain, write_json
 from qmedtune.errors import RecipeError
 
 FILE, NOTE = "surrogates.key", ".surrogates"
@@ -71,8 +71,8 @@ def fingerprint(secret: bytes) -> str:
 def check(out: Path) -> None:
     """RecipeError where the stand-ins in `out` were made with a secret that is not here. Makes no secret there."""
     try:
-        before = json.loads((out / NOTE).read_text(encoding="utf-8"))["fingerprint"]
-    except (OSError, ValueError, KeyError, TypeError):
+        before = json.loads(read_plain(out / NOTE))["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return
     path = folder() / FILE
     if path.exists() and fingerprint(load()) == before:

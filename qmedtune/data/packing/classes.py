@@ -11,7 +11,6 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -22,21 +21,18 @@ from qmedtune.data.packing.tokens import Codec, load_codec
 from qmedtune.data.reading.document import Record
 from qmedtune.errors import DataError
 from qmedtune.recipe import ClassifySection, Recipe
-from qmedtune.results import Packing
+from qmedtune.results import Classes, Packing
 
 TARGETS, LABELS, IDS, HELD_OUT = "targets.npy", "labels.json", "ids.json", "heldout"
 BETWEEN = re.compile(r"[,;]")
 ALL = 2**62  # of the tokens held out: all are scored, whatever cap holds in training
 
 
-def pack_classes(
-    recipe: Recipe, index: int, tokenizer_dir: Path, inputs: Mapping[str, Path], out: Path
-) -> dict[str, Any]:
+def pack_classes(recipe: Recipe, index: int, tokenizer_dir: Path, inputs: Mapping[str, Path], out: Path) -> Packing:
     """Lay out the documents of classify stage `index` below `out`, the held-out ones below `out/heldout`.
 
-    inputs: source name -> its folder. Returns the ledger of training with {"classes": {"labels", "documents",
-    "held_out", "unknown"}}: unknown are held-out documents none of whose labels occurs in training.
-    Raises DataError for fewer than two labels and where nothing is held out.
+    inputs: source name -> its folder. Returns the ledger of training. Raises DataError for fewer than two labels and
+    where nothing is held out.
     """
     section = recipe.stages[index].classify
     assert section is not None and isinstance(section.seq_len, int)
@@ -49,19 +45,21 @@ def pack_classes(
     (out / LABELS).write_text(json.dumps(labels, ensure_ascii=False) + "\n", encoding="utf-8")
     held = _lay_out(recipe, section, codec, tokenizer_dir, folder / "heldout.jsonl", out / HELD_OUT, labels, None)
     rng = np.random.default_rng([recipe.seed, index])
-    facts = _lay_out(recipe, section, codec, tokenizer_dir, folder / "train.jsonl", out, labels, rng)
+    packed = _lay_out(recipe, section, codec, tokenizer_dir, folder / "train.jsonl", out, labels, rng)
+    assert packed.records is not None and held.records is not None
     unknown = int((np.load(out / HELD_OUT / TARGETS).sum(1) == 0).sum())
-    classes = {"labels": len(labels), "documents": facts["records"]["read"], "held_out": held["records"]["read"]}
-    facts["tokens"]["supervised"] = facts["documents_drawn"]  # one prediction per document
-    if cut := facts["records"]["truncated"]:
-        ui.warn(f"{section.data}: {cut:,} of {classes['documents']:,} documents are cut at seq_len {section.seq_len}")
-    return Packing.model_validate(facts | {"classes": {**classes, "unknown": unknown}}).as_json()
+    documents = packed.records.read
+    classes = Classes(labels=len(labels), documents=documents, held_out=held.records.read, unknown=unknown)
+    tokens = packed.tokens.model_copy(update={"supervised": packed.documents_drawn})  # one prediction per document
+    if cut := packed.records.truncated:
+        ui.warn(f"{section.data}: {cut:,} of {documents:,} documents are cut at seq_len {section.seq_len}")
+    return packed.model_copy(update={"tokens": tokens, "classes": classes})
 
 
 def _lay_out(
     recipe: Recipe, section: ClassifySection, codec: Codec, tokenizer_dir: Path, path: Path, out: Path,
     labels: list[str], rng: np.random.Generator | None,
-) -> dict[str, Any]:  # fmt: skip
+) -> Packing:  # fmt: skip
     """Pack one file: all of it once in its order for scoring, `epochs` shuffled passes where there is a generator."""
     out.mkdir(exist_ok=True)
     corpus = pack.tokenise(recipe, section.data, path, section, codec, tokenizer_dir, out, None if rng else ALL)

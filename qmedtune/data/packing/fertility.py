@@ -10,24 +10,26 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 from qmedtune.data.packing.tokens import Codec
+from qmedtune.results import Fertility
 
 WORD = re.compile(r"[^\W\d_]+")
 SAMPLE_BYTES = 1 << 19
 SHOWN_WORDS = 10
 
 
-def fertility(codec: Codec, folders: Mapping[str, Path], kinds: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """Per source, over the first half MB of its train.jsonl: words, tokens_per_word, characters_per_token,
-    share_of_words_whole (one token), share_unknown, and `most_split`: [word, tokens] (not for clinical sources)."""
-    found: dict[str, dict[str, Any]] = {}
+def fertility(codec: Codec, folders: Mapping[str, Path], quiet: Collection[str] = ()) -> dict[str, Fertility]:
+    """Per source, over the first half MB of its train.jsonl.
+
+    quiet: sources whose words are not told (`most_split`): what is split most in notes are names.
+    """
+    found: dict[str, Fertility] = {}
     for name, folder in folders.items():
-        found[name] = _of(codec, _sample(folder / "train.jsonl"), kinds[name] != "clinical")
+        found[name] = _of(codec, _sample(folder / "train.jsonl"), name not in quiet)
     return found
 
 
@@ -43,23 +45,34 @@ def _sample(path: Path) -> list[str]:
     return texts
 
 
-def _of(codec: Codec, texts: list[str], show_words: bool) -> dict[str, Any]:
+def _of(codec: Codec, texts: list[str], show_words: bool) -> Fertility:
     tokens = list(chain.from_iterable(codec.encode(texts, markers=False)))
     counts = Counter(chain.from_iterable(WORD.findall(text) for text in texts))
     words = list(counts)
     pieces = dict(zip(words, _tokens_within_text(codec, words), strict=True))
-    total = max(1, counts.total())
-    unknown = _unknown_id(codec)
-    longest = sorted((w for w in words if counts[w] > 1), key=lambda w: (-pieces[w], -counts[w], w))[:SHOWN_WORDS]
-    return {
-        "words": counts.total(),
-        "tokens": len(tokens),
-        "tokens_per_word": round(sum(counts[w] * pieces[w] for w in words) / total, 3),
-        "characters_per_token": round(sum(map(len, texts)) / max(1, len(tokens)), 3),
-        "share_of_words_whole": round(sum(counts[w] for w in words if pieces[w] == 1) / total, 4),
-        "share_unknown": round(tokens.count(unknown) / max(1, len(tokens)), 6) if unknown is not None else 0.0,
-        "most_split": [[word, pieces[word]] for word in longest] if show_words else [],
-    }
+    total, of_words, whole = max(1, counts.total()), 0, 0
+    for word, count in counts.items():
+        of_words += count * pieces[word]
+        if pieces[word] == 1:
+            whole += count
+    share_unknown, unknown = 0.0, _unknown_id(codec)
+    if unknown is not None:
+        share_unknown = round(tokens.count(unknown) / max(1, len(tokens)), 6)
+    most_split: list[list[str | int]] = []
+    if show_words:
+        often = [word for word in words if counts[word] > 1]
+        longest = sorted(often, key=lambda word: (-pieces[word], -counts[word], word))
+        for word in longest[:SHOWN_WORDS]:
+            most_split.append([word, pieces[word]])
+    return Fertility(
+        words=counts.total(),
+        tokens=len(tokens),
+        tokens_per_word=round(of_words / total, 3),
+        characters_per_token=round(sum(map(len, texts)) / max(1, len(tokens)), 3),
+        share_of_words_whole=round(whole / total, 4),
+        share_unknown=share_unknown,
+        most_split=most_split,
+    )
 
 
 def _tokens_within_text(codec: Codec, words: list[str]) -> list[int]:

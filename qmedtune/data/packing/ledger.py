@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from qmedtune.data.packing import mix
 from qmedtune.data.packing.tokens import KEPT, LENGTH, SUPERVISED
+from qmedtune.results import PackedRecords, Packing, Part, Tokens
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,12 @@ class Draws:
 def packing_facts(
     corpora: list[Corpus], plan: Draws, rows: mix.Rows, pieces: np.ndarray, drawn: np.ndarray, base: np.ndarray,
     seq_len: int,
-) -> dict[str, Any]:  # fmt: skip
-    """Facts of a stage's packing. drawn: tokens of each draw; base: first document of each source, and the end."""
+) -> Packing:  # fmt: skip
+    """The ledger of a stage's packing. drawn: tokens of each draw; base: first document of each source, and the end."""
     per_source = np.searchsorted(base, pieces[:, 0], side="right") - 1
     continued = rows.pieces[:, 1] > 0
-    mixture, tokens = {}, dict.fromkeys(("read", "kept", "split", "dropped", "supervised", "trained"), 0)
+    mixture: dict[str, Part] = {}
+    split = 0
     trained_total = int(pieces[:, 2].sum())
     for number, corpus in enumerate(corpora):
         mine = plan.source == number
@@ -62,29 +63,54 @@ def packing_facts(
         else:
             supervised = trained - int(here.sum())
         assert trained == int(drawn[mine].sum())
-        mixture[corpus.name] = {
-            "share": trained / trained_total, "asked_share": plan.share[corpus.name], "tokens": trained,
-            "repeats": round(trained / max(1, int(corpus.draws.sum())), 4), "read": read, "kept": kept,
-            "dropped": read - kept, "seen": seen,
-            "never_sampled": kept - seen, "supervised": supervised, "documents": len(corpus.documents),
-            "truncated_documents": int((corpus.kept < corpus.documents[:, LENGTH]).sum()),
-            "dropped_documents": int((corpus.kept == 0).sum()), "draws": int(mine.sum()),
-            "beyond_cap": int(corpus.kept[corpus.draws == 0].sum()),
-            "overlapped": int((np.maximum(corpus.draws - corpus.kept, 0) * times).sum()),
-        }  # fmt: skip
-        split = int(pieces[here & continued, 2].sum())
-        for key, value in zip(tokens, (read, kept, split, read - kept, supervised, trained), strict=True):
-            tokens[key] += value
+        mixture[corpus.name] = Part(
+            share=trained / trained_total,
+            asked_share=plan.share[corpus.name],
+            tokens=trained,
+            repeats=round(trained / max(1, int(corpus.draws.sum())), 4),
+            read=read,
+            kept=kept,
+            dropped=read - kept,
+            seen=seen,
+            never_sampled=kept - seen,
+            supervised=supervised,
+            documents=len(corpus.documents),
+            truncated_documents=int((corpus.kept < corpus.documents[:, LENGTH]).sum()),
+            dropped_documents=int((corpus.kept == 0).sum()),
+            draws=int(mine.sum()),
+            beyond_cap=int(corpus.kept[corpus.draws == 0].sum()),
+            overlapped=int((np.maximum(corpus.draws - corpus.kept, 0) * times).sum()),
+        )
+        split += int(pieces[here & continued, 2].sum())
     num_rows = len(rows.bounds) - 1
-    counts = {"read": "documents", "truncated": "truncated_documents", "dropped": "dropped_documents"}
-    return {
-        "records": {key: _summed(mixture, name) for key, name in counts.items()},
-        "tokens": tokens, "mixture": mixture, "rows": num_rows, "seq_len": seq_len, "documents_drawn": len(plan.source),
-        "row_fill": round(trained_total / (num_rows * seq_len), 4), "pieces": len(pieces),
-        "leftover": {name: entry["never_sampled"] for name, entry in mixture.items()}, "capped": plan.capped,
-    }  # fmt: skip
+    leftover: dict[str, int] = {}
+    for name, part in mixture.items():
+        leftover[name] = part.never_sampled or 0
+    return Packing(
+        records=PackedRecords(
+            read=_summed(mixture, "documents"),
+            truncated=_summed(mixture, "truncated_documents"),
+            dropped=_summed(mixture, "dropped_documents"),
+        ),
+        tokens=Tokens(
+            read=_summed(mixture, "read"),
+            kept=_summed(mixture, "kept"),
+            split=split,
+            dropped=_summed(mixture, "dropped"),
+            supervised=_summed(mixture, "supervised"),
+            trained=trained_total,
+        ),
+        mixture=mixture,
+        rows=num_rows,
+        seq_len=seq_len,
+        documents_drawn=len(plan.source),
+        row_fill=round(trained_total / (num_rows * seq_len), 4),
+        pieces=len(pieces),
+        leftover=leftover,
+        capped=plan.capped,
+    )
 
 
-def _summed(mixture: dict[str, dict[str, Any]], name: str) -> int:
+def _summed(mixture: dict[str, Part], name: str) -> int:
     """One number of every source, added up."""
-    return sum(entry[name] for entry in mixture.values())
+    return sum(getattr(part, name) for part in mixture.values())

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -43,16 +42,14 @@ from qmedtune.recipe import (
     SourceSection,
     TrainSection,
 )
-from qmedtune.results import Packing
+from qmedtune.results import HeldOut, Packing, Part
 
 IGNORED = -100
 CLEANING = "instructions"  # the kind of text that per_record.py cleans conversations as
 META = "packed.json"
 
 
-def pack_stage(
-    recipe: Recipe, index: int, tokenizer_dir: Path, inputs: Mapping[str, Path], out: Path
-) -> dict[str, Any]:
+def pack_stage(recipe: Recipe, index: int, tokenizer_dir: Path, inputs: Mapping[str, Path], out: Path) -> Packing:
     """Tokenise the sources of stage `index` (from 0) and lay out its rows below `out`. Returns the ledger.
 
     An SFT stage's template goes to `out/template.json`, for generation to use the very one of training.
@@ -66,27 +63,27 @@ def pack_stage(
     corpora = []
     for name in recipe.stages[index].sources:
         corpora.append(tokenise(recipe, name, inputs[name] / "train.jsonl", section, codec, tokenizer_dir, out))
-    facts: dict[str, Any] = {}
+    template = None
     if isinstance(section, SftSection):
         _check_truncation(section, corpora)
         template = stage_template(recipe, index, tokenizer_dir)
         templates.save(template, out)
-        facts = {"template": template.name}
-    else:
-        facts = {"borders": borders.described(codec)}
     rng = np.random.default_rng([recipe.seed, index])
     if isinstance(section, SftSection):
         assert not isinstance(section.epochs, str)
         plan = epochs(section.epochs, corpora, rng)
     else:
         plan = _mixture(section, corpora, rng)
-    facts = write_rows(recipe, corpora, section, plan, rng, out) | facts
-    kinds = {}
-    for name in facts["mixture"]:
-        kinds[name] = recipe.data[name].kind
-    for name, found in fertility(codec, {name: inputs[name] for name in kinds}, kinds).items():
-        facts["mixture"][name]["fertility"] = found
-    return Packing.model_validate(facts).as_json()
+    packed = write_rows(recipe, corpora, section, plan, rng, out)
+    folders = {name: inputs[name] for name in packed.mixture}
+    quiet = [name for name in folders if recipe.data[name].may_identify]
+    mixture: dict[str, Part] = {}
+    for name, found in fertility(codec, folders, quiet).items():
+        mixture[name] = packed.mixture[name].model_copy(update={"fertility": found})
+    packed = packed.model_copy(update={"mixture": mixture})
+    if template is not None:
+        return packed.model_copy(update={"template": template.name})
+    return packed.model_copy(update={"borders": borders.described(codec)})
 
 
 def stage_template(recipe: Recipe, index: int, tokenizer_dir: Path) -> Template:
@@ -136,13 +133,14 @@ def tokenise(
     encoding = store.sha256_json([*how, store.sha256_file(tokenizer_dir / "tokenizer.json"), codec.eos_token])
     with ui.stage(f"tokenise {name}", None, "documents") as progress:
         shards = write_shards(path, out / "tokens", name, encode, progress.update, max_tokens, encoding)
-    arrays = []
+    tables: list[np.ndarray] = []
     for shard in shards:
-        arrays.append(shard_array(shard, "documents"))
-    if arrays:
-        documents = np.concatenate([a for a in arrays if a is not None])
-    else:
-        documents = np.zeros((0, 3), np.int64)
+        table = shard_array(shard, "documents")
+        if table is not None:
+            tables.append(table)
+    documents = np.zeros((0, 3), np.int64)
+    if tables:
+        documents = np.concatenate(tables)
     if max_tokens is None:
         cap = source.max_tokens
     else:
@@ -200,26 +198,35 @@ def _mixture(section: CptSection | PretrainSection, corpora: list[Corpus], rng: 
     for corpus in corpora:
         lengths[corpus.name] = corpus.draws[usable[corpus.name]]
     wanted = mix.targets(section, lengths)
-    picks = []
+    picks: list[np.ndarray] = []
+    counts: list[int] = []
     for name in lengths:
-        picks.append(usable[name][mix.draw(lengths[name], wanted[name].tokens, rng)])
-    order = mix.interleave([len(pick) for pick in picks], rng)
-    source = np.repeat(np.arange(len(picks), dtype=np.int16), [len(pick) for pick in picks])[order]
-    capped = []
+        pick = usable[name][mix.draw(lengths[name], wanted[name].tokens, rng)]
+        picks.append(pick)
+        counts.append(len(pick))
+    order = mix.interleave(counts, rng)
+    source = np.repeat(np.arange(len(picks), dtype=np.int16), counts)[order]
+    share: dict[str, float] = {}
+    capped: list[str] = []
     for name, target in wanted.items():
+        share[name] = target.share
         if target.capped:
             capped.append(name)
-    for name in capped:
-        ui.warn(f"mix: {name} is capped by max_repeats, its share of the mixture falls short")
-    return Draws(source, np.concatenate(picks)[order], {n: t.share for n, t in wanted.items()}, capped)
+            ui.warn(f"mix: {name} is capped by max_repeats, its share of the mixture falls short")
+    return Draws(source, np.concatenate(picks)[order], share, capped)
 
 
 def epochs(count: float, corpora: list[Corpus], rng: np.random.Generator) -> Draws:
     """Every usable record once per epoch, all sources shuffled together; a last part of an epoch where asked."""
-    usable = []
+    usable: list[np.ndarray] = []
+    counts: list[int] = []
+    tokens: dict[str, int] = {}
     for corpus in corpora:
-        usable.append(np.flatnonzero(corpus.draws))
-    source = np.repeat(np.arange(len(usable)), [len(u) for u in usable])
+        documents = np.flatnonzero(corpus.draws)
+        usable.append(documents)
+        counts.append(len(documents))
+        tokens[corpus.name] = int(corpus.draws.sum())
+    source = np.repeat(np.arange(len(usable)), counts)
     document = np.concatenate(usable)
     if not len(document):
         raise DataError("sft: no record with a response is left\nlook at rejects.jsonl and raise `seq_len`")
@@ -229,23 +236,35 @@ def epochs(count: float, corpora: list[Corpus], rng: np.random.Generator) -> Dra
         orders.append(rng.permutation(len(document)))
     orders.append(rng.permutation(len(document))[: round(part * len(document))])
     order = np.concatenate(orders)
-    total = sum(int(c.draws.sum()) for c in corpora)
-    return Draws(source[order], document[order], {c.name: float(c.draws.sum()) / total for c in corpora}, [])
+    total = sum(tokens.values())
+    share: dict[str, float] = {}
+    for name, count in tokens.items():
+        share[name] = count / total
+    return Draws(source[order], document[order], share, [])
 
 
 def write_rows(
     recipe: Recipe, corpora: list[Corpus], section: TrainSection, plan: Draws,
     rng: np.random.Generator, out: Path, whole: bool = False,
-) -> dict[str, Any]:  # fmt: skip
-    """Packs the draws, writes pieces, rows, the document table and packed.json; returns the facts.
+) -> Packing:  # fmt: skip
+    """Packs the draws, writes pieces, rows, the document table and packed.json; returns the ledger.
 
     whole: documents are not split over rows, as in SFT.
     """
     seq_len = int(section.seq_len)
     np.save(out / "documents.npy", _table(corpora))
-    base = np.cumsum([0] + [len(corpus.documents) for corpus in corpora])
+    firsts, draws = [0], []
+    shards: list[str] = []
+    sources: list[str] = []
+    for corpus in corpora:
+        firsts.append(firsts[-1] + len(corpus.documents))
+        draws.append(corpus.draws)
+        sources.append(corpus.name)
+        for shard in corpus.shards:
+            shards.append(shard.relative_to(out).as_posix())
+    base = np.array(firsts)
     document = base[plan.source] + plan.document
-    drawn = np.concatenate([corpus.draws for corpus in corpora])[document]
+    drawn = np.concatenate(draws)[document]
     units = _units(recipe, corpora, plan, document, drawn, seq_len, rng)
     rows = _rows(section, units[:, 2], whole, rng)
     pieces = rows.pieces.copy()
@@ -253,8 +272,7 @@ def write_rows(
     pieces[:, 0] = document[units[rows.pieces[:, 0], 0]]
     np.save(out / "pieces.npy", pieces)
     np.save(out / "rows.npy", rows.bounds)
-    shards = [shard.relative_to(out).as_posix() for corpus in corpora for shard in corpus.shards]
-    meta = {"seq_len": seq_len, "shards": shards, "sources": [c.name for c in corpora], "first_document": base.tolist()}
+    meta = {"seq_len": seq_len, "shards": shards, "sources": sources, "first_document": firsts}
     if isinstance(section, SftSection) and 0 < (weight := prompt_weight(section.loss_on)) < 1:
         meta["prompt_weight"] = weight
     (out / META).write_text(json.dumps(meta) + "\n", encoding="utf-8")
@@ -266,8 +284,13 @@ def _units(
     rng: np.random.Generator,
 ) -> np.ndarray:  # fmt: skip
     """(U, 3) int32 of (draw, start, length): what is laid into rows, a draw each, or each chunk of one with overlap."""
-    kept = np.concatenate([corpus.kept for corpus in corpora])[document]
-    shared = np.array([shared_tokens(recipe.data[corpus.name], seq_len) for corpus in corpora])[plan.source]
+    kept_by_source: list[np.ndarray] = []
+    shared_by_source: list[int] = []
+    for corpus in corpora:
+        kept_by_source.append(corpus.kept)
+        shared_by_source.append(shared_tokens(recipe.data[corpus.name], seq_len))
+    kept = np.concatenate(kept_by_source)[document]
+    shared = np.array(shared_by_source)[plan.source]
     counts = 1 + np.maximum(drawn - kept, 0) // shared
     units = mix.chunks(counts, np.where(counts > 1, kept, drawn), seq_len, shared)
     # A window's place is drawn anew each time; 0 for all others.
@@ -286,25 +309,27 @@ def _rows(section: TrainSection, lengths: np.ndarray, whole: bool, rng: np.rando
 
 def _table(corpora: list[Corpus]) -> np.ndarray:
     """(D, 3) int64: shard number, first token within it, length; over all sources in order."""
-    parts = []
-    for number, shard in enumerate(shard for corpus in corpora for shard in corpus.shards):
-        documents = shard_array(shard, "documents")
-        assert documents is not None
-        ends = np.cumsum(documents[:, LENGTH])
-        parts.append(np.stack([np.full(len(ends), number), ends - documents[:, LENGTH], documents[:, LENGTH]], axis=1))
+    parts: list[np.ndarray] = []
+    for corpus in corpora:
+        for shard in corpus.shards:
+            documents = shard_array(shard, "documents")
+            assert documents is not None
+            lengths = documents[:, LENGTH]
+            ends = np.cumsum(lengths)
+            parts.append(np.stack([np.full(len(ends), len(parts)), ends - lengths, lengths], axis=1))
     if parts:
         return np.concatenate(parts)
     return np.zeros((0, 3), np.int64)
 
 
-def pack_validation(recipe: Recipe, tokenizer_dir: Path, inputs: Mapping[str, Path], out: Path) -> dict[str, Any]:
+def pack_validation(recipe: Recipe, tokenizer_dir: Path, inputs: Mapping[str, Path], out: Path) -> HeldOut:
     """Held-out text of every source that is validated on, each packed once into `out/<source>/`.
 
     At most `validate.max_tokens` each, in file order; rows as long as those of the stage that trains on the source
-    (else of the first stage). Returns facts per source.
+    (else of the first stage).
     """
     codec = load_codec(tokenizer_dir)
-    facts = {}
+    packed: dict[str, Packing] = {}
     for name in dict.fromkeys([*recipe.validation.on, *recipe.evaluate.perplexity]):
         path, folder = inputs[name] / "heldout.jsonl", out / name
         limit = recipe.validation.max_tokens
@@ -318,8 +343,8 @@ def pack_validation(recipe: Recipe, tokenizer_dir: Path, inputs: Mapping[str, Pa
         plan = Draws(np.zeros(len(usable), np.int64), usable, {name: 1.0}, [])
         if recipe.data[name].chunking == "overlap":
             corpus = replace(corpus, draws=corpus.kept)  # perplexity counts each token once
-        facts[name] = write_rows(recipe, [corpus], section, plan, np.random.default_rng(0), folder, whole=True)
-    return facts
+        packed[name] = write_rows(recipe, [corpus], section, plan, np.random.default_rng(0), folder, whole=True)
+    return HeldOut.model_validate(packed)
 
 
 def _reader_of(recipe: Recipe, name: str) -> TrainSection:
@@ -434,8 +459,10 @@ class WholeDocuments:
 
     def __init__(self, rows: PackedRows, max_tokens: int):
         self._rows = rows
-        lengths, drawn = rows.document_lengths(), rows.drawn_documents()
-        self._windows = [window for d in drawn for window in windows(int(d), int(lengths[d]), max_tokens)]
+        lengths = rows.document_lengths()
+        self._windows: list[tuple[int, int, int]] = []
+        for document in rows.drawn_documents().tolist():
+            self._windows += windows(document, int(lengths[document]), max_tokens)
 
     def __len__(self) -> int:
         return len(self._windows)

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict
 
 import numpy as np
 
@@ -21,7 +21,14 @@ SUPERVISED, QUIET, BORDER, PLAIN = "\033[32m", "\033[2m", "\033[1;36m", "\033[0m
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
-def documents(packed: PackedRows, folders: Mapping[str, Path], n: int) -> list[dict[str, Any]]:
+Shown = TypedDict("Shown", {"source": str, "id": str | None, "from": int, "ids": list[int], "supervised": list[int]})
+
+
+class ShownRow(TypedDict):
+    documents: list[Shown]
+
+
+def documents(packed: PackedRows, folders: Mapping[str, Path], n: int) -> list[ShownRow]:
     """The first `n` rows as {"documents": [{"source", "id", "from", "ids", "supervised"}]}, for machines.
 
     ids: of the piece of the document that lies in the row, from its token `from` on; supervised: 1 where a token is
@@ -29,13 +36,14 @@ def documents(packed: PackedRows, folders: Mapping[str, Path], n: int) -> list[d
     """
     rows = range(min(n, len(packed)))
     wanted: dict[str, set[int]] = {source: set() for source in packed.sources}
-    for document in {int(piece[0]) for row in rows for piece in packed.pieces(row)}:
-        source, number = packed.record_of(document)
-        wanted[source].add(number)
+    for row in rows:
+        for document in set(packed.pieces(row)[:, 0].tolist()):
+            source, number = packed.record_of(document)
+            wanted[source].add(number)
     names = {}
     for source, numbers in wanted.items():
         names[source] = _record_ids(folders[source], numbers)
-    found: list[dict[str, Any]] = []
+    found: list[ShownRow] = []
     for row in rows:
         found.append({"documents": list(_documents(packed, names, row))})
     return found
@@ -51,7 +59,7 @@ def _record_ids(folder: Path, numbers: set[int]) -> dict[int, str | None]:
         return found
 
 
-def _documents(packed: PackedRows, names: dict[str, dict[int, str | None]], row: int) -> Iterator[dict[str, Any]]:
+def _documents(packed: PackedRows, names: dict[str, dict[int, str | None]], row: int) -> Iterator[Shown]:
     item, at = packed[row], 0
     for document, start, length in packed.pieces(row).tolist():
         source, number = packed.record_of(document)

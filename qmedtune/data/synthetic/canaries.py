@@ -17,6 +17,7 @@ from pathlib import Path
 from qmedtune import store
 from qmedtune.data.reading.document import Record
 from qmedtune.recipe import AuditSection, Recipe
+from qmedtune.results import Planted
 
 FILE = "canaries.json"
 CONTROL = 0  # planted not at all: what exposure looks like by chance
@@ -68,7 +69,7 @@ def messages(canary: Canary) -> list[dict[str, str]]:
     ]
 
 
-def plant(recipe: Recipe, inputs: Mapping[str, Path], out: Path) -> dict[str, object]:
+def plant(recipe: Recipe, inputs: Mapping[str, Path], out: Path) -> Planted:
     """Write out/<source>/train.jsonl, the source's records with the canaries behind them, and out/canaries.json.
 
     inputs: source name -> its folder with train.jsonl. The order of records does not matter: packing draws them.
@@ -85,7 +86,7 @@ def plant(recipe: Recipe, inputs: Mapping[str, Path], out: Path) -> dict[str, ob
             file.writelines(json.dumps(record).encode() + b"\n" for record in records)
         documents[source] = len(records)
     store.write_json(out / FILE, [asdict(canary) for canary in found])
-    return {"canaries": len(found), "documents": documents}
+    return Planted(canaries=len(found), documents=documents)
 
 
 def _records(recipe: Recipe, found: list[Canary]) -> Iterator[Record]:
