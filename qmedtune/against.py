@@ -13,7 +13,7 @@ from qmedtune import compare, store, ui
 from qmedtune.data.packing import templates
 from qmedtune.errors import RecipeError
 from qmedtune.evaluate import Compared, Contender, contenders, delivered_dtype, open_contender, settings_of
-from qmedtune.evaluation import precision
+from qmedtune.evaluation import halves, precision
 from qmedtune.evaluation.open_model import Location, OpenModel, Quantization, locate, open_model
 from qmedtune.recipe import Recipe
 from qmedtune.results import HeadToHead
@@ -49,7 +49,7 @@ def splits_of(recipe: Recipe) -> tuple[list[compare.Split], list[str]]:
     found, left_out = {}, []
     for section in recipe.evaluate.sections:
         bare = section.model_copy(update={"shots": 0})
-        task = load_task(bare, recipe.items_seed, world_of(recipe))
+        task = halves.part_of(load_task(bare, recipe.items_seed, world_of(recipe)), recipe, "scored")
         if not compare.comparable(task):
             left_out.append(section.label)
         elif bare.label not in found:

@@ -87,10 +87,10 @@ def evaluate_model(
     prepare()
     from qmedtune import evaluate
 
-    return evaluate.evaluate_model(
-        name, tasks, data=data, base=base, template=template, out=out, limit=limit, generate=generate,
-        batch_tokens=batch_tokens or evaluate.BATCH_TOKENS, quantization=quantization, seed=seed, offline=offline,
-    ).as_json()  # fmt: skip
+    job = evaluate.ModelJob(
+        name, tasks, data, base, template, out, limit, generate, batch_tokens, quantization, seed, offline
+    )  # fmt: skip
+    return evaluate.evaluate_model(job).as_json()
 
 
 def merge_adapters(

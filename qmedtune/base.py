@@ -14,13 +14,16 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
+
+from pydantic import ValidationError
 
 from qmedtune import fetch, gguf_folder, gguf_header, makers, store, ui
 from qmedtune.errors import RecipeError
 from qmedtune.model_files import read_json
 from qmedtune.model_stack import ADAPTER_TENSORS, ModelStack
 from qmedtune.recipe import ModelSection, Recipe
+from qmedtune.results import Facts
 
 BUILTIN = "builtin:"
 TRAINED_ON = "trained_on.json"
@@ -66,12 +69,14 @@ def of_recipe(recipe: Recipe, *, offline: bool) -> Base:
     return replace(found, make=cache(found.make))
 
 
-def note_base(adapter: Path, name: str, folder: Path, earlier: Sequence[Path], quantization: str) -> None:
+def note_base(
+    adapter: Path, name: str, folder: Path, earlier: Sequence[Path], quantization: Literal["nf4", "none"]
+) -> None:
     """Keep beside an adapter which weights it was trained on: their hash, those of adapters below it, and whether they
     were quantised."""
     below = [store.sha256_file(path / ADAPTER_TENSORS) for path in earlier]
-    facts = {"base": name, "sha256": weights_sha256(folder), "adapters_below": below, "quantization": quantization}
-    store.write_json(adapter / TRAINED_ON, facts)
+    noted = TrainedOn(base=name, sha256=weights_sha256(folder), adapters_below=below, quantization=quantization)
+    store.write_json(adapter / TRAINED_ON, noted.as_json())
 
 
 def quantization_of(stack: ModelStack) -> Literal["nf4", "none"]:
@@ -85,19 +90,42 @@ def quantization_of(stack: ModelStack) -> Literal["nf4", "none"]:
 def trained_quantization(adapter: Path) -> Literal["nf4", "none"] | None:
     """`model.quantization` that an adapter was trained with; None where it does not say."""
     known = _trained_on(adapter)
-    return known.get("quantization") if known else None
+    if known is None:
+        return None
+    return known.quantization
 
 
-def _trained_on(adapter: Path) -> dict[str, Any] | None:
+def trained_on_sha256(adapter: Path) -> str | None:
+    """Of the weights that an adapter was trained on; None where it does not say."""
+    known = _trained_on(adapter)
+    if known is None:
+        return None
+    return known.sha256
+
+
+class TrainedOn(Facts):
+    """trained_on.json: the base and the hash of its weights, the hashes of the adapters below, in order. quantization:
+    not said by version 0.1."""
+
+    base: str
+    sha256: str
+    adapters_below: list[str]
+    quantization: Literal["nf4", "none"] | None = None
+
+
+def _trained_on(adapter: Path) -> TrainedOn | None:
     """What `note_base` wrote; None where it wrote nothing. RecipeError where it was changed since."""
     path = adapter / TRAINED_ON
     if not path.exists():
         return None
     known = read_json(path)
-    kinds = {"base": str, "sha256": str, "adapters_below": list}
-    if wrong := [key for key, kind in kinds.items() if not isinstance(known.get(key), kind)]:
-        raise RecipeError(f"{path}: does not say {wrong[0]}\nit was changed since training: copy the adapter again")
-    return known
+    try:
+        return TrainedOn.model_validate(known)
+    except ValidationError as error:
+        wrong = error.errors(include_url=False)[0]["loc"][0]
+        raise RecipeError(
+            f"{path}: does not say {wrong}\nit was changed since training: copy the adapter again"
+        ) from None
 
 
 def name_of_base(name: str, folder: Path, run: Path) -> str:
@@ -121,7 +149,7 @@ def check_base(adapter: Path, folder: Path) -> None:
     trained_on = _trained_on(adapter)
     if trained_on is None:
         return
-    if trained_on["adapters_below"]:
+    if trained_on.adapters_below:
         raise RecipeError(f"{adapter}: was trained on top of an earlier adapter\nname the run, which holds both")
     _check_weights(adapter, trained_on, folder, "give its own base with --base")
 
@@ -134,20 +162,20 @@ def check_chain(adapters: Sequence[Path], folder: Path) -> None:
         trained_on = _trained_on(adapter)
         if trained_on:
             _check_weights(adapter, trained_on, folder, "give its own base")
-        if trained_on and trained_on["adapters_below"] != below:
+        if trained_on and trained_on.adapters_below != below:
             raise RecipeError(
-                f"{adapter}: was trained on top of {len(trained_on['adapters_below'])} adapters, "
+                f"{adapter}: was trained on top of {len(trained_on.adapters_below)} adapters, "
                 f"and these below it are others ({len(below)})\nname the run, which holds them all"
             )
         below.append(store.sha256_file(adapter / ADAPTER_TENSORS))
 
 
-def _check_weights(adapter: Path, trained_on: dict[str, Any], folder: Path, remedy: str) -> None:
-    if trained_on["sha256"] == (found := weights_sha256(folder)):
+def _check_weights(adapter: Path, trained_on: TrainedOn, folder: Path, remedy: str) -> None:
+    if trained_on.sha256 == (found := weights_sha256(folder)):
         return
     raise RecipeError(
         f"{adapter}: was trained on other weights than {folder}\n"
-        f"sha256 {trained_on['sha256'][:12]}, not {found[:12]}; {remedy}: {trained_on['base']}"
+        f"sha256 {trained_on.sha256[:12]}, not {found[:12]}; {remedy}: {trained_on.base}"
     )
 
 

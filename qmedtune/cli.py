@@ -47,6 +47,7 @@ COMMANDS = {
     "plan": cli_run.plan,
     "data": cli_run.data,
     "report": cli_run.report,
+    "items": cli_run.items,
     "runs": cli_watch.runs,
     "watch": cli_watch.watch,
     "erase": cli_run.erase,

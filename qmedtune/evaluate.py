@@ -20,11 +20,10 @@ from qmedtune import model as models
 from qmedtune import record, store
 from qmedtune.data.packing import templates
 from qmedtune.data.packing.framing import codec_of, frame_of
-from qmedtune.data.packing.pack import PackedRows, WholeDocuments
 from qmedtune.data.reading.sources import source_files
 from qmedtune.disk import owner_only
 from qmedtune.errors import RecipeError
-from qmedtune.evaluation import precision
+from qmedtune.evaluation import halves, precision
 from qmedtune.evaluation.measure import Measured, Settings, measure_model, text_rows
 from qmedtune.evaluation.open_model import Quantization, check_template, fingerprint, locate, open_model
 from qmedtune.evaluation.scoring import BATCH_TOKENS, max_positions
@@ -35,7 +34,7 @@ from qmedtune.modeling.collation import Rows
 from qmedtune.modeling.quiet import quiet_libraries
 from qmedtune.recipe import Recipe, SourceSection, TaskSection
 from qmedtune.results import Evaluation, Merge, ModelScores, Pair, Source, Text
-from qmedtune.tasks import BUILTIN_TASKS, Task, check_twice, load_task, world_of
+from qmedtune.tasks import BUILTIN_TASKS, Task, check_twice, load_task
 
 TEXTS = "perplexity"
 FORMAT = 5  # of what is kept with `out`: an evaluation in an older one is made again
@@ -47,11 +46,13 @@ WINDOW_TOKENS = 2048  # of texts without a packing: 131,072 positions of LLaMA-3
 class Compared:
     """The two models of a run and the texts for both. trained: what the stages left; merged: what of it is delivered,
     None: it was refused. It is compared with its own base, or with `origin` where earlier adapters are folded into
-    that, or, trained from scratch, with random weights of the shape of the folder `untrained`. validation: folder of
-    packed held-out rows per source; sources: data folders whose benchmark items are scored apart."""
+    that, or, trained from scratch, with random weights of the shape of the folder `untrained`. mixed: what is merged is
+    more than the adapters on their base. validation: folder of packed held-out rows per source; sources: data folders
+    whose benchmark items are scored apart."""
 
     trained: ModelStack
     merged: Path | None = None
+    mixed: bool = False
     origin: Path | None = None
     untrained: Path | None = None
     validation: Path | None = None
@@ -68,15 +69,12 @@ def evaluate_stage(recipe: Recipe, inputs: Compared, out: Path) -> Evaluation:
     Delivered is the merged folder; without one, the base plus its adapters in the merge's dtype.
     Writes <task>.items.jsonl and evaluation.json below `out`, where an interrupted evaluation is continued.
     """
-    tasks = []
-    for section in recipe.evaluate.sections:
-        tasks.append(load_task(section, recipe.items_seed, world_of(recipe)))
+    tasks = halves.scored_tasks(recipe)
     stack = inputs.trained
     window = document_window(stack.base)
-    held_out = {}
-    for source in recipe.evaluate.perplexity:
-        assert inputs.validation is not None, "steps.py packs the texts of evaluate.perplexity"
-        held_out[source] = WholeDocuments(PackedRows(inputs.validation / source), window)
+    held_out: Mapping[str, Rows] = {}
+    if inputs.validation is not None:
+        held_out = halves.texts_of(recipe, inputs.validation, window, "scored")
     settings = settings_of(recipe, stack)
     check_prompts(models.load_tokenizer(stack.base), settings.template, tasks)
     taken = precision.decide(recipe, delivered_dtype(stack))
@@ -199,18 +197,24 @@ def check_prompts(tokenizer: Any, template: templates.Template, tasks: list[Task
 
 
 def settings_of(recipe: Recipe, trained: ModelStack) -> Settings:
+    template = _asked_with(recipe, trained)
+    rows, seq_len = recipe.evaluate.batch, recipe.stages[-1].section.seq_len
+    assert isinstance(rows, int) and isinstance(seq_len, int), "evaluate_stage takes a resolved recipe"
+    return Settings(template, recipe.evaluate.generate, rows * seq_len)
+
+
+def _asked_with(recipe: Recipe, trained: ModelStack) -> templates.Template:
+    """The recipe's template, else that of training, else that of the model which is mixed in, else the base's own."""
     asked = recipe.evaluate.template or trained.template
+    if not asked and recipe.merge.other is not None:
+        return locate(recipe.merge.other, offline=True).template
     if asked:
         template = templates.load(asked, trained.base)
     else:
         template = templates.default(None, trained.base)
     if trained.template:
-        template = replace(template, cleaning=templates.load(trained.template).cleaning)
-    else:
-        template = templates.for_base(template)
-    rows, seq_len = recipe.evaluate.batch, recipe.stages[-1].section.seq_len
-    assert isinstance(rows, int) and isinstance(seq_len, int), "evaluate_stage takes a resolved recipe"
-    return Settings(template, recipe.evaluate.generate, rows * seq_len)
+        return replace(template, cleaning=templates.load(trained.template).cleaning)
+    return templates.for_base(template)
 
 
 @dataclass(frozen=True)
@@ -224,9 +228,11 @@ class Contender:
 
 
 def contenders(inputs: Compared, taken: precision.Precision) -> list[Contender]:
-    """Base and final. Not in NF4, the merged folder stands for base + adapters where it is there."""
+    """Base and final. The merged folder stands for base + adapters where it is there; in NF4, as trained, only where it
+    is another model than these."""
     final, merged = inputs.trained, inputs.merged
-    if taken.name != "nf4" and merged is not None and (merged / "config.json").is_file():
+    wanted = taken.name != "nf4" or inputs.mixed
+    if wanted and merged is not None and (merged / "config.json").is_file():
         final = ModelStack(merged)
     base = Contender("base", ModelStack(inputs.first), taken, inputs.untrained is not None)
     return [base, Contender("final", final, taken)]
@@ -268,33 +274,33 @@ def delivered_dtype(trained: ModelStack) -> str | None:
 # ---- any one model ---------------------------------------------------------------------------------------------------
 
 
-def evaluate_model(
-    name: str,
-    tasks: Sequence[str | TaskSection],
-    *,
-    data: Path | None = None,
-    base: str | None = None,
-    template: str | None = None,
-    out: Path | None = None,
-    limit: int | None = None,
-    generate: bool = True,
-    batch_tokens: int = BATCH_TOKENS,
-    quantization: Quantization | None = None,
-    seed: int = 17,
-    offline: bool = False,
-) -> ModelScores:
-    """Score a base, a finished run, an adapter folder (with `base`) or a merged model.
+@dataclass(frozen=True)
+class ModelJob:
+    """One model and what it is asked; `qmedtune.evaluate_model` says what each is."""
 
-    tasks: each `task` (read from `data` unless built in), `task=FILE`, or a TaskSection with a split, a metric or
-        examples of its own; `perplexity` takes a file of texts. `limit` and `data` are for the tasks that are strings.
-    out: folder for <out>/evaluation/; with it a killed evaluation is continued and a finished one is not repeated.
-    Texts are scored in bits per byte too, which unlike perplexity compares models of different tokenizers.
-    """
-    sections, texts = parse_tasks(tasks, data, limit)
-    location = locate(name, base=base, template=template, offline=offline)
+    name: str
+    tasks: Sequence[str | TaskSection]
+    data: Path | None = None
+    base: str | None = None
+    template: str | None = None
+    out: Path | None = None
+    limit: int | None = None
+    generate: bool = True
+    batch_tokens: int | None = None
+    quantization: Quantization | None = None
+    seed: int = 17
+    offline: bool = False
+
+
+def evaluate_model(job: ModelJob) -> ModelScores:
+    """Score a base, a finished run, an adapter folder (with its base) or a merged model. Texts are scored in bits per
+    byte too, which unlike perplexity compares models of different tokenizers."""
+    seed, quantization = job.seed, job.quantization
+    sections, texts = parse_tasks(job.tasks, job.data, job.limit)
+    location = locate(job.name, base=job.base, template=job.template, offline=job.offline)
     check_template(location)
     loaded = [load_task(section, seed, location.world) for section in sections]
-    settings = Settings(location.template, generate, batch_tokens)
+    settings = Settings(location.template, job.generate, job.batch_tokens or BATCH_TOKENS)
 
     def work(folder: Path) -> ModelScores:
         check_prompts(models.load_tokenizer(location.base), location.template, loaded)
@@ -313,7 +319,7 @@ def evaluate_model(
             bits = found.perplexity[path].nll / math.log(2) / sizes[path]
             perplexity[path] = text.model_copy(update={"bits_per_byte": bits})
         result = ModelScores(
-            model=name,
+            model=job.name,
             template=location.template.name,
             quantization=opened.quantization,
             computed_in=opened.computed_in,
@@ -324,7 +330,7 @@ def evaluate_model(
         store.write_json(folder / "evaluation.json", result.as_json())
         return result
 
-    if out is None:
+    if job.out is None:
         with TemporaryDirectory() as folder:
             return work(Path(folder))
     asked = [section.model_dump() for section in sections]
@@ -333,9 +339,9 @@ def evaluate_model(
     for task in loaded:
         for item in task.asked:
             prompts.append([item.id, item.messages, item.options, task.write(item)])
-    given = [asked, files, prompts, asdict(location.template), quantization, generate, seed]
+    given = [asked, files, prompts, asdict(location.template), quantization, job.generate, seed]
     key = store.sha256_json([FORMAT, given, record.code_versions()])
-    return _sealed(out, key, work)
+    return _sealed(job.out, key, work)
 
 
 def _sealed(out: Path, key: str, work: Callable[[Path], ModelScores]) -> ModelScores:

@@ -28,10 +28,10 @@ Language = Literal[
 ]  # fmt: skip
 
 
-def later(default: Any) -> Any:
+def later(default: Any, *, alias: str | None = None) -> Any:
     """The field of a key that came after 0.2: at its default it stands in no key and no record, so that what was made
-    before it stays finished."""
-    return Field(default, exclude_if=lambda value: value == default)
+    before it stays finished. alias: its name in recipes, where that is a word of Python."""
+    return Field(default, alias=alias, exclude_if=lambda value: value == default)
 
 
 class Section(BaseModel):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mmap
 import struct
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 from math import prod
@@ -77,8 +78,11 @@ class Header:
     @property
     def types(self) -> str:
         """The types of the matrices, commonest first: `Q4_1, Q8_0`."""
-        kinds = [tensor.kind for tensor in self.tensors.values() if len(tensor.shape) > 1]
-        return ", ".join(sorted(set(kinds), key=lambda kind: -kinds.count(kind)))
+        kinds: Counter[str] = Counter()
+        for tensor in self.tensors.values():
+            if len(tensor.shape) > 1:
+                kinds[tensor.kind] += 1
+        return ", ".join(kind for kind, _ in kinds.most_common())
 
 
 def refuse(path: Path, what: str, remedy: str = "fetch or copy the file again") -> NoReturn:
@@ -180,7 +184,9 @@ class _Reader:
         if not isinstance(alignment, int) or alignment < 1:
             refuse(self.path, f"has the alignment {alignment!r}")
         start = -(-self.at // alignment) * alignment
-        tensors = {name: self.placed(name, shape, kind, start + offset) for name, shape, kind, offset in entries}
+        tensors: dict[str, Tensor] = {}
+        for name, shape, kind, offset in entries:
+            tensors[name] = self.placed(name, shape, kind, start + offset)
         if len(tensors) < count:
             refuse(self.path, "has two tensors of one name")
         return tensors

@@ -17,14 +17,15 @@ from qmedtune.recipe import PACKED_AS, Recipe, SourceSection, StageSection, Task
 from qmedtune.versions import CODE as CODE
 
 # Raise when scores of the same models would differ: 2 = perplexity over whole documents, heads in fp32; 3 =
-# answers that state exactly one option; 4 = asked with the tokens of training, end marks apart from perplexity.
-EVALUATION_FORMAT = 4
+# answers that state exactly one option; 4 = asked with the tokens of training, end marks apart from perplexity; 5 =
+# bins of calibration, answers in more tags and keys.
+EVALUATION_FORMAT = 5
 
 MadeFrom = Mapping[str, object]
 """Plain JSON: what a step is made from."""
 
 PACKING = ("mix", "unit", "tokens", "epochs", "max_repeats", "data", "loss_on", "seq_len", "max_truncated_fraction")
-PACKING += ("packing", "multi_label")
+PACKING += ("packing", "multi_label", "validation")
 # Keys that came later, with the value that means what stages did before: runs made then stay finished.
 SINCE_0_2 = {"adam_eps": 1e-8, "lora": None, "class_weights": "none", "min_steps": 1}
 BY_MACHINE = ("micro_batch", "gradient_checkpointing", "optimizer")
@@ -224,23 +225,42 @@ def audit_section(recipe: Recipe) -> MadeFrom:
 
 
 def merge_section(recipe: Recipe) -> MadeFrom:
+    """The rule of a sweep is not in it: what it chose is the sweep's, which the merge then reads."""
     model = recipe.model.model_dump(mode="json", include={"quantization", "double_quantization"})
-    merge = recipe.merge.model_dump(mode="json")
+    merge = recipe.merge.model_dump(mode="json", exclude={"sweep"})
     if not recipe.merge.weighs:
         merge.pop("weights", None)
-    return {"merge": merge, "model": model, "seed": recipe.seed}
+    made_from: dict[str, object] = {"merge": merge, "model": model, "seed": recipe.seed}
+    if recipe.merge.other is not None:
+        made_from["with"] = _model_marks(Path(recipe.merge.other).expanduser())
+    return made_from
 
 
 def fold_section(recipe: Recipe) -> MadeFrom:
-    """Of a fold between stages, which no weight of the last merge changes."""
-    merge = recipe.merge.model_dump(mode="json", exclude={"weights"})
-    return {**merge_section(recipe), "merge": merge}
+    """Of a fold between stages, which no weight and no other model of the last merge changes."""
+    model = recipe.model.model_dump(mode="json", include={"quantization", "double_quantization"})
+    merge = recipe.merge.model_dump(mode="json", exclude={"weights", "other", "method", "share", "sweep"})
+    return {"merge": merge, "model": model, "seed": recipe.seed}
+
+
+def sweep_section(recipe: Recipe, hashes: store.HashCache) -> MadeFrom:
+    """What the merge and the evaluation are made from, and what is tried."""
+    assert recipe.merge.sweep is not None
+    tried = recipe.merge.sweep.model_dump(mode="json")
+    return {**merge_section(recipe), **evaluation_section(recipe, hashes), "sweep": tried}
 
 
 def evaluation_section(recipe: Recipe, hashes: store.HashCache) -> MadeFrom:
-    section = recipe.evaluate.model_dump(mode="json", exclude={"batch", "against"})
-    section |= {"format": EVALUATION_FORMAT, "merge_dtype": recipe.merge.dtype}
+    section = recipe.evaluate.model_dump(mode="json", exclude={"batch", "against", "development"})
+    section |= {"format": EVALUATION_FORMAT, "merge_dtype": recipe.merge.dtype} | _left_for_choices(recipe)
     return {"evaluate": section, "seed": recipe.seed, "benchmarks": benchmarks(recipe.evaluate.sections, hashes)}
+
+
+def _left_for_choices(recipe: Recipe) -> dict[str, object]:
+    """The share of items that are not scored; nothing where all are, as before there was one."""
+    if not recipe.development:
+        return {}
+    return {"development": recipe.development}
 
 
 def against_section(recipe: Recipe, hashes: store.HashCache) -> MadeFrom:
@@ -248,7 +268,7 @@ def against_section(recipe: Recipe, hashes: store.HashCache) -> MadeFrom:
     models: list[list[object]] = []
     for name in recipe.evaluate.against:
         models.append([name, *_model_marks(Path(name).expanduser())])
-    section |= {"against": models, "merge_dtype": recipe.merge.dtype}
+    section |= {"against": models, "merge_dtype": recipe.merge.dtype} | _left_for_choices(recipe)
     return {"evaluate": section, "seed": recipe.seed, "benchmarks": benchmarks(recipe.evaluate.sections, hashes)}
 
 

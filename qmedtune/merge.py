@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -32,10 +32,13 @@ from qmedtune.errors import RecipeError, RunError
 from qmedtune.lineage import parts_of
 from qmedtune.merging.disk_llama import DiskLlama, open_llama
 from qmedtune.merging.lora_files import LowRank, Updates, read_adapters
+from qmedtune.merging.methods import Mixed, Mixture, Source, same
+from qmedtune.merging.other_model import open_other
 from qmedtune.merging.parallel import in_fp32, in_order, workers
 from qmedtune.merging.proof import PROBE_TOKENS, Proof, Reference, check_readings
 from qmedtune.merging.reference import ReadModel, read_base, read_updates
 from qmedtune.merging.rounding import Rounding
+from qmedtune.merging.sibling import Mixing
 from qmedtune.merging.tensors import row_blocks, write_safetensors
 from qmedtune.merging.weighing import Share, blend, check_blend, last_adapters, summed, terms_of, weigh
 from qmedtune.model import DTYPES
@@ -57,7 +60,8 @@ MAX_LOST = 0.01
 class MergeJob:
     """The adapters of `stack` are folded into its base. seed: of stochastic rounding. probe_ids: int64 token ids
     [rows, length] to report divergences on (large models use their first columns), None: random ones. card: text of
-    README.md. shares: how much of each stage, where that is not all of each. `model.compute_dtype` must be resolved."""
+    README.md. shares: how much of each stage, where that is not all of each. mixing: what comes in of another model.
+    `model.compute_dtype` must be resolved."""
 
     stack: ModelStack
     section: MergeSection
@@ -66,6 +70,16 @@ class MergeJob:
     probe_ids: np.ndarray | None = None
     card: str | None = None
     shares: Sequence[Share] = ()
+    mixing: Mixing | None = None
+
+    @property
+    def described(self) -> ModelStack:
+        """What has configuration, tokenizer and template of the result: of siblings the other one, which knows a chat's
+        marks and ends; the template of training before all."""
+        if self.mixing is None:
+            return self.stack
+        sibling = self.mixing.sibling
+        return ModelStack(sibling.folder, template=self.stack.template or sibling.template)
 
     @property
     def folders(self) -> list[Path]:
@@ -136,9 +150,21 @@ def merge(job: MergeJob, out: Path) -> Merge:
         helpers, disk = stack.enter_context(ThreadPoolExecutor(1)), stack.enter_context(ThreadPoolExecutor(1))
         # transformers changes torch's default dtype while it loads: nothing else may run beside it.
         transformers_reads = read_base(opened.folder, opened.weights)
+        other = open_other(job.mixing)
         peft_reads = helpers.submit(adapters.as_peft_reads)
-        writer = _Writer(job, opened, updates, _stays_tied(opened, updates), out, pool, disk)
-        written = _write_and_prove(writer, transformers_reads, peft_reads, adapters)
+        mixture = None
+        if other is not None:
+            mixture = other.mixture(opened, updates, pool.map)
+            updates = mixture.scaled()
+        writer = _Writer(job, opened, updates, mixture, _stays_tied(opened, updates), out, pool, disk)
+
+        def reference() -> Reference:
+            plain = adapters.agreed(peft_reads.result(), transformers_reads)
+            if other is None or mixture is None:
+                return plain
+            return other.reference(mixture, plain, pool.map)
+
+        written = _write_and_prove(writer, cache(reference))
     files = list(written.hashes.values())
     whole = files[0]
     if len(files) > 1:
@@ -159,7 +185,9 @@ def merge(job: MergeJob, out: Path) -> Merge:
     )
     if job.shares:
         found = found.model_copy(update={"weights": {share.stage: share.weight for share in job.shares}})
-    return found
+    if other is None or mixture is None:
+        return found
+    return other.told(found, mixture)
 
 
 def _blend_folder(job: MergeJob, out: Path, stack: ExitStack) -> Path | None:
@@ -225,6 +253,8 @@ def check_onto(section: MergeSection, model: ModelSection) -> None:
             f"merge.base: nf4, but model.quantization is {model.quantization}: no model on NF4's values was trained\n"
             "allowed with it: full16"
         )
+    if section.base == "nf4" and section.other is not None:
+        raise RecipeError("merge.with: models are mixed in 16 bit, and merge.base is nf4\nallowed with it: full16")
     if section.rounding == "stochastic" and section.dtype == "float32":
         raise RecipeError("merge.rounding: stochastic, but float32 keeps every update\nallowed with it: auto, nearest")
 
@@ -239,16 +269,13 @@ class Written:
     why: str = "as stated"
 
 
-def _write_and_prove(
-    writer: _Writer, base: ReadModel, peft_reads: Future[list[Updates]], adapters: _Adapters
-) -> Written:
+def _write_and_prove(writer: _Writer, reference: Callable[[], Reference]) -> Written:
     """`auto` writes the nearest numbers, and again stochastically where those lose too much and noise loses less."""
     job = writer.job
 
     def attempt(rounding: Rounding) -> tuple[Written, Proof]:
         settling = writer.write(rounding)
-        reference = adapters.agreed(peft_reads.result(), base)
-        proof = Proof(writer.base, reference, writer.out, job.section, job.model, rounding, writer.pool)
+        proof = Proof(writer.base, reference(), writer.out, job.section, job.model, rounding, writer.pool)
         proven = proof.run(job.probe_ids)
         hashes: dict[str, str] = {}
         for name, file in settling.items():
@@ -289,7 +316,7 @@ def _stays_tied(base: DiskLlama, updates: Updates) -> bool:
     if not base.tied or not touched:
         return base.tied
     ends = updates.full.get(EMBEDDING), updates.full.get(HEAD)
-    return ends[0] is not None and ends[1] is not None and torch.equal(ends[0], ends[1])
+    return ends[0] is not None and ends[1] is not None and same(ends[0], ends[1])
 
 
 @dataclass(frozen=True)
@@ -300,6 +327,7 @@ class _Writer:
     job: MergeJob
     base: DiskLlama
     updates: Updates
+    mixture: Mixture | None
     tied: bool
     out: Path
     pool: ThreadPoolExecutor
@@ -312,7 +340,7 @@ class _Writer:
                 write_safetensors, dtype=self.job.dtype, metadata=_metadata(rounding), disk=self.disk, hasher=hasher
             )
             settling = self._weights(rounding, put)
-        stack = self.job.stack
+        stack = self.job.described
         _write_config(stack.base / "config.json", self.out, self.job.section.dtype, self.tied)
         _copy_descriptions(stack, self.out)
         if self.job.card is not None:
@@ -349,17 +377,19 @@ class _Writer:
 
     def _blocks(self, name: str, rounding: Rounding) -> Iterator[Callable[[], Tensor]]:
         source, low_rank = self._source(name), self.updates.low_rank.get(name, ())
-        changed = bool(low_rank) or name in self.updates.full
+        changed = bool(low_rank) or name in self.updates.full or isinstance(source, Mixed)
         how = Rounding(rounding.dtype)
         if changed:  # noise is for what training changed
             how = rounding
         for rows in row_blocks(self.base.shapes[name]):
             yield partial(merged_block, source, low_rank, rows, how, name)
 
-    def _source(self, name: str) -> Tensor:
+    def _source(self, name: str) -> Source:
         """What the low-rank updates of a weight are added to."""
         if name in self.updates.full:
             return self.updates.full[name]
+        if self.mixture is not None:
+            return self.mixture.source(name)
         if self.job.section.base == "nf4":
             return self.base.nf4(name, self.job.model, self.pool.map)
         return self.base.source(name)
@@ -381,7 +411,7 @@ def _metadata(rounding: Rounding) -> dict[str, str]:
     return {"rounding": "stochastic", "rounding_seed": str(rounding.seed)}
 
 
-def merged_block(source: Tensor, low_rank: Sequence[LowRank], rows: slice, rounding: Rounding, name: str) -> Tensor:
+def merged_block(source: Source, low_rank: Sequence[LowRank], rows: slice, rounding: Rounding, name: str) -> Tensor:
     """Some rows of a merged tensor: fp32 sums, rounded once. RunError where they are not finite in the new dtype."""
     block = in_fp32(source[rows])
     for update in low_rank:
@@ -391,7 +421,7 @@ def merged_block(source: Tensor, low_rank: Sequence[LowRank], rows: slice, round
     if not (-limit <= low and high <= limit):  # also false for NaN
         raise RunError(
             f"{name}: the merged tensor is not finite in {str(rounding.dtype).removeprefix('torch.')}\n"
-            "the base or an adapter is damaged or diverged (or merge.dtype is too narrow); nothing was published"
+            "what is merged is damaged or diverged (or merge.dtype is too narrow); nothing was published"
         )
     return rounding(block, name, rows.start * (source.numel() // max(1, len(source))))
 

@@ -18,7 +18,7 @@ from qmedtune import record, store
 from qmedtune.data.packing.templates import FILE
 from qmedtune.errors import MergeRefused, RecipeError
 from qmedtune.evaluation.open_model import check_intact, locate
-from qmedtune.lineage import final_model, parts_of
+from qmedtune.lineage import BASE, final_model, parts_of
 from qmedtune.model_stack import ModelStack
 from qmedtune.planning.machine import this_machine
 from qmedtune.recipe import MergeSection, ModelSection
@@ -37,18 +37,27 @@ def merge_into(name: str, out: Path, section: MergeSection, *, base: str | None 
     Raises RecipeError where `out` exists or `name` has no adapter.
     """
     from qmedtune.merge import MergeJob, merge
+    from qmedtune.mixed_merge import HALF, mixing_with
 
     if out.exists():
         raise RecipeError(f"--out: {out} is there already\nmove it away, or give another name")
     folder = Path(os.path.expanduser(name))
     is_run = (folder / "run.json").is_file()
+    if is_run:
+        section = _mixed_as_in_run(section, folder)
+    if section.other is None and (section.method is not None or section.share is not None):
+        raise RecipeError("--method, --lambda: say how another model is mixed in\ngive it: --with MODEL")
     if section.weights and not is_run:
         raise RecipeError(f"--weights: {name} is no run, and has no stages to weigh\ngive the run folder")
     found = (
         adapters_of_run(folder, offline, section.weights) if is_run else adapter_of_folder(name, folder, base, offline)
     )
     stack = found.stack
-    job = MergeJob(stack, section, found.model, found.seed, shares=found.shares)
+    mixing = None
+    if section.other is not None:
+        share = HALF if section.share is None else section.share
+        mixing = mixing_with(section, found.origin or stack.base, share, offline=offline)
+    job = MergeJob(stack, section, found.model, found.seed, shares=found.shares, mixing=mixing)
     staging = out.with_name(f".{out.name}.part")
     with store.lock(staging):  # a second merge to the same place leaves
         shutil.rmtree(staging / "merged", ignore_errors=True)  # of a killed attempt; never anything that was finished
@@ -70,14 +79,31 @@ def merge_into(name: str, out: Path, section: MergeSection, *, base: str | None 
     return merged.model_copy(update={"path": str(out)})
 
 
+def _mixed_as_in_run(section: MergeSection, run: Path) -> MergeSection:
+    """With the model and the share that the run was merged at, where its recipe names one and `section` none.
+    RecipeError where its sweep chose no share yet."""
+    found = record.load(run)
+    asked = record.recipe_of(found, run).merge
+    if section.other is not None or asked.other is None:
+        return section
+    share = asked.share if section.share is None else section.share
+    if share is None and asked.sweep is not None:
+        share = found.merge.chosen if found.merge is not None else None
+        if share is None:
+            raise RecipeError(f"{run}: its sweep has not chosen a share\nname one: --lambda 0.5")
+    kept = {"other": asked.other, "method": section.method or asked.method, "share": share}
+    return section.model_copy(update=kept)
+
+
 @dataclass(frozen=True)
 class Found:
-    """What is to be merged, and how it was trained."""
+    """What is to be merged, and how it was trained. origin: the run's own base, where `stack` is on a later one."""
 
     model: ModelSection
     stack: ModelStack
     seed: int
     shares: Sequence[Share] = ()
+    origin: Path | None = None
 
 
 def adapters_of_run(folder: Path, offline: bool, weights: Mapping[str, float] | None = None) -> Found:
@@ -105,7 +131,8 @@ def adapters_of_run(folder: Path, offline: bool, weights: Mapping[str, float] | 
 
     stack = final.located(folder, base)
     shares = shares_of(recipe, weights, [folder / part.adapter for part in parts]) if weights else ()
-    return Found(recipe.model, stack, recipe.seed, shares)
+    origin = None if final.base == BASE else base()
+    return Found(recipe.model, stack, recipe.seed, shares, origin)
 
 
 def adapter_of_folder(name: str, folder: Path, base: str | None, offline: bool) -> Found:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from qmedtune.errors import RecipeError
 from qmedtune.local_names import is_utf8
@@ -42,6 +42,20 @@ def json_value(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise RecipeError(f"{path}: not JSON ({type(error).__name__})\nfetch or copy the folder again") from error
+
+
+def as_object(value: object) -> JsonObject | None:
+    """The value of a foreign JSON file, if it is an object."""
+    if isinstance(value, dict):
+        return cast(JsonObject, value)
+    return None
+
+
+def as_list(value: object) -> list[Any] | None:
+    """The value of a foreign JSON file, if it is a list."""
+    if isinstance(value, list):
+        return cast(list[Any], value)
+    return None
 
 
 def check_folder(folder: Path) -> None:

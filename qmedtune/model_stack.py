@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from safetensors import SafetensorError, safe_open
 
+from qmedtune.adapter_settings import read_lora
 from qmedtune.errors import RecipeError
 from qmedtune.llama_shape import BaseFacts, facts_from_config
-from qmedtune.model_files import check_folder, read_json, refuse
-from qmedtune.model_settings import check_all, check_pattern, read_settings
+from qmedtune.model_files import as_object, check_folder, read_json, refuse
+from qmedtune.model_settings import check_all, read_settings
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -34,20 +35,6 @@ ENDS = (EMBEDDING, HEAD)
 FLOATS = ("F32", "F16", "BF16")
 # Buffers of old checkpoints that transformers computes itself and skips.
 SPARE = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
-# Settings of peft 0.21 that are read here or change nothing once an adapter is trained. Each other one that is set
-# means that the update of a layer is something else than scale * B @ A.
-READ = frozenset({
-    "peft_type", "task_type", "r", "lora_alpha", "use_rslora", "target_modules", "exclude_modules", "modules_to_save",
-    "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "ensure_weight_tying", "bias",
-    "init_lora_weights",
-})  # fmt: skip
-HARMLESS = frozenset({
-    "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "lora_dropout",
-    "megatron_core", "qalora_group_size", "eva_config", "runtime_config",
-})  # fmt: skip
-# Initialisations that leave the base's weights as they are (pissa, olora, loftq, corda and lora_ga change them).
-PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")
-CAUSAL = "CAUSAL_LM"
 MOST_PATH = 4096  # characters of a path on Linux
 FITS = "use it with the base that it was trained on"
 
@@ -113,7 +100,8 @@ def headers(path: Path) -> dict[str, Stored]:
     if not path.is_file():  # a folder or a pipe of that name is none
         refuse(path, "no such file", "it is missing from its folder; fetch or copy that again")
     try:
-        with safe_open(path, framework="numpy") as file:
+        opened: Any = safe_open(path, framework="numpy")
+        with opened as file:
             found: dict[str, Stored] = {}
             for name in file.keys():  # noqa: SIM118 - no mapping
                 part = file.get_slice(name)
@@ -148,12 +136,14 @@ def _stored_twice(folder: Path) -> list[str]:
 
 
 def _shards(folder: Path, index: Path) -> dict[str, Stored]:
-    named = read_json(index).get("weight_map")
-    if not isinstance(named, dict) or not named:
+    weight_map = as_object(read_json(index).get("weight_map"))
+    if not weight_map:
         refuse(index, "not an index of shards (no readable `weight_map`)")
-    for file in named.values():
+    named: dict[str, str] = {}
+    for name, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file:
             refuse(index, f"names the shard {file!r} outside its folder", "use a model folder without that")
+        named[name] = file
     found: dict[str, Stored] = {}
     for file in sorted(set(named.values())):
         inside = headers(folder / file)
@@ -184,9 +174,10 @@ def read_model(folder: Path) -> ModelFolder:
 
 
 def _is_quantised(folder: Path, config: Mapping[str, Any]) -> bool:
-    if (stored := config.get("quantization_config")) is None:
+    if config.get("quantization_config") is None:
         return False
-    method = stored.get("quant_method") if isinstance(stored, dict) else None
+    stored = as_object(config["quantization_config"]) or {}
+    method = stored.get("quant_method")
     if method != "bitsandbytes":
         what = f"its weights are quantised by {method or 'an unknown method'}"
         refuse(folder, what, "allowed: bitsandbytes, or better the 16-bit original (training quantises it itself)")
@@ -301,80 +292,17 @@ def read_adapter(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> Adapter
         refuse(folder, "holds no adapter", "give the folder with adapter_config.json")
     check_folder(folder)
     check_all(folder)
-    config = _adapter_config(folder)
+    config = read_lora(folder / ADAPTER_CONFIG)
     reading = _Reading(folder, config, headers(folder / ADAPTER_TENSORS), shapes)
-    low_rank = {module: reading.low_rank(module) for module in reading.targeted()}
+    low_rank: dict[str, LowRankFacts] = {}
+    for module in reading.targeted():
+        low_rank[module] = reading.low_rank(module)
     copies = reading.copies(low_rank)
     full = reading.full(low_rank, copies)
-    if both := sorted({f"{module}.weight" for module in low_rank} & set(full)):
-        refuse(folder, f"{both[0]} has a low-rank update and a full copy", "train it with one of them")
+    for module in sorted(low_rank):
+        if f"{module}.weight" in full:
+            refuse(folder, f"{module}.weight has a low-rank update and a full copy", "train it with one of them")
     return AdapterFolder(folder, config, low_rank, full, copies)
-
-
-def _adapter_config(folder: Path) -> LoraConfig:
-    from peft import LoraConfig
-
-    path = folder / ADAPTER_CONFIG
-    raw = read_json(path)
-    for key, allowed in (("peft_type", ("LORA",)), ("task_type", (CAUSAL, None)), ("bias", ("none",))):
-        if raw.get(key, allowed[0]) not in allowed:
-            what = f"{key}: {raw[key]!r} cannot be used here"
-            refuse(path, what, "allowed: plain LoRA for causal language models (LORA, CAUSAL_LM), rslora, no biases")
-    if raw.get("init_lora_weights", True) not in PLAIN_INITS:
-        what = f"init_lora_weights: {raw['init_lora_weights']!r} changes the base that the adapter belongs on"
-        refuse(
-            path,
-            what,
-            "convert it to a plain LoRA where it was trained (PEFT: path_initial_model_for_weight_conversion)",
-        )
-    known = READ | HARMLESS
-    for key, value in raw.items():
-        if key not in known and value:
-            why = "" if key in LoraConfig.__dataclass_fields__ else ", a setting that peft 0.21 does not know,"
-            refuse(path, f"{key}: {str(value)[:60]!r}{why} cannot be used here", "allowed: plain LoRA, rslora")
-    _check_values(path, raw)
-    return LoraConfig(**{key: value for key, value in raw.items() if key in READ})
-
-
-def _check_values(path: Path, raw: Mapping[str, Any]) -> None:
-    rank, alpha = raw.get("r", 8), raw.get("lora_alpha", 8)
-    if isinstance(rank, bool) or not isinstance(rank, int) or not 0 < rank < 2**20:
-        refuse(path, f"r: {str(rank)[:40]!r}", "allowed: a whole number above 0")
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        refuse(path, f"lora_alpha: {str(alpha)[:40]!r}", "allowed: a number")
-    for key in ("target_modules", "exclude_modules", "modules_to_save"):
-        value = raw.get(key)
-        is_list = isinstance(value, list) and all(isinstance(each, str) for each in value)
-        if value is not None and not is_list and not (isinstance(value, str) and key != "modules_to_save"):
-            refuse(path, f"{key}: {str(value)[:60]!r}", "allowed: a list of names")
-    for key in ("rank_pattern", "alpha_pattern"):
-        said = raw.get(key) or {}
-        if not isinstance(said, dict) or not all(_is_number(value) for value in said.values()):
-            refuse(path, f"{key}: {str(said)[:60]!r}", "allowed: numbers above 0 by module")
-    layers = raw.get("layers_to_transform")
-    if layers is not None and not _are_counts(layers if isinstance(layers, list) else [layers]):
-        refuse(path, f"layers_to_transform: {str(layers)[:60]!r}", "allowed: numbers of layers")
-    for pattern in _patterns(raw):
-        check_pattern(path, pattern)
-
-
-def _is_number(value: Any) -> bool:
-    return not isinstance(value, bool) and isinstance(value, int | float) and 0 < value < 2**20
-
-
-def _are_counts(values: Sequence[Any]) -> bool:
-    return all(isinstance(value, int) and not isinstance(value, bool) and value >= 0 for value in values)
-
-
-def _patterns(raw: Mapping[str, Any]) -> Iterator[str]:
-    """What PEFT takes for a regular expression."""
-    for key in ("target_modules", "exclude_modules"):
-        if isinstance(raw.get(key), str):
-            yield raw[key]
-    layers = raw.get("layers_pattern") or []
-    yield from layers if isinstance(layers, list) else [layers]
-    for key in ("rank_pattern", "alpha_pattern"):
-        yield from raw.get(key) or {}
 
 
 @dataclass(frozen=True)
@@ -388,10 +316,15 @@ class _Reading:
 
     def targeted(self) -> list[str]:
         """The linear layers that the configuration targets; each of its targets must be one of them."""
-        from peft.tuners.tuners_utils import check_target_module_exists
+        from peft.tuners.tuners_utils import (
+            check_target_module_exists as is_target,  # pyright: ignore[reportUnknownVariableType] - not annotated
+        )
 
         targets, linears = self.config.target_modules, linears_of(self.shapes)
-        found = [module for module in linears if targets and check_target_module_exists(self.config, module)]
+        found: list[str] = []
+        for module in linears:
+            if targets and is_target(self.config, module):
+                found.append(module)
         if isinstance(targets, set):
             for target in sorted(targets):
                 if not any(f".{module}".endswith(f".{target}") for module in linears):
@@ -403,7 +336,9 @@ class _Reading:
     def low_rank(self, module: str) -> LowRankFacts:
         from peft.utils.other import get_pattern_key
 
-        ranks, alphas = self.config.rank_pattern or {}, self.config.alpha_pattern or {}
+        # PEFT says `dict` alone; adapter_settings.py has seen that they are numbers by module.
+        ranks = cast(dict[str, int], self.config.rank_pattern or {})  # pyright: ignore[reportUnknownMemberType]
+        alphas = cast(dict[str, float], self.config.alpha_pattern or {})  # pyright: ignore[reportUnknownMemberType]
         rank = ranks.get(get_pattern_key(list(ranks), module), self.config.r)
         alpha = alphas.get(get_pattern_key(list(alphas), module), self.config.lora_alpha)
         rows, columns = self.shapes[f"{module}.weight"]
@@ -445,11 +380,13 @@ class _Reading:
         left = self.stored.keys() - set(copies.values()) - self.doubles()
         for module in low_rank:
             left -= {f"{PREFIX}{module}.lora_A.weight", f"{PREFIX}{module}.lora_B.weight"}
-        names = [stored.removeprefix(PREFIX) for stored in sorted(left)]
-        for name in names:
+        names: list[str] = []
+        for stored in sorted(left):
+            name = stored.removeprefix(PREFIX)
             if name not in self.shapes or not (name in ENDS or any(self.listed(name))):
                 refuse(self.folder, f"tensor {PREFIX + name[:80]!r} belongs to no module of the base", FITS)
             self.check(name, self.shapes[name])
+            names.append(name)
         either = bool(self.config.ensure_weight_tying) and bool(set(ENDS) & set(names))
         for name in self.shapes:
             if any(self.listed(name)) and name not in names and not (either and name in ENDS):

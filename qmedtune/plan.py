@@ -15,8 +15,10 @@ from typing import cast
 from qmedtune import base, fetch, gguf_folder, preflight, step_status, store, track, units
 from qmedtune.batches import batch_rows, steps_in, too_few_steps
 from qmedtune.errors import DataError, DoesNotFit, QmedtuneError
+from qmedtune.evaluation import precision
+from qmedtune.lineage import final_model, lineage_of
 from qmedtune.llama_shape import BaseFacts
-from qmedtune.planning import fit, memory, room, rows, speed
+from qmedtune.planning import fit, memory, room, rows, scoring, speed
 from qmedtune.planning.estimate import Estimate, Measured, count_with, estimate_source
 from qmedtune.planning.machine import CARDS_GIB, GIB, Machine, card_of, this_machine
 from qmedtune.planning.memory import Setup
@@ -24,6 +26,7 @@ from qmedtune.planning.plan_facts import (
     Decision,
     Plan,
     PlannedBase,
+    PlannedEvaluation,
     PlannedMachine,
     PlannedSource,
     PlannedStage,
@@ -35,6 +38,7 @@ from qmedtune.planning.sample import Sample, sample_source
 from qmedtune.planning.shapes import base_facts
 from qmedtune.recipe import Recipe
 from qmedtune.results import Packing
+from qmedtune.tasks import Task
 
 __all__ = ["BaseFacts", "base_facts", "make_plan", "resolve"]
 
@@ -56,7 +60,7 @@ def make_plan(recipe: Recipe, run_dir: Path | None = None) -> Plan:
     refuse_half_on_cpu(resolved, machine)
     folder = _tokenizer_folder(facts)
     samples, missing = _samples(resolved)
-    unchecked = _checked(resolved, facts, folder, samples)
+    benchmarks = _checked(resolved, facts, folder, samples)
     measured = _measure_sources(resolved, facts, folder, samples, missing)
     estimates = {name: measured[name].estimate for name in resolved.used_sources()}
     steps, notes = _status(recipe, run_dir, machine, estimates)
@@ -71,9 +75,8 @@ def make_plan(recipe: Recipe, run_dir: Path | None = None) -> Plan:
         taken.append(replace(setup, micro_batch=stage["micro_batch"]))
     host = room.host_phases(facts, taken, gpu=machine.is_gpu)
     disk = _disk(resolved, facts, setups, estimates)
-    seconds = sum(stage["seconds"] or 0.0 for stage in stages)
-    if not _is_cached(steps, "merged"):
-        seconds += speed.merge_seconds(facts)
+    evaluation = _evaluation(resolved, facts, machine, folder, benchmarks.tasks, estimates)
+    times = _times(resolved, facts, steps, stages, evaluation)
     borders = _borders(folder)
     base_told = {**asdict(facts), "parameters": facts.parameters, "bytes": facts.file_bytes}
     plan: Plan = {
@@ -86,11 +89,13 @@ def make_plan(recipe: Recipe, run_dir: Path | None = None) -> Plan:
         "stages": stages,
         "host": {"parts": host, "needed_bytes": max(host.values()), "there_bytes": machine.host_bytes},
         "disk": {"parts": disk, "needed_bytes": sum(disk.values()), "free_bytes": room.free_bytes(run_dir or Path())},
-        "seconds": seconds,
+        "evaluation": evaluation,
+        "times": times,
+        "seconds": sum(times.values()),
         "borders": borders,
         "notes": [*_notes(machine, facts, estimates), *_length_notes(resolved, facts), *_few(facts, stages)],
     }
-    plan["notes"] += [*unchecked, *_border_notes(borders), *notes]
+    plan["notes"] += [*benchmarks.left, *_scoring_notes(resolved, evaluation), *_border_notes(borders), *notes]
     _check_room(plan, present=machine.present)
     return plan
 
@@ -207,18 +212,20 @@ def _samples(recipe: Recipe) -> tuple[dict[str, Sample], dict[str, str]]:
     return samples, missing
 
 
-def _checked(recipe: Recipe, facts: BaseFacts, folder: Path | None, samples: Mapping[str, Sample]) -> list[str]:
-    """Raise what a run would stumble over; returns what could not be looked at."""
+def _checked(
+    recipe: Recipe, facts: BaseFacts, folder: Path | None, samples: Mapping[str, Sample]
+) -> preflight.Benchmarks:
+    """Raise what a run would stumble over; returns the benchmarks, and what could not be looked at."""
     preflight.check_damage(recipe, samples)
-    if folder is None:
-        left = preflight.check_evaluation(recipe, None, within_bytes=preflight.PARSED_BYTES)
-        here = "the base's tokenizer is not here: templates and lengths are not checked"
-        return left if facts.builtin else [here, *left]
-    if not facts.builtin:
-        preflight.check_base(recipe, folder)
-    preflight.check_tokenizer(folder)
-    preflight.check_templates(recipe, folder, samples)
-    return preflight.check_evaluation(recipe, folder, within_bytes=preflight.PARSED_BYTES)
+    if folder is not None:
+        if not facts.builtin:
+            preflight.check_base(recipe, folder)
+        preflight.check_tokenizer(folder)
+        preflight.check_templates(recipe, folder, samples)
+    found = preflight.check_evaluation(recipe, folder, within_bytes=preflight.PARSED_BYTES)
+    if folder is None and not facts.builtin:
+        found.left.insert(0, "the base's tokenizer is not here: templates and lengths are not checked")
+    return found
 
 
 def _few(facts: BaseFacts, stages: list[PlannedStage]) -> list[str]:
@@ -319,6 +326,67 @@ def _status(
         return step_status.status(recipe, run_dir or Path("runs") / recipe.name), []
     except QmedtuneError as error:
         return todo, [str(error).splitlines()[0]]
+
+
+# ---- scores and time ----------------------------------------------------------------------------------------------
+
+
+def _evaluation(
+    recipe: Recipe, facts: BaseFacts, machine: Machine, folder: Path | None, tasks: list[Task],
+    estimates: Mapping[str, Estimate],
+) -> PlannedEvaluation | None:  # fmt: skip
+    if not recipe.evaluate.tasks and not recipe.evaluate.perplexity:
+        return None
+    ids = preflight.asking(recipe, folder, builtin=facts.builtin)
+    readings: list[scoring.Reading] = []
+    for task in tasks:
+        readings.append(scoring.reading(task, ids, generate=recipe.evaluate.generate))
+    taken = precision.decide(recipe, machine=machine)
+    scored = scoring.Scored(taken.name, taken.weights, taken.computed_in, taken.why)
+    return scoring.planned(recipe, facts, machine, scored, scoring.Found(readings, estimates))
+
+
+def _times(
+    recipe: Recipe, facts: BaseFacts, steps: list[PlannedStep], stages: list[PlannedStage],
+    evaluation: PlannedEvaluation | None,
+) -> dict[str, float]:  # fmt: skip
+    """Seconds that are left, by what they go to. What is cached takes none. The base is loaded once for all stages that
+    train on it, and once for every fold."""
+    times = {"loading": 0.0, "training": 0.0, "merging": 0.0, "evaluation": 0.0}
+    for stage, line in zip(stages, lineage_of(recipe), strict=True):
+        if _is_cached(steps, stage["name"]):
+            continue
+        times["training"] += speed.STAGE_SECONDS + (stage["seconds"] or 0.0)
+        if not times["loading"] or line.folds_into:
+            times["loading"] += speed.load_seconds(facts)
+        if line.folds_into:
+            times["merging"] += speed.merge_seconds(facts)
+    if final_model(recipe).adapters and not _is_cached(steps, "merged"):
+        times["merging"] += speed.merge_seconds(facts)
+    if recipe.merge.sweep is not None and not _is_cached(steps, "sweep"):
+        times["merging"] += len(recipe.merge.sweep.shares) * speed.merge_seconds(facts)
+    if evaluation is not None and not _is_cached(steps, "evaluation"):
+        times["evaluation"] = evaluation["seconds"]
+    if any(times.values()):
+        times["loading"] += speed.START_SECONDS
+    return times
+
+
+def _scoring_notes(recipe: Recipe, evaluation: PlannedEvaluation | None) -> list[str]:
+    """What the scores are of where it is not what the recipe asks for, and what takes time that is not told."""
+    notes: list[str] = []
+    if evaluation and evaluation["why"]:
+        notes.append(f"scores will be those of the NF4 model, not of what is delivered: {evaluation['why']}")
+    untimed: list[str] = []
+    if recipe.evaluate.against:
+        untimed.append("evaluate.against")
+    if recipe.audit:
+        untimed.append("audit")
+    if recipe.merge.sweep is not None:
+        untimed.append("scores of merge.sweep")
+    if untimed:
+        notes.append(f"not timed: {', '.join(untimed)}")
+    return notes
 
 
 # ---- room ------------------------------------------------------------------------------------------------------------

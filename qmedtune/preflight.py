@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qmedtune.data.packing import templates
 from qmedtune.errors import DataError, RecipeError
+from qmedtune.planning import scoring
 from qmedtune.planning.estimate import Measured
 from qmedtune.planning.sample import Sample
 from qmedtune.recipe import Recipe, SftSection, TaskSection
@@ -52,7 +54,10 @@ def check_templates(recipe: Recipe, folder: Path, samples: Mapping[str, Sample])
     for _, name in taught(recipe):
         template = templates.default(recipe.data[name].template, folder)
         found = samples[name].records if name in samples else []
-        for messages in [_QUESTION, *shapes(record["messages"] for record in found)]:
+        conversations: list[Messages] = []
+        for record in found:
+            conversations.append(record["messages"])
+        for messages in (_QUESTION, *shapes(conversations)):
             with_messages(template, messages, f"data.{name}.template", folder)
 
 
@@ -60,7 +65,8 @@ def taught(recipe: Recipe) -> Iterator[tuple[SftSection, str]]:
     """Each instruction source of each sft stage."""
     for stage in recipe.stages:
         if stage.sft:
-            yield from ((stage.sft, name) for name in stage.sft.sources)
+            for name in stage.sft.sources:
+                yield stage.sft, name
 
 
 def with_messages(template: templates.Template, messages: Messages, where: str, folder: Path) -> None:
@@ -85,8 +91,13 @@ def shapes(conversations: Iterable[Messages]) -> list[Messages]:
     an input stands apart."""
     found: dict[tuple, Messages] = {}
     for messages in conversations:
-        roles = tuple(message["role"] for message in messages)[: 2 * MOST_TURNS + 1]
-        found.setdefault((roles, any(message.get("input") for message in messages)), messages)
+        roles: list[str] = []
+        has_input = False
+        for message in messages:
+            roles.append(message["role"])
+            has_input = has_input or bool(message.get("input"))
+        shape = tuple(roles[: 2 * MOST_TURNS + 1])
+        found.setdefault((shape, has_input), messages)
     return list(found.values())
 
 
@@ -130,24 +141,34 @@ def surely_above(found: int, of: int, allowed: float, *, whole: bool) -> bool:
     return (middle - width) / (1 + SURE**2 / of) > allowed
 
 
-def check_evaluation(recipe: Recipe, folder: Path | None, *, within_bytes: int | None = None) -> list[str]:
+@dataclass(frozen=True)
+class Benchmarks:
+    """What was parsed, and for each that was not the reason."""
+
+    tasks: list[Task]
+    left: list[str]
+
+
+def check_evaluation(recipe: Recipe, folder: Path | None, *, within_bytes: int | None = None) -> Benchmarks:
     """Every evaluation file parses, and its questions can be asked with the template (where the tokenizer is here).
 
     With `within_bytes` (`plan`) files that are not here or beyond it are not parsed, and ASKED_ITEMS questions are
-    rendered; returns what was left.
+    rendered.
     """
-    left, room = [], within_bytes or 0
+    found = Benchmarks([], [])
+    room = within_bytes or 0
     for section in recipe.evaluate.sections:
         if within_bytes is not None:
             if why := _left_out(section, room):
-                left.append(why)
+                found.left.append(why)
                 continue
             room -= _file_bytes(section)
         task = _parsed(recipe, section)
+        found.tasks.append(task)
         if folder is not None:
             items = list(task.asked)[: None if within_bytes is None else ASKED_ITEMS]
             _check_questions(recipe, folder, section, [item.messages for item in items])
-    return left
+    return found
 
 
 def _parsed(recipe: Recipe, section: TaskSection) -> Task:
@@ -170,11 +191,33 @@ def _check_questions(recipe: Recipe, folder: Path, section: TaskSection, questio
 
 
 def asked_with(recipe: Recipe, folder: Path) -> templates.Template:
-    """The template that evaluation asks with: the recipe's, else that of the last sft stage, else the tokenizer's."""
+    """The template that evaluation asks with: the recipe's, else that of the last sft stage, else that of the model
+    which is mixed in (as far as it is here), else the tokenizer's."""
     if recipe.evaluate.template:
         return templates.load(recipe.evaluate.template, folder)
-    learnt = [stage.sft.sources[0] for stage in recipe.stages if stage.sft]
-    return templates.default(recipe.data[learnt[-1]].template if learnt else None, folder)
+    learnt = None
+    for stage in recipe.stages:
+        if stage.sft:
+            learnt = stage.sft.sources[0]
+    if learnt is not None:
+        return templates.default(recipe.data[learnt].template, folder)
+    if recipe.merge.other is not None and Path(recipe.merge.other).expanduser().exists():
+        from qmedtune.evaluation.open_model import locate
+
+        return locate(recipe.merge.other, offline=True).template
+    return templates.default(None, folder)
+
+
+def asking(recipe: Recipe, folder: Path | None, *, builtin: bool) -> scoring.Ids:
+    """What a question makes the model read: as the evaluation frames it, where the tokenizer is here; else words, each
+    a token of the tiny bases (`builtin`) and TOKENS_PER_WORD of others."""
+    if folder is None:
+        per_word = 1.0 if builtin else scoring.TOKENS_PER_WORD
+        return lambda item: scoring.words_of(item, per_word)
+    from qmedtune.data.packing.framing import frame_in
+
+    frame = frame_in(asked_with(recipe, folder), folder)
+    return lambda item: frame.ask([item.messages])[0].ids
 
 
 def _left_out(section: TaskSection, room: int) -> str:
@@ -201,8 +244,13 @@ def check_start(recipe: Recipe, folder: Path, *, scored: bool) -> None:
     check_base(recipe, folder)
     check_tokenizer(folder)
     load_tokenizer(folder)
-    spoken = sorted({name for _, name in taught(recipe)})
-    check_templates(recipe, folder, {name: sample_source(recipe.data[name], ASKED_ITEMS) for name in spoken})
+    spoken: set[str] = set()
+    for _, name in taught(recipe):
+        spoken.add(name)
+    samples: dict[str, Sample] = {}
+    for name in sorted(spoken):
+        samples[name] = sample_source(recipe.data[name], ASKED_ITEMS)
+    check_templates(recipe, folder, samples)
     if scored:
         check_evaluation(recipe, folder)
 

@@ -22,7 +22,7 @@ NOTE = "erased.json"
 # Below data/: kept text, packed tokens (a tokenizer turns them back), what was planted. Facts are in the seals.
 TEXT_FOLDER = "data"
 # Elsewhere: questions and answers item by item, and what was read off samples.
-TEXT_NAMES = ("*.items.jsonl", "rejects.jsonl", "*.txt.gz", "samples*.jsonl", "audit*.jsonl")
+TEXT_NAMES = ("*.items.jsonl", "items.html", "rejects.jsonl", "*.txt.gz", "samples*.jsonl", "audit*.jsonl")
 
 
 @dataclass(frozen=True)

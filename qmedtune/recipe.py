@@ -19,6 +19,7 @@ from qmedtune.sections.results import (
     AuditSection,
     EvaluateSection,
     MergeSection,
+    SweepSection,
     TaskSection,
     VerifySection,
 )
@@ -58,12 +59,15 @@ __all__ = [
     "ShapeSection",
     "SourceSection",
     "StageSection",
+    "SweepSection",
     "TaskSection",
     "TrainSection",
     "ValidateSection",
     "VerifySection",
     "WarmupSection",
 ]
+
+DEVELOPMENT = 0.5  # of the items, where there is something to choose and the recipe names no share
 
 
 class Recipe(Section):
@@ -112,6 +116,13 @@ class Recipe(Section):
         """What draws the items of a `limit` and the examples before questions."""
         chosen = self.evaluate.items_seed
         return self.seed if chosen is None else chosen
+
+    @property
+    def development(self) -> float:
+        """The share of items and held-out texts that are not scored at the end, since a choice is made on them."""
+        if self.evaluate.development is not None:
+            return self.evaluate.development
+        return DEVELOPMENT if self.merge.sweep else 0.0
 
     def stage_names(self) -> list[str]:
         """`01-cpt`, `02-sft` ...: the names of stage folders and of `run.json` entries."""

@@ -13,9 +13,10 @@ from pathlib import Path
 import yaml
 
 from qmedtune import disk
-from qmedtune.reporting import duels, live, privacy, score_tables, tables
+from qmedtune.reporting import duels, live, privacy, score_tables, sweeps, tables
 from qmedtune.reporting import page as report_html
 from qmedtune.reporting.blocks import DISCLAIMER
+from qmedtune.reporting.calibration import calibration_table
 from qmedtune.reporting.cells import Table
 from qmedtune.reporting.facts import Metrics, base_name, outcome, precision_words, warnings_of, wholes
 from qmedtune.results import Run, Score
@@ -62,6 +63,7 @@ def _markdown_parts(run: Run, metrics: Metrics) -> Iterator[str]:
     yield _section(score_tables.evaluation(run))
     yield _section(score_tables.perplexity(run))
     yield _section_if_any(score_tables.quantisation(run))
+    yield _section_if_any(calibration_table(run))
     if run.against is not None:
         yield _section(duels.head_to_head(run.against))
         yield _listed(duels.claims(run.against))
@@ -77,6 +79,8 @@ def _markdown_parts(run: Run, metrics: Metrics) -> Iterator[str]:
     yield _section(tables.reading(run))
     yield _section(tables.findings(run))
     yield _section(tables.merge(run))
+    if run.merge is not None:
+        yield _section_if_any(sweeps.table(run.merge))
     yield _section(tables.steps(run))
     yield "## Warnings\n\n" + _listed(warnings_of(run))
     yield from _privacy(run)
@@ -125,6 +129,8 @@ def _card_parts(run: Run) -> Iterator[str]:
     yield "## Training\n\n" + _markdown_table(tables.stages(run))
     yield _markdown_table(tables.mixture(run))
     yield "## Merge\n\n" + _markdown_table(tables.merge(run))
+    if run.merge is not None and run.merge.sweep:
+        yield _markdown_table(sweeps.table(run.merge))
     yield "## Evaluation\n\n" + _markdown_table(score_tables.evaluation(run))
     yield _markdown_table(score_tables.perplexity(run))
     yield _markdown_table(score_tables.quantisation(run))

@@ -28,7 +28,7 @@ from qmedtune.planning.machine import this_machine
 from qmedtune.planning.resolve import refuse_half_on_cpu, resolve
 from qmedtune.planning.shapes import base_facts
 from qmedtune.recipe import Recipe
-from qmedtune.results import Run
+from qmedtune.results import Packing, Run
 from qmedtune.smoke import smoke as smoked
 from qmedtune.steps import Step, inputs_of, key_of, steps_of, upstream_of
 
@@ -119,8 +119,11 @@ def _tokens_to_train(chosen: Sequence[Step], done: dict[str, store.Seal]) -> dic
     found: dict[str, float] = {}
     for step in chosen:
         packed = done.get(f"data/{step.name}")
-        if packed is not None and packed.facts.get("tokens"):
-            found[step.name] = packed.facts["tokens"]["trained"]
+        if packed is None:
+            continue
+        tokens = Packing.model_validate(packed.facts).tokens.trained
+        if tokens:
+            found[step.name] = tokens
     return found
 
 
@@ -160,17 +163,27 @@ def _refused(error: QmedtuneError, step: Step, recipe: Recipe, out: Path) -> rec
 
 def _check_start(recipe: Recipe, source: base.Base, to_do: Sequence[Step], offline: bool) -> None:
     """What must be right before the first step, ahead of writing anything. A built-in base is right by itself."""
-    if any(step.kind != "data" for step in to_do):
+    names: set[str] = set()
+    kinds: set[str] = set()
+    for step in to_do:
+        names.add(step.name)
+        kinds.add(step.kind)
+    beyond_data = bool(kinds - {"data"})
+    if beyond_data:
         refuse_half_on_cpu(recipe, this_machine())
-    scored = any(step.name == "evaluation" for step in to_do)
-    if any(step.name == "against" for step in to_do):
+    scored = "evaluation" in names
+    if "against" in names:
         from qmedtune import against
 
         against.check(recipe, offline)
+    if recipe.merge.other is not None and any(step.kind in ("sweep", "merge") for step in to_do):
+        from qmedtune import mixed_merge
+
+        mixed_merge.check(recipe, source.make(), offline)
     if base_facts(recipe.model).builtin:
         if scored:
             preflight.check_evaluation(recipe, None)
-    elif any(step.kind != "data" for step in to_do):
+    elif beyond_data:
         preflight.check_start(recipe, source.make(), scored=scored)
 
 

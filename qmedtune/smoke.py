@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 
 from qmedtune.keys import MODEL_BY_MACHINE
-from qmedtune.recipe import MixSection, Recipe, SourceSection, StageSection
+from qmedtune.recipe import MergeSection, MixSection, Recipe, SourceSection, StageSection
 
 BUILTIN = {"literature": "literature", "clinical": "notes", "general": "general", "instructions": "instructions"}
 RECORDS = 300  # of the built-in instructions, shared by all sources of that kind
@@ -51,6 +51,7 @@ def smoke(recipe: Recipe, builtin: str = "builtin:tiny") -> Recipe:
             "stages": [_stage(stage) for stage in recipe.stages],
             "validation": recipe.validation.model_copy(update=validate),
             "evaluate": recipe.evaluate.model_copy(update=evaluate),
+            "merge": _merge(recipe.merge, builtin),
         }
     )
 
@@ -66,6 +67,13 @@ def _source(source: SourceSection, alike: int, path: str) -> SourceSection:
         split_by="patient" if source.kind == "clinical" else "record",
         max_records=limit,
     )
+
+
+def _merge(section: MergeSection, builtin: str) -> MergeSection:
+    """The model that is mixed in belongs to the real base: the built-in base, untrained, stands for it."""
+    if section.other is None:
+        return section
+    return section.model_copy(update={"other": builtin})
 
 
 def _stage(stage: StageSection) -> StageSection:

@@ -1,6 +1,6 @@
 """The list of steps that a recipe becomes, in order; run.py runs it.
 
-    data/<source> ... -> data/NN-kind ... -> NN-kind ... -> audit -> merged -> evaluation -> against
+    data/<source> ... -> data/NN-kind ... -> NN-kind ... -> audit -> sweep -> merged -> evaluation -> against
 
 All data comes before the first training step: what is wrong with it must not show after days.
 Each step names what it needs, what its key depends on (keys.py) and the function that does it. No torch is imported
@@ -24,7 +24,7 @@ from qmedtune.training.shared_base import SharedBase
 if TYPE_CHECKING:
     from qmedtune.evaluate import Compared
 
-WITHOUT_BASE = ("fold", "merge", "audit", "evaluation", "against")
+WITHOUT_BASE = ("fold", "sweep", "merge", "audit", "evaluation", "against")
 MODEL = ""  # names the one model of a step among `Step.models`
 
 
@@ -108,6 +108,7 @@ def steps_of(recipe: Recipe, asked: Recipe, hashes: store.HashCache) -> list[Ste
     final = final_model(recipe)
     steps += _audit_steps(recipe, trained)
     if final.adapters:
+        steps += _sweep_step(recipe, final, hashes)
         steps.append(_merge_step(recipe, final))
     if recipe.evaluate.tasks or recipe.evaluate.perplexity:
         steps.append(_evaluation_step(recipe, final, hashes))
@@ -276,26 +277,58 @@ def _fold_step(recipe: Recipe, name: str, model: StackInRun) -> Step:
     return Step(name, "fold", keys.fold_section(recipe), {}, work, models=models)
 
 
+def _sweep_step(recipe: Recipe, model: StackInRun, hashes: store.HashCache) -> list[Step]:
+    def work(recipe: Recipe, inputs: Inputs, out: Path) -> Facts:
+        from qmedtune.sweep import sweep_stage
+
+        return sweep_stage(recipe, inputs.model, _compared(recipe, inputs), out)
+
+    if recipe.merge.sweep is None:
+        return []
+    folders = _beside_the_model(recipe, model)
+    del folders["merged"]  # which is made of what the sweep chooses
+    if recipe.evaluate.perplexity or recipe.validation.on:
+        folders["validation"] = "data/validation"
+    models = {MODEL: replace(model, adapters=_adapters_merged(recipe, model))}
+    return [Step("sweep", "sweep", keys.sweep_section(recipe, hashes), folders, work, resumes=True, models=models)]
+
+
+def _adapters_merged(recipe: Recipe, model: StackInRun) -> tuple[str, ...]:
+    """Those that the merge reads: where it weighs the stages, each one's, also what a later one continues."""
+    if not recipe.merge.weighs:
+        return model.adapters
+    return tuple(part.adapter for part in parts_of(recipe))
+
+
 def _merge_step(recipe: Recipe, model: StackInRun) -> Step:
     def weighed(recipe: Recipe, inputs: Inputs, out: Path) -> Facts:
         from qmedtune.merge import weighed_merge_stage
 
         return weighed_merge_stage(recipe, inputs.model, out, inputs.folders.get("validation"))
 
+    def mixed(recipe: Recipe, inputs: Inputs, out: Path) -> Facts:
+        from qmedtune.mixed_merge import mixed_merge_stage
+
+        return mixed_merge_stage(recipe, inputs.model, out, inputs.folders)
+
     step = replace(_fold_step(recipe, "merged", model), kind="merge", section=keys.merge_section(recipe))
     if recipe.evaluate.perplexity or recipe.validation.on:
         step = replace(step, folders={"validation": "data/validation"})
-    if not recipe.merge.weighs:
-        return replace(step, models={MODEL: model})
-    parts = tuple(part.adapter for part in parts_of(recipe))  # each stage's counts, also what a later one continues
-    return replace(step, models={MODEL: replace(model, adapters=parts)}, work=weighed)
+    step = replace(step, models={MODEL: replace(model, adapters=_adapters_merged(recipe, model))})
+    if recipe.merge.other is None:
+        return replace(step, work=weighed) if recipe.merge.weighs else step
+    folders = {**_beside_the_model(recipe, model), **step.folders}
+    del folders["merged"]
+    if recipe.merge.sweep is not None:
+        folders["sweep"] = "sweep"
+    return replace(step, folders=folders, work=mixed)
 
 
 def _evaluation_step(recipe: Recipe, model: StackInRun, hashes: store.HashCache) -> Step:
     def work(recipe: Recipe, inputs: Inputs, out: Path) -> Facts:
         from qmedtune.evaluate import evaluate_stage
 
-        return evaluate_stage(recipe, _compared(inputs), out)
+        return evaluate_stage(recipe, _compared(recipe, inputs), out)
 
     folders = _beside_the_model(recipe, model)
     if recipe.evaluate.perplexity:
@@ -311,7 +344,7 @@ def _against_step(recipe: Recipe, model: StackInRun, hashes: store.HashCache) ->
     def work(recipe: Recipe, inputs: Inputs, out: Path) -> Facts:
         from qmedtune.against import against_stage
 
-        return against_stage(recipe, _compared(inputs), out)
+        return against_stage(recipe, _compared(recipe, inputs), out)
 
     section, folders = keys.against_section(recipe, hashes), _beside_the_model(recipe, model)
     return Step("against", "against", section, folders, work, resumes=True, models={MODEL: model})
@@ -320,7 +353,7 @@ def _against_step(recipe: Recipe, model: StackInRun, hashes: store.HashCache) ->
 SOURCE = "data-"
 
 
-def _compared(inputs: Inputs) -> Compared:
+def _compared(recipe: Recipe, inputs: Inputs) -> Compared:
     """The folders of `_beside_the_model` and the model that they lie beside."""
     from qmedtune.evaluate import Compared
 
@@ -331,6 +364,7 @@ def _compared(inputs: Inputs) -> Compared:
     return Compared(
         trained=inputs.model,
         merged=folders.get("merged"),
+        mixed=recipe.merge.other is not None or recipe.merge.weighs,
         origin=folders.get("origin"),
         untrained=folders.get("untrained"),
         validation=folders.get("validation"),

@@ -23,6 +23,7 @@ from qmedtune import model as models
 from qmedtune import peak, peers, store, ui
 from qmedtune.base import name_of_base, note_base
 from qmedtune.data.packing import templates
+from qmedtune.data.packing.classes import VALIDATION, LabelledRows
 from qmedtune.data.packing.framing import write_template
 from qmedtune.data.packing.pack import PackedRows
 from qmedtune.errors import RunError
@@ -41,7 +42,7 @@ from qmedtune.results import (
 )
 from qmedtune.training import checkpoints
 from qmedtune.training.checkpoints import BEST, METRICS
-from qmedtune.training.classify import score
+from qmedtune.training.classify import score, validation_loss
 from qmedtune.training.confirm import confirm
 from qmedtune.training.resume import out_of_memory
 from qmedtune.training.shared_base import SharedBase
@@ -69,6 +70,8 @@ def train_stage(
     held_out = validation_rows(recipe, inputs.validation)
     callback = StageCallback(name, out, held_out, tokenizer.pad_token_id, recipe, group)
     callback.judges = [source for source in recipe.judged_by(index) if source in callback.held_out]
+    if stage.classify and stage.classify.validation:
+        callback.choose_by_documents(stage.classify.data, LabelledRows(tokens / VALIDATION))
     started = time.monotonic()
     trainer = _run(recipe, index, built, callback, out)
     trained = callback.trained(stage.kind, trainer, time.monotonic() - started)
@@ -183,15 +186,26 @@ class StageCallback(TrainerCallback):
     losses: list[float] = field(default_factory=list)
     validation: list[Validation] = field(default_factory=list)
     judges: list[str] = field(default_factory=list)
+    by_documents: bool = False
     _marked: tuple[float, int] = (0.0, 0)
 
     def begin(self, trainer: QTrainer, steps: int) -> None:
         self.trainer, self.steps = trainer, steps
         every = self.recipe.validation.every
-        if every == "auto":
+        if every == "auto" and self.by_documents:
+            every = max(1, round(steps / number(trainer.section.epochs)))  # once an epoch
+        elif every == "auto":
             every = max(10, steps // 5)
         self.every = every
         self._marked = (time.monotonic(), 0)
+
+    def choose_by_documents(self, source: str, rows: LabelledRows) -> None:
+        """Keep the weights whose loss on these documents is lowest."""
+        self.held_out, self.judges, self.by_documents = {source: rows}, [source], True
+
+    @property
+    def keeps_best(self) -> bool:
+        return self.by_documents or self.recipe.validation.keep_best
 
     def rewind(self) -> None:
         """Begin where the checkpoint was: metrics.jsonl holds the lines up to it."""
@@ -256,7 +270,7 @@ class StageCallback(TrainerCallback):
         broken = []
         with self.trainer.compute_loss_context_manager():
             for name, rows in self.held_out.items():
-                loss = mean_loss(model, rows, self.pad_id, batch)
+                loss = self._loss(model, rows, batch)
                 losses[name] = loss
                 if not math.isfinite(loss):
                     losses[name] = None  # JSON has no NaN
@@ -266,10 +280,15 @@ class StageCallback(TrainerCallback):
             ui.warn(warning)
             self.warn(step, warning)
         self.validation.append(Validation.model_validate({"step": step, **losses}))
-        if self.recipe.validation.keep_best and step == self._kept_step():
+        if self.keeps_best and step == self._kept_step():
             checkpoints.save_trained(model, self.out / store.SCRATCH / BEST)
         self.bar.update(self.tokens, note="")
         self._marked = (time.monotonic(), self.tokens)
+
+    def _loss(self, model: Any, rows: PackedRows, batch: int) -> float:
+        if isinstance(rows, LabelledRows):
+            return validation_loss(model, rows, self.pad_id, batch)
+        return mean_loss(model, rows, self.pad_id, batch)
 
     def _kept_step(self) -> int | None:
         """Where the losses that the stage is judged by are lowest in sum, first of equals; None where none is.
@@ -288,7 +307,7 @@ class StageCallback(TrainerCallback):
         return kept
 
     def restore_best(self, model: Any) -> None:
-        if self.recipe.validation.keep_best and self._kept_step() is not None:
+        if self.keeps_best and self._kept_step() is not None:
             checkpoints.load_trained(model, self.out / store.SCRATCH / BEST)
         for name, weights in models.trainable(model).items():
             if not torch.isfinite(weights).all():
@@ -306,7 +325,7 @@ class StageCallback(TrainerCallback):
             if line.warning is not None:
                 warnings.append(line.warning)
         kept, kept_by, step_s = None, [], None
-        if self.recipe.validation.keep_best:
+        if self.keeps_best:
             kept = self._kept_step()
         if kept:
             kept_by = self.judges

@@ -318,20 +318,19 @@ def error_panel(lines: Sequence[str]) -> None:
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """A result on stdout: drawn on a terminal, plain aligned text elsewhere. Figures are right-aligned."""
-    cells = [_texts(row) for row in rows]
-    right = [place > 0 and _are_figures(cells, place) for place in range(len(columns))]
+    cells: list[list[str]] = []
+    right = [False] + [True] * (len(columns) - 1)
+    for row in rows:
+        texts: list[str] = []
+        for place, cell in enumerate(row):
+            text = "" if cell is None else str(cell)
+            texts.append(text)
+            right[place] = right[place] and _is_figure(text)
+        cells.append(texts)
     if terminal.is_terminal(sys.stdout):
         terminal.draw_table(title, columns, cells, right)
     else:
         print(terminal.printable("\n".join(_plain_table(title, columns, cells, right))))
-
-
-def _texts(row: Sequence[object]) -> list[str]:
-    return ["" if cell is None else str(cell) for cell in row]
-
-
-def _are_figures(cells: Sequence[Sequence[str]], place: int) -> bool:
-    return all(_is_figure(row[place]) for row in cells)
 
 
 def _is_figure(cell: str) -> bool:
@@ -339,11 +338,14 @@ def _is_figure(cell: str) -> bool:
 
 
 def _plain_table(title: str, columns: Sequence[str], cells: list[list[str]], right: list[bool]) -> list[str]:
-    lines = [columns, *cells]
-    widths = [_width(lines, place) for place in range(len(columns))]
-    aligned = [_aligned(row, widths, right) for row in lines]
-    ruler = "  ".join("-" * wide for wide in widths)
-    shown = [aligned[0], ruler, *aligned[1:]]
+    widths = [0] * len(columns)
+    for row in (columns, *cells):
+        for place, cell in enumerate(row):
+            widths[place] = max(widths[place], len(cell))
+    rulers = ["-" * wide for wide in widths]
+    shown = [_aligned(columns, widths, right), "  ".join(rulers)]
+    for row in cells:
+        shown.append(_aligned(row, widths, right))
     return [title, *shown] if title else shown
 
 
@@ -352,10 +354,6 @@ def _aligned(row: Sequence[str], widths: Sequence[int], right: Sequence[bool]) -
     for cell, wide, is_right in zip(row, widths, right, strict=True):
         parts.append(cell.rjust(wide) if is_right else cell.ljust(wide))
     return "  ".join(parts).rstrip()
-
-
-def _width(lines: Sequence[Sequence[str]], place: int) -> int:
-    return max(len(line[place]) for line in lines)
 
 
 def _say(text: str, style: str, mark: str, plain_mark: str) -> None:

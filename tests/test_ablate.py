@@ -109,7 +109,7 @@ def test_seeds():
 
 
 WRONG = [
-    ("ablate={arms: [base, sftt]}", "allowed: base, sft, cpt or cpt.sft; did you mean `sft`"),
+    ("ablate={arms: [base, sftt]}", "allowed: base, sft, cpt, cpt.sft or merge; did you mean `sft`"),
     ("ablate={corpora: [literatur]}", 'no source "literatur" in `data`; did you mean `literature`'),
     ("ablate={corpora: [general]}", r"allowed: literature, notes \(of the cpt mix\) or both"),
     ("ablate={replay: [1.0]}", "replay"),

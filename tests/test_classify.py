@@ -14,7 +14,7 @@ from sklearn import metrics
 from sklearn.utils.class_weight import compute_class_weight as sklearn_weights
 
 from qmedtune import interrupt, keys, store, train
-from qmedtune.data.packing.classes import HELD_OUT, LABELS, LabelledRows, pack_classes
+from qmedtune.data.packing.classes import HELD_OUT, IDS, LABELS, VALIDATION, LabelledRows, pack_classes
 from qmedtune.data.reading.records import label_of
 from qmedtune.data.reading.rejects import Unusable
 from qmedtune.data.synthetic import outcomes
@@ -29,6 +29,7 @@ from qmedtune.recipe import Recipe
 from qmedtune.smoke import smoke
 from qmedtune.steps import steps_of
 from qmedtune.training import classify
+from qmedtune.training.checkpoints import BEST
 from qmedtune.training.classify import result
 from qmedtune.training.trainer import make_optimizer
 
@@ -360,3 +361,75 @@ def test_what_stages_did_before_keeps_its_key():
     assert not {"adam_eps", "lora", "class_weights"} & section.keys()
     changed = recipe(adam_eps=1e-6)
     assert keys.training_section(changed, changed, 1)["training"]["adam_eps"] == 1e-6
+
+
+# ---- weights that validation chooses ---------------------------------------------------------------------------------
+
+
+def noted(folder: Path, patients: int, each: int = 2) -> dict[str, Path]:
+    """Notes of patients, each of one label, and as many held out of others."""
+    words = ("nausea", "rash")
+    for name in ("train", "heldout"):
+        lines = []
+        for number in range(patients * each):
+            who = number // each
+            text = f"Nursing note: day {number % 7 + 2}, pt reports {words[who % 2]}."
+            record = {"id": f"{name}-{number}", "patient": f"{name}-{who}", "text": text, "label": words[who % 2]}
+            lines.append(json.dumps(record) + "\n")
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+    return {"outcome": folder}
+
+
+def ids_in(folder: Path) -> set[str]:
+    return {name for name, _ in json.loads((folder / IDS).read_text())}
+
+
+def test_whole_patients_are_set_apart_and_nobody_is_in_two_parts(micro_run, tmp_path: Path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "out").mkdir()
+    inputs = noted(tmp_path / "in", 40)
+    facts = pack_classes(recipe(validation=0.25), 1, micro_run.base, inputs, tmp_path / "out").as_json()
+    parts = [ids_in(tmp_path / "out"), ids_in(tmp_path / "out" / VALIDATION), ids_in(tmp_path / "out" / HELD_OUT)]
+    patients = [{int(name.partition("-")[2]) // 2 for name in part} for part in parts]
+    assert not patients[0] & patients[1] and len(patients[0] | patients[1]) == 40
+    assert 4 <= len(patients[1]) <= 16 and len(parts[2]) == 80
+    assert facts["classes"]["validation"] == len(parts[1]) == 80 - facts["classes"]["documents"]
+    assert not list((tmp_path / "out").glob("*.jsonl"))  # no second copy of the text
+    plain = pack_classes(recipe(), 1, micro_run.base, inputs, tmp_path / "out").as_json()
+    assert plain["classes"]["documents"] == 80 and "validation" not in plain["classes"]
+
+
+def test_one_patient_cannot_be_set_apart(micro_run, tmp_path: Path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "out").mkdir()
+    with pytest.raises(DataError, match="one patient"):
+        pack_classes(recipe(validation=0.25), 1, micro_run.base, noted(tmp_path / "in", 1, 8), tmp_path / "out")
+
+
+def test_the_weights_with_the_lowest_validation_loss_are_kept(micro_run, notes_adapter: Path, tmp_path: Path):
+    """Later epochs are not the best, and what is scored are the kept weights."""
+    for name in ("in", "packed", "out"):
+        (tmp_path / name).mkdir()
+    keys = {"validation": 0.25, "epochs": 5, "batch": 2, "lr": 1.0, "adapter": "frozen", "class_weights": "balanced"}
+    keys |= {"schedule": "constant", "warmup": "{ratio: 1.0}"}  # small steps learn, then larger ones overshoot
+    inputs = noted(tmp_path / "in", 20)
+    asked = recipe("validate={}", **keys)  # at the end of each epoch
+    packing = pack_classes(asked, 1, micro_run.base, inputs, tmp_path / "packed")
+    store.seal(tmp_path / "packed", "t", packing.as_json())
+    stage_inputs = train.StageInputs(ModelStack(micro_run.base, (notes_adapter,)), tmp_path / "packed")
+    facts = train.train_stage(asked, 1, stage_inputs, tmp_path / "out").as_json()
+    losses = {found["step"]: found["outcome"] for found in facts["validation"] if found["step"]}
+    assert len(losses) >= 5 and facts["kept_by"] == ["outcome"]
+    assert facts["kept_step"] == min(losses, key=losses.__getitem__) and len(set(losses.values())) > 1
+    assert facts["kept_step"] < facts["steps"]
+    assert facts["classification"]["validation"] == len(ids_in(tmp_path / "packed" / VALIDATION))
+    kept = load_file(tmp_path / "out" / "head.safetensors")
+    best = load_file(tmp_path / "out" / store.SCRATCH / BEST)
+    assert torch.equal(kept["weight"], best["head.linear.weight"])
+
+
+def test_without_validation_keys_are_as_before():
+    before, now = recipe(), recipe(validation=0.125)
+    assert "validation" not in keys.tokens_section(before, 1)["packing"]
+    assert keys.tokens_section(now, 1)["packing"]["validation"] == 0.125
+    assert keys.training_section(before, before, 1) == keys.training_section(now, now, 1)

@@ -13,7 +13,7 @@ from llama_folders import llama3_folder, write_adapter
 from sklearn.metrics import roc_auc_score
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qmedtune import evaluate, store
+from qmedtune import api, evaluate, store
 from qmedtune.data.packing import templates
 from qmedtune.data.packing.framing import codec_of
 from qmedtune.data.packing.pack import PackedRows, WholeDocuments, pack_validation
@@ -322,14 +322,14 @@ def test_adapter_folder_brings_its_template_and_equals_the_run(folder, evaluated
     notes = tmp_path / "notes.jsonl"
     records = read_records("n", SourceSection(path="builtin:micro/notes", kind="clinical"), Rejects("n"))
     notes.write_text("".join(json.dumps({"text": record["text"]}) + "\n" for record in list(records)[:5]))
-    result = evaluate.evaluate_model(
+    result = api.evaluate_model(
         str(folder / "stage" / "adapter"),
         ["facts", f"perplexity={notes}"],
         base=str(folder / "base"),
         generate=False,
         limit=8,
         offline=True,
-    ).as_json()
+    )
     assert result["template"] == "alpaca" and result["quantization"] == "nf4"
     assert result["tasks"]["facts"]["model"]["n"] == 8
     assert "generation" not in result["tasks"]["facts"]["model"]
@@ -349,9 +349,7 @@ def test_every_token_of_a_long_text_is_predicted_once_and_counted_per_byte(folde
     assert len(rows) > 2 and all(len(row["input_ids"]) <= 512 for row in rows)
     assert sum(int((row["labels"] != -100).sum()) for row in rows) == tokens
     assert size == sum(len(text.encode()) for text in texts) > sum(map(len, texts))
-    found = evaluate.evaluate_model(
-        str(folder / "base"), [f"perplexity={path}"], template="alpaca", offline=True
-    ).as_json()
+    found = api.evaluate_model(str(folder / "base"), [f"perplexity={path}"], template="alpaca", offline=True)
     [text] = found["perplexity"].values()
     assert (text["tokens"], text["marks"]) == (tokens - len(texts), len(texts))
     assert text["bits_per_byte"] == pytest.approx(np.log2(text["model"]) * text["tokens"] / size)
@@ -363,9 +361,9 @@ def test_every_token_of_a_long_text_is_predicted_once_and_counted_per_byte(folde
 
 def test_finished_evaluation_is_not_repeated(folder, tmp_path, monkeypatch):
     def ask() -> dict:
-        return evaluate.evaluate_model(
+        return api.evaluate_model(
             str(folder / "base"), ["facts"], template="alpaca", limit=3, generate=False, out=tmp_path, offline=True
-        ).as_json()
+        )
 
     first = ask()
     monkeypatch.setattr(measure, "measure", None)
@@ -380,7 +378,7 @@ def test_a_corrected_answer_is_scored_again(folder, tmp_path):
     def accuracy(answer: str) -> float:
         path.write_text(json.dumps({**MEDQA, "answer_idx": answer}) + "\n")
         asked = {"template": "alpaca", "generate": False, "out": tmp_path / "out", "offline": True}
-        found = evaluate.evaluate_model(str(folder / "base"), [f"medqa={path}"], **asked).as_json()
+        found = api.evaluate_model(str(folder / "base"), [f"medqa={path}"], **asked)
         return found["tasks"]["medqa"]["model"]["accuracy"]
 
     assert {accuracy("A"), accuracy("B")} == {0.0, 1.0}
@@ -397,21 +395,21 @@ def test_a_corrected_answer_is_scored_again(folder, tmp_path):
 )
 def test_bad_requests_are_refused(folder, name, tasks, message):
     with pytest.raises(RecipeError, match=message):
-        evaluate.evaluate_model(str(folder / name), tasks, offline=True)
+        api.evaluate_model(str(folder / name), tasks, offline=True)
 
 
 def test_unfinished_run_says_what_to_do(tmp_path):
-    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "run.json").write_text(json.dumps({"name": "x", "status": "stopped"}))
     with pytest.raises(RecipeError, match="no merged model yet"):
-        evaluate.evaluate_model(str(tmp_path), ["facts"], offline=True)
+        api.evaluate_model(str(tmp_path), ["facts"], offline=True)
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="real data absent")
 def test_real_pubmedqa_on_a_random_model(folder, tmp_path):
     path = REAL / "eval" / "pubmedqa_train.json"
-    result = evaluate.evaluate_model(
+    result = api.evaluate_model(
         str(folder / "base"), [f"pubmedqa={path}"], template="alpaca", limit=5, out=tmp_path, offline=True
-    ).as_json()
+    )
     scores = result["tasks"]["pubmedqa"]["model"]
     assert scores["n"] == 5 and scores["chance"] == pytest.approx(1 / 3)
     assert scores["truncated"] == 5  # 512 positions do not hold an abstract in these 512 tokens: said, not hidden

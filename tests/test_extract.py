@@ -82,6 +82,7 @@ STATED = {
         "B. Clopidogrel\n\nWhich drug is given next?\nA. Aspirin\nB. Clopidogrel\nC. Heparin\nAnswer: C",
     ],
     "C": [
+        "<final>C</final>", '{"answer_idx": "C"}', "<b>C</b>", "Answer \u2013 C", "<option>C</option>",
         "Therefore, C is correct.", "C is the correct answer", "The most likely diagnosis is C.", "\\boxed{C}",
         "Final Answer: **C**", "I choose C.", "So it's C.", "A is incorrect. B is incorrect. C is correct.",
         "The patient should get heparin.", "C. Heparin is given because aspirin and warfarin act slowly.",

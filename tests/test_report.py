@@ -21,7 +21,7 @@ from qmedtune.reporting import score_tables
 from qmedtune.reporting.charts import MAX_POINTS, Series, line_chart, nice_ticks
 from qmedtune.reporting.facts import Metrics, comparisons, outcome, precision_of, read_metrics
 from qmedtune.reporting.style import CSS
-from qmedtune.results import Difference, Evaluation, Pair, Run, Scores, Stage, StepEntry, Task, Validation
+from qmedtune.results import Bin, Difference, Evaluation, Pair, Run, Score, Scores, Stage, StepEntry, Task, Validation
 
 
 class Page(HTMLParser):
@@ -292,6 +292,36 @@ def test_a_score_no_better_than_the_commonest_answer_is_said_to_be_no_knowledge(
     assert "not beyond always the commonest answer" in outcome(run)
     assert score_tables.evaluation(run).rows[0][4] == "0.56"
     assert "commonest" not in comparisons(compared_with_commonest(0.7))[0].reading
+
+
+# ---- calibration -----------------------------------------------------------------------------------------------------
+
+
+def calibrated(accuracy: float, bins: list[Bin]) -> Score:
+    ece = sum(each.n * abs(each.accuracy - each.confidence) for each in bins) / sum(each.n for each in bins)
+    return make_score(accuracy, 100).model_copy(update={"ece": ece, "calibration": bins})
+
+
+def test_the_calibration_curve_stands_in_the_report_with_its_definition(tmp_path):
+    base = calibrated(0.4, [Bin(low=0.3, high=0.4, n=60, confidence=0.36, accuracy=0.4), _sure(40, 0.4)])
+    final = calibrated(0.7, [_sure(95, 0.7), Bin(low=0.9, high=1, n=5, confidence=0.97, accuracy=0.6)])
+    facts = Task(base=base, final=final)
+    seen = rendered(tmp_path, make_run(evaluation=make_evaluation(tasks={"facts": facts})))
+    assert "Guo et al. 2017" in seen.text and "Ten bins of equal width" in seen.text
+    bubbles = [given for tag, given in seen.tags if tag == "i" and "bubble" in (given.get("class") or "")]
+    assert len(bubbles) == 4 and "few" in bubbles[3]["class"] and "left:97.0%;top:40.0%" in bubbles[3]["style"]
+    text = (tmp_path / "report.md").read_text()
+    assert f"| facts | base | {base.ece:.3f} | 0.496 | 0.400 | +0.096 | 100 |" in text
+    assert f"| facts | final | {final.ece:.3f} |" in text
+
+
+def _sure(n: int, accuracy: float) -> Bin:
+    return Bin(low=0.7, high=0.8, n=n, confidence=0.7, accuracy=accuracy)
+
+
+def test_a_run_without_bins_has_no_curve(tmp_path):
+    seen = rendered(tmp_path, make_run())
+    assert "Calibration" not in seen.text and "Calibration" not in (tmp_path / "report.md").read_text()
 
 
 if __name__ == "__main__":

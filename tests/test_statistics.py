@@ -78,6 +78,24 @@ def test_calibration_error_hand_worked():
     assert statistics.expected_calibration_error([1.0, 1.0], [True, True]) == 0.0
 
 
+def test_bins_of_a_reliability_diagram_hand_worked():
+    """.5 opens the bin .5-.6; 1 belongs to the last; bins without answers are left out."""
+    found = statistics.calibration_bins([0.5, 0.59, 1.0, 0.95, 0.05], [True, False, True, True, False])
+    assert [(each.low, each.high, each.n) for each in found] == [(0.0, 0.1, 1), (0.5, 0.6, 2), (0.9, 1.0, 2)]
+    assert [each.accuracy for each in found] == [0.0, 0.5, 1.0]
+    assert [each.confidence for each in found] == pytest.approx([0.05, 0.545, 0.975])
+
+
+def test_the_error_is_what_the_bins_say():
+    dice = np.random.default_rng(4)
+    confidences = dice.random(300)
+    correct = dice.random(300) < confidences**2  # too sure
+    bins = statistics.calibration_bins(list(confidences), list(correct))
+    said = sum(each.n * abs(each.accuracy - each.confidence) for each in bins) / 300
+    assert statistics.expected_calibration_error(list(confidences), list(correct)) == pytest.approx(said)
+    assert sum(each.n for each in bins) == 300 and said > 0.1
+
+
 # ---- beside scipy and statsmodels ------------------------------------------------------------------------------------
 
 

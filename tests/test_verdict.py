@@ -20,8 +20,8 @@ from conftest import ROOT
 from llama_folders import llama3_folder
 
 from qmedtune.ablate import ablate
+from qmedtune.api import evaluate_model
 from qmedtune.compare import Asked, compare_models
-from qmedtune.evaluate import evaluate_model
 from qmedtune.evaluation import verdict
 from qmedtune.parsing.loader import load_recipe
 from qmedtune.recipe import TaskSection
@@ -69,7 +69,7 @@ def check_known(answers: Answers, order: list[str]) -> list[str]:
     return lines
 
 
-def check_equal(one: np.ndarray, other: np.ndarray) -> str:
+def check_equal(name: str, one: np.ndarray, other: np.ndarray) -> str:
     """Two models that are equal because for every item it is drawn which is which: whatever they answer, no difference
     is there to be found. On three sets of items at once, as Holm's correction is for."""
     generator = np.random.default_rng(5)
@@ -82,8 +82,8 @@ def check_equal(one: np.ndarray, other: np.ndarray) -> str:
             answers[task] = {"first": first.tolist(), "second": second.tolist()}
         false += any(duel.verdict != "tie" for duel in verdict.duels(answers, "first"))
     assert false <= FALSE
-    differ = f"the same, {(one != other).mean():.0%} of answers exchanged at random"
-    return f"| {differ} | 3 x 120 | – | tie | {DRAWS - false} of {DRAWS} |"
+    differ = f"{name}, the {(one != other).mean():.0%} of answers that differ exchanged at random"
+    return f"| {differ} | 3 × 120 | – | tie | {DRAWS - false} of {DRAWS} |"
 
 
 def test_planted_models_are_told_from_their_answers(tmp_path):
@@ -118,7 +118,7 @@ def test_planted_models_are_told_from_their_answers(tmp_path):
         answers[short] = np.array([line[name] for line in kept])
     assert len(kept) == 90 and 0.7 < answers["planted"].mean() < 0.9
     check_known({name: answers[name] for name in ("other", "planted")}, ["other", "planted"])
-    check_equal(answers["other"], answers["planted"])
+    check_equal("other and planted", answers["other"], answers["planted"])
     for each in verdicts(answers, [("same", "other")], 90, seed=9):
         assert each == ["tie"]  # identical weights give identical answers
 
@@ -135,9 +135,10 @@ def test_models_of_the_built_in_world(tmp_path):
         answers[arm] = read(out, arm, 17, "final")
     lines = check_known(answers, ["base", "literature", "both"])
     assert (read(out, "both", 18, "base") == answers["base"]).all()  # identical weights, scored in another run
-    lines.append(check_equal(answers["literature"], answers["both"]))
-    lines.append(check_equal(answers["literature"], read(out, "literature", 18, "final")))
-    print("\n".join(["| duel | items | power | truth | found |", "| --- | --- | --- | --- | --- |", *lines]))
+    lines.append(check_equal("literature and both", answers["literature"], answers["both"]))
+    another_seed = read(out, "literature", 18, "final")
+    lines.append(check_equal("literature of two seeds", answers["literature"], another_seed))
+    print("\n".join(["", "| duel | items | power | truth | found |", "| --- | --- | --- | --- | --- |", *lines]))
 
 
 def read(out: Path, arm: str, seed: int, label: str) -> np.ndarray:

@@ -14,13 +14,15 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +54,7 @@ class Call:
         return folder
 
     def timed(self, call: Callable[[], object]) -> float:
-        """Median seconds of a call, after one that warms up."""
+        """Median seconds of a call, after one that warms up. For calls of a millisecond: the host's part counts."""
         import torch
 
         times = []
@@ -66,6 +68,15 @@ class Call:
             if number:
                 times.append(time.perf_counter() - began)
         return statistics.median(times)
+
+    def rotated(self, setups: Sequence[Callable[[], Callable[[], object]]]) -> float:
+        """The same for calls of microseconds: replays of a CUDA graph of those that `setups` make, on buffers that are
+        not in the L2; dry, the first of them."""
+        if self.dry:
+            return self.timed(setups[0]())
+        from qmedtune.bench.kernels import replayed
+
+        return statistics.median(replayed(setups))
 
     def finding(self, probe: str, what: str, measure: Callable[[], dict[str, Any]]) -> None:
         """One measurement; what it raises is its finding."""
@@ -148,32 +159,51 @@ def _logged(run: Path) -> dict[str, Any]:
 def decode(call: Call) -> None:
     """Dequantising by each way, into a buffer alone and with room beside W; the fused product at 1, 2 and 4 programs a
     processor beside bitsandbytes' gemm_4bit."""
-    import bitsandbytes.functional as bnb
     import torch
-    from qmedtune_kernels import NF4Weight, matmul, nf4, tiles
+    from qmedtune_kernels import matmul, nf4, tiles
+
+    from qmedtune.bench.kernels import copies_of
 
     n, k = (128, 256) if call.dry else (14336, 4096)
-    random = torch.randn(n, k, device=call.device).to(half())
+    read, written = n * k * 0.516, n * k * 2
+    weights = quantised(n, k, call.device, 1 if call.dry else copies_of(read))
+
+    def into(weight: Any, beside: int, path: str) -> Callable[[], object]:
+        out = torch.empty(n, k + beside, dtype=half(), device=call.device)[:, :k]
+        return lambda: nf4.dequantize(weight, half(), out, path)
+
+    for path in ("reference",) if call.dry else ("gather", "shuffle"):
+        for beside in (0, 64):
+            setups = [partial(into, weight, beside, path) for weight in weights[: copies_of(read + written)]]
+            rate = lambda s=setups: {"gb_per_s": (read + written) / call.rotated(s) / 1e9}  # noqa: E731
+            call.finding("decode", f"dequantise {path} beside {beside}", rate)
+
+    def product(multiply: Callable[..., object], x: Any, weight: Any) -> Callable[[], object]:
+        return lambda: multiply(x, weight)
+
+    for rows in (1, 4, 8, 16, 64):
+        x = torch.randn(rows, k, device=call.device).to(half())
+        theirs = [partial(product, matmul.by_bitsandbytes, x, weight) for weight in weights]
+        call.finding("decode", f"gemm_4bit M={rows}", lambda s=theirs: {"us": 1e6 * call.rotated(s)})
+        for programs in (1, 2, 4):
+            tiles.PROGRAMS = programs
+            fused = partial(matmul.matmul, path="reference" if call.dry else "fused")
+            ours = [partial(product, fused, x, weight) for weight in weights]
+            call.finding("decode", f"fused M={rows}, {programs} programs", lambda s=ours: {"us": 1e6 * call.rotated(s)})
+
+
+def quantised(n: int, k: int, device: str, copies: int) -> list[Any]:
+    """The same random [n, k] as NF4 with nested scales, each in memory of its own."""
+    import bitsandbytes.functional as bnb
+    import torch
+    from qmedtune_kernels import NF4Weight
+
+    random = torch.randn(n, k, device=device).to(half())
     packed, state = bnb.quantize_4bit(random, quant_type="nf4", compress_statistics=True)
     two = state.state2
     assert two is not None
     weight = NF4Weight(packed, state.absmax, 64, (n, k), two.code, two.absmax, state.offset)
-    moved = n * k * 2.516
-    for path in ("reference",) if call.dry else ("gather", "shuffle"):
-        for beside in (0, 64):
-            out = torch.empty(n, k + beside, dtype=half(), device=call.device)[:, :k]
-            decoded = lambda o=out, p=path: nf4.dequantize(weight, half(), o, p)  # noqa: E731
-            rate = lambda d=decoded: {"gb_per_s": moved / call.timed(d) / 1e9}  # noqa: E731
-            call.finding("decode", f"dequantise {path} beside {beside}", rate)
-    for rows in (1, 4, 8, 16, 64):
-        x = torch.randn(rows, k, device=call.device).to(half())
-        theirs = lambda x=x: {"us": 1e6 * call.timed(lambda: matmul.by_bitsandbytes(x, weight))}  # noqa: E731
-        call.finding("decode", f"gemm_4bit M={rows}", theirs)
-        for programs in (1, 2, 4):
-            tiles.PROGRAMS = programs
-            path = "reference" if call.dry else "fused"
-            ours = lambda x=x, p=path: {"us": 1e6 * call.timed(lambda: matmul.matmul(x, weight, path=p))}  # noqa: E731
-            call.finding("decode", f"fused M={rows}, {programs} programs", ours)
+    return [replace(weight, packed=packed.clone(), absmax=state.absmax.clone()) for _ in range(copies)]
 
 
 def linear(call: Call) -> None:
@@ -200,9 +230,10 @@ def attention(call: Call) -> None:
     length, heads = (64, 4) if call.dry else (16384, 32)
     q, k, v = (torch.randn(1, h, length, 64, device=call.device).to(half()) for h in (heads, heads // 4, heads // 4))
     position = torch.arange(length, device=call.device)[None] % (length // 4)
-    one = lambda: ours.varlen(None, q, k, v, None, position_ids=position)  # noqa: E731
-    call.finding("attention", "as trained", lambda: {"ms": 1e3 * call.timed(one)})
     bounds, longest = ours.document_bounds(position)
+    given = {"cu_seq_lens_q": bounds, "max_length_q": longest}
+    one = lambda: ours.varlen(None, q, k, v, None, **given)  # noqa: E731
+    call.finding("attention", "as trained", lambda: {"ms": 1e3 * call.timed(one)})
     flat = [x[0].transpose(0, 1).contiguous() for x in (q, k, v)]
     many = [x.repeat_interleave(heads // x.shape[1], dim=1) for x in flat]
     full = lambda: varlen_attn(*many, bounds, bounds, longest, longest, window_size=(-1, 0))  # noqa: E731
@@ -389,11 +420,25 @@ def _in_a_process(call: Call, name: str, seconds: float) -> str:
         environment.pop(variable, None)
     command = [sys.executable, str(Path(__file__).resolve()), str(call.out), "--probe", name]
     command += ["--dry"] if call.dry else []
-    try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds, check=False)
-    except subprocess.TimeoutExpired:
+    status, said = ended_by(command, environment, seconds)
+    if status is None:
         return f"cut after {seconds:.0f} s"
-    return "" if done.returncode == 0 else f"status {done.returncode}: {last_line(done.stderr)}"
+    return "" if status == 0 else f"status {status}: {last_line(said)}"
+
+
+def ended_by(command: list[str], environment: Mapping[str, str], seconds: float) -> tuple[int | None, str]:
+    """(exit status, stderr) of a command; None where its time ran out: then whatever it has started ends with it, or
+    its own processes would stay on the card beside the next probe."""
+    child = subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        _, said = child.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(child.pid, signal.SIGKILL)
+        child.communicate()
+        return None, ""
+    return child.returncode, said
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -92,3 +93,22 @@ def test_a_finding_that_fails_is_told_and_does_not_stop_the_next(tmp_path, scrip
     call.finding("p", "good", lambda: {"value": 1})
     told = [json.loads(line) for line in (tmp_path / script.LOG).read_text().splitlines()]
     assert told[0]["failed"].startswith("ZeroDivisionError") and told[1]["value"] == 1
+
+
+def test_a_probe_that_is_cut_takes_the_processes_that_it_started_along(tmp_path, script):
+    mark = tmp_path / "pid"
+    child = f"import os, time; open({str(mark)!r}, 'w').write(str(os.getpid())); time.sleep(99)"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    began = time.monotonic()
+    assert script.ended_by([sys.executable, "-c", parent], os.environ, 10.0) == (None, "")
+    assert time.monotonic() - began < 90
+    started = int(mark.read_text())
+    state = Path(f"/proc/{started}/stat")
+    assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def test_how_a_probe_ended_is_told(script):
+    assert script.ended_by([sys.executable, "-c", "import sys; sys.exit('no room')"], os.environ, 60) == (
+        1,
+        "no room\n",
+    )

@@ -16,7 +16,7 @@ from qmedtune.recipe import AblateSection, Recipe
 Tree = dict[str, Any]
 Edit = Callable[[Tree], None]
 
-BASE = "base"
+BASE, MERGE = "base", "merge"
 WHOLE = "the whole recipe"
 
 
@@ -43,7 +43,9 @@ def arms_of(recipe: Recipe, resolved: Recipe) -> list[Arm]:
     if BASE in wish.arms:
         arms.append(Arm(BASE, "no training", None))
     for kinds in wish.arms:
-        if kinds != BASE:
+        if kinds == MERGE:
+            arms.append(_arm(recipe, MERGE, WHOLE))
+        elif kinds != BASE:
             arms += _stage_arms(recipe, kinds, wish.corpora)
     changes = list(_changes(recipe, resolved, wish))
     if changes and not any(arm.is_reference for arm in arms):
@@ -82,10 +84,11 @@ def _arm(recipe: Recipe, name: str, change: str, *edits: Edit) -> Arm:
 
 
 def _stage_arms(recipe: Recipe, kinds: str, corpora: list[str]) -> Iterator[Arm]:
-    whole = not _left_out(kinds) & {stage.kind for stage in recipe.stages}
+    mixed = recipe.merge.other is not None
+    whole = not mixed and not _left_out(kinds) & {stage.kind for stage in recipe.stages}
     if kinds == "sft" or not corpora:
         change = WHOLE if whole else f"{kinds} alone"
-        yield _arm(recipe, kinds, change, _stages(kinds), _template_of_training(recipe))
+        yield _arm(recipe, kinds, change, _stages(kinds), _template_of_training(recipe), _unmixed(recipe))
         return
     for corpus in corpora:
         changes: list[str] = []
@@ -96,7 +99,7 @@ def _stage_arms(recipe: Recipe, kinds: str, corpora: list[str]) -> Iterator[Arm]
         if not whole:
             changes.append(f"{kinds} alone")
         name, change = kinds.replace("cpt", f"cpt-{corpus}"), ", ".join(changes) or WHOLE
-        yield _arm(recipe, name, change, *edits, _stages(kinds), _template_of_training(recipe))
+        yield _arm(recipe, name, change, *edits, _stages(kinds), _template_of_training(recipe), _unmixed(recipe))
 
 
 def _changes(recipe: Recipe, resolved: Recipe, wish: AblateSection) -> Iterator[tuple[str, str, Edit]]:
@@ -141,6 +144,18 @@ def _stages(kinds: str) -> Edit:
         first = tree["stages"][0]
         if first[_kind(first)].get("adapter") in ("new", "merge_then_new"):  # nothing is left to go on from
             first[_kind(first)]["adapter"] = "continue"
+
+    return edit
+
+
+def _unmixed(recipe: Recipe) -> Edit:
+    """Without another model, and scored on the items of the arm that has one."""
+
+    def edit(tree: Tree) -> None:
+        for key in ("with", "method", "lambda", "sweep"):
+            tree["merge"].pop(key, None)
+        if recipe.development:
+            tree["evaluate"]["development"] = recipe.development
 
     return edit
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -153,8 +153,11 @@ def _over_seeds(arm: Arm, runs: dict[int, Measured], shared: dict[str, list[str]
     for name, items in shared.items():
         if items:
             scores[name] = _scores_of(name, items, measured)
-    metrics = _by_name([run.metrics for run in measured])
-    texts = _by_name([run.perplexity for run in measured])
+    metrics: dict[str, list[float]] = {}
+    texts: dict[str, list[float]] = {}
+    for run in measured:
+        _beside(metrics, run.metrics, measured[0].metrics)
+        _beside(texts, run.perplexity, measured[0].perplexity)
     return ArmResult(arm, list(runs), scores, metrics, texts, measured[0].trained_tokens)
 
 
@@ -167,12 +170,10 @@ def _scores_of(name: str, items: Sequence[str], runs: Sequence[Measured]) -> np.
     return np.array(rows)
 
 
-def _by_name(figures: Sequence[dict[str, float]]) -> dict[str, list[float]]:
-    """The figures of several seeds, side by side under the names that the first has."""
-    found: dict[str, list[float]] = {}
-    for name in figures[0]:
-        found[name] = [each[name] for each in figures]
-    return found
+def _beside(found: dict[str, list[float]], of_seed: dict[str, float], names: Iterable[str]) -> None:
+    """Put the figures of one more seed behind those of the others, under these names."""
+    for name in names:
+        found.setdefault(name, []).append(of_seed[name])
 
 
 # ---- the result ------------------------------------------------------------------------------------------------------

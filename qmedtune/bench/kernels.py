@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -226,12 +227,19 @@ def copies_of(bytes_: float) -> int:
 
 def measure(case) -> tuple[float, float]:
     """(median seconds of one call, (p90 - p10) / median) over replays of a CUDA graph of calls on rotating buffers."""
+    times = replayed([case.setup] * copies_of(case.bytes))
+    median = statistics.median(times)
+    return median, (times[int(0.9 * len(times))] - times[int(0.1 * len(times))]) / median
+
+
+def replayed(setups: Sequence[Callable[[], Callable[[], object]]]) -> list[float]:
+    """Seconds of a call, ascending over replays of one CUDA graph of the calls that `setups` make, in turn: what the
+    host takes does not count, and buffers that rotate through more than the L2 are read from memory."""
     import torch
 
-    copies = copies_of(case.bytes)
     stream = _stream()
     with torch.cuda.stream(stream):  # autograd runs a backward on its forward's stream: it must be the captured one
-        calls = [case.setup() for _ in range(copies)]
+        calls = [setup() for setup in setups]
         for call in calls:
             call()
     stream.synchronize()
@@ -246,10 +254,8 @@ def measure(case) -> tuple[float, float]:
         graph.replay()
         end.record()
         end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3 / copies)
-    times = sorted(times[5:])
-    median = statistics.median(times)
-    return median, (times[int(0.9 * len(times))] - times[int(0.1 * len(times))]) / median
+        times.append(start.elapsed_time(end) / 1e3 / len(calls))
+    return sorted(times[5:])
 
 
 if __name__ == "__main__":

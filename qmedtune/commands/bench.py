@@ -27,6 +27,8 @@ def _made(context: typer.Context, folder: Path | None) -> Path | None:
     return folder
 
 
+ShapeOption = Annotated[str, typer.Option("--shape", metavar="NAME", help="A model shape, e.g. 1.1b.")]
+RoomOption = Annotated[Path | None, typer.Option("--scratch", metavar="DIR", help="Room for twice the model.")]
 RoundsOption = Annotated[int, typer.Option(min=1, help="Rounds, contenders in turn; medians are told.")]
 
 
@@ -129,35 +131,31 @@ def data(
 
 
 def merge(
-    shape: Annotated[str, typer.Option(metavar="NAME", help="A model shape, e.g. 1.1b.")] = "1.1b",
+    shape: ShapeOption = "1.1b",
     contenders: ContendersOption = None,
     rounds: RoundsOption = 3,
-    scratch: Annotated[
-        Path | None, typer.Option(metavar="DIR", callback=_made, help="Room for twice the model.")
-    ] = None,
+    scratch: RoomOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Time and memory of a merge beside PEFT's."""
-    from qmedtune.bench import merge as bench_merge
+    from qmedtune.bench import merge as measured
 
-    names = tuple(_names(contenders, bench_merge))
-    _show(bench_merge, bench_merge.bench_merge(shape, names, rounds, scratch), as_json)
+    names = tuple(_names(contenders, measured))
+    _show(measured, measured.bench_merge(shape, names, rounds, scratch), as_json)
 
 
 def export(
-    shape: Annotated[str, typer.Option(metavar="NAME", help="A model shape, e.g. 1.1b.")] = "1.1b",
+    shape: ShapeOption = "1.1b",
     contenders: ContendersOption = None,
     rounds: RoundsOption = 3,
-    scratch: Annotated[
-        Path | None, typer.Option(metavar="DIR", callback=_made, help="Room for twice the model.")
-    ] = None,
+    scratch: RoomOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Time and memory of a GGUF export beside copying the bytes."""
-    from qmedtune.bench import export as bench_export
+    from qmedtune.bench import export as measured
 
-    names = tuple(_names(contenders, bench_export))
-    _show(bench_export, bench_export.bench_export(shape, names, rounds, scratch), as_json)
+    names = tuple(_names(contenders, measured))
+    _show(measured, measured.bench_export(shape, names, rounds, scratch), as_json)
 
 
 def evaluation(

@@ -43,6 +43,12 @@ class Onto(StrEnum):
     nf4 = "nf4"
 
 
+class Method(StrEnum):
+    linear = "linear"
+    slerp = "slerp"
+    task_arithmetic = "task_arithmetic"
+
+
 class RoundingChoice(StrEnum):
     auto = "auto"
     nearest = "nearest"
@@ -98,7 +104,7 @@ def evaluate(
             offline=offline,
         )  # fmt: skip
         return emit(found.as_json()) if as_json else _show_harness(found)
-    from qmedtune.evaluate import TEXTS, evaluate_model, named_file
+    from qmedtune.evaluate import TEXTS, ModelJob, evaluate_model, named_file
     from qmedtune.recipe import TaskSection
 
     asked: list[str | TaskSection] = []
@@ -110,10 +116,11 @@ def evaluate(
             extraction=extraction.value,
         )  # fmt: skip
         asked.append(entry if name == TEXTS else section)
-    scores = evaluate_model(
+    job = ModelJob(
         model, asked, data=data, base=base, template=template, out=out, generate=generate, quantization=chosen,
         seed=seed, offline=offline,
     )  # fmt: skip
+    scores = evaluate_model(job)
     emit(scores.as_json()) if as_json else _show_scores(scores)
 
 
@@ -267,6 +274,13 @@ def merge(
     weights: Annotated[
         str | None, typer.Option(metavar="STAGE=W,...", help="Of a run's stages: 01-cpt=0.7; default: the recipe's.")
     ] = None,
+    other: Annotated[
+        str | None, typer.Option("--with", metavar="MODEL", help="Mix with a model of the same base; a run, a folder.")
+    ] = None,
+    method: Annotated[Method | None, typer.Option(help="How it is mixed in. Default: linear.")] = None,
+    share: Annotated[
+        float | None, typer.Option("--lambda", min=0, max=1, help="How much of it: 0 nothing, 1 all. Default: 0.5.")
+    ] = None,
     offline: OfflineOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -283,12 +297,16 @@ def merge(
         verify=VerifySection(max_kl=max_kl),
         weights=_weights(weights),
     )
+    mixed = {"other": other, "method": method.value if method else None, "share": share}
+    section = section.model_copy(update=mixed)
     merged = merge_into(model, out, section, base=base, offline=offline)
     if as_json:
         return emit(merged.as_json())
     lost = "nothing to lose"
     if merged.lost is not None:
         lost = f"{merged.lost:.2%} of the change lost"
+    if merged.mixed_with is not None:
+        print(f"mixed with {merged.mixed_with.name}: {merged.method}, lambda {merged.share:g}")
     print(
         f"{out}: {merged.modules} modules merged, {merged.elements:,} elements proven, "
         f"{merged.rounding} rounding to {merged.dtype}: {lost} (KL {merged.kl:.2g} nats per token)"

@@ -166,6 +166,7 @@ def _show_packed(loaded: LoadedRecipe, folder: Path, asked: Shown) -> None:
     from qmedtune.data.packing.show import documents, show
     from qmedtune.data.packing.tokens import load_codec
     from qmedtune.errors import RecipeError
+    from qmedtune.results import Packing
 
     recipe = loaded.recipe
     packed = folder / "data" / (asked.stage or recipe.stage_names()[0])
@@ -175,13 +176,13 @@ def _show_packed(loaded: LoadedRecipe, folder: Path, asked: Shown) -> None:
     rows = PackedRows(packed)
     source = base.identify(recipe.model, offline=asked.offline)
     codec = load_codec(source.make())
-    told = {"template": sealed.facts.get("template"), "borders": borders.described(codec)}
+    template, told_borders = Packing.model_validate(sealed.facts).template, borders.described(codec)
     if asked.as_json:
         planted = {recipe.audit.source, recipe.audit.prompts} if recipe.audit else set()
         folders = {name: folder / "data" / ("planted" if name in planted else "") / name for name in rows.sources}
-        return emit(told | {"rows": documents(rows, folders, asked.count)})
-    template = told["template"]
-    print(f"conversations in template {template}" if template else f"documents: {told['borders']['why']}")
+        shown = documents(rows, folders, asked.count)
+        return emit({"template": template, "borders": told_borders, "rows": shown})
+    print(f"conversations in template {template}" if template else f"documents: {told_borders['why']}")
     print(show(rows, codec.backend, asked.count, color=wants_colour()))
 
 
@@ -204,6 +205,29 @@ def report(
             print(f"erased: {facts['erased']} files with text, by `qmedtune erase`")
     else:
         print("\n".join(str(run_dir / name) for name in facts))
+
+
+def items(
+    run_dir: RunArgument,
+    whole: Annotated[bool, typer.Option("--whole", help="All of every text, however large the page is.")] = False,
+    text: Annotated[bool, typer.Option("--text/--no-text", help="Questions and options as they were asked.")] = True,
+    clinical_text: Annotated[
+        bool, typer.Option("--clinical-text", help="Also of benchmarks that may hold patients' words.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """A local page of the items: gained, lost, near ties, confidence; readable by you alone."""
+    from qmedtune import verify as checking
+    from qmedtune.item_page.make import write_items_page
+    from qmedtune.item_page.questions import Wish
+
+    checking.check_is_run(run_dir)
+    written = write_items_page(run_dir, Wish(text, clinical_text, whole))
+    if as_json:
+        return emit(written.as_json())
+    for note in written.left_out:
+        print(note)
+    print(written.path)
 
 
 def erase(

@@ -15,6 +15,7 @@ from statistics import NormalDist
 import numpy as np
 
 RESAMPLES = 1000
+BINS = 10  # of a reliability diagram
 
 Interval = tuple[float, float]
 Statistic = Callable[[np.ndarray], float]
@@ -174,13 +175,34 @@ def auroc(scores: np.ndarray, positive: np.ndarray) -> float:
     return float((ranks[positive].sum() - num * (num + 1) / 2) / (num * (len(positive) - num)))
 
 
-def expected_calibration_error(confidences: Sequence[float], correct: Sequence[bool], bins: int = 10) -> float:
-    """ECE with equal-width bins (Guo et al. 2017): mean |accuracy - confidence|, weighted by the bins' sizes."""
+@dataclass(frozen=True)
+class Bin:
+    """Answers of like confidence: low <= confidence < high (the last bin takes 1 too), how many, and their means."""
+
+    low: float
+    high: float
+    n: int
+    confidence: float
+    accuracy: float
+
+
+def calibration_bins(confidences: Sequence[float], correct: Sequence[bool], bins: int = BINS) -> list[Bin]:
+    """Answers in `bins` bins of equal width from 0 to 1, those that hold any: a reliability diagram's points."""
     confidence, hit = np.asarray(confidences, dtype=np.float64), np.asarray(correct, dtype=np.float64)
     assert len(confidence) == len(hit) > 0
     index = np.minimum((confidence * bins).astype(int), bins - 1)
-    total = 0.0
+    found = []
     for number in range(bins):
         inside = index == number
-        total += abs(hit[inside].sum() - confidence[inside].sum())
-    return float(total / len(confidence))
+        if n := int(inside.sum()):
+            means = float(confidence[inside].mean()), float(hit[inside].mean())
+            found.append(Bin(number / bins, (number + 1) / bins, n, *means))
+    return found
+
+
+def expected_calibration_error(confidences: Sequence[float], correct: Sequence[bool], bins: int = BINS) -> float:
+    """ECE with equal-width bins (Guo et al. 2017): mean |accuracy - confidence|, weighted by the bins' sizes."""
+    total = 0.0
+    for each in calibration_bins(confidences, correct, bins):
+        total += each.n * abs(each.accuracy - each.confidence)
+    return total / len(confidences)

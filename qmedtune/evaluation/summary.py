@@ -42,7 +42,7 @@ def summarise(task: Task, items: Sequence[Item], draws: Draws, seed: int) -> Sco
     facts = _how_asked(task, draws)
     if not items[0].options:
         return _generated_score(task, generated, groups, seed).model_copy(update=facts)
-    facts |= _without_a_model(task, items) | _calibration(draws)
+    facts |= _without_a_model(task, items) | _calibration(draws, whole=len(items) == len(task.items))
     if task.metric != "auroc":  # of log odds, which no length divides
         facts["per_character"] = _mean(task, _column(draws, "normalised"))
     if generated:
@@ -67,15 +67,22 @@ def _how_asked(task: Task, draws: Draws) -> Facts:
     return found | {"shots": len(task.draws[0][0].shots), "shots_from": task.shots_from}
 
 
-def _calibration(draws: Draws) -> Facts:
-    """Of answers by log-likelihood, all draws together. ece: expected calibration error, 0 to 1."""
+def _calibration(draws: Draws, *, whole: bool) -> Facts:
+    """Of answers by log-likelihood, all draws together. ece: expected calibration error, 0 to 1; its bins, of a task
+    as a `whole`."""
     confidences, correct, ties = [], [], 0
     for draw in draws:
         for row in draw:
             confidences.append(row["confidence"])
             correct.append(row["correct"])
             ties += row.get("tie", False)
-    return {"ece": statistics.expected_calibration_error(confidences, correct), "ties": ties}
+    found: Facts = {"ece": statistics.expected_calibration_error(confidences, correct), "ties": ties}
+    if whole:
+        bins = []
+        for each in statistics.calibration_bins(confidences, correct):
+            bins.append(results.Bin.model_validate(asdict(each)))
+        found["calibration"] = bins
+    return found
 
 
 def _without_a_model(task: Task, items: Sequence[Item]) -> Facts:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from qmedtune.merging.elements import ElementCheck, Expected
+from qmedtune.merging.methods import Source
 from qmedtune.merging.parallel import in_fp32
 from qmedtune.merging.rounding import Rounding, unit
 from qmedtune.merging.tensors import row_blocks
@@ -83,7 +84,7 @@ def place_of(name: str) -> str:
     return f"{module} of layer {layer}"
 
 
-def diagnose(check: ElementCheck, name: str, load: Callable[[str], Tensor]) -> str:
+def diagnose(check: ElementCheck, name: str, load: Callable[[str], Source]) -> str:
     """The likely reason, as the end of a sentence. load: the weight that updates of a name are added to."""
     wrong = _wrong_rows(check, name, load(name))
 
@@ -99,7 +100,7 @@ def diagnose(check: ElementCheck, name: str, load: Callable[[str], Tensor]) -> s
     return f"in a way that no usual fault explains: other base weights, perhaps{_where(wrong)}"
 
 
-def _wrong_rows(check: ElementCheck, name: str, weight: Tensor) -> Wrong:
+def _wrong_rows(check: ElementCheck, name: str, weight: Source) -> Wrong:
     found: list[Tensor] = []
     masks: list[Tensor] = []
     kept = 0
@@ -149,7 +150,7 @@ def _where(wrong: Wrong) -> str:
     return f", in {wrong.all_rows} of {total} rows"
 
 
-def _damaged(wrong: Wrong, others: Others, load: Callable[[str], Tensor]) -> str | None:
+def _damaged(wrong: Wrong, others: Others, load: Callable[[str], Source]) -> str | None:
     if not bool(torch.isfinite(wrong.written.float()).all()):
         return "with values that are not finite"
     if not bool(wrong.written.any()):
@@ -159,7 +160,7 @@ def _damaged(wrong: Wrong, others: Others, load: Callable[[str], Tensor]) -> str
     return None
 
 
-def _left_out(wrong: Wrong, others: Others, load: Callable[[str], Tensor]) -> str | None:
+def _left_out(wrong: Wrong, others: Others, load: Callable[[str], Source]) -> str | None:
     """Updates that are missing, or there twice."""
     updates, base = wrong.expected.low_rank, wrong.weight.double()
     if wrong.expected.base is not None and wrong.agrees(_matrix(wrong.expected.base[wrong.rows]).double()):
@@ -179,7 +180,7 @@ def _left_out(wrong: Wrong, others: Others, load: Callable[[str], Tensor]) -> st
     return None
 
 
-def _scaled(wrong: Wrong, others: Others, load: Callable[[str], Tensor]) -> str | None:
+def _scaled(wrong: Wrong, others: Others, load: Callable[[str], Source]) -> str | None:
     """All of the update, or of the weight, times one number."""
     base = wrong.weight.double()
     start, moved = torch.zeros_like(base), base
@@ -218,7 +219,7 @@ def _factor(wrong: Wrong, start: Tensor, moved: Tensor) -> float | None:
     return (low + high) / 2
 
 
-def _turned(wrong: Wrong, others: Others, load: Callable[[str], Tensor]) -> str | None:
+def _turned(wrong: Wrong, others: Others, load: Callable[[str], Source]) -> str | None:
     size = wrong.written.shape[1]
     if wrong.elements != size * size or not wrong.expected.low_rank:
         return None
@@ -233,10 +234,10 @@ def _turned(wrong: Wrong, others: Others, load: Callable[[str], Tensor]) -> str 
     return None
 
 
-def _from_elsewhere(wrong: Wrong, others: Others, load: Callable[[str], Tensor]) -> str | None:
+def _from_elsewhere(wrong: Wrong, others: Others, load: Callable[[str], Source]) -> str | None:
     """Another tensor, another one's update, or another one's base."""
     for name, weight, delta in others():
-        weight, place = _matrix(weight).double(), place_of(name)
+        weight, delta, place = _matrix(weight).double(), _matrix(delta), place_of(name)
         if wrong.agrees(weight + delta):
             return f"as if it was {place}"
         if wrong.expected.low_rank and wrong.agrees(wrong.weight.double() + delta):
@@ -246,7 +247,7 @@ def _from_elsewhere(wrong: Wrong, others: Others, load: Callable[[str], Tensor])
     return None
 
 
-def _rounded_otherwise(wrong: Wrong, others: Others, load: Callable[[str], Tensor]) -> str | None:
+def _rounded_otherwise(wrong: Wrong, others: Others, load: Callable[[str], Source]) -> str | None:
     """Right but for the last places: all within some units of what it must be, and not to one side."""
     exact = wrong.weight.double() + wrong.delta
     off = (wrong.written.double() - exact) / unit(exact.abs(), wrong.rounding.dtype)

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from qmedtune.merging.lora_files import LowRank
+from qmedtune.merging.methods import Source
 from qmedtune.merging.rounding import Rounding, dropped_bits, unit
 
 UNIT = 2.0**-24
@@ -42,7 +43,7 @@ class Expected:
 
     name: str
     low_rank: tuple[LowRank, ...] = ()
-    base: Tensor | None = None
+    base: Source | None = None
 
     @property
     def changed_by_training(self) -> bool:
@@ -81,7 +82,7 @@ class Expected:
         """bool [out]: rows that an update moves; generically each element of them is."""
         return torch.stack([update.b.ne(0).any(1) for update in self.low_rank]).any(0)
 
-    def exact(self, weight: Tensor, rows: slice | Tensor) -> Tensor:
+    def exact(self, weight: Source, rows: slice | Tensor) -> Tensor:
         """The sum of some rows in fp64."""
         total = weight[rows].double()
         if self.low_rank:
@@ -89,7 +90,7 @@ class Expected:
             total = total.addmm(b[rows], a)
         return total
 
-    def exact_at(self, weight: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    def exact_at(self, weight: Source, rows: Tensor, columns: Tensor) -> Tensor:
         """The sum of single elements in fp64. rows, columns: int64 [n]."""
         b, a = self.factors64
         return weight[rows, columns].double() + (b[rows] * a[:, columns].T).sum(1)
@@ -129,7 +130,7 @@ class ElementCheck:
     tallies: dict[str, Tally] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def block(self, name: str, rows: slice, weight: Tensor, block: Tensor) -> None:
+    def block(self, name: str, rows: slice, weight: Source, block: Tensor) -> None:
         """Check some rows. block: those of `weight` in fp32; overwritten."""
         expected, written = self.expected[name], self.written[name][rows]
         bad = self.faulty(name, rows, weight, block)
@@ -141,7 +142,7 @@ class ElementCheck:
             if so_far.elements == self.written[name].numel():
                 expected.forget()
 
-    def faulty(self, name: str, rows: slice, weight: Tensor, block: Tensor) -> Tensor | None:
+    def faulty(self, name: str, rows: slice, weight: Source, block: Tensor) -> Tensor | None:
         """bool, as the written rows: elements that no right sum gives; None where all bits are as computed here."""
         expected, written = self.expected[name], self.written[name][rows]
         if expected.low_rank:
@@ -220,7 +221,7 @@ def _bits(values: Tensor) -> np.ndarray:
     return values.view(torch.int16 if values.itemsize == 2 else torch.int32).numpy()
 
 
-def _count_swallowed(expected: Expected, rows: slice, weight: Tensor, written: Tensor, tally: Tally) -> None:
+def _count_swallowed(expected: Expected, rows: slice, weight: Source, written: Tensor, tally: Tally) -> None:
     if expected.low_rank:
         moved = expected.rows_changed[rows].numpy()
         same = _same(written, weight[rows])

@@ -28,6 +28,7 @@ from qmedtune.merging.diagnosis import diagnose, place_of
 from qmedtune.merging.disk_llama import DiskLlama
 from qmedtune.merging.elements import ElementCheck, Expected
 from qmedtune.merging.lora_files import Updates
+from qmedtune.merging.methods import Mixed, Mixture, Source, same
 from qmedtune.merging.parallel import in_fp32
 from qmedtune.merging.reference import ReadModel, difference, read_model, tie_flag
 from qmedtune.merging.rounding import Rounding
@@ -47,10 +48,12 @@ SMALLEST_CHANGE = 1e-8
 
 @dataclass(frozen=True)
 class Reference:
-    """What is to be proven against: the base as transformers reads it, and the adapters as PEFT does."""
+    """What is to be proven against: the base as transformers reads it, and the adapters as PEFT does; where another
+    model is mixed in, the updates with their factors, and what they are added to."""
 
     base: ReadModel
     updates: Updates
+    mixture: Mixture | None = None
 
 
 @dataclass(frozen=True)
@@ -144,9 +147,11 @@ class Proof:
         """Base weights that updates are added to."""
         if self.section.base == "nf4":
             return self.nf4
+        if self.reference.mixture is not None:
+            return self.reference.mixture.source
         return from_parameters(self.reference.base.parameters)
 
-    def weight(self, name: str) -> Tensor:
+    def weight(self, name: str) -> Source:
         full = self.reference.updates.full
         if name in full:
             return full[name]
@@ -190,6 +195,7 @@ class Proof:
     def _expected(self) -> dict[str, Expected]:
         updates = self.reference.updates
         changed = {name: self.load(name) for name in updates.full}
+        changed |= self._mixed_alone()
         found: dict[str, Expected] = {}
         for name in self.written.parameters:
             if name == HEAD and self.written.tied:
@@ -197,19 +203,31 @@ class Proof:
             found[name] = Expected(name, tuple(updates.low_rank.get(name, ())), changed.get(name))
         return found
 
+    def _mixed_alone(self) -> dict[str, Source]:
+        """What the base has of tensors that a mix changes and no low-rank update does."""
+        reference = self.reference
+        if reference.mixture is None:
+            return {}
+        found: dict[str, Source] = {}
+        for name in self.written.parameters:
+            whole = name in reference.updates.full or isinstance(reference.mixture.source(name), Mixed)
+            if whole and name not in reference.updates.low_rank:
+                found[name] = reference.base.parameters[name]
+        return found
+
     def _logits(self, ids: Tensor, check: ElementCheck) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Of base + adapters, the bare base, the merged model and the NF4 model that was trained, side by side. The
         first one's blocks are checked as they pass."""
         skeleton, updates, apply = self.base.model, self.reference.updates, self.pool.map
 
-        def visit(name: str, rows: slice, weight: Tensor, block: Tensor) -> None:
+        def visit(name: str, rows: slice, weight: Source, block: Tensor) -> None:
             if name not in check.expected:
                 name = EMBEDDING
             check.block(name, rows, weight, block)
 
         sources = [Streamed(self.load, updates, True, visit, apply)]
         sources += [Streamed(from_parameters(self.written.parameters), apply=apply)]
-        if self.model.quantization == "nf4" and self.section.base != "nf4":
+        if self.model.quantization == "nf4" and self.section.base != "nf4" and self.reference.mixture is None:
             sources += [Streamed(self.nf4, updates, apply=apply)]
         models = [streamed_model(skeleton, source) for source in sources]
         layers = []
@@ -270,7 +288,7 @@ class Proof:
         ids = probe(probe_ids, self.base.model.num_parameters(), self.base.model.config.vocab_size)
         check = ElementCheck(rounding, self._expected(), self.written.parameters)
 
-        def rounded(name: str) -> Tensor:
+        def rounded(name: str) -> Source:
             if name not in check.expected:
                 name = EMBEDDING
             return _round(check.expected[name], self.weight(name), rounding)
@@ -283,7 +301,7 @@ class Proof:
         return loss_of(divergence(reference, ours).kl, divergence(reference, bare).kl).lost
 
 
-def _round(expected: Expected, weight: Tensor, rounding: Rounding) -> Tensor:
+def _round(expected: Expected, weight: Source, rounding: Rounding) -> Source:
     """The whole tensor as the merge would write it, block by block; itself, where nothing changes it."""
     if not expected.changed_by_training and weight.dtype == rounding.dtype:
         return weight
@@ -331,7 +349,7 @@ def check_tie(folder: Path, reference: Reference, written: ReadModel) -> None:
     trained = updates.low_rank.keys() | updates.full.keys()
     one = reference.base.tied and trained.isdisjoint((EMBEDDING, HEAD))
     if reference.base.tied and EMBEDDING in updates.full and HEAD in updates.full:
-        one = torch.equal(updates.full[EMBEDDING], updates.full[HEAD])
+        one = same(updates.full[EMBEDDING], updates.full[HEAD])
     if written.tied and not one:
         raise MergeRefused(
             "the output layer is lost: it was published tied to the embedding, which is another matrix",

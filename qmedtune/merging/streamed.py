@@ -19,14 +19,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qmedtune.merging.lora_files import Updates
+from qmedtune.merging.methods import Source
 from qmedtune.merging.parallel import Apply, in_fp32
 from qmedtune.merging.tensors import row_blocks
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
-Load = Callable[[str], Tensor]
-Visit = Callable[[str, slice, Tensor, Tensor], None]
+Load = Callable[[str], Source]
+Visit = Callable[[str, slice, Source, Tensor], None]
 """Called with name, rows, the weight and, in fp32, its rows, once they were used; it may overwrite these."""
 
 
@@ -41,10 +42,10 @@ class Streamed:
     visit: Visit | None = None
     apply: Apply = map
 
-    def weight(self, name: str) -> Tensor:
+    def weight(self, name: str) -> Source:
         return self.updates.full[name] if name in self.updates.full else self.load(name)
 
-    def bare(self, name: str) -> Tensor | None:
+    def bare(self, name: str) -> Source | None:
         """The weight of the second half, where it is another one."""
         return self.load(name) if self.with_bare and name in self.updates.full else None
 
@@ -149,7 +150,7 @@ def _put(model: nn.Module, name: str, value: nn.Module) -> None:
 
 
 def from_parameters(parameters: Mapping[str, Tensor]) -> Load:
-    def load(name: str) -> Tensor:
+    def load(name: str) -> Source:
         return parameters[name]
 
     return load

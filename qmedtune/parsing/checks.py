@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from qmedtune.lineage import parts_of
+from qmedtune.lineage import BASE, final_model, parts_of
 from qmedtune.parsing.grammar import did_you_mean
 from qmedtune.parsing.strict_yaml import KeyPath, Tree
 from qmedtune.recipe import ClassifySection, Recipe, SftSection, TaskSection
@@ -80,6 +80,58 @@ def _merging(recipe: Recipe) -> Iterator[Finding]:
         )
     if section.weights and recipe.evaluate.precision == "nf4":
         yield ("evaluate", "precision"), "nf4 scores the adapters as trained, without merge.weights: allowed: delivered"
+    if section.other is None:
+        yield from _without_another_model(recipe)
+    else:
+        yield from _mixing(recipe)
+    if section.sweep is not None:
+        yield from _sweep(recipe)
+
+
+def _without_another_model(recipe: Recipe) -> Iterator[Finding]:
+    section = recipe.merge
+    for key, value in (("method", section.method), ("lambda", section.share), ("sweep", section.sweep)):
+        if value is not None:
+            yield ("merge", key), "says how another model is mixed in, and none is named; add `with: MODEL`"
+
+
+def _mixing(recipe: Recipe) -> Iterator[Finding]:
+    """What cannot be mixed with another model, or could not be scored."""
+    section, final = recipe.merge, final_model(recipe)
+    if not final.adapters:
+        yield ("merge", "with"), "the last stage leaves a whole model, and nothing is merged; leave the key out"
+    if section.base == "nf4":
+        yield ("merge", "base"), "got nf4; models are mixed in 16 bit: allowed with `with`: full16"
+    if recipe.evaluate.precision == "nf4":
+        yield ("evaluate", "precision"), "nf4 scores the adapters as trained, without merge.with: allowed: delivered"
+    if section.method == "task_arithmetic" and final.base != BASE:
+        yield (
+            ("merge", "method"),
+            "task_arithmetic adds changes of one base, and an earlier stage is folded into another; "
+            "allowed: linear, slerp, or `adapter: continue`",
+        )
+    if section.share is not None and section.sweep is not None:
+        yield ("merge", "lambda"), "the sweep chooses it; keep one of `lambda` and `sweep`"
+
+
+def _sweep(recipe: Recipe) -> Iterator[Finding]:
+    """What the rule of a sweep could not be applied to."""
+    sweep, evaluate = recipe.merge.sweep, recipe.evaluate
+    assert sweep is not None
+    here: KeyPath = ("merge", "sweep")
+    for index, share in enumerate(sweep.shares):
+        if share in sweep.shares[:index]:
+            yield (*here, "lambda", index), f"{share:g} is there twice"
+    kinds = {recipe.data[source].kind for source in evaluate.perplexity}
+    if sweep.choose == "perplexity":
+        if not kinds - {"general"}:
+            yield (*here, "choose"), "needs held-out text that is not general; name sources in evaluate.perplexity"
+    elif not evaluate.tasks:
+        yield (*here, "choose"), f"got {sweep.choose}; there are none: name evaluate.tasks, or choose by perplexity"
+    if sweep.choose == "answers" and not evaluate.generate:
+        yield (*here, "choose"), "got answers; evaluate.generate is off: allowed: tasks, perplexity"
+    if sweep.max_general_loss is not None and "general" not in kinds:
+        yield (*here, "max_general_loss"), "needs a source of kind: general in evaluate.perplexity"
 
 
 def contradictions(recipe: Recipe) -> Iterator[Finding]:
@@ -217,6 +269,8 @@ def _ablation(recipe: Recipe) -> Iterator[Finding]:
     mixes = [stage.cpt for stage in recipe.stages if stage.cpt]
     kinds = {stage.kind for stage in recipe.stages}
     for index, arm in enumerate(recipe.ablate.arms):
+        if arm == "merge" and recipe.merge.other is None:
+            yield ("ablate", "arms", index), "got merge; this recipe names no model to mix with (`merge.with`)"
         if missing := {"cpt", "sft"} & set(arm.split("+")) - kinds:
             yield ("ablate", "arms", index), f"got {arm}; this recipe has no {missing.pop()} stage"
     for key in ("corpora", "replay"):

@@ -352,7 +352,8 @@ def host_memory(facts: BaseFacts, setup: Setup, *, gpu: bool, merge: bool) -> di
 @dataclass(frozen=True)
 class Kept:
     """What of a run stays on disk besides its stages: `checkpoints` at a time, the merged model and `folded` bases in
-    `dtype`, `text_bytes` of prepared text, `tokens` packed, the best weights where they are kept."""
+    `dtype`, `text_bytes` of prepared text, `tokens` packed, the best weights where they are kept. swept: a mix at a
+    time is written, scored and deleted."""
 
     checkpoints: int
     dtype: str
@@ -361,6 +362,7 @@ class Kept:
     folded: int = 0
     merged: bool = True
     best: bool = False
+    swept: bool = False
 
 
 def disk_bytes(facts: BaseFacts, setups: list[Setup], kept: Kept) -> dict[str, int]:
@@ -395,6 +397,8 @@ def disk_bytes(facts: BaseFacts, setups: list[Setup], kept: Kept) -> dict[str, i
     parts["adapters"] = adapters
     parts["stage models"] = models
     parts["folded bases"] = kept.folded * model
+    if kept.swept:
+        parts["mix of the sweep"] = model
     if kept.merged:
         parts["merged model"] = model
     return _present(parts)

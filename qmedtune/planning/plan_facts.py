@@ -83,6 +83,34 @@ class PlannedStage(TypedDict):
     seconds: float | None
 
 
+class PlannedTask(TypedDict):
+    """A benchmark: `questions` (each draw of examples counts), tokens that one model reads for them and writes at most,
+    and the seconds of both models."""
+
+    name: str
+    questions: int
+    read: int
+    written: int
+    seconds: float
+
+
+class PlannedEvaluation(TypedDict):
+    """What is scored, in which precision (`why`: where it is not what the recipe asks for), and for how long: `seconds`
+    in all, at least so many where benchmarks are `unknown`, because they are not here or too large to look at."""
+
+    precision: str
+    weights: str
+    computed_in: str
+    why: str | None
+    tasks: list[PlannedTask]
+    unknown: list[str]
+    text_tokens: int
+    text_seconds: float
+    models_loaded: int
+    load_seconds: float
+    seconds: float
+
+
 class HostRoom(TypedDict):
     parts: dict[str, int]
     needed_bytes: int
@@ -96,6 +124,9 @@ class DiskRoom(TypedDict):
 
 
 class Plan(TypedDict):
+    """times: seconds that are left, by what they go to (loading, training, merging, evaluation); `seconds`: their sum.
+    evaluation: None where nothing is scored."""
+
     recipe: str
     base: PlannedBase
     machine: PlannedMachine
@@ -105,6 +136,8 @@ class Plan(TypedDict):
     stages: list[PlannedStage]
     host: HostRoom
     disk: DiskRoom
+    evaluation: PlannedEvaluation | None
+    times: dict[str, float]
     seconds: float
     borders: dict[str, str | None] | None
     notes: list[str]

@@ -87,9 +87,11 @@ def _existing(place: Path) -> Path:
 
 def kept_of(recipe: Recipe, text: int, tokens: int) -> memory.Kept:
     """What a resolved recipe leaves on disk, with so many bytes of prepared text and tokens packed."""
-    folded = 0
-    for stage in lineage_of(recipe):
-        folded += stage.folds_into is not None
+    folded, best = 0, recipe.validation.keep_best
+    for line, stage in zip(lineage_of(recipe), recipe.stages, strict=True):
+        folded += line.folds_into is not None
+        if stage.classify and stage.classify.validation:
+            best = True
     return memory.Kept(
         recipe.save.keep,
         recipe.merge.dtype,
@@ -97,7 +99,8 @@ def kept_of(recipe: Recipe, text: int, tokens: int) -> memory.Kept:
         tokens,
         folded=folded,
         merged=bool(final_model(recipe).adapters),
-        best=recipe.validation.keep_best,
+        best=best,
+        swept=recipe.merge.sweep is not None,
     )
 
 
@@ -120,6 +123,7 @@ def check(recipe: Recipe, out: Path, to_do: Collection[str]) -> None:
         "adapters": training,
         "stage models": training,
         "folded bases": any(name.endswith("-base") for name in to_do),
+        "mix of the sweep": "sweep" in to_do,
         "merged model": "merged" in to_do,
     }
     begun = sum(_file_bytes(path) for path in below(out / ".building"))

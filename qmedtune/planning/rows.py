@@ -62,7 +62,10 @@ def planned(recipe: Recipe, index: int, measured: Mapping[str, Measured]) -> Tok
         else:
             absent.append(name)
     if isinstance(section, SftSection | ClassifySection):
-        wanted = {name: float(section.epochs) * drawn.tokens for name, drawn in draws.items()}
+        passes = float(section.epochs)
+        if isinstance(section, ClassifySection):
+            passes *= 1 - section.validation
+        wanted = {name: passes * drawn.tokens for name, drawn in draws.items()}
     elif absent:
         tokens = 0 if section.tokens == "auto" else section.tokens
         wanted, draws, spread = {"all": float(tokens)}, {"all": Drawn(np.full(1, int(section.seq_len)))}, 0.0

@@ -5,12 +5,14 @@ Assumptions, marked as such wherever they are shown; `qmedtune bench train` meas
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import ValidationError
 
-from qmedtune.llama_shape import BaseFacts
+from qmedtune.llama_shape import BYTES_OF, BaseFacts
 from qmedtune.planning.fit import DECODE_TOKENS
 from qmedtune.planning.layers import slowdown
 from qmedtune.planning.machine import GIB, Machine
@@ -40,6 +42,30 @@ STEP_EFFICIENCY = 0.6
 # half of it (assumed).
 CORE_GFLOPS = {"bfloat16": 48, "float32": 24, "float16": 8}
 DISK_BYTES_PER_S = 0.5e9  # reading the base and writing the merged model
+# ---- scoring: the model reads, nothing is trained ----
+# On a CPU a pass alone is nearer to the machine's speed than a training step: SmolLM2 in bf16 read PubMedQA at 1.7
+# times the FLOP/s that it trained with (2 cores with AMX, 2026-11-29).
+READING_GAIN = {"cpu": 1.7, "cuda": 1.0}
+# Python's own time a layer and pass, which is most of it where a single token is written: assumed for a GPU.
+LAYER_SECONDS = {"cpu": 0.4e-3, "cuda": 0.8e-3}
+# What a micro run took beside its work (13 s in all, 2026-11-29): importing torch and transformers once; building a
+# model and its tokenizer; a stage's first validation and its last checkpoint.
+START_SECONDS, MODEL_SECONDS, STAGE_SECONDS = 2.0, 0.5, 0.5
+# Weights that are read for every token written, bytes/s; of a card, 60 % of what its memory is said to do.
+CORE_BYTES_PER_S = 10e9
+CARD_BYTES_PER_S = {
+    "H200": 4.8e12,
+    "H100": 3.35e12,
+    "A100": 1.55e12,
+    "4090": 1.0e12,
+    "3090": 0.94e12,
+    "A10": 0.6e12,
+    "L40": 0.86e12,
+    "L4": 0.3e12,
+    "T4": 0.32e12,
+}
+BYTES_PER_S_BY_GIB = ((20, 0.3e12), (40, 0.94e12), (90, 1.55e12), (1000, 3.35e12))
+NF4_BITS = 4.13  # of a weight with its share of the scales, which are quantised too
 
 
 def flops_per_token(facts: BaseFacts, setup: Setup) -> float:
@@ -59,15 +85,27 @@ def machine_flops(machine: Machine, setup: Setup) -> float:
 
 
 def _card_tflops(machine: Machine) -> float:
-    for name, tflops in CARD_TFLOPS.items():
-        if name in machine.name:
-            return tflops
-    if not machine.bf16:
+    if not machine.bf16 and not _listed(machine, CARD_TFLOPS):
         return FP16_TFLOPS
-    for gib, tflops in TFLOPS_BY_GIB[:-1]:
+    return _of_card(machine, CARD_TFLOPS, TFLOPS_BY_GIB)
+
+
+def _listed(machine: Machine, figures: Mapping[str, float]) -> str | None:
+    """The name in `figures` that the card carries."""
+    for name in figures:
+        if name in machine.name:
+            return name
+    return None
+
+
+def _of_card(machine: Machine, figures: Mapping[str, float], by_gib: Sequence[tuple[int, float]]) -> float:
+    """The figure of a listed card, else that of the slowest of its size."""
+    if name := _listed(machine, figures):
+        return figures[name]
+    for gib, figure in by_gib[:-1]:
         if machine.memory_bytes <= gib * GIB:
-            return tflops
-    return TFLOPS_BY_GIB[-1][1]
+            return figure
+    return by_gib[-1][1]
 
 
 def tokens_per_s(facts: BaseFacts, setup: Setup, machine: Machine) -> float:
@@ -87,9 +125,58 @@ def pretraining_seconds(facts: BaseFacts, machine: Machine) -> float:
     return constants.tokens / tokens_per_s(facts, setup, machine)
 
 
+@dataclass(frozen=True)
+class Pace:
+    """How fast one model reads and writes. flops: FLOP/s; weights, layers: of the model; bytes_per_s: of its weights,
+    `weight_bytes` of which are read for every token that a batch writes."""
+
+    flops: float
+    weights: float
+    weight_bytes: float
+    bytes_per_s: float
+    layers: int
+    layer_seconds: float
+
+    def read(self, tokens: float, passes: float) -> float:
+        """Seconds for so many tokens of prompts or text in so many passes: 2 FLOPs a weight and token."""
+        return 2 * self.weights * tokens / self.flops + passes * self.layers * self.layer_seconds
+
+    def step(self, rows: float) -> float:
+        """Seconds until a batch of `rows` answers is one token longer."""
+        moved = self.weight_bytes / self.bytes_per_s
+        return max(moved, 2 * self.weights * rows / self.flops) + self.layers * self.layer_seconds
+
+
+def scoring_pace(facts: BaseFacts, machine: Machine, computed_in: str, weights: str) -> Pace:
+    """Of a base or a merged model held in `weights` (a dtype, or nf4) that multiplies in `computed_in`."""
+    if machine.is_gpu:
+        flops = STEP_EFFICIENCY * 1e12 * _card_tflops(machine)
+        bytes_per_s = STEP_EFFICIENCY * _of_card(machine, CARD_BYTES_PER_S, BYTES_PER_S_BY_GIB)
+    else:
+        flops = CORE_GFLOPS[computed_in] * 1e9 * machine.cores
+        bytes_per_s = CORE_BYTES_PER_S * machine.cores
+    head = facts.vocab * facts.hidden
+    held = BYTES_OF[computed_in] * (facts.linear_parameters + head)
+    if weights == "nf4" and machine.is_gpu:  # on a CPU they are decoded once
+        held = NF4_BITS / 8 * facts.linear_parameters + BYTES_OF[computed_in] * head
+    return Pace(
+        flops=flops * READING_GAIN[machine.kind],
+        weights=facts.linear_parameters + head,
+        weight_bytes=held,
+        bytes_per_s=bytes_per_s,
+        layers=facts.layers,
+        layer_seconds=LAYER_SECONDS[machine.kind],
+    )
+
+
+def load_seconds(facts: BaseFacts) -> float:
+    """Until a base, or a merged model of its shape, is ready."""
+    return MODEL_SECONDS + facts.file_bytes / DISK_BYTES_PER_S
+
+
 def merge_seconds(facts: BaseFacts) -> float:
-    """Reading the base and writing as much again."""
-    return round(2 * facts.file_bytes / DISK_BYTES_PER_S, 1)
+    """Reading the base, writing as much again, and loading both for the proof."""
+    return round(2 * facts.file_bytes / DISK_BYTES_PER_S + 2 * MODEL_SECONDS, 1)
 
 
 def last_tokens_per_s(run_dir: Path | None, stage: str) -> float | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from pydantic import JsonValue
 
-from qmedtune.planning.plan_facts import Plan, PlannedStage
+from qmedtune.planning.plan_facts import Plan, PlannedEvaluation, PlannedStage
 from qmedtune.units import count, duration, size
 
 
@@ -23,7 +23,7 @@ def render_plan(plan: Plan) -> tuple[list[Table], list[str]]:
     tables = [_steps(plan), _data(plan), _stages(plan)]
     for stage in _distinct(plan["stages"]):
         tables.append(_memory(stage))
-    tables += [_room(plan), _decisions(plan)]
+    tables += [_evaluation(plan["evaluation"]), _times(plan), _room(plan), _decisions(plan)]
     return [table for table in tables if table.rows], _closing(plan)
 
 
@@ -103,6 +103,31 @@ def _memory(stage: PlannedStage) -> Table:
     return Table(f"Memory of {stage['name']}", ["part", "bytes", ""], rows)
 
 
+def _evaluation(planned: PlannedEvaluation | None) -> Table:
+    rows: list[list[str]] = []
+    title = "Evaluation"
+    if planned is not None:
+        title += f" ({planned['precision']}, weights in {planned['weights']}; base and result)"
+        for task in planned["tasks"]:
+            read, written = count(task["read"]), count(task["written"])
+            rows.append([task["name"], count(task["questions"]), read, written, duration(task["seconds"])])
+        for name in planned["unknown"]:
+            rows.append([name, "?", "?", "?", "?"])
+        if planned["text_tokens"]:
+            read = count(planned["text_tokens"])
+            rows.append(["held-out text", "", read, "", duration(planned["text_seconds"])])
+        rows.append(["loading", f"{planned['models_loaded']} models", "", "", duration(planned["load_seconds"])])
+    return Table(title, ["what", "questions", "tokens read", "written at most", "time (assumed)"], rows)
+
+
+def _times(plan: Plan) -> Table:
+    rows: list[list[str]] = []
+    for name, seconds in plan["times"].items():
+        rows.append([name, duration(seconds)])
+    rows.append(["in all", duration(plan["seconds"])])
+    return Table("Time that is left (predicted)", ["what", "time"], rows)
+
+
 def _room(plan: Plan) -> Table:
     host, disk = plan["host"], plan["disk"]
     rows: list[list[str]] = []
@@ -133,6 +158,8 @@ def _value(value: JsonValue) -> str:
 def _closing(plan: Plan) -> list[str]:
     base, machine = plan["base"], plan["machine"]
     about, assumed = "about", ""
+    if plan["evaluation"] and plan["evaluation"]["unknown"]:
+        about = "at least"
     for stage in plan["stages"]:
         if stage["seconds"] is None:
             about = "at least"
@@ -140,6 +167,6 @@ def _closing(plan: Plan) -> list[str]:
             assumed = ", mostly assumed"
     return [
         f"{base['name']}: {count(base['parameters'])} parameters, shape from the {base['source']}",
-        f"for {machine['name']}: {about} {duration(plan['seconds'])} of training and merging{assumed}",
+        f"for {machine['name']}: {about} {duration(plan['seconds'])} of loading, training, merging, scoring{assumed}",
         *plan["notes"],
     ]

@@ -6,7 +6,7 @@ to be careful about, and how to do it again. Every value is escaped; a content s
 Deliberately does not: read files, compute results, or run scripts.
 """
 
-from qmedtune.reporting import duels, privacy, score_tables, tables
+from qmedtune.reporting import calibration, duels, privacy, score_tables, sweeps, tables
 from qmedtune.reporting.blocks import MANY_ROWS, PALETTE, card, document, html_table, missing, section
 from qmedtune.reporting.charts import (
     Bar,
@@ -32,6 +32,8 @@ FEW_WARNINGS = 12  # of more the rest is folded
 def page(run: Run, metrics: Metrics) -> str:
     """The whole page."""
     sections = [header(run), section("What it learned", _evaluation(run))]
+    if drawn := calibration.calibration(run):
+        sections.append(section("Calibration", drawn))
     if run.against is not None:
         sections.append(section("Head to head", _head_to_head(run.against)))
     if run.audit is not None:
@@ -39,7 +41,7 @@ def page(run: Run, metrics: Metrics) -> str:
     sections += [
         section("Training", _training(run, metrics)),
         section("Data", _data(run)),
-        section("Merge", card("", html_table(tables.merge(run)))),
+        section("Merge", _merge(run)),
         section("Time and memory", _cost(run)),
         section("Warnings and choices", _choices(run)),
     ]
@@ -47,6 +49,15 @@ def page(run: Run, metrics: Metrics) -> str:
         sections.append(section("Privacy", _privacy(run, run.privacy)))
     sections.append(section("How to do it again", _provenance(run)))
     return document(run.name, sections, "Written by qmedtune from run.json and metrics.jsonl.")
+
+
+def _merge(run: Run) -> Html:
+    """The proof, and before it the search for how much of another model comes in."""
+    proof = card("", html_table(tables.merge(run)))
+    if run.merge is None or not run.merge.sweep:
+        return proof
+    searched = Html(sweeps.figure(run.merge) + html_table(sweeps.table(run.merge)))
+    return Html(card("How much of the other model", searched) + proof)
 
 
 def _head_to_head(found: HeadToHead) -> Html:

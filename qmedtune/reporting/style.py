@@ -76,6 +76,11 @@ figure { margin: 0; }
   font-variant-numeric: tabular-nums; white-space: nowrap; }
 .ys span { right: calc(100% + 10px); transform: translateY(-50%); }
 .xs span { top: calc(100% + 10px); transform: translateX(-50%); }
+.plot.square { height: auto; aspect-ratio: 1.25; max-width: 460px; }
+.ideal { stroke: var(--soft); stroke-width: 1; stroke-dasharray: 5 5; }
+.bubble { position: absolute; border-radius: 50%; transform: translate(-50%, -50%); opacity: .85;
+  box-shadow: 0 0 0 1.5px var(--card); }
+.bubble.few { opacity: .35; }
 .axes { display: flex; justify-content: space-between; color: var(--soft); font-size: 12.5px; }
 .c0 { background: var(--c0); } .c1 { background: var(--c1); } .c2 { background: var(--c2); }
 .c3 { background: var(--c3); } .c4 { background: var(--c4); } .c5 { background: var(--c5); }

@@ -4,6 +4,7 @@ Deliberately does not: know HTML or Markdown; every cell is text that the render
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from pydantic import JsonValue
 
@@ -226,6 +227,7 @@ def _refusal_rows(found: Merge) -> Iterator[Row]:
 def _merge_rows(found: Merge) -> Iterator[Row]:
     shift = found.shift_from_nf4 or Shift()
     yield "Merged onto", {"full16": "the 16-bit base", "nf4": "the dequantised NF4 base"}.get(str(found.base), UNKNOWN)
+    yield "Mixed with", _mixed(found)
     yield "Written as", found.dtype or UNKNOWN
     yield "Rounding", _rounding(found)
     yield "Elements checked, one by one", exact(found.elements)
@@ -241,6 +243,15 @@ def _merge_rows(found: Merge) -> Iterator[Row]:
     yield "KL divergence from the NF4 model that was trained", shown(shift.kl, ".2g")
     yield "Same top token as the NF4 model", shown(shift.top1, ".2%")
     yield "sha256", found.sha256 or UNKNOWN
+
+
+def _mixed(found: Merge) -> str:
+    if found.mixed_with is None:
+        return UNKNOWN
+    how = f"{Path(found.mixed_with.name).name}, {found.method}, lambda {shown(found.share, 'g')}"
+    if found.on_sphere is None:
+        return how
+    return f"{how} ({found.on_sphere:,} tensors on the sphere, the others are nearly parallel)"
 
 
 def _rounding(found: Merge) -> str:

@@ -134,12 +134,14 @@ class PackedRecords(Facts):
 
 
 class Classes(Facts):
-    """Labels of a classify stage; unknown: held-out documents none of whose labels training saw."""
+    """Labels of a classify stage; unknown: held-out documents none of whose labels training saw; validation: documents
+    that chose the weights, neither trained on nor scored."""
 
     labels: int
     documents: int
     held_out: int
     unknown: int
+    validation: int | None = None
 
 
 class Packing(Facts):

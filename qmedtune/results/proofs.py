@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
+from qmedtune.results.scores import Score
 from qmedtune.results.typed import Facts, Number
 
 
@@ -21,6 +22,39 @@ class Probe(Facts):
 
     tokens: int
     origin: str = Field(default="", validation_alias="from", serialization_alias="from")
+
+
+class MixedWith(Facts):
+    """The other model of a merge. sha256: of its weights; cosine: the lowest of a linear layer and the base's."""
+
+    name: str
+    sha256: str | None = None
+    cosine: Number | None = None
+
+
+class SweepPoint(Facts):
+    """A share of the other model (None: the untouched base), on development items. gain: of what the rule goes by, over
+    the base; general_loss: rise of the perplexity of general texts over the base's, .05 is 5 %; allowed: by the rule's
+    limit on it; within_noise: of the chosen point (p > .05), by the rule's items, None where it has none."""
+
+    share: Number | None = Field(default=None, alias="lambda")
+    tasks: dict[str, Score] = {}
+    perplexity: dict[str, Number] = {}
+    gain: Number | None = None
+    general_loss: Number | None = None
+    allowed: bool | None = None
+    within_noise: bool | None = None
+
+
+class Sweep(Facts):
+    """What a sweep found. rule: in words; development: share of items and texts that it was chosen on."""
+
+    sweep: list[SweepPoint]
+    sweep_base: SweepPoint
+    chosen: Number
+    rule: str
+    development: Number
+    warnings: list[str] = []
 
 
 class Proven(Facts):
@@ -55,6 +89,15 @@ class Merge(Facts):
     adapters: int | None = None
     tied: bool | None = None
     weights: dict[str, Number] | None = None  # of the stages, where they are not all 1
+    mixed_with: MixedWith | None = Field(default=None, alias="with")
+    method: str | None = None
+    share: Number | None = Field(default=None, alias="lambda")
+    on_sphere: int | None = None  # tensors that slerp has not mixed along the line
+    sweep: list[SweepPoint] = []
+    sweep_base: SweepPoint | None = None
+    chosen: Number | None = None
+    rule: str | None = None
+    development: Number | None = None
     kl: Number | None = None
     kl_max: Number | None = None
     top1: Number | None = None

@@ -10,11 +10,23 @@ from pydantic import Field, model_serializer
 from qmedtune.results.typed import Facts, Interval, Number
 
 
+class Bin(Facts):
+    """Answers whose confidence (the share of the chosen option in the probability of all options) is at least `low`
+    and below `high`, the last bin with 1: how many, their mean confidence, and the share that is right."""
+
+    low: Number
+    high: Number
+    n: int
+    confidence: Number
+    accuracy: Number
+
+
 class Score(Facts):
     """The metrics of a task, 0 to 1, the main one (`metric`) with its 95 % interval. Metrics stand under their own
     names (tasks/definitions.py says what each counts). majority: what always the commonest answer would score; ties:
     items whose best options are nearer than the precision can tell; unparsed: answers that could not be read; prompts,
-    extraction: whose words and whose reading, where not ours."""
+    extraction: whose words and whose reading, where not ours; ece: expected calibration error over `calibration`, the
+    bins that hold answers (of a task as a whole; version 0.1 has none)."""
 
     __pydantic_extra__: dict[str, Number] = Field(init=False)  # pyright: ignore[reportIncompatibleVariableOverride]
 
@@ -37,6 +49,7 @@ class Score(Facts):
     majority: Number | None = None
     per_character: Number | None = None
     ece: Number | None = None
+    calibration: list[Bin] | None = None
     ties: int | None = None
     generation: Score | None = None
 

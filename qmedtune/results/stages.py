@@ -84,6 +84,7 @@ class Classification(Facts):
     documents: int
     held_out: int
     unknown: int
+    validation: int | None = None
     auroc: Number | None
     auprc: Number | None = None
     ci95: Interval | None = None
@@ -93,6 +94,14 @@ class Classification(Facts):
     micro_f1: Number | None = None
     macro_f1: Number | None = None
     accuracy: Number | None = None
+
+
+class Checkpoint(Facts):
+    """What the seal of a checkpoint tells. made_with: settings that the machine chose."""
+
+    step: int
+    tokens: int
+    made_with: dict[str, str | int] = {}
 
 
 class Adapter(Facts):

@@ -17,8 +17,22 @@ class VerifySection(Section):
     does."""
 
 
+class SweepSection(Section):
+    """Shares of the other model that are tried, and the rule that chooses one, on items that are not scored at the
+    end."""
+
+    shares: Annotated[list[Fraction], Field(min_length=2)] = Field([0, 0.25, 0.5, 0.75, 1], alias="lambda")
+    """Shares that are tried; each costs a merge and an evaluation on `evaluate.development`."""
+    choose: Literal["tasks", "answers", "perplexity"] = "tasks"
+    """What the best share has: the highest mean score of the tasks by log-likelihood, the highest by the answers that
+    are written, or the lowest mean log perplexity of the texts that are not of kind general. Of equal ones that with
+    the least general loss."""
+    max_general_loss: Annotated[float, Field(gt=0)] | None = None
+    """How far the perplexity of texts of kind general may rise over the base's: 0.05 is 5 %; without it any rise."""
+
+
 class MergeSection(Section):
-    """How adapters are folded into the base."""
+    """How adapters are folded into the base, and what the result is mixed with."""
 
     base: Literal["full16", "nf4"] = "full16"
     """Into what: the 16-bit base, or its dequantised NF4 values, which training saw."""
@@ -32,6 +46,17 @@ class MergeSection(Section):
     weights: dict[str, Annotated[float, Field(ge=0, le=2)]] = {}
     """How much of a stage is merged, by its name: `{01-cpt: 0.7}`; 1 where none is given. To weigh new knowledge
     against old."""
+    other: str | None = later(None, alias="with")
+    """Another model of the same base that the result is mixed with: a run, a folder or a Hub id. Give the base's
+    instruct sibling to bring instruction following back after continual pretraining."""
+    method: Literal["linear", "slerp", "task_arithmetic"] | None = later(None)
+    """How the two are mixed; without it `linear`. `slerp` keeps the length of weights, `task_arithmetic` adds the other
+    model's change of the base to that of the adapters."""
+    share: Fraction | None = later(None, alias="lambda")
+    """How much of the other model: 0 is the plain merge, 1 the other model (`task_arithmetic`: its whole change);
+    without it 0.5."""
+    sweep: SweepSection | None = later(None)
+    """Several shares, of which the best is delivered, in place of `lambda`."""
 
     @property
     def weighs(self) -> bool:
@@ -105,6 +130,9 @@ class EvaluateSection(Section):
     items."""
     against: list[str] = later([])
     """Models that the result is held against, as `qmedtune compare` does: folders or Hub ids."""
+    development: Annotated[float, Field(gt=0, le=0.9)] | None = later(None)
+    """Share of the items and held-out texts that choices are made on, and that are not scored at the end; without it
+    half where `merge.sweep` chooses, else none."""
 
     @property
     def sections(self) -> list[TaskSection]:
@@ -134,8 +162,8 @@ class AuditSection(Section):
 class AblateSection(Section):
     """Arms of `qmedtune ablate`: `arms` times `corpora`; each value of the other lists is one change to the recipe."""
 
-    arms: list[Literal["base", "sft", "cpt", "cpt+sft"]] = ["base", "sft", "cpt", "cpt+sft"]
-    """Which stages an arm has."""
+    arms: list[Literal["base", "sft", "cpt", "cpt+sft", "merge"]] = ["base", "sft", "cpt", "cpt+sft"]
+    """Which stages an arm has; `merge` is the recipe mixed with `merge.with`, which all other arms leave out."""
     corpora: list[str] = []
     """Sources of the cpt mix, each alone at the same number of tokens, or `both`: all of them as in the recipe."""
     replay: list[Annotated[float, Field(ge=0, lt=1)]] = []

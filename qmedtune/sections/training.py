@@ -6,7 +6,7 @@ from typing import Annotated, Literal, cast
 
 from pydantic import Field, field_validator, model_validator
 
-from qmedtune.fields import Auto, Fraction, Positive, Rate, Section, Weight
+from qmedtune.fields import Auto, Fraction, Positive, Rate, Section, Weight, later
 from qmedtune.sections.model import AdapterSection
 
 
@@ -157,6 +157,9 @@ class ClassifySection(TrainSection):
     """A document may have several labels: a list, or a text with `,` or `;` between them."""
     train_earlier: bool = False
     """With `adapter: new` the adapters of earlier stages below it are trained too."""
+    validation: Annotated[float, Field(ge=0, lt=1)] = later(0.0)
+    """Share of the training patients that is set apart, neither trained on nor scored: the weights with the lowest loss
+    on it are kept. 0 keeps the last. Take 0.1 for many epochs."""
 
     @property
     def sources(self) -> list[str]:

@@ -19,9 +19,11 @@ from functools import cached_property, lru_cache
 # ---- the text, without what is no answer ----------------------------------------------------------------------------
 
 # How answers are marked up, as words that the patterns below know. First: an opened tag, key or box names an answer.
+TAG = r"(?:final_?|my_?)?(?:answer|choice|option|decision|label|prediction|final)"
 MARKED = (
-    (re.compile(r"\\boxed\s*\{|<\s*(?:final_?)?(?:answer|choice)\s*>", re.I), " answer: "),
-    (re.compile(r"</\s*(?:final_?)?(?:answer|choice)\s*>", re.I), " \n"),
+    (re.compile(rf"\\boxed\s*\{{|<\s*{TAG}\s*>", re.I), " answer: "),
+    (re.compile(rf"</\s*{TAG}\s*>", re.I), " \n"),
+    (re.compile(r"</?\s*(?:b|strong|i|em|u|p|br|span|code|pre)\s*/?>", re.I), " "),
     (re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s*\{|\\[()\[\]]"), " "),
     (re.compile(r"[*`$\"\u201c\u201d{}#>]|_|(?<!\w)'+|'+(?!\w)"), " "),
 )
@@ -42,8 +44,8 @@ FILLER = (
 )
 FILLER += r"either|both|neither|(?-i:an?)(?=\s+\w)|the|that|:|-)"
 CUE = re.compile(
-    rf"\b{NOUN}\b(?:\s+(?:to|for|of|here|in|among|from|given|based)\b[^.:\n]{{0,90}}?|\s*\([^)\n]{{0,20}}\))?"
-    rf"\s*(?:\b{COPULA}(?!\w)|[:=-]|'s\b)[ \t\n]*(?P<denied>not\b|n't\b)?"
+    rf"\b{NOUN}\b(?:\s+(?:idx|index|key|letter))?(?:\s+(?:to|for|of|here|in|among|from|given|based)\b[^.:\n]{{0,90}}?|\s*\([^)\n]{{0,20}}\))?"
+    rf"\s*(?:\b{COPULA}(?!\w)|[:=\u2013\u2014-]|'s\b)[ \t\n]*(?P<denied>not\b|n't\b)?"
     rf"(?:[ \t\n]*\b{FILLER}(?!\w)|[ \t\n]*[:(\[]+)*[ \t\n(\[]*",
     re.I,
 )
@@ -122,12 +124,18 @@ class Options:
         by_length.sort(key=lambda each: -each[0])
         return "(?:" + "|".join(part for _, part in by_length) + ")"
 
+    def _where_lettered(self, pattern: str) -> str:
+        """A part of a pattern that options without letters lack."""
+        if not self.letters:
+            return ""
+        return pattern
+
     @cached_property
     def at(self) -> re.Pattern[str]:
         """An option where it is expected: a letter with a sign behind it, or the text."""
-        by_letter = ""
-        if self.letters:
-            by_letter = rf"(?:option\s+)?(?P<letter>{self.letter}){AFTER_LETTER}|(?P<bare>{self.letter})(?=\s+)|"
+        by_letter = self._where_lettered(
+            rf"(?:option\s+)?(?P<letter>{self.letter}){AFTER_LETTER}|(?P<bare>{self.letter})(?=\s+)|"
+        )
         return re.compile(rf"{by_letter}(?:the\s+|an?\s+)?{self.word_pattern}", re.I)
 
     @cached_property
@@ -157,9 +165,7 @@ class Options:
     def named(self) -> re.Pattern[str]:
         """Each option in a row of them."""
         words = "|".join(map(_flexible, self.longest_first))
-        letters = ""
-        if self.letters:
-            letters = rf"|(?<!\w)(?:{self.letter})(?!\w)"
+        letters = self._where_lettered(rf"|(?<!\w)(?:{self.letter})(?!\w)")
         return re.compile(rf"(?<!\w)(?:{words})(?!\w){letters}", re.I)
 
     @cached_property

@@ -98,6 +98,34 @@ def document_nll(model: Any, input_ids: Tensor, labels: Tensor, position_ids: Te
 
 
 @torch.no_grad()
+def _logits(model: Any, rows: LabelledRows, pad_id: int, batch: int) -> np.ndarray:
+    """Of every document, fp32 [documents, labels]. The model is in eval mode."""
+    logits = np.zeros(rows.targets.shape, np.float32)
+    for start in range(0, len(rows), batch):
+        picked = collate([rows[i] for i in range(start, min(start + batch, len(rows)))], pad_id)
+        picked.pop("lengths")
+        on_device = {name: values.to(models.device()) for name, values in picked.items()}
+        found = last_token_logits(model, **on_device)
+        documents = picked["labels"][picked["labels"] != -100].numpy()
+        logits[documents] = found.float().cpu().numpy()
+    return logits
+
+
+def validation_loss(model: Any, rows: LabelledRows, pad_id: int, batch: int) -> float:
+    """Mean loss of the documents set apart, in nats, all errors counting alike whatever the training weighs (as
+    aryopg/clinical_peft chooses by). Documents of a label that training never saw are left out."""
+    was_training = model.training
+    model.eval()
+    known = np.flatnonzero(rows.targets.sum(1))
+    logits = torch.from_numpy(_logits(model, rows, pad_id, batch)[known]).double()
+    targets = torch.from_numpy(rows.targets[known])
+    model.train(was_training)
+    if model.head.multi_label:
+        return float(F.binary_cross_entropy_with_logits(logits, targets.double()))
+    return float(F.cross_entropy(logits, targets.argmax(1)))
+
+
+@torch.no_grad()
 def score(model: Any, tokens: Path, pad_id: int, batch: int, seed: int, out: Path) -> Areas:
     """AUROC on the held-out documents of a packed classify stage, macro over the labels that occur and do not.
 
@@ -106,15 +134,8 @@ def score(model: Any, tokens: Path, pad_id: int, batch: int, seed: int, out: Pat
     and counted in the stage's `classes`.
     """
     rows, labels = LabelledRows(tokens / HELD_OUT), json.loads((tokens / LABELS).read_text(encoding="utf-8"))
-    logits = np.zeros(rows.targets.shape, np.float32)
     model.eval()
-    for start in range(0, len(rows), batch):
-        picked = collate([rows[i] for i in range(start, min(start + batch, len(rows)))], pad_id)
-        picked.pop("lengths")
-        on_device = {name: values.to(models.device()) for name, values in picked.items()}
-        found = last_token_logits(model, **on_device)
-        documents = picked["labels"][picked["labels"] != -100].numpy()
-        logits[documents] = found.float().cpu().numpy()
+    logits = _logits(model, rows, pad_id, batch)
     if not model.head.multi_label:  # against the other labels, so that one document's scores compare with another's
         logits -= logits.max(1, keepdims=True)
         logits -= np.log(np.exp(logits).sum(1, keepdims=True))

@@ -16,6 +16,7 @@ from qmedtune.planning import fit
 from qmedtune.planning.machine import this_machine
 from qmedtune.planning.shapes import base_facts
 from qmedtune.recipe import Recipe, TrainSection
+from qmedtune.results import Checkpoint
 
 MadeWith = dict[str, str | int]
 """Settings that this machine chose, as a checkpoint's seal holds them."""
@@ -36,7 +37,10 @@ def resume_settings(recipe: Recipe, index: int, checkpoint: Path | None) -> tupl
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }
     sealed = store.read_seal(checkpoint) if checkpoint else None
-    if sealed is None or (before := sealed.facts["made_with"]) == now:
+    if sealed is None:
+        return section, now, []
+    before = Checkpoint.model_validate(sealed.facts).made_with
+    if before == now:
         return section, now, []
     section = section.model_copy(update={"optimizer": before["optimizer"]})
     differing = [f"{name} {before[name]} there, {now[name]} here" for name in now if before[name] != now[name]]

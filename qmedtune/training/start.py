@@ -6,7 +6,6 @@ The process that leads goes on in train.py, which logs, validates and writes; th
 from __future__ import annotations
 
 import gc
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,7 +119,9 @@ def build(recipe: Recipe, index: int, inputs: StageInputs, shared: SharedBase) -
         attach_head(model, rows, stage.classify)
     else:
         rows = PackedRows(tokens)
-    packed = Packing.model_validate(json.loads((tokens / store.SEAL).read_text())["facts"])
+    sealed = store.read_seal(tokens)
+    assert sealed is not None, "run.py has hashed it just now"
+    packed = Packing.model_validate(sealed.facts)
     return Built(model, tokenizer, rows, packed, attended, kernels, layers)
 
 

@@ -32,7 +32,7 @@ TEXT_KINDS = {"literature": "literature", "clinical": "clinical notes", "general
 # What a stage's training is told by; its other keys are left to the machine or say where text comes from.
 STAGE_KEYS = (
     "seq_len", "batch", "lr", "schedule", "warmup", "min_lr_ratio", "horizon_ratio", "weight_decay", "betas",
-    "adam_eps", "max_grad_norm", "epochs", "tokens", "loss_on", "packing", "class_weights",
+    "adam_eps", "max_grad_norm", "epochs", "tokens", "loss_on", "packing", "class_weights", "validation",
 )  # fmt: skip
 ADAPTER_KEYS = ("r", "alpha", "dropout", "targets", "rslora")
 HYGIENE_KEYS = ("decontaminate", "clean", "languages", "min_characters", "max_characters", "shift_dates")
@@ -243,6 +243,8 @@ def conversations(recipe: Recipe) -> dict[str, str]:
 def stage_values(stage: StageSection) -> dict[str, Any]:
     section = stage.section.model_dump(mode="json", exclude_none=True)
     values = {key: section.get(key) for key in STAGE_KEYS if key in type(stage.section).model_fields}
+    if stage.classify:
+        values["keeps"] = "the epoch of the lowest validation loss" if stage.classify.validation else "the last step"
     own = stage.section.lora
     return values | ({f"lora.{key}": getattr(own, key) for key in ("r", "alpha", "dropout")} if own else {})
 

@@ -1,12 +1,14 @@
 """Packing for `classify`: whole documents with their labels, for training and, apart from it, for scoring.
 
-A document is cut at `seq_len` (how many are is told), never split over rows. `targets.npy` holds a row of zeros and
-ones per document in the order of the shards, `labels.json` the names of its columns: those that occur in training,
-`ids.json` each document's id and patient.
+A document is cut at `seq_len` (how many are is told), never split over rows. With `validation` a share of the training
+patients is laid out apart, to choose weights by: what is scored must not choose them. `targets.npy` holds a row of
+zeros and ones per document in the order of the shards, `labels.json` the names of its columns: those that occur in
+training, `ids.json` each document's id and patient.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -24,12 +26,14 @@ from qmedtune.recipe import ClassifySection, Recipe
 from qmedtune.results import Classes, Packing
 
 TARGETS, LABELS, IDS, HELD_OUT = "targets.npy", "labels.json", "ids.json", "heldout"
+VALIDATION = "validation"
 BETWEEN = re.compile(r"[,;]")
 ALL = 2**62  # of the tokens held out: all are scored, whatever cap holds in training
 
 
 def pack_classes(recipe: Recipe, index: int, tokenizer_dir: Path, inputs: Mapping[str, Path], out: Path) -> Packing:
-    """Lay out the documents of classify stage `index` below `out`, the held-out ones below `out/heldout`.
+    """Lay out the documents of classify stage `index` below `out`, the held-out ones below `out/heldout`, those that
+    choose the weights below `out/validation`.
 
     inputs: source name -> its folder. Returns the ledger of training. Raises DataError for fewer than two labels and
     where nothing is held out.
@@ -37,7 +41,10 @@ def pack_classes(recipe: Recipe, index: int, tokenizer_dir: Path, inputs: Mappin
     section = recipe.stages[index].classify
     assert section is not None and isinstance(section.seq_len, int)
     codec, folder = load_codec(tokenizer_dir), inputs[section.data]
-    labels = sorted({name for _, names in _labels(folder / "train.jsonl", section.multi_label) for name in names})
+    train, validation = folder / "train.jsonl", None
+    if section.validation:
+        train, validation = _set_apart(train, section, recipe.seed, out)
+    labels = sorted({name for _, names in _labels(train, section.multi_label) for name in names})
     if len(labels) < 2:
         raise DataError(
             f"{section.data}: {len(labels)} label in all; classify needs two or more\nlook at its `label` column"
@@ -45,15 +52,56 @@ def pack_classes(recipe: Recipe, index: int, tokenizer_dir: Path, inputs: Mappin
     (out / LABELS).write_text(json.dumps(labels, ensure_ascii=False) + "\n", encoding="utf-8")
     held = _lay_out(recipe, section, codec, tokenizer_dir, folder / "heldout.jsonl", out / HELD_OUT, labels, None)
     rng = np.random.default_rng([recipe.seed, index])
-    packed = _lay_out(recipe, section, codec, tokenizer_dir, folder / "train.jsonl", out, labels, rng)
+    packed = _lay_out(recipe, section, codec, tokenizer_dir, train, out, labels, rng)
     assert packed.records is not None and held.records is not None
     unknown = int((np.load(out / HELD_OUT / TARGETS).sum(1) == 0).sum())
     documents = packed.records.read
     classes = Classes(labels=len(labels), documents=documents, held_out=held.records.read, unknown=unknown)
+    if validation is not None:
+        chosen_by = _lay_out(recipe, section, codec, tokenizer_dir, validation, out / VALIDATION, labels, None)
+        assert chosen_by.records is not None
+        classes = classes.model_copy(update={"validation": chosen_by.records.read})
+        train.unlink()  # the source's own file has it
+        validation.unlink()
     tokens = packed.tokens.model_copy(update={"supervised": packed.documents_drawn})  # one prediction per document
     if cut := packed.records.truncated:
         ui.warn(f"{section.data}: {cut:,} of {documents:,} documents are cut at seq_len {section.seq_len}")
     return packed.model_copy(update={"tokens": tokens, "classes": classes})
+
+
+def _set_apart(path: Path, section: ClassifySection, seed: int, out: Path) -> tuple[Path, Path]:
+    """The documents of training in two files below `out`: those trained on, and those of a share of the patients. By a
+    hash of the patient and the seed, so that other documents in the file move nobody; at least one patient is in each.
+    DataError where there is one patient."""
+    of_patient: dict[str, float] = {}
+    for record, _ in _labels(path, section.multi_label):
+        patient = _patient(record)
+        digest = hashlib.sha256(f"{seed} {patient}".encode()).digest()
+        of_patient[patient] = int.from_bytes(digest[:8], "big") / 2**64
+    if len(of_patient) < 2:
+        raise DataError(
+            f"{section.data}: its documents for training are of one patient; `validation` keeps whole patients apart\n"
+            "take `validation` out, or give more patients"
+        )
+    ordered = sorted(of_patient, key=of_patient.__getitem__)
+    first = [patient for patient in ordered if of_patient[patient] < section.validation] or ordered[:1]
+    apart = set(first[: len(ordered) - 1])
+    kept, validation = out / "train.jsonl", out / "validation.jsonl"
+    with (
+        path.open(encoding="utf-8") as lines,
+        kept.open("w", encoding="utf-8") as train,
+        validation.open("w", encoding="utf-8") as others,
+    ):
+        for line in lines:
+            if _patient(json.loads(line)) in apart:
+                others.write(line)
+            else:
+                train.write(line)
+    return kept, validation
+
+
+def _patient(record: Record) -> str:
+    return str(record.get("patient", record["id"]))
 
 
 def _lay_out(

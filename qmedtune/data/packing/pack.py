@@ -8,7 +8,7 @@ loss would predict it from its neighbour. Padding and batching are the trainer's
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -455,14 +455,17 @@ class PackedRows:
 class WholeDocuments:
     """The documents behind packed rows, each from its beginning: a text is judged with all that stands before it, not
     in rows of the training length. Longer ones come in windows that begin with the last token of the one before, so
-    that every token but the first is predicted once. Items are as those of PackedRows."""
+    that every token but the first is predicted once. Items are as those of PackedRows. documents: those that are read;
+    None: all of which the rows hold a part."""
 
-    def __init__(self, rows: PackedRows, max_tokens: int):
+    def __init__(self, rows: PackedRows, max_tokens: int, documents: Iterable[int] | None = None):
         self._rows = rows
         lengths = rows.document_lengths()
+        if documents is None:
+            documents = rows.drawn_documents()
         self._windows: list[tuple[int, int, int]] = []
-        for document in rows.drawn_documents().tolist():
-            self._windows += windows(document, int(lengths[document]), max_tokens)
+        for document in documents:
+            self._windows += windows(int(document), int(lengths[document]), max_tokens)
 
     def __len__(self) -> int:
         return len(self._windows)

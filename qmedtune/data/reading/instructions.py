@@ -68,10 +68,7 @@ def instruction_shape(fields: Fields | Document, columns: dict[str, str]) -> Sha
     if row.refused():
         return Refused("marked as a bad answer (label: false)")
     schema, messages = _messages(row)
-    if not any(m["role"] == "assistant" for m in messages):
-        raise Unusable("no assistant message")
-    if messages[-1]["role"] != "assistant":
-        messages = messages[: 1 + max(i for i, m in enumerate(messages) if m["role"] == "assistant")]
+    messages = _until_answered(messages)
     known = find_columns(fields, columns)
     name = as_name(fields.get(known.get("id", ""))) or as_name(fields.get("pubid"))
     name = name or content_id(*(m["content"] for m in messages))
@@ -225,10 +222,11 @@ def _given(value: Any) -> str:
     if isinstance(value, dict):
         value = value.get("contexts")
     if isinstance(value, list):
-        texts = []
+        texts: list[str] = []
         for entry in value:
-            texts.append(entry.get("text") if isinstance(entry, dict) else entry)
-        return "\n".join(checked(text, "context").strip() for text in texts)
+            text = entry.get("text") if isinstance(entry, dict) else entry
+            texts.append(checked(text, "context").strip())
+        return "\n".join(texts)
     if value is None or (isinstance(value, str) and value.strip().lower() in NO_INPUT):
         return ""
     if isinstance(value, float):  # NaN: an empty cell of a Parquet file
@@ -236,14 +234,25 @@ def _given(value: Any) -> str:
     return checked(value, "input").strip()
 
 
+def _until_answered(messages: Messages) -> Messages:
+    """The conversation without what nobody has answered."""
+    for count in range(len(messages), 0, -1):
+        if messages[count - 1]["role"] == "assistant":
+            return messages[:count]
+    raise Unusable("no assistant message")
+
+
 def _history(turns: Any) -> Messages:
     """Alpaca's earlier turns: a list of [question, answer]."""
     if turns in (None, "", []):
         return []
-    if not isinstance(turns, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in turns):
+    if not isinstance(turns, list):
         raise Unusable("history is not a list of [question, answer]")
     messages: Messages = []
-    for asked, answered in turns:
+    for turn in turns:
+        if not isinstance(turn, list) or len(turn) != 2:
+            raise Unusable("history is not a list of [question, answer]")
+        asked, answered = turn
         messages += [_said("user", checked(asked, "history").strip()), _said("assistant", _answer(answered))]
     return messages
 
@@ -291,6 +300,9 @@ def _content(value: Any) -> str:
     """The text of a message; of OpenAI's content parts those of type text, which must be all."""
     if not isinstance(value, list):
         return checked(value, "message").strip()
-    if not all(isinstance(part, dict) and part.get("type") == "text" for part in value):
-        raise Unusable("a message holds a part that is no text")
-    return checked("\n".join(checked(part.get("text"), "message") for part in value), "message").strip()
+    texts: list[str] = []
+    for part in value:
+        if not isinstance(part, dict) or part.get("type") != "text":
+            raise Unusable("a message holds a part that is no text")
+        texts.append(checked(part.get("text"), "message"))
+    return checked("\n".join(texts), "message").strip()

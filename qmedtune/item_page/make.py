@@ -1,0 +1,59 @@
+"""Writes the page of items beside a run's report.
+
+For its owner alone (mode 0600), because it may hold text. `qmedtune erase RUN --text` removes it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qmedtune import disk, privacy
+from qmedtune.errors import RunError
+from qmedtune.evaluation.open_model import check_intact
+from qmedtune.item_page.answers import read_task
+from qmedtune.item_page.page import Shown, page
+from qmedtune.item_page.questions import Wish, questions
+from qmedtune.recipe import Recipe
+from qmedtune.reporting.calibration import calibration
+from qmedtune.reporting.live import read_run
+from qmedtune.results import Facts
+
+PAGE = "items.html"
+
+
+class Written(Facts):
+    """Where the page is, and what it leaves out."""
+
+    path: str
+    bytes: int
+    items: dict[str, int]
+    left_out: list[str]
+
+
+def write_items_page(run_dir: Path, wish: Wish) -> Written:
+    """RUN/items.html. RunError where the run has scored no items, or they are not as they were sealed."""
+    run = read_run(run_dir)
+    folder = run_dir / "evaluation"
+    if not privacy.erased(run_dir).files:
+        check_intact(folder, full=False)
+    recipe = Recipe.model_validate(run.recipe)
+    sections = {section.label: section for section in recipe.evaluate.sections}
+    tasks: list[Shown] = []
+    for name, scores in run.scored.tasks.items():
+        path = folder / f"{name}.items.jsonl"
+        scored = scores.final or scores.model or scores.base
+        if not path.is_file() or scored is None or name not in sections:
+            continue
+        asked = read_task(path, name, scored.metric)
+        tasks.append(Shown(asked, questions(recipe, sections[name], asked.items, wish)))
+    if not tasks:
+        raise RunError(
+            f"{run_dir}: no items were scored, or their answers were erased\n"
+            "name tasks in the recipe (`evaluate: {tasks: [...]}`) and give the same `qmedtune run` again"
+        )
+    text, notes = page(run.name, tasks, calibration(run), wish)
+    target = run_dir / PAGE
+    with disk.owner_only():
+        disk.write_atomic(target, text)
+    counts = {each.asked.name: len(each.asked.items) for each in tasks}
+    return Written(path=str(target), bytes=len(text.encode()), items=counts, left_out=notes)
