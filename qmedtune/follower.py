@@ -17,7 +17,7 @@ from typing import Any
 from qmedtune import peers
 from qmedtune.errors import QmedtuneError
 from qmedtune.interrupt import SIGNALS
-from qmedtune.peers import Job
+from qmedtune.peers import Answer, Job
 from qmedtune.record import versions
 
 
@@ -56,7 +56,9 @@ def follow(store: Any, rank: int, size: int, leader: int | None = None) -> int:
         try:
             member.train(job, number)
         except Exception as error:
-            store.set(f"ready/{number}/{rank}", _told(error))  # nobody reads it once training has begun
+            store.set(
+                f"ready/{number}/{rank}", json.dumps(vars(Answer(fault=_told(error))))
+            )  # nobody reads it once training has begun
             return getattr(error, "exit_code", 1)
         number += 1
 
@@ -97,8 +99,8 @@ class _Member:
         from qmedtune.recipe import Recipe
         from qmedtune.training.start import Followed, StageInputs, follow_stage
 
-        def ready() -> None:
-            self.store.set(f"ready/{number}/{self.rank}", "")
+        def ready(computes: str) -> None:
+            self.store.set(f"ready/{number}/{self.rank}", json.dumps(vars(Answer(computes))))
             if not self.grouped:
                 peers.join(self.store, self.rank, self.size)
                 self.grouped = True

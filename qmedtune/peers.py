@@ -37,6 +37,7 @@ POLL_S = 0.05
 # How long one waits for the others in a step: longer than the longest validation. That a process has ended is seen by
 # its connection, at once.
 PATIENCE = timedelta(hours=12)
+MEETING = timedelta(minutes=5)  # for all processes of torchrun to be there
 GRACE_S = 20.0  # for the others to end by themselves
 # Read by accelerate and transformers, which would wrap the model and share out the rows in their own way.
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -51,6 +52,14 @@ class Job:
     folders: Mapping[str, str] = field(default_factory=dict)
     adapters: Sequence[str] = ()
     end: int | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Of a process that was called: how it computes, or what is wrong with it."""
+
+    computes: str = ""
+    fault: str = ""
 
 
 class Peers:
@@ -69,15 +78,18 @@ class Peers:
         self.store.set(f"job/{self.number}", json.dumps(vars(job)))
         return Group(0, self.size)
 
-    def wait(self) -> None:
-        """Until all are ready to train. Raises RunError with what the first that is not has said."""
+    def wait(self) -> list[str]:
+        """Until all are ready to train; how each computes. Raises RunError with what the first that is not has said."""
+        computing: list[str] = []
         for rank in range(1, self.size):
-            said = self._answer(f"ready/{self.number}/{rank}", rank)
-            if said:
-                raise RunError(f"process {rank + 1} of {self.size}: {said}\nall processes of the run end")
+            answer = Answer(**json.loads(self._answer(f"ready/{self.number}/{rank}", rank)))
+            if answer.fault:
+                raise RunError(f"process {rank + 1} of {self.size}: {answer.fault}\nall processes of the run end")
+            computing.append(answer.computes)
         if not self.grouped:
             join(self.store, 0, self.size)
             self.grouped = True
+        return computing
 
     def greet(self) -> None:
         """Until all are there, with the same versions. Raises RunError."""
@@ -142,10 +154,11 @@ def call(recipe: Recipe, index: int, inputs: StageInputs, out: Path) -> Group:
     return _peers.call(Job(recipe.model_dump(mode="json", by_alias=True), index, folders, adapters))
 
 
-def wait(group: Group) -> None:
-    """Until all of the group are ready to train."""
-    if _peers is not None and group.size > 1:
-        _peers.wait()
+def wait(group: Group) -> list[str]:
+    """Until all of the group are ready to train; how each of the others computes."""
+    if _peers is None or group.size == 1:
+        return []
+    return _peers.wait()
 
 
 @contextmanager
@@ -201,7 +214,13 @@ def torchrun_store() -> tuple[Any, int, int]:
     """(store, rank, size) of torchrun; this process is then one on one GPU for all libraries that look."""
     import torch.distributed as dist
 
-    store, rank, size = next(iter(dist.rendezvous("env://", timeout=PATIENCE)))
+    try:
+        store, rank, size = next(iter(dist.rendezvous("env://", timeout=MEETING)))
+    except (RuntimeError, ValueError) as error:
+        raise RunError(
+            f"torchrun: the processes did not meet at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}\n"
+            "check that all nodes reach that port; on one machine take `torchrun --standalone`, or `--gpus N`"
+        ) from error
     take_gpu(int(os.environ.get("LOCAL_RANK", rank)))
     for name in TORCHRUN:
         os.environ.pop(name, None)

@@ -78,6 +78,11 @@ def train_stage(
     warnings = [*trained.warnings, *models.fallbacks(built.kernels, built.attention)]
     told: dict[str, object] = {"attention": built.attention, "warnings": warnings}
     told |= {"tokens": packed.tokens, "mixture": packed.mixture}
+    if callback.others:
+        processes = [built.computes, *callback.others]
+        told["processes"] = processes
+        if len(set(processes)) > 1:
+            told["warnings"] = [*warnings, f"the processes compute differently: {'; '.join(processes)}"]
     if built.kernels is not None:
         told |= {"kernels": built.kernels, "layers": built.layers}
     if (template := tokens / templates.FILE).is_file():
@@ -132,7 +137,7 @@ def _run(recipe: Recipe, index: int, built: Built, callback: StageCallback, out:
     with ui.stage(callback.name, total=total, unit="tokens", completed=callback.tokens) as callback.bar:
         if callback.held_out and not checkpoint:
             callback.validate(0)  # where the curve begins: what training changes is seen from its first step on
-        peers.wait(callback.group)
+        callback.others = peers.wait(callback.group)
         start.agree()
         try:
             with stop.graceful():
@@ -180,6 +185,7 @@ class StageCallback(TrainerCallback):
     pad_id: int
     recipe: Recipe
     group: Group = ALONE
+    others: list[str] = field(default_factory=list)  # how the other processes compute
     bar: Any = None
     tokens: int = 0
     memory: Memory = Memory()  # noqa: RUF009 - frozen

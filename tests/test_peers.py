@@ -158,7 +158,8 @@ def pair(faults: Path) -> Iterator[None]:
 
 def test_two_processes_train_what_one_does(packed: MicroRun, one: Path, pair: None, tmp_path: Path):
     assert len(losses(one)) > 12 and len({round(loss, 6) for loss in losses(one)}) == len(losses(one))
-    train_sft(packed, tmp_path)
+    trained = train.train_stage(recipe(), 1, packed.inputs("02-sft"), tmp_path)
+    assert len(trained.processes) == 2 and len(set(trained.processes)) == 1 and not trained.warnings
     loss, weight = differs(tmp_path, one)
     assert loss <= LOSS and weight <= ADAPTER
     assert (tmp_path / "metrics.jsonl").read_text().count('"tokens"') == len(losses(one))
@@ -272,7 +273,7 @@ def is_there(pid: int) -> bool:
 
 
 def test_torchrun_starts_a_run_of_one(one: Path, tmp_path: Path):
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--no-python"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
     done = subprocess.run(
         [sys.executable, *torchrun, sys.executable, *command(tmp_path / "run")],
         capture_output=True,

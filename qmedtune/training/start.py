@@ -29,6 +29,7 @@ from qmedtune.planning.machine import this_machine
 from qmedtune.planning.memory import peak_bytes
 from qmedtune.planning.shapes import base_facts
 from qmedtune.recipe import Recipe
+from qmedtune.record import device_name
 from qmedtune.results import Attention, Kernels, Packing
 from qmedtune.training import checkpoints
 from qmedtune.training.card import check_card
@@ -62,6 +63,12 @@ class Built:
     attention: Attention
     kernels: Kernels | None = None
     layers: dict[str, int] | None = None
+
+    @property
+    def computes(self) -> str:
+        """Device and kernel path of this process, in words."""
+        path = self.kernels.mode if self.kernels else "no kernels of ours"
+        return f"{device_name()}: {path}, attention {self.attention.name}"
 
 
 @dataclass(frozen=True)
@@ -194,13 +201,13 @@ class Followed:
     out: Path
 
 
-def follow_stage(told: Followed, shared: SharedBase, group: Group, ready: Callable[[], None]) -> None:
-    """Train along, and write nothing. `ready` is called when nothing is left to do before the first step."""
+def follow_stage(told: Followed, shared: SharedBase, group: Group, ready: Callable[[str], None]) -> None:
+    """Train along, and write nothing. `ready` is told how we compute, when all is done but the steps."""
     recipe, index = told.recipe, told.index
     built = build(recipe, index, told.inputs, shared)
     start = set_up(recipe, index, built, told.out, FollowerCallback(group), group)
     torch.manual_seed(recipe.seed + index + FOLLOWER_SEED * group.rank + start.begins_at)  # other rows, other dropout
-    ready()
+    ready(built.computes)
     start.agree()
     start.train()
     del built, start
