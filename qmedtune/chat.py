@@ -12,9 +12,11 @@ from collections.abc import Iterator
 from typing import TextIO
 
 from qmedtune import ui
+from qmedtune.data.packing.framing import Asked, codec_of, frame_of
 from qmedtune.evaluation.generation import stream
 from qmedtune.evaluation.open_model import OpenModel, Quantization, locate, open_model
-from qmedtune.evaluation.scoring import max_positions, prompt_texts
+from qmedtune.evaluation.scoring import max_positions
+from qmedtune.evaluation.shorten import Fitted, fitted
 from qmedtune.terminal import printable
 
 HELP = "/reset forgets the conversation, /quit (or Ctrl-D) leaves"
@@ -68,13 +70,13 @@ def converse(
         elif text.startswith("/"):
             ui.note(HELP)
         elif text:
-            messages = _remembered(opened, [*messages, {"role": "user", "content": text}], len(opening), max_new_tokens)
-            messages.append({"role": "assistant", "content": answer(opened, messages, out, max_new_tokens)})
+            asked = _fitted(opened, [*messages, {"role": "user", "content": text}], max_new_tokens)
+            messages = asked.messages
+            messages.append({"role": "assistant", "content": answer(opened, asked.asked, out, max_new_tokens)})
 
 
-def answer(opened: OpenModel, messages: list[Message], out: TextIO, max_new_tokens: int) -> str:
+def answer(opened: OpenModel, prompt: Asked, out: TextIO, max_new_tokens: int) -> str:
     """Write the next answer to `out` as it grows, and return it."""
-    [prompt] = prompt_texts(opened.tokenizer, opened.template, [messages])
     pieces = []
     for piece in stream(opened.model, opened.tokenizer, prompt, max_new_tokens):
         pieces.append(piece)
@@ -85,15 +87,15 @@ def answer(opened: OpenModel, messages: list[Message], out: TextIO, max_new_toke
     return "".join(pieces)
 
 
-def _remembered(opened: OpenModel, messages: list[Message], opening: int, max_new_tokens: int) -> list[Message]:
-    """The conversation without its oldest exchanges where it no longer fits the model's positions."""
+def _fitted(opened: OpenModel, messages: list[Message], max_new_tokens: int) -> Fitted:
+    """The conversation as it fits the model's positions; what was left out is told."""
     room = max_positions(opened.model) - max_new_tokens
-    kept = messages
-    while len(kept) > opening + 1:
-        [prompt] = prompt_texts(opened.tokenizer, opened.template, [kept])
-        if len(prompt.ids) <= room:
-            break
-        kept = kept[:opening] + kept[opening + 2 :]
-    if len(kept) < len(messages):
+    found = fitted(frame_of(opened.template, codec_of(opened.tokenizer)), messages, room)
+    if found.forgotten:
         ui.warn("the beginning of the conversation no longer fits and is forgotten")
-    return kept
+    if found.left_out:
+        ui.warn(
+            f"the message is too long: this model takes {room:,} tokens, and {found.left_out:,} of its middle "
+            "were left out"
+        )
+    return found

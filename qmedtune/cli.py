@@ -8,10 +8,13 @@ Deliberately absent: logic, and every import that takes time (`--help` answers i
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,17 +30,29 @@ from qmedtune.commands import model as cli_model
 from qmedtune.commands import recipe as cli_recipe
 from qmedtune.commands import run as cli_run
 from qmedtune.commands import watch as cli_watch
+from qmedtune.commands.examples import epilog
+from qmedtune.commands.mistakes import usage_lines
 from qmedtune.errors import QmedtuneError
 from qmedtune.local_names import is_utf8
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
+LIBRARIES = (
+    "transformers",
+    "datasets",
+    "huggingface_hub",
+    "accelerate",
+    "peft",
+    "trl",
+    "torch",
+    "lm_eval",
+    "bitsandbytes",
+)
 UsageError: Any = typer.BadParameter.__bases__[0]  # click's, which newer typers carry inside
 
 app = typer.Typer(
     help="Turn an open LLaMA into a medical one on a single GPU: one recipe, from a 4-bit base to a merged model.",
     epilog="First run, without network or GPU: qmedtune run recipes/cpt_then_sft.yaml",
     context_settings={"help_option_names": ["-h", "--help"]},
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
@@ -65,7 +80,7 @@ COMMANDS = {
     "schema": cli_run.schema,
 }
 for name, command in COMMANDS.items():
-    app.command(name)(command)
+    app.command(name, epilog=epilog(name))(command)
 for measurement in (cli_bench.kernels, cli_bench.train, cli_bench.load, cli_bench.data, cli_bench.merge):
     bench.command()(measurement)
 bench.command("export")(cli_bench.export)
@@ -107,7 +122,7 @@ def invoke(arguments: Sequence[str]) -> int:
         ui.error_panel([f"{ascii(unreadable[0])}: this name is not UTF-8", "rename the file or folder, then again"])
         return 2
     try:
-        with stop.watching(None):
+        with _library_noise_off("--debug" in arguments), stop.watching(None):
             code = app(args=words, prog_name="qmedtune", standalone_mode=False)
             sys.stdout.flush()
         return code if isinstance(code, int) else 0
@@ -117,7 +132,24 @@ def invoke(arguments: Sequence[str]) -> int:
     except (Exception, Stopped) as error:
         if "--debug" in arguments:
             _show_traceback()
-        return _report(error)
+        return _report(error, words)
+
+
+@contextmanager
+def _library_noise_off(debug: bool) -> Iterator[None]:
+    """What libraries warn of about their own future, or about what is set here on purpose, is none of a user's
+    business; what a user should know is said by `ui.warn`. `--debug` shows it."""
+    if debug:
+        yield
+        return
+    for name in ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY", "HF_HUB_VERBOSITY"):  # read when they are imported
+        os.environ.setdefault(name, "error")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")  # of processes that clean text
+    for library in LIBRARIES:
+        logging.getLogger(library).setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _show_traceback() -> None:
@@ -128,7 +160,7 @@ def _show_traceback() -> None:
     sys.stderr.write(printable(traceback.format_exc()))
 
 
-def _report(error: Any) -> int:
+def _report(error: Any, words: Sequence[str]) -> int:
     """Show an error in at most six lines; its exit code."""
     from qmedtune import ui
     from qmedtune.interrupt import Stopped
@@ -140,7 +172,7 @@ def _report(error: Any) -> int:
             ui.error_panel(str(error).splitlines()[:6])
         return error.exit_code
     if isinstance(error, UsageError):
-        ui.error_panel([error.format_message(), f"see: {error.ctx.command_path if error.ctx else 'qmedtune'} --help"])
+        ui.error_panel(usage_lines(error.format_message(), words, [*COMMANDS, "bench"])[:6])
         return 2
     if isinstance(error, OSError) and error.strerror:
         advice = "nothing that was sealed is lost"

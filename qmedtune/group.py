@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from qmedtune.errors import RunError
+
 BUCKET_BYTES = 64 << 20  # sent at once: large enough that latency does not count, small beside a model's memory
 
 
@@ -42,7 +44,7 @@ class Group:
         if self.size == 1:
             return here
         flag = torch.tensor(int(here), device=_device())
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        _exchange(flag, dist.ReduceOp.MAX)
         return bool(flag.item())
 
     def same(self, here: int) -> bool:
@@ -50,7 +52,7 @@ class Group:
         if self.size == 1:
             return True
         least_and_most = torch.tensor([-here, here], device=_device())
-        dist.all_reduce(least_and_most, op=dist.ReduceOp.MAX)
+        _exchange(least_and_most, dist.ReduceOp.MAX)
         return -int(least_and_most[0]) == int(least_and_most[1])
 
     def add_up(self, loss: Tensor, parameters: Iterable[torch.nn.Parameter]) -> Tensor:
@@ -65,6 +67,17 @@ class Group:
         for bucket in _buckets(tensors):
             _add_up(bucket)
         return loss
+
+
+def _exchange(tensor: Tensor, op: dist.ReduceOp.RedOpType) -> None:
+    """All-reduce in place. Raises RunError where another process is gone: its connection is closed."""
+    try:
+        dist.all_reduce(tensor, op=op)
+    except RuntimeError as error:
+        raise RunError(
+            "another process of this run ended in the middle of a step, and so do all\n"
+            "what is sealed stays; the same command goes on from the last checkpoint, with any number of processes"
+        ) from error
 
 
 def _device() -> torch.device:
@@ -86,7 +99,7 @@ def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
 
 def _add_up(bucket: list[Tensor]) -> None:
     flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
-    dist.all_reduce(flat)
+    _exchange(flat, dist.ReduceOp.SUM)
     start = 0
     for tensor in bucket:
         tensor.copy_(flat[start : start + tensor.numel()].view_as(tensor))

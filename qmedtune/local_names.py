@@ -16,6 +16,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 # Folders of this project's own commands, and endings that no model of the Hub is asked for with.
 OURS = ("runs", "recipes", "data")
 FILES = (".yaml", ".yml", ".json", ".jsonl", ".csv", ".gguf", ".safetensors", ".html", ".md", ".txt")
+WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.index.json")
 NAMED = 4
 
 
@@ -46,6 +47,26 @@ def check(name: str, what: str) -> None:
         "allowed: a run, a folder with config.json and weights, a *.gguf, builtin:smollm2, or owner/name of the Hub"
     )
     raise RecipeError("\n".join(lines))
+
+
+def check_folder(folder: Path) -> None:
+    """RecipeError for a folder that is here and holds no model at all, with the adapter, run or runs that lie near."""
+    if not folder.is_dir() or (folder / "config.json").exists():
+        return
+    for pattern in WEIGHTS:
+        if any(folder.glob(pattern)):
+            return
+    lines = [f"{folder}: no model in this folder"]
+    if (folder / "adapter" / "adapter_config.json").is_file():
+        lines.append(f"the adapter of this stage: {folder / 'adapter'}")
+    for parent in folder.parents:
+        if (parent / "run.json").is_file():
+            lines.append(f"the run that it belongs to: {parent}")
+            break
+    if found := nearest_runs(str(folder / "x")) or nearest_runs(str(folder)):
+        lines.append(f"runs here: {', '.join(found)}")
+    lines.append("allowed: a run, an adapter folder, a folder with config.json and weights")
+    raise RecipeError("\n".join(lines[:4]))
 
 
 def nearest_runs(name: str) -> list[str]:

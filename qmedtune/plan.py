@@ -22,6 +22,7 @@ from qmedtune.planning import exchange, fit, memory, room, rows, scoring, speed
 from qmedtune.planning.estimate import Estimate, Measured, count_with, estimate_source
 from qmedtune.planning.machine import CARDS_GIB, GIB, Machine, card_of, this_machine
 from qmedtune.planning.memory import Setup
+from qmedtune.planning.missing import what_is_missing
 from qmedtune.planning.plan_facts import (
     Decision,
     Plan,
@@ -92,10 +93,12 @@ def make_plan(recipe: Recipe, run_dir: Path | None = None) -> Plan:
         "evaluation": evaluation,
         "times": times,
         "seconds": sum(times.values()),
+        "missing": what_is_missing(resolved, facts, estimates, evaluation["unknown"] if evaluation else ()),
         "borders": borders,
         "notes": [*_notes(machine, facts, estimates), *_length_notes(resolved, facts), *_few(facts, stages)],
     }
-    plan["notes"] += [*benchmarks.left, *_scoring_notes(resolved, evaluation), *_border_notes(borders), *notes]
+    plan["notes"] += [*_mixed_notes(resolved), *benchmarks.left, *_scoring_notes(resolved, evaluation)]
+    plan["notes"] += [*_border_notes(borders), *notes]
     _check_room(plan, present=machine.present)
     return plan
 
@@ -145,6 +148,15 @@ def _notes(machine: Machine, facts: BaseFacts, estimates: Mapping[str, Estimate]
         if estimate.missing:
             notes.append(f"{name}: not found here ({estimate.missing})")
     return notes
+
+
+def _mixed_notes(recipe: Recipe) -> list[str]:
+    other = recipe.merge.other
+    if other is None or other.startswith(base.BUILTIN) or Path(other).expanduser().exists():
+        return []
+    return [
+        f"merge.with: {other} is no folder here: a run has to be made before, a Hub id is fetched when this one starts"
+    ]
 
 
 def _on_its_way(facts: BaseFacts) -> str:

@@ -12,14 +12,15 @@ import csv
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any, BinaryIO, NotRequired, TextIO, TypedDict
 
 from qmedtune import store, ui
-from qmedtune.data.packing.framing import Frame, frame_in
+from qmedtune.data.packing.framing import Asked as FramedQuestion
+from qmedtune.data.packing.framing import Frame, codec_of, frame_in, frame_of
 from qmedtune.data.reading.records import checked
 from qmedtune.data.reading.rejects import Damaged, Unusable
 from qmedtune.data.reading.sources import READERS, format_of, source_files
@@ -27,7 +28,8 @@ from qmedtune.disk import owner_only
 from qmedtune.errors import RecipeError, RunError
 from qmedtune.evaluation.generation import generate
 from qmedtune.evaluation.open_model import OpenModel, Quantization, check_template, fingerprint, locate, open_model
-from qmedtune.evaluation.scoring import BATCH_TOKENS, fit, max_positions, prompt_texts
+from qmedtune.evaluation.scoring import BATCH_TOKENS, max_positions
+from qmedtune.evaluation.shorten import Fitted, fitted
 from qmedtune.interrupt import stop
 from qmedtune.model_files import JsonObject, read_json
 from qmedtune.recipe import SourceSection
@@ -36,6 +38,9 @@ from qmedtune.results import Facts
 from qmedtune.tasks.items import Fields, field_names, item_id
 
 WINDOW = 128  # records between two writes: what a kill can cost
+SEAL = ".seal"
+NO_ROOM = "system message and instruction leave no room for the question"
+NOT_WRITTEN = (".xlsx", ".xls", ".parquet", ".tsv", ".docx", ".pdf")
 FORMATS = ("jsonl", "json", "csv", "tsv", "parquet")
 QUESTION_COLUMNS = ("instruction", "question", "prompt", "query", "text", "transcription")
 COLUMNS: tuple[str, ...] = ("id", "answer", "ended", "tokens", "error")
@@ -105,16 +110,21 @@ def predict(
 
     column: the field that holds the question (default: the first of QUESTION_COLUMNS, or `messages`)
     instruction: asked about every record; the column's text is then its input ("Summarise this note.")
-    A damaged record has an error and no answer. Raises RecipeError where `out` exists or belongs to another prediction.
+    A damaged record has an error and no answer; one that is too long for the model loses its middle (shorten.py) and
+    counts as truncated. Given again when `out` is made, it does nothing. RecipeError where `out` is something else.
     """
     file = _one_file(data)
-    _check_new(out)
+    _check_name(out)
     location = locate(name, base=base, template=template, offline=offline)
     check_template(location)
     part = out.with_name(out.name + ".part")
     paths = [fingerprint(path) for path in (location.base, *location.adapters, file)]
     asked = [repr(location.template), column, instruction, max_new_tokens, quantization]
     key = store.sha256_json([paths, asked, code_versions()])
+    if (facts := _made_before(out, key)) is not None:
+        ui.note(f"{out}: these answers are there already, nothing is left to do")
+        return facts
+    _check_new(out)
     with owner_only(), store.lock_file(part, "wait for it, or give another --out") as rows:
         _check_new(out)  # by a process that was first, between the look above and the lock
         done = _continue(part, rows, key)
@@ -126,13 +136,53 @@ def predict(
             return _answers(opened, records, length, batch_tokens)
 
         _write_rows(rows, islice(questions, done, None), answer, done)
-        counts = _publish(part, rows, out, (name for name, _ in _records(file, column, instruction)))
-    return Predicted(**counts, out=str(out), template=location.template.name, max_new_tokens=length)
+        made = Made(out, key, location.template.name, length)
+        return _publish(part, rows, made, (name for name, _ in _records(file, column, instruction)))
+
+
+@dataclass(frozen=True)
+class Made:
+    """The file that is made, the key of what makes it, and what is told of it besides its counts."""
+
+    out: Path
+    key: str
+    template: str = ""
+    max_new_tokens: int = 0
+
+    @property
+    def seal(self) -> Path:
+        """Beside it: key, hash and counts, so that the same command given again has nothing to do."""
+        return self.out.with_name(self.out.name + SEAL)
+
+
+def _made_before(out: Path, key: str) -> Predicted | None:
+    """The counts of answers that the same command made and nobody changed since; None where there are none."""
+    seal = Made(out, key).seal
+    if not out.is_file() or not seal.is_file():
+        return None
+    try:
+        found = json.loads(seal.read_text(encoding="utf-8"))
+        if found["key"] != key or found["sha256"] != store.sha256_file(out):
+            return None
+        return Predicted.model_validate(found["facts"])
+    except (ValueError, LookupError, TypeError):  # not what was written: then it says nothing
+        return None
 
 
 def _check_new(out: Path) -> None:
     if out.exists() or out.is_symlink():
-        raise RecipeError(f"--out: {out} is there already\nmove it away, or give another name")
+        raise RecipeError(
+            f"--out: {out} is there already, and not as this command makes it\nmove it away, or give another name"
+        )
+
+
+def _check_name(out: Path) -> None:
+    """RecipeError for a name that promises another format than the one that would be written, or a folder that is not
+    there."""
+    if out.suffix.lower() in NOT_WRITTEN:
+        raise RecipeError(f"--out: {out}: answers are not written as {out.suffix}\nallowed: .csv, .jsonl")
+    if not out.parent.is_dir():
+        raise RecipeError(f"--out: there is no folder {out.parent}\nmake it: mkdir -p {out.parent}")
 
 
 @dataclass(frozen=True)
@@ -168,9 +218,12 @@ def _would_ask(frame: Frame, room: int, record: Record) -> Asked:
     name, messages = record
     if isinstance(messages, Damaged):
         return Asked(id=name, error=messages.reason)
-    [asked] = frame.ask([messages])
-    ids, cut = fit(asked.ids, room, frame.codec.special_ids)
-    return Asked(id=name, ids=ids, end=sorted(asked.ends), stop=list(asked.stop), truncated=cut)
+    [found] = _fitted(frame, [messages], room)
+    if found is None:
+        return Asked(id=name, error=NO_ROOM)
+    asked = found.asked
+    ends, stop = sorted(asked.ends), list(asked.stop)
+    return Asked(id=name, ids=asked.ids, end=ends, stop=stop, truncated=not found.whole)
 
 
 def _one_file(data: Path) -> Path:
@@ -262,12 +315,36 @@ def _answers(opened: OpenModel, records: list[Record], max_new_tokens: int, batc
         else:
             asked.append(row)
             conversations.append(messages)
-    prompts = prompt_texts(opened.tokenizer, opened.template, conversations)
+    room = max_positions(opened.model) - max_new_tokens
+    frame = frame_of(opened.template, codec_of(opened.tokenizer))
+    prompts: list[FramedQuestion] = []
+    whose: list[Row] = []
+    for row, one in zip(asked, _fitted(frame, conversations, room), strict=True):
+        if one is None:
+            row["error"] = NO_ROOM
+            continue
+        row["truncated"] = not one.whole
+        prompts.append(one.asked)
+        whose.append(row)
     answers = generate(opened.model, opened.tokenizer, prompts, max_new_tokens, batch_tokens=batch_tokens)
-    for row, answer in zip(asked, answers, strict=True):
-        row["answer"], row["ended"] = answer.text, answer.ended
-        row["tokens"], row["truncated"] = answer.tokens, answer.truncated
+    for row, answer in zip(whose, answers, strict=True):
+        row["answer"], row["ended"], row["tokens"] = answer.text, answer.ended, answer.tokens
     return rows
+
+
+def _fitted(frame: Frame, conversations: Sequence[list[dict[str, str]]], room: int) -> list[Fitted | None]:
+    """Each as it is asked: those that are too long for the model's positions without their middle, and None where what
+    stands around the question leaves no room for it."""
+    found: list[Fitted | None] = []
+    for messages, asked in zip(conversations, frame.ask(conversations), strict=True):
+        if len(asked.ids) <= room:
+            found.append(Fitted(asked, messages))
+            continue
+        try:
+            found.append(fitted(frame, messages, room))
+        except RecipeError:
+            found.append(None)
+    return found
 
 
 def _write_rows(
@@ -328,11 +405,12 @@ def _whole(line: bytes, key: str, part: Path, number: int) -> JsonObject:
     return row
 
 
-def _publish(part: Path, rows: BinaryIO, out: Path, ids: Iterable[str]) -> dict[str, int]:
+def _publish(part: Path, rows: BinaryIO, made: Made, ids: Iterable[str]) -> Predicted:
     """Give the rows their final form and name; counts of what they hold.
 
     ids: of the records of the input, in order. RunError where the rows are not theirs, one for one.
     """
+    out = made.out
     counts: Counter[str] = Counter(records=0, answered=0, damaged=0, truncated=0, cut=0, tokens=0)
     temporary = out.with_name(out.name + ".tmp")
     rows.seek(0)
@@ -359,9 +437,12 @@ def _publish(part: Path, rows: BinaryIO, out: Path, ids: Iterable[str]) -> dict[
                 file.write(line.decode())
         file.flush()
         os.fsync(file.fileno())
+    facts = Predicted(**counts, out=str(out), template=made.template, max_new_tokens=made.max_new_tokens)
+    sealed = {"key": made.key, "sha256": store.sha256_file(temporary), "facts": facts.model_dump(mode="json")}
+    store.write_json(made.seal, sealed)
     store.rename(temporary, out)
     part.unlink()
-    return dict(counts)
+    return facts
 
 
 def _new_file(path: Path) -> TextIO:

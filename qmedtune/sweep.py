@@ -43,7 +43,7 @@ BASE = "base"
 
 
 @dataclass(frozen=True)
-class _Measuring:
+class Measuring:
     """How each point is measured, and where what was measured is kept."""
 
     recipe: Recipe
@@ -110,7 +110,7 @@ def sweep_stage(recipe: Recipe, trained: ModelStack, inputs: Compared, out: Path
     check_prompts(load_tokenizer(trained.base), settings.template, tasks)
     taken = precision.decide(recipe, delivered_dtype(trained))
     mixing = sibling_of(recipe, inputs.origin or trained.base, 0.0)
-    measuring = _Measuring(
+    measuring = Measuring(
         recipe, trained, mixing, inputs, tasks, texts, settings, taken, out / store.SCRATCH
     )  # fmt: skip
     rule = choosing.rule_of(recipe, tasks)

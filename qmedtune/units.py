@@ -39,6 +39,20 @@ def duration(seconds: float) -> str:
     return f"{whole // 86400} d {whole % 86400 // 3600:02d} h"
 
 
+def roughly(seconds: float) -> str:
+    """`20 s`, `5 min`, `1.5 h`, `12 h`, `3 days`: what is told of a time that is predicted."""
+    if seconds < 90:
+        return f"{max(round(seconds), 1)} s"
+    if seconds < 90 * 60:
+        return f"{round(seconds / 60)} min"
+    hours = seconds / 3600
+    if hours < 9.75:
+        return f"{round(2 * hours) / 2:g} h"
+    if hours < 48:
+        return f"{round(hours)} h"
+    return f"{round(hours / 24)} days"
+
+
 def clock(seconds: float) -> str:
     """`0:42`, `12:05`, `3:04:05`: for figures that tick."""
     minutes, rest = divmod(int(seconds), 60)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from qmedtune import __version__, privacy, store, ui
 from qmedtune.errors import RecipeError, RunError
+from qmedtune.local_names import nearest_runs
 from qmedtune.record import INTERNAL, METRICS, RUN, is_whole, text_sha256
 from qmedtune.report import markdown, model_card
 from qmedtune.reporting import page as report_html
@@ -27,9 +28,13 @@ def check_is_run(folder: Path) -> None:
     """RecipeError where `folder` holds no run."""
     if (folder / RUN).is_file():
         return
-    runs = sorted(str(path.parent) for path in Path("runs").glob(f"*/{RUN}"))
-    hint = f"runs here: {', '.join(runs[:4])}" if runs else "make one: qmedtune run recipes/cpt_then_sft.yaml"
-    raise RecipeError(f"{folder}: no run in this folder (it has no {RUN})\n{hint}")
+    hint = "make one: qmedtune run recipes/cpt_then_sft.yaml"
+    if inside := [parent for parent in folder.parents if (parent / RUN).is_file()]:
+        hint = f"it lies in a run; give that: {inside[0]}"
+    elif near := nearest_runs(str(folder)):
+        hint = f"runs here: {', '.join(near)}"
+    what = "a file, no run" if folder.is_file() else f"no run in this folder (it has no {RUN})"
+    raise RecipeError(f"{folder}: {what}\n{hint}")
 
 
 def verify(folder: Path) -> dict[str, int]:

@@ -56,7 +56,7 @@ def test_the_page_is_what_is_generated():
 def test_a_key_is_told_on_the_terminal(key, capsys):
     assert invoke(["recipe", key]) == 0
     out = capsys.readouterr().out
-    assert f".{key}\n" in f".{out}" and "allowed: " in out and "default: " in out and len(out.splitlines()) <= 8
+    assert f".{key}\n" in f".{out}" and "allowed: " in out and "default: " in out and len(out.splitlines()) <= 10
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,7 @@ def scored_run(folder: Path, tasks: list[dict[str, Any]]) -> Path:
         rows = rows_of(task)
         write_items(evaluation / f"{task.name}.items.jsonl", task, rows)
         found[task.name] = task_result(task, rows, seed=1)
-    scored = Evaluation(tasks=found)
+    scored = Evaluation(tasks=found, precision="delivered", weights="bfloat16")
     store.seal(evaluation, "key", scored.as_json())
     run: Run = make_run(name="items", recipe=recipe.model_dump(mode="json", by_alias=True), evaluation=scored)
     store.write_json(folder / "run.json", run.as_json())
@@ -137,6 +137,7 @@ def test_what_is_counted_is_what_was_tested(run_dir: Path):
         if paired is not None:
             assert (gained, lost) == (paired.gained, paired.lost)
         assert f'data-column="Gained">{gained}</td>' in text and f'data-column="Lost">{lost}</td>' in text
+    assert "scored in bfloat16, as delivered" in text
     first = data_of(text)[0]["rows"][0]
     assert first[0] == "20000" and first[5][0][2] == [360, 320, 320] and first[5][0][3] == 1 and first[5][0][4] == ""
 

@@ -129,7 +129,7 @@ def test_source_files_named_in_prose_exist(place):
 def test_every_package_is_packed():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
     packages = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "qmedtune").rglob("__init__.py")}
-    assert packages | {"qmedtune_kernels"} == set(settings["packages"])
+    assert packages | {"qmedtune_kernels", "qmedtune.shipped_recipes"} == set(settings["packages"])
 
 
 def dangers(tree):

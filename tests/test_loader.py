@@ -164,8 +164,7 @@ def test_mistakes_are_named(tmp_path, old, new, expected):
     [
         (b"", "a recipe is a mapping"),
         (b"- a\n- b\n", "a recipe is a mapping"),
-        (b"\xef\xbb\xbfname: x", "a byte order mark"),
-        ("name: x".encode("utf-16"), "a byte order mark"),
+        ("name: x".encode("utf-16"), "UTF-16; save the file as UTF-8"),
         (b"name: x\nmodel: \xff\n", "R:2: a byte that is not UTF-8"),
         (b"name: a\x00b\n", "not plain text"),
         (b"x" * 300_000, "over 256 kB"),

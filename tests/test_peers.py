@@ -285,7 +285,7 @@ def test_torchrun_starts_a_run_of_one(one: Path, tmp_path: Path):
     assert len(losses(tmp_path / "run" / "02-sft")) == len(losses(one))
 
 
-@pytest.mark.parametrize("killed", ["follower", "leader"])
+@pytest.mark.parametrize("killed", ["follower", pytest.param("leader", marks=pytest.mark.slow)])
 def test_a_killed_process_ends_all_and_the_same_command_goes_on(tmp_path: Path, packed: MicroRun, killed: str):
     whole, out = tmp_path / "whole", tmp_path / "out"
     words = [sys.executable, *command(out, "--gpus", "2")]
@@ -304,7 +304,7 @@ def test_a_killed_process_ends_all_and_the_same_command_goes_on(tmp_path: Path, 
         time.sleep(0.1)
     assert not is_there(follower)
     if killed == "follower":
-        assert "process 2 of 2" in (tmp_path / "said").read_text()
+        assert "another process of this run ended" in (tmp_path / "said").read_text()
     assert subprocess.run(words, capture_output=True, timeout=300).returncode == 0
     subprocess.run([sys.executable, *command(whole, "--gpus", "2")], capture_output=True, timeout=300, check=True)
     assert differs(out / "02-sft", whole / "02-sft") == (0.0, 0.0)

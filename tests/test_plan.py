@@ -449,7 +449,7 @@ def test_sealed_tokens_and_measured_speed_are_taken(cache, without_gpu, monkeypa
     packed.mkdir(parents=True)
     store.seal(packed, "key", {"rows": 100, "tokens": {"trained": 6400}})
     (run_dir / "01-cpt").mkdir()
-    lines = [json.dumps({"step": step, "tokens_per_s": 100.0 + step}) for step in range(5)]
+    lines = [json.dumps({"stage": "01-cpt", "step": step, "tokens_per_s": 100.0 + step}) for step in range(5)]
     (run_dir / "01-cpt" / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     rows = [{"name": "data/01-cpt", "status": "cached", "why": ""}, {"name": "01-cpt", "status": "to do", "why": ""}]
     monkeypatch.setattr("qmedtune.step_status.status", lambda recipe, out: rows)

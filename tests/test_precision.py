@@ -91,7 +91,7 @@ def test_bfloat16_chooses_as_fp32_does_on_all_that_are_not_ties(in_both):
             counts["ties that differ"] += tied and not same
             counts["others that differ"] += not tied and not same
         print(f"\n{name}: {dict(counts)}")
-        total += counts
+        total.update(counts)
     print(f"all: {dict(total)}")
     assert total["items"] >= FEWEST
     assert total["others that differ"] == 0

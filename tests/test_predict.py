@@ -11,9 +11,11 @@ from llama_folders import llama3_folder, write_adapter
 
 from qmedtune import chat, predict, store
 from qmedtune.data.packing import templates
+from qmedtune.data.packing.framing import codec_of, frame_of
 from qmedtune.errors import RecipeError, RunError
 from qmedtune.evaluation import generation, scoring
 from qmedtune.evaluation.open_model import OpenModel, locate, open_model
+from qmedtune.evaluation.shorten import fitted
 
 QUESTIONS = ["What does lisinopril treat?", "Which adverse effects has metformin?", "Is aspirin safe?\nSecond line."]
 
@@ -151,6 +153,55 @@ def test_an_existing_answer_file_is_not_overwritten(stage, tmp_path):
     assert (tmp_path / "a.jsonl").read_text() == "mine"
 
 
+def test_the_same_prediction_again_has_nothing_to_do(stage, tmp_path, monkeypatch, capfd):
+    data, out = seven(tmp_path), tmp_path / "a.csv"
+    facts = ask(stage, data, out)
+    written = out.read_bytes()
+    monkeypatch.setattr(predict, "open_model", lambda *arguments: pytest.fail("a model was loaded"))
+    assert ask(stage, data, out) == facts and out.read_bytes() == written
+    assert "nothing is left to do" in capfd.readouterr().err
+    with pytest.raises(RecipeError, match="not as this command makes it"):
+        ask(stage, data, out, max_new_tokens=4)
+    out.write_bytes(written + b"edited\n")
+    with pytest.raises(RecipeError, match="not as this command makes it"):
+        ask(stage, data, out)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"), [("answers.xlsx", "not written as .xlsx"), ("nowhere/a.csv", "mkdir -p .*nowhere")]
+)
+def test_names_that_cannot_be_written_are_refused_before_anything_is_read(stage, tmp_path, name, says):
+    with pytest.raises(RecipeError, match=says):
+        ask(stage, seven(tmp_path), tmp_path / name)
+
+
+LONG = "START " + "word " * 3000 + "END"
+
+
+def test_of_a_record_that_is_too_long_the_middle_goes_and_the_instruction_stays(stage, tmp_path):
+    data = jsonl(tmp_path / "q.jsonl", [{"id": "a", "note": LONG}, {"id": "b", "note": "short"}])
+    asked = predict.Questions(data, "note", "Summarise this note.")
+    where = {"base": str(stage / "base"), "offline": True}
+    cut, whole = predict.dry_run(str(stage / "stage" / "adapter"), asked, max_new_tokens=8, **where).records
+    tokenizer = open_model(locate(str(stage / "stage" / "adapter"), base=str(stage / "base"), offline=True)).tokenizer
+    text, short = tokenizer.decode(cut.ids), tokenizer.decode(whole.ids)
+    assert cut.truncated and not whole.truncated
+    before, after = short.split("short")
+    assert text.startswith(before + "START") and text.endswith("END" + after) and "[...]" in text
+    assert 0.9 * 504 <= len(cut.ids) <= 504
+    facts = ask(stage, data, tmp_path / "a.jsonl", column="note", instruction="Summarise this note.")
+    assert facts["truncated"] == 1 and facts["answered"] == 2
+
+
+def test_a_record_without_room_for_its_question_keeps_its_row(stage, tmp_path):
+    messages = [{"role": "system", "content": LONG}, {"role": "user", "content": "Why?"}]
+    data = jsonl(tmp_path / "q.jsonl", [{"id": "a", "messages": messages}, {"id": "b", "messages": messages[1:]}])
+    facts = ask(stage, data, tmp_path / "a.jsonl")
+    first, second = rows(tmp_path / "a.jsonl")
+    assert first["answer"] is None and "leave no room" in first["error"]
+    assert second["answer"] is not None and facts["answered"] == 1
+
+
 # ---- chat ------------------------------------------------------------------------------------------------------------
 
 
@@ -189,7 +240,7 @@ def test_a_second_prediction_into_the_same_file_leaves(stage, tmp_path, monkeypa
     monkeypatch.setattr(predict, "_answers", meanwhile)
     assert ask(stage, data, out)["records"] == 7 and seen
     assert [row["id"] for row in rows(out)] == [f"q{i}" for i in range(7)]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "q.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "a.jsonl.seal", "q.jsonl"]
     assert out.stat().st_mode & 0o077 == 0
 
 
@@ -256,6 +307,27 @@ def test_long_conversations_forget_their_beginning(opened, capfd):
     chat.converse(opened, iter([f"{number} " + "why? " * 30 for number in range(8)]), out, 8)
     assert len(out.getvalue()) > 8
     assert "no longer fits" in capfd.readouterr().err
+
+
+def test_of_a_message_that_is_too_long_the_middle_goes_and_is_told(opened, capfd):
+    frame = frame_of(opened.template, codec_of(opened.tokenizer))
+    system = {"role": "system", "content": "Be brief."}
+    found = fitted(frame, [system, {"role": "user", "content": LONG}], 504)
+    assert found.messages[0] == system and found.asked.text.count("Be brief.") == 1
+    text = found.messages[-1]["content"]
+    assert text.startswith("START word") and text.endswith("word END") and " [...] " in text
+    [whole] = frame.ask([[system, {"role": "user", "content": LONG}]])
+    assert found.left_out == len(whole.ids) - len(found.asked.ids) and 0.9 * 504 <= len(found.asked.ids) <= 504
+    out = io.StringIO()
+    chat.converse(opened, iter([LONG]), out, 8, "Be brief.")
+    said = capfd.readouterr().err.replace("\n", " ")
+    assert f"takes 504 tokens, and {found.left_out:,} of its middle" in said and "START" not in said
+
+
+def test_a_system_message_without_room_for_a_question_is_an_error(opened):
+    frame = frame_of(opened.template, codec_of(opened.tokenizer))
+    with pytest.raises(RecipeError, match="leave no room for a question in 504 tokens"):
+        fitted(frame, [{"role": "system", "content": LONG}, {"role": "user", "content": "Why?"}], 504)
 
 
 def test_piped_input_is_read_line_by_line(stage, monkeypatch, capsys):

@@ -8,9 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import MICRO
+from conftest import MICRO, ROOT
 
-from qmedtune import interrupt, plan, sweep
+from qmedtune import interrupt, plan, store, sweep
 from qmedtune.ablation.arms import arms_of
 from qmedtune.errors import RecipeError
 from qmedtune.evaluation import choosing, halves
@@ -21,6 +21,8 @@ from qmedtune.recipe import Recipe
 from qmedtune.reporting import sweeps
 from qmedtune.results import Merge, Run, SweepPoint
 from qmedtune.run import run
+from qmedtune.smoke import smoke
+from qmedtune.steps import steps_of
 from qmedtune.tasks import load_task
 
 SIBLING = ("name=sibling", "stages=[{sft: {data: instructions, epochs: 1, batch: 16}}]", "evaluate.perplexity=[]",
@@ -152,7 +154,7 @@ def searched(sibling: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     """A run that is stopped after the first point, and goes on."""
     folder = tmp_path_factory.mktemp("searched") / "run"
     loaded = load_recipe(MICRO, searching(sibling))
-    patch, real, measured = pytest.MonkeyPatch(), sweep._Measuring.at, []
+    patch, real, measured = pytest.MonkeyPatch(), sweep.Measuring.at, []
 
     def at(self, share):
         if len(measured) == 1 and share not in measured:
@@ -161,7 +163,7 @@ def searched(sibling: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         measured.append(share)
         return real(self, share)
 
-    patch.setattr(sweep._Measuring, "at", at)
+    patch.setattr(sweep.Measuring, "at", at)
     with pytest.raises(interrupt.Stopped):
         run(loaded.recipe, loaded.text, folder, offline=True)
     patch.undo()
@@ -241,3 +243,18 @@ def test_the_merge_arm_is_the_recipe_and_the_others_leave_the_model_out(sibling:
     assert plain.merge.other is None and plain.merge.sweep is None and mixed.merge.other == str(sibling)
     [one], [two] = halves.scored_tasks(plain), halves.scored_tasks(mixed)
     assert [item.id for item in one.items] == [item.id for item in two.items]
+
+
+@pytest.mark.parametrize("name", ["cpt_then_instruct", "llama3_8b_cpt_then_instruct"])
+def test_shipped_recipes_are_planned_and_rehearsed_without_their_sibling(name: str, tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("QMEDTUNE_CACHE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe(ROOT / "recipes" / f"{name}.yaml").recipe
+    planned = plan.make_plan(recipe)
+    assert planned["disk"]["parts"]["mix of the sweep"] == planned["disk"]["parts"]["merged model"] > 0
+    assert any(note.startswith("merge.with:") for note in planned["notes"])
+    rehearsed, _ = plan.resolve(smoke(recipe))
+    assert rehearsed.merge.other == "builtin:tiny"
+    steps = {step.name: step for step in steps_of(rehearsed, rehearsed, store.HashCache(tmp_path / "hashes.json"))}
+    assert list(steps)[-3:] == ["sweep", "merged", "evaluation"]
+    assert steps["merged"].folders["sweep"] == "sweep" and "merged" not in steps["sweep"].folders

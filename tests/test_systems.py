@@ -279,6 +279,7 @@ def test_no_key_of_training_is_left_out():
         ("meditron", "stages[0].cpt.adam_eps=1e-8", "01-cpt.adam_eps"),
         ("medalpaca", "adapter.r=16", "adapter.r"),
         ("clinical_llama", "stages[1].classify.class_weights=none", "02-classify.class_weights"),
+        ("clinical_llama", "stages[1].classify.validation=0", "02-classify.keeps"),
         ("gatortrongpt", "stages[0].pretrain.max_grad_norm=0.5", "01-pretrain.max_grad_norm"),
         ("me_llama", "stages[0].cpt.weight_decay=0", "01-cpt.weight_decay"),
         ("pmc_llama", "stages[0].cpt.weight_decay=0.1", "01-cpt.weight_decay"),

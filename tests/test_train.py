@@ -150,7 +150,7 @@ def test_a_quantised_base_leaves_the_adapter_exact(micro_run: MicroRun, tmp_path
     arguments = trainer.trainer_arguments(
         tmp_path, section, seed=0, save_every=10, autocast=None, deterministic=False, checkpointing=False
     )
-    rows = PackedRows(micro_run.inputs()["tokens"])
+    rows = PackedRows(micro_run.inputs().tokens)
     trainer.QTrainer(model, arguments, rows, section, models.load_tokenizer(micro_run.base), 1, {}, [])
     assert all(torch.equal(p, before[name]) for name, p in models.trainable(model).items())
 
@@ -178,7 +178,7 @@ def test_an_evaluation_in_the_middle_leaves_gradients_alone(micro_run: MicroRun,
     base = models.load_base(micro_run.base, recipe.model)
     model = models.attach_adapter(base, recipe.adapter, [], continued=True)
     models.install_kernels(model, "auto")
-    rows = train.PackedRows(micro_run.inputs()["tokens"])
+    rows = train.PackedRows(micro_run.inputs().tokens)
     batch = collation.collate([rows[i] for i in range(4)], pad_id=0)
     del batch["lengths"]
     with torch.no_grad():  # B starts at zero, which would hide wrong gradients of A

@@ -47,6 +47,31 @@ def run_folder(loaded: LoadedRecipe, out: Path | None) -> Path:
     return out or Path("runs") / loaded.recipe.name
 
 
+def warn_of_neighbour(out: Path, name: str) -> None:
+    """A new run folder whose name is a slip of the hand away from an unfinished run of the same recipe, `name`: it
+    would begin anew instead of going on. Names that differ in numbers are no slip."""
+    from qmedtune import record, ui
+    from qmedtune.parsing.grammar import nearest
+
+    if out.exists():
+        return
+    beside: dict[str, Path] = {}
+    for place in (out.parent, Path("runs")):
+        for file in place.glob(f"*/{record.RUN}"):
+            beside.setdefault(file.parent.name, file.parent)
+    for near in nearest(out.name, beside):
+        run = record.read(beside[near])
+        if run is None or run.finished or run.name != name or _without_digits(near) == _without_digits(out.name):
+            continue
+        ui.warn(
+            f"{out} is new, so all begins anew; {beside[near]} is there and unfinished: to go on, --out {beside[near]}"
+        )
+
+
+def _without_digits(name: str) -> str:
+    return re.sub(r"\d", "", name)
+
+
 def seconds(text: str) -> float:
     """`55m`, `2h`, `90s` or plain seconds."""
     match = re.fullmatch(r"(\d{1,6}(?:\.\d+)?)([smh]?)", text)

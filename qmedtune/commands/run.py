@@ -21,6 +21,7 @@ from qmedtune.commands.common import (
     load,
     run_folder,
     wants_colour,
+    warn_of_neighbour,
 )
 
 if TYPE_CHECKING:
@@ -57,6 +58,8 @@ def run(
     from qmedtune.on_end import telling
 
     folder = out or (Path("runs") / f"{loaded.recipe.name}-smoke" if smoke else run_folder(loaded, out))
+    if out is not None:
+        warn_of_neighbour(out, loaded.recipe.name)
     with telling(on_end, loaded.recipe.name, folder) as end, peers.called(gpus):
         found = spine.run(
             loaded.recipe, loaded.text, folder, until=until, offline=offline, smoke=smoke, time_limit_s=time_limit
@@ -94,19 +97,27 @@ def plan(
     recipe: RecipeArgument,
     out: OutOption = None,
     overrides: SetOption = [],  # noqa: B006
+    full: Annotated[bool, typer.Option("--full", help="Every figure, and why each `auto` became what it did.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Stages, tokens, memory, disk and time, before anything runs. Exit code 4: it cannot fit."""
+    """What a run will take, before anything runs: fits or not, time, disk. Exit code 4: it cannot fit."""
     loaded = load(recipe, overrides)
     from qmedtune.plan import make_plan
+    from qmedtune.planning import verdict
     from qmedtune.planning.view import render_plan
+    from qmedtune.terminal import wrapped
 
     facts = make_plan(loaded.recipe, run_folder(loaded, out))
     if as_json:
         return emit(facts)
-    tables, closing = render_plan(facts)
-    _show(*tables)
-    print("\n".join(closing))
+    print("\n".join(wrapped(f"{facts['recipe']} {verdict.verdict(facts)}")))
+    if full:
+        tables, closing = render_plan(facts)
+        _show(*tables)
+        return print("\n".join(closing))
+    steps, lines = verdict.screen(facts)
+    _show(steps)
+    print("\n".join([*lines, f"everything else: qmedtune plan {recipe} --full"]))
 
 
 def data(
@@ -122,7 +133,7 @@ def data(
 ) -> None:
     """The data steps alone, with their ledger; `data show` prints what is trained on."""
     *show, recipe = words
-    if show not in ([], ["show"]):
+    if show not in ([], ["show"]) or (words == ["show"] and not Path(recipe).exists()):
         raise typer.BadParameter(f"got {' '.join(words)!r}; allowed: data RECIPE, data show RECIPE")
     loaded = load(Path(recipe), overrides)
     folder = run_folder(loaded, out)
@@ -159,6 +170,20 @@ class Shown:
     as_json: bool
 
 
+def _stage_named(asked: str | None, stages: list[str]) -> str:
+    """A stage by its name (`02-sft`), its number or its kind where it is the only one of it; default: the first."""
+    if asked is None:
+        return stages[0]
+    found: list[str] = []
+    for stage in stages:
+        number, _, kind = stage.partition("-")
+        if asked in (stage, number, number.lstrip("0"), kind):
+            found.append(stage)
+    if len(found) != 1:
+        raise typer.BadParameter(f"--stage: got {asked!r}; allowed: {', '.join(found or stages)}")
+    return found[0]
+
+
 def _show_packed(loaded: LoadedRecipe, folder: Path, asked: Shown) -> None:
     from qmedtune import base, store
     from qmedtune.data.packing import borders
@@ -169,10 +194,11 @@ def _show_packed(loaded: LoadedRecipe, folder: Path, asked: Shown) -> None:
     from qmedtune.results import Packing
 
     recipe = loaded.recipe
-    packed = folder / "data" / (asked.stage or recipe.stage_names()[0])
+    packed = folder / "data" / _stage_named(asked.stage, recipe.stage_names())
     sealed = store.read_seal(packed)
     if sealed is None:
-        raise RecipeError(f"{packed}: nothing is packed here\nmake it with: qmedtune data RECIPE")
+        given = "" if folder == run_folder(loaded, None) else f" --out {folder}"
+        raise RecipeError(f"{packed}: nothing is packed here\nmake it with: qmedtune data {loaded.path}{given}")
     rows = PackedRows(packed)
     source = base.identify(recipe.model, offline=asked.offline)
     codec = load_codec(source.make())
@@ -237,7 +263,7 @@ def erase(
 ) -> None:
     """Remove all text from a run folder; weights, figures and seals stay and can still be verified."""
     if not text:
-        raise typer.BadParameter("say what is to be erased\nallowed: --text")
+        raise typer.BadParameter(f"say what is to be erased: qmedtune erase {run_dir} --text")
     from qmedtune import erase as erasing
     from qmedtune import ui
     from qmedtune import verify as checking

@@ -20,6 +20,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from jinja2 import TemplateError
 
 from qmedtune.data.packing.framing import codec_of, frame_of
@@ -48,6 +49,7 @@ class HarnessScores(Facts):
 
 
 # What the harness and its templates raise where a file lacks what a task asks for
+UNREACHED = (ConnectionError, LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError)
 MISFITS = (LookupError, TypeError, ValueError, StopIteration, TemplateError)
 
 
@@ -174,6 +176,13 @@ def run_harness(
             torch_random_seed=seed,
             fewshot_random_seed=seed,
         )
+    except UNREACHED as error:
+        named = ", ".join(task for task in tasks if "=" not in task)
+        raise DataError(
+            f"--harness {named}: its data is not on this machine, and nothing was fetched ({type(error).__name__})\n"
+            "once, where there is a network: the same command without --offline and HF_HUB_OFFLINE;\n"
+            f"or a local file with the same fields: --harness {tasks[0].partition('=')[0]}=FILE"
+        ) from error
     except MISFITS as error:
         files = ", ".join(task for task in tasks if "=" in task)
         if isinstance(error, QmedtuneError) or not files:

@@ -74,6 +74,7 @@ def locate(name: str, *, base: str | None = None, template: str | None = None, o
     elif (path / "adapter_config.json").is_file():
         found = _of_adapter(name, path, base, offline)
     else:
+        local_names.check_folder(path)
         folder = _base_folder(name, offline)
         if store.read_seal(folder):  # a merged model, named by its own folder
             check_intact(folder, full=True)

@@ -14,7 +14,6 @@ from qmedtune.item_page.answers import read_task
 from qmedtune.item_page.page import Shown, page
 from qmedtune.item_page.questions import Wish, questions
 from qmedtune.recipe import Recipe
-from qmedtune.reporting.calibration import calibration
 from qmedtune.reporting.live import read_run
 from qmedtune.results import Facts
 
@@ -51,7 +50,7 @@ def write_items_page(run_dir: Path, wish: Wish) -> Written:
             f"{run_dir}: no items were scored, or their answers were erased\n"
             "name tasks in the recipe (`evaluate: {tasks: [...]}`) and give the same `qmedtune run` again"
         )
-    text, notes = page(run.name, tasks, calibration(run), wish)
+    text, notes = page(run, tasks, wish)
     target = run_dir / PAGE
     with disk.owner_only():
         disk.write_atomic(target, text)

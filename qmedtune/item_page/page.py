@@ -17,9 +17,12 @@ from importlib.resources import files
 from qmedtune.item_page.answers import OUTCOMES, Answer, Answered, Asked
 from qmedtune.item_page.questions import Questions, Shortener, Wish
 from qmedtune.reporting.blocks import DISCLAIMER, card, html_table, section
+from qmedtune.reporting.calibration import calibration
 from qmedtune.reporting.cells import Row, Table
 from qmedtune.reporting.charts import Html, esc
+from qmedtune.reporting.facts import precision_words
 from qmedtune.reporting.style import CSS
+from qmedtune.results import Run
 
 COMMAND = re.compile("`([^`]*)`")
 ORDER = {name: place for place, name in enumerate((*OUTCOMES[:2], "wrong", "both wrong", "both right", "right"))}
@@ -33,7 +36,7 @@ class Shown:
     questions: Questions
 
 
-def page(run_name: str, tasks: Sequence[Shown], calibration: Html, wish: Wish) -> tuple[str, list[str]]:
+def page(run: Run, tasks: Sequence[Shown], wish: Wish) -> tuple[str, list[str]]:
     """(the page, what was left out of it and how it is got)."""
     total = 0
     for each in tasks:
@@ -47,9 +50,9 @@ def page(run_name: str, tasks: Sequence[Shown], calibration: Html, wish: Wish) -
             "small; `qmedtune items RUN --whole` shows all of them."
         )
     head = (
-        f'<header><div class="eyebrow">items, one by one</div><h1>{esc(run_name)}</h1>'
+        f'<header><div class="eyebrow">items, one by one</div><h1>{esc(run.name)}</h1>'
         '<p class="outcome">What the scores are made of. Gained: only the result answers rightly; lost: only the base '
-        "does.</p></header>"
+        f"does.</p>{_precision(run)}</header>"
     )
     told = ""
     for note in notes:
@@ -57,9 +60,16 @@ def page(run_name: str, tasks: Sequence[Shown], calibration: Html, wish: Wish) -
         told += f'<p class="note left-out">{shown}</p>'
     summary = section("In all", Html(card("", html_table(summary_table(tasks))) + told))
     sections = [head, summary, section("Items", _browser())]
-    if calibration:
-        sections.append(section("Calibration", calibration))
-    return _document(run_name, sections, data), notes
+    if drawn := calibration(run):
+        sections.append(section("Calibration", drawn))
+    return _document(run.name, sections, data), notes
+
+
+def _precision(run: Run) -> str:
+    words = precision_words(run)
+    if not words:
+        return ""
+    return f'<p class="meta">Base and result were scored in {esc(words)}.</p>'
 
 
 def summary_table(tasks: Sequence[Shown]) -> Table:

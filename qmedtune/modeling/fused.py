@@ -239,6 +239,7 @@ class Decided:
     obstacle: str
     bases: list[Layer]
     placed: list[Placed]
+    apart: list[Decided]  # the same of each projection, where they may have to be computed one by one
 
 
 def _state(projections: Sequence[Layer]) -> list[object]:
@@ -263,15 +264,18 @@ def _state(projections: Sequence[Layer]) -> list[object]:
 
 
 def _decide(projections: Sequence[Layer]) -> Decided:
-    placed, start = [], 0
+    obstacle, placed, apart, start = _obstacle(projections), [], [], 0
     bases = [_base(projection) for projection in projections]
-    for layer, base in zip(projections, bases, strict=True):
-        for name in _active(layer):
-            dropout = layer.lora_dropout[name]
-            drop = dropout if layer.training and isinstance(dropout, nn.Dropout) else None
-            placed.append(Placed(layer.lora_A[name], layer.lora_B[name], layer.scaling, name, start, drop))
-        start += base.out_features
-    return Decided(_state(projections), _obstacle(projections), bases, placed)
+    if not obstacle:
+        for layer, base in zip(projections, bases, strict=True):
+            for name in _active(layer):
+                dropout = layer.lora_dropout[name]
+                drop = dropout if layer.training and isinstance(dropout, nn.Dropout) else None
+                placed.append(Placed(layer.lora_A[name], layer.lora_B[name], layer.scaling, name, start, drop))
+            start += base.out_features
+    if len(projections) > 1 and (obstacle or any(one.drop for one in placed)):
+        apart = [_decide([projection]) for projection in projections]
+    return Decided(_state(projections), obstacle, bases, placed, apart)
 
 
 def read_together(module: Layer, names: tuple[str, ...], x: Tensor, remake: Remake | None = None) -> Tensor:
@@ -292,7 +296,8 @@ def linear(
     found = found or _decide(projections)
     dropped = [placed for placed in found.placed if placed.drops]
     if len(projections) > 1 and (found.obstacle or dropped):
-        return torch.cat([linear(x, [projection], path, remake) for projection in projections], dim=-1)
+        each = zip(projections, found.apart, strict=True)
+        return torch.cat([linear(x, [projection], path, remake, one) for projection, one in each], dim=-1)
     if found.obstacle:
         return projections[0](x)
     adapters = [placed.adapter() for placed in found.placed if not placed.drops]

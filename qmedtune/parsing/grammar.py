@@ -14,6 +14,23 @@ from qmedtune.parsing.strict_yaml import KeyPath, Tree
 from qmedtune.recipe import Recipe
 
 Schema = Tree
+# What other trainers call a key, for people who come from them.
+OTHER_NAMES = {
+    "learning_rate": "lr", "num_train_epochs": "epochs", "num_epochs": "epochs", "max_steps": "tokens",
+    "max_seq_length": "seq_len", "max_seq_len": "seq_len", "max_length": "seq_len", "sequence_len": "seq_len",
+    "cutoff_len": "seq_len", "block_size": "seq_len", "per_device_train_batch_size": "micro_batch",
+    "micro_batch_size": "micro_batch", "gradient_accumulation_steps": "batch", "batch_size": "batch",
+    "lora_r": "r", "rank": "r", "lora_rank": "r", "lora_alpha": "alpha", "lora_dropout": "dropout",
+    "target_modules": "targets", "lora_target_modules": "targets", "lora_target": "targets", "use_rslora": "rslora",
+    "load_in_4bit": "quantization", "bnb_4bit_use_double_quant": "double_quantization", "dtype": "compute_dtype",
+    "bf16": "compute_dtype", "fp16": "compute_dtype", "attn_implementation": "attention", "warmup_ratio": "warmup",
+    "warmup_steps": "warmup", "lr_scheduler_type": "schedule", "lr_scheduler": "schedule", "optim": "optimizer",
+    "gradient_clipping": "max_grad_norm", "eval_steps": "every", "save_steps": "every", "save_total_limit": "keep",
+    "base_model": "base", "model_name_or_path": "base", "model_name": "base", "datasets": "data", "dataset": "data",
+    "chat_template": "template", "prompt_template": "template", "val_set_size": "holdout", "test_size": "holdout",
+    "sample_packing": "packing", "train_on_inputs": "loss_on", "modules_to_save": "train_embeddings",
+    "report_to": "track", "wandb_project": "track", "mixture": "mix", "num_workers": "workers",
+}  # fmt: skip
 
 
 @cache
@@ -231,7 +248,10 @@ def edit_distance(a: str, b: str) -> int:
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`; did you mean `a` or `b`?`, or nothing."""
+    known = list(known)
     found = nearest(word, known)
+    if word not in known and OTHER_NAMES.get(word.lower()) in known:
+        found = [OTHER_NAMES[word.lower()]]
     if not found:
         return ""
     return f"; did you mean {_either([f'`{name}`' for name in found])}?"

@@ -6,6 +6,7 @@ Deliberately not here: the schema (recipe.py), YAML (strict_yaml.py), cross refe
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import re
@@ -18,6 +19,7 @@ from pydantic import ValidationError
 
 from qmedtune.errors import RecipeError
 from qmedtune.parsing import checks, grammar, strict_yaml
+from qmedtune.parsing.beside import beside
 from qmedtune.parsing.strict_yaml import Document, KeyPath, Problem, Tree
 from qmedtune.recipe import Recipe
 
@@ -55,6 +57,8 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> LoadedRecipe
         for override in overrides:
             _apply(override, document, places)
     recipe = _validate(document, places)
+    if elsewhere := [Problem(where, 0, text) for where, text in beside(recipe, path)]:
+        raise RecipeError(_listed(elsewhere, places))
     for override in overrides:
         text += f"{strict_yaml.OVERRIDE}{override}\n"
     warnings: list[str] = []
@@ -122,8 +126,9 @@ def _read(path: Path) -> str:
         raise RecipeError(_one_line(f"{path}: {_unreadable(path, error)}")) from None
     if len(raw) > strict_yaml.MAX_BYTES:
         raise RecipeError(_one_line(f"{path}: over {strict_yaml.MAX_BYTES // 1024} kB; this is no recipe"))
-    if raw.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
-        raise RecipeError(_one_line(f"{path}:1: a byte order mark; save the file as UTF-8 without BOM"))
+    raw = raw.removeprefix(codecs.BOM_UTF8)  # Windows' editors write it; it says nothing
+    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise RecipeError(_one_line(f"{path}:1: UTF-16; save the file as UTF-8"))
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -137,6 +142,8 @@ def _unreadable(path: Path, error: OSError) -> str:
         example = f", for example {path / found[0].name}" if found else ""
         return f"a folder; give the recipe file{example}"
     if isinstance(error, FileNotFoundError):
+        if re.match(r"\w+:/", str(path)):
+            return "recipes are files on this machine; fetch it first"
         beside = [*path.parent.glob("*.yaml"), *Path("recipes").glob("*.yaml")]
         by_name = {recipe.stem: str(recipe) for recipe in beside}
         if near := grammar.nearest(path.stem, by_name):
@@ -298,6 +305,9 @@ def _unknown(path: KeyPath) -> str:
         return f"unknown key here{hint}; `{key}` belongs in {' or '.join(homes[:3])}"
     if hint:
         return f"unknown key{hint}"
+    ours = grammar.OTHER_NAMES.get(key.lower(), "")
+    if homes := grammar.homes_of(ours):
+        return f"unknown key; here it is `{ours}`, in {' or '.join(homes[:3])}"
     return f"unknown key; allowed: {', '.join(known)}"
 
 

@@ -134,7 +134,8 @@ def _mapping(events: Iterator[ev.Event], path: KeyPath, document: Document) -> T
             text = f"duplicate key; it stands already on line {document.lines[here]}"
             document.problems.append(Problem(here, _line(event), text))
         document.lines.setdefault(here, _line(event))
-        values[key] = _node(next(events), events, here, document)
+        value = _node(next(events), events, here, document)
+        values.setdefault(key, value)  # of two the first, which later keys refer to more often
     return values
 
 

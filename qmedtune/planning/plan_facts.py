@@ -113,6 +113,15 @@ class PlannedEvaluation(TypedDict):
     seconds: float
 
 
+class Missing(TypedDict):
+    """Something a run needs that is not here: `the base`, a `source` or a `benchmark`, with the environment variables
+    in its path that are not set."""
+
+    what: str
+    name: str
+    variables: list[str]
+
+
 class HostRoom(TypedDict):
     parts: dict[str, int]
     needed_bytes: int
@@ -141,5 +150,6 @@ class Plan(TypedDict):
     evaluation: PlannedEvaluation | None
     times: dict[str, float]
     seconds: float
+    missing: list[Missing]
     borders: dict[str, str | None] | None
     notes: list[str]

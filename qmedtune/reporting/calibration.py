@@ -9,7 +9,7 @@ from __future__ import annotations
 from qmedtune.reporting.blocks import card, html_table
 from qmedtune.reporting.cells import Row, Table, three_decimals
 from qmedtune.reporting.charts import Html, esc, legend
-from qmedtune.reporting.facts import MINUS
+from qmedtune.reporting.facts import MINUS, precision_words
 from qmedtune.results import Bin, Run, Score, Task
 
 MODELS = (("base", 0), ("final", 3), ("model", 3))
@@ -34,10 +34,12 @@ def calibration(run: Run) -> Html:
             cards += card(name, _diagram(name, curves))
     if not shown:
         return Html("")
+    words = precision_words(run)
+    told = f'<p class="note">Scored in {esc(words)}.</p>' if words else ""
     drawn = f'<div class="pair">{cards}</div>'
     if shown > MANY_TASKS:
         drawn = f"<details><summary>{shown} reliability diagrams</summary>{drawn}</details>"
-    return Html(drawn + card("", html_table(calibration_table(run))))
+    return Html(told + drawn + card("", html_table(calibration_table(run))))
 
 
 def _curves(task: Task) -> list[tuple[str, int, list[Bin]]]:
@@ -58,7 +60,9 @@ def calibration_table(run: Run) -> Table:
             if score is not None and score.calibration and score.ece is not None:
                 rows.append(_row(name, label, score))
     columns = ("Task", "Model", "ECE", "Mean confidence", "Accuracy", "Too sure", "Answers")
-    return Table("Calibration", columns, rows, DEFINITION)
+    words = precision_words(run)
+    title = f"Calibration, {words}" if words else "Calibration"
+    return Table(title, columns, rows, DEFINITION)
 
 
 def _row(name: str, label: str, score: Score) -> Row:

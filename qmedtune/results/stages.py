@@ -48,8 +48,11 @@ class Logged(Facts):
     step: int
     time: Number | None = None  # seconds since 1970; lines of 0.1 have none
     loss: Number | None = None
+    grad_norm: Number | None = None
+    lr: Number | None = None
     tokens: int | None = None
     tokens_per_s: Number | None = None
+    memory: int | None = None
     validation: dict[str, Number | None] | None = None
     warning: str | None = None
 

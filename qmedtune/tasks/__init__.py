@@ -103,10 +103,10 @@ def check_twice(option: str, names: Sequence[str]) -> None:
 def _check_name(section: TaskSection) -> None:
     if section.task not in FILE_TASKS:
         known = [*BUILTIN_TASKS, *FILE_TASKS]
-        raise RecipeError(f"evaluate.tasks: {section.task!r} is unknown\n{allowed(section.task, known)}")
+        raise RecipeError(f"no task {section.task!r}\n{allowed(section.task, known)}")
     if section.path is None:
         raise RecipeError(
-            f"evaluate.tasks: {section.task} is read from a file\n"
+            f"task {section.task} is read from a file\n"
             f"in a recipe: {{task: {section.task}, path: FILE}}; on the command line: --tasks {section.task}=FILE"
         )
 

@@ -69,14 +69,20 @@ class Pair:
             self._busy.release()
 
     def _answers(self, seen: Seen, question: str) -> Iterator[Piece]:
+        from qmedtune.data.packing.framing import codec_of, frame_of
         from qmedtune.evaluation.generation import stream
-        from qmedtune.evaluation.scoring import max_positions, prompt_texts
+        from qmedtune.evaluation.scoring import max_positions
+        from qmedtune.evaluation.shorten import fitted
 
         growing: dict[str, Iterator[str]] = {}
         for side, opened in zip(("base", "final"), self._models(seen), strict=True):
-            [prompt] = prompt_texts(opened.tokenizer, opened.template, [[{"role": "user", "content": question}]])
             length = min(MAX_ANSWER, max_positions(opened.model) // 2)
-            growing[side] = stream(opened.model, opened.tokenizer, prompt, length)
+            frame = frame_of(opened.template, codec_of(opened.tokenizer))
+            room = max_positions(opened.model) - length
+            asked = fitted(frame, [{"role": "user", "content": question}], room)
+            if asked.left_out:
+                yield Piece(side, f"[{asked.left_out:,} tokens of the question's middle were left out]\n")
+            growing[side] = stream(opened.model, opened.tokenizer, asked.asked, length)
         while growing:
             for side in list(growing):
                 piece = next(growing[side], None)

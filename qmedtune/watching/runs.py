@@ -153,5 +153,6 @@ def line_of(seen: Seen) -> Line:
 def lines(folder: Path) -> list[Line]:
     """Every run in `folder`. RecipeError where there is no such folder."""
     if not folder.is_dir():
-        raise RecipeError(f"{folder}: no such folder\ngive the one that holds the runs; default: runs")
+        what = "is a file" if folder.is_file() else "no such folder"
+        raise RecipeError(f"{folder}: {what}\ngive the folder that holds the runs; default: runs")
     return [line_of(seen) for seen in Shelf(folder).all()]

@@ -29,9 +29,8 @@ class Watching:
 def open_server(asked: Watching) -> Server:
     """A server that listens, with its site. RecipeError where the folder or the port cannot be had."""
     if not asked.folder.is_dir():
-        raise RecipeError(
-            f"{asked.folder}: no such folder\ngive a run, or the folder that holds the runs; default: runs"
-        )
+        what = "is a file" if asked.folder.is_file() else "no such folder"
+        raise RecipeError(f"{asked.folder}: {what}\ngive a run, or the folder that holds the runs; default: runs")
     server = _bound(asked)
     port = server.server_address[1]
     token = secrets.token_urlsafe(24) if needs_token(asked.host, clinical_text=asked.clinical_text) else None

@@ -106,6 +106,11 @@ def with_variables(path: str) -> str:
     return str(Path(os.path.expanduser(VARIABLE.sub(value, path))))
 
 
+def unset_variables(path: str) -> list[str]:
+    """The variables in `path` that the environment does not have."""
+    return [name for name in VARIABLE.findall(path) if name not in os.environ]
+
+
 def data_suffix(file: Path) -> str:
     """The extension that says what a file is, below compression."""
     if file.suffix.lower() == ".tgz":
