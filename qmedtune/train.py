@@ -141,7 +141,7 @@ def _run(recipe: Recipe, index: int, built: Built, callback: StageCallback, out:
         start.agree()
         try:
             with stop.graceful():
-                start.train()
+                trainer.train(resume_from_checkpoint=start.resumes_from)
         except torch.OutOfMemoryError as error:
             raise out_of_memory(recipe, index, trainer.state.global_step + 1) from error
         if trainer.state.global_step < steps:

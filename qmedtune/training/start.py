@@ -92,8 +92,9 @@ class Start:
                 "the run folder must be one that all of them share: --out on a common file system"
             )
 
-    def train(self) -> None:
-        self.trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
+    @property
+    def resumes_from(self) -> str | None:
+        return str(self.checkpoint) if self.checkpoint else None
 
 
 def build(recipe: Recipe, index: int, inputs: StageInputs, shared: SharedBase) -> Built:
@@ -209,7 +210,7 @@ def follow_stage(told: Followed, shared: SharedBase, group: Group, ready: Callab
     torch.manual_seed(recipe.seed + index + FOLLOWER_SEED * group.rank + start.begins_at)  # other rows, other dropout
     ready(built.computes)
     start.agree()
-    start.train()
+    start.trainer.train(resume_from_checkpoint=start.resumes_from)
     del built, start
     gc.collect()
     if torch.cuda.is_available():
