@@ -17,7 +17,7 @@ from typing import Any
 from qmedtune import peers
 from qmedtune.errors import QmedtuneError
 from qmedtune.interrupt import SIGNALS
-from qmedtune.peers import Answer, Job
+from qmedtune.peers import Answer, Message
 from qmedtune.record import versions
 
 
@@ -47,14 +47,14 @@ def follow(store: Any, rank: int, size: int, leader: int | None = None) -> int:
     member = _Member(store, rank, size)
     number = 1
     while True:
-        job = _next(store, number, leader)
-        if job is None:
+        message = _next(store, number, leader)
+        if message is None:
             return 1
-        if job.end is not None:
+        if message.end is not None:
             peers.leave()
-            return job.end
+            return message.end
         try:
-            member.train(job, number)
+            member.train(message, number)
         except Exception as error:
             store.set(
                 f"ready/{number}/{rank}", json.dumps(vars(Answer(fault=_told(error))))
@@ -63,7 +63,7 @@ def follow(store: Any, rank: int, size: int, leader: int | None = None) -> int:
         number += 1
 
 
-def _next(store: Any, number: int, leader: int | None) -> Job | None:
+def _next(store: Any, number: int, leader: int | None) -> Message | None:
     """The next job; None when the process that leads is gone."""
     key = f"job/{number}"
     try:
@@ -71,7 +71,7 @@ def _next(store: Any, number: int, leader: int | None) -> Job | None:
             if leader is not None and os.getppid() != leader:
                 return None
             time.sleep(peers.POLL_S)
-        return Job(**json.loads(store.get(key)))
+        return Message(**json.loads(store.get(key)))
     except RuntimeError:  # the store went with its process
         return None
 
@@ -93,11 +93,12 @@ class _Member:
         self.shared = SharedBase()
         self.grouped = False
 
-    def train(self, job: Job, number: int) -> None:
+    def train(self, message: Message, number: int) -> None:
         from qmedtune.group import Group
         from qmedtune.model_stack import ModelStack
+        from qmedtune.planning.resolve import resolve
         from qmedtune.recipe import Recipe
-        from qmedtune.training.start import Followed, StageInputs, follow_stage
+        from qmedtune.train import StageInputs, TrainingJob, follow_stage
 
         def ready(computes: str) -> None:
             self.store.set(f"ready/{number}/{self.rank}", json.dumps(vars(Answer(computes))))
@@ -105,10 +106,13 @@ class _Member:
                 peers.join(self.store, self.rank, self.size)
                 self.grouped = True
 
-        folders = {name: Path(path) for name, path in job.folders.items()}
-        inputs = StageInputs(ModelStack(folders["base"], tuple(map(Path, job.adapters))), folders["tokens"])
-        told = Followed(Recipe.model_validate(job.recipe), job.index, inputs, folders["out"])
-        follow_stage(told, self.shared, Group(self.rank, self.size), ready)
+        folders = {name: Path(path) for name, path in message.folders.items()}
+        start = ModelStack(folders["base"], tuple(map(Path, message.adapters)))
+        recipe, _ = resolve(
+            Recipe.model_validate(message.recipe)
+        )  # nothing is `auto` but what this machine computes in
+        job = TrainingJob(recipe, message.index, StageInputs(start, folders["tokens"]), folders["out"])
+        follow_stage(job, self.shared, Group(self.rank, self.size), ready)
 
 
 if __name__ == "__main__":

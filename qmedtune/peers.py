@@ -30,8 +30,7 @@ from qmedtune.record import versions
 
 if TYPE_CHECKING:
     from qmedtune.group import Group
-    from qmedtune.recipe import Recipe
-    from qmedtune.training.start import StageInputs
+    from qmedtune.train import TrainingJob
 
 POLL_S = 0.05
 # How long one waits for the others in a step: longer than the longest validation. That a process has ended is seen by
@@ -44,7 +43,7 @@ TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR
 
 
 @dataclass(frozen=True)
-class Job:
+class Message:
     """One training stage for the others, or (`end`) the exit code of the run."""
 
     recipe: Mapping[str, object] = field(default_factory=dict)
@@ -70,12 +69,12 @@ class Peers:
         self.number = 0
         self.grouped = False
 
-    def call(self, job: Job) -> Group:
+    def call(self, message: Message) -> Group:
         """Tell the others about a stage. They are ready when `wait` returns."""
         from qmedtune.group import Group
 
         self.number += 1
-        self.store.set(f"job/{self.number}", json.dumps(vars(job)))
+        self.store.set(f"job/{self.number}", json.dumps(vars(message)))
         return Group(0, self.size)
 
     def wait(self) -> list[str]:
@@ -118,7 +117,7 @@ class Peers:
         """The run is over: the others end too, at the latest after GRACE_S."""
         self.number += 1
         with suppress(RuntimeError):  # torchrun's store may be gone, and the others with it
-            self.store.set(f"job/{self.number}", json.dumps(vars(Job(end=code))))
+            self.store.set(f"job/{self.number}", json.dumps(vars(Message(end=code))))
         if self.grouped:
             leave()
         until = time.monotonic() + GRACE_S
@@ -142,16 +141,16 @@ _peers: Peers | None = None
 _alone = False
 
 
-def call(recipe: Recipe, index: int, inputs: StageInputs, out: Path) -> Group:
-    """The group that trains stage `index` of a resolved recipe; this process alone where there are no others."""
+def call(job: TrainingJob) -> Group:
+    """The group that trains a stage; this process alone where there are no others."""
     from qmedtune.group import ALONE
 
     if _peers is None or _alone:
         return ALONE
-    start = inputs.start
-    folders = {"out": str(out.resolve()), "base": str(start.base.resolve()), "tokens": str(inputs.tokens.resolve())}
+    start, tokens = job.inputs.start, job.inputs.tokens
+    folders = {"out": str(job.out.resolve()), "base": str(start.base.resolve()), "tokens": str(tokens.resolve())}
     adapters = [str(adapter.resolve()) for adapter in start.adapters]
-    return _peers.call(Job(recipe.model_dump(mode="json", by_alias=True), index, folders, adapters))
+    return _peers.call(Message(job.recipe.model_dump(mode="json", by_alias=True), job.index, folders, adapters))
 
 
 def wait(group: Group) -> list[str]:

@@ -20,8 +20,8 @@ from qmedtune import cli, interrupt, peers, plan, train
 from qmedtune.errors import RunError
 from qmedtune.group import Group
 from qmedtune.parsing.loader import load_recipe
-from qmedtune.recipe import Recipe
-from qmedtune.training import checkpoints, start
+from qmedtune.resolved import ResolvedRecipe
+from qmedtune.training import checkpoints
 
 LOSS, ADAPTER = 2e-6, 1e-5  # how far sums in another order may lead, over the steps of a stage in fp32
 # Three rows a step for two processes; prompts count a third; the last batch is short.
@@ -46,9 +46,9 @@ if sys.argv[:1] == ["-m"]:
 
 def plant(path: str) -> None:
     """Make this process do what the file at `path` says is to be wrong."""
-    from qmedtune.training import start, trainer
+    from qmedtune.training import trainer
 
-    share, add_up, weigh, follow = Group.share, Group.add_up, trainer.supervised_weight, start.follow_stage
+    share, add_up, weigh, follow = Group.share, Group.add_up, trainer.supervised_weight, train.follow_stage
     place: dict[str, Group] = {}
 
     def wrong() -> str:
@@ -76,10 +76,10 @@ def plant(path: str) -> None:
             raise RunError("/data/02-sft: not there\nmore words")
         return follow(*given)
 
-    Group.share, Group.add_up, trainer.supervised_weight, start.follow_stage = shared, added, weighed, followed
+    Group.share, Group.add_up, trainer.supervised_weight, train.follow_stage = shared, added, weighed, followed
 
 
-def recipe() -> Recipe:
+def recipe() -> ResolvedRecipe:
     resolved, _ = plan.resolve(load_recipe(MICRO, SETTINGS).recipe)
     return resolved
 
@@ -130,7 +130,7 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FAULTS", str(file))
         patch.setenv("PYTHONPATH", os.pathsep.join((str(folder), str(Path(__file__).parent))))
-        for owner, name in ((Group, "share"), (Group, "add_up"), (start, "follow_stage")):
+        for owner, name in ((Group, "share"), (Group, "add_up"), (train, "follow_stage")):
             patch.setattr(owner, name, getattr(owner, name))  # put back in the end
         patch.setattr("qmedtune.training.trainer.supervised_weight", train_weight())
         plant(str(file))

@@ -64,7 +64,7 @@ def test_without_a_share_everything_is_scored():
 
 def test_what_was_taken_from_one_thing_stays_together():
     recipe = load_recipe(MICRO, ["evaluate.development=0.5"]).recipe
-    task = load_task(recipe.evaluate.sections[0], 1, "micro")
+    task = load_task(recipe.evaluate.tasks[0], 1, "micro")
     notes = [replace(item, group=f"note {number // 4}") for number, item in enumerate(task.items)]
     abstracts = [replace(item, id=f"{item.id}-2", pmid=f"{number // 3}") for number, item in enumerate(task.items)]
     whole = replace(task, items=(*notes, *abstracts))

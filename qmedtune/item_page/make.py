@@ -36,7 +36,7 @@ def write_items_page(run_dir: Path, wish: Wish) -> Written:
     if not privacy.erased(run_dir).files:
         check_intact(folder, full=False)
     recipe = Recipe.model_validate(run.recipe)
-    sections = {section.label: section for section in recipe.evaluate.sections}
+    sections = {section.label: section for section in recipe.evaluate.tasks}
     tasks: list[Shown] = []
     for name, scores in run.scored.tasks.items():
         path = folder / f"{name}.items.jsonl"

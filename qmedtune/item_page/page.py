@@ -116,7 +116,7 @@ def _data(each: Shown, shortener: Shortener) -> dict[str, object]:
         )
     return {
         "name": each.asked.name,
-        "metric": each.asked.metric,
+        "measure": each.asked.measure,
         "labels": list(each.asked.labels),
         "options": common,
         "facets": facets,
