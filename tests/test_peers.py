@@ -291,7 +291,7 @@ def test_a_killed_process_ends_all_and_the_same_command_goes_on(tmp_path: Path, 
     words = [sys.executable, *command(out, "--gpus", "2")]
     with (tmp_path / "said").open("w") as said:
         run = subprocess.Popen(words, stdout=said, stderr=said)
-        metrics = out / ".building" / "02-sft" / train.METRICS
+        metrics = out / ".building" / "02-sft" / checkpoints.METRICS
         until = time.monotonic() + 240
         while time.monotonic() < until and not (metrics.is_file() and '"step": 4' in metrics.read_text()):
             assert run.poll() is None, (tmp_path / "said").read_text()[-2000:]

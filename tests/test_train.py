@@ -179,7 +179,7 @@ def test_an_evaluation_in_the_middle_leaves_gradients_alone(micro_run: MicroRun,
     base = models.load_base(micro_run.base, recipe.model)
     model = models.attach_adapter(base, recipe.adapter, [], continued=True)
     models.install_kernels(model, "auto")
-    rows = train.PackedRows(micro_run.inputs()["tokens"])
+    rows = train.PackedRows(micro_run.inputs().tokens)
     batch = collation.collate([rows[i] for i in range(4)], pad_id=0)
     del batch["lengths"]
     with torch.no_grad():  # B starts at zero, which would hide wrong gradients of A
