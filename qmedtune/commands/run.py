@@ -144,7 +144,8 @@ def data(
 
     found = spine.run(loaded.recipe, loaded.text, folder, until="data", offline=offline)
     if as_json:
-        return emit(found.as_json()["data"])
+        ledgers = {name: source.as_json() for name, source in found.data.items()}
+        return emit(ledgers)
     _show(report_tables.records(found), report_tables.reading(found), report_tables.findings(found))
     _show(*_packed_tables(folder, loaded.recipe.stage_names()))
 
