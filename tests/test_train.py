@@ -78,7 +78,7 @@ def test_kernels_on_and_off_give_equal_trajectories(
 def test_a_loss_spike_is_logged_and_told(
     micro_run: MicroRun, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(train, "SPIKE_WINDOW", 3)
+    monkeypatch.setattr("qmedtune.training.stage_callback.SPIKE_WINDOW", 3)
     original, spiked = train.StageCallback.on_log, losses(whole)
     spiked[8] *= 3
 
