@@ -176,15 +176,17 @@ def _gguf(job: ExportJob, location: Location, folder: Path) -> Exported:
 
 @dataclass(frozen=True)
 class File:
-    """A GGUF file. pre: llama.cpp's name of how it splits text."""
+    """A GGUF file. pre: llama.cpp's name of how it splits text; sha256: taken as it was written here."""
 
     path: Path
     pre: str
     proof: Proof
+    sha256: str | None = None
 
     def exported(self, job: ExportJob) -> Exported:
         proof = ExportProof(**asdict(self.proof))
-        return Exported(quant=job.type, bytes=self.path.stat().st_size, pre=self.pre, proof=proof)
+        size = self.path.stat().st_size
+        return Exported(quant=job.type, bytes=size, pre=self.pre, proof=proof, sha256=self.sha256)
 
 
 def _write_file(job: ExportJob, location: Location, folder: Path) -> File:
@@ -197,14 +199,15 @@ def _write_file(job: ExportJob, location: Location, folder: Path) -> File:
     model, title = _opened(location), title_of(location)
     vocabulary = read_vocabulary(location.base, model.model.config.vocab_size, job.pre)
     path = folder / f"{title}-{job.type}.gguf"
+    sha256 = None
     if job.type in QUANTS:
-        write_model(path, model, vocabulary, QUANTS[job.type], title)
+        sha256 = write_model(path, model, vocabulary, QUANTS[job.type], title)
     else:
         whole = folder / "f32.gguf"
         write_model(whole, model, vocabulary, QUANTS["f32"], title)
         quantise(whole, path, job.type)
         whole.unlink()
-    return File(path, vocabulary.pre, prove(path, model, job.type, vocabulary.doubtful))
+    return File(path, vocabulary.pre, prove(path, model, job.type, vocabulary.doubtful), sha256)
 
 
 def _ollama(job: ExportJob, location: Location, folder: Path) -> Exported:

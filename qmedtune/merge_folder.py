@@ -127,7 +127,7 @@ def adapters_of_run(folder: Path, offline: bool, weights: Mapping[str, float] | 
         check_intact(stage, full=True)
 
     def base() -> Path:
-        return bases.identify(recipe.model, offline=offline).make()
+        return bases.locate_folder(recipe.model, offline=offline)
 
     stack = final.located(folder, base)
     shares = shares_of(recipe, weights, [folder / part.adapter for part in parts]) if weights else ()

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from qmedtune import store
 from qmedtune.disk import read_plain
-from qmedtune.results import Exposure, Packing, Privacy, Remembered, Run, Scan, Stage, Terms, TextFolder
+from qmedtune.results import Exposure, Facts, Part, Privacy, Remembered, Run, Scan, Stage, Terms, TextFolder
 from qmedtune.results.privacy import ERASED, HELD, NONE
 
 NOTE = "erased.json"
@@ -92,6 +92,12 @@ def _state(folders: list[TextFolder], gone: int) -> str:
     return ERASED if gone else NONE
 
 
+class Mixed(Facts):
+    """What is read here of any step's seal."""
+
+    mixture: dict[str, Part] | None = None
+
+
 def _text_of(out: Path, step: str, sealed: store.Seal, run: Run) -> list[TextFolder]:
     """At most one entry: the files of a step that hold text and are there."""
     files = size = 0
@@ -109,9 +115,9 @@ def _sources(step: str, sealed: store.Seal, run: Run) -> list[str]:
     own = step.removeprefix(f"{TEXT_FOLDER}/")
     if own in run.data:
         return [own]
-    mixture = sealed.facts.get("mixture")
-    if isinstance(mixture, dict):
-        return list(Packing.model_validate({"mixture": mixture}).mixture)
+    mixture = Mixed.model_validate(sealed.facts).mixture
+    if mixture is not None:
+        return list(mixture)
     parts: list[str] = []
     for name in sealed.files:
         part = name.partition("/")[0]
