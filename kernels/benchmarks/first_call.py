@@ -245,7 +245,7 @@ def attention(call: Call) -> None:
 def layers(call: Call) -> None:
     """A step at 8B widths with two and eight layers, one and four rows at a time, ours beside TRL's, and a layer's cost
     by difference; 32k tokens with layers kept, recomputed and offloaded: what was allocated, reserved and planned."""
-    peers = ("qmedtune", "trl-tuned") if call.dry else ("qmedtune", "trl-tuned", "trl-liger")
+    peers = ("qmedtune",) if call.dry else ("qmedtune", "trl-tuned", "trl-liger")
     shallow, deep = ("tiny", "tiny-9-layers") if call.dry else ("8b-2-layers", "8b-8-layers")
     by_rows(call, 1, (shallow, deep), peers)
     long = {"seq_len": 64 if call.dry else 32768, "rows": 1, "micro_batch": 1, "steps": 3, "warmup_steps": 1}
