@@ -60,7 +60,7 @@ def page(run: Run, tasks: Sequence[Shown], wish: Wish) -> tuple[str, list[str]]:
         if shortener.left_out:
             shortened.append(f"of {shortener.left_out:,} are left out")
         notes.append(
-            f"Texts {' and '.join(shortened)}, so that the page stays small; `qmedtune items RUN --whole` shows all of them."
+            f"Texts {' and '.join(shortened)}, so that the page stays small; `qmedtune items RUN --whole` shows all."
         )
     head = (
         f'<header><div class="eyebrow">items, one by one</div><h1>{esc(run.name)}</h1>'
