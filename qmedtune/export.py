@@ -228,8 +228,11 @@ def _ollama(job: ExportJob, location: Location, folder: Path) -> Exported:
 
 def _gguf_adapter(job: ExportJob, location: Location, folder: Path) -> Exported:
     from qmedtune.exporting.card import adapter_lines, write_card
+    from qmedtune.exporting.folders import check_numbers
     from qmedtune.exporting.gguf_adapter import write_adapter
 
+    for adapter in location.adapters:
+        check_numbers(adapter)
     file = folder / f"{title_of(location)}-lora-{job.type}.gguf"
     proof = write_adapter(file, _opened(location), location.adapters, job.type, title_of(location))
     write_card(folder, title_of(location), adapter_lines(file, proof), location.adapters[-1])

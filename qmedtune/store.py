@@ -32,7 +32,7 @@ from qmedtune.disk import (
 )
 from qmedtune.errors import RunError
 from qmedtune.hashes import HashCache, kept, read_checked, sha256_file, sha256_json, write_checked
-from qmedtune.model_files import JsonObject
+from qmedtune.model_files import JsonObject, as_object
 from qmedtune.results import Json
 
 __all__ = [
@@ -75,6 +75,11 @@ class Seal:
     digest: str
     facts: JsonObject
     files: Mapping[str, Sealed]
+
+    @property
+    def section(self) -> JsonObject:
+        """What the folder was made from, as the step's key has it."""
+        return as_object(self.facts.get("section")) or {}
 
 
 def content_files(folder: Path) -> list[Path]:
