@@ -94,7 +94,7 @@ def _check(recipe: Recipe, resolved: Recipe, arms: list[Arm]) -> None:
             "ablate: nothing is measured\nname tasks or texts: evaluate: {tasks: [...], perplexity: [...]}"
         )
     for index, stage in enumerate(resolved.stages):
-        if (wish.corpora or wish.replay) and stage.cpt and stage.cpt.tokens == "auto":
+        if (wish.corpora or wish.replay) and stage.cpt and stage.cpt.budget is None:
             given = "epochs" if stage.cpt.epochs else "auto"
             raise RecipeError(
                 f"stages[{index}].cpt.tokens: {given} would give each mixture of "

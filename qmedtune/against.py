@@ -16,13 +16,14 @@ from qmedtune.evaluate import Compared, Contender, contenders, delivered_dtype, 
 from qmedtune.evaluation import halves, precision
 from qmedtune.evaluation.open_model import Location, OpenModel, Quantization, locate, open_model
 from qmedtune.recipe import Recipe
+from qmedtune.resolved import ResolvedRecipe
 from qmedtune.results import HeadToHead
 from qmedtune.tasks import load_task, world_of
 
 FINAL = "final"
 
 
-def against_stage(recipe: Recipe, inputs: Compared, out: Path) -> HeadToHead:
+def against_stage(recipe: ResolvedRecipe, inputs: Compared, out: Path) -> HeadToHead:
     """Writes compare.json and <task>.items.jsonl below `out`, where an interrupted comparison goes on; returns
     {"subject", "models", "duels", "claims", "left_out", "precision"}."""
     splits, left_out = splits_of(recipe)
@@ -47,7 +48,7 @@ def splits_of(recipe: Recipe) -> tuple[list[compare.Split], list[str]]:
     """The recipe's tasks that can be compared, each once and zero-shot; and the labels of those that cannot.
     RecipeError where none is left."""
     found, left_out = {}, []
-    for section in recipe.evaluate.sections:
+    for section in recipe.evaluate.tasks:
         bare = section.model_copy(update={"shots": 0})
         task = halves.part_of(load_task(bare, recipe.items_seed, world_of(recipe)), recipe, "scored")
         if not compare.comparable(task):
@@ -73,7 +74,7 @@ def check(recipe: Recipe, offline: bool) -> None:
 
 def _shots(recipe: Recipe) -> tuple[int, ...]:
     """None, and every number of examples that a task of the recipe asks for."""
-    return tuple(sorted({0, *(section.shots for section in recipe.evaluate.sections)}))
+    return tuple(sorted({0, *(section.shots for section in recipe.evaluate.tasks)}))
 
 
 def _own(recipe: Recipe, contender: Contender, template: templates.Template) -> OpenModel:

@@ -6,7 +6,7 @@ it is taken follows from the packed rows, on every machine alike. Deliberately n
 
 from __future__ import annotations
 
-from qmedtune.recipe import TrainSection
+from qmedtune.resolved import ResolvedTraining
 
 # Smallest number of optimiser steps that `batch: auto` leaves. LoRA's B begins at 0 and AdamW moves an element by about
 # its learning rate per step (Kingma & Ba 2015, section 2.1): at 2e-4 with a cosine, 100 steps can carry it to 1e-2,
@@ -16,14 +16,13 @@ MIN_STEPS = 100
 FEWEST_STEPS = 33
 
 
-def batch_rows(section: TrainSection, rows: int) -> int:
+def batch_rows(section: ResolvedTraining, rows: int) -> int:
     """Rows per optimiser step of a stage that has `rows` in all: `batch`, less where that would leave fewer than
     `min_steps` steps, and at least one. A `batch` that was given is taken as it is."""
-    fewest = 1 if section.min_steps == "auto" else section.min_steps
-    return max(1, min(int(section.batch), rows // fewest))
+    return max(1, min(section.batch, rows // section.min_steps))
 
 
-def steps_in(section: TrainSection, rows: int) -> int:
+def steps_in(section: ResolvedTraining, rows: int) -> int:
     """Optimiser steps over `rows` rows; the last one may be a short one."""
     return -(-rows // batch_rows(section, rows))
 

@@ -38,7 +38,7 @@ def chat(
     opened = open_model(location, quantization)
     length = min(max_new_tokens, max_positions(opened.model) // 2)
     ui.note(f"{name}, template {location.template.name}. {HELP}. A language model, not medical advice.")
-    converse(opened, user_lines(), sys.stdout, length, system)
+    converse(opened, user_lines(), sys.stdout, length, system=system)
 
 
 def user_lines() -> Iterator[str]:
@@ -56,7 +56,7 @@ def user_lines() -> Iterator[str]:
 
 
 def converse(
-    opened: OpenModel, lines: Iterator[str], out: TextIO, max_new_tokens: int, system: str | None = None
+    opened: OpenModel, lines: Iterator[str], out: TextIO, max_new_tokens: int, *, system: str | None = None
 ) -> None:
     """One answer per non-empty line. Commands begin with a slash."""
     opening: list[Message] = [{"role": "system", "content": system}] if system else []

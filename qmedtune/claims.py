@@ -18,7 +18,7 @@ from qmedtune import store
 from qmedtune.disk import below
 from qmedtune.errors import RecipeError
 from qmedtune.local_names import is_utf8
-from qmedtune.recipe import Recipe, SourceSection, TaskSection
+from qmedtune.recipe import Recipe, SourceSection
 from qmedtune.results import Json
 
 MARK = ".qmedtune"
@@ -117,8 +117,7 @@ def _inputs(recipe: Recipe) -> Iterator[tuple[str, str]]:
             yield f"data.{name}.path", path
         if source.template and Path(source.template).is_file():
             yield f"data.{name}.template", source.template
-    tasks = [task for task in recipe.evaluate.tasks if isinstance(task, TaskSection)]
-    for number, task in enumerate(tasks):
+    for number, task in enumerate(recipe.evaluate.tasks):
         if task.path:
             yield f"evaluate.tasks[{number}].path", task.path
         if task.shots_from:

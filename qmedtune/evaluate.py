@@ -33,6 +33,7 @@ from qmedtune.model_stack import ModelStack
 from qmedtune.modeling.collation import Rows
 from qmedtune.modeling.quiet import quiet_libraries
 from qmedtune.recipe import Recipe, SourceSection, TaskSection
+from qmedtune.resolved import ResolvedRecipe
 from qmedtune.results import Evaluation, Merge, ModelScores, Pair, Source, Text
 from qmedtune.tasks import BUILTIN_TASKS, Task, check_twice, load_task
 
@@ -63,7 +64,7 @@ class Compared:
         return self.untrained or self.origin or self.trained.base
 
 
-def evaluate_stage(recipe: Recipe, inputs: Compared, out: Path) -> Evaluation:
+def evaluate_stage(recipe: ResolvedRecipe, inputs: Compared, out: Path) -> Evaluation:
     """Base against final of a resolved recipe, in the precision that precision.py decides.
 
     Delivered is the merged folder; without one, the base plus its adapters in the merge's dtype.
@@ -85,7 +86,7 @@ def evaluate_stage(recipe: Recipe, inputs: Compared, out: Path) -> Evaluation:
             model, tokenizer, contender.label, tasks, held_out, settings, out / store.SCRATCH
         )
         del model  # or two are held while the next is loaded: 2 x 16 GB for an 8B base in 16 bit
-    found = write_results(tasks, measured, recipe.seed, out, _overlapping(inputs.sources))
+    found = write_results(tasks, measured, recipe.seed, out, overlapping=_overlapping(inputs.sources))
     how = taken.facts(recipe.evaluate.precision) | {"template": settings.template.name, "window_tokens": window}
     found = found.model_copy(update=how)
     if taken.name == "delivered" and precision.trained(recipe).quantised and stack.adapters:
@@ -152,7 +153,7 @@ def _overlapping(sources: Sequence[Path]) -> dict[str, set[str]]:
 
 def write_results(
     tasks: list[Task], measured: dict[str, Measured], seed: int, out: Path,
-    overlapping: Mapping[str, set[str]] = {},  # noqa: B006 - nothing changes it
+    *, overlapping: Mapping[str, set[str]] = {},  # noqa: B006 - nothing changes it
 ) -> Evaluation:  # fmt: skip
     """Write <task>.items.jsonl below `out`; scores per task, perplexity per source.
 
@@ -196,11 +197,9 @@ def check_prompts(tokenizer: Any, template: templates.Template, tasks: list[Task
         frame.ask([item.messages for item in task.asked])
 
 
-def settings_of(recipe: Recipe, trained: ModelStack) -> Settings:
-    template = _asked_with(recipe, trained)
-    rows, seq_len = recipe.evaluate.batch, recipe.stages[-1].section.seq_len
-    assert isinstance(rows, int) and isinstance(seq_len, int), "evaluate_stage takes a resolved recipe"
-    return Settings(template, recipe.evaluate.generate, rows * seq_len)
+def settings_of(recipe: ResolvedRecipe, trained: ModelStack) -> Settings:
+    template, seq_len = _asked_with(recipe, trained), recipe.stages[-1].section.seq_len
+    return Settings(template, recipe.evaluate.generate, recipe.evaluate.batch * seq_len)
 
 
 def _asked_with(recipe: Recipe, trained: ModelStack) -> templates.Template:

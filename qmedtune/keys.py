@@ -253,7 +253,7 @@ def sweep_section(recipe: Recipe, hashes: store.HashCache) -> MadeFrom:
 def evaluation_section(recipe: Recipe, hashes: store.HashCache) -> MadeFrom:
     section = recipe.evaluate.model_dump(mode="json", exclude={"batch", "against", "development"})
     section |= {"format": EVALUATION_FORMAT, "merge_dtype": recipe.merge.dtype} | _left_for_choices(recipe)
-    return {"evaluate": section, "seed": recipe.seed, "benchmarks": benchmarks(recipe.evaluate.sections, hashes)}
+    return {"evaluate": section, "seed": recipe.seed, "benchmarks": benchmarks(recipe.evaluate.tasks, hashes)}
 
 
 def _left_for_choices(recipe: Recipe) -> dict[str, object]:
@@ -269,7 +269,7 @@ def against_section(recipe: Recipe, hashes: store.HashCache) -> MadeFrom:
     for name in recipe.evaluate.against:
         models.append([name, *_model_marks(Path(name).expanduser())])
     section |= {"against": models, "merge_dtype": recipe.merge.dtype} | _left_for_choices(recipe)
-    return {"evaluate": section, "seed": recipe.seed, "benchmarks": benchmarks(recipe.evaluate.sections, hashes)}
+    return {"evaluate": section, "seed": recipe.seed, "benchmarks": benchmarks(recipe.evaluate.tasks, hashes)}
 
 
 def _model_marks(path: Path) -> list[list[Any]]:

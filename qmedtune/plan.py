@@ -8,7 +8,7 @@ same, and said to be absent. Deliberately not here: drawing (planning/view.py).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -18,7 +18,7 @@ from qmedtune.errors import DataError, DoesNotFit, QmedtuneError
 from qmedtune.evaluation import precision
 from qmedtune.lineage import final_model, lineage_of
 from qmedtune.llama_shape import BaseFacts
-from qmedtune.planning import fit, memory, room, rows, scoring, speed
+from qmedtune.planning import exchange, fit, memory, room, rows, scoring, speed
 from qmedtune.planning.estimate import Estimate, Measured, count_with, estimate_source
 from qmedtune.planning.machine import CARDS_GIB, GIB, Machine, card_of, this_machine
 from qmedtune.planning.memory import Setup
@@ -38,6 +38,7 @@ from qmedtune.planning.rows import Tokens
 from qmedtune.planning.sample import Sample, sample_source
 from qmedtune.planning.shapes import base_facts
 from qmedtune.recipe import Recipe
+from qmedtune.resolved import ResolvedRecipe
 from qmedtune.results import Packing
 from qmedtune.tasks import Task
 
@@ -46,6 +47,16 @@ __all__ = ["BaseFacts", "base_facts", "make_plan", "resolve"]
 BUILTIN_BYTES = 9  # of prepared text per token of the built-in world: whole words, with ids and JSON around them
 # Files larger than this in sum are not hashed for the sake of a plan; then the data stages' status is unknown.
 HASHED_BYTES = 256 * 1024**2
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is planned: a resolved recipe on its base, for a machine; `run_dir` may hold a part of it already."""
+
+    recipe: ResolvedRecipe
+    facts: BaseFacts
+    machine: Machine
+    run_dir: Path | None
 
 
 def make_plan(recipe: Recipe, run_dir: Path | None = None) -> Plan:
@@ -62,15 +73,16 @@ def make_plan(recipe: Recipe, run_dir: Path | None = None) -> Plan:
     folder = _tokenizer_folder(facts)
     samples, missing = _samples(resolved)
     benchmarks = _checked(resolved, facts, folder, samples)
-    measured = _measure_sources(resolved, facts, folder, samples, missing)
+    subject = Subject(resolved, facts, machine, run_dir)
+    measured = _measure_sources(subject, folder, samples, missing)
     estimates = {name: measured[name].estimate for name in resolved.used_sources()}
     steps, notes = _status(recipe, run_dir, machine, estimates)
     stages: list[PlannedStage] = []
     setups: list[Setup] = []
     taken: list[Setup] = []  # with micro-batches no larger than the batch
     for index in range(len(resolved.stages)):
-        stage = _stage(resolved, facts, machine, index, measured, run_dir, steps)
-        setup = fit.setup_of(resolved, index, machine)
+        stage = _stage(subject, index, measured, steps)
+        setup = fit.setup_of(resolved, index)
         stages.append(stage)
         setups.append(setup)
         taken.append(replace(setup, micro_batch=stage["micro_batch"]))
@@ -79,7 +91,8 @@ def make_plan(recipe: Recipe, run_dir: Path | None = None) -> Plan:
     evaluation = _evaluation(resolved, facts, machine, folder, benchmarks.tasks, estimates)
     times = _times(resolved, facts, steps, stages, evaluation)
     borders = _borders(folder)
-    base_told = {**asdict(facts), "parameters": facts.parameters, "bytes": facts.file_bytes}
+    making_s = _making_seconds(facts, machine)
+    base_told = {**asdict(facts), "parameters": facts.parameters, "bytes": facts.file_bytes, "making_s": making_s}
     plan: Plan = {
         "recipe": recipe.name,
         "base": cast(PlannedBase, base_told),
@@ -106,16 +119,16 @@ def make_plan(recipe: Recipe, run_dir: Path | None = None) -> Plan:
 # ---- the machine -----------------------------------------------------------------------------------------------------
 
 
-def _for_its_machine(recipe: Recipe, facts: BaseFacts) -> tuple[Recipe, list[Decision], Machine]:
+def _for_its_machine(recipe: Recipe, facts: BaseFacts) -> tuple[ResolvedRecipe, list[Decision], Machine]:
     """The resolved recipe and the machine it is planned for: this one; without a GPU here, for a base that wants one,
     the card that `memory:` states, else the smallest standard card that fits."""
     here = this_machine()
-    wants_gpu = not facts.builtin and (facts.parameters >= room.GPU_PARAMETERS or recipe.memory != "auto")
+    wants_gpu = not facts.builtin and (facts.parameters >= room.GPU_PARAMETERS or recipe.memory_gib is not None)
     if here.is_gpu or not wants_gpu:
         return *resolve(recipe, here), here
     bf16 = recipe.model.compute_dtype != "float16"
-    if recipe.memory != "auto":
-        card = card_of(recipe.memory, bf16=bf16)
+    if recipe.memory_gib is not None:
+        card = card_of(recipe.memory_gib, bf16=bf16)
         return *resolve(recipe, card), card
     for gib in CARDS_GIB[:-1]:
         card = card_of(gib, bf16=bf16)
@@ -123,7 +136,7 @@ def _for_its_machine(recipe: Recipe, facts: BaseFacts) -> tuple[Recipe, list[Dec
             resolved, decisions = resolve(recipe, card)
         except DoesNotFit:
             continue
-        if not any(fit.choose(facts, resolved, i, card).tight for i in range(len(resolved.stages))):
+        if not any(fit.choose(facts, fit.draft_of(resolved, i), card).tight for i in range(len(resolved.stages))):
             return resolved, decisions, card
     largest = card_of(CARDS_GIB[-1], bf16=bf16)
     return *resolve(recipe, largest), largest
@@ -139,8 +152,7 @@ def _notes(machine: Machine, facts: BaseFacts, estimates: Mapping[str, Estimate]
         notes.append(f"other processes hold {units.size(machine.used_bytes)} of the card now; end them before the run")
     if not facts.builtin and facts.folder is None:
         notes.append(f"{facts.name} is not on this machine as a model folder: {_on_its_way(facts)}")
-    if facts.builtin and not (base.builtin_folder(facts.name) / "01-pretrain" / store.SEAL).is_file():
-        seconds = speed.pretraining_seconds(facts, machine)
+    if seconds := _making_seconds(facts, machine):
         notes.append(
             f"{facts.name} is pretrained first, once on this machine: about {units.duration(seconds)} (assumed)"
         )
@@ -159,6 +171,13 @@ def _mixed_notes(recipe: Recipe) -> list[str]:
     ]
 
 
+def _making_seconds(facts: BaseFacts, machine: Machine) -> float:
+    """Of the pretraining of a built-in base that is not in the cache; 0 where nothing is to be made."""
+    if not facts.builtin or (base.builtin_folder(facts.name) / "01-pretrain" / store.SEAL).is_file():
+        return 0.0
+    return round(speed.pretraining_seconds(facts, machine), 1)
+
+
 def _on_its_way(facts: BaseFacts) -> str:
     """What has to happen before it is there."""
     if fetch.packed(facts.name):
@@ -168,25 +187,25 @@ def _on_its_way(facts: BaseFacts) -> str:
     return f"shape from the {facts.source}, {units.size(facts.file_bytes)} to fetch"
 
 
-def _length_notes(recipe: Recipe, facts: BaseFacts) -> list[str]:
+def _length_notes(recipe: ResolvedRecipe, facts: BaseFacts) -> list[str]:
     beyond = f"is beyond the {facts.max_positions} positions that {facts.name} was made for"
     notes: list[str] = []
     for name, stage in zip(recipe.stage_names(), recipe.stages, strict=True):
-        length = int(stage.section.seq_len)
+        length = stage.section.seq_len
         if length > facts.max_positions:
             notes.append(f"{name}: seq_len {length} {beyond}")
     return notes
 
 
 def _measure_sources(
-    recipe: Recipe, facts: BaseFacts, folder: Path | None, samples: Mapping[str, Sample], missing: Mapping[str, str]
+    subject: Subject, folder: Path | None, samples: Mapping[str, Sample], missing: Mapping[str, str]
 ) -> dict[str, Measured]:
     """The tokens of each source; none of those that are `missing`, with the reason."""
+    recipe, facts = subject.recipe, subject.facts
     measured: dict[str, Measured] = {}
     for name, sample in samples.items():
         source = recipe.data[name]
-        builtin_text = all(path.startswith("builtin:") for path in source.paths)
-        counting = count_with(folder, facts.vocab, source, builtin_base=facts.builtin, builtin_text=builtin_text)
+        counting = count_with(folder, facts.vocab, source, builtin_base=facts.builtin, builtin_text=source.is_builtin)
         measured[name] = estimate_source(sample, source, counting)
     for name, why in missing.items():
         measured[name] = Measured(Estimate(0, 0, 0.0, missing=why))
@@ -225,7 +244,7 @@ def _samples(recipe: Recipe) -> tuple[dict[str, Sample], dict[str, str]]:
 
 
 def _checked(
-    recipe: Recipe, facts: BaseFacts, folder: Path | None, samples: Mapping[str, Sample]
+    recipe: ResolvedRecipe, facts: BaseFacts, folder: Path | None, samples: Mapping[str, Sample]
 ) -> preflight.Benchmarks:
     """Raise what a run would stumble over; returns the benchmarks, and what could not be looked at."""
     preflight.check_damage(recipe, samples)
@@ -258,7 +277,7 @@ def _tokenizer_folder(facts: BaseFacts) -> Path | None:
     return Path(facts.folder) if facts.folder else None
 
 
-def _sealed_tokens(recipe: Recipe, index: int, run_dir: Path | None, steps: list[PlannedStep]) -> Tokens | None:
+def _sealed_tokens(recipe: ResolvedRecipe, index: int, run_dir: Path | None, steps: list[PlannedStep]) -> Tokens | None:
     """The exact ledger of a stage whose packing is sealed and current."""
     name = f"data/{recipe.stage_names()[index]}"
     if run_dir is None or not _is_cached(steps, name):
@@ -278,12 +297,10 @@ def _is_cached(steps: list[PlannedStep], name: str) -> bool:
 # ---- stages ----------------------------------------------------------------------------------------------------------
 
 
-def _stage(
-    recipe: Recipe, facts: BaseFacts, machine: Machine, index: int, measured: Mapping[str, Measured],
-    run_dir: Path | None, steps: list[PlannedStep],
-) -> PlannedStage:  # fmt: skip
+def _stage(subject: Subject, index: int, measured: Mapping[str, Measured], steps: list[PlannedStep]) -> PlannedStage:
+    recipe, facts, machine, run_dir = subject.recipe, subject.facts, subject.machine, subject.run_dir
     name, section = recipe.stage_names()[index], recipe.stages[index].section
-    setup = fit.setup_of(recipe, index, machine)
+    setup = fit.setup_of(recipe, index)
     tokens = _sealed_tokens(recipe, index, run_dir, steps) or rows.planned(recipe, index, measured)
     if tokens.rows:
         setup = replace(setup, micro_batch=min(setup.micro_batch, tokens.batch))
@@ -301,10 +318,11 @@ def _stage(
         "note": tokens.note,
         "seq_len": setup.seq_len,
         "micro_batch": setup.micro_batch,
-        "lr": float(section.lr),
+        "lr": section.lr,
         "dtype": setup.compute_dtype,
         "attention": setup.attention,
         "trained_parameters": memory.trained_parameters(facts, setup),
+        "exchange_bytes": exchange.exchange_bytes(memory.trained_parameters(facts, setup)),
         "memory": parts,
         "peak_bytes": sum(parts.values()),
         "budget_bytes": fit.budget_bytes(machine, recipe),

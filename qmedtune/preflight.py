@@ -19,7 +19,8 @@ from qmedtune.errors import DataError, RecipeError
 from qmedtune.planning import scoring
 from qmedtune.planning.estimate import Measured
 from qmedtune.planning.sample import Sample
-from qmedtune.recipe import Recipe, SftSection, TaskSection
+from qmedtune.recipe import Recipe, TaskSection
+from qmedtune.resolved import ResolvedRecipe, ResolvedSft
 
 if TYPE_CHECKING:
     from qmedtune.tasks import Task
@@ -49,7 +50,7 @@ def check_tokenizer(folder: Path) -> None:
     check_padding(load_codec(folder))
 
 
-def check_templates(recipe: Recipe, folder: Path, samples: Mapping[str, Sample]) -> None:
+def check_templates(recipe: ResolvedRecipe, folder: Path, samples: Mapping[str, Sample]) -> None:
     """Each instruction source's template speaks this tokenizer's marks and renders a conversation of each shape."""
     for _, name in taught(recipe):
         template = templates.default(recipe.data[name].template, folder)
@@ -61,7 +62,7 @@ def check_templates(recipe: Recipe, folder: Path, samples: Mapping[str, Sample])
             with_messages(template, messages, f"data.{name}.template", folder)
 
 
-def taught(recipe: Recipe) -> Iterator[tuple[SftSection, str]]:
+def taught(recipe: ResolvedRecipe) -> Iterator[tuple[ResolvedSft, str]]:
     """Each instruction source of each sft stage."""
     for stage in recipe.stages:
         if stage.sft:
@@ -82,7 +83,7 @@ def with_messages(template: templates.Template, messages: Messages, where: str, 
         frame.ask([plain[:-1] if answered else plain])
     except (DataError, RecipeError) as error:
         roles = ", ".join(message["role"] for message in plain[:6])
-        place = f"{folder}: " if template.source else ""
+        place = f"{folder}: " if template.source and str(folder) not in str(error) else ""
         raise type(error)(f"{place}{error}\n{where}: with a conversation of {roles}") from error
 
 
@@ -115,13 +116,13 @@ def check_damage(recipe: Recipe, samples: Mapping[str, Sample]) -> None:
         )
 
 
-def check_truncation(recipe: Recipe, measured: Mapping[str, Measured], samples: Mapping[str, Sample]) -> None:
+def check_truncation(recipe: ResolvedRecipe, measured: Mapping[str, Measured], samples: Mapping[str, Sample]) -> None:
     """DataError where surely more records of an sft stage are cut at `seq_len` than `max_truncated_fraction`."""
     for section, name in taught(recipe):
         if name not in samples:
             continue
         lengths, allowed = measured[name].lengths, section.max_truncated_fraction
-        cut, whole = int((lengths > int(section.seq_len)).sum()), len(lengths) == len(samples[name].records)
+        cut, whole = int((lengths > section.seq_len).sum()), len(lengths) == len(samples[name].records)
         if cut and surely_above(cut, len(lengths), allowed, whole=whole and samples[name].whole):
             raise DataError(
                 f"{name}: {cut:,} of {len(lengths):,} sampled records exceed seq_len {section.seq_len} "
@@ -157,7 +158,7 @@ def check_evaluation(recipe: Recipe, folder: Path | None, *, within_bytes: int |
     """
     found = Benchmarks([], [])
     room = within_bytes or 0
-    for section in recipe.evaluate.sections:
+    for section in recipe.evaluate.tasks:
         if within_bytes is not None:
             if why := _left_out(section, room):
                 found.left.append(why)
@@ -235,7 +236,7 @@ def _file_bytes(section: TaskSection) -> int:
     return sum(file.stat().st_size for file in split_files(section.path, section.split)) if section.path else 0
 
 
-def check_start(recipe: Recipe, folder: Path, *, scored: bool) -> None:
+def check_start(recipe: ResolvedRecipe, folder: Path, *, scored: bool) -> None:
     """By `run`, before its first step: all but whole sources, which its data steps read before anything is trained.
     `scored`: the run is to evaluate."""
     from qmedtune.model import load_tokenizer

@@ -1,7 +1,8 @@
 """The recipe: what a run is, as frozen models. Its sections are in sections/, in the order in which people write them.
 
 Below each key stands what it is for: editors (`qmedtune schema`), `qmedtune recipe KEY` and docs/recipe.md show it.
-Reading YAML (line numbers, suggestions, `--set`) is in loader.py; turning `auto` into numbers is in plan.py.
+Reading YAML (line numbers, suggestions, `--set`) is in parsing/loader.py; turning `auto` into numbers is in
+planning/resolve.py, which leaves the types of resolved.py.
 Deliberately absent: dotted import paths, plug-ins, remote code. Every key here has a reader (tests/test_recipe.py).
 """
 
@@ -110,6 +111,11 @@ class Recipe(Section):
     """Canaries that measure what training learns by heart; without it none are planted."""
     ablate: AblateSection | None = None
     """Arms of `qmedtune ablate`."""
+
+    @property
+    def memory_gib(self) -> float | None:
+        """What training may take; None: all that the card has."""
+        return None if self.memory == "auto" else self.memory
 
     @property
     def items_seed(self) -> int:

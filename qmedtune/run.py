@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -28,6 +28,7 @@ from qmedtune.planning.machine import this_machine
 from qmedtune.planning.resolve import refuse_half_on_cpu, resolve
 from qmedtune.planning.shapes import base_facts
 from qmedtune.recipe import Recipe
+from qmedtune.resolved import ResolvedRecipe
 from qmedtune.results import Packing, Run
 from qmedtune.smoke import smoke as smoked
 from qmedtune.steps import Step, inputs_of, key_of, steps_of, upstream_of
@@ -86,6 +87,7 @@ def run(
             heartbeat.beating(out),
             track.following(resolved, out),
         ):
+            attempt = Attempt(resolved, source, out, siblings, done, shown)
             try:
                 record.write(out, replace(notes, done=sealed), "running")  # whatever the attempt before has said
                 refused = None
@@ -93,7 +95,7 @@ def run(
                     try:
                         with _told(step.name, out):
                             able = _without(step, "merged") if refused else step
-                            done[step.name] = _do(able, resolved, source, done, out, siblings, shown)
+                            done[step.name] = _do(able, attempt)
                             shown.tokens = _tokens_to_train(chosen, done)
                     except QmedtuneError as error:
                         refused = _refused(error, step, resolved, out)
@@ -161,7 +163,7 @@ def _refused(error: QmedtuneError, step: Step, recipe: Recipe, out: Path) -> rec
     return record.Refused(told, kept.name if kept else None)
 
 
-def _check_start(recipe: Recipe, source: base.Base, to_do: Sequence[Step], offline: bool) -> None:
+def _check_start(recipe: ResolvedRecipe, source: base.Base, to_do: Sequence[Step], offline: bool) -> None:
     """What must be right before the first step, ahead of writing anything. A built-in base is right by itself."""
     names: set[str] = set()
     kinds: set[str] = set()
@@ -187,16 +189,21 @@ def _check_start(recipe: Recipe, source: base.Base, to_do: Sequence[Step], offli
         preflight.check_start(recipe, source.make(), scored=scored)
 
 
-def _do(
-    step: Step,
-    recipe: Recipe,
-    model: base.Base,
-    done: dict[str, store.Seal],
-    out: Path,
-    siblings: Sequence[Path],
-    shown: ui.Run,
-) -> store.Seal:
+@dataclass(frozen=True)
+class Attempt:
+    """One call of `run` at a recipe: `done` grows step by step, `siblings` are other run folders to take steps from."""
+
+    recipe: ResolvedRecipe
+    model: base.Base
+    out: Path
+    siblings: Sequence[Path]
+    done: dict[str, store.Seal]
+    shown: ui.Run
+
+
+def _do(step: Step, attempt: Attempt) -> store.Seal:
     """One step: skipped when its sealed folder carries the key, brought back from history or a sibling, or run."""
+    out, model, done, shown = attempt.out, attempt.model, attempt.done, attempt.shown
     folder, key = out / step.name, key_of(step, model.digest, done)
     if sealed := store.intact(folder, key):
         shown.cached(step.name)
@@ -204,11 +211,11 @@ def _do(
     if sealed := store.complete(folder, out, key) or store.recall(folder, out, key):
         shown.cached(step.name, "kept from an earlier run")
         return sealed
-    if sealed := store.borrow(folder, out, key, siblings):
+    if sealed := store.borrow(folder, out, key, attempt.siblings):
         shown.cached(step.name, "the same as in another run")
         return sealed
     made_from = {**step.section, "inputs": inputs_of(step, model.digest, done)}
-    _explain(step, made_from, key, folder, out)
+    _explain(step, made_from, key, out)
     # A built-in base is made for the first step that reads one: sources come before, and a fault in a file is told
     # before minutes of pretraining.
     inputs = step.located(out, model.make)
@@ -219,7 +226,7 @@ def _do(
         started = time.monotonic()
         peak.reset()
         with hub.closed() if step.kind != "data" else nullcontext():  # datasets of the Hub are read by data steps
-            found = step.work(recipe, inputs, building)
+            found = step.work(attempt.recipe, inputs, building)
         took = {"seconds": round(time.monotonic() - started, 2), "host_peak_bytes": peak.resident_bytes()}
         return store.publish(building, folder, out, key, {**found.as_json(), **took, "section": made_from})
 
@@ -246,12 +253,13 @@ def _check_inputs(step: Step, done: dict[str, store.Seal], out: Path) -> None:
             )
 
 
-def _explain(step: Step, made_from: Mapping[str, object], key: str, folder: Path, out: Path) -> None:
+def _explain(step: Step, made_from: Mapping[str, object], key: str, out: Path) -> None:
     """Say why a sealed folder, or an interrupted attempt, is not good enough any more; both are kept in .history/."""
-    attempt = store.attempt_of(store.building_of(folder, out))
-    if attempt and attempt[0] != key:
+    folder = out / step.name
+    begun = store.attempt_of(store.building_of(folder, out))
+    if begun and begun[0] != key:
         ui.note(f"{step.name} begins anew, its interrupted attempt is put aside: "
-                f"{keys.difference(attempt[1], made_from)}")  # fmt: skip
+                f"{keys.difference(begun[1], made_from)}")  # fmt: skip
     sealed = store.read_seal(folder)
     if sealed is None:
         return
@@ -259,7 +267,7 @@ def _explain(step: Step, made_from: Mapping[str, object], key: str, folder: Path
         ui.warn(f"{step.name}: {problems[0]}; made again, the damaged folder is kept in .history/")
         store.retire(folder, out)
         return
-    ui.note(f"{step.name} is made again: {keys.difference(sealed.facts['section'], made_from)}")
+    ui.note(f"{step.name} is made again: {keys.difference(sealed.section, made_from)}")
 
 
 def _sealed(steps: list[Step], model_digest: str, out: Path) -> dict[str, store.Seal]:

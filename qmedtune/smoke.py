@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 
 from qmedtune.keys import MODEL_BY_MACHINE
-from qmedtune.recipe import MergeSection, MixSection, Recipe, SourceSection, StageSection
+from qmedtune.recipe import MergeSection, MixSection, Recipe, SourceSection, StageSection, TaskSection
 
 BUILTIN = {"literature": "literature", "clinical": "notes", "general": "general", "instructions": "instructions"}
 RECORDS = 300  # of the built-in instructions, shared by all sources of that kind
@@ -41,7 +41,8 @@ def smoke(recipe: Recipe, builtin: str = "builtin:tiny") -> Recipe:
     # What was chosen for the recipe's card (float16 on a T4, flash attention) need not run on this machine.
     base = {"base": builtin, "revision": None, "shape": None, **dict.fromkeys(MODEL_BY_MACHINE, "auto")}
     scored = [name for name in recipe.evaluate.perplexity if name in texts]
-    evaluate = {"tasks": ["facts"] if recipe.evaluate.tasks else [], "perplexity": scored, "against": []}
+    tasks = [TaskSection(task="facts")] if recipe.evaluate.tasks else []
+    evaluate = {"tasks": tasks, "perplexity": scored, "against": []}
     return recipe.model_copy(
         update={
             "memory": "auto",

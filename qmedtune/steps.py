@@ -18,6 +18,7 @@ from qmedtune import keys, store
 from qmedtune.lineage import BASE, StackInRun, final_model, lineage_of, parts_of, place_in
 from qmedtune.model_stack import ModelStack
 from qmedtune.recipe import Recipe
+from qmedtune.resolved import ResolvedRecipe
 from qmedtune.results import Facts
 from qmedtune.training.shared_base import SharedBase
 
@@ -40,7 +41,7 @@ class Inputs:
         return self.models[MODEL]
 
 
-Work = Callable[[Recipe, Inputs, Path], Facts]
+Work = Callable[[ResolvedRecipe, Inputs, Path], Facts]
 """Writes below the folder and returns what it found out."""
 
 
@@ -89,7 +90,7 @@ def _in_key(name: str, model: StackInRun) -> dict[str, str]:
     return found
 
 
-def steps_of(recipe: Recipe, asked: Recipe, hashes: store.HashCache) -> list[Step]:
+def steps_of(recipe: ResolvedRecipe, asked: Recipe, hashes: store.HashCache) -> list[Step]:
     """The list. `recipe` is resolved, `asked` is what the user wrote (keys must not depend on the machine)."""
     steps: list[Step] = []
     for name in recipe.used_sources():
@@ -102,7 +103,7 @@ def steps_of(recipe: Recipe, asked: Recipe, hashes: store.HashCache) -> list[Ste
     for index, stage in enumerate(lineage_of(recipe)):
         if stage.folds_into is not None:
             steps.append(_fold_step(recipe, stage.folds_into, stage.before))
-        steps.append(_training_step(recipe, asked, index, stage.start, shared))
+        steps.append(_training_step(recipe, asked, index, shared))
         if recipe.stages[index].kind != "classify":
             trained[stage.name] = stage.after
     final = final_model(recipe)
@@ -151,15 +152,15 @@ def upstream_of(step: Step) -> set[str]:
 def _without_base(step: Step, shared: SharedBase) -> Step:
     """The step, begun when the base that training shares is given up: it needs the room."""
 
-    def work(recipe: Recipe, inputs: Inputs, out: Path) -> Facts:
+    def work(recipe: ResolvedRecipe, inputs: Inputs, out: Path) -> Facts:
         shared.drop()
         return step.work(recipe, inputs, out)
 
     return replace(step, work=work)
 
 
-def _source_step(recipe: Recipe, name: str, hashes: store.HashCache) -> Step:
-    def work(recipe: Recipe, inputs: Inputs, out: Path) -> Facts:
+def _source_step(recipe: ResolvedRecipe, name: str, hashes: store.HashCache) -> Step:
+    def work(recipe: ResolvedRecipe, inputs: Inputs, out: Path) -> Facts:
         from qmedtune.data.prepare import prepare_source
 
         return prepare_source(recipe, name, inputs.folders, out)
@@ -170,7 +171,7 @@ def _source_step(recipe: Recipe, name: str, hashes: store.HashCache) -> Step:
     return Step(f"data/{name}", "data", section, needs, work, resumes=True)
 
 
-def _validation_step(recipe: Recipe) -> list[Step]:
+def _validation_step(recipe: ResolvedRecipe) -> list[Step]:
     needs = {"base": "base"}
     for name in recipe.data:
         if name in recipe.validation.on or name in recipe.evaluate.perplexity:
@@ -178,7 +179,7 @@ def _validation_step(recipe: Recipe) -> list[Step]:
     if len(needs) == 1:
         return []
 
-    def work(recipe: Recipe, inputs: Inputs, out: Path) -> Facts:
+    def work(recipe: ResolvedRecipe, inputs: Inputs, out: Path) -> Facts:
         from qmedtune.data.packing.pack import pack_validation
 
         return pack_validation(recipe, inputs.folders["base"], inputs.folders, out)
@@ -186,8 +187,8 @@ def _validation_step(recipe: Recipe) -> list[Step]:
     return [Step("data/validation", "data", keys.validation_section(recipe), needs, work, resumes=True)]
 
 
-def _planting_step(recipe: Recipe) -> list[Step]:
-    def work(recipe: Recipe, inputs: Inputs, out: Path) -> Facts:
+def _planting_step(recipe: ResolvedRecipe) -> list[Step]:
+    def work(recipe: ResolvedRecipe, inputs: Inputs, out: Path) -> Facts:
         from qmedtune.data.synthetic.canaries import plant
 
         return plant(recipe, inputs.folders, out)
@@ -201,10 +202,10 @@ def _planting_step(recipe: Recipe) -> list[Step]:
     return [Step("data/planted", "data", keys.audit_section(recipe), needs, work)]
 
 
-def _audit_steps(recipe: Recipe, trained: dict[str, StackInRun]) -> list[Step]:
+def _audit_steps(recipe: ResolvedRecipe, trained: dict[str, StackInRun]) -> list[Step]:
     """What the canaries give away after each stage, and, where there are limits, whether that is too much."""
 
-    def measure(recipe: Recipe, inputs: Inputs, out: Path) -> Facts:
+    def measure(recipe: ResolvedRecipe, inputs: Inputs, out: Path) -> Facts:
         from qmedtune.audit import StageToAudit, audit_stage
 
         stages: dict[str, StageToAudit] = {}
@@ -212,7 +213,7 @@ def _audit_steps(recipe: Recipe, trained: dict[str, StackInRun]) -> list[Step]:
             stages[name] = StageToAudit(inputs.folders[name], model)
         return audit_stage(recipe, inputs.folders["planted"], stages, out)
 
-    def judge(recipe: Recipe, inputs: Inputs, out: Path) -> Facts:
+    def judge(recipe: ResolvedRecipe, inputs: Inputs, out: Path) -> Facts:
         from qmedtune.audit import check_limits
 
         return check_limits(recipe, inputs.folders["audit"])
@@ -231,8 +232,8 @@ def _audit_steps(recipe: Recipe, trained: dict[str, StackInRun]) -> list[Step]:
     return steps
 
 
-def _tokens_step(recipe: Recipe, index: int) -> Step:
-    def work(recipe: Recipe, inputs: Inputs, out: Path) -> Facts:
+def _tokens_step(recipe: ResolvedRecipe, index: int) -> Step:
+    def work(recipe: ResolvedRecipe, inputs: Inputs, out: Path) -> Facts:
         from qmedtune.data.packing.classes import pack_classes
         from qmedtune.data.packing.pack import pack_stage
 
@@ -250,25 +251,26 @@ def _tokens_step(recipe: Recipe, index: int) -> Step:
     return Step(f"data/{recipe.stage_names()[index]}", "data", section, needs, work, resumes=True)
 
 
-def _training_step(recipe: Recipe, asked: Recipe, index: int, start: StackInRun, shared: SharedBase) -> Step:
-    def work(recipe: Recipe, inputs: Inputs, out: Path) -> Facts:
+def _training_step(recipe: ResolvedRecipe, asked: Recipe, index: int, shared: SharedBase) -> Step:
+    def work(recipe: ResolvedRecipe, inputs: Inputs, out: Path) -> Facts:
         from qmedtune.train import StageInputs, train_stage
 
         folders = inputs.folders
         reads = StageInputs(inputs.model, folders["tokens"], folders.get("validation"))
-        return train_stage(recipe, index, reads, out, shared)
+        return train_stage(recipe, index, reads, out, shared=shared)
 
     name = recipe.stage_names()[index]
     folders = {"tokens": f"data/{name}"}
     if recipe.validation.on and not recipe.stages[index].classify:
         folders["validation"] = "data/validation"
     section = keys.training_section(recipe, asked, index)
+    start = lineage_of(recipe)[index].start
     models = {MODEL: replace(start, template=None)}  # its own template comes with the tokens
     return Step(name, recipe.stages[index].kind, section, folders, work, resumes=True, models=models)
 
 
-def _fold_step(recipe: Recipe, name: str, model: StackInRun) -> Step:
-    def work(recipe: Recipe, inputs: Inputs, out: Path) -> Facts:
+def _fold_step(recipe: ResolvedRecipe, name: str, model: StackInRun) -> Step:
+    def work(recipe: ResolvedRecipe, inputs: Inputs, out: Path) -> Facts:
         from qmedtune.merge import merge_stage
 
         return merge_stage(recipe, inputs.model, out, inputs.folders.get("validation"))
@@ -277,8 +279,8 @@ def _fold_step(recipe: Recipe, name: str, model: StackInRun) -> Step:
     return Step(name, "fold", keys.fold_section(recipe), {}, work, models=models)
 
 
-def _sweep_step(recipe: Recipe, model: StackInRun, hashes: store.HashCache) -> list[Step]:
-    def work(recipe: Recipe, inputs: Inputs, out: Path) -> Facts:
+def _sweep_step(recipe: ResolvedRecipe, model: StackInRun, hashes: store.HashCache) -> list[Step]:
+    def work(recipe: ResolvedRecipe, inputs: Inputs, out: Path) -> Facts:
         from qmedtune.sweep import sweep_stage
 
         return sweep_stage(recipe, inputs.model, _compared(recipe, inputs), out)
@@ -293,20 +295,20 @@ def _sweep_step(recipe: Recipe, model: StackInRun, hashes: store.HashCache) -> l
     return [Step("sweep", "sweep", keys.sweep_section(recipe, hashes), folders, work, resumes=True, models=models)]
 
 
-def _adapters_merged(recipe: Recipe, model: StackInRun) -> tuple[str, ...]:
+def _adapters_merged(recipe: ResolvedRecipe, model: StackInRun) -> tuple[str, ...]:
     """Those that the merge reads: where it weighs the stages, each one's, also what a later one continues."""
     if not recipe.merge.weighs:
         return model.adapters
     return tuple(part.adapter for part in parts_of(recipe))
 
 
-def _merge_step(recipe: Recipe, model: StackInRun) -> Step:
-    def weighed(recipe: Recipe, inputs: Inputs, out: Path) -> Facts:
+def _merge_step(recipe: ResolvedRecipe, model: StackInRun) -> Step:
+    def weighed(recipe: ResolvedRecipe, inputs: Inputs, out: Path) -> Facts:
         from qmedtune.merge import weighed_merge_stage
 
         return weighed_merge_stage(recipe, inputs.model, out, inputs.folders.get("validation"))
 
-    def mixed(recipe: Recipe, inputs: Inputs, out: Path) -> Facts:
+    def mixed(recipe: ResolvedRecipe, inputs: Inputs, out: Path) -> Facts:
         from qmedtune.mixed_merge import mixed_merge_stage
 
         return mixed_merge_stage(recipe, inputs.model, out, inputs.folders)
@@ -324,8 +326,8 @@ def _merge_step(recipe: Recipe, model: StackInRun) -> Step:
     return replace(step, folders=folders, work=mixed)
 
 
-def _evaluation_step(recipe: Recipe, model: StackInRun, hashes: store.HashCache) -> Step:
-    def work(recipe: Recipe, inputs: Inputs, out: Path) -> Facts:
+def _evaluation_step(recipe: ResolvedRecipe, model: StackInRun, hashes: store.HashCache) -> Step:
+    def work(recipe: ResolvedRecipe, inputs: Inputs, out: Path) -> Facts:
         from qmedtune.evaluate import evaluate_stage
 
         return evaluate_stage(recipe, _compared(recipe, inputs), out)
@@ -340,8 +342,8 @@ def _evaluation_step(recipe: Recipe, model: StackInRun, hashes: store.HashCache)
     return Step("evaluation", "evaluation", section, folders, work, resumes=True, models={MODEL: model})
 
 
-def _against_step(recipe: Recipe, model: StackInRun, hashes: store.HashCache) -> Step:
-    def work(recipe: Recipe, inputs: Inputs, out: Path) -> Facts:
+def _against_step(recipe: ResolvedRecipe, model: StackInRun, hashes: store.HashCache) -> Step:
+    def work(recipe: ResolvedRecipe, inputs: Inputs, out: Path) -> Facts:
         from qmedtune.against import against_stage
 
         return against_stage(recipe, _compared(recipe, inputs), out)
@@ -353,7 +355,7 @@ def _against_step(recipe: Recipe, model: StackInRun, hashes: store.HashCache) ->
 SOURCE = "data-"
 
 
-def _compared(recipe: Recipe, inputs: Inputs) -> Compared:
+def _compared(recipe: ResolvedRecipe, inputs: Inputs) -> Compared:
     """The folders of `_beside_the_model` and the model that they lie beside."""
     from qmedtune.evaluate import Compared
 
@@ -372,7 +374,7 @@ def _compared(recipe: Recipe, inputs: Inputs) -> Compared:
     )
 
 
-def _beside_the_model(recipe: Recipe, model: StackInRun) -> dict[str, str]:
+def _beside_the_model(recipe: ResolvedRecipe, model: StackInRun) -> dict[str, str]:
     """What the trained model and its beginning are scored as, where that is not `model` itself."""
     origin = BASE
     if recipe.stages[0].kind == "pretrain":

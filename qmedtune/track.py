@@ -45,7 +45,7 @@ def following(recipe: Recipe, out: Path) -> Iterator[None]:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         env=_environment(out / recipe.track),
-        start_new_session=True,  # Ctrl-C is the run's; it ends the follower by closing its stdin, or by its own end
+        start_new_session=True,  # Ctrl-C is the run's: it tells the follower to end, or ends itself and so its pipe
     )
     try:
         yield
@@ -69,15 +69,13 @@ def _environment(folder: Path) -> dict[str, str]:
 
 
 def _end(follower: subprocess.Popen[bytes], tracker: str) -> None:
-    assert follower.stdin is not None
-    follower.stdin.close()
     try:
-        code = follower.wait(PATIENCE_S)
+        follower.communicate(b"end\n", timeout=PATIENCE_S)  # a word: forked workers may hold the pipe open after this
     except subprocess.TimeoutExpired:
         follower.kill()
-        code = follower.wait()
-    if code != 0:
+        follower.wait()
+    if follower.returncode != 0:
         ui.warn(
-            f"track: the curves for {tracker} are not complete (exit code {code}); the run is not touched by it\n"
+            f"track: the curves for {tracker} are not complete (exit code {follower.returncode}); the run is as it is\n"
             "metrics.jsonl has them, and a command that goes on with the run writes them again"
         )

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 from qmedtune import interrupt, plan, train
 from qmedtune.parsing.loader import load_recipe
-from qmedtune.recipe import Recipe
+from qmedtune.resolved import ResolvedRecipe
+from qmedtune.training import checkpoints
 
 # Dropout draws random numbers in every step; two micro-batches accumulate; sources are read several times; the
 # best weights are put back at the end.
@@ -30,13 +31,13 @@ HARD = (
 )
 
 
-def hard() -> Recipe:
+def hard() -> ResolvedRecipe:
     recipe, _ = plan.resolve(load_recipe(MICRO, HARD).recipe)
     return recipe
 
 
 def losses(out: Path) -> list[float]:
-    lines = [json.loads(line) for line in (out / train.METRICS).read_text().splitlines()]
+    lines = [json.loads(line) for line in (out / checkpoints.METRICS).read_text().splitlines()]
     return [line["loss"] for line in lines if "loss" in line]
 
 
@@ -60,7 +61,7 @@ def train_hard(micro_run: MicroRun, index: int, out: Path, *adapters: Path) -> d
 
 def outcome(out: Path) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
     """Losses, gradient norms and weights."""
-    lines = [json.loads(line) for line in (out / train.METRICS).read_text(encoding="utf-8").splitlines()]
+    lines = [json.loads(line) for line in (out / checkpoints.METRICS).read_text(encoding="utf-8").splitlines()]
     norms = [line["grad_norm"] for line in lines if "loss" in line]
     return losses(out), norms, load_file(out / "adapter" / "adapter_model.safetensors")
 

@@ -418,7 +418,7 @@ def test_all_seeds_are_asked_the_same_items_of_a_limit():
     for seed in (17, 18, 19):
         made = with_seed(recipe, seed)
         assert made.seed == seed
-        [section] = made.evaluate.sections
+        [section] = made.evaluate.tasks
         drawn.add(tuple(item.id for item in load_task(section, made.items_seed, "micro").items))
     assert len(drawn) == 1
     whole = recipe.model_copy(update={"evaluate": EvaluateSection(tasks=["facts"])})

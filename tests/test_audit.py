@@ -67,7 +67,7 @@ def test_what_is_asked_is_what_was_trained(recipe, micro_run: MicroRun):
     tokenizer, codec = models.load_tokenizer(micro_run.base), load_codec(micro_run.base)
     for canary in canaries.canaries(recipe, recipe.audit):
         context = audit.context_of(recipe, canary, tokenizer, micro_run.base)
-        asked = encode_choice(tokenizer, context, [f" {canary.secret}"], 512, "joint")
+        asked = encode_choice(tokenizer, context, [f" {canary.secret}"], 512, boundary="joint")
         if canary.source == "notes":
             (document,) = encode_texts(codec, [{"text": f"{canary.context} {canary.secret}."}], None)
         else:

@@ -8,7 +8,7 @@ from qmedtune.errors import RecipeError
 
 
 def test_every_case_has_ours_and_its_reference():
-    result = bench_data.bench_data(["near", "decontaminate", "jats", "pubmed"], rounds=1, num_texts=200)
+    result = bench_data.bench_data(cases=["near", "decontaminate", "jats", "pubmed"], rounds=1, num_texts=200)
     assert result["bench"] == "data"
     found = {(row["case"], row["contender"]): row for row in result["rows"]}
     assert {("near", "qmedtune"), ("decontaminate", "qmedtune"), ("jats", "lxml"), ("jats", "qmedtune")} <= set(found)
@@ -24,13 +24,13 @@ def test_every_case_has_ours_and_its_reference():
 
 def test_unknown_cases_are_named():
     with pytest.raises(RecipeError, match="no case 'speed'"):
-        bench_data.bench_data(["speed"])
+        bench_data.bench_data(cases=["speed"])
 
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_corpus():
     """Two small sizes: what 8 MB more of text costs is far below 8 MB, and the whole far below 1 GB."""
-    result = bench_data.bench_data(["memory"], sizes_mb=[4, 12])
+    result = bench_data.bench_data(cases=["memory"], sizes_mb=[4, 12])
     small, large = result["rows"]
     assert small["records"]["duplicates"] > 50 and large["tokens"] > 2 * small["tokens"]
     assert large["value"] < 600 and large["prepare_bytes"] - small["prepare_bytes"] < 30e6

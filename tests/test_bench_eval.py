@@ -11,7 +11,7 @@ from qmedtune.errors import RecipeError
 
 def test_ours_alone_is_timed(tmp_path):
     folder = llama3_folder(tmp_path / "model", max_position_embeddings=512)
-    result = bench.bench_eval(str(folder), ["facts"], rounds=1, limit=4, contenders=["qmedtune"])
+    result = bench.bench_eval(model=str(folder), tasks=["facts"], rounds=1, limit=4, contenders=["qmedtune"])
     [row] = result["rows"]
     assert row["value"] > 0 and row["questions"] == 4 and row["ratio"] is None
     columns, rows = bench.render(result)
@@ -31,7 +31,7 @@ def test_unknown_contenders_and_an_absent_harness_are_said(monkeypatch):
 def test_ours_is_faster_and_says_the_same(tmp_path):
     """The bounds are the promise; measured on two cores it is 5 to 7 and 12 to 16 times."""
     folder = llama3_folder(tmp_path / "model", max_position_embeddings=1024)
-    result = bench.bench_eval(str(folder), ["facts", "facts-3shot"], rounds=2, limit=16)
+    result = bench.bench_eval(model=str(folder), tasks=["facts", "facts-3shot"], rounds=2, limit=16)
     for row in result["rows"]:
         assert row["same_choice"] == 1 and row["max_difference"] < 1e-2
         if row["contender"] == "qmedtune":

@@ -137,11 +137,11 @@ def test_what_lacked_time_is_measured_by_the_next_call(tmp_path, monkeypatch):
     }  # fmt: skip
     monkeypatch.setattr(train, "_run", lambda job, name, *rest: calls.append(name) or Measurement(**found))
     job, results = job_of("1b", {}), tmp_path / "deep" / "raw.json"
-    first = train.bench_train(job, ["trl", "qmedtune"], 2, results, time_limit_s=1.0)
+    first = train.bench_train(job, ["trl", "qmedtune"], rounds=2, results=results, time_limit_s=1.0)
     assert calls == [] and all("no time was left" in row["absent"] for row in first["rows"])
-    second = train.bench_train(job, ["trl", "qmedtune"], 2, results)
+    second = train.bench_train(job, ["trl", "qmedtune"], rounds=2, results=results)
     assert calls == ["trl", "qmedtune", "qmedtune", "trl"] and second["rows"][1]["ratio"] == 1.0
-    train.bench_train(job, ["trl", "qmedtune"], 2, results)
+    train.bench_train(job, ["trl", "qmedtune"], rounds=2, results=results)
     assert len(calls) == 4
 
 
@@ -165,7 +165,7 @@ def test_each_contender_runs_at_the_setting_it_is_fastest_with(tmp_path, monkeyp
 
     monkeypatch.setattr(train, "_run", run)
     job, results = job_of("1b", {"rows": 4}), tmp_path / "raw.json"
-    found = train.bench_train(job, ["trl-tuned", "qmedtune"], 2, results, best=True)
+    found = train.bench_train(job, ["trl-tuned", "qmedtune"], rounds=2, results=results, best=True)
     slow, fast = found["rows"]
     assert slow["setting"] == {"micro_batch": 1, "checkpointing": False} and slow["value"] == 13.0
     assert fast["setting"] == {"micro_batch": 2, "checkpointing": True}
@@ -177,7 +177,9 @@ def test_each_contender_runs_at_the_setting_it_is_fastest_with(tmp_path, monkeyp
     ]  # fmt: skip
     assert "1 rows at a time, layers all kept" in train.render(found)[1][0][-1]
     before = len(calls)
-    assert train.bench_train(job, ["trl-tuned", "qmedtune"], 2, results, best=True)["rows"] == found["rows"]
+    assert (
+        train.bench_train(job, ["trl-tuned", "qmedtune"], rounds=2, results=results, best=True)["rows"] == found["rows"]
+    )
     assert len(calls) == before
 
 
@@ -185,9 +187,9 @@ def test_a_search_that_lacked_time_goes_on_in_the_next_call(tmp_path, monkeypatc
     calls = []
     monkeypatch.setattr(train, "_run", lambda *_: calls.append(1) or Measurement(tokens_per_s=1.0, **FIGURES))
     job, results = job_of("1b", {"rows": 6}), tmp_path / "raw.json"
-    first = train.bench_train(job, ["qmedtune"], 1, results, time_limit_s=1.0, best=True)
+    first = train.bench_train(job, ["qmedtune"], rounds=1, results=results, time_limit_s=1.0, best=True)
     assert not calls and first["rows"][0]["setting"] is None and "no time was left" in first["rows"][0]["absent"]
-    second = train.bench_train(job, ["qmedtune"], 1, results, best=True)
+    second = train.bench_train(job, ["qmedtune"], rounds=1, results=results, best=True)
     assert len(calls) == 7 and [each["micro_batch"] for each in second["rows"][0]["tried"]] == [1, 2, 6, 1, 2, 6]
 
 
@@ -203,7 +205,7 @@ def test_within_a_budget_the_plan_decides_and_rows_that_were_made_fewer_do_not_c
     monkeypatch.setattr(train, "_run", run)
     monkeypatch.setattr(train, "_absent", lambda name: "")
     job = job_of("1b", {"rows": 8, "memory_gib": 8.0})
-    ours, theirs = train.bench_train(job, ["qmedtune", "unsloth"], 1, best=True)["rows"]
+    ours, theirs = train.bench_train(job, ["qmedtune", "unsloth"], rounds=1, best=True)["rows"]
     assert [(each["micro_batch"], each["tokens_per_s"]) for each in ours["tried"]] == [(1, 1.0), (2, 2.0), (4, None)]
     assert ours["setting"]["micro_batch"] == 2 and train.setting_words(ours).endswith("layers 4 cheap, 12 recompute")
     assert len(theirs["tried"]) == 8 and theirs["value"] is None  # not for want of memory: all are tried
@@ -276,7 +278,7 @@ def test_a_small_comparison_runs(tmp_path):
     """About two minutes: the fp32 loop and three contenders, one round of seven steps each."""
     job = job_of("tiny", {"steps": 7, "rows": 4, "micro_batch": 2})
     names = ["torch-loop", "qmedtune", "sft-trainer", "unsloth", "without-rope"]
-    result = train.bench_train(job, names, 1, tmp_path / "results.json")
+    result = train.bench_train(job, names, rounds=1, results=tmp_path / "results.json")
     found = {row["contender"]: row for row in result["rows"]}
     for name in ("torch-loop", "qmedtune", "sft-trainer"):
         assert found[name]["value"] > 0 and found[name]["gradient_cosine"] > 0.999 and found[name]["loss_gap"] < 0.01

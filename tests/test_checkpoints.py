@@ -50,7 +50,9 @@ def schedule(optimizer: torch.optim.Optimizer):
 def save(stage: Path, number: int, keep: int = 2, model: torch.nn.Module | None = None, states=None) -> Path:
     weights = dict((model or torch.nn.Linear(2, 2)).named_parameters())
     states = states or checkpoints.States(checkpoints.random_states(), {"optimizer": {}})
-    return checkpoints.save(stage, number, weights, states, TrainerState(), {"tokens": 1, "made_with": {}}, keep)
+    facts = {"tokens": 1, "made_with": {}}
+    checkpoint = checkpoints.Checkpoint(number, weights, states, TrainerState(), facts)
+    return checkpoints.save(stage, checkpoint, keep=keep)
 
 
 @pytest.mark.parametrize("make", [adamw, adamw_8bit])

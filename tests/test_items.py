@@ -87,6 +87,17 @@ def rows_of(task: Task) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
+def written_rows(task: Task) -> dict[str, list[dict[str, Any]]]:
+    """Of a task without options: base writes one right answer of three, final all but one, which cannot be read."""
+    found: dict[str, list[dict[str, Any]]] = {"base": [], "final": []}
+    for place, item in enumerate(task.items):
+        for label, said in (("base", item.gold if place % 3 == 0 else frozenset()), ("final", item.gold)):
+            read = None if label == "final" and place == 1 else said
+            judged = {**task.judge(item, read), "parsed": read is not None, "ended": "eos"}
+            found[label].append({"truncated": False, "generation": judged})
+    return found
+
+
 def scored_run(folder: Path, tasks: list[dict[str, Any]]) -> Path:
     """A finished run of the micro recipe with these tasks, scored by invented models."""
     settings = [f"evaluate.tasks={json.dumps(tasks)}"]
@@ -94,9 +105,9 @@ def scored_run(folder: Path, tasks: list[dict[str, Any]]) -> Path:
     evaluation = folder / "evaluation"
     evaluation.mkdir(parents=True)
     found = {}
-    for section in recipe.evaluate.sections:
+    for section in recipe.evaluate.tasks:
         task = load_task(section, recipe.items_seed, "micro")
-        rows = rows_of(task)
+        rows = rows_of(task) if task.items[0].options else written_rows(task)
         write_items(evaluation / f"{task.name}.items.jsonl", task, rows)
         found[task.name] = task_result(task, rows, seed=1)
     scored = Evaluation(tasks=found, precision="delivered", weights="bfloat16")
@@ -195,12 +206,44 @@ def test_a_large_benchmark_stays_a_small_page_and_can_be_had_whole(tmp_path: Pat
     assert whole.bytes > 700_000 and whole.left_out == []
 
 
+def test_of_thousands_of_items_what_changed_is_listed_and_all_are_counted(tmp_path: Path):
+    run_dir = scored_run(tmp_path / "run", [{"task": "pubmedqa", "path": str(pubmedqa_file(tmp_path, 4000))}])
+    written = write_items_page(run_dir, SHOWN)
+    assert written.bytes < 300_000 and any("800 of 4,000 items are listed" in note for note in written.left_out)
+    text = (run_dir / PAGE).read_text()
+    [task] = data_of(text)
+    changed = [row for row in task["rows"] if row[5][0][0] != row[5][1][0]]
+    assert len(task["rows"]) == len(changed) == 800 and 'data-column="Items">4,000</td>' in text
+    whole = write_items_page(run_dir, Wish(whole=True))
+    assert len(data_of((run_dir / PAGE).read_text())[0]["rows"]) == 4000 and whole.bytes > 700_000
+
+
 def test_draws_of_examples_are_told_apart(tmp_path: Path):
     asked = {"task": "pubmedqa", "path": str(pubmedqa_file(tmp_path, 12)), "shots": 2, "shot_seeds": 3}
     run_dir = scored_run(tmp_path / "run", [asked])
     assert write_items_page(run_dir, SHOWN).items == {"pubmedqa-2shot": 36}
     [task] = data_of((run_dir / PAGE).read_text())
     assert [row[2] for row in task["rows"]] == [0] * 12 + [1] * 12 + [2] * 12 and len(task["texts"]) == 12
+
+
+def test_answers_in_words_alone_are_held_against_each_other(tmp_path: Path):
+    path = tmp_path / "hoc.jsonl"
+    labels = ("evading growth suppressors", "inducing angiogenesis")
+    lines = [{"pmid": f"{n}", "text": f"Abstract {n} of cells.", "labels": [labels[n % 2]]} for n in range(6)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run_dir = scored_run(tmp_path / "run", [{"task": "hoc", "path": str(path)}])
+    write_items_page(run_dir, SHOWN)
+    [task] = data_of((run_dir / PAGE).read_text())
+    assert task["measure"] == "right" and task["texts"]["3"][0][-1] == "Abstract 3 of cells."
+    assert [[answer[0] for answer in row[5]] for row in task["rows"]] == [
+        [1, 1],
+        [0, 0],
+        [0, 1],
+        [1, 1],
+        [0, 1],
+        [0, 1],
+    ]
+    assert task["rows"][1][5][1][4] == "" and task["rows"][2][5][1][4] == labels[0]
 
 
 def test_a_run_without_items_and_a_damaged_line_are_told(run_dir: Path, tmp_path: Path):

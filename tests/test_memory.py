@@ -276,7 +276,7 @@ def test_dropout_keeps_inputs_of_its_own_and_leaves_nothing_cheap():
 def settled(measurements, budget=20 * GIB, setup=QLORA):
     """`settle` with a stated course of measurements; what it returns and the counts that it applied."""
     course, applied = iter(measurements), []
-    facts = settle(LLAMA_8B, setup, card_of(24), budget, lambda: next(course), applied.append)
+    facts = settle(LLAMA_8B, setup, card_of(24), budget, measure=lambda: next(course), apply=applied.append)
     return facts, applied
 
 

@@ -371,16 +371,13 @@ def test_too_little_ram_is_said_before_anything_is_written(place, monkeypatch, c
 
 
 def test_a_real_llama_without_a_gpu_is_warned_about(monkeypatch, capsys):
-    from qmedtune.planning import fit, room
+    from qmedtune.planning import room
+    from qmedtune.planning.memory import Setup
     from qmedtune.planning.shapes import base_facts
-    from qmedtune.recipe import ModelSection, Recipe
+    from qmedtune.recipe import ModelSection
 
     on_a_machine(monkeypatch, kind="cpu", host_bytes=2**35)
     facts = base_facts(ModelSection(base="meta-llama/Llama-3.2-1B"))
-    stage = {"sft": {"data": "questions", "seq_len": 64, "batch": 1, "micro_batch": 1}}
-    data = {"questions": {"path": "x", "kind": "instructions"}}
-    model = {"base": facts.name, "compute_dtype": "bfloat16"}
-    recipe = Recipe.model_validate({"name": "x", "model": model, "data": data, "stages": [stage]})
-    room._check_machine(facts, [fit.setup_of(recipe, 0, room.this_machine())])
+    room._check_machine(facts, [Setup(64, 1, True, "adamw", "bfloat16")])
     said = capsys.readouterr().err
     assert "1.24B parameters on a CPU takes days" in said and "T4 GPU" in said and "--smoke" in said

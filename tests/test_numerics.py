@@ -27,6 +27,7 @@ from qmedtune.planning.numerics import numerics
 from qmedtune.planning.resolve import refuse_half_on_cpu, resolve
 from qmedtune.recipe import ModelSection
 from qmedtune.run import run
+from qmedtune.training import checkpoints
 from qmedtune.training.trainer import QTrainer
 
 CPU = replace(this_machine(), kind="cpu", capability=None, bf16=True, present=True)
@@ -64,7 +65,7 @@ def test_planner_and_trainer_say_the_same(
 ):
     settings = [f"stages[0].cpt.seq_len={seq_len}", *(FULL if full else ())]
     recipe, _ = resolve(load_recipe(MICRO, settings).recipe, machine)
-    planned = fit.setup_of(recipe, 0, machine)
+    planned = fit.setup_of(recipe, 0)
 
     def asked(folder, section, *, attention, **_):
         raise Asked(attention)
@@ -114,7 +115,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, set]:
 
 
 def losses(out: Path) -> list[float]:
-    lines = map(json.loads, (out / train.METRICS).read_text().splitlines())
+    lines = map(json.loads, (out / checkpoints.METRICS).read_text().splitlines())
     return [line["loss"] for line in lines if "loss" in line]
 
 
@@ -132,8 +133,8 @@ def test_a_full_stage_computes_in_what_the_plan_says(
     as_card = replace(this_machine(), kind="cuda", capability=7.5, bf16=True, memory_bytes=16 * GIB)
     monkeypatch.setattr(train, "this_machine", lambda: as_card)
     monkeypatch.setattr(train, "check_card", lambda *_: None)
-    on_card = recipe.model_copy(update={"model": recipe.model.model_copy(update={"compute_dtype": "bfloat16"})})
-    assert fit.setup_of(on_card, 0, as_card).compute_dtype == "bfloat16"
+    on_card, _ = resolve(loaded.recipe, as_card)
+    assert fit.setup_of(on_card, 0).compute_dtype == "bfloat16"
     train.train_stage(on_card, 0, micro_run.inputs(), tmp_path / "card")
     assert seen["products"] == seen["validation"] == {torch.bfloat16}
     assert seen["weights"] == seen["gradients"] == seen["states"] == {torch.float32}

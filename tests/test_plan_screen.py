@@ -10,6 +10,7 @@ from qmedtune.planning import verdict
 from qmedtune.units import roughly
 
 RECIPES = Path(__file__).parent.parent / "recipes"
+PAGE = RECIPES.parent / "docs" / "plan.md"
 FRAME_LINES = 2  # that a terminal's table has beyond a plain one
 
 
@@ -31,7 +32,7 @@ def screen(monkeypatch, capsys):
 def test_every_shipped_recipe_is_judged_within_the_first_screen(path, screen, tmp_path):
     code, lines = screen(path, "--out", tmp_path / "run")
     assert code == 0
-    assert re.match(rf"{path.stem} fits: [\d.,]+ (\wi?B )?of [\d.]+ GiB; (about|at least) [\d.]+ \w+; ", lines[0])
+    assert re.match(rf"{path.stem} fits: [\d.,]+ (\wi?B )?of [\d.]+ GiB; (about|at least) [\d.]+ \w+[;,] ", lines[0])
     assert len(lines) + FRAME_LINES + 1 <= 24, "the verdict has scrolled away"
     assert all(len(line) <= 80 for line in lines[:-1]) and lines[-1].endswith("--full")
 
@@ -39,6 +40,8 @@ def test_every_shipped_recipe_is_judged_within_the_first_screen(path, screen, tm
 def test_what_is_missing_is_told_by_the_variable(screen, tmp_path):
     _, lines = screen(RECIPES / "llama3_8b_24gb.yaml")
     text = " ".join(lines)
+    told = re.search(r"^llama3_8b_24gb fits: .*$", PAGE.read_text(encoding="utf-8"), re.M)
+    assert told is not None and text.startswith(told[0])
     assert "missing: the base, DATA" in text
     assert "DATA is not set (literature, notes, general, instructions, pubmedqa): export DATA=FOLDER" in text
 
@@ -65,9 +68,15 @@ def test_eight_stages_still_fit_the_screen(screen, tmp_path):
 
 def test_micro_takes_time(screen, tmp_path):
     _, lines = screen(RECIPES / "micro.yaml", "--out", tmp_path / "run")
-    assert int(re.search(r"about (\d+) s;", lines[0])[1]) >= 3  # type: ignore[index]
+    assert int(re.search(r"about (\d+) s[;,]", lines[0])[1]) >= 3  # type: ignore[index]
     shown = "\n".join(lines)
     assert " 0.0 s" not in shown and "loading" in shown and "evaluation" in shown
+
+
+def test_what_a_base_takes_to_be_made_is_part_of_the_verdict(screen, monkeypatch, tmp_path):
+    monkeypatch.setenv("QMEDTUNE_CACHE", str(tmp_path / "empty"))
+    _, lines = screen(RECIPES / "cpt_then_sft.yaml", "--out", tmp_path / "run")
+    assert re.search(r"; about \d+ \w+, and \d+ \w+ once for the base; ", " ".join(lines[:2]))
 
 
 def test_full_opens_with_the_verdict_too(screen, tmp_path):

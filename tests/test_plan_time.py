@@ -48,7 +48,7 @@ def test_the_times_are_a_sum_and_stand_in_the_table(micro_run, without_gpu, tmp_
 def test_what_is_read_and_written_is_that_of_the_questions(micro_run, without_gpu, tmp_path):
     [task] = planned(run_dir=tmp_path / "run")["evaluation"]["tasks"]
     recipe = load_recipe(MICRO).recipe
-    asked = load_task(recipe.evaluate.sections[0], recipe.seed, "micro")
+    asked = load_task(recipe.evaluate.tasks[0], recipe.seed, "micro")
     frame = frame_in(preflight.asked_with(recipe, micro_run.base), micro_run.base)
     prompts = sum(len(frame.ask([item.messages])[0].ids) for item in asked.asked)
     assert task["questions"] == 20 and task["written"] == 20 * asked.max_new_tokens
@@ -65,7 +65,7 @@ def test_more_questions_take_longer_and_no_written_answers_less(micro_run, witho
 
 def test_examples_before_questions_are_read_once(micro_run, tmp_path):
     recipe = load_recipe(MICRO, ["evaluate.tasks=[{task: facts, limit: 20, shots: 3, shot_seeds: 3}]"]).recipe
-    task = load_task(recipe.evaluate.sections[0], recipe.seed, "micro")
+    task = load_task(recipe.evaluate.tasks[0], recipe.seed, "micro")
     frame = frame_in(preflight.asked_with(recipe, micro_run.base), micro_run.base)
     found = scoring.reading(task, lambda item: frame.ask([item.messages])[0].ids, generate=True)
     every = sum(len(frame.ask([item.messages])[0].ids) for item in task.asked)

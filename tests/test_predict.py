@@ -51,7 +51,7 @@ def rows(path: Path) -> list[dict]:
 
 def expected(opened: OpenModel, messages: list[dict]) -> str:
     prompts = scoring.prompt_texts(opened.tokenizer, opened.template, [messages])
-    return generation.generate(opened.model, opened.tokenizer, prompts, 8, opened.template.stop)[0].text
+    return generation.generate(opened.model, opened.tokenizer, prompts, 8, stop=opened.template.stop)[0].text
 
 
 def test_answers_come_in_the_order_of_the_file(stage, opened, tmp_path):
@@ -297,7 +297,7 @@ def test_chat_answers_as_the_evaluation_does_and_remembers(opened):
 def test_system_message_opens_every_conversation(opened):
     out = io.StringIO()
     system = {"role": "system", "content": "Be brief."}
-    chat.converse(opened, iter([QUESTIONS[0], "/reset", QUESTIONS[0]]), out, 8, system["content"])
+    chat.converse(opened, iter([QUESTIONS[0], "/reset", QUESTIONS[0]]), out, 8, system=system["content"])
     said = expected(opened, [system, {"role": "user", "content": QUESTIONS[0]}])
     assert out.getvalue() == f"{said}\n{said}\n"
 

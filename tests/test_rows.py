@@ -64,7 +64,8 @@ def test_auto_leaves_enough_steps(rows: int, batch: int, steps: int):
 
 
 def test_a_batch_that_is_given_is_taken():
-    assert batch_rows(section(batch=64), 100) == 64
+    recipe, _ = resolve(load_recipe(MICRO, ["stages[1].sft.batch=64"]).recipe)
+    assert batch_rows(recipe.stages[1].section, 100) == 64
     assert (too_few_steps("02-sft", 2) or "").startswith("02-sft: only 2 optimiser steps")
     assert too_few_steps("02-sft", FEWEST_STEPS) is None
 

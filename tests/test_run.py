@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shutil
@@ -12,13 +13,14 @@ from builders import unknown_keys
 from conftest import MICRO
 from stages import stop_after
 
-from qmedtune import interrupt, store, ui
+from qmedtune import cli, interrupt, store, ui
 from qmedtune.errors import RecipeError, RunError
 from qmedtune.parsing.loader import load_recipe
 from qmedtune.results import Run
 from qmedtune.run import run
 from qmedtune.smoke import smoke
 from qmedtune.step_status import status
+from qmedtune.training.trainer import QTrainer
 
 TRAINED = ("01-cpt", "02-sft")
 
@@ -253,3 +255,26 @@ def test_smoke_takes_the_built_in_base_and_data(tmp_path: Path):
         "builtin:literature", "builtin:notes", "builtin:general", "builtin:instructions"
     }  # fmt: skip
     assert [stage.kind for stage in smoked.stages] == [stage.kind for stage in recipe.stages]
+
+
+def test_five_functions_lie_between_the_command_line_and_the_trainer(copy: Path, monkeypatch: pytest.MonkeyPatch):
+    """The path that CONTRIBUTING tells, and no frame more."""
+    package = Path(cli.__file__).parent
+    path: list[str] = []
+
+    def reached(self, **_):
+        for frame in inspect.stack()[1:]:
+            if Path(frame.filename).is_relative_to(package) and "commands/run.py: run" not in path:
+                path.append(f"{Path(frame.filename).relative_to(package).as_posix()}: {frame.function}")
+        raise RunError("far enough")
+
+    monkeypatch.setattr(QTrainer, "train", reached)
+    changed = ["--set", "stages[0].cpt.lr=0.001"]
+    assert cli.invoke(["run", str(MICRO), "--out", str(copy), "--offline", *changed]) == 1
+    assert path[::-1] == [
+        "commands/run.py: run",
+        "run.py: run",
+        "run.py: _do",
+        "steps.py: work",
+        "train.py: train_stage",
+    ]

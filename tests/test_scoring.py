@@ -67,7 +67,7 @@ def naive_logprob(model, tokenizer, prompt: str, option: str, boundary: str) -> 
     ("batch_tokens", "boundary"), [(1, "segment"), (60, "joint"), (8192, "segment"), (8192, "joint")]
 )
 def test_options_equal_one_by_one(model, tokenizer, batch_tokens, boundary):
-    scores = scoring.choice_logprobs(model, tokenizer, PROMPTS, OPTIONS, batch_tokens, boundary=boundary)
+    scores = scoring.choice_logprobs(model, tokenizer, PROMPTS, OPTIONS, batch_tokens=batch_tokens, boundary=boundary)
     for prompt, options, score in zip(PROMPTS, OPTIONS, scores, strict=True):
         expected = [naive_logprob(model, tokenizer, prompt, option, boundary) for option in options]
         assert score.sums == pytest.approx(expected, rel=1e-6, abs=1e-5)
@@ -135,7 +135,7 @@ def tokens_read(model, work) -> list[torch.Size]:
 def test_a_common_beginning_changes_no_score_and_no_answer(model, tokenizer, batch_tokens):
     prompts = [HEADER + prompt for prompt in PROMPTS] + [HEADER + "What"]  # the last is a beginning of the first
     options = [*OPTIONS, OPTIONS[1]]
-    scores = scoring.choice_logprobs(model, tokenizer, prompts, options, batch_tokens)
+    scores = scoring.choice_logprobs(model, tokenizer, prompts, options, batch_tokens=batch_tokens)
     answers = generation.generate(model, tokenizer, prompts, 6, batch_tokens=batch_tokens)
     for prompt, texts, score, answer in zip(prompts, options, scores, answers, strict=True):
         expected = [naive_logprob(model, tokenizer, prompt, option, "segment") for option in texts]
@@ -230,7 +230,7 @@ def test_perplexity_isolates_documents_and_weighs_tokens(model):
         tokens += len(document) - 1
     rows = [packed(documents[:2]), packed(documents[2:])]
     for batch_tokens in (1, 1000):
-        found = scoring.perplexity(model, rows, batch_tokens)
+        found = scoring.perplexity(model, rows, batch_tokens=batch_tokens)
         assert found.tokens == tokens
         assert found.nll == pytest.approx(nll, abs=1e-3)
         assert found.perplexity == pytest.approx(np.exp(nll / tokens), rel=1e-5)
@@ -294,8 +294,8 @@ def test_ended_rows_leave_the_others_unchanged(model, tokenizer):
 @pytest.mark.parametrize("stop", [(), ("e",), ("qz",)])
 def test_streamed_pieces_add_up_to_the_answer(model, tokenizer, stop):
     for prompt in PROMPTS:
-        [answer] = generation.generate(model, tokenizer, [prompt], 12, stop)
-        assert "".join(generation.stream(model, tokenizer, prompt, 12, stop)) == answer.text
+        [answer] = generation.generate(model, tokenizer, [prompt], 12, stop=stop)
+        assert "".join(generation.stream(model, tokenizer, prompt, 12, stop=stop)) == answer.text
 
 
 def test_what_may_become_a_stop_string_is_held_back():

@@ -42,7 +42,7 @@ def test_two_stages_on_one_base_give_the_bits_of_two_loads(
         out.mkdir()
         adapters = [tmp_path / "cpt" / "adapter"] if index else []
         inputs = hard_run.inputs(("01-cpt", "02-sft")[index], *adapters)
-        train.train_stage(hard(), index, inputs, out, shared)
+        train.train_stage(hard(), index, inputs, out, shared=shared)
         assert_same(out, uninterrupted[index])
     assert len(loads) == 1
 

@@ -77,7 +77,7 @@ def test_each_plans_without_data_base_or_card(name: str):
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_texts_are_the_users_own(name: str):
     for source in recipe(name).data.values():
-        for path in [source.path] if isinstance(source.path, str) else source.path:
+        for path in source.paths:
             assert path.startswith("${")
 
 
@@ -127,7 +127,7 @@ def test_each_reads_records_in_the_form_in_which_they_are_published(name: str, t
     for variable in ("DATA", "MEADOW"):
         monkeypatch.setenv(variable, str(tmp_path))
     for source_name, source in recipe(name).data.items():
-        for path in [source.path] if isinstance(source.path, str) else source.path:
+        for path in source.paths:
             put(re.sub(r"\$\{\w+\}", str(tmp_path), path).replace("/**/", "/").replace("*", "x"))
             rejects = Rejects(source_name)
             found = list(read_records(source_name, source.model_copy(update={"path": path}), rejects))

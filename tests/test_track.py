@@ -120,6 +120,8 @@ def assert_holds_no_text(out: Path, tracker: str) -> None:
     files = [path for path in (out / tracker).rglob("*") if path.is_file()]
     assert files
     held = b"\n".join([path.read_bytes() + str(path.relative_to(out)).encode() for path in files])
+    for path in (out / tracker).rglob("*"):  # a source of the run is clinical
+        assert path.stat().st_mode & 0o077 == 0, path
     texts = []
     for source in sorted((out / "data").glob("*/train.jsonl")):
         for line in source.read_text().splitlines():

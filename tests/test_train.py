@@ -23,7 +23,7 @@ from qmedtune.modeling import collation, loss
 from qmedtune.parsing.loader import load_recipe
 from qmedtune.recipe import Recipe
 from qmedtune.results import Kernels
-from qmedtune.training import checkpoints, trainer
+from qmedtune.training import checkpoints, stage_callback, trainer
 
 # TRL's own tolerances for trajectories that must be equal but for rounding: the largest difference of the loss, and the
 # mean of the signed differences, which catches a one-sided bias.
@@ -78,7 +78,7 @@ def test_kernels_on_and_off_give_equal_trajectories(
 def test_a_loss_spike_is_logged_and_told(
     micro_run: MicroRun, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(train, "SPIKE_WINDOW", 3)
+    monkeypatch.setattr("qmedtune.training.stage_callback.SPIKE_WINDOW", 3)
     original, spiked = train.StageCallback.on_log, losses(whole)
     spiked[8] *= 3
 
@@ -150,8 +150,9 @@ def test_a_quantised_base_leaves_the_adapter_exact(micro_run: MicroRun, tmp_path
     arguments = trainer.trainer_arguments(
         tmp_path, section, seed=0, save_every=10, autocast=None, deterministic=False, checkpointing=False
     )
-    rows = PackedRows(micro_run.inputs()["tokens"])
-    trainer.QTrainer(model, arguments, rows, section, models.load_tokenizer(micro_run.base), 1, {}, [])
+    rows = PackedRows(micro_run.inputs().tokens)
+    material = trainer.Material(model, models.load_tokenizer(micro_run.base), rows, section)
+    trainer.QTrainer(material, arguments, [])
     assert all(torch.equal(p, before[name]) for name, p in models.trainable(model).items())
 
 
@@ -178,7 +179,7 @@ def test_an_evaluation_in_the_middle_leaves_gradients_alone(micro_run: MicroRun,
     base = models.load_base(micro_run.base, recipe.model)
     model = models.attach_adapter(base, recipe.adapter, [], continued=True)
     models.install_kernels(model, "auto")
-    rows = train.PackedRows(micro_run.inputs()["tokens"])
+    rows = train.PackedRows(micro_run.inputs().tokens)
     batch = collation.collate([rows[i] for i in range(4)], pad_id=0)
     del batch["lengths"]
     with torch.no_grad():  # B starts at zero, which would hide wrong gradients of A
@@ -186,7 +187,7 @@ def test_an_evaluation_in_the_middle_leaves_gradients_alone(micro_run: MicroRun,
             if "lora_B" in name:
                 weights.normal_(std=0.02)
     before = gradients(model, batch)
-    train.mean_loss(model, rows, 0, 4)
+    stage_callback.mean_loss(model, rows, 0, 4)
     after = gradients(model, batch)
     assert before.keys() == after.keys() and len(before) > 10
     for name, gradient in before.items():
@@ -250,7 +251,7 @@ def test_a_validation_loss_that_is_not_finite_is_told_and_never_the_best(
     micro_run: MicroRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     values = iter([1.0, 1.0, float("nan"), 3.0, 2.0, float("inf")])  # two sources: before the first step, then twice
-    monkeypatch.setattr(train, "mean_loss", lambda *_: next(values, 2.5))
+    monkeypatch.setattr(stage_callback, "mean_loss", lambda *_: next(values, 2.5))
     recipe = micro(*FP32, "validate.keep_best=true", "validate.every=4")
     texts = recipe.validation.model_copy(update={"on": ["literature", "notes"]})
     recipe = recipe.model_copy(update={"validation": texts})
@@ -258,7 +259,7 @@ def test_a_validation_loss_that_is_not_finite_is_told_and_never_the_best(
     assert facts["kept_step"] == 12 and [v["step"] for v in facts["validation"]][:4] == [0, 4, 8, 12]
     told = ["step 4: validation loss on literature is nan", "step 8: validation loss on notes is inf"]
     assert facts["warnings"] == told
-    json.loads((tmp_path / train.METRICS).read_text().splitlines()[5], parse_constant=pytest.fail)
+    json.loads((tmp_path / checkpoints.METRICS).read_text().splitlines()[5], parse_constant=pytest.fail)
 
 
 def test_each_stage_keeps_the_step_that_is_best_at_what_it_is_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -268,7 +269,9 @@ def test_each_stage_keeps_the_step_that_is_best_at_what_it_is_for(tmp_path: Path
 
     calls = iter(range(1000))
     rising = {"literature": 1, "notes": 1, "instructions": -1}
-    monkeypatch.setattr(train, "mean_loss", lambda _, rows, *__: 9 + rising[rows.sources[0]] * next(calls) / 100)
+    monkeypatch.setattr(
+        stage_callback, "mean_loss", lambda _, rows, *__: 9 + rising[rows.sources[0]] * next(calls) / 100
+    )
     settings = ["validate.keep_best=true", "validate.every=2", "stages[1].sft.batch=2", "stages[0].cpt.tokens=1500"]
     loaded = load_recipe(MICRO, settings)
     result = run(loaded.recipe, loaded.text, tmp_path / "run", offline=True, until="02-sft")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qmedtune.recipe import AblateSection, Recipe
+from qmedtune.resolved import ResolvedRecipe
 
 Tree = dict[str, Any]
 Edit = Callable[[Tree], None]
@@ -33,7 +34,7 @@ class Arm:
         return self.change == WHOLE
 
 
-def arms_of(recipe: Recipe, resolved: Recipe) -> list[Arm]:
+def arms_of(recipe: Recipe, resolved: ResolvedRecipe) -> list[Arm]:
     """All arms in the order of the table. `resolved` is the recipe without `auto`, which factors need.
 
     Where single changes are asked for, the whole recipe is an arm too: it is what they are compared with.
@@ -69,7 +70,7 @@ def with_seed(recipe: Recipe, seed: int) -> Recipe:
     """The recipe on another seed. Where `limit` draws items, all seeds are asked those of the recipe's own: scores are
     compared item by item."""
     evaluate = recipe.evaluate
-    if seed != recipe.seed and any(section.limit for section in evaluate.sections):
+    if seed != recipe.seed and any(section.limit for section in evaluate.tasks):
         evaluate = evaluate.model_copy(update={"items_seed": recipe.items_seed})
     return recipe.model_copy(update={"seed": seed, "evaluate": evaluate})
 
@@ -102,7 +103,7 @@ def _stage_arms(recipe: Recipe, kinds: str, corpora: list[str]) -> Iterator[Arm]
         yield _arm(recipe, name, change, *edits, _stages(kinds), _template_of_training(recipe), _unmixed(recipe))
 
 
-def _changes(recipe: Recipe, resolved: Recipe, wish: AblateSection) -> Iterator[tuple[str, str, Edit]]:
+def _changes(recipe: Recipe, resolved: ResolvedRecipe, wish: AblateSection) -> Iterator[tuple[str, str, Edit]]:
     for share in wish.replay:
         yield f"replay-{share:g}", f"{share:.0%} replay", _replay(recipe, share)
     for way in wish.adapter:
@@ -243,12 +244,11 @@ def _rank(r: int) -> Edit:
     return edit
 
 
-def _rates(resolved: Recipe, factor: float) -> Edit:
+def _rates(resolved: ResolvedRecipe, factor: float) -> Edit:
     def edit(tree: Tree) -> None:
         for stage, known in zip(tree["stages"], resolved.stages, strict=True):
             if known.kind != "pretrain":
                 lr, embedding_lr = known.section.lr, known.section.embedding_lr
-                assert not isinstance(lr, str) and not isinstance(embedding_lr, str)
                 stage[known.kind] |= {"lr": lr * factor, "embedding_lr": embedding_lr * factor}
 
     return edit

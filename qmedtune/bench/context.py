@@ -37,6 +37,7 @@ OPTIMIZER = "adamw_8bit"
 def bench_context(
     job: Job,
     budgets_gib: Sequence[float],
+    *,
     results: Path | None = None,
     time_limit_s: float = TIME_LIMIT_S,
     models: Path | None = None,

@@ -54,7 +54,7 @@ class Run:
 
 
 def bench_data(
-    cases: list[str] | None = None, rounds: int = 3, corpus: Path | None = None, num_texts: int = 4000,
+    *, cases: list[str] | None = None, rounds: int = 3, corpus: Path | None = None, num_texts: int = 4000,
     sizes_mb: list[int] | None = None,
 ) -> Result:  # fmt: skip
     """{"bench", "device", "versions", "rows"}; rows: case, contender, value (s), unit, ratio (seconds of the case's

@@ -70,13 +70,15 @@ def measure(folder: Path) -> Row:
     from qmedtune.data.hygiene.per_record import worker_count
     from qmedtune.data.packing.pack import pack_stage
     from qmedtune.data.prepare import prepare_source
+    from qmedtune.planning.resolve import resolve
     from qmedtune.recipe import Recipe
 
-    recipe = Recipe.model_validate({
+    asked = Recipe.model_validate({
         "name": "memory", "model": {"base": "builtin:tiny"},
         "data": {"texts": {"path": str(folder / "corpus.jsonl"), "kind": "literature"}},
         "stages": [{"cpt": {"mix": {"texts": 1}, "epochs": 1, "seq_len": 1024}}],
     })  # fmt: skip
+    recipe, _ = resolve(asked)
     for name in ("texts", "stage"):
         (folder / name).mkdir()
     records = prepare_source(recipe, "texts", {}, folder / "texts").records

@@ -54,6 +54,7 @@ class Case:
 
 
 def bench_eval(
+    *,
     model: str = "builtin:tiny",
     tasks: Sequence[str] = ("facts", "facts-3shot"),
     rounds: int = 3,
@@ -103,7 +104,7 @@ def _case(opened: OpenModel, name: str, limit: int | None) -> Case:
     room = opened.model.config.max_position_embeddings
     costs, cut = [], 0
     for prompt, item in zip(prompts, items, strict=True):
-        encoded = encode_choice(opened.tokenizer, prompt, item.options, room, "joint")
+        encoded = encode_choice(opened.tokenizer, prompt, item.options, room, boundary="joint")
         costs.append(encoded.cost_tokens)
         cut += encoded.truncated
     if cut:
@@ -134,7 +135,9 @@ def _ours(opened: OpenModel, case: Case) -> Scores:
     for part in parts(case.items, case.prompts):
         options = [case.items[i].options for i in part]
         texts = [case.prompts[i] for i in part]
-        scored = choice_logprobs(opened.model, opened.tokenizer, texts, options, case.batch_tokens, boundary="joint")
+        scored = choice_logprobs(
+            opened.model, opened.tokenizer, texts, options, batch_tokens=case.batch_tokens, boundary="joint"
+        )
         for index, scores in zip(part, scored, strict=True):
             found[index] = scores.sums
     return found

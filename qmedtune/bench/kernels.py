@@ -33,6 +33,7 @@ OURS = ("qmedtune", "cublas")  # both decode with our kernels
 
 
 def bench_kernels(
+    *,
     static: bool = False,
     out: Path | None = None,
     quick: bool = False,

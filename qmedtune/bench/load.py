@@ -154,7 +154,8 @@ def _checkpoint(model: Any, folder: Path) -> dict[str, float]:
         os.sync()
         started = time.monotonic()
         states = checkpoints.states_of(optimizer, schedule, None)
-        made = checkpoints.save(Path(stage), 1, trained, states, TrainerState(), {}, 1)
+        checkpoint = checkpoints.Checkpoint(1, trained, states, TrainerState(), {})
+        made = checkpoints.save(Path(stage), checkpoint, keep=1)
         seconds = time.monotonic() - started
         return {"checkpoint_s": seconds, "checkpoint_bytes": sum(p.stat().st_size for p in made.iterdir())}
 

@@ -65,8 +65,8 @@ def cases() -> Iterator[Case]:
             yield _matmul("forward", rows, nested, ampere, ragged=("m", "n", "steps"))
             yield _matmul("backward", rows, nested, ampere, ragged=("m", "n", "steps", "dy_stride"))
     for dtype, rows in (("fp16", 16), ("fp16", 64), ("fp32", 16)):
-        yield _matmul("forward", rows, True, ampere, dtype)
-        yield _matmul("backward", rows, True, ampere, dtype)
+        yield _matmul("forward", rows, True, ampere, dtype=dtype)
+        yield _matmul("backward", rows, True, ampere, dtype=dtype)
     few = {"M": 1, "BN": 16, "BK": 64, "BLOCKSIZE": 64, "NESTED": True}
     yield Case("matmul few rows", "matmul._few_rows", few, elements=8, loop=True, types={"out": "*fp32"})
     plain = {"BLOCKSIZE": 64, "BYTES": 1024, "NESTED": True, "EMULATE": False}
@@ -89,7 +89,7 @@ def _scales(nested: bool) -> str:
 
 
 def _matmul(
-    direction: str, rows: int, nested: bool, architectures: tuple[int, ...], dtype: str = "",
+    direction: str, rows: int, nested: bool, architectures: tuple[int, ...], *, dtype: str = "",
     ragged: tuple[str, ...] = (),
 ) -> Case:  # fmt: skip
     from qmedtune_kernels import tiles

@@ -91,6 +91,7 @@ class Chosen:
 def bench_train(
     job: Job,
     contenders: Sequence[str],
+    *,
     rounds: int = 3,
     results: Path | None = None,
     time_limit_s: float = TIME_LIMIT_S,

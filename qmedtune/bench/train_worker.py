@@ -26,7 +26,8 @@ from transformers import TrainerCallback
 from qmedtune.bench import shapes
 from qmedtune.bench.job import Job
 from qmedtune.bench.rounds import anonymous_bytes
-from qmedtune.recipe import AdapterSection, CptSection, ModelSection, WarmupSection
+from qmedtune.recipe import AdapterSection, ModelSection, WarmupSection
+from qmedtune.resolved import ResolvedCpt
 
 DTYPE = torch.bfloat16
 Row = dict[str, np.ndarray]
@@ -131,11 +132,12 @@ def model_folder(job: Job, models: Path) -> Path:
 # ----------------------------------------------------------------------------------------------------------- qmedtune
 
 
-def section_of(job: Job) -> CptSection:
-    return CptSection(
+def section_of(job: Job) -> ResolvedCpt:
+    return ResolvedCpt(
         mix={"bench": 1.0},
         seq_len=job.seq_len,
         batch=job.rows,
+        min_steps=1,
         micro_batch=job.micro_batch,
         lr=job.lr,
         embedding_lr=job.lr,
@@ -192,10 +194,10 @@ def layers_of(job: Job) -> dict[str, int]:
     return {way: count for way, count in memory.layers_by_way(facts_of(job), setup_of(job)).items() if count}
 
 
-def qmedtune(job: Job, folder: Path, clock: Clock, kernels: str, attention: str = "auto") -> None:
+def qmedtune(job: Job, folder: Path, clock: Clock, kernels: str, *, attention: str = "auto") -> None:
     from qmedtune import model as models
     from qmedtune.modeling import activations
-    from qmedtune.training.trainer import QTrainer, trainer_arguments
+    from qmedtune.training.trainer import Material, QTrainer, trainer_arguments
 
     model, section = adapted(job, folder, kernels, attention), section_of(job)
     clock.more["layers"] = layers_of(job)
@@ -210,7 +212,7 @@ def qmedtune(job: Job, folder: Path, clock: Clock, kernels: str, attention: str 
         checkpointing=False,
     )
     rows = packed_rows(job, model.config.vocab_size)
-    trainer = QTrainer(model, arguments, rows, section, models.load_tokenizer(folder), 1, {}, [clock])
+    trainer = QTrainer(Material(model, models.load_tokenizer(folder), rows, section), arguments, [clock])
     trainer.train()
     clock.more["micro_batch"] = trainer.micro_batch
     clock.more["data_share"] = trainer.data_seconds / (clock.marks[-1] - clock.marks[0])
@@ -253,7 +255,7 @@ def ablated(job: Job, folder: Path, clock: Clock, left_out: str) -> None:
     attention = "auto"
     if left_out == "without-varlen":
         attention = "sdpa"
-    qmedtune(job, folder, clock, "auto", attention)
+    qmedtune(job, folder, clock, "auto", attention=attention)
 
 
 # ------------------------------------------------------------------------------------------------------- what is told

@@ -95,9 +95,19 @@ def train(
     limit = time_limit or bench_train.TIME_LIMIT_S
     if context:
         budgets = [float(gib) for gib in context.split(",")]
-        return _show(bench_context, bench_context.bench_context(job, budgets, results, limit, scratch), as_json)
+        return _show(
+            bench_context,
+            bench_context.bench_context(job, budgets, results=results, time_limit_s=limit, models=scratch),
+            as_json,
+        )
     names = _names(contenders, bench_train)
-    _show(bench_train, bench_train.bench_train(job, names, rounds, results, limit, scratch, best), as_json)
+    _show(
+        bench_train,
+        bench_train.bench_train(
+            job, names, rounds=rounds, results=results, time_limit_s=limit, models=scratch, best=best
+        ),
+        as_json,
+    )
 
 
 def load(
@@ -126,7 +136,9 @@ def data(
     from qmedtune.bench import data as bench_data
 
     sizes_mb = [int(size) for size in sizes.split(",")]
-    facts = bench_data.bench_data(cases.split(",") if cases else None, rounds, corpus, sizes_mb=sizes_mb)
+    facts = bench_data.bench_data(
+        cases=cases.split(",") if cases else None, rounds=rounds, corpus=corpus, sizes_mb=sizes_mb
+    )
     _show(bench_data, facts, as_json)
 
 
@@ -170,7 +182,11 @@ def evaluation(
     from qmedtune.bench import evaluate as bench_evaluate
 
     names = _names(contenders, bench_evaluate)
-    _show(bench_evaluate, bench_evaluate.bench_eval(model, tasks.split(","), rounds, limit, names), as_json)
+    _show(
+        bench_evaluate,
+        bench_evaluate.bench_eval(model=model, tasks=tasks.split(","), rounds=rounds, limit=limit, contenders=names),
+        as_json,
+    )
 
 
 def _show_rows(facts: Result, columns: tuple[str, ...]) -> None:

@@ -41,26 +41,50 @@ def prepare_source(recipe: Recipe, name: str, inputs: Mapping[str, Path], out: P
     rejected + duplicates + contaminated + refused. Raises DataError when more than `hygiene.max_bad_fraction` of the
     records is damaged or nothing is left.
     """
-    source = recipe.data[name]
-    work = out / "work.jsonl"
+    task = Preparation(recipe, name, inputs, out)
     items = benchmark_items(recipe)
     rejects = Rejects(name, out / "rejects.jsonl")
-    staged, superseded = stage_source(recipe, name, items, rejects, work)
+    staged, superseded = stage_source(recipe, name, items, rejects, task.work)
     rejects.close()
     _check_damage(recipe, name, rejects, len(staged))
-    shown = EXAMPLES if phi_mode(recipe, name) == "off" else 0  # ids of notes are identifiers themselves
-    fate, found = _fates(recipe, staged, superseded, items, inputs, work, shown)
-    _check_left(name, source, rejects, fate)
-    held_out = _split(source, staged, fate == KEPT)
-    with (out / "train.jsonl").open("wb") as train, (out / "heldout.jsonl").open("wb") as heldout:
-        _distribute(work, fate, held_out, train, heldout)
-    work.unlink()
+    fate, found = _fates(task, staged, superseded, items)
+    _check_left(name, task.source, rejects, fate)
+    held_out = _split(task.source, staged, fate == KEPT)
+    _distribute(task, fate, held_out)
+    task.work.unlink()
     np.save(out / HASHES, np.unique(np.array(staged.content, dtype=np.uint64)[fate == KEPT]))
-    ledger = _ledger(recipe, name, rejects, staged, fate, held_out, out)
+    ledger = _ledger(task, rejects, staged, Ends(fate, held_out))
     ledger = ledger.model_copy(update={"contamination": found.contamination})
     if found.near is not None:
         ledger = ledger.model_copy(update={"near": found.near})
     return ledger
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """Source `name` of a recipe: `inputs` are the folders of earlier sources, `out` is its own."""
+
+    recipe: Recipe
+    name: str
+    inputs: Mapping[str, Path]
+    out: Path
+
+    @property
+    def source(self) -> SourceSection:
+        return self.recipe.data[self.name]
+
+    @property
+    def work(self) -> Path:
+        """The sound records, one JSON line each, until they are distributed."""
+        return self.out / "work.jsonl"
+
+
+@dataclass(frozen=True)
+class Ends:
+    """Of every staged record: its `fate` (KEPT ..., uint8) and whether it is held out (bool)."""
+
+    fate: np.ndarray
+    held_out: np.ndarray
 
 
 # ---- between the passes ----------------------------------------------------------------------------------------------
@@ -75,21 +99,21 @@ class Found:
 
 
 def _fates(
-    recipe: Recipe, staged: Staged, superseded: np.ndarray, items: list[decontaminate.Item],
-    inputs: Mapping[str, Path], work: Path, shown: int,
-) -> tuple[np.ndarray, Found]:  # fmt: skip
+    task: Preparation, staged: Staged, superseded: np.ndarray, items: list[decontaminate.Item]
+) -> tuple[np.ndarray, Found]:
     """What becomes of every staged record, and what was found of benchmarks and near duplicates."""
+    hygiene = task.recipe.hygiene
     if len(staged):
         content = np.frombuffer(staged.content, np.uint64)
     else:
         content = np.zeros(0, np.uint64)
     fate = np.where(superseded, DUPLICATE, KEPT).astype(np.uint8)
-    if recipe.hygiene.dedup.exact:
+    if hygiene.dedup.exact:
         left = np.flatnonzero(fate == KEPT)
         again = np.ones(len(left), bool)
         again[np.unique(content[left], return_index=True)[1]] = False
         fate[left[again]] = DUPLICATE
-        for folder in inputs.values():
+        for folder in task.inputs.values():
             if (folder / HASHES).is_file():
                 fate[np.isin(content, np.load(folder / HASHES))] = DUPLICATE
     generic = decontaminate.given_back([(item, words) for _, item, words in staged.hits], len(content))
@@ -97,11 +121,11 @@ def _fates(
     for hit in staged.hits:
         if hit[1] not in generic and fate[hit[0]] == KEPT:
             hits.append(hit)
-    if recipe.hygiene.contaminated == "drop":
+    if hygiene.contaminated == "drop":
         fate[[record for record, _, _ in hits]] = CONTAMINATED
     contamination, near = decontaminate.overlap(items, hits, generic), None
-    if recipe.hygiene.dedup.near and (fate == KEPT).any():
-        near = _mark_near_duplicates(recipe.hygiene.dedup.near, staged, fate, inputs, work, shown)
+    if hygiene.dedup.near and (fate == KEPT).any():
+        near = _mark_near_duplicates(task, hygiene.dedup.near, staged, fate)
     return fate, Found(contamination, near)
 
 
@@ -141,21 +165,20 @@ class _Texts:
             file.close()
 
 
-def _mark_near_duplicates(
-    threshold: float, staged: Staged, fate: np.ndarray, inputs: Mapping[str, Path], work: Path, shown: int
-) -> NearDuplicates:
+def _mark_near_duplicates(task: Preparation, threshold: float, staged: Staged, fate: np.ndarray) -> NearDuplicates:
     """Mark records like an earlier one, of this source or of an earlier source. Returns how many were like one of the
-    latter, and the ids of `shown` pairs."""
+    latter, and the ids of some pairs."""
+    shown = EXAMPLES if phi_mode(task.recipe, task.name) == "off" else 0  # ids of notes are identifiers themselves
     texts = _Texts()
-    for folder in inputs.values():
+    for folder in task.inputs.values():
         for path in (folder / "train.jsonl", folder / "heldout.jsonl"):
             texts.append(path, _line_starts(path))
     num_earlier = len(texts)
     size = np.array(staged.size, dtype=np.int64)
-    texts.append(work, (np.cumsum(size) - size)[fate == KEPT])
-    bands = work.with_name("bands")
+    texts.append(task.work, (np.cumsum(size) - size)[fate == KEPT])
+    bands = task.work.with_name("bands")
     shutil.rmtree(bands, ignore_errors=True)  # of an attempt that was killed here
-    like = dedup.near_duplicates(texts.batches(), texts.text, threshold, bands, num_earlier)
+    like = dedup.near_duplicates(texts.batches(), texts.text, threshold, bands, num_given=num_earlier)
     for number in np.flatnonzero(like >= 0).tolist():
         if not _asked_alike(texts.record(number), texts.record(int(like[number])), threshold):
             like[number] = -1
@@ -244,17 +267,16 @@ def _split(source: SourceSection, staged: Staged, kept: np.ndarray) -> np.ndarra
 # ---- second pass -----------------------------------------------------------------------------------------------------
 
 
-def _distribute(work: Path, fate: np.ndarray, held_out: np.ndarray, train: IO[bytes], heldout: IO[bytes]) -> None:
-    with work.open("rb") as file:
-        for line, end, held in zip(file, fate, held_out, strict=True):
+def _distribute(task: Preparation, fate: np.ndarray, held_out: np.ndarray) -> None:
+    train, heldout = task.out / "train.jsonl", task.out / "heldout.jsonl"
+    with task.work.open("rb") as work, train.open("wb") as trained, heldout.open("wb") as kept_back:
+        for line, end, held in zip(work, fate, held_out, strict=True):
             if end == KEPT:
-                (heldout if held else train).write(line)
+                (kept_back if held else trained).write(line)
 
 
-def _ledger(
-    recipe: Recipe, name: str, rejects: Rejects, staged: Staged, fate: np.ndarray, held_out: np.ndarray, out: Path
-) -> Source:
-    source = recipe.data[name]
+def _ledger(task: Preparation, rejects: Rejects, staged: Staged, ends: Ends) -> Source:
+    source, fate = task.source, ends.fate
     near = int((fate == NEAR_DUPLICATE).sum())
     records = Records(
         read=len(fate) + sum(rejects.counts.values()),
@@ -266,7 +288,7 @@ def _ledger(
     )
     parts = records.model_dump(exclude={"read"})
     assert records.read == sum(parts.values())
-    mode, listing = phi_mode(recipe, name), list_source(source)
+    mode, listing = phi_mode(task.recipe, task.name), list_source(source)
     identifiers = Identifiers()
     if mode != "off":
         identifiers = staged.identifiers.facts(mode)
@@ -275,8 +297,8 @@ def _ledger(
     return Source(
         records=records,
         near_duplicates=near,
-        held_out=int((held_out & (fate == KEPT)).sum()),
-        sha256=sha256_file(out / "train.jsonl"),
+        held_out=int((ends.held_out & (fate == KEPT)).sum()),
+        sha256=sha256_file(task.out / "train.jsonl"),
         kind=source.kind,
         license=source.license,
         terms=source.terms,

@@ -103,6 +103,7 @@ def generate(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str | Asked],
     max_new_tokens: int,
+    *,
     stop: Sequence[str] = (),
     batch_tokens: int = BATCH_TOKENS,
     progress: Progress | None = None,
@@ -120,7 +121,9 @@ def generate(
     answers: dict[int, Answer] = {}
     shared = read_shared(model, rows)
     for batch in padded_batches(costs, batch_tokens):
-        for position, tokens, ended in _decode(model, [rows[index] for index in batch], max_new_tokens, end, shared):
+        for position, tokens, ended in _decode(
+            model, [rows[index] for index in batch], max_new_tokens, end, shared=shared
+        ):
             if ended:
                 index = batch[position]
                 answers[index] = Answer(end.text(tokens), len(tokens), ended, cut[index])
@@ -134,6 +137,7 @@ def stream(
     tokenizer: PreTrainedTokenizerBase,
     prompt: str | Asked,
     max_new_tokens: int,
+    *,
     stop: Sequence[str] = (),
 ) -> Iterator[str]:
     """One greedy answer as it grows: pieces whose concatenation is `generate`'s text.
@@ -165,7 +169,7 @@ def settled(text: str, stop: Sequence[str]) -> str:
 
 
 def _decode(
-    model: PreTrainedModel, prompts: list[list[int]], max_new_tokens: int, end: Ending, shared: Shared | None = None
+    model: PreTrainedModel, prompts: list[list[int]], max_new_tokens: int, end: Ending, *, shared: Shared | None = None
 ) -> Iterator[tuple[int, list[int], Ended | None]]:
     """Yield (row, its tokens so far, why it ended or None) for every new token; ended rows leave the batch."""
     assert not model.training

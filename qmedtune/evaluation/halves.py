@@ -26,7 +26,7 @@ def development_tasks(recipe: Recipe) -> list[Task]:
     """The recipe's tasks on their development items, each asked once and without examples: these could be items that
     are scored at the end. RecipeError where one is too small to be parted."""
     found: dict[str, Task] = {}
-    for section in recipe.evaluate.sections:
+    for section in recipe.evaluate.tasks:
         bare = section.model_copy(update={"shots": 0})
         if bare.label not in found:
             task = load_task(bare, recipe.items_seed, world_of(recipe))
@@ -37,7 +37,7 @@ def development_tasks(recipe: Recipe) -> list[Task]:
 def scored_tasks(recipe: Recipe) -> list[Task]:
     """The recipe's tasks on the items that nothing was chosen by: all of them, without `evaluate.development`."""
     found: list[Task] = []
-    for section in recipe.evaluate.sections:
+    for section in recipe.evaluate.tasks:
         found.append(part_of(load_task(section, recipe.items_seed, world_of(recipe)), recipe, "scored"))
     return found
 

@@ -81,7 +81,11 @@ def measure_model(
 
     def text(source: str) -> dict[str, float]:
         with ui.stage(f"perplexity of {Path(source).name}, {label}") as bar:
-            return asdict(perplexity(model, held_out[source], settings.batch_tokens, adding(bar), marks))
+            return asdict(
+                perplexity(
+                    model, held_out[source], batch_tokens=settings.batch_tokens, progress=adding(bar), marks=marks
+                )
+            )
 
     done = {}
     for task in tasks:
@@ -134,7 +138,7 @@ def _score(
         rows.append({"truncated": False})
         options.append(item.options)
     if items[0].options:
-        scores = choice_logprobs(model, tokenizer, prompts, options, settings.batch_tokens, done)
+        scores = choice_logprobs(model, tokenizer, prompts, options, batch_tokens=settings.batch_tokens, progress=done)
         resolution = TIE_NATS[compute_dtype(model)]
         for row, item, score in zip(rows, items, scores, strict=True):
             row |= {**_choice_row(task, item, score, resolution), "truncated": score.truncated}

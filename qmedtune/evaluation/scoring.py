@@ -101,6 +101,7 @@ def encode_choice(
     prompt: str | Asked,
     options: Sequence[str],
     max_tokens: int,
+    *,
     boundary: Boundary = "segment",
 ) -> Choice:
     """Split prompt + option into tokens. What is `Asked` has them from its template; of a text:
@@ -192,6 +193,7 @@ def choice_logprobs(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str | Asked],
     options: Sequence[Sequence[str]],
+    *,
     batch_tokens: int = BATCH_TOKENS,
     progress: Progress | None = None,
     boundary: Boundary = "segment",
@@ -201,7 +203,7 @@ def choice_logprobs(
     room = max_positions(model)
     items, kept, costs = [], [], []
     for prompt, texts in zip(prompts, options, strict=True):
-        item = encode_choice(tokenizer, prompt, texts, room, boundary)
+        item = encode_choice(tokenizer, prompt, texts, room, boundary=boundary)
         items.append(item)
         kept.append(item.prompt)
         costs.append(item.cost_tokens)
@@ -332,6 +334,7 @@ class Perplexity:
 def perplexity(
     model: PreTrainedModel,
     rows: Rows,
+    *,
     batch_tokens: int = BATCH_TOKENS,
     progress: Progress | None = None,
     marks: frozenset[int] = frozenset(),

@@ -87,6 +87,7 @@ def _edge(rejected: Callable[[float], bool], inside: float, outside: float) -> f
 def bootstrap(
     statistic: Statistic,
     n: int,
+    *,
     resamples: int = RESAMPLES,
     seed: int = 0,
     confidence: float = 0.95,
@@ -123,7 +124,7 @@ def _members(groups: Groups) -> list[np.ndarray]:
 def bootstrap_mean(values: Sequence[float], resamples: int = RESAMPLES, seed: int = 0) -> Interval:
     """95 % percentile bootstrap interval of a mean over items (accuracy, ROUGE, token F1 ...)."""
     array = np.asarray(values, dtype=np.float64)
-    return bootstrap(lambda indices: float(array[indices].mean()), len(array), resamples, seed)
+    return bootstrap(lambda indices: float(array[indices].mean()), len(array), resamples=resamples, seed=seed)
 
 
 @dataclass(frozen=True)
@@ -150,13 +151,14 @@ def paired_bootstrap(
     before: Statistic,
     after: Statistic,
     n: int,
+    *,
     resamples: int = RESAMPLES,
     seed: int = 0,
     groups: Groups | None = None,
 ) -> tuple[float, Interval]:
     """Difference after - before of any score on the same items, with its 95 % interval: (difference, interval)."""
     items = np.arange(n)
-    interval = bootstrap(lambda i: after(i) - before(i), n, resamples, seed, groups=groups)
+    interval = bootstrap(lambda i: after(i) - before(i), n, resamples=resamples, seed=seed, groups=groups)
     return after(items) - before(items), interval
 
 

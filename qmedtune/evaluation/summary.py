@@ -214,7 +214,7 @@ def statistic(task: Task, draws: Draws) -> statistics.Statistic:
     return lambda indices: _mean(task, _at(draws, indices))
 
 
-def compare(task: Task, base: Draws, final: Draws, seed: int, groups: statistics.Groups | None = None) -> Change:
+def compare(task: Task, base: Draws, final: Draws, seed: int, *, groups: statistics.Groups | None = None) -> Change:
     """Paired on the same items: the difference with its interval always, McNemar where independent answers are right
     or wrong; there Tango's score interval, else the bootstrap.
 
@@ -301,11 +301,11 @@ def _scores_of(task: Task, indices: Sequence[int], measured: ModelRows, seed: in
         judged = written
         if items[0].options:
             judged = draws
-        change = compare(task, judged["base"], judged["final"], seed, groups)
+        change = compare(task, judged["base"], judged["final"], seed, groups=groups)
         for name in change.model_fields_set:
             found[name] = getattr(change, name)
         if items[0].options and written["base"]:
-            found["generation"] = compare(task, written["base"], written["final"], seed, groups)
+            found["generation"] = compare(task, written["base"], written["final"], seed, groups=groups)
     return Scores.model_validate(found)
 
 

@@ -79,10 +79,11 @@ def outcome(values: Sequence[float]) -> str:
 
 @dataclass(frozen=True)
 class Asked:
-    """A task: its items, and which models answered them."""
+    """A task: its items, and which models answered them. measure: what an item's written answer scores, `right` where
+    the task's metric is none of a single item."""
 
     name: str
-    metric: str
+    measure: str
     labels: tuple[str, ...]
     items: list[Answered]
 
@@ -99,19 +100,22 @@ def read_task(path: Path, name: str, metric: str) -> Asked:
     """The items of one task. RunError where a line is damaged."""
     items: list[Answered] = []
     labels: tuple[str, ...] = ()
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    measure = "right"
+    for number, text in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
         try:
             line = json.loads(text)
             labels = tuple(label for label in LABELS if label in line)
             answers = [_answer(line[label], metric) for label in labels]
+            if metric in line[labels[0]].get("generation", {}):
+                measure = metric
             gold = line.get("gold")
             items.append(Answered(str(line["id"]), line.get("facet"), line.get("draw", 0), gold, tuple(answers)))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError, OverflowError) as error:
             raise RunError(
                 f"{path}:{number}: no answer of an evaluation ({type(error).__name__})\n"
                 "the same `qmedtune run` makes the evaluation again, once its folder is moved away"
             ) from None
-    return Asked(name, metric, labels, items)
+    return Asked(name, measure, labels, items)
 
 
 def _answer(row: Json, metric: str) -> Answer:

@@ -131,11 +131,11 @@
     row[5].forEach((answer, number) => {
       if (number) line.append(" → ");
       const said = answer[4] === "" ? "unread" : typeof answer[4] === "number" ? names[answer[4]] : String(answer[4]);
-      const score = answer[2].length ? "" : ` (${task().metric} ${answer[5].toFixed(2)})`;
+      const score = task().measure === "right" ? "" : ` (${task().measure} ${answer[5].toFixed(2)})`;
       const right = answer[5] >= 0.5;
       const part = element("span", right ? "good" : "", `${task().labels[number]} ${said}${score}`);
       line.append(part);
-      if (answer[2].length && right) line.append(element("span", "good", " ✓"), element("span", "unseen", " right"));
+      if (task().measure === "right" && right) line.append(element("span", "good", " ✓"), element("span", "unseen", " right"));
     });
     return line;
   }

@@ -233,7 +233,7 @@ def _taken_names(recipe: Recipe) -> Iterator[Finding]:
         yield ("data", name), f'"{name}" is the name of a folder that the run makes in data/; call the source otherwise'
     taken: set[str] = set()
     for index, task in enumerate(recipe.evaluate.tasks):
-        name = task if isinstance(task, str) else task.label
+        name = task.label
         if name in taken:
             yield ("evaluate", "tasks", index), f"{name} is there twice; give all its files as one path or pattern"
         taken.add(name)
@@ -249,7 +249,7 @@ def _unknown_names(recipe: Recipe) -> Iterator[Finding]:
             hint = did_you_mean(template, templates)
             listed = f"(templates: {', '.join(templates)}, or a template.json)"
             yield path, f'no template "{template}"{hint} {listed}'
-    for index, task in enumerate(recipe.evaluate.sections):
+    for index, task in enumerate(recipe.evaluate.tasks):
         yield from _task(("evaluate", "tasks", index), task, list(BUILTIN_TASKS), list(FILE_TASKS))
 
 

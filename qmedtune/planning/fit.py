@@ -14,8 +14,8 @@ from qmedtune.llama_shape import LINEARS, BaseFacts
 from qmedtune.planning import layers, memory
 from qmedtune.planning.machine import CARDS_GIB, GIB, Machine
 from qmedtune.planning.memory import Setup
-from qmedtune.planning.numerics import Numerics, numerics
 from qmedtune.recipe import LayersSection, Recipe, TrainSection
+from qmedtune.resolved import Numerics, ResolvedRecipe
 
 # Decoding NF4 costs as much as multiplying by it with this many tokens (2.5 bytes per weight written and read back,
 # against 2 FLOPs per token): 110 to 230 on T4, A100, 4090, H200 by the limits in the kernel notes. On a CPU the
@@ -46,33 +46,53 @@ class Choice:
 def budget_bytes(machine: Machine, recipe: Recipe) -> int:
     """Memory a training step may take: the card's, or the RAM less a reserve; less where the recipe says so."""
     there = machine.memory_bytes if machine.is_gpu else machine.memory_bytes - HOST_RESERVE_BYTES
-    return there if recipe.memory == "auto" else min(there, round(recipe.memory * GIB))
+    if recipe.memory_gib is None:
+        return there
+    return min(there, round(recipe.memory_gib * GIB))
 
 
-def numerics_of(recipe: Recipe, index: int, machine: Machine) -> Numerics:
-    """What stage `index` computes in and attends with; its lengths and the compute dtype are resolved."""
-    stage = recipe.stages[index]
-    return numerics(recipe.model, full=stage.full, seq_len=int(stage.section.seq_len), machine=machine)
+@dataclass(frozen=True)
+class Draft:
+    """Stage `index` of a recipe whose lengths, batches and compute dtype are resolved: what still may be `auto` are
+    micro-batch, checkpointing and optimiser. `numerics`: what the stage computes in and attends with."""
+
+    recipe: Recipe
+    index: int
+    numerics: Numerics
+
+    @property
+    def section(self) -> TrainSection:
+        return self.recipe.stages[self.index].section
 
 
-def setup_of(recipe: Recipe, index: int, machine: Machine) -> Setup:
-    """The memory-relevant part of stage `index`, its lengths and the compute dtype resolved; what is still `auto`
-    (micro-batch, checkpointing, optimiser) stands at its smallest."""
-    section, stages = recipe.stages[index].section, recipe.stages
-    full = stages[index].full
+def draft_of(recipe: ResolvedRecipe, index: int) -> Draft:
+    """A resolved stage as one, to be judged anew."""
+    return Draft(recipe, index, recipe.stages[index].numerics)
+
+
+def setup_of(recipe: ResolvedRecipe, index: int) -> Setup:
+    """The memory-relevant part of stage `index`."""
+    section = recipe.stages[index].section
+    setup = with_stated_layers(section, smallest(draft_of(recipe, index)))
+    return replace(setup, micro_batch=section.micro_batch, optimizer=section.optimizer)
+
+
+def smallest(draft: Draft) -> Setup:
+    """A stage with one row at a time, every layer recomputed and the optimiser's states in host memory."""
+    recipe, section, decided = draft.recipe, draft.section, draft.numerics
+    stages = recipe.stages[: draft.index + 1]
+    full = stages[-1].full
     headed = section.adapter == "frozen"  # a head alone is trained: its few thousand weights are not counted
     frozen = int(headed)
-    for stage in stages[1 : index + 1]:
+    for stage in stages[1:]:
         frozen += stage.section.adapter == "new"
-    adapter = recipe.adapter_of(index)
-    decided = numerics_of(recipe, index, machine)
+    adapter = recipe.adapter_of(draft.index)
     return Setup(
         seq_len=int(section.seq_len),
-        micro_batch=1 if section.micro_batch == "auto" else section.micro_batch,
-        checkpointing=section.gradient_checkpointing in ("auto", True),
-        ways=ways_of(section),
+        micro_batch=1,
+        checkpointing=True,
         dropout=adapter.dropout > 0,
-        optimizer="paged_adamw_8bit" if section.optimizer == "auto" else section.optimizer,
+        optimizer="paged_adamw_8bit",
         compute_dtype=decided.dtype,
         quantized=recipe.model.quantization == "nf4",
         double_quantization=recipe.model.double_quantization,
@@ -85,16 +105,17 @@ def setup_of(recipe: Recipe, index: int, machine: Machine) -> Setup:
     )
 
 
-def ways_of(section: TrainSection) -> tuple[int, int, int, int] | None:
-    """The counts that a section states for its layers; None where it says all, none or `auto`."""
+def with_stated_layers(section: TrainSection, setup: Setup) -> Setup:
+    """`setup` with its layers treated as the section states: all recomputed, all kept, or counts by way."""
     stated = section.gradient_checkpointing
     if not isinstance(stated, LayersSection):
-        return None
-    return stated.keep, stated.cheap, stated.recompute, stated.offload
+        return replace(setup, checkpointing=stated is True)
+    ways = (stated.keep, stated.cheap, stated.recompute, stated.offload)
+    return replace(setup, checkpointing=False, ways=ways)
 
 
-def options(section: TrainSection, smallest: Setup, machine: Machine) -> list[Setup]:
-    """Every micro-batch and optimiser that the section's explicit values allow; checkpointing as in `smallest`."""
+def options(section: TrainSection, least: Setup, machine: Machine) -> list[Setup]:
+    """Every micro-batch and optimiser that the section's explicit values allow; checkpointing as in `least`."""
     if section.optimizer != "auto":
         optimizers = (section.optimizer,)
     elif machine.is_gpu:
@@ -102,13 +123,13 @@ def options(section: TrainSection, smallest: Setup, machine: Machine) -> list[Se
     else:
         optimizers = ("adamw",)
     found: list[Setup] = []
-    for rows in _micro_batches(section, smallest, machine):
+    for rows in _micro_batches(section, least, machine):
         for optimizer in optimizers:
-            found.append(replace(smallest, micro_batch=rows, optimizer=optimizer))
+            found.append(replace(least, micro_batch=rows, optimizer=optimizer))
     return found
 
 
-def _micro_batches(section: TrainSection, smallest: Setup, machine: Machine) -> list[int]:
+def _micro_batches(section: TrainSection, least: Setup, machine: Machine) -> list[int]:
     """The stated number of rows; else powers of two, and the whole batch, while more of them still gain speed."""
     batch = int(section.batch)
     if section.micro_batch != "auto":
@@ -119,7 +140,7 @@ def _micro_batches(section: TrainSection, smallest: Setup, machine: Machine) -> 
         allowed.add(rows)
         rows *= 2
     allowed.add(batch)
-    return sorted(rows for rows in allowed if rows == 1 or rows * smallest.seq_len <= ENOUGH_TOKENS[machine.kind])
+    return sorted(rows for rows in allowed if rows == 1 or rows * least.seq_len <= ENOUGH_TOKENS[machine.kind])
 
 
 def with_layers(facts: BaseFacts, setup: Setup, machine: Machine, budget: float) -> Setup:
@@ -154,14 +175,16 @@ def relative_time(facts: BaseFacts, setup: Setup, machine: Machine) -> float:
     return passes * (1 + DECODE_TOKENS[machine.kind] / setup.tokens) + OPTIMIZER_COST[setup.optimizer]
 
 
-def choose(facts: BaseFacts, recipe: Recipe, index: int, machine: Machine) -> Choice:
-    """The fastest setup of stage `index` that fits. DoesNotFit names the three cheapest remedies."""
-    budget, section = budget_bytes(machine, recipe), recipe.stages[index].section
+def choose(facts: BaseFacts, draft: Draft, machine: Machine) -> Choice:
+    """The fastest setup of a stage that fits. DoesNotFit names the three cheapest remedies."""
+    budget, section = budget_bytes(machine, draft.recipe), draft.section
     roomy: list[tuple[float, int, Setup]] = []
     crowded: list[tuple[int, Setup]] = []
-    for setup in options(section, setup_of(recipe, index, machine), machine):
+    for setup in options(section, smallest(draft), machine):
         if section.gradient_checkpointing == "auto":
             setup = with_layers(facts, setup, machine, FILLED * budget)
+        else:
+            setup = with_stated_layers(section, setup)
         peak = memory.peak_bytes(facts, setup, gpu=machine.is_gpu)
         if peak <= FILLED * budget:
             roomy.append((relative_time(facts, setup, machine), peak, setup))
@@ -172,7 +195,8 @@ def choose(facts: BaseFacts, recipe: Recipe, index: int, machine: Machine) -> Ch
         return Choice(setup, peak, budget)
     peak, setup = min(crowded, key=lambda option: option[0])
     if peak > budget:
-        raise DoesNotFit(_does_not_fit(facts, recipe, index, Choice(setup, peak, budget), machine))
+        name = draft.recipe.stage_names()[draft.index]
+        raise DoesNotFit(_does_not_fit(facts, name, Choice(setup, peak, budget), machine))
     return Choice(setup, peak, budget)
 
 
@@ -207,8 +231,8 @@ def remedies(facts: BaseFacts, setup: Setup, *, gpu: bool) -> list[tuple[str, in
     return found
 
 
-def _does_not_fit(facts: BaseFacts, recipe: Recipe, index: int, smallest: Choice, machine: Machine) -> str:
-    setup, missing = smallest.setup, smallest.peak_bytes - smallest.budget_bytes
+def _does_not_fit(facts: BaseFacts, name: str, least: Choice, machine: Machine) -> str:
+    setup, missing = least.setup, least.peak_bytes - least.budget_bytes
     enough: list[tuple[str, int]] = []
     too_little: list[tuple[str, int]] = []
     for text, freed in remedies(facts, setup, gpu=machine.is_gpu):
@@ -222,12 +246,12 @@ def _does_not_fit(facts: BaseFacts, recipe: Recipe, index: int, smallest: Choice
         named.append(("a smaller base: this much is missing;", missing))
     where = "several cards"
     for gib in reversed(CARDS_GIB):
-        if smallest.peak_bytes <= gib * GIB:
+        if least.peak_bytes <= gib * GIB:
             where = f"a card of {gib} GiB"
     checkpointing = "on" if setup.checkpointing or setup.ways else "off"
     lines = [
-        f"{recipe.stage_names()[index]} of {facts.name} does not fit: {units.size(smallest.peak_bytes)} predicted, "
-        f"{units.size(smallest.budget_bytes)} there ({machine.name})",
+        f"{name} of {facts.name} does not fit: {units.size(least.peak_bytes)} predicted, "
+        f"{units.size(least.budget_bytes)} there ({machine.name})",
         f"at its smallest: {setup.micro_batch} x {setup.seq_len} tokens, {setup.optimizer}, "
         f"checkpointing {checkpointing}; it would fit {where}; remedies:",
     ]

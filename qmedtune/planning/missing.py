@@ -36,7 +36,7 @@ def what_is_missing(
 def _is_here(task: TaskSection) -> bool:
     """Benchmarks that are here and yet were not looked at are large."""
     try:
-        split_files(task.path, task.split)
+        split_files(str(task.path), task.split)
     except DataError:
         return False
     return True

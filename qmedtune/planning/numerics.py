@@ -1,4 +1,4 @@
-"""What a stage computes in and attends with: decided here once, for the planner and for the trainer. No torch.
+"""What a stage computes in and attends with: resolve.py asks once, planner and trainer take its answer. No torch.
 
 Deliberately not here: whether the libraries beside torch are installed in the run's own process (modeling/attention.py
 only runs what was decided), and what fits (fit.py).
@@ -6,12 +6,12 @@ only runs what was decided), and what fits (fit.py).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from importlib.util import find_spec
 
 from qmedtune.errors import RecipeError
 from qmedtune.planning.machine import Machine
 from qmedtune.recipe import ModelSection
+from qmedtune.resolved import Numerics
 
 VARLEN = "varlen"
 TAKE_BOUNDS = (VARLEN, "flash_attention_2")  # kernels that isolate documents by their lengths
@@ -19,17 +19,6 @@ VARLEN_CAPABILITY = 8.0  # Ampere: below it there are no kernels for variable le
 # torch's fused attention on the CPU takes 21 ms a layer (forward and backward) at 32 rows of 64 tokens where plain
 # matrix products take 6; at 128 tokens 22 against 10, at 256 they meet (1 thread, bf16, 4 heads of 64, 2026-11-22).
 EAGER_UP_TO_TOKENS = 128
-
-
-@dataclass(frozen=True)
-class Numerics:
-    """`dtype`: of matrix products and activations. `autocast`: weights are fp32 masters, products run in `dtype`.
-    `scaled`: the loss is scaled, because gradients in fp16 underflow. `attention`: transformers' name."""
-
-    dtype: str
-    autocast: bool
-    scaled: bool
-    attention: str
 
 
 def numerics(model: ModelSection, *, full: bool, seq_len: int, machine: Machine) -> Numerics:

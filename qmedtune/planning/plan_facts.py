@@ -20,12 +20,14 @@ class Decision(TypedDict):
 
 
 class PlannedBase(TypedDict):
-    """What a reader of the plan needs of the base; all fields of llama_shape.BaseFacts stand beside these."""
+    """What a reader of the plan needs of the base; all fields of llama_shape.BaseFacts stand beside these. making_s: of
+    a built-in base that is to be pretrained here first, once."""
 
     name: str
     source: str
     parameters: int
     bytes: int
+    making_s: float
 
 
 class PlannedMachine(TypedDict):
@@ -58,7 +60,8 @@ class PlannedStep(TypedDict):
 
 class PlannedStage(TypedDict):
     """A stage: planning.rows.Tokens, how it is trained, its predicted memory by parts and its time (None where nobody
-    knows how many tokens there are). `measured`: the speed is this run folder's own."""
+    knows how many tokens there are). `measured`: the speed is this run folder's own. `exchange_bytes`: of gradients,
+    between several GPUs in every step."""
 
     name: str
     kind: str
@@ -74,6 +77,7 @@ class PlannedStage(TypedDict):
     dtype: str
     attention: str
     trained_parameters: int
+    exchange_bytes: int
     memory: dict[str, int]
     peak_bytes: int
     budget_bytes: int

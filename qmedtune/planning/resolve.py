@@ -2,8 +2,9 @@
 
 What changes results (lengths, batch, learning rates, epochs, intervals) follows from the recipe and the base alone, so
 that a run is the same run on another machine; micro-batch, checkpointing, optimiser precision and compute dtype follow
-from the machine (fit.py). `auto` stays where more must be known: `cpt.tokens` over real text (packing counts it),
-`validate.every` and `save.every` (a share of each stage's steps: train.py), `model.kernels` and `model.attention`.
+from the machine (fit.py), and so does what a stage attends with (numerics.py). `auto` stays where more must be known:
+`cpt.tokens` over real text (packing counts it), `validate.every` and `save.every` (a share of each stage's steps), and
+`model.kernels` (their dispatch decides by shape).
 """
 
 from __future__ import annotations
@@ -18,10 +19,19 @@ from qmedtune.planning import fit
 from qmedtune.planning.layers import slowdown
 from qmedtune.planning.machine import Machine, this_machine
 from qmedtune.planning.memory import WAYS, Setup, trained_parameters
-from qmedtune.planning.numerics import why_dtype
+from qmedtune.planning.numerics import numerics, why_dtype
 from qmedtune.planning.plan_facts import Decision
 from qmedtune.planning.shapes import base_facts
-from qmedtune.recipe import LayersSection, Recipe, Section, SftSection, StageSection, WarmupSection
+from qmedtune.recipe import (
+    LayersSection,
+    Recipe,
+    Section,
+    SftSection,
+    StageSection,
+    TrainSection,
+    WarmupSection,
+)
+from qmedtune.resolved import Numerics, ResolvedRecipe
 
 Proposals = dict[str, tuple[Any, str]]
 Decisions = list[Decision]
@@ -35,7 +45,7 @@ STEP_TOKENS = {"cpt": 32_768, "sft": 16_384, "pretrain": 32_768, "classify": 16_
 LARGE = 30e9  # from here QLoRA's own recipe halves the learning rate (Dettmers et al. 2023: 2e-4 to 13B, 1e-4 from 33B)
 
 
-def resolve(recipe: Recipe, machine: Machine | None = None) -> tuple[Recipe, Decisions]:
+def resolve(recipe: Recipe, machine: Machine | None = None) -> tuple[ResolvedRecipe, Decisions]:
     """The recipe without `auto` (see above for what stays) and the decisions as {"key", "value", "why"}.
 
     `machine` defaults to this one. Raises DoesNotFit when a stage cannot fit, RecipeError when the base is unknown.
@@ -47,10 +57,26 @@ def resolve(recipe: Recipe, machine: Machine | None = None) -> tuple[Recipe, Dec
     adapter = _fill(recipe.adapter, "adapter", _embeddings(recipe, facts), decisions)
     recipe = _judge_instructions(recipe, decisions)
     recipe = recipe.model_copy(update={"model": model, "adapter": adapter})
-    for index in range(len(recipe.stages)):
-        recipe = _stage(recipe, index, facts, machine, decisions)
+    decided: list[Numerics] = []
+    for index, stage in enumerate(recipe.stages):
+        recipe = _by_base(recipe, index, facts, decisions)
+        seq_len = int(recipe.stages[index].section.seq_len)
+        decided.append(numerics(recipe.model, full=stage.full, seq_len=seq_len, machine=machine))
+        recipe = _by_machine(fit.Draft(recipe, index, decided[index]), facts, machine, decisions)
     evaluate = _fill(recipe.evaluate, "evaluate", _evaluation_batch(facts), decisions)
-    return recipe.model_copy(update={"evaluate": evaluate}), decisions
+    return _typed(recipe.model_copy(update={"evaluate": evaluate}), decided), decisions
+
+
+def _typed(recipe: Recipe, decided: list[Numerics]) -> ResolvedRecipe:
+    """The filled recipe with the types that say so. An `auto` that was left where none may be is refused by them."""
+    stages: list[dict[str, object]] = []
+    for stage, computes in zip(recipe.stages, decided, strict=True):
+        stages.append({stage.kind: dict(stage.section), "numerics": computes})
+    values = dict(recipe) | {"validate": recipe.validation, "stages": stages}
+    del values["validation"]
+    for name in ("model", "adapter", "evaluate"):
+        values[name] = dict(values[name])
+    return ResolvedRecipe.model_validate(values)
 
 
 def _judge_instructions(recipe: Recipe, decisions: Decisions) -> Recipe:
@@ -86,10 +112,11 @@ def _fill(section: S, where: str, proposals: Proposals, decisions: Decisions) ->
     return section.model_copy(update=chosen)
 
 
-def _stage(recipe: Recipe, index: int, facts: BaseFacts, machine: Machine, decisions: Decisions) -> Recipe:
+def _by_base(recipe: Recipe, index: int, facts: BaseFacts, decisions: Decisions) -> Recipe:
+    """Stage `index` with what follows from the recipe and its base: lengths, rates, epochs and batch."""
     stage = recipe.stages[index]
     where = f"stages[{index}].{stage.kind}"
-    on_builtin_text = all(_paths_are_builtin(recipe, name) for name in stage.sources)
+    on_builtin_text = all(recipe.data[name].is_builtin for name in stage.sources)
     if facts.builtin:
         proposals = _tiny_stage(facts, stage, on_builtin_text)
     else:
@@ -102,23 +129,24 @@ def _stage(recipe: Recipe, index: int, facts: BaseFacts, machine: Machine, decis
     else:
         batch = _real_batch(int(section.seq_len), stage.kind)
     section = _fill(section, where, batch, decisions)
-    recipe = _with_stage(recipe, index, section)
     _check_layers(facts, section.gradient_checkpointing, where)
-    if stage.full:
-        decided = fit.numerics_of(recipe, index, machine)
-        decisions.append({"key": f"{where} computes in", "value": decided.dtype, "why": why_dtype(decided, machine)})
-    section = _fill(section, where, _memory(facts, recipe, index, machine), decisions)
     return _with_stage(recipe, index, section)
+
+
+def _by_machine(draft: fit.Draft, facts: BaseFacts, machine: Machine, decisions: Decisions) -> Recipe:
+    """The same stage with what follows from the machine: micro-batch, checkpointing and optimiser."""
+    stage, decided = draft.recipe.stages[draft.index], draft.numerics
+    where = f"stages[{draft.index}].{stage.kind}"
+    if stage.full:
+        decisions.append({"key": f"{where} computes in", "value": decided.dtype, "why": why_dtype(decided, machine)})
+    section = _fill(stage.section, where, _memory(facts, draft, machine), decisions)
+    return _with_stage(draft.recipe, draft.index, section)
 
 
 def _with_stage(recipe: Recipe, index: int, section: Section) -> Recipe:
     stages = list(recipe.stages)
     stages[index] = stages[index].model_copy(update={stages[index].kind: section})
     return recipe.model_copy(update={"stages": stages})
-
-
-def _paths_are_builtin(recipe: Recipe, name: str) -> bool:
-    return all(path.startswith("builtin:") for path in recipe.data[name].paths)
 
 
 # ---- decided by recipe and base --------------------------------------------------------------------------------------
@@ -152,7 +180,7 @@ def _learning_rate(facts: BaseFacts, recipe: Recipe, index: int) -> tuple[float,
     return peak, f"{span}; full-tuning values (2e-5) starve LoRA{kept}"
 
 
-def _fewest_steps(section: Any, *, tuned: bool) -> Proposals:
+def _fewest_steps(section: TrainSection, *, tuned: bool) -> Proposals:
     if section.batch != "auto":
         return {"min_steps": (1, "`batch` is given, which says the steps")}
     if tuned:
@@ -254,8 +282,8 @@ def refuse_half_on_cpu(recipe: Recipe, machine: Machine) -> None:
         )
 
 
-def _memory(facts: BaseFacts, recipe: Recipe, index: int, machine: Machine) -> Proposals:
-    choice = fit.choose(facts, recipe, index, machine)
+def _memory(facts: BaseFacts, draft: fit.Draft, machine: Machine) -> Proposals:
+    choice = fit.choose(facts, draft, machine)
     setup = choice.setup
     used = f"{units.size(choice.peak_bytes)} predicted of {units.size(choice.budget_bytes)}"
     trained = units.count(trained_parameters(facts, setup))

@@ -21,6 +21,7 @@ from qmedtune.planning.machine import this_machine
 from qmedtune.planning.memory import Setup
 from qmedtune.planning.shapes import base_facts
 from qmedtune.recipe import Recipe, SourceSection
+from qmedtune.resolved import ResolvedRecipe
 
 # Text is about four times its compressed size; a token of biomedical English has at least three bytes (4.4 characters
 # in large vocabularies, 3.6 in those of 32k).
@@ -104,11 +105,10 @@ def kept_of(recipe: Recipe, text: int, tokens: int) -> memory.Kept:
     )
 
 
-def check(recipe: Recipe, out: Path, to_do: Collection[str]) -> None:
+def check(recipe: ResolvedRecipe, out: Path, to_do: Collection[str]) -> None:
     """Before a run of a resolved recipe: room for the steps that are not sealed yet. Raises DoesNotFit."""
     facts = base_facts(recipe.model)
-    here = this_machine()
-    setups = [fit.setup_of(recipe, index, here) for index in range(len(recipe.stages))]
+    setups = [fit.setup_of(recipe, index) for index in range(len(recipe.stages))]
     training = any(name in to_do for name in recipe.stage_names())
     if training:
         _check_machine(facts, setups)

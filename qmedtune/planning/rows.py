@@ -16,7 +16,8 @@ from qmedtune.data.packing import mix
 from qmedtune.data.packing.pack import draw_tokens, shared_tokens
 from qmedtune.data.synthetic import canaries
 from qmedtune.planning.estimate import Measured
-from qmedtune.recipe import ClassifySection, CptSection, MixSection, PretrainSection, Recipe, SftSection
+from qmedtune.recipe import ClassifySection, SftSection
+from qmedtune.resolved import ResolvedCpt, ResolvedPretrain, ResolvedRecipe
 
 SIMULATED_DOCUMENTS = 10_000  # laid out; more scale up
 HELD_DOCUMENTS = 100_000  # lengths held per source; PubMed has 36 million
@@ -47,7 +48,7 @@ class Drawn:
         return float(self.lengths.sum()) * self.times
 
 
-def planned(recipe: Recipe, index: int, measured: Mapping[str, Measured]) -> Tokens:
+def planned(recipe: ResolvedRecipe, index: int, measured: Mapping[str, Measured]) -> Tokens:
     """Stage `index` of a resolved recipe. Sources without an estimate are named in the note."""
     stage = recipe.stages[index]
     section = stage.section
@@ -62,16 +63,15 @@ def planned(recipe: Recipe, index: int, measured: Mapping[str, Measured]) -> Tok
         else:
             absent.append(name)
     if isinstance(section, SftSection | ClassifySection):
-        passes = float(section.epochs)
+        passes = section.epochs
         if isinstance(section, ClassifySection):
             passes *= 1 - section.validation
         wanted = {name: passes * drawn.tokens for name, drawn in draws.items()}
     elif absent:
-        tokens = 0 if section.tokens == "auto" else section.tokens
-        wanted, draws, spread = {"all": float(tokens)}, {"all": Drawn(np.full(1, int(section.seq_len)))}, 0.0
+        wanted, draws, spread = {"all": float(section.budget or 0)}, {"all": Drawn(np.full(1, section.seq_len))}, 0.0
     else:
         wanted = _targets(section, draws)
-        if section.tokens != "auto" and sum(wanted.values()) > 0.99 * section.tokens:
+        if section.budget is not None and sum(wanted.values()) > 0.99 * section.budget:
             spread = 0.02  # the budget is stated, and there is enough
     trained = round(sum(wanted.values()))
     rows = steps = 0
@@ -83,9 +83,8 @@ def planned(recipe: Recipe, index: int, measured: Mapping[str, Measured]) -> Tok
     return Tokens(trained, rows, batch_rows(section, rows), steps, spread, note)
 
 
-def _targets(section: MixSection, draws: Mapping[str, Drawn]) -> dict[str, float]:
+def _targets(section: ResolvedCpt | ResolvedPretrain, draws: Mapping[str, Drawn]) -> dict[str, float]:
     """Tokens of each source in the mixture. By documents, a weight is one of documents `times` as long as they are."""
-    assert isinstance(section, CptSection | PretrainSection)
     lengths: dict[str, np.ndarray] = {}
     weights: dict[str, float] = {}
     for name, drawn in draws.items():
@@ -96,14 +95,14 @@ def _targets(section: MixSection, draws: Mapping[str, Drawn]) -> dict[str, float
     return {name: target.tokens for name, target in mix.targets(section, lengths).items()}
 
 
-def _draws(recipe: Recipe, index: int, name: str, found: Measured) -> Drawn:
+def _draws(recipe: ResolvedRecipe, index: int, name: str, found: Measured) -> Drawn:
     """Tokens that a draw of each document of a source takes, the canaries planted in it included."""
     source, section = recipe.data[name], recipe.stages[index].section
     records = max(found.estimate.records, 1)
     times = max(1.0, records / HELD_DOCUMENTS)
     lengths = np.resize(found.lengths, round(records / times))
     lengths = np.concatenate([lengths, _planted(recipe, name)])
-    seq_len = int(section.seq_len)
+    seq_len = section.seq_len
     if source.kind == "instructions" or source.chunking == "truncate" or isinstance(section, ClassifySection):
         lengths = np.minimum(lengths, seq_len)
     most = None
@@ -112,7 +111,7 @@ def _draws(recipe: Recipe, index: int, name: str, found: Measured) -> Drawn:
     return Drawn(draw_tokens(source, lengths, seq_len, most, recipe.seed), times)
 
 
-def _planted(recipe: Recipe, name: str) -> np.ndarray:
+def _planted(recipe: ResolvedRecipe, name: str) -> np.ndarray:
     """About the tokens of the canaries in a source: a name, a number of nine digits, and for prompts their frame."""
     if recipe.audit is None or name not in canaries.planted_sources(recipe.audit):
         return np.zeros(0, np.int64)
@@ -120,10 +119,10 @@ def _planted(recipe: Recipe, name: str) -> np.ndarray:
     return np.full(sum(recipe.audit.repeats) * recipe.audit.canaries, tokens, np.int64)
 
 
-def _rows(recipe: Recipe, index: int, draws: Mapping[str, Drawn], wanted: Mapping[str, float]) -> float:
+def _rows(recipe: ResolvedRecipe, index: int, draws: Mapping[str, Drawn], wanted: Mapping[str, float]) -> float:
     """Rows that the drawn documents fill: the packer's over some of them, scaled up."""
     section, rng = recipe.stages[index].section, np.random.default_rng(0)
-    seq_len = int(section.seq_len)
+    seq_len = section.seq_len
     used: dict[str, np.ndarray] = {}
     wanted_documents: dict[str, float] = {}
     for name, drawn in draws.items():
@@ -143,7 +142,7 @@ def _rows(recipe: Recipe, index: int, draws: Mapping[str, Drawn], wanted: Mappin
     return rows * sum(wanted.values()) / float(mixed.sum())
 
 
-def _chunked(recipe: Recipe, name: str, drawn: np.ndarray, seq_len: int) -> np.ndarray:
+def _chunked(recipe: ResolvedRecipe, name: str, drawn: np.ndarray, seq_len: int) -> np.ndarray:
     """Documents as they are laid into rows: with `chunking: overlap` in chunks of a row."""
     source = recipe.data.get(name)
     if source is None or source.chunking != "overlap":

@@ -48,8 +48,11 @@ class Logged(Facts):
     step: int
     time: Number | None = None  # seconds since 1970; lines of 0.1 have none
     loss: Number | None = None
+    grad_norm: Number | None = None
+    lr: Number | None = None
     tokens: int | None = None
     tokens_per_s: Number | None = None
+    memory: int | None = None
     validation: dict[str, Number | None] | None = None
     warning: str | None = None
 
@@ -115,7 +118,8 @@ class Model(Facts):
 
 class Trained(Facts):
     """What a training stage finds. kept_step: whose weights are kept; kept_by: the sources it was judged by;
-    data_share: of the time, spent waiting for rows."""
+    data_share: of the time, spent waiting for rows; processes: how each that trained along computes, where there are
+    several: device and kernel path."""
 
     kernels: Kernels | None = None
     attention: Attention | None = None
@@ -133,6 +137,7 @@ class Trained(Facts):
     peak_memory_bytes: int | None = None
     memory: Memory = Memory()
     micro_batch: int | None = None
+    processes: list[str] = []
     validation: list[Validation] = []
     warnings: list[str] = []
     kind: str

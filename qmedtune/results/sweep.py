@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pydantic import JsonValue
+
 from qmedtune.results.typed import Facts, Interval, Number
 from qmedtune.results.whole_run import Provenance
 
@@ -25,6 +27,7 @@ class Item(Facts):
 
     id: str
     facet: str | None = None
+    gold: JsonValue = None
     base: Judged | None = None
     final: Judged | None = None
 

@@ -62,6 +62,11 @@ class SourceSection(Section):
         return [self.path] if isinstance(self.path, str) else self.path
 
     @property
+    def is_builtin(self) -> bool:
+        """All of it is text of the built-in world."""
+        return all(path.startswith("builtin:") for path in self.paths)
+
+    @property
     def is_clinical(self) -> bool:
         """Whether its text is of patients, by its kind or by a format that nothing else has."""
         return self.kind == "clinical" or self.format in CLINICAL_FORMATS

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+)
 
 from qmedtune.fields import Auto, Fraction, Positive, Section, later
 
@@ -97,6 +102,13 @@ class TaskSection(Section):
     extraction: Literal["stated", "me_llama"] = later("stated")
     """How a generated answer is read: what it states, or as the script of Me-LLaMA does."""
 
+    @model_serializer(mode="wrap")
+    def _as_written(self, write: SerializerFunctionWrapHandler) -> dict[str, object] | str:
+        """Its bare name where nothing else is said: in keys and records as it stands in recipes."""
+        if self == TaskSection(task=self.task):
+            return self.task
+        return write(self)
+
     @property
     def label(self) -> str:
         """The name of its scores and files: a task may be there zero-shot and few-shot, in several words."""
@@ -113,7 +125,7 @@ class TaskSection(Section):
 class EvaluateSection(Section):
     """What base and result are asked, on the same items."""
 
-    tasks: list[str | TaskSection] = []
+    tasks: list[TaskSection] = []
     """Benchmarks: names, or sections with the file."""
     perplexity: list[str] = []
     """Sources whose held-out text is scored. Name `general` too, to see what was forgotten."""
@@ -136,8 +148,18 @@ class EvaluateSection(Section):
 
     @property
     def sections(self) -> list[TaskSection]:
-        """`tasks`, the bare names among them as sections too."""
-        return [TaskSection(task=task) if isinstance(task, str) else task for task in self.tasks]
+        """`tasks`."""
+        return self.tasks
+
+    @field_validator("tasks", mode="before", json_schema_input_type=list[str | TaskSection])
+    @classmethod
+    def _bare_names(cls, value: object) -> object:
+        if not isinstance(value, list):
+            return value
+        sections: list[object] = []
+        for task in cast(list[object], value):
+            sections.append({"task": task} if isinstance(task, str) else task)
+        return sections
 
 
 class AuditSection(Section):

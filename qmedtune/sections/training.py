@@ -112,6 +112,11 @@ class MixSection(TrainSection):
     """How often a source may be repeated to reach its weight; without it 4 where `tokens` is auto, else any number.
     What falls short is told."""
 
+    @property
+    def budget(self) -> int | None:
+        """Tokens to train on; None where packing counts the text first."""
+        return None if self.tokens == "auto" else self.tokens
+
     @model_validator(mode="after")
     def _positive_total(self) -> MixSection:
         if not sum(self.mix.values()) > 0:
@@ -223,6 +228,14 @@ class ValidateSection(Section):
     max_tokens: Positive = 20_000
     """Tokens of each source that a look reads. Raise it for smoother curves."""
 
+    def interval(self, steps: int, epochs: float | None = None) -> int:
+        """Optimiser steps from one look to the next, in a stage of `steps`; once an epoch where `epochs` are given."""
+        if self.every != "auto":
+            return self.every
+        if epochs is not None:
+            return max(1, round(steps / epochs))
+        return max(10, steps // 5)
+
 
 class SaveSection(Section):
     """Checkpoints, from which an interrupted stage goes on."""
@@ -232,3 +245,7 @@ class SaveSection(Section):
     stop often."""
     keep: Annotated[int, Field(ge=1)] = 2
     """How many checkpoints of a stage are on disk at a time; none is left at its end. Take 1 where disk is short."""
+
+    def interval(self, steps: int) -> int:
+        """Optimiser steps from one checkpoint to the next, in a stage of `steps`."""
+        return max(20, steps // 10) if self.every == "auto" else self.every

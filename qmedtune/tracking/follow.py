@@ -2,7 +2,7 @@
 
     python -m qmedtune.tracking.follow TRACKER RUN NAME STAGE ...
 
-It looks every 2 s until its stdin is closed, by the run or by the run's death, and once more. What it writes is what
+It looks every 2 s until the run says on its stdin that it has ended, or is gone, and once more. What it writes is what
 metrics.jsonl says: where a stage went back to a checkpoint, its curve is written anew, so that it has no step twice.
 Deliberately left out: everything that is text, such as warnings.
 """
@@ -76,7 +76,7 @@ def point_of(line: bytes) -> Point | None:
         _take(figures, f"validation/{source}", loss)
     if not figures:
         return None
-    return Point(entry["step"], entry.get("time") or time.time(), figures)  # lines of 0.2.0 and before have no time
+    return Point(entry["step"], entry.get("time") or time.time(), figures)  # lines of 0.1 have none
 
 
 def _take(figures: dict[str, float], name: str, value: object) -> None:

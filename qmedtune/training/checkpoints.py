@@ -64,15 +64,25 @@ class States:
     plain: Plain
 
 
-def save(
-    stage: Path, step: int, weights: Mapping[str, Tensor], states: States, trainer_state: Any,
-    facts: Mapping[str, object], keep: int,
-) -> Path:  # fmt: skip
+@dataclass(frozen=True)
+class Checkpoint:
+    """Training after `step` optimiser steps: the trained `weights`, `states` as `states_of` gives them, Trainer's own
+    state, and `facts` for the seal."""
+
+    step: int
+    weights: Mapping[str, Tensor]
+    states: States
+    trainer_state: Any
+    facts: Mapping[str, object]
+
+
+def save(stage: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     """Seal a checkpoint of `stage` (the folder being built), then drop all but the newest `keep` intact ones.
 
-    `states` are those of `states_of`. RunError where the disk has no room for it: what was sealed before stays.
+    RunError where the disk has no room for it: what was sealed before stays.
     """
     scratch = stage / store.SCRATCH
+    step, weights, states = checkpoint.step, checkpoint.weights, checkpoint.states
     needed = OTHER_FILES_BYTES
     for tensor in (*weights.values(), *states.tensors.values()):
         needed += tensor.nbytes
@@ -83,12 +93,12 @@ def save(
     save_file(_plain(weights), partial / WEIGHTS)
     save_file(states.tensors, partial / STATES)
     store.write_json(partial / STATE, states.plain)
-    trainer_state.save_to_json(str(partial / TRAINER_STATE))
+    checkpoint.trainer_state.save_to_json(str(partial / TRAINER_STATE))
     if (stage / METRICS).is_file():
         shutil.copyfile(stage / METRICS, partial / METRICS)
     if (scratch / BEST).is_file():
         link(scratch / BEST, partial / BEST)
-    store.seal(partial, KEY, {"step": step, **facts})
+    store.seal(partial, KEY, {"step": step, **checkpoint.facts})
     folder = scratch / f"checkpoint-{step}"
     store.discard(folder)  # one that is there was damaged, and passed over
     store.rename(partial, folder)

@@ -126,7 +126,7 @@ def validation_loss(model: Any, rows: LabelledRows, pad_id: int, batch: int) -> 
 
 
 @torch.no_grad()
-def score(model: Any, tokens: Path, pad_id: int, batch: int, seed: int, out: Path) -> Areas:
+def score(model: Any, tokens: Path, out: Path, *, pad_id: int, batch: int, seed: int) -> Areas:
     """AUROC on the held-out documents of a packed classify stage, macro over the labels that occur and do not.
 
     Writes one line per document below `out` (id, labels, five highest scores; no text), all scores (fp32, so that every
@@ -196,7 +196,10 @@ def result(targets: np.ndarray, scores: np.ndarray, patients: list[str], seed: i
     _, patient_of = np.unique(patients, return_inverse=True)
     documents_of = np.split(np.argsort(patient_of, kind="stable"), np.cumsum(np.bincount(patient_of))[:-1])
     interval = bootstrap(
-        lambda drawn: macro(np.concatenate([documents_of[i] for i in drawn])), len(documents_of), RESAMPLES, seed
+        lambda drawn: macro(np.concatenate([documents_of[i] for i in drawn])),
+        len(documents_of),
+        resamples=RESAMPLES,
+        seed=seed,
     )
     mean_roc, mean_precision_recall = _areas(right, scores)
     return Areas(

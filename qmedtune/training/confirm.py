@@ -26,7 +26,7 @@ from qmedtune.planning.layers import choose_activation_plan
 from qmedtune.planning.machine import Machine, this_machine
 from qmedtune.planning.memory import Setup
 from qmedtune.planning.shapes import base_facts
-from qmedtune.recipe import Recipe
+from qmedtune.resolved import ResolvedRecipe
 from qmedtune.results import Memory
 from qmedtune.training import checkpoints
 from qmedtune.training.trainer import QTrainer
@@ -35,22 +35,23 @@ TRIES = 4
 OVER = 0.1  # of the budget: how much less is tried after running out, when nothing could be measured
 
 
-def confirm(recipe: Recipe, index: int, trainer: QTrainer, rows: Rows) -> Memory:
+def confirm(recipe: ResolvedRecipe, index: int, trainer: QTrainer, rows: Rows) -> Memory:
     """Measure the GPU memory of stage `index` before it starts; nothing on a CPU. What was changed is in `said`."""
     machine = this_machine()
     if not torch.cuda.is_available() or recipe.stages[index].full:
         return Memory()
     budget = fit.budget_bytes(machine, recipe)
-    if recipe.memory != "auto":
+    if recipe.memory_gib is not None:
         torch.cuda.set_per_process_memory_fraction(min(1.0, budget / machine.memory_bytes))
-    setup, facts = fit.setup_of(recipe, index, machine), base_facts(recipe.model)
+    setup, facts = fit.setup_of(recipe, index), base_facts(recipe.model)
     states = memory.OPTIMIZER_BYTES[setup.optimizer] * memory.trained_parameters(facts, setup)  # not there yet
 
     def measure() -> int | None:
         used = peak_of_a_micro_step(trainer, rows)
         return None if used is None else used + int(states) + memory.CUDA_CONTEXT_BYTES
 
-    return settle(facts, setup, machine, budget, measure, partial(activations.set_ways, trainer.trained_model))
+    apply = partial(activations.set_ways, trainer.trained_model)
+    return settle(facts, setup, machine, budget, measure=measure, apply=apply)
 
 
 def settle(
@@ -58,6 +59,7 @@ def settle(
     setup: Setup,
     machine: Machine,
     budget: int,
+    *,
     measure: Callable[[], int | None],
     apply: Callable[[dict[str, int]], None],
 ) -> Memory:

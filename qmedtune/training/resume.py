@@ -15,14 +15,16 @@ from qmedtune.errors import RunError
 from qmedtune.planning import fit
 from qmedtune.planning.machine import this_machine
 from qmedtune.planning.shapes import base_facts
-from qmedtune.recipe import Recipe, TrainSection
+from qmedtune.resolved import ResolvedRecipe, ResolvedTraining
 from qmedtune.results import Checkpoint
 
 MadeWith = dict[str, str | int]
 """Settings that this machine chose, as a checkpoint's seal holds them."""
 
 
-def resume_settings(recipe: Recipe, index: int, checkpoint: Path | None) -> tuple[TrainSection, MadeWith, list[str]]:
+def resume_settings(
+    recipe: ResolvedRecipe, index: int, checkpoint: Path | None
+) -> tuple[ResolvedTraining, MadeWith, list[str]]:
     """The stage's section, what this machine chose for it, and what of that differs from the checkpoint's making.
 
     `auto` may choose otherwise than where the attempt began (another card). An optimiser's states fit no other one, so
@@ -52,10 +54,10 @@ def resume_settings(recipe: Recipe, index: int, checkpoint: Path | None) -> tupl
     return section, {**now, "optimizer": before["optimizer"]}, [warning]
 
 
-def out_of_memory(recipe: Recipe, index: int, step: int) -> RunError:
+def out_of_memory(recipe: ResolvedRecipe, index: int, step: int) -> RunError:
     """With one row at a time there is no room: what to change, cheapest first, and what each frees."""
     facts, here = base_facts(recipe.model), this_machine()
-    setup = replace(fit.setup_of(recipe, index, here), micro_batch=1)
+    setup = replace(fit.setup_of(recipe, index), micro_batch=1)
     lines = [
         f"{recipe.stage_names()[index]}, step {step}: out of memory with one row at a time",
         "sealed checkpoints are kept; remedies, cheapest first:",

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,24 +28,18 @@ from trl import SFTConfig, SFTTrainer
 
 from qmedtune import store, ui
 from qmedtune.errors import DataError, RunError
+from qmedtune.group import ALONE, Group
 from qmedtune.model import EMBEDDINGS, trainable
 from qmedtune.modeling.collation import Rows, collate, supervised_weight
 from qmedtune.modeling.loss import token_nll
-from qmedtune.recipe import TrainSection, WarmupSection
+from qmedtune.resolved import ResolvedTraining
 from qmedtune.training import checkpoints
 from qmedtune.training.resume import MadeWith
 
 
-def number(value: Any) -> Any:
-    """A value that plan.resolve must have filled in."""
-    assert value != "auto", "the recipe was not resolved"
-    return value
-
-
-def learning_rate_factor(section: TrainSection, total_steps: int):
+def learning_rate_factor(section: ResolvedTraining, total_steps: int):
     """Step -> factor on the peak learning rate: linear warm-up, then the schedule down to `min_lr_ratio`, reached at
     the horizon (which may lie beyond the last step, or before it). A warm-up ratio is one of the horizon."""
-    assert isinstance(section.warmup, WarmupSection)
     horizon = section.horizon_steps or max(1, round(total_steps * (section.horizon_ratio or 1)))
     warmup = section.warmup.steps if section.warmup.steps is not None else round((section.warmup.ratio or 0) * horizon)
     floor = section.min_lr_ratio
@@ -59,7 +54,7 @@ def learning_rate_factor(section: TrainSection, total_steps: int):
     return factor
 
 
-def parameter_groups(model: torch.nn.Module, section: TrainSection) -> list[dict[str, Any]]:
+def parameter_groups(model: torch.nn.Module, section: ResolvedTraining) -> list[dict[str, Any]]:
     """Adapters and embeddings apart, since embeddings take another learning rate."""
     embeddings: list[torch.nn.Parameter] = []
     rest: list[torch.nn.Parameter] = []
@@ -76,10 +71,10 @@ def parameter_groups(model: torch.nn.Module, section: TrainSection) -> list[dict
     return groups
 
 
-def make_optimizer(model: torch.nn.Module, section: TrainSection) -> torch.optim.Optimizer:
+def make_optimizer(model: torch.nn.Module, section: ResolvedTraining) -> torch.optim.Optimizer:
     groups = parameter_groups(model, section)
     options = {"betas": section.betas, "eps": section.adam_eps, "weight_decay": section.weight_decay}
-    if section.optimizer in ("auto", "adamw"):
+    if section.optimizer == "adamw":
         return torch.optim.AdamW(groups, fused=True, **options)
     import bitsandbytes as bnb
 
@@ -87,28 +82,39 @@ def make_optimizer(model: torch.nn.Module, section: TrainSection) -> torch.optim
     return kind(groups, **options)
 
 
+@dataclass(frozen=True)
+class Material:
+    """What is trained, on which rows, and how: `section` says batch, micro-batch, rates and optimiser."""
+
+    model: Any
+    tokenizer: Any
+    rows: Rows
+    section: ResolvedTraining
+
+
 class QTrainer(SFTTrainer):
-    """The one subclass of the project. `section` is resolved: no `auto` in it. `nll` is what a micro-batch's summed
-    loss is computed by, from the model and the collated arrays."""
+    """The one subclass of the project. `nll` is what a micro-batch's summed loss is computed by, from the model and the
+    collated arrays."""
 
     nll: Callable[..., Tensor] = staticmethod(token_nll)
 
     def __init__(
         self,
-        model: Any,
+        material: Material,
         args: SFTConfig,
-        rows: Rows,
-        section: TrainSection,
-        tokenizer: Any,
-        keep: int,
-        made_with: MadeWith,
         callbacks: list[TrainerCallback],
+        *,
+        keep: int = 1,
+        made_with: MadeWith | None = None,
+        group: Group = ALONE,
     ):
-        """`keep` checkpoints stay; `made_with` is told in each of them."""
-        self.section, self.keep, self.made_with = section, keep, made_with
+        """`keep` checkpoints stay; `made_with` is told in each of them. `group`: who trains along."""
+        self.group = group
+        model, tokenizer, rows, section = material.model, material.tokenizer, material.rows, material.section
+        self.section, self.keep, self.made_with = section, keep, made_with or {}
         self.stage = Path(str(args.output_dir)).parent
         self.trained_model: Any = model
-        self.micro_batch = number(section.micro_batch)
+        self.micro_batch = section.micro_batch
         self.warnings: list[str] = []  # of the step in hand, for the log
         self.tokens_seen = 0
         self.data_seconds = 0.0  # waited for rows in all
@@ -173,12 +179,15 @@ class QTrainer(SFTTrainer):
         if supervised == 0:
             return self._nothing_to_learn(inputs["labels"])
         drawn = checkpoints.random_states()
-        loss = self._accumulate(model, inputs, supervised)
-        while loss is None:
+        ours = self.group.share(inputs)
+        loss = self._accumulate(model, ours, supervised)
+        while self.group.any(loss is None):
             self._halve()
             model.zero_grad()
             checkpoints.set_random_states(drawn)  # dropout draws what it would have drawn at the smaller size
-            loss = self._accumulate(model, inputs, supervised)
+            loss = self._accumulate(model, ours, supervised)
+        assert loss is not None
+        loss = self.group.add_up(loss, trainable(self.trained_model).values())
         if not torch.isfinite(loss):
             self._diverged("loss", float(loss))
         self.step_seconds.append(time.perf_counter() - started)
@@ -237,12 +246,15 @@ class QTrainer(SFTTrainer):
     # -- checkpoints
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        if not self.group.leads:
+            return
         started = time.perf_counter()
         states = checkpoints.states_of(self.optimizer, self.lr_scheduler, self.accelerator.scaler)
         facts = {"tokens": self.tokens_seen, "made_with": self.made_with}
-        weights = trainable(self.trained_model)
+        weights, step = trainable(self.trained_model), self.state.global_step
         self.state.log_history.clear()  # metrics.jsonl has it all; this would grow with every step
-        checkpoints.save(self.stage, self.state.global_step, weights, states, self.state, facts, self.keep)
+        checkpoint = checkpoints.Checkpoint(step, weights, states, self.state, facts)
+        checkpoints.save(self.stage, checkpoint, keep=self.keep)
         self.save_seconds.append(time.perf_counter() - started)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -257,7 +269,7 @@ class QTrainer(SFTTrainer):
             checkpoints.load_scaler(Path(checkpoint), self.accelerator.scaler)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
+        if checkpoint is not None and self.group.leads:
             checkpoints.load_random(Path(checkpoint))
 
 
@@ -271,7 +283,7 @@ def exact_sums() -> None:
 
 def trainer_arguments(
     stage: Path,
-    section: TrainSection,
+    section: ResolvedTraining,
     *,
     seed: int,
     save_every: int,
@@ -287,10 +299,10 @@ def trainer_arguments(
     """
     arguments = SFTConfig(
         output_dir=str(stage / store.SCRATCH),
-        per_device_train_batch_size=number(section.batch),
+        per_device_train_batch_size=section.batch,
         gradient_accumulation_steps=1,  # QTrainer loops over micro-batches itself
         num_train_epochs=1,  # packing laid out all epochs
-        learning_rate=float(number(section.lr)),
+        learning_rate=section.lr,
         max_grad_norm=section.max_grad_norm,
         gradient_checkpointing=checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},

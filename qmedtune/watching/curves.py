@@ -6,14 +6,15 @@ stage that goes back to its checkpoint) it is read again. A step that is done ag
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+
+from pydantic import ValidationError
 
 from qmedtune.reporting.charts import Html, Series, line_chart
 from qmedtune.reporting.live import metrics_files
+from qmedtune.results import Logged, Number
 from qmedtune.watching.runs import Seen
 
 LOSS = "loss"
@@ -24,7 +25,7 @@ Line = dict[int, float]  # step -> value
 class Quantity:
     """What is drawn beside the loss. `scale`: of the logged value to what the axis says."""
 
-    key: str
+    key: str  # a field of Logged
     title: str
     axis: str
     scale: float = 1.0
@@ -46,18 +47,18 @@ class Stage:
     held_out: dict[str, Line] = field(default_factory=dict)
     warnings: dict[str, None] = field(default_factory=dict)  # an ordered set
 
-    def take(self, entry: dict[str, Any]) -> None:
-        step = int(entry["step"])
-        for key in (LOSS, *(quantity.key for quantity in QUANTITIES)):
-            _note(self.lines, key, step, entry.get(key))
-        for source, loss in (entry.get("validation") or {}).items():
-            _note(self.held_out, source, step, loss)
-        if "warning" in entry:
-            self.warnings[str(entry["warning"])] = None
+    def take(self, entry: Logged) -> None:
+        _note(self.lines, LOSS, entry.step, entry.loss)
+        for quantity in QUANTITIES:
+            _note(self.lines, quantity.key, entry.step, getattr(entry, quantity.key))
+        for source, loss in (entry.validation or {}).items():
+            _note(self.held_out, source, entry.step, loss)
+        if entry.warning is not None:
+            self.warnings[entry.warning] = None
 
 
-def _note(lines: dict[str, Line], key: str, step: int, value: Any) -> None:
-    if isinstance(value, int | float) and math.isfinite(value):
+def _note(lines: dict[str, Line], key: str, step: int, value: Number | None) -> None:
+    if value is not None and math.isfinite(value):
         lines.setdefault(key, {})[step] = value
 
 
@@ -104,10 +105,10 @@ class Follower:
 
 def _take(stages: dict[str, Stage], line: bytes) -> None:
     try:
-        entry = json.loads(line)
-        stages.setdefault(str(entry["stage"]), Stage()).take(entry)
-    except (ValueError, KeyError, TypeError):  # a kill in mid-line
+        entry = Logged.model_validate_json(line)
+    except ValidationError:  # a kill in mid-line
         return
+    stages.setdefault(entry.stage, Stage()).take(entry)
 
 
 def loss_chart(stage: Stage, colors: dict[str, int]) -> Html:

@@ -211,7 +211,7 @@ def effective(recipe: Recipe) -> dict[str, Any]:
     found |= {"validate.keep_best": recipe.validation.keep_best, **ALWAYS}
     for name, stage in zip(recipe.stage_names(), recipe.stages, strict=True):
         found |= {f"{name}.{key}": value for key, value in stage_values(stage).items()}
-    for task in recipe.evaluate.sections:
+    for task in recipe.evaluate.tasks:
         if task.task in MMLU_SUBJECTS:
             found["evaluate.mmlu"] = MMLU_SUBJECTS[task.task]
     return found

@@ -55,7 +55,7 @@ def chosen_tasks(recipe: Recipe) -> list[TaskSection]:
     if wanted == "off":
         return []
     once = {}
-    for task in recipe.evaluate.sections:
+    for task in recipe.evaluate.tasks:
         once[(task.task, task.path, task.split)] = task
     tasks = list(once.values())  # few-shot asks the same items
     if wanted == "evaluation":

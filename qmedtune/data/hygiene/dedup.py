@@ -106,7 +106,7 @@ class Bands:
 
 
 def near_duplicates(
-    batches: Iterable[list[str]], text_of: Callable[[int], str], threshold: float, folder: Path, num_given: int = 0
+    batches: Iterable[list[str]], text_of: Callable[[int], str], threshold: float, folder: Path, *, num_given: int = 0
 ) -> np.ndarray:
     """(N,) int64: of every text that is a near duplicate of an earlier one, that one's number; -1 for all others.
 

@@ -47,9 +47,7 @@ def stage_source(
         parts = _parts(files)
     pool = Pool(recipe, name, items, worker_count(recipe.workers, files))
     with work.open("wb") as file, pool, ui.stage(f"read {name}", None, "records") as bar:
-        for piece in (
-            _whole(pool, source, parts[0], file) if len(parts) == 1 else _each(pool, recipe, name, parts, file)
-        ):
+        for piece in _whole(pool, source, parts[0], file) if len(parts) == 1 else _each(pool, parts, file):
             staged.extend(_reported(piece, rejects))
             bar.update(len(staged))
     return staged, staged.superseded()
@@ -64,12 +62,12 @@ def _whole(pool: Pool, source: SourceSection, files: list[Path], work: IO[bytes]
     yield Staged(reading=items.tally)
 
 
-def _each(pool: Pool, recipe: Recipe, name: str, parts: list[list[Path]], work: IO[bytes]) -> Iterator[Staged]:
+def _each(pool: Pool, parts: list[list[Path]], work: IO[bytes]) -> Iterator[Staged]:
     """A source in several parts: each is taken from where it is kept, or made."""
-    folder, treatment = Path(work.name).with_name("parts"), _treatment_digest(recipe, name, pool.items)
+    folder, treatment = Path(work.name).with_name("parts"), _treatment_digest(pool.recipe, pool.name, pool.items)
     for files in parts:
         part = folder / _part_name(treatment, files)
-        yield _kept_part(part, work) or _make_part(pool, recipe.data[name], files, part, work)
+        yield _kept_part(part, work) or _make_part(pool, files, part, work)
 
 
 def _reported(staged: Staged, rejects: Rejects) -> Staged:
@@ -138,12 +136,12 @@ def _part_name(treatment: str, files: list[Path]) -> str:
     return store.sha256_json([treatment, *([str(file), store.sha256_file(file)] for file in files)])[:16]
 
 
-def _make_part(pool: Pool, source: SourceSection, files: list[Path], part: Path, work: IO[bytes]) -> Staged:
+def _make_part(pool: Pool, files: list[Path], part: Path, work: IO[bytes]) -> Staged:
     """Stage some files into `work` and, compressed to a third, into the files of a part; its .json comes last."""
     part.parent.mkdir(exist_ok=True)
     staged = Staged()
     with _records(part).open("wb") as raw, zstandard.ZstdCompressor(1).stream_writer(raw) as packed:
-        items = read_items(source, files, part.parent)
+        items = read_items(pool.recipe.data[pool.name], files, part.parent)
         for lines, batch in pool.treated(in_batches(items)):
             text = b"".join(lines)
             packed.write(text)

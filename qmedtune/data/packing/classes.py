@@ -22,7 +22,7 @@ from qmedtune.data.packing.ledger import Draws
 from qmedtune.data.packing.tokens import Codec, load_codec
 from qmedtune.data.reading.document import Record
 from qmedtune.errors import DataError
-from qmedtune.recipe import ClassifySection, Recipe
+from qmedtune.resolved import ResolvedClassify, ResolvedRecipe
 from qmedtune.results import Classes, Packing
 
 TARGETS, LABELS, IDS, HELD_OUT = "targets.npy", "labels.json", "ids.json", "heldout"
@@ -31,7 +31,9 @@ BETWEEN = re.compile(r"[,;]")
 ALL = 2**62  # of the tokens held out: all are scored, whatever cap holds in training
 
 
-def pack_classes(recipe: Recipe, index: int, tokenizer_dir: Path, inputs: Mapping[str, Path], out: Path) -> Packing:
+def pack_classes(
+    recipe: ResolvedRecipe, index: int, tokenizer_dir: Path, inputs: Mapping[str, Path], out: Path
+) -> Packing:
     """Lay out the documents of classify stage `index` below `out`, the held-out ones below `out/heldout`, those that
     choose the weights below `out/validation`.
 
@@ -39,7 +41,7 @@ def pack_classes(recipe: Recipe, index: int, tokenizer_dir: Path, inputs: Mappin
     where nothing is held out.
     """
     section = recipe.stages[index].classify
-    assert section is not None and isinstance(section.seq_len, int)
+    assert section is not None, "a stage of another kind"
     codec, folder = load_codec(tokenizer_dir), inputs[section.data]
     train, validation = folder / "train.jsonl", None
     if section.validation:
@@ -69,7 +71,7 @@ def pack_classes(recipe: Recipe, index: int, tokenizer_dir: Path, inputs: Mappin
     return packed.model_copy(update={"tokens": tokens, "classes": classes})
 
 
-def _set_apart(path: Path, section: ClassifySection, seed: int, out: Path) -> tuple[Path, Path]:
+def _set_apart(path: Path, section: ResolvedClassify, seed: int, out: Path) -> tuple[Path, Path]:
     """The documents of training in two files below `out`: those trained on, and those of a share of the patients. By a
     hash of the patient and the seed, so that other documents in the file move nobody; at least one patient is in each.
     DataError where there is one patient."""
@@ -105,7 +107,7 @@ def _patient(record: Record) -> str:
 
 
 def _lay_out(
-    recipe: Recipe, section: ClassifySection, codec: Codec, tokenizer_dir: Path, path: Path, out: Path,
+    recipe: ResolvedRecipe, section: ResolvedClassify, codec: Codec, tokenizer_dir: Path, path: Path, out: Path,
     labels: list[str], rng: np.random.Generator | None,
 ) -> Packing:  # fmt: skip
     """Pack one file: all of it once in its order for scoring, `epochs` shuffled passes where there is a generator."""
@@ -126,7 +128,6 @@ def _lay_out(
     everything = np.arange(len(corpus.documents))
     plan = Draws(np.zeros(len(everything), np.int64), everything, {section.data: 1.0}, [])
     if rng is not None:
-        assert not isinstance(section.epochs, str)
         plan = pack.epochs(section.epochs, [corpus], rng)
     return pack.write_rows(recipe, [corpus], section, plan, rng or np.random.default_rng(0), out, whole=True)
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from qmedtune.errors import DataError
-from qmedtune.recipe import CptSection, PretrainSection
+from qmedtune.resolved import ResolvedCpt, ResolvedPretrain
 
 # Up to four passes over the same text are worth nearly as much as new text (Muennighoff et al. 2023, 2305.16264).
 AUTO_MAX_REPEATS = 4.0
@@ -33,7 +33,7 @@ class Target:
     capped: bool
 
 
-def targets(section: CptSection | PretrainSection, lengths: Mapping[str, np.ndarray]) -> dict[str, Target]:
+def targets(section: ResolvedCpt | ResolvedPretrain, lengths: Mapping[str, np.ndarray]) -> dict[str, Target]:
     """Tokens to draw from each source (`lengths`: kept tokens per document). Raises DataError for an empty source."""
     kept = {}
     for name, per_document in lengths.items():
@@ -51,11 +51,11 @@ def targets(section: CptSection | PretrainSection, lengths: Mapping[str, np.ndar
     cap = section.max_repeats
     if section.epochs is not None:
         total = section.epochs * sum(kept.values())
-    elif section.tokens == "auto":
+    elif section.budget is None:
         main = max(share, key=lambda name: share[name])
         total, cap = kept[main] / share[main], cap or AUTO_MAX_REPEATS
     else:
-        total = section.tokens
+        total = section.budget
     wanted = {}
     for name in share:
         wanted[name] = share[name] * total

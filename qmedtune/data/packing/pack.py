@@ -33,15 +33,8 @@ from qmedtune.data.packing.tokens import (
     write_shards,
 )  # fmt: skip
 from qmedtune.errors import DataError
-from qmedtune.recipe import (
-    ClassifySection,
-    CptSection,
-    PretrainSection,
-    Recipe,
-    SftSection,
-    SourceSection,
-    TrainSection,
-)
+from qmedtune.recipe import ClassifySection, SftSection, SourceSection
+from qmedtune.resolved import ResolvedCpt, ResolvedPretrain, ResolvedRecipe, ResolvedTraining
 from qmedtune.results import HeldOut, Packing, Part
 
 IGNORED = -100
@@ -49,7 +42,9 @@ CLEANING = "instructions"  # the kind of text that per_record.py cleans conversa
 META = "packed.json"
 
 
-def pack_stage(recipe: Recipe, index: int, tokenizer_dir: Path, inputs: Mapping[str, Path], out: Path) -> Packing:
+def pack_stage(
+    recipe: ResolvedRecipe, index: int, tokenizer_dir: Path, inputs: Mapping[str, Path], out: Path
+) -> Packing:
     """Tokenise the sources of stage `index` (from 0) and lay out its rows below `out`. Returns the ledger.
 
     An SFT stage's template goes to `out/template.json`, for generation to use the very one of training.
@@ -58,7 +53,6 @@ def pack_stage(recipe: Recipe, index: int, tokenizer_dir: Path, inputs: Mapping[
     with `chunking: overlap` the tokens that chunks share once more (`overlapped`).
     """
     section = recipe.stages[index].section
-    assert isinstance(section.seq_len, int) and not isinstance(section, ClassifySection)
     codec = load_codec(tokenizer_dir)
     corpora = []
     for name in recipe.stages[index].sources:
@@ -69,8 +63,7 @@ def pack_stage(recipe: Recipe, index: int, tokenizer_dir: Path, inputs: Mapping[
         template = stage_template(recipe, index, tokenizer_dir)
         templates.save(template, out)
     rng = np.random.default_rng([recipe.seed, index])
-    if isinstance(section, SftSection):
-        assert not isinstance(section.epochs, str)
+    if isinstance(section, SftSection | ClassifySection):
         plan = epochs(section.epochs, corpora, rng)
     else:
         plan = _mixture(section, corpora, rng)
@@ -86,7 +79,7 @@ def pack_stage(recipe: Recipe, index: int, tokenizer_dir: Path, inputs: Mapping[
     return packed.model_copy(update={"borders": borders.described(codec)})
 
 
-def stage_template(recipe: Recipe, index: int, tokenizer_dir: Path) -> Template:
+def stage_template(recipe: ResolvedRecipe, index: int, tokenizer_dir: Path) -> Template:
     """The template of an SFT stage: that of its first source. Says so where the others have another."""
     names = recipe.stages[index].sources
     found = {}
@@ -98,7 +91,7 @@ def stage_template(recipe: Recipe, index: int, tokenizer_dir: Path) -> Template:
     return first
 
 
-def source_template(recipe: Recipe, name: str, tokenizer_dir: Path) -> Template:
+def source_template(recipe: ResolvedRecipe, name: str, tokenizer_dir: Path) -> Template:
     """The template that the conversations of a source are trained in, with the cleaning that the run gave them."""
     template = templates.default(recipe.data[name].template, tokenizer_dir)
     if template.version < templates.VERSION:
@@ -110,11 +103,10 @@ def source_template(recipe: Recipe, name: str, tokenizer_dir: Path) -> Template:
 
 
 def tokenise(
-    recipe: Recipe, name: str, path: Path, section: TrainSection, codec: Codec,
+    recipe: ResolvedRecipe, name: str, path: Path, section: ResolvedTraining, codec: Codec,
     tokenizer_dir: Path, out: Path, max_tokens: int | None = None,
 ) -> Corpus:  # fmt: skip
     source = recipe.data[name]
-    assert isinstance(section.seq_len, int)
     if source.kind == "instructions":
         template = source_template(recipe, name, tokenizer_dir)
         if isinstance(section, SftSection):
@@ -190,7 +182,7 @@ def _check_truncation(section: SftSection, corpora: list[Corpus]) -> None:
             )
 
 
-def _mixture(section: CptSection | PretrainSection, corpora: list[Corpus], rng: np.random.Generator) -> Draws:
+def _mixture(section: ResolvedCpt | ResolvedPretrain, corpora: list[Corpus], rng: np.random.Generator) -> Draws:
     usable = {}
     for corpus in corpora:
         usable[corpus.name] = np.flatnonzero(corpus.draws)
@@ -244,14 +236,14 @@ def epochs(count: float, corpora: list[Corpus], rng: np.random.Generator) -> Dra
 
 
 def write_rows(
-    recipe: Recipe, corpora: list[Corpus], section: TrainSection, plan: Draws,
+    recipe: ResolvedRecipe, corpora: list[Corpus], section: ResolvedTraining, plan: Draws,
     rng: np.random.Generator, out: Path, whole: bool = False,
 ) -> Packing:  # fmt: skip
     """Packs the draws, writes pieces, rows, the document table and packed.json; returns the ledger.
 
     whole: documents are not split over rows, as in SFT.
     """
-    seq_len = int(section.seq_len)
+    seq_len = section.seq_len
     np.save(out / "documents.npy", _table(corpora))
     firsts, draws = [0], []
     shards: list[str] = []
@@ -280,7 +272,7 @@ def write_rows(
 
 
 def _units(
-    recipe: Recipe, corpora: list[Corpus], plan: Draws, document: np.ndarray, drawn: np.ndarray, seq_len: int,
+    recipe: ResolvedRecipe, corpora: list[Corpus], plan: Draws, document: np.ndarray, drawn: np.ndarray, seq_len: int,
     rng: np.random.Generator,
 ) -> np.ndarray:  # fmt: skip
     """(U, 3) int32 of (draw, start, length): what is laid into rows, a draw each, or each chunk of one with overlap."""
@@ -298,11 +290,11 @@ def _units(
     return units.astype(np.int32)
 
 
-def _rows(section: TrainSection, lengths: np.ndarray, whole: bool, rng: np.random.Generator) -> mix.Rows:
+def _rows(section: ResolvedTraining, lengths: np.ndarray, whole: bool, rng: np.random.Generator) -> mix.Rows:
     if not isinstance(section, SftSection):
-        return mix.fill_rows(lengths, int(section.seq_len), split=not whole)
+        return mix.fill_rows(lengths, section.seq_len, split=not whole)
     if section.packing or whole:
-        return mix.fill_rows(lengths, int(section.seq_len), split=False)
+        return mix.fill_rows(lengths, section.seq_len, split=False)
     batch = batch_rows(section, len(lengths))
     return mix.single_rows(mix.buckets(lengths, batch, rng), lengths)
 
@@ -322,7 +314,7 @@ def _table(corpora: list[Corpus]) -> np.ndarray:
     return np.zeros((0, 3), np.int64)
 
 
-def pack_validation(recipe: Recipe, tokenizer_dir: Path, inputs: Mapping[str, Path], out: Path) -> HeldOut:
+def pack_validation(recipe: ResolvedRecipe, tokenizer_dir: Path, inputs: Mapping[str, Path], out: Path) -> HeldOut:
     """Held-out text of every source that is validated on, each packed once into `out/<source>/`.
 
     At most `validate.max_tokens` each, in file order; rows as long as those of the stage that trains on the source
@@ -347,7 +339,7 @@ def pack_validation(recipe: Recipe, tokenizer_dir: Path, inputs: Mapping[str, Pa
     return HeldOut.model_validate(packed)
 
 
-def _reader_of(recipe: Recipe, name: str) -> TrainSection:
+def _reader_of(recipe: ResolvedRecipe, name: str) -> ResolvedTraining:
     stages = []
     for stage in recipe.stages:
         if name in stage.sources:

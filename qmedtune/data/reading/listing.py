@@ -64,7 +64,7 @@ def source_files(source: SourceSection) -> list[Path]:
 
 def list_source(source: SourceSection) -> Listing:
     """The files of a source and what is left out. Raises DataError for what cannot be data."""
-    if all(path.startswith(BUILTIN) for path in source.paths) or hub_dataset(source):
+    if source.is_builtin or hub_dataset(source):
         return Listing(())
     found = []
     for path in source.paths:

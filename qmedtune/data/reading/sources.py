@@ -104,7 +104,7 @@ def _items(source: SourceSection, files: list[Path] | None, tally: ReadingTally,
             stream = _latest_first(file, spill)
         else:
             stream = _file_rows(file, source, format)
-        yield from _shaped(stream, source, tally, format in TABLES, kinds)
+        yield from _shaped(stream, source, tally, format in TABLES, kinds=kinds)
         said = describe(file, source, format)
         tally.recognised[f"{said}: {', '.join(sorted(kinds))}" if kinds else said] += 1
 
@@ -126,7 +126,7 @@ Rows = Iterator[tuple[str, int, Any]]
 
 
 def _shaped(
-    stream: Rows, source: SourceSection, tally: ReadingTally, is_table: bool, kinds: set[str] | None = None
+    stream: Rows, source: SourceSection, tally: ReadingTally, is_table: bool, *, kinds: set[str] | None = None
 ) -> Iterator[Item]:
     """Rows as records, and the tally of what they were made of."""
     if source.kind == "instructions":
