@@ -130,6 +130,8 @@ def _adapters_of_run(job: ExportJob, folder: Path) -> Location:
     found = adapters_of_run(folder, job.offline)
     if found.shares:
         raise RecipeError(f"{job.model}: its merge weighs the stages (merge.weights), adapters do not\n--as gguf")
+    if found.mixed:
+        raise RecipeError(f"{job.model}: its merge mixes another model in (merge.with), adapters do not\n--as gguf")
     stack = found.stack
     if not stack.adapters:
         raise RecipeError(f"{job.model}: this run trained no adapter\nexport its model: --as gguf")
@@ -226,8 +228,11 @@ def _ollama(job: ExportJob, location: Location, folder: Path) -> Exported:
 
 def _gguf_adapter(job: ExportJob, location: Location, folder: Path) -> Exported:
     from qmedtune.exporting.card import adapter_lines, write_card
+    from qmedtune.exporting.folders import check_numbers
     from qmedtune.exporting.gguf_adapter import write_adapter
 
+    for adapter in location.adapters:
+        check_numbers(adapter)
     file = folder / f"{title_of(location)}-lora-{job.type}.gguf"
     proof = write_adapter(file, _opened(location), location.adapters, job.type, title_of(location))
     write_card(folder, title_of(location), adapter_lines(file, proof), location.adapters[-1])

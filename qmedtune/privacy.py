@@ -60,6 +60,7 @@ def of(out: Path, run: Run) -> Privacy:
         sealed = store.read_seal(out / step.name)
         if sealed is not None:
             folders += _text_of(out, step.name, sealed, run)
+    folders += _at_the_root(out)
     note = erased(out)
     gone = sum(not (out / name).exists() for name in note.files)
     found = Privacy(
@@ -72,6 +73,17 @@ def of(out: Path, run: Run) -> Privacy:
     if not gone:
         return found
     return found.model_copy(update={"erased": gone, "erased_at": note.at})
+
+
+def _at_the_root(out: Path) -> list[TextFolder]:
+    """What no step has sealed: the page of items."""
+    sizes: list[int] = []
+    for path in out.iterdir() if out.is_dir() else ():
+        if path.is_file() and holds_text(path.name):
+            sizes.append(path.stat().st_size)
+    if not sizes:
+        return []
+    return [TextFolder(folder=".", files=len(sizes), bytes=sum(sizes))]
 
 
 def _state(folders: list[TextFolder], gone: int) -> str:
