@@ -27,7 +27,7 @@ def what_is_missing(
         if estimate.missing:
             found.append({"what": "source", "name": name, "variables": _unset(recipe.data[name].paths)})
     unlooked = set(unseen)
-    for task in recipe.evaluate.sections:
+    for task in recipe.evaluate.tasks:
         if task.label in unlooked and not _is_here(task):
             found.append({"what": "benchmark", "name": task.label, "variables": _unset([task.path or ""])})
     return found
