@@ -16,7 +16,19 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parent.parent
 OUTSIDE = ("SECURITY.md", "examples/*.md")
+SECTION = "Workstations and clusters"  # of the menu: where an example is that has no place of its own in it
 LINK = re.compile(r"(\]\()([^)\s#:]+)((?:#[^)\s]*)?\))")
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Put examples that the menu does not name into its SECTION, under their own titles."""
+    menu = str(config.nav)
+    for entry in config.nav or []:
+        for path in sorted(ROOT.glob("examples/*.md")):
+            uri = path.relative_to(ROOT).as_posix()
+            if SECTION in entry and uri not in menu:
+                entry[SECTION].append(uri)
+    return config
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

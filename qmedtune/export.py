@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
 from qmedtune import record, store
-from qmedtune.errors import RecipeError
-from qmedtune.evaluation.open_model import Location, fingerprint, locate
+from qmedtune.errors import RecipeError, RunError
+from qmedtune.evaluation.open_model import Location, check_template, fingerprint, locate
 from qmedtune.results import Exported, ExportProof
 
 if TYPE_CHECKING:
@@ -65,12 +65,18 @@ def export(job: ExportJob) -> Exported:
         return push(job)
     _check_usage(job)
     location = find(job)
+    check_template(location)
     makers: dict[str, Callable[[ExportJob, Location, Path], Exported]] = {
         "gguf": _gguf, "ollama": _ollama, "gguf-adapter": _gguf_adapter, "vllm": _vllm, "transformers": _transformers,
     }  # fmt: skip
 
     def make(folder: Path) -> Exported:
-        made = makers[job.form](job, location, folder)
+        try:
+            made = makers[job.form](job, location, folder)
+        except (RecipeError, RunError) as error:
+            if job.model in str(error):
+                raise
+            raise type(error)(f"{job.model}: {error}") from error
         store.write_json(folder / "proof.json", made.as_json())
         return made
 

@@ -63,10 +63,10 @@ def check_folder(folder: Path) -> None:
         if (parent / "run.json").is_file():
             lines.append(f"the run that it belongs to: {parent}")
             break
-    if found := nearest_runs(str(folder / "x")) or nearest_runs(str(folder)):
+    if found := nearest_runs(str(folder / "x")):  # in it, else in runs/
         lines.append(f"runs here: {', '.join(found)}")
     lines.append("allowed: a run, an adapter folder, a folder with config.json and weights")
-    raise RecipeError("\n".join(lines[:4]))
+    raise RecipeError("\n".join(lines))
 
 
 def nearest_runs(name: str) -> list[str]:

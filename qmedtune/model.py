@@ -37,7 +37,7 @@ def device() -> torch.device:
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer with a pad token. Padding never enters a loss (labels say what is trained), so the choice of pad
     token cannot mask an end token even where a tokenizer has only its eos to offer."""
-    tokenizer = _opened(folder)
+    tokenizer = open_tokenizer(folder)
     if tokenizer.eos_token_id is None:
         raise RecipeError(f"{folder}: the tokenizer names no eos token\nset it in tokenizer_config.json")
     if tokenizer.pad_token_id is None:
@@ -48,8 +48,11 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _opened(folder: Path) -> Any:
-    """RecipeError for what the library raises of a hostile file: of any kind, and a panic is not even an Exception."""
+def open_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a folder as transformers reads it.
+
+    RecipeError for what the library raises of a hostile file: of any kind, and a panic is not even an Exception.
+    """
     from transformers import AutoTokenizer
 
     settings = folder / "tokenizer_config.json"

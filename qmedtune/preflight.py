@@ -83,7 +83,7 @@ def with_messages(template: templates.Template, messages: Messages, where: str, 
         frame.ask([plain[:-1] if answered else plain])
     except (DataError, RecipeError) as error:
         roles = ", ".join(message["role"] for message in plain[:6])
-        place = f"{folder}: " if template.source else ""
+        place = f"{folder}: " if template.source and str(folder) not in str(error) else ""
         raise type(error)(f"{place}{error}\n{where}: with a conversation of {roles}") from error
 
 

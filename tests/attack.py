@@ -64,6 +64,9 @@ def refusal_complaints(outcome: Outcome, name: str) -> list[str]:
 
 def preload() -> None:
     """Import what the commands import, without starting a thread."""
+    from qmedtune.process import prepare
+
+    prepare()  # as the command line does first
     import jinja2  # noqa: F401
     import peft  # noqa: F401
 

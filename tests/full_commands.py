@@ -82,6 +82,8 @@ def experiment(names: list[str], every: int, once: bool, folder: Path) -> dict[s
         tally["calls"][command.name] = calls
         for number in range(COMMANDS.index(command) % every, calls, every):
             one(command, given, folder / "place", (number, once), expected, tally)
+            bad = len(tally["odd"]) + len(tally["different"])
+            print(f"{command.name}, call {number} of {calls}: {bad} not as promised", file=sys.stderr, flush=True)
     return tally
 
 

@@ -61,6 +61,7 @@ def kills(names: list[str], number: int, seed: int, folder: Path) -> dict[str, A
     for trial in range(number):
         command = commands[trial % len(commands)]
         one_kill(command, given, folder / "place", rng.uniform(0, took[command.name]), expected[command.name], tally)
+        print(f"{trial + 1} of {number}: {tally['same']} the same", file=sys.stderr, flush=True)
     return tally
 
 
@@ -100,6 +101,7 @@ def doubles(names: list[str], number: int, seed: int, folder: Path) -> dict[str,
     for trial in range(number):
         command = commands[trial % len(commands)]
         one_double(command, given, folder / "place", rng.choice((0, 0, 0.05, 0.3)), expected[command.name], tally)
+        print(f"{trial + 1} of {number}: {len(tally['different'])} different", file=sys.stderr, flush=True)
     return tally
 
 

@@ -228,3 +228,30 @@ def test_a_smoke_run_has_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest
     for more in ([], ["--smoke"], ["--smoke", "--out", "mine"]):
         cli.invoke(["run", str(MICRO), "--json", *more])
     assert folders == ["runs/micro", "runs/micro-smoke", "mine"]
+
+
+def test_what_libraries_warn_of_stays_off_the_terminal(monkeypatch, tmp_path):
+    """Renamed arguments that are announced, settings that are warned of on purpose: shown with --debug alone."""
+    code = (
+        "import logging, sys, warnings\nfrom qmedtune import cli\n"
+        "from qmedtune.commands import run as commands\n"
+        "def noisy(*arguments):\n"
+        "    import transformers\n"
+        "    warnings.warn('is deprecated', FutureWarning)\n"
+        "    transformers.logging.get_logger('transformers.x').warning('set it')\n"
+        "    logging.getLogger('peft.tuners').warning('merging')\n"
+        "    raise KeyError('x')\n"
+        "commands.load = noisy\n"
+        "sys.exit(cli.invoke(sys.argv[1:]))\n"
+    )
+    environment = {key: value for key, value in os.environ.items() if not key.endswith("_VERBOSITY")}
+    environment.pop("PYTHONWARNINGS", None)
+    said = {}
+    for words in (["plan", str(MICRO)], ["plan", str(MICRO), "--debug"]):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *words], env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 1
+        said[len(words)] = done.stderr
+    assert said[2].startswith("error: KeyError at") and len(said[2].splitlines()) == 2
+    assert all(word in said[3] for word in ("is deprecated", "set it", "merging"))

@@ -139,3 +139,12 @@ def test_a_task_of_the_harness_on_a_local_file(tmp_path, no_network):
     for task, error in (("medqa_4options=absent.jsonl", "no such file"), ("medka_4options", "has no task")):
         with pytest.raises((DataError, RecipeError), match=error):
             harness.evaluate_with_harness(str(folder), [task], template="alpaca", offline=True)
+
+
+def test_data_that_is_not_here_is_told_with_the_way_on(tmp_path, no_network):
+    base = llama2_folder(tmp_path / "base", max_position_embeddings=512)
+    with pytest.raises(DataError) as told:
+        harness.evaluate_with_harness(str(base), ["winogrande"], limit=2, offline=True)
+    lines = str(told.value).splitlines()
+    assert "--harness winogrande: its data is not on this machine" in lines[0]
+    assert lines[-1].endswith("--harness winogrande=FILE") and len(lines) == 3

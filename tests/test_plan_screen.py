@@ -10,6 +10,7 @@ from qmedtune.planning import verdict
 from qmedtune.units import roughly
 
 RECIPES = Path(__file__).parent.parent / "recipes"
+PAGE = RECIPES.parent / "docs" / "plan.md"
 FRAME_LINES = 2  # that a terminal's table has beyond a plain one
 
 
@@ -39,6 +40,8 @@ def test_every_shipped_recipe_is_judged_within_the_first_screen(path, screen, tm
 def test_what_is_missing_is_told_by_the_variable(screen, tmp_path):
     _, lines = screen(RECIPES / "llama3_8b_24gb.yaml")
     text = " ".join(lines)
+    told = re.search(r"^llama3_8b_24gb fits: .*$", PAGE.read_text(encoding="utf-8"), re.M)
+    assert told is not None and text.startswith(told[0])
     assert "missing: the base, DATA" in text
     assert "DATA is not set (literature, notes, general, instructions, pubmedqa): export DATA=FOLDER" in text
 

@@ -96,6 +96,17 @@ def test_the_error_is_what_the_bins_say():
     assert sum(each.n for each in bins) == 300 and said > 0.1
 
 
+def test_bins_are_scikit_learns():
+    from sklearn.calibration import calibration_curve
+
+    dice = np.random.default_rng(8)
+    confidences, correct = dice.random(400), dice.random(400) < 0.6
+    right, sure = calibration_curve(correct, confidences, n_bins=10, strategy="uniform")
+    bins = statistics.calibration_bins(list(confidences), list(correct))
+    assert [each.accuracy for each in bins] == pytest.approx(list(right))
+    assert [each.confidence for each in bins] == pytest.approx(list(sure))
+
+
 # ---- beside scipy and statsmodels ------------------------------------------------------------------------------------
 
 

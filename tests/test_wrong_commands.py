@@ -129,7 +129,7 @@ CASES = [
     Case("run recipes/micro.yml", 2, "did you mean recipes/micro.yaml"),
     Case("run 'recipes/*.yml'", 2, "recipes here: recipes/audit.yaml"),
     Case("run https://example.org/recipe.yaml", 2, "fetch it first"),
-    Case("run runs/micro", 2, "a folder; give the recipe file"),
+    Case("run runs/micro", 2, "with --out runs/micro to go on"),
     Case("run recipes/micro.yaml --resume", 2, "give the same command again"),
     Case("run recipes/micro.yaml --set lr", 2, "stages[0].cpt.lr=1e-4"),
     Case("run recipes/micro.yaml --set stage[0].cpt.lr=1e-4", 2, "did you mean `stages`"),

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -23,6 +22,7 @@ from qmedtune.exporting.card import README, write_card
 from qmedtune.exporting.proof import probe_texts
 from qmedtune.merging.disk_llama import open_llama
 from qmedtune.merging.reference import read_model as read_by_transformers
+from qmedtune.model import open_tokenizer
 from qmedtune.model_stack import ADAPTER_CONFIG, ADAPTER_TENSORS, read_adapter, read_model
 from qmedtune.results import ExportProof
 
@@ -36,6 +36,7 @@ def copy_model(location: Location, folder: Path, title: str, serve: str) -> Expo
     """A model folder, checked. Raises RunError where transformers reads something else than there is."""
     source = location.base
     open_llama(source)  # 16-bit or fp32 weights of a LLaMA
+    open_tokenizer(source)
     files = [path for path in sorted(source.iterdir()) if path.is_file() and path.name not in LEFT]
     store.check_room(folder, sum(path.stat().st_size for path in files), "the copy")
     for path in files:
@@ -96,9 +97,7 @@ def _check_tokenizer(folder: Path) -> int:
 
 def _encoded_otherwise(folder: Path) -> str | None:
     """The first text of which transformers' tokenizer makes other ids than training did."""
-    from transformers import AutoTokenizer
-
-    tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    tokenizer = open_tokenizer(folder)
     codec = load_codec(folder)
     codec.backend.encode_special_tokens = False
     texts = probe_texts(sorted(codec.special_tokens))
@@ -110,9 +109,7 @@ def _encoded_otherwise(folder: Path) -> str | None:
 
 
 def _check_template(location: Location, folder: Path) -> None:
-    from transformers import AutoTokenizer
-
-    tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    tokenizer = open_tokenizer(folder)
     [asked] = frame_in(location.template, folder).ask([list(QUESTION)])
     text = tokenizer.apply_chat_template(list(QUESTION), add_generation_prompt=True, tokenize=False)
     if text != asked.text:

@@ -138,6 +138,8 @@ def _read(path: Path) -> str:
 
 def _unreadable(path: Path, error: OSError) -> str:
     if isinstance(error, IsADirectoryError):
+        if (path / "run.json").is_file():
+            return f"a run; give the recipe that it was made from, with --out {path} to go on with it"
         found = sorted(path.glob("*.yaml"))
         example = f", for example {path / found[0].name}" if found else ""
         return f"a folder; give the recipe file{example}"

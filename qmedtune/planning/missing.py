@@ -38,7 +38,7 @@ def _is_here(task: TaskSection) -> bool:
     if task.path is None:  # built in
         return True
     try:
-        split_files(task.path, task.split)
+        split_files(str(task.path), task.split)
     except DataError:
         return False
     return True

@@ -90,6 +90,7 @@ def with_atheris(name: str, corpus: Path, options: list[str]) -> None:
     for number, seed in enumerate(seeds(name)):
         (corpus / f"seed-{number}").write_bytes(seed)
     target = TARGETS[name]
+    run(target, seeds(name)[0])  # what is imported and made once, on a busy machine, is no input that takes a minute
     atheris.Setup([__file__, *options], lambda data: run(target, data))
     atheris.Fuzz()
 

@@ -69,7 +69,7 @@ SUFFIXES = (
 SMALL_SUFFIXES = r"(?:street|st|avenue|ave|road|rd|boulevard|blvd|lane|ln|drive|parkway|pkwy|hwy|highway)"
 FLAT = r"(?:[,.]?[ ]{1,2}(?i:apt|apartment|suite|ste|unit|flat|room|rm|floor|\#)\.?[ ]?\#?[ ]?[A-Za-z0-9]{1,6}(?![A-Za-z0-9]))?"
 # What may stand between a label and its value: "number", "no.", "#", ":", "is", in any sensible order; also a line end.
-LINK = r"(?:[ ]?\([A-Za-z0-9 ,/]{1,20}\))?(?:[ ]{0,10}(?:\b(?:numbers?|num|no|nr|id|ident(?:ifier)?|code|is|was)\b\.?|[#:=(])){0,5}[ ]{0,20}(?:(?<=[:#])\n[ ]{0,20})?"
+LINK = r"(?:[ ]?\([A-Za-z][A-Za-z0-9 ,/]{0,20}\))?(?:[ ]{0,10}(?:\b(?:numbers?|num|no|nr|id|ident(?:ifier)?|code|is|was)\b\.?|[#:=(])){0,5}[ ]{0,20}(?:(?<=[:#])\n[ ]{0,20})?"
 # The same where a plain space would be too little: after `unit`, `plan`, `group` stands mostly something else.
 STRONG_LINK = r"(?:[ ]{0,10}(?:\b(?:numbers?|num|no|nr|id|ident(?:ifier)?|code)\b\.?|[#:=])){1,5}[ ]{0,20}(?:(?<=[:#])\n[ ]{0,20})?"
 # At least two digits; letters, dots, dashes and slashes in between.

@@ -31,7 +31,7 @@ from qmedtune.data.packing.chat_template import Message, Segments
 from qmedtune.data.packing.crossing import held_characters
 from qmedtune.data.packing.templates import Template
 from qmedtune.data.packing.tokens import Codec, load_codec
-from qmedtune.errors import RecipeError
+from qmedtune.errors import DataError, RecipeError
 
 VERSION = 2  # raise when the same conversation would become other tokens
 CONTEXT = 64  # characters before a cut that its piece is encoded behind; the longest token of LLaMA-3's has 128
@@ -297,8 +297,14 @@ def frame_of(template: Template, codec: Codec) -> Frame:
 
 
 def frame_in(template: Template, tokenizer_dir: Path) -> Frame:
-    """The frame of a template for the tokenizer of a model folder."""
-    return frame_of(template, load_codec(tokenizer_dir))
+    """The frame of a template for the tokenizer of a model folder. The error names the folder whose template it is."""
+    codec = load_codec(tokenizer_dir)
+    try:
+        return frame_of(template, codec)
+    except (DataError, RecipeError) as error:
+        if not template.source:
+            raise
+        raise type(error)(f"{tokenizer_dir}: {error}") from error
 
 
 def codec_of(tokenizer: Any) -> Codec:
