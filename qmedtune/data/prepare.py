@@ -99,7 +99,7 @@ class Found:
 
 
 def _fates(
-    task: Preparation, staged: Staged, superseded: np.ndarray, items: list[decontaminate.Item]
+    task: Preparation, staged: Staged, superseded: np.ndarray, items: list[decontaminate.BenchmarkItem]
 ) -> tuple[np.ndarray, Found]:
     """What becomes of every staged record, and what was found of benchmarks and near duplicates."""
     hygiene = task.recipe.hygiene

@@ -22,7 +22,7 @@ from qmedtune import store, ui
 from qmedtune.data.hygiene import decontaminate, phi
 from qmedtune.data.hygiene.per_record import ARRAYS, Pool, Staged, worker_count
 from qmedtune.data.reading.rejects import KINDS, Rejects
-from qmedtune.data.reading.sources import VERSIONED, Deleted, Item, PmidSet, read_items, reading_order
+from qmedtune.data.reading.sources import VERSIONED, Deleted, PmidSet, ReadItem, read_items, reading_order
 from qmedtune.data.reading.tally import ReadingTally
 from qmedtune.recipe import PACKED_AS, Recipe, SourceSection
 from qmedtune.versions import CODE
@@ -33,7 +33,7 @@ ROW = np.dtype([("content", "<u8"), ("group", "<u8"), ("size", "<u4"), ("pmid", 
 
 
 def stage_source(
-    recipe: Recipe, name: str, items: list[decontaminate.Item], rejects: Rejects, work: Path
+    recipe: Recipe, name: str, items: list[decontaminate.BenchmarkItem], rejects: Rejects, work: Path
 ) -> tuple[Staged, np.ndarray]:
     """Write the sound records of source `name` to the file `work`, one JSON line each.
 
@@ -79,7 +79,7 @@ def _reported(staged: Staged, rejects: Rejects) -> Staged:
     return staged
 
 
-def _limited(stream: Iterable[Item], limit: int | None) -> Iterator[Item]:
+def _limited(stream: Iterable[ReadItem], limit: int | None) -> Iterator[ReadItem]:
     """Up to the record number `limit`. With a limit, versions that a newer one replaces do not count."""
     if limit is None:
         yield from stream
@@ -125,7 +125,7 @@ def _parts(files: list[Path]) -> list[list[Path]]:
     return groups
 
 
-def _treatment_digest(recipe: Recipe, name: str, items: list[decontaminate.Item]) -> str:
+def _treatment_digest(recipe: Recipe, name: str, items: list[decontaminate.BenchmarkItem]) -> str:
     """Of all that a part depends on beside its files."""
     source = recipe.data[name].model_dump(mode="json", exclude={"path", "license", "terms", *PACKED_AS, "holdout"})
     hygiene = recipe.hygiene.model_dump(mode="json", exclude={"dedup", "max_bad_fraction"})

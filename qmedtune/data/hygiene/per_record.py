@@ -27,7 +27,7 @@ from qmedtune.data.hygiene import decontaminate, language, phi, presidio, secret
 from qmedtune.data.hygiene.clean import clean
 from qmedtune.data.reading.document import Record
 from qmedtune.data.reading.rejects import Damaged, Refused, kind_of
-from qmedtune.data.reading.sources import VERSIONED, Deleted, Item, PmidSet
+from qmedtune.data.reading.sources import VERSIONED, Deleted, PmidSet, ReadItem
 from qmedtune.data.reading.tally import ReadingTally
 from qmedtune.errors import RunError
 from qmedtune.interrupt import stop
@@ -88,7 +88,7 @@ class Staged:
 class Treatment:
     """What a recipe does to each record of a source; what takes long to load is loaded once per process."""
 
-    def __init__(self, recipe: Recipe, name: str, items: list[decontaminate.Item]):
+    def __init__(self, recipe: Recipe, name: str, items: list[decontaminate.BenchmarkItem]):
         self.source, self.hygiene = recipe.data[name], recipe.hygiene
         self.index = decontaminate.build(items)
         self.phi = phi_mode(recipe, name)
@@ -105,7 +105,7 @@ class Treatment:
         else:
             self.persons = None
 
-    def __call__(self, batch: list[Item]) -> tuple[list[bytes], Staged]:
+    def __call__(self, batch: list[ReadItem]) -> tuple[list[bytes], Staged]:
         """The lines of a batch's sound records, and what is to be remembered of them."""
         staged, lines, texts, pmids = Staged(), [], [], []
         for file, line, item in batch:
@@ -241,7 +241,7 @@ def worker_count(wanted: int | str, files: list[Path]) -> int:
 class Pool:
     """Treats batches in this process or in several others; results come in the order of the batches."""
 
-    def __init__(self, recipe: Recipe, name: str, items: list[decontaminate.Item], workers: int):
+    def __init__(self, recipe: Recipe, name: str, items: list[decontaminate.BenchmarkItem], workers: int):
         self.recipe, self.name, self.items, self.workers = recipe, name, items, workers
         self.executor: ProcessPoolExecutor | None = None
 
@@ -260,7 +260,7 @@ class Pool:
         if self.executor:
             self.executor.shutdown(cancel_futures=True)
 
-    def treated(self, batches: Iterable[list[Item]]) -> Iterator[tuple[list[bytes], Staged]]:
+    def treated(self, batches: Iterable[list[ReadItem]]) -> Iterator[tuple[list[bytes], Staged]]:
         if self.executor is None:
             yield from map(self.treat, batches)
             return
@@ -280,7 +280,7 @@ class Pool:
             ) from error
 
 
-def _start_worker(recipe: Recipe, name: str, items: list[decontaminate.Item]) -> None:
+def _start_worker(recipe: Recipe, name: str, items: list[decontaminate.BenchmarkItem]) -> None:
     global _treatment
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the parent ends these
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -295,5 +295,5 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _treat_in_worker(batch: list[Item]) -> tuple[list[bytes], Staged]:
+def _treat_in_worker(batch: list[ReadItem]) -> tuple[list[bytes], Staged]:
     return _treatment(batch)
