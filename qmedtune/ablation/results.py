@@ -22,7 +22,7 @@ from qmedtune.ablation.arms import Arm
 from qmedtune.results import AnsweredItem, ArmDifference, ArmEntry, Comparisons, Measure, Ratio, Run
 
 Answers = dict[str, float]
-"""AnsweredItem id -> 1.0 right, 0.0 wrong; the mean over draws where a task was asked with several draws of examples."""
+"""Id of an item -> 1.0 right, 0.0 wrong; the mean over draws where a task was asked with several draws of examples."""
 
 
 @dataclass(frozen=True)

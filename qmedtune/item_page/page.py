@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 
 from qmedtune.item_page.answers import OUTCOMES, Answer, Answered, Asked
-from qmedtune.item_page.questions import Questions, Shortener, Wish
+from qmedtune.item_page.questions import Questions, Shortener, RequestedItems
 from qmedtune.reporting.blocks import DISCLAIMER, card, html_table, section
 from qmedtune.reporting.calibration import calibration
 from qmedtune.reporting.cells import Row, Table
@@ -36,12 +36,12 @@ class Shown:
     questions: Questions
 
 
-def page(run: Run, tasks: Sequence[Shown], wish: Wish) -> tuple[str, list[str]]:
+def page(run: Run, tasks: Sequence[Shown], requested: RequestedItems) -> tuple[str, list[str]]:
     """(the page, what was left out of it and how it is got)."""
     total = 0
     for each in tasks:
         total += len({item.id for item in each.asked.items})
-    shortener = Shortener(total, whole=wish.whole)
+    shortener = Shortener(total, whole=requested.whole)
     data = [_data(each, shortener) for each in tasks]
     notes = [f"{each.asked.name}: {each.questions.why}" for each in tasks if each.questions.why]
     if shortener.left_out or shortener.cut:

@@ -168,7 +168,7 @@ def _make_part(pool: Pool, files: list[Path], part: Path, work: IO[bytes]) -> So
 
 
 class PartLists(BaseModel):
-    """The .json of a part: what `SoundRecords` remembers beside its arrays, and the hashes of the part's other files."""
+    """The .json of a part: what `SoundRecords` remembers beside its arrays, and the hashes of its other files."""
 
     model_config = ConfigDict(frozen=True)
 
