@@ -28,7 +28,7 @@ MAX_ANY_DICTS = 48  # `dict[str, Any]`, counted, with the aliases for what other
 # Functions of five or more parameters by position, counted: beyond four a frozen dataclass, or an option that must be
 # named at the call. Not counted are commands, whose parameters are their options; counted are the few that another
 # library calls by position (transformers' attention, autograd's forward).
-MAX_WIDE = 68
+MAX_WIDE = 64
 
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 

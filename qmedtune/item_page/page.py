@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 
 from qmedtune.item_page.answers import OUTCOMES, Answer, Answered, Asked
-from qmedtune.item_page.questions import Questions, Shortener, RequestedItems
+from qmedtune.item_page.questions import Questions, RequestedItems, Shortener
 from qmedtune.reporting.blocks import DISCLAIMER, card, html_table, section
 from qmedtune.reporting.calibration import calibration
 from qmedtune.reporting.cells import Row, Table
