@@ -62,6 +62,15 @@ def identify(section: ModelSection, *, offline: bool, shape_only: bool = False) 
     return Base(section.base, digest, lambda: folder, revision)
 
 
+def locate_folder(section: ModelSection, *, offline: bool) -> Path:
+    """The folder of `identify`, for those who need no name of its content: a local one is not hashed, unless it lies in
+    the Hub's cache, where names tell hashes."""
+    local = Path(os.path.expanduser(section.base))
+    if local.is_dir() and local.parent.name != "snapshots":
+        return _folder(section, offline=offline, shape_only=False)
+    return identify(section, offline=offline).make()
+
+
 def of_recipe(recipe: Recipe, *, offline: bool) -> Base:
     """The base that a recipe starts from; what its `make` gives is found, and hashed, once."""
     shape_only = recipe.stages[0].kind == "pretrain"

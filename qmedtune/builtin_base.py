@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from qmedtune import base, claims, store, tiny, ui
+from qmedtune import base, claims, peers, store, tiny, ui
 from qmedtune.recipe import Recipe
 from qmedtune.run import run
 
@@ -22,7 +22,8 @@ def make(name: str, folder: Path) -> None:
     _write_blank(name, blank)
     recipe = pretraining_recipe(name, blank)
     text = json.dumps(recipe.model_dump(mode="json", by_alias=True), indent=1)
-    run(recipe, text, folder, offline=True)
+    with peers.alone():
+        run(recipe, text, folder, offline=True)
 
 
 def _clear(folder: Path) -> None:

@@ -130,6 +130,8 @@ def _adapters_of_run(job: ExportJob, folder: Path) -> Location:
     found = adapters_of_run(folder, job.offline)
     if found.shares:
         raise RecipeError(f"{job.model}: its merge weighs the stages (merge.weights), adapters do not\n--as gguf")
+    if found.mixed:
+        raise RecipeError(f"{job.model}: its merge mixes another model in (merge.with), adapters do not\n--as gguf")
     stack = found.stack
     if not stack.adapters:
         raise RecipeError(f"{job.model}: this run trained no adapter\nexport its model: --as gguf")
@@ -176,15 +178,17 @@ def _gguf(job: ExportJob, location: Location, folder: Path) -> Exported:
 
 @dataclass(frozen=True)
 class File:
-    """A GGUF file. pre: llama.cpp's name of how it splits text."""
+    """A GGUF file. pre: llama.cpp's name of how it splits text; sha256: taken as it was written here."""
 
     path: Path
     pre: str
     proof: Proof
+    sha256: str | None = None
 
     def exported(self, job: ExportJob) -> Exported:
         proof = ExportProof(**asdict(self.proof))
-        return Exported(quant=job.type, bytes=self.path.stat().st_size, pre=self.pre, proof=proof)
+        size = self.path.stat().st_size
+        return Exported(quant=job.type, bytes=size, pre=self.pre, proof=proof, sha256=self.sha256)
 
 
 def _write_file(job: ExportJob, location: Location, folder: Path) -> File:
@@ -197,14 +201,15 @@ def _write_file(job: ExportJob, location: Location, folder: Path) -> File:
     model, title = _opened(location), title_of(location)
     vocabulary = read_vocabulary(location.base, model.model.config.vocab_size, job.pre)
     path = folder / f"{title}-{job.type}.gguf"
+    sha256 = None
     if job.type in QUANTS:
-        write_model(path, model, vocabulary, QUANTS[job.type], title)
+        sha256 = write_model(path, model, vocabulary, QUANTS[job.type], title)
     else:
         whole = folder / "f32.gguf"
         write_model(whole, model, vocabulary, QUANTS["f32"], title)
         quantise(whole, path, job.type)
         whole.unlink()
-    return File(path, vocabulary.pre, prove(path, model, job.type, vocabulary.doubtful))
+    return File(path, vocabulary.pre, prove(path, model, job.type, vocabulary.doubtful), sha256)
 
 
 def _ollama(job: ExportJob, location: Location, folder: Path) -> Exported:
@@ -223,8 +228,11 @@ def _ollama(job: ExportJob, location: Location, folder: Path) -> Exported:
 
 def _gguf_adapter(job: ExportJob, location: Location, folder: Path) -> Exported:
     from qmedtune.exporting.card import adapter_lines, write_card
+    from qmedtune.exporting.folders import check_numbers
     from qmedtune.exporting.gguf_adapter import write_adapter
 
+    for adapter in location.adapters:
+        check_numbers(adapter)
     file = folder / f"{title_of(location)}-lora-{job.type}.gguf"
     proof = write_adapter(file, _opened(location), location.adapters, job.type, title_of(location))
     write_card(folder, title_of(location), adapter_lines(file, proof), location.adapters[-1])

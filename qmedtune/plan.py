@@ -18,7 +18,7 @@ from qmedtune.errors import DataError, DoesNotFit, QmedtuneError
 from qmedtune.evaluation import precision
 from qmedtune.lineage import final_model, lineage_of
 from qmedtune.llama_shape import BaseFacts
-from qmedtune.planning import capacity, fit, memory, rows, scoring, speed
+from qmedtune.planning import capacity, exchange, fit, memory, rows, scoring, speed
 from qmedtune.planning.estimate import Estimate, Measured, count_with, estimate_source
 from qmedtune.planning.machine import CARDS_GIB, GIB, Machine, card_of, this_machine
 from qmedtune.planning.memory import Setup
@@ -319,6 +319,7 @@ def _stage(subject: Subject, index: int, measured: Mapping[str, Measured], steps
         "dtype": setup.compute_dtype,
         "attention": setup.attention,
         "trained_parameters": memory.trained_parameters(facts, setup),
+        "exchange_bytes": exchange.exchange_bytes(memory.trained_parameters(facts, setup)),
         "memory": parts,
         "peak_bytes": sum(parts.values()),
         "budget_bytes": fit.budget_bytes(machine, recipe),

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from qmedtune import store
 from qmedtune.disk import read_plain
-from qmedtune.results import Exposure, Packing, Privacy, Remembered, Run, Scan, Stage, Terms, TextFolder
+from qmedtune.results import Exposure, Facts, Part, Privacy, Remembered, Run, Scan, Stage, Terms, TextFolder
 from qmedtune.results.privacy import ERASED, HELD, NONE
 
 NOTE = "erased.json"
@@ -60,6 +60,7 @@ def of(out: Path, run: Run) -> Privacy:
         sealed = store.read_seal(out / step.name)
         if sealed is not None:
             folders += _text_of(out, step.name, sealed, run)
+    folders += _at_the_root(out)
     note = erased(out)
     gone = sum(not (out / name).exists() for name in note.files)
     found = Privacy(
@@ -74,10 +75,27 @@ def of(out: Path, run: Run) -> Privacy:
     return found.model_copy(update={"erased": gone, "erased_at": note.at})
 
 
+def _at_the_root(out: Path) -> list[TextFolder]:
+    """What no step has sealed: the page of items."""
+    sizes: list[int] = []
+    for path in out.iterdir() if out.is_dir() else ():
+        if path.is_file() and holds_text(path.name):
+            sizes.append(path.stat().st_size)
+    if not sizes:
+        return []
+    return [TextFolder(folder=".", files=len(sizes), bytes=sum(sizes))]
+
+
 def _state(folders: list[TextFolder], gone: int) -> str:
     if folders:
         return HELD
     return ERASED if gone else NONE
+
+
+class Mixed(Facts):
+    """What is read here of any step's seal."""
+
+    mixture: dict[str, Part] | None = None
 
 
 def _text_of(out: Path, step: str, sealed: store.Seal, run: Run) -> list[TextFolder]:
@@ -97,9 +115,9 @@ def _sources(step: str, sealed: store.Seal, run: Run) -> list[str]:
     own = step.removeprefix(f"{TEXT_FOLDER}/")
     if own in run.data:
         return [own]
-    mixture = sealed.facts.get("mixture")
-    if isinstance(mixture, dict):
-        return list(Packing.model_validate({"mixture": mixture}).mixture)
+    mixture = Mixed.model_validate(sealed.facts).mixture
+    if mixture is not None:
+        return list(mixture)
     parts: list[str] = []
     for name in sealed.files:
         part = name.partition("/")[0]

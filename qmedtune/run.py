@@ -267,7 +267,7 @@ def _explain(step: Step, made_from: Mapping[str, object], key: str, out: Path) -
         ui.warn(f"{step.name}: {problems[0]}; made again, the damaged folder is kept in .history/")
         store.retire(folder, out)
         return
-    ui.note(f"{step.name} is made again: {keys.difference(sealed.facts['section'], made_from)}")
+    ui.note(f"{step.name} is made again: {keys.difference(sealed.section, made_from)}")
 
 
 def _sealed(steps: list[Step], model_digest: str, out: Path) -> dict[str, store.Seal]:

@@ -40,4 +40,4 @@ def _state(step: Step, model_digest: str, done: dict[str, store.Seal], out: Path
     if old is None:
         return "to do", "not made yet"
     made_from = {**step.section, "inputs": inputs_of(step, model_digest, done)}
-    return "stale", keys.difference(old.facts["section"], made_from)
+    return "stale", keys.difference(old.section, made_from)

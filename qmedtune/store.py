@@ -32,7 +32,7 @@ from qmedtune.disk import (
 )
 from qmedtune.errors import RunError
 from qmedtune.hashes import HashCache, kept, read_checked, sha256_file, sha256_json, write_checked
-from qmedtune.model_files import JsonObject
+from qmedtune.model_files import JsonObject, as_object
 from qmedtune.results import Json
 
 __all__ = [
@@ -76,6 +76,11 @@ class Seal:
     facts: JsonObject
     files: Mapping[str, Sealed]
 
+    @property
+    def section(self) -> JsonObject:
+        """What the folder was made from, as the step's key has it."""
+        return as_object(self.facts.get("section")) or {}
+
 
 def content_files(folder: Path) -> list[Path]:
     """What a seal lists: all files but its own, and what is rendered later or only resumed from."""
@@ -83,15 +88,17 @@ def content_files(folder: Path) -> list[Path]:
     return sorted(p for p in found if p.relative_to(folder).parts[0] != SCRATCH)
 
 
-def seal(folder: Path, key: str, facts: Mapping[str, object]) -> Seal:
-    """Hash and fsync everything below `folder`, then write seal.json last."""
+def seal(folder: Path, key: str, facts: Mapping[str, object], known: Mapping[str, str] = {}) -> Seal:  # noqa: B006
+    """Hash and fsync everything below `folder`, then write seal.json last. known: sha256 by name, of files that were
+    hashed while they were written, and read back since."""
     for leftover in folder.rglob(f".*{PART}"):
         leftover.unlink()
     files: dict[str, Sealed] = {}
     stable: dict[str, str] = {}
     for path in content_files(folder):
         stat, name = path.stat(), path.relative_to(folder).as_posix()
-        files[name] = {"sha256": sha256_file(path), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+        sha256 = known.get(name) or sha256_file(path)
+        files[name] = {"sha256": sha256, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
         if path.name not in VOLATILE:
             stable[name] = files[name]["sha256"]
         fsync_path(path)

@@ -10,21 +10,24 @@ from __future__ import annotations
 import gc
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PrinterCallback, set_seed
+from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from qmedtune import model as models
-from qmedtune import peak, store, ui
+from qmedtune import peak, peers, store, ui
 from qmedtune.base import name_of_base, note_base
 from qmedtune.batches import batch_rows, steps_in, too_few_steps
 from qmedtune.data.packing import templates
 from qmedtune.data.packing.classes import VALIDATION, LabelledRows
 from qmedtune.data.packing.framing import write_template
 from qmedtune.data.packing.pack import PackedRows
+from qmedtune.errors import RunError
+from qmedtune.group import Group
 from qmedtune.interrupt import stop
 from qmedtune.model_stack import ModelStack
 from qmedtune.modeling import activations
@@ -33,6 +36,7 @@ from qmedtune.planning.fit import setup_of
 from qmedtune.planning.machine import this_machine
 from qmedtune.planning.memory import peak_bytes
 from qmedtune.planning.shapes import base_facts
+from qmedtune.record import device_name
 from qmedtune.resolved import ResolvedRecipe, ResolvedStage
 from qmedtune.results import (
     Attention,
@@ -48,8 +52,10 @@ from qmedtune.training.confirm import confirm
 from qmedtune.training.gpu_check import check_card
 from qmedtune.training.resume import out_of_memory, resume_settings
 from qmedtune.training.shared_base import SharedBase
-from qmedtune.training.stage_callback import StageCallback
+from qmedtune.training.stage_callback import FollowerCallback, StageCallback
 from qmedtune.training.trainer import Material, QTrainer, trainer_arguments
+
+FOLLOWER_SEED = 1_000_003  # apart from every seed + index of a recipe: of dropout in the process of rank 1
 
 
 @dataclass(frozen=True)
@@ -90,6 +96,12 @@ class Built:
     kernels: Kernels | None = None
     layers: dict[str, int] | None = None
 
+    @property
+    def computes(self) -> str:
+        """Device and kernel path of this process, in words."""
+        path = self.kernels.mode if self.kernels else "no kernels of ours"
+        return f"{device_name()}: {path}, attention {self.attention.name}"
+
 
 @dataclass(frozen=True)
 class Loaded:
@@ -111,15 +123,18 @@ def train_stage(
     checkpoint.
     """
     job = TrainingJob(recipe, index, inputs, out)
+    group = peers.call(job)
     loaded = _load(job, shared or SharedBase())
     callback = _callback(job, loaded.tokenizer.pad_token_id)
     started = time.monotonic()
     checkpoint = checkpoints.last_intact(out)
-    trainer = _trainer(job, loaded, callback, checkpoint)
+    trainer = _trainer(job, loaded, callback, checkpoint, group)
     total = loaded.packed.tokens.trained
     with ui.stage(job.name, total=total, unit="tokens", completed=callback.tokens) as callback.bar:
         if callback.held_out and checkpoint is None:
             callback.validate(0)  # where the curve begins: what training changes is seen from its first step on
+        others = peers.wait(group)
+        _agree(group, checkpoint)
         try:
             with stop.graceful():
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -130,6 +145,7 @@ def train_stage(
     assert callback.tokens == total, "tokens trained differ from the packing ledger"
     callback.restore_best(loaded.built.model)
     trained = callback.trained(job.stage.kind, trainer, time.monotonic() - started)
+    trained = _with_others(trained, loaded.built, others)
     trained = _finish(job, loaded, trainer, trained)
     # They know each other: only a collection frees them, and the next stage needs the room.
     del trainer, loaded, callback
@@ -137,6 +153,43 @@ def train_stage(
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return trained
+
+
+def follow_stage(job: TrainingJob, shared: SharedBase, group: Group, ready: Callable[[str], None]) -> None:
+    """Train along with the process that runs `train_stage` with the same job, and write nothing. `ready` is told how we
+    compute, when all is done but the steps."""
+    loaded = _load(job, shared)
+    checkpoint = checkpoints.last_intact(job.out)
+    trainer, _, _ = _set_up(job, loaded, FollowerCallback(group), checkpoint, group)
+    begins_at = checkpoints.step_of(checkpoint) if checkpoint else 0
+    torch.manual_seed(job.recipe.seed + job.index + FOLLOWER_SEED * group.rank + begins_at)  # other rows, other dropout
+    ready(loaded.built.computes)
+    _agree(group, checkpoint)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    del trainer, loaded
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _agree(group: Group, checkpoint: Path | None) -> None:
+    """Raises RunError where the processes would not begin at the same step: a folder that they do not share."""
+    if not group.same(checkpoints.step_of(checkpoint) if checkpoint else 0):
+        raise RunError(
+            "the processes of this run see different checkpoints\n"
+            "the run folder must be one that all of them share: --out on a common file system"
+        )
+
+
+def _with_others(trained: Trained, built: Built, others: list[str]) -> Trained:
+    """The result with how each process computes, where there are several."""
+    if not others:
+        return trained
+    processes = [built.computes, *others]
+    warnings = list(trained.warnings)
+    if len(set(processes)) > 1:
+        warnings.append(f"the processes compute differently: {'; '.join(processes)}")
+    return trained.model_copy(update={"processes": processes, "warnings": warnings})
 
 
 def _load(job: TrainingJob, shared: SharedBase) -> Loaded:
@@ -197,8 +250,10 @@ def _callback(job: TrainingJob, pad_id: int) -> StageCallback:
     return callback
 
 
-def _trainer(job: TrainingJob, loaded: Loaded, callback: StageCallback, checkpoint: Path | None) -> QTrainer:
-    """The trainer at the step of `checkpoint`, and `callback` with it; what is to be warned of is told by then."""
+def _set_up(
+    job: TrainingJob, loaded: Loaded, callback: TrainerCallback, checkpoint: Path | None, group: Group
+) -> tuple[QTrainer, int, list[str]]:
+    """(trainer, steps of the stage, warnings): the same in every process that trains it."""
     recipe, index, rows = job.recipe, job.index, loaded.rows
     section, made_with, warnings = resume_settings(recipe, index, checkpoint)
     steps, batch = steps_in(section, len(rows)), batch_rows(section, len(rows))
@@ -223,17 +278,25 @@ def _trainer(job: TrainingJob, loaded: Loaded, callback: StageCallback, checkpoi
         checkpointing=job.stage.full and section.gradient_checkpointing is True,
     )
     material = Material(loaded.built.model, loaded.tokenizer, rows, section)
-    trainer = QTrainer(material, arguments, [callback], keep=recipe.save.keep, made_with=made_with)
+    trainer = QTrainer(material, arguments, [callback], keep=recipe.save.keep, made_with=made_with, group=group)
     trainer.remove_callback(PrinterCallback)
     if job.stage.classify:
         trainer.nll = document_nll
+    return trainer, steps, warnings
+
+
+def _trainer(
+    job: TrainingJob, loaded: Loaded, callback: StageCallback, checkpoint: Path | None, group: Group
+) -> QTrainer:
+    """The trainer at the step of `checkpoint`, and `callback` with it; what is to be warned of is told by then."""
+    trainer, steps, warnings = _set_up(job, loaded, callback, checkpoint, group)
     callback.begin(trainer, steps)
     checkpoints.go_back(job.out, checkpoint)
     callback.rewind()
     begins_at = checkpoints.step_of(checkpoint) if checkpoint else 0
     for warning in warnings:
         callback.warn(begins_at, warning)
-    callback.memory = confirm(recipe, index, trainer, rows)
+    callback.memory = confirm(job.recipe, job.index, trainer, loaded.rows)
     for line in callback.memory.said:
         ui.warn(line)
         callback.warn(0, line)

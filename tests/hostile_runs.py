@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from builders import make_evaluation
 from hostile_folders import both, gone, link, pipe, put
 
 from qmedtune import record, store
@@ -45,6 +46,8 @@ def good_run(packed: Path, model: Path, adapter: Path, out: Path) -> Path:
     from qmedtune.base import weights_sha256
 
     shutil.copytree(packed, out)
+    for later in (*out.glob("0*-*"), out / "merged", out / "evaluation"):  # of a run that went on
+        shutil.rmtree(later, ignore_errors=True)
     shutil.copytree(model, out / "merged")
     for stage in ("01-cpt", "02-sft"):
         shutil.copytree(adapter, out / stage / "adapter")
@@ -54,9 +57,45 @@ def good_run(packed: Path, model: Path, adapter: Path, out: Path) -> Path:
     store.seal(out / "01-cpt", "c" * 64, {"kind": "cpt", "seconds": 1.0, "warnings": []})
     store.seal(out / "02-sft", "e" * 64, {"kind": "sft", "seconds": 1.0, "warnings": []})
     store.seal(out / "merged", "d" * 64, {"seconds": 1.0, "warnings": []})
-    rewritten(status="finished")(out)
+    (out / "evaluation").mkdir()
+    (out / "evaluation" / "facts.items.jsonl").write_text(answer() + answer("facts-treats-b"))
+    store.seal(out / "evaluation", "f" * 64, {"seconds": 1.0, "warnings": []})
+    tasks = {"facts": make_evaluation().as_json()["tasks"]["facts"]}
+    rewritten(status="finished", evaluation={"tasks": tasks})(out)
     record.render(out)
     return out
+
+
+def answer(name: str = "facts-treats-a", **changes: Any) -> str:
+    """A line of <task>.items.jsonl."""
+    said = {"correct": True, "prediction": "It treats sepsis.", "logprobs": [-1.0, -2.0]}
+    line = {
+        "id": name,
+        "facet": "treats",
+        "gold": "It treats sepsis.",
+        "base": {**said, "correct": False},
+        "final": said,
+    }
+    return json.dumps({**line, **changes}) + "\n"
+
+
+def items(content: str | bytes) -> Change:
+    """Other answers, sealed as if a run had given them."""
+
+    def change(folder: Path) -> None:
+        put("evaluation/facts.items.jsonl", content)(folder)
+        (folder / "evaluation" / store.SEAL).unlink()
+        store.seal(folder / "evaluation", "f" * 64, {"seconds": 1.0, "warnings": []})
+
+    return change
+
+
+def scored_elsewhere(folder: Path) -> None:
+    """A task whose name leads to answers outside of the run."""
+    (folder.parent / "outside.items.jsonl").write_text(answer() * 3)
+    raw = json.loads((folder / record.RUN).read_text())
+    found = raw["evaluation"]["tasks"]["facts"]
+    rewritten(evaluation={"tasks": {"../../outside": found}})(folder)
 
 
 def rewritten(**changes: Any) -> Change:
@@ -166,5 +205,15 @@ RUNS = [
     RunCase("a lock that is a pipe", both(gone(".lock"), pipe(".lock")), ()),
     RunCase("a lock that leads elsewhere", link(".lock", "../outside.txt"), ()),
     RunCase("text that lies elsewhere", linked_data, ()),
+    RunCase("answers that are no JSON", items("{\n"), ("items",)),
+    RunCase("answers that are no text", items(b"\xff\xfe\x00\n"), ("items",)),
+    RunCase("answers that are deep", items("[" * 200_000), ("items",)),
+    RunCase("answers of wrong types", items(answer(base={"correct": []}, facet={}, draw="x")), ()),
+    RunCase("answers of markup", items(answer(EVIL_NAME, facet="<script>x</script>", gold="</td>\x1b[2J")), ()),
+    RunCase("answers of a million options", items(answer(final={"correct": True, "logprobs": [-1.0] * 10**6})), ()),
+    RunCase("answers that are a pipe", pipe("evaluation/facts.items.jsonl"), ("items", "verify")),
+    RunCase("answers of another file", link("evaluation/facts.items.jsonl", "/etc/passwd"), ("items", "verify")),
+    RunCase("answers from elsewhere", scored_elsewhere, ("items",)),
+    RunCase("a page that leads elsewhere", link("items.html", "../outside.txt"), ()),
     RunCase("a template that is code", put("merged/template.json", TEMPLATE), ("verify", *MODELS[:3])),
 ]  # fmt: skip

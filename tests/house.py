@@ -7,6 +7,7 @@ under `if TYPE_CHECKING` is none. Exits with 1 where a limit below is broken.
 from __future__ import annotations
 
 import ast
+import re
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -24,12 +25,15 @@ MAX_NESTED = 1  # comprehensions inside another, counted: one in world.py, whose
 MAX_DOUBLE = 25  # comprehensions with a second `for`, counted
 MAX_COMPREHENSIONS = 25.0
 MAX_TERNARIES = 20.0
+MAX_RESULT_KEYS = 0  # results read by a string, outside results/
 MAX_ANY_DICTS = 48  # `dict[str, Any]`, counted, with the aliases for what others wrote
 # Functions of five or more parameters by position, counted: beyond four a frozen dataclass, or an option that must be
 # named at the call. Not counted are commands, whose parameters are their options; counted are the few that another
 # library calls by position (transformers' attention, autograd's forward).
 MAX_WIDE = 64
 
+# Facts of a seal, or a result as JSON, that are looked up in place of an attribute of their model.
+RESULT_KEY = re.compile(r"((?<!self)\.facts|\.as_json\(\))(\[|\.get\()")
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 
@@ -174,6 +178,7 @@ class Density:
     double: int = 0
     ternaries: int = 0
     any_dicts: int = 0
+    result_keys: int = 0
 
     def per_1000(self, count: int) -> float:
         return 1000 * count / self.code_lines
@@ -184,6 +189,8 @@ def density_of(modules: dict[str, Module]) -> Density:
     for module in modules.values():
         found.code_lines += module.code_lines
         found.any_dicts += module.text.count("dict[str, Any]")
+        if not module.name.startswith(f"{PACKAGE}.results"):
+            found.result_keys += len(RESULT_KEY.findall(module.text))
         for node in ast.walk(module.tree):
             found.ternaries += isinstance(node, ast.IfExp)
             if isinstance(node, COMPREHENSIONS):
@@ -224,7 +231,7 @@ def problems() -> list[str]:
     print(f"per 1,000 lines: comprehensions {comprehensions:.1f}, ternaries {ternaries:.1f}")
     print(f"nested comprehensions {found.nested}, with a second `for` {found.double}")
     wide = len(wide_functions(modules))
-    print(f"dict[str, Any]: {found.any_dicts}")
+    print(f"dict[str, Any]: {found.any_dicts}, results read by a string: {found.result_keys}")
     print(f"functions of five or more parameters by position: {wide}")
     broken = [f"circle: {', '.join(ring)}" for ring in rings] if len(rings) > MAX_CIRCLES else []
     broken += climbing if len(climbing) > MAX_UPWARD else []
@@ -235,6 +242,7 @@ def problems() -> list[str]:
         ("comprehensions per 1,000 lines", comprehensions, MAX_COMPREHENSIONS),
         ("ternaries per 1,000 lines", ternaries, MAX_TERNARIES),
         ("dict[str, Any]", found.any_dicts, MAX_ANY_DICTS),
+        ("results read by a string", found.result_keys, MAX_RESULT_KEYS),
         ("functions of five or more parameters by position", wide, MAX_WIDE),
     ):
         if number > limit:

@@ -20,7 +20,7 @@ from attack import Attacker, Outcome, refusal_complaints
 from hostile_folders import OWNED, good_folders
 from hostile_runs import RUNS, RunCase, good_run
 
-COMMANDS = ("report", "verify", "erase", "runs", "compare", "eval", "predict", "export", "merge")
+COMMANDS = ("report", "verify", "items", "erase", "runs", "compare", "eval", "predict", "export", "merge")
 SECONDS, BYTES = 30, 1 << 30
 OUTSIDE = "a user's own file"
 
@@ -32,6 +32,7 @@ def words_of(command: str, folder: Path, other: Path, here: Path) -> list[str]:
     return {
         "report": ["report", run],
         "verify": ["report", run, "--verify"],
+        "items": ["items", run],
         "erase": ["erase", run, "--text"],
         "runs": ["runs", str(folder.parent)],
         "compare": ["compare", run, str(other)],

@@ -206,6 +206,18 @@ def test_a_large_benchmark_stays_a_small_page_and_can_be_had_whole(tmp_path: Pat
     assert whole.bytes > 700_000 and whole.left_out == []
 
 
+def test_of_thousands_of_items_what_changed_is_listed_and_all_are_counted(tmp_path: Path):
+    run_dir = scored_run(tmp_path / "run", [{"task": "pubmedqa", "path": str(pubmedqa_file(tmp_path, 4000))}])
+    written = write_items_page(run_dir, SHOWN)
+    assert written.bytes < 300_000 and any("800 of 4,000 items are listed" in note for note in written.left_out)
+    text = (run_dir / PAGE).read_text()
+    [task] = data_of(text)
+    changed = [row for row in task["rows"] if row[5][0][0] != row[5][1][0]]
+    assert len(task["rows"]) == len(changed) == 800 and 'data-column="Items">4,000</td>' in text
+    whole = write_items_page(run_dir, Wish(whole=True))
+    assert len(data_of((run_dir / PAGE).read_text())[0]["rows"]) == 4000 and whole.bytes > 700_000
+
+
 def test_draws_of_examples_are_told_apart(tmp_path: Path):
     asked = {"task": "pubmedqa", "path": str(pubmedqa_file(tmp_path, 12)), "shots": 2, "shot_seeds": 3}
     run_dir = scored_run(tmp_path / "run", [asked])

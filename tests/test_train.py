@@ -78,7 +78,7 @@ def test_kernels_on_and_off_give_equal_trajectories(
 def test_a_loss_spike_is_logged_and_told(
     micro_run: MicroRun, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(train, "SPIKE_WINDOW", 3)
+    monkeypatch.setattr("qmedtune.training.stage_callback.SPIKE_WINDOW", 3)
     original, spiked = train.StageCallback.on_log, losses(whole)
     spiked[8] *= 3
 
@@ -150,7 +150,7 @@ def test_a_quantised_base_leaves_the_adapter_exact(micro_run: MicroRun, tmp_path
     arguments = trainer.trainer_arguments(
         tmp_path, section, seed=0, save_every=10, autocast=None, deterministic=False, checkpointing=False
     )
-    rows = PackedRows(micro_run.inputs()["tokens"])
+    rows = PackedRows(micro_run.inputs().tokens)
     material = trainer.Material(model, models.load_tokenizer(micro_run.base), rows, section)
     trainer.QTrainer(material, arguments, [])
     assert all(torch.equal(p, before[name]) for name, p in models.trainable(model).items())
@@ -179,7 +179,7 @@ def test_an_evaluation_in_the_middle_leaves_gradients_alone(micro_run: MicroRun,
     base = models.load_base(micro_run.base, recipe.model)
     model = models.attach_adapter(base, recipe.adapter, [], continued=True)
     models.install_kernels(model, "auto")
-    rows = train.PackedRows(micro_run.inputs()["tokens"])
+    rows = train.PackedRows(micro_run.inputs().tokens)
     batch = collation.collate([rows[i] for i in range(4)], pad_id=0)
     del batch["lengths"]
     with torch.no_grad():  # B starts at zero, which would hide wrong gradients of A

@@ -38,12 +38,21 @@ def run(
     offline: OfflineOption = False,
     smoke: Annotated[bool, typer.Option("--smoke", help="Built-in base and data, in runs/<name>-smoke.")] = False,
     time_limit: TimeLimitOption = None,
+    gpus: Annotated[
+        str | None, typer.Option("--gpus", metavar="N|auto", help="Train with so many GPUs; default: one.")
+    ] = None,
     on_end: Annotated[
         str | None, typer.Option("--on-end", metavar="CMD", help="Run this at the end, told by $QMEDTUNE_STATUS ...")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """From data to merged model and report. Run again to resume."""
+    from qmedtune import peers
+
+    if peers.under_torchrun() and peers.torchrun_rank() > 0:
+        from qmedtune import follower
+
+        raise typer.Exit(follower.follow_torchrun())
     loaded = load(recipe, overrides)
     from qmedtune import run as spine
     from qmedtune.on_end import telling
@@ -51,7 +60,7 @@ def run(
     folder = out or (Path("runs") / f"{loaded.recipe.name}-smoke" if smoke else run_folder(loaded, out))
     if out is not None:
         warn_of_neighbour(out, loaded.recipe.name)
-    with telling(on_end, loaded.recipe.name, folder) as end:
+    with telling(on_end, loaded.recipe.name, folder) as end, peers.called(gpus):
         found = spine.run(
             loaded.recipe, loaded.text, folder, until=until, offline=offline, smoke=smoke, time_limit_s=time_limit
         )
@@ -135,7 +144,8 @@ def data(
 
     found = spine.run(loaded.recipe, loaded.text, folder, until="data", offline=offline)
     if as_json:
-        return emit(found.as_json()["data"])
+        ledgers = {name: source.as_json() for name, source in found.data.items()}
+        return emit(ledgers)
     _show(report_tables.records(found), report_tables.reading(found), report_tables.findings(found))
     _show(*_packed_tables(folder, loaded.recipe.stage_names()))
 

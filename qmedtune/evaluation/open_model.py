@@ -173,7 +173,7 @@ def _base_folder(name: str, offline: bool) -> Path:
             raise RecipeError(
                 f"{name}: is a recipe, no model\ngive the run that it made, such as runs/{Path(name).stem}"
             )
-    return bases.identify(ModelSection(base=name), offline=offline).make()
+    return bases.locate_folder(ModelSection(base=name), offline=offline)
 
 
 def _template_beside(folder: Path) -> templates.Template:

@@ -41,14 +41,22 @@ def file_lines(file: Path, quant: str, proof: Proof) -> list[str]:
     lines = [
         f"`{file.name}` ({quant}, {units.size(file.stat().st_size)}), made by `qmedtune export` and read back:",
         "",
-        f"- logits against the model folder, on {proof.probe_tokens} tokens: KL {proof.kl:.2e} nats per token, "
-        f"the same most likely token at {proof.top1:.1%} of the positions",
+        _logits_line(proof),
     ]
     if proof.greedy is not None:
         lines.append(f"- written greedily, the first {proof.greedy} of {GREEDY_TOKENS} tokens are the same")
     told = f"equal on {proof.texts} texts" if proof.texts is not None else "not compared (unknown way to split text)"
     lines.append(f"- token ids against tokenizer.json: {told}")
     return lines
+
+
+def _logits_line(proof: Proof) -> str:
+    if proof.tensors is not None:
+        return f"- every number of its {proof.tensors:,} tensors is that of the model folder, and so are its logits"
+    return (
+        f"- logits against the model folder, on {proof.probe_tokens} tokens: KL {proof.kl:.2e} nats per token, "
+        f"the same most likely token at {proof.top1:.1%} of the positions"
+    )
 
 
 def adapter_lines(file: Path, proof: AdapterProof) -> list[str]:

@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 
 from qmedtune import store
 from qmedtune.data.packing.framing import frame_in
@@ -22,7 +23,7 @@ from qmedtune.exporting.card import README, write_card
 from qmedtune.exporting.proof import probe_texts
 from qmedtune.merging.disk_llama import open_llama
 from qmedtune.merging.reference import read_model as read_by_transformers
-from qmedtune.model import open_tokenizer
+from qmedtune.model import load_tokenizer, open_tokenizer
 from qmedtune.model_stack import ADAPTER_CONFIG, ADAPTER_TENSORS, read_adapter, read_model
 from qmedtune.results import ExportProof
 
@@ -36,7 +37,7 @@ def copy_model(location: Location, folder: Path, title: str, serve: str) -> Expo
     """A model folder, checked. Raises RunError where transformers reads something else than there is."""
     source = location.base
     open_llama(source)  # 16-bit or fp32 weights of a LLaMA
-    open_tokenizer(source)
+    load_tokenizer(source)
     files = [path for path in sorted(source.iterdir()) if path.is_file() and path.name not in LEFT]
     store.check_room(folder, sum(path.stat().st_size for path in files), "the copy")
     for path in files:
@@ -118,6 +119,16 @@ def _check_template(location: Location, folder: Path) -> None:
         )
 
 
+def check_numbers(adapter: Path) -> None:
+    """RunError where an adapter holds values that are no numbers: it diverged, or was damaged."""
+    with safe_open(adapter / ADAPTER_TENSORS, framework="pt") as tensors:
+        for name in tensors.keys():  # noqa: SIM118 - no mapping
+            if not bool(torch.isfinite(tensors.get_tensor(name)).all()):
+                raise RunError(
+                    f"{adapter}: {name} holds values that are no numbers\nnothing was published; train it again"
+                )
+
+
 # ---- an adapter as it is ---------------------------------------------------------------------------------------------
 
 
@@ -133,6 +144,7 @@ def copy_adapter(location: Location, folder: Path, title: str) -> ExportProof:
     rank = next((rank for rank in VLLM_RANKS if rank >= adapter.config.r), None)
     if rank is None:
         raise RecipeError(f"{source}: has rank {adapter.config.r}, vLLM serves up to {VLLM_RANKS[-1]}\n{merge}")
+    check_numbers(source)
     for name in (ADAPTER_CONFIG, ADAPTER_TENSORS):
         shutil.copyfile(source / name, folder / name)
     frame = frame_in(location.template, location.base)

@@ -7,13 +7,15 @@ become the tensor that llama.cpp reads them from. Deliberately not here: the pro
 
 from __future__ import annotations
 
+import hashlib
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,7 +29,7 @@ from qmedtune.exporting.types import Quant, encoded, kind_of, size_bytes
 from qmedtune.exporting.vocabulary import Vocabulary
 from qmedtune.merging.disk_llama import DiskLlama
 from qmedtune.merging.parallel import in_order, workers
-from qmedtune.merging.tensors import row_blocks
+from qmedtune.merging.tensors import BLOCKS_WAITING, row_blocks
 from qmedtune.model_stack import HEAD
 
 if TYPE_CHECKING:
@@ -47,9 +49,12 @@ class Placed:
     kind: GGMLQuantizationType
 
 
-def write_model(path: Path, model: DiskLlama, vocabulary: Vocabulary, quant: Quant, title: str) -> list[Placed]:
-    """Write the file. Raises RecipeError for what llama.cpp's LLaMA does not have, RunError for numbers that do not
-    fit the type, OSError or RunError where the disk is full: then `path` is not whole."""
+def write_model(path: Path, model: DiskLlama, vocabulary: Vocabulary, quant: Quant, title: str) -> str:
+    """Write the file; returns its sha256, taken while it is written.
+
+    Raises RecipeError for what llama.cpp's LLaMA does not have, RunError for numbers that do not fit the type, OSError
+    or RunError where the disk is full: then `path` is not whole.
+    """
     factors = rope_factors(model.model.config)
     tensors = _tensors(model, quant, factors)
     total = sum(size_bytes(tensor.shape, tensor.kind) for tensor in tensors)
@@ -64,14 +69,19 @@ def write_model(path: Path, model: DiskLlama, vocabulary: Vocabulary, quant: Qua
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        with workers() as pool, ui.stage("writing GGUF", total=len(tensors), unit="tensors") as shown:
+        assert writer.fout is not None
+        [file] = writer.fout
+        file.flush()
+        written = Hashed(file)
+        written.digest.update(path.read_bytes())  # header and metadata
+        with workers() as pool, written, ui.stage("writing GGUF", total=len(tensors), unit="tensors") as shown:
             for number, tensor in enumerate(tensors, start=1):
-                _write_data(writer, _blocks(model, tensor, factors), pool)
+                _write_data(written, writer.data_alignment, _blocks(model, tensor, factors), pool)
                 shown.update(number)
     finally:
         writer.close()
     store.fsync_path(path)
-    return tensors
+    return written.digest.hexdigest()
 
 
 def _tensors(model: DiskLlama, quant: Quant, factors: Tensor | None) -> list[Placed]:
@@ -105,14 +115,42 @@ def _encode_rows(weight: Tensor, rows: slice | Tensor, tensor: Placed) -> np.nda
     return encoded(weight[rows], tensor.kind, tensor.name)
 
 
-def _write_data(writer: GGUFWriter, blocks: Iterator[Callable[[], np.ndarray]], pool: ThreadPoolExecutor) -> None:
+def _write_data(
+    written: Hashed, alignment: int, blocks: Iterator[Callable[[], np.ndarray]], pool: ThreadPoolExecutor
+) -> None:
     """One tensor at the next multiple of the alignment, as `write_tensor_data` places one that is held whole."""
-    assert writer.fout is not None
-    [file] = writer.fout
-    writer.write_padding(file, file.tell())
+    written.pad(alignment)
     for block in in_order(pool, blocks):
-        file.write(block.data)
-    writer.write_padding(file, file.tell())
+        written.write(block)
+    written.pad(alignment)
+
+
+class Hashed:
+    """A file that is hashed, in a thread of its own, while more of it is written: reading it again for its hash took a
+    fifth of an export. At most BLOCKS_WAITING blocks are held."""
+
+    def __init__(self, file: IO[bytes]):
+        self.file, self.digest = file, hashlib.sha256()
+        self._hasher, self._waiting = ThreadPoolExecutor(1), deque[Future[None]]()
+
+    def __enter__(self) -> Hashed:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hasher.shutdown()
+
+    def write(self, block: np.ndarray) -> None:
+        data = block.reshape(-1).view(np.uint8).data
+        self._waiting.append(self._hasher.submit(self.digest.update, data))
+        self.file.write(data)
+        while len(self._waiting) > BLOCKS_WAITING:
+            self._waiting.popleft().result()
+
+    def pad(self, alignment: int) -> None:
+        """Zeros up to the next multiple."""
+        missing = -self.file.tell() % alignment
+        if missing:
+            self.write(np.zeros(missing, np.uint8))
 
 
 # ---- metadata --------------------------------------------------------------------------------------------------------

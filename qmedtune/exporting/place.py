@@ -30,7 +30,7 @@ def publish(out: Path, key: str, make: Callable[[Path], Exported]) -> Exported:
         folder.mkdir(parents=True)
         try:
             made = make(folder)
-            store.seal(folder, key, made.as_json())
+            store.seal(folder, key, made.as_json(), _known(folder, made))
             store.rename(folder, out)
         except OSError as error:
             if error.errno not in FULL:
@@ -41,6 +41,14 @@ def publish(out: Path, key: str, make: Callable[[Path], Exported]) -> Exported:
         finally:
             shutil.rmtree(staging, ignore_errors=True)
     return made
+
+
+def _known(folder: Path, made: Exported) -> dict[str, str]:
+    """Of the file whose hash was taken while it was written."""
+    if made.sha256 is None:
+        return {}
+    [file] = folder.glob("*.gguf")
+    return {file.name: made.sha256}
 
 
 def _again(out: Path, key: str) -> Exported:

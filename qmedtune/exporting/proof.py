@@ -1,14 +1,16 @@
 """The proof of an export: the file, read back, against the folder it was made from.
 
 Logits: both run on the same tokens, weights streamed from the disk. f32 and f16 files must give the folder's logits; of
-quantised ones it is reported what the quantisation changed. Token ids: the tokenizer that the file describes against
+quantised ones it is reported what the quantisation changed. A large file whose every number is the folder's gives them
+by that alone, and is not run. Token ids: the tokenizer that the file describes against
 the folder's, over texts of numbers, units, Unicode, special tokens and blanks. Positions and shape: header against
 config.json. Deliberately not here: llama.cpp itself; the tests hold all of this against a real one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,12 +24,13 @@ from qmedtune.data.packing.tokens import load_codec
 from qmedtune.errors import RunError
 from qmedtune.exporting.gguf_model import ROPE_FREQS, rope_of
 from qmedtune.exporting.names import Heads
-from qmedtune.exporting.read_back import GgufFile, read_tokenizer
+from qmedtune.exporting.read_back import FileTensor, GgufFile, read_tokenizer
 from qmedtune.merging.disk_llama import DiskLlama
 from qmedtune.merging.parallel import workers
-from qmedtune.merging.proof import LARGE, PROBE_TOKENS, PROBE_TOKENS_LARGE, divergence
+from qmedtune.merging.proof import LARGE, PROBE_TOKENS, divergence
 from qmedtune.merging.reference import read_base
 from qmedtune.merging.streamed import Streamed, from_parameters, logits_of_all, streamed_model
+from qmedtune.merging.tensors import row_blocks
 from qmedtune.model_stack import EMBEDDING, HEAD
 
 if TYPE_CHECKING:
@@ -44,7 +47,9 @@ TEXTS = (
 # KL in nats per token from the folder, on CPU fp32: f32 files differ by the order of sums alone (1e-12), f16 rounds
 # 11 bits (SmolLM2-135M: 3.5e-6).
 LIMITS = {"f32": 1e-9, "f16": 1e-5}
+FLOAT_QUANTS = ("f32", "f16", "bf16")
 GREEDY_TOKENS = 16
+PROBE_TOKENS_LARGE = 16  # each costs a hundredth of an export; 16 columns suit MKL (merging/proof.py)
 HELD = 200_000_000  # parameters of a model whose unpacked weights are held in memory, to be read once: 0.8 GB
 
 
@@ -53,7 +58,8 @@ class Proof:
     """Divergence of the file from the folder: KL in nats per token (mean, largest), share of positions with the same
     most likely token, largest difference of two logits. greedy: of how many tokens in a row both would write the same,
     of GREEDY_TOKENS; None where that was not run (float files, large models). texts: whose ids are equal; None where
-    the way in which the file splits text is not known here. probe_tokens: that the logits are of."""
+    the way in which the file splits text is not known here. probe_tokens: that the logits are of; tensors: of a large
+    model, where every number is the folder's, in place of running it."""
 
     kl: float
     kl_max: float
@@ -62,6 +68,7 @@ class Proof:
     greedy: int | None
     texts: int | None
     probe_tokens: int
+    tensors: int | None = None
 
 
 def prove(path: Path, model: DiskLlama, quant: str, doubtful: Sequence[str] = ()) -> Proof:
@@ -70,9 +77,14 @@ def prove(path: Path, model: DiskLlama, quant: str, doubtful: Sequence[str] = ()
     _check_header(file, model.model.config)
     texts = check_tokens(file, model.folder, doubtful)
     ids = probe_ids(model)
-    quantised = quant not in LIMITS and quant != "bf16"
+    quantised = quant not in FLOAT_QUANTS
     with workers() as pool:
-        reference = Streamed(from_parameters(read_base(model.folder, model.weights).parameters), apply=pool.map)
+        parameters = read_base(model.folder, model.weights).parameters
+        if quant in FLOAT_QUANTS and model.model.num_parameters() >= LARGE:
+            same = _same_tensors(file, model, parameters, pool)
+            if same is not None:
+                return Proof(0.0, 0.0, 1.0, 0.0, greedy=None, texts=texts, probe_tokens=0, tensors=same)
+        reference = Streamed(from_parameters(parameters), apply=pool.map)
         small = model.model.num_parameters() <= HELD
         load = from_parameters(_held(file, model)) if quantised and small else file.load
         ours = Streamed(load, apply=pool.map)  # pyright: ignore[reportArgumentType]
@@ -90,6 +102,30 @@ def prove(path: Path, model: DiskLlama, quant: str, doubtful: Sequence[str] = ()
             "nothing was published; --quant bf16 or f32 keeps more of these weights"
         )
     return Proof(**asdict(figures), greedy=greedy, texts=texts, probe_tokens=ids.numel())
+
+
+def _same_tensors(
+    file: GgufFile, model: DiskLlama, parameters: Mapping[str, Tensor], pool: ThreadPoolExecutor
+) -> int | None:
+    """How many tensors there are, if every number of them is the folder's; None at the first that is not."""
+    names = [name for name in model.shapes if name != HEAD or not model.tied]
+    for name in names:
+        ours, theirs = file.load(name), parameters[name]
+
+        def equal(rows: slice, ours: FileTensor = ours, theirs: Tensor = theirs) -> bool:
+            return _same_numbers(ours[rows], theirs[rows])
+
+        if not all(pool.map(equal, row_blocks(tuple(theirs.shape)))):
+            return None
+    return len(names)
+
+
+def _same_numbers(ours: Tensor, theirs: Tensor) -> bool:
+    if ours.dtype != theirs.dtype:
+        return torch.equal(ours.float(), theirs.float())
+    bits = np.int16 if ours.itemsize == 2 else np.int32
+    one, two = ours.contiguous().view(torch.uint8).numpy(), theirs.contiguous().view(torch.uint8).numpy()
+    return np.array_equal(one.view(bits), two.view(bits))  # a tenth of torch's time (merging/elements.py)
 
 
 def probe_ids(model: DiskLlama) -> Tensor:

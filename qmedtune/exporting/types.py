@@ -7,6 +7,7 @@ are llama.cpp's own (k_quants.py). Deliberately not here: importance matrices.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,11 +58,19 @@ def size_bytes(shape: tuple[int, ...], kind: GGMLQuantizationType) -> int:
     return torch.Size(shape).numel() // block * size
 
 
+def _all_finite(values: Tensor) -> bool:
+    """NaN goes through `aminmax`, which takes a twentieth of the time of `isfinite` for 16-bit numbers."""
+    if not values.numel():
+        return True
+    low, high = torch.aminmax(values)
+    return math.isfinite(float(low)) and math.isfinite(float(high))
+
+
 def encoded(rows: Tensor, kind: GGMLQuantizationType, name: str) -> np.ndarray:
     """uint8, the bytes of these rows. RunError where a number does not fit the type."""
     if kind in FLOATS:
         made = rows.to(FLOATS[kind]).contiguous()
-        if not made.isfinite().all():
+        if not _all_finite(made):
             raise RunError(
                 f"{name}: a number of it is not finite as {kind.name}\n"
                 "it is too large for that (take --quant bf16 or f32), or the model is damaged"

@@ -64,6 +64,8 @@ def read_vocabulary(folder: Path, rows: int, pre: str | None = None) -> Vocabula
     said = json.loads(codec.backend.to_str())
     _check_model(folder, said)
     tokens, types = _tokens(folder, said, codec, rows)
+    if codec.eos_id is None:
+        refuse(folder, "the tokenizer names no eos token", "set it in tokenizer_config.json")
     add_bos, add_eos = _marks(folder, codec)
     ids = _special_ids(folder, codec)
     template = templates.chat_source(folder)

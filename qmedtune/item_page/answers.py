@@ -101,7 +101,7 @@ def read_task(path: Path, name: str, metric: str) -> Asked:
     items: list[Answered] = []
     labels: tuple[str, ...] = ()
     measure = "right"
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, text in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
         try:
             line = json.loads(text)
             labels = tuple(label for label in LABELS if label in line)
@@ -110,7 +110,7 @@ def read_task(path: Path, name: str, metric: str) -> Asked:
                 measure = metric
             gold = line.get("gold")
             items.append(Answered(str(line["id"]), line.get("facet"), line.get("draw", 0), gold, tuple(answers)))
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError, OverflowError) as error:
             raise RunError(
                 f"{path}:{number}: no answer of an evaluation ({type(error).__name__})\n"
                 "the same `qmedtune run` makes the evaluation again, once its folder is moved away"

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qmedtune import disk, privacy
+from qmedtune import disk, privacy, record
 from qmedtune.errors import RunError
 from qmedtune.evaluation.open_model import check_intact
 from qmedtune.item_page.answers import read_task
 from qmedtune.item_page.page import Shown, page
 from qmedtune.item_page.questions import RequestedItems, questions
-from qmedtune.recipe import Recipe
 from qmedtune.reporting.live import read_run
 from qmedtune.results import Facts
 
@@ -34,14 +33,15 @@ def write_items_page(run_dir: Path, requested: RequestedItems) -> Written:
     run = read_run(run_dir)
     folder = run_dir / "evaluation"
     if not privacy.erased(run_dir).files:
-        check_intact(folder, full=False)
-    recipe = Recipe.model_validate(run.recipe)
+        check_intact(folder, full=True)
+    recipe = record.recipe_of(run, run_dir)
     sections = {section.label: section for section in recipe.evaluate.tasks}
     tasks: list[Shown] = []
     for name, scores in run.scored.tasks.items():
         path = folder / f"{name}.items.jsonl"
         scored = scores.final or scores.model or scores.base
-        if not path.is_file() or scored is None or name not in sections:
+        inside = path.parent == folder and not path.is_symlink()  # run.json may be anybody's
+        if not inside or not path.is_file() or scored is None or name not in sections:
             continue
         asked = read_task(path, name, scored.metric)
         tasks.append(Shown(asked, questions(recipe, sections[name], asked.items, requested)))

@@ -25,6 +25,8 @@ from qmedtune.reporting.style import CSS
 from qmedtune.results import Run
 
 COMMAND = re.compile("`([^`]*)`")
+MOST_ITEMS = 800  # on a page: their figures take 120 bytes each, beside PAGE_BYTES of text
+FEWEST_ITEMS = 40  # of each task
 ORDER = {name: place for place, name in enumerate((*OUTCOMES[:2], "wrong", "both wrong", "both right", "right"))}
 
 
@@ -38,12 +40,21 @@ class Shown:
 
 def page(run: Run, tasks: Sequence[Shown], requested: RequestedItems) -> tuple[str, list[str]]:
     """(the page, what was left out of it and how it is got)."""
-    total = 0
-    for each in tasks:
-        total += len({item.id for item in each.asked.items})
-    shortener = Shortener(total, whole=requested.whole)
-    data = [_data(each, shortener) for each in tasks]
     notes = [f"{each.asked.name}: {each.questions.why}" for each in tasks if each.questions.why]
+    all_items = sum(len(each.asked.items) for each in tasks)
+    listed: list[list[Answered]] = []
+    for each in tasks:
+        items = each.asked.items
+        if all_items > MOST_ITEMS and not requested.whole:
+            items = _first(items, max(FEWEST_ITEMS, MOST_ITEMS * len(items) // all_items))
+        if len(items) < len(each.asked.items):
+            notes.append(
+                f"{each.asked.name}: {len(items):,} of {len(each.asked.items):,} items are listed, what changed first; "
+                "the figures are of all. `qmedtune items RUN --whole` lists all of them."
+            )
+        listed.append(items)
+    shortener = Shortener(_different(listed), whole=requested.whole)
+    data = [_data(each, items, shortener) for each, items in zip(tasks, listed, strict=True)]
     if shortener.left_out or shortener.cut:
         notes.append(
             f"Texts of {shortener.cut:,} items are cut and {shortener.left_out:,} are left out, so that the page stays "
@@ -63,6 +74,20 @@ def page(run: Run, tasks: Sequence[Shown], requested: RequestedItems) -> tuple[s
     if drawn := calibration(run):
         sections.append(section("Calibration", drawn))
     return _document(run.name, sections, data), notes
+
+
+def _first(items: list[Answered], count: int) -> list[Answered]:
+    """So many of them in their order: gained and lost ones, then those that no model answers rightly."""
+    places = sorted(range(len(items)), key=lambda place: ORDER[items[place].outcome])
+    return [items[place] for place in sorted(places[:count])]
+
+
+def _different(listed: Sequence[Sequence[Answered]]) -> int:
+    """Items by their ids: with examples each is there once per draw."""
+    found = 0
+    for items in listed:
+        found += len({item.id for item in items})
+    return found
 
 
 def _precision(run: Run) -> str:
@@ -94,13 +119,13 @@ def summary_table(tasks: Sequence[Shown]) -> Table:
     return Table("", columns, rows, note)
 
 
-def _data(each: Shown, shortener: Shortener) -> dict[str, object]:
+def _data(each: Shown, items: Sequence[Answered], shortener: Shortener) -> dict[str, object]:
     """A task for the script, in short lists: an item is [id, facet, draw, gold, options or 0, answers], an answer
     [value, chosen, shares, tie, written, value of that]."""
     facets: list[str] = []
     rows: list[object] = []
     common = _common_options(each)
-    for item in each.asked.items:
+    for item in items:
         if item.facet and item.facet not in facets:
             facets.append(item.facet)
         options = common or _options(each, item)
@@ -121,7 +146,7 @@ def _data(each: Shown, shortener: Shortener) -> dict[str, object]:
         "options": common,
         "facets": facets,
         "rows": rows,
-        "texts": _texts(each, shortener),
+        "texts": _texts(each, items, shortener),
     }
 
 
@@ -164,12 +189,12 @@ def _answer(answer: Answer, options: Sequence[str]) -> list[object]:
     return [answer.value, chosen, list(answer.shares), int(answer.tie), written, answer.written_value]
 
 
-def _texts(each: Shown, shortener: Shortener) -> dict[str, list[list[str]]]:
+def _texts(each: Shown, items: Sequence[Answered], shortener: Shortener) -> dict[str, list[list[str]]]:
     """[question and passages, texts of the options] by id; what changed comes first, in case not all fit."""
     found: dict[str, list[list[str]]] = {}
     if not each.questions.texts:
         return found
-    for item in sorted(each.asked.items, key=lambda item: ORDER[item.outcome]):
+    for item in sorted(items, key=lambda item: ORDER[item.outcome]):
         if item.id in found:
             continue
         known = each.questions.by_id[item.id]

@@ -58,7 +58,8 @@ class PlannedStep(TypedDict):
 
 class PlannedStage(TypedDict):
     """A stage: planning.rows.Tokens, how it is trained, its predicted memory by parts and its time (None where nobody
-    knows how many tokens there are). `measured`: the speed is this run folder's own."""
+    knows how many tokens there are). `measured`: the speed is this run folder's own. `exchange_bytes`: of gradients,
+    between several GPUs in every step."""
 
     name: str
     kind: str
@@ -74,6 +75,7 @@ class PlannedStage(TypedDict):
     dtype: str
     attention: str
     trained_parameters: int
+    exchange_bytes: int
     memory: dict[str, int]
     peak_bytes: int
     budget_bytes: int

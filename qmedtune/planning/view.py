@@ -7,8 +7,11 @@ from dataclasses import dataclass
 
 from pydantic import JsonValue
 
+from qmedtune.planning import exchange
 from qmedtune.planning.plan_facts import Plan, PlannedEvaluation, PlannedStage
 from qmedtune.units import count, duration, size
+
+MORE_GPUS = ((2, "PCIe 4"), (2, "NVLink"), (4, "PCIe 4"), (4, "10 GbE"))
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ def render_plan(plan: Plan) -> tuple[list[Table], list[str]]:
     tables = [_steps(plan), _data(plan), _stages(plan)]
     for stage in _distinct(plan["stages"]):
         tables.append(_memory(stage))
-    tables += [_evaluation(plan["evaluation"]), _times(plan), _room(plan), _decisions(plan)]
+    tables += [_evaluation(plan["evaluation"]), _times(plan), _more_gpus(plan), _room(plan), _decisions(plan)]
     return [table for table in tables if table.rows], _closing(plan)
 
 
@@ -126,6 +129,23 @@ def _times(plan: Plan) -> Table:
         rows.append([name, duration(seconds)])
     rows.append(["in all", duration(plan["seconds"])])
     return Table("Time that is left (predicted)", ["what", "time"], rows)
+
+
+def _more_gpus(plan: Plan) -> Table:
+    """Each stage with 2 and 4 GPUs; nothing for a CPU."""
+    rows: list[list[str]] = []
+    for stage in plan["stages"]:
+        if plan["machine"]["kind"] != "cuda" or not stage["seconds"] or not stage["steps"]:
+            continue
+        step = exchange.Step(stage["seconds"] / stage["steps"], stage["exchange_bytes"])
+        row = [stage["name"], size(stage["exchange_bytes"])]
+        for gpus, link in MORE_GPUS:
+            row.append(f"{exchange.times_as_fast(step, gpus, link):.2f}")
+        rows.append(row)
+    columns = ["stage", "gradients a step"]
+    for gpus, link in MORE_GPUS:
+        columns.append(f"{gpus}, {link}")
+    return Table("Times as fast with --gpus (computed, not measured)", columns, rows)
 
 
 def _room(plan: Plan) -> Table:

@@ -32,7 +32,7 @@ def summary(found: Privacy) -> list[str]:
         told.append("To remove them and what lies in .history/ and .building/: `qmedtune erase RUN --text`.")
     else:
         told.append("No sealed step of this folder holds text so far.")
-    told.append("Answers and exports that were written elsewhere are not counted here.")
+    told.append("Not counted: a page that `qmedtune items` has made since, and what was written elsewhere.")
     return told
 
 

@@ -194,6 +194,8 @@ def _steps(stage: Stage) -> str:
         told = f"{stage.kept_step:,} kept of {told}"
     if stage.kept_by:
         told += f" (best by {', '.join(stage.kept_by)})"
+    if stage.processes:
+        told += f", {len(stage.processes)} processes"
     return told
 
 

@@ -30,7 +30,7 @@ class ExportProof(Facts):
 
 
 class Exported(Facts):
-    """An export. quant, bytes, pre: of a GGUF file; repository, commit: of a push to the Hub."""
+    """An export. quant, bytes, pre, sha256: of a GGUF file; repository, commit: of a push to the Hub."""
 
     path: str | None = None
     form: str | None = None
@@ -40,4 +40,5 @@ class Exported(Facts):
     quant: str | None = None
     bytes: int | None = None
     pre: str | None = None
+    sha256: str | None = None
     proof: ExportProof | None = None

@@ -118,7 +118,8 @@ class Model(Facts):
 
 class Trained(Facts):
     """What a training stage finds. kept_step: whose weights are kept; kept_by: the sources it was judged by;
-    data_share: of the time, spent waiting for rows."""
+    data_share: of the time, spent waiting for rows; processes: how each that trained along computes, where there are
+    several: device and kernel path."""
 
     kernels: Kernels | None = None
     attention: Attention | None = None
@@ -136,6 +137,7 @@ class Trained(Facts):
     peak_memory_bytes: int | None = None
     memory: Memory = Memory()
     micro_batch: int | None = None
+    processes: list[str] = []
     validation: list[Validation] = []
     warnings: list[str] = []
     kind: str

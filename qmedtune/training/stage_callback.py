@@ -22,6 +22,7 @@ from qmedtune import peak, store, ui
 from qmedtune.data.packing.classes import LabelledRows
 from qmedtune.data.packing.pack import PackedRows
 from qmedtune.errors import RunError
+from qmedtune.group import Group
 from qmedtune.interrupt import stop
 from qmedtune.modeling.loss import rows_nll
 from qmedtune.resolved import ResolvedClassify, ResolvedRecipe
@@ -133,7 +134,7 @@ class StageCallback(TrainerCallback):
         return [f"loss {loss:.3f} is a spike (median before: {usual:.3f})"]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if stop.requested and state.global_step < self.steps:
+        if self.trainer.group.any(stop.requested) and state.global_step < self.steps:
             control.should_save = control.should_training_stop = True
 
     def validate(self, step: int) -> None:
@@ -224,6 +225,17 @@ class StageCallback(TrainerCallback):
             warnings=warnings,
             kind=kind,
         )
+
+
+class FollowerCallback(TrainerCallback):
+    """Trainer callback of a process that trains along: it stops when the one that leads does."""
+
+    def __init__(self, group: Group):
+        self.group = group
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.group.any(False) and state.global_step < state.max_steps:
+            control.should_training_stop = True
 
 
 def logged(path: Path) -> list[Logged]:

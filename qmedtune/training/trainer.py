@@ -28,6 +28,7 @@ from trl import SFTConfig, SFTTrainer
 
 from qmedtune import store, ui
 from qmedtune.errors import DataError, RunError
+from qmedtune.group import ALONE, Group
 from qmedtune.model import EMBEDDINGS, trainable
 from qmedtune.modeling.collation import Rows, collate, supervised_weight
 from qmedtune.modeling.loss import token_nll
@@ -105,8 +106,10 @@ class QTrainer(SFTTrainer):
         *,
         keep: int = 1,
         made_with: MadeWith | None = None,
+        group: Group = ALONE,
     ):
-        """`keep` checkpoints stay; `made_with` is told in each of them."""
+        """`keep` checkpoints stay; `made_with` is told in each of them. `group`: who trains along."""
+        self.group = group
         model, tokenizer, rows, section = material.model, material.tokenizer, material.rows, material.section
         self.section, self.keep, self.made_with = section, keep, made_with or {}
         self.stage = Path(str(args.output_dir)).parent
@@ -176,12 +179,15 @@ class QTrainer(SFTTrainer):
         if supervised == 0:
             return self._nothing_to_learn(inputs["labels"])
         drawn = checkpoints.random_states()
-        loss = self._accumulate(model, inputs, supervised)
-        while loss is None:
+        ours = self.group.share(inputs)
+        loss = self._accumulate(model, ours, supervised)
+        while self.group.any(loss is None):
             self._halve()
             model.zero_grad()
             checkpoints.set_random_states(drawn)  # dropout draws what it would have drawn at the smaller size
-            loss = self._accumulate(model, inputs, supervised)
+            loss = self._accumulate(model, ours, supervised)
+        assert loss is not None
+        loss = self.group.add_up(loss, trainable(self.trained_model).values())
         if not torch.isfinite(loss):
             self._diverged("loss", float(loss))
         self.step_seconds.append(time.perf_counter() - started)
@@ -240,6 +246,8 @@ class QTrainer(SFTTrainer):
     # -- checkpoints
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        if not self.group.leads:
+            return
         started = time.perf_counter()
         states = checkpoints.states_of(self.optimizer, self.lr_scheduler, self.accelerator.scaler)
         facts = {"tokens": self.tokens_seen, "made_with": self.made_with}
@@ -261,7 +269,7 @@ class QTrainer(SFTTrainer):
             checkpoints.load_scaler(Path(checkpoint), self.accelerator.scaler)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
+        if checkpoint is not None and self.group.leads:
             checkpoints.load_random(Path(checkpoint))
 
 

@@ -1,0 +1,119 @@
+"""A process of a run that does not lead it: it waits, trains along when it is called, and ends with the run.
+
+`python -m qmedtune.follower STORE RANK SIZE` is what `run --gpus` starts; under torchrun the command line comes here
+with the ranks above 0. Nothing is written and nothing printed here: what goes wrong is told to rank 0, which says it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from qmedtune import peers
+from qmedtune.errors import QmedtuneError
+from qmedtune.interrupt import SIGNALS
+from qmedtune.peers import Answer, Message
+from qmedtune.record import versions
+
+
+def main(words: list[str]) -> int:
+    """Of a process that `run --gpus` has started: STORE RANK SIZE."""
+    path, rank, size = words[0], int(words[1]), int(words[2])
+    from qmedtune.process import prepare
+
+    prepare()
+    peers.take_gpu(rank)
+    import torch.distributed as dist
+
+    return follow(dist.FileStore(path, size), rank, size, leader=os.getppid())
+
+
+def follow_torchrun() -> int:
+    """Of a process of torchrun whose rank is not 0."""
+    store, rank, size = peers.torchrun_store()
+    return follow(store, rank, size)
+
+
+def follow(store: Any, rank: int, size: int, leader: int | None = None) -> int:
+    """Serve until the run ends; its exit code. `leader`: the process whose end is ours too."""
+    for number in SIGNALS:  # of a terminal they reach every process: rank 0 decides, and the others follow
+        signal.signal(number, signal.SIG_IGN)
+    store.set(f"hello/{rank}", json.dumps(versions(), sort_keys=True))
+    member = _Member(store, rank, size)
+    number = 1
+    while True:
+        message = _next(store, number, leader)
+        if message is None:
+            return 1
+        if message.end is not None:
+            peers.leave()
+            return message.end
+        try:
+            member.train(message, number)
+        except Exception as error:
+            store.set(
+                f"ready/{number}/{rank}", json.dumps(vars(Answer(fault=_told(error))))
+            )  # nobody reads it once training has begun
+            return getattr(error, "exit_code", 1)
+        number += 1
+
+
+def _next(store: Any, number: int, leader: int | None) -> Message | None:
+    """The next job; None when the process that leads is gone."""
+    key = f"job/{number}"
+    try:
+        while not store.check([key]):
+            if leader is not None and os.getppid() != leader:
+                return None
+            time.sleep(peers.POLL_S)
+        return Message(**json.loads(store.get(key)))
+    except RuntimeError:  # the store went with its process
+        return None
+
+
+def _told(error: Exception) -> str:
+    """In one line. Messages of foreign exceptions are not passed on: they can quote clinical text."""
+    if isinstance(error, QmedtuneError):
+        return str(error).splitlines()[0]
+    return f"{type(error).__name__} (give the command with one process to see more)"
+
+
+class _Member:
+    """What a follower keeps from stage to stage."""
+
+    def __init__(self, store: Any, rank: int, size: int):
+        from qmedtune.training.shared_base import SharedBase
+
+        self.store, self.rank, self.size = store, rank, size
+        self.shared = SharedBase()
+        self.grouped = False
+
+    def train(self, message: Message, number: int) -> None:
+        from qmedtune.group import Group
+        from qmedtune.model_stack import ModelStack
+        from qmedtune.planning.resolve import resolve
+        from qmedtune.recipe import Recipe
+        from qmedtune.train import StageInputs, TrainingJob, follow_stage
+
+        def ready(computes: str) -> None:
+            self.store.set(f"ready/{number}/{self.rank}", json.dumps(vars(Answer(computes))))
+            if not self.grouped:
+                peers.join(self.store, self.rank, self.size)
+                self.grouped = True
+
+        folders = {name: Path(path) for name, path in message.folders.items()}
+        start = ModelStack(folders["base"], tuple(map(Path, message.adapters)))
+        recipe, _ = resolve(
+            Recipe.model_validate(message.recipe)
+        )  # nothing is `auto` but what this machine computes in
+        job = TrainingJob(recipe, message.index, StageInputs(start, folders["tokens"]), folders["out"])
+        follow_stage(job, self.shared, Group(self.rank, self.size), ready)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,109 @@
+"""The processes that train one stage together: who takes which rows, and what they agree on.
+
+Every process walks the same rows in the same order and knows the whole batch, so the denominator of the loss, the token
+ledger and the schedule need no exchange. What crosses between them: after each batch the gradients of what is trained
+and the loss, as sums, and flags (out of memory, stop). Then all make the same update from the same numbers. The frozen
+base is never sent. One process is a group of one, and exchanges nothing.
+
+Deliberately not here: how the processes find each other (peers.py), and what they do with their rows (trainer.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from qmedtune.errors import RunError
+
+BUCKET_BYTES = 64 << 20  # sent at once: large enough that latency does not count, small beside a model's memory
+
+
+@dataclass(frozen=True)
+class Group:
+    """`size` processes, of which this one is `rank`; the one of rank 0 leads: it alone writes."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def leads(self) -> bool:
+        return self.rank == 0
+
+    def share(self, arrays: dict[str, Tensor]) -> dict[str, Tensor]:
+        """This process's rows of a batch: each array's rows `rank`, `rank + size`, ... It may be none."""
+        if self.size == 1:
+            return arrays
+        return {name: array[self.rank :: self.size] for name, array in arrays.items()}
+
+    def any(self, here: bool) -> bool:
+        """Whether it is so in any process; the same answer in all."""
+        if self.size == 1:
+            return here
+        flag = torch.tensor(int(here), device=_device())
+        _exchange(flag, dist.ReduceOp.MAX)
+        return bool(flag.item())
+
+    def same(self, here: int) -> bool:
+        """Whether a number is the same in all processes."""
+        if self.size == 1:
+            return True
+        least_and_most = torch.tensor([-here, here], device=_device())
+        _exchange(least_and_most, dist.ReduceOp.MAX)
+        return -int(least_and_most[0]) == int(least_and_most[1])
+
+    def add_up(self, loss: Tensor, parameters: Iterable[torch.nn.Parameter]) -> Tensor:
+        """The sum of all processes' losses; the gradients become the sums of theirs. The same bits in all."""
+        if self.size == 1:
+            return loss
+        tensors = [loss]
+        for parameter in parameters:
+            if parameter.grad is None:  # no row of this batch was ours
+                parameter.grad = torch.zeros_like(parameter)
+            tensors.append(parameter.grad)
+        for bucket in _buckets(tensors):
+            _add_up(bucket)
+        return loss
+
+
+def _exchange(tensor: Tensor, op: dist.ReduceOp.RedOpType) -> None:
+    """All-reduce in place. Raises RunError where another process is gone: its connection is closed."""
+    try:
+        dist.all_reduce(tensor, op=op)
+    except RuntimeError as error:
+        raise RunError(
+            "another process of this run ended in the middle of a step, and so do all\n"
+            "what is sealed stays; the same command goes on from the last checkpoint, with any number of processes"
+        ) from error
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+
+
+def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Runs of tensors of one dtype, of about BUCKET_BYTES each; one that is larger is alone."""
+    bucket: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        if bucket and (size + tensor.nbytes > BUCKET_BYTES or tensor.dtype != bucket[0].dtype):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(tensor)
+        size += tensor.nbytes
+    yield bucket
+
+
+def _add_up(bucket: list[Tensor]) -> None:
+    flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+    _exchange(flat, dist.ReduceOp.SUM)
+    start = 0
+    for tensor in bucket:
+        tensor.copy_(flat[start : start + tensor.numel()].view_as(tensor))
+        start += tensor.numel()
+
+
+ALONE = Group()

@@ -1,0 +1,310 @@
+"""Several processes train what one would: two on the CPU over gloo, started as `run --gpus 2` starts them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import MICRO, MicroRun
+from safetensors.torch import load_file
+from stages import losses, stop_after
+
+from qmedtune import cli, interrupt, peers, plan, train
+from qmedtune.errors import RunError
+from qmedtune.group import Group
+from qmedtune.parsing.loader import load_recipe
+from qmedtune.resolved import ResolvedRecipe
+from qmedtune.training import checkpoints
+
+LOSS, ADAPTER = 2e-6, 1e-5  # how far sums in another order may lead, over the steps of a stage in fp32
+# Three rows a step for two processes; prompts count a third; the last batch is short.
+SETTINGS = (
+    "model.compute_dtype=float32",
+    "stages[1].sft.batch=3",
+    "stages[1].sft.micro_batch=3",
+    "stages[1].sft.epochs=1.5",
+    "stages[1].sft.loss_on=0.3",
+    "data.literature.max_records=30",
+    "stages[0].cpt.tokens=2500",
+    "save.every=3",
+)
+# In the process that follows: what a test writes into $FAULTS is done wrong in every batch, or at the start of a stage.
+FAULTY = """
+import os, sys
+if sys.argv[:1] == ["-m"]:
+    import test_peers
+    test_peers.plant(os.environ["FAULTS"])
+"""
+
+
+def plant(path: str) -> None:
+    """Make this process do what the file at `path` says is to be wrong."""
+    from qmedtune.training import trainer
+
+    share, add_up, weigh, follow = Group.share, Group.add_up, trainer.supervised_weight, train.follow_stage
+    place: dict[str, Group] = {}
+
+    def wrong() -> str:
+        return Path(path).read_text()
+
+    def shared(self, arrays):
+        place["here"] = self
+        return share(self, arrays)
+
+    def added(self, loss, parameters):
+        if wrong() == "each its own gradient":
+            return loss
+        return add_up(self, loss, parameters)
+
+    def weighed(inputs):
+        here = place.get("here")
+        if wrong() != "each its own denominator" or here is None:
+            return weigh(inputs)
+        return weigh(share(here, inputs)) * here.size
+
+    def followed(*given):
+        if wrong() == "ends":
+            os._exit(9)
+        if wrong() == "has no data":
+            raise RunError("/data/02-sft: not there\nmore words")
+        return follow(*given)
+
+    Group.share, Group.add_up, trainer.supervised_weight, train.follow_stage = shared, added, weighed, followed
+
+
+def recipe() -> ResolvedRecipe:
+    resolved, _ = plan.resolve(load_recipe(MICRO, SETTINGS).recipe)
+    return resolved
+
+
+def train_sft(packed: MicroRun, out: Path) -> list[float]:
+    out.mkdir(exist_ok=True)
+    train.train_stage(recipe(), 1, packed.inputs("02-sft"), out)
+    return losses(out)
+
+
+def adapter(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "adapter" / "adapter_model.safetensors")
+
+
+def differs(a: Path, b: Path) -> tuple[float, float]:
+    """(most that a loss differs by, most that a weight does)."""
+    loss = max(abs(x - y) for x, y in zip(losses(a), losses(b), strict=True))
+    ours, theirs = adapter(a), adapter(b)
+    assert ours.keys() == theirs.keys()
+    return loss, max(float((weights - theirs[name]).abs().max()) for name, weights in ours.items())
+
+
+@pytest.fixture(scope="module")
+def packed(micro_run: MicroRun, tmp_path_factory: pytest.TempPathFactory) -> MicroRun:
+    from qmedtune.run import run
+
+    loaded = load_recipe(MICRO, SETTINGS)
+    folder = tmp_path_factory.mktemp("packed") / "run"
+    run(loaded.recipe, loaded.text, folder, offline=True, until="data")
+    return MicroRun(folder, micro_run.base)
+
+
+@pytest.fixture(scope="module")
+def one(packed: MicroRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The stage, trained by one process."""
+    out = tmp_path_factory.mktemp("one")
+    train_sft(packed, out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def faults(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A file: what both processes are to do wrong. Empty: nothing."""
+    folder = tmp_path_factory.mktemp("faults")
+    (folder / "sitecustomize.py").write_text(FAULTY)
+    file = folder / "wrong"
+    file.write_text("")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FAULTS", str(file))
+        patch.setenv("PYTHONPATH", os.pathsep.join((str(folder), str(Path(__file__).parent))))
+        for owner, name in ((Group, "share"), (Group, "add_up"), (train, "follow_stage")):
+            patch.setattr(owner, name, getattr(owner, name))  # put back in the end
+        patch.setattr("qmedtune.training.trainer.supervised_weight", train_weight())
+        plant(str(file))
+        yield file
+
+
+def train_weight():
+    from qmedtune.training import trainer
+
+    return trainer.supervised_weight
+
+
+@pytest.fixture
+def right(faults: Path) -> Iterator[Path]:
+    yield faults
+    faults.write_text("")
+
+
+@pytest.fixture(scope="module")
+def pair(faults: Path) -> Iterator[None]:
+    """A second process that waits to be called, for all tests of this module."""
+    with peers.called("2"):
+        yield
+
+
+def test_two_processes_train_what_one_does(packed: MicroRun, one: Path, pair: None, tmp_path: Path):
+    assert len(losses(one)) > 12 and len({round(loss, 6) for loss in losses(one)}) == len(losses(one))
+    trained = train.train_stage(recipe(), 1, packed.inputs("02-sft"), tmp_path)
+    assert len(trained.processes) == 2 and len(set(trained.processes)) == 1 and not trained.warnings
+    loss, weight = differs(tmp_path, one)
+    assert loss <= LOSS and weight <= ADAPTER
+    assert (tmp_path / "metrics.jsonl").read_text().count('"tokens"') == len(losses(one))
+    rows = [path.name for path in tmp_path.iterdir()]
+    assert sorted(rows) == sorted(path.name for path in one.iterdir())  # the second writes nothing of its own
+
+
+@pytest.mark.parametrize("fault", ["each its own gradient", "each its own denominator"])
+def test_a_wrong_exchange_would_be_seen(
+    packed: MicroRun, one: Path, pair: None, right: Path, tmp_path: Path, fault: str
+):
+    right.write_text(fault)
+    train_sft(packed, tmp_path)
+    loss, weight = differs(tmp_path, one)
+    assert loss > 10 * LOSS and weight > 10 * ADAPTER
+
+
+@pytest.mark.parametrize("begun_by", [1, 2])
+def test_what_was_stopped_goes_on_with_another_number_of_processes(
+    packed: MicroRun, one: Path, pair: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun_by: int
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(train.StageCallback, "on_step_end", stop_after(4))
+        if begun_by == 1:
+            patch.setattr(peers, "_alone", True)
+        with pytest.raises(interrupt.Interrupted):
+            train_sft(packed, tmp_path)
+    interrupt.stop.signal = None
+    found = checkpoints.last_intact(tmp_path)
+    assert found is not None and found.name == "checkpoint-4"
+    if begun_by == 2:
+        monkeypatch.setattr(peers, "_alone", True)
+    train_sft(packed, tmp_path)
+    loss, weight = differs(tmp_path, one)
+    assert loss <= LOSS and weight <= ADAPTER
+
+
+def test_running_out_of_memory_in_one_process_halves_the_micro_batch_of_all(
+    packed: MicroRun, one: Path, pair: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from qmedtune.training.trainer import QTrainer
+
+    accumulate, failed = QTrainer._accumulate, []
+
+    def once(self, model, inputs, supervised):
+        if not failed and self.state.global_step == 2:
+            failed.append(self.state.global_step)
+            return None
+        return accumulate(self, model, inputs, supervised)
+
+    monkeypatch.setattr(QTrainer, "_accumulate", once)
+    trained = train.train_stage(recipe(), 1, packed.inputs("02-sft"), tmp_path)
+    assert failed == [2] and trained.micro_batch == 1
+    loss, weight = differs(tmp_path, one)
+    assert loss <= LOSS and weight <= ADAPTER
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("has no data", "process 2 of 2: /data/02-sft: not there"),
+        ("ends", "process 2 of 2 ended by itself (exit code 9)"),
+    ],
+)
+def test_a_process_that_cannot_is_named(packed: MicroRun, right: Path, tmp_path: Path, fault: str, said: str):
+    right.write_text(fault)
+    with pytest.raises(RunError) as caught, peers.called("2"):
+        peers_before = peers._peers
+        train_sft(packed, tmp_path)
+    assert str(caught.value).splitlines()[0] == said
+    assert peers_before is not None
+    for process in peers_before.processes.values():
+        assert process.poll() is not None
+
+
+def test_other_versions_are_refused(faults: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(peers, "versions", lambda: {"torch": "0.1"})
+    with pytest.raises(RunError, match=r"process 2 of 2 has other versions: .*torch 2.*, here 0\.1"), peers.called("2"):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("cards", "asked", "said"),
+    [(1, "2", "this machine has 1"), (4, "none", "not a number of GPUs"), (0, "0", "not a number of GPUs")],
+)
+def test_more_than_there_is_is_refused(cards: int, asked: str, said: str, monkeypatch, capsys, tmp_path: Path):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: cards)
+    assert cli.invoke(["run", str(MICRO), "--gpus", asked, "--out", str(tmp_path / "out")]) == 2
+    assert said in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out").exists()
+
+
+# ---- the command line ------------------------------------------------------------------------------------------------
+
+
+def command(out: Path, *more: str) -> list[str]:
+    settings = [word for setting in SETTINGS for word in ("--set", setting)]
+    return ["-m", "qmedtune", "run", str(MICRO), "--offline", "--until", "02-sft", "--out", str(out), *settings, *more]
+
+
+def followers_of(pid: int) -> list[int]:
+    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout
+    return [int(word) for word in listed.split()]
+
+
+def is_there(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_torchrun_starts_a_run_of_one(one: Path, tmp_path: Path):
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    done = subprocess.run(
+        [sys.executable, *torchrun, sys.executable, *command(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("Report: ") == 1
+    assert len(losses(tmp_path / "run" / "02-sft")) == len(losses(one))
+
+
+@pytest.mark.parametrize("killed", ["follower", pytest.param("leader", marks=pytest.mark.slow)])
+def test_a_killed_process_ends_all_and_the_same_command_goes_on(tmp_path: Path, packed: MicroRun, killed: str):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    words = [sys.executable, *command(out, "--gpus", "2")]
+    with (tmp_path / "said").open("w") as said:
+        run = subprocess.Popen(words, stdout=said, stderr=said)
+        metrics = out / ".building" / "02-sft" / checkpoints.METRICS
+        until = time.monotonic() + 240
+        while time.monotonic() < until and not (metrics.is_file() and '"step": 4' in metrics.read_text()):
+            assert run.poll() is None, (tmp_path / "said").read_text()[-2000:]
+            time.sleep(0.02)
+        (follower,) = followers_of(run.pid)
+        os.kill(follower if killed == "follower" else run.pid, signal.SIGKILL)
+        assert run.wait(60) == (1 if killed == "follower" else -signal.SIGKILL)
+    until = time.monotonic() + 30
+    while is_there(follower) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not is_there(follower)
+    if killed == "follower":
+        assert "another process of this run ended" in (tmp_path / "said").read_text()
+    assert subprocess.run(words, capture_output=True, timeout=300).returncode == 0
+    subprocess.run([sys.executable, *command(whole, "--gpus", "2")], capture_output=True, timeout=300, check=True)
+    assert differs(out / "02-sft", whole / "02-sft") == (0.0, 0.0)
