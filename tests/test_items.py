@@ -214,7 +214,7 @@ def test_of_thousands_of_items_what_changed_is_listed_and_all_are_counted(tmp_pa
     [task] = data_of(text)
     changed = [row for row in task["rows"] if row[5][0][0] != row[5][1][0]]
     assert len(task["rows"]) == len(changed) == 800 and 'data-column="Items">4,000</td>' in text
-    whole = write_items_page(run_dir, Wish(whole=True))
+    whole = write_items_page(run_dir, RequestedItems(whole=True))
     assert len(data_of((run_dir / PAGE).read_text())[0]["rows"]) == 4000 and whole.bytes > 700_000
 
 
