@@ -102,6 +102,9 @@ def merge_adapters(
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
     rounding: Literal["auto", "nearest", "stochastic"] = "auto",
     max_kl: float | None = None,
+    other: str | None = None,
+    method: Literal["linear", "slerp", "task_arithmetic"] | None = None,
+    share: float | None = None,
     offline: bool = False,
 ) -> dict[str, Any]:
     """Fold the adapters of a run, or of an adapter folder, into its base: `out` appears once the proof has passed.
@@ -109,6 +112,7 @@ def merge_adapters(
     base: of an adapter folder, where its config does not name it. onto: the 16-bit base, or its dequantised NF4 values.
     rounding: to the nearest number, or seeded stochastic; auto: that, where nearest loses over 1 % of the change.
     max_kl: a limit in nats per token between merged and base + adapters, for those who want one: the proof has none.
+    other, method, share: a model of the same base that the result is mixed with, how (linear), and how much (.5).
     Returns {"path", "modules", "kl", "lost", "violations", "rounding", "sha256", ...}. Raises RecipeError where `out`
     is there already or `model` has no adapter, RunError where the proof fails: what was written is then in
     `<out>.refused`.
@@ -118,4 +122,5 @@ def merge_adapters(
     from qmedtune.recipe import MergeSection, VerifySection
 
     section = MergeSection(base=onto, dtype=dtype, rounding=rounding, verify=VerifySection(max_kl=max_kl))
+    section = section.model_copy(update={"other": other, "method": method, "share": share})
     return merge_into(str(model), Path(out), section, base=base, offline=offline).as_json()

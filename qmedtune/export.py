@@ -130,6 +130,8 @@ def _adapters_of_run(job: ExportJob, folder: Path) -> Location:
     found = adapters_of_run(folder, job.offline)
     if found.shares:
         raise RecipeError(f"{job.model}: its merge weighs the stages (merge.weights), adapters do not\n--as gguf")
+    if found.mixed:
+        raise RecipeError(f"{job.model}: its merge mixes another model in (merge.with), adapters do not\n--as gguf")
     stack = found.stack
     if not stack.adapters:
         raise RecipeError(f"{job.model}: this run trained no adapter\nexport its model: --as gguf")

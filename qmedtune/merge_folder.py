@@ -97,13 +97,15 @@ def _mixed_as_in_run(section: MergeSection, run: Path) -> MergeSection:
 
 @dataclass(frozen=True)
 class Found:
-    """What is to be merged, and how it was trained. origin: the run's own base, where `stack` is on a later one."""
+    """What is to be merged, and how it was trained. origin: the run's own base, where `stack` is on a later one; mixed:
+    whether its own merge mixes another model in."""
 
     model: ModelSection
     stack: ModelStack
     seed: int
     shares: Sequence[Share] = ()
     origin: Path | None = None
+    mixed: bool = False
 
 
 def adapters_of_run(folder: Path, offline: bool, weights: Mapping[str, float] | None = None) -> Found:
@@ -132,7 +134,7 @@ def adapters_of_run(folder: Path, offline: bool, weights: Mapping[str, float] | 
     stack = final.located(folder, base)
     shares = shares_of(recipe, weights, [folder / part.adapter for part in parts]) if weights else ()
     origin = None if final.base == BASE else base()
-    return Found(recipe.model, stack, recipe.seed, shares, origin)
+    return Found(recipe.model, stack, recipe.seed, shares, origin, recipe.merge.other is not None)
 
 
 def adapter_of_folder(name: str, folder: Path, base: str | None, offline: bool) -> Found:

@@ -19,7 +19,7 @@ from qmedtune.reporting.blocks import DISCLAIMER
 from qmedtune.reporting.calibration import calibration_table
 from qmedtune.reporting.cells import Table
 from qmedtune.reporting.facts import Metrics, base_name, outcome, precision_words, warnings_of, wholes
-from qmedtune.results import Run, Score
+from qmedtune.results import MixedWith, Run, Score
 
 STAGE_WORDS = {
     "cpt": "continual pretraining",
@@ -206,10 +206,20 @@ def _limits(run: Run) -> Iterator[str]:
         )
     else:
         yield "A language model can repeat text it was trained on: the terms of the data apply to the weights."
+    if run.merge is not None and run.merge.mixed_with is not None:
+        yield from _other_limits(run.merge.mixed_with)
     for name, source in run.data.items():
         if source.terms:
             yield f"Terms of {_plain(name)}: {_plain(source.terms)}."
     yield "The licence of the base model and the terms of every source above apply."
+
+
+def _other_limits(other: MixedWith) -> Iterator[str]:
+    """What comes along with the model that was mixed in."""
+    name = _plain(Path(other.name).name)
+    yield f"Mixed with {name}: its licence, and the terms of the data that it was trained on, apply too."
+    if other.clinical:
+        yield f"{name} was trained on clinical notes ({_plain(', '.join(other.clinical))}): treat this model likewise."
 
 
 def weakest_phi(run: Run, sources: list[str]) -> str:

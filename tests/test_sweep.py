@@ -10,16 +10,19 @@ from pathlib import Path
 import pytest
 from conftest import MICRO, ROOT
 
-from qmedtune import interrupt, plan, store, sweep
+from qmedtune import interrupt, plan, record, report, store, sweep
 from qmedtune.ablation.arms import arms_of
 from qmedtune.errors import RecipeError
 from qmedtune.evaluation import choosing, halves
 from qmedtune.evaluation.measure import Measured
 from qmedtune.evaluation.scoring import Perplexity
+from qmedtune.export import ExportJob, export
+from qmedtune.exporting import push
+from qmedtune.merging.sibling import clinical_sources, find
 from qmedtune.parsing.loader import load_recipe
 from qmedtune.recipe import Recipe
 from qmedtune.reporting import sweeps
-from qmedtune.results import Merge, Run, SweepPoint
+from qmedtune.results import Merge, MixedWith, Run, SweepPoint
 from qmedtune.run import run
 from qmedtune.smoke import smoke
 from qmedtune.steps import steps_of
@@ -221,6 +224,22 @@ def test_finished_is_finished_and_another_sibling_is_another_merge(searched, sib
     before = (folder / "merged" / "seal.json").stat().st_mtime_ns
     run(loaded.recipe, loaded.text, folder, offline=True)
     assert (folder / "merged" / "seal.json").stat().st_mtime_ns == before
+
+
+def test_what_the_other_model_has_seen_stays_with_the_mix(searched, sibling: Path, tmp_path: Path):
+    """The run that searched read clinical notes; mixed into another one, it brings them along."""
+    folder, _, _ = searched
+    assert clinical_sources(find(str(folder), offline=True)) == {"notes": None}
+    assert clinical_sources(find(str(folder / "merged"), offline=True)) == {"notes": None}
+    assert clinical_sources(find(str(sibling), offline=True)) == {}
+    other = MixedWith(name="elsewhere/notes-model", clinical={"notes": "MODELS MAY BE PUBLISHED"})
+    run = record.load(sibling).model_copy(update={"merge": Merge(mixed_with=other)})
+    store.write_json(tmp_path / "run.json", run.as_json())
+    with pytest.raises(RecipeError, match="is mixed with notes-model, which was trained on clinical text"):
+        push.check_terms(tmp_path, said=False)
+    assert "notes-model was trained on clinical notes" in report.model_card(run)
+    with pytest.raises(RecipeError, match=r"merge\.with"):
+        export(ExportJob(str(folder), tmp_path / "out", "gguf-adapter"))
 
 
 def test_a_sibling_of_another_base_costs_no_training(sibling: Path, tmp_path: Path):

@@ -7,6 +7,7 @@ Deliberately not here: public repositories, adapters, models without a record of
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ from qmedtune import record
 from qmedtune.errors import RecipeError, RunError
 from qmedtune.evaluation.open_model import Location, locate
 from qmedtune.exporting.card import README
-from qmedtune.results import Exported
+from qmedtune.results import Exported, Run
 
 if TYPE_CHECKING:
     from qmedtune.export import ExportJob
@@ -49,8 +50,13 @@ def check_terms(folder: Path, said: bool) -> None:
             "give the run folder, not merged/ alone"
         )
     recipe = record.recipe_of(run, folder)
-    clinical = [name for name, source in recipe.data.items() if source.may_identify]
-    closed = [name for name in clinical if MAY not in (recipe.data[name].terms or "").lower()]
+    terms: dict[str, str | None] = {}
+    for name, source in recipe.data.items():
+        if source.may_identify:
+            terms[name] = source.terms
+    clinical = list(terms)
+    closed = _closed(terms)
+    _check_other(folder, run, said)
     if closed:
         raise RecipeError(
             f"{folder}: was trained on clinical text ({', '.join(closed)}), which a model can give away\n"
@@ -61,6 +67,24 @@ def check_terms(folder: Path, said: bool) -> None:
         raise RecipeError(
             f"{folder}: was trained on clinical text ({', '.join(clinical)}); its terms allow a model to be published\n"
             "if you have checked that they do, and the audit: --publish-clinical"
+        )
+
+
+def _closed(terms: Mapping[str, str | None]) -> list[str]:
+    """Sources whose terms do not say that a model may be published."""
+    return [name for name, words in terms.items() if MAY not in (words or "").lower()]
+
+
+def _check_other(folder: Path, run: Run, said: bool) -> None:
+    """RecipeError where the model that was mixed in has seen clinical text in its own run."""
+    other = run.merge.mixed_with if run.merge is not None else None
+    if other is None or not other.clinical:
+        return
+    if _closed(other.clinical) or not said:
+        raise RecipeError(
+            f"{folder}: is mixed with {Path(other.name).name}, which was trained on clinical text "
+            f"({', '.join(other.clinical)})\n"
+            f"it is pushed only if the terms in that model's recipe say so ('...; {MAY}') and with --publish-clinical"
         )
 
 

@@ -16,7 +16,7 @@ from qmedtune.merging.methods import Mixture, Read, check_cosines, cosines_of
 from qmedtune.merging.parallel import Apply
 from qmedtune.merging.proof import Reference
 from qmedtune.merging.reference import ReadModel, read_base
-from qmedtune.merging.sibling import Mixing
+from qmedtune.merging.sibling import Mixing, clinical_sources
 from qmedtune.results import Merge, MixedWith
 
 
@@ -53,8 +53,11 @@ class OtherModel:
         """The result with what was mixed in."""
         sibling = self.mixing.sibling
         sha256 = bases.weights_sha256(sibling.folder)
-        found = {
-            "mixed_with": MixedWith(name=sibling.name, sha256=sha256, cosine=self.mixing.cosine),
+        other = MixedWith(name=sibling.name, sha256=sha256, cosine=self.mixing.cosine)
+        if clinical := clinical_sources(sibling):
+            other = other.model_copy(update={"clinical": clinical})
+        found: dict[str, object] = {
+            "mixed_with": other,
             "method": self.mixing.method,
             "share": self.mixing.share,
         }

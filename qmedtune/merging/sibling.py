@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from qmedtune import base as bases
+from qmedtune import record
 from qmedtune.data.packing.templates import FILE
 from qmedtune.errors import RecipeError
 from qmedtune.evaluation.open_model import locate
@@ -69,8 +70,23 @@ def find(name: str, *, offline: bool) -> Sibling:
             f"merge it first: qmedtune merge {name} --out DIR, and give that folder"
         )
     template = found.base if (found.base / FILE).is_file() else None
-    run = Path(name).expanduser() if found.kind == "run" else None
+    run = found.base.parent if (found.base.parent / record.RUN).is_file() else None
     return Sibling(name, found.base, template, run)
+
+
+def clinical_sources(sibling: Sibling) -> dict[str, str | None]:
+    """Sources, by name with their terms, that the other model has seen in its run and that can name patients: what it
+    can give away, the mix can."""
+    if sibling.run is None:
+        return {}
+    run = record.load(sibling.run)
+    found: dict[str, str | None] = {}
+    if run.merge is not None and run.merge.mixed_with is not None:
+        found |= run.merge.mixed_with.clinical
+    for name, source in run.data.items():
+        if run.may_identify(name):
+            found[name] = source.terms
+    return found
 
 
 def check_alike(base: Path, sibling: Sibling) -> float:

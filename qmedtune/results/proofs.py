@@ -25,11 +25,13 @@ class Probe(Facts):
 
 
 class MixedWith(Facts):
-    """The other model of a merge. sha256: of its weights; cosine: the lowest of a linear layer and the base's."""
+    """The other model of a merge. sha256: of its weights; cosine: the lowest of a linear layer and the base's.
+    clinical: sources of its own run whose text can name patients, each with its terms."""
 
     name: str
     sha256: str | None = None
     cosine: Number | None = None
+    clinical: dict[str, str | None] = {}
 
 
 class SweepPoint(Facts):
