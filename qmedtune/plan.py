@@ -91,7 +91,8 @@ def make_plan(recipe: Recipe, run_dir: Path | None = None) -> Plan:
     evaluation = _evaluation(resolved, facts, machine, folder, benchmarks.tasks, estimates)
     times = _times(resolved, facts, steps, stages, evaluation)
     borders = _borders(folder)
-    base_told = {**asdict(facts), "parameters": facts.parameters, "bytes": facts.file_bytes}
+    making_s = _making_seconds(facts, machine)
+    base_told = {**asdict(facts), "parameters": facts.parameters, "bytes": facts.file_bytes, "making_s": making_s}
     plan: Plan = {
         "recipe": recipe.name,
         "base": cast(PlannedBase, base_told),
@@ -151,8 +152,7 @@ def _notes(machine: Machine, facts: BaseFacts, estimates: Mapping[str, Estimate]
         notes.append(f"other processes hold {units.size(machine.used_bytes)} of the card now; end them before the run")
     if not facts.builtin and facts.folder is None:
         notes.append(f"{facts.name} is not on this machine as a model folder: {_on_its_way(facts)}")
-    if facts.builtin and not (base.builtin_folder(facts.name) / "01-pretrain" / store.SEAL).is_file():
-        seconds = speed.pretraining_seconds(facts, machine)
+    if seconds := _making_seconds(facts, machine):
         notes.append(
             f"{facts.name} is pretrained first, once on this machine: about {units.duration(seconds)} (assumed)"
         )
@@ -169,6 +169,13 @@ def _mixed_notes(recipe: Recipe) -> list[str]:
     return [
         f"merge.with: {other} is no folder here: a run has to be made before, a Hub id is fetched when this one starts"
     ]
+
+
+def _making_seconds(facts: BaseFacts, machine: Machine) -> float:
+    """Of the pretraining of a built-in base that is not in the cache; 0 where nothing is to be made."""
+    if not facts.builtin or (base.builtin_folder(facts.name) / "01-pretrain" / store.SEAL).is_file():
+        return 0.0
+    return round(speed.pretraining_seconds(facts, machine), 1)
 
 
 def _on_its_way(facts: BaseFacts) -> str:

@@ -32,7 +32,7 @@ def screen(monkeypatch, capsys):
 def test_every_shipped_recipe_is_judged_within_the_first_screen(path, screen, tmp_path):
     code, lines = screen(path, "--out", tmp_path / "run")
     assert code == 0
-    assert re.match(rf"{path.stem} fits: [\d.,]+ (\wi?B )?of [\d.]+ GiB; (about|at least) [\d.]+ \w+; ", lines[0])
+    assert re.match(rf"{path.stem} fits: [\d.,]+ (\wi?B )?of [\d.]+ GiB; (about|at least) [\d.]+ \w+[;,] ", lines[0])
     assert len(lines) + FRAME_LINES + 1 <= 24, "the verdict has scrolled away"
     assert all(len(line) <= 80 for line in lines[:-1]) and lines[-1].endswith("--full")
 
@@ -68,9 +68,15 @@ def test_eight_stages_still_fit_the_screen(screen, tmp_path):
 
 def test_micro_takes_time(screen, tmp_path):
     _, lines = screen(RECIPES / "micro.yaml", "--out", tmp_path / "run")
-    assert int(re.search(r"about (\d+) s;", lines[0])[1]) >= 3  # type: ignore[index]
+    assert int(re.search(r"about (\d+) s[;,]", lines[0])[1]) >= 3  # type: ignore[index]
     shown = "\n".join(lines)
     assert " 0.0 s" not in shown and "loading" in shown and "evaluation" in shown
+
+
+def test_what_a_base_takes_to_be_made_is_part_of_the_verdict(screen, monkeypatch, tmp_path):
+    monkeypatch.setenv("QMEDTUNE_CACHE", str(tmp_path / "empty"))
+    _, lines = screen(RECIPES / "cpt_then_sft.yaml", "--out", tmp_path / "run")
+    assert re.search(r"; about \d+ \w+, and \d+ \w+ once for the base; ", " ".join(lines[:2]))
 
 
 def test_full_opens_with_the_verdict_too(screen, tmp_path):

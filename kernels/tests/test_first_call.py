@@ -17,7 +17,7 @@ TOLD = {
     "linear": ("K + 0", "K + 48", "addmm_"),
     "attention": ("as trained",),
     "layers": (
-        "qmedtune, 1 rows at a time, tiny", "trl-tuned, 1 rows at a time, tiny-9-layers", "long kept",
+        "qmedtune, 1 rows at a time, tiny", "qmedtune, 1 rows at a time, tiny-9-layers", "long kept",
         "long recomputed", "long offloaded", "qmedtune, 1 rows at a time, one layer",
     ),
 }  # fmt: skip

@@ -46,7 +46,7 @@ def test_compiled_kernels_compute_what_float64_does():
         "_dequantize_words", "_dequantize_pairs", "_dequantize_bytes", "_forward", "_backward", "_few_rows", "_reduce",
         "_backward_rows", "_dweight_partial", "_rotate", "_rows",
     }  # fmt: skip
-    assert {row["target"] for row in rows} == {"sm_75", "sm_80", "sm_86", "sm_90"}
+    assert {row["target"] for row in rows} == {"sm_75", "sm_80", "sm_86", "sm_90", "sm_120"}
 
 
 def test_planted_faults_are_caught():
@@ -151,6 +151,9 @@ def test_asynchronous_copies_have_arrived_when_their_group_was_waited_for(commit
         ("mul.hi.u32 %r1, 0xFFFFFFFF, 0x10;", 0xF),
         ("div.s32 %r1, -7, 2;", 0xFFFFFFFD),
         ("rem.s32 %r1, -7, 2;", 0xFFFFFFFF),
+        ("max.f32 %r1, 0f3F800000, 0f40000000;", 0x40000000),
+        ("mov.b32 %r2, 0f40400000; max.f32 %r1, 0f3F800000, 0f40000000, %r2;", 0x40400000),
+        ("mov.b32 %r2, 0f40400000; min.f32 %r3, 0f40000000, 0f41000000, %r2; mov.b32 %r1, %r2;", 0x40400000),
         ("cvt.rn.bf16x2.f32 %r1, 0f40000000, 0f3F800000;", 0x40003F80),
         ("cvt.rn.bf16.f32 %rs1, 0f3F808000; cvt.u32.u16 %r1, %rs1;", 0x3F80),  # a tie goes to the even one
         ("cvt.rn.bf16.f32 %rs1, 0f3F818000; cvt.u32.u16 %r1, %rs1;", 0x3F82),
@@ -194,6 +197,8 @@ def test_what_stops_a_kernel_stops_it_here(body, message):
     [
         "frobnicate.b32 %r1, %r0;",
         "add.sat.s32 %r1, %r0, 1;",
+        "add.s32 %r1, %r0, 1, %r0;",
+        "max.s32 %r1, %r0, 1, %r0;",
         "cvt.rz.bf16x2.f32 %r1, 0f0, 0f0;",
         "mma.sync.aligned.m8n8k4 %r1;",
     ],

@@ -56,9 +56,11 @@ def page(run: Run, tasks: Sequence[Shown], wish: Wish) -> tuple[str, list[str]]:
     shortener = Shortener(_different(listed), whole=wish.whole)
     data = [_data(each, items, shortener) for each, items in zip(tasks, listed, strict=True)]
     if shortener.left_out or shortener.cut:
+        shortened = [f"of {shortener.cut:,} items are cut"] if shortener.cut else []
+        if shortener.left_out:
+            shortened.append(f"of {shortener.left_out:,} are left out")
         notes.append(
-            f"Texts of {shortener.cut:,} items are cut and {shortener.left_out:,} are left out, so that the page stays "
-            "small; `qmedtune items RUN --whole` shows all of them."
+            f"Texts {' and '.join(shortened)}, so that the page stays small; `qmedtune items RUN --whole` shows all."
         )
     head = (
         f'<header><div class="eyebrow">items, one by one</div><h1>{esc(run.name)}</h1>'

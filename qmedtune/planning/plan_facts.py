@@ -20,12 +20,14 @@ class Decision(TypedDict):
 
 
 class PlannedBase(TypedDict):
-    """What a reader of the plan needs of the base; all fields of llama_shape.BaseFacts stand beside these."""
+    """What a reader of the plan needs of the base; all fields of llama_shape.BaseFacts stand beside these. making_s: of
+    a built-in base that is to be pretrained here first, once."""
 
     name: str
     source: str
     parameters: int
     bytes: int
+    making_s: float
 
 
 class PlannedMachine(TypedDict):

@@ -27,6 +27,8 @@ def verdict(plan: Plan) -> str:
     ]
     if not plan["seconds"]:
         parts[1] = "all steps are done"
+    elif making := plan["base"]["making_s"]:
+        parts[1] += f", and {roughly(making)} once for the base"
     if names := _missing_names(plan["missing"]):
         parts.append(f"missing: {', '.join(names)}")
     return "; ".join(parts)

@@ -46,10 +46,23 @@ FORMS = {
 }  # fmt: skip
 
 
+# Operands, the result among them, where a handler would pass others on: a form with one more is another instruction.
+OPERANDS = {
+    **dict.fromkeys(("add", "sub", "mul", "div", "rem", "shl", "shr", "and", "or", "xor"), (3,)),
+    **dict.fromkeys(("mad", "fma", "prmt", "bfe", "shf", "selp"), (4,)), **dict.fromkeys(("lop3", "bfi"), (5,)),
+    **dict.fromkeys(("neg", "abs", "not", "popc", "mov"), (2,)), "min": (3, 4), "max": (3, 4),
+    **dict.fromkeys(("ex2", "lg2", "rcp", "sqrt", "rsqrt", "tanh"), (2,)), "cvt": (2, 3), "setp": (3, 4),
+}  # fmt: skip
+
+
 def refuse_unknown(instructions: list[Instruction]) -> None:
     """UnknownInstruction, with its text, for the first one that is not executed here."""
     for ins in instructions:
         form = FORMS.get(ins.name)
         pairs = any(operand.kind == "pair" for operand in ins.operands)
         if form is None or not re.fullmatch(form, ".".join(ins.modifiers)) or pairs:
+            raise UnknownInstruction(ins.text)
+        count = len(ins.operands)
+        three_integers = ins.name in ("min", "max") and count == 4 and ins.modifiers[-1] != "f32"
+        if count not in OPERANDS.get(ins.name, (count,)) or three_integers:
             raise UnknownInstruction(ins.text)

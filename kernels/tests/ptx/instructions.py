@@ -7,6 +7,7 @@ type in most of PTX's instructions; where it is not, the handler says so.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
 
 import numpy as np
 
@@ -71,6 +72,11 @@ def _two(name: str, integer: Callable, real: Callable):
 
     handler.__name__ = name
     return handler
+
+
+def _of_all(two: Callable) -> Callable:
+    """`two` for fp32 minima and maxima, which from sm_100 on take three values. numpy would take a third for `out`."""
+    return lambda *values: reduce(two, values)
 
 
 def _one(name: str, integer: Callable | None, real: Callable):  # no integer form: FORMS refuses it
@@ -418,7 +424,7 @@ def createpolicy(machine: Machine, ins: Instruction, mask: Mask) -> None:
 
 HANDLERS: dict[str, Callable[[Machine, Instruction, Mask], None]] = {
     "add": _two("add", np.add, np.add), "sub": _two("sub", np.subtract, np.subtract),
-    "min": _two("min", np.minimum, np.fmin), "max": _two("max", np.maximum, np.fmax),
+    "min": _two("min", np.minimum, _of_all(np.fmin)), "max": _two("max", np.maximum, _of_all(np.fmax)),
     "mul": mul, "mad": mad, "fma": fma, "div": div, "rem": rem,
     "neg": _one("neg", np.negative, np.negative), "abs": _one("abs", np.abs, np.abs),
     "ex2": _one("ex2", None, lambda x: np.exp2(x.astype(np.float64))),
