@@ -81,8 +81,8 @@ def _run_all(arms: list[Arm], seeds: list[int], out: Path, offline: bool) -> Non
 
 
 def _check(recipe: Recipe, resolved: Recipe, arms: list[Arm]) -> None:
-    wish = recipe.ablate
-    if wish is None:
+    requested = recipe.ablate
+    if requested is None:
         raise RecipeError(
             f"{recipe.name}: this recipe has no `ablate:` section\n"
             "add one, for example: ablate: {arms: [base, sft, cpt, cpt+sft], seeds: 3}"
@@ -94,7 +94,7 @@ def _check(recipe: Recipe, resolved: Recipe, arms: list[Arm]) -> None:
             "ablate: nothing is measured\nname tasks or texts: evaluate: {tasks: [...], perplexity: [...]}"
         )
     for index, stage in enumerate(resolved.stages):
-        if (wish.corpora or wish.replay) and stage.cpt and stage.cpt.budget is None:
+        if (requested.corpora or requested.replay) and stage.cpt and stage.cpt.budget is None:
             given = "epochs" if stage.cpt.epochs else "auto"
             raise RecipeError(
                 f"stages[{index}].cpt.tokens: {given} would give each mixture of "

@@ -23,7 +23,7 @@ from qmedtune.tasks import load_task, world_of
 FINAL = "final"
 
 
-def against_stage(recipe: ResolvedRecipe, inputs: Compared, out: Path) -> HeadToHead:
+def against_step(recipe: ResolvedRecipe, inputs: Compared, out: Path) -> HeadToHead:
     """Writes compare.json and <task>.items.jsonl below `out`, where an interrupted comparison goes on; returns
     {"subject", "models", "duels", "claims", "left_out", "precision"}."""
     splits, left_out = splits_of(recipe)

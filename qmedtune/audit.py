@@ -48,7 +48,7 @@ class StageToAudit:
     model: ModelStack
 
 
-def audit_stage(recipe: Recipe, planted: Path, trained: Mapping[str, StageToAudit], out: Path) -> Audit:
+def audit_step(recipe: Recipe, planted: Path, trained: Mapping[str, StageToAudit], out: Path) -> Audit:
     """Measure a resolved recipe's canaries after every stage that trained on them, or followed one that did.
 
     planted: folder with canaries.json. trained: stages by name. Writes audit.json below `out`, where an interrupted

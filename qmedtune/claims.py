@@ -50,7 +50,7 @@ def check(out: Path) -> None:
 
 
 def _is_link_among_ours(out: Path, others: list[str]) -> bool:
-    """Nothing but names that a run uses, and a link behind one of them: room.check_writable names the link."""
+    """Nothing but names that a run uses, and a link behind one of them: capacity.check_writable names the link."""
     return all(OUR_NAMES.fullmatch(name) for name in others) and any(path.is_symlink() for path in below(out))
 
 

@@ -19,7 +19,7 @@ from qmedtune.evaluation import verdict
 from qmedtune.reporting.facts import Curve, Metrics
 from qmedtune.reporting.headline import headline
 from qmedtune.reporting.live import read_metrics
-from qmedtune.results import DuelEntry, Evaluation, Interval, Item, Json, Number, Run, Score, Stage, Text
+from qmedtune.results import AnsweredItem, DuelEntry, Evaluation, Interval, Json, Number, Run, Score, Stage, Text
 from qmedtune.watching.runs import Seen, Shelf
 
 # Differ between any two runs, or are told elsewhere.
@@ -370,6 +370,6 @@ def _items(side: Side, task: str) -> Answers:
         return {}
     found: Answers = {}
     for line in path.read_text(encoding="utf-8").splitlines():
-        item = Item.model_validate_json(line)
+        item = AnsweredItem.model_validate_json(line)
         found[item.id] = str(item.gold), item.of("final").is_right
     return found

@@ -64,7 +64,7 @@ class Compared:
         return self.untrained or self.origin or self.trained.base
 
 
-def evaluate_stage(recipe: ResolvedRecipe, inputs: Compared, out: Path) -> Evaluation:
+def evaluate_step(recipe: ResolvedRecipe, inputs: Compared, out: Path) -> Evaluation:
     """Base against final of a resolved recipe, in the precision that precision.py decides.
 
     Delivered is the merged folder; without one, the base plus its adapters in the merge's dtype.

@@ -99,13 +99,13 @@ class MergeJob:
         return Rounding(self.dtype, self.seed)
 
 
-def merge_stage(recipe: Recipe, stack: ModelStack, out: Path, validation: Path | None = None) -> Merge:
+def merge_step(recipe: Recipe, stack: ModelStack, out: Path, validation: Path | None = None) -> Merge:
     """The step of a run. validation: folder of packed rows per source, which the proof reports divergences on."""
     return merge(MergeJob(stack, recipe.merge, recipe.model, recipe.seed, validation_ids(validation)), out)
 
 
-def weighed_merge_stage(recipe: Recipe, stack: ModelStack, out: Path, validation: Path | None = None) -> Merge:
-    """As `merge_stage` where the recipe weighs its stages: the adapters are those of all stages, in order."""
+def weighed_merge_step(recipe: Recipe, stack: ModelStack, out: Path, validation: Path | None = None) -> Merge:
+    """As `merge_step` where the recipe weighs its stages: the adapters are those of all stages, in order."""
     shares = shares_of(recipe, recipe.merge.weights, stack.adapters)
     kept = replace(stack, adapters=stack_of(shares))
     probe_ids = validation_ids(validation)

@@ -22,7 +22,7 @@ SWEEP = "sweep.json"
 HALF = 0.5  # where a recipe names no share
 
 
-def mixed_merge_stage(recipe: Recipe, trained: ModelStack, out: Path, folders: Mapping[str, Path]) -> Merge:
+def mixed_merge_step(recipe: Recipe, trained: ModelStack, out: Path, folders: Mapping[str, Path]) -> Merge:
     """The step of a run. trained: with the adapters that the merge reads; folders: `validation`, `sweep` and `origin`
     where there are any, the last being the recipe's own base where earlier stages are folded into that of `trained`."""
     share = HALF if recipe.merge.share is None else recipe.merge.share

@@ -18,7 +18,7 @@ from qmedtune.errors import DataError, DoesNotFit, QmedtuneError
 from qmedtune.evaluation import precision
 from qmedtune.lineage import final_model, lineage_of
 from qmedtune.llama_shape import BaseFacts
-from qmedtune.planning import exchange, fit, memory, room, rows, scoring, speed
+from qmedtune.planning import capacity, exchange, fit, memory, rows, scoring, speed
 from qmedtune.planning.estimate import Estimate, Measured, count_with, estimate_source
 from qmedtune.planning.machine import CARDS_GIB, GIB, Machine, card_of, this_machine
 from qmedtune.planning.memory import Setup
@@ -86,7 +86,7 @@ def make_plan(recipe: Recipe, run_dir: Path | None = None) -> Plan:
         stages.append(stage)
         setups.append(setup)
         taken.append(replace(setup, micro_batch=stage["micro_batch"]))
-    host = room.host_phases(facts, taken, gpu=machine.is_gpu)
+    host = capacity.host_phases(facts, taken, gpu=machine.is_gpu)
     disk = _disk(resolved, facts, setups, estimates)
     evaluation = _evaluation(resolved, facts, machine, folder, benchmarks.tasks, estimates)
     times = _times(resolved, facts, steps, stages, evaluation)
@@ -102,7 +102,11 @@ def make_plan(recipe: Recipe, run_dir: Path | None = None) -> Plan:
         "steps": steps,
         "stages": stages,
         "host": {"parts": host, "needed_bytes": max(host.values()), "there_bytes": machine.host_bytes},
-        "disk": {"parts": disk, "needed_bytes": sum(disk.values()), "free_bytes": room.free_bytes(run_dir or Path())},
+        "disk": {
+            "parts": disk,
+            "needed_bytes": sum(disk.values()),
+            "free_bytes": capacity.free_bytes(run_dir or Path()),
+        },
         "evaluation": evaluation,
         "times": times,
         "seconds": sum(times.values()),
@@ -123,7 +127,7 @@ def _for_its_machine(recipe: Recipe, facts: BaseFacts) -> tuple[ResolvedRecipe, 
     """The resolved recipe and the machine it is planned for: this one; without a GPU here, for a base that wants one,
     the card that `memory:` states, else the smallest standard card that fits."""
     here = this_machine()
-    wants_gpu = not facts.builtin and (facts.parameters >= room.GPU_PARAMETERS or recipe.memory_gib is not None)
+    wants_gpu = not facts.builtin and (facts.parameters >= capacity.GPU_PARAMETERS or recipe.memory_gib is not None)
     if here.is_gpu or not wants_gpu:
         return *resolve(recipe, here), here
     bf16 = recipe.model.compute_dtype != "float16"
@@ -425,11 +429,11 @@ def _scoring_notes(recipe: Recipe, evaluation: PlannedEvaluation | None) -> list
 def _disk(recipe: Recipe, facts: BaseFacts, setups: list[Setup], estimates: Mapping[str, Estimate]) -> dict[str, int]:
     text = packed = 0
     for name, estimate in estimates.items():
-        text += room.text_bytes(recipe.data[name])
+        text += capacity.text_bytes(recipe.data[name])
         if not estimate.read_bytes:
             text += BUILTIN_BYTES * estimate.tokens
         packed += estimate.tokens
-    return memory.disk_bytes(facts, setups, room.kept_of(recipe, text, packed))
+    return memory.disk_bytes(facts, setups, capacity.kept_of(recipe, text, packed))
 
 
 def _check_room(plan: Plan, *, present: bool) -> None:
@@ -438,5 +442,5 @@ def _check_room(plan: Plan, *, present: bool) -> None:
     host, disk = plan["host"], plan["disk"]
     if not present:
         return
-    room.refuse_too_little_memory(host["parts"], host["there_bytes"])
-    room.refuse_too_little(disk["parts"], 0, disk["free_bytes"])
+    capacity.refuse_too_little_memory(host["parts"], host["there_bytes"])
+    capacity.refuse_too_little(disk["parts"], 0, disk["free_bytes"])

@@ -3,7 +3,7 @@
 What fails here would fail after hours otherwise: a base or tokenizer that cannot be used, a chat template that cannot
 be rendered, records that are cut or damaged, an evaluation file that does not parse. Each check raises the error that
 the step itself would raise, or says what is missing and the way on. Loads no weights, and for `plan` no torch. Not
-here: room (planning/room.py), and whole sources: all data steps come before the first training step (steps.py).
+here: room (planning/capacity.py), and whole sources: all data steps come before the first training step (steps.py).
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from qmedtune.data.hygiene.per_record import phi_mode
 from qmedtune.disk import owner_only
 from qmedtune.errors import MergeRefused, QmedtuneError, RecipeError, RunError
 from qmedtune.interrupt import Stopped, stop
-from qmedtune.planning import room
+from qmedtune.planning import capacity
 from qmedtune.planning.machine import this_machine
 from qmedtune.planning.resolve import refuse_half_on_cpu, resolve
 from qmedtune.planning.shapes import base_facts
@@ -70,8 +70,8 @@ def run(
     claims.check_steps(out, names)
     track.check(resolved)
     _check_start(resolved, source, to_do, offline)
-    room.check_writable(out)
-    room.check(resolved, out, names)
+    capacity.check_writable(out)
+    capacity.check(resolved, out, names)
     with _told("run", out), _private(resolved, out), store.lock(out), stop.watching(time_limit_s):
         claims.mark(out)
         if redacts:

@@ -206,12 +206,12 @@ def _audit_steps(recipe: ResolvedRecipe, trained: dict[str, StackInRun]) -> list
     """What the canaries give away after each stage, and, where there are limits, whether that is too much."""
 
     def measure(recipe: ResolvedRecipe, inputs: Inputs, out: Path) -> Facts:
-        from qmedtune.audit import StageToAudit, audit_stage
+        from qmedtune.audit import StageToAudit, audit_step
 
         stages: dict[str, StageToAudit] = {}
         for name, model in inputs.models.items():
             stages[name] = StageToAudit(inputs.folders[name], model)
-        return audit_stage(recipe, inputs.folders["planted"], stages, out)
+        return audit_step(recipe, inputs.folders["planted"], stages, out)
 
     def judge(recipe: ResolvedRecipe, inputs: Inputs, out: Path) -> Facts:
         from qmedtune.audit import check_limits
@@ -271,9 +271,9 @@ def _training_step(recipe: ResolvedRecipe, asked: Recipe, index: int, shared: Sh
 
 def _fold_step(recipe: ResolvedRecipe, name: str, model: StackInRun) -> Step:
     def work(recipe: ResolvedRecipe, inputs: Inputs, out: Path) -> Facts:
-        from qmedtune.merge import merge_stage
+        from qmedtune.merge import merge_step
 
-        return merge_stage(recipe, inputs.model, out, inputs.folders.get("validation"))
+        return merge_step(recipe, inputs.model, out, inputs.folders.get("validation"))
 
     models = {MODEL: replace(model, template=None)}  # a base to train on, which nobody speaks to
     return Step(name, "fold", keys.fold_section(recipe), {}, work, models=models)
@@ -281,9 +281,9 @@ def _fold_step(recipe: ResolvedRecipe, name: str, model: StackInRun) -> Step:
 
 def _sweep_step(recipe: ResolvedRecipe, model: StackInRun, hashes: store.HashCache) -> list[Step]:
     def work(recipe: ResolvedRecipe, inputs: Inputs, out: Path) -> Facts:
-        from qmedtune.sweep import sweep_stage
+        from qmedtune.sweep import sweep_step
 
-        return sweep_stage(recipe, inputs.model, _compared(recipe, inputs), out)
+        return sweep_step(recipe, inputs.model, _compared(recipe, inputs), out)
 
     if recipe.merge.sweep is None:
         return []
@@ -304,14 +304,14 @@ def _adapters_merged(recipe: ResolvedRecipe, model: StackInRun) -> tuple[str, ..
 
 def _merge_step(recipe: ResolvedRecipe, model: StackInRun) -> Step:
     def weighed(recipe: ResolvedRecipe, inputs: Inputs, out: Path) -> Facts:
-        from qmedtune.merge import weighed_merge_stage
+        from qmedtune.merge import weighed_merge_step
 
-        return weighed_merge_stage(recipe, inputs.model, out, inputs.folders.get("validation"))
+        return weighed_merge_step(recipe, inputs.model, out, inputs.folders.get("validation"))
 
     def mixed(recipe: ResolvedRecipe, inputs: Inputs, out: Path) -> Facts:
-        from qmedtune.mixed_merge import mixed_merge_stage
+        from qmedtune.mixed_merge import mixed_merge_step
 
-        return mixed_merge_stage(recipe, inputs.model, out, inputs.folders)
+        return mixed_merge_step(recipe, inputs.model, out, inputs.folders)
 
     step = replace(_fold_step(recipe, "merged", model), kind="merge", section=keys.merge_section(recipe))
     if recipe.evaluate.perplexity or recipe.validation.on:
@@ -328,9 +328,9 @@ def _merge_step(recipe: ResolvedRecipe, model: StackInRun) -> Step:
 
 def _evaluation_step(recipe: ResolvedRecipe, model: StackInRun, hashes: store.HashCache) -> Step:
     def work(recipe: ResolvedRecipe, inputs: Inputs, out: Path) -> Facts:
-        from qmedtune.evaluate import evaluate_stage
+        from qmedtune.evaluate import evaluate_step
 
-        return evaluate_stage(recipe, _compared(recipe, inputs), out)
+        return evaluate_step(recipe, _compared(recipe, inputs), out)
 
     folders = _beside_the_model(recipe, model)
     if recipe.evaluate.perplexity:
@@ -344,9 +344,9 @@ def _evaluation_step(recipe: ResolvedRecipe, model: StackInRun, hashes: store.Ha
 
 def _against_step(recipe: ResolvedRecipe, model: StackInRun, hashes: store.HashCache) -> Step:
     def work(recipe: ResolvedRecipe, inputs: Inputs, out: Path) -> Facts:
-        from qmedtune.against import against_stage
+        from qmedtune.against import against_step
 
-        return against_stage(recipe, _compared(recipe, inputs), out)
+        return against_step(recipe, _compared(recipe, inputs), out)
 
     section, folders = keys.against_section(recipe, hashes), _beside_the_model(recipe, model)
     return Step("against", "against", section, folders, work, resumes=True, models={MODEL: model})

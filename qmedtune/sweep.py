@@ -98,7 +98,7 @@ def _measured(kept: Mapping[str, Any]) -> Measured:
     return Measured(kept["tasks"], texts)
 
 
-def sweep_stage(recipe: Recipe, trained: ModelStack, inputs: Compared, out: Path) -> Sweep:
+def sweep_step(recipe: Recipe, trained: ModelStack, inputs: Compared, out: Path) -> Sweep:
     """The step of a run. trained: with the adapters that the merge reads. Writes sweep.json and <task>.items.jsonl
     below `out`, where an interrupted sweep goes on."""
     assert recipe.merge.sweep is not None

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qmedtune.data.synthetic import world as worlds
+from qmedtune.model_files import JsonObject
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -102,7 +103,7 @@ def world_of(base: str) -> worlds.World:
     return worlds.make_world(base.removeprefix("builtin:"))
 
 
-def config_dict(vocab_size: int) -> dict:
+def config_dict(vocab_size: int) -> JsonObject:
     """A LLaMA config: 3 layers, width 256, 2.8 M parameters with a vocabulary of 1,536.
 
     All widths are multiples of 64, NF4's block size. Two heads of 64 share each of two key/value heads.

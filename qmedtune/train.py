@@ -47,9 +47,9 @@ from qmedtune.results import (
     Trained,
 )
 from qmedtune.training import checkpoints
-from qmedtune.training.card import check_card
 from qmedtune.training.classify import attach_head, document_nll, score
 from qmedtune.training.confirm import confirm
+from qmedtune.training.gpu_check import check_card
 from qmedtune.training.resume import out_of_memory, resume_settings
 from qmedtune.training.shared_base import SharedBase
 from qmedtune.training.stage_callback import FollowerCallback, StageCallback

@@ -11,7 +11,7 @@ from builders import make_recipe
 
 from qmedtune.data.hygiene import decontaminate
 from qmedtune.data.hygiene.benchmarks import benchmark_items
-from qmedtune.data.hygiene.decontaminate import Item, build, search
+from qmedtune.data.hygiene.decontaminate import BenchmarkItem, build, search
 from qmedtune.errors import DataError
 
 REAL = Path(os.environ.get("QMEDTUNE_REAL_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -40,7 +40,7 @@ def plant(rng, host, text):
 
 def test_four_hundred_planted_items_and_a_clean_corpus():
     rng = random.Random(0)
-    items = [Item("t", str(i), (sentence(rng, 6, 60),)) for i in range(400)]
+    items = [BenchmarkItem("t", str(i), (sentence(rng, 6, 60),)) for i in range(400)]
     index = build(items)
     clean = corpus(rng, 2000)
     hosts = corpus(rng, 400)
@@ -53,13 +53,13 @@ def test_four_hundred_planted_items_and_a_clean_corpus():
 def test_thirteen_words_are_enough_and_twelve_are_not():
     rng = random.Random(1)
     words = sentence(rng, 30, 30).split()
-    index = build([Item("t", "1", (" ".join(words),))])
+    index = build([BenchmarkItem("t", "1", (" ".join(words),))])
     assert search(index, [f"aaa {' '.join(words[5:18])} bbb"], [None])[0].words == 13
     assert search(index, [f"aaa {' '.join(words[5:17])} bbb"], [None]) == []
 
 
 def test_pmids_count_without_any_shared_text():
-    index = build([Item("pubmedqa", "7", ("a question of more than three words",), "7")])
+    index = build([BenchmarkItem("pubmedqa", "7", ("a question of more than three words",), "7")])
     (hit,) = search(index, ["nothing in common", "nothing either"], ["7", "8"])
     assert (hit.record, hit.words) == (0, 0)
 
@@ -67,7 +67,7 @@ def test_pmids_count_without_any_shared_text():
 def test_matches_never_span_two_records():
     rng = random.Random(2)
     words = sentence(rng, 13, 13).split()
-    index = build([Item("t", "1", (" ".join(words),))])
+    index = build([BenchmarkItem("t", "1", (" ".join(words),))])
     assert search(index, [" ".join(words[:6]), " ".join(words[6:])], [None, None]) == []
 
 
@@ -77,7 +77,10 @@ def test_a_phrase_of_the_language_is_given_back():
 
 
 def test_overlap_names_items_for_a_split_evaluation():
-    items = [Item("a", "q1", ("one two three four five",)), Item("a", "q2", ("six seven eight nine ten",))]
+    items = [
+        BenchmarkItem("a", "q1", ("one two three four five",)),
+        BenchmarkItem("a", "q2", ("six seven eight nine ten",)),
+    ]
     report = decontaminate.overlap(items, [(4, 1, 5), (9, 1, 0)], set())
     assert {task: found.as_json() for task, found in report.items()} == {
         "a": {"items": 2, "found": ["q2"], "records": 2, "by_pmid": 1, "given_back": 0}
@@ -145,8 +148,10 @@ def test_a_folder_of_mmlu_subjects(tmp_path):
 
 def test_every_item_of_a_record_is_found_where_the_evaluation_is_split():
     rng = random.Random(4)
-    items = [Item("t", str(i), (sentence(rng, 15, 20),)) for i in range(5)] + [Item("t", "5", ("no text of it",), "77")]
-    index = build([*items, Item("u", "same", items[0].texts)])
+    items = [BenchmarkItem("t", str(i), (sentence(rng, 15, 20),)) for i in range(5)] + [
+        BenchmarkItem("t", "5", ("no text of it",), "77")
+    ]
+    index = build([*items, BenchmarkItem("u", "same", items[0].texts)])
     text = f"{items[3].texts[0]} and {items[0].texts[0]}"
     assert len(search(index, [text, "else"], ["77", None])) == 1
     assert {hit.item for hit in search(index, [text, "else"], ["77", None], every=True)} == {0, 3, 5, 6}
@@ -229,7 +234,7 @@ def test_real_pubmedqa_questions_are_all_found_and_real_abstracts_are_clean():
     ]
     made = recipe(evaluate={"tasks": [{"task": "pubmedqa", "path": str(REAL / "eval/pubmedqa_train.json")}]})
     items = benchmark_items(made)
-    index = build([Item(i.task, i.id, i.texts[:1]) for i in items])  # the questions alone
+    index = build([BenchmarkItem(i.task, i.id, i.texts[:1]) for i in items])  # the questions alone
     planted = [plant(rng, rng.choice(abstracts), item.texts[0]) for item in items]
     assert {hit.record for hit in search(index, planted, [None] * 500)} == set(range(500))
     whole = build(items)

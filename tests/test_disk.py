@@ -17,7 +17,7 @@ from kill import weights
 from qmedtune import disk
 from qmedtune.errors import DoesNotFit, RunError
 from qmedtune.parsing.loader import load_recipe
-from qmedtune.planning import room
+from qmedtune.planning import capacity
 from qmedtune.run import run
 
 SCRIPT = Path(__file__).with_name("full_disk.py")
@@ -66,7 +66,7 @@ def test_a_disk_that_became_read_only_is_one_error(tmp_path: Path):
 
 
 def test_room_is_asked_for_before_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(room, "free_bytes", lambda place: 1_000_000)
+    monkeypatch.setattr(capacity, "free_bytes", lambda place: 1_000_000)
     loaded = load_recipe(MICRO)
     with pytest.raises(DoesNotFit, match=r"needs .*bytes\), .*1,000,000 bytes\)\nlargest: checkpoints"):
         run(loaded.recipe, loaded.text, tmp_path / "run", offline=True)
@@ -75,9 +75,9 @@ def test_room_is_asked_for_before_a_run(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_what_an_attempt_has_written_is_not_asked_for_again():
     parts = {"checkpoints": 900, "merged model": 200}
-    room.refuse_too_little(parts, 300, 800)
+    capacity.refuse_too_little(parts, 300, 800)
     with pytest.raises(DoesNotFit, match="801 bytes"):
-        room.refuse_too_little(parts, 299, 800)
+        capacity.refuse_too_little(parts, 299, 800)
 
 
 def test_too_little_room_for_a_write_names_what_is_needed_and_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -121,8 +121,8 @@ def test_files_that_go_while_they_are_counted(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "file").write_text("12345")
     (tmp_path / "gone").write_text("")
-    assert sum(map(room._file_bytes, disk.below(tmp_path))) == 5
+    assert sum(map(capacity._file_bytes, disk.below(tmp_path))) == 5
     found = list(disk.below(tmp_path))
     for path in found:
         path.unlink() if path.is_file() else None
-    assert sum(map(room._file_bytes, found)) == 0
+    assert sum(map(capacity._file_bytes, found)) == 0

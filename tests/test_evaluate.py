@@ -72,7 +72,7 @@ def items(path: Path) -> list[dict]:
 @pytest.fixture(scope="module")
 def evaluated(folder, tmp_path_factory) -> tuple[dict, Path]:
     out = tmp_path_factory.mktemp("evaluated")
-    return evaluate.evaluate_stage(recipe(folder), inputs(folder), out).as_json(), out
+    return evaluate.evaluate_step(recipe(folder), inputs(folder), out).as_json(), out
 
 
 def test_scores_follow_from_the_items(evaluated):
@@ -131,7 +131,7 @@ def loaded(folder: Path, dtype: torch.dtype):
 
 
 def test_full16_evaluates_the_merged_folder(folder, evaluated, tmp_path):
-    result = evaluate.evaluate_stage(recipe(folder, precision="full16"), inputs(folder), tmp_path).as_json()
+    result = evaluate.evaluate_step(recipe(folder, precision="full16"), inputs(folder), tmp_path).as_json()
     alone = text_perplexity(loaded(folder / "merged", torch.float32), folder)
     assert result["perplexity"]["notes"]["final"] == pytest.approx(alone, rel=1e-5)
     assert (result["precision"], result["weights"]) == ("full16", "float32")
@@ -153,7 +153,7 @@ def test_delivered_scores_are_those_of_the_merged_folder_and_the_untouched_base(
 
 def test_nf4_stands_beside_what_is_delivered_and_is_what_nf4_alone_gives(folder, evaluated, tmp_path):
     beside = evaluated[0]["perplexity"]["notes"]["nf4"]
-    trained = evaluate.evaluate_stage(recipe(folder, precision="nf4"), inputs(folder), tmp_path).as_json()
+    trained = evaluate.evaluate_step(recipe(folder, precision="nf4"), inputs(folder), tmp_path).as_json()
     assert trained["precision"] == trained["weights"] == "nf4"
     for label in ("base", "final"):
         assert trained["perplexity"]["notes"][label] == pytest.approx(beside[label], rel=1e-6)
@@ -164,7 +164,7 @@ def test_without_a_merged_folder_the_base_and_its_adapters_are_scored_in_the_mer
     """A refused merge: the scores are those of a real merge of the same adapter, up to 16 bit."""
     without = replace(inputs(folder), merged=None)
     asked = recipe(folder, merge={"dtype": "float32"})
-    result = evaluate.evaluate_stage(asked, without, tmp_path).as_json()
+    result = evaluate.evaluate_step(asked, without, tmp_path).as_json()
     assert (result["precision"], result["weights"]) == ("delivered", "float32")
     out = tmp_path / "made"
     out.mkdir()
@@ -219,7 +219,7 @@ def test_killed_evaluation_continues_and_gives_the_same(folder, tmp_path, monkey
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     whole.mkdir()
     cut.mkdir()
-    expected = evaluate.evaluate_stage(recipe(folder), inputs(folder), whole).as_json()
+    expected = evaluate.evaluate_step(recipe(folder), inputs(folder), whole).as_json()
 
     def dies(model, tokenizer, task, items, *rest):
         scored.append(len(items))
@@ -229,9 +229,9 @@ def test_killed_evaluation_continues_and_gives_the_same(folder, tmp_path, monkey
 
     monkeypatch.setattr(measure, "_score", dies)
     with pytest.raises(KeyboardInterrupt):
-        evaluate.evaluate_stage(recipe(folder), inputs(folder), cut)
+        evaluate.evaluate_step(recipe(folder), inputs(folder), cut)
     assert [path.name for path in cut.iterdir()] == [store.SCRATCH]
-    assert evaluate.evaluate_stage(recipe(folder), inputs(folder), cut).as_json() == expected
+    assert evaluate.evaluate_step(recipe(folder), inputs(folder), cut).as_json() == expected
     assert scored == [8, 8, 4, 8, 8, 8, 4]
     assert {p.name: p.read_bytes() for p in cut.glob("*.*")} == {p.name: p.read_bytes() for p in whole.glob("*.*")}
 
@@ -242,7 +242,7 @@ def test_no_text_of_a_source_is_written(folder, tmp_path):
     task = {"task": "medqa", "path": str(path)}
     out = tmp_path / "out"
     out.mkdir()
-    evaluate.evaluate_stage(recipe(folder, [task]), inputs(folder), out)
+    evaluate.evaluate_step(recipe(folder, [task]), inputs(folder), out)
     written = "".join(file.read_text() for file in out.rglob("*") if file.is_file())
     assert "Zebrafish" not in written and "aspirin" not in written
     assert items(out / "medqa.items.jsonl")[0]["gold"] == "B"
@@ -264,7 +264,7 @@ def test_every_kind_of_metric_is_summed_up_and_compared(folder, tmp_path):
         tasks.append({"task": name, "path": str(tmp_path / f"{name}.jsonl")})
     out = tmp_path / "out"
     out.mkdir()
-    found = evaluate.evaluate_stage(recipe(folder, tasks, perplexity=[]), inputs(folder), out).as_json()["tasks"]
+    found = evaluate.evaluate_step(recipe(folder, tasks, perplexity=[]), inputs(folder), out).as_json()["tasks"]
     metrics = {"summarization": "rougeL", "hoc": "macro_f1", "outcome": "auroc", "bionli": "macro_f1"}
     for name, metric in metrics.items():
         for label in ("base", "final"):
@@ -284,7 +284,7 @@ def test_every_kind_of_metric_is_summed_up_and_compared(folder, tmp_path):
 
 def test_zero_shot_and_few_shot_side_by_side_base_against_final(folder, evaluated, tmp_path):
     tasks = ["facts", {"task": "facts", "shots": 2}]
-    found = evaluate.evaluate_stage(recipe(folder, tasks, perplexity=[]), inputs(folder), tmp_path).as_json()["tasks"]
+    found = evaluate.evaluate_step(recipe(folder, tasks, perplexity=[]), inputs(folder), tmp_path).as_json()["tasks"]
     assert found["facts"] == evaluated[0]["tasks"]["facts"]
     lines = items(tmp_path / "facts-2shot.items.jsonl")
     assert len(lines) == 60 and {line["draw"] for line in lines} == {0, 1, 2}
@@ -309,7 +309,7 @@ def test_bad_benchmark_stops_before_anything_is_scored(folder, tmp_path):
     path = tmp_path / "q.jsonl"
     path.write_text(json.dumps({**MEDQA, "answer_idx": "C"}) + "\n")
     with pytest.raises(DataError, match=r"q.jsonl:1"):
-        evaluate.evaluate_stage(
+        evaluate.evaluate_step(
             recipe(folder, ["facts", {"task": "medqa", "path": str(path)}]), inputs(folder), tmp_path
         )
     assert [p.name for p in tmp_path.iterdir()] == ["q.jsonl"]

@@ -19,14 +19,14 @@ from qmedtune.erase import erase
 from qmedtune.errors import RunError
 from qmedtune.evaluation.summary import task_result, write_items
 from qmedtune.item_page.make import PAGE, write_items_page
-from qmedtune.item_page.questions import Wish
+from qmedtune.item_page.questions import RequestedItems
 from qmedtune.parsing.loader import load_recipe
 from qmedtune.report import write_report
 from qmedtune.results import Evaluation, Run
 from qmedtune.tasks import Task, load_task
 
 HOSTILE = "Is </script><script>document.title='owned'</script><img src=x onerror=alert(1)> \u2028 safe?"
-SHOWN = Wish()
+SHOWN = RequestedItems()
 
 
 def pubmedqa_file(folder: Path, count: int, passage: str = "Events fell from 9 to 4 of 50.") -> Path:
@@ -158,9 +158,9 @@ def test_text_of_notes_is_shown_only_where_it_is_asked_for_and_never_in_the_repo
     page = (run_dir / PAGE).read_text()
     assert "Does treatment 7 lower" in page and "Secretname" not in page
     assert any(note.startswith("choice: Without text") and "--clinical-text" in note for note in written.left_out)
-    write_items_page(run_dir, Wish(clinical=True))
+    write_items_page(run_dir, RequestedItems(clinical=True))
     assert "Secretname" in (run_dir / PAGE).read_text()
-    write_items_page(run_dir, Wish(text=False, clinical=True))
+    write_items_page(run_dir, RequestedItems(text=False, clinical=True))
     page = (run_dir / PAGE).read_text()
     assert "Secretname" not in page and "Does treatment" not in page and "20007" in page
     write_report(run_dir)
@@ -202,7 +202,7 @@ def test_a_large_benchmark_stays_a_small_page_and_can_be_had_whole(tmp_path: Pat
     written = write_items_page(run_dir, SHOWN)
     assert written.bytes < 300_000 and any("--whole" in note for note in written.left_out)
     assert len(data_of((run_dir / PAGE).read_text())[0]["texts"]) == 500
-    whole = write_items_page(run_dir, Wish(whole=True))
+    whole = write_items_page(run_dir, RequestedItems(whole=True))
     assert whole.bytes > 700_000 and whole.left_out == []
 
 
@@ -214,7 +214,7 @@ def test_of_thousands_of_items_what_changed_is_listed_and_all_are_counted(tmp_pa
     [task] = data_of(text)
     changed = [row for row in task["rows"] if row[5][0][0] != row[5][1][0]]
     assert len(task["rows"]) == len(changed) == 800 and 'data-column="Items">4,000</td>' in text
-    whole = write_items_page(run_dir, Wish(whole=True))
+    whole = write_items_page(run_dir, RequestedItems(whole=True))
     assert len(data_of((run_dir / PAGE).read_text())[0]["rows"]) == 4000 and whole.bytes > 700_000
 
 

@@ -342,11 +342,11 @@ def test_a_bad_recipe_leaves_a_run_as_it_is(place, capsys):
 def on_a_machine(monkeypatch, **facts):
     from dataclasses import replace
 
-    from qmedtune.planning import resolve, room
+    from qmedtune.planning import capacity, resolve
     from qmedtune.planning.machine import this_machine
 
     machine = replace(this_machine(), **facts)
-    monkeypatch.setattr(room, "this_machine", lambda: machine)
+    monkeypatch.setattr(capacity, "this_machine", lambda: machine)
     monkeypatch.setattr(resolve, "this_machine", lambda: machine)
 
 
@@ -371,13 +371,13 @@ def test_too_little_ram_is_said_before_anything_is_written(place, monkeypatch, c
 
 
 def test_a_real_llama_without_a_gpu_is_warned_about(monkeypatch, capsys):
-    from qmedtune.planning import room
+    from qmedtune.planning import capacity
     from qmedtune.planning.memory import Setup
     from qmedtune.planning.shapes import base_facts
     from qmedtune.recipe import ModelSection
 
     on_a_machine(monkeypatch, kind="cpu", host_bytes=2**35)
     facts = base_facts(ModelSection(base="meta-llama/Llama-3.2-1B"))
-    room._check_machine(facts, [Setup(64, 1, True, "adamw", "bfloat16")])
+    capacity._check_machine(facts, [Setup(64, 1, True, "adamw", "bfloat16")])
     said = capsys.readouterr().err
     assert "1.24B parameters on a CPU takes days" in said and "T4 GPU" in said and "--smoke" in said

@@ -14,7 +14,7 @@ from qmedtune.base import builtin_folder
 from qmedtune.errors import DoesNotFit, RecipeError
 from qmedtune.parsing.loader import load_recipe
 from qmedtune.plan import base_facts, make_plan, resolve
-from qmedtune.planning import fit, machine, room, shapes, speed
+from qmedtune.planning import capacity, fit, machine, shapes, speed
 from qmedtune.planning.estimate import Estimate, count_with, estimate_source
 from qmedtune.planning.machine import GIB, Machine, card_of
 from qmedtune.planning.sample import sample_source
@@ -462,7 +462,7 @@ def test_sealed_tokens_and_measured_speed_are_taken(cache, without_gpu, monkeypa
 
 
 def test_too_little_disk_or_memory_is_told_before_the_run(cache, without_gpu, monkeypatch):
-    monkeypatch.setattr(room, "free_bytes", lambda place: 1000)
+    monkeypatch.setattr(capacity, "free_bytes", lambda place: 1000)
     with pytest.raises(DoesNotFit, match="of disk"):
         planned("micro")
     monkeypatch.setattr(plan, "this_machine", lambda: replace(CPU, host_bytes=GIB // 4))

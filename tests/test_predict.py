@@ -319,7 +319,7 @@ def test_of_a_message_that_is_too_long_the_middle_goes_and_is_told(opened, capfd
     [whole] = frame.ask([[system, {"role": "user", "content": LONG}]])
     assert found.left_out == len(whole.ids) - len(found.asked.ids) and 0.9 * 504 <= len(found.asked.ids) <= 504
     out = io.StringIO()
-    chat.converse(opened, iter([LONG]), out, 8, "Be brief.")
+    chat.converse(opened, iter([LONG]), out, 8, system="Be brief.")
     said = capfd.readouterr().err.replace("\n", " ")
     assert f"takes 504 tokens, and {found.left_out:,} of its middle" in said and "START" not in said
 

@@ -129,17 +129,13 @@ def test_no_control_character_reaches_the_terminal(capsys):
 def test_an_answer_cannot_steer_the_terminal(monkeypatch):
     from qmedtune import chat
 
-    monkeypatch.setattr(chat, "prompt_texts", lambda *_: ["prompt"])
     monkeypatch.setattr(chat, "stream", lambda *_: iter(["fine ", ESCAPES]))
     out = StringIO()
 
     class Opened:
         model = tokenizer = None
 
-        class template:
-            stop = ()
-
-    chat.answer(Opened, [], out, 5)  # type: ignore[arg-type]
+    chat.answer(Opened, None, out, 5)  # type: ignore[arg-type]
     assert not terminal.CONTROLS.search(out.getvalue())
 
 

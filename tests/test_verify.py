@@ -160,7 +160,7 @@ def test_data_and_data_show_through_the_command_line(micro_run, capsys):
     out, _ = capsys.readouterr()
     assert out.startswith("documents: ") and "\nrow 0: " in out and "«" in out and "\x1b" not in out
     assert cli.invoke(["data", "show", *arguments, "--stage", "09-cpt"]) == 2
-    assert "nothing is packed here" in capsys.readouterr().err
+    assert "allowed: 01-cpt, 02-sft" in capsys.readouterr().err
     assert cli.invoke(["data", "shw", *arguments]) == 2
     assert "data show RECIPE" in capsys.readouterr().err
     run = json.loads((micro_run.folder / "run.json").read_text())

@@ -39,16 +39,16 @@ def arms_of(recipe: Recipe, resolved: ResolvedRecipe) -> list[Arm]:
 
     Where single changes are asked for, the whole recipe is an arm too: it is what they are compared with.
     """
-    wish = recipe.ablate or AblateSection()
+    requested = recipe.ablate or AblateSection()
     arms: list[Arm] = []
-    if BASE in wish.arms:
+    if BASE in requested.arms:
         arms.append(Arm(BASE, "no training", None))
-    for kinds in wish.arms:
+    for kinds in requested.arms:
         if kinds == MERGE:
             arms.append(_arm(recipe, MERGE, WHOLE))
         elif kinds != BASE:
-            arms += _stage_arms(recipe, kinds, wish.corpora)
-    changes = list(_changes(recipe, resolved, wish))
+            arms += _stage_arms(recipe, kinds, requested.corpora)
+    changes = list(_changes(recipe, resolved, requested))
     if changes and not any(arm.is_reference for arm in arms):
         arms.append(_arm(recipe, "recipe", WHOLE))
     for name, change, edit in changes:
@@ -60,10 +60,10 @@ def seeds_of(recipe: Recipe, seeds: list[int] | None = None) -> list[int]:
     """`seeds` where they were given on the command line, else those of the recipe."""
     if seeds:
         return seeds
-    wish = (recipe.ablate or AblateSection()).seeds
-    if isinstance(wish, list):
-        return wish
-    return list(range(recipe.seed, recipe.seed + wish))
+    requested = (recipe.ablate or AblateSection()).seeds
+    if isinstance(requested, list):
+        return requested
+    return list(range(recipe.seed, recipe.seed + requested))
 
 
 def with_seed(recipe: Recipe, seed: int) -> Recipe:
@@ -103,16 +103,16 @@ def _stage_arms(recipe: Recipe, kinds: str, corpora: list[str]) -> Iterator[Arm]
         yield _arm(recipe, name, change, *edits, _stages(kinds), _template_of_training(recipe), _unmixed(recipe))
 
 
-def _changes(recipe: Recipe, resolved: ResolvedRecipe, wish: AblateSection) -> Iterator[tuple[str, str, Edit]]:
-    for share in wish.replay:
+def _changes(recipe: Recipe, resolved: ResolvedRecipe, requested: AblateSection) -> Iterator[tuple[str, str, Edit]]:
+    for share in requested.replay:
         yield f"replay-{share:g}", f"{share:.0%} replay", _replay(recipe, share)
-    for way in wish.adapter:
-        yield f"adapter-{way}", f"adapter: {way}", _continuity(way, frozen_embeddings="new" in wish.adapter)
-    for r in wish.r:
+    for way in requested.adapter:
+        yield f"adapter-{way}", f"adapter: {way}", _continuity(way, frozen_embeddings="new" in requested.adapter)
+    for r in requested.r:
         yield f"r-{r}", f"rank {r}", _rank(r)
-    for factor in wish.lr_factor:
+    for factor in requested.lr_factor:
         yield f"lr-x{factor:g}", f"learning rates x {factor:g}", _rates(resolved, factor)
-    for template in wish.template:
+    for template in requested.template:
         yield f"template-{_word(template)}", f"asked with {template}", _asked_with(template)
 
 

@@ -19,10 +19,10 @@ import numpy as np
 from qmedtune import record
 from qmedtune.ablation import effects
 from qmedtune.ablation.arms import Arm
-from qmedtune.results import ArmDifference, ArmEntry, Comparisons, Item, Measure, Ratio, Run
+from qmedtune.results import AnsweredItem, ArmDifference, ArmEntry, Comparisons, Measure, Ratio, Run
 
 Answers = dict[str, float]
-"""Item id -> 1.0 right, 0.0 wrong; the mean over draws where a task was asked with several draws of examples."""
+"""Id of an item -> 1.0 right, 0.0 wrong; the mean over draws where a task was asked with several draws of examples."""
 
 
 @dataclass(frozen=True)
@@ -72,10 +72,10 @@ def read_run(folder: Path, label: str) -> Measured | None:
     return Measured(answers, metrics, _perplexities(run, label), _trained(run, label))
 
 
-def read_items(path: Path) -> list[Item]:
-    items: list[Item] = []
+def read_items(path: Path) -> list[AnsweredItem]:
+    items: list[AnsweredItem] = []
     for line in path.read_text(encoding="utf-8").splitlines():
-        items.append(Item.model_validate_json(line))
+        items.append(AnsweredItem.model_validate_json(line))
     return items
 
 
@@ -99,7 +99,7 @@ def _trained(run: Run, label: str) -> dict[str, int]:
     return found
 
 
-def _answers(items: Sequence[Item], label: str) -> Answers:
+def _answers(items: Sequence[AnsweredItem], label: str) -> Answers:
     asked: dict[str, list[bool]] = {}
     for item in items:
         asked.setdefault(item.id, []).append(item.of(label).is_right)

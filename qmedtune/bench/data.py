@@ -313,7 +313,7 @@ def _decontaminate(texts: list[str], folder: Path) -> tuple[int, list[Run]]:
     both, indexed = list(texts), []
     num_planted = min(len(texts), len(items))
     for place, item in enumerate(items):
-        indexed.append(decontaminate.Item("t", str(place), (item,)))
+        indexed.append(decontaminate.BenchmarkItem("t", str(place), (item,)))
         if place < num_planted:
             both[place] = f"{texts[place][:500]} {item} {texts[place][500:]}"
     index = decontaminate.build(indexed)

@@ -246,10 +246,10 @@ def items(
     """A local page of the items: gained, lost, near ties, confidence; readable by you alone."""
     from qmedtune import verify as checking
     from qmedtune.item_page.make import write_items_page
-    from qmedtune.item_page.questions import Wish
+    from qmedtune.item_page.questions import RequestedItems
 
     checking.check_is_run(run_dir)
-    written = write_items_page(run_dir, Wish(text, clinical_text, whole))
+    written = write_items_page(run_dir, RequestedItems(text, clinical_text, whole))
     if as_json:
         return emit(written.as_json())
     for note in written.left_out:

@@ -19,8 +19,8 @@ import numpy as np
 
 from qmedtune.data.hygiene import decontaminate, dedup
 from qmedtune.data.hygiene.benchmarks import benchmark_items
-from qmedtune.data.hygiene.first_pass import in_batches, stage_source
-from qmedtune.data.hygiene.per_record import Staged, phi_mode, text_of
+from qmedtune.data.hygiene.first_pass import in_batches, read_source
+from qmedtune.data.hygiene.per_record import SoundRecords, phi_mode, text_of
 from qmedtune.data.reading.document import Record
 from qmedtune.data.reading.listing import by_extension, list_source
 from qmedtune.data.reading.rejects import Rejects
@@ -44,16 +44,16 @@ def prepare_source(recipe: Recipe, name: str, inputs: Mapping[str, Path], out: P
     task = Preparation(recipe, name, inputs, out)
     items = benchmark_items(recipe)
     rejects = Rejects(name, out / "rejects.jsonl")
-    staged, superseded = stage_source(recipe, name, items, rejects, task.work)
+    sound, superseded = read_source(recipe, name, items, rejects, task.work)
     rejects.close()
-    _check_damage(recipe, name, rejects, len(staged))
-    fate, found = _fates(task, staged, superseded, items)
+    _check_damage(recipe, name, rejects, len(sound))
+    fate, found = _fates(task, sound, superseded, items)
     _check_left(name, task.source, rejects, fate)
-    held_out = _split(task.source, staged, fate == KEPT)
+    held_out = _split(task.source, sound, fate == KEPT)
     _distribute(task, fate, held_out)
     task.work.unlink()
-    np.save(out / HASHES, np.unique(np.array(staged.content, dtype=np.uint64)[fate == KEPT]))
-    ledger = _ledger(task, rejects, staged, Ends(fate, held_out))
+    np.save(out / HASHES, np.unique(np.array(sound.content, dtype=np.uint64)[fate == KEPT]))
+    ledger = _ledger(task, rejects, sound, Ends(fate, held_out))
     ledger = ledger.model_copy(update={"contamination": found.contamination})
     if found.near is not None:
         ledger = ledger.model_copy(update={"near": found.near})
@@ -81,7 +81,7 @@ class Preparation:
 
 @dataclass(frozen=True)
 class Ends:
-    """Of every staged record: its `fate` (KEPT ..., uint8) and whether it is held out (bool)."""
+    """Of every sound record: its `fate` (KEPT ..., uint8) and whether it is held out (bool)."""
 
     fate: np.ndarray
     held_out: np.ndarray
@@ -99,12 +99,12 @@ class Found:
 
 
 def _fates(
-    task: Preparation, staged: Staged, superseded: np.ndarray, items: list[decontaminate.Item]
+    task: Preparation, sound: SoundRecords, superseded: np.ndarray, items: list[decontaminate.BenchmarkItem]
 ) -> tuple[np.ndarray, Found]:
-    """What becomes of every staged record, and what was found of benchmarks and near duplicates."""
+    """What becomes of every sound record, and what was found of benchmarks and near duplicates."""
     hygiene = task.recipe.hygiene
-    if len(staged):
-        content = np.frombuffer(staged.content, np.uint64)
+    if len(sound):
+        content = np.frombuffer(sound.content, np.uint64)
     else:
         content = np.zeros(0, np.uint64)
     fate = np.where(superseded, DUPLICATE, KEPT).astype(np.uint8)
@@ -116,16 +116,16 @@ def _fates(
         for folder in task.inputs.values():
             if (folder / HASHES).is_file():
                 fate[np.isin(content, np.load(folder / HASHES))] = DUPLICATE
-    generic = decontaminate.given_back([(item, words) for _, item, words in staged.hits], len(content))
+    generic = decontaminate.given_back([(item, words) for _, item, words in sound.hits], len(content))
     hits = []
-    for hit in staged.hits:
+    for hit in sound.hits:
         if hit[1] not in generic and fate[hit[0]] == KEPT:
             hits.append(hit)
     if hygiene.contaminated == "drop":
         fate[[record for record, _, _ in hits]] = CONTAMINATED
     contamination, near = decontaminate.overlap(items, hits, generic), None
     if hygiene.dedup.near and (fate == KEPT).any():
-        near = _mark_near_duplicates(task, hygiene.dedup.near, staged, fate)
+        near = _mark_near_duplicates(task, hygiene.dedup.near, sound, fate)
     return fate, Found(contamination, near)
 
 
@@ -165,7 +165,7 @@ class _Texts:
             file.close()
 
 
-def _mark_near_duplicates(task: Preparation, threshold: float, staged: Staged, fate: np.ndarray) -> NearDuplicates:
+def _mark_near_duplicates(task: Preparation, threshold: float, sound: SoundRecords, fate: np.ndarray) -> NearDuplicates:
     """Mark records like an earlier one, of this source or of an earlier source. Returns how many were like one of the
     latter, and the ids of some pairs."""
     shown = EXAMPLES if phi_mode(task.recipe, task.name) == "off" else 0  # ids of notes are identifiers themselves
@@ -174,7 +174,7 @@ def _mark_near_duplicates(task: Preparation, threshold: float, staged: Staged, f
         for path in (folder / "train.jsonl", folder / "heldout.jsonl"):
             texts.append(path, _line_starts(path))
     num_earlier = len(texts)
-    size = np.array(staged.size, dtype=np.int64)
+    size = np.array(sound.size, dtype=np.int64)
     texts.append(task.work, (np.cumsum(size) - size)[fate == KEPT])
     bands = task.work.with_name("bands")
     shutil.rmtree(bands, ignore_errors=True)  # of an attempt that was killed here
@@ -252,12 +252,12 @@ def _check_left(name: str, source: SourceSection, rejects: Rejects, fate: np.nda
         )
 
 
-def _split(source: SourceSection, staged: Staged, kept: np.ndarray) -> np.ndarray:
+def _split(source: SourceSection, sound: SoundRecords, kept: np.ndarray) -> np.ndarray:
     """True for held-out records: whole groups whose hash falls below `holdout`; the built-in world marks its own."""
-    marked = np.array(staged.held_out, dtype=np.int8)
+    marked = np.array(sound.held_out, dtype=np.int8)
     if (marked >= 0).any():
         return marked == 1
-    group = np.array(staged.group, dtype=np.uint64)
+    group = np.array(sound.group, dtype=np.uint64)
     held_out = (group < np.uint64(source.holdout * 2**64)) & kept
     if source.holdout and not held_out.any() and len(np.unique(group[kept])) > 1:
         held_out = kept & (group == group[kept].min())  # a small source still needs something to be validated on
@@ -275,7 +275,7 @@ def _distribute(task: Preparation, fate: np.ndarray, held_out: np.ndarray) -> No
                 (kept_back if held else trained).write(line)
 
 
-def _ledger(task: Preparation, rejects: Rejects, staged: Staged, ends: Ends) -> Source:
+def _ledger(task: Preparation, rejects: Rejects, sound: SoundRecords, ends: Ends) -> Source:
     source, fate = task.source, ends.fate
     near = int((fate == NEAR_DUPLICATE).sum())
     records = Records(
@@ -291,9 +291,9 @@ def _ledger(task: Preparation, rejects: Rejects, staged: Staged, ends: Ends) -> 
     mode, listing = phi_mode(task.recipe, task.name), list_source(source)
     identifiers = Identifiers()
     if mode != "off":
-        identifiers = staged.identifiers.facts(mode)
-    reading = staged.reading.as_dict()
-    files_unread = staged.reading.files_unread + by_extension(listing.unread)
+        identifiers = sound.identifiers.facts(mode)
+    reading = sound.reading.as_dict()
+    files_unread = sound.reading.files_unread + by_extension(listing.unread)
     return Source(
         records=records,
         near_duplicates=near,
@@ -308,7 +308,7 @@ def _ledger(task: Preparation, rejects: Rejects, staged: Staged, ends: Ends) -> 
         columns_read=reading["columns_read"],
         columns_unread=reading["columns_unread"],
         files_unread=dict(sorted(files_unread.items())),
-        cleaned=Cleaned(records=staged.cleaned["records"], characters=staged.cleaned["characters"]),
+        cleaned=Cleaned(records=sound.cleaned["records"], characters=sound.cleaned["characters"]),
         phi=identifiers,
         warnings=[],
     )

@@ -12,7 +12,7 @@ from qmedtune.errors import RunError
 from qmedtune.evaluation.open_model import check_intact
 from qmedtune.item_page.answers import read_task
 from qmedtune.item_page.page import Shown, page
-from qmedtune.item_page.questions import Wish, questions
+from qmedtune.item_page.questions import RequestedItems, questions
 from qmedtune.reporting.live import read_run
 from qmedtune.results import Facts
 
@@ -28,7 +28,7 @@ class Written(Facts):
     left_out: list[str]
 
 
-def write_items_page(run_dir: Path, wish: Wish) -> Written:
+def write_items_page(run_dir: Path, requested: RequestedItems) -> Written:
     """RUN/items.html. RunError where the run has scored no items, or they are not as they were sealed."""
     run = read_run(run_dir)
     folder = run_dir / "evaluation"
@@ -44,13 +44,13 @@ def write_items_page(run_dir: Path, wish: Wish) -> Written:
         if not inside or not path.is_file() or scored is None or name not in sections:
             continue
         asked = read_task(path, name, scored.metric)
-        tasks.append(Shown(asked, questions(recipe, sections[name], asked.items, wish)))
+        tasks.append(Shown(asked, questions(recipe, sections[name], asked.items, requested)))
     if not tasks:
         raise RunError(
             f"{run_dir}: no items were scored, or their answers were erased\n"
             "name tasks in the recipe (`evaluate: {tasks: [...]}`) and give the same `qmedtune run` again"
         )
-    text, notes = page(run, tasks, wish)
+    text, notes = page(run, tasks, requested)
     target = run_dir / PAGE
     with disk.owner_only():
         disk.write_atomic(target, text)

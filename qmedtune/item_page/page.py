@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 
 from qmedtune.item_page.answers import OUTCOMES, Answer, Answered, Asked
-from qmedtune.item_page.questions import Questions, Shortener, Wish
+from qmedtune.item_page.questions import Questions, RequestedItems, Shortener
 from qmedtune.reporting.blocks import DISCLAIMER, card, html_table, section
 from qmedtune.reporting.calibration import calibration
 from qmedtune.reporting.cells import Row, Table
@@ -38,14 +38,14 @@ class Shown:
     questions: Questions
 
 
-def page(run: Run, tasks: Sequence[Shown], wish: Wish) -> tuple[str, list[str]]:
+def page(run: Run, tasks: Sequence[Shown], requested: RequestedItems) -> tuple[str, list[str]]:
     """(the page, what was left out of it and how it is got)."""
     notes = [f"{each.asked.name}: {each.questions.why}" for each in tasks if each.questions.why]
     all_items = sum(len(each.asked.items) for each in tasks)
     listed: list[list[Answered]] = []
     for each in tasks:
         items = each.asked.items
-        if all_items > MOST_ITEMS and not wish.whole:
+        if all_items > MOST_ITEMS and not requested.whole:
             items = _first(items, max(FEWEST_ITEMS, MOST_ITEMS * len(items) // all_items))
         if len(items) < len(each.asked.items):
             notes.append(
@@ -53,7 +53,7 @@ def page(run: Run, tasks: Sequence[Shown], wish: Wish) -> tuple[str, list[str]]:
                 "the figures are of all. `qmedtune items RUN --whole` lists all of them."
             )
         listed.append(items)
-    shortener = Shortener(_different(listed), whole=wish.whole)
+    shortener = Shortener(_different(listed), whole=requested.whole)
     data = [_data(each, items, shortener) for each, items in zip(tasks, listed, strict=True)]
     if shortener.left_out or shortener.cut:
         shortened = [f"of {shortener.cut:,} items are cut"] if shortener.cut else []

@@ -29,7 +29,7 @@ SHORTEST, LONGEST = 240, 1500  # characters of one item
 
 
 @dataclass(frozen=True)
-class Wish:
+class RequestedItems:
     """What is shown: text at all, that which may be clinical, all of it however much it is."""
 
     text: bool = True
@@ -46,7 +46,7 @@ class Questions:
     why: str = ""
 
 
-def questions(recipe: Recipe, section: TaskSection, items: Sequence[Answered], wish: Wish) -> Questions:
+def questions(recipe: Recipe, section: TaskSection, items: Sequence[Answered], requested: RequestedItems) -> Questions:
     """Options even where text is not shown: the label of an option is no text of a source."""
     try:
         task = load_task(section, recipe.items_seed, world_of(recipe))
@@ -55,9 +55,9 @@ def questions(recipe: Recipe, section: TaskSection, items: Sequence[Answered], w
     by_id = {item.id: item for item in task.items}
     if not _are_those(by_id, items):
         return Questions(why="Without text: its file is not the one that was asked, or holds other items now.")
-    if not wish.text:
+    if not requested.text:
         return Questions(by_id, why="Without text, as asked.")
-    if section.task not in PUBLIC and not wish.clinical:
+    if section.task not in PUBLIC and not requested.clinical:
         told = "Without text: it may hold patients' words. `qmedtune items RUN --clinical-text` shows it."
         return Questions(by_id, why=told)
     return Questions(by_id, texts=True)

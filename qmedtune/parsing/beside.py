@@ -35,7 +35,7 @@ def _paths(recipe: Recipe) -> Iterator[tuple[KeyPath, str]]:
     for name in recipe.used_sources():
         for path in recipe.data[name].paths:
             named.append((("data", name, "path"), path))
-    for index, task in enumerate(recipe.evaluate.sections):
+    for index, task in enumerate(recipe.evaluate.tasks):
         for key, path in (("path", task.path), ("shots_from", task.shots_from)):
             if path is not None:
                 named.append((("evaluate", "tasks", index, key), path))

@@ -124,7 +124,7 @@ def tokenised_part(records: list[Record]) -> list[Record]:
 def _text(record: Record, source: SourceSection) -> str:
     """What is trained on: the text, or the conversation in its template (`plain` where it is the tokenizer's own)."""
     if "messages" not in record:
-        return record["text"]
+        return record["text"]  # pyright: ignore[reportTypedDictNotRequiredAccess] - what has no messages has text
     from qmedtune.data.packing import templates
 
     template = templates.load(source.template if source.template not in (None, "chat") else "plain")

@@ -13,7 +13,7 @@ import subprocess
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from qmedtune.peak import host_memory_bytes
 
@@ -110,7 +110,7 @@ def _card_by_torch(host: Machine) -> Machine | None:
 
     if not torch.cuda.is_available():
         return None
-    card: Any = torch.cuda.get_device_properties(0)  # pyright: ignore[reportUnknownMemberType]
+    card = cast(Any, torch.cuda.get_device_properties(0))  # pyright: ignore[reportUnknownMemberType]
     capability = card.major + card.minor / 10
     return replace(
         host,

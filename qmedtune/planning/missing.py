@@ -27,7 +27,7 @@ def what_is_missing(
         if estimate.missing:
             found.append({"what": "source", "name": name, "variables": _unset(recipe.data[name].paths)})
     unlooked = set(unseen)
-    for task in recipe.evaluate.sections:
+    for task in recipe.evaluate.tasks:
         if task.label in unlooked and not _is_here(task):
             found.append({"what": "benchmark", "name": task.label, "variables": _unset([task.path or ""])})
     return found
@@ -35,6 +35,8 @@ def what_is_missing(
 
 def _is_here(task: TaskSection) -> bool:
     """Benchmarks that are here and yet were not looked at are large."""
+    if task.path is None:  # built in
+        return True
     try:
         split_files(str(task.path), task.split)
     except DataError:

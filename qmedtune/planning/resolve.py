@@ -72,11 +72,10 @@ def _typed(recipe: Recipe, decided: list[Numerics]) -> ResolvedRecipe:
     stages: list[dict[str, object]] = []
     for stage, computes in zip(recipe.stages, decided, strict=True):
         stages.append({stage.kind: dict(stage.section), "numerics": computes})
-    values = dict(recipe) | {"validate": recipe.validation, "stages": stages}
-    del values["validation"]
-    for name in ("model", "adapter", "evaluate"):
-        values[name] = dict(values[name])
-    return ResolvedRecipe.model_validate(values)
+    values: dict[str, object] = dict(recipe)
+    values["validate"] = values.pop("validation")  # as recipes call it
+    values |= {"model": dict(recipe.model), "adapter": dict(recipe.adapter), "evaluate": dict(recipe.evaluate)}
+    return ResolvedRecipe.model_validate(values | {"stages": stages})
 
 
 def _judge_instructions(recipe: Recipe, decisions: Decisions) -> Recipe:

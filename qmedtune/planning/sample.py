@@ -159,7 +159,7 @@ def _shaped(fields: Any, source: SourceSection) -> Any:
 def characters(record: Record) -> int:
     """Of a record's text, or of its messages."""
     if "messages" not in record:
-        return len(record["text"])
+        return len(record["text"])  # pyright: ignore[reportTypedDictNotRequiredAccess] - what has no messages has text
     length = 0
     for message in record["messages"]:
         length += len(message["content"]) + len(message.get("input", ""))

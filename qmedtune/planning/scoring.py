@@ -8,7 +8,6 @@ which are not timed.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -84,7 +83,12 @@ def _shared(sample: Sequence[Item], prompts: Sequence[Sequence[object]]) -> int:
     if not sample[0].shots:
         return 0
     first = [list(prompt) for item, prompt in zip(sample, prompts, strict=True) if item.shots == sample[0].shots]
-    return len(os.path.commonprefix(first))
+    shared = 0
+    for tokens in zip(*first, strict=False):
+        if any(token != tokens[0] for token in tokens):
+            break
+        shared += 1
+    return shared
 
 
 @dataclass(frozen=True)

@@ -81,10 +81,10 @@ from qmedtune.results.stages import (
 )
 from qmedtune.results.sweep import (
     Ablation,
+    AnsweredItem,
     ArmDifference,
     ArmEntry,
     Comparisons,
-    Item,
     Judged,
     Measure,
     Ratio,
@@ -134,7 +134,7 @@ __all__ = [
     "HeldOut",
     "Identifiers",
     "Interval",
-    "Item",
+    "AnsweredItem",
     "Json",
     "Judged",
     "Kernels",

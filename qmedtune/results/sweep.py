@@ -22,7 +22,7 @@ class Judged(Facts):
         return self.generation.correct
 
 
-class Item(Facts):
+class AnsweredItem(Facts):
     """A line of <task>.items.jsonl, as far as its answers are compared."""
 
     id: str

@@ -76,12 +76,12 @@ class Checkpoint:
     facts: Mapping[str, object]
 
 
-def save(stage: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
-    """Seal a checkpoint of `stage` (the folder being built), then drop all but the newest `keep` intact ones.
+def save(building: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
+    """Seal a checkpoint of a stage below `building`, its folder, then drop all but the newest `keep` intact ones.
 
     RunError where the disk has no room for it: what was sealed before stays.
     """
-    scratch = stage / store.SCRATCH
+    scratch = building / store.SCRATCH
     step, weights, states = checkpoint.step, checkpoint.weights, checkpoint.states
     needed = OTHER_FILES_BYTES
     for tensor in (*weights.values(), *states.tensors.values()):
@@ -94,16 +94,16 @@ def save(stage: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     save_file(states.tensors, partial / STATES)
     store.write_json(partial / STATE, states.plain)
     checkpoint.trainer_state.save_to_json(str(partial / TRAINER_STATE))
-    if (stage / METRICS).is_file():
-        shutil.copyfile(stage / METRICS, partial / METRICS)
+    if (building / METRICS).is_file():
+        shutil.copyfile(building / METRICS, partial / METRICS)
     if (scratch / BEST).is_file():
         link(scratch / BEST, partial / BEST)
     store.seal(partial, KEY, {"step": step, **checkpoint.facts})
     folder = scratch / f"checkpoint-{step}"
     store.discard(folder)  # one that is there was damaged, and passed over
     store.rename(partial, folder)
-    intact = sealed(stage)
-    for path in found(stage):
+    intact = sealed(building)
+    for path in found(building):
         if path not in intact:
             store.discard(path)
     for path in superseded(intact, folder, keep):
@@ -116,18 +116,18 @@ def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
 
 
-def found(stage: Path) -> list[Path]:
+def found(building: Path) -> list[Path]:
     """All checkpoints, oldest first."""
     numbered = []
-    for path in (stage / store.SCRATCH).glob("checkpoint-*"):
+    for path in (building / store.SCRATCH).glob("checkpoint-*"):
         if path.name.rpartition("-")[2].isdigit():
             numbered.append(path)
     return sorted(numbered, key=step_of)
 
 
-def sealed(stage: Path) -> list[Path]:
+def sealed(building: Path) -> list[Path]:
     """Checkpoints that are as they were sealed, going by sizes and times, oldest first."""
-    return [path for path in found(stage) if store.intact(path, KEY)]
+    return [path for path in found(building) if store.intact(path, KEY)]
 
 
 def step_of(checkpoint: Path) -> int:
@@ -145,25 +145,25 @@ def superseded(checkpoints: list[Path], newest: Path, keep: int) -> list[Path]:
     return later + others[:-keep]
 
 
-def last_intact(stage: Path) -> Path | None:
+def last_intact(building: Path) -> Path | None:
     """The newest checkpoint whose every file matches its seal; damaged ones are passed over with a warning."""
-    for path in reversed(found(stage)):
+    for path in reversed(found(building)):
         if store.intact(path, KEY, full=True):
             return path
         ui.warn(f"{path.name} is damaged; continuing from the one before")
     return None
 
 
-def go_back(stage: Path, checkpoint: Path | None) -> None:
+def go_back(building: Path, checkpoint: Path | None) -> None:
     """Metrics and best weights as they were at the checkpoint (none without one): what came after is done again."""
-    best = stage / store.SCRATCH / BEST
+    best = building / store.SCRATCH / BEST
     best.unlink(missing_ok=True)
     if checkpoint and (checkpoint / BEST).is_file():
         link(checkpoint / BEST, best)
     lines = ""
     if checkpoint and (checkpoint / METRICS).is_file():
         lines = (checkpoint / METRICS).read_text(encoding="utf-8")
-    store.write_atomic(stage / METRICS, lines)
+    store.write_atomic(building / METRICS, lines)
 
 
 # ------------------------------------------------------------------------------------------------- what is in a folder

@@ -66,7 +66,7 @@ def settle(
     """Tighten the layers' treatment until `measure()` (bytes; None: out of memory) is within `budget`, TRIES times at
     most: then the trainer's own halving of micro-batches has to do. `apply` takes layer counts by way."""
     predicted = memory.peak_bytes(facts, setup, gpu=machine.is_gpu)
-    said: list[str] = []
+    warnings: list[str] = []
     measured = measure()
     for _ in range(TRIES):
         if measured is not None and measured <= budget:
@@ -74,17 +74,17 @@ def settle(
         over = OVER * budget if measured is None else measured - budget
         tighter = _tighter(facts, setup, over)
         if tighter is None:
-            said.append("no sparer treatment of the layers is left; micro-batches are halved where memory runs out")
+            warnings.append("no sparer treatment of the layers is left; micro-batches are halved where memory runs out")
             break
         took = "ran out of memory"
         if measured is not None:
             took = f"took {units.size(measured)} of {units.size(budget)}"
         setup, counts = tighter, memory.layers_by_way(facts, tighter)
-        said.append(f"the measured micro-step {took}: layers now {_words(counts)}")
+        warnings.append(f"the measured micro-step {took}: layers now {_words(counts)}")
         apply(counts)
         measured = measure()
     counts = {way: n for way, n in memory.layers_by_way(facts, setup).items() if n}
-    return Memory(predicted_bytes=predicted, measured_bytes=measured, layers=counts, said=said)
+    return Memory(predicted_bytes=predicted, measured_bytes=measured, layers=counts, said=warnings)
 
 
 def _tighter(facts: BaseFacts, setup: Setup, over: float) -> Setup | None:

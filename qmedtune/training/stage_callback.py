@@ -99,9 +99,9 @@ class StageCallback(TrainerCallback):
         with (self.out / METRICS).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"stage": self.name, **line, "time": round(time.time(), 1)}) + "\n")
 
-    def warn(self, step: int, said: str) -> None:
+    def warn(self, step: int, warning: str) -> None:
         """Into the metrics, and from there into the report; it stays when the stage is stopped and resumed."""
-        self.write({"step": step, "warning": said})
+        self.write({"step": step, "warning": warning})
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not logs or "loss" not in logs:

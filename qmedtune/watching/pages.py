@@ -11,7 +11,7 @@ from qmedtune.reporting.blocks import DISCLAIMER
 from qmedtune.reporting.charts import Html, esc
 from qmedtune.watching.live import Parts
 from qmedtune.watching.parts import address, pill
-from qmedtune.watching.rows import Wish
+from qmedtune.watching.rows import RequestedRows
 from qmedtune.watching.runs import Seen
 
 TABS = (("", "Now"), ("rows", "Packed rows"), ("ask", "Ask"), ("report", "Report"))
@@ -57,16 +57,16 @@ def _title(seen: Seen, what: str) -> str:
     return f'<header><div class="eyebrow">{esc(what)} {pill(seen)}</div><h1>{esc(seen.run.name)}</h1></header>'
 
 
-def rows_page(seen: Seen, stages: list[str], wish: Wish, drawn: Html) -> str:
+def rows_page(seen: Seen, stages: list[str], requested: RequestedRows, drawn: Html) -> str:
     """`drawn`: the rows, or why there are none."""
     options = ""
     for stage in stages:
-        chosen = " selected" if stage == wish.stage else ""
+        chosen = " selected" if stage == requested.stage else ""
         options += f"<option{chosen}>{esc(stage)}</option>"
-    ticked = " checked" if wish.text else ""
+    ticked = " checked" if requested.text else ""
     form = (
         f'<form class="line"><label>Stage <select name="stage">{options}</select></label>'
-        f'<label>From row <input type="number" name="row" min="1" value="{wish.first + 1}"></label>'
+        f'<label>From row <input type="number" name="row" min="1" value="{requested.first + 1}"></label>'
         f'<label><input type="checkbox" name="text" value="yes"{ticked}> with text</label>'
         '<button type="submit">Show</button></form>'
     )

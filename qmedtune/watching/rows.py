@@ -27,7 +27,7 @@ SHOWN = 8
 
 
 @dataclass(frozen=True)
-class Wish:
+class RequestedRows:
     """What is to be shown: rows of `stage` from `first` on, with their text, with that of clinical sources."""
 
     stage: str
@@ -49,14 +49,14 @@ def packed_stages(seen: Seen) -> list[str]:
     return [stage.name for stage in seen.run.stages if store.read_seal(seen.folder / "data" / stage.name)]
 
 
-def rows_html(seen: Seen, wish: Wish) -> Html:
-    rows = PackedRows(seen.folder / "data" / wish.stage)
+def rows_html(seen: Seen, requested: RequestedRows) -> Html:
+    rows = PackedRows(seen.folder / "data" / requested.stage)
     colors = source_colors(seen)
-    numbers = range(wish.first, min(wish.first + SHOWN, len(rows)))
-    texts = _Texts(seen.run, wish) if wish.text else None
+    numbers = range(requested.first, min(requested.first + SHOWN, len(rows)))
+    texts = _Texts(seen.run, requested) if requested.text else None
     keys = [(source, colors.get(source, 1)) for source in rows.sources]
     body = "".join(_row(rows, number, colors, texts) for number in numbers)
-    told = f"Rows {wish.first + 1:,} to {numbers.stop:,} of {len(rows):,}, in the order of training."
+    told = f"Rows {requested.first + 1:,} to {numbers.stop:,} of {len(rows):,}, in the order of training."
     note = (
         "A gap is a border: nothing attends across it, and its first token is not learnt. Strong colour is learnt, "
         "faint colour is read and not learnt, the empty end is padding."
@@ -103,13 +103,13 @@ def _mask(mask: np.ndarray, color: int) -> str:
 class _Texts:
     """The text of pieces, as far as it may be shown."""
 
-    def __init__(self, run: Run, wish: Wish) -> None:
-        self._run, self._wish = run, wish
+    def __init__(self, run: Run, requested: RequestedRows) -> None:
+        self._run, self._requested = run, requested
         section = ModelSection.model_validate(run.recipe["model"])
         self._decoder: Any = load_codec(base.identify(section, offline=True).make()).backend
 
     def of(self, source: str, ids: np.ndarray, mask: np.ndarray) -> str:
-        if is_clinical(self._run, source) and not self._wish.clinical:
+        if is_clinical(self._run, source) and not self._requested.clinical:
             return '<p class="note">Clinical text: not shown. (qmedtune watch --clinical-text shows it.)</p>'
         shown, at = "", 0
         for learnt, group in itertools.groupby(mask.tolist()):

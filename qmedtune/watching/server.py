@@ -27,7 +27,7 @@ from qmedtune.watching.curves import Follower
 from qmedtune.watching.live import Live
 from qmedtune.watching.pages import ask_page, list_page, message_page, rows_page, run_page
 from qmedtune.watching.parts import address, run_parts, runs_parts
-from qmedtune.watching.rows import Wish, packed_stages, rows_html
+from qmedtune.watching.rows import RequestedRows, packed_stages, rows_html
 from qmedtune.watching.runs import Seen, Shelf
 
 MAX_BODY = 100_000  # bytes: a question
@@ -152,12 +152,12 @@ class Site:
         if stage not in stages:
             stage = stages[0] if stages else ""
         first = min(max(int(row), 1) - 1, 10**12) if row.isdecimal() and len(row) < 13 else 0
-        wish = Wish(stage, first, request.first("text") == "yes", self.clinical_text)
+        requested = RequestedRows(stage, first, request.first("text") == "yes", self.clinical_text)
         try:
-            drawn = rows_html(seen, wish) if stage else message("No stage is packed yet.")
+            drawn = rows_html(seen, requested) if stage else message("No stage is packed yet.")
         except (QmedtuneError, OSError, ValueError) as error:
             drawn = message(str(error) if isinstance(error, QmedtuneError) else "The rows cannot be read now.")
-        return page(rows_page(seen, stages, wish, drawn))
+        return page(rows_page(seen, stages, requested, drawn))
 
     def _asked(self, request: Request, seen: Seen) -> Response:
         if request.headers.get("Content-Type") != JSON:

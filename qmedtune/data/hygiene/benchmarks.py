@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qmedtune.data.hygiene.decontaminate import Item
+from qmedtune.data.hygiene.decontaminate import BenchmarkItem
 from qmedtune.data.reading.document import Fields
 from qmedtune.errors import DataError
 from qmedtune.recipe import Recipe, TaskSection
@@ -67,7 +67,7 @@ def chosen_tasks(recipe: Recipe) -> list[TaskSection]:
     return found
 
 
-def benchmark_items(recipe: Recipe) -> list[Item]:
+def benchmark_items(recipe: Recipe) -> list[BenchmarkItem]:
     """Items of the recipe's own evaluation, or of the files and names that `hygiene.decontaminate` lists."""
     return [item for task in chosen_tasks(recipe) for item in _items(recipe, task)]
 
@@ -87,7 +87,7 @@ def benchmark_files(task: TaskSection) -> list[Path]:
         ) from error
 
 
-def _items(recipe: Recipe, task: TaskSection) -> Iterator[Item]:
+def _items(recipe: Recipe, task: TaskSection) -> Iterator[BenchmarkItem]:
     """The items as the evaluation asks them, by the task's own reader and under its ids; else by their columns."""
     from qmedtune import tasks
     from qmedtune.tasks.items import item_id, records
@@ -98,7 +98,7 @@ def _items(recipe: Recipe, task: TaskSection) -> Iterator[Item]:
     files = benchmark_files(task)
     try:
         for asked in tasks.read_items(task.task, files) if task.task in tasks.FILE_TASKS else ():
-            yield Item(task.task, asked.id, asked.leaks, asked.pmid)
+            yield BenchmarkItem(task.task, asked.id, asked.leaks, asked.pmid)
         if task.task in tasks.FILE_TASKS:
             return
     except DataError:
@@ -109,7 +109,7 @@ def _items(recipe: Recipe, task: TaskSection) -> Iterator[Item]:
             yield _item(task.task, name if len(files) == 1 else f"{file.stem}/{name}", fields)
 
 
-def _facts(recipe: Recipe) -> Iterator[Item]:
+def _facts(recipe: Recipe) -> Iterator[BenchmarkItem]:
     from qmedtune.data.synthetic import world
 
     found = []
@@ -118,10 +118,10 @@ def _facts(recipe: Recipe) -> Iterator[Item]:
             found.append(world.locate(path)[0])
     for where in {one.name: one for one in found}.values():
         for fact in world.facts_items(where):
-            yield Item("facts", fact["id"], (fact["question"],))
+            yield BenchmarkItem("facts", fact["id"], (fact["question"],))
 
 
-def _preset(name: str) -> Iterator[Item]:
+def _preset(name: str) -> Iterator[BenchmarkItem]:
     from datasets import load_dataset
 
     preset = PRESETS[name]
@@ -145,14 +145,14 @@ def _flat(fields: Fields) -> Fields:
     return {"question": fields["question"], "contexts": fields["context"]["contexts"], "pmid": fields["pubid"]}
 
 
-def _item(task: str, name: str, fields: Fields) -> Item:
+def _item(task: str, name: str, fields: Fields) -> BenchmarkItem:
     """Questions and passages by the names that benchmarks use; a file without any of them counts as text."""
     fields = _flat(fields)
     texts = [text for key in (*QUESTIONS, *PASSAGES) for text in _strings(fields.get(key))]
     if not texts:
         texts = [text for value in fields.values() for text in _strings(value)][:1]
     pmid = fields.get("pmid") or (fields.get("_key") if "QUESTION" in fields else None)
-    return Item(task, name, tuple(texts), str(pmid) if pmid else None)
+    return BenchmarkItem(task, name, tuple(texts), str(pmid) if pmid else None)
 
 
 def _strings(value: Any) -> list[str]:

@@ -27,7 +27,7 @@ WORD = re.compile(rb"[a-z0-9\x80-\xff]+")
 
 
 @dataclass(frozen=True)
-class Item:
+class BenchmarkItem:
     """One benchmark item as it must not appear: its texts, and the PMID it was made from where there is one."""
 
     task: str
@@ -40,14 +40,14 @@ class Item:
 class Index:
     """What is looked for. `phrases`: probe hash -> [(letters, item number, number of words)]."""
 
-    items: list[Item]
+    items: list[BenchmarkItem]
     phrases: dict[int, list[tuple[bytes, int, int]]]
     pmids: dict[str, int]
     bitmap: np.ndarray
     too_short: int
 
 
-def build(items: list[Item]) -> Index:
+def build(items: list[BenchmarkItem]) -> Index:
     """An index over benchmark items; a few hundred bytes per word of benchmark text."""
     found: dict[bytes, list[tuple[int, int]]] = {}
     too_short = 0
@@ -132,7 +132,7 @@ def given_back(hits: list[tuple[int, int]], num_records: int) -> set[int]:
     return found
 
 
-def overlap(items: Sequence[Item], hits: list[tuple[int, int, int]], generic: set[int]) -> dict[str, Overlap]:
+def overlap(items: Sequence[BenchmarkItem], hits: list[tuple[int, int, int]], generic: set[int]) -> dict[str, Overlap]:
     """Per task: items checked, items found in this source (by id, so that an evaluation can be split), hits by kind.
 
     hits: (record, item, words); 0 words mean the PMID. No text, only ids of the public benchmark.

@@ -1,6 +1,6 @@
 """The first pass over a source: its records, read and treated, in one work file.
 
-A source of several files is staged in parts of about 64 MB that are kept (compressed to a third) and named by what is
+A source of several files is sound in parts of about 64 MB that are kept (compressed to a third) and named by what is
 in their files: a killed run loses one part, and a changed file redoes its own.
 """
 
@@ -20,9 +20,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from qmedtune import store, ui
 from qmedtune.data.hygiene import decontaminate, phi
-from qmedtune.data.hygiene.per_record import ARRAYS, Pool, Staged, worker_count
+from qmedtune.data.hygiene.per_record import ARRAYS, Pool, SoundRecords, worker_count
 from qmedtune.data.reading.rejects import KINDS, Rejects
-from qmedtune.data.reading.sources import VERSIONED, Deleted, Item, PmidSet, read_items, reading_order
+from qmedtune.data.reading.sources import VERSIONED, Deleted, PmidSet, ReadItem, read_items, reading_order
 from qmedtune.data.reading.tally import ReadingTally
 from qmedtune.recipe import PACKED_AS, Recipe, SourceSection
 from qmedtune.versions import CODE
@@ -32,14 +32,14 @@ PART_BYTES = 64 << 20
 ROW = np.dtype([("content", "<u8"), ("group", "<u8"), ("size", "<u4"), ("pmid", "<u4"), ("held_out", "i1")])
 
 
-def stage_source(
-    recipe: Recipe, name: str, items: list[decontaminate.Item], rejects: Rejects, work: Path
-) -> tuple[Staged, np.ndarray]:
+def read_source(
+    recipe: Recipe, name: str, items: list[decontaminate.BenchmarkItem], rejects: Rejects, work: Path
+) -> tuple[SoundRecords, np.ndarray]:
     """Write the sound records of source `name` to the file `work`, one JSON line each.
 
     Returns what is remembered of them and which are superseded. Parts go to `parts/` beside `work`. Raises DataError.
     """
-    source, staged, files = recipe.data[name], Staged(), reading_order(recipe.data[name])
+    source, sound, files = recipe.data[name], SoundRecords(), reading_order(recipe.data[name])
     whole = source.max_records is not None or source.format == "huggingface"  # a dataset's files are no records
     if whole:
         parts = [files]
@@ -48,21 +48,21 @@ def stage_source(
     pool = Pool(recipe, name, items, worker_count(recipe.workers, files))
     with work.open("wb") as file, pool, ui.stage(f"read {name}", None, "records") as bar:
         for piece in _whole(pool, source, parts[0], file) if len(parts) == 1 else _each(pool, parts, file):
-            staged.extend(_reported(piece, rejects))
-            bar.update(len(staged))
-    return staged, staged.superseded()
+            sound.extend(_reported(piece, rejects))
+            bar.update(len(sound))
+    return sound, sound.superseded()
 
 
-def _whole(pool: Pool, source: SourceSection, files: list[Path], work: IO[bytes]) -> Iterator[Staged]:
+def _whole(pool: Pool, source: SourceSection, files: list[Path], work: IO[bytes]) -> Iterator[SoundRecords]:
     """A source in one part, batch by batch: nothing of it is kept but what is in `work`."""
     items = read_items(source, files, Path(work.name).parent)
     for lines, batch in pool.treated(in_batches(_limited(items, source.max_records))):
         work.writelines(lines)
         yield batch
-    yield Staged(reading=items.tally)
+    yield SoundRecords(reading=items.tally)
 
 
-def _each(pool: Pool, parts: list[list[Path]], work: IO[bytes]) -> Iterator[Staged]:
+def _each(pool: Pool, parts: list[list[Path]], work: IO[bytes]) -> Iterator[SoundRecords]:
     """A source in several parts: each is taken from where it is kept, or made."""
     folder, treatment = Path(work.name).with_name("parts"), _treatment_digest(pool.recipe, pool.name, pool.items)
     for files in parts:
@@ -70,16 +70,16 @@ def _each(pool: Pool, parts: list[list[Path]], work: IO[bytes]) -> Iterator[Stag
         yield _kept_part(part, work) or _make_part(pool, files, part, work)
 
 
-def _reported(staged: Staged, rejects: Rejects) -> Staged:
+def _reported(sound: SoundRecords, rejects: Rejects) -> SoundRecords:
     """Write the rejects down and forget them: there may be more of them than records."""
-    for file, line, reason, kind in staged.rejects:
+    for file, line, reason, kind in sound.rejects:
         rejects.at = (file, line)
         rejects.add(KINDS[kind](reason))
-    staged.rejects.clear()
-    return staged
+    sound.rejects.clear()
+    return sound
 
 
-def _limited(stream: Iterable[Item], limit: int | None) -> Iterator[Item]:
+def _limited(stream: Iterable[ReadItem], limit: int | None) -> Iterator[ReadItem]:
     """Up to the record number `limit`. With a limit, versions that a newer one replaces do not count."""
     if limit is None:
         yield from stream
@@ -125,7 +125,7 @@ def _parts(files: list[Path]) -> list[list[Path]]:
     return groups
 
 
-def _treatment_digest(recipe: Recipe, name: str, items: list[decontaminate.Item]) -> str:
+def _treatment_digest(recipe: Recipe, name: str, items: list[decontaminate.BenchmarkItem]) -> str:
     """Of all that a part depends on beside its files."""
     source = recipe.data[name].model_dump(mode="json", exclude={"path", "license", "terms", *PACKED_AS, "holdout"})
     hygiene = recipe.hygiene.model_dump(mode="json", exclude={"dedup", "max_bad_fraction"})
@@ -136,39 +136,39 @@ def _part_name(treatment: str, files: list[Path]) -> str:
     return store.sha256_json([treatment, *([str(file), store.sha256_file(file)] for file in files)])[:16]
 
 
-def _make_part(pool: Pool, files: list[Path], part: Path, work: IO[bytes]) -> Staged:
+def _make_part(pool: Pool, files: list[Path], part: Path, work: IO[bytes]) -> SoundRecords:
     """Stage some files into `work` and, compressed to a third, into the files of a part; its .json comes last."""
     part.parent.mkdir(exist_ok=True)
-    staged = Staged()
+    sound = SoundRecords()
     with _records(part).open("wb") as raw, zstandard.ZstdCompressor(1).stream_writer(raw) as packed:
         items = read_items(pool.recipe.data[pool.name], files, part.parent)
         for lines, batch in pool.treated(in_batches(items)):
             text = b"".join(lines)
             packed.write(text)
             work.write(text)
-            staged.extend(batch)
-    staged.reading = items.tally
-    table = np.zeros(len(staged), ROW)
+            sound.extend(batch)
+    sound.reading = items.tally
+    table = np.zeros(len(sound), ROW)
     for name in ARRAYS:
-        table[name] = getattr(staged, name)
+        table[name] = getattr(sound, name)
     np.save(part.with_suffix(".npy"), table)
     lists = PartLists(
-        hits=staged.hits,
-        deleted=staged.deleted,
-        rejects=staged.rejects,
-        cleaned=staged.cleaned,
-        identifiers=staged.identifiers,
-        reading=staged.reading.as_dict(),
+        hits=sound.hits,
+        deleted=sound.deleted,
+        rejects=sound.rejects,
+        cleaned=sound.cleaned,
+        identifiers=sound.identifiers,
+        reading=sound.reading.as_dict(),
         sha256=_hashes(part),
     )
     for path in _files(part)[:-1]:
         store.fsync_path(path)
     store.write_checked(part.with_suffix(".json"), lists.model_dump(mode="json"))
-    return staged
+    return sound
 
 
 class PartLists(BaseModel):
-    """The .json of a part: what `Staged` remembers beside its arrays, and the hashes of the part's other files."""
+    """The .json of a part: what `SoundRecords` remembers beside its arrays, and the hashes of its other files."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -202,20 +202,20 @@ def _lists_of(part: Path) -> PartLists | None:
         return None
 
 
-def _kept_part(part: Path, work: IO[bytes]) -> Staged | None:
+def _kept_part(part: Path, work: IO[bytes]) -> SoundRecords | None:
     """A part that an interrupted attempt or an earlier result has made, appended to `work`; None without one."""
     lists = _lists_of(part) or (_lists_of(part) if store.take_over(_files(part)) else None)
     if lists is None:
         return None
-    staged, table = Staged(), np.load(part.with_suffix(".npy"))
+    sound, table = SoundRecords(), np.load(part.with_suffix(".npy"))
     for name in ARRAYS:
-        getattr(staged, name).frombytes(table[name].tobytes())
-    staged.hits, staged.deleted, staged.rejects = lists.hits, lists.deleted, lists.rejects
-    staged.cleaned, staged.identifiers = lists.cleaned, lists.identifiers
-    staged.reading = ReadingTally.from_dict(lists.reading)
+        getattr(sound, name).frombytes(table[name].tobytes())
+    sound.hits, sound.deleted, sound.rejects = lists.hits, lists.deleted, lists.rejects
+    sound.cleaned, sound.identifiers = lists.cleaned, lists.identifiers
+    sound.reading = ReadingTally.from_dict(lists.reading)
     with _records(part).open("rb") as raw:
         zstandard.ZstdDecompressor().copy_stream(raw, work)
-    return staged
+    return sound
 
 
 def _records(part: Path) -> Path:

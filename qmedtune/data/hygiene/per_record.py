@@ -27,7 +27,7 @@ from qmedtune.data.hygiene import decontaminate, language, phi, presidio, secret
 from qmedtune.data.hygiene.clean import clean
 from qmedtune.data.reading.document import Record
 from qmedtune.data.reading.rejects import Damaged, Refused, kind_of
-from qmedtune.data.reading.sources import VERSIONED, Deleted, Item, PmidSet
+from qmedtune.data.reading.sources import VERSIONED, Deleted, PmidSet, ReadItem
 from qmedtune.data.reading.tally import ReadingTally
 from qmedtune.errors import RunError
 from qmedtune.interrupt import stop
@@ -39,7 +39,7 @@ ARRAYS = ("content", "group", "size", "pmid", "held_out")
 
 
 @dataclass
-class Staged:
+class SoundRecords:
     """What is remembered of the records of a source, of a part, or of a batch, in their order.
 
     Arrays, one entry per record that is written: digest of its text, digest of what it is split by, bytes of its line,
@@ -61,7 +61,7 @@ class Staged:
     def __len__(self) -> int:
         return len(self.content)
 
-    def extend(self, other: Staged) -> None:
+    def extend(self, other: SoundRecords) -> None:
         """Append what came after."""
         first = len(self)
         for name in ARRAYS:
@@ -88,7 +88,7 @@ class Staged:
 class Treatment:
     """What a recipe does to each record of a source; what takes long to load is loaded once per process."""
 
-    def __init__(self, recipe: Recipe, name: str, items: list[decontaminate.Item]):
+    def __init__(self, recipe: Recipe, name: str, items: list[decontaminate.BenchmarkItem]):
         self.source, self.hygiene = recipe.data[name], recipe.hygiene
         self.index = decontaminate.build(items)
         self.phi = phi_mode(recipe, name)
@@ -105,44 +105,44 @@ class Treatment:
         else:
             self.persons = None
 
-    def __call__(self, batch: list[Item]) -> tuple[list[bytes], Staged]:
+    def __call__(self, batch: list[ReadItem]) -> tuple[list[bytes], SoundRecords]:
         """The lines of a batch's sound records, and what is to be remembered of them."""
-        staged, lines, texts, pmids = Staged(), [], [], []
+        sound, lines, texts, pmids = SoundRecords(), [], [], []
         for file, line, item in batch:
             if isinstance(item, Deleted):
-                staged.deleted.append((len(staged), item.pmids))
+                sound.deleted.append((len(sound), item.pmids))
                 continue
             if isinstance(item, (Damaged, Refused)):
                 why = item
             else:
-                why = self._problem(item, staged)
+                why = self._problem(item, sound)
             if why:
-                staged.rejects.append((file, line, why.reason, kind_of(why)))
+                sound.rejects.append((file, line, why.reason, kind_of(why)))
                 continue
             assert isinstance(item, dict)
             texts.append(text_of(item))
             pmids.append(item.get("pmid"))
-            lines.append(self._remember(item, texts[-1], staged))
+            lines.append(self._remember(item, texts[-1], sound))
         if self.index.items:
             found = decontaminate.search(self.index, texts, pmids, every=self.hygiene.contaminated != "drop")
-            staged.hits = []
+            sound.hits = []
             for hit in found:
-                staged.hits.append((hit.record, hit.item, hit.words))
-        return lines, staged
+                sound.hits.append((hit.record, hit.item, hit.words))
+        return lines, sound
 
-    def _problem(self, record: Record, staged: Staged) -> Damaged | Refused | None:
+    def _problem(self, record: Record, sound: SoundRecords) -> Damaged | Refused | None:
         """Clean a record in place; why it cannot be used, if so."""
         before = text_of(record)
         if self.hygiene.clean:
             change_texts(record, partial(clean, kind=self.source.kind))
         text = text_of(record)
         if text != before:
-            staged.cleaned.update(records=1, characters=max(0, len(before) - len(text)))
+            sound.cleaned.update(records=1, characters=max(0, len(before) - len(text)))
         if _is_empty(record):
             return Damaged("nothing is left after cleaning")
         if self.source.split_by == "patient" and "patient" not in record:
             return Damaged("no patient id, which split_by: patient needs (`columns: {patient: ...}`)")
-        return self._unwanted(text) or self._identifiers(record, staged.identifiers)
+        return self._unwanted(text) or self._identifiers(record, sound.identifiers)
 
     def _unwanted(self, text: str) -> Refused | None:
         if len(text) < self.hygiene.min_characters:
@@ -176,20 +176,20 @@ class Treatment:
             return Refused("holds identifiers (phi: refuse)")
         return None
 
-    def _remember(self, record: Record, text: str, staged: Staged) -> bytes:
+    def _remember(self, record: Record, text: str, sound: SoundRecords) -> bytes:
         content = digest(" ".join(text.lower().split()))
         if self.source.split_by == "patient":
             group = record["patient"]
         else:
             group = record.get("group")
         held_out, versioned = record.pop("held_out", None), record.pop(VERSIONED, False)
-        staged.content.append(content)
-        staged.group.append(digest(group) if group else content)
-        staged.held_out.append(-1 if held_out is None else int(held_out))
+        sound.content.append(content)
+        sound.group.append(digest(group) if group else content)
+        sound.held_out.append(-1 if held_out is None else int(held_out))
         known = versioned and record["pmid"].isdecimal() and len(record["pmid"]) <= 9
-        staged.pmid.append(int(record["pmid"]) if known else 0)
+        sound.pmid.append(int(record["pmid"]) if known else 0)
         line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
-        staged.size.append(len(line))
+        sound.size.append(len(line))
         return line
 
 
@@ -241,7 +241,7 @@ def worker_count(wanted: int | str, files: list[Path]) -> int:
 class Pool:
     """Treats batches in this process or in several others; results come in the order of the batches."""
 
-    def __init__(self, recipe: Recipe, name: str, items: list[decontaminate.Item], workers: int):
+    def __init__(self, recipe: Recipe, name: str, items: list[decontaminate.BenchmarkItem], workers: int):
         self.recipe, self.name, self.items, self.workers = recipe, name, items, workers
         self.executor: ProcessPoolExecutor | None = None
 
@@ -260,7 +260,7 @@ class Pool:
         if self.executor:
             self.executor.shutdown(cancel_futures=True)
 
-    def treated(self, batches: Iterable[list[Item]]) -> Iterator[tuple[list[bytes], Staged]]:
+    def treated(self, batches: Iterable[list[ReadItem]]) -> Iterator[tuple[list[bytes], SoundRecords]]:
         if self.executor is None:
             yield from map(self.treat, batches)
             return
@@ -280,7 +280,7 @@ class Pool:
             ) from error
 
 
-def _start_worker(recipe: Recipe, name: str, items: list[decontaminate.Item]) -> None:
+def _start_worker(recipe: Recipe, name: str, items: list[decontaminate.BenchmarkItem]) -> None:
     global _treatment
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the parent ends these
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -295,5 +295,5 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _treat_in_worker(batch: list[Item]) -> tuple[list[bytes], Staged]:
+def _treat_in_worker(batch: list[ReadItem]) -> tuple[list[bytes], SoundRecords]:
     return _treatment(batch)

@@ -41,7 +41,7 @@ class Draws:
 
 
 def packing_facts(
-    corpora: list[Corpus], plan: Draws, rows: mix.Rows, pieces: np.ndarray, drawn: np.ndarray, base: np.ndarray,
+    corpora: list[Corpus], plan: Draws, rows: mix.RowLayout, pieces: np.ndarray, drawn: np.ndarray, base: np.ndarray,
     seq_len: int,
 ) -> Packing:  # fmt: skip
     """The ledger of a stage's packing. drawn: tokens of each draw; base: first document of each source, and the end."""

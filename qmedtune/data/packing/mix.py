@@ -120,14 +120,14 @@ def buckets(lengths: np.ndarray, batch: int, rng: np.random.Generator) -> np.nda
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowLayout:
     """pieces: (P, 3) int64 of (index into the draws, start, length); row r holds pieces[ends[r-1]:ends[r]]."""
 
     pieces: np.ndarray
     bounds: np.ndarray
 
 
-def fill_rows(lengths: np.ndarray, seq_len: int, split: bool) -> Rows:
+def fill_rows(lengths: np.ndarray, seq_len: int, split: bool) -> RowLayout:
     """Lay documents of these lengths into rows of at most `seq_len` tokens.
 
     Each row starts with the oldest waiting document and takes, from the next few hundred, the longest that fits. A
@@ -137,13 +137,13 @@ def fill_rows(lengths: np.ndarray, seq_len: int, split: bool) -> Rows:
     packer = _Packer(lengths, seq_len, max(seq_len // 8, 16) if split else seq_len + 1)
     while packer.refill():
         packer.row()
-    return Rows(np.frombuffer(packer.pieces, np.int64).reshape(-1, 3), np.frombuffer(packer.bounds, np.int64))
+    return RowLayout(np.frombuffer(packer.pieces, np.int64).reshape(-1, 3), np.frombuffer(packer.bounds, np.int64))
 
 
-def single_rows(order: np.ndarray, lengths: np.ndarray) -> Rows:
+def single_rows(order: np.ndarray, lengths: np.ndarray) -> RowLayout:
     """One document per row, in this order."""
     pieces = np.stack([order, np.zeros(len(order), np.int64), lengths[order]], axis=1)
-    return Rows(pieces.astype(np.int64), np.arange(len(order) + 1))
+    return RowLayout(pieces.astype(np.int64), np.arange(len(order) + 1))
 
 
 class _Packer:

@@ -290,7 +290,7 @@ def _units(
     return units.astype(np.int32)
 
 
-def _rows(section: ResolvedTraining, lengths: np.ndarray, whole: bool, rng: np.random.Generator) -> mix.Rows:
+def _rows(section: ResolvedTraining, lengths: np.ndarray, whole: bool, rng: np.random.Generator) -> mix.RowLayout:
     if not isinstance(section, SftSection):
         return mix.fill_rows(lengths, section.seq_len, split=not whole)
     if section.packing or whole:

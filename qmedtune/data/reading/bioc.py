@@ -75,7 +75,7 @@ def _passage(passage: Any) -> Passage:
     return Passage(kind, section, text.strip(), str(pmid) if pmid else None)
 
 
-def read_xml(path: Path) -> Iterator[xml_files.Item]:
+def read_xml(path: Path) -> Iterator[xml_files.Numbered]:
     """The documents of a BioC collection."""
     return xml_files.read_each(path, ("document",), _of_xml)
 
@@ -98,7 +98,7 @@ def _xml_passage(passage: Any) -> Passage:
     return Passage(kind, section, text.strip(), infons.get("article-id_pmid"))
 
 
-def read_pubtator(path: Path) -> Iterator[xml_files.Item]:
+def read_pubtator(path: Path) -> Iterator[xml_files.Numbered]:
     """PubTator's text: `PMID|t|title`, `PMID|a|abstract`, then annotations, a blank line between documents."""
     name, start, said = "", 1, {}
     for number, text in text_lines(path):

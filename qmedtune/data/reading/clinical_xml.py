@@ -39,7 +39,7 @@ def holds_text(path: Path) -> bool:
     return b"<TEXT" in head or (b"<doc " in head and b"<text" in head)
 
 
-def read_n2c2(path: Path) -> Iterator[xml_files.Item]:
+def read_n2c2(path: Path) -> Iterator[xml_files.Numbered]:
     """The note of a file, or all `RECORD`s of one. The patient is what stands before the last `-` or `_` of the name
     (`110-01.xml`: n2c2's longitudinal records), where that is a number.
 
@@ -93,7 +93,7 @@ def _note(element: Any, stem: str, number: int | None) -> Document | Damaged:
 # ---- C-CDA -----------------------------------------------------------------------------------------------------------
 
 
-def read_ccda(path: Path) -> Iterator[xml_files.Item]:
+def read_ccda(path: Path) -> Iterator[xml_files.Numbered]:
     """The narrative of a C-CDA document: each section's title and text. Coded entries are not read."""
     yield 1, xml_files.read_file(path, _cda)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from qmedtune.data.reading.document import Document
 from qmedtune.data.reading.files import ARCHIVE_ERRORS, BROKEN_ARCHIVE, MAX_RECORD_BYTES, open_bytes
 from qmedtune.data.reading.rejects import Damaged, Refused
-from qmedtune.data.reading.xml_files import Item
+from qmedtune.data.reading.xml_files import Numbered
 
 STARTS = re.compile(rb"(\xef\xbb\xbf)?\x0b?(FHS\|[^\r\n]*[\r\n]+|BHS\|[^\r\n]*[\r\n]+)*MSH\|")
 TEXT_TYPES = ("TX", "FT", "ST")
@@ -37,7 +37,7 @@ class _Message:
     unread: set[str] = field(default_factory=set)
 
 
-def read_hl7(path: Path) -> Iterator[Item]:
+def read_hl7(path: Path) -> Iterator[Numbered]:
     """The reports of all messages of a file; `number` is the message."""
     message: _Message | None = None
     number = 0

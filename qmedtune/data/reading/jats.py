@@ -42,7 +42,7 @@ ARTICLES = ("article", "{*}article")
 PARTS = ("front/article-meta", "body", "floats-group", "floats-wrap")
 
 
-def read_jats(path: Path) -> Iterator[xml_files.Item]:
+def read_jats(path: Path) -> Iterator[xml_files.Numbered]:
     """One article per file, the articles of a set, or those of a bulk `.tar`/`.tar.gz` without unpacking it to disk."""
     if is_tar(path):
         yield from _members(path)
@@ -74,7 +74,7 @@ def is_tar(path: Path) -> bool:
     return path.name.lower().endswith((".tar", ".tar.gz", ".tgz"))
 
 
-def _members(path: Path) -> Iterator[xml_files.Item]:
+def _members(path: Path) -> Iterator[xml_files.Numbered]:
     # Not tarfile's own "r|gz": on damaged headers Python 3.11.2's raises AttributeError in place of its error.
     packed = path.suffix.lower() in (".gz", ".tgz")
     with gzip.open(path) if packed else path.open("rb") as file, tarfile.open(fileobj=file, mode="r|") as archive:

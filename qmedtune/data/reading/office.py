@@ -17,7 +17,7 @@ from qmedtune.data.reading import csvs
 from qmedtune.data.reading.document import Document, Fields
 from qmedtune.data.reading.files import MAX_MEMBER_BYTES, open_bytes
 from qmedtune.data.reading.rejects import Damaged, Refused, Unread
-from qmedtune.data.reading.xml_files import Item
+from qmedtune.data.reading.xml_files import Numbered
 from qmedtune.errors import DataError
 
 TOO_LONG = f"longer than {MAX_MEMBER_BYTES >> 20} MiB unpacked"
@@ -39,7 +39,7 @@ def _too_long(file: IO[bytes]) -> bool:
     return size > MAX_MEMBER_BYTES
 
 
-def read_docx(path: Path) -> Iterator[Item]:
+def read_docx(path: Path) -> Iterator[Numbered]:
     """Paragraphs and table rows of a Word document in order, headings as `#` lines."""
     _need("docx", path)
     from docx import Document as open_docx
@@ -70,7 +70,7 @@ def _table_row(row: Any) -> str:
     return "\t".join(" ".join(cell.text.split()) for cell in row.cells)
 
 
-def read_xlsx(path: Path) -> Iterator[Item]:
+def read_xlsx(path: Path) -> Iterator[Numbered]:
     """Rows of the first sheet with a header; `number` is the row of the sheet."""
     _need("openpyxl", path)
     from openpyxl import load_workbook
@@ -88,7 +88,7 @@ def read_xlsx(path: Path) -> Iterator[Item]:
         yield number + 1, Unread("Excel file is truncated or corrupt from here on")
 
 
-def _sheets(book: Any) -> Iterator[Item]:
+def _sheets(book: Any) -> Iterator[Numbered]:
     fault = "no sheet with a header"
     for sheet in book.worksheets:
         rows = (
@@ -130,7 +130,7 @@ def _cell(cell: Any) -> str | int | float | bool:
     return str(cell)
 
 
-def read_pdf(path: Path) -> Iterator[Item]:
+def read_pdf(path: Path) -> Iterator[Numbered]:
     """The text of a PDF, page after page."""
     _need("pypdf", path)
     logging.getLogger("pypdf").setLevel(logging.CRITICAL)  # it prints what it mends, file by file

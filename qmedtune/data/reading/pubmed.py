@@ -19,7 +19,7 @@ from qmedtune.data.reading import markup, xml_files
 from qmedtune.data.reading.document import Document, Fields
 from qmedtune.data.reading.files import text_lines
 from qmedtune.data.reading.rejects import Damaged, Refused, Unread
-from qmedtune.data.reading.xml_files import BREAK, Item, plain
+from qmedtune.data.reading.xml_files import BREAK, Numbered, plain
 
 RECORDS = ("PubmedArticle", "PubmedBookArticle", "DeleteCitation")
 CITATIONS = ("MedlineCitation", "DeleteCitation")
@@ -32,7 +32,7 @@ TITLES = ("ArticleTitle", "VernacularTitle")
 FLAT = frozenset(("i", "u", "b", "AbstractText", *TITLES))  # what means nothing for the words in it
 
 
-def read_pubmed(path: Path) -> Iterator[Item]:
+def read_pubmed(path: Path) -> Iterator[Numbered]:
     """Documents of a baseline or update file, then `{"deleted": [pmid, ...]}` where it carries DeleteCitation."""
     root = xml_files.root_of(path)
     if root is not None and root.name in ("MedlineCitationSet", "MedlineCitation"):
@@ -177,7 +177,7 @@ class LatestFirst:
         self._blocks.write(packed)
         self._sizes.append(len(packed))
 
-    def __iter__(self) -> Iterator[Item]:
+    def __iter__(self) -> Iterator[Numbered]:
         unpack = zstandard.ZstdDecompressor()
         start = self._blocks.tell()
         for size in reversed(self._sizes):
@@ -204,7 +204,7 @@ def _row(number: int, item: Document | Damaged | Refused) -> list[Any]:
 TAG = re.compile(r"([A-Z]{2,4}) *- (.*)")
 
 
-def read_medline(path: Path) -> Iterator[Item]:
+def read_medline(path: Path) -> Iterator[Numbered]:
     """Records of `PMID- `, `TI  - `, `AB  - ` lines; a blank line between them, six blanks before what goes on."""
     said: dict[str, list[str]] = {}
     start, last = 1, ""

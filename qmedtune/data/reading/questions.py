@@ -21,7 +21,7 @@ LIVEQA_ROOTS = (
 NO_ANSWER = Refused("no answer")
 
 
-def read_medquad(path: Path) -> Iterator[xml_files.Item]:
+def read_medquad(path: Path) -> Iterator[xml_files.Numbered]:
     """The pairs of one document about a disease, drug or test."""
     found = xml_files.read_file(path, _medquad)
     if not isinstance(found, list):
@@ -55,7 +55,7 @@ def _pair(root: Any, pair: Any) -> Fields | Damaged | Refused:
     }  # fmt: skip
 
 
-def read_liveqa(path: Path) -> Iterator[xml_files.Item]:
+def read_liveqa(path: Path) -> Iterator[xml_files.Numbered]:
     """The questions of a training or test file, each with its reference answers."""
     for number, found in xml_files.read_each(path, ("NLM-QUESTION",), _liveqa):
         if isinstance(found, list):

@@ -28,7 +28,7 @@ from qmedtune.errors import DataError
 from qmedtune.recipe import SourceSection
 
 __all__ = [
-    "BUILTIN", "READERS", "SUFFIXES", "VERSIONED", "Deleted", "Item", "PmidSet", "format_of", "hub_dataset",
+    "BUILTIN", "READERS", "SUFFIXES", "VERSIONED", "Deleted", "ReadItem", "PmidSet", "format_of", "hub_dataset",
     "read_items", "read_records", "reading_order", "source_files", "with_variables",
 ]  # fmt: skip
 
@@ -43,7 +43,7 @@ class Deleted:
     pmids: tuple[str, ...]
 
 
-Item = tuple[str, int, Record | Damaged | Refused | Deleted]
+ReadItem = tuple[str, int, Record | Damaged | Refused | Deleted]
 
 
 def read_records(name: str, source: SourceSection, rejects: Rejects) -> Iterator[Record]:
@@ -68,14 +68,14 @@ def read_records(name: str, source: SourceSection, rejects: Rejects) -> Iterator
                 return
 
 
-class Reading(Iterator[Item]):
+class Reading(Iterator[ReadItem]):
     """The items of a source as they are read, and `tally`: what was recognised, read and not read up to here."""
 
     def __init__(self, source: SourceSection, files: list[Path] | None, spill: Path | None):
         self.tally = ReadingTally()
         self._items = _items(source, files, self.tally, spill)
 
-    def __next__(self) -> Item:
+    def __next__(self) -> ReadItem:
         return next(self._items)
 
 
@@ -89,7 +89,9 @@ def read_items(source: SourceSection, files: list[Path] | None = None, spill: Pa
     return Reading(source, files, spill)
 
 
-def _items(source: SourceSection, files: list[Path] | None, tally: ReadingTally, spill: Path | None) -> Iterator[Item]:
+def _items(
+    source: SourceSection, files: list[Path] | None, tally: ReadingTally, spill: Path | None
+) -> Iterator[ReadItem]:
     if source.format == "huggingface":
         tally.recognised["huggingface"] += 1
         yield from _shaped(_dataset_rows(source), source, tally, is_table=False)
@@ -122,12 +124,12 @@ def reading_order(source: SourceSection) -> list[Path]:
     return [*reversed(pubmed), *(file for file, format in zip(files, formats, strict=True) if format != "pubmed")]
 
 
-Rows = Iterator[tuple[str, int, Any]]
+RawRows = Iterator[tuple[str, int, Any]]
 
 
 def _shaped(
-    stream: Rows, source: SourceSection, tally: ReadingTally, is_table: bool, *, kinds: set[str] | None = None
-) -> Iterator[Item]:
+    stream: RawRows, source: SourceSection, tally: ReadingTally, is_table: bool, *, kinds: set[str] | None = None
+) -> Iterator[ReadItem]:
     """Rows as records, and the tally of what they were made of."""
     if source.kind == "instructions":
         shape = instruction_shape
@@ -170,7 +172,7 @@ def _finished(shaped: Shaped, fields: Any, tally: ReadingTally, is_table: bool) 
     return record
 
 
-def _with_columns(stream: Rows, source: SourceSection, is_table: bool) -> Rows:
+def _with_columns(stream: RawRows, source: SourceSection, is_table: bool) -> RawRows:
     """The rows, once a column that the recipe names has been seen in the first of them. Raises DataError."""
     if not source.columns:
         return stream
@@ -194,7 +196,7 @@ def _with_columns(stream: Rows, source: SourceSection, is_table: bool) -> Rows:
     return chain(first, stream)
 
 
-def _builtin_rows(source: SourceSection) -> Rows:
+def _builtin_rows(source: SourceSection) -> RawRows:
     from qmedtune.data.synthetic import outcomes
 
     for path in source.paths:
@@ -202,7 +204,7 @@ def _builtin_rows(source: SourceSection) -> Rows:
             yield path, number, fields
 
 
-def _dataset_rows(source: SourceSection) -> Rows:
+def _dataset_rows(source: SourceSection) -> RawRows:
     for path in source.paths:
         if hub_dataset(source):
             stream = arrow.read_hub(path)
@@ -212,7 +214,7 @@ def _dataset_rows(source: SourceSection) -> Rows:
             yield path, number, fields
 
 
-def _file_rows(file: Path, source: SourceSection, format: str) -> Rows:
+def _file_rows(file: Path, source: SourceSection, format: str) -> RawRows:
     number = 0
     try:
         for number, fields in with_answer_base(file, lambda: read_rows(file, source, format)):
@@ -221,7 +223,7 @@ def _file_rows(file: Path, source: SourceSection, format: str) -> Rows:
         yield str(file), number + 1, BROKEN_ARCHIVE
 
 
-def _latest_first(file: Path, spill: Path | None) -> Rows:
+def _latest_first(file: Path, spill: Path | None) -> RawRows:
     """What a PubMed file deletes, then its records from the last to the first."""
     items = LatestFirst(file, spill)
     if items.deleted:

@@ -15,7 +15,7 @@ NAMESPACE = "http://www.tei-c.org/ns/1.0"
 LEFT_OUT = ("note", "table", "formula/label", "listBibl", "back")
 
 
-def read_tei(path: Path) -> Iterator[xml_files.Item]:
+def read_tei(path: Path) -> Iterator[xml_files.Numbered]:
     """The document of a file, or those of a `teiCorpus`."""
     root = xml_files.root_of(path)
     if root is not None and root.name == "teiCorpus":

@@ -34,7 +34,7 @@ ODD_SPACES = "\n\t\r\f\v\x1c\x1d\x1e\x1f"  # what str.split() splits at in ASCII
 SPACES = re.compile("   *")  # written so that `re` searches for its two first, not for every single one
 EVERY_SPACE = ODD_SPACES + "\x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
 EVERY_SPACE += "\u2028\u2029\u202f\u205f\u3000"
-Item = tuple[int, Any]
+Numbered = tuple[int, Any]
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ def read_file(path: Path, shape: Callable[[Any], Any], prepare: Callable[[bytes]
     return read_whole(prepare(data), shape)
 
 
-def read_each(path: Path, tags: tuple[str, ...], shape: Callable[[Any], Any]) -> Iterator[Item]:
+def read_each(path: Path, tags: tuple[str, ...], shape: Callable[[Any], Any]) -> Iterator[Numbered]:
     """(number, what `shape` makes of it) of every element with one of `tags`, each freed when it is read."""
     number = 0
     with open_bytes(path) as file:

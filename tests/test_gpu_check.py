@@ -7,7 +7,7 @@ import torch
 
 from qmedtune.errors import DoesNotFit, RunError
 from qmedtune.planning.machine import GIB, Machine
-from qmedtune.training.card import Card, check_card
+from qmedtune.training.gpu_check import Card, check_card
 
 GPU = Machine("cuda", "NVIDIA L4", 24 * GIB, 64 * GIB, 8, bf16=True, capability=8.9)
 CPU = Machine("cpu", "a CPU", 16 * GIB, 16 * GIB, 2, bf16=True)
