@@ -23,6 +23,7 @@ from qmedtune.errors import RunError
 DRIVE = Path("/content/drive")  # where Colab mounts Google Drive
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # Lustre without -o flock, NFS without its lock service
 PATIENCE_S = 0.2  # `qmedtune runs` and `watch` ask for a lock for microseconds, to see whether a run lives
+MOST_BYTES = 32 << 20  # of run.json, a seal, remembered hashes: a run of 8 stages over 30 sources has 0.3 MB
 PART = ".part~"  # ends the names of temporaries of `write_atomic`; a kill leaves one behind
 
 
@@ -39,7 +40,8 @@ def write_atomic(path: Path, text: str) -> None:
     """Replace `path` in one rename; readers see the old text or the new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}{PART}")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
+        # Half a character, as JSON can say it, is written as its escape.
+        with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -90,9 +92,12 @@ def owner_only() -> Iterator[None]:
 
 
 def read_plain(path: Path) -> str:
-    """Text of a file that may be anybody's. OSError where it is no plain file: a pipe would be waited for for ever."""
+    """Text of a file of ours that may be anybody's. OSError where it is no plain file (a pipe would be waited for for
+    ever), or longer than any that we write."""
     if not path.is_file():
         raise FileNotFoundError(errno.ENOENT, "no plain file", str(path))
+    if path.stat().st_size > MOST_BYTES:
+        raise OSError(errno.EFBIG, f"longer than {MOST_BYTES:,} bytes", str(path))
     return path.read_text(encoding="utf-8")
 
 

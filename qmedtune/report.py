@@ -43,7 +43,7 @@ def write_report(run_dir: Path) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for name, text in written.items():
         disk.write_atomic(run_dir / name, text)
-        sizes[name] = len(text.encode())
+        sizes[name] = len(text.encode(errors="backslashreplace"))
     return sizes
 
 

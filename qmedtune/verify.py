@@ -113,10 +113,10 @@ def _consistent(sealed: store.Seal) -> bool:
 
 def _root_problems(folder: Path, seals: Seals) -> Iterator[str]:
     try:
-        run = Run.model_validate(json.loads((folder / RUN).read_text(encoding="utf-8")))
+        run = Run.model_validate(json.loads(store.read_plain(folder / RUN)))
         yield from _run_problems(folder, run, seals)
         rendered = _composed(folder, run)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         yield f"{RUN}: unreadable ({type(error).__name__})"
         return
     for name, expected in rendered.items():
@@ -190,8 +190,8 @@ def _composed(folder: Path, run: Run) -> dict[str, bytes]:
         expected[scores.name] = scores.read_bytes()
     if run.provenance.qmedtune == __version__:
         metrics = read_metrics(folder / METRICS)
-        expected["report.html"] = report_html.page(run, metrics).encode()
-        expected["report.md"] = markdown(run, metrics).encode()
+        expected["report.html"] = report_html.page(run, metrics).encode(errors="backslashreplace")
+        expected["report.md"] = markdown(run, metrics).encode(errors="backslashreplace")
         if run.merge is not None:
-            expected[f"merged/{store.RENDERED}"] = model_card(run).encode()
+            expected[f"merged/{store.RENDERED}"] = model_card(run).encode(errors="backslashreplace")
     return expected

@@ -25,7 +25,7 @@ Change = Callable[[Path], object]
 REMEMBERED = json.dumps({"remembered:x": [5], "y": 1, "0" * 64: [[], 1]})
 NOTE = json.dumps({"files": ["../../outside.txt"], "time": 1, "sha256": "x"})
 TEMPLATE = json.dumps({"name": "x", "user": "{content.__class__}"})
-EVIL_NAME = "../../OWNED`$(touch OWNED)`\x1b[2J\n# x"
+EVIL_NAME = "../../ESCAPED`$(touch OWNED)`\x1b[2J\n# x"
 
 
 @dataclass(frozen=True)

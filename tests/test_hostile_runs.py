@@ -58,7 +58,8 @@ def ask(attacker: Attacker, case: RunCase, command: str, good: Path, out: Path) 
 def complaints(case: RunCase, command: str, outcome: Outcome, place: Path) -> list[str]:
     """What did not hold."""
     found = [f"executed {event}" for event in outcome.executed]
-    if any(path.name.startswith(OWNED) for path in place.rglob("*")) or Path(OWNED).exists():
+    escaped = [path for path in place.iterdir() if path.name.startswith("ESCAPED")]
+    if escaped or any(path.name == OWNED for path in place.rglob("*")) or Path(OWNED).exists():
         found.append("the folder has written outside of itself")
     if (place / "outside.txt").read_text() != OUTSIDE:
         found.append("a file outside of the folder was changed")

@@ -55,4 +55,4 @@ def write_items_page(run_dir: Path, requested: RequestedItems) -> Written:
     with disk.owner_only():
         disk.write_atomic(target, text)
     counts = {each.asked.name: len(each.asked.items) for each in tasks}
-    return Written(path=str(target), bytes=len(text.encode()), items=counts, left_out=notes)
+    return Written(path=str(target), bytes=len(text.encode(errors="backslashreplace")), items=counts, left_out=notes)

@@ -11,6 +11,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from qmedtune import heartbeat
+from qmedtune.disk import read_plain
 from qmedtune.errors import RunError
 from qmedtune.reporting.facts import Metrics, parse_metrics
 from qmedtune.results import Run
@@ -23,13 +24,15 @@ def read_run(folder: Path) -> Run:
     """run.json as it stands, with the status that holds: a run whose process is gone does not go on as `running`.
     RunError where it is damaged."""
     try:
-        run = Run.model_validate_json((folder / RUN).read_bytes())
+        run = Run.model_validate_json(read_plain(folder / RUN))
     except ValidationError as error:
         fault = error.errors(include_input=False, include_url=False)[0]
         place = ".".join(str(part) for part in fault["loc"])
         raise RunError(
             f"{folder / RUN}: {place}: {fault['msg']}\nthe `qmedtune run` that made it composes it again from its steps"
         ) from None
+    except ValueError as error:
+        raise RunError(f"{folder / RUN}: is no text\nthe `qmedtune run` that made it composes it again") from error
     return run.model_copy(update={"status": heartbeat.life(folder, run.status).status})
 
 

@@ -11,10 +11,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from qmedtune import heartbeat
 from qmedtune.claims import MARK
+from qmedtune.disk import read_plain
 from qmedtune.errors import RecipeError
 from qmedtune.local_names import is_utf8
 from qmedtune.record import RUN
@@ -103,7 +104,7 @@ class Shelf:
             run = self._parsed(folder, (stat.st_mtime_ns, stat.st_size))
         except OSError:
             return None
-        except ValidationError:
+        except ValueError:  # no run, or no text
             run = Run(
                 name=folder.name, status="failed", error=f"{RUN} cannot be read; `qmedtune run` composes it again"
             )
@@ -115,7 +116,7 @@ class Shelf:
         kept = self._read.get(folder)
         if kept and kept[0] == stamp:
             return kept[1]
-        run = Run.model_validate_json((folder / RUN).read_bytes())
+        run = Run.model_validate_json(read_plain(folder / RUN))
         self._read[folder] = stamp, run
         return run
 
