@@ -21,6 +21,7 @@ from qmedtune.evaluation import choosing, halves, precision
 from qmedtune.evaluation.measure import Measured
 from qmedtune.lineage import final_model
 from qmedtune.mixed_merge import sibling_of
+from qmedtune.process import prepare
 from qmedtune.results import SweepPoint
 from qmedtune.sweep import Measuring
 
@@ -74,6 +75,7 @@ def figures(point: SweepPoint) -> str:
 
 
 if __name__ == "__main__":
+    prepare()
     print("| run | lambda | chosen by: likelihood, written | the others: likelihood, written | | noise of the best |")
     print("|---|---|---|---|---|---|")
     for name in sys.argv[1:]:

@@ -31,7 +31,7 @@ SAMPLE = 1 << 16  # elements of each linear layer that are looked at: a cosine o
 # Settings that change what the same weights compute. Positions are compared apart.
 MEANT_ALIKE = (
     "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps", "hidden_act", "attention_bias",
-    "mlp_bias", "pretraining_tp",
+    "mlp_bias",
 )  # fmt: skip
 # Of a tokenizer what turns text into ids; not how it marks documents or decodes.
 SPLITTING = ("normalizer", "pre_tokenizer", "model")

@@ -233,7 +233,7 @@ class Placed:
 @dataclass(frozen=True)
 class Decided:
     """How a group of projections is computed, found once and again when `state` is no longer theirs: asking PEFT and
-    bitsandbytes at each call took 190 us a layer and pass, comparing takes 20 (one core, NF4, seven adapters)."""
+    bitsandbytes at each call took 350 us a layer and pass, this takes 64 (one core, NF4, seven adapters)."""
 
     state: list[object]
     obstacle: str
