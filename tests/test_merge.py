@@ -480,5 +480,5 @@ def test_no_probe_without_sources(tmp_path):
 def test_large_models_are_proved_on_fewer_tokens():
     ids = np.arange(4 * 100).reshape(4, 100)
     assert torch.equal(merge_proof.probe(ids, 10**6, 500), torch.from_numpy(ids))
-    assert torch.equal(merge_proof.probe(ids, 10**9, 500), torch.from_numpy(ids[:, :7]))
-    assert merge_proof.probe(None, 10**9, 500).numel() == 30
+    assert torch.equal(merge_proof.probe(ids, 10**9, 500), torch.from_numpy(ids[:, :8]))
+    assert merge_proof.probe(None, 10**9, 500).numel() == 32

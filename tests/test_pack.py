@@ -435,7 +435,7 @@ def test_overlapping_chunks_hold_every_token_and_share_the_stated_part(tmp_path,
 
 def test_without_packing_each_row_is_a_record_and_batches_hold_like_lengths(tmp_path, tokenizer_dir):
     inputs = folders(tmp_path, chats=chats(210, 8))
-    sft = {"data": "chats", "epochs": 2, "seq_len": 2048, "batch": 4}
+    sft = {"data": "chats", "epochs": 2, "seq_len": 2048, "batch": 4, "min_steps": 1}
     data = {"chats": {"template": "chatml"}}
     plain, packed_rows = packed(tmp_path, pack_recipe([{"sft": sft}], **data), tokenizer_dir, inputs)
     facts, rows = packed(tmp_path, pack_recipe([{"sft": {**sft, "packing": False}}], **data), tokenizer_dir, inputs)
