@@ -308,7 +308,7 @@ def _train(mode: str, steps: int, device: torch.device) -> list[float]:
                 setattr(parent, name, four.to(device))
     model = get_peft_model(model.to(device), LoraConfig(r=4, lora_alpha=16, target_modules="all-linear"))
     facts = fused.install(model, mode)
-    assert not facts["own_forward"]
+    assert not facts.own_forward
     ids = torch.randint(0, 40, (1, 12), device=device)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
