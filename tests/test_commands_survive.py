@@ -29,9 +29,9 @@ needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a 
 
 
 @needs_compiler
-def test_a_full_disk_at_one_call_in_seven_of_eval_and_report():
-    found = tally("full_commands.py", "eval", "report", "--every", "7")
-    assert found["trials"] >= sum(found["calls"].values()) // 7 >= 5 and found["failed_clearly"] > 4
+def test_a_full_disk_at_one_call_in_twenty_of_eval_and_report():
+    found = tally("full_commands.py", "eval", "report", "--every", "20")
+    assert found["trials"] >= sum(found["calls"].values()) // 20 >= 2 and found["failed_clearly"] >= 2
 
 
 @pytest.mark.slow
