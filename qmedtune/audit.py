@@ -33,7 +33,8 @@ from qmedtune.evaluation.generation import generate
 from qmedtune.evaluation.measure import adding
 from qmedtune.evaluation.scoring import choice_logprobs, prompt_texts
 from qmedtune.model_stack import ModelStack
-from qmedtune.recipe import AuditSection, Recipe, SftSection
+from qmedtune.recipe import AuditSection, SftSection
+from qmedtune.resolved import ResolvedRecipe
 from qmedtune.results import Audit, AuditLimits, Exposure, Json, Trained
 
 RESULT = "audit.json"
@@ -48,7 +49,7 @@ class StageToAudit:
     model: ModelStack
 
 
-def audit_step(recipe: Recipe, planted: Path, trained: Mapping[str, StageToAudit], out: Path) -> Audit:
+def audit_step(recipe: ResolvedRecipe, planted: Path, trained: Mapping[str, StageToAudit], out: Path) -> Audit:
     """Measure a resolved recipe's canaries after every stage that trained on them, or followed one that did.
 
     planted: folder with canaries.json. trained: stages by name. Writes audit.json below `out`, where an interrupted
@@ -72,7 +73,7 @@ def audit_step(recipe: Recipe, planted: Path, trained: Mapping[str, StageToAudit
     return result
 
 
-def check_limits(recipe: Recipe, audited: Path) -> AuditLimits:
+def check_limits(recipe: ResolvedRecipe, audited: Path) -> AuditLimits:
     """RunError where a measurement in the folder `audited` is beyond `max_exposure` or `max_extracted` of the recipe.
 
     A step of its own behind the measurement, so that what was measured stays sealed, and before the merge.
@@ -104,7 +105,9 @@ def _beyond(audit: AuditSection, row: Exposure) -> str | None:
     return None
 
 
-def _measure_stage(recipe: Recipe, index: int, found: list[Canary], trained: Mapping[str, StageToAudit]) -> list[Json]:
+def _measure_stage(
+    recipe: ResolvedRecipe, index: int, found: list[Canary], trained: Mapping[str, StageToAudit]
+) -> list[Json]:
     """The rows of one stage as audit.json has them."""
     name = recipe.stage_names()[index]
     stack = trained[name].model
@@ -123,7 +126,7 @@ def _measure_stage(recipe: Recipe, index: int, found: list[Canary], trained: Map
     return told
 
 
-def _masked(recipe: Recipe, source: str) -> bool:
+def _masked(recipe: ResolvedRecipe, source: str) -> bool:
     """Whether the canaries of a source carried no loss."""
     if recipe.data[source].kind != "instructions":
         return False
@@ -135,7 +138,7 @@ def _masked(recipe: Recipe, source: str) -> bool:
     return True
 
 
-def _passes(recipe: Recipe, index: int, trained: Mapping[str, StageToAudit]) -> dict[str, float]:
+def _passes(recipe: ResolvedRecipe, index: int, trained: Mapping[str, StageToAudit]) -> dict[str, float]:
     """How often the stages so far went through each source: a canary was seen this often times its repeats."""
     passes: dict[str, float] = {}
     for name in recipe.stage_names()[: index + 1]:
@@ -148,7 +151,7 @@ def _passes(recipe: Recipe, index: int, trained: Mapping[str, StageToAudit]) -> 
     return passes
 
 
-def context_of(recipe: Recipe, canary: Canary, tokenizer: Any, base: Path) -> str:
+def context_of(recipe: ResolvedRecipe, canary: Canary, tokenizer: Any, base: Path) -> str:
     """The text in front of the secret, as in training: the note's beginning, or the prompt in its template."""
     if recipe.data[canary.source].kind != "instructions":
         return canary.context
@@ -160,7 +163,7 @@ def context_of(recipe: Recipe, canary: Canary, tokenizer: Any, base: Path) -> st
     return prompt[: prompt.index(canary.secret)].rstrip()
 
 
-def _first_stage_of(recipe: Recipe, source: str) -> int:
+def _first_stage_of(recipe: ResolvedRecipe, source: str) -> int:
     for index, stage in enumerate(recipe.stages):
         if source in stage.sources:
             return index
@@ -168,7 +171,7 @@ def _first_stage_of(recipe: Recipe, source: str) -> int:
 
 
 def measure(
-    recipe: Recipe, model: Any, tokenizer: Any, found: Sequence[Canary], contexts: Sequence[str], title: str
+    recipe: ResolvedRecipe, model: Any, tokenizer: Any, found: Sequence[Canary], contexts: Sequence[str], title: str
 ) -> list[Exposure]:
     """A row per source and number of repeats, in the order of the canaries."""
     audit = recipe.audit

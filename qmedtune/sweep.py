@@ -35,7 +35,7 @@ from qmedtune.merging.sibling import Mixing
 from qmedtune.mixed_merge import SWEEP, job_of, sibling_of
 from qmedtune.model import load_tokenizer
 from qmedtune.model_stack import ModelStack
-from qmedtune.recipe import Recipe
+from qmedtune.resolved import ResolvedRecipe
 from qmedtune.results import Sweep, SweepPoint
 from qmedtune.tasks import Task
 
@@ -46,7 +46,7 @@ BASE = "base"
 class Measuring:
     """How each point is measured, and where what was measured is kept."""
 
-    recipe: Recipe
+    recipe: ResolvedRecipe
     trained: ModelStack
     mixing: Mixing
     inputs: Compared
@@ -98,7 +98,7 @@ def _measured(kept: Mapping[str, Any]) -> Measured:
     return Measured(kept["tasks"], texts)
 
 
-def sweep_step(recipe: Recipe, trained: ModelStack, inputs: Compared, out: Path) -> Sweep:
+def sweep_step(recipe: ResolvedRecipe, trained: ModelStack, inputs: Compared, out: Path) -> Sweep:
     """The step of a run. trained: with the adapters that the merge reads. Writes sweep.json and <task>.items.jsonl
     below `out`, where an interrupted sweep goes on."""
     assert recipe.merge.sweep is not None

@@ -28,6 +28,7 @@ def tally(script: str, *words: str) -> dict:
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_a_full_disk_at_one_call_in_twenty_of_eval_and_report():
     found = tally("full_commands.py", "eval", "report", "--every", "20")

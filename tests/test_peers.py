@@ -272,6 +272,7 @@ def is_there(pid: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_torchrun_starts_a_run_of_one(one: Path, tmp_path: Path):
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
     done = subprocess.run(
@@ -285,7 +286,8 @@ def test_torchrun_starts_a_run_of_one(one: Path, tmp_path: Path):
     assert len(losses(tmp_path / "run" / "02-sft")) == len(losses(one))
 
 
-@pytest.mark.parametrize("killed", ["follower", pytest.param("leader", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", ["follower", "leader"])
 def test_a_killed_process_ends_all_and_the_same_command_goes_on(tmp_path: Path, packed: MicroRun, killed: str):
     whole, out = tmp_path / "whole", tmp_path / "out"
     words = [sys.executable, *command(out, "--gpus", "2")]

@@ -8,12 +8,12 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from qmedtune.errors import RunError
-from qmedtune.results import Json
 
 LABELS = ("base", "final", "model")
 OUTCOMES = ("gained", "lost", "both right", "both wrong")
@@ -118,7 +118,7 @@ def read_task(path: Path, name: str, metric: str) -> Asked:
     return Asked(name, measure, labels, items)
 
 
-def _answer(row: Json, metric: str) -> Answer:
+def _answer(row: Mapping[str, Any], metric: str) -> Answer:
     written, written_value = _written(row.get("generation"), metric)
     if "logprobs" not in row:
         if written_value is None:
@@ -134,7 +134,7 @@ def _answer(row: Json, metric: str) -> Answer:
     )
 
 
-def _written(found: Json | None, metric: str) -> tuple[str | None, float | None]:
+def _written(found: Mapping[str, Any] | None, metric: str) -> tuple[str | None, float | None]:
     """What was read out of an answer, and what it scores: by the metric where that is one of an item, else whether it
     is right."""
     if found is None:

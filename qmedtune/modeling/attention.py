@@ -111,7 +111,7 @@ def _torch(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: i
     from torch.nn.attention.varlen import varlen_attn
 
     groups = query.shape[1] // key.shape[1]
-    options: dict[str, bool] = {}
+    options: dict[str, Any] = {}
     if groups > 1 and _takes_groups():
         options["enable_gqa"] = True
     elif groups > 1:

@@ -103,7 +103,8 @@ def figure(found: Merge) -> Html:
         return Html("")
     x = _Axis(nice_ticks(*_range([loss for _, loss, _ in places])), LEFT, WIDTH - RIGHT)
     y = _Axis(nice_ticks(*_range([gain for _, _, gain in places])), HEIGHT - BOTTOM, TOP)
-    drawn, told = _grid(x, y), []
+    drawn = _grid(x, y)
+    told: list[str] = []
     line = "L".join(f"{x.at(loss):.1f} {y.at(gain):.1f}" for _, loss, gain in places)
     drawn += f'<path class="p" d="M{line}"/>'
     for point, loss, gain in places:
