@@ -4,12 +4,17 @@ import base64
 import gzip
 import io
 import json
+import random
+import tarfile
 import zipfile
+from pathlib import Path
 
 import pytest
 
 from qmedtune.data.prepare import prepare_source
 from qmedtune.data.reading import markup, xml_files
+from qmedtune.data.reading.document import Document
+from qmedtune.data.reading.medmcqa import with_answer_base
 from qmedtune.data.reading.rejects import Damaged, Refused, Unread
 from qmedtune.data.reading.sources import read_items
 from qmedtune.errors import DataError
@@ -497,3 +502,50 @@ def test_numbers_are_told_in_linear_time(text):
     started = time.process_time()
     markup.is_number(text)
     assert time.process_time() - started < 0.2
+
+
+# ---- in a stream -----------------------------------------------------------------------------------------------------
+
+
+def tar_of(articles: int) -> bytes:
+    """Incompressible padding between the articles, so that a cut in the middle leaves whole ones before it."""
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as archive:
+        for number in range(articles):
+            words = " ".join(random.Random(number).choices(["owl", "tit", "jay", "gull"], k=9_000))
+            data = jats(f"<p>Article {number}. {words}</p>").encode()
+            member = tarfile.TarInfo(f"{number}.nxml")
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return packed.getvalue()
+
+
+def test_a_cut_archive_keeps_the_articles_before_the_cut(tmp_path):
+    whole = tar_of(20)
+    records, others, _ = read(tmp_path / "a.tar.gz", whole[: len(whole) * 2 // 3])
+    assert 8 < len(records) < 20 and "Article 0." in records[0]["text"]
+    assert [type(other) for other in others] == [Unread]
+
+
+def test_documents_are_passed_on_one_by_one():
+    asked = []
+
+    def read_documents():
+        for number in range(3):
+            asked.append(number)
+            yield number, Document(str(number), "text")
+
+    stream = with_answer_base(Path("a.tar"), read_documents)
+    assert next(stream)[0] == 0 and asked == [0]
+    assert len(list(stream)) == 2
+
+
+def test_answers_count_from_where_they_do_behind_a_damaged_line(tmp_path):
+    rows = []
+    for answer in (1, 2, 4):
+        rows.append({"question": "Which bird?", "opa": "owl", "opb": "tit", "opc": "jay", "opd": "gull", "cop": answer})
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    plain, _, _ = read(tmp_path / "dev.jsonl", text, kind="instructions")
+    behind, others, _ = read(tmp_path / "cut.jsonl", '{"question": "Wh\n' + text, kind="instructions")
+    assert len(others) == 1
+    assert [{**row, "id": ""} for row in behind] == [{**row, "id": ""} for row in plain]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from qmedtune.data.reading.document import Fields
+from qmedtune.data.reading.document import Document, Fields
 from qmedtune.errors import DataError
 
 BASE = "_cop_base"
@@ -45,18 +45,29 @@ def answer_base(path: Path, answers: set[int | None]) -> int:
 def with_answer_base(path: Path, read: Callable[[], Iterator[tuple[int, Any]]]) -> Iterator[tuple[int, Any]]:
     """The rows of a file; of MedMCQA with the base of `cop` as a field. Such a file is read twice to know it."""
     stream = read()
-    head: list[tuple[int, Any]] = []  # to the first row: before it stands what an archive's members are
     for found in stream:
-        head.append(found)
-        if isinstance(found[1], dict):
+        if _is_medmcqa(found[1]):
             break
-    if not head:
-        return
-    first = head[-1][1]
-    if not isinstance(first, dict) or not {"cop", "opa"} <= first.keys():  # CareQA's `cop` is always from 1
-        yield from head
-        yield from stream
+        yield found
+        if isinstance(found[1], (dict, Document)):  # else what an archive's member is, or a damaged line
+            yield from stream
+            return
+    else:
         return
     base = answer_base(path, {cop_of(fields) for _, fields in read() if isinstance(fields, dict)})
-    for number, fields in read():
+    for number, fields in _from_first_row(read()):
         yield number, {**fields, BASE: base} if isinstance(fields, dict) else fields
+
+
+def _is_medmcqa(fields: Any) -> bool:
+    """By its keys; CareQA's `cop` is always from 1, and has no `opa`."""
+    return isinstance(fields, dict) and {"cop", "opa"} <= fields.keys()
+
+
+def _from_first_row(stream: Iterator[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
+    """Without what stood before the first row: it was yielded already."""
+    for found in stream:
+        if isinstance(found[1], dict):
+            yield found
+            break
+    yield from stream
