@@ -89,7 +89,8 @@ def _texts(out: Path) -> Iterator[Path]:
         place = path.relative_to(out).parts
         if not path.is_file() or path.is_symlink() or place[0] in WORK:
             continue
-        if privacy.holds_text(path.relative_to(out).as_posix()):
+        unfinished = path.name.startswith(".") and path.name.endswith(store.PART)  # of a write that was killed
+        if unfinished or privacy.holds_text(path.relative_to(out).as_posix()):
             yield path
 
 

@@ -1,7 +1,8 @@
 """A process of a run that does not lead it: it waits, trains along when it is called, and ends with the run.
 
-`python -m qmedtune.follower STORE RANK SIZE` is what `run --gpus` starts; under torchrun the command line comes here
-with the ranks above 0. Nothing is written and nothing printed here: what goes wrong is told to rank 0, which says it.
+`python -m qmedtune.follower STORE RANK SIZE LEADER` is what `run --gpus` starts; under torchrun the command line comes
+here with the ranks above 0. Nothing is written and nothing printed here: what goes wrong is told to rank 0, which says
+it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -22,15 +24,16 @@ from qmedtune.record import versions
 
 
 def main(words: list[str]) -> int:
-    """Of a process that `run --gpus` has started: STORE RANK SIZE."""
-    path, rank, size = words[0], int(words[1]), int(words[2])
+    """Of a process that `run --gpus` has started: STORE RANK SIZE LEADER."""
+    path, rank, size, leader = words[0], int(words[1]), int(words[2]), int(words[3])
+    threading.Thread(target=_end_with, args=(leader,), daemon=True).start()
     from qmedtune.process import prepare
 
     prepare()
     peers.take_gpu(rank)
     import torch.distributed as dist
 
-    return follow(dist.FileStore(path, size), rank, size, leader=os.getppid())
+    return follow(dist.FileStore(path, size), rank, size)
 
 
 def follow_torchrun() -> int:
@@ -39,15 +42,23 @@ def follow_torchrun() -> int:
     return follow(store, rank, size)
 
 
-def follow(store: Any, rank: int, size: int, leader: int | None = None) -> int:
-    """Serve until the run ends; its exit code. `leader`: the process whose end is ours too."""
+def _end_with(leader: int) -> None:
+    """End this process as soon as the one that started it is gone, whatever it waits for: a sum with a dead GPU process
+    would wait for hours."""
+    while os.getppid() == leader:
+        time.sleep(peers.WATCH_S)
+    os._exit(1)
+
+
+def follow(store: Any, rank: int, size: int) -> int:
+    """Serve until the run ends; its exit code."""
     for number in SIGNALS:  # of a terminal they reach every process: rank 0 decides, and the others follow
         signal.signal(number, signal.SIG_IGN)
     store.set(f"hello/{rank}", json.dumps(versions(), sort_keys=True))
     member = _Member(store, rank, size)
     number = 1
     while True:
-        message = _next(store, number, leader)
+        message = _next(store, number)
         if message is None:
             return 1
         if message.end is not None:
@@ -63,13 +74,11 @@ def follow(store: Any, rank: int, size: int, leader: int | None = None) -> int:
         number += 1
 
 
-def _next(store: Any, number: int, leader: int | None) -> Message | None:
+def _next(store: Any, number: int) -> Message | None:
     """The next job; None when the process that leads is gone."""
     key = f"job/{number}"
     try:
         while not store.check([key]):
-            if leader is not None and os.getppid() != leader:
-                return None
             time.sleep(peers.POLL_S)
         return Message(**json.loads(store.get(key)))
     except RuntimeError:  # the store went with its process

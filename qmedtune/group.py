@@ -73,6 +73,8 @@ def _exchange(tensor: Tensor, op: dist.ReduceOp.RedOpType) -> None:
     """All-reduce in place. Raises RunError where another process is gone: its connection is closed."""
     try:
         dist.all_reduce(tensor, op=op)
+        if tensor.is_cuda:  # there it has only been asked for
+            torch.cuda.synchronize(tensor.device)
     except RuntimeError as error:
         raise RunError(
             "another process of this run ended in the middle of a step, and so do all\n"
@@ -98,6 +100,9 @@ def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def _add_up(bucket: list[Tensor]) -> None:
+    if len(bucket) == 1 and bucket[0].is_contiguous():  # of an embedding 2 GB, which are not copied
+        _exchange(bucket[0], dist.ReduceOp.SUM)
+        return
     flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
     _exchange(flat, dist.ReduceOp.SUM)
     start = 0

@@ -28,41 +28,30 @@ PACKING = ("mix", "unit", "tokens", "epochs", "max_repeats", "data", "loss_on", 
 PACKING += ("packing", "multi_label", "validation")
 # Keys that came later, with the value that means what stages did before: runs made then stay finished.
 SINCE_0_2 = {"adam_eps": 1e-8, "lora": None, "class_weights": "none", "min_steps": 1}
+# Where a model folder, and a run, keep the model that is asked; what is read or copied of it.
+MODEL_PLACES = ("", "merged/", "[0-9][0-9]-*/model/", "[0-9][0-9]-*/")
+MODEL_FILES = ("*.safetensors", "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json")
+MODEL_FILES += ("*template.json", "*.jinja")
 BY_MACHINE = ("micro_batch", "gradient_checkpointing", "optimizer")
 MODEL_BY_MACHINE = ("compute_dtype", "kernels", "attention")
 
 
 def source_section(recipe: Recipe, name: str, hashes: store.HashCache) -> MadeFrom:
+    from qmedtune.data.hygiene.per_record import identifier_marks
+
     source = recipe.data[name]
     result: dict[str, object] = {
         "source": source.model_dump(mode="json", exclude={"license", "terms", *PACKED_AS}),
         "hygiene": recipe.hygiene.model_dump(mode="json"),
         "seed": recipe.seed,
         "files": fingerprint(source, hashes),
-        **_identifiers(recipe, name),
+        **identifier_marks(recipe, name),
     }
     if recipe.hygiene.decontaminate != "off":
         from qmedtune.data.hygiene.benchmarks import chosen_tasks
 
         result["benchmarks"] = benchmarks(chosen_tasks(recipe), hashes)
     return result
-
-
-def _identifiers(recipe: Recipe, name: str) -> MadeFrom:
-    """What finds identifiers and what stands in for them, where the text that is kept depends on it."""
-    from qmedtune.data.hygiene import phi, secret, surrogates
-    from qmedtune.data.hygiene.per_record import phi_mode
-
-    mode = phi_mode(recipe, name)
-    if mode not in ("redact", "refuse"):
-        return {}
-    if mode == "refuse":
-        return {"recognisers": phi.VERSION}
-    return {
-        "recognisers": phi.VERSION,
-        "surrogates": surrogates.VERSION,
-        "secret": secret.fingerprint(secret.load()),
-    }
 
 
 def fingerprint(source: SourceSection, hashes: store.HashCache) -> list[list[str]]:
@@ -268,19 +257,22 @@ def against_section(recipe: Recipe, hashes: store.HashCache) -> MadeFrom:
     models: list[list[object]] = []
     for name in recipe.evaluate.against:
         models.append([name, *_model_marks(Path(name).expanduser())])
-    section |= {"against": models, "merge_dtype": recipe.merge.dtype} | _left_for_choices(recipe)
+    section |= {"format": EVALUATION_FORMAT, "against": models, "merge_dtype": recipe.merge.dtype} | _left_for_choices(
+        recipe
+    )
     return {"evaluate": section, "seed": recipe.seed, "benchmarks": benchmarks(recipe.evaluate.tasks, hashes)}
 
 
 def _model_marks(path: Path) -> list[list[Any]]:
-    """Names, sizes and times of a model folder's weights and of what it is asked with; of a GGUF its own. Nothing for
-    what lies elsewhere (a Hub id): its name stands for it."""
+    """Names, sizes and times of a model's files, of a run those of the model that it ends with; of a GGUF its own.
+    Nothing for what lies elsewhere (a Hub id): its name stands for it."""
     if path.is_file():
         return [[path.name, path.stat().st_size, path.stat().st_mtime_ns]]
     found = []
-    for pattern in ("*.safetensors", "merged/*.safetensors", "*template.json", "tokenizer*.json"):
-        for file in sorted(path.glob(pattern)):
-            found.append([str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns])
+    for place in MODEL_PLACES:
+        for pattern in MODEL_FILES:
+            for file in sorted(path.glob(place + pattern)):
+                found.append([str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns])
     return found
 
 

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from qmedtune.train import TrainingJob
 
 POLL_S = 0.05
+WATCH_S = 1.0  # how often each side looks whether the other is still there
 # How long one waits for the others in a step: longer than the longest validation. That a process has ended is seen by
 # its connection, at once.
 PATIENCE = timedelta(hours=12)
@@ -68,6 +70,9 @@ class Peers:
         self.store, self.size, self.processes = store, size, processes or {}
         self.number = 0
         self.grouped = False
+        self.over = threading.Event()
+        if self.processes:
+            threading.Thread(target=self._watch, daemon=True).start()
 
     def call(self, message: Message) -> Group:
         """Tell the others about a stage. They are ready when `wait` returns."""
@@ -113,8 +118,21 @@ class Peers:
             time.sleep(POLL_S)
         return self.store.get(key).decode()
 
+    def _watch(self) -> None:
+        """End this process where another has ended in the middle of a run and nothing else notices: a sum with a dead
+        GPU process would wait for hours. Over gloo the sum itself fails, well within GRACE_S."""
+        while not self.over.wait(WATCH_S):
+            ended = [process for process in self.processes.values() if process.poll() is not None]
+            if ended and not self.over.wait(GRACE_S):
+                ui.error_panel([
+                    "another process of this run ended, and the one that leads did not get free of it",
+                    "what is sealed stays; the same command goes on from the last checkpoint",
+                ])  # fmt: skip
+                os._exit(1)
+
     def end(self, code: int) -> None:
         """The run is over: the others end too, at the latest after GRACE_S."""
+        self.over.set()
         self.number += 1
         with suppress(RuntimeError):  # torchrun's store may be gone, and the others with it
             self.store.set(f"job/{self.number}", json.dumps(vars(Message(end=code))))
@@ -268,6 +286,7 @@ def _started(size: int) -> Peers:
     processes = {}
     for rank in range(1, size):
         words = [sys.executable, "-m", "qmedtune.follower", str(folder / "store"), str(rank), str(size)]
+        words.append(str(os.getpid()))
         environment = os.environ | {"GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo")}
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // size)))
         processes[rank] = subprocess.Popen(

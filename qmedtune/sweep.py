@@ -88,7 +88,7 @@ class Measuring:
 
 def label_of(share: float) -> str:
     """Of a point, in file names and items."""
-    return f"lambda-{share:g}"
+    return f"lambda-{repr(float(share)).removesuffix('.0')}"
 
 
 def _measured(kept: Mapping[str, Any]) -> Measured:

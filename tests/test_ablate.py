@@ -421,5 +421,7 @@ def test_all_seeds_are_asked_the_same_items_of_a_limit():
         [section] = made.evaluate.tasks
         drawn.add(tuple(item.id for item in load_task(section, made.items_seed, "micro").items))
     assert len(drawn) == 1
+    parted = recipe.model_copy(update={"evaluate": EvaluateSection(tasks=["facts"], development=0.5)})
+    assert with_seed(parted, 18).items_seed == recipe.items_seed  # the same half is scored at every seed
     whole = recipe.model_copy(update={"evaluate": EvaluateSection(tasks=["facts"])})
     assert with_seed(whole, 18).evaluate.items_seed is None  # so that runs of it stay finished

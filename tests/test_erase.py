@@ -82,6 +82,13 @@ def test_a_killed_erasure_is_finished_by_the_same_command(copy, monkeypatch):
     assert verify(copy)["erased"] > 10
 
 
+def test_what_a_killed_write_has_left_goes_too(copy):
+    leftover = copy / f".items.html.77{store.PART}"
+    leftover.write_text("a note")
+    erase(copy)
+    assert not leftover.exists()
+
+
 def test_only_a_run_of_ours_is_erased(tmp_path, capsys):
     (tmp_path / "run.json").write_text("{}")
     (tmp_path / "data").mkdir()

@@ -193,6 +193,20 @@ def test_a_changed_file_redoes_its_own_part(tmp_path, corpus, monkeypatch):
     assert (facts, {name: (building / name).read_bytes() for name in PARTS}) == make(made, tmp_path / "afresh")
 
 
+@pytest.mark.parametrize("phi_mode", ["redact", "report"])
+def test_other_recognisers_redo_every_part(tmp_path, corpus, monkeypatch, phi_mode):
+    """A part holds what was redacted, or counted, by those that it was made with."""
+    made, run = recipe(corpus, hygiene={"max_bad_fraction": 0.1, "phi": phi_mode}), tmp_path / "run"
+    out = run / "data" / "notes"
+    building = store.begin(out, run, "first", {}, keep_partial=True)
+    store.publish(building, out, run, "first", prepare_source(made, "notes", {}, building).as_json())
+    parts = len(list((out / "parts").glob("*.zst")))
+    monkeypatch.setattr(first_pass.phi, "VERSION", first_pass.phi.VERSION + 1)
+    again = counting(monkeypatch)
+    prepare_source(made, "notes", {}, store.begin(out, run, "second", {}, keep_partial=True))
+    assert len(again) == parts > 1
+
+
 def test_a_damaged_part_is_made_again(tmp_path, corpus, monkeypatch):
     made, run = recipe(corpus, hygiene={"max_bad_fraction": 0.1}), tmp_path / "run"
     out = run / "data" / "notes"

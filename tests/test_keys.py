@@ -128,3 +128,22 @@ def test_a_hub_dataset_is_keyed_by_its_commit_and_stays_so_offline(tmp_path: Pat
     keyed = [keys.source_section(recipe, "literature", hashes)["files"] for _ in range(4)]
     assert keyed[0] == keyed[1] == [["owner/texts", "c0ffee"]]
     assert keyed[2] == keyed[3] == [["owner/texts", "decaf"]]
+
+
+def test_every_file_of_another_model_counts(tmp_path: Path):
+    """Of a folder and of a run, also of one that trained all parameters: what is read of it or copied from it."""
+    for place in (".", "merged", "02-sft/model"):
+        folder = tmp_path / place
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json"):
+            (folder / name).write_text("{}")
+    (tmp_path / "02-sft" / "template.json").write_text("{}")
+    recipe = load_recipe(MICRO, [f"merge.with={tmp_path}"]).recipe
+    marks = keys.merge_section(recipe)
+    for path in sorted(tmp_path.rglob("*.*")):
+        path.write_text('{"other": 1}')
+        changed = keys.merge_section(recipe)
+        assert changed != marks, path
+        marks = changed
+    (tmp_path / "run.json").write_text("{}")  # written again by every report
+    assert keys.merge_section(recipe) == marks

@@ -252,6 +252,11 @@ def test_more_than_there_is_is_refused(cards: int, asked: str, said: str, monkey
     assert not (tmp_path / "out").exists()
 
 
+def test_a_process_whose_leader_is_gone_before_it_begins_ends(tmp_path: Path):
+    words = [sys.executable, "-m", "qmedtune.follower", str(tmp_path / "store"), "1", "2", str(2**22)]
+    assert subprocess.run(words, timeout=120).returncode == 1
+
+
 # ---- the command line ------------------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -232,6 +233,10 @@ def test_what_the_other_model_has_seen_stays_with_the_mix(searched, sibling: Pat
     assert clinical_sources(find(str(folder), offline=True)) == {"notes": None}
     assert clinical_sources(find(str(folder / "merged"), offline=True)) == {"notes": None}
     assert clinical_sources(find(str(sibling), offline=True)) == {}
+    whole = tmp_path / "trained whole"  # a run of all parameters has its model in the stage's folder
+    shutil.copytree(folder / "merged", whole / "02-sft" / "model")
+    shutil.copy(folder / "run.json", whole / "run.json")
+    assert clinical_sources(find(str(whole / "02-sft" / "model"), offline=True)) == {"notes": None}
     other = MixedWith(name="elsewhere/notes-model", clinical={"notes": "MODELS MAY BE PUBLISHED"})
     run = record.load(sibling).model_copy(update={"merge": Merge(mixed_with=other)})
     store.write_json(tmp_path / "run.json", run.as_json())

@@ -67,10 +67,11 @@ def seeds_of(recipe: Recipe, seeds: list[int] | None = None) -> list[int]:
 
 
 def with_seed(recipe: Recipe, seed: int) -> Recipe:
-    """The recipe on another seed. Where `limit` draws items, all seeds are asked those of the recipe's own: scores are
-    compared item by item."""
+    """The recipe on another seed. Where items are drawn, by `limit` or for a choice by `development`, all seeds are
+    asked those of the recipe's own: scores are compared item by item."""
     evaluate = recipe.evaluate
-    if seed != recipe.seed and any(section.limit for section in evaluate.tasks):
+    draws = bool(recipe.development) or any(section.limit for section in evaluate.tasks)
+    if seed != recipe.seed and draws:
         evaluate = evaluate.model_copy(update={"items_seed": recipe.items_seed})
     return recipe.model_copy(update={"seed": seed, "evaluate": evaluate})
 

@@ -70,8 +70,15 @@ def find(name: str, *, offline: bool) -> Sibling:
             f"merge it first: qmedtune merge {name} --out DIR, and give that folder"
         )
     template = found.base if (found.base / FILE).is_file() else None
-    run = found.base.parent if (found.base.parent / record.RUN).is_file() else None
-    return Sibling(name, found.base, template, run)
+    return Sibling(name, found.base, template, _run_of(found.base))
+
+
+def _run_of(model: Path) -> Path | None:
+    """The run folder that a model lies in: as `merged`, or as `NN-sft/model` where all parameters were trained."""
+    for folder in (model.parent, model.parent.parent):
+        if (folder / record.RUN).is_file():
+            return folder
+    return None
 
 
 def clinical_sources(sibling: Sibling) -> dict[str, str | None]:

@@ -144,7 +144,7 @@ def planned(recipe: Recipe, facts: BaseFacts, machine: Machine, taken: Scored, f
         "computed_in": taken.computed_in,
         "why": taken.why,
         "tasks": tasks,
-        "unknown": [each.label for each in section.sections if each.label not in told],
+        "unknown": [each.label for each in section.tasks if each.label not in told],
         "text_tokens": texts,
         "text_seconds": round(reading_texts, 1),
         "models_loaded": models,

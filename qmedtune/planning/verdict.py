@@ -13,6 +13,7 @@ from qmedtune.terminal import wrapped
 from qmedtune.units import count, duration, roughly, size
 
 ABSENT = "(not on this machine)"  # ends the name of a card that is only planned for
+UNTIMED = ("audit", "against", "sweep")  # steps whose time nobody predicts
 MOST_STAGES = 5  # rows of stages; what are more is one row
 SCREEN_LINES = 16  # of 24: without the table's frame (4), the way on (1), its prompt and the next (2), and a spare one
 
@@ -25,8 +26,10 @@ def verdict(plan: Plan) -> str:
         f"{_about(plan)} {roughly(plan['seconds'])}",
         f"{size(plan['disk']['needed_bytes'])} of disk",
     ]
-    if not plan["seconds"]:
+    if all(step["status"] == "cached" for step in plan["steps"]):
         parts[1] = "all steps are done"
+    elif not plan["seconds"]:
+        parts[1] = "what is left is not timed"
     elif making := plan["base"]["making_s"]:
         parts[1] += f", and {roughly(making)} once for the base"
     if names := _missing_names(plan["missing"]):
@@ -71,6 +74,9 @@ def _of(part: int, whole: int) -> str:
 def _about(plan: Plan) -> str:
     if plan["evaluation"] and plan["evaluation"]["unknown"]:
         return "at least"
+    for step in plan["steps"]:
+        if step["name"] in UNTIMED and step["status"] != "cached":
+            return "at least"
     for stage in plan["stages"]:
         if stage["seconds"] is None:
             return "at least"

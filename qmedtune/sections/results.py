@@ -146,11 +146,6 @@ class EvaluateSection(Section):
     """Share of the items and held-out texts that choices are made on, and that are not scored at the end; without it
     half where `merge.sweep` chooses, else none."""
 
-    @property
-    def sections(self) -> list[TaskSection]:
-        """`tasks`."""
-        return self.tasks
-
     @field_validator("tasks", mode="before", json_schema_input_type=list[str | TaskSection])
     @classmethod
     def _bare_names(cls, value: object) -> object:

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from qmedtune import store, ui
 from qmedtune.data.hygiene import decontaminate, phi
-from qmedtune.data.hygiene.per_record import ARRAYS, Pool, SoundRecords, worker_count
+from qmedtune.data.hygiene.per_record import ARRAYS, Pool, SoundRecords, identifier_marks, worker_count
 from qmedtune.data.reading.rejects import KINDS, Rejects
 from qmedtune.data.reading.sources import VERSIONED, Deleted, PmidSet, ReadItem, read_items, reading_order
 from qmedtune.data.reading.tally import ReadingTally
@@ -129,7 +129,10 @@ def _treatment_digest(recipe: Recipe, name: str, items: list[decontaminate.Bench
     """Of all that a part depends on beside its files."""
     source = recipe.data[name].model_dump(mode="json", exclude={"path", "license", "terms", *PACKED_AS, "holdout"})
     hygiene = recipe.hygiene.model_dump(mode="json", exclude={"dedup", "max_bad_fraction"})
-    return store.sha256_json([source, hygiene, [asdict(item) for item in items], recipe.seed, CODE])
+    benchmarks = [asdict(item) for item in items]
+    # The recognisers also where identifiers are only counted: a part holds their counts.
+    identifiers = [phi.VERSION, identifier_marks(recipe, name)]
+    return store.sha256_json([source, hygiene, benchmarks, identifiers, recipe.seed, CODE])
 
 
 def _part_name(treatment: str, files: list[Path]) -> str:

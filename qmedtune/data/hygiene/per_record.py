@@ -199,6 +199,20 @@ def phi_mode(recipe: Recipe, name: str) -> str:
     return source.phi or (recipe.hygiene.phi if source.is_clinical else "off")
 
 
+def identifier_marks(recipe: Recipe, name: str) -> dict[str, object]:
+    """What finds identifiers and what stands in for them, where the text that is kept of a source depends on it."""
+    mode = phi_mode(recipe, name)
+    if mode not in ("redact", "refuse"):
+        return {}
+    if mode == "refuse":
+        return {"recognisers": phi.VERSION}
+    return {
+        "recognisers": phi.VERSION,
+        "surrogates": surrogates.VERSION,
+        "secret": secret.fingerprint(secret.load()),
+    }
+
+
 def change_texts(record: Record, change: Callable[[str], str]) -> None:
     """Put `change` of each text of a record in its place."""
     if "text" in record:
