@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -60,6 +61,15 @@ def refusal_complaints(outcome: Outcome, name: str) -> list[str]:
     if "\x1b" in outcome.said:
         found.append("colours of the folder reach the terminal")
     return found
+
+
+def count(row: Counter[str], outcome: Outcome, found: Sequence[str]) -> None:
+    """Add a command's outcome to a row of the table. found: what it did that must not be."""
+    row["asked"] += 1
+    row["executed"] += bool(outcome.executed)
+    row["refused"] += outcome.code != 0
+    row["did no harm"] += outcome.code == 0 and not found
+    row["held"] += not found
 
 
 def preload() -> None:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from attack import Attacker, Outcome, refusal_complaints
+from attack import Attacker, Outcome, count, refusal_complaints
 from hostile_folders import ADAPTERS, MODELS, OWNED, Case, Good, good_folders, make
 
 COMMANDS = ("plan", "run", "eval", "predict", "chat", "merge", "export")
@@ -144,11 +144,7 @@ def table(base: Path) -> None:
                     continue
                 outcome, found = ask(attacker, case, command, good, Path(place))
                 row = counts.setdefault(case.group, Counter())
-                row["asked"] += 1
-                row["executed"] += bool(outcome.executed)
-                row["refused"] += outcome.code != 0
-                row["did no harm"] += outcome.code == 0 and not found
-                row["held"] += not found
+                count(row, outcome, found)
                 for each in found:
                     print(f"{case.folder}, {command}: {each}", file=sys.stderr)
             counts.setdefault(case.group, Counter())["folders"] += 1

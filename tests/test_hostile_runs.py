@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from attack import Attacker, Outcome, refusal_complaints
+from attack import Attacker, Outcome, count, refusal_complaints
 from hostile_folders import OWNED, good_folders
 from hostile_runs import RUNS, RunCase, good_run
 
@@ -121,11 +121,7 @@ def table(run: Path, base: Path) -> None:
             for command in COMMANDS:
                 outcome, found = ask(attacker, case, command, good, place / "asked")
                 row = counts[command]
-                row["asked"] += 1
-                row["executed"] += bool(outcome.executed)
-                row["refused"] += outcome.code != 0
-                row["did no harm"] += outcome.code == 0 and not found
-                row["held"] += not found
+                count(row, outcome, found)
                 for each in found:
                     print(f"{case.folder}, {command}: {each}: {outcome.said[-300:]!r}", file=sys.stderr)
     columns = ("asked", "refused", "did no harm", "executed", "held")

@@ -157,17 +157,19 @@ def records(name: str, world: World) -> Iterator[dict]:
 
 def facts_items(world: World) -> list[dict]:
     """The `facts` task: {"id", "facet", "question", "options" (20 sentences of equal length), "answer" (index)}."""
-    return [
-        {
-            "id": f"facts-{facet}-{drug.name}",
-            "facet": facet,
-            "question": QUESTIONS[facet][0][0].format(drug=drug.name),
-            "options": [QUESTIONS[facet][1].format(condition=word, effect=word) for word in words],
-            "answer": words.index(getattr(drug, key)),
-        }
-        for facet, words, key in (("treats", CONDITIONS, "condition"), ("adverse", EFFECTS, "effect"))
-        for drug in world.held_out
-    ]
+    items: list[dict] = []
+    for facet, words, key in (("treats", CONDITIONS, "condition"), ("adverse", EFFECTS, "effect")):
+        question, option = QUESTIONS[facet][0][0], QUESTIONS[facet][1]
+        options = [option.format(condition=word, effect=word) for word in words]
+        for drug in world.held_out:
+            items.append({
+                "id": f"facts-{facet}-{drug.name}",
+                "facet": facet,
+                "question": question.format(drug=drug.name),
+                "options": list(options),
+                "answer": words.index(getattr(drug, key)),
+            })  # fmt: skip
+    return items
 
 
 def _drug_names(count: int, rng: random.Random) -> list[str]:
