@@ -155,7 +155,9 @@ def scored(result):
 
 def changed(result):
     low, high = result["difference"]["ci95"]
-    return f"{result['difference']['value']:+.2f} ({low:+.2f} to {high:+.2f}), p = {result['paired']['p_value']:.3f}"
+    p_value = result["paired"]["p_value"]
+    p_words = f"p = {p_value:.3f}" if p_value >= 0.001 else "p < 0.001"
+    return f"{result['difference']['value']:+.2f} ({low:+.2f} to {high:+.2f}), {p_words}"
 
 
 def test_every_example_is_in_the_table():
