@@ -121,7 +121,8 @@ class QTrainer(SFTTrainer):
         self.save_seconds: list[float] = []  # each checkpoint
         self.step_seconds: list[float] = []  # each forward and backward pass of a batch
         pad_id = tokenizer.pad_token_id
-        exact = [(parameter, parameter.data) for parameter in trainable(model).values()]
+        self.trained_parameters = list(trainable(model).values())
+        exact = [(parameter, parameter.data) for parameter in self.trained_parameters]
         super().__init__(
             model=model,
             args=args,
@@ -187,7 +188,7 @@ class QTrainer(SFTTrainer):
             checkpoints.set_random_states(drawn)  # dropout draws what it would have drawn at the smaller size
             loss = self._accumulate(model, ours, supervised)
         assert loss is not None
-        loss = self.group.add_up(loss, trainable(self.trained_model).values())
+        loss = self.group.add_up(loss, self.trained_parameters)
         if not torch.isfinite(loss):
             self._diverged("loss", float(loss))
         self.step_seconds.append(time.perf_counter() - started)
