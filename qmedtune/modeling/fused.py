@@ -31,6 +31,7 @@ from transformers.models.llama import modeling_llama as llama
 from qmedtune.modeling import residual
 from qmedtune.modeling.activations import recomputed, tiled
 from qmedtune.modeling.forward import causal_model
+from qmedtune.modeling.sharding import is_sharded
 from qmedtune.results import Kernels
 
 Layer = Any  # an nn.Module whose attributes (PEFT's, bitsandbytes') a type checker cannot see
@@ -68,10 +69,30 @@ def install(model: nn.Module, mode: str = "auto") -> Kernels:
             residual.chain(module)
     if (head := causal_model(model).get_output_embeddings()) is not None:  # a classifier has none
         setattr(head, "kernels", dispatch.mode(mode))  # noqa: B010 - read by loss.py
-    own = Counter(_obstacle(group) for group in groups)
-    del own[""]  # those that our function computes
     paths = dispatch.describe(device, mode)
-    return Kernels(mode=dispatch.mode(mode), paths=paths, modules=dict(counts), own_forward=dict(own))
+    return Kernels(mode=dispatch.mode(mode), paths=paths, modules=dict(counts), own_forward=_own_forward(groups))
+
+
+def recheck(model: nn.Module, kernels: Kernels) -> Kernels:
+    """What `install` told, of a model that FSDP has wrapped since: its linears have other parameters now, adapters may
+    have moved to another device, and plain weights no longer lie behind each other, so each is multiplied by itself."""
+    groups: list[list[Layer]] = []
+    device = next(_norm_weights(model)).device
+    for module in model.modules():
+        for group in _groups(module):
+            stack_rows(group)
+            groups += [[projection] for projection in group]
+        if isinstance(module, Grouped):
+            module.decided = {}
+    paths = dispatch.describe(device, kernels.mode)
+    return kernels.model_copy(update={"paths": paths, "own_forward": _own_forward(groups)})
+
+
+def _own_forward(groups: Sequence[Sequence[Layer]]) -> dict[str, int]:
+    """How many groups our function does not compute, by the reason."""
+    own = Counter(_obstacle(group) for group in groups)
+    del own[""]
+    return dict(own)
 
 
 def _groups(module: Layer) -> list[list[Layer]]:
@@ -107,7 +128,7 @@ def stack_rows(projections: Sequence[Layer]) -> None:
     weights: list[Tensor] = []
     for projection in projections:
         base = _base(projection)
-        if type(base) is nn.Linear and not base.weight.requires_grad:
+        if type(base) is nn.Linear and not (base.weight.requires_grad or is_sharded(base.weight)):
             weights.append(base.weight)
     if len(weights) == len(projections):
         lora.lay_together(weights)
@@ -129,8 +150,7 @@ def _shared_adapters(projections: Sequence[Layer]) -> list[str]:
 
 def nf4_weight(linear: Any) -> NF4Weight:
     """The tensors of a bitsandbytes `Linear4bit`; FSDP may store the bytes under another dtype."""
-    parameter = linear.weight
-    state = parameter.quant_state
+    parameter, state = linear.weight, _quant_state(linear)
     # Described and checked when first seen and after a move; kept with the parameter: a successor is new.
     place = parameter.data_ptr(), state.absmax.data_ptr()
     kept = vars(parameter).get(DESCRIBED)
@@ -147,9 +167,16 @@ def nf4_weight(linear: Any) -> NF4Weight:
     return weight
 
 
+def _quant_state(linear: Layer) -> Any:
+    """bitsandbytes' description of a quantised weight; None: it is none. FSDP puts plain parameters in the place of
+    bitsandbytes', and then the module has it."""
+    state = getattr(linear.weight, "quant_state", None)
+    return getattr(linear, "quant_state", None) if state is None else state
+
+
 def _is_nf4(linear: Layer) -> bool:
     """A Linear4bit in bitsandbytes' standard layout: its CPU back end repacks weights for inference."""
-    state = getattr(linear.weight, "quant_state", None)
+    state = _quant_state(linear)
     if state is None or state.quant_type != "nf4" or getattr(state, "packing_format_for_cpu", False):
         return False
     return state.state2 is None or state.state2.blocksize == NESTED_BLOCKSIZE
