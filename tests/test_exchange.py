@@ -77,6 +77,6 @@ def test_a_sharded_base_is_not_scored_where_it_does_not_fit_one_card():
 
 
 def test_a_stage_that_cannot_be_sharded_is_named():
-    classify = "stages=[{cpt: {mix: {literature: 1}, tokens: 100}}, {pretrain: {mix: {literature: 1}, tokens: 100}}]"
-    with pytest.raises(RecipeError, match="shard: true given, but 02-pretrain trains all parameters"):
-        planned("builtin:micro", 24, 2, "shard=true", classify)
+    stages = "stages=[{pretrain: {mix: {literature: 1}, tokens: 100}}, {cpt: {mix: {literature: 1}, tokens: 100}}]"
+    with pytest.raises(RecipeError, match="shard: true given, but 01-pretrain trains all parameters"):
+        planned("builtin:micro", 24, 2, "shard=true", stages)
