@@ -367,7 +367,7 @@ def _say(text: str, style: str, mark: str, plain_mark: str) -> None:
 
 @dataclass(frozen=True)
 class _Ended:
-    """A step or a lone bar that is over. On a terminal `name` fills a column of `name_width`; plain text has `label`."""
+    """A step or a lone bar that is over. A terminal shows `name` in a column of `name_width`, plain text `label`."""
 
     name: str
     label: str
