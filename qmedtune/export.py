@@ -20,7 +20,7 @@ from qmedtune.evaluation.open_model import Location, check_template, fingerprint
 from qmedtune.results import Exported, ExportProof
 
 if TYPE_CHECKING:
-    from qmedtune.exporting.proof import Proof
+    from qmedtune.exporting.proof import LogitProof
     from qmedtune.merging.disk_llama import DiskLlama
 
 Form = Literal["gguf", "gguf-adapter", "ollama", "vllm", "transformers", "hub"]
@@ -182,7 +182,7 @@ class File:
 
     path: Path
     pre: str
-    proof: Proof
+    proof: LogitProof
     sha256: str | None = None
 
     def exported(self, job: ExportJob) -> Exported:

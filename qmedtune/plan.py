@@ -19,7 +19,7 @@ from qmedtune.evaluation import precision
 from qmedtune.lineage import final_model, lineage_of
 from qmedtune.llama_shape import BaseFacts
 from qmedtune.planning import capacity, exchange, fit, memory, rows, scoring, speed
-from qmedtune.planning.estimate import Estimate, Measured, count_with, estimate_source
+from qmedtune.planning.estimate import Estimate, SampledEstimate, count_with, estimate_source
 from qmedtune.planning.machine import CARDS_GIB, GIB, Machine, card_of, this_machine
 from qmedtune.planning.memory import Setup
 from qmedtune.planning.missing import what_is_missing
@@ -34,7 +34,7 @@ from qmedtune.planning.plan_facts import (
     PlannedStep,
 )
 from qmedtune.planning.resolve import refuse_half_on_cpu, resolve
-from qmedtune.planning.rows import Tokens
+from qmedtune.planning.rows import StageTokens
 from qmedtune.planning.sample import Sample, sample_source
 from qmedtune.planning.shapes import base_facts
 from qmedtune.recipe import Recipe
@@ -203,16 +203,16 @@ def _length_notes(recipe: ResolvedRecipe, facts: BaseFacts) -> list[str]:
 
 def _measure_sources(
     subject: Subject, folder: Path | None, samples: Mapping[str, Sample], missing: Mapping[str, str]
-) -> dict[str, Measured]:
+) -> dict[str, SampledEstimate]:
     """The tokens of each source; none of those that are `missing`, with the reason."""
     recipe, facts = subject.recipe, subject.facts
-    measured: dict[str, Measured] = {}
+    measured: dict[str, SampledEstimate] = {}
     for name, sample in samples.items():
         source = recipe.data[name]
         counting = count_with(folder, facts.vocab, source, builtin_base=facts.builtin, builtin_text=source.is_builtin)
         measured[name] = estimate_source(sample, source, counting)
     for name, why in missing.items():
-        measured[name] = Measured(Estimate(0, 0, 0.0, missing=why))
+        measured[name] = SampledEstimate(Estimate(0, 0, 0.0, missing=why))
     if folder is not None:
         preflight.check_truncation(recipe, measured, samples)
     return measured
@@ -281,7 +281,9 @@ def _tokenizer_folder(facts: BaseFacts) -> Path | None:
     return Path(facts.folder) if facts.folder else None
 
 
-def _sealed_tokens(recipe: ResolvedRecipe, index: int, run_dir: Path | None, steps: list[PlannedStep]) -> Tokens | None:
+def _sealed_tokens(
+    recipe: ResolvedRecipe, index: int, run_dir: Path | None, steps: list[PlannedStep]
+) -> StageTokens | None:
     """The exact ledger of a stage whose packing is sealed and current."""
     name = f"data/{recipe.stage_names()[index]}"
     if run_dir is None or not _is_cached(steps, name):
@@ -291,7 +293,7 @@ def _sealed_tokens(recipe: ResolvedRecipe, index: int, run_dir: Path | None, ste
         return None
     section, packed = recipe.stages[index].section, Packing.model_validate(sealed.facts)
     rows, trained = packed.rows, packed.tokens.trained or 0
-    return Tokens(trained, rows, batch_rows(section, rows), steps_in(section, rows), 0.0)
+    return StageTokens(trained, rows, batch_rows(section, rows), steps_in(section, rows), 0.0)
 
 
 def _is_cached(steps: list[PlannedStep], name: str) -> bool:
@@ -301,7 +303,9 @@ def _is_cached(steps: list[PlannedStep], name: str) -> bool:
 # ---- stages ----------------------------------------------------------------------------------------------------------
 
 
-def _stage(subject: Subject, index: int, measured: Mapping[str, Measured], steps: list[PlannedStep]) -> PlannedStage:
+def _stage(
+    subject: Subject, index: int, measured: Mapping[str, SampledEstimate], steps: list[PlannedStep]
+) -> PlannedStage:
     recipe, facts, machine, run_dir = subject.recipe, subject.facts, subject.machine, subject.run_dir
     name, section = recipe.stage_names()[index], recipe.stages[index].section
     setup = fit.setup_of(recipe, index)
@@ -337,7 +341,7 @@ def _stage(subject: Subject, index: int, measured: Mapping[str, Measured], steps
     }
 
 
-def _seconds(tokens: Tokens, tokens_per_s: float, *, cached: bool) -> float | None:
+def _seconds(tokens: StageTokens, tokens_per_s: float, *, cached: bool) -> float | None:
     """None while nobody knows how many tokens there are."""
     if cached:
         return 0.0
@@ -372,12 +376,12 @@ def _evaluation(
     if not recipe.evaluate.tasks and not recipe.evaluate.perplexity:
         return None
     ids = preflight.asking(recipe, folder, builtin=facts.builtin)
-    readings: list[scoring.Reading] = []
+    readings: list[scoring.BenchmarkCost] = []
     for task in tasks:
         readings.append(scoring.reading(task, ids, generate=recipe.evaluate.generate))
     taken = precision.decide(recipe, machine=machine)
-    scored = scoring.Scored(taken.name, taken.weights, taken.computed_in, taken.why)
-    return scoring.planned(recipe, facts, machine, scored, scoring.Found(readings, estimates))
+    scored = scoring.ScoringPrecision(taken.name, taken.weights, taken.computed_in, taken.why)
+    return scoring.planned(recipe, facts, machine, scored, scoring.EvaluationInputs(readings, estimates))
 
 
 def _times(

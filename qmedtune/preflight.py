@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from qmedtune.data.packing import templates
 from qmedtune.errors import DataError, RecipeError
 from qmedtune.planning import scoring
-from qmedtune.planning.estimate import Measured
+from qmedtune.planning.estimate import SampledEstimate
 from qmedtune.planning.sample import Sample
 from qmedtune.recipe import Recipe, TaskSection
 from qmedtune.resolved import ResolvedRecipe, ResolvedSft
@@ -116,7 +116,9 @@ def check_damage(recipe: Recipe, samples: Mapping[str, Sample]) -> None:
         )
 
 
-def check_truncation(recipe: ResolvedRecipe, measured: Mapping[str, Measured], samples: Mapping[str, Sample]) -> None:
+def check_truncation(
+    recipe: ResolvedRecipe, measured: Mapping[str, SampledEstimate], samples: Mapping[str, Sample]
+) -> None:
     """DataError where surely more records of an sft stage are cut at `seq_len` than `max_truncated_fraction`."""
     for section, name in taught(recipe):
         if name not in samples:

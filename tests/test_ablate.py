@@ -25,7 +25,7 @@ from qmedtune.ablation.figure import figure
 from qmedtune.errors import RecipeError
 from qmedtune.parsing import checks
 from qmedtune.parsing.loader import load_recipe
-from qmedtune.results import Ablation, Evaluation, Score, Scores, Stage, Task, Text, Tokens
+from qmedtune.results import Ablation, Evaluation, Score, Scores, Stage, TaskScores, Text, TokenLedger
 
 FLAGSHIP = ROOT / "recipes" / "cpt_then_sft.yaml"
 ALL = (
@@ -242,10 +242,10 @@ def write_arm(folder: Path, right: dict[str, list[bool]], perplexity: float) -> 
             lines.append(json.dumps({"id": name, "facet": name[0], **answers}))
     accuracy = Score.model_validate({"metric": "accuracy", "accuracy": 0.5})
     f1 = Score.model_validate({"metric": "f1", "f1": 0.25})
-    facts = Task(base=accuracy, final=accuracy, facets={"a": Scores(), "b": Scores()})
+    facts = TaskScores(base=accuracy, final=accuracy, facets={"a": Scores(), "b": Scores()})
     texts = {"notes": Text(base=9.0, final=perplexity, tokens=5)}
-    evaluation = Evaluation(tasks={"facts": facts, "hoc": Task(base=f1, final=f1)}, perplexity=texts)
-    stage = Stage(name="01-cpt", kind="cpt", status="sealed", tokens=Tokens(trained=100))
+    evaluation = Evaluation(tasks={"facts": facts, "hoc": TaskScores(base=f1, final=f1)}, perplexity=texts)
+    stage = Stage(name="01-cpt", kind="cpt", status="sealed", tokens=TokenLedger(trained=100))
     write_run(folder, make_run(evaluation=evaluation, stages=[stage]), [])
     (folder / "evaluation").mkdir()
     (folder / "evaluation" / "facts.items.jsonl").write_text("\n".join(lines) + "\n")

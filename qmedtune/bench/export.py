@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from qmedtune.bench import shapes
-from qmedtune.bench.result import Result, Row
+from qmedtune.bench.result import BenchResult, Row
 from qmedtune.bench.rounds import Bench, copy, measure_rounds, render, result_of, work_alone
 from qmedtune.bench.shapes import SHAPES
 from qmedtune.process import prepare
@@ -30,7 +30,7 @@ __all__ = ["CONTENDERS", "bench_export", "render"]
 
 def bench_export(
     shape: str = "1.1b", contenders: tuple[str, ...] = tuple(CONTENDERS), rounds: int = 3, scratch: Path | None = None
-) -> Result:
+) -> BenchResult:
     """Measure; one row per contender (rounds.py: `result_of`), with the divergence that its proof found.
 
     scratch: a folder with room for twice the model. Raises RecipeError for an unknown shape or contender.

@@ -22,7 +22,7 @@ from typing import Any
 
 from qmedtune import ui
 from qmedtune.bench import shapes
-from qmedtune.bench.result import Result, Row
+from qmedtune.bench.result import BenchResult, Row
 from qmedtune.bench.shapes import SHAPES
 from qmedtune.bench.train import all_versions
 from qmedtune.errors import RecipeError, RunError
@@ -40,7 +40,7 @@ RANK, SEQ_LEN = 16, 4096
 
 def bench_load(
     shape: str = "tiny", cases: tuple[str, ...] = tuple(CASES), rounds: int = 3, scratch: Path | None = None
-) -> Result:
+) -> BenchResult:
     """Measure; returns `{"bench", "device", "versions", "job", "rows"}`, a row per case, of medians: `value` is the
     seconds until the base is ready, `next_stage_s` until the next stage has it, `checkpoint_s` what a checkpoint of
     `checkpoint_bytes` takes. `host_bytes` is the highest anonymous memory while loading above that before,
@@ -163,7 +163,7 @@ def _checkpoint(model: Any, folder: Path) -> dict[str, float]:
         return {"checkpoint_s": seconds, "checkpoint_bytes": sum(p.stat().st_size for p in made.iterdir())}
 
 
-def render(result: Result) -> tuple[list[str], list[list[str]]]:
+def render(result: BenchResult) -> tuple[list[str], list[list[str]]]:
     """Columns and rows for ui.table."""
     rows = []
     for row in result["rows"]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from qmedtune.bench import shapes
-from qmedtune.bench.result import Result, Row
+from qmedtune.bench.result import BenchResult, Row
 from qmedtune.bench.rounds import Bench, copy, measure_rounds, render, result_of, work_alone
 from qmedtune.bench.shapes import SHAPES
 from qmedtune.process import prepare
@@ -35,7 +35,7 @@ PROOF = {"kl", "lost", "elements", "violations", "rounding"}
 
 def bench_merge(
     shape: str = "1.1b", contenders: tuple[str, ...] = tuple(CONTENDERS), rounds: int = 3, scratch: Path | None = None
-) -> Result:
+) -> BenchResult:
     """Measure; one row per contender (rounds.py: `result_of`), with the figures of its proof.
 
     scratch: a folder with room for twice the model. Raises RecipeError for an unknown shape or contender.

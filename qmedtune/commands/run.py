@@ -138,7 +138,7 @@ def data(
     loaded = load(Path(recipe), overrides)
     folder = run_folder(loaded, out)
     if show:
-        return _show_packed(loaded, folder, Shown(stage, count, offline, as_json))
+        return _show_packed(loaded, folder, ShownRows(stage, count, offline, as_json))
     from qmedtune import run as spine
     from qmedtune.reporting import tables as report_tables
 
@@ -162,7 +162,7 @@ def _packed_tables(folder: Path, stages: list[str]) -> Iterator[Table]:
 
 
 @dataclass(frozen=True)
-class Shown:
+class ShownRows:
     """What `data show` prints: so many rows of a stage (default: the first), as text or as JSON."""
 
     stage: str | None
@@ -185,7 +185,7 @@ def _stage_named(asked: str | None, stages: list[str]) -> str:
     return found[0]
 
 
-def _show_packed(loaded: LoadedRecipe, folder: Path, asked: Shown) -> None:
+def _show_packed(loaded: LoadedRecipe, folder: Path, asked: ShownRows) -> None:
     from qmedtune import base, store
     from qmedtune.data.packing import borders
     from qmedtune.data.packing.pack import PackedRows

@@ -130,7 +130,7 @@ def _ids(lists: dict[str, list]) -> dict[str, int]:
     return {token: id for id, token in enumerate(lists["tokens"])}
 
 
-def _byte_level(lists: dict[str, list], split: splits.Split) -> Tokenizer:
+def _byte_level(lists: dict[str, list], split: splits.TextSplit) -> Tokenizer:
     merges = [tuple(merge.split(" ")) for merge in lists["merges"]]
     backend = Tokenizer(models.BPE(_ids(lists), merges, ignore_merges=split.whole_words))
     backend.pre_tokenizer = split.pre_tokenizer()  # pyright: ignore[reportAttributeAccessIssue]

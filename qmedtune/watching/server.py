@@ -21,7 +21,7 @@ from qmedtune.errors import QmedtuneError
 from qmedtune.reporting.page import page as report_page
 from qmedtune.reporting.style import CSS
 from qmedtune.watching.access import SECURITY, Guard, Headers, is_own_page
-from qmedtune.watching.asking import Pair
+from qmedtune.watching.asking import ModelPair
 from qmedtune.watching.compare_page import page as compare_page
 from qmedtune.watching.curves import Follower
 from qmedtune.watching.live import Live
@@ -75,7 +75,7 @@ class Site:
 
     def __init__(self, root: Path, guard: Guard, *, clinical_text: bool = False) -> None:
         self.shelf, self.guard, self.clinical_text = Shelf(root), guard, clinical_text
-        self.pair = Pair(self.shelf)
+        self.pair = ModelPair(self.shelf)
         self._list = Live(lambda: runs_parts(self.shelf.all()))
         self._lives: dict[Path, Live] = {}
         self._lock = threading.Lock()
