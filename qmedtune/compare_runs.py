@@ -18,7 +18,7 @@ from qmedtune.errors import RecipeError
 from qmedtune.evaluation import verdict
 from qmedtune.reporting.facts import Curve, Metrics
 from qmedtune.reporting.headline import headline
-from qmedtune.reporting.live import read_metrics
+from qmedtune.reporting.unfinished import read_metrics
 from qmedtune.results import AnsweredItem, DuelEntry, Evaluation, Interval, Json, Number, Run, Score, Stage, Text
 from qmedtune.watching.runs import Seen, Shelf
 

@@ -18,7 +18,7 @@ from qmedtune.errors import DataError, DoesNotFit, QmedtuneError
 from qmedtune.evaluation import precision
 from qmedtune.lineage import final_model, lineage_of
 from qmedtune.llama_shape import BaseFacts
-from qmedtune.planning import capacity, exchange, fit, memory, rows, scoring, speed
+from qmedtune.planning import capacity, evaluation_time, exchange, fit, memory, rows, speed
 from qmedtune.planning.estimate import Estimate, SampledEstimate, count_with, estimate_source
 from qmedtune.planning.machine import CARDS_GIB, GIB, Machine, card_of, this_machine
 from qmedtune.planning.memory import Setup
@@ -376,12 +376,14 @@ def _evaluation(
     if not recipe.evaluate.tasks and not recipe.evaluate.perplexity:
         return None
     ids = preflight.asking(recipe, folder, builtin=facts.builtin)
-    readings: list[scoring.BenchmarkCost] = []
+    readings: list[evaluation_time.BenchmarkCost] = []
     for task in tasks:
-        readings.append(scoring.reading(task, ids, generate=recipe.evaluate.generate))
+        readings.append(evaluation_time.reading(task, ids, generate=recipe.evaluate.generate))
     taken = precision.decide(recipe, machine=machine)
-    scored = scoring.ScoringPrecision(taken.name, taken.weights, taken.computed_in, taken.why)
-    return scoring.planned(recipe, facts, machine, scored, scoring.EvaluationInputs(readings, estimates))
+    scored = evaluation_time.ScoringPrecision(taken.name, taken.weights, taken.computed_in, taken.why)
+    return evaluation_time.planned(
+        recipe, facts, machine, scored, evaluation_time.EvaluationInputs(readings, estimates)
+    )
 
 
 def _times(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from qmedtune.data.packing import templates
 from qmedtune.errors import DataError, RecipeError
-from qmedtune.planning import scoring
+from qmedtune.planning import evaluation_time
 from qmedtune.planning.estimate import SampledEstimate
 from qmedtune.planning.sample import Sample
 from qmedtune.recipe import Recipe, TaskSection
@@ -211,12 +211,12 @@ def asked_with(recipe: Recipe, folder: Path) -> templates.Template:
     return templates.default(None, folder)
 
 
-def asking(recipe: Recipe, folder: Path | None, *, builtin: bool) -> scoring.Ids:
+def asking(recipe: Recipe, folder: Path | None, *, builtin: bool) -> evaluation_time.Ids:
     """What a question makes the model read: as the evaluation frames it, where the tokenizer is here; else words, each
     a token of the tiny bases (`builtin`) and TOKENS_PER_WORD of others."""
     if folder is None:
-        per_word = 1.0 if builtin else scoring.TOKENS_PER_WORD
-        return lambda item: scoring.words_of(item, per_word)
+        per_word = 1.0 if builtin else evaluation_time.TOKENS_PER_WORD
+        return lambda item: evaluation_time.words_of(item, per_word)
     from qmedtune.data.packing.framing import frame_in
 
     frame = frame_in(asked_with(recipe, folder), folder)

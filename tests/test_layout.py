@@ -176,6 +176,22 @@ def test_every_class_has_a_name_of_its_own():
     assert twice == []
 
 
+# What commands run, benchmarks time, recipes ask of, steps find in and reports show of a module has its name.
+VIEWS = {"commands", "bench", "sections", "results", "reporting"}
+
+
+def test_files_of_one_name_are_about_one_thing():
+    homes: dict[str, str] = {}
+    twice = []
+    for path in sorted((ROOT / "qmedtune").rglob("*.py")):
+        if path.stem.startswith("__") or path.parent.name in VIEWS:
+            continue
+        first = homes.setdefault(path.name, relative(path))
+        if first != relative(path):
+            twice.append(f"{first} and {relative(path)}")
+    assert twice == []
+
+
 def test_no_test_module_imports_another():
     """What several of them need lies in a module that holds no tests: builders.py, stages.py, phi_generated.py."""
     found = []

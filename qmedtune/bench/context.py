@@ -18,7 +18,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from qmedtune import ui
-from qmedtune.bench import shapes
+from qmedtune.bench import random_bases
 from qmedtune.bench.job import Job
 from qmedtune.bench.result import BenchResult, Row
 from qmedtune.bench.train import TIME_LIMIT_S, all_versions, write_results
@@ -78,7 +78,7 @@ def _row(job: Job, gib: float, tried: dict[str, bool], settled: bool) -> Row:
 
 def predicted(job: Job, gib: float) -> int:
     """Tokens of the longest row whose planned peak is within the budget."""
-    facts = facts_from_config(job.shape, shapes.config_of(shapes.SHAPES[job.shape]), "shape")
+    facts = facts_from_config(job.shape, random_bases.config_of(random_bases.SHAPES[job.shape]), "shape")
 
     def fits(n: int) -> bool:
         return memory.peak_bytes(facts, _setup(job, n * UNIT, facts), gpu=True) <= gib * 2**30

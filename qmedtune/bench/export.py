@@ -11,10 +11,10 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
-from qmedtune.bench import shapes
+from qmedtune.bench import random_bases
+from qmedtune.bench.random_bases import SHAPES
 from qmedtune.bench.result import BenchResult, Row
 from qmedtune.bench.rounds import Bench, copy, measure_rounds, render, result_of, work_alone
-from qmedtune.bench.shapes import SHAPES
 from qmedtune.process import prepare
 
 CONTENDERS = {
@@ -38,7 +38,7 @@ def bench_export(
     BENCH.check(shape, contenders)
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         model = Path(folder) / "model"
-        weight_bytes = shapes.write_model(SHAPES[shape], model)
+        weight_bytes = random_bases.write_model(SHAPES[shape], model)
         _write_tokenizer(model)
         measured = measure_rounds(BENCH, contenders, rounds, [model])
     return result_of(BENCH, measured, {"shape": shape, "weight_bytes": weight_bytes, "rounds": rounds})

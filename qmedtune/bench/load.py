@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from qmedtune import ui
-from qmedtune.bench import shapes
+from qmedtune.bench import random_bases
+from qmedtune.bench.random_bases import SHAPES
 from qmedtune.bench.result import BenchResult, Row
-from qmedtune.bench.shapes import SHAPES
 from qmedtune.bench.train import all_versions
 from qmedtune.errors import RecipeError, RunError
 from qmedtune.planning.machine import this_machine
@@ -60,7 +60,7 @@ def bench_load(
             base = Path(folder) / case
             for made in Path(folder).iterdir():
                 shutil.rmtree(made)
-            write = shapes.write_nf4_model if case == "nf4" else shapes.write_model
+            write = random_bases.write_nf4_model if case == "nf4" else random_bases.write_model
             write(SHAPES[shape], base)
             found = []
             for _ in range(rounds):

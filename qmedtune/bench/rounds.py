@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qmedtune import ui
+from qmedtune.bench.random_bases import SHAPES
 from qmedtune.bench.result import BenchResult, Row
-from qmedtune.bench.shapes import SHAPES
 from qmedtune.errors import RecipeError, RunError
 from qmedtune.record import device_name, versions
 from qmedtune.results import Facts

@@ -25,8 +25,8 @@ from pathlib import Path
 from qmedtune import ui
 from qmedtune.bench.best import best_job
 from qmedtune.bench.job import Job
+from qmedtune.bench.random_bases import SHAPES, tensors_of
 from qmedtune.bench.result import BenchResult, Measurement, Row, Try
-from qmedtune.bench.shapes import SHAPES, tensors_of
 from qmedtune.errors import RecipeError
 from qmedtune.planning.machine import this_machine
 from qmedtune.record import versions

@@ -103,19 +103,19 @@ def plan(
     """What a run will take, before anything runs: fits or not, time, disk. Exit code 4: it cannot fit."""
     loaded = load(recipe, overrides)
     from qmedtune.plan import make_plan
-    from qmedtune.planning import verdict
+    from qmedtune.planning import plan_screen
     from qmedtune.planning.view import render_plan
     from qmedtune.terminal import wrapped
 
     facts = make_plan(loaded.recipe, run_folder(loaded, out))
     if as_json:
         return emit(facts)
-    print("\n".join(wrapped(f"{facts['recipe']} {verdict.verdict(facts)}")))
+    print("\n".join(wrapped(f"{facts['recipe']} {plan_screen.verdict(facts)}")))
     if full:
         tables, closing = render_plan(facts)
         _show(*tables)
         return print("\n".join(closing))
-    steps, lines = verdict.screen(facts)
+    steps, lines = plan_screen.screen(facts)
     _show(steps)
     print("\n".join([*lines, f"everything else: qmedtune plan {recipe} --full"]))
 
@@ -246,7 +246,7 @@ def items(
     """A local page of the items: gained, lost, near ties, confidence; readable by you alone."""
     from qmedtune import verify as checking
     from qmedtune.item_page.make import write_items_page
-    from qmedtune.item_page.questions import RequestedItems
+    from qmedtune.item_page.question_texts import RequestedItems
 
     checking.check_is_run(run_dir)
     written = write_items_page(run_dir, RequestedItems(text, clinical_text, whole))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from qmedtune import store, units
 from qmedtune.exporting.gguf_adapter import AdapterProof
-from qmedtune.exporting.proof import GREEDY_TOKENS, LogitProof
+from qmedtune.exporting.logit_proof import GREEDY_TOKENS, LogitProof
 
 README = "README.md"
 MAX_CARD_BYTES = 1 << 20

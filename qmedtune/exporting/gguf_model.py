@@ -2,7 +2,8 @@
 
 The library `gguf` writes header, metadata and the table of tensors; their data follow in blocks of rows, encoded on all
 cores. Nothing is added to a weight and none is left out: tied ends are written once, LLaMA 3.1's stretched positions
-become the tensor that llama.cpp reads them from. Deliberately not here: the proof (proof.py), the place (place.py).
+become the tensor that llama.cpp reads them from. Deliberately not here: the proof (logit_proof.py), the place
+(place.py).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from qmedtune import store, ui
 from qmedtune.errors import RecipeError
-from qmedtune.exporting.names import Heads, gguf_name, row_order
+from qmedtune.exporting.tensor_names import Heads, gguf_name, row_order
 from qmedtune.exporting.types import Quant, encoded, kind_of, size_bytes
 from qmedtune.exporting.vocabulary import Vocabulary
 from qmedtune.merging.disk_llama import DiskLlama

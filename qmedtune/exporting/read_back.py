@@ -2,7 +2,7 @@
 
 What is proven of an export is read from the file by this, not by what wrote it: the header by the reader that judges
 GGUF bases, quantised values by the library `gguf`, the order of rows from the definition of the rotation, merges from
-the scores. Deliberately not here: the comparison (proof.py).
+the scores. Deliberately not here: the comparison (logit_proof.py).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qmedtune import gguf_header
 from qmedtune.exporting import splits
-from qmedtune.exporting.names import gguf_name
+from qmedtune.exporting.tensor_names import gguf_name
 from qmedtune.exporting.types import FLOATS
 from qmedtune.gguf_header import Header
 from qmedtune.model_stack import HEAD

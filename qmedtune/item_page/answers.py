@@ -1,6 +1,6 @@
 """What <task>.items.jsonl says of each item, as the page shows it: who was right, how sure, what was written.
 
-Deliberately does not: read questions (questions.py), judge anything anew, or know HTML.
+Deliberately does not: read questions (question_texts.py), judge anything anew, or know HTML.
 """
 
 from __future__ import annotations

@@ -11,9 +11,9 @@ from qmedtune import disk, privacy, record
 from qmedtune.errors import RunError
 from qmedtune.evaluation.open_model import check_intact
 from qmedtune.item_page.answers import read_task
-from qmedtune.item_page.page import ShownTask, page
-from qmedtune.item_page.questions import RequestedItems, questions
-from qmedtune.reporting.live import read_run
+from qmedtune.item_page.items_page import ShownTask, page
+from qmedtune.item_page.question_texts import RequestedItems, questions
+from qmedtune.reporting.unfinished import read_run
 from qmedtune.results import Facts
 
 PAGE = "items.html"

@@ -13,7 +13,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from qmedtune.reporting.charts import Html, Series, line_chart
-from qmedtune.reporting.live import metrics_files
+from qmedtune.reporting.unfinished import metrics_files
 from qmedtune.results import Logged, Number
 from qmedtune.watching.runs import Seen
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 
 from qmedtune.item_page.answers import OUTCOMES, Answered, AnsweredTask, ModelAnswer
-from qmedtune.item_page.questions import RequestedItems, Shortener, TaskQuestions
+from qmedtune.item_page.question_texts import RequestedItems, Shortener, TaskQuestions
 from qmedtune.reporting.blocks import DISCLAIMER, card, html_table, section
 from qmedtune.reporting.calibration import calibration
 from qmedtune.reporting.cells import Row, Table

@@ -23,8 +23,8 @@ from qmedtune import ui
 from qmedtune.data.packing.tokens import load_codec
 from qmedtune.errors import RunError
 from qmedtune.exporting.gguf_model import ROPE_FREQS, rope_of
-from qmedtune.exporting.names import Heads
 from qmedtune.exporting.read_back import FileTensor, GgufFile, read_tokenizer
+from qmedtune.exporting.tensor_names import Heads
 from qmedtune.merging.disk_llama import DiskLlama
 from qmedtune.merging.parallel import workers
 from qmedtune.merging.proof import LARGE, PROBE_TOKENS, divergence

@@ -2,7 +2,7 @@
 
 Only sealed runs are read; an arm that is not through all seeds is shown with those it has. Items are compared by their
 ids, so that arms and seeds are paired on the same questions.
-Deliberately absent: drawing (figure.py, page.py), statistics (effects.py), reading models.
+Deliberately absent: drawing (figure.py, ablation_page.py), statistics (effects.py), reading models.
 """
 
 from __future__ import annotations
