@@ -24,7 +24,7 @@ from qmedtune.data.reading.sources import source_files
 from qmedtune.disk import owner_only
 from qmedtune.errors import RecipeError
 from qmedtune.evaluation import halves, precision
-from qmedtune.evaluation.measure import Measured, Settings, measure_model, num_parts, text_rows
+from qmedtune.evaluation.measure import MeasuredModel, Settings, measure_model, num_parts, text_rows
 from qmedtune.evaluation.open_model import Quantization, check_template, fingerprint, locate, open_model
 from qmedtune.evaluation.scoring import BATCH_TOKENS, max_positions
 from qmedtune.evaluation.summary import overlap_result, task_result, write_items
@@ -35,7 +35,7 @@ from qmedtune.modeling.collation import Rows
 from qmedtune.modeling.quiet import quiet_libraries
 from qmedtune.recipe import Recipe, SourceSection, TaskSection
 from qmedtune.resolved import ResolvedRecipe
-from qmedtune.results import Evaluation, Merge, ModelScores, Pair, Source, Text
+from qmedtune.results import BaseAndFinal, Evaluation, Merge, ModelScores, Source, Text
 from qmedtune.tasks import BUILTIN_TASKS, Task, check_twice, load_task
 
 TEXTS = "perplexity"
@@ -45,7 +45,7 @@ WINDOW_TOKENS = 2048  # of texts without a packing: 131,072 positions of LLaMA-3
 
 
 @dataclass(frozen=True)
-class Compared:
+class EvaluatedModels:
     """The two models of a run and the texts for both. trained: what the stages left; merged: what of it is delivered,
     None: it was refused. It is compared with its own base, or with `origin` where earlier adapters are folded into
     that, or, trained from scratch, with random weights of the shape of the folder `untrained`. mixed: what is merged is
@@ -65,7 +65,7 @@ class Compared:
         return self.untrained or self.origin or self.trained.base
 
 
-def evaluate_step(recipe: ResolvedRecipe, inputs: Compared, out: Path) -> Evaluation:
+def evaluate_step(recipe: ResolvedRecipe, inputs: EvaluatedModels, out: Path) -> Evaluation:
     """Base against final of a resolved recipe, in the precision that precision.py decides.
 
     Delivered is the merged folder; without one, the base plus its adapters in the merge's dtype.
@@ -82,7 +82,7 @@ def evaluate_step(recipe: ResolvedRecipe, inputs: Compared, out: Path) -> Evalua
         texts = {}
         for source, text in found.perplexity.items():
             base, final = in_nf4["base"].perplexity[source], in_nf4["final"].perplexity[source]
-            beside = Pair(base=base.perplexity, final=final.perplexity)
+            beside = BaseAndFinal(base=base.perplexity, final=final.perplexity)
             texts[source] = text.model_copy(update={"nf4": beside})
         found = found.model_copy(update={"perplexity": texts})
     found = found.model_copy(update={"warnings": _warnings(inputs, taken, found)})
@@ -90,7 +90,7 @@ def evaluate_step(recipe: ResolvedRecipe, inputs: Compared, out: Path) -> Evalua
     return found
 
 
-def score_along(recipe: ResolvedRecipe, inputs: Compared, out: Path, turns: Turns) -> None:
+def score_along(recipe: ResolvedRecipe, inputs: EvaluatedModels, out: Path, turns: Turns) -> None:
     """This process's turns of an evaluation that another leads: what it scores is written below `out`."""
     with owner_only():
         _scoring_of(recipe, inputs, out).measure(turns)
@@ -101,7 +101,7 @@ class Scoring:
     """What the two models of a run are asked, in the precision `taken`; each part is kept below `folder`."""
 
     recipe: ResolvedRecipe
-    inputs: Compared
+    inputs: EvaluatedModels
     tasks: list[Task]
     held_out: Mapping[str, Rows]
     settings: Settings
@@ -112,7 +112,7 @@ class Scoring:
         """How many parts there are to share with other processes, of one model."""
         return sum(num_parts(task) for task in self.tasks) + len(self.held_out)
 
-    def measure(self, turns: Turns) -> tuple[dict[str, Measured], dict[str, Measured]]:
+    def measure(self, turns: Turns) -> tuple[dict[str, MeasuredModel], dict[str, MeasuredModel]]:
         """Base and result by label; and, where what is delivered is not what was trained, their perplexities in NF4, as
         trained: what quantisation costs, what training only repaired. Of texts alone: they cost seconds, where tasks
         would cost the evaluation again."""
@@ -125,13 +125,13 @@ class Scoring:
                 in_nf4[contender.label] = self._one(contender, f"{contender.label}-nf4", [], turns)
         return measured, in_nf4
 
-    def _one(self, contender: Contender, label: str, tasks: list[Task], turns: Turns) -> Measured:
+    def _one(self, contender: Contender, label: str, tasks: list[Task], turns: Turns) -> MeasuredModel:
         """The model is let go before the next is loaded: two would be 2 x 16 GB for an 8B base in 16 bit."""
         model, tokenizer = open_contender(self.recipe, contender)
         return measure_model(model, tokenizer, label, tasks, self.held_out, self.settings, self.folder, turns=turns)
 
 
-def _scoring_of(recipe: ResolvedRecipe, inputs: Compared, out: Path) -> Scoring:
+def _scoring_of(recipe: ResolvedRecipe, inputs: EvaluatedModels, out: Path) -> Scoring:
     tasks, stack = halves.scored_tasks(recipe), inputs.trained
     held_out: Mapping[str, Rows] = {}
     if inputs.validation is not None:
@@ -142,7 +142,7 @@ def _scoring_of(recipe: ResolvedRecipe, inputs: Compared, out: Path) -> Scoring:
     return Scoring(recipe, inputs, tasks, held_out, settings, taken, out / store.SCRATCH)
 
 
-def _warnings(inputs: Compared, taken: precision.Precision, found: Evaluation) -> list[str]:
+def _warnings(inputs: EvaluatedModels, taken: precision.Precision, found: Evaluation) -> list[str]:
     warned = []
     if inputs.merged is not None:
         sealed = store.read_seal(inputs.merged)
@@ -174,7 +174,7 @@ def _overlapping(sources: Sequence[Path]) -> dict[str, set[str]]:
 
 
 def write_results(
-    tasks: list[Task], measured: dict[str, Measured], seed: int, out: Path,
+    tasks: list[Task], measured: dict[str, MeasuredModel], seed: int, out: Path,
     *, overlapping: Mapping[str, set[str]] = {},  # noqa: B006 - nothing changes it
 ) -> Evaluation:  # fmt: skip
     """Write <task>.items.jsonl below `out`; scores per task, perplexity per source.
@@ -196,7 +196,7 @@ def write_results(
     return Evaluation(tasks=scores, perplexity=texts)
 
 
-def _text_result(source: str, measured: dict[str, Measured]) -> Text:
+def _text_result(source: str, measured: dict[str, MeasuredModel]) -> Text:
     """Perplexity of each model over one source's held-out text."""
     perplexities, ends = {}, {}
     tokens = marks = 0
@@ -209,7 +209,7 @@ def _text_result(source: str, measured: dict[str, Measured]) -> Text:
     result = Text(**perplexities, tokens=tokens, marks=marks)
     if not marks:
         return result
-    return result.model_copy(update={"ends": Pair(**ends)})
+    return result.model_copy(update={"ends": BaseAndFinal(**ends)})
 
 
 def check_prompts(tokenizer: Any, template: templates.Template, tasks: list[Task]) -> None:
@@ -248,7 +248,7 @@ class Contender:
     random: bool = False
 
 
-def contenders(inputs: Compared, taken: precision.Precision) -> list[Contender]:
+def contenders(inputs: EvaluatedModels, taken: precision.Precision) -> list[Contender]:
     """Base and final. The merged folder stands for base + adapters where it is there; in NF4, as trained, only where it
     is another model than these."""
     final, merged = inputs.trained, inputs.merged

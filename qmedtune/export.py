@@ -20,7 +20,7 @@ from qmedtune.evaluation.open_model import Location, check_template, fingerprint
 from qmedtune.results import Exported, ExportProof
 
 if TYPE_CHECKING:
-    from qmedtune.exporting.proof import Proof
+    from qmedtune.exporting.logit_proof import LogitProof
     from qmedtune.merging.disk_llama import DiskLlama
 
 Form = Literal["gguf", "gguf-adapter", "ollama", "vllm", "transformers", "hub"]
@@ -182,7 +182,7 @@ class File:
 
     path: Path
     pre: str
-    proof: Proof
+    proof: LogitProof
     sha256: str | None = None
 
     def exported(self, job: ExportJob) -> Exported:
@@ -194,7 +194,7 @@ class File:
 def _write_file(job: ExportJob, location: Location, folder: Path) -> File:
     from qmedtune.exporting.gguf_model import write_model
     from qmedtune.exporting.k_quants import quantise
-    from qmedtune.exporting.proof import prove
+    from qmedtune.exporting.logit_proof import prove
     from qmedtune.exporting.types import QUANTS
     from qmedtune.exporting.vocabulary import read_vocabulary
 

@@ -20,7 +20,7 @@ from qmedtune import peers
 from qmedtune.errors import QmedtuneError
 from qmedtune.evaluation.turns import Turns
 from qmedtune.interrupt import SIGNALS
-from qmedtune.peers import Answer, Message
+from qmedtune.peers import Message, Reply
 from qmedtune.pulse import BEAT_S, Pulse
 from qmedtune.record import versions
 
@@ -87,7 +87,7 @@ def follow(store: Any, rank: int, size: int) -> int:
         try:
             member.do(message, number)
         except Exception as error:
-            fault = Answer(fault=_told(error))  # nobody reads it once training has begun
+            fault = Reply(fault=_told(error))  # nobody reads it once training has begun
             store.set(f"ready/{number}/{rank}", json.dumps(vars(fault)))
             return getattr(error, "exit_code", 1)
         number += 1
@@ -129,11 +129,11 @@ class _Member:
         with hub.closed():
             if message.scores:
                 self._score(message)
-                self._answer(number, Answer("scored"))
+                self._answer(number, Reply("scored"))
             else:
                 self._train(message, number)
 
-    def _answer(self, number: int, answer: Answer) -> None:
+    def _answer(self, number: int, answer: Reply) -> None:
         self.store.set(f"ready/{number}/{self.rank}", json.dumps(vars(answer)))
 
     def _recipe(self, message: Message) -> ResolvedRecipe:
@@ -153,14 +153,14 @@ class _Member:
         inputs = StageInputs(message.stack, folders["tokens"], folders.get("validation"))
         job = TrainingJob(recipe, message.index, inputs, folders["out"])
         group = Group(self.rank, self.size, job.stage.cards.sharded)
-        follow_stage(job, self.shared, group, lambda computes: self._answer(number, Answer(computes)))
+        follow_stage(job, self.shared, group, lambda computes: self._answer(number, Reply(computes)))
 
     def _score(self, message: Message) -> None:
-        from qmedtune.evaluate import Compared, score_along
+        from qmedtune.evaluate import EvaluatedModels, score_along
 
         self.shared.drop()
         recipe, folders = self._recipe(message), message.paths
-        inputs = Compared(
+        inputs = EvaluatedModels(
             message.stack,
             merged=folders.get("merged"),
             mixed=recipe.merge.other is not None or recipe.merge.weighs,

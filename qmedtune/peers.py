@@ -34,7 +34,7 @@ from qmedtune.pulse import BEAT_S, Pulse
 from qmedtune.record import versions
 
 if TYPE_CHECKING:
-    from qmedtune.evaluate import Compared
+    from qmedtune.evaluate import EvaluatedModels
     from qmedtune.group import Group
     from qmedtune.resolved import ResolvedRecipe
     from qmedtune.train import TrainingJob
@@ -74,7 +74,7 @@ class Message:
 
 
 @dataclass(frozen=True)
-class Answer:
+class Reply:
     """Of a process that was called: how it computes, or what is wrong with it."""
 
     computes: str = ""
@@ -131,7 +131,7 @@ class Peers:
 
     def _done(self, key: str, rank: int) -> str:
         """What a process has answered. Raises RunError with its fault, or where it has ended."""
-        answer = Answer(**json.loads(self._answer(key, rank)))
+        answer = Reply(**json.loads(self._answer(key, rank)))
         if answer.fault:
             raise RunError(f"process {rank + 1} of {self.size}: {answer.fault}\nall processes of the run end")
         return answer.computes
@@ -227,7 +227,7 @@ def call(job: TrainingJob) -> Group:
 
 
 @contextmanager
-def scoring(recipe: ResolvedRecipe, inputs: Compared, out: Path, *, worth: bool) -> Iterator[Turns]:
+def scoring(recipe: ResolvedRecipe, inputs: EvaluatedModels, out: Path, *, worth: bool) -> Iterator[Turns]:
     """Who scores which part of an evaluation. Where it is `worth` it the others score too; they are done when the block
     ends."""
     if _peers is None or _alone or not worth:

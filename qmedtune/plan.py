@@ -18,8 +18,8 @@ from qmedtune.errors import DataError, DoesNotFit, QmedtuneError
 from qmedtune.evaluation import precision
 from qmedtune.lineage import final_model, lineage_of
 from qmedtune.llama_shape import BaseFacts
-from qmedtune.planning import capacity, exchange, fit, memory, rows, scoring, speed
-from qmedtune.planning.estimate import Estimate, Measured, count_with, estimate_source
+from qmedtune.planning import capacity, evaluation_time, exchange, fit, memory, rows, speed
+from qmedtune.planning.estimate import Estimate, SampledEstimate, count_with, estimate_source
 from qmedtune.planning.machine import CARDS_GIB, GIB, Machine, card_of, this_machine
 from qmedtune.planning.memory import Setup
 from qmedtune.planning.missing import what_is_missing
@@ -34,7 +34,7 @@ from qmedtune.planning.plan_facts import (
     PlannedStep,
 )
 from qmedtune.planning.resolve import refuse_half_on_cpu, resolve
-from qmedtune.planning.rows import Tokens
+from qmedtune.planning.rows import StageTokens
 from qmedtune.planning.sample import Sample, sample_source
 from qmedtune.planning.shapes import base_facts
 from qmedtune.recipe import Recipe
@@ -209,16 +209,16 @@ def _length_notes(recipe: ResolvedRecipe, facts: BaseFacts) -> list[str]:
 
 def _measure_sources(
     subject: Subject, folder: Path | None, samples: Mapping[str, Sample], missing: Mapping[str, str]
-) -> dict[str, Measured]:
+) -> dict[str, SampledEstimate]:
     """The tokens of each source; none of those that are `missing`, with the reason."""
     recipe, facts = subject.recipe, subject.facts
-    measured: dict[str, Measured] = {}
+    measured: dict[str, SampledEstimate] = {}
     for name, sample in samples.items():
         source = recipe.data[name]
         counting = count_with(folder, facts.vocab, source, builtin_base=facts.builtin, builtin_text=source.is_builtin)
         measured[name] = estimate_source(sample, source, counting)
     for name, why in missing.items():
-        measured[name] = Measured(Estimate(0, 0, 0.0, missing=why))
+        measured[name] = SampledEstimate(Estimate(0, 0, 0.0, missing=why))
     if folder is not None:
         preflight.check_truncation(recipe, measured, samples)
     return measured
@@ -287,7 +287,9 @@ def _tokenizer_folder(facts: BaseFacts) -> Path | None:
     return Path(facts.folder) if facts.folder else None
 
 
-def _sealed_tokens(recipe: ResolvedRecipe, index: int, run_dir: Path | None, steps: list[PlannedStep]) -> Tokens | None:
+def _sealed_tokens(
+    recipe: ResolvedRecipe, index: int, run_dir: Path | None, steps: list[PlannedStep]
+) -> StageTokens | None:
     """The exact ledger of a stage whose packing is sealed and current."""
     name = f"data/{recipe.stage_names()[index]}"
     if run_dir is None or not _is_cached(steps, name):
@@ -297,7 +299,7 @@ def _sealed_tokens(recipe: ResolvedRecipe, index: int, run_dir: Path | None, ste
         return None
     section, packed = recipe.stages[index].section, Packing.model_validate(sealed.facts)
     rows, trained = packed.rows, packed.tokens.trained or 0
-    return Tokens(trained, rows, batch_rows(section, rows), steps_in(section, rows), 0.0)
+    return StageTokens(trained, rows, batch_rows(section, rows), steps_in(section, rows), 0.0)
 
 
 def _is_cached(steps: list[PlannedStep], name: str) -> bool:
@@ -307,7 +309,9 @@ def _is_cached(steps: list[PlannedStep], name: str) -> bool:
 # ---- stages ----------------------------------------------------------------------------------------------------------
 
 
-def _stage(subject: Subject, index: int, measured: Mapping[str, Measured], steps: list[PlannedStep]) -> PlannedStage:
+def _stage(
+    subject: Subject, index: int, measured: Mapping[str, SampledEstimate], steps: list[PlannedStep]
+) -> PlannedStage:
     recipe, facts, machine, run_dir = subject.recipe, subject.facts, subject.machine, subject.run_dir
     name, section = recipe.stage_names()[index], recipe.stages[index].section
     setup = fit.setup_of(recipe, index)
@@ -316,7 +320,7 @@ def _stage(subject: Subject, index: int, measured: Mapping[str, Measured], steps
         setup = replace(setup, micro_batch=min(setup.micro_batch, tokens.batch))
     timed = speed.last_tokens_per_s(run_dir, name)
     trained = memory.trained_parameters(facts, setup)
-    crossing = exchange.Step(0.0, exchange.exchange_bytes(trained), _gathered(facts, setup, machine, tokens.batch))
+    crossing = exchange.StepTime(0.0, exchange.exchange_bytes(trained), _gathered(facts, setup, machine, tokens.batch))
     tokens_per_s = timed or _assumed_speed(subject, setup, tokens.batch, crossing)
     parts = memory.step_memory(facts, setup, gpu=machine.is_gpu)
     return {
@@ -356,7 +360,7 @@ def _gathered(facts: BaseFacts, setup: Setup, machine: Machine, batch: int) -> i
     return exchange.gathered_bytes(size, setup.cards, -(-rows // setup.micro_batch))
 
 
-def _assumed_speed(subject: Subject, setup: Setup, batch: int, crossing: exchange.Step) -> float:
+def _assumed_speed(subject: Subject, setup: Setup, batch: int, crossing: exchange.StepTime) -> float:
     """Tokens/s of all cards together; processes of one CPU share its cores."""
     alone = speed.tokens_per_s(subject.facts, setup, subject.machine)
     if setup.cards == 1 or not batch or not subject.machine.is_gpu:
@@ -365,7 +369,7 @@ def _assumed_speed(subject: Subject, setup: Setup, batch: int, crossing: exchang
     return alone * exchange.times_as_fast(step, setup.cards, exchange.ASSUMED_LINK)
 
 
-def _seconds(tokens: Tokens, tokens_per_s: float, *, cached: bool) -> float | None:
+def _seconds(tokens: StageTokens, tokens_per_s: float, *, cached: bool) -> float | None:
     """None while nobody knows how many tokens there are."""
     if cached:
         return 0.0
@@ -400,12 +404,14 @@ def _evaluation(
     if not recipe.evaluate.tasks and not recipe.evaluate.perplexity:
         return None
     ids = preflight.asking(recipe, folder, builtin=facts.builtin)
-    readings: list[scoring.Reading] = []
+    readings: list[evaluation_time.BenchmarkCost] = []
     for task in tasks:
-        readings.append(scoring.reading(task, ids, generate=recipe.evaluate.generate))
+        readings.append(evaluation_time.reading(task, ids, generate=recipe.evaluate.generate))
     taken = precision.decide(recipe, machine=machine)
-    scored = scoring.Scored(taken.name, taken.weights, taken.computed_in, taken.why)
-    return scoring.planned(recipe, facts, machine, scored, scoring.Found(readings, estimates))
+    scored = evaluation_time.ScoringPrecision(taken.name, taken.weights, taken.computed_in, taken.why)
+    return evaluation_time.planned(
+        recipe, facts, machine, scored, evaluation_time.EvaluationInputs(readings, estimates)
+    )
 
 
 def _times(

@@ -149,7 +149,7 @@ def _without(step: Step, name: str) -> Step:
     return replace(step, folders=folders)
 
 
-def _refused(error: QmedtuneError, step: Step, recipe: Recipe, out: Path) -> record.Refused:
+def _refused(error: QmedtuneError, step: Step, recipe: Recipe, out: Path) -> record.RefusedMerge:
     """A merge that is not published costs nothing else: what it wrote is kept, the steps after it go on without it, and
     the error is raised at the end. That of any other step is raised now."""
     lines, kept = [str(error)], None
@@ -164,7 +164,7 @@ def _refused(error: QmedtuneError, step: Step, recipe: Recipe, out: Path) -> rec
     ui.warn(lines[0])
     told = MergeRefused("\n".join(lines), error.facts if isinstance(error, MergeRefused) else {})
     told.exit_code = error.exit_code
-    return record.Refused(told, kept.name if kept else None)
+    return record.RefusedMerge(told, kept.name if kept else None)
 
 
 def _check_start(recipe: ResolvedRecipe, source: base.Base, to_do: Sequence[Step], offline: bool) -> None:
@@ -203,7 +203,7 @@ class Attempt:
     out: Path
     siblings: Sequence[Path]
     done: dict[str, store.Seal]
-    shown: ui.Run
+    shown: ui.RunProgress
 
 
 def _do(step: Step, attempt: Attempt) -> store.Seal:

@@ -23,7 +23,7 @@ from qmedtune.results import Facts
 from qmedtune.training.shared_base import SharedBase
 
 if TYPE_CHECKING:
-    from qmedtune.evaluate import Compared
+    from qmedtune.evaluate import EvaluatedModels
 
 WITHOUT_BASE = ("fold", "sweep", "merge", "audit", "evaluation", "against")
 MODEL = ""  # names the one model of a step among `Step.models`
@@ -355,15 +355,15 @@ def _against_step(recipe: ResolvedRecipe, model: StackInRun, hashes: store.HashC
 SOURCE = "data-"
 
 
-def _compared(recipe: ResolvedRecipe, inputs: Inputs) -> Compared:
+def _compared(recipe: ResolvedRecipe, inputs: Inputs) -> EvaluatedModels:
     """The folders of `_beside_the_model` and the model that they lie beside."""
-    from qmedtune.evaluate import Compared
+    from qmedtune.evaluate import EvaluatedModels
 
     folders, sources = inputs.folders, []
     for name, folder in folders.items():
         if name.startswith(SOURCE):
             sources.append(folder)
-    return Compared(
+    return EvaluatedModels(
         trained=inputs.model,
         merged=folders.get("merged"),
         mixed=recipe.merge.other is not None or recipe.merge.weighs,

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 
 def test_a_ring_by_hand():
     # 1 s a step; 60 MB of gradients; 2 GPUs move 60 MB each at .6 x 1.25 GB/s: 80 ms beside half a second.
-    step = exchange.Step(1.0, 60_000_000)
+    step = exchange.StepTime(1.0, 60_000_000)
     assert exchange.times_as_fast(step, 2, "10 GbE") == pytest.approx(1 / 0.58)
     assert exchange.times_as_fast(step, 1, "10 GbE") == 1.0
     assert exchange.times_as_fast(step, 4, "NVLink") == pytest.approx(4, rel=0.01)
@@ -40,7 +40,7 @@ def test_an_8b_model_exchanges_its_adapters_alone(monkeypatch, tmp_path):
 def test_a_sharded_base_is_gathered_twice_for_each_micro_batch_by_hand():
     # 36 GB of linear weights on 4 GPUs: each receives 27 GB of it, forward and backward, for each of 2 micro-batches.
     assert exchange.gathered_bytes(36e9, 4, 2) == 108_000_000_000
-    step = exchange.Step(8.0, 0, 36_000_000_000)
+    step = exchange.StepTime(8.0, 0, 36_000_000_000)
     assert exchange.times_as_fast(step, 2, "NVLink") == pytest.approx(8 / (4 + 36 / 270))
 
 

@@ -320,7 +320,7 @@ def test_scores_are_shared_out_and_are_those_of_one_process(
 
     # Three draws of examples are three parts; two sources of text.
     settings = ("evaluate.tasks=[{task: facts, limit: 12, shots: 1}]",)
-    compared = evaluate.Compared(
+    compared = evaluate.EvaluatedModels(
         packed.inputs("02-sft", one / "adapter").start, validation=packed.folder / "data/validation"
     )
     scored, score = [], measure._score

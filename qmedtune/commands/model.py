@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from qmedtune.results import ModelScores, Score, Scores
 
 
-class Precision(StrEnum):
+class QuantizationOption(StrEnum):
     nf4 = "nf4"
     none = "none"
 
 
-class Split(StrEnum):
+class SplitOption(StrEnum):
     test = "test"
     dev = "dev"
     train = "train"
@@ -64,7 +64,9 @@ class Dtype(StrEnum):
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A run, an adapter or model folder, or a Hub id.")]
 BaseOption = Annotated[str | None, typer.Option(metavar="MODEL", help="Base of an adapter folder.")]
 TemplateOption = Annotated[str | None, typer.Option(metavar="NAME", help="Instead of the one it was trained with.")]
-PrecisionOption = Annotated[Precision | None, typer.Option(help="Default: as its adapter was trained, else 16 bit.")]
+PrecisionOption = Annotated[
+    QuantizationOption | None, typer.Option(help="Default: as its adapter was trained, else 16 bit.")
+]
 
 
 def evaluate(
@@ -73,7 +75,7 @@ def evaluate(
     data: Annotated[Path | None, typer.Option(metavar="FILE", help="File of the tasks that name none.")] = None,
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Keep items here; resume.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="At most this many items of each task.")] = None,
-    split: Annotated[Split | None, typer.Option(help="Of a folder as published; default: test.")] = None,
+    split: Annotated[SplitOption | None, typer.Option(help="Of a folder as published; default: test.")] = None,
     metric: Annotated[str | None, typer.Option(metavar="NAME", help="In place of the tasks' usual one.")] = None,
     bertscore: Annotated[str | None, typer.Option(metavar="DIR", help="A local encoder, for summaries.")] = None,
     shots: Annotated[int, typer.Option(min=0, max=32, help="Examples before each question.")] = 0,
@@ -211,7 +213,7 @@ def predict(
     from qmedtune import predict as predictions
 
     if dry_run:
-        asked = predictions.Questions(data, column, instruction)
+        asked = predictions.QuestionFile(data, column, instruction)
         found = predictions.dry_run(
             model, asked, base=base, template=template, max_new_tokens=max_new_tokens, offline=offline
         )

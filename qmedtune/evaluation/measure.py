@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from qmedtune import store, ui
-from qmedtune.data.packing.framing import Asked, codec_of
+from qmedtune.data.packing.framing import Prompt, codec_of
 from qmedtune.data.packing.templates import Template
 from qmedtune.data.packing.tokens import encode_texts
 from qmedtune.data.reading.document import Record
@@ -62,7 +62,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredModel:
     """What one model did: rows per task in the order of `asked`, perplexity per source of held-out text. Of a process
     that does not lead several: its own part of it."""
 
@@ -80,14 +80,14 @@ def measure_model(
     folder: Path,
     *,
     turns: Turns | None = None,
-) -> Measured:
+) -> MeasuredModel:
     """All tasks and texts. Each result is written below `folder` at once and read from there when it is there. `turns`:
     with which other processes they are shared."""
     turns = turns or Turns()
     marks = codec_of(tokenizer).special_ids
 
     def text(source: str) -> dict[str, float]:
-        with ui.stage(f"perplexity of {Path(source).name}, {label}") as bar:
+        with ui.progress_bar(f"perplexity of {Path(source).name}, {label}") as bar:
             return asdict(
                 perplexity(
                     model, held_out[source], batch_tokens=settings.batch_tokens, progress=adding(bar), marks=marks
@@ -111,7 +111,7 @@ def measure_model(
         if turns.leads:
             turns.wait(file)
             texts[source] = Perplexity(**store.kept(file, partial(text, source)))
-    return Measured(done, texts)
+    return MeasuredModel(done, texts)
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def measure(asking: Asking, task: Task) -> list[Row]:
     prompts = prompt_texts(asking.tokenizer, settings.template, [item.messages for item in asked])
     rows: list[Row] = [{}] * len(asked)
     ways = bool(asked[0].options) + (settings.generate or not asked[0].options)
-    with ui.stage(asking.title, total=len(asked) * ways, unit="answers") as bar:
+    with ui.progress_bar(asking.title, total=len(asked) * ways, unit="answers") as bar:
 
         def take(number: int, part: list[int]) -> None:
             items = [asked[index] for index in part]
@@ -161,7 +161,7 @@ def measure(asking: Asking, task: Task) -> list[Row]:
     return rows
 
 
-def parts(asked: Sequence[Item], prompts: Sequence[Asked]) -> list[list[int]]:
+def parts(asked: Sequence[Item], prompts: Sequence[Prompt]) -> list[list[int]]:
     """Indices of what is scored and written together: the same examples before it, similar lengths, at most PART."""
     groups: dict[tuple[str, ...], list[int]] = {}
     for index in sorted(range(len(asked)), key=lambda i: -len(prompts[i].ids)):
@@ -180,7 +180,7 @@ def num_parts(task: Task) -> int:
 
 
 def _score(
-    model: Any, tokenizer: Any, task: Task, items: list[Item], prompts: list[Asked], settings: Settings, done: Progress
+    model: Any, tokenizer: Any, task: Task, items: list[Item], prompts: list[Prompt], settings: Settings, done: Progress
 ) -> list[Row]:
     rows: list[Row] = []
     options = []
@@ -202,7 +202,7 @@ def _score(
     return rows
 
 
-def adding(bar: ui.Stage) -> Progress:
+def adding(bar: ui.ProgressBar) -> Progress:
     return lambda count: bar.update(bar.completed + count)
 
 

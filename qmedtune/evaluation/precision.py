@@ -20,7 +20,7 @@ from qmedtune.planning.memory import weight_bytes
 from qmedtune.planning.shapes import base_facts
 from qmedtune.recipe import Recipe
 from qmedtune.resolved import ResolvedRecipe
-from qmedtune.results import Merge, Pair
+from qmedtune.results import BaseAndFinal, Merge
 
 Name = Literal["delivered", "nf4", "full16"]
 
@@ -116,7 +116,7 @@ def shift_warning(merge: Merge) -> str | None:
     )
 
 
-def quantisation_note(source: str, delivered_in: Pair, trained_in: Pair) -> str | None:
+def quantisation_note(source: str, delivered_in: BaseAndFinal, trained_in: BaseAndFinal) -> str | None:
     """A warning where NF4 makes training look much better than what is delivered. Perplexities of one source, in the
     precision that is delivered and in NF4."""
     in_nf4, delivered = _change(trained_in), _change(delivered_in)
@@ -125,6 +125,6 @@ def quantisation_note(source: str, delivered_in: Pair, trained_in: Pair) -> str 
     return f"{source}: perplexity {in_nf4:+.0%} in NF4 but {delivered:+.0%} delivered: the rest repaired quantisation"
 
 
-def _change(perplexity: Pair) -> float:
+def _change(perplexity: BaseAndFinal) -> float:
     assert perplexity.base is not None and perplexity.final is not None, "a run scores both"
     return perplexity.final / perplexity.base - 1

@@ -64,7 +64,7 @@ def task_arithmetic(share: float) -> Mix:
 
 
 @dataclass(frozen=True)
-class Mixed:
+class WeightedSum:
     """A sum of tensors of one shape by factors, made where it is indexed: in fp64, rounded once to fp32. So a number of
     it does not depend on which others it is read with."""
 
@@ -96,7 +96,7 @@ class Mixed:
         return total.float()
 
 
-Source = Tensor | Mixed
+Source = Tensor | WeightedSum
 """What low-rank updates are added to: stored, or mixed as it is read."""
 
 
@@ -105,7 +105,7 @@ def mixed(parts: Iterable[tuple[float, Tensor]]) -> Source:
     left = tuple(part for part in parts if part[0])
     if len(left) == 1 and left[0][0] == 1.0:
         return left[0][1]
-    return Mixed(left)
+    return WeightedSum(left)
 
 
 def same(one: Source, two: Source) -> bool:

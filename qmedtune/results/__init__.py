@@ -7,7 +7,7 @@ Deliberately absent: composing (record.py), rendering (reporting/), computing an
 """
 
 from qmedtune.results.duels import (
-    Chosen,
+    ChosenPrompting,
     Development,
     DuelEntry,
     HeadToHead,
@@ -30,7 +30,7 @@ from qmedtune.results.ledgers import (
     Planted,
     Records,
     Source,
-    Tokens,
+    TokenLedger,
 )
 from qmedtune.results.privacy import (
     Privacy,
@@ -52,23 +52,23 @@ from qmedtune.results.proofs import (
     SweepPoint,
 )
 from qmedtune.results.scores import (
+    BaseAndFinal,
     Bin,
     Change,
     Difference,
     Evaluation,
     ModelScores,
-    Pair,
     Paired,
     Score,
     Scores,
-    Task,
+    TaskScores,
     Text,
 )
 from qmedtune.results.stages import (
-    Adapter,
+    AdapterEntry,
     Areas,
     Attention,
-    Checkpoint,
+    CheckpointSeal,
     Classification,
     Kernels,
     Logged,
@@ -85,7 +85,7 @@ from qmedtune.results.sweep import (
     ArmDifference,
     ArmEntry,
     Comparisons,
-    Judged,
+    JudgedAnswer,
     Measure,
     Ratio,
 )
@@ -97,7 +97,7 @@ from qmedtune.results.typed import (
     Told,
 )
 from qmedtune.results.whole_run import (
-    Choice,
+    AutoChoice,
     Provenance,
     Run,
     StepEntry,
@@ -105,7 +105,7 @@ from qmedtune.results.whole_run import (
 
 __all__ = [
     "Ablation",
-    "Adapter",
+    "AdapterEntry",
     "Areas",
     "ArmDifference",
     "ArmEntry",
@@ -114,9 +114,9 @@ __all__ = [
     "Bin",
     "AuditLimits",
     "Change",
-    "Checkpoint",
-    "Choice",
-    "Chosen",
+    "CheckpointSeal",
+    "AutoChoice",
+    "ChosenPrompting",
     "Classes",
     "Classification",
     "Cleaned",
@@ -136,7 +136,7 @@ __all__ = [
     "Interval",
     "AnsweredItem",
     "Json",
-    "Judged",
+    "JudgedAnswer",
     "Kernels",
     "Logged",
     "Loss",
@@ -151,7 +151,7 @@ __all__ = [
     "Overlap",
     "PackedRecords",
     "Packing",
-    "Pair",
+    "BaseAndFinal",
     "Paired",
     "Part",
     "Planted",
@@ -172,11 +172,11 @@ __all__ = [
     "StepEntry",
     "Sweep",
     "SweepPoint",
-    "Task",
+    "TaskScores",
     "Terms",
     "Text",
     "TextFolder",
-    "Tokens",
+    "TokenLedger",
     "Told",
     "Trained",
     "Validation",

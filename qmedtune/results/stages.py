@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from qmedtune.results.ledgers import Part, Tokens
+from qmedtune.results.ledgers import Part, TokenLedger
 from qmedtune.results.typed import Facts, Interval, Number
 
 
@@ -99,7 +99,7 @@ class Classification(Facts):
     accuracy: Number | None = None
 
 
-class Checkpoint(Facts):
+class CheckpointSeal(Facts):
     """What the seal of a checkpoint tells. made_with: settings that the machine chose."""
 
     step: int
@@ -107,7 +107,7 @@ class Checkpoint(Facts):
     made_with: dict[str, str | int] = {}
 
 
-class Adapter(Facts):
+class AdapterEntry(Facts):
     path: str
     sha256: str
 
@@ -141,7 +141,7 @@ class Trained(Facts):
     validation: list[Validation] = []
     warnings: list[str] = []
     kind: str
-    tokens: Tokens = Tokens()
+    tokens: TokenLedger = TokenLedger()
     mixture: dict[str, Part] = {}
     classification: Classification | None = None
     model: Model | None = None
@@ -161,4 +161,4 @@ class _Entry(Facts):
 class Stage(Trained, _Entry):
     """The entry of a stage in run.json. status: sealed, or `to do`, which has nothing but its name and kind."""
 
-    adapter: Adapter | None = None
+    adapter: AdapterEntry | None = None

@@ -16,7 +16,7 @@ from qmedtune.planning import fit
 from qmedtune.planning.machine import this_machine
 from qmedtune.planning.shapes import base_facts
 from qmedtune.resolved import ResolvedRecipe, ResolvedTraining
-from qmedtune.results import Checkpoint
+from qmedtune.results import CheckpointSeal
 
 MadeWith = dict[str, str | int]
 """Settings that this machine chose, as a checkpoint's seal holds them."""
@@ -41,7 +41,7 @@ def resume_settings(
     sealed = store.read_seal(checkpoint) if checkpoint else None
     if sealed is None:
         return section, now, []
-    before = Checkpoint.model_validate(sealed.facts).made_with
+    before = CheckpointSeal.model_validate(sealed.facts).made_with
     if before == now:
         return section, now, []
     section = section.model_copy(update={"optimizer": before["optimizer"]})

@@ -30,7 +30,7 @@ Ids = Callable[[Item], Sequence[object]]
 
 
 @dataclass(frozen=True)
-class Reading:
+class BenchmarkCost:
     """What one pass over a benchmark takes from one model. read: tokens of prompts and options, what all prompts begin
     with counted once; answers: questions that are answered in writing, in `new_tokens` tokens at most."""
 
@@ -51,7 +51,7 @@ def words_of(item: Item, per_word: float) -> list[str]:
     return words + words[: round(len(words) * (per_word - 1))]
 
 
-def reading(task: Task, ids: Ids, *, generate: bool) -> Reading:
+def reading(task: Task, ids: Ids, *, generate: bool) -> BenchmarkCost:
     """What a benchmark makes a model do, from SAMPLED_ITEMS of its questions."""
     asked = task.asked
     every = max(1, len(asked) // SAMPLED_ITEMS)
@@ -67,7 +67,7 @@ def reading(task: Task, ids: Ids, *, generate: bool) -> Reading:
     chosen = bool(asked[0].options)
     written = generate or not chosen
     read = round(own * scale) + shared
-    return Reading(
+    return BenchmarkCost(
         task.name,
         questions=len(asked),
         read=read + round(options * scale) if chosen else 0,
@@ -92,7 +92,7 @@ def _shared(sample: Sequence[Item], prompts: Sequence[Sequence[object]]) -> int:
 
 
 @dataclass(frozen=True)
-class Scored:
+class ScoringPrecision:
     """In what both models are scored (evaluation/precision.py)."""
 
     precision: str
@@ -102,14 +102,16 @@ class Scored:
 
 
 @dataclass(frozen=True)
-class Found:
+class EvaluationInputs:
     """What was looked at: benchmarks that are here, and the sources."""
 
-    readings: Sequence[Reading]
+    readings: Sequence[BenchmarkCost]
     sources: Mapping[str, Estimate]
 
 
-def planned(recipe: Recipe, facts: BaseFacts, machine: Machine, taken: Scored, found: Found) -> PlannedEvaluation:
+def planned(
+    recipe: Recipe, facts: BaseFacts, machine: Machine, taken: ScoringPrecision, found: EvaluationInputs
+) -> PlannedEvaluation:
     """The evaluation of a resolved recipe. Where a benchmark is not here, `seconds` is a lower bound, and `unknown`
     names it."""
     section = recipe.evaluate
@@ -153,7 +155,7 @@ def planned(recipe: Recipe, facts: BaseFacts, machine: Machine, taken: Scored, f
     }
 
 
-def _task_seconds(each: Reading, pace: speed.Pace, batch_tokens: int) -> float:
+def _task_seconds(each: BenchmarkCost, pace: speed.Pace, batch_tokens: int) -> float:
     """One model over one benchmark."""
     seconds = pace.read(each.read, each.passes)
     if each.answers:
