@@ -54,14 +54,14 @@ def _shard_layer(layer: Any, mesh: DeviceMesh, dtype: torch.dtype) -> None:
     """The frozen weights of its linears; what is small (norms, biases, adapters) stays whole."""
     from bitsandbytes.nn import Linear4bit
 
-    split: set[nn.Parameter] = set()
+    split: set[Tensor] = set()
     for linear in _linears(layer):
         if linear.weight.requires_grad:
             continue
         if isinstance(linear, Linear4bit):
             _store_in(linear, dtype)
         split.add(linear.weight)
-    kept = set(layer.parameters()) - split
+    kept = {parameter for parameter in layer.parameters() if parameter not in split}
     fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=kept)
 
 

@@ -269,7 +269,7 @@ def _does_not_fit(facts: BaseFacts, name: str, least: FittedSetup, machine: Mach
     return "\n".join(lines)
 
 
-def _enough_cards(facts: BaseFacts, least: Choice, machine: Machine) -> int | None:
+def _enough_cards(facts: BaseFacts, least: FittedSetup, machine: Machine) -> int | None:
     """How many GPUs like this one hold a base together that does not fit one; None: it is no GPU, not what a base on
     several is for, or more than a node has."""
     if not machine.is_gpu or least.setup.full:
