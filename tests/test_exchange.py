@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from qmedtune import group
 from qmedtune.errors import DoesNotFit, RecipeError
 from qmedtune.parsing.loader import load_recipe
 from qmedtune.plan import make_plan
-from qmedtune.planning import exchange
+from qmedtune.planning import exchange, memory
 from qmedtune.planning.view import render_plan
 
 MIB = 2**20
@@ -22,6 +23,10 @@ def test_a_ring_by_hand():
     assert exchange.times_as_fast(step, 2, "10 GbE") == pytest.approx(1 / 0.58)
     assert exchange.times_as_fast(step, 1, "10 GbE") == 1.0
     assert exchange.times_as_fast(step, 4, "NVLink") == pytest.approx(4, rel=0.01)
+
+
+def test_the_bucket_that_is_planned_is_the_one_that_is_sent():
+    assert memory.BUCKET_BYTES == group.BUCKET_BYTES
 
 
 def test_an_8b_model_exchanges_its_adapters_alone(monkeypatch, tmp_path):

@@ -40,7 +40,7 @@ HOST_BASE_BYTES = {"cpu": 600 * MIB, "cuda": int(1.8 * GIB)}
 RUN_BYTES = 300 * MIB
 
 
-# Of gradients summed at once (group.py takes it from here), and what NCCL holds for its channels: assumed.
+# Of gradients summed at once, as in group.py, and what NCCL holds for its channels: assumed.
 BUCKET_BYTES = 64 * MIB
 NCCL_BYTES = 256 * MIB
 # Offloaded layers pass this many tokens at a time through their MLP (modeling/activations.py).
