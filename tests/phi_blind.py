@@ -1,8 +1,8 @@
 """The sets of headers that were written before their author had read a pattern: `python tests/phi_blind.py fifth`.
 
 Prints how many marked identifiers are found whole, by half and not at all, by class and by family of headers, and how
-many look-alikes are left alone. In `phi_third.txt` and `phi_fourth.txt` an identifier stands between < and >, its class is
-that of the line; in `phi_fifth.txt`, which has markup of its own, it is `{{class:identifier}}`.
+many look-alikes are left alone. In `phi_third.txt` and `phi_fourth.txt` an identifier stands between < and >, its class
+is that of the line; in `phi_fifth.txt`, which has markup of its own, it is `{{class:identifier}}`.
 """
 
 from __future__ import annotations
@@ -98,7 +98,9 @@ def main() -> None:
         if options.missed and verdict != "whole":
             print(f"{verdict:5} {case.family:10} {case.kind:10} {case.text[case.start : case.end]!r} in {case.text!r}")
     for row, counts in sorted(tallies.items()):
-        print(f"{row:24} {counts['whole']:4} whole {counts['half']:4} half {counts['none']:4} missed of {counts.total()}")
+        print(
+            f"{row:24} {counts['whole']:4} whole {counts['half']:4} half {counts['none']:4} missed of {counts.total()}"
+        )
     texts = kept(options.name)
     flagged = [text for text in texts if phi.find(text)]
     print(f"look-alikes left alone: {len(texts) - len(flagged)} of {len(texts)}")

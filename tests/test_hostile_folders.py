@@ -41,7 +41,7 @@ def words_of(command: str, case: Case, folder: Path, good: Good, here: Path) -> 
     (here / "r.yaml").write_text(
         RECIPE.format(base=folder, template="chat" if case.asked and "plan" in case.asked else "alpaca")
     )
-    is_adapter = case in ADAPTERS
+    is_adapter = (folder / "adapter_config.json").exists() or case in ADAPTERS
     base = ["--base", str(good.model)] if is_adapter and "base" not in case.name.split() else []
     if command == "merge":
         adapter = folder if is_adapter else good.adapter

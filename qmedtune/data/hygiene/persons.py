@@ -30,6 +30,7 @@ PARTICLE = re.compile(
 )
 SUFFIX = re.compile(r",?[ ](?:Jr|JR|Sr|SR)\.?(?![A-Za-z])|,?[ ](?:II|III|IV)(?![A-Za-z])", re.A)
 POSSESSIVE = re.compile(r"'[sS]$")
+DEGREE_INSIDE = re.compile(r"[ ](?:MD|DO|RN|NP|PA|PA-C|PhD|FNP|LPN|MBBS),[ ](?=[A-Z])", re.A)  # `Smith MD, Jane`
 EPONYM = re.compile(
     r"(?:'?s)?[ ](?:disease|syndrome|sign|test|palsy|thyroiditis|lymphoma|esophagus|contracture|fracture|catheter|tube|"
     r"dementia|chorea|maneuver|score|scale|phenomenon|ulcer|criteria)",
@@ -37,14 +38,14 @@ EPONYM = re.compile(
 )
 
 TITLE = re.compile(
-    r"(?<![A-Za-z0-9_])(?:(?P<title>Drs?|DRS?|Mrs?|MRS?|Ms|MS|Miss|MISS|Prof|PROF|Professor|Doctor|DOCTOR|Rev|Herr|Frau|Mme|"
-    r"Monsieur|Madame|Sra?|Dra|Do[nc]a?|Dott|Capt|Captain|Sgt|Lt|Judge|Father|Pastor|Rabbi|Sister|Nurse|Dear)|"
+    r"(?<![A-Za-z0-9_])(?:(?P<title>Drs?|DRS?|Mrs?|MRS?|Ms|MS|Miss|MISS|Prof|PROF|Professor|Doctor|DOCTOR|Rev|Herrn?|HERRN?|Frau|FRAU|Mme|Mlle|"
+    r"Monsieur|Madame|Mademoiselle|MME|MLLE|Mevrouw|Dhr|Signora?|Smt|Shri|Pr|Sra?|Dra|Do[nc]a?|Dott|Capt|Captain|Sgt|Lt|Judge|Father|Pastor|Rabbi|Sister|Nurse|Dear)|"
     r"(?P<small>drs?|mrs?|ms|miss|prof|professor))(?:\.[ ]{0,3}\n?[ ]{0,3}|[ ]{1,3}\n?[ ]{0,3}|\n)"
     r"(?:(?:med|dent|phil|rer|nat|habil|univ|vet|h\.[ ]?c|sc)\.[ ]{0,2}){0,4}(?=[A-Za-z])",
     re.A,
 )
 # Titles that are also words, or initials: their name must begin with a capital and be no other word.
-WEAK = frozenset(("MS", "Ms", "SR", "Sr", "Sra", "Dona", "Don", "Doc", "Lt", "Father", "Sister", "Nurse", "Dear"))
+WEAK = frozenset(("MS", "Ms", "Pr", "SR", "Sr", "Sra", "Dona", "Don", "Doc", "Lt", "Father", "Sister", "Nurse", "Dear"))
 _DONE_BY = (
     "signed", "dictated", "transcribed", "reviewed", "verified", "authored", "entered", "prepared", "seen", "referred",
     "performed", "attested", "evaluated", "examined", "requested", "ordered", "written", "assisted", "accompanied", "read",
@@ -78,7 +79,9 @@ LABEL = re.compile(
 )
 # Between a label and a name; a letter or two, so only there: `Patient: mw. J. de Wit`.
 TITLE_BEHIND = re.compile(
-    r"(?i:mw|mevr|mevrouw|dhr|herr|frau|hr|fr|mme|mlle|sig|sigra|sra?|pan|pani|mrs?|ms|dr|prof)(?:\.[ ]{0,2}|[ ])(?=[A-Z])",
+    r"(?i:mw|mevr|mevrouw|dhr|herrn?|frau|hr|fr|mme|mlle|monsieur|madame|sig|sigra|signora?|sra?|dra|don|dona|pan|pani|mrs?|ms|"
+    r"miss|dr|drs|prof|pr|dott(?:\.ssa)?|lek|mudr|mgr|med|smt|shri|sh|late|sir|nurse|sister|rev|capt|sgt|uzm|op|doc)"
+    r"(?:\.[ ]{0,2}|[ ])(?=[A-Za-z])",
     re.A,
 )
 # Where a long label may begin, and the last word before the colon of a short one.
@@ -171,7 +174,32 @@ LABELLED_HOSPITAL = re.compile(
     r"(?P<value>[A-Z][A-Za-z.'-]{2,30}(?:[ ][A-Z][A-Za-z'-]{1,30}){0,3})(?![A-Za-z0-9_:])",
     re.A,
 )
-FIELD_END = re.compile(r"[ ]{0,3}(?:$|[\n;,.|(]|[ ]{2})")
+FIELD_END = re.compile(r"[ ]{0,3}(?:$|[\n;,.|(\"<\]]|[ ]{2})")
+# Generic names of drugs end so (INN stems); one of them alone is nobody's name.
+DRUG = re.compile(
+    r"[a-z]{2}(?:olol|pril|sartan|statin|azole|cillin|mycin|oxacin|gliptin|gliflozin|tidine|dipine|parin|zumab|"
+    r"ximab|tinib|azepam|azolam|caine|semide|thiazide|codone|formin)$",
+    re.I,
+)
+# Under an electronic signature's mark; behind whose child or wife somebody is; from whom something came.
+SIGNED = re.compile(r"/e?s/[ ]{1,4}(?=[A-Z])", re.A)
+OF_FAMILY = re.compile(r"(?<![A-Za-z0-9_/])[SDWC]/[oO]\.?[ ]{1,3}(?=[A-Z][A-Za-z])", re.A)
+FROM = re.compile(
+    r"(?<![A-Za-z0-9_])(?:message|letter|call|notes?|email|e-mail|referral|fax|report|consult)[ ](?:from|by|to)[ ](?=[A-Z][a-z])",
+    re.A,
+)
+# Made-up people of Synthea: `Noel608 Reynolds644`.
+SYNTHETIC = re.compile(
+    r"(?<![A-Za-z0-9_])[A-Z][A-Za-z'-]{1,24}\d{2,3}(?:[ ][A-Z][A-Za-z'-]{1,24}\d{2,3}){1,3}(?![A-Za-z0-9_])", re.A
+)
+# A line that begins with a name, behind which stands what only a person has: a record number, a birthday, age and sex.
+HEADED = re.compile(
+    r"(?:^|(?<=\n))[ ]{0,8}(?P<value>[A-Z][A-Za-z'-]{1,30}(?:[ -][A-Z][A-Za-z'-]{1,30})?,[ ]?[A-Z][A-Za-z'-]{0,30}(?:[ ][A-Z][A-Za-z'-]{0,30}\.?){0,2}"
+    r"|[A-Z][A-Za-z'-]{1,30}(?:[ ][A-Z]\.?)?[ ][A-Z][A-Za-z'-]{1,30}(?:[ ][A-Z][A-Za-z'-]{1,30})?)"
+    r"(?=[ ]{0,20}[;,|-]?[ ]{0,20}\(?[ ]?(?:(?i:mr[ ]?\#|mrn|dob|d\.o\.b|medical record|nhs|ssn|hosp|date of birth|born[ ]|geb)"
+    r"|\#[ ]?\d{4}|\d{3}-\d{2}-\d{4}|(?:1[01]\d|\d{1,2})[ ]?(?:y/?o|yo|yrs?|year|Y|M|F)[ ,/)]|(?:1[01]\d|\d{1,2})[MF](?![A-Za-z0-9])|\d{3,}-\d{2,}-\d|\d{6,}(?![\d.%])))",
+    re.A,
+)
 BEFORE = re.compile(r"(?:[A-Z][A-Za-z]{0,30}(?:['-][A-Za-z]{1,30}){0,3}\.?|[a-z]{2,6}|&)[ ]?$", re.A)
 INSIDE = frozenset("of the and for de la del van von der den di da du at".split())  # noqa: SIM905
 GENERAL = frozenset(
@@ -197,6 +225,29 @@ def find_names(text: str, lowered: str) -> Iterator[Place]:
         end = _take(text, start, Rules(eponyms=False))
         if end and not text[start:end].islower() and not _is_capitals(text[start:end]):
             yield start, end
+    if "s/ " in text:
+        for match in SIGNED.finditer(text):
+            if end := _take(text, match.end(), Rules(comma=True)):
+                yield match.end(), end
+    for match in _matches(OF_FAMILY, text, places(("s/o", "d/o", "w/o", "c/o"), lowered)):
+        start = _behind_titles(text, match.end())
+        end = _take(text, start, Rules(eponyms=False))
+        if end and " " in text[start:end] and not _is_capitals(text[start:end]):
+            yield start, end
+    for match in _matches(
+        FROM,
+        text,
+        places(("message ", "letter ", "call ", "note", "email ", "referral ", "fax ", "report ", "consult "), lowered),
+    ):
+        end = _take(text, match.end(), Rules(eponyms=False))
+        if end and " " in text[match.end() : end]:
+            yield match.end(), end
+    for match in SYNTHETIC.finditer(text):
+        yield match.span()
+    for match in HEADED.finditer(text):
+        words = re.split(r"[, ]+", match["value"])
+        if not any(_is_never(word) or word.lower() in EPONYMS for word in words):
+            yield match.span("value")
     for match in CREDENTIAL.finditer(text):
         start = _take_back(text, match.start())
         words = text[start : match.start()].split()
@@ -259,7 +310,11 @@ def _titled(text: str, match: re.Match[str]) -> Iterator[Place]:
         if end and (text[start].isupper() or match["small"] != "ms"):
             yield start, end
         return
-    if match["title"] in WEAK and "." not in match[0] and not re.match(r"[A-Z][a-z]", text[start : start + 2], re.A):
+    if (
+        match["title"] in WEAK
+        and "." not in match[0]
+        and not re.match(r"[A-Z](?:[a-z]|\.[ ]?[A-Z])", text[start : start + 4], re.A)
+    ):
         return
     end = _take(text, start, Rules(titled=True))
     if end:
@@ -277,8 +332,7 @@ def _labelled(text: str, match: re.Match[str]) -> Iterator[Place]:
         return
     while start < len(text) and text[start] in "(\"'":
         start += 1
-    if title := TITLE_BEHIND.match(text, start):
-        start = title.end()
+    start = _behind_titles(text, start)
     named = bool(NAME_LABELS.search(label)) or bool(match["long"])
     end = _take(text, start, Rules(comma=True, small=strong and named, eponyms=named))
     if not end or re.match(
@@ -294,6 +348,41 @@ def _labelled(text: str, match: re.Match[str]) -> Iterator[Place]:
     if (value.islower() or "\n" in link) and not FIELD_END.match(text[end : end + 6] or "\n"):
         return
     yield start, end
+
+
+def _behind_titles(text: str, start: int) -> int:
+    """Behind `mw. dr.`, `Prof. Dr. med.`, where a name begins after them."""
+    at = start
+    for _ in range(4):
+        title = TITLE_BEHIND.match(text, at)
+        if title is None:
+            break
+        at = title.end()
+    return at if text[at : at + 1].isupper() else start
+
+
+def named_field(text: str, label: str, place: Place, *, named: bool) -> Place | None:
+    """The name in the field of a header whose label begins at place[0] and whose value begins at place[1].
+
+    named: the label says that it is a name (`Surname`), not only who (`Physician`), so that small letters may be one.
+    """
+    start = place[1]
+    while start < len(text) and text[start] in "(\"'":
+        start += 1
+    start = _behind_titles(text, start)
+    end = _take(text, start, Rules(comma=True, small=named, eponyms=named))
+    if not end:
+        return None
+    value, behind = text[start:end], text[end : end + 16]
+    if re.match(r"[ ]{0,3}:|[ ]?/[ ]?[A-Z]{2}" if named else r"[ ]{0,3}:|[ ]?/[ ]?[A-Z]{2}|[ ]?\d", behind, re.A):
+        return None
+    if not named and EPONYM.match(behind):
+        return None
+    if " " not in value and "," not in value and DRUG.search(value):
+        return None
+    if value.islower() and not FIELD_END.match(text[end : end + 6] or "\n"):
+        return None
+    return start, end
 
 
 @dataclass(frozen=True)
@@ -342,6 +431,8 @@ def _next_word(text: str, end: int, comma: bool) -> int | None:
     """Where the next word of a name may begin: one space on, or behind the comma of `Last, First`, or an initial's dot."""
     if comma and text[end : end + 3] == " , ":
         return end + 3
+    if comma and (degree := DEGREE_INSIDE.match(text, end)):
+        return degree.end()
     if comma and text[end : end + 1] == "," and text[end + 1 : end + 2] not in (",", "\n", ""):
         at = end + 1 + (text[end + 1] == " ")
         if at < len(text) and text[at].isalpha():

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
+from qmedtune.data.hygiene import headers, messages
 from qmedtune.data.hygiene.abroad import labelled
 from qmedtune.data.hygiene.persons import find_hospitals, find_names
 from qmedtune.data.hygiene.plain import plain
@@ -21,7 +22,7 @@ from qmedtune.data.hygiene.words import EPONYMS, NEVER
 from qmedtune.results import Identifiers
 
 EXAMPLES = 3
-VERSION = 3  # of what is found: part of the key of data that is redacted or refused by it
+VERSION = 4  # of what is found: part of the key of data that is redacted or refused by it
 STANDS_FOR = "help for a reviewer, not de-identification to the Safe Harbor standard"
 
 
@@ -64,6 +65,8 @@ def find(text: str, persons: Finder | None = None) -> list[Span]:
 def _found(text: str) -> Iterator[tuple[str, int, int]]:
     """(class, start, end) in a plain copy, in order of precedence; they may overlap."""
     lowered = text.lower().translate(DIGITS)
+    yield from messages.find(text)
+    yield from headers.find(text, lowered)
     for recogniser in RECOGNISERS:
         for match in recogniser.matches(text, lowered):
             start, end = match.span("value" if "value" in recogniser.pattern.groupindex else 0)

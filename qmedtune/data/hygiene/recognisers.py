@@ -146,7 +146,7 @@ SOURCES: dict[str, tuple[tuple[Any, ...], ...]] = {
         ("/0|-0|.0", rf"(?<![\w./])(?<!\d-){DAY}([-/.]){DAY}\1(?:{YEAR}|'?\d\d)(?![A-Za-z0-9])(?!\1\d)(?!\.\d)"),
         ("/0|-0", rf"(?<=\d-){DAY}([/.]){DAY}\1(?:{YEAR}|\d\d)(?![A-Za-z0-9])(?!\1\d)"),
         ("/0", rf"(?<![\w./-])(?:0?[1-9]|1[0-2])/{YEAR}(?![A-Za-z0-9/])"),
-        (MONTHS, rf"(?i:\b{MONTH}\.?[ -]{{1,2}}{DAY}(?:st|nd|rd|th)?\b(?:,?[ -]{{1,3}}(?:{YEAR}|'\d\d|\d\d(?![\d:/.%]|[ ]?[a-z]))\b)?{NO_DOSE})", 0),
+        (MONTHS, rf"(?i:\b{MONTH}\.?[ -]{{1,2}}{DAY}(?:st|nd|rd|th)?\b(?:(?:,[ -]{{0,3}}|[ -]{{1,3}})(?:{YEAR}|'\d\d|\d\d(?![\d:/.%]|[ ]?[a-z]))\b)?{NO_DOSE})", 0),
         (MONTHS, rf"(?i:(?<![\w./]){DAY}(?:st|nd|rd|th|\.)?(?:[ /.-]{{0,2}}|[ ]of[ ]){MONTH}\.?(?:,?[ /.-]?(?:{YEAR}|'?\d\d(?![\d:])))?(?![A-Za-z0-9]))", 8),
         (MONTHS, rf"(?i:\b{MONTH}\.?,?[ -]?(?:of[ ])?{YEAR}\b)", 0),
         (MONTHS, rf"(?i:\b{MONTH}\.?,?[ ]?'\d\d\b)", 0),
@@ -177,7 +177,7 @@ SOURCES: dict[str, tuple[tuple[Any, ...], ...]] = {
             rf"(?P<value>\d{{3}}[ .-]\d{{4}}{EXTENSION}|\d{{10,11}}|\d{{1,2}}-\d{{4}}|{NATIONAL}|\d{{3}}[ .-]\d{{3}}[ .-]\d{{3,4}})\b",
             0,
         ),
-        ("pager|pgr|bpr|beeper|ext", r"(?i:\b(?:pager|pgr|bpr|beeper|ext(?:ension)?\.?)[ ]{0,3}[#:]?[ ]{0,3})(?P<value>\d{3,6})\b(?!(?i:[ ]?(?:deg|to[ ]\d|-[ ]?\d)))", 0),
+        ("pager|pgr|bpr|beeper|bleep|ext", r"(?i:\b(?:pager|pgr|bpr|beeper|bleep|ext(?:ension)?\.?)[ ]{0,3}[#:]?[ ]{0,3})(?P<value>\d{3,6})\b(?!(?i:[ ]?(?:deg|to[ ]\d|-[ ]?\d)))", 0),
     ),
     "ip": (
         ("0.0.0|0.00.0|0.000.0", rf"(?<![\w.]){OCTET}(?:\.{OCTET}){{3}}(?![\w]|\.\d)"),
@@ -197,6 +197,11 @@ SOURCES: dict[str, tuple[tuple[Any, ...], ...]] = {
                 r"patient(?=[ ](?:id|no|number|\#)|\#)|pt(?=[ ]?(?:\#|id|no\b))|hosp(?:ital)?\.?(?=[ ](?:id|no|number|\#))|"
                 r"pid|fin(?=[ ]?[:#])|record(?=[ ](?:no|number|\#|id))|kis-?nr|fallnummer|patientennummer"
             ),
+            0,
+        ),
+        (
+            "patient/|practitioner/|encounter/",
+            r"(?i:(?:patient|practitioner|encounter)/)(?P<value>(?=[A-Za-z-]{0,12}\d)[A-Za-z0-9][A-Za-z0-9.-]{2,62}[A-Za-z0-9])(?![A-Za-z0-9])",
             0,
         ),
         ("unit|chart", _labelled(r"unit|chart", STRONG_LINK), 0),
@@ -263,6 +268,8 @@ SOURCES: dict[str, tuple[tuple[Any, ...], ...]] = {
             rf"(?i:\b(?:lives|living|lived|resides|residing|reside|grew up|raised|born|resident|native|homeless)[ ](?:in|of|near)[ ]|\b(?:moved|relocated|emigrated|visiting|flew in|transferred)[ ](?:(?:here|back|away|over)[ ])?(?:from|to)[ ]|\b(?:travel|trip)(?:ed|led|s|ing|ling)?[ ](?:from|to)[ ])(?P<value>(?:St\.[ ])?{CITY}(?:,[ ](?:{STATE}|{_STATES})\b)?)",
             0,
         ),
+        ("r/o ", r"[Rr]/[oO][ ](?P<value>(?:H\.?[ ]?[Nn]o|House|Flat|Plot|Vill(?:age)?|Door|D\.?[ ]?No)[^\n|;]{3,80})", 0),
+        ("\n", r"(?<=\n)(?P<city>[A-Z][A-Za-z' -]{2,30})(?=\n(?:[A-PR-UWYZ](?:\d{1,2}|[A-HK-Y]\d[0-9A-Z]?|\d[A-HJKSTUW])[ ]\d[ABD-HJLNP-UW-Z]{2})\b)"),
         (", ", rf"(?P<city>\b(?:St\.[ ])?{CITY}),[ ](?:{CLEAR_STATE}|{_STATES})(?![A-Za-z])(?!,?[ ]{{1,2}}\d{{5}})"),
     ),
     "zip": (
@@ -276,6 +283,7 @@ SOURCES: dict[str, tuple[tuple[Any, ...], ...]] = {
         ("d-0|a-0|ch-0|f-0", r"\b(?:D|A|CH|F|I)-\d{4,5}(?=[ ][A-Z])"),
     ),
     "other_number": (
+        ("-", r"(?i:(?<![A-Za-z0-9-])[0-9a-f]{8}-[0-9a-f]{4}-[1-8][0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12}(?![A-Za-z0-9-]))"),
         (
             "id|number|no.|no:|har ",
             rf"(?i:\b(?:id|identifier|number|no|har)\b)[ ]?[.:#]?[ ]?(?!NCT|PMC|GSE|ISRCTN){LONG_CODE}(?![A-Za-z0-9])",
