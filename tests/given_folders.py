@@ -1,4 +1,4 @@
-"""Hostile folders that somebody else made, given to every command: python tests/given_folders.py FOLDERS MODEL [COMMAND ...]
+"""Hostile folders of somebody else for every command: python tests/given_folders.py FOLDERS MODEL [COMMAND ...]
 
 FOLDERS holds model folders, and adapter folders of MODEL (those with an adapter_config.json). Nobody says here which of
 them are harmless: one that a command uses (exit 0) is named, for a person to judge; all else must be refused as
