@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 
 from qmedtune.data.hygiene import labels
 from qmedtune.data.hygiene.anchors import places
-from qmedtune.data.hygiene.persons import named_field
+from qmedtune.data.hygiene.persons import TITLE_BEHIND, named_field
 from qmedtune.data.hygiene.recognisers import ANY_MONTH, MEASURED
-from qmedtune.data.hygiene.words import NEVER
+from qmedtune.data.hygiene.words import EPONYMS, NEVER
 
 Found = tuple[str, int, int]
 
@@ -35,7 +35,7 @@ _LAST_WORD = re.compile(
 _HEAD_FIRST = re.compile(r"[ ](?:of|de|du|des|di|del|della|da|do|van|i)[ ]|[ ]d'", re.A)
 _CAMEL = re.compile(r"[A-Z]?[a-z]+$|[A-Z]+$", re.A)
 # Between a separator and its value: blanks, one line end, marks that open.
-_OPEN = re.compile(r"[ *_]{0,40}(?:\n[ ]{0,40})?(?:[\[{]{1,2}[ \n]{0,20})?[\"'(*<]{0,3}", re.A)
+_OPEN = re.compile(r"[ *_]{0,40}(?:\n[ ]{0,40})?(?:[\[{]{1,2}[ \n]{0,20})?[\"'*<]{0,3}", re.A)
 # Where a field ends at the latest.
 _FIELD_END = re.compile(r"\n|[ ]{2}|[|;<>\"\]{}~\t]|[.,]?[ ][A-Z][A-Za-z]{1,15}(?:[ /][A-Za-z]{1,15}){0,2}:|$", re.A)
 _DOTS = re.compile(r"\.{3,60}[ ]{0,20}:?[ ]{0,20}")
@@ -65,6 +65,7 @@ def find(text: str, lowered: str) -> Iterator[Found]:
     if "</" in text or "/>" in text:
         yield from _elements(text)
     yield from _tables(text, lowered)
+    yield from _headed(text)
 
 
 # ---- where labels stand ----------------------------------------------------------------------------------------------
@@ -102,13 +103,16 @@ def _before(text: str, place: int, behind: int) -> Field | None:
     last = _LAST_WORD.search(text, max(0, place - 24), place)
     if last is None:
         return None
-    headed = last[1].lower() in labels.ENDS or _ends_known(last[1])
+    word = last[1].lower()
+    headed = word in labels.ENDS or (word in labels.QUOTED and text[place - 1] == '"') or _ends_known(last[1])
     if not headed and not _HEAD_FIRST.search(text, back, place):
         return None
     match = _LABEL.search(text, back, place)
     if match is None:
         return None
     kinds = labels.classes(match["label"])
+    if text[place - 1] == '"':
+        kinds = labels.QUOTED.get(match["label"].lower(), kinds)
     if not kinds:
         return None
     opened = _OPEN.match(text, behind)
@@ -159,25 +163,29 @@ _SHORT_DATE = re.compile(r"(?P<value>\d{6}|\d{1,2}/\d{1,2})(?![A-Za-z0-9/.-])", 
 _DATED = re.compile(r"(?i:date|dob|doa|dod|dos|birth|fecha|datum|geb|dt)", re.A)
 _DECIMAL = re.compile(r"\d{1,4}\.\d{1,2}(?:[ ]?[/-][ ]?\d{1,4}(?:\.\d{1,2})?)*$|\d\.\d\d?[/ ,]", re.A)
 _PHONE = re.compile(
-    r"(?P<value>[+(]{0,2}\d(?:[ ()./-]{0,3}\d){5,15}(?:[ ,]{0,2}(?i:x|ext\.?|poste|durchwahl|int\.?)[ ]?\d{1,6})?)(?![A-Za-z0-9]|[./-]\d)",
+    r"(?P<value>[+(]{0,2}[ ]?\d(?:[ ()./-]{0,3}\d){5,15}(?:[ ,]{0,2}(?i:x|ext\.?|poste|durchwahl|int\.?)[ ]?\d{1,6})?)(?![A-Za-z0-9]|[./-]\d)",
     re.A,
 )
 _SHORT_PHONE = re.compile(r"\#?(?P<value>\d(?:-?\d){2,6})(?![A-Za-z0-9]|[./]\d)", re.A)
 # One token of letters and digits; or groups, the first of which is short, with a digit in each later one.
 _SINGLE = re.compile(r"\#?[ ]?(?P<value>[A-Za-z0-9](?:[A-Za-z0-9]|[./\\_-](?=[A-Za-z0-9])){0,38})(?![A-Za-z0-9])", re.A)
 _GROUPED = re.compile(
-    r"(?P<value>[A-Z0-9]{1,5}(?:[ .-][A-Z]{0,3}\d{1,8}[A-Z]?){1,7}(?:[ ][A-Z]{1,2}(?=[ ]{2}|$|[\n.,;|]))?)(?![A-Za-z0-9/]|[.,]\d)",
+    r"(?P<value>[A-Z0-9]{1,5}(?:[ .-][A-Z]{0,3}\d{1,12}[A-Z]?){1,7}(?:[ ][A-Z]{1,2}(?=[ ]{2}|$|[\n.,;|]))?)(?![A-Za-z0-9/]|[.,]\d)",
     re.A,
 )
+_CHECK_DIGIT = re.compile(r"[ ]\d(?=[ ]?(?:[.;|]?\n|[ ]{2}|[.;|]?$))", re.A)
 _RANGE = re.compile(r"\d{1,5}(?:\.\d+)?[ ]?-[ ]?\d{1,5}(?:\.\d+)?$", re.A)
 _DATE_LIKE = re.compile(r"\d{1,2}[/.-]\d{1,2}[/.-]\d{2,4}$|\d{4}-\d{2}-\d{2}$", re.A)
 _POSTCODE = re.compile(
     r"(?P<value>(?:[A-Z]{1,2}-)?\d{4,6}(?:-\d{3,4})?|\d{3}[ ]\d{2}|[A-Z]{1,2}\d[A-Z0-9]?[ ]?\d[A-Z]{2}|[A-Z]\d[A-Z][ -]?\d[A-Z]\d|\d{4}[ ][A-Z]{2})(?![A-Za-z0-9]|[.,/]\d)",
     re.A,
 )
+_STREET = re.compile(r"(?:calle|c/|av|plaza|paseo|rue|via|rua|ul|str)", re.A)
 _TOWN = re.compile(
-    r"(?P<value>[A-Z][A-Za-z'.-]{1,24}(?:[ ](?:[a-z]{1,3}[ ])?[A-Z][A-Za-z'.-]{1,24}){0,3})(?![A-Za-z0-9])", re.A
+    r"(?P<value>[A-Z][A-Za-z'.-]{0,24}(?:[ ](?:[a-z]{1,3}[ ])?[A-Z][A-Za-z'.-]{1,24}){0,3})(?![A-Za-z0-9])", re.A
 )
+_TOWN_FIELD = re.compile(r"(?P<value>[A-Z][A-Za-z' -]{1,40}[A-Za-z])(?=[ ]?(?:[.,;|\n(/]|[ ]{2}|$))", re.A)
+_AND = re.compile(r"[ ]{0,2}(?:/|;|&|and|und|et|y|e|or)[ ]{1,2}(?=[A-Z0-9+(])", re.A)
 _OLD = re.compile(r"(?P<value>9\d|1[0-2]\d)(?!\d|[.,]\d|/\d|%|[ ]?(?:kg|lb|bpm|mg))", re.A)
 _HAS_LETTER = re.compile(r"[A-Za-z]", re.A)
 STREET_LENGTH = 100
@@ -188,12 +196,30 @@ def _values(text: str, field: Field) -> Iterator[Found]:
     for place in _of_first(text, field):
         yield place
         end = place[2]
+        if place[0] in (labels.NAME, labels.PHONE, "fax"):
+            yield from _further(text, field, place)
         while field.listed and (more := _MORE.match(text, end)):  # "given": ["Jane", "Ann"]
             following = next(_of_first(text, replace(field, start=more.end())), None)
             if following is None:
                 return
             yield following
             end = following[2]
+
+
+def _further(text: str, field: Field, place: Found) -> Iterator[Found]:
+    """More of the same in one field: `Crew: Gallagher, T / Nakashima, R`, `Tel. 956 013 059 y 956 013 060`."""
+    kind, _, end = place
+    for _ in range(6):
+        link = _AND.match(text, end)
+        if link is None:
+            return
+        following = next(_of_first(text, replace(field, start=link.end())), None)
+        if following is None or following[0] != kind or following[1] != link.end():
+            return
+        if kind == labels.NAME and not re.search(r"[ ,]", text[following[1] : following[2]]):
+            return
+        yield following
+        end = following[2]
 
 
 def _of_first(text: str, field: Field) -> Iterator[Found]:
@@ -213,7 +239,7 @@ def _of_first(text: str, field: Field) -> Iterator[Found]:
         if match is None and labels.SHORT_NUMBERS.intersection(field.label.lower().split()):
             match = _SHORT_PHONE.match(text, start)
         if match and not _DATE_LIKE.match(match["value"]) and not _DECIMAL.match(match["value"]):
-            yield labels.PHONE, *match.span("value")
+            yield "fax" if "fax" in field.label.lower() else labels.PHONE, *match.span("value")
             return
     if labels.ZIP in kinds and (match := _POSTCODE.match(text, start)):
         yield labels.ZIP, *match.span("value")
@@ -223,6 +249,9 @@ def _of_first(text: str, field: Field) -> Iterator[Found]:
             begin = start + (text[start] == "#")
             yield kind, begin, end
             return
+    about = field.label.lower().split()[-1:]
+    if about and about[0] in labels.SUBJECTS and not TITLE_BEHIND.match(text, start):
+        return
     if labels.NAME in kinds or labels.PERSON in kinds:
         place = named_field(text, field.label, (field.before, start), named=labels.NAME in kinds)
         if place:
@@ -231,7 +260,11 @@ def _of_first(text: str, field: Field) -> Iterator[Found]:
     if labels.ADDRESS in kinds and (end := _street_end(text, start)):
         yield labels.ADDRESS, start, end
         return
-    if labels.CITY in kinds and (match := _TOWN.match(text, start)) and not _any_never(match["value"]):
+    if (
+        labels.CITY in kinds
+        and (match := _TOWN_FIELD.match(text, start) or _TOWN.match(text, start))
+        and not _any_never(match["value"])
+    ):
         yield labels.ADDRESS, *match.span("value")
         return
     if labels.PLACE in kinds and (end := _place_end(text, start)):
@@ -255,6 +288,8 @@ def _number_end(text: str, field: Field, start: int) -> int | None:
         or MEASURED.match(text[match.end() : match.end() + 16])
     ):
         return None
+    if value.isdigit() and (check := _CHECK_DIGIT.match(text, match.end())):
+        return check.end()
     return match.end()
 
 
@@ -265,7 +300,9 @@ def _street_end(text: str, start: int) -> int | None:
     value = text[start:stop].rstrip(" .,")
     if len(value) < 4 or not _HAS_LETTER.search(value) or not any(c.isdigit() for c in value):
         return None
-    if not (value[0].isdigit() or value[0].isupper()) or MEASURED.match(value.lstrip("0123456789.")):
+    if not (value[0].isdigit() or value[0].isupper() or _STREET.match(value)) or MEASURED.match(
+        value.lstrip("0123456789.")
+    ):
         return None
     return start + len(value)
 
@@ -274,7 +311,7 @@ def _place_end(text: str, start: int) -> int | None:
     end = _FIELD_END.search(text, start, min(len(text), start + 60))
     value = text[start : end.start() if end else start + 60].rstrip(" .,")
     words = value.split()
-    if not 2 <= len(words) <= 7 or not value[:1].isupper():
+    if not 2 <= len(words) <= 7 or not value[:1].isupper() or any(c.isdigit() for c in value):
         return None
     named = [word for word in words if word[:1].isupper() and word.lower().strip(".,'") not in NEVER]
     if not named or sum(word[:1].islower() for word in words) > 2:
@@ -323,6 +360,47 @@ def _elements(text: str) -> Iterator[Found]:
             ):
                 continue
             yield "email" if "@" in value else kind, *said.span("value")
+
+
+# ---- lines that begin with a name ----------------------------------------------------------------------------------
+
+_NAMED = (
+    r"[A-Z][A-Za-z'-]{1,30}(?:[ -][A-Z][A-Za-z'-]{1,30})?,[ ]?[A-Z][A-Za-z'-]{0,30}(?:[ ][A-Z][A-Za-z'-]{0,30}\.?){0,2}"
+)
+# Behind it stands what only a person has: a record number, a birthday, age and sex.
+_HEADED = re.compile(
+    rf"[ ]{{0,8}}(?P<value>{_NAMED}"
+    r"|[A-Z][A-Za-z'-]{1,30}(?:[ ][A-Z]\.?)?[ ][A-Z][A-Za-z'-]{1,30}(?:[ ][A-Z][A-Za-z'-]{1,30})?)"
+    r"(?=[ ]{0,20}[;,|-]?[ ]{0,20}\(?[ ]?(?:(?i:mr[ ]?\#|mrn|dob|d\.o\.b|medical record|nhs|ssn|hosp|date of birth|born[ ]|geb)"
+    r"|(?P<number>\#[ ]?\d{4,12}|\d{3}-\d{2}-\d{4}|\d{3,}-\d{2,}-\d[\d-]{0,8}|\d{6,10}(?![\d.%]))"
+    r"|(?:1[01]\d|\d{1,2})[ ]?(?:y/?o|yo|yrs?|year|Y|M|F)[ ,/)]|(?:1[01]\d|\d{1,2})[MF](?![A-Za-z0-9])))",
+    re.A,
+)
+# A cell in capitals between columns, before the next label.
+_CELL_NAME = re.compile(
+    r"(?P<value>[A-Z][A-Z'-]{1,30},[ ]?[A-Z][A-Z'-]{1,30}(?:[ ][A-Z]\.?)?)(?=[ ]{2,40}[A-Z][A-Za-z. ]{1,20}[:#])",
+    re.A,
+)
+_GAP = re.compile(r"[ ]{2,60}|\n", re.A)
+
+
+def _headed(text: str) -> Iterator[Found]:
+    """Names that begin a line of a label, a wristband or a list, and the number behind them."""
+    for place in (0, *(at + 1 for at in places(("\n",), text))):
+        if match := _HEADED.match(text, place):
+            yield from _person(match)
+    for gap in _GAP.finditer(text):
+        if match := _CELL_NAME.match(text, gap.end()):
+            yield from _person(match)
+
+
+def _person(match: re.Match[str]) -> Iterator[Found]:
+    words = re.split(r"[, ]+", match["value"])
+    if any(word.lower().strip(".") in NEVER or word.lower() in EPONYMS for word in words):
+        return
+    yield labels.NAME, *match.span("value")
+    if match.groupdict().get("number"):
+        yield labels.MRN, *match.span("number")
 
 
 # ---- tables with a row of labels ---------------------------------------------------------------------------------------

@@ -35,14 +35,14 @@ _WORDS = {
         intern hospitalist nurse rn md np pa pcp gp fp mrp lpn cna crna assistant anesthesiologist anaesthetist
         anesthetist radiologist pathologist cardiologist neurologist oncologist dentist pharmacist therapist
         technologist technician tech phlebotomist operator perfusionist scrub circulator scribe transcriptionist
-        author editor dictator signer signatory cosigner attestor prescriber referrer requester requestor reviewer
+        author editor dictator signer signatory cosigner attestor prescriber referrer requester dr dra drs prof requestor reviewer
         interpreter witness clinician practitioner specialist dietitian midwife paramedic crew driver coordinator
         manager counselor psychologist psychiatrist zuweiser einweiser medecin docteur medico medica arzt arztin
         hausarzt hausarztin oberarzt oberarztin chefarzt chefarztin assistenzarzt facharzt stationsarzt behandler
         huisarts arts specialist behandelaar verwijzer lakare lege laege fastlege laakari lekarz lekarka lekar orvos
         haziorvos doktor hekim medic chirurg chirurgien chirurgo cirujano cirurgiao infirmier infirmiere enfermera
-        enfermero enfermeiro infermiere pfleger interne externe praticien operateur expediteur destinataire facultativo
-        spouse wife husband mother father son daughter brother sister guardian parent caregiver proxy poa dpoa hcp nok
+        enfermero enfermeiro infermiere pfleger interne externe praticien operateur expediteur destinataire facultativo responsable correspondencia
+        betreft betreff betr objet asunto oggetto concerne spouse wife husband mother father son daughter brother sister guardian parent caregiver proxy poa dpoa hcp nok
         partner ehemann ehefrau conjoint madre padre mere pere mutter vater hijo hija figlio figlia angehorige
         signature signed attn cc submitting ordering authorizing referring admitting supervising requesting treating
         dispensing user""",
@@ -54,7 +54,7 @@ _WORDS = {
         deceased deathdate expires expiry effective edd edc seen entered printed created filed updated signed issued dv
         service birthtime aufnahme entlassung entree sortie ingreso alta ricovero dimissione opname ontslag
         geboortedatum przyjecia wypisu urodzenia narozeni szuletesi dogum tarihi exam visit lmp""",
-    PHONE: """phone phones tel telephone ph telefon telefono telefone telefoon tfno tlf tlfn puhelin puh mob mobile
+    PHONE: """phone phones tel telf telephone ph telefon telefono telefone telefoon tfno tlf tlfn puhelin puh mob mobile
         mobil movil celular cell cellular cellphone homephone workphone handy natel gsm fax faks pager pgr beeper bleep
         bpr ext extension dect whatsapp hotline callback voicemail""",
     ADDRESS: """address addr addresses street streetaddress anschrift adresse adres adresa indirizzo residenza
@@ -65,10 +65,10 @@ _WORDS = {
     PLACE: """hospital facility clinic klinik krankenhaus clinique hopital etablissement ospedale institution practice
         dest destination pharmacy nursinghome""",
     AGE: "age edad alter eta idade leeftijd alder wiek vek kor yas ika",
-    MRN: """mrn mr emrn umrn empi mpi urn uhid crn fin csn chart record recordnumber dossier ipp nip iep nda nhc
+    MRN: """mrn mr emrn umrn empi mpi urn uhid crn fin csn chart record recordnumber dossier ipp nip iep nda nhc cipa
         historia expediente prontuario atendimento matricula cartella nosologico journalnr fallnummer fallzahl fallnr
-        patnr patientennummer patientennr patientnummer aufnahmenummer krankenblattnummer pid chi nhs hosp hospital
-        visit encounter enc episode case accession requisition req specimen control pcr incident rx prescription
+        patnr unit patientennummer patientennr patientnummer aufnahmenummer krankenblattnummer pid chi nhs hosp hospital
+        visit encounter enc episode episodio episodes sejour case accession requisition req specimen control pcr incident rx prescription
         document doc barcode registration admission patient pt pat fall ip uid patientid""",
     ACCOUNT: "acct acc account har invoice bill billing konto client order run",
     PLAN: """policy subscriber member beneficiary insurance insured medicare medicaid mbi hicn group dva ihi ohip phn
@@ -99,7 +99,7 @@ BEHIND = frozenset(
     """traitant traitante responsable responsible responsabile responsavel curante tratante referent referente
     prowadzacy kierujacy adresseur principal general primary secondary home work mobile office main daytime evening
     complet completo completa complete full s legal only time hora heure uhrzeit m f sex sx gender sexo sexe
-    medico clinico referring henvisende le il el am on at em den e""".split()
+    medico clinico referring henvisende info information le il el am on at em den e""".split()
 )
 BY = frozenset("by por par von door av af przez per".split())
 # Written too often before a number that is none of a person: more of it must be there, or a word that counts.
@@ -110,7 +110,11 @@ WEAK = frozenset(
     prescription rx vers""".split()
 )
 # Alone they are mostly something else: total cholesterol, an address of the internet, a column.
-ONLY_COUNTED = frozenset("ip tc hc rg big col ss hosp control incident service".split())
+ONLY_COUNTED = frozenset("unit ip tc hc rg big col ss hosp control incident service".split())
+# What a letter is about: a person only where a title says so.
+SUBJECTS = frozenset("betreft betreff betr objet asunto oggetto concerne".split())
+# Keys of FHIR that are no labels elsewhere.
+QUOTED = {"family": frozenset((NAME,)), "given": frozenset((NAME,)), "line": frozenset((ADDRESS,))}
 # In a phone's place three digits are enough.
 SHORT_NUMBERS = frozenset("pager pgr beeper bleep bpr ext extension dect".split())
 
@@ -118,7 +122,7 @@ CLASSES: dict[str, set[str]] = {}
 for _kind, _words in _WORDS.items():
     for _word in _words.split():
         CLASSES.setdefault(_word, set()).add(_kind)
-ENDS = frozenset(CLASSES) | COUNTING | BEHIND | BY | frozenset(("a", "birth"))  # with what a label may end
+ENDS = frozenset(CLASSES) | COUNTING | BEHIND | BY | frozenset(("a", "birth", "#", "code"))  # with what a label may end
 _TOKEN = re.compile(r"[A-Z]{2,}(?![a-z])|[A-Z]?[a-z]+|[A-Z]|#", re.A)
 MAX_TOKENS = 7
 
@@ -152,6 +156,12 @@ def _classes(tokens: list[str]) -> frozenset[str]:
         return frozenset(CLASSES.get(tokens[0], ())) | _counted(tokens) | _counted(tokens[2:] + tokens[:1])
     while len(tokens) > 1 and tokens[-1] in BEHIND:
         tokens = tokens[:-1]
+    if tokens[-1] == "code":
+        return frozenset((ZIP,)) if len(tokens) > 1 and tokens[-2] in ("postal", "zip", "post") else frozenset()
+    if tokens[-1] == "name" and len(tokens) > 1 and PLACE in CLASSES.get(tokens[-2], ()):
+        return frozenset((PLACE,))
+    if len(tokens) > 1 and tokens[-2] in COUNTING and tokens[-1] in CLASSES and tokens[-1] not in COUNTING:
+        return _counted([tokens[-1], tokens[-2]])  # `No Historia`, `NoCol`
     if tokens[-1] in COUNTING or tokens[-1] == "#":
         return _counted(tokens)
     found = frozenset(CLASSES.get(tokens[-1], ()))

@@ -17,6 +17,7 @@ from qmedtune.data.hygiene.anchors import places
 from qmedtune.data.hygiene.words import ACRONYMS, EPONYMS, NEVER, SURNAMES
 
 MAX_WORDS = 6
+CARETS = re.compile(r"[A-Z][A-Za-z' -]{0,40}(?:\^[A-Za-z' .-]{0,40}){1,4}", re.A)  # as HL7 and DICOM write a name
 Place = tuple[int, int]
 
 WORD = re.compile(
@@ -50,7 +51,7 @@ _DONE_BY = (
     "signed", "dictated", "transcribed", "reviewed", "verified", "authored", "entered", "prepared", "seen", "referred",
     "performed", "attested", "evaluated", "examined", "requested", "ordered", "written", "assisted", "accompanied", "read",
     "interpreted", "administered", "collected", "completed", "authenticated", "approved", "cosigned", "co-signed",
-    "supervised", "edited", "recorded", "documented", "typed", "dispensed", "obtained", "witnessed", "scribed",
+    "sign", "perform", "verify", "supervised", "edited", "recorded", "documented", "typed", "dispensed", "obtained", "witnessed", "scribed",
 )  # fmt: skip
 _ROLES = (
     r"patient(?:'s)?[ ]name|pt\.?[ ]name|full[ ]name|first[ ]name|last[ ]name|given[ ]name|family[ ]name|maiden[ ]name|surname|"
@@ -121,7 +122,9 @@ CHARTED = re.compile(
     re.A,
 )
 NEWBORN = re.compile(
-    r"(?<![A-Za-z0-9_])(?:(?i:baby)[ ](?i:boy|girl)|(?i:infant|baby|newborn)[ ]of)[ ](?=[A-Z][A-Za-z])", re.A
+    r"(?<![A-Za-z0-9_])(?:(?i:baby)[ ](?i:boy|girl)|(?i:infant|baby|newborn)[ ]of)[ ](?=[A-Z][A-Za-z])"
+    r"|(?<![A-Za-z0-9_])B[BG][ ](?=[A-Z]{3,30}[ ]\((?:mother|mom|mum|maternal))",
+    re.A,
 )
 # Behind a first name in the same line: alone, MI is a myocardial infarction.
 MIDDLE = re.compile(r"(?i:name)[^\n]{1,60}[ ]MI:[ ]{1,3}(?P<value>[A-Z])(?![A-Za-z0-9])", re.A)
@@ -164,8 +167,16 @@ SAINT_HOSPITAL = re.compile(
     re.A,
 )
 FRONT_HOSPITAL = re.compile(
-    r"(?<![A-Za-z0-9_])(?:Hospital|Clinica|Klinikum|Krankenhaus|Hopital|Ospedale|Hospice|University|Universitatsklinikum)"
-    r"(?:[ ](?:of|de|del|di|la|the|am|St\.|der)){0,2}[ ](?P<value>[A-Z][A-Za-z'-]{2,30}(?:[ ][A-Z][A-Za-z'-]{1,30}){0,2})",
+    r"(?<![A-Za-z0-9_])(?:Hospital|Clinica|Klinikum|Krankenhaus|Hopital|Ospedale|Policlinico|Policlinica|Clinique|Polyclinique|"
+    r"Centre[ ]Hospitalier|Complejo[ ]Hospitalario|Centro[ ](?:de[ ]Salud|Medico|Hospitalar(?:io)?)|Hospice|University|"
+    r"Universitatsklinikum|Ziekenhuis|Sykehus|Szpital|CHU|CHRU)"
+    r"(?P<value>(?:(?:[ ](?:of|de|del|di|la|las|los|the|am|St\.|der|du|des|da|do|dos|y|i|Dr\.|Dra\.)){0,3}[ ](?:[dl]')?(?!(?:Calle|Avda?|Av|Plaza|Pza?|Ctra|Paseo|Camino|Servicio|Apartado)(?![A-Za-z]))(?:\"?[A-Z][A-Za-z'-]{1,30}\"?|[A-Z]\.)){1,7})",
+    re.A,
+)
+# `The Elms Surgery`, `Riverside Medical Practice`: where general practitioners work.
+PRACTICE = re.compile(
+    r"(?<![A-Za-z0-9_])(?:The[ ](?:[A-Z][a-z'-]{2,20}[ ]){1,2}(?:Surgery|Practice)|(?:[A-Z][A-Za-z'-]{2,20}[ ]){1,3}"
+    r"(?:Medical|Family|Health|Dental|Group)[ ](?:Practice|Clinic))(?![A-Za-z0-9_])",
     re.A,
 )
 LABELLED_HOSPITAL = re.compile(
@@ -188,22 +199,20 @@ FROM = re.compile(
     r"(?<![A-Za-z0-9_])(?:message|letter|call|notes?|email|e-mail|referral|fax|report|consult)[ ](?:from|by|to)[ ](?=[A-Z][a-z])",
     re.A,
 )
+# Under a letter: `Yours sincerely`, blank lines, a name.
+SIGN_OFF = re.compile(
+    r"(?i:yours[ ](?:sincerely|faithfully|truly)|(?:kind|best|warm)(?:est)?[ ]regards|sincerely|regards|mit freundlichen gru[a-z]{2,4}|"
+    r"cordialement|confraternellement|atentamente|met vriendelijke groet|cordiali saluti),?[ ]{0,3}\n{1,4}[ ]{0,8}(?=[A-Z])",
+    re.A,
+)
 # Made-up people of Synthea: `Noel608 Reynolds644`.
 SYNTHETIC = re.compile(
     r"(?<![A-Za-z0-9_])[A-Z][A-Za-z'-]{1,24}\d{2,3}(?:[ ][A-Z][A-Za-z'-]{1,24}\d{2,3}){1,3}(?![A-Za-z0-9_])", re.A
 )
-# A line that begins with a name, behind which stands what only a person has: a record number, a birthday, age and sex.
-HEADED = re.compile(
-    r"(?:^|(?<=\n))[ ]{0,8}(?P<value>[A-Z][A-Za-z'-]{1,30}(?:[ -][A-Z][A-Za-z'-]{1,30})?,[ ]?[A-Z][A-Za-z'-]{0,30}(?:[ ][A-Z][A-Za-z'-]{0,30}\.?){0,2}"
-    r"|[A-Z][A-Za-z'-]{1,30}(?:[ ][A-Z]\.?)?[ ][A-Z][A-Za-z'-]{1,30}(?:[ ][A-Z][A-Za-z'-]{1,30})?)"
-    r"(?=[ ]{0,20}[;,|-]?[ ]{0,20}\(?[ ]?(?:(?i:mr[ ]?\#|mrn|dob|d\.o\.b|medical record|nhs|ssn|hosp|date of birth|born[ ]|geb)"
-    r"|\#[ ]?\d{4}|\d{3}-\d{2}-\d{4}|(?:1[01]\d|\d{1,2})[ ]?(?:y/?o|yo|yrs?|year|Y|M|F)[ ,/)]|(?:1[01]\d|\d{1,2})[MF](?![A-Za-z0-9])|\d{3,}-\d{2,}-\d|\d{6,}(?![\d.%])))",
-    re.A,
-)
 BEFORE = re.compile(r"(?:[A-Z][A-Za-z]{0,30}(?:['-][A-Za-z]{1,30}){0,3}\.?|[a-z]{2,6}|&)[ ]?$", re.A)
 INSIDE = frozenset("of the and for de la del van von der den di da du at".split())  # noqa: SIM905
 GENERAL = frozenset(
-    """general memorial regional community university childrens children's county city state national royal central
+    """new general memorial regional community university childrens children's county city state national royal central
     medical health veterans mount mt st saint north south east west northern southern eastern western heart cancer
     outside local our her his their a an this that another nearby area district teaching tertiary care community acute
     emergency women's womens""".split()  # noqa: SIM905
@@ -225,6 +234,11 @@ def find_names(text: str, lowered: str) -> Iterator[Place]:
         end = _take(text, start, Rules(eponyms=False))
         if end and not text[start:end].islower() and not _is_capitals(text[start:end]):
             yield start, end
+    for match in SIGN_OFF.finditer(text) if "\n" in text else ():
+        start = _behind_titles(text, match.end())
+        end = _take(text, start, Rules(comma=True))
+        if end and " " in text[start:end]:
+            yield start, end
     if "s/ " in text:
         for match in SIGNED.finditer(text):
             if end := _take(text, match.end(), Rules(comma=True)):
@@ -239,15 +253,17 @@ def find_names(text: str, lowered: str) -> Iterator[Place]:
         text,
         places(("message ", "letter ", "call ", "note", "email ", "referral ", "fax ", "report ", "consult "), lowered),
     ):
-        end = _take(text, match.end(), Rules(eponyms=False))
-        if end and " " in text[match.end() : end]:
-            yield match.end(), end
+        start = match.end()
+        for _ in range(2):  # from one to another
+            end = _take(text, start, Rules(eponyms=False))
+            if not end or " " not in text[start:end]:
+                break
+            yield start, end
+            if text[end : end + 4] != " to ":
+                break
+            start = end + 4
     for match in SYNTHETIC.finditer(text):
         yield match.span()
-    for match in HEADED.finditer(text):
-        words = re.split(r"[, ]+", match["value"])
-        if not any(_is_never(word) or word.lower() in EPONYMS for word in words):
-            yield match.span("value")
     for match in CREDENTIAL.finditer(text):
         start = _take_back(text, match.start())
         words = text[start : match.start()].split()
@@ -256,7 +272,7 @@ def find_names(text: str, lowered: str) -> Iterator[Place]:
     for match in (*CHARTED.finditer(text), *(MIDDLE.finditer(text) if " MI:" in text else ())):
         if not any(_is_never(word) for word in re.split(r"[, ]+", match["value"])):
             yield match.span("value")
-    for match in _matches(NEWBORN, text, places(("baby ", "infant of", "newborn of"), lowered)):
+    for match in _matches(NEWBORN, text, places(("baby ", "infant of", "newborn of", "bb ", "bg "), lowered)):
         if end := _take(text, match.end(), Rules(eponyms=False)):
             yield match.end(), end
     for match in _matches(PATIENT, text, places(("patient ", "pt "), lowered)):
@@ -299,8 +315,13 @@ def find_hospitals(text: str) -> Iterator[Place]:
     for match in SAINT_HOSPITAL.finditer(text):
         yield match.span()
     for match in FRONT_HOSPITAL.finditer(text):
-        if not any(_is_never(word) for word in match["value"].split()):
+        named = [
+            word for word in match["value"].split() if word[:1].isupper() and word.lower().strip(".") not in GENERAL
+        ]
+        if named and not _is_never(named[0]):
             yield match.start(), match.end()
+    for match in PRACTICE.finditer(text):
+        yield match.span()
 
 
 def _titled(text: str, match: re.Match[str]) -> Iterator[Place]:
@@ -317,7 +338,7 @@ def _titled(text: str, match: re.Match[str]) -> Iterator[Place]:
     ):
         return
     end = _take(text, start, Rules(titled=True))
-    if end:
+    if end and (end := _before_next_label(text, start, end)):
         yield start, end
 
 
@@ -340,6 +361,8 @@ def _labelled(text: str, match: re.Match[str]) -> Iterator[Place]:
     ):
         return
     value = text[start:end]
+    if " " not in value and "," not in value and DRUG.search(value):
+        return
     if not named and EPONYM.match(text[end : end + 16]):
         return
     if label.lower() in ("re", "to", "from", "friend", "student") and " " not in value:
@@ -361,6 +384,24 @@ def _behind_titles(text: str, start: int) -> int:
     return at if text[at : at + 1].isupper() else start
 
 
+def _before_next_label(text: str, start: int, end: int) -> int | None:
+    """Where the name ends that runs into the label of the next field: `Smith, John Birth Date:` -> `Smith, John`."""
+    if not re.match(r"[ ]{0,3}[:=#]", text[end : end + 5]):
+        return end
+    if re.search(r"[a-z][A-Z][A-Za-z]*$", text[start:end], re.A):
+        return end  # `MartinezNoCol:` cannot be cut: no span ends between two letters
+    while end > start:
+        end = max(text.rfind(" ", start, end), text.rfind(",", start, end))
+        while end > start and text[end - 1] in " ,":
+            end -= 1
+        if end <= start:
+            return None
+        last = re.split(r"[ ,]", text[start:end])[-1]
+        if not _is_never(last):
+            return end
+    return None
+
+
 def named_field(text: str, label: str, place: Place, *, named: bool) -> Place | None:
     """The name in the field of a header whose label begins at place[0] and whose value begins at place[1].
 
@@ -370,7 +411,11 @@ def named_field(text: str, label: str, place: Place, *, named: bool) -> Place | 
     while start < len(text) and text[start] in "(\"'":
         start += 1
     start = _behind_titles(text, start)
-    end = _take(text, start, Rules(comma=True, small=named, eponyms=named))
+    if caret := CARETS.match(text, start):
+        return caret.span()
+    end = _take(text, start, Rules(comma=True, small=named, eponyms=named, wide=True))
+    if end:
+        end = _before_next_label(text, start, end)
     if not end:
         return None
     value, behind = text[start:end], text[end : end + 16]
@@ -378,8 +423,10 @@ def named_field(text: str, label: str, place: Place, *, named: bool) -> Place | 
         return None
     if not named and EPONYM.match(behind):
         return None
-    if " " not in value and "," not in value and DRUG.search(value):
-        return None
+    if not re.search("[ ,]", value):
+        following = re.match(r",?[ ]([a-z]+)", behind)
+        if DRUG.search(value) or (not named and following and not _is_never(following[1])):
+            return None  # `Patient: Paciente de 62`: a sentence begins
     if value.islower() and not FIELD_END.match(text[end : end + 6] or "\n"):
         return None
     return start, end
@@ -388,12 +435,13 @@ def named_field(text: str, label: str, place: Place, *, named: bool) -> Place | 
 @dataclass(frozen=True)
 class Rules:
     """titled: the first word may be a surname that is also a word. comma: `Last, First` is one name. small: words in small
-    letters may be names. eponyms: so may what is known as a disease or a drug."""
+    letters may be names. eponyms: so may what is known as a disease or a drug. wide: two spaces may stand inside."""
 
     titled: bool = False
     comma: bool = False
     small: bool = False
     eponyms: bool = True
+    wide: bool = False
 
 
 def _take(text: str, at: int, rules: Rules) -> int | None:
@@ -408,7 +456,8 @@ def _take(text: str, at: int, rules: Rules) -> int | None:
             break
         word = POSSESSIVE.sub("", match[0])
         first = end is None
-        never = _is_never(word, titled=rules.titled and first)
+        behind_comma = rules.comma and text[max(0, match.start() - 3) : match.start()].rstrip()[-1:] == ","
+        never = _is_never(word, titled=(rules.titled and first) or (behind_comma and words == 1))
         known = first and word.lower() in EPONYMS and not rules.eponyms and not text.startswith(", ", match.end())
         if never or known:
             break
@@ -419,6 +468,8 @@ def _take(text: str, at: int, rules: Rules) -> int | None:
         if len(word) < len(match[0]):
             return end  # a possessive ends a name
         following = _next_word(text, end, rules.comma and words <= 4)
+        if following is None and rules.wide and re.match(r"[ ]{2}[A-Z][a-z]", text[end : end + 4], re.A):
+            following = end + 2
         if following is None:
             break
         at = following

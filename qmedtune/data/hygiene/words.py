@@ -91,7 +91,7 @@ _CLINICAL = """
     vaccine vaginal valve vascular venous ventricular vision vital vitals volume vomiting wall ward wednesday
     week weekly weeks weight white-cell woman wound wounds wrist january february march april june july august
     september october november december daytime spouse's significant subject emergency instructions education
-    active pre-op post-op demographics demographic next kin relative relatives supervising supervisor signed-by
+    assistant aide extender calle avda avenida ctra carretera paseo camino apartado servicio paciente pacientes patiente se varon mujer direccion email e-mail correo nhc nocol dia dias presentamos informe active pre-op post-op demographics demographic next kin relative relatives supervising supervisor signed-by
     dictation signal imaging angiography angiogram venogram venography spectroscopy enterography elastography
     sequence sequences recovery stepdown telemetry preop postop endo brief transcribed transcriptionist cc attn re via
     ext tel cell mobile ward bed floor house officer director chair chairman fellow colleague colleagues sir
