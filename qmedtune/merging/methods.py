@@ -18,17 +18,16 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from qmedtune.allowed import MergeMethod
 from qmedtune.errors import MergeRefused, RunError
 from qmedtune.merging.lora_files import LowRank, Updates
 from qmedtune.merging.parallel import Apply, in_fp32
 from qmedtune.merging.tensors import row_blocks
 
-Method = Literal["linear", "slerp", "task_arithmetic"]
 # mergekit's DOT_THRESHOLD and eps: above it sin(angle) is small, and the formula of the sphere is the line's.
 NEARLY_PARALLEL, NO_LENGTH = 0.9995, 1e-8
 # Two readings sum the same numbers in another order: 1e-8 apart at most (1e8 elements, sums in fp64 of fp32 products).
@@ -128,7 +127,7 @@ class Mixture:
     """All weights of a merge with another model. base, other: read B and W by name; updates: what the adapters do to B;
     cosines: of T and W by name, where the method asks for them."""
 
-    method: Method
+    method: MergeMethod
     share: float
     base: Read
     other: Read
