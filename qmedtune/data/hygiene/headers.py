@@ -1,6 +1,6 @@
 """Identifiers in headers, read as a grammar: a label, a separator, a value of the form that the label's class has.
 
-Labels (labels.py) are noun phrases, of any wording; separators are those of forms, tables, Markdown, JSON, XML and dotted
+Labels (header_labels.py) are noun phrases, of any wording; separators are those of forms, tables, Markdown, JSON, XML and dotted
 lines; values end where their field does. A value that has not the form of its class is none: `Date: pending`. What stands
 in sentences is no business of this module (persons.py, recognisers.py). Matched is the plain copy (plain.py).
 """
@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from qmedtune.data.hygiene import labels
+from qmedtune.data.hygiene import header_labels as labels
 from qmedtune.data.hygiene.anchors import places
 from qmedtune.data.hygiene.persons import TITLE_BEHIND, named_field
 from qmedtune.data.hygiene.recognisers import ANY_MONTH, MEASURED

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from qmedtune.data.hygiene.anchors import places
-from qmedtune.data.hygiene.words import ACRONYMS, EPONYMS, NEVER, SURNAMES
+from qmedtune.data.hygiene.words import ACRONYMS, EPONYMS, INSIDE, NEVER, OF_HOSPITALS, SURNAMES
 
 MAX_WORDS = 6
 CARETS = re.compile(r"[A-Z][A-Za-z' -]{0,40}(?:\^[A-Za-z' .-]{0,40}){1,4}", re.A)  # as HL7 and DICOM write a name
@@ -149,42 +149,6 @@ PATIENT = re.compile(
     r"(?=,?[ ](?:is|was|has|had|presents|presented|came|arrived|an?)(?![A-Za-z0-9_]))",
     re.A,
 )
-HOSPITAL = re.compile(
-    r"(?<=[A-Za-z.'&])[ ](?:(?:Memorial|MEMORIAL|General|GENERAL|Regional|Community|University|Children's|Medical)[ ]){0,2}"
-    r"(?:Hospitals?|HOSPITAL|Medical[ ]Cent(?:er|re)|MEDICAL[ ]CENTER|Clinics?|CLINIC|Nursing[ ]Home|NURSING[ ]HOME|"
-    r"Nursing[ ](?:Center|Facility|and[ ]Rehab(?:ilitation)?(?:[ ]Center)?)|Rehab(?:ilitation)?(?:[ ](?:Center|Hospital))?|"
-    r"Hospice|Infirmary|Sanatorium|Assisted[ ]Living|Care[ ](?:Center|Centre|Home)|Senior[ ](?:Living|Care|Center)|Group[ ]Home|Retirement[ ]Village|Health[ ](?:System|Center|Centre|Care)|"
-    r"Healthcare|HEALTHCARE|Surgery[ ]Center|Cancer[ ](?:Center|Institute)|Heart[ ](?:Center|Institute)|Manor|"
-    r"HEALTH[ ](?:SYSTEM|CENTER|CENTRE|NETWORK)|NHS[ ](?:Foundation[ ])?Trust|HCS|VAMC|CBOC|"
-    r"Retirement[ ](?:Home|Community)|Skilled[ ]Nursing(?:[ ]Facility)?|Klinikum|Krankenhaus)(?![A-Za-z0-9_])"
-    r"(?:[ ]of[ ](?:the[ ])?[A-Z][A-Za-z'-]{1,30}(?:[ ][A-Z][A-Za-z'-]{1,30}){0,2})?",
-    re.A,
-)
-# In capitals `HOSPITAL COURSE` is a heading: only what a hospital is named after counts.
-SAINT_HOSPITAL = re.compile(
-    r"(?<![A-Za-z0-9_])(?:HOSPITAL|CLINICA|HOPITAL|OSPEDALE)[ ](?:SAO|SAN|SANTA|SANTO|SAINT|SAINTE|ST\.?|DE|DEL|DA|DO|DI)[ ]"
-    r"(?:(?:LA|LOS|LAS)[ ])?[A-Z][A-Z'-]{1,30}(?:[ ][A-Z][A-Z'-]{1,30}){0,2}(?![A-Za-z0-9_])",
-    re.A,
-)
-FRONT_HOSPITAL = re.compile(
-    r"(?<![A-Za-z0-9_])(?:Hospital|Clinica|Klinikum|Krankenhaus|Hopital|Ospedale|Policlinico|Policlinica|Clinique|Polyclinique|"
-    r"Centre[ ]Hospitalier|Complejo[ ]Hospitalario|Centro[ ](?:de[ ]Salud|Medico|Hospitalar(?:io)?)|Hospice|University|"
-    r"Universitatsklinikum|Ziekenhuis|Sykehus|Szpital|CHU|CHRU)"
-    r"(?P<value>(?:(?:[ ](?:of|de|del|di|la|las|los|the|am|St\.|der|du|des|da|do|dos|y|i|Dr\.|Dra\.)){0,3}[ ](?:[dl]')?(?!(?:Calle|Avda?|Av|Plaza|Pza?|Ctra|Paseo|Camino|Servicio|Apartado)(?![A-Za-z]))(?:\"?[A-Z][A-Za-z'-]{1,30}\"?|[A-Z]\.)){1,7})",
-    re.A,
-)
-# `The Elms Surgery`, `Riverside Medical Practice`: where general practitioners work.
-PRACTICE = re.compile(
-    r"(?<![A-Za-z0-9_])(?:The[ ](?:[A-Z][a-z'-]{2,20}[ ]){1,2}(?:Surgery|Practice)|(?:[A-Z][A-Za-z'-]{2,20}[ ]){1,3}"
-    r"(?:Medical|Family|Health|Dental|Group)[ ](?:Practice|Clinic))(?![A-Za-z0-9_])",
-    re.A,
-)
-LABELLED_HOSPITAL = re.compile(
-    r"(?<![A-Za-z0-9_])(?:(?:OSH|Hospital|HOSPITAL|Facility|FACILITY|SNF|Rehab)[ ]?(?:\(|:[ ]{1,8})|"
-    r"(?i:accepting|receiving|transferring|sending|referring|admitting)[ ](?i:facility|hospital)[ ]{0,2}[:-][ ]{1,8})"
-    r"(?P<value>[A-Z][A-Za-z.'-]{2,30}(?:[ ][A-Z][A-Za-z'-]{1,30}){0,3})(?![A-Za-z0-9_:])",
-    re.A,
-)
 FIELD_END = re.compile(r"[ ]{0,3}(?:$|[\n;,.|(\"<\]]|[ ]{2})")
 # Generic names of drugs end so (INN stems); one of them alone is nobody's name.
 DRUG = re.compile(
@@ -210,13 +174,6 @@ SYNTHETIC = re.compile(
     r"(?<![A-Za-z0-9_])[A-Z][A-Za-z'-]{1,24}\d{2,3}(?:[ ][A-Z][A-Za-z'-]{1,24}\d{2,3}){1,3}(?![A-Za-z0-9_])", re.A
 )
 BEFORE = re.compile(r"(?:[A-Z][A-Za-z]{0,30}(?:['-][A-Za-z]{1,30}){0,3}\.?|[a-z]{2,6}|&)[ ]?$", re.A)
-INSIDE = frozenset("of the and for de la del van von der den di da du at".split())  # noqa: SIM905
-GENERAL = frozenset(
-    """new general memorial regional community university childrens children's county city state national royal central
-    medical health veterans mount mt st saint north south east west northern southern eastern western heart cancer
-    outside local our her his their a an this that another nearby area district teaching tertiary care community acute
-    emergency women's womens""".split()  # noqa: SIM905
-)
 
 
 def find_names(text: str, lowered: str) -> Iterator[Place]:
@@ -227,25 +184,25 @@ def find_names(text: str, lowered: str) -> Iterator[Place]:
     for match in _matches(LABEL, text, labels):
         yield from _labelled(text, match)
     for match in ROW.finditer(text) if "name " in lowered else ():
-        if end := _take(text, match.end(), Rules(comma=True)):
+        if end := _take(text, match.end(), NameRules(comma=True)):
             yield match.end(), end
     for match in _matches(RELATION, text, places(RELATIONS, lowered)):
         start = match.end()
-        end = _take(text, start, Rules(eponyms=False))
+        end = _take(text, start, NameRules(eponyms=False))
         if end and not text[start:end].islower() and not _is_capitals(text[start:end]):
             yield start, end
     for match in SIGN_OFF.finditer(text) if "\n" in text else ():
         start = _behind_titles(text, match.end())
-        end = _take(text, start, Rules(comma=True))
+        end = _take(text, start, NameRules(comma=True))
         if end and " " in text[start:end]:
             yield start, end
     if "s/ " in text:
         for match in SIGNED.finditer(text):
-            if end := _take(text, match.end(), Rules(comma=True)):
+            if end := _take(text, match.end(), NameRules(comma=True)):
                 yield match.end(), end
     for match in _matches(OF_FAMILY, text, places(("s/o", "d/o", "w/o", "c/o"), lowered)):
         start = _behind_titles(text, match.end())
-        end = _take(text, start, Rules(eponyms=False))
+        end = _take(text, start, NameRules(eponyms=False))
         if end and " " in text[start:end] and not _is_capitals(text[start:end]):
             yield start, end
     for match in _matches(
@@ -255,7 +212,7 @@ def find_names(text: str, lowered: str) -> Iterator[Place]:
     ):
         start = match.end()
         for _ in range(2):  # from one to another
-            end = _take(text, start, Rules(eponyms=False))
+            end = _take(text, start, NameRules(eponyms=False))
             if not end or " " not in text[start:end]:
                 break
             yield start, end
@@ -265,18 +222,18 @@ def find_names(text: str, lowered: str) -> Iterator[Place]:
     for match in SYNTHETIC.finditer(text):
         yield match.span()
     for match in CREDENTIAL.finditer(text):
-        start = _take_back(text, match.start())
+        start = take_back(text, match.start())
         words = text[start : match.start()].split()
         if words and (match[0].startswith(",") or len(words) > 1):
             yield start, match.start()
     for match in (*CHARTED.finditer(text), *(MIDDLE.finditer(text) if " MI:" in text else ())):
-        if not any(_is_never(word) for word in re.split(r"[, ]+", match["value"])):
+        if not any(is_never(word) for word in re.split(r"[, ]+", match["value"])):
             yield match.span("value")
     for match in _matches(NEWBORN, text, places(("baby ", "infant of", "newborn of", "bb ", "bg "), lowered)):
-        if end := _take(text, match.end(), Rules(eponyms=False)):
+        if end := _take(text, match.end(), NameRules(eponyms=False)):
             yield match.end(), end
     for match in _matches(PATIENT, text, places(("patient ", "pt "), lowered)):
-        if not any(_is_never(word) for word in match["value"].split()):
+        if not any(is_never(word) for word in match["value"].split()):
             yield match.span("value")
 
 
@@ -298,36 +255,10 @@ def _short_labels(lowered: str) -> Iterator[int]:
             yield word.start(1)
 
 
-def find_hospitals(text: str) -> Iterator[Place]:
-    """(start, end) of named hospitals, clinics and homes in a plain copy."""
-    for match in HOSPITAL.finditer(text):
-        start = _take_back(text, match.start(), inside=True)
-        words = []
-        for word in text[start : match.start()].split():
-            words.append(word.lower().strip(".,"))
-        named = [word for word in words if word not in GENERAL and word not in INSIDE]
-        if named or " of " in match[0]:
-            yield start if words else match.start() + 1, match.end()
-    for match in LABELLED_HOSPITAL.finditer(text):
-        named = [word for word in match["value"].split() if word.lower() not in GENERAL]
-        if named and not any(_is_never(word) for word in named):
-            yield match.span("value")
-    for match in SAINT_HOSPITAL.finditer(text):
-        yield match.span()
-    for match in FRONT_HOSPITAL.finditer(text):
-        named = [
-            word for word in match["value"].split() if word[:1].isupper() and word.lower().strip(".") not in GENERAL
-        ]
-        if named and not _is_never(named[0]):
-            yield match.start(), match.end()
-    for match in PRACTICE.finditer(text):
-        yield match.span()
-
-
 def _titled(text: str, match: re.Match[str]) -> Iterator[Place]:
     start = match.end()
     if match["small"]:
-        end = _take(text, start, Rules(small=True))
+        end = _take(text, start, NameRules(small=True))
         if end and (text[start].isupper() or match["small"] != "ms"):
             yield start, end
         return
@@ -337,7 +268,7 @@ def _titled(text: str, match: re.Match[str]) -> Iterator[Place]:
         and not re.match(r"[A-Z](?:[a-z]|\.[ ]?[A-Z])", text[start : start + 4], re.A)
     ):
         return
-    end = _take(text, start, Rules(titled=True))
+    end = _take(text, start, NameRules(titled=True))
     if end and (end := _before_next_label(text, start, end)):
         yield start, end
 
@@ -355,7 +286,7 @@ def _labelled(text: str, match: re.Match[str]) -> Iterator[Place]:
         start += 1
     start = _behind_titles(text, start)
     named = bool(NAME_LABELS.search(label)) or bool(match["long"])
-    end = _take(text, start, Rules(comma=True, small=strong and named, eponyms=named))
+    end = _take(text, start, NameRules(comma=True, small=strong and named, eponyms=named))
     if not end or re.match(
         r"[ ]{0,3}:|[ ]?/[ ]?[A-Z]|\d" if named else r"[ ]{0,3}:|[ ]?/[ ]?[A-Z]|[ ]?\d", text[end : end + 6], re.A
     ):
@@ -397,7 +328,7 @@ def _before_next_label(text: str, start: int, end: int) -> int | None:
         if end <= start:
             return None
         last = re.split(r"[ ,]", text[start:end])[-1]
-        if not _is_never(last):
+        if not is_never(last):
             return end
     return None
 
@@ -413,7 +344,7 @@ def named_field(text: str, label: str, place: Place, *, named: bool) -> Place | 
     start = _behind_titles(text, start)
     if caret := CARETS.match(text, start):
         return caret.span()
-    end = _take(text, start, Rules(comma=True, small=named, eponyms=named, wide=True))
+    end = _take(text, start, NameRules(comma=True, small=named, eponyms=named, wide=True))
     if end:
         end = _before_next_label(text, start, end)
     if not end:
@@ -425,7 +356,7 @@ def named_field(text: str, label: str, place: Place, *, named: bool) -> Place | 
         return None
     if not re.search("[ ,]", value):
         following = re.match(r",?[ ]([a-z]+)", behind)
-        if DRUG.search(value) or (not named and following and not _is_never(following[1])):
+        if DRUG.search(value) or (not named and following and not is_never(following[1])):
             return None  # `Patient: Paciente de 62`: a sentence begins
     if value.islower() and not FIELD_END.match(text[end : end + 6] or "\n"):
         return None
@@ -433,7 +364,7 @@ def named_field(text: str, label: str, place: Place, *, named: bool) -> Place | 
 
 
 @dataclass(frozen=True)
-class Rules:
+class NameRules:
     """titled: the first word may be a surname that is also a word. comma: `Last, First` is one name. small: words in small
     letters may be names. eponyms: so may what is known as a disease or a drug. wide: two spaces may stand inside."""
 
@@ -444,7 +375,7 @@ class Rules:
     wide: bool = False
 
 
-def _take(text: str, at: int, rules: Rules) -> int | None:
+def _take(text: str, at: int, rules: NameRules) -> int | None:
     """Where the name that begins at `at` ends; None where none begins there."""
     end, words = None, 0
     while words < MAX_WORDS:
@@ -457,7 +388,7 @@ def _take(text: str, at: int, rules: Rules) -> int | None:
         word = POSSESSIVE.sub("", match[0])
         first = end is None
         behind_comma = rules.comma and text[max(0, match.start() - 3) : match.start()].rstrip()[-1:] == ","
-        never = _is_never(word, titled=(rules.titled and first) or (behind_comma and words == 1))
+        never = is_never(word, titled=(rules.titled and first) or (behind_comma and words == 1))
         known = first and word.lower() in EPONYMS and not rules.eponyms and not text.startswith(", ", match.end())
         if never or known:
             break
@@ -500,7 +431,7 @@ def _next_word(text: str, end: int, comma: bool) -> int | None:
     return None
 
 
-def _take_back(text: str, end: int, *, inside: bool = False) -> int:
+def take_back(text: str, end: int, *, inside: bool = False) -> int:
     """Where the name that ends at `end` begins (`end` itself where there is none). inside: `of` and `the` are parts."""
     start, words = end, 0
     while words < MAX_WORDS:
@@ -519,7 +450,7 @@ def _take_back(text: str, end: int, *, inside: bool = False) -> int:
         ends_sentence = word.endswith(".") and len(bare) > 1 and bare.lower() not in ("st", "mt", "jr", "sr")
         if small and not known and PARTICLE.match(text, at) is None:
             break
-        if not small and (ends_sentence or (_is_never(bare) and not (inside and bare.lower() in GENERAL))):
+        if not small and (ends_sentence or (is_never(bare) and not (inside and bare.lower() in OF_HOSPITALS))):
             break
         start, words = at, words + 1
     # What a name cannot begin with: small words, and blanks.
@@ -532,7 +463,7 @@ def _take_back(text: str, end: int, *, inside: bool = False) -> int:
     return start
 
 
-def _is_never(word: str, *, titled: bool = False) -> bool:
+def is_never(word: str, *, titled: bool = False) -> bool:
     """Whether a word is no part of a name. titled: it stands right behind a title."""
     bare = POSSESSIVE.sub("", word).strip(".,").lower()
     if len(bare) == 1:

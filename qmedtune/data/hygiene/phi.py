@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 
 from qmedtune.data.hygiene import headers, messages
 from qmedtune.data.hygiene.abroad import labelled
-from qmedtune.data.hygiene.persons import find_hospitals, find_names
+from qmedtune.data.hygiene.hospitals import find_hospitals
+from qmedtune.data.hygiene.persons import find_names
 from qmedtune.data.hygiene.plain import plain
 from qmedtune.data.hygiene.presidio import Finder
 from qmedtune.data.hygiene.recognisers import DIGITS, MARKED, RECOGNISERS, plausible
@@ -132,7 +133,7 @@ def shape(value: str) -> str:
 
 
 @dataclass
-class Tally:
+class IdentifierCounts:
     """Counts for the report: identifiers by class, records that held any (counted by the caller), and a few shapes."""
 
     classes: Counter[str] = field(default_factory=Counter)
@@ -147,7 +148,7 @@ class Tally:
             if len(shown) < EXAMPLES and form not in shown:
                 shown.append(form)
 
-    def merge(self, other: Tally) -> None:
+    def merge(self, other: IdentifierCounts) -> None:
         """Add what was counted in text that came after."""
         self.classes += other.classes
         self.records += other.records

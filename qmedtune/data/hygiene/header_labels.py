@@ -35,14 +35,17 @@ _WORDS = {
         intern hospitalist nurse rn md np pa pcp gp fp mrp lpn cna crna assistant anesthesiologist anaesthetist
         anesthetist radiologist pathologist cardiologist neurologist oncologist dentist pharmacist therapist
         technologist technician tech phlebotomist operator perfusionist scrub circulator scribe transcriptionist
-        author editor dictator signer signatory cosigner attestor prescriber referrer requester dr dra drs prof requestor reviewer
+        author editor dictator signer signatory cosigner attestor prescriber referrer requester dr dra drs prof
+        requestor reviewer
         interpreter witness clinician practitioner specialist dietitian midwife paramedic crew driver coordinator
         manager counselor psychologist psychiatrist zuweiser einweiser medecin docteur medico medica arzt arztin
         hausarzt hausarztin oberarzt oberarztin chefarzt chefarztin assistenzarzt facharzt stationsarzt behandler
         huisarts arts specialist behandelaar verwijzer lakare lege laege fastlege laakari lekarz lekarka lekar orvos
         haziorvos doktor hekim medic chirurg chirurgien chirurgo cirujano cirurgiao infirmier infirmiere enfermera
-        enfermero enfermeiro infermiere pfleger interne externe praticien operateur expediteur destinataire facultativo responsable correspondencia
-        betreft betreff betr objet asunto oggetto concerne spouse wife husband mother father son daughter brother sister guardian parent caregiver proxy poa dpoa hcp nok
+        enfermero enfermeiro infermiere pfleger interne externe praticien operateur expediteur destinataire
+        facultativo responsable correspondencia
+        betreft betreff betr objet asunto oggetto concerne spouse wife husband mother father son daughter brother
+        sister guardian parent caregiver proxy poa dpoa hcp nok
         partner ehemann ehefrau conjoint madre padre mere pere mutter vater hijo hija figlio figlia angehorige
         signature signed attn cc submitting ordering authorizing referring admitting supervising requesting treating
         dispensing user""",
@@ -54,7 +57,8 @@ _WORDS = {
         deceased deathdate expires expiry effective edd edc seen entered printed created filed updated signed issued dv
         service birthtime aufnahme entlassung entree sortie ingreso alta ricovero dimissione opname ontslag
         geboortedatum przyjecia wypisu urodzenia narozeni szuletesi dogum tarihi exam visit lmp""",
-    PHONE: """phone phones tel telf telephone ph telefon telefono telefone telefoon tfno tlf tlfn puhelin puh mob mobile
+    PHONE: """phone phones tel telf telephone ph telefon telefono telefone telefoon tfno tlf tlfn puhelin puh mob
+    mobile
         mobil movil celular cell cellular cellphone homephone workphone handy natel gsm fax faks pager pgr beeper bleep
         bpr ext extension dect whatsapp hotline callback voicemail""",
     ADDRESS: """address addr addresses street streetaddress anschrift adresse adres adresa indirizzo residenza
@@ -67,8 +71,10 @@ _WORDS = {
     AGE: "age edad alter eta idade leeftijd alder wiek vek kor yas ika",
     MRN: """mrn mr emrn umrn empi mpi urn uhid crn fin csn chart record recordnumber dossier ipp nip iep nda nhc cipa
         historia expediente prontuario atendimento matricula cartella nosologico journalnr fallnummer fallzahl fallnr
-        patnr unit patientennummer patientennr patientnummer aufnahmenummer krankenblattnummer pid chi nhs hosp hospital
-        visit encounter enc episode episodio episodes sejour case accession requisition req specimen control pcr incident rx prescription
+        patnr unit patientennummer patientennr patientnummer aufnahmenummer krankenblattnummer pid chi nhs hosp
+        hospital
+        visit encounter enc episode episodio episodes sejour case accession requisition req specimen control pcr
+        incident rx prescription
         document doc barcode registration admission patient pt pat fall ip uid patientid""",
     ACCOUNT: "acct acc account har invoice bill billing konto client order run",
     PLAN: """policy subscriber member beneficiary insurance insured medicare medicaid mbi hicn group dva ihi ohip phn
