@@ -13,9 +13,9 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from ask_folders import COMMANDS, OF_ADAPTERS, complaints, words_of
 from attack import Attacker, count
 from hostile_folders import Case, Good
-from test_hostile_folders import COMMANDS, OF_ADAPTERS, complaints, words_of
 
 
 def folders(place: Path) -> Iterator[Path]:
