@@ -53,14 +53,20 @@ def executor(asked: argparse.Namespace, step: blocks.Pipeline, before: Any) -> A
 
 
 def connect_to_ray(address: str | None, workers: int) -> None:
-    """To the cluster at `address`, or to one of this machine alone."""
+    """To the cluster at `address`, or to one of this machine alone. Raises RunError where it does not answer."""
     import ray
 
     told = {"env_vars": {**SAFE, "QMEDTUNE_SECRETS": os.environ.get("QMEDTUNE_SECRETS", "")}}
-    if address:
-        ray.init(address=address, runtime_env=told)
-    else:
-        ray.init(num_cpus=max(1, workers), include_dashboard=False, runtime_env=told)
+    try:
+        if address:
+            ray.init(address=address, runtime_env=told)
+        else:
+            ray.init(num_cpus=max(1, workers), include_dashboard=False, runtime_env=told)
+    except Exception as error:  # Ray raises plain ones
+        raise RunError(
+            f"Ray: {str(error).splitlines()[0]}\n"
+            "see `ray status`, or the logs below /tmp/ray; without Ray: --executor local, or slurm"
+        ) from None
 
 
 def run(asked: argparse.Namespace) -> None:

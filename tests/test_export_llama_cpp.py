@@ -20,7 +20,7 @@ from qmedtune.data.packing import framing, templates
 from qmedtune.export import ExportJob, export
 from qmedtune.exporting import gguf_model, splits
 from qmedtune.exporting.gguf_adapter import write_adapter
-from qmedtune.exporting.proof import probe_texts
+from qmedtune.exporting.logit_proof import probe_texts
 from qmedtune.exporting.types import QUANTS
 from qmedtune.exporting.vocabulary import read_vocabulary
 from qmedtune.merging.disk_llama import open_llama

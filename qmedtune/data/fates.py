@@ -82,7 +82,7 @@ class SourceRecords:
 
 
 @dataclass(frozen=True)
-class Overlaps:
+class SourceOverlap:
     """Benchmark items by task, and near duplicates where these were looked for."""
 
     contamination: dict[str, Overlap]
@@ -91,7 +91,7 @@ class Overlaps:
 
 def fates(
     task: SourceRecords, sound: SoundRecords, superseded: np.ndarray, items: list[decontaminate.BenchmarkItem]
-) -> tuple[np.ndarray, Overlaps]:
+) -> tuple[np.ndarray, SourceOverlap]:
     """(N,) uint8, KEPT or why not, of every sound record; and what was found of benchmarks and near duplicates.
 
     superseded: (N,) bool, of PubMed records that a newer one replaces.
@@ -119,10 +119,10 @@ def fates(
     contamination, near = decontaminate.overlap(items, hits, generic), None
     if hygiene.dedup.near and (fate == KEPT).any():
         near = _mark_near_duplicates(task, hygiene.dedup.near, fate)
-    return fate, Overlaps(contamination, near)
+    return fate, SourceOverlap(contamination, near)
 
 
-class _Texts:
+class _TextsOnDisk:
     """Texts of the lines of several files by one number, read where they lie: 8 bytes of memory each."""
 
     def __init__(self, several: Sequence[RecordLines]) -> None:
@@ -166,7 +166,7 @@ def _mark_near_duplicates(task: SourceRecords, threshold: float, fate: np.ndarra
         end = first + len(lines.starts)
         several.append(lines.some(fate[first:end] == KEPT))
         first = end
-    texts = _Texts(several)
+    texts = _TextsOnDisk(several)
     bands = task.scratch / "bands"
     shutil.rmtree(bands, ignore_errors=True)  # of an attempt that was killed here
     like = dedup.near_duplicates(texts.windows(), texts.text, threshold, bands, num_given=num_earlier)

@@ -19,8 +19,8 @@ from qmedtune.data.fates import (
     DUPLICATE,
     KEPT,
     NEAR_DUPLICATE,
-    Overlaps,
     RecordLines,
+    SourceOverlap,
     SourceRecords,
     check_damage,
     check_left,
@@ -116,7 +116,7 @@ class Outcome:
     rejects: Rejects
     fate: np.ndarray
     held_out: np.ndarray
-    found: Overlaps
+    found: SourceOverlap
 
 
 @dataclass(frozen=True)

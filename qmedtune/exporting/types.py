@@ -17,7 +17,7 @@ from gguf.quants import quantize
 from torch import Tensor
 
 from qmedtune.errors import RunError
-from qmedtune.exporting.names import ENDS
+from qmedtune.exporting.tensor_names import ENDS
 
 KINDS = GGMLQuantizationType
 FLOATS = {KINDS.F32: torch.float32, KINDS.F16: torch.float16, KINDS.BF16: torch.bfloat16}
