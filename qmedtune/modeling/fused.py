@@ -285,11 +285,11 @@ def read_together(module: Layer, names: tuple[str, ...], x: Tensor, remake: Rema
     found = kept.get(names)
     if found is None or found.state != _state(projections):
         found = kept[names] = _decide(projections)
-    return linear(x, projections, module.kernels, remake, found)
+    return linear(x, projections, module.kernels, remake=remake, found=found)
 
 
 def linear(
-    x: Tensor, projections: Sequence[Layer], path: str, remake: Remake | None = None, found: Decided | None = None
+    x: Tensor, projections: Sequence[Layer], path: str, *, remake: Remake | None = None, found: Decided | None = None
 ) -> Tensor:
     """The projections of one x [..., K], side by side along the last dimension of the result. `remake` says how to
     make x again instead of keeping it; linears that keep their own forward keep x."""
@@ -297,7 +297,7 @@ def linear(
     dropped = [placed for placed in found.placed if placed.drops]
     if len(projections) > 1 and (found.obstacle or dropped):
         each = zip(projections, found.apart, strict=True)
-        return torch.cat([linear(x, [projection], path, remake, one) for projection, one in each], dim=-1)
+        return torch.cat([linear(x, [projection], path, remake=remake, found=one) for projection, one in each], dim=-1)
     if found.obstacle:
         return projections[0](x)
     adapters = [placed.adapter() for placed in found.placed if not placed.drops]
