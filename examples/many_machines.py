@@ -26,12 +26,12 @@ SAFE = {"LOGURU_DIAGNOSE": "NO", "RAY_USAGE_STATS_ENABLED": "0"}
 os.environ.update(SAFE)
 
 from qmedtune.data.shards import blocks, passes  # noqa: E402
-from qmedtune.data.shards.job import Places, plan_job  # noqa: E402
+from qmedtune.data.shards.job import JobPlaces, plan_job  # noqa: E402
 from qmedtune.errors import QmedtuneError, RunError  # noqa: E402
 from qmedtune.parsing.loader import load_recipe  # noqa: E402
 
 
-def executor(asked: argparse.Namespace, step: blocks.Pipeline, before: Any) -> Any:
+def executor(asked: argparse.Namespace, step: blocks.PipelineOfJob, before: Any) -> Any:
     """Of one pipeline; `before`: the executor of the one before it. Change here what your cluster wants otherwise."""
     name, pipeline, tasks = step
     # Finished shards are known by their hashes, not by datatrove's marks: one that was lost is made again.
@@ -82,10 +82,10 @@ def run(asked: argparse.Namespace) -> None:
         return
     for name, ledger in passes.ledgers(asked.out).items():
         told = [f"{count:,} {fate}" for fate, count in ledger.records.as_json().items()]
-        print(f"{name}: {', '.join(told)}\n  {Places(asked.out, name).shards}")
+        print(f"{name}: {', '.join(told)}\n  {JobPlaces(asked.out, name).shards}")
 
 
-def run_all(asked: argparse.Namespace, steps: list[blocks.Pipeline]) -> None:
+def run_all(asked: argparse.Namespace, steps: list[blocks.PipelineOfJob]) -> None:
     """One pipeline after the other; Slurm is only told to."""
     before = None
     for step in steps:

@@ -64,7 +64,7 @@ def prepare_source(recipe: Recipe, name: str, inputs: Mapping[str, Path], out: P
     write_hashes(out / HASHES, sound, fate)
     listing = list_source(source)
     files = FilesFound(len(listing.files), by_extension(listing.unread))
-    counted = ledger(recipe, name, Outcome(sound, rejects, fate, held_out, found), files)
+    counted = ledger(recipe, name, DecidedSource(sound, rejects, fate, held_out, found), files)
     return counted.model_copy(update={"sha256": sha256_file(out / "train.jsonl")})
 
 
@@ -109,7 +109,7 @@ def write_hashes(path: Path, sound: SoundRecords, fate: np.ndarray) -> None:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class DecidedSource:
     """All that was found of a source's records. Of the sound ones: `fate` (KEPT ..., uint8), `held_out` (bool)."""
 
     sound: SoundRecords
@@ -127,7 +127,7 @@ class FilesFound:
     unread: Counter[str]
 
 
-def ledger(recipe: Recipe, name: str, outcome: Outcome, files: FilesFound) -> Source:
+def ledger(recipe: Recipe, name: str, outcome: DecidedSource, files: FilesFound) -> Source:
     """The figures of source `name`; `sha256`, of what is trained on, is for the caller to add."""
     source, sound, fate = recipe.data[name], outcome.sound, outcome.fate
     near = int((fate == NEAR_DUPLICATE).sum())

@@ -23,7 +23,7 @@ from datatrove.pipeline.base import PipelineStep
 from qmedtune.data.hygiene.per_record import text_of
 from qmedtune.data.reading.document import Record
 from qmedtune.data.shards import passes
-from qmedtune.data.shards.job import Job
+from qmedtune.data.shards.job import ShardJob
 from qmedtune.disk import write_atomic
 from qmedtune.errors import QmedtuneError
 
@@ -35,7 +35,7 @@ class ShardError(Exception):
     """What a worker tells of an error: the message that was written to errors/, and nothing else."""
 
 
-class Told:
+class NothingTold:
     """A context that turns any error within into a `ShardError` without its frames. A class of its own, because
     contextlib passes the error through a line of its own, whose values a log would print."""
 
@@ -62,18 +62,18 @@ class Told:
         return f"{self.what}: {type(error).__name__} in {Path(frame.filename).name}:{frame.lineno} ({frame.name})"
 
 
-class _OfSource(PipelineStep):
+class BlockOfSource(PipelineStep):
     """A block for source `name` of the job in folder `out`."""
 
     def __init__(self, out: str, name: str):
         super().__init__()
         self.out, self.source = out, name
 
-    def _told(self, rank: int) -> Told:
-        return Told(Path(self.out), f"{self.source}-{type(self).__name__.lower()}-{rank:05d}")
+    def _told(self, rank: int) -> NothingTold:
+        return NothingTold(Path(self.out), f"{self.source}-{type(self).__name__.lower()}-{rank:05d}")
 
 
-class Treat(_OfSource):
+class Treat(BlockOfSource):
     """Reads, cleans and searches the files of a shard (identifiers, benchmarks) and digests them for `Compare`."""
 
     type, name = "READER", "qmedtune: treat"
@@ -83,7 +83,7 @@ class Treat(_OfSource):
             self.stat_update("records", value=passes.treat(Path(self.out), self.source, rank))
 
 
-class Compare(_OfSource):
+class Compare(BlockOfSource):
     """Decides about all records of a source at once: versions, duplicates, near duplicates, benchmarks. One task."""
 
     type, name = "DEDUP", "qmedtune: compare"
@@ -95,7 +95,7 @@ class Compare(_OfSource):
                 self.stat_update(fate, value=count)
 
 
-class Kept(_OfSource):
+class Kept(BlockOfSource):
     """The kept records of a shard as documents; what is known beside id and text (patient, messages) is metadata."""
 
     type, name = "READER", "qmedtune: kept records"
@@ -109,7 +109,7 @@ class Kept(_OfSource):
                 yield Document(text=text_of(record), id=record["id"], metadata=known)
 
 
-class Shards(_OfSource):
+class Shards(BlockOfSource):
     """Writes the documents that come as one shard that `data:` reads."""
 
     type, name = "WRITER", "qmedtune: shards"
@@ -121,7 +121,7 @@ class Shards(_OfSource):
                 self.stat_update("records", value=written)
 
 
-class Check(_OfSource):
+class Check(BlockOfSource):
     """Writes ledger.json once every shard is there. One task."""
 
     type, name = "STATS", "qmedtune: check"
@@ -140,7 +140,7 @@ def _records(documents: Iterable[Document]) -> Iterator[Record]:
         yield Record(**record)
 
 
-class Pipeline(NamedTuple):
+class PipelineOfJob(NamedTuple):
     """Blocks, and the number of tasks that each run all of them."""
 
     name: str
@@ -148,19 +148,19 @@ class Pipeline(NamedTuple):
     tasks: int
 
 
-def pipelines(job: Job, out: Path, between: Iterable[PipelineStep] = ()) -> list[Pipeline]:
+def pipelines(job: ShardJob, out: Path, between: Iterable[PipelineStep] = ()) -> list[PipelineOfJob]:
     """Of a whole job, in the order in which they must run.
 
     between: filters of datatrove's for the kept records. The ledger counts what these were given; what they drop
     stands in datatrove's own statistics.
     """
-    found: list[Pipeline] = []
+    found: list[PipelineOfJob] = []
     for name, source in job.sources.items():
         num_shards, where = len(source.shards), (str(out), name)
-        found.append(Pipeline(f"{name}-1-treat", [Treat(*where)], num_shards))
-        found.append(Pipeline(f"{name}-2-compare", [Compare(*where)], 1))
-        found.append(Pipeline(f"{name}-3-write", [Kept(*where), *between, Shards(*where)], num_shards))
-        found.append(Pipeline(f"{name}-4-check", [Check(*where)], 1))
+        found.append(PipelineOfJob(f"{name}-1-treat", [Treat(*where)], num_shards))
+        found.append(PipelineOfJob(f"{name}-2-compare", [Compare(*where)], 1))
+        found.append(PipelineOfJob(f"{name}-3-write", [Kept(*where), *between, Shards(*where)], num_shards))
+        found.append(PipelineOfJob(f"{name}-4-check", [Check(*where)], 1))
     return found
 
 

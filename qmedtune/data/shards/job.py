@@ -31,11 +31,11 @@ PACKAGES = ("numpy", "rensa", "lxml", "zstandard", "pydantic", "datatrove")
 JOB, BENCHMARKS = "job.json", "benchmarks.json"
 
 
-class _Frozen(BaseModel):
+class PartOfJob(BaseModel):
     model_config = ConfigDict(frozen=True)
 
 
-class FileSeen(_Frozen):
+class FileSeen(PartOfJob):
     """A file of a source as it was when the job was planned."""
 
     path: str
@@ -43,14 +43,14 @@ class FileSeen(_Frozen):
     mtime_ns: int
 
 
-class ShardedSource(_Frozen):
+class ShardedSource(PartOfJob):
     """The files of each shard, in their order; unread: files that were found and are no data, by extension."""
 
     shards: list[list[FileSeen]]
     unread: dict[str, int]
 
 
-class Job(_Frozen):
+class ShardJob(PartOfJob):
     """What `plan_job` wrote. secret: fingerprint of what stand-ins are derived from, where identifiers are replaced;
     benchmarks: sha256 of the items that are looked for."""
 
@@ -61,7 +61,7 @@ class Job(_Frozen):
     benchmarks: str
 
 
-class Places:
+class JobPlaces:
     """Where things of source `name` lie below the folder of a job, which all machines see under one path."""
 
     def __init__(self, out: Path, name: str) -> None:
@@ -91,7 +91,7 @@ class Places:
 # ---- on the machine that starts the job ------------------------------------------------------------------------------
 
 
-def plan_job(recipe: Recipe, out: Path, tasks: int) -> Job:
+def plan_job(recipe: Recipe, out: Path, tasks: int) -> ShardJob:
     """Write job.json and benchmarks.json below `out`, or find them as they would be written now.
 
     Every source of files is cut into at most `tasks` shards of about equal bytes, whole files each; built-in sources
@@ -105,7 +105,7 @@ def plan_job(recipe: Recipe, out: Path, tasks: int) -> Job:
         raise RecipeError("no source of this recipe is read from files: there is nothing to cut into shards")
     items = [asdict(item) for item in benchmark_items(recipe)]
     redacts = any(phi_mode(recipe, name) == "redact" for name in sources)
-    job = Job(
+    job = ShardJob(
         recipe=recipe,
         sources=sources,
         versions=versions(recipe),
@@ -115,7 +115,7 @@ def plan_job(recipe: Recipe, out: Path, tasks: int) -> Job:
     with owner_only():
         _check_same(job, out)
         for name in sources:
-            places = Places(out, name)
+            places = JobPlaces(out, name)
             for folder in (places.treated, places.shards, places.written(0).parent):
                 folder.mkdir(parents=True, exist_ok=True)
         write_checked(out / BENCHMARKS, items)
@@ -153,7 +153,7 @@ def cut_evenly(files: Sequence[FileSeen], tasks: int) -> list[list[FileSeen]]:
     return list(groups.values())
 
 
-def _check_same(job: Job, out: Path) -> None:
+def _check_same(job: ShardJob, out: Path) -> None:
     """RecipeError where `out` holds something else."""
     before = read_checked(out / JOB)
     if before is None:
@@ -193,7 +193,7 @@ def _named_files(sources: dict[str, dict[str, list]]) -> dict[str, tuple[int, in
 # ---- on every machine ------------------------------------------------------------------------------------------------
 
 
-def read_job(out: Path) -> Job:
+def read_job(out: Path) -> ShardJob:
     """The job in `out`, after this machine was checked against it. Raises RunError or RecipeError."""
     node = platform.node()
     found = read_checked(out / JOB)
@@ -202,7 +202,7 @@ def read_job(out: Path) -> Job:
             f"{node}: {out / JOB} is not there, or damaged\n"
             "all machines must see the job's folder under the same path; start the job with the same command again"
         )
-    job = Job.model_validate(found)
+    job = ShardJob.model_validate(found)
     ours, differing = versions(job.recipe), []
     for name in sorted(job.versions.keys() | ours.keys()):
         if job.versions.get(name) != ours.get(name):
@@ -252,7 +252,7 @@ def _code() -> str:
     return sha256_json(digests)[:12]
 
 
-def read_items(job: Job, out: Path) -> list[BenchmarkItem]:
+def read_items(job: ShardJob, out: Path) -> list[BenchmarkItem]:
     """The benchmark items of the job. Raises RunError where they are damaged."""
     rows = read_checked(out / BENCHMARKS)
     if rows is None or sha256_json(rows) != job.benchmarks:

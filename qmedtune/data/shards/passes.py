@@ -33,12 +33,12 @@ from qmedtune.data.hygiene import dedup
 from qmedtune.data.hygiene.first_pass import in_batches, reported
 from qmedtune.data.hygiene.part_files import read_part, write_part
 from qmedtune.data.hygiene.per_record import SoundRecords, Treatment, text_of
-from qmedtune.data.prepare import FilesFound, Outcome, ledger, line_starts, write_hashes
+from qmedtune.data.prepare import DecidedSource, FilesFound, ledger, line_starts, write_hashes
 from qmedtune.data.reading.document import Record
 from qmedtune.data.reading.listing import SHARDS
 from qmedtune.data.reading.rejects import Rejects
 from qmedtune.data.reading.sources import read_items as read_records
-from qmedtune.data.shards.job import Job, Places, check_files, read_items, read_job
+from qmedtune.data.shards.job import JobPlaces, ShardJob, check_files, read_items, read_job
 from qmedtune.disk import owner_only, write_json
 from qmedtune.errors import RunError
 from qmedtune.hashes import read_checked, sha256_file, write_checked
@@ -51,7 +51,7 @@ FATES = np.dtype([("fate", "u1"), ("held_out", "?")])
 
 def treat(out: Path, name: str, shard: int) -> int:
     """Read, clean, search and digest the files of a shard; returns its sound records. Raises QmedtuneError."""
-    job, places = read_job(out), Places(out, name)
+    job, places = read_job(out), JobPlaces(out, name)
     files = check_files(job.sources[name].shards[shard])
     part, beside = places.part(shard), places.beside(shard)
     done = read_part(part, beside)
@@ -67,7 +67,7 @@ def treat(out: Path, name: str, shard: int) -> int:
     return len(sound)
 
 
-def _treated(job: Job, name: str, files: list[Path], into: tuple[list, list[Path]]) -> SoundRecords:
+def _treated(job: ShardJob, name: str, files: list[Path], into: tuple[list, list[Path]]) -> SoundRecords:
     """Write the lines, the windows and their counts; returns what is remembered of the records."""
     items, (records, windows, counts) = into
     treatment, near = Treatment(job.recipe, name, items), job.recipe.hygiene.dedup.near
@@ -91,7 +91,7 @@ def _treated(job: Job, name: str, files: list[Path], into: tuple[list, list[Path
 def compare(out: Path, name: str) -> Source:
     """Decide about all records of a source, beside those of earlier sources; returns the ledger. Raises QmedtuneError:
     RunError for a shard that is missing or damaged, DataError as a run on one machine does."""
-    job, places = read_job(out), Places(out, name)
+    job, places = read_job(out), JobPlaces(out, name)
     done = _decided(places)
     if done is not None:
         return done.ledger
@@ -100,7 +100,7 @@ def compare(out: Path, name: str) -> Source:
         own, sound = _joined(job, places, rejects)
         rejects.close()
         check_damage(job.recipe, name, rejects, len(sound))
-        earlier = [Places(out, other) for other in job.recipe.compared_with(name) if other in job.sources]
+        earlier = [JobPlaces(out, other) for other in job.recipe.compared_with(name) if other in job.sources]
         for other in earlier:
             _must_be_decided(other)
         compared = SourceRecords(
@@ -117,7 +117,7 @@ def compare(out: Path, name: str) -> Source:
         held_out = held_out_of(source, sound, fate == KEPT)
         planned = job.sources[name]
         files = FilesFound(sum(len(shard) for shard in planned.shards), Counter(planned.unread))
-        counted = ledger(job.recipe, name, Outcome(sound, rejects, fate, held_out, found), files)
+        counted = ledger(job.recipe, name, DecidedSource(sound, rejects, fate, held_out, found), files)
         _decide(places, sound, np.rec.fromarrays([fate, held_out], dtype=FATES))
         starts = np.cumsum([0, *(len(lines.starts) for lines in own)]).tolist()
         decided = {"ledger": counted.as_json(), "sha256": _hashes_of(places), "starts": starts}
@@ -125,7 +125,7 @@ def compare(out: Path, name: str) -> Source:
     return counted
 
 
-def _joined(job: Job, places: Places, rejects: Rejects) -> tuple[list[RecordLines], SoundRecords]:
+def _joined(job: ShardJob, places: JobPlaces, rejects: Rejects) -> tuple[list[RecordLines], SoundRecords]:
     """The records of all shards in their order, and what is remembered of them."""
     several: list[RecordLines] = []
     sound = SoundRecords()
@@ -136,7 +136,7 @@ def _joined(job: Job, places: Places, rejects: Rejects) -> tuple[list[RecordLine
     return several, sound
 
 
-def _part(job: Job, places: Places, shard: int) -> SoundRecords:
+def _part(job: ShardJob, places: JobPlaces, shard: int) -> SoundRecords:
     part = read_part(places.part(shard), places.beside(shard))
     if part is None:
         raise RunError(
@@ -145,11 +145,11 @@ def _part(job: Job, places: Places, shard: int) -> SoundRecords:
     return part
 
 
-def _num_shards(job: Job, places: Places) -> int:
+def _num_shards(job: ShardJob, places: JobPlaces) -> int:
     return len(job.sources[places.folder.name].shards)
 
 
-def _lines(places: Places, shard: int, starts: np.ndarray) -> RecordLines:
+def _lines(places: JobPlaces, shard: int, starts: np.ndarray) -> RecordLines:
     records, windows, counts = places.beside(shard)
     per_text = np.load(counts)
     if len(per_text) != len(starts):
@@ -158,7 +158,7 @@ def _lines(places: Places, shard: int, starts: np.ndarray) -> RecordLines:
     return RecordLines(records, starts, StoredWindows(windows, ends - per_text, ends))
 
 
-def _kept_lines(job: Job, earlier: list[Places]) -> list[RecordLines]:
+def _kept_lines(job: ShardJob, earlier: list[JobPlaces]) -> list[RecordLines]:
     """What is kept of earlier sources, of each what is trained on first: the order in which a run has them."""
     found: list[RecordLines] = []
     if not job.recipe.hygiene.dedup.near:
@@ -175,18 +175,18 @@ def _kept_lines(job: Job, earlier: list[Places]) -> list[RecordLines]:
     return found
 
 
-def _decide(places: Places, sound: SoundRecords, ends: np.ndarray) -> None:
+def _decide(places: JobPlaces, sound: SoundRecords, ends: np.ndarray) -> None:
     write_hashes(places.hashes, sound, ends["fate"])
     np.save(places.fates, ends)
     fsync_path(places.hashes)
     fsync_path(places.fates)
 
 
-def _hashes_of(places: Places) -> list[str]:
+def _hashes_of(places: JobPlaces) -> list[str]:
     return [sha256_file(places.fates), sha256_file(places.hashes)]
 
 
-class _Decided(BaseModel):
+class DecisionFile(BaseModel):
     """decided.json. starts: the number of each shard's first record, and the end; sha256: of what lies beside it."""
 
     model_config = ConfigDict(frozen=True)
@@ -196,15 +196,15 @@ class _Decided(BaseModel):
     starts: list[int]
 
 
-def _decided(places: Places) -> _Decided | None:
+def _decided(places: JobPlaces) -> DecisionFile | None:
     found = read_checked(places.decided)
     if found is None or not places.fates.is_file() or not places.hashes.is_file():
         return None
-    decided = _Decided.model_validate(found)
+    decided = DecisionFile.model_validate(found)
     return decided if decided.sha256 == _hashes_of(places) else None
 
 
-def _must_be_decided(places: Places) -> _Decided:
+def _must_be_decided(places: JobPlaces) -> DecisionFile:
     decided = _decided(places)
     if decided is None:
         raise RunError(f"{places.fates}: what was decided is missing or damaged\n{AGAIN}")
@@ -213,7 +213,7 @@ def _must_be_decided(places: Places) -> _Decided:
 
 def kept_records(out: Path, name: str, shard: int) -> Iterator[Record]:
     """The records of a shard that are kept, in their order. Raises RunError where it is missing or damaged."""
-    job, places = read_job(out), Places(out, name)
+    job, places = read_job(out), JobPlaces(out, name)
     starts = _must_be_decided(places).starts
     _part(job, places, shard)
     ends = np.load(places.fates)[starts[shard] : starts[shard + 1]]
@@ -225,17 +225,17 @@ def kept_records(out: Path, name: str, shard: int) -> Iterator[Record]:
 
 def is_written(out: Path, name: str, shard: int) -> bool:
     """Whether the shard lies there as it was written."""
-    return _is_written(read_job(out), Places(out, name), shard)
+    return _is_written(read_job(out), JobPlaces(out, name), shard)
 
 
-def _is_written(job: Job, places: Places, shard: int) -> bool:
+def _is_written(job: ShardJob, places: JobPlaces, shard: int) -> bool:
     path, known = places.shard(shard, _num_shards(job, places)), read_checked(places.written(shard))
     return known is not None and path.is_file() and sha256_file(path) == known["sha256"]
 
 
 def write(out: Path, name: str, shard: int, records: Iterable[Record]) -> int:
     """Write records as shard number `shard`, one JSON line each, gzipped and the same bytes each time; how many."""
-    job, places = read_job(out), Places(out, name)
+    job, places = read_job(out), JobPlaces(out, name)
     path, num = places.shard(shard, _num_shards(job, places)), 0
     part = path.with_name(f".{os.getpid()}-{path.name}")
     with owner_only():
@@ -251,7 +251,7 @@ def write(out: Path, name: str, shard: int, records: Iterable[Record]) -> int:
 
 def check(out: Path, name: str) -> Source:
     """Write ledger.json once all shards are there as they were written. Raises RunError naming those that are not."""
-    job, places = read_job(out), Places(out, name)
+    job, places = read_job(out), JobPlaces(out, name)
     counted, num_shards = _must_be_decided(places).ledger, _num_shards(job, places)
     missing: list[str] = []
     sizes: dict[str, int] = {}
@@ -276,7 +276,7 @@ def is_whole(out: Path) -> bool:
     """Whether all sources have their ledger, and all shards lie there as they were written."""
     job = read_job(out)
     for name in job.sources:
-        if not Places(out, name).ledger.is_file():
+        if not JobPlaces(out, name).ledger.is_file():
             return False
         try:
             check(out, name)
