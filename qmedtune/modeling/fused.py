@@ -311,7 +311,7 @@ def linear(
         return projections[0](x)
     adapters = [placed.adapter() for placed in found.placed if not placed.drops]
     copies = found.copies if keep else None
-    y = lora.linear(x, _weight(found.bases), adapters, _bias(found.bases), path, remake, copies)
+    y = lora.linear(x, _weight(found.bases), adapters, _bias(found.bases), path, remake, copies=copies)
     for placed in dropped:
         y = y + lora.linear(F.dropout(x, placed.drops), None, [placed.adapter()], path=path)
     return y

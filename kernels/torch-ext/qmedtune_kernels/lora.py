@@ -309,6 +309,7 @@ def linear(
     bias: Tensor | None = None,
     path: str = "auto",
     remake: Remake | None = None,
+    *,
     copies: Copies | None = None,
 ) -> Tensor:
     """Y = X W^T + bias + sum_i s_i (X A_i^T) B_i^T, differentiable in x, bias, A and B.
@@ -327,7 +328,7 @@ def linear(
         x = x.to(torch.get_autocast_dtype(device))
         weight = weight.to(x.dtype) if isinstance(weight, Tensor) else weight
         with torch.autocast(device, enabled=False):
-            return linear(x, weight, adapters, bias, path, remake, copies)
+            return linear(x, weight, adapters, bias, path, remake, copies=copies)
     _check(x, weight, adapters, bias)
     bias = bias if bias is None else bias.to(x.dtype)
     layout = tuple((adapter.scaling, adapter.start) for adapter in adapters)
