@@ -244,7 +244,9 @@ def _answered(player: Player, part: Split, items: Sequence[Item], setting: Setti
     tokenizer = player.opened.tokenizer
     prompts = prompt_texts(tokenizer, setting.template, [item.messages for item in asked])
     options = [item.options for item in items]
-    with ui.stage(f"{player.name}: {part.section.label}, {setting.words}", total=len(items), unit="items") as bar:
+    with ui.progress_bar(
+        f"{player.name}: {part.section.label}, {setting.words}", total=len(items), unit="items"
+    ) as bar:
         found = choice_logprobs(player.opened.model, tokenizer, prompts, options, progress=adding(bar))
     right: list[bool] = []
     for score, item in zip(found, items, strict=True):

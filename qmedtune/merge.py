@@ -357,7 +357,7 @@ class _Writer:
                 file_of[name] = file
         store.check_room(self.out, elements * self.job.dtype.itemsize, "the merged weights")
         hashes = {}
-        with ui.stage("merging", total=len(file_of), unit="tensors") as shown:
+        with ui.progress_bar("merging", total=len(file_of), unit="tensors") as shown:
 
             def jobs(names: Iterable[str]) -> Iterator[Callable[[], Tensor]]:
                 for name in names:

@@ -353,7 +353,7 @@ def _write_rows(
     questions = iter(questions)
     file.seek(0, os.SEEK_END)
     with (
-        ui.stage("predict", unit="records", completed=done) as bar,
+        ui.progress_bar("predict", unit="records", completed=done) as bar,
         stop.graceful(),
     ):
         while window := list(islice(questions, WINDOW)):

@@ -198,7 +198,7 @@ class Attempt:
     out: Path
     siblings: Sequence[Path]
     done: dict[str, store.Seal]
-    shown: ui.Run
+    shown: ui.RunProgress
 
 
 def _do(step: Step, attempt: Attempt) -> store.Seal:

@@ -21,7 +21,6 @@ from qmedtune.results import (
     Loss,
     Merge,
     Overlap,
-    Paired,
     Part,
     Provenance,
     Records,
@@ -111,11 +110,8 @@ def make_change(gained: int, lost: int, n: int) -> Change:
     """Of n items `gained` are right in final alone, `lost` in base alone; tested as an evaluation does."""
     before = [False] * gained + [True] * lost + [True] * (n - gained - lost)
     after = [True] * gained + [False] * lost + [True] * (n - gained - lost)
-    paired = statistics.mcnemar(before, after)
-    return Change(
-        difference=Difference(value=(gained - lost) / n, ci95=statistics.tango(gained, lost, n)),
-        paired=Paired(test="McNemar exact", gained=gained, lost=lost, p_value=paired.p_value),
-    )
+    difference = Difference(value=(gained - lost) / n, ci95=statistics.tango(gained, lost, n))
+    return Change(difference=difference, paired=statistics.mcnemar(before, after))
 
 
 def make_scores(base: Score, final: Score, gained: int, lost: int) -> Scores:

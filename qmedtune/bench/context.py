@@ -115,7 +115,7 @@ def _probes(
     """(budget, length, whether it fits) as they are found; a length of None: nothing is left to try."""
     task = {"job": asdict(job), "budgets": list(known), "known": list(known.values())}
     deadline = time.monotonic() + time_limit_s
-    with tempfile.TemporaryDirectory() as scratch, ui.stage("bench context", len(known), "budgets") as bar:
+    with tempfile.TemporaryDirectory() as scratch, ui.progress_bar("bench context", len(known), "budgets") as bar:
         command = [
             sys.executable,
             "-m",

@@ -69,7 +69,7 @@ def bench_data(
     texts = _corpus(corpus, num_texts)
     makers = {"tokenise": _tokenise, "jats": _jats, "pubmed": _pubmed, "near": _near, "decontaminate": _decontaminate}
     rows = []
-    with tempfile.TemporaryDirectory() as folder, ui.stage("bench data", None, "cases") as bar:
+    with tempfile.TemporaryDirectory() as folder, ui.progress_bar("bench data", None, "cases") as bar:
         for number, case in enumerate(chosen, start=1):
             if case == "memory":
                 rows += data_memory.memory_rows(sizes_mb or list(data_memory.SIZES_MB), Path(folder) / case)

@@ -79,7 +79,7 @@ def bench_eval(
     if not torch.cuda.is_available():
         opened.model.float()  # in bfloat16 batches of different shapes differ by tenths of a nat, the harness's own too
     rows = []
-    with ui.stage("bench eval", len(tasks) * rounds * len(contenders), "runs") as bar:
+    with ui.progress_bar("bench eval", len(tasks) * rounds * len(contenders), "runs") as bar:
         for name in tasks:
             case = _case(opened, name, limit)
             runs: dict[str, list[float]] = {}

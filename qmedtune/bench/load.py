@@ -52,7 +52,10 @@ def bench_load(
         if case not in CASES:
             raise RecipeError(f"bench load: no case {case!r}\nallowed: {', '.join(CASES)}")
     rows = []
-    with tempfile.TemporaryDirectory(dir=scratch) as folder, ui.stage("bench load", len(cases) * rounds, "runs") as bar:
+    with (
+        tempfile.TemporaryDirectory(dir=scratch) as folder,
+        ui.progress_bar("bench load", len(cases) * rounds, "runs") as bar,
+    ):
         for case in cases:
             base = Path(folder) / case
             for made in Path(folder).iterdir():

@@ -65,7 +65,7 @@ def measure_rounds(bench: Bench, chosen: Sequence[str], rounds: int, given: Sequ
     measured: dict[str, list[Made]] = {contender: [] for contender in chosen}
     out = given[0].with_name("out")
     done = 0
-    with ui.stage(f"bench {bench.name}", None, "runs") as bar:
+    with ui.progress_bar(f"bench {bench.name}", None, "runs") as bar:
         for _ in range(rounds):
             for contender in chosen:
                 measured[contender].append(measure_one(bench, contender, [*given, out]))

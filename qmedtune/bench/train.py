@@ -110,7 +110,7 @@ def bench_train(
     if job.steps <= job.warmup_steps:
         raise RecipeError(f"bench train: {job.steps} steps, of which {job.warmup_steps} warm up\ngive more --steps")
     limits = Limits(rounds, results, time_limit_s, models, best)
-    with tempfile.TemporaryDirectory() as scratch, ui.stage("bench train", None, "runs") as bar:
+    with tempfile.TemporaryDirectory() as scratch, ui.progress_bar("bench train", None, "runs") as bar:
         rows = _rows(job, contenders, limits, _Runs(limits, Path(scratch), bar))
     return {
         "bench": "train",
@@ -186,7 +186,7 @@ def _rows(job: Job, contenders: Sequence[str], limits: Limits, runs: _Runs) -> l
 class _Runs:
     """Measurements of one call, each made once and kept where there is a file for them."""
 
-    def __init__(self, limits: Limits, scratch: Path, bar: ui.Stage):
+    def __init__(self, limits: Limits, scratch: Path, bar: ui.ProgressBar):
         self.kept, self.bar = Kept(limits.results), bar
         self.scratch, self.models = scratch, limits.models or scratch
         self.deadline = time.monotonic() + limits.time_limit_s

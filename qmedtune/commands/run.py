@@ -285,7 +285,7 @@ def selftest(as_json: JsonOption = False) -> None:
     from qmedtune import ui
 
     found = []
-    with ui.stage("selftest", total=len(proofs.CHECKS), unit="checks") as shown:
+    with ui.progress_bar("selftest", total=len(proofs.CHECKS), unit="checks") as shown:
         for row in proofs.selftest():
             found.append(row)
             shown.update(len(found), note=row["check"])

@@ -80,7 +80,7 @@ def measure_model(
     marks = codec_of(tokenizer).special_ids
 
     def text(source: str) -> dict[str, float]:
-        with ui.stage(f"perplexity of {Path(source).name}, {label}") as bar:
+        with ui.progress_bar(f"perplexity of {Path(source).name}, {label}") as bar:
             return asdict(
                 perplexity(
                     model, held_out[source], batch_tokens=settings.batch_tokens, progress=adding(bar), marks=marks
@@ -105,7 +105,7 @@ def measure(model: Any, tokenizer: Any, task: Task, settings: Settings, title: s
     prompts = prompt_texts(tokenizer, settings.template, [item.messages for item in asked])
     rows: list[Row] = [{}] * len(asked)
     ways = bool(asked[0].options) + (settings.generate or not asked[0].options)
-    with ui.stage(title, total=len(asked) * ways, unit="answers") as bar:
+    with ui.progress_bar(title, total=len(asked) * ways, unit="answers") as bar:
         for number, part in enumerate(parts(asked, prompts)):
             items = [asked[index] for index in part]
             texts = [prompts[index] for index in part]
@@ -152,7 +152,7 @@ def _score(
     return rows
 
 
-def adding(bar: ui.Stage) -> Progress:
+def adding(bar: ui.ProgressBar) -> Progress:
     return lambda count: bar.update(bar.completed + count)
 
 

@@ -74,7 +74,7 @@ def write_model(path: Path, model: DiskLlama, vocabulary: Vocabulary, quant: Qua
         file.flush()
         written = Hashed(file)
         written.digest.update(path.read_bytes())  # header and metadata
-        with workers() as pool, written, ui.stage("writing GGUF", total=len(tensors), unit="tensors") as shown:
+        with workers() as pool, written, ui.progress_bar("writing GGUF", total=len(tensors), unit="tensors") as shown:
             for number, tensor in enumerate(tensors, start=1):
                 _write_data(written, writer.data_alignment, _blocks(model, tensor, factors), pool)
                 shown.update(number)

@@ -234,7 +234,7 @@ class Proof:
         layers = []
         for model in models:
             layers += model.model.layers
-        with ui.stage("proving the merge", total=len(layers), unit="layers") as shown:
+        with ui.progress_bar("proving the merge", total=len(layers), unit="layers") as shown:
             for layer in layers:
                 layer.register_forward_hook(lambda *_: shown.update(shown.completed + 1))
             found = logits_of_all(models, ids, sources)

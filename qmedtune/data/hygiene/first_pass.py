@@ -46,7 +46,7 @@ def read_source(
     else:
         parts = _parts(files)
     pool = Pool(recipe, name, items, worker_count(recipe.workers, files))
-    with work.open("wb") as file, pool, ui.stage(f"read {name}", None, "records") as bar:
+    with work.open("wb") as file, pool, ui.progress_bar(f"read {name}", None, "records") as bar:
         for piece in _whole(pool, source, parts[0], file) if len(parts) == 1 else _each(pool, parts, file):
             sound.extend(_reported(piece, rejects))
             bar.update(len(sound))

@@ -123,7 +123,7 @@ def tokenise(
             limit = None
         encode, how = partial(encode_texts, codec, limit=limit), [borders.described(codec), limit]
     encoding = store.sha256_json([*how, store.sha256_file(tokenizer_dir / "tokenizer.json"), codec.eos_token])
-    with ui.stage(f"tokenise {name}", None, "documents") as progress:
+    with ui.progress_bar(f"tokenise {name}", None, "documents") as progress:
         shards = write_shards(path, out / "tokens", name, encode, progress.update, max_tokens, encoding)
     tables: list[np.ndarray] = []
     for shard in shards:
