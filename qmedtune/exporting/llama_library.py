@@ -14,7 +14,7 @@ LARGEST_FILE_TYPE = 1024  # llama.cpp's guessed types begin there
 
 
 class Settings(ctypes.Structure):
-    """llama_model_quantize_params and room for more than it has had in any version (80 bytes)."""
+    """llama_model_quantize_params and room for more than it has (64 bytes in llama.cpp 0.5)."""
 
     _fields_ = [("threads", ctypes.c_int32), ("file_type", ctypes.c_int32), ("rest", ctypes.c_uint64 * 63)]
 
