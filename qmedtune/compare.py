@@ -19,14 +19,15 @@ from random import Random
 import torch
 
 from qmedtune import store, ui
+from qmedtune.allowed import Quantization
 from qmedtune.data.packing import templates
 from qmedtune.errors import RecipeError
 from qmedtune.evaluation import statistics, verdict
 from qmedtune.evaluation.measure import adding, best_option
-from qmedtune.evaluation.open_model import OpenModel, Quantization, locate, open_model
+from qmedtune.evaluation.open_model import OpenModel, locate, open_model
 from qmedtune.evaluation.scoring import choice_logprobs, prompt_texts
 from qmedtune.recipe import TaskSection
-from qmedtune.results import Chosen, Development, HeadToHead
+from qmedtune.results import ChosenPrompting, Development, HeadToHead
 from qmedtune.tasks import Item, Task, check_twice, load_task
 from qmedtune.tasks.shots import with_examples
 
@@ -37,7 +38,7 @@ Answers = dict[str, dict[str, list[bool]]]
 
 
 @dataclass(frozen=True)
-class Setting:
+class PromptSetting:
     """How a model is asked: a template and the number of examples before each question."""
 
     template: templates.Template
@@ -49,7 +50,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Split:
+class TaskSplit:
     """A task's items: those that choose a setting and give examples, and those that are scored."""
 
     task: Task
@@ -67,7 +68,7 @@ class Entrant:
 
 
 @dataclass(frozen=True)
-class Rules:
+class SettingSearch:
     """What every model may choose from: numbers of examples, and templates besides its own.
 
     kept: a folder in which answers are kept at once, so that what was killed goes on where it was
@@ -80,7 +81,7 @@ class Rules:
 
 
 @dataclass(frozen=True)
-class Asked:
+class ComparisonJob:
     """What is compared. The first model is the one that all others are compared with."""
 
     models: tuple[str, ...]
@@ -96,8 +97,8 @@ class Asked:
 class Outcome:
     """What the models answered. models: how each was asked and what it reached, by name and task."""
 
-    splits: tuple[Split, ...]
-    models: dict[str, dict[str, Chosen]]
+    splits: tuple[TaskSplit, ...]
+    models: dict[str, dict[str, ChosenPrompting]]
     answers: Answers
 
 
@@ -107,10 +108,10 @@ class Player:
 
     name: str
     opened: OpenModel
-    rules: Rules
+    rules: SettingSearch
 
 
-def compare_models(asked: Asked, out: Path | None = None) -> HeadToHead:
+def compare_models(asked: ComparisonJob, out: Path | None = None) -> HeadToHead:
     """How each model was asked and what it reached, the duels, and one sentence per other model.
 
     out: a folder for compare.json and, per task, <task>.items.jsonl (id and right or wrong per model; no text).
@@ -118,13 +119,13 @@ def compare_models(asked: Asked, out: Path | None = None) -> HeadToHead:
     if len(asked.models) < 2:
         raise RecipeError("compare: one model has nothing to be compared with\nname two or more")
     check_twice("compare", list(asked.models))
-    splits: list[Split] = []
+    splits: list[TaskSplit] = []
     for section in asked.tasks:
         splits.append(split(load_task(section, asked.seed), section, asked.seed))
     entrants: list[Entrant] = []
     for name in asked.models:
         entrants.append(Entrant(name, partial(_opened, name, asked)))
-    outcome = meet(entrants, splits, Rules(asked.shots, asked.templates, asked.seed))
+    outcome = meet(entrants, splits, SettingSearch(asked.shots, asked.templates, asked.seed))
     reference, *others = asked.models
     result = judged(outcome, [(name, reference) for name in others])
     result = result.model_copy(update={"reference": reference})
@@ -133,14 +134,14 @@ def compare_models(asked: Asked, out: Path | None = None) -> HeadToHead:
     return result
 
 
-def _opened(name: str, asked: Asked) -> OpenModel:
+def _opened(name: str, asked: ComparisonJob) -> OpenModel:
     return open_model(locate(name, offline=asked.offline), asked.quantization)
 
 
-def meet(entrants: Sequence[Entrant], splits: Sequence[Split], rules: Rules) -> Outcome:
+def meet(entrants: Sequence[Entrant], splits: Sequence[TaskSplit], rules: SettingSearch) -> Outcome:
     """Every model answers every task's scored items, asked as suits it. One is loaded at a time."""
     answers: Answers = {part.section.label: {} for part in splits}
-    models: dict[str, dict[str, Chosen]] = {}
+    models: dict[str, dict[str, ChosenPrompting]] = {}
     for entrant in entrants:
         player = Player(entrant.name, entrant.open(), rules)
         models[entrant.name] = {}
@@ -179,7 +180,7 @@ def _dev_count(task: Task) -> int:
     return min(MAX_DEV, round(DEV_SHARE * len(task.items)))
 
 
-def split(task: Task, section: TaskSection, seed: int) -> Split:
+def split(task: Task, section: TaskSection, seed: int) -> TaskSplit:
     """A task without examples of its own, as development and scored items. RecipeError where it cannot be compared."""
     if not _is_choice(task):
         raise RecipeError(
@@ -202,10 +203,10 @@ def split(task: Task, section: TaskSection, seed: int) -> Split:
         if item.group is not None:
             groups.add(item.group)
     scored = [item for item in others if item.group not in groups]
-    return Split(task, section, tuple(chosen), tuple(scored))
+    return TaskSplit(task, section, tuple(chosen), tuple(scored))
 
 
-def _chosen(player: Player, part: Split) -> tuple[Setting, Development]:
+def _chosen(player: Player, part: TaskSplit) -> tuple[PromptSetting, Development]:
     """The setting that answers most development items rightly (the earlier one on a tie), and what each reached."""
     reached: dict[str, float] = {}
     best, highest = None, -1.0
@@ -219,7 +220,7 @@ def _chosen(player: Player, part: Split) -> tuple[Setting, Development]:
     return best, Development(items=len(part.dev), accuracy=reached)
 
 
-def _settings(player: Player) -> Iterator[Setting]:
+def _settings(player: Player) -> Iterator[PromptSetting]:
     """The template of its training first, each template once."""
     found = {player.opened.template.name: player.opened.template}
     for name in player.rules.templates:
@@ -227,10 +228,10 @@ def _settings(player: Player) -> Iterator[Setting]:
         found.setdefault(template.name, template)
     for template in found.values():
         for shots in player.rules.shots:
-            yield Setting(template, shots)
+            yield PromptSetting(template, shots)
 
 
-def _right(player: Player, part: Split, items: Sequence[Item], setting: Setting) -> list[bool]:
+def _right(player: Player, part: TaskSplit, items: Sequence[Item], setting: PromptSetting) -> list[bool]:
     """Per item whether the most likely option is the right one; kept where the rules name a folder."""
     work = partial(_answered, player, part, items, setting)
     if player.rules.kept is None:
@@ -239,7 +240,7 @@ def _right(player: Player, part: Split, items: Sequence[Item], setting: Setting)
     return store.kept(player.rules.kept / f"{store.sha256_json(asked)[:16]}.json", work)
 
 
-def _answered(player: Player, part: Split, items: Sequence[Item], setting: Setting) -> list[bool]:
+def _answered(player: Player, part: TaskSplit, items: Sequence[Item], setting: PromptSetting) -> list[bool]:
     asked = _with_shots(part, items, setting, player.rules.seed)
     tokenizer = player.opened.tokenizer
     prompts = prompt_texts(tokenizer, setting.template, [item.messages for item in asked])
@@ -254,7 +255,7 @@ def _answered(player: Player, part: Split, items: Sequence[Item], setting: Setti
     return right
 
 
-def _with_shots(part: Split, items: Sequence[Item], setting: Setting, seed: int) -> Sequence[Item]:
+def _with_shots(part: TaskSplit, items: Sequence[Item], setting: PromptSetting, seed: int) -> Sequence[Item]:
     """The items, each behind examples from the development items where the setting asks for some."""
     if not setting.shots:
         return items
@@ -263,8 +264,8 @@ def _with_shots(part: Split, items: Sequence[Item], setting: Setting, seed: int)
     return [with_examples(item, order, section, part.task.write, True) for item in items]
 
 
-def _reached(setting: Setting, dev: Development, right: list[bool]) -> Chosen:
-    return Chosen(
+def _reached(setting: PromptSetting, dev: Development, right: list[bool]) -> ChosenPrompting:
+    return ChosenPrompting(
         template=setting.template.name,
         shots=setting.shots,
         dev=dev,

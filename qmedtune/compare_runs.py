@@ -18,7 +18,7 @@ from qmedtune.errors import RecipeError
 from qmedtune.evaluation import verdict
 from qmedtune.reporting.facts import Curve, Metrics
 from qmedtune.reporting.headline import headline
-from qmedtune.reporting.live import read_metrics
+from qmedtune.reporting.unfinished import read_metrics
 from qmedtune.results import AnsweredItem, DuelEntry, Evaluation, Interval, Json, Number, Run, Score, Stage, Text
 from qmedtune.watching.runs import Seen, Shelf
 
@@ -34,7 +34,7 @@ class _Facts(BaseModel):
     model_config = ConfigDict(frozen=True)
 
 
-class Compared(_Facts):
+class ComparedRun(_Facts):
     """One run of the comparison."""
 
     name: str
@@ -43,14 +43,14 @@ class Compared(_Facts):
     headline: str
 
 
-class Setting(_Facts):
+class DifferingKey(_Facts):
     """A key that differs, with its value in each run; None where a run has no such key."""
 
     key: str
     values: list[JsonValue]
 
 
-class Scored(_Facts):
+class ComparedScore(_Facts):
     """A task (or text, for perplexity) as each run's final model did. items: that all runs answered; None where no
     answers can be compared."""
 
@@ -71,16 +71,16 @@ class Training(_Facts):
     values: list[Number | None]
 
 
-class Result(_Facts):
+class RunComparison(_Facts):
     """What `qmedtune compare RUN RUN --json` prints. duels: of evaluation/verdict.py."""
 
     reference: str
-    runs: list[Compared]
-    settings: list[Setting]
-    made_with: list[Setting]
+    runs: list[ComparedRun]
+    settings: list[DifferingKey]
+    made_with: list[DifferingKey]
     training: list[Training]
-    scores: list[Scored]
-    perplexity: list[Scored]
+    scores: list[ComparedScore]
+    perplexity: list[ComparedScore]
     duels: list[DuelEntry]
 
 
@@ -141,21 +141,23 @@ def sides(folders: Sequence[Path]) -> list[Side]:
     return found
 
 
-def compare(runs: Sequence[Side]) -> Result:
+def compare(runs: Sequence[Side]) -> RunComparison:
     """All that can be told of these runs side by side."""
     answers = _answers(runs)
     reference = runs[0].name
     compared, recipes, made_with = [], [], []
     for side in runs:
         told = headline(side.run, side.seen.life)
-        compared.append(Compared(name=side.name, folder=str(side.seen.folder), status=side.seen.status, headline=told))
+        compared.append(
+            ComparedRun(name=side.name, folder=str(side.seen.folder), status=side.seen.status, headline=told)
+        )
         recipes.append(_flat(side.run.recipe))
         made_with.append(_made_with(side.run))
     duels = []
     if answers:
         for duel in verdict.duels(answers, reference):
             duels.append(duel.entry())
-    return Result(
+    return RunComparison(
         reference=reference,
         runs=compared,
         settings=_differing(recipes),
@@ -195,7 +197,7 @@ def _made_with(run: Run) -> Json:
     return found
 
 
-def _differing(each: Sequence[Json]) -> list[Setting]:
+def _differing(each: Sequence[Json]) -> list[DifferingKey]:
     """The keys whose values are not the same in all."""
     found, keys = [], dict[str, None]()
     for settings in each:
@@ -204,7 +206,7 @@ def _differing(each: Sequence[Json]) -> list[Setting]:
         values = [settings.get(key) for settings in each]
         same = values.count(values[0]) == len(values)
         if key not in NO_SETTING and not same:
-            found.append(Setting(key=key, values=values))
+            found.append(DifferingKey(key=key, values=values))
     return found
 
 
@@ -275,14 +277,14 @@ def _tasks(runs: Sequence[Side]) -> list[str]:
     return list(found)
 
 
-def _scores(runs: Sequence[Side], answers: dict[str, dict[str, list[bool]]]) -> Iterator[Scored]:
+def _scores(runs: Sequence[Side], answers: dict[str, dict[str, list[bool]]]) -> Iterator[ComparedScore]:
     for task in _tasks(runs):
         finals = _Column.of(runs, task, "final")
         bases = _Column.of(runs, task, "base")
         items = None
         for answered in answers.get(task, {}).values():
             items = len(answered)  # the same for every run
-        yield Scored(
+        yield ComparedScore(
             name=task,
             metric=finals.metric or bases.metric,
             values=finals.values,
@@ -321,7 +323,7 @@ class _Column:
         self.n.append(score.n)
 
 
-def _perplexities(runs: Sequence[Side]) -> Iterator[Scored]:
+def _perplexities(runs: Sequence[Side]) -> Iterator[ComparedScore]:
     names: dict[str, None] = {}
     for side in runs:
         names |= dict.fromkeys(side.evaluation.perplexity)
@@ -332,7 +334,7 @@ def _perplexities(runs: Sequence[Side]) -> Iterator[Scored]:
             text = side.evaluation.perplexity.get(name, Text())
             finals.append(text.final)
             bases.append(text.base)
-        yield Scored(name=name, metric="perplexity", values=finals, base=bases)
+        yield ComparedScore(name=name, metric="perplexity", values=finals, base=bases)
 
 
 def _answers(runs: Sequence[Side]) -> dict[str, dict[str, list[bool]]]:

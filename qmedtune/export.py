@@ -12,19 +12,19 @@ import shlex
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, get_args
 
 from qmedtune import record, store
+from qmedtune.allowed import ExportForm
 from qmedtune.errors import RecipeError, RunError
 from qmedtune.evaluation.open_model import Location, check_template, fingerprint, locate
 from qmedtune.results import Exported, ExportProof
 
 if TYPE_CHECKING:
-    from qmedtune.exporting.proof import Proof
+    from qmedtune.exporting.logit_proof import LogitProof
     from qmedtune.merging.disk_llama import DiskLlama
 
-Form = Literal["gguf", "gguf-adapter", "ollama", "vllm", "transformers", "hub"]
-FORMS: tuple[str, ...] = get_args(Form)
+FORMS: tuple[str, ...] = get_args(ExportForm)
 VERSION = 1  # raise when the same model would become other files
 NO_NAME = re.compile(r"[^\w.-]+")
 
@@ -37,7 +37,7 @@ class ExportJob:
 
     model: str
     out: Path
-    form: Form
+    form: ExportForm
     quant: str | None = None
     base: str | None = None
     pre: str | None = None
@@ -183,7 +183,7 @@ class File:
 
     path: Path
     pre: str
-    proof: Proof
+    proof: LogitProof
     sha256: str | None = None
     quantised_by: str | None = None
 
@@ -203,7 +203,7 @@ class File:
 def _write_file(job: ExportJob, location: Location, folder: Path) -> File:
     from qmedtune.exporting.gguf_model import exact_quant, write_model
     from qmedtune.exporting.k_quants import quantise
-    from qmedtune.exporting.proof import prove
+    from qmedtune.exporting.logit_proof import prove
     from qmedtune.exporting.types import QUANTS
     from qmedtune.exporting.vocabulary import read_vocabulary
 

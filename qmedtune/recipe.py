@@ -13,9 +13,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from qmedtune.fields import Auto, Name, Section, later
-from qmedtune.sections.data import PACKED_AS, DedupSection, HygieneSection, SourceSection
-from qmedtune.sections.model import AdapterSection, ModelSection, ShapeSection
-from qmedtune.sections.results import (
+from qmedtune.sections.after_training import (
     AblateSection,
     AuditSection,
     EvaluateSection,
@@ -24,6 +22,8 @@ from qmedtune.sections.results import (
     TaskSection,
     VerifySection,
 )
+from qmedtune.sections.data import PACKED_AS, DedupSection, HygieneSection, SourceSection
+from qmedtune.sections.model import AdapterSection, ModelSection, ShapeSection
 from qmedtune.sections.training import (
     ClassifySection,
     CptSection,

@@ -12,7 +12,7 @@ from llama_folders import backend
 from transformers import AutoModelForCausalLM
 
 from qmedtune.exporting import gguf_model
-from qmedtune.exporting.proof import probe_texts
+from qmedtune.exporting.logit_proof import probe_texts
 from qmedtune.exporting.types import QUANTS
 from qmedtune.exporting.vocabulary import read_vocabulary
 from qmedtune.merging.disk_llama import open_llama

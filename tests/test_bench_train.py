@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from qmedtune import model as models
-from qmedtune.bench import context, load, shapes, train, train_worker
+from qmedtune.bench import context, load, random_bases, train, train_worker
 from qmedtune.bench.job import job_of
 from qmedtune.bench.result import Measurement
 from qmedtune.errors import RecipeError
@@ -245,7 +245,7 @@ def test_within_a_budget_the_plan_decides_and_rows_that_were_made_fewer_do_not_c
 @pytest.fixture(scope="module")
 def nf4_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench") / "nf4"
-    shapes.write_nf4_model({**shapes.SHAPES["tiny"], "layers": 1, "vocab": 64}, folder)
+    random_bases.write_nf4_model({**random_bases.SHAPES["tiny"], "layers": 1, "vocab": 64}, folder)
     return folder
 
 
@@ -271,7 +271,7 @@ def test_what_bitsandbytes_saves_is_what_is_written(nf4_folder, tmp_path):
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     plain = tmp_path / "plain"
-    shapes.write_model({**shapes.SHAPES["tiny"], "layers": 1, "vocab": 64}, plain)
+    random_bases.write_model({**random_bases.SHAPES["tiny"], "layers": 1, "vocab": 64}, plain)
     four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     model = AutoModelForCausalLM.from_pretrained(plain, quantization_config=four_bit, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "saved")

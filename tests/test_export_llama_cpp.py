@@ -23,7 +23,7 @@ from qmedtune.errors import RunError
 from qmedtune.export import ExportJob, export
 from qmedtune.exporting import k_quants, splits
 from qmedtune.exporting.gguf_adapter import write_adapter
-from qmedtune.exporting.proof import probe_texts
+from qmedtune.exporting.logit_proof import probe_texts
 from qmedtune.exporting.read_back import GgufFile
 from qmedtune.merging.disk_llama import open_llama
 

@@ -17,7 +17,7 @@ from qmedtune.ablate import ablate
 from qmedtune.ablation.arms import arms_of
 from qmedtune.errors import RecipeError
 from qmedtune.evaluation import choosing, halves
-from qmedtune.evaluation.measure import Measured
+from qmedtune.evaluation.measure import MeasuredModel
 from qmedtune.evaluation.scoring import Perplexity
 from qmedtune.export import ExportJob, export
 from qmedtune.exporting import push
@@ -124,10 +124,10 @@ def test_gain_and_loss_worked_by_hand(choose: str, gain: float):
     recipe = load_recipe(MICRO, [*overrides, "evaluate.tasks=[{task: facts, limit: 8}]"]).recipe
     tasks = halves.development_tasks(recipe)
     rule = choosing.rule_of(recipe, tasks)
-    base = Measured(
+    base = MeasuredModel(
         {"facts": rows([True, False, False, False], [False] * 4)}, perplexities(literature=8, notes=8, general=10)
     )
-    mixed = Measured(
+    mixed = MeasuredModel(
         {"facts": rows([True, True, False, False], [True, True, False, False])},
         perplexities(literature=2, notes=8, general=12.5),
     )
@@ -140,8 +140,8 @@ def test_gain_and_loss_worked_by_hand(choose: str, gain: float):
 def test_a_large_difference_is_no_noise():
     recipe = load_recipe(MICRO, [*CPT, "merge.with=m", "merge.sweep={choose: tasks}"]).recipe
     rule = choosing.rule_of(recipe, halves.development_tasks(recipe))
-    right, wrong = Measured({"facts": rows([True] * 10, [True] * 10)}, {}), rows([False] * 10, [True] * 10)
-    assert choosing.within_noise(rule, Measured({"facts": wrong}, {}), right) is False
+    right, wrong = MeasuredModel({"facts": rows([True] * 10, [True] * 10)}, {}), rows([False] * 10, [True] * 10)
+    assert choosing.within_noise(rule, MeasuredModel({"facts": wrong}, {}), right) is False
 
 
 # ---- a run -----------------------------------------------------------------------------------------------------------

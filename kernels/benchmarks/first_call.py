@@ -282,7 +282,7 @@ OFFLOADS_GIB = {False: 16.0, True: 0.01}
 
 def by_rows(call: Call, micro_batch: int, shapes: tuple[str, str], contenders: tuple[str, ...]) -> None:
     """Both depths of each contender, then the difference by layer."""
-    from qmedtune.bench.shapes import SHAPES
+    from qmedtune.bench.random_bases import SHAPES
 
     chosen = {"rows": 4, "micro_batch": micro_batch, "steps": 4, "warmup_steps": 1, "checkpointing": False}
     chosen |= {"seq_len": 32, "steps": 2} if call.dry else {}

@@ -26,8 +26,8 @@ from pathlib import Path
 from qmedtune import ui
 from qmedtune.bench.best import best_job
 from qmedtune.bench.job import Job
-from qmedtune.bench.result import Measurement, Result, Row, Try
-from qmedtune.bench.shapes import SHAPES, tensors_of
+from qmedtune.bench.random_bases import SHAPES, tensors_of
+from qmedtune.bench.result import BenchResult, Measurement, Row, Try
 from qmedtune.errors import RecipeError
 from qmedtune.planning.machine import this_machine
 from qmedtune.record import versions
@@ -82,7 +82,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Chosen:
+class FastestJob:
     """A contender's job; None where time ran out while its fastest setting was looked for. `tried`: None where no
     setting was looked for."""
 
@@ -99,7 +99,7 @@ def bench_train(
     time_limit_s: float = TIME_LIMIT_S,
     models: Path | None = None,
     best: bool = False,
-) -> Result:
+) -> BenchResult:
     """Measure; returns `{"bench", "device", "versions", "job", "rows"}` with one row per contender: `value` is the
     median over rounds of supervised tokens/s (after the warm-up steps), `ratio` the median over rounds of this
     contender's speed over the first contender's in the same round. With `results`, finished measurements are kept
@@ -162,11 +162,11 @@ def _check(contender: str) -> None:
 
 
 def _rows(job: Job, contenders: Sequence[str], limits: Limits, runs: _Runs) -> list[Row]:
-    chosen = {name: Chosen(job) for name in contenders}
+    chosen = {name: FastestJob(job) for name in contenders}
     for name in contenders:
         if limits.best and name not in AS_THEY_COME:
             plans = job.memory_gib is not None and name.startswith(OURS)
-            chosen[name] = Chosen(*best_job(job, partial(runs.once, name), plans=plans))
+            chosen[name] = FastestJob(*best_job(job, partial(runs.once, name), plans=plans))
     measured: dict[str, list[Measurement]] = {name: [] for name in contenders}
     for number, name in _turns(contenders, limits.rounds):
         at = chosen[name].job
@@ -187,7 +187,7 @@ class _Runs:
     """Measurements of one call, each made once and kept where there is a file for them."""
 
     def __init__(self, limits: Limits, scratch: Path, bar: ui.ProgressBar):
-        self.kept, self.bar = Kept(limits.results), bar
+        self.kept, self.bar = MeasurementCache(limits.results), bar
         self.scratch, self.models = scratch, limits.models or scratch
         self.deadline = time.monotonic() + limits.time_limit_s
 
@@ -233,7 +233,7 @@ def write_results(known: Mapping[str, object], path: Path | None) -> None:
         path.write_text(json.dumps(known, indent=1) + "\n")
 
 
-class Kept:
+class MeasurementCache:
     """Measurements by contender, machine and job, in a file where one is given."""
 
     def __init__(self, path: Path | None):
@@ -254,7 +254,7 @@ class Kept:
         return found
 
 
-def _setting(chosen: Chosen) -> Row:
+def _setting(chosen: FastestJob) -> Row:
     if chosen.tried is None:
         return {}
     setting = None
@@ -421,7 +421,7 @@ def setting_words(row: Row) -> str:
     return f"; at its best: {row['setting']['micro_batch']} rows at a time, layers {words}"
 
 
-def render(result: Result) -> tuple[list[str], list[list[str]]]:
+def render(result: BenchResult) -> tuple[list[str], list[list[str]]]:
     """Columns and rows for ui.table."""
     columns = ["contender", "tokens/s", "ratio", "first step", "peak memory", "loss", "to fp32", ""]
     rows = []

@@ -91,7 +91,7 @@ class Ends:
 
 
 @dataclass(frozen=True)
-class Found:
+class SourceOverlap:
     """Benchmark items by task, and near duplicates where these were looked for."""
 
     contamination: dict[str, Overlap]
@@ -100,7 +100,7 @@ class Found:
 
 def _fates(
     task: Preparation, sound: SoundRecords, superseded: np.ndarray, items: list[decontaminate.BenchmarkItem]
-) -> tuple[np.ndarray, Found]:
+) -> tuple[np.ndarray, SourceOverlap]:
     """What becomes of every sound record, and what was found of benchmarks and near duplicates."""
     hygiene = task.recipe.hygiene
     if len(sound):
@@ -126,10 +126,10 @@ def _fates(
     contamination, near = decontaminate.overlap(items, hits, generic), None
     if hygiene.dedup.near and (fate == KEPT).any():
         near = _mark_near_duplicates(task, hygiene.dedup.near, sound, fate)
-    return fate, Found(contamination, near)
+    return fate, SourceOverlap(contamination, near)
 
 
-class _Texts:
+class _TextsOnDisk:
     """Texts of the lines of several files by one number, read where they lie: 8 bytes of memory each."""
 
     def __init__(self) -> None:
@@ -169,7 +169,7 @@ def _mark_near_duplicates(task: Preparation, threshold: float, sound: SoundRecor
     """Mark records like an earlier one, of this source or of an earlier source. Returns how many were like one of the
     latter, and the ids of some pairs."""
     shown = EXAMPLES if phi_mode(task.recipe, task.name) == "off" else 0  # ids of notes are identifiers themselves
-    texts = _Texts()
+    texts = _TextsOnDisk()
     for folder in task.inputs.values():
         for path in (folder / "train.jsonl", folder / "heldout.jsonl"):
             texts.append(path, _line_starts(path))

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from qmedtune import store, ui
-from qmedtune.data.packing.framing import Asked, codec_of
+from qmedtune.data.packing.framing import Prompt, codec_of
 from qmedtune.data.packing.templates import Template
 from qmedtune.data.packing.tokens import encode_texts
 from qmedtune.data.reading.document import Record
@@ -60,7 +60,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredModel:
     """What one model did: rows per task in the order of `asked`, perplexity per source of held-out text."""
 
     tasks: dict[str, list[Row]]
@@ -75,7 +75,7 @@ def measure_model(
     held_out: Mapping[str, Rows],
     settings: Settings,
     folder: Path,
-) -> Measured:
+) -> MeasuredModel:
     """All tasks and texts. Each result is written below `folder` at once and read from there when it is there."""
     marks = codec_of(tokenizer).special_ids
 
@@ -96,7 +96,7 @@ def measure_model(
         # A source may be a path, which must not lead out of the folder.
         file = folder / f"{label}-perplexity-{store.sha256_json(source)[:16]}.json"
         texts[source] = Perplexity(**store.kept(file, partial(text, source)))
-    return Measured(done, texts)
+    return MeasuredModel(done, texts)
 
 
 def measure(model: Any, tokenizer: Any, task: Task, settings: Settings, title: str, folder: Path) -> list[Row]:
@@ -117,7 +117,7 @@ def measure(model: Any, tokenizer: Any, task: Task, settings: Settings, title: s
     return rows
 
 
-def parts(asked: Sequence[Item], prompts: Sequence[Asked]) -> list[list[int]]:
+def parts(asked: Sequence[Item], prompts: Sequence[Prompt]) -> list[list[int]]:
     """Indices of what is scored and written together: the same examples before it, similar lengths, at most PART."""
     groups: dict[tuple[str, ...], list[int]] = {}
     for index in sorted(range(len(asked)), key=lambda i: -len(prompts[i].ids)):
@@ -130,7 +130,7 @@ def parts(asked: Sequence[Item], prompts: Sequence[Asked]) -> list[list[int]]:
 
 
 def _score(
-    model: Any, tokenizer: Any, task: Task, items: list[Item], prompts: list[Asked], settings: Settings, done: Progress
+    model: Any, tokenizer: Any, task: Task, items: list[Item], prompts: list[Prompt], settings: Settings, done: Progress
 ) -> list[Row]:
     rows: list[Row] = []
     options = []

@@ -238,14 +238,14 @@ def compare(task: Task, base: Draws, final: Draws, seed: int, *, groups: statist
     return Change(difference=difference, paired=paired)
 
 
-def task_result(task: Task, measured: ModelRows, seed: int) -> results.Task:
+def task_result(task: Task, measured: ModelRows, seed: int) -> results.TaskScores:
     """`base` and `final` (or the one model that was measured) for the task and each of its facets."""
     places: dict[str, list[int]] = {}
     for index, item in enumerate(task.items):
         if item.facet:
             places.setdefault(item.facet, []).append(index)
     whole = _scores_of(task, range(len(task.items)), measured, seed)
-    found = results.Task.model_validate(whole.as_json())
+    found = results.TaskScores.model_validate(whole.as_json())
     if len(places) < 2:
         return found
     facets = {}

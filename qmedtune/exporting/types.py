@@ -17,7 +17,7 @@ from gguf.quants import quantize
 from torch import Tensor
 
 from qmedtune.errors import RunError
-from qmedtune.exporting.names import ENDS
+from qmedtune.exporting.tensor_names import ENDS
 from qmedtune.merging.parallel import in_fp32
 
 KINDS = GGMLQuantizationType

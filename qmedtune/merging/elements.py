@@ -105,7 +105,7 @@ class Expected:
 
 
 @dataclass
-class Tally:
+class ElementCounts:
     """Counts over elements. `changed`: moved by training; `swallowed`: of those, written as the base has them."""
 
     elements: int = 0
@@ -113,7 +113,7 @@ class Tally:
     changed: int = 0
     swallowed: int = 0
 
-    def add(self, other: Tally) -> None:
+    def add(self, other: ElementCounts) -> None:
         self.elements += other.elements
         self.violations += other.violations
         self.changed += other.changed
@@ -127,17 +127,17 @@ class ElementCheck:
     rounding: Rounding
     expected: Mapping[str, Expected]
     written: Mapping[str, Tensor]
-    tallies: dict[str, Tally] = field(default_factory=dict)
+    tallies: dict[str, ElementCounts] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def block(self, name: str, rows: slice, weight: Source, block: Tensor) -> None:
         """Check some rows. block: those of `weight` in fp32; overwritten."""
         expected, written = self.expected[name], self.written[name][rows]
         bad = self.faulty(name, rows, weight, block)
-        tally = Tally(written.numel(), 0 if bad is None else int(bad.sum()))
+        tally = ElementCounts(written.numel(), 0 if bad is None else int(bad.sum()))
         _count_swallowed(expected, rows, weight, written, tally)
         with self._lock:
-            so_far = self.tallies.setdefault(name, Tally())
+            so_far = self.tallies.setdefault(name, ElementCounts())
             so_far.add(tally)
             if so_far.elements == self.written[name].numel():
                 expected.forget()
@@ -208,8 +208,8 @@ class ElementCheck:
         """Tensors that no one has checked yet."""
         return [name for name in self.expected if name not in self.tallies]
 
-    def total(self) -> Tally:
-        total = Tally()
+    def total(self) -> ElementCounts:
+        total = ElementCounts()
         for tally in self.tallies.values():
             total.add(tally)
         return total
@@ -221,7 +221,7 @@ def _bits(values: Tensor) -> np.ndarray:
     return values.view(torch.int16 if values.itemsize == 2 else torch.int32).numpy()
 
 
-def _count_swallowed(expected: Expected, rows: slice, weight: Source, written: Tensor, tally: Tally) -> None:
+def _count_swallowed(expected: Expected, rows: slice, weight: Source, written: Tensor, tally: ElementCounts) -> None:
     if expected.low_rank:
         moved = expected.rows_changed[rows].numpy()
         same = _same(written, weight[rows])

@@ -28,7 +28,7 @@ from qmedtune.merging.diagnosis import diagnose, place_of
 from qmedtune.merging.disk_llama import DiskLlama
 from qmedtune.merging.elements import ElementCheck, Expected
 from qmedtune.merging.lora_files import Updates
-from qmedtune.merging.methods import Mixed, Mixture, Source, same
+from qmedtune.merging.methods import Mixture, Source, WeightedSum, same
 from qmedtune.merging.parallel import in_fp32
 from qmedtune.merging.reference import ReadModel, difference, read_model, tie_flag
 from qmedtune.merging.rounding import Rounding
@@ -70,7 +70,7 @@ class Divergence:
 
 
 @dataclass(frozen=True)
-class Loss:
+class RoundingLoss:
     """lost: KL(merged || base + adapters) over KL(base || base + adapters), None where the adapters change nothing."""
 
     lost: float | None
@@ -100,13 +100,13 @@ def divergence(reference: Tensor, other: Tensor) -> Divergence:
     return Divergence(max(0.0, float(each.mean())), max(0.0, float(each.max())), same / len(each), largest)
 
 
-def loss_of(kl: float, kl_of_base: float) -> Loss:
+def loss_of(kl: float, kl_of_base: float) -> RoundingLoss:
     if kl_of_base < SMALLEST_CHANGE:
-        return Loss(None, kl_of_base)
-    return Loss(kl / kl_of_base, kl_of_base)
+        return RoundingLoss(None, kl_of_base)
+    return RoundingLoss(kl / kl_of_base, kl_of_base)
 
 
-class Proof:
+class MergeProof:
     """The proof of one merged folder. `base.nf4` gives the weights where the merge is onto NF4's values."""
 
     def __init__(
@@ -211,7 +211,7 @@ class Proof:
             return {}
         found: dict[str, Source] = {}
         for name in self.written.parameters:
-            whole = name in reference.updates.full or isinstance(reference.mixture.source(name), Mixed)
+            whole = name in reference.updates.full or isinstance(reference.mixture.source(name), WeightedSum)
             if whole and name not in reference.updates.low_rank:
                 found[name] = reference.base.parameters[name]
         return found

@@ -212,7 +212,7 @@ def _active(module: Layer) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Placed:
+class PlacedAdapter:
     """An adapter that a group applies, by PEFT's modules: their weights are read at each call. start: its first output
     column; drop: PEFT's dropout before it, where it is one and this layer trains."""
 
@@ -239,7 +239,7 @@ class Decided:
     state: list[object]
     obstacle: str
     bases: list[Layer]
-    placed: list[Placed]
+    placed: list[PlacedAdapter]
     apart: list[Decided]  # the same of each projection, where they may have to be computed one by one
     copies: lora.Copies = field(default_factory=dict)  # filled within `steady` alone
 
@@ -273,7 +273,7 @@ def _decide(projections: Sequence[Layer]) -> Decided:
             for name in _active(layer):
                 dropout = layer.lora_dropout[name]
                 drop = dropout if layer.training and isinstance(dropout, nn.Dropout) else None
-                placed.append(Placed(layer.lora_A[name], layer.lora_B[name], layer.scaling, name, start, drop))
+                placed.append(PlacedAdapter(layer.lora_A[name], layer.lora_B[name], layer.scaling, name, start, drop))
             start += base.out_features
     if len(projections) > 1 and (obstacle or any(one.drop for one in placed)):
         apart = [_decide([projection]) for projection in projections]

@@ -7,7 +7,7 @@ import re
 
 from qmedtune.reporting.cells import Row, Table, three_decimals
 from qmedtune.reporting.facts import MINUS
-from qmedtune.results import Chosen, HeadToHead
+from qmedtune.results import ChosenPrompting, HeadToHead
 
 COLUMNS = ("Against", "Task", "Its score", "Final", "Difference", "p (Holm)", "Verdict", "Asked with")
 NOTE = (
@@ -46,7 +46,7 @@ def claims(found: HeadToHead) -> list[str]:
     return [_signed(sentence) for sentence in found.claims]
 
 
-def _asked(score: Chosen) -> str:
+def _asked(score: ChosenPrompting) -> str:
     return f"{score.template}, {score.shots} shots"
 
 

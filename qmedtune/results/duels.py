@@ -12,7 +12,7 @@ class Development(Facts):
     accuracy: dict[str, Number]
 
 
-class Chosen(Facts):
+class ChosenPrompting(Facts):
     """How one model was asked in one task, and what it reached on the items that are scored."""
 
     template: str
@@ -49,7 +49,7 @@ class HeadToHead(Facts):
 
     reference: str = ""
     subject: str = ""
-    models: dict[str, dict[str, Chosen]]
+    models: dict[str, dict[str, ChosenPrompting]]
     duels: list[DuelEntry]
     claims: list[str]
     left_out: list[str] = []

@@ -34,8 +34,8 @@ from qmedtune.modeling import fused
 from qmedtune.modeling.collation import Rows, collate, supervised_weight
 from qmedtune.modeling.loss import token_nll
 from qmedtune.resolved import ResolvedTraining
+from qmedtune.results import Json, MadeWith
 from qmedtune.training import checkpoints
-from qmedtune.training.resume import MadeWith
 
 
 def learning_rate_factor(section: ResolvedTraining, total_steps: int):
@@ -112,7 +112,7 @@ class QTrainer(SFTTrainer):
         """`keep` checkpoints stay; `made_with` is told in each of them. `group`: who trains along."""
         self.group = group
         model, tokenizer, rows, section = material.model, material.tokenizer, material.rows, material.section
-        self.section, self.keep, self.made_with = section, keep, made_with or {}
+        self.section, self.keep, self.made_with = section, keep, made_with
         self.stage = Path(str(args.output_dir)).parent
         self.trained_model: Any = model
         self.micro_batch = section.micro_batch
@@ -256,7 +256,9 @@ class QTrainer(SFTTrainer):
             return
         started = time.perf_counter()
         states = checkpoints.states_of(self.optimizer, self.lr_scheduler, self.accelerator.scaler)
-        facts = {"tokens": self.tokens_seen, "made_with": self.made_with}
+        facts: Json = {"tokens": self.tokens_seen}
+        if self.made_with is not None:
+            facts["made_with"] = self.made_with.as_json()
         weights, step = trainable(self.trained_model), self.state.global_step
         self.state.log_history.clear()  # metrics.jsonl has it all; this would grow with every step
         checkpoint = checkpoints.Checkpoint(step, weights, states, self.state, facts)

@@ -179,7 +179,7 @@ class PartLists(BaseModel):
     deleted: list[tuple[int, tuple[str, ...]]]
     rejects: list[tuple[str, int, str, str]]
     cleaned: Counter[str]
-    identifiers: phi.Tally
+    identifiers: phi.IdentifierCounts
     reading: dict[str, dict[str, int]]
     sha256: list[str]
 

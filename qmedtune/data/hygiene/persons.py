@@ -190,11 +190,11 @@ def find_names(text: str, lowered: str) -> Iterator[Place]:
     for match in _matches(LABEL, text, labels):
         yield from _labelled(text, match)
     for match in ROW.finditer(text) if "name " in lowered else ():
-        if end := _take(text, match.end(), Rules(comma=True)):
+        if end := _take(text, match.end(), NameRules(comma=True)):
             yield match.end(), end
     for match in _matches(RELATION, text, places(RELATIONS, lowered)):
         start = match.end()
-        end = _take(text, start, Rules(eponyms=False))
+        end = _take(text, start, NameRules(eponyms=False))
         if end and not text[start:end].islower() and not _is_capitals(text[start:end]):
             yield start, end
     for match in CREDENTIAL.finditer(text):
@@ -206,7 +206,7 @@ def find_names(text: str, lowered: str) -> Iterator[Place]:
         if not any(_is_never(word) for word in re.split(r"[, ]+", match["value"])):
             yield match.span("value")
     for match in _matches(NEWBORN, text, places(("baby ", "infant of", "newborn of"), lowered)):
-        if end := _take(text, match.end(), Rules(eponyms=False)):
+        if end := _take(text, match.end(), NameRules(eponyms=False)):
             yield match.end(), end
     for match in _matches(PATIENT, text, places(("patient ", "pt "), lowered)):
         if not any(_is_never(word) for word in match["value"].split()):
@@ -255,13 +255,13 @@ def find_hospitals(text: str) -> Iterator[Place]:
 def _titled(text: str, match: re.Match[str]) -> Iterator[Place]:
     start = match.end()
     if match["small"]:
-        end = _take(text, start, Rules(small=True))
+        end = _take(text, start, NameRules(small=True))
         if end and (text[start].isupper() or match["small"] != "ms"):
             yield start, end
         return
     if match["title"] in WEAK and "." not in match[0] and not re.match(r"[A-Z][a-z]", text[start : start + 2], re.A):
         return
-    end = _take(text, start, Rules(titled=True))
+    end = _take(text, start, NameRules(titled=True))
     if end:
         yield start, end
 
@@ -280,7 +280,7 @@ def _labelled(text: str, match: re.Match[str]) -> Iterator[Place]:
     if title := TITLE_BEHIND.match(text, start):
         start = title.end()
     named = bool(NAME_LABELS.search(label)) or bool(match["long"])
-    end = _take(text, start, Rules(comma=True, small=strong and named, eponyms=named))
+    end = _take(text, start, NameRules(comma=True, small=strong and named, eponyms=named))
     if not end or re.match(
         r"[ ]{0,3}:|[ ]?/[ ]?[A-Z]|\d" if named else r"[ ]{0,3}:|[ ]?/[ ]?[A-Z]|[ ]?\d", text[end : end + 6], re.A
     ):
@@ -297,7 +297,7 @@ def _labelled(text: str, match: re.Match[str]) -> Iterator[Place]:
 
 
 @dataclass(frozen=True)
-class Rules:
+class NameRules:
     """titled: the first word may be a surname that is also a word. comma: `Last, First` is one name. small: words in small
     letters may be names. eponyms: so may what is known as a disease or a drug."""
 
@@ -307,7 +307,7 @@ class Rules:
     eponyms: bool = True
 
 
-def _take(text: str, at: int, rules: Rules) -> int | None:
+def _take(text: str, at: int, rules: NameRules) -> int | None:
     """Where the name that begins at `at` ends; None where none begins there."""
     end, words = None, 0
     while words < MAX_WORDS:

@@ -111,7 +111,7 @@ def shape(value: str) -> str:
 
 
 @dataclass
-class Tally:
+class IdentifierCounts:
     """Counts for the report: identifiers by class, records that held any (counted by the caller), and a few shapes."""
 
     classes: Counter[str] = field(default_factory=Counter)
@@ -126,7 +126,7 @@ class Tally:
             if len(shown) < EXAMPLES and form not in shown:
                 shown.append(form)
 
-    def merge(self, other: Tally) -> None:
+    def merge(self, other: IdentifierCounts) -> None:
         """Add what was counted in text that came after."""
         self.classes += other.classes
         self.records += other.records

@@ -12,7 +12,7 @@ import numpy as np
 
 from qmedtune.data.packing import mix
 from qmedtune.data.packing.tokens import KEPT, LENGTH, SUPERVISED
-from qmedtune.results import PackedRecords, Packing, Part, Tokens
+from qmedtune.results import PackedRecords, Packing, Part, TokenLedger
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def packing_facts(
             truncated=_summed(mixture, "truncated_documents"),
             dropped=_summed(mixture, "dropped_documents"),
         ),
-        tokens=Tokens(
+        tokens=TokenLedger(
             read=_summed(mixture, "read"),
             kept=_summed(mixture, "kept"),
             split=split,
