@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import MICRO, ROOT
 
-from qmedtune import interrupt, plan, record, report, store, sweep
+from qmedtune import claims, interrupt, plan, record, report, store, sweep
 from qmedtune.ablate import ablate
 from qmedtune.ablation.arms import arms_of
 from qmedtune.errors import RecipeError
@@ -277,6 +277,8 @@ def test_an_ablation_holds_the_mix_against_the_corpora_alone(searched, sibling: 
     asked = load_recipe(MICRO, [*searching(sibling), "ablate={arms: [base, cpt, merge], seeds: 1}"])
     out = tmp_path / "ablation"
     mixed, plain = (out / "arms" / arm / "seed-17" for arm in ("merge", "cpt"))
+    out.mkdir()
+    claims.mark(out)
     shutil.copytree(folder, mixed)
     made = (mixed / "merged" / "seal.json").stat().st_mtime_ns
     result = ablate(asked, out, offline=True)

@@ -106,8 +106,7 @@ def test_a_loss_spike_is_logged_and_told(
 
     monkeypatch.setattr(train.StageCallback, "on_log", on_log)
     products = torch.backends.cuda.matmul
-    monkeypatch.setattr(products, "allow_fp16_reduced_precision_reduction", True)
-    monkeypatch.setattr(products, "allow_bf16_reduced_precision_reduction", True)
+    products.allow_fp16_reduced_precision_reduction = products.allow_bf16_reduced_precision_reduction = True
     facts = train.train_stage(micro(*FP32), 0, micro_run.inputs(), tmp_path).as_json()
     assert not products.allow_fp16_reduced_precision_reduction and not products.allow_bf16_reduced_precision_reduction
     assert not torch.utils.deterministic.fill_uninitialized_memory
