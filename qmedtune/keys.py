@@ -18,8 +18,8 @@ from qmedtune.versions import CODE as CODE
 
 # Raise when scores of the same models would differ: 2 = perplexity over whole documents, heads in fp32; 3 =
 # answers that state exactly one option; 4 = asked with the tokens of training, end marks apart from perplexity; 5 =
-# bins of calibration, answers in more tags and keys.
-EVALUATION_FORMAT = 5
+# bins of calibration, answers in more tags and keys; 6 = more openings of an answer, species are no letters.
+EVALUATION_FORMAT = 6
 
 MadeFrom = Mapping[str, object]
 """Plain JSON: what a step is made from."""

@@ -188,7 +188,7 @@ def test_blocks_of_queries_attend_as_a_mask_in_float64_would(lengths, dtype):
     query, gradient = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
     key, value = (torch.randn(shape[0], 2, *shape[2:], generator=generator).to(dtype) for _ in range(2))
     leaves = [x.clone().requires_grad_() for x in (query, key, value)]
-    output = cpu_attention.attend(*leaves, cpu_attention.blocks_of(positions), 0.3)
+    output = cpu_attention.attend(*leaves, cpu_attention.blocks_of(positions), scale=0.3)
     output.backward(gradient)
     wide = [x.double().requires_grad_() for x in (query, key, value)]
     document = (positions == 0).cumsum(1)

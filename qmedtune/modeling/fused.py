@@ -287,16 +287,16 @@ def read_together(module: Layer, names: tuple[str, ...], x: Tensor, remake: Rema
     found = kept.get(names)
     if found is None or found.state != _state(projections):
         found = kept[names] = _decide(projections)
-    return linear(x, projections, module.kernels, remake, found, keep=module.steady)
+    return linear(x, projections, module.kernels, remake=remake, found=found, keep=module.steady)
 
 
 def linear(
     x: Tensor,
     projections: Sequence[Layer],
     path: str,
+    *,
     remake: Remake | None = None,
     found: Decided | None = None,
-    *,
     keep: bool = False,
 ) -> Tensor:
     """The projections of one x [..., K], side by side along the last dimension of the result. `remake` says how to
@@ -305,8 +305,11 @@ def linear(
     found = found or _decide(projections)
     dropped = [placed for placed in found.placed if placed.drops]
     if len(projections) > 1 and (found.obstacle or dropped):
-        each = zip(projections, found.apart, strict=True)
-        return torch.cat([linear(x, [projection], path, remake, one, keep=keep) for projection, one in each], dim=-1)
+        each = [
+            linear(x, [projection], path, remake=remake, found=one, keep=keep)
+            for projection, one in zip(projections, found.apart, strict=True)
+        ]
+        return torch.cat(each, dim=-1)
     if found.obstacle:
         return projections[0](x)
     adapters = [placed.adapter() for placed in found.placed if not placed.drops]
