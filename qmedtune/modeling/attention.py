@@ -84,7 +84,7 @@ def varlen(
     packed = [part.transpose(1, 2).flatten(0, 1) for part in (query, key, value)]
     attend = _per_document if not query.is_cuda else _flash if _has_flash() else _torch
     query, key, value = packed
-    output = attend(query, key, value, _Documents(cu_seq_lens_q, max_length_q, scaling))
+    output = attend(query, key, value, Documents(cu_seq_lens_q, max_length_q, scaling))
     return output.unflatten(0, (batch, length)), None
 
 
@@ -103,7 +103,7 @@ def _takes_groups() -> bool:
 
 
 @dataclass(frozen=True)
-class _Documents:
+class Documents:
     """Rows laid end to end as documents: where they begin and the last ends, int32 [documents + 1]; the longest's
     length; scale: of the scores, None: 1 / sqrt(D)."""
 
@@ -112,14 +112,14 @@ class _Documents:
     scale: float | None
 
 
-def _flash(query: Tensor, key: Tensor, value: Tensor, documents: _Documents) -> Tensor:
+def _flash(query: Tensor, key: Tensor, value: Tensor, documents: Documents) -> Tensor:
     from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
 
     bounds, longest, scale = documents.bounds, documents.longest, documents.scale
     return flash_attn_varlen_func(query, key, value, bounds, bounds, longest, longest, softmax_scale=scale, causal=True)
 
 
-def _torch(query: Tensor, key: Tensor, value: Tensor, documents: _Documents) -> Tensor:
+def _torch(query: Tensor, key: Tensor, value: Tensor, documents: Documents) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     bounds, longest, scale = documents.bounds, documents.longest, documents.scale
@@ -136,7 +136,7 @@ def _torch(query: Tensor, key: Tensor, value: Tensor, documents: _Documents) -> 
     return output
 
 
-def _per_document(query: Tensor, key: Tensor, value: Tensor, documents: _Documents) -> Tensor:
+def _per_document(query: Tensor, key: Tensor, value: Tensor, documents: Documents) -> Tensor:
     parts = []
     lengths = documents.bounds.diff().tolist()
     for q, k, v in zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True):
