@@ -13,7 +13,7 @@ import sys
 LARGEST_FILE_TYPE = 1024  # llama.cpp's guessed types begin there
 
 
-class Settings(ctypes.Structure):
+class QuantizeParams(ctypes.Structure):
     """llama_model_quantize_params and room for more than it has (64 bytes in llama.cpp 0.5)."""
 
     _fields_ = [("threads", ctypes.c_int32), ("file_type", ctypes.c_int32), ("rest", ctypes.c_uint64 * 63)]
@@ -23,8 +23,8 @@ def main() -> None:
     library, source, target, file_type = sys.argv[1:]
     llama = ctypes.CDLL(library)
     defaults, work = llama.llama_model_quantize_default_params, llama.llama_model_quantize
-    defaults.restype, defaults.argtypes = Settings, []
-    work.restype, work.argtypes = ctypes.c_uint32, [ctypes.c_char_p, ctypes.c_char_p, ctypes.POINTER(Settings)]
+    defaults.restype, defaults.argtypes = QuantizeParams, []
+    work.restype, work.argtypes = ctypes.c_uint32, [ctypes.c_char_p, ctypes.c_char_p, ctypes.POINTER(QuantizeParams)]
     settings = defaults()
     if settings.threads != 0 or not 0 <= settings.file_type < LARGEST_FILE_TYPE:
         sys.exit(f"{library}: its settings are laid out otherwise than in any llama.h that is known here")
