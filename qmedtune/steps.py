@@ -171,7 +171,7 @@ def _source_step(recipe: ResolvedRecipe, name: str, hashes: store.HashCache) -> 
 
         return prepare_source(recipe, name, inputs.folders, out)
 
-    earlier = keys.sources_compared_with(recipe, name)
+    earlier = recipe.compared_with(name)
     section = keys.source_section(recipe, name, hashes)
     needs = {other: f"data/{other}" for other in earlier}
     return Step(f"data/{name}", "data", section, needs, work, resumes=True)
@@ -241,10 +241,10 @@ def _audit_steps(recipe: ResolvedRecipe, trained: dict[str, StackInRun]) -> list
 def _tokens_step(recipe: ResolvedRecipe, index: int) -> Step:
     def work(recipe: ResolvedRecipe, inputs: Inputs, out: Path) -> Facts:
         from qmedtune.data.packing.classes import pack_classes
-        from qmedtune.data.packing.pack import pack_stage
+        from qmedtune.data.packing.pack import StageToPack, pack_stage
 
         pack = pack_classes if recipe.stages[index].classify else pack_stage
-        return pack(recipe, index, inputs.folders["base"], inputs.folders, out)
+        return pack(StageToPack(recipe, index, inputs.folders["base"], inputs.folders), out)
 
     planted: set[str | None] = set()
     if recipe.audit:

@@ -182,15 +182,24 @@ class _Products:
     other: float
 
 
-def cosines_of(names: Iterable[str], base: Read, other: Read, updates: Updates, apply: Apply) -> dict[str, float]:
+@dataclass(frozen=True)
+class MixedModels:
+    """What is mixed, as one reading gives it: the base's tensors and the other model's by name, and the updates."""
+
+    base: Read
+    other: Read
+    updates: Updates
+
+
+def cosines_of(names: Iterable[str], models: MixedModels, apply: Apply) -> dict[str, float]:
     """The cosine between T and W for each tensor. RunError where one is not finite."""
     found: dict[str, float] = {}
     for name in names:
-        start = updates.full.get(name)
+        start = models.updates.full.get(name)
         if start is None:
-            start = base(name)
-        low_rank = updates.low_rank.get(name, ())
-        work = partial(_products, start, other(name), low_rank)
+            start = models.base(name)
+        low_rank = models.updates.low_rank.get(name, ())
+        work = partial(_products, start, models.other(name), low_rank)
         found[name] = _cosine(name, list(apply(work, row_blocks(tuple(start.shape)))))
     return found
 
