@@ -10,11 +10,13 @@ from functools import partial
 from pathlib import Path
 
 from qmedtune import compare, store, ui
+from qmedtune.allowed import Quantization
 from qmedtune.data.packing import templates
 from qmedtune.errors import RecipeError
 from qmedtune.evaluate import Contender, EvaluatedModels, contenders, delivered_dtype, open_contender, settings_of
-from qmedtune.evaluation import halves, precision
-from qmedtune.evaluation.open_model import Location, OpenModel, Quantization, locate, open_model
+from qmedtune.evaluation import halves
+from qmedtune.evaluation.open_model import Location, OpenModel, locate, open_model
+from qmedtune.planning import precision
 from qmedtune.recipe import Recipe
 from qmedtune.resolved import ResolvedRecipe
 from qmedtune.results import HeadToHead

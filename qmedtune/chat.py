@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from typing import TextIO
 
 from qmedtune import ui
+from qmedtune.allowed import Quantization
 from qmedtune.data.packing.framing import Prompt, codec_of, frame_of
 from qmedtune.evaluation.generation import stream
-from qmedtune.evaluation.open_model import OpenModel, Quantization, locate, open_model
+from qmedtune.evaluation.open_model import OpenModel, locate, open_model
 from qmedtune.evaluation.scoring import max_positions
 from qmedtune.evaluation.shorten import Fitted, fitted
 from qmedtune.terminal import printable

@@ -19,11 +19,12 @@ from random import Random
 import torch
 
 from qmedtune import store, ui
+from qmedtune.allowed import Quantization
 from qmedtune.data.packing import templates
 from qmedtune.errors import RecipeError
 from qmedtune.evaluation import statistics, verdict
 from qmedtune.evaluation.measure import adding, best_option
-from qmedtune.evaluation.open_model import OpenModel, Quantization, locate, open_model
+from qmedtune.evaluation.open_model import OpenModel, locate, open_model
 from qmedtune.evaluation.scoring import choice_logprobs, prompt_texts
 from qmedtune.recipe import TaskSection
 from qmedtune.results import ChosenPrompting, Development, HeadToHead

@@ -18,14 +18,15 @@ import torch
 
 from qmedtune import model as models
 from qmedtune import peers, record, store
+from qmedtune.allowed import Quantization
 from qmedtune.data.packing import templates
 from qmedtune.data.packing.framing import codec_of, frame_of
 from qmedtune.data.reading.sources import source_files
 from qmedtune.disk import owner_only
 from qmedtune.errors import RecipeError
-from qmedtune.evaluation import halves, precision
+from qmedtune.evaluation import halves
 from qmedtune.evaluation.measure import MeasuredModel, Settings, measure_model, num_parts, text_rows
-from qmedtune.evaluation.open_model import Quantization, check_template, fingerprint, locate, open_model
+from qmedtune.evaluation.open_model import check_template, fingerprint, locate, open_model
 from qmedtune.evaluation.scoring import BATCH_TOKENS, max_positions
 from qmedtune.evaluation.summary import overlap_result, task_result, write_items
 from qmedtune.evaluation.turns import Turns
@@ -33,6 +34,7 @@ from qmedtune.model_files import read_json
 from qmedtune.model_stack import ModelStack
 from qmedtune.modeling.collation import Rows
 from qmedtune.modeling.quiet import quiet_libraries
+from qmedtune.planning import precision
 from qmedtune.recipe import Recipe, SourceSection, TaskSection
 from qmedtune.resolved import ResolvedRecipe
 from qmedtune.results import BaseAndFinal, Evaluation, Merge, ModelScores, Source, Text

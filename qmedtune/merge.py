@@ -275,7 +275,15 @@ def _write_and_prove(writer: _Writer, reference: Callable[[], Reference]) -> Wri
 
     def attempt(rounding: Rounding) -> tuple[WrittenMerge, MergeProof]:
         settling = writer.write(rounding)
-        proof = MergeProof(writer.base, reference(), writer.out, job.section, job.model, rounding, writer.pool)
+        proof = MergeProof(
+            base=writer.base,
+            reference=reference(),
+            merged=writer.out,
+            section=job.section,
+            model=job.model,
+            rounding=rounding,
+            pool=writer.pool,
+        )
         proven = proof.run(job.probe_ids)
         hashes: dict[str, str] = {}
         for name, file in settling.items():
@@ -382,7 +390,7 @@ class _Writer:
         if changed:  # noise is for what training changed
             how = rounding
         for rows in row_blocks(self.base.shapes[name]):
-            yield partial(merged_block, source, low_rank, rows, how, name)
+            yield partial(merged_block, source, low_rank, rows, how, name=name)
 
     def _source(self, name: str) -> Source:
         """What the low-rank updates of a weight are added to."""
@@ -411,7 +419,7 @@ def _metadata(rounding: Rounding) -> dict[str, str]:
     return {"rounding": "stochastic", "rounding_seed": str(rounding.seed)}
 
 
-def merged_block(source: Source, low_rank: Sequence[LowRank], rows: slice, rounding: Rounding, name: str) -> Tensor:
+def merged_block(source: Source, low_rank: Sequence[LowRank], rows: slice, rounding: Rounding, *, name: str) -> Tensor:
     """Some rows of a merged tensor: fp32 sums, rounded once. RunError where they are not finite in the new dtype."""
     block = in_fp32(source[rows])
     for update in low_rank:

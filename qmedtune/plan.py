@@ -15,10 +15,9 @@ from typing import cast
 from qmedtune import base, fetch, gguf_folder, preflight, step_status, store, track, units
 from qmedtune.batches import batch_rows, steps_in, too_few_steps
 from qmedtune.errors import DataError, DoesNotFit, QmedtuneError
-from qmedtune.evaluation import precision
 from qmedtune.lineage import final_model, lineage_of
 from qmedtune.llama_shape import BaseFacts
-from qmedtune.planning import capacity, evaluation_time, exchange, fit, memory, rows, speed
+from qmedtune.planning import capacity, evaluation_time, exchange, fit, memory, precision, rows, speed
 from qmedtune.planning.estimate import Estimate, SampledEstimate, count_with, estimate_source
 from qmedtune.planning.machine import CARDS_GIB, GIB, Machine, card_of, this_machine
 from qmedtune.planning.memory import Setup
@@ -51,12 +50,14 @@ HASHED_BYTES = 256 * 1024**2
 
 @dataclass(frozen=True)
 class Subject:
-    """What is planned: a resolved recipe on its base, for a machine; `run_dir` may hold a part of it already."""
+    """What is planned: a resolved recipe on its base, for a machine; `run_dir` may hold a part of it already. folder:
+    of the base's tokenizer, where that is here."""
 
     recipe: ResolvedRecipe
     facts: BaseFacts
     machine: Machine
     run_dir: Path | None
+    folder: Path | None
 
 
 def make_plan(recipe: Recipe, run_dir: Path | None = None, *, cards: int = 1) -> Plan:
@@ -75,8 +76,8 @@ def make_plan(recipe: Recipe, run_dir: Path | None = None, *, cards: int = 1) ->
     folder = _tokenizer_folder(facts)
     samples, missing = _samples(resolved)
     benchmarks = _checked(resolved, facts, folder, samples)
-    subject = Subject(resolved, facts, machine, run_dir)
-    measured = _measure_sources(subject, folder, samples, missing)
+    subject = Subject(resolved, facts, machine, run_dir, folder)
+    measured = _measure_sources(subject, samples, missing)
     estimates = {name: measured[name].estimate for name in resolved.used_sources()}
     steps, notes = _status(recipe, run_dir, machine, estimates)
     stages: list[PlannedStage] = []
@@ -90,8 +91,8 @@ def make_plan(recipe: Recipe, run_dir: Path | None = None, *, cards: int = 1) ->
         taken.append(replace(setup, micro_batch=stage["micro_batch"]))
     host = capacity.host_phases(facts, taken, gpu=machine.is_gpu)
     disk = _disk(resolved, facts, setups, estimates)
-    evaluation = _evaluation(resolved, facts, machine, folder, benchmarks.tasks, estimates)
-    times = _times(resolved, facts, steps, stages, evaluation)
+    evaluation = _evaluation(subject, benchmarks.tasks, estimates)
+    times = _times(subject, steps, stages, evaluation)
     borders = _borders(folder)
     making_s = _making_seconds(facts, machine)
     base_told = {**asdict(facts), "parameters": facts.parameters, "bytes": facts.file_bytes, "making_s": making_s}
@@ -208,10 +209,10 @@ def _length_notes(recipe: ResolvedRecipe, facts: BaseFacts) -> list[str]:
 
 
 def _measure_sources(
-    subject: Subject, folder: Path | None, samples: Mapping[str, Sample], missing: Mapping[str, str]
+    subject: Subject, samples: Mapping[str, Sample], missing: Mapping[str, str]
 ) -> dict[str, SampledEstimate]:
     """The tokens of each source; none of those that are `missing`, with the reason."""
-    recipe, facts = subject.recipe, subject.facts
+    recipe, facts, folder = subject.recipe, subject.facts, subject.folder
     measured: dict[str, SampledEstimate] = {}
     for name, sample in samples.items():
         source = recipe.data[name]
@@ -397,29 +398,25 @@ def _status(
 # ---- scores and time ----------------------------------------------------------------------------------------------
 
 
-def _evaluation(
-    recipe: Recipe, facts: BaseFacts, machine: Machine, folder: Path | None, tasks: list[Task],
-    estimates: Mapping[str, Estimate],
-) -> PlannedEvaluation | None:  # fmt: skip
+def _evaluation(subject: Subject, tasks: list[Task], estimates: Mapping[str, Estimate]) -> PlannedEvaluation | None:
+    recipe, facts = subject.recipe, subject.facts
     if not recipe.evaluate.tasks and not recipe.evaluate.perplexity:
         return None
-    ids = preflight.asking(recipe, folder, builtin=facts.builtin)
+    ids = preflight.asking(recipe, subject.folder, builtin=facts.builtin)
     readings: list[evaluation_time.BenchmarkCost] = []
     for task in tasks:
         readings.append(evaluation_time.reading(task, ids, generate=recipe.evaluate.generate))
-    taken = precision.decide(recipe, machine=machine)
-    scored = evaluation_time.ScoringPrecision(taken.name, taken.weights, taken.computed_in, taken.why)
-    return evaluation_time.planned(
-        recipe, facts, machine, scored, evaluation_time.EvaluationInputs(readings, estimates)
-    )
+    taken = precision.decide(recipe, machine=subject.machine)
+    read = evaluation_time.EvaluationInputs(readings, estimates, taken)
+    return evaluation_time.planned(recipe, facts, subject.machine, read)
 
 
 def _times(
-    recipe: Recipe, facts: BaseFacts, steps: list[PlannedStep], stages: list[PlannedStage],
-    evaluation: PlannedEvaluation | None,
-) -> dict[str, float]:  # fmt: skip
+    subject: Subject, steps: list[PlannedStep], stages: list[PlannedStage], evaluation: PlannedEvaluation | None
+) -> dict[str, float]:
     """Seconds that are left, by what they go to. What is cached takes none. The base is loaded once for all stages that
     train on it, and once for every fold."""
+    recipe, facts = subject.recipe, subject.facts
     times = {"loading": 0.0, "training": 0.0, "merging": 0.0, "evaluation": 0.0}
     for stage, line in zip(stages, lineage_of(recipe), strict=True):
         if _is_cached(steps, stage["name"]):

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NotRequired, TextIO, TypedDict
 
 from qmedtune import store, ui
+from qmedtune.allowed import Quantization
 from qmedtune.data.packing.framing import Frame, Prompt, codec_of, frame_in, frame_of
 from qmedtune.data.reading.records import checked
 from qmedtune.data.reading.rejects import Damaged, Unusable
@@ -26,7 +27,7 @@ from qmedtune.data.reading.sources import READERS, format_of, source_files
 from qmedtune.disk import owner_only
 from qmedtune.errors import RecipeError, RunError
 from qmedtune.evaluation.generation import generate
-from qmedtune.evaluation.open_model import OpenModel, Quantization, check_template, fingerprint, locate, open_model
+from qmedtune.evaluation.open_model import OpenModel, check_template, fingerprint, locate, open_model
 from qmedtune.evaluation.scoring import BATCH_TOKENS, max_positions
 from qmedtune.evaluation.shorten import Fitted, fitted
 from qmedtune.interrupt import stop

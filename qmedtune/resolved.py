@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from qmedtune.allowed import FloatDtype
 from qmedtune.fields import Positive, Rate, later
 from qmedtune.recipe import (
     AdapterSection,
@@ -54,7 +55,7 @@ class Cards:
 class ResolvedModel(ModelSection):
     """`kernels` may be `auto` still: the kernels' own dispatch decides by shape. What attends is in Numerics."""
 
-    compute_dtype: Literal["bfloat16", "float16", "float32"]
+    compute_dtype: FloatDtype
 
 
 class ResolvedAdapter(AdapterSection):

@@ -26,7 +26,7 @@ from qmedtune.evaluate import (
     open_contender,
     settings_of,
 )
-from qmedtune.evaluation import choosing, halves, precision
+from qmedtune.evaluation import choosing, halves
 from qmedtune.evaluation.measure import MeasuredModel, Settings, measure_model
 from qmedtune.evaluation.scoring import Perplexity
 from qmedtune.evaluation.summary import write_items
@@ -35,6 +35,7 @@ from qmedtune.merging.sibling import Mixing
 from qmedtune.mixed_merge import SWEEP, job_of, sibling_of
 from qmedtune.model import load_tokenizer
 from qmedtune.model_stack import ModelStack
+from qmedtune.planning import precision
 from qmedtune.resolved import ResolvedRecipe
 from qmedtune.results import Sweep, SweepPoint
 from qmedtune.tasks import Task

@@ -86,11 +86,11 @@ def folders(tmp_path, **records):
 
 
 def packed(tmp_path, recipe, tokenizer_dir, inputs, index=0):
-    from qmedtune.data.packing.pack import PackedRows, pack_stage
+    from qmedtune.data.packing.pack import PackedRows, StageToPack, pack_stage
 
     out = tmp_path / f"packed-{len(list(tmp_path.iterdir()))}"
     out.mkdir()
-    return pack_stage(recipe, index, tokenizer_dir, inputs, out).as_json(), PackedRows(out)
+    return pack_stage(StageToPack(recipe, index, tokenizer_dir, inputs), out).as_json(), PackedRows(out)
 
 
 # ---- a run -----------------------------------------------------------------------------------------------------------

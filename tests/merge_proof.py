@@ -548,7 +548,13 @@ def prove(merged: Merged) -> dict[str, Any]:
     with workers() as pool:
         check_readings(merged.updates, Reference(base, updates))
         proof = MergeProof(
-            merged.opened, Reference(base, updates), merged.folder, case.section, case.job.model, merged.rounding, pool
+            base=merged.opened,
+            reference=Reference(base, updates),
+            merged=merged.folder,
+            section=case.section,
+            model=case.job.model,
+            rounding=merged.rounding,
+            pool=pool,
         )
         return proof.run(TOKENS).as_json()
 

@@ -17,10 +17,11 @@ from tempfile import TemporaryDirectory
 from qmedtune import base as bases
 from qmedtune import record
 from qmedtune.evaluate import EvaluatedModels, settings_of
-from qmedtune.evaluation import choosing, halves, precision
+from qmedtune.evaluation import choosing, halves
 from qmedtune.evaluation.measure import MeasuredModel
 from qmedtune.lineage import final_model
 from qmedtune.mixed_merge import sibling_of
+from qmedtune.planning import precision
 from qmedtune.process import prepare
 from qmedtune.results import SweepPoint
 from qmedtune.sweep import Measuring

@@ -21,8 +21,9 @@ from qmedtune.data.prepare import prepare_source
 from qmedtune.data.reading.rejects import Rejects
 from qmedtune.data.reading.sources import read_records
 from qmedtune.errors import DataError, RecipeError
-from qmedtune.evaluation import measure, precision, scoring, statistics
+from qmedtune.evaluation import measure, scoring, statistics
 from qmedtune.model_stack import ModelStack
+from qmedtune.planning import precision
 from qmedtune.planning.machine import card_of
 from qmedtune.recipe import Recipe, SourceSection
 from qmedtune.reporting.facts import ALL, comparisons

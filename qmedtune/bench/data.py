@@ -25,7 +25,7 @@ from qmedtune.bench import data_peers as peers
 from qmedtune.bench.result import BenchResult, Row
 from qmedtune.data.hygiene import decontaminate, dedup
 from qmedtune.data.packing import mix
-from qmedtune.data.packing.tokens import BATCH_BYTES, encode_texts, shard_array, write_shards
+from qmedtune.data.packing.tokens import BATCH_BYTES, Encoder, encode_texts, shard_array, write_shards
 from qmedtune.data.reading import jats, pubmed, xml_files
 from qmedtune.data.synthetic import world
 from qmedtune.errors import RecipeError
@@ -166,7 +166,8 @@ def _tokenise(texts: list[str], folder: Path) -> tuple[int, list[TimedCall]]:
 
     def ours() -> None:
         out = Path(tempfile.mkdtemp(dir=folder))
-        shards = write_shards(source, out, "a", lambda records: encode_texts(codec, records, None), lambda _: None)
+        encoder = Encoder(lambda records: encode_texts(codec, records, None))
+        shards = write_shards(source, out / "a", encoder, lambda _: None)
         for shard in shards:
             documents = shard_array(shard, "documents")
             assert documents is not None
@@ -283,7 +284,7 @@ def _near(texts: list[str], folder: Path) -> tuple[int, list[TimedCall]]:
 
     def ours() -> list[bool]:
         place = Path(tempfile.mkdtemp(dir=folder)) / "bands"
-        batches = _batches(both, dedup.BATCH_TEXTS)
+        batches = (dedup.windows_of(texts) for texts in _batches(both, dedup.BATCH_TEXTS))
         return (dedup.near_duplicates(batches, both.__getitem__, 0.8, place) >= 0).tolist()
 
     def recall(found: list[bool]) -> float:

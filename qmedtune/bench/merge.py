@@ -12,8 +12,8 @@ import tempfile
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
+from qmedtune.allowed import Quantization
 from qmedtune.bench import random_bases
 from qmedtune.bench.random_bases import SHAPES
 from qmedtune.bench.result import BenchResult, Row
@@ -73,7 +73,7 @@ def _write_adapter(tensors_of_base: Mapping[str, tuple[int, ...]], folder: Path)
 # ------------------------------------------------------------------------------------------------- in its own process
 
 
-def merge_with_qmedtune(base: Path, adapter: Path, out: Path, quantization: Literal["none", "nf4"] = "none") -> Row:
+def merge_with_qmedtune(base: Path, adapter: Path, out: Path, quantization: Quantization = "none") -> Row:
     from qmedtune.merge import MergeJob, merge
     from qmedtune.model_stack import ModelStack
     from qmedtune.recipe import MergeSection, ModelSection

@@ -198,5 +198,7 @@ def _decode(
                 cache.batch_select_indices(kept)
                 new, mask, positions = new[kept], mask[kept], positions[kept]
             mask = torch.cat([mask, mask.new_ones(len(live), 1)], dim=-1)
-            logits = next_logits(model, hidden_states(model, new[:, None], mask, positions[:, None], cache)[:, -1])
+            logits = next_logits(
+                model, hidden_states(model, new[:, None], mask, positions[:, None], cache=cache)[:, -1]
+            )
             positions = positions + 1

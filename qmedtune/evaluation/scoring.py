@@ -297,7 +297,7 @@ def _tree_logprobs(model: PreTrainedModel, prefix: Prefix, trees: list[OptionTre
     prompts = prefix.mask[:, None, :].expand(-1, width, -1)
     mask = torch.cat([prompts, seen.to(device)], dim=-1)[:, None]
     positions = prefix.lengths[:, None] + depths.to(device)
-    hidden = hidden_states(model, ids.to(device), mask, positions, prefix.cache)
+    hidden = hidden_states(model, ids.to(device), mask, positions, cache=prefix.cache)
     rows, nodes, targets, options = torch.tensor(edges, device=device).unbind(-1)
     logprobs = _token_logprobs(model, hidden[rows, nodes], targets)
     sums = torch.zeros(len(trees), num_options, device=device)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import bitsandbytes.functional as bnb
@@ -106,17 +106,23 @@ def loss_of(kl: float, kl_of_base: float) -> RoundingLoss:
     return RoundingLoss(kl / kl_of_base, kl_of_base)
 
 
+@dataclass(kw_only=True)
 class MergeProof:
-    """The proof of one merged folder. `base.nf4` gives the weights where the merge is onto NF4's values."""
+    """The proof of one merged folder: `written` is what transformers reads there. `base.nf4` gives the weights where
+    the merge is onto NF4's values."""
 
-    def __init__(
-        self, base: DiskLlama, reference: Reference, merged: Path, section: MergeSection, model: ModelSection,
-        rounding: Rounding, pool: ThreadPoolExecutor,
-    ) -> None:  # fmt: skip
-        self.base, self.reference, self.merged = base, reference, merged
-        self.section, self.model, self.rounding, self.pool = section, model, rounding, pool
+    base: DiskLlama
+    reference: Reference
+    merged: Path
+    section: MergeSection
+    model: ModelSection
+    rounding: Rounding
+    pool: ThreadPoolExecutor
+    written: ReadModel = field(init=False)
+
+    def __post_init__(self) -> None:
         try:
-            self.written = read_model(merged, rounding.dtype)
+            self.written = read_model(self.merged, self.rounding.dtype)
         except RunError as error:
             raise MergeRefused(str(error), {}) from error
 

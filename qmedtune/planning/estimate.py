@@ -96,7 +96,10 @@ def framed_lengths(tokenizer_dir: Path, source: SourceSection, records: list[Rec
     if source.kind != "instructions":
         return [len(document.ids) for document in encode_texts(codec, records, None)]
     template = templates.default(source.template, tokenizer_dir)
-    return [len(document.ids) for document in encode_conversations(codec, records, template, 0.0, 2**31)]
+    return [
+        len(document.ids)
+        for document in encode_conversations(codec, records, template=template, prompt_weight=0.0, limit=2**31)
+    ]
 
 
 def estimate_source(sample: Sample, source: SourceSection, counting: Counting) -> SampledEstimate:

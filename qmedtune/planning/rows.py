@@ -108,7 +108,7 @@ def _draws(recipe: ResolvedRecipe, index: int, name: str, found: SampledEstimate
     most = None
     if source.max_tokens is not None:
         most = max(1, int(source.max_tokens / times))
-    return Drawn(draw_tokens(source, lengths, seq_len, most, recipe.seed), times)
+    return Drawn(draw_tokens(source, lengths, seq_len, cap=most, seed=recipe.seed), times)
 
 
 def _planted(recipe: ResolvedRecipe, name: str) -> np.ndarray:

@@ -99,12 +99,22 @@ class Classification(Facts):
     accuracy: Number | None = None
 
 
+class MadeWith(Facts):
+    """Settings of a stage that the machine chose. device: the GPU's name, or `cpu`."""
+
+    optimizer: str
+    compute_dtype: str
+    attention: str
+    micro_batch: int
+    device: str
+
+
 class CheckpointSeal(Facts):
-    """What the seal of a checkpoint tells. made_with: settings that the machine chose."""
+    """What the seal of a checkpoint tells."""
 
     step: int
     tokens: int
-    made_with: dict[str, str | int] = {}
+    made_with: MadeWith | None = None
 
 
 class AdapterEntry(Facts):

@@ -52,13 +52,15 @@ CUE = re.compile(
 CHOSEN = re.compile(
     r"\b(?:I|we)\b[^.\n]{0,20}?\b(?:choose|select|pick|chose|selected|picked|say|vote\s+for|go\s+with|opt\s+for|answer)\s+"
     r"(?:(?:the|option|answer|choice|letter|with|for)\s+)*[(\[]?"
-    r"|^\W*(?:correct|final|solution|ans)\s*[:=]\s*[(\[]?"
+    r"|^\W*(?:(?:correct|final|solution|ans)\s*[:=]|ans\.)\s*[(\[]?"
     r"|^\W*(?:it|this|that)(?:'s|\s+is)\s+(?:an?\s+)?"
     r"|\b(?:most|best|primary|underlying|correct|right|first|next|initial|preferred)\b[^.\n:]{0,90}?\b(?:is|be|was|are)\s+"
     r"(?:(?:likely|probably|a|an|the|to|option|called|most\s+likely)\s+)*[(\[]?",
     re.I | re.M,
 )
-OPENED = re.compile(rf"(?:so|thus|therefore|hence|ok|okay|sure|well)?[,:]?\s*(?:(?:{NOUN})\s*[:(]*\s*)?", re.I)
+OPENING = r"so|thus|therefore|hence|ok|okay|sure|well|probably|(?:un)?fortunately|overall|"
+OPENING += r"in\s+(?:short|summary|conclusion)"
+OPENED = re.compile(rf"(?:(?:{OPENING})\b)?[,:]?\s*(?:(?:{NOUN})\s*[:(]*\s*)?", re.I)
 SENTENCE_END_LETTER = re.compile(
     r"(?:\b(?:is|be|are|was)|'s)\s+(?:option\s+)?[(\[]?(?P<letter>[A-Z])[)\]]?\s*(?=[.!]?\s*(?:$|\n)|\. )"
 )
@@ -87,7 +89,14 @@ DENIED_BEFORE = re.compile(
 # What may follow an option of an everyday word without a sign between: "no it does not", but never "no evidence".
 AFTER_WORD = r"(?=\s*(?:$|[\n.,;:!?)\]|\u2013\u2014]|-(?:\s|$))|"
 AFTER_WORD += r"\s+(?:because|since|as|it|they|this|these|that|there|he|she|we|you|i|the|for|in|to|is|was)\b)"
-AFTER_LETTER = r"(?=\s*[)\].:;!|]|,|\s*$|[ \t]*\n|\s+[-\u2013\u2014]\s|\s+(?:because|since)\b)"
+AFTER_LETTER = r"(?=\s*[)\].:;!|,]|\s*$|[ \t]*\n|\s+[-\u2013\u2014]\s|\s+(?:because|since)\b)"
+# Species of medicine whose genus is written as the letter of an option: "C. difficile" is not option C.
+SPECIES = re.compile(
+    r"\.\s+(?:actinomycetemcomitans|baumannii|fumigatus|flavus|israelii|lumbricoides|phagocytophilum|anthracis|burgdorferi|"
+    r"canis|cepacia|cereus|fragilis|henselae|hominis|microti|pertussis|pseudomallei|quintana|albicans|auris|botulinum|"
+    r"burnetii|coli|diff(?:icile)?|diphtheriae|freundii|glabrata|immitis|jejuni|neoformans|parvum|perfringens|psittaci|tetani|"
+    r"trachomatis|latum|medinensis|chaffeensis|cloacae|faecalis|faecium|granulosus|histolytica|vermicularis)\b"
+)
 EVERYDAY_CHARS = 5
 SHORT_ANSWER_WORDS = 15
 MENTION_CHARS = 6
@@ -354,6 +363,9 @@ def _read(text: str, start: int, known: Options) -> list[Stated]:
         return []
     option, end = known.of(match), match.end()
     groups = match.groupdict()
+    if groups.get("letter") and SPECIES.match(text, end):
+        named = known.begins(text[start:])  # an option may be a species
+        return [] if named is None else [Stated(named, start, end)]
     if groups.get("bare") and known.begins(text[end:]) != option:
         return []  # "A patient", "B is wrong"
     if IS_WRONG.match(text, _past_text(text, end, known)):
@@ -403,7 +415,7 @@ def _cued(text: str, known: Options) -> Iterator[Stated]:
             if not denied or any(each.option == SEVERAL for each in found):
                 yield from found
     for match in SENTENCE_END_LETTER.finditer(text):
-        if match["letter"] in known.letters:
+        if match["letter"] in known.letters and not SPECIES.match(text, match.end()):
             yield Stated(known.letters.index(match["letter"]), match.start("letter"), match.end())
 
 

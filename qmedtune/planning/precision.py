@@ -9,9 +9,9 @@ Deliberately absent: loading (evaluate.py), torch.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from qmedtune import units
+from qmedtune.allowed import ScoringPrecision
 from qmedtune.errors import DoesNotFit
 from qmedtune.llama_shape import BYTES_OF
 from qmedtune.planning.fit import budget_bytes, setup_of
@@ -21,8 +21,6 @@ from qmedtune.planning.shapes import base_facts
 from qmedtune.recipe import Recipe
 from qmedtune.resolved import ResolvedRecipe
 from qmedtune.results import BaseAndFinal, Merge
-
-Name = Literal["delivered", "nf4", "full16"]
 
 # Beside the weights a forward pass of 8,192 tokens holds a key/value cache (8B: 1 GiB), one layer's activations and a
 # slice of logits; 2 GiB is taken for all of it.
@@ -37,7 +35,7 @@ class Precision:
     """weights: dtype of base and result, or `nf4`; computed_in: dtype of the products; why: where it is not what the
     recipe asks for."""
 
-    name: Name
+    name: ScoringPrecision
     weights: str
     computed_in: str
     why: str | None = None
@@ -46,7 +44,7 @@ class Precision:
     def quantised(self) -> bool:
         return self.weights == "nf4"
 
-    def facts(self, asked: Name) -> dict[str, str | None]:
+    def facts(self, asked: ScoringPrecision) -> dict[str, str | None]:
         """For evaluation.json: {"precision", "weights", "computed_in", "why"}, and `asked` where that is another."""
         found = {"precision": self.name, "weights": self.weights, "computed_in": self.computed_in, "why": self.why}
         if asked != self.name:
