@@ -33,6 +33,7 @@ from qmedtune.modeling import residual
 from qmedtune.modeling.activations import recomputed, tiled
 from qmedtune.modeling.forward import causal_model
 from qmedtune.modeling.sharding import is_sharded
+from qmedtune.modeling.trained_embeddings import compute_in
 from qmedtune.results import Kernels
 
 Layer = Any  # an nn.Module whose attributes (PEFT's, bitsandbytes') a type checker cannot see
@@ -55,7 +56,7 @@ def install(model: nn.Module, mode: str = "auto") -> Kernels:
             counts[type(module).__name__] += 1
             module.__class__ = ours
         if isinstance(module, ModulesToSaveWrapper):
-            _compute_in(dtype, module)
+            compute_in(dtype, module)
     groups: list[list[Layer]] = []
     for module in model.modules():
         groups += _groups(module)
@@ -475,31 +476,3 @@ REPLACED = {
     llama.LlamaAttention: LlamaAttention,
     llama.LlamaDecoderLayer: LlamaDecoderLayer,
 }
-
-
-# --------------------------------------------------------------------- trained embeddings
-
-
-class MasterEmbedding(nn.Embedding):
-    """A trained fp32 copy whose output is in the compute dtype."""
-
-    compute_dtype: torch.dtype
-
-    def forward(self, input: Tensor) -> Tensor:
-        return F.embedding(input, self.weight, self.padding_idx).to(self.compute_dtype)
-
-
-class MasterHead(nn.Linear):
-    """A trained fp32 copy that multiplies in its input's dtype; the gradient arrives in fp32."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input, self.weight.to(input.dtype), self.bias)
-
-
-def _compute_in(dtype: torch.dtype, wrapper: Layer) -> None:
-    for copy in wrapper.modules_to_save.values():
-        if type(copy) is nn.Embedding:
-            copy.__class__ = MasterEmbedding
-            setattr(copy, "compute_dtype", dtype)  # noqa: B010
-        elif type(copy) is nn.Linear:
-            copy.__class__ = MasterHead
