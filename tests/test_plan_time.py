@@ -75,7 +75,7 @@ def test_examples_before_questions_are_read_once(micro_run, tmp_path):
 def test_what_is_cached_takes_no_time(micro_run, without_gpu, monkeypatch):
     names = ["01-cpt", "02-sft", "merged", "evaluation"]
     rows = [{"name": name, "status": "cached", "why": ""} for name in names]
-    monkeypatch.setattr("qmedtune.step_status.status", lambda recipe, out: rows)
+    monkeypatch.setattr("qmedtune.step_status.status", lambda recipe, out, **_: rows)
     assert planned(run_dir=micro_run.folder)["seconds"] == 0
     rows[3]["status"] = "to do"
     left = planned(run_dir=micro_run.folder)
