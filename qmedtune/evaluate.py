@@ -25,7 +25,7 @@ from qmedtune.data.reading.sources import source_files
 from qmedtune.disk import owner_only
 from qmedtune.errors import RecipeError
 from qmedtune.evaluation import halves
-from qmedtune.evaluation.measure import MeasuredModel, Settings, measure_model, text_rows
+from qmedtune.evaluation.measure import MeasuredModel, ModelToMeasure, Settings, measure_model, text_rows
 from qmedtune.evaluation.open_model import check_template, fingerprint, locate, open_model
 from qmedtune.evaluation.scoring import BATCH_TOKENS, max_positions
 from qmedtune.evaluation.summary import overlap_result, task_result, write_items
@@ -84,15 +84,14 @@ def evaluate_step(recipe: ResolvedRecipe, inputs: EvaluatedModels, out: Path) ->
     measured = {}
     for contender in contenders(inputs, taken):
         model, tokenizer = open_contender(recipe, contender)
-        measured[contender.label] = measure_model(
-            model, tokenizer, contender.label, tasks, held_out, settings, out / store.SCRATCH
-        )
-        del model  # or two are held while the next is loaded: 2 x 16 GB for an 8B base in 16 bit
+        asked = ModelToMeasure(model, tokenizer, contender.label, settings, out / store.SCRATCH)
+        measured[contender.label] = measure_model(asked, tasks, held_out)
+        del model, asked  # or two are held while the next is loaded: 2 x 16 GB for an 8B base in 16 bit
     found = write_results(tasks, measured, recipe.seed, out, overlapping=_overlapping(inputs.sources))
     how = taken.facts(recipe.evaluate.precision) | {"template": settings.template.name, "window_tokens": window}
     found = found.model_copy(update=how)
     if taken.name == "delivered" and precision.trained(recipe).quantised and stack.adapters:
-        beside = _nf4_beside(recipe, inputs, held_out, settings, out / store.SCRATCH)
+        beside = _nf4_beside(recipe, inputs, held_out, out / store.SCRATCH)
         texts = {}
         for source, text in found.perplexity.items():
             texts[source] = text.model_copy(update={"nf4": beside[source]})
@@ -103,18 +102,19 @@ def evaluate_step(recipe: ResolvedRecipe, inputs: EvaluatedModels, out: Path) ->
 
 
 def _nf4_beside(
-    recipe: Recipe, inputs: EvaluatedModels, held_out: Mapping[str, Rows], settings: Settings, folder: Path
+    recipe: ResolvedRecipe, inputs: EvaluatedModels, held_out: Mapping[str, Rows], folder: Path
 ) -> dict[str, BaseAndFinal]:
     """Perplexity of base and result in NF4, as trained, per source: what quantisation costs, what training only
     repaired. Texts alone: they cost seconds, where tasks would cost the evaluation again."""
     if not held_out:
         return {}
+    settings = settings_of(recipe, inputs.trained)
     found = {}
     for contender in contenders(inputs, precision.trained(recipe)):
         model, tokenizer = open_contender(recipe, contender)
-        label = f"{contender.label}-nf4"
-        found[contender.label] = measure_model(model, tokenizer, label, [], held_out, settings, folder).perplexity
-        del model
+        asked = ModelToMeasure(model, tokenizer, f"{contender.label}-nf4", settings, folder)
+        found[contender.label] = measure_model(asked, [], held_out).perplexity
+        del model, asked
     pairs = {}
     for source in held_out:
         base, final = found["base"][source], found["final"][source]
@@ -310,7 +310,8 @@ def evaluate_model(job: ModelJob) -> ModelScores:
         rows, sizes = {}, {}
         for path in texts:
             rows[str(path)], sizes[str(path)] = text_rows(opened.tokenizer, path, window)
-        found = measure_model(opened.model, opened.tokenizer, "model", loaded, rows, settings, folder / store.SCRATCH)
+        asked = ModelToMeasure(opened.model, opened.tokenizer, "model", settings, folder / store.SCRATCH)
+        found = measure_model(asked, loaded, rows)
         scores = write_results(loaded, {"model": found}, seed, folder)
         weights = opened.computed_in
         if opened.quantization == "nf4":

@@ -44,7 +44,7 @@ def prepare_source(recipe: Recipe, name: str, inputs: Mapping[str, Path], out: P
     task = Preparation(recipe, name, inputs, out)
     items = benchmark_items(recipe)
     rejects = Rejects(name, out / "rejects.jsonl")
-    sound, superseded = read_source(recipe, name, items, rejects, task.work)
+    sound, superseded = read_source(recipe, name, items, rejects=rejects, work=task.work)
     rejects.close()
     _check_damage(recipe, name, rejects, len(sound))
     fate, found = _fates(task, sound, superseded, items)

@@ -67,50 +67,50 @@ class MeasuredModel:
     perplexity: dict[str, Perplexity]
 
 
-def measure_model(
-    model: Any,
-    tokenizer: Any,
-    label: str,
-    tasks: list[Task],
-    held_out: Mapping[str, Rows],
-    settings: Settings,
-    folder: Path,
-) -> MeasuredModel:
-    """All tasks and texts. Each result is written below `folder` at once and read from there when it is there."""
-    marks = codec_of(tokenizer).special_ids
+@dataclass(frozen=True)
+class ModelToMeasure:
+    """A loaded model, what it is called in progress bars and file names, and how it is measured. What is found is
+    written below `folder` at once, and read from there where it is there."""
+
+    model: Any
+    tokenizer: Any
+    label: str
+    settings: Settings
+    folder: Path
+
+
+def measure_model(asked: ModelToMeasure, tasks: list[Task], held_out: Mapping[str, Rows]) -> MeasuredModel:
+    """All tasks and texts; `held_out` has rows per source."""
+    marks, budget = codec_of(asked.tokenizer).special_ids, asked.settings.batch_tokens
 
     def text(source: str) -> dict[str, float]:
-        with ui.progress_bar(f"perplexity of {Path(source).name}, {label}") as bar:
-            return asdict(
-                perplexity(
-                    model, held_out[source], batch_tokens=settings.batch_tokens, progress=adding(bar), marks=marks
-                )
-            )
+        with ui.progress_bar(f"perplexity of {Path(source).name}, {asked.label}") as bar:
+            found = perplexity(asked.model, held_out[source], batch_tokens=budget, progress=adding(bar), marks=marks)
+        return asdict(found)
 
     done = {}
     for task in tasks:
-        parts_folder = folder / f"{label}-{task.name}"
-        done[task.name] = measure(model, tokenizer, task, settings, f"{task.name}, {label}", parts_folder)
+        done[task.name] = measure(asked, task)
     texts = {}
     for source in held_out:
         # A source may be a path, which must not lead out of the folder.
-        file = folder / f"{label}-perplexity-{store.sha256_json(source)[:16]}.json"
+        file = asked.folder / f"{asked.label}-perplexity-{store.sha256_json(source)[:16]}.json"
         texts[source] = Perplexity(**store.kept(file, partial(text, source)))
     return MeasuredModel(done, texts)
 
 
-def measure(model: Any, tokenizer: Any, task: Task, settings: Settings, title: str, folder: Path) -> list[Row]:
-    """One row per question of `asked`, in order; each part of them is written to `folder` when it is scored."""
-    asked = task.asked
-    prompts = prompt_texts(tokenizer, settings.template, [item.messages for item in asked])
+def measure(model: ModelToMeasure, task: Task) -> list[Row]:
+    """One row per question of `asked`, in order; each part of them is written when it is scored."""
+    asked, settings = task.asked, model.settings
+    folder = model.folder / f"{model.label}-{task.name}"
+    prompts = prompt_texts(model.tokenizer, settings.template, [item.messages for item in asked])
     rows: list[Row] = [{}] * len(asked)
     ways = bool(asked[0].options) + (settings.generate or not asked[0].options)
-    with ui.progress_bar(title, total=len(asked) * ways, unit="answers") as bar:
+    with ui.progress_bar(f"{task.name}, {model.label}", total=len(asked) * ways, unit="answers") as bar:
         for number, part in enumerate(parts(asked, prompts)):
-            items = [asked[index] for index in part]
-            texts = [prompts[index] for index in part]
+            questions = [(asked[index], prompts[index]) for index in part]
             done = bar.completed
-            work = partial(_score, model, tokenizer, task, items, texts, settings, adding(bar))
+            work = partial(_score, model, task, questions, adding(bar))
             for index, row in zip(part, store.kept(folder / f"{number:05d}.json", work), strict=True):
                 rows[index] = row
             bar.update(done + len(part) * ways)
@@ -129,13 +129,14 @@ def parts(asked: Sequence[Item], prompts: Sequence[Prompt]) -> list[list[int]]:
     return found
 
 
-def _score(
-    model: Any, tokenizer: Any, task: Task, items: list[Item], prompts: list[Prompt], settings: Settings, done: Progress
-) -> list[Row]:
+def _score(asked: ModelToMeasure, task: Task, questions: list[tuple[Item, Prompt]], done: Progress) -> list[Row]:
+    model, tokenizer, settings = asked.model, asked.tokenizer, asked.settings
     rows: list[Row] = []
-    options = []
-    for item in items:
+    items, prompts, options = [], [], []
+    for item, prompt in questions:
         rows.append({"truncated": False})
+        items.append(item)
+        prompts.append(prompt)
         options.append(item.options)
     if items[0].options:
         scores = choice_logprobs(model, tokenizer, prompts, options, batch_tokens=settings.batch_tokens, progress=done)

@@ -33,7 +33,7 @@ ROW = np.dtype([("content", "<u8"), ("group", "<u8"), ("size", "<u4"), ("pmid", 
 
 
 def read_source(
-    recipe: Recipe, name: str, items: list[decontaminate.BenchmarkItem], rejects: Rejects, work: Path
+    recipe: Recipe, name: str, items: list[decontaminate.BenchmarkItem], *, rejects: Rejects, work: Path
 ) -> tuple[SoundRecords, np.ndarray]:
     """Write the sound records of source `name` to the file `work`, one JSON line each.
 
