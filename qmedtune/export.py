@@ -178,21 +178,30 @@ def _gguf(job: ExportJob, location: Location, folder: Path) -> Exported:
 
 @dataclass(frozen=True)
 class File:
-    """A GGUF file. pre: llama.cpp's name of how it splits text; sha256: taken as it was written here."""
+    """A GGUF file. pre: llama.cpp's name of how it splits text; sha256: taken as it was written here, or else
+    quantised_by: what of llama.cpp wrote it."""
 
     path: Path
     pre: str
     proof: LogitProof
     sha256: str | None = None
+    quantised_by: str | None = None
 
     def exported(self, job: ExportJob) -> Exported:
         proof = ExportProof(**asdict(self.proof))
         size = self.path.stat().st_size
-        return Exported(quant=job.type, bytes=size, pre=self.pre, proof=proof, sha256=self.sha256)
+        return Exported(
+            quant=job.type,
+            quantised_by=self.quantised_by,
+            bytes=size,
+            pre=self.pre,
+            proof=proof,
+            sha256=self.sha256,
+        )
 
 
 def _write_file(job: ExportJob, location: Location, folder: Path) -> File:
-    from qmedtune.exporting.gguf_model import write_model
+    from qmedtune.exporting.gguf_model import exact_quant, write_model
     from qmedtune.exporting.k_quants import quantise
     from qmedtune.exporting.logit_proof import prove
     from qmedtune.exporting.types import QUANTS
@@ -201,15 +210,15 @@ def _write_file(job: ExportJob, location: Location, folder: Path) -> File:
     model, title = _opened(location), title_of(location)
     vocabulary = read_vocabulary(location.base, model.model.config.vocab_size, job.pre)
     path = folder / f"{title}-{job.type}.gguf"
-    sha256 = None
+    sha256 = by = None
     if job.type in QUANTS:
         sha256 = write_model(path, model, vocabulary, QUANTS[job.type], title=title)
     else:
-        whole = folder / "f32.gguf"
-        write_model(whole, model, vocabulary, QUANTS["f32"], title=title)
-        quantise(whole, path, job.type)
+        whole = folder / "whole.gguf"
+        write_model(whole, model, vocabulary, exact_quant(model), title=title)
+        by = quantise(whole, path, job.type)
         whole.unlink()
-    return File(path, vocabulary.pre, prove(path, model, job.type, vocabulary.doubtful), sha256)
+    return File(path, vocabulary.pre, prove(path, model, job.type, vocabulary.doubtful), sha256, by)
 
 
 def _ollama(job: ExportJob, location: Location, folder: Path) -> Exported:

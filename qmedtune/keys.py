@@ -130,26 +130,6 @@ def _template_files(recipe: Recipe, names: list[str]) -> dict[str, str]:
     return found
 
 
-def sources_compared_with(recipe: Recipe, name: str) -> list[str]:
-    """Earlier sources that duplicates are looked for in: texts among texts, instructions among instructions. What
-    `classify` reads is compared with no other source: several sets of labels are given to the same notes."""
-    if not recipe.hygiene.dedup.exact and not recipe.hygiene.dedup.near:
-        return []
-    used = recipe.used_sources()
-    labelled = {stage.classify.data for stage in recipe.stages if stage.classify}
-    if name in labelled:
-        return []
-
-    def asks(source: str) -> bool:
-        return recipe.data[source].kind == "instructions"
-
-    compared: list[str] = []
-    for other in used[: used.index(name)]:
-        if other not in labelled and asks(other) == asks(name):
-            compared.append(other)
-    return compared
-
-
 def validation_section(recipe: Recipe) -> MadeFrom:
     names = sorted({*recipe.validation.on, *recipe.evaluate.perplexity})
     readers: list[object] = []

@@ -171,7 +171,7 @@ def _source_step(recipe: ResolvedRecipe, name: str, hashes: store.HashCache) -> 
 
         return prepare_source(recipe, name, inputs.folders, out)
 
-    earlier = keys.sources_compared_with(recipe, name)
+    earlier = recipe.compared_with(name)
     section = keys.source_section(recipe, name, hashes)
     needs = {other: f"data/{other}" for other in earlier}
     return Step(f"data/{name}", "data", section, needs, work, resumes=True)

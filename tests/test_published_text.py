@@ -458,8 +458,6 @@ def test_known_schemas_are_read_whole(tmp_path, row, text):
 
 
 def test_several_labelled_sources_over_the_same_notes_keep_all_records():
-    from qmedtune.keys import sources_compared_with
-
     labelled = {"path": "x.csv", "kind": "clinical", "columns": {"label": "y"}}
     names = ("stay", "death", "icd")
     made = Recipe.model_validate({
@@ -467,7 +465,7 @@ def test_several_labelled_sources_over_the_same_notes_keep_all_records():
         "data": {"notes": {"path": "n.csv", "kind": "clinical"}, **dict.fromkeys(names, labelled)},
         "stages": [{"cpt": {"mix": {"notes": 1}}}, *({"classify": {"data": name}} for name in names)],
     })  # fmt: skip
-    assert [sources_compared_with(made, name) for name in names] == [[], [], []]
+    assert [made.compared_with(name) for name in names] == [[], [], []]
 
 
 # ---- time ------------------------------------------------------------------------------------------------------------

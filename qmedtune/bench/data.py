@@ -284,7 +284,7 @@ def _near(texts: list[str], folder: Path) -> tuple[int, list[TimedCall]]:
 
     def ours() -> list[bool]:
         place = Path(tempfile.mkdtemp(dir=folder)) / "bands"
-        batches = _batches(both, dedup.BATCH_TEXTS)
+        batches = (dedup.windows_of(texts) for texts in _batches(both, dedup.BATCH_TEXTS))
         return (dedup.near_duplicates(batches, both.__getitem__, 0.8, place) >= 0).tolist()
 
     def recall(found: list[bool]) -> float:

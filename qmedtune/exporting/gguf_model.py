@@ -26,7 +26,7 @@ from torch import Tensor
 from qmedtune import store, ui
 from qmedtune.errors import RecipeError
 from qmedtune.exporting.tensor_names import Heads, gguf_name, row_order
-from qmedtune.exporting.types import Quant, encoded, kind_of, size_bytes
+from qmedtune.exporting.types import FLOATS, QUANTS, Quant, encoded, kind_of, size_bytes
 from qmedtune.exporting.vocabulary import Vocabulary
 from qmedtune.merging.disk_llama import DiskLlama
 from qmedtune.merging.parallel import in_order, workers
@@ -83,6 +83,15 @@ def write_model(path: Path, model: DiskLlama, vocabulary: Vocabulary, quant: Qua
         writer.close()
     store.fsync_path(path)
     return written.digest.hexdigest()
+
+
+def exact_quant(model: DiskLlama) -> Quant:
+    """The smallest of the float types that keeps every number of the folder: its own, where all tensors have one."""
+    stored = {model.source(name).dtype for name in model.shapes}
+    for quant in QUANTS.values():
+        if stored == {FLOATS.get(quant.matrices)}:
+            return quant
+    return QUANTS["f32"]
 
 
 def _tensors(model: DiskLlama, quant: Quant, factors: Tensor | None) -> list[GgufTensor]:

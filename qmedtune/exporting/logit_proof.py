@@ -115,7 +115,8 @@ def _same_tensors(
         def equal(rows: slice, ours: FileTensor = ours, theirs: Tensor = theirs) -> bool:
             return _same_numbers(ours[rows], theirs[rows])
 
-        if not all(pool.map(equal, row_blocks(tuple(theirs.shape)))):
+        first, *rest = row_blocks(tuple(theirs.shape))
+        if not equal(first) or not all(pool.map(equal, rest)):  # of rounded numbers the first block shows it
             return None
     return len(names)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from qmedtune import store, ui
 from qmedtune.errors import DataError, RunError
 from qmedtune.group import ALONE, Group
 from qmedtune.model import EMBEDDINGS, trainable
+from qmedtune.modeling import fused
 from qmedtune.modeling.collation import Rows, collate, supervised_weight
 from qmedtune.modeling.loss import token_nll
 from qmedtune.resolved import ResolvedTraining
@@ -205,14 +206,18 @@ class QTrainer(SFTTrainer):
         total = torch.zeros((), device=inputs["labels"].device)
         lengths = inputs["lengths"].tolist()  # asked for once: each question to a GPU waits for what it has to do
         arrays = {name: x for name, x in inputs.items() if name != "lengths"}
+        unchanged: AbstractContextManager[None] = nullcontext()
+        if len(lengths) > self.micro_batch:
+            unchanged = fused.steady(model)
         try:
-            for start in range(0, len(lengths), self.micro_batch):
-                rows = slice(start, start + self.micro_batch)
-                micro, longest = {name: x[rows] for name, x in arrays.items()}, max(lengths[rows])
-                with self.compute_loss_context_manager():
-                    loss = self.nll(model, **{name: x[:, :longest] for name, x in micro.items()}) / supervised
-                self.accelerator.backward(loss)
-                total += loss.detach()
+            with unchanged:
+                for start in range(0, len(lengths), self.micro_batch):
+                    rows = slice(start, start + self.micro_batch)
+                    micro, longest = {name: x[rows] for name, x in arrays.items()}, max(lengths[rows])
+                    with self.compute_loss_context_manager():
+                        loss = self.nll(model, **{name: x[:, :longest] for name, x in micro.items()}) / supervised
+                    self.accelerator.backward(loss)
+                    total += loss.detach()
         except RuntimeError as error:
             if not (isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)):
                 raise

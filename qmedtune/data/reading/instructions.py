@@ -289,6 +289,8 @@ def _turns(turns: Any, role_key: str, content_key: str) -> Messages:
         if messages and role == messages[-1]["role"]:
             raise Unusable(f"two {role} messages follow each other")
         messages.append(_said(role, content))
+        if role == "user" and (given := _given(turn.get("input"))):
+            messages[-1]["input"] = given  # as a shard of ours has it (data/shards/)
     if any(m["role"] == "system" for m in messages[1:]):
         raise Unusable("a system message that is not the first")
     if next((m["role"] for m in messages if m["role"] != "system"), None) != "user":
