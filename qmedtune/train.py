@@ -114,7 +114,7 @@ class Loaded:
 
 
 @dataclass(frozen=True)
-class Attempt:
+class TrainingStart:
     """Where training begins (None: at step 0), and which processes train along."""
 
     checkpoint: Path | None
@@ -136,7 +136,7 @@ def train_stage(
     callback = _callback(job, loaded.tokenizer.pad_token_id)
     started = time.monotonic()
     checkpoint = checkpoints.last_intact(out)
-    trainer = _trainer(job, loaded, callback, Attempt(checkpoint, group))
+    trainer = _trainer(job, loaded, callback, TrainingStart(checkpoint, group))
     total = loaded.packed.tokens.trained
     with ui.progress_bar(job.name, total=total, unit="tokens", completed=callback.tokens) as callback.bar:
         if callback.held_out and checkpoint is None:
@@ -168,7 +168,7 @@ def follow_stage(job: TrainingJob, shared: SharedBase, group: Group, ready: Call
     compute, when all is done but the steps."""
     loaded = _load(job, shared)
     checkpoint = checkpoints.last_intact(job.out)
-    trainer, _, _ = _set_up(job, loaded, FollowerCallback(group), Attempt(checkpoint, group))
+    trainer, _, _ = _set_up(job, loaded, FollowerCallback(group), TrainingStart(checkpoint, group))
     begins_at = checkpoints.step_of(checkpoint) if checkpoint else 0
     torch.manual_seed(job.recipe.seed + job.index + FOLLOWER_SEED * group.rank + begins_at)  # other rows, other dropout
     ready(loaded.built.computes)
@@ -259,10 +259,10 @@ def _callback(job: TrainingJob, pad_id: int) -> StageCallback:
 
 
 def _set_up(
-    job: TrainingJob, loaded: Loaded, callback: TrainerCallback, attempt: Attempt
+    job: TrainingJob, loaded: Loaded, callback: TrainerCallback, begun: TrainingStart
 ) -> tuple[QTrainer, int, list[str]]:
     """(trainer, steps of the stage, warnings): the same in every process that trains it."""
-    recipe, index, rows, checkpoint = job.recipe, job.index, loaded.rows, attempt.checkpoint
+    recipe, index, rows, checkpoint = job.recipe, job.index, loaded.rows, begun.checkpoint
     section, made_with, warnings = resume_settings(recipe, index, checkpoint)
     steps, batch = steps_in(section, len(rows)), batch_rows(section, len(rows))
     section = section.model_copy(update={"batch": batch, "micro_batch": min(section.micro_batch, batch)})
@@ -286,18 +286,18 @@ def _set_up(
         checkpointing=job.stage.full and section.gradient_checkpointing is True,
     )
     material = Material(loaded.built.model, loaded.tokenizer, rows, section)
-    trainer = QTrainer(material, arguments, [callback], keep=recipe.save.keep, made_with=made_with, group=attempt.group)
+    trainer = QTrainer(material, arguments, [callback], keep=recipe.save.keep, made_with=made_with, group=begun.group)
     trainer.remove_callback(PrinterCallback)
     if job.stage.classify:
         trainer.nll = document_nll
     return trainer, steps, warnings
 
 
-def _trainer(job: TrainingJob, loaded: Loaded, callback: StageCallback, attempt: Attempt) -> QTrainer:
+def _trainer(job: TrainingJob, loaded: Loaded, callback: StageCallback, begun: TrainingStart) -> QTrainer:
     """The trainer at the step where the attempt begins, and `callback` with it; what is to be warned of is told by
     then."""
-    trainer, steps, warnings = _set_up(job, loaded, callback, attempt)
-    checkpoint = attempt.checkpoint
+    trainer, steps, warnings = _set_up(job, loaded, callback, begun)
+    checkpoint = begun.checkpoint
     callback.begin(trainer, steps)
     checkpoints.go_back(job.out, checkpoint)
     callback.rewind()
