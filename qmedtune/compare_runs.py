@@ -14,7 +14,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, JsonValue
 
 from qmedtune import record
-from qmedtune.errors import RecipeError
+from qmedtune.errors import RecipeError, RunError
 from qmedtune.evaluation import verdict
 from qmedtune.reporting.facts import Curve, Metrics
 from qmedtune.reporting.headline import headline
@@ -367,11 +367,21 @@ def _shared(each: Sequence[Answers]) -> list[str]:
 def _items(side: Side, task: str) -> Answers:
     """Empty where the run has no such items, or they are no right or wrong (a mean over draws, a summary)."""
     score = side.score(task, "final")
-    path = side.seen.folder / "evaluation" / f"{task}.items.jsonl"
-    if score is None or score.metric != "accuracy" or score.draws or not path.is_file():
+    folder = side.seen.folder / "evaluation"
+    path = folder / f"{task}.items.jsonl"
+    inside = path.parent == folder and not path.is_symlink()  # run.json may be anybody's
+    if score is None or score.metric != "accuracy" or score.draws or not inside or not path.is_file():
         return {}
     found: Answers = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        item = AnsweredItem.model_validate_json(line)
-        found[item.id] = str(item.gold), item.of("final").is_right
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+        try:
+            item = AnsweredItem.model_validate_json(line)
+            if item.final is None:
+                raise ValueError("no final answer")
+            found[item.id] = str(item.gold), item.final.is_right
+        except (ValueError, RecursionError) as error:
+            raise RunError(
+                f"{path}:{number}: no answer of an evaluation ({type(error).__name__})\n"
+                "the same `qmedtune run` makes the evaluation again, once its folder is moved away"
+            ) from None
     return found

@@ -8,6 +8,7 @@ Deliberately absent: model loading, intervals and comparisons (summary.py).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -35,6 +36,7 @@ from qmedtune.evaluation.scoring import (
     perplexity,
     prompt_texts,
 )
+from qmedtune.evaluation.turns import Turns
 from qmedtune.modeling.collation import Rows
 from qmedtune.modeling.forward import compute_dtype
 from qmedtune.recipe import SourceSection
@@ -61,7 +63,8 @@ class Settings:
 
 @dataclass(frozen=True)
 class MeasuredModel:
-    """What one model did: rows per task in the order of `asked`, perplexity per source of held-out text."""
+    """What one model did: rows per task in the order of `asked`, perplexity per source of held-out text. Of a process
+    that does not lead several: its own part of it."""
 
     tasks: dict[str, list[Row]]
     perplexity: dict[str, Perplexity]
@@ -75,8 +78,12 @@ def measure_model(
     held_out: Mapping[str, Rows],
     settings: Settings,
     folder: Path,
+    *,
+    turns: Turns | None = None,
 ) -> MeasuredModel:
-    """All tasks and texts. Each result is written below `folder` at once and read from there when it is there."""
+    """All tasks and texts. Each result is written below `folder` at once and read from there when it is there. `turns`:
+    with which other processes they are shared."""
+    turns = turns or Turns()
     marks = codec_of(tokenizer).special_ids
 
     def text(source: str) -> dict[str, float]:
@@ -90,30 +97,67 @@ def measure_model(
     done = {}
     for task in tasks:
         parts_folder = folder / f"{label}-{task.name}"
-        done[task.name] = measure(model, tokenizer, task, settings, f"{task.name}, {label}", parts_folder)
-    texts = {}
+        asking = Asking(model, tokenizer, settings, f"{task.name}, {label}", parts_folder, turns)
+        done[task.name] = measure(asking, task)
+    texts, of_others = {}, {}
     for source in held_out:
         # A source may be a path, which must not lead out of the folder.
         file = folder / f"{label}-perplexity-{store.sha256_json(source)[:16]}.json"
-        texts[source] = Perplexity(**store.kept(file, partial(text, source)))
+        if turns.mine():
+            texts[source] = Perplexity(**store.kept(file, partial(text, source)))
+        else:
+            of_others[source] = file
+    for source, file in of_others.items():
+        if turns.leads:
+            turns.wait(file)
+            texts[source] = Perplexity(**store.kept(file, partial(text, source)))
     return MeasuredModel(done, texts)
 
 
-def measure(model: Any, tokenizer: Any, task: Task, settings: Settings, title: str, folder: Path) -> list[Row]:
-    """One row per question of `asked`, in order; each part of them is written to `folder` when it is scored."""
-    asked = task.asked
-    prompts = prompt_texts(tokenizer, settings.template, [item.messages for item in asked])
+@dataclass(frozen=True)
+class Asking:
+    """A model that is asked, and where its judged answers are written, part by part. turns: who writes which."""
+
+    model: Any
+    tokenizer: Any
+    settings: Settings
+    title: str
+    folder: Path
+    turns: Turns
+
+    def file(self, number: int) -> Path:
+        """Of part `number`."""
+        return self.folder / f"{number:05d}.json"
+
+
+def measure(asking: Asking, task: Task) -> list[Row]:
+    """One row per question of `asked`, in order; each part of them is written when it is scored. Where the parts are
+    shared, the process that leads has all rows, another its own."""
+    asked, settings, turns = task.asked, asking.settings, asking.turns
+    prompts = prompt_texts(asking.tokenizer, settings.template, [item.messages for item in asked])
     rows: list[Row] = [{}] * len(asked)
     ways = bool(asked[0].options) + (settings.generate or not asked[0].options)
-    with ui.progress_bar(title, total=len(asked) * ways, unit="answers") as bar:
-        for number, part in enumerate(parts(asked, prompts)):
+    with ui.progress_bar(asking.title, total=len(asked) * ways, unit="answers") as bar:
+
+        def take(number: int, part: list[int]) -> None:
             items = [asked[index] for index in part]
             texts = [prompts[index] for index in part]
             done = bar.completed
-            work = partial(_score, model, tokenizer, task, items, texts, settings, adding(bar))
-            for index, row in zip(part, store.kept(folder / f"{number:05d}.json", work), strict=True):
+            work = partial(_score, asking.model, asking.tokenizer, task, items, texts, settings, adding(bar))
+            for index, row in zip(part, store.kept(asking.file(number), work), strict=True):
                 rows[index] = row
             bar.update(done + len(part) * ways)
+
+        of_others: dict[int, list[int]] = {}
+        for number, part in enumerate(parts(asked, prompts)):
+            if turns.mine():
+                take(number, part)
+            else:
+                of_others[number] = part
+        for number, part in of_others.items():
+            if turns.leads:
+                turns.wait(asking.file(number))
+                take(number, part)
     return rows
 
 
@@ -127,6 +171,12 @@ def parts(asked: Sequence[Item], prompts: Sequence[Prompt]) -> list[list[int]]:
         for start in range(0, len(group), PART):
             found.append(group[start : start + PART])
     return found
+
+
+def num_parts(task: Task) -> int:
+    """How many parts a benchmark has."""
+    sizes = Counter(item.shots for item in task.asked)
+    return sum(-(-size // PART) for size in sizes.values())
 
 
 def _score(
