@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
@@ -218,7 +219,11 @@ def _write_file(job: ExportJob, location: Location, folder: Path) -> File:
         write_model(whole, model, vocabulary, exact_quant(model), title=title)
         by = quantise(whole, path, job.type)
         whole.unlink()
-    return File(path, vocabulary.pre, prove(path, model, job.type, vocabulary.doubtful), sha256, by)
+    with ThreadPoolExecutor(1) as disk:  # it writes while the file is proven, out of memory
+        settled = disk.submit(store.fsync_path, path)
+        proof = prove(path, model, job.type, vocabulary.doubtful)
+        settled.result()
+    return File(path, vocabulary.pre, proof, sha256, by)
 
 
 def _ollama(job: ExportJob, location: Location, folder: Path) -> Exported:

@@ -30,7 +30,7 @@ from qmedtune.errors import RunError
 from qmedtune.group import Group
 from qmedtune.interrupt import stop
 from qmedtune.model_stack import ModelStack
-from qmedtune.modeling import activations
+from qmedtune.modeling import activations, sharding
 from qmedtune.modeling.quiet import quiet_libraries
 from qmedtune.planning.fit import setup_of
 from qmedtune.planning.machine import this_machine
@@ -132,17 +132,17 @@ def train_stage(
     """
     job = TrainingJob(recipe, index, inputs, out)
     group = peers.call(job)
-    loaded = _load(job, shared or SharedBase())
+    loaded = _load(job, shared or SharedBase(), group)
     callback = _callback(job, loaded.tokenizer.pad_token_id)
     started = time.monotonic()
     checkpoint = checkpoints.last_intact(out)
     trainer = _trainer(job, loaded, callback, TrainingStart(checkpoint, group))
     total = loaded.packed.tokens.trained
     with ui.progress_bar(job.name, total=total, unit="tokens", completed=callback.tokens) as callback.bar:
-        if callback.held_out and checkpoint is None:
-            callback.validate(0)  # where the curve begins: what training changes is seen from its first step on
         others = peers.wait(group)
         _agree(group, checkpoint)
+        if callback.held_out and checkpoint is None:
+            callback.validate(0)  # where the curve begins: what training changes is seen from its first step on
         try:
             with stop.graceful():
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -166,13 +166,20 @@ def train_stage(
 def follow_stage(job: TrainingJob, shared: SharedBase, group: Group, ready: Callable[[str], None]) -> None:
     """Train along with the process that runs `train_stage` with the same job, and write nothing. `ready` is told how we
     compute, when all is done but the steps."""
-    loaded = _load(job, shared)
+    loaded = _load(job, shared, group)
     checkpoint = checkpoints.last_intact(job.out)
-    trainer, _, _ = _set_up(job, loaded, FollowerCallback(group), TrainingStart(checkpoint, group))
+    held_out = {}
+    if not (job.stage.classify and job.stage.classify.validation):  # documents are judged by rank 0 alone
+        held_out = validation_rows(job.recipe, job.inputs.validation)
+    callback = FollowerCallback(group, held_out, loaded.tokenizer.pad_token_id, job.recipe)
+    trainer, steps, _ = _set_up(job, loaded, callback, TrainingStart(checkpoint, group))
+    callback.begin(trainer, steps)
     begins_at = checkpoints.step_of(checkpoint) if checkpoint else 0
     torch.manual_seed(job.recipe.seed + job.index + FOLLOWER_SEED * group.rank + begins_at)  # other rows, other dropout
     ready(loaded.built.computes)
     _agree(group, checkpoint)
+    if checkpoint is None:
+        callback.validate()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     del trainer, loaded
     gc.collect()
@@ -200,7 +207,7 @@ def _with_others(trained: Trained, built: Built, others: list[str]) -> Trained:
     return trained.model_copy(update={"processes": processes, "warnings": warnings})
 
 
-def _load(job: TrainingJob, shared: SharedBase) -> Loaded:
+def _load(job: TrainingJob, shared: SharedBase, group: Group) -> Loaded:
     """Model, tokenizer and rows of the stage, in a process made ready for it."""
     recipe, base, tokens = job.recipe, job.inputs.start.base, job.inputs.tokens
     set_seed(recipe.seed + job.index)
@@ -211,7 +218,7 @@ def _load(job: TrainingJob, shared: SharedBase) -> Loaded:
     tokenizer: Any = models.load_tokenizer(base)
     machine = this_machine()
     check_card(peak_bytes(base_facts(recipe.model), setup_of(recipe, job.index), gpu=machine.is_gpu), machine)
-    built = _make_model(job, shared)
+    built = _make_model(job, shared, group)
     models.check_tokenizer(tokenizer, built.model, base)
     if job.stage.classify:
         rows = LabelledRows(tokens)
@@ -224,7 +231,7 @@ def _load(job: TrainingJob, shared: SharedBase) -> Loaded:
     return Loaded(built, tokenizer, rows, packed)
 
 
-def _make_model(job: TrainingJob, shared: SharedBase) -> Built:
+def _make_model(job: TrainingJob, shared: SharedBase, group: Group) -> Built:
     recipe, stage, start = job.recipe, job.stage, job.inputs.start
     attention = stage.numerics.attention
     if stage.full:
@@ -234,11 +241,18 @@ def _make_model(job: TrainingJob, shared: SharedBase) -> Built:
             load = models.from_scratch
         model = load(start.base, recipe.model, attention=attention)
         return Built(model, models.attention_facts(model))
-    base = shared.load(start.base, recipe.model, attention=attention)
+    if group.sharded:  # where there is room for all of it: each process then keeps its part, which no stage shares
+        shared.drop()
+        base = models.load_base(start.base, recipe.model, attention=attention, place=torch.device("cpu"))
+    else:
+        base = shared.load(start.base, recipe.model, attention=attention)
     set_seed(recipe.seed + job.index)  # whatever loading has drawn
     continued = stage.section.adapter in ("continue", "frozen")  # attach_head freezes what is frozen
     model = models.attach_adapter(base, recipe.adapter_of(job.index), start.adapters, continued=continued)
     kernels = models.install_kernels(model, recipe.model.kernels)
+    if group.sharded:
+        sharding.shard(model, models.device(), models.DTYPES[recipe.model.compute_dtype])
+        kernels = models.recheck_kernels(model, kernels)
     layers = activations.install(model, stage.section.gradient_checkpointing)
     return Built(model, models.attention_facts(model), kernels, layers)
 

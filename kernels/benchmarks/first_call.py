@@ -135,8 +135,9 @@ def tests(call: Call) -> None:
 
 
 def train(call: Call) -> None:
-    """A whole stage through the real trainer, in both 16-bit types; dry: fewer documents, one type."""
+    """A whole stage through the real trainer, in both 16-bit types; dry: fewer documents, one type, no scores."""
     fewer = [f"data.{source}.max_records=40" for source in ("literature", "notes", "general", "instructions")]
+    fewer += ["evaluate.tasks=[]", "evaluate.perplexity=[]"]
     for dtype in ("bfloat16",) if call.dry else ("bfloat16", "float16"):
         out = call.scratch / f"run-{dtype}-{os.getpid()}"
         command = [sys.executable, "-m", "qmedtune", "run", "recipes/micro.yaml", "--offline", "--out", str(out)]

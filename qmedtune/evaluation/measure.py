@@ -8,8 +8,9 @@ Deliberately absent: model loading, intervals and comparisons (summary.py).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -35,6 +36,7 @@ from qmedtune.evaluation.scoring import (
     perplexity,
     prompt_texts,
 )
+from qmedtune.evaluation.turns import Turns
 from qmedtune.modeling.collation import Rows
 from qmedtune.modeling.forward import compute_dtype
 from qmedtune.recipe import SourceSection
@@ -61,7 +63,8 @@ class Settings:
 
 @dataclass(frozen=True)
 class MeasuredModel:
-    """What one model did: rows per task in the order of `asked`, perplexity per source of held-out text."""
+    """What one model did: rows per task in the order of `asked`, perplexity per source of held-out text. Of a process
+    that does not lead several: its own part of it."""
 
     tasks: dict[str, list[Row]]
     perplexity: dict[str, Perplexity]
@@ -70,18 +73,28 @@ class MeasuredModel:
 @dataclass(frozen=True)
 class ModelToMeasure:
     """A loaded model, what it is called in progress bars and file names, and how it is measured. What is found is
-    written below `folder` at once, and read from there where it is there."""
+    written below `folder` at once, and read from there where it is there. turns: with which other processes that is
+    shared."""
 
     model: Any
     tokenizer: Any
     label: str
     settings: Settings
     folder: Path
+    turns: Turns = field(default_factory=Turns)
+
+    def part(self, task: Task, number: int) -> Path:
+        """The file of part `number` of a task's answers."""
+        return self.folder / f"{self.label}-{task.name}" / f"{number:05d}.json"
+
+    def text(self, source: str) -> Path:
+        """The file of a source's perplexity; a source may be a path, which must not lead out of the folder."""
+        return self.folder / f"{self.label}-perplexity-{store.sha256_json(source)[:16]}.json"
 
 
 def measure_model(asked: ModelToMeasure, tasks: list[Task], held_out: Mapping[str, Rows]) -> MeasuredModel:
     """All tasks and texts; `held_out` has rows per source."""
-    marks, budget = codec_of(asked.tokenizer).special_ids, asked.settings.batch_tokens
+    turns, marks, budget = asked.turns, codec_of(asked.tokenizer).special_ids, asked.settings.batch_tokens
 
     def text(source: str) -> dict[str, float]:
         with ui.progress_bar(f"perplexity of {Path(source).name}, {asked.label}") as bar:
@@ -91,29 +104,46 @@ def measure_model(asked: ModelToMeasure, tasks: list[Task], held_out: Mapping[st
     done = {}
     for task in tasks:
         done[task.name] = measure(asked, task)
-    texts = {}
+    texts, of_others = {}, []
     for source in held_out:
-        # A source may be a path, which must not lead out of the folder.
-        file = asked.folder / f"{asked.label}-perplexity-{store.sha256_json(source)[:16]}.json"
-        texts[source] = Perplexity(**store.kept(file, partial(text, source)))
+        if turns.mine():
+            texts[source] = Perplexity(**store.kept(asked.text(source), partial(text, source)))
+        else:
+            of_others.append(source)
+    for source in of_others:
+        if turns.leads:
+            turns.wait(asked.text(source))
+            texts[source] = Perplexity(**store.kept(asked.text(source), partial(text, source)))
     return MeasuredModel(done, texts)
 
 
 def measure(model: ModelToMeasure, task: Task) -> list[Row]:
-    """One row per question of `asked`, in order; each part of them is written when it is scored."""
-    asked, settings = task.asked, model.settings
-    folder = model.folder / f"{model.label}-{task.name}"
+    """One row per question of `asked`, in order; each part of them is written when it is scored. Where the parts are
+    shared, the process that leads has all rows, another its own."""
+    asked, settings, turns = task.asked, model.settings, model.turns
     prompts = prompt_texts(model.tokenizer, settings.template, [item.messages for item in asked])
     rows: list[Row] = [{}] * len(asked)
     ways = bool(asked[0].options) + (settings.generate or not asked[0].options)
     with ui.progress_bar(f"{task.name}, {model.label}", total=len(asked) * ways, unit="answers") as bar:
-        for number, part in enumerate(parts(asked, prompts)):
+
+        def take(number: int, part: list[int]) -> None:
             questions = [(asked[index], prompts[index]) for index in part]
             done = bar.completed
             work = partial(_score, model, task, questions, adding(bar))
-            for index, row in zip(part, store.kept(folder / f"{number:05d}.json", work), strict=True):
+            for index, row in zip(part, store.kept(model.part(task, number), work), strict=True):
                 rows[index] = row
             bar.update(done + len(part) * ways)
+
+        of_others: dict[int, list[int]] = {}
+        for number, part in enumerate(parts(asked, prompts)):
+            if turns.mine():
+                take(number, part)
+            else:
+                of_others[number] = part
+        for number, part in of_others.items():
+            if turns.leads:
+                turns.wait(model.part(task, number))
+                take(number, part)
     return rows
 
 
@@ -127,6 +157,12 @@ def parts(asked: Sequence[Item], prompts: Sequence[Prompt]) -> list[list[int]]:
         for start in range(0, len(group), PART):
             found.append(group[start : start + PART])
     return found
+
+
+def num_parts(task: Task) -> int:
+    """How many parts a benchmark has."""
+    sizes = Counter(item.shots for item in task.asked)
+    return sum(-(-size // PART) for size in sizes.values())
 
 
 def _score(asked: ModelToMeasure, task: Task, questions: list[tuple[Item, Prompt]], done: Progress) -> list[Row]:
