@@ -25,7 +25,7 @@ from qmedtune.data.reading.sources import source_files
 from qmedtune.disk import owner_only
 from qmedtune.errors import RecipeError
 from qmedtune.evaluation import halves
-from qmedtune.evaluation.measure import MeasuredModel, Settings, measure_model, num_parts, text_rows
+from qmedtune.evaluation.measure import MeasuredModel, ModelToMeasure, Settings, measure_model, num_parts, text_rows
 from qmedtune.evaluation.open_model import check_template, fingerprint, locate, open_model
 from qmedtune.evaluation.scoring import BATCH_TOKENS, max_positions
 from qmedtune.evaluation.summary import overlap_result, task_result, write_items
@@ -130,7 +130,8 @@ class Scoring:
     def _one(self, contender: Contender, label: str, tasks: list[Task], turns: Turns) -> MeasuredModel:
         """The model is let go before the next is loaded: two would be 2 x 16 GB for an 8B base in 16 bit."""
         model, tokenizer = open_contender(self.recipe, contender)
-        return measure_model(model, tokenizer, label, tasks, self.held_out, self.settings, self.folder, turns=turns)
+        asked = ModelToMeasure(model, tokenizer, label, self.settings, self.folder, turns)
+        return measure_model(asked, tasks, self.held_out)
 
 
 def _scoring_of(recipe: ResolvedRecipe, inputs: EvaluatedModels, out: Path) -> Scoring:
@@ -332,7 +333,8 @@ def evaluate_model(job: ModelJob) -> ModelScores:
         rows, sizes = {}, {}
         for path in texts:
             rows[str(path)], sizes[str(path)] = text_rows(opened.tokenizer, path, window)
-        found = measure_model(opened.model, opened.tokenizer, "model", loaded, rows, settings, folder / store.SCRATCH)
+        asked = ModelToMeasure(opened.model, opened.tokenizer, "model", settings, folder / store.SCRATCH)
+        found = measure_model(asked, loaded, rows)
         scores = write_results(loaded, {"model": found}, seed, folder)
         weights = opened.computed_in
         if opened.quantization == "nf4":

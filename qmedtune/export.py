@@ -213,10 +213,10 @@ def _write_file(job: ExportJob, location: Location, folder: Path) -> File:
     path = folder / f"{title}-{job.type}.gguf"
     sha256 = by = None
     if job.type in QUANTS:
-        sha256 = write_model(path, model, vocabulary, QUANTS[job.type], title)
+        sha256 = write_model(path, model, vocabulary, QUANTS[job.type], title=title)
     else:
         whole = folder / "whole.gguf"
-        write_model(whole, model, vocabulary, exact_quant(model), title)
+        write_model(whole, model, vocabulary, exact_quant(model), title=title)
         by = quantise(whole, path, job.type)
         whole.unlink()
     with ThreadPoolExecutor(1) as disk:  # it writes while the file is proven, out of memory
@@ -248,7 +248,7 @@ def _gguf_adapter(job: ExportJob, location: Location, folder: Path) -> Exported:
     for adapter in location.adapters:
         check_numbers(adapter)
     file = folder / f"{title_of(location)}-lora-{job.type}.gguf"
-    proof = write_adapter(file, _opened(location), location.adapters, job.type, title_of(location))
+    proof = write_adapter(file, _opened(location), location.adapters, job.type, title=title_of(location))
     write_card(folder, title_of(location), adapter_lines(file, proof), location.adapters[-1])
     return Exported(quant=job.type, bytes=file.stat().st_size, proof=ExportProof(**asdict(proof)))
 

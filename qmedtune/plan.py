@@ -17,7 +17,7 @@ from qmedtune.batches import batch_rows, steps_in, too_few_steps
 from qmedtune.errors import DataError, DoesNotFit, QmedtuneError
 from qmedtune.lineage import final_model, lineage_of
 from qmedtune.llama_shape import BaseFacts
-from qmedtune.planning import capacity, evaluation_time, exchange, fit, memory, precision, rows, speed
+from qmedtune.planning import capacity, data_time, evaluation_time, exchange, fit, memory, precision, rows, speed
 from qmedtune.planning.estimate import Estimate, SampledEstimate, count_with, estimate_source
 from qmedtune.planning.machine import CARDS_GIB, GIB, Machine, card_of, this_machine
 from qmedtune.planning.memory import Setup
@@ -43,7 +43,6 @@ from qmedtune.tasks import Task
 
 __all__ = ["BaseFacts", "base_facts", "make_plan", "resolve"]
 
-BUILTIN_BYTES = 9  # of prepared text per token of the built-in world: whole words, with ids and JSON around them
 # Files larger than this in sum are not hashed for the sake of a plan; then the data stages' status is unknown.
 HASHED_BYTES = 256 * 1024**2
 
@@ -92,7 +91,7 @@ def make_plan(recipe: Recipe, run_dir: Path | None = None, *, cards: int = 1) ->
     host = capacity.host_phases(facts, taken, gpu=machine.is_gpu)
     disk = _disk(resolved, facts, setups, estimates)
     evaluation = _evaluation(subject, benchmarks.tasks, estimates)
-    times = _times(subject, steps, stages, evaluation)
+    times = {"data": _data_seconds(subject, steps, estimates), **_times(subject, steps, stages, evaluation)}
     borders = _borders(folder)
     making_s = _making_seconds(facts, machine)
     base_told = {**asdict(facts), "parameters": facts.parameters, "bytes": facts.file_bytes, "making_s": making_s}
@@ -437,6 +436,11 @@ def _times(
     return times
 
 
+def _data_seconds(subject: Subject, steps: list[PlannedStep], estimates: Mapping[str, Estimate]) -> float:
+    done = {step["name"].removeprefix("data/") for step in steps if step["status"] == "cached"}
+    return data_time.data_seconds(subject.recipe, estimates, subject.machine.cores, done=done)
+
+
 def _scoring_notes(recipe: Recipe, evaluation: PlannedEvaluation | None, cards: int) -> list[str]:
     """What the scores are of where it is not what the recipe asks for, and what takes time that is not told."""
     notes: list[str] = []
@@ -464,7 +468,7 @@ def _disk(recipe: Recipe, facts: BaseFacts, setups: list[Setup], estimates: Mapp
     for name, estimate in estimates.items():
         text += capacity.text_bytes(recipe.data[name])
         if not estimate.read_bytes:
-            text += BUILTIN_BYTES * estimate.tokens
+            text += capacity.BUILTIN_BYTES * estimate.tokens
         packed += estimate.tokens
     return memory.disk_bytes(facts, setups, capacity.kept_of(recipe, text, packed))
 

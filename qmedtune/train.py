@@ -113,6 +113,14 @@ class Loaded:
     packed: Packing
 
 
+@dataclass(frozen=True)
+class TrainingStart:
+    """Where training begins (None: at step 0), and which processes train along."""
+
+    checkpoint: Path | None
+    group: Group
+
+
 def train_stage(
     recipe: ResolvedRecipe, index: int, inputs: StageInputs, out: Path, *, shared: SharedBase | None = None
 ) -> Trained:
@@ -128,7 +136,7 @@ def train_stage(
     callback = _callback(job, loaded.tokenizer.pad_token_id)
     started = time.monotonic()
     checkpoint = checkpoints.last_intact(out)
-    trainer = _trainer(job, loaded, callback, checkpoint, group)
+    trainer = _trainer(job, loaded, callback, TrainingStart(checkpoint, group))
     total = loaded.packed.tokens.trained
     with ui.progress_bar(job.name, total=total, unit="tokens", completed=callback.tokens) as callback.bar:
         others = peers.wait(group)
@@ -164,7 +172,7 @@ def follow_stage(job: TrainingJob, shared: SharedBase, group: Group, ready: Call
     if not (job.stage.classify and job.stage.classify.validation):  # documents are judged by rank 0 alone
         held_out = validation_rows(job.recipe, job.inputs.validation)
     callback = FollowerCallback(group, held_out, loaded.tokenizer.pad_token_id, job.recipe)
-    trainer, steps, _ = _set_up(job, loaded, callback, checkpoint, group)
+    trainer, steps, _ = _set_up(job, loaded, callback, TrainingStart(checkpoint, group))
     callback.begin(trainer, steps)
     begins_at = checkpoints.step_of(checkpoint) if checkpoint else 0
     torch.manual_seed(job.recipe.seed + job.index + FOLLOWER_SEED * group.rank + begins_at)  # other rows, other dropout
@@ -265,10 +273,10 @@ def _callback(job: TrainingJob, pad_id: int) -> StageCallback:
 
 
 def _set_up(
-    job: TrainingJob, loaded: Loaded, callback: TrainerCallback, checkpoint: Path | None, group: Group
+    job: TrainingJob, loaded: Loaded, callback: TrainerCallback, begun: TrainingStart
 ) -> tuple[QTrainer, int, list[str]]:
     """(trainer, steps of the stage, warnings): the same in every process that trains it."""
-    recipe, index, rows = job.recipe, job.index, loaded.rows
+    recipe, index, rows, checkpoint = job.recipe, job.index, loaded.rows, begun.checkpoint
     section, made_with, warnings = resume_settings(recipe, index, checkpoint)
     steps, batch = steps_in(section, len(rows)), batch_rows(section, len(rows))
     section = section.model_copy(update={"batch": batch, "micro_batch": min(section.micro_batch, batch)})
@@ -292,18 +300,18 @@ def _set_up(
         checkpointing=job.stage.full and section.gradient_checkpointing is True,
     )
     material = Material(loaded.built.model, loaded.tokenizer, rows, section)
-    trainer = QTrainer(material, arguments, [callback], keep=recipe.save.keep, made_with=made_with, group=group)
+    trainer = QTrainer(material, arguments, [callback], keep=recipe.save.keep, made_with=made_with, group=begun.group)
     trainer.remove_callback(PrinterCallback)
     if job.stage.classify:
         trainer.nll = document_nll
     return trainer, steps, warnings
 
 
-def _trainer(
-    job: TrainingJob, loaded: Loaded, callback: StageCallback, checkpoint: Path | None, group: Group
-) -> QTrainer:
-    """The trainer at the step of `checkpoint`, and `callback` with it; what is to be warned of is told by then."""
-    trainer, steps, warnings = _set_up(job, loaded, callback, checkpoint, group)
+def _trainer(job: TrainingJob, loaded: Loaded, callback: StageCallback, begun: TrainingStart) -> QTrainer:
+    """The trainer at the step where the attempt begins, and `callback` with it; what is to be warned of is told by
+    then."""
+    trainer, steps, warnings = _set_up(job, loaded, callback, begun)
+    checkpoint = begun.checkpoint
     callback.begin(trainer, steps)
     checkpoints.go_back(job.out, checkpoint)
     callback.rewind()
@@ -364,4 +372,4 @@ def _save_adapters(job: TrainingJob, model: Any) -> None:
         below = start.adapters
         if stage.section.adapter == "continue":
             below = below[:-1]
-        note_base(out / "adapter", trained_on, start.base, below, job.recipe.model.quantization)
+        note_base(out / "adapter", trained_on, ModelStack(start.base, below), job.recipe.model.quantization)

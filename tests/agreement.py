@@ -45,7 +45,7 @@ SETTINGS = (
     "validate.on=[literature]",
 )
 TINY = ("model.base=builtin:tiny", "stages[1].sft.seq_len=64", "data.instructions.max_records=200")
-SMOLLM2 = ("stages[1].sft.seq_len=96", "data.instructions.max_records=140", "adapter.r=8")
+SMOLLM2 = ("stages[1].sft.seq_len=96", "data.instructions.max_records=190", "adapter.r=8")
 
 
 @dataclass(frozen=True)

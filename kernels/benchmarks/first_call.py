@@ -316,14 +316,15 @@ def _measured(call: Call, shape: str, chosen: dict[str, Any], contender: str) ->
 
     from qmedtune.bench import train_worker
     from qmedtune.bench.job import job_of
-    from qmedtune.bench.train import _run
+    from qmedtune.bench.train import Folders, _run
     from qmedtune.planning import memory
 
     job = job_of(shape, chosen)
+    folders = Folders(call.scratch, call.scratch)
     if call.together:
         measured = _figures(call, job)
     else:
-        measured = _run(job, contender, call.scratch, call.scratch, 60.0 * (20 if call.dry else 1))
+        measured = _run(job, contender, folders, 60.0 * (20 if call.dry else 1))
     found = measured.model_dump(mode="json", exclude_none=True)
     kept = {key: value for key, value in found.items() if key not in ("losses", "checkpoints")}
     if contender == "qmedtune" and "layers" in found:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -70,81 +70,67 @@ class MeasuredModel:
     perplexity: dict[str, Perplexity]
 
 
-def measure_model(
-    model: Any,
-    tokenizer: Any,
-    label: str,
-    tasks: list[Task],
-    held_out: Mapping[str, Rows],
-    settings: Settings,
-    folder: Path,
-    *,
-    turns: Turns | None = None,
-) -> MeasuredModel:
-    """All tasks and texts. Each result is written below `folder` at once and read from there when it is there. `turns`:
-    with which other processes they are shared."""
-    turns = turns or Turns()
-    marks = codec_of(tokenizer).special_ids
-
-    def text(source: str) -> dict[str, float]:
-        with ui.progress_bar(f"perplexity of {Path(source).name}, {label}") as bar:
-            return asdict(
-                perplexity(
-                    model, held_out[source], batch_tokens=settings.batch_tokens, progress=adding(bar), marks=marks
-                )
-            )
-
-    done = {}
-    for task in tasks:
-        parts_folder = folder / f"{label}-{task.name}"
-        asking = Asking(model, tokenizer, settings, f"{task.name}, {label}", parts_folder, turns)
-        done[task.name] = measure(asking, task)
-    texts, of_others = {}, {}
-    for source in held_out:
-        # A source may be a path, which must not lead out of the folder.
-        file = folder / f"{label}-perplexity-{store.sha256_json(source)[:16]}.json"
-        if turns.mine():
-            texts[source] = Perplexity(**store.kept(file, partial(text, source)))
-        else:
-            of_others[source] = file
-    for source, file in of_others.items():
-        if turns.leads:
-            turns.wait(file)
-            texts[source] = Perplexity(**store.kept(file, partial(text, source)))
-    return MeasuredModel(done, texts)
-
-
 @dataclass(frozen=True)
-class Asking:
-    """A model that is asked, and where its judged answers are written, part by part. turns: who writes which."""
+class ModelToMeasure:
+    """A loaded model, what it is called in progress bars and file names, and how it is measured. What is found is
+    written below `folder` at once, and read from there where it is there. turns: with which other processes that is
+    shared."""
 
     model: Any
     tokenizer: Any
+    label: str
     settings: Settings
-    title: str
     folder: Path
-    turns: Turns
+    turns: Turns = field(default_factory=Turns)
 
-    def file(self, number: int) -> Path:
-        """Of part `number`."""
-        return self.folder / f"{number:05d}.json"
+    def part(self, task: Task, number: int) -> Path:
+        """The file of part `number` of a task's answers."""
+        return self.folder / f"{self.label}-{task.name}" / f"{number:05d}.json"
+
+    def text(self, source: str) -> Path:
+        """The file of a source's perplexity; a source may be a path, which must not lead out of the folder."""
+        return self.folder / f"{self.label}-perplexity-{store.sha256_json(source)[:16]}.json"
 
 
-def measure(asking: Asking, task: Task) -> list[Row]:
+def measure_model(asked: ModelToMeasure, tasks: list[Task], held_out: Mapping[str, Rows]) -> MeasuredModel:
+    """All tasks and texts; `held_out` has rows per source."""
+    turns, marks, budget = asked.turns, codec_of(asked.tokenizer).special_ids, asked.settings.batch_tokens
+
+    def text(source: str) -> dict[str, float]:
+        with ui.progress_bar(f"perplexity of {Path(source).name}, {asked.label}") as bar:
+            found = perplexity(asked.model, held_out[source], batch_tokens=budget, progress=adding(bar), marks=marks)
+        return asdict(found)
+
+    done = {}
+    for task in tasks:
+        done[task.name] = measure(asked, task)
+    texts, of_others = {}, []
+    for source in held_out:
+        if turns.mine():
+            texts[source] = Perplexity(**store.kept(asked.text(source), partial(text, source)))
+        else:
+            of_others.append(source)
+    for source in of_others:
+        if turns.leads:
+            turns.wait(asked.text(source))
+            texts[source] = Perplexity(**store.kept(asked.text(source), partial(text, source)))
+    return MeasuredModel(done, texts)
+
+
+def measure(model: ModelToMeasure, task: Task) -> list[Row]:
     """One row per question of `asked`, in order; each part of them is written when it is scored. Where the parts are
     shared, the process that leads has all rows, another its own."""
-    asked, settings, turns = task.asked, asking.settings, asking.turns
-    prompts = prompt_texts(asking.tokenizer, settings.template, [item.messages for item in asked])
+    asked, settings, turns = task.asked, model.settings, model.turns
+    prompts = prompt_texts(model.tokenizer, settings.template, [item.messages for item in asked])
     rows: list[Row] = [{}] * len(asked)
     ways = bool(asked[0].options) + (settings.generate or not asked[0].options)
-    with ui.progress_bar(asking.title, total=len(asked) * ways, unit="answers") as bar:
+    with ui.progress_bar(f"{task.name}, {model.label}", total=len(asked) * ways, unit="answers") as bar:
 
         def take(number: int, part: list[int]) -> None:
-            items = [asked[index] for index in part]
-            texts = [prompts[index] for index in part]
+            questions = [(asked[index], prompts[index]) for index in part]
             done = bar.completed
-            work = partial(_score, asking.model, asking.tokenizer, task, items, texts, settings, adding(bar))
-            for index, row in zip(part, store.kept(asking.file(number), work), strict=True):
+            work = partial(_score, model, task, questions, adding(bar))
+            for index, row in zip(part, store.kept(model.part(task, number), work), strict=True):
                 rows[index] = row
             bar.update(done + len(part) * ways)
 
@@ -156,7 +142,7 @@ def measure(asking: Asking, task: Task) -> list[Row]:
                 of_others[number] = part
         for number, part in of_others.items():
             if turns.leads:
-                turns.wait(asking.file(number))
+                turns.wait(model.part(task, number))
                 take(number, part)
     return rows
 
@@ -179,13 +165,14 @@ def num_parts(task: Task) -> int:
     return sum(-(-size // PART) for size in sizes.values())
 
 
-def _score(
-    model: Any, tokenizer: Any, task: Task, items: list[Item], prompts: list[Prompt], settings: Settings, done: Progress
-) -> list[Row]:
+def _score(asked: ModelToMeasure, task: Task, questions: list[tuple[Item, Prompt]], done: Progress) -> list[Row]:
+    model, tokenizer, settings = asked.model, asked.tokenizer, asked.settings
     rows: list[Row] = []
-    options = []
-    for item in items:
+    items, prompts, options = [], [], []
+    for item, prompt in questions:
         rows.append({"truncated": False})
+        items.append(item)
+        prompts.append(prompt)
         options.append(item.options)
     if items[0].options:
         scores = choice_logprobs(model, tokenizer, prompts, options, batch_tokens=settings.batch_tokens, progress=done)

@@ -50,7 +50,7 @@ class GgufTensor:
     kind: GGMLQuantizationType
 
 
-def write_model(path: Path, model: DiskLlama, vocabulary: Vocabulary, quant: Quant, title: str) -> str:
+def write_model(path: Path, model: DiskLlama, vocabulary: Vocabulary, quant: Quant, *, title: str) -> str:
     """Write the file; returns its sha256, taken while it is written. It may not be on the disk yet: the caller syncs.
 
     Raises RecipeError for what llama.cpp's LLaMA does not have, RunError for numbers that do not fit the type, OSError

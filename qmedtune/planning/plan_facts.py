@@ -142,7 +142,7 @@ class DiskRoom(TypedDict):
 
 
 class Plan(TypedDict):
-    """times: seconds that are left, by what they go to (loading, training, merging, evaluation); `seconds`: their sum.
+    """times: seconds that are left, by what they go to: data, loading, training, merging, evaluation; seconds: in all.
     evaluation: None where nothing is scored."""
 
     recipe: str
