@@ -171,7 +171,7 @@ SIGN_OFF = re.compile(
 )
 # Made-up people of Synthea: `Noel608 Reynolds644`.
 SYNTHETIC = re.compile(
-    r"(?<![A-Za-z0-9_])[A-Z][A-Za-z'-]{1,24}\d{2,3}(?:[ ][A-Z][A-Za-z'-]{1,24}\d{2,3}){1,3}(?![A-Za-z0-9_])", re.A
+    r"(?<![A-Za-z0-9_])[A-Z][a-z'-]{1,24}\d{2,3}(?:[ ][A-Z][a-z'-]{1,24}\d{2,3}){1,3}(?![A-Za-z0-9_])", re.A
 )
 BEFORE = re.compile(r"(?:[A-Z][A-Za-z]{0,30}(?:['-][A-Za-z]{1,30}){0,3}\.?|[a-z]{2,6}|&)[ ]?$", re.A)
 
@@ -269,8 +269,8 @@ def _titled(text: str, match: re.Match[str]) -> Iterator[Place]:
     ):
         return
     end = _take(text, start, NameRules(titled=True))
-    if end and (end := _before_next_label(text, start, end)):
-        yield start, end
+    if end:
+        yield start, _before_next_label(text, start, end) or end
 
 
 def _labelled(text: str, match: re.Match[str]) -> Iterator[Place]:

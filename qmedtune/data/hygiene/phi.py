@@ -8,6 +8,7 @@ what is reported are counts and shapes (`ddd-dd-dddd`).
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -77,6 +78,10 @@ def _found(text: str) -> Iterator[tuple[str, int, int]]:
         yield ("name", start, end)
 
 
+# Of these a part that nothing else has found is still to be taken out; a number is whole or none.
+IN_WORDS = frozenset(("name", "address", "hospital", "zip"))
+
+
 class _Claimed:
     """Which characters of a text belong to an identifier already, or were masked before."""
 
@@ -96,11 +101,13 @@ class _Claimed:
             start -= 1
         while 0 < end < len(text) and text[end - 1].isalnum() and text[end].isalnum():
             end += 1
-        found = []
+        if kind not in IN_WORDS and self.taken.find(1, start, end) >= 0:
+            return []
+        found, asked = [], end - start
         while start < end:
             claimed = self.taken.find(1, start, end)
             stop = end if claimed < 0 else claimed
-            if piece := _bare(text, start, stop):
+            if piece := _bare(text, start, stop, whole=stop - start == asked):
                 found.append(Span(*piece, kind))
                 self.taken[piece[0] : piece[1]] = b"\1" * (piece[1] - piece[0])
             if claimed < 0:
@@ -111,13 +118,15 @@ class _Claimed:
         return found
 
 
-def _bare(text: str, start: int, end: int) -> tuple[int, int] | None:
-    """Of a piece without the marks at its ends; None where it has no letter and no digit."""
+def _bare(text: str, start: int, end: int, *, whole: bool) -> tuple[int, int] | None:
+    """A piece; if it is not the whole, without the marks at its ends, and None where no word of it is left."""
+    if whole:
+        return start, end
     while start < end and not text[start].isalnum() and text[start] not in "([+#/<":
         start += 1
     while start < end and not text[end - 1].isalnum() and text[end - 1] not in ")].>":
         end -= 1
-    if any(c.isalnum() for c in text[start:end]):
+    if re.search(r"[^\W\d_]{2}", text[start:end]):
         return start, end
     return None
 

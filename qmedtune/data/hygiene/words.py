@@ -143,7 +143,8 @@ EPONYMS = frozenset(
 # Small words inside the name of a hospital, and words of such names that alone name none.
 INSIDE = frozenset("of the and for de la del van von der den di da du at".split())
 OF_HOSPITALS = frozenset(
-    """new general memorial regional community university childrens children's county city state national royal central
+    """day operating stay course new general memorial regional community university childrens children's county city state
+    national royal central
     medical health veterans mount mt st saint north south east west northern southern eastern western heart cancer
     outside local our her his their a an this that another nearby area district teaching tertiary care community acute
     emergency women's womens""".split()
