@@ -107,7 +107,8 @@ class _Claimed:
         while start < end:
             claimed = self.taken.find(1, start, end)
             stop = end if claimed < 0 else claimed
-            if piece := _bare(text, start, stop, whole=stop - start == asked):
+            left = _WORD if kind in ("name", "hospital") else _LETTER_OR_DIGIT
+            if piece := _bare(text, start, stop, left=None if stop - start == asked else left):
                 found.append(Span(*piece, kind))
                 self.taken[piece[0] : piece[1]] = b"\1" * (piece[1] - piece[0])
             if claimed < 0:
@@ -118,15 +119,18 @@ class _Claimed:
         return found
 
 
-def _bare(text: str, start: int, end: int, *, whole: bool) -> tuple[int, int] | None:
-    """A piece; if it is not the whole, without the marks at its ends, and None where no word of it is left."""
-    if whole:
+_WORD, _LETTER_OR_DIGIT = re.compile(r"[^\W\d_]{2}"), re.compile(r"[^\W_]")
+
+
+def _bare(text: str, start: int, end: int, *, left: re.Pattern[str] | None) -> tuple[int, int] | None:
+    """A piece; if it is not the whole, without the marks at its ends, and None where nothing is left as `left` asks."""
+    if left is None:
         return start, end
     while start < end and not text[start].isalnum() and text[start] not in "([+#/<":
         start += 1
     while start < end and not text[end - 1].isalnum() and text[end - 1] not in ")].>":
         end -= 1
-    if re.search(r"[^\W\d_]{2}", text[start:end]):
+    if left.search(text, start, end):
         return start, end
     return None
 
