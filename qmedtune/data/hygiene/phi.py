@@ -19,7 +19,7 @@ from qmedtune.data.hygiene.hospitals import find_hospitals
 from qmedtune.data.hygiene.persons import find_names
 from qmedtune.data.hygiene.plain import plain
 from qmedtune.data.hygiene.presidio import Finder
-from qmedtune.data.hygiene.recognisers import DIGITS, MARKED, RECOGNISERS, plausible
+from qmedtune.data.hygiene.recognisers import DIGITS, MARKED, RECOGNISERS, Recogniser, plausible
 from qmedtune.data.hygiene.words import EPONYMS, NEVER
 from qmedtune.results import Identifiers
 
@@ -65,19 +65,27 @@ def find(text: str, persons: Finder | None = None) -> list[Span]:
 def _found(text: str) -> Iterator[tuple[str, int, int]]:
     """(class, start, end) in a plain copy, in order of precedence; they may overlap."""
     lowered = text.lower().translate(DIGITS)
+    yield from _recognised(text, lowered, FIRST)
     yield from messages.find(text)
     yield from headers.find(text, lowered)
-    for recogniser in RECOGNISERS:
-        for match in recogniser.matches(text, lowered):
-            start, end = match.span("value" if "value" in recogniser.pattern.groupindex else 0)
-            if plausible(recogniser.kind, match, text[start:end], text[end : end + 16]):
-                yield recogniser.kind, start, end
+    yield from _recognised(text, lowered, REST)
     for start, end in find_hospitals(text):
         yield ("hospital", start, end)
     for start, end in find_names(text, lowered):
         yield ("name", start, end)
 
 
+def _recognised(text: str, lowered: str, recognisers: Iterable[Recogniser]) -> Iterator[tuple[str, int, int]]:
+    for recogniser in recognisers:
+        for match in recogniser.matches(text, lowered):
+            start, end = match.span("value" if "value" in recogniser.pattern.groupindex else 0)
+            if plausible(recogniser.kind, match, text[start:end], text[end : end + 16]):
+                yield recogniser.kind, start, end
+
+
+# An address of the web holds what looks like labels: `?id=88231`.
+FIRST = [recogniser for recogniser in RECOGNISERS if recogniser.kind in ("email", "url")]
+REST = [recogniser for recogniser in RECOGNISERS if recogniser.kind not in ("email", "url")]
 # Of these a part that nothing else has found is still to be taken out; a number is whole or none.
 IN_WORDS = frozenset(("name", "address", "hospital", "zip"))
 
