@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from qmedtune import model as models
-from qmedtune import record, store
+from qmedtune import peers, record, store
 from qmedtune.allowed import Quantization
 from qmedtune.data.packing import templates
 from qmedtune.data.packing.framing import codec_of, frame_of
@@ -25,10 +25,11 @@ from qmedtune.data.reading.sources import source_files
 from qmedtune.disk import owner_only
 from qmedtune.errors import RecipeError
 from qmedtune.evaluation import halves
-from qmedtune.evaluation.measure import MeasuredModel, Settings, measure_model, text_rows
+from qmedtune.evaluation.measure import MeasuredModel, ModelToMeasure, Settings, measure_model, num_parts, text_rows
 from qmedtune.evaluation.open_model import check_template, fingerprint, locate, open_model
 from qmedtune.evaluation.scoring import BATCH_TOKENS, max_positions
 from qmedtune.evaluation.summary import overlap_result, task_result, write_items
+from qmedtune.evaluation.turns import Turns
 from qmedtune.model_files import read_json
 from qmedtune.model_stack import ModelStack
 from qmedtune.modeling.collation import Rows
@@ -72,54 +73,76 @@ def evaluate_step(recipe: ResolvedRecipe, inputs: EvaluatedModels, out: Path) ->
     Delivered is the merged folder; without one, the base plus its adapters in the merge's dtype.
     Writes <task>.items.jsonl and evaluation.json below `out`, where an interrupted evaluation is continued.
     """
-    tasks = halves.scored_tasks(recipe)
-    stack = inputs.trained
-    window = document_window(stack.base)
-    held_out: Mapping[str, Rows] = {}
-    if inputs.validation is not None:
-        held_out = halves.texts_of(recipe, inputs.validation, window, "scored")
-    settings = settings_of(recipe, stack)
-    check_prompts(models.load_tokenizer(stack.base), settings.template, tasks)
-    taken = precision.decide(recipe, delivered_dtype(stack))
-    measured = {}
-    for contender in contenders(inputs, taken):
-        model, tokenizer = open_contender(recipe, contender)
-        measured[contender.label] = measure_model(
-            model, tokenizer, contender.label, tasks, held_out, settings, out / store.SCRATCH
-        )
-        del model  # or two are held while the next is loaded: 2 x 16 GB for an 8B base in 16 bit
-    found = write_results(tasks, measured, recipe.seed, out, overlapping=_overlapping(inputs.sources))
-    how = taken.facts(recipe.evaluate.precision) | {"template": settings.template.name, "window_tokens": window}
-    found = found.model_copy(update=how)
-    if taken.name == "delivered" and precision.trained(recipe).quantised and stack.adapters:
-        beside = _nf4_beside(recipe, inputs, held_out, settings, out / store.SCRATCH)
+    scoring = _scoring_of(recipe, inputs, out)
+    taken = scoring.taken
+    with peers.scoring(recipe, inputs, out, worth=scoring.num_parts() > 1) as turns:
+        measured, in_nf4 = scoring.measure(turns)
+    found = write_results(scoring.tasks, measured, recipe.seed, out, overlapping=_overlapping(inputs.sources))
+    told = {"template": scoring.settings.template.name, "window_tokens": document_window(inputs.trained.base)}
+    found = found.model_copy(update=taken.facts(recipe.evaluate.precision) | told)
+    if in_nf4:
         texts = {}
         for source, text in found.perplexity.items():
-            texts[source] = text.model_copy(update={"nf4": beside[source]})
+            base, final = in_nf4["base"].perplexity[source], in_nf4["final"].perplexity[source]
+            beside = BaseAndFinal(base=base.perplexity, final=final.perplexity)
+            texts[source] = text.model_copy(update={"nf4": beside})
         found = found.model_copy(update={"perplexity": texts})
     found = found.model_copy(update={"warnings": _warnings(inputs, taken, found)})
     store.write_json(out / "evaluation.json", found.as_json())
     return found
 
 
-def _nf4_beside(
-    recipe: Recipe, inputs: EvaluatedModels, held_out: Mapping[str, Rows], settings: Settings, folder: Path
-) -> dict[str, BaseAndFinal]:
-    """Perplexity of base and result in NF4, as trained, per source: what quantisation costs, what training only
-    repaired. Texts alone: they cost seconds, where tasks would cost the evaluation again."""
-    if not held_out:
-        return {}
-    found = {}
-    for contender in contenders(inputs, precision.trained(recipe)):
-        model, tokenizer = open_contender(recipe, contender)
-        label = f"{contender.label}-nf4"
-        found[contender.label] = measure_model(model, tokenizer, label, [], held_out, settings, folder).perplexity
-        del model
-    pairs = {}
-    for source in held_out:
-        base, final = found["base"][source], found["final"][source]
-        pairs[source] = BaseAndFinal(base=base.perplexity, final=final.perplexity)
-    return pairs
+def score_along(recipe: ResolvedRecipe, inputs: EvaluatedModels, out: Path, turns: Turns) -> None:
+    """This process's turns of an evaluation that another leads: what it scores is written below `out`."""
+    with owner_only():
+        _scoring_of(recipe, inputs, out).measure(turns)
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What the two models of a run are asked, in the precision `taken`; each part is kept below `folder`."""
+
+    recipe: ResolvedRecipe
+    inputs: EvaluatedModels
+    tasks: list[Task]
+    held_out: Mapping[str, Rows]
+    settings: Settings
+    taken: precision.Precision
+    folder: Path
+
+    def num_parts(self) -> int:
+        """How many parts there are to share with other processes, of one model."""
+        return sum(num_parts(task) for task in self.tasks) + len(self.held_out)
+
+    def measure(self, turns: Turns) -> tuple[dict[str, MeasuredModel], dict[str, MeasuredModel]]:
+        """Base and result by label; and, where what is delivered is not what was trained, their perplexities in NF4, as
+        trained: what quantisation costs, what training only repaired. Of texts alone: they cost seconds, where tasks
+        would cost the evaluation again."""
+        measured, in_nf4 = {}, {}
+        for contender in contenders(self.inputs, self.taken):
+            measured[contender.label] = self._one(contender, contender.label, self.tasks, turns)
+        trained = precision.trained(self.recipe)
+        if self.taken.name == "delivered" and trained.quantised and self.inputs.trained.adapters and self.held_out:
+            for contender in contenders(self.inputs, trained):
+                in_nf4[contender.label] = self._one(contender, f"{contender.label}-nf4", [], turns)
+        return measured, in_nf4
+
+    def _one(self, contender: Contender, label: str, tasks: list[Task], turns: Turns) -> MeasuredModel:
+        """The model is let go before the next is loaded: two would be 2 x 16 GB for an 8B base in 16 bit."""
+        model, tokenizer = open_contender(self.recipe, contender)
+        asked = ModelToMeasure(model, tokenizer, label, self.settings, self.folder, turns)
+        return measure_model(asked, tasks, self.held_out)
+
+
+def _scoring_of(recipe: ResolvedRecipe, inputs: EvaluatedModels, out: Path) -> Scoring:
+    tasks, stack = halves.scored_tasks(recipe), inputs.trained
+    held_out: Mapping[str, Rows] = {}
+    if inputs.validation is not None:
+        held_out = halves.texts_of(recipe, inputs.validation, document_window(stack.base), "scored")
+    settings = settings_of(recipe, stack)
+    check_prompts(models.load_tokenizer(stack.base), settings.template, tasks)
+    taken = precision.decide(recipe, delivered_dtype(stack))
+    return Scoring(recipe, inputs, tasks, held_out, settings, taken, out / store.SCRATCH)
 
 
 def _warnings(inputs: EvaluatedModels, taken: precision.Precision, found: Evaluation) -> list[str]:
@@ -310,7 +333,8 @@ def evaluate_model(job: ModelJob) -> ModelScores:
         rows, sizes = {}, {}
         for path in texts:
             rows[str(path)], sizes[str(path)] = text_rows(opened.tokenizer, path, window)
-        found = measure_model(opened.model, opened.tokenizer, "model", loaded, rows, settings, folder / store.SCRATCH)
+        asked = ModelToMeasure(opened.model, opened.tokenizer, "model", settings, folder / store.SCRATCH)
+        found = measure_model(asked, loaded, rows)
         scores = write_results(loaded, {"model": found}, seed, folder)
         weights = opened.computed_in
         if opened.quantization == "nf4":
