@@ -45,8 +45,8 @@ def install(model: nn.Module, mode: str = "auto", device: torch.device | None = 
 
     Call it after attaching adapters. mode: "auto" (dispatch.py decides), "triton" (ValueError where Triton cannot run)
     or "reference". device: what it will compute on, where it does not lie there yet. Returns what the report tells: the
-    path of each operation and why, the number of modules of each kind, and the linears that keep their own forward, with
-    the reason.
+    path of each operation and why, the number of modules of each kind, and the linears that keep their own forward,
+    with the reason.
     """
     norm = next(_norm_weights(model))
     dtype, device = norm.dtype, device or norm.device
