@@ -13,12 +13,13 @@ from qmedtune import compare, store, ui
 from qmedtune.data.packing import templates
 from qmedtune.errors import RecipeError
 from qmedtune.evaluate import Compared, Contender, contenders, delivered_dtype, open_contender, settings_of
-from qmedtune.evaluation import halves, precision
+from qmedtune.evaluation import precision
 from qmedtune.evaluation.open_model import Location, OpenModel, Quantization, locate, open_model
 from qmedtune.recipe import Recipe
 from qmedtune.resolved import ResolvedRecipe
 from qmedtune.results import HeadToHead
 from qmedtune.tasks import load_task, world_of
+from qmedtune.tasks.parts import part_of
 
 FINAL = "final"
 
@@ -47,20 +48,21 @@ def against_step(recipe: ResolvedRecipe, inputs: Compared, out: Path) -> HeadToH
 def splits_of(recipe: Recipe) -> tuple[list[compare.Split], list[str]]:
     """The recipe's tasks that can be compared, each once and zero-shot; and the labels of those that cannot.
     RecipeError where none is left."""
-    found, left_out = {}, []
+    found: dict[str, compare.Questions] = {}
+    left_out: list[str] = []
     for section in recipe.evaluate.tasks:
         bare = section.model_copy(update={"shots": 0})
-        task = halves.part_of(load_task(bare, recipe.items_seed, world_of(recipe)), recipe, "scored")
+        task = part_of(load_task(bare, recipe.items_seed, world_of(recipe)), recipe, "scored")
         if not compare.comparable(task):
             left_out.append(section.label)
         elif bare.label not in found:
-            found[bare.label] = compare.split(task, bare, recipe.items_seed)
+            found[bare.label] = compare.Questions(task, bare)
     if not found:
         raise RecipeError(
             f"evaluate.against: none of the tasks can be compared ({', '.join(left_out)})\n"
             "name one whose metric is accuracy, with 16 items or more"
         )
-    return list(found.values()), left_out
+    return compare.splits_of(list(found.values()), recipe.items_seed), left_out
 
 
 def check(recipe: Recipe, offline: bool) -> None:

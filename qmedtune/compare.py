@@ -28,6 +28,7 @@ from qmedtune.evaluation.scoring import choice_logprobs, prompt_texts
 from qmedtune.recipe import TaskSection
 from qmedtune.results import Chosen, Development, HeadToHead
 from qmedtune.tasks import Item, Task, check_twice, load_task
+from qmedtune.tasks.parts import place_of
 from qmedtune.tasks.shots import with_examples
 
 DEV_SHARE, MAX_DEV, MIN_DEV = 0.25, 100, 4
@@ -46,6 +47,14 @@ class Setting:
     @property
     def words(self) -> str:
         return f"{self.template.name}, {self.shots} shots"
+
+
+@dataclass(frozen=True)
+class Questions:
+    """A task without examples of its own, and the section that asked for it."""
+
+    task: Task
+    section: TaskSection
 
 
 @dataclass(frozen=True)
@@ -118,9 +127,10 @@ def compare_models(asked: Asked, out: Path | None = None) -> HeadToHead:
     if len(asked.models) < 2:
         raise RecipeError("compare: one model has nothing to be compared with\nname two or more")
     check_twice("compare", list(asked.models))
-    splits: list[Split] = []
+    questions: list[Questions] = []
     for section in asked.tasks:
-        splits.append(split(load_task(section, asked.seed), section, asked.seed))
+        questions.append(Questions(load_task(section, asked.seed), section))
+    splits = splits_of(questions, asked.seed)
     entrants: list[Entrant] = []
     for name in asked.models:
         entrants.append(Entrant(name, partial(_opened, name, asked)))
@@ -179,30 +189,41 @@ def _dev_count(task: Task) -> int:
     return min(MAX_DEV, round(DEV_SHARE * len(task.items)))
 
 
-def split(task: Task, section: TaskSection, seed: int) -> Split:
-    """A task without examples of its own, as development and scored items. RecipeError where it cannot be compared."""
+def splits_of(tasks: Sequence[Questions], seed: int) -> list[Split]:
+    """Every task's development and scored items. What is a development item of one task is scored in none: tasks may
+    share questions (MMLU and its medical part). RecipeError where a task cannot be compared."""
+    development: list[tuple[Item, ...]] = []
+    chosen_by = set[str]()
+    for asked in tasks:
+        items = _development(asked, seed)
+        development.append(items)
+        chosen_by |= {item.identity for item in items}
+    splits: list[Split] = []
+    for asked, items in zip(tasks, development, strict=True):
+        scored = tuple(item for item in asked.task.items if item.identity not in chosen_by)
+        if not scored:
+            raise RecipeError(
+                f"compare: prompts are chosen by all items of {asked.section.task}: it shares them with another task\n"
+                "leave one of the two out"
+            )
+        splits.append(Split(asked.task, asked.section, items, scored))
+    return splits
+
+
+def _development(asked: Questions, seed: int) -> tuple[Item, ...]:
+    """The items that prompts are chosen by: those that a draw by what they are puts first."""
+    task = asked.task
     if not _is_choice(task):
         raise RecipeError(
-            f"compare: {section.task} is no choice between options\nallowed: tasks whose metric is accuracy"
+            f"compare: {asked.section.task} is no choice between options\nallowed: tasks whose metric is accuracy"
         )
     count = _dev_count(task)
     if count < MIN_DEV:
         raise RecipeError(
-            f"compare: {section.task} has {len(task.items)} items\n16 are needed: a quarter chooses prompts"
+            f"compare: {asked.section.task} has {len(task.items)} items\n16 are needed: a quarter chooses prompts"
         )
-    dev = set(Random(f"compare {seed}").sample(range(len(task.items)), count))
-    chosen: list[Item] = []
-    others: list[Item] = []
-    groups = set[str]()
-    for index, item in enumerate(task.items):
-        if index not in dev:
-            others.append(item)
-            continue
-        chosen.append(item)
-        if item.group is not None:
-            groups.add(item.group)
-    scored = [item for item in others if item.group not in groups]
-    return Split(task, section, tuple(chosen), tuple(scored))
+    drawn = sorted(task.items, key=lambda item: place_of(item, f"compare {seed}"))
+    return tuple(drawn[:count])
 
 
 def _chosen(player: Player, part: Split) -> tuple[Setting, Development]:

@@ -41,6 +41,7 @@ from qmedtune.recipe import Recipe
 from qmedtune.resolved import ResolvedRecipe
 from qmedtune.results import Packing
 from qmedtune.tasks import Task
+from qmedtune.tasks.parts import part_of
 
 __all__ = ["BaseFacts", "base_facts", "make_plan", "resolve"]
 
@@ -374,10 +375,11 @@ def _evaluation(
     ids = preflight.asking(recipe, folder, builtin=facts.builtin)
     readings: list[scoring.Reading] = []
     for task in tasks:
-        readings.append(scoring.reading(task, ids, generate=recipe.evaluate.generate))
+        scored = part_of(task, recipe, "scored")
+        readings.append(scoring.reading(scored, ids, generate=recipe.evaluate.generate))
     taken = precision.decide(recipe, machine=machine)
-    scored = scoring.Scored(taken.name, taken.weights, taken.computed_in, taken.why)
-    return scoring.planned(recipe, facts, machine, scored, scoring.Found(readings, estimates))
+    scored_in = scoring.Scored(taken.name, taken.weights, taken.computed_in, taken.why)
+    return scoring.planned(recipe, facts, machine, scored_in, scoring.Found(readings, estimates))
 
 
 def _times(

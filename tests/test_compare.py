@@ -8,10 +8,11 @@ import torch
 from llama_folders import llama3_folder
 from statsmodels.stats import contingency_tables, multitest
 
-from qmedtune.compare import Asked, compare_models
+from qmedtune.compare import Asked, Questions, compare_models, splits_of
 from qmedtune.errors import RecipeError
 from qmedtune.evaluation import verdict
 from qmedtune.recipe import TaskSection
+from qmedtune.tasks import load_task
 
 DRAWS, N = 200, 400
 TASKS = ("a", "b", "c")
@@ -114,6 +115,24 @@ def test_models_are_asked_the_same_items_and_development_items_are_never_scored(
         assert best == max(facts.dev.accuracy.values())
     assert json.loads((tmp_path / "compare.json").read_text()) == found.as_json()
     assert len(found.claims) == 1 and len(found.duels) == 1
+
+
+def test_what_chooses_prompts_in_one_task_is_scored_in_none(models):
+    """Tasks may share questions (MMLU and its medical part, two limits): here the second is the half of the first."""
+    path = models / "q.jsonl"
+    half = models / "half.jsonl"
+    half.write_text("".join(path.read_text().splitlines(keepends=True)[:24]))
+    questions = []
+    for file in (path, half):
+        section = TaskSection(task="choice", path=str(file))
+        questions.append(Questions(load_task(section, 17), section))
+    whole, part = splits_of(questions, 17)
+    chosen_by = {item.id for item in (*whole.dev, *part.dev)}
+    assert len(whole.dev) == 10 and len(part.dev) == 6
+    assert {item.id for item in whole.scored} == {f"q{n}" for n in range(40)} - chosen_by
+    assert {item.id for item in part.scored} == {f"q{n}" for n in range(24)} - chosen_by
+    alone = splits_of(questions[:1], 17)[0]
+    assert alone.dev == whole.dev and len(alone.scored) == 30
 
 
 def test_what_cannot_be_compared_is_refused(models):

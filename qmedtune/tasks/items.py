@@ -45,6 +45,7 @@ class Item:
     shots: ids of the examples that stand in `messages` before the question
     stated: question and passages apart and without options, as training text may hold them; empty: the user's messages
     pmid: the PubMed abstract that the item was made from
+    identity: what is the same of the item in every task, under every limit and in other words (parts.py)
     """
 
     id: str
@@ -57,6 +58,7 @@ class Item:
     shots: tuple[str, ...] = ()
     stated: tuple[str, ...] = ()
     pmid: str | None = None
+    identity: str = ""
 
     @property
     def leaks(self) -> tuple[str, ...]:
