@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,11 +22,11 @@ from qmedtune import store, ui
 from qmedtune.data.packing import templates
 from qmedtune.errors import RecipeError
 from qmedtune.evaluation import statistics, verdict
-from qmedtune.evaluation.measure import adding, best_option
+from qmedtune.evaluation.measure import adding, best_option, within_memory
 from qmedtune.evaluation.open_model import OpenModel, Quantization, locate, open_model
-from qmedtune.evaluation.scoring import choice_logprobs, prompt_texts
+from qmedtune.evaluation.scoring import BATCH_TOKENS, ChoiceScores, choice_logprobs, prompt_texts
 from qmedtune.recipe import TaskSection
-from qmedtune.results import Chosen, Development, HeadToHead
+from qmedtune.results import Chosen, Development, HeadToHead, scored_in
 from qmedtune.tasks import Item, Task, check_twice, load_task
 from qmedtune.tasks.parts import place_of
 from qmedtune.tasks.shots import with_examples
@@ -158,7 +158,7 @@ def meet(entrants: Sequence[Entrant], splits: Sequence[Split], rules: Rules) -> 
             setting, dev = _chosen(player, part)
             right = _right(player, part, part.scored, setting)
             answers[part.section.label][entrant.name] = right
-            models[entrant.name][part.section.label] = _reached(setting, dev, right)
+            models[entrant.name][part.section.label] = _reached(player, setting, dev, right)
         del player
         gc.collect()
         torch.cuda.empty_cache()
@@ -171,9 +171,18 @@ def judged(outcome: Outcome, pairs: Sequence[tuple[str, str]]) -> HeadToHead:
     claims: list[str] = []
     for pair in pairs:
         own = [duel for duel in found if (duel.model, duel.reference) == pair]
-        claims.append(verdict.claim(own))
+        claims.append(verdict.claim(own, precision_of_both(outcome.models, pair)))
     duels = [duel.entry() for duel in found]
     return HeadToHead(models=outcome.models, duels=duels, claims=claims)
+
+
+def precision_of_both(models: Mapping[str, Mapping[str, Chosen]], pair: Sequence[str]) -> str:
+    """`bfloat16`, or `bfloat16 and NF4` where the two models were not scored in one precision."""
+    found: dict[str, None] = {}
+    for name in pair:
+        for chosen in models[name].values():
+            found[scored_in(None, chosen.weights)] = None
+    return " and ".join(found)
 
 
 def comparable(task: Task) -> bool:
@@ -266,7 +275,13 @@ def _answered(player: Player, part: Split, items: Sequence[Item], setting: Setti
     prompts = prompt_texts(tokenizer, setting.template, [item.messages for item in asked])
     options = [item.options for item in items]
     with ui.stage(f"{player.name}: {part.section.label}, {setting.words}", total=len(items), unit="items") as bar:
-        found = choice_logprobs(player.opened.model, tokenizer, prompts, options, progress=adding(bar))
+
+        def score(batch_tokens: int) -> list[ChoiceScores]:
+            bar.update(0)
+            model = player.opened.model
+            return choice_logprobs(model, tokenizer, prompts, options, batch_tokens=batch_tokens, progress=adding(bar))
+
+        found = within_memory(score, BATCH_TOKENS)
     right: list[bool] = []
     for score, item in zip(found, items, strict=True):
         right.append(best_option(score.sums, item.id) == item.gold)
@@ -282,7 +297,10 @@ def _with_shots(part: Split, items: Sequence[Item], setting: Setting, seed: int)
     return [with_examples(item, order, section, part.task.write, True) for item in items]
 
 
-def _reached(setting: Setting, dev: Development, right: list[bool]) -> Chosen:
+def _reached(player: Player, setting: Setting, dev: Development, right: list[bool]) -> Chosen:
+    weights = player.opened.computed_in
+    if player.opened.quantization == "nf4":
+        weights = "nf4"
     return Chosen(
         template=setting.template.name,
         shots=setting.shots,
@@ -290,6 +308,7 @@ def _reached(setting: Setting, dev: Development, right: list[bool]) -> Chosen:
         accuracy=sum(right) / len(right),
         ci95=statistics.wilson(sum(right), len(right)),
         n=len(right),
+        weights=weights,
     )
 
 

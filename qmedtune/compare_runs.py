@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, JsonValue
 from qmedtune import record
 from qmedtune.errors import RecipeError
 from qmedtune.evaluation import verdict
-from qmedtune.reporting.facts import Curve, Metrics
+from qmedtune.reporting.facts import Curve, Metrics, precision_of
 from qmedtune.reporting.headline import headline
 from qmedtune.reporting.live import read_metrics
 from qmedtune.results import AnsweredItem, DuelEntry, Evaluation, Interval, Json, Number, Run, Score, Stage, Text
@@ -35,12 +35,13 @@ class _Facts(BaseModel):
 
 
 class Compared(_Facts):
-    """One run of the comparison."""
+    """One run of the comparison. scored_in: the precision of its scores, in words."""
 
     name: str
     folder: str
     status: str
     headline: str
+    scored_in: str = ""
 
 
 class Setting(_Facts):
@@ -148,7 +149,15 @@ def compare(runs: Sequence[Side]) -> Result:
     compared, recipes, made_with = [], [], []
     for side in runs:
         told = headline(side.run, side.seen.life)
-        compared.append(Compared(name=side.name, folder=str(side.seen.folder), status=side.seen.status, headline=told))
+        compared.append(
+            Compared(
+                name=side.name,
+                folder=str(side.seen.folder),
+                status=side.seen.status,
+                headline=told,
+                scored_in=precision_of(side.evaluation),
+            )
+        )
         recipes.append(_flat(side.run.recipe))
         made_with.append(_made_with(side.run))
     duels = []

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from qmedtune import model as models
-from qmedtune import record, store
+from qmedtune import record, store, ui
 from qmedtune.data.packing import templates
 from qmedtune.data.packing.framing import codec_of, frame_of
 from qmedtune.data.reading.sources import source_files
@@ -78,14 +78,8 @@ def evaluate_step(recipe: ResolvedRecipe, inputs: Compared, out: Path) -> Evalua
         held_out = halves.texts_of(recipe, inputs.validation, window, "scored")
     settings = settings_of(recipe, stack)
     check_prompts(models.load_tokenizer(stack.base), settings.template, tasks)
-    taken = precision.decide(recipe, delivered_dtype(stack))
-    measured = {}
-    for contender in contenders(inputs, taken):
-        model, tokenizer = open_contender(recipe, contender)
-        measured[contender.label] = measure_model(
-            model, tokenizer, contender.label, tasks, held_out, settings, out / store.SCRATCH
-        )
-        del model  # or two are held while the next is loaded: 2 x 16 GB for an 8B base in 16 bit
+    questions = Questions(tasks, held_out, settings)
+    taken, measured = _both(recipe, inputs, questions, out / store.SCRATCH)
     found = write_results(tasks, measured, recipe.seed, out, overlapping=_overlapping(inputs.sources))
     how = taken.facts(recipe.evaluate.precision) | {"template": settings.template.name, "window_tokens": window}
     found = found.model_copy(update=how)
@@ -98,6 +92,43 @@ def evaluate_step(recipe: ResolvedRecipe, inputs: Compared, out: Path) -> Evalua
     found = found.model_copy(update={"warnings": _warnings(inputs, taken, found)})
     store.write_json(out / "evaluation.json", found.as_json())
     return found
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What both models are asked."""
+
+    tasks: list[Task]
+    held_out: Mapping[str, Rows]
+    settings: Settings
+
+
+def _both(
+    recipe: Recipe, inputs: Compared, questions: Questions, folder: Path
+) -> tuple[precision.Precision, dict[str, Measured]]:
+    """Base and final, and the precision that they were scored in: NF4 where memory runs out in 16 bit, and one
+    precision for both. What is kept below `folder` is kept by precision."""
+    taken = precision.decide(recipe, delivered_dtype(inputs.trained))
+    instead = precision.after_no_room(recipe, taken)
+    try:
+        return taken, _measured_in(taken, recipe, inputs, questions, folder)
+    except torch.OutOfMemoryError:
+        if instead is None:
+            raise
+    ui.warn(f"evaluation: {instead.why}; base and result are scored in NF4")
+    return instead, _measured_in(instead, recipe, inputs, questions, folder / "nf4")
+
+
+def _measured_in(
+    taken: precision.Precision, recipe: Recipe, inputs: Compared, questions: Questions, folder: Path
+) -> dict[str, Measured]:
+    measured: dict[str, Measured] = {}
+    tasks, held_out, settings = questions.tasks, questions.held_out, questions.settings
+    for contender in contenders(inputs, taken):
+        model, tokenizer = open_contender(recipe, contender)
+        measured[contender.label] = measure_model(model, tokenizer, contender.label, tasks, held_out, settings, folder)
+        del model  # or two are held while the next is loaded: 2 x 16 GB for an 8B base in 16 bit
+    return measured
 
 
 def _nf4_beside(

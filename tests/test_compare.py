@@ -80,9 +80,10 @@ def test_the_claim_tells_wins_losses_and_what_a_tie_could_have_shown():
     generator = np.random.default_rng(15)
     answers = {"won": planted(generator, 0.3, 0.05), "lost": planted(generator, 0.05, 0.3)}
     answers["even"] = {"base": [True] * 20 + [False] * 80, "other": [False] * 10 + [True] * 20 + [False] * 70}
-    said = verdict.claim(verdict.duels(answers, "base"))
+    said = verdict.claim(verdict.duels(answers, "base"), "bfloat16")
     assert "better on won (+" in said and "worse on lost (-" in said
     assert "no difference shown on even" in said and "could show" in said and "Holm" in said
+    assert said.startswith("other against base, in bfloat16, prompts chosen per model")
 
 
 @pytest.fixture(scope="module")

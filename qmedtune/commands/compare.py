@@ -89,16 +89,18 @@ def _compare_runs(folders: list[Path], out: Path | None, as_json: bool) -> None:
 
 def _show_duels(found: HeadToHead) -> None:
     from qmedtune import ui
+    from qmedtune.compare import precision_of_both
 
     rows: list[tuple[str, ...]] = []
     for duel in found.duels:
         low, high = duel.ci95
         scores = [found.models[name][duel.task] for name in (found.reference, duel.model)]
         asked = " / ".join(f"{score.template}, {score.shots} shots" for score in scores)
+        precision = precision_of_both(found.models, (found.reference, duel.model))
         both = " → ".join(f"{score.accuracy:.3f}" for score in scores)
         change = f"{duel.difference:+.3f} ({low:+.3f} to {high:+.3f})"
-        rows.append((duel.model, duel.task, both, change, f"{duel.p_holm:.3f}", duel.verdict, asked))
-    columns = ("model", "task", "accuracy", "difference, 95 %", "p (Holm)", "verdict", "asked with")
+        rows.append((duel.model, duel.task, both, change, f"{duel.p_holm:.3f}", duel.verdict, asked, precision))
+    columns = ("model", "task", "accuracy", "difference, 95 %", "p (Holm)", "verdict", "asked with", "scored in")
     ui.table(f"against {found.reference}", columns, rows)
     for sentence in found.claims:
         ui.note(sentence)

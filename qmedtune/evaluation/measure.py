@@ -8,12 +8,13 @@ Deliberately absent: model loading, intervals and comparisons (summary.py).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import gc
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -46,6 +47,8 @@ PART = 256  # questions between two writes
 # moved the gap of the best two by .054 nats (standard deviation; 97.5 % by less than .124), and 8 choices, all of a gap
 # below .09, were others than in fp32 (2026-11). float16 has 8 times its resolution.
 TIE_NATS = {torch.float32: 1e-4, torch.float16: 0.016, torch.bfloat16: 0.125}
+FEWEST_TOKENS = 256  # of a batch: where not even these fit, no smaller batch would help
+T = TypeVar("T")
 Row = Judgement
 """Everything that is kept of one item for one model: its judgement, and how it was found."""
 
@@ -80,12 +83,15 @@ def measure_model(
     marks = codec_of(tokenizer).special_ids
 
     def text(source: str) -> dict[str, float]:
+        rows = held_out[source]
         with ui.stage(f"perplexity of {Path(source).name}, {label}") as bar:
-            return asdict(
-                perplexity(
-                    model, held_out[source], batch_tokens=settings.batch_tokens, progress=adding(bar), marks=marks
-                )
-            )
+            done = bar.completed
+
+            def read(batch_tokens: int) -> Perplexity:
+                bar.update(done)
+                return perplexity(model, rows, batch_tokens=batch_tokens, progress=adding(bar), marks=marks)
+
+            return asdict(within_memory(read, settings.batch_tokens))
 
     done = {}
     for task in tasks:
@@ -110,7 +116,8 @@ def measure(model: Any, tokenizer: Any, task: Task, settings: Settings, title: s
             items = [asked[index] for index in part]
             texts = [prompts[index] for index in part]
             done = bar.completed
-            work = partial(_score, model, tokenizer, task, items, texts, settings, adding(bar))
+            score = partial(_score, model, tokenizer, task, items, texts, settings, adding(bar))
+            work = partial(within_memory, score, settings.batch_tokens)
             for index, row in zip(part, store.kept(folder / f"{number:05d}.json", work), strict=True):
                 rows[index] = row
             bar.update(done + len(part) * ways)
@@ -130,26 +137,42 @@ def parts(asked: Sequence[Item], prompts: Sequence[Asked]) -> list[list[int]]:
 
 
 def _score(
-    model: Any, tokenizer: Any, task: Task, items: list[Item], prompts: list[Asked], settings: Settings, done: Progress
-) -> list[Row]:
+    model: Any, tokenizer: Any, task: Task, items: list[Item], prompts: list[Asked], settings: Settings, done: Progress,
+    batch_tokens: int,
+) -> list[Row]:  # fmt: skip
     rows: list[Row] = []
     options = []
     for item in items:
         rows.append({"truncated": False})
         options.append(item.options)
     if items[0].options:
-        scores = choice_logprobs(model, tokenizer, prompts, options, batch_tokens=settings.batch_tokens, progress=done)
+        scores = choice_logprobs(model, tokenizer, prompts, options, batch_tokens=batch_tokens, progress=done)
         resolution = TIE_NATS[compute_dtype(model)]
         for row, item, score in zip(rows, items, scores, strict=True):
             row |= {**_choice_row(task, item, score, resolution), "truncated": score.truncated}
     if settings.generate or not items[0].options:
-        length, budget = task.max_new_tokens, settings.batch_tokens
-        answers = generate(model, tokenizer, prompts, length, batch_tokens=budget, progress=done)
+        length = task.max_new_tokens
+        answers = generate(model, tokenizer, prompts, length, batch_tokens=batch_tokens, progress=done)
         for row, item, answer in zip(rows, items, answers, strict=True):
             prediction = task.parse(answer.text, item)
             judged = {**task.judge(item, prediction), "parsed": prediction is not None, "ended": answer.ended}
             row |= {"generation": judged, "truncated": row["truncated"] or answer.truncated}
     return rows
+
+
+def within_memory(work: Callable[[int], T], batch_tokens: int) -> T:
+    """What `work` makes of batches of so many padded tokens; of smaller ones where memory runs out, as it does on a
+    card that others use too. torch.OutOfMemoryError where the smallest do not fit."""
+    while True:
+        try:
+            return work(batch_tokens)
+        except torch.OutOfMemoryError:
+            if batch_tokens <= FEWEST_TOKENS:
+                raise
+        gc.collect()
+        torch.cuda.empty_cache()
+        batch_tokens = max(FEWEST_TOKENS, batch_tokens // 2)
+        ui.warn(f"out of memory: scored in batches of {batch_tokens:,} tokens from here on")
 
 
 def adding(bar: ui.Stage) -> Progress:

@@ -143,11 +143,12 @@ def _z(probability: float) -> float:
     return NormalDist().inv_cdf(probability)
 
 
-def claim(found: Sequence[Duel]) -> str:
-    """One sentence about one model against the reference."""
+def claim(found: Sequence[Duel], precision: str) -> str:
+    """One sentence about one model against the reference. precision: what both were scored in, in words."""
     model, reference = found[0].model, found[0].reference
     tasks = "1 task" if len(found) == 1 else f"{len(found)} tasks"
-    parts = [f"{model} against {reference}, prompts chosen per model, on the same items of {tasks}:"]
+    how = f"in {precision}, prompts chosen per model, on the same items of {tasks}"
+    parts = [f"{model} against {reference}, {how}:"]
     for verdict, words in (("win", "better on"), ("lose", "worse on"), ("tie", "no difference shown on")):
         told = [_told(duel) for duel in found if duel.verdict == verdict]
         if told:

@@ -7,7 +7,7 @@ import re
 
 from qmedtune.reporting.cells import Row, Table, three_decimals
 from qmedtune.reporting.facts import MINUS
-from qmedtune.results import Chosen, HeadToHead
+from qmedtune.results import Chosen, HeadToHead, scored_in
 
 COLUMNS = ("Against", "Task", "Its score", "Final", "Difference", "p (Holm)", "Verdict", "Asked with")
 NOTE = (
@@ -36,6 +36,8 @@ def head_to_head(found: HeadToHead) -> Table:
             )
         )
     note = NOTE
+    if words := scored_in(found.precision, found.weights):
+        note += f" All models were scored in {words}."
     if found.left_out:
         note += f" Not compared, no choices of accuracy or too few: {', '.join(found.left_out)}."
     return Table("Head to head", COLUMNS, rows, note)

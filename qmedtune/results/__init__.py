@@ -63,6 +63,7 @@ from qmedtune.results.scores import (
     Scores,
     Task,
     Text,
+    scored_in,
 )
 from qmedtune.results.stages import (
     Adapter,
@@ -180,4 +181,5 @@ __all__ = [
     "Told",
     "Trained",
     "Validation",
+    "scored_in",
 ]

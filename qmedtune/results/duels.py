@@ -13,7 +13,7 @@ class Development(Facts):
 
 
 class Chosen(Facts):
-    """How one model was asked in one task, and what it reached on the items that are scored."""
+    """How one model was asked in one task, and what it reached on the items that are scored. weights: dtype, or nf4."""
 
     template: str
     shots: int
@@ -21,6 +21,7 @@ class Chosen(Facts):
     accuracy: Number
     ci95: Interval
     n: int
+    weights: str | None = None
 
 
 class DuelEntry(Facts):

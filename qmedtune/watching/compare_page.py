@@ -70,6 +70,15 @@ def sentences(result: Result) -> Iterator[str]:
             yield f"{run.name} against {result.reference}: no task whose items both answered."
 
 
+def scored_in(result: Result) -> str:
+    """The precision that the runs were scored in; of each run where they differ."""
+    found = dict.fromkeys(run.scored_in or "an unknown precision" for run in result.runs)
+    if len(found) == 1:
+        return f"scored in {next(iter(found))}"
+    each = [f"{run.name} in {run.scored_in or 'an unknown precision'}" for run in result.runs]
+    return f"scored in several precisions, which moves scores too ({'; '.join(each)})"
+
+
 # ---- tables, for the terminal too ------------------------------------------------------------------------------------
 
 
@@ -85,8 +94,8 @@ def scores_table(result: Result) -> Table:
     note = "No task was scored."
     if rows:
         note = (
-            "Final models. Shared: items that all runs answered, with the same gold answer; the tests below are on "
-            "those."
+            f"Final models, {scored_in(result)}. Shared: items that all runs answered, with the same gold answer; the "
+            "tests below are on those."
         )
     return Table("Scores", ("Task", *_names(result), "Shared items"), rows, note)
 
@@ -113,7 +122,9 @@ def perplexity_table(result: Result) -> Table:
     for scored in result.perplexity:
         values = [_perplexity_of(value) for value in scored.values]
         rows.append((scored.name, *values))
-    return Table("Perplexity", ("Text", *_names(result)), rows, "Of the final models; lower is better.")
+    return Table(
+        "Perplexity", ("Text", *_names(result)), rows, f"Of the final models, {scored_in(result)}; lower is better."
+    )
 
 
 def training_table(result: Result) -> Table:
