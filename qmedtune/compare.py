@@ -167,7 +167,10 @@ def meet(entrants: Sequence[Entrant], splits: Sequence[Split], rules: Rules) -> 
 
 def judged(outcome: Outcome, pairs: Sequence[tuple[str, str]]) -> HeadToHead:
     """Of each pair the first model against the second."""
-    found = verdict.paired_duels(outcome.answers, pairs)
+    grouped: dict[str, statistics.Groups] = {}
+    for part in outcome.splits:
+        grouped[part.section.label] = [item.group or f"item {item.id}" for item in part.scored]
+    found = verdict.paired_duels(outcome.answers, pairs, grouped)
     claims: list[str] = []
     for pair in pairs:
         own = [duel for duel in found if (duel.model, duel.reference) == pair]

@@ -26,8 +26,27 @@ from qmedtune.watching.runs import Seen, Shelf
 NO_SETTING = ("name",)
 # Of a stage, in the order of the table.
 FIGURES = ("tokens trained", "last loss", "tokens per second", "seconds", "peak memory")
-Answers = dict[str, tuple[str, bool]]
-"""By item: its gold answer, and whether the model gave it."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Of one item: its gold answer, whether the model gave it, and the number of what it was taken from."""
+
+    gold: str
+    right: bool
+    group: int | None
+
+
+Answers = dict[str, Answer]
+"""By item."""
+
+
+@dataclass(frozen=True)
+class Shared:
+    """The items of a task that all runs answered: right or wrong by run, and what each was taken from."""
+
+    right: dict[str, list[bool]]
+    groups: list[str]
 
 
 class _Facts(BaseModel):
@@ -161,8 +180,10 @@ def compare(runs: Sequence[Side]) -> Result:
         recipes.append(_flat(side.run.recipe))
         made_with.append(_made_with(side.run))
     duels = []
+    right = {task: shared.right for task, shared in answers.items()}
+    groups = {task: shared.groups for task, shared in answers.items()}
     if answers:
-        for duel in verdict.duels(answers, reference):
+        for duel in verdict.duels(right, reference, groups):
             duels.append(duel.entry())
     return Result(
         reference=reference,
@@ -284,13 +305,13 @@ def _tasks(runs: Sequence[Side]) -> list[str]:
     return list(found)
 
 
-def _scores(runs: Sequence[Side], answers: dict[str, dict[str, list[bool]]]) -> Iterator[Scored]:
+def _scores(runs: Sequence[Side], answers: dict[str, Shared]) -> Iterator[Scored]:
     for task in _tasks(runs):
         finals = _Column.of(runs, task, "final")
         bases = _Column.of(runs, task, "base")
         items = None
-        for answered in answers.get(task, {}).values():
-            items = len(answered)  # the same for every run
+        if task in answers:
+            items = len(answers[task].groups)
         yield Scored(
             name=task,
             metric=finals.metric or bases.metric,
@@ -344,28 +365,44 @@ def _perplexities(runs: Sequence[Side]) -> Iterator[Scored]:
         yield Scored(name=name, metric="perplexity", values=finals, base=bases)
 
 
-def _answers(runs: Sequence[Side]) -> dict[str, dict[str, list[bool]]]:
-    """{task: {run: right or wrong}} on the items that all runs answered, for tasks whose items are right or wrong.
+def _answers(runs: Sequence[Side]) -> dict[str, Shared]:
+    """By task the items that all runs answered, for tasks whose items are right or wrong.
 
     Shared are items of one id whose gold answer is the same: two files may number their items alike.
     """
-    found: dict[str, dict[str, list[bool]]] = {}
+    found: dict[str, Shared] = {}
     for task in _tasks(runs):
         each = [_items(side, task) for side in runs]
         shared = _shared(each)
         if shared:
-            found[task] = {}
+            right: dict[str, list[bool]] = {}
             for side, items in zip(runs, each, strict=True):
-                found[task][side.name] = [items[key][1] for key in shared]
+                right[side.name] = [items[key].right for key in shared]
+            found[task] = Shared(right, _groups(each, shared))
     return found
+
+
+def _groups(each: Sequence[Answers], shared: Sequence[str]) -> list[str]:
+    """What each shared item was taken from, itself where nothing says. By the first run that tells: each numbers by
+    itself, and runs of earlier versions do not."""
+    for items in each:
+        if any(items[key].group is not None for key in shared):
+            return [_group(key, items[key]) for key in shared]
+    return list(shared)
+
+
+def _group(key: str, answer: Answer) -> str:
+    if answer.group is None:
+        return f"item {key}"
+    return f"group {answer.group}"
 
 
 def _shared(each: Sequence[Answers]) -> list[str]:
     """In the order of the first."""
     first, *others = each
     found = []
-    for key, (gold, _) in first.items():
-        asked_of_all = all(key in items and items[key][0] == gold for items in others)
+    for key, answer in first.items():
+        asked_of_all = all(key in items and items[key].gold == answer.gold for items in others)
         if asked_of_all:
             found.append(key)
     return found
@@ -380,5 +417,5 @@ def _items(side: Side, task: str) -> Answers:
     found: Answers = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         item = AnsweredItem.model_validate_json(line)
-        found[item.id] = str(item.gold), item.of("final").is_right
+        found[item.id] = Answer(str(item.gold), item.of("final").is_right, item.group)
     return found

@@ -10,7 +10,7 @@ from statsmodels.stats import contingency_tables, multitest
 
 from qmedtune.compare import Asked, Questions, compare_models, splits_of
 from qmedtune.errors import RecipeError
-from qmedtune.evaluation import verdict
+from qmedtune.evaluation import statistics, verdict
 from qmedtune.recipe import TaskSection
 from qmedtune.tasks import load_task
 
@@ -74,6 +74,28 @@ def test_the_detectable_difference_is_found_in_four_of_five_draws():
     gained, lost = (changed + difference) / 2, (changed - difference) / 2
     found = [verdict.duels({"a": planted(generator, gained, lost, n)}, "base")[0].verdict for _ in range(400)]
     assert found.count("win") / 400 == pytest.approx(0.8, abs=0.08)
+
+
+def test_items_of_one_premise_are_no_independent_evidence():
+    """60 premises of four hypotheses, which a model gains or loses together: no difference is there, and McNemar's test
+    of the 240 items claims one in a third of the draws."""
+    generator = np.random.default_rng(16)
+    groups = [f"premise {number // 4}" for number in range(240)]
+    alone = together = 0
+    for _ in range(DRAWS):
+        kind = np.repeat(generator.choice(3, size=60, p=[0.2, 0.2, 0.6]), 4)
+        answers = {"a": {"base": (kind == 1).tolist(), "other": (kind == 0).tolist()}}
+        alone += verdict.duels(answers, "base")[0].verdict != "tie"
+        [duel] = verdict.duels(answers, "base", {"a": groups})
+        together += duel.verdict != "tie"
+        assert duel.groups == 60 and duel.ci95[0] <= duel.difference <= duel.ci95[1]
+    assert together <= 17 and alone >= 50
+    entry = duel.entry()
+    assert "groups" in entry.test and "groups" in entry.ci95_method and entry.groups == 60
+    assert "sign flips" in verdict.claim([duel], "bfloat16")
+    same = {"a": {"base": [True, False] * 8, "other": [True, False] * 8}}
+    [duel] = verdict.duels(same, "base", {"a": [number // 2 for number in range(16)]})
+    assert duel.verdict == "tie" and duel.ci95 == statistics.tango(0, 0, 8)
 
 
 def test_the_claim_tells_wins_losses_and_what_a_tie_could_have_shown():

@@ -318,8 +318,11 @@ def _per_draw(task: Task, rows: list[Row]) -> Draws:
 def write_items(path: Path, task: Task, measured: ModelRows) -> None:
     """One line per question: id, gold label, examples, and per model prediction and scores. Never text of a source."""
     lines = []
+    groups: dict[str, int] = {}
     for index, item in enumerate(task.asked):
         line: Facts = {"id": item.id}
+        if item.group:
+            line["group"] = groups.setdefault(item.group, len(groups))  # its name may be a premise, or a patient
         if item.facet:
             line["facet"] = item.facet
         if task.draws:

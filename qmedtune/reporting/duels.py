@@ -13,7 +13,8 @@ COLUMNS = ("Against", "Task", "Its score", "Final", "Difference", "p (Holm)", "V
 NOTE = (
     "Each model was asked in the template and with the number of examples that answered most development items "
     "rightly; those are not scored, and all models answered the same other items. Differences with Tango's 95% score "
-    "interval; exact McNemar tests, Holm's correction over all rows. A tie is no proof of equality."
+    "interval (resampled groups, where items share a note or premise); exact McNemar tests (exact sign flips of such "
+    "groups), Holm's correction over all rows. A tie is no proof of equality."
 )
 
 

@@ -25,7 +25,8 @@ class Chosen(Facts):
 
 
 class DuelEntry(Facts):
-    """`model` against `reference` on one task. detectable: the difference that so many items could have shown."""
+    """`model` against `reference` on one task. detectable: the difference that so many items could have shown; groups:
+    of items that share a note or premise, which the test and the interval go by."""
 
     task: str
     model: str
@@ -39,6 +40,7 @@ class DuelEntry(Facts):
     p_holm: Number
     verdict: str
     detectable: Number
+    groups: int | None = None
     test: str
     ci95_method: str
 

@@ -23,9 +23,11 @@ class Judged(Facts):
 
 
 class AnsweredItem(Facts):
-    """A line of <task>.items.jsonl, as far as its answers are compared."""
+    """A line of <task>.items.jsonl, as far as its answers are compared. group: number of the note or premise that it
+    was taken from, where items share them."""
 
     id: str
+    group: int | None = None
     facet: str | None = None
     gold: JsonValue = None
     base: Judged | None = None

@@ -111,8 +111,9 @@ def tests_table(result: Result) -> Table:
     note = "No items are shared: nothing can be tested."
     if rows:
         note = (
-            f"Against {result.reference}, paired on the shared items: Tango's interval, exact McNemar test, Holm's "
-            "correction over all rows. No difference shown is no proof of equality."
+            f"Against {result.reference}, paired on the shared items: Tango's interval, exact McNemar test (where "
+            "items share a note or premise: resampled groups, exact sign flips), Holm's correction over all rows. No "
+            "difference shown is no proof of equality."
         )
     return Table("Paired tests", columns, rows, note)
 
