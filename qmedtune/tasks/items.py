@@ -203,7 +203,7 @@ def conversation(where: str, fields: Fields) -> tuple[tuple[Message, ...], str]:
 
 def item_id(where: str, fields: Fields) -> str:
     """The record's own name, else its line."""
-    for key in ("id", "_key", "pmid", "pubid", "pairID", "realid"):
+    for key in ("id", "_key", "pmid", "pubid", "pairID", "realid", "prompt_id"):
         if name := as_name(fields.get(key)):
             return name
     return f"line-{where.rpartition(':')[2]}"
