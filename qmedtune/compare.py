@@ -25,6 +25,7 @@ from qmedtune.evaluation import statistics, verdict
 from qmedtune.evaluation.measure import adding, best_option, within_memory
 from qmedtune.evaluation.open_model import OpenModel, Quantization, locate, open_model
 from qmedtune.evaluation.scoring import BATCH_TOKENS, ChoiceScores, choice_logprobs, prompt_texts
+from qmedtune.evaluation.summary import majority_of
 from qmedtune.recipe import TaskSection
 from qmedtune.results import Chosen, Development, HeadToHead, scored_in
 from qmedtune.tasks import Item, Task, check_twice, load_task
@@ -158,7 +159,7 @@ def meet(entrants: Sequence[Entrant], splits: Sequence[Split], rules: Rules) -> 
             setting, dev = _chosen(player, part)
             right = _right(player, part, part.scored, setting)
             answers[part.section.label][entrant.name] = right
-            models[entrant.name][part.section.label] = _reached(player, setting, dev, right)
+            models[entrant.name][part.section.label] = _reached(player, part, setting, dev, right)
         del player
         gc.collect()
         torch.cuda.empty_cache()
@@ -174,9 +175,21 @@ def judged(outcome: Outcome, pairs: Sequence[tuple[str, str]]) -> HeadToHead:
     claims: list[str] = []
     for pair in pairs:
         own = [duel for duel in found if (duel.model, duel.reference) == pair]
-        claims.append(verdict.claim(own, precision_of_both(outcome.models, pair)))
+        claims.append(verdict.claim(own, precision_of_both(outcome.models, pair)) + _no_knowledge(outcome, pair[0]))
     duels = [duel.entry() for duel in found]
     return HeadToHead(models=outcome.models, duels=duels, claims=claims)
+
+
+def _no_knowledge(outcome: Outcome, model: str) -> str:
+    """A sentence on the tasks in which a model is not beyond always the commonest answer; nothing where there are
+    none: to win against a base is no knowledge yet."""
+    told: list[str] = []
+    for task, chosen in outcome.models[model].items():
+        if chosen.majority is not None and chosen.ci95[0] <= chosen.majority:
+            told.append(f"{task} ({chosen.accuracy:.3f}; {chosen.majority:.3f})")
+    if not told:
+        return ""
+    return f" {model} is not beyond always the commonest answer on {', '.join(told)}."
 
 
 def precision_of_both(models: Mapping[str, Mapping[str, Chosen]], pair: Sequence[str]) -> str:
@@ -300,7 +313,7 @@ def _with_shots(part: Split, items: Sequence[Item], setting: Setting, seed: int)
     return [with_examples(item, order, section, part.task.write, True) for item in items]
 
 
-def _reached(player: Player, setting: Setting, dev: Development, right: list[bool]) -> Chosen:
+def _reached(player: Player, part: Split, setting: Setting, dev: Development, right: list[bool]) -> Chosen:
     weights = player.opened.computed_in
     if player.opened.quantization == "nf4":
         weights = "nf4"
@@ -311,6 +324,7 @@ def _reached(player: Player, setting: Setting, dev: Development, right: list[boo
         accuracy=sum(right) / len(right),
         ci95=statistics.wilson(sum(right), len(right)),
         n=len(right),
+        majority=majority_of(part.scored),
         weights=weights,
     )
 

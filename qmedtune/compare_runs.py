@@ -72,7 +72,7 @@ class Setting(_Facts):
 
 class Scored(_Facts):
     """A task (or text, for perplexity) as each run's final model did. items: that all runs answered; None where no
-    answers can be compared."""
+    answers can be compared; majority: what always the commonest answer scores."""
 
     name: str
     metric: str
@@ -81,6 +81,7 @@ class Scored(_Facts):
     n: list[int | None] = []
     base: list[Number | None] = []
     items: int | None = None
+    majority: Number | None = None
 
 
 class Training(_Facts):
@@ -320,6 +321,7 @@ def _scores(runs: Sequence[Side], answers: dict[str, Shared]) -> Iterator[Scored
             n=finals.n,
             base=bases.values,
             items=items,
+            majority=finals.majority,
         )
 
 
@@ -328,6 +330,7 @@ class _Column:
     """A task of one model of every run; None where a run has no such score."""
 
     metric: str = ""
+    majority: Number | None = None
     values: list[Number | None] = field(default_factory=list[Number | None])
     ci95: list[Interval | None] = field(default_factory=list[Interval | None])
     n: list[int | None] = field(default_factory=list[int | None])
@@ -346,6 +349,8 @@ class _Column:
             self.n.append(None)
             return
         self.metric = self.metric or score.metric
+        if self.majority is None:
+            self.majority = score.majority
         self.values.append(score.value)
         self.ci95.append(score.ci95)
         self.n.append(score.n)

@@ -97,10 +97,23 @@ def _show_duels(found: HeadToHead) -> None:
         scores = [found.models[name][duel.task] for name in (found.reference, duel.model)]
         asked = " / ".join(f"{score.template}, {score.shots} shots" for score in scores)
         precision = precision_of_both(found.models, (found.reference, duel.model))
+        commonest = f"{scores[0].majority:.3f}" if scores[0].majority is not None else "–"
         both = " → ".join(f"{score.accuracy:.3f}" for score in scores)
         change = f"{duel.difference:+.3f} ({low:+.3f} to {high:+.3f})"
-        rows.append((duel.model, duel.task, both, change, f"{duel.p_holm:.3f}", duel.verdict, asked, precision))
-    columns = ("model", "task", "accuracy", "difference, 95 %", "p (Holm)", "verdict", "asked with", "scored in")
+        rows.append(
+            (duel.model, duel.task, both, commonest, change, f"{duel.p_holm:.3f}", duel.verdict, asked, precision)
+        )
+    columns = (
+        "model",
+        "task",
+        "accuracy",
+        "commonest answer",
+        "difference, 95 %",
+        "p (Holm)",
+        "verdict",
+        "asked with",
+        "scored in",
+    )
     ui.table(f"against {found.reference}", columns, rows)
     for sentence in found.claims:
         ui.note(sentence)

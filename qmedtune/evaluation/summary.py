@@ -89,12 +89,17 @@ def _without_a_model(task: Task, items: Sequence[Item]) -> Facts:
     """What guessing reaches, and what always the commonest right answer (a letter, yes, a sentence) would."""
     if task.metric != "accuracy":
         return {}
-    answers, chances = Counter[str](), []
+    chances = [1 / len(item.options) for item in items]
+    return {"chance": float(np.mean(chances)), "majority": majority_of(items)}
+
+
+def majority_of(items: Sequence[Item]) -> float:
+    """The share of items whose right option is the commonest one (a letter, yes, a sentence)."""
+    answers = Counter[str]()
     for item in items:
         answers[item.options[item.gold]] += 1
-        chances.append(1 / len(item.options))
     [(_, commonest)] = answers.most_common(1)
-    return {"chance": float(np.mean(chances)), "majority": commonest / len(items)}
+    return commonest / len(items)
 
 
 def _groups(items: Sequence[Item]) -> statistics.Groups | None:

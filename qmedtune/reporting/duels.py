@@ -9,7 +9,17 @@ from qmedtune.reporting.cells import Row, Table, three_decimals
 from qmedtune.reporting.facts import MINUS
 from qmedtune.results import Chosen, HeadToHead, scored_in
 
-COLUMNS = ("Against", "Task", "Its score", "Final", "Difference", "p (Holm)", "Verdict", "Asked with")
+COLUMNS = (
+    "Against",
+    "Task",
+    "Its score",
+    "Final",
+    "Commonest answer",
+    "Difference",
+    "p (Holm)",
+    "Verdict",
+    "Asked with",
+)
 NOTE = (
     "Each model was asked in the template and with the number of examples that answered most development items "
     "rightly; those are not scored, and all models answered the same other items. Differences with Tango's 95% score "
@@ -30,6 +40,7 @@ def head_to_head(found: HeadToHead) -> Table:
                 duel.task,
                 three_decimals(theirs.accuracy),
                 f"{ours.accuracy:.3f} of {duel.n:,}",
+                three_decimals(ours.majority),
                 _signed(f"{duel.difference:+.3f} ({low:+.3f} to {high:+.3f})"),
                 three_decimals(duel.p_holm),
                 duel.verdict,

@@ -13,7 +13,8 @@ class Development(Facts):
 
 
 class Chosen(Facts):
-    """How one model was asked in one task, and what it reached on the items that are scored. weights: dtype, or nf4."""
+    """How one model was asked in one task, and what it reached on the items that are scored. weights: dtype, or nf4;
+    majority: what always the commonest answer to these items would reach."""
 
     template: str
     shots: int
@@ -21,6 +22,7 @@ class Chosen(Facts):
     accuracy: Number
     ci95: Interval
     n: int
+    majority: Number | None = None
     weights: str | None = None
 
 

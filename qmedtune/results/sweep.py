@@ -106,9 +106,11 @@ class _Sweep(Facts):
 
 
 class Ablation(Comparisons, _Sweep):
-    """ablation.json. chance: what guessing gives, where all tasks agree on it; precision: in which arms were scored."""
+    """ablation.json. chance: what guessing gives, where all tasks agree on it; precision: in which arms were scored;
+    majority: by task, what always its commonest answer scores."""
 
     chance: Number | None
+    majority: dict[str, Number] = {}
     seconds: Number
     notes: list[str]
     precision: str = ""

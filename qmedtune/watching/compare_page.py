@@ -90,14 +90,14 @@ def scores_table(result: Result) -> Table:
         shared = "–"
         if scored.items is not None:
             shared = f"{scored.items:,}"
-        rows.append((_titled(scored), *values, shared))
+        rows.append((_titled(scored), *values, _share(scored.majority), shared))
     note = "No task was scored."
     if rows:
         note = (
             f"Final models, {scored_in(result)}. Shared: items that all runs answered, with the same gold answer; the "
             "tests below are on those."
         )
-    return Table("Scores", ("Task", *_names(result), "Shared items"), rows, note)
+    return Table("Scores", ("Task", *_names(result), "Commonest answer", "Shared items"), rows, note)
 
 
 def tests_table(result: Result) -> Table:
