@@ -175,7 +175,7 @@ def judged(outcome: Outcome, pairs: Sequence[tuple[str, str]]) -> HeadToHead:
     claims: list[str] = []
     for pair in pairs:
         own = [duel for duel in found if (duel.model, duel.reference) == pair]
-        claims.append(verdict.claim(own, precision_of_both(outcome.models, pair)) + _no_knowledge(outcome, pair[0]))
+        claims.append(verdict.claim(own, precision_of(outcome.models, pair)) + _no_knowledge(outcome, pair[0]))
     duels = [duel.entry() for duel in found]
     return HeadToHead(models=outcome.models, duels=duels, claims=claims)
 
@@ -192,10 +192,10 @@ def _no_knowledge(outcome: Outcome, model: str) -> str:
     return f" {model} is not beyond always the commonest answer on {', '.join(told)}."
 
 
-def precision_of_both(models: Mapping[str, Mapping[str, Chosen]], pair: Sequence[str]) -> str:
-    """`bfloat16`, or `bfloat16 and NF4` where the two models were not scored in one precision."""
+def precision_of(models: Mapping[str, Mapping[str, Chosen]], names: Sequence[str]) -> str:
+    """`bfloat16`, or `bfloat16 and NF4` where these models were not scored in one precision."""
     found: dict[str, None] = {}
-    for name in pair:
+    for name in names:
         for chosen in models[name].values():
             found[scored_in(None, chosen.weights)] = None
     return " and ".join(found)

@@ -9,22 +9,14 @@ from qmedtune.reporting.cells import Row, Table, three_decimals
 from qmedtune.reporting.facts import MINUS
 from qmedtune.results import Chosen, HeadToHead, scored_in
 
-COLUMNS = (
-    "Against",
-    "Task",
-    "Its score",
-    "Final",
-    "Commonest answer",
-    "Difference",
-    "p (Holm)",
-    "Verdict",
-    "Asked with",
-)
+MEASURES = ("Its score", "Final", "Commonest", "Difference", "p (Holm)", "Verdict")
+COLUMNS = ("Against", "Task", *MEASURES, "Asked with")
 NOTE = (
     "Each model was asked in the template and with the number of examples that answered most development items "
     "rightly; those are not scored, and all models answered the same other items. Differences with Tango's 95% score "
     "interval (resampled groups, where items share a note or premise); exact McNemar tests (exact sign flips of such "
-    "groups), Holm's correction over all rows. A tie is no proof of equality."
+    "groups), Holm's correction over all rows. A tie is no proof of equality. "
+    "Commonest: what always the commonest answer would score."
 )
 
 
