@@ -38,7 +38,7 @@ from qmedtune.results import Evaluation, Merge, ModelScores, Pair, Source, Text
 from qmedtune.tasks import BUILTIN_TASKS, Task, check_twice, load_task
 
 TEXTS = "perplexity"
-FORMAT = 5  # of what is kept with `out`: an evaluation in an older one is made again
+FORMAT = 6  # of what is kept with `out`: an evaluation in an older one is made again
 DOCUMENT_TOKENS = 8192  # an 8B LLaMA in 16 bit holds .5 GB of one layer's activations for so many
 WINDOW_TOKENS = 2048  # of texts without a packing: 131,072 positions of LLaMA-3.2 would not fit a card
 

@@ -18,8 +18,8 @@ from qmedtune.versions import CODE as CODE
 
 # Raise when scores of the same models would differ: 2 = perplexity over whole documents, heads in fp32; 3 =
 # answers that state exactly one option; 4 = asked with the tokens of training, end marks apart from perplexity; 5 =
-# bins of calibration, answers in more tags and keys.
-EVALUATION_FORMAT = 5
+# bins of calibration, answers in more tags and keys; 6 = in JSON with several keys, behind "in conclusion".
+EVALUATION_FORMAT = 6
 # How items are parted where choices are made on some of them: 2 = each by what it is, not by its rank in the task.
 PARTS = 2
 
