@@ -5,7 +5,8 @@ on a line of its own, and, where there is none of these, the one option that a s
 ...", "yes, no or maybe") restate the question and state nothing; what is denied is not stated; an invented question
 is cut off. Several options stated, or none: unparsed. It is counted and never guessed.
 
-The patterns are English (wordings.py). `python tests/test_extract.py` gives precision and recall on labelled answers of a real model.
+The patterns are English (wordings.py). `python tests/test_extract.py` gives precision and recall on labelled answers of
+a real model.
 Deliberately absent: similarity of words, a model that judges.
 """
 
