@@ -56,7 +56,7 @@ def test_mcnemar_hand_worked():
     assert statistics.mcnemar([True, False], [False, True]).p_value == 1.0
 
 
-@pytest.mark.parametrize("nets", [[2, -1, 3, 1], [1, 1, -2, 0, 3, -1, 2, 2], [0, 0], [4]])
+@pytest.mark.parametrize("nets", [[2, -1, 3, 1], [1, 1, -2, 0, 3, -1, 2, 2], [0, 0], [4, -4, 4]])
 def test_sign_flips_are_scipys_exact_permutation_test(nets):
     def total(x, y, axis):
         return np.sum(x - y, axis=axis)
