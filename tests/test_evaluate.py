@@ -236,7 +236,7 @@ def test_where_memory_runs_out_in_scoring_batches_shrink_and_scores_stay(folder,
     assert shrunk["precision"] == "delivered"
     for label in ("base", "final"):
         assert shrunk["tasks"]["facts"][label]["accuracy"] == whole["tasks"]["facts"][label]["accuracy"]
-        assert shrunk["perplexity"]["notes"][label] == pytest.approx(whole["perplexity"]["notes"][label], rel=1e-5)
+        assert shrunk["perplexity"]["notes"][label] == pytest.approx(whole["perplexity"]["notes"][label], rel=1e-4)
     monkeypatch.setattr(scoring, "_score", lambda *rest: small(None, [1, 2, 3], None))
     with pytest.raises(torch.OutOfMemoryError):
         measure.within_memory(lambda tokens: scoring._score(None, [], None), 4096)
