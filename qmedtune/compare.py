@@ -51,6 +51,14 @@ class Setting:
 
 
 @dataclass(frozen=True)
+class Picked:
+    """The setting that suits a model in a task, and what each setting reached on the development items."""
+
+    setting: Setting
+    dev: Development
+
+
+@dataclass(frozen=True)
 class Questions:
     """A task without examples of its own, and the section that asked for it."""
 
@@ -156,10 +164,10 @@ def meet(entrants: Sequence[Entrant], splits: Sequence[Split], rules: Rules) -> 
         player = Player(entrant.name, entrant.open(), rules)
         models[entrant.name] = {}
         for part in splits:
-            setting, dev = _chosen(player, part)
-            right = _right(player, part, part.scored, setting)
+            picked = _chosen(player, part)
+            right = _right(player, part, part.scored, picked.setting)
             answers[part.section.label][entrant.name] = right
-            models[entrant.name][part.section.label] = _reached(player, part, setting, dev, right)
+            models[entrant.name][part.section.label] = _reached(player, part, picked, right)
         del player
         gc.collect()
         torch.cuda.empty_cache()
@@ -251,7 +259,7 @@ def _development(asked: Questions, seed: int) -> tuple[Item, ...]:
     return tuple(drawn[:count])
 
 
-def _chosen(player: Player, part: Split) -> tuple[Setting, Development]:
+def _chosen(player: Player, part: Split) -> Picked:
     """The setting that answers most development items rightly (the earlier one on a tie), and what each reached."""
     reached: dict[str, float] = {}
     best, highest = None, -1.0
@@ -262,7 +270,7 @@ def _chosen(player: Player, part: Split) -> tuple[Setting, Development]:
         if share > highest:
             best, highest = setting, share
     assert best is not None
-    return best, Development(items=len(part.dev), accuracy=reached)
+    return Picked(best, Development(items=len(part.dev), accuracy=reached))
 
 
 def _settings(player: Player) -> Iterator[Setting]:
@@ -313,14 +321,14 @@ def _with_shots(part: Split, items: Sequence[Item], setting: Setting, seed: int)
     return [with_examples(item, order, section, part.task.write, True) for item in items]
 
 
-def _reached(player: Player, part: Split, setting: Setting, dev: Development, right: list[bool]) -> Chosen:
+def _reached(player: Player, part: Split, picked: Picked, right: list[bool]) -> Chosen:
     weights = player.opened.computed_in
     if player.opened.quantization == "nf4":
         weights = "nf4"
     return Chosen(
-        template=setting.template.name,
-        shots=setting.shots,
-        dev=dev,
+        template=picked.setting.template.name,
+        shots=picked.setting.shots,
+        dev=picked.dev,
         accuracy=sum(right) / len(right),
         ci95=statistics.wilson(sum(right), len(right)),
         n=len(right),

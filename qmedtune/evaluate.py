@@ -26,7 +26,7 @@ from qmedtune.errors import RecipeError
 from qmedtune.evaluation import halves, precision
 from qmedtune.evaluation.measure import Measured, Settings, measure_model, text_rows
 from qmedtune.evaluation.open_model import Quantization, check_template, fingerprint, locate, open_model
-from qmedtune.evaluation.scoring import BATCH_TOKENS, max_positions
+from qmedtune.evaluation.scoring import BATCH_TOKENS, Perplexity, max_positions
 from qmedtune.evaluation.summary import overlap_result, task_result, write_items
 from qmedtune.model_files import read_json
 from qmedtune.model_stack import ModelStack
@@ -78,13 +78,13 @@ def evaluate_step(recipe: ResolvedRecipe, inputs: Compared, out: Path) -> Evalua
         held_out = halves.texts_of(recipe, inputs.validation, window, "scored")
     settings = settings_of(recipe, stack)
     check_prompts(models.load_tokenizer(stack.base), settings.template, tasks)
-    questions = Questions(tasks, held_out, settings)
-    taken, measured = _both(recipe, inputs, questions, out / store.SCRATCH)
+    scoring = Scoring(recipe, inputs, tasks, held_out, settings)
+    taken, measured = _both(scoring, out / store.SCRATCH)
     found = write_results(tasks, measured, recipe.seed, out, overlapping=_overlapping(inputs.sources))
     how = taken.facts(recipe.evaluate.precision) | {"template": settings.template.name, "window_tokens": window}
     found = found.model_copy(update=how)
     if taken.name == "delivered" and precision.trained(recipe).quantised and stack.adapters:
-        beside = _nf4_beside(recipe, inputs, held_out, settings, out / store.SCRATCH)
+        beside = _nf4_beside(scoring, out / store.SCRATCH)
         texts = {}
         for source, text in found.perplexity.items():
             texts[source] = text.model_copy(update={"nf4": beside[source]})
@@ -95,57 +95,53 @@ def evaluate_step(recipe: ResolvedRecipe, inputs: Compared, out: Path) -> Evalua
 
 
 @dataclass(frozen=True)
-class Questions:
-    """What both models are asked."""
+class Scoring:
+    """Both models of a run, and what they are asked."""
 
+    recipe: Recipe
+    inputs: Compared
     tasks: list[Task]
     held_out: Mapping[str, Rows]
     settings: Settings
 
+    def measured(self, contender: Contender, label: str, folder: Path) -> Measured:
+        """One model in one precision. What is kept below `folder` is kept by `label`."""
+        model, tokenizer = open_contender(self.recipe, contender)
+        # The model goes when this returns, or two are held while the next is loaded: 2 x 16 GB for an 8B base.
+        return measure_model(model, tokenizer, label, self.tasks, self.held_out, self.settings, folder)
 
-def _both(
-    recipe: Recipe, inputs: Compared, questions: Questions, folder: Path
-) -> tuple[precision.Precision, dict[str, Measured]]:
+    def both(self, taken: precision.Precision, folder: Path) -> dict[str, Measured]:
+        found: dict[str, Measured] = {}
+        for contender in contenders(self.inputs, taken):
+            found[contender.label] = self.measured(contender, contender.label, folder)
+        return found
+
+
+def _both(scoring: Scoring, folder: Path) -> tuple[precision.Precision, dict[str, Measured]]:
     """Base and final, and the precision that they were scored in: NF4 where memory runs out in 16 bit, and one
-    precision for both. What is kept below `folder` is kept by precision."""
-    taken = precision.decide(recipe, delivered_dtype(inputs.trained))
-    instead = precision.after_no_room(recipe, taken)
+    precision for both."""
+    taken = precision.decide(scoring.recipe, delivered_dtype(scoring.inputs.trained))
+    instead = precision.after_no_room(scoring.recipe, taken)
     try:
-        return taken, _measured_in(taken, recipe, inputs, questions, folder)
+        return taken, scoring.both(taken, folder)
     except torch.OutOfMemoryError:
         if instead is None:
             raise
     ui.warn(f"evaluation: {instead.why}; base and result are scored in NF4")
-    return instead, _measured_in(instead, recipe, inputs, questions, folder / "nf4")
+    return instead, scoring.both(instead, folder / "nf4")  # beside what was kept of the other precision
 
 
-def _measured_in(
-    taken: precision.Precision, recipe: Recipe, inputs: Compared, questions: Questions, folder: Path
-) -> dict[str, Measured]:
-    measured: dict[str, Measured] = {}
-    tasks, held_out, settings = questions.tasks, questions.held_out, questions.settings
-    for contender in contenders(inputs, taken):
-        model, tokenizer = open_contender(recipe, contender)
-        measured[contender.label] = measure_model(model, tokenizer, contender.label, tasks, held_out, settings, folder)
-        del model  # or two are held while the next is loaded: 2 x 16 GB for an 8B base in 16 bit
-    return measured
-
-
-def _nf4_beside(
-    recipe: Recipe, inputs: Compared, held_out: Mapping[str, Rows], settings: Settings, folder: Path
-) -> dict[str, Pair]:
+def _nf4_beside(scoring: Scoring, folder: Path) -> dict[str, Pair]:
     """Perplexity of base and result in NF4, as trained, per source: what quantisation costs, what training only
     repaired. Texts alone: they cost seconds, where tasks would cost the evaluation again."""
-    if not held_out:
+    if not scoring.held_out:
         return {}
-    found = {}
-    for contender in contenders(inputs, precision.trained(recipe)):
-        model, tokenizer = open_contender(recipe, contender)
-        label = f"{contender.label}-nf4"
-        found[contender.label] = measure_model(model, tokenizer, label, [], held_out, settings, folder).perplexity
-        del model
-    pairs = {}
-    for source in held_out:
+    texts = replace(scoring, tasks=[])
+    found: dict[str, dict[str, Perplexity]] = {}
+    for contender in contenders(scoring.inputs, precision.trained(scoring.recipe)):
+        found[contender.label] = texts.measured(contender, f"{contender.label}-nf4", folder).perplexity
+    pairs: dict[str, Pair] = {}
+    for source in scoring.held_out:
         base, final = found["base"][source], found["final"][source]
         pairs[source] = Pair(base=base.perplexity, final=final.perplexity)
     return pairs
