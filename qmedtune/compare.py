@@ -300,12 +300,12 @@ def _answered(player: Player, part: Split, items: Sequence[Item], setting: Setti
     options = [item.options for item in items]
     with ui.stage(f"{player.name}: {part.section.label}, {setting.words}", total=len(items), unit="items") as bar:
 
-        def score(batch_tokens: int) -> list[ChoiceScores]:
+        def compare_options(batch_tokens: int) -> list[ChoiceScores]:
             bar.update(0)
             model = player.opened.model
             return choice_logprobs(model, tokenizer, prompts, options, batch_tokens=batch_tokens, progress=adding(bar))
 
-        found = within_memory(score, BATCH_TOKENS)
+        found = within_memory(compare_options, BATCH_TOKENS)
     right: list[bool] = []
     for score, item in zip(found, items, strict=True):
         right.append(best_option(score.sums, item.id) == item.gold)
