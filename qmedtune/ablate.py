@@ -14,8 +14,8 @@ from pathlib import Path
 import yaml
 
 from qmedtune import __version__, claims, record, run, store, ui
+from qmedtune.ablation import ablation_page, arm_scores
 from qmedtune.ablation import arms as derive
-from qmedtune.ablation import page, results
 from qmedtune.ablation.arms import Arm
 from qmedtune.ablation.figure import figure
 from qmedtune.errors import RecipeError
@@ -75,8 +75,8 @@ def _run_all(arms: list[Arm], seeds: list[int], out: Path, offline: bool) -> Non
             ui.note(f"{number} of {total}: {arm.name}, seed {seed} ({arm.change})")
             recipe = derive.with_seed(arm.recipe, seed)
             tree = recipe.model_dump(mode="json", by_alias=True, exclude_defaults=True)
-            folder = results.run_folder(out, arm, seed)
-            siblings = [results.run_folder(out, other, seed) for other in trained if other is not arm]
+            folder = arm_scores.run_folder(out, arm, seed)
+            siblings = [arm_scores.run_folder(out, other, seed) for other in trained if other is not arm]
             run.run(recipe, yaml.safe_dump(tree, sort_keys=False), folder, offline=offline, siblings=siblings)
 
 
@@ -107,10 +107,10 @@ def _check(recipe: Recipe, resolved: Recipe, arms: list[Arm]) -> None:
 
 
 def _write(loaded: LoadedRecipe, arms: list[Arm], seeds: list[int], out: Path, status: str) -> Ablation:
-    found = results.collect(out, arms, seeds)
+    found = arm_scores.collect(out, arms, seeds)
     runs = _runs(arms, seeds, out)
     text = record.shown_text(loaded.text)
-    compared = results.summarise(found)
+    compared = arm_scores.summarise(found)
     result = Ablation(
         name=loaded.recipe.name,
         status=status,
@@ -129,11 +129,11 @@ def _write(loaded: LoadedRecipe, arms: list[Arm], seeds: list[int], out: Path, s
         provenance=Provenance(qmedtune=__version__, versions=record.versions(), device=record.device_name()),
     )
     store.write_json(out / RESULT, result.as_json())
-    store.write_atomic(out / TABLE, results.table_csv(result))
-    store.write_atomic(out / DIFFERENCES, results.differences_csv(result))
+    store.write_atomic(out / TABLE, arm_scores.table_csv(result))
+    store.write_atomic(out / DIFFERENCES, arm_scores.differences_csv(result))
     if result.arms:
         store.write_atomic(out / FIGURE, figure(result, result.chance, result.precision))
-    store.write_atomic(out / REPORT, page.page(result))
+    store.write_atomic(out / REPORT, ablation_page.page(result))
     return result
 
 
@@ -142,7 +142,7 @@ def _runs(arms: list[Arm], seeds: list[int], out: Path) -> list[Run]:
     runs: list[Run] = []
     for seed in seeds:
         for arm in arms:
-            found = record.read(results.run_folder(out, arm, seed)) if arm.recipe else None
+            found = record.read(arm_scores.run_folder(out, arm, seed)) if arm.recipe else None
             if found is not None:
                 runs.append(found)
     return runs
@@ -183,7 +183,7 @@ def _majority(runs: list[Run]) -> dict[str, Number]:
     return shares
 
 
-def _unequal(found: list[results.ArmResult]) -> list[str]:
+def _unequal(found: list[arm_scores.ArmResult]) -> list[str]:
     """Arms that trained on other numbers of tokens than the rest, where documents or caps did not allow equality."""
     trained: dict[str, int] = {}
     for result in found:
@@ -196,5 +196,5 @@ def _unequal(found: list[results.ArmResult]) -> list[str]:
     return [f"cpt did not see equal numbers of tokens: {told}"]
 
 
-def _cpt_tokens(result: results.ArmResult) -> int:
+def _cpt_tokens(result: arm_scores.ArmResult) -> int:
     return sum(tokens for stage, tokens in result.trained_tokens.items() if stage.endswith("-cpt"))

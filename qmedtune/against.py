@@ -10,11 +10,12 @@ from functools import partial
 from pathlib import Path
 
 from qmedtune import compare, store, ui
+from qmedtune.allowed import Quantization
 from qmedtune.data.packing import templates
 from qmedtune.errors import RecipeError
-from qmedtune.evaluate import Compared, Contender, contenders, delivered_dtype, open_contender, settings_of
-from qmedtune.evaluation import precision
-from qmedtune.evaluation.open_model import Location, OpenModel, Quantization, locate, open_model
+from qmedtune.evaluate import Contender, EvaluatedModels, contenders, delivered_dtype, open_contender, settings_of
+from qmedtune.evaluation.open_model import Location, OpenModel, locate, open_model
+from qmedtune.planning import precision
 from qmedtune.recipe import Recipe
 from qmedtune.resolved import ResolvedRecipe
 from qmedtune.results import HeadToHead
@@ -24,7 +25,7 @@ from qmedtune.tasks.parts import part_of
 FINAL = "final"
 
 
-def against_step(recipe: ResolvedRecipe, inputs: Compared, out: Path) -> HeadToHead:
+def against_step(recipe: ResolvedRecipe, inputs: EvaluatedModels, out: Path) -> HeadToHead:
     """Writes compare.json and <task>.items.jsonl below `out`, where an interrupted comparison goes on; returns
     {"subject", "models", "duels", "claims", "left_out", "precision"}."""
     splits, left_out = splits_of(recipe)
@@ -36,7 +37,7 @@ def against_step(recipe: ResolvedRecipe, inputs: Compared, out: Path) -> HeadToH
     quantization: Quantization = "nf4" if taken.quantised else "none"
     for name in recipe.evaluate.against:
         entrants.append(compare.Entrant(name, partial(_other, name, quantization)))
-    rules = compare.Rules(_shots(recipe), (template.name,), recipe.items_seed, out / store.SCRATCH)
+    rules = compare.SettingSearch(_shots(recipe), (template.name,), recipe.items_seed, out / store.SCRATCH)
     outcome = compare.meet(entrants, splits, rules)
     pairs = [(FINAL, entrant.name) for entrant in entrants if entrant.name != FINAL]
     how = {"subject": FINAL, "left_out": left_out, **taken.facts(recipe.evaluate.precision)}
@@ -45,7 +46,7 @@ def against_step(recipe: ResolvedRecipe, inputs: Compared, out: Path) -> HeadToH
     return result
 
 
-def splits_of(recipe: Recipe) -> tuple[list[compare.Split], list[str]]:
+def splits_of(recipe: Recipe) -> tuple[list[compare.TaskSplit], list[str]]:
     """The recipe's tasks that can be compared, each once and zero-shot; and the labels of those that cannot.
     RecipeError where none is left."""
     found: dict[str, compare.Questions] = {}

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from qmedtune.allowed import FloatDtype, MergeBase, MergeMethod, Quantization, RoundingMode
 from qmedtune.parsing.loader import LoadedRecipe
 from qmedtune.planning.plan_facts import Plan
 from qmedtune.process import prepare
@@ -72,7 +73,7 @@ def evaluate_model(
     limit: int | None = None,
     generate: bool = True,
     batch_tokens: int | None = None,
-    quantization: Literal["nf4", "none"] | None = None,
+    quantization: Quantization | None = None,
     seed: int = 17,
     offline: bool = False,
 ) -> dict[str, Any]:
@@ -98,12 +99,12 @@ def merge_adapters(
     out: Path | str,
     *,
     base: str | None = None,
-    onto: Literal["full16", "nf4"] = "full16",
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
-    rounding: Literal["auto", "nearest", "stochastic"] = "auto",
+    onto: MergeBase = "full16",
+    dtype: FloatDtype = "bfloat16",
+    rounding: RoundingMode = "auto",
     max_kl: float | None = None,
     other: str | None = None,
-    method: Literal["linear", "slerp", "task_arithmetic"] | None = None,
+    method: MergeMethod | None = None,
     share: float | None = None,
     offline: bool = False,
 ) -> dict[str, Any]:

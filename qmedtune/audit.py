@@ -178,7 +178,7 @@ def measure(
     assert audit is not None
     rng = random.Random(f"references-{recipe.seed}")
     options = [_candidates(canary.secret, audit.references, rng) for canary in found]
-    with ui.stage(f"canaries after {title}", total=2 * len(found), unit="canaries") as bar:
+    with ui.progress_bar(f"canaries after {title}", total=2 * len(found), unit="canaries") as bar:
         scores = choice_logprobs(model, tokenizer, contexts, options, progress=adding(bar), boundary="joint")
         answers = generate(model, tokenizer, contexts, SECRET_TOKENS, progress=adding(bar))
     bits: dict[tuple[str, int], list[float]] = {}

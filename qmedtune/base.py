@@ -14,11 +14,11 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Literal
 
 from pydantic import ValidationError
 
 from qmedtune import fetch, gguf_folder, gguf_header, makers, store, ui
+from qmedtune.allowed import Quantization
 from qmedtune.errors import RecipeError
 from qmedtune.model_files import read_json
 from qmedtune.model_stack import ADAPTER_TENSORS, ModelStack
@@ -78,9 +78,7 @@ def of_recipe(recipe: Recipe, *, offline: bool) -> Base:
     return replace(found, make=cache(found.make))
 
 
-def note_base(
-    adapter: Path, name: str, folder: Path, earlier: Sequence[Path], quantization: Literal["nf4", "none"]
-) -> None:
+def note_base(adapter: Path, name: str, folder: Path, earlier: Sequence[Path], quantization: Quantization) -> None:
     """Keep beside an adapter which weights it was trained on: their hash, those of adapters below it, and whether they
     were quantised."""
     below = [store.sha256_file(path / ADAPTER_TENSORS) for path in earlier]
@@ -88,7 +86,7 @@ def note_base(
     store.write_json(adapter / TRAINED_ON, noted.as_json())
 
 
-def quantization_of(stack: ModelStack) -> Literal["nf4", "none"]:
+def quantization_of(stack: ModelStack) -> Quantization:
     """The precision that a model is opened in where nobody states one: that of its training, NF4 where its adapters do
     not say (other tools' do not, and QLoRA's are most of them); 16 bit for a whole model."""
     if not stack.adapters:
@@ -96,7 +94,7 @@ def quantization_of(stack: ModelStack) -> Literal["nf4", "none"]:
     return trained_quantization(stack.adapters[-1]) or "nf4"
 
 
-def trained_quantization(adapter: Path) -> Literal["nf4", "none"] | None:
+def trained_quantization(adapter: Path) -> Quantization | None:
     """`model.quantization` that an adapter was trained with; None where it does not say."""
     known = _trained_on(adapter)
     if known is None:
@@ -119,7 +117,7 @@ class TrainedOn(Facts):
     base: str
     sha256: str
     adapters_below: list[str]
-    quantization: Literal["nf4", "none"] | None = None
+    quantization: Quantization | None = None
 
 
 def _trained_on(adapter: Path) -> TrainedOn | None:

@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from typing import TextIO
 
 from qmedtune import ui
-from qmedtune.data.packing.framing import Asked, codec_of, frame_of
+from qmedtune.allowed import Quantization
+from qmedtune.data.packing.framing import Prompt, codec_of, frame_of
 from qmedtune.evaluation.generation import stream
-from qmedtune.evaluation.open_model import OpenModel, Quantization, locate, open_model
+from qmedtune.evaluation.open_model import OpenModel, locate, open_model
 from qmedtune.evaluation.scoring import max_positions
 from qmedtune.evaluation.shorten import Fitted, fitted
 from qmedtune.terminal import printable
@@ -75,7 +76,7 @@ def converse(
             messages.append({"role": "assistant", "content": answer(opened, asked.asked, out, max_new_tokens)})
 
 
-def answer(opened: OpenModel, prompt: Asked, out: TextIO, max_new_tokens: int) -> str:
+def answer(opened: OpenModel, prompt: Prompt, out: TextIO, max_new_tokens: int) -> str:
     """Write the next answer to `out` as it grows, and return it."""
     pieces = []
     for piece in stream(opened.model, opened.tokenizer, prompt, max_new_tokens):

@@ -19,15 +19,16 @@ from random import Random
 import torch
 
 from qmedtune import store, ui
+from qmedtune.allowed import Quantization
 from qmedtune.data.packing import templates
 from qmedtune.errors import RecipeError
 from qmedtune.evaluation import statistics, verdict
 from qmedtune.evaluation.measure import adding, best_option, within_memory
-from qmedtune.evaluation.open_model import OpenModel, Quantization, locate, open_model
+from qmedtune.evaluation.open_model import OpenModel, locate, open_model
 from qmedtune.evaluation.scoring import BATCH_TOKENS, ChoiceScores, choice_logprobs, prompt_texts
 from qmedtune.evaluation.summary import majority_of
 from qmedtune.recipe import TaskSection
-from qmedtune.results import Chosen, Development, HeadToHead, scored_in
+from qmedtune.results import ChosenPrompting, Development, HeadToHead, scored_in
 from qmedtune.tasks import Item, Task, check_twice, load_task
 from qmedtune.tasks.parts import place_of
 from qmedtune.tasks.shots import with_examples
@@ -39,7 +40,7 @@ Answers = dict[str, dict[str, list[bool]]]
 
 
 @dataclass(frozen=True)
-class Setting:
+class PromptSetting:
     """How a model is asked: a template and the number of examples before each question."""
 
     template: templates.Template
@@ -54,7 +55,7 @@ class Setting:
 class Picked:
     """The setting that suits a model in a task, and what each setting reached on the development items."""
 
-    setting: Setting
+    setting: PromptSetting
     dev: Development
 
 
@@ -67,7 +68,7 @@ class Questions:
 
 
 @dataclass(frozen=True)
-class Split:
+class TaskSplit:
     """A task's items: those that choose a setting and give examples, and those that are scored."""
 
     task: Task
@@ -85,7 +86,7 @@ class Entrant:
 
 
 @dataclass(frozen=True)
-class Rules:
+class SettingSearch:
     """What every model may choose from: numbers of examples, and templates besides its own.
 
     kept: a folder in which answers are kept at once, so that what was killed goes on where it was
@@ -98,7 +99,7 @@ class Rules:
 
 
 @dataclass(frozen=True)
-class Asked:
+class ComparisonJob:
     """What is compared. The first model is the one that all others are compared with."""
 
     models: tuple[str, ...]
@@ -114,8 +115,8 @@ class Asked:
 class Outcome:
     """What the models answered. models: how each was asked and what it reached, by name and task."""
 
-    splits: tuple[Split, ...]
-    models: dict[str, dict[str, Chosen]]
+    splits: tuple[TaskSplit, ...]
+    models: dict[str, dict[str, ChosenPrompting]]
     answers: Answers
 
 
@@ -125,10 +126,10 @@ class Player:
 
     name: str
     opened: OpenModel
-    rules: Rules
+    rules: SettingSearch
 
 
-def compare_models(asked: Asked, out: Path | None = None) -> HeadToHead:
+def compare_models(asked: ComparisonJob, out: Path | None = None) -> HeadToHead:
     """How each model was asked and what it reached, the duels, and one sentence per other model.
 
     out: a folder for compare.json and, per task, <task>.items.jsonl (id and right or wrong per model; no text).
@@ -143,7 +144,7 @@ def compare_models(asked: Asked, out: Path | None = None) -> HeadToHead:
     entrants: list[Entrant] = []
     for name in asked.models:
         entrants.append(Entrant(name, partial(_opened, name, asked)))
-    outcome = meet(entrants, splits, Rules(asked.shots, asked.templates, asked.seed))
+    outcome = meet(entrants, splits, SettingSearch(asked.shots, asked.templates, asked.seed))
     reference, *others = asked.models
     result = judged(outcome, [(name, reference) for name in others])
     result = result.model_copy(update={"reference": reference})
@@ -152,14 +153,14 @@ def compare_models(asked: Asked, out: Path | None = None) -> HeadToHead:
     return result
 
 
-def _opened(name: str, asked: Asked) -> OpenModel:
+def _opened(name: str, asked: ComparisonJob) -> OpenModel:
     return open_model(locate(name, offline=asked.offline), asked.quantization)
 
 
-def meet(entrants: Sequence[Entrant], splits: Sequence[Split], rules: Rules) -> Outcome:
+def meet(entrants: Sequence[Entrant], splits: Sequence[TaskSplit], rules: SettingSearch) -> Outcome:
     """Every model answers every task's scored items, asked as suits it. One is loaded at a time."""
     answers: Answers = {part.section.label: {} for part in splits}
-    models: dict[str, dict[str, Chosen]] = {}
+    models: dict[str, dict[str, ChosenPrompting]] = {}
     for entrant in entrants:
         player = Player(entrant.name, entrant.open(), rules)
         models[entrant.name] = {}
@@ -200,7 +201,7 @@ def _no_knowledge(outcome: Outcome, model: str) -> str:
     return f" {model} is not beyond always the commonest answer on {', '.join(told)}."
 
 
-def precision_of(models: Mapping[str, Mapping[str, Chosen]], names: Sequence[str]) -> str:
+def precision_of(models: Mapping[str, Mapping[str, ChosenPrompting]], names: Sequence[str]) -> str:
     """`bfloat16`, or `bfloat16 and NF4` where these models were not scored in one precision."""
     found: dict[str, None] = {}
     for name in names:
@@ -222,7 +223,7 @@ def _dev_count(task: Task) -> int:
     return min(MAX_DEV, round(DEV_SHARE * len(task.items)))
 
 
-def splits_of(tasks: Sequence[Questions], seed: int) -> list[Split]:
+def splits_of(tasks: Sequence[Questions], seed: int) -> list[TaskSplit]:
     """Every task's development and scored items. What is a development item of one task is scored in none: tasks may
     share questions (MMLU and its medical part). RecipeError where a task cannot be compared."""
     development: list[tuple[Item, ...]] = []
@@ -231,7 +232,7 @@ def splits_of(tasks: Sequence[Questions], seed: int) -> list[Split]:
         items = _development(asked, seed)
         development.append(items)
         chosen_by |= {item.identity for item in items}
-    splits: list[Split] = []
+    splits: list[TaskSplit] = []
     for asked, items in zip(tasks, development, strict=True):
         scored = tuple(item for item in asked.task.items if item.identity not in chosen_by)
         if not scored:
@@ -239,7 +240,7 @@ def splits_of(tasks: Sequence[Questions], seed: int) -> list[Split]:
                 f"compare: prompts are chosen by all items of {asked.section.task}: it shares them with another task\n"
                 "leave one of the two out"
             )
-        splits.append(Split(asked.task, asked.section, items, scored))
+        splits.append(TaskSplit(asked.task, asked.section, items, scored))
     return splits
 
 
@@ -259,7 +260,7 @@ def _development(asked: Questions, seed: int) -> tuple[Item, ...]:
     return tuple(drawn[:count])
 
 
-def _chosen(player: Player, part: Split) -> Picked:
+def _chosen(player: Player, part: TaskSplit) -> Picked:
     """The setting that answers most development items rightly (the earlier one on a tie), and what each reached."""
     reached: dict[str, float] = {}
     best, highest = None, -1.0
@@ -273,7 +274,7 @@ def _chosen(player: Player, part: Split) -> Picked:
     return Picked(best, Development(items=len(part.dev), accuracy=reached))
 
 
-def _settings(player: Player) -> Iterator[Setting]:
+def _settings(player: Player) -> Iterator[PromptSetting]:
     """The template of its training first, each template once."""
     found = {player.opened.template.name: player.opened.template}
     for name in player.rules.templates:
@@ -281,10 +282,10 @@ def _settings(player: Player) -> Iterator[Setting]:
         found.setdefault(template.name, template)
     for template in found.values():
         for shots in player.rules.shots:
-            yield Setting(template, shots)
+            yield PromptSetting(template, shots)
 
 
-def _right(player: Player, part: Split, items: Sequence[Item], setting: Setting) -> list[bool]:
+def _right(player: Player, part: TaskSplit, items: Sequence[Item], setting: PromptSetting) -> list[bool]:
     """Per item whether the most likely option is the right one; kept where the rules name a folder."""
     work = partial(_answered, player, part, items, setting)
     if player.rules.kept is None:
@@ -293,12 +294,13 @@ def _right(player: Player, part: Split, items: Sequence[Item], setting: Setting)
     return store.kept(player.rules.kept / f"{store.sha256_json(asked)[:16]}.json", work)
 
 
-def _answered(player: Player, part: Split, items: Sequence[Item], setting: Setting) -> list[bool]:
+def _answered(player: Player, part: TaskSplit, items: Sequence[Item], setting: PromptSetting) -> list[bool]:
     asked = _with_shots(part, items, setting, player.rules.seed)
     tokenizer = player.opened.tokenizer
     prompts = prompt_texts(tokenizer, setting.template, [item.messages for item in asked])
     options = [item.options for item in items]
-    with ui.stage(f"{player.name}: {part.section.label}, {setting.words}", total=len(items), unit="items") as bar:
+    title = f"{player.name}: {part.section.label}, {setting.words}"
+    with ui.progress_bar(title, total=len(items), unit="items") as bar:
 
         def compare_options(batch_tokens: int) -> list[ChoiceScores]:
             bar.update(0)
@@ -312,7 +314,7 @@ def _answered(player: Player, part: Split, items: Sequence[Item], setting: Setti
     return right
 
 
-def _with_shots(part: Split, items: Sequence[Item], setting: Setting, seed: int) -> Sequence[Item]:
+def _with_shots(part: TaskSplit, items: Sequence[Item], setting: PromptSetting, seed: int) -> Sequence[Item]:
     """The items, each behind examples from the development items where the setting asks for some."""
     if not setting.shots:
         return items
@@ -321,11 +323,11 @@ def _with_shots(part: Split, items: Sequence[Item], setting: Setting, seed: int)
     return [with_examples(item, order, section, part.task.write, True) for item in items]
 
 
-def _reached(player: Player, part: Split, picked: Picked, right: list[bool]) -> Chosen:
+def _reached(player: Player, part: TaskSplit, picked: Picked, right: list[bool]) -> ChosenPrompting:
     weights = player.opened.computed_in
     if player.opened.quantization == "nf4":
         weights = "nf4"
-    return Chosen(
+    return ChosenPrompting(
         template=picked.setting.template.name,
         shots=picked.setting.shots,
         dev=picked.dev,

@@ -14,11 +14,11 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, JsonValue
 
 from qmedtune import record
-from qmedtune.errors import RecipeError
+from qmedtune.errors import RecipeError, RunError
 from qmedtune.evaluation import verdict
 from qmedtune.reporting.facts import Curve, Metrics, precision_of
 from qmedtune.reporting.headline import headline
-from qmedtune.reporting.live import read_metrics
+from qmedtune.reporting.unfinished import read_metrics
 from qmedtune.results import AnsweredItem, DuelEntry, Evaluation, Interval, Json, Number, Run, Score, Stage, Text
 from qmedtune.watching.runs import Seen, Shelf
 
@@ -42,7 +42,7 @@ Answers = dict[str, Answer]
 
 
 @dataclass(frozen=True)
-class Shared:
+class SharedItems:
     """The items of a task that all runs answered: right or wrong by run, and what each was taken from."""
 
     right: dict[str, list[bool]]
@@ -53,7 +53,7 @@ class _Facts(BaseModel):
     model_config = ConfigDict(frozen=True)
 
 
-class Compared(_Facts):
+class ComparedRun(_Facts):
     """One run of the comparison. scored_in: the precision of its scores, in words."""
 
     name: str
@@ -63,14 +63,14 @@ class Compared(_Facts):
     scored_in: str = ""
 
 
-class Setting(_Facts):
+class DifferingKey(_Facts):
     """A key that differs, with its value in each run; None where a run has no such key."""
 
     key: str
     values: list[JsonValue]
 
 
-class Scored(_Facts):
+class ComparedScore(_Facts):
     """A task (or text, for perplexity) as each run's final model did. items: that all runs answered; None where no
     answers can be compared; majority: what always the commonest answer scores."""
 
@@ -92,16 +92,16 @@ class Training(_Facts):
     values: list[Number | None]
 
 
-class Result(_Facts):
+class RunComparison(_Facts):
     """What `qmedtune compare RUN RUN --json` prints. duels: of evaluation/verdict.py."""
 
     reference: str
-    runs: list[Compared]
-    settings: list[Setting]
-    made_with: list[Setting]
+    runs: list[ComparedRun]
+    settings: list[DifferingKey]
+    made_with: list[DifferingKey]
     training: list[Training]
-    scores: list[Scored]
-    perplexity: list[Scored]
+    scores: list[ComparedScore]
+    perplexity: list[ComparedScore]
     duels: list[DuelEntry]
 
 
@@ -162,7 +162,7 @@ def sides(folders: Sequence[Path]) -> list[Side]:
     return found
 
 
-def compare(runs: Sequence[Side]) -> Result:
+def compare(runs: Sequence[Side]) -> RunComparison:
     """All that can be told of these runs side by side."""
     answers = _answers(runs)
     reference = runs[0].name
@@ -170,7 +170,7 @@ def compare(runs: Sequence[Side]) -> Result:
     for side in runs:
         told = headline(side.run, side.seen.life)
         compared.append(
-            Compared(
+            ComparedRun(
                 name=side.name,
                 folder=str(side.seen.folder),
                 status=side.seen.status,
@@ -186,7 +186,7 @@ def compare(runs: Sequence[Side]) -> Result:
     if answers:
         for duel in verdict.duels(right, reference, groups):
             duels.append(duel.entry())
-    return Result(
+    return RunComparison(
         reference=reference,
         runs=compared,
         settings=_differing(recipes),
@@ -226,7 +226,7 @@ def _made_with(run: Run) -> Json:
     return found
 
 
-def _differing(each: Sequence[Json]) -> list[Setting]:
+def _differing(each: Sequence[Json]) -> list[DifferingKey]:
     """The keys whose values are not the same in all."""
     found, keys = [], dict[str, None]()
     for settings in each:
@@ -235,7 +235,7 @@ def _differing(each: Sequence[Json]) -> list[Setting]:
         values = [settings.get(key) for settings in each]
         same = values.count(values[0]) == len(values)
         if key not in NO_SETTING and not same:
-            found.append(Setting(key=key, values=values))
+            found.append(DifferingKey(key=key, values=values))
     return found
 
 
@@ -306,14 +306,14 @@ def _tasks(runs: Sequence[Side]) -> list[str]:
     return list(found)
 
 
-def _scores(runs: Sequence[Side], answers: dict[str, Shared]) -> Iterator[Scored]:
+def _scores(runs: Sequence[Side], answers: dict[str, SharedItems]) -> Iterator[ComparedScore]:
     for task in _tasks(runs):
         finals = _Column.of(runs, task, "final")
         bases = _Column.of(runs, task, "base")
         items = None
         if task in answers:
             items = len(answers[task].groups)
-        yield Scored(
+        yield ComparedScore(
             name=task,
             metric=finals.metric or bases.metric,
             values=finals.values,
@@ -356,7 +356,7 @@ class _Column:
         self.n.append(score.n)
 
 
-def _perplexities(runs: Sequence[Side]) -> Iterator[Scored]:
+def _perplexities(runs: Sequence[Side]) -> Iterator[ComparedScore]:
     names: dict[str, None] = {}
     for side in runs:
         names |= dict.fromkeys(side.evaluation.perplexity)
@@ -367,15 +367,15 @@ def _perplexities(runs: Sequence[Side]) -> Iterator[Scored]:
             text = side.evaluation.perplexity.get(name, Text())
             finals.append(text.final)
             bases.append(text.base)
-        yield Scored(name=name, metric="perplexity", values=finals, base=bases)
+        yield ComparedScore(name=name, metric="perplexity", values=finals, base=bases)
 
 
-def _answers(runs: Sequence[Side]) -> dict[str, Shared]:
+def _answers(runs: Sequence[Side]) -> dict[str, SharedItems]:
     """By task the items that all runs answered, for tasks whose items are right or wrong.
 
-    Shared are items of one id whose gold answer is the same: two files may number their items alike.
+    SharedItems are items of one id whose gold answer is the same: two files may number their items alike.
     """
-    found: dict[str, Shared] = {}
+    found: dict[str, SharedItems] = {}
     for task in _tasks(runs):
         each = [_items(side, task) for side in runs]
         shared = _shared(each)
@@ -383,7 +383,7 @@ def _answers(runs: Sequence[Side]) -> dict[str, Shared]:
             right: dict[str, list[bool]] = {}
             for side, items in zip(runs, each, strict=True):
                 right[side.name] = [items[key].right for key in shared]
-            found[task] = Shared(right, _groups(each, shared))
+            found[task] = SharedItems(right, _groups(each, shared))
     return found
 
 
@@ -416,11 +416,21 @@ def _shared(each: Sequence[Answers]) -> list[str]:
 def _items(side: Side, task: str) -> Answers:
     """Empty where the run has no such items, or they are no right or wrong (a mean over draws, a summary)."""
     score = side.score(task, "final")
-    path = side.seen.folder / "evaluation" / f"{task}.items.jsonl"
-    if score is None or score.metric != "accuracy" or score.draws or not path.is_file():
+    folder = side.seen.folder / "evaluation"
+    path = folder / f"{task}.items.jsonl"
+    inside = path.parent == folder and not path.is_symlink()  # run.json may be anybody's
+    if score is None or score.metric != "accuracy" or score.draws or not inside or not path.is_file():
         return {}
     found: Answers = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        item = AnsweredItem.model_validate_json(line)
-        found[item.id] = Answer(str(item.gold), item.of("final").is_right, item.group)
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+        try:
+            item = AnsweredItem.model_validate_json(line)
+            if item.final is None:
+                raise ValueError("no final answer")
+            found[item.id] = Answer(str(item.gold), item.final.is_right, item.group)
+        except (ValueError, RecursionError) as error:
+            raise RunError(
+                f"{path}:{number}: no answer of an evaluation ({type(error).__name__})\n"
+                "the same `qmedtune run` makes the evaluation again, once its folder is moved away"
+            ) from None
     return found

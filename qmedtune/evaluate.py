@@ -18,23 +18,25 @@ import torch
 
 from qmedtune import model as models
 from qmedtune import record, store, ui
+from qmedtune.allowed import Quantization
 from qmedtune.data.packing import templates
 from qmedtune.data.packing.framing import codec_of, frame_of
 from qmedtune.data.reading.sources import source_files
 from qmedtune.disk import owner_only
 from qmedtune.errors import RecipeError
-from qmedtune.evaluation import halves, precision
-from qmedtune.evaluation.measure import Measured, Settings, measure_model, text_rows
-from qmedtune.evaluation.open_model import Quantization, check_template, fingerprint, locate, open_model
+from qmedtune.evaluation import halves
+from qmedtune.evaluation.measure import MeasuredModel, Settings, measure_model, text_rows
+from qmedtune.evaluation.open_model import check_template, fingerprint, locate, open_model
 from qmedtune.evaluation.scoring import BATCH_TOKENS, Perplexity, max_positions
 from qmedtune.evaluation.summary import overlap_result, task_result, write_items
 from qmedtune.model_files import read_json
 from qmedtune.model_stack import ModelStack
 from qmedtune.modeling.collation import Rows
 from qmedtune.modeling.quiet import quiet_libraries
+from qmedtune.planning import precision
 from qmedtune.recipe import Recipe, SourceSection, TaskSection
 from qmedtune.resolved import ResolvedRecipe
-from qmedtune.results import Evaluation, Merge, ModelScores, Pair, Source, Text
+from qmedtune.results import BaseAndFinal, Evaluation, Merge, ModelScores, Source, Text
 from qmedtune.tasks import BUILTIN_TASKS, Task, check_twice, load_task
 
 TEXTS = "perplexity"
@@ -44,7 +46,7 @@ WINDOW_TOKENS = 2048  # of texts without a packing: 131,072 positions of LLaMA-3
 
 
 @dataclass(frozen=True)
-class Compared:
+class EvaluatedModels:
     """The two models of a run and the texts for both. trained: what the stages left; merged: what of it is delivered,
     None: it was refused. It is compared with its own base, or with `origin` where earlier adapters are folded into
     that, or, trained from scratch, with random weights of the shape of the folder `untrained`. mixed: what is merged is
@@ -64,7 +66,7 @@ class Compared:
         return self.untrained or self.origin or self.trained.base
 
 
-def evaluate_step(recipe: ResolvedRecipe, inputs: Compared, out: Path) -> Evaluation:
+def evaluate_step(recipe: ResolvedRecipe, inputs: EvaluatedModels, out: Path) -> Evaluation:
     """Base against final of a resolved recipe, in the precision that precision.py decides.
 
     Delivered is the merged folder; without one, the base plus its adapters in the merge's dtype.
@@ -99,25 +101,25 @@ class Scoring:
     """Both models of a run, and what they are asked."""
 
     recipe: Recipe
-    inputs: Compared
+    inputs: EvaluatedModels
     tasks: list[Task]
     held_out: Mapping[str, Rows]
     settings: Settings
 
-    def measured(self, contender: Contender, label: str, folder: Path) -> Measured:
+    def measured(self, contender: Contender, label: str, folder: Path) -> MeasuredModel:
         """One model in one precision. What is kept below `folder` is kept by `label`."""
         model, tokenizer = open_contender(self.recipe, contender)
         # The model goes when this returns, or two are held while the next is loaded: 2 x 16 GB for an 8B base.
         return measure_model(model, tokenizer, label, self.tasks, self.held_out, self.settings, folder)
 
-    def both(self, taken: precision.Precision, folder: Path) -> dict[str, Measured]:
-        found: dict[str, Measured] = {}
+    def both(self, taken: precision.Precision, folder: Path) -> dict[str, MeasuredModel]:
+        found: dict[str, MeasuredModel] = {}
         for contender in contenders(self.inputs, taken):
             found[contender.label] = self.measured(contender, contender.label, folder)
         return found
 
 
-def _both(scoring: Scoring, folder: Path) -> tuple[precision.Precision, dict[str, Measured]]:
+def _both(scoring: Scoring, folder: Path) -> tuple[precision.Precision, dict[str, MeasuredModel]]:
     """Base and final, and the precision that they were scored in: NF4 where memory runs out in 16 bit, and one
     precision for both."""
     taken = precision.decide(scoring.recipe, delivered_dtype(scoring.inputs.trained))
@@ -131,7 +133,7 @@ def _both(scoring: Scoring, folder: Path) -> tuple[precision.Precision, dict[str
     return instead, scoring.both(instead, folder / "nf4")  # beside what was kept of the other precision
 
 
-def _nf4_beside(scoring: Scoring, folder: Path) -> dict[str, Pair]:
+def _nf4_beside(scoring: Scoring, folder: Path) -> dict[str, BaseAndFinal]:
     """Perplexity of base and result in NF4, as trained, per source: what quantisation costs, what training only
     repaired. Texts alone: they cost seconds, where tasks would cost the evaluation again."""
     if not scoring.held_out:
@@ -140,14 +142,14 @@ def _nf4_beside(scoring: Scoring, folder: Path) -> dict[str, Pair]:
     found: dict[str, dict[str, Perplexity]] = {}
     for contender in contenders(scoring.inputs, precision.trained(scoring.recipe)):
         found[contender.label] = texts.measured(contender, f"{contender.label}-nf4", folder).perplexity
-    pairs: dict[str, Pair] = {}
+    pairs: dict[str, BaseAndFinal] = {}
     for source in scoring.held_out:
         base, final = found["base"][source], found["final"][source]
-        pairs[source] = Pair(base=base.perplexity, final=final.perplexity)
+        pairs[source] = BaseAndFinal(base=base.perplexity, final=final.perplexity)
     return pairs
 
 
-def _warnings(inputs: Compared, taken: precision.Precision, found: Evaluation) -> list[str]:
+def _warnings(inputs: EvaluatedModels, taken: precision.Precision, found: Evaluation) -> list[str]:
     warned = []
     if inputs.merged is not None:
         sealed = store.read_seal(inputs.merged)
@@ -179,7 +181,7 @@ def _overlapping(sources: Sequence[Path]) -> dict[str, set[str]]:
 
 
 def write_results(
-    tasks: list[Task], measured: dict[str, Measured], seed: int, out: Path,
+    tasks: list[Task], measured: dict[str, MeasuredModel], seed: int, out: Path,
     *, overlapping: Mapping[str, set[str]] = {},  # noqa: B006 - nothing changes it
 ) -> Evaluation:  # fmt: skip
     """Write <task>.items.jsonl below `out`; scores per task, perplexity per source.
@@ -201,7 +203,7 @@ def write_results(
     return Evaluation(tasks=scores, perplexity=texts)
 
 
-def _text_result(source: str, measured: dict[str, Measured]) -> Text:
+def _text_result(source: str, measured: dict[str, MeasuredModel]) -> Text:
     """Perplexity of each model over one source's held-out text."""
     perplexities, ends = {}, {}
     tokens = marks = 0
@@ -214,7 +216,7 @@ def _text_result(source: str, measured: dict[str, Measured]) -> Text:
     result = Text(**perplexities, tokens=tokens, marks=marks)
     if not marks:
         return result
-    return result.model_copy(update={"ends": Pair(**ends)})
+    return result.model_copy(update={"ends": BaseAndFinal(**ends)})
 
 
 def check_prompts(tokenizer: Any, template: templates.Template, tasks: list[Task]) -> None:
@@ -253,7 +255,7 @@ class Contender:
     random: bool = False
 
 
-def contenders(inputs: Compared, taken: precision.Precision) -> list[Contender]:
+def contenders(inputs: EvaluatedModels, taken: precision.Precision) -> list[Contender]:
     """Base and final. The merged folder stands for base + adapters where it is there; in NF4, as trained, only where it
     is another model than these."""
     final, merged = inputs.trained, inputs.merged

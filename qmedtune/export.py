@@ -12,19 +12,19 @@ import shlex
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, get_args
 
 from qmedtune import record, store
+from qmedtune.allowed import ExportForm
 from qmedtune.errors import RecipeError, RunError
 from qmedtune.evaluation.open_model import Location, check_template, fingerprint, locate
 from qmedtune.results import Exported, ExportProof
 
 if TYPE_CHECKING:
-    from qmedtune.exporting.proof import Proof
+    from qmedtune.exporting.logit_proof import LogitProof
     from qmedtune.merging.disk_llama import DiskLlama
 
-Form = Literal["gguf", "gguf-adapter", "ollama", "vllm", "transformers", "hub"]
-FORMS: tuple[str, ...] = get_args(Form)
+FORMS: tuple[str, ...] = get_args(ExportForm)
 VERSION = 1  # raise when the same model would become other files
 NO_NAME = re.compile(r"[^\w.-]+")
 
@@ -37,7 +37,7 @@ class ExportJob:
 
     model: str
     out: Path
-    form: Form
+    form: ExportForm
     quant: str | None = None
     base: str | None = None
     pre: str | None = None
@@ -178,38 +178,47 @@ def _gguf(job: ExportJob, location: Location, folder: Path) -> Exported:
 
 @dataclass(frozen=True)
 class File:
-    """A GGUF file. pre: llama.cpp's name of how it splits text; sha256: taken as it was written here."""
+    """A GGUF file. pre: llama.cpp's name of how it splits text; sha256: taken as it was written here, or else
+    quantised_by: what of llama.cpp wrote it."""
 
     path: Path
     pre: str
-    proof: Proof
+    proof: LogitProof
     sha256: str | None = None
+    quantised_by: str | None = None
 
     def exported(self, job: ExportJob) -> Exported:
         proof = ExportProof(**asdict(self.proof))
         size = self.path.stat().st_size
-        return Exported(quant=job.type, bytes=size, pre=self.pre, proof=proof, sha256=self.sha256)
+        return Exported(
+            quant=job.type,
+            quantised_by=self.quantised_by,
+            bytes=size,
+            pre=self.pre,
+            proof=proof,
+            sha256=self.sha256,
+        )
 
 
 def _write_file(job: ExportJob, location: Location, folder: Path) -> File:
-    from qmedtune.exporting.gguf_model import write_model
+    from qmedtune.exporting.gguf_model import exact_quant, write_model
     from qmedtune.exporting.k_quants import quantise
-    from qmedtune.exporting.proof import prove
+    from qmedtune.exporting.logit_proof import prove
     from qmedtune.exporting.types import QUANTS
     from qmedtune.exporting.vocabulary import read_vocabulary
 
     model, title = _opened(location), title_of(location)
     vocabulary = read_vocabulary(location.base, model.model.config.vocab_size, job.pre)
     path = folder / f"{title}-{job.type}.gguf"
-    sha256 = None
+    sha256 = by = None
     if job.type in QUANTS:
         sha256 = write_model(path, model, vocabulary, QUANTS[job.type], title)
     else:
-        whole = folder / "f32.gguf"
-        write_model(whole, model, vocabulary, QUANTS["f32"], title)
-        quantise(whole, path, job.type)
+        whole = folder / "whole.gguf"
+        write_model(whole, model, vocabulary, exact_quant(model), title)
+        by = quantise(whole, path, job.type)
         whole.unlink()
-    return File(path, vocabulary.pre, prove(path, model, job.type, vocabulary.doubtful), sha256)
+    return File(path, vocabulary.pre, prove(path, model, job.type, vocabulary.doubtful), sha256, by)
 
 
 def _ollama(job: ExportJob, location: Location, folder: Path) -> Exported:

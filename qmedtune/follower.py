@@ -19,7 +19,7 @@ from typing import Any
 from qmedtune import peers
 from qmedtune.errors import QmedtuneError
 from qmedtune.interrupt import SIGNALS
-from qmedtune.peers import Answer, Message
+from qmedtune.peers import Message, Reply
 from qmedtune.record import versions
 
 
@@ -68,7 +68,7 @@ def follow(store: Any, rank: int, size: int) -> int:
             member.train(message, number)
         except Exception as error:
             store.set(
-                f"ready/{number}/{rank}", json.dumps(vars(Answer(fault=_told(error))))
+                f"ready/{number}/{rank}", json.dumps(vars(Reply(fault=_told(error))))
             )  # nobody reads it once training has begun
             return getattr(error, "exit_code", 1)
         number += 1
@@ -110,7 +110,7 @@ class _Member:
         from qmedtune.train import StageInputs, TrainingJob, follow_stage
 
         def ready(computes: str) -> None:
-            self.store.set(f"ready/{number}/{self.rank}", json.dumps(vars(Answer(computes))))
+            self.store.set(f"ready/{number}/{self.rank}", json.dumps(vars(Reply(computes))))
             if not self.grouped:
                 peers.join(self.store, self.rank, self.size)
                 self.grouped = True

@@ -18,7 +18,8 @@ from qmedtune.versions import CODE as CODE
 
 # Raise when scores of the same models would differ: 2 = perplexity over whole documents, heads in fp32; 3 =
 # answers that state exactly one option; 4 = asked with the tokens of training, end marks apart from perplexity; 5 =
-# bins of calibration, answers in more tags and keys; 6 = in JSON with several keys, behind "in conclusion".
+# bins of calibration, answers in more tags and keys; 6 = more openings of an answer, species are no letters, JSON of
+# several keys, what is denied or asked.
 EVALUATION_FORMAT = 6
 # How items are parted where choices are made on some of them: 2 = each by what it is, not by its rank in the task.
 PARTS = 2
@@ -130,26 +131,6 @@ def _template_files(recipe: Recipe, names: list[str]) -> dict[str, str]:
         if path.is_file():
             found[name] = store.sha256_file(path)
     return found
-
-
-def sources_compared_with(recipe: Recipe, name: str) -> list[str]:
-    """Earlier sources that duplicates are looked for in: texts among texts, instructions among instructions. What
-    `classify` reads is compared with no other source: several sets of labels are given to the same notes."""
-    if not recipe.hygiene.dedup.exact and not recipe.hygiene.dedup.near:
-        return []
-    used = recipe.used_sources()
-    labelled = {stage.classify.data for stage in recipe.stages if stage.classify}
-    if name in labelled:
-        return []
-
-    def asks(source: str) -> bool:
-        return recipe.data[source].kind == "instructions"
-
-    compared: list[str] = []
-    for other in used[: used.index(name)]:
-        if other not in labelled and asks(other) == asks(name):
-            compared.append(other)
-    return compared
 
 
 def validation_section(recipe: Recipe) -> MadeFrom:

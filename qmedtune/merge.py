@@ -32,10 +32,10 @@ from qmedtune.errors import RecipeError, RunError
 from qmedtune.lineage import parts_of
 from qmedtune.merging.disk_llama import DiskLlama, open_llama
 from qmedtune.merging.lora_files import LowRank, Updates, read_adapters
-from qmedtune.merging.methods import Mixed, Mixture, Source, same
+from qmedtune.merging.methods import Mixture, Source, WeightedSum, same
 from qmedtune.merging.other_model import open_other
 from qmedtune.merging.parallel import in_fp32, in_order, workers
-from qmedtune.merging.proof import PROBE_TOKENS, Proof, Reference, check_readings
+from qmedtune.merging.proof import PROBE_TOKENS, MergeProof, Reference, check_readings
 from qmedtune.merging.reference import ReadModel, read_base, read_updates
 from qmedtune.merging.rounding import Rounding
 from qmedtune.merging.sibling import Mixing
@@ -260,7 +260,7 @@ def check_onto(section: MergeSection, model: ModelSection) -> None:
 
 
 @dataclass(frozen=True)
-class Written:
+class WrittenMerge:
     """A merged folder as it was written and proven. hashes: sha256 by file name; why: it was rounded so."""
 
     hashes: dict[str, str]
@@ -269,18 +269,26 @@ class Written:
     why: str = "as stated"
 
 
-def _write_and_prove(writer: _Writer, reference: Callable[[], Reference]) -> Written:
+def _write_and_prove(writer: _Writer, reference: Callable[[], Reference]) -> WrittenMerge:
     """`auto` writes the nearest numbers, and again stochastically where those lose too much and noise loses less."""
     job = writer.job
 
-    def attempt(rounding: Rounding) -> tuple[Written, Proof]:
+    def attempt(rounding: Rounding) -> tuple[WrittenMerge, MergeProof]:
         settling = writer.write(rounding)
-        proof = Proof(writer.base, reference(), writer.out, job.section, job.model, rounding, writer.pool)
+        proof = MergeProof(
+            base=writer.base,
+            reference=reference(),
+            merged=writer.out,
+            section=job.section,
+            model=job.model,
+            rounding=rounding,
+            pool=writer.pool,
+        )
         proven = proof.run(job.probe_ids)
         hashes: dict[str, str] = {}
         for name, file in settling.items():
             hashes[name] = file.result()
-        return Written(hashes, rounding, proven), proof
+        return WrittenMerge(hashes, rounding, proven), proof
 
     if job.section.rounding == "stochastic":
         return attempt(job.stochastic)[0]
@@ -300,7 +308,7 @@ def _write_and_prove(writer: _Writer, reference: Callable[[], Reference]) -> Wri
     return replace(attempt(job.stochastic)[0], why=why)
 
 
-def _warnings(job: MergeJob, written: Written) -> list[str]:
+def _warnings(job: MergeJob, written: WrittenMerge) -> list[str]:
     lost = written.proven.lost or 0.0
     if lost <= MAX_LOST:
         return []
@@ -357,7 +365,7 @@ class _Writer:
                 file_of[name] = file
         store.check_room(self.out, elements * self.job.dtype.itemsize, "the merged weights")
         hashes = {}
-        with ui.stage("merging", total=len(file_of), unit="tensors") as shown:
+        with ui.progress_bar("merging", total=len(file_of), unit="tensors") as shown:
 
             def jobs(names: Iterable[str]) -> Iterator[Callable[[], Tensor]]:
                 for name in names:
@@ -377,12 +385,12 @@ class _Writer:
 
     def _blocks(self, name: str, rounding: Rounding) -> Iterator[Callable[[], Tensor]]:
         source, low_rank = self._source(name), self.updates.low_rank.get(name, ())
-        changed = bool(low_rank) or name in self.updates.full or isinstance(source, Mixed)
+        changed = bool(low_rank) or name in self.updates.full or isinstance(source, WeightedSum)
         how = Rounding(rounding.dtype)
         if changed:  # noise is for what training changed
             how = rounding
         for rows in row_blocks(self.base.shapes[name]):
-            yield partial(merged_block, source, low_rank, rows, how, name)
+            yield partial(merged_block, source, low_rank, rows, how, name=name)
 
     def _source(self, name: str) -> Source:
         """What the low-rank updates of a weight are added to."""
@@ -411,7 +419,7 @@ def _metadata(rounding: Rounding) -> dict[str, str]:
     return {"rounding": "stochastic", "rounding_seed": str(rounding.seed)}
 
 
-def merged_block(source: Source, low_rank: Sequence[LowRank], rows: slice, rounding: Rounding, name: str) -> Tensor:
+def merged_block(source: Source, low_rank: Sequence[LowRank], rows: slice, rounding: Rounding, *, name: str) -> Tensor:
     """Some rows of a merged tensor: fp32 sums, rounded once. RunError where they are not finite in the new dtype."""
     block = in_fp32(source[rows])
     for update in low_rank:

@@ -96,7 +96,7 @@ def _mixed_as_in_run(section: MergeSection, run: Path) -> MergeSection:
 
 
 @dataclass(frozen=True)
-class Found:
+class MergeInputs:
     """What is to be merged, and how it was trained. origin: the run's own base, where `stack` is on a later one; mixed:
     whether its own merge mixes another model in."""
 
@@ -108,7 +108,7 @@ class Found:
     mixed: bool = False
 
 
-def adapters_of_run(folder: Path, offline: bool, weights: Mapping[str, float] | None = None) -> Found:
+def adapters_of_run(folder: Path, offline: bool, weights: Mapping[str, float] | None = None) -> MergeInputs:
     """What the run's own merge folds: the adapters since the last full model, and the template of the last sft.
 
     weights: of its stages, in place of the recipe's. RecipeError for a stage whose adapter is not merged.
@@ -134,10 +134,10 @@ def adapters_of_run(folder: Path, offline: bool, weights: Mapping[str, float] | 
     stack = final.located(folder, base)
     shares = shares_of(recipe, weights, [folder / part.adapter for part in parts]) if weights else ()
     origin = None if final.base == BASE else base()
-    return Found(recipe.model, stack, recipe.seed, shares, origin, recipe.merge.other is not None)
+    return MergeInputs(recipe.model, stack, recipe.seed, shares, origin, recipe.merge.other is not None)
 
 
-def adapter_of_folder(name: str, folder: Path, base: str | None, offline: bool) -> Found:
+def adapter_of_folder(name: str, folder: Path, base: str | None, offline: bool) -> MergeInputs:
     location = locate(name, base=base, offline=offline)
     if not location.adapters:
         raise RecipeError(
@@ -147,4 +147,4 @@ def adapter_of_folder(name: str, folder: Path, base: str | None, offline: bool) 
     quantization = bases.quantization_of(location.stack)
     model = ModelSection(base=str(location.base), compute_dtype=this_machine().compute_dtype, quantization=quantization)
     template = templates[0] if templates else None
-    return Found(model, ModelStack(location.base, location.adapters, template), SEED)
+    return MergeInputs(model, ModelStack(location.base, location.adapters, template), SEED)

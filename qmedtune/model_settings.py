@@ -44,13 +44,13 @@ Activation = Literal["silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pyt
 Factors = Annotated[list[Positive], Field(max_length=4096)]
 
 
-class Judged(BaseModel):
+class CheckedSettings(BaseModel):
     """Strict: '64' is no number. What it does not know it leaves out."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
 
 
-class Rope(Judged):
+class Rope(CheckedSettings):
     rope_type: RopeType | None = None
     type: RopeType | None = None
     rope_theta: Positive | None = None
@@ -69,7 +69,7 @@ class Rope(Judged):
     long_factor: Factors | None = None
 
 
-class Quantized(Judged):
+class Quantized(CheckedSettings):
     """bitsandbytes' own; other methods are refused by name (model_stack.py)."""
 
     quant_method: Word | None = None
@@ -85,7 +85,7 @@ class Quantized(Judged):
     llm_int8_has_fp16_weight: bool | None = None
 
 
-class Llama(Judged):
+class Llama(CheckedSettings):
     """The settings of config.json that make a LLaMA. All may be absent here: which must not be is llama_shape.py's."""
 
     model_type: Word | None = None
@@ -119,7 +119,7 @@ class Llama(Judged):
     num_labels: Annotated[int, Field(ge=0, le=100_000)] | None = None  # a table of names is made of it
 
 
-class Generation(Judged):
+class GenerationSettings(CheckedSettings):
     """generation_config.json: answers are greedy here, and only the tokens that frame them are taken from it."""
 
     pad_token_id: TokenIds | None = None
@@ -127,14 +127,14 @@ class Generation(Judged):
     eos_token_id: TokenIds | None = None
 
 
-class TokenObject(Judged):
+class TokenObject(CheckedSettings):
     content: str
 
 
 Token = str | TokenObject
 
 
-class Tokenizer(Judged):
+class Tokenizer(CheckedSettings):
     """tokenizer_config.json."""
 
     bos_token: Token | None = None
@@ -154,9 +154,9 @@ FILES = (
     "config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "processor_config.json", "preprocessor_config.json", "adapter_config.json",
 )  # fmt: skip
-KINDS: Mapping[str, type[Judged]] = {
+KINDS: Mapping[str, type[CheckedSettings]] = {
     "config.json": Llama,
-    "generation_config.json": Generation,
+    "generation_config.json": GenerationSettings,
     "tokenizer_config.json": Tokenizer,
 }
 
@@ -266,13 +266,13 @@ def _repeats(parsed: Any) -> Iterator[bool]:
             yield False
 
 
-def _validated(path: Path, kind: type[Judged], said: Mapping[str, Any]) -> None:
+def _validated(path: Path, kind: type[CheckedSettings], said: Mapping[str, Any]) -> None:
     _one(path, kind, said)
     if kind is Llama and isinstance(inside := said.get("quantization_config"), dict):
         _one(path, Quantized, inside)
 
 
-def _one(path: Path, kind: type[Judged], said: Mapping[str, Any]) -> None:
+def _one(path: Path, kind: type[CheckedSettings], said: Mapping[str, Any]) -> None:
     try:
         kind.model_validate(dict(said))
     except ValidationError as error:

@@ -56,7 +56,7 @@ class Message:
 
 
 @dataclass(frozen=True)
-class Answer:
+class Reply:
     """Of a process that was called: how it computes, or what is wrong with it."""
 
     computes: str = ""
@@ -86,7 +86,7 @@ class Peers:
         """Until all are ready to train; how each computes. Raises RunError with what the first that is not has said."""
         computing: list[str] = []
         for rank in range(1, self.size):
-            answer = Answer(**json.loads(self._answer(f"ready/{self.number}/{rank}", rank)))
+            answer = Reply(**json.loads(self._answer(f"ready/{self.number}/{rank}", rank)))
             if answer.fault:
                 raise RunError(f"process {rank + 1} of {self.size}: {answer.fault}\nall processes of the run end")
             computing.append(answer.computes)

@@ -15,11 +15,10 @@ from typing import cast
 from qmedtune import base, fetch, gguf_folder, preflight, step_status, store, track, units
 from qmedtune.batches import batch_rows, steps_in, too_few_steps
 from qmedtune.errors import DataError, DoesNotFit, QmedtuneError
-from qmedtune.evaluation import precision
 from qmedtune.lineage import final_model, lineage_of
 from qmedtune.llama_shape import BaseFacts
-from qmedtune.planning import capacity, exchange, fit, memory, rows, scoring, speed
-from qmedtune.planning.estimate import Estimate, Measured, count_with, estimate_source
+from qmedtune.planning import capacity, evaluation_time, exchange, fit, memory, precision, rows, speed
+from qmedtune.planning.estimate import Estimate, SampledEstimate, count_with, estimate_source
 from qmedtune.planning.machine import CARDS_GIB, GIB, Machine, card_of, this_machine
 from qmedtune.planning.memory import Setup
 from qmedtune.planning.missing import what_is_missing
@@ -34,7 +33,7 @@ from qmedtune.planning.plan_facts import (
     PlannedStep,
 )
 from qmedtune.planning.resolve import refuse_half_on_cpu, resolve
-from qmedtune.planning.rows import Tokens
+from qmedtune.planning.rows import StageTokens
 from qmedtune.planning.sample import Sample, sample_source
 from qmedtune.planning.shapes import base_facts
 from qmedtune.recipe import Recipe
@@ -52,12 +51,14 @@ HASHED_BYTES = 256 * 1024**2
 
 @dataclass(frozen=True)
 class Subject:
-    """What is planned: a resolved recipe on its base, for a machine; `run_dir` may hold a part of it already."""
+    """What is planned: a resolved recipe on its base, for a machine; `run_dir` may hold a part of it already. folder:
+    of the base's tokenizer, where that is here."""
 
     recipe: ResolvedRecipe
     facts: BaseFacts
     machine: Machine
     run_dir: Path | None
+    folder: Path | None
 
 
 def make_plan(recipe: Recipe, run_dir: Path | None = None) -> Plan:
@@ -74,8 +75,8 @@ def make_plan(recipe: Recipe, run_dir: Path | None = None) -> Plan:
     folder = _tokenizer_folder(facts)
     samples, missing = _samples(resolved)
     benchmarks = _checked(resolved, facts, folder, samples)
-    subject = Subject(resolved, facts, machine, run_dir)
-    measured = _measure_sources(subject, folder, samples, missing)
+    subject = Subject(resolved, facts, machine, run_dir, folder)
+    measured = _measure_sources(subject, samples, missing)
     estimates = {name: measured[name].estimate for name in resolved.used_sources()}
     steps, notes = _status(recipe, run_dir, machine, estimates)
     stages: list[PlannedStage] = []
@@ -89,8 +90,8 @@ def make_plan(recipe: Recipe, run_dir: Path | None = None) -> Plan:
         taken.append(replace(setup, micro_batch=stage["micro_batch"]))
     host = capacity.host_phases(facts, taken, gpu=machine.is_gpu)
     disk = _disk(resolved, facts, setups, estimates)
-    evaluation = _evaluation(resolved, facts, machine, folder, benchmarks.tasks, estimates)
-    times = _times(resolved, facts, steps, stages, evaluation)
+    evaluation = _evaluation(subject, benchmarks.tasks, estimates)
+    times = _times(subject, steps, stages, evaluation)
     borders = _borders(folder)
     making_s = _making_seconds(facts, machine)
     base_told = {**asdict(facts), "parameters": facts.parameters, "bytes": facts.file_bytes, "making_s": making_s}
@@ -203,17 +204,17 @@ def _length_notes(recipe: ResolvedRecipe, facts: BaseFacts) -> list[str]:
 
 
 def _measure_sources(
-    subject: Subject, folder: Path | None, samples: Mapping[str, Sample], missing: Mapping[str, str]
-) -> dict[str, Measured]:
+    subject: Subject, samples: Mapping[str, Sample], missing: Mapping[str, str]
+) -> dict[str, SampledEstimate]:
     """The tokens of each source; none of those that are `missing`, with the reason."""
-    recipe, facts = subject.recipe, subject.facts
-    measured: dict[str, Measured] = {}
+    recipe, facts, folder = subject.recipe, subject.facts, subject.folder
+    measured: dict[str, SampledEstimate] = {}
     for name, sample in samples.items():
         source = recipe.data[name]
         counting = count_with(folder, facts.vocab, source, builtin_base=facts.builtin, builtin_text=source.is_builtin)
         measured[name] = estimate_source(sample, source, counting)
     for name, why in missing.items():
-        measured[name] = Measured(Estimate(0, 0, 0.0, missing=why))
+        measured[name] = SampledEstimate(Estimate(0, 0, 0.0, missing=why))
     if folder is not None:
         preflight.check_truncation(recipe, measured, samples)
     return measured
@@ -282,7 +283,9 @@ def _tokenizer_folder(facts: BaseFacts) -> Path | None:
     return Path(facts.folder) if facts.folder else None
 
 
-def _sealed_tokens(recipe: ResolvedRecipe, index: int, run_dir: Path | None, steps: list[PlannedStep]) -> Tokens | None:
+def _sealed_tokens(
+    recipe: ResolvedRecipe, index: int, run_dir: Path | None, steps: list[PlannedStep]
+) -> StageTokens | None:
     """The exact ledger of a stage whose packing is sealed and current."""
     name = f"data/{recipe.stage_names()[index]}"
     if run_dir is None or not _is_cached(steps, name):
@@ -292,7 +295,7 @@ def _sealed_tokens(recipe: ResolvedRecipe, index: int, run_dir: Path | None, ste
         return None
     section, packed = recipe.stages[index].section, Packing.model_validate(sealed.facts)
     rows, trained = packed.rows, packed.tokens.trained or 0
-    return Tokens(trained, rows, batch_rows(section, rows), steps_in(section, rows), 0.0)
+    return StageTokens(trained, rows, batch_rows(section, rows), steps_in(section, rows), 0.0)
 
 
 def _is_cached(steps: list[PlannedStep], name: str) -> bool:
@@ -302,7 +305,9 @@ def _is_cached(steps: list[PlannedStep], name: str) -> bool:
 # ---- stages ----------------------------------------------------------------------------------------------------------
 
 
-def _stage(subject: Subject, index: int, measured: Mapping[str, Measured], steps: list[PlannedStep]) -> PlannedStage:
+def _stage(
+    subject: Subject, index: int, measured: Mapping[str, SampledEstimate], steps: list[PlannedStep]
+) -> PlannedStage:
     recipe, facts, machine, run_dir = subject.recipe, subject.facts, subject.machine, subject.run_dir
     name, section = recipe.stage_names()[index], recipe.stages[index].section
     setup = fit.setup_of(recipe, index)
@@ -338,7 +343,7 @@ def _stage(subject: Subject, index: int, measured: Mapping[str, Measured], steps
     }
 
 
-def _seconds(tokens: Tokens, tokens_per_s: float, *, cached: bool) -> float | None:
+def _seconds(tokens: StageTokens, tokens_per_s: float, *, cached: bool) -> float | None:
     """None while nobody knows how many tokens there are."""
     if cached:
         return 0.0
@@ -366,28 +371,26 @@ def _status(
 # ---- scores and time ----------------------------------------------------------------------------------------------
 
 
-def _evaluation(
-    recipe: Recipe, facts: BaseFacts, machine: Machine, folder: Path | None, tasks: list[Task],
-    estimates: Mapping[str, Estimate],
-) -> PlannedEvaluation | None:  # fmt: skip
+def _evaluation(subject: Subject, tasks: list[Task], estimates: Mapping[str, Estimate]) -> PlannedEvaluation | None:
+    recipe, facts = subject.recipe, subject.facts
     if not recipe.evaluate.tasks and not recipe.evaluate.perplexity:
         return None
-    ids = preflight.asking(recipe, folder, builtin=facts.builtin)
-    readings: list[scoring.Reading] = []
+    ids = preflight.asking(recipe, subject.folder, builtin=facts.builtin)
+    readings: list[evaluation_time.BenchmarkCost] = []
     for task in tasks:
         scored = part_of(task, recipe, "scored")
-        readings.append(scoring.reading(scored, ids, generate=recipe.evaluate.generate))
-    taken = precision.decide(recipe, machine=machine)
-    scored_in = scoring.Scored(taken.name, taken.weights, taken.computed_in, taken.why)
-    return scoring.planned(recipe, facts, machine, scored_in, scoring.Found(readings, estimates))
+        readings.append(evaluation_time.reading(scored, ids, generate=recipe.evaluate.generate))
+    taken = precision.decide(recipe, machine=subject.machine)
+    read = evaluation_time.EvaluationInputs(readings, estimates, taken)
+    return evaluation_time.planned(recipe, facts, subject.machine, read)
 
 
 def _times(
-    recipe: Recipe, facts: BaseFacts, steps: list[PlannedStep], stages: list[PlannedStage],
-    evaluation: PlannedEvaluation | None,
-) -> dict[str, float]:  # fmt: skip
+    subject: Subject, steps: list[PlannedStep], stages: list[PlannedStage], evaluation: PlannedEvaluation | None
+) -> dict[str, float]:
     """Seconds that are left, by what they go to. What is cached takes none. The base is loaded once for all stages that
     train on it, and once for every fold."""
+    recipe, facts = subject.recipe, subject.facts
     times = {"loading": 0.0, "training": 0.0, "merging": 0.0, "evaluation": 0.0}
     for stage, line in zip(stages, lineage_of(recipe), strict=True):
         if _is_cached(steps, stage["name"]):

@@ -19,15 +19,15 @@ from pathlib import Path
 from typing import Any, BinaryIO, NotRequired, TextIO, TypedDict
 
 from qmedtune import store, ui
-from qmedtune.data.packing.framing import Asked as FramedQuestion
-from qmedtune.data.packing.framing import Frame, codec_of, frame_in, frame_of
+from qmedtune.allowed import Quantization
+from qmedtune.data.packing.framing import Frame, Prompt, codec_of, frame_in, frame_of
 from qmedtune.data.reading.records import checked
 from qmedtune.data.reading.rejects import Damaged, Unusable
 from qmedtune.data.reading.sources import READERS, format_of, source_files
 from qmedtune.disk import owner_only
 from qmedtune.errors import RecipeError, RunError
 from qmedtune.evaluation.generation import generate
-from qmedtune.evaluation.open_model import OpenModel, Quantization, check_template, fingerprint, locate, open_model
+from qmedtune.evaluation.open_model import OpenModel, check_template, fingerprint, locate, open_model
 from qmedtune.evaluation.scoring import BATCH_TOKENS, max_positions
 from qmedtune.evaluation.shorten import Fitted, fitted
 from qmedtune.interrupt import stop
@@ -74,7 +74,7 @@ class Predicted(Facts):
     max_new_tokens: int
 
 
-class Asked(Facts):
+class PromptRecord(Facts):
     """A record as the model would be asked it. end: ids, stop: strings that end an answer. error: why it is not."""
 
     id: str
@@ -88,7 +88,7 @@ class Asked(Facts):
 class DryRun(Facts):
     """What `predict` would ask."""
 
-    records: list[Asked]
+    records: list[PromptRecord]
     template: str
 
 
@@ -137,12 +137,12 @@ def predict(
             return _answers(opened, records, length, batch_tokens)
 
         _write_rows(rows, islice(questions, done, None), answer, done)
-        made = Made(out, key, location.template.name, length)
+        made = PredictionFile(out, key, location.template.name, length)
         return _publish(part, rows, made, (name for name, _ in _records(file, column, instruction)))
 
 
 @dataclass(frozen=True)
-class Made:
+class PredictionFile:
     """The file that is made, the key of what makes it, and what is told of it besides its counts."""
 
     out: Path
@@ -158,7 +158,7 @@ class Made:
 
 def _made_before(out: Path, key: str) -> Predicted | None:
     """The counts of answers that the same command made and nobody changed since; None where there are none."""
-    seal = Made(out, key).seal
+    seal = PredictionFile(out, key).seal
     if not out.is_file() or not seal.is_file():
         return None
     try:
@@ -187,7 +187,7 @@ def _check_name(out: Path) -> None:
 
 
 @dataclass(frozen=True)
-class Questions:
+class QuestionFile:
     """What is asked of whom: a file of records, the column of the question, and an instruction about it."""
 
     data: Path
@@ -197,7 +197,7 @@ class Questions:
 
 def dry_run(
     name: str,
-    asked: Questions,
+    asked: QuestionFile,
     *,
     base: str | None = None,
     template: str | None = None,
@@ -215,16 +215,16 @@ def dry_run(
     return DryRun(records=records, template=location.template.name)
 
 
-def _would_ask(frame: Frame, room: int, record: Record) -> Asked:
+def _would_ask(frame: Frame, room: int, record: Record) -> PromptRecord:
     name, messages = record
     if isinstance(messages, Damaged):
-        return Asked(id=name, error=messages.reason)
+        return PromptRecord(id=name, error=messages.reason)
     [found] = _fitted(frame, [messages], room)
     if found is None:
-        return Asked(id=name, error=NO_ROOM)
+        return PromptRecord(id=name, error=NO_ROOM)
     asked = found.asked
     ends, stop = sorted(asked.ends), list(asked.stop)
-    return Asked(id=name, ids=asked.ids, end=ends, stop=stop, truncated=not found.whole)
+    return PromptRecord(id=name, ids=asked.ids, end=ends, stop=stop, truncated=not found.whole)
 
 
 def _one_file(data: Path) -> Path:
@@ -325,7 +325,7 @@ def _answers(opened: OpenModel, records: list[Record], max_new_tokens: int, batc
             conversations.append(messages)
     room = max_positions(opened.model) - max_new_tokens
     frame = frame_of(opened.template, codec_of(opened.tokenizer))
-    prompts: list[FramedQuestion] = []
+    prompts: list[Prompt] = []
     whose: list[Row] = []
     for row, one in zip(asked, _fitted(frame, conversations, room), strict=True):
         if one is None:
@@ -361,7 +361,7 @@ def _write_rows(
     questions = iter(questions)
     file.seek(0, os.SEEK_END)
     with (
-        ui.stage("predict", unit="records", completed=done) as bar,
+        ui.progress_bar("predict", unit="records", completed=done) as bar,
         stop.graceful(),
     ):
         while window := list(islice(questions, WINDOW)):
@@ -413,7 +413,7 @@ def _whole(line: bytes, key: str, part: Path, number: int) -> JsonObject:
     return row
 
 
-def _publish(part: Path, rows: BinaryIO, made: Made, ids: Iterable[str]) -> Predicted:
+def _publish(part: Path, rows: BinaryIO, made: PredictionFile, ids: Iterable[str]) -> Predicted:
     """Give the rows their final form and name; counts of what they hold.
 
     ids: of the records of the input, in order. RunError where the rows are not theirs, one for one.

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from qmedtune.data.packing import templates
 from qmedtune.errors import DataError, RecipeError
-from qmedtune.planning import scoring
-from qmedtune.planning.estimate import Measured
+from qmedtune.planning import evaluation_time
+from qmedtune.planning.estimate import SampledEstimate
 from qmedtune.planning.sample import Sample
 from qmedtune.recipe import Recipe, TaskSection
 from qmedtune.resolved import ResolvedRecipe, ResolvedSft
@@ -116,7 +116,9 @@ def check_damage(recipe: Recipe, samples: Mapping[str, Sample]) -> None:
         )
 
 
-def check_truncation(recipe: ResolvedRecipe, measured: Mapping[str, Measured], samples: Mapping[str, Sample]) -> None:
+def check_truncation(
+    recipe: ResolvedRecipe, measured: Mapping[str, SampledEstimate], samples: Mapping[str, Sample]
+) -> None:
     """DataError where surely more records of an sft stage are cut at `seq_len` than `max_truncated_fraction`."""
     for section, name in taught(recipe):
         if name not in samples:
@@ -209,12 +211,12 @@ def asked_with(recipe: Recipe, folder: Path) -> templates.Template:
     return templates.default(None, folder)
 
 
-def asking(recipe: Recipe, folder: Path | None, *, builtin: bool) -> scoring.Ids:
+def asking(recipe: Recipe, folder: Path | None, *, builtin: bool) -> evaluation_time.Ids:
     """What a question makes the model read: as the evaluation frames it, where the tokenizer is here; else words, each
     a token of the tiny bases (`builtin`) and TOKENS_PER_WORD of others."""
     if folder is None:
-        per_word = 1.0 if builtin else scoring.TOKENS_PER_WORD
-        return lambda item: scoring.words_of(item, per_word)
+        per_word = 1.0 if builtin else evaluation_time.TOKENS_PER_WORD
+        return lambda item: evaluation_time.words_of(item, per_word)
     from qmedtune.data.packing.framing import frame_in
 
     frame = frame_in(asked_with(recipe, folder), folder)

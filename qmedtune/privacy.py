@@ -92,7 +92,7 @@ def _state(folders: list[TextFolder], gone: int) -> str:
     return ERASED if gone else NONE
 
 
-class Mixed(Facts):
+class MixtureSeal(Facts):
     """What is read here of any step's seal."""
 
     mixture: dict[str, Part] | None = None
@@ -115,7 +115,7 @@ def _sources(step: str, sealed: store.Seal, run: Run) -> list[str]:
     own = step.removeprefix(f"{TEXT_FOLDER}/")
     if own in run.data:
         return [own]
-    mixture = Mixed.model_validate(sealed.facts).mixture
+    mixture = MixtureSeal.model_validate(sealed.facts).mixture
     if mixture is not None:
         return list(mixture)
     parts: list[str] = []

@@ -13,9 +13,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from qmedtune.fields import Auto, Name, Section, later
-from qmedtune.sections.data import PACKED_AS, DedupSection, HygieneSection, SourceSection
-from qmedtune.sections.model import AdapterSection, ModelSection, ShapeSection
-from qmedtune.sections.results import (
+from qmedtune.sections.after_training import (
     AblateSection,
     AuditSection,
     EvaluateSection,
@@ -24,6 +22,8 @@ from qmedtune.sections.results import (
     TaskSection,
     VerifySection,
 )
+from qmedtune.sections.data import PACKED_AS, DedupSection, HygieneSection, SourceSection
+from qmedtune.sections.model import AdapterSection, ModelSection, ShapeSection
 from qmedtune.sections.training import (
     ClassifySection,
     CptSection,
@@ -159,3 +159,20 @@ class Recipe(Section):
         named = {s for stage in self.stages for s in stage.sources}
         named |= set(self.validation.on) | set(self.evaluate.perplexity)
         return [name for name in self.data if name in named]
+
+    def compared_with(self, name: str) -> list[str]:
+        """Earlier sources in which duplicates of source `name` are looked for: texts among texts, instructions among
+        instructions. What `classify` reads is compared with no other: several sets of labels are given to the same
+        notes."""
+        if not self.hygiene.dedup.exact and not self.hygiene.dedup.near:
+            return []
+        labelled = {stage.classify.data for stage in self.stages if stage.classify}
+        if name in labelled:
+            return []
+        asks = self.data[name].kind == "instructions"
+        used = self.used_sources()
+        compared: list[str] = []
+        for other in used[: used.index(name)]:
+            if other not in labelled and (self.data[other].kind == "instructions") == asks:
+                compared.append(other)
+        return compared

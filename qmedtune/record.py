@@ -22,9 +22,9 @@ from qmedtune.model_files import read_json
 from qmedtune.planning.plan_facts import Decision
 from qmedtune.recipe import Recipe
 from qmedtune.results import (
-    Adapter,
+    AdapterEntry,
     Audit,
-    Choice,
+    AutoChoice,
     Evaluation,
     Facts,
     HeadToHead,
@@ -50,7 +50,7 @@ SCORING = ("torch", "triton", "transformers", "peft", "bitsandbytes")
 
 
 @dataclass(frozen=True)
-class Refused:
+class RefusedMerge:
     """A merge that was not published: why, and the name of the folder that holds what was written, if all of it was."""
 
     error: MergeRefused
@@ -69,7 +69,7 @@ class Notes:
     source: Base
     steps: list[Step]
     done: dict[str, store.Seal]
-    refused: Refused | None = None
+    refused: RefusedMerge | None = None
 
     def facts(self, name: str) -> dict[str, Any]:
         """Of a step that is done, without what only keys are explained from."""
@@ -209,7 +209,7 @@ def compose(notes: Notes, status: str) -> Run:
         evaluation=_of_step(notes, "evaluation", Evaluation),
         steps=[_step(notes, step) for step in notes.steps],
         warnings=list(_warnings(notes)),
-        resolved=[Choice.model_validate(choice) for choice in notes.choices],
+        resolved=[AutoChoice.model_validate(choice) for choice in notes.choices],
         recipe=recipe.model_dump(mode="json", by_alias=True),
         recipe_text=text,
         provenance=_provenance(notes.source),
@@ -251,7 +251,7 @@ def _stage(notes: Notes, name: str) -> Stage:
     entry = {**notes.facts(name), "name": name, "kind": kind, "status": "sealed", "key": sealed.key}
     weights = "adapter/adapter_model.safetensors"
     if weights in sealed.files:
-        entry["adapter"] = Adapter(path=f"{name}/adapter", sha256=sealed.files[weights]["sha256"])
+        entry["adapter"] = AdapterEntry(path=f"{name}/adapter", sha256=sealed.files[weights]["sha256"])
     return Stage.model_validate(entry)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import yaml
 
 from qmedtune import disk
-from qmedtune.reporting import duels, live, privacy, score_tables, sweeps, tables
+from qmedtune.reporting import duels, privacy, score_tables, sweeps, tables, unfinished
 from qmedtune.reporting import page as report_html
 from qmedtune.reporting.blocks import DISCLAIMER
 from qmedtune.reporting.calibration import calibration_table
@@ -37,8 +37,8 @@ PHI_WORDS = {
 
 def write_report(run_dir: Path) -> dict[str, int]:
     """Write report.html and report.md into `run_dir`; returns their names and sizes in bytes."""
-    run = live.read_run(run_dir)
-    metrics = live.read_metrics(run_dir, run)
+    run = unfinished.read_run(run_dir)
+    metrics = unfinished.read_metrics(run_dir, run)
     written = {"report.html": report_html.page(run, metrics), "report.md": markdown(run, metrics)}
     sizes: dict[str, int] = {}
     for name, text in written.items():

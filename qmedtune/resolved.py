@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from qmedtune.allowed import FloatDtype
 from qmedtune.fields import Positive, Rate
 from qmedtune.recipe import (
     AdapterSection,
@@ -46,7 +47,7 @@ class Numerics:
 class ResolvedModel(ModelSection):
     """`kernels` may be `auto` still: the kernels' own dispatch decides by shape. What attends is in Numerics."""
 
-    compute_dtype: Literal["bfloat16", "float16", "float32"]
+    compute_dtype: FloatDtype
 
 
 class ResolvedAdapter(AdapterSection):

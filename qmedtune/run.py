@@ -73,47 +73,75 @@ def run(
     capacity.check_writable(out)
     capacity.check(resolved, out, names)
     with _told("run", out), _private(resolved, out), store.lock(out), stop.watching(time_limit_s):
-        claims.mark(out)
-        if redacts:
-            secret.note(out)
-        for place in (out, out / "merged"):
-            for leftover in place.glob(f".*{store.PART}"):  # of writes that were killed
-                leftover.unlink()
+        _take_over(out, redacts)
         hashes.save()
-        done: dict[str, store.Seal] = {}
-        notes = record.Notes(resolved, recipe_text, choices, offline, source, steps, done)
+        notes = record.Notes(resolved, recipe_text, choices, offline, source, steps, done={})
         with (
             ui.run_progress([*(step.name for step in chosen), "report"]) as shown,
             heartbeat.beating(out),
             track.following(resolved, out),
         ):
-            attempt = Attempt(resolved, source, out, siblings, done, shown)
-            try:
-                record.write(out, replace(notes, done=sealed), "running")  # whatever the attempt before has said
-                refused = None
+            record.write(out, replace(notes, done=sealed), "running")  # whatever the attempt before has said
+            attempt = Attempt(resolved, notes, out, siblings, shown)
+            with _end_recorded(attempt):
                 for step in chosen:
                     try:
                         with _told(step.name, out):
-                            able = _without(step, "merged") if refused else step
-                            done[step.name] = _do(able, attempt)
-                            shown.tokens = _tokens_to_train(chosen, done)
+                            attempt.done[step.name] = _do(step, attempt)
                     except QmedtuneError as error:
-                        refused = _refused(error, step, resolved, out)
-                        notes = replace(notes, refused=refused)
+                        attempt.notes = replace(attempt.notes, refused=_refused(error, step, resolved, out))
+                    shown.tokens = _tokens_to_train(chosen, attempt.done)
                     with _told(step.name, out):
-                        record.write(out, notes, "running")
-                if refused:
-                    raise refused.error
-                with _told("report", out), shown.step("report"):
-                    complete = "finished" if len(chosen) == len(steps) else "stopped"
-                    result = record.finish(out, notes, complete)
-            except BaseException as error:
-                with suppress(OSError):  # on a full disk; what happened is raised all the same
-                    status = "stopped" if isinstance(error, Stopped) else "failed"
-                    record.write(out, notes, status, error)
-                    record.render(out)
-                raise
-        return result
+                        record.write(out, attempt.notes, "running")
+                return _report(chosen, attempt)
+
+
+@dataclass
+class Attempt:
+    """One call of `run`: `notes` grow step by step, `siblings` are other run folders to take steps from."""
+
+    recipe: ResolvedRecipe
+    notes: record.Notes
+    out: Path
+    siblings: Sequence[Path]
+    shown: ui.RunProgress
+
+    @property
+    def done(self) -> dict[str, store.Seal]:
+        return self.notes.done
+
+
+@contextmanager
+def _end_recorded(attempt: Attempt) -> Iterator[None]:
+    """run.json and the report tell of an attempt that ends before its time, too."""
+    try:
+        yield
+    except BaseException as error:
+        with suppress(OSError):  # on a full disk; what happened is raised all the same
+            status = "stopped" if isinstance(error, Stopped) else "failed"
+            record.write(attempt.out, attempt.notes, status, error)
+            record.render(attempt.out)
+        raise
+
+
+def _report(chosen: Sequence[Step], attempt: Attempt) -> Run:
+    """What the steps came to. A refused merge is raised here: what the steps after it found out is not lost."""
+    notes = attempt.notes
+    if notes.refused:
+        raise notes.refused.error
+    with _told("report", attempt.out), attempt.shown.step("report"):
+        status = "finished" if len(chosen) == len(notes.steps) else "stopped"
+        return record.finish(attempt.out, notes, status)
+
+
+def _take_over(out: Path, redacts: bool) -> None:
+    """Mark the folder as a run's, and clear what writes that were killed have left in it."""
+    claims.mark(out)
+    if redacts:
+        secret.note(out)
+    for place in (out, out / "merged"):
+        for leftover in place.glob(f".*{store.PART}"):
+            leftover.unlink()
 
 
 def _tokens_to_train(chosen: Sequence[Step], done: dict[str, store.Seal]) -> dict[str, float]:
@@ -145,7 +173,7 @@ def _without(step: Step, name: str) -> Step:
     return replace(step, folders=folders)
 
 
-def _refused(error: QmedtuneError, step: Step, recipe: Recipe, out: Path) -> record.Refused:
+def _refused(error: QmedtuneError, step: Step, recipe: Recipe, out: Path) -> record.RefusedMerge:
     """A merge that is not published costs nothing else: what it wrote is kept, the steps after it go on without it, and
     the error is raised at the end. That of any other step is raised now."""
     lines, kept = [str(error)], None
@@ -160,7 +188,7 @@ def _refused(error: QmedtuneError, step: Step, recipe: Recipe, out: Path) -> rec
     ui.warn(lines[0])
     told = MergeRefused("\n".join(lines), error.facts if isinstance(error, MergeRefused) else {})
     told.exit_code = error.exit_code
-    return record.Refused(told, kept.name if kept else None)
+    return record.RefusedMerge(told, kept.name if kept else None)
 
 
 def _check_start(recipe: ResolvedRecipe, source: base.Base, to_do: Sequence[Step], offline: bool) -> None:
@@ -189,21 +217,11 @@ def _check_start(recipe: ResolvedRecipe, source: base.Base, to_do: Sequence[Step
         preflight.check_start(recipe, source.make(), scored=scored)
 
 
-@dataclass(frozen=True)
-class Attempt:
-    """One call of `run` at a recipe: `done` grows step by step, `siblings` are other run folders to take steps from."""
-
-    recipe: ResolvedRecipe
-    model: base.Base
-    out: Path
-    siblings: Sequence[Path]
-    done: dict[str, store.Seal]
-    shown: ui.Run
-
-
 def _do(step: Step, attempt: Attempt) -> store.Seal:
     """One step: skipped when its sealed folder carries the key, brought back from history or a sibling, or run."""
-    out, model, done, shown = attempt.out, attempt.model, attempt.done, attempt.shown
+    out, model, done, shown = attempt.out, attempt.notes.source, attempt.done, attempt.shown
+    if attempt.notes.refused:
+        step = _without(step, "merged")
     folder, key = out / step.name, key_of(step, model.digest, done)
     if sealed := store.intact(folder, key):
         shown.cached(step.name)

@@ -25,7 +25,7 @@ VOCAB = 512
 SEED = 17
 # ||a - b|| / ||b|| that two orders of summation may differ by: about 4 roundings of the compute dtype (2**-8, 2**-11).
 LIMITS = {"float32": 2e-5, "float16": 2e-3, "bfloat16": 1.6e-2}
-Check = Callable[["Bench"], float]
+Check = Callable[["CheckModel"], float]
 
 
 class Checked(TypedDict):
@@ -38,7 +38,7 @@ class Checked(TypedDict):
     dtype: str
 
 
-class Bench:
+class CheckModel:
     """The small model that the checks share: a base folder, its sections and a batch int64 [4, 64]."""
 
     def __init__(self, folder: Path, compute_dtype: str) -> None:
@@ -84,7 +84,7 @@ def selftest() -> Iterator[Checked]:
     quiet_libraries()
     dtype = this_machine().compute_dtype
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(Path(folder), dtype)
+        bench = CheckModel(Path(folder), dtype)
         for name, check, allowed in CHECKS:
             measured, limit = check(bench), LIMITS[dtype] if allowed is None else allowed
             yield {"check": name, "measured": measured, "limit": limit, "ok": measured <= limit, "dtype": dtype}
@@ -122,7 +122,7 @@ def _difference(ours: Tensor, reference: Tensor) -> float:
     return float((ours - reference).norm() / reference.norm())
 
 
-def _decode(bench: Bench) -> float:
+def _decode(bench: CheckModel) -> float:
     from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn import Linear4bit
     from qmedtune_kernels import nf4
@@ -136,31 +136,31 @@ def _decode(bench: Bench) -> float:
     return float((ours != theirs.to(ours)).sum())
 
 
-def _kernels(bench: Bench) -> float:
+def _kernels(bench: CheckModel) -> float:
     return _difference(bench.gradient(bench.model("auto")), bench.gradient(bench.model("reference")))
 
 
 @torch.no_grad()
-def _packed(bench: Bench) -> float:
+def _packed(bench: CheckModel) -> float:
     model = bench.model()
     packed = bench.nll(model, bench.ids, documents=4)
     alone = sum(bench.nll(model, part) for part in bench.ids.split(16, dim=1))
     return _difference(packed, torch.as_tensor(alone))
 
 
-def _accumulated(bench: Bench) -> float:
+def _accumulated(bench: CheckModel) -> float:
     model = bench.model()
     return _difference(bench.gradient(model, rows=2), bench.gradient(model))
 
 
-def _checkpointed(bench: Bench) -> float:
+def _checkpointed(bench: CheckModel) -> float:
     model = bench.model()
     plain = bench.gradient(model)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return _difference(bench.gradient(model), plain)
 
 
-def _merged(bench: Bench) -> float:
+def _merged(bench: CheckModel) -> float:
     from qmedtune.merge import MergeJob, merge
 
     models.save_adapter(bench.model(), bench.folder / "adapter", "selftest")

@@ -23,7 +23,7 @@ from qmedtune.results import Facts
 from qmedtune.training.shared_base import SharedBase
 
 if TYPE_CHECKING:
-    from qmedtune.evaluate import Compared
+    from qmedtune.evaluate import EvaluatedModels
 
 WITHOUT_BASE = ("fold", "sweep", "merge", "audit", "evaluation", "against")
 MODEL = ""  # names the one model of a step among `Step.models`
@@ -31,10 +31,11 @@ MODEL = ""  # names the one model of a step among `Step.models`
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a step reads, as it lies on the disk: by the names of its `folders` and of its `models`."""
+    """What a step reads, as it lies on the disk: by the names of its `folders`, `models` and `sources`."""
 
     folders: dict[str, Path]
     models: dict[str, ModelStack]
+    sources: dict[str, Path]
 
     @property
     def model(self) -> ModelStack:
@@ -48,7 +49,8 @@ Work = Callable[[ResolvedRecipe, Inputs, Path], Facts]
 @dataclass(frozen=True)
 class Step:
     """`folders` maps what the work calls an input to `step` or `step/subfolder`, `base` being the recipe's base;
-    `models` are read as wholes. With `resumes` an interrupted attempt is continued instead of thrown away."""
+    `models` are read as wholes; `sources` are data that is asked about, by their names. With `resumes` an interrupted
+    attempt is continued instead of thrown away."""
 
     name: str
     kind: str
@@ -57,11 +59,14 @@ class Step:
     work: Work
     resumes: bool = False
     models: Mapping[str, StackInRun] = field(default_factory=dict)
+    sources: tuple[str, ...] = ()
 
     @property
     def needs(self) -> dict[str, str]:
         """Every folder that is read, under the name that it has in the step's key and in its seal."""
         found = dict(self.folders)
+        for name in self.sources:
+            found[f"data-{name}"] = f"data/{name}"
         for name, model in self.models.items():
             found |= _in_key(name, model)
         return found
@@ -74,11 +79,12 @@ class Step:
         models: dict[str, ModelStack] = {}
         for name, model in self.models.items():
             models[name] = model.located(out, base)
-        return Inputs(folders, models)
+        sources = {name: place_in(out, f"data/{name}", base) for name in self.sources}
+        return Inputs(folders, models, sources)
 
 
 def _in_key(name: str, model: StackInRun) -> dict[str, str]:
-    """Keys of finished runs hold these names; nothing reads a model from them."""
+    """Keys of finished runs hold these names, as those of sources; nothing reads a model from them."""
     base, adapter = f"{name}:base", f"{name}:"
     if name == MODEL:
         base, adapter = "base", "adapter-"
@@ -165,7 +171,7 @@ def _source_step(recipe: ResolvedRecipe, name: str, hashes: store.HashCache) -> 
 
         return prepare_source(recipe, name, inputs.folders, out)
 
-    earlier = keys.sources_compared_with(recipe, name)
+    earlier = recipe.compared_with(name)
     section = keys.source_section(recipe, name, hashes)
     needs = {other: f"data/{other}" for other in earlier}
     return Step(f"data/{name}", "data", section, needs, work, resumes=True)
@@ -235,10 +241,10 @@ def _audit_steps(recipe: ResolvedRecipe, trained: dict[str, StackInRun]) -> list
 def _tokens_step(recipe: ResolvedRecipe, index: int) -> Step:
     def work(recipe: ResolvedRecipe, inputs: Inputs, out: Path) -> Facts:
         from qmedtune.data.packing.classes import pack_classes
-        from qmedtune.data.packing.pack import pack_stage
+        from qmedtune.data.packing.pack import StageToPack, pack_stage
 
         pack = pack_classes if recipe.stages[index].classify else pack_stage
-        return pack(recipe, index, inputs.folders["base"], inputs.folders, out)
+        return pack(StageToPack(recipe, index, inputs.folders["base"], inputs.folders), out)
 
     planted: set[str | None] = set()
     if recipe.audit:
@@ -335,11 +341,10 @@ def _evaluation_step(recipe: ResolvedRecipe, model: StackInRun, hashes: store.Ha
     folders = _beside_the_model(recipe, model)
     if recipe.evaluate.perplexity:
         folders["validation"] = "data/validation"
+    step = Step("evaluation", "evaluation", keys.evaluation_section(recipe, hashes), folders, work, resumes=True)
     if recipe.hygiene.contaminated == "split":
-        for name in recipe.used_sources():
-            folders[f"{SOURCE}{name}"] = f"data/{name}"
-    section = keys.evaluation_section(recipe, hashes)
-    return Step("evaluation", "evaluation", section, folders, work, resumes=True, models={MODEL: model})
+        step = replace(step, sources=tuple(recipe.used_sources()))
+    return replace(step, models={MODEL: model})
 
 
 def _against_step(recipe: ResolvedRecipe, model: StackInRun, hashes: store.HashCache) -> Step:
@@ -352,25 +357,19 @@ def _against_step(recipe: ResolvedRecipe, model: StackInRun, hashes: store.HashC
     return Step("against", "against", section, folders, work, resumes=True, models={MODEL: model})
 
 
-SOURCE = "data-"
-
-
-def _compared(recipe: ResolvedRecipe, inputs: Inputs) -> Compared:
+def _compared(recipe: ResolvedRecipe, inputs: Inputs) -> EvaluatedModels:
     """The folders of `_beside_the_model` and the model that they lie beside."""
-    from qmedtune.evaluate import Compared
+    from qmedtune.evaluate import EvaluatedModels
 
-    folders, sources = inputs.folders, []
-    for name, folder in folders.items():
-        if name.startswith(SOURCE):
-            sources.append(folder)
-    return Compared(
+    folders = inputs.folders
+    return EvaluatedModels(
         trained=inputs.model,
         merged=folders.get("merged"),
         mixed=recipe.merge.other is not None or recipe.merge.weighs,
         origin=folders.get("origin"),
         untrained=folders.get("untrained"),
         validation=folders.get("validation"),
-        sources=sources,
+        sources=list(inputs.sources.values()),
     )
 
 

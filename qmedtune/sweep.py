@@ -17,8 +17,8 @@ from typing import Any
 from qmedtune import store, ui
 from qmedtune.data.packing.pack import WholeDocuments
 from qmedtune.evaluate import (
-    Compared,
     Contender,
+    EvaluatedModels,
     check_prompts,
     contenders,
     delivered_dtype,
@@ -26,8 +26,8 @@ from qmedtune.evaluate import (
     open_contender,
     settings_of,
 )
-from qmedtune.evaluation import choosing, halves, precision
-from qmedtune.evaluation.measure import Measured, Settings, measure_model
+from qmedtune.evaluation import choosing, halves
+from qmedtune.evaluation.measure import MeasuredModel, Settings, measure_model
 from qmedtune.evaluation.scoring import Perplexity
 from qmedtune.evaluation.summary import write_items
 from qmedtune.merge import merge
@@ -35,6 +35,7 @@ from qmedtune.merging.sibling import Mixing
 from qmedtune.mixed_merge import SWEEP, job_of, sibling_of
 from qmedtune.model import load_tokenizer
 from qmedtune.model_stack import ModelStack
+from qmedtune.planning import precision
 from qmedtune.resolved import ResolvedRecipe
 from qmedtune.results import Sweep, SweepPoint, scored_in
 from qmedtune.tasks import Task
@@ -49,7 +50,7 @@ class Measuring:
     recipe: ResolvedRecipe
     trained: ModelStack
     mixing: Mixing
-    inputs: Compared
+    inputs: EvaluatedModels
     tasks: list[Task]
     texts: Mapping[str, WholeDocuments]
     settings: Settings
@@ -64,11 +65,11 @@ class Measuring:
         )
         return asdict(found)
 
-    def base(self) -> Measured:
+    def base(self) -> MeasuredModel:
         first = contenders(self.inputs, self.taken)[0]
         return _measured(store.kept(self.folder / f"{BASE}.json", lambda: self.of(first)))
 
-    def at(self, share: float) -> Measured:
+    def at(self, share: float) -> MeasuredModel:
         """The mix at one share."""
         label = label_of(share)
 
@@ -91,14 +92,14 @@ def label_of(share: float) -> str:
     return f"lambda-{repr(float(share)).removesuffix('.0')}"
 
 
-def _measured(kept: Mapping[str, Any]) -> Measured:
+def _measured(kept: Mapping[str, Any]) -> MeasuredModel:
     texts: dict[str, Perplexity] = {}
     for source, found in kept["perplexity"].items():
         texts[source] = Perplexity(**found)
-    return Measured(kept["tasks"], texts)
+    return MeasuredModel(kept["tasks"], texts)
 
 
-def sweep_step(recipe: ResolvedRecipe, trained: ModelStack, inputs: Compared, out: Path) -> Sweep:
+def sweep_step(recipe: ResolvedRecipe, trained: ModelStack, inputs: EvaluatedModels, out: Path) -> Sweep:
     """The step of a run. trained: with the adapters that the merge reads. Writes sweep.json and <task>.items.jsonl
     below `out`, where an interrupted sweep goes on."""
     assert recipe.merge.sweep is not None

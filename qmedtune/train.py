@@ -130,7 +130,7 @@ def train_stage(
     checkpoint = checkpoints.last_intact(out)
     trainer = _trainer(job, loaded, callback, checkpoint, group)
     total = loaded.packed.tokens.trained
-    with ui.stage(job.name, total=total, unit="tokens", completed=callback.tokens) as callback.bar:
+    with ui.progress_bar(job.name, total=total, unit="tokens", completed=callback.tokens) as callback.bar:
         if callback.held_out and checkpoint is None:
             callback.validate(0)  # where the curve begins: what training changes is seen from its first step on
         others = peers.wait(group)

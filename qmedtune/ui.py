@@ -1,7 +1,7 @@
 """What a person sees while qmedtune works: progress and notes on stderr, result tables on stdout.
 
-A terminal shows at most two moving lines, one for the run and one for its innermost stage, and one line stays
-for each finished step. Log files get plain lines: at the start, at the end, and every `PLAIN_EVERY_S`.
+A terminal shows at most two moving lines, one for the run and one for its innermost progress bar, and one line
+stays for each finished step. Log files get plain lines: at the start, at the end, and every `PLAIN_EVERY_S`.
 
 Deliberately does not: draw (see terminal.py), read files, or hold results. Callers never pass text of records
 here: names, counts and figures only.
@@ -28,8 +28,8 @@ def _now() -> float:
 
 
 @dataclass
-class Stage:
-    """One bar: `completed` of `total` in `unit`, losses in nats. Made by `stage()`, fed by `update()`."""
+class ProgressBar:
+    """One bar: `completed` of `total` in `unit`, losses in nats. Made by `progress_bar()`, fed by `update()`."""
 
     title: str
     total: float | None
@@ -54,7 +54,7 @@ class Stage:
         lr: float | None = None,
         note: str | None = None,
     ) -> None:
-        """Say how far the stage is. A field left out keeps its last value. Cheap: draws nothing."""
+        """Say how far the work is. A field left out keeps its last value. Cheap: draws nothing."""
         now = _now()
         if completed > self.completed:
             latest = (completed - self.completed) / max(now - self.updated_s, 1e-6)
@@ -125,30 +125,30 @@ class Stage:
 
 
 @dataclass
-class Step:
+class StepProgress:
     """The step of a run that is active. Set `summary` to say in a few words what came out of it."""
 
     name: str
     summary: str = ""
     started_s: float = field(default_factory=_now)
-    longest: tuple[float, str] = (0.0, "")  # seconds and summary of its longest stage
+    longest: tuple[float, str] = (0.0, "")  # seconds and summary of its longest bar
 
 
 @dataclass
-class Run:
+class RunProgress:
     """An ordered list of steps, of which at most one is active. Made by `run_progress()`."""
 
     steps: tuple[str, ...]
     expected_s: Mapping[str, float]
     finished: frozenset[str] = frozenset()
-    active: Step | None = None
+    active: StepProgress | None = None
     started_s: float = field(default_factory=_now)
     tokens: Mapping[str, float] = field(default_factory=dict)  # to train in each step, once they are known
 
     @contextmanager
-    def step(self, name: str) -> Iterator[Step]:
-        """`name` is active for the length of the block; its summary stays, else its longest stage's."""
-        active = self.active = Step(name)
+    def step(self, name: str) -> Iterator[StepProgress]:
+        """`name` is active for the length of the block; its summary stays, else its longest bar's."""
+        active = self.active = StepProgress(name)
         if not terminal.is_live():
             terminal.write(f"{self.label(name)}: started")
         ended = "stopped"
@@ -167,30 +167,30 @@ class Run:
         self._leave(name, "cached", None, why)
 
     def _leave(self, name: str, ended: str, seconds: float | None, summary: str) -> None:
-        _leave_line(name, ended, seconds, summary, max(map(len, self.steps)), self.label(name))
+        _leave_line(_Ended(name, self.label(name), max(map(len, self.steps)), ended, seconds, summary))
 
     def _training_left_s(self, waiting: list[str]) -> float | None:
-        """Of the active stage and those after it, at the speed of the active one; None where none trains."""
-        stages = _shown.stages
-        if self.active is None or self.active.name not in self.tokens or not stages or not stages[0].units_per_s:
+        """Of the step that trains now and those after it, at its speed; None where none trains."""
+        bars = _shown.bars
+        if self.active is None or self.active.name not in self.tokens or not bars or not bars[0].units_per_s:
             return None
         later = sum(self.tokens.get(name, 0.0) for name in waiting if name != self.active.name)
-        return (stages[0].left_s() or 0.0) + later / stages[0].units_per_s
+        return (bars[0].left_s() or 0.0) + later / bars[0].units_per_s
 
     def label(self, name: str) -> str:
         """`3/7 01-cpt`"""
         return f"{self.steps.index(name) + 1}/{len(self.steps)} {name}"
 
     def left_s(self) -> float | None:
-        """Seconds to the end, by the active stage's rate and `expected_s` of the rest; None while unknown."""
+        """Seconds to the end, by the active bar's rate and `expected_s` of the rest; None while unknown."""
         waiting = [name for name in self.steps if name not in self.finished]
         if not self.expected_s:
             return self._training_left_s(waiting)
         if self.active is None or any(name not in self.expected_s for name in waiting):
             return None
         active_left = self.expected_s[self.active.name] - (_now() - self.active.started_s)
-        stages = _shown.stages
-        measured = stages[0].left_s() if stages else None
+        bars = _shown.bars
+        measured = bars[0].left_s() if bars else None
         later = sum(self.expected_s[name] for name in waiting if name != self.active.name)
         return max(active_left, measured or 0.0, 0.0) + later
 
@@ -213,10 +213,10 @@ class Progress:
 
 
 class _Shown:
-    """What is on now. `stages` is replaced, never mutated: the drawing thread reads it."""
+    """What is on now. `bars` is replaced, never mutated: the drawing thread reads it."""
 
-    run: Run | None = None
-    stages: tuple[Stage, ...] = ()
+    run: RunProgress | None = None
+    bars: tuple[ProgressBar, ...] = ()
 
 
 _shown = _Shown()
@@ -225,15 +225,15 @@ _warned: set[str] = set()
 
 def progress() -> Progress:
     """What is on now. May be called from any thread: what it reads is replaced, never mutated."""
-    run, stages = _shown.run, _shown.stages
+    run, bars = _shown.run, _shown.bars
     found = Progress()
     if run:
         found = replace(found, steps=run.steps, finished=tuple(sorted(run.finished)))
     if run and (step := run.active):
         found = replace(found, step=step.name, step_s=_now() - step.started_s, run_left_s=run.left_s())
-    if not stages:
+    if not bars:
         return found
-    innermost = stages[-1]
+    innermost = bars[-1]
     return replace(
         found,
         title=innermost.title,
@@ -246,7 +246,7 @@ def progress() -> Progress:
 
 
 @contextmanager
-def run_progress(steps: Sequence[str], expected_s: Mapping[str, float] | None = None) -> Iterator[Run]:
+def run_progress(steps: Sequence[str], expected_s: Mapping[str, float] | None = None) -> Iterator[RunProgress]:
     """Show which step of a run is active.
 
     expected_s: seconds per step, from a plan; without it no overall time left is shown.
@@ -256,7 +256,7 @@ def run_progress(steps: Sequence[str], expected_s: Mapping[str, float] | None = 
         with run.step("01-cpt") as step:
             step.summary = "500k tokens"
     """
-    outer, _shown.run = _shown.run, Run(tuple(steps), expected_s or {})
+    outer, _shown.run = _shown.run, RunProgress(tuple(steps), expected_s or {})
     with terminal.live_region(_moving_lines):
         try:
             yield _shown.run
@@ -265,31 +265,33 @@ def run_progress(steps: Sequence[str], expected_s: Mapping[str, float] | None = 
 
 
 @contextmanager
-def stage(title: str, total: float | None = None, unit: str = "tokens", completed: float = 0.0) -> Iterator[Stage]:
-    """Show one piece of work for the length of the block; call `.update()` on what it yields. Stages nest.
+def progress_bar(
+    title: str, total: float | None = None, unit: str = "tokens", completed: float = 0.0
+) -> Iterator[ProgressBar]:
+    """Show one piece of work for the length of the block; call `.update()` on what it yields. Bars nest.
 
     total: amount of work in `unit`, None when unknown (then only a clock is shown).
-    completed: where a resumed stage begins, so that the rate counts only new work.
-    Within a run a stage leaves no line on a terminal: the step's line tells the longest stage's figures.
+    completed: where resumed work begins, so that the rate counts only new work.
+    Within a run a bar leaves no line on a terminal: the step's line tells the longest bar's figures.
     """
-    handle = Stage(title, total, unit, completed)
-    outermost, lone = not _shown.stages, not _shown.stages and _shown.run is None
+    handle = ProgressBar(title, total, unit, completed)
+    outermost, lone = not _shown.bars, not _shown.bars and _shown.run is None
     indent = "" if lone else "    "
     if not terminal.is_live():
         terminal.write(f"{indent}{title}: started")
     with terminal.live_region(_moving_lines):
-        _shown.stages = (*_shown.stages, handle)
+        _shown.bars = (*_shown.bars, handle)
         ended = "stopped"
         try:
             yield handle
             ended = "done"
         finally:
-            _shown.stages = tuple(other for other in _shown.stages if other is not handle)
+            _shown.bars = tuple(other for other in _shown.bars if other is not handle)
             step = _shown.run.active if _shown.run else None
             if outermost and step is not None:
                 step.longest = max(step.longest, (handle.elapsed_s(), handle.summary()))
             if lone or not terminal.is_live():
-                _leave_line(title, ended, handle.elapsed_s(), handle.summary(), len(title), indent + title)
+                _leave_line(_Ended(title, indent + title, len(title), ended, handle.elapsed_s(), handle.summary()))
 
 
 def note(text: str) -> None:
@@ -363,49 +365,61 @@ def _say(text: str, style: str, mark: str, plain_mark: str) -> None:
         terminal.write(plain_mark + text)
 
 
-def _leave_line(name: str, ended: str, seconds: float | None, summary: str, name_width: int, label: str) -> None:
-    """The line that stays when a step or a lone stage has ended. `label` stands for `name` in plain text."""
+@dataclass(frozen=True)
+class _Ended:
+    """A step or a lone bar that is over. A terminal shows `name` in a column of `name_width`, plain text `label`."""
+
+    name: str
+    label: str
+    name_width: int
+    how: str  # a key of MARKS
+    seconds: float | None
+    summary: str
+
+
+def _leave_line(ended: _Ended) -> None:
+    """The line that stays."""
     took = ""
-    if seconds is not None:
-        took = duration(seconds)
+    if ended.seconds is not None:
+        took = duration(ended.seconds)
     if not terminal.is_live():
-        line = f"{label}: {ended}"
+        line = f"{ended.label}: {ended.how}"
         if took:
-            line += f" {'in' if ended == 'done' else 'after'} {took}"
-        if summary:
-            line += f", {summary}"
+            line += f" {'in' if ended.how == 'done' else 'after'} {took}"
+        if ended.summary:
+            line += f", {ended.summary}"
         terminal.write(line)
         return
-    mark, style = MARKS[ended]
-    quiet = "dim" if ended == "cached" else ""
-    named = (f"{name:<{name_width}}", quiet or "bold")
-    terminal.draw([(f"{mark} ", style), named, (f"  {took:>11}  ", "dim"), (summary, quiet)])
+    mark, style = MARKS[ended.how]
+    quiet = "dim" if ended.how == "cached" else ""
+    named = (f"{ended.name:<{ended.name_width}}", quiet or "bold")
+    terminal.draw([(f"{mark} ", style), named, (f"  {took:>11}  ", "dim"), (ended.summary, quiet)])
 
 
 def _moving_lines() -> list[Line]:
-    """The live region: the run and its innermost stage. Called by the drawing thread: changes nothing."""
-    run, stages = _shown.run, _shown.stages
+    """The live region: the run and its innermost bar. Called by the drawing thread: changes nothing."""
+    run, bars = _shown.run, _shown.bars
     step = run.active if run else None
     lines: list[Line] = []
     if run and step:
         lines.append(_run_line(run, step))
-    if not stages:
+    if not bars:
         return lines
-    title = stages[-1].title + "  "
+    title = bars[-1].title + "  "
     if not lines:
         lead = f"{_spinner()}{title}"
-    elif step and step.name == stages[-1].title:
+    elif step and step.name == bars[-1].title:
         lead = "  "
     else:
         lead = f"  {title}"
-    return [*lines, _stage_line(stages[-1], lead)]
+    return [*lines, _bar_line(bars[-1], lead)]
 
 
 def _spinner() -> str:
     return SPINNER[int(_now() * terminal.REDRAWS_PER_S) % len(SPINNER)] + " "
 
 
-def _run_line(run: Run, step: Step) -> Line:
+def _run_line(run: RunProgress, step: StepProgress) -> Line:
     line: Line = [(_spinner(), "cyan"), (f"{run.label(step.name)}  ", "bold")]
     for name in run.steps:
         if name in run.finished:
@@ -422,12 +436,12 @@ def _run_line(run: Run, step: Step) -> Line:
     return line
 
 
-def _stage_line(stage: Stage, lead: str) -> Line:
+def _bar_line(bar: ProgressBar, lead: str) -> Line:
     line: Line = [(lead, "")]
-    figures, room = stage.figures(), terminal.width() - len(line[0][0]) - 1
-    if stage.total:
+    figures, room = bar.figures(), terminal.width() - len(line[0][0]) - 1
+    if bar.total:
         cells = min(30, max(room - len("  ".join(figures)) - 2, 10))
-        done = round(cells * min(stage.completed / stage.total, 1.0))
+        done = round(cells * min(bar.completed / bar.total, 1.0))
         line += [("━" * done, "cyan"), ("─" * (cells - done) + "  ", "dim")]
         room -= cells + 2
     for position, figure in enumerate(figures):

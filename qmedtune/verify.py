@@ -67,7 +67,7 @@ def _check_folders(folder: Path, gone: set[str]) -> tuple[Seals, list[str]]:
     seals: Seals = {}
     problems: list[str] = []
     places = sorted(_sealed_folders(folder))
-    with ui.stage("verify", total=len(places), unit="folders") as bar:
+    with ui.progress_bar("verify", total=len(places), unit="folders") as bar:
         for number, name in enumerate(places, start=1):
             sealed = store.read_seal(folder / name)
             if sealed is None or not _consistent(sealed):

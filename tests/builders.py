@@ -11,9 +11,9 @@ from typing import Any
 from qmedtune.evaluation import statistics
 from qmedtune.recipe import Recipe
 from qmedtune.results import (
-    Adapter,
+    AdapterEntry,
+    AutoChoice,
     Change,
-    Choice,
     Difference,
     Evaluation,
     Facts,
@@ -21,7 +21,6 @@ from qmedtune.results import (
     Loss,
     Merge,
     Overlap,
-    Paired,
     Part,
     Provenance,
     Records,
@@ -32,9 +31,9 @@ from qmedtune.results import (
     Source,
     Stage,
     StepEntry,
-    Task,
+    TaskScores,
     Text,
-    Tokens,
+    TokenLedger,
 )
 
 KINDS = {"literature": "literature", "notes": "clinical", "general": "general", "instructions": "instructions"}
@@ -87,11 +86,11 @@ def folders(tmp_path, **records):
 
 
 def packed(tmp_path, recipe, tokenizer_dir, inputs, index=0):
-    from qmedtune.data.packing.pack import PackedRows, pack_stage
+    from qmedtune.data.packing.pack import PackedRows, StageToPack, pack_stage
 
     out = tmp_path / f"packed-{len(list(tmp_path.iterdir()))}"
     out.mkdir()
-    return pack_stage(recipe, index, tokenizer_dir, inputs, out).as_json(), PackedRows(out)
+    return pack_stage(StageToPack(recipe, index, tokenizer_dir, inputs), out).as_json(), PackedRows(out)
 
 
 # ---- a run -----------------------------------------------------------------------------------------------------------
@@ -111,11 +110,8 @@ def make_change(gained: int, lost: int, n: int) -> Change:
     """Of n items `gained` are right in final alone, `lost` in base alone; tested as an evaluation does."""
     before = [False] * gained + [True] * lost + [True] * (n - gained - lost)
     after = [True] * gained + [False] * lost + [True] * (n - gained - lost)
-    paired = statistics.mcnemar(before, after)
-    return Change(
-        difference=Difference(value=(gained - lost) / n, ci95=statistics.tango(gained, lost, n)),
-        paired=Paired(test="McNemar exact", gained=gained, lost=lost, p_value=paired.p_value),
-    )
+    difference = Difference(value=(gained - lost) / n, ci95=statistics.tango(gained, lost, n))
+    return Change(difference=difference, paired=statistics.mcnemar(before, after))
 
 
 def make_scores(base: Score, final: Score, gained: int, lost: int) -> Scores:
@@ -124,15 +120,15 @@ def make_scores(base: Score, final: Score, gained: int, lost: int) -> Scores:
     return Scores(base=base, final=final, difference=change.difference, paired=change.paired)
 
 
-def make_task(base: Score, final: Score, gained: int, lost: int) -> Task:
+def make_task(base: Score, final: Score, gained: int, lost: int) -> TaskScores:
     scores = make_scores(base, final, gained, lost)
-    return Task(base=scores.base, final=scores.final, difference=scores.difference, paired=scores.paired)
+    return TaskScores(base=scores.base, final=scores.final, difference=scores.difference, paired=scores.paired)
 
 
 def make_evaluation(**changes: Any) -> Evaluation:
     """`facts` got better as a whole, by facet and in what was written; `pubmedqa` did not change beyond noise."""
     whole = make_scores(make_score(0.055, 240, unparsed=9), make_score(0.8125, 240, unparsed=2), 185, 3)
-    facts = Task(
+    facts = TaskScores(
         base=whole.base,
         final=whole.final,
         difference=whole.difference,
@@ -164,14 +160,14 @@ def make_stages() -> list[Stage]:
         loss=Loss(first=4.812, last=1.377),
         tokens_per_s=8630.0,
         peak_memory_bytes=1_240_000_000,
-        tokens=Tokens(read=212_044, kept=211_380, split=10_020, dropped=664, supervised=598_212, trained=600_000),
+        tokens=TokenLedger(read=212_044, kept=211_380, split=10_020, dropped=664, supervised=598_212, trained=600_000),
         mixture={
             "literature": Part(share=0.401, asked_share=0.4, tokens=240_600, repeats=3.02),
             "notes": Part(share=0.399, tokens=239_400, repeats=2.97),
             "general": Part(share=0.2, tokens=120_000, repeats=1.0),
         },
         seconds=71.4,
-        adapter=Adapter(path="01-cpt/adapter", sha256="9f" * 32),
+        adapter=AdapterEntry(path="01-cpt/adapter", sha256="9f" * 32),
     )
     sft = Stage(
         name="02-sft",
@@ -181,10 +177,10 @@ def make_stages() -> list[Stage]:
         loss=Loss(first=2.204, last=0.613),
         tokens_per_s=7120.0,
         peak_memory_bytes=1_310_000_000,
-        tokens=Tokens(read=88_310, kept=88_310, split=4_410, dropped=0, supervised=19_208, trained=264_930),
+        tokens=TokenLedger(read=88_310, kept=88_310, split=4_410, dropped=0, supervised=19_208, trained=264_930),
         mixture={"instructions": Part(share=1.0, tokens=264_930, repeats=3.0)},
         seconds=24.9,
-        adapter=Adapter(path="02-sft/adapter", sha256="ab" * 32),
+        adapter=AdapterEntry(path="02-sft/adapter", sha256="ab" * 32),
     )
     return [cpt, sft]
 
@@ -240,9 +236,9 @@ def make_run(**changes: Any) -> Run:
             "stages[1].sft.lr 2e-5 is a full-parameter value; LoRA usually needs 1e-4 to 4e-4",
         ],
         resolved=[
-            Choice(key="stages[0].cpt.seq_len", value=256, why="95% of the records fit"),
-            Choice(key="stages[0].cpt.lr", value=0.002, why="builtin:tiny, LoRA r=32"),
-            Choice(key="model.compute_dtype", value="float32", why="no GPU"),
+            AutoChoice(key="stages[0].cpt.seq_len", value=256, why="95% of the records fit"),
+            AutoChoice(key="stages[0].cpt.lr", value=0.002, why="builtin:tiny, LoRA r=32"),
+            AutoChoice(key="model.compute_dtype", value="float32", why="no GPU"),
         ],
         recipe={"model": {"base": "builtin:tiny", "quantization": "nf4"}, "hygiene": {"phi": "report"}},
         recipe_text="name: cpt_then_sft\nseed: 17\nstages:\n  - cpt: {mix: {literature: 8, notes: 8, general: 4}}\n"

@@ -162,12 +162,11 @@ def preload() -> None:
     process.prepare()
     attack.preload()
     import qmedtune.ablate
-    import qmedtune.ablation.page
+    import qmedtune.ablation.ablation_page
     import qmedtune.commands.export
     import qmedtune.export
     import qmedtune.exporting.gguf_model
-    import qmedtune.exporting.place
-    import qmedtune.exporting.proof  # noqa: F401
+    import qmedtune.exporting.logit_proof  # noqa: F401
 
 
 def start(words: list[str], said: Path, first: Callable[[], object] = lambda: None) -> int:

@@ -30,7 +30,7 @@ MAX_ANY_DICTS = 48  # `dict[str, Any]`, counted, with the aliases for what other
 # Functions of five or more parameters by position, counted: beyond four a frozen dataclass, or an option that must be
 # named at the call. Not counted are commands, whose parameters are their options; counted are the few that another
 # library calls by position (transformers' attention, autograd's forward).
-MAX_WIDE = 66
+MAX_WIDE = 33
 
 # Facts of a seal, or a result as JSON, that are looked up in place of an attribute of their model.
 RESULT_KEY = re.compile(r"((?<!self)\.facts|\.as_json\(\))(\[|\.get\()")

@@ -12,9 +12,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import assets
 import numpy as np
 import pytest
-from assets import folder, need
+from assets import need
 
 DECLARATIONS = """
 typedef int32_t llama_token;
@@ -76,18 +77,23 @@ class Library:
     keep: tuple[Any, ...]
 
 
+def binaries() -> Path:
+    """The folder of the libraries; the test is skipped where they are not there."""
+    return _unpacked(need("llama_cpp")) / BINARIES
+
+
 @lru_cache(maxsize=1)
 def library() -> Library:
     """llama.cpp with its CPU backends; the test is skipped where it is not there or does not run."""
     cffi = pytest.importorskip("cffi")
-    binaries = _unpacked(need("llama_cpp")) / BINARIES
+    folder = binaries()
     ffi, log = cffi.FFI(), []
     ffi.cdef(DECLARATIONS)
     ggml = cffi.FFI()
     ggml.cdef("void ggml_backend_load_all_from_path(const char * folder);")
     try:
-        backends = ggml.dlopen(str(next(binaries.glob("libggml.v*.so"))))
-        c = ffi.dlopen(str(next(binaries.glob("libllama.v*.so"))))
+        backends = ggml.dlopen(str(next(folder.glob("libggml.v*.so"))))
+        c = ffi.dlopen(str(next(folder.glob("libllama.v*.so"))))
     except OSError as error:
         pytest.skip(f"llama.cpp's prebuilt library does not load here: {error}")
 
@@ -96,14 +102,14 @@ def library() -> Library:
         log.append(ffi.string(text).decode(errors="replace"))
 
     c.llama_log_set(note, ffi.NULL)
-    backends.ggml_backend_load_all_from_path(str(binaries).encode())
+    backends.ggml_backend_load_all_from_path(str(folder).encode())
     c.llama_backend_init()
     assert c.llama_context_default_params().n_ctx == 512, "llama.h of another version: its structures differ"
     return Library(ffi, c, log, (note, backends))
 
 
 def _unpacked(package: Path) -> Path:
-    place = folder() / package.name.removesuffix(".tgz")
+    place = assets.folder() / package.name.removesuffix(".tgz")
     if not (place / BINARIES).is_dir():
         building = place.with_name(f".{place.name}.part")
         with tarfile.open(package) as archive:

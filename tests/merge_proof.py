@@ -32,7 +32,7 @@ from qmedtune.merge import MergeJob, merge
 from qmedtune.merging.disk_llama import DiskLlama, open_llama
 from qmedtune.merging.lora_files import LowRank, Updates, read_adapters
 from qmedtune.merging.parallel import workers
-from qmedtune.merging.proof import Proof, Reference, check_readings
+from qmedtune.merging.proof import MergeProof, Reference, check_readings
 from qmedtune.merging.reference import read_base, read_updates
 from qmedtune.merging.rounding import Rounding
 from qmedtune.merging.tensors import open_weights
@@ -547,8 +547,14 @@ def prove(merged: Merged) -> dict[str, Any]:
     base, updates = read_base(case.base, merged.opened.weights), read_updates(case.adapters, merged.opened.model)
     with workers() as pool:
         check_readings(merged.updates, Reference(base, updates))
-        proof = Proof(
-            merged.opened, Reference(base, updates), merged.folder, case.section, case.job.model, merged.rounding, pool
+        proof = MergeProof(
+            base=merged.opened,
+            reference=Reference(base, updates),
+            merged=merged.folder,
+            section=case.section,
+            model=case.job.model,
+            rounding=merged.rounding,
+            pool=pool,
         )
         return proof.run(TOKENS).as_json()
 

@@ -31,7 +31,7 @@ from qmedtune.data.packing.pack import PackedRows
 from qmedtune.evaluate import write_results
 from qmedtune.evaluation.measure import Settings, measure_model
 from qmedtune.merge import MergeJob, merge
-from qmedtune.merge_folder import Found, adapters_of_run
+from qmedtune.merge_folder import MergeInputs, adapters_of_run
 from qmedtune.model import load_tokenizer
 from qmedtune.recipe import MergeSection, Recipe, TaskSection
 from qmedtune.tasks import load_task, world_of
@@ -62,7 +62,7 @@ class Measurement:
     """What is asked for: a run's adapters at `factors` of their size, in `forms`, on `tokens` of each source, and on
     the facts of a built-in world."""
 
-    found: Found
+    found: MergeInputs
     run: Path
     factors: list[float]
     tokens: int
@@ -130,7 +130,7 @@ def measure(job: Measurement, scratch: Path) -> Iterator[Row]:
             shutil.rmtree(out)
 
 
-def _scores(folder: Path, found: Found, world: str, scratch: Path) -> dict[str, Any]:
+def _scores(folder: Path, found: MergeInputs, world: str, scratch: Path) -> dict[str, Any]:
     """Facts of a built-in world, by log-likelihood; in fp32, or every form would be rounded once more."""
     from transformers import AutoModelForCausalLM
 

@@ -16,28 +16,29 @@ from tempfile import TemporaryDirectory
 
 from qmedtune import base as bases
 from qmedtune import record
-from qmedtune.evaluate import Compared, settings_of
-from qmedtune.evaluation import choosing, halves, precision
-from qmedtune.evaluation.measure import Measured
+from qmedtune.evaluate import EvaluatedModels, settings_of
+from qmedtune.evaluation import choosing, halves
+from qmedtune.evaluation.measure import MeasuredModel
 from qmedtune.lineage import final_model
 from qmedtune.mixed_merge import sibling_of
+from qmedtune.planning import precision
 from qmedtune.process import prepare
 from qmedtune.results import SweepPoint
 from qmedtune.sweep import Measuring
 
 
-def scored(run: Path, scratch: Path) -> tuple[choosing.Rule, dict[float | None, Measured]]:
+def scored(run: Path, scratch: Path) -> tuple[choosing.Rule, dict[float | None, MeasuredModel]]:
     """What each share, and the base (None), reaches on the items of the final score."""
     recipe = record.recipe_of(record.load(run), run)
     trained = final_model(recipe).located(run, lambda: bases.identify(recipe.model, offline=True).make())
     tasks = halves.scored_tasks(recipe)
     measuring = Measuring(
-        recipe, trained, sibling_of(recipe, trained.base, 0.0), Compared(trained), tasks, {},
+        recipe, trained, sibling_of(recipe, trained.base, 0.0), EvaluatedModels(trained), tasks, {},
         settings_of(recipe, trained), precision.decide(recipe), scratch,
     )  # fmt: skip
     assert recipe.merge.sweep is not None
     rule = replace(choosing.rule_of(recipe, tasks), domain=(), general=())
-    found: dict[float | None, Measured] = {None: measuring.base()}
+    found: dict[float | None, MeasuredModel] = {None: measuring.base()}
     for share in recipe.merge.sweep.shares:
         found[share] = measuring.at(share)
     return rule, found

@@ -19,13 +19,13 @@ from builders import make_run, write_run
 from conftest import MICRO, ROOT
 
 from qmedtune import plan, store
-from qmedtune.ablation import effects, page, results
+from qmedtune.ablation import ablation_page, arm_scores, effects
 from qmedtune.ablation.arms import Arm, arms_of, seeds_of
 from qmedtune.ablation.figure import figure
 from qmedtune.errors import RecipeError
 from qmedtune.parsing import checks
 from qmedtune.parsing.loader import load_recipe
-from qmedtune.results import Ablation, Evaluation, Score, Scores, Stage, Task, Text, Tokens
+from qmedtune.results import Ablation, Evaluation, Score, Scores, Stage, TaskScores, Text, TokenLedger
 
 FLAGSHIP = ROOT / "recipes" / "cpt_then_sft.yaml"
 ALL = (
@@ -202,12 +202,12 @@ def test_holm():
 # --------------------------------------------------------------------------------------------------- table and figure
 
 
-def fake(name: str, change: str, treats: float, adverse: float, texts: list[float]) -> results.ArmResult:
+def fake(name: str, change: str, treats: float, adverse: float, texts: list[float]) -> arm_scores.ArmResult:
     rng = np.random.default_rng(sum(map(ord, name)))
     facets = {key: (rng.random((3, 60)) < share).astype(float) for key, share in (("t", treats), ("a", adverse))}
     scores = {"facts": np.concatenate(list(facets.values()), axis=1), "facts: t": facets["t"], "facts: a": facets["a"]}
     recipe = None if name == "base" else load_recipe(MICRO).recipe
-    return results.ArmResult(Arm(name, change, recipe), [1, 2, 3], scores, {}, {"general": texts}, {})
+    return arm_scores.ArmResult(Arm(name, change, recipe), [1, 2, 3], scores, {}, {"general": texts}, {})
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +217,7 @@ def result() -> Ablation:
         fake("sft<&", "sft alone", 0.05, 0.05, [1.9, 1.95, 1.92]),
         fake("whole", "the whole recipe", 0.99, 0.98, [2.0, 2.1, 2.05]),
     ]
-    compared = results.summarise(found)
+    compared = arm_scores.summarise(found)
     return Ablation(
         name="a <b>",
         status="finished",
@@ -242,10 +242,10 @@ def write_arm(folder: Path, right: dict[str, list[bool]], perplexity: float) -> 
             lines.append(json.dumps({"id": name, "facet": name[0], **answers}))
     accuracy = Score.model_validate({"metric": "accuracy", "accuracy": 0.5})
     f1 = Score.model_validate({"metric": "f1", "f1": 0.25})
-    facts = Task(base=accuracy, final=accuracy, facets={"a": Scores(), "b": Scores()})
+    facts = TaskScores(base=accuracy, final=accuracy, facets={"a": Scores(), "b": Scores()})
     texts = {"notes": Text(base=9.0, final=perplexity, tokens=5)}
-    evaluation = Evaluation(tasks={"facts": facts, "hoc": Task(base=f1, final=f1)}, perplexity=texts)
-    stage = Stage(name="01-cpt", kind="cpt", status="sealed", tokens=Tokens(trained=100))
+    evaluation = Evaluation(tasks={"facts": facts, "hoc": TaskScores(base=f1, final=f1)}, perplexity=texts)
+    stage = Stage(name="01-cpt", kind="cpt", status="sealed", tokens=TokenLedger(trained=100))
     write_run(folder, make_run(evaluation=evaluation, stages=[stage]), [])
     (folder / "evaluation").mkdir()
     (folder / "evaluation" / "facts.items.jsonl").write_text("\n".join(lines) + "\n")
@@ -254,13 +254,13 @@ def write_arm(folder: Path, right: dict[str, list[bool]], perplexity: float) -> 
 def test_runs_are_paired_by_the_ids_of_their_items(tmp_path):
     arm = Arm("cpt", "the whole recipe", load_recipe(MICRO).recipe)
     arms = [Arm("base", "no training", None), arm]
-    write_arm(results.run_folder(tmp_path, arm, 1), {"a1": [True, False], "b1": [True], "a2": [False]}, 4.0)
-    write_arm(results.run_folder(tmp_path, arm, 2), {"b1": [False], "a1": [True, True], "a9": [True]}, 1.0)
-    base, final = results.collect(tmp_path, arms, [1, 2, 3])
+    write_arm(arm_scores.run_folder(tmp_path, arm, 1), {"a1": [True, False], "b1": [True], "a2": [False]}, 4.0)
+    write_arm(arm_scores.run_folder(tmp_path, arm, 2), {"b1": [False], "a1": [True, True], "a9": [True]}, 1.0)
+    base, final = arm_scores.collect(tmp_path, arms, [1, 2, 3])
     assert final.seeds == [1, 2] and final.scores["facts"].tolist() == [[0.5, 1.0], [1.0, 0.0]]
     assert final.scores["facts: a"].tolist() == [[0.5], [1.0]] and final.metrics == {"hoc": [0.25, 0.25]}
     assert base.scores["facts"].tolist() == [[0, 0], [0, 0]] and base.perplexity == {"notes": [9.0, 9.0]}
-    cpt = results.summarise([base, final]).arms[1]
+    cpt = arm_scores.summarise([base, final]).arms[1]
     assert cpt.perplexity["notes"].mean == pytest.approx(2.0) and cpt.scores["hoc"].ci95 == (0.25, 0.25)
 
 
@@ -275,12 +275,12 @@ def test_differences_are_told_from_noise(result):
 
 
 def test_csv_files(result):
-    rows = list(csv.DictReader(io.StringIO(results.table_csv(result))))
+    rows = list(csv.DictReader(io.StringIO(arm_scores.table_csv(result))))
     assert len(rows) == 3 * 4
     whole = next(r for r in rows if r["arm"] == "whole" and r["measure"] == "facts: t")
     assert float(whole["ci95_low"]) < float(whole["mean"]) <= float(whole["ci95_high"])
     assert whole["items"] == "60" and len(whole["by_seed"].split()) == 3
-    pairs = list(csv.DictReader(io.StringIO(results.differences_csv(result))))
+    pairs = list(csv.DictReader(io.StringIO(arm_scores.differences_csv(result))))
     assert len(pairs) == 3 * 3 and {row["within_noise"] for row in pairs} == {"true", "false"}
 
 
@@ -295,7 +295,7 @@ def test_the_figure_is_a_picture_that_stands_alone(result):
 
 
 def test_the_page_escapes_and_tells(result):
-    text = page.page(result)
+    text = ablation_page.page(result)
     assert "a &lt;b&gt;" in text and "sft&lt;&amp;" in text and "<b>" not in text
     assert "within noise" in text and "beyond noise" in text and "Holm" in text
     assert "http://" not in text.replace("http://www.w3.org", "") and "<script" not in text

@@ -84,7 +84,7 @@ def test_a_killed_comparison_goes_on_where_it_was(tmp_path):
         folders.append(llama3_folder(tmp_path / f"m{seed}", seed=seed, max_position_embeddings=512))
     section = TaskSection(task="facts", limit=24)
     splits = compare.splits_of([compare.Questions(load_task(section, 17, "micro"), section)], 17)
-    rules = compare.Rules(shots=(0, 1), kept=tmp_path / "kept")
+    rules = compare.SettingSearch(shots=(0, 1), kept=tmp_path / "kept")
 
     def opened(folder: Path):
         return lambda: open_model(locate(str(folder)), "none")
@@ -98,4 +98,7 @@ def test_a_killed_comparison_goes_on_where_it_was(tmp_path):
     again = [compare.Entrant("a", opened(folders[1])), compare.Entrant("b", opened(folders[1]))]
     outcome = compare.meet(again, splits, rules)
     assert outcome.answers["facts"]["a"] == alone.answers["facts"]["a"]
-    assert outcome.answers["facts"]["b"] == compare.meet(again[1:], splits, compare.Rules((0, 1))).answers["facts"]["b"]
+    assert (
+        outcome.answers["facts"]["b"]
+        == compare.meet(again[1:], splits, compare.SettingSearch((0, 1))).answers["facts"]["b"]
+    )

@@ -87,12 +87,12 @@ def test_packages_are_looked_up_once_for_all_layers(monkeypatch):
 def older_kernel(query, key, value, bounds, *_, scale=None, window_size=(-1, -1)):
     """torch's kernel before 2.12 by its parameters, on a CPU: it takes as many heads of keys as of queries."""
     assert window_size == (-1, 0) and key.shape == value.shape == query.shape
-    return attention._per_document(query, key, value, bounds, 0, scale)
+    return attention._per_document(query, key, value, attention.Documents(bounds, 0, scale))
 
 
 def newer_kernel(query, key, value, bounds, *_, scale=None, window_size=(-1, -1), enable_gqa=False):
     assert window_size == (-1, 0) and enable_gqa == (key.shape[1] != query.shape[1])
-    return attention._per_document(query, key, value, bounds, 0, scale)
+    return attention._per_document(query, key, value, attention.Documents(bounds, 0, scale))
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
@@ -105,7 +105,7 @@ def test_an_older_torch_is_given_keys_repeated_with_the_same_results(kv_heads, m
     for kernel in (older_kernel, newer_kernel):
         monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
         attention._takes_groups.cache_clear()
-        output = attention._torch(*leaves, bounds, 7, None)
+        output = attention._torch(*leaves, attention.Documents(bounds, 7, None))
         found[kernel] = [output, *torch.autograd.grad(output, leaves, dy)]
     attention._takes_groups.cache_clear()
     for older, newer in zip(found[older_kernel], found[newer_kernel], strict=True):
@@ -188,7 +188,7 @@ def test_blocks_of_queries_attend_as_a_mask_in_float64_would(lengths, dtype):
     query, gradient = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
     key, value = (torch.randn(shape[0], 2, *shape[2:], generator=generator).to(dtype) for _ in range(2))
     leaves = [x.clone().requires_grad_() for x in (query, key, value)]
-    output = cpu_attention.attend(*leaves, cpu_attention.blocks_of(positions), 0.3)
+    output = cpu_attention.attend(*leaves, cpu_attention.blocks_of(positions), scale=0.3)
     output.backward(gradient)
     wide = [x.double().requires_grad_() for x in (query, key, value)]
     document = (positions == 0).cumsum(1)

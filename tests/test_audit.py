@@ -74,7 +74,9 @@ def test_what_is_asked_is_what_was_trained(recipe, micro_run: MicroRun):
             from qmedtune.data.packing import templates
 
             record = {"messages": canaries.messages(canary)}
-            (document,) = encode_conversations(codec, [record], templates.load("alpaca"), 0.0, 512)
+            (document,) = encode_conversations(
+                codec, [record], template=templates.load("alpaca"), prompt_weight=0.0, limit=512
+            )
         tokens = [*asked.prompt, *asked.options[0]]
         assert document.ids[: len(tokens)] == tokens
 

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from qmedtune.bench import merge as bench
-from qmedtune.bench import rounds, shapes
+from qmedtune.bench import random_bases, rounds
 from qmedtune.errors import RecipeError, RunError
 
 
@@ -27,8 +27,8 @@ def test_result_has_the_form_of_all_benchmarks(tmp_path):
 
 
 def write(base, adapter):
-    weight_bytes = shapes.write_model(shapes.SHAPES["tiny"], base)
-    bench._write_adapter(shapes.tensors_of(shapes.SHAPES["tiny"]), adapter)
+    weight_bytes = random_bases.write_model(random_bases.SHAPES["tiny"], base)
+    bench._write_adapter(random_bases.tensors_of(random_bases.SHAPES["tiny"]), adapter)
     return weight_bytes
 
 
@@ -47,7 +47,7 @@ def test_contenders_write_the_same_weights(tmp_path):
 
 
 def test_shards_are_written_like_a_real_model(tmp_path, monkeypatch):
-    monkeypatch.setattr(shapes, "SHARD_BYTES", 2_000_000)
+    monkeypatch.setattr(random_bases, "SHARD_BYTES", 2_000_000)
     weight_bytes = write(tmp_path / "base", tmp_path / "adapter")
     files = sorted((tmp_path / "base").glob("*.safetensors"))
     assert len(files) > 2 and weight_bytes > 5_000_000

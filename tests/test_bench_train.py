@@ -8,12 +8,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
 from qmedtune import model as models
-from qmedtune.bench import context, load, shapes, train, train_worker
+from qmedtune.bench import context, load, random_bases, train, train_worker
 from qmedtune.bench.job import job_of
 from qmedtune.bench.result import Measurement
 from qmedtune.errors import RecipeError
@@ -145,6 +146,36 @@ def test_what_lacked_time_is_measured_by_the_next_call(tmp_path, monkeypatch):
     assert len(calls) == 4
 
 
+OTHER_CODE = """
+import json, sys
+from pathlib import Path
+def main():
+    contender, job, models, target = sys.argv[1:5]
+    told = {"tokens_per_s": 50.0, "all_tokens_per_s": 60.0, "cpu_s": 2.0, "first_step_s": 1.0, "load_s": 1.0}
+    told |= {"peak_memory_bytes": 1, "losses": [2.0]}
+    told["asked"] = [contender, json.loads(job)["rows"], Path(models).is_absolute()]
+    Path(target).write_text(json.dumps(told))
+"""
+
+
+def test_the_code_of_another_checkout_is_a_contender(tmp_path):
+    """Of whatever it contains: here a program that only says what it was asked."""
+    other = tmp_path / "before"
+    (other / "qmedtune" / "bench").mkdir(parents=True)
+    for folder in (other / "qmedtune", other / "qmedtune" / "bench"):
+        (folder / "__init__.py").write_text("")
+    (other / "qmedtune" / "bench" / "train_process.py").write_text(OTHER_CODE)
+    name = f"qmedtune@{other}"
+    found = train.measure(job_of("1b", {"rows": 3}), name, tmp_path, tmp_path, 60.0)
+    assert found.as_json()["asked"] == ["qmedtune", 3, True] and found.tokens_per_s == 50.0
+    result = train.bench_train(job_of("1b", {}), [name], rounds=2, models=tmp_path)
+    [row] = result["rows"]
+    assert (row["contender"], row["ratio"], row["rounds"]) == (name, 1.0, 2) and "another checkout" in row["what"]
+    for wrong in (f"trl@{other}", f"qmedtune@{tmp_path}", f"mine@{other}"):
+        with pytest.raises(RecipeError, match=f"{wrong.partition('@')[0]}@"):
+            train.bench_train(job_of("1b", {}), [wrong])
+
+
 FIGURES = {"all_tokens_per_s": 60.0, "cpu_s": 1.0, "first_step_s": 1.0, "peak_memory_bytes": 1, "host_bytes": 1}
 FIGURES |= {"losses": [2.0]}
 
@@ -214,7 +245,7 @@ def test_within_a_budget_the_plan_decides_and_rows_that_were_made_fewer_do_not_c
 @pytest.fixture(scope="module")
 def nf4_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench") / "nf4"
-    shapes.write_nf4_model({**shapes.SHAPES["tiny"], "layers": 1, "vocab": 64}, folder)
+    random_bases.write_nf4_model({**random_bases.SHAPES["tiny"], "layers": 1, "vocab": 64}, folder)
     return folder
 
 
@@ -240,7 +271,7 @@ def test_what_bitsandbytes_saves_is_what_is_written(nf4_folder, tmp_path):
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     plain = tmp_path / "plain"
-    shapes.write_model({**shapes.SHAPES["tiny"], "layers": 1, "vocab": 64}, plain)
+    random_bases.write_model({**random_bases.SHAPES["tiny"], "layers": 1, "vocab": 64}, plain)
     four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     model = AutoModelForCausalLM.from_pretrained(plain, quantization_config=four_bit, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "saved")
@@ -277,9 +308,11 @@ def test_a_base_is_loaded_and_weighed():
 def test_a_small_comparison_runs(tmp_path):
     """About two minutes: the fp32 loop and three contenders, one round of seven steps each."""
     job = job_of("tiny", {"steps": 7, "rows": 4, "micro_batch": 2})
-    names = ["torch-loop", "qmedtune", "sft-trainer", "unsloth", "without-rope"]
+    itself = f"qmedtune@{ROOT}"
+    names = ["torch-loop", "qmedtune", itself, "sft-trainer", "unsloth", "without-rope"]
     result = train.bench_train(job, names, rounds=1, results=tmp_path / "results.json")
     found = {row["contender"]: row for row in result["rows"]}
+    assert found[itself]["loss_gap"] == found["qmedtune"]["loss_gap"], "the same code"
     for name in ("torch-loop", "qmedtune", "sft-trainer"):
         assert found[name]["value"] > 0 and found[name]["gradient_cosine"] > 0.999 and found[name]["loss_gap"] < 0.01
     assert 0 < found["qmedtune"]["data_share"] < 0.05

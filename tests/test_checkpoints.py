@@ -50,7 +50,7 @@ def schedule(optimizer: torch.optim.Optimizer):
 def save(stage: Path, number: int, keep: int = 2, model: torch.nn.Module | None = None, states=None) -> Path:
     weights = dict((model or torch.nn.Linear(2, 2)).named_parameters())
     states = states or checkpoints.States(checkpoints.random_states(), {"optimizer": {}})
-    facts = {"tokens": 1, "made_with": {}}
+    facts = {"tokens": 1}
     checkpoint = checkpoints.Checkpoint(number, weights, states, TrainerState(), facts)
     return checkpoints.save(stage, checkpoint, keep=keep)
 

@@ -15,6 +15,7 @@ from sklearn.utils.class_weight import compute_class_weight as sklearn_weights
 
 from qmedtune import interrupt, keys, store, train
 from qmedtune.data.packing.classes import HELD_OUT, IDS, LABELS, VALIDATION, LabelledRows, pack_classes
+from qmedtune.data.packing.pack import StageToPack
 from qmedtune.data.reading.records import label_of
 from qmedtune.data.reading.rejects import Unusable
 from qmedtune.data.synthetic import outcomes
@@ -64,7 +65,9 @@ def packed(micro_run, tmp_path_factory) -> Path:
     split = {False: [], True: []}
     for record in outcomes.builtin_records("builtin:micro/outcomes"):
         split[record["held_out"]].append((record["text"], record["label"]))
-    facts = pack_classes(recipe(), 1, micro_run.base, records(folder, split[False], split[True]), out).as_json()
+    facts = pack_classes(
+        StageToPack(recipe(), 1, micro_run.base, records(folder, split[False], split[True])), out
+    ).as_json()
     store.seal(out, "test", facts)
     return out
 
@@ -134,7 +137,9 @@ def test_what_the_text_tells_is_learnt(micro_run, notes_adapter: Path, tmp_path:
     inputs = records(tmp_path / "in", [note() for _ in range(80)], [note() for _ in range(40)])
     keys = {"multi_label": multi_label, "epochs": 5, "batch": 2, "lr": 3e-3}
     store.seal(
-        tmp_path / "packed", "t", pack_classes(recipe(**keys), 1, micro_run.base, inputs, tmp_path / "packed").as_json()
+        tmp_path / "packed",
+        "t",
+        pack_classes(StageToPack(recipe(**keys), 1, micro_run.base, inputs), tmp_path / "packed").as_json(),
     )
     facts = trained(micro_run, tmp_path / "packed", tmp_path / "out", notes_adapter, **keys)
     found = facts["classification"]
@@ -188,7 +193,7 @@ def test_labels_are_those_of_training_and_unknown_ones_are_counted(micro_run, tm
     (tmp_path / "out").mkdir()
     rows = [("a note", "b, a"), ("a note too", "c"), ("a third", ["a"])]
     inputs = records(tmp_path / "in", rows, [("held", "a;c"), ("out", "z")])
-    facts = pack_classes(recipe(multi_label=True), 1, micro_run.base, inputs, tmp_path / "out").as_json()
+    facts = pack_classes(StageToPack(recipe(multi_label=True), 1, micro_run.base, inputs), tmp_path / "out").as_json()
     assert json.loads((tmp_path / "out" / LABELS).read_text()) == ["a", "b", "c"]
     assert np.load(tmp_path / "out" / "targets.npy").tolist() == [[1, 1, 0], [0, 0, 1], [1, 0, 0]]
     assert np.load(tmp_path / "out" / HELD_OUT / "targets.npy").tolist() == [[1, 0, 1], [0, 0, 0]]
@@ -206,7 +211,7 @@ def test_what_cannot_be_learnt_or_scored_is_refused(micro_run, tmp_path: Path, r
     (tmp_path / "in").mkdir()
     (tmp_path / "out").mkdir()
     with pytest.raises(DataError, match=said):
-        pack_classes(recipe(), 1, micro_run.base, records(tmp_path / "in", rows, held), tmp_path / "out")
+        pack_classes(StageToPack(recipe(), 1, micro_run.base, records(tmp_path / "in", rows, held)), tmp_path / "out")
 
 
 def test_auroc_by_hand_and_by_scikit_learn():
@@ -388,14 +393,14 @@ def test_whole_patients_are_set_apart_and_nobody_is_in_two_parts(micro_run, tmp_
     (tmp_path / "in").mkdir()
     (tmp_path / "out").mkdir()
     inputs = noted(tmp_path / "in", 40)
-    facts = pack_classes(recipe(validation=0.25), 1, micro_run.base, inputs, tmp_path / "out").as_json()
+    facts = pack_classes(StageToPack(recipe(validation=0.25), 1, micro_run.base, inputs), tmp_path / "out").as_json()
     parts = [ids_in(tmp_path / "out"), ids_in(tmp_path / "out" / VALIDATION), ids_in(tmp_path / "out" / HELD_OUT)]
     patients = [{int(name.partition("-")[2]) // 2 for name in part} for part in parts]
     assert not patients[0] & patients[1] and len(patients[0] | patients[1]) == 40
     assert 4 <= len(patients[1]) <= 16 and len(parts[2]) == 80
     assert facts["classes"]["validation"] == len(parts[1]) == 80 - facts["classes"]["documents"]
     assert not list((tmp_path / "out").glob("*.jsonl"))  # no second copy of the text
-    plain = pack_classes(recipe(), 1, micro_run.base, inputs, tmp_path / "out").as_json()
+    plain = pack_classes(StageToPack(recipe(), 1, micro_run.base, inputs), tmp_path / "out").as_json()
     assert plain["classes"]["documents"] == 80 and "validation" not in plain["classes"]
 
 
@@ -403,7 +408,9 @@ def test_one_patient_cannot_be_set_apart(micro_run, tmp_path: Path):
     (tmp_path / "in").mkdir()
     (tmp_path / "out").mkdir()
     with pytest.raises(DataError, match="one patient"):
-        pack_classes(recipe(validation=0.25), 1, micro_run.base, noted(tmp_path / "in", 1, 8), tmp_path / "out")
+        pack_classes(
+            StageToPack(recipe(validation=0.25), 1, micro_run.base, noted(tmp_path / "in", 1, 8)), tmp_path / "out"
+        )
 
 
 def test_the_weights_with_the_lowest_validation_loss_are_kept(micro_run, notes_adapter: Path, tmp_path: Path):
@@ -414,7 +421,7 @@ def test_the_weights_with_the_lowest_validation_loss_are_kept(micro_run, notes_a
     keys |= {"schedule": "constant", "warmup": "{ratio: 1.0}"}  # small steps learn, then larger ones overshoot
     inputs = noted(tmp_path / "in", 20)
     asked = recipe("validate={}", **keys)  # at the end of each epoch
-    packing = pack_classes(asked, 1, micro_run.base, inputs, tmp_path / "packed")
+    packing = pack_classes(StageToPack(asked, 1, micro_run.base, inputs), tmp_path / "packed")
     store.seal(tmp_path / "packed", "t", packing.as_json())
     stage_inputs = train.StageInputs(ModelStack(micro_run.base, (notes_adapter,)), tmp_path / "packed")
     facts = train.train_stage(asked, 1, stage_inputs, tmp_path / "out").as_json()

@@ -8,7 +8,7 @@ import torch
 from llama_folders import llama3_folder
 from statsmodels.stats import contingency_tables, multitest
 
-from qmedtune.compare import Asked, Questions, compare_models, splits_of
+from qmedtune.compare import ComparisonJob, Questions, compare_models, splits_of
 from qmedtune.errors import RecipeError
 from qmedtune.evaluation import statistics, verdict
 from qmedtune.recipe import TaskSection
@@ -126,7 +126,7 @@ def models(tmp_path_factory):
 def test_models_are_asked_the_same_items_and_development_items_are_never_scored(models, tmp_path):
     section = TaskSection(task="choice", path=str(models / "q.jsonl"))
     names = (str(models / "m1"), str(models / "m2"))
-    asked = Asked(names, (section,), shots=(0, 2), templates=("alpaca",), offline=True)
+    asked = ComparisonJob(names, (section,), shots=(0, 2), templates=("alpaca",), offline=True)
     found = compare_models(asked, tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "choice.items.jsonl").read_text().splitlines()]
     assert len(lines) == 30 and all(set(line) == {"id", *names} for line in lines)
@@ -161,7 +161,7 @@ def test_what_chooses_prompts_in_one_task_is_scored_in_none(models):
 def test_what_cannot_be_compared_is_refused(models):
     section = TaskSection(task="choice", path=str(models / "q.jsonl"))
     with pytest.raises(RecipeError, match="name two or more"):
-        compare_models(Asked((str(models / "m1"),), (section,), offline=True))
+        compare_models(ComparisonJob((str(models / "m1"),), (section,), offline=True))
     with pytest.raises(RecipeError, match="16 are needed"):
         small = section.model_copy(update={"limit": 8})
-        compare_models(Asked((str(models / "m1"), str(models / "m2")), (small,), offline=True))
+        compare_models(ComparisonJob((str(models / "m1"), str(models / "m2")), (small,), offline=True))

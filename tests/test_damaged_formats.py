@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from qmedtune.data.reading.rejects import Damaged, Refused
+from qmedtune.data.reading.rejects import Damaged, RefusedRecord
 from qmedtune.data.reading.sources import read_items
 from qmedtune.errors import DataError
 from qmedtune.recipe import SourceSection
@@ -109,8 +109,8 @@ def test_damage_of_any_kind_is_named_and_never_escapes(tmp_path, name, count):
     rng = random.Random(name)
     for _ in range(count):
         for item in read(tmp_path / name, damaged(SOUND[name], rng)):
-            assert isinstance(item, dict) or (isinstance(item, Damaged | Refused) and item.reason)
-            assert not isinstance(item, Damaged | Refused) or "Owl" not in item.reason
+            assert isinstance(item, dict) or (isinstance(item, Damaged | RefusedRecord) and item.reason)
+            assert not isinstance(item, Damaged | RefusedRecord) or "Owl" not in item.reason
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------

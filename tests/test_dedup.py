@@ -13,7 +13,7 @@ REAL = Path(os.environ.get("QMEDTUNE_REAL_DATA", Path(__file__).parents[2] / "sh
 
 
 def find(tmp_path, texts, threshold=0.8):
-    batches = (texts[i : i + 64] for i in range(0, len(texts), 64))
+    batches = (dedup.windows_of(texts[i : i + 64]) for i in range(0, len(texts), 64))
     return dedup.near_duplicates(batches, texts.__getitem__, threshold, tmp_path / "bands") >= 0
 
 

@@ -21,12 +21,13 @@ from qmedtune.data.prepare import prepare_source
 from qmedtune.data.reading.rejects import Rejects
 from qmedtune.data.reading.sources import read_records
 from qmedtune.errors import DataError, RecipeError
-from qmedtune.evaluation import measure, precision, scoring, statistics
+from qmedtune.evaluation import measure, scoring, statistics
 from qmedtune.model_stack import ModelStack
+from qmedtune.planning import precision
 from qmedtune.planning.machine import card_of
 from qmedtune.recipe import Recipe, SourceSection
 from qmedtune.reporting.facts import ALL, comparisons
-from qmedtune.results import Evaluation, Merge, Pair, Shift
+from qmedtune.results import BaseAndFinal, Evaluation, Merge, Shift
 
 REAL = Path(os.environ.get("QMEDTUNE_REAL_DATA", Path(__file__).parents[2] / "shared" / "data"))
 MEDQA = {"question": "Which drug?", "options": {"A": "aspirin", "B": "insulin"}, "answer_idx": "B"}
@@ -60,9 +61,9 @@ def recipe(root: Path, tasks: list | None = None, merge: dict | None = None, **s
     )
 
 
-def inputs(root: Path) -> evaluate.Compared:
+def inputs(root: Path) -> evaluate.EvaluatedModels:
     trained = ModelStack(root / "base", (root / "stage" / "adapter",), root / "stage")
-    return evaluate.Compared(trained, merged=root / "merged", validation=root / "validation")
+    return evaluate.EvaluatedModels(trained, merged=root / "merged", validation=root / "validation")
 
 
 def items(path: Path) -> list[dict]:
@@ -246,10 +247,10 @@ def test_a_large_shift_between_trained_and_delivered_is_a_warning():
     assert precision.shift_warning(Merge(shift_from_nf4=Shift(kl=0.28, top1=0.69)))
     assert precision.shift_warning(Merge(shift_from_nf4=Shift(kl=0.01, top1=0.96))) is None
     assert precision.shift_warning(Merge(shift_from_nf4=None)) is None
-    delivered = Pair(base=20.0, final=15.2)
-    told = precision.quantisation_note("notes", delivered, Pair(base=26.0, final=15.34))
+    delivered = BaseAndFinal(base=20.0, final=15.2)
+    told = precision.quantisation_note("notes", delivered, BaseAndFinal(base=26.0, final=15.34))
     assert told == "notes: perplexity -41% in NF4 but -24% delivered: the rest repaired quantisation"
-    assert precision.quantisation_note("notes", delivered, Pair(base=20.4, final=15.4)) is None
+    assert precision.quantisation_note("notes", delivered, BaseAndFinal(base=20.4, final=15.4)) is None
 
 
 def test_documents_are_read_whole_and_every_token_once(folder):

@@ -14,7 +14,7 @@ MIB = 2**20
 
 def test_a_ring_by_hand():
     # 1 s a step; 60 MB of gradients; 2 GPUs move 60 MB each at .6 x 1.25 GB/s: 80 ms beside half a second.
-    step = exchange.Step(1.0, 60_000_000)
+    step = exchange.StepTime(1.0, 60_000_000)
     assert exchange.times_as_fast(step, 2, "10 GbE") == pytest.approx(1 / 0.58)
     assert exchange.times_as_fast(step, 1, "10 GbE") == 1.0
     assert exchange.times_as_fast(step, 4, "NVLink") == pytest.approx(4, rel=0.01)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from qmedtune import cli, tiny
 from qmedtune.errors import RecipeError, RunError
 from qmedtune.export import ExportJob, export
-from qmedtune.exporting import gguf_model, names, place, splits
+from qmedtune.exporting import gguf_model, place, splits, tensor_names
 from qmedtune.exporting.gguf_model import rope_factors
 from qmedtune.exporting.read_back import GgufFile
 from qmedtune.gguf_header import read_arrays
@@ -143,7 +143,7 @@ def test_left_out_factors_are_found(llama3: Path, tmp_path: Path, monkeypatch):
 
 def test_a_lost_head_is_found(tmp_path: Path, monkeypatch):
     base = llama_folders.llama2_folder(tmp_path / "base")
-    monkeypatch.setitem(names.ENDS, "lm_head.weight", "output.weight")
+    monkeypatch.setitem(tensor_names.ENDS, "lm_head.weight", "output.weight")
     model = open_llama(base)
     real = gguf_model._tensors
 

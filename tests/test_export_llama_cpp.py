@@ -2,47 +2,30 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Any
 
+import llama_cpp
 import llama_folders
 import numpy as np
 import pytest
 import torch
+from gguf_checks import PROMPT, check_logits, check_tokens, divergence, reference, written
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from llama_cpp import LlamaCpp
 from llama_folders import backend, small_model, smollm2_folder, with_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from qmedtune import gguf_folder, tiny
 from qmedtune.data.packing import framing, templates
+from qmedtune.errors import RunError
 from qmedtune.export import ExportJob, export
-from qmedtune.exporting import gguf_model, splits
+from qmedtune.exporting import k_quants, splits
 from qmedtune.exporting.gguf_adapter import write_adapter
-from qmedtune.exporting.proof import probe_texts
-from qmedtune.exporting.types import QUANTS
-from qmedtune.exporting.vocabulary import read_vocabulary
+from qmedtune.exporting.logit_proof import probe_texts
+from qmedtune.exporting.read_back import GgufFile
 from qmedtune.merging.disk_llama import open_llama
-
-PROMPT = "The patient was given aspirin 100 mg for chest pain; BP 120/80 mmHg.\n\nQuestion: what was it for? Answer:"
-
-
-def written(folder: Path, out: Path, quant: str = "f32") -> Path:
-    """The folder's file, without the proof: llama.cpp is the judge here."""
-    model = open_llama(folder)
-    gguf_model.write_model(out, model, read_vocabulary(folder, model.model.config.vocab_size), QUANTS[quant], "test")
-    return out
-
-
-def check_tokens(folder: Path, file: Path) -> None:
-    ours = backend(folder)
-    special = sorted(token.content for token in ours.get_added_tokens_decoder().values() if token.special)
-    with LlamaCpp(file, vocab_only=True) as reads:
-        for text in [*probe_texts(special), PROMPT, ""]:
-            for marks in (True, False):
-                expected = ours.encode(text, add_special_tokens=marks).ids
-                assert reads.tokenize(text, marks=marks) == expected, (text, marks)
 
 
 @pytest.fixture(scope="module")
@@ -91,29 +74,6 @@ def test_each_known_way_to_split_text_under_a_tokenizer_trained_anew(name: str, 
 
 
 # ---- logits ----------------------------------------------------------------------------------------------------------
-
-
-def reference(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-
-
-def divergence(model: Any, ids: list[int], found: np.ndarray) -> float:
-    with torch.no_grad():
-        expected = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
-    ours = torch.from_numpy(found).double().log_softmax(-1)
-    return float((expected.exp() * (expected - ours)).sum(-1).mean())
-
-
-def check_logits(folder: Path, work: Path, *, greedy: int) -> None:
-    """f32 to 1e-9, f16 to 1e-5 nats per token; what f16 writes is what transformers writes."""
-    model, ids = reference(folder), backend(folder).encode(PROMPT).ids
-    for quant, limit in (("f32", 1e-9), ("f16", 1e-5)):
-        with LlamaCpp(written(folder, work / f"{quant}.gguf", quant)) as reads:
-            assert divergence(model, ids, reads.logits(ids)) <= limit, quant
-            if quant == "f16":
-                model.generation_config.eos_token_id = None  # llama.cpp does not stop there either
-                expected = model.generate(torch.tensor([ids]), max_new_tokens=greedy, do_sample=False)
-                assert reads.greedy(ids, greedy) == expected[0, len(ids) :].tolist()
 
 
 def test_logits_and_greedy_text_of_a_small_model_with_the_tiny_tokenizer(tiny_folder: Path, tmp_path: Path):
@@ -203,3 +163,74 @@ def test_an_export_of_a_folder_is_what_llama_cpp_reads(tiny_folder: Path, tmp_pa
     with LlamaCpp(tmp_path / "out" / name) as reads:
         assert divergence(model, ids, reads.logits(ids)) < 0.01
     assert 0 < facts.proof.kl < 0.01 and facts.proof.greedy is not None
+
+
+# ---- K-quants, which llama.cpp computes ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def users_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A llama.cpp without its programs, as packages bring it along, named by the user."""
+    monkeypatch.setenv("QMEDTUNE_LLAMA_CPP", str(llama_cpp.binaries()))
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+
+
+def wide_folder(folder: Path) -> Path:
+    """K-quants take blocks of 256 numbers of a row."""
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
+    return llama_folders.llama3_folder(folder, **sizes)
+
+
+def check_k_quant(folder: Path, out: Path, quant: str, limit: float) -> set[str]:
+    """Its proof says how far the file is from the folder, and llama.cpp reads what the proof has read. Returns the
+    types of its tensors."""
+    made = export(ExportJob(str(folder), out, "gguf", quant))
+    file = out / f"{folder.name}-{quant}.gguf"
+    assert sorted(path.name for path in out.iterdir()) == ["README.md", file.name, "proof.json", "seal.json"]
+    told = json.loads((out / "proof.json").read_text())
+    assert told["quantised_by"].startswith("libllama") and told["quant"] == quant
+    proof = told["proof"]
+    assert 0 < proof["kl"] <= limit and proof["top1"] > 0.5 and 0 <= proof["greedy"] <= 16 and proof["texts"] >= 10
+    assert f"KL {proof['kl']:.2e}" in (out / "README.md").read_text()
+    model, ids = reference(folder), backend(folder).encode(PROMPT).ids
+    read = GgufFile.open(file)
+    copied = reference(folder)
+    copied.load_state_dict({name: read.load(name).float() for name in copied.state_dict()})
+    with LlamaCpp(file) as reads:
+        found = reads.logits(ids)
+    # llama.cpp rounds what enters a quantised product to 8 bits: small beside what the weights have lost
+    assert divergence(copied, ids, found) <= 0.2 * divergence(model, ids, found) <= 0.2 * limit
+    assert made.bytes == file.stat().st_size
+    return {tensor.kind for tensor in read.header.tensors.values()}
+
+
+@pytest.mark.parametrize(("quant", "limit"), [("q4_k_m", 0.05), ("q6_k", 0.005)])
+def test_k_quants_through_the_users_library(quant: str, limit: float, users_library: None, tmp_path: Path):
+    kinds = check_k_quant(wide_folder(tmp_path / "model"), tmp_path / "out", quant, limit)
+    assert {"F32", quant[:4].upper()} <= kinds
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quant", k_quants.K_QUANTS)
+def test_every_k_quant_of_the_real_model(quant: str, users_library: None, smollm2: Path, tmp_path: Path):
+    """Its rows of 576 are no whole blocks: llama.cpp takes other types for those."""
+    check_k_quant(smollm2, tmp_path / "out", quant, limit=3.0 if quant[1] in "23" else 0.3)
+
+
+def test_a_llama_cpp_that_fails_leaves_nothing(users_library: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A library of something else under that name, and a program that ends badly."""
+    model = wide_folder(tmp_path / "model")
+    (tmp_path / "wrong").mkdir()
+    (tmp_path / "wrong" / "libllama.so").write_bytes(b"no library")
+    monkeypatch.setenv("QMEDTUNE_LLAMA_CPP", str(tmp_path / "wrong"))
+    with pytest.raises(RunError, match="libllama.so failed: .*libllama.so"):
+        export(ExportJob(str(model), tmp_path / "out", "gguf", "q4_k_m"))
+    program = tmp_path / "wrong" / "llama-quantize"
+    program.write_text("#!/bin/sh\necho 'no such type' >&2\nexit 3\n")
+    program.chmod(0o755)
+    with pytest.raises(RunError, match="llama-quantize failed: no such type\nnothing was published"):
+        export(ExportJob(str(model), tmp_path / "out", "gguf", "q4_k_m"))
+    program.write_text('#!/bin/sh\ncp "$1" "$2"\n')
+    with pytest.raises(RunError, match="wrote file type 32 for q4_k_m"):
+        export(ExportJob(str(model), tmp_path / "out", "gguf", "q4_k_m"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "wrong"]

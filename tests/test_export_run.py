@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 from conftest import MICRO
+from gguf_checks import check_logits, check_tokens
 from llama_cpp import LlamaCpp
 
 from qmedtune import store
@@ -147,6 +148,15 @@ def test_the_adapter_of_a_run_as_gguf_for_llama_cpp(closed_run: Path, tmp_path: 
         found = reads.logits(ids)
     rounded = abs(found - expected).max()  # the merged model is in bfloat16
     assert rounded < 0.1 < abs(bare - expected).max()
+
+
+def test_a_trained_micro_model_on_llama_cpp(closed_run: Path, tmp_path: Path):
+    """Of its base and of what was merged: token ids, logits, 48 tokens written greedily."""
+    base = next((Path(os.environ["QMEDTUNE_CACHE"]) / "bases").glob("micro-*")) / "01-pretrain" / "model"
+    for name, folder in (("base", base), ("merged", closed_run / "merged")):
+        (tmp_path / name).mkdir()
+        check_logits(folder, tmp_path / name, greedy=48)
+        check_tokens(folder, tmp_path / name / "f16.gguf")
 
 
 def push(run_folder: Path, endpoint: str, *more: str, repo: str = "lab/m") -> subprocess.CompletedProcess[str]:

@@ -79,10 +79,10 @@ STATED = {
         "The correct option is (b).", "B. Clopidogrel\n\nQuestion: What is next?\nA. x\nB. y\nAnswer: A",
         "Answer: B\n\nExplanation: A is wrong because aspirin bleeds.", "The answer should be B because it is",
         "A. Aspirin\nB. Clopidogrel\nC. Heparin\nD. Warfarin\n\nAnswer: B", "Answer - B", "B: Clopidogrel",
-        "**Answer:** B", "ANSWER: B", "B\nExplanation: ...", "The correct answer is not A, but B.", "B is right.",
+        "**Answer:** B", "Ans. B", "ANSWER: B", "The correct answer is not A, but B.", "B is right.",
         '{"answer": "B", "explanation": "A is wrong"}', "The answer is letter B", "Answer:\n\nB",
-        "answer=B", "I'd choose B", "[ANSWER] B", "<|answer|>B", "Result: B", "I think B", "Most likely B.",
-        "Probably B.", "The answer is B and not C.", "A is wrong, C is wrong. Therefore B.",
+        "B\nExplanation: ...", "answer=B", "I'd choose B", "[ANSWER] B", "<|answer|>B", "Result: B", "I think B",
+        "Most likely B.", "Probably B.", "The answer is B and not C.", "A is wrong, C is wrong. Therefore B.",
         "First I thought so. The answer is A. No: the answer is B.",
         "B. Clopidogrel\n\nWhich drug is given next?\nA. Aspirin\nB. Clopidogrel\nC. Heparin\nAnswer: C",
     ],
@@ -103,7 +103,7 @@ STATED = {
         "The final answer is $\\boxed{D}$.", "My answer: D. Warfarin", "The best treatment would be warfarin",
         "{'choice': 'D'}", "Answer is D", "The right choice is option D, warfarin.", "D. Warfarin.",
         "Based on the above, option (D) is the most appropriate.", "It is warfarin that fits best; the others do not",
-        "The answer is clearly D!", "Only D is correct.", "I'd pick warfarin.",
+        "The answer is clearly D!", "Only D is correct.", "I'd pick warfarin.", '{"choice": "D", "reason": "slow"}',
     ],
 }  # fmt: skip
 
@@ -119,13 +119,13 @@ DECIDED = {
         "yes it does", "Based on the abstract, the answer is yes.", "**Yes**", "Yes!", "The effect was large.\n\nYes",
         "So, yes.", "I would say yes.", "The study shows an effect, so the answer is yes.", "It's a yes.",
         "Answer: yes\nReason: no harm", "the answer is definitely yes", "Label: yes", "The answer's yes",
-        "The answer to the question above is yes.",
+        "The answer to the question above is yes.", "In short: yes.", "Probably yes", "Fortunately, yes.",
     ],
     "no": [
         "No, it does not", "No. This is not shown.",
         "final_decision: no", "No; the trial failed", "The answer is no because no effect was seen", "Therefore: no.",
         'The answer to the question is "no".', "No.\n\nQuestion: Is it?\nYes", "NO", "Decision: no", "No, no.",
-        "Answer: no, there was no difference.", 'No, the answer is not "yes."',
+        "Answer: no, there was no difference.", "Unfortunately, no.", 'No, the answer is not "yes."',
     ],
     "maybe": [
         "Conclusion: maybe", "<answer>maybe</answer>", "My answer is maybe.", 'The correct answer is "maybe"',
@@ -138,6 +138,22 @@ DECIDED = {
 @pytest.mark.parametrize(("word", "answer"), [(word, answer) for word in DECIDED for answer in DECIDED[word]])
 def test_one_stated_word_is_read(word, answer):
     assert extract_choice(answer, DECISIONS) == DECISIONS.index(word)
+
+
+SPECIES = ("E. coli", "C. difficile", "S. aureus", "B. cereus")
+
+
+@pytest.mark.parametrize(
+    ("answer", "letter"),
+    [
+        ("C. difficile", "B"), ("The answer is C. difficile.", "B"), ("B. cereus", "D"), ("B. C. difficile", "B"),
+        ("A. E. coli", "A"), ("D. B. cereus is right", "D"), ("C. S. aureus", "C"), ("C", "C"),
+    ],
+)  # fmt: skip
+def test_a_species_is_not_the_letter_of_its_genus(answer, letter):
+    assert extract_choice(answer, LETTERS, SPECIES) == LETTERS.index(letter)
+    if answer == "C. difficile":
+        assert extract_choice(answer, LETTERS, DRUGS) is None
 
 
 def test_options_that_share_their_beginning_are_told_apart():

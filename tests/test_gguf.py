@@ -200,7 +200,8 @@ def _kind(token: str, special: set[str], spm: bool) -> int:
     return int(TokenType.BYTE if spm and token.startswith("<0x") else TokenType.NORMAL)
 
 
-@pytest.mark.parametrize("name", ["llama2", "llama3_1"])
+# Slow: transformers reads a file of 128,256 tokens three times, half a minute.
+@pytest.mark.parametrize("name", ["llama2", pytest.param("llama3_1", marks=pytest.mark.slow)])
 def test_a_real_tokenizer_comes_out_as_it_went_in(name, cache, tmp_path):
     """Against the file itself: transformers' class for LLaMA-2 drops a space at the start, SentencePiece does not."""
     from tokenizers import Tokenizer

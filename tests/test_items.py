@@ -19,7 +19,7 @@ from qmedtune.erase import erase
 from qmedtune.errors import RunError
 from qmedtune.evaluation.summary import task_result, write_items
 from qmedtune.item_page.make import PAGE, write_items_page
-from qmedtune.item_page.questions import RequestedItems
+from qmedtune.item_page.question_texts import RequestedItems
 from qmedtune.parsing.loader import load_recipe
 from qmedtune.report import write_report
 from qmedtune.results import Evaluation, Run

@@ -162,6 +162,36 @@ def test_no_code_loads_pickles_or_remote_code():
     assert [what for _, what in dangers(ast.parse(bad))] == named
 
 
+def test_every_class_has_a_name_of_its_own():
+    """Two classes of one name with different work are told apart by their imports alone."""
+    homes: dict[str, str] = {}
+    twice = []
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                here = f"{relative(path)}:{node.lineno}"
+                first = homes.setdefault(node.name, here)
+                if first != here:
+                    twice.append(f"{node.name}: {first} and {here}")
+    assert twice == []
+
+
+# What commands run, benchmarks time, recipes ask of, steps find in and reports show of a module has its name.
+VIEWS = {"commands", "bench", "sections", "results", "reporting"}
+
+
+def test_files_of_one_name_are_about_one_thing():
+    homes: dict[str, str] = {}
+    twice = []
+    for path in sorted((ROOT / "qmedtune").rglob("*.py")):
+        if path.stem.startswith("__") or path.parent.name in VIEWS:
+            continue
+        first = homes.setdefault(path.name, relative(path))
+        if first != relative(path):
+            twice.append(f"{first} and {relative(path)}")
+    assert twice == []
+
+
 def test_no_test_module_imports_another():
     """What several of them need lies in a module that holds no tests: builders.py, stages.py, phi_generated.py."""
     found = []

@@ -15,7 +15,7 @@ from qmedtune.planning.machine import GIB, card_of
 from qmedtune.planning.memory import (
     RUN_BYTES,
     WAYS,
-    Kept,
+    DiskContents,
     Setup,
     activation_bytes,
     adapter_copy_bytes,
@@ -98,7 +98,7 @@ def test_trained_embeddings_cost_their_copies_gradients_and_states():
 def test_host_and_disk_have_what_a_run_leaves():
     host = host_memory(LLAMA_8B, QLORA, gpu=True, merge=True)
     assert host["merging"] < 3 * GIB and host["loading"] > 5e9
-    disk = disk_bytes(LLAMA_8B, [QLORA, QLORA], Kept(2, "bfloat16", text_bytes=7, tokens=10, folded=1))
+    disk = disk_bytes(LLAMA_8B, [QLORA, QLORA], DiskContents(2, "bfloat16", text_bytes=7, tokens=10, folded=1))
     assert disk["folded bases"] == disk["merged model"]
     assert disk["merged model"] == disk["base (download)"] == 2 * LLAMA_8B.parameters
     assert disk["checkpoints"] == 3 * 12 * 41_943_040

@@ -98,7 +98,7 @@ def test_a_mixed_tensor_is_the_same_whatever_it_is_read_with():
     one, two = torch.randn(40, 12), torch.randn(40, 12).bfloat16()
     source = methods.mixed([(0.3, one), (0.7, two), (0.0, one)])
     whole = (0.3 * one.double() + 0.7 * two.double()).float()
-    assert torch.equal(source[...] if isinstance(source, methods.Mixed) else source, whole)
+    assert torch.equal(source[...] if isinstance(source, methods.WeightedSum) else source, whole)
     assert torch.equal(source[3:9], whole[3:9])
     assert torch.equal(source[torch.tensor([5, 1]), torch.tensor([2, 2])], whole[[5, 1], [2, 2]])
     assert methods.mixed([(1.0, one), (0.0, two)]) is one

@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 import pytest
 
 from qmedtune.data.reading.formats import format_of
-from qmedtune.data.reading.rejects import Damaged, Refused
+from qmedtune.data.reading.rejects import Damaged, RefusedRecord
 from qmedtune.data.reading.sources import read_items
 from qmedtune.recipe import SourceSection
 
@@ -172,7 +172,7 @@ def test_no_numeral_is_changed(file):
     damaged = {item.reason for item in items if isinstance(item, Damaged)}
     assert damaged <= {"FHIR attachment is not in its encoding (none said: UTF-8)"}
     if not any(isinstance(item, dict) for item in items):
-        assert all(isinstance(item, Damaged | Refused) for item in items)
+        assert all(isinstance(item, Damaged | RefusedRecord) for item in items)
         pytest.skip("holds no text: refused by name")
     text = " ".join(item["text"] for item in items if isinstance(item, dict))
     wanted, found = numerals(source), numerals(text)

@@ -12,7 +12,7 @@ from toy_tokenizers import byte_level, save, sentencepiece
 from qmedtune import store
 from qmedtune.data.hygiene.clean import clean
 from qmedtune.data.packing import mix, templates, tokens
-from qmedtune.data.packing.pack import IGNORED, PackedRows, pack_stage, pack_validation
+from qmedtune.data.packing.pack import IGNORED, PackedRows, StageToPack, pack_stage, pack_validation
 from qmedtune.errors import DataError
 
 TOKENIZERS = {"byte_level": byte_level, "sentencepiece": sentencepiece}
@@ -218,7 +218,7 @@ def test_a_cap_takes_whole_documents_and_the_same_ones_each_time(tmp_path, token
     assert entry["tokens"] > once and entry["seen"] == once  # repeated, but never beyond the chosen documents
     again = pack_recipe([section], literature={"max_tokens": 900}, notes={})
     (tmp_path / "again").mkdir()
-    assert pack_stage(again, 0, tokenizer_dir, corpora, tmp_path / "again").as_json() == facts
+    assert pack_stage(StageToPack(again, 0, tokenizer_dir, corpora), tmp_path / "again").as_json() == facts
 
 
 def test_a_cap_holds_for_instructions_and_is_never_empty(tmp_path, tokenizer_dir):
@@ -227,7 +227,7 @@ def test_a_cap_holds_for_instructions_and_is_never_empty(tmp_path, tokenizer_dir
         made = pack_recipe([{"sft": {"data": "chats", "epochs": 2, "seq_len": 2048}}], chats={"max_tokens": cap})
         out = tmp_path / str(cap)
         out.mkdir()
-        facts = pack_stage(made, 0, tokenizer_dir, inputs, out).as_json()
+        facts = pack_stage(StageToPack(made, 0, tokenizer_dir, inputs), out).as_json()
         once = facts["tokens"]["trained"] / 2
         assert once <= 400 if cap == 400 else facts["documents_drawn"] == 2
 
@@ -255,10 +255,10 @@ def test_a_killed_tokenisation_goes_on_at_its_shard(tmp_path, tokenizer_dir, cor
 
     monkeypatch.setattr("qmedtune.data.packing.pack.encode_texts", dies)
     with pytest.raises(KeyboardInterrupt):
-        pack_stage(made, 0, tokenizer_dir, corpora, out)
+        pack_stage(StageToPack(made, 0, tokenizer_dir, corpora), out)
     done = len(list((out / "tokens").glob("*.documents.npy")))
     assert done == 3
-    again = pack_stage(made, 0, tokenizer_dir, corpora, out).as_json()
+    again = pack_stage(StageToPack(made, 0, tokenizer_dir, corpora), out).as_json()
     assert again == whole
     total = len(list((out / "tokens").glob("*.documents.npy")))
     assert len(calls) == 4 + total - done  # the three finished shards are not made again
@@ -464,7 +464,7 @@ def test_a_changed_record_costs_the_shard_that_holds_it(tmp_path, tokenizer_dir,
         encoded.clear()
         building = store.begin(out, run, f"key {number}", {}, keep_partial=True)
         inputs = folders(tmp_path / f"inputs-{number}", literature=rows)
-        facts = pack_stage(made, 0, tokenizer_dir, inputs, building).as_json()
+        facts = pack_stage(StageToPack(made, 0, tokenizer_dir, inputs), building).as_json()
         store.publish(building, out, run, f"key {number}", facts)
     assert facts["mixture"]["literature"]["documents"] == 301
     assert 2 <= sum(encoded) < 100

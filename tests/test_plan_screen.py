@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from qmedtune import cli
-from qmedtune.planning import verdict
+from qmedtune.planning import plan_screen
 from qmedtune.units import roughly
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -95,8 +95,8 @@ def test_times_are_told_roughly(seconds, told):
 
 
 def test_memory_in_two_units_keeps_both():
-    assert verdict._of(500 * 2**20, 24 * 2**30) == "500 MiB of 24.0 GiB"
-    assert verdict._of(int(21.5 * 2**30), 24 * 2**30) == "21.5 of 24.0 GiB"
+    assert plan_screen._of(500 * 2**20, 24 * 2**30) == "500 MiB of 24.0 GiB"
+    assert plan_screen._of(int(21.5 * 2**30), 24 * 2**30) == "21.5 of 24.0 GiB"
 
 
 def test_done_is_only_what_is_done(screen):
@@ -107,6 +107,6 @@ def test_done_is_only_what_is_done(screen):
     plan = make_plan(load_recipe(RECIPES / "micro.yaml").recipe)
     done = [{"name": name, "status": "cached", "why": ""} for name in ("01-cpt", "02-sft", "evaluation")]
     left = {"name": "against", "status": "to do", "why": ""}
-    assert "all steps are done" in verdict.verdict({**plan, "seconds": 0.0, "steps": done})
-    assert "what is left is not timed" in verdict.verdict({**plan, "seconds": 0.0, "steps": [*done, left]})
-    assert "; at least " in verdict.verdict({**plan, "steps": [*done, left]})
+    assert "all steps are done" in plan_screen.verdict({**plan, "seconds": 0.0, "steps": done})
+    assert "what is left is not timed" in plan_screen.verdict({**plan, "seconds": 0.0, "steps": [*done, left]})
+    assert "; at least " in plan_screen.verdict({**plan, "steps": [*done, left]})

@@ -10,7 +10,7 @@ from qmedtune import plan, preflight
 from qmedtune.data.packing.framing import frame_in
 from qmedtune.parsing.loader import load_recipe
 from qmedtune.plan import base_facts, make_plan
-from qmedtune.planning import machine, scoring, speed
+from qmedtune.planning import evaluation_time, machine, speed
 from qmedtune.planning.machine import GIB, Machine, card_of
 from qmedtune.planning.view import render_plan
 from qmedtune.tasks import load_task
@@ -67,7 +67,7 @@ def test_examples_before_questions_are_read_once(micro_run, tmp_path):
     recipe = load_recipe(MICRO, ["evaluate.tasks=[{task: facts, limit: 20, shots: 3, shot_seeds: 3}]"]).recipe
     task = load_task(recipe.evaluate.tasks[0], recipe.seed, "micro")
     frame = frame_in(preflight.asked_with(recipe, micro_run.base), micro_run.base)
-    found = scoring.reading(task, lambda item: frame.ask([item.messages])[0].ids, generate=True)
+    found = evaluation_time.reading(task, lambda item: frame.ask([item.messages])[0].ids, generate=True)
     every = sum(len(frame.ask([item.messages])[0].ids) for item in task.asked)
     assert found.questions == 60 and found.answer_read < 0.6 * every
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from llama_folders import smollm2_folder
 
-from qmedtune.data.packing.framing import Asked
+from qmedtune.data.packing.framing import Prompt
 from qmedtune.evaluation.measure import TIE_NATS, best_option, gap
 from qmedtune.evaluation.open_model import OpenModel, locate, open_model
 from qmedtune.evaluation.scoring import choice_logprobs, prompt_texts
@@ -51,7 +51,7 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> OpenModel:
     return found
 
 
-def asked(opened: OpenModel, task: Task) -> tuple[list[Asked], list[tuple[str, ...]]]:
+def asked(opened: OpenModel, task: Task) -> tuple[list[Prompt], list[tuple[str, ...]]]:
     prompts = prompt_texts(opened.tokenizer, opened.template, [item.messages for item in task.items])
     return prompts, [item.options for item in task.items]
 

@@ -198,7 +198,7 @@ LONG = "START " + "word " * 3000 + "END"
 
 def test_of_a_record_that_is_too_long_the_middle_goes_and_the_instruction_stays(stage, tmp_path):
     data = jsonl(tmp_path / "q.jsonl", [{"id": "a", "note": LONG}, {"id": "b", "note": "short"}])
-    asked = predict.Questions(data, "note", "Summarise this note.")
+    asked = predict.QuestionFile(data, "note", "Summarise this note.")
     where = {"base": str(stage / "base"), "offline": True}
     cut, whole = predict.dry_run(str(stage / "stage" / "adapter"), asked, max_new_tokens=8, **where).records
     tokenizer = open_model(locate(str(stage / "stage" / "adapter"), base=str(stage / "base"), offline=True)).tokenizer

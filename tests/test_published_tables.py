@@ -6,7 +6,7 @@ import pytest
 
 from qmedtune.data.hygiene.benchmarks import benchmark_items
 from qmedtune.data.prepare import prepare_source
-from qmedtune.data.reading.rejects import Damaged, Refused, Unread
+from qmedtune.data.reading.rejects import Damaged, RefusedRecord, Unread
 from qmedtune.data.reading.sources import read_items
 from qmedtune.errors import DataError
 from qmedtune.recipe import Recipe, SourceSection, TaskSection
@@ -18,7 +18,7 @@ def read(path, data, kind="clinical", **section):
     path.write_bytes(data if isinstance(data, bytes) else data.encode())
     items = read_items(SourceSection(path=str(path), kind=kind, **section))
     found = [item for _, _, item in items]
-    others = [item for item in found if isinstance(item, Damaged | Refused)]
+    others = [item for item in found if isinstance(item, Damaged | RefusedRecord)]
     return [item for item in found if isinstance(item, dict)], others, items.tally.as_dict()
 
 
@@ -203,7 +203,7 @@ def test_consumer_questions_in_xml(tmp_path):
     )
     (record,), (other,), tally = read(tmp_path / "m.xml", medquad, "instructions")
     assert [m["content"] for m in record["messages"]] == ["What are owls?", "Birds.\nThey see."]
-    assert (record["id"], record["group"], other) == ("7-1", "7", Refused("no answer"))
+    assert (record["id"], record["group"], other) == ("7-1", "7", RefusedRecord("no answer"))
     assert tally["columns_unread"] == {"focus": 1, "qtype": 1}
     liveqa = (
         '<LiveQA2017-Medical-Test-Set-Full><NLM-QUESTION qid="T1"><Original-Question><Subject>Owls</Subject>'

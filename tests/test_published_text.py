@@ -15,7 +15,7 @@ from qmedtune.data.prepare import prepare_source
 from qmedtune.data.reading import markup, xml_files
 from qmedtune.data.reading.document import Document
 from qmedtune.data.reading.medmcqa import with_answer_base
-from qmedtune.data.reading.rejects import Damaged, Refused, Unread
+from qmedtune.data.reading.rejects import Damaged, RefusedRecord, Unread
 from qmedtune.data.reading.sources import read_items
 from qmedtune.errors import DataError
 from qmedtune.recipe import Recipe, SourceSection
@@ -31,7 +31,7 @@ def read(path, data, kind="literature", **section):
 def read_path(path, kind="literature", **section):
     items = read_items(SourceSection(path=str(path), kind=kind, **section))
     found = [item for _, _, item in items]
-    others = [item for item in found if isinstance(item, Damaged | Refused)]
+    others = [item for item in found if isinstance(item, Damaged | RefusedRecord)]
     return [item for item in found if isinstance(item, dict)], others, items.tally.as_dict()
 
 
@@ -205,7 +205,7 @@ def test_medline_text(tmp_path):
     text = "PMID- 1\nTI  - Owls at\n      night\nAB  - They were\n      seen.\nMH  - Animals\n\nPMID- 2\nTI  - T\n"
     (record,), (other,), tally = read(tmp_path / "a.txt", text)
     assert (record["id"], record["text"]) == ("1", "Owls at night\nThey were seen.")
-    assert other == Refused("no abstract") and tally["columns_unread"] == {"MH": 1}
+    assert other == RefusedRecord("no abstract") and tally["columns_unread"] == {"MH": 1}
 
 
 # ---- papers in JSON, TEI, BioC ---------------------------------------------------------------------------------------
@@ -306,7 +306,7 @@ def test_fhir_resources(tmp_path):
     records, others, _ = read(tmp_path / "a.ndjson", "".join(json.dumps(row) + "\n" for row in rows), "clinical")
     assert [r["text"] for r in records] == ["Line 1\nLine 2", "No fever.\n5 < 6\n\nAll well."]
     assert records[0]["patient"] == "7"
-    assert [type(o) for o in others] == [Refused, Refused, Damaged]
+    assert [type(o) for o in others] == [RefusedRecord, RefusedRecord, Damaged]
     bundle = {"resourceType": "Bundle", "entry": [{"resource": row} for row in rows]}
     assert read(tmp_path / "b.json", json.dumps(bundle), "clinical")[0] == records
 
@@ -458,8 +458,6 @@ def test_known_schemas_are_read_whole(tmp_path, row, text):
 
 
 def test_several_labelled_sources_over_the_same_notes_keep_all_records():
-    from qmedtune.keys import sources_compared_with
-
     labelled = {"path": "x.csv", "kind": "clinical", "columns": {"label": "y"}}
     names = ("stay", "death", "icd")
     made = Recipe.model_validate({
@@ -467,7 +465,7 @@ def test_several_labelled_sources_over_the_same_notes_keep_all_records():
         "data": {"notes": {"path": "n.csv", "kind": "clinical"}, **dict.fromkeys(names, labelled)},
         "stages": [{"cpt": {"mix": {"notes": 1}}}, *({"classify": {"data": name}} for name in names)],
     })  # fmt: skip
-    assert [sources_compared_with(made, name) for name in names] == [[], [], []]
+    assert [made.compared_with(name) for name in names] == [[], [], []]
 
 
 # ---- time ------------------------------------------------------------------------------------------------------------

@@ -21,7 +21,19 @@ from qmedtune.reporting import score_tables
 from qmedtune.reporting.charts import MAX_POINTS, Series, line_chart, nice_ticks
 from qmedtune.reporting.facts import Metrics, comparisons, outcome, precision_of, read_metrics
 from qmedtune.reporting.style import CSS
-from qmedtune.results import Bin, Difference, Evaluation, Pair, Run, Score, Scores, Stage, StepEntry, Task, Validation
+from qmedtune.results import (
+    BaseAndFinal,
+    Bin,
+    Difference,
+    Evaluation,
+    Run,
+    Score,
+    Scores,
+    Stage,
+    StepEntry,
+    TaskScores,
+    Validation,
+)
 
 
 class Page(HTMLParser):
@@ -117,7 +129,7 @@ def test_a_metric_without_a_paired_test_goes_by_the_interval_of_its_change():
     def verdict(value, interval):
         scores = make_scores(make_score(0.5, 100), make_score(0.6, 100), 20, 10)
         change = Difference(value=value, ci95=interval)
-        task = Task(base=scores.base, final=scores.final, difference=change)
+        task = TaskScores(base=scores.base, final=scores.final, difference=change)
         return comparisons(make_run(evaluation=Evaluation(tasks={"t": task})))[0].verdict
 
     assert verdict(0.1, (0.01, 0.2)) == "better" and verdict(-0.1, (-0.2, -0.01)) == "worse"
@@ -246,7 +258,7 @@ def test_the_card_tells_the_weakest_treatment_of_identifiers():
 def in_precision(**facts) -> Run:
     evaluation = make_evaluation(**facts)
     notes = evaluation.perplexity["notes"].model_copy(
-        update={"base": 20.0, "final": 15.2, "nf4": Pair(base=26.0, final=15.34)}
+        update={"base": 20.0, "final": 15.2, "nf4": BaseAndFinal(base=26.0, final=15.34)}
     )
     texts = {**evaluation.perplexity, "notes": notes}
     return make_run(evaluation=evaluation.model_copy(update={"perplexity": texts}))
@@ -283,7 +295,7 @@ def test_a_score_no_better_than_the_commonest_answer_is_said_to_be_no_knowledge(
             score = scores.of(label)
             assert score is not None
             models[label] = score.model_copy(update={"majority": 0.56})
-        task = Task(**models, difference=scores.difference, paired=scores.paired)
+        task = TaskScores(**models, difference=scores.difference, paired=scores.paired)
         return make_run(evaluation=Evaluation(tasks={"pubmedqa": task}))
 
     run = compared_with_commonest(0.58)
@@ -305,7 +317,7 @@ def calibrated(accuracy: float, bins: list[Bin]) -> Score:
 def test_the_calibration_curve_stands_in_the_report_with_its_definition(tmp_path):
     base = calibrated(0.4, [Bin(low=0.3, high=0.4, n=60, confidence=0.36, accuracy=0.4), _sure(40, 0.4)])
     final = calibrated(0.7, [_sure(95, 0.7), Bin(low=0.9, high=1, n=5, confidence=0.97, accuracy=0.6)])
-    facts = Task(base=base, final=final)
+    facts = TaskScores(base=base, final=final)
     seen = rendered(tmp_path, make_run(evaluation=make_evaluation(tasks={"facts": facts})))
     assert "Guo et al. 2017" in seen.text and "Ten bins of equal width" in seen.text
     bubbles = [given for tag, given in seen.tags if tag == "i" and "bubble" in (given.get("class") or "")]

@@ -14,7 +14,7 @@ from qmedtune import peak, store
 from qmedtune.batches import FEWEST_STEPS, MIN_STEPS, batch_rows, steps_in, too_few_steps
 from qmedtune.parsing.loader import load_recipe
 from qmedtune.plan import make_plan
-from qmedtune.planning.estimate import Estimate, Measured
+from qmedtune.planning.estimate import Estimate, SampledEstimate
 from qmedtune.planning.resolve import resolve
 from qmedtune.planning.rows import planned
 from qmedtune.recipe import SftSection
@@ -44,8 +44,8 @@ def test_millions_of_records_are_planned_by_a_hundred_thousand():
     """PubMed's 36 million abstracts: tokens and rows as if each had been held, without holding them."""
     recipe, _ = resolve(load_recipe(MICRO, ["stages[0].cpt.tokens=auto", "stages[0].cpt.epochs=1"]).recipe)
     lengths = np.arange(30, 71)
-    found = Measured(Estimate(36_000_000, 36_000_000 * 50, 0.1), lengths)
-    few = Measured(Estimate(1_000, 50_000, 0.1), lengths)
+    found = SampledEstimate(Estimate(36_000_000, 36_000_000 * 50, 0.1), lengths)
+    few = SampledEstimate(Estimate(1_000, 50_000, 0.1), lengths)
     tokens = planned(recipe, 0, {"literature": found, "notes": few, "general": few})
     assert tokens.trained == pytest.approx(36_002_000 * 50, rel=0.001)
     assert 1.0 <= tokens.rows * 64 / tokens.trained < 1.3

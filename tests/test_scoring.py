@@ -89,7 +89,7 @@ def test_options_are_scored_behind_the_tokens_of_training(tokenizer, tmp_path, n
     codec, template = load_codec(tmp_path), TEMPLATES[name]
     question = {"role": "user", "content": "What does it treat?</s>", "input": "The patient"}
     record = {"messages": [question, {"role": "assistant", "content": "It treats gout."}]}
-    [trained] = encode_conversations(codec, [record], template, 0.0, 256)
+    [trained] = encode_conversations(codec, [record], template=template, prompt_weight=0.0, limit=256)
     [prompt] = scoring.prompt_texts(tokenizer, template, [[question]])
     choice = scoring.encode_choice(tokenizer, prompt, ["It treats gout."], 256)
     answer = choice.options[0]

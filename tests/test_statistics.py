@@ -7,6 +7,7 @@ from statsmodels.stats import contingency_tables, multitest, proportion
 
 from qmedtune.ablation import effects
 from qmedtune.evaluation import statistics
+from qmedtune.results import Paired
 
 
 def test_wilson_against_published_values():
@@ -51,8 +52,10 @@ def test_mcnemar_hand_worked():
     """8 gained, 2 lost: p = 2 * (C(10,0) + C(10,1) + C(10,2)) / 2**10 = 112 / 1024."""
     before = [False] * 8 + [True] * 2 + [True] * 5 + [False] * 5
     after = [True] * 8 + [False] * 2 + [True] * 5 + [False] * 5
-    assert statistics.mcnemar(before, after) == statistics.Paired(8, 2, 112 / 1024)
-    assert statistics.mcnemar([True, False], [True, False]) == statistics.Paired(0, 0, 1.0)
+    test = "McNemar exact"
+    assert statistics.mcnemar(before, after) == Paired(test=test, gained=8, lost=2, p_value=112 / 1024)
+    unchanged = statistics.mcnemar([True, False], [True, False])
+    assert unchanged == Paired(test=test, gained=0, lost=0, p_value=1.0)
     assert statistics.mcnemar([True, False], [False, True]).p_value == 1.0
 
 

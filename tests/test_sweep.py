@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from collections.abc import Iterator
@@ -11,11 +12,12 @@ from pathlib import Path
 import pytest
 from conftest import MICRO, ROOT
 
-from qmedtune import interrupt, plan, record, report, store, sweep
+from qmedtune import claims, interrupt, plan, record, report, store, sweep
+from qmedtune.ablate import ablate
 from qmedtune.ablation.arms import arms_of
 from qmedtune.errors import RecipeError
 from qmedtune.evaluation import choosing, halves
-from qmedtune.evaluation.measure import Measured
+from qmedtune.evaluation.measure import MeasuredModel
 from qmedtune.evaluation.scoring import Perplexity
 from qmedtune.export import ExportJob, export
 from qmedtune.exporting import push
@@ -149,10 +151,10 @@ def test_gain_and_loss_worked_by_hand(choose: str, gain: float):
     recipe = load_recipe(MICRO, [*overrides, "evaluate.tasks=[{task: facts, limit: 8}]"]).recipe
     tasks = halves.development_tasks(recipe)
     rule = choosing.rule_of(recipe, tasks)
-    base = Measured(
+    base = MeasuredModel(
         {"facts": rows([True, False, False, False], [False] * 4)}, perplexities(literature=8, notes=8, general=10)
     )
-    mixed = Measured(
+    mixed = MeasuredModel(
         {"facts": rows([True, True, False, False], [True, True, False, False])},
         perplexities(literature=2, notes=8, general=12.5),
     )
@@ -165,8 +167,8 @@ def test_gain_and_loss_worked_by_hand(choose: str, gain: float):
 def test_a_large_difference_is_no_noise():
     recipe = load_recipe(MICRO, [*CPT, "merge.with=m", "merge.sweep={choose: tasks}"]).recipe
     rule = choosing.rule_of(recipe, halves.development_tasks(recipe))
-    right, wrong = Measured({"facts": rows([True] * 10, [True] * 10)}, {}), rows([False] * 10, [True] * 10)
-    assert choosing.within_noise(rule, Measured({"facts": wrong}, {}), right) is False
+    right, wrong = MeasuredModel({"facts": rows([True] * 10, [True] * 10)}, {}), rows([False] * 10, [True] * 10)
+    assert choosing.within_noise(rule, MeasuredModel({"facts": wrong}, {}), right) is False
 
 
 # ---- a run -----------------------------------------------------------------------------------------------------------
@@ -294,6 +296,33 @@ def test_the_merge_arm_is_the_recipe_and_the_others_leave_the_model_out(sibling:
     assert plain.merge.other is None and plain.merge.sweep is None and mixed.merge.other == str(sibling)
     [one], [two] = halves.scored_tasks(plain), halves.scored_tasks(mixed)
     assert [item.id for item in one.items] == [item.id for item in two.items]
+
+
+def test_an_ablation_holds_the_mix_against_the_corpora_alone(searched, sibling: Path, tmp_path: Path):
+    """End to end: the mixed arm is the run above, found finished; the other one shares its training."""
+    folder, _, found = searched
+    asked = load_recipe(MICRO, [*searching(sibling), "ablate={arms: [base, cpt, merge], seeds: 1}"])
+    out = tmp_path / "ablation"
+    mixed, plain = (out / "arms" / arm / "seed-17" for arm in ("merge", "cpt"))
+    out.mkdir()
+    claims.mark(out)
+    shutil.copytree(folder, mixed)
+    made = (mixed / "merged" / "seal.json").stat().st_mtime_ns
+    result = ablate(asked, out, offline=True)
+    assert result.status == "finished" and result.reference == "merge"
+    assert (mixed / "merged" / "seal.json").stat().st_mtime_ns == made, "nothing of the finished arm was made again"
+    adapter = "01-cpt/adapter/adapter_model.safetensors"
+    assert (plain / adapter).stat().st_ino == (mixed / adapter).stat().st_ino, "trained once"
+    assert not (plain / "sweep").exists() and record.load(plain).merge.share is None
+    table = {(row["arm"], row["measure"]): row for row in csv.DictReader((out / "ablation.csv").open())}
+    assert {arm for arm, _ in table} == {"base", "cpt", "merge"}
+    final = found.scored.tasks["facts"].final
+    assert final is not None and float(table["merge", "facts"]["mean"]) == pytest.approx(final.accuracy, abs=1e-4)
+    base = found.scored.tasks["facts"].base
+    assert base is not None and float(table["base", "facts"]["mean"]) == pytest.approx(base.accuracy, abs=1e-4)
+    differences = (out / "differences.csv").read_text()
+    assert "cpt,merge" in differences or "merge,cpt" in differences
+    assert ">merge<" in (out / "report.html").read_text()
 
 
 @pytest.mark.parametrize("name", ["cpt_then_instruct", "llama3_8b_cpt_then_instruct"])

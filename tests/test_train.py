@@ -6,11 +6,13 @@ import gc
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import MICRO, MicroRun
+from qmedtune_kernels import lora
 from safetensors.torch import load_file
 from stages import losses, stop_after
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
@@ -19,7 +21,7 @@ from qmedtune import interrupt, plan, store, train
 from qmedtune import model as models
 from qmedtune.data.packing.pack import PackedRows
 from qmedtune.errors import RunError
-from qmedtune.modeling import collation, loss
+from qmedtune.modeling import collation, fused, loss
 from qmedtune.parsing.loader import load_recipe
 from qmedtune.recipe import Recipe
 from qmedtune.results import Kernels
@@ -62,10 +64,25 @@ def whole(micro_run: MicroRun, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.mark.parametrize(
     "setting",
-    ["stages[0].cpt.micro_batch=2", "stages[0].cpt.micro_batch=1", "stages[0].cpt.gradient_checkpointing=true"],
+    ["stages[0].cpt.micro_batch=1", "stages[0].cpt.gradient_checkpointing=true"],
 )
 def test_equal_settings_give_equal_trajectories(micro_run: MicroRun, whole: Path, tmp_path: Path, setting: str):
     assert_equal_trajectories(run_stage(micro_run, tmp_path / "out", setting), losses(whole))
+
+
+def test_adapters_are_stacked_once_a_step_with_the_bits_of_stacking_them_for_each_micro_batch(
+    micro_run: MicroRun, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    calls, stack = [], lora.stack_b
+    monkeypatch.setattr(lora, "stack_b", lambda *given: calls.append(given) or stack(*given))
+    once = run_stage(micro_run, tmp_path / "once", "stages[0].cpt.micro_batch=2")
+    stacked = len(calls)
+    monkeypatch.setattr(fused, "steady", lambda model: nullcontext())
+    each = run_stage(micro_run, tmp_path / "each", "stages[0].cpt.micro_batch=2")
+    assert once == each and stacked < len(calls) - stacked
+    before, now = trained(tmp_path / "each"), trained(tmp_path / "once")
+    assert all(torch.equal(before[name], now[name]) for name in before)
+    assert_equal_trajectories(once, losses(whole))
 
 
 def test_kernels_on_and_off_give_equal_trajectories(
@@ -88,7 +105,11 @@ def test_a_loss_spike_is_logged_and_told(
         original(self, args, state, control, logs, **kwargs)
 
     monkeypatch.setattr(train.StageCallback, "on_log", on_log)
+    products = torch.backends.cuda.matmul
+    products.allow_fp16_reduced_precision_reduction = products.allow_bf16_reduced_precision_reduction = True
     facts = train.train_stage(micro(*FP32), 0, micro_run.inputs(), tmp_path).as_json()
+    assert not products.allow_fp16_reduced_precision_reduction and not products.allow_bf16_reduced_precision_reduction
+    assert not torch.utils.deterministic.fill_uninitialized_memory
     assert losses(tmp_path) == spiked
     assert len(facts["warnings"]) == 1 and facts["warnings"][0].startswith(f"step 9: loss {spiked[8]:.3f} is a spike")
 

@@ -59,9 +59,9 @@ def test_log_of_a_run(capsys, clock):
     with ui.run_progress(["data", "01-cpt", "merge"]) as run:
         run.cached("data")
         with run.step("01-cpt"):
-            with ui.stage("loading"):
+            with ui.progress_bar("loading"):
                 clock.now += 2
-            with ui.stage("training", 1000) as bar:
+            with ui.progress_bar("training", 1000) as bar:
                 bar.update(400, loss=3.0, tokens_per_s=80.0)
                 clock.now += 5
                 bar.update(1000, loss=1.5)
@@ -83,7 +83,7 @@ def test_log_of_a_run(capsys, clock):
 
 
 def test_log_lines_are_rare(capsys, clock):
-    with ui.stage("training", 1000) as bar:
+    with ui.progress_bar("training", 1000) as bar:
         for step in range(1, 101):
             clock.now += 0.25
             bar.update(step * 10, loss=2.0)
@@ -95,7 +95,7 @@ def test_log_lines_are_rare(capsys, clock):
 
 
 def test_time_left_of_a_resumed_stage_counts_new_work_only(clock):
-    with ui.stage("training", 1000, completed=900) as bar:
+    with ui.progress_bar("training", 1000, completed=900) as bar:
         clock.now += 10
         bar.update(910)
         assert bar.left_s() == pytest.approx(90)
@@ -112,7 +112,7 @@ def test_time_left_of_the_run(clock):
         with run.step("b"):
             clock.now += 4
             assert run.left_s() == pytest.approx(16 + 5)
-            with ui.stage("training", 100) as bar:
+            with ui.progress_bar("training", 100) as bar:
                 clock.now += 1
                 bar.update(1)
                 assert run.left_s() == pytest.approx(99 + 5), "a slower measurement beats the plan"
@@ -131,7 +131,7 @@ def words_of(line):
 @pytest.mark.parametrize("title, said", [("training", "  training  ━"), ("01-cpt", "  ━")])
 def test_moving_lines_say_a_name_once_and_end_in_a_figure(clock, monkeypatch, title, said):
     monkeypatch.setattr(ui.terminal, "width", lambda: 60)
-    with ui.run_progress(["data", "01-cpt"]) as run, run.step("01-cpt"), ui.stage(title, 1000) as bar:
+    with ui.run_progress(["data", "01-cpt"]) as run, run.step("01-cpt"), ui.progress_bar(title, 1000) as bar:
         clock.now += 5
         bar.update(500, loss=1.25, tokens_per_s=80.0, lr=2e-4)
         above, below = drawn(ui._moving_lines())
@@ -141,10 +141,10 @@ def test_moving_lines_say_a_name_once_and_end_in_a_figure(clock, monkeypatch, ti
 
 
 def test_failure_passes_through_and_is_said(capsys):
-    with pytest.raises(KeyError), ui.run_progress(["a"]) as run, run.step("a"), ui.stage("inner", 2):
+    with pytest.raises(KeyError), ui.run_progress(["a"]) as run, run.step("a"), ui.progress_bar("inner", 2):
         raise KeyError
     assert "    inner: stopped after 0.0 s" in capsys.readouterr().err
-    assert (ui._shown.run, ui._shown.stages) == (None, ())
+    assert (ui._shown.run, ui._shown.bars) == (None, ())
 
 
 def test_warning_is_shown_once_and_errors_by_line(capsys):
@@ -200,7 +200,7 @@ def visible(text: str) -> str:
 RUN = """
 with ui.run_progress(["data", "01-cpt"], {"data": 1, "01-cpt": 9}) as run:
     run.cached("data")
-    with run.step("01-cpt"), ui.stage("training [all]", 1000) as bar:
+    with run.step("01-cpt"), ui.progress_bar("training [all]", 1000) as bar:
         bar.update(250, loss=2.5, tokens_per_s=1234.0, lr=2e-4)
         time.sleep(1.3)
         print("a line on stdout")
@@ -231,7 +231,7 @@ def test_terminals_that_cannot_redraw_get_plain_lines(env):
 
 def test_forked_worker_neither_hangs_nor_draws():
     raw = on_terminal("""
-        with ui.stage("mapping", 10):
+        with ui.progress_bar("mapping", 10):
             for _ in range(20):
                 if (child := os.fork()) == 0:
                     print("from a worker", file=sys.stderr)
@@ -246,7 +246,7 @@ def test_forked_worker_neither_hangs_nor_draws():
 def test_nobody_listening_does_not_end_the_work(redirect, tmp_path):
     code = (
         "import time\nfrom qmedtune import ui\n"
-        "with ui.run_progress(['a']) as run, run.step('a'), ui.stage('s', 9) as bar:\n"
+        "with ui.run_progress(['a']) as run, run.step('a'), ui.progress_bar('s', 9) as bar:\n"
         "    time.sleep(.2); ui.warn('w'); bar.update(9)\n"
         "ui.error_panel(['e'])\nopen('finished', 'w')\n"
     )
@@ -271,10 +271,10 @@ def test_only_the_terminal_module_imports_rich():
 def test_time_left_of_training_counts_the_stages_to_come(clock):
     with ui.run_progress(["01-cpt", "02-sft", "evaluation"]) as run:
         run.tokens = {"01-cpt": 1000, "02-sft": 500}
-        with run.step("01-cpt"), ui.stage("01-cpt", 1000) as bar:
+        with run.step("01-cpt"), ui.progress_bar("01-cpt", 1000) as bar:
             assert run.left_s() is None
             clock.now += 10
             bar.update(100)
             assert run.left_s() == pytest.approx(90 + 50)
-        with run.step("evaluation"), ui.stage("facts", 10, "items"):
+        with run.step("evaluation"), ui.progress_bar("facts", 10, "items"):
             assert run.left_s() is None

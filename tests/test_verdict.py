@@ -21,7 +21,7 @@ from llama_folders import llama3_folder
 
 from qmedtune.ablate import ablate
 from qmedtune.api import evaluate_model
-from qmedtune.compare import Asked, compare_models
+from qmedtune.compare import ComparisonJob, compare_models
 from qmedtune.evaluation import verdict
 from qmedtune.parsing.loader import load_recipe
 from qmedtune.recipe import TaskSection
@@ -109,7 +109,7 @@ def test_planted_models_are_told_from_their_answers(tmp_path):
         chosen = json.loads(line)["model"]["prediction"]
         row["answer"] = chosen if number % 5 else "ABCD"[("ABCD".index(chosen) + 1) % 4]
     names = (str(folders[1]), str(folders[0]), str(same))
-    found = compare_models(Asked(names, (write(),)), tmp_path / "out")
+    found = compare_models(ComparisonJob(names, (write(),)), tmp_path / "out")
     told = {duel.model: duel.verdict for duel in found.duels}
     assert told == {names[1]: "win", names[2]: "tie"}
     kept = [json.loads(line) for line in (tmp_path / "out/choice.items.jsonl").read_text().splitlines()]

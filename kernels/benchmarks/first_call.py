@@ -1,7 +1,8 @@
 """The first eight minutes on a CUDA card: what is learnt most from, told as it is learnt, gating nothing.
 
     python3 kernels/benchmarks/first_call.py OUT          # 480 s; a card, torch and the wheels of carry_wheels.sh
-    python3 kernels/benchmarks/first_call.py OUT --dry    # every part with small shapes on a CPU, a minute
+    python3 kernels/benchmarks/first_call.py OUT --dry    # every part with small shapes on a CPU, a minute and a half
+    python3 kernels/benchmarks/first_call.py OUT --dry --together    # the same in one process, for CI
 
 OUT/first_call.jsonl gets a line for each finding, written at once: whatever is cut off has been told. Beside it lie
 tests.junit.xml, profile.txt and sanitizer.txt. Each probe runs in a process of its own with a limit of its own; one
@@ -11,6 +12,7 @@ that crashes, hangs or runs out of time costs only itself. second_call.sh re-mea
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -33,10 +35,12 @@ LOG = "first_call.jsonl"
 
 @dataclass(frozen=True)
 class Call:
-    """Where findings go, and whether this is the dry run."""
+    """Where findings go, and whether this is the dry run. together: probes and trainings share a process, because of
+    the 80 s that a dry run takes 60 are imports, made 14 times."""
 
     out: Path
     dry: bool
+    together: bool = False
 
     def tell(self, probe: str, **finding: Any) -> None:
         with (self.out / LOG).open("a", encoding="utf-8") as log:
@@ -138,10 +142,22 @@ def train(call: Call) -> None:
         command = [sys.executable, "-m", "qmedtune", "run", "recipes/micro.yaml", "--offline", "--out", str(out)]
         for setting in (f"model.compute_dtype={dtype}", *(fewer if call.dry else ())):
             command += ["--set", setting]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-        error = last_line(done.stderr) if done.returncode else ""
-        call.tell("train", dtype=dtype, status=done.returncode, **_logged(out), error=error)
+        status, error = _run_here(command[3:]) if call.together else _run_apart(command)
+        call.tell("train", dtype=dtype, status=status, **_logged(out), error=error)
         shutil.rmtree(out, ignore_errors=True)
+
+
+def _run_apart(command: list[str]) -> tuple[int, str]:
+    """(exit status, what it last said where it failed)."""
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.returncode, last_line(done.stderr) if done.returncode else ""
+
+
+def _run_here(words: list[str]) -> tuple[int, str]:
+    from qmedtune import cli
+
+    with contextlib.chdir(ROOT):
+        return cli.invoke(words), ""
 
 
 def _logged(run: Path) -> dict[str, Any]:
@@ -266,7 +282,7 @@ OFFLOADS_GIB = {False: 16.0, True: 0.01}
 
 def by_rows(call: Call, micro_batch: int, shapes: tuple[str, str], contenders: tuple[str, ...]) -> None:
     """Both depths of each contender, then the difference by layer."""
-    from qmedtune.bench.shapes import SHAPES
+    from qmedtune.bench.random_bases import SHAPES
 
     chosen = {"rows": 4, "micro_batch": micro_batch, "steps": 4, "warmup_steps": 1, "checkpointing": False}
     chosen |= {"seq_len": 32, "steps": 2} if call.dry else {}
@@ -303,13 +319,26 @@ def _measured(call: Call, shape: str, chosen: dict[str, Any], contender: str) ->
     from qmedtune.planning import memory
 
     job = job_of(shape, chosen)
-    measured = _run(job, contender, call.scratch, call.scratch, 60.0 * (20 if call.dry else 1))
+    if call.together:
+        measured = _figures(call, job)
+    else:
+        measured = _run(job, contender, call.scratch, call.scratch, 60.0 * (20 if call.dry else 1))
     found = measured.model_dump(mode="json", exclude_none=True)
     kept = {key: value for key, value in found.items() if key not in ("losses", "checkpoints")}
     if contender == "qmedtune" and "layers" in found:
         setup = train_worker.setup_of(job)
         kept["planned_bytes"] = memory.peak_bytes(train_worker.facts_of(job), setup, gpu=not call.dry)
     return {"job": asdict(job), **kept}
+
+
+def _figures(call: Call, job: Any) -> Any:
+    """What qmedtune measures of a job in this process."""
+    from qmedtune.bench import train_worker
+    from qmedtune.bench.result import Measurement
+
+    clock = train_worker.Clock(job)
+    train_worker.qmedtune(job, train_worker.model_folder(job, call.scratch), clock, "auto")
+    return Measurement.model_validate(train_worker.figures(job, clock))
 
 
 def profile(call: Call) -> None:
@@ -398,13 +427,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--dry", action="store_true", help="small shapes on a CPU")
+    parser.add_argument("--together", action="store_true", help="dry: in one process, without limits")
     parser.add_argument("--probe", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    call = Call(given.out.resolve(), given.dry)
+    if given.together and not given.dry:
+        parser.error("--together: on a card each probe has a process and a limit of its own; it goes with --dry")
+    call = Call(given.out.resolve(), given.dry, given.together)
     call.out.mkdir(parents=True, exist_ok=True)
     by_name = {probe.__name__: probe for probe in PROBES}
     if given.probe:
         return by_name[given.probe](call)
+    if call.together:
+        return _in_this_process(call)
     patience = 20 if call.dry else 1  # a dry run may share its CPU
     deadline, spare = time.monotonic() + patience * TOTAL_S, 0.0
     for probe, seconds in PROBES.items():
@@ -417,11 +451,28 @@ def main() -> None:
         call.tell(probe.__name__, ended=status, seconds=round(took, 1))
 
 
+PLACES = [str(ROOT), str(ROOT / "kernels" / "torch-ext")]
+OF_TESTS = ("TRITON_INTERPRET", "QMEDTUNE_KERNELS")  # variables that would measure something else
+
+
+def _in_this_process(call: Call) -> None:
+    """Every probe, one after the other; the run must end well to the last of them."""
+    sys.path[:0] = PLACES
+    for variable in OF_TESTS:
+        os.environ.pop(variable, None)
+    for probe in PROBES:
+        began, said = time.monotonic(), ""
+        try:
+            probe(call)
+        except Exception as error:  # told as a process's end is
+            said = f"{type(error).__name__}: {last_line(str(error))}"
+        call.tell(probe.__name__, ended=said, seconds=round(time.monotonic() - began, 1))
+
+
 def _in_a_process(call: Call, name: str, seconds: float) -> str:
     """ "" when it ended well, else its status or last words."""
-    places = [str(ROOT), str(ROOT / "kernels" / "torch-ext"), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, places))}
-    for variable in ("TRITON_INTERPRET", "QMEDTUNE_KERNELS"):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [*PLACES, os.environ.get("PYTHONPATH")]))}
+    for variable in OF_TESTS:
         environment.pop(variable, None)
     command = [sys.executable, str(Path(__file__).resolve()), str(call.out), "--probe", name]
     command += ["--dry"] if call.dry else []

@@ -23,11 +23,12 @@ TOLD = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def dry(tmp_path_factory):
-    """(the folder of results, the lines told) of a dry run."""
+@pytest.fixture(scope="module", params=["--together", pytest.param("", marks=pytest.mark.slow)])
+def dry(request, tmp_path_factory):
+    """(the folder of results, the lines told) of a dry run: in one process, or (slow) each probe in its own, as on a
+    card."""
     out, scratch = tmp_path_factory.mktemp("first_call"), tmp_path_factory.mktemp("scratch")
-    command = [sys.executable, str(SCRIPT), str(out), "--dry"]
+    command = [sys.executable, str(SCRIPT), str(out), "--dry", *filter(None, [request.param])]
     subprocess.run(command, check=True, env=os.environ | {"SCRATCH": str(scratch)})
     return out, [json.loads(line) for line in (out / "first_call.jsonl").read_text().splitlines()]
 

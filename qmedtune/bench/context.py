@@ -18,9 +18,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from qmedtune import ui
-from qmedtune.bench import shapes
+from qmedtune.bench import random_bases
 from qmedtune.bench.job import Job
-from qmedtune.bench.result import Result, Row
+from qmedtune.bench.result import BenchResult, Row
 from qmedtune.bench.train import TIME_LIMIT_S, all_versions, write_results
 from qmedtune.errors import RunError
 from qmedtune.llama_shape import BaseFacts, facts_from_config
@@ -41,7 +41,7 @@ def bench_context(
     results: Path | None = None,
     time_limit_s: float = TIME_LIMIT_S,
     models: Path | None = None,
-) -> Result:
+) -> BenchResult:
     """`{"bench", "device", "versions", "job", "rows"}`, a row per budget: `value` tokens (None where nothing was
     measured), `predicted` by the memory plan, `tried` lengths and whether they fit; `settled` is False where time ran
     out before. With `results`, what was tried is kept and not tried again. RunError where the process fails."""
@@ -78,7 +78,7 @@ def _row(job: Job, gib: float, tried: dict[str, bool], settled: bool) -> Row:
 
 def predicted(job: Job, gib: float) -> int:
     """Tokens of the longest row whose planned peak is within the budget."""
-    facts = facts_from_config(job.shape, shapes.config_of(shapes.SHAPES[job.shape]), "shape")
+    facts = facts_from_config(job.shape, random_bases.config_of(random_bases.SHAPES[job.shape]), "shape")
 
     def fits(n: int) -> bool:
         return memory.peak_bytes(facts, _setup(job, n * UNIT, facts), gpu=True) <= gib * 2**30
@@ -115,7 +115,7 @@ def _probes(
     """(budget, length, whether it fits) as they are found; a length of None: nothing is left to try."""
     task = {"job": asdict(job), "budgets": list(known), "known": list(known.values())}
     deadline = time.monotonic() + time_limit_s
-    with tempfile.TemporaryDirectory() as scratch, ui.stage("bench context", len(known), "budgets") as bar:
+    with tempfile.TemporaryDirectory() as scratch, ui.progress_bar("bench context", len(known), "budgets") as bar:
         command = [
             sys.executable,
             "-m",
@@ -217,7 +217,7 @@ def _fits(step: Callable[[int], None], length: int, gib: float) -> bool:
     return True
 
 
-def render(result: Result) -> tuple[list[str], list[list[str]]]:
+def render(result: BenchResult) -> tuple[list[str], list[list[str]]]:
     """Columns and rows for ui.table."""
     rows = []
     for row in result["rows"]:

@@ -22,10 +22,10 @@ from typing import Any
 from qmedtune import ui
 from qmedtune.bench import data_memory
 from qmedtune.bench import data_peers as peers
-from qmedtune.bench.result import Result, Row
+from qmedtune.bench.result import BenchResult, Row
 from qmedtune.data.hygiene import decontaminate, dedup
 from qmedtune.data.packing import mix
-from qmedtune.data.packing.tokens import BATCH_BYTES, encode_texts, shard_array, write_shards
+from qmedtune.data.packing.tokens import BATCH_BYTES, Encoder, encode_texts, shard_array, write_shards
 from qmedtune.data.reading import jats, pubmed, xml_files
 from qmedtune.data.synthetic import world
 from qmedtune.errors import RecipeError
@@ -45,7 +45,7 @@ SEED = 5
 
 
 @dataclass(frozen=True)
-class Run:
+class TimedCall:
     """One timed call: `work` returns what `quality` (a recall) is computed from."""
 
     name: str
@@ -56,7 +56,7 @@ class Run:
 def bench_data(
     *, cases: list[str] | None = None, rounds: int = 3, corpus: Path | None = None, num_texts: int = 4000,
     sizes_mb: list[int] | None = None,
-) -> Result:  # fmt: skip
+) -> BenchResult:  # fmt: skip
     """{"bench", "device", "versions", "rows"}; rows: case, contender, value (s), unit, ratio (seconds of the case's
     first contender over this one's: above 1 is faster than it), mb_per_s, recall where there is one.
 
@@ -69,7 +69,7 @@ def bench_data(
     texts = _corpus(corpus, num_texts)
     makers = {"tokenise": _tokenise, "jats": _jats, "pubmed": _pubmed, "near": _near, "decontaminate": _decontaminate}
     rows = []
-    with tempfile.TemporaryDirectory() as folder, ui.stage("bench data", None, "cases") as bar:
+    with tempfile.TemporaryDirectory() as folder, ui.progress_bar("bench data", None, "cases") as bar:
         for number, case in enumerate(chosen, start=1):
             if case == "memory":
                 rows += data_memory.memory_rows(sizes_mb or list(data_memory.SIZES_MB), Path(folder) / case)
@@ -81,7 +81,7 @@ def bench_data(
     return {"bench": "data", "device": device_name(), "versions": versions(), "not_installed": missing, "rows": rows}
 
 
-def render(result: Result) -> tuple[list[str], list[list[str]]]:
+def render(result: BenchResult) -> tuple[list[str], list[list[str]]]:
     """Columns and rows for a table."""
     rows = []
     for found in result["rows"]:
@@ -95,7 +95,7 @@ def render(result: Result) -> tuple[list[str], list[list[str]]]:
     return ["case", "contender", "median or peak", "MB/s", "ratio to first", "recall"], rows
 
 
-def _measure(case: str, size_bytes: int, runs: list[Run], rounds: int) -> list[Row]:
+def _measure(case: str, size_bytes: int, runs: list[TimedCall], rounds: int) -> list[Row]:
     seconds: dict[str, list[float]] = {run.name: [] for run in runs}
     recall: dict[str, float] = {}
     for _ in range(rounds):
@@ -152,7 +152,7 @@ def _bytes(texts: list[str]) -> int:
 # ---- cases: (bytes of input, contenders; the first is what the others are compared with) --------------------------
 
 
-def _tokenise(texts: list[str], folder: Path) -> tuple[int, list[Run]]:
+def _tokenise(texts: list[str], folder: Path) -> tuple[int, list[TimedCall]]:
     folder.mkdir()
     codec = data_memory.train_tokenizer(texts, folder / "tokenizer")
     source = folder / "train.jsonl"
@@ -166,15 +166,16 @@ def _tokenise(texts: list[str], folder: Path) -> tuple[int, list[Run]]:
 
     def ours() -> None:
         out = Path(tempfile.mkdtemp(dir=folder))
-        shards = write_shards(source, out, "a", lambda records: encode_texts(codec, records, None), lambda _: None)
+        encoder = Encoder(lambda records: encode_texts(codec, records, None))
+        shards = write_shards(source, out / "a", encoder, lambda _: None)
         for shard in shards:
             documents = shard_array(shard, "documents")
             assert documents is not None
             mix.fill_rows(documents[:, 0], SEQ_LEN, split=True)
 
-    runs = [Run("tokenizers", alone), Run("qmedtune", ours)]
+    runs = [TimedCall("tokenizers", alone), TimedCall("qmedtune", ours)]
     if peers.installed("trl"):
-        runs.append(Run("datasets + trl", peers.tokenise_with_trl(texts, codec.backend, SEQ_LEN)))
+        runs.append(TimedCall("datasets + trl", peers.tokenise_with_trl(texts, codec.backend, SEQ_LEN)))
     return _bytes(texts), runs
 
 
@@ -183,7 +184,7 @@ def _batches(texts: list[str], size: int) -> Iterator[list[str]]:
         yield texts[start : start + size]
 
 
-def _jats(texts: list[str], folder: Path) -> tuple[int, list[Run]]:
+def _jats(texts: list[str], folder: Path) -> tuple[int, list[TimedCall]]:
     folder.mkdir()
     paths = []
     for number, paragraphs in enumerate(_batches(texts[:2000], 20)):
@@ -199,9 +200,9 @@ def _jats(texts: list[str], folder: Path) -> tuple[int, list[Run]]:
         for path in paths:
             list(jats.read_jats(path))
 
-    runs = [Run("lxml", alone), Run("qmedtune", ours)]
+    runs = [TimedCall("lxml", alone), TimedCall("qmedtune", ours)]
     if peers.installed("pubmed_parser"):
-        runs.append(Run("pubmed_parser", peers.parse_with_pubmed_parser(paths)))
+        runs.append(TimedCall("pubmed_parser", peers.parse_with_pubmed_parser(paths)))
     return sum(path.stat().st_size for path in paths), runs
 
 
@@ -252,7 +253,7 @@ AUTHOR = '<Author ValidYN="Y"><LastName>Doe</LastName><ForeName>J</ForeName><Ini
 HEADING = '<MeshHeading><DescriptorName UI="D000001" MajorTopicYN="N">Owls</DescriptorName></MeshHeading>'
 
 
-def _pubmed(texts: list[str], folder: Path) -> tuple[int, list[Run]]:
+def _pubmed(texts: list[str], folder: Path) -> tuple[int, list[TimedCall]]:
     folder.mkdir()
     path = folder / "records.xml"
     with path.open("w", encoding="utf-8") as file:
@@ -272,10 +273,10 @@ def _pubmed(texts: list[str], folder: Path) -> tuple[int, list[Run]]:
         for _ in pubmed.read_pubmed(path):
             pass
 
-    return path.stat().st_size, [Run("lxml", alone), Run("qmedtune", ours)]
+    return path.stat().st_size, [TimedCall("lxml", alone), TimedCall("qmedtune", ours)]
 
 
-def _near(texts: list[str], folder: Path) -> tuple[int, list[Run]]:
+def _near(texts: list[str], folder: Path) -> tuple[int, list[TimedCall]]:
     folder.mkdir()
     rng = random.Random(SEED)
     copies = [_edited(text, rng) for text in texts[: len(texts) // 10]]
@@ -283,15 +284,15 @@ def _near(texts: list[str], folder: Path) -> tuple[int, list[Run]]:
 
     def ours() -> list[bool]:
         place = Path(tempfile.mkdtemp(dir=folder)) / "bands"
-        batches = _batches(both, dedup.BATCH_TEXTS)
+        batches = (dedup.windows_of(texts) for texts in _batches(both, dedup.BATCH_TEXTS))
         return (dedup.near_duplicates(batches, both.__getitem__, 0.8, place) >= 0).tolist()
 
     def recall(found: list[bool]) -> float:
         return sum(found[len(texts) :]) / len(copies)
 
-    runs = [Run("qmedtune", ours, recall)]
+    runs = [TimedCall("qmedtune", ours, recall)]
     if peers.installed("datasketch"):
-        runs.append(Run("datasketch", peers.near_with_datasketch(both, 0.8), recall))
+        runs.append(TimedCall("datasketch", peers.near_with_datasketch(both, 0.8), recall))
     return _bytes(both), runs
 
 
@@ -307,7 +308,7 @@ def _invented_question(rng: random.Random) -> str:
     return " ".join(f"q{rng.randrange(10**5)}" for _ in range(rng.randint(15, 60)))
 
 
-def _decontaminate(texts: list[str], folder: Path) -> tuple[int, list[Run]]:
+def _decontaminate(texts: list[str], folder: Path) -> tuple[int, list[TimedCall]]:
     rng = random.Random(SEED)
     items = [_invented_question(rng) for _ in range(400)]
     both, indexed = list(texts), []
@@ -328,7 +329,7 @@ def _decontaminate(texts: list[str], folder: Path) -> tuple[int, list[Run]]:
     def recall(found: set[int]) -> float:
         return len(found & set(range(num_planted))) / num_planted
 
-    runs = [Run("qmedtune", ours, recall)]
+    runs = [TimedCall("qmedtune", ours, recall)]
     if peers.installed("lm_eval"):
-        runs.append(Run("lm-eval Janitor", peers.search_with_janitor(both, items), recall))
+        runs.append(TimedCall("lm-eval Janitor", peers.search_with_janitor(both, items), recall))
     return _bytes(both), runs

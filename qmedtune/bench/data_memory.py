@@ -68,7 +68,7 @@ def make_corpus(path: Path, size_bytes: int) -> int:
 def measure(folder: Path) -> Row:
     """Prepare and pack the corpus of a folder; peak bytes, with those of the workers, and the counts."""
     from qmedtune.data.hygiene.per_record import worker_count
-    from qmedtune.data.packing.pack import pack_stage
+    from qmedtune.data.packing.pack import StageToPack, pack_stage
     from qmedtune.data.prepare import prepare_source
     from qmedtune.planning.resolve import resolve
     from qmedtune.recipe import Recipe
@@ -85,7 +85,7 @@ def measure(folder: Path) -> Row:
     prepared = _peak(resource.RUSAGE_SELF)
     with (folder / "corpus.jsonl").open(encoding="utf-8") as file:
         train_tokenizer([json.loads(line)["text"] for line, _ in zip(file, range(1000), strict=False)], folder / "t")
-    packed = pack_stage(recipe, 0, folder / "t", {"texts": folder / "texts"}, folder / "stage")
+    packed = pack_stage(StageToPack(recipe, 0, folder / "t", {"texts": folder / "texts"}), folder / "stage")
     workers = worker_count("auto", [folder / "corpus.jsonl"])
     of_workers = _peak(resource.RUSAGE_CHILDREN) * workers if workers > 1 else 0
     return {

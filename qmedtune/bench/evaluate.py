@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 from qmedtune import ui
-from qmedtune.bench.result import Result, Row
-from qmedtune.data.packing.framing import Asked
+from qmedtune.bench.result import BenchResult, Row
+from qmedtune.data.packing.framing import Prompt
 from qmedtune.errors import RecipeError
 from qmedtune.evaluation.harness import harness_model
 from qmedtune.evaluation.measure import parts
@@ -40,11 +40,11 @@ Scores = list[list[float]]
 
 
 @dataclass(frozen=True)
-class Case:
+class BenchmarkCase:
     """One benchmark as text. `batch_tokens`: of BATCH average questions; `batches` that ours then makes of them."""
 
     task: Task
-    prompts: list[Asked]
+    prompts: list[Prompt]
     batch_tokens: int
     batches: int
 
@@ -60,7 +60,7 @@ def bench_eval(
     rounds: int = 3,
     limit: int | None = None,
     contenders: Sequence[str] = tuple(CONTENDERS),
-) -> Result:
+) -> BenchResult:
     """Measure; returns {"bench", "device", "versions", "rows"}: `value` in questions per second (median of rounds).
 
     tasks: `facts`, `pubmedqa=FILE` ..., each also as `facts-3shot`. `ratio` is over the harness at the same batch,
@@ -79,7 +79,7 @@ def bench_eval(
     if not torch.cuda.is_available():
         opened.model.float()  # in bfloat16 batches of different shapes differ by tenths of a nat, the harness's own too
     rows = []
-    with ui.stage("bench eval", len(tasks) * rounds * len(contenders), "runs") as bar:
+    with ui.progress_bar("bench eval", len(tasks) * rounds * len(contenders), "runs") as bar:
         for name in tasks:
             case = _case(opened, name, limit)
             runs: dict[str, list[float]] = {}
@@ -94,7 +94,7 @@ def bench_eval(
     return {"bench": "eval", "device": device_name(), "versions": versions(), "rows": rows}
 
 
-def _case(opened: OpenModel, name: str, limit: int | None) -> Case:
+def _case(opened: OpenModel, name: str, limit: int | None) -> BenchmarkCase:
     task, _, path = name.partition("=")
     task, _, shots = task.partition("-")
     section = TaskSection(task=task, path=path or None, limit=limit, shots=int(shots.removesuffix("shot") or 0))
@@ -112,10 +112,10 @@ def _case(opened: OpenModel, name: str, limit: int | None) -> Case:
     budget, batches = BATCH * sum(costs) // len(costs), 0
     for part in parts(items, prompts):
         batches += len(list(padded_batches([costs[index] for index in part], budget)))
-    return Case(loaded, prompts, budget, batches)
+    return BenchmarkCase(loaded, prompts, budget, batches)
 
 
-def _work(contender: str, opened: OpenModel, case: Case) -> Callable[[], Scores]:
+def _work(contender: str, opened: OpenModel, case: BenchmarkCase) -> Callable[[], Scores]:
     if contender == "qmedtune":
         return lambda: _ours(opened, case)
     batch = BATCH
@@ -130,7 +130,7 @@ def _work(contender: str, opened: OpenModel, case: Case) -> Callable[[], Scores]
     return lambda: _by_item(model.loglikelihood(requests, disable_tqdm=True), case)
 
 
-def _ours(opened: OpenModel, case: Case) -> Scores:
+def _ours(opened: OpenModel, case: BenchmarkCase) -> Scores:
     found: Scores = [[] for _ in case.items]
     for part in parts(case.items, case.prompts):
         options = [case.items[i].options for i in part]
@@ -143,7 +143,7 @@ def _ours(opened: OpenModel, case: Case) -> Scores:
     return found
 
 
-def _by_item(answers: list[tuple[float, bool]], case: Case) -> Scores:
+def _by_item(answers: list[tuple[float, bool]], case: BenchmarkCase) -> Scores:
     scores, start = [], 0
     for item in case.items:
         end = start + len(item.options)
@@ -160,7 +160,9 @@ def _timed(work: Callable[[], Scores]) -> tuple[float, Scores]:
     return time.perf_counter() - start, scores
 
 
-def _row(name: str, case: Case, contender: str, runs: dict[str, list[float]], scores: dict[str, Scores]) -> Row:
+def _row(
+    name: str, case: BenchmarkCase, contender: str, runs: dict[str, list[float]], scores: dict[str, Scores]
+) -> Row:
     seconds = runs[contender]
     row: Row = {
         "case": name.partition("=")[0],
@@ -187,7 +189,7 @@ def _row(name: str, case: Case, contender: str, runs: dict[str, list[float]], sc
     return row
 
 
-def render(result: Result) -> tuple[list[str], list[list[str]]]:
+def render(result: BenchResult) -> tuple[list[str], list[list[str]]]:
     """Columns and rows for ui.table."""
     columns = ["case", "contender", "questions/s", "over lm-eval", "over its default", "same choice", ""]
     rows = []

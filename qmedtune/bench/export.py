@@ -11,10 +11,10 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
-from qmedtune.bench import shapes
-from qmedtune.bench.result import Result, Row
+from qmedtune.bench import random_bases
+from qmedtune.bench.random_bases import SHAPES
+from qmedtune.bench.result import BenchResult, Row
 from qmedtune.bench.rounds import Bench, copy, measure_rounds, render, result_of, work_alone
-from qmedtune.bench.shapes import SHAPES
 from qmedtune.process import prepare
 
 CONTENDERS = {
@@ -30,7 +30,7 @@ __all__ = ["CONTENDERS", "bench_export", "render"]
 
 def bench_export(
     shape: str = "1.1b", contenders: tuple[str, ...] = tuple(CONTENDERS), rounds: int = 3, scratch: Path | None = None
-) -> Result:
+) -> BenchResult:
     """Measure; one row per contender (rounds.py: `result_of`), with the divergence that its proof found.
 
     scratch: a folder with room for twice the model. Raises RecipeError for an unknown shape or contender.
@@ -38,7 +38,7 @@ def bench_export(
     BENCH.check(shape, contenders)
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         model = Path(folder) / "model"
-        weight_bytes = shapes.write_model(SHAPES[shape], model)
+        weight_bytes = random_bases.write_model(SHAPES[shape], model)
         _write_tokenizer(model)
         measured = measure_rounds(BENCH, contenders, rounds, [model])
     return result_of(BENCH, measured, {"shape": shape, "weight_bytes": weight_bytes, "rounds": rounds})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qmedtune.bench.shapes import SHAPES
+from qmedtune.bench.random_bases import SHAPES
 from qmedtune.errors import RecipeError
 
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
-from qmedtune.bench.result import Result, Row
+from qmedtune.bench.result import BenchResult, Row
 from qmedtune.bench.static import static_rows
 from qmedtune.errors import RunError
 
@@ -39,7 +39,7 @@ def bench_kernels(
     quick: bool = False,
     only: str = "",
     time_limit_s: float = TIME_LIMIT_S,
-) -> Result:
+) -> BenchResult:
     """{"bench", "device", "versions", "rows"} of the bench JSON.
 
     static: compile for every architecture and read the machine code; needs no GPU; `failures` lists broken limits.
@@ -62,7 +62,7 @@ def bench_kernels(
     return _result(rows)
 
 
-def failures(result: Result) -> list[str]:
+def failures(result: BenchResult) -> list[str]:
     """One line per broken limit of a static result."""
     found = []
     for row in result["rows"]:
@@ -94,7 +94,7 @@ def sources() -> str:
     return code.hexdigest()[:16]
 
 
-def _result(rows: list[Row]) -> Result:
+def _result(rows: list[Row]) -> BenchResult:
     import torch
 
     _add_ratios(rows)

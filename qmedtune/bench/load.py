@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from qmedtune import ui
-from qmedtune.bench import shapes
-from qmedtune.bench.result import Result, Row
-from qmedtune.bench.shapes import SHAPES
+from qmedtune.bench import random_bases
+from qmedtune.bench.random_bases import SHAPES
+from qmedtune.bench.result import BenchResult, Row
 from qmedtune.bench.train import all_versions
 from qmedtune.errors import RecipeError, RunError
 from qmedtune.planning.machine import this_machine
@@ -40,7 +40,7 @@ RANK, SEQ_LEN = 16, 4096
 
 def bench_load(
     shape: str = "tiny", cases: tuple[str, ...] = tuple(CASES), rounds: int = 3, scratch: Path | None = None
-) -> Result:
+) -> BenchResult:
     """Measure; returns `{"bench", "device", "versions", "job", "rows"}`, a row per case, of medians: `value` is the
     seconds until the base is ready, `next_stage_s` until the next stage has it, `checkpoint_s` what a checkpoint of
     `checkpoint_bytes` takes. `host_bytes` is the highest anonymous memory while loading above that before,
@@ -52,12 +52,15 @@ def bench_load(
         if case not in CASES:
             raise RecipeError(f"bench load: no case {case!r}\nallowed: {', '.join(CASES)}")
     rows = []
-    with tempfile.TemporaryDirectory(dir=scratch) as folder, ui.stage("bench load", len(cases) * rounds, "runs") as bar:
+    with (
+        tempfile.TemporaryDirectory(dir=scratch) as folder,
+        ui.progress_bar("bench load", len(cases) * rounds, "runs") as bar,
+    ):
         for case in cases:
             base = Path(folder) / case
             for made in Path(folder).iterdir():
                 shutil.rmtree(made)
-            write = shapes.write_nf4_model if case == "nf4" else shapes.write_model
+            write = random_bases.write_nf4_model if case == "nf4" else random_bases.write_model
             write(SHAPES[shape], base)
             found = []
             for _ in range(rounds):
@@ -160,7 +163,7 @@ def _checkpoint(model: Any, folder: Path) -> dict[str, float]:
         return {"checkpoint_s": seconds, "checkpoint_bytes": sum(p.stat().st_size for p in made.iterdir())}
 
 
-def render(result: Result) -> tuple[list[str], list[list[str]]]:
+def render(result: BenchResult) -> tuple[list[str], list[list[str]]]:
     """Columns and rows for ui.table."""
     rows = []
     for row in result["rows"]:

@@ -12,12 +12,12 @@ import tempfile
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
-from qmedtune.bench import shapes
-from qmedtune.bench.result import Result, Row
+from qmedtune.allowed import Quantization
+from qmedtune.bench import random_bases
+from qmedtune.bench.random_bases import SHAPES
+from qmedtune.bench.result import BenchResult, Row
 from qmedtune.bench.rounds import Bench, copy, measure_rounds, render, result_of, work_alone
-from qmedtune.bench.shapes import SHAPES
 from qmedtune.process import prepare
 
 __all__ = ["CONTENDERS", "bench_merge", "render"]
@@ -35,7 +35,7 @@ PROOF = {"kl", "lost", "elements", "violations", "rounding"}
 
 def bench_merge(
     shape: str = "1.1b", contenders: tuple[str, ...] = tuple(CONTENDERS), rounds: int = 3, scratch: Path | None = None
-) -> Result:
+) -> BenchResult:
     """Measure; one row per contender (rounds.py: `result_of`), with the figures of its proof.
 
     scratch: a folder with room for twice the model. Raises RecipeError for an unknown shape or contender.
@@ -43,8 +43,8 @@ def bench_merge(
     BENCH.check(shape, contenders)
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         base, adapter = Path(folder) / "base", Path(folder) / "adapter"
-        weight_bytes = shapes.write_model(SHAPES[shape], base)
-        _write_adapter(shapes.tensors_of(SHAPES[shape]), adapter)
+        weight_bytes = random_bases.write_model(SHAPES[shape], base)
+        _write_adapter(random_bases.tensors_of(SHAPES[shape]), adapter)
         measured = measure_rounds(BENCH, contenders, rounds, [base, adapter])
     job = {"shape": shape, "weight_bytes": weight_bytes, "r": RANK, "rounds": rounds}
     return result_of(BENCH, measured, job)
@@ -73,7 +73,7 @@ def _write_adapter(tensors_of_base: Mapping[str, tuple[int, ...]], folder: Path)
 # ------------------------------------------------------------------------------------------------- in its own process
 
 
-def merge_with_qmedtune(base: Path, adapter: Path, out: Path, quantization: Literal["none", "nf4"] = "none") -> Row:
+def merge_with_qmedtune(base: Path, adapter: Path, out: Path, quantization: Quantization = "none") -> Row:
     from qmedtune.merge import MergeJob, merge
     from qmedtune.model_stack import ModelStack
     from qmedtune.recipe import MergeSection, ModelSection

@@ -11,7 +11,7 @@ Row = dict[str, Any]
 Numbers and names alone, JSON-safe."""
 
 
-class Result(TypedDict):
+class BenchResult(TypedDict):
     """A benchmark. versions: of what was measured; None: not installed. job: what the contenders were given."""
 
     bench: str

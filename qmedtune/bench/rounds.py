@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qmedtune import ui
-from qmedtune.bench.result import Result, Row
-from qmedtune.bench.shapes import SHAPES
+from qmedtune.bench.random_bases import SHAPES
+from qmedtune.bench.result import BenchResult, Row
 from qmedtune.errors import RecipeError, RunError
 from qmedtune.record import device_name, versions
 from qmedtune.results import Facts
@@ -32,7 +32,7 @@ SAMPLE_S = 0.005
 SETTLE_S = 3.0
 
 
-class Made(Facts):
+class MadeFolder(Facts):
     """One folder that a contender has made. cpu_s: of all cores; peak_anonymous_bytes: what the kernel cannot take
     back, imports included; figures: of its proof."""
 
@@ -59,13 +59,15 @@ class Bench:
                 raise RecipeError(f"bench {self.name}: no contender {contender!r}\nallowed: {allowed}")
 
 
-def measure_rounds(bench: Bench, chosen: Sequence[str], rounds: int, given: Sequence[Path]) -> dict[str, list[Made]]:
+def measure_rounds(
+    bench: Bench, chosen: Sequence[str], rounds: int, given: Sequence[Path]
+) -> dict[str, list[MadeFolder]]:
     """Every contender in each round. given: the folders that a worker reads; what it makes lies beside the first, and
     is removed."""
-    measured: dict[str, list[Made]] = {contender: [] for contender in chosen}
+    measured: dict[str, list[MadeFolder]] = {contender: [] for contender in chosen}
     out = given[0].with_name("out")
     done = 0
-    with ui.stage(f"bench {bench.name}", None, "runs") as bar:
+    with ui.progress_bar(f"bench {bench.name}", None, "runs") as bar:
         for _ in range(rounds):
             for contender in chosen:
                 measured[contender].append(measure_one(bench, contender, [*given, out]))
@@ -74,7 +76,7 @@ def measure_rounds(bench: Bench, chosen: Sequence[str], rounds: int, given: Sequ
     return measured
 
 
-def measure_one(bench: Bench, contender: str, paths: Sequence[Path]) -> Made:
+def measure_one(bench: Bench, contender: str, paths: Sequence[Path]) -> MadeFolder:
     """One contender in a process of its own; the last of `paths` is what it makes. RunError where it fails."""
     os.sync()
     time.sleep(SETTLE_S)
@@ -86,10 +88,10 @@ def measure_one(bench: Bench, contender: str, paths: Sequence[Path]) -> Made:
             f"bench {bench.name}: {contender} failed: {reason[:300]}\nis there room for twice the model here?"
         )
     shutil.rmtree(paths[-1])
-    return Made.model_validate_json(done.stdout.splitlines()[-1])
+    return MadeFolder.model_validate_json(done.stdout.splitlines()[-1])
 
 
-def result_of(bench: Bench, measured: Mapping[str, list[Made]], job: Row) -> Result:
+def result_of(bench: Bench, measured: Mapping[str, list[MadeFolder]], job: Row) -> BenchResult:
     """A row for each contender: `value` is the median of seconds over the rounds, `ratio` the median over rounds of its
     seconds over the first contender's of that round, `peak_anonymous_bytes` the largest."""
     first = next(iter(measured.values()))
@@ -105,7 +107,7 @@ def result_of(bench: Bench, measured: Mapping[str, list[Made]], job: Row) -> Res
     return {"bench": bench.name, "device": device_name(), "versions": versions(), "job": job, "rows": rows}
 
 
-def _figures(found: Sequence[Made], first: Sequence[Made]) -> Row:
+def _figures(found: Sequence[MadeFolder], first: Sequence[MadeFolder]) -> Row:
     seconds: list[float] = []
     ratios: list[float] = []
     cpu_s: list[float] = []
@@ -126,7 +128,7 @@ def _figures(found: Sequence[Made], first: Sequence[Made]) -> Row:
     }
 
 
-def render(result: Result) -> tuple[list[str], list[list[str]]]:
+def render(result: BenchResult) -> tuple[list[str], list[list[str]]]:
     """Columns and rows of the table for people."""
     first = result["rows"][0]["contender"]
     rows = []
@@ -141,14 +143,14 @@ def render(result: Result) -> tuple[list[str], list[list[str]]]:
 
 
 def work_alone(work: Callable[[], Row]) -> None:
-    """Do it, wait for the disk, and print what it took as `Made`."""
+    """Do it, wait for the disk, and print what it took as a `MadeFolder`."""
     with anonymous_peak() as peak:
         started, cpu_s = time.monotonic(), sum(os.times()[:4])
         figures = work()
         os.sync()
         seconds = time.monotonic() - started
     cpu_s = sum(os.times()[:4]) - cpu_s
-    made = Made(seconds=seconds, cpu_s=cpu_s, peak_anonymous_bytes=peak[0], figures=figures)
+    made = MadeFolder(seconds=seconds, cpu_s=cpu_s, peak_anonymous_bytes=peak[0], figures=figures)
     print(json.dumps(made.as_json()))
 
 

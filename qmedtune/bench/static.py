@@ -26,7 +26,7 @@ SHARED_KIB = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 
 
 @dataclass(frozen=True)
-class Case:
+class KernelVariant:
     """One kernel at one tile. elements: weight elements per thread (of the loop body when `loop`)."""
 
     name: str
@@ -46,19 +46,19 @@ class Case:
     ragged: tuple[str, ...] = ()  # sizes that are no multiples of 16
 
 
-def cases() -> Iterator[Case]:
+def cases() -> Iterator[KernelVariant]:
     """What is compiled: the tiles that the launchers choose, bf16 (fp16 below sm_80), nested and flat scales; the
     products in fp16 and fp32 too."""
     ampere = ARCHITECTURES[1:]
     for nested in (True, False):
         label = _scales(nested)
         words = {"WORDS": 8, "ROWS": 16, "STEPS": 4, "NESTED": nested}
-        yield Case(
+        yield KernelVariant(
             f"dequantize shuffle {label}", "nf4._dequantize_words", words, elements=32,
             limit=DEQUANTIZE_LIMIT, architectures=ampere, fp_fusion=False,
         )  # fmt: skip
         pairs = {"HALF": 32, "ROWS": 64, "STEPS": 1, "NESTED": nested, "EMULATE": False}
-        yield Case(f"dequantize gather {label}", "nf4._dequantize_pairs", pairs, elements=32, fp_fusion=False)
+        yield KernelVariant(f"dequantize gather {label}", "nf4._dequantize_pairs", pairs, elements=32, fp_fusion=False)
         for rows in (16, 32, 64):
             yield _matmul("forward", rows, nested, ampere)
             yield _matmul("backward", rows, nested, ampere)
@@ -68,18 +68,20 @@ def cases() -> Iterator[Case]:
         yield _matmul("forward", rows, True, ampere, dtype=dtype)
         yield _matmul("backward", rows, True, ampere, dtype=dtype)
     few = {"M": 1, "BN": 16, "BK": 64, "BLOCKSIZE": 64, "NESTED": True}
-    yield Case("matmul few rows", "matmul._few_rows", few, elements=8, loop=True, types={"out": "*fp32"})
+    yield KernelVariant("matmul few rows", "matmul._few_rows", few, elements=8, loop=True, types={"out": "*fp32"})
     plain = {"BLOCKSIZE": 64, "BYTES": 1024, "NESTED": True, "EMULATE": False}
-    yield Case("dequantize any shape", "nf4._dequantize_bytes", plain, elements=16, fp_fusion=False)
-    yield Case("matmul reduce", "matmul._reduce", {"SPLITS": 8, "BLOCK": 1024, "BIAS": True, "EMULATE": False})
+    yield KernelVariant("dequantize any shape", "nf4._dequantize_bytes", plain, elements=16, fp_fusion=False)
+    yield KernelVariant("matmul reduce", "matmul._reduce", {"SPLITS": 8, "BLOCK": 1024, "BIAS": True, "EMULATE": False})
     for columns in (4096, 8192):
         yield from _norms(columns)
     for direction in ("forward", "backward"):
-        yield Case(f"swiglu {direction}", f"swiglu._{direction}", {"BLOCK": 1024, "EMULATE": False}, wide=True)
+        yield KernelVariant(f"swiglu {direction}", f"swiglu._{direction}", {"BLOCK": 1024, "EMULATE": False}, wide=True)
     loss = {"BLOCK": 4096, "EMULATE": False}
-    yield Case("cross entropy", "cross_entropy._rows", loss, num_warps=8, wide=True, types={"logits_ptr": "*fp32"})
+    yield KernelVariant(
+        "cross entropy", "cross_entropy._rows", loss, num_warps=8, wide=True, types={"logits_ptr": "*fp32"}
+    )
     heads = {"HALF": 64, "BLOCK": 64, "HEADS": 8, "EMULATE": False}
-    yield Case("rope", "rope._rotate", heads, num_warps=2, wide=True, fp_fusion=False)
+    yield KernelVariant("rope", "rope._rotate", heads, num_warps=2, wide=True, fp_fusion=False)
 
 
 def _scales(nested: bool) -> str:
@@ -91,7 +93,7 @@ def _scales(nested: bool) -> str:
 def _matmul(
     direction: str, rows: int, nested: bool, architectures: tuple[int, ...], *, dtype: str = "",
     ragged: tuple[str, ...] = (),
-) -> Case:  # fmt: skip
+) -> KernelVariant:  # fmt: skip
     from qmedtune_kernels import tiles
 
     forward = direction == "forward"
@@ -111,7 +113,7 @@ def _matmul(
     limit = None
     if forward and rows == 16 and dtype != "fp32":
         limit = LOOP_LIMIT
-    return Case(
+    return KernelVariant(
         label, f"matmul._{direction}", constants, warps, stages, elements, loop=True, limit=limit,
         architectures=architectures, tensor_cores=dtype != "fp32", types={"out": "*fp32"}, dtype=dtype,
         ragged=ragged,
@@ -124,7 +126,7 @@ def _torch_dtype(name: str):
     return {"": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
 
 
-def _norms(columns: int) -> Iterator[Case]:
+def _norms(columns: int) -> Iterator[KernelVariant]:
     from qmedtune_kernels import rms_norm
 
     for add in (False, True):
@@ -132,9 +134,9 @@ def _norms(columns: int) -> Iterator[Case]:
         label, warps = "rms_norm", rms_norm.num_warps(columns)
         if add:
             label = "add_rms_norm"
-        yield Case(f"{label} forward {columns}", "rms_norm._forward", constants, warps, wide=True)
-        yield Case(f"{label} backward {columns}", "rms_norm._backward_rows", constants, warps, wide=True)
-    yield Case(f"rms_norm dweight {columns}", "rms_norm._dweight_partial", {"BLOCK": 1024, "EMULATE": False})
+        yield KernelVariant(f"{label} forward {columns}", "rms_norm._forward", constants, warps, wide=True)
+        yield KernelVariant(f"{label} backward {columns}", "rms_norm._backward_rows", constants, warps, wide=True)
+    yield KernelVariant(f"rms_norm dweight {columns}", "rms_norm._dweight_partial", {"BLOCK": 1024, "EMULATE": False})
 
 
 TYPES = {
@@ -144,7 +146,7 @@ TYPES = {
 }  # fmt: skip
 
 
-def compile_case(case: Case, arch: int):
+def compile_case(case: KernelVariant, arch: int):
     """The compiled kernel for one architecture, without a GPU or a driver."""
     import qmedtune_kernels
     import triton
@@ -226,7 +228,7 @@ def instructions(sass: str, loop: bool) -> Counter[str]:
     return counts
 
 
-def measure(case: Case, arch: int) -> dict:
+def measure(case: KernelVariant, arch: int) -> dict:
     """One row of the static table; `failures` names the limits that do not hold."""
     compiled = compile_case(case, arch)
     registers, spills, sass = disassemble(compiled)
@@ -239,7 +241,7 @@ def measure(case: Case, arch: int) -> dict:
     return {**row, "failures": list(_failures(case, row, counts, arch))}
 
 
-def _failures(case: Case, row: dict, counts: Counter[str], arch: int) -> Iterator[str]:
+def _failures(case: KernelVariant, row: dict, counts: Counter[str], arch: int) -> Iterator[str]:
     per_element, names = row["ins_per_element"], " ".join(counts)
     if row["spills"]:
         yield f"{row['spills']} bytes spilled"

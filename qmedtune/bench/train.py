@@ -10,6 +10,7 @@ contender does (train_process.py, train_worker.py, train_peers.py), the longest 
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -25,8 +26,8 @@ from pathlib import Path
 from qmedtune import ui
 from qmedtune.bench.best import best_job
 from qmedtune.bench.job import Job
-from qmedtune.bench.result import Measurement, Result, Row, Try
-from qmedtune.bench.shapes import SHAPES, tensors_of
+from qmedtune.bench.random_bases import SHAPES, tensors_of
+from qmedtune.bench.result import BenchResult, Measurement, Row, Try
 from qmedtune.errors import RecipeError
 from qmedtune.planning.machine import this_machine
 from qmedtune.record import versions
@@ -59,6 +60,7 @@ GPU_ONLY = (
     "without-varlen",
 )  # fmt: skip
 AS_THEY_COME = ("trl",)  # what it shows is the defaults
+OURS = ("qmedtune", "without-")
 REFERENCE = "fp32"
 # Dense bf16 (T4: fp16) TFLOP/s of the data sheets, what utilisation is quoted of.
 SHEET_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "4090": 165, "3090": 71, "T4": 65}
@@ -80,7 +82,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Chosen:
+class FastestJob:
     """A contender's job; None where time ran out while its fastest setting was looked for. `tried`: None where no
     setting was looked for."""
 
@@ -97,19 +99,18 @@ def bench_train(
     time_limit_s: float = TIME_LIMIT_S,
     models: Path | None = None,
     best: bool = False,
-) -> Result:
+) -> BenchResult:
     """Measure; returns `{"bench", "device", "versions", "job", "rows"}` with one row per contender: `value` is the
     median over rounds of supervised tokens/s (after the warm-up steps), `ratio` the median over rounds of this
     contender's speed over the first contender's in the same round. With `results`, finished measurements are kept
     there and not made again; with `models`, the random model too. `best`: each contender at its fastest setting
     (best.py), `setting` and `tried` in its row. Raises RecipeError for an unknown contender."""
     for name in contenders:
-        if name not in CONTENDERS:
-            raise RecipeError(f"bench train: no contender {name!r}\nallowed: {', '.join(CONTENDERS)}")
+        _check(name)
     if job.steps <= job.warmup_steps:
         raise RecipeError(f"bench train: {job.steps} steps, of which {job.warmup_steps} warm up\ngive more --steps")
     limits = Limits(rounds, results, time_limit_s, models, best)
-    with tempfile.TemporaryDirectory() as scratch, ui.stage("bench train", None, "runs") as bar:
+    with tempfile.TemporaryDirectory() as scratch, ui.progress_bar("bench train", None, "runs") as bar:
         rows = _rows(job, contenders, limits, _Runs(limits, Path(scratch), bar))
     return {
         "bench": "train",
@@ -120,12 +121,52 @@ def bench_train(
     }
 
 
+@dataclass(frozen=True)
+class Code:
+    """A contender's name, and the checkout whose code it runs: None is this one. `qmedtune@../before` is another
+    commit's, measured in turns with this one's."""
+
+    name: str
+    checkout: Path | None
+
+    @classmethod
+    def of(cls, contender: str) -> Code:
+        name, _, checkout = contender.partition("@")
+        return cls(name, Path(checkout).expanduser().resolve() if checkout else None)
+
+    def environment(self) -> dict[str, str]:
+        """For its process, which runs in the checkout's folder."""
+        if self.checkout is None:
+            return {**os.environ}
+        places = [str(self.checkout), str(self.checkout / "kernels" / "torch-ext")]
+        if already := os.environ.get("PYTHONPATH"):
+            places.append(already)
+        return {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
+
+
+def _check(contender: str) -> None:
+    """RecipeError for a contender that there is not."""
+    code = Code.of(contender)
+    if code.name not in CONTENDERS:
+        allowed = ", ".join([*CONTENDERS, "qmedtune@CHECKOUT"])
+        raise RecipeError(f"bench train: no contender {contender!r}\nallowed: {allowed}")
+    if code.checkout is None:
+        return
+    if not code.name.startswith(OURS):
+        raise RecipeError(f"bench train: {contender}: code of another checkout is qmedtune's\ngive qmedtune@CHECKOUT")
+    if not (code.checkout / "qmedtune" / "bench" / "train_process.py").is_file():
+        raise RecipeError(
+            f"bench train: {contender}: {code.checkout} is no checkout of qmedtune with this benchmark\n"
+            "make one: git worktree add FOLDER COMMIT"
+        )
+
+
 def _rows(job: Job, contenders: Sequence[str], limits: Limits, runs: _Runs) -> list[Row]:
-    chosen = {name: Chosen(job) for name in contenders}
+    chosen = {name: FastestJob(job) for name in contenders}
     for name in contenders:
         if limits.best and name not in AS_THEY_COME:
-            plans = job.memory_gib is not None and name.startswith(("qmedtune", "without-"))
-            chosen[name] = Chosen(*best_job(job, partial(runs.once, name), plans=plans))
+            plans = job.memory_gib is not None and name.startswith(OURS)
+            chosen[name] = FastestJob(*best_job(job, partial(runs.once, name), plans=plans))
     measured: dict[str, list[Measurement]] = {name: [] for name in contenders}
     for number, name in _turns(contenders, limits.rounds):
         at = chosen[name].job
@@ -145,8 +186,8 @@ def _rows(job: Job, contenders: Sequence[str], limits: Limits, runs: _Runs) -> l
 class _Runs:
     """Measurements of one call, each made once and kept where there is a file for them."""
 
-    def __init__(self, limits: Limits, scratch: Path, bar: ui.Stage):
-        self.kept, self.bar = Kept(limits.results), bar
+    def __init__(self, limits: Limits, scratch: Path, bar: ui.ProgressBar):
+        self.kept, self.bar = MeasurementCache(limits.results), bar
         self.scratch, self.models = scratch, limits.models or scratch
         self.deadline = time.monotonic() + limits.time_limit_s
 
@@ -192,7 +233,7 @@ def write_results(known: Mapping[str, object], path: Path | None) -> None:
         path.write_text(json.dumps(known, indent=1) + "\n")
 
 
-class Kept:
+class MeasurementCache:
     """Measurements by contender, machine and job, in a file where one is given."""
 
     def __init__(self, path: Path | None):
@@ -213,7 +254,7 @@ class Kept:
         return found
 
 
-def _setting(chosen: Chosen) -> Row:
+def _setting(chosen: FastestJob) -> Row:
     if chosen.tried is None:
         return {}
     setting = None
@@ -224,7 +265,7 @@ def _setting(chosen: Chosen) -> Row:
 
 def measure(job: Job, contender: str, scratch: Path, models: Path, seconds: float) -> Measurement:
     """One run of a contender in its own process, compared with the fp32 loop's where the shape is small."""
-    if why := _absent(contender):
+    if why := _absent(Code.of(contender).name):
         return Measurement(absent=why)
     if seconds < SHORTEST_S:
         return NO_TIME
@@ -246,15 +287,23 @@ def _absent(contender: str) -> str:
     return ""
 
 
+def _target(scratch: Path, contender: str) -> Path:
+    """Where its process writes its figures; a checkout's folder is no file name."""
+    return (scratch / f"{contender.replace('/', '_')}.json").resolve()
+
+
 def _run(job: Job, contender: str, scratch: Path, models: Path, seconds: float) -> Measurement:
-    target = scratch / f"{contender}.json"
+    target, code = _target(scratch, contender), Code.of(contender)
     target.unlink(missing_ok=True)
     program = "from qmedtune.bench.train_process import main; main()"
     if contender == "unsloth":  # it patches what is imported after it
         program = f"import unsloth; {program}"
-    command = [sys.executable, "-c", program, contender, json.dumps(asdict(job)), str(models), str(target)]
+    command = [sys.executable, "-c", program, code.name, json.dumps(asdict(job)), str(models.resolve()), str(target)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=seconds, check=False, env=code.environment(),
+            cwd=code.checkout,
+        )  # fmt: skip
     except subprocess.TimeoutExpired:
         return Measurement(absent=f"not finished within {seconds:.0f} s", later=True)
     if done.returncode != 0 or not target.is_file():
@@ -270,8 +319,9 @@ def _against_reference(scratch: Path, contender: str) -> dict[str, float]:
 
     gradients, losses = [], []
     for name in (contender, REFERENCE):
-        gradients.append(load_file(scratch / f"{name}.gradient.safetensors"))
-        losses.append(Measurement.model_validate_json((scratch / f"{name}.json").read_bytes()).losses)
+        target = _target(scratch, name)
+        gradients.append(load_file(target.with_suffix(".gradient.safetensors")))
+        losses.append(Measurement.model_validate_json(target.read_bytes()).losses)
     ours, theirs = gradients
     assert ours.keys() == theirs.keys(), f"{contender} trains other adapters than {REFERENCE}"
     flat = []
@@ -293,7 +343,7 @@ OF_THE_LAST = ("gradient_cosine", "loss_gap", "layers", "card")
 
 
 def _row(job: Job, contender: str, measured: list[Measurement], first: list[Measurement]) -> Row:
-    row: Row = {"case": contender, "contender": contender, "unit": "tokens/s", "what": CONTENDERS[contender]}
+    row: Row = {"case": contender, "contender": contender, "unit": "tokens/s", "what": _what(contender)}
     good, speeds = [], []
     for found in measured:
         if found.tokens_per_s is not None:
@@ -317,6 +367,13 @@ def _row(job: Job, contender: str, measured: list[Measurement], first: list[Meas
             row[name] = getattr(good[-1], name)
     row |= utilisation(job, statistics.median(found.all_tokens_per_s for found in good))
     return row | {"loss": {"first": good[0].losses[0], "last": good[0].losses[-1]}}
+
+
+def _what(contender: str) -> str:
+    code = Code.of(contender)
+    if code.checkout is None:
+        return CONTENDERS[code.name]
+    return f"{CONTENDERS[code.name]}, by the code of another checkout"
 
 
 def _ratios(measured: list[Measurement], first: list[Measurement]) -> Row:
@@ -364,7 +421,7 @@ def setting_words(row: Row) -> str:
     return f"; at its best: {row['setting']['micro_batch']} rows at a time, layers {words}"
 
 
-def render(result: Result) -> tuple[list[str], list[list[str]]]:
+def render(result: BenchResult) -> tuple[list[str], list[list[str]]]:
     """Columns and rows for ui.table."""
     columns = ["contender", "tokens/s", "ratio", "first step", "peak memory", "loss", "to fp32", ""]
     rows = []

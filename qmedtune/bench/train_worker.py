@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from qmedtune.bench import shapes
+from qmedtune.bench import random_bases
 from qmedtune.bench.job import Job
 from qmedtune.bench.rounds import anonymous_bytes
 from qmedtune.recipe import AdapterSection, ModelSection, WarmupSection
@@ -118,13 +118,13 @@ def model_folder(job: Job, models: Path) -> Path:
     folder = models / job.shape.replace(":", "-")
     if (folder / "tokenizer.json").is_file():
         return folder
-    write = shapes.write_nf4_model
-    if job.shape in shapes.SMALL:
-        write = shapes.write_model
+    write = random_bases.write_nf4_model
+    if job.shape in random_bases.SMALL:
+        write = random_bases.write_model
     from qmedtune import tiny
 
     shutil.rmtree(folder, ignore_errors=True)  # of a call that was cut
-    write(shapes.SHAPES[job.shape], folder)
+    write(random_bases.SHAPES[job.shape], folder)
     tiny.build_tokenizer(tiny.world_of("builtin:micro")).save_pretrained(str(folder))
     return folder
 
@@ -168,7 +168,7 @@ def facts_of(job: Job) -> Any:
     """What the planner reads of the job's shape."""
     from qmedtune.llama_shape import facts_from_config
 
-    return facts_from_config(job.shape, shapes.config_of(shapes.SHAPES[job.shape]), "shape")
+    return facts_from_config(job.shape, random_bases.config_of(random_bases.SHAPES[job.shape]), "shape")
 
 
 def setup_of(job: Job) -> Any:
@@ -296,7 +296,7 @@ def card_state() -> dict[str, str]:
 def figures(job: Job, clock: Clock) -> dict[str, Any]:
     steps = np.diff(clock.marks)
     assert len(steps) == job.steps == len(clock.losses), f"{len(steps)} steps, {len(clock.losses)} losses"
-    rows = packed_rows(job, shapes.SHAPES[job.shape]["vocab"])
+    rows = packed_rows(job, random_bases.SHAPES[job.shape]["vocab"])
     labels = [int((row["labels"][1:] != -100).sum()) for row in rows[job.warmup_steps * job.rows :]]
     supervised = sum(labels) / len(labels)
     per_step = float(np.median(steps[job.warmup_steps :]))

@@ -42,13 +42,13 @@ def ablate(
     loaded = load(recipe, overrides)
     from qmedtune import ablate as sweep
     from qmedtune import ui
-    from qmedtune.ablation import page
+    from qmedtune.ablation import ablation_page
 
     folder = run_folder(loaded, out)
     result = sweep.ablate(loaded, folder, seeds=seeds, offline=offline, time_limit_s=time_limit)  # type: ignore[arg-type]
     if as_json:
         return emit(result.as_json())
-    for table in page.tables(result):
+    for table in ablation_page.tables(result):
         if table.rows:
             ui.table(table.title, table.columns, table.rows)
     print("\n".join(str(folder / name) for name in (sweep.REPORT, sweep.TABLE, sweep.DIFFERENCES, sweep.FIGURE)))

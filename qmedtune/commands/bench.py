@@ -11,7 +11,7 @@ import typer
 from qmedtune.commands.common import JsonOption, TimeLimitOption, emit
 
 if TYPE_CHECKING:
-    from qmedtune.bench.result import Result
+    from qmedtune.bench.result import BenchResult
 
 ContendersOption = Annotated[
     str | None, typer.Option("--contenders", metavar="A,B", help="Names, the reference first; default: all.")
@@ -189,7 +189,7 @@ def evaluation(
     )
 
 
-def _show_rows(facts: Result, columns: tuple[str, ...]) -> None:
+def _show_rows(facts: BenchResult, columns: tuple[str, ...]) -> None:
     from qmedtune import ui
 
     rows = []
@@ -203,7 +203,7 @@ def _names(asked: str | None, module: ModuleType) -> list[str]:
     return asked.split(",") if asked else list(module.CONTENDERS)
 
 
-def _show(module: ModuleType, result: Result, as_json: bool) -> None:
+def _show(module: ModuleType, result: BenchResult, as_json: bool) -> None:
     if as_json:
         return emit(dict(result))
     from qmedtune import ui

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qmedtune.commands.common import JsonOption, OfflineOption, emit
-from qmedtune.commands.model import Precision, PrecisionOption
+from qmedtune.commands.model import QuantizationOption
 
 if TYPE_CHECKING:
     from qmedtune.results import HeadToHead
@@ -30,7 +30,7 @@ def compare(
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Keep compare.json, and the page or the items, here.")
     ] = None,
-    quantization: PrecisionOption = Precision.none,
+    quantization: QuantizationOption = "none",
     seed: Annotated[int, typer.Option(min=0, help="Draws the development items and the examples.")] = 17,
     offline: OfflineOption = False,
     as_json: JsonOption = False,
@@ -38,7 +38,7 @@ def compare(
     """Runs: what differs, curves, paired tests. With --tasks models: each asked in the prompt that suits it."""
     if tasks is None:
         return _compare_runs([Path(name) for name in names], out, as_json)
-    from qmedtune.compare import Asked, compare_models
+    from qmedtune.compare import ComparisonJob, compare_models
     from qmedtune.evaluate import named_file
     from qmedtune.recipe import TaskSection
 
@@ -46,12 +46,11 @@ def compare(
     for entry in tasks.split(","):
         name, path = named_file(entry, None)
         sections.append(TaskSection(task=name, path=path, limit=limit))
-    chosen = quantization.value if quantization else None
     if not re.fullmatch(r"\d{1,2}(,\d{1,2})*", shots):
         raise typer.BadParameter(f"--shots: got {shots!r}; allowed: numbers with commas between, 0,3")
     numbers = tuple(int(number) for number in shots.split(","))
     named = tuple(name for name in templates.split(",") if name)
-    asked = Asked(tuple(names), tuple(sections), numbers, named, seed, chosen, offline)
+    asked = ComparisonJob(tuple(names), tuple(sections), numbers, named, seed, quantization, offline)
     found = compare_models(asked, out)
     emit(found.as_json()) if as_json else _show_duels(found)
 

@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qmedtune.allowed import ExportForm
 from qmedtune.commands.common import JsonOption, OfflineOption, emit
 
 if TYPE_CHECKING:
     from qmedtune.results import Exported
 
 
-class FormChoice(StrEnum):
-    gguf = "gguf"
-    gguf_adapter = "gguf-adapter"
-    ollama = "ollama"
-    vllm = "vllm"
-    transformers = "transformers"
-    hub = "hub"
-
-
 def export(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A run, or a merged model or adapter folder.")],
-    form: Annotated[FormChoice, typer.Option("--as", help="What it becomes.")],
+    form: Annotated[ExportForm, typer.Option("--as", help="What it becomes.")],
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="A new folder; hub needs none.")] = None,
     quant: Annotated[
         str | None, typer.Option(metavar="TYPE", help="f32, f16 (default), bf16, q8_0, q5_1 ... q4_0; q4_k_m ...")
@@ -46,10 +37,10 @@ def export(
     from qmedtune.export import ExportJob
     from qmedtune.export import export as run_export
 
-    if out is None and form != FormChoice.hub:
+    if out is None and form != "hub":
         raise typer.BadParameter("--out: name the folder that is made")
     job = ExportJob(
-        model, out or Path(), form.value, quant, base, pre, repo, endpoint, publish_clinical, offline
+        model, out or Path(), form, quant, base, pre, repo, endpoint, publish_clinical, offline
     )  # fmt: skip
     made = run_export(job)
     emit(made.as_json()) if as_json else _show(made)

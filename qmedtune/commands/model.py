@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qmedtune.allowed import (
+    BenchmarkSplit,
+    Extraction,
+    FloatDtype,
+    MergeBase,
+    MergeMethod,
+    PromptSet,
+    Quantization,
+    RoundingMode,
+)
 from qmedtune.commands.common import JsonOption, OfflineOption, emit
 
 if TYPE_CHECKING:
@@ -17,54 +26,12 @@ if TYPE_CHECKING:
     from qmedtune.results import ModelScores, Score, Scores
 
 
-class Precision(StrEnum):
-    nf4 = "nf4"
-    none = "none"
-
-
-class Split(StrEnum):
-    test = "test"
-    dev = "dev"
-    train = "train"
-
-
-class Prompts(StrEnum):
-    own = "own"
-    me_llama = "me_llama"
-
-
-class Extraction(StrEnum):
-    stated = "stated"
-    me_llama = "me_llama"
-
-
-class Onto(StrEnum):
-    full16 = "full16"
-    nf4 = "nf4"
-
-
-class Method(StrEnum):
-    linear = "linear"
-    slerp = "slerp"
-    task_arithmetic = "task_arithmetic"
-
-
-class RoundingChoice(StrEnum):
-    auto = "auto"
-    nearest = "nearest"
-    stochastic = "stochastic"
-
-
-class Dtype(StrEnum):
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-    float32 = "float32"
-
-
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A run, an adapter or model folder, or a Hub id.")]
 BaseOption = Annotated[str | None, typer.Option(metavar="MODEL", help="Base of an adapter folder.")]
 TemplateOption = Annotated[str | None, typer.Option(metavar="NAME", help="Instead of the one it was trained with.")]
-PrecisionOption = Annotated[Precision | None, typer.Option(help="Default: as its adapter was trained, else 16 bit.")]
+QuantizationOption = Annotated[
+    Quantization | None, typer.Option(help="Default: as its adapter was trained, else 16 bit.")
+]
 
 
 def evaluate(
@@ -73,7 +40,7 @@ def evaluate(
     data: Annotated[Path | None, typer.Option(metavar="FILE", help="File of the tasks that name none.")] = None,
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Keep items here; resume.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="At most this many items of each task.")] = None,
-    split: Annotated[Split | None, typer.Option(help="Of a folder as published; default: test.")] = None,
+    split: Annotated[BenchmarkSplit | None, typer.Option(help="Of a folder as published; default: test.")] = None,
     metric: Annotated[str | None, typer.Option(metavar="NAME", help="In place of the tasks' usual one.")] = None,
     bertscore: Annotated[str | None, typer.Option(metavar="DIR", help="A local encoder, for summaries.")] = None,
     shots: Annotated[int, typer.Option(min=0, max=32, help="Examples before each question.")] = 0,
@@ -81,12 +48,12 @@ def evaluate(
     shots_from: Annotated[
         str | None, typer.Option(metavar="FILE", help="Default: the folder's training split, else the other items.")
     ] = None,
-    prompts: Annotated[Prompts, typer.Option(help="Who words the questions.")] = Prompts.own,
-    extraction: Annotated[Extraction, typer.Option(help="How an answer is read.")] = Extraction.stated,
+    prompts: Annotated[PromptSet, typer.Option(help="Who words the questions.")] = "own",
+    extraction: Annotated[Extraction, typer.Option(help="How an answer is read.")] = "stated",
     generate: Annotated[bool, typer.Option(help="Also judge what the model writes.")] = True,
     base: BaseOption = None,
     template: TemplateOption = None,
-    quantization: PrecisionOption = None,
+    quantization: QuantizationOption = None,
     harness: Annotated[str | None, typer.Option(metavar="A,B", help="Tasks of lm-evaluation-harness.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Draws the items of --limit, and the bootstrap.")] = 17,
     offline: OfflineOption = False,
@@ -95,12 +62,11 @@ def evaluate(
     """Score a model on tasks and held-out texts."""
     if (tasks is None) == (harness is None):
         raise typer.BadParameter("give one of --tasks (facts, pubmedqa=FILE ...) and --harness")
-    chosen = quantization.value if quantization else None
     if harness:
         from qmedtune.evaluation.harness import evaluate_with_harness
 
         found = evaluate_with_harness(
-            model, harness.split(","), limit=limit, base=base, template=template, quantization=chosen, seed=seed,
+            model, harness.split(","), limit=limit, base=base, template=template, quantization=quantization, seed=seed,
             offline=offline,
         )  # fmt: skip
         return emit(found.as_json()) if as_json else _show_harness(found)
@@ -111,13 +77,13 @@ def evaluate(
     for entry in str(tasks).split(","):
         name, path = named_file(entry, data)
         section = TaskSection(
-            task=name, path=path, limit=limit, split=split.value if split else None, metric=metric, bertscore=bertscore,
-            shots=shots, shot_seeds=shot_seeds, shots_from=shots_from, prompts=prompts.value,
-            extraction=extraction.value,
+            task=name, path=path, limit=limit, split=split, metric=metric, bertscore=bertscore,
+            shots=shots, shot_seeds=shot_seeds, shots_from=shots_from, prompts=prompts,
+            extraction=extraction,
         )  # fmt: skip
         asked.append(entry if name == TEXTS else section)
     job = ModelJob(
-        model, asked, data=data, base=base, template=template, out=out, generate=generate, quantization=chosen,
+        model, asked, data=data, base=base, template=template, out=out, generate=generate, quantization=quantization,
         seed=seed, offline=offline,
     )  # fmt: skip
     scores = evaluate_model(job)
@@ -200,7 +166,7 @@ def predict(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of an answer.")] = 256,
     base: BaseOption = None,
     template: TemplateOption = None,
-    quantization: PrecisionOption = None,
+    quantization: QuantizationOption = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="The tokens that would be asked; reads no weights.")
     ] = False,
@@ -211,7 +177,7 @@ def predict(
     from qmedtune import predict as predictions
 
     if dry_run:
-        asked = predictions.Questions(data, column, instruction)
+        asked = predictions.QuestionFile(data, column, instruction)
         found = predictions.dry_run(
             model, asked, base=base, template=template, max_new_tokens=max_new_tokens, offline=offline
         )
@@ -221,7 +187,7 @@ def predict(
 
     done = predictions.predict(
         model, data, out, column=column, instruction=instruction, base=base, template=template,
-        max_new_tokens=max_new_tokens, quantization=quantization.value if quantization else None, offline=offline,
+        max_new_tokens=max_new_tokens, quantization=quantization, offline=offline,
     )  # fmt: skip
     told = done.as_json()
     emit(told) if as_json else print(", ".join(f"{key} {value}" for key, value in told.items()))
@@ -249,7 +215,7 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of an answer.")] = 512,
     base: BaseOption = None,
     template: TemplateOption = None,
-    quantization: PrecisionOption = None,
+    quantization: QuantizationOption = None,
     offline: OfflineOption = False,
 ) -> None:
     """Talk to a model with the template it was trained with."""
@@ -257,7 +223,7 @@ def chat(
 
     chats.chat(
         model, base=base, template=template, system=system, max_new_tokens=max_new_tokens,
-        quantization=quantization.value if quantization else None, offline=offline,
+        quantization=quantization, offline=offline,
     )  # fmt: skip
 
 
@@ -265,11 +231,9 @@ def merge(
     model: Annotated[str, typer.Argument(metavar="RUN_OR_ADAPTER", help="A run or an adapter folder.")],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The merged model; must not exist.")],
     base: BaseOption = None,
-    onto: Annotated[Onto, typer.Option(help="The 16-bit base, or its dequantised NF4 values.")] = Onto.full16,
-    dtype: Annotated[Dtype, typer.Option(help="Of the merged weights.")] = Dtype.bfloat16,
-    rounding: Annotated[RoundingChoice, typer.Option(help="auto: stochastic where nearest loses over 1 %.")] = (
-        RoundingChoice.auto
-    ),
+    onto: Annotated[MergeBase, typer.Option(help="The 16-bit base, or its dequantised NF4 values.")] = "full16",
+    dtype: Annotated[FloatDtype, typer.Option(help="Of the merged weights.")] = "bfloat16",
+    rounding: Annotated[RoundingMode, typer.Option(help="auto: stochastic where nearest loses over 1 %.")] = "auto",
     max_kl: Annotated[float | None, typer.Option(help="Refuse above this divergence (nats). Default: none.")] = None,
     weights: Annotated[
         str | None, typer.Option(metavar="STAGE=W,...", help="Of a run's stages: 01-cpt=0.7; default: the recipe's.")
@@ -277,7 +241,7 @@ def merge(
     other: Annotated[
         str | None, typer.Option("--with", metavar="MODEL", help="Mix with a model of the same base; a run, a folder.")
     ] = None,
-    method: Annotated[Method | None, typer.Option(help="How it is mixed in. Default: linear.")] = None,
+    method: Annotated[MergeMethod | None, typer.Option(help="How it is mixed in. Default: linear.")] = None,
     share: Annotated[
         float | None, typer.Option("--lambda", min=0, max=1, help="How much of it: 0 nothing, 1 all. Default: 0.5.")
     ] = None,
@@ -291,13 +255,13 @@ def merge(
     if max_kl is not None and not max_kl > 0:
         raise typer.BadParameter(f"--max-kl: got {max_kl}; allowed: a number above 0")
     section = MergeSection(
-        base=onto.value,
-        dtype=dtype.value,
-        rounding=rounding.value,
+        base=onto,
+        dtype=dtype,
+        rounding=rounding,
         verify=VerifySection(max_kl=max_kl),
         weights=_weights(weights),
     )
-    mixed = {"other": other, "method": method.value if method else None, "share": share}
+    mixed = {"other": other, "method": method, "share": share}
     section = section.model_copy(update=mixed)
     merged = merge_into(model, out, section, base=base, offline=offline)
     if as_json:

@@ -103,19 +103,19 @@ def plan(
     """What a run will take, before anything runs: fits or not, time, disk. Exit code 4: it cannot fit."""
     loaded = load(recipe, overrides)
     from qmedtune.plan import make_plan
-    from qmedtune.planning import verdict
+    from qmedtune.planning import plan_screen
     from qmedtune.planning.view import render_plan
     from qmedtune.terminal import wrapped
 
     facts = make_plan(loaded.recipe, run_folder(loaded, out))
     if as_json:
         return emit(facts)
-    print("\n".join(wrapped(f"{facts['recipe']} {verdict.verdict(facts)}")))
+    print("\n".join(wrapped(f"{facts['recipe']} {plan_screen.verdict(facts)}")))
     if full:
         tables, closing = render_plan(facts)
         _show(*tables)
         return print("\n".join(closing))
-    steps, lines = verdict.screen(facts)
+    steps, lines = plan_screen.screen(facts)
     _show(steps)
     print("\n".join([*lines, f"everything else: qmedtune plan {recipe} --full"]))
 
@@ -138,7 +138,7 @@ def data(
     loaded = load(Path(recipe), overrides)
     folder = run_folder(loaded, out)
     if show:
-        return _show_packed(loaded, folder, Shown(stage, count, offline, as_json))
+        return _show_packed(loaded, folder, ShownRows(stage, count, offline, as_json))
     from qmedtune import run as spine
     from qmedtune.reporting import tables as report_tables
 
@@ -162,7 +162,7 @@ def _packed_tables(folder: Path, stages: list[str]) -> Iterator[Table]:
 
 
 @dataclass(frozen=True)
-class Shown:
+class ShownRows:
     """What `data show` prints: so many rows of a stage (default: the first), as text or as JSON."""
 
     stage: str | None
@@ -185,7 +185,7 @@ def _stage_named(asked: str | None, stages: list[str]) -> str:
     return found[0]
 
 
-def _show_packed(loaded: LoadedRecipe, folder: Path, asked: Shown) -> None:
+def _show_packed(loaded: LoadedRecipe, folder: Path, asked: ShownRows) -> None:
     from qmedtune import base, store
     from qmedtune.data.packing import borders
     from qmedtune.data.packing.pack import PackedRows
@@ -246,7 +246,7 @@ def items(
     """A local page of the items: gained, lost, near ties, confidence; readable by you alone."""
     from qmedtune import verify as checking
     from qmedtune.item_page.make import write_items_page
-    from qmedtune.item_page.questions import RequestedItems
+    from qmedtune.item_page.question_texts import RequestedItems
 
     checking.check_is_run(run_dir)
     written = write_items_page(run_dir, RequestedItems(text, clinical_text, whole))
@@ -285,7 +285,7 @@ def selftest(as_json: JsonOption = False) -> None:
     from qmedtune import ui
 
     found = []
-    with ui.stage("selftest", total=len(proofs.CHECKS), unit="checks") as shown:
+    with ui.progress_bar("selftest", total=len(proofs.CHECKS), unit="checks") as shown:
         for row in proofs.selftest():
             found.append(row)
             shown.update(len(found), note=row["check"])

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from qmedtune.evaluation import statistics
-from qmedtune.evaluation.measure import Measured, Row
+from qmedtune.evaluation.measure import MeasuredModel, Row
 from qmedtune.evaluation.summary import summarise
 from qmedtune.recipe import Recipe, SweepSection
 from qmedtune.results import Score, SweepPoint
@@ -55,7 +55,7 @@ def rule_of(recipe: Recipe, tasks: Sequence[Task]) -> Rule:
     return Rule(recipe.merge.sweep, tasks, domain, general, recipe.seed)
 
 
-def point_of(rule: Rule, measured: Measured, base: Measured | None, share: float | None) -> SweepPoint:
+def point_of(rule: Rule, measured: MeasuredModel, base: MeasuredModel | None, share: float | None) -> SweepPoint:
     """What was measured at one share. base: of the untouched base, None for itself."""
     scores: dict[str, Score] = {}
     for task in rule.tasks:
@@ -78,7 +78,7 @@ def point_of(rule: Rule, measured: Measured, base: Measured | None, share: float
     return point.model_copy(update=found)
 
 
-def _worth(rule: Rule, measured: Measured) -> float:
+def _worth(rule: Rule, measured: MeasuredModel) -> float:
     """What the rule goes by, higher is better: a mean score, or less the mean log perplexity."""
     if rule.section.choose == "perplexity":
         return -fmean(math.log(measured.perplexity[source].perplexity) for source in rule.domain)
@@ -99,7 +99,7 @@ def _judged(rule: Rule, row: Row) -> Row:
     return row
 
 
-def _general_loss(rule: Rule, measured: Measured, base: Measured) -> float | None:
+def _general_loss(rule: Rule, measured: MeasuredModel, base: MeasuredModel) -> float | None:
     """Rise of the mean perplexity (geometric) of general texts over the base's; None where there are none."""
     if not rule.general:
         return None
@@ -124,7 +124,7 @@ def _gain(point: SweepPoint) -> float:
     return float(point.gain)
 
 
-def within_noise(rule: Rule, measured: Measured, chosen: Measured) -> bool | None:
+def within_noise(rule: Rule, measured: MeasuredModel, chosen: MeasuredModel) -> bool | None:
     """Whether the bootstrap interval (95 %) of a point's difference from the chosen one holds 0; None for perplexities,
     and for metrics that are no mean over items."""
     differences: list[float] = []

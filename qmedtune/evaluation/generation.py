@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from qmedtune.data.packing.framing import Asked, codec_of
+from qmedtune.data.packing.framing import Prompt, codec_of
 from qmedtune.evaluation.scoring import BATCH_TOKENS, Progress, encode, fit, padded_batches
 from qmedtune.modeling.forward import (
     Shared,
@@ -31,7 +31,7 @@ Ended = Literal["eos", "stop", "length"]
 
 
 @dataclass(frozen=True)
-class Answer:
+class Continuation:
     """A greedy continuation without its end token or stop string. `truncated`: its prompt was cut."""
 
     text: str
@@ -83,7 +83,7 @@ class Ending:
 
 
 def ending(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str | Asked], stop: Sequence[str]
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str | Prompt], stop: Sequence[str]
 ) -> Ending:
     """End tokens of the tokenizer, of the model (LLaMA-3 lists several) and of the template; stop strings likewise."""
     eos: set[int] = set()
@@ -92,7 +92,7 @@ def ending(
             if isinstance(token, int):
                 eos.add(token)
     for prompt in prompts:
-        if isinstance(prompt, Asked):  # all of them are of one template
+        if isinstance(prompt, Prompt):  # all of them are of one template
             both = dict.fromkeys([*stop, *prompt.stop])
             return Ending(tokenizer, frozenset(eos | prompt.ends), tuple(both), prompt.lead)
     return Ending(tokenizer, frozenset(eos), tuple(stop))
@@ -101,14 +101,14 @@ def ending(
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str | Asked],
+    prompts: Sequence[str | Prompt],
     max_new_tokens: int,
     *,
     stop: Sequence[str] = (),
     batch_tokens: int = BATCH_TOKENS,
     progress: Progress | None = None,
-) -> list[Answer]:
-    """Greedy answers in the order given. What is `Asked` brings its own ends; all of it is of one template."""
+) -> list[Continuation]:
+    """Greedy answers in the order given. What is a `Prompt` brings its own ends; all of it is of one template."""
     end = ending(model, tokenizer, prompts, stop)
     room = max_positions(model) - max_new_tokens
     marks = codec_of(tokenizer).special_ids
@@ -118,7 +118,7 @@ def generate(
         rows.append(row)
         cut.append(truncated)
         costs.append(len(row) + max_new_tokens)
-    answers: dict[int, Answer] = {}
+    answers: dict[int, Continuation] = {}
     shared = read_shared(model, rows)
     for batch in padded_batches(costs, batch_tokens):
         for position, tokens, ended in _decode(
@@ -126,7 +126,7 @@ def generate(
         ):
             if ended:
                 index = batch[position]
-                answers[index] = Answer(end.text(tokens), len(tokens), ended, cut[index])
+                answers[index] = Continuation(end.text(tokens), len(tokens), ended, cut[index])
         if progress:
             progress(len(batch))
     return [answers[index] for index in range(len(rows))]
@@ -135,7 +135,7 @@ def generate(
 def stream(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompt: str | Asked,
+    prompt: str | Prompt,
     max_new_tokens: int,
     *,
     stop: Sequence[str] = (),
@@ -198,5 +198,7 @@ def _decode(
                 cache.batch_select_indices(kept)
                 new, mask, positions = new[kept], mask[kept], positions[kept]
             mask = torch.cat([mask, mask.new_ones(len(live), 1)], dim=-1)
-            logits = next_logits(model, hidden_states(model, new[:, None], mask, positions[:, None], cache)[:, -1])
+            logits = next_logits(
+                model, hidden_states(model, new[:, None], mask, positions[:, None], cache=cache)[:, -1]
+            )
             positions = positions + 1

@@ -23,10 +23,11 @@ from typing import Any
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from jinja2 import TemplateError
 
+from qmedtune.allowed import Quantization
 from qmedtune.data.packing.framing import codec_of, frame_of
 from qmedtune.data.reading.files import plain_suffix
 from qmedtune.errors import DataError, QmedtuneError, RecipeError
-from qmedtune.evaluation.open_model import OpenModel, Quantization, locate, open_model
+from qmedtune.evaluation.open_model import OpenModel, locate, open_model
 from qmedtune.evaluation.scoring import Boundary, prompt_texts
 from qmedtune.model_files import JsonObject
 from qmedtune.modeling.forward import causal_model

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from qmedtune import store, ui
-from qmedtune.data.packing.framing import Asked, codec_of
+from qmedtune.data.packing.framing import Prompt, codec_of
 from qmedtune.data.packing.templates import Template
 from qmedtune.data.packing.tokens import encode_texts
 from qmedtune.data.reading.document import Record
@@ -63,7 +63,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredModel:
     """What one model did: rows per task in the order of `asked`, perplexity per source of held-out text."""
 
     tasks: dict[str, list[Row]]
@@ -78,13 +78,13 @@ def measure_model(
     held_out: Mapping[str, Rows],
     settings: Settings,
     folder: Path,
-) -> Measured:
+) -> MeasuredModel:
     """All tasks and texts. Each result is written below `folder` at once and read from there when it is there."""
     marks = codec_of(tokenizer).special_ids
 
     def text(source: str) -> dict[str, float]:
         rows = held_out[source]
-        with ui.stage(f"perplexity of {Path(source).name}, {label}") as bar:
+        with ui.progress_bar(f"perplexity of {Path(source).name}, {label}") as bar:
             done = bar.completed
 
             def read(batch_tokens: int) -> Perplexity:
@@ -102,7 +102,7 @@ def measure_model(
         # A source may be a path, which must not lead out of the folder.
         file = folder / f"{label}-perplexity-{store.sha256_json(source)[:16]}.json"
         texts[source] = Perplexity(**store.kept(file, partial(text, source)))
-    return Measured(done, texts)
+    return MeasuredModel(done, texts)
 
 
 def measure(model: Any, tokenizer: Any, task: Task, settings: Settings, title: str, folder: Path) -> list[Row]:
@@ -111,7 +111,7 @@ def measure(model: Any, tokenizer: Any, task: Task, settings: Settings, title: s
     prompts = prompt_texts(tokenizer, settings.template, [item.messages for item in asked])
     rows: list[Row] = [{}] * len(asked)
     ways = bool(asked[0].options) + (settings.generate or not asked[0].options)
-    with ui.stage(title, total=len(asked) * ways, unit="answers") as bar:
+    with ui.progress_bar(title, total=len(asked) * ways, unit="answers") as bar:
         for number, part in enumerate(parts(asked, prompts)):
             items = [asked[index] for index in part]
             texts = [prompts[index] for index in part]
@@ -124,7 +124,7 @@ def measure(model: Any, tokenizer: Any, task: Task, settings: Settings, title: s
     return rows
 
 
-def parts(asked: Sequence[Item], prompts: Sequence[Asked]) -> list[list[int]]:
+def parts(asked: Sequence[Item], prompts: Sequence[Prompt]) -> list[list[int]]:
     """Indices of what is scored and written together: the same examples before it, similar lengths, at most PART."""
     groups: dict[tuple[str, ...], list[int]] = {}
     for index in sorted(range(len(asked)), key=lambda i: -len(prompts[i].ids)):
@@ -137,8 +137,8 @@ def parts(asked: Sequence[Item], prompts: Sequence[Asked]) -> list[list[int]]:
 
 
 def _score(
-    model: Any, tokenizer: Any, task: Task, items: list[Item], prompts: list[Asked], settings: Settings, done: Progress,
-    batch_tokens: int,
+    model: Any, tokenizer: Any, task: Task, items: list[Item], prompts: list[Prompt], settings: Settings,
+    done: Progress, batch_tokens: int,
 ) -> list[Row]:  # fmt: skip
     rows: list[Row] = []
     options = []
@@ -175,7 +175,7 @@ def within_memory(work: Callable[[int], T], batch_tokens: int) -> T:
         ui.warn(f"out of memory: scored in batches of {batch_tokens:,} tokens from here on")
 
 
-def adding(bar: ui.Stage) -> Progress:
+def adding(bar: ui.ProgressBar) -> Progress:
     return lambda count: bar.update(bar.completed + count)
 
 

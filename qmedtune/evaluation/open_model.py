@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from qmedtune import base as bases
 from qmedtune import hub, local_names, record, store, ui
+from qmedtune.allowed import Quantization
 from qmedtune.data.packing import templates
 from qmedtune.errors import DataError, RecipeError, RunError
 from qmedtune.model_stack import ModelStack, named_base, read_adapter, read_model
@@ -24,8 +25,6 @@ from qmedtune.tasks import world_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Quantization = Literal["nf4", "none"]
 
 
 @dataclass(frozen=True)

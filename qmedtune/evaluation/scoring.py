@@ -1,6 +1,6 @@
 """What a model says about text: log-likelihoods of options and perplexity of packed rows (answers: generation.py).
 
-A prompt is `Asked` (framing.py: the tokens of training), or plain text as it stands, behind one bos.
+A prompt is a `Prompt` (framing.py: the tokens of training), or plain text as it stands, behind one bos.
 
 A batch of prompts, sorted by length, goes through the model once (forward.py); options and the tokens
 of answers continue from its key/value cache. All options of an item share one row behind the prompt
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from qmedtune.data.packing.borders import document_borders
-from qmedtune.data.packing.framing import Asked, codec_of, frame_of
+from qmedtune.data.packing.framing import Prompt, codec_of, frame_of
 from qmedtune.data.packing.templates import Template
 from qmedtune.data.packing.tokens import Codec
 from qmedtune.errors import DataError
@@ -51,7 +51,7 @@ Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
-class Choice:
+class EncodedItem:
     """One item as tokens. `truncated`: the beginning of the prompt was cut to fit the model's positions."""
 
     prompt: list[int]
@@ -67,7 +67,7 @@ class Choice:
         return tokens
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str | Asked]) -> list[list[int]]:
+def encode(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str | Prompt]) -> list[list[int]]:
     """Token ids: those that training begins with; of a text, as a document's, behind the mark that opens documents."""
     codec = codec_of(tokenizer)
     start = document_borders(codec).start
@@ -91,20 +91,20 @@ def _opened(row: list[int], start: int | None, codec: Codec) -> list[int]:
 
 def prompt_texts(
     tokenizer: PreTrainedTokenizerBase, template: Template, conversations: Sequence[Sequence[dict[str, str]]]
-) -> list[Asked]:
+) -> list[Prompt]:
     """What asks for the next answer of each conversation. Special tokens spelled in a message are defused."""
     return frame_of(template, codec_of(tokenizer)).ask(conversations)
 
 
 def encode_choice(
     tokenizer: PreTrainedTokenizerBase,
-    prompt: str | Asked,
+    prompt: str | Prompt,
     options: Sequence[str],
     max_tokens: int,
     *,
     boundary: Boundary = "segment",
-) -> Choice:
-    """Split prompt + option into tokens. What is `Asked` has them from its template; of a text:
+) -> EncodedItem:
+    """Split prompt + option into tokens. What is a `Prompt` has them from its template; of a text:
 
     segment: each by itself
     joint: as lm-evaluation-harness does: tokenised together, white space at the end of the prompt moved to the option.
@@ -122,10 +122,10 @@ def encode_choice(
             raise DataError(f"option {option!r} adds no token behind its prompt: it is empty or only white space")
         longest = max(longest, len(tail))
     kept, truncated = fit(start, max_tokens - longest, codec_of(tokenizer).special_ids)
-    return Choice(kept, tails, truncated)
+    return EncodedItem(kept, tails, truncated)
 
 
-def _tails(tokenizer: PreTrainedTokenizerBase, prompt: str | Asked, options: Sequence[str]) -> list[list[int]]:
+def _tails(tokenizer: PreTrainedTokenizerBase, prompt: str | Prompt, options: Sequence[str]) -> list[list[int]]:
     if isinstance(prompt, str):
         return codec_of(tokenizer).encode(list(options), markers=True)
     tails = []
@@ -138,7 +138,7 @@ def _tails(tokenizer: PreTrainedTokenizerBase, prompt: str | Asked, options: Seq
 
 
 def _joint(
-    tokenizer: PreTrainedTokenizerBase, prompt: str | Asked, options: Sequence[str]
+    tokenizer: PreTrainedTokenizerBase, prompt: str | Prompt, options: Sequence[str]
 ) -> tuple[list[int], list[list[int]]]:
     """(tokens of the prompt without the white space at its end, those that each option adds)."""
     text = prompt
@@ -191,7 +191,7 @@ class ChoiceScores:
 def choice_logprobs(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str | Asked],
+    prompts: Sequence[str | Prompt],
     options: Sequence[Sequence[str]],
     *,
     batch_tokens: int = BATCH_TOKENS,
@@ -225,7 +225,7 @@ def _choice_scores(sums: list[float], options: Sequence[str], *, truncated: bool
     return ChoiceScores(sums, per_character, truncated)
 
 
-def _score(model: PreTrainedModel, batch: list[Choice], shared: Shared | None) -> list[list[float]]:
+def _score(model: PreTrainedModel, batch: list[EncodedItem], shared: Shared | None) -> list[list[float]]:
     """log p of every option of every item: first tokens from the prompts' pass, the others from one pass more."""
     prefix = prefill(model, [item.prompt for item in batch], shared)
     logits = exact_logits(model, prefix.last)
@@ -297,7 +297,7 @@ def _tree_logprobs(model: PreTrainedModel, prefix: Prefix, trees: list[OptionTre
     prompts = prefix.mask[:, None, :].expand(-1, width, -1)
     mask = torch.cat([prompts, seen.to(device)], dim=-1)[:, None]
     positions = prefix.lengths[:, None] + depths.to(device)
-    hidden = hidden_states(model, ids.to(device), mask, positions, prefix.cache)
+    hidden = hidden_states(model, ids.to(device), mask, positions, cache=prefix.cache)
     rows, nodes, targets, options = torch.tensor(edges, device=device).unbind(-1)
     logprobs = _token_logprobs(model, hidden[rows, nodes], targets)
     sums = torch.zeros(len(trees), num_options, device=device)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qmedtune.data.packing.framing import Asked, Frame
+from qmedtune.data.packing.framing import Frame, Prompt
 from qmedtune.errors import RecipeError
 
 MARK = " [...] "  # stands where text was left out
@@ -22,7 +22,7 @@ class Fitted:
     """What is asked, and the messages that it is made of. forgotten: messages dropped from the beginning; left_out:
     tokens missing from the middle of the last one."""
 
-    asked: Asked
+    asked: Prompt
     messages: list[Message]
     forgotten: int = 0
     left_out: int = 0
@@ -49,7 +49,7 @@ def fitted(frame: Frame, messages: Sequence[Message], room_tokens: int) -> Fitte
     return _without_middle(frame, kept, room_tokens, len(messages) - len(kept), asked)
 
 
-def _without_middle(frame: Frame, messages: list[Message], room_tokens: int, forgotten: int, whole: Asked) -> Fitted:
+def _without_middle(frame: Frame, messages: list[Message], room_tokens: int, forgotten: int, whole: Prompt) -> Fitted:
     """The most characters of the last message that fit, by halving."""
     last = messages[-1]
     key = "input" if last.get("input") else "content"

@@ -8,11 +8,12 @@ Deliberately absent: corrections for multiple comparisons, parametric tests on s
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
 from math import comb, sqrt
 from statistics import NormalDist
 
 import numpy as np
+
+from qmedtune.results import Bin, Paired
 
 RESAMPLES = 1000
 BINS = 10  # of a reliability diagram
@@ -133,15 +134,6 @@ def bootstrap_mean(
     return bootstrap(mean, len(array), resamples=resamples, seed=seed, groups=groups)
 
 
-@dataclass(frozen=True)
-class Paired:
-    """Two models on the same items. gained: wrong before, right after; lost: the other way round."""
-
-    gained: int
-    lost: int
-    p_value: float
-
-
 def mcnemar(before: Sequence[bool], after: Sequence[bool]) -> Paired:
     """Exact two-sided McNemar test (McNemar 1947): a sign test on the items that changed; p = 1 when none did."""
     gained = lost = 0
@@ -150,7 +142,8 @@ def mcnemar(before: Sequence[bool], after: Sequence[bool]) -> Paired:
         lost += was_right and not is_right
     changed = gained + lost
     tail = sum(comb(changed, k) for k in range(min(gained, lost) + 1))
-    return Paired(gained, lost, min(1.0, 2 * tail / 2**changed))
+    p_value = min(1.0, 2 * tail / 2**changed)
+    return Paired(test="McNemar exact", gained=gained, lost=lost, p_value=p_value)
 
 
 def sign_flip(nets: Sequence[int]) -> float:
@@ -199,17 +192,6 @@ def auroc(scores: np.ndarray, positive: np.ndarray) -> float:
     return float((ranks[positive].sum() - num * (num + 1) / 2) / (num * (len(positive) - num)))
 
 
-@dataclass(frozen=True)
-class Bin:
-    """Answers of like confidence: low <= confidence < high (the last bin takes 1 too), how many, and their means."""
-
-    low: float
-    high: float
-    n: int
-    confidence: float
-    accuracy: float
-
-
 def calibration_bins(confidences: Sequence[float], correct: Sequence[bool], bins: int = BINS) -> list[Bin]:
     """Answers in `bins` bins of equal width from 0 to 1, those that hold any: a reliability diagram's points."""
     confidence, hit = np.asarray(confidences, dtype=np.float64), np.asarray(correct, dtype=np.float64)
@@ -219,8 +201,9 @@ def calibration_bins(confidences: Sequence[float], correct: Sequence[bool], bins
     for number in range(bins):
         inside = index == number
         if n := int(inside.sum()):
-            means = float(confidence[inside].mean()), float(hit[inside].mean())
-            found.append(Bin(number / bins, (number + 1) / bins, n, *means))
+            mean, accuracy = float(confidence[inside].mean()), float(hit[inside].mean())
+            low, high = number / bins, (number + 1) / bins
+            found.append(Bin(low=low, high=high, n=n, confidence=mean, accuracy=accuracy))
     return found
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
 from math import isfinite
 from pathlib import Path
 from statistics import fmean, stdev
@@ -21,7 +20,7 @@ import numpy as np
 from qmedtune import results, store, ui
 from qmedtune.evaluation import statistics
 from qmedtune.evaluation.measure import Row
-from qmedtune.results import Change, Difference, Paired, Score, Scores
+from qmedtune.results import Change, Difference, Score, Scores
 from qmedtune.tasks import Item, Task
 from qmedtune.tasks.definitions import READINGS, definition
 
@@ -78,10 +77,7 @@ def _calibration(draws: Draws, *, whole: bool) -> Facts:
             ties += row.get("tie", False)
     found: Facts = {"ece": statistics.expected_calibration_error(confidences, correct), "ties": ties}
     if whole:
-        bins = []
-        for each in statistics.calibration_bins(confidences, correct):
-            bins.append(results.Bin.model_validate(asdict(each)))
-        found["calibration"] = bins
+        found["calibration"] = statistics.calibration_bins(confidences, correct)
     return found
 
 
@@ -244,17 +240,17 @@ def compare(task: Task, base: Draws, final: Draws, seed: int, *, groups: statist
     difference = Difference(value=value, ci95=interval, ci95_method=method)
     if paired is None:
         return Change(difference=difference)
-    return Change(difference=difference, paired=Paired(test="McNemar exact", **asdict(paired)))
+    return Change(difference=difference, paired=paired)
 
 
-def task_result(task: Task, measured: ModelRows, seed: int) -> results.Task:
+def task_result(task: Task, measured: ModelRows, seed: int) -> results.TaskScores:
     """`base` and `final` (or the one model that was measured) for the task and each of its facets."""
     places: dict[str, list[int]] = {}
     for index, item in enumerate(task.items):
         if item.facet:
             places.setdefault(item.facet, []).append(index)
     whole = _scores_of(task, range(len(task.items)), measured, seed)
-    found = results.Task.model_validate(whole.as_json())
+    found = results.TaskScores.model_validate(whole.as_json())
     if len(places) < 2:
         return found
     facets = {}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from qmedtune import store, units
 from qmedtune.exporting.gguf_adapter import AdapterProof
-from qmedtune.exporting.proof import GREEDY_TOKENS, Proof
+from qmedtune.exporting.logit_proof import GREEDY_TOKENS, LogitProof
 
 README = "README.md"
 MAX_CARD_BYTES = 1 << 20
@@ -37,7 +37,7 @@ def code(text: str) -> str:
     return f"{ticks}{text}{ticks}"
 
 
-def file_lines(file: Path, quant: str, proof: Proof) -> list[str]:
+def file_lines(file: Path, quant: str, proof: LogitProof) -> list[str]:
     lines = [
         f"`{file.name}` ({quant}, {units.size(file.stat().st_size)}), made by `qmedtune export` and read back:",
         "",
@@ -50,7 +50,7 @@ def file_lines(file: Path, quant: str, proof: Proof) -> list[str]:
     return lines
 
 
-def _logits_line(proof: Proof) -> str:
+def _logits_line(proof: LogitProof) -> str:
     if proof.tensors is not None:
         return f"- every number of its {proof.tensors:,} tensors is that of the model folder, and so are its logits"
     return (

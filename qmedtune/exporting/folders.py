@@ -20,7 +20,7 @@ from qmedtune.data.packing.tokens import load_codec
 from qmedtune.errors import RecipeError, RunError
 from qmedtune.evaluation.open_model import Location
 from qmedtune.exporting.card import README, write_card
-from qmedtune.exporting.proof import probe_texts
+from qmedtune.exporting.logit_proof import probe_texts
 from qmedtune.merging.disk_llama import open_llama
 from qmedtune.merging.reference import read_model as read_by_transformers
 from qmedtune.model import load_tokenizer, open_tokenizer

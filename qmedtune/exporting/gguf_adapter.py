@@ -20,8 +20,8 @@ from torch import Tensor
 
 from qmedtune import store
 from qmedtune.errors import RecipeError, RunError
-from qmedtune.exporting.names import Heads, gguf_name, row_order
-from qmedtune.exporting.proof import LIMITS, probe_ids
+from qmedtune.exporting.logit_proof import LIMITS, probe_ids
+from qmedtune.exporting.tensor_names import Heads, gguf_name, row_order
 from qmedtune.exporting.types import FLOATS, QUANTS
 from qmedtune.merging.disk_llama import DiskLlama
 from qmedtune.merging.lora_files import LowRank, Updates, read_adapters

@@ -2,7 +2,8 @@
 
 The library `gguf` writes header, metadata and the table of tensors; their data follow in blocks of rows, encoded on all
 cores. Nothing is added to a weight and none is left out: tied ends are written once, LLaMA 3.1's stretched positions
-become the tensor that llama.cpp reads them from. Deliberately not here: the proof (proof.py), the place (place.py).
+become the tensor that llama.cpp reads them from. Deliberately not here: the proof (logit_proof.py), the place
+(place.py).
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from torch import Tensor
 
 from qmedtune import store, ui
 from qmedtune.errors import RecipeError
-from qmedtune.exporting.names import Heads, gguf_name, row_order
-from qmedtune.exporting.types import Quant, encoded, kind_of, size_bytes
+from qmedtune.exporting.tensor_names import Heads, gguf_name, row_order
+from qmedtune.exporting.types import FLOATS, QUANTS, Quant, encoded, kind_of, size_bytes
 from qmedtune.exporting.vocabulary import Vocabulary
 from qmedtune.merging.disk_llama import DiskLlama
 from qmedtune.merging.parallel import in_order, workers
@@ -40,7 +41,7 @@ MAX_KV_BYTES = 64 << 20  # metadata, of which a vocabulary of 256,000 takes 20 M
 
 
 @dataclass(frozen=True)
-class Placed:
+class GgufTensor:
     """One tensor of the file: transformers' name (None: made here), its own, shape and type, and its rows in order."""
 
     source: str | None
@@ -74,7 +75,7 @@ def write_model(path: Path, model: DiskLlama, vocabulary: Vocabulary, quant: Qua
         file.flush()
         written = Hashed(file)
         written.digest.update(path.read_bytes())  # header and metadata
-        with workers() as pool, written, ui.stage("writing GGUF", total=len(tensors), unit="tensors") as shown:
+        with workers() as pool, written, ui.progress_bar("writing GGUF", total=len(tensors), unit="tensors") as shown:
             for number, tensor in enumerate(tensors, start=1):
                 _write_data(written, writer.data_alignment, _blocks(model, tensor, factors), pool)
                 shown.update(number)
@@ -84,22 +85,31 @@ def write_model(path: Path, model: DiskLlama, vocabulary: Vocabulary, quant: Qua
     return written.digest.hexdigest()
 
 
-def _tensors(model: DiskLlama, quant: Quant, factors: Tensor | None) -> list[Placed]:
+def exact_quant(model: DiskLlama) -> Quant:
+    """The smallest of the float types that keeps every number of the folder: its own, where all tensors have one."""
+    stored = {model.source(name).dtype for name in model.shapes}
+    for quant in QUANTS.values():
+        if stored == {FLOATS.get(quant.matrices)}:
+            return quant
+    return QUANTS["f32"]
+
+
+def _tensors(model: DiskLlama, quant: Quant, factors: Tensor | None) -> list[GgufTensor]:
     found = []
     if factors is not None:
         shape = tuple(factors.shape)
-        found.append(Placed(None, ROPE_FREQS, shape, kind_of(ROPE_FREQS, shape, quant)))
+        found.append(GgufTensor(None, ROPE_FREQS, shape, kind_of(ROPE_FREQS, shape, quant)))
     for source, shape in model.shapes.items():
         if source == HEAD and model.tied:
             continue  # llama.cpp takes the embedding where there is no output.weight
         if source.endswith(".bias"):
             raise RecipeError(f"{model.folder}: {source}: LLaMAs with biases are not exported as GGUF\n--as vllm")
         name = gguf_name(source)
-        found.append(Placed(source, name, tuple(shape), kind_of(name, tuple(shape), quant)))
+        found.append(GgufTensor(source, name, tuple(shape), kind_of(name, tuple(shape), quant)))
     return found
 
 
-def _blocks(model: DiskLlama, tensor: Placed, factors: Tensor | None) -> Iterator[Callable[[], np.ndarray]]:
+def _blocks(model: DiskLlama, tensor: GgufTensor, factors: Tensor | None) -> Iterator[Callable[[], np.ndarray]]:
     """The tensor's bytes as jobs of a few rows each, in the file's order."""
     if tensor.source is None:
         assert factors is not None
@@ -111,7 +121,7 @@ def _blocks(model: DiskLlama, tensor: Placed, factors: Tensor | None) -> Iterato
         yield partial(_encode_rows, weight, rows if order is None else order[rows], tensor)
 
 
-def _encode_rows(weight: Tensor, rows: slice | Tensor, tensor: Placed) -> np.ndarray:
+def _encode_rows(weight: Tensor, rows: slice | Tensor, tensor: GgufTensor) -> np.ndarray:
     return encoded(weight[rows], tensor.kind, tensor.name)
 
 

@@ -2,7 +2,7 @@
 
 What is proven of an export is read from the file by this, not by what wrote it: the header by the reader that judges
 GGUF bases, quantised values by the library `gguf`, the order of rows from the definition of the rotation, merges from
-the scores. Deliberately not here: the comparison (proof.py).
+the scores. Deliberately not here: the comparison (logit_proof.py).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qmedtune import gguf_header
 from qmedtune.exporting import splits
-from qmedtune.exporting.names import gguf_name
+from qmedtune.exporting.tensor_names import gguf_name
 from qmedtune.exporting.types import FLOATS
 from qmedtune.gguf_header import Header
 from qmedtune.model_stack import HEAD
@@ -130,7 +130,7 @@ def _ids(lists: dict[str, list]) -> dict[str, int]:
     return {token: id for id, token in enumerate(lists["tokens"])}
 
 
-def _byte_level(lists: dict[str, list], split: splits.Split) -> Tokenizer:
+def _byte_level(lists: dict[str, list], split: splits.TextSplit) -> Tokenizer:
     merges = [tuple(merge.split(" ")) for merge in lists["merges"]]
     backend = Tokenizer(models.BPE(_ids(lists), merges, ignore_merges=split.whole_words))
     backend.pre_tokenizer = split.pre_tokenizer()  # pyright: ignore[reportAttributeAccessIssue]

@@ -22,7 +22,7 @@ QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 
 
 @dataclass(frozen=True)
-class Split:
+class TextSplit:
     """expression: None is GPT-2's own, which ByteLevel has built in. digits: each digit is taken by itself before all
     else. whole_words: a piece that is a token is taken before any merge (`ignore_merges`)."""
 
@@ -41,11 +41,11 @@ class Split:
 
 
 NAMES = {
-    "gpt-2": Split(),
-    "smollm": Split(digits=True),
-    "llama-bpe": Split(LLAMA3, whole_words=True),
-    "dbrx": Split(LLAMA3),
-    "qwen2": Split(QWEN2),
+    "gpt-2": TextSplit(),
+    "smollm": TextSplit(digits=True),
+    "llama-bpe": TextSplit(LLAMA3, whole_words=True),
+    "dbrx": TextSplit(LLAMA3),
+    "qwen2": TextSplit(QWEN2),
 }
 
 

@@ -17,7 +17,8 @@ from gguf.quants import quantize
 from torch import Tensor
 
 from qmedtune.errors import RunError
-from qmedtune.exporting.names import ENDS
+from qmedtune.exporting.tensor_names import ENDS
+from qmedtune.merging.parallel import in_fp32
 
 KINDS = GGMLQuantizationType
 FLOATS = {KINDS.F32: torch.float32, KINDS.F16: torch.float16, KINDS.BF16: torch.bfloat16}
@@ -66,10 +67,18 @@ def _all_finite(values: Tensor) -> bool:
     return math.isfinite(float(low)) and math.isfinite(float(high))
 
 
+def _converted(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Contiguous. Between the two 16-bit types by way of fp32, which gives the same bits: torch has vector code for
+    both of these steps, and none for the direct one."""
+    if rows.dtype != dtype and torch.float32 not in (rows.dtype, dtype):
+        return in_fp32(rows).to(dtype)
+    return rows.to(dtype).contiguous()
+
+
 def encoded(rows: Tensor, kind: GGMLQuantizationType, name: str) -> np.ndarray:
     """uint8, the bytes of these rows. RunError where a number does not fit the type."""
     if kind in FLOATS:
-        made = rows.to(FLOATS[kind]).contiguous()
+        made = _converted(rows, FLOATS[kind])
         if not _all_finite(made):
             raise RunError(
                 f"{name}: a number of it is not finite as {kind.name}\n"

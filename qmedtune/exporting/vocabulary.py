@@ -19,7 +19,7 @@ from qmedtune.data.packing import templates
 from qmedtune.data.packing.tokens import Codec, load_codec
 from qmedtune.errors import RecipeError
 from qmedtune.exporting import splits
-from qmedtune.exporting.chat import without_bos
+from qmedtune.exporting.template_bos import without_bos
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -1,6 +1,6 @@
 """What <task>.items.jsonl says of each item, as the page shows it: who was right, how sure, what was written.
 
-Deliberately does not: read questions (questions.py), judge anything anew, or know HTML.
+Deliberately does not: read questions (question_texts.py), judge anything anew, or know HTML.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ HALF = 0.5  # a score per item (F1, ROUGE) from here on counts as right where mo
 
 
 @dataclass(frozen=True)
-class Answer:
+class ModelAnswer:
     """One model on one item. value: 1 or 0, or the score of a text; chosen: what it preferred, shares: per mille of
     each option; written: what was read out of its own words, None where nothing was asked for, "" where nothing could
     be read."""
@@ -50,7 +50,7 @@ class Answered:
     facet: str | None
     draw: int
     gold: str | None
-    answers: tuple[Answer, ...]
+    answers: tuple[ModelAnswer, ...]
 
     @property
     def outcome(self) -> str:
@@ -78,7 +78,7 @@ def outcome(values: Sequence[float]) -> str:
 
 
 @dataclass(frozen=True)
-class Asked:
+class AnsweredTask:
     """A task: its items, and which models answered them. measure: what an item's written answer scores, `right` where
     the task's metric is none of a single item."""
 
@@ -96,7 +96,7 @@ class Asked:
         return any(answer.shares for item in self.items for answer in item.answers)
 
 
-def read_task(path: Path, name: str, metric: str) -> Asked:
+def read_task(path: Path, name: str, metric: str) -> AnsweredTask:
     """The items of one task. RunError where a line is damaged."""
     items: list[Answered] = []
     labels: tuple[str, ...] = ()
@@ -115,16 +115,16 @@ def read_task(path: Path, name: str, metric: str) -> Asked:
                 f"{path}:{number}: no answer of an evaluation ({type(error).__name__})\n"
                 "the same `qmedtune run` makes the evaluation again, once its folder is moved away"
             ) from None
-    return Asked(name, measure, labels, items)
+    return AnsweredTask(name, measure, labels, items)
 
 
-def _answer(row: Mapping[str, Any], metric: str) -> Answer:
+def _answer(row: Mapping[str, Any], metric: str) -> ModelAnswer:
     written, written_value = _written(row.get("generation"), metric)
     if "logprobs" not in row:
         if written_value is None:
             raise KeyError("generation")
-        return Answer(written_value, written=written, written_value=written_value)
-    return Answer(
+        return ModelAnswer(written_value, written=written, written_value=written_value)
+    return ModelAnswer(
         float(bool(row["correct"])),
         row["prediction"],
         _shares(row["logprobs"]),

@@ -11,15 +11,15 @@ from qmedtune import disk, privacy, record
 from qmedtune.errors import RunError
 from qmedtune.evaluation.open_model import check_intact
 from qmedtune.item_page.answers import read_task
-from qmedtune.item_page.page import Shown, page
-from qmedtune.item_page.questions import RequestedItems, questions
-from qmedtune.reporting.live import read_run
+from qmedtune.item_page.items_page import ShownTask, page
+from qmedtune.item_page.question_texts import RequestedItems, questions
+from qmedtune.reporting.unfinished import read_run
 from qmedtune.results import Facts
 
 PAGE = "items.html"
 
 
-class Written(Facts):
+class WrittenPage(Facts):
     """Where the page is, and what it leaves out."""
 
     path: str
@@ -28,7 +28,7 @@ class Written(Facts):
     left_out: list[str]
 
 
-def write_items_page(run_dir: Path, requested: RequestedItems) -> Written:
+def write_items_page(run_dir: Path, requested: RequestedItems) -> WrittenPage:
     """RUN/items.html. RunError where the run has scored no items, or they are not as they were sealed."""
     run = read_run(run_dir)
     folder = run_dir / "evaluation"
@@ -36,7 +36,7 @@ def write_items_page(run_dir: Path, requested: RequestedItems) -> Written:
         check_intact(folder, full=True)
     recipe = record.recipe_of(run, run_dir)
     sections = {section.label: section for section in recipe.evaluate.tasks}
-    tasks: list[Shown] = []
+    tasks: list[ShownTask] = []
     for name, scores in run.scored.tasks.items():
         path = folder / f"{name}.items.jsonl"
         scored = scores.final or scores.model or scores.base
@@ -44,7 +44,7 @@ def write_items_page(run_dir: Path, requested: RequestedItems) -> Written:
         if not inside or not path.is_file() or scored is None or name not in sections:
             continue
         asked = read_task(path, name, scored.metric)
-        tasks.append(Shown(asked, questions(recipe, sections[name], asked.items, requested)))
+        tasks.append(ShownTask(asked, questions(recipe, sections[name], asked.items, requested)))
     if not tasks:
         raise RunError(
             f"{run_dir}: no items were scored, or their answers were erased\n"
@@ -55,4 +55,6 @@ def write_items_page(run_dir: Path, requested: RequestedItems) -> Written:
     with disk.owner_only():
         disk.write_atomic(target, text)
     counts = {each.asked.name: len(each.asked.items) for each in tasks}
-    return Written(path=str(target), bytes=len(text.encode(errors="backslashreplace")), items=counts, left_out=notes)
+    return WrittenPage(
+        path=str(target), bytes=len(text.encode(errors="backslashreplace")), items=counts, left_out=notes
+    )

@@ -104,8 +104,19 @@ class Expected:
         return UNIT * ((len(self.low_rank) + 1) * exact.abs() + sizes)
 
 
+@dataclass(frozen=True)
+class _Sums:
+    """Elements of the tensor `name`. exact: fp64; slack: how far a right fp32 sum may be from it, fp64; index: where
+    each stands in the flat tensor, int64. All of one shape."""
+
+    name: str
+    exact: Tensor
+    slack: Tensor
+    index: Tensor
+
+
 @dataclass
-class Tally:
+class ElementCounts:
     """Counts over elements. `changed`: moved by training; `swallowed`: of those, written as the base has them."""
 
     elements: int = 0
@@ -113,7 +124,7 @@ class Tally:
     changed: int = 0
     swallowed: int = 0
 
-    def add(self, other: Tally) -> None:
+    def add(self, other: ElementCounts) -> None:
         self.elements += other.elements
         self.violations += other.violations
         self.changed += other.changed
@@ -127,17 +138,17 @@ class ElementCheck:
     rounding: Rounding
     expected: Mapping[str, Expected]
     written: Mapping[str, Tensor]
-    tallies: dict[str, Tally] = field(default_factory=dict)
+    tallies: dict[str, ElementCounts] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def block(self, name: str, rows: slice, weight: Source, block: Tensor) -> None:
         """Check some rows. block: those of `weight` in fp32; overwritten."""
         expected, written = self.expected[name], self.written[name][rows]
         bad = self.faulty(name, rows, weight, block)
-        tally = Tally(written.numel(), 0 if bad is None else int(bad.sum()))
-        _count_swallowed(expected, rows, weight, written, tally)
+        changed, swallowed = _swallowed(expected, rows, weight, written)
+        tally = ElementCounts(written.numel(), 0 if bad is None else int(bad.sum()), changed, swallowed)
         with self._lock:
-            so_far = self.tallies.setdefault(name, Tally())
+            so_far = self.tallies.setdefault(name, ElementCounts())
             so_far.add(tally)
             if so_far.elements == self.written[name].numel():
                 expected.forget()
@@ -158,31 +169,29 @@ class ElementCheck:
         places = differs.nonzero()
         if len(places) > FEW:
             exact = expected.exact(weight, rows)
-            return differs & ~self._possible(name, exact, expected.slack(exact, rows), rows, written)
+            first = rows.start * written.shape[1]
+            index = torch.arange(first, first + written.numel()).view(written.shape)
+            return differs & ~self._within(_Sums(name, exact, expected.slack(exact, rows), index), written)
         row, column = places[:, 0] + rows.start, places[:, 1]
         exact = expected.exact_at(weight, row, column)
-        slack = expected.slack(exact, row, column)
         index = row * written.shape[1] + column
-        possible = self._within(name, exact, slack, index, written[places[:, 0], column])
+        sums = _Sums(name, exact, expected.slack(exact, row, column), index)
+        possible = self._within(sums, written[places[:, 0], column])
         differs[places[:, 0], column] = ~possible
         return differs
 
-    def _possible(self, name: str, exact: Tensor, slack: Tensor, rows: slice, written: Tensor) -> Tensor:
-        first = rows.start * written.shape[1]
-        index = torch.arange(first, first + written.numel()).view(written.shape)
-        return self._within(name, exact, slack, index, written)
-
-    def _within(self, name: str, exact: Tensor, slack: Tensor, index: Tensor, written: Tensor) -> Tensor:
-        """bool: whether a right fp32 sum, rounded, gives `written`. exact, slack: fp64; index: in the flat tensor."""
+    def _within(self, sums: _Sums, written: Tensor) -> Tensor:
+        """bool: whether a right fp32 sum, rounded, gives `written`."""
         if not self.rounding.stochastic:
-            half = unit(exact.abs() + slack, self.rounding.dtype) / 2
-            return (written.double() - exact).abs() <= half + slack
-        return self._within_stochastic(name, exact, slack, index, written)
+            half = unit(sums.exact.abs() + sums.slack, self.rounding.dtype) / 2
+            return (written.double() - sums.exact).abs() <= half + sums.slack
+        return self._within_stochastic(sums, written)
 
-    def _within_stochastic(self, name: str, exact: Tensor, slack: Tensor, index: Tensor, written: Tensor) -> Tensor:
+    def _within_stochastic(self, sums: _Sums, written: Tensor) -> Tensor:
         """Written is the multiple of the unit below |exact| + noise. Beside a power of two, where the unit changes,
         either will do; a sum on the other side of 0 takes its noise the other way."""
-        noise = self._noise_at(name, index)
+        exact, slack = sums.exact, sums.slack
+        noise = self._noise_at(sums.name, sums.index)
         if self.rounding.dtype == torch.float16:  # half a unit of the sum with 2^-14, below which fp16 has fewer places
             slack = slack + 2.0**-38
         found = torch.zeros(exact.shape, dtype=torch.bool)
@@ -208,8 +217,8 @@ class ElementCheck:
         """Tensors that no one has checked yet."""
         return [name for name in self.expected if name not in self.tallies]
 
-    def total(self) -> Tally:
-        total = Tally()
+    def total(self) -> ElementCounts:
+        total = ElementCounts()
         for tally in self.tallies.values():
             total.add(tally)
         return total
@@ -221,16 +230,18 @@ def _bits(values: Tensor) -> np.ndarray:
     return values.view(torch.int16 if values.itemsize == 2 else torch.int32).numpy()
 
 
-def _count_swallowed(expected: Expected, rows: slice, weight: Source, written: Tensor, tally: Tally) -> None:
+def _swallowed(expected: Expected, rows: slice, weight: Source, written: Tensor) -> tuple[int, int]:
+    """Elements of these rows that training changed, and those of them that are written as the base has them."""
     if expected.low_rank:
         moved = expected.rows_changed[rows].numpy()
         same = _same(written, weight[rows])
-        tally.changed = int(np.count_nonzero(moved)) * written.shape[-1]
-        tally.swallowed = int(np.count_nonzero(same if moved.all() else same[moved]))
-    elif expected.base is not None:
-        moved = (weight[rows].float() != expected.base[rows].float()).numpy()
-        tally.changed = int(np.count_nonzero(moved))
-        tally.swallowed = int(np.count_nonzero(moved & _same(written, expected.base[rows])))
+        if not moved.all():
+            same = same[moved]
+        return int(np.count_nonzero(moved)) * written.shape[-1], int(np.count_nonzero(same))
+    if expected.base is None:
+        return 0, 0
+    moved = (weight[rows].float() != expected.base[rows].float()).numpy()
+    return int(np.count_nonzero(moved)), int(np.count_nonzero(moved & _same(written, expected.base[rows])))
 
 
 def _same(written: Tensor, base: Tensor) -> np.ndarray:

@@ -18,17 +18,16 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from qmedtune.allowed import MergeMethod
 from qmedtune.errors import MergeRefused, RunError
 from qmedtune.merging.lora_files import LowRank, Updates
 from qmedtune.merging.parallel import Apply, in_fp32
 from qmedtune.merging.tensors import row_blocks
 
-Method = Literal["linear", "slerp", "task_arithmetic"]
 # mergekit's DOT_THRESHOLD and eps: above it sin(angle) is small, and the formula of the sphere is the line's.
 NEARLY_PARALLEL, NO_LENGTH = 0.9995, 1e-8
 # Two readings sum the same numbers in another order: 1e-8 apart at most (1e8 elements, sums in fp64 of fp32 products).
@@ -64,7 +63,7 @@ def task_arithmetic(share: float) -> Mix:
 
 
 @dataclass(frozen=True)
-class Mixed:
+class WeightedSum:
     """A sum of tensors of one shape by factors, made where it is indexed: in fp64, rounded once to fp32. So a number of
     it does not depend on which others it is read with."""
 
@@ -96,7 +95,7 @@ class Mixed:
         return total.float()
 
 
-Source = Tensor | Mixed
+Source = Tensor | WeightedSum
 """What low-rank updates are added to: stored, or mixed as it is read."""
 
 
@@ -105,7 +104,7 @@ def mixed(parts: Iterable[tuple[float, Tensor]]) -> Source:
     left = tuple(part for part in parts if part[0])
     if len(left) == 1 and left[0][0] == 1.0:
         return left[0][1]
-    return Mixed(left)
+    return WeightedSum(left)
 
 
 def same(one: Source, two: Source) -> bool:
@@ -128,7 +127,7 @@ class Mixture:
     """All weights of a merge with another model. base, other: read B and W by name; updates: what the adapters do to B;
     cosines: of T and W by name, where the method asks for them."""
 
-    method: Method
+    method: MergeMethod
     share: float
     base: Read
     other: Read
@@ -183,15 +182,24 @@ class _Products:
     other: float
 
 
-def cosines_of(names: Iterable[str], base: Read, other: Read, updates: Updates, apply: Apply) -> dict[str, float]:
+@dataclass(frozen=True)
+class MixedModels:
+    """What is mixed, as one reading gives it: the base's tensors and the other model's by name, and the updates."""
+
+    base: Read
+    other: Read
+    updates: Updates
+
+
+def cosines_of(names: Iterable[str], models: MixedModels, apply: Apply) -> dict[str, float]:
     """The cosine between T and W for each tensor. RunError where one is not finite."""
     found: dict[str, float] = {}
     for name in names:
-        start = updates.full.get(name)
+        start = models.updates.full.get(name)
         if start is None:
-            start = base(name)
-        low_rank = updates.low_rank.get(name, ())
-        work = partial(_products, start, other(name), low_rank)
+            start = models.base(name)
+        low_rank = models.updates.low_rank.get(name, ())
+        work = partial(_products, start, models.other(name), low_rank)
         found[name] = _cosine(name, list(apply(work, row_blocks(tuple(start.shape)))))
     return found
 

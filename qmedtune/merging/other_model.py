@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from qmedtune import base as bases
 from qmedtune.merging.disk_llama import DiskLlama, open_llama
 from qmedtune.merging.lora_files import Updates
-from qmedtune.merging.methods import Mixture, Read, check_cosines, cosines_of
+from qmedtune.merging.methods import MixedModels, Mixture, check_cosines, cosines_of
 from qmedtune.merging.parallel import Apply
 from qmedtune.merging.proof import Reference
 from qmedtune.merging.reference import ReadModel, read_base
@@ -30,24 +30,24 @@ class OtherModel:
 
     def mixture(self, base: DiskLlama, updates: Updates, apply: Apply) -> Mixture:
         """What is written."""
-        return self._mixture(base.source, self.opened.source, updates, list(base.shapes), apply)
+        return self._mixture(MixedModels(base.source, self.opened.source, updates), list(base.shapes), apply)
 
     def reference(self, written: Mixture, plain: Reference, apply: Apply) -> Reference:
         """What it is held against: `plain`, base + adapters as transformers and PEFT read them, mixed. MergeRefused
         where the angles of the two readings differ."""
         names = list(written.cosines)
         base, other = plain.base.parameters.__getitem__, self.read.parameters.__getitem__
-        again = self._mixture(base, other, plain.updates, names, apply)
+        again = self._mixture(MixedModels(base, other, plain.updates), names, apply)
         check_cosines(written.cosines, again.cosines)
         again = replace(again, cosines=written.cosines)  # or the last bits of sums in another order would differ
         return replace(plain, updates=again.scaled(), mixture=again)
 
-    def _mixture(self, base: Read, other: Read, updates: Updates, names: Sequence[str], apply: Apply) -> Mixture:
+    def _mixture(self, models: MixedModels, names: Sequence[str], apply: Apply) -> Mixture:
         method, share = self.mixing.method, self.mixing.share
         cosines: dict[str, float] = {}
         if method == "slerp" and 0 < share < 1:
-            cosines = cosines_of(names, base, other, updates, apply)
-        return Mixture(method, share, base, other, updates, cosines)
+            cosines = cosines_of(names, models, apply)
+        return Mixture(method, share, models.base, models.other, models.updates, cosines)
 
     def told(self, merged: Merge, written: Mixture) -> Merge:
         """The result with what was mixed in."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import bitsandbytes.functional as bnb
@@ -28,7 +28,7 @@ from qmedtune.merging.diagnosis import diagnose, place_of
 from qmedtune.merging.disk_llama import DiskLlama
 from qmedtune.merging.elements import ElementCheck, Expected
 from qmedtune.merging.lora_files import Updates
-from qmedtune.merging.methods import Mixed, Mixture, Source, same
+from qmedtune.merging.methods import Mixture, Source, WeightedSum, same
 from qmedtune.merging.parallel import in_fp32
 from qmedtune.merging.reference import ReadModel, difference, read_model, tie_flag
 from qmedtune.merging.rounding import Rounding
@@ -70,7 +70,7 @@ class Divergence:
 
 
 @dataclass(frozen=True)
-class Loss:
+class RoundingLoss:
     """lost: KL(merged || base + adapters) over KL(base || base + adapters), None where the adapters change nothing."""
 
     lost: float | None
@@ -100,23 +100,29 @@ def divergence(reference: Tensor, other: Tensor) -> Divergence:
     return Divergence(max(0.0, float(each.mean())), max(0.0, float(each.max())), same / len(each), largest)
 
 
-def loss_of(kl: float, kl_of_base: float) -> Loss:
+def loss_of(kl: float, kl_of_base: float) -> RoundingLoss:
     if kl_of_base < SMALLEST_CHANGE:
-        return Loss(None, kl_of_base)
-    return Loss(kl / kl_of_base, kl_of_base)
+        return RoundingLoss(None, kl_of_base)
+    return RoundingLoss(kl / kl_of_base, kl_of_base)
 
 
-class Proof:
-    """The proof of one merged folder. `base.nf4` gives the weights where the merge is onto NF4's values."""
+@dataclass(kw_only=True)
+class MergeProof:
+    """The proof of one merged folder: `written` is what transformers reads there. `base.nf4` gives the weights where
+    the merge is onto NF4's values."""
 
-    def __init__(
-        self, base: DiskLlama, reference: Reference, merged: Path, section: MergeSection, model: ModelSection,
-        rounding: Rounding, pool: ThreadPoolExecutor,
-    ) -> None:  # fmt: skip
-        self.base, self.reference, self.merged = base, reference, merged
-        self.section, self.model, self.rounding, self.pool = section, model, rounding, pool
+    base: DiskLlama
+    reference: Reference
+    merged: Path
+    section: MergeSection
+    model: ModelSection
+    rounding: Rounding
+    pool: ThreadPoolExecutor
+    written: ReadModel = field(init=False)
+
+    def __post_init__(self) -> None:
         try:
-            self.written = read_model(merged, rounding.dtype)
+            self.written = read_model(self.merged, self.rounding.dtype)
         except RunError as error:
             raise MergeRefused(str(error), {}) from error
 
@@ -211,7 +217,7 @@ class Proof:
             return {}
         found: dict[str, Source] = {}
         for name in self.written.parameters:
-            whole = name in reference.updates.full or isinstance(reference.mixture.source(name), Mixed)
+            whole = name in reference.updates.full or isinstance(reference.mixture.source(name), WeightedSum)
             if whole and name not in reference.updates.low_rank:
                 found[name] = reference.base.parameters[name]
         return found
@@ -234,7 +240,7 @@ class Proof:
         layers = []
         for model in models:
             layers += model.model.layers
-        with ui.stage("proving the merge", total=len(layers), unit="layers") as shown:
+        with ui.progress_bar("proving the merge", total=len(layers), unit="layers") as shown:
             for layer in layers:
                 layer.register_forward_hook(lambda *_: shown.update(shown.completed + 1))
             found = logits_of_all(models, ids, sources)

@@ -17,11 +17,11 @@ import torch
 
 from qmedtune import base as bases
 from qmedtune import record
+from qmedtune.allowed import MergeMethod
 from qmedtune.data.packing.templates import FILE
 from qmedtune.errors import RecipeError
 from qmedtune.evaluation.open_model import locate
 from qmedtune.merging.disk_llama import DiskLlama, open_llama
-from qmedtune.merging.methods import Method
 from qmedtune.model import load_tokenizer
 from qmedtune.model_stack import EMBEDDING, HEAD
 
@@ -53,7 +53,7 @@ class Mixing:
     """How much of another model comes into a merge, and how. cosine: see `check_alike`."""
 
     sibling: Sibling
-    method: Method
+    method: MergeMethod
     share: float
     cosine: float
 

@@ -102,7 +102,7 @@ def blend(
     def blocks() -> Iterator[Tensor]:
         for name, shape in shapes.items():
             for rows in row_blocks(shape):
-                yield _sum(name, read, terms, base(name), rows)[0].float()
+                yield _sum(base(name), _copies(name, read, terms), rows)[0].float()
 
     with ThreadPoolExecutor(1) as disk, ThreadPoolExecutor(1) as hasher:
         settling = write_safetensors(
@@ -113,18 +113,24 @@ def blend(
     return {name: mapped[name] for name in shapes}
 
 
-def _sum(
-    name: str, read: Mapping[Path, Updates], terms: Sequence[Term], base: Tensor, rows: slice
-) -> tuple[Tensor, Tensor]:
-    """fp64, rows of base + sum of factor x (copy - base), and the sum of its terms' sizes."""
-    start = base[rows].double()
-    total, size = start.clone(), start.abs()
+def _copies(name: str, read: Mapping[Path, Updates], terms: Sequence[Term]) -> list[tuple[Tensor, float]]:
+    """The trained copies of a weight, each with its factor."""
+    found: list[tuple[Tensor, float]] = []
     for term in terms:
         copy = read[term.adapter].full.get(name)
         if copy is not None:
-            step = (copy[rows].double() - start) * term.factor
-            total += step
-            size += step.abs()
+            found.append((copy, term.factor))
+    return found
+
+
+def _sum(base: Tensor, copies: Sequence[tuple[Tensor, float]], rows: slice) -> tuple[Tensor, Tensor]:
+    """fp64, rows of base + sum of factor x (copy - base), and the sum of its terms' sizes."""
+    start = base[rows].double()
+    total, size = start.clone(), start.abs()
+    for copy, factor in copies:
+        step = (copy[rows].double() - start) * factor
+        total += step
+        size += step.abs()
     return total, size
 
 
@@ -134,7 +140,7 @@ def check_blend(
     """MergeRefused where an element of a blended copy is not what the stages' terms add up to, rounded to fp32."""
     for name, tensor in blended.items():
         for rows in row_blocks(tuple(tensor.shape)):
-            exact, size = _sum(name, read, terms, base(name), rows)
+            exact, size = _sum(base(name), _copies(name, read, terms), rows)
             allowed = UNIT * exact.abs() + 16 * UNIT_64 * size + torch.finfo(torch.float32).tiny
             wrong = ~((tensor[rows].double() - exact).abs() <= allowed)
             if wrong.any():

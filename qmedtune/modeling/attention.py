@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
@@ -78,12 +79,12 @@ def varlen(
         if not query.is_cuda:
             blocks = document_blocks or cpu_attention.blocks_of(positions.expand(batch, -1))
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-            return cpu_attention.attend(query, key, value, blocks, scale).transpose(1, 2), None
+            return cpu_attention.attend(query, key, value, blocks, scale=scale).transpose(1, 2), None
         cu_seq_lens_q, max_length_q = document_bounds(positions.expand(batch, -1))
     packed = [part.transpose(1, 2).flatten(0, 1) for part in (query, key, value)]
     attend = _per_document if not query.is_cuda else _flash if _has_flash() else _torch
     query, key, value = packed
-    output = attend(query, key, value, cu_seq_lens_q, max_length_q, scaling)
+    output = attend(query, key, value, Documents(cu_seq_lens_q, max_length_q, scaling))
     return output.unflatten(0, (batch, length)), None
 
 
@@ -101,15 +102,27 @@ def _takes_groups() -> bool:
     return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
-def _flash(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scale: float | None) -> Tensor:
+@dataclass(frozen=True)
+class Documents:
+    """Rows laid end to end as documents: where they begin and the last ends, int32 [documents + 1]; the longest's
+    length; scale: of the scores, None: 1 / sqrt(D)."""
+
+    bounds: Tensor
+    longest: int
+    scale: float | None
+
+
+def _flash(query: Tensor, key: Tensor, value: Tensor, documents: Documents) -> Tensor:
     from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
 
+    bounds, longest, scale = documents.bounds, documents.longest, documents.scale
     return flash_attn_varlen_func(query, key, value, bounds, bounds, longest, longest, softmax_scale=scale, causal=True)
 
 
-def _torch(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scale: float | None) -> Tensor:
+def _torch(query: Tensor, key: Tensor, value: Tensor, documents: Documents) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
+    bounds, longest, scale = documents.bounds, documents.longest, documents.scale
     groups = query.shape[1] // key.shape[1]
     options: dict[str, Any] = {}
     if groups > 1 and _takes_groups():
@@ -123,14 +136,12 @@ def _torch(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: i
     return output
 
 
-def _per_document(
-    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scale: float | None
-) -> Tensor:
+def _per_document(query: Tensor, key: Tensor, value: Tensor, documents: Documents) -> Tensor:
     parts = []
-    lengths = bounds.diff().tolist()
+    lengths = documents.bounds.diff().tolist()
     for q, k, v in zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True):
         q, k, v = (part.transpose(0, 1)[None] for part in (q, k, v))
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=documents.scale, enable_gqa=True)
         parts.append(attended[0].transpose(0, 1))
     return torch.cat(parts)
 

@@ -55,7 +55,7 @@ def blocks_of(position_ids: Tensor) -> tuple[Block, ...]:
     return tuple(found)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, blocks: Sequence[Block], scale: float) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, blocks: Sequence[Block], *, scale: float) -> Tensor:
     """query [B, H, L, D], key and value [B, Hkv, L, D] of one float dtype -> [B, H, L, D]; differentiable."""
     output = _Attention.apply(query, key, value, blocks, scale)
     assert isinstance(output, Tensor)

@@ -57,7 +57,7 @@ def read_shared(model: PreTrainedModel, prompts: Sequence[list[int]]) -> Shared 
         return None
     cache = DynamicCache(config=model.config)
     ids = torch.tensor([prompts[0][:count]], device=model.device)
-    hidden_states(model, ids, None, torch.arange(count, device=model.device)[None], cache)
+    hidden_states(model, ids, None, torch.arange(count, device=model.device)[None], cache=cache)
     return Shared(count, cache)
 
 
@@ -113,7 +113,7 @@ def _read(model: PreTrainedModel, prompts: list[list[int]], shared: Shared | Non
     cache = DynamicCache(config=model.config)
     if shared:
         cache = _repeated(shared.cache, len(prompts))
-    last = hidden_states(model, ids, mask, positions, cache)[:, -1]
+    last = hidden_states(model, ids, mask, positions, cache=cache)[:, -1]
     check_numbers(last)
     return Prefix(cache, mask, lengths, last)
 
@@ -160,6 +160,7 @@ def hidden_states(
     ids: torch.Tensor,
     mask: torch.Tensor | None,
     positions: torch.Tensor,
+    *,
     cache: DynamicCache | None,
 ) -> torch.Tensor:
     """Last hidden states [B, T, H]; the vocabulary matrix is applied only where it is needed."""

@@ -11,7 +11,8 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -211,7 +212,7 @@ def _active(module: Layer) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Placed:
+class PlacedAdapter:
     """An adapter that a group applies, by PEFT's modules: their weights are read at each call. start: its first output
     column; drop: PEFT's dropout before it, where it is one and this layer trains."""
 
@@ -238,8 +239,9 @@ class Decided:
     state: list[object]
     obstacle: str
     bases: list[Layer]
-    placed: list[Placed]
+    placed: list[PlacedAdapter]
     apart: list[Decided]  # the same of each projection, where they may have to be computed one by one
+    copies: lora.Copies = field(default_factory=dict)  # filled within `steady` alone
 
 
 def _state(projections: Sequence[Layer]) -> list[object]:
@@ -271,7 +273,7 @@ def _decide(projections: Sequence[Layer]) -> Decided:
             for name in _active(layer):
                 dropout = layer.lora_dropout[name]
                 drop = dropout if layer.training and isinstance(dropout, nn.Dropout) else None
-                placed.append(Placed(layer.lora_A[name], layer.lora_B[name], layer.scaling, name, start, drop))
+                placed.append(PlacedAdapter(layer.lora_A[name], layer.lora_B[name], layer.scaling, name, start, drop))
             start += base.out_features
     if len(projections) > 1 and (obstacle or any(one.drop for one in placed)):
         apart = [_decide([projection]) for projection in projections]
@@ -285,23 +287,34 @@ def read_together(module: Layer, names: tuple[str, ...], x: Tensor, remake: Rema
     found = kept.get(names)
     if found is None or found.state != _state(projections):
         found = kept[names] = _decide(projections)
-    return linear(x, projections, module.kernels, remake, found)
+    return linear(x, projections, module.kernels, remake=remake, found=found, keep=module.steady)
 
 
 def linear(
-    x: Tensor, projections: Sequence[Layer], path: str, remake: Remake | None = None, found: Decided | None = None
+    x: Tensor,
+    projections: Sequence[Layer],
+    path: str,
+    *,
+    remake: Remake | None = None,
+    found: Decided | None = None,
+    keep: bool = False,
 ) -> Tensor:
     """The projections of one x [..., K], side by side along the last dimension of the result. `remake` says how to
-    make x again instead of keeping it; linears that keep their own forward keep x."""
+    make x again instead of keeping it; linears that keep their own forward keep x. keep: stacked adapters, with what
+    was found."""
     found = found or _decide(projections)
     dropped = [placed for placed in found.placed if placed.drops]
     if len(projections) > 1 and (found.obstacle or dropped):
-        each = zip(projections, found.apart, strict=True)
-        return torch.cat([linear(x, [projection], path, remake, one) for projection, one in each], dim=-1)
+        each = [
+            linear(x, [projection], path, remake=remake, found=one, keep=keep)
+            for projection, one in zip(projections, found.apart, strict=True)
+        ]
+        return torch.cat(each, dim=-1)
     if found.obstacle:
         return projections[0](x)
     adapters = [placed.adapter() for placed in found.placed if not placed.drops]
-    y = lora.linear(x, _weight(found.bases), adapters, _bias(found.bases), path, remake)
+    copies = found.copies if keep else None
+    y = lora.linear(x, _weight(found.bases), adapters, _bias(found.bases), path, remake, copies=copies)
     for placed in dropped:
         y = y + lora.linear(F.dropout(x, placed.drops), None, [placed.adapter()], path=path)
     return y
@@ -312,6 +325,7 @@ class Grouped(nn.Module):
 
     kernels: str
     decided: dict[tuple[str, ...], Decided]
+    steady = False
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """What was described of NF4 weights would hold the memory that they leave."""
@@ -405,6 +419,27 @@ class LlamaDecoderLayer(llama.LlamaDecoderLayer):
         if self.way != "cheap":
             return None
         return Remake(lambda x, weight: rms_norm(x, weight, norm.variance_epsilon, self.kernels), (x, norm.weight))
+
+
+@contextmanager
+def steady(model: nn.Module) -> Iterator[None]:
+    """Within it nothing writes to adapters: what is stacked of them for the first micro-batch serves the others, 13 of
+    43 operations of a layer's forward pass. Only in layers that keep their activations: those hold these copies until
+    their backward pass anyway, the others were given less memory."""
+    groups: list[Grouped] = []
+    for module in model.modules():
+        if isinstance(module, LlamaDecoderLayer) and module.way in ("keep", "cheap"):
+            groups += [module.self_attn, module.mlp]
+    for group in groups:
+        group.steady = True
+    try:
+        yield
+    finally:
+        for group in groups:
+            group.steady = False
+            for found in group.decided.values():
+                for each in (found, *found.apart):
+                    each.copies.clear()
 
 
 REPLACED = {

@@ -25,7 +25,7 @@ MAX_LOGITS = 2**24
 
 
 def token_nll(
-    model: Any, input_ids: Tensor, labels: Tensor, position_ids: Tensor, weights: Tensor | None = None
+    model: Any, input_ids: Tensor, labels: Tensor, position_ids: Tensor, *, weights: Tensor | None = None
 ) -> Tensor:
     """Summed negative log-likelihood, a 0-dim fp32 tensor, differentiable.
 

@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from qmedtune.errors import RecipeError
 from qmedtune.parsing import checks, grammar, strict_yaml
 from qmedtune.parsing.beside import beside
-from qmedtune.parsing.strict_yaml import Document, KeyPath, Problem, Tree
+from qmedtune.parsing.strict_yaml import KeyPath, Problem, Tree, YamlDocument
 from qmedtune.recipe import Recipe
 
 MAX_LINES = 6
@@ -155,7 +155,7 @@ def _unreadable(path: Path, error: OSError) -> str:
     return f"cannot be read ({error.strerror})"
 
 
-def _apply(override: str, document: Document, places: Places) -> None:
+def _apply(override: str, document: YamlDocument, places: Places) -> None:
     """Put the value of one `--set` into the tree. Sections on the way are made; list items must exist."""
     key, equals, text = override.partition("=")
     steps: list[str | int] = []
@@ -202,7 +202,7 @@ def _no_item(path: KeyPath, here: Any) -> str:
     return f"{show_path(path)} is no list{hint}"
 
 
-def _validate(document: Document, places: Places) -> Recipe:
+def _validate(document: YamlDocument, places: Places) -> Recipe:
     """The recipe, or RecipeError with every problem of syntax, schema and references at once."""
     problems = list(document.problems)
     findings: list[checks.Finding] = []

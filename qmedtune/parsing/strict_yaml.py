@@ -40,7 +40,7 @@ class Problem:
 
 
 @dataclass
-class Document:
+class YamlDocument:
     """`data` as plain dicts, lists and scalars; `lines` maps the path of every key and list item to its line."""
 
     data: Any = None
@@ -61,9 +61,9 @@ def resolve_scalar(text: str) -> Any:
     return float(_SPECIAL[text.lower()]) if text.lower() in _SPECIAL else text
 
 
-def parse(text: str) -> Document:
+def parse(text: str) -> YamlDocument:
     """Read one YAML document. Never raises for bad input: `problems` says what is wrong with it."""
-    document = Document()
+    document = YamlDocument()
     if problem := _tab_indent(text):
         document.problems.append(problem)
         return document
@@ -83,7 +83,7 @@ class _Stop(yaml.YAMLError):
         self.line, self.text = line, text
 
 
-def _document(events: Iterator[ev.Event], document: Document) -> Any:
+def _document(events: Iterator[ev.Event], document: YamlDocument) -> Any:
     next(events)  # stream start
     if isinstance(next(events), ev.StreamEndEvent):
         return None
@@ -94,7 +94,7 @@ def _document(events: Iterator[ev.Event], document: Document) -> Any:
     return data
 
 
-def _node(event: ev.Event, events: Iterator[ev.Event], path: KeyPath, document: Document) -> Any:
+def _node(event: ev.Event, events: Iterator[ev.Event], path: KeyPath, document: YamlDocument) -> Any:
     if len(path) > MAX_DEPTH:
         raise _Stop(_line(event), f"nested more than {MAX_DEPTH} levels deep; a recipe needs 6")
     if isinstance(event, ev.AliasEvent):
@@ -109,14 +109,14 @@ def _node(event: ev.Event, events: Iterator[ev.Event], path: KeyPath, document: 
     return _scalar(event, path, document)
 
 
-def _refuse_extras(event: ev.Event, path: KeyPath, document: Document) -> None:
+def _refuse_extras(event: ev.Event, path: KeyPath, document: YamlDocument) -> None:
     if anchor := getattr(event, "anchor", None):
         document.problems.append(Problem(path, _line(event), f"anchor `&{anchor}`; write the value out each time"))
     if tag := getattr(event, "tag", None):
         document.problems.append(Problem(path, _line(event), f"tag `{tag}`; recipes hold plain values only"))
 
 
-def _sequence(events: Iterator[ev.Event], path: KeyPath, document: Document) -> list[Any]:
+def _sequence(events: Iterator[ev.Event], path: KeyPath, document: YamlDocument) -> list[Any]:
     items: list[Any] = []
     while not isinstance(event := next(events), ev.SequenceEndEvent):
         here = (*path, len(items))
@@ -125,7 +125,7 @@ def _sequence(events: Iterator[ev.Event], path: KeyPath, document: Document) -> 
     return items
 
 
-def _mapping(events: Iterator[ev.Event], path: KeyPath, document: Document) -> Tree:
+def _mapping(events: Iterator[ev.Event], path: KeyPath, document: YamlDocument) -> Tree:
     values: Tree = {}
     while not isinstance(event := next(events), ev.MappingEndEvent):
         key = _key(event, path, document)
@@ -139,7 +139,7 @@ def _mapping(events: Iterator[ev.Event], path: KeyPath, document: Document) -> T
     return values
 
 
-def _key(event: ev.Event, path: KeyPath, document: Document) -> str:
+def _key(event: ev.Event, path: KeyPath, document: YamlDocument) -> str:
     if not isinstance(event, ev.ScalarEvent):
         raise _Stop(_line(event), "a key is a list, a mapping or an alias; a key is a word")
     if event.value == "<<":
@@ -153,7 +153,7 @@ def _key(event: ev.Event, path: KeyPath, document: Document) -> str:
     return _encodable(event.value)
 
 
-def _scalar(event: ev.ScalarEvent, path: KeyPath, document: Document) -> Any:
+def _scalar(event: ev.ScalarEvent, path: KeyPath, document: YamlDocument) -> Any:
     if event.value != _encodable(event.value):
         document.problems.append(Problem(path, _line(event), "half of a surrogate pair; write the character itself"))
         return _encodable(event.value)

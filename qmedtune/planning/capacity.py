@@ -86,14 +86,14 @@ def _existing(place: Path) -> Path:
     return place
 
 
-def kept_of(recipe: Recipe, text: int, tokens: int) -> memory.Kept:
+def kept_of(recipe: Recipe, text: int, tokens: int) -> memory.DiskContents:
     """What a resolved recipe leaves on disk, with so many bytes of prepared text and tokens packed."""
     folded, best = 0, recipe.validation.keep_best
     for line, stage in zip(lineage_of(recipe), recipe.stages, strict=True):
         folded += line.folds_into is not None
         if stage.classify and stage.classify.validation:
             best = True
-    return memory.Kept(
+    return memory.DiskContents(
         recipe.save.keep,
         recipe.merge.dtype,
         text,

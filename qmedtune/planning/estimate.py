@@ -46,7 +46,7 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class Measured:
+class SampledEstimate:
     """An estimate, and the tokens of each record that was tokenised for it, int64."""
 
     estimate: Estimate
@@ -96,15 +96,18 @@ def framed_lengths(tokenizer_dir: Path, source: SourceSection, records: list[Rec
     if source.kind != "instructions":
         return [len(document.ids) for document in encode_texts(codec, records, None)]
     template = templates.default(source.template, tokenizer_dir)
-    return [len(document.ids) for document in encode_conversations(codec, records, template, 0.0, 2**31)]
+    return [
+        len(document.ids)
+        for document in encode_conversations(codec, records, template=template, prompt_weight=0.0, limit=2**31)
+    ]
 
 
-def estimate_source(sample: Sample, source: SourceSection, counting: Counting) -> Measured:
+def estimate_source(sample: Sample, source: SourceSection, counting: Counting) -> SampledEstimate:
     """Scale what was seen up to the source. A sample of n records is off by two standard errors of their mean."""
     records = tokenised_part(sample.records)
     found = Estimate(0, 0, 0.0, sample.num_files, sample.read_bytes)
     if not records:
-        return Measured(replace(found, missing="no usable record among the first"))
+        return SampledEstimate(replace(found, missing="no usable record among the first"))
     lengths = np.array(counting.lengths(records), np.int64)
     all_seen = sample.whole and len(records) == len(sample.records)
     error = 0.0 if all_seen else 2 * float(lengths.std()) / float(lengths.mean()) / math.sqrt(len(lengths))
@@ -112,7 +115,7 @@ def estimate_source(sample: Sample, source: SourceSection, counting: Counting) -
     spread = round(counting.spread + sample.spread + error, 2)
     tokens = round(kept * float(lengths.mean()))
     found = replace(found, records=round(kept), tokens=tokens, spread=spread, sampled=len(records))
-    return Measured(found, lengths)
+    return SampledEstimate(found, lengths)
 
 
 def tokenised_part(records: list[Record]) -> list[Record]:

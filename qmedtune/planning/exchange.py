@@ -17,7 +17,7 @@ LINKS = {"PCIe 4": 31.5e9 * REACHED, "NVLink": 450e9 * REACHED, "10 GbE": 1.25e9
 
 
 @dataclass(frozen=True)
-class Step:
+class StepTime:
     """One optimiser step of one GPU. seconds: its time; exchanged_bytes: of gradients."""
 
     seconds: float
@@ -29,7 +29,7 @@ def exchange_bytes(trained_parameters: int) -> int:
     return GRADIENT_BYTES * trained_parameters
 
 
-def times_as_fast(step: Step, gpus: int, link: str) -> float:
+def times_as_fast(step: StepTime, gpus: int, link: str) -> float:
     """How many times as fast `gpus` GPUs take the step as one does, connected by `link` of LINKS."""
     crossing = 2 * (gpus - 1) / gpus * step.exchanged_bytes / LINKS[link]
     return step.seconds / (step.seconds / gpus + crossing)

@@ -31,7 +31,7 @@ HOST_RESERVE_BYTES = GIB  # for the system, when the "card" is the RAM
 
 
 @dataclass(frozen=True)
-class Choice:
+class FittedSetup:
     """The chosen setup with its predicted peak and the budget, in bytes. `tight`: more than FILLED of the budget."""
 
     setup: Setup
@@ -175,7 +175,7 @@ def relative_time(facts: BaseFacts, setup: Setup, machine: Machine) -> float:
     return passes * (1 + DECODE_TOKENS[machine.kind] / setup.tokens) + OPTIMIZER_COST[setup.optimizer]
 
 
-def choose(facts: BaseFacts, draft: Draft, machine: Machine) -> Choice:
+def choose(facts: BaseFacts, draft: Draft, machine: Machine) -> FittedSetup:
     """The fastest setup of a stage that fits. DoesNotFit names the three cheapest remedies."""
     budget, section = budget_bytes(machine, draft.recipe), draft.section
     roomy: list[tuple[float, int, Setup]] = []
@@ -192,12 +192,12 @@ def choose(facts: BaseFacts, draft: Draft, machine: Machine) -> Choice:
             crowded.append((peak, setup))
     if roomy:
         _, peak, setup = min(roomy, key=lambda option: option[:2])
-        return Choice(setup, peak, budget)
+        return FittedSetup(setup, peak, budget)
     peak, setup = min(crowded, key=lambda option: option[0])
     if peak > budget:
         name = draft.recipe.stage_names()[draft.index]
-        raise DoesNotFit(_does_not_fit(facts, name, Choice(setup, peak, budget), machine))
-    return Choice(setup, peak, budget)
+        raise DoesNotFit(_does_not_fit(facts, name, FittedSetup(setup, peak, budget), machine))
+    return FittedSetup(setup, peak, budget)
 
 
 def remedies(facts: BaseFacts, setup: Setup, *, gpu: bool) -> list[tuple[str, int]]:
@@ -231,7 +231,7 @@ def remedies(facts: BaseFacts, setup: Setup, *, gpu: bool) -> list[tuple[str, in
     return found
 
 
-def _does_not_fit(facts: BaseFacts, name: str, least: Choice, machine: Machine) -> str:
+def _does_not_fit(facts: BaseFacts, name: str, least: FittedSetup, machine: Machine) -> str:
     setup, missing = least.setup, least.peak_bytes - least.budget_bytes
     enough: list[tuple[str, int]] = []
     too_little: list[tuple[str, int]] = []

@@ -13,8 +13,9 @@ import subprocess
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
+from qmedtune.allowed import FloatDtype
 from qmedtune.peak import host_memory_bytes
 
 GIB = 1024**3
@@ -45,7 +46,7 @@ class Machine:
         return self.kind == "cuda"
 
     @property
-    def compute_dtype(self) -> Literal["bfloat16", "float16", "float32"]:
+    def compute_dtype(self) -> FloatDtype:
         """What `model.compute_dtype: auto` takes: bf16, or what is fast where bf16 is emulated (why: resolve.py)."""
         if self.bf16:
             return "bfloat16"

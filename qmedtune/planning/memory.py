@@ -350,7 +350,7 @@ def host_memory(facts: BaseFacts, setup: Setup, *, gpu: bool, merge: bool) -> di
 
 
 @dataclass(frozen=True)
-class Kept:
+class DiskContents:
     """What of a run stays on disk besides its stages: `checkpoints` at a time, the merged model and `folded` bases in
     `dtype`, `text_bytes` of prepared text, `tokens` packed, the best weights where they are kept. swept: a mix at a
     time is written, scored and deleted."""
@@ -365,7 +365,7 @@ class Kept:
     swept: bool = False
 
 
-def disk_bytes(facts: BaseFacts, setups: list[Setup], kept: Kept) -> dict[str, int]:
+def disk_bytes(facts: BaseFacts, setups: list[Setup], kept: DiskContents) -> dict[str, int]:
     """Disk of a run by parts, in bytes: prepared text, packed tokens (int32 + mask), checkpoints (weights, 8-bit or
     fp32 states; one more is being written), adapters (fp32) and models (16 bit) of stages, bases into which earlier
     adapters are folded, the merged model, and the base if it has to be fetched."""

@@ -1,6 +1,6 @@
 """What a run needs and this machine does not have yet: variables that are not set, files, the base.
 
-Deliberately not here: the sentences that say so (plan.py, verdict.py).
+Deliberately not here: the sentences that say so (plan.py, plan_screen.py).
 """
 
 from __future__ import annotations

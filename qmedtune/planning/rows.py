@@ -15,7 +15,7 @@ from qmedtune.batches import batch_rows, steps_in
 from qmedtune.data.packing import mix
 from qmedtune.data.packing.pack import draw_tokens, shared_tokens
 from qmedtune.data.synthetic import canaries
-from qmedtune.planning.estimate import Measured
+from qmedtune.planning.estimate import SampledEstimate
 from qmedtune.recipe import ClassifySection, SftSection
 from qmedtune.resolved import ResolvedCpt, ResolvedPretrain, ResolvedRecipe
 
@@ -24,7 +24,7 @@ HELD_DOCUMENTS = 100_000  # lengths held per source; PubMed has 36 million
 
 
 @dataclass(frozen=True)
-class Tokens:
+class StageTokens:
     """Tokens trained in a stage, +- `spread` (a share; 0 when sealed), in `rows` rows and `steps` optimiser steps of
     `batch` rows."""
 
@@ -48,7 +48,7 @@ class Drawn:
         return float(self.lengths.sum()) * self.times
 
 
-def planned(recipe: ResolvedRecipe, index: int, measured: Mapping[str, Measured]) -> Tokens:
+def planned(recipe: ResolvedRecipe, index: int, measured: Mapping[str, SampledEstimate]) -> StageTokens:
     """Stage `index` of a resolved recipe. Sources without an estimate are named in the note."""
     stage = recipe.stages[index]
     section = stage.section
@@ -80,7 +80,7 @@ def planned(recipe: ResolvedRecipe, index: int, measured: Mapping[str, Measured]
     if rows:
         steps = steps_in(section, rows)
     note = f"without {', '.join(absent)}" if absent else ""
-    return Tokens(trained, rows, batch_rows(section, rows), steps, spread, note)
+    return StageTokens(trained, rows, batch_rows(section, rows), steps, spread, note)
 
 
 def _targets(section: ResolvedCpt | ResolvedPretrain, draws: Mapping[str, Drawn]) -> dict[str, float]:
@@ -95,7 +95,7 @@ def _targets(section: ResolvedCpt | ResolvedPretrain, draws: Mapping[str, Drawn]
     return {name: target.tokens for name, target in mix.targets(section, lengths).items()}
 
 
-def _draws(recipe: ResolvedRecipe, index: int, name: str, found: Measured) -> Drawn:
+def _draws(recipe: ResolvedRecipe, index: int, name: str, found: SampledEstimate) -> Drawn:
     """Tokens that a draw of each document of a source takes, the canaries planted in it included."""
     source, section = recipe.data[name], recipe.stages[index].section
     records = max(found.estimate.records, 1)
@@ -108,7 +108,7 @@ def _draws(recipe: ResolvedRecipe, index: int, name: str, found: Measured) -> Dr
     most = None
     if source.max_tokens is not None:
         most = max(1, int(source.max_tokens / times))
-    return Drawn(draw_tokens(source, lengths, seq_len, most, recipe.seed), times)
+    return Drawn(draw_tokens(source, lengths, seq_len, cap=most, seed=recipe.seed), times)
 
 
 def _planted(recipe: ResolvedRecipe, name: str) -> np.ndarray:

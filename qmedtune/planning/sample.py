@@ -124,7 +124,7 @@ def _read(file: Path, source: SourceSection, format: str, seconds: float, look: 
     """Fill `look` from the file's head; the last line read, and whether the file ended there."""
     from qmedtune.data.reading.document import Recognised, Skipped
     from qmedtune.data.reading.formats import read_rows
-    from qmedtune.data.reading.rejects import Refused, Unusable
+    from qmedtune.data.reading.rejects import RefusedRecord, Unusable
 
     line, seen, began, started = 0, 0, time.thread_time(), time.monotonic()
     for line, fields in islice(read_rows(file, source, format), RECORDS_PER_FILE):  # noqa: B007 - the last one counts
@@ -133,7 +133,7 @@ def _read(file: Path, source: SourceSection, format: str, seconds: float, look: 
             continue
         try:
             record = _shaped(fields, source)
-            if not isinstance(record, Refused):
+            if not isinstance(record, RefusedRecord):
                 look.records.append(record)
         except Unusable as error:
             look.damaged[str(error)] += 1
@@ -146,9 +146,9 @@ def _read(file: Path, source: SourceSection, format: str, seconds: float, look: 
 def _shaped(fields: Any, source: SourceSection) -> Any:
     from qmedtune.data.reading.instructions import instruction_record
     from qmedtune.data.reading.records import text_record
-    from qmedtune.data.reading.rejects import Damaged, Refused, Unusable
+    from qmedtune.data.reading.rejects import Damaged, RefusedRecord, Unusable
 
-    if isinstance(fields, Refused):
+    if isinstance(fields, RefusedRecord):
         return fields
     if isinstance(fields, Damaged):
         raise Unusable(fields.reason)

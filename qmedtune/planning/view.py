@@ -15,13 +15,13 @@ MORE_GPUS = ((2, "PCIe 4"), (2, "NVLink"), (4, "PCIe 4"), (4, "10 GbE"))
 
 
 @dataclass(frozen=True)
-class Table:
+class PlanTable:
     title: str
     columns: Sequence[str]
     rows: list[list[str]]
 
 
-def render_plan(plan: Plan) -> tuple[list[Table], list[str]]:
+def render_plan(plan: Plan) -> tuple[list[PlanTable], list[str]]:
     """(tables for ui.table, closing lines) of what plan.make_plan returned."""
     tables = [_steps(plan), _data(plan), _stages(plan)]
     for stage in _distinct(plan["stages"]):
@@ -36,12 +36,12 @@ def _about(number: int, spread: float) -> str:
     return f"{count(number)} ±{spread:.0%}"
 
 
-def _steps(plan: Plan) -> Table:
+def _steps(plan: Plan) -> PlanTable:
     rows = [[step["name"], step["status"], step["why"]] for step in plan["steps"]]
-    return Table(f"Plan of {plan['recipe']}", ["step", "status", "why"], rows)
+    return PlanTable(f"Plan of {plan['recipe']}", ["step", "status", "why"], rows)
 
 
-def _data(plan: Plan) -> Table:
+def _data(plan: Plan) -> PlanTable:
     rows: list[list[str]] = []
     for source in plan["data"]:
         if source["missing"]:
@@ -56,13 +56,13 @@ def _data(plan: Plan) -> Table:
                 size(source["read_bytes"]),
             ]
         )
-    return Table("Data for training (sampled)", ["source", "records", "looked at", "tokens", "files"], rows)
+    return PlanTable("Data for training (sampled)", ["source", "records", "looked at", "tokens", "files"], rows)
 
 
-def _stages(plan: Plan) -> Table:
+def _stages(plan: Plan) -> PlanTable:
     rows = [_stage_row(stage) for stage in plan["stages"]]
     columns = ["stage", "tokens", "steps", "batch", "micro-batch", "lr", "trained", "peak memory", "tokens/s", "time"]
-    return Table("Training", columns, rows)
+    return PlanTable("Training", columns, rows)
 
 
 def _stage_row(stage: PlannedStage) -> list[str]:
@@ -97,16 +97,16 @@ def _distinct(stages: list[PlannedStage]) -> list[PlannedStage]:
     return shown
 
 
-def _memory(stage: PlannedStage) -> Table:
+def _memory(stage: PlannedStage) -> PlanTable:
     rows = [[name, size(part), ""] for name, part in stage["memory"].items()]
     rows.append(["sum (predicted)", size(stage["peak_bytes"]), f"of {size(stage['budget_bytes'])}"])
     if stage["peak_bytes"] > 0.5 * stage["budget_bytes"]:
         for text, freed in stage["frees"]:
             rows.append([f"  {text}", "", f"frees {size(freed)}"])
-    return Table(f"Memory of {stage['name']}", ["part", "bytes", ""], rows)
+    return PlanTable(f"Memory of {stage['name']}", ["part", "bytes", ""], rows)
 
 
-def _evaluation(planned: PlannedEvaluation | None) -> Table:
+def _evaluation(planned: PlannedEvaluation | None) -> PlanTable:
     rows: list[list[str]] = []
     title = "Evaluation"
     if planned is not None:
@@ -120,24 +120,24 @@ def _evaluation(planned: PlannedEvaluation | None) -> Table:
             read = count(planned["text_tokens"])
             rows.append(["held-out text", "", read, "", duration(planned["text_seconds"])])
         rows.append(["loading", f"{planned['models_loaded']} models", "", "", duration(planned["load_seconds"])])
-    return Table(title, ["what", "questions", "tokens read", "written at most", "time (assumed)"], rows)
+    return PlanTable(title, ["what", "questions", "tokens read", "written at most", "time (assumed)"], rows)
 
 
-def _times(plan: Plan) -> Table:
+def _times(plan: Plan) -> PlanTable:
     rows: list[list[str]] = []
     for name, seconds in plan["times"].items():
         rows.append([name, duration(seconds)])
     rows.append(["in all", duration(plan["seconds"])])
-    return Table("Time that is left (predicted)", ["what", "time"], rows)
+    return PlanTable("Time that is left (predicted)", ["what", "time"], rows)
 
 
-def _more_gpus(plan: Plan) -> Table:
+def _more_gpus(plan: Plan) -> PlanTable:
     """Each stage with 2 and 4 GPUs; nothing for a CPU."""
     rows: list[list[str]] = []
     for stage in plan["stages"]:
         if plan["machine"]["kind"] != "cuda" or not stage["seconds"] or not stage["steps"]:
             continue
-        step = exchange.Step(stage["seconds"] / stage["steps"], stage["exchange_bytes"])
+        step = exchange.StepTime(stage["seconds"] / stage["steps"], stage["exchange_bytes"])
         row = [stage["name"], size(stage["exchange_bytes"])]
         for gpus, link in MORE_GPUS:
             row.append(f"{exchange.times_as_fast(step, gpus, link):.2f}")
@@ -145,10 +145,10 @@ def _more_gpus(plan: Plan) -> Table:
     columns = ["stage", "gradients a step"]
     for gpus, link in MORE_GPUS:
         columns.append(f"{gpus}, {link}")
-    return Table("Times as fast with --gpus (computed, not measured)", columns, rows)
+    return PlanTable("Times as fast with --gpus (computed, not measured)", columns, rows)
 
 
-def _room(plan: Plan) -> Table:
+def _room(plan: Plan) -> PlanTable:
     host, disk = plan["host"], plan["disk"]
     rows: list[list[str]] = []
     for phase, part in host["parts"].items():
@@ -157,12 +157,12 @@ def _room(plan: Plan) -> Table:
     for name, part in disk["parts"].items():
         rows.append([f"disk, {name}", size(part)])
     rows.append(["disk in all / free here", f"{size(disk['needed_bytes'])} / {size(disk['free_bytes'])}"])
-    return Table("Host memory and disk (predicted)", ["what", "bytes"], rows)
+    return PlanTable("Host memory and disk (predicted)", ["what", "bytes"], rows)
 
 
-def _decisions(plan: Plan) -> Table:
+def _decisions(plan: Plan) -> PlanTable:
     rows = [[decision["key"], _value(decision["value"]), decision["why"]] for decision in plan["decisions"]]
-    return Table("What `auto` became", ["key", "value", "why"], rows)
+    return PlanTable("What `auto` became", ["key", "value", "why"], rows)
 
 
 def _value(value: JsonValue) -> str:

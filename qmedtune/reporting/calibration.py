@@ -10,7 +10,7 @@ from qmedtune.reporting.blocks import card, html_table
 from qmedtune.reporting.cells import Row, Table, three_decimals
 from qmedtune.reporting.charts import Html, esc, legend
 from qmedtune.reporting.facts import MINUS, precision_words
-from qmedtune.results import Bin, Run, Score, Task
+from qmedtune.results import Bin, Run, Score, TaskScores
 
 MODELS = (("base", 0), ("final", 3), ("model", 3))
 MANY_TASKS = 4  # of more the diagrams are folded, and the table tells
@@ -42,7 +42,7 @@ def calibration(run: Run) -> Html:
     return Html(told + drawn + card("", html_table(calibration_table(run))))
 
 
-def _curves(task: Task) -> list[tuple[str, int, list[Bin]]]:
+def _curves(task: TaskScores) -> list[tuple[str, int, list[Bin]]]:
     """(model, colour, its bins) of each model whose bins are known."""
     found: list[tuple[str, int, list[Bin]]] = []
     for label, color in MODELS:

@@ -7,7 +7,7 @@ import re
 
 from qmedtune.reporting.cells import Row, Table, three_decimals
 from qmedtune.reporting.facts import MINUS
-from qmedtune.results import Chosen, HeadToHead, scored_in
+from qmedtune.results import ChosenPrompting, HeadToHead, scored_in
 
 MEASURES = ("Its score", "Final", "Commonest", "Difference", "p (Holm)", "Verdict")
 COLUMNS = ("Against", "Task", *MEASURES, "Asked with")
@@ -52,7 +52,7 @@ def claims(found: HeadToHead) -> list[str]:
     return [_signed(sentence) for sentence in found.claims]
 
 
-def _asked(score: Chosen) -> str:
+def _asked(score: ChosenPrompting) -> str:
     return f"{score.template}, {score.shots} shots"
 
 

@@ -13,7 +13,19 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from qmedtune.results import Evaluation, Interval, Logged, Number, Paired, Run, Score, Scores, Stage, Task, scored_in
+from qmedtune.results import (
+    Evaluation,
+    Interval,
+    Logged,
+    Number,
+    Paired,
+    Run,
+    Score,
+    Scores,
+    Stage,
+    TaskScores,
+    scored_in,
+)
 from qmedtune.units import digits3
 
 SIGNIFICANCE = 0.05
@@ -109,7 +121,7 @@ def wholes(run: Run) -> list[tuple[Comparison, Score]]:
     return found
 
 
-def _title(name: str, task: Task) -> str:
+def _title(name: str, task: TaskScores) -> str:
     """The task, with its metric where that is not accuracy."""
     score = task.final or task.base
     if score is None or score.metric == "accuracy":
@@ -117,7 +129,7 @@ def _title(name: str, task: Task) -> str:
     return f"{name} ({score.metric})"
 
 
-def _generated(task: Task) -> Scores | None:
+def _generated(task: TaskScores) -> Scores | None:
     """What the models wrote, compared; None where no answers were asked for beside the options."""
     base, final = _written(task.base), _written(task.final)
     if base is None and final is None:

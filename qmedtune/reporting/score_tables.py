@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from qmedtune.reporting.cells import UNKNOWN, Row, Table, exact, three_decimals
 from qmedtune.reporting.facts import MINUS, comparisons, precision_words, score_text
-from qmedtune.results import Classification, Exposure, Number, Run, Score, Task, Text
+from qmedtune.results import Classification, Exposure, Number, Run, Score, TaskScores, Text
 from qmedtune.units import digits3
 
 
@@ -68,7 +68,7 @@ def _methods(run: Run) -> str:
     return f" Intervals: {'; '.join(dict.fromkeys(names))}."
 
 
-def _methods_of(task: Task) -> Iterator[str]:
+def _methods_of(task: TaskScores) -> Iterator[str]:
     for part in (task.base, task.final, task.difference):
         if part is not None and part.ci95_method is not None:
             yield part.ci95_method

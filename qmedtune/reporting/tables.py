@@ -9,7 +9,7 @@ from pathlib import Path
 from pydantic import JsonValue
 
 from qmedtune.reporting.cells import UNKNOWN, Row, Table, counted, exact, shown, size_cell, time_cell
-from qmedtune.results import Loss, Merge, Number, Part, Run, Shift, Source, Stage, Tokens
+from qmedtune.results import Loss, Merge, Number, Part, Run, Shift, Source, Stage, TokenLedger
 
 
 def stages(run: Run) -> Table:
@@ -62,7 +62,7 @@ def tokens(run: Run) -> Table:
     return Table("Token ledger", columns, rows, note).or_say("No stage has a token ledger.")
 
 
-def _ledger_row(stage: str, ledger: Tokens) -> Row:
+def _ledger_row(stage: str, ledger: TokenLedger) -> Row:
     return (
         stage,
         exact(ledger.read),

@@ -12,7 +12,7 @@ class Development(Facts):
     accuracy: dict[str, Number]
 
 
-class Chosen(Facts):
+class ChosenPrompting(Facts):
     """How one model was asked in one task, and what it reached on the items that are scored. weights: dtype, or nf4;
     majority: what always the commonest answer to these items would reach."""
 
@@ -54,7 +54,7 @@ class HeadToHead(Facts):
 
     reference: str = ""
     subject: str = ""
-    models: dict[str, dict[str, Chosen]]
+    models: dict[str, dict[str, ChosenPrompting]]
     duels: list[DuelEntry]
     claims: list[str]
     left_out: list[str] = []

@@ -30,7 +30,8 @@ class ExportProof(Facts):
 
 
 class Exported(Facts):
-    """An export. quant, bytes, pre, sha256: of a GGUF file; repository, commit: of a push to the Hub."""
+    """An export. quant, bytes, pre, sha256: of a GGUF file, and quantised_by: the program or library of llama.cpp that
+    made it one of K-quants; repository, commit: of a push to the Hub."""
 
     path: str | None = None
     form: str | None = None
@@ -38,6 +39,7 @@ class Exported(Facts):
     commit: str | None = None
     files: list[str] = []
     quant: str | None = None
+    quantised_by: str | None = None
     bytes: int | None = None
     pre: str | None = None
     sha256: str | None = None

@@ -79,7 +79,7 @@ class Source(Facts):
     host_peak_bytes: int | None = None
 
 
-class Tokens(Facts):
+class TokenLedger(Facts):
     """Ledger of a packed stage. kept = read - dropped; trained: repeats included; supervised: those with a loss; split:
     those that continue, in another row, a document begun before."""
 
@@ -148,7 +148,7 @@ class Packing(Facts):
     """A packed stage: what a `data/NN-kind` step finds."""
 
     records: PackedRecords | None = None
-    tokens: Tokens = Tokens()
+    tokens: TokenLedger = TokenLedger()
     mixture: dict[str, Part] = {}
     rows: int = 0
     seq_len: int | None = None

@@ -115,14 +115,14 @@ class Scores(Facts):
         return {"base": self.base, "final": self.final, "model": self.model}[label]
 
 
-class Task(Scores):
+class TaskScores(Scores):
     """A task as a whole, by facet, and by whether training text holds the items."""
 
     facets: dict[str, Scores] = {}
     overlap: dict[str, Scores] = {}
 
 
-class Pair(Facts):
+class BaseAndFinal(Facts):
     """One figure of base and of final, or of the one model that was measured."""
 
     base: Number | None = None
@@ -130,13 +130,13 @@ class Pair(Facts):
     model: Number | None = None
 
 
-class Text(Pair):
+class Text(BaseAndFinal):
     """Perplexity over `tokens` of held-out text; ends: mean log p (nats) of the `marks` that close documents."""
 
     tokens: int | None = None
     marks: int | None = None
-    ends: Pair | None = None
-    nf4: Pair | None = None
+    ends: BaseAndFinal | None = None
+    nf4: BaseAndFinal | None = None
     bits_per_byte: Number | None = None
 
 
@@ -157,7 +157,7 @@ class Evaluation(Facts):
     """Scores and perplexities. precision: delivered, nf4 or full16, which `why` explains where it is not what was
     asked; weights: dtype of both models, or nf4 (version 0.1 does not say)."""
 
-    tasks: dict[str, Task] = {}
+    tasks: dict[str, TaskScores] = {}
     perplexity: dict[str, Text] = {}
     precision: str | None = None
     weights: str | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from qmedtune.results.ledgers import Part, Tokens
+from qmedtune.results.ledgers import Part, TokenLedger
 from qmedtune.results.typed import Facts, Interval, Number
 
 
@@ -99,15 +99,25 @@ class Classification(Facts):
     accuracy: Number | None = None
 
 
-class Checkpoint(Facts):
-    """What the seal of a checkpoint tells. made_with: settings that the machine chose."""
+class MadeWith(Facts):
+    """Settings of a stage that the machine chose. device: the GPU's name, or `cpu`."""
+
+    optimizer: str
+    compute_dtype: str
+    attention: str
+    micro_batch: int
+    device: str
+
+
+class CheckpointSeal(Facts):
+    """What the seal of a checkpoint tells."""
 
     step: int
     tokens: int
-    made_with: dict[str, str | int] = {}
+    made_with: MadeWith | None = None
 
 
-class Adapter(Facts):
+class AdapterEntry(Facts):
     path: str
     sha256: str
 
@@ -141,7 +151,7 @@ class Trained(Facts):
     validation: list[Validation] = []
     warnings: list[str] = []
     kind: str
-    tokens: Tokens = Tokens()
+    tokens: TokenLedger = TokenLedger()
     mixture: dict[str, Part] = {}
     classification: Classification | None = None
     model: Model | None = None
@@ -161,4 +171,4 @@ class _Entry(Facts):
 class Stage(Trained, _Entry):
     """The entry of a stage in run.json. status: sealed, or `to do`, which has nothing but its name and kind."""
 
-    adapter: Adapter | None = None
+    adapter: AdapterEntry | None = None

@@ -8,11 +8,11 @@ from qmedtune.results.typed import Facts, Interval, Number
 from qmedtune.results.whole_run import Provenance
 
 
-class Judged(Facts):
+class JudgedAnswer(Facts):
     """Whether one answer is right: by log-likelihood, or else what was written."""
 
     correct: bool | None = None
-    generation: Judged | None = None
+    generation: JudgedAnswer | None = None
 
     @property
     def is_right(self) -> bool:
@@ -30,10 +30,10 @@ class AnsweredItem(Facts):
     group: int | None = None
     facet: str | None = None
     gold: JsonValue = None
-    base: Judged | None = None
-    final: Judged | None = None
+    base: JudgedAnswer | None = None
+    final: JudgedAnswer | None = None
 
-    def of(self, label: str) -> Judged:
+    def of(self, label: str) -> JudgedAnswer:
         """What `base` or `final` answered."""
         found = self.base if label == "base" else self.final
         assert found is not None

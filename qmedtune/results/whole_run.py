@@ -28,7 +28,7 @@ class StepEntry(Facts):
         return self.status == "sealed"
 
 
-class Choice(Facts):
+class AutoChoice(Facts):
     """What an `auto` of the recipe became, and why."""
 
     key: str
@@ -67,7 +67,7 @@ class Run(Facts):
     steps: list[StepEntry] = []
     warnings: list[str] = []
     privacy: Privacy | None = None
-    resolved: list[Choice] = []
+    resolved: list[AutoChoice] = []
     recipe: Json = {}
     recipe_text: str = ""
     provenance: Provenance = Provenance()

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from qmedtune.allowed import FloatDtype, Quantization
 from qmedtune.fields import Auto, Positive, Section
 
 Attention = Literal["auto", "varlen", "sdpa", "flex_attention", "flash_attention_2", "eager"]
@@ -43,12 +44,12 @@ class ModelSection(Section):
     """Commit, tag or branch of a Hub id; without it the newest. Give a commit to make a run repeatable."""
     shape: ShapeSection | None = None
     """Widths of a model that `pretrain` makes from nothing; without it those of the base."""
-    quantization: Literal["nf4", "none"] = "nf4"
+    quantization: Quantization = "nf4"
     """How frozen weights are held: in 4 bits (QLoRA) or in 16. Take `none` where memory allows, it is faster."""
     double_quantization: bool = True
     """Quantise the scales of NF4 too: 0.37 bits a weight less. Turn it off only to compare with models made
     without."""
-    compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    compute_dtype: Literal["auto", FloatDtype] = "auto"
     """Number format of products and activations; `auto`: bfloat16 where the device has it, else float16 on a GPU,
     float32 on a CPU. Leave it, except to compare."""
     kernels: Literal["auto", "triton", "reference"] = "auto"

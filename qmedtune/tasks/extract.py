@@ -41,6 +41,7 @@ from qmedtune.tasks.wordings import (
     REVISED,
     SENTENCE_END_LETTER,
     SHORT_ANSWER_WORDS,
+    SPECIES,
     SUBJECT,
 )
 
@@ -312,6 +313,9 @@ def _read(text: str, start: int, known: Options) -> list[Stated]:
         return []
     option, end = known.of(match), match.end()
     groups = match.groupdict()
+    if groups.get("letter") and SPECIES.match(text, end):
+        named = known.begins(text[start:])  # an option may be a species
+        return [] if named is None else [Stated(named, start, end)]
     if groups.get("bare") and known.begins(text[end:]) != option:
         return []  # "A patient", "B is wrong"
     if _called_wrong(text, end, known) or text[end:].lstrip(" )]").startswith("?"):
@@ -379,7 +383,7 @@ def _cued(text: str, known: Options) -> Iterator[Stated]:
             if not denied or any(each.option == SEVERAL for each in found):
                 yield from found
     for match in SENTENCE_END_LETTER.finditer(text):
-        if match["letter"] in known.letters:
+        if match["letter"] in known.letters and not SPECIES.match(text, match.end()):
             yield Stated(known.letters.index(match["letter"]), match.start("letter"), match.end())
 
 

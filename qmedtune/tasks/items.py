@@ -19,7 +19,7 @@ from typing import Any
 from qmedtune.data.reading.formats import READERS, format_of
 from qmedtune.data.reading.instructions import instruction_record
 from qmedtune.data.reading.records import as_name
-from qmedtune.data.reading.rejects import Damaged, Refused, Unusable
+from qmedtune.data.reading.rejects import Damaged, RefusedRecord, Unusable
 from qmedtune.data.reading.row_formats import Row
 from qmedtune.data.reading.tally import shown_names
 from qmedtune.errors import DataError, RecipeError
@@ -144,7 +144,7 @@ def records(path: Path) -> Iterator[tuple[str, Fields]]:
 def checked_rows(path: Path, rows: Iterator[Row]) -> Iterator[tuple[str, Fields]]:
     """Rows of a reader with their "file:line"; DataError at the first damaged one."""
     for line, fields in rows:
-        if isinstance(fields, Refused):
+        if isinstance(fields, RefusedRecord):
             continue
         if isinstance(fields, Damaged):
             raise DataError(f"{path}:{line}: {fields.reason}\na benchmark is read whole or not at all: mend the file")

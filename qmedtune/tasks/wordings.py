@@ -45,15 +45,15 @@ CHOSEN = re.compile(
     r"(?:(?:the|option|answer|choice|letter|with|for)\s+)*[(\[]?"
     r"|\b(?:I|we)\s+(?:think|believe|guess)\s+(?:that\s+)?(?:it(?:'s|\s+is)\s+)?[(\[]?"
     r"|^\W*(?:most\s+likely|probably|likely|definitely|clearly)[:,]?\s+[(\[]?"
-    r"|^\W*(?:correct|final|solution|result|ans)\s*[:=]\s*[(\[]?"
+    r"|^\W*(?:(?:correct|final|solution|result|ans)\s*[:=]|ans\.)\s*[(\[]?"
     r"|^\W*(?:it|this|that)(?:'s|\s+is)\s+(?:an?\s+)?"
     r"|\b(?:most|best|primary|underlying|correct|right|first|next|initial|preferred)\b[^.\n:]{0,90}?\b(?:is|be|was|are)\s+"
     r"(?:(?:likely|probably|a|an|the|to|option|called|most\s+likely)\s+)*[(\[]?",
     re.I | re.M,
 )
-OPENING = r"(?:so|thus|therefore|hence|ok|okay|sure|well|overall|finally|to\s+conclude|"
-OPENING += r"in\s+(?:conclusion|summary|short))"
-OPENED = re.compile(rf"{OPENING}?[,:]?\s*(?:(?:{NOUN})\s*[:(]*\s*)?", re.I)
+OPENING = r"so|thus|therefore|hence|ok|okay|sure|well|probably|(?:un)?fortunately|overall|finally|to\s+conclude|"
+OPENING += r"in\s+(?:short|summary|conclusion)"
+OPENED = re.compile(rf"(?:(?:{OPENING})\b)?[,:]?\s*(?:(?:{NOUN})\s*[:(]*\s*)?", re.I)
 SENTENCE_END_LETTER = re.compile(
     r"(?:\b(?:is|be|are|was|[Tt]herefore|[Tt]hus|[Hh]ence|[Ss]o)|'s)\s+"
     r"(?:option\s+)?[(\[]?(?P<letter>[A-Z])[)\]]?\s*(?=[.!]?\s*(?:$|\n)|\. )"
@@ -91,6 +91,13 @@ AFTER_WORD += r"\((?:very|high|low|moderate|medium|confiden\w+|p\s*[<=]))|"
 AFTER_WORD += r"\s+(?:because|since|as|it|they|this|these|that|there|he|she|we|you|i|the|for|in|to|is|was)\b)"
 AFTER_LETTER = r"(?=\s*[)\].:;!|,]|\s*$|[ \t]*\n|\s+[-\u2013\u2014]\s|"
 AFTER_LETTER += r"\s+(?:because|since|(?:and|but)\s+not|not|rather)\b)"
+# Species of medicine whose genus is written as the letter of an option: "C. difficile" is not option C.
+SPECIES = re.compile(
+    r"\.\s+(?:actinomycetemcomitans|baumannii|fumigatus|flavus|israelii|lumbricoides|phagocytophilum|anthracis|burgdorferi|"
+    r"canis|cepacia|cereus|fragilis|henselae|hominis|microti|pertussis|pseudomallei|quintana|albicans|auris|botulinum|"
+    r"burnetii|coli|diff(?:icile)?|diphtheriae|freundii|glabrata|immitis|jejuni|neoformans|parvum|perfringens|psittaci|tetani|"
+    r"trachomatis|latum|medinensis|chaffeensis|cloacae|faecalis|faecium|granulosus|histolytica|vermicularis)\b"
+)
 EVERYDAY_CHARS = 5
 SHORT_ANSWER_WORDS = 15
 MENTION_CHARS = 6

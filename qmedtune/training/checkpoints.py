@@ -47,7 +47,7 @@ class OptimizerState(TypedDict):
     state: Any
 
 
-class Plain(TypedDict):
+class StateJson(TypedDict):
     """state.json. scheduler, scaler: as torch gives them."""
 
     optimizer: OptimizerState
@@ -61,7 +61,7 @@ class States:
     """What a training goes on from, beside its weights: tensors by name, and all that is none."""
 
     tensors: dict[str, Tensor]
-    plain: Plain
+    plain: StateJson
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ def states_of(optimizer: Any, scheduler: Any, scaler: Any) -> States:
     scale = None
     if scaler:
         scale = scaler.state_dict()
-    described: Plain = {
+    described: StateJson = {
         "optimizer": {"param_groups": whole["param_groups"], "state": plain},
         "scheduler": scheduler.state_dict(),
         "scaler": scale,
@@ -272,5 +272,5 @@ def load_random(checkpoint: Path) -> None:
     set_random_states(states)
 
 
-def _described(checkpoint: Path) -> Plain:
+def _described(checkpoint: Path) -> StateJson:
     return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))

@@ -16,10 +16,7 @@ from qmedtune.planning import fit
 from qmedtune.planning.machine import this_machine
 from qmedtune.planning.shapes import base_facts
 from qmedtune.resolved import ResolvedRecipe, ResolvedTraining
-from qmedtune.results import Checkpoint
-
-MadeWith = dict[str, str | int]
-"""Settings that this machine chose, as a checkpoint's seal holds them."""
+from qmedtune.results import CheckpointSeal, MadeWith
 
 
 def resume_settings(
@@ -31,27 +28,31 @@ def resume_settings(
     the checkpoint's is kept; the rest only changes rounding, and is said.
     """
     section, model = recipe.stages[index].section, recipe.model
-    now: MadeWith = {
-        "optimizer": section.optimizer,
-        "compute_dtype": model.compute_dtype,
-        "attention": model.attention,
-        "micro_batch": section.micro_batch,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-    }
+    now = MadeWith(
+        optimizer=section.optimizer,
+        compute_dtype=model.compute_dtype,
+        attention=model.attention,
+        micro_batch=section.micro_batch,
+        device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    )
     sealed = store.read_seal(checkpoint) if checkpoint else None
     if sealed is None:
         return section, now, []
-    before = Checkpoint.model_validate(sealed.facts).made_with
-    if before == now:
+    before = CheckpointSeal.model_validate(sealed.facts).made_with
+    if before is None or before == now:
         return section, now, []
-    section = section.model_copy(update={"optimizer": before["optimizer"]})
-    differing = [f"{name} {before[name]} there, {now[name]} here" for name in now if before[name] != now[name]]
+    section = section.model_copy(update={"optimizer": before.optimizer})
+    differing: list[str] = []
+    for name in MadeWith.model_fields:
+        there, here = getattr(before, name), getattr(now, name)
+        if there != here:
+            differing.append(f"{name} {there} there, {here} here")
     kept = ""
-    if before["optimizer"] != now["optimizer"]:
+    if before.optimizer != now.optimizer:
         kept = "; the checkpoint's optimizer is kept"
     warning = f"goes on from a checkpoint made elsewhere ({', '.join(differing)}){kept}: not bit-identical to one run"
     ui.warn(warning)
-    return section, {**now, "optimizer": before["optimizer"]}, [warning]
+    return section, now.model_copy(update={"optimizer": before.optimizer}), [warning]
 
 
 def out_of_memory(recipe: ResolvedRecipe, index: int, step: int) -> RunError:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,11 +30,12 @@ from qmedtune import store, ui
 from qmedtune.errors import DataError, RunError
 from qmedtune.group import ALONE, Group
 from qmedtune.model import EMBEDDINGS, trainable
+from qmedtune.modeling import fused
 from qmedtune.modeling.collation import Rows, collate, supervised_weight
 from qmedtune.modeling.loss import token_nll
 from qmedtune.resolved import ResolvedTraining
+from qmedtune.results import Json, MadeWith
 from qmedtune.training import checkpoints
-from qmedtune.training.resume import MadeWith
 
 
 def learning_rate_factor(section: ResolvedTraining, total_steps: int):
@@ -111,7 +112,7 @@ class QTrainer(SFTTrainer):
         """`keep` checkpoints stay; `made_with` is told in each of them. `group`: who trains along."""
         self.group = group
         model, tokenizer, rows, section = material.model, material.tokenizer, material.rows, material.section
-        self.section, self.keep, self.made_with = section, keep, made_with or {}
+        self.section, self.keep, self.made_with = section, keep, made_with
         self.stage = Path(str(args.output_dir)).parent
         self.trained_model: Any = model
         self.micro_batch = section.micro_batch
@@ -205,14 +206,18 @@ class QTrainer(SFTTrainer):
         total = torch.zeros((), device=inputs["labels"].device)
         lengths = inputs["lengths"].tolist()  # asked for once: each question to a GPU waits for what it has to do
         arrays = {name: x for name, x in inputs.items() if name != "lengths"}
+        unchanged: AbstractContextManager[None] = nullcontext()
+        if len(lengths) > self.micro_batch:
+            unchanged = fused.steady(model)
         try:
-            for start in range(0, len(lengths), self.micro_batch):
-                rows = slice(start, start + self.micro_batch)
-                micro, longest = {name: x[rows] for name, x in arrays.items()}, max(lengths[rows])
-                with self.compute_loss_context_manager():
-                    loss = self.nll(model, **{name: x[:, :longest] for name, x in micro.items()}) / supervised
-                self.accelerator.backward(loss)
-                total += loss.detach()
+            with unchanged:
+                for start in range(0, len(lengths), self.micro_batch):
+                    rows = slice(start, start + self.micro_batch)
+                    micro, longest = {name: x[rows] for name, x in arrays.items()}, max(lengths[rows])
+                    with self.compute_loss_context_manager():
+                        loss = self.nll(model, **{name: x[:, :longest] for name, x in micro.items()}) / supervised
+                    self.accelerator.backward(loss)
+                    total += loss.detach()
         except RuntimeError as error:
             if not (isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)):
                 raise
@@ -251,7 +256,9 @@ class QTrainer(SFTTrainer):
             return
         started = time.perf_counter()
         states = checkpoints.states_of(self.optimizer, self.lr_scheduler, self.accelerator.scaler)
-        facts = {"tokens": self.tokens_seen, "made_with": self.made_with}
+        facts: Json = {"tokens": self.tokens_seen}
+        if self.made_with is not None:
+            facts["made_with"] = self.made_with.as_json()
         weights, step = trainable(self.trained_model), self.state.global_step
         self.state.log_history.clear()  # metrics.jsonl has it all; this would grow with every step
         checkpoint = checkpoints.Checkpoint(step, weights, states, self.state, facts)

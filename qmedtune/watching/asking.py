@@ -34,7 +34,7 @@ class Piece(NamedTuple):
     text: str
 
 
-class Pair:
+class ModelPair:
     """The two models of one run, of which one process needs one at a time."""
 
     def __init__(self, shelf: Shelf) -> None:

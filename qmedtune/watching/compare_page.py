@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from pydantic import JsonValue
 
-from qmedtune.compare_runs import Result, Scored, Setting, Side, held_out_sources, stage_names
+from qmedtune.compare_runs import ComparedScore, DifferingKey, RunComparison, Side, held_out_sources, stage_names
 from qmedtune.reporting.blocks import PALETTE, card, document, html_table, section
 from qmedtune.reporting.cells import Row, Table
 from qmedtune.reporting.charts import Axis, Html, Mark, Series, dumbbells, esc, legend, line_chart, log_axis
@@ -24,7 +24,7 @@ def color(place: int) -> int:
     return 1 + place % PALETTE
 
 
-def page(result: Result, runs: Sequence[Side]) -> str:
+def page(result: RunComparison, runs: Sequence[Side]) -> str:
     """The whole page."""
     sections = (
         _header(result),
@@ -36,7 +36,7 @@ def page(result: Result, runs: Sequence[Side]) -> str:
     return document(f"Compared: {names}", sections, "Written by qmedtune from run.json, metrics.jsonl and items.")
 
 
-def _header(result: Result) -> Html:
+def _header(result: RunComparison) -> Html:
     lines = ""
     for place, run in enumerate(result.runs):
         key = f'<i class="key c{color(place)}"></i>'
@@ -53,7 +53,7 @@ def _header(result: Result) -> Html:
     )
 
 
-def sentences(result: Result) -> Iterator[str]:
+def sentences(result: RunComparison) -> Iterator[str]:
     """One per other run: `b against a: better on facts; no difference shown on pubmedqa.`"""
     for run in result.runs[1:]:
         by_verdict: dict[str, list[str]] = {}
@@ -70,7 +70,7 @@ def sentences(result: Result) -> Iterator[str]:
             yield f"{run.name} against {result.reference}: no task whose items both answered."
 
 
-def scored_in(result: Result) -> str:
+def scored_in(result: RunComparison) -> str:
     """The precision that the runs were scored in; of each run where they differ."""
     found = dict.fromkeys(run.scored_in or "an unknown precision" for run in result.runs)
     if len(found) == 1:
@@ -82,7 +82,7 @@ def scored_in(result: Result) -> str:
 # ---- tables, for the terminal too ------------------------------------------------------------------------------------
 
 
-def scores_table(result: Result) -> Table:
+def scores_table(result: RunComparison) -> Table:
     """Scores as each run reports them; the tests are on the items that all runs answered."""
     rows: list[Row] = []
     for scored in result.scores:
@@ -100,7 +100,7 @@ def scores_table(result: Result) -> Table:
     return Table("Scores", ("Task", *_names(result), "Commonest answer", "Shared items"), rows, note)
 
 
-def tests_table(result: Result) -> Table:
+def tests_table(result: RunComparison) -> Table:
     rows: list[Row] = []
     for duel in result.duels:
         low, high = duel.ci95
@@ -118,7 +118,7 @@ def tests_table(result: Result) -> Table:
     return Table("Paired tests", columns, rows, note)
 
 
-def perplexity_table(result: Result) -> Table:
+def perplexity_table(result: RunComparison) -> Table:
     rows: list[Row] = []
     for scored in result.perplexity:
         values = [_perplexity_of(value) for value in scored.values]
@@ -128,7 +128,7 @@ def perplexity_table(result: Result) -> Table:
     )
 
 
-def training_table(result: Result) -> Table:
+def training_table(result: RunComparison) -> Table:
     rows: list[Row] = []
     for each in result.training:
         values = [_figure(each.what, value) for value in each.values]
@@ -139,7 +139,7 @@ def training_table(result: Result) -> Table:
     return Table("Training", ("Stage", "What", *_names(result)), rows, note)
 
 
-def settings_table(title: str, found: Sequence[Setting], result: Result, same: str) -> Table:
+def settings_table(title: str, found: Sequence[DifferingKey], result: RunComparison, same: str) -> Table:
     rows: list[Row] = []
     for setting in found:
         values = [written(value) for value in setting.values]
@@ -150,7 +150,7 @@ def settings_table(title: str, found: Sequence[Setting], result: Result, same: s
     return Table(title, ("Key", *_names(result)), rows, note)
 
 
-def _names(result: Result) -> list[str]:
+def _names(result: RunComparison) -> list[str]:
     return [run.name for run in result.runs]
 
 
@@ -175,7 +175,7 @@ def written(value: JsonValue) -> str:
     return text
 
 
-def _titled(scored: Scored) -> str:
+def _titled(scored: ComparedScore) -> str:
     if scored.metric in ("", "accuracy"):
         return scored.name
     return f"{scored.name} ({scored.metric})"
@@ -208,7 +208,7 @@ def _figure(what: str, value: Number | None) -> str:
 # ---- figures ---------------------------------------------------------------------------------------------------------
 
 
-def _scores(result: Result) -> Html:
+def _scores(result: RunComparison) -> Html:
     rows: list[tuple[str, list[Mark], str]] = []
     for scored in result.scores:
         rows.append((_titled(scored), _marks(result, scored), ""))
@@ -220,7 +220,7 @@ def _scores(result: Result) -> Html:
     return Html(scores + tests + _perplexity(result))
 
 
-def _marks(result: Result, scored: Scored) -> list[Mark]:
+def _marks(result: RunComparison, scored: ComparedScore) -> list[Mark]:
     found: list[Mark] = []
     intervals = scored.ci95 or [None] * len(scored.values)
     for place, (value, interval) in enumerate(zip(scored.values, intervals, strict=True)):
@@ -230,7 +230,7 @@ def _marks(result: Result, scored: Scored) -> list[Mark]:
     return found
 
 
-def _perplexity(result: Result) -> str:
+def _perplexity(result: RunComparison) -> str:
     rows: list[tuple[str, list[Mark], str]] = []
     values: list[Number] = []
     for scored in result.perplexity:
@@ -243,11 +243,11 @@ def _perplexity(result: Result) -> str:
     return card("Perplexity", Html(figure + html_table(perplexity_table(result))))
 
 
-def _legend(result: Result) -> Html:
+def _legend(result: RunComparison) -> Html:
     return legend([(run.name, color(place)) for place, run in enumerate(result.runs)])
 
 
-def _curves(runs: Sequence[Side], result: Result) -> Html:
+def _curves(runs: Sequence[Side], result: RunComparison) -> Html:
     """Training losses of a stage in one chart; then held-out losses, a chart per source."""
     cards = ""
     for name in stage_names(runs):
@@ -273,7 +273,7 @@ def _chart(title: str, lines: list[Series]) -> str:
     return card(title, line_chart(drawn, "optimiser step", "loss, nats per token"))
 
 
-def _settings(result: Result) -> Html:
+def _settings(result: RunComparison) -> Html:
     recipe = settings_table("Recipe", result.settings, result, "The recipes say the same.")
     made = settings_table("Made with", result.made_with, result, "Machine, versions, base and data are the same.")
     return Html(card(recipe.title, html_table(recipe)) + card(made.title, html_table(made)))

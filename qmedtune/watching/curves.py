@@ -13,7 +13,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from qmedtune.reporting.charts import Html, Series, line_chart
-from qmedtune.reporting.live import metrics_files
+from qmedtune.reporting.unfinished import metrics_files
 from qmedtune.results import Logged, Number
 from qmedtune.watching.runs import Seen
 
@@ -40,7 +40,7 @@ QUANTITIES = (
 
 
 @dataclass
-class Stage:
+class StageCurves:
     """What one stage has logged so far."""
 
     lines: dict[str, Line] = field(default_factory=dict)
@@ -68,7 +68,7 @@ class _File:
 
     inode: int = 0
     read: int = 0
-    stages: dict[str, Stage] = field(default_factory=dict)
+    stages: dict[str, StageCurves] = field(default_factory=dict)
 
 
 class Follower:
@@ -77,11 +77,11 @@ class Follower:
     def __init__(self) -> None:
         self._files: dict[Path, _File] = {}
 
-    def stages(self, seen: Seen) -> dict[str, Stage]:
+    def stages(self, seen: Seen) -> dict[str, StageCurves]:
         """What each stage has logged, in order."""
         paths = metrics_files(seen.folder, seen.run.model_copy(update={"status": seen.status}))
         self._files = {path: self._files.get(path) or _File() for path in paths}
-        found: dict[str, Stage] = {}
+        found: dict[str, StageCurves] = {}
         for path, file in self._files.items():
             self._follow(path, file)
             found |= file.stages
@@ -103,15 +103,15 @@ class Follower:
             _take(file.stages, line)
 
 
-def _take(stages: dict[str, Stage], line: bytes) -> None:
+def _take(stages: dict[str, StageCurves], line: bytes) -> None:
     try:
         entry = Logged.model_validate_json(line)
     except ValidationError:  # a kill in mid-line
         return
-    stages.setdefault(entry.stage, Stage()).take(entry)
+    stages.setdefault(entry.stage, StageCurves()).take(entry)
 
 
-def loss_chart(stage: Stage, colors: dict[str, int]) -> Html:
+def loss_chart(stage: StageCurves, colors: dict[str, int]) -> Html:
     """Training and held-out losses. `colors`: of the sources."""
     series = [Series("training", points(stage.lines.get(LOSS, {})), 0)]
     for source, line in stage.held_out.items():
@@ -121,7 +121,7 @@ def loss_chart(stage: Stage, colors: dict[str, int]) -> Html:
     return line_chart(series, "optimiser step", "loss, nats per token")
 
 
-def small_charts(stage: Stage) -> list[tuple[str, Html]]:
+def small_charts(stage: StageCurves) -> list[tuple[str, Html]]:
     """(title, chart) of everything else that the stage has logged."""
     found = []
     for quantity in QUANTITIES:

@@ -10,8 +10,8 @@ from urllib.parse import urlencode
 from qmedtune.reporting.blocks import DISCLAIMER
 from qmedtune.reporting.charts import Html, esc
 from qmedtune.watching.live import Parts
+from qmedtune.watching.packed_rows import RequestedRows
 from qmedtune.watching.parts import address, pill
-from qmedtune.watching.rows import RequestedRows
 from qmedtune.watching.runs import Seen
 
 TABS = (("", "Now"), ("rows", "Packed rows"), ("ask", "Ask"), ("report", "Report"))

@@ -17,7 +17,7 @@ from qmedtune.reporting.head import tiles
 from qmedtune.reporting.headline import headline
 from qmedtune.ui import Progress
 from qmedtune.units import clock, count, duration
-from qmedtune.watching.curves import Stage, loss_chart, small_charts
+from qmedtune.watching.curves import StageCurves, loss_chart, small_charts
 from qmedtune.watching.live import Parts
 from qmedtune.watching.runs import Seen
 
@@ -61,7 +61,7 @@ def runs_parts(found: list[Seen]) -> Parts:
 # ---- one run ---------------------------------------------------------------------------------------------------------
 
 
-def run_parts(seen: Seen, stages: dict[str, Stage]) -> Parts:
+def run_parts(seen: Seen, stages: dict[str, StageCurves]) -> Parts:
     result = tiles(seen.run) if seen.status == "finished" else ""
     return {
         "head": _head(seen),
@@ -118,7 +118,7 @@ def _progress(progress: Progress) -> str:
     )
 
 
-def _curves(seen: Seen, stages: dict[str, Stage]) -> str:
+def _curves(seen: Seen, stages: dict[str, StageCurves]) -> str:
     """The stage that logged last is open, earlier ones are folded behind it."""
     colors = source_colors(seen)
     names = list(stages)
@@ -156,7 +156,7 @@ def _steps(seen: Seen) -> Html:
     return html_table(Table("Steps", ("Step", "Status", "Time", "Left"), rows, "" if rows else "No step yet."))
 
 
-def _warnings(seen: Seen, stages: dict[str, Stage]) -> Html:
+def _warnings(seen: Seen, stages: dict[str, StageCurves]) -> Html:
     told = dict.fromkeys(warnings_of(seen.run))
     for name, stage in stages.items():
         told |= dict.fromkeys(f"{name}: {warning}" for warning in stage.warnings)

@@ -21,13 +21,13 @@ from qmedtune.errors import QmedtuneError
 from qmedtune.reporting.page import page as report_page
 from qmedtune.reporting.style import CSS
 from qmedtune.watching.access import SECURITY, Guard, Headers, is_own_page
-from qmedtune.watching.asking import Pair
+from qmedtune.watching.asking import ModelPair
 from qmedtune.watching.compare_page import page as compare_page
 from qmedtune.watching.curves import Follower
 from qmedtune.watching.live import Live
+from qmedtune.watching.packed_rows import RequestedRows, packed_stages, rows_html
 from qmedtune.watching.pages import ask_page, list_page, message_page, rows_page, run_page
 from qmedtune.watching.parts import address, run_parts, runs_parts
-from qmedtune.watching.rows import RequestedRows, packed_stages, rows_html
 from qmedtune.watching.runs import Seen, Shelf
 
 MAX_BODY = 100_000  # bytes: a question
@@ -75,7 +75,7 @@ class Site:
 
     def __init__(self, root: Path, guard: Guard, *, clinical_text: bool = False) -> None:
         self.shelf, self.guard, self.clinical_text = Shelf(root), guard, clinical_text
-        self.pair = Pair(self.shelf)
+        self.pair = ModelPair(self.shelf)
         self._list = Live(lambda: runs_parts(self.shelf.all()))
         self._lives: dict[Path, Live] = {}
         self._lock = threading.Lock()
@@ -201,10 +201,10 @@ def message(text: str) -> Any:
 
 
 def _report(seen: Seen) -> str:
-    from qmedtune.reporting import live
+    from qmedtune.reporting import unfinished
 
-    run = live.read_run(seen.folder)
-    return report_page(run, live.read_metrics(seen.folder, run))
+    run = unfinished.read_run(seen.folder)
+    return report_page(run, unfinished.read_metrics(seen.folder, run))
 
 
 def _live(live: Live, request: Request) -> Response:

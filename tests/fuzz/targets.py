@@ -204,9 +204,9 @@ def chat(data: bytes) -> None:
 
     from jinja2 import TemplateError
 
-    from qmedtune.data.packing.chat_renderer import Refused, environment
+    from qmedtune.data.packing.chat_renderer import TemplateRaised, environment
 
-    expected = (TemplateError, Refused, ArithmeticError, LookupError, TypeError, ValueError, AttributeError)
+    expected = (TemplateError, TemplateRaised, ArithmeticError, LookupError, TypeError, ValueError, AttributeError)
     if any(word in data for word in (b"range", b"*", b"for", b"macro", b"center", b"format", b"%", b"indent", b"pad")):
         return  # what the other process' bounds are for
     messages = [{"role": "user", "content": "?"}]

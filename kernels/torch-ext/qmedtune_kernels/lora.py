@@ -23,6 +23,8 @@ from . import dispatch, matmul, nf4
 from .nf4 import NF4Weight
 
 Weight = Tensor | tuple[NF4Weight, ...] | None
+Copies = dict[torch.dtype, tuple[Tensor, Tensor]]
+"""What `stack_a` and `stack_b` gave for the adapters of one call, by dtype."""
 
 
 @dataclass(frozen=True)
@@ -176,6 +178,17 @@ def stack_b(adapters: Sequence[Adapter], rows: int, dtype: torch.dtype) -> Tenso
     return stacked
 
 
+def _stacked(
+    adapters: Sequence[Adapter], rows: int, dtype: torch.dtype, copies: Copies | None
+) -> tuple[Tensor, Tensor]:
+    """(stack_a, stack_b), made once where there is a place to keep them."""
+    if copies is None:
+        return stack_a(adapters, dtype), stack_b(adapters, rows, dtype)
+    if dtype not in copies:
+        copies[dtype] = stack_a(adapters, dtype), stack_b(adapters, rows, dtype)
+    return copies[dtype]
+
+
 def _mm32(a: Tensor, b: Tensor) -> Tensor:
     """a @ b in fp32. On the CPU a 16-bit product is rounded once more: its GEMM has no fp32 output."""
     if a.is_cuda and a.dtype != torch.float32:
@@ -184,14 +197,16 @@ def _mm32(a: Tensor, b: Tensor) -> Tensor:
 
 
 class _Linear(torch.autograd.Function):
-    """Positional: x [M, K], weight, bias, layout = ((scaling, start), ...), path, trains, remake, A_1, B_1, A_2, ..."""
+    """Positional: x [M, K], weight, bias, layout = ((scaling, start), ...), path, trains, remake, copies, A_1, B_1,
+    A_2, ..."""
 
     @staticmethod
     def forward(
-        ctx, x: Tensor, weight: Weight, bias: Tensor | None, layout, path: str, trains: bool, remake, *ab: Tensor
-    ) -> Tensor:
+        ctx, x: Tensor, weight: Weight, bias: Tensor | None, layout, path: str, trains: bool, remake, copies,
+        *ab: Tensor,
+    ) -> Tensor:  # fmt: skip
         adapters = [Adapter(ab[2 * i], ab[2 * i + 1], *where) for i, where in enumerate(layout)]
-        trains_a, trains_b = any(ctx.needs_input_grad[7::2]), any(ctx.needs_input_grad[8::2])
+        trains_a, trains_b = any(ctx.needs_input_grad[8::2]), any(ctx.needs_input_grad[9::2])
         a = b = xa = None
         kept_x = x
         if not adapters:
@@ -199,7 +214,7 @@ class _Linear(torch.autograd.Function):
             y = _times(x, weight, bias, path, trains)
         else:
             n = out_features(weight, adapters)
-            a, b = stack_a(adapters, x.dtype), stack_b(adapters, n, x.dtype)
+            a, b = _stacked(adapters, n, x.dtype, copies)
             if isinstance(weight, tuple) and _widens(x, weight, path, x.shape[1], n, trains):
                 y, kept_x, xa = _wide_product(x, weight, bias, a, b, path)
                 xa = xa if trains_a and remake is None else xa.clone()  # a view would keep the whole buffer
@@ -227,7 +242,7 @@ class _Linear(torch.autograd.Function):
         if xa is not None:
             db = _mm32(dy.contiguous().t(), xa)
         dbias = dy.float().sum(0) if needs[2] else None
-        return dx, None, dbias, None, None, None, None, *_split(ctx.adapters, da, db, needs[7:])
+        return dx, None, dbias, None, None, None, None, None, *_split(ctx.adapters, da, db, needs[8:])
 
 
 def _input_gradient(dy: Tensor, weight: Weight, a: Tensor | None, b: Tensor | None, path: str, wanted: bool):
@@ -254,6 +269,13 @@ def _split(adapters, da: Tensor | None, db: Tensor | None, needs: Sequence[bool]
         column += r
 
 
+def _described(weight: Weight) -> str:
+    """For messages alone: making it at each call took longer than the check."""
+    if isinstance(weight, Tensor):
+        return f"{tuple(weight.shape)} {weight.dtype} on {weight.device}"
+    return ", ".join(f"{list(part.shape)} on {part.packed.device}" for part in weight or ())
+
+
 def _check(x: Tensor, weight: Weight, adapters: Sequence[Adapter], bias: Tensor | None) -> None:
     if x.dtype not in nf4.DTYPES:
         raise ValueError(f"x: given {x.dtype}; allowed bf16, fp16 or fp32")
@@ -261,13 +283,12 @@ def _check(x: Tensor, weight: Weight, adapters: Sequence[Adapter], bias: Tensor 
         raise ValueError("weight: given none, and no adapters; allowed at least one of them")
     rows, columns = out_features(weight, adapters), x.shape[-1]
     if isinstance(weight, Tensor):
-        given = f"{tuple(weight.shape)} {weight.dtype} on {weight.device}"
         fits = weight.dim() == 2 and weight.shape[1] == columns and (weight.dtype, weight.device) == (x.dtype, x.device)
     else:
         parts = weight or ()
-        given = ", ".join(f"{list(part.shape)} on {part.packed.device}" for part in parts)
         fits = all(part.shape[1] == columns and part.packed.device == x.device for part in parts)
     if not fits:
+        given = _described(weight)
         raise ValueError(f"weight: given {given}; allowed [N, {columns}] on {x.device}, in {x.dtype} if dense, as x is")
     for adapter in adapters:
         (r, k), (n, r2) = adapter.a.shape, adapter.b.shape
@@ -288,6 +309,8 @@ def linear(
     bias: Tensor | None = None,
     path: str = "auto",
     remake: Remake | None = None,
+    *,
+    copies: Copies | None = None,
 ) -> Tensor:
     """Y = X W^T + bias + sum_i s_i (X A_i^T) B_i^T, differentiable in x, bias, A and B.
 
@@ -296,6 +319,8 @@ def linear(
     Under autocast x and a dense weight are first cast to the autocast dtype. path: "auto", "triton" or "reference"
     (dispatch.py), or "fused": the fused matmul whatever the number of rows (a group's backward still dequantises).
     remake: how to make x again in the backward pass; then x is not kept (what it is made from is).
+    copies: where the stacked A and B are kept for the next call with the same adapters; for whoever knows that nothing
+    has written to A and B since.
     Raises ValueError where shapes, dtypes or devices do not fit.
     """
     device = x.device.type
@@ -303,12 +328,12 @@ def linear(
         x = x.to(torch.get_autocast_dtype(device))
         weight = weight.to(x.dtype) if isinstance(weight, Tensor) else weight
         with torch.autocast(device, enabled=False):
-            return linear(x, weight, adapters, bias, path, remake)
+            return linear(x, weight, adapters, bias, path, remake, copies=copies)
     _check(x, weight, adapters, bias)
     bias = bias if bias is None else bias.to(x.dtype)
     layout = tuple((adapter.scaling, adapter.start) for adapter in adapters)
     tensors = [tensor for adapter in adapters for tensor in (adapter.a, adapter.b)]
     wanted = (x, *tensors) if bias is None else (x, bias, *tensors)
     trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in wanted)
-    y = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias, layout, path, trains, remake, *tensors)
+    y = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias, layout, path, trains, remake, copies, *tensors)
     return y.view(*x.shape[:-1], y.shape[-1])

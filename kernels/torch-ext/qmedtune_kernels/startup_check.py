@@ -21,7 +21,7 @@ ROUNDING = 1e-2  # relative, of bf16 and fp16 results that are rounded a few tim
 
 
 @dataclass(frozen=True)
-class Found:
+class KernelOutput:
     """What a kernel gave beside what it should have given; exact: to the bit."""
 
     name: str
@@ -48,7 +48,7 @@ def assembly_difference(device: torch.device) -> str:
     return _told((*_decoded(device, "shuffle"), *_products(device)))
 
 
-def _told(found: tuple[Found, ...]) -> str:
+def _told(found: tuple[KernelOutput, ...]) -> str:
     return "; ".join(filter(None, (one.difference() for one in found)))
 
 
@@ -81,56 +81,57 @@ def _bits_of_bitsandbytes(weight: NF4Weight, dtype: torch.dtype) -> Tensor:
     return nf4.dequantize_reference(weight, dtype)
 
 
-def _decoded(device: torch.device, path: str) -> Iterator[Found]:
+def _decoded(device: torch.device, path: str) -> Iterator[KernelOutput]:
     for label, offset in (("flat", None), ("nested", 0.3)):
         weight = _weight(device, offset)
         expected = _bits_of_bitsandbytes(weight, half(device))
-        yield Found(f"the {path} decode ({label} scales)", nf4.dequantize(weight, half(device), path=path), expected)
+        decoded = nf4.dequantize(weight, half(device), path=path)
+        yield KernelOutput(f"the {path} decode ({label} scales)", decoded, expected)
 
 
-def _few_rows(device: torch.device) -> Iterator[Found]:
+def _few_rows(device: torch.device) -> Iterator[KernelOutput]:
     weight, x = _weight(device, 0.3), _numbers(3, K, device=device)
     expected = x.float() @ _bits_of_bitsandbytes(weight, half(device)).float().t()
-    yield Found("the product of few rows", matmul.matmul(x, weight, path="few_rows"), expected, False)
+    yield KernelOutput("the product of few rows", matmul.matmul(x, weight, path="few_rows"), expected, False)
 
 
-def _products(device: torch.device) -> Iterator[Found]:
+def _products(device: torch.device) -> Iterator[KernelOutput]:
     for label, offset in (("flat", None), ("nested", 0.0)):
         weight = _weight(device, offset)
         expected = _bits_of_bitsandbytes(weight, half(device))
         for rows in tiles.heights(64):
             x, dy = (torch.eye(rows, size, dtype=half(device), device=device) for size in (K, N))
             forward, backward = matmul.matmul(x, weight, path="fused"), matmul.matmul_backward(dy, weight, "fused")
-            yield Found(f"the fused matmul of {rows} rows ({label})", forward, expected.t()[:rows])
-            yield Found(f"its backward of {rows} rows ({label})", backward, expected[:rows])
+            yield KernelOutput(f"the fused matmul of {rows} rows ({label})", forward, expected.t()[:rows])
+            yield KernelOutput(f"its backward of {rows} rows ({label})", backward, expected[:rows])
 
 
-def _elementwise(device: torch.device) -> Iterator[Found]:
+def _elementwise(device: torch.device) -> Iterator[KernelOutput]:
     x, residual, dy = (_numbers(rows, 576, device=device) for rows in (4, 4, 4))
     scale = _numbers(576, device=device)
     y, rstd, total = rms_norm._launch_forward(x, residual, scale, 1e-5)
     expected, wanted_rstd = rms_norm.reference(x + residual, scale, 1e-5)
-    yield Found("the sum before a norm", total, x + residual)
-    yield Found("RMSNorm", y, expected, False)
+    yield KernelOutput("the sum before a norm", total, x + residual)
+    yield KernelOutput("RMSNorm", y, expected, False)
     dx, _ = rms_norm._launch_backward(dy, total, scale, rstd, x, False)
-    yield Found("RMSNorm's gradient", dx, rms_norm.reference_backward(dy, total, scale, wanted_rstd, x), False)
+    yield KernelOutput("RMSNorm's gradient", dx, rms_norm.reference_backward(dy, total, scale, wanted_rstd, x), False)
     gate_up, dy = _numbers(3, 2 * 192, device=device), _numbers(3, 192, device=device)
-    yield Found("SwiGLU", swiglu._launch_forward(gate_up), swiglu.reference(gate_up), False)
+    yield KernelOutput("SwiGLU", swiglu._launch_forward(gate_up), swiglu.reference(gate_up), False)
     gradient = swiglu._launch_backward(dy, gate_up)
-    yield Found("SwiGLU's gradient", gradient, swiglu.reference_backward(dy, gate_up), False)
+    yield KernelOutput("SwiGLU's gradient", gradient, swiglu.reference_backward(dy, gate_up), False)
     heads = _numbers(1, 5, 6, 64, device=device)
     angle = torch.arange(5, device=device)[:, None] * torch.linspace(1, 0.01, 32, device=device)
     cos, sin = (f(torch.cat((angle, angle), dim=1))[None].to(half(device)) for f in (torch.cos, torch.sin))
     for name, sign in (("RoPE", 1.0), ("RoPE's gradient", -1.0)):
         turned = torch.empty_like(heads)
         rope._launch(heads, turned, cos, sin, sign)
-        yield Found(name, turned, rope.rotate(heads, cos, sin, sign), False)
+        yield KernelOutput(name, turned, rope.rotate(heads, cos, sin, sign), False)
 
 
-def _loss(device: torch.device) -> Iterator[Found]:
+def _loss(device: torch.device) -> Iterator[KernelOutput]:
     logits = _numbers(3, 700, device=device).float()
     targets = torch.tensor([0, 699, 3], device=device)
     losses, gradient = cross_entropy._launch(logits, targets, half(device))
     expected = cross_entropy.reference(logits.clone(), targets, half(device))
-    yield Found("the loss", losses, expected[0], False)
-    yield Found("the loss's gradient", gradient, expected[1], False)
+    yield KernelOutput("the loss", losses, expected[0], False)
+    yield KernelOutput("the loss's gradient", gradient, expected[1], False)

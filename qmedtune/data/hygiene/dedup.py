@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -105,21 +105,29 @@ class Bands:
         self.folder.rmdir()
 
 
+Windows = tuple[np.ndarray, np.ndarray]
+"""(hashes, bounds): (W,) uint64, the sampled windows of some texts; text i owns hashes[bounds[i]:bounds[i + 1]]."""
+
+
+def windows_of(texts: Sequence[str]) -> Windows:
+    """What near duplicates are sought by; the same for a text whatever stands beside it."""
+    return ngrams.shingles(ngrams.letters(texts), ONE_IN)
+
+
 def near_duplicates(
-    batches: Iterable[list[str]], text_of: Callable[[int], str], threshold: float, folder: Path, *, num_given: int = 0
+    batches: Iterable[Windows], text_of: Callable[[int], str], threshold: float, folder: Path, *, num_given: int = 0
 ) -> np.ndarray:
     """(N,) int64: of every text that is a near duplicate of an earlier one, that one's number; -1 for all others.
 
-    batches: the texts in order, `BATCH_TEXTS` at a time; text_of: one text by number; folder: a working folder that
-    does not exist yet, for about twice the texts' bytes; num_given: so many first texts (of earlier sources) are only
-    compared with. Similarity is Jaccard's over windows of about five words.
+    batches: `windows_of` the texts in order, best `BATCH_TEXTS` at a time; text_of: one text by number; folder: a
+    working folder that does not exist yet, for about twice the texts' bytes; num_given: so many first texts (of earlier
+    sources) are only compared with. Similarity is Jaccard's over windows of about five words.
     """
     folder.mkdir()
     windows, boilerplate, sizes = folder / "windows", Boilerplate(), array("I")
     with windows.open("wb") as file:
-        for texts in batches:
-            hashes, bounds = ngrams.shingles(ngrams.letters(texts), ONE_IN)
-            boilerplate.add(hashes, len(texts))
+        for hashes, bounds in batches:
+            boilerplate.add(hashes, len(bounds) - 1)
             file.write(hashes.tobytes())
             sizes.extend(np.diff(bounds).tolist())
     bands = Bands(folder / "bands", threshold, len(sizes))

@@ -7,7 +7,6 @@ in their files: a killed run loses one part, and a changed file redoes its own.
 from __future__ import annotations
 
 import zlib
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from itertools import islice
@@ -16,20 +15,18 @@ from typing import IO, TypeVar
 
 import numpy as np
 import zstandard
-from pydantic import BaseModel, ConfigDict, ValidationError
 
 from qmedtune import store, ui
 from qmedtune.data.hygiene import decontaminate, phi
-from qmedtune.data.hygiene.per_record import ARRAYS, Pool, SoundRecords, identifier_marks, worker_count
+from qmedtune.data.hygiene.part_files import read_part, write_part
+from qmedtune.data.hygiene.per_record import Pool, SoundRecords, identifier_marks, worker_count
 from qmedtune.data.reading.rejects import KINDS, Rejects
 from qmedtune.data.reading.sources import VERSIONED, Deleted, PmidSet, ReadItem, read_items, reading_order
-from qmedtune.data.reading.tally import ReadingTally
 from qmedtune.recipe import PACKED_AS, Recipe, SourceSection
 from qmedtune.versions import CODE
 
 BATCH_RECORDS = 256
 PART_BYTES = 64 << 20
-ROW = np.dtype([("content", "<u8"), ("group", "<u8"), ("size", "<u4"), ("pmid", "<u4"), ("held_out", "i1")])
 
 
 def read_source(
@@ -46,9 +43,9 @@ def read_source(
     else:
         parts = _parts(files)
     pool = Pool(recipe, name, items, worker_count(recipe.workers, files))
-    with work.open("wb") as file, pool, ui.stage(f"read {name}", None, "records") as bar:
+    with work.open("wb") as file, pool, ui.progress_bar(f"read {name}", None, "records") as bar:
         for piece in _whole(pool, source, parts[0], file) if len(parts) == 1 else _each(pool, parts, file):
-            sound.extend(_reported(piece, rejects))
+            sound.extend(reported(piece, rejects))
             bar.update(len(sound))
     return sound, sound.superseded()
 
@@ -70,7 +67,7 @@ def _each(pool: Pool, parts: list[list[Path]], work: IO[bytes]) -> Iterator[Soun
         yield _kept_part(part, work) or _make_part(pool, files, part, work)
 
 
-def _reported(sound: SoundRecords, rejects: Rejects) -> SoundRecords:
+def reported(sound: SoundRecords, rejects: Rejects) -> SoundRecords:
     """Write the rejects down and forget them: there may be more of them than records."""
     for file, line, reason, kind in sound.rejects:
         rejects.at = (file, line)
@@ -151,79 +148,22 @@ def _make_part(pool: Pool, files: list[Path], part: Path, work: IO[bytes]) -> So
             work.write(text)
             sound.extend(batch)
     sound.reading = items.tally
-    table = np.zeros(len(sound), ROW)
-    for name in ARRAYS:
-        table[name] = getattr(sound, name)
-    np.save(part.with_suffix(".npy"), table)
-    lists = PartLists(
-        hits=sound.hits,
-        deleted=sound.deleted,
-        rejects=sound.rejects,
-        cleaned=sound.cleaned,
-        identifiers=sound.identifiers,
-        reading=sound.reading.as_dict(),
-        sha256=_hashes(part),
-    )
-    for path in _files(part)[:-1]:
-        store.fsync_path(path)
-    store.write_checked(part.with_suffix(".json"), lists.model_dump(mode="json"))
+    write_part(part, sound, [_records(part)])
     return sound
-
-
-class PartLists(BaseModel):
-    """The .json of a part: what `SoundRecords` remembers beside its arrays, and the hashes of its other files."""
-
-    model_config = ConfigDict(frozen=True)
-
-    hits: list[tuple[int, int, int]]
-    deleted: list[tuple[int, tuple[str, ...]]]
-    rejects: list[tuple[str, int, str, str]]
-    cleaned: Counter[str]
-    identifiers: phi.Tally
-    reading: dict[str, dict[str, int]]
-    sha256: list[str]
-
-
-def _hashes(part: Path) -> list[str]:
-    found: list[str] = []
-    for path in _files(part)[:-1]:
-        found.append(store.sha256_file(path))
-    return found
-
-
-def _lists_of(part: Path) -> PartLists | None:
-    """What the .json of a part holds; None where it, or a file beside it, is missing or damaged."""
-    found = store.read_checked(part.with_suffix(".json"))
-    if found is None:
-        return None
-    try:
-        lists = PartLists.model_validate(found)
-        if lists.sha256 == _hashes(part):
-            return lists
-        return None
-    except (OSError, ValidationError):
-        return None
 
 
 def _kept_part(part: Path, work: IO[bytes]) -> SoundRecords | None:
     """A part that an interrupted attempt or an earlier result has made, appended to `work`; None without one."""
-    lists = _lists_of(part) or (_lists_of(part) if store.take_over(_files(part)) else None)
-    if lists is None:
+    records = _records(part)
+    sound = read_part(part, [records])
+    if sound is None and store.take_over((records, part.with_suffix(".npy"), part.with_suffix(".json"))):
+        sound = read_part(part, [records])
+    if sound is None:
         return None
-    sound, table = SoundRecords(), np.load(part.with_suffix(".npy"))
-    for name in ARRAYS:
-        getattr(sound, name).frombytes(table[name].tobytes())
-    sound.hits, sound.deleted, sound.rejects = lists.hits, lists.deleted, lists.rejects
-    sound.cleaned, sound.identifiers = lists.cleaned, lists.identifiers
-    sound.reading = ReadingTally.from_dict(lists.reading)
-    with _records(part).open("rb") as raw:
+    with records.open("rb") as raw:
         zstandard.ZstdDecompressor().copy_stream(raw, work)
     return sound
 
 
 def _records(part: Path) -> Path:
     return part.with_suffix(".jsonl.zst")
-
-
-def _files(part: Path) -> tuple[Path, Path, Path]:
-    return _records(part), part.with_suffix(".npy"), part.with_suffix(".json")

@@ -26,7 +26,7 @@ import numpy as np
 from qmedtune.data.hygiene import decontaminate, language, phi, presidio, secret, surrogates
 from qmedtune.data.hygiene.clean import clean
 from qmedtune.data.reading.document import Record
-from qmedtune.data.reading.rejects import Damaged, Refused, kind_of
+from qmedtune.data.reading.rejects import Damaged, RefusedRecord, kind_of
 from qmedtune.data.reading.sources import VERSIONED, Deleted, PmidSet, ReadItem
 from qmedtune.data.reading.tally import ReadingTally
 from qmedtune.errors import RunError
@@ -54,7 +54,7 @@ class SoundRecords:
     hits: list[tuple[int, int, int]] = field(default_factory=list)  # record, benchmark item, words
     deleted: list[tuple[int, tuple[str, ...]]] = field(default_factory=list)  # before which record, PubMed ids
     rejects: list[tuple[str, int, str, str]] = field(default_factory=list)  # file, line, reason, kind (rejects.KINDS)
-    identifiers: phi.Tally = field(default_factory=phi.Tally)
+    identifiers: phi.IdentifierCounts = field(default_factory=phi.IdentifierCounts)
     reading: ReadingTally = field(default_factory=ReadingTally)
     cleaned: Counter[str] = field(default_factory=lambda: Counter({"records": 0, "characters": 0}))
 
@@ -112,7 +112,7 @@ class Treatment:
             if isinstance(item, Deleted):
                 sound.deleted.append((len(sound), item.pmids))
                 continue
-            if isinstance(item, (Damaged, Refused)):
+            if isinstance(item, (Damaged, RefusedRecord)):
                 why = item
             else:
                 why = self._problem(item, sound)
@@ -130,7 +130,7 @@ class Treatment:
                 sound.hits.append((hit.record, hit.item, hit.words))
         return lines, sound
 
-    def _problem(self, record: Record, sound: SoundRecords) -> Damaged | Refused | None:
+    def _problem(self, record: Record, sound: SoundRecords) -> Damaged | RefusedRecord | None:
         """Clean a record in place; why it cannot be used, if so."""
         before = text_of(record)
         if self.hygiene.clean:
@@ -144,18 +144,18 @@ class Treatment:
             return Damaged("no patient id, which split_by: patient needs (`columns: {patient: ...}`)")
         return self._unwanted(text) or self._identifiers(record, sound.identifiers)
 
-    def _unwanted(self, text: str) -> Refused | None:
+    def _unwanted(self, text: str) -> RefusedRecord | None:
         if len(text) < self.hygiene.min_characters:
-            return Refused("shorter than hygiene.min_characters")
+            return RefusedRecord("shorter than hygiene.min_characters")
         if self.hygiene.max_characters is not None and len(text) > self.hygiene.max_characters:
-            return Refused("longer than hygiene.max_characters")
+            return RefusedRecord("longer than hygiene.max_characters")
         if self.hygiene.languages != "any":
             found = language.detect(text)
             if found is not None and found not in self.hygiene.languages:
-                return Refused(f"language {found} is not among hygiene.languages")
+                return RefusedRecord(f"language {found} is not among hygiene.languages")
         return None
 
-    def _identifiers(self, record: Record, tally: phi.Tally) -> Refused | None:
+    def _identifiers(self, record: Record, tally: phi.IdentifierCounts) -> RefusedRecord | None:
         """Count (under `redact` replace, under `refuse` refuse) the identifiers of a record."""
         if self.phi == "off":
             return None
@@ -173,7 +173,7 @@ class Treatment:
         change_texts(record, treated)
         tally.records += found
         if found and self.phi == "refuse":
-            return Refused("holds identifiers (phi: refuse)")
+            return RefusedRecord("holds identifiers (phi: refuse)")
         return None
 
     def _remember(self, record: Record, text: str, sound: SoundRecords) -> bytes:

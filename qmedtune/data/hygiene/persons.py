@@ -14,9 +14,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from qmedtune.data.hygiene.anchors import places
-from qmedtune.data.hygiene.words import ACRONYMS, EPONYMS, NEVER, SURNAMES
+from qmedtune.data.hygiene.words import ACRONYMS, EPONYMS, INSIDE, NEVER, OF_HOSPITALS, SURNAMES
 
 MAX_WORDS = 6
+CARETS = re.compile(r"[A-Z][A-Za-z' -]{0,40}(?:\^[A-Za-z' .-]{0,40}){1,4}", re.A)  # as HL7 and DICOM write a name
 Place = tuple[int, int]
 
 WORD = re.compile(
@@ -30,6 +31,7 @@ PARTICLE = re.compile(
 )
 SUFFIX = re.compile(r",?[ ](?:Jr|JR|Sr|SR)\.?(?![A-Za-z])|,?[ ](?:II|III|IV)(?![A-Za-z])", re.A)
 POSSESSIVE = re.compile(r"'[sS]$")
+DEGREE_INSIDE = re.compile(r"[ ](?:MD|DO|RN|NP|PA|PA-C|PhD|FNP|LPN|MBBS),[ ](?=[A-Z])", re.A)  # `Smith MD, Jane`
 EPONYM = re.compile(
     r"(?:'?s)?[ ](?:disease|syndrome|sign|test|palsy|thyroiditis|lymphoma|esophagus|contracture|fracture|catheter|tube|"
     r"dementia|chorea|maneuver|score|scale|phenomenon|ulcer|criteria)",
@@ -37,19 +39,19 @@ EPONYM = re.compile(
 )
 
 TITLE = re.compile(
-    r"(?<![A-Za-z0-9_])(?:(?P<title>Drs?|DRS?|Mrs?|MRS?|Ms|MS|Miss|MISS|Prof|PROF|Professor|Doctor|DOCTOR|Rev|Herr|Frau|Mme|"
-    r"Monsieur|Madame|Sra?|Dra|Do[nc]a?|Dott|Capt|Captain|Sgt|Lt|Judge|Father|Pastor|Rabbi|Sister|Nurse|Dear)|"
+    r"(?<![A-Za-z0-9_])(?:(?P<title>Drs?|DRS?|Mrs?|MRS?|Ms|MS|Miss|MISS|Prof|PROF|Professor|Doctor|DOCTOR|Rev|Herrn?|HERRN?|Frau|FRAU|Mme|Mlle|"
+    r"Monsieur|Madame|Mademoiselle|MME|MLLE|Mevrouw|Dhr|Signora?|Smt|Shri|Pr|Sra?|Dra|Do[nc]a?|Dott|Capt|Captain|Sgt|Lt|Judge|Father|Pastor|Rabbi|Sister|Nurse|Dear)|"
     r"(?P<small>drs?|mrs?|ms|miss|prof|professor))(?:\.[ ]{0,3}\n?[ ]{0,3}|[ ]{1,3}\n?[ ]{0,3}|\n)"
     r"(?:(?:med|dent|phil|rer|nat|habil|univ|vet|h\.[ ]?c|sc)\.[ ]{0,2}){0,4}(?=[A-Za-z])",
     re.A,
 )
 # Titles that are also words, or initials: their name must begin with a capital and be no other word.
-WEAK = frozenset(("MS", "Ms", "SR", "Sr", "Sra", "Dona", "Don", "Doc", "Lt", "Father", "Sister", "Nurse", "Dear"))
+WEAK = frozenset(("MS", "Ms", "Pr", "SR", "Sr", "Sra", "Dona", "Don", "Doc", "Lt", "Father", "Sister", "Nurse", "Dear"))
 _DONE_BY = (
     "signed", "dictated", "transcribed", "reviewed", "verified", "authored", "entered", "prepared", "seen", "referred",
     "performed", "attested", "evaluated", "examined", "requested", "ordered", "written", "assisted", "accompanied", "read",
     "interpreted", "administered", "collected", "completed", "authenticated", "approved", "cosigned", "co-signed",
-    "supervised", "edited", "recorded", "documented", "typed", "dispensed", "obtained", "witnessed", "scribed",
+    "sign", "perform", "verify", "supervised", "edited", "recorded", "documented", "typed", "dispensed", "obtained", "witnessed", "scribed",
 )  # fmt: skip
 _ROLES = (
     r"patient(?:'s)?[ ]name|pt\.?[ ]name|full[ ]name|first[ ]name|last[ ]name|given[ ]name|family[ ]name|maiden[ ]name|surname|"
@@ -78,7 +80,9 @@ LABEL = re.compile(
 )
 # Between a label and a name; a letter or two, so only there: `Patient: mw. J. de Wit`.
 TITLE_BEHIND = re.compile(
-    r"(?i:mw|mevr|mevrouw|dhr|herr|frau|hr|fr|mme|mlle|sig|sigra|sra?|pan|pani|mrs?|ms|dr|prof)(?:\.[ ]{0,2}|[ ])(?=[A-Z])",
+    r"(?i:mw|mevr|mevrouw|dhr|herrn?|frau|hr|fr|mme|mlle|monsieur|madame|sig|sigra|signora?|sra?|dra|don|dona|pan|pani|mrs?|ms|"
+    r"miss|dr|drs|prof|pr|dott(?:\.ssa)?|lek|mudr|mgr|med|smt|shri|sh|late|sir|nurse|sister|rev|capt|sgt|uzm|op|doc)"
+    r"(?:\.[ ]{0,2}|[ ])(?=[A-Za-z])",
     re.A,
 )
 # Where a long label may begin, and the last word before the colon of a short one.
@@ -118,7 +122,9 @@ CHARTED = re.compile(
     re.A,
 )
 NEWBORN = re.compile(
-    r"(?<![A-Za-z0-9_])(?:(?i:baby)[ ](?i:boy|girl)|(?i:infant|baby|newborn)[ ]of)[ ](?=[A-Z][A-Za-z])", re.A
+    r"(?<![A-Za-z0-9_])(?:(?i:baby)[ ](?i:boy|girl)|(?i:infant|baby|newborn)[ ]of)[ ](?=[A-Z][A-Za-z])"
+    r"|(?<![A-Za-z0-9_])B[BG][ ](?=[A-Z]{3,30}[ ]\((?:mother|mom|mum|maternal))",
+    re.A,
 )
 # Behind a first name in the same line: alone, MI is a myocardial infarction.
 MIDDLE = re.compile(r"(?i:name)[^\n]{1,60}[ ]MI:[ ]{1,3}(?P<value>[A-Z])(?![A-Za-z0-9])", re.A)
@@ -143,43 +149,31 @@ PATIENT = re.compile(
     r"(?=,?[ ](?:is|was|has|had|presents|presented|came|arrived|an?)(?![A-Za-z0-9_]))",
     re.A,
 )
-HOSPITAL = re.compile(
-    r"(?<=[A-Za-z.'&])[ ](?:(?:Memorial|MEMORIAL|General|GENERAL|Regional|Community|University|Children's|Medical)[ ]){0,2}"
-    r"(?:Hospitals?|HOSPITAL|Medical[ ]Cent(?:er|re)|MEDICAL[ ]CENTER|Clinics?|CLINIC|Nursing[ ]Home|NURSING[ ]HOME|"
-    r"Nursing[ ](?:Center|Facility|and[ ]Rehab(?:ilitation)?(?:[ ]Center)?)|Rehab(?:ilitation)?(?:[ ](?:Center|Hospital))?|"
-    r"Hospice|Infirmary|Sanatorium|Assisted[ ]Living|Care[ ](?:Center|Centre|Home)|Senior[ ](?:Living|Care|Center)|Group[ ]Home|Retirement[ ]Village|Health[ ](?:System|Center|Centre|Care)|"
-    r"Healthcare|HEALTHCARE|Surgery[ ]Center|Cancer[ ](?:Center|Institute)|Heart[ ](?:Center|Institute)|Manor|"
-    r"HEALTH[ ](?:SYSTEM|CENTER|CENTRE|NETWORK)|NHS[ ](?:Foundation[ ])?Trust|HCS|VAMC|CBOC|"
-    r"Retirement[ ](?:Home|Community)|Skilled[ ]Nursing(?:[ ]Facility)?|Klinikum|Krankenhaus)(?![A-Za-z0-9_])"
-    r"(?:[ ]of[ ](?:the[ ])?[A-Z][A-Za-z'-]{1,30}(?:[ ][A-Z][A-Za-z'-]{1,30}){0,2})?",
+FIELD_END = re.compile(r"[ ]{0,3}(?:$|[\n;,.|(\"<\]]|[ ]{2})")
+# Generic names of drugs end so (INN stems); one of them alone is nobody's name.
+DRUG = re.compile(
+    r"[a-z]{2}(?:olol|pril|sartan|statin|azole|cillin|mycin|oxacin|gliptin|gliflozin|tidine|dipine|parin|zumab|"
+    r"ximab|tinib|azepam|azolam|caine|semide|thiazide|codone|formin)$",
+    re.I,
+)
+# Under an electronic signature's mark; behind whose child or wife somebody is; from whom something came.
+SIGNED = re.compile(r"/e?s/[ ]{1,4}(?=[A-Z])", re.A)
+OF_FAMILY = re.compile(r"(?<![A-Za-z0-9_/])[SDWC]/[oO]\.?[ ]{1,3}(?=[A-Z][A-Za-z])", re.A)
+FROM = re.compile(
+    r"(?<![A-Za-z0-9_])(?:message|letter|call|notes?|email|e-mail|referral|fax|report|consult)[ ](?:from|by|to)[ ](?=[A-Z][a-z])",
     re.A,
 )
-# In capitals `HOSPITAL COURSE` is a heading: only what a hospital is named after counts.
-SAINT_HOSPITAL = re.compile(
-    r"(?<![A-Za-z0-9_])(?:HOSPITAL|CLINICA|HOPITAL|OSPEDALE)[ ](?:SAO|SAN|SANTA|SANTO|SAINT|SAINTE|ST\.?|DE|DEL|DA|DO|DI)[ ]"
-    r"(?:(?:LA|LOS|LAS)[ ])?[A-Z][A-Z'-]{1,30}(?:[ ][A-Z][A-Z'-]{1,30}){0,2}(?![A-Za-z0-9_])",
+# Under a letter: `Yours sincerely`, blank lines, a name.
+SIGN_OFF = re.compile(
+    r"(?i:yours[ ](?:sincerely|faithfully|truly)|(?:kind|best|warm)(?:est)?[ ]regards|sincerely|regards|mit freundlichen gru[a-z]{2,4}|"
+    r"cordialement|confraternellement|atentamente|met vriendelijke groet|cordiali saluti),?[ ]{0,3}\n{1,4}[ ]{0,8}(?=[A-Z])",
     re.A,
 )
-FRONT_HOSPITAL = re.compile(
-    r"(?<![A-Za-z0-9_])(?:Hospital|Clinica|Klinikum|Krankenhaus|Hopital|Ospedale|Hospice|University|Universitatsklinikum)"
-    r"(?:[ ](?:of|de|del|di|la|the|am|St\.|der)){0,2}[ ](?P<value>[A-Z][A-Za-z'-]{2,30}(?:[ ][A-Z][A-Za-z'-]{1,30}){0,2})",
-    re.A,
+# Made-up people of Synthea: `Noel608 Reynolds644`.
+SYNTHETIC = re.compile(
+    r"(?<![A-Za-z0-9_])[A-Z][A-Za-z'-]{1,24}\d{2,3}(?:[ ][A-Z][A-Za-z'-]{1,24}\d{2,3}){1,3}(?![A-Za-z0-9_])", re.A
 )
-LABELLED_HOSPITAL = re.compile(
-    r"(?<![A-Za-z0-9_])(?:(?:OSH|Hospital|HOSPITAL|Facility|FACILITY|SNF|Rehab)[ ]?(?:\(|:[ ]{1,8})|"
-    r"(?i:accepting|receiving|transferring|sending|referring|admitting)[ ](?i:facility|hospital)[ ]{0,2}[:-][ ]{1,8})"
-    r"(?P<value>[A-Z][A-Za-z.'-]{2,30}(?:[ ][A-Z][A-Za-z'-]{1,30}){0,3})(?![A-Za-z0-9_:])",
-    re.A,
-)
-FIELD_END = re.compile(r"[ ]{0,3}(?:$|[\n;,.|(]|[ ]{2})")
 BEFORE = re.compile(r"(?:[A-Z][A-Za-z]{0,30}(?:['-][A-Za-z]{1,30}){0,3}\.?|[a-z]{2,6}|&)[ ]?$", re.A)
-INSIDE = frozenset("of the and for de la del van von der den di da du at".split())  # noqa: SIM905
-GENERAL = frozenset(
-    """general memorial regional community university childrens children's county city state national royal central
-    medical health veterans mount mt st saint north south east west northern southern eastern western heart cancer
-    outside local our her his their a an this that another nearby area district teaching tertiary care community acute
-    emergency women's womens""".split()  # noqa: SIM905
-)
 
 
 def find_names(text: str, lowered: str) -> Iterator[Place]:
@@ -190,26 +184,56 @@ def find_names(text: str, lowered: str) -> Iterator[Place]:
     for match in _matches(LABEL, text, labels):
         yield from _labelled(text, match)
     for match in ROW.finditer(text) if "name " in lowered else ():
-        if end := _take(text, match.end(), Rules(comma=True)):
+        if end := _take(text, match.end(), NameRules(comma=True)):
             yield match.end(), end
     for match in _matches(RELATION, text, places(RELATIONS, lowered)):
         start = match.end()
-        end = _take(text, start, Rules(eponyms=False))
+        end = _take(text, start, NameRules(eponyms=False))
         if end and not text[start:end].islower() and not _is_capitals(text[start:end]):
             yield start, end
+    for match in SIGN_OFF.finditer(text) if "\n" in text else ():
+        start = _behind_titles(text, match.end())
+        end = _take(text, start, NameRules(comma=True))
+        if end and " " in text[start:end]:
+            yield start, end
+    if "s/ " in text:
+        for match in SIGNED.finditer(text):
+            if end := _take(text, match.end(), NameRules(comma=True)):
+                yield match.end(), end
+    for match in _matches(OF_FAMILY, text, places(("s/o", "d/o", "w/o", "c/o"), lowered)):
+        start = _behind_titles(text, match.end())
+        end = _take(text, start, NameRules(eponyms=False))
+        if end and " " in text[start:end] and not _is_capitals(text[start:end]):
+            yield start, end
+    for match in _matches(
+        FROM,
+        text,
+        places(("message ", "letter ", "call ", "note", "email ", "referral ", "fax ", "report ", "consult "), lowered),
+    ):
+        start = match.end()
+        for _ in range(2):  # from one to another
+            end = _take(text, start, NameRules(eponyms=False))
+            if not end or " " not in text[start:end]:
+                break
+            yield start, end
+            if text[end : end + 4] != " to ":
+                break
+            start = end + 4
+    for match in SYNTHETIC.finditer(text):
+        yield match.span()
     for match in CREDENTIAL.finditer(text):
-        start = _take_back(text, match.start())
+        start = take_back(text, match.start())
         words = text[start : match.start()].split()
         if words and (match[0].startswith(",") or len(words) > 1):
             yield start, match.start()
     for match in (*CHARTED.finditer(text), *(MIDDLE.finditer(text) if " MI:" in text else ())):
-        if not any(_is_never(word) for word in re.split(r"[, ]+", match["value"])):
+        if not any(is_never(word) for word in re.split(r"[, ]+", match["value"])):
             yield match.span("value")
-    for match in _matches(NEWBORN, text, places(("baby ", "infant of", "newborn of"), lowered)):
-        if end := _take(text, match.end(), Rules(eponyms=False)):
+    for match in _matches(NEWBORN, text, places(("baby ", "infant of", "newborn of", "bb ", "bg "), lowered)):
+        if end := _take(text, match.end(), NameRules(eponyms=False)):
             yield match.end(), end
     for match in _matches(PATIENT, text, places(("patient ", "pt "), lowered)):
-        if not any(_is_never(word) for word in match["value"].split()):
+        if not any(is_never(word) for word in match["value"].split()):
             yield match.span("value")
 
 
@@ -231,38 +255,21 @@ def _short_labels(lowered: str) -> Iterator[int]:
             yield word.start(1)
 
 
-def find_hospitals(text: str) -> Iterator[Place]:
-    """(start, end) of named hospitals, clinics and homes in a plain copy."""
-    for match in HOSPITAL.finditer(text):
-        start = _take_back(text, match.start(), inside=True)
-        words = []
-        for word in text[start : match.start()].split():
-            words.append(word.lower().strip(".,"))
-        named = [word for word in words if word not in GENERAL and word not in INSIDE]
-        if named or " of " in match[0]:
-            yield start if words else match.start() + 1, match.end()
-    for match in LABELLED_HOSPITAL.finditer(text):
-        named = [word for word in match["value"].split() if word.lower() not in GENERAL]
-        if named and not any(_is_never(word) for word in named):
-            yield match.span("value")
-    for match in SAINT_HOSPITAL.finditer(text):
-        yield match.span()
-    for match in FRONT_HOSPITAL.finditer(text):
-        if not any(_is_never(word) for word in match["value"].split()):
-            yield match.start(), match.end()
-
-
 def _titled(text: str, match: re.Match[str]) -> Iterator[Place]:
     start = match.end()
     if match["small"]:
-        end = _take(text, start, Rules(small=True))
+        end = _take(text, start, NameRules(small=True))
         if end and (text[start].isupper() or match["small"] != "ms"):
             yield start, end
         return
-    if match["title"] in WEAK and "." not in match[0] and not re.match(r"[A-Z][a-z]", text[start : start + 2], re.A):
+    if (
+        match["title"] in WEAK
+        and "." not in match[0]
+        and not re.match(r"[A-Z](?:[a-z]|\.[ ]?[A-Z])", text[start : start + 4], re.A)
+    ):
         return
-    end = _take(text, start, Rules(titled=True))
-    if end:
+    end = _take(text, start, NameRules(titled=True))
+    if end and (end := _before_next_label(text, start, end)):
         yield start, end
 
 
@@ -277,15 +284,16 @@ def _labelled(text: str, match: re.Match[str]) -> Iterator[Place]:
         return
     while start < len(text) and text[start] in "(\"'":
         start += 1
-    if title := TITLE_BEHIND.match(text, start):
-        start = title.end()
+    start = _behind_titles(text, start)
     named = bool(NAME_LABELS.search(label)) or bool(match["long"])
-    end = _take(text, start, Rules(comma=True, small=strong and named, eponyms=named))
+    end = _take(text, start, NameRules(comma=True, small=strong and named, eponyms=named))
     if not end or re.match(
         r"[ ]{0,3}:|[ ]?/[ ]?[A-Z]|\d" if named else r"[ ]{0,3}:|[ ]?/[ ]?[A-Z]|[ ]?\d", text[end : end + 6], re.A
     ):
         return
     value = text[start:end]
+    if " " not in value and "," not in value and DRUG.search(value):
+        return
     if not named and EPONYM.match(text[end : end + 16]):
         return
     if label.lower() in ("re", "to", "from", "friend", "student") and " " not in value:
@@ -296,18 +304,78 @@ def _labelled(text: str, match: re.Match[str]) -> Iterator[Place]:
     yield start, end
 
 
+def _behind_titles(text: str, start: int) -> int:
+    """Behind `mw. dr.`, `Prof. Dr. med.`, where a name begins after them."""
+    at = start
+    for _ in range(4):
+        title = TITLE_BEHIND.match(text, at)
+        if title is None:
+            break
+        at = title.end()
+    return at if text[at : at + 1].isupper() else start
+
+
+def _before_next_label(text: str, start: int, end: int) -> int | None:
+    """Where the name ends that runs into the label of the next field: `Smith, John Birth Date:` -> `Smith, John`."""
+    if not re.match(r"[ ]{0,3}[:=#]", text[end : end + 5]):
+        return end
+    if re.search(r"[a-z][A-Z][A-Za-z]*$", text[start:end], re.A):
+        return end  # `MartinezNoCol:` cannot be cut: no span ends between two letters
+    while end > start:
+        end = max(text.rfind(" ", start, end), text.rfind(",", start, end))
+        while end > start and text[end - 1] in " ,":
+            end -= 1
+        if end <= start:
+            return None
+        last = re.split(r"[ ,]", text[start:end])[-1]
+        if not is_never(last):
+            return end
+    return None
+
+
+def named_field(text: str, label: str, place: Place, *, named: bool) -> Place | None:
+    """The name in the field of a header whose label begins at place[0] and whose value begins at place[1].
+
+    named: the label says that it is a name (`Surname`), not only who (`Physician`), so that small letters may be one.
+    """
+    start = place[1]
+    while start < len(text) and text[start] in "(\"'":
+        start += 1
+    start = _behind_titles(text, start)
+    if caret := CARETS.match(text, start):
+        return caret.span()
+    end = _take(text, start, NameRules(comma=True, small=named, eponyms=named, wide=True))
+    if end:
+        end = _before_next_label(text, start, end)
+    if not end:
+        return None
+    value, behind = text[start:end], text[end : end + 16]
+    if re.match(r"[ ]{0,3}:|[ ]?/[ ]?[A-Z]{2}" if named else r"[ ]{0,3}:|[ ]?/[ ]?[A-Z]{2}|[ ]?\d", behind, re.A):
+        return None
+    if not named and EPONYM.match(behind):
+        return None
+    if not re.search("[ ,]", value):
+        following = re.match(r",?[ ]([a-z]+)", behind)
+        if DRUG.search(value) or (not named and following and not is_never(following[1])):
+            return None  # `Patient: Paciente de 62`: a sentence begins
+    if value.islower() and not FIELD_END.match(text[end : end + 6] or "\n"):
+        return None
+    return start, end
+
+
 @dataclass(frozen=True)
-class Rules:
+class NameRules:
     """titled: the first word may be a surname that is also a word. comma: `Last, First` is one name. small: words in small
-    letters may be names. eponyms: so may what is known as a disease or a drug."""
+    letters may be names. eponyms: so may what is known as a disease or a drug. wide: two spaces may stand inside."""
 
     titled: bool = False
     comma: bool = False
     small: bool = False
     eponyms: bool = True
+    wide: bool = False
 
 
-def _take(text: str, at: int, rules: Rules) -> int | None:
+def _take(text: str, at: int, rules: NameRules) -> int | None:
     """Where the name that begins at `at` ends; None where none begins there."""
     end, words = None, 0
     while words < MAX_WORDS:
@@ -319,7 +387,8 @@ def _take(text: str, at: int, rules: Rules) -> int | None:
             break
         word = POSSESSIVE.sub("", match[0])
         first = end is None
-        never = _is_never(word, titled=rules.titled and first)
+        behind_comma = rules.comma and text[max(0, match.start() - 3) : match.start()].rstrip()[-1:] == ","
+        never = is_never(word, titled=(rules.titled and first) or (behind_comma and words == 1))
         known = first and word.lower() in EPONYMS and not rules.eponyms and not text.startswith(", ", match.end())
         if never or known:
             break
@@ -330,6 +399,8 @@ def _take(text: str, at: int, rules: Rules) -> int | None:
         if len(word) < len(match[0]):
             return end  # a possessive ends a name
         following = _next_word(text, end, rules.comma and words <= 4)
+        if following is None and rules.wide and re.match(r"[ ]{2}[A-Z][a-z]", text[end : end + 4], re.A):
+            following = end + 2
         if following is None:
             break
         at = following
@@ -342,6 +413,8 @@ def _next_word(text: str, end: int, comma: bool) -> int | None:
     """Where the next word of a name may begin: one space on, or behind the comma of `Last, First`, or an initial's dot."""
     if comma and text[end : end + 3] == " , ":
         return end + 3
+    if comma and (degree := DEGREE_INSIDE.match(text, end)):
+        return degree.end()
     if comma and text[end : end + 1] == "," and text[end + 1 : end + 2] not in (",", "\n", ""):
         at = end + 1 + (text[end + 1] == " ")
         if at < len(text) and text[at].isalpha():
@@ -358,7 +431,7 @@ def _next_word(text: str, end: int, comma: bool) -> int | None:
     return None
 
 
-def _take_back(text: str, end: int, *, inside: bool = False) -> int:
+def take_back(text: str, end: int, *, inside: bool = False) -> int:
     """Where the name that ends at `end` begins (`end` itself where there is none). inside: `of` and `the` are parts."""
     start, words = end, 0
     while words < MAX_WORDS:
@@ -377,7 +450,7 @@ def _take_back(text: str, end: int, *, inside: bool = False) -> int:
         ends_sentence = word.endswith(".") and len(bare) > 1 and bare.lower() not in ("st", "mt", "jr", "sr")
         if small and not known and PARTICLE.match(text, at) is None:
             break
-        if not small and (ends_sentence or (_is_never(bare) and not (inside and bare.lower() in GENERAL))):
+        if not small and (ends_sentence or (is_never(bare) and not (inside and bare.lower() in OF_HOSPITALS))):
             break
         start, words = at, words + 1
     # What a name cannot begin with: small words, and blanks.
@@ -390,7 +463,7 @@ def _take_back(text: str, end: int, *, inside: bool = False) -> int:
     return start
 
 
-def _is_never(word: str, *, titled: bool = False) -> bool:
+def is_never(word: str, *, titled: bool = False) -> bool:
     """Whether a word is no part of a name. titled: it stands right behind a title."""
     bare = POSSESSIVE.sub("", word).strip(".,").lower()
     if len(bare) == 1:

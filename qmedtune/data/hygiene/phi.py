@@ -12,8 +12,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
+from qmedtune.data.hygiene import headers, messages
 from qmedtune.data.hygiene.abroad import labelled
-from qmedtune.data.hygiene.persons import find_hospitals, find_names
+from qmedtune.data.hygiene.hospitals import find_hospitals
+from qmedtune.data.hygiene.persons import find_names
 from qmedtune.data.hygiene.plain import plain
 from qmedtune.data.hygiene.presidio import Finder
 from qmedtune.data.hygiene.recognisers import DIGITS, MARKED, RECOGNISERS, plausible
@@ -21,7 +23,7 @@ from qmedtune.data.hygiene.words import EPONYMS, NEVER
 from qmedtune.results import Identifiers
 
 EXAMPLES = 3
-VERSION = 3  # of what is found: part of the key of data that is redacted or refused by it
+VERSION = 4  # of what is found: part of the key of data that is redacted or refused by it
 STANDS_FOR = "help for a reviewer, not de-identification to the Safe Harbor standard"
 
 
@@ -44,8 +46,7 @@ def find(text: str, persons: Finder | None = None) -> list[Span]:
     claimed = _Claimed(copy.text)
     found = []
     for place in _found(copy.text):
-        if span := claimed.span(*place):
-            found.append(span)
+        found += claimed.spans(*place)
     spans = []
     for span in found:
         spans.append(Span(*copy.span(span.start, span.end), span.kind))
@@ -56,14 +57,15 @@ def find(text: str, persons: Finder | None = None) -> list[Span]:
     if places:
         named = _Claimed(text, [(span.start, span.end) for span in spans])
         for start, end in places:
-            if span := named.span("name", start, end):
-                spans.append(span)
+            spans += named.spans("name", start, end)
     return sorted(spans, key=lambda span: span.start)
 
 
 def _found(text: str) -> Iterator[tuple[str, int, int]]:
     """(class, start, end) in a plain copy, in order of precedence; they may overlap."""
     lowered = text.lower().translate(DIGITS)
+    yield from messages.find(text)
+    yield from headers.find(text, lowered)
     for recogniser in RECOGNISERS:
         for match in recogniser.matches(text, lowered):
             start, end = match.span("value" if "value" in recogniser.pattern.groupindex else 0)
@@ -87,17 +89,37 @@ class _Claimed:
         for start, end in (*spans, *(match.span() for match in marked)):
             self.taken[start:end] = b"\1" * (end - start)
 
-    def span(self, kind: str, start: int, end: int) -> Span | None:
-        """Claim text[start:end] for a class, widened to whole words; None where any of it is claimed."""
+    def spans(self, kind: str, start: int, end: int) -> list[Span]:
+        """Claim text[start:end] for a class, widened to whole words; of what is claimed in part the rest."""
         text = self.text
         while 0 < start < len(text) and text[start - 1].isalnum() and text[start].isalnum():
             start -= 1
         while 0 < end < len(text) and text[end - 1].isalnum() and text[end].isalnum():
             end += 1
-        if start >= end or self.taken.find(1, start, end) >= 0:
-            return None
-        self.taken[start:end] = b"\1" * (end - start)
-        return Span(start, end, kind)
+        found = []
+        while start < end:
+            claimed = self.taken.find(1, start, end)
+            stop = end if claimed < 0 else claimed
+            if piece := _bare(text, start, stop):
+                found.append(Span(*piece, kind))
+                self.taken[piece[0] : piece[1]] = b"\1" * (piece[1] - piece[0])
+            if claimed < 0:
+                break
+            start = self.taken.find(0, stop, end)
+            if start < 0:
+                break
+        return found
+
+
+def _bare(text: str, start: int, end: int) -> tuple[int, int] | None:
+    """Of a piece without the marks at its ends; None where it has no letter and no digit."""
+    while start < end and not text[start].isalnum() and text[start] not in "([+#/<":
+        start += 1
+    while start < end and not text[end - 1].isalnum() and text[end - 1] not in ")].>":
+        end -= 1
+    if any(c.isalnum() for c in text[start:end]):
+        return start, end
+    return None
 
 
 def _may_be_name(value: str) -> bool:
@@ -111,7 +133,7 @@ def shape(value: str) -> str:
 
 
 @dataclass
-class Tally:
+class IdentifierCounts:
     """Counts for the report: identifiers by class, records that held any (counted by the caller), and a few shapes."""
 
     classes: Counter[str] = field(default_factory=Counter)
@@ -126,7 +148,7 @@ class Tally:
             if len(shown) < EXAMPLES and form not in shown:
                 shown.append(form)
 
-    def merge(self, other: Tally) -> None:
+    def merge(self, other: IdentifierCounts) -> None:
         """Add what was counted in text that came after."""
         self.classes += other.classes
         self.records += other.records

@@ -49,7 +49,7 @@ UNDIVIDED |= {"ı": "i", "ð": "d", "Ð": "D", "þ": "t", "Þ": "T"}
 
 
 @dataclass(frozen=True)
-class Plain:
+class PlainText:
     """`text[i]` stands for character `origin[i]` of the original; for all of them where `origin` is None."""
 
     text: str
@@ -62,22 +62,22 @@ class Plain:
         return self.origin[start], self.origin[end] if end < len(self.text) else self.origin[-1]
 
 
-def plain(text: str) -> Plain:
+def plain(text: str) -> PlainText:
     """The copy of a text."""
     if text.isascii():
-        return Plain(text.translate(_ASCII) if "\t" in text or "\r" in text else text)
+        return PlainText(text.translate(_ASCII) if "\t" in text or "\r" in text else text)
     if not INVISIBLE.search(text) and not _COMBINING.search(text):
-        return Plain("".join(map(_plain_character, text)))
+        return PlainText("".join(map(_plain_character, text)))
     return _without_invisible(text)
 
 
-def _without_invisible(text: str) -> Plain:
+def _without_invisible(text: str) -> PlainText:
     kept, origin = [], []
     for index, character in enumerate(text):
         if not INVISIBLE.match(character) and not unicodedata.combining(character):
             kept.append(_plain_character(character))
             origin.append(index)
-    return Plain("".join(kept), [*origin, len(text)])
+    return PlainText("".join(kept), [*origin, len(text)])
 
 
 _ASCII = {ord(c): plain for c, plain in MARKS.items() if c.isascii()}

@@ -64,8 +64,9 @@ TOWN = r"(?:,?[ \n]{1,2}(?:[A-Z]{1,2}-)?\d{4,5}[ ][A-Z][A-Za-z'-]{1,20}(?:[ ][A-
 SUFFIXES = (
     r"(?:Street|STREET|St|ST|Avenue|AVENUE|Ave|AVE|Road|ROAD|Rd|RD|Boulevard|BOULEVARD|Blvd|BLVD|Lane|LANE|Ln|LN|Drive|DRIVE|"
     r"Dr|DR|Court|COURT|Ct|Way|WAY|Place|PLACE|Pl|Terrace|TERRACE|Parkway|PARKWAY|Pkwy|PKWY|Circle|CIRCLE|Cir|Highway|HIGHWAY|"
-    r"Hwy|HWY|Square|SQUARE|Sq|Crescent|Close|Row|Gardens|Mews|Trail|Loop|Alley|Turnpike|Pike)"
+    r"Hwy|HWY|Square|SQUARE|Sq|Crescent|Close|Grove|Croft|Wharf|Quay|Rise|Chase|Row|Gardens|Mews|Trail|Loop|Alley|Turnpike|Pike)"
 )
+UK_POSTCODE = r"[A-PR-UWYZ](?:\d{1,2}|[A-HK-Y]\d[0-9A-Z]?|\d[A-HJKSTUW])[ ]\d[ABD-HJLNP-UW-Z]{2}"
 SMALL_SUFFIXES = r"(?:street|st|avenue|ave|road|rd|boulevard|blvd|lane|ln|drive|parkway|pkwy|hwy|highway)"
 FLAT = r"(?:[,.]?[ ]{1,2}(?i:apt|apartment|suite|ste|unit|flat|room|rm|floor|\#)\.?[ ]?\#?[ ]?[A-Za-z0-9]{1,6}(?![A-Za-z0-9]))?"
 # What may stand between a label and its value: "number", "no.", "#", ":", "is", in any sensible order; also a line end.
@@ -80,7 +81,7 @@ CODE = (
 LONG_CODE = r"(?P<value>(?=[A-Za-z./-]{0,12}(?:\d[A-Za-z./-]{0,3}){6})[A-Za-z0-9][A-Za-z0-9./-]{4,28}[A-Za-z0-9])"
 EXTENSION = r"(?:,?[ ]?(?:x|ext\.?|extension)[ ]?\#?\d{1,6})?"
 NUMBER = rf"(?:\+?1[ .-]?)?(?:\(\d{{3}}\)[ -]?|\d{{3}}[ ./-])\d{{3}}[ .-]\d{{4}}{EXTENSION}"
-FOREIGN = r"(?:\+|(?<!\))\b00)[1-9]\d{0,2}(?:[ ./-]{0,2}\(?\d{1,5}\)?){2,6}"
+FOREIGN = r"(?:\+[ ]?|(?<!\))\b00)[1-9]\d{0,2}(?:[ ./-]{0,2}\(?\d{1,5}\)?){2,6}"
 # Of a country that writes a leading zero: 020 7946 0991, 0161 496 0000, 01632 960001, 06 12 34 56 78.
 NATIONAL = r"\(?0\d{1,4}\)?(?:[ ./-]\d{2,5}){2,4}|\(?0\d{2,5}\)?[ /-]\d{5,8}"
 CALLED = (
@@ -91,7 +92,7 @@ OCTET = r"(?:25[0-5]|2[0-4]\d|1?\d?\d)"
 HEX = r"[0-9a-f]{1,4}"
 MONTHS = "jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec"
 OTHERS = (
-    "janu|octu|febr|marz|maer|mai|juni|juli|okto|deze|janv|fevr|mars|avri|juin|juil|aout|sept|octo|nove|dece|ener|abri|mayo|agos|"
+    "novi|janu|octu|febr|marz|maer|mai|juni|juli|okto|deze|janv|fevr|mars|avri|juin|juil|aout|sept|octo|nove|dece|ener|abri|mayo|agos|"
     "dici|genn|maggi|giug|lugl|otto|feve|marco|maio|junh|julh|sete|outu"
 )
 PLATE = r"(?P<value>(?=[A-Z -]{0,19}\d)[A-Z0-9]{1,4}[ -]?[A-Z0-9]{2,17})\b"
@@ -122,7 +123,7 @@ SOURCES: dict[str, tuple[tuple[Any, ...], ...]] = {
         ("[at]|(at)| dot ", r"(?<![\w.+-])[\w.+-]{1,64}[ ]?(?:\[at\]|\(at\)|(?<= )at(?= [A-Za-z0-9-]{1,40} dot ))[ ]?[\w-]{1,63}(?:[ ]?(?:\.|\[dot\]|\(dot\)|(?<= )dot(?= ))[ ]?[\w-]{2,63}){1,4}\b"),
     ),
     "url": (
-        ("://|www.", r"(?i:\b(?:https?://|ftp://|www\.)[^\s<>\"')\]]{1,2000}(?<![.,;]))"),
+        ("://|www.", r"(?i:\b(?:https?://|ftp://|www\.)(?!(?:www\.)?(?:loinc\.org|snomed\.info|unitsofmeasure\.org|(?:[a-z]{2,20}\.)?hl7\.org|www\.w3\.org|w3\.org))[^\s<>\"')\]]{1,2000}(?<![.,;]))"),
         (
             ".com|.org|.net|.edu|.gov|.io",
             r"\b(?<![@.-])[A-Za-z0-9-]{2,40}(?:\.[A-Za-z0-9-]{1,40}){0,3}\.(?:com|org|net|edu|gov|io)\b(?:/[^\s<>\"')\]]{0,500}(?<![.,;]))?",
@@ -132,7 +133,7 @@ SOURCES: dict[str, tuple[tuple[Any, ...], ...]] = {
     "iban": (("00", r"\b[A-Z]{2}\d{2}(?:[ ]?[A-Z0-9]{4}){2,7}(?:[ ]?[A-Z0-9]{1,4})?(?![A-Za-z0-9])"),),
     "card": (("0000-0000|0000 0000|0000000000000|0000-000000|0000 000000", r"(?<![\w.-])(?:\d{4}[ -]?){3}\d{1,7}\b|(?<![\w.-])\d{4}[ -]?\d{6}[ -]?\d{5}\b"),),
     "ssn": (
-        ("000-00-0000|x-0000|*-0000|000 00 0000", r"\b\d{3}-\d{2}-\d{4}\b|(?<![A-Za-z0-9])[xX*]{3}-[xX*]{2}-\d{4}\b"),
+        ("000-00-0000|x-0000|*-0000|000 00 0000", r"\b\d{3}-\d{2}-\d{4}P?\b|(?<![A-Za-z0-9])[xX*]{3}-[xX*]{2}-\d{4}\b"),
         (
             "ssn|ss#|ss #|ss no|social sec|soc sec|soc. sec|sin|nino|national ins",
             r"(?i:\b(?:ssn|ss(?=[ ]?(?:\#|no\b))|social security|soc\.? sec\.?|social insurance|SIN(?=[ ]?[:#]))"
@@ -146,7 +147,7 @@ SOURCES: dict[str, tuple[tuple[Any, ...], ...]] = {
         ("/0|-0|.0", rf"(?<![\w./])(?<!\d-){DAY}([-/.]){DAY}\1(?:{YEAR}|'?\d\d)(?![A-Za-z0-9])(?!\1\d)(?!\.\d)"),
         ("/0|-0", rf"(?<=\d-){DAY}([/.]){DAY}\1(?:{YEAR}|\d\d)(?![A-Za-z0-9])(?!\1\d)"),
         ("/0", rf"(?<![\w./-])(?:0?[1-9]|1[0-2])/{YEAR}(?![A-Za-z0-9/])"),
-        (MONTHS, rf"(?i:\b{MONTH}\.?[ -]{{1,2}}{DAY}(?:st|nd|rd|th)?\b(?:,?[ -]{{1,3}}(?:{YEAR}|'\d\d|\d\d(?![\d:/.%]|[ ]?[a-z]))\b)?{NO_DOSE})", 0),
+        (MONTHS, rf"(?i:\b{MONTH}\.?[ -]{{1,2}}{DAY}(?:st|nd|rd|th)?\b(?:(?:,[ -]{{0,3}}|[ -]{{1,3}})(?:{YEAR}|'\d\d|\d\d(?![\d:/.%]|[ ]?[a-z]))\b)?{NO_DOSE})", 0),
         (MONTHS, rf"(?i:(?<![\w./]){DAY}(?:st|nd|rd|th|\.)?(?:[ /.-]{{0,2}}|[ ]of[ ]){MONTH}\.?(?:,?[ /.-]?(?:{YEAR}|'?\d\d(?![\d:])))?(?![A-Za-z0-9]))", 8),
         (MONTHS, rf"(?i:\b{MONTH}\.?,?[ -]?(?:of[ ])?{YEAR}\b)", 0),
         (MONTHS, rf"(?i:\b{MONTH}\.?,?[ ]?'\d\d\b)", 0),
@@ -177,7 +178,7 @@ SOURCES: dict[str, tuple[tuple[Any, ...], ...]] = {
             rf"(?P<value>\d{{3}}[ .-]\d{{4}}{EXTENSION}|\d{{10,11}}|\d{{1,2}}-\d{{4}}|{NATIONAL}|\d{{3}}[ .-]\d{{3}}[ .-]\d{{3,4}})\b",
             0,
         ),
-        ("pager|pgr|bpr|beeper|ext", r"(?i:\b(?:pager|pgr|bpr|beeper|ext(?:ension)?\.?)[ ]{0,3}[#:]?[ ]{0,3})(?P<value>\d{3,6})\b(?!(?i:[ ]?(?:deg|to[ ]\d|-[ ]?\d)))", 0),
+        ("pager|pgr|bpr|beeper|bleep|ext", r"(?i:\b(?:pager|pgr|bpr|beeper|bleep|ext(?:ension)?\.?)[ ]{0,3}[#:]?[ ]{0,3})(?P<value>\d{3,6})\b(?!(?i:[ ]?(?:deg|to[ ]\d|-[ ]?\d)))", 0),
     ),
     "ip": (
         ("0.0.0|0.00.0|0.000.0", rf"(?<![\w.]){OCTET}(?:\.{OCTET}){{3}}(?![\w]|\.\d)"),
@@ -199,6 +200,11 @@ SOURCES: dict[str, tuple[tuple[Any, ...], ...]] = {
             ),
             0,
         ),
+        (
+            "patient/|practitioner/|encounter/",
+            r"(?i:(?:patient|practitioner|encounter)/)(?P<value>(?=[A-Za-z-]{0,12}\d)[A-Za-z0-9][A-Za-z0-9.-]{2,62}[A-Za-z0-9])(?![A-Za-z0-9])",
+            0,
+        ),
         ("unit|chart", _labelled(r"unit|chart", STRONG_LINK), 0),
         ("unit|chart", _labelled(r"unit|chart", r"[ ]", LONG_CODE), 0),
     ),
@@ -211,6 +217,7 @@ SOURCES: dict[str, tuple[tuple[Any, ...], ...]] = {
             r"[ ]{0,3}:?[ ]{1,3}(?:[A-Za-z]{2,15}[ ]){0,3}", LONG_CODE), 0),
     ),
     "account": (
+        ("-0000", r"(?<![A-Za-z0-9-])[A-Z]{1,3}-?\d{2}-\d{4,7}(?![A-Za-z0-9-])", 6),
         (
             "acc|har|episode|encounter|visit|invoice|specimen|order|requisition|confirmation",
             _labelled(
@@ -224,8 +231,8 @@ SOURCES: dict[str, tuple[tuple[Any, ...], ...]] = {
     ),
     "license": (
         (
-            "lic|driver|dl|dea|npi|cert|passport",
-            _labelled(r"licen[sc]e|lic\.?|driver'?s licen[sc]e|dl|dea|npi|certificate|cert\.?|passport"),
+            "lic|driver|dl|dea|npi|gmc|nmc|ahpra|crm|cert|passport",
+            _labelled(r"licen[sc]e|lic\.?|driver'?s licen[sc]e|(?<!/)dl(?=[ ]?(?:\#|:|no\b|number))|dea|npi|gmc|nmc|ahpra|crm|certificate|cert\.?|passport"),
             0,
         ),
     ),
@@ -254,15 +261,30 @@ SOURCES: dict[str, tuple[tuple[Any, ...], ...]] = {
             rf"(?<![\w./-])\d{{1,6}}[A-Za-z]?,?[ ](?:[NSEW]\.?[ ]|North[ ]|South[ ]|East[ ]|West[ ])?(?P<street>(?:[A-Z0-9][A-Za-z0-9'.-]{{0,20}}[ ]){{1,4}}){SUFFIXES}(?![A-Za-z0-9]){FLAT}",
         ),
         ("0 |0a |0b ", rf"(?<![\w./-])\d{{1,5}}[a-z]?[ ](?:[nsew]\.?[ ])?(?P<street>(?:[a-z][a-z'-]{{2,20}}[ ]){{1,2}}){SMALL_SUFFIXES}(?![A-Za-z0-9])(?![ ](?:elev|seg|dep|change|wave)){FLAT}"),
+        ("0", rf"(?<![\w./-])\d{{1,4}}[A-Za-z]?,?[ ](?P<street>[A-Z][A-Za-z']{{1,20}}(?:[ ][A-Z][A-Za-z']{{1,20}}){{0,3}}),[ ](?:[A-Z][A-Za-z' -]{{2,30}},[ ])?[A-Z][A-Za-z' -]{{2,30}},?[ ]{UK_POSTCODE}\b"),
+        (
+            "calle|c/|av|plaza|pza|pz|paseo|pso|ctra|carretera|camino|ronda|apartado|travesia|via|rua|piazza|corso|prolong",
+            r"\b(?:Calle|C/|Avda?\.?|Avenida|Av\.|Plaza|Pza\.?|Pz\.?|Paseo|Ctra\.?|Carretera|Camino|Ronda|Apartado[ ]de[ ]Correos|Travesia|Via|Rua|Piazza|Corso)"
+            r"[ ]{0,2}[A-Z0-9a-z][^\n;|:]{2,70}?[ .,-]{1,4}(?:[A-Z]{1,2}-)?\d{4,5}(?:-\d{3})?[ .,]{1,3}[A-Z][A-Za-z'-]{1,25}(?:[ ](?:(?:de|del|la|las|los)[ ]){0,2}[A-Z][A-Za-z'-]{1,25}){0,2}(?:[ ]\([A-Z][A-Za-z ]{2,25}\))?(?![A-Za-z0-9])",
+            0,
+        ),
+        (
+            "00000 ",
+            r"(?<![\w.,-])(?:[A-Z]{1,2}-)?\d{5},?[ ][A-Z][A-Za-z'-]{1,25}(?:[ ](?:(?:de|del|la|las|los)[ ]){0,2}[A-Z][A-Za-z'-]{1,25}){0,2}(?:[ ]\([A-Z][A-Za-z ]{2,25}\))?"
+            r"(?=[ .,]{0,3}\(?(?:Espana|Spain|Deutschland|Germany|France|Italia|Italy|Mexico|Portugal|Schweiz|Osterreich|Belgique|Nederland|Brasil|Argentina|Chile|Colombia|Peru)(?![A-Za-z]))",
+            0,
+        ),
         ("box 0|box #", r"(?i:\bp\.?[ ]?o\.?[ ]box[ ]\#?\d{1,8}\b)"),
         ("str", r"\b[A-Z][a-z]{1,20}(?:-[A-Z][a-z]{1,20}){0,3}(?:strass?e|str\.|weg|platz|allee|gasse)[ ]\d{1,4}[a-z]?\b" + TOWN),
         ("rue|avenue|boulevard|chemin|allee", r"(?i:\b\d{1,4},?[ ](?:bis[ ]|ter[ ])?(?:rue|avenue|boulevard|chemin|place|allee|quai)[ ](?:de[ ](?:la[ ])?|des[ ]|du[ ]|d')?)[A-Z][A-Za-z'-]{1,20}(?:[ -][A-Z][A-Za-z'-]{1,20}){0,3}" + TOWN),
-        ("calle|avenida|via|rua|piazza|plaza|carrera", r"\b(?:Calle|Avenida|Via|Rua|Piazza|Plaza|Carrera|Corso)[ ](?:de[ ](?:la[ ])?|della[ ]|do[ ]|da[ ])?[A-Z][A-Za-z'-]{1,20}(?:[ ][A-Z][A-Za-z'-]{1,20}){0,2},?[ ]\d{1,5}\b" + TOWN),
+        ("calle|c/|av|via|rua|piazza|plaza|paseo|pso|carrera|corso", r"\b(?:Calle|[Cc]/\.?|Avenida|Avinguda|Avda?\.?|Via|Rua|Piazza|Plaza|Paseo|Pso\.?|Carrera|Corso)[ ]?(?:Dr\.[ ])?(?:de[ ](?:la[ ])?|della[ ]|do[ ]|da[ ])?[A-Z][A-Za-z'-]{1,20}(?:[ ][A-Z][A-Za-z'-]{1,20}){0,2},?[ ]\d{1,5}\b" + TOWN),
         (
             "lives|living|lived|resid|grew up|raised|born|native|homeless|moved|relocated|emigrated|visiting|flew|transferred|travel|trip",
             rf"(?i:\b(?:lives|living|lived|resides|residing|reside|grew up|raised|born|resident|native|homeless)[ ](?:in|of|near)[ ]|\b(?:moved|relocated|emigrated|visiting|flew in|transferred)[ ](?:(?:here|back|away|over)[ ])?(?:from|to)[ ]|\b(?:travel|trip)(?:ed|led|s|ing|ling)?[ ](?:from|to)[ ])(?P<value>(?:St\.[ ])?{CITY}(?:,[ ](?:{STATE}|{_STATES})\b)?)",
             0,
         ),
+        ("r/o ", r"[Rr]/[oO][ ](?P<value>(?:H\.?[ ]?[Nn]o|House|Flat|Plot|Vill(?:age)?|Door|D\.?[ ]?No)[^\n|;]{3,80})", 0),
+        ("\n", r"\n(?P<value>[A-Z][A-Za-z' -]{2,30})(?=\n(?:[A-PR-UWYZ](?:\d{1,2}|[A-HK-Y]\d[0-9A-Z]?|\d[A-HJKSTUW])[ ]\d[ABD-HJLNP-UW-Z]{2})\b)", 0),
         (", ", rf"(?P<city>\b(?:St\.[ ])?{CITY}),[ ](?:{CLEAR_STATE}|{_STATES})(?![A-Za-z])(?!,?[ ]{{1,2}}\d{{5}})"),
     ),
     "zip": (
@@ -276,6 +298,7 @@ SOURCES: dict[str, tuple[tuple[Any, ...], ...]] = {
         ("d-0|a-0|ch-0|f-0", r"\b(?:D|A|CH|F|I)-\d{4,5}(?=[ ][A-Z])"),
     ),
     "other_number": (
+        ("-0", r"(?i:(?<![A-Za-z0-9-])[0-9a-f]{8}-[0-9a-f]{4}-[1-8][0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12}(?![A-Za-z0-9-]))", 13),
         (
             "id|number|no.|no:|har ",
             rf"(?i:\b(?:id|identifier|number|no|har)\b)[ ]?[.:#]?[ ]?(?!NCT|PMC|GSE|ISRCTN){LONG_CODE}(?![A-Za-z0-9])",

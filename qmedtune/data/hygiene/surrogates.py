@@ -59,7 +59,7 @@ def _bytes(secret: Secret, *parts: object) -> bytes:
 
 def _stand_in(value: str, kind: str, patient: str, seed: Secret, shift_dates: bool) -> str:
     if kind == "name":
-        return re.sub(r"[^\W\d_]+", partial(_name_word, patient, seed), value)
+        return re.sub(r"[^\W_]+", partial(_name_word, patient, seed), value)
     if kind == "hospital":
         return f"{_word(_bytes(seed, patient, kind, ' '.join(value.lower().split())))} Hospital"
     if kind == "age_over_89":

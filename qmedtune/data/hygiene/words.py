@@ -91,7 +91,9 @@ _CLINICAL = """
     vaccine vaginal valve vascular venous ventricular vision vital vitals volume vomiting wall ward wednesday
     week weekly weeks weight white-cell woman wound wounds wrist january february march april june july august
     september october november december daytime spouse's significant subject emergency instructions education
-    active pre-op post-op demographics demographic next kin relative relatives supervising supervisor signed-by
+    assistant aide extender calle avda avenida ctra carretera paseo camino apartado servicio paciente pacientes
+    patiente se varon mujer direccion email e-mail correo nhc nocol dia dias presentamos informe active pre-op post-op
+    demographics demographic next kin relative relatives supervising supervisor signed-by
     dictation signal imaging angiography angiogram venogram venography spectroscopy enterography elastography
     sequence sequences recovery stepdown telemetry preop postop endo brief transcribed transcriptionist cc attn re via
     ext tel cell mobile ward bed floor house officer director chair chairman fellow colleague colleagues sir
@@ -136,4 +138,13 @@ EPONYMS = frozenset(
     potassium pravastatin prednisone prilosec propofol protonix prozac remeron rocephin seroquel sertraline
     simvastatin spironolactone synthroid tamiflu topamax toprol tramadol trazodone tylenol valium vancomycin
     vicodin warfarin xanax xarelto zantac zithromax zocor zofran zoloft zosyn""".split()
+)
+
+# Small words inside the name of a hospital, and words of such names that alone name none.
+INSIDE = frozenset("of the and for de la del van von der den di da du at".split())
+OF_HOSPITALS = frozenset(
+    """new general memorial regional community university childrens children's county city state national royal central
+    medical health veterans mount mt st saint north south east west northern southern eastern western heart cancer
+    outside local our her his their a an this that another nearby area district teaching tertiary care community acute
+    emergency women's womens""".split()
 )

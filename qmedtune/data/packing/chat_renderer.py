@@ -20,11 +20,11 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 
-class Refused(Exception):
+class TemplateRaised(Exception):
     """`raise_exception` was called."""
 
 
-class Generation(Extension):
+class GenerationTag(Extension):
     """`{% generation %} ... {% endgeneration %}`, which transformers knows: here its content alone."""
 
     tags = {"generation"}
@@ -37,7 +37,7 @@ class Generation(Extension):
 
 def environment(day: date) -> ImmutableSandboxedEnvironment:
     """As transformers sets it up, but for the date."""
-    made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+    made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, loopcontrols])
     made.filters["tojson"] = _tojson
     made.globals |= {"raise_exception": _refuse, "strftime_now": day.strftime}
     return made
@@ -48,7 +48,7 @@ def _tojson(value: Any, ensure_ascii: bool = False, indent: Any = None, separato
 
 
 def _refuse(message: str) -> None:
-    raise Refused(message)
+    raise TemplateRaised(message)
 
 
 def serve() -> None:
@@ -76,7 +76,7 @@ def _reply(render: Callable[..., str], calls: list[Any], first: dict[str, Any]) 
         texts = []
         for m, ask in calls:
             texts.append(render(messages=m, add_generation_prompt=ask, **first["tokens"]))
-    except Refused as error:
+    except TemplateRaised as error:
         words = str(error)
         own = words in first["source"]
         return {"refused": words[:200] if own else "(in words that are not all its own, and are not repeated here)"}

@@ -252,7 +252,10 @@ def _segments(plan: _Plan, found: Form, texts: list[str]) -> Segments:
     done = 0
     for number, answer in enumerate(plan.answers):
         last = number == len(plan.answers) - 1 and not plan.asks
-        span = _answer_span(whole, texts[1 + 2 * number] + found.header, texts[2 + 2 * number], answer, last)
+        shown = whole
+        if not last:
+            shown = commonprefix([whole, texts[2 + 2 * number]])  # an end mark that only the last has is not in both
+        span = _answer_span(whole, shown, texts[1 + 2 * number] + found.header, answer)
         if span is None and last:
             raise DataError(REWRITES)
         if span is not None and span[0] >= done:
@@ -263,12 +266,12 @@ def _segments(plan: _Plan, found: Form, texts: list[str]) -> Segments:
     return segments
 
 
-def _answer_span(whole: str, prompt: str, until: str, answer: str, last: bool) -> tuple[int, int] | None:
-    """Where an answer with its end mark stands in the whole text; None where its prompt or its words do not."""
+def _answer_span(whole: str, shown: str, prompt: str, answer: str) -> tuple[int, int] | None:
+    """Where an answer with its end mark stands in `shown`, the beginning of the whole text up to it; None where its
+    prompt or its words do not."""
     if not whole.startswith(prompt):
         return None
     start = whole.find(answer, len(prompt))
-    shown = whole if last else commonprefix([whole, until])  # an end mark that only the last answer has is not in both
     if start < 0 or start + len(answer) > len(shown):
         return None
     end = len(shown.rstrip())

@@ -11,7 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +20,10 @@ import numpy as np
 from qmedtune import ui
 from qmedtune.data.packing import pack
 from qmedtune.data.packing.ledger import Draws
-from qmedtune.data.packing.tokens import Codec, load_codec
+from qmedtune.data.packing.tokens import load_codec
 from qmedtune.data.reading.document import Record
 from qmedtune.errors import DataError
-from qmedtune.resolved import ResolvedClassify, ResolvedRecipe
+from qmedtune.resolved import ResolvedClassify
 from qmedtune.results import Classes, Packing
 
 TARGETS, LABELS, IDS, HELD_OUT = "targets.npy", "labels.json", "ids.json", "heldout"
@@ -31,18 +32,17 @@ BETWEEN = re.compile(r"[,;]")
 ALL = 2**62  # of the tokens held out: all are scored, whatever cap holds in training
 
 
-def pack_classes(
-    recipe: ResolvedRecipe, index: int, tokenizer_dir: Path, inputs: Mapping[str, Path], out: Path
-) -> Packing:
-    """Lay out the documents of classify stage `index` below `out`, the held-out ones below `out/heldout`, those that
+def pack_classes(stage: pack.StageToPack, out: Path) -> Packing:
+    """Lay out the documents of a classify stage below `out`, the held-out ones below `out/heldout`, those that
     choose the weights below `out/validation`.
 
-    inputs: source name -> its folder. Returns the ledger of training. Raises DataError for fewer than two labels and
+    Returns the ledger of training. Raises DataError for fewer than two labels and
     where nothing is held out.
     """
+    recipe, index = stage.recipe, stage.index
     section = recipe.stages[index].classify
     assert section is not None, "a stage of another kind"
-    codec, folder = load_codec(tokenizer_dir), inputs[section.data]
+    codec, folder = load_codec(stage.tokenizer_dir), stage.inputs[section.data]
     train, validation = folder / "train.jsonl", None
     if section.validation:
         train, validation = _set_apart(train, section, recipe.seed, out)
@@ -52,15 +52,16 @@ def pack_classes(
             f"{section.data}: {len(labels)} label in all; classify needs two or more\nlook at its `label` column"
         )
     (out / LABELS).write_text(json.dumps(labels, ensure_ascii=False) + "\n", encoding="utf-8")
-    held = _lay_out(recipe, section, codec, tokenizer_dir, folder / "heldout.jsonl", out / HELD_OUT, labels, None)
+    how = _Labelling(pack.Tokenising(recipe, section, stage.tokenizer_dir, codec), section, labels)
+    held = _lay_out(how, folder / "heldout.jsonl", out / HELD_OUT)
     rng = np.random.default_rng([recipe.seed, index])
-    packed = _lay_out(recipe, section, codec, tokenizer_dir, train, out, labels, rng)
+    packed = _lay_out(how, train, out, rng=rng)
     assert packed.records is not None and held.records is not None
     unknown = int((np.load(out / HELD_OUT / TARGETS).sum(1) == 0).sum())
     documents = packed.records.read
     classes = Classes(labels=len(labels), documents=documents, held_out=held.records.read, unknown=unknown)
     if validation is not None:
-        chosen_by = _lay_out(recipe, section, codec, tokenizer_dir, validation, out / VALIDATION, labels, None)
+        chosen_by = _lay_out(how, validation, out / VALIDATION)
         assert chosen_by.records is not None
         classes = classes.model_copy(update={"validation": chosen_by.records.read})
         train.unlink()  # the source's own file has it
@@ -106,13 +107,20 @@ def _patient(record: Record) -> str:
     return str(record.get("patient", record["id"]))
 
 
-def _lay_out(
-    recipe: ResolvedRecipe, section: ResolvedClassify, codec: Codec, tokenizer_dir: Path, path: Path, out: Path,
-    labels: list[str], rng: np.random.Generator | None,
-) -> Packing:  # fmt: skip
+@dataclass(frozen=True)
+class _Labelling:
+    """How documents become tokens, and which labels they may have."""
+
+    tokenising: pack.Tokenising
+    section: ResolvedClassify
+    labels: list[str]
+
+
+def _lay_out(how: _Labelling, path: Path, out: Path, *, rng: np.random.Generator | None = None) -> Packing:
     """Pack one file: all of it once in its order for scoring, `epochs` shuffled passes where there is a generator."""
+    section, labels = how.section, how.labels
     out.mkdir(exist_ok=True)
-    corpus = pack.tokenise(recipe, section.data, path, section, codec, tokenizer_dir, out, None if rng else ALL)
+    corpus = pack.tokenise(how.tokenising, section.data, path, out, max_tokens=None if rng else ALL)
     if not len(corpus.documents):
         raise DataError(f"{section.data}: nothing is held out to score on\nset data.{section.data}.holdout above 0")
     column = {}
@@ -126,10 +134,10 @@ def _lay_out(
     np.save(out / TARGETS, targets)
     (out / IDS).write_text(json.dumps(ids) + "\n", encoding="utf-8")
     everything = np.arange(len(corpus.documents))
-    plan = Draws(np.zeros(len(everything), np.int64), everything, {section.data: 1.0}, [])
+    plan = Draws([corpus], np.zeros(len(everything), np.int64), everything, {section.data: 1.0}, [])
     if rng is not None:
         plan = pack.epochs(section.epochs, [corpus], rng)
-    return pack.write_rows(recipe, [corpus], section, plan, rng or np.random.default_rng(0), out, whole=True)
+    return pack.write_rows(section, plan, rng or np.random.default_rng(0), out, whole=True)
 
 
 def _labels(path: Path, multi_label: bool) -> Iterator[tuple[Record, list[str]]]:

@@ -12,7 +12,7 @@ from qmedtune.data.reading.document import Record
 
 
 def encode_conversations(
-    codec: Codec, records: list[Record], template: Template, prompt_weight: float, limit: int
+    codec: Codec, records: list[Record], *, template: Template, prompt_weight: float, limit: int
 ) -> list[Encoded]:
     """Conversations, right-truncated to `limit` tokens; `kept` is 0 where no response token would be left."""
     framed = frame_of(template, codec).train([record["messages"] for record in records])

@@ -8,6 +8,7 @@ is tried: a prompt may end where the tokens up to its end are the same alone and
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,27 +25,35 @@ def held_characters(codec: Codec, prompts: Iterable[str], gap: str = "") -> int:
     prompts: texts with the same end; gap: what stands between them and an answer
     """
     texts = list(prompts)
+    ends = _Ends(codec, texts, gap)
     limit = min(REACH, *(len(text) for text in texts))
-    held = _fewest(codec, texts, gap, list(BEGINNINGS), range(limit))
+    held = ends.fewest(list(BEGINNINGS), range(limit))
     others = _from_vocabulary(codec, texts[0][-limit:], held)
     if others:
-        return _fewest(codec, texts, gap, others, range(held, limit))
+        return ends.fewest(others, range(held, limit))
     return held
 
 
-def _fewest(codec: Codec, texts: list[str], gap: str, beginnings: list[str], choices: range) -> int:
-    whole = []
-    for text in texts:
-        whole.append(_answered(codec, text + gap, beginnings))
-    for held in choices:
-        alone = codec.encode([text[: len(text) - held] for text in texts], markers=True)
-        if all(_opens(ids, rows) for ids, rows in zip(alone, whole, strict=True)):
-            return held
-    return 0
+@dataclass(frozen=True)
+class _Ends:
+    """Prompts, and what stands between each and its answer."""
 
+    codec: Codec
+    texts: list[str]
+    gap: str
 
-def _answered(codec: Codec, asked: str, beginnings: list[str]) -> list[list[int]]:
-    return codec.encode([asked + start for start in beginnings], markers=True)
+    def fewest(self, beginnings: list[str], choices: range) -> int:
+        """The first of these numbers of characters that leaves every prompt's tokens as they are before each of these
+        answers; 0 where none does."""
+        whole = []
+        for text in self.texts:
+            answered = [text + self.gap + start for start in beginnings]
+            whole.append(self.codec.encode(answered, markers=True))
+        for held in choices:
+            alone = self.codec.encode([text[: len(text) - held] for text in self.texts], markers=True)
+            if all(_opens(ids, rows) for ids, rows in zip(alone, whole, strict=True)):
+                return held
+        return 0
 
 
 def _opens(ids: list[int], rows: list[list[int]]) -> bool:

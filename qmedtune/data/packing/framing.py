@@ -51,7 +51,7 @@ class Framed:
 
 
 @dataclass(frozen=True)
-class Asked:
+class Prompt:
     """A conversation as it is asked: the beginning of what is trained, up to the next answer, as ids and as text."""
 
     ids: list[int]
@@ -92,20 +92,20 @@ class Frame:
             texts.append(self._text(segments, closed=True))
         return self._framed(texts)
 
-    def ask(self, conversations: Sequence[Conversation]) -> list[Asked]:
+    def ask(self, conversations: Sequence[Conversation]) -> list[Prompt]:
         """Every conversation as it is asked, up to its next answer. Each ends with a question."""
         texts = []
         for segments in self._segments(conversations):
             texts.append(self._text(segments, closed=False))
         framed = self._framed(texts)
-        found: list[Asked] = []
+        found: list[Prompt] = []
         for own, text in zip(framed, texts, strict=True):
-            found.append(Asked(own.ids, text.text, self))
+            found.append(Prompt(own.ids, text.text, self))
         return found
 
-    def asked_text(self, text: str) -> Asked:
+    def asked_text(self, text: str) -> Prompt:
         """What asks with a text that `ask` made before: for tools that hand on text alone."""
-        return Asked(self.codec.encode_spans([text])[0][0], text, self)
+        return Prompt(self.codec.encode_spans([text])[0][0], text, self)
 
     @cached_property
     def lead(self) -> str:

@@ -6,24 +6,27 @@ Counts only what pack.py has laid out; decides nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from qmedtune.data.packing import mix
 from qmedtune.data.packing.tokens import KEPT, LENGTH, SUPERVISED
-from qmedtune.results import PackedRecords, Packing, Part, Tokens
+from qmedtune.results import PackedRecords, Packing, Part, TokenLedger
 
 
 @dataclass(frozen=True)
 class Corpus:
     """One source as shards. `documents`: (D, 3) int64 of length, kept, supervised (see tokens.py); `draws`: (D,) int64,
-    the tokens that one draw of each document takes (see draw_tokens)."""
+    the tokens that one draw of each document takes (see draw_tokens); `shared_tokens`: what neighbouring chunks of a
+    document have in common, with `chunking: overlap`."""
 
     name: str
     shards: list[Path]
     documents: np.ndarray
     draws: np.ndarray
+    shared_tokens: int
 
     @property
     def kept(self) -> np.ndarray:
@@ -34,18 +37,33 @@ class Corpus:
 class Draws:
     """The training order before packing: source number and document number within it, one entry per draw."""
 
+    corpora: list[Corpus]
     source: np.ndarray
     document: np.ndarray
     share: dict[str, float]
     capped: list[str]
 
+    @cached_property
+    def firsts(self) -> np.ndarray:
+        """The number of each source's first document among all, and the end: int64."""
+        sizes = [len(corpus.documents) for corpus in self.corpora]
+        return np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes, dtype=np.int64)])
 
-def packing_facts(
-    corpora: list[Corpus], plan: Draws, rows: mix.RowLayout, pieces: np.ndarray, drawn: np.ndarray, base: np.ndarray,
-    seq_len: int,
-) -> Packing:  # fmt: skip
-    """The ledger of a stage's packing. drawn: tokens of each draw; base: first document of each source, and the end."""
-    per_source = np.searchsorted(base, pieces[:, 0], side="right") - 1
+    @cached_property
+    def numbers(self) -> np.ndarray:
+        """Of each draw, its document's number among all."""
+        return self.firsts[self.source] + self.document
+
+    @cached_property
+    def tokens(self) -> np.ndarray:
+        """Of each draw."""
+        return np.concatenate([corpus.draws for corpus in self.corpora])[self.numbers]
+
+
+def packing_facts(plan: Draws, rows: mix.RowLayout, pieces: np.ndarray, seq_len: int) -> Packing:
+    """The ledger of a stage's packing. pieces: (P, 3) int64 of document number, start, length."""
+    corpora, drawn = plan.corpora, plan.tokens
+    per_source = np.searchsorted(plan.firsts, pieces[:, 0], side="right") - 1
     continued = rows.pieces[:, 1] > 0
     mixture: dict[str, Part] = {}
     split = 0
@@ -92,7 +110,7 @@ def packing_facts(
             truncated=_summed(mixture, "truncated_documents"),
             dropped=_summed(mixture, "dropped_documents"),
         ),
-        tokens=Tokens(
+        tokens=TokenLedger(
             read=_summed(mixture, "read"),
             kept=_summed(mixture, "kept"),
             split=split,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from qmedtune.data.packing.tokens import (
     KEPT,
     LENGTH,
     Codec,
+    Encoder,
     encode_texts,
     load_codec,
     shard_array,
@@ -42,21 +43,41 @@ CLEANING = "instructions"  # the kind of text that per_record.py cleans conversa
 META = "packed.json"
 
 
-def pack_stage(
-    recipe: ResolvedRecipe, index: int, tokenizer_dir: Path, inputs: Mapping[str, Path], out: Path
-) -> Packing:
-    """Tokenise the sources of stage `index` (from 0) and lay out its rows below `out`. Returns the ledger.
+@dataclass(frozen=True)
+class StageToPack:
+    """Stage `index` (from 0) of a recipe, the folder of the base's tokenizer, and each source's folder by its name."""
+
+    recipe: ResolvedRecipe
+    index: int
+    tokenizer_dir: Path
+    inputs: Mapping[str, Path]
+
+
+@dataclass(frozen=True)
+class Tokenising:
+    """How the sources of a stage become tokens."""
+
+    recipe: ResolvedRecipe
+    section: ResolvedTraining
+    tokenizer_dir: Path
+    codec: Codec
+
+
+def pack_stage(stage: StageToPack, out: Path) -> Packing:
+    """Tokenise the sources of a stage and lay out its rows below `out`. Returns the ledger.
 
     An SFT stage's template goes to `out/template.json`, for generation to use the very one of training.
-    inputs: source name -> its folder with train.jsonl. Identities, in tokens, per source and in sum:
+    Identities, in tokens, per source and in sum:
     read = kept + dropped, kept = seen + never_sampled, trained = sum over documents of kept x times drawn, and
     with `chunking: overlap` the tokens that chunks share once more (`overlapped`).
     """
+    recipe, index, tokenizer_dir, inputs = stage.recipe, stage.index, stage.tokenizer_dir, stage.inputs
     section = recipe.stages[index].section
     codec = load_codec(tokenizer_dir)
+    how = Tokenising(recipe, section, tokenizer_dir, codec)
     corpora = []
     for name in recipe.stages[index].sources:
-        corpora.append(tokenise(recipe, name, inputs[name] / "train.jsonl", section, codec, tokenizer_dir, out))
+        corpora.append(tokenise(how, name, inputs[name] / "train.jsonl", out))
     template = None
     if isinstance(section, SftSection):
         _check_truncation(section, corpora)
@@ -67,7 +88,7 @@ def pack_stage(
         plan = epochs(section.epochs, corpora, rng)
     else:
         plan = _mixture(section, corpora, rng)
-    packed = write_rows(recipe, corpora, section, plan, rng, out)
+    packed = write_rows(section, plan, rng, out)
     folders = {name: inputs[name] for name in packed.mixture}
     quiet = [name for name in folders if recipe.data[name].may_identify]
     mixture: dict[str, Part] = {}
@@ -102,10 +123,10 @@ def source_template(recipe: ResolvedRecipe, name: str, tokenizer_dir: Path) -> T
     return replace(template, cleaning=CLEANING if recipe.hygiene.clean else "")
 
 
-def tokenise(
-    recipe: ResolvedRecipe, name: str, path: Path, section: ResolvedTraining, codec: Codec,
-    tokenizer_dir: Path, out: Path, max_tokens: int | None = None,
-) -> Corpus:  # fmt: skip
+def tokenise(how: Tokenising, name: str, path: Path, out: Path, *, max_tokens: int | None = None) -> Corpus:
+    """The records of `path`, of source `name`, as shards below `out/tokens`; with `max_tokens` the first of them, up to
+    the one that reaches it."""
+    recipe, section, codec, tokenizer_dir = how.recipe, how.section, how.codec, how.tokenizer_dir
     source = recipe.data[name]
     if source.kind == "instructions":
         template = source_template(recipe, name, tokenizer_dir)
@@ -114,17 +135,17 @@ def tokenise(
         else:
             weight = 0.0
         encode = partial(encode_conversations, codec, template=template, prompt_weight=weight, limit=section.seq_len)
-        how = [framing.VERSION, asdict(template), weight, section.seq_len]
+        depends_on = [framing.VERSION, asdict(template), weight, section.seq_len]
     else:
         cuts = source.chunking == "truncate" or isinstance(section, ClassifySection)
         if cuts:
             limit = section.seq_len
         else:
             limit = None
-        encode, how = partial(encode_texts, codec, limit=limit), [borders.described(codec), limit]
-    encoding = store.sha256_json([*how, store.sha256_file(tokenizer_dir / "tokenizer.json"), codec.eos_token])
-    with ui.stage(f"tokenise {name}", None, "documents") as progress:
-        shards = write_shards(path, out / "tokens", name, encode, progress.update, max_tokens, encoding)
+        encode, depends_on = partial(encode_texts, codec, limit=limit), [borders.described(codec), limit]
+    key = store.sha256_json([*depends_on, store.sha256_file(tokenizer_dir / "tokenizer.json"), codec.eos_token])
+    with ui.progress_bar(f"tokenise {name}", None, "documents") as progress:
+        shards = write_shards(path, out / "tokens" / name, Encoder(encode, key), progress.update, max_tokens=max_tokens)
     tables: list[np.ndarray] = []
     for shard in shards:
         table = shard_array(shard, "documents")
@@ -137,10 +158,11 @@ def tokenise(
         cap = source.max_tokens
     else:
         cap = None
-    return Corpus(name, shards, documents, draw_tokens(source, documents[:, KEPT], section.seq_len, cap, recipe.seed))
+    draws = draw_tokens(source, documents[:, KEPT], section.seq_len, cap=cap, seed=recipe.seed)
+    return Corpus(name, shards, documents, draws, shared_tokens(source, section.seq_len))
 
 
-def draw_tokens(source: SourceSection, kept: np.ndarray, seq_len: int, cap: int | None, seed: int) -> np.ndarray:
+def draw_tokens(source: SourceSection, kept: np.ndarray, seq_len: int, *, cap: int | None, seed: int) -> np.ndarray:
     """Tokens that one draw of each document takes, int64: all that were kept, with `chunking: window` at most a row of
     them, with `overlap` those that chunks share once more, and none of the documents left out by `cap` tokens (the
     others are a seeded choice; at least one is taken)."""
@@ -205,7 +227,7 @@ def _mixture(section: ResolvedCpt | ResolvedPretrain, corpora: list[Corpus], rng
         if target.capped:
             capped.append(name)
             ui.warn(f"mix: {name} is capped by max_repeats, its share of the mixture falls short")
-    return Draws(source, np.concatenate(picks)[order], share, capped)
+    return Draws(corpora, source, np.concatenate(picks)[order], share, capped)
 
 
 def epochs(count: float, corpora: list[Corpus], rng: np.random.Generator) -> Draws:
@@ -232,56 +254,46 @@ def epochs(count: float, corpora: list[Corpus], rng: np.random.Generator) -> Dra
     share: dict[str, float] = {}
     for name, count in tokens.items():
         share[name] = count / total
-    return Draws(source[order], document[order], share, [])
+    return Draws(corpora, source[order], document[order], share, [])
 
 
 def write_rows(
-    recipe: ResolvedRecipe, corpora: list[Corpus], section: ResolvedTraining, plan: Draws,
-    rng: np.random.Generator, out: Path, whole: bool = False,
-) -> Packing:  # fmt: skip
+    section: ResolvedTraining, plan: Draws, rng: np.random.Generator, out: Path, *, whole: bool = False
+) -> Packing:
     """Packs the draws, writes pieces, rows, the document table and packed.json; returns the ledger.
 
     whole: documents are not split over rows, as in SFT.
     """
     seq_len = section.seq_len
-    np.save(out / "documents.npy", _table(corpora))
-    firsts, draws = [0], []
+    np.save(out / "documents.npy", _table(plan.corpora))
     shards: list[str] = []
     sources: list[str] = []
-    for corpus in corpora:
-        firsts.append(firsts[-1] + len(corpus.documents))
-        draws.append(corpus.draws)
+    for corpus in plan.corpora:
         sources.append(corpus.name)
         for shard in corpus.shards:
             shards.append(shard.relative_to(out).as_posix())
-    base = np.array(firsts)
-    document = base[plan.source] + plan.document
-    drawn = np.concatenate(draws)[document]
-    units = _units(recipe, corpora, plan, document, drawn, seq_len, rng)
+    units = _units(plan, seq_len, rng)
     rows = _rows(section, units[:, 2], whole, rng)
     pieces = rows.pieces.copy()
     pieces[:, 1] += units[rows.pieces[:, 0], 1]
-    pieces[:, 0] = document[units[rows.pieces[:, 0], 0]]
+    pieces[:, 0] = plan.numbers[units[rows.pieces[:, 0], 0]]
     np.save(out / "pieces.npy", pieces)
     np.save(out / "rows.npy", rows.bounds)
-    meta = {"seq_len": seq_len, "shards": shards, "sources": sources, "first_document": firsts}
+    meta = {"seq_len": seq_len, "shards": shards, "sources": sources, "first_document": plan.firsts.tolist()}
     if isinstance(section, SftSection) and 0 < (weight := prompt_weight(section.loss_on)) < 1:
         meta["prompt_weight"] = weight
     (out / META).write_text(json.dumps(meta) + "\n", encoding="utf-8")
-    return packing_facts(corpora, plan, rows, pieces, drawn, base, seq_len)
+    return packing_facts(plan, rows, pieces, seq_len)
 
 
-def _units(
-    recipe: ResolvedRecipe, corpora: list[Corpus], plan: Draws, document: np.ndarray, drawn: np.ndarray, seq_len: int,
-    rng: np.random.Generator,
-) -> np.ndarray:  # fmt: skip
+def _units(plan: Draws, seq_len: int, rng: np.random.Generator) -> np.ndarray:
     """(U, 3) int32 of (draw, start, length): what is laid into rows, a draw each, or each chunk of one with overlap."""
     kept_by_source: list[np.ndarray] = []
     shared_by_source: list[int] = []
-    for corpus in corpora:
+    for corpus in plan.corpora:
         kept_by_source.append(corpus.kept)
-        shared_by_source.append(shared_tokens(recipe.data[corpus.name], seq_len))
-    kept = np.concatenate(kept_by_source)[document]
+        shared_by_source.append(corpus.shared_tokens)
+    kept, drawn = np.concatenate(kept_by_source)[plan.numbers], plan.tokens
     shared = np.array(shared_by_source)[plan.source]
     counts = 1 + np.maximum(drawn - kept, 0) // shared
     units = mix.chunks(counts, np.where(counts > 1, kept, drawn), seq_len, shared)
@@ -326,16 +338,17 @@ def pack_validation(recipe: ResolvedRecipe, tokenizer_dir: Path, inputs: Mapping
         path, folder = inputs[name] / "heldout.jsonl", out / name
         limit = recipe.validation.max_tokens
         section = _reader_of(recipe, name)
-        corpus = tokenise(recipe, name, path, section, codec, tokenizer_dir, folder, limit)
+        how = Tokenising(recipe, section, tokenizer_dir, codec)
+        corpus = tokenise(how, name, path, folder, max_tokens=limit)
         usable = np.flatnonzero(corpus.kept)
         if not len(usable):
             raise DataError(
                 f"{name}: nothing is held out, so it cannot be validated on\nset data.{name}.holdout above 0"
             )
-        plan = Draws(np.zeros(len(usable), np.int64), usable, {name: 1.0}, [])
         if recipe.data[name].chunking == "overlap":
             corpus = replace(corpus, draws=corpus.kept)  # perplexity counts each token once
-        packed[name] = write_rows(recipe, [corpus], section, plan, np.random.default_rng(0), folder, whole=True)
+        plan = Draws([corpus], np.zeros(len(usable), np.int64), usable, {name: 1.0}, [])
+        packed[name] = write_rows(section, plan, np.random.default_rng(0), folder, whole=True)
     return HeldOut.model_validate(packed)
 
 

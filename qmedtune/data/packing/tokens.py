@@ -217,27 +217,31 @@ def encode_texts(codec: Codec, records: list[Record], limit: int | None) -> list
     return documents
 
 
+@dataclass(frozen=True)
+class Encoder:
+    """How records become tokens; `key` names all that this depends on beside their text."""
+
+    encode: Callable[[list[Record]], list[Encoded]]
+    key: str = ""
+
+
 def write_shards(
-    path: Path,
-    folder: Path,
-    name: str,
-    encode: Callable[[list[Record]], list[Encoded]],
-    progress: Callable[[int], None],
-    max_tokens: int | None = None,
-    encoding: str = "",
+    path: Path, place: Path, encoder: Encoder, progress: Callable[[int], None], *, max_tokens: int | None = None
 ) -> list[Path]:
-    """Tokenise the records of a jsonl file into `folder/<name>-<digest>.*`; shards that are there already are kept, and
+    """Tokenise the records of a jsonl file into `<place>-<digest>.*`; shards that are there already are kept, and
     shards of an earlier result that this folder replaces are taken over.
 
-    Returns the shards' paths without extension. `encoding` names all that `encode` depends on beside the text.
-    `progress` gets the number of documents done. `max_tokens` ends after the document that reaches it.
+    Returns the shards' paths without extension. `progress` gets the number of documents done. `max_tokens` ends after
+    the document that reaches it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    place.parent.mkdir(parents=True, exist_ok=True)
     shards, done = [], 0
     for part in _shards(path):
-        shard = folder / f"{name}-{_digest(path, part, f'{encoding} {max_tokens}')}"
+        shard = place.with_name(f"{place.name}-{_digest(path, part, f'{encoder.key} {max_tokens}')}")
         if not _file(shard, "documents").is_file() and not store.take_over(_files(shard)):
-            _write_shard(shard, _lines(path, part), encode, lambda n, done=done: progress(done + n), max_tokens)
+            _write_shard(
+                shard, _lines(path, part), encoder, lambda n, done=done: progress(done + n), max_tokens=max_tokens
+            )
         shards.append(shard)
         done += part.num_lines
         if max_tokens is not None:
@@ -313,12 +317,11 @@ def _groups(lines: Iterable[bytes], limit_bytes: int) -> Iterator[list[bytes]]:
 
 
 def _write_shard(
-    shard: Path, lines: Iterable[bytes], encode: Callable[[list[Record]], list[Encoded]],
-    progress: Callable[[int], None], max_tokens: int | None,
-) -> None:  # fmt: skip
+    shard: Path, lines: Iterable[bytes], encoder: Encoder, progress: Callable[[int], None], *, max_tokens: int | None
+) -> None:
     tokens, mask, rows, done = bytearray(), bytearray(), [], 0
     for batch in _groups(lines, BATCH_BYTES):
-        documents = encode([json.loads(line) for line in batch])
+        documents = encoder.encode([json.loads(line) for line in batch])
         if max_tokens is not None:
             documents = _upto(documents, max_tokens - len(tokens) // ID_BYTES)
         tokens += _flat([d.ids for d in documents], np.uint32).tobytes()

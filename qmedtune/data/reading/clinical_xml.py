@@ -12,7 +12,7 @@ from lxml import etree  # pyright: ignore[reportAttributeAccessIssue]
 from qmedtune.data.reading import markup, xml_files
 from qmedtune.data.reading.document import Document
 from qmedtune.data.reading.files import ARCHIVE_ERRORS, BROKEN_ARCHIVE, head_of, open_bytes
-from qmedtune.data.reading.rejects import Damaged, Refused
+from qmedtune.data.reading.rejects import Damaged, RefusedRecord
 
 TEXTS = ("TEXT", "text")
 RECORDS = ("RECORD", "record", "doc")  # several notes in one file: de-identification 2006, obesity 2008
@@ -98,7 +98,7 @@ def read_ccda(path: Path) -> Iterator[xml_files.Numbered]:
     yield 1, xml_files.read_file(path, _cda)
 
 
-def _cda(root: Any) -> Document | Damaged | Refused:
+def _cda(root: Any) -> Document | Damaged | RefusedRecord:
     if root.tag != f"{CDA}ClinicalDocument":
         return Damaged(f"XML is not a C-CDA document: its root is `{xml_files.local(root)[:40]}`")
     xml_files.name_entities(root)
@@ -115,7 +115,7 @@ def _cda(root: Any) -> Document | Damaged | Refused:
             parts.append(said)
     if len(parts) < 2:
         embedded = next(root.iter(f"{CDA}nonXMLBody"), None) is not None
-        return Refused(f"C-CDA document without a narrative section{' (a file is embedded)' if embedded else ''}")
+        return RefusedRecord(f"C-CDA document without a narrative section{' (a file is embedded)' if embedded else ''}")
     patient = root.find(f"{CDA}recordTarget/{CDA}patientRole/{CDA}id")
     name = root.find(f"{CDA}id")
     if next(root.iter(f"{CDA}entry"), None) is not None:

@@ -18,9 +18,9 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
+from qmedtune.data.reading.column_names import is_known
 from qmedtune.data.reading.document import Fields
 from qmedtune.data.reading.files import ARCHIVE_ERRORS, BROKEN_ARCHIVE, MAX_RECORD_BYTES, open_bytes, text_lines_of
-from qmedtune.data.reading.names import is_known
 from qmedtune.data.reading.rejects import Damaged, Unread
 
 Row = tuple[int, Fields | Damaged]

@@ -18,7 +18,7 @@ from lxml import etree, html  # pyright: ignore[reportAttributeAccessIssue]
 
 from qmedtune.data.reading import markup
 from qmedtune.data.reading.document import Document, Fields
-from qmedtune.data.reading.rejects import Damaged, Refused, Unusable
+from qmedtune.data.reading.rejects import Damaged, RefusedRecord, Unusable
 
 TYPE = re.compile(r"[A-Za-z]{1,40}")
 TEXT_TYPES = ("text/plain", "text/html", "text/rtf", "application/xhtml+xml")
@@ -27,7 +27,7 @@ CHARSET = re.compile(r"charset=\"?([\w-]+)", re.IGNORECASE)
 BLOCKS = frozenset(("p", "div", "li", "tr", "br", "h1", "h2", "h3", "h4", "h5", "h6", "table", "ul", "ol", "section"))
 
 
-def documents(resource: Fields) -> Iterator[Document | Damaged | Refused]:
+def documents(resource: Fields) -> Iterator[Document | Damaged | RefusedRecord]:
     """The documents of one resource; of a Bundle, those of its entries."""
     if isinstance(resource.get("resource"), dict):
         resource = resource["resource"]
@@ -44,22 +44,22 @@ def documents(resource: Fields) -> Iterator[Document | Damaged | Refused]:
         yield Damaged(str(error))
 
 
-def _document(resource: Fields) -> Document | Refused:
+def _document(resource: Fields) -> Document | RefusedRecord:
     kind = str(resource.get("resourceType"))
     if kind not in HOLDERS:
         if TYPE.fullmatch(kind):
             shown = kind
         else:
             shown = "unknown"
-        return Refused(f"FHIR {shown} holds no note")
+        return RefusedRecord(f"FHIR {shown} holds no note")
     if WRONG[0] in (resource.get("status"), resource.get("docStatus")):
-        return Refused("marked as an error in the source (entered-in-error)")
+        return RefusedRecord("marked as an error in the source (entered-in-error)")
     parts = []
     for part in HOLDERS[kind](resource):
         if part:
             parts.append(part)
     if not parts:
-        return Refused(f"FHIR {kind} without text")
+        return RefusedRecord(f"FHIR {kind} without text")
     patient = resource.get("subject")
     if isinstance(patient, dict):
         reference = patient.get("reference")

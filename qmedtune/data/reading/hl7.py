@@ -13,7 +13,7 @@ from pathlib import Path
 
 from qmedtune.data.reading.document import Document
 from qmedtune.data.reading.files import ARCHIVE_ERRORS, BROKEN_ARCHIVE, MAX_RECORD_BYTES, open_bytes
-from qmedtune.data.reading.rejects import Damaged, Refused
+from qmedtune.data.reading.rejects import Damaged, RefusedRecord
 from qmedtune.data.reading.xml_files import Numbered
 
 STARTS = re.compile(rb"(\xef\xbb\xbf)?\x0b?(FHS\|[^\r\n]*[\r\n]+|BHS\|[^\r\n]*[\r\n]+)*MSH\|")
@@ -130,13 +130,13 @@ def _unescaped(text: str, message: _Message) -> str:
     return text.replace(f"{mark}E{mark}", mark)
 
 
-def _reports(message: _Message) -> Iterator[tuple[int, Document | Refused]]:
+def _reports(message: _Message) -> Iterator[tuple[int, Document | RefusedRecord]]:
     texts = []
     for report in message.reports:
         if text := "\n".join(report).strip():
             texts.append(text)
     if not texts:
-        yield message.number, Refused("HL7 message without text")
+        yield message.number, RefusedRecord("HL7 message without text")
     for index, text in enumerate(texts, start=1):
         name = message.control or f"message-{message.number}"
         if len(texts) != 1:

@@ -14,7 +14,7 @@ from typing import Any
 from qmedtune.data.reading import choices
 from qmedtune.data.reading.document import Document, Fields, Record
 from qmedtune.data.reading.records import Shaped, as_name, checked, content_id, find_columns
-from qmedtune.data.reading.rejects import Refused, Unusable
+from qmedtune.data.reading.rejects import RefusedRecord, Unusable
 from qmedtune.data.reading.tally import shown_names
 
 Messages = list[dict[str, str]]
@@ -55,18 +55,18 @@ BAD_MARKS = ("label", "kto_tag")
 def instruction_record(fields: Fields, columns: dict[str, str]) -> Record:
     """The conversation of one row. Raises `Unusable`, also for one that must not be used."""
     shaped = instruction_shape(fields, columns)
-    if isinstance(shaped, Refused):
+    if isinstance(shaped, RefusedRecord):
         raise Unusable(shaped.reason)
     return shaped.record
 
 
-def instruction_shape(fields: Fields | Document, columns: dict[str, str]) -> Shaped | Refused:
+def instruction_shape(fields: Fields | Document, columns: dict[str, str]) -> Shaped | RefusedRecord:
     """The conversation of one row and what it was made of. Raises `Unusable`."""
     if isinstance(fields, Document):
         raise Unusable("a document and no instruction: read it as kind literature, clinical or general")
     row = _Row(fields, columns)
     if row.refused():
-        return Refused("marked as a bad answer (label: false)")
+        return RefusedRecord("marked as a bad answer (label: false)")
     schema, messages = _messages(row)
     messages = _until_answered(messages)
     known = find_columns(fields, columns)
@@ -289,6 +289,8 @@ def _turns(turns: Any, role_key: str, content_key: str) -> Messages:
         if messages and role == messages[-1]["role"]:
             raise Unusable(f"two {role} messages follow each other")
         messages.append(_said(role, content))
+        if role == "user" and (given := _given(turn.get("input"))):
+            messages[-1]["input"] = given  # as a shard of ours has it (data/shards/)
     if any(m["role"] == "system" for m in messages[1:]):
         raise Unusable("a system message that is not the first")
     if next((m["role"] for m in messages if m["role"] != "system"), None) != "user":

@@ -17,7 +17,7 @@ from typing import Any
 from qmedtune.data.reading import markup, xml_files
 from qmedtune.data.reading.document import Document
 from qmedtune.data.reading.files import MAX_MEMBER_BYTES, head_of
-from qmedtune.data.reading.rejects import Damaged, Refused, Unread, Unusable
+from qmedtune.data.reading.rejects import Damaged, RefusedRecord, Unread, Unusable
 from qmedtune.data.reading.xml_files import local, text_of
 
 SKIPPED = frozenset(
@@ -89,7 +89,7 @@ def _members(path: Path) -> Iterator[xml_files.Numbered]:
                 yield number, xml_files.read_whole(_with_marks(data.read()), article)
 
 
-def article(root: Any) -> Document | Damaged | Refused:
+def article(root: Any) -> Document | Damaged | RefusedRecord:
     """The document of an `article` element. Raises `Unusable`."""
     if local(root) != "article":
         return Damaged(f"XML is not a JATS article, nor of another known format: its root is `{local(root)[:40]}`")
@@ -102,7 +102,7 @@ def article(root: Any) -> Document | Damaged | Refused:
         raise Unusable("JATS without article-meta")
     related = meta.findall("related-article")
     if root.get("article-type") == "retraction" or any(r.get("related-article-type") == RETRACTED for r in related):
-        return Refused("retracted")
+        return RefusedRecord("retracted")
     unread = _prune(root)
     text = _written(_blocks(root, meta))
     if not text:

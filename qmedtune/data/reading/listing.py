@@ -18,6 +18,7 @@ from pathlib import Path
 from qmedtune.data.reading.files import plain_suffix
 from qmedtune.disk import unmounted_drive
 from qmedtune.errors import DataError
+from qmedtune.hashes import read_checked
 from qmedtune.recipe import SourceSection
 
 BUILTIN = "builtin:"
@@ -43,6 +44,7 @@ STRAY = re.compile(
 STRAY_SUFFIXES = ("", ".txt", ".md", ".text", ".rst")
 STRAY_FILES = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json", "datapackage.json")
 CXR_REPORT = re.compile(r"s\d+\.txt")
+SHARDS = ".shards.json"  # beside shards of ours: their sizes by name
 LFS_MARK = b"version https://git-lfs.github.com/spec"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?(@[\w.-]+)?$")  # owner/name:configuration@revision
 SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY|_KEY$|^KEY$", re.I)
@@ -148,7 +150,24 @@ def _expand(path: str, format: str) -> Listing:
 
 def _folder(folder: Path, format: str) -> Listing:
     files = sorted(file for file in folder.rglob("*") if file.is_file())
+    _check_shards(folder)
     return _chosen(files, format, str(folder))
+
+
+def _check_shards(folder: Path) -> None:
+    """DataError where shards that a job of ours has written (data/shards/) are not all in `folder` and whole."""
+    sizes = read_checked(folder / SHARDS)
+    if sizes is None:
+        return
+    bad: list[str] = []
+    for name, size in sizes.items():
+        if not (folder / name).is_file() or (folder / name).stat().st_size != size:
+            bad.append(name)
+    if bad:
+        raise DataError(
+            f"{folder}: {len(bad)} of {len(sizes)} shards are missing or cut off: {', '.join(bad[:3])}\n"
+            "copy them again, or give the command that made them again: it makes those anew"
+        )
 
 
 def _chosen(files: list[Path], format: str, where: str) -> Listing:

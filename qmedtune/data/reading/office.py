@@ -16,7 +16,7 @@ from typing import IO, Any
 from qmedtune.data.reading import csvs
 from qmedtune.data.reading.document import Document, Fields
 from qmedtune.data.reading.files import MAX_MEMBER_BYTES, open_bytes
-from qmedtune.data.reading.rejects import Damaged, Refused, Unread
+from qmedtune.data.reading.rejects import Damaged, RefusedRecord, Unread
 from qmedtune.data.reading.xml_files import Numbered
 from qmedtune.errors import DataError
 
@@ -55,7 +55,7 @@ def read_docx(path: Path) -> Iterator[Numbered]:
         return
     text = "\n\n".join(block for block in blocks if block)
     unread = ("headers, footers and images of Word",)
-    yield 1, Document(path.stem, text, unread=unread) if text else Refused("Word document without text")
+    yield 1, Document(path.stem, text, unread=unread) if text else RefusedRecord("Word document without text")
 
 
 def _block(block: Any) -> str:
@@ -141,7 +141,7 @@ def read_pdf(path: Path) -> Iterator[Numbered]:
         with open_bytes(path) as file:
             reader = PdfReader(file)
             if reader.is_encrypted and not reader.decrypt(""):
-                yield 1, Refused("PDF is encrypted")
+                yield 1, RefusedRecord("PDF is encrypted")
                 return
             pages = []
             for page in reader.pages:
@@ -151,4 +151,7 @@ def read_pdf(path: Path) -> Iterator[Numbered]:
         return
     text = "\n\n".join(page for page in pages if page)
     unread = ("layout, tables and images of PDF",)
-    yield 1, Document(path.stem, text, unread=unread) if text else Refused("PDF without text (pictures of pages?)")
+    yield (
+        1,
+        Document(path.stem, text, unread=unread) if text else RefusedRecord("PDF without text (pictures of pages?)"),
+    )

@@ -18,7 +18,7 @@ import zstandard
 from qmedtune.data.reading import markup, xml_files
 from qmedtune.data.reading.document import Document, Fields
 from qmedtune.data.reading.files import text_lines
-from qmedtune.data.reading.rejects import Damaged, Refused, Unread
+from qmedtune.data.reading.rejects import Damaged, RefusedRecord, Unread
 from qmedtune.data.reading.xml_files import BREAK, Numbered, plain
 
 RECORDS = ("PubmedArticle", "PubmedBookArticle", "DeleteCitation")
@@ -40,7 +40,7 @@ def read_pubmed(path: Path) -> Iterator[Numbered]:
     return xml_files.read_each(path, RECORDS, record)
 
 
-def record(element: Any) -> Document | dict[str, list[str]] | Damaged | Refused:
+def record(element: Any) -> Document | dict[str, list[str]] | Damaged | RefusedRecord:
     """The document of a record."""
     if element.tag == "DeleteCitation":
         return {"deleted": [e.text for e in element.findall("PMID")]}
@@ -72,13 +72,13 @@ def record(element: Any) -> Document | dict[str, list[str]] | Damaged | Refused:
     for kind in inside.get("PublicationTypeList", ()):
         kinds.add(kind.text)
     if not kinds.isdisjoint(RETRACTED):
-        return Refused("retracted")
+        return RefusedRecord("retracted")
     if "Abstract" in inside:
         body = _abstract(inside["Abstract"])
     else:
         body = []
     if not body:
-        return Refused("no abstract")
+        return RefusedRecord("no abstract")
     text = "\n".join([*_title(article, inside), *body])
     if "Language" in inside:
         language = article.findtext("Language")
@@ -188,10 +188,10 @@ class LatestFirst:
         self._blocks.close()
 
 
-KINDS = {made.__name__: made for made in (Document, Damaged, Refused, Unread)}
+KINDS = {made.__name__: made for made in (Document, Damaged, RefusedRecord, Unread)}
 
 
-def _row(number: int, item: Document | Damaged | Refused) -> list[Any]:
+def _row(number: int, item: Document | Damaged | RefusedRecord) -> list[Any]:
     if isinstance(item, Document):
         said = item
     else:
@@ -228,14 +228,14 @@ def read_medline(path: Path) -> Iterator[Numbered]:
         yield start, _medline(said)
 
 
-def _medline(said: dict[str, list[str]]) -> Document | Damaged | Refused:
+def _medline(said: dict[str, list[str]]) -> Document | Damaged | RefusedRecord:
     pmid = (said.get("PMID") or [""])[0]
     if not pmid:
         return Damaged("PubMed record without PMID or article")
     if RETRACTED & set(said.get("PT", ())):
-        return Refused("retracted")
+        return RefusedRecord("retracted")
     if not said.get("AB"):
-        return Refused("no abstract")
+        return RefusedRecord("no abstract")
     title = " ".join(said.get("TI", ()))
     text = "\n".join(part for part in ("" if NO_TITLE.fullmatch(title) else title, *said["AB"]) if part)
     language = (said.get("LA") or [None])[0]

@@ -12,13 +12,13 @@ from typing import Any
 
 from qmedtune.data.reading import xml_files
 from qmedtune.data.reading.document import Fields
-from qmedtune.data.reading.rejects import Damaged, Refused
+from qmedtune.data.reading.rejects import Damaged, RefusedRecord
 
 LIVEQA_ROOTS = (
     "LiveQA2017-Medical-Test-Set-Full", "LiveQA2017-Medical-Training-Data", "NLM-QUESTIONS", "NLM-QUESTION",
     "NLM-QA-DATASET",
 )  # fmt: skip
-NO_ANSWER = Refused("no answer")
+NO_ANSWER = RefusedRecord("no answer")
 
 
 def read_medquad(path: Path) -> Iterator[xml_files.Numbered]:
@@ -42,7 +42,7 @@ def _medquad(root: Any) -> list[Any] | Damaged:
     return found
 
 
-def _pair(root: Any, pair: Any) -> Fields | Damaged | Refused:
+def _pair(root: Any, pair: Any) -> Fields | Damaged | RefusedRecord:
     question, answer = pair.find("Question"), pair.findtext("Answer")
     if question is None or not (question.text or "").strip():
         return Damaged("MedQuAD pair without a question")
@@ -80,7 +80,7 @@ def _liveqa(element: Any) -> list[Any] | Damaged:
     return found
 
 
-def _answered(part: Any, question: str, name: str) -> Fields | Refused:
+def _answered(part: Any, question: str, name: str) -> Fields | RefusedRecord:
     answers = []
     for answer in part.iter("Answer", "ANSWER"):
         answers.append(_flowing("".join(answer.itertext())))

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from qmedtune.data.reading import fulltext
 from qmedtune.data.reading.document import Document, Fields, Record
-from qmedtune.data.reading.rejects import Refused, Unusable
+from qmedtune.data.reading.rejects import RefusedRecord, Unusable
 from qmedtune.data.reading.tally import shown_names
 
 # First match wins; compared in lower case because MIMIC-III's header is upper case and MIMIC-IV's is not.
@@ -119,15 +119,15 @@ def as_name(value: Any) -> str | None:
     return None
 
 
-def text_record(fields: Fields | Document, columns: dict[str, str]) -> Record | Refused:
+def text_record(fields: Fields | Document, columns: dict[str, str]) -> Record | RefusedRecord:
     """The record of one row of a text source. Raises `Unusable`."""
     shaped = text_shape(fields, columns)
-    if isinstance(shaped, Refused):
+    if isinstance(shaped, RefusedRecord):
         return shaped
     return shaped.record
 
 
-def text_shape(fields: Fields | Document, columns: dict[str, str]) -> Shaped | Refused:
+def text_shape(fields: Fields | Document, columns: dict[str, str]) -> Shaped | RefusedRecord:
     """The record of one row of a text source, and what it was made of. Raises `Unusable`."""
     if isinstance(fields, Document):
         return Shaped(_of_document(fields), frozenset(), fields.schema)
@@ -143,7 +143,7 @@ def text_shape(fields: Fields | Document, columns: dict[str, str]) -> Shaped | R
         fields = {**nested, **fields}  # shards of datatrove, The Pile and others: what is known, one down
     found = find_columns(fields, columns)
     text, used = _text(fields, found, columns)
-    if isinstance(text, Refused):
+    if isinstance(text, RefusedRecord):
         return text
     record: Record = {"id": as_name(fields.get(found.get("id", ""))) or content_id(text), "text": text}
     for role in NAMES:
@@ -155,7 +155,7 @@ def text_shape(fields: Fields | Document, columns: dict[str, str]) -> Shaped | R
     return Shaped(record, frozenset(name for role, name in found.items() if role not in unused))
 
 
-def _text(fields: Fields, found: dict[str, str], columns: dict[str, str]) -> tuple[str | Refused, set[str]]:
+def _text(fields: Fields, found: dict[str, str], columns: dict[str, str]) -> tuple[str | RefusedRecord, set[str]]:
     """The text of a row and the roles that it is made of: the text column; beside an abstract, title, abstract and text
     in this order, each once."""
     if "text" in columns or ("abstract" not in found and "title" not in columns):
@@ -168,7 +168,7 @@ def _text(fields: Fields, found: dict[str, str], columns: dict[str, str]) -> tup
     if said["abstract"] in said["text"]:
         said["abstract"] = ""
     if not said["abstract"] and not said["text"]:
-        return Refused("no abstract"), set()
+        return RefusedRecord("no abstract"), set()
     if said["text"]:
         between = "\n\n"
     else:
@@ -184,11 +184,11 @@ def _optional(value: Any) -> str:
     return checked(value).strip()
 
 
-def _refused(fields: Fields) -> Refused | None:
+def _refused(fields: Fields) -> RefusedRecord | None:
     if _flag(fields, "iserror"):
-        return Refused("marked as an error in the source (ISERROR)")
+        return RefusedRecord("marked as an error in the source (ISERROR)")
     if _flag(fields, "retracted"):
-        return Refused("retracted")
+        return RefusedRecord("retracted")
     return None
 
 

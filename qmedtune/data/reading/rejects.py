@@ -28,17 +28,21 @@ class Unread(Damaged):
 
 
 @dataclass(frozen=True)
-class Refused:
+class RefusedRecord:
     """Stands in a reader's stream for a sound record that must not be used."""
 
     reason: str
 
 
 # What a reject is in a list that crosses processes and is kept in files.
-KINDS: dict[str, type[Damaged] | type[Refused]] = {"rejected": Damaged, "refused": Refused, "unread": Unread}
+KINDS: dict[str, type[Damaged] | type[RefusedRecord]] = {
+    "rejected": Damaged,
+    "refused": RefusedRecord,
+    "unread": Unread,
+}
 
 
-def kind_of(why: Damaged | Refused) -> str:
+def kind_of(why: Damaged | RefusedRecord) -> str:
     """The key of `KINDS` that makes `why` again from its reason."""
     return next(kind for kind, made in KINDS.items() if type(why) is made)
 
@@ -58,7 +62,7 @@ class Rejects:
         self.at: tuple[str, int] = ("", 0)  # file, and line from 1 (or number) of the record in hand
         self._file: IO[str] | None = path.open("w", encoding="utf-8") if path else None
 
-    def add(self, why: Damaged | Refused) -> None:
+    def add(self, why: Damaged | RefusedRecord) -> None:
         """Count the record at `self.at` and write its row."""
         self.counts["rejected" if isinstance(why, Damaged) else "refused"] += 1
         self.reasons[why.reason] += 1

@@ -22,7 +22,7 @@ from qmedtune.data.reading.listing import BUILTIN, SUFFIXES, hub_dataset, source
 from qmedtune.data.reading.medmcqa import with_answer_base
 from qmedtune.data.reading.pubmed import LatestFirst
 from qmedtune.data.reading.records import KEPT, Shaped, text_shape
-from qmedtune.data.reading.rejects import Damaged, Refused, Rejects, Unusable
+from qmedtune.data.reading.rejects import Damaged, RefusedRecord, Rejects, Unusable
 from qmedtune.data.reading.tally import ReadingTally, shown_names
 from qmedtune.errors import DataError
 from qmedtune.recipe import SourceSection
@@ -43,7 +43,7 @@ class Deleted:
     pmids: tuple[str, ...]
 
 
-ReadItem = tuple[str, int, Record | Damaged | Refused | Deleted]
+ReadItem = tuple[str, int, Record | Damaged | RefusedRecord | Deleted]
 
 
 def read_records(name: str, source: SourceSection, rejects: Rejects) -> Iterator[Record]:
@@ -55,7 +55,7 @@ def read_records(name: str, source: SourceSection, rejects: Rejects) -> Iterator
     seen, num = PmidSet(), 0
     for file, line, item in read_items(source):
         rejects.at = (file, line)
-        if isinstance(item, (Damaged, Refused)):
+        if isinstance(item, (Damaged, RefusedRecord)):
             rejects.add(item)
         elif isinstance(item, Deleted):
             seen.update(item.pmids)
@@ -68,7 +68,7 @@ def read_records(name: str, source: SourceSection, rejects: Rejects) -> Iterator
                 return
 
 
-class Reading(Iterator[ReadItem]):
+class SourceReader(Iterator[ReadItem]):
     """The items of a source as they are read, and `tally`: what was recognised, read and not read up to here."""
 
     def __init__(self, source: SourceSection, files: list[Path] | None, spill: Path | None):
@@ -79,14 +79,14 @@ class Reading(Iterator[ReadItem]):
         return next(self._items)
 
 
-def read_items(source: SourceSection, files: list[Path] | None = None, spill: Path | None = None) -> Reading:
+def read_items(source: SourceSection, files: list[Path] | None = None, spill: Path | None = None) -> SourceReader:
     """(file, line, record | what stands for an unusable one) of a source, or of some of its `reading_order`.
 
     spill: a folder on disk for what a very large PubMed file does not hold in memory (None: the system's own). PubMed
     records carry `VERSIONED`: the first of a PMID that is met is the one to keep, unless a `Deleted` that names
     it came before. Both are for the caller to apply, because they reach across files.
     """
-    return Reading(source, files, spill)
+    return SourceReader(source, files, spill)
 
 
 def _items(
@@ -142,7 +142,7 @@ def _shaped(
         if isinstance(fields, Recognised):
             tally.recognised[fields.format] += 1
             continue
-        if isinstance(fields, (Damaged, Refused, Deleted)):
+        if isinstance(fields, (Damaged, RefusedRecord, Deleted)):
             yield file, line, fields
             continue
         try:
@@ -150,7 +150,7 @@ def _shaped(
         except Unusable as error:
             yield file, line, Damaged(str(error))
             continue
-        if isinstance(shaped, Refused):
+        if isinstance(shaped, RefusedRecord):
             yield file, line, shaped
             continue
         yield file, line, _finished(shaped, fields, tally, is_table)

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from qmedtune.data.reading.names import is_known
+from qmedtune.data.reading.column_names import is_known
 
 UNNAMED = "(no known name)"
 PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,39}")

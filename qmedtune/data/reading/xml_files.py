@@ -18,7 +18,7 @@ from lxml import etree  # pyright: ignore[reportAttributeAccessIssue]
 from qmedtune.data.reading import markup
 from qmedtune.data.reading.document import Document, Fields
 from qmedtune.data.reading.files import ARCHIVE_ERRORS, BROKEN_ARCHIVE, open_bytes
-from qmedtune.data.reading.rejects import Damaged, Refused, Unread, Unusable
+from qmedtune.data.reading.rejects import Damaged, RefusedRecord, Unread, Unusable
 
 # Nothing fetched, nothing expanded, lxml's own limits on depth and size kept.
 SAFE = {
@@ -139,7 +139,7 @@ def single_spaced(text: str) -> str:
 
 
 def read_whole(data: bytes, shape: Callable[[Any], Any]) -> Any:
-    """What `shape` makes of the root of a document that is one record; `Damaged` and `Refused` are no errors."""
+    """What `shape` makes of the root of a document that is one record; `Damaged` and `RefusedRecord` are no errors."""
     try:
         root = etree.fromstring(data, PARSER)
         if declares_entities(root.getroottree()):
@@ -185,7 +185,7 @@ def read_each(path: Path, tags: tuple[str, ...], shape: Callable[[Any], Any]) ->
             yield number + 1, BROKEN_ARCHIVE
 
 
-def _shaped(element: Any, shape: Callable[[Any], Any]) -> Document | Fields | Damaged | Refused:
+def _shaped(element: Any, shape: Callable[[Any], Any]) -> Document | Fields | Damaged | RefusedRecord:
     try:
         return shape(element)
     except Unusable as error:

@@ -9,17 +9,15 @@ Deliberately absent: loading (evaluate.py), torch.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from qmedtune import units
+from qmedtune.allowed import ScoringPrecision
 from qmedtune.llama_shape import BYTES_OF
 from qmedtune.planning.fit import budget_bytes
 from qmedtune.planning.machine import Machine, this_machine
 from qmedtune.planning.shapes import base_facts
 from qmedtune.recipe import Recipe
-from qmedtune.results import Merge, Pair
-
-Name = Literal["delivered", "nf4", "full16"]
+from qmedtune.results import BaseAndFinal, Merge
 
 # Beside the weights a forward pass of 8,192 tokens holds a key/value cache (8B: 1 GiB), one layer's activations and a
 # slice of logits; 2 GiB is taken for all of it.
@@ -34,7 +32,7 @@ class Precision:
     """weights: dtype of base and result, or `nf4`; computed_in: dtype of the products; why: where it is not what the
     recipe asks for."""
 
-    name: Name
+    name: ScoringPrecision
     weights: str
     computed_in: str
     why: str | None = None
@@ -43,7 +41,7 @@ class Precision:
     def quantised(self) -> bool:
         return self.weights == "nf4"
 
-    def facts(self, asked: Name) -> dict[str, str | None]:
+    def facts(self, asked: ScoringPrecision) -> dict[str, str | None]:
         """For evaluation.json: {"precision", "weights", "computed_in", "why"}, and `asked` where that is another."""
         found = {"precision": self.name, "weights": self.weights, "computed_in": self.computed_in, "why": self.why}
         if asked != self.name:
@@ -105,7 +103,7 @@ def shift_warning(merge: Merge) -> str | None:
     )
 
 
-def quantisation_note(source: str, delivered_in: Pair, trained_in: Pair) -> str | None:
+def quantisation_note(source: str, delivered_in: BaseAndFinal, trained_in: BaseAndFinal) -> str | None:
     """A warning where NF4 makes training look much better than what is delivered. Perplexities of one source, in the
     precision that is delivered and in NF4."""
     in_nf4, delivered = _change(trained_in), _change(delivered_in)
@@ -114,6 +112,6 @@ def quantisation_note(source: str, delivered_in: Pair, trained_in: Pair) -> str 
     return f"{source}: perplexity {in_nf4:+.0%} in NF4 but {delivered:+.0%} delivered: the rest repaired quantisation"
 
 
-def _change(perplexity: Pair) -> float:
+def _change(perplexity: BaseAndFinal) -> float:
     assert perplexity.base is not None and perplexity.final is not None, "a run scores both"
     return perplexity.final / perplexity.base - 1

@@ -11,6 +11,16 @@ from pydantic import (
     model_serializer,
 )
 
+from qmedtune.allowed import (
+    BenchmarkSplit,
+    Extraction,
+    FloatDtype,
+    MergeBase,
+    MergeMethod,
+    PromptSet,
+    RoundingMode,
+    ScoringPrecision,
+)
 from qmedtune.fields import Auto, Fraction, Positive, Section, later
 
 
@@ -39,11 +49,11 @@ class SweepSection(Section):
 class MergeSection(Section):
     """How adapters are folded into the base, and what the result is mixed with."""
 
-    base: Literal["full16", "nf4"] = "full16"
+    base: MergeBase = "full16"
     """Into what: the 16-bit base, or its dequantised NF4 values, which training saw."""
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    dtype: FloatDtype = "bfloat16"
     """Number format of the merged model. Take float16 for engines without bfloat16."""
-    rounding: Literal["nearest", "stochastic"] | Auto = "auto"
+    rounding: RoundingMode = "auto"
     """How sums are rounded to `dtype`; `auto`: nearest, or stochastic where that loses more than a hundredth of what
     was learnt."""
     verify: VerifySection = VerifySection()
@@ -54,7 +64,7 @@ class MergeSection(Section):
     other: str | None = later(None, alias="with")
     """Another model of the same base that the result is mixed with: a run, a folder or a Hub id. Give the base's
     instruct sibling to bring instruction following back after continual pretraining."""
-    method: Literal["linear", "slerp", "task_arithmetic"] | None = later(None)
+    method: MergeMethod | None = later(None)
     """How the two are mixed; without it `linear`. `slerp` keeps the length of weights, `task_arithmetic` adds the other
     model's change of the base to that of the adapters."""
     share: Fraction | None = later(None, alias="lambda")
@@ -85,7 +95,7 @@ class TaskSection(Section):
     limit: Positive | None = None
     """At most this many items, drawn by the seed; without it all. Give it to save time, at the price of wider
     intervals."""
-    split: Literal["test", "dev", "train"] | None = None
+    split: BenchmarkSplit | None = None
     """Which split of a folder; without it `test`."""
     metric: str | None = None
     """A metric in place of the task's usual one, for example that of a paper."""
@@ -97,9 +107,9 @@ class TaskSection(Section):
     """How often the examples are drawn; scores are means over the draws."""
     shots_from: str | None = None
     """File that examples come from; without it the folder's training split, else the task's other items."""
-    prompts: Literal["own", "me_llama"] = later("own")
+    prompts: PromptSet = later("own")
     """Who words the questions. Take `me_llama` to compare with its published numbers."""
-    extraction: Literal["stated", "me_llama"] = later("stated")
+    extraction: Extraction = later("stated")
     """How a generated answer is read: what it states, or as the script of Me-LLaMA does."""
 
     @model_serializer(mode="wrap")
@@ -129,7 +139,7 @@ class EvaluateSection(Section):
     """Benchmarks: names, or sections with the file."""
     perplexity: list[str] = []
     """Sources whose held-out text is scored. Name `general` too, to see what was forgotten."""
-    precision: Literal["delivered", "nf4", "full16"] = "delivered"
+    precision: ScoringPrecision = "delivered"
     """What both are scored in: as merged, as trained, or in 16 bits. Only `delivered` is what people get."""
     generate: bool = True
     """Also judge what the model writes, not only the likelihood of the options. Turn it off to save time."""

@@ -53,7 +53,7 @@ def rows_html(seen: Seen, requested: RequestedRows) -> Html:
     rows = PackedRows(seen.folder / "data" / requested.stage)
     colors = source_colors(seen)
     numbers = range(requested.first, min(requested.first + SHOWN, len(rows)))
-    texts = _Texts(seen.run, requested) if requested.text else None
+    texts = _ShownTexts(seen.run, requested) if requested.text else None
     keys = [(source, colors.get(source, 1)) for source in rows.sources]
     body = "".join(_row(rows, number, colors, texts) for number in numbers)
     told = f"Rows {requested.first + 1:,} to {numbers.stop:,} of {len(rows):,}, in the order of training."
@@ -65,7 +65,7 @@ def rows_html(seen: Seen, requested: RequestedRows) -> Html:
     return card("", Html(hint + legend(keys) + f'<div class="rows">{body}</div>'))
 
 
-def _row(rows: PackedRows, number: int, colors: dict[str, int], texts: _Texts | None) -> str:
+def _row(rows: PackedRows, number: int, colors: dict[str, int], texts: _ShownTexts | None) -> str:
     labels = rows[number]["labels"]
     learnt = int((labels != IGNORED).sum())
     at, pieces, told = 0, "", ""
@@ -100,7 +100,7 @@ def _mask(mask: np.ndarray, color: int) -> str:
     return cells
 
 
-class _Texts:
+class _ShownTexts:
     """The text of pieces, as far as it may be shown."""
 
     def __init__(self, run: Run, requested: RequestedRows) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from qmedtune.planning.plan_facts import Missing, Plan, PlannedStage
-from qmedtune.planning.view import Table
+from qmedtune.planning.view import PlanTable
 from qmedtune.terminal import wrapped
 from qmedtune.units import count, duration, roughly, size
 
@@ -37,7 +37,7 @@ def verdict(plan: Plan) -> str:
     return "; ".join(parts)
 
 
-def screen(plan: Plan) -> tuple[Table, list[str]]:
+def screen(plan: Plan) -> tuple[PlanTable, list[str]]:
     """The steps with their times, and lines about what to know before the run: as many as a screen has room for."""
     steps = _steps(plan)
     room = SCREEN_LINES - len(steps.rows) - len(wrapped(f"{plan['recipe']} {verdict(plan)}"))
@@ -134,7 +134,7 @@ def _is_about(note: str, names: Iterable[str]) -> bool:
     return any(note.startswith((f"{name}:", f"{name} ")) for name in names)
 
 
-def _steps(plan: Plan) -> Table:
+def _steps(plan: Plan) -> PlanTable:
     rows: list[list[str]] = []
     shown = plan["stages"]
     if len(shown) > MOST_STAGES:
@@ -151,7 +151,7 @@ def _steps(plan: Plan) -> Table:
         if name == "evaluation" and plan["evaluation"] and plan["evaluation"]["unknown"]:
             time = f"at least {time}"
         rows.append([name, "", "", "", time])
-    return Table("", ["step", "tokens", "steps", "peak memory", "time"], rows)
+    return PlanTable("", ["step", "tokens", "steps", "peak memory", "time"], rows)
 
 
 def _stage_row(stage: PlannedStage) -> list[str]:

@@ -2,7 +2,7 @@
 
 Base and result are loaded and asked one after the other; texts are read once more by both in NF4 where 16 bit is what
 is delivered (evaluate.py). Assumed speeds, like those of training (speed.py). Deliberately not here: parsing benchmarks
-and prompts (preflight.py), which precision is taken (evaluation/precision.py), and `evaluate.against` and `audit`,
+and prompts (preflight.py), which precision is taken (precision.py), and `evaluate.against` and `audit`,
 which are not timed.
 """
 
@@ -18,6 +18,7 @@ from qmedtune.planning import speed
 from qmedtune.planning.estimate import Estimate
 from qmedtune.planning.machine import Machine
 from qmedtune.planning.plan_facts import PlannedEvaluation, PlannedTask
+from qmedtune.planning.precision import Precision
 from qmedtune.recipe import Recipe
 from qmedtune.tasks import Item, Task
 
@@ -30,7 +31,7 @@ Ids = Callable[[Item], Sequence[object]]
 
 
 @dataclass(frozen=True)
-class Reading:
+class BenchmarkCost:
     """What one pass over a benchmark takes from one model. read: tokens of prompts and options, what all prompts begin
     with counted once; answers: questions that are answered in writing, in `new_tokens` tokens at most."""
 
@@ -51,7 +52,7 @@ def words_of(item: Item, per_word: float) -> list[str]:
     return words + words[: round(len(words) * (per_word - 1))]
 
 
-def reading(task: Task, ids: Ids, *, generate: bool) -> Reading:
+def reading(task: Task, ids: Ids, *, generate: bool) -> BenchmarkCost:
     """What a benchmark makes a model do, from SAMPLED_ITEMS of its questions."""
     asked = task.asked
     every = max(1, len(asked) // SAMPLED_ITEMS)
@@ -67,7 +68,7 @@ def reading(task: Task, ids: Ids, *, generate: bool) -> Reading:
     chosen = bool(asked[0].options)
     written = generate or not chosen
     read = round(own * scale) + shared
-    return Reading(
+    return BenchmarkCost(
         task.name,
         questions=len(asked),
         read=read + round(options * scale) if chosen else 0,
@@ -92,27 +93,19 @@ def _shared(sample: Sequence[Item], prompts: Sequence[Sequence[object]]) -> int:
 
 
 @dataclass(frozen=True)
-class Scored:
-    """In what both models are scored (evaluation/precision.py)."""
+class EvaluationInputs:
+    """What was looked at: benchmarks that are here, and the sources; and the precision that both models are scored
+    in."""
 
-    precision: str
-    weights: str
-    computed_in: str
-    why: str | None
-
-
-@dataclass(frozen=True)
-class Found:
-    """What was looked at: benchmarks that are here, and the sources."""
-
-    readings: Sequence[Reading]
+    readings: Sequence[BenchmarkCost]
     sources: Mapping[str, Estimate]
+    precision: Precision
 
 
-def planned(recipe: Recipe, facts: BaseFacts, machine: Machine, taken: Scored, found: Found) -> PlannedEvaluation:
+def planned(recipe: Recipe, facts: BaseFacts, machine: Machine, found: EvaluationInputs) -> PlannedEvaluation:
     """The evaluation of a resolved recipe. Where a benchmark is not here, `seconds` is a lower bound, and `unknown`
     names it."""
-    section = recipe.evaluate
+    section, taken = recipe.evaluate, found.precision
     pace = speed.scoring_pace(facts, machine, taken.computed_in, taken.weights)
     rows = int(section.batch) * int(recipe.stages[-1].section.seq_len)
     tasks: list[PlannedTask] = []
@@ -130,7 +123,7 @@ def planned(recipe: Recipe, facts: BaseFacts, machine: Machine, taken: Scored, f
     for name in section.perplexity:
         texts += _held_out(recipe, name, found.sources[name])
     models = 2
-    if taken.precision == "delivered" and recipe.model.quantization == "nf4" and final_model(recipe).adapters and texts:
+    if taken.name == "delivered" and recipe.model.quantization == "nf4" and final_model(recipe).adapters and texts:
         models = 4  # texts in NF4 beside it
     loading = models * speed.load_seconds(facts)
     reading_texts = models * pace.read(texts, max(1, texts // rows))
@@ -139,7 +132,7 @@ def planned(recipe: Recipe, facts: BaseFacts, machine: Machine, taken: Scored, f
     for task in tasks:
         seconds += task["seconds"]
     return {
-        "precision": taken.precision,
+        "precision": taken.name,
         "weights": taken.weights,
         "computed_in": taken.computed_in,
         "why": taken.why,
@@ -153,7 +146,7 @@ def planned(recipe: Recipe, facts: BaseFacts, machine: Machine, taken: Scored, f
     }
 
 
-def _task_seconds(each: Reading, pace: speed.Pace, batch_tokens: int) -> float:
+def _task_seconds(each: BenchmarkCost, pace: speed.Pace, batch_tokens: int) -> float:
     """One model over one benchmark."""
     seconds = pace.read(each.read, each.passes)
     if each.answers:

@@ -1,6 +1,6 @@
 """report.html of an ablation: the figure, the table, which differences are within noise, how to repeat it.
 
-Deliberately does not: read runs or compute (results.py); the arms' own reports stand in their folders.
+Deliberately does not: read runs or compute (arm_scores.py); the arms' own reports stand in their folders.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 
-from qmedtune.item_page.answers import OUTCOMES, Answer, Answered, Asked
-from qmedtune.item_page.questions import Questions, RequestedItems, Shortener
+from qmedtune.item_page.answers import OUTCOMES, Answered, AnsweredTask, ModelAnswer
+from qmedtune.item_page.question_texts import RequestedItems, Shortener, TaskQuestions
 from qmedtune.reporting.blocks import DISCLAIMER, card, html_table, section
 from qmedtune.reporting.calibration import calibration
 from qmedtune.reporting.cells import Row, Table
@@ -31,14 +31,14 @@ ORDER = {name: place for place, name in enumerate((*OUTCOMES[:2], "wrong", "both
 
 
 @dataclass(frozen=True)
-class Shown:
+class ShownTask:
     """A task with its questions."""
 
-    asked: Asked
-    questions: Questions
+    asked: AnsweredTask
+    questions: TaskQuestions
 
 
-def page(run: Run, tasks: Sequence[Shown], requested: RequestedItems) -> tuple[str, list[str]]:
+def page(run: Run, tasks: Sequence[ShownTask], requested: RequestedItems) -> tuple[str, list[str]]:
     """(the page, what was left out of it and how it is got)."""
     notes = [f"{each.asked.name}: {each.questions.why}" for each in tasks if each.questions.why]
     all_items = sum(len(each.asked.items) for each in tasks)
@@ -99,7 +99,7 @@ def _precision(run: Run) -> str:
     return f'<p class="meta">Base and result were scored in {esc(words)}.</p>'
 
 
-def summary_table(tasks: Sequence[Shown]) -> Table:
+def summary_table(tasks: Sequence[ShownTask]) -> Table:
     """How many items of each task were gained, lost, and so on. With examples, each draw of an item counts."""
     names = list(OUTCOMES)
     if tasks and len(tasks[0].asked.labels) == 1:
@@ -121,7 +121,7 @@ def summary_table(tasks: Sequence[Shown]) -> Table:
     return Table("", columns, rows, note)
 
 
-def _data(each: Shown, items: Sequence[Answered], shortener: Shortener) -> dict[str, object]:
+def _data(each: ShownTask, items: Sequence[Answered], shortener: Shortener) -> dict[str, object]:
     """A task for the script, in short lists: an item is [id, facet, draw, gold, options or 0, answers], an answer
     [value, chosen, shares, tie, written, value of that]."""
     facets: list[str] = []
@@ -152,7 +152,7 @@ def _data(each: Shown, items: Sequence[Answered], shortener: Shortener) -> dict[
     }
 
 
-def _common_options(each: Shown) -> list[str]:
+def _common_options(each: ShownTask) -> list[str]:
     """Options that all items of a task share; empty where they differ or there are none."""
     found = {item.options for item in each.questions.by_id.values()}
     if len(found) == 1:
@@ -160,7 +160,7 @@ def _common_options(each: Shown) -> list[str]:
     return []
 
 
-def _options(each: Shown, item: Answered) -> list[str]:
+def _options(each: ShownTask, item: Answered) -> list[str]:
     """Their names: as asked, else those that were preferred or are right, else numbers."""
     known = each.questions.by_id.get(item.id)
     if known is not None:
@@ -183,7 +183,7 @@ def _place(options: Sequence[str], name: str | None) -> int:
     return -1
 
 
-def _answer(answer: Answer, options: Sequence[str]) -> list[object]:
+def _answer(answer: ModelAnswer, options: Sequence[str]) -> list[object]:
     written: object = answer.written
     if written in options:
         written = options.index(str(written))
@@ -191,7 +191,7 @@ def _answer(answer: Answer, options: Sequence[str]) -> list[object]:
     return [answer.value, chosen, list(answer.shares), int(answer.tie), written, answer.written_value]
 
 
-def _texts(each: Shown, items: Sequence[Answered], shortener: Shortener) -> dict[str, list[list[str]]]:
+def _texts(each: ShownTask, items: Sequence[Answered], shortener: Shortener) -> dict[str, list[list[str]]]:
     """[question and passages, texts of the options] by id; what changed comes first, in case not all fit."""
     found: dict[str, list[list[str]]] = {}
     if not each.questions.texts:

@@ -38,7 +38,7 @@ class RequestedItems:
 
 
 @dataclass(frozen=True)
-class Questions:
+class TaskQuestions:
     """Of one task. by_id: options and, where they may be shown, texts; why: what is left out, and how it is got."""
 
     by_id: Mapping[str, Item] = field(default_factory=dict[str, Item])
@@ -46,21 +46,23 @@ class Questions:
     why: str = ""
 
 
-def questions(recipe: Recipe, section: TaskSection, items: Sequence[Answered], requested: RequestedItems) -> Questions:
+def questions(
+    recipe: Recipe, section: TaskSection, items: Sequence[Answered], requested: RequestedItems
+) -> TaskQuestions:
     """Options even where text is not shown: the label of an option is no text of a source."""
     try:
         task = load_task(section, recipe.items_seed, world_of(recipe))
     except (QmedtuneError, OSError) as error:
-        return Questions(why=f"Without text: its file cannot be read here ({str(error).splitlines()[0]}).")
+        return TaskQuestions(why=f"Without text: its file cannot be read here ({str(error).splitlines()[0]}).")
     by_id = {item.id: item for item in task.items}
     if not _are_those(by_id, items):
-        return Questions(why="Without text: its file is not the one that was asked, or holds other items now.")
+        return TaskQuestions(why="Without text: its file is not the one that was asked, or holds other items now.")
     if not requested.text:
-        return Questions(by_id, why="Without text, as asked.")
+        return TaskQuestions(by_id, why="Without text, as asked.")
     if section.task not in PUBLIC and not requested.clinical:
         told = "Without text: it may hold patients' words. `qmedtune items RUN --clinical-text` shows it."
-        return Questions(by_id, why=told)
-    return Questions(by_id, texts=True)
+        return TaskQuestions(by_id, why=told)
+    return TaskQuestions(by_id, texts=True)
 
 
 def _are_those(by_id: Mapping[str, Item], items: Sequence[Answered]) -> bool:

@@ -2,7 +2,7 @@
 
 Only sealed runs are read; an arm that is not through all seeds is shown with those it has. Items are compared by their
 ids, so that arms and seeds are paired on the same questions.
-Deliberately absent: drawing (figure.py, page.py), statistics (effects.py), reading models.
+Deliberately absent: drawing (figure.py, ablation_page.py), statistics (effects.py), reading models.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Answers = dict[str, float]
 
 
 @dataclass(frozen=True)
-class Measured:
+class ArmScores:
     """One arm on one seed. metrics: tasks whose score is no mean over items."""
 
     answers: dict[str, Answers]
@@ -51,7 +51,7 @@ def run_folder(out: Path, arm: Arm, seed: int) -> Path:
     return out / "arms" / arm.name / f"seed-{seed}"
 
 
-def read_run(folder: Path, label: str) -> Measured | None:
+def read_run(folder: Path, label: str) -> ArmScores | None:
     """What `label` (base or final) of a finished run did; None for a run that is not finished."""
     run = record.read(folder)
     if run is None or not run.finished:
@@ -69,7 +69,7 @@ def read_run(folder: Path, label: str) -> Measured | None:
         for facet in task.facets:
             of_facet = [item for item in items if item.facet == facet]
             answers[f"{name}: {facet}"] = _answers(of_facet, label)
-    return Measured(answers, metrics, _perplexities(run, label), _trained(run, label))
+    return ArmScores(answers, metrics, _perplexities(run, label), _trained(run, label))
 
 
 def read_items(path: Path) -> list[AnsweredItem]:
@@ -112,13 +112,13 @@ def _answers(items: Sequence[AnsweredItem], label: str) -> Answers:
 def collect(out: Path, arms: Sequence[Arm], seeds: Sequence[int]) -> list[ArmResult]:
     """The arms that have a finished run, in order. The base is what the first other arm compared itself with."""
     first = next(arm for arm in arms if arm.recipe)
-    found: dict[str, dict[int, Measured]] = {}
-    measured: list[Measured] = []
+    found: dict[str, dict[int, ArmScores]] = {}
+    measured: list[ArmScores] = []
     for arm in arms:
         source, label = arm, "final"
         if not arm.recipe:
             source, label = first, "base"
-        runs: dict[int, Measured] = {}
+        runs: dict[int, ArmScores] = {}
         for seed in seeds:
             run = read_run(run_folder(out, source, seed), label)
             if run is not None:
@@ -133,7 +133,7 @@ def collect(out: Path, arms: Sequence[Arm], seeds: Sequence[int]) -> list[ArmRes
     return results
 
 
-def _shared_items(runs: Sequence[Measured]) -> dict[str, list[str]]:
+def _shared_items(runs: Sequence[ArmScores]) -> dict[str, list[str]]:
     """Ids that every run answered, per score: a `limit` may have drawn others for another seed."""
     answered: dict[str, set[str]] = {}
     for run in runs:
@@ -147,7 +147,7 @@ def _shared_items(runs: Sequence[Measured]) -> dict[str, list[str]]:
     return shared
 
 
-def _over_seeds(arm: Arm, runs: dict[int, Measured], shared: dict[str, list[str]]) -> ArmResult:
+def _over_seeds(arm: Arm, runs: dict[int, ArmScores], shared: dict[str, list[str]]) -> ArmResult:
     measured = list(runs.values())
     scores: dict[str, np.ndarray] = {}
     for name, items in shared.items():
@@ -161,7 +161,7 @@ def _over_seeds(arm: Arm, runs: dict[int, Measured], shared: dict[str, list[str]
     return ArmResult(arm, list(runs), scores, metrics, texts, measured[0].trained_tokens)
 
 
-def _scores_of(name: str, items: Sequence[str], runs: Sequence[Measured]) -> np.ndarray:
+def _scores_of(name: str, items: Sequence[str], runs: Sequence[ArmScores]) -> np.ndarray:
     """[seeds, items] of a task or facet."""
     rows: list[list[float]] = []
     for run in runs:

@@ -23,8 +23,8 @@ from qmedtune import ui
 from qmedtune.data.packing.tokens import load_codec
 from qmedtune.errors import RunError
 from qmedtune.exporting.gguf_model import ROPE_FREQS, rope_of
-from qmedtune.exporting.names import Heads
 from qmedtune.exporting.read_back import FileTensor, GgufFile, read_tokenizer
+from qmedtune.exporting.tensor_names import Heads
 from qmedtune.merging.disk_llama import DiskLlama
 from qmedtune.merging.parallel import workers
 from qmedtune.merging.proof import LARGE, PROBE_TOKENS, divergence
@@ -54,7 +54,7 @@ HELD = 200_000_000  # parameters of a model whose unpacked weights are held in m
 
 
 @dataclass(frozen=True)
-class Proof:
+class LogitProof:
     """Divergence of the file from the folder: KL in nats per token (mean, largest), share of positions with the same
     most likely token, largest difference of two logits. greedy: of how many tokens in a row both would write the same,
     of GREEDY_TOKENS; None where that was not run (float files, large models). texts: whose ids are equal; None where
@@ -71,7 +71,7 @@ class Proof:
     tensors: int | None = None
 
 
-def prove(path: Path, model: DiskLlama, quant: str, doubtful: Sequence[str] = ()) -> Proof:
+def prove(path: Path, model: DiskLlama, quant: str, doubtful: Sequence[str] = ()) -> LogitProof:
     """Raises RunError where the file is not what the folder is. doubtful: further texts to compare token ids on."""
     file = GgufFile.open(path)
     _check_header(file, model.model.config)
@@ -83,13 +83,13 @@ def prove(path: Path, model: DiskLlama, quant: str, doubtful: Sequence[str] = ()
         if quant in FLOAT_QUANTS and model.model.num_parameters() >= LARGE:
             same = _same_tensors(file, model, parameters, pool)
             if same is not None:
-                return Proof(0.0, 0.0, 1.0, 0.0, greedy=None, texts=texts, probe_tokens=0, tensors=same)
+                return LogitProof(0.0, 0.0, 1.0, 0.0, greedy=None, texts=texts, probe_tokens=0, tensors=same)
         reference = Streamed(from_parameters(parameters), apply=pool.map)
         small = model.model.num_parameters() <= HELD
         load = from_parameters(_held(file, model)) if quantised and small else file.load
         ours = Streamed(load, apply=pool.map)  # pyright: ignore[reportArgumentType]
         models = [streamed_model(model.model, source) for source in (reference, ours)]
-        with ui.stage("proving the file", total=None, unit="layers"):
+        with ui.progress_bar("proving the file", total=None, unit="layers"):
             (theirs, _), (found, _) = logits_of_all(models, ids, [reference, ours])
         greedy = None
         if quantised and small:
@@ -101,7 +101,7 @@ def prove(path: Path, model: DiskLlama, quant: str, doubtful: Sequence[str] = ()
             f"{path.name}: {figures.kl:.2e} nats per token from {model.folder}; {quant} gives at most {limit:.0e}\n"
             "nothing was published; --quant bf16 or f32 keeps more of these weights"
         )
-    return Proof(**asdict(figures), greedy=greedy, texts=texts, probe_tokens=ids.numel())
+    return LogitProof(**asdict(figures), greedy=greedy, texts=texts, probe_tokens=ids.numel())
 
 
 def _same_tensors(
@@ -115,7 +115,8 @@ def _same_tensors(
         def equal(rows: slice, ours: FileTensor = ours, theirs: Tensor = theirs) -> bool:
             return _same_numbers(ours[rows], theirs[rows])
 
-        if not all(pool.map(equal, row_blocks(tuple(theirs.shape)))):
+        first, *rest = row_blocks(tuple(theirs.shape))
+        if not equal(first) or not all(pool.map(equal, rest)):  # of rounded numbers the first block shows it
             return None
     return len(names)
 
