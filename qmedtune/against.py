@@ -20,7 +20,7 @@ from qmedtune.recipe import Recipe
 from qmedtune.resolved import ResolvedRecipe
 from qmedtune.results import HeadToHead
 from qmedtune.tasks import load_task, world_of
-from qmedtune.tasks.parts import part_of
+from qmedtune.tasks.item_parts import part_of
 
 FINAL = "final"
 

@@ -30,7 +30,7 @@ from qmedtune.evaluation.summary import majority_of
 from qmedtune.recipe import TaskSection
 from qmedtune.results import ChosenPrompting, Development, HeadToHead, scored_in
 from qmedtune.tasks import Item, Task, check_twice, load_task
-from qmedtune.tasks.parts import place_of
+from qmedtune.tasks.item_parts import place_of
 from qmedtune.tasks.shots import with_examples
 
 DEV_SHARE, MAX_DEV, MIN_DEV = 0.25, 100, 4

@@ -373,7 +373,7 @@ def _perplexities(runs: Sequence[Side]) -> Iterator[ComparedScore]:
 def _answers(runs: Sequence[Side]) -> dict[str, SharedItems]:
     """By task the items that all runs answered, for tasks whose items are right or wrong.
 
-    SharedItems are items of one id whose gold answer is the same: two files may number their items alike.
+    Shared are items of one id whose gold answer is the same: two files may number their items alike.
     """
     found: dict[str, SharedItems] = {}
     for task in _tasks(runs):

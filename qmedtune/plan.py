@@ -40,7 +40,7 @@ from qmedtune.recipe import Recipe
 from qmedtune.resolved import ResolvedRecipe
 from qmedtune.results import Packing
 from qmedtune.tasks import Task
-from qmedtune.tasks.parts import part_of
+from qmedtune.tasks.item_parts import part_of
 
 __all__ = ["BaseFacts", "base_facts", "make_plan", "resolve"]
 

@@ -30,7 +30,7 @@ from qmedtune.run import run
 from qmedtune.smoke import smoke
 from qmedtune.steps import steps_of
 from qmedtune.tasks import load_task
-from qmedtune.tasks.parts import identified, part_of
+from qmedtune.tasks.item_parts import identified, part_of
 
 SIBLING = ("name=sibling", "stages=[{sft: {data: instructions, epochs: 1, batch: 16}}]", "evaluate.perplexity=[]",
            "validate.on=[]", "evaluate.tasks=[{task: facts, limit: 6}]")  # fmt: skip

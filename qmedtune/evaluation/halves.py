@@ -1,8 +1,8 @@
 """Two parts of every task and every held-out text: one that choices are made on, one that is scored at the end.
 
 `evaluate.development` is the share of the first; without it everything is scored. Items are parted by what they are
-(tasks/parts.py), texts by whole documents, so that nothing is in both. The parts are drawn by seed: every model, and
-every arm of an ablation, has the same. Deliberately not here: choosing.
+(tasks/item_parts.py), texts by whole documents, so that nothing is in both. The parts are drawn by seed: every model,
+and every arm of an ablation, has the same. Deliberately not here: choosing.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from qmedtune.data.packing.pack import PackedRows, WholeDocuments
 from qmedtune.errors import RecipeError
 from qmedtune.recipe import Recipe
 from qmedtune.tasks import Task, load_task, world_of
-from qmedtune.tasks.parts import Part, part_of
+from qmedtune.tasks.item_parts import Part, part_of
 
 
 def development_tasks(recipe: Recipe) -> list[Task]:

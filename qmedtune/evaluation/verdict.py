@@ -9,14 +9,14 @@ Deliberately absent: measuring (qmedtune/compare.py), scores that are no right o
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from math import exp, lgamma, log, sqrt
 from statistics import NormalDist
 from typing import Literal
 
 from qmedtune.ablation.effects import holm
 from qmedtune.evaluation import statistics
-from qmedtune.results import DuelEntry
+from qmedtune.results import DuelEntry, Paired
 
 SIGNIFICANCE, POWER = 0.05, 0.8
 
@@ -111,7 +111,7 @@ class _Tested:
     """variance: of the net gain, in items, where there is no difference; that many items changed, if they stand
     alone."""
 
-    paired: statistics.Paired
+    paired: Paired
     ci95: tuple[float, float]
     variance: int
     groups: int | None
@@ -127,7 +127,8 @@ def _tested(before: Right, after: Right, groups: statistics.Groups | None) -> _T
     nets: dict[Hashable, int] = {}
     for group, change in zip(groups, changes, strict=True):
         nets[group] = nets.get(group, 0) + change
-    paired = replace(paired, p_value=statistics.sign_flip(list(nets.values())))
+    p_value = statistics.sign_flip(list(nets.values()))
+    paired = paired.model_copy(update={"p_value": p_value, "test": "exact sign flips of groups"})
     if any(nets.values()):
         ci95 = statistics.bootstrap_mean(changes, groups=groups)
     else:  # a bootstrap of width 0 is no certainty

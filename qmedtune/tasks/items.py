@@ -45,7 +45,7 @@ class Item:
     shots: ids of the examples that stand in `messages` before the question
     stated: question and passages apart and without options, as training text may hold them; empty: the user's messages
     pmid: the PubMed abstract that the item was made from
-    identity: what is the same of the item in every task, under every limit and in other words (parts.py)
+    identity: what is the same of the item in every task, under every limit and in other words (item_parts.py)
     """
 
     id: str
