@@ -60,9 +60,9 @@ def ablate(
             _run_all(arms, wanted, out, offline)
         except BaseException:
             with suppress(OSError):  # on a full disk; what happened is raised all the same
-                _write(loaded, arms, wanted, out, "running")
+                _write(loaded, arms, wanted, out, status="running")
             raise
-        return _write(loaded, arms, wanted, out, "finished")
+        return _write(loaded, arms, wanted, out, status="finished")
 
 
 def _run_all(arms: list[Arm], seeds: list[int], out: Path, offline: bool) -> None:
@@ -106,7 +106,7 @@ def _check(recipe: Recipe, resolved: Recipe, arms: list[Arm]) -> None:
                 raise RecipeError(f"ablate: the arm {arm.name} cannot run: {show_path(path)}: {text}")
 
 
-def _write(loaded: LoadedRecipe, arms: list[Arm], seeds: list[int], out: Path, status: str) -> Ablation:
+def _write(loaded: LoadedRecipe, arms: list[Arm], seeds: list[int], out: Path, *, status: str) -> Ablation:
     found = arm_scores.collect(out, arms, seeds)
     runs = _runs(arms, seeds, out)
     text = record.shown_text(loaded.text)

@@ -115,7 +115,7 @@ def _measure_stage(
     disable_progress_bar()
     model = models.load_stack(stack, recipe.model)
     contexts = [context_of(recipe, canary, tokenizer, stack.base) for canary in found]
-    rows = measure(recipe, model, tokenizer, found, contexts, name)
+    rows = measure(recipe, AuditedModel(model, tokenizer, name), found, contexts)
     passes = _passes(recipe, index, trained)
     del model
     gc.collect()
@@ -170,15 +170,24 @@ def _first_stage_of(recipe: ResolvedRecipe, source: str) -> int:
     raise AssertionError(f"no stage trains on {source}: it has no canaries")
 
 
+@dataclass(frozen=True)
+class AuditedModel:
+    """What a stage left, loaded; `stage` is its name."""
+
+    model: Any
+    tokenizer: Any
+    stage: str
+
+
 def measure(
-    recipe: ResolvedRecipe, model: Any, tokenizer: Any, found: Sequence[Canary], contexts: Sequence[str], title: str
+    recipe: ResolvedRecipe, audited: AuditedModel, found: Sequence[Canary], contexts: Sequence[str]
 ) -> list[Exposure]:
     """A row per source and number of repeats, in the order of the canaries."""
-    audit = recipe.audit
+    audit, model, tokenizer = recipe.audit, audited.model, audited.tokenizer
     assert audit is not None
     rng = random.Random(f"references-{recipe.seed}")
     options = [_candidates(canary.secret, audit.references, rng) for canary in found]
-    with ui.progress_bar(f"canaries after {title}", total=2 * len(found), unit="canaries") as bar:
+    with ui.progress_bar(f"canaries after {audited.stage}", total=2 * len(found), unit="canaries") as bar:
         scores = choice_logprobs(model, tokenizer, contexts, options, progress=adding(bar), boundary="joint")
         answers = generate(model, tokenizer, contexts, SECRET_TOKENS, progress=adding(bar))
     bits: dict[tuple[str, int], list[float]] = {}

@@ -78,11 +78,12 @@ def of_recipe(recipe: Recipe, *, offline: bool) -> Base:
     return replace(found, make=cache(found.make))
 
 
-def note_base(adapter: Path, name: str, folder: Path, earlier: Sequence[Path], quantization: Quantization) -> None:
-    """Keep beside an adapter which weights it was trained on: their hash, those of adapters below it, and whether they
-    were quantised."""
-    below = [store.sha256_file(path / ADAPTER_TENSORS) for path in earlier]
-    noted = TrainedOn(base=name, sha256=weights_sha256(folder), adapters_below=below, quantization=quantization)
+def note_base(adapter: Path, name: str, trained_on: ModelStack, quantization: Quantization) -> None:
+    """Keep beside an adapter which weights it was trained on: the hash of its base, which `name` names, those of the
+    adapters below it, and whether they were quantised."""
+    below = [store.sha256_file(path / ADAPTER_TENSORS) for path in trained_on.adapters]
+    sha256 = weights_sha256(trained_on.base)
+    noted = TrainedOn(base=name, sha256=sha256, adapters_below=below, quantization=quantization)
     store.write_json(adapter / TRAINED_ON, noted.as_json())
 
 

@@ -320,7 +320,7 @@ def _with_shots(part: TaskSplit, items: Sequence[Item], setting: PromptSetting, 
         return items
     order = Random(f"{seed}").sample(list(part.dev), len(part.dev))
     section = part.section.model_copy(update={"shots": setting.shots})
-    return [with_examples(item, order, section, part.task.write, True) for item in items]
+    return [with_examples(item, order, section, part.task.write, same_ids=True) for item in items]
 
 
 def _reached(player: Player, part: TaskSplit, picked: Picked, right: list[bool]) -> ChosenPrompting:

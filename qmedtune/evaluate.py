@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from qmedtune import model as models
-from qmedtune import record, store, ui
+from qmedtune import peers, record, store, ui
 from qmedtune.allowed import Quantization
 from qmedtune.data.packing import templates
 from qmedtune.data.packing.framing import codec_of, frame_of
@@ -25,10 +25,11 @@ from qmedtune.data.reading.sources import source_files
 from qmedtune.disk import owner_only
 from qmedtune.errors import RecipeError
 from qmedtune.evaluation import halves
-from qmedtune.evaluation.measure import MeasuredModel, Settings, measure_model, text_rows
+from qmedtune.evaluation.measure import MeasuredModel, ModelToMeasure, Settings, measure_model, num_parts, text_rows
 from qmedtune.evaluation.open_model import check_template, fingerprint, locate, open_model
-from qmedtune.evaluation.scoring import BATCH_TOKENS, Perplexity, max_positions
+from qmedtune.evaluation.scoring import BATCH_TOKENS, max_positions
 from qmedtune.evaluation.summary import overlap_result, task_result, write_items
+from qmedtune.evaluation.turns import Turns
 from qmedtune.model_files import read_json
 from qmedtune.model_stack import ModelStack
 from qmedtune.modeling.collation import Rows
@@ -72,81 +73,96 @@ def evaluate_step(recipe: ResolvedRecipe, inputs: EvaluatedModels, out: Path) ->
     Delivered is the merged folder; without one, the base plus its adapters in the merge's dtype.
     Writes <task>.items.jsonl and evaluation.json below `out`, where an interrupted evaluation is continued.
     """
-    tasks = halves.scored_tasks(recipe)
-    stack = inputs.trained
-    window = document_window(stack.base)
-    held_out: Mapping[str, Rows] = {}
-    if inputs.validation is not None:
-        held_out = halves.texts_of(recipe, inputs.validation, window, "scored")
-    settings = settings_of(recipe, stack)
-    check_prompts(models.load_tokenizer(stack.base), settings.template, tasks)
-    scoring = Scoring(recipe, inputs, tasks, held_out, settings)
-    taken, measured = _both(scoring, out / store.SCRATCH)
-    found = write_results(tasks, measured, recipe.seed, out, overlapping=_overlapping(inputs.sources))
-    how = taken.facts(recipe.evaluate.precision) | {"template": settings.template.name, "window_tokens": window}
-    found = found.model_copy(update=how)
-    if taken.name == "delivered" and precision.trained(recipe).quantised and stack.adapters:
-        beside = _nf4_beside(scoring, out / store.SCRATCH)
+    scoring, measured, in_nf4 = _within_memory(_scoring_of(recipe, inputs, out), out)
+    taken = scoring.taken
+    found = write_results(scoring.tasks, measured, recipe.seed, out, overlapping=_overlapping(inputs.sources))
+    told = {"template": scoring.settings.template.name, "window_tokens": document_window(inputs.trained.base)}
+    found = found.model_copy(update=taken.facts(recipe.evaluate.precision) | told)
+    if in_nf4:
         texts = {}
         for source, text in found.perplexity.items():
-            texts[source] = text.model_copy(update={"nf4": beside[source]})
+            base, final = in_nf4["base"].perplexity[source], in_nf4["final"].perplexity[source]
+            beside = BaseAndFinal(base=base.perplexity, final=final.perplexity)
+            texts[source] = text.model_copy(update={"nf4": beside})
         found = found.model_copy(update={"perplexity": texts})
     found = found.model_copy(update={"warnings": _warnings(inputs, taken, found)})
     store.write_json(out / "evaluation.json", found.as_json())
     return found
 
 
-@dataclass(frozen=True)
-class Scoring:
-    """Both models of a run, and what they are asked."""
-
-    recipe: Recipe
-    inputs: EvaluatedModels
-    tasks: list[Task]
-    held_out: Mapping[str, Rows]
-    settings: Settings
-
-    def measured(self, contender: Contender, label: str, folder: Path) -> MeasuredModel:
-        """One model in one precision. What is kept below `folder` is kept by `label`."""
-        model, tokenizer = open_contender(self.recipe, contender)
-        # The model goes when this returns, or two are held while the next is loaded: 2 x 16 GB for an 8B base.
-        return measure_model(model, tokenizer, label, self.tasks, self.held_out, self.settings, folder)
-
-    def both(self, taken: precision.Precision, folder: Path) -> dict[str, MeasuredModel]:
-        found: dict[str, MeasuredModel] = {}
-        for contender in contenders(self.inputs, taken):
-            found[contender.label] = self.measured(contender, contender.label, folder)
-        return found
+BothModels = dict[str, MeasuredModel]
+"""Base and result by label."""
 
 
-def _both(scoring: Scoring, folder: Path) -> tuple[precision.Precision, dict[str, MeasuredModel]]:
-    """Base and final, and the precision that they were scored in: NF4 where memory runs out in 16 bit, and one
-    precision for both."""
-    taken = precision.decide(scoring.recipe, delivered_dtype(scoring.inputs.trained))
-    instead = precision.after_no_room(scoring.recipe, taken)
+def _within_memory(scoring: Scoring, out: Path) -> tuple[Scoring, BothModels, BothModels]:
+    """Both models, and both in NF4 where that stands beside; and as what they were scored: all in NF4 where memory runs
+    out in 16 bit, as it does on a card that others use too."""
+    instead = precision.after_no_room(scoring.recipe, scoring.taken)
     try:
-        return taken, scoring.both(taken, folder)
+        with peers.scoring(scoring.recipe, scoring.inputs, out, worth=scoring.num_parts() > 1) as turns:
+            measured, in_nf4 = scoring.measure(turns)
+        return scoring, measured, in_nf4
     except torch.OutOfMemoryError:
         if instead is None:
             raise
     ui.warn(f"evaluation: {instead.why}; base and result are scored in NF4")
-    return instead, scoring.both(instead, folder / "nf4")  # beside what was kept of the other precision
+    # What was kept of the other precision stays apart from this.
+    scoring = replace(scoring, taken=instead, folder=scoring.folder / "nf4")
+    measured, in_nf4 = scoring.measure(Turns())
+    return scoring, measured, in_nf4
 
 
-def _nf4_beside(scoring: Scoring, folder: Path) -> dict[str, BaseAndFinal]:
-    """Perplexity of base and result in NF4, as trained, per source: what quantisation costs, what training only
-    repaired. Texts alone: they cost seconds, where tasks would cost the evaluation again."""
-    if not scoring.held_out:
-        return {}
-    texts = replace(scoring, tasks=[])
-    found: dict[str, dict[str, Perplexity]] = {}
-    for contender in contenders(scoring.inputs, precision.trained(scoring.recipe)):
-        found[contender.label] = texts.measured(contender, f"{contender.label}-nf4", folder).perplexity
-    pairs: dict[str, BaseAndFinal] = {}
-    for source in scoring.held_out:
-        base, final = found["base"][source], found["final"][source]
-        pairs[source] = BaseAndFinal(base=base.perplexity, final=final.perplexity)
-    return pairs
+def score_along(recipe: ResolvedRecipe, inputs: EvaluatedModels, out: Path, turns: Turns) -> None:
+    """This process's turns of an evaluation that another leads: what it scores is written below `out`."""
+    with owner_only():
+        _scoring_of(recipe, inputs, out).measure(turns)
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What the two models of a run are asked, in the precision `taken`; each part is kept below `folder`."""
+
+    recipe: ResolvedRecipe
+    inputs: EvaluatedModels
+    tasks: list[Task]
+    held_out: Mapping[str, Rows]
+    settings: Settings
+    taken: precision.Precision
+    folder: Path
+
+    def num_parts(self) -> int:
+        """How many parts there are to share with other processes, of one model."""
+        return sum(num_parts(task) for task in self.tasks) + len(self.held_out)
+
+    def measure(self, turns: Turns) -> tuple[BothModels, BothModels]:
+        """Base and result by label; and, where what is delivered is not what was trained, their perplexities in NF4, as
+        trained: what quantisation costs, what training only repaired. Of texts alone: they cost seconds, where tasks
+        would cost the evaluation again."""
+        measured, in_nf4 = {}, {}
+        for contender in contenders(self.inputs, self.taken):
+            measured[contender.label] = self._one(contender, contender.label, self.tasks, turns)
+        trained = precision.trained(self.recipe)
+        if self.taken.name == "delivered" and trained.quantised and self.inputs.trained.adapters and self.held_out:
+            for contender in contenders(self.inputs, trained):
+                in_nf4[contender.label] = self._one(contender, f"{contender.label}-nf4", [], turns)
+        return measured, in_nf4
+
+    def _one(self, contender: Contender, label: str, tasks: list[Task], turns: Turns) -> MeasuredModel:
+        """The model is let go before the next is loaded: two would be 2 x 16 GB for an 8B base in 16 bit."""
+        model, tokenizer = open_contender(self.recipe, contender)
+        asked = ModelToMeasure(model, tokenizer, label, self.settings, self.folder, turns)
+        return measure_model(asked, tasks, self.held_out)
+
+
+def _scoring_of(recipe: ResolvedRecipe, inputs: EvaluatedModels, out: Path) -> Scoring:
+    tasks, stack = halves.scored_tasks(recipe), inputs.trained
+    held_out: Mapping[str, Rows] = {}
+    if inputs.validation is not None:
+        held_out = halves.texts_of(recipe, inputs.validation, document_window(stack.base), "scored")
+    settings = settings_of(recipe, stack)
+    check_prompts(models.load_tokenizer(stack.base), settings.template, tasks)
+    taken = precision.decide(recipe, delivered_dtype(stack))
+    return Scoring(recipe, inputs, tasks, held_out, settings, taken, out / store.SCRATCH)
 
 
 def _warnings(inputs: EvaluatedModels, taken: precision.Precision, found: Evaluation) -> list[str]:
@@ -337,7 +353,8 @@ def evaluate_model(job: ModelJob) -> ModelScores:
         rows, sizes = {}, {}
         for path in texts:
             rows[str(path)], sizes[str(path)] = text_rows(opened.tokenizer, path, window)
-        found = measure_model(opened.model, opened.tokenizer, "model", loaded, rows, settings, folder / store.SCRATCH)
+        asked = ModelToMeasure(opened.model, opened.tokenizer, "model", settings, folder / store.SCRATCH)
+        found = measure_model(asked, loaded, rows)
         scores = write_results(loaded, {"model": found}, seed, folder)
         weights = opened.computed_in
         if opened.quantization == "nf4":

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
@@ -212,13 +213,17 @@ def _write_file(job: ExportJob, location: Location, folder: Path) -> File:
     path = folder / f"{title}-{job.type}.gguf"
     sha256 = by = None
     if job.type in QUANTS:
-        sha256 = write_model(path, model, vocabulary, QUANTS[job.type], title)
+        sha256 = write_model(path, model, vocabulary, QUANTS[job.type], title=title)
     else:
         whole = folder / "whole.gguf"
-        write_model(whole, model, vocabulary, exact_quant(model), title)
+        write_model(whole, model, vocabulary, exact_quant(model), title=title)
         by = quantise(whole, path, job.type)
         whole.unlink()
-    return File(path, vocabulary.pre, prove(path, model, job.type, vocabulary.doubtful), sha256, by)
+    with ThreadPoolExecutor(1) as disk:  # it writes while the file is proven, out of memory
+        settled = disk.submit(store.fsync_path, path)
+        proof = prove(path, model, job.type, vocabulary.doubtful)
+        settled.result()
+    return File(path, vocabulary.pre, proof, sha256, by)
 
 
 def _ollama(job: ExportJob, location: Location, folder: Path) -> Exported:
@@ -243,7 +248,7 @@ def _gguf_adapter(job: ExportJob, location: Location, folder: Path) -> Exported:
     for adapter in location.adapters:
         check_numbers(adapter)
     file = folder / f"{title_of(location)}-lora-{job.type}.gguf"
-    proof = write_adapter(file, _opened(location), location.adapters, job.type, title_of(location))
+    proof = write_adapter(file, _opened(location), location.adapters, job.type, title=title_of(location))
     write_card(folder, title_of(location), adapter_lines(file, proof), location.adapters[-1])
     return Exported(quant=job.type, bytes=file.stat().st_size, proof=ExportProof(**asdict(proof)))
 

@@ -13,14 +13,19 @@ import signal
 import sys
 import threading
 import time
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from qmedtune import peers
 from qmedtune.errors import QmedtuneError
+from qmedtune.evaluation.turns import Turns
 from qmedtune.interrupt import SIGNALS
 from qmedtune.peers import Message, Reply
+from qmedtune.pulse import BEAT_S, Pulse
 from qmedtune.record import versions
+
+if TYPE_CHECKING:
+    from qmedtune.resolved import ResolvedRecipe
 
 
 def main(words: list[str]) -> int:
@@ -37,7 +42,10 @@ def main(words: list[str]) -> int:
 
 
 def follow_torchrun() -> int:
-    """Of a process of torchrun whose rank is not 0."""
+    """Of a process of torchrun whose rank is not 0. It shares its terminal with rank 0, and says nothing there."""
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(nothing, stream)
     store, rank, size = peers.torchrun_store()
     return follow(store, rank, size)
 
@@ -50,8 +58,20 @@ def _end_with(leader: int) -> None:
     os._exit(1)
 
 
+def _end_without_pulse(store: Any, rank: int) -> None:
+    """The same where rank 0 hangs, or its machine is gone with the store."""
+    pulse = Pulse(store, rank, [0])
+    try:
+        while not pulse.beat():
+            time.sleep(BEAT_S)
+    except RuntimeError:
+        time.sleep(peers.GRACE_S)  # at the end of a run the store goes before this process does
+    os._exit(1)
+
+
 def follow(store: Any, rank: int, size: int) -> int:
     """Serve until the run ends; its exit code."""
+    threading.Thread(target=_end_without_pulse, args=(store, rank), daemon=True).start()
     for number in SIGNALS:  # of a terminal they reach every process: rank 0 decides, and the others follow
         signal.signal(number, signal.SIG_IGN)
     store.set(f"hello/{rank}", json.dumps(versions(), sort_keys=True))
@@ -65,11 +85,10 @@ def follow(store: Any, rank: int, size: int) -> int:
             peers.leave()
             return message.end
         try:
-            member.train(message, number)
+            member.do(message, number)
         except Exception as error:
-            store.set(
-                f"ready/{number}/{rank}", json.dumps(vars(Reply(fault=_told(error))))
-            )  # nobody reads it once training has begun
+            fault = Reply(fault=_told(error))  # nobody reads it once training has begun
+            store.set(f"ready/{number}/{rank}", json.dumps(vars(fault)))
             return getattr(error, "exit_code", 1)
         number += 1
 
@@ -93,35 +112,63 @@ def _told(error: Exception) -> str:
 
 
 class _Member:
-    """What a follower keeps from stage to stage."""
+    """What a follower keeps from job to job."""
 
     def __init__(self, store: Any, rank: int, size: int):
         from qmedtune.training.shared_base import SharedBase
 
         self.store, self.rank, self.size = store, rank, size
         self.shared = SharedBase()
-        self.grouped = False
 
-    def train(self, message: Message, number: int) -> None:
-        from qmedtune.group import Group
-        from qmedtune.model_stack import ModelStack
+    def do(self, message: Message, number: int) -> None:
+        from qmedtune import hub
+
+        if message.join:
+            peers.join(self.store, self.rank, self.size)
+            return
+        with hub.closed():
+            if message.scores:
+                self._score(message)
+                self._answer(number, Reply("scored"))
+            else:
+                self._train(message, number)
+
+    def _answer(self, number: int, answer: Reply) -> None:
+        self.store.set(f"ready/{number}/{self.rank}", json.dumps(vars(answer)))
+
+    def _recipe(self, message: Message) -> ResolvedRecipe:
+        """Nothing of it is `auto` any more but what this machine computes in."""
+        from qmedtune.planning.machine import this_machine
         from qmedtune.planning.resolve import resolve
         from qmedtune.recipe import Recipe
+
+        recipe, _ = resolve(Recipe.model_validate(message.recipe), replace(this_machine(), cards=self.size))
+        return recipe
+
+    def _train(self, message: Message, number: int) -> None:
+        from qmedtune.group import Group
         from qmedtune.train import StageInputs, TrainingJob, follow_stage
 
-        def ready(computes: str) -> None:
-            self.store.set(f"ready/{number}/{self.rank}", json.dumps(vars(Reply(computes))))
-            if not self.grouped:
-                peers.join(self.store, self.rank, self.size)
-                self.grouped = True
+        recipe, folders = self._recipe(message), message.paths
+        inputs = StageInputs(message.stack, folders["tokens"], folders.get("validation"))
+        job = TrainingJob(recipe, message.index, inputs, folders["out"])
+        group = Group(self.rank, self.size, job.stage.cards.sharded)
+        follow_stage(job, self.shared, group, lambda computes: self._answer(number, Reply(computes)))
 
-        folders = {name: Path(path) for name, path in message.folders.items()}
-        start = ModelStack(folders["base"], tuple(map(Path, message.adapters)))
-        recipe, _ = resolve(
-            Recipe.model_validate(message.recipe)
-        )  # nothing is `auto` but what this machine computes in
-        job = TrainingJob(recipe, message.index, StageInputs(start, folders["tokens"]), folders["out"])
-        follow_stage(job, self.shared, Group(self.rank, self.size), ready)
+    def _score(self, message: Message) -> None:
+        from qmedtune.evaluate import EvaluatedModels, score_along
+
+        self.shared.drop()
+        recipe, folders = self._recipe(message), message.paths
+        inputs = EvaluatedModels(
+            message.stack,
+            merged=folders.get("merged"),
+            mixed=recipe.merge.other is not None or recipe.merge.weighs,
+            origin=folders.get("origin"),
+            untrained=folders.get("untrained"),
+            validation=folders.get("validation"),
+        )
+        score_along(recipe, inputs, folders["out"], Turns(self.rank, self.size))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ Deliberately not here: how the processes find each other (peers.py), and what th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,25 +19,50 @@ from torch import Tensor
 
 from qmedtune.errors import RunError
 
-BUCKET_BYTES = 64 << 20  # sent at once: large enough that latency does not count, small beside a model's memory
+# Sent at once: large enough that latency does not count, small beside a model's memory (planning/memory.py counts it).
+BUCKET_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
 class Group:
-    """`size` processes, of which this one is `rank`; the one of rank 0 leads: it alone writes."""
+    """`size` processes, of which this one is `rank`; the one of rank 0 leads: it alone writes. sharded: they hold the
+    base together (modeling/sharding.py), so that each pass over a model is one of all of them."""
 
     rank: int = 0
     size: int = 1
+    sharded: bool = False
 
     @property
     def leads(self) -> bool:
         return self.rank == 0
 
     def share(self, arrays: dict[str, Tensor]) -> dict[str, Tensor]:
-        """This process's rows of a batch: each array's rows `rank`, `rank + size`, ... It may be none."""
+        """This process's rows of a batch: each array's rows `rank`, `rank + size`, ... It may be none.
+
+        Where the base is sharded all get as many rows: one that would have fewer reads two tokens that do not count.
+        """
         if self.size == 1:
             return arrays
-        return {name: array[self.rank :: self.size] for name, array in arrays.items()}
+        ours = {name: array[self.rank :: self.size] for name, array in arrays.items()}
+        rows = len(arrays["lengths"])
+        if self.sharded and len(ours["lengths"]) < -(-rows // self.size):
+            return _with_empty_row(ours, arrays)
+        return ours
+
+    def turns(self, count: int) -> range:
+        """Which of `count` things this process does. Where the base is sharded all do as many: what is beyond `count`
+        is done once more, by all that have nothing else, and does not count."""
+        if self.sharded:
+            return range(self.rank, -(-count // self.size) * self.size, self.size)
+        return range(self.rank, count, self.size)
+
+    def sums(self, here: Sequence[float]) -> list[float]:
+        """Sums over all processes, in double precision."""
+        if self.size == 1:
+            return list(here)
+        summed = torch.tensor(here, dtype=torch.float64, device=_device())
+        _exchange(summed, dist.ReduceOp.SUM)
+        return summed.tolist()
 
     def any(self, here: bool) -> bool:
         """Whether it is so in any process; the same answer in all."""
@@ -67,6 +92,19 @@ class Group:
         for bucket in _buckets(tensors):
             _add_up(bucket)
         return loss
+
+
+def _with_empty_row(ours: dict[str, Tensor], arrays: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A row more: the first of the batch, of which nothing is supervised and two tokens are read."""
+    padded: dict[str, Tensor] = {}
+    for name, array in arrays.items():
+        row = array[:1].clone()
+        if name == "labels":
+            row.fill_(-100)
+        elif name == "lengths":
+            row.clamp_(max=2)
+        padded[name] = torch.cat([ours[name], row])
+    return padded
 
 
 def _exchange(tensor: Tensor, op: dist.ReduceOp.RedOpType) -> None:

@@ -142,9 +142,14 @@ SCORING_ATTENTION = "sdpa"  # scoring and generation bring masks and caches
 
 
 def load_base(
-    folder: Path, section: ModelSection, *, quantize: bool | None = None, attention: str = SCORING_ATTENTION
+    folder: Path,
+    section: ModelSection,
+    *,
+    quantize: bool | None = None,
+    attention: str = SCORING_ATTENTION,
+    place: torch.device | None = None,
 ) -> PreTrainedModel:
-    """Load a base for training or scoring, on this machine's device.
+    """Load a base for training or scoring, on this machine's device, or on `place` until it is sharded.
 
     `section.compute_dtype` must be resolved (not `auto`). `quantize` overrides `section.quantization`: False gives the
     16-bit (or fp32) weights themselves. `attention`: transformers' name, for training what planning/numerics.py says.
@@ -164,7 +169,7 @@ def load_base(
         config=llama_config(folder),
         dtype=dtype,
         **quantize_now,
-        device_map={"": device()},
+        device_map={"": place or device()},
         attn_implementation=attention,
         trust_remote_code=False,
         use_safetensors=True,
@@ -247,6 +252,13 @@ def install_kernels(model: PeftModel, mode: str) -> Kernels:
     from qmedtune.modeling import fused
 
     return fused.install(model, mode)
+
+
+def recheck_kernels(model: PeftModel, kernels: Kernels) -> Kernels:
+    """What `install_kernels` told, of a model that has been sharded since."""
+    from qmedtune.modeling import fused
+
+    return fused.recheck(model, kernels)
 
 
 def dequantize_linears(model: Any, dtype: torch.dtype) -> int:

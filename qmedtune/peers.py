@@ -27,17 +27,23 @@ from typing import TYPE_CHECKING, Any
 
 from qmedtune import ui
 from qmedtune.errors import RecipeError, RunError
+from qmedtune.evaluation.turns import Turns
+from qmedtune.model_stack import ModelStack
+from qmedtune.planning.machine import number_of_cards
+from qmedtune.pulse import BEAT_S, Pulse
 from qmedtune.record import versions
 
 if TYPE_CHECKING:
+    from qmedtune.evaluate import EvaluatedModels
     from qmedtune.group import Group
+    from qmedtune.resolved import ResolvedRecipe
     from qmedtune.train import TrainingJob
 
 POLL_S = 0.05
 WATCH_S = 1.0  # how often each side looks whether the other is still there
-# How long one waits for the others in a step: longer than the longest validation. That a process has ended is seen by
-# its connection, at once.
-PATIENCE = timedelta(hours=12)
+# How long a sum waits for the others at most: longer than rank 0 saves a checkpoint or judges documents. That a process
+# ended or hangs is seen before (_watch, pulse.py).
+PATIENCE = timedelta(hours=2)
 MEETING = timedelta(minutes=5)  # for all processes of torchrun to be there
 GRACE_S = 20.0  # for the others to end by themselves
 # Read by accelerate and transformers, which would wrap the model and share out the rows in their own way.
@@ -46,13 +52,25 @@ TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR
 
 @dataclass(frozen=True)
 class Message:
-    """One training stage for the others, or (`end`) the exit code of the run."""
+    """One training stage for the others, or the evaluation (`scores`); the word to open the connections (`join`), or
+    (`end`) the run's exit code."""
 
+    join: bool = False
+    scores: bool = False
     recipe: Mapping[str, object] = field(default_factory=dict)
     index: int = 0
     folders: Mapping[str, str] = field(default_factory=dict)
     adapters: Sequence[str] = ()
     end: int | None = None
+
+    @property
+    def paths(self) -> dict[str, Path]:
+        return {name: Path(folder) for name, folder in self.folders.items()}
+
+    @property
+    def stack(self) -> ModelStack:
+        """The model that is trained on, or that was trained."""
+        return ModelStack(Path(self.folders["base"]), tuple(map(Path, self.adapters)))
 
 
 @dataclass(frozen=True)
@@ -71,29 +89,52 @@ class Peers:
         self.number = 0
         self.grouped = False
         self.over = threading.Event()
-        if self.processes:
-            threading.Thread(target=self._watch, daemon=True).start()
+        threading.Thread(target=self._watch, daemon=True).start()
 
-    def call(self, message: Message) -> Group:
+    def call(self, message: Message, *, sharded: bool) -> Group:
         """Tell the others about a stage. They are ready when `wait` returns."""
         from qmedtune.group import Group
 
+        if not self.grouped:
+            self._tell(Message(join=True))
+            join(self.store, 0, self.size)
+            self.grouped = True
+        self._tell(message)
+        return Group(0, self.size, sharded)
+
+    def share(self, message: Message) -> Turns:
+        """Tell the others what is to be scored; what of it is whose."""
+        self._tell(message)
+        return Turns(0, self.size, self.wait_for)
+
+    def _tell(self, message: Message) -> None:
         self.number += 1
         self.store.set(f"job/{self.number}", json.dumps(vars(message)))
-        return Group(0, self.size)
 
     def wait(self) -> list[str]:
         """Until all are ready to train; how each computes. Raises RunError with what the first that is not has said."""
-        computing: list[str] = []
-        for rank in range(1, self.size):
-            answer = Reply(**json.loads(self._answer(f"ready/{self.number}/{rank}", rank)))
-            if answer.fault:
-                raise RunError(f"process {rank + 1} of {self.size}: {answer.fault}\nall processes of the run end")
-            computing.append(answer.computes)
-        if not self.grouped:
-            join(self.store, 0, self.size)
-            self.grouped = True
-        return computing
+        return [self._done(f"ready/{self.number}/{rank}", rank) for rank in range(1, self.size)]
+
+    def wait_for(self, file: Path) -> None:
+        """Until `file` is there, or all the others have done what they were told. Raises RunError like `wait`."""
+        while not file.exists():
+            done = 0
+            for rank in range(1, self.size):
+                key = f"ready/{self.number}/{rank}"
+                process = self.processes.get(rank)
+                if self.store.check([key]) or (process is not None and process.poll() is not None):
+                    self._done(key, rank)
+                    done += 1
+            if done == self.size - 1:
+                return
+            time.sleep(POLL_S)
+
+    def _done(self, key: str, rank: int) -> str:
+        """What a process has answered. Raises RunError with its fault, or where it has ended."""
+        answer = Reply(**json.loads(self._answer(key, rank)))
+        if answer.fault:
+            raise RunError(f"process {rank + 1} of {self.size}: {answer.fault}\nall processes of the run end")
+        return answer.computes
 
     def greet(self) -> None:
         """Until all are there, with the same versions. Raises RunError."""
@@ -119,13 +160,18 @@ class Peers:
         return self.store.get(key).decode()
 
     def _watch(self) -> None:
-        """End this process where another has ended in the middle of a run and nothing else notices: a sum with a dead
-        GPU process would wait for hours. Over gloo the sum itself fails, well within GRACE_S."""
+        """End this process where another has ended, or gives no sign of life, in the middle of a run and nothing else
+        notices: a sum with a dead GPU process would wait for hours. Over gloo the sum itself fails, within GRACE_S."""
+        pulse, until_beat = Pulse(self.store, 0, range(1, self.size)), 0.0
         while not self.over.wait(WATCH_S):
-            ended = [process for process in self.processes.values() if process.poll() is not None]
+            ended = [rank for rank, process in self.processes.items() if process.poll() is not None]
+            until_beat -= WATCH_S
+            if until_beat <= 0 and not ended:
+                until_beat = BEAT_S
+                ended = _silent(pulse)
             if ended and not self.over.wait(GRACE_S):
                 ui.error_panel([
-                    "another process of this run ended, and the one that leads did not get free of it",
+                    f"process {ended[0] + 1} of {self.size} ended or hangs, and the one that leads cannot go on",
                     "what is sealed stays; the same command goes on from the last checkpoint",
                 ])  # fmt: skip
                 os._exit(1)
@@ -133,9 +179,8 @@ class Peers:
     def end(self, code: int) -> None:
         """The run is over: the others end too, at the latest after GRACE_S."""
         self.over.set()
-        self.number += 1
         with suppress(RuntimeError):  # torchrun's store may be gone, and the others with it
-            self.store.set(f"job/{self.number}", json.dumps(vars(Message(end=code))))
+            self._tell(Message(end=code))
         if self.grouped:
             leave()
         until = time.monotonic() + GRACE_S
@@ -145,6 +190,13 @@ class Peers:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+def _silent(pulse: Pulse) -> list[int]:
+    try:
+        return pulse.beat()
+    except RuntimeError:  # torchrun's store went with its machine: torchrun ends this process
+        return []
 
 
 def _differing(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
@@ -167,8 +219,38 @@ def call(job: TrainingJob) -> Group:
         return ALONE
     start, tokens = job.inputs.start, job.inputs.tokens
     folders = {"out": str(job.out.resolve()), "base": str(start.base.resolve()), "tokens": str(tokens.resolve())}
+    if job.inputs.validation is not None:
+        folders["validation"] = str(job.inputs.validation.resolve())
     adapters = [str(adapter.resolve()) for adapter in start.adapters]
-    return _peers.call(Message(job.recipe.model_dump(mode="json", by_alias=True), job.index, folders, adapters))
+    message = Message(recipe=_told(job.recipe), index=job.index, folders=folders, adapters=adapters)
+    return _peers.call(message, sharded=job.stage.cards.sharded)
+
+
+@contextmanager
+def scoring(recipe: ResolvedRecipe, inputs: EvaluatedModels, out: Path, *, worth: bool) -> Iterator[Turns]:
+    """Who scores which part of an evaluation. Where it is `worth` it the others score too; they are done when the block
+    ends."""
+    if _peers is None or _alone or not worth:
+        yield Turns()
+        return
+    folders = {"out": str(out.resolve()), "base": str(inputs.trained.base.resolve())}
+    for name in ("merged", "origin", "untrained", "validation"):
+        folder: Path | None = getattr(inputs, name)
+        if folder is not None:
+            folders[name] = str(folder.resolve())
+    adapters = [str(adapter.resolve()) for adapter in inputs.trained.adapters]
+    told = _told(recipe)
+    yield _peers.share(Message(scores=True, recipe=told, folders=folders, adapters=adapters))
+    _peers.wait()
+
+
+def _told(recipe: ResolvedRecipe) -> dict[str, Any]:
+    return recipe.model_dump(mode="json", by_alias=True) | {"shard": recipe.shard}  # also where it is false
+
+
+def number() -> int:
+    """How many processes this run has, this one included."""
+    return 1 if _peers is None else _peers.size
 
 
 def wait(group: Group) -> list[str]:
@@ -268,9 +350,7 @@ def _number_of(gpus: str | None) -> int:
     there = torch.cuda.device_count()
     if gpus == "auto":
         return max(1, there)
-    if not gpus.isdecimal() or int(gpus) < 1:
-        raise RecipeError(f"--gpus {gpus}: not a number of GPUs\nallowed: 1, 2, ... or auto")
-    size = int(gpus)
+    size = number_of_cards(gpus)
     if there == 0:
         ui.note(f"no CUDA device: {size} processes share the CPU, which tests this and is not faster")
     elif size > there:

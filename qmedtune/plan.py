@@ -17,7 +17,7 @@ from qmedtune.batches import batch_rows, steps_in, too_few_steps
 from qmedtune.errors import DataError, DoesNotFit, QmedtuneError
 from qmedtune.lineage import final_model, lineage_of
 from qmedtune.llama_shape import BaseFacts
-from qmedtune.planning import capacity, evaluation_time, exchange, fit, memory, precision, rows, speed
+from qmedtune.planning import capacity, data_time, evaluation_time, exchange, fit, memory, precision, rows, speed
 from qmedtune.planning.estimate import Estimate, SampledEstimate, count_with, estimate_source
 from qmedtune.planning.machine import CARDS_GIB, GIB, Machine, card_of, this_machine
 from qmedtune.planning.memory import Setup
@@ -44,7 +44,6 @@ from qmedtune.tasks.item_parts import part_of
 
 __all__ = ["BaseFacts", "base_facts", "make_plan", "resolve"]
 
-BUILTIN_BYTES = 9  # of prepared text per token of the built-in world: whole words, with ids and JSON around them
 # Files larger than this in sum are not hashed for the sake of a plan; then the data stages' status is unknown.
 HASHED_BYTES = 256 * 1024**2
 
@@ -61,8 +60,9 @@ class Subject:
     folder: Path | None
 
 
-def make_plan(recipe: Recipe, run_dir: Path | None = None) -> Plan:
-    """Plan `recipe` (as loaded, with its `auto`s) for the machine it is meant for; `run_dir` adds what is cached.
+def make_plan(recipe: Recipe, run_dir: Path | None = None, *, cards: int = 1) -> Plan:
+    """Plan `recipe` (as loaded, with its `auto`s) for the machine it is meant for, with `cards` GPUs of one kind;
+    `run_dir` adds what is cached.
 
     Raises DoesNotFit (exit 4) for GPU memory, host memory or disk, RecipeError for an unknown
     base, and what preflight.py finds in base, tokenizer, templates, evaluation files and a sample of each source.
@@ -70,8 +70,9 @@ def make_plan(recipe: Recipe, run_dir: Path | None = None) -> Plan:
     """
     track.check(recipe)
     facts = base_facts(recipe.model)
-    resolved, decisions, machine = _for_its_machine(recipe, facts)
+    resolved, decisions, machine = _for_its_machine(recipe, facts, cards)
     refuse_half_on_cpu(resolved, machine)
+    precision.refuse_unscorable(resolved, machine)
     folder = _tokenizer_folder(facts)
     samples, missing = _samples(resolved)
     benchmarks = _checked(resolved, facts, folder, samples)
@@ -91,7 +92,7 @@ def make_plan(recipe: Recipe, run_dir: Path | None = None) -> Plan:
     host = capacity.host_phases(facts, taken, gpu=machine.is_gpu)
     disk = _disk(resolved, facts, setups, estimates)
     evaluation = _evaluation(subject, benchmarks.tasks, estimates)
-    times = _times(subject, steps, stages, evaluation)
+    times = {"data": _data_seconds(subject, steps, estimates), **_times(subject, steps, stages, evaluation)}
     borders = _borders(folder)
     making_s = _making_seconds(facts, machine)
     base_told = {**asdict(facts), "parameters": facts.parameters, "bytes": facts.file_bytes, "making_s": making_s}
@@ -125,26 +126,26 @@ def make_plan(recipe: Recipe, run_dir: Path | None = None) -> Plan:
 # ---- the machine -----------------------------------------------------------------------------------------------------
 
 
-def _for_its_machine(recipe: Recipe, facts: BaseFacts) -> tuple[ResolvedRecipe, list[Decision], Machine]:
+def _for_its_machine(recipe: Recipe, facts: BaseFacts, cards: int) -> tuple[ResolvedRecipe, list[Decision], Machine]:
     """The resolved recipe and the machine it is planned for: this one; without a GPU here, for a base that wants one,
     the card that `memory:` states, else the smallest standard card that fits."""
-    here = this_machine()
+    here = replace(this_machine(), cards=cards)
     wants_gpu = not facts.builtin and (facts.parameters >= capacity.GPU_PARAMETERS or recipe.memory_gib is not None)
     if here.is_gpu or not wants_gpu:
         return *resolve(recipe, here), here
     bf16 = recipe.model.compute_dtype != "float16"
     if recipe.memory_gib is not None:
-        card = card_of(recipe.memory_gib, bf16=bf16)
+        card = replace(card_of(recipe.memory_gib, bf16=bf16), cards=cards)
         return *resolve(recipe, card), card
     for gib in CARDS_GIB[:-1]:
-        card = card_of(gib, bf16=bf16)
+        card = replace(card_of(gib, bf16=bf16), cards=cards)
         try:
             resolved, decisions = resolve(recipe, card)
         except DoesNotFit:
             continue
         if not any(fit.choose(facts, fit.draft_of(resolved, i), card).tight for i in range(len(resolved.stages))):
             return resolved, decisions, card
-    largest = card_of(CARDS_GIB[-1], bf16=bf16)
+    largest = replace(card_of(CARDS_GIB[-1], bf16=bf16), cards=cards)
     return *resolve(recipe, largest), largest
 
 
@@ -154,6 +155,10 @@ def _notes(machine: Machine, facts: BaseFacts, estimates: Mapping[str, Estimate]
         notes.append(f"no GPU on this machine: planned for {machine.name}; a run here would use the CPU")
     if machine.is_gpu:
         notes.append("GPU memory and times are predicted; no GPU has confirmed the prediction yet")
+    if machine.cards > 1:
+        notes.append(
+            f"{machine.cards} processes, one a GPU (of one kind, connected by PCIe 4): computed, not measured on cards"
+        )
     if machine.used_bytes > GIB:
         notes.append(f"other processes hold {units.size(machine.used_bytes)} of the card now; end them before the run")
     if not facts.builtin and facts.folder is None:
@@ -315,7 +320,9 @@ def _stage(
     if tokens.rows:
         setup = replace(setup, micro_batch=min(setup.micro_batch, tokens.batch))
     timed = speed.last_tokens_per_s(run_dir, name)
-    tokens_per_s = timed or speed.tokens_per_s(facts, setup, machine)
+    trained = memory.trained_parameters(facts, setup)
+    crossing = exchange.StepTime(0.0, exchange.exchange_bytes(trained), _gathered(facts, setup, machine, tokens.batch))
+    tokens_per_s = timed or _assumed_speed(subject, setup, tokens.batch, crossing)
     parts = memory.step_memory(facts, setup, gpu=machine.is_gpu)
     return {
         "name": name,
@@ -331,8 +338,10 @@ def _stage(
         "lr": section.lr,
         "dtype": setup.compute_dtype,
         "attention": setup.attention,
-        "trained_parameters": memory.trained_parameters(facts, setup),
-        "exchange_bytes": exchange.exchange_bytes(memory.trained_parameters(facts, setup)),
+        "trained_parameters": trained,
+        "exchange_bytes": crossing.exchanged_bytes,
+        "gathered_bytes": crossing.gathered_bytes,
+        "sharded": setup.sharded,
         "memory": parts,
         "peak_bytes": sum(parts.values()),
         "budget_bytes": fit.budget_bytes(machine, recipe),
@@ -341,6 +350,24 @@ def _stage(
         "measured": timed is not None,
         "seconds": _seconds(tokens, tokens_per_s, cached=_is_cached(steps, name)),
     }
+
+
+def _gathered(facts: BaseFacts, setup: Setup, machine: Machine, batch: int) -> int:
+    """Of a sharded base, received by each card in a step; 0 where each holds it whole."""
+    if not setup.sharded or not batch:
+        return 0
+    rows = -(-batch // setup.cards)
+    size = memory.linear_bytes(facts, setup, gpu=machine.is_gpu)
+    return exchange.gathered_bytes(size, setup.cards, -(-rows // setup.micro_batch))
+
+
+def _assumed_speed(subject: Subject, setup: Setup, batch: int, crossing: exchange.StepTime) -> float:
+    """Tokens/s of all cards together; processes of one CPU share its cores."""
+    alone = speed.tokens_per_s(subject.facts, setup, subject.machine)
+    if setup.cards == 1 or not batch or not subject.machine.is_gpu:
+        return alone
+    step = replace(crossing, seconds=batch * setup.seq_len / alone)
+    return alone * exchange.times_as_fast(step, setup.cards, exchange.ASSUMED_LINK)
 
 
 def _seconds(tokens: StageTokens, tokens_per_s: float, *, cached: bool) -> float | None:
@@ -363,7 +390,7 @@ def _status(
     if size > HASHED_BYTES and not (run_dir and (run_dir / ".hashes.json").is_file()):
         return todo, [f"{units.size(size)} of data were never hashed here: every step is taken as to do"]
     try:
-        return step_status.status(recipe, run_dir or Path("runs") / recipe.name), []
+        return step_status.status(recipe, run_dir or Path("runs") / recipe.name, machine=machine), []
     except QmedtuneError as error:
         return todo, [str(error).splitlines()[0]]
 
@@ -411,6 +438,11 @@ def _times(
     return times
 
 
+def _data_seconds(subject: Subject, steps: list[PlannedStep], estimates: Mapping[str, Estimate]) -> float:
+    done = {step["name"].removeprefix("data/") for step in steps if step["status"] == "cached"}
+    return data_time.data_seconds(subject.recipe, estimates, subject.machine.cores, done=done)
+
+
 def _scoring_notes(recipe: Recipe, evaluation: PlannedEvaluation | None) -> list[str]:
     """What the scores are of where it is not what the recipe asks for, and what takes time that is not told."""
     notes: list[str] = []
@@ -436,7 +468,7 @@ def _disk(recipe: Recipe, facts: BaseFacts, setups: list[Setup], estimates: Mapp
     for name, estimate in estimates.items():
         text += capacity.text_bytes(recipe.data[name])
         if not estimate.read_bytes:
-            text += BUILTIN_BYTES * estimate.tokens
+            text += capacity.BUILTIN_BYTES * estimate.tokens
         packed += estimate.tokens
     return memory.disk_bytes(facts, setups, capacity.kept_of(recipe, text, packed))
 

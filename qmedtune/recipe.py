@@ -86,6 +86,9 @@ class Recipe(Section):
     """Memory that training may take, in GiB; `auto`: the card's. Give it where others use the card too."""
     workers: Annotated[int, Field(ge=1, le=256)] | Auto = "auto"
     """Processes that clean text; `auto`: by cores and size of the corpus. Lower it on a machine that is shared."""
+    shard: bool | Auto = later("auto")
+    """Hold the frozen base on all GPUs of a run together (FSDP2) instead of whole on each; `auto`: where it does not
+    fit one. Slower, and for adapters only; with one GPU nothing is sharded."""
     model: ModelSection
     """The base, and how it is held and computed."""
     adapter: AdapterSection = AdapterSection()

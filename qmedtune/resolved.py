@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from qmedtune.allowed import FloatDtype
-from qmedtune.fields import Positive, Rate
+from qmedtune.fields import Positive, Rate, later
 from qmedtune.recipe import (
     AdapterSection,
     ClassifySection,
@@ -42,6 +42,14 @@ class Numerics:
     autocast: bool
     scaled: bool
     attention: str
+
+
+@dataclass(frozen=True)
+class Cards:
+    """`number` of GPUs that a stage's rows are shared out to; sharded: they hold the frozen base together."""
+
+    number: int = 1
+    sharded: bool = False
 
 
 class ResolvedModel(ModelSection):
@@ -100,6 +108,7 @@ class ResolvedStage(StageSection):
     sft: ResolvedSft | None = None
     classify: ResolvedClassify | None = None
     numerics: Annotated[Numerics, Field(exclude=True)]  # of the machine: in no key and no record
+    cards: Annotated[Cards, Field(exclude=True)] = Cards()  # the same
 
     @property
     def section(self) -> ResolvedSection:
@@ -113,6 +122,7 @@ class ResolvedEvaluate(EvaluateSection):
 class ResolvedRecipe(Recipe):
     """A whole run without `auto`, but for what the module's first lines name."""
 
+    shard: bool = later(False)
     model: ResolvedModel
     adapter: ResolvedAdapter
     stages: list[ResolvedStage]

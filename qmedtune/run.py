@@ -17,13 +17,13 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from qmedtune import base, claims, heartbeat, hub, keys, peak, preflight, record, store, track, ui
+from qmedtune import base, claims, heartbeat, hub, keys, peak, peers, preflight, record, store, track, ui
 from qmedtune.data.hygiene import secret
 from qmedtune.data.hygiene.per_record import phi_mode
 from qmedtune.disk import owner_only
 from qmedtune.errors import MergeRefused, QmedtuneError, RecipeError, RunError
 from qmedtune.interrupt import Stopped, stop
-from qmedtune.planning import capacity
+from qmedtune.planning import capacity, precision
 from qmedtune.planning.machine import this_machine
 from qmedtune.planning.resolve import refuse_half_on_cpu, resolve
 from qmedtune.planning.shapes import base_facts
@@ -52,7 +52,10 @@ def run(
     """
     claims.check(out)
     asked = smoked(recipe) if smoke else recipe
-    resolved, choices = resolve(asked)
+    machine = None
+    if (cards := peers.number()) > 1:
+        machine = replace(this_machine(), cards=cards)
+    resolved, choices = resolve(asked, machine)
     claims.check_inputs(resolved, out)
     redacts = any(phi_mode(resolved, name) == "redact" for name in resolved.used_sources())
     if redacts:
@@ -201,6 +204,7 @@ def _check_start(recipe: ResolvedRecipe, source: base.Base, to_do: Sequence[Step
     beyond_data = bool(kinds - {"data"})
     if beyond_data:
         refuse_half_on_cpu(recipe, this_machine())
+        precision.refuse_unscorable(recipe, this_machine())
     scored = "evaluation" in names
     if "against" in names:
         from qmedtune import against

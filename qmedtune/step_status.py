@@ -8,15 +8,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from qmedtune import base, keys, store
+from qmedtune.planning.machine import Machine
 from qmedtune.planning.plan_facts import PlannedStep
 from qmedtune.planning.resolve import resolve
 from qmedtune.recipe import Recipe
 from qmedtune.steps import Step, inputs_of, key_of, steps_of, upstream_of
 
 
-def status(recipe: Recipe, out: Path, *, offline: bool = True) -> list[PlannedStep]:
+def status(recipe: Recipe, out: Path, *, offline: bool = True, machine: Machine | None = None) -> list[PlannedStep]:
     """For `plan`: each step as {name, status: cached | stale | to do, why}. Loads nothing, writes nothing to `out`."""
-    resolved, _ = resolve(recipe)
+    resolved, _ = resolve(recipe, machine)
     hashes = store.HashCache(out / ".hashes.json")
     steps = steps_of(resolved, recipe, hashes)
     digest = base.of_recipe(resolved, offline=offline).digest

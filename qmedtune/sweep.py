@@ -27,7 +27,7 @@ from qmedtune.evaluate import (
     settings_of,
 )
 from qmedtune.evaluation import choosing, halves
-from qmedtune.evaluation.measure import MeasuredModel, Settings, measure_model
+from qmedtune.evaluation.measure import MeasuredModel, ModelToMeasure, Settings, measure_model
 from qmedtune.evaluation.scoring import Perplexity
 from qmedtune.evaluation.summary import write_items
 from qmedtune.merge import merge
@@ -60,10 +60,9 @@ class Measuring:
     def of(self, contender: Contender) -> dict[str, Any]:
         """What `_measured` reads."""
         model, tokenizer = open_contender(self.recipe, contender)
-        found = measure_model(
-            model, tokenizer, contender.label, self.tasks, self.texts, self.settings, self.folder / contender.label
-        )
-        return asdict(found)
+        label = contender.label
+        asked = ModelToMeasure(model, tokenizer, label, self.settings, self.folder / label)
+        return asdict(measure_model(asked, self.tasks, self.texts))
 
     def base(self) -> MeasuredModel:
         first = contenders(self.inputs, self.taken)[0]

@@ -30,7 +30,7 @@ from qmedtune.errors import RunError
 from qmedtune.group import Group
 from qmedtune.interrupt import stop
 from qmedtune.model_stack import ModelStack
-from qmedtune.modeling import activations
+from qmedtune.modeling import activations, sharding
 from qmedtune.modeling.quiet import quiet_libraries
 from qmedtune.planning.fit import setup_of
 from qmedtune.planning.machine import this_machine
@@ -113,6 +113,14 @@ class Loaded:
     packed: Packing
 
 
+@dataclass(frozen=True)
+class TrainingStart:
+    """Where training begins (None: at step 0), and which processes train along."""
+
+    checkpoint: Path | None
+    group: Group
+
+
 def train_stage(
     recipe: ResolvedRecipe, index: int, inputs: StageInputs, out: Path, *, shared: SharedBase | None = None
 ) -> Trained:
@@ -124,17 +132,17 @@ def train_stage(
     """
     job = TrainingJob(recipe, index, inputs, out)
     group = peers.call(job)
-    loaded = _load(job, shared or SharedBase())
+    loaded = _load(job, shared or SharedBase(), group)
     callback = _callback(job, loaded.tokenizer.pad_token_id)
     started = time.monotonic()
     checkpoint = checkpoints.last_intact(out)
-    trainer = _trainer(job, loaded, callback, checkpoint, group)
+    trainer = _trainer(job, loaded, callback, TrainingStart(checkpoint, group))
     total = loaded.packed.tokens.trained
     with ui.progress_bar(job.name, total=total, unit="tokens", completed=callback.tokens) as callback.bar:
-        if callback.held_out and checkpoint is None:
-            callback.validate(0)  # where the curve begins: what training changes is seen from its first step on
         others = peers.wait(group)
         _agree(group, checkpoint)
+        if callback.held_out and checkpoint is None:
+            callback.validate(0)  # where the curve begins: what training changes is seen from its first step on
         try:
             with stop.graceful():
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -158,13 +166,20 @@ def train_stage(
 def follow_stage(job: TrainingJob, shared: SharedBase, group: Group, ready: Callable[[str], None]) -> None:
     """Train along with the process that runs `train_stage` with the same job, and write nothing. `ready` is told how we
     compute, when all is done but the steps."""
-    loaded = _load(job, shared)
+    loaded = _load(job, shared, group)
     checkpoint = checkpoints.last_intact(job.out)
-    trainer, _, _ = _set_up(job, loaded, FollowerCallback(group), checkpoint, group)
+    held_out = {}
+    if not (job.stage.classify and job.stage.classify.validation):  # documents are judged by rank 0 alone
+        held_out = validation_rows(job.recipe, job.inputs.validation)
+    callback = FollowerCallback(group, held_out, loaded.tokenizer.pad_token_id, job.recipe)
+    trainer, steps, _ = _set_up(job, loaded, callback, TrainingStart(checkpoint, group))
+    callback.begin(trainer, steps)
     begins_at = checkpoints.step_of(checkpoint) if checkpoint else 0
     torch.manual_seed(job.recipe.seed + job.index + FOLLOWER_SEED * group.rank + begins_at)  # other rows, other dropout
     ready(loaded.built.computes)
     _agree(group, checkpoint)
+    if checkpoint is None:
+        callback.validate()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     del trainer, loaded
     gc.collect()
@@ -192,7 +207,7 @@ def _with_others(trained: Trained, built: Built, others: list[str]) -> Trained:
     return trained.model_copy(update={"processes": processes, "warnings": warnings})
 
 
-def _load(job: TrainingJob, shared: SharedBase) -> Loaded:
+def _load(job: TrainingJob, shared: SharedBase, group: Group) -> Loaded:
     """Model, tokenizer and rows of the stage, in a process made ready for it."""
     recipe, base, tokens = job.recipe, job.inputs.start.base, job.inputs.tokens
     set_seed(recipe.seed + job.index)
@@ -203,7 +218,7 @@ def _load(job: TrainingJob, shared: SharedBase) -> Loaded:
     tokenizer: Any = models.load_tokenizer(base)
     machine = this_machine()
     check_card(peak_bytes(base_facts(recipe.model), setup_of(recipe, job.index), gpu=machine.is_gpu), machine)
-    built = _make_model(job, shared)
+    built = _make_model(job, shared, group)
     models.check_tokenizer(tokenizer, built.model, base)
     if job.stage.classify:
         rows = LabelledRows(tokens)
@@ -216,7 +231,7 @@ def _load(job: TrainingJob, shared: SharedBase) -> Loaded:
     return Loaded(built, tokenizer, rows, packed)
 
 
-def _make_model(job: TrainingJob, shared: SharedBase) -> Built:
+def _make_model(job: TrainingJob, shared: SharedBase, group: Group) -> Built:
     recipe, stage, start = job.recipe, job.stage, job.inputs.start
     attention = stage.numerics.attention
     if stage.full:
@@ -226,11 +241,18 @@ def _make_model(job: TrainingJob, shared: SharedBase) -> Built:
             load = models.from_scratch
         model = load(start.base, recipe.model, attention=attention)
         return Built(model, models.attention_facts(model))
-    base = shared.load(start.base, recipe.model, attention=attention)
+    if group.sharded:  # where there is room for all of it: each process then keeps its part, which no stage shares
+        shared.drop()
+        base = models.load_base(start.base, recipe.model, attention=attention, place=torch.device("cpu"))
+    else:
+        base = shared.load(start.base, recipe.model, attention=attention)
     set_seed(recipe.seed + job.index)  # whatever loading has drawn
     continued = stage.section.adapter in ("continue", "frozen")  # attach_head freezes what is frozen
     model = models.attach_adapter(base, recipe.adapter_of(job.index), start.adapters, continued=continued)
     kernels = models.install_kernels(model, recipe.model.kernels)
+    if group.sharded:
+        sharding.shard(model, models.device(), models.DTYPES[recipe.model.compute_dtype])
+        kernels = models.recheck_kernels(model, kernels)
     layers = activations.install(model, stage.section.gradient_checkpointing)
     return Built(model, models.attention_facts(model), kernels, layers)
 
@@ -251,10 +273,10 @@ def _callback(job: TrainingJob, pad_id: int) -> StageCallback:
 
 
 def _set_up(
-    job: TrainingJob, loaded: Loaded, callback: TrainerCallback, checkpoint: Path | None, group: Group
+    job: TrainingJob, loaded: Loaded, callback: TrainerCallback, begun: TrainingStart
 ) -> tuple[QTrainer, int, list[str]]:
     """(trainer, steps of the stage, warnings): the same in every process that trains it."""
-    recipe, index, rows = job.recipe, job.index, loaded.rows
+    recipe, index, rows, checkpoint = job.recipe, job.index, loaded.rows, begun.checkpoint
     section, made_with, warnings = resume_settings(recipe, index, checkpoint)
     steps, batch = steps_in(section, len(rows)), batch_rows(section, len(rows))
     section = section.model_copy(update={"batch": batch, "micro_batch": min(section.micro_batch, batch)})
@@ -278,18 +300,18 @@ def _set_up(
         checkpointing=job.stage.full and section.gradient_checkpointing is True,
     )
     material = Material(loaded.built.model, loaded.tokenizer, rows, section)
-    trainer = QTrainer(material, arguments, [callback], keep=recipe.save.keep, made_with=made_with, group=group)
+    trainer = QTrainer(material, arguments, [callback], keep=recipe.save.keep, made_with=made_with, group=begun.group)
     trainer.remove_callback(PrinterCallback)
     if job.stage.classify:
         trainer.nll = document_nll
     return trainer, steps, warnings
 
 
-def _trainer(
-    job: TrainingJob, loaded: Loaded, callback: StageCallback, checkpoint: Path | None, group: Group
-) -> QTrainer:
-    """The trainer at the step of `checkpoint`, and `callback` with it; what is to be warned of is told by then."""
-    trainer, steps, warnings = _set_up(job, loaded, callback, checkpoint, group)
+def _trainer(job: TrainingJob, loaded: Loaded, callback: StageCallback, begun: TrainingStart) -> QTrainer:
+    """The trainer at the step where the attempt begins, and `callback` with it; what is to be warned of is told by
+    then."""
+    trainer, steps, warnings = _set_up(job, loaded, callback, begun)
+    checkpoint = begun.checkpoint
     callback.begin(trainer, steps)
     checkpoints.go_back(job.out, checkpoint)
     callback.rewind()
@@ -350,4 +372,4 @@ def _save_adapters(job: TrainingJob, model: Any) -> None:
         below = start.adapters
         if stage.section.adapter == "continue":
             below = below[:-1]
-        note_base(out / "adapter", trained_on, start.base, below, job.recipe.model.quantization)
+        note_base(out / "adapter", trained_on, ModelStack(start.base, below), job.recipe.model.quantization)

@@ -23,7 +23,9 @@ PROMPT = "The patient was given aspirin 100 mg for chest pain; BP 120/80 mmHg.\n
 def written(folder: Path, out: Path, quant: str = "f32") -> Path:
     """The folder's file, without the proof: llama.cpp is the judge here."""
     model = open_llama(folder)
-    gguf_model.write_model(out, model, read_vocabulary(folder, model.model.config.vocab_size), QUANTS[quant], "test")
+    gguf_model.write_model(
+        out, model, read_vocabulary(folder, model.model.config.vocab_size), QUANTS[quant], title="test"
+    )
     return out
 
 

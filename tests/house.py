@@ -28,9 +28,15 @@ MAX_TERNARIES = 20.0
 MAX_RESULT_KEYS = 0  # results read by a string, outside results/
 MAX_ANY_DICTS = 48  # `dict[str, Any]`, counted, with the aliases for what others wrote
 # Functions of five or more parameters by position, counted: beyond four a frozen dataclass, or an option that must be
-# named at the call. Not counted are commands, whose parameters are their options; counted are the few that another
-# library calls by position (transformers' attention, autograd's forward).
-MAX_WIDE = 33
+# named at the call. Not counted are commands, whose parameters are their options.
+MAX_WIDE = 1
+# Nor are signatures that another library calls by position.
+CALLED_BY_OTHERS = {
+    "qmedtune.modeling.attention varlen": "transformers' attention interface",
+    "qmedtune.modeling.cpu_attention forward": "autograd.Function.apply",
+    "qmedtune.bench.contenders forward": "autograd.Function.apply",
+    "qmedtune.modeling.fused forward": "transformers' decoder layer calls its attention",
+}
 
 # Facts of a seal, or a result as JSON, that are looked up in place of an attribute of their model.
 RESULT_KEY = re.compile(r"((?<!self)\.facts|\.as_json\(\))(\[|\.get\()")
@@ -215,6 +221,8 @@ def wide_functions(modules: dict[str, Module]) -> list[str]:
             if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 continue
             names = [argument.arg for argument in (*node.args.posonlyargs, *node.args.args)]
+            if f"{module.name} {node.name}" in CALLED_BY_OTHERS:
+                continue
             if len(names) - (names[:1] in (["self"], ["cls"])) >= 5:
                 found.append(f"{module.name}:{node.lineno} {node.name}")
     return found

@@ -29,7 +29,7 @@ from torch import Tensor
 from qmedtune.data.packing import templates
 from qmedtune.data.packing.pack import PackedRows
 from qmedtune.evaluate import write_results
-from qmedtune.evaluation.measure import Settings, measure_model
+from qmedtune.evaluation.measure import ModelToMeasure, Settings, measure_model
 from qmedtune.merge import MergeJob, merge
 from qmedtune.merge_folder import MergeInputs, adapters_of_run
 from qmedtune.model import load_tokenizer
@@ -140,7 +140,7 @@ def _scores(folder: Path, found: MergeInputs, world: str, scratch: Path) -> dict
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     parts = scratch / "scores"
     settings = Settings(template, generate=False, batch_tokens=4096)
-    measured = measure_model(model, load_tokenizer(folder), "model", [task], {}, settings, parts)
+    measured = measure_model(ModelToMeasure(model, load_tokenizer(folder), "model", settings, parts), [task], {})
     scores = write_results([task], {"model": measured}, found.seed, parts).tasks["facts"].model
     assert scores is not None
     shutil.rmtree(parts)

@@ -141,7 +141,9 @@ def rows_of(case: Case, folder: Path) -> Iterator[Row]:
     times, name = times_of(result), "time"
     if os.getloadavg()[0] > (os.cpu_count() or 1) + 1:  # the run itself is one of them
         name = "time, busy"
-    yield Row(case.name, f"{name}, loading to scores", plan["seconds"], sum(times.values()))
+    prepared = sum(step["seconds"] for step in result["steps"] if step["kind"] == "data")
+    yield Row(case.name, f"{name}, data", plan["times"]["data"], prepared)
+    yield Row(case.name, f"{name}, loading to scores", plan["seconds"] - plan["times"]["data"], sum(times.values()))
     if "evaluation" in times:
         yield Row(case.name, f"{name}, evaluation", plan["times"]["evaluation"], times["evaluation"])
     there = disk_of(run_dir, result)
@@ -155,7 +157,7 @@ def step_peaks(run_dir: Path) -> Iterator[int]:
 
 
 def times_of(result: dict[str, Any]) -> dict[str, float]:
-    """Seconds of every step but those of the data, which a plan does not time."""
+    """Seconds of every step but those of the data."""
     return {step["name"]: step["seconds"] for step in result["steps"] if step["kind"] != "data"}
 
 

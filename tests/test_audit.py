@@ -139,7 +139,7 @@ def test_what_was_learnt_by_heart_is_found_and_controls_are_not(recipe, micro_ru
         optimizer.step()
         optimizer.zero_grad()
     contexts = [canary.context for canary in found]
-    measured = audit.measure(resolved, model.eval(), tokenizer, found, contexts, "test")
+    measured = audit.measure(resolved, audit.AuditedModel(model.eval(), tokenizer, "test"), found, contexts)
     rows = {row.repeats: row for row in measured}
     assert (rows[4].exposure, rows[4].extracted) == (5.0, 3)
     assert rows[0].extracted == rows[1].extracted == 0

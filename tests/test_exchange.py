@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from qmedtune import group
+from qmedtune.errors import DoesNotFit, RecipeError
 from qmedtune.parsing.loader import load_recipe
 from qmedtune.plan import make_plan
-from qmedtune.planning import exchange
+from qmedtune.planning import exchange, memory
 from qmedtune.planning.view import render_plan
 
 MIB = 2**20
+ROOT = Path(__file__).parent.parent
 
 
 def test_a_ring_by_hand():
@@ -18,6 +23,10 @@ def test_a_ring_by_hand():
     assert exchange.times_as_fast(step, 2, "10 GbE") == pytest.approx(1 / 0.58)
     assert exchange.times_as_fast(step, 1, "10 GbE") == 1.0
     assert exchange.times_as_fast(step, 4, "NVLink") == pytest.approx(4, rel=0.01)
+
+
+def test_the_bucket_that_is_planned_is_the_one_that_is_sent():
+    assert memory.BUCKET_BYTES == group.BUCKET_BYTES
 
 
 def test_an_8b_model_exchanges_its_adapters_alone(monkeypatch, tmp_path):
@@ -31,3 +40,50 @@ def test_an_8b_model_exchanges_its_adapters_alone(monkeypatch, tmp_path):
     titles = [table.title for table in render_plan(plan)[0]]
     stage_known = any(stage["seconds"] for stage in plan["stages"])
     assert ("Times as fast with --gpus (computed, not measured)" in titles) == stage_known
+
+
+def test_a_sharded_base_is_gathered_twice_for_each_micro_batch_by_hand():
+    # 36 GB of linear weights on 4 GPUs: each receives 27 GB of it, forward and backward, for each of 2 micro-batches.
+    assert exchange.gathered_bytes(36e9, 4, 2) == 108_000_000_000
+    step = exchange.StepTime(8.0, 0, 36_000_000_000)
+    assert exchange.times_as_fast(step, 2, "NVLink") == pytest.approx(8 / (4 + 36 / 270))
+
+
+def planned(base: str, gib: float, cards: int, *settings: str):
+    lines = [f"model.base={base}", f"memory={gib}", "evaluate={tasks: [], perplexity: []}", *settings]
+    return make_plan(load_recipe(ROOT / "recipes" / "micro.yaml", lines).recipe, cards=cards)
+
+
+@pytest.mark.parametrize(("gib", "cards"), [(40, 2), (32, 2), (24, 4)])
+def test_70b_fits_several_cards_that_hold_it_together(gib: float, cards: int):
+    plan = planned("meta-llama/Llama-3.1-70B", gib, cards)
+    for stage in plan["stages"]:
+        assert stage["sharded"] and stage["peak_bytes"] <= stage["budget_bytes"]
+        assert stage["memory"][f"weights (1 of {cards} parts)"] == pytest.approx(68.5e9 / 2 / cards, rel=0.01)
+        assert stage["memory"]["exchange of gradients"] > 64 * MIB
+    assert any(decision["key"] == "shard" for decision in plan["decisions"])
+    assert any("not measured on cards" in note for note in plan["notes"])
+
+
+def test_a_base_that_fits_one_card_is_not_sharded_but_where_it_is_asked_for():
+    whole, sharded = planned("meta-llama/Llama-3.1-8B", 24, 2), planned("meta-llama/Llama-3.1-8B", 24, 2, "shard=true")
+    for one, other in zip(whole["stages"], sharded["stages"], strict=True):
+        assert not one["sharded"] and one["gathered_bytes"] == 0
+        assert other["sharded"] and other["gathered_bytes"] > 0
+    with pytest.raises(DoesNotFit, match=r"--gpus 2 with shard: auto"):
+        planned("meta-llama/Llama-3.1-70B", 40, 1)
+    with pytest.raises(DoesNotFit, match=r"--gpus 4 with shard: auto"):
+        planned("meta-llama/Llama-3.1-70B", 24, 2)
+    with pytest.raises(DoesNotFit):
+        planned("meta-llama/Llama-3.1-70B", 40, 2, "shard=false")
+
+
+def test_a_sharded_base_is_not_scored_where_it_does_not_fit_one_card():
+    with pytest.raises(DoesNotFit, match="evaluate: scores are taken on one GPU"):
+        planned("meta-llama/Llama-3.1-70B", 24, 4, "evaluate={perplexity: [literature]}")
+
+
+def test_a_stage_that_cannot_be_sharded_is_named():
+    stages = "stages=[{pretrain: {mix: {literature: 1}, tokens: 100}}, {cpt: {mix: {literature: 1}, tokens: 100}}]"
+    with pytest.raises(RecipeError, match="shard: true given, but 01-pretrain trains all parameters"):
+        planned("builtin:micro", 24, 2, "shard=true", stages)

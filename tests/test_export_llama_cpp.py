@@ -121,7 +121,7 @@ def test_an_adapter_on_llama_cpp_is_the_adapter_of_peft(settings: dict, tmp_path
 
     base = llama_folders.llama2_folder(tmp_path / "base")
     adapter = llama_folders.write_adapter(base, tmp_path / "adapter", size=0.1, **settings)
-    proof = write_adapter(tmp_path / "a.gguf", open_llama(base), [adapter], "f32", "test")
+    proof = write_adapter(tmp_path / "a.gguf", open_llama(base), [adapter], "f32", title="test")
     if settings.get("use_rslora"):
         assert proof.alpha == pytest.approx(45.2548)
     ids = backend(base).encode(PROMPT).ids

@@ -10,7 +10,7 @@ import torch
 from llama_folders import llama2_folder, llama3_folder
 
 from qmedtune.errors import DataError, RecipeError
-from qmedtune.evaluation.measure import Settings, measure
+from qmedtune.evaluation.measure import ModelToMeasure, Settings, measure
 from qmedtune.evaluation.open_model import locate, open_model
 from qmedtune.evaluation.scoring import choice_logprobs, prompt_texts
 from qmedtune.recipe import TaskSection
@@ -94,7 +94,8 @@ def test_choices_equal_the_harness_item_by_item(make, template, name, boundary, 
         correct += int(ours)
     assert found["results"][written]["acc,none"] == pytest.approx(correct / 15)
     if boundary == "segment":
-        rows = measure(opened.model, opened.tokenizer, task, Settings(opened.template, False, 8192), "", tmp_path)
+        settings = Settings(opened.template, False, 8192)
+        rows = measure(ModelToMeasure(opened.model, opened.tokenizer, "model", settings, tmp_path), task)
         assert [row["correct"] for row in rows] == [bool(sample["acc"]) for sample in samples]
 
 

@@ -315,8 +315,8 @@ def test_onto_nf4_of_a_model_trained_without_is_refused(base, adapters, tmp_path
 
 def test_adapters_on_another_base_or_in_another_order_are_refused(base, adapters, tmp_path):
     one, two = (Path(shutil.copytree(adapters["r16"][0], tmp_path / name)) for name in ("one", "two"))
-    bases.note_base(one, "builtin:tiny", base, [], "none")
-    bases.note_base(two, "builtin:tiny", base, [one], "none")
+    bases.note_base(one, "builtin:tiny", ModelStack(base), "none")
+    bases.note_base(two, "builtin:tiny", ModelStack(base, (one,)), "none")
     facts = merged(job(base, [one, two]), tmp_path / "m")
     assert facts["adapters"] == 2
     with pytest.raises(RecipeError, match="trained on top of 1 adapters"):
@@ -335,7 +335,7 @@ def test_the_name_of_a_base_inside_its_run_is_found_from_the_adapter_alone(base,
     name = bases.name_of_base("builtin:tiny", folded, run)
     assert name == "../../02-sft-base" and bases.name_of_base("builtin:tiny", base, run) == "builtin:tiny"
     assert bases.base_in_run(adapter, name) is None, "only what training has noted"
-    bases.note_base(adapter, name, folded, [], "nf4")
+    bases.note_base(adapter, name, ModelStack(folded), "nf4")
     assert bases.base_in_run(adapter, name) == folded.resolve()
     assert bases.base_in_run(adapter, "../../../elsewhere") is None
     assert bases.trained_quantization(adapter) == "nf4"

@@ -20,7 +20,7 @@ from qmedtune.errors import DataError, RecipeError
 from qmedtune.evaluation.open_model import locate
 from qmedtune.llama_shape import facts_from_config
 from qmedtune.model_settings import check_all
-from qmedtune.model_stack import ADAPTER_TENSORS, parameters
+from qmedtune.model_stack import ADAPTER_TENSORS, ModelStack, parameters
 from qmedtune.recipe import ModelSection
 
 RECIPE = """\
@@ -251,7 +251,7 @@ def adapter_of(base, path, below=()):
     path.mkdir()
     (path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
     save_file({"a": np.ones(2, np.float32)}, path / ADAPTER_TENSORS)
-    note_base(path, "mine", base, below, "nf4")
+    note_base(path, "mine", ModelStack(base, tuple(below)), "nf4")
     return path
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import nbformat
@@ -56,6 +59,67 @@ def test_the_quickstart_goes_from_the_install_to_answers(tmp_path: Path, monkeyp
     assert "&lt;!doctype html&gt;" in printed  # the report, in a frame of its own
     assert printed.count("(true: It treats ") == 4
     assert (tmp_path / "work" / "runs" / "cpt_then_sft" / "merged" / "model.safetensors").is_file()
+
+
+CELL = """
+import sys
+from IPython.core.interactiveshell import InteractiveShell
+result = InteractiveShell.instance().run_cell("SOURCE = %r\\n" + open(%r).read())
+result.raise_error()
+"""
+
+
+def fresh_environment(tmp_path: Path) -> Path:
+    """One that has all packages of this one but qmedtune; its folder of programs."""
+    site, venv = Path(sysconfig.get_paths()["purelib"]), tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
+    borrowed = tmp_path / "borrowed"
+    borrowed.mkdir()
+    for folder in [*map(Path, filter(os.path.isdir, sys.path)), site]:
+        for entry in folder.iterdir() if folder.name == "site-packages" else ():
+            if "qmedtune" not in entry.name and entry.suffix != ".pth" and not (borrowed / entry.name).exists():
+                (borrowed / entry.name).symlink_to(entry)
+    (venv / "lib" / site.parent.name / "site-packages" / "borrowed.pth").write_text(str(borrowed))
+    return venv / "bin"
+
+
+def install_cell(notebook: Path) -> str:
+    cells = nbformat.read(notebook, as_version=4).cells
+    return next(cell.source for cell in cells if "%pip install" in cell.source)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["git", "index", "wheel", "asked"])
+def test_the_install_cell_takes_what_there_is(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """From a git address, a name in an index, an uploaded wheel; with none of these it asks once, here for an index.
+    Each notebook has the same cell."""
+    cell = install_cell(NOTEBOOKS[0])
+    assert cell == install_cell(NOTEBOOKS[1])
+    programs, place, index = fresh_environment(tmp_path), tmp_path / "work", tmp_path / "index" / "qmedtune"
+    place.mkdir()
+    index.mkdir(parents=True)
+    # In an environment of its own, as pip does it: needs a package index, or setuptools in pip's cache.
+    subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(index), str(ROOT)], check=True)
+    [wheel] = index.glob("*.whl")
+    (index / "index.html").write_text(f'<a href="{wheel.name}">{wheel.name}</a>')
+    if way == "wheel":
+        shutil.copy(wheel, place)
+        monkeypatch.setenv("PIP_NO_INDEX", "1")
+    if way in ("index", "asked"):
+        monkeypatch.setenv("PIP_INDEX_URL", index.parent.as_uri())
+    monkeypatch.setenv("PIP_NO_DEPS", "1")  # they are there; what is asked is where qmedtune comes from
+    monkeypatch.setenv("PATH", f"{programs}{os.pathsep}/usr/bin{os.pathsep}/bin")
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    (tmp_path / "cell.py").write_text(cell)
+    source = {"git": ROOT.as_uri(), "index": "qmedtune"}.get(way, "")
+    done = subprocess.run(
+        [str(programs / "python"), "-c", CELL % (source, str(tmp_path / "cell.py"))],
+        cwd=place, input="qmedtune\n", capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "qmedtune 0.2" in done.stdout and ("or its name in a package index" in done.stdout) == (way == "asked")
+    [recipes] = place.rglob("recipes/cpt_then_sft.yaml")
+    assert recipes.is_file() and (programs / "qmedtune").is_file()
 
 
 @pytest.mark.slow

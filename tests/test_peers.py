@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,12 +16,16 @@ import torch
 from conftest import MICRO, MicroRun
 from safetensors.torch import load_file
 from stages import losses, stop_after
+from torch.distributed.tensor import DTensor
 
 from qmedtune import cli, interrupt, peers, plan, train
+from qmedtune import model as models
 from qmedtune.errors import RunError
 from qmedtune.group import Group
 from qmedtune.parsing.loader import load_recipe
+from qmedtune.planning.machine import this_machine
 from qmedtune.resolved import ResolvedRecipe
+from qmedtune.results import Trained
 from qmedtune.training import checkpoints
 
 LOSS, ADAPTER = 2e-6, 1e-5  # how far sums in another order may lead, over the steps of a stage in fp32
@@ -35,6 +40,7 @@ SETTINGS = (
     "stages[0].cpt.tokens=2500",
     "save.every=3",
 )
+IN_4_BITS = "linears are kept in 4 bits"  # what a GPU does; a CPU decodes them once
 # In the process that follows: what a test writes into $FAULTS is done wrong in every batch, or at the start of a stage.
 FAULTY = """
 import os, sys
@@ -76,18 +82,22 @@ def plant(path: str) -> None:
             raise RunError("/data/02-sft: not there\nmore words")
         return follow(*given)
 
+    def kept_or_decoded(*given):
+        return 0 if wrong() == IN_4_BITS else decode(*given)
+
+    decode, models.dequantize_linears = models.dequantize_linears, kept_or_decoded
     Group.share, Group.add_up, trainer.supervised_weight, train.follow_stage = shared, added, weighed, followed
 
 
-def recipe() -> ResolvedRecipe:
-    resolved, _ = plan.resolve(load_recipe(MICRO, SETTINGS).recipe)
+def recipe(*settings: str, cards: int = 1) -> ResolvedRecipe:
+    machine = replace(this_machine(), cards=cards)
+    resolved, _ = plan.resolve(load_recipe(MICRO, [*SETTINGS, *settings]).recipe, machine)
     return resolved
 
 
-def train_sft(packed: MicroRun, out: Path) -> list[float]:
+def train_sft(packed: MicroRun, out: Path, *settings: str, cards: int = 1) -> Trained:
     out.mkdir(exist_ok=True)
-    train.train_stage(recipe(), 1, packed.inputs("02-sft"), out)
-    return losses(out)
+    return train.train_stage(recipe(*settings, cards=cards), 1, packed.inputs("02-sft"), out)
 
 
 def adapter(out: Path) -> dict[str, torch.Tensor]:
@@ -130,7 +140,8 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FAULTS", str(file))
         patch.setenv("PYTHONPATH", os.pathsep.join((str(folder), str(Path(__file__).parent))))
-        for owner, name in ((Group, "share"), (Group, "add_up"), (train, "follow_stage")):
+        patched = ((Group, "share"), (Group, "add_up"), (train, "follow_stage"), (models, "dequantize_linears"))
+        for owner, name in patched:
             patch.setattr(owner, name, getattr(owner, name))  # put back in the end
         patch.setattr("qmedtune.training.trainer.supervised_weight", train_weight())
         plant(str(file))
@@ -156,9 +167,39 @@ def pair(faults: Path) -> Iterator[None]:
         yield
 
 
+# ---- what ends a run: before `pair` is there, since a process leads one group at a time ------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("has no data", "process 2 of 2: /data/02-sft: not there"),
+        ("ends", "process 2 of 2 ended by itself (exit code 9)"),
+    ],
+)
+def test_a_process_that_cannot_is_named(packed: MicroRun, right: Path, tmp_path: Path, fault: str, said: str):
+    right.write_text(fault)
+    with pytest.raises(RunError) as caught, peers.called("2"):
+        peers_before = peers._peers
+        train_sft(packed, tmp_path)
+    assert str(caught.value).splitlines()[0] == said
+    assert peers_before is not None
+    for process in peers_before.processes.values():
+        assert process.poll() is not None
+
+
+def test_other_versions_are_refused(faults: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(peers, "versions", lambda: {"torch": "0.1"})
+    with pytest.raises(RunError, match=r"process 2 of 2 has other versions: .*torch 2.*, here 0\.1"), peers.called("2"):
+        pass
+
+
+# ---- two train what one does -----------------------------------------------------------------------------------------
+
+
 def test_two_processes_train_what_one_does(packed: MicroRun, one: Path, pair: None, tmp_path: Path):
     assert len(losses(one)) > 12 and len({round(loss, 6) for loss in losses(one)}) == len(losses(one))
-    trained = train.train_stage(recipe(), 1, packed.inputs("02-sft"), tmp_path)
+    trained = train_sft(packed, tmp_path)
     assert len(trained.processes) == 2 and len(set(trained.processes)) == 1 and not trained.warnings
     loss, weight = differs(tmp_path, one)
     assert loss <= LOSS and weight <= ADAPTER
@@ -174,6 +215,92 @@ def test_a_wrong_exchange_would_be_seen(
     right.write_text(fault)
     train_sft(packed, tmp_path)
     loss, weight = differs(tmp_path, one)
+    assert loss > 10 * LOSS and weight > 10 * ADAPTER
+
+
+# ---- FSDP2: the frozen base is held together -------------------------------------------------------------------------
+
+SHARDED = ("shard=true",)
+FROZEN_EMBEDDINGS = ("adapter.train_embeddings=false",)
+
+
+@pytest.fixture(scope="module")
+def frozen(packed: MicroRun, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Trained]:
+    """The stage with frozen embedding and head, trained by one process."""
+    out = tmp_path_factory.mktemp("frozen")
+    return out, train_sft(packed, out, *FROZEN_EMBEDDINGS)
+
+
+def held_here(model: torch.nn.Module) -> dict[str, int]:
+    """Elements of this process by name of the weight, of those that are sharded."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor):
+            found[name] = parameter.to_local().numel()
+    return found
+
+
+def test_a_sharded_base_trains_what_a_whole_one_does(
+    packed: MicroRun,
+    frozen: tuple[Path, Trained],
+    pair: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    built = keep_what_is_built(monkeypatch)
+    trained = train_sft(packed, tmp_path, *SHARDED, *FROZEN_EMBEDDINGS, cards=2)
+    out, whole = frozen
+    loss, weight = differs(tmp_path, out)
+    assert loss <= LOSS and weight <= ADAPTER
+    assert len(trained.processes) == 2 and not trained.warnings
+    for ours, theirs in zip(trained.validation, whole.validation, strict=True):
+        assert ours.losses == pytest.approx(theirs.losses, abs=LOSS)
+    here = held_here(built[0].model)
+    config = built[0].model.config
+    assert len(here) == 7 * config.num_hidden_layers + 2  # all linears, embedding and head
+    (embedding,) = [size for name, size in here.items() if "embed_tokens" in name]
+    assert embedding == config.vocab_size * config.hidden_size / 2
+
+
+def test_sharded_nf4_weights_train_what_decoded_ones_do(
+    packed: MicroRun, one: Path, pair: None, right: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """As on a GPU: bitsandbytes' bytes under another dtype, decoded by us in every product."""
+    built = keep_what_is_built(monkeypatch)
+    right.write_text(IN_4_BITS)
+    train_sft(packed, tmp_path, *SHARDED, cards=2)
+    loss, weight = differs(tmp_path, one)
+    assert loss <= LOSS and weight <= ADAPTER
+    kernels = built[0].kernels
+    assert kernels is not None and not kernels.own_forward  # found by the description that bitsandbytes' module keeps
+    here = held_here(built[0].model)
+    config = built[0].model.config
+    assert len(here) == 7 * config.num_hidden_layers
+    (down,) = [size for name, size in here.items() if "layers.0.mlp.down_proj" in name]
+    assert down == config.hidden_size * config.intermediate_size / 2 / 4 / 2  # 2 a byte, 4 bytes an fp32, 2 processes
+
+
+def keep_what_is_built(monkeypatch: pytest.MonkeyPatch) -> list[train.Built]:
+    """The models of stages that are trained from here on."""
+    make, built = train._make_model, []
+
+    def kept(*given):
+        built.append(make(*given))
+        return built[-1]
+
+    monkeypatch.setattr(train, "_make_model", kept)
+    return built
+
+
+@pytest.mark.parametrize(
+    "fault", [pytest.param("each its own gradient", marks=pytest.mark.slow), "each its own denominator"]
+)
+def test_a_wrong_exchange_of_a_sharded_base_would_be_seen(
+    packed: MicroRun, frozen: tuple[Path, Trained], pair: None, right: Path, tmp_path: Path, fault: str
+):
+    right.write_text(fault)
+    train_sft(packed, tmp_path, *SHARDED, *FROZEN_EMBEDDINGS, cards=2)
+    loss, weight = differs(tmp_path, frozen[0])
     assert loss > 10 * LOSS and weight > 10 * ADAPTER
 
 
@@ -211,34 +338,39 @@ def test_running_out_of_memory_in_one_process_halves_the_micro_batch_of_all(
         return accumulate(self, model, inputs, supervised)
 
     monkeypatch.setattr(QTrainer, "_accumulate", once)
-    trained = train.train_stage(recipe(), 1, packed.inputs("02-sft"), tmp_path)
+    trained = train_sft(packed, tmp_path)
     assert failed == [2] and trained.micro_batch == 1
     loss, weight = differs(tmp_path, one)
     assert loss <= LOSS and weight <= ADAPTER
 
 
-@pytest.mark.parametrize(
-    ("fault", "said"),
-    [
-        ("has no data", "process 2 of 2: /data/02-sft: not there"),
-        ("ends", "process 2 of 2 ended by itself (exit code 9)"),
-    ],
-)
-def test_a_process_that_cannot_is_named(packed: MicroRun, right: Path, tmp_path: Path, fault: str, said: str):
-    right.write_text(fault)
-    with pytest.raises(RunError) as caught, peers.called("2"):
-        peers_before = peers._peers
-        train_sft(packed, tmp_path)
-    assert str(caught.value).splitlines()[0] == said
-    assert peers_before is not None
-    for process in peers_before.processes.values():
-        assert process.poll() is not None
+# ---- scores ----------------------------------------------------------------------------------------------------------
 
 
-def test_other_versions_are_refused(faults: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(peers, "versions", lambda: {"torch": "0.1"})
-    with pytest.raises(RunError, match=r"process 2 of 2 has other versions: .*torch 2.*, here 0\.1"), peers.called("2"):
-        pass
+def test_scores_are_shared_out_and_are_those_of_one_process(
+    packed: MicroRun, one: Path, pair: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from qmedtune import evaluate
+    from qmedtune.evaluation import measure
+
+    # Three draws of examples are three parts; two sources of text.
+    settings = ("evaluate.tasks=[{task: facts, limit: 4, shots: 1}]", "evaluate.generate=false")
+    compared = evaluate.EvaluatedModels(
+        packed.inputs("02-sft", one / "adapter").start, validation=packed.folder / "data/validation"
+    )
+    scored, score = [], measure._score
+    monkeypatch.setattr(measure, "_score", lambda *given: scored.append(1) or score(*given))
+    found = []
+    for folder, alone in ((tmp_path / "one", True), (tmp_path / "two", False)):
+        folder.mkdir()
+        monkeypatch.setattr(peers, "_alone", alone)
+        scored.clear()
+        found.append((evaluate.evaluate_step(recipe(*settings), compared, folder).as_json(), len(scored)))
+    (one_by_one, all_parts), (shared, led) = found
+    assert shared == one_by_one
+    assert 0 < led < all_parts
+    for file in sorted((tmp_path / "one").glob("*.jsonl")):
+        assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
 
 
 @pytest.mark.parametrize(

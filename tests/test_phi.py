@@ -72,7 +72,7 @@ def test_surrogates_are_consistent_within_a_patient_and_differ_between():
     text = "Dr. Smith, MRN 1234567, call 617-555-0123. Again MRN 1234567."
 
     def redact(patient):
-        return surrogates.redact(text, phi.find(text), patient, seed=1, shift_dates=False)
+        return surrogates.redact(text, phi.find(text), surrogates.StandIns(patient, 1))
 
     one = redact("p1")
     assert one == redact("p1") != redact("p2")
@@ -85,20 +85,20 @@ def test_surrogates_are_consistent_within_a_patient_and_differ_between():
 
 def test_dates_move_together_and_keep_their_distance():
     text = "Admitted 03/14/2019, seen 2019-03-20."
-    out = surrogates.redact(text, phi.find(text), "p", seed=1, shift_dates=True)
+    out = surrogates.redact(text, phi.find(text), surrogates.StandIns("p", 1, True))
     (m, d, y), (y2, m2, d2) = (
         re.search(r"(\d+)/(\d+)/(\d{4})", out).groups(),
         re.search(r"(\d{4})-(\d+)-(\d+)", out).groups(),
     )
     assert (date(int(y2), int(m2), int(d2)) - date(int(y), int(m), int(d))).days == 6
     assert date(2018, 3, 13) <= date(int(y), int(m), int(d)) < date(2019, 3, 14)
-    plain = surrogates.redact(text, phi.find(text), "p", seed=1, shift_dates=False)
+    plain = surrogates.redact(text, phi.find(text), surrogates.StandIns("p", 1))
     assert plain == "Admitted [date], seen [date]."
 
 
 def test_ages_over_89_become_a_group():
     text = "This 93-year-old woman"
-    assert surrogates.redact(text, phi.find(text), "p", 1, False) == "This over 89-year-old woman"
+    assert surrogates.redact(text, phi.find(text), surrogates.StandIns("p", 1)) == "This over 89-year-old woman"
 
 
 def run(tmp_path, mode, rows):

@@ -33,7 +33,7 @@ def planned(settings=(), run_dir=None, recipe=MICRO):
 
 def test_the_times_are_a_sum_and_stand_in_the_table(micro_run, without_gpu, tmp_path):
     found = planned(run_dir=tmp_path / "run")
-    assert list(found["times"]) == ["loading", "training", "merging", "evaluation"]
+    assert list(found["times"]) == ["data", "loading", "training", "merging", "evaluation"]
     assert found["seconds"] == pytest.approx(sum(found["times"].values())) and min(found["times"].values()) > 0
     scored = found["evaluation"]
     parts = [task["seconds"] for task in scored["tasks"]]
@@ -73,13 +73,21 @@ def test_examples_before_questions_are_read_once(micro_run, tmp_path):
 
 
 def test_what_is_cached_takes_no_time(micro_run, without_gpu, monkeypatch):
+    sources = ["literature", "notes", "general", "instructions"]
     names = ["01-cpt", "02-sft", "merged", "evaluation"]
+    names += [f"data/{name}" for name in [*sources, "01-cpt", "02-sft"]]
     rows = [{"name": name, "status": "cached", "why": ""} for name in names]
     monkeypatch.setattr("qmedtune.step_status.status", lambda recipe, out: rows)
     assert planned(run_dir=micro_run.folder)["seconds"] == 0
     rows[3]["status"] = "to do"
     left = planned(run_dir=micro_run.folder)
     assert left["times"]["training"] == left["times"]["merging"] == 0 < left["times"]["evaluation"]
+    assert left["times"]["data"] == 0
+    rows[5]["status"] = "to do"  # one of four sources
+    one = planned(run_dir=micro_run.folder)["times"]["data"]
+    for row in rows:
+        row["status"] = "to do"
+    assert 0 < 2 * one < planned(run_dir=micro_run.folder)["times"]["data"]
 
 
 def test_a_benchmark_that_is_not_here_makes_it_at_least(without_gpu, monkeypatch):

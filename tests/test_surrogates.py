@@ -23,7 +23,7 @@ KEY = bytes(range(32))
 
 
 def stand_in(value: str, kind: str = "name", patient: str = "p1", key: bytes = KEY) -> str:
-    return surrogates.redact(value, [Span(0, len(value), kind)], patient, key, False)
+    return surrogates.redact(value, [Span(0, len(value), kind)], surrogates.StandIns(patient, key))
 
 
 def test_a_thousand_names_of_one_patient_stay_a_thousand():
@@ -65,13 +65,16 @@ def test_the_secret_decides_and_patients_differ():
         assert stand_in(value, kind) == stand_in(value, kind)
         assert stand_in(value, kind) != stand_in(value, kind, key=other)
         assert stand_in(value, kind) != stand_in(value, kind, patient="p2")
-    shifts = {surrogates.redact("03/14/2019", [Span(0, 10, "date")], "p", bytes([n]) * 32, True) for n in range(50)}
+    shifts = {
+        surrogates.redact("03/14/2019", [Span(0, 10, "date")], surrogates.StandIns("p", bytes([n]) * 32, True))
+        for n in range(50)
+    }
     assert len(shifts) > 40
 
 
 def test_the_text_around_stays_and_so_does_a_sex():
     text = "94F seen by Dr. Smith on 3/4/19, MRN 1234567."
-    out = surrogates.redact(text, phi.find(text), "p", KEY, False)
+    out = surrogates.redact(text, phi.find(text), surrogates.StandIns("p", KEY))
     assert re.fullmatch(r"over 89 F seen by Dr\. [A-Z][a-z]+ on \[date\], MRN \d{7}\.", out)
 
 
@@ -79,7 +82,7 @@ def test_no_part_of_a_planted_identifier_is_left():
     for text, start, end, kind in planted(400, 5):
         if kind in ("zip", "age_over_89"):
             continue
-        assert text[start:end] not in surrogates.redact(text, phi.find(text), "p", KEY, False)
+        assert text[start:end] not in surrogates.redact(text, phi.find(text), surrogates.StandIns("p", KEY))
 
 
 # ---- the secret -----------------------------------------------------------------------------------------------------

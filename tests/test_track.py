@@ -115,6 +115,21 @@ def assert_is(found: dict[str, list[tuple[int, float]]], told: dict[str, list[tu
         assert np.asarray(values, np.float32).tolist() == np.asarray([value for _, value in curve], np.float32).tolist()
 
 
+def assert_scores(found: dict[str, list[tuple[int, float]]], out: Path) -> None:
+    """What run.json says of base (step 0) and result (1), and nothing else."""
+    scored = json.loads((out / "run.json").read_text())["evaluation"]
+    facts, told = scored["tasks"]["facts"], {}
+    told["facts/accuracy"] = (facts["base"]["accuracy"], facts["final"]["accuracy"])
+    written = facts["base"]["generation"]["accuracy"], facts["final"]["generation"]["accuracy"]
+    told["facts/generation accuracy"] = written
+    for name, text in scored["perplexity"].items():
+        told[f"perplexity/{name}"] = (text["base"], text["final"])
+    assert found.keys() == told.keys() and len(told) == 4
+    for name, values in told.items():
+        assert [step for step, _ in found[name]] == [0, 1]
+        assert [value for _, value in found[name]] == pytest.approx(values, rel=1e-6)
+
+
 def assert_holds_no_text(out: Path, tracker: str) -> None:
     """No text of a record, no path, no name of machine or user in any byte that was written, nor in a file's name."""
     files = [path for path in (out / tracker).rglob("*") if path.is_file()]
@@ -150,9 +165,11 @@ def test_a_run_that_fails_and_goes_on(own_cache: Path, tmp_path: Path, guard: Pa
         patch.setattr(train.StageCallback, "on_step_end", on_step_end)
         assert micro(out, "--set", "track=tensorboard") == 1
     assert max(step for step, _ in in_tensorboard(out, "01-cpt")["train/loss"]) == 7
+    assert not (out / "tensorboard" / "scores").exists()
     assert micro(out, "--set", "track=tensorboard") == 0
     for stage in ("01-cpt", "02-sft"):
         assert_is(in_tensorboard(out, stage), figures_of(out, stage))
+    assert_scores(in_tensorboard(out, "scores"), out)
     assert_holds_no_text(out, "tensorboard")
     assert guard.read_text() == "begun\n" * 2
 
@@ -168,6 +185,7 @@ def test_a_run_that_fails_and_goes_on(own_cache: Path, tmp_path: Path, guard: Pa
     assert micro(out, "--set", "track=trackio") == 0
     for stage in ("01-cpt", "02-sft"):
         assert_is(in_trackio(out, stage), figures_of(out, stage))
+    assert_scores(in_trackio(out, "scores"), out)
     assert_holds_no_text(out, "trackio")
     assert set(guard.read_text().splitlines()) == {"begun"}
 

@@ -272,7 +272,7 @@ def test_a_validation_loss_that_is_not_finite_is_told_and_never_the_best(
     micro_run: MicroRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     values = iter([1.0, 1.0, float("nan"), 3.0, 2.0, float("inf")])  # two sources: before the first step, then twice
-    monkeypatch.setattr(stage_callback, "mean_loss", lambda *_: next(values, 2.5))
+    monkeypatch.setattr(stage_callback, "mean_loss", lambda *_, **__: next(values, 2.5))
     recipe = micro(*FP32, "validate.keep_best=true", "validate.every=4")
     texts = recipe.validation.model_copy(update={"on": ["literature", "notes"]})
     recipe = recipe.model_copy(update={"validation": texts})
@@ -291,7 +291,7 @@ def test_each_stage_keeps_the_step_that_is_best_at_what_it_is_for(tmp_path: Path
     calls = iter(range(1000))
     rising = {"literature": 1, "notes": 1, "instructions": -1}
     monkeypatch.setattr(
-        stage_callback, "mean_loss", lambda _, rows, *__: 9 + rising[rows.sources[0]] * next(calls) / 100
+        stage_callback, "mean_loss", lambda _, rows, *__, **___: 9 + rising[rows.sources[0]] * next(calls) / 100
     )
     settings = ["validate.keep_best=true", "validate.every=2", "stages[1].sft.batch=2", "stages[0].cpt.tokens=1500"]
     loaded = load_recipe(MICRO, settings)

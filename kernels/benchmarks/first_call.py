@@ -135,8 +135,9 @@ def tests(call: Call) -> None:
 
 
 def train(call: Call) -> None:
-    """A whole stage through the real trainer, in both 16-bit types; dry: fewer documents, one type."""
+    """A whole stage through the real trainer, in both 16-bit types; dry: fewer documents, one type, no scores."""
     fewer = [f"data.{source}.max_records=40" for source in ("literature", "notes", "general", "instructions")]
+    fewer += ["evaluate.tasks=[]", "evaluate.perplexity=[]"]
     for dtype in ("bfloat16",) if call.dry else ("bfloat16", "float16"):
         out = call.scratch / f"run-{dtype}-{os.getpid()}"
         command = [sys.executable, "-m", "qmedtune", "run", "recipes/micro.yaml", "--offline", "--out", str(out)]
@@ -315,14 +316,15 @@ def _measured(call: Call, shape: str, chosen: dict[str, Any], contender: str) ->
 
     from qmedtune.bench import train_worker
     from qmedtune.bench.job import job_of
-    from qmedtune.bench.train import _run
+    from qmedtune.bench.train import Folders, _run
     from qmedtune.planning import memory
 
     job = job_of(shape, chosen)
+    folders = Folders(call.scratch, call.scratch)
     if call.together:
         measured = _figures(call, job)
     else:
-        measured = _run(job, contender, call.scratch, call.scratch, 60.0 * (20 if call.dry else 1))
+        measured = _run(job, contender, folders, 60.0 * (20 if call.dry else 1))
     found = measured.model_dump(mode="json", exclude_none=True)
     kept = {key: value for key, value in found.items() if key not in ("losses", "checkpoints")}
     if contender == "qmedtune" and "layers" in found:

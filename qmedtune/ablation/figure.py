@@ -144,7 +144,7 @@ def _marks(panel: _Panel, arms: Sequence[ArmEntry]) -> str:
         for place, name in enumerate(panel.names):
             if name in measures:
                 y = _y(row) + (place - (len(panel.names) - 1) / 2) * 7
-                marks += _mark(panel, measures[name], y, COLORS[place % len(COLORS)], f"{arm.arm}, {name}")
+                marks += _mark(panel, measures[name], y, color=COLORS[place % len(COLORS)], title=f"{arm.arm}, {name}")
     return marks
 
 
@@ -169,7 +169,7 @@ def _legend(title: str, names: Iterable[str], left: int) -> str:
     return "".join(parts)
 
 
-def _mark(panel: _Panel, measure: Measure, y: float, color: str, title: str) -> str:
+def _mark(panel: _Panel, measure: Measure, y: float, *, color: str, title: str) -> str:
     x, said, bar = panel.x(measure.mean), f"{title}: {measure.mean:.3g}", ""
     if measure.ci95 is not None:
         low, high = measure.ci95

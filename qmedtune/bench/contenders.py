@@ -65,7 +65,7 @@ def cases(contender: str, quick: bool) -> Iterator[Timed]:
     for name, n, k in linears:
         yield from dequantize(contender, name, n, k)
         for m in few:
-            yield from multiply(contender, name, n, k, m)
+            yield from multiply(contender, name, (n, k), m)
     for m in many:
         yield from layer(contender, m)
         yield from norms(contender, m, 4096)
@@ -124,9 +124,11 @@ def dequantize(contender: str, name: str, n: int, k: int) -> Iterator[Timed]:
         yield Timed("dequantize", shape, copy, moved)
 
 
-def multiply(contender: str, name: str, n: int, k: int, m: int) -> Iterator[Timed]:
+def multiply(contender: str, name: str, weight: tuple[int, int], m: int) -> Iterator[Timed]:
+    """Of x [m, k] with a weight of [n, k] elements."""
     from qmedtune_kernels import matmul, nf4
 
+    n, k = weight
     moved, flops = n * k * 0.5159 + 2 * m * (n + k), 2.0 * m * n * k
     capable = torch.cuda.get_device_capability() >= (8, 0)
 

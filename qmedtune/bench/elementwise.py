@@ -6,6 +6,7 @@ Deliberately not here: timing (kernels.py), the other kernels (contenders.py).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,9 +18,10 @@ Call = Callable[[], object]
 def elementwise(contender: str, m: int, dtype: torch.dtype, device: str) -> Iterator[tuple[str, str, Callable, float]]:
     """(kernel, shape, setup, least bytes) of what this contender can do over `m` tokens."""
     swiglu_shape, rope_shape = f"{m}x{INTERMEDIATE}", f"{m}x{HEADS}+{KV_HEADS}x{HEAD_DIM}"
+    swiglu = partial(_swiglu, contender, m, dtype, device)
     rows = [
-        ("swiglu forward", swiglu_shape, lambda: _swiglu(contender, m, dtype, device, False), 6.0 * m * INTERMEDIATE),
-        ("swiglu backward", swiglu_shape, lambda: _swiglu(contender, m, dtype, device, True), 10.0 * m * INTERMEDIATE),
+        ("swiglu forward", swiglu_shape, partial(swiglu, backward=False), 6.0 * m * INTERMEDIATE),
+        ("swiglu backward", swiglu_shape, partial(swiglu, backward=True), 10.0 * m * INTERMEDIATE),
         ("rope", rope_shape, lambda: _rope(contender, m, dtype, device), 4.0 * m * (HEADS + KV_HEADS) * HEAD_DIM),
     ]
     for kernel, shape, setup, moved in rows:
@@ -35,7 +37,7 @@ def _copy(count: int, device: str) -> Call:
     return lambda: target.copy_(source)
 
 
-def _swiglu(contender: str, m: int, dtype: torch.dtype, device: str, backward: bool) -> Call:
+def _swiglu(contender: str, m: int, dtype: torch.dtype, device: str, *, backward: bool) -> Call:
     from qmedtune_kernels import swiglu
 
     def plain(x: Tensor) -> Tensor:

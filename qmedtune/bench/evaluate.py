@@ -11,7 +11,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -53,6 +53,16 @@ class BenchmarkCase:
         return self.task.asked
 
 
+@dataclass
+class CaseRuns:
+    """A benchmark by the name it was given, and what contenders took for it and answered; seconds: of each round."""
+
+    name: str
+    case: BenchmarkCase
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    scores: dict[str, Scores] = field(default_factory=dict)
+
+
 def bench_eval(
     *,
     model: str = "builtin:tiny",
@@ -82,15 +92,14 @@ def bench_eval(
     with ui.progress_bar("bench eval", len(tasks) * rounds * len(contenders), "runs") as bar:
         for name in tasks:
             case = _case(opened, name, limit)
-            runs: dict[str, list[float]] = {}
-            scores: dict[str, Scores] = {}
+            runs = CaseRuns(name, case)
             for _ in range(rounds):
                 for contender in contenders:
-                    seconds, scores[contender] = _timed(_work(contender, opened, case))
-                    runs.setdefault(contender, []).append(seconds)
+                    seconds, runs.scores[contender] = _timed(_work(contender, opened, case))
+                    runs.seconds.setdefault(contender, []).append(seconds)
                     bar.update(bar.completed + 1, note=f"{name}, {contender}")
             for contender in contenders:
-                rows.append(_row(name, case, contender, runs, scores))
+                rows.append(_row(runs, contender))
     return {"bench": "eval", "device": device_name(), "versions": versions(), "rows": rows}
 
 
@@ -160,10 +169,9 @@ def _timed(work: Callable[[], Scores]) -> tuple[float, Scores]:
     return time.perf_counter() - start, scores
 
 
-def _row(
-    name: str, case: BenchmarkCase, contender: str, runs: dict[str, list[float]], scores: dict[str, Scores]
-) -> Row:
-    seconds = runs[contender]
+def _row(runs: CaseRuns, contender: str) -> Row:
+    name, case, scores = runs.name, runs.case, runs.scores
+    seconds = runs.seconds[contender]
     row: Row = {
         "case": name.partition("=")[0],
         "contender": contender,
@@ -177,8 +185,8 @@ def _row(
         row["rows_per_batch"] = round(len(case.items) / case.batches, 1)
     for key, other in (("ratio", "lm-eval"), ("over_default", "lm-eval-default")):
         row[key] = None
-        if other in runs:
-            pairs = zip(runs[other], seconds, strict=True)
+        if other in runs.seconds:
+            pairs = zip(runs.seconds[other], seconds, strict=True)
             row[key] = round(statistics.median(theirs / ours for theirs, ours in pairs), 2)
     if "lm-eval" in scores:
         apart, same = 0.0, 0

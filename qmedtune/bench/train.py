@@ -17,13 +17,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
-from qmedtune import ui
+from qmedtune import hashes, ui
 from qmedtune.bench.best import best_job
 from qmedtune.bench.job import Job
 from qmedtune.bench.random_bases import SHAPES, tensors_of
@@ -183,18 +183,26 @@ def _rows(job: Job, contenders: Sequence[str], limits: Limits, runs: _Runs) -> l
     return rows
 
 
+@dataclass(frozen=True)
+class Folders:
+    """Where a contender leaves what it found, and where random models are written once for all."""
+
+    scratch: Path
+    models: Path
+
+
 class _Runs:
     """Measurements of one call, each made once and kept where there is a file for them."""
 
     def __init__(self, limits: Limits, scratch: Path, bar: ui.ProgressBar):
         self.kept, self.bar = MeasurementCache(limits.results), bar
-        self.scratch, self.models = scratch, limits.models or scratch
+        self.folders = Folders(scratch, limits.models or scratch)
         self.deadline = time.monotonic() + limits.time_limit_s
 
     def once(self, name: str, job: Job, number: int = 0) -> Measurement:
         self.bar.update(self.bar.completed + 1, note=name)
         left = self.deadline - time.monotonic()
-        return self.kept.measurement(job, name, number, partial(measure, job, name, self.scratch, self.models, left))
+        return self.kept.measurement(job, name, number, partial(measure, job, name, self.folders, left))
 
 
 def all_versions() -> dict[str, str | None]:
@@ -263,17 +271,18 @@ def _setting(chosen: FastestJob) -> Row:
     return {"setting": setting, "tried": [each.as_json() for each in chosen.tried]}
 
 
-def measure(job: Job, contender: str, scratch: Path, models: Path, seconds: float) -> Measurement:
+def measure(job: Job, contender: str, folders: Folders, seconds: float) -> Measurement:
     """One run of a contender in its own process, compared with the fp32 loop's where the shape is small."""
     if why := _absent(Code.of(contender).name):
         return Measurement(absent=why)
     if seconds < SHORTEST_S:
         return NO_TIME
-    scratch = scratch / f"{job.steps} steps"  # a reference is of so many
+    scratch = folders.scratch / f"{job.steps} steps"  # a reference is of so many
     scratch.mkdir(exist_ok=True)
+    folders = replace(folders, scratch=scratch)
     if job.shape == "tiny" and not (scratch / f"{REFERENCE}.json").is_file():
-        _run(job, REFERENCE, scratch, models, seconds)
-    found = _run(job, contender, scratch, models, seconds)
+        _run(job, REFERENCE, folders, seconds)
+    found = _run(job, contender, folders, seconds)
     if job.shape == "tiny" and found.tokens_per_s is not None:
         return found.model_copy(update=_against_reference(scratch, contender))
     return found
@@ -289,16 +298,21 @@ def _absent(contender: str) -> str:
 
 def _target(scratch: Path, contender: str) -> Path:
     """Where its process writes its figures; a checkout's folder is no file name."""
-    return (scratch / f"{contender.replace('/', '_')}.json").resolve()
+    code = Code.of(contender)
+    name = code.name
+    if code.checkout is not None:
+        name += f"-{hashes.sha256_json(str(code.checkout))[:12]}"
+    return (scratch / f"{name}.json").resolve()
 
 
-def _run(job: Job, contender: str, scratch: Path, models: Path, seconds: float) -> Measurement:
-    target, code = _target(scratch, contender), Code.of(contender)
+def _run(job: Job, contender: str, folders: Folders, seconds: float) -> Measurement:
+    target, code = _target(folders.scratch, contender), Code.of(contender)
     target.unlink(missing_ok=True)
     program = "from qmedtune.bench.train_process import main; main()"
     if contender == "unsloth":  # it patches what is imported after it
         program = f"import unsloth; {program}"
-    command = [sys.executable, "-c", program, code.name, json.dumps(asdict(job)), str(models.resolve()), str(target)]
+    models = str(folders.models.resolve())
+    command = [sys.executable, "-c", program, code.name, json.dumps(asdict(job)), models, str(target)]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=seconds, check=False, env=code.environment(),

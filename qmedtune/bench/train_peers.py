@@ -66,26 +66,28 @@ def lora_config(job: Job) -> Any:
 
 def trl(job: Job, folder: Path, clock: Clock) -> None:
     job = replace(job, micro_batch=min(DOCUMENTED_BATCH, job.rows), checkpointing=True)
-    sft(job, folder, clock, four_bit_model(folder), lora_config(job))
+    sft(job, folder, clock, four_bit_model(folder), lora=lora_config(job))
 
 
 def trl_tuned(job: Job, folder: Path, clock: Clock) -> None:
-    sft(job, folder, clock, four_bit_model(folder, best_attention()), lora_config(job))
+    sft(job, folder, clock, four_bit_model(folder, best_attention()), lora=lora_config(job))
 
 
 def trl_liger(job: Job, folder: Path, clock: Clock) -> None:
-    sft(job, folder, clock, four_bit_model(folder, best_attention()), lora_config(job), use_liger_kernel=True)
+    sft(job, folder, clock, four_bit_model(folder, best_attention()), lora=lora_config(job), use_liger_kernel=True)
 
 
 def trl_compiled(job: Job, folder: Path, clock: Clock) -> None:
-    sft(job, folder, clock, four_bit_model(folder, "flex_attention"), lora_config(job), torch_compile=True)
+    sft(job, folder, clock, four_bit_model(folder, "flex_attention"), lora=lora_config(job), torch_compile=True)
 
 
 def sft_trainer(job: Job, folder: Path, clock: Clock) -> None:
-    sft(job, folder, clock, dequantised_model(folder), lora_config(job))
+    sft(job, folder, clock, dequantised_model(folder), lora=lora_config(job))
 
 
-def sft(job: Job, folder: Path, clock: Clock, model: Any, lora: Any, tokenizer: Any = None, **options: Any) -> None:
+def sft(
+    job: Job, folder: Path, clock: Clock, model: Any, *, lora: Any = None, tokenizer: Any = None, **options: Any
+) -> None:
     """TRL's trainer over the job's rows; `options` are SFTConfig's."""
     from datasets import Dataset
     from transformers import AutoTokenizer
@@ -155,7 +157,7 @@ def unsloth(job: Job, folder: Path, clock: Clock) -> None:
         target_modules=names,
         use_gradient_checkpointing="unsloth" if job.checkpointing else False,
     )
-    sft(job, folder, clock, model, None, tokenizer)
+    sft(job, folder, clock, model, tokenizer=tokenizer)
 
 
 def axolotl(job: Job, folder: Path, clock: Clock) -> None:
@@ -169,7 +171,7 @@ def axolotl(job: Job, folder: Path, clock: Clock) -> None:
     lora_kernels.patch_self_attn_lora(config)
     model = get_peft_model(four_bit_model(folder, best_attention()), lora_config(job))
     lora_kernels.apply_lora_kernel_patches(model, config)
-    sft(job, folder, clock, model, None)
+    sft(job, folder, clock, model)
 
 
 # ------------------------------------------------------------------------------------------------------ the bare loop

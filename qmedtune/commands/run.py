@@ -98,16 +98,20 @@ def plan(
     out: OutOption = None,
     overrides: SetOption = [],  # noqa: B006
     full: Annotated[bool, typer.Option("--full", help="Every figure, and why each `auto` became what it did.")] = False,
+    gpus: Annotated[
+        str | None, typer.Option("--gpus", metavar="N|auto", help="Plan for so many GPUs like this one; default: one.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """What a run will take, before anything runs: fits or not, time, disk. Exit code 4: it cannot fit."""
     loaded = load(recipe, overrides)
     from qmedtune.plan import make_plan
     from qmedtune.planning import plan_screen
+    from qmedtune.planning.machine import planned_cards
     from qmedtune.planning.view import render_plan
     from qmedtune.terminal import wrapped
 
-    facts = make_plan(loaded.recipe, run_folder(loaded, out))
+    facts = make_plan(loaded.recipe, run_folder(loaded, out), cards=planned_cards(gpus))
     if as_json:
         return emit(facts)
     print("\n".join(wrapped(f"{facts['recipe']} {plan_screen.verdict(facts)}")))

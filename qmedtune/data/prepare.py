@@ -49,7 +49,7 @@ def prepare_source(recipe: Recipe, name: str, inputs: Mapping[str, Path], out: P
     source, work = recipe.data[name], out / "work.jsonl"
     items = benchmark_items(recipe)
     rejects = Rejects(name, out / "rejects.jsonl")
-    sound, superseded = read_source(recipe, name, items, rejects, work)
+    sound, superseded = read_source(recipe, name, items, rejects=rejects, work=work)
     rejects.close()
     check_damage(recipe, name, rejects, len(sound))
     own = [RecordLines(work, line_starts(sound))]

@@ -9,8 +9,9 @@ Deliberately absent: model loading, intervals and comparisons (summary.py).
 from __future__ import annotations
 
 import gc
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -36,6 +37,7 @@ from qmedtune.evaluation.scoring import (
     perplexity,
     prompt_texts,
 )
+from qmedtune.evaluation.turns import Turns
 from qmedtune.modeling.collation import Rows
 from qmedtune.modeling.forward import compute_dtype
 from qmedtune.recipe import SourceSection
@@ -64,63 +66,101 @@ class Settings:
 
 @dataclass(frozen=True)
 class MeasuredModel:
-    """What one model did: rows per task in the order of `asked`, perplexity per source of held-out text."""
+    """What one model did: rows per task in the order of `asked`, perplexity per source of held-out text. Of a process
+    that does not lead several: its own part of it."""
 
     tasks: dict[str, list[Row]]
     perplexity: dict[str, Perplexity]
 
 
-def measure_model(
-    model: Any,
-    tokenizer: Any,
-    label: str,
-    tasks: list[Task],
-    held_out: Mapping[str, Rows],
-    settings: Settings,
-    folder: Path,
-) -> MeasuredModel:
-    """All tasks and texts. Each result is written below `folder` at once and read from there when it is there."""
-    marks = codec_of(tokenizer).special_ids
+@dataclass(frozen=True)
+class ModelToMeasure:
+    """A loaded model, what it is called in progress bars and file names, and how it is measured. What is found is
+    written below `folder` at once, and read from there where it is there. turns: with which other processes that is
+    shared."""
+
+    model: Any
+    tokenizer: Any
+    label: str
+    settings: Settings
+    folder: Path
+    turns: Turns = field(default_factory=Turns)
+
+    def part(self, task: Task, number: int) -> Path:
+        """The file of part `number` of a task's answers."""
+        return self.folder / f"{self.label}-{task.name}" / f"{number:05d}.json"
+
+    def within(self, batch_tokens: int) -> ModelToMeasure:
+        """The same with batches of another size."""
+        return replace(self, settings=replace(self.settings, batch_tokens=batch_tokens))
+
+    def text(self, source: str) -> Path:
+        """The file of a source's perplexity; a source may be a path, which must not lead out of the folder."""
+        return self.folder / f"{self.label}-perplexity-{store.sha256_json(source)[:16]}.json"
+
+
+def measure_model(asked: ModelToMeasure, tasks: list[Task], held_out: Mapping[str, Rows]) -> MeasuredModel:
+    """All tasks and texts; `held_out` has rows per source."""
+    turns, marks = asked.turns, codec_of(asked.tokenizer).special_ids
 
     def text(source: str) -> dict[str, float]:
-        rows = held_out[source]
-        with ui.progress_bar(f"perplexity of {Path(source).name}, {label}") as bar:
-            done = bar.completed
+        with ui.progress_bar(f"perplexity of {Path(source).name}, {asked.label}") as bar:
+            rows, done = held_out[source], bar.completed
 
             def read(batch_tokens: int) -> Perplexity:
                 bar.update(done)
-                return perplexity(model, rows, batch_tokens=batch_tokens, progress=adding(bar), marks=marks)
+                return perplexity(asked.model, rows, batch_tokens=batch_tokens, progress=adding(bar), marks=marks)
 
-            return asdict(within_memory(read, settings.batch_tokens))
+            return asdict(within_memory(read, asked.settings.batch_tokens))
 
     done = {}
     for task in tasks:
-        parts_folder = folder / f"{label}-{task.name}"
-        done[task.name] = measure(model, tokenizer, task, settings, f"{task.name}, {label}", parts_folder)
-    texts = {}
+        done[task.name] = measure(asked, task)
+    texts, of_others = {}, []
     for source in held_out:
-        # A source may be a path, which must not lead out of the folder.
-        file = folder / f"{label}-perplexity-{store.sha256_json(source)[:16]}.json"
-        texts[source] = Perplexity(**store.kept(file, partial(text, source)))
+        if turns.mine():
+            texts[source] = Perplexity(**store.kept(asked.text(source), partial(text, source)))
+        else:
+            of_others.append(source)
+    for source in of_others:
+        if turns.leads:
+            turns.wait(asked.text(source))
+            texts[source] = Perplexity(**store.kept(asked.text(source), partial(text, source)))
     return MeasuredModel(done, texts)
 
 
-def measure(model: Any, tokenizer: Any, task: Task, settings: Settings, title: str, folder: Path) -> list[Row]:
-    """One row per question of `asked`, in order; each part of them is written to `folder` when it is scored."""
-    asked = task.asked
-    prompts = prompt_texts(tokenizer, settings.template, [item.messages for item in asked])
+def measure(model: ModelToMeasure, task: Task) -> list[Row]:
+    """One row per question of `asked`, in order; each part of them is written when it is scored. Where the parts are
+    shared, the process that leads has all rows, another its own."""
+    asked, settings, turns = task.asked, model.settings, model.turns
+    prompts = prompt_texts(model.tokenizer, settings.template, [item.messages for item in asked])
     rows: list[Row] = [{}] * len(asked)
     ways = bool(asked[0].options) + (settings.generate or not asked[0].options)
-    with ui.progress_bar(title, total=len(asked) * ways, unit="answers") as bar:
-        for number, part in enumerate(parts(asked, prompts)):
-            items = [asked[index] for index in part]
-            texts = [prompts[index] for index in part]
+    with ui.progress_bar(f"{task.name}, {model.label}", total=len(asked) * ways, unit="answers") as bar:
+
+        def take(number: int, part: list[int]) -> None:
+            questions = [(asked[index], prompts[index]) for index in part]
             done = bar.completed
-            score = partial(_score, model, tokenizer, task, items, texts, settings, adding(bar))
+
+            def score(batch_tokens: int) -> list[Row]:
+                bar.update(done)
+                return _score(model.within(batch_tokens), task, questions, adding(bar))
+
             work = partial(within_memory, score, settings.batch_tokens)
-            for index, row in zip(part, store.kept(folder / f"{number:05d}.json", work), strict=True):
+            for index, row in zip(part, store.kept(model.part(task, number), work), strict=True):
                 rows[index] = row
             bar.update(done + len(part) * ways)
+
+        of_others: dict[int, list[int]] = {}
+        for number, part in enumerate(parts(asked, prompts)):
+            if turns.mine():
+                take(number, part)
+            else:
+                of_others[number] = part
+        for number, part in of_others.items():
+            if turns.leads:
+                turns.wait(model.part(task, number))
+                take(number, part)
     return rows
 
 
@@ -136,23 +176,29 @@ def parts(asked: Sequence[Item], prompts: Sequence[Prompt]) -> list[list[int]]:
     return found
 
 
-def _score(
-    model: Any, tokenizer: Any, task: Task, items: list[Item], prompts: list[Prompt], settings: Settings,
-    done: Progress, batch_tokens: int,
-) -> list[Row]:  # fmt: skip
+def num_parts(task: Task) -> int:
+    """How many parts a benchmark has."""
+    sizes = Counter(item.shots for item in task.asked)
+    return sum(-(-size // PART) for size in sizes.values())
+
+
+def _score(asked: ModelToMeasure, task: Task, questions: list[tuple[Item, Prompt]], done: Progress) -> list[Row]:
+    model, tokenizer, settings = asked.model, asked.tokenizer, asked.settings
     rows: list[Row] = []
-    options = []
-    for item in items:
+    items, prompts, options = [], [], []
+    for item, prompt in questions:
         rows.append({"truncated": False})
+        items.append(item)
+        prompts.append(prompt)
         options.append(item.options)
     if items[0].options:
-        scores = choice_logprobs(model, tokenizer, prompts, options, batch_tokens=batch_tokens, progress=done)
+        scores = choice_logprobs(model, tokenizer, prompts, options, batch_tokens=settings.batch_tokens, progress=done)
         resolution = TIE_NATS[compute_dtype(model)]
         for row, item, score in zip(rows, items, scores, strict=True):
             row |= {**_choice_row(task, item, score, resolution), "truncated": score.truncated}
     if settings.generate or not items[0].options:
-        length = task.max_new_tokens
-        answers = generate(model, tokenizer, prompts, length, batch_tokens=batch_tokens, progress=done)
+        length, budget = task.max_new_tokens, settings.batch_tokens
+        answers = generate(model, tokenizer, prompts, length, batch_tokens=budget, progress=done)
         for row, item, answer in zip(rows, items, answers, strict=True):
             prediction = task.parse(answer.text, item)
             judged = {**task.judge(item, prediction), "parsed": prediction is not None, "ended": answer.ended}

@@ -46,10 +46,12 @@ def fitted(frame: Frame, messages: Sequence[Message], room_tokens: int) -> Fitte
             break
         gone = min(2, len(kept) - opening - 1)  # a question and its answer
         kept = kept[:opening] + kept[opening + gone :]
-    return _without_middle(frame, kept, room_tokens, len(messages) - len(kept), asked)
+    return _without_middle(frame, kept, room_tokens, forgotten=len(messages) - len(kept), whole=asked)
 
 
-def _without_middle(frame: Frame, messages: list[Message], room_tokens: int, forgotten: int, whole: Prompt) -> Fitted:
+def _without_middle(
+    frame: Frame, messages: list[Message], room_tokens: int, *, forgotten: int, whole: Prompt
+) -> Fitted:
     """The most characters of the last message that fit, by halving."""
     last = messages[-1]
     key = "input" if last.get("input") else "content"

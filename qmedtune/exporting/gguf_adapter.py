@@ -46,7 +46,7 @@ class AdapterProof:
     probe_tokens: int
 
 
-def write_adapter(path: Path, model: DiskLlama, folders: Sequence[Path], quant: str, title: str) -> AdapterProof:
+def write_adapter(path: Path, model: DiskLlama, folders: Sequence[Path], quant: str, *, title: str) -> AdapterProof:
     """Write and prove the file. Raises RecipeError for what a GGUF adapter cannot hold."""
     updates = read_adapters(folders, model.shapes)
     _check(updates, model, folders)

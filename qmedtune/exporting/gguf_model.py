@@ -50,8 +50,8 @@ class GgufTensor:
     kind: GGMLQuantizationType
 
 
-def write_model(path: Path, model: DiskLlama, vocabulary: Vocabulary, quant: Quant, title: str) -> str:
-    """Write the file; returns its sha256, taken while it is written.
+def write_model(path: Path, model: DiskLlama, vocabulary: Vocabulary, quant: Quant, *, title: str) -> str:
+    """Write the file; returns its sha256, taken while it is written. It may not be on the disk yet: the caller syncs.
 
     Raises RecipeError for what llama.cpp's LLaMA does not have, RunError for numbers that do not fit the type, OSError
     or RunError where the disk is full: then `path` is not whole.
@@ -81,7 +81,6 @@ def write_model(path: Path, model: DiskLlama, vocabulary: Vocabulary, quant: Qua
                 shown.update(number)
     finally:
         writer.close()
-    store.fsync_path(path)
     return written.digest.hexdigest()
 
 

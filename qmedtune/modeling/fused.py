@@ -32,6 +32,8 @@ from transformers.models.llama import modeling_llama as llama
 from qmedtune.modeling import residual
 from qmedtune.modeling.activations import recomputed, tiled
 from qmedtune.modeling.forward import causal_model
+from qmedtune.modeling.sharding import is_sharded
+from qmedtune.modeling.trained_embeddings import compute_in
 from qmedtune.results import Kernels
 
 Layer = Any  # an nn.Module whose attributes (PEFT's, bitsandbytes') a type checker cannot see
@@ -54,7 +56,7 @@ def install(model: nn.Module, mode: str = "auto") -> Kernels:
             counts[type(module).__name__] += 1
             module.__class__ = ours
         if isinstance(module, ModulesToSaveWrapper):
-            _compute_in(dtype, module)
+            compute_in(dtype, module)
     groups: list[list[Layer]] = []
     for module in model.modules():
         groups += _groups(module)
@@ -69,10 +71,30 @@ def install(model: nn.Module, mode: str = "auto") -> Kernels:
             residual.chain(module)
     if (head := causal_model(model).get_output_embeddings()) is not None:  # a classifier has none
         setattr(head, "kernels", dispatch.mode(mode))  # noqa: B010 - read by loss.py
-    own = Counter(_obstacle(group) for group in groups)
-    del own[""]  # those that our function computes
     paths = dispatch.describe(device, mode)
-    return Kernels(mode=dispatch.mode(mode), paths=paths, modules=dict(counts), own_forward=dict(own))
+    return Kernels(mode=dispatch.mode(mode), paths=paths, modules=dict(counts), own_forward=_own_forward(groups))
+
+
+def recheck(model: nn.Module, kernels: Kernels) -> Kernels:
+    """What `install` told, of a model that FSDP has wrapped since: its linears have other parameters now, adapters may
+    have moved to another device, and plain weights no longer lie behind each other, so each is multiplied by itself."""
+    groups: list[list[Layer]] = []
+    device = next(_norm_weights(model)).device
+    for module in model.modules():
+        for group in _groups(module):
+            stack_rows(group)
+            groups += [[projection] for projection in group]
+        if isinstance(module, Grouped):
+            module.decided = {}
+    paths = dispatch.describe(device, kernels.mode)
+    return kernels.model_copy(update={"paths": paths, "own_forward": _own_forward(groups)})
+
+
+def _own_forward(groups: Sequence[Sequence[Layer]]) -> dict[str, int]:
+    """How many groups our function does not compute, by the reason."""
+    own = Counter(_obstacle(group) for group in groups)
+    del own[""]
+    return dict(own)
 
 
 def _groups(module: Layer) -> list[list[Layer]]:
@@ -108,7 +130,7 @@ def stack_rows(projections: Sequence[Layer]) -> None:
     weights: list[Tensor] = []
     for projection in projections:
         base = _base(projection)
-        if type(base) is nn.Linear and not base.weight.requires_grad:
+        if type(base) is nn.Linear and not (base.weight.requires_grad or is_sharded(base.weight)):
             weights.append(base.weight)
     if len(weights) == len(projections):
         lora.lay_together(weights)
@@ -130,8 +152,7 @@ def _shared_adapters(projections: Sequence[Layer]) -> list[str]:
 
 def nf4_weight(linear: Any) -> NF4Weight:
     """The tensors of a bitsandbytes `Linear4bit`; FSDP may store the bytes under another dtype."""
-    parameter = linear.weight
-    state = parameter.quant_state
+    parameter, state = linear.weight, _quant_state(linear)
     # Described and checked when first seen and after a move; kept with the parameter: a successor is new.
     place = parameter.data_ptr(), state.absmax.data_ptr()
     kept = vars(parameter).get(DESCRIBED)
@@ -148,9 +169,16 @@ def nf4_weight(linear: Any) -> NF4Weight:
     return weight
 
 
+def _quant_state(linear: Layer) -> Any:
+    """bitsandbytes' description of a quantised weight; None: it is none. FSDP puts plain parameters in the place of
+    bitsandbytes', and then the module has it."""
+    state = getattr(linear.weight, "quant_state", None)
+    return getattr(linear, "quant_state", None) if state is None else state
+
+
 def _is_nf4(linear: Layer) -> bool:
     """A Linear4bit in bitsandbytes' standard layout: its CPU back end repacks weights for inference."""
-    state = getattr(linear.weight, "quant_state", None)
+    state = _quant_state(linear)
     if state is None or state.quant_type != "nf4" or getattr(state, "packing_format_for_cpu", False):
         return False
     return state.state2 is None or state.state2.blocksize == NESTED_BLOCKSIZE
@@ -448,31 +476,3 @@ REPLACED = {
     llama.LlamaAttention: LlamaAttention,
     llama.LlamaDecoderLayer: LlamaDecoderLayer,
 }
-
-
-# --------------------------------------------------------------------- trained embeddings
-
-
-class MasterEmbedding(nn.Embedding):
-    """A trained fp32 copy whose output is in the compute dtype."""
-
-    compute_dtype: torch.dtype
-
-    def forward(self, input: Tensor) -> Tensor:
-        return F.embedding(input, self.weight, self.padding_idx).to(self.compute_dtype)
-
-
-class MasterHead(nn.Linear):
-    """A trained fp32 copy that multiplies in its input's dtype; the gradient arrives in fp32."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input, self.weight.to(input.dtype), self.bias)
-
-
-def _compute_in(dtype: torch.dtype, wrapper: Layer) -> None:
-    for copy in wrapper.modules_to_save.values():
-        if type(copy) is nn.Embedding:
-            copy.__class__ = MasterEmbedding
-            setattr(copy, "compute_dtype", dtype)  # noqa: B010
-        elif type(copy) is nn.Linear:
-            copy.__class__ = MasterHead

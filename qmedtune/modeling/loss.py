@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from qmedtune.modeling.attention import packed_inputs
 from qmedtune.modeling.collation import Rows, collate, supervised_weight
 from qmedtune.modeling.forward import causal_model
+from qmedtune.modeling.sharding import whole
 
 # Logits held at once on the CPU: 2**24 fp32 values are 64 MiB.
 MAX_LOGITS = 2**24
@@ -46,7 +47,7 @@ def label_nll(model: Any, input_ids: Tensor, labels: Tensor, position_ids: Tenso
     if torch.is_autocast_enabled(kind := picked.device.type):  # the last norm has left them in fp32
         picked = picked.to(torch.get_autocast_dtype(kind))
     head = causal_model(model).get_output_embeddings()
-    return head_nll(picked, head.weight.to(picked.dtype), targets, getattr(head, "kernels", "auto"))
+    return head_nll(picked, whole(head.weight).to(picked.dtype), targets, getattr(head, "kernels", "auto"))
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,8 @@ def packed_hidden(model: Any, input_ids: Tensor, position_ids: Tensor) -> Tensor
 
 def head_nll(hidden: Tensor, weight: Tensor, targets: Tensor, path: str = "auto") -> Tensor:
     """fp32 [T]: of targets [T] under hidden [T, D] and the output matrix [V, D], in one dtype."""
+    if not len(targets):  # rows of which nothing is supervised: none of the ways below is made for no rows
+        return hidden.float().sum(-1)
     if not weight.requires_grad:
         return frozen_head_nll(hidden, weight, targets, path)
     return (_fused_nll if hidden.is_cuda else _chunked_nll)(hidden, weight, targets)

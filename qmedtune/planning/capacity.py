@@ -27,6 +27,7 @@ from qmedtune.resolved import ResolvedRecipe
 # in large vocabularies, 3.6 in those of 32k).
 COMPRESSED, UNPACKED = (".gz", ".zst", ".parquet"), 4
 BYTES_PER_TOKEN = 3
+BUILTIN_BYTES = 9  # of prepared text per token of the built-in world: whole words, with ids and JSON around them
 # Real bases from this size on want a GPU; `plan` takes one for them where none is here.
 GPU_PARAMETERS = 0.5e9
 

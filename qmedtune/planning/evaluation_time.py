@@ -2,8 +2,7 @@
 
 Base and result are loaded and asked one after the other; texts are read once more by both in NF4 where 16 bit is what
 is delivered (evaluate.py). Assumed speeds, like those of training (speed.py). Deliberately not here: parsing benchmarks
-and prompts (preflight.py), which precision is taken (precision.py), and `evaluate.against` and `audit`,
-which are not timed.
+and prompts (preflight.py), which precision is taken (precision.py), `evaluate.against` and `audit` (not timed).
 """
 
 from __future__ import annotations

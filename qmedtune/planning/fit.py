@@ -15,7 +15,7 @@ from qmedtune.planning import layers, memory
 from qmedtune.planning.machine import CARDS_GIB, GIB, Machine
 from qmedtune.planning.memory import Setup
 from qmedtune.recipe import LayersSection, Recipe, TrainSection
-from qmedtune.resolved import Numerics, ResolvedRecipe
+from qmedtune.resolved import Cards, Numerics, ResolvedRecipe
 
 # Decoding NF4 costs as much as multiplying by it with this many tokens (2.5 bytes per weight written and read back,
 # against 2 FLOPs per token): 110 to 230 on T4, A100, 4090, H200 by the limits in the kernel notes. On a CPU the
@@ -27,6 +27,7 @@ ENOUGH_TOKENS = {"cuda": 16_384, "cpu": 4_096}
 OPTIMIZER_COST = {"adamw": 0.0, "adamw_8bit": 0.002, "paged_adamw_8bit": 0.02}
 # Share of the budget that an automatic choice fills: the prediction is meant to be right within 10 %.
 FILLED = 0.9
+MORE_CARDS = (2, 4, 8)  # of a workstation, and of a node
 HOST_RESERVE_BYTES = GIB  # for the system, when the "card" is the RAM
 
 
@@ -54,11 +55,13 @@ def budget_bytes(machine: Machine, recipe: Recipe) -> int:
 @dataclass(frozen=True)
 class Draft:
     """Stage `index` of a recipe whose lengths, batches and compute dtype are resolved: what still may be `auto` are
-    micro-batch, checkpointing and optimiser. `numerics`: what the stage computes in and attends with."""
+    micro-batch, checkpointing and optimiser. `numerics`: what the stage computes in and attends with; `cards`: on how
+    many GPUs."""
 
     recipe: Recipe
     index: int
     numerics: Numerics
+    cards: Cards = Cards()
 
     @property
     def section(self) -> TrainSection:
@@ -67,7 +70,7 @@ class Draft:
 
 def draft_of(recipe: ResolvedRecipe, index: int) -> Draft:
     """A resolved stage as one, to be judged anew."""
-    return Draft(recipe, index, recipe.stages[index].numerics)
+    return Draft(recipe, index, recipe.stages[index].numerics, recipe.stages[index].cards)
 
 
 def setup_of(recipe: ResolvedRecipe, index: int) -> Setup:
@@ -102,6 +105,8 @@ def smallest(draft: Draft) -> Setup:
         frozen_adapters=frozen,
         full=full,
         attention=decided.attention,
+        cards=draft.cards.number,
+        sharded=draft.cards.sharded,
     )
 
 
@@ -130,8 +135,9 @@ def options(section: TrainSection, least: Setup, machine: Machine) -> list[Setup
 
 
 def _micro_batches(section: TrainSection, least: Setup, machine: Machine) -> list[int]:
-    """The stated number of rows; else powers of two, and the whole batch, while more of them still gain speed."""
-    batch = int(section.batch)
+    """The stated number of rows; else powers of two, and all of the batch that a card gets, while more of them still
+    gain speed."""
+    batch = -(-int(section.batch) // least.cards)
     if section.micro_batch != "auto":
         return [min(section.micro_batch, batch)]
     allowed = {1}
@@ -242,6 +248,9 @@ def _does_not_fit(facts: BaseFacts, name: str, least: FittedSetup, machine: Mach
             too_little.append((text, freed))
     too_little.sort(key=lambda remedy: -remedy[1])
     named = (enough + too_little)[:3]
+    if number := _enough_cards(facts, least, machine):
+        sharded = memory.peak_bytes(facts, replace(setup, cards=number, sharded=True), gpu=machine.is_gpu)
+        named = [*named[:2], (f"--gpus {number} with shard: auto (FSDP2)", least.peak_bytes - sharded)]
     if len(named) < 3:
         named.append(("a smaller base: this much is missing;", missing))
     where = "several cards"
@@ -258,3 +267,15 @@ def _does_not_fit(facts: BaseFacts, name: str, least: FittedSetup, machine: Mach
     for text, freed in named:
         lines.append(f"  {text} frees {units.size(freed)}")
     return "\n".join(lines)
+
+
+def _enough_cards(facts: BaseFacts, least: FittedSetup, machine: Machine) -> int | None:
+    """How many GPUs like this one hold a base together that does not fit one; None: it is no GPU, not what a base on
+    several is for, or more than a node has."""
+    if not machine.is_gpu or least.setup.full:
+        return None
+    for number in MORE_CARDS:
+        setup = replace(least.setup, cards=number, sharded=True)
+        if number > machine.cards and memory.peak_bytes(facts, setup, gpu=True) <= least.budget_bytes:
+            return number
+    return None

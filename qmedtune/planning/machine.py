@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any, cast
 
 from qmedtune.allowed import FloatDtype
+from qmedtune.errors import RecipeError
 from qmedtune.peak import host_memory_bytes
 
 GIB = 1024**3
 # The sizes in which cards are sold, GiB: T4/4080 16, 3090/4090/L4 24, A100 40/80, A6000/L40S 48, H200 141 (140 usable).
 CARDS_GIB = (8, 12, 16, 24, 32, 40, 48, 80, 96, 140, 180)
+MOST_CARDS = 1024  # of a run
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Machine:
     """One accelerator (or the CPU) and its host. Memory in bytes; `memory_bytes` is the card's, or the RAM for a CPU.
 
     `capability` is CUDA's (8.9), None on a CPU. `bf16`: has the instructions, so that bf16 is no emulation.
-    `present` is False for a card that is only planned for.
+    `present` is False for a card that is only planned for; `cards`: how many like it a run takes.
     """
 
     kind: str
@@ -40,6 +42,7 @@ class Machine:
     capability: float | None = None
     used_bytes: int = 0
     present: bool = True
+    cards: int = 1
 
     @property
     def is_gpu(self) -> bool:
@@ -73,6 +76,35 @@ def card_of(gib: float, *, bf16: bool = True) -> Machine:
         used_bytes=0,
         present=False,
     )
+
+
+def planned_cards(asked: str | None) -> int:
+    """How many GPUs `--gpus` of a plan means: a number, which may be more than this machine has, or `auto`, all that it
+    has. Raises RecipeError."""
+    if asked is None:
+        return 1
+    if asked == "auto":
+        return max(1, len(visible_cards()))
+    return number_of_cards(asked)
+
+
+def number_of_cards(asked: str) -> int:
+    """`--gpus` as a number. Raises RecipeError."""
+    if not asked.isdecimal() or not 1 <= int(asked) <= MOST_CARDS:
+        raise RecipeError(f"--gpus {asked}: not a number of GPUs\nallowed: 1, 2, ... {MOST_CARDS} or auto")
+    return int(asked)
+
+
+def visible_cards() -> list[str]:
+    """Index or name of each card that a run here may take, by the driver's tool; without torch."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name.strip() for name in visible.split(",") if name.strip() not in ("", "-1")]
+    if not shutil.which("nvidia-smi"):
+        return []
+    command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    return answer.stdout.split() if answer.returncode == 0 else []
 
 
 def _card(host: Machine) -> Machine | None:

@@ -7,7 +7,7 @@ Deliberately not here: choosing settings (resolve.py), and the choice per layer 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -40,6 +40,9 @@ HOST_BASE_BYTES = {"cpu": 600 * MIB, "cuda": int(1.8 * GIB)}
 RUN_BYTES = 300 * MIB
 
 
+# Of gradients summed at once, as in group.py, and what NCCL holds for its channels: assumed.
+BUCKET_BYTES = 64 * MIB
+NCCL_BYTES = 256 * MIB
 # Offloaded layers pass this many tokens at a time through their MLP (modeling/activations.py).
 TILE_TOKENS = 4096
 WAYS = ("keep", "cheap", "recompute", "offload")
@@ -65,6 +68,8 @@ class Setup:
     attention: str = "sdpa"
     dropout: bool = False
     ways: tuple[int, int, int, int] | None = None  # layers by WAYS; None: all recompute (`checkpointing`) or keep
+    cards: int = 1  # that share the rows, and exchange gradients
+    sharded: bool = False  # they hold the frozen base together
 
     @property
     def tokens(self) -> int:
@@ -109,6 +114,8 @@ def weight_bytes(facts: BaseFacts, setup: Setup, *, gpu: bool) -> dict[str, int]
         if setup.element_bytes < 4:
             copies = facts.linear_parameters * setup.element_bytes
         return {"weights (fp32)": 4 * facts.parameters, "weights (16-bit copies)": copies}
+    if setup.sharded:
+        return _sharded_weights(facts, setup, gpu=gpu)
     if not (gpu and setup.quantized):
         return {f"weights ({setup.compute_dtype})": facts.parameters * setup.element_bytes}
     per_weight = NF4_DOUBLE_BYTES if setup.double_quantization else NF4_BYTES
@@ -116,6 +123,41 @@ def weight_bytes(facts: BaseFacts, setup: Setup, *, gpu: bool) -> dict[str, int]
         "weights (NF4)": int(facts.linear_parameters * per_weight),
         "embeddings and norms": rest * setup.element_bytes,
     }
+
+
+def linear_bytes(facts: BaseFacts, setup: Setup, *, gpu: bool) -> float:
+    """Of all linear weights, without the scales of NF4: what FSDP shards and gathers."""
+    per_weight = 0.5 if gpu and setup.quantized else setup.element_bytes
+    return per_weight * facts.linear_parameters
+
+
+def _sharded_weights(facts: BaseFacts, setup: Setup, *, gpu: bool) -> dict[str, int]:
+    """This card's part of the base (modeling/sharding.py). The scales of NF4 stay whole; so do embedding and head where
+    they are trained or one matrix is both. Gathered at a time: two layers (one computes, the next is on its way), each
+    once as it arrives and once in its place, or embedding or head."""
+    linears = linear_bytes(facts, setup, gpu=gpu)
+    rest = (facts.parameters - facts.linear_parameters) * setup.element_bytes
+    apart = not (facts.tied or setup.train_embeddings)
+    vocabulary = facts.vocab * facts.hidden * setup.element_bytes if apart else 0
+    scales = 0.0
+    if gpu and setup.quantized:
+        per_weight = NF4_DOUBLE_BYTES if setup.double_quantization else NF4_BYTES
+        scales = (per_weight - 0.5) * facts.linear_parameters
+    gathered = max(4 * linears / facts.layers, 2 * vocabulary)
+    return {
+        f"weights (1 of {setup.cards} parts)": int(linears / setup.cards),
+        "scales of NF4": int(scales),
+        "embeddings and norms": int(rest if not apart else rest / setup.cards),
+        "gathered layers": int(gathered),
+    }
+
+
+def exchange_workspace(facts: BaseFacts, setup: Setup, *, gpu: bool) -> int:
+    """What sums between several processes take beside the gradients: a bucket of them (group.py) and NCCL's buffers."""
+    if setup.cards == 1:
+        return 0
+    bucket = min(BUCKET_BYTES, 4 * trained_parameters(facts, setup))
+    return bucket + (NCCL_BYTES if gpu else 0)
 
 
 @cache
@@ -306,6 +348,7 @@ def step_memory(facts: BaseFacts, setup: Setup, *, gpu: bool) -> dict[str, int]:
         **weight_bytes(facts, setup, gpu=gpu),
         "adapters (fp32)": adapters,
         "gradients (fp32)": 4 * trained,
+        "exchange of gradients": exchange_workspace(facts, setup, gpu=gpu),
         "optimiser": int(OPTIMIZER_BYTES[setup.optimizer] * trained),
         **passing,
     }
@@ -335,6 +378,9 @@ def host_memory(facts: BaseFacts, setup: Setup, *, gpu: bool, merge: bool) -> di
         base = HOST_BASE_BYTES["cuda"] + RUN_BYTES
         paged = OPTIMIZER_BYTES["adamw_8bit"] * trained_parameters(facts, setup)
         loading = base + shard
+        if setup.sharded:  # each process loads all of the base here before it keeps its part
+            whole = sum(weight_bytes(facts, replace(setup, sharded=False), gpu=True).values())
+            loading = setup.cards * (base + whole) + shard
         training = base + int(paged) + offloaded_bytes(facts, setup)
     else:
         base = HOST_BASE_BYTES["cpu"] + RUN_BYTES

@@ -37,6 +37,7 @@ class PlannedMachine(TypedDict):
     name: str
     memory_bytes: int
     host_bytes: int
+    cards: int
 
 
 class PlannedSource(TypedDict):
@@ -61,7 +62,7 @@ class PlannedStep(TypedDict):
 class PlannedStage(TypedDict):
     """A stage: planning.rows.Tokens, how it is trained, its predicted memory by parts and its time (None where nobody
     knows how many tokens there are). `measured`: the speed is this run folder's own. `exchange_bytes`: of gradients,
-    between several GPUs in every step."""
+    between several GPUs in every step; `gathered_bytes`: of a base that is `sharded`, received by each."""
 
     name: str
     kind: str
@@ -78,6 +79,8 @@ class PlannedStage(TypedDict):
     attention: str
     trained_parameters: int
     exchange_bytes: int
+    gathered_bytes: int
+    sharded: bool
     memory: dict[str, int]
     peak_bytes: int
     budget_bytes: int
@@ -137,7 +140,7 @@ class DiskRoom(TypedDict):
 
 
 class Plan(TypedDict):
-    """times: seconds that are left, by what they go to (loading, training, merging, evaluation); `seconds`: their sum.
+    """times: seconds that are left, by what they go to: data, loading, training, merging, evaluation; seconds: in all.
     evaluation: None where nothing is scored."""
 
     recipe: str

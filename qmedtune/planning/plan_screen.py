@@ -136,6 +136,8 @@ def _is_about(note: str, names: Iterable[str]) -> bool:
 
 def _steps(plan: Plan) -> PlanTable:
     rows: list[list[str]] = []
+    if plan["times"]["data"]:
+        rows.append(["data", "", "", "", duration(plan["times"]["data"])])
     shown = plan["stages"]
     if len(shown) > MOST_STAGES:
         shown = shown[: MOST_STAGES - 1]

@@ -12,11 +12,14 @@ from dataclasses import dataclass, replace
 
 from qmedtune import units
 from qmedtune.allowed import ScoringPrecision
+from qmedtune.errors import DoesNotFit
 from qmedtune.llama_shape import BYTES_OF
-from qmedtune.planning.fit import budget_bytes
+from qmedtune.planning.fit import budget_bytes, setup_of
 from qmedtune.planning.machine import Machine, this_machine
+from qmedtune.planning.memory import weight_bytes
 from qmedtune.planning.shapes import base_facts
 from qmedtune.recipe import Recipe
+from qmedtune.resolved import ResolvedRecipe
 from qmedtune.results import BaseAndFinal, Merge
 
 # Beside the weights a forward pass of 8,192 tokens holds a key/value cache (8B: 1 GiB), one layer's activations and a
@@ -74,6 +77,22 @@ def after_no_room(recipe: Recipe, taken: Precision) -> Precision | None:
     if taken.quantised or recipe.model.quantization != "nf4":
         return None
     return replace(trained(recipe), why=f"memory ran out in {taken.weights} on {this_machine().name}")
+
+
+def refuse_unscorable(recipe: ResolvedRecipe, machine: Machine) -> None:
+    """DoesNotFit where several GPUs hold the base together because it does not fit one, and are asked for scores: each
+    model is scored by one process, on one GPU."""
+    if not recipe.shard or not (recipe.evaluate.tasks or recipe.evaluate.perplexity):
+        return
+    setup = replace(setup_of(recipe, 0), cards=1, sharded=False)
+    needed = sum(weight_bytes(base_facts(recipe.model), setup, gpu=True).values()) + BESIDE_WEIGHTS_BYTES
+    there = budget_bytes(machine, recipe)
+    if machine.is_gpu and needed > there:
+        raise DoesNotFit(
+            f"evaluate: scores are taken on one GPU, and this base takes {units.size(needed)} of {units.size(there)} "
+            f"there ({machine.name}); only training is sharded\n"
+            "remedy: evaluate: {tasks: [], perplexity: []}, and `qmedtune eval` of the merged model on a larger card"
+        )
 
 
 def trained(recipe: Recipe) -> Precision:

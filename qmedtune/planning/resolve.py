@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from qmedtune import units
 from qmedtune.batches import MIN_STEPS
-from qmedtune.errors import RecipeError
+from qmedtune.errors import DoesNotFit, RecipeError
 from qmedtune.llama_shape import BaseFacts
 from qmedtune.planning import fit
 from qmedtune.planning.layers import slowdown
@@ -31,7 +31,7 @@ from qmedtune.recipe import (
     TrainSection,
     WarmupSection,
 )
-from qmedtune.resolved import Numerics, ResolvedRecipe
+from qmedtune.resolved import Cards, Numerics, ResolvedRecipe
 
 Proposals = dict[str, tuple[Any, str]]
 Decisions = list[Decision]
@@ -51,27 +51,59 @@ def resolve(recipe: Recipe, machine: Machine | None = None) -> tuple[ResolvedRec
     `machine` defaults to this one. Raises DoesNotFit when a stage cannot fit, RecipeError when the base is unknown.
     """
     machine = machine or this_machine()
+    if recipe.shard != "auto":
+        if recipe.shard:
+            _refuse_to_shard(recipe)
+        return _resolve(recipe, machine, sharded=recipe.shard and machine.cards > 1)
+    try:
+        return _resolve(recipe, machine, sharded=False)
+    except DoesNotFit:
+        if machine.cards == 1 or not any(_can_shard(stage) for stage in recipe.stages):
+            raise
+    resolved, decisions = _resolve(recipe, machine, sharded=True)
+    why = f"the base does not fit one GPU with its training: {machine.cards} hold it together (FSDP2)"
+    return resolved, [{"key": "shard", "value": True, "why": why}, *decisions]
+
+
+def _can_shard(stage: StageSection) -> bool:
+    """A frozen base, and a loss that all processes compute in the same passes."""
+    return not (stage.full or stage.classify)
+
+
+def _refuse_to_shard(recipe: Recipe) -> None:
+    for name, stage in zip(recipe.stage_names(), recipe.stages, strict=True):
+        if not _can_shard(stage):
+            what = "trains all parameters" if stage.full else "trains a head on documents"
+            raise RecipeError(
+                f"shard: true given, but {name} {what}, which is not sharded\n"
+                "allowed: shard: auto or false; cpt and sft stages with an adapter are sharded"
+            )
+
+
+def _resolve(recipe: Recipe, machine: Machine, *, sharded: bool) -> tuple[ResolvedRecipe, Decisions]:
     facts = base_facts(recipe.model)
     decisions: Decisions = []
     model = _fill(recipe.model, "model", _dtype(machine), decisions)
     adapter = _fill(recipe.adapter, "adapter", _embeddings(recipe, facts), decisions)
     recipe = _judge_instructions(recipe, decisions)
     recipe = recipe.model_copy(update={"model": model, "adapter": adapter})
-    decided: list[Numerics] = []
+    decided: list[tuple[Numerics, Cards]] = []
     for index, stage in enumerate(recipe.stages):
         recipe = _by_base(recipe, index, facts, decisions)
         seq_len = int(recipe.stages[index].section.seq_len)
-        decided.append(numerics(recipe.model, full=stage.full, seq_len=seq_len, machine=machine))
-        recipe = _by_machine(fit.Draft(recipe, index, decided[index]), facts, machine, decisions)
+        computes = numerics(recipe.model, full=stage.full, seq_len=seq_len, machine=machine)
+        cards = Cards(machine.cards, sharded and _can_shard(stage))
+        decided.append((computes, cards))
+        recipe = _by_machine(fit.Draft(recipe, index, computes, cards), facts, machine, decisions)
     evaluate = _fill(recipe.evaluate, "evaluate", _evaluation_batch(facts), decisions)
-    return _typed(recipe.model_copy(update={"evaluate": evaluate}), decided), decisions
+    return _typed(recipe.model_copy(update={"evaluate": evaluate, "shard": sharded}), decided), decisions
 
 
-def _typed(recipe: Recipe, decided: list[Numerics]) -> ResolvedRecipe:
+def _typed(recipe: Recipe, decided: list[tuple[Numerics, Cards]]) -> ResolvedRecipe:
     """The filled recipe with the types that say so. An `auto` that was left where none may be is refused by them."""
     stages: list[dict[str, object]] = []
-    for stage, computes in zip(recipe.stages, decided, strict=True):
-        stages.append({stage.kind: dict(stage.section), "numerics": computes})
+    for stage, (computes, cards) in zip(recipe.stages, decided, strict=True):
+        stages.append({stage.kind: dict(stage.section), "numerics": computes, "cards": cards})
     values: dict[str, object] = dict(recipe)
     values["validate"] = values.pop("validation")  # as recipes call it
     values |= {"model": dict(recipe.model), "adapter": dict(recipe.adapter), "evaluate": dict(recipe.evaluate)}

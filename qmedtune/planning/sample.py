@@ -105,7 +105,7 @@ def _look(file: Path, source: SourceSection, seconds: float) -> _Look:
 
     format, look, line = format_of(file, source.format), _Look(), 0
     if format in READERS or format == "zip":
-        line, ended = _read(file, source, format, seconds, look)
+        line, ended = _read(file, source, format, look, seconds=seconds)
         look.total = len(look.records)
         if ended:
             return look
@@ -120,7 +120,7 @@ def _look(file: Path, source: SourceSection, seconds: float) -> _Look:
     return look
 
 
-def _read(file: Path, source: SourceSection, format: str, seconds: float, look: _Look) -> tuple[int, bool]:
+def _read(file: Path, source: SourceSection, format: str, look: _Look, *, seconds: float) -> tuple[int, bool]:
     """Fill `look` from the file's head; the last line read, and whether the file ended there."""
     from qmedtune.data.reading.document import Recognised, Skipped
     from qmedtune.data.reading.formats import read_rows

@@ -137,6 +137,8 @@ def _more_gpus(plan: Plan) -> PlanTable:
     for stage in plan["stages"]:
         if plan["machine"]["kind"] != "cuda" or not stage["seconds"] or not stage["steps"]:
             continue
+        if plan["machine"]["cards"] > 1:  # then the plan's times are those of so many
+            continue
         step = exchange.StepTime(stage["seconds"] / stage["steps"], stage["exchange_bytes"])
         row = [stage["name"], size(stage["exchange_bytes"])]
         for gpus, link in MORE_GPUS:

@@ -69,7 +69,7 @@ def load_task(section: TaskSection, seed: int, world: str = "tiny") -> Task:
         files = shots.split_files(str(section.path), section.split)
         every, where, make = read_items(section.task, files), files[0], FILE_TASKS[section.task][1]
     every = me_llama.ask(section, item_parts.identified(every))
-    task = make(section.task, checked_items(section.task, where, every, section.limit, seed))
+    task = make(section.task, checked_items(section.task, where, every, limit=section.limit, seed=seed))
     task = replace(me_llama.read(section, task), name=section.label)
     if section.bertscore:
         task = free_text.with_bertscore(task, section.bertscore)
@@ -79,9 +79,9 @@ def load_task(section: TaskSection, seed: int, world: str = "tiny") -> Task:
         return task
     examples = shots.shot_files(section)
     if examples is None:
-        return shots.with_shots(task, section, every, None, seed)
+        return shots.with_shots(task, section, every, source=None, seed=seed)
     pool = me_llama.ask(section, read_items(section.task, examples))
-    return shots.with_shots(task, section, pool, examples[0].name, seed)
+    return shots.with_shots(task, section, pool, source=examples[0].name, seed=seed)
 
 
 def world_of(recipe: Recipe) -> str:

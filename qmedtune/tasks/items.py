@@ -209,7 +209,7 @@ def item_id(where: str, fields: Fields) -> str:
     return f"line-{where.rpartition(':')[2]}"
 
 
-def checked_items(name: str, path: Path, items: list[Item], limit: int | None, seed: int) -> tuple[Item, ...]:
+def checked_items(name: str, path: Path, items: list[Item], *, limit: int | None, seed: int) -> tuple[Item, ...]:
     """Refuse an empty benchmark or one that names two items alike; draw `limit` items (files are often sorted)."""
     if not items:
         raise DataError(f"{path}: no item for task {name}\ngive the split that holds the questions and answers")

@@ -86,7 +86,7 @@ def _has_split(path: str, split: str) -> bool:
     return any(path.is_file() and _split_below(folder, path) == split for path in folder.rglob("*"))
 
 
-def with_shots(task: Task, section: TaskSection, pool: Sequence[Item], source: str | None, seed: int) -> Task:
+def with_shots(task: Task, section: TaskSection, pool: Sequence[Item], *, source: str | None, seed: int) -> Task:
     """The task with `shot_seeds` draws of `shots` examples before every item. `source`: the file of `pool`, for facts.
 
     The same examples stand before all items of a draw (a model reads them once), but for items that are among them:
@@ -97,15 +97,17 @@ def with_shots(task: Task, section: TaskSection, pool: Sequence[Item], source: s
         order = Random(f"{seed}-{draw}").sample(list(pool), len(pool))
         asked = []
         for item in task.items:
-            asked.append(with_examples(item, order, section, task.write, source is None))
+            asked.append(with_examples(item, order, section, task.write, same_ids=source is None))
         draws.append(tuple(asked))
     name = source or "the task's own items, never the item itself"
     return replace(task, name=section.label, draws=tuple(draws), shots_from=name)
 
 
 def with_examples(
-    item: Item, order: list[Item], section: TaskSection, write: Callable[[Item], str], same_ids: bool
+    item: Item, order: list[Item], section: TaskSection, write: Callable[[Item], str], *, same_ids: bool
 ) -> Item:
+    """The item behind the first examples of `order` that may stand before it. same_ids: an id names the same question
+    in both."""
     examples, count = [], section.shots
     for other in order:
         if len(examples) == count:

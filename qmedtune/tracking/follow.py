@@ -2,8 +2,9 @@
 
     python -m qmedtune.tracking.follow TRACKER RUN NAME STAGE ...
 
-It looks every 2 s until the run says on its stdin that it has ended, or is gone, and once more. What it writes is what
-metrics.jsonl says: where a stage went back to a checkpoint, its curve is written anew, so that it has no step twice.
+It looks every 2 s until the run says on its stdin that it has ended, or is gone, and once more; then it hands on the
+scores, if the run came to them, as a stage of that name: step 0 is the base, 1 the result. What it writes is what
+metrics.jsonl and run.json say: where a stage went back to a checkpoint, its curve is written anew, no step twice.
 Deliberately left out: everything that is text, such as warnings.
 """
 
@@ -17,11 +18,13 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from qmedtune import record
+from qmedtune.results import Run
 from qmedtune.store import building_of
 from qmedtune.tracking.points import Point, Tracker
 
 EVERY_S = 2.0
-METRICS = "metrics.jsonl"
+METRICS, SCORES = "metrics.jsonl", "scores"
 NOT_FIGURES = ("stage", "step", "time", "warning", "validation")
 
 
@@ -33,6 +36,9 @@ def follow(run: Path, stages: Sequence[str], tracker: Tracker, ended: Callable[[
         last = ended()
         for stage in stages:
             _catch_up(run, stage, tracker, written)
+    if points := scores_of(record.read(run)):
+        tracker.begin(SCORES)
+        tracker.add(SCORES, points)
     tracker.close()
 
 
@@ -82,6 +88,25 @@ def point_of(line: bytes) -> Point | None:
 def _take(figures: dict[str, float], name: str, value: object) -> None:
     if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         figures[name] = value
+
+
+def scores_of(run: Run | None) -> list[Point]:
+    """The main metric of every task and the perplexity of every text: base, then result. Empty without scores."""
+    if run is None or run.evaluation is None:
+        return []
+    base: dict[str, float] = {}
+    final: dict[str, float] = {}
+    for name, task in run.evaluation.tasks.items():
+        for figures, score in ((base, task.base), (final, task.final)):
+            if score is not None:
+                _take(figures, f"{name}/{score.metric}", score.value)
+            if score is not None and score.generation is not None:
+                _take(figures, f"{name}/generation {score.generation.metric}", score.generation.value)
+    for name, text in run.evaluation.perplexity.items():
+        _take(base, f"perplexity/{name}", text.base)
+        _take(final, f"perplexity/{name}", text.final)
+    now = time.time()
+    return [Point(step, now, figures) for step, figures in enumerate((base, final)) if figures]
 
 
 def main() -> None:

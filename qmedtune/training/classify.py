@@ -8,6 +8,7 @@ calibration of the probabilities.
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +145,7 @@ def score(model: Any, tokens: Path, out: Path, *, pad_id: int, batch: int, seed:
     for name, patient in json.loads((tokens / HELD_OUT / IDS).read_text(encoding="utf-8")):
         names.append(name)
         patient_of.append(patient)
-    _write(out, rows.targets, logits, labels, names)
+    _write(out, _Judged(names, labels, rows.targets, logits))
     save_file({"weight": model.head.linear.weight.detach(), "bias": model.head.linear.bias.detach()}, out / HEAD)
     patients = [patient_of[place] for place in known]
     found = result(rows.targets[known], logits[known], patients, seed)
@@ -223,9 +224,20 @@ def _areas(right: np.ndarray, scores: np.ndarray) -> tuple[float, float]:
     return float(np.mean(roc)), float(np.mean(precision_recall))
 
 
-def _write(out: Path, targets: np.ndarray, scores: np.ndarray, labels: list[str], ids: list[str]) -> None:
+@dataclass(frozen=True)
+class _Judged:
+    """Documents by their ids, with what is right (uint8) and what was scored (float): both [documents, labels]."""
+
+    ids: list[str]
+    labels: list[str]
+    targets: np.ndarray
+    scores: np.ndarray
+
+
+def _write(out: Path, judged: _Judged) -> None:
+    labels, targets, scores = judged.labels, judged.targets, judged.scores
     lines = []
-    for name, right, row in zip(ids, targets, scores, strict=True):
+    for name, right, row in zip(judged.ids, targets, scores, strict=True):
         gold = [labels[place] for place in np.flatnonzero(right)]
         best = {labels[place]: round(float(row[place]), 4) for place in np.argsort(-row)[:5]}
         lines.append(json.dumps({"id": name, "gold": gold, "highest": best}, ensure_ascii=False))

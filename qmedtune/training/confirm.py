@@ -38,8 +38,8 @@ OVER = 0.1  # of the budget: how much less is tried after running out, when noth
 def confirm(recipe: ResolvedRecipe, index: int, trainer: QTrainer, rows: Rows) -> Memory:
     """Measure the GPU memory of stage `index` before it starts; nothing on a CPU. What was changed is in `said`."""
     machine = this_machine()
-    if not torch.cuda.is_available() or recipe.stages[index].full:
-        return Memory()
+    if not torch.cuda.is_available() or recipe.stages[index].full or trainer.group.sharded:
+        return Memory()  # of a sharded base no process can try a step by itself
     budget = fit.budget_bytes(machine, recipe)
     if recipe.memory_gib is not None:
         torch.cuda.set_per_process_memory_fraction(min(1.0, budget / machine.memory_bytes))

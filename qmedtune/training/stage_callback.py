@@ -22,7 +22,7 @@ from qmedtune import peak, store, ui
 from qmedtune.data.packing.classes import LabelledRows
 from qmedtune.data.packing.pack import PackedRows
 from qmedtune.errors import RunError
-from qmedtune.group import Group
+from qmedtune.group import ALONE, Group
 from qmedtune.interrupt import stop
 from qmedtune.modeling.loss import rows_nll
 from qmedtune.resolved import ResolvedClassify, ResolvedRecipe
@@ -36,16 +36,21 @@ from qmedtune.training.trainer import QTrainer
 SPIKE, SPIKE_WINDOW = 2.0, 50
 
 
-def mean_loss(model: Any, rows: PackedRows, pad_id: int, batch: int) -> float:
-    """Mean next-token loss (nats per supervised token) over packed rows, documents isolated from each other."""
+def mean_loss(model: Any, rows: PackedRows, pad_id: int, batch: int, *, group: Group = ALONE) -> float:
+    """Mean next-token loss (nats per supervised token) over packed rows, documents isolated from each other. Each
+    process of the group reads a part of the micro-batches of `batch` rows, and all get the same."""
     was_training = model.training
     model.eval()
     batches = [range(start, min(start + batch, len(rows))) for start in range(0, len(rows), batch)]
+    turns = group.turns(len(batches))
     total, count = 0.0, 0.0
-    for found in rows_nll(model, rows, batches, pad_id):
-        total += found.total()
-        count += found.weight
+    ours = [batches[turn % len(batches)] for turn in turns]
+    for turn, found in zip(turns, rows_nll(model, rows, ours, pad_id), strict=True):
+        if turn < len(batches):
+            total += found.total()
+            count += found.weight
     model.train(was_training)
+    total, count = group.sums([total, count])
     return total / max(1.0, count)
 
 
@@ -140,13 +145,12 @@ class StageCallback(TrainerCallback):
     def validate(self, step: int) -> None:
         """Losses on the held-out rows after `step` optimiser steps; the best weights so far are kept."""
         self.bar.update(self.tokens, note="validating")
-        batch = max(1, int(self.trainer.micro_batch))
         model = self.trainer.trained_model
         losses: dict[str, float | None] = {}
         broken = []
         with self.trainer.compute_loss_context_manager():
             for name, rows in self.held_out.items():
-                loss = self._loss(model, rows, batch)
+                loss = self._loss(rows)
                 losses[name] = loss
                 if not math.isfinite(loss):
                     losses[name] = None  # JSON has no NaN
@@ -161,10 +165,11 @@ class StageCallback(TrainerCallback):
         self.bar.update(self.tokens, note="")
         self._marked = (time.monotonic(), self.tokens)
 
-    def _loss(self, model: Any, rows: PackedRows, batch: int) -> float:
-        if isinstance(rows, LabelledRows):
+    def _loss(self, rows: PackedRows) -> float:
+        model, batch = self.trainer.trained_model, self.trainer.micro_batch
+        if isinstance(rows, LabelledRows):  # documents by rank 0 alone: there are few
             return validation_loss(model, rows, self.pad_id, batch)
-        return mean_loss(model, rows, self.pad_id, batch)
+        return mean_loss(model, rows, self.pad_id, batch, group=self.trainer.group)
 
     def _kept_step(self) -> int | None:
         """Where the losses that the stage is judged by are lowest in sum, first of equals; None where none is.
@@ -228,10 +233,25 @@ class StageCallback(TrainerCallback):
 
 
 class FollowerCallback(TrainerCallback):
-    """Trainer callback of a process that trains along: it stops when the one that leads does."""
+    """Trainer callback of a process that trains along: it validates and stops when the one that leads does."""
 
-    def __init__(self, group: Group):
-        self.group = group
+    def __init__(self, group: Group, held_out: dict[str, PackedRows], pad_id: int, recipe: ResolvedRecipe):
+        self.group, self.held_out, self.pad_id, self.recipe = group, held_out, pad_id, recipe
+
+    def begin(self, trainer: QTrainer, steps: int) -> None:
+        self.trainer, self.steps = trainer, steps
+        self.every = self.recipe.validation.interval(steps, None)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs and (state.global_step % self.every == 0 or state.global_step == self.steps):
+            self.validate()
+
+    def validate(self) -> None:
+        """This process's part of the losses on held-out rows."""
+        with self.trainer.compute_loss_context_manager():
+            for rows in self.held_out.values():
+                model, batch = self.trainer.trained_model, self.trainer.micro_batch
+                mean_loss(model, rows, self.pad_id, batch, group=self.group)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.group.any(False) and state.global_step < state.max_steps:

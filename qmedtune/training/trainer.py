@@ -221,6 +221,8 @@ class QTrainer(SFTTrainer):
         except RuntimeError as error:
             if not (isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)):
                 raise
+            if self.group.sharded:
+                raise self._out_of_step() from error
             return None
         return total
 
@@ -233,6 +235,15 @@ class QTrainer(SFTTrainer):
         warning = f"out of memory: micro-batch {before} -> {self.micro_batch} rows, same batch, same optimiser step"
         self.warnings.append(warning)
         ui.warn(warning)
+
+    def _out_of_step(self) -> RunError:
+        """The others are in the middle of a pass that needs this process: none of them can begin it again."""
+        return RunError(
+            f"step {self.state.global_step + 1}: out of memory with {self.micro_batch} rows at a time; with a base "
+            "that is sharded they cannot be halved in the middle of a step\n"
+            f"the last sealed checkpoint is kept; state micro_batch: {max(1, self.micro_batch // 2)} in the stage, or "
+            "gradient_checkpointing: true, and give the same command again"
+        )
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         norm: Any = super()._get_grad_norm(model, grad_norm)

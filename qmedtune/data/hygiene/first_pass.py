@@ -30,7 +30,7 @@ PART_BYTES = 64 << 20
 
 
 def read_source(
-    recipe: Recipe, name: str, items: list[decontaminate.BenchmarkItem], rejects: Rejects, work: Path
+    recipe: Recipe, name: str, items: list[decontaminate.BenchmarkItem], *, rejects: Rejects, work: Path
 ) -> tuple[SoundRecords, np.ndarray]:
     """Write the sound records of source `name` to the file `work`, one JSON line each.
 

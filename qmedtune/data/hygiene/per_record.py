@@ -167,7 +167,9 @@ class Treatment:
             tally.add(text, spans)
             found |= bool(spans)
             if spans and self.phi == "redact":
-                return surrogates.redact(text, spans, patient, self.secret, self.hygiene.shift_dates)
+                return surrogates.redact(
+                    text, spans, surrogates.StandIns(patient, self.secret, self.hygiene.shift_dates)
+                )
             return text
 
         change_texts(record, treated)

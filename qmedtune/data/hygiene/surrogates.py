@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import date, timedelta
 from functools import partial
 
@@ -35,11 +36,21 @@ BRACKETED = ("url", "email", "ip", "address", "mac")
 Secret = bytes | int
 
 
-def redact(text: str, spans: list[Span], patient: str, seed: Secret, shift_dates: bool) -> str:
-    """`text` with every span replaced. seed: what stand-ins are derived from, the secret of secret.py in a run."""
+@dataclass(frozen=True)
+class StandIns:
+    """What stand-ins are derived from: the patient and a seed, in a run the secret of secret.py. shift_dates: dates
+    move by the patient's number of days instead of becoming `[date]`."""
+
+    patient: str
+    seed: Secret
+    shift_dates: bool = False
+
+
+def redact(text: str, spans: list[Span], made: StandIns) -> str:
+    """`text` with every span replaced."""
     parts, at = [], 0
     for span in spans:
-        parts += [text[at : span.start], _stand_in(text[span.start : span.end], span.kind, patient, seed, shift_dates)]
+        parts += [text[at : span.start], _stand_in(text[span.start : span.end], span.kind, made)]
         at = span.end
     return "".join([*parts, text[at:]])
 
@@ -57,7 +68,8 @@ def _bytes(secret: Secret, *parts: object) -> bytes:
     return hashlib.blake2b(framed, key=key, digest_size=64).digest()
 
 
-def _stand_in(value: str, kind: str, patient: str, seed: Secret, shift_dates: bool) -> str:
+def _stand_in(value: str, kind: str, made: StandIns) -> str:
+    patient, seed = made.patient, made.seed
     if kind == "name":
         return re.sub(r"[^\W_]+", partial(_name_word, patient, seed), value)
     if kind == "hospital":
@@ -68,7 +80,7 @@ def _stand_in(value: str, kind: str, patient: str, seed: Secret, shift_dates: bo
             return f"over 89 {rest}"
         return "over 89"
     if kind == "date":
-        return (_shifted(value, patient, seed) if shift_dates else None) or "[date]"
+        return (_shifted(value, patient, seed) if made.shift_dates else None) or "[date]"
     if kind in BRACKETED:
         return f"[{kind}]"
     return _enciphered(value, (seed, patient, kind))

@@ -39,7 +39,7 @@ def question(fields: Fields) -> Question | None:
     return None
 
 
-def lettered(schema: str, asked: Any, options: dict[str, object], letter: str, read: set[str]) -> Question:
+def lettered(schema: str, asked: Any, options: dict[str, object], letter: str, *, read: set[str]) -> Question:
     """A question whose options are listed under their letters. Raises `Unusable`."""
     if letter not in options:
         raise Unusable("the answer is none of the options")
@@ -104,7 +104,7 @@ def _medmcqa(fields: Fields) -> Question:
     for letter, name in names.items():
         options[letter] = fields.get(name)
     return lettered(
-        "MedMCQA", fields.get("question"), options, LETTERS[cop - base], {"question", "cop", *names.values()}
+        "MedMCQA", fields.get("question"), options, LETTERS[cop - base], read={"question", "cop", *names.values()}
     )
 
 
@@ -121,7 +121,7 @@ def _medqa(fields: Fields) -> Question:
         text = None
     else:
         text = fields.get("answer")
-    return lettered("MedQA", fields["question"], options, _letter(given, options, text), used)
+    return lettered("MedQA", fields["question"], options, _letter(given, options, text), read=used)
 
 
 def _options(options: Any) -> dict[str, object]:
@@ -169,7 +169,7 @@ def _is_mmlu(fields: Fields) -> bool:
 def _mmlu(fields: Fields) -> Question:
     options = dict(zip(LETTERS, fields["choices"], strict=False))
     letter = _letter(fields["answer"], options, fields["answer"])
-    return lettered("MMLU", fields["question"], options, letter, {"question", "choices", "answer"})
+    return lettered("MMLU", fields["question"], options, letter, read={"question", "choices", "answer"})
 
 
 def _is_wide(fields: Fields) -> bool:
@@ -187,7 +187,7 @@ def _wide(fields: Fields) -> Question:
     given = fields.get(answer)
     if isinstance(given, str) and given.strip().isdecimal():
         given = int(given)
-    return lettered("options A to D", fields[asked], options, _letter(given, options), {asked, answer, *options})
+    return lettered("options A to D", fields[asked], options, _letter(given, options), read={asked, answer, *options})
 
 
 def _is_medxpertqa(fields: Fields) -> bool:
@@ -202,7 +202,7 @@ def _medxpertqa(fields: Fields) -> Question:
     if isinstance(label, list) and len(label) == 1:
         label = label[0]
     asked = checked(fields["question"], "question").partition("\nAnswer Choices:")[0]
-    return lettered("MedXpertQA", asked, options, str(label).strip(), {"question", "options", "label"})
+    return lettered("MedXpertQA", asked, options, str(label).strip(), read={"question", "options", "label"})
 
 
 def _is_careqa(fields: Fields) -> bool:
@@ -216,7 +216,7 @@ def _careqa(fields: Fields) -> Question:
     if cop is None or not 1 <= cop <= len(names):
         raise Unusable("CareQA record without an answer from 1 to 4")
     options = dict(zip(LETTERS, [fields[name] for name in names], strict=False))
-    return lettered("CareQA", fields.get("question"), options, LETTERS[cop - 1], {"question", "cop", *names})
+    return lettered("CareQA", fields.get("question"), options, LETTERS[cop - 1], read={"question", "cop", *names})
 
 
 def _is_medbullets(fields: Fields) -> bool:
@@ -231,7 +231,7 @@ def _medbullets(fields: Fields) -> Question:
         if fields.get(name) not in (None, ""):
             options[letter] = fields[name]
             read.add(name)
-    return lettered("MedBullets", fields.get("question"), options, str(fields["answer_idx"]).strip(), read)
+    return lettered("MedBullets", fields.get("question"), options, str(fields["answer_idx"]).strip(), read=read)
 
 
 SHAPES: tuple[tuple[Callable[[Fields], bool], Callable[[Fields], Question]], ...] = (
