@@ -247,8 +247,11 @@ def _gguf_adapter(job: ExportJob, location: Location, folder: Path) -> Exported:
     from qmedtune.exporting.card import adapter_lines, write_card
     from qmedtune.exporting.folders import check_numbers
     from qmedtune.exporting.gguf_adapter import write_adapter
+    from qmedtune.model_stack import read_adapter, read_model
 
+    shapes = read_model(location.base).shapes
     for adapter in location.adapters:
+        read_adapter(adapter, shapes)
         check_numbers(adapter)
     file = folder / f"{title_of(location)}-lora-{job.type}.gguf"
     proof = write_adapter(file, _opened(location), location.adapters, job.type, title=title_of(location))
