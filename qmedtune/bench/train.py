@@ -23,7 +23,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
-from qmedtune import ui
+from qmedtune import hashes, ui
 from qmedtune.bench.best import best_job
 from qmedtune.bench.job import Job
 from qmedtune.bench.random_bases import SHAPES, tensors_of
@@ -298,7 +298,11 @@ def _absent(contender: str) -> str:
 
 def _target(scratch: Path, contender: str) -> Path:
     """Where its process writes its figures; a checkout's folder is no file name."""
-    return (scratch / f"{contender.replace('/', '_')}.json").resolve()
+    code = Code.of(contender)
+    name = code.name
+    if code.checkout is not None:
+        name += f"-{hashes.sha256_json(str(code.checkout))[:12]}"
+    return (scratch / f"{name}.json").resolve()
 
 
 def _run(job: Job, contender: str, folders: Folders, seconds: float) -> Measurement:

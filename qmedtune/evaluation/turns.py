@@ -18,7 +18,7 @@ class Turns:
 
     rank: int = 0
     size: int = 1
-    wait: Callable[[Path], None] = Path.exists
+    wait: Callable[[Path], object] = Path.exists
     counted: int = 0
 
     @property
