@@ -25,7 +25,7 @@ from qmedtune.parsing.loader import LoadedRecipe, show_path
 from qmedtune.planning.resolve import resolve
 from qmedtune.recipe import Recipe
 from qmedtune.reporting.facts import precision_words
-from qmedtune.results import Ablation, Provenance, Run
+from qmedtune.results import Ablation, Number, Provenance, Run
 
 RESULT, TABLE, DIFFERENCES = "ablation.json", "ablation.csv", "differences.csv"
 FIGURE, REPORT = "ablation.svg", "report.html"
@@ -123,6 +123,7 @@ def _write(loaded: LoadedRecipe, arms: list[Arm], seeds: list[int], out: Path, *
         differences=compared.differences,
         perplexity_ratios=compared.perplexity_ratios,
         chance=_chance(runs),
+        majority=_majority(runs),
         seconds=_seconds(runs),
         notes=_unequal(found),
         precision=_precision(runs),
@@ -133,7 +134,7 @@ def _write(loaded: LoadedRecipe, arms: list[Arm], seeds: list[int], out: Path, *
     store.write_atomic(out / TABLE, arm_scores.table_csv(result))
     store.write_atomic(out / DIFFERENCES, arm_scores.differences_csv(result))
     if result.arms:
-        store.write_atomic(out / FIGURE, figure(result, result.chance))
+        store.write_atomic(out / FIGURE, figure(result, result.chance, result.precision))
     store.write_atomic(out / REPORT, ablation_page.page(result))
     return result
 
@@ -172,6 +173,16 @@ def _chance(runs: list[Run]) -> float | None:
             chance = task.final.chance if task.final else None
             values.add(None if chance is None else round(chance, 6))
     return values.pop() if len(values) == 1 else None
+
+
+def _majority(runs: list[Run]) -> dict[str, Number]:
+    """By task, what always its commonest answer scores."""
+    shares: dict[str, Number] = {}
+    for found in runs:
+        for name, task in found.scored.tasks.items():
+            if task.final is not None and task.final.majority is not None:
+                shares[name] = task.final.majority
+    return shares
 
 
 def _unequal(found: list[arm_scores.ArmResult]) -> list[str]:

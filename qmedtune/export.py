@@ -203,6 +203,7 @@ class File:
 
 def _write_file(job: ExportJob, location: Location, folder: Path) -> File:
     from qmedtune.exporting.gguf_model import exact_quant, write_model
+    from qmedtune.exporting.hash_behind import HashBehind
     from qmedtune.exporting.k_quants import quantise
     from qmedtune.exporting.logit_proof import prove
     from qmedtune.exporting.types import QUANTS
@@ -211,9 +212,10 @@ def _write_file(job: ExportJob, location: Location, folder: Path) -> File:
     model, title = _opened(location), title_of(location)
     vocabulary = read_vocabulary(location.base, model.model.config.vocab_size, job.pre)
     path = folder / f"{title}-{job.type}.gguf"
-    sha256 = by = None
+    behind = by = None
     if job.type in QUANTS:
-        sha256 = write_model(path, model, vocabulary, QUANTS[job.type], title=title)
+        with HashBehind(path) as behind:
+            write_model(path, model, vocabulary, QUANTS[job.type], title=title)
     else:
         whole = folder / "whole.gguf"
         write_model(whole, model, vocabulary, exact_quant(model), title=title)
@@ -223,6 +225,7 @@ def _write_file(job: ExportJob, location: Location, folder: Path) -> File:
         settled = disk.submit(store.fsync_path, path)
         proof = prove(path, model, job.type, vocabulary.doubtful)
         settled.result()
+    sha256 = None if behind is None else behind.hexdigest()
     return File(path, vocabulary.pre, proof, sha256, by)
 
 
@@ -244,8 +247,11 @@ def _gguf_adapter(job: ExportJob, location: Location, folder: Path) -> Exported:
     from qmedtune.exporting.card import adapter_lines, write_card
     from qmedtune.exporting.folders import check_numbers
     from qmedtune.exporting.gguf_adapter import write_adapter
+    from qmedtune.model_stack import read_adapter, read_model
 
+    shapes = read_model(location.base).shapes
     for adapter in location.adapters:
+        read_adapter(adapter, shapes)
         check_numbers(adapter)
     file = folder / f"{title_of(location)}-lora-{job.type}.gguf"
     proof = write_adapter(file, _opened(location), location.adapters, job.type, title=title_of(location))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import signal
 import sys
 import threading
@@ -17,7 +18,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from qmedtune import peers
-from qmedtune.errors import QmedtuneError
+from qmedtune.errors import QmedtuneError, RunError
 from qmedtune.evaluation.turns import Turns
 from qmedtune.interrupt import SIGNALS
 from qmedtune.peers import Message, Reply
@@ -111,6 +112,15 @@ def _told(error: Exception) -> str:
     return f"{type(error).__name__} (give the command with one process to see more)"
 
 
+def _check_seen(message: Message) -> None:
+    """RunError where this machine does not see what it is told to read."""
+    for path in (*message.paths.values(), *message.stack.adapters):
+        if not path.exists():
+            raise RunError(
+                f"{platform.node()} does not see {path}: run folder and base must lie where all nodes see them (--out)"
+            )
+
+
 class _Member:
     """What a follower keeps from job to job."""
 
@@ -126,6 +136,7 @@ class _Member:
         if message.join:
             peers.join(self.store, self.rank, self.size)
             return
+        _check_seen(message)
         with hub.closed():
             if message.scores:
                 self._score(message)

@@ -18,8 +18,11 @@ from qmedtune.versions import CODE as CODE
 
 # Raise when scores of the same models would differ: 2 = perplexity over whole documents, heads in fp32; 3 =
 # answers that state exactly one option; 4 = asked with the tokens of training, end marks apart from perplexity; 5 =
-# bins of calibration, answers in more tags and keys; 6 = more openings of an answer, species are no letters.
+# bins of calibration, answers in more tags and keys; 6 = more openings of an answer, species are no letters, JSON of
+# several keys, what is denied or asked.
 EVALUATION_FORMAT = 6
+# How items are parted where choices are made on some of them: 2 = each by what it is, not by its rank in the task.
+PARTS = 2
 
 MadeFrom = Mapping[str, object]
 """Plain JSON: what a step is made from."""
@@ -227,7 +230,7 @@ def _left_for_choices(recipe: Recipe) -> dict[str, object]:
     """The share of items that are not scored; nothing where all are, as before there was one."""
     if not recipe.development:
         return {}
-    return {"development": recipe.development}
+    return {"development": recipe.development, "parts": PARTS}
 
 
 def against_section(recipe: Recipe, hashes: store.HashCache) -> MadeFrom:
@@ -235,9 +238,8 @@ def against_section(recipe: Recipe, hashes: store.HashCache) -> MadeFrom:
     models: list[list[object]] = []
     for name in recipe.evaluate.against:
         models.append([name, *_model_marks(Path(name).expanduser())])
-    section |= {"format": EVALUATION_FORMAT, "against": models, "merge_dtype": recipe.merge.dtype} | _left_for_choices(
-        recipe
-    )
+    section |= {"format": EVALUATION_FORMAT, "against": models, "merge_dtype": recipe.merge.dtype}
+    section |= _left_for_choices(recipe) | {"parts": PARTS}
     return {"evaluate": section, "seed": recipe.seed, "benchmarks": benchmarks(recipe.evaluate.tasks, hashes)}
 
 

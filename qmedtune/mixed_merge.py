@@ -35,7 +35,7 @@ def mixed_merge_step(recipe: Recipe, trained: ModelStack, out: Path, folders: Ma
     if found is None:
         return merged
     told = {"sweep": found.sweep, "sweep_base": found.sweep_base, "chosen": found.chosen, "rule": found.rule}
-    return merged.model_copy(update={**told, "development": found.development})
+    return merged.model_copy(update={**told, "development": found.development, "scored_in": found.scored_in})
 
 
 def check(recipe: Recipe, other: str, base: Path, *, offline: bool) -> None:

@@ -40,6 +40,7 @@ from qmedtune.recipe import Recipe
 from qmedtune.resolved import ResolvedRecipe
 from qmedtune.results import Packing
 from qmedtune.tasks import Task
+from qmedtune.tasks.item_parts import part_of
 
 __all__ = ["BaseFacts", "base_facts", "make_plan", "resolve"]
 
@@ -116,7 +117,7 @@ def make_plan(recipe: Recipe, run_dir: Path | None = None, *, cards: int = 1) ->
         "borders": borders,
         "notes": [*_notes(machine, facts, estimates), *_length_notes(resolved, facts), *_few(facts, stages)],
     }
-    plan["notes"] += [*_mixed_notes(resolved), *benchmarks.left, *_scoring_notes(resolved, evaluation)]
+    plan["notes"] += [*_mixed_notes(resolved), *benchmarks.left, *_scoring_notes(resolved, evaluation, cards)]
     plan["notes"] += [*_border_notes(borders), *notes]
     _check_room(plan, present=machine.present)
     return plan
@@ -404,7 +405,8 @@ def _evaluation(subject: Subject, tasks: list[Task], estimates: Mapping[str, Est
     ids = preflight.asking(recipe, subject.folder, builtin=facts.builtin)
     readings: list[evaluation_time.BenchmarkCost] = []
     for task in tasks:
-        readings.append(evaluation_time.reading(task, ids, generate=recipe.evaluate.generate))
+        scored = part_of(task, recipe, "scored")
+        readings.append(evaluation_time.reading(scored, ids, generate=recipe.evaluate.generate))
     taken = precision.decide(recipe, machine=subject.machine)
     read = evaluation_time.EvaluationInputs(readings, estimates, taken)
     return evaluation_time.planned(recipe, facts, subject.machine, read)
@@ -441,11 +443,13 @@ def _data_seconds(subject: Subject, steps: list[PlannedStep], estimates: Mapping
     return data_time.data_seconds(subject.recipe, estimates, subject.machine.cores, done=done)
 
 
-def _scoring_notes(recipe: Recipe, evaluation: PlannedEvaluation | None) -> list[str]:
+def _scoring_notes(recipe: Recipe, evaluation: PlannedEvaluation | None, cards: int) -> list[str]:
     """What the scores are of where it is not what the recipe asks for, and what takes time that is not told."""
     notes: list[str] = []
     if evaluation and evaluation["why"]:
         notes.append(f"scores will be those of the NF4 model, not of what is delivered: {evaluation['why']}")
+    if evaluation and evaluation["processes"] < cards:
+        notes.append(f"scores are of too few parts for {cards} processes: {evaluation['processes']} of them score")
     untimed: list[str] = []
     if recipe.evaluate.against:
         untimed.append("evaluate.against")

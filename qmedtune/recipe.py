@@ -93,11 +93,11 @@ class Recipe(Section):
     """The base, and how it is held and computed."""
     adapter: AdapterSection = AdapterSection()
     """The LoRA adapter that is trained."""
-    data: dict[Name, SourceSection]
+    data: Annotated[dict[Name, SourceSection], Field(max_length=500)]
     """The corpora, by names of your own."""
     hygiene: HygieneSection = HygieneSection()
     """What happens to every record before training."""
-    stages: Annotated[list[StageSection], Field(min_length=1)]
+    stages: Annotated[list[StageSection], Field(min_length=1, max_length=64)]
     """The training, in order: each stage goes on from what the one before it left."""
     validation: Annotated[ValidateSection, Field(alias="validate")] = ValidateSection()
     """Loss on held-out text while a stage trains."""

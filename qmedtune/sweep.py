@@ -38,7 +38,7 @@ from qmedtune.model_stack import ModelStack
 from qmedtune.planning import precision
 from qmedtune.recipe import SweepSection
 from qmedtune.resolved import ResolvedRecipe
-from qmedtune.results import Sweep, SweepPoint
+from qmedtune.results import Sweep, SweepPoint, scored_in
 from qmedtune.tasks import Task
 
 BASE = "base"
@@ -135,6 +135,7 @@ def sweep_step(recipe: ResolvedRecipe, sweep: SweepSection, inputs: EvaluatedMod
         chosen=_share(chosen),
         rule=rule.words,
         development=recipe.development,
+        scored_in=scored_in(taken.name, taken.weights),
         warnings=warnings,
     )
     for task in tasks:

@@ -87,3 +87,45 @@ def test_a_stage_that_cannot_be_sharded_is_named():
     stages = "stages=[{pretrain: {mix: {literature: 1}, tokens: 100}}, {cpt: {mix: {literature: 1}, tokens: 100}}]"
     with pytest.raises(RecipeError, match="shard: true given, but 01-pretrain trains all parameters"):
         planned("builtin:micro", 24, 2, "shard=true", stages)
+
+
+def test_scores_are_planned_for_as_many_processes_as_there_are_parts(capsys):
+    from qmedtune.evaluation import measure
+    from qmedtune.planning import evaluation_time
+
+    assert evaluation_time.PART_QUESTIONS == measure.PART
+    recipe = load_recipe(ROOT / "recipes" / "micro.yaml", ["evaluate={tasks: [{task: facts, limit: 20}]}"]).recipe
+    one, two = make_plan(recipe), make_plan(recipe, cards=2)
+    assert one["evaluation"] is not None and two["evaluation"] is not None
+    assert two["evaluation"]["processes"] == 1 and two["evaluation"]["seconds"] == one["evaluation"]["seconds"]
+    assert "scores are of too few parts for 2 processes: 1 of them score" in two["notes"]
+    texts = load_recipe(ROOT / "recipes" / "micro.yaml").recipe
+    one, two = make_plan(texts), make_plan(texts, cards=2)  # a task of one part, two texts
+    assert one["evaluation"] is not None and two["evaluation"] is not None
+    assert two["evaluation"]["processes"] == 2 and two["evaluation"]["seconds"] < one["evaluation"]["seconds"]
+
+
+def test_the_page_tells_what_the_plan_computes(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("DATA", "/tmp")
+    page = (ROOT / "examples" / "cluster.md").read_text(encoding="utf-8")
+    for memory_gib, name in ((24, "24 GiB, 60 TFLOP/s"), (80, "80 GiB, 260 TFLOP/s")):
+        settings = ["adapter.r=16", f"memory={memory_gib}"]
+        plan = make_plan(load_recipe(ROOT / "recipes" / "llama3_8b_24gb.yaml", settings).recipe)
+        (table,) = [table for table in render_plan(plan)[0] if table.title.startswith("Times as fast")]
+        assert f"| {name} | {' | '.join(table.rows[0][2:])} |" in page
+    told = []
+    for gib, cards in ((32, 2), (40, 2), (24, 4)):
+        plan = planned_70b(gib, cards)
+        told.append(f"{plan['stages'][0]['peak_bytes'] / 2**30:.1f}")
+        if cards == 2:
+            assert f"{plan['host']['needed_bytes'] / 2**30:.0f} GiB for two" in page
+    first, second, third = told
+    assert (
+        f"{first} GiB of each of two cards\nof 32 GiB, {second} of 40, and {third} of each of four cards of 24" in page
+    )
+
+
+def planned_70b(gib: int, cards: int):
+    settings = ["model.base=meta-llama/Llama-3.1-70B", "adapter.r=16", f"memory={gib}"]
+    settings.append("evaluate={tasks: [], perplexity: []}")
+    return make_plan(load_recipe(ROOT / "recipes" / "llama3_8b_24gb.yaml", settings).recipe, cards=cards)

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from ask_folders import COMMANDS, OF_ADAPTERS, complaints, words_of
+from ask_folders import ADAPTER_FORMS, COMMANDS, OF_ADAPTERS, complaints, words_of
 from attack import Attacker, Outcome, count
 from hostile_folders import ADAPTERS, MODELS, Case, Good, good_folders, make
 
@@ -68,6 +68,15 @@ def test_the_good_folders_are_used(command, good, attacker, tmp_path):
 def test_a_hostile_folder_is_refused_or_does_no_harm(case, good, attacker, tmp_path):
     outcome, found = ask(attacker, case, one_command(case), good, tmp_path)
     assert not found, f"{one_command(case)}: {found}\n{outcome.said[-1500:]}"
+
+
+@pytest.mark.parametrize("form", ADAPTER_FORMS)
+def test_an_adapter_that_is_pickled_is_exported_in_no_form(form: str, good: Good, attacker: Attacker, tmp_path: Path):
+    [case] = [case for case in ADAPTERS if case.folder == "adapter-pickled"]
+    folder = make(case, good.adapter, tmp_path)
+    words = ["export", str(folder), "--as", form, "--base", str(good.model), "--out", str(tmp_path / "x"), "--offline"]
+    outcome = attacker(words, tmp_path / "here", hostile=folder)
+    assert not complaints(case, outcome, folder, tmp_path), outcome.said[-1500:]
 
 
 @pytest.mark.slow

@@ -336,3 +336,22 @@ def test_fuzzed_recipes_raise_only_recipe_errors(tmp_path_factory, text):
 @given(text=mutated_recipe())
 def test_fuzzed_recipes_in_full(tmp_path_factory, text):
     check_only_recipe_errors(tmp_path_factory.getbasetemp(), text)
+
+
+@pytest.mark.parametrize(
+    ("key", "entries", "most"),
+    [("stages", "[" + "{cpt: {mix: {notes: 1}, tokens: 2000}}, " * 5000 + "]", 64),
+     ("data", "{" + "".join(f"s{n}: {{path: a, kind: literature}}, " for n in range(5000)) + "}", 500)],
+)  # fmt: skip
+def test_lists_without_end_are_refused_at_once(key: str, entries: str, most: int, tmp_path: Path):
+    path = tmp_path / "r.yaml"
+    whole = {
+        "name": "x",
+        "model": "{base: builtin:micro}",
+        "data": "{notes: {path: a.jsonl, kind: literature}}",
+        "stages": "[{cpt: {mix: {notes: 1}, tokens: 2000}}]",
+        key: entries,
+    }
+    path.write_text("".join(f"{name}: {value}\n" for name, value in whole.items()))
+    with pytest.raises(RecipeError, match=f"{key}: got 5,000 entries; allowed: at most {most}"):
+        load_recipe(path)

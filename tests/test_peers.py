@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -60,6 +61,9 @@ def plant(path: str) -> None:
     def wrong() -> str:
         return Path(path).read_text()
 
+    if wrong() == "dies at start":
+        os._exit(7)
+
     def shared(self, arrays):
         place["here"] = self
         return share(self, arrays)
@@ -82,10 +86,16 @@ def plant(path: str) -> None:
             raise RunError("/data/02-sft: not there\nmore words")
         return follow(*given)
 
+    def looked(self: Path, **more: bool) -> bool:
+        return exists(self, **more) and not (self.name == "model" and wrong() == "sees no base")
+
     def kept_or_decoded(*given):
         return 0 if wrong() == IN_4_BITS else decode(*given)
 
     decode, models.dequantize_linears = models.dequantize_linears, kept_or_decoded
+    exists = Path.exists
+    if "qmedtune.follower" in sys.orig_argv:  # the machine of rank 0 sees all
+        Path.exists = looked
     Group.share, Group.add_up, trainer.supervised_weight, train.follow_stage = shared, added, weighed, followed
 
 
@@ -175,17 +185,36 @@ def pair(faults: Path) -> Iterator[None]:
     [
         ("has no data", "process 2 of 2: /data/02-sft: not there"),
         ("ends", "process 2 of 2 ended by itself (exit code 9)"),
+        ("dies at start", "process 2 of 2 ended by itself (exit code 7)"),
+        (
+            "sees no base",
+            "process 2 of 2: {node} does not see {base}: run folder and base must lie",
+        ),
     ],
 )
-def test_a_process_that_cannot_is_named(packed: MicroRun, right: Path, tmp_path: Path, fault: str, said: str):
+def test_a_process_that_cannot_is_named(
+    packed: MicroRun, right: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, said: str
+):
     right.write_text(fault)
+    started = keep_what_is_started(monkeypatch)
     with pytest.raises(RunError) as caught, peers.called("2"):
-        peers_before = peers._peers
         train_sft(packed, tmp_path)
-    assert str(caught.value).splitlines()[0] == said
-    assert peers_before is not None
-    for process in peers_before.processes.values():
-        assert process.poll() is not None
+    expected = said.format(node=platform.node(), base=packed.base.resolve())
+    assert str(caught.value).splitlines()[0].startswith(expected)
+    assert len(started) == 1 and started[0].poll() is not None
+
+
+def keep_what_is_started(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen]:
+    """The processes that are started from here on."""
+    start, started = peers._started, []
+
+    def kept(size: int):
+        found = start(size)
+        started.extend(found.processes.values())
+        return found
+
+    monkeypatch.setattr(peers, "_started", kept)
+    return started
 
 
 def test_other_versions_are_refused(faults: Path, monkeypatch: pytest.MonkeyPatch):

@@ -454,7 +454,7 @@ def test_sealed_tokens_and_measured_speed_are_taken(cache, without_gpu, monkeypa
     lines = [json.dumps({"stage": "01-cpt", "step": step, "tokens_per_s": 100.0 + step}) for step in range(5)]
     (run_dir / "01-cpt" / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     rows = [{"name": "data/01-cpt", "status": "cached", "why": ""}, {"name": "01-cpt", "status": "to do", "why": ""}]
-    monkeypatch.setattr("qmedtune.step_status.status", lambda recipe, out: rows)
+    monkeypatch.setattr("qmedtune.step_status.status", lambda recipe, out, **_: rows)
     first = planned("cpt_then_sft", ["stages[0].cpt.batch=32"], run_dir)["stages"][0]
     assert (first["trained"], first["spread"], first["steps"]) == (6400, 0.0, 4)
     assert first["measured"] and first["tokens_per_s"] == 102.0

@@ -77,7 +77,7 @@ def test_what_is_cached_takes_no_time(micro_run, without_gpu, monkeypatch):
     names = ["01-cpt", "02-sft", "merged", "evaluation"]
     names += [f"data/{name}" for name in [*sources, "01-cpt", "02-sft"]]
     rows = [{"name": name, "status": "cached", "why": ""} for name in names]
-    monkeypatch.setattr("qmedtune.step_status.status", lambda recipe, out: rows)
+    monkeypatch.setattr("qmedtune.step_status.status", lambda recipe, out, **_: rows)
     assert planned(run_dir=micro_run.folder)["seconds"] == 0
     rows[3]["status"] = "to do"
     left = planned(run_dir=micro_run.folder)

@@ -111,6 +111,20 @@ def test_a_secret_that_is_none_is_refused(damage, place):
         secret.load()
 
 
+def test_a_secret_that_is_a_pipe_is_not_waited_for(place):
+    (place / "secrets").mkdir(mode=0o700)
+    os.mkfifo(place / "secrets" / secret.FILE, 0o600)
+    with pytest.raises(RecipeError, match="no plain file"):
+        secret.load()
+
+
+@pytest.mark.parametrize("inside", ["run", "run/secrets", "run/data/../keys"])
+def test_a_secret_in_the_run_folder_is_refused(inside, place, monkeypatch):
+    monkeypatch.setenv("QMEDTUNE_SECRETS", str(place / inside))
+    with pytest.raises(RecipeError, match="lies in the run folder"):
+        secret.check(place / "run")
+
+
 def recipe(tmp_path, seed: int = 17) -> Recipe:
     path = tmp_path / "notes.jsonl"
     rows = [

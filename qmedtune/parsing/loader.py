@@ -279,6 +279,8 @@ def _explain(item: Any, path: KeyPath, value: Any) -> str:
         return f"missing; allowed: {grammar.allowed(path)}"
     if item["type"] == "extra_forbidden":
         return _unknown(path)
+    if item["type"] == "too_long" and "max_length" in item.get("ctx", {}):
+        return f"got {len(item['input']):,} entries; allowed: at most {item['ctx']['max_length']}"
     if item["type"] == "value_error":
         return str(item["ctx"]["error"])
     if item["loc"][-1] == "[key]":

@@ -21,6 +21,7 @@ from qmedtune.planning.precision import Precision
 from qmedtune.recipe import Recipe
 from qmedtune.tasks import Item, Task
 
+PART_QUESTIONS = 256  # what one of several processes scores at a time, as in evaluation/measure.py
 SAMPLED_ITEMS = 40  # of a benchmark, tokenised: few-shot prompts of 3,000 tokens make a tenth of a second
 # LLaMA-2 needs 1.47 tokens for a word of medical text, LLaMA-3.1 1.27 (docs/data.md); for where no tokenizer is here.
 TOKENS_PER_WORD = 1.4
@@ -127,10 +128,14 @@ def planned(recipe: Recipe, facts: BaseFacts, machine: Machine, found: Evaluatio
     loading = models * speed.load_seconds(facts)
     reading_texts = models * pace.read(texts, max(1, texts // rows))
     told = {each["name"] for each in tasks}
-    seconds = loading + reading_texts
+    scoring, parts = reading_texts, len(section.perplexity)
     for task in tasks:
-        seconds += task["seconds"]
+        scoring += task["seconds"]
+        parts += -(-task["questions"] // PART_QUESTIONS)
+    # Each process loads the models, and takes the parts in turn.
+    seconds = loading + scoring * -(-parts // machine.cards) / max(1, parts)
     return {
+        "processes": max(1, min(parts, machine.cards)),
         "precision": taken.name,
         "weights": taken.weights,
         "computed_in": taken.computed_in,
@@ -157,8 +162,9 @@ def _task_seconds(each: BenchmarkCost, pace: speed.Pace, batch_tokens: int) -> f
 
 
 def _held_out(recipe: Recipe, name: str, found: Estimate) -> int:
-    """Tokens of a source's held-out text, of which so many are read at most."""
+    """Tokens of a source's held-out text, of which so many are read at most; without what a choice is made on."""
     share = recipe.data[name].holdout
     if not found.tokens or not share:
         return 0
-    return min(round(found.tokens * share / (1 - share)), recipe.validation.max_tokens)
+    there = min(found.tokens * share / (1 - share), recipe.validation.max_tokens)
+    return round(there * (1 - recipe.development))

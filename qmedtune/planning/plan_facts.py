@@ -102,9 +102,11 @@ class PlannedTask(TypedDict):
 
 
 class PlannedEvaluation(TypedDict):
-    """What is scored, in which precision (`why`: where it is not what the recipe asks for), and for how long: `seconds`
-    in all, at least so many where benchmarks are `unknown`, because they are not here or too large to look at."""
+    """What is scored, by how many processes, in which precision (`why`: where it is not what the recipe asks for), and
+    for how long: `seconds` in all, at least so many where benchmarks are `unknown`, because they are not here or too
+    large to look at."""
 
+    processes: int
     precision: str
     weights: str
     computed_in: str

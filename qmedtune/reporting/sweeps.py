@@ -41,9 +41,12 @@ def table(found: Merge) -> Table:
 
 def _note(found: Merge) -> str:
     share = found.development or 0.0
+    precision = ""
+    if found.scored_in:
+        precision = f" in {found.scored_in}"
     return (
-        f"Rule: {found.rule}. Measured on {share:.0%} of the items and held-out texts; the scores of this run are "
-        "taken on the others."
+        f"Rule: {found.rule}. Measured{precision} on {share:.0%} of the items and held-out texts; the scores of this "
+        "run are taken on the others."
     )
 
 

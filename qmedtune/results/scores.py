@@ -140,6 +140,19 @@ class Text(BaseAndFinal):
     bits_per_byte: Number | None = None
 
 
+def scored_in(precision: str | None, weights: str | None) -> str:
+    """In words, what scores were taken in; empty where nothing says. weights: dtype, or nf4; None: version 0.1."""
+    if weights is None:
+        return {"nf4": "NF4, as trained", "full16": "16 bit"}.get(str(precision), "")
+    if precision == "nf4" and weights == "nf4":
+        return "NF4, as trained, not as delivered"
+    if precision == "nf4":
+        return f"{weights}, as trained"
+    if precision == "delivered":
+        return f"{weights}, as delivered"
+    return weights.replace("nf4", "NF4")
+
+
 class Evaluation(Facts):
     """Scores and perplexities. precision: delivered, nf4 or full16, which `why` explains where it is not what was
     asked; weights: dtype of both models, or nf4 (version 0.1 does not say)."""

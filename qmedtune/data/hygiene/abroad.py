@@ -68,7 +68,7 @@ ABROAD: dict[str, tuple[tuple[Any, ...], ...]] = {
     "address": (
         (
             "00000 |00000, ",
-            r"\b(?:(?:Am|Im|An[ ]der|Zum|Zur|In[ ]der|Auf[ ]dem)[ ])?(?P<street>[A-Z][A-Za-z'.-]{1,20}(?:[ ](?:(?:de|del|la|las|los|el|y)[ ]){0,2}[A-Z][A-Za-z'.-]{1,20}){0,3}),?[ ](?:\d{1,4}[a-z]?|s[ ]?/[ ]?n)"
+            r"\b(?:(?:Am|Im|An[ ]der|Zum|Zur|In[ ]der|Auf[ ]dem)[ ])?(?P<street>(?!(?:Hospital|Hospitalario|Universitari[oa]|Servicio|Complejo|Clinica|Centro|Departamento|Universidad|General)[ ])[A-Z][A-Za-z'.-]{1,20}(?:[ ](?:(?:de|del|la|las|los|el|y)[ ]){0,2}[A-Z][A-Za-z'.-]{1,20}){0,3}),?[ ](?:\d{1,4}[a-z]?|s[ ]?/[ ]?n)"
             r"(?:,?[ ]\d{1,2}[.]?[A-Za-z]{0,2})?[ .,-]{1,4}(?:[A-Z]{1,2}-)?\d{5},?[ ]{1,2}(?!Units|Int|IU)[A-Z][a-z]{2,20}(?:[ ](?:(?:de|del|la|las|los)[ ]){0,2}[A-Z][a-z]{1,20}){0,2}(?:[ ]\([A-Z][A-Za-z ]{2,25}\))?(?![A-Za-z0-9])",
         ),
     ),

@@ -427,7 +427,10 @@ def _tables(text: str, lowered: str) -> Iterator[Found]:
         for separator in _SEPARATORS:
             columns = _columns(heading, separator)
             if columns:
-                yield from _rows(text, end + 1, columns, separator)
+                rows = list(_row_places(text, end + 1, columns, separator))
+                for at, stop in rows:
+                    yield from _row(text, (at, stop), columns, separator)
+                    done = stop  # a row of labels below is a row of this table
                 break
 
 
@@ -446,24 +449,33 @@ def _columns(heading: str, separator: re.Pattern[str]) -> list[frozenset[str]]:
     return found if known >= 2 else []
 
 
-def _rows(text: str, at: int, columns: list[frozenset[str]], separator: re.Pattern[str]) -> Iterator[Found]:
+def _row_places(
+    text: str, at: int, columns: list[frozenset[str]], separator: re.Pattern[str]
+) -> Iterator[tuple[int, int]]:
+    """The lines of a table, to an empty one, or to one that has not its commas."""
     for _ in range(MAX_ROWS):
         end = text.find("\n", at)
         if end < 0:
             end = len(text)
         row = text[at:end]
-        if not row.strip():
+        if not row.strip() or ("," in row and len(separator.split(row.strip(" |"))) < len(columns)):
             return
-        cells = list(_cells(row, separator))
-        if len(cells) == len(columns):
-            for (start, stop), kinds in zip(cells, columns, strict=True):
-                if kinds and stop > start:
-                    yield from _cell(text, (at + start, at + stop), kinds)
-        elif "," in row and len(cells) < len(columns):
-            return
+        yield at, end
         if end == len(text):
             return
         at = end + 1
+
+
+def _row(
+    text: str, place: tuple[int, int], columns: list[frozenset[str]], separator: re.Pattern[str]
+) -> Iterator[Found]:
+    at, end = place
+    cells = list(_cells(text[at:end], separator))
+    if len(cells) != len(columns):
+        return
+    for (start, stop), kinds in zip(cells, columns, strict=True):
+        if kinds and stop > start:
+            yield from _cell(text, (at + start, at + stop), kinds)
 
 
 def _cells(row: str, separator: re.Pattern[str]) -> Iterator[tuple[int, int]]:

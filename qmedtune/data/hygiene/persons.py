@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from qmedtune.data.hygiene.anchors import places
+from qmedtune.data.hygiene.header_labels import ENDS
 from qmedtune.data.hygiene.words import ACRONYMS, EPONYMS, INSIDE, NEVER, OF_HOSPITALS, SURNAMES
 
 MAX_WORDS = 6
@@ -23,6 +24,7 @@ Place = tuple[int, int]
 WORD = re.compile(
     r"(?:(?:al|el|as|ad|an|ar|ash|ben|d|l)[-'])?[A-Z][A-Za-z]{0,30}(?:['-][A-Za-z]{1,30}){0,3}(?![A-Za-z0-9_])", re.A
 )
+SHORTENED = re.compile(r"[A-Z][a-z]{0,3}\.[ao](?=[ ][A-Z])", re.A)  # `M.a Jose`
 SMALL = re.compile(r"[a-z]{2,30}(?:['-][a-z]{1,30}){0,2}(?![A-Za-z0-9_'-])", re.A)
 PARTICLE = re.compile(
     r"(?:van|von|vom|zu|der|den|de|la|le|los|las|del|della|di|da|dos|das|do|du|bin|ibn|bint|al|el|ten|ter|ap|y|e|S[tT]\.)"
@@ -171,7 +173,7 @@ SIGN_OFF = re.compile(
 )
 # Made-up people of Synthea: `Noel608 Reynolds644`.
 SYNTHETIC = re.compile(
-    r"(?<![A-Za-z0-9_])[A-Z][A-Za-z'-]{1,24}\d{2,3}(?:[ ][A-Z][A-Za-z'-]{1,24}\d{2,3}){1,3}(?![A-Za-z0-9_])", re.A
+    r"(?<![A-Za-z0-9_])[A-Z][a-z'-]{1,24}\d{2,3}(?:[ ][A-Z][a-z'-]{1,24}\d{2,3}){1,3}(?![A-Za-z0-9_])", re.A
 )
 BEFORE = re.compile(r"(?:[A-Z][A-Za-z]{0,30}(?:['-][A-Za-z]{1,30}){0,3}\.?|[a-z]{2,6}|&)[ ]?$", re.A)
 
@@ -269,8 +271,8 @@ def _titled(text: str, match: re.Match[str]) -> Iterator[Place]:
     ):
         return
     end = _take(text, start, NameRules(titled=True))
-    if end and (end := _before_next_label(text, start, end)):
-        yield start, end
+    if end:
+        yield start, _before_next_label(text, start, end) or end
 
 
 def _labelled(text: str, match: re.Match[str]) -> Iterator[Place]:
@@ -321,15 +323,15 @@ def _before_next_label(text: str, start: int, end: int) -> int | None:
         return end
     if re.search(r"[a-z][A-Z][A-Za-z]*$", text[start:end], re.A):
         return end  # `MartinezNoCol:` cannot be cut: no span ends between two letters
-    while end > start:
-        end = max(text.rfind(" ", start, end), text.rfind(",", start, end))
-        while end > start and text[end - 1] in " ,":
-            end -= 1
-        if end <= start:
-            return None
-        last = re.split(r"[ ,]", text[start:end])[-1]
-        if not is_never(last):
-            return end
+    at = end
+    while at > start:
+        first = max(text.rfind(" ", start, at), text.rfind(",", start, at)) + 1
+        word = text[max(first, start) : at]
+        if word.lower() not in ENDS and not is_never(word):
+            return at if at < end or at > start + len(word) else None  # a name of one word before a colon is a label
+        at = first
+        while at > start and text[at - 1] in " ,":
+            at -= 1
     return None
 
 
@@ -350,7 +352,7 @@ def named_field(text: str, label: str, place: Place, *, named: bool) -> Place | 
     if not end:
         return None
     value, behind = text[start:end], text[end : end + 16]
-    if re.match(r"[ ]{0,3}:|[ ]?/[ ]?[A-Z]{2}" if named else r"[ ]{0,3}:|[ ]?/[ ]?[A-Z]{2}|[ ]?\d", behind, re.A):
+    if re.match(r"[ ]?/[ ]?[A-Z]{2}" if named else r"[ ]?/[ ]?[A-Z]{2}|[ ]?\d", behind, re.A):
         return None
     if not named and EPONYM.match(behind):
         return None
@@ -382,7 +384,9 @@ def _take(text: str, at: int, rules: NameRules) -> int | None:
         here = at
         while particle := PARTICLE.match(text, here):
             here = particle.end()
-        match = WORD.match(text, here) or (SMALL.match(text, here) if rules.small else None)
+        match = (
+            WORD.match(text, here) or SHORTENED.match(text, here) or (SMALL.match(text, here) if rules.small else None)
+        )
         if match is None:
             break
         word = POSSESSIVE.sub("", match[0])
@@ -399,7 +403,7 @@ def _take(text: str, at: int, rules: NameRules) -> int | None:
         if len(word) < len(match[0]):
             return end  # a possessive ends a name
         following = _next_word(text, end, rules.comma and words <= 4)
-        if following is None and rules.wide and re.match(r"[ ]{2}[A-Z][a-z]", text[end : end + 4], re.A):
+        if rules.wide and re.match(r"[ ]{2}[A-Z][a-z]", text[end : end + 4], re.A):
             following = end + 2
         if following is None:
             break

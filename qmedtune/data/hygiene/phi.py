@@ -8,6 +8,7 @@ what is reported are counts and shapes (`ddd-dd-dddd`).
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from qmedtune.data.hygiene.hospitals import find_hospitals
 from qmedtune.data.hygiene.persons import find_names
 from qmedtune.data.hygiene.plain import plain
 from qmedtune.data.hygiene.presidio import Finder
-from qmedtune.data.hygiene.recognisers import DIGITS, MARKED, RECOGNISERS, plausible
+from qmedtune.data.hygiene.recognisers import DIGITS, MARKED, RECOGNISERS, Recogniser, plausible
 from qmedtune.data.hygiene.words import EPONYMS, NEVER
 from qmedtune.results import Identifiers
 
@@ -64,17 +65,29 @@ def find(text: str, persons: Finder | None = None) -> list[Span]:
 def _found(text: str) -> Iterator[tuple[str, int, int]]:
     """(class, start, end) in a plain copy, in order of precedence; they may overlap."""
     lowered = text.lower().translate(DIGITS)
+    yield from _recognised(text, lowered, FIRST)
     yield from messages.find(text)
     yield from headers.find(text, lowered)
-    for recogniser in RECOGNISERS:
-        for match in recogniser.matches(text, lowered):
-            start, end = match.span("value" if "value" in recogniser.pattern.groupindex else 0)
-            if plausible(recogniser.kind, match, text[start:end], text[end : end + 16]):
-                yield recogniser.kind, start, end
+    yield from _recognised(text, lowered, REST)
     for start, end in find_hospitals(text):
         yield ("hospital", start, end)
     for start, end in find_names(text, lowered):
         yield ("name", start, end)
+
+
+def _recognised(text: str, lowered: str, recognisers: Iterable[Recogniser]) -> Iterator[tuple[str, int, int]]:
+    for recogniser in recognisers:
+        for match in recogniser.matches(text, lowered):
+            start, end = match.span("value" if "value" in recogniser.pattern.groupindex else 0)
+            if plausible(recogniser.kind, match, text[start:end], text[end : end + 16]):
+                yield recogniser.kind, start, end
+
+
+# An address of the web holds what looks like labels: `?id=88231`.
+FIRST = [recogniser for recogniser in RECOGNISERS if recogniser.kind in ("email", "url")]
+REST = [recogniser for recogniser in RECOGNISERS if recogniser.kind not in ("email", "url")]
+# Of these a part that nothing else has found is still to be taken out; a number is whole or none.
+IN_WORDS = frozenset(("name", "address", "hospital", "zip"))
 
 
 class _Claimed:
@@ -96,11 +109,14 @@ class _Claimed:
             start -= 1
         while 0 < end < len(text) and text[end - 1].isalnum() and text[end].isalnum():
             end += 1
-        found = []
+        if kind not in IN_WORDS and self.taken.find(1, start, end) >= 0:
+            return []
+        found, asked = [], end - start
         while start < end:
             claimed = self.taken.find(1, start, end)
             stop = end if claimed < 0 else claimed
-            if piece := _bare(text, start, stop):
+            left = _WORD if kind in ("name", "hospital") else _LETTER_OR_DIGIT
+            if piece := _bare(text, start, stop, left=None if stop - start == asked else left):
                 found.append(Span(*piece, kind))
                 self.taken[piece[0] : piece[1]] = b"\1" * (piece[1] - piece[0])
             if claimed < 0:
@@ -111,13 +127,18 @@ class _Claimed:
         return found
 
 
-def _bare(text: str, start: int, end: int) -> tuple[int, int] | None:
-    """Of a piece without the marks at its ends; None where it has no letter and no digit."""
+_WORD, _LETTER_OR_DIGIT = re.compile(r"[^\W\d_]{2}"), re.compile(r"[^\W_]")
+
+
+def _bare(text: str, start: int, end: int, *, left: re.Pattern[str] | None) -> tuple[int, int] | None:
+    """A piece; if it is not the whole, without the marks at its ends, and None where nothing is left as `left` asks."""
+    if left is None:
+        return start, end
     while start < end and not text[start].isalnum() and text[start] not in "([+#/<":
         start += 1
     while start < end and not text[end - 1].isalnum() and text[end - 1] not in ")].>":
         end -= 1
-    if any(c.isalnum() for c in text[start:end]):
+    if left.search(text, start, end):
         return start, end
     return None
 

@@ -35,6 +35,8 @@ def load() -> bytes:
     if not path.exists():
         _make(path)
     found = path.stat()
+    if not stat.S_ISREG(found.st_mode):  # a pipe would be waited for for ever
+        raise RecipeError(f"{path}: is no plain file, so no secret of stand-ins\nremove it; the next run makes one")
     if stat.S_IMODE(found.st_mode) & 0o077 and os.name == "posix":
         raise RecipeError(
             f"{path}: others can read the secret that stand-ins are derived from\nchmod 600 {path}, or make another"
@@ -70,6 +72,7 @@ def fingerprint(secret: bytes) -> str:
 
 def check(out: Path) -> None:
     """RecipeError where the stand-ins in `out` were made with a secret that is not here. Makes no secret there."""
+    _check_place(out)
     try:
         before = json.loads(read_plain(out / NOTE))["fingerprint"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -82,6 +85,16 @@ def check(out: Path) -> None:
         f"looked for: {path} ({'another one' if path.exists() else 'not there'})\n"
         "bring that file from where the run began (QMEDTUNE_SECRETS names its folder), or give another --out"
     )
+
+
+def _check_place(out: Path) -> None:
+    """RecipeError where the secret would lie in a run folder: whoever is given the run would have it too."""
+    place = folder().resolve()
+    if out.resolve() in (place, *place.parents):
+        raise RecipeError(
+            f"QMEDTUNE_SECRETS: {folder()} lies in the run folder {out}, which may be passed on\n"
+            "name a folder outside of it (without QMEDTUNE_SECRETS: ~/.config/qmedtune)"
+        )
 
 
 def note(out: Path) -> None:

@@ -92,7 +92,7 @@ _CLINICAL = """
     week weekly weeks weight white-cell woman wound wounds wrist january february march april june july august
     september october november december daytime spouse's significant subject emergency instructions education
     assistant aide extender calle avda avenida ctra carretera paseo camino apartado servicio paciente pacientes
-    patiente se varon mujer direccion email e-mail correo nhc nocol dia dias presentamos informe active pre-op post-op
+    patiente se varon mujer direccion email e-mail correo nhc nocol presentamos informe active pre-op post-op
     demographics demographic next kin relative relatives supervising supervisor signed-by
     dictation signal imaging angiography angiogram venogram venography spectroscopy enterography elastography
     sequence sequences recovery stepdown telemetry preop postop endo brief transcribed transcriptionist cc attn re via
@@ -143,8 +143,8 @@ EPONYMS = frozenset(
 # Small words inside the name of a hospital, and words of such names that alone name none.
 INSIDE = frozenset("of the and for de la del van von der den di da du at".split())
 OF_HOSPITALS = frozenset(
-    """new general memorial regional community university childrens children's county city state national royal central
-    medical health veterans mount mt st saint north south east west northern southern eastern western heart cancer
-    outside local our her his their a an this that another nearby area district teaching tertiary care community acute
-    emergency women's womens""".split()
+    """day operating stay course new general memorial regional community university childrens children's county city
+    state national royal central medical health veterans mount mt st saint north south east west northern southern
+    eastern western heart cancer outside local our her his their a an this that another nearby area district
+    teaching tertiary care community acute emergency women's womens""".split()
 )
