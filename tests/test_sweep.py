@@ -89,6 +89,14 @@ def test_an_item_has_one_part_under_every_limit_and_in_other_words(tmp_path: Pat
     assert any(parts[name.removeprefix("other-")] == "scored" for name in drawn)
 
 
+def test_the_plan_counts_the_items_that_are_scored():
+    recipe = load_recipe(MICRO, ["evaluate.development=0.5"]).recipe
+    [scored] = halves.scored_tasks(recipe)
+    planned = plan.make_plan(recipe)["evaluation"]
+    assert planned is not None and len(scored.items) < 20
+    assert [task["questions"] for task in planned["tasks"]] == [len(scored.items)]
+
+
 def test_without_a_share_everything_is_scored():
     recipe = load_recipe(MICRO).recipe
     [task] = halves.scored_tasks(recipe)

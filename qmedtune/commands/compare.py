@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qmedtune.commands.common import JsonOption, OfflineOption, emit
+from qmedtune.commands.common import JsonOption, OfflineOption, emit, say
 from qmedtune.commands.model import QuantizationOption
 
 if TYPE_CHECKING:
@@ -81,9 +81,9 @@ def _compare_runs(folders: list[Path], out: Path | None, as_json: bool) -> None:
     for table in tables:
         if table.rows:
             ui.table(table.title, table.columns, table.rows)
-    print("\n".join(page.sentences(result)))
+    say("\n".join(page.sentences(result)))
     if out is not None:
-        print(f"The page, with curves: {out / 'compare.html'}")
+        say(f"The page, with curves: {out / 'compare.html'}")
 
 
 def _show_duels(found: HeadToHead) -> None:
