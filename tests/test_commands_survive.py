@@ -43,6 +43,13 @@ def test_a_full_disk_at_every_call(how: list[str]):
     assert found["trials"] == sum(found["calls"].values())
 
 
+@pytest.mark.slow
+@needs_compiler
+def test_a_full_disk_at_one_call_in_forty_of_an_ablation():
+    found = tally("full_commands.py", "ablate", "--every", "40")
+    assert found["trials"] >= 2 and found["failed_clearly"] >= 2
+
+
 def test_a_killed_command_comes_to_the_same():
     found = tally("kill_commands.py", "predict", "eval", "merge", "export", "--kills", "4")
     assert found["same"] == 4
