@@ -45,10 +45,10 @@ def test_a_full_disk_at_every_call(how: list[str]):
 
 @pytest.mark.slow
 @needs_compiler
-def test_a_full_disk_at_every_call_of_an_ablation():
-    """Of its own process; the runs of its arms are tried call by call in test_calls.py."""
-    found = tally("full_commands.py", "ablate")
-    assert found["trials"] == found["calls"]["ablate"] >= 4
+def test_a_full_disk_at_one_call_in_hundred_of_an_ablation():
+    """Of about 1,300; its runs are tried call by call in test_calls.py."""
+    found = tally("full_commands.py", "ablate", "--every", "100")
+    assert found["trials"] >= 10 and found["failed_clearly"] >= 5
 
 
 def test_a_killed_command_comes_to_the_same():
