@@ -268,14 +268,14 @@ def _development(asked: Questions, seed: int) -> tuple[Item, ...]:
 def _chosen(player: Player, part: TaskSplit) -> Picked:
     """The setting that answers most development items rightly (the earlier one on a tie), and what each reached."""
     reached: dict[str, float] = {}
-    best, highest = None, -1.0
-    for setting in _settings(player):
+    settings = list(_settings(player))
+    best, highest = settings[0], -1.0
+    for setting in settings:
         right = _right(player, part, part.dev, setting)
         share = sum(right) / len(right)
         reached[setting.words] = share
         if share > highest:
             best, highest = setting, share
-    assert best is not None
     return Picked(best, Development(items=len(part.dev), accuracy=reached))
 
 
