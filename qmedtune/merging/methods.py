@@ -87,11 +87,10 @@ class WeightedSum:
         return self[...]
 
     def __getitem__(self, index: object) -> Tensor:
-        total: Tensor | None = None
-        for factor, tensor in self.parts:
-            term = tensor[index].double() * factor  # pyright: ignore[reportArgumentType]
-            total = term if total is None else total.add_(term)
-        assert total is not None
+        (factor, tensor), *others = self.parts
+        total = tensor[index].double() * factor  # pyright: ignore[reportArgumentType]
+        for factor, tensor in others:
+            total.add_(tensor[index].double() * factor)  # pyright: ignore[reportArgumentType]
         return total.float()
 
 
