@@ -66,17 +66,19 @@ def ablate(
 
 
 def _run_all(arms: list[Arm], seeds: list[int], out: Path, offline: bool) -> None:
-    trained = [arm for arm in arms if arm.recipe]
+    trained: list[tuple[Arm, Recipe]] = []
+    for arm in arms:
+        if arm.recipe is not None:
+            trained.append((arm, arm.recipe))
     number, total = 0, len(seeds) * len(trained)
     for seed in seeds:
-        for arm in trained:
-            assert arm.recipe is not None
+        for arm, untouched in trained:
             number += 1
             ui.note(f"{number} of {total}: {arm.name}, seed {seed} ({arm.change})")
-            recipe = derive.with_seed(arm.recipe, seed)
+            recipe = derive.with_seed(untouched, seed)
             tree = recipe.model_dump(mode="json", by_alias=True, exclude_defaults=True)
             folder = arm_scores.run_folder(out, arm, seed)
-            siblings = [arm_scores.run_folder(out, other, seed) for other in trained if other is not arm]
+            siblings = [arm_scores.run_folder(out, other, seed) for other, _ in trained if other is not arm]
             run.run(recipe, yaml.safe_dump(tree, sort_keys=False), folder, offline=offline, siblings=siblings)
 
 

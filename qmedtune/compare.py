@@ -2,7 +2,7 @@
 
 Medical models that beat their base under one fixed prompt often do not once prompts are chosen per model (Jeong et al.,
 arXiv 2411.08870). So template and number of examples are chosen per model and task on development items, which are
-never scored and are also where examples come from; verdicts are verdict.py's.
+never scored; examples come from the benchmark's own split for them, else from these. Verdicts are verdict.py's.
 Deliberately absent: tasks that are no choice between options, training.
 """
 
@@ -29,9 +29,9 @@ from qmedtune.evaluation.scoring import BATCH_TOKENS, ChoiceScores, choice_logpr
 from qmedtune.evaluation.summary import majority_of
 from qmedtune.recipe import TaskSection
 from qmedtune.results import ChosenPrompting, Development, HeadToHead, scored_in
-from qmedtune.tasks import Item, Task, check_twice, load_task
+from qmedtune.tasks import Item, Task, check_twice, load_task, published_examples
 from qmedtune.tasks.item_parts import place_of
-from qmedtune.tasks.shots import with_examples
+from qmedtune.tasks.shots import shot_files, with_examples
 
 DEV_SHARE, MAX_DEV, MIN_DEV = 0.25, 100, 4
 
@@ -69,12 +69,14 @@ class Questions:
 
 @dataclass(frozen=True)
 class TaskSplit:
-    """A task's items: those that choose a setting and give examples, and those that are scored."""
+    """A task's items: those that choose a setting, and those that are scored. published: where examples come from, if
+    the benchmark has a split for them; without it from the items that choose."""
 
     task: Task
     section: TaskSection
     dev: tuple[Item, ...]
     scored: tuple[Item, ...]
+    published: tuple[Item, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,10 @@ class SettingSearch:
 
 @dataclass(frozen=True)
 class ComparisonJob:
-    """What is compared. The first model is the one that all others are compared with."""
+    """A head-to-head comparison of models on benchmark tasks.
+
+    The first model is the one that all others are compared with.
+    """
 
     models: tuple[str, ...]
     tasks: tuple[TaskSection, ...]
@@ -240,7 +245,10 @@ def splits_of(tasks: Sequence[Questions], seed: int) -> list[TaskSplit]:
                 f"compare: prompts are chosen by all items of {asked.section.task}: it shares them with another task\n"
                 "leave one of the two out"
             )
-        splits.append(TaskSplit(asked.task, asked.section, items, scored))
+        published: list[Item] = []
+        if files := shot_files(asked.section):
+            published = published_examples(asked.section, files)
+        splits.append(TaskSplit(asked.task, asked.section, items, scored, tuple(published)))
     return splits
 
 
@@ -263,14 +271,14 @@ def _development(asked: Questions, seed: int) -> tuple[Item, ...]:
 def _chosen(player: Player, part: TaskSplit) -> Picked:
     """The setting that answers most development items rightly (the earlier one on a tie), and what each reached."""
     reached: dict[str, float] = {}
-    best, highest = None, -1.0
-    for setting in _settings(player):
+    settings = list(_settings(player))
+    best, highest = settings[0], -1.0
+    for setting in settings:
         right = _right(player, part, part.dev, setting)
         share = sum(right) / len(right)
         reached[setting.words] = share
         if share > highest:
             best, highest = setting, share
-    assert best is not None
     return Picked(best, Development(items=len(part.dev), accuracy=reached))
 
 
@@ -295,7 +303,7 @@ def _right(player: Player, part: TaskSplit, items: Sequence[Item], setting: Prom
 
 
 def _answered(player: Player, part: TaskSplit, items: Sequence[Item], setting: PromptSetting) -> list[bool]:
-    asked = _with_shots(part, items, setting, player.rules.seed)
+    asked = with_shots(part, items, setting, player.rules.seed)
     tokenizer = player.opened.tokenizer
     prompts = prompt_texts(tokenizer, setting.template, [item.messages for item in asked])
     options = [item.options for item in items]
@@ -314,13 +322,15 @@ def _answered(player: Player, part: TaskSplit, items: Sequence[Item], setting: P
     return right
 
 
-def _with_shots(part: TaskSplit, items: Sequence[Item], setting: PromptSetting, seed: int) -> Sequence[Item]:
-    """The items, each behind examples from the development items where the setting asks for some."""
+def with_shots(part: TaskSplit, items: Sequence[Item], setting: PromptSetting, seed: int) -> Sequence[Item]:
+    """The items, each behind examples where the setting asks for some."""
     if not setting.shots:
         return items
-    order = Random(f"{seed}").sample(list(part.dev), len(part.dev))
+    pool = part.published or part.dev
+    order = Random(f"{seed}").sample(list(pool), len(pool))
     section = part.section.model_copy(update={"shots": setting.shots})
-    return [with_examples(item, order, section, part.task.write, same_ids=True) for item in items]
+    same_file = not part.published
+    return [with_examples(item, order, section, part.task.write, same_ids=same_file) for item in items]
 
 
 def _reached(player: Player, part: TaskSplit, picked: Picked, right: list[bool]) -> ChosenPrompting:

@@ -13,7 +13,7 @@ from typing import Any
 
 from qmedtune import store
 from qmedtune.errors import DataError
-from qmedtune.recipe import PACKED_AS, Recipe, SourceSection, StageSection, TaskSection
+from qmedtune.recipe import PACKED_AS, AuditSection, Recipe, SourceSection, StageSection, SweepSection, TaskSection
 from qmedtune.versions import CODE as CODE
 
 # Raise when scores of the same models would differ: 2 = perplexity over whole documents, heads in fp32; 3 =
@@ -189,11 +189,10 @@ def training_section(recipe: Recipe, asked: Recipe, index: int) -> MadeFrom:
     }
 
 
-def audit_section(recipe: Recipe) -> MadeFrom:
+def audit_section(audit: AuditSection, seed: int) -> MadeFrom:
     """Limits judge what was measured; they do not change it."""
-    assert recipe.audit is not None
-    audit = recipe.audit.model_dump(mode="json", exclude={"max_exposure", "max_extracted"})
-    return {"audit": audit, "seed": recipe.seed}
+    measured = audit.model_dump(mode="json", exclude={"max_exposure", "max_extracted"})
+    return {"audit": measured, "seed": seed}
 
 
 def merge_section(recipe: Recipe) -> MadeFrom:
@@ -215,10 +214,9 @@ def fold_section(recipe: Recipe) -> MadeFrom:
     return {"merge": merge, "model": model, "seed": recipe.seed}
 
 
-def sweep_section(recipe: Recipe, hashes: store.HashCache) -> MadeFrom:
+def sweep_section(recipe: Recipe, sweep: SweepSection, hashes: store.HashCache) -> MadeFrom:
     """What the merge and the evaluation are made from, and what is tried."""
-    assert recipe.merge.sweep is not None
-    tried = recipe.merge.sweep.model_dump(mode="json")
+    tried = sweep.model_dump(mode="json")
     return {**merge_section(recipe), **evaluation_section(recipe, hashes), "sweep": tried}
 
 

@@ -8,7 +8,8 @@ import torch
 from llama_folders import llama3_folder
 from statsmodels.stats import contingency_tables, multitest
 
-from qmedtune.compare import ComparisonJob, Questions, compare_models, splits_of
+from qmedtune.compare import ComparisonJob, PromptSetting, Questions, compare_models, splits_of, with_shots
+from qmedtune.data.packing import templates
 from qmedtune.errors import RecipeError
 from qmedtune.evaluation import statistics, verdict
 from qmedtune.recipe import TaskSection
@@ -156,6 +157,22 @@ def test_what_chooses_prompts_in_one_task_is_scored_in_none(models):
     assert {item.id for item in part.scored} == {f"q{n}" for n in range(24)} - chosen_by
     alone = splits_of(questions[:1], 17)[0]
     assert alone.dev == whole.dev and len(alone.scored) == 30
+
+
+def test_examples_come_from_the_published_split(tmp_path):
+    """MMLU's five per subject: of 100 development items over 57 subjects few subjects would have so many."""
+    for subject in ("anatomy", "virology"):
+        for split, count in (("dev", 5), ("test", 12)):
+            lines = [f"{subject} {split} {n}?,a,b,c,d,{'ABCD'[n % 4]}" for n in range(count)]
+            path = tmp_path / split / f"{subject}_{split}.csv"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("\n".join(lines) + "\n")
+    section = TaskSection(task="mmlu", path=str(tmp_path))
+    [part] = splits_of([Questions(load_task(section, 17), section)], 17)
+    assert len(part.published) == 10 and len(part.dev) == 6 and len(part.scored) == 18
+    for item in with_shots(part, part.scored, PromptSetting(templates.load("alpaca"), 5), 17):
+        examples = [message["content"] for message in item.messages[:-1] if message["role"] == "user"]
+        assert len(examples) == 5 and all(text.startswith(f"{item.facet} dev ") for text in examples)
 
 
 def test_what_cannot_be_compared_is_refused(models):

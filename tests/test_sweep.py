@@ -89,6 +89,14 @@ def test_an_item_has_one_part_under_every_limit_and_in_other_words(tmp_path: Pat
     assert any(parts[name.removeprefix("other-")] == "scored" for name in drawn)
 
 
+def test_the_plan_counts_the_items_that_are_scored():
+    recipe = load_recipe(MICRO, ["evaluate.development=0.5"]).recipe
+    [scored] = halves.scored_tasks(recipe)
+    planned = plan.make_plan(recipe)["evaluation"]
+    assert planned is not None and len(scored.items) < 20
+    assert [task["questions"] for task in planned["tasks"]] == [len(scored.items)]
+
+
 def test_without_a_share_everything_is_scored():
     recipe = load_recipe(MICRO).recipe
     [task] = halves.scored_tasks(recipe)
@@ -150,7 +158,7 @@ def test_gain_and_loss_worked_by_hand(choose: str, gain: float):
     overrides = [*CPT, "merge.with=m", f"merge.sweep={{choose: {choose}, max_general_loss: 0.2}}"]
     recipe = load_recipe(MICRO, [*overrides, "evaluate.tasks=[{task: facts, limit: 8}]"]).recipe
     tasks = halves.development_tasks(recipe)
-    rule = choosing.rule_of(recipe, tasks)
+    rule = choosing.rule_of(recipe, recipe.merge.sweep, tasks)
     base = MeasuredModel(
         {"facts": rows([True, False, False, False], [False] * 4)}, perplexities(literature=8, notes=8, general=10)
     )
@@ -166,7 +174,7 @@ def test_gain_and_loss_worked_by_hand(choose: str, gain: float):
 
 def test_a_large_difference_is_no_noise():
     recipe = load_recipe(MICRO, [*CPT, "merge.with=m", "merge.sweep={choose: tasks}"]).recipe
-    rule = choosing.rule_of(recipe, halves.development_tasks(recipe))
+    rule = choosing.rule_of(recipe, recipe.merge.sweep, halves.development_tasks(recipe))
     right, wrong = MeasuredModel({"facts": rows([True] * 10, [True] * 10)}, {}), rows([False] * 10, [True] * 10)
     assert choosing.within_noise(rule, MeasuredModel({"facts": wrong}, {}), right) is False
 
