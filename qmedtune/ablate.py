@@ -25,7 +25,7 @@ from qmedtune.parsing.loader import LoadedRecipe, show_path
 from qmedtune.planning.resolve import resolve
 from qmedtune.recipe import Recipe
 from qmedtune.reporting.facts import precision_words
-from qmedtune.results import Ablation, Provenance, Run
+from qmedtune.results import Ablation, Number, Provenance, Run
 
 RESULT, TABLE, DIFFERENCES = "ablation.json", "ablation.csv", "differences.csv"
 FIGURE, REPORT = "ablation.svg", "report.html"
@@ -66,17 +66,19 @@ def ablate(
 
 
 def _run_all(arms: list[Arm], seeds: list[int], out: Path, offline: bool) -> None:
-    trained = [arm for arm in arms if arm.recipe]
+    trained: list[tuple[Arm, Recipe]] = []
+    for arm in arms:
+        if arm.recipe is not None:
+            trained.append((arm, arm.recipe))
     number, total = 0, len(seeds) * len(trained)
     for seed in seeds:
-        for arm in trained:
-            assert arm.recipe is not None
+        for arm, untouched in trained:
             number += 1
             ui.note(f"{number} of {total}: {arm.name}, seed {seed} ({arm.change})")
-            recipe = derive.with_seed(arm.recipe, seed)
+            recipe = derive.with_seed(untouched, seed)
             tree = recipe.model_dump(mode="json", by_alias=True, exclude_defaults=True)
             folder = arm_scores.run_folder(out, arm, seed)
-            siblings = [arm_scores.run_folder(out, other, seed) for other in trained if other is not arm]
+            siblings = [arm_scores.run_folder(out, other, seed) for other, _ in trained if other is not arm]
             run.run(recipe, yaml.safe_dump(tree, sort_keys=False), folder, offline=offline, siblings=siblings)
 
 
@@ -121,6 +123,7 @@ def _write(loaded: LoadedRecipe, arms: list[Arm], seeds: list[int], out: Path, *
         differences=compared.differences,
         perplexity_ratios=compared.perplexity_ratios,
         chance=_chance(runs),
+        majority=_majority(runs),
         seconds=_seconds(runs),
         notes=_unequal(found),
         precision=_precision(runs),
@@ -131,7 +134,7 @@ def _write(loaded: LoadedRecipe, arms: list[Arm], seeds: list[int], out: Path, *
     store.write_atomic(out / TABLE, arm_scores.table_csv(result))
     store.write_atomic(out / DIFFERENCES, arm_scores.differences_csv(result))
     if result.arms:
-        store.write_atomic(out / FIGURE, figure(result, result.chance))
+        store.write_atomic(out / FIGURE, figure(result, result.chance, result.precision))
     store.write_atomic(out / REPORT, ablation_page.page(result))
     return result
 
@@ -170,6 +173,16 @@ def _chance(runs: list[Run]) -> float | None:
             chance = task.final.chance if task.final else None
             values.add(None if chance is None else round(chance, 6))
     return values.pop() if len(values) == 1 else None
+
+
+def _majority(runs: list[Run]) -> dict[str, Number]:
+    """By task, what always its commonest answer scores."""
+    shares: dict[str, Number] = {}
+    for found in runs:
+        for name, task in found.scored.tasks.items():
+            if task.final is not None and task.final.majority is not None:
+                shares[name] = task.final.majority
+    return shares
 
 
 def _unequal(found: list[arm_scores.ArmResult]) -> list[str]:

@@ -14,13 +14,13 @@ from qmedtune.allowed import Quantization
 from qmedtune.data.packing import templates
 from qmedtune.errors import RecipeError
 from qmedtune.evaluate import Contender, EvaluatedModels, contenders, delivered_dtype, open_contender, settings_of
-from qmedtune.evaluation import halves
 from qmedtune.evaluation.open_model import Location, OpenModel, locate, open_model
 from qmedtune.planning import precision
 from qmedtune.recipe import Recipe
 from qmedtune.resolved import ResolvedRecipe
 from qmedtune.results import HeadToHead
 from qmedtune.tasks import load_task, world_of
+from qmedtune.tasks.item_parts import part_of
 
 FINAL = "final"
 
@@ -49,20 +49,21 @@ def against_step(recipe: ResolvedRecipe, inputs: EvaluatedModels, out: Path) -> 
 def splits_of(recipe: Recipe) -> tuple[list[compare.TaskSplit], list[str]]:
     """The recipe's tasks that can be compared, each once and zero-shot; and the labels of those that cannot.
     RecipeError where none is left."""
-    found, left_out = {}, []
+    found: dict[str, compare.Questions] = {}
+    left_out: list[str] = []
     for section in recipe.evaluate.tasks:
         bare = section.model_copy(update={"shots": 0})
-        task = halves.part_of(load_task(bare, recipe.items_seed, world_of(recipe)), recipe, "scored")
+        task = part_of(load_task(bare, recipe.items_seed, world_of(recipe)), recipe, "scored")
         if not compare.comparable(task):
             left_out.append(section.label)
         elif bare.label not in found:
-            found[bare.label] = compare.split(task, bare, recipe.items_seed)
+            found[bare.label] = compare.Questions(task, bare)
     if not found:
         raise RecipeError(
             f"evaluate.against: none of the tasks can be compared ({', '.join(left_out)})\n"
             "name one whose metric is accuracy, with 16 items or more"
         )
-    return list(found.values()), left_out
+    return compare.splits_of(list(found.values()), recipe.items_seed), left_out
 
 
 def check(recipe: Recipe, offline: bool) -> None:

@@ -49,13 +49,22 @@ class StageToAudit:
     model: ModelStack
 
 
-def audit_step(recipe: ResolvedRecipe, planted: Path, trained: Mapping[str, StageToAudit], out: Path) -> Audit:
+@dataclass(frozen=True)
+class Auditing:
+    """What is measured: a recipe, its `audit` section, and its stages by their names."""
+
+    recipe: ResolvedRecipe
+    section: AuditSection
+    trained: Mapping[str, StageToAudit]
+
+
+def audit_step(auditing: Auditing, planted: Path, out: Path) -> Audit:
     """Measure a resolved recipe's canaries after every stage that trained on them, or followed one that did.
 
-    planted: folder with canaries.json. trained: stages by name. Writes audit.json below `out`, where an interrupted
-    audit is continued stage by stage.
+    planted: folder with canaries.json. Writes audit.json below `out`, where an interrupted audit is continued stage by
+    stage.
     """
-    assert recipe.audit is not None
+    recipe, trained = auditing.recipe, auditing.trained
     found = canaries.read(planted)
     rows = {}
     for index, name in enumerate(recipe.stage_names()):
@@ -66,20 +75,18 @@ def audit_step(recipe: ResolvedRecipe, planted: Path, trained: Mapping[str, Stag
             sources.update(stage.sources)
         met = [canary for canary in found if canary.source in sources]
         if met:
-            work = partial(_measure_stage, recipe, index, met, trained)
+            work = partial(_measure_stage, auditing, index, met)
             rows[name] = store.kept(out / store.SCRATCH / f"{name}.json", work)
-    result = Audit(stages=rows, references=recipe.audit.references)
+    result = Audit(stages=rows, references=auditing.section.references)
     store.write_json(out / RESULT, result.as_json())
     return result
 
 
-def check_limits(recipe: ResolvedRecipe, audited: Path) -> AuditLimits:
-    """RunError where a measurement in the folder `audited` is beyond `max_exposure` or `max_extracted` of the recipe.
+def check_limits(audit: AuditSection, audited: Path) -> AuditLimits:
+    """RunError where a measurement in the folder `audited` is beyond the section's `max_exposure` or `max_extracted`.
 
     A step of its own behind the measurement, so that what was measured stays sealed, and before the merge.
     """
-    audit = recipe.audit
-    assert audit is not None
     result = Audit.model_validate_json((audited / RESULT).read_bytes())
     for stage, rows in result.stages.items():
         for row in rows:
@@ -105,17 +112,17 @@ def _beyond(audit: AuditSection, row: Exposure) -> str | None:
     return None
 
 
-def _measure_stage(
-    recipe: ResolvedRecipe, index: int, found: list[Canary], trained: Mapping[str, StageToAudit]
-) -> list[Json]:
+def _measure_stage(auditing: Auditing, index: int, found: list[Canary]) -> list[Json]:
     """The rows of one stage as audit.json has them."""
+    recipe, trained = auditing.recipe, auditing.trained
     name = recipe.stage_names()[index]
     stack = trained[name].model
     tokenizer = models.load_tokenizer(stack.base)
     disable_progress_bar()
     model = models.load_stack(stack, recipe.model)
     contexts = [context_of(recipe, canary, tokenizer, stack.base) for canary in found]
-    rows = measure(recipe, AuditedModel(model, tokenizer, name), found, contexts)
+    audited = AuditedModel(model, tokenizer, name, auditing.section.references, recipe.seed)
+    rows = measure(audited, found, contexts)
     passes = _passes(recipe, index, trained)
     del model
     gc.collect()
@@ -172,21 +179,21 @@ def _first_stage_of(recipe: ResolvedRecipe, source: str) -> int:
 
 @dataclass(frozen=True)
 class AuditedModel:
-    """What a stage left, loaded; `stage` is its name."""
+    """What a stage left, loaded; `stage` is its name. references: how many other numbers each secret is ranked among,
+    drawn by the seed."""
 
     model: Any
     tokenizer: Any
     stage: str
+    references: int
+    seed: int
 
 
-def measure(
-    recipe: ResolvedRecipe, audited: AuditedModel, found: Sequence[Canary], contexts: Sequence[str]
-) -> list[Exposure]:
+def measure(audited: AuditedModel, found: Sequence[Canary], contexts: Sequence[str]) -> list[Exposure]:
     """A row per source and number of repeats, in the order of the canaries."""
-    audit, model, tokenizer = recipe.audit, audited.model, audited.tokenizer
-    assert audit is not None
-    rng = random.Random(f"references-{recipe.seed}")
-    options = [_candidates(canary.secret, audit.references, rng) for canary in found]
+    model, tokenizer = audited.model, audited.tokenizer
+    rng = random.Random(f"references-{audited.seed}")
+    options = [_candidates(canary.secret, audited.references, rng) for canary in found]
     with ui.progress_bar(f"canaries after {audited.stage}", total=2 * len(found), unit="canaries") as bar:
         scores = choice_logprobs(model, tokenizer, contexts, options, progress=adding(bar), boundary="joint")
         answers = generate(model, tokenizer, contexts, SECRET_TOKENS, progress=adding(bar))

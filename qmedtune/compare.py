@@ -2,7 +2,7 @@
 
 Medical models that beat their base under one fixed prompt often do not once prompts are chosen per model (Jeong et al.,
 arXiv 2411.08870). So template and number of examples are chosen per model and task on development items, which are
-never scored and are also where examples come from; verdicts are verdict.py's.
+never scored; examples come from the benchmark's own split for them, else from these. Verdicts are verdict.py's.
 Deliberately absent: tasks that are no choice between options, training.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,13 +23,15 @@ from qmedtune.allowed import Quantization
 from qmedtune.data.packing import templates
 from qmedtune.errors import RecipeError
 from qmedtune.evaluation import statistics, verdict
-from qmedtune.evaluation.measure import adding, best_option
+from qmedtune.evaluation.measure import adding, best_option, within_memory
 from qmedtune.evaluation.open_model import OpenModel, locate, open_model
-from qmedtune.evaluation.scoring import choice_logprobs, prompt_texts
+from qmedtune.evaluation.scoring import BATCH_TOKENS, ChoiceScores, choice_logprobs, prompt_texts
+from qmedtune.evaluation.summary import majority_of
 from qmedtune.recipe import TaskSection
-from qmedtune.results import ChosenPrompting, Development, HeadToHead
-from qmedtune.tasks import Item, Task, check_twice, load_task
-from qmedtune.tasks.shots import with_examples
+from qmedtune.results import ChosenPrompting, Development, HeadToHead, scored_in
+from qmedtune.tasks import Item, Task, check_twice, load_task, published_examples
+from qmedtune.tasks.item_parts import place_of
+from qmedtune.tasks.shots import shot_files, with_examples
 
 DEV_SHARE, MAX_DEV, MIN_DEV = 0.25, 100, 4
 
@@ -50,13 +52,31 @@ class PromptSetting:
 
 
 @dataclass(frozen=True)
+class Picked:
+    """The setting that suits a model in a task, and what each setting reached on the development items."""
+
+    setting: PromptSetting
+    dev: Development
+
+
+@dataclass(frozen=True)
+class Questions:
+    """A task without examples of its own, and the section that asked for it."""
+
+    task: Task
+    section: TaskSection
+
+
+@dataclass(frozen=True)
 class TaskSplit:
-    """A task's items: those that choose a setting and give examples, and those that are scored."""
+    """A task's items: those that choose a setting, and those that are scored. published: where examples come from, if
+    the benchmark has a split for them; without it from the items that choose."""
 
     task: Task
     section: TaskSection
     dev: tuple[Item, ...]
     scored: tuple[Item, ...]
+    published: tuple[Item, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -82,7 +102,10 @@ class SettingSearch:
 
 @dataclass(frozen=True)
 class ComparisonJob:
-    """What is compared. The first model is the one that all others are compared with."""
+    """A head-to-head comparison of models on benchmark tasks.
+
+    The first model is the one that all others are compared with.
+    """
 
     models: tuple[str, ...]
     tasks: tuple[TaskSection, ...]
@@ -119,9 +142,10 @@ def compare_models(asked: ComparisonJob, out: Path | None = None) -> HeadToHead:
     if len(asked.models) < 2:
         raise RecipeError("compare: one model has nothing to be compared with\nname two or more")
     check_twice("compare", list(asked.models))
-    splits: list[TaskSplit] = []
+    questions: list[Questions] = []
     for section in asked.tasks:
-        splits.append(split(load_task(section, asked.seed), section, asked.seed))
+        questions.append(Questions(load_task(section, asked.seed), section))
+    splits = splits_of(questions, asked.seed)
     entrants: list[Entrant] = []
     for name in asked.models:
         entrants.append(Entrant(name, partial(_opened, name, asked)))
@@ -146,10 +170,10 @@ def meet(entrants: Sequence[Entrant], splits: Sequence[TaskSplit], rules: Settin
         player = Player(entrant.name, entrant.open(), rules)
         models[entrant.name] = {}
         for part in splits:
-            setting, dev = _chosen(player, part)
-            right = _right(player, part, part.scored, setting)
+            picked = _chosen(player, part)
+            right = _right(player, part, part.scored, picked.setting)
             answers[part.section.label][entrant.name] = right
-            models[entrant.name][part.section.label] = _reached(setting, dev, right)
+            models[entrant.name][part.section.label] = _reached(player, part, picked, right)
         del player
         gc.collect()
         torch.cuda.empty_cache()
@@ -158,13 +182,37 @@ def meet(entrants: Sequence[Entrant], splits: Sequence[TaskSplit], rules: Settin
 
 def judged(outcome: Outcome, pairs: Sequence[tuple[str, str]]) -> HeadToHead:
     """Of each pair the first model against the second."""
-    found = verdict.paired_duels(outcome.answers, pairs)
+    grouped: dict[str, statistics.Groups] = {}
+    for part in outcome.splits:
+        grouped[part.section.label] = [item.group or f"item {item.id}" for item in part.scored]
+    found = verdict.paired_duels(outcome.answers, pairs, grouped)
     claims: list[str] = []
     for pair in pairs:
         own = [duel for duel in found if (duel.model, duel.reference) == pair]
-        claims.append(verdict.claim(own))
+        claims.append(verdict.claim(own, precision_of(outcome.models, pair)) + _no_knowledge(outcome, pair[0]))
     duels = [duel.entry() for duel in found]
     return HeadToHead(models=outcome.models, duels=duels, claims=claims)
+
+
+def _no_knowledge(outcome: Outcome, model: str) -> str:
+    """A sentence on the tasks in which a model is not beyond always the commonest answer; nothing where there are
+    none: to win against a base is no knowledge yet."""
+    told: list[str] = []
+    for task, chosen in outcome.models[model].items():
+        if chosen.majority is not None and chosen.ci95[0] <= chosen.majority:
+            told.append(f"{task} ({chosen.accuracy:.3f}; {chosen.majority:.3f})")
+    if not told:
+        return ""
+    return f" {model} is not beyond always the commonest answer on {', '.join(told)}."
+
+
+def precision_of(models: Mapping[str, Mapping[str, ChosenPrompting]], names: Sequence[str]) -> str:
+    """`bfloat16`, or `bfloat16 and NF4` where these models were not scored in one precision."""
+    found: dict[str, None] = {}
+    for name in names:
+        for chosen in models[name].values():
+            found[scored_in(None, chosen.weights)] = None
+    return " and ".join(found)
 
 
 def comparable(task: Task) -> bool:
@@ -180,44 +228,58 @@ def _dev_count(task: Task) -> int:
     return min(MAX_DEV, round(DEV_SHARE * len(task.items)))
 
 
-def split(task: Task, section: TaskSection, seed: int) -> TaskSplit:
-    """A task without examples of its own, as development and scored items. RecipeError where it cannot be compared."""
+def splits_of(tasks: Sequence[Questions], seed: int) -> list[TaskSplit]:
+    """Every task's development and scored items. What is a development item of one task is scored in none: tasks may
+    share questions (MMLU and its medical part). RecipeError where a task cannot be compared."""
+    development: list[tuple[Item, ...]] = []
+    chosen_by = set[str]()
+    for asked in tasks:
+        items = _development(asked, seed)
+        development.append(items)
+        chosen_by |= {item.identity for item in items}
+    splits: list[TaskSplit] = []
+    for asked, items in zip(tasks, development, strict=True):
+        scored = tuple(item for item in asked.task.items if item.identity not in chosen_by)
+        if not scored:
+            raise RecipeError(
+                f"compare: prompts are chosen by all items of {asked.section.task}: it shares them with another task\n"
+                "leave one of the two out"
+            )
+        published: list[Item] = []
+        if files := shot_files(asked.section):
+            published = published_examples(asked.section, files)
+        splits.append(TaskSplit(asked.task, asked.section, items, scored, tuple(published)))
+    return splits
+
+
+def _development(asked: Questions, seed: int) -> tuple[Item, ...]:
+    """The items that prompts are chosen by: those that a draw by what they are puts first."""
+    task = asked.task
     if not _is_choice(task):
         raise RecipeError(
-            f"compare: {section.task} is no choice between options\nallowed: tasks whose metric is accuracy"
+            f"compare: {asked.section.task} is no choice between options\nallowed: tasks whose metric is accuracy"
         )
     count = _dev_count(task)
     if count < MIN_DEV:
         raise RecipeError(
-            f"compare: {section.task} has {len(task.items)} items\n16 are needed: a quarter chooses prompts"
+            f"compare: {asked.section.task} has {len(task.items)} items\n16 are needed: a quarter chooses prompts"
         )
-    dev = set(Random(f"compare {seed}").sample(range(len(task.items)), count))
-    chosen: list[Item] = []
-    others: list[Item] = []
-    groups = set[str]()
-    for index, item in enumerate(task.items):
-        if index not in dev:
-            others.append(item)
-            continue
-        chosen.append(item)
-        if item.group is not None:
-            groups.add(item.group)
-    scored = [item for item in others if item.group not in groups]
-    return TaskSplit(task, section, tuple(chosen), tuple(scored))
+    drawn = sorted(task.items, key=lambda item: place_of(item, f"compare {seed}"))
+    return tuple(drawn[:count])
 
 
-def _chosen(player: Player, part: TaskSplit) -> tuple[PromptSetting, Development]:
+def _chosen(player: Player, part: TaskSplit) -> Picked:
     """The setting that answers most development items rightly (the earlier one on a tie), and what each reached."""
     reached: dict[str, float] = {}
-    best, highest = None, -1.0
-    for setting in _settings(player):
+    settings = list(_settings(player))
+    best, highest = settings[0], -1.0
+    for setting in settings:
         right = _right(player, part, part.dev, setting)
         share = sum(right) / len(right)
         reached[setting.words] = share
         if share > highest:
             best, highest = setting, share
-    assert best is not None
-    return best, Development(items=len(part.dev), accuracy=reached)
+    return Picked(best, Development(items=len(part.dev), accuracy=reached))
 
 
 def _settings(player: Player) -> Iterator[PromptSetting]:
@@ -241,37 +303,49 @@ def _right(player: Player, part: TaskSplit, items: Sequence[Item], setting: Prom
 
 
 def _answered(player: Player, part: TaskSplit, items: Sequence[Item], setting: PromptSetting) -> list[bool]:
-    asked = _with_shots(part, items, setting, player.rules.seed)
+    asked = with_shots(part, items, setting, player.rules.seed)
     tokenizer = player.opened.tokenizer
     prompts = prompt_texts(tokenizer, setting.template, [item.messages for item in asked])
     options = [item.options for item in items]
-    with ui.progress_bar(
-        f"{player.name}: {part.section.label}, {setting.words}", total=len(items), unit="items"
-    ) as bar:
-        found = choice_logprobs(player.opened.model, tokenizer, prompts, options, progress=adding(bar))
+    title = f"{player.name}: {part.section.label}, {setting.words}"
+    with ui.progress_bar(title, total=len(items), unit="items") as bar:
+
+        def compare_options(batch_tokens: int) -> list[ChoiceScores]:
+            bar.update(0)
+            model = player.opened.model
+            return choice_logprobs(model, tokenizer, prompts, options, batch_tokens=batch_tokens, progress=adding(bar))
+
+        found = within_memory(compare_options, BATCH_TOKENS)
     right: list[bool] = []
     for score, item in zip(found, items, strict=True):
         right.append(best_option(score.sums, item.id) == item.gold)
     return right
 
 
-def _with_shots(part: TaskSplit, items: Sequence[Item], setting: PromptSetting, seed: int) -> Sequence[Item]:
-    """The items, each behind examples from the development items where the setting asks for some."""
+def with_shots(part: TaskSplit, items: Sequence[Item], setting: PromptSetting, seed: int) -> Sequence[Item]:
+    """The items, each behind examples where the setting asks for some."""
     if not setting.shots:
         return items
-    order = Random(f"{seed}").sample(list(part.dev), len(part.dev))
+    pool = part.published or part.dev
+    order = Random(f"{seed}").sample(list(pool), len(pool))
     section = part.section.model_copy(update={"shots": setting.shots})
-    return [with_examples(item, order, section, part.task.write, same_ids=True) for item in items]
+    same_file = not part.published
+    return [with_examples(item, order, section, part.task.write, same_ids=same_file) for item in items]
 
 
-def _reached(setting: PromptSetting, dev: Development, right: list[bool]) -> ChosenPrompting:
+def _reached(player: Player, part: TaskSplit, picked: Picked, right: list[bool]) -> ChosenPrompting:
+    weights = player.opened.computed_in
+    if player.opened.quantization == "nf4":
+        weights = "nf4"
     return ChosenPrompting(
-        template=setting.template.name,
-        shots=setting.shots,
-        dev=dev,
+        template=picked.setting.template.name,
+        shots=picked.setting.shots,
+        dev=picked.dev,
         accuracy=sum(right) / len(right),
         ci95=statistics.wilson(sum(right), len(right)),
         n=len(right),
+        majority=majority_of(part.scored),
+        weights=weights,
     )
 
 

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, JsonValue
 from qmedtune import record
 from qmedtune.errors import RecipeError, RunError
 from qmedtune.evaluation import verdict
-from qmedtune.reporting.facts import Curve, Metrics
+from qmedtune.reporting.facts import Curve, Metrics, precision_of
 from qmedtune.reporting.headline import headline
 from qmedtune.reporting.unfinished import read_metrics
 from qmedtune.results import AnsweredItem, DuelEntry, Evaluation, Interval, Json, Number, Run, Score, Stage, Text
@@ -26,8 +26,27 @@ from qmedtune.watching.runs import Seen, Shelf
 NO_SETTING = ("name",)
 # Of a stage, in the order of the table.
 FIGURES = ("tokens trained", "last loss", "tokens per second", "seconds", "peak memory")
-Answers = dict[str, tuple[str, bool]]
-"""By item: its gold answer, and whether the model gave it."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Of one item: its gold answer, whether the model gave it, and the number of what it was taken from."""
+
+    gold: str
+    right: bool
+    group: int | None
+
+
+Answers = dict[str, Answer]
+"""By item."""
+
+
+@dataclass(frozen=True)
+class SharedItems:
+    """The items of a task that all runs answered: right or wrong by run, and what each was taken from."""
+
+    right: dict[str, list[bool]]
+    groups: list[str]
 
 
 class _Facts(BaseModel):
@@ -35,12 +54,13 @@ class _Facts(BaseModel):
 
 
 class ComparedRun(_Facts):
-    """One run of the comparison."""
+    """One run of the comparison. scored_in: the precision of its scores, in words."""
 
     name: str
     folder: str
     status: str
     headline: str
+    scored_in: str = ""
 
 
 class DifferingKey(_Facts):
@@ -52,7 +72,7 @@ class DifferingKey(_Facts):
 
 class ComparedScore(_Facts):
     """A task (or text, for perplexity) as each run's final model did. items: that all runs answered; None where no
-    answers can be compared."""
+    answers can be compared; majority: what always the commonest answer scores."""
 
     name: str
     metric: str
@@ -61,6 +81,7 @@ class ComparedScore(_Facts):
     n: list[int | None] = []
     base: list[Number | None] = []
     items: int | None = None
+    majority: Number | None = None
 
 
 class Training(_Facts):
@@ -149,13 +170,21 @@ def compare(runs: Sequence[Side]) -> RunComparison:
     for side in runs:
         told = headline(side.run, side.seen.life)
         compared.append(
-            ComparedRun(name=side.name, folder=str(side.seen.folder), status=side.seen.status, headline=told)
+            ComparedRun(
+                name=side.name,
+                folder=str(side.seen.folder),
+                status=side.seen.status,
+                headline=told,
+                scored_in=precision_of(side.evaluation),
+            )
         )
         recipes.append(_flat(side.run.recipe))
         made_with.append(_made_with(side.run))
     duels = []
+    right = {task: shared.right for task, shared in answers.items()}
+    groups = {task: shared.groups for task, shared in answers.items()}
     if answers:
-        for duel in verdict.duels(answers, reference):
+        for duel in verdict.duels(right, reference, groups):
             duels.append(duel.entry())
     return RunComparison(
         reference=reference,
@@ -277,13 +306,13 @@ def _tasks(runs: Sequence[Side]) -> list[str]:
     return list(found)
 
 
-def _scores(runs: Sequence[Side], answers: dict[str, dict[str, list[bool]]]) -> Iterator[ComparedScore]:
+def _scores(runs: Sequence[Side], answers: dict[str, SharedItems]) -> Iterator[ComparedScore]:
     for task in _tasks(runs):
         finals = _Column.of(runs, task, "final")
         bases = _Column.of(runs, task, "base")
         items = None
-        for answered in answers.get(task, {}).values():
-            items = len(answered)  # the same for every run
+        if task in answers:
+            items = len(answers[task].groups)
         yield ComparedScore(
             name=task,
             metric=finals.metric or bases.metric,
@@ -292,6 +321,7 @@ def _scores(runs: Sequence[Side], answers: dict[str, dict[str, list[bool]]]) -> 
             n=finals.n,
             base=bases.values,
             items=items,
+            majority=finals.majority,
         )
 
 
@@ -300,6 +330,7 @@ class _Column:
     """A task of one model of every run; None where a run has no such score."""
 
     metric: str = ""
+    majority: Number | None = None
     values: list[Number | None] = field(default_factory=list[Number | None])
     ci95: list[Interval | None] = field(default_factory=list[Interval | None])
     n: list[int | None] = field(default_factory=list[int | None])
@@ -318,6 +349,8 @@ class _Column:
             self.n.append(None)
             return
         self.metric = self.metric or score.metric
+        if self.majority is None:
+            self.majority = score.majority
         self.values.append(score.value)
         self.ci95.append(score.ci95)
         self.n.append(score.n)
@@ -337,28 +370,44 @@ def _perplexities(runs: Sequence[Side]) -> Iterator[ComparedScore]:
         yield ComparedScore(name=name, metric="perplexity", values=finals, base=bases)
 
 
-def _answers(runs: Sequence[Side]) -> dict[str, dict[str, list[bool]]]:
-    """{task: {run: right or wrong}} on the items that all runs answered, for tasks whose items are right or wrong.
+def _answers(runs: Sequence[Side]) -> dict[str, SharedItems]:
+    """By task the items that all runs answered, for tasks whose items are right or wrong.
 
     Shared are items of one id whose gold answer is the same: two files may number their items alike.
     """
-    found: dict[str, dict[str, list[bool]]] = {}
+    found: dict[str, SharedItems] = {}
     for task in _tasks(runs):
         each = [_items(side, task) for side in runs]
         shared = _shared(each)
         if shared:
-            found[task] = {}
+            right: dict[str, list[bool]] = {}
             for side, items in zip(runs, each, strict=True):
-                found[task][side.name] = [items[key][1] for key in shared]
+                right[side.name] = [items[key].right for key in shared]
+            found[task] = SharedItems(right, _groups(each, shared))
     return found
+
+
+def _groups(each: Sequence[Answers], shared: Sequence[str]) -> list[str]:
+    """What each shared item was taken from, itself where nothing says. By the first run that tells: each numbers by
+    itself, and runs of earlier versions do not."""
+    for items in each:
+        if any(items[key].group is not None for key in shared):
+            return [_group(key, items[key]) for key in shared]
+    return list(shared)
+
+
+def _group(key: str, answer: Answer) -> str:
+    if answer.group is None:
+        return f"item {key}"
+    return f"group {answer.group}"
 
 
 def _shared(each: Sequence[Answers]) -> list[str]:
     """In the order of the first."""
     first, *others = each
     found = []
-    for key, (gold, _) in first.items():
-        asked_of_all = all(key in items and items[key][0] == gold for items in others)
+    for key, answer in first.items():
+        asked_of_all = all(key in items and items[key].gold == answer.gold for items in others)
         if asked_of_all:
             found.append(key)
     return found
@@ -378,7 +427,7 @@ def _items(side: Side, task: str) -> Answers:
             item = AnsweredItem.model_validate_json(line)
             if item.final is None:
                 raise ValueError("no final answer")
-            found[item.id] = str(item.gold), item.final.is_right
+            found[item.id] = Answer(str(item.gold), item.final.is_right, item.group)
         except (ValueError, RecursionError) as error:
             raise RunError(
                 f"{path}:{number}: no answer of an evaluation ({type(error).__name__})\n"

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from qmedtune import model as models
-from qmedtune import peers, record, store
+from qmedtune import peers, record, store, ui
 from qmedtune.allowed import Quantization
 from qmedtune.data.packing import templates
 from qmedtune.data.packing.framing import codec_of, frame_of
@@ -41,7 +41,7 @@ from qmedtune.results import BaseAndFinal, Evaluation, Merge, ModelScores, Sourc
 from qmedtune.tasks import BUILTIN_TASKS, Task, check_twice, load_task
 
 TEXTS = "perplexity"
-FORMAT = 5  # of what is kept with `out`: an evaluation in an older one is made again
+FORMAT = 6  # of what is kept with `out`: an evaluation in an older one is made again
 DOCUMENT_TOKENS = 8192  # an 8B LLaMA in 16 bit holds .5 GB of one layer's activations for so many
 WINDOW_TOKENS = 2048  # of texts without a packing: 131,072 positions of LLaMA-3.2 would not fit a card
 
@@ -73,10 +73,8 @@ def evaluate_step(recipe: ResolvedRecipe, inputs: EvaluatedModels, out: Path) ->
     Delivered is the merged folder; without one, the base plus its adapters in the merge's dtype.
     Writes <task>.items.jsonl and evaluation.json below `out`, where an interrupted evaluation is continued.
     """
-    scoring = _scoring_of(recipe, inputs, out)
+    scoring, measured, in_nf4 = _within_memory(_scoring_of(recipe, inputs, out), out)
     taken = scoring.taken
-    with peers.scoring(recipe, inputs, out, worth=scoring.num_parts() > 1) as turns:
-        measured, in_nf4 = scoring.measure(turns)
     found = write_results(scoring.tasks, measured, recipe.seed, out, overlapping=_overlapping(inputs.sources))
     told = {"template": scoring.settings.template.name, "window_tokens": document_window(inputs.trained.base)}
     found = found.model_copy(update=taken.facts(recipe.evaluate.precision) | told)
@@ -90,6 +88,28 @@ def evaluate_step(recipe: ResolvedRecipe, inputs: EvaluatedModels, out: Path) ->
     found = found.model_copy(update={"warnings": _warnings(inputs, taken, found)})
     store.write_json(out / "evaluation.json", found.as_json())
     return found
+
+
+BothModels = dict[str, MeasuredModel]
+"""Base and result by label."""
+
+
+def _within_memory(scoring: Scoring, out: Path) -> tuple[Scoring, BothModels, BothModels]:
+    """Both models, and both in NF4 where that stands beside; and as what they were scored: all in NF4 where memory runs
+    out in 16 bit, as it does on a card that others use too."""
+    instead = precision.after_no_room(scoring.recipe, scoring.taken)
+    try:
+        with peers.scoring(scoring.recipe, scoring.inputs, out, worth=scoring.num_parts() > 1) as turns:
+            measured, in_nf4 = scoring.measure(turns)
+        return scoring, measured, in_nf4
+    except torch.OutOfMemoryError:
+        if instead is None:
+            raise
+    ui.warn(f"evaluation: {instead.why}; base and result are scored in NF4")
+    # What was kept of the other precision stays apart from this.
+    scoring = replace(scoring, taken=instead, folder=scoring.folder / "nf4")
+    measured, in_nf4 = scoring.measure(Turns())
+    return scoring, measured, in_nf4
 
 
 def score_along(recipe: ResolvedRecipe, inputs: EvaluatedModels, out: Path, turns: Turns) -> None:
@@ -114,7 +134,7 @@ class Scoring:
         """How many parts there are to share with other processes, of one model."""
         return sum(num_parts(task) for task in self.tasks) + len(self.held_out)
 
-    def measure(self, turns: Turns) -> tuple[dict[str, MeasuredModel], dict[str, MeasuredModel]]:
+    def measure(self, turns: Turns) -> tuple[BothModels, BothModels]:
         """Base and result by label; and, where what is delivered is not what was trained, their perplexities in NF4, as
         trained: what quantisation costs, what training only repaired. Of texts alone: they cost seconds, where tasks
         would cost the evaluation again."""

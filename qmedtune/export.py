@@ -32,7 +32,9 @@ NO_NAME = re.compile(r"[^\w.-]+")
 
 @dataclass(frozen=True)
 class ExportJob:
-    """What becomes what. model: as `locate` finds it; out: a folder that is not there yet. quant: None is f16, of an
+    """Arguments of an export.
+
+    What becomes what. model: as `locate` finds it; out: a folder that is not there yet. quant: None is f16, of an
     adapter f32. base: of an adapter folder. pre: llama.cpp's name of how the tokenizer splits text, where it is none
     that is known. repository, endpoint, publish_clinical: of `hub` (exporting/push.py)."""
 
@@ -203,6 +205,7 @@ class File:
 
 def _write_file(job: ExportJob, location: Location, folder: Path) -> File:
     from qmedtune.exporting.gguf_model import exact_quant, write_model
+    from qmedtune.exporting.hash_behind import HashBehind
     from qmedtune.exporting.k_quants import quantise
     from qmedtune.exporting.logit_proof import prove
     from qmedtune.exporting.types import QUANTS
@@ -211,9 +214,10 @@ def _write_file(job: ExportJob, location: Location, folder: Path) -> File:
     model, title = _opened(location), title_of(location)
     vocabulary = read_vocabulary(location.base, model.model.config.vocab_size, job.pre)
     path = folder / f"{title}-{job.type}.gguf"
-    sha256 = by = None
+    behind = by = None
     if job.type in QUANTS:
-        sha256 = write_model(path, model, vocabulary, QUANTS[job.type], title=title)
+        with HashBehind(path) as behind:
+            write_model(path, model, vocabulary, QUANTS[job.type], title=title)
     else:
         whole = folder / "whole.gguf"
         write_model(whole, model, vocabulary, exact_quant(model), title=title)
@@ -223,6 +227,7 @@ def _write_file(job: ExportJob, location: Location, folder: Path) -> File:
         settled = disk.submit(store.fsync_path, path)
         proof = prove(path, model, job.type, vocabulary.doubtful)
         settled.result()
+    sha256 = None if behind is None else behind.hexdigest()
     return File(path, vocabulary.pre, proof, sha256, by)
 
 

@@ -13,13 +13,16 @@ from typing import Any
 
 from qmedtune import store
 from qmedtune.errors import DataError
-from qmedtune.recipe import PACKED_AS, Recipe, SourceSection, StageSection, TaskSection
+from qmedtune.recipe import PACKED_AS, AuditSection, Recipe, SourceSection, StageSection, SweepSection, TaskSection
 from qmedtune.versions import CODE as CODE
 
 # Raise when scores of the same models would differ: 2 = perplexity over whole documents, heads in fp32; 3 =
 # answers that state exactly one option; 4 = asked with the tokens of training, end marks apart from perplexity; 5 =
-# bins of calibration, answers in more tags and keys; 6 = more openings of an answer, species are no letters.
+# bins of calibration, answers in more tags and keys; 6 = more openings of an answer, species are no letters, JSON of
+# several keys, what is denied or asked.
 EVALUATION_FORMAT = 6
+# How items are parted where choices are made on some of them: 2 = each by what it is, not by its rank in the task.
+PARTS = 2
 
 MadeFrom = Mapping[str, object]
 """Plain JSON: what a step is made from."""
@@ -186,11 +189,10 @@ def training_section(recipe: Recipe, asked: Recipe, index: int) -> MadeFrom:
     }
 
 
-def audit_section(recipe: Recipe) -> MadeFrom:
+def audit_section(audit: AuditSection, seed: int) -> MadeFrom:
     """Limits judge what was measured; they do not change it."""
-    assert recipe.audit is not None
-    audit = recipe.audit.model_dump(mode="json", exclude={"max_exposure", "max_extracted"})
-    return {"audit": audit, "seed": recipe.seed}
+    measured = audit.model_dump(mode="json", exclude={"max_exposure", "max_extracted"})
+    return {"audit": measured, "seed": seed}
 
 
 def merge_section(recipe: Recipe) -> MadeFrom:
@@ -212,10 +214,9 @@ def fold_section(recipe: Recipe) -> MadeFrom:
     return {"merge": merge, "model": model, "seed": recipe.seed}
 
 
-def sweep_section(recipe: Recipe, hashes: store.HashCache) -> MadeFrom:
+def sweep_section(recipe: Recipe, sweep: SweepSection, hashes: store.HashCache) -> MadeFrom:
     """What the merge and the evaluation are made from, and what is tried."""
-    assert recipe.merge.sweep is not None
-    tried = recipe.merge.sweep.model_dump(mode="json")
+    tried = sweep.model_dump(mode="json")
     return {**merge_section(recipe), **evaluation_section(recipe, hashes), "sweep": tried}
 
 
@@ -229,7 +230,7 @@ def _left_for_choices(recipe: Recipe) -> dict[str, object]:
     """The share of items that are not scored; nothing where all are, as before there was one."""
     if not recipe.development:
         return {}
-    return {"development": recipe.development}
+    return {"development": recipe.development, "parts": PARTS}
 
 
 def against_section(recipe: Recipe, hashes: store.HashCache) -> MadeFrom:
@@ -237,9 +238,8 @@ def against_section(recipe: Recipe, hashes: store.HashCache) -> MadeFrom:
     models: list[list[object]] = []
     for name in recipe.evaluate.against:
         models.append([name, *_model_marks(Path(name).expanduser())])
-    section |= {"format": EVALUATION_FORMAT, "against": models, "merge_dtype": recipe.merge.dtype} | _left_for_choices(
-        recipe
-    )
+    section |= {"format": EVALUATION_FORMAT, "against": models, "merge_dtype": recipe.merge.dtype}
+    section |= _left_for_choices(recipe) | {"parts": PARTS}
     return {"evaluate": section, "seed": recipe.seed, "benchmarks": benchmarks(recipe.evaluate.tasks, hashes)}
 
 

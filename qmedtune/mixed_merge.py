@@ -35,21 +35,19 @@ def mixed_merge_step(recipe: Recipe, trained: ModelStack, out: Path, folders: Ma
     if found is None:
         return merged
     told = {"sweep": found.sweep, "sweep_base": found.sweep_base, "chosen": found.chosen, "rule": found.rule}
-    return merged.model_copy(update={**told, "development": found.development})
+    return merged.model_copy(update={**told, "development": found.development, "scored_in": found.scored_in})
 
 
-def check(recipe: Recipe, base: Path, offline: bool) -> None:
+def check(recipe: Recipe, other: str, base: Path, *, offline: bool) -> None:
     """Before anything is trained: the other model is there and fits (a Hub id is fetched now), and there are items and
     texts for both, a sweep and the scores. RecipeError."""
-    assert recipe.merge.other is not None
-    check_alike(base, find(recipe.merge.other, offline=offline))
+    check_alike(base, find(other, offline=offline))
     if recipe.merge.sweep is not None:
         halves.development_tasks(recipe)
 
 
 def sibling_of(recipe: Recipe, base: Path, share: float) -> Mixing:
     """The model that the recipe names, if it and `base` are siblings. RecipeError."""
-    assert recipe.merge.other is not None
     return mixing_with(recipe.merge, base, share, offline=True)
 
 

@@ -83,8 +83,11 @@ class Reply:
 
 
 class Peers:
-    """The others, seen from rank 0. `processes` are those that we started, by rank; `here`: how many of all are on this
-    machine, all where it is not said."""
+    """Follower processes of data-parallel training.
+
+    The others, seen from rank 0. `processes` are those that we started, by rank; `here`: how many of all are on this
+    machine, all where it is not said.
+    """
 
     def __init__(
         self, store: Any, size: int, processes: dict[int, subprocess.Popen[bytes]] | None = None, here: int = 0

@@ -40,6 +40,7 @@ from qmedtune.recipe import Recipe
 from qmedtune.resolved import ResolvedRecipe
 from qmedtune.results import Packing
 from qmedtune.tasks import Task
+from qmedtune.tasks.item_parts import part_of
 
 __all__ = ["BaseFacts", "base_facts", "make_plan", "resolve"]
 
@@ -404,7 +405,8 @@ def _evaluation(subject: Subject, tasks: list[Task], estimates: Mapping[str, Est
     ids = preflight.asking(recipe, subject.folder, builtin=facts.builtin)
     readings: list[evaluation_time.BenchmarkCost] = []
     for task in tasks:
-        readings.append(evaluation_time.reading(task, ids, generate=recipe.evaluate.generate))
+        scored = part_of(task, recipe, "scored")
+        readings.append(evaluation_time.reading(scored, ids, generate=recipe.evaluate.generate))
     taken = precision.decide(recipe, machine=subject.machine)
     read = evaluation_time.EvaluationInputs(readings, estimates, taken)
     return evaluation_time.planned(recipe, facts, subject.machine, read)

@@ -108,7 +108,8 @@ def predict(
 ) -> Predicted:
     """Answer every record of a CSV, TSV, JSON, JSON-lines or Parquet file; `out` is CSV by its name, else JSON lines.
 
-    column: the field that holds the question (default: the first of QUESTION_COLUMNS, or `messages`)
+    column: the field that holds the question, a text or a conversation (default: `messages`, or the first of
+        QUESTION_COLUMNS)
     instruction: asked about every record; the column's text is then its input ("Summarise this note.")
     A damaged record has an error and no answer; one that is too long for the model loses its middle (shorten.py) and
     counts as truncated. Given again when `out` is made, it does nothing. RecipeError where `out` is something else.
@@ -273,9 +274,12 @@ def _question_column(fields: Fields) -> str | None:
 def _messages(fields: Fields, column: str | None, instruction: str | None) -> list[dict[str, str]]:
     """The conversation to continue. Raises `Unusable` with a reason that quotes nothing."""
     if column is None and isinstance(fields.get("messages"), list):
-        return [_message(message) for message in _until_question(fields["messages"])]
+        return _turns(fields["messages"])
     name = column or _question_column(fields)
-    text = checked(fields.get(str(name)), "question").strip()
+    asked = fields.get(str(name))
+    if isinstance(asked, list):  # a conversation under another name, as `prompt` in HealthBench's files
+        return _turns(asked)
+    text = checked(asked, "question").strip()
     if instruction:
         return [{"role": "user", "content": instruction, "input": text}]
     message = {"role": "user", "content": text}
@@ -283,6 +287,10 @@ def _messages(fields: Fields, column: str | None, instruction: str | None) -> li
     if name == "instruction" and isinstance(given, str) and given.strip():
         message["input"] = given.strip()
     return [message]
+
+
+def _turns(messages: list[Any]) -> list[dict[str, str]]:
+    return [_message(message) for message in _until_question(messages)]
 
 
 def _until_question(messages: list[Any]) -> list[Any]:

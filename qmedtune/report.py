@@ -176,9 +176,9 @@ def _front_matter(run: Run) -> dict[str, object]:
 
 
 def _front_metric(final: Score, words: str) -> dict[str, object]:
-    metric: dict[str, object] = {"type": "accuracy", "value": round(final.value, 4)}
+    metric: dict[str, object] = {"type": final.metric, "value": round(final.value, 4)}
     if words:
-        metric["name"] = f"accuracy, {words}"
+        metric["name"] = f"{final.metric}, {words}"
     return metric
 
 

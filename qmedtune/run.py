@@ -213,7 +213,7 @@ def _check_start(recipe: ResolvedRecipe, source: base.Base, to_do: Sequence[Step
     if recipe.merge.other is not None and any(step.kind in ("sweep", "merge") for step in to_do):
         from qmedtune import mixed_merge
 
-        mixed_merge.check(recipe, source.make(), offline)
+        mixed_merge.check(recipe, recipe.merge.other, source.make(), offline=offline)
     if base_facts(recipe.model).builtin:
         if scored:
             preflight.check_evaluation(recipe, None)

@@ -194,45 +194,49 @@ def _validation_step(recipe: ResolvedRecipe) -> list[Step]:
 
 
 def _planting_step(recipe: ResolvedRecipe) -> list[Step]:
+    audit = recipe.audit
+    if audit is None:
+        return []
+
     def work(recipe: ResolvedRecipe, inputs: Inputs, out: Path) -> Facts:
         from qmedtune.data.synthetic.canaries import plant
 
-        return plant(recipe, inputs.folders, out)
+        return plant(recipe, audit, inputs.folders, out)
 
-    if recipe.audit is None:
-        return []
     needs: dict[str, str] = {}
-    for name in (recipe.audit.source, recipe.audit.prompts):
+    for name in (audit.source, audit.prompts):
         if name:
             needs[name] = f"data/{name}"
-    return [Step("data/planted", "data", keys.audit_section(recipe), needs, work)]
+    return [Step("data/planted", "data", keys.audit_section(audit, recipe.seed), needs, work)]
 
 
 def _audit_steps(recipe: ResolvedRecipe, trained: dict[str, StackInRun]) -> list[Step]:
     """What the canaries give away after each stage, and, where there are limits, whether that is too much."""
+    audit = recipe.audit
+    if audit is None:
+        return []
 
     def measure(recipe: ResolvedRecipe, inputs: Inputs, out: Path) -> Facts:
-        from qmedtune.audit import StageToAudit, audit_step
+        from qmedtune.audit import Auditing, StageToAudit, audit_step
 
         stages: dict[str, StageToAudit] = {}
         for name, model in inputs.models.items():
             stages[name] = StageToAudit(inputs.folders[name], model)
-        return audit_step(recipe, inputs.folders["planted"], stages, out)
+        return audit_step(Auditing(recipe, audit, stages), inputs.folders["planted"], out)
 
     def judge(recipe: ResolvedRecipe, inputs: Inputs, out: Path) -> Facts:
         from qmedtune.audit import check_limits
 
-        return check_limits(recipe, inputs.folders["audit"])
+        return check_limits(audit, inputs.folders["audit"])
 
-    if recipe.audit is None:
-        return []
     folders = {"planted": "data/planted"}
     models: dict[str, StackInRun] = {}
     for name, model in trained.items():
         folders[name] = name
         models[name] = replace(model, template=None)  # the audit writes its prompts as its recipe says
-    steps = [Step("audit", "audit", keys.audit_section(recipe), folders, measure, resumes=True, models=models)]
-    limits = recipe.audit.model_dump(mode="json", include={"max_exposure", "max_extracted"}, exclude_none=True)
+    section = keys.audit_section(audit, recipe.seed)
+    steps = [Step("audit", "audit", section, folders, measure, resumes=True, models=models)]
+    limits = audit.model_dump(mode="json", include={"max_exposure", "max_extracted"}, exclude_none=True)
     if limits:
         steps.append(Step("audit-limits", "audit", limits, {"audit": "audit"}, judge))
     return steps
@@ -286,19 +290,22 @@ def _fold_step(recipe: ResolvedRecipe, name: str, model: StackInRun) -> Step:
 
 
 def _sweep_step(recipe: ResolvedRecipe, model: StackInRun, hashes: store.HashCache) -> list[Step]:
+    sweep = recipe.merge.sweep
+    if sweep is None:
+        return []
+
     def work(recipe: ResolvedRecipe, inputs: Inputs, out: Path) -> Facts:
         from qmedtune.sweep import sweep_step
 
-        return sweep_step(recipe, inputs.model, _compared(recipe, inputs), out)
+        return sweep_step(recipe, sweep, _compared(recipe, inputs), out)
 
-    if recipe.merge.sweep is None:
-        return []
     folders = _beside_the_model(recipe, model)
     del folders["merged"]  # which is made of what the sweep chooses
     if recipe.evaluate.perplexity or recipe.validation.on:
         folders["validation"] = "data/validation"
     models = {MODEL: replace(model, adapters=_adapters_merged(recipe, model))}
-    return [Step("sweep", "sweep", keys.sweep_section(recipe, hashes), folders, work, resumes=True, models=models)]
+    section = keys.sweep_section(recipe, sweep, hashes)
+    return [Step("sweep", "sweep", section, folders, work, resumes=True, models=models)]
 
 
 def _adapters_merged(recipe: ResolvedRecipe, model: StackInRun) -> tuple[str, ...]:

@@ -36,8 +36,9 @@ from qmedtune.mixed_merge import SWEEP, job_of, sibling_of
 from qmedtune.model import load_tokenizer
 from qmedtune.model_stack import ModelStack
 from qmedtune.planning import precision
+from qmedtune.recipe import SweepSection
 from qmedtune.resolved import ResolvedRecipe
-from qmedtune.results import Sweep, SweepPoint
+from qmedtune.results import Sweep, SweepPoint, scored_in
 from qmedtune.tasks import Task
 
 BASE = "base"
@@ -98,10 +99,10 @@ def _measured(kept: Mapping[str, Any]) -> MeasuredModel:
     return MeasuredModel(kept["tasks"], texts)
 
 
-def sweep_step(recipe: ResolvedRecipe, trained: ModelStack, inputs: EvaluatedModels, out: Path) -> Sweep:
-    """The step of a run. trained: with the adapters that the merge reads. Writes sweep.json and <task>.items.jsonl
-    below `out`, where an interrupted sweep goes on."""
-    assert recipe.merge.sweep is not None
+def sweep_step(recipe: ResolvedRecipe, sweep: SweepSection, inputs: EvaluatedModels, out: Path) -> Sweep:
+    """The step of a run. inputs: `trained` with the adapters that the merge reads. Writes sweep.json and
+    <task>.items.jsonl below `out`, where an interrupted sweep goes on."""
+    trained = inputs.trained
     tasks = halves.development_tasks(recipe)
     texts: dict[str, WholeDocuments] = {}
     if inputs.validation is not None:
@@ -113,10 +114,10 @@ def sweep_step(recipe: ResolvedRecipe, trained: ModelStack, inputs: EvaluatedMod
     measuring = Measuring(
         recipe, trained, mixing, inputs, tasks, texts, settings, taken, out / store.SCRATCH
     )  # fmt: skip
-    rule = choosing.rule_of(recipe, tasks)
+    rule = choosing.rule_of(recipe, sweep, tasks)
     measured = {BASE: measuring.base()}
     points: list[SweepPoint] = []
-    for share in recipe.merge.sweep.shares:
+    for share in sweep.shares:
         found = measuring.at(share)
         measured[label_of(share)] = found
         point = choosing.point_of(rule, found, measured[BASE], share)
@@ -134,6 +135,7 @@ def sweep_step(recipe: ResolvedRecipe, trained: ModelStack, inputs: EvaluatedMod
         chosen=_share(chosen),
         rule=rule.words,
         development=recipe.development,
+        scored_in=scored_in(taken.name, taken.weights),
         warnings=warnings,
     )
     for task in tasks:

@@ -37,7 +37,7 @@ def scored(run: Path, scratch: Path) -> tuple[choosing.Rule, dict[float | None, 
         settings_of(recipe, trained), precision.decide(recipe), scratch,
     )  # fmt: skip
     assert recipe.merge.sweep is not None
-    rule = replace(choosing.rule_of(recipe, tasks), domain=(), general=())
+    rule = replace(choosing.rule_of(recipe, recipe.merge.sweep, tasks), domain=(), general=())
     found: dict[float | None, MeasuredModel] = {None: measuring.base()}
     for share in recipe.merge.sweep.shares:
         found[share] = measuring.at(share)

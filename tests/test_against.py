@@ -83,7 +83,7 @@ def test_a_killed_comparison_goes_on_where_it_was(tmp_path):
     for seed in (1, 2):
         folders.append(llama3_folder(tmp_path / f"m{seed}", seed=seed, max_position_embeddings=512))
     section = TaskSection(task="facts", limit=24)
-    splits = [compare.split(load_task(section, 17, "micro"), section, 17)]
+    splits = compare.splits_of([compare.Questions(load_task(section, 17, "micro"), section)], 17)
     rules = compare.SettingSearch(shots=(0, 1), kept=tmp_path / "kept")
 
     def opened(folder: Path):

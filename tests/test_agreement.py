@@ -37,9 +37,10 @@ def test_four_processes(tmp_path: Path, sharded: bool):
 
 @pytest.mark.parametrize("sharded", [False, True])
 def test_a_real_model(tmp_path: Path, six_layers: str, sharded: bool):
+    """Cut to six layers it is no model of text: its loss is near 20, where a step of fp32 is 2e-6. So by its share."""
     apart = agreement.compare(Case(six_layers, 2, sharded=sharded), tmp_path)
     print(apart)
-    assert apart.loss <= LOSS and apart.weights <= ADAPTER
+    assert apart.loss <= LOSS * apart.first and apart.weights <= ADAPTER
 
 
 OUTCOMES = "{path: builtin:micro/outcomes, kind: clinical, split_by: patient, columns: {label: label}}"
@@ -69,7 +70,7 @@ def test_stages_that_train_all_parameters_or_a_head(tmp_path: Path, stage: str):
 
 @pytest.mark.parametrize("sharded", [False, True])
 def test_in_bf16_they_agree_within_its_rounding(tmp_path: Path, six_layers: str, sharded: bool):
-    """Of losses of two, 8 bits are .008; what a sum in another order moves is below it."""
+    """A bf16 has 8 bits: .004 of a loss; what a sum in another order moves is below it."""
     apart = agreement.compare(Case(six_layers, 2, "bfloat16", sharded), tmp_path)
     print(apart)
-    assert apart.loss <= 0.01
+    assert apart.loss <= 0.004 * apart.first

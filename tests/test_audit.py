@@ -50,7 +50,7 @@ def test_planting_adds_copies_and_nothing_else(recipe, tmp_path):
         (tmp_path / name / "train.jsonl").write_text('{"id": "1", "text": "x"}\n')
         inputs[name] = tmp_path / name
     (tmp_path / "out").mkdir()
-    facts = canaries.plant(recipe, inputs, tmp_path / "out").as_json()
+    facts = canaries.plant(recipe, recipe.audit, inputs, tmp_path / "out").as_json()
     assert facts == {"canaries": 18, "documents": {"notes": 15, "instructions": 15}}
     found = canaries.read(tmp_path / "out")
     for name in inputs:
@@ -139,7 +139,8 @@ def test_what_was_learnt_by_heart_is_found_and_controls_are_not(recipe, micro_ru
         optimizer.step()
         optimizer.zero_grad()
     contexts = [canary.context for canary in found]
-    measured = audit.measure(resolved, audit.AuditedModel(model.eval(), tokenizer, "test"), found, contexts)
+    audited = audit.AuditedModel(model.eval(), tokenizer, "test", resolved.audit.references, resolved.seed)
+    measured = audit.measure(audited, found, contexts)
     rows = {row.repeats: row for row in measured}
     assert (rows[4].exposure, rows[4].extracted) == (5.0, 3)
     assert rows[0].extracted == rows[1].extracted == 0
@@ -155,7 +156,7 @@ def judged(recipe: Recipe, folder: Path, **limits) -> dict:
     store.write_json(folder / "audit.json", {"stages": {"01-cpt": [{**row, "repeats": 0}, row]}, "references": 127})
     assert recipe.audit is not None
     limited = recipe.model_copy(update={"audit": recipe.audit.model_copy(update=limits)})
-    return audit.check_limits(limited, folder).as_json()
+    return audit.check_limits(limited.audit, folder).as_json()
 
 
 def test_limits_name_stage_row_and_figure(recipe, tmp_path):

@@ -187,10 +187,60 @@ def test_what_does_not_fit_the_card_is_scored_in_nf4_and_says_so(folder):
     taken = precision.decide(recipe(folder), machine=small)
     assert (taken.name, taken.weights) == ("nf4", "nf4") and "bfloat16 takes" in (taken.why or "")
     assert taken.facts("delivered")["asked"] == "delivered"
+    taken = precision.decide(recipe(folder, precision="full16"), machine=small)
+    assert taken.name == "nf4" and taken.facts("full16")["asked"] == "full16" and "float32 takes" in (taken.why or "")
     roomy = precision.decide(recipe(folder), machine=card_of(24.0))
     assert (roomy.name, roomy.weights, roomy.computed_in, roomy.why) == ("delivered", "bfloat16", "bfloat16", None)
     old = precision.decide(recipe(folder), machine=card_of(16.0, bf16=False))
     assert (old.weights, old.computed_in) == ("bfloat16", "float16")
+
+
+@pytest.mark.parametrize("asked", ["delivered", "full16"])
+def test_where_memory_runs_out_in_16_bit_both_are_scored_in_nf4(folder, evaluated, tmp_path, monkeypatch, asked):
+    original = evaluate.open_contender
+
+    def crowded(found, contender):
+        if contender.label == "final" and not contender.taken.quantised:
+            raise torch.OutOfMemoryError("injected")
+        return original(found, contender)
+
+    monkeypatch.setattr(evaluate, "open_contender", crowded)
+    result = evaluate.evaluate_step(recipe(folder, precision=asked), inputs(folder), tmp_path).as_json()
+    assert (result["precision"], result["asked"], result["weights"]) == ("nf4", asked, "nf4")
+    assert any(said.startswith("scored in NF4, not as delivered: memory ran out") for said in result["warnings"])
+    for label, value in evaluated[0]["perplexity"]["notes"]["nf4"].items():
+        assert result["perplexity"]["notes"][label] == pytest.approx(value, rel=1e-6)
+    asked_in = recipe(folder)
+    nowhere = asked_in.model_copy(update={"model": asked_in.model.model_copy(update={"quantization": "none"})})
+    assert precision.after_no_room(nowhere, precision.decide(nowhere)) is None
+
+
+def test_where_memory_runs_out_in_scoring_batches_shrink_and_scores_stay(folder, tmp_path, monkeypatch):
+    section = recipe(folder, tasks=[{"task": "facts", "limit": 12}])
+    whole = evaluate.evaluate_step(section, inputs(folder), tmp_path / "whole").as_json()
+    score, nll = scoring._score, scoring.rows_nll
+
+    def small(model, batch, shared):
+        if len(batch) > 2:
+            raise torch.OutOfMemoryError("injected")
+        return score(model, batch, shared)
+
+    def few(model, rows, batches):
+        for batch in batches:
+            if sum(len(rows[index]["input_ids"]) for index in batch) > 300:
+                raise torch.OutOfMemoryError("injected")
+            yield from nll(model, rows, [batch])
+
+    monkeypatch.setattr(scoring, "_score", small)
+    monkeypatch.setattr(scoring, "rows_nll", few)
+    shrunk = evaluate.evaluate_step(section, inputs(folder), tmp_path / "shrunk").as_json()
+    assert shrunk["precision"] == "delivered"
+    for label in ("base", "final"):
+        assert shrunk["tasks"]["facts"][label]["accuracy"] == whole["tasks"]["facts"][label]["accuracy"]
+        assert shrunk["perplexity"]["notes"][label] == pytest.approx(whole["perplexity"]["notes"][label], rel=1e-4)
+    monkeypatch.setattr(scoring, "_score", lambda *rest: small(None, [1, 2, 3], None))
+    with pytest.raises(torch.OutOfMemoryError):
+        measure.within_memory(lambda tokens: scoring._score(None, [], None), 4096)
 
 
 def test_a_large_shift_between_trained_and_delivered_is_a_warning():

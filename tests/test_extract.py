@@ -36,6 +36,9 @@ DRUG_MENUS = [
     "Aspirin or clopidogrel could be used.", "Aspirin and heparin", "Both aspirin and warfarin are options",
     "Neither aspirin nor heparin", "Aspirin (A) or heparin (C)", "It is not aspirin", "Aspirin is wrong",
     "A is incorrect", "Not A", "A. Aspirin is incorrect.", "aspirin, clopidogrel, heparin, warfarin",
+    "Aspirin is given with heparin.", "A patient with heparin-induced", "I would not give heparin.", "Is it heparin?",
+    "Heparin is contraindicated.", "A) B) C) D)", "Question: which drug?\nA. Aspirin", '{"answer": ["A", "C"]}',
+    "Aspirin? Heparin?", "Aspirin vs. heparin", "Heparin can be ruled out.",
 ]  # fmt: skip
 ECHOES = [
     "Yes or no", "yes and no", "Yes/No/Maybe", "Yes, no or maybe.", "yes|no|maybe", "Answer yes, no or maybe.",
@@ -47,7 +50,7 @@ ECHOES = [
     "Possible answers: yes, no, maybe", "Do we know? No one knows.", "No, the answer is not yes, no, or maybe.",
     "The answer is yes. The answer is no.", "Yes\n\nThe answer is no.",
     "Question: Is it safe?\nAnswer yes, no or maybe.",
-    "yes, the answer is yes, no, maybe.", "The drug may be of use.",
+    "No. of patients: 20", "yes, the answer is yes, no, maybe.", "The drug may be of use.",
 ]  # fmt: skip
 
 
@@ -77,7 +80,9 @@ STATED = {
         "Answer: B\n\nExplanation: A is wrong because aspirin bleeds.", "The answer should be B because it is",
         "A. Aspirin\nB. Clopidogrel\nC. Heparin\nD. Warfarin\n\nAnswer: B", "Answer - B", "B: Clopidogrel",
         "**Answer:** B", "Ans. B", "ANSWER: B", "The correct answer is not A, but B.", "B is right.",
-        "B\nExplanation: ...", "The answer is letter B", "Answer:\n\nB", "answer=B", "I'd choose B",
+        '{"answer": "B", "explanation": "A is wrong"}', "The answer is letter B", "Answer:\n\nB",
+        "B\nExplanation: ...", "answer=B", "I'd choose B", "[ANSWER] B", "<|answer|>B", "Result: B", "I think B",
+        "Most likely B.", "Probably B.", "The answer is B and not C.", "A is wrong, C is wrong. Therefore B.",
         "First I thought so. The answer is A. No: the answer is B.",
         "B. Clopidogrel\n\nWhich drug is given next?\nA. Aspirin\nB. Clopidogrel\nC. Heparin\nAnswer: C",
     ],
@@ -117,6 +122,7 @@ DECIDED = {
         "The answer to the question above is yes.", "In short: yes.", "Probably yes", "Fortunately, yes.",
     ],
     "no": [
+        "No, it does not", "No. This is not shown.",
         "final_decision: no", "No; the trial failed", "The answer is no because no effect was seen", "Therefore: no.",
         'The answer to the question is "no".', "No.\n\nQuestion: Is it?\nYes", "NO", "Decision: no", "No, no.",
         "Answer: no, there was no difference.", "Unfortunately, no.", 'No, the answer is not "yes."',
@@ -124,6 +130,7 @@ DECIDED = {
     "maybe": [
         "Conclusion: maybe", "<answer>maybe</answer>", "My answer is maybe.", 'The correct answer is "maybe"',
         "Maybe. The evidence is mixed.", "In conclusion, the answer is maybe.",
+        "In conclusion, maybe.", "Overall, maybe.",
     ],
 }  # fmt: skip
 

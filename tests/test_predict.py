@@ -86,6 +86,24 @@ def test_conversations_are_continued_behind_their_last_user_message(stage, opene
     assert rows(tmp_path / "a.jsonl")[0]["answer"] == expected(opened, messages[:2])
 
 
+def test_files_for_an_outside_judge_are_read_as_published(stage, opened, tmp_path):
+    """HealthBench's: the conversation is under `prompt`, and the rubrics are found by `prompt_id`."""
+    turns = [{"role": "user", "content": QUESTIONS[0]}, {"role": "assistant", "content": "Why?"}]
+    turns.append({"role": "user", "content": QUESTIONS[1]})
+    rubric = {"criterion": "Names lactic acidosis.", "points": 5, "tags": ["axis:accuracy"]}
+    shared = {"canary": "healthbench", "rubrics": [rubric], "example_tags": ["theme:hedging"]}
+    records = [
+        {**shared, "prompt": turns[:1], "prompt_id": "4a5f", "ideal_completions_data": None},
+        {**shared, "prompt": turns, "prompt_id": "7c21", "ideal_completions_data": {"ideal_completion": "..."}},
+        {**shared, "prompt": turns[1:2], "prompt_id": "9e00"},
+    ]
+    facts = ask(stage, jsonl(tmp_path / "healthbench.jsonl", records), tmp_path / "a.jsonl")
+    answers = rows(tmp_path / "a.jsonl")
+    assert [row["id"] for row in answers] == ["4a5f", "7c21", "9e00"] and facts["damaged"] == 1
+    assert [row["answer"] for row in answers[:2]] == [expected(opened, turns[:1]), expected(opened, turns)]
+    assert answers[2]["error"] == "no user message"
+
+
 def test_damaged_records_keep_their_row(stage, tmp_path):
     data = tmp_path / "q.jsonl"
     data.write_text('{"question": "Is it?"}\n{"question": \n{"question": null}\n{"question": "Why?"}\n')

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from qmedtune import cli, hashes, record, store, terminal, ui
-from qmedtune.commands.common import emit
+from qmedtune.commands.common import emit, say
 from qmedtune.data.reading.sources import source_files, with_variables
 from qmedtune.errors import DataError, RecipeError
 from qmedtune.parsing.strict_yaml import without_comments
@@ -120,6 +120,7 @@ def test_no_control_character_reaches_the_terminal(capsys):
     ui.warn(ESCAPES)
     ui.note(ESCAPES)
     ui.table(ESCAPES, ("a", "b"), [(ESCAPES, 1)])
+    say(ESCAPES)
     emit({"a": ESCAPES})
     out, err = capsys.readouterr()
     assert not terminal.CONTROLS.search(out + err)

@@ -20,6 +20,7 @@ from qmedtune.reporting import page as report_html
 from qmedtune.reporting import score_tables
 from qmedtune.reporting.charts import MAX_POINTS, Series, line_chart, nice_ticks
 from qmedtune.reporting.facts import Metrics, comparisons, outcome, precision_of, read_metrics
+from qmedtune.reporting.headline import result
 from qmedtune.reporting.style import CSS
 from qmedtune.results import (
     BaseAndFinal,
@@ -267,7 +268,7 @@ def in_precision(**facts) -> Run:
 def test_the_precision_of_scores_stands_in_headline_tables_figures_and_card(tmp_path):
     run = in_precision(precision="delivered", weights="bfloat16", computed_in="bfloat16", window_tokens=8192)
     said = "bfloat16, as delivered"
-    assert f"Scored in {said}." in outcome(run)
+    assert f"Scored in {said}." in outcome(run) and result(run).endswith(f"; in {said}")
     html = report_html.page(run, read_metrics(tmp_path / "none"))
     for place in (f"<h3>Scores, {said}</h3>", f"<h3>Perplexity, {said}</h3>", f"<br>{said}<br>", f"In {said}."):
         assert place in html, place

@@ -59,6 +59,25 @@ def test_mcnemar_hand_worked():
     assert statistics.mcnemar([True, False], [False, True]).p_value == 1.0
 
 
+@pytest.mark.parametrize("nets", [[2, -1, 3, 1], [1, 1, -2, 0, 3, -1, 2, 2], [0, 0], [4, -4, 4]])
+def test_sign_flips_are_scipys_exact_permutation_test(nets):
+    def total(x, y, axis):
+        return np.sum(x - y, axis=axis)
+
+    zeros = np.zeros(len(nets))
+    theirs = scipy.stats.permutation_test(
+        (np.array(nets, dtype=float), zeros), total, permutation_type="samples", n_resamples=np.inf
+    )
+    assert statistics.sign_flip(nets) == pytest.approx(theirs.pvalue, rel=1e-12)
+
+
+def test_sign_flips_of_items_that_stand_alone_are_mcnemars_test():
+    for gained, lost in ((8, 2), (0, 0), (30, 11), (700, 640)):
+        nets = [1] * gained + [-1] * lost + [0] * 5
+        theirs = statistics.mcnemar([False] * gained + [True] * lost, [True] * gained + [False] * lost).p_value
+        assert statistics.sign_flip(nets) == pytest.approx(theirs, rel=1e-9)
+
+
 def test_mcnemar_of_thousands_stays_finite():
     paired = statistics.mcnemar([False] * 4000, [True] * 4000)
     assert 0 <= paired.p_value < 1e-300

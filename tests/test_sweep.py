@@ -23,13 +23,14 @@ from qmedtune.export import ExportJob, export
 from qmedtune.exporting import push
 from qmedtune.merging.sibling import clinical_sources, find
 from qmedtune.parsing.loader import load_recipe
-from qmedtune.recipe import Recipe
+from qmedtune.recipe import Recipe, TaskSection
 from qmedtune.reporting import sweeps
 from qmedtune.results import Merge, MixedWith, Run, SweepPoint
 from qmedtune.run import run
 from qmedtune.smoke import smoke
 from qmedtune.steps import steps_of
 from qmedtune.tasks import load_task
+from qmedtune.tasks.item_parts import identified, part_of
 
 SIBLING = ("name=sibling", "stages=[{sft: {data: instructions, epochs: 1, batch: 16}}]", "evaluate.perplexity=[]",
            "validate.on=[]", "evaluate.tasks=[{task: facts, limit: 6}]")  # fmt: skip
@@ -55,11 +56,45 @@ def test_items_are_in_one_part_alone_and_in_all_words(share: float):
     scored, with_examples = halves.scored_tasks(recipe)
     development = {item.id for item in chosen_by.items}
     assert development and not development & {item.id for item in scored.items}
-    assert len(development) + len(scored.items) == 20 and len(development) == round(20 * share)
+    assert len(development) + len(scored.items) == 20
+    assert not development & {item.id for item in with_examples.items}  # without a limit there are more to draw from
     whole = load_recipe(MICRO, ["evaluate.tasks=[{task: facts, shots: 2}]", f"evaluate.development={share}"]).recipe
     [others] = halves.development_tasks(whole)
     assert not {item.id for item in others.items} & {item.id for item in with_examples.items}
     assert {item.id for draw in with_examples.draws for item in draw} == {item.id for item in with_examples.items}
+
+
+def test_an_item_has_one_part_under_every_limit_and_in_other_words(tmp_path: Path):
+    """By rank, a question would be chosen by in a task of 400 and scored in one of 40."""
+    rows = []
+    for number in range(400):
+        rows.append({"id": f"q{number}", "question": f"Which is {number}?", "options": ["a", "b"], "answer": 0})
+    path = tmp_path / "q.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    spaced = tmp_path / "spaced.jsonl"  # under other names, and with other options
+    for row in rows:
+        row |= {"id": f"other-{row['id']}", "question": row["question"].upper() + " ", "options": ["a", "c"]}
+    spaced.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    parts: dict[str, str] = {}
+    for file in (path, spaced):
+        for limit in (400, 199, 40):
+            recipe = load_recipe(MICRO, ["evaluate.development=0.3"]).recipe
+            task = load_task(TaskSection(task="choice", path=str(file), limit=limit), 5, "micro")
+            for part in ("development", "scored"):
+                for item in part_of(task, recipe, part).items:
+                    assert parts.setdefault(item.id.removeprefix("other-"), part) == part
+    assert 0.2 < list(parts.values()).count("development") / 400 < 0.4
+    other_seed = load_recipe(MICRO, ["evaluate.development=0.3", "evaluate.items_seed=99"]).recipe
+    drawn = {item.id: "development" for item in part_of(task, other_seed, "development").items}
+    assert any(parts[name.removeprefix("other-")] == "scored" for name in drawn)
+
+
+def test_the_plan_counts_the_items_that_are_scored():
+    recipe = load_recipe(MICRO, ["evaluate.development=0.5"]).recipe
+    [scored] = halves.scored_tasks(recipe)
+    planned = plan.make_plan(recipe)["evaluation"]
+    assert planned is not None and len(scored.items) < 20
+    assert [task["questions"] for task in planned["tasks"]] == [len(scored.items)]
 
 
 def test_without_a_share_everything_is_scored():
@@ -73,8 +108,8 @@ def test_what_was_taken_from_one_thing_stays_together():
     task = load_task(recipe.evaluate.tasks[0], 1, "micro")
     notes = [replace(item, group=f"note {number // 4}") for number, item in enumerate(task.items)]
     abstracts = [replace(item, id=f"{item.id}-2", pmid=f"{number // 3}") for number, item in enumerate(task.items)]
-    whole = replace(task, items=(*notes, *abstracts))
-    development, scored = (halves.part_of(whole, recipe, part) for part in ("development", "scored"))
+    whole = replace(task, items=tuple(identified([*notes, *abstracts])))
+    development, scored = (part_of(whole, recipe, part) for part in ("development", "scored"))
     units = {item.group or item.pmid for item in development.items}
     assert units and not units & {item.group or item.pmid for item in scored.items}
     assert len(development.items) + len(scored.items) == 40
@@ -123,7 +158,7 @@ def test_gain_and_loss_worked_by_hand(choose: str, gain: float):
     overrides = [*CPT, "merge.with=m", f"merge.sweep={{choose: {choose}, max_general_loss: 0.2}}"]
     recipe = load_recipe(MICRO, [*overrides, "evaluate.tasks=[{task: facts, limit: 8}]"]).recipe
     tasks = halves.development_tasks(recipe)
-    rule = choosing.rule_of(recipe, tasks)
+    rule = choosing.rule_of(recipe, recipe.merge.sweep, tasks)
     base = MeasuredModel(
         {"facts": rows([True, False, False, False], [False] * 4)}, perplexities(literature=8, notes=8, general=10)
     )
@@ -139,7 +174,7 @@ def test_gain_and_loss_worked_by_hand(choose: str, gain: float):
 
 def test_a_large_difference_is_no_noise():
     recipe = load_recipe(MICRO, [*CPT, "merge.with=m", "merge.sweep={choose: tasks}"]).recipe
-    rule = choosing.rule_of(recipe, halves.development_tasks(recipe))
+    rule = choosing.rule_of(recipe, recipe.merge.sweep, halves.development_tasks(recipe))
     right, wrong = MeasuredModel({"facts": rows([True] * 10, [True] * 10)}, {}), rows([False] * 10, [True] * 10)
     assert choosing.within_noise(rule, MeasuredModel({"facts": wrong}, {}), right) is False
 

@@ -310,6 +310,39 @@ def test_runs_beside_each_other(tmp_path: Path, capsys: pytest.CaptureFixture):
     assert cli.invoke([words[0], words[1], str(tmp_path / "none")]) == 2
 
 
+def test_runs_of_several_precisions_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture):
+    """A difference may be one of the precision: each run's stands in its headline, in the tables and in the page."""
+    evaluation = make_run().scored
+    folders: list[str] = []
+    for name, weights in (("first", "bfloat16"), ("second", "nf4")):
+        taken = {"precision": "nf4" if weights == "nf4" else "delivered", "weights": weights}
+        run = a_run(tmp_path / name, evaluation=evaluation.model_copy(update=taken))
+        answered(run, [True] * 20)
+        folders.append(str(run))
+    assert cli.invoke(["compare", *folders, "--out", str(tmp_path / "both"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    said = ["bfloat16, as delivered", "NF4, as trained, not as delivered"]
+    assert [run["scored_in"] for run in found["runs"]] == said
+    assert all(run["headline"].endswith(f"; in {words}") for run, words in zip(found["runs"], said, strict=True))
+    html = (tmp_path / "both" / "compare.html").read_text()
+    assert f"scored in several precisions, which moves scores too (first in {said[0]}; second in {said[1]})" in html
+
+
+def test_items_of_one_note_are_tested_together(tmp_path: Path, capsys: pytest.CaptureFixture):
+    """Ten notes of three questions each, of which a model gains seven whole and loses one: p is that of 8 notes."""
+    first, second = a_run(tmp_path / "first"), a_run(tmp_path / "second")
+    answered(first, [number // 3 == 9 for number in range(30)])
+    answered(second, [number // 3 < 7 for number in range(30)])
+    for run in (first, second):
+        path = run / "evaluation" / "facts.items.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps({**row, "group": n // 3}) + "\n" for n, row in enumerate(rows)))
+    assert cli.invoke(["compare", str(first), str(second), "--json"]) == 0
+    [duel] = json.loads(capsys.readouterr().out)["duels"]
+    assert (duel["gained"], duel["lost"], duel["groups"]) == (21, 3, 10)
+    assert duel["p_value"] == pytest.approx(2 * (1 + 8) / 2**8) and "sign flips" in duel["test"]
+
+
 def test_items_of_one_number_but_another_answer_are_not_shared(tmp_path: Path, capsys: pytest.CaptureFixture):
     first, second = a_run(tmp_path / "first"), a_run(tmp_path / "second")
     answered(first, [True] * 4)

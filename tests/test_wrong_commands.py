@@ -84,6 +84,13 @@ TABLES = [
 CASES = [
     # ---- models
     Case("chat runs/mircro", 2, "runs here: runs/micro"),
+    Case("plan runs/micro/run.json", 2, "a file of a run; give the recipe that it was made from"),
+    Case("run https://example.org/recipe.yaml", 2, "https://example.org/recipe.yaml: recipes are files on this"),
+    Case("eval runs/micro --task facts", 2, "here it is: --tasks TASK"),
+    Case("predict runs/micro --input notes.csv", 2, "here it is: --data FILE"),
+    Case("export runs/micro --format gguf --out e", 2, "here it is: --as gguf"),
+    Case("export runs/micro", 2, "gguf, gguf-adapter, ollama, vllm, transformers, hub"),
+    Case("run recipes/micro.yaml --num-gpus 2", 2, "here it is: --gpus N"),
     Case("chat runs/none", 2, "never sent to the Hub"),
     Case("chat recipes/micro.yaml", 2, "such as runs/micro"),
     Case("chat recipes/micro", 2, "runs here: runs/micro"),

@@ -36,7 +36,20 @@ def _arms_table(result: Ablation) -> Table:
     texts = figure.names_of(result.arms, "perplexity")
     rows = [_arm_row(arm, scores, texts) for arm in result.arms]
     columns = ("Arm", *scores, *(f"perplexity {name}" for name in texts), "Seeds", "What differs")
-    return Table("Arms", columns, rows, METHOD if rows else "No arm has finished yet.")
+    if not rows:
+        return Table("Arms", columns, rows, "No arm has finished yet.")
+    note = METHOD + _scored_in(result)
+    if result.majority:
+        commonest = [f"{name} {share:.2f}" for name, share in result.majority.items()]
+        note += f" What always the commonest answer scores: {', '.join(commonest)}."
+    return Table("Arms", columns, rows, note)
+
+
+def _scored_in(result: Ablation) -> str:
+    """A sentence behind others; nothing where no run says."""
+    if not result.precision:
+        return ""
+    return f" Scored in {result.precision}."
 
 
 def _arm_row(arm: ArmEntry, scores: Sequence[str], texts: Sequence[str]) -> tuple[str, ...]:
@@ -74,6 +87,7 @@ def _noise_table(result: Ablation, reference: str) -> Table:
         f"Against {reference}, the whole recipe; a perplexity is beyond noise when its interval over seeds, not "
         "corrected for the number of arms, leaves out 1. All pairs of arms are in differences.csv."
     )
+    note += _scored_in(result)
     return Table("Differences", ("Arm", "Measure", "Change", "Evidence", "Reading"), rows, note)
 
 
@@ -101,7 +115,7 @@ def page(result: Ablation) -> str:
         sections.append(Html(f'<div class="callout"><ul>{notes}</ul></div>'))
     drawn = html_table(arms)
     if result.arms:
-        drawn = Html(f'<div class="scroll">{figure.figure(result, result.chance)}</div>{drawn}')
+        drawn = Html(f'<div class="scroll">{figure.figure(result, result.chance, result.precision)}</div>{drawn}')
     sections.append(section("Arms", card("", drawn)))
     for table in rest:
         sections.append(section(table.title, card("", html_table(table))))
@@ -112,10 +126,8 @@ def page(result: Ablation) -> str:
 
 def _header(result: Ablation) -> Html:
     seeds = ", ".join(str(seed) for seed in result.seeds)
-    work = f"{duration(result.seconds)} of work, steps that arms share counted once."
+    work = f"{duration(result.seconds)} of work, steps that arms share counted once.{_scored_in(result)}"
     status = esc(result.status)
-    if result.precision:
-        work += f" Scored in {result.precision}."
     return Html(
         f'<header><div class="eyebrow">qmedtune ablate <span class="status {status}">{status}</span></div>'
         f"<h1>{esc(result.name)}</h1>"

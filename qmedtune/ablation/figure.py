@@ -14,7 +14,7 @@ from qmedtune.results import ArmEntry, Comparisons, Measure
 
 # Okabe and Ito's palette, told apart with any kind of colour vision.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#f0e442")
-ROW, HEAD, FOOT, LABEL, PANEL, GAP = 26, 50, 34, 190, 300, 56
+ROW, HEAD, FOOT, CAPTION, LABEL, PANEL, GAP = 26, 50, 34, 18, 190, 300, 56
 STYLE = (  # scoped: inside a page these rules hold for the whole page
     ".arms text{font:13px system-ui,-apple-system,'Segoe UI',sans-serif;fill:#24292f}.arms .b{font-weight:600}"
     ".arms .s{fill:#57606a;font-size:11.5px}.arms .g{stroke:#d0d7de}.arms .c{stroke:#57606a;stroke-dasharray:3 3}"
@@ -36,11 +36,17 @@ class _Panel:
         return self.left + PANEL * min(100.0, max(0.0, self.axis.percent(value))) / 100
 
 
-def figure(result: Comparisons, chance: float | None = None) -> str:
-    """SVG text. Panels without a measure are left out; a score that is the mean of its facets is left to the table."""
+def figure(result: Comparisons, chance: float | None = None, precision: str = "") -> str:
+    """SVG text. Panels without a measure are left out; a score that is the mean of its facets is left to the table.
+    precision: what the arms were scored in, in words."""
     arms = result.arms
-    height = HEAD + ROW * len(arms) + FOOT
-    panels = _panels(arms, height - FOOT)
+    foot = HEAD + ROW * len(arms) + FOOT
+    panels = _panels(arms, foot - FOOT)
+    height = foot
+    caption = ""
+    if precision:
+        height += CAPTION
+        caption = f'<text class="s" x="12" y="{height - 8}">Scored in {esc(precision)}.</text>'
     width = LABEL + (PANEL + GAP) * len(panels)
     body = _labels(arms)
     for panel in panels:
@@ -51,7 +57,7 @@ def figure(result: Comparisons, chance: float | None = None) -> str:
     return (
         f'<svg class="arms" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
         f'role="img" aria-label="{esc(_summary(arms))}"><style>{STYLE}</style>'
-        f'<rect width="{width}" height="{height}" rx="8" fill="#fff"/>{body}</svg>\n'
+        f'<rect width="{width}" height="{height}" rx="8" fill="#fff"/>{body}{caption}</svg>\n'
     )
 
 

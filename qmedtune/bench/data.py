@@ -170,7 +170,6 @@ def _tokenise(texts: list[str], folder: Path) -> tuple[int, list[TimedCall]]:
         shards = write_shards(source, out / "a", encoder, lambda _: None)
         for shard in shards:
             documents = shard_array(shard, "documents")
-            assert documents is not None
             mix.fill_rows(documents[:, 0], SEQ_LEN, split=True)
 
     runs = [TimedCall("tokenizers", alone), TimedCall("qmedtune", ours)]

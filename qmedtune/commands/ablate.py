@@ -17,6 +17,7 @@ from qmedtune.commands.common import (
     emit,
     load,
     run_folder,
+    say,
 )
 
 
@@ -51,4 +52,4 @@ def ablate(
     for table in ablation_page.tables(result):
         if table.rows:
             ui.table(table.title, table.columns, table.rows)
-    print("\n".join(str(folder / name) for name in (sweep.REPORT, sweep.TABLE, sweep.DIFFERENCES, sweep.FIGURE)))
+    say("\n".join(str(folder / name) for name in (sweep.REPORT, sweep.TABLE, sweep.DIFFERENCES, sweep.FIGURE)))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qmedtune.terminal import CONTROLS
+from qmedtune.terminal import CONTROLS, printable
 
 if TYPE_CHECKING:
     from qmedtune.parsing.loader import LoadedRecipe
@@ -24,6 +24,11 @@ SetOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 OfflineOption = Annotated[bool, typer.Option("--offline", help="Open no connection; the base must be here.")]
+
+
+def say(text: str) -> None:
+    """Lines for a person on stdout: a folder that somebody passed on may be named by control characters."""
+    print(printable(text))
 
 
 def emit(result: Any) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qmedtune.commands.common import JsonOption, OfflineOption, emit
+from qmedtune.commands.common import JsonOption, OfflineOption, emit, say
 from qmedtune.commands.model import QuantizationOption
 
 if TYPE_CHECKING:
@@ -81,13 +81,15 @@ def _compare_runs(folders: list[Path], out: Path | None, as_json: bool) -> None:
     for table in tables:
         if table.rows:
             ui.table(table.title, table.columns, table.rows)
-    print("\n".join(page.sentences(result)))
+    say("\n".join(page.sentences(result)))
     if out is not None:
-        print(f"The page, with curves: {out / 'compare.html'}")
+        say(f"The page, with curves: {out / 'compare.html'}")
 
 
 def _show_duels(found: HeadToHead) -> None:
     from qmedtune import ui
+    from qmedtune.compare import precision_of
+    from qmedtune.reporting.cells import three_decimals
 
     rows: list[tuple[str, ...]] = []
     for duel in found.duels:
@@ -96,8 +98,10 @@ def _show_duels(found: HeadToHead) -> None:
         asked = " / ".join(f"{score.template}, {score.shots} shots" for score in scores)
         both = " → ".join(f"{score.accuracy:.3f}" for score in scores)
         change = f"{duel.difference:+.3f} ({low:+.3f} to {high:+.3f})"
-        rows.append((duel.model, duel.task, both, change, f"{duel.p_holm:.3f}", duel.verdict, asked))
-    columns = ("model", "task", "accuracy", "difference, 95 %", "p (Holm)", "verdict", "asked with")
-    ui.table(f"against {found.reference}", columns, rows)
+        figures = (both, three_decimals(scores[0].majority), change, f"{duel.p_holm:.3f}")
+        rows.append((duel.model, duel.task, *figures, duel.verdict, asked))
+    measures = ("accuracy", "commonest answer", "difference, 95 %", "p (Holm)")
+    title = f"against {found.reference}, scored in {precision_of(found.models, list(found.models))}"
+    ui.table(title, ("model", "task", *measures, "verdict", "asked with"), rows)
     for sentence in found.claims:
         ui.note(sentence)

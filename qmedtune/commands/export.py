@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qmedtune.allowed import ExportForm
-from qmedtune.commands.common import JsonOption, OfflineOption, emit
+from qmedtune.commands.common import JsonOption, OfflineOption, emit, say
 
 if TYPE_CHECKING:
     from qmedtune.results import Exported
@@ -47,9 +47,9 @@ def export(
 
 
 def _show(made: Exported) -> None:
-    print(made.path)
+    say(str(made.path))
     for name in made.files:
-        print(f"  {name}")
+        say(f"  {name}")
     proof = made.proof
     if proof is None:
         return

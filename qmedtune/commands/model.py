@@ -18,7 +18,7 @@ from qmedtune.allowed import (
     Quantization,
     RoundingMode,
 )
-from qmedtune.commands.common import JsonOption, OfflineOption, emit
+from qmedtune.commands.common import JsonOption, OfflineOption, emit, say
 
 if TYPE_CHECKING:
     from qmedtune.evaluation.harness import HarnessScores
@@ -190,7 +190,7 @@ def predict(
         max_new_tokens=max_new_tokens, quantization=quantization, offline=offline,
     )  # fmt: skip
     told = done.as_json()
-    emit(told) if as_json else print(", ".join(f"{key} {value}" for key, value in told.items()))
+    emit(told) if as_json else say(", ".join(f"{key} {value}" for key, value in told.items()))
 
 
 def _show_asked(model: str, found: DryRun) -> None:
@@ -270,8 +270,8 @@ def merge(
     if merged.lost is not None:
         lost = f"{merged.lost:.2%} of the change lost"
     if merged.mixed_with is not None:
-        print(f"mixed with {merged.mixed_with.name}: {merged.method}, lambda {merged.share:g}")
-    print(
+        say(f"mixed with {merged.mixed_with.name}: {merged.method}, lambda {merged.share:g}")
+    say(
         f"{out}: {merged.modules} modules merged, {merged.elements:,} elements proven, "
         f"{merged.rounding} rounding to {merged.dtype}: {lost} (KL {merged.kl:.2g} nats per token)"
     )

@@ -20,6 +20,7 @@ from qmedtune.commands.common import (
     emit,
     load,
     run_folder,
+    say,
     wants_colour,
     warn_of_neighbour,
 )
@@ -74,15 +75,15 @@ def _show_run(found: Run, folder: Path) -> None:
     _show(score_tables.evaluation(found), score_tables.perplexity(found), score_tables.classification(found))
     if found.against is not None:
         _show(duels.head_to_head(found.against))
-    print(f"{found.name}: {found.status}. Report: {folder / 'report.html'}")
+    say(f"{found.name}: {found.status}. Report: {folder / 'report.html'}")
     if not found.finished:
         return
     if found.merge is not None:
-        print(f"Talk to it: qmedtune chat {folder}")
+        say(f"Talk to it: qmedtune chat {folder}")
         return
     models = [stage.model.path for stage in found.stages if stage.model is not None]
     if models:
-        print(f"No adapter was trained, so nothing was merged: the model is {folder / models[-1]}")
+        say(f"No adapter was trained, so nothing was merged: the model is {folder / models[-1]}")
 
 
 def _show(*tables: Any) -> None:
@@ -114,14 +115,14 @@ def plan(
     facts = make_plan(loaded.recipe, run_folder(loaded, out), cards=planned_cards(gpus))
     if as_json:
         return emit(facts)
-    print("\n".join(wrapped(f"{facts['recipe']} {plan_screen.verdict(facts)}")))
+    say("\n".join(wrapped(f"{facts['recipe']} {plan_screen.verdict(facts)}")))
     if full:
         tables, closing = render_plan(facts)
         _show(*tables)
-        return print("\n".join(closing))
+        return say("\n".join(closing))
     steps, lines = plan_screen.screen(facts)
     _show(steps)
-    print("\n".join([*lines, f"everything else: qmedtune plan {recipe} --full"]))
+    say("\n".join([*lines, f"everything else: qmedtune plan {recipe} --full"]))
 
 
 def data(
@@ -233,9 +234,9 @@ def report(
     if verify:
         print(f"{facts['files']} files in {facts['folders']} sealed folders are as they were sealed")
         if "erased" in facts:
-            print(f"erased: {facts['erased']} files with text, by `qmedtune erase`")
+            say(f"erased: {facts['erased']} files with text, by `qmedtune erase`")
     else:
-        print("\n".join(str(run_dir / name) for name in facts))
+        say("\n".join(str(run_dir / name) for name in facts))
 
 
 def items(
@@ -257,8 +258,8 @@ def items(
     if as_json:
         return emit(written.as_json())
     for note in written.left_out:
-        print(note)
-    print(written.path)
+        say(note)
+    say(written.path)
 
 
 def erase(
@@ -280,7 +281,7 @@ def erase(
         ui.warn(f"{facts['elsewhere']} of these files have another name outside of {run_dir}: their text stays there")
     if as_json:
         return emit(facts)
-    print(f"{run_dir}: {facts['files']} files with text erased ({facts['bytes']:,} bytes), .history and .building too")
+    say(f"{run_dir}: {facts['files']} files with text erased ({facts['bytes']:,} bytes), .history and .building too")
 
 
 def selftest(as_json: JsonOption = False) -> None:
@@ -317,4 +318,4 @@ def doctor(as_json: JsonOption = False) -> None:
     if as_json:
         return emit(facts)
     ui.table("This machine", ("what", "found"), examiner.rows(facts))
-    print("\n".join(f"- {line}" for line in facts["advice"]))
+    say("\n".join(f"- {line}" for line in facts["advice"]))

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from qmedtune.commands.common import JsonOption, emit
+from qmedtune.commands.common import JsonOption, emit, say
 from qmedtune.interrupt import Stopped
 
 FolderArgument = Annotated[Path, typer.Argument(metavar="[FOLDER]", help="The folder that holds the runs.")]
@@ -22,7 +22,7 @@ def runs(folder: FolderArgument = RUNS, as_json: JsonOption = False) -> None:
     if as_json:
         return emit([line.model_dump() for line in found])
     if not found:
-        print(f"{folder}: no runs yet. Make one: qmedtune run recipes/cpt_then_sft.yaml")
+        say(f"{folder}: no runs yet. Make one: qmedtune run recipes/cpt_then_sft.yaml")
         return
     from qmedtune import ui
     from qmedtune.units import duration

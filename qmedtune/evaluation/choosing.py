@@ -43,8 +43,7 @@ class Rule:
         return f"{told}; general perplexity at most {self.section.max_general_loss:.1%} above the base's"
 
 
-def rule_of(recipe: Recipe, tasks: Sequence[Task]) -> Rule:
-    assert recipe.merge.sweep is not None
+def rule_of(recipe: Recipe, sweep: SweepSection, tasks: Sequence[Task]) -> Rule:
     domain: list[str] = []
     general: list[str] = []
     for source in recipe.evaluate.perplexity:
@@ -52,7 +51,7 @@ def rule_of(recipe: Recipe, tasks: Sequence[Task]) -> Rule:
             general.append(source)
         else:
             domain.append(source)
-    return Rule(recipe.merge.sweep, tasks, domain, general, recipe.seed)
+    return Rule(sweep, tasks, domain, general, recipe.seed)
 
 
 def point_of(rule: Rule, measured: MeasuredModel, base: MeasuredModel | None, share: float | None) -> SweepPoint:

@@ -8,13 +8,14 @@ Deliberately absent: model loading, intervals and comparisons (summary.py).
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -48,6 +49,8 @@ PART = 256  # questions between two writes
 # moved the gap of the best two by .054 nats (standard deviation; 97.5 % by less than .124), and 8 choices, all of a gap
 # below .09, were others than in fp32 (2026-11). float16 has 8 times its resolution.
 TIE_NATS = {torch.float32: 1e-4, torch.float16: 0.016, torch.bfloat16: 0.125}
+FEWEST_TOKENS = 256  # of a batch: where not even these fit, no smaller batch would help
+T = TypeVar("T")
 Row = Judgement
 """Everything that is kept of one item for one model: its judgement, and how it was found."""
 
@@ -87,6 +90,10 @@ class ModelToMeasure:
         """The file of part `number` of a task's answers."""
         return self.folder / f"{self.label}-{task.name}" / f"{number:05d}.json"
 
+    def within(self, batch_tokens: int) -> ModelToMeasure:
+        """The same with batches of another size."""
+        return replace(self, settings=replace(self.settings, batch_tokens=batch_tokens))
+
     def text(self, source: str) -> Path:
         """The file of a source's perplexity; a source may be a path, which must not lead out of the folder."""
         return self.folder / f"{self.label}-perplexity-{store.sha256_json(source)[:16]}.json"
@@ -94,12 +101,17 @@ class ModelToMeasure:
 
 def measure_model(asked: ModelToMeasure, tasks: list[Task], held_out: Mapping[str, Rows]) -> MeasuredModel:
     """All tasks and texts; `held_out` has rows per source."""
-    turns, marks, budget = asked.turns, codec_of(asked.tokenizer).special_ids, asked.settings.batch_tokens
+    turns, marks = asked.turns, codec_of(asked.tokenizer).special_ids
 
     def text(source: str) -> dict[str, float]:
         with ui.progress_bar(f"perplexity of {Path(source).name}, {asked.label}") as bar:
-            found = perplexity(asked.model, held_out[source], batch_tokens=budget, progress=adding(bar), marks=marks)
-        return asdict(found)
+            rows, done = held_out[source], bar.completed
+
+            def read(batch_tokens: int) -> Perplexity:
+                bar.update(done)
+                return perplexity(asked.model, rows, batch_tokens=batch_tokens, progress=adding(bar), marks=marks)
+
+            return asdict(within_memory(read, asked.settings.batch_tokens))
 
     done = {}
     for task in tasks:
@@ -129,7 +141,12 @@ def measure(model: ModelToMeasure, task: Task) -> list[Row]:
         def take(number: int, part: list[int]) -> None:
             questions = [(asked[index], prompts[index]) for index in part]
             done = bar.completed
-            work = partial(_score, model, task, questions, adding(bar))
+
+            def score(batch_tokens: int) -> list[Row]:
+                bar.update(done)
+                return _score(model.within(batch_tokens), task, questions, adding(bar))
+
+            work = partial(within_memory, score, settings.batch_tokens)
             for index, row in zip(part, store.kept(model.part(task, number), work), strict=True):
                 rows[index] = row
             bar.update(done + len(part) * ways)
@@ -187,6 +204,21 @@ def _score(asked: ModelToMeasure, task: Task, questions: list[tuple[Item, Prompt
             judged = {**task.judge(item, prediction), "parsed": prediction is not None, "ended": answer.ended}
             row |= {"generation": judged, "truncated": row["truncated"] or answer.truncated}
     return rows
+
+
+def within_memory(work: Callable[[int], T], batch_tokens: int) -> T:
+    """What `work` makes of batches of so many padded tokens; of smaller ones where memory runs out, as it does on a
+    card that others use too. torch.OutOfMemoryError where the smallest do not fit."""
+    while True:
+        try:
+            return work(batch_tokens)
+        except torch.OutOfMemoryError:
+            if batch_tokens <= FEWEST_TOKENS:
+                raise
+        gc.collect()
+        torch.cuda.empty_cache()
+        batch_tokens = max(FEWEST_TOKENS, batch_tokens // 2)
+        ui.warn(f"out of memory: scored in batches of {batch_tokens:,} tokens from here on")
 
 
 def adding(bar: ui.ProgressBar) -> Progress:

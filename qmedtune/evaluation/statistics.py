@@ -122,10 +122,16 @@ def _members(groups: Groups) -> list[np.ndarray]:
     return [np.array(indices) for indices in found.values()]
 
 
-def bootstrap_mean(values: Sequence[float], resamples: int = RESAMPLES, seed: int = 0) -> Interval:
-    """95 % percentile bootstrap interval of a mean over items (accuracy, ROUGE, token F1 ...)."""
+def bootstrap_mean(
+    values: Sequence[float], resamples: int = RESAMPLES, seed: int = 0, groups: Groups | None = None
+) -> Interval:
+    """95 % percentile bootstrap interval of a mean over items (accuracy, ROUGE, token F1 ...), or over groups."""
     array = np.asarray(values, dtype=np.float64)
-    return bootstrap(lambda indices: float(array[indices].mean()), len(array), resamples=resamples, seed=seed)
+
+    def mean(indices: np.ndarray) -> float:
+        return float(array[indices].mean())
+
+    return bootstrap(mean, len(array), resamples=resamples, seed=seed, groups=groups)
 
 
 def mcnemar(before: Sequence[bool], after: Sequence[bool]) -> Paired:
@@ -138,6 +144,22 @@ def mcnemar(before: Sequence[bool], after: Sequence[bool]) -> Paired:
     tail = sum(comb(changed, k) for k in range(min(gained, lost) + 1))
     p_value = min(1.0, 2 * tail / 2**changed)
     return Paired(test="McNemar exact", gained=gained, lost=lost, p_value=p_value)
+
+
+def sign_flip(nets: Sequence[int]) -> float:
+    """Exact two-sided p of a sign-flip test on groups: each group's net gain could as well have been its net loss.
+
+    nets: gained - lost of every group (items of one note or premise). Of groups of one item it is McNemar's exact test.
+    """
+    most = sum(abs(net) for net in nets)
+    found = abs(sum(nets))
+    chances = np.zeros(2 * most + 1)  # of every sum from -most to most
+    chances[most] = 1.0
+    for net in nets:
+        if net:
+            chances = (np.roll(chances, net) + np.roll(chances, -net)) / 2  # what is at the ends is 0 as yet
+    sums = np.abs(np.arange(-most, most + 1))
+    return min(1.0, float(chances[sums >= found].sum()))
 
 
 def paired_bootstrap(

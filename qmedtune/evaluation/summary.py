@@ -85,12 +85,17 @@ def _without_a_model(task: Task, items: Sequence[Item]) -> Facts:
     """What guessing reaches, and what always the commonest right answer (a letter, yes, a sentence) would."""
     if task.metric != "accuracy":
         return {}
-    answers, chances = Counter[str](), []
+    chances = [1 / len(item.options) for item in items]
+    return {"chance": float(np.mean(chances)), "majority": majority_of(items)}
+
+
+def majority_of(items: Sequence[Item]) -> float:
+    """The share of items whose right option is the commonest one (a letter, yes, a sentence)."""
+    answers = Counter[str]()
     for item in items:
         answers[item.options[item.gold]] += 1
-        chances.append(1 / len(item.options))
     [(_, commonest)] = answers.most_common(1)
-    return {"chance": float(np.mean(chances)), "majority": commonest / len(items)}
+    return commonest / len(items)
 
 
 def _groups(items: Sequence[Item]) -> statistics.Groups | None:
@@ -314,8 +319,11 @@ def _per_draw(task: Task, rows: list[Row]) -> Draws:
 def write_items(path: Path, task: Task, measured: ModelRows) -> None:
     """One line per question: id, gold label, examples, and per model prediction and scores. Never text of a source."""
     lines = []
+    groups: dict[str, int] = {}
     for index, item in enumerate(task.asked):
         line: Facts = {"id": item.id}
+        if item.group:
+            line["group"] = groups.setdefault(item.group, len(groups))  # its name may be a premise, or a patient
         if item.facet:
             line["facet"] = item.facet
         if task.draws:

@@ -1,13 +1,14 @@
 """What may be claimed of models that answered the same items: win, tie or lose, and one sentence that survives review.
 
 Exact McNemar tests on paired items, Holm's correction over all tasks and models, Tango's interval of the difference,
-and the difference that so many items could have shown: a tie is no proof of equality.
+and the difference that so many items could have shown: a tie is no proof of equality. Items of one note or premise are
+no independent evidence: their groups are tested (exact sign flips) and resampled.
 Deliberately absent: measuring (qmedtune/compare.py), scores that are no right or wrong.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import exp, lgamma, log, sqrt
 from statistics import NormalDist
@@ -15,7 +16,7 @@ from typing import Literal
 
 from qmedtune.ablation.effects import holm
 from qmedtune.evaluation import statistics
-from qmedtune.results import DuelEntry
+from qmedtune.results import DuelEntry, Paired
 
 SIGNIFICANCE, POWER = 0.05, 0.8
 
@@ -30,6 +31,7 @@ class Duel:
     """`model` against `reference` on one task. difference: share of items, above 0 where the model is better.
 
     detectable: the difference that a test as strict as this one finds in 80 % of draws of so many items.
+    groups: how many there are, where items share them.
     """
 
     task: str
@@ -44,53 +46,94 @@ class Duel:
     p_holm: float
     verdict: Verdict
     detectable: float
+    groups: int | None = None
 
     def entry(self) -> DuelEntry:
         """As compare.json holds it."""
-        return DuelEntry(**asdict(self), test="McNemar exact, Holm", ci95_method="Tango score")
+        if self.groups is None:
+            return DuelEntry(**asdict(self), test="McNemar exact, Holm", ci95_method="Tango score")
+        method = f"percentile bootstrap over groups, {statistics.RESAMPLES:,} resamples"
+        return DuelEntry(**asdict(self), test="exact sign flips of groups, Holm", ci95_method=method)
 
 
 Answers = Mapping[str, Mapping[str, Right]]
 """By task and model, whether each item was answered rightly."""
 
 
-def duels(answers: Answers, reference: str) -> list[Duel]:
+Grouped = Mapping[str, statistics.Groups]
+"""By task, what each item was taken from; tasks whose items stand alone are not in it."""
+
+
+def duels(answers: Answers, reference: str, grouped: Grouped | None = None) -> list[Duel]:
     """Every other model against `reference`."""
     models: dict[str, None] = {}
     for found in answers.values():
         models |= dict.fromkeys(found)
-    return paired_duels(answers, [(model, reference) for model in models if model != reference])
+    return paired_duels(answers, [(model, reference) for model in models if model != reference], grouped)
 
 
-def paired_duels(answers: Answers, pairs: Sequence[tuple[str, str]]) -> list[Duel]:
+def paired_duels(answers: Answers, pairs: Sequence[tuple[str, str]], grouped: Grouped | None = None) -> list[Duel]:
     """On every task the first model of each pair against the second; Holm's correction is over all of it."""
-    met, paired = [], []
+    met: list[tuple[str, str, str]] = []
+    tested: list[_Tested] = []
     for task, found in answers.items():
+        groups = grouped.get(task) if grouped else None
         for model, reference in pairs:
             met.append((task, model, reference))
-            paired.append(statistics.mcnemar(found[reference], found[model]))
-    adjusted = holm([each.p_value for each in paired])
-    made = []
-    for (task, model, reference), each, p_holm in zip(met, paired, adjusted, strict=True):
-        n, changed = len(answers[task][model]), each.gained + each.lost
-        difference = (each.gained - each.lost) / n
+            tested.append(_tested(found[reference], found[model], groups))
+    adjusted = holm([each.paired.p_value for each in tested])
+    made: list[Duel] = []
+    for (task, model, reference), each, p_holm in zip(met, tested, adjusted, strict=True):
+        n, paired = len(answers[task][model]), each.paired
+        difference = (paired.gained - paired.lost) / n
         made.append(
             Duel(
                 task=task,
                 model=model,
                 reference=reference,
                 n=n,
-                gained=each.gained,
-                lost=each.lost,
+                gained=paired.gained,
+                lost=paired.lost,
                 difference=difference,
-                ci95=statistics.tango(each.gained, each.lost, n),
-                p_value=each.p_value,
+                ci95=each.ci95,
+                p_value=paired.p_value,
                 p_holm=p_holm,
                 verdict=_verdict(difference, p_holm),
-                detectable=detectable(changed / n, n, len(met)),
+                detectable=detectable(each.variance / n, n, len(met)),
+                groups=each.groups,
             )
         )
     return made
+
+
+@dataclass(frozen=True)
+class _Tested:
+    """variance: of the net gain, in items, where there is no difference; that many items changed, if they stand
+    alone."""
+
+    paired: Paired
+    ci95: tuple[float, float]
+    variance: int
+    groups: int | None
+
+
+def _tested(before: Right, after: Right, groups: statistics.Groups | None) -> _Tested:
+    paired = statistics.mcnemar(before, after)
+    n = len(before)
+    if groups is None or len(set(groups)) == n:
+        ci95 = statistics.tango(paired.gained, paired.lost, n)
+        return _Tested(paired, ci95, paired.gained + paired.lost, None)
+    changes = [int(is_right) - int(was_right) for was_right, is_right in zip(before, after, strict=True)]
+    nets: dict[Hashable, int] = {}
+    for group, change in zip(groups, changes, strict=True):
+        nets[group] = nets.get(group, 0) + change
+    p_value = statistics.sign_flip(list(nets.values()))
+    paired = paired.model_copy(update={"p_value": p_value, "test": "exact sign flips of groups"})
+    if any(nets.values()):
+        ci95 = statistics.bootstrap_mean(changes, groups=groups)
+    else:  # a bootstrap of width 0 is no certainty
+        ci95 = statistics.tango(0, 0, len(nets))
+    return _Tested(paired, ci95, sum(net * net for net in nets.values()), len(nets))
 
 
 def _verdict(difference: float, p_value: float) -> Verdict:
@@ -101,7 +144,7 @@ def _verdict(difference: float, p_value: float) -> Verdict:
 
 def detectable(changed: float, n: int, tests: int) -> float:
     """The smallest difference found with 80 % power where a share `changed` of n items changes, at the strictest level
-    of Holm's procedure over `tests` tests (normal approximation)."""
+    of Holm's procedure over `tests` tests (normal approximation). Of groups: the variance of their net gains over n."""
     return (_z(1 - SIGNIFICANCE / (2 * tests)) + _z(POWER)) * sqrt(max(changed, 1 / n) / n)
 
 
@@ -143,16 +186,20 @@ def _z(probability: float) -> float:
     return NormalDist().inv_cdf(probability)
 
 
-def claim(found: Sequence[Duel]) -> str:
-    """One sentence about one model against the reference."""
+def claim(found: Sequence[Duel], precision: str) -> str:
+    """One sentence about one model against the reference. precision: what both were scored in, in words."""
     model, reference = found[0].model, found[0].reference
     tasks = "1 task" if len(found) == 1 else f"{len(found)} tasks"
-    parts = [f"{model} against {reference}, prompts chosen per model, on the same items of {tasks}:"]
+    how = f"in {precision}, prompts chosen per model, on the same items of {tasks}"
+    parts = [f"{model} against {reference}, {how}:"]
     for verdict, words in (("win", "better on"), ("lose", "worse on"), ("tie", "no difference shown on")):
         told = [_told(duel) for duel in found if duel.verdict == verdict]
         if told:
             parts.append(f"{words} {', '.join(told)};")
-    return " ".join(parts).rstrip(";") + " (exact McNemar, Holm-corrected, p < .05)."
+    tests = ["exact McNemar"]
+    if any(duel.groups for duel in found):
+        tests.append("exact sign flips where items share a note or premise")
+    return " ".join(parts).rstrip(";") + f" ({'; '.join(tests)}; Holm-corrected, p < .05)."
 
 
 def _told(duel: Duel) -> str:

@@ -8,11 +8,9 @@ become the tensor that llama.cpp reads them from. Deliberately not here: the pro
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,7 +28,7 @@ from qmedtune.exporting.types import FLOATS, QUANTS, Quant, encoded, kind_of, si
 from qmedtune.exporting.vocabulary import Vocabulary
 from qmedtune.merging.disk_llama import DiskLlama
 from qmedtune.merging.parallel import in_order, workers
-from qmedtune.merging.tensors import BLOCKS_WAITING, row_blocks
+from qmedtune.merging.tensors import row_blocks
 from qmedtune.model_stack import HEAD
 
 if TYPE_CHECKING:
@@ -50,8 +48,8 @@ class GgufTensor:
     kind: GGMLQuantizationType
 
 
-def write_model(path: Path, model: DiskLlama, vocabulary: Vocabulary, quant: Quant, *, title: str) -> str:
-    """Write the file; returns its sha256, taken while it is written. It may not be on the disk yet: the caller syncs.
+def write_model(path: Path, model: DiskLlama, vocabulary: Vocabulary, quant: Quant, *, title: str) -> None:
+    """Write the file. It may not be on the disk yet: the caller syncs.
 
     Raises RecipeError for what llama.cpp's LLaMA does not have, RunError for numbers that do not fit the type, OSError
     or RunError where the disk is full: then `path` is not whole.
@@ -72,16 +70,12 @@ def write_model(path: Path, model: DiskLlama, vocabulary: Vocabulary, quant: Qua
         writer.write_ti_data_to_file()
         assert writer.fout is not None
         [file] = writer.fout
-        file.flush()
-        written = Hashed(file)
-        written.digest.update(path.read_bytes())  # header and metadata
-        with workers() as pool, written, ui.progress_bar("writing GGUF", total=len(tensors), unit="tensors") as shown:
+        with workers() as pool, ui.progress_bar("writing GGUF", total=len(tensors), unit="tensors") as shown:
             for number, tensor in enumerate(tensors, start=1):
-                _write_data(written, writer.data_alignment, _blocks(model, tensor, factors), pool)
+                _write_data(file, writer.data_alignment, _blocks(model, tensor, factors), pool)
                 shown.update(number)
     finally:
         writer.close()
-    return written.digest.hexdigest()
 
 
 def exact_quant(model: DiskLlama) -> Quant:
@@ -125,41 +119,18 @@ def _encode_rows(weight: Tensor, rows: slice | Tensor, tensor: GgufTensor) -> np
 
 
 def _write_data(
-    written: Hashed, alignment: int, blocks: Iterator[Callable[[], np.ndarray]], pool: ThreadPoolExecutor
+    file: IO[bytes], alignment: int, blocks: Iterator[Callable[[], np.ndarray]], pool: ThreadPoolExecutor
 ) -> None:
     """One tensor at the next multiple of the alignment, as `write_tensor_data` places one that is held whole."""
-    written.pad(alignment)
+    _pad(file, alignment)
     for block in in_order(pool, blocks):
-        written.write(block)
-    written.pad(alignment)
+        file.write(block.reshape(-1).view(np.uint8).data)
+    _pad(file, alignment)
 
 
-class Hashed:
-    """A file that is hashed, in a thread of its own, while more of it is written: reading it again for its hash took a
-    fifth of an export. At most BLOCKS_WAITING blocks are held."""
-
-    def __init__(self, file: IO[bytes]):
-        self.file, self.digest = file, hashlib.sha256()
-        self._hasher, self._waiting = ThreadPoolExecutor(1), deque[Future[None]]()
-
-    def __enter__(self) -> Hashed:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._hasher.shutdown()
-
-    def write(self, block: np.ndarray) -> None:
-        data = block.reshape(-1).view(np.uint8).data
-        self._waiting.append(self._hasher.submit(self.digest.update, data))
-        self.file.write(data)
-        while len(self._waiting) > BLOCKS_WAITING:
-            self._waiting.popleft().result()
-
-    def pad(self, alignment: int) -> None:
-        """Zeros up to the next multiple."""
-        missing = -self.file.tell() % alignment
-        if missing:
-            self.write(np.zeros(missing, np.uint8))
+def _pad(file: IO[bytes], alignment: int) -> None:
+    """Zeros up to the next multiple."""
+    file.write(bytes(-file.tell() % alignment))
 
 
 # ---- metadata --------------------------------------------------------------------------------------------------------

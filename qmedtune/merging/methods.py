@@ -48,7 +48,10 @@ def linear(share: float) -> Mix:
 
 
 def slerp(share: float, cosine: float) -> Mix:
-    """cosine: of the angle between T and W."""
+    """Spherical linear interpolation.
+
+    cosine: of the angle between T and W.
+    """
     if share in (0.0, 1.0) or abs(cosine) > NEARLY_PARALLEL:
         return linear(share)
     angle = math.acos(cosine)
@@ -87,11 +90,10 @@ class WeightedSum:
         return self[...]
 
     def __getitem__(self, index: object) -> Tensor:
-        total: Tensor | None = None
-        for factor, tensor in self.parts:
-            term = tensor[index].double() * factor  # pyright: ignore[reportArgumentType]
-            total = term if total is None else total.add_(term)
-        assert total is not None
+        (factor, tensor), *others = self.parts
+        total = tensor[index].double() * factor  # pyright: ignore[reportArgumentType]
+        for factor, tensor in others:
+            total.add_(tensor[index].double() * factor)  # pyright: ignore[reportArgumentType]
         return total.float()
 
 

@@ -71,7 +71,10 @@ class Divergence:
 
 @dataclass(frozen=True)
 class RoundingLoss:
-    """lost: KL(merged || base + adapters) over KL(base || base + adapters), None where the adapters change nothing."""
+    """Share of the training's effect that rounding the merged weights lost.
+
+    lost: KL(merged || base + adapters) over KL(base || base + adapters), None where the adapters change nothing.
+    """
 
     lost: float | None
     kl_of_base: float
@@ -244,11 +247,10 @@ class MergeProof:
             for layer in layers:
                 layer.register_forward_hook(lambda *_: shown.update(shown.completed + 1))
             found = logits_of_all(models, ids, sources)
-        (reference, bare), (ours, _), *others = found
-        assert bare is not None
+        [reference, bare], [ours], *others = found
         trained = None
         if others:
-            [(trained, _)] = others
+            [[trained]] = others
         return reference, bare, ours, trained
 
     def _check_rest(self, check: ElementCheck) -> None:
@@ -303,8 +305,7 @@ class MergeProof:
         apply = self.pool.map
         sources = [Streamed(self.load, self.reference.updates, True, None, apply), Streamed(rounded, apply=apply)]
         models = [streamed_model(self.base.model, source) for source in sources]
-        (reference, bare), (ours, _) = logits_of_all(models, ids, sources)
-        assert bare is not None
+        [reference, bare], [ours] = logits_of_all(models, ids, sources)
         return loss_of(divergence(reference, ours).kl, divergence(reference, bare).kl).lost
 
 

@@ -156,18 +156,16 @@ def from_parameters(parameters: Mapping[str, Tensor]) -> Load:
     return load
 
 
-def logits_of(model: Any, ids: Tensor, source: Streamed) -> tuple[Tensor, Tensor | None]:
-    """[rows, length, vocab] with the updates, and, if the model runs `with_bare`, of the bare base."""
+def logits_of(model: Any, ids: Tensor, source: Streamed) -> list[Tensor]:
+    """[rows, length, vocab] with the updates, and, if the model runs `with_bare`, a second one of the bare base."""
     batch = torch.cat([ids, ids]) if source.with_bare else ids
     with torch.no_grad():
         found = model(input_ids=batch, use_cache=False).logits
     first, second = halves(found, source.with_bare)
-    return first, second if source.with_bare else None
+    return [first, second] if source.with_bare else [first]
 
 
-def logits_of_all(
-    models: Sequence[Any], ids: Tensor, sources: Sequence[Streamed]
-) -> list[tuple[Tensor, Tensor | None]]:
+def logits_of_all(models: Sequence[Any], ids: Tensor, sources: Sequence[Streamed]) -> list[list[Tensor]]:
     """`logits_of` of several models side by side: while one waits for its last blocks or attends, another's are
     computed."""
     with ThreadPoolExecutor(len(models)) as each:

@@ -57,9 +57,7 @@ def blocks_of(position_ids: Tensor) -> tuple[Block, ...]:
 
 def attend(query: Tensor, key: Tensor, value: Tensor, blocks: Sequence[Block], *, scale: float) -> Tensor:
     """query [B, H, L, D], key and value [B, Hkv, L, D] of one float dtype -> [B, H, L, D]; differentiable."""
-    output = _Attention.apply(query, key, value, blocks, scale)
-    assert isinstance(output, Tensor)
-    return output
+    return _Attention.apply(query, key, value, blocks, scale)
 
 
 class _Attention(torch.autograd.Function):

@@ -16,7 +16,7 @@ from typing import Any
 from qmedtune.lineage import BASE, final_model, parts_of
 from qmedtune.parsing.grammar import did_you_mean
 from qmedtune.parsing.strict_yaml import KeyPath, Tree
-from qmedtune.recipe import ClassifySection, Recipe, SftSection, TaskSection
+from qmedtune.recipe import ClassifySection, Recipe, SftSection, SweepSection, TaskSection
 
 Finding = tuple[KeyPath, str]
 FULL_TUNING_LR = 5e-5  # below it LoRA starves: MedAlpaca's 2e-5 did, Clinical LLaMA's 3e-4 worked
@@ -85,7 +85,7 @@ def _merging(recipe: Recipe) -> Iterator[Finding]:
     else:
         yield from _mixing(recipe)
     if section.sweep is not None:
-        yield from _sweep(recipe)
+        yield from _sweep(recipe, section.sweep)
 
 
 def _without_another_model(recipe: Recipe) -> Iterator[Finding]:
@@ -114,10 +114,9 @@ def _mixing(recipe: Recipe) -> Iterator[Finding]:
         yield ("merge", "lambda"), "the sweep chooses it; keep one of `lambda` and `sweep`"
 
 
-def _sweep(recipe: Recipe) -> Iterator[Finding]:
+def _sweep(recipe: Recipe, sweep: SweepSection) -> Iterator[Finding]:
     """What the rule of a sweep could not be applied to."""
-    sweep, evaluate = recipe.merge.sweep, recipe.evaluate
-    assert sweep is not None
+    evaluate = recipe.evaluate
     here: KeyPath = ("merge", "sweep")
     for index, share in enumerate(sweep.shares):
         if share in sweep.shares[:index]:
@@ -154,7 +153,7 @@ def _stage_contradictions(recipe: Recipe, here: KeyPath, index: int) -> Iterator
             if (kind := recipe.data[name].kind) != "instructions":
                 yield (*here, "data"), f'"{name}" is of kind {kind}; an sft stage learns from kind: instructions'
     elif isinstance(section, ClassifySection):
-        yield from _classify(recipe, here, index)
+        yield from _classify(recipe, here, section)
     elif section.epochs is not None and section.tokens != "auto":
         yield (*here, "epochs"), "`tokens` is given too; keep one of the two"
     if section.horizon_steps is not None and section.horizon_ratio is not None:
@@ -183,9 +182,7 @@ def _stage_contradictions(recipe: Recipe, here: KeyPath, index: int) -> Iterator
         yield here, "pretrain starts from scratch: it can only be the first stage"
 
 
-def _classify(recipe: Recipe, here: KeyPath, index: int) -> Iterator[Finding]:
-    section = recipe.stages[index].classify
-    assert section is not None
+def _classify(recipe: Recipe, here: KeyPath, section: ClassifySection) -> Iterator[Finding]:
     if section.adapter in ("merge_then_new", "none"):
         yield (*here, "adapter"), f"got {section.adapter}; allowed: continue, new, frozen"
     if "label" not in recipe.data[section.data].columns:

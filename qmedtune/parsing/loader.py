@@ -119,11 +119,15 @@ def _one_line(text: str) -> str:
 
 
 def _read(path: Path) -> str:
+    if path.suffix not in (".yaml", ".yml") and path.is_file() and (path.parent / "run.json").is_file():
+        advice = f"give the recipe that it was made from, with --out {path.parent} to go on with it"
+        raise RecipeError(_one_line(f"{path}: a file of a run; {advice}"))
     try:
         with path.open("rb") as file:
             raw = file.read(strict_yaml.MAX_BYTES + 1)
     except OSError as error:
-        raise RecipeError(_one_line(f"{path}: {_unreadable(path, error)}")) from None
+        shown = re.sub(r"^(\w+):/", r"\1://", str(path))  # of an address, of which Path drops a stroke
+        raise RecipeError(_one_line(f"{shown}: {_unreadable(path, error)}")) from None
     if len(raw) > strict_yaml.MAX_BYTES:
         raise RecipeError(_one_line(f"{path}: over {strict_yaml.MAX_BYTES // 1024} kB; this is no recipe"))
     raw = raw.removeprefix(codecs.BOM_UTF8)  # Windows' editors write it; it says nothing

@@ -162,8 +162,9 @@ def _task_seconds(each: BenchmarkCost, pace: speed.Pace, batch_tokens: int) -> f
 
 
 def _held_out(recipe: Recipe, name: str, found: Estimate) -> int:
-    """Tokens of a source's held-out text, of which so many are read at most."""
+    """Tokens of a source's held-out text, of which so many are read at most; without what a choice is made on."""
     share = recipe.data[name].holdout
     if not found.tokens or not share:
         return 0
-    return min(round(found.tokens * share / (1 - share)), recipe.validation.max_tokens)
+    there = min(found.tokens * share / (1 - share), recipe.validation.max_tokens)
+    return round(there * (1 - recipe.development))

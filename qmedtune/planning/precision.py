@@ -32,7 +32,9 @@ LARGE_SHIFT_KL, SMALL_SHARE_TOP1 = 0.05, 0.9
 
 @dataclass(frozen=True)
 class Precision:
-    """weights: dtype of base and result, or `nf4`; computed_in: dtype of the products; why: where it is not what the
+    """Number format in which an evaluation is run.
+
+    weights: dtype of base and result, or `nf4`; computed_in: dtype of the products; why: where it is not what the
     recipe asks for."""
 
     name: ScoringPrecision
@@ -60,15 +62,23 @@ def decide(recipe: Recipe, dtype: str | None = None, machine: Machine | None = N
     machine = machine or this_machine()
     if recipe.evaluate.precision == "nf4":
         return trained(recipe)
-    if recipe.evaluate.precision == "full16":
-        return Precision("full16", recipe.model.compute_dtype, recipe.model.compute_dtype)
-    weights = dtype or recipe.merge.dtype
+    full16 = recipe.evaluate.precision == "full16"
+    weights = recipe.model.compute_dtype if full16 else dtype or recipe.merge.dtype
     needed = base_facts(recipe.model).parameters * BYTES_OF[weights] + BESIDE_WEIGHTS_BYTES
     there = budget_bytes(machine, recipe)
     if machine.is_gpu and needed > there and recipe.model.quantization == "nf4":
         why = f"{weights} takes {units.size(needed)} of {units.size(there)} on {machine.name}"
         return replace(trained(recipe), why=why)
+    if full16:
+        return Precision("full16", weights, weights)
     return Precision("delivered", weights, computed_in(weights, machine))
+
+
+def after_no_room(recipe: Recipe, taken: Precision) -> Precision | None:
+    """What is taken where memory ran out in `taken`, on a card that others use too; None where nothing is smaller."""
+    if taken.quantised or recipe.model.quantization != "nf4":
+        return None
+    return replace(trained(recipe), why=f"memory ran out in {taken.weights} on {this_machine().name}")
 
 
 def refuse_unscorable(recipe: ResolvedRecipe, machine: Machine) -> None:

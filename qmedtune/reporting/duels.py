@@ -7,13 +7,16 @@ import re
 
 from qmedtune.reporting.cells import Row, Table, three_decimals
 from qmedtune.reporting.facts import MINUS
-from qmedtune.results import ChosenPrompting, HeadToHead
+from qmedtune.results import ChosenPrompting, HeadToHead, scored_in
 
-COLUMNS = ("Against", "Task", "Its score", "Final", "Difference", "p (Holm)", "Verdict", "Asked with")
+MEASURES = ("Its score", "Final", "Commonest", "Difference", "p (Holm)", "Verdict")
+COLUMNS = ("Against", "Task", *MEASURES, "Asked with")
 NOTE = (
     "Each model was asked in the template and with the number of examples that answered most development items "
     "rightly; those are not scored, and all models answered the same other items. Differences with Tango's 95% score "
-    "interval; exact McNemar tests, Holm's correction over all rows. A tie is no proof of equality."
+    "interval (resampled groups, where items share a note or premise); exact McNemar tests (exact sign flips of such "
+    "groups), Holm's correction over all rows. A tie is no proof of equality. "
+    "Commonest: what always the commonest answer would score."
 )
 
 
@@ -29,6 +32,7 @@ def head_to_head(found: HeadToHead) -> Table:
                 duel.task,
                 three_decimals(theirs.accuracy),
                 f"{ours.accuracy:.3f} of {duel.n:,}",
+                three_decimals(ours.majority),
                 _signed(f"{duel.difference:+.3f} ({low:+.3f} to {high:+.3f})"),
                 three_decimals(duel.p_holm),
                 duel.verdict,
@@ -36,6 +40,8 @@ def head_to_head(found: HeadToHead) -> Table:
             )
         )
     note = NOTE
+    if words := scored_in(found.precision, found.weights):
+        note += f" All models were scored in {words}."
     if found.left_out:
         note += f" Not compared, no choices of accuracy or too few: {', '.join(found.left_out)}."
     return Table("Head to head", COLUMNS, rows, note)

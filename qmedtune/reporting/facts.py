@@ -13,7 +13,19 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from qmedtune.results import Evaluation, Interval, Logged, Number, Paired, Run, Score, Scores, Stage, TaskScores
+from qmedtune.results import (
+    Evaluation,
+    Interval,
+    Logged,
+    Number,
+    Paired,
+    Run,
+    Score,
+    Scores,
+    Stage,
+    TaskScores,
+    scored_in,
+)
 from qmedtune.units import digits3
 
 SIGNIFICANCE = 0.05
@@ -172,16 +184,7 @@ def precision_words(run: Run) -> str:
 
 
 def precision_of(evaluation: Evaluation) -> str:
-    name, weights = evaluation.precision, evaluation.weights
-    if weights is None:  # a run of version 0.1
-        return {"nf4": "NF4, as trained", "full16": "16 bit"}.get(str(name), "")
-    if name == "nf4" and weights == "nf4":
-        return "NF4, as trained, not as delivered"
-    if name == "nf4":
-        return f"{weights}, as trained"
-    if name == "delivered":
-        return f"{weights}, as delivered"
-    return weights
+    return scored_in(evaluation.precision, evaluation.weights)
 
 
 def _evidence(paired: Paired | None, ci95: Interval | None) -> tuple[bool | None, str]:

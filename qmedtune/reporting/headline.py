@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qmedtune.heartbeat import Life
-from qmedtune.reporting.facts import both_perplexities, verdicts, wholes
+from qmedtune.reporting.facts import both_perplexities, precision_words, verdicts, wholes
 from qmedtune.results import Run
 from qmedtune.ui import Progress
 from qmedtune.units import clock, digits3
@@ -48,9 +48,14 @@ def _under_way(progress: Progress) -> str:
 
 
 def result(run: Run) -> str:
-    """`facts 0.06 → 0.81; perplexity fell on 3 of 3 texts`, or counts of verdicts where there are many tasks."""
+    """`facts 0.06 → 0.81; perplexity fell on 3 of 3 texts; in bfloat16, as delivered`, or counts of verdicts where
+    there are many tasks."""
     parts = [part for part in (_tasks(run), _texts(run)) if part]
-    return "; ".join(parts) or "finished without an evaluation"
+    if not parts:
+        return "finished without an evaluation"
+    if words := precision_words(run):
+        parts.append(f"in {words}")
+    return "; ".join(parts)
 
 
 def _tasks(run: Run) -> str:

@@ -41,9 +41,12 @@ def table(found: Merge) -> Table:
 
 def _note(found: Merge) -> str:
     share = found.development or 0.0
+    precision = ""
+    if found.scored_in:
+        precision = f" in {found.scored_in}"
     return (
-        f"Rule: {found.rule}. Measured on {share:.0%} of the items and held-out texts; the scores of this run are "
-        "taken on the others."
+        f"Rule: {found.rule}. Measured{precision} on {share:.0%} of the items and held-out texts; the scores of this "
+        "run are taken on the others."
     )
 
 
@@ -94,7 +97,10 @@ class _Axis:
 
 
 def figure(found: Merge) -> Html:
-    """SVG: general loss to the right, gain upward, a dot per share; nothing where a share has no general loss."""
+    """Scatter plot of a sweep.
+
+    SVG: general loss to the right, gain upward, a dot per share; nothing where a share has no general loss.
+    """
     places: list[tuple[SweepPoint, float, float]] = []
     for point in found.sweep:
         if point.gain is not None and point.general_loss is not None:

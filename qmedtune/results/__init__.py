@@ -63,6 +63,7 @@ from qmedtune.results.scores import (
     Scores,
     TaskScores,
     Text,
+    scored_in,
 )
 from qmedtune.results.stages import (
     AdapterEntry,
@@ -182,4 +183,5 @@ __all__ = [
     "Told",
     "Trained",
     "Validation",
+    "scored_in",
 ]

@@ -13,7 +13,8 @@ class Development(Facts):
 
 
 class ChosenPrompting(Facts):
-    """How one model was asked in one task, and what it reached on the items that are scored."""
+    """How one model was asked in one task, and what it reached on the items that are scored. weights: dtype, or nf4;
+    majority: what always the commonest answer to these items would reach."""
 
     template: str
     shots: int
@@ -21,10 +22,13 @@ class ChosenPrompting(Facts):
     accuracy: Number
     ci95: Interval
     n: int
+    majority: Number | None = None
+    weights: str | None = None
 
 
 class DuelEntry(Facts):
-    """`model` against `reference` on one task. detectable: the difference that so many items could have shown."""
+    """`model` against `reference` on one task. detectable: the difference that so many items could have shown; groups:
+    of items that share a note or premise, which the test and the interval go by."""
 
     task: str
     model: str
@@ -38,12 +42,15 @@ class DuelEntry(Facts):
     p_holm: Number
     verdict: str
     detectable: Number
+    groups: int | None = None
     test: str
     ci95_method: str
 
 
 class HeadToHead(Facts):
-    """models: by name and task. reference: the model that all others are held against; in a run instead the `subject`,
+    """Result of comparing several models on the same items.
+
+    models: by name and task. reference: the model that all others are held against; in a run instead the `subject`,
     which is held against all others. claims: one sentence for each of the others; left_out: tasks that cannot be
     compared."""
 

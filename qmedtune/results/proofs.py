@@ -49,13 +49,15 @@ class SweepPoint(Facts):
 
 
 class Sweep(Facts):
-    """What a sweep found. rule: in words; development: share of items and texts that it was chosen on."""
+    """What a sweep found. rule: in words; development: share of items and texts that it was chosen on; scored_in: the
+    precision, in words."""
 
     sweep: list[SweepPoint]
     sweep_base: SweepPoint
     chosen: Number
     rule: str
     development: Number
+    scored_in: str | None = None
     warnings: list[str] = []
 
 
@@ -100,6 +102,7 @@ class Merge(Facts):
     chosen: Number | None = None
     rule: str | None = None
     development: Number | None = None
+    scored_in: str | None = None  # what the sweep was measured in
     kl: Number | None = None
     kl_max: Number | None = None
     top1: Number | None = None

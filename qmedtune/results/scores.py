@@ -84,7 +84,10 @@ class Difference(Facts):
 
 
 class Paired(Facts):
-    """gained: items that final alone answers rightly; lost: that base alone does."""
+    """A paired significance test on the same items.
+
+    gained: items that final alone answers rightly; lost: that base alone does.
+    """
 
     test: str
     gained: int
@@ -138,6 +141,19 @@ class Text(BaseAndFinal):
     ends: BaseAndFinal | None = None
     nf4: BaseAndFinal | None = None
     bits_per_byte: Number | None = None
+
+
+def scored_in(precision: str | None, weights: str | None) -> str:
+    """In words, what scores were taken in; empty where nothing says. weights: dtype, or nf4; None: version 0.1."""
+    if weights is None:
+        return {"nf4": "NF4, as trained", "full16": "16 bit"}.get(str(precision), "")
+    if precision == "nf4" and weights == "nf4":
+        return "NF4, as trained, not as delivered"
+    if precision == "nf4":
+        return f"{weights}, as trained"
+    if precision == "delivered":
+        return f"{weights}, as delivered"
+    return weights.replace("nf4", "NF4")
 
 
 class Evaluation(Facts):

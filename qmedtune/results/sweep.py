@@ -23,9 +23,11 @@ class JudgedAnswer(Facts):
 
 
 class AnsweredItem(Facts):
-    """A line of <task>.items.jsonl, as far as its answers are compared."""
+    """A line of <task>.items.jsonl, as far as its answers are compared. group: number of the note or premise that it
+    was taken from, where items share them."""
 
     id: str
+    group: int | None = None
     facet: str | None = None
     gold: JsonValue = None
     base: JudgedAnswer | None = None
@@ -104,9 +106,11 @@ class _Sweep(Facts):
 
 
 class Ablation(Comparisons, _Sweep):
-    """ablation.json. chance: what guessing gives, where all tasks agree on it; precision: in which arms were scored."""
+    """ablation.json. chance: what guessing gives, where all tasks agree on it; precision: in which arms were scored;
+    majority: by task, what always its commonest answer scores."""
 
     chance: Number | None
+    majority: dict[str, Number] = {}
     seconds: Number
     notes: list[str]
     precision: str = ""

@@ -154,7 +154,7 @@ class EvaluateSection(Section):
     """Models that the result is held against, as `qmedtune compare` does: folders or Hub ids."""
     development: Annotated[float, Field(gt=0, le=0.9)] | None = later(None)
     """Share of the items and held-out texts that choices are made on, and that are not scored at the end; without it
-    half where `merge.sweep` chooses, else none."""
+    half where `merge.sweep` chooses, else none. Items are drawn one by one, so it is met on average."""
 
     @field_validator("tasks", mode="before", json_schema_input_type=list[str | TaskSection])
     @classmethod

@@ -14,10 +14,20 @@ from qmedtune import ui
 from qmedtune.data.synthetic import outcomes
 from qmedtune.errors import RecipeError
 from qmedtune.recipe import Recipe, TaskSection
-from qmedtune.tasks import choice, expert, findings, free_text, labels, me_llama, safety, shots
+from qmedtune.tasks import choice, expert, findings, free_text, item_parts, labels, me_llama, safety, shots
 from qmedtune.tasks.items import Item, Task, allowed, checked_items, with_metric
 
-__all__ = ["BUILTIN_TASKS", "FILE_TASKS", "Item", "Task", "check_twice", "load_task", "read_items", "world_of"]
+__all__ = [
+    "BUILTIN_TASKS",
+    "FILE_TASKS",
+    "Item",
+    "Task",
+    "check_twice",
+    "load_task",
+    "published_examples",
+    "read_items",
+    "world_of",
+]
 
 Reader = Callable[[Path], list[Item]]
 Maker = Callable[[str, tuple[Item, ...]], Task]
@@ -68,7 +78,7 @@ def load_task(section: TaskSection, seed: int, world: str = "tiny") -> Task:
         _check_name(section)
         files = shots.split_files(str(section.path), section.split)
         every, where, make = read_items(section.task, files), files[0], FILE_TASKS[section.task][1]
-    every = me_llama.ask(section, every)
+    every = me_llama.ask(section, item_parts.identified(every))
     task = make(section.task, checked_items(section.task, where, every, limit=section.limit, seed=seed))
     task = replace(me_llama.read(section, task), name=section.label)
     if section.bertscore:
@@ -80,8 +90,12 @@ def load_task(section: TaskSection, seed: int, world: str = "tiny") -> Task:
     examples = shots.shot_files(section)
     if examples is None:
         return shots.with_shots(task, section, every, source=None, seed=seed)
-    pool = me_llama.ask(section, read_items(section.task, examples))
-    return shots.with_shots(task, section, pool, source=examples[0].name, seed=seed)
+    return shots.with_shots(task, section, published_examples(section, examples), source=examples[0].name, seed=seed)
+
+
+def published_examples(section: TaskSection, files: list[Path]) -> list[Item]:
+    """Items of other files than the task's (`shots.shot_files`), in its words, as examples before its own."""
+    return me_llama.ask(section, read_items(section.task, files))
 
 
 def world_of(recipe: Recipe) -> str:

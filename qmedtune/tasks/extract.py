@@ -5,7 +5,8 @@ on a line of its own, and, where there is none of these, the one option that a s
 ...", "yes, no or maybe") restate the question and state nothing; what is denied is not stated; an invented question
 is cut off. Several options stated, or none: unparsed. It is counted and never guessed.
 
-The patterns are English. `python tests/test_extract.py` gives precision and recall on labelled answers of a real model.
+The patterns are English (wordings.py). `python tests/test_extract.py` gives precision and recall on labelled answers of
+a real model.
 Deliberately absent: similarity of words, a model that judges.
 """
 
@@ -16,90 +17,33 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
-# ---- the text, without what is no answer ----------------------------------------------------------------------------
-
-# How answers are marked up, as words that the patterns below know. First: an opened tag, key or box names an answer.
-TAG = r"(?:final_?|my_?)?(?:answer|choice|option|decision|label|prediction|final)"
-MARKED = (
-    (re.compile(rf"\\boxed\s*\{{|<\s*{TAG}\s*>", re.I), " answer: "),
-    (re.compile(rf"</\s*{TAG}\s*>", re.I), " \n"),
-    (re.compile(r"</?\s*(?:b|strong|i|em|u|p|br|span|code|pre)\s*/?>", re.I), " "),
-    (re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s*\{|\\[()\[\]]"), " "),
-    (re.compile(r"[*`$\"\u201c\u201d{}#>]|_|(?<!\w)'+|'+(?!\w)"), " "),
+from qmedtune.tasks.wordings import (
+    AFTER_LETTER,
+    AFTER_WORD,
+    BETWEEN,
+    BULLET,
+    CHOSEN,
+    CUE,
+    DENIED_BEFORE,
+    DENIED_IN_SENTENCE,
+    EVERYDAY_CHARS,
+    INSTEAD,
+    IS_RIGHT,
+    IS_WRONG,
+    LETTER_TEXT,
+    LIST_LETTER,
+    MARKED,
+    MENTION_CHARS,
+    MENU,
+    NEXT_QUESTION,
+    OPENED,
+    REASON,
+    REVISED,
+    SENTENCE_END_LETTER,
+    SHORT_ANSWER_WORDS,
+    SPECIES,
+    SUBJECT,
 )
-HEADING = r"(?:next\s+|new\s+)?(?:question|instruction|input|human|user|patient|abstract|context|passage|example|"
-HEADING += r"problem|case)"
-NEXT_QUESTION = re.compile(rf"^\W*(?:{HEADING}\b(?:\s*(?:no\.?|number)?\s*\d+)?\s*[:.)]|Q\s*\d*\s*[:.)])", re.I | re.M)
-BULLET = r"^[ \t]*(?:[-\u2022+][ \t]+|\d{1,2}[.)][ \t]+)?"
-LIST_LETTER = re.compile(BULLET + r"[(\[]?(?:option[ \t]+)?(?P<letter>[A-Za-z])[)\].:][)\].:]*(?=\s|$)", re.I)
-BETWEEN = r"[ \t]*(?:(?:[,/;|&-]|\b(?:and|or|nor|vs\.?)\b)[ \t]*)+"
-MENU = "\x00"  # stands where a menu was
-
-# ---- how an option is stated ----------------------------------------------------------------------------------------
-
-NOUN = r"(?:answer|option|choice|decision|diagnosis|response|conclusion|verdict|label|prediction)"
-COPULA = r"(?:is|was|are|would[ ]+be|should[ ]+be|must[ ]+be|will[ ]+be|be|:|=|-|\u2013)"
-FILLER = (
-    r"(?:likely|probably|most[ ]+likely|therefore|thus|clearly|definitely|indeed|simply|option|choice|letter|answer|"
-)
-FILLER += r"either|both|neither|(?-i:an?)(?=\s+\w)|the|that|:|-)"
-CUE = re.compile(
-    rf"\b{NOUN}\b(?:\s+(?:idx|index|key|letter))?(?:\s+(?:to|for|of|here|in|among|from|given|based)\b[^.:\n]{{0,90}}?|\s*\([^)\n]{{0,20}}\))?"
-    rf"\s*(?:\b{COPULA}(?!\w)|[:=\u2013\u2014-]|'s\b)[ \t\n]*(?P<denied>not\b|n't\b)?"
-    rf"(?:[ \t\n]*\b{FILLER}(?!\w)|[ \t\n]*[:(\[]+)*[ \t\n(\[]*",
-    re.I,
-)
-CHOSEN = re.compile(
-    r"\b(?:I|we)\b[^.\n]{0,20}?\b(?:choose|select|pick|chose|selected|picked|say|vote\s+for|go\s+with|opt\s+for|answer)\s+"
-    r"(?:(?:the|option|answer|choice|letter|with|for)\s+)*[(\[]?"
-    r"|^\W*(?:(?:correct|final|solution|ans)\s*[:=]|ans\.)\s*[(\[]?"
-    r"|^\W*(?:it|this|that)(?:'s|\s+is)\s+(?:an?\s+)?"
-    r"|\b(?:most|best|primary|underlying|correct|right|first|next|initial|preferred)\b[^.\n:]{0,90}?\b(?:is|be|was|are)\s+"
-    r"(?:(?:likely|probably|a|an|the|to|option|called|most\s+likely)\s+)*[(\[]?",
-    re.I | re.M,
-)
-OPENING = r"so|thus|therefore|hence|ok|okay|sure|well|probably|(?:un)?fortunately|overall|"
-OPENING += r"in\s+(?:short|summary|conclusion)"
-OPENED = re.compile(rf"(?:(?:{OPENING})\b)?[,:]?\s*(?:(?:{NOUN})\s*[:(]*\s*)?", re.I)
-SENTENCE_END_LETTER = re.compile(
-    r"(?:\b(?:is|be|are|was)|'s)\s+(?:option\s+)?[(\[]?(?P<letter>[A-Z])[)\]]?\s*(?=[.!]?\s*(?:$|\n)|\. )"
-)
-LETTER_TEXT = re.compile(
-    r"[)\].:]\s*[^.\n]{1,60}?(?=\s+(?:is|was|would\s+be)\s+the\s+)"
-)  # "D. postnatal apnea is the ..."
-INSTEAD = re.compile(r"[^.\n]{0,60}?\bbut\s+(?:rather\s+|is\s+)?[(\[]?", re.I)
-IS_RIGHT = re.compile(
-    r"[)\].:,]*\s*(?:is|was|are|would\s+be|seems|appears(?:\s+to\s+be)?|looks|must\s+be)\s+"
-    r"(?:(?:therefore|thus|clearly|indeed|probably|likely|definitely|also|both)\s+)*(?:the\s+)?(?:only\s+|single\s+|one\s+)?"
-    r"(?:correct|right|best|true|accurate|answer\b|most\s+(?:likely|appropriate|accurate|suitable|probable|correct)|my\s+(?:answer|choice))",
-    re.I,
-)
-IS_WRONG = re.compile(
-    r"[ \"')\].,:]*\s*(?:this|that|which|it|(?:this|that)\s+(?:answer|option|choice))?\s*"
-    r"(?:is|was|can|could|would|does|do)"
-    r"(?:\s+(?:therefore|thus|clearly))?(?:\s+not\b|n['\u2019]t\b|\s+(?:wrong|incorrect|false|unlikely|ruled\s+out)\b)",
-    re.I,
-)
-REVISED = re.compile(r"\b(no|wait|actually|correction|sorry|rather|hmm)\b\s*[,:.!-]\s*[^.\n]{0,40}$", re.I)
-DENIED_BEFORE = re.compile(
-    r"(?:\b(?:not|no|nor|never|neither|without|lack\s+of|absence\s+of|rather\s+than|instead\s+of|rul\w+\s+out|exclud\w+|"
-    r"against)|n['\u2019]t)(?:\s+(?:be|is|a|an|the|to|due|of|caused|by))*[ \"'(]*$",
-    re.I,
-)
-# What may follow an option of an everyday word without a sign between: "no it does not", but never "no evidence".
-AFTER_WORD = r"(?=\s*(?:$|[\n.,;:!?)\]|\u2013\u2014]|-(?:\s|$))|"
-AFTER_WORD += r"\s+(?:because|since|as|it|they|this|these|that|there|he|she|we|you|i|the|for|in|to|is|was)\b)"
-AFTER_LETTER = r"(?=\s*[)\].:;!|,]|\s*$|[ \t]*\n|\s+[-\u2013\u2014]\s|\s+(?:because|since)\b)"
-# Species of medicine whose genus is written as the letter of an option: "C. difficile" is not option C.
-SPECIES = re.compile(
-    r"\.\s+(?:actinomycetemcomitans|baumannii|fumigatus|flavus|israelii|lumbricoides|phagocytophilum|anthracis|burgdorferi|"
-    r"canis|cepacia|cereus|fragilis|henselae|hominis|microti|pertussis|pseudomallei|quintana|albicans|auris|botulinum|"
-    r"burnetii|coli|diff(?:icile)?|diphtheriae|freundii|glabrata|immitis|jejuni|neoformans|parvum|perfringens|psittaci|tetani|"
-    r"trachomatis|latum|medinensis|chaffeensis|cloacae|faecalis|faecium|granulosus|histolytica|vermicularis)\b"
-)
-EVERYDAY_CHARS = 5
-SHORT_ANSWER_WORDS = 15
-MENTION_CHARS = 6
 
 
 @dataclass(frozen=True)
@@ -149,7 +93,7 @@ class Options:
 
     @cached_property
     def anywhere(self) -> re.Pattern[str]:
-        return re.compile(rf"(?<!\w)(?:{self.word_pattern})(?!\w)", re.I)
+        return re.compile(rf"(?<!\w)(?<!\w-)(?:{self.word_pattern})(?!\w|-\w)", re.I)
 
     @cached_property
     def several(self) -> re.Pattern[str]:
@@ -166,7 +110,7 @@ class Options:
         if not self.letters:
             return re.compile(by_word, re.I)
         letter = rf"(?<!\w)[(\[]?(?-i:{self.letter})(?!\w)[)\].]?"
-        last = rf"[(\[]?(?-i:{self.letter})(?=[)\].:,;]|\s*[/|]|\s*$|\s*\n|\s+(?:and|or|are|both|is)\b)[)\]]?"
+        last = rf"[(\[]?(?-i:{self.letter})(?=\s*[)\].:,;/|]|\s*$|\s*\n|\s+(?:and|or|are|both|is)\b)[)\]]?"
         by_letter = rf"{letter}(?:{BETWEEN}{last})+"
         return re.compile(rf"(?:{by_letter}|{by_word})", re.I)
 
@@ -331,7 +275,13 @@ def _inline_menu(line: str, known: Options) -> bool:
             continue
         if letter in known.letters and known.begins(line[match.end() :]) == known.letters.index(letter):
             own.add(letter)
-    return len(own) > 1
+    return len(own) > 1 or _letters_alone(line, known)
+
+
+def _letters_alone(line: str, known: Options) -> bool:
+    """ "A) B) C)": two or more letters of options, and nothing else."""
+    letters = re.findall(r"\w+", line)
+    return len(set(letters)) > 1 and set(letters) <= set(known.letters)
 
 
 def _mark_series(text: str, known: Options) -> str:
@@ -368,7 +318,7 @@ def _read(text: str, start: int, known: Options) -> list[Stated]:
         return [] if named is None else [Stated(named, start, end)]
     if groups.get("bare") and known.begins(text[end:]) != option:
         return []  # "A patient", "B is wrong"
-    if IS_WRONG.match(text, _past_text(text, end, known)):
+    if _called_wrong(text, end, known) or text[end:].lstrip(" )]").startswith("?"):
         return []
     stated = [Stated(option, start, end)]
     beside = None
@@ -377,6 +327,13 @@ def _read(text: str, start: int, known: Options) -> list[Stated]:
     if beside is not None and known.words[beside] != known.words[option]:
         stated.append(Stated(beside, start, end))
     return stated
+
+
+def _called_wrong(text: str, end: int, known: Options) -> bool:
+    """Whether what follows an option says that it is wrong. Not of "No, it does not", which says no twice."""
+    if not known.letters and re.match(r"\s*[,;.:!\u2013\u2014-]", text[end:]):
+        return False
+    return IS_WRONG.match(text, _past_text(text, end, known)) is not None
 
 
 def _past_text(text: str, end: int, known: Options) -> int:
@@ -396,13 +353,24 @@ def _leading(text: str, known: Options) -> list[Stated]:
         found = _read(text, begun.end(), known)
     if not found:
         found = _read(text, start, known)
-    found = [each for each in found if each.option != SEVERAL]
+    found = [each for each in found if each.option != SEVERAL and not _is_subject(text, each, known)]
     if found or text[start : start + 1] == MENU:
         return found
     alone = _place(known.letters, text.strip(" \t\r\n()[].:,;").upper())
     if alone is None:
         return []
     return [Stated(alone, 0, 1)]
+
+
+def _is_subject(text: str, stated: Stated, known: Options) -> bool:
+    """Whether an option's text opens a sentence that goes on to name another option, and gives no reason."""
+    words = text[stated.start : stated.end]
+    if not known.letters or len(words.strip(" .:)(")) < 2 or not SUBJECT.match(text, stated.end):
+        return False
+    rest = re.split(r"[.;\n]", text[stated.end :])[0]
+    if IS_RIGHT.match(text, stated.end) or REASON.search(rest):
+        return False
+    return any(known.of(match) != stated.option for match in known.anywhere.finditer(rest))
 
 
 def _cued(text: str, known: Options) -> Iterator[Stated]:
@@ -439,7 +407,7 @@ def _called_right(text: str, known: Options) -> Iterator[Stated]:
 def _alone(text: str, known: Options) -> Iterator[Stated]:
     """Lines, and where options are words sentences, that are an option and nothing else."""
     start = 0
-    ends = r"[\n.;!]"
+    ends = r"[\n;!]|\.(?!\s*of\b)"  # "No. of patients"
     if known.letters:
         ends = r"\n"
     for part in re.split(ends, text):
@@ -471,12 +439,15 @@ def _takes_back(text: str, stated: Stated, known: Options) -> bool:
 
 def _mentioned(text: str, known: Options) -> set[int]:
     """The only option that is named at all, where the answer is one short sentence or a sentence ends with it."""
+    if NEXT_QUESTION.match(text):
+        return set()  # the question once more, and perhaps the first of its options
     found = set()
     ends = False
     for match in known.anywhere.finditer(text):
         if len(match.group()) < MENTION_CHARS:
             continue
-        if DENIED_BEFORE.search(text, 0, match.start()) or IS_WRONG.match(text, match.end()):
+        denied = DENIED_BEFORE.search(text, 0, match.start()) or DENIED_IN_SENTENCE.search(text, 0, match.start())
+        if denied or IS_WRONG.match(text, match.end()) or text[match.end() :].lstrip().startswith("?"):
             return set()
         found.add(known.of(match))
         ends = ends or bool(re.match(r"\s*(?:[.!]|$|\n)", text[match.end() :]))

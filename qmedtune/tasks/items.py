@@ -45,6 +45,7 @@ class Item:
     shots: ids of the examples that stand in `messages` before the question
     stated: question and passages apart and without options, as training text may hold them; empty: the user's messages
     pmid: the PubMed abstract that the item was made from
+    identity: what is the same of the item in every task, under every limit and in other words (item_parts.py)
     """
 
     id: str
@@ -57,6 +58,7 @@ class Item:
     shots: tuple[str, ...] = ()
     stated: tuple[str, ...] = ()
     pmid: str | None = None
+    identity: str = ""
 
     @property
     def leaks(self) -> tuple[str, ...]:
@@ -201,7 +203,7 @@ def conversation(where: str, fields: Fields) -> tuple[tuple[Message, ...], str]:
 
 def item_id(where: str, fields: Fields) -> str:
     """The record's own name, else its line."""
-    for key in ("id", "_key", "pmid", "pubid", "pairID", "realid"):
+    for key in ("id", "_key", "pmid", "pubid", "pairID", "realid", "prompt_id"):
         if name := as_name(fields.get(key)):
             return name
     return f"line-{where.rpartition(':')[2]}"

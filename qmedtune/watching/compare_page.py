@@ -70,6 +70,15 @@ def sentences(result: RunComparison) -> Iterator[str]:
             yield f"{run.name} against {result.reference}: no task whose items both answered."
 
 
+def scored_in(result: RunComparison) -> str:
+    """The precision that the runs were scored in; of each run where they differ."""
+    found = dict.fromkeys(run.scored_in or "an unknown precision" for run in result.runs)
+    if len(found) == 1:
+        return f"scored in {next(iter(found))}"
+    each = [f"{run.name} in {run.scored_in or 'an unknown precision'}" for run in result.runs]
+    return f"scored in several precisions, which moves scores too ({'; '.join(each)})"
+
+
 # ---- tables, for the terminal too ------------------------------------------------------------------------------------
 
 
@@ -81,14 +90,14 @@ def scores_table(result: RunComparison) -> Table:
         shared = "–"
         if scored.items is not None:
             shared = f"{scored.items:,}"
-        rows.append((_titled(scored), *values, shared))
+        rows.append((_titled(scored), *values, _share(scored.majority), shared))
     note = "No task was scored."
     if rows:
         note = (
-            "Final models. Shared: items that all runs answered, with the same gold answer; the tests below are on "
-            "those."
+            f"Final models, {scored_in(result)}. Shared: items that all runs answered, with the same gold answer; the "
+            "tests below are on those."
         )
-    return Table("Scores", ("Task", *_names(result), "Shared items"), rows, note)
+    return Table("Scores", ("Task", *_names(result), "Commonest answer", "Shared items"), rows, note)
 
 
 def tests_table(result: RunComparison) -> Table:
@@ -102,8 +111,9 @@ def tests_table(result: RunComparison) -> Table:
     note = "No items are shared: nothing can be tested."
     if rows:
         note = (
-            f"Against {result.reference}, paired on the shared items: Tango's interval, exact McNemar test, Holm's "
-            "correction over all rows. No difference shown is no proof of equality."
+            f"Against {result.reference}, paired on the shared items: Tango's interval, exact McNemar test (where "
+            "items share a note or premise: resampled groups, exact sign flips), Holm's correction over all rows. No "
+            "difference shown is no proof of equality."
         )
     return Table("Paired tests", columns, rows, note)
 
@@ -113,7 +123,9 @@ def perplexity_table(result: RunComparison) -> Table:
     for scored in result.perplexity:
         values = [_perplexity_of(value) for value in scored.values]
         rows.append((scored.name, *values))
-    return Table("Perplexity", ("Text", *_names(result)), rows, "Of the final models; lower is better.")
+    return Table(
+        "Perplexity", ("Text", *_names(result)), rows, f"Of the final models, {scored_in(result)}; lower is better."
+    )
 
 
 def training_table(result: RunComparison) -> Table:

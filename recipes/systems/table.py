@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from qmedtune.parsing.loader import load_recipe
-from qmedtune.recipe import MixSection, Recipe, StageSection
+from qmedtune.recipe import MixSection, Recipe, SourceSection, StageSection
 
 HERE = Path(__file__).parent
 # In the order in which they appeared.
@@ -31,13 +31,27 @@ TEXT_KINDS = {"literature": "literature", "clinical": "clinical notes", "general
 
 # What a stage's training is told by; its other keys are left to the machine or say where text comes from.
 STAGE_KEYS = (
-    "seq_len", "batch", "lr", "schedule", "warmup", "min_lr_ratio", "horizon_ratio", "weight_decay", "betas",
-    "adam_eps", "max_grad_norm", "epochs", "tokens", "loss_on", "packing", "class_weights", "validation",
+    "seq_len", "batch", "lr", "schedule", "warmup", "min_lr_ratio", "horizon_ratio", "horizon_steps", "weight_decay",
+    "betas", "adam_eps", "max_grad_norm", "epochs", "tokens", "max_repeats", "loss_on", "packing", "class_weights",
+    "multi_label", "train_earlier", "validation",
 )  # fmt: skip
-ADAPTER_KEYS = ("r", "alpha", "dropout", "targets", "rslora")
-HYGIENE_KEYS = ("decontaminate", "clean", "languages", "min_characters", "max_characters", "shift_dates")
+OWN_ADAPTER_KEYS = ("r", "alpha", "dropout", "targets", "rslora")
+ADAPTER_KEYS = (*OWN_ADAPTER_KEYS, "train_embeddings")
+HYGIENE_KEYS = (
+    "decontaminate", "contaminated", "clean", "languages", "min_characters", "max_characters", "shift_dates",
+    "presidio",
+)  # fmt: skip
+# What `auto` comes to for a model of billions on one card.
+AUTO = {
+    "compute_dtype": "bfloat16", "train_embeddings": False, "optimizer": "adamw, in 8 bits where memory is short",
+}  # fmt: skip
+# Copies of the same weights go by several names.
+BASES = {
+    "huggyllama/llama-7b": "LLaMA 7B", "meta-llama/Llama-2-7b-hf": "Llama 2 7B",
+    "meta-llama/Llama-2-13b-hf": "Llama 2 13B",
+}  # fmt: skip
 # What is so in every recipe and no key of one.
-ALWAYS = {"documents": "isolated, several in a row", "bos": "each document"}
+ALWAYS = {"documents": "isolated, several in a row", "bos": "each document", "vocabulary": "the base's"}
 NO_INPUT = {"medalpaca": "an empty heading"}  # template -> what it prints where a record has no input
 MMLU_SUBJECTS = {"mmlu": "all subjects", "mmlu_medical": "six subjects", "mmlu_meditron": "nine subjects"}
 NOWHERE = "not in the repository"
@@ -60,9 +74,10 @@ text that is not public. They repeat the *procedure*, so that procedures can be 
 This page is generated: `python recipes/systems/table.py --write`.
 """
 DEPARTURES = """\
-Every key of training in which a recipe's effective value, defaults included, is not the original's, from
-`originals.yml` beside this page; `?` is what nobody can tell. All recipes keep documents apart in attention and begin
-each with the tokenizer's first token, unlike originals that join them. Behind a colon stands a line, of a PDF a page.
+Every key of base, data, hygiene and training in which a recipe's effective value, defaults included, is not the
+original's, from `originals.yml` beside this page; `?` is what nobody can tell. All recipes keep documents apart in
+attention and begin each with the tokenizer's first token, unlike originals that join them. Behind a colon stands a
+line, of a PDF a page.
 Me-LLaMA's repository holds no trainer; its lab's public one (BIDS-Xu-Lab/LLMindcraft, commit 26581f0) has the same
 distinctive numbers and is cited as likely: that it was used is not proven.
 """
@@ -195,26 +210,70 @@ def originals() -> dict[str, dict[str, Any]]:
 
 def effective(recipe: Recipe) -> dict[str, Any]:
     """What a recipe trains with, defaults included, by the keys of originals.yml."""
-    found: dict[str, Any] = {"model.quantization": recipe.model.quantization}
+    found: dict[str, Any] = {"seed": recipe.seed, **models(recipe)}
     if not all(stage.full for stage in recipe.stages):
-        found |= {f"adapter.{key}": getattr(recipe.adapter, key) for key in ADAPTER_KEYS}
+        found |= {f"adapter.{key}": told(recipe.adapter, key) for key in ADAPTER_KEYS}
     found |= {f"hygiene.dedup.{key}": getattr(recipe.hygiene.dedup, key) for key in ("exact", "near")}
     found |= {f"hygiene.{key}": getattr(recipe.hygiene, key) for key in HYGIENE_KEYS}
-    found["hygiene.phi"] = recipe.hygiene.phi if recipe.hygiene.phi == "redact" else "no text is changed"
-    found |= texts(recipe)
+    changes = recipe.hygiene.phi in ("redact", "refuse")
+    found["hygiene.phi"] = recipe.hygiene.phi if changes else "no text is changed"
+    found |= texts(recipe) | drawn(recipe)
     instructions = [recipe.data[name] for name in recipe.used_sources() if recipe.data[name].kind == "instructions"]
     if instructions:
         held = sorted({source.holdout for source in instructions})
         found["data.holdout"] = held[0] if len(held) == 1 else held
+        found["data.template"] = list(dict.fromkeys(str(source.template) for source in instructions))
         found["data.no_input"] = NO_INPUT.get(str(instructions[0].template), "no heading")
         found |= conversations(recipe)
     found |= {"validate.keep_best": recipe.validation.keep_best, **ALWAYS}
-    for name, stage in zip(recipe.stage_names(), recipe.stages, strict=True):
+    for place, (name, stage) in enumerate(zip(recipe.stage_names(), recipe.stages, strict=True)):
         found |= {f"{name}.{key}": value for key, value in stage_values(stage).items()}
+        if place:
+            found[f"{name}.adapter"] = stage.section.adapter
     for task in recipe.evaluate.tasks:
         if task.task in MMLU_SUBJECTS:
             found["evaluate.mmlu"] = MMLU_SUBJECTS[task.task]
     return found
+
+
+def told(section: Any, key: str) -> Any:
+    """A value of a recipe, or what its `auto` comes to."""
+    value = getattr(section, key)
+    return AUTO[key] if value == "auto" and key in AUTO else value
+
+
+def models(recipe: Recipe) -> dict[str, str]:
+    """The base, its shape where the recipe has its own, and what it is held and computed in."""
+    base = BASES.get(recipe.model.base, recipe.model.base)
+    found = {
+        "model.quantization": recipe.model.quantization,
+        "model.compute_dtype": told(recipe.model, "compute_dtype"),
+    }
+    if recipe.model.quantization == "nf4" and not recipe.model.double_quantization:
+        found["model.quantization"] = "nf4, scales in fp32"
+    shape = recipe.model.shape
+    if shape is None:
+        return found | {"model.base": base}
+    made = f"LLaMA, {shape.hidden} wide, {shape.layers} layers, {shape.heads} heads"
+    sizes = f"{shape.kv_heads or shape.heads} for keys, {shape.intermediate} between, {shape.max_positions} positions"
+    return found | {"model.base": f"none, the tokenizer of {base}", "model.shape": f"{made}, {sizes}"}
+
+
+def drawn(recipe: Recipe) -> dict[str, str]:
+    """Which records of each source are read, and what is held out whole."""
+    used = recipe.used_sources()
+    by_patient = [name for name in used if recipe.data[name].split_by == "patient"]
+    limits = []
+    for name in used:
+        source = recipe.data[name]
+        if source.max_records:
+            limits.append(f"{name} {source.max_records:,} records")
+        if source.max_tokens:
+            limits.append(f"{name} {source.max_tokens:,} tokens")
+    own = [f"{name} {recipe.data[name].phi}" for name in used if recipe.data[name].phi]
+    split = f"by patient: {', '.join(by_patient)}" if by_patient else "by record"
+    read = ", ".join(limits) or "all of every source"
+    return {"data.split_by": split, "data.read": read, "data.phi": ", ".join(own) or "as hygiene.phi"}
 
 
 def texts(recipe: Recipe) -> dict[str, str]:
@@ -223,9 +282,13 @@ def texts(recipe: Recipe) -> dict[str, str]:
     if not mixed:
         return {}
     names = [name for name, weight in mixed[0].items() if weight > 0]
-    chunking = dict.fromkeys(recipe.data[name].chunking for name in names)
+    chunking = dict.fromkeys(cut(recipe.data[name]) for name in names)
     held = [f"{recipe.data[name].holdout:g} of {name}" for name in names]
     return {"data.chunking": ", ".join(chunking), "data.text_holdout": ", ".join(held)}
+
+
+def cut(source: SourceSection) -> str:
+    return f"overlap of {source.overlap:g}" if source.chunking == "overlap" else source.chunking
 
 
 def conversations(recipe: Recipe) -> dict[str, str]:
@@ -243,24 +306,40 @@ def conversations(recipe: Recipe) -> dict[str, str]:
 def stage_values(stage: StageSection) -> dict[str, Any]:
     section = stage.section.model_dump(mode="json", exclude_none=True)
     values = {key: section.get(key) for key in STAGE_KEYS if key in type(stage.section).model_fields}
+    values["optimizer"] = told(stage.section, "optimizer")
+    if stage.full or stage.section.embedding_lr != "auto":
+        values["embedding_lr"] = stage.section.embedding_lr
+    if stage.section.batch == "auto":
+        values["min_steps"] = 100 if stage.section.min_steps == "auto" else stage.section.min_steps
+    if isinstance(stage.section, MixSection):
+        shares = ", ".join(f"{name} {share:g}" for name, share in stage.section.mix.items())
+        values["mix"] = f"{shares}, by {stage.section.unit}"
     if stage.classify:
         values["keeps"] = "the epoch of the lowest validation loss" if stage.classify.validation else "the last step"
     own = stage.section.lora
-    return values | ({f"lora.{key}": getattr(own, key) for key in ("r", "alpha", "dropout")} if own else {})
+    return values | ({f"lora.{key}": getattr(own, key) for key in OWN_ADAPTER_KEYS} if own else {})
 
 
 def departs(name: str, recipe: Recipe) -> list[tuple[str, ...]]:
     """The rows of one system. What the original does not tell is a departure too: nobody can say that it is none."""
-    facts = originals()[name]
+    repository = originals()[name]["repository"]
     rows = []
     for key, here in effective(recipe).items():
-        there, where = facts[key] if key in facts else originals()["all"][key]
+        there, where = fact(name, key)
         if there is None and (here is None or where != NOWHERE):  # no horizon of its own on either side
             continue
         if said(here) != said(there):
-            place = where if where == NOWHERE or " " in where else f"{facts['repository']} {where}"
+            place = where if where == NOWHERE or " " in where else f"{repository} {where}"
             rows.append((SYSTEMS[name], f"`{key}`", said(here), "?" if there is None else said(there), place))
     return rows
+
+
+def fact(name: str, key: str) -> tuple[Any, str]:
+    """(what the original has, where it stands): of the system itself, else of all, there also for any stage."""
+    facts, common = originals()[name], originals()["all"]
+    if key in facts:
+        return facts[key]
+    return common[key] if key in common else common[re.sub(r"^\d\d-\w+\.", "", key)]
 
 
 def said(value: Any) -> str:

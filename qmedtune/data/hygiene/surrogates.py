@@ -120,7 +120,7 @@ def _word(random: bytes) -> str:
 # ---- numbers and codes -----------------------------------------------------------------------------------------------
 
 
-def _enciphered(value: str, key: tuple[object, ...]) -> str:
+def _enciphered(value: str, key: tuple[Secret, str, str]) -> str:
     """Another value of the same shape: a permutation of all of them, without a fixed point.
 
     Digits stand for digits, letters for letters of their case; the rest stays. p^-1(p(x) + 1) moves every x, and is
@@ -136,10 +136,9 @@ def _enciphered(value: str, key: tuple[object, ...]) -> str:
         number, size = number * radix + digit, size * radix
     if size == 1:
         return value
-    secret, *rest = key
-    assert isinstance(secret, bytes | int)
-    mixed = _permuted(number, size, partial(_bytes, secret, *rest, shape))
-    moved = _permuted((mixed + 1) % size, size, partial(_bytes, secret, *rest, shape), backwards=True)
+    round_key = partial(_bytes, *key, shape)
+    mixed = _permuted(number, size, round_key)
+    moved = _permuted((mixed + 1) % size, size, round_key, backwards=True)
     return _written(moved, shape, radices)
 
 

@@ -22,6 +22,7 @@ from functools import lru_cache
 from itertools import chain, islice
 from os.path import commonprefix
 from pathlib import Path
+from typing import IO
 
 from qmedtune.errors import DataError, RecipeError
 
@@ -95,12 +96,11 @@ class Renderer:
         return reply["texts"]
 
     def _exchange(self, request: dict) -> dict:
-        process = self._running()
-        assert process.stdin and process.stdout
+        requests, answers = self._running()
         try:
-            process.stdin.write(json.dumps(request).encode() + b"\n")
-            process.stdin.flush()
-            line = _read_line(process)
+            requests.write(json.dumps(request).encode() + b"\n")
+            requests.flush()
+            line = _read_line(answers)
         except (BrokenPipeError, TimeoutError):
             line = b""
         if not line.endswith(b"\n"):
@@ -111,18 +111,22 @@ class Renderer:
             )
         return json.loads(line)
 
-    def _running(self) -> subprocess.Popen[bytes]:
-        if self.process is None or self.process.poll() is not None:
+    def _running(self) -> tuple[IO[bytes], IO[bytes]]:
+        """The pipes of requests and of answers."""
+        process, first = self.process, {}
+        if process is None or process.poll() is not None:
             command = [sys.executable, "-I", str(Path(__file__).with_name("chat_renderer.py"))]
-            self.process = subprocess.Popen(  # its own session: Ctrl-C is for this process, which then closes its pipe
+            # Its own session: Ctrl-C is for this process, which then closes its pipe.
+            self.process = process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                 start_new_session=True,
             )  # fmt: skip
             first = {"source": self.source.text, "tokens": dict(self.source.tokens), "date": DATE}
-            limits = {"memory_bytes": MEMORY_BYTES, "max_text": MAX_TEXT}
-            assert self.process.stdin
-            self.process.stdin.write(json.dumps(first | limits).encode() + b"\n")
-        return self.process
+            first |= {"memory_bytes": MEMORY_BYTES, "max_text": MAX_TEXT}
+        assert process.stdin and process.stdout
+        if first:
+            process.stdin.write(json.dumps(first).encode() + b"\n")
+        return process.stdin, process.stdout
 
     def __del__(self) -> None:
         self.close()  # Python keeps a running process and its pipes, which would keep it waiting for requests for ever
@@ -134,16 +138,15 @@ class Renderer:
             self.process = None
 
 
-def _read_line(process: subprocess.Popen[bytes]) -> bytes:
+def _read_line(answers: IO[bytes]) -> bytes:
     """One line of the process; TimeoutError where it takes longer than `SECONDS` in all."""
-    assert process.stdout
     line, until = b"", time.monotonic() + SECONDS
     with selectors.DefaultSelector() as ready:
-        ready.register(process.stdout, selectors.EVENT_READ)
+        ready.register(answers, selectors.EVENT_READ)
         while not line.endswith(b"\n"):
             if not ready.select(max(0.0, until - time.monotonic())):
                 raise TimeoutError
-            piece = process.stdout.read1(1 << 20)  # type: ignore[attr-defined]
+            piece = answers.read1(1 << 20)  # type: ignore[attr-defined]
             if not piece:
                 return line
             line += piece

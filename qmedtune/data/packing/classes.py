@@ -53,21 +53,18 @@ def pack_classes(stage: pack.StageToPack, out: Path) -> Packing:
         )
     (out / LABELS).write_text(json.dumps(labels, ensure_ascii=False) + "\n", encoding="utf-8")
     how = _Labelling(pack.Tokenising(recipe, section, stage.tokenizer_dir, codec), section, labels)
-    held = _lay_out(how, folder / "heldout.jsonl", out / HELD_OUT)
+    _, held_out = _lay_out(how, folder / "heldout.jsonl", out / HELD_OUT)
     rng = np.random.default_rng([recipe.seed, index])
-    packed = _lay_out(how, train, out, rng=rng)
-    assert packed.records is not None and held.records is not None
+    packed, documents = _lay_out(how, train, out, rng=rng)
     unknown = int((np.load(out / HELD_OUT / TARGETS).sum(1) == 0).sum())
-    documents = packed.records.read
-    classes = Classes(labels=len(labels), documents=documents, held_out=held.records.read, unknown=unknown)
+    classes = Classes(labels=len(labels), documents=documents, held_out=held_out, unknown=unknown)
     if validation is not None:
-        chosen_by = _lay_out(how, validation, out / VALIDATION)
-        assert chosen_by.records is not None
-        classes = classes.model_copy(update={"validation": chosen_by.records.read})
+        _, chosen_by = _lay_out(how, validation, out / VALIDATION)
+        classes = classes.model_copy(update={"validation": chosen_by})
         train.unlink()  # the source's own file has it
         validation.unlink()
     tokens = packed.tokens.model_copy(update={"supervised": packed.documents_drawn})  # one prediction per document
-    if cut := packed.records.truncated:
+    if packed.records and (cut := packed.records.truncated):
         ui.warn(f"{section.data}: {cut:,} of {documents:,} documents are cut at seq_len {section.seq_len}")
     return packed.model_copy(update={"tokens": tokens, "classes": classes})
 
@@ -116,8 +113,9 @@ class _Labelling:
     labels: list[str]
 
 
-def _lay_out(how: _Labelling, path: Path, out: Path, *, rng: np.random.Generator | None = None) -> Packing:
-    """Pack one file: all of it once in its order for scoring, `epochs` shuffled passes where there is a generator."""
+def _lay_out(how: _Labelling, path: Path, out: Path, *, rng: np.random.Generator | None = None) -> tuple[Packing, int]:
+    """Pack one file: all of it once in its order for scoring, `epochs` shuffled passes where there is a generator. The
+    ledger, and the number of its documents."""
     section, labels = how.section, how.labels
     out.mkdir(exist_ok=True)
     corpus = pack.tokenise(how.tokenising, section.data, path, out, max_tokens=None if rng else ALL)
@@ -137,7 +135,8 @@ def _lay_out(how: _Labelling, path: Path, out: Path, *, rng: np.random.Generator
     plan = Draws([corpus], np.zeros(len(everything), np.int64), everything, {section.data: 1.0}, [])
     if rng is not None:
         plan = pack.epochs(section.epochs, [corpus], rng)
-    return pack.write_rows(section, plan, rng or np.random.default_rng(0), out, whole=True)
+    packed = pack.write_rows(section, plan, rng or np.random.default_rng(0), out, whole=True)
+    return packed, len(corpus.documents)
 
 
 def _labels(path: Path, multi_label: bool) -> Iterator[tuple[Record, list[str]]]:

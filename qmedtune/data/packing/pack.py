@@ -31,6 +31,7 @@ from qmedtune.data.packing.tokens import (
     encode_texts,
     load_codec,
     shard_array,
+    shard_mask,
     write_shards,
 )  # fmt: skip
 from qmedtune.errors import DataError
@@ -148,9 +149,7 @@ def tokenise(how: Tokenising, name: str, path: Path, out: Path, *, max_tokens: i
         shards = write_shards(path, out / "tokens" / name, Encoder(encode, key), progress.update, max_tokens=max_tokens)
     tables: list[np.ndarray] = []
     for shard in shards:
-        table = shard_array(shard, "documents")
-        if table is not None:
-            tables.append(table)
+        tables.append(shard_array(shard, "documents"))
     documents = np.zeros((0, 3), np.int64)
     if tables:
         documents = np.concatenate(tables)
@@ -316,9 +315,7 @@ def _table(corpora: list[Corpus]) -> np.ndarray:
     parts: list[np.ndarray] = []
     for corpus in corpora:
         for shard in corpus.shards:
-            documents = shard_array(shard, "documents")
-            assert documents is not None
-            lengths = documents[:, LENGTH]
+            lengths = shard_array(shard, "documents")[:, LENGTH]
             ends = np.cumsum(lengths)
             parts.append(np.stack([np.full(len(ends), len(parts)), ends - lengths, lengths], axis=1))
     if parts:
@@ -387,7 +384,7 @@ class PackedRows:
         self._prompt_weight: float | None = meta.get("prompt_weight")
         self._masks = []
         for shard in shards:
-            self._masks.append(shard_array(shard, "mask"))
+            self._masks.append(shard_mask(shard))
 
     def __len__(self) -> int:
         return len(self._bounds) - 1
@@ -448,7 +445,6 @@ class PackedRows:
         shard, first, _ = self._documents[document]
         where = slice(first + start, first + start + length)
         tokens, mask = self._tokens[shard], self._masks[shard]
-        assert tokens is not None
         if mask is None:
             weights = np.full(length, FULL_WEIGHT, np.uint8)
         else:

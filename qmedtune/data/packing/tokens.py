@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -219,7 +219,10 @@ def encode_texts(codec: Codec, records: list[Record], limit: int | None) -> list
 
 @dataclass(frozen=True)
 class Encoder:
-    """How records become tokens; `key` names all that this depends on beside their text."""
+    """A tokenising function with its cache key.
+
+    How records become tokens; `key` names all that this depends on beside their text.
+    """
 
     encode: Callable[[list[Record]], list[Encoded]]
     key: str = ""
@@ -352,9 +355,14 @@ def _flat(lists: list[list[int]], dtype: Any) -> np.ndarray:
     return np.fromiter(chain.from_iterable(lists), dtype=dtype, count=sum(map(len, lists)))
 
 
-def shard_array(shard: Path, what: str) -> np.ndarray | None:
-    """`tokens`, `documents` or `mask` of a shard as a memory map; None where the shard has none."""
-    file = _file(shard, what)
+def shard_array(shard: Path, what: Literal["tokens", "documents"]) -> np.ndarray:
+    """What every shard has, as a memory map."""
+    return np.load(_file(shard, what), mmap_mode="r")
+
+
+def shard_mask(shard: Path) -> np.ndarray | None:
+    """uint8, of each token, as a memory map; None for a shard of texts, every token of which is learnt."""
+    file = _file(shard, "mask")
     if file.is_file():
         return np.load(file, mmap_mode="r")
     return None

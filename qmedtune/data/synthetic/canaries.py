@@ -69,15 +69,14 @@ def messages(canary: Canary) -> list[dict[str, str]]:
     ]
 
 
-def plant(recipe: Recipe, inputs: Mapping[str, Path], out: Path) -> Planted:
+def plant(recipe: Recipe, audit: AuditSection, inputs: Mapping[str, Path], out: Path) -> Planted:
     """Write out/<source>/train.jsonl, the source's records with the canaries behind them, and out/canaries.json.
 
     inputs: source name -> its folder with train.jsonl. The order of records does not matter: packing draws them.
     """
-    assert recipe.audit is not None
-    found = canaries(recipe, recipe.audit)
+    found = canaries(recipe, audit)
     documents = {}
-    for source in planted_sources(recipe.audit):
+    for source in planted_sources(audit):
         (out / source).mkdir(exist_ok=True)
         records = list(_records(recipe, [canary for canary in found if canary.source == source]))
         with (inputs[source] / "train.jsonl").open("rb") as given, (out / source / "train.jsonl").open("wb") as file:
