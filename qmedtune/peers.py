@@ -82,7 +82,10 @@ class Reply:
 
 
 class Peers:
-    """The others, seen from rank 0. `processes` are those that we started, by rank."""
+    """Follower processes of data-parallel training.
+
+    The others, seen from rank 0. `processes` are those that we started, by rank.
+    """
 
     def __init__(self, store: Any, size: int, processes: dict[int, subprocess.Popen[bytes]] | None = None):
         self.store, self.size, self.processes = store, size, processes or {}

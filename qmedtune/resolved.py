@@ -35,7 +35,9 @@ from qmedtune.recipe import (
 
 @dataclass(frozen=True)
 class Numerics:
-    """`dtype`: of matrix products and activations. `autocast`: weights are fp32 masters, products run in `dtype`.
+    """Mixed-precision settings of a stage.
+
+    `dtype`: of matrix products and activations. `autocast`: weights are fp32 masters, products run in `dtype`.
     `scaled`: the loss is scaled, because gradients in fp16 underflow. `attention`: transformers' name."""
 
     dtype: str

@@ -369,7 +369,10 @@ class Grouped(nn.Module):
 
 
 class LlamaRMSNorm(llama.LlamaRMSNorm):
-    """`prepared`: what the layer before has normed already, in one kernel with its residual add (residual.py)."""
+    """RMSNorm by the fused kernel.
+
+    `prepared`: what the layer before has normed already, in one kernel with its residual add (residual.py).
+    """
 
     kernels: str
     prepared: residual.Prepared | None = None

@@ -50,7 +50,9 @@ WAYS = ("keep", "cheap", "recompute", "offload")
 
 @dataclass(frozen=True)
 class Setup:
-    """What memory depends on. Lengths in tokens, `micro_batch` in rows. `full`: all parameters are trained, from fp32
+    """Training configuration as the memory model sees it.
+
+    What memory depends on. Lengths in tokens, `micro_batch` in rows. `full`: all parameters are trained, from fp32
     weights, with products in `compute_dtype` (numerics.py)."""
 
     seq_len: int
