@@ -48,9 +48,11 @@ class Numerics:
 
 @dataclass(frozen=True)
 class Cards:
-    """`number` of GPUs that a stage's rows are shared out to; sharded: they hold the frozen base together."""
+    """`number` of GPUs that a stage's rows are shared out to, `here` of them on this machine; sharded: they hold the
+    frozen base together."""
 
     number: int = 1
+    here: int = 1
     sharded: bool = False
 
 
