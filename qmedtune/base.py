@@ -31,7 +31,9 @@ TRAINED_ON = "trained_on.json"
 
 @dataclass(frozen=True)
 class Base:
-    """`digest` goes into keys; `make()` gives the local folder, building or unpacking it if need be;
+    """A base model, found but not yet loaded.
+
+    `digest` goes into keys; `make()` gives the local folder, building or unpacking it if need be;
     `check()` raises what `make` would raise for a base that was never fetched."""
 
     name: str

@@ -102,7 +102,10 @@ class SettingSearch:
 
 @dataclass(frozen=True)
 class ComparisonJob:
-    """What is compared. The first model is the one that all others are compared with."""
+    """A head-to-head comparison of models on benchmark tasks.
+
+    The first model is the one that all others are compared with.
+    """
 
     models: tuple[str, ...]
     tasks: tuple[TaskSection, ...]

@@ -62,6 +62,7 @@ class Examined(TypedDict):
     host_memory_bytes: int
     free_disk_bytes: int
     gpu: Gpu | None
+    cards: list[str]
     versions: dict[str, Version]
     kernels: dict[str, str]
     folders: dict[str, str]
@@ -84,6 +85,7 @@ def examine(folder: Path = Path()) -> Examined:
         "host_memory_bytes": here.host_bytes,
         "free_disk_bytes": _free_disk_bytes(folder),
         "gpu": _gpu(here),
+        "cards": cards(),
         "versions": found,
         "kernels": _kernels(),
         "folders": folders(),
@@ -135,6 +137,19 @@ def _gpu(here: machine.Machine) -> Gpu | None:
     }
 
 
+def cards() -> list[str]:
+    """Each GPU that torch sees, with the kernel path that a process on it would take: `NAME, sm_90, triton`."""
+    import torch
+    from qmedtune_kernels import dispatch
+
+    found: list[str] = []
+    for index in range(torch.cuda.device_count()):
+        device = torch.device("cuda", index)
+        path = "triton" if dispatch.uses_triton(device) else "reference"
+        found.append(f"{torch.cuda.get_device_name(index)}, sm_{dispatch.capability(device)}, {path}")
+    return found
+
+
 def _kernels() -> dict[str, str]:
     import torch
     from qmedtune_kernels import dispatch
@@ -168,6 +183,10 @@ def advice(facts: Examined) -> Iterator[str]:
     unused = facts["kernels"]["lora"].removeprefix("reference: ")
     if gpu and gpu["usable"] and unused != facts["kernels"]["lora"]:
         yield f"this card runs plain PyTorch instead of the kernels: {unused}"
+    if len(set(facts["cards"])) > 1:
+        yield f"the cards differ ({'; '.join(facts['cards'])}): a run on all of them goes at the pace of the slowest"
+    elif len(facts["cards"]) > 1:
+        yield f"{len(facts['cards'])} cards: a run takes one, `--gpus auto` all; see `plan --gpus auto`"
     differing: list[str] = []
     for name, version in facts["versions"].items():
         if version["tested"] and (version["installed"] or "").split("+")[0] != version["tested"]:
@@ -201,6 +220,9 @@ def rows(facts: Examined) -> list[tuple[str, str]]:
         ("disk free", size(facts["free_disk_bytes"])),
         ("GPU", card),
     ]
+    if len(facts["cards"]) > 1:
+        for index, found in enumerate(facts["cards"]):
+            lines.append((f"GPU {index}", found))
     for name, version in facts["versions"].items():
         lines.append((name, _version_text(version)))
     for name, path in facts["kernels"].items():

@@ -23,7 +23,9 @@ WORK = (".building", ".history")
 
 
 class Removed(TypedDict):
-    """folders: those that went as a whole. elsewhere: files that have another name outside of the run, where their text
+    """Files and folders that `qmedtune erase` removed.
+
+    folders: those that went as a whole. elsewhere: files that have another name outside of the run, where their text
     stays."""
 
     files: int

@@ -32,7 +32,9 @@ NO_NAME = re.compile(r"[^\w.-]+")
 
 @dataclass(frozen=True)
 class ExportJob:
-    """What becomes what. model: as `locate` finds it; out: a folder that is not there yet. quant: None is f16, of an
+    """Arguments of an export.
+
+    What becomes what. model: as `locate` finds it; out: a folder that is not there yet. quant: None is f16, of an
     adapter f32. base: of an adapter folder. pre: llama.cpp's name of how the tokenizer splits text, where it is none
     that is known. repository, endpoint, publish_clinical: of `hub` (exporting/push.py)."""
 

@@ -153,7 +153,8 @@ class _Member:
         from qmedtune.planning.resolve import resolve
         from qmedtune.recipe import Recipe
 
-        recipe, _ = resolve(Recipe.model_validate(message.recipe), replace(this_machine(), cards=self.size))
+        machine = replace(this_machine(), cards=self.size)  # rank 0 has judged what the host has to hold
+        recipe, _ = resolve(Recipe.model_validate(message.recipe), machine)
         return recipe
 
     def _train(self, message: Message, number: int) -> None:

@@ -38,7 +38,10 @@ SPLITS = (*LLAMA3_SPLIT, *TEKKEN_SPLIT, *GPT2_SPLIT, *DIGITS_SPLIT)
 
 @dataclass(frozen=True)
 class Tensor:
-    """One entry of the table. `shape` in torch's order (outermost first); `kind` is ggml's name of its type."""
+    """Tensor info of a GGUF file.
+
+    One entry of the table. `shape` in torch's order (outermost first); `kind` is ggml's name of its type.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -49,7 +52,10 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Header:
-    """What the file says of itself. `metadata` holds scalars and strings; of arrays only their length."""
+    """Header of a GGUF file: metadata and the table of tensors.
+
+    What the file says of itself. `metadata` holds scalars and strings; of arrays only their length.
+    """
 
     path: Path
     metadata: Metadata

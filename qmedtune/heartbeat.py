@@ -33,7 +33,10 @@ Status = Literal["running", "stopped", "failed", "finished"]
 
 
 class Beat(BaseModel):
-    """One beat. Times are seconds since 1970 by the clock of the run's machine; names and figures, never text."""
+    """Content of a run's heartbeat file.
+
+    One beat. Times are seconds since 1970 by the clock of the run's machine; names and figures, never text.
+    """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 

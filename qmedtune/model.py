@@ -247,11 +247,11 @@ def from_scratch(folder: Path, section: ModelSection, *, attention: str = SCORIN
     return model.to(device())
 
 
-def install_kernels(model: PeftModel, mode: str) -> Kernels:
+def install_kernels(model: PeftModel, mode: str, place: torch.device | None = None) -> Kernels:
     """Let qmedtune's own operations run the linears, LoRA and norms; says which path each takes and why."""
     from qmedtune.modeling import fused
 
-    return fused.install(model, mode)
+    return fused.install(model, mode, place)
 
 
 def recheck_kernels(model: PeftModel, kernels: Kernels) -> Kernels:

@@ -45,7 +45,10 @@ Factors = Annotated[list[Positive], Field(max_length=4096)]
 
 
 class CheckedSettings(BaseModel):
-    """Strict: '64' is no number. What it does not know it leaves out."""
+    """Base of the models that check a folder's JSON files.
+
+    Strict: '64' is no number. What it does not know it leaves out.
+    """
 
     model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
 
@@ -70,7 +73,10 @@ class Rope(CheckedSettings):
 
 
 class Quantized(CheckedSettings):
-    """bitsandbytes' own; other methods are refused by name (model_stack.py)."""
+    """Quantisation config of a model folder.
+
+    bitsandbytes' own; other methods are refused by name (model_stack.py).
+    """
 
     quant_method: Word | None = None
     load_in_4bit: bool | None = None

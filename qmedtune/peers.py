@@ -46,6 +46,7 @@ WATCH_S = 1.0  # how often each side looks whether the other is still there
 PATIENCE = timedelta(hours=2)
 MEETING = timedelta(minutes=5)  # for all processes of torchrun to be there
 GRACE_S = 20.0  # for the others to end by themselves
+RECORD_S = 60.0  # for this one to see it by itself, and to write its report
 # Read by accelerate and transformers, which would wrap the model and share out the rows in their own way.
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -82,10 +83,17 @@ class Reply:
 
 
 class Peers:
-    """The others, seen from rank 0. `processes` are those that we started, by rank."""
+    """Follower processes of data-parallel training.
 
-    def __init__(self, store: Any, size: int, processes: dict[int, subprocess.Popen[bytes]] | None = None):
+    The others, seen from rank 0. `processes` are those that we started, by rank; `here`: how many of all are on this
+    machine, all where it is not said.
+    """
+
+    def __init__(
+        self, store: Any, size: int, processes: dict[int, subprocess.Popen[bytes]] | None = None, here: int = 0
+    ):
         self.store, self.size, self.processes = store, size, processes or {}
+        self.here = here or size
         self.number = 0
         self.grouped = False
         self.over = threading.Event()
@@ -161,7 +169,8 @@ class Peers:
 
     def _watch(self) -> None:
         """End this process where another has ended, or gives no sign of life, in the middle of a run and nothing else
-        notices: a sum with a dead GPU process would wait for hours. Over gloo the sum itself fails, within GRACE_S."""
+        notices: a sum with a dead GPU process would wait for hours. Over gloo the sum itself fails, and what happened
+        is recorded within RECORD_S."""
         pulse, until_beat = Pulse(self.store, 0, range(1, self.size)), 0.0
         while not self.over.wait(WATCH_S):
             ended = [rank for rank, process in self.processes.items() if process.poll() is not None]
@@ -169,9 +178,9 @@ class Peers:
             if until_beat <= 0 and not ended:
                 until_beat = BEAT_S
                 ended = _silent(pulse)
-            if ended and not self.over.wait(GRACE_S):
+            if ended and not self.over.wait(RECORD_S):
                 ui.error_panel([
-                    f"process {ended[0] + 1} of {self.size} ended or hangs, and the one that leads cannot go on",
+                    f"another process of this run ended, or hangs (process {ended[0] + 1} of {self.size})",
                     "what is sealed stays; the same command goes on from the last checkpoint",
                 ])  # fmt: skip
                 os._exit(1)
@@ -253,6 +262,11 @@ def number() -> int:
     return 1 if _peers is None else _peers.size
 
 
+def number_here() -> int:
+    """How many of them are on this machine."""
+    return 1 if _peers is None else _peers.here
+
+
 def wait(group: Group) -> list[str]:
     """Until all of the group are ready to train; how each of the others computes."""
     if _peers is None or group.size == 1:
@@ -327,8 +341,9 @@ def torchrun_store() -> tuple[Any, int, int]:
 
 
 def _of_torchrun() -> Peers:
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
     store, _, size = torchrun_store()
-    return Peers(store, size)
+    return Peers(store, size, here=here)
 
 
 def take_gpu(place: int) -> None:

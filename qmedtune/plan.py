@@ -129,23 +129,23 @@ def make_plan(recipe: Recipe, run_dir: Path | None = None, *, cards: int = 1) ->
 def _for_its_machine(recipe: Recipe, facts: BaseFacts, cards: int) -> tuple[ResolvedRecipe, list[Decision], Machine]:
     """The resolved recipe and the machine it is planned for: this one; without a GPU here, for a base that wants one,
     the card that `memory:` states, else the smallest standard card that fits."""
-    here = replace(this_machine(), cards=cards)
+    here = replace(this_machine(), cards=cards, cards_here=cards)
     wants_gpu = not facts.builtin and (facts.parameters >= capacity.GPU_PARAMETERS or recipe.memory_gib is not None)
     if here.is_gpu or not wants_gpu:
         return *resolve(recipe, here), here
     bf16 = recipe.model.compute_dtype != "float16"
     if recipe.memory_gib is not None:
-        card = replace(card_of(recipe.memory_gib, bf16=bf16), cards=cards)
+        card = replace(card_of(recipe.memory_gib, bf16=bf16), cards=cards, cards_here=cards)
         return *resolve(recipe, card), card
     for gib in CARDS_GIB[:-1]:
-        card = replace(card_of(gib, bf16=bf16), cards=cards)
+        card = replace(card_of(gib, bf16=bf16), cards=cards, cards_here=cards)
         try:
             resolved, decisions = resolve(recipe, card)
         except DoesNotFit:
             continue
         if not any(fit.choose(facts, fit.draft_of(resolved, i), card).tight for i in range(len(resolved.stages))):
             return resolved, decisions, card
-    largest = replace(card_of(CARDS_GIB[-1], bf16=bf16), cards=cards)
+    largest = replace(card_of(CARDS_GIB[-1], bf16=bf16), cards=cards, cards_here=cards)
     return *resolve(recipe, largest), largest
 
 

@@ -35,7 +35,9 @@ from qmedtune.recipe import (
 
 @dataclass(frozen=True)
 class Numerics:
-    """`dtype`: of matrix products and activations. `autocast`: weights are fp32 masters, products run in `dtype`.
+    """Mixed-precision settings of a stage.
+
+    `dtype`: of matrix products and activations. `autocast`: weights are fp32 masters, products run in `dtype`.
     `scaled`: the loss is scaled, because gradients in fp16 underflow. `attention`: transformers' name."""
 
     dtype: str
@@ -46,9 +48,11 @@ class Numerics:
 
 @dataclass(frozen=True)
 class Cards:
-    """`number` of GPUs that a stage's rows are shared out to; sharded: they hold the frozen base together."""
+    """`number` of GPUs that a stage's rows are shared out to, `here` of them on this machine; sharded: they hold the
+    frozen base together."""
 
     number: int = 1
+    here: int = 1
     sharded: bool = False
 
 

@@ -54,7 +54,7 @@ def run(
     asked = smoked(recipe) if smoke else recipe
     machine = None
     if (cards := peers.number()) > 1:
-        machine = replace(this_machine(), cards=cards)
+        machine = replace(this_machine(), cards=cards, cards_here=peers.number_here())
     resolved, choices = resolve(asked, machine)
     claims.check_inputs(resolved, out)
     redacts = any(phi_mode(resolved, name) == "redact" for name in resolved.used_sources())

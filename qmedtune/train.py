@@ -249,7 +249,7 @@ def _make_model(job: TrainingJob, shared: SharedBase, group: Group) -> Built:
     set_seed(recipe.seed + job.index)  # whatever loading has drawn
     continued = stage.section.adapter in ("continue", "frozen")  # attach_head freezes what is frozen
     model = models.attach_adapter(base, recipe.adapter_of(job.index), start.adapters, continued=continued)
-    kernels = models.install_kernels(model, recipe.model.kernels)
+    kernels = models.install_kernels(model, recipe.model.kernels, models.device())
     if group.sharded:
         sharding.shard(model, models.device(), models.DTYPES[recipe.model.compute_dtype])
         kernels = models.recheck_kernels(model, kernels)

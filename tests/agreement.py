@@ -36,7 +36,7 @@ STEPS = 20
 SETTINGS = (
     "stages[1].sft.batch=3",
     "stages[1].sft.micro_batch=1",
-    "stages[1].sft.epochs=1.5",
+    "stages[1].sft.epochs=2.3",
     "stages[1].sft.loss_on=0.3",
     "data.literature.max_records=20",
     "data.notes.max_records=20",
@@ -44,8 +44,8 @@ SETTINGS = (
     "stages[0].cpt.tokens=1000",
     "validate.on=[literature]",
 )
-TINY = ("model.base=builtin:tiny", "stages[1].sft.seq_len=64", "data.instructions.max_records=200")
-SMOLLM2 = ("stages[1].sft.seq_len=96", "data.instructions.max_records=190", "adapter.r=8")
+TINY = ("model.base=builtin:tiny", "stages[1].sft.seq_len=64")
+SMOLLM2 = ("stages[1].sft.seq_len=96", "adapter.r=8")
 
 
 @dataclass(frozen=True)

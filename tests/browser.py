@@ -66,6 +66,16 @@ class Tab:
         """Pixels by which the page is wider than the window."""
         return self.page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
 
+    def cut(self) -> list[str]:
+        """Tables that are wider than their place, so that columns are out of sight."""
+        wide = "[...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth + 1)"
+        return self.page.evaluate(f"{wide}.map(e => e.getAttribute('aria-label'))")
+
+    def weight(self) -> int:
+        """Bytes of the page and of all that it loads."""
+        kinds = "['navigation', 'resource'].flatMap(kind => performance.getEntriesByType(kind))"
+        return self.page.evaluate(f"{kinds}.reduce((sum, entry) => sum + entry.encodedBodySize, 0)")
+
 
 @contextmanager
 def tab(browser: Any, **options: Any) -> Iterator[Tab]:

@@ -111,3 +111,88 @@ def named(rng: random.Random) -> tuple[str, str]:
     values = {"name": whole, "last": last, "caps": whole.upper(), "comma": f"{last}, {first}"}
     values |= {"caps_comma": f"{last}, {first}".upper(), "caps_last": last.upper()}
     return form.format(**values), values[key]
+
+
+# ---- headers: a label, a separator, a value, several of them in a line ------------------------------------------------
+
+NAME_LABELS = (
+    "Patient Name", "PATIENT", "Pt. Name", "Name", "Attending Physician", "Referring Provider", "Ordering MD", "PCP",
+    "Consultant", "Dictated by", "Performed by", "Next of Kin", "Author", "Family Physician", "Nombre", "Apellidos",
+    "Médico", "Nom de naissance", "Prénom", "Médecin traitant", "Patientin", "Hausarzt", "Nachname", "Cognome",
+    "Medico curante", "Paciente", "Huisarts", "Navn", "patient_name", "patientLastName",
+)  # fmt: skip
+NUMBER_LABELS = (
+    "MRN", "Med Rec No", "Patient ID", "Acct #", "Account Number", "Hosp No", "Unit No", "Encounter #", "CSN", "FIN", "NHC",
+    "IPP", "Fall-Nr.", "Pat.-Nr.", "UHID", "NHS No", "Accession Number", "Episode No", "N° dossier", "Prontuario", "URN",
+)  # fmt: skip
+DATE_LABELS = (
+    "DOB", "Date of Birth", "Admission Date", "Discharge Date", "Collected", "Date of Service", "Fecha de nacimiento",
+    "Fecha de Ingreso", "Né le", "geb.", "Aufnahmedatum", "Geburtsdatum", "Data di nascita", "birthDate", "D.O.B.",
+)  # fmt: skip
+PHONE_LABELS = ("Phone", "Tel.", "Telefon", "Home Phone", "Mobile", "Fax", "Teléfono", "Cell", "Tél", "homePhone")
+GIVEN = ("Jane", "Miguel", "Chidinma", "Søren", "Zoë", "Jean-Luc", "Aoife", "Priya", "Łukasz", "Wei")
+FAMILY = (
+    "Doe",
+    "García López",
+    "Okonkwo",
+    "O'Brien",
+    "Müller",
+    "van der Berg",
+    "Nguyen",
+    "Kowalska",
+    "Smith-Jones",
+    "Ito",
+)
+SEPARATORS = (": ", ":", " : ", ":  ", "= ", ".......: ", "......... ")
+BETWEEN = ("   ", "\n", "  ", "; ", " | ")
+
+
+def header(rng: random.Random) -> tuple[str, list[tuple[str, int, int]]]:
+    """A header of two to five fields, and (class, start, end) of their values."""
+    text, marks = "", []
+    between = rng.choice(BETWEEN)
+    for _ in range(rng.randint(2, 5)):
+        kind = rng.choice(("name", "name", "number", "date", "phone"))
+        label, value = _field_of(kind, rng)
+        if rng.random() < 0.3:
+            label, value = label.upper(), value.upper() if kind == "name" else value
+        text += label + rng.choice(SEPARATORS)
+        marks.append((kind, len(text), len(text) + len(value)))
+        text += value + between
+    return text, marks
+
+
+def _field_of(kind: str, rng: random.Random) -> tuple[str, str]:
+    if kind == "name":
+        given, family = rng.choice(GIVEN), rng.choice(FAMILY)
+        forms = (
+            f"{given} {family}",
+            f"{family}, {given}",
+            f"{family},{given}",
+            f"{given} {rng.choice('ABR')}. {family}",
+        )
+        return rng.choice(NAME_LABELS), rng.choice(forms)
+    if kind == "number":
+        digits = f"{rng.randrange(10**7):07d}"
+        forms = (
+            digits,
+            f"{rng.choice('ABHM')}{digits}",
+            f"{digits[:3]}-{digits[3:]}",
+            f"{digits[:3]} {digits[3:6]} {digits[:4]}",
+        )
+        return rng.choice(NUMBER_LABELS), rng.choice(forms)
+    if kind == "date":
+        year, month, day = rng.randint(1930, 2024), rng.randint(1, 12), rng.randint(1, 28)
+        name = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")[month - 1]
+        forms = (
+            f"{month:02d}/{day:02d}/{year}", f"{day:02d}.{month:02d}.{year}", f"{year}-{month:02d}-{day:02d}",
+            f"{year}{month:02d}{day:02d}", f"{day}-{name}-{year}", f"{name} {day}, {year}", f"{name.upper()} {day},{year}",
+            f"{day}/{month}/{year % 100:02d}",
+        )  # fmt: skip
+        return rng.choice(DATE_LABELS), rng.choice(forms)
+    digits = f"{rng.randrange(10**9):09d}"
+    forms = (
+        f"(617) 555-{digits[:4]}", f"617-555-{digits[:4]}", f"+44 20 {digits[:4]} {digits[4:8]}",
+        f"0{digits[:2]} {digits[2:5]} {digits[5:]}", f"981 {digits[:2]} {digits[2:4]} {digits[4:6]}",
+    )  # fmt: skip
+    return rng.choice(PHONE_LABELS), rng.choice(forms)

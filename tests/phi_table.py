@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 from phi_cases import FOUND, KEPT
-from phi_generated import named, planted
+from phi_generated import header, named, planted
 
 from qmedtune.data.hygiene import phi
 
@@ -28,6 +28,10 @@ def cases() -> Iterator[tuple[str, str, int, int]]:
     for _ in range(3000):
         text, name = named(rng)
         yield "name, generated", text, text.index(name), text.index(name) + len(name)
+    for _ in range(3000):
+        text, marks = header(rng)
+        for kind, start, end in marks:
+            yield f"{kind} of a header, generated", text, start, end
     for text, start, end, kind in planted(10_000, 0):
         yield f"{kind}, generated", text, start, end
 

@@ -179,6 +179,7 @@ def test_doctor_tells_versions_kernels_and_what_is_in_the_way(capsys):
 def facts_for(**changes):
     healthy = {
         "gpu": {"usable": True, "bf16": True},
+        "cards": ["A, sm_90, triton"],
         "versions": {"torch": {"installed": "2.13.0+cu130", "tested": "2.13.0"}},
         "free_disk_bytes": 2**40,
         "host_memory_bytes": 2**36,
@@ -201,6 +202,8 @@ def facts_for(**changes):
         ({"hub_login": False}, "hf auth login"),
         ({"kernels": {"lora": "reference: sm_75 broke"}}, "plain PyTorch instead of the kernels: sm_75 broke"),
         ({"gpu": {"usable": True, "bf16": True}, "kernels": {"lora": "grouped"}}, None),
+        ({"cards": ["A, sm_90, triton"] * 2}, "2 cards: a run takes one, `--gpus auto` all"),
+        ({"cards": ["A, sm_90, triton", "B, sm_75, reference"]}, "the cards differ (A, sm_90, triton; B, sm_75"),
     ],
 )
 def test_doctor_advises(changes, expected):

@@ -43,6 +43,14 @@ def test_a_full_disk_at_every_call(how: list[str]):
     assert found["trials"] == sum(found["calls"].values())
 
 
+@pytest.mark.slow
+@needs_compiler
+def test_a_full_disk_at_one_call_in_hundred_of_an_ablation():
+    """Of about 1,300; its runs are tried call by call in test_calls.py."""
+    found = tally("full_commands.py", "ablate", "--every", "100")
+    assert found["trials"] >= 10 and found["failed_clearly"] >= 5
+
+
 def test_a_killed_command_comes_to_the_same():
     found = tally("kill_commands.py", "predict", "eval", "merge", "export", "--kills", "4")
     assert found["same"] == 4

@@ -230,6 +230,13 @@ def test_offloading_holds_two_inputs_on_their_way_and_two_on_the_way_back(stream
     ]
 
 
+def test_an_empty_tensor_is_not_offloaded(streams):
+    """torch 2.11's checkpoint saves one beside each input."""
+    empty = torch.empty(0)
+    assert activations._unpack(activations._pack(empty)) is empty
+    assert not streams and not activations._LAST
+
+
 def test_a_copy_that_nobody_takes_is_waited_for_before_its_memory_is_used_again(streams):
     first = activations._Offloaded(torch.ones(4), None)
     second = activations._Offloaded(torch.ones(4), first)

@@ -133,6 +133,8 @@ def test_pages_are_accessible_and_fit_every_width(browser, tmp_path: Path, schem
                 with tab(browser, viewport={"width": width, "height": 900}, color_scheme=scheme) as seen:
                     seen.page.goto(address + place)
                     assert seen.overflow() <= 0, (place, width)
+                    assert seen.cut() == [], (place, width)
+                    assert 1_000 < seen.weight() < 300_000, (place, width)
                     if width != 800:
                         assert seen.serious() == [], (place, width)
                     assert seen.said == [] and seen.strangers(address) == [], place

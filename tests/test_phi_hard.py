@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from phi_blind import Case, cases, kept
 from phi_cases import FOUND, KEPT
-from phi_generated import named
+from phi_generated import header, named
 
 from qmedtune.data.hygiene import phi, recognisers
 from qmedtune.data.hygiene.plain import plain
@@ -52,6 +52,17 @@ def test_generated_names_are_whole_and_never_half():
         missed += [text] if found < wanted else []
     assert seen["half"] == 0, missed[:10]
     assert seen["whole"] >= 0.97 * 3000, missed[:10]
+
+
+def test_generated_headers_are_whole_and_never_half():
+    rng, seen, half = random.Random(5), Counter(), []
+    for _ in range(1500):
+        text, marks = header(rng)
+        for kind, start, end in marks:
+            verdict = Case("header", kind, text, start, end).verdict()
+            seen[verdict] += 1
+            half += [(kind, text[start:end], text)] if verdict == "half" else []
+    assert half == [] and seen["whole"] >= 0.98 * seen.total(), (seen, half[:5])
 
 
 # ---- invariants -----------------------------------------------------------------------------------------------------

@@ -249,7 +249,9 @@ def test_a_shard_that_is_missing_or_cut_off_is_named_and_made_again(planned):
     assert "shard 2 of 3 is missing or damaged" in refused(passes.compare, out, "articles")
     passes.treat(out, "articles", 1)
     assert records.read_bytes() == whole
+    (out / "notes" / "treated" / ".77-00000.jsonl").write_text("of a task that was killed")
     do_all(recipe, out)
+    assert not list(out.rglob(".77-*"))
     written = out / "notes" / "shards" / "00002-of-00003.jsonl.gz"
     last = written.read_bytes()
     written.write_bytes(last[:-50])

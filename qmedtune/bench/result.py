@@ -12,7 +12,10 @@ Numbers and names alone, JSON-safe."""
 
 
 class BenchResult(TypedDict):
-    """A benchmark. versions: of what was measured; None: not installed. job: what the contenders were given."""
+    """What `qmedtune bench` returns and prints with --json.
+
+    versions: of what was measured; None: not installed. job: what the contenders were given.
+    """
 
     bench: str
     device: str

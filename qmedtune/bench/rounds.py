@@ -44,7 +44,10 @@ class MadeFolder(Facts):
 
 @dataclass(frozen=True)
 class Bench:
-    """name: of the benchmark and of its module; contenders: what is measured, and what each is in words."""
+    """A benchmark whose contenders are measured in rounds, each in a process of its own.
+
+    name: of the benchmark and of its module; contenders: what is measured, and what each is in words.
+    """
 
     name: str
     contenders: Mapping[str, str]

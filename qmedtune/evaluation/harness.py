@@ -42,7 +42,10 @@ OfHarness = dict[str, int | float | str]
 
 
 class HarnessScores(Facts):
-    """harness: its version; tasks: by name, each metric and, under `<metric>_stderr`, its standard error."""
+    """Scores by lm-evaluation-harness.
+
+    harness: its version; tasks: by name, each metric and, under `<metric>_stderr`, its standard error.
+    """
 
     harness: str
     template: str

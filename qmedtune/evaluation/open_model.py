@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Location:
-    """Where a model lies. `adapters` are applied to `base` in order; `kind` is what the user named.
+    """A model folder, or a base with adapters, that was found by its name.
+
+    Where a model lies. `adapters` are applied to `base` in order; `kind` is what the user named.
 
     world: the built-in world whose facts the model may know (only runs on built-in data know one).
     """

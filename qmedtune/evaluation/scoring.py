@@ -180,7 +180,10 @@ def padded_batches(costs: Sequence[int], budget: int) -> Iterator[list[int]]:
 
 @dataclass(frozen=True)
 class ChoiceScores:
-    """sums: log p(option | prompt) in nats; per_character: the same over the option's characters (`acc_norm`)."""
+    """Log-likelihoods of the options of one multiple-choice item.
+
+    sums: log p(option | prompt) in nats; per_character: the same over the option's characters (`acc_norm`).
+    """
 
     sums: list[float]
     per_character: list[float]
@@ -318,7 +321,9 @@ def _token_logprobs(model: PreTrainedModel, hidden: torch.Tensor, targets: torch
 
 @dataclass(frozen=True)
 class Perplexity:
-    """perplexity = exp(nll / tokens); nll: summed negative log-likelihood in nats over the predicted tokens of text.
+    """Perplexity of a text.
+
+    perplexity = exp(nll / tokens); nll: summed negative log-likelihood in nats over the predicted tokens of text.
 
     marks, mark_nll: the same of the marks that close documents or answers, which are no text: how surprising an
     end mark is says more about the mark than about the text (borders.py)

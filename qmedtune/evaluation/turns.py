@@ -13,7 +13,9 @@ from pathlib import Path
 
 @dataclass
 class Turns:
-    """Of the process `rank` of `size`. wait: returns when another has written a file, or will not any more. All walk
+    """Work of an evaluation shared out between processes, round-robin.
+
+    Of the process `rank` of `size`. wait: returns when another has written a file, or will not any more. All walk
     the same parts in the same order, and count them."""
 
     rank: int = 0

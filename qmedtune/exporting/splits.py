@@ -23,7 +23,9 @@ QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 
 @dataclass(frozen=True)
 class TextSplit:
-    """expression: None is GPT-2's own, which ByteLevel has built in. digits: each digit is taken by itself before all
+    """Pre-tokenisation: how text is split before byte-pair encoding.
+
+    expression: None is GPT-2's own, which ByteLevel has built in. digits: each digit is taken by itself before all
     else. whole_words: a piece that is a token is taken before any merge (`ignore_merges`)."""
 
     expression: str | None = None

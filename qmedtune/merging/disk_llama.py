@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DiskLlama:
-    """A model folder. `model` is its skeleton on the meta device (no memory), `shapes` has every parameter (the output
+    """A LLaMA folder whose tensors are read from disk block by block.
+
+    A model folder. `model` is its skeleton on the meta device (no memory), `shapes` has every parameter (the output
     layer also where it is tied), `linears` are the module names of the linear layers. tied: whether both ends are one
     tensor, which config.json alone does not say."""
 

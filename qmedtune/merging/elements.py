@@ -117,7 +117,10 @@ class _Sums:
 
 @dataclass
 class ElementCounts:
-    """Counts over elements. `changed`: moved by training; `swallowed`: of those, written as the base has them."""
+    """Result of the element-by-element check.
+
+    Counts over elements. `changed`: moved by training; `swallowed`: of those, written as the base has them.
+    """
 
     elements: int = 0
     violations: int = 0

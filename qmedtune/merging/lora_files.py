@@ -23,7 +23,10 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class LowRank:
-    """W += scale * b @ a. a: [r, in], b: [out, r], fp32."""
+    """One LoRA update of a weight matrix.
+
+    W += scale * b @ a. a: [r, in], b: [out, r], fp32.
+    """
 
     a: Tensor
     b: Tensor

@@ -48,7 +48,10 @@ def linear(share: float) -> Mix:
 
 
 def slerp(share: float, cosine: float) -> Mix:
-    """cosine: of the angle between T and W."""
+    """Spherical linear interpolation.
+
+    cosine: of the angle between T and W.
+    """
     if share in (0.0, 1.0) or abs(cosine) > NEARLY_PARALLEL:
         return linear(share)
     angle = math.acos(cosine)

@@ -22,7 +22,10 @@ from qmedtune.results import Merge, MixedWith
 
 @dataclass(frozen=True)
 class OtherModel:
-    """opened: as the merge reads it; read: as transformers does."""
+    """The second model of a merge, in both readings.
+
+    opened: as the merge reads it; read: as transformers does.
+    """
 
     mixing: Mixing
     opened: DiskLlama

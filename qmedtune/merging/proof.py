@@ -71,7 +71,10 @@ class Divergence:
 
 @dataclass(frozen=True)
 class RoundingLoss:
-    """lost: KL(merged || base + adapters) over KL(base || base + adapters), None where the adapters change nothing."""
+    """Share of the training's effect that rounding the merged weights lost.
+
+    lost: KL(merged || base + adapters) over KL(base || base + adapters), None where the adapters change nothing.
+    """
 
     lost: float | None
     kl_of_base: float

@@ -28,7 +28,10 @@ PER_DRAW = 4  # noise values of 16 bits out of one draw of 64
 
 @dataclass(frozen=True)
 class Rounding:
-    """How fp32 becomes `dtype`. seed None: to the nearest, ties to even; else stochastically."""
+    """Rounding mode of a merge: to nearest, or stochastic.
+
+    How fp32 becomes `dtype`. seed None: to the nearest, ties to even; else stochastically.
+    """
 
     dtype: torch.dtype
     seed: int | None = None

@@ -165,11 +165,15 @@ def _release(streams: tuple[Any, Any] | None) -> None:
         streams[0].wait_event(event)
 
 
-def _pack(x: Tensor) -> _Offloaded:
+def _pack(x: Tensor) -> _Offloaded | Tensor:
+    """An empty one stays: before torch 2.12 a checkpoint saves one beside its input, and that would be copied back
+    ahead of time in place of the next input."""
+    if not x.numel():
+        return x
     held = _Offloaded(x.detach(), _LAST[0]() if _LAST else None)
     _LAST[:] = [weakref.ref(held)]
     return held
 
 
-def _unpack(held: _Offloaded) -> Tensor:
-    return held.take()
+def _unpack(held: _Offloaded | Tensor) -> Tensor:
+    return held if isinstance(held, Tensor) else held.take()

@@ -40,15 +40,16 @@ Layer = Any  # an nn.Module whose attributes (PEFT's, bitsandbytes') a type chec
 DESCRIBED = "described"  # attribute of an NF4 parameter: (where its tensors lie, its NF4Weight)
 
 
-def install(model: nn.Module, mode: str = "auto") -> Kernels:
+def install(model: nn.Module, mode: str = "auto", device: torch.device | None = None) -> Kernels:
     """Put the kernels under every LLaMA module of `model` (bare or PEFT-wrapped), in place.
 
     Call it after attaching adapters. mode: "auto" (dispatch.py decides), "triton" (ValueError where Triton cannot run)
-    or "reference". Returns what the report tells: the path of each operation and why, the number of modules of each
-    kind, and the linears that keep their own forward, with the reason.
+    or "reference". device: what it will compute on, where it does not lie there yet. Returns what the report tells: the
+    path of each operation and why, the number of modules of each kind, and the linears that keep their own forward,
+    with the reason.
     """
     norm = next(_norm_weights(model))
-    dtype, device = norm.dtype, norm.device
+    dtype, device = norm.dtype, device or norm.device
     dispatch.uses_triton(device, mode)
     counts: Counter[str] = Counter()
     for module in list(model.modules()):
@@ -369,7 +370,10 @@ class Grouped(nn.Module):
 
 
 class LlamaRMSNorm(llama.LlamaRMSNorm):
-    """`prepared`: what the layer before has normed already, in one kernel with its residual add (residual.py)."""
+    """RMSNorm by the fused kernel.
+
+    `prepared`: what the layer before has normed already, in one kernel with its residual add (residual.py).
+    """
 
     kernels: str
     prepared: residual.Prepared | None = None

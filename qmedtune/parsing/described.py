@@ -33,7 +33,9 @@ one of `pretrain`, `cpt`, `sft`, `classify`. What `auto` became in your recipe, 
 
 @dataclass(frozen=True)
 class Key:
-    """`place`: the section, as people write it; `path`: one place in a recipe where the key can stand, with NAME for
+    """Documentation of one recipe key.
+
+    `place`: the section, as people write it; `path`: one place in a recipe where the key can stand, with NAME for
     free names and 0 for list items. `default`: as YAML, empty where the key may be left out, None where it must be
     given. `section`: it holds other keys."""
 

@@ -106,6 +106,7 @@ def smallest(draft: Draft) -> Setup:
         full=full,
         attention=decided.attention,
         cards=draft.cards.number,
+        cards_here=draft.cards.here,
         sharded=draft.cards.sharded,
     )
 

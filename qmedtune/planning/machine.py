@@ -30,7 +30,8 @@ class Machine:
     """One accelerator (or the CPU) and its host. Memory in bytes; `memory_bytes` is the card's, or the RAM for a CPU.
 
     `capability` is CUDA's (8.9), None on a CPU. `bf16`: has the instructions, so that bf16 is no emulation.
-    `present` is False for a card that is only planned for; `cards`: how many like it a run takes.
+    `present` is False for a card that is only planned for; `cards`: how many like it a run
+    takes, of which `cards_here` are on this machine.
     """
 
     kind: str
@@ -43,6 +44,7 @@ class Machine:
     used_bytes: int = 0
     present: bool = True
     cards: int = 1
+    cards_here: int = 1
 
     @property
     def is_gpu(self) -> bool:

@@ -50,7 +50,9 @@ WAYS = ("keep", "cheap", "recompute", "offload")
 
 @dataclass(frozen=True)
 class Setup:
-    """What memory depends on. Lengths in tokens, `micro_batch` in rows. `full`: all parameters are trained, from fp32
+    """Training configuration as the memory model sees it.
+
+    What memory depends on. Lengths in tokens, `micro_batch` in rows. `full`: all parameters are trained, from fp32
     weights, with products in `compute_dtype` (numerics.py)."""
 
     seq_len: int
@@ -69,6 +71,7 @@ class Setup:
     dropout: bool = False
     ways: tuple[int, int, int, int] | None = None  # layers by WAYS; None: all recompute (`checkpointing`) or keep
     cards: int = 1  # that share the rows, and exchange gradients
+    cards_here: int = 1  # of these, on one machine
     sharded: bool = False  # they hold the frozen base together
 
     @property
@@ -380,8 +383,9 @@ def host_memory(facts: BaseFacts, setup: Setup, *, gpu: bool, merge: bool) -> di
         loading = base + shard
         if setup.sharded:  # each process loads all of the base here before it keeps its part
             whole = sum(weight_bytes(facts, replace(setup, sharded=False), gpu=True).values())
-            loading = setup.cards * (base + whole) + shard
+            loading += whole
         training = base + int(paged) + offloaded_bytes(facts, setup)
+        loading, training = setup.cards_here * loading, setup.cards_here * training
     else:
         base = HOST_BASE_BYTES["cpu"] + RUN_BYTES
         loading = base + facts.parameters * setup.element_bytes + shard

@@ -142,7 +142,9 @@ class DiskRoom(TypedDict):
 
 
 class Plan(TypedDict):
-    """times: seconds that are left, by what they go to: data, loading, training, merging, evaluation; seconds: in all.
+    """What `qmedtune plan` computes and prints with --json.
+
+    times: seconds that are left, by what they go to: data, loading, training, merging, evaluation; seconds: in all.
     evaluation: None where nothing is scored."""
 
     recipe: str

@@ -19,7 +19,10 @@ SCREEN_LINES = 16  # of 24: without the table's frame (4), the way on (1), its p
 
 
 def verdict(plan: Plan) -> str:
-    """`fits: 21.5 of 24.0 GiB; about 12 h; 32.9 GiB of disk; missing: DATA`. A plan that does not fit is an error."""
+    """One line that says whether the run fits and how long it takes.
+
+    `fits: 21.5 of 24.0 GiB; about 12 h; 32.9 GiB of disk; missing: DATA`. A plan that does not fit is an error.
+    """
     stage = _tightest(plan["stages"])
     parts = [
         f"fits: {_of(stage['peak_bytes'], stage['budget_bytes'])}",

@@ -32,7 +32,9 @@ LARGE_SHIFT_KL, SMALL_SHARE_TOP1 = 0.05, 0.9
 
 @dataclass(frozen=True)
 class Precision:
-    """weights: dtype of base and result, or `nf4`; computed_in: dtype of the products; why: where it is not what the
+    """Number format in which an evaluation is run.
+
+    weights: dtype of base and result, or `nf4`; computed_in: dtype of the products; why: where it is not what the
     recipe asks for."""
 
     name: ScoringPrecision

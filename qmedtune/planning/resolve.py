@@ -92,7 +92,7 @@ def _resolve(recipe: Recipe, machine: Machine, *, sharded: bool) -> tuple[Resolv
         recipe = _by_base(recipe, index, facts, decisions)
         seq_len = int(recipe.stages[index].section.seq_len)
         computes = numerics(recipe.model, full=stage.full, seq_len=seq_len, machine=machine)
-        cards = Cards(machine.cards, sharded and _can_shard(stage))
+        cards = Cards(machine.cards, machine.cards_here, sharded and _can_shard(stage))
         decided.append((computes, cards))
         recipe = _by_machine(fit.Draft(recipe, index, computes, cards), facts, machine, decisions)
     evaluate = _fill(recipe.evaluate, "evaluate", _evaluation_batch(facts), decisions)

@@ -13,6 +13,7 @@ from qmedtune.reporting.charts import Html, esc
 from qmedtune.reporting.style import CSS
 
 PALETTE = 8
+LONG_COLUMNS = 8  # from so many on, or from MANY_COLUMNS with long text, a tablet shows rows as blocks too
 MANY_COLUMNS, MANY_ROWS = 4, 24  # from so many on, a phone shows rows as blocks; beyond so many rows fold
 HEADING = re.compile(r'<section id="(?P<anchor>[^"]*)"><h2>(?P<title>[^<]*)</h2>')
 DIGEST = re.compile("[0-9a-f]{12,64}")
@@ -73,7 +74,11 @@ def html_table(table: Table) -> Html:
     for column, kind in zip(table.columns, kinds, strict=True):
         head += f'<th scope="col" class="{kind}">{esc(column)}</th>'
     body = "".join(f"<tr>{_cells(row, table.columns, kinds)}</tr>" for row in table.rows)
-    name, wide = esc(table.title or table.columns[0]), " many" if len(table.columns) >= MANY_COLUMNS else ""
+    name, wide = esc(table.title or table.columns[0]), ""
+    if len(table.columns) >= MANY_COLUMNS or (len(table.columns) > 2 and "w" in kinds):
+        wide = " many"
+    if len(table.columns) >= LONG_COLUMNS or (len(table.columns) >= MANY_COLUMNS and "w" in kinds):
+        wide = " many long"
     drawn = (
         f'<div class="scroll" tabindex="0" role="group" aria-label="{name}"><table class="table{wide}">'
         f'<caption class="unseen">{name}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'

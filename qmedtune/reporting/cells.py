@@ -47,7 +47,10 @@ def three_decimals(value: Number | None) -> str:
 
 
 def counted(value: Number | None) -> str:
-    """Short: `600k`."""
+    """A count abbreviated with k, M or G.
+
+    Short: `600k`.
+    """
     if value is None:
         return UNKNOWN
     return count(value)

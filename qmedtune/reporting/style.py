@@ -8,6 +8,17 @@ LIGHT = """--page: #f7f6f3; --card: #ffffff; --ink: #1c2430; --soft: #5c6675; --
   --accent: #00705a; --accent-soft: #e2f1ec; --warn: #8a5300; --warn-soft: #fcf1dc; --bad: #a8321f;
   --bad-soft: #fbe9e5; --c0: #7d8794; --c1: #0b6fb0; --c2: #cf5a00; --c3: #00866a; --c4: #a8568a; --c5: #b38600;
   --c6: #2a8cc0; --c7: #6b5fb5; --c8: #7a6a55;"""
+# A row as a block, each cell beside the name of its column: tables that are wider than their place.
+STACKED = """  .KIND, .KIND tbody, .KIND tr { display: block; }
+  .KIND thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+  .KIND tr { padding: 10px 0; border-top: 1px solid var(--rule); }
+  .KIND tbody tr:first-child { border-top: 0; padding-top: 0; }
+  .KIND tbody th, .KIND td { display: block; border: 0; padding: 2px 0; min-width: 0; white-space: normal; }
+  .KIND tbody th { font-weight: 600; }
+  .KIND td { display: flex; justify-content: space-between; gap: 16px; text-align: right; }
+  .KIND td::before { content: attr(data-column); color: var(--soft); text-align: left; flex: none; }
+  .KIND td.n + td:not(.n) { padding-left: 0; }
+"""
 CSS = """
 :root {
   color-scheme: light dark;
@@ -123,6 +134,7 @@ tbody th.t { min-width: 170px; }
 td.w, tbody th.w { min-width: 230px; overflow-wrap: anywhere; }
 td.n, th.n { text-align: right; white-space: nowrap; }
 td.n + td:not(.n), th.n + th:not(.n) { padding-left: 14px; }
+.long td, .long th { padding-right: 13px; } .long td.w { min-width: 140px; } .long tbody th.t { min-width: 110px; }
 .table-note { color: var(--soft); font-size: 13.5px; margin: 12px 0 0; max-width: 92ch; }
 code, pre { font: 13px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 pre { overflow-x: auto; margin: 12px 0 0; padding: 14px 16px; background: var(--faint); border-radius: 10px; }
@@ -136,6 +148,8 @@ footer { margin-top: 64px; padding-top: 18px; border-top: 1px solid var(--rule);
 .legend-list li { margin: 6px 0; color: var(--soft); font-size: 15px; }
 .legend-list b { color: var(--ink); font-weight: 600; }
 .legend-list .status { font-size: 13px; margin: 0 6px 0 10px; }
+@media screen and (max-width: 980px) {
+LONG}
 @media (max-width: 640px) {
   main { padding: 30px 16px 48px; }
   h1 { font-size: 27px; } .outcome { font-size: 18px; } h2 { margin-top: 44px; }
@@ -147,15 +161,8 @@ footer { margin-top: 64px; padding-top: 18px; border-top: 1px solid var(--rule);
   .db-track, .db-ticks { grid-column: 1 / -1; grid-row: 2; }
   .db-axis > span:not(.db-ticks) { display: none; }
   .db-track, .db-ticks { margin: 0 8px; }
-  .many, .many tbody, .many tr { display: block; }
-  .many thead { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
-  .many tr { padding: 10px 0; border-top: 1px solid var(--rule); }
-  .many tbody tr:first-child { border-top: 0; padding-top: 0; }
-  .many tbody th, .many td { display: block; border: 0; padding: 2px 0; min-width: 0; white-space: normal; }
-  .many tbody th { font-weight: 600; }
-  .many td { display: flex; justify-content: space-between; gap: 16px; text-align: right; }
-  .many td::before { content: attr(data-column); color: var(--soft); text-align: left; flex: none; }
-  .many td.n + td:not(.n) { padding-left: 0; }
+STACKED  td.w, tbody th.w, tbody th.t { min-width: 90px; } td.s, td.n { white-space: normal; }
+  td { overflow-wrap: anywhere; }
 }
 @media print {
   :root { color-scheme: light; LIGHT }
@@ -175,3 +182,4 @@ footer { margin-top: 64px; padding-top: 18px; border-top: 1px solid var(--rule);
   pre { white-space: pre-wrap; overflow-wrap: anywhere; }
 }
 """.replace("LIGHT", LIGHT)
+CSS = CSS.replace("STACKED", STACKED.replace("KIND", "many")).replace("LONG", STACKED.replace("KIND", "long"))

@@ -97,7 +97,10 @@ class _Axis:
 
 
 def figure(found: Merge) -> Html:
-    """SVG: general loss to the right, gain upward, a dot per share; nothing where a share has no general loss."""
+    """Scatter plot of a sweep.
+
+    SVG: general loss to the right, gain upward, a dot per share; nothing where a share has no general loss.
+    """
     places: list[tuple[SweepPoint, float, float]] = []
     for point in found.sweep:
         if point.gain is not None and point.general_loss is not None:

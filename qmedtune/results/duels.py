@@ -48,7 +48,9 @@ class DuelEntry(Facts):
 
 
 class HeadToHead(Facts):
-    """models: by name and task. reference: the model that all others are held against; in a run instead the `subject`,
+    """Result of comparing several models on the same items.
+
+    models: by name and task. reference: the model that all others are held against; in a run instead the `subject`,
     which is held against all others. claims: one sentence for each of the others; left_out: tasks that cannot be
     compared."""
 

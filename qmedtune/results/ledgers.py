@@ -173,7 +173,10 @@ class HeldOut(Facts):
 
 
 class Planted(Facts):
-    """canaries: how many; documents: by source, the records that hold them."""
+    """Canaries that were inserted into training data.
+
+    canaries: how many; documents: by source, the records that hold them.
+    """
 
     canaries: int
     documents: dict[str, int]

@@ -47,7 +47,10 @@ class Terms(Facts):
 
 
 class Privacy(Facts):
-    """text: held, erased (by `qmedtune erase`), or none. erased: so many files, at that time."""
+    """The privacy section of run.json.
+
+    text: held, erased (by `qmedtune erase`), or none. erased: so many files, at that time.
+    """
 
     text: str
     files: list[TextFolder] = []

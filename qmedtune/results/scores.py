@@ -84,7 +84,10 @@ class Difference(Facts):
 
 
 class Paired(Facts):
-    """gained: items that final alone answers rightly; lost: that base alone does."""
+    """A paired significance test on the same items.
+
+    gained: items that final alone answers rightly; lost: that base alone does.
+    """
 
     test: str
     gained: int

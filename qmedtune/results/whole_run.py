@@ -15,7 +15,10 @@ from qmedtune.results.typed import Facts, Json, Number
 
 
 class StepEntry(Facts):
-    """status: sealed or `to do`. seconds: of the work alone."""
+    """One step of a run in run.json.
+
+    status: sealed or `to do`. seconds: of the work alone.
+    """
 
     name: str
     kind: str | None = None

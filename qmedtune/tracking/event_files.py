@@ -21,7 +21,10 @@ VERSION = "brain.Event:2"  # the first record of every event file since TensorFl
 
 
 class EventFiles:
-    """Of one run, in `folder`. Figures are kept as fp32, as TensorBoard does."""
+    """Writer of TensorBoard event files.
+
+    Of one run, in `folder`. Figures are kept as fp32, as TensorBoard does.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

@@ -15,7 +15,10 @@ from qmedtune.tracking.points import Point
 
 
 class TrackioProject:
-    """Of one run, by its name."""
+    """Writer of a trackio project.
+
+    Of one run, by its name.
+    """
 
     def __init__(self, name: str) -> None:
         self._name = name

@@ -32,7 +32,9 @@ RESAMPLES = 200  # of the patients, for the interval: 1,000 would take minutes w
 
 
 class Head(nn.Module):
-    """Linear on hidden states, fp32. `targets`: uint8 [documents, labels] of training; `multi_label`: each label is a
+    """Classification head.
+
+    Linear on hidden states, fp32. `targets`: uint8 [documents, labels] of training; `multi_label`: each label is a
     question of its own (binary cross entropy, mean over labels), otherwise one of them is right. `balanced`: errors
     count by `class_weights`."""
 

@@ -94,7 +94,9 @@ class Material:
 
 
 class QTrainer(SFTTrainer):
-    """The one subclass of the project. `nll` is what a micro-batch's summed loss is computed by, from the model and the
+    """TRL's SFTTrainer on packed rows, with the summed token loss and checkpoints of this project.
+
+    The one subclass of the project. `nll` is what a micro-batch's summed loss is computed by, from the model and the
     collated arrays."""
 
     nll: Callable[..., Tensor] = staticmethod(token_nll)

@@ -25,7 +25,10 @@ class Headers(Protocol):
 
 @dataclass(frozen=True)
 class Guard:
-    """token: None where this machine alone can connect, and anyone on it may look."""
+    """Access control of the live page.
+
+    token: None where this machine alone can connect, and anyone on it may look.
+    """
 
     port: int
     token: str | None

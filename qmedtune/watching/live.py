@@ -20,7 +20,10 @@ Parts = dict[str, str]
 
 @dataclass(frozen=True)
 class Rendered:
-    """`body`: the parts as JSON; `tag` names the content."""
+    """A rendered page fragment with its cache tag.
+
+    `body`: the parts as JSON; `tag` names the content.
+    """
 
     body: bytes
     tag: str

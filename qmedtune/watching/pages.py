@@ -58,7 +58,10 @@ def _title(seen: Seen, what: str) -> str:
 
 
 def rows_page(seen: Seen, stages: list[str], requested: RequestedRows, drawn: Html) -> str:
-    """`drawn`: the rows, or why there are none."""
+    """The page of packed rows.
+
+    `drawn`: the rows, or why there are none.
+    """
     options = ""
     for stage in stages:
         chosen = " selected" if stage == requested.stage else ""

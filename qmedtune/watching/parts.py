@@ -32,7 +32,10 @@ def pill(seen: Seen) -> Html:
 
 
 def ago(seconds: float) -> str:
-    """Coarse: a page that changes every second is no calm page."""
+    """How long ago, in words.
+
+    Coarse: a page that changes every second is no calm page.
+    """
     if seconds < 60:
         return "just now"
     if seconds < 3600:

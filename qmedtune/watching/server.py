@@ -54,7 +54,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Response:
-    """body: bytes, or lines that are sent as they come."""
+    """An HTTP response.
+
+    body: bytes, or lines that are sent as they come.
+    """
 
     status: int
     body: bytes | Iterator[bytes] = b""
@@ -274,7 +277,10 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: addresses can hold a token, and nobody reads it."""
+        """Logs no request.
+
+        Nothing: addresses can hold a token, and nobody reads it.
+        """
 
 
 class Server(ThreadingHTTPServer):
@@ -285,4 +291,7 @@ class Server(ThreadingHTTPServer):
         self.site: Site
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Nothing: a reader that went away in the middle is no news, and a traceback could quote what was asked."""
+        """Ignores errors of a connection.
+
+        Nothing: a reader that went away in the middle is no news, and a traceback could quote what was asked.
+        """

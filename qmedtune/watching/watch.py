@@ -18,7 +18,10 @@ NEXT_PORTS = 20  # of which a free one is taken where none was asked for
 
 @dataclass(frozen=True)
 class Watching:
-    """port: None for the first free one from 8642 on, 0 for any."""
+    """Arguments of `qmedtune watch`.
+
+    port: None for the first free one from 8642 on, 0 for any.
+    """
 
     folder: Path
     host: str = "127.0.0.1"

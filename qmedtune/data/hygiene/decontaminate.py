@@ -38,7 +38,10 @@ class BenchmarkItem:
 
 @dataclass(frozen=True)
 class Index:
-    """What is looked for. `phrases`: probe hash -> [(letters, item number, number of words)]."""
+    """Index of the n-grams of benchmark items.
+
+    `phrases`: probe hash -> [(letters, item number, number of words)].
+    """
 
     items: list[BenchmarkItem]
     phrases: dict[int, list[tuple[bytes, int, int]]]

@@ -71,7 +71,7 @@ _WORDS = {
     AGE: "age edad alter eta idade leeftijd alder wiek vek kor yas ika",
     MRN: """mrn mr emrn umrn empi mpi urn uhid crn fin csn chart record recordnumber dossier ipp nip iep nda nhc cipa
         historia expediente prontuario atendimento matricula cartella nosologico journalnr fallnummer fallzahl fallnr
-        patnr unit patientennummer patientennr patientnummer aufnahmenummer krankenblattnummer pid chi nhs hosp
+        patnr unit rec patientennummer patientennr patientnummer aufnahmenummer krankenblattnummer pid chi nhs hosp
         hospital
         visit encounter enc episode episodio episodes sejour case accession requisition req specimen control pcr
         incident rx prescription
@@ -112,11 +112,11 @@ BY = frozenset("by por par von door av af przez per".split())
 WEAK = frozenset(
     """case visit record order run group client specimen control document doc incident req service member insurance
     hosp hospital patient pt pat fall admission policy subscriber insured physician provider prov driver ip
-    registration bill billing lot device serial col ins ss hc tc mr chart chi nhs ref reference rg big rut cip fin
+    registration bill billing lot device serial col ins ss hc tc mr chart chi nhs ref reference rg big rut cip
     prescription rx vers""".split()
 )
 # Alone they are mostly something else: total cholesterol, an address of the internet, a column.
-ONLY_COUNTED = frozenset("unit ip tc hc rg big col ss hosp control incident service".split())
+ONLY_COUNTED = frozenset("unit rec ip tc hc rg big col ss hosp control incident service".split())
 # What a letter is about: a person only where a title says so.
 SUBJECTS = frozenset("betreft betreff betr objet asunto oggetto concerne".split())
 # Keys of FHIR that are no labels elsewhere.

@@ -1,8 +1,8 @@
 """Identifiers in headers, read as a grammar: a label, a separator, a value of the form that the label's class has.
 
-Labels (header_labels.py) are noun phrases, of any wording; separators are those of forms, tables, Markdown, JSON, XML and dotted
-lines; values end where their field does. A value that has not the form of its class is none: `Date: pending`. What stands
-in sentences is no business of this module (persons.py, recognisers.py). Matched is the plain copy (plain.py).
+Labels (header_labels.py) are noun phrases, of any wording; separators are those of forms, tables, Markdown, JSON, XML and
+dotted lines; values end where their field does. A value that has not the form of its class is none: `Date: pending`. What
+stands in sentences is no business of this module (persons.py, recognisers.py). Matched is the plain copy (plain.py).
 """
 
 # ruff: noqa: E501 (a pattern reads better in one piece)
@@ -281,12 +281,8 @@ def _number_end(text: str, field: Field, start: int) -> int | None:
     mixed = bool(_HAS_LETTER.search(value))
     weak = labels.is_weak(field.label) or labels.OTHER in field.kinds
     enough = digits >= (5 if weak else 4) or (mixed and digits >= 3 and len(value) >= 5 and not weak)
-    if (
-        not enough
-        or _RANGE.match(value)
-        or _DECIMAL.match(value)
-        or MEASURED.match(text[match.end() : match.end() + 16])
-    ):
+    measured = _DECIMAL.match(value) or MEASURED.match(text[match.end() : match.end() + 16])
+    if not enough or measured or (weak and _RANGE.match(value)):  # `Ref: 135-145`
         return None
     if value.isdigit() and (check := _CHECK_DIGIT.match(text, match.end())):
         return check.end()

@@ -247,7 +247,10 @@ def digest(text: str) -> int:
 
 
 def worker_count(wanted: int | str, files: list[Path]) -> int:
-    """`auto`: one per core, but no more than there are `WORKER_BYTES` of input."""
+    """Number of worker processes.
+
+    `auto`: one per core, but no more than there are `WORKER_BYTES` of input.
+    """
     if isinstance(wanted, int):
         return wanted
     size = sum(file.stat().st_size for file in files)

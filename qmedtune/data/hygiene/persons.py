@@ -367,7 +367,9 @@ def named_field(text: str, label: str, place: Place, *, named: bool) -> Place | 
 
 @dataclass(frozen=True)
 class NameRules:
-    """titled: the first word may be a surname that is also a word. comma: `Last, First` is one name. small: words in small
+    """What may be part of a person's name at one place of a text.
+
+    titled: the first word may be a surname that is also a word. comma: `Last, First` is one name. small: words in small
     letters may be names. eponyms: so may what is known as a disease or a drug. wide: two spaces may stand inside."""
 
     titled: bool = False

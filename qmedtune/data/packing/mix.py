@@ -121,7 +121,10 @@ def buckets(lengths: np.ndarray, batch: int, rng: np.random.Generator) -> np.nda
 
 @dataclass(frozen=True)
 class RowLayout:
-    """pieces: (P, 3) int64 of (index into the draws, start, length); row r holds pieces[ends[r-1]:ends[r]]."""
+    """Rows of a packed stage.
+
+    pieces: (P, 3) int64 of (index into the draws, start, length); row r holds pieces[ends[r-1]:ends[r]].
+    """
 
     pieces: np.ndarray
     bounds: np.ndarray

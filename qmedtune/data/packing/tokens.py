@@ -219,7 +219,10 @@ def encode_texts(codec: Codec, records: list[Record], limit: int | None) -> list
 
 @dataclass(frozen=True)
 class Encoder:
-    """How records become tokens; `key` names all that this depends on beside their text."""
+    """A tokenising function with its cache key.
+
+    How records become tokens; `key` names all that this depends on beside their text.
+    """
 
     encode: Callable[[list[Record]], list[Encoded]]
     key: str = ""

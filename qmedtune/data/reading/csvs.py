@@ -37,7 +37,10 @@ csv.field_size_limit(MAX_RECORD_BYTES)  # a quote left open ends here at the lat
 
 @dataclass(frozen=True)
 class Dialect:
-    """How a file is written. line_end: "\\n" also stands for "\\r\\n"; first_line: where the header is, from 1."""
+    """Encoding, delimiter and header of a CSV file.
+
+    How a file is written. line_end: "\\n" also stands for "\\r\\n"; first_line: where the header is, from 1.
+    """
 
     delimiter: str
     encoding: str

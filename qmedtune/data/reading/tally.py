@@ -22,7 +22,9 @@ MOST_SHAPES = 4096  # distinct sets of keys that are held before they are added 
 
 @dataclass
 class ReadingTally:
-    """recognised: what -> files. columns_read, columns_unread: column or key -> records that had it. files_unread:
+    """Counts of what was recognised, read and left out while a source is read.
+
+    recognised: what -> files. columns_read, columns_unread: column or key -> records that had it. files_unread:
     extension -> files of a folder and members of archives that were found and not read."""
 
     recognised: Counter[str] = field(default_factory=Counter)

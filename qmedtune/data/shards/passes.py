@@ -266,6 +266,9 @@ def check(out: Path, name: str) -> Source:
             f"{places.shards}: {len(missing)} of {num_shards} shards missing or damaged: {', '.join(missing[:3])}\n"
             "give the same command again: they are made anew, the others are kept"
         )
+    for folder in (places.treated, places.shards):
+        for leftover in folder.glob(".[0-9]*-*"):  # of a task that was killed while it wrote: text of records
+            leftover.unlink()
     with owner_only():
         write_checked(places.shards / SHARDS, sizes)
         write_json(places.ledger, counted.as_json())
