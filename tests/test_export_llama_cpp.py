@@ -198,8 +198,10 @@ def check_k_quant(folder: Path, out: Path, quant: str, limit: float) -> set[str]
     copied.load_state_dict({name: read.load(name).float() for name in copied.state_dict()})
     with LlamaCpp(file) as reads:
         found = reads.logits(ids)
-    # llama.cpp rounds what enters a quantised product to 8 bits: small beside what the weights have lost
-    assert divergence(copied, ids, found) <= 0.2 * divergence(model, ids, found) <= 0.2 * limit
+    # llama.cpp rounds what enters a quantised product to 8 bits: .009 nats of SmolLM2 with q6_k, little beside what
+    # 2 to 4 bits of the weights lose
+    lost = divergence(model, ids, found)
+    assert lost <= limit and divergence(copied, ids, found) <= max(0.2 * lost, 0.015)
     assert made.bytes == file.stat().st_size
     return {tensor.kind for tensor in read.header.tensors.values()}
 

@@ -126,7 +126,7 @@ def _prove(path: Path, model: DiskLlama, folders: Sequence[Path], quant: str) ->
         theirs = read_updates(folders, model.model)
         sources = [Streamed(load, told, apply=pool.map) for told in (theirs, updates)]
         models = [streamed_model(model.model, source) for source in sources]
-        (expected, _), (found, _) = logits_of_all(models, ids, sources)
+        [expected], [found] = logits_of_all(models, ids, sources)
     figures = divergence(expected, found)
     if not figures.kl <= LIMITS.get(quant, LIMITS["f16"]):
         raise RunError(

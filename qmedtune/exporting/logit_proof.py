@@ -90,7 +90,7 @@ def prove(path: Path, model: DiskLlama, quant: str, doubtful: Sequence[str] = ()
         ours = Streamed(load, apply=pool.map)  # pyright: ignore[reportArgumentType]
         models = [streamed_model(model.model, source) for source in (reference, ours)]
         with ui.progress_bar("proving the file", total=None, unit="layers"):
-            (theirs, _), (found, _) = logits_of_all(models, ids, [reference, ours])
+            [theirs], [found] = logits_of_all(models, ids, [reference, ours])
         greedy = None
         if quantised and small:
             greedy = _agreement(models, ids)
