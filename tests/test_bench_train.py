@@ -166,7 +166,7 @@ def test_the_code_of_another_checkout_is_a_contender(tmp_path):
         (folder / "__init__.py").write_text("")
     (other / "qmedtune" / "bench" / "train_process.py").write_text(OTHER_CODE)
     name = f"qmedtune@{other}"
-    found = train.measure(job_of("1b", {"rows": 3}), name, tmp_path, tmp_path, 60.0)
+    found = train.measure(job_of("1b", {"rows": 3}), name, train.Folders(tmp_path, tmp_path), 60.0)
     assert found.as_json()["asked"] == ["qmedtune", 3, True] and found.tokens_per_s == 50.0
     result = train.bench_train(job_of("1b", {}), [name], rounds=2, models=tmp_path)
     [row] = result["rows"]

@@ -19,6 +19,8 @@ STACKED = """  .KIND, .KIND tbody, .KIND tr { display: block; }
   .KIND td::before { content: attr(data-column); color: var(--soft); text-align: left; flex: none; }
   .KIND td.n + td:not(.n) { padding-left: 0; }
 """
+MANY = STACKED.replace("KIND", "many")
+LONG = STACKED.replace("KIND", "long")
 CSS = """
 :root {
   color-scheme: light dark;
@@ -181,5 +183,4 @@ STACKED  td.w, tbody th.w, tbody th.t { min-width: 90px; } td.s, td.n { white-sp
   details.values { display: none; }
   pre { white-space: pre-wrap; overflow-wrap: anywhere; }
 }
-""".replace("LIGHT", LIGHT)
-CSS = CSS.replace("STACKED", STACKED.replace("KIND", "many")).replace("LONG", STACKED.replace("KIND", "long"))
+""".replace("LIGHT", LIGHT).replace("STACKED", MANY).replace("LONG", LONG)
