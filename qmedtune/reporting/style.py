@@ -21,7 +21,8 @@ STACKED = """  .KIND, .KIND tbody, .KIND tr { display: block; }
 """
 MANY = STACKED.replace("KIND", "many")
 LONG = STACKED.replace("KIND", "long")
-CSS = """
+CSS = (
+    """
 :root {
   color-scheme: light dark;
   LIGHT
@@ -183,4 +184,7 @@ STACKED  td.w, tbody th.w, tbody th.t { min-width: 90px; } td.s, td.n { white-sp
   details.values { display: none; }
   pre { white-space: pre-wrap; overflow-wrap: anywhere; }
 }
-""".replace("LIGHT", LIGHT).replace("STACKED", MANY).replace("LONG", LONG)
+""".replace("LIGHT", LIGHT)
+    .replace("STACKED", MANY)
+    .replace("LONG", LONG)
+)
