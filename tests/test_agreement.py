@@ -50,7 +50,7 @@ OF_ITS_OWN = {
     "02-classify": (
         f"data.outcome={OUTCOMES}",
         "stages=[{cpt: {mix: {literature: 1}, tokens: 500, batch: 3}}, "
-        "{classify: {data: outcome, epochs: 1, seq_len: 64, batch: 3, micro_batch: 1, validation: 0.2}}]",
+        "{classify: {data: outcome, epochs: 5, seq_len: 64, batch: 3, micro_batch: 1, validation: 0.2}}]",
         "adapter.train_embeddings=false",
     ),
 }
