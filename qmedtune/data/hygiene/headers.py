@@ -129,12 +129,16 @@ def _ends_known(word: str) -> bool:
 def _piped(text: str) -> Iterator[Field]:
     """Cells of rows between pipes: each that is a label, with the cell behind it."""
     at = text.find("|")
+    line = -1  # where the line of `at` ends: looked for once a line, not once a pipe (quadratic in one long line)
     while at >= 0:
         stop = text.find("|", at + 1)
-        line = text.find("\n", at + 1)
         if stop < 0:
             return
-        if line < 0 or stop < line:
+        if line <= at:
+            line = text.find("\n", at + 1)
+            if line < 0:
+                line = len(text)
+        if stop < line:
             cell = text[at + 1 : stop].strip(" *")
             if 1 < len(cell) <= 40 and cell[0].isalpha() and (kinds := labels.classes(cell)):
                 start = stop + 1
@@ -238,7 +242,7 @@ def _of_first(text: str, field: Field) -> Iterator[Found]:
         match = _PHONE.match(text, start)
         if match is None and labels.SHORT_NUMBERS.intersection(field.label.lower().split()):
             match = _SHORT_PHONE.match(text, start)
-        if match and not _DATE_LIKE.match(match["value"]) and not _DECIMAL.match(match["value"]):
+        if match and _is_phone(field.label, match["value"]):
             yield "fax" if "fax" in field.label.lower() else labels.PHONE, *match.span("value")
             return
     if labels.ZIP in kinds and (match := _POSTCODE.match(text, start)):
@@ -271,6 +275,13 @@ def _of_first(text: str, field: Field) -> Iterator[Found]:
         yield labels.PLACE, start, end
 
 
+def _is_phone(label: str, value: str) -> bool:
+    if _DATE_LIKE.match(value) or _DECIMAL.match(value):
+        return False
+    # `Cell: 1000000` counts cells; a number without its area code has a mark inside, `555-0143`.
+    return not (labels.may_be_cells(label) and value.isdigit() and len(value) < 10)
+
+
 def _number_end(text: str, field: Field, start: int) -> int | None:
     """Where a number of record, account, insurance begins at `start`: its end, or None."""
     match = _GROUPED.match(text, start) or _SINGLE.match(text, start)
@@ -281,6 +292,8 @@ def _number_end(text: str, field: Field, start: int) -> int | None:
     mixed = bool(_HAS_LETTER.search(value))
     weak = labels.is_weak(field.label) or labels.OTHER in field.kinds
     enough = digits >= (5 if weak else 4) or (mixed and digits >= 3 and len(value) >= 5 and not weak)
+    if labels.needs_long(field.label) and not mixed:
+        enough = digits >= 7
     measured = _DECIMAL.match(value) or MEASURED.match(text[match.end() : match.end() + 16])
     if not enough or measured or (weak and _RANGE.match(value)):  # `Ref: 135-145`
         return None
@@ -303,11 +316,19 @@ def _street_end(text: str, start: int) -> int | None:
     return start + len(value)
 
 
+# What is told of a stay, behind `Hospital:`, and stands in no place's name.
+_OF_A_STAY = frozenset(
+    "course stay complicated uneventful unremarkable acquired guidelines problem problems discharged admitted transferred required".split()
+)
+
+
 def _place_end(text: str, start: int) -> int | None:
     end = _FIELD_END.search(text, start, min(len(text), start + 60))
     value = text[start : end.start() if end else start + 60].rstrip(" .,")
     words = value.split()
     if not 2 <= len(words) <= 7 or not value[:1].isupper() or any(c.isdigit() for c in value):
+        return None
+    if any(word.lower().strip(".,'") in _OF_A_STAY for word in words):
         return None
     named = [word for word in words if word[:1].isupper() and word.lower().strip(".,'") not in NEVER]
     if not named or sum(word[:1].islower() for word in words) > 2:

@@ -97,7 +97,10 @@ _CLINICAL = """
     dictation signal imaging angiography angiogram venogram venography spectroscopy enterography elastography
     sequence sequences recovery stepdown telemetry preop postop endo brief transcribed transcriptionist cc attn re via
     ext tel cell mobile ward bed floor house officer director chair chairman fellow colleague colleagues sir
-    madam everyone team concern whom department veterans university college institute""".split()
+    madam everyone team concern whom department veterans university college institute
+    healthy unhealthy alive well living deceased asymptomatic unaffected isolation required precautions droplet airborne
+    uneventful estranged widowed divorced married diabetics hypertensive hypotensive obese epileptic asthmatic alcoholic
+    smoker nonsmoker noncontributory""".split()
 
 _ACRONYMS = """
     abg adl afib aicd aids ama ards bid bmp bp bpm bun cabg cad cbc ccu cdiff chf cc cns co copd cpap cpr crna csf
