@@ -101,8 +101,8 @@ THINGS = frozenset(
 )
 # How many there are of these, a number says (`Sample number: 10000`); only an `id` or a `ref` names one of them.
 QUANTITIES = frozenset(
-    """total sample samples cells platelet platelets sequence sequences slide slides count counts n patients participants
-    subjects""".split()
+    """total sample samples cells platelet platelets sequence sequences slide slides count counts n patients
+    participants subjects""".split()
 )
 # Of what counts, what names one thing and never says how many.
 NAMING = frozenset("""id ids ident identifier identification identificacion identificativo ref reference""".split())
@@ -189,7 +189,7 @@ def _classes(tokens: list[str]) -> frozenset[str]:
 def _counted(tokens: list[str]) -> frozenset[str]:
     """`Patient No`, `Fall Nr`, `Phone number`, `ID`: the class of what is counted, or of any other number.
 
-    Of a word that is not known, `number` is mostly how many there are; only `id` and `ref` make it an identifier.
+    `number` of a sample says how many there are; only `id` and `ref` make it an identifier.
     """
     counted = named = False
     for token in reversed(tokens):
@@ -204,21 +204,25 @@ def _counted(tokens: list[str]) -> frozenset[str]:
         known = CLASSES.get(token, set())
         if PHONE in known:
             return frozenset((PHONE,))
-        if not named and (token in QUANTITIES or not known):
+        if not named and token in QUANTITIES:
             return frozenset()
         return frozenset(known & NUMBERS) or frozenset((OTHER,))
     return frozenset((OTHER,)) if counted else frozenset()
 
 
 def needs_long(label: str) -> bool:
-    """Whether a short number of digits behind the label may be a count or a place in a row: `Number`, `No.`, `Order`."""
+    """Whether a short number behind the label may be a count or a place in a row: `Number`, `Order`, `Visits no`."""
     tokens = _tokens(label)
     if tokens and tokens[-1] in SHORT_ALONE:
         return True
-    for token in tokens:
-        if token in NAMING or (token not in COUNTING and token != "#"):
+    counted = False
+    for token in reversed(tokens):
+        if token in NAMING:
             return False
-    return bool(tokens)
+        if token not in COUNTING and token != "#":
+            return token not in CLASSES
+        counted = True
+    return counted
 
 
 def may_be_cells(label: str) -> bool:
