@@ -107,7 +107,7 @@ def _within_memory(scoring: Scoring, out: Path) -> tuple[Scoring, BothModels, Bo
             raise
     ui.warn(f"evaluation: {instead.why}; base and result are scored in NF4")
     # What was kept of the other precision stays apart from this.
-    scoring = replace(scoring, taken=instead, folder=scoring.folder / "nf4")
+    scoring = replace(scoring, taken=instead, folder=out / store.SCRATCH / instead.folder)
     measured, in_nf4 = scoring.measure(Turns())
     return scoring, measured, in_nf4
 
@@ -162,7 +162,7 @@ def _scoring_of(recipe: ResolvedRecipe, inputs: EvaluatedModels, out: Path) -> S
     settings = settings_of(recipe, stack)
     check_prompts(models.load_tokenizer(stack.base), settings.template, tasks)
     taken = precision.decide(recipe, delivered_dtype(stack))
-    return Scoring(recipe, inputs, tasks, held_out, settings, taken, out / store.SCRATCH)
+    return Scoring(recipe, inputs, tasks, held_out, settings, taken, out / store.SCRATCH / taken.folder)
 
 
 def _warnings(inputs: EvaluatedModels, taken: precision.Precision, found: Evaluation) -> list[str]:

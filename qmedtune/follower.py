@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -88,7 +89,7 @@ def follow(store: Any, rank: int, size: int) -> int:
         try:
             member.do(message, number)
         except Exception as error:
-            fault = Reply(fault=_told(error))  # nobody reads it once training has begun
+            fault = Reply(fault=_told(error))  # once training has begun, rank 0 reads it when this process is gone
             store.set(f"ready/{number}/{rank}", json.dumps(vars(fault)))
             return getattr(error, "exit_code", 1)
         number += 1
@@ -106,9 +107,9 @@ def _next(store: Any, number: int) -> Message | None:
 
 
 def _told(error: Exception) -> str:
-    """In one line. Messages of foreign exceptions are not passed on: they can quote clinical text."""
+    """Messages of foreign exceptions are not passed on: they can quote clinical text."""
     if isinstance(error, QmedtuneError):
-        return str(error).splitlines()[0]
+        return str(error)
     return f"{type(error).__name__} (give the command with one process to see more)"
 
 
@@ -154,7 +155,7 @@ class _Member:
         from qmedtune.recipe import Recipe
 
         machine = replace(this_machine(), cards=self.size)  # rank 0 has judged what the host has to hold
-        recipe, _ = resolve(Recipe.model_validate(message.recipe), machine)
+        recipe, _ = resolve(Recipe.model_validate(message.recipe), machine, judged=True)
         return recipe
 
     def _train(self, message: Message, number: int) -> None:
@@ -168,7 +169,10 @@ class _Member:
         follow_stage(job, self.shared, group, lambda computes: self._answer(number, Reply(computes)))
 
     def _score(self, message: Message) -> None:
+        import torch
+
         from qmedtune.evaluate import EvaluatedModels, score_along
+        from qmedtune.evaluation.measure import release_memory
 
         self.shared.drop()
         recipe, folders = self._recipe(message), message.paths
@@ -180,7 +184,9 @@ class _Member:
             untrained=folders.get("untrained"),
             validation=folders.get("validation"),
         )
-        score_along(recipe, inputs, folders["out"], Turns(self.rank, self.size))
+        with suppress(torch.OutOfMemoryError):  # on a card that others use too; what is missing rank 0 makes itself
+            score_along(recipe, inputs, folders["out"], Turns(self.rank, self.size))
+        release_memory()
 
 
 if __name__ == "__main__":

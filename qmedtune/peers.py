@@ -141,7 +141,8 @@ class Peers:
         """What a process has answered. Raises RunError with its fault, or where it has ended."""
         answer = Reply(**json.loads(self._answer(key, rank)))
         if answer.fault:
-            raise RunError(f"process {rank + 1} of {self.size}: {answer.fault}\nall processes of the run end")
+            fault = answer.fault.splitlines()[0]
+            raise RunError(f"process {rank + 1} of {self.size}: {fault}\nall processes of the run end")
         return answer.computes
 
     def greet(self) -> None:
@@ -181,9 +182,18 @@ class Peers:
             if ended and not self.over.wait(RECORD_S):
                 ui.error_panel([
                     f"another process of this run ended, or hangs (process {ended[0] + 1} of {self.size})",
+                    *self._last_words(ended[0]),
                     "what is sealed stays; the same command goes on from the last checkpoint",
                 ])  # fmt: skip
                 os._exit(1)
+
+    def _last_words(self, rank: int) -> list[str]:
+        """What a process has said is wrong with it, before it ended."""
+        key = f"ready/{self.number}/{rank}"
+        with suppress(RuntimeError):
+            if self.store.check([key]):
+                return Reply(**json.loads(self.store.get(key))).fault.splitlines()
+        return []
 
     def end(self, code: int) -> None:
         """The run is over: the others end too, at the latest after GRACE_S."""

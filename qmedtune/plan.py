@@ -357,7 +357,7 @@ def _gathered(facts: BaseFacts, setup: Setup, machine: Machine, batch: int) -> i
     if not setup.sharded or not batch:
         return 0
     rows = -(-batch // setup.cards)
-    size = memory.linear_bytes(facts, setup, gpu=machine.is_gpu)
+    size = memory.gathered_bytes(facts, setup, gpu=machine.is_gpu)
     return exchange.gathered_bytes(size, setup.cards, -(-rows // setup.micro_batch))
 
 

@@ -31,7 +31,9 @@ class Pulse:
         for rank, before in self.seen.items():
             key = f"pulse/{rank}"
             now = self.store.get(key) if self.store.check([key]) else b""
-            self.missed[rank] = self.missed[rank] + 1 if now == before else 0
+            # Before its first sign a process imports torch, which from a cold network disk takes minutes.
+            unchanged = bool(now) and now == before
+            self.missed[rank] = self.missed[rank] + 1 if unchanged else 0
             self.seen[rank] = now
             if self.missed[rank] >= SILENT_LOOKS:
                 silent.append(rank)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from qmedtune import group
+from qmedtune import group, pulse
 from qmedtune.errors import DoesNotFit, RecipeError
 from qmedtune.parsing.loader import load_recipe
 from qmedtune.plan import make_plan
-from qmedtune.planning import exchange, memory
+from qmedtune.planning import exchange, memory, precision
+from qmedtune.planning.machine import this_machine
+from qmedtune.planning.resolve import resolve
 from qmedtune.planning.view import render_plan
 
 MIB = 2**20
@@ -74,19 +78,50 @@ def test_a_base_that_fits_one_card_is_not_sharded_but_where_it_is_asked_for():
         planned("meta-llama/Llama-3.1-70B", 40, 1)
     with pytest.raises(DoesNotFit, match=r"--gpus 4 with shard: auto"):
         planned("meta-llama/Llama-3.1-70B", 24, 2)
-    with pytest.raises(DoesNotFit):
+    with pytest.raises(DoesNotFit) as caught:
         planned("meta-llama/Llama-3.1-70B", 40, 2, "shard=false")
+    assert "shard: auto" not in str(caught.value)  # which the recipe has ruled out
 
 
 def test_a_sharded_base_is_not_scored_where_it_does_not_fit_one_card():
     with pytest.raises(DoesNotFit, match="evaluate: scores are taken on one GPU"):
         planned("meta-llama/Llama-3.1-70B", 24, 4, "evaluate={perplexity: [literature]}")
+    with pytest.raises(DoesNotFit, match="audit: scores are taken on one GPU"):
+        planned("meta-llama/Llama-3.1-70B", 24, 4, "audit={source: notes}")
 
 
 def test_a_stage_that_cannot_be_sharded_is_named():
     stages = "stages=[{pretrain: {mix: {literature: 1}, tokens: 100}}, {cpt: {mix: {literature: 1}, tokens: 100}}]"
     with pytest.raises(RecipeError, match="shard: true given, but 01-pretrain trains all parameters"):
         planned("builtin:micro", 24, 2, "shard=true", stages)
+
+
+def test_what_was_judged_is_not_judged_again():
+    """Rank 0 makes `shard: true` of auto where one stage needs it; the others get that, and a stage that cannot be."""
+    stages = "stages=[{pretrain: {mix: {literature: 1}, tokens: 100}}, {cpt: {mix: {literature: 1}, tokens: 100}}]"
+    recipe = load_recipe(ROOT / "recipes" / "micro.yaml", ["shard=true", stages]).recipe
+    resolved, _ = resolve(recipe, replace(this_machine(), cards=2), judged=True)
+    assert [stage.cards.sharded for stage in resolved.stages] == [False, True]
+
+
+def test_parts_of_other_precisions_lie_apart():
+    folders = {precision.Precision("delivered", "bfloat16", "bfloat16").folder}
+    folders.add(precision.Precision("delivered", "bfloat16", "float32").folder)
+    folders.add(precision.Precision("nf4", "nf4", "bfloat16").folder)
+    assert len(folders) == 3
+
+
+def test_a_process_that_gives_no_sign_is_noticed_and_one_that_is_not_there_yet_is_not(tmp_path: Path):
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 2)
+    watch = pulse.Pulse(store, 0, [1])
+    for _ in range(2 * pulse.SILENT_LOOKS):
+        assert watch.beat() == []
+    other = pulse.Pulse(store, 1, [0])
+    assert other.beat() == []
+    looks = [watch.beat() for _ in range(pulse.SILENT_LOOKS + 1)]
+    assert looks[-2] == [] and looks[-1] == [1]
+    other.beat()
+    assert watch.beat() == []
 
 
 def test_scores_are_planned_for_as_many_processes_as_there_are_parts(capsys):

@@ -41,6 +41,7 @@ SETTINGS = (
     "stages[0].cpt.tokens=2500",
     "save.every=3",
 )
+NO_MEMORY = "has no memory to score"
 IN_4_BITS = "linears are kept in 4 bits"  # what a GPU does; a CPU decodes them once
 # In the process that follows: what a test writes into $FAULTS is done wrong in every batch, or at the start of a stage.
 FAULTY = """
@@ -53,6 +54,7 @@ if sys.argv[:1] == ["-m"]:
 
 def plant(path: str) -> None:
     """Make this process do what the file at `path` says is to be wrong."""
+    from qmedtune.evaluation import measure
     from qmedtune.training import trainer
 
     share, add_up, weigh, follow = Group.share, Group.add_up, trainer.supervised_weight, train.follow_stage
@@ -89,6 +91,11 @@ def plant(path: str) -> None:
     def looked(self: Path, **more: bool) -> bool:
         return exists(self, **more) and not (self.name == "model" and wrong() == "sees no base")
 
+    def scored(*given):
+        if wrong() == NO_MEMORY:
+            raise torch.OutOfMemoryError("planted")
+        return score(*given)
+
     def kept_or_decoded(*given):
         return 0 if wrong() == IN_4_BITS else decode(*given)
 
@@ -96,6 +103,7 @@ def plant(path: str) -> None:
     exists = Path.exists
     if "qmedtune.follower" in sys.orig_argv:  # the machine of rank 0 sees all
         Path.exists = looked
+        score, measure._score = measure._score, scored
     Group.share, Group.add_up, trainer.supervised_weight, train.follow_stage = shared, added, weighed, followed
 
 
@@ -376,9 +384,11 @@ def test_running_out_of_memory_in_one_process_halves_the_micro_batch_of_all(
 # ---- scores ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("fault", ["", NO_MEMORY])
 def test_scores_are_shared_out_and_are_those_of_one_process(
-    packed: MicroRun, one: Path, pair: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    packed: MicroRun, one: Path, pair: None, right: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ):
+    """Also where the other process has no room for its part: the one that leads makes it, and nothing ends."""
     from qmedtune import evaluate
     from qmedtune.evaluation import measure
 
@@ -394,10 +404,11 @@ def test_scores_are_shared_out_and_are_those_of_one_process(
         folder.mkdir()
         monkeypatch.setattr(peers, "_alone", alone)
         scored.clear()
+        right.write_text(fault)
         found.append((evaluate.evaluate_step(recipe(*settings), compared, folder).as_json(), len(scored)))
     (one_by_one, all_parts), (shared, led) = found
     assert shared == one_by_one
-    assert 0 < led < all_parts
+    assert led == all_parts if fault else 0 < led < all_parts
     for file in sorted((tmp_path / "one").glob("*.jsonl")):
         assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
 

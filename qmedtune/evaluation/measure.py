@@ -215,10 +215,15 @@ def within_memory(work: Callable[[int], T], batch_tokens: int) -> T:
         except torch.OutOfMemoryError:
             if batch_tokens <= FEWEST_TOKENS:
                 raise
-        gc.collect()
-        torch.cuda.empty_cache()
+        release_memory()
         batch_tokens = max(FEWEST_TOKENS, batch_tokens // 2)
         ui.warn(f"out of memory: scored in batches of {batch_tokens:,} tokens from here on")
+
+
+def release_memory() -> None:
+    """Give back what a pass held that ran out of memory. Call it when its exception is gone: that holds the tensors."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def adding(bar: ui.ProgressBar) -> Progress:

@@ -40,7 +40,7 @@ def times_as_fast(step: StepTime, gpus: int, link: str) -> float:
     return step.seconds / (step.seconds / gpus + crossing / LINKS[link])
 
 
-def gathered_bytes(linear_bytes: float, gpus: int, micro_batches: int) -> int:
+def gathered_bytes(shared_bytes: float, gpus: int, micro_batches: int) -> int:
     """Bytes of a sharded base of so many bytes that a GPU receives in a step of so many micro-batches of its own:
     layer by layer, for the forward pass and again for the backward pass."""
-    return round(2 * micro_batches * linear_bytes * (gpus - 1) / gpus)
+    return round(2 * micro_batches * shared_bytes * (gpus - 1) / gpus)

@@ -203,7 +203,9 @@ def choose(facts: BaseFacts, draft: Draft, machine: Machine) -> FittedSetup:
     peak, setup = min(crowded, key=lambda option: option[0])
     if peak > budget:
         name = draft.recipe.stage_names()[draft.index]
-        raise DoesNotFit(_does_not_fit(facts, name, FittedSetup(setup, peak, budget), machine))
+        stage = draft.recipe.stages[draft.index]
+        may_shard = draft.recipe.shard is not False and not (stage.full or stage.classify)
+        raise DoesNotFit(_does_not_fit(facts, name, FittedSetup(setup, peak, budget), machine, may_shard=may_shard))
     return FittedSetup(setup, peak, budget)
 
 
@@ -238,7 +240,7 @@ def remedies(facts: BaseFacts, setup: Setup, *, gpu: bool) -> list[tuple[str, in
     return found
 
 
-def _does_not_fit(facts: BaseFacts, name: str, least: FittedSetup, machine: Machine) -> str:
+def _does_not_fit(facts: BaseFacts, name: str, least: FittedSetup, machine: Machine, *, may_shard: bool) -> str:
     setup, missing = least.setup, least.peak_bytes - least.budget_bytes
     enough: list[tuple[str, int]] = []
     too_little: list[tuple[str, int]] = []
@@ -249,7 +251,8 @@ def _does_not_fit(facts: BaseFacts, name: str, least: FittedSetup, machine: Mach
             too_little.append((text, freed))
     too_little.sort(key=lambda remedy: -remedy[1])
     named = (enough + too_little)[:3]
-    if number := _enough_cards(facts, least, machine):
+    number = _enough_cards(facts, least, machine) if may_shard else None
+    if number is not None:
         sharded = memory.peak_bytes(facts, replace(setup, cards=number, sharded=True), gpu=machine.is_gpu)
         named = [*named[:2], (f"--gpus {number} with shard: auto (FSDP2)", least.peak_bytes - sharded)]
     if len(named) < 3:
@@ -271,9 +274,9 @@ def _does_not_fit(facts: BaseFacts, name: str, least: FittedSetup, machine: Mach
 
 
 def _enough_cards(facts: BaseFacts, least: FittedSetup, machine: Machine) -> int | None:
-    """How many GPUs like this one hold a base together that does not fit one; None: it is no GPU, not what a base on
-    several is for, or more than a node has."""
-    if not machine.is_gpu or least.setup.full:
+    """How many GPUs like this one hold a base together that does not fit one; None: it is no GPU, or more than a node
+    has."""
+    if not machine.is_gpu:
         return None
     for number in MORE_CARDS:
         setup = replace(least.setup, cards=number, sharded=True)

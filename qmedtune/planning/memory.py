@@ -134,14 +134,25 @@ def linear_bytes(facts: BaseFacts, setup: Setup, *, gpu: bool) -> float:
     return per_weight * facts.linear_parameters
 
 
+def gathered_bytes(facts: BaseFacts, setup: Setup, *, gpu: bool) -> float:
+    """Of all that FSDP gathers for a pass over the model: linears, and embedding and head where they are sharded."""
+    return linear_bytes(facts, setup, gpu=gpu) + 2 * _vocabulary_bytes(facts, setup)
+
+
+def _vocabulary_bytes(facts: BaseFacts, setup: Setup) -> int:
+    """Of an embedding, or a head, that is sharded: neither is where they are trained or one matrix is both."""
+    if facts.tied or setup.train_embeddings:
+        return 0
+    return facts.vocab * facts.hidden * setup.element_bytes
+
+
 def _sharded_weights(facts: BaseFacts, setup: Setup, *, gpu: bool) -> dict[str, int]:
     """This card's part of the base (modeling/sharding.py). The scales of NF4 stay whole; so do embedding and head where
     they are trained or one matrix is both. Gathered at a time: two layers (one computes, the next is on its way), each
     once as it arrives and once in its place, or embedding or head."""
     linears = linear_bytes(facts, setup, gpu=gpu)
     rest = (facts.parameters - facts.linear_parameters) * setup.element_bytes
-    apart = not (facts.tied or setup.train_embeddings)
-    vocabulary = facts.vocab * facts.hidden * setup.element_bytes if apart else 0
+    vocabulary = _vocabulary_bytes(facts, setup)
     scales = 0.0
     if gpu and setup.quantized:
         per_weight = NF4_DOUBLE_BYTES if setup.double_quantization else NF4_BYTES
@@ -150,7 +161,7 @@ def _sharded_weights(facts: BaseFacts, setup: Setup, *, gpu: bool) -> dict[str, 
     return {
         f"weights (1 of {setup.cards} parts)": int(linears / setup.cards),
         "scales of NF4": int(scales),
-        "embeddings and norms": int(rest if not apart else rest / setup.cards),
+        "embeddings and norms": int(rest / setup.cards if vocabulary else rest),
         "gathered layers": int(gathered),
     }
 

@@ -46,6 +46,11 @@ class Precision:
     def quantised(self) -> bool:
         return self.weights == "nf4"
 
+    @property
+    def folder(self) -> str:
+        """Names what is kept of an unfinished evaluation: that of another machine, or card, may be another one."""
+        return f"{self.weights}-{self.computed_in}"
+
     def facts(self, asked: ScoringPrecision) -> dict[str, str | None]:
         """For evaluation.json: {"precision", "weights", "computed_in", "why"}, and `asked` where that is another."""
         found = {"precision": self.name, "weights": self.weights, "computed_in": self.computed_in, "why": self.why}
@@ -82,18 +87,19 @@ def after_no_room(recipe: Recipe, taken: Precision) -> Precision | None:
 
 
 def refuse_unscorable(recipe: ResolvedRecipe, machine: Machine) -> None:
-    """DoesNotFit where several GPUs hold the base together because it does not fit one, and are asked for scores: each
-    model is scored by one process, on one GPU."""
-    if not recipe.shard or not (recipe.evaluate.tasks or recipe.evaluate.perplexity):
+    """DoesNotFit where several GPUs hold the base together because it does not fit one, and are asked for scores or an
+    audit: each model is scored by one process, on one GPU."""
+    scored = recipe.evaluate.tasks or recipe.evaluate.perplexity
+    if not recipe.shard or not (scored or recipe.audit):
         return
     setup = replace(setup_of(recipe, 0), cards=1, sharded=False)
     needed = sum(weight_bytes(base_facts(recipe.model), setup, gpu=True).values()) + BESIDE_WEIGHTS_BYTES
     there = budget_bytes(machine, recipe)
     if machine.is_gpu and needed > there:
         raise DoesNotFit(
-            f"evaluate: scores are taken on one GPU, and this base takes {units.size(needed)} of {units.size(there)} "
-            f"there ({machine.name}); only training is sharded\n"
-            "remedy: evaluate: {tasks: [], perplexity: []}, and `qmedtune eval` of the merged model on a larger card"
+            f"{'evaluate' if scored else 'audit'}: scores are taken on one GPU, and this base takes "
+            f"{units.size(needed)} of {units.size(there)} there ({machine.name}); only training is sharded\n"
+            "remedy: evaluate: {tasks: [], perplexity: []}, no audit; on a larger card `qmedtune eval` the result"
         )
 
 

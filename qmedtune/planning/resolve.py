@@ -45,14 +45,18 @@ STEP_TOKENS = {"cpt": 32_768, "sft": 16_384, "pretrain": 32_768, "classify": 16_
 LARGE = 30e9  # from here QLoRA's own recipe halves the learning rate (Dettmers et al. 2023: 2e-4 to 13B, 1e-4 from 33B)
 
 
-def resolve(recipe: Recipe, machine: Machine | None = None) -> tuple[ResolvedRecipe, Decisions]:
+def resolve(
+    recipe: Recipe, machine: Machine | None = None, *, judged: bool = False
+) -> tuple[ResolvedRecipe, Decisions]:
     """The recipe without `auto` (see above for what stays) and the decisions as {"key", "value", "why"}.
 
-    `machine` defaults to this one. Raises DoesNotFit when a stage cannot fit, RecipeError when the base is unknown.
+    `machine` defaults to this one. judged: another process has resolved this recipe before, and a `shard: true` in it
+    can be what it made of `auto`: of the stages that can be sharded. Raises DoesNotFit when a stage
+    cannot fit, RecipeError when the base is unknown.
     """
     machine = machine or this_machine()
     if recipe.shard != "auto":
-        if recipe.shard:
+        if recipe.shard and not judged:
             _refuse_to_shard(recipe)
         return _resolve(recipe, machine, sharded=recipe.shard and machine.cards > 1)
     try:
