@@ -37,6 +37,8 @@ FOUND: list[tuple[str, str, list[str]]] = [
     ('name', 'seen by Drs. Smith, Jones and Green today', ['Smith', 'Jones', 'Green']),
     ('name', 'Attending: Smith, Jones, and Green', ['Smith', 'Jones', 'Green']),
     ('name', 'Attending: Smith/Jones/Green', ['Smith', 'Jones', 'Green']),
+    ('name', 'Crew: Smith, Jones, Green, Brown, White, Cole and Reed', ['Smith', 'Jones', 'Green', 'Brown', 'White', 'Cole', 'Reed']),
+    ('name', 'Crew: Smith/Jones/Green/Brown/White/Cole/Reed/Hart/Lane', ['Smith', 'Reed', 'Hart', 'Lane']),
     ('name', 'Attending: Dr. Smith/Dr. Jones', ['Smith', 'Jones']),
     ('name', 'Dr. Smith/Jones to follow', ['Smith', 'Jones']),
     ('name', 'Nurse: Brown MD/Green RN', ['Brown', 'Green']),

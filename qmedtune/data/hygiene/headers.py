@@ -15,11 +15,11 @@ from dataclasses import dataclass, replace
 
 from qmedtune.data.hygiene import header_labels as labels
 from qmedtune.data.hygiene.anchors import places
-from qmedtune.data.hygiene.markup import find_elements
 from qmedtune.data.hygiene.name_words import TITLE_BEHIND
 from qmedtune.data.hygiene.persons import named_field
 from qmedtune.data.hygiene.recognisers import ANY_MONTH, MEASURED
 from qmedtune.data.hygiene.words import EPONYMS, NEVER, any_never
+from qmedtune.data.hygiene.xml_elements import find_elements
 
 Found = tuple[str, int, int]
 

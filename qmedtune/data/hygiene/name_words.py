@@ -174,7 +174,8 @@ _LINK = re.compile(
     re.A,
 )
 _CAPITALS = re.compile(r"[A-Z]{2,}(?![A-Za-z])", re.A)
-MAX_JOINED = 6
+_COMMA = re.compile(r",[ ](?P<sign>)(?=[A-Z])", re.A)
+MAX_JOINED = 20
 
 
 def joined(text: str, first: tuple[int, int], rules: NameRules) -> list[tuple[int, int]]:
@@ -182,9 +183,12 @@ def joined(text: str, first: tuple[int, int], rules: NameRules) -> list[tuple[in
     a name and has not its form: a list of which a part stays readable would look redacted."""
     found, end = [first], first[1]
     for _ in range(MAX_JOINED):
-        link = _LINK.match(text, _behind_degrees(text, end))
+        at = _behind_degrees(text, end)
+        link = _LINK.match(text, at)
+        if link is None and text.count(",", found[-1][0], end) >= 3:  # so many surnames that `take` has stopped
+            link = _COMMA.match(text, at)
         if link is None:
-            break
+            return found
         start = behind_titles(text, link.end())
         stop = take(text, start, replace(rules, titled=start > link.end(), eponyms=True))
         if stop:
@@ -201,6 +205,8 @@ def joined(text: str, first: tuple[int, int], rules: NameRules) -> list[tuple[in
             break
         found.append((start, stop))
         end = stop
+    else:
+        return []
     return found
 
 
