@@ -9,6 +9,7 @@ import errno
 import fcntl
 import json
 import os
+import secrets
 import shutil
 import stat
 import time
@@ -38,7 +39,8 @@ def fsync_path(path: Path) -> None:
 
 def write_atomic(path: Path, text: str) -> None:
     """Replace `path` in one rename; readers see the old text or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{PART}")
+    # Two machines on one file system may share a process number.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{PART}")
     try:
         # Half a character, as JSON can say it, is written as its escape.
         with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:

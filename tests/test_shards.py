@@ -261,6 +261,26 @@ def test_a_shard_that_is_missing_or_cut_off_is_named_and_made_again(planned):
     assert written.read_bytes() == last and passes.is_whole(out)
 
 
+def test_two_machines_with_one_process_number_do_not_write_into_each_others_files(planned, monkeypatch):
+    """A scheduler took the first for dead: on a shared file system the second treats the same shard meanwhile."""
+    _, out = planned
+    unfinished: list[str] = []
+    in_batches = passes.in_batches
+
+    def interrupted(*args):
+        if not unfinished:  # the first has its files open
+            unfinished.extend(path.name for path in (out / "notes" / "treated").glob(".[0-9]*-*"))
+            passes.treat(out, "notes", 0)
+        return in_batches(*args)
+
+    monkeypatch.setattr(passes, "in_batches", interrupted)
+    monkeypatch.setattr(passes.os, "getpid", lambda: 4242)
+    num = passes.treat(out, "notes", 0)
+    assert unfinished and all(name.startswith(".4242-") for name in unfinished)  # what `check` sweeps
+    assert not list((out / "notes" / "treated").glob(".[0-9]*-*"))
+    assert passes.treat(out, "notes", 0) == num > 0  # is found whole
+
+
 def test_a_run_refuses_a_folder_of_shards_that_are_not_all_there(planned, tmp_path):
     recipe, out = planned
     do_all(recipe, out)

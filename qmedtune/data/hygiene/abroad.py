@@ -41,7 +41,7 @@ ABROAD: dict[str, tuple[tuple[Any, ...], ...]] = {
         ),
     ),
     "phone": (
-        ("tel|tfno|tlf|phone|movil|mobile|cell|handy|gsm|natel|fax", r"(?i:\b(?:telephone|telefono|telefon|tel|tfno|tlf|phone|movil|mobile|cell|handy|gsm|natel|fax)\.?)(?:[ ]{0,4}(?:no|nr)?[.:#]{0,2}){1,2}[ ]{0,10}(?P<value>\(?\+?\d{2,5}\)?(?:[ ./-]{1,2}\d{2,4}){2,4}|0\d{1,5}[ ]?/[ ]?\d{2,8}(?:-\d{1,5})?)(?![\w])", 0),
+        ("tel|tfno|tlf|phone|movil|mobile|cell|handy|gsm|natel|fax", r"(?i:\b(?:telephone|telefono|telefon|tel|tfno|tlf|phone|movil|mobile|cell|handy|gsm|natel|fax)\.?)(?:[ ]{0,4}(?:no|nr)?[.:#]{0,2}){1,2}[ ]{0,10}(?P<value>\(?\+?\d{2,5}\)?(?:[ ./-]{1,2}\d{2,4}){2,4}|0\d{1,5}[ ]?/[ ]?\d{2,8}(?:-\d{1,5})?)(?!\w|[ ]?[./-][ ]?\d)", 0),
         ("pager|pgr|bpr|beeper", r"(?i:\b(?:pager|pgr|bpr|beeper)[ ]{0,3}:?[ ]{0,3}\#[ ]?)(?P<value>\d{3,7})\b", 0),
     ),
     "mrn": (

@@ -99,6 +99,13 @@ THINGS = frozenset(
     model part item step question class template display system panel analyte component substance event medicament
     medicamento farmaco prodotto producto produit variable column field host""".split()
 )
+# How many there are of these, a number says (`Sample number: 10000`); only an `id` or a `ref` names one of them.
+QUANTITIES = frozenset(
+    """total sample samples cells platelet platelets sequence sequences slide slides count counts n patients
+    participants subjects""".split()
+)
+# Of what counts, what names one thing and never says how many.
+NAMING = frozenset("""id ids ident identifier identification identificacion identificativo ref reference""".split())
 PREPOSITIONS = frozenset("of de d di da do del della des du dell des dos i la l for van van pour den der".split())
 # Say whose or which, behind the head: `Medecin traitant`, `PCP - General`, `Phone (home)`.
 BEHIND = frozenset(
@@ -116,6 +123,8 @@ WEAK = frozenset(
     prescription rx vers""".split()
 )
 # Alone they are mostly something else: total cholesterol, an address of the internet, a column.
+# Alone before a short number of digits they may count, or give a place in a row: it must be long, or have a letter.
+SHORT_ALONE = frozenset("order run".split())
 ONLY_COUNTED = frozenset("unit rec ip tc hc rg big col ss hosp control incident service".split())
 # What a letter is about: a person only where a title says so.
 SUBJECTS = frozenset("betreft betreff betr objet asunto oggetto concerne".split())
@@ -130,6 +139,7 @@ for _kind, _words in _WORDS.items():
         CLASSES.setdefault(_word, set()).add(_kind)
 ENDS = frozenset(CLASSES) | COUNTING | BEHIND | BY | frozenset(("a", "birth", "#", "code"))  # with what a label may end
 _TOKEN = re.compile(r"[A-Z]{2,}(?![a-z])|[A-Z]?[a-z]+|[A-Z]|#", re.A)
+PHONES = frozenset(_WORDS[PHONE].split())
 MAX_TOKENS = 7
 
 
@@ -177,11 +187,15 @@ def _classes(tokens: list[str]) -> frozenset[str]:
 
 
 def _counted(tokens: list[str]) -> frozenset[str]:
-    """`Patient No`, `Fall Nr`, `Phone number`, `ID`: the class of what is counted, or of any other number."""
-    counted = False
+    """`Patient No`, `Fall Nr`, `Phone number`, `ID`: the class of what is counted, or of any other number.
+
+    `number` of a sample says how many there are; only `id` and `ref` make it an identifier.
+    """
+    counted = named = False
     for token in reversed(tokens):
         if token in COUNTING or token == "#":
             counted = True
+            named = named or token in NAMING
             continue
         if not counted:
             return frozenset()
@@ -190,8 +204,31 @@ def _counted(tokens: list[str]) -> frozenset[str]:
         known = CLASSES.get(token, set())
         if PHONE in known:
             return frozenset((PHONE,))
+        if not named and token in QUANTITIES:
+            return frozenset()
         return frozenset(known & NUMBERS) or frozenset((OTHER,))
     return frozenset((OTHER,)) if counted else frozenset()
+
+
+def needs_long(label: str) -> bool:
+    """Whether a short number behind the label may be a count or a place in a row: `Number`, `Order`, `Visits no`."""
+    tokens = _tokens(label)
+    if tokens and tokens[-1] in SHORT_ALONE:
+        return True
+    counted = False
+    for token in reversed(tokens):
+        if token in NAMING:
+            return False
+        if token not in COUNTING and token != "#":
+            return token not in CLASSES
+        counted = True
+    return counted
+
+
+def may_be_cells(label: str) -> bool:
+    """Whether the label may be that of a count of cells: `Cell`, not `Cell phone`."""
+    tokens = _tokens(label)
+    return "cell" in tokens and len(PHONES.intersection(tokens)) == 1
 
 
 def is_weak(label: str) -> bool:

@@ -5,7 +5,7 @@ dotted lines; values end where their field does. A value that has not the form o
 stands in sentences is no business of this module (persons.py, recognisers.py). Matched is the plain copy (plain.py).
 """
 
-# ruff: noqa: E501 (a pattern reads better in one piece)
+# ruff: noqa: E501, SIM905 (a pattern reads better in one piece, a list of words as words)
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from dataclasses import dataclass, replace
 
 from qmedtune.data.hygiene import header_labels as labels
 from qmedtune.data.hygiene.anchors import places
-from qmedtune.data.hygiene.persons import TITLE_BEHIND, named_field
+from qmedtune.data.hygiene.name_words import TITLE_BEHIND
+from qmedtune.data.hygiene.persons import named_field
 from qmedtune.data.hygiene.recognisers import ANY_MONTH, MEASURED
-from qmedtune.data.hygiene.words import EPONYMS, NEVER
+from qmedtune.data.hygiene.words import EPONYMS, NEVER, any_never
+from qmedtune.data.hygiene.xml_elements import find_elements
 
 Found = tuple[str, int, int]
 
@@ -63,7 +65,7 @@ def find(text: str, lowered: str) -> Iterator[Found]:
     for field in _fields(text, lowered):
         yield from _values(text, field)
     if "</" in text or "/>" in text:
-        yield from _elements(text)
+        yield from find_elements(text)
     yield from _tables(text, lowered)
     yield from _headed(text)
 
@@ -129,12 +131,16 @@ def _ends_known(word: str) -> bool:
 def _piped(text: str) -> Iterator[Field]:
     """Cells of rows between pipes: each that is a label, with the cell behind it."""
     at = text.find("|")
+    line = -1  # where the line of `at` ends: looked for once a line, not once a pipe (quadratic in one long line)
     while at >= 0:
         stop = text.find("|", at + 1)
-        line = text.find("\n", at + 1)
         if stop < 0:
             return
-        if line < 0 or stop < line:
+        if line <= at:
+            line = text.find("\n", at + 1)
+            if line < 0:
+                line = len(text)
+        if stop < line:
             cell = text[at + 1 : stop].strip(" *")
             if 1 < len(cell) <= 40 and cell[0].isalpha() and (kinds := labels.classes(cell)):
                 start = stop + 1
@@ -185,7 +191,7 @@ _TOWN = re.compile(
     r"(?P<value>[A-Z][A-Za-z'.-]{0,24}(?:[ ](?:[a-z]{1,3}[ ])?[A-Z][A-Za-z'.-]{1,24}){0,3})(?![A-Za-z0-9])", re.A
 )
 _TOWN_FIELD = re.compile(r"(?P<value>[A-Z][A-Za-z' -]{1,40}[A-Za-z])(?=[ ]?(?:[.,;|\n(/]|[ ]{2}|$))", re.A)
-_AND = re.compile(r"[ ]{0,2}(?:/|;|&|and|und|et|y|e|or)[ ]{1,2}(?=[A-Z0-9+(])", re.A)
+_AND = re.compile(r"(?:[ ]{0,2}[/&][ ]{0,2}|[ ]{0,2}(?:;|and|und|et|y|e|or)[ ]{1,2})(?=[A-Z0-9+(])", re.A)
 _OLD = re.compile(r"(?P<value>9\d|1[0-2]\d)(?!\d|[.,]\d|/\d|%|[ ]?(?:kg|lb|bpm|mg))", re.A)
 _HAS_LETTER = re.compile(r"[A-Za-z]", re.A)
 STREET_LENGTH = 100
@@ -193,21 +199,23 @@ STREET_LENGTH = 100
 
 def _values(text: str, field: Field) -> Iterator[Found]:
     """The identifiers that begin at the value's place. Of several classes the first whose form the value has."""
-    for place in _of_first(text, field):
-        yield place
-        end = place[2]
-        if place[0] in (labels.NAME, labels.PHONE, "fax"):
-            yield from _further(text, field, place)
-        while field.listed and (more := _MORE.match(text, end)):  # "given": ["Jane", "Ann"]
-            following = next(_of_first(text, replace(field, start=more.end())), None)
-            if following is None:
-                return
-            yield following
-            end = following[2]
+    found = list(_of_first(text, field))
+    yield from found
+    if not found:
+        return
+    if found[0][0] in (labels.PHONE, "fax"):
+        yield from _further(text, field, found[0])
+    end = found[-1][2]
+    while field.listed and (more := _MORE.match(text, end)):  # "given": ["Jane", "Ann"]
+        following = list(_of_first(text, replace(field, start=more.end())))
+        if not following:
+            return
+        yield from following
+        end = following[-1][2]
 
 
 def _further(text: str, field: Field, place: Found) -> Iterator[Found]:
-    """More of the same in one field: `Crew: Gallagher, T / Nakashima, R`, `Tel. 956 013 059 y 956 013 060`."""
+    """More numbers in one field: `Tel. 956 013 059 y 956 013 060`."""
     kind, _, end = place
     for _ in range(6):
         link = _AND.match(text, end)
@@ -215,8 +223,6 @@ def _further(text: str, field: Field, place: Found) -> Iterator[Found]:
             return
         following = next(_of_first(text, replace(field, start=link.end())), None)
         if following is None or following[0] != kind or following[1] != link.end():
-            return
-        if kind == labels.NAME and not re.search(r"[ ,]", text[following[1] : following[2]]):
             return
         yield following
         end = following[2]
@@ -238,7 +244,7 @@ def _of_first(text: str, field: Field) -> Iterator[Found]:
         match = _PHONE.match(text, start)
         if match is None and labels.SHORT_NUMBERS.intersection(field.label.lower().split()):
             match = _SHORT_PHONE.match(text, start)
-        if match and not _DATE_LIKE.match(match["value"]) and not _DECIMAL.match(match["value"]):
+        if match and _is_phone(field.label, match["value"]):
             yield "fax" if "fax" in field.label.lower() else labels.PHONE, *match.span("value")
             return
     if labels.ZIP in kinds and (match := _POSTCODE.match(text, start)):
@@ -253,9 +259,10 @@ def _of_first(text: str, field: Field) -> Iterator[Found]:
     if about and about[0] in labels.SUBJECTS and not TITLE_BEHIND.match(text, start):
         return
     if labels.NAME in kinds or labels.PERSON in kinds:
-        place = named_field(text, field.label, (field.before, start), named=labels.NAME in kinds)
-        if place:
+        names = named_field(text, field.label, (field.before, start), named=labels.NAME in kinds)
+        for place in names:
             yield labels.NAME, *place
+        if names:
             return
     if labels.ADDRESS in kinds and (end := _street_end(text, start)):
         yield labels.ADDRESS, start, end
@@ -263,12 +270,19 @@ def _of_first(text: str, field: Field) -> Iterator[Found]:
     if (
         labels.CITY in kinds
         and (match := _TOWN_FIELD.match(text, start) or _TOWN.match(text, start))
-        and not _any_never(match["value"])
+        and not any_never(match["value"])
     ):
         yield labels.ADDRESS, *match.span("value")
         return
     if labels.PLACE in kinds and (end := _place_end(text, start)):
         yield labels.PLACE, start, end
+
+
+def _is_phone(label: str, value: str) -> bool:
+    if _DATE_LIKE.match(value) or _DECIMAL.match(value):
+        return False
+    # `Cell: 1000000` counts cells; a number without its area code has a mark inside, `555-0143`.
+    return not (labels.may_be_cells(label) and value.isdigit() and len(value) < 10)
 
 
 def _number_end(text: str, field: Field, start: int) -> int | None:
@@ -281,6 +295,8 @@ def _number_end(text: str, field: Field, start: int) -> int | None:
     mixed = bool(_HAS_LETTER.search(value))
     weak = labels.is_weak(field.label) or labels.OTHER in field.kinds
     enough = digits >= (5 if weak else 4) or (mixed and digits >= 3 and len(value) >= 5 and not weak)
+    if labels.needs_long(field.label) and not mixed and value[0] != "0":  # no count begins with a zero
+        enough = digits >= 7
     measured = _DECIMAL.match(value) or MEASURED.match(text[match.end() : match.end() + 16])
     if not enough or measured or (weak and _RANGE.match(value)):  # `Ref: 135-145`
         return None
@@ -303,59 +319,25 @@ def _street_end(text: str, start: int) -> int | None:
     return start + len(value)
 
 
+# What is told of a stay, behind `Hospital:`, and stands in no place's name.
+_OF_A_STAY = frozenset(
+    """course stay complicated uneventful unremarkable acquired guidelines problem problems discharged admitted transferred
+    required""".split()
+)
+
+
 def _place_end(text: str, start: int) -> int | None:
     end = _FIELD_END.search(text, start, min(len(text), start + 60))
     value = text[start : end.start() if end else start + 60].rstrip(" .,")
     words = value.split()
     if not 2 <= len(words) <= 7 or not value[:1].isupper() or any(c.isdigit() for c in value):
         return None
+    if any(word.lower().strip(".,'") in _OF_A_STAY for word in words):
+        return None
     named = [word for word in words if word[:1].isupper() and word.lower().strip(".,'") not in NEVER]
     if not named or sum(word[:1].islower() for word in words) > 2:
         return None
     return start + len(value)
-
-
-def _any_never(value: str) -> bool:
-    return any(word.lower().strip(".,") in NEVER for word in value.split())
-
-
-# ---- XML ---------------------------------------------------------------------------------------------------------------
-
-_ELEMENT = re.compile(
-    r"<(?:[A-Za-z0-9]{1,12}:)?(?P<tag>[A-Za-z]{2,30})(?P<attributes>[ ][^<>]{0,300})?/?>(?P<content>[^<>\n]{0,200})",
-    re.A,
-)
-_ATTRIBUTE = re.compile(r"(?P<name>extension|value)=\"(?P<tel>tel:|fax:|mailto:)?(?P<value>[^\"]{1,200})", re.A)
-_TAGS = {
-    "given": "name", "family": "name", "name": "name", "suffix": "name", "streetaddressline": "address", "line": "address",
-    "city": "address", "county": "address", "postalcode": "zip", "birthtime": "date", "birthdate": "date",
-    "deceasedtime": "date", "deceaseddatetime": "date", "effectivetime": "date", "time": "date", "low": "date", "high": "date",
-    "telecom": "phone", "id": "mrn",
-}  # fmt: skip
-_TIMED = re.compile(r"(?:1[89]|2[01])\d\d-?\d\d-?\d\d[0-9T:.+Z-]*$", re.A)
-_OID = re.compile(r"\d+(?:\.\d+){3,}$", re.A)
-
-
-def _elements(text: str) -> Iterator[Found]:
-    """Of elements of CDA and FHIR by their names: what they hold, or say in `value` and `extension`."""
-    for match in _ELEMENT.finditer(text):
-        kind = _TAGS.get(match["tag"].lower())
-        if kind is None:
-            continue
-        content = match["content"].strip()
-        if content and kind in ("name", "address", "zip") and (kind != "name" or content[:1].isupper()):
-            start = match.start("content") + match["content"].index(content)
-            if not (kind == "name" and _any_never(content)):
-                yield kind, start, start + len(content)
-        if match["attributes"] and (said := _ATTRIBUTE.search(text, *match.span("attributes"))):
-            value = said["value"]
-            if kind == "date" and not _TIMED.match(value):
-                continue
-            if kind == "mrn" and (
-                said["name"] != "extension" or _OID.match(value) or not any(c.isdigit() for c in value)
-            ):
-                continue
-            yield "email" if "@" in value else kind, *said.span("value")
 
 
 # ---- lines that begin with a name ----------------------------------------------------------------------------------
@@ -486,8 +468,10 @@ def _cells(row: str, separator: re.Pattern[str]) -> Iterator[tuple[int, int]]:
 def _cell(text: str, place: tuple[int, int], kinds: frozenset[str]) -> Iterator[Found]:
     start, stop = place
     value = text[start:stop]
-    for kind, begin, end in _of_first(value, Field("", kinds, 0, 0)):
+    found = list(_of_first(value, Field("", kinds, 0, 0)))
+    for kind, begin, end in found:
         yield kind, start + begin, start + end
+    if found:
         return
-    if kinds & {labels.NAME} and value[:1].isupper() and not _any_never(value):
+    if kinds & {labels.NAME} and value[:1].isupper() and not any_never(value):
         yield labels.NAME, start, stop

@@ -7,7 +7,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from qmedtune.data.hygiene.persons import Place, is_never, take_back
+from qmedtune.data.hygiene.name_words import is_never
+from qmedtune.data.hygiene.persons import Place, take_back
 from qmedtune.data.hygiene.words import INSIDE, OF_HOSPITALS
 
 HOSPITAL = re.compile(

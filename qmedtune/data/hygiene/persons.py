@@ -11,34 +11,28 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 
 from qmedtune.data.hygiene.anchors import places
-from qmedtune.data.hygiene.header_labels import ENDS
-from qmedtune.data.hygiene.words import ACRONYMS, EPONYMS, INSIDE, NEVER, OF_HOSPITALS, SURNAMES
+from qmedtune.data.hygiene.name_words import (
+    CREDENTIAL,
+    DRUG,
+    EPONYM,
+    FIELD_END,
+    MAX_WORDS,
+    PARTICLE,
+    NameRules,
+    before_next_label,
+    behind_titles,
+    beside_capitals,
+    is_never,
+    joined,
+    take,
+)
+from qmedtune.data.hygiene.words import INSIDE, OF_HOSPITALS
 
-MAX_WORDS = 6
 CARETS = re.compile(r"[A-Z][A-Za-z' -]{0,40}(?:\^[A-Za-z' .-]{0,40}){1,4}", re.A)  # as HL7 and DICOM write a name
 Place = tuple[int, int]
-
-WORD = re.compile(
-    r"(?:(?:al|el|as|ad|an|ar|ash|ben|d|l)[-'])?[A-Z][A-Za-z]{0,30}(?:['-][A-Za-z]{1,30}){0,3}(?![A-Za-z0-9_])", re.A
-)
-SHORTENED = re.compile(r"[A-Z][a-z]{0,3}\.[ao](?=[ ][A-Z])", re.A)  # `M.a Jose`
-SMALL = re.compile(r"[a-z]{2,30}(?:['-][a-z]{1,30}){0,2}(?![A-Za-z0-9_'-])", re.A)
-PARTICLE = re.compile(
-    r"(?:van|von|vom|zu|der|den|de|la|le|los|las|del|della|di|da|dos|das|do|du|bin|ibn|bint|al|el|ten|ter|ap|y|e|S[tT]\.)"
-    r"(?:[ ](?:der|den|la|las|los|de))?[ ](?=[A-Z])",
-    re.A,
-)
-SUFFIX = re.compile(r",?[ ](?:Jr|JR|Sr|SR)\.?(?![A-Za-z])|,?[ ](?:II|III|IV)(?![A-Za-z])", re.A)
-POSSESSIVE = re.compile(r"'[sS]$")
-DEGREE_INSIDE = re.compile(r"[ ](?:MD|DO|RN|NP|PA|PA-C|PhD|FNP|LPN|MBBS),[ ](?=[A-Z])", re.A)  # `Smith MD, Jane`
-EPONYM = re.compile(
-    r"(?:'?s)?[ ](?:disease|syndrome|sign|test|palsy|thyroiditis|lymphoma|esophagus|contracture|fracture|catheter|tube|"
-    r"dementia|chorea|maneuver|score|scale|phenomenon|ulcer|criteria)",
-    re.I | re.A,
-)
+_SIGN = re.compile(r"[ ]?[/&]", re.A)  # between two names
 
 TITLE = re.compile(
     r"(?<![A-Za-z0-9_])(?:(?P<title>Drs?|DRS?|Mrs?|MRS?|Ms|MS|Miss|MISS|Prof|PROF|Professor|Doctor|DOCTOR|Rev|Herrn?|HERRN?|Frau|FRAU|Mme|Mlle|"
@@ -78,13 +72,6 @@ _SHORT_ROLES = (
 LABEL = re.compile(
     rf"(?<![A-Za-z0-9_])(?:(?P<long>(?i:{_ROLES}))|(?P<short>(?i:{_SHORT_ROLES})))(?:[ ]?\([A-Za-z, /]{1, 24}\))?"
     r"(?P<link>\.{3,40}[ ]{0,20}|[ .]{0,12}(?:(?:(?<=incerely)|(?<=egards)),[ ]{0,3}\n?[ ]{0,3}|[:=#][ ]{0,40}\n?[ ]{0,40}|-[ ]{1,3}|\n[ ]{0,40}|[ ]{1,3}))(?=[A-Za-z(\"'])",
-    re.A,
-)
-# Between a label and a name; a letter or two, so only there: `Patient: mw. J. de Wit`.
-TITLE_BEHIND = re.compile(
-    r"(?i:mw|mevr|mevrouw|dhr|herrn?|frau|hr|fr|mme|mlle|monsieur|madame|sig|sigra|signora?|sra?|dra|don|dona|pan|pani|mrs?|ms|"
-    r"miss|dr|drs|prof|pr|dott(?:\.ssa)?|lek|mudr|mgr|med|smt|shri|sh|late|sir|nurse|sister|rev|capt|sgt|uzm|op|doc)"
-    r"(?:\.[ ]{0,2}|[ ])(?=[A-Za-z])",
     re.A,
 )
 # Where a long label may begin, and the last word before the colon of a short one.
@@ -140,23 +127,10 @@ RELATION = re.compile(
     r"(?=[A-Z][a-z])",
     re.A,
 )
-CREDENTIAL = re.compile(
-    r"(?<=[A-Za-z.])(?:,[ ]{0,2}|[ ]{1,2}(?=M\.D|MD|RN|PhD|Ph\.D|D\.O|NP|PA-C|LCSW|PharmD|DNP|CRNA|FNP|MBBS))"
-    r"(?:M\.D\.?|MD|D\.O\.|DO(?=[,.;)\n]|$)|RN|R\.N\.|BSN|PhD|Ph\.D\.?|N\.?P|NP-C|PA-C|P\.A\.|LCSW|MSW|Pharm\.?D|DNP|CRNA|"
-    r"FNP|APRN|ARNP|MBBS|MBChB|FACC|FACS|FACP|FRCP|FRCS|DDS|DMD|DPM|LPN|CNM|MPH|RPh|RRT|OTR|DPT|PsyD|CCRN)(?![A-Za-z0-9_])",
-    re.A,
-)
 PATIENT = re.compile(
     r"(?<![A-Za-z0-9_])(?:[Pp]atient|[Pp]t|PATIENT)[ ](?P<value>[A-Z][a-z]{1,20}[ ](?:[A-Z]\.?[ ])?[A-Z][A-Za-z'-]{1,30})"
     r"(?=,?[ ](?:is|was|has|had|presents|presented|came|arrived|an?)(?![A-Za-z0-9_]))",
     re.A,
-)
-FIELD_END = re.compile(r"[ ]{0,3}(?:$|[\n;,.|(\"<\]]|[ ]{2})")
-# Generic names of drugs end so (INN stems); one of them alone is nobody's name.
-DRUG = re.compile(
-    r"[a-z]{2}(?:olol|pril|sartan|statin|azole|cillin|mycin|oxacin|gliptin|gliflozin|tidine|dipine|parin|zumab|"
-    r"ximab|tinib|azepam|azolam|caine|semide|thiazide|codone|formin)$",
-    re.I,
 )
 # Under an electronic signature's mark; behind whose child or wife somebody is; from whom something came.
 SIGNED = re.compile(r"/e?s/[ ]{1,4}(?=[A-Z])", re.A)
@@ -186,25 +160,25 @@ def find_names(text: str, lowered: str) -> Iterator[Place]:
     for match in _matches(LABEL, text, labels):
         yield from _labelled(text, match)
     for match in ROW.finditer(text) if "name " in lowered else ():
-        if end := _take(text, match.end(), NameRules(comma=True)):
+        if end := take(text, match.end(), NameRules(comma=True)):
             yield match.end(), end
     for match in _matches(RELATION, text, places(RELATIONS, lowered)):
         start = match.end()
-        end = _take(text, start, NameRules(eponyms=False))
+        end = take(text, start, NameRules(eponyms=False))
         if end and not text[start:end].islower() and not _is_capitals(text[start:end]):
             yield start, end
     for match in SIGN_OFF.finditer(text) if "\n" in text else ():
-        start = _behind_titles(text, match.end())
-        end = _take(text, start, NameRules(comma=True))
+        start = behind_titles(text, match.end())
+        end = take(text, start, NameRules(comma=True))
         if end and " " in text[start:end]:
             yield start, end
     if "s/ " in text:
         for match in SIGNED.finditer(text):
-            if end := _take(text, match.end(), NameRules(comma=True)):
+            if end := take(text, match.end(), NameRules(comma=True)):
                 yield match.end(), end
     for match in _matches(OF_FAMILY, text, places(("s/o", "d/o", "w/o", "c/o"), lowered)):
-        start = _behind_titles(text, match.end())
-        end = _take(text, start, NameRules(eponyms=False))
+        start = behind_titles(text, match.end())
+        end = take(text, start, NameRules(eponyms=False))
         if end and " " in text[start:end] and not _is_capitals(text[start:end]):
             yield start, end
     for match in _matches(
@@ -214,7 +188,7 @@ def find_names(text: str, lowered: str) -> Iterator[Place]:
     ):
         start = match.end()
         for _ in range(2):  # from one to another
-            end = _take(text, start, NameRules(eponyms=False))
+            end = take(text, start, NameRules(eponyms=False))
             if not end or " " not in text[start:end]:
                 break
             yield start, end
@@ -232,7 +206,7 @@ def find_names(text: str, lowered: str) -> Iterator[Place]:
         if not any(is_never(word) for word in re.split(r"[, ]+", match["value"])):
             yield match.span("value")
     for match in _matches(NEWBORN, text, places(("baby ", "infant of", "newborn of", "bb ", "bg "), lowered)):
-        if end := _take(text, match.end(), NameRules(eponyms=False)):
+        if end := take(text, match.end(), NameRules(eponyms=False)):
             yield match.end(), end
     for match in _matches(PATIENT, text, places(("patient ", "pt "), lowered)):
         if not any(is_never(word) for word in match["value"].split()):
@@ -260,7 +234,7 @@ def _short_labels(lowered: str) -> Iterator[int]:
 def _titled(text: str, match: re.Match[str]) -> Iterator[Place]:
     start = match.end()
     if match["small"]:
-        end = _take(text, start, NameRules(small=True))
+        end = take(text, start, NameRules(small=True))
         if end and (text[start].isupper() or match["small"] != "ms"):
             yield start, end
         return
@@ -270,9 +244,13 @@ def _titled(text: str, match: re.Match[str]) -> Iterator[Place]:
         and not re.match(r"[A-Z](?:[a-z]|\.[ ]?[A-Z])", text[start : start + 4], re.A)
     ):
         return
-    end = _take(text, start, NameRules(titled=True))
+    several = match["title"] in ("Drs", "DRS")
+    rules = NameRules(titled=True, comma=several)
+    end = take(text, start, rules)
     if end:
-        yield start, _before_next_label(text, start, end) or end
+        first = start, before_next_label(text, start, end) or end
+        # One doctor `and` somebody is a sentence that goes on; with a slash they are two.
+        yield from joined(text, first, rules) if several or _SIGN.match(text, end) else [first]
 
 
 def _labelled(text: str, match: re.Match[str]) -> Iterator[Place]:
@@ -286,12 +264,12 @@ def _labelled(text: str, match: re.Match[str]) -> Iterator[Place]:
         return
     while start < len(text) and text[start] in "(\"'":
         start += 1
-    start = _behind_titles(text, start)
+    start = behind_titles(text, start)
     named = bool(NAME_LABELS.search(label)) or bool(match["long"])
-    end = _take(text, start, NameRules(comma=True, small=strong and named, eponyms=named))
-    if not end or re.match(
-        r"[ ]{0,3}:|[ ]?/[ ]?[A-Z]|\d" if named else r"[ ]{0,3}:|[ ]?/[ ]?[A-Z]|[ ]?\d", text[end : end + 6], re.A
-    ):
+    end = take(text, start, NameRules(comma=True, small=strong and named, eponyms=named))
+    if not end or re.match(r"[ ]{0,3}:|\d" if named else r"[ ]{0,3}:|[ ]?\d", text[end : end + 6], re.A):
+        return
+    if beside_capitals(text, start, end):
         return
     value = text[start:end]
     if " " not in value and "," not in value and DRUG.search(value):
@@ -303,138 +281,37 @@ def _labelled(text: str, match: re.Match[str]) -> Iterator[Place]:
     # In small letters or on the next line, a name is all that its field holds; else it is a word or a sentence.
     if (value.islower() or "\n" in link) and not FIELD_END.match(text[end : end + 6] or "\n"):
         return
-    yield start, end
+    yield from joined(text, (start, end), NameRules(comma=True, eponyms=named))
 
 
-def _behind_titles(text: str, start: int) -> int:
-    """Behind `mw. dr.`, `Prof. Dr. med.`, where a name begins after them."""
-    at = start
-    for _ in range(4):
-        title = TITLE_BEHIND.match(text, at)
-        if title is None:
-            break
-        at = title.end()
-    return at if text[at : at + 1].isupper() else start
-
-
-def _before_next_label(text: str, start: int, end: int) -> int | None:
-    """Where the name ends that runs into the label of the next field: `Smith, John Birth Date:` -> `Smith, John`."""
-    if not re.match(r"[ ]{0,3}[:=#]", text[end : end + 5]):
-        return end
-    if re.search(r"[a-z][A-Z][A-Za-z]*$", text[start:end], re.A):
-        return end  # `MartinezNoCol:` cannot be cut: no span ends between two letters
-    at = end
-    while at > start:
-        first = max(text.rfind(" ", start, at), text.rfind(",", start, at)) + 1
-        word = text[max(first, start) : at]
-        if word.lower() not in ENDS and not is_never(word):
-            return at if at < end or at > start + len(word) else None  # a name of one word before a colon is a label
-        at = first
-        while at > start and text[at - 1] in " ,":
-            at -= 1
-    return None
-
-
-def named_field(text: str, label: str, place: Place, *, named: bool) -> Place | None:
-    """The name in the field of a header whose label begins at place[0] and whose value begins at place[1].
+def named_field(text: str, label: str, place: Place, *, named: bool) -> list[Place]:
+    """The name or the joined names in a header's field, whose label begins at place[0] and whose value at place[1].
 
     named: the label says that it is a name (`Surname`), not only who (`Physician`), so that small letters may be one.
     """
     start = place[1]
     while start < len(text) and text[start] in "(\"'":
         start += 1
-    start = _behind_titles(text, start)
+    start = behind_titles(text, start)
     if caret := CARETS.match(text, start):
-        return caret.span()
-    end = _take(text, start, NameRules(comma=True, small=named, eponyms=named, wide=True))
+        return [caret.span()]
+    end = take(text, start, NameRules(comma=True, small=named, eponyms=named, wide=True))
     if end:
-        end = _before_next_label(text, start, end)
+        end = before_next_label(text, start, end)
     if not end:
-        return None
+        return []
     value, behind = text[start:end], text[end : end + 16]
-    if re.match(r"[ ]?/[ ]?[A-Z]{2}" if named else r"[ ]?/[ ]?[A-Z]{2}|[ ]?\d", behind, re.A):
-        return None
+    if (not named and re.match(r"[ ]?\d", behind)) or beside_capitals(text, start, end):
+        return []
     if not named and EPONYM.match(behind):
-        return None
+        return []
     if not re.search("[ ,]", value):
         following = re.match(r",?[ ]([a-z]+)", behind)
         if DRUG.search(value) or (not named and following and not is_never(following[1])):
-            return None  # `Patient: Paciente de 62`: a sentence begins
+            return []  # `Patient: Paciente de 62`: a sentence begins
     if value.islower() and not FIELD_END.match(text[end : end + 6] or "\n"):
-        return None
-    return start, end
-
-
-@dataclass(frozen=True)
-class NameRules:
-    """What may be part of a person's name at one place of a text.
-
-    titled: the first word may be a surname that is also a word. comma: `Last, First` is one name. small: words in small
-    letters may be names. eponyms: so may what is known as a disease or a drug. wide: two spaces may stand inside."""
-
-    titled: bool = False
-    comma: bool = False
-    small: bool = False
-    eponyms: bool = True
-    wide: bool = False
-
-
-def _take(text: str, at: int, rules: NameRules) -> int | None:
-    """Where the name that begins at `at` ends; None where none begins there."""
-    end, words = None, 0
-    while words < MAX_WORDS:
-        here = at
-        while particle := PARTICLE.match(text, here):
-            here = particle.end()
-        match = (
-            WORD.match(text, here) or SHORTENED.match(text, here) or (SMALL.match(text, here) if rules.small else None)
-        )
-        if match is None:
-            break
-        word = POSSESSIVE.sub("", match[0])
-        first = end is None
-        behind_comma = rules.comma and text[max(0, match.start() - 3) : match.start()].rstrip()[-1:] == ","
-        never = is_never(word, titled=(rules.titled and first) or (behind_comma and words == 1))
-        known = first and word.lower() in EPONYMS and not rules.eponyms and not text.startswith(", ", match.end())
-        if never or known:
-            break
-        stop = match.start() + len(word)
-        if len(word) == 1 and text[stop : stop + 1] == ".":
-            stop += 1
-        end, words = stop, words + 1
-        if len(word) < len(match[0]):
-            return end  # a possessive ends a name
-        following = _next_word(text, end, rules.comma and words <= 4)
-        if rules.wide and re.match(r"[ ]{2}[A-Z][a-z]", text[end : end + 4], re.A):
-            following = end + 2
-        if following is None:
-            break
-        at = following
-    if end is not None and (suffix := SUFFIX.match(text, end)):
-        end = suffix.end()
-    return end
-
-
-def _next_word(text: str, end: int, comma: bool) -> int | None:
-    """Where the next word of a name may begin: one space on, or behind the comma of `Last, First`, or an initial's dot."""
-    if comma and text[end : end + 3] == " , ":
-        return end + 3
-    if comma and (degree := DEGREE_INSIDE.match(text, end)):
-        return degree.end()
-    if comma and text[end : end + 1] == "," and text[end + 1 : end + 2] not in (",", "\n", ""):
-        at = end + 1 + (text[end + 1] == " ")
-        if at < len(text) and text[at].isalpha():
-            return at
-        return None
-    if text[end : end + 2] == '" ':
-        return end + 2  # "Bunny" Hargreaves
-    if text[end : end + 1] == " ":
-        return end + 1
-    if text[end - 1] == "." and text[end : end + 1].isalpha():
-        return end  # J.K. Rowling
-    if text[end : end + 2] == "-\n":
-        return end + 1
-    return None
+        return []
+    return joined(text, (start, end), NameRules(comma=True, eponyms=named, wide=True))
 
 
 def take_back(text: str, end: int, *, inside: bool = False) -> int:
@@ -467,18 +344,6 @@ def take_back(text: str, end: int, *, inside: bool = False) -> int:
         else:
             start = cut + 1
     return start
-
-
-def is_never(word: str, *, titled: bool = False) -> bool:
-    """Whether a word is no part of a name. titled: it stands right behind a title."""
-    bare = POSSESSIVE.sub("", word).strip(".,").lower()
-    if len(bare) == 1:
-        return False
-    if titled:
-        return bare in NEVER and bare not in SURNAMES
-    if bare in ACRONYMS and not word.istitle():
-        return True
-    return bare in NEVER or ("-" in bare and bare.partition("-")[0] in NEVER)
 
 
 def _is_capitals(value: str) -> bool:

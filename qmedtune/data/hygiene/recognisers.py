@@ -16,6 +16,7 @@ from typing import Any
 
 from qmedtune.data.hygiene.abroad import ABROAD
 from qmedtune.data.hygiene.anchors import places
+from qmedtune.data.hygiene.header_labels import QUANTITIES, THINGS
 from qmedtune.data.hygiene.words import NEVER
 
 _EN = (
@@ -353,6 +354,8 @@ UNIT_LIKE = re.compile(r"[a-z.-]+\d\d", re.I)
 def plausible(kind: str, match: re.Match[str], value: str, after: str) -> bool:
     """What a pattern alone cannot say: check digits, doses behind weak labels, words that are no streets."""
     if kind in LABELLED_CODES:
+        if _is_count(kind, match, value) or (kind == "device" and _REFERENCE_RANGE.match(match[0])):
+            return False
         digits = sum(c.isdigit() for c in value)
         enough = digits >= 4 or (digits >= 2 and len(value) >= 6 and not UNIT_LIKE.fullmatch(value))
         return enough and not (len(value) < 6 and value.isdigit() and MEASURED.match(after))
@@ -385,6 +388,19 @@ def plausible(kind: str, match: re.Match[str], value: str, after: str) -> bool:
     return True
 
 
+def _is_count(kind: str, match: re.Match[str], value: str) -> bool:
+    """Whether `number` says how many: `Total number: 125000`, or nothing is named and the number is short."""
+    if kind != "other_number" or not _COUNTS.match(match[0]) or not value.isdigit():
+        return False
+    before = _WORD_BEFORE.search(match.string, max(0, match.start() - 24), match.start())
+    if before is None:
+        return len(value) < 7
+    return before[1].lower() in QUANTITIES or before[1].lower() in THINGS
+
+
+_COUNTS = re.compile(r"(?:number|no)\b", re.I | re.A)
+_WORD_BEFORE = re.compile(r"(?<![A-Za-z])([A-Za-z]{1,20})[ ]$", re.A)
+_REFERENCE_RANGE = re.compile(r"ref[ ]{0,10}\#?[:=]?[ ]{0,20}\d{1,5}(?:\.\d+)?-\d{1,5}(?:\.\d+)?$", re.I | re.A)
 # Between a number and F stands a temperature, not a woman; between a scale and a fraction no date.
 _HOT = re.compile(r"(?:temp|tmax|fever|febrile|\bt|degrees|sat|spo2|hr|bp|pulse)\b[^.\n]{0,12}$", re.I | re.A)
 _DEGREES = re.compile(r"[ ]?F[ ](?:deg|temp)", re.I | re.A)

@@ -97,7 +97,10 @@ _CLINICAL = """
     dictation signal imaging angiography angiogram venogram venography spectroscopy enterography elastography
     sequence sequences recovery stepdown telemetry preop postop endo brief transcribed transcriptionist cc attn re via
     ext tel cell mobile ward bed floor house officer director chair chairman fellow colleague colleagues sir
-    madam everyone team concern whom department veterans university college institute""".split()
+    madam everyone team concern whom department veterans university college institute
+    healthy unhealthy alive well living deceased asymptomatic unaffected isolation required precautions droplet airborne
+    uneventful estranged widowed divorced married diabetics hypertensive hypotensive obese epileptic asthmatic alcoholic
+    smoker nonsmoker noncontributory reanimacion""".split()
 
 _ACRONYMS = """
     abg adl afib aicd aids ama ards bid bmp bp bpm bun cabg cad cbc ccu cdiff chf cc cns co copd cpap cpr crna csf
@@ -148,3 +151,8 @@ OF_HOSPITALS = frozenset(
     eastern western heart cancer outside local our her his their a an this that another nearby area district
     teaching tertiary care community acute emergency women's womens""".split()
 )
+
+
+def any_never(value: str) -> bool:
+    """Whether one of the words is no part of a name."""
+    return any(word.lower().strip(".,") in NEVER for word in value.split())

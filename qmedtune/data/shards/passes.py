@@ -12,6 +12,9 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
+import secrets
+import socket
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -59,12 +62,19 @@ def treat(out: Path, name: str, shard: int) -> int:
         return len(done)
     with owner_only():
         # Under other names until they are whole: a task that a scheduler took for dead may still be writing.
-        unfinished = [path.with_name(f".{os.getpid()}-{path.name}") for path in beside]
+        unfinished = [_unfinished(path) for path in beside]
         sound = _treated(job, name, files, (read_items(job, out), unfinished))
         for path, final in zip(unfinished, beside, strict=True):
             path.rename(final)
         write_part(part, sound, beside)
     return len(sound)
+
+
+def _unfinished(path: Path) -> Path:
+    """The name of a file that is being written, no other task's: two machines on one file system may share a process
+    number, so the host and 32 random bits stand behind it. `check` removes what begins with a dot and a digit."""
+    host = re.sub(r"[^A-Za-z0-9]", "", socket.gethostname())[:32]
+    return path.with_name(f".{os.getpid()}-{host}-{secrets.token_hex(4)}-{path.name}")
 
 
 def _treated(job: ShardJob, name: str, files: list[Path], into: tuple[list, list[Path]]) -> SoundRecords:
@@ -237,7 +247,7 @@ def write(out: Path, name: str, shard: int, records: Iterable[Record]) -> int:
     """Write records as shard number `shard`, one JSON line each, gzipped and the same bytes each time; how many."""
     job, places = read_job(out), JobPlaces(out, name)
     path, num = places.shard(shard, _num_shards(job, places)), 0
-    part = path.with_name(f".{os.getpid()}-{path.name}")
+    part = _unfinished(path)
     with owner_only():
         with part.open("wb") as raw, gzip.GzipFile("", "wb", compresslevel=6, fileobj=raw, mtime=0) as file:
             for record in records:
