@@ -88,7 +88,7 @@ def test_adapters_are_stacked_once_a_step_with_the_bits_of_stacking_them_for_eac
 def test_kernels_on_and_off_give_equal_trajectories(
     micro_run: MicroRun, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(models, "install_kernels", lambda model, mode: Kernels(mode="reference"))
+    monkeypatch.setattr(models, "install_kernels", lambda model, mode, where: Kernels(mode="reference"))
     assert_equal_trajectories(run_stage(micro_run, tmp_path / "out"), losses(whole))
 
 
