@@ -9,7 +9,6 @@ import platform
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -36,6 +35,7 @@ from qmedtune.results import (
     StepEntry,
     Told,
 )
+from qmedtune.versions import installed
 
 if TYPE_CHECKING:
     from qmedtune.base import Base
@@ -287,13 +287,7 @@ def _provenance(source: Base) -> Provenance:
 
 
 def versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+    return installed(PACKAGES)
 
 
 def device_name() -> str:

@@ -150,11 +150,17 @@ def test_publishers_own_formats_are_named_as_such(tmp_path, data, reason):
         assert tally["recognised"] == {"XML of no known format (not read)": 1}
 
 
-def test_answers_of_an_archive_count_from_where_its_rows_do(tmp_path):
-    rows = []
+def questions_about_birds() -> str:
+    """As MedMCQA counts answers: from 1, as its last row shows."""
+    lines = ""
     for answer in (1, 2, 4):
-        rows.append({"question": "Which bird?", "opa": "owl", "opb": "tit", "opc": "jay", "opd": "gull", "cop": answer})
-    text = "".join(json.dumps(row) + "\n" for row in rows)
+        row = {"question": "Which bird?", "opa": "owl", "opb": "tit", "opc": "jay", "opd": "gull", "cop": answer}
+        lines += json.dumps(row) + "\n"
+    return lines
+
+
+def test_answers_of_an_archive_count_from_where_its_rows_do(tmp_path):
+    text = questions_about_birds()
     plain, _, _ = read(tmp_path / "dev.jsonl", text, kind="instructions")
     packed, _, _ = read(
         tmp_path / "dev.zip", zipped({"LICENSE": b"All.", "dev.jsonl": text.encode()}), kind="instructions"
@@ -539,10 +545,7 @@ def test_documents_are_passed_on_one_by_one():
 
 
 def test_answers_count_from_where_they_do_behind_a_damaged_line(tmp_path):
-    rows = []
-    for answer in (1, 2, 4):
-        rows.append({"question": "Which bird?", "opa": "owl", "opb": "tit", "opc": "jay", "opd": "gull", "cop": answer})
-    text = "".join(json.dumps(row) + "\n" for row in rows)
+    text = questions_about_birds()
     plain, _, _ = read(tmp_path / "dev.jsonl", text, kind="instructions")
     behind, others, _ = read(tmp_path / "cut.jsonl", '{"question": "Wh\n' + text, kind="instructions")
     assert len(others) == 1

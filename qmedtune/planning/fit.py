@@ -204,7 +204,7 @@ def choose(facts: BaseFacts, draft: Draft, machine: Machine) -> FittedSetup:
     if peak > budget:
         name = draft.recipe.stage_names()[draft.index]
         stage = draft.recipe.stages[draft.index]
-        may_shard = draft.recipe.shard is not False and not (stage.full or stage.classify)
+        may_shard = draft.recipe.shard is not False and stage.can_shard
         raise DoesNotFit(_does_not_fit(facts, name, FittedSetup(setup, peak, budget), machine, may_shard=may_shard))
     return FittedSetup(setup, peak, budget)
 

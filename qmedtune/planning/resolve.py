@@ -62,21 +62,16 @@ def resolve(
     try:
         return _resolve(recipe, machine, sharded=False)
     except DoesNotFit:
-        if machine.cards == 1 or not any(_can_shard(stage) for stage in recipe.stages):
+        if machine.cards == 1 or not any(stage.can_shard for stage in recipe.stages):
             raise
     resolved, decisions = _resolve(recipe, machine, sharded=True)
     why = f"the base does not fit one GPU with its training: {machine.cards} hold it together (FSDP2)"
     return resolved, [{"key": "shard", "value": True, "why": why}, *decisions]
 
 
-def _can_shard(stage: StageSection) -> bool:
-    """A frozen base, and a loss that all processes compute in the same passes."""
-    return not (stage.full or stage.classify)
-
-
 def _refuse_to_shard(recipe: Recipe) -> None:
     for name, stage in zip(recipe.stage_names(), recipe.stages, strict=True):
-        if not _can_shard(stage):
+        if not stage.can_shard:
             what = "trains all parameters" if stage.full else "trains a head on documents"
             raise RecipeError(
                 f"shard: true given, but {name} {what}, which is not sharded\n"
@@ -96,7 +91,7 @@ def _resolve(recipe: Recipe, machine: Machine, *, sharded: bool) -> tuple[Resolv
         recipe = _by_base(recipe, index, facts, decisions)
         seq_len = int(recipe.stages[index].section.seq_len)
         computes = numerics(recipe.model, full=stage.full, seq_len=seq_len, machine=machine)
-        cards = Cards(machine.cards, machine.cards_here, sharded and _can_shard(stage))
+        cards = Cards(machine.cards, machine.cards_here, sharded and stage.can_shard)
         decided.append((computes, cards))
         recipe = _by_machine(fit.Draft(recipe, index, computes, cards), facts, machine, decisions)
     evaluate = _fill(recipe.evaluate, "evaluate", _evaluation_batch(facts), decisions)

@@ -203,6 +203,11 @@ class StageSection(Section):
         return self.kind == "pretrain" or self.section.adapter == "none"
 
     @property
+    def can_shard(self) -> bool:
+        """Several GPUs may hold the base: it is frozen, and all processes compute the loss in the same passes."""
+        return not (self.full or self.classify)
+
+    @property
     def section(self) -> CptSection | SftSection | PretrainSection | ClassifySection:
         return getattr(self, self.kind)
 

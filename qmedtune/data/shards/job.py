@@ -10,7 +10,6 @@ from __future__ import annotations
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -26,6 +25,7 @@ from qmedtune.disk import owner_only
 from qmedtune.errors import DataError, RecipeError, RunError
 from qmedtune.hashes import read_checked, sha256_file, sha256_json, write_checked
 from qmedtune.recipe import Recipe
+from qmedtune.versions import installed
 
 PACKAGES = ("numpy", "rensa", "lxml", "zstandard", "pydantic", "datatrove")
 JOB, BENCHMARKS = "job.json", "benchmarks.json"
@@ -236,12 +236,7 @@ def versions(recipe: Recipe) -> dict[str, str | None]:
     packages = PACKAGES
     if recipe.hygiene.presidio:
         packages += ("presidio-analyzer", "spacy", recipe.hygiene.presidio)
-    for name in packages:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+    return found | installed(packages)
 
 
 def _code() -> str:
